@@ -1,0 +1,1 @@
+"""HTTP and JSON: requests in, responses out. No tensors, no torch."""

@@ -1,0 +1,122 @@
+"""Frozen configuration. Command-line flags are generated from these fields: the metadata is the help text.
+
+A field's flag is its name with dashes; `parse` in the metadata names a parser of `cli.py` where the type alone does
+not say how to read the flag. "auto" values are resolved before a config is built, never afterwards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+MiB = 1024 * 1024
+GiB = 1024 * MiB
+
+
+def flag(default: Any, help: str, **metadata: Any) -> Any:
+    """A dataclass field that becomes a command-line flag. Mutable defaults are given as a callable."""
+    metadata = {"help": help, **metadata}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Everything the engine process needs beside the checkpoint's own files."""
+
+    model: str  # resolved local folder
+    dtype: str = flag("auto", "Weights' and computation's type. auto: as the checkpoint says, bfloat16 for float16 on a CPU.",
+                      choices=("auto", "bfloat16", "float16", "float32"))
+    device: str = flag("auto", "Where to compute. auto: cuda if there is one, else cpu.", choices=("auto", "cpu", "cuda"))
+    max_model_len: int | None = flag(None, "Longest prompt plus answer, in tokens. Default: the checkpoint's, "
+                                           "reduced to what the KV cache holds.")
+    max_num_seqs: int = flag(64, "Most sequences computed in one step. More wait in the queue.")
+    max_num_batched_tokens: int = flag(2048, "Most tokens computed in one step; longer prompts are prefilled in chunks.")
+    gpu_memory_utilization: float = flag(0.9, "Part of the GPU's memory that weights, activations and KV cache may take.")
+    kv_cache_memory: int | None = flag(None, "Bytes of KV cache, such as 4GB or 512MiB. Default on a CPU: a quarter of free memory.",
+                                       parse="size")
+    block_size: int = flag(16, "Tokens in a KV-cache block; the unit of prefix reuse.")
+    enable_prefix_caching: bool = flag(True, "Reuse the KV cache of equal beginnings of prompts (media included).")
+    encoder_cache_memory: int = flag(256 * MiB, "Bytes of tower outputs kept for media that come again.", parse="size")
+    seed: int = flag(0, "Seed of requests that bring none.")
+    threads: int | None = flag(None, "CPU threads of the engine. Default: all cores.")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one client may ask for. Every field is a flag; each has a test (docs: safety)."""
+
+    max_header_bytes: int = flag(32 * 1024, "Bytes of all request headers; more is 431.", parse="size")
+    max_headers: int = flag(100, "Number of request headers; more is 431.")
+    max_request_line_bytes: int = flag(8 * 1024, "Bytes of the request line; more is 414.", parse="size")
+    header_timeout_s: float = flag(10.0, "Seconds until a connection's headers must be complete.")
+    body_timeout_s: float = flag(60.0, "Seconds until a request's body must be complete; later is 408.")
+    max_body_bytes: int = flag(64 * MiB, "Bytes of a JSON body; more is 413.", parse="size")
+    max_upload_bytes: int = flag(32 * MiB, "Bytes of a multipart body; more is 413.", parse="size")
+    max_body_messages: int = flag(20_000, "Pieces in which a body may arrive; more is 413.")
+    max_messages: int = flag(1024, "Messages of one chat.")
+    max_parts: int = flag(256, "Content parts of one message.")
+    max_images: int = flag(16, "Pictures of one request.")
+    max_videos: int = flag(2, "Videos of one request.")
+    max_audios: int = flag(2, "Sounds of one request.")
+    max_image_bytes: int = flag(20 * MiB, "Bytes of one picture's file.", parse="size")
+    max_image_pixels: int = flag(40_000_000, "Pixels of one picture.")
+    min_image_side: int = flag(4, "Shortest side of a picture, in pixels.")
+    max_image_side: int = flag(16384, "Longest side of a picture, in pixels.")
+    max_image_aspect: float = flag(200.0, "Longest side of a picture over its shortest.")
+    max_video_bytes: int = flag(64 * MiB, "Bytes of one video's file.", parse="size")
+    max_video_frames: int = flag(128, "Frames decoded from one video.")
+    max_video_seconds: float = flag(600.0, "Duration of one video.")
+    max_video_side: int = flag(4096, "Longest side of a video, in pixels.")
+    max_audio_bytes: int = flag(25 * MiB, "Bytes of one sound's file.", parse="size")
+    max_audio_seconds: float = flag(600.0, "Duration of one sound.")
+    max_url_length: int = flag(2048, "Characters of an http(s) URL.")
+    max_redirects: int = flag(3, "Redirects followed when fetching media, each checked anew.")
+    fetch_timeout_s: float = flag(10.0, "Seconds for one media download, redirects included.")
+    max_n: int = flag(16, "Answers to one prompt (`n`).")
+    max_stop: int = flag(4, "Stop strings of one request.")
+    max_stop_bytes: int = flag(256, "Bytes of one stop string.")
+    max_logit_bias: int = flag(300, "Entries of `logit_bias`.")
+    max_logprobs: int = flag(20, "Alternatives reported per token.")
+    max_embedding_inputs: int = flag(2048, "Inputs of one embeddings request.")
+    max_embedding_tokens: int = flag(300_000, "Tokens of one embeddings request.")
+    max_waiting: int | None = flag(None, "Requests that may wait; more are refused with 503. Default: 4 x max-num-seqs.")
+    max_concurrency_per_key: int = flag(256, "Requests of one API key in flight; more are refused with 429.")
+    request_timeout_s: float = flag(600.0, "Seconds one request may take in all.")
+    keep_alive_comment_s: float = flag(15.0, "Seconds of silence on a stream after which a comment is sent.")
+    drain_timeout_s: float = flag(30.0, "Seconds that running requests have after SIGTERM.")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """The HTTP process: where it listens, whom it lets in, what media it fetches."""
+
+    host: str = flag("127.0.0.1", "Address to listen on; 0.0.0.0 for every interface.")
+    port: int = flag(8000, "Port to listen on; 0 for any free one.")
+    api_key: tuple[str, ...] = flag((), "Key that clients must send as `Authorization: Bearer`. Repeatable; also from "
+                                        "SENSORIUM_API_KEY (comma-separated).", repeat=True)
+    root_path: str = flag("", "Path under which a reverse proxy serves this server.")
+    served_model_name: tuple[str, ...] = flag((), "Name(s) clients call the model by. Default: MODEL as given.", nargs="+")
+    allowed_local_media_path: str | None = flag(None, "Folder from which `file:` URLs may be read. Default: none.")
+    allowed_media_domains: tuple[str, ...] = flag((), "Hosts that media may be fetched from, also private or loopback ones named "
+                                                      "here. Default: any public host.", nargs="+")
+    limit_mm_per_prompt: dict[str, int] = flag(dict, "Media per request: image=2,video=1 or JSON.", parse="counts")
+    mm_processor_kwargs: dict[str, Any] = flag(dict, "JSON of processor settings, such as {\"max_pixels\": 1003520}.", parse="json")
+    allow_request_mm_kwargs: bool = flag(False, "Let requests bring `mm_processor_kwargs`.")
+    allow_request_chat_template: bool = flag(False, "Let requests bring `chat_template`.")
+    chat_template: str | None = flag(None, "Chat template: a file or the template itself. Default: the checkpoint's.")
+    shared_prefix_cache: bool = flag(False, "Share cached prefixes between API keys (faster, but timing tells who asked what).")
+    disable_log_requests: bool = flag(False, "Do not log a line per request.")
+    media_workers: int = flag(2, "Threads that fetch, decode and process media.")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadConfig:
+    """Where the checkpoint comes from."""
+
+    revision: str | None = flag(None, "Branch, tag or commit of a hub repository.")
+    download_dir: str | None = flag(None, "Where hub files are kept. Default: the hub's cache.")
+    trust_remote_code: bool = flag(False, "Accepted for compatibility. Remote code is never run and never needed.")
+    task: str = flag("auto", "Narrow what is served. auto: everything the model can do.",
+                     choices=("auto", "generate", "embed", "classify", "reward", "score"))

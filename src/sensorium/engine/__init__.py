@@ -1,0 +1,1 @@
+"""The engine: scheduler, caches, runner, sampler, and the process boundary around them."""

@@ -1,0 +1,145 @@
+"""Every failure a client or an operator can see, as one tree; each class knows its HTTP status, type and code.
+
+    SensoriumError
+    ├── RequestError (400)                the client must change something; `param` names the field
+    │   ├── UnsupportedFieldError (400)     a field that clients know and this server does not have
+    │   ├── ContextLengthError (400)        prompt or prompt + max_tokens do not fit
+    │   ├── MediaError (400)                a picture, clip or sound was refused; `code` says why
+    │   ├── AuthenticationError (401)
+    │   ├── ForbiddenError (403)
+    │   ├── NotFoundError (404)
+    │   ├── RequestTimeoutError (408)
+    │   ├── BodyTooLargeError (413)
+    │   ├── UnsupportedMediaTypeError (415) wrong Content-Type
+    │   └── RateLimitError (429)
+    ├── ServerError (500)                 our fault; the message never carries a library's text
+    │   ├── EngineError (500)               the step that computed this request failed
+    │   ├── OverloadedError (503)           queue full; `retry_after_s`
+    │   └── UnavailableError (503)          loading, draining, or the engine was lost; `retry_after_s`
+    └── StartupError (exit code 2)        the model or a flag is wrong; one clear line for the operator
+        └── CheckpointError                 files of the checkpoint
+
+Only these carry text that a client may read. Anything else is answered with `ServerError`'s fixed message.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class SensoriumError(Exception):
+    """Root of the tree. `message` is safe to show to whoever caused it."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: str = "internal_error"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class RequestError(SensoriumError):
+    """The client can mend it. `param` is a path into the request body, such as `messages[0].content[1].image_url.url`."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_value"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        if code is not None:
+            self.code = code
+
+
+class UnsupportedFieldError(RequestError):
+    code = "unsupported_field"
+
+
+class ContextLengthError(RequestError):
+    code = "context_length_exceeded"
+
+
+class MediaError(RequestError):
+    """`code` is one of OpenAI's image codes (`invalid_image_url`, `image_too_large`, …) or its twin for video and audio."""
+
+    code = "invalid_image"
+
+
+class AuthenticationError(RequestError):
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class ForbiddenError(RequestError):
+    status = 403
+    type = "permission_error"
+    code = "forbidden"
+
+
+class NotFoundError(RequestError):
+    status = 404
+    type = "not_found_error"
+    code = "not_found"
+
+
+class RequestTimeoutError(RequestError):
+    status = 408
+    code = "request_timeout"
+
+
+class BodyTooLargeError(RequestError):
+    status = 413
+    code = "request_too_large"
+
+
+class UnsupportedMediaTypeError(RequestError):
+    status = 415
+    code = "unsupported_content_type"
+
+
+class RateLimitError(RequestError):
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class ServerError(SensoriumError):
+    def __init__(self, message: str = "The server had an error while processing the request.") -> None:
+        super().__init__(message)
+
+
+class EngineError(ServerError):
+    code = "engine_error"
+
+
+class OverloadedError(ServerError):
+    status = 503
+    code = "overloaded"
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class UnavailableError(ServerError):
+    status = 503
+    code = "unavailable"
+
+    def __init__(self, message: str, *, retry_after_s: float = 2.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class StartupError(SensoriumError):
+    """Raised before anything is served; the command line prints the message and exits with code 2."""
+
+
+class CheckpointError(StartupError):
+    pass

@@ -1,0 +1,89 @@
+"""The contract of a model file: what the runner calls, and what a family declares.
+
+A model is an `nn.Module` built on the meta device from a `Checkpoint`; `weights.load_model` streams tensors into it
+through `weight_map`. Model code sees one flattened batch: `[tokens, hidden]` and an `AttentionContext`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from sensorium.checkpoint import Checkpoint
+from sensorium.types import Modality
+
+KVCache = list[tuple[Tensor, Tensor]]
+"""Per layer (keys, values), each [num_blocks, kv_heads, block_size, head_dim]."""
+
+
+@dataclass(slots=True)
+class AttentionContext:
+    """How the tokens of a step belong to sequences and to cache blocks. Built by `engine.batch`, one per step.
+
+    Sequences with exactly one query token that are decoding come first (`num_decodes` of them), then prefill chunks.
+    The lists are the same numbers as the tensors, for host code.
+    """
+
+    query_lens: list[int]  # tokens of each sequence in this step
+    context_lens: list[int]  # tokens of each sequence in the cache once this step is done (its own included)
+    num_decodes: int
+    block_size: int
+    query_start: Tensor  # int32 [seqs + 1], cumulative query_lens
+    seq_lens: Tensor  # int32 [seqs], context_lens
+    block_tables: Tensor  # int32 [seqs, max_blocks], padded with 0
+    slots: Tensor  # int64 [tokens], block * block_size + offset of each token's K and V
+
+
+@dataclass(frozen=True, slots=True)
+class Rename:
+    """One row of a weight map: checkpoint key pattern -> module parameter.
+
+    `{n}`-style fields match one path component (a number) and may be repeated in `target`. `shard` places the tensor in
+    a slice of a merged parameter ("q", "k", "v", "gate", "up" of `layers`).
+    """
+
+    source: str
+    target: str
+    shard: str | None = None
+
+
+class Model(nn.Module):
+    """Base of all served models."""
+
+    modalities: ClassVar[frozenset[Modality]] = frozenset()
+    weight_prefixes: ClassVar[Mapping[str, str]] = {}  # literal prefix renames, first match wins
+    ignored: ClassVar[tuple[str, ...]] = ()  # key suffixes or prefixes that may be there and are not used
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__()
+        self.checkpoint = checkpoint
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int  # shape of the KV cache; num_layers 0 means that there is none
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Token ids int64 [tokens] -> [tokens, hidden]. Placeholder ids outside the table are looked up as 0."""
+        raise NotImplementedError
+
+    def encode(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+        """Tower: the arrays of each item's MediaFeatures -> embedding rows [num_rows, hidden] per item, in one batch."""
+        raise NotImplementedError
+
+    def forward(self, hidden: Tensor, positions: Tensor, cache: KVCache, context: AttentionContext) -> Tensor:
+        """Embeddings [tokens, hidden], positions int64 [tokens] or [axes, tokens] -> final hidden states [tokens, hidden]
+        (after the last norm)."""
+        raise NotImplementedError
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, hidden] -> float32 or model dtype [n, vocab]."""
+        raise NotImplementedError
+
+    def activation_bytes(self, tokens: int) -> int:
+        """Upper bound of the memory that a step of `tokens` tokens takes beside weights and cache."""
+        raise NotImplementedError
+
+

@@ -1,0 +1,47 @@
+"""Architecture name -> family: a literal table. Adding a model is a row here, a processor file and a model file.
+
+Torch-free: classes are named by string and imported by whoever needs them (`load_class`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from sensorium.types import Modality
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """`model` and `processor` are "module:Class". `title` and `modalities` make the generated table of models."""
+
+    title: str
+    model: str
+    processor: str
+    modalities: tuple[Modality, ...] = ()
+    tasks: tuple[str, ...] = ("generate",)
+
+
+_DECODER = "sensorium.models.decoder:DecoderForCausalLM"
+_TEXT = "sensorium.processors.base:Processor"
+
+FAMILIES: dict[str, Family] = {
+    "LlamaForCausalLM": Family("Llama 2/3, Yi, Vicuna", _DECODER, _TEXT),
+    "MistralForCausalLM": Family("Mistral", _DECODER, _TEXT),
+    "Qwen2ForCausalLM": Family("Qwen2, Qwen2.5", _DECODER, _TEXT),
+    "Qwen3ForCausalLM": Family("Qwen3", _DECODER, _TEXT),
+    "Phi3ForCausalLM": Family("Phi-3, Phi-3.5", _DECODER, _TEXT),
+    "LlavaForConditionalGeneration": Family(
+        "LLaVA-1.5", "sensorium.models.llava:Llava", "sensorium.processors.llava:LlavaProcessor", ("image",)),
+    "LlavaNextForConditionalGeneration": Family(
+        "LLaVA-NeXT (v1.6)", "sensorium.models.llava:LlavaNext", "sensorium.processors.llava_next:LlavaNextProcessor", ("image",)),
+    "Qwen2VLForConditionalGeneration": Family(
+        "Qwen2-VL", "sensorium.models.qwen2_vl:Qwen2VL", "sensorium.processors.qwen2_vl:Qwen2VLProcessor", ("image",)),
+}
+
+
+def load_class(path: str) -> Any:
+    """Import "module:Class". Only ever called with strings of `FAMILIES`."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)

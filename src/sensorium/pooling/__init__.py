@@ -1,0 +1,1 @@
+"""Pooled vectors, classes and scores from hidden states."""

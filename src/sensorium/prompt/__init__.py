@@ -1,0 +1,1 @@
+"""Messages become token ids; token ids become text."""
