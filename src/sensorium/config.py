@@ -1,7 +1,8 @@
 """Frozen configuration. Command-line flags are generated from these fields: the metadata is the help text.
 
-A field's flag is its name with dashes; `parse` in the metadata names a parser of `cli.py` where the type alone does
-not say how to read the flag. "auto" values are resolved before a config is built, never afterwards.
+A field's flag is its name with dashes; `parse` in the metadata names a parser of `flags.py` where the type alone does
+not say how to read the flag, `min` and `max` bound it (numbers are never negative). "auto" values are resolved before a
+config is built, never afterwards.
 """
 
 from __future__ import annotations
@@ -26,21 +27,23 @@ class EngineConfig:
     """Everything the engine process needs beside the checkpoint's own files."""
 
     model: str  # resolved local folder
-    dtype: str = flag("auto", "Weights' and computation's type. auto: as the checkpoint says, bfloat16 for float16 on a CPU.",
-                      choices=("auto", "bfloat16", "float16", "float32"))
-    device: str = flag("auto", "Where to compute. auto: cuda if there is one, else cpu.", choices=("auto", "cpu", "cuda"))
+    dtype: str = flag("auto", "Weights' and computation's type. auto: as the checkpoint says, "
+                              "bfloat16 for float16 on a CPU.", choices=("auto", "bfloat16", "float16", "float32"))
+    device: str = flag("auto", "Where to compute. auto: cuda if there is one, else cpu.",
+                       choices=("auto", "cpu", "cuda"))
     max_model_len: int | None = flag(None, "Longest prompt plus answer, in tokens. Default: the checkpoint's, "
-                                           "reduced to what the KV cache holds.")
-    max_num_seqs: int = flag(64, "Most sequences computed in one step. More wait in the queue.")
-    max_num_batched_tokens: int = flag(2048, "Most tokens computed in one step; longer prompts are prefilled in chunks.")
-    gpu_memory_utilization: float = flag(0.9, "Part of the GPU's memory that weights, activations and KV cache may take.")
-    kv_cache_memory: int | None = flag(None, "Bytes of KV cache, such as 4GB or 512MiB. Default on a CPU: a quarter of free memory.",
-                                       parse="size")
-    block_size: int = flag(16, "Tokens in a KV-cache block; the unit of prefix reuse.")
+                                           "reduced to what the KV cache holds.", min=1)
+    max_num_seqs: int = flag(64, "Most sequences computed in one step. More wait in the queue.", min=1)
+    max_num_batched_tokens: int = flag(2048, "Most tokens computed in one step; longer prompts come in chunks.", min=1)
+    gpu_memory_utilization: float = flag(0.9, "Part of the GPU's memory that weights, activations and KV cache may "
+                                              "take.", min=0.01, max=1)
+    kv_cache_memory: int | None = flag(None, "Bytes of KV cache, such as 4GB or 512MiB. "
+                                             "Default on a CPU: a quarter of free memory.", parse="size")
+    block_size: int = flag(16, "Tokens in a KV-cache block; the unit of prefix reuse.", min=1, max=256)
     enable_prefix_caching: bool = flag(True, "Reuse the KV cache of equal beginnings of prompts (media included).")
     encoder_cache_memory: int = flag(256 * MiB, "Bytes of tower outputs kept for media that come again.", parse="size")
     seed: int = flag(0, "Seed of requests that bring none.")
-    threads: int | None = flag(None, "CPU threads of the engine. Default: all cores.")
+    threads: int | None = flag(None, "CPU threads of the engine. Default: all cores.", min=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,8 @@ class Limits:
     max_logprobs: int = flag(20, "Alternatives reported per token.")
     max_embedding_inputs: int = flag(2048, "Inputs of one embeddings request.")
     max_embedding_tokens: int = flag(300_000, "Tokens of one embeddings request.")
-    max_waiting: int | None = flag(None, "Requests that may wait; more are refused with 503. Default: 4 x max-num-seqs.")
+    max_waiting: int | None = flag(None, "Requests that may wait; more are refused with 503. "
+                                         "Default: 4 x max-num-seqs.")
     max_concurrency_per_key: int = flag(256, "Requests of one API key in flight; more are refused with 429.")
     request_timeout_s: float = flag(600.0, "Seconds one request may take in all.")
     keep_alive_comment_s: float = flag(15.0, "Seconds of silence on a stream after which a comment is sent.")
@@ -93,22 +97,25 @@ class ServerConfig:
     """The HTTP process: where it listens, whom it lets in, what media it fetches."""
 
     host: str = flag("127.0.0.1", "Address to listen on; 0.0.0.0 for every interface.")
-    port: int = flag(8000, "Port to listen on; 0 for any free one.")
-    api_key: tuple[str, ...] = flag((), "Key that clients must send as `Authorization: Bearer`. Repeatable; also from "
-                                        "SENSORIUM_API_KEY (comma-separated).", repeat=True)
+    port: int = flag(8000, "Port to listen on; 0 for any free one.", max=65535)
+    api_key: tuple[str, ...] = flag((), "Key that clients must send as `Authorization: Bearer`. Repeatable; also "
+                                        "from SENSORIUM_API_KEY (comma-separated).", repeat=True)
     root_path: str = flag("", "Path under which a reverse proxy serves this server.")
-    served_model_name: tuple[str, ...] = flag((), "Name(s) clients call the model by. Default: MODEL as given.", nargs="+")
+    served_model_name: tuple[str, ...] = flag((), "Name(s) clients call the model by. Default: MODEL as given.",
+                                              nargs="+")
     allowed_local_media_path: str | None = flag(None, "Folder from which `file:` URLs may be read. Default: none.")
-    allowed_media_domains: tuple[str, ...] = flag((), "Hosts that media may be fetched from, also private or loopback ones named "
-                                                      "here. Default: any public host.", nargs="+")
+    allowed_media_domains: tuple[str, ...] = flag((), "Hosts that media may be fetched from, also private or loopback "
+                                                      "ones named here. Default: any public host.", nargs="+")
     limit_mm_per_prompt: dict[str, int] = flag(dict, "Media per request: image=2,video=1 or JSON.", parse="counts")
-    mm_processor_kwargs: dict[str, Any] = flag(dict, "JSON of processor settings, such as {\"max_pixels\": 1003520}.", parse="json")
+    mm_processor_kwargs: dict[str, Any] = flag(dict, "JSON of processor settings, such as {\"max_pixels\": 1003520}.",
+                                               parse="json")
     allow_request_mm_kwargs: bool = flag(False, "Let requests bring `mm_processor_kwargs`.")
     allow_request_chat_template: bool = flag(False, "Let requests bring `chat_template`.")
     chat_template: str | None = flag(None, "Chat template: a file or the template itself. Default: the checkpoint's.")
-    shared_prefix_cache: bool = flag(False, "Share cached prefixes between API keys (faster, but timing tells who asked what).")
+    shared_prefix_cache: bool = flag(False, "Share cached prefixes between API keys (faster, but timing tells who "
+                                            "asked what).")
     disable_log_requests: bool = flag(False, "Do not log a line per request.")
-    media_workers: int = flag(2, "Threads that fetch, decode and process media.")
+    media_workers: int = flag(2, "Threads that fetch, decode and process media.", min=1)
 
 
 @dataclass(frozen=True, slots=True)
