@@ -127,3 +127,49 @@ class LoadConfig:
     trust_remote_code: bool = flag(False, "Accepted for compatibility. Remote code is never run and never needed.")
     task: str = flag("auto", "Narrow what is served. auto: everything the model can do.",
                      choices=("auto", "generate", "embed", "classify", "reward", "score"))
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """A parsed `sensorium serve`. `engine.model` is still empty: the folder is known once `model` is resolved."""
+
+    model: str | None  # folder or hub id; None is the built-in model
+    load: LoadConfig
+    engine: EngineConfig
+    server: ServerConfig
+    limits: Limits
+
+
+@dataclass(frozen=True, slots=True)
+class ChatConfig:
+    """A terminal chat with a running server."""
+
+    base_url: str = flag("http://127.0.0.1:8000", "Address of the server, with or without /v1.")
+    model: str | None = flag(None, "Model to talk to. Default: the first that the server lists.")
+    api_key: str | None = flag(None, "The server's key; also from SENSORIUM_API_KEY.")
+    system: str | None = flag(None, "System prompt.")
+    max_tokens: int = flag(512, "Longest answer, in tokens.", min=1)
+    temperature: float | None = flag(None, "Sampling temperature. Default: the model's.")
+
+
+@dataclass(frozen=True, slots=True)
+class BenchConfig:
+    """One load on one server."""
+
+    base_url: str = flag("http://127.0.0.1:8000", "Address of the server, with or without /v1.")
+    model: str | None = flag(None, "Model to ask for. Default: the first that the server lists.")
+    requests: int = flag(64, "Requests to send.", min=1)
+    concurrency: int = flag(8, "Closed loop: requests in flight at any time.", min=1)
+    rate: float | None = flag(None, "Open loop: requests a second, arriving at random (Poisson), however many are in "
+                                    "flight. Replaces --concurrency.", min=0.001)
+    kind: str = flag("text", "What a request carries.", choices=("text", "image"))
+    input_tokens: int = flag(128, "Text tokens of a prompt, about; the picture's come on top.", min=1)
+    output_tokens: int = flag(64, "Tokens of an answer, exactly where the server knows `ignore_eos`.", min=1)
+    image_size: tuple[int, int] = flag((448, 448), "Width and height of the picture, in pixels, such as 448x448.",
+                                       parse="extent")
+    images: int = flag(1, "Pictures in a request of kind image.", min=1)
+    warmup: int = flag(2, "Requests sent before the clock starts.")
+    api_key: str | None = flag(None, "The server's key; also from SENSORIUM_API_KEY.")
+    seed: int = flag(0, "Seed of prompts, pictures and arrivals. Use another one for every run on one server.")
+    timeout_s: float = flag(1200.0, "Seconds after which a request counts as failed.")
+    json: str | None = flag(None, "File to write the figures to.")

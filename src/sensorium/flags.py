@@ -88,6 +88,14 @@ def parse_counts(text: str) -> dict[str, int]:
     return {name: int(value) for name, value in pairs}
 
 
+def parse_extent(text: str) -> tuple[int, int]:
+    """`448x336` -> (448, 336); `448` is a square."""
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and (height or width).isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a width and height; write 448x336")
+    return int(width), int(height or width)
+
+
 def parse_int(text: str) -> int:
     try:
         return int(text)
@@ -105,8 +113,11 @@ def parse_float(text: str) -> float:
     return value
 
 
-_BY_NAME: dict[str, Callable[[str], Any]] = {"size": parse_size, "counts": parse_counts, "json": parse_json}
-_BY_TYPE: dict[type, Callable[[str], Any]] = {int: parse_int, float: parse_float, str: str}
+_BY_NAME: dict[str, tuple[Callable[[str], Any], str]] = {
+    "size": (parse_size, "SIZE"), "counts": (parse_counts, "COUNTS"), "json": (parse_json, "JSON"),
+    "extent": (parse_extent, "WxH")}
+_BY_TYPE: dict[type, tuple[Callable[[str], Any], str]] = {
+    int: (parse_int, "N"), float: (parse_float, "X"), bool: (str, "")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +145,8 @@ class Flag:
             return ""
         if self.is_switch:
             return "on" if self.default else "off"
+        if isinstance(self.default, tuple):
+            return "x".join(map(str, self.default))
         return size_text(self.default) if self.value == "SIZE" else str(self.default)
 
 
@@ -153,10 +166,7 @@ def flags_of(config: type) -> tuple[Flag, ...]:
 
 def _flag(field: dataclasses.Field[Any], hint: Any) -> Flag:
     meta = field.metadata
-    scalar = _scalar(hint)
-    parse = _BY_NAME[meta["parse"]] if "parse" in meta else _BY_TYPE.get(scalar, str)
-    names = {"size": "SIZE", "counts": "COUNTS", "json": "JSON"}
-    value = names.get(meta.get("parse", ""), {int: "N", float: "X", bool: ""}.get(scalar, "TEXT"))
+    parse, value = _BY_NAME[meta["parse"]] if "parse" in meta else _BY_TYPE.get(_scalar(hint), (str, "TEXT"))
     default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
     return Flag(
         field=field.name, option="--" + field.name.replace("_", "-"), help=meta["help"], default=default, value=value,
