@@ -1,0 +1,222 @@
+"""The one door out: nothing else in this project opens a connection that a client named.
+
+A URL is parsed once, by us, and rebuilt from its parts; every address of its host is checked and the connection goes
+to a checked address, so that no second parser and no second name resolution can disagree.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import re
+import socket
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from urllib.parse import quote, urljoin
+
+import httpx
+
+from sensorium import __version__
+from sensorium.media.address import Address, AllowedHosts, canonical_host
+from sensorium.media.source import Refusal, size_text
+
+Resolver = Callable[[str, int], Awaitable[list[str]]]
+
+REFUSED = ("This URL cannot be fetched: its host does not exist, is not a public address, or is not one that the "
+           "operator allowed (--allowed-media-domains). Send the {noun} as a data: URL instead.")
+MALFORMED = ("This is not a usable URL: write http(s)://host/path without user name, backslashes, spaces or control "
+             "characters, or send the {noun} as a data: URL.")
+CONNECTION_FAILED = "The {noun} could not be downloaded: the connection to its host failed."
+FORBIDDEN = re.compile(r"[\x00-\x20\x7f-\xa0\\\u2028\u2029\ufeff]|%00", re.IGNORECASE)
+URL = re.compile(r"(https?)://([^/?#]+)([^?#]*)(\?[^#]*)?(?:#.*)?", re.IGNORECASE)
+AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?")
+REDIRECTS = frozenset((301, 302, 303, 307, 308))
+SAFE_IN_URL = "!#$%&'()*+,/:;=?@[]~"
+MAX_ADDRESSES = 4  # of one host, tried in turn
+READ_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A URL in checked parts. `path` holds the query, percent-encoded."""
+
+    scheme: str
+    host: str
+    port: int
+    path: str
+
+    @property
+    def netloc(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == (443 if self.scheme == "https" else 80) else f"{host}:{self.port}"
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.netloc}{self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    payload: bytes
+    content_type: str | None
+
+
+def parse_url(url: str, max_length: int) -> Target:
+    """The only URL parser. What it does not understand is refused, never repaired."""
+    if len(url) > max_length:
+        raise Refusal("url", f"The URL is longer than {max_length} characters. Send the {{noun}} as a data: URL.")
+    if FORBIDDEN.search(url):
+        raise Refusal("url", MALFORMED)
+    match = URL.fullmatch(url)
+    if match is None:
+        raise Refusal("url", MALFORMED)
+    scheme = match[1].lower()
+    authority = AUTHORITY.fullmatch(_ascii_authority(match[2]))
+    if authority is None:
+        raise Refusal("url", MALFORMED)
+    port = int(authority[2]) if authority[2] else (443 if scheme == "https" else 80)
+    host = canonical_host(authority[1].lower())
+    if not host or not 0 < port < 65536:
+        raise Refusal("url", MALFORMED)
+    path = quote((match[3] or "/") + (match[4] or ""), safe=SAFE_IN_URL)
+    return Target(scheme, host, port, path)
+
+
+def _ascii_authority(text: str) -> str:
+    """An international host name in its ASCII form."""
+    if text.isascii():
+        return text
+    import idna
+
+    host, colon, port = text.partition(":")
+    try:
+        return idna.encode(host, uts46=True).decode("ascii") + colon + port
+    except idna.IDNAError:
+        raise Refusal("url", MALFORMED) from None
+
+
+class Fetcher:
+    """Downloads one file at a time with a cap on bytes and one deadline over everything, redirects included."""
+
+    def __init__(self, allowed: AllowedHosts, *, timeout_s: float, max_redirects: int, max_url_length: int,
+                 resolve: Resolver | None = None, transport: httpx.AsyncBaseTransport | None = None) -> None:
+        self._allowed = allowed
+        self._timeout_s = timeout_s
+        self._max_redirects = max_redirects
+        self._max_url_length = max_url_length
+        self._names = ThreadPoolExecutor(8, "media-dns")  # its own threads: a slow name server must not stop other work
+        self._resolve = resolve or self._system_resolve
+        self._plain = transport or _transport(False)
+        self._tls = transport
+
+    async def get(self, url: str, max_bytes: int) -> Fetched:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await self._follow(parse_url(url, self._max_url_length), max_bytes)
+        except TimeoutError:
+            raise Refusal("download", f"The {{noun}} could not be downloaded within {self._timeout_s:g} s.") from None
+        except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, ssl.SSLError, OSError):
+            raise Refusal("download", CONNECTION_FAILED) from None
+
+    async def aclose(self) -> None:
+        await self._plain.aclose()
+        if self._tls is not None:
+            await self._tls.aclose()
+        self._names.shutdown(wait=False, cancel_futures=True)
+
+    async def _follow(self, target: Target, max_bytes: int) -> Fetched:
+        seen: set[str] = set()
+        for _ in range(self._max_redirects + 1):
+            if str(target) in seen:
+                raise Refusal("download", "The {noun}'s URL redirects in a circle.")
+            seen.add(str(target))
+            async with self._open(target) as response:
+                if response.status_code not in REDIRECTS:
+                    return await self._read(response, max_bytes)
+                target = self._next(target, response.headers.get("location", ""))
+        raise Refusal("url", f"The {{noun}}'s URL redirects more than {self._max_redirects} times.")
+
+    def _next(self, origin: Target, location: str) -> Target:
+        target = parse_url(urljoin(str(origin), location), self._max_url_length)
+        if origin.scheme == "https" and target.scheme == "http":
+            raise Refusal("url", "The {noun}'s URL redirects from https to http, which is not followed.")
+        return target
+
+    @asynccontextmanager
+    async def _open(self, target: Target) -> AsyncIterator[httpx.Response]:
+        """Send the request to a checked address; the next address is tried only when no connection was made."""
+        transport = await self._transport_for(target)
+        addresses = await self._checked_addresses(target)
+        for address in addresses:
+            try:
+                response = await transport.handle_async_request(_request(target, address))
+            except (httpx.ConnectError, httpx.ConnectTimeout):
+                continue
+            try:
+                yield response
+            finally:
+                await response.aclose()
+            return
+        raise Refusal("download", CONNECTION_FAILED)
+
+    async def _transport_for(self, target: Target) -> httpx.AsyncBaseTransport:
+        if target.scheme == "http":
+            return self._plain
+        if self._tls is None:
+            context = await asyncio.to_thread(httpx.create_ssl_context, trust_env=False)
+            self._tls = self._tls or _transport(context)
+        return self._tls
+
+    async def _checked_addresses(self, target: Target) -> list[Address]:
+        """Every address of the host, all of them allowed: one bad answer among good ones refuses the host."""
+        if not self._allowed.admits(target.host, target.port):
+            raise Refusal("url", REFUSED)
+        try:
+            addresses = [ipaddress.ip_address(text.partition("%")[0])
+                         for text in await self._resolve(target.host, target.port)]
+        except (OSError, UnicodeError, ValueError):
+            addresses = []
+        if not addresses or not all(self._allowed.admits_address(target.host, target.port, a) for a in addresses):
+            raise Refusal("url", REFUSED)
+        return addresses[:MAX_ADDRESSES]
+
+    async def _system_resolve(self, host: str, port: int) -> list[str]:
+        loop = asyncio.get_running_loop()
+        answers = await loop.run_in_executor(
+            self._names, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        return list(dict.fromkeys(str(answer[4][0]) for answer in answers))
+
+    async def _read(self, response: httpx.Response, max_bytes: int) -> Fetched:
+        if response.status_code != 200:
+            raise Refusal("download", f"The {{noun}} could not be downloaded: its host answered with status "
+                                      f"{response.status_code}.")
+        if response.headers.get("content-encoding", "identity").strip().lower() != "identity":
+            raise Refusal("download", "The {noun} could not be downloaded: its host sent it compressed although "
+                                      "asked not to.")
+        too_large = Refusal("file_size", f"The {{noun}}'s file is larger than {size_text(max_bytes)}.")
+        declared = response.headers.get("content-length", "")
+        if declared.isascii() and declared.isdigit() and (len(declared) > 18 or int(declared) > max_bytes):
+            raise too_large
+        payload = bytearray()
+        async for chunk in response.aiter_raw():
+            payload += chunk
+            if len(payload) > max_bytes:
+                raise too_large
+        return Fetched(bytes(payload), response.headers.get("content-type"))
+
+
+def _transport(context: ssl.SSLContext | bool) -> httpx.AsyncHTTPTransport:
+    """No proxies or other settings from the environment. No connection is kept: a kept TLS connection was verified
+    for one name and would be reused for another on the same address."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    return httpx.AsyncHTTPTransport(verify=context, trust_env=False, http2=False, limits=limits, retries=0)
+
+
+def _request(target: Target, address: Address) -> httpx.Request:
+    url = httpx.URL(scheme=target.scheme, host=str(address), port=target.port, raw_path=target.path.encode("ascii"))
+    headers = {"Host": target.netloc, "User-Agent": f"sensorium/{__version__}", "Accept": "*/*",
+               "Accept-Encoding": "identity", "Connection": "close"}
+    timeout = httpx.Timeout(READ_TIMEOUT_S).as_dict()
+    return httpx.Request("GET", url, headers=headers, extensions={"timeout": timeout, "sni_hostname": target.host})

@@ -1,0 +1,98 @@
+"""Picture file -> upright RGB pixels, as a viewer would show it on white paper. Runs in decode workers only.
+
+First frame only; alpha, palettes, 16 bits, CMYK and EXIF orientation are resolved here, colour profiles are ignored.
+"""
+
+from __future__ import annotations
+
+from io import BytesIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import BmpImagePlugin, GifImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+
+from sensorium.media.header import ImageFormat, ImageHeader, read_header
+from sensorium.media.source import Refusal
+
+READERS: dict[ImageFormat, type[ImageFile.ImageFile]] = {
+    "JPEG": JpegImagePlugin.JpegImageFile,
+    "PNG": PngImagePlugin.PngImageFile,
+    "WEBP": WebPImagePlugin.WebPImageFile,
+    "GIF": GifImagePlugin.GifImageFile,
+    "BMP": BmpImagePlugin.BmpImageFile,
+}
+"""Called directly: `Image.open` also follows a JPEG into the multi-picture format and knows 40 more."""
+
+FLIPS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, MemoryError)
+"""What Pillow raises for damaged files. Anything else ends the worker, which costs this one request as well."""
+
+Pixels = NDArray[np.uint8]
+
+
+def decode_image(payload: bytes) -> Pixels:
+    """uint8 [height, width, 3]. The size was checked against the limits by whoever called."""
+    header = read_header(payload)
+    try:
+        with READERS[header.format](BytesIO(payload)) as picture:
+            if picture.size != (header.width, header.height):
+                raise ValueError
+            picture.load()
+            rgb = _to_rgb(picture, header)
+            upright = rgb.transpose(FLIPS[header.orientation]) if header.orientation in FLIPS else rgb
+            return np.asarray(upright)
+    except UNREADABLE:
+        raise Refusal("parse", f"The {header.format} file is damaged or cut off: it cannot be decoded.") from None
+
+
+def _to_rgb(picture: Image.Image, header: ImageHeader) -> Image.Image:
+    transparency = picture.info.pop("transparency", None)
+    if picture.mode.startswith("I"):
+        return _from_16_bits(np.asarray(picture), transparency)
+    if _is_colour_key(transparency, picture.mode):
+        picture.info["transparency"] = _scaled_key(transparency, picture.mode, header)
+        return _on_white(picture.convert("RGBA"))
+    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        return _on_white(picture.convert("RGBA"))
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _is_colour_key(transparency: object, mode: str) -> bool:
+    """A text chunk may write anything at all under this name, so its type is looked at."""
+    if mode == "P":
+        return isinstance(transparency, int | bytes)
+    if mode == "RGB":
+        return isinstance(transparency, tuple) and len(transparency) == 3
+    return mode in ("1", "L") and isinstance(transparency, int)
+
+
+def _scaled_key(key: object, mode: str, header: ImageHeader) -> object:
+    """PNG writes the transparent colour in samples of the file's depth; Pillow has made 8 bits of the pixels."""
+    if mode == "L" and isinstance(key, int) and header.bit_depth < 8:
+        return key * 255 // ((1 << header.bit_depth) - 1)
+    if mode == "RGB" and isinstance(key, tuple) and header.bit_depth == 16:
+        return tuple(sample >> 8 for sample in key)
+    return key
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
+    white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+    white.alpha_composite(picture)
+    return white.convert("RGB")
+
+
+def _from_16_bits(samples: NDArray[np.generic], key: object) -> Image.Image:
+    """Grey 0..65535 -> 0..255, rounded."""
+    wide = np.clip(samples.astype(np.int32), 0, 65535)
+    grey = ((wide + 128) // 257).astype(np.uint8)
+    if isinstance(key, int):
+        grey[wide == key] = 255
+    return Image.fromarray(grey).convert("RGB")

@@ -1,0 +1,77 @@
+"""What goes into and comes out of the media layer, and the one form in which it refuses something."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sensorium.errors import MediaError
+from sensorium.types import Modality
+
+Problem = Literal["url", "base64", "download", "file_size", "empty", "type", "large", "small", "long", "parse"]
+
+CODES: dict[Problem, str] = {
+    "url": "invalid_{kind}_url",
+    "base64": "invalid_base64_{kind}",
+    "download": "failed_to_download_{kind}",
+    "file_size": "{kind}_file_too_large",
+    "empty": "empty_{kind}_file",
+    "type": "unsupported_{kind}_media_type",
+    "large": "{kind}_too_large",
+    "small": "{kind}_too_small",
+    "long": "{kind}_too_long",
+    "parse": "{kind}_parse_error",
+}
+NOUNS: dict[Modality, str] = {"image": "picture", "video": "video", "audio": "sound"}
+
+
+@dataclass(frozen=True, slots=True)
+class MediaSource:
+    """One medium as a request names it: a URL (http, https, data or file) or base64 `data` (`input_audio`)."""
+
+    kind: Modality
+    param: str  # where it stands in the request: messages[0].content[1].image_url.url
+    url: str | None = None
+    data: str | None = None
+    format: str | None = None  # what the client says `data` is; bytes decide
+
+
+@dataclass(frozen=True, slots=True)
+class RawMedia:
+    """A medium's file as it came, at most as many bytes as its kind may have. Nothing in it has been believed yet."""
+
+    kind: Modality
+    param: str
+    payload: bytes
+    declared_type: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MediaSize:
+    """What the file's header says, orientation applied."""
+
+    height: int
+    width: int
+    frames: int = 1
+
+
+class Refusal(Exception):
+    """Internal to this package: why a medium is not taken. `{noun}` in the text becomes picture, video or sound."""
+
+    def __init__(self, problem: Problem, text: str) -> None:
+        super().__init__(text)
+        self.problem: Problem = problem
+        self.text = text
+
+    def as_error(self, kind: Modality, param: str) -> MediaError:
+        """The client's view. The text is ours alone: nothing of a library's message or of the file is in it."""
+        text = self.text.replace("{noun}", NOUNS[kind])
+        return MediaError(text, param=param, code=CODES[self.problem].format(kind=kind))
+
+
+def size_text(size_bytes: int) -> str:
+    """20971520 -> "20 MiB": sizes as messages and flags write them."""
+    for unit, name in ((1024**3, "GiB"), (1024**2, "MiB"), (1024, "KiB")):
+        if size_bytes >= unit:
+            return f"{size_bytes / unit:.4g} {name}"
+    return f"{size_bytes} bytes"
