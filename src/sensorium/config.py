@@ -77,6 +77,7 @@ class Limits:
     max_url_length: int = flag(2048, "Characters of an http(s) URL.")
     max_redirects: int = flag(3, "Redirects followed when fetching media, each checked anew.")
     fetch_timeout_s: float = flag(10.0, "Seconds for one media download, redirects included.")
+    decode_timeout_s: float = flag(20.0, "Seconds of decoding one medium.")
     max_n: int = flag(16, "Answers to one prompt (`n`).")
     max_stop: int = flag(4, "Stop strings of one request.")
     max_stop_bytes: int = flag(256, "Bytes of one stop string.")
