@@ -1,0 +1,123 @@
+"""How a checkpoint's hidden states become a vector, read from its own files. Torch-free.
+
+sentence-transformers repositories say it in `modules.json` and the folders it names; type names changed over its versions,
+so only their last component counts. Without these files encoders pool the first token and decoders the last, normalised.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sensorium.errors import CheckpointError
+
+PoolingKind = Literal["last", "cls", "mean", "max", "mean_sqrt_len", "weighted_mean"]
+
+_MODES: dict[str, PoolingKind] = {
+    "cls": "cls",
+    "mean": "mean",
+    "max": "max",
+    "mean_sqrt_len_tokens": "mean_sqrt_len",
+    "weightedmean": "weighted_mean",
+    "lasttoken": "last",
+}
+_FLAGS: dict[str, PoolingKind] = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len",
+    "pooling_mode_weightedmean_tokens": "weighted_mean",
+    "pooling_mode_lasttoken": "last",
+}
+ACTIVATIONS: dict[str, str] = {"Identity": "identity", "Sigmoid": "sigmoid", "Tanh": "tanh", "ReLU": "relu", "GELU": "gelu",
+                               "SiLU": "silu", "Softmax": "softmax"}
+"""Classes of torch.nn that a repository may name -> our activation. Looked up, never imported."""
+
+
+@dataclass(frozen=True, slots=True)
+class DenseSpec:
+    """A `Dense` module: `folder` holds model.safetensors or pytorch_model.bin with `linear.weight` [out, in]."""
+
+    folder: Path
+    activation: str
+    bias: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PoolingSpec:
+    """Several kinds are concatenated, in sentence-transformers' order."""
+
+    kinds: tuple[PoolingKind, ...]
+    normalize: bool
+    dense: tuple[DenseSpec, ...] = ()
+    max_seq_length: int | None = None
+    lower_case: bool = False
+
+
+def activation_name(path: str) -> str:
+    """`torch.nn.modules.linear.Identity` -> `identity`; anything outside the table is a CheckpointError."""
+    name = path.rpartition(".")[2]
+    if not path.startswith("torch.nn.") or name not in ACTIVATIONS:
+        raise CheckpointError(f"activation '{path}' is not supported (supported: torch.nn's {', '.join(sorted(ACTIVATIONS))})")
+    return ACTIVATIONS[name]
+
+
+def read_pooling(folder: Path, default: PoolingKind) -> PoolingSpec:
+    """The checkpoint's own pooling, or `default` with normalisation where it says nothing."""
+    modules = _json(folder / "modules.json")
+    if modules is None:
+        return PoolingSpec((default,), normalize=True)
+    kinds: tuple[PoolingKind, ...] = (default,)
+    dense: list[DenseSpec] = []
+    normalize, max_seq_length, lower_case = False, None, False
+    for module in modules:
+        kind, path = str(module["type"]).rpartition(".")[2], folder / str(module.get("path", ""))
+        if kind == "Transformer":
+            settings = _json(path / "sentence_bert_config.json") or _json(folder / "sentence_bert_config.json") or {}
+            max_seq_length, lower_case = settings.get("max_seq_length"), bool(settings.get("do_lower_case"))
+        elif kind == "Pooling":
+            kinds = _kinds(path)
+        elif kind == "Dense":
+            dense.append(_dense(path))
+        elif kind == "Normalize":
+            normalize = True
+        else:
+            raise CheckpointError(f"modules.json names '{module['type']}', which is not supported "
+                                  "(supported: Transformer, Pooling, Dense, Normalize)")
+    return PoolingSpec(kinds, normalize, tuple(dense), max_seq_length, lower_case)
+
+
+def _kinds(path: Path) -> tuple[PoolingKind, ...]:
+    settings = _json(path / "config.json")
+    if settings is None:
+        raise CheckpointError(f"{path.name}/config.json is missing, though modules.json names it")
+    mode = settings.get("pooling_mode")
+    if mode is not None:
+        names = [mode] if isinstance(mode, str) else list(mode)
+        unknown = [name for name in names if name not in _MODES]
+        if unknown:
+            raise CheckpointError(f"{path.name}/config.json: pooling_mode '{unknown[0]}' is not supported")
+        return tuple(_MODES[name] for name in names)
+    kinds = tuple(kind for flag, kind in _FLAGS.items() if settings.get(flag))
+    if not kinds:
+        raise CheckpointError(f"{path.name}/config.json switches no pooling mode on")
+    return kinds
+
+
+def _dense(path: Path) -> DenseSpec:
+    settings = _json(path / "config.json")
+    if settings is None:
+        raise CheckpointError(f"{path.name}/config.json is missing, though modules.json names it")
+    return DenseSpec(path, activation_name(settings.get("activation_function", "torch.nn.modules.activation.Tanh")),
+                     bool(settings.get("bias", True)))
+
+
+def _json(path: Path) -> Any:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path.name} is not valid JSON: {error}") from None

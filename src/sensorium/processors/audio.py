@@ -1,0 +1,68 @@
+"""Log-mel features as Whisper's encoders eat them, in numpy.
+
+Source: Radford et al. 2022 (Whisper), section 2.2, with Slaney's mel scale and area normalisation. The maximum for the
+dynamic range is taken over the whole clip.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+from numpy.typing import NDArray
+
+SAMPLE_RATE = 16_000  # Hz
+FFT_SAMPLES = 400
+HOP_SAMPLES = 160
+FREQUENCIES = FFT_SAMPLES // 2 + 1
+DYNAMIC_RANGE = 8.0  # log10 units kept below the clip's loudest bin
+FRAMES_AT_ONCE = 3000  # bounds the memory of one transform
+
+_BREAK_HZ, _BREAK_MEL = 1000.0, 15.0  # Slaney: linear below, logarithmic above
+_LOG_STEP = np.log(6.4) / 27.0
+
+
+def _mel_of(hz: NDArray[np.float64]) -> NDArray[np.float64]:
+    linear = hz * _BREAK_MEL / _BREAK_HZ
+    return np.where(hz < _BREAK_HZ, linear, _BREAK_MEL + np.log(np.maximum(hz, _BREAK_HZ) / _BREAK_HZ) / _LOG_STEP)
+
+
+def _hz_of(mel: NDArray[np.float64]) -> NDArray[np.float64]:
+    linear = mel * _BREAK_HZ / _BREAK_MEL
+    return np.where(mel < _BREAK_MEL, linear, _BREAK_HZ * np.exp(_LOG_STEP * (mel - _BREAK_MEL)))
+
+
+@functools.cache
+def mel_filters(num_bins: int) -> NDArray[np.float64]:
+    """Triangular filters over 0..8 kHz, each of unit area: [FREQUENCIES, num_bins]."""
+    top = np.array(SAMPLE_RATE / 2)
+    edges = _hz_of(np.linspace(0.0, float(_mel_of(top)), num_bins + 2))  # [num_bins + 2]
+    hz = np.linspace(0.0, float(top), FREQUENCIES)[:, None]
+    left, centre, right = edges[:-2], edges[1:-1], edges[2:]
+    rising, falling = (hz - left) / (centre - left), (right - hz) / (right - centre)
+    return np.maximum(0.0, np.minimum(rising, falling)) * (2.0 / (right - left))
+
+
+@functools.cache
+def _window() -> NDArray[np.float64]:
+    """Periodic Hann."""
+    return np.hanning(FFT_SAMPLES + 1)[:-1]
+
+
+def log_mel(samples: NDArray[np.float32], num_bins: int) -> NDArray[np.float32]:
+    """Mono 16 kHz samples [n] -> [num_bins, n // HOP_SAMPLES]. `n` must be more than FFT_SAMPLES / 2."""
+    if len(samples) <= FFT_SAMPLES // 2:
+        raise ValueError(f"a clip needs more than {FFT_SAMPLES // 2} samples")
+    padded = np.pad(samples, FFT_SAMPLES // 2, mode="reflect")
+    frames = np.lib.stride_tricks.sliding_window_view(padded, FFT_SAMPLES)[::HOP_SAMPLES][: len(samples) // HOP_SAMPLES]
+    filters, window = mel_filters(num_bins), _window()
+    out = np.empty((num_bins, len(frames)), np.float32)
+    for start in range(0, len(frames), FRAMES_AT_ONCE):
+        # Rounded to complex64 because the published features are: near silence the rounding is all there is.
+        piece = np.fft.rfft(frames[start : start + FRAMES_AT_ONCE] * window).astype(np.complex64)
+        power = np.square(piece.real, dtype=np.float64) + np.square(piece.imag, dtype=np.float64)
+        out[:, start : start + len(power)] = np.log10(np.maximum(power @ filters, 1e-10)).T
+    np.maximum(out, out.max(initial=-10.0) - DYNAMIC_RANGE, out=out)
+    out += 4.0
+    out /= 4.0
+    return out

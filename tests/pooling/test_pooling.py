@@ -1,0 +1,80 @@
+"""sentence-transformers' module files in their dialects, and the poolings themselves."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sensorium.errors import CheckpointError
+from sensorium.pooling.pool import POOLINGS, finish, pool
+from sensorium.pooling.spec import activation_name, read_pooling
+
+
+def write(folder: Path, modules: list[tuple[str, str]], pooling: dict[str, object]) -> None:
+    (folder / "modules.json").write_text(json.dumps(
+        [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (kind, path) in enumerate(modules)]))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+
+
+@pytest.mark.parametrize("package", ["sentence_transformers.models", "sentence_transformers.base.modules.x"])
+@pytest.mark.parametrize(("settings", "kinds"), [
+    ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}, ("mean",)),
+    ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, ("cls", "mean")),
+    ({"pooling_mode": "lasttoken"}, ("last",)),
+])
+def test_module_files(tmp_path: Path, package: str, settings: dict[str, object], kinds: tuple[str, ...]) -> None:
+    write(tmp_path, [(f"{package}.Transformer", ""), (f"{package}.Pooling", "1_Pooling"),
+                     (f"{package}.Normalize", "2_Normalize")], settings)
+    (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": 256, "do_lower_case": false}')
+    spec = read_pooling(tmp_path, "cls")
+    assert spec.kinds == kinds
+    assert spec.normalize
+    assert spec.max_seq_length == 256
+
+
+def test_no_module_files(tmp_path: Path) -> None:
+    spec = read_pooling(tmp_path, "last")
+    assert (spec.kinds, spec.normalize, spec.dense) == (("last",), True, ())
+
+
+def test_normalises_only_if_named(tmp_path: Path) -> None:
+    write(tmp_path, [("sentence_transformers.models.Pooling", "1_Pooling")], {"pooling_mode_cls_token": True})
+    assert not read_pooling(tmp_path, "cls").normalize
+
+
+@pytest.mark.parametrize("settings", [{}, {"pooling_mode": "attention"}])
+def test_unknown_poolings_are_refused(tmp_path: Path, settings: dict[str, object]) -> None:
+    write(tmp_path, [("sentence_transformers.models.Pooling", "1_Pooling")], settings)
+    with pytest.raises(CheckpointError, match="pooling"):
+        read_pooling(tmp_path, "cls")
+
+
+def test_unknown_modules_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, [("custom_code.LSTM", "1_LSTM")], {})
+    with pytest.raises(CheckpointError, match=r"custom_code\.LSTM"):
+        read_pooling(tmp_path, "cls")
+
+
+def test_activations_are_looked_up_never_imported() -> None:
+    assert activation_name("torch.nn.modules.linear.Identity") == "identity"
+    for path in ("os.system", "torch.nn.modules.linear.Bilinear", "evil.torch.nn.Sigmoid"):
+        with pytest.raises(CheckpointError, match="not supported"):
+            activation_name(path)
+
+
+def test_poolings() -> None:
+    hidden = torch.tensor([[1.0, -2.0], [3.0, 4.0], [5.0, 0.0]])
+    expected = {"last": [5.0, 0.0], "cls": [1.0, -2.0], "mean": [3.0, 2 / 3], "max": [5.0, 4.0],
+                "mean_sqrt_len": [9 / 3**0.5, 2 / 3**0.5], "weighted_mean": [(1 + 6 + 15) / 6, (-2 + 8) / 6]}
+    assert set(expected) == set(POOLINGS)
+    for kind, values in expected.items():
+        torch.testing.assert_close(pool(hidden, (kind,)), torch.tensor(values))  # type: ignore[arg-type]
+    assert pool(hidden, ("cls", "mean")).tolist()[:2] == [1.0, -2.0]
+
+
+def test_dimensions_are_cut_before_normalising() -> None:
+    vector = finish(torch.tensor([3.0, 4.0, 12.0]), 2, normalize=True)
+    torch.testing.assert_close(vector, torch.tensor([0.6, 0.8]))
+    torch.testing.assert_close(finish(torch.tensor([3.0, 4.0]), None, normalize=False), torch.tensor([3.0, 4.0]))
