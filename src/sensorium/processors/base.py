@@ -6,53 +6,200 @@ and pixels. Instances are built once per model and used from several threads: me
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sensorium.checkpoint import Checkpoint
+from sensorium.errors import CheckpointError, MediaError, RequestError, StartupError
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.types import MediaFeatures, MediaItem, MediaSpan, Modality, Prompt
+
+Setting = Callable[[Any], Any]
+"""Checks one value of `mm_processor_kwargs` or of preprocessor_config.json; a ValueError says what it must be."""
+
+
+def integer(minimum: int, maximum: int) -> Setting:
+    def check(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+            raise ValueError(f"must be an integer from {minimum} to {maximum}")
+        return value
+
+    return check
+
+
+def boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
+
+
+class SettingError(Exception):
+    """A setting that the family does not know or cannot use. `Processor` turns it into the error of whoever set it."""
+
+    def __init__(self, name: str, problem: str) -> None:
+        super().__init__(f"'{name}' {problem}")
+        self.name = name
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A run of `count` placeholder tokens that takes the rows of medium `item` from `row` on."""
+
+    item: int
+    token_id: int
+    count: int
+    row: int = 0
+
+
+Piece = NDArray[np.int32] | Rows
 
 
 class Processor:
     modalities: ClassVar[frozenset[Modality]] = frozenset()
+    settings: ClassVar[Mapping[str, Setting]] = {}  # names of mm_processor_kwargs
+    literals: ClassVar[tuple[str, ...]] = ()  # placeholders that are plain text to the tokenizer; escaped in user text
 
     def __init__(self, checkpoint: Checkpoint, tokenizer: Tokenizer, overrides: dict[str, Any] | None = None) -> None:
         """`overrides` is `--mm-processor-kwargs`; a key that the family does not know is a StartupError naming it."""
         self.checkpoint = checkpoint
         self.tokenizer = tokenizer
+        try:
+            self._apply(overrides or {})
+        except SettingError as error:
+            raise StartupError(f"mm-processor-kwargs: {error}") from None
 
     def with_overrides(self, overrides: dict[str, Any]) -> Processor:
         """The same processor with a request's `mm_processor_kwargs`; RequestError names an unknown key or bad value."""
-        raise NotImplementedError
+        if not overrides:
+            return self
+        twin = copy.copy(self)
+        try:
+            twin._apply({**self.overrides, **overrides})
+        except SettingError as error:
+            raise RequestError(f"mm_processor_kwargs: {error}.", param=f"mm_processor_kwargs.{error.name}") from None
+        return twin
 
     def placeholder(self, kind: Modality, index: int) -> str:
         """The text that stands for the index-th (0-based, per kind) medium in a prompt, for string-only templates."""
-        raise NotImplementedError
+        raise self._no_such_input(kind)
 
     def placeholder_id(self, kind: Modality) -> int:
         """The token id that is repeated once per embedding row."""
-        raise NotImplementedError
+        raise self._no_such_input(kind)
 
     def num_tokens(self, kind: Modality, height: int, width: int, frames: int = 1) -> int:
-        """Prompt tokens that a picture of this size takes, known before it is decoded. MediaError if it cannot be used."""
-        raise NotImplementedError
+        """Prompt tokens that a medium of this size takes, known before it is decoded. MediaError: unusable."""
+        raise self._no_such_input(kind)
 
     def process(self, item: MediaItem) -> MediaFeatures:
         """Resize, normalise, cut: what the tower eats. Pure; runs in worker threads."""
-        raise NotImplementedError
+        raise self._no_such_input(item.kind, item.param)
 
     def build(self, text: str, media: Sequence[MediaFeatures], *, add_special_tokens: bool = False) -> Prompt:
         """Tokenize rendered text and expand its placeholders to the media's rows, in order of appearance per kind.
 
         Raises RequestError when the number of placeholders and of media differ.
         """
-        raise NotImplementedError
+        token_ids = np.array(self.tokenizer.encode(text, add_special_tokens=add_special_tokens), np.int32)
+        return self._assemble(self._expanded(token_ids, media), media)
 
-    def positions(self, token_ids: NDArray[np.int32], spans: Sequence[MediaSpan],
-                  media: Sequence[MediaFeatures]) -> tuple[NDArray[np.int32] | None, int]:
+    def positions(
+        self, token_ids: NDArray[np.int32], spans: Sequence[MediaSpan], media: Sequence[MediaFeatures]
+    ) -> tuple[NDArray[np.int32] | None, int]:
         """(positions int32 [axes, tokens] or None for 0, 1, 2, …, position_delta); see `types.Prompt`."""
         return None, 0
+
+    # What families build on.
+
+    def _configure(self) -> None:
+        """Resolve what the family needs from config, preprocessor file and `overrides`; called when these change."""
+
+    def _marker_id(self, kind: Modality) -> int:
+        """The token id that stands for one medium in tokenized text, before it is expanded."""
+        return self.placeholder_id(kind)
+
+    def _setting(self, name: str, default: Any) -> Any:
+        """A setting's value: the request's or operator's, else the preprocessor file's, else `default`."""
+        if name in self.overrides:
+            return self.overrides[name]
+        value = self.checkpoint.preprocessor.get(name)
+        if value is None:
+            return default
+        try:
+            return self.settings[name](value)
+        except ValueError as error:
+            raise CheckpointError(f"preprocessor_config.json: '{name}' {error}") from None
+
+    def _feature_key(self, item: MediaItem) -> bytes:
+        """What the tower's output depends on: the medium's content and every setting that may alter its pixels."""
+        return hashlib.sha256(item.key + self._identity).digest()
+
+    def _assemble(self, pieces: Iterable[Piece], media: Sequence[MediaFeatures]) -> Prompt:
+        """Join text and runs of placeholders. Every piece is copied once, so that time is linear in the prompt."""
+        chunks: list[NDArray[np.int32]] = [np.zeros(0, np.int32)]
+        spans: list[MediaSpan] = []
+        offset = 0
+        for piece in pieces:
+            if isinstance(piece, Rows):
+                chunk = np.full(piece.count, piece.token_id, np.int32)
+                spans.append(MediaSpan(piece.item, offset, piece.count, piece.row))
+            else:
+                chunk = piece
+            chunks.append(chunk)
+            offset += len(chunk)
+        token_ids = np.concatenate(chunks)
+        positions, delta = self.positions(token_ids, spans, media)
+        return Prompt(token_ids, tuple(media), tuple(spans), positions, delta)
+
+    def _expanded(self, token_ids: NDArray[np.int32], media: Sequence[MediaFeatures]) -> Iterator[Piece]:
+        """Replace the n-th marker of a kind by the rows of the n-th medium of that kind."""
+        kinds = {self._marker_id(kind): kind for kind in self.modalities}
+        places = np.flatnonzero(np.isin(token_ids, list(kinds)))
+        found = [kinds[int(token_ids[place])] for place in places]
+        self._check_counts(found, media)
+        waiting = {kind: iter([i for i, one in enumerate(media) if one.kind == kind]) for kind in self.modalities}
+        start = 0
+        for place, kind in zip(places.tolist(), found, strict=True):
+            item = next(waiting[kind])
+            yield token_ids[start:place]
+            yield Rows(item, self.placeholder_id(kind), media[item].num_rows)
+            start = place + 1
+        yield token_ids[start:]
+
+    def _check_counts(self, found: Sequence[Modality], media: Sequence[MediaFeatures]) -> None:
+        """`found`: the kind of every placeholder in the prompt."""
+        given = [one.kind for one in media]
+        for kind in dict.fromkeys((*given, *found)):
+            if kind not in self.modalities:
+                raise self._no_such_input(kind)
+            if found.count(kind) != given.count(kind):
+                raise RequestError(
+                    f"The prompt has {found.count(kind)} {kind} placeholder(s), but the request brings "
+                    f"{given.count(kind)} {kind}(s). Each {kind} needs exactly one.",
+                    code="media_count_mismatch",
+                )
+
+    def _no_such_input(self, kind: Modality, param: str = "") -> MediaError:
+        return MediaError(f"This model takes no {kind} input.", param=param or None, code="unsupported_modality")
+
+    def _apply(self, overrides: Mapping[str, Any]) -> None:
+        self.overrides = {name: self._checked(name, value) for name, value in overrides.items()}
+        settings = json.dumps([self.checkpoint.preprocessor, self.overrides], sort_keys=True)
+        self._identity = hashlib.sha256(f"{type(self).__name__} {settings}".encode()).digest()
+        self._configure()
+
+    def _checked(self, name: str, value: Any) -> Any:
+        if name not in self.settings:
+            known = ", ".join(sorted(self.settings)) or "none"
+            raise SettingError(name, f"is not a setting of this model's processor (known: {known})")
+        try:
+            return self.settings[name](value)
+        except ValueError as error:
+            raise SettingError(name, str(error)) from None

@@ -1,0 +1,124 @@
+"""LLaVA-1.5: every picture becomes one square of the tower's size and as many tokens as the tower has patches.
+
+`ClipGeometry` and `image_marker` are shared with LLaVA-NeXT.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sensorium.checkpoint import Checkpoint
+from sensorium.errors import CheckpointError, StartupError
+from sensorium.processors import image
+from sensorium.processors.base import Processor, Setting, boolean
+from sensorium.prompt.tokenizer import Tokenizer
+from sensorium.types import MediaFeatures, MediaItem, Modality
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ClipGeometry:
+    """What the tower of a LLaVA checkpoint expects, in pixels and patches. Defaults are transformers' own."""
+
+    image_size: int
+    patch_size: int
+    keeps_class_token: bool  # vision_feature_select_strategy "full"
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> ClipGeometry:
+        vision = config.get("vision_config") or {"image_size": 336, "patch_size": 14}
+        strategy = config.get("vision_feature_select_strategy", "default")
+        if strategy not in ("default", "full"):
+            raise CheckpointError(f"config.json: vision_feature_select_strategy {strategy!r} is unknown")
+        return cls(vision.get("image_size", 224), vision.get("patch_size", 32), strategy == "full")
+
+    @property
+    def side(self) -> int:
+        """Patches along each edge of a square."""
+        return self.image_size // self.patch_size
+
+
+def image_marker(checkpoint: Checkpoint, tokenizer: Tokenizer) -> tuple[str, int, int]:
+    """(text of an image's placeholder, its id in tokenized text, the id that config.json repeats for every row).
+
+    Tokenizers converted from slow ones may give `<image>` another id than config.json does: config.json wins.
+    """
+    config = checkpoint.config
+    fill = config.get("image_token_index", config.get("image_token_id", 32000))
+    text = "<image>"
+    marker = tokenizer.token_to_id(text)
+    if marker is None:
+        text, marker = tokenizer.id_to_token(fill) or "", fill
+    if not text:
+        raise StartupError(f"The tokenizer has neither the token '<image>' nor an id {fill} for pictures.")
+    if marker != fill:
+        _log.warning("The tokenizer gives %s the id %d, config.json says %d: using config.json's.", text, marker, fill)
+    return text, marker, fill
+
+
+class LlavaProcessor(Processor):
+    modalities: ClassVar[frozenset[Modality]] = frozenset({"image"})
+    settings: ClassVar[Mapping[str, Setting]] = {"do_pad": boolean}
+
+    def __init__(self, checkpoint: Checkpoint, tokenizer: Tokenizer, overrides: dict[str, Any] | None = None) -> None:
+        self.geometry = ClipGeometry.of(checkpoint.config)
+        self._text, self._marker, self._fill = image_marker(checkpoint, tokenizer)
+        super().__init__(checkpoint, tokenizer, overrides)
+
+    def _configure(self) -> None:
+        files = self.checkpoint.preprocessor
+        side = self.geometry.image_size
+        self._normalization = image.Normalization.of(files)
+        self._resample = image.resample_filter(files)
+        self._pads = self._setting("do_pad", False)
+        self._pad_color = [int(mean * 255) for mean in files.get("image_mean") or image.CLIP_MEAN]
+        # What is left None is not done.
+        self._size = image.size_of(files.get("size") or side, "size") if image.switch(files, "do_resize") else None
+        crop = image.size_of(files.get("crop_size") or side, "crop_size")
+        self._crop: tuple[int, int] | None = (crop, crop) if isinstance(crop, int) else crop
+        if not image.switch(files, "do_center_crop"):
+            self._crop = None
+        if (self._crop or self._size) != (side, side):
+            raise CheckpointError(
+                f"preprocessor_config.json makes pictures of {self._crop or self._size} pixels, "
+                f"but the vision tower is built for {(side, side)}."
+            )
+
+    def placeholder(self, kind: Modality, index: int) -> str:
+        return self._text if kind == "image" else super().placeholder(kind, index)
+
+    def placeholder_id(self, kind: Modality) -> int:
+        return self._fill if kind == "image" else super().placeholder_id(kind)
+
+    def _marker_id(self, kind: Modality) -> int:
+        return self._marker
+
+    def num_tokens(self, kind: Modality, height: int, width: int, frames: int = 1) -> int:
+        if kind != "image":
+            return super().num_tokens(kind, height, width, frames)
+        return self.geometry.side**2 + self.geometry.keeps_class_token
+
+    def process(self, item: MediaItem) -> MediaFeatures:
+        if item.kind != "image":
+            return super().process(item)
+        pixels = self._square(item.data.astype(np.uint8, copy=False))
+        rows = self.num_tokens("image", *item.data.shape[:2])
+        arrays: dict[str, NDArray[np.generic]] = {"pixels": image.planes(pixels, self._normalization)}
+        return MediaFeatures("image", self._feature_key(item), rows, arrays)
+
+    def _square(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        if self._pads:
+            pixels = image.pad_to_square(pixels, self._pad_color)
+        if self._size is not None:
+            size = self._size
+            if isinstance(size, int):
+                size = image.shortest_edge_size(pixels.shape[0], pixels.shape[1], size)
+            pixels = image.resize(pixels, *size, self._resample)
+        return image.center_crop(pixels, *self._crop) if self._crop else pixels

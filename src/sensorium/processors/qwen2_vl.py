@@ -1,0 +1,167 @@
+"""Qwen2-VL: pictures keep their aspect and become as many tokens as their size asks for, in M-RoPE's three axes.
+
+A picture's patches carry their pixels once: the tower repeats them for its second frame. Patches are ordered so that
+the four that become one token lie together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sensorium.errors import CheckpointError, MediaError, StartupError
+from sensorium.processors import image
+from sensorium.processors.base import Processor, Setting, SettingError, integer
+from sensorium.types import MediaFeatures, MediaItem, MediaSpan, Modality
+
+MAX_ASPECT = 200
+MAX_PIXELS = 1 << 28  # of a setting: sixteen times the largest that any checkpoint of the family names
+VIDEO_MIN_PIXELS = 128 * 28 * 28  # per frame; with the total below, qwen-vl-utils' own bounds
+VIDEO_MAX_PIXELS = 768 * 28 * 28
+VIDEO_TOTAL_PIXELS = int(128_000 * 28 * 28 * 0.9)
+
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """The nearest multiples of `factor` whose area lies within the bounds, with the aspect kept as well as may be."""
+    # A very short side rounds to nothing here and so takes the second branch: transformers' rule.
+    new_h, new_w = round(height / factor) * factor, round(width / factor) * factor
+    if new_h * new_w > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        return (max(factor, math.floor(height / shrink / factor) * factor),
+                max(factor, math.floor(width / shrink / factor) * factor))
+    if new_h * new_w < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        return math.ceil(height * grow / factor) * factor, math.ceil(width * grow / factor) * factor
+    return new_h, new_w
+
+
+class Qwen2VLProcessor(Processor):
+    modalities: ClassVar[frozenset[Modality]] = frozenset({"image"})
+    settings: ClassVar[Mapping[str, Setting]] = {
+        "min_pixels": integer(1, MAX_PIXELS),
+        "max_pixels": integer(1, MAX_PIXELS),
+    }
+
+    def _configure(self) -> None:
+        config, files = self.checkpoint.config, self.checkpoint.preprocessor
+        self._ids: dict[Modality, int] = {
+            "image": config.get("image_token_id", 151655),
+            "video": config.get("video_token_id", 151656),
+        }
+        self._around = [self._token(config.get("vision_start_token_id", 151652)),
+                        self._token(config.get("vision_end_token_id", 151653))]
+        vision = config.get("vision_config") or {}
+        self._patch = files.get("patch_size") or vision.get("patch_size") or vision.get("spatial_patch_size", 14)
+        self._frames = files.get("temporal_patch_size") or vision.get("temporal_patch_size", 2)
+        self._merge = files.get("merge_size") or vision.get("spatial_merge_size", 2)
+        self._factor = self._patch * self._merge
+        self._normalization = image.Normalization.of(files)
+        self._resample = image.resample_filter(files)
+        self._resizes = image.switch(files, "do_resize")
+        self._min_pixels, self._max_pixels = self._pixel_bounds(files)
+
+    def placeholder(self, kind: Modality, index: int) -> str:
+        return self._around[0] + self._token(self.placeholder_id(kind)) + self._around[1]
+
+    def placeholder_id(self, kind: Modality) -> int:
+        if kind not in self._ids:
+            return super().placeholder_id(kind)
+        return self._ids[kind]
+
+    def num_tokens(self, kind: Modality, height: int, width: int, frames: int = 1) -> int:
+        if kind not in self._ids:
+            return super().num_tokens(kind, height, width, frames)
+        grid = self._grid(kind, height, width, frames)
+        return math.prod(grid) // self._merge**2
+
+    def process(self, item: MediaItem) -> MediaFeatures:
+        if item.kind not in self._ids:
+            return super().process(item)
+        frames = item.data.astype(np.uint8, copy=False)
+        frames = frames if item.kind == "video" else frames[None]
+        grid = self._grid(item.kind, frames.shape[1], frames.shape[2], len(frames), item.param)
+        height, width = grid[1] * self._patch, grid[2] * self._patch
+        resized = [image.resize(frame, height, width, self._resample) for frame in frames]
+        arrays: dict[str, NDArray[np.generic]] = {
+            "pixels": self._patches(resized, 1 if item.kind == "image" else self._frames),
+            "grid": np.array(grid, np.int32),
+        }
+        return MediaFeatures(item.kind, self._feature_key(item), math.prod(grid) // self._merge**2, arrays)
+
+    def positions(
+        self, token_ids: NDArray[np.int32], spans: Sequence[MediaSpan], media: Sequence[MediaFeatures]
+    ) -> tuple[NDArray[np.int32] | None, int]:
+        """Text counts on, equally on all axes; a medium's rows take their place in (time, height, width) from there on.
+        What follows a medium goes on after the largest position that the medium used."""
+        if not spans:
+            return None, 0
+        out = np.empty((3, len(token_ids)), np.int32)
+        at = position = 0
+        for span in spans:
+            text = span.offset - at
+            out[:, at : span.offset] = np.arange(position, position + text)
+            at, position = span.offset + span.length, position + text
+            t, h, w = (int(n) for n in media[span.item].arrays["grid"])
+            grid = (t, h // self._merge, w // self._merge)
+            out[:, span.offset : at] = np.indices(grid, np.int32).reshape(3, -1) + position
+            position += max(grid)
+        rest = len(token_ids) - at
+        out[:, at:] = np.arange(position, position + rest)
+        return out, position - at
+
+    def _grid(self, kind: Modality, height: int, width: int, frames: int, param: str = "") -> tuple[int, int, int]:
+        """(frame groups, lines, columns) of patches."""
+        height, width = self._size(kind, height, width, frames, param or None)
+        return math.ceil(frames / self._frames), height // self._patch, width // self._patch
+
+    def _size(self, kind: Modality, height: int, width: int, frames: int, param: str | None) -> tuple[int, int]:
+        if max(height, width) > MAX_ASPECT * min(height, width):
+            raise MediaError(f"A picture of {width}x{height} pixels is too narrow for this model, which takes sides of "
+                             f"at most {MAX_ASPECT}:1.", param=param, code="image_too_small")
+        if not self._resizes:
+            if height % self._factor or width % self._factor:
+                raise MediaError(f"This model takes sizes in multiples of {self._factor} pixels, not {width}x{height}.",
+                                 param=param, code="invalid_image")
+            return height, width
+        low, high = self._min_pixels, self._max_pixels
+        if kind == "video":
+            low, share = VIDEO_MIN_PIXELS, VIDEO_TOTAL_PIXELS * self._frames // frames
+            high = max(min(VIDEO_MAX_PIXELS, share), int(low * 1.05))
+        return smart_resize(height, width, self._factor, low, high)
+
+    def _patches(self, frames: Sequence[NDArray[np.uint8]], depth: int) -> NDArray[np.float32]:
+        """[patches, 3 * depth * patch * patch], `depth` frames to a patch; the last frame is repeated to fill it."""
+        frames = [*frames, *[frames[-1]] * (-len(frames) % depth)]
+        height, width = frames[0].shape[:2]
+        merge, patch = self._merge, self._patch
+        shape = (height // self._factor, merge, patch, width // self._factor, merge, patch, 3)
+        count = (height // patch) * (width // patch)
+        out = np.empty((len(frames) // depth, count, 3, depth, patch * patch), np.float32)
+        for index, frame in enumerate(frames):
+            # [lines, columns, merge, merge, 3, patch, patch], still in bytes: a quarter of the memory to move.
+            cut = frame.reshape(shape).transpose(0, 3, 1, 4, 6, 2, 5).reshape(count, 3, patch * patch)
+            out[index // depth, :, :, index % depth] = cut
+        self._normalization.apply(out)
+        return out.reshape(-1, 3 * depth * patch * patch)
+
+    def _pixel_bounds(self, files: Mapping[str, Any]) -> tuple[int, int]:
+        """min_pixels and max_pixels in either dialect: by these names, or as the edges of `size`."""
+        size = files.get("size")
+        edges = size if isinstance(size, Mapping) else {}
+        low = self._setting("min_pixels", edges.get("min_pixels", edges.get("shortest_edge", 56 * 56)))
+        high = self._setting("max_pixels", edges.get("max_pixels", edges.get("longest_edge", 28 * 28 * 1280)))
+        if not isinstance(low, int) or not isinstance(high, int):
+            raise CheckpointError(f"preprocessor_config.json: 'size' is {size!r}, which has no pixel bounds")
+        if high < max(low, self._factor**2):
+            raise SettingError("max_pixels", f"is {high}: less than min_pixels or one token's {self._factor**2}")
+        return low, high
+
+    def _token(self, token_id: int) -> str:
+        token: str | None = self.tokenizer.id_to_token(token_id)
+        if token is None:
+            raise StartupError(f"The tokenizer has no token {token_id}, which config.json names for pictures.")
+        return token
