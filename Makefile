@@ -1,0 +1,55 @@
+# Every target sets up what it needs on a fresh clone, once: the stamps in .venv say what is done.
+#   make serve [MODEL=folder-or-hub-id] [ARGS="--port 9000"]
+
+VENV := .venv
+PYTHON ?= python3
+# Installed only where the environment has no torch yet, so that a CUDA or ROCm build of yours stays.
+TORCH ?= torch==2.13.0
+# Processes that run the tests.
+WORKERS ?= 2
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml $(wildcard setup.py) $(shell find native -type f 2>/dev/null)
+
+.PHONY: help setup serve test check bench docs
+help:
+	@echo "make setup                  install into $(VENV)"
+	@echo "make serve MODEL= ARGS=     serve a model; without MODEL the built-in one"
+	@echo "make test ARGS=             run the tests"
+	@echo "make check                  ruff and mypy"
+	@echo "make bench ARGS=            load a running server"
+	@echo "make docs                   write the generated tables anew"
+
+setup: $(VENV)/.runtime
+
+serve: $(VENV)/.runtime
+	@exec $(BIN)/sensorium serve $(MODEL) $(ARGS)
+
+bench: $(VENV)/.runtime
+	@exec $(BIN)/sensorium bench serve $(ARGS)
+
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+docs: $(VENV)/.dev
+	$(BIN)/python tools/generate_docs.py
+
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 ..." >&2; exit 1; }
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' \
+		|| $(BIN)/pip install $(TORCH)
+	@touch $@
+
+$(VENV)/.runtime: $(SOURCES) | $(VENV)/.torch
+	$(BIN)/pip install -e .
+	@touch $@
+
+# Holds the runtime too: whoever tests first does not install twice.
+$(VENV)/.dev: $(SOURCES) | $(VENV)/.torch
+	$(BIN)/pip install -e '.[dev]'
+	@touch $(VENV)/.runtime $@

@@ -1,0 +1,8 @@
+"""`python -m sensorium` is the command line."""
+
+import sys
+
+from sensorium.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""What this program's processes weigh, read from /proc; nothing is reported where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+_PROC = Path("/proc")
+
+
+def family(pid: int) -> list[int]:
+    """A process and everything it started that still runs."""
+    parents: dict[int, int] = {}
+    for entry in _PROC.glob("[0-9]*"):
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+        except OSError:  # it ended while we looked
+            continue
+        parents[int(entry.name)] = int(fields[1])
+    found = [pid]
+    for process in found:  # grows while it is walked
+        found += [child for child, parent in parents.items() if parent == process]
+    return found
+
+
+def resident_bytes(pids: Iterable[int]) -> int:
+    """Resident memory of these processes together; pages that they share count once (PSS)."""
+    return sum(_rollup(pid, "Pss:") for pid in pids)
+
+
+def unshared_sum_bytes(pids: Iterable[int]) -> int:
+    """The same as the sum of every process's RSS, where shared pages count once per process."""
+    return sum(_rollup(pid, "Rss:") for pid in pids)
+
+
+def _rollup(pid: int, name: str) -> int:
+    try:
+        text = (_PROC / str(pid) / "smaps_rollup").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(name)), 0)
