@@ -35,6 +35,7 @@ class AttentionContext:
     seq_lens: Tensor  # int32 [seqs], context_lens
     block_tables: Tensor  # int32 [seqs, max_blocks], padded with 0
     slots: Tensor  # int64 [tokens], block * block_size + offset of each token's K and V
+    long_context: Tensor | None = None  # bool [tokens], only for models with `long_context_from`; see there
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +56,18 @@ class Model(nn.Module):
 
     modalities: ClassVar[frozenset[Modality]] = frozenset()
     weight_prefixes: ClassVar[Mapping[str, str]] = {}  # literal prefix renames, first match wins
+    weight_map: ClassVar[tuple[Rename, ...]] = ()  # after the prefixes, first match wins; other keys keep their names
     ignored: ClassVar[tuple[str, ...]] = ()  # key suffixes or prefixes that may be there and are not used
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__()
         self.checkpoint = checkpoint
+        self.tied: dict[str, str] = {}  # parameter that has no memory of its own -> the one that it shares
+
+    long_context_from: int | None = None
+    """LongRoPE: sequences longer than this use other frequencies *for all their tokens*. The engine decides once per
+    sequence, marks its tokens in `AttentionContext.long_context`, never shares cache blocks between the two kinds, and
+    recomputes a sequence from its start if it grows past the border."""
 
     num_layers: int
     num_kv_heads: int
@@ -70,12 +78,12 @@ class Model(nn.Module):
         raise NotImplementedError
 
     def encode(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
-        """Tower: the arrays of each item's MediaFeatures -> embedding rows [num_rows, hidden] per item, in one batch."""
+        """Tower: the arrays of each item's MediaFeatures -> rows [num_rows, hidden] per item, in one batch."""
         raise NotImplementedError
 
     def forward(self, hidden: Tensor, positions: Tensor, cache: KVCache, context: AttentionContext) -> Tensor:
-        """Embeddings [tokens, hidden], positions int64 [tokens] or [axes, tokens] -> final hidden states [tokens, hidden]
-        (after the last norm)."""
+        """Embeddings [tokens, hidden], positions int64 [tokens] or [axes, tokens] -> hidden states [tokens, hidden]
+        after the last norm."""
         raise NotImplementedError
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -35,7 +35,8 @@ FAMILIES: dict[str, Family] = {
     "LlavaForConditionalGeneration": Family(
         "LLaVA-1.5", "sensorium.models.llava:Llava", "sensorium.processors.llava:LlavaProcessor", ("image",)),
     "LlavaNextForConditionalGeneration": Family(
-        "LLaVA-NeXT (v1.6)", "sensorium.models.llava:LlavaNext", "sensorium.processors.llava_next:LlavaNextProcessor", ("image",)),
+        "LLaVA-NeXT (v1.6)", "sensorium.models.llava:LlavaNext", "sensorium.processors.llava_next:LlavaNextProcessor",
+        ("image",)),
     "Qwen2VLForConditionalGeneration": Family(
         "Qwen2-VL", "sensorium.models.qwen2_vl:Qwen2VL", "sensorium.processors.qwen2_vl:Qwen2VLProcessor", ("image",)),
 }

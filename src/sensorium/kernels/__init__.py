@@ -1,0 +1,114 @@
+"""The computations that matter, each behind one name: native code where it can be used, else the torch reference.
+
+Shapes: x [tokens, hidden]; q [tokens, heads, head_dim] and k, v [tokens, kv_heads, head_dim], which may be strided
+views of one fused projection; cos and sin float32 [tokens, rotated / 2], half-rotation (NeoX) layout; caches
+[blocks, kv_heads, block_size, head_dim]. `sensorium.kernels.native` has the same functions, and `supports(tensor)`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from sensorium.kernels import reference
+
+if TYPE_CHECKING:
+    from sensorium.models.base import AttentionContext
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["LinearForm", "add_rms_norm", "pack_linear", "paged_attention", "rms_norm", "rope", "silu_mul",
+           "varlen_attention", "write_kv"]
+
+
+class LinearForm(Protocol):
+    """A linear layer's weight in the layout that its kernel reads."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[.., in] -> [.., out]"""
+        ...
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Weight rows [n, in] of output indices int64 [n] (tied embeddings use one copy)."""
+        ...
+
+
+@functools.cache
+def _native() -> Any | None:
+    try:
+        return importlib.import_module("sensorium.kernels.native")
+    except (ImportError, OSError) as error:
+        logger.warning("native kernels cannot be used, computing with torch alone (slower): %s", error)
+        return None
+
+
+def _for(x: Tensor) -> Any:
+    """The module that computes on tensors like this one."""
+    if x.device.type == "cpu":
+        native = _native()
+        if native is not None and native.supports(x):
+            return native
+    return reference
+
+
+def pack_linear(weight: Tensor, bias: Tensor | None, *, quantization: str | None = None,
+                borrowed: bool = False) -> LinearForm:
+    """weight [out, in] and bias [out] -> the form that computes `x @ weight.T + bias`.
+
+    `borrowed` tensors lie in memory that goes away: the native form always makes its own copy, the plain one only then.
+    """
+    module = _for(weight)
+    if borrowed and module is reference:
+        weight, bias = weight.clone(), None if bias is None else bias.clone()
+    form: LinearForm = module.pack_linear(weight, bias, quantization=quantization)
+    return form
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    out: Tensor = _for(x).rms_norm(x, weight, eps)
+    return out
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(norm of x + residual, x + residual). The native kernel may write the sum into `residual`."""
+    out: tuple[Tensor, Tensor] = _for(x).add_rms_norm(x, residual, weight, eps)
+    return out
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """[tokens, 2 * n], gates first -> silu(gate) * up [tokens, n]"""
+    out: Tensor = _for(gate_up).silu_mul(gate_up)
+    return out
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate the first 2 * cos.shape[-1] dimensions of every head. Native code may rotate in place."""
+    out: tuple[Tensor, Tensor] = _for(q).rope(q, k, cos, sin)
+    return out
+
+
+def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    _for(k_cache).write_kv(k, v, k_cache, v_cache, slots)
+
+
+def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, context: AttentionContext, scale: float,
+                    sliding_window: int | None = None) -> Tensor:
+    """Causal attention of each sequence's new tokens to its cached ones, their own included; grouped queries.
+
+    With a window, position p sees p - sliding_window + 1 .. p.
+    """
+    out: Tensor = _for(q).paged_attention(q, k_cache, v_cache, context, scale, sliding_window)
+    return out
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float) -> Tensor:
+    """Attention in both directions inside each run of `lengths` tokens, never across. Same shape for q, k and v."""
+    out: Tensor = _for(q).varlen_attention(q, k, v, lengths, scale)
+    return out

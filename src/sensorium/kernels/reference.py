@@ -1,0 +1,196 @@
+"""Every kernel in plain torch: the fallback on any device, and what faster kernels are tested against.
+
+Computes in float32 where a sum is taken, returns the input's dtype. Shapes and names are the dispatcher's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sensorium.errors import StartupError
+
+if TYPE_CHECKING:
+    from sensorium.models.base import AttentionContext
+
+GATHER_ELEMENTS = 16 * 1024 * 1024  # bound of one padded gather of keys
+MASK_ELEMENTS = 4 * 1024 * 1024  # bound of one prefill mask
+
+
+class PlainLinear:
+    """The unpacked form of a linear layer's weight."""
+
+    __slots__ = ("bias", "nbytes", "weight")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight = weight  # [out, in]
+        self.bias = bias  # [out]
+        self.nbytes = weight.nbytes + (0 if bias is None else bias.nbytes)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Weight rows [n, in] of output indices [n]."""
+        return functional.embedding(ids, self.weight)
+
+
+def pack_linear(weight: Tensor, bias: Tensor | None, *, quantization: str | None = None) -> PlainLinear:
+    if quantization is not None:
+        raise StartupError(f"quantization {quantization!r} is not available on this device")
+    return PlainLinear(weight, bias)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if x.dtype == torch.float32:
+        return functional.rms_norm(x, (x.shape[-1],), weight, eps)
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
+    return weight * (wide * scale).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    residual = residual + x
+    return rms_norm(residual, weight, eps), residual
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return functional.silu(gate).mul_(up)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # [tokens, 1, rot / 2]
+    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = cos.shape[-1]
+    first, second = x[..., :half], x[..., half : 2 * half]
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out[..., :half] = first * cos - second * sin
+    out[..., half : 2 * half] = second * cos + first * sin
+    if 2 * half < x.shape[-1]:
+        out[..., 2 * half :] = x[..., 2 * half :]
+    return out
+
+
+def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    block_size = k_cache.shape[2]
+    blocks = slots.div(block_size, rounding_mode="floor")
+    offsets = slots - blocks * block_size
+    k_cache[blocks, :, offsets] = k
+    v_cache[blocks, :, offsets] = v
+
+
+def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, context: AttentionContext, scale: float,
+                    sliding_window: int | None = None) -> Tensor:
+    decodes = context.num_decodes
+    if decodes == len(context.query_lens):
+        return _decode(q, k_cache, v_cache, context, scale, sliding_window)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if decodes:
+        out[:decodes] = _decode(q[:decodes], k_cache, v_cache, context, scale, sliding_window)
+    start = decodes
+    for index in range(decodes, len(context.query_lens)):
+        end = start + context.query_lens[index]
+        length = context.context_lens[index]
+        num_blocks = -(-length // context.block_size)
+        table = context.block_tables[index, :num_blocks]
+        keys, values = _run(k_cache, table, length), _run(v_cache, table, length)
+        out[start:end] = _prefill(q[start:end], keys, values, scale, sliding_window)
+        start = end
+    return out
+
+
+def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, context: AttentionContext, scale: float,
+            sliding_window: int | None) -> Tensor:
+    """One query token per sequence: a padded gather, then the heads of a group are the queries of one attention."""
+    count, heads, head_dim = q.shape
+    kv_heads = k_cache.shape[1]
+    longest = max(context.context_lens[:count])
+    num_blocks = -(-longest // context.block_size)
+    width = num_blocks * context.block_size
+    rows = max(1, GATHER_ELEMENTS // (width * kv_heads * head_dim))
+    tables = context.block_tables[:count, :num_blocks]
+    position = torch.arange(width, dtype=torch.int32, device=q.device)
+    lengths = context.seq_lens[:count].unsqueeze(1)
+    mask = position < lengths  # [count, width]
+    if sliding_window is not None:
+        mask &= position >= lengths - sliding_window
+    grouped = q.reshape(count, kv_heads, heads // kv_heads, head_dim)
+    out = []
+    for i in range(0, count, rows):
+        part = slice(i, i + rows)
+        keys, values = _padded(k_cache, tables[part], mask[part]), _padded(v_cache, tables[part], mask[part])
+        out.append(functional.scaled_dot_product_attention(
+            grouped[part], keys, values, attn_mask=mask[part, None, None], scale=scale))
+    return (out[0] if len(out) == 1 else torch.cat(out)).reshape(count, heads, head_dim)
+
+
+def _padded(cache: Tensor, tables: Tensor, mask: Tensor) -> Tensor:
+    """Blocks of every sequence: [seqs, kv_heads, blocks * block_size, head_dim].
+
+    What is masked is zeroed too: a slot may still hold the NaN of a sequence that had the block before, and 0 * NaN is
+    NaN.
+    """
+    seqs, num_blocks = tables.shape
+    _, kv_heads, block_size, head_dim = cache.shape
+    gathered = cache.index_select(0, tables.reshape(-1)).view(seqs, num_blocks, kv_heads, block_size, head_dim)
+    run = gathered.transpose(1, 2).reshape(seqs, kv_heads, num_blocks * block_size, head_dim)
+    return run.masked_fill(~mask[:, None, :, None], 0)
+
+
+def _run(cache: Tensor, table: Tensor, length: int) -> Tensor:
+    """The cached run of one sequence: [kv_heads, 1, length, head_dim]."""
+    _, kv_heads, _, head_dim = cache.shape
+    return cache.index_select(0, table).transpose(0, 1).reshape(kv_heads, 1, -1, head_dim)[:, :, :length]
+
+
+def _prefill(q: Tensor, keys: Tensor, values: Tensor, scale: float, sliding_window: int | None) -> Tensor:
+    """The last `q.shape[0]` positions of a run attend to everything before them and to themselves.
+
+    Key heads are expanded by stride only; queries go in pieces so that the mask stays small.
+    """
+    count, heads, head_dim = q.shape
+    kv_heads, _, length, _ = keys.shape
+    group = heads // kv_heads
+    queries = q.view(count, kv_heads, group, head_dim).permute(1, 2, 0, 3)  # [kv_heads, group, count, head_dim]
+    keys = keys.expand(kv_heads, group, length, head_dim)
+    values = values.expand(kv_heads, group, length, head_dim)
+    if count == length and (sliding_window is None or sliding_window >= length):
+        out = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale)
+        return out.permute(2, 0, 1, 3).reshape(count, heads, head_dim)
+    rows = max(1, MASK_ELEMENTS // length)
+    offset = length - count
+    pieces = []
+    for i in range(0, count, rows):
+        piece = queries[:, :, i : i + rows]
+        last = offset + i + piece.shape[2]
+        first = 0 if sliding_window is None else max(0, offset + i + 1 - sliding_window)
+        position = torch.arange(offset + i, last, device=q.device).unsqueeze(1)
+        key_position = torch.arange(first, last, device=q.device)
+        mask = key_position <= position
+        if sliding_window is not None:
+            mask &= key_position > position - sliding_window
+        pieces.append(functional.scaled_dot_product_attention(
+            piece, keys[:, :, first:last], values[:, :, first:last], attn_mask=mask, scale=scale))
+    out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+    return out.permute(2, 0, 1, 3).reshape(count, heads, head_dim)
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float) -> Tensor:
+    if len(set(lengths)) == 1:  # equal runs: one batch
+        shape = (len(lengths), lengths[0], -1, q.shape[-1])
+        return _both_ways(q.reshape(shape), k.reshape(shape), v.reshape(shape), scale).reshape(q.shape)
+    qs, ks, vs = (torch.split(t.unsqueeze(0), lengths, dim=1) for t in (q, k, v))
+    return torch.cat([_both_ways(*run, scale) for run in zip(qs, ks, vs, strict=True)], dim=1).squeeze(0)
+
+
+def _both_ways(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """All [runs, tokens, heads, head_dim]"""
+    out = functional.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
+    return out.transpose(1, 2)

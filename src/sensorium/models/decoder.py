@@ -1,0 +1,152 @@
+"""The Llama-like decoder: Llama, Mistral, Yi, Qwen2, Qwen3, Phi-3, and the text half of every multimodal model here.
+
+What differs between them (biases, norms of q and k, window, rope, tied head) is data of `TextConfig`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from sensorium import kernels
+from sensorium.checkpoint import Checkpoint, TextConfig
+from sensorium.errors import CheckpointError
+from sensorium.kernels.reference import GATHER_ELEMENTS, MASK_ELEMENTS
+from sensorium.models.base import AttentionContext, KVCache, Model, Rename
+from sensorium.models.layers import Attention, Embedding, GateUpLinear, Linear, QKVLinear, RMSNorm
+from sensorium.models.rope import RotaryEmbedding
+
+LOGIT_ROWS = 256  # rows of logits that `activation_bytes` allows for
+
+DECODER_MAP = (
+    Rename("model.layers.{n}.self_attn.q_proj.{p}", "model.layers.{n}.self_attn.qkv_proj.{p}", "q"),
+    Rename("model.layers.{n}.self_attn.k_proj.{p}", "model.layers.{n}.self_attn.qkv_proj.{p}", "k"),
+    Rename("model.layers.{n}.self_attn.v_proj.{p}", "model.layers.{n}.self_attn.qkv_proj.{p}", "v"),
+    Rename("model.layers.{n}.mlp.gate_proj.{p}", "model.layers.{n}.mlp.gate_up_proj.{p}", "gate"),
+    Rename("model.layers.{n}.mlp.up_proj.{p}", "model.layers.{n}.mlp.gate_up_proj.{p}", "up"),
+)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: TextConfig, sliding_window: int | None) -> None:
+        super().__init__()
+        heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.qkv_proj = QKVLinear(config.hidden_size, heads, kv_heads, head_dim, bias=config.attention_bias)
+        self.o_proj = Linear(heads * head_dim, config.hidden_size, bias=config.output_bias)
+        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.attention = Attention(heads, kv_heads, head_dim, sliding_window=sliding_window)
+        self.widths = [heads, kv_heads, kv_heads]
+        self.head_dim = head_dim
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: tuple[Tensor, Tensor],
+                context: AttentionContext) -> Tensor:
+        heads = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)  # [tokens, heads + 2 * kv_heads, head_dim]
+        q, k, v = heads.split(self.widths, dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q.contiguous()), self.k_norm(k.contiguous())
+        q, k = kernels.rope(q, k, cos, sin)
+        out: Tensor = self.o_proj(self.attention(q, k, v, cache, context))
+        return out
+
+
+class MLP(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = GateUpLinear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(kernels.silu_mul(self.gate_up_proj(x)))
+        return out
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: TextConfig, index: int) -> None:
+        super().__init__()
+        windowed = config.windowed_layers is None or index in config.windowed_layers
+        self.self_attn = SelfAttention(config, config.sliding_window if windowed else None)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, cache: tuple[Tensor, Tensor],
+                context: AttentionContext) -> tuple[Tensor, Tensor]:
+        """(last layer's output, sum of all before it) -> the same pair; every sum is taken with the norm after it."""
+        if residual is None:
+            x, residual = self.input_layernorm(x), x
+        else:
+            x, residual = self.input_layernorm.add(x, residual)
+        x = self.self_attn(x, cos, sin, cache, context)
+        x, residual = self.post_attention_layernorm.add(x, residual)
+        return self.mlp(x), residual
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and last norm. `embed_tokens` reads the head's rows when the two are tied."""
+
+    def __init__(self, config: TextConfig, tied_head: Linear | None = None) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, tied_head)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = RotaryEmbedding(config.rope, config.head_dim)
+
+    def forward(self, hidden: Tensor, positions: Tensor, cache: KVCache, context: AttentionContext) -> Tensor:
+        cos, sin = self.rotary(positions, context.long_context)
+        residual: Tensor | None = None
+        for layer, layer_cache in zip(self.layers, cache, strict=True):
+            hidden, residual = layer(hidden, residual, cos, sin, layer_cache, context)
+        if residual is None:
+            return hidden
+        normed, _ = self.norm.add(hidden, residual)
+        return normed
+
+
+class DecoderForCausalLM(Model):
+    """A decoder with its language head: text models as they are, and the base of multimodal ones."""
+
+    weight_map: ClassVar[tuple[Rename, ...]] = DECODER_MAP
+    ignored: ClassVar[tuple[str, ...]] = (".rotary_emb.inv_freq",)
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint)
+        config = checkpoint.text
+        if config is None:
+            raise CheckpointError(f"{checkpoint.architecture} needs a decoder's configuration")
+        self.text = config
+        self.num_layers = config.num_layers
+        self.num_kv_heads = config.num_kv_heads
+        self.head_dim = config.head_dim
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.model = Decoder(config, self.lm_head if config.tie_word_embeddings else None)
+        if config.tie_word_embeddings:
+            self.tied = {"model.embed_tokens.weight": "lm_head.weight"}
+        if config.rope.kind == "longrope" and config.rope.original_max_positions < config.max_position_embeddings:
+            self.long_context_from = config.rope.original_max_positions
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        rows: Tensor = self.model.embed_tokens(token_ids)
+        return rows
+
+    def forward(self, hidden: Tensor, positions: Tensor, cache: KVCache, context: AttentionContext) -> Tensor:
+        if self.long_context_from is not None and context.long_context is None and \
+                max(context.context_lens) > self.long_context_from:
+            raise ValueError("the batch does not say which sequences use the long rope frequencies")
+        out: Tensor = self.model(hidden, positions, cache, context)
+        return out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self.lm_head(hidden)
+        return out
+
+    def activation_bytes(self, tokens: int) -> int:
+        config, size = self.text, self.model.norm.weight.element_size()
+        rotated = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        attention = 2 * rotated + config.num_heads * config.head_dim
+        mlp = 3 * config.intermediate_size
+        per_token = size * (4 * config.hidden_size + max(attention, mlp)) + 16 * config.head_dim
+        gathered = 2 * 2 * GATHER_ELEMENTS * size + 5 * MASK_ELEMENTS
+        logits = min(tokens, LOGIT_ROWS) * config.vocab_size * (size + 4)
+        return tokens * per_token + gathered + logits

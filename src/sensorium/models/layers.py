@@ -1,0 +1,118 @@
+"""The layers that every model is built from. A linear layer holds a form from `kernels`: nobody else knows packing.
+
+Parameters are declared on the meta device and given their memory by `weights`; nothing here initialises anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sensorium import kernels
+from sensorium.models.base import AttentionContext
+
+
+def declare(*shape: int) -> nn.Parameter:
+    """A parameter without memory."""
+    return nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
+
+
+class Linear(nn.Module):
+    """x [.., in_features] -> [.., out_features]. `shards` names the row ranges that a checkpoint stores separately."""
+
+    form: kernels.LinearForm
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False,
+                 shards: Mapping[str, tuple[int, int]] | None = None) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.shards = dict(shards or {})  # name -> (first row, rows)
+        self.weight: nn.Parameter | None = declare(out_features, in_features)
+        self.bias: nn.Parameter | None = declare(out_features) if bias else None
+
+    def pack(self, weight: Tensor, bias: Tensor | None, *, quantization: str | None = None,
+             borrowed: bool = False) -> None:
+        """Take the weight in the layout of the fastest kernel; the declared parameters are gone afterwards."""
+        self.form = kernels.pack_linear(weight, bias, quantization=quantization, borrowed=borrowed)
+        self.weight = None
+        self.bias = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.form(x)
+
+    # No hooks are ever used: the module's own call machinery is time per token.
+    def __call__(self, *args: Any) -> Any:
+        return self.form(*args)
+
+
+class QKVLinear(Linear):
+    """Queries, keys and values of one attention in one product: [.., (heads + 2 * kv_heads) * head_dim]."""
+
+    def __init__(self, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, *,
+                 bias: bool = False) -> None:
+        q, kv = num_heads * head_dim, num_kv_heads * head_dim
+        super().__init__(hidden_size, q + 2 * kv, bias=bias, shards={"q": (0, q), "k": (q, kv), "v": (q + kv, kv)})
+
+
+class GateUpLinear(Linear):
+    """Gate and up projection of a gated MLP in one product: [.., 2 * intermediate], gates first."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, *, bias: bool = False) -> None:
+        super().__init__(hidden_size, 2 * intermediate_size, bias=bias,
+                         shards={"gate": (0, intermediate_size), "up": (intermediate_size, intermediate_size)})
+
+
+class Embedding(nn.Module):
+    """Token ids int64 [n] -> rows [n, hidden]; ids outside the table give row 0. Tied: reads the rows of a Linear."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, tied: Linear | None = None) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.weight = declare(vocab_size, hidden_size) if tied is None else None
+        self._tied = [] if tied is None else [tied]  # in a list: not a submodule of two parents
+
+    def forward(self, ids: Tensor) -> Tensor:
+        ids = torch.where((ids >= 0) & (ids < self.vocab_size), ids, 0)
+        if self.weight is None:
+            return self._tied[0].form.rows(ids)
+        return nn.functional.embedding(ids, self.weight)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = declare(size)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm of x + residual, x + residual)"""
+        return kernels.add_rms_norm(x, residual, self.weight, self.eps)
+
+
+class Attention:
+    """Paged attention of one decoder layer: writes the new keys and values, then attends. Has no parameters."""
+
+    __slots__ = ("head_dim", "num_heads", "num_kv_heads", "scale", "sliding_window")
+
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, *, scale: float | None = None,
+                 sliding_window: int | None = None) -> None:
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.sliding_window = sliding_window
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, cache: tuple[Tensor, Tensor],
+                 context: AttentionContext) -> Tensor:
+        """q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim] -> [tokens, heads * head_dim]"""
+        k_cache, v_cache = cache
+        kernels.write_kv(k, v, k_cache, v_cache, context.slots)
+        out = kernels.paged_attention(q, k_cache, v_cache, context, self.scale, self.sliding_window)
+        return out.reshape(out.shape[0], -1)

@@ -1,0 +1,312 @@
+"""Checkpoint files -> a loaded model, one tensor at a time, with one copy in memory.
+
+Tensors are views of a memory map that is given back as soon as they are packed. Every key must have its place and every
+place its key: whatever is unexpected, missing, duplicate or of another shape is an error that names it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import mmap
+import pickle
+import re
+import struct
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sensorium.checkpoint import Checkpoint
+from sensorium.errors import CheckpointError
+from sensorium.models.base import Model
+from sensorium.models.layers import Linear
+from sensorium.models.registry import FAMILIES, load_class
+
+MAX_HEADER_BYTES = 100 * 1024 * 1024
+MAX_NAMED = 5  # keys that one error message names
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a file, not read yet."""
+
+    key: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    view: Callable[[], Tensor]  # in borrowed memory
+    release: Callable[[], None]  # gives the view's pages back
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(slots=True)
+class _Slot:
+    """One declared parameter and the stored tensors that fill it: a whole one ("") or every shard."""
+
+    name: str
+    module: nn.Module
+    attribute: str
+    shape: tuple[int, ...]
+    sources: dict[str, StoredTensor]
+
+    def shards(self) -> dict[str, tuple[int, int]]:
+        return self.module.shards if isinstance(self.module, Linear) else {}
+
+    def missing(self) -> list[str]:
+        if "" in self.sources or (self.sources and self.sources.keys() == self.shards().keys()):
+            return []
+        absent = [name for name in self.shards() if name not in self.sources]
+        return [f"{self.name} ({', '.join(absent)})" if self.sources else self.name]
+
+
+def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str,
+               quantization: str | None = None, progress: Callable[[float], None] | None = None) -> Model:
+    """Build the checkpoint's model on `device` with weights in `dtype`. `progress` hears the part done, from 0 to 1."""
+    with torch.device("meta"):
+        model: Model = load_class(FAMILIES[checkpoint.architecture].model)(checkpoint)
+    fill(model, stored_tensors(checkpoint.weight_files), dtype=dtype, device=torch.device(device),
+         quantization=quantization, progress=progress)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    return model.eval()
+
+
+def weight_bytes(model: Model) -> int:
+    """Memory of everything loaded: packed forms and plain parameters."""
+    packed = sum(module.form.nbytes for module in model.modules() if isinstance(module, Linear))
+    return packed + sum(p.nbytes for p in model.parameters())
+
+
+def stored_tensors(files: Iterable[Path]) -> list[StoredTensor]:
+    """The tensors of all files of one checkpoint; a key that two files have is an error."""
+    found: dict[str, StoredTensor] = {}
+    for file in files:
+        for tensor in _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file):
+            if tensor.key in found:
+                raise CheckpointError(f"{tensor.key} is in {found[tensor.key].file.name} and again in {file.name}")
+            found[tensor.key] = tensor
+    return list(found.values())
+
+
+def fill(model: Model, tensors: list[StoredTensor], *, dtype: torch.dtype, device: torch.device,
+         quantization: str | None = None, progress: Callable[[float], None] | None = None) -> None:
+    """Give every declared parameter its memory and contents."""
+    slots = _assign(model, tensors)
+    total = sum(s.nbytes for slot in slots.values() for s in slot.sources.values()) or 1
+    done = 0
+    for module, group in _by_module(slots):
+        _fill_module(module, group, dtype, device, quantization)
+        for slot in group.values():
+            for source in slot.sources.values():
+                source.release()
+                done += source.nbytes
+        if progress is not None:
+            progress(done / total)
+
+
+def _assign(model: Model, tensors: list[StoredTensor]) -> dict[str, _Slot]:
+    slots = {}
+    for path, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False):
+            name = f"{path}.{attribute}" if path else attribute
+            slots[name] = _Slot(name, module, attribute, tuple(parameter.shape), {})
+    rename = _renamer(model)
+    unexpected = []
+    for tensor in tensors:
+        if _is_ignored(tensor.key, model.ignored):
+            continue
+        target, shard = rename(tensor.key)
+        slot = slots.get(model.tied.get(target, target))
+        if slot is None or (shard and shard not in slot.shards()):
+            unexpected.append(tensor.key)
+            continue
+        previous = slot.sources.get(shard)
+        if previous is None or target in model.tied:  # a tied head may be stored too; the embedding counts
+            slot.sources[shard] = tensor
+        elif not model.tied:
+            raise CheckpointError(f"tensors {previous.key} and {tensor.key} are both {slot.name}")
+        _check(slot, shard, tensor)
+    missing = [name for slot in slots.values() for name in slot.missing()]
+    if unexpected or missing:
+        said = [f"{what} {_named(keys)}" for what, keys in (("unexpected", unexpected), ("missing", missing)) if keys]
+        raise CheckpointError(f"weights do not fit {model.checkpoint.architecture}: {'; '.join(said)}")
+    return slots
+
+
+def _named(keys: list[str]) -> str:
+    more = f" and {len(keys) - MAX_NAMED} more" if len(keys) > MAX_NAMED else ""
+    return ", ".join(keys[:MAX_NAMED]) + more
+
+
+def _check(slot: _Slot, shard: str, tensor: StoredTensor) -> None:
+    expected = (slot.shards()[shard][1], *slot.shape[1:]) if shard else slot.shape
+    if tensor.shape != expected:
+        raise CheckpointError(f"tensor {tensor.key} in {tensor.file.name} has shape {list(tensor.shape)}, "
+                              f"the configuration needs {list(expected)}")
+    if tensor.dtype not in _FLOATS:
+        raise CheckpointError(f"tensor {tensor.key} in {tensor.file.name} is {tensor.dtype}: quantised checkpoints are "
+                              "not supported")
+
+
+def _is_ignored(key: str, patterns: tuple[str, ...]) -> bool:
+    return any(key.endswith(p) or key.startswith(p) for p in patterns)
+
+
+def _renamer(model: Model) -> Callable[[str], tuple[str, str]]:
+    """Checkpoint key -> (parameter name, shard or "")."""
+    rows = []
+    for row in model.weight_map:
+        pattern = re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>[^.]+)", re.escape(row.source))
+        rows.append((re.compile(pattern), row.target, row.shard or ""))
+
+    def rename(key: str) -> tuple[str, str]:
+        for old, new in model.weight_prefixes.items():
+            if key.startswith(old):
+                key = new + key[len(old):]
+                break
+        for pattern, target, shard in rows:
+            match = pattern.fullmatch(key)
+            if match is not None:
+                return target.format(**match.groupdict()), shard
+        return key, ""
+
+    return rename
+
+
+def _by_module(slots: dict[str, _Slot]) -> Iterator[tuple[nn.Module, dict[str, _Slot]]]:
+    groups: dict[int, tuple[nn.Module, dict[str, _Slot]]] = {}
+    for slot in slots.values():
+        groups.setdefault(id(slot.module), (slot.module, {}))[1][slot.attribute] = slot
+    return iter(groups.values())
+
+
+def _fill_module(module: nn.Module, slots: dict[str, _Slot], dtype: torch.dtype, device: torch.device,
+                 quantization: str | None) -> None:
+    if isinstance(module, Linear):
+        weight, borrowed = _tensor(slots["weight"], dtype, device)
+        bias = _tensor(slots["bias"], dtype, device)[0].clone() if "bias" in slots else None
+        module.pack(weight, bias, quantization=quantization, borrowed=borrowed)
+        return
+    for name, slot in slots.items():
+        value, borrowed = _tensor(slot, dtype, device)
+        setattr(module, name, nn.Parameter(value.clone() if borrowed else value, requires_grad=False))
+
+
+def _tensor(slot: _Slot, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, bool]:
+    """(the whole parameter, whether its memory is the file's)"""
+    whole = slot.sources.get("")
+    if whole is not None:
+        stored = whole.view()
+        value = stored.to(device=device, dtype=dtype)
+        return value.view(slot.shape), value is stored
+    value = torch.empty(slot.shape, dtype=dtype, device=device)
+    for name, (first, rows) in slot.shards().items():
+        value[first : first + rows].copy_(slot.sources[name].view())
+    return value, False
+
+
+def _read_safetensors(file: Path) -> list[StoredTensor]:
+    """Check the header against the file's size, so that no view can reach outside its own bytes."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        head = opened.read(8)
+        header_bytes = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, size - 8):
+            raise CheckpointError(f"{file.name} is not a safetensors file, or is cut short")
+        try:
+            header = json.loads(opened.read(header_bytes), object_pairs_hook=_unique)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{file.name} has a broken safetensors header: {error}") from error
+        if not isinstance(header, dict):
+            raise CheckpointError(f"{file.name} has a broken safetensors header")
+        # Private and writable only because torch wants writable memory; nobody writes.
+        memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+    start = 8 + header_bytes
+    header.pop("__metadata__", None)
+    return _check_overlap(file, [_stored(file, memory, start, key, entry) for key, entry in header.items()])
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key stands twice")
+    return result
+
+
+def _stored(file: Path, memory: mmap.mmap, start: int, key: str, entry: Any) -> tuple[int, int, StoredTensor]:
+    size = len(memory)
+    try:
+        shape = tuple(entry["shape"])
+        begin, end = entry["data_offsets"]
+        dtype = _DTYPES[entry["dtype"]]
+        sane = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file.name}: the header entry of {key} is broken") from error
+    if not sane or end - begin != math.prod(shape) * dtype.itemsize:
+        raise CheckpointError(f"{file.name}: the header entry of {key} is broken")
+    if start + end > size:
+        raise CheckpointError(f"{file.name} is cut short: {key} ends at byte {start + end} of {size}")
+    first, last = start + begin, start + end
+
+    def view() -> Tensor:
+        if first == last:
+            return torch.empty(shape, dtype=dtype)
+        if first % dtype.itemsize:
+            return torch.frombuffer(bytearray(memory[first:last]), dtype=dtype).view(shape)
+        return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=first).view(shape)
+
+    def release() -> None:
+        page = first - first % mmap.PAGESIZE
+        if last > first:
+            memory.madvise(mmap.MADV_DONTNEED, page, last - page)
+
+    return begin, end, StoredTensor(key, file, shape, dtype, view, release)
+
+
+def _check_overlap(file: Path, tensors: list[tuple[int, int, StoredTensor]]) -> list[StoredTensor]:
+    tensors.sort(key=lambda item: item[:2])
+    for (_, end, one), (begin, _, other) in itertools.pairwise(tensors):
+        if begin < end:
+            raise CheckpointError(f"{file.name}: {one.key} and {other.key} overlap")
+    return [tensor for _, _, tensor in tensors]
+
+
+def _read_pickle(file: Path) -> list[StoredTensor]:
+    """A torch file, opened by the loader that builds tensors and nothing else."""
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{file.name} holds other things than tensors, or is damaged: not loaded") from error
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise CheckpointError(f"{file.name} holds something else than named tensors")
+    tensors = []
+    while state:
+        key = next(iter(state))
+        tensors.append(_from_pickle(file, key, state.pop(key)))
+    return tensors
+
+
+def _from_pickle(file: Path, key: str, tensor: Tensor) -> StoredTensor:
+    held = [tensor]
+
+    def release() -> None:
+        held.clear()
+
+    return StoredTensor(key, file, tuple(tensor.shape), tensor.dtype, lambda: held[0], release)
