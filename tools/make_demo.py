@@ -87,7 +87,8 @@ def make_tokenizer(folder: Path) -> dict[str, int]:
     if tokenizer.get_vocab_size() != VOCAB_SIZE:
         raise SystemExit(f"the tokenizer has {tokenizer.get_vocab_size()} ids, not {VOCAB_SIZE}")
     tokenizer.save(str(tokenizer_file))
-    return {name: tokenizer.token_to_id(name) for name in SPECIALS}
+    vocab = tokenizer.get_vocab(with_added_tokens=True)
+    return {name: vocab[name] for name in SPECIALS}
 
 
 def fill_up(file: Path, tokenizer: Tokenizer) -> None:
@@ -145,7 +146,8 @@ def shapes() -> dict[str, tuple[int, ...]]:
 def bfloat16(values: np.ndarray) -> bytes:
     """float32 -> bfloat16, rounded to nearest even."""
     bits = values.astype("<f4").view("<u4")
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes()
+    data: bytes = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes()
+    return data
 
 
 def tensor(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:

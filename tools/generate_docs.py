@@ -1,0 +1,102 @@
+"""Write the parts of the documentation that would rot: the tables of flags and of models.
+
+    python tools/generate_docs.py [--check]
+
+Tables stand between `<!-- begin NAME -->` and `<!-- end NAME -->`; what is between is never edited by hand. With
+--check nothing is written and the exit code is 1 when a table is not current.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from sensorium.cli import SERVE_GROUPS
+from sensorium.config import BenchConfig, ChatConfig
+from sensorium.flags import Flag, flags_of
+from sensorium.models.registry import FAMILIES
+
+ROOT = Path(__file__).parents[1]
+ENDPOINTS = {
+    "generate": "`/v1/chat/completions`, `/v1/completions`",
+    "embed": "`/v1/embeddings`",
+    "classify": "`/classify`",
+    "score": "`/score`, `/rerank`",
+}
+
+
+def flag_table(config: type) -> str:
+    rows = ["| flag | value | default | what it does |", "|---|---|---|---|"]
+    for flag in flags_of(config):
+        rows.append(f"| `{written(flag)}` | {value(flag)} | {default(flag)} | {cell(flag.help)} |")
+    return "\n".join(rows)
+
+
+def written(flag: Flag) -> str:
+    return f"{flag.option}` / `--no-{flag.option[2:]}" if flag.is_switch else flag.option
+
+
+def value(flag: Flag) -> str:
+    if flag.choices:
+        return ", ".join(f"`{choice}`" for choice in flag.choices)
+    text = f"`{flag.value}`" if flag.value else ""
+    return text + (" …" if flag.many else ", repeatable" if flag.repeat else "")
+
+
+def default(flag: Flag) -> str:
+    return f"`{flag.default_text}`" if flag.default_text else ""
+
+
+def cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def all_flags() -> str:
+    groups: list[tuple[str, type]] = [(f"serve: {title.lower()}", config) for title, config in SERVE_GROUPS]
+    groups += [("bench serve", BenchConfig), ("chat", ChatConfig)]
+    return "\n\n".join(f"## {title}\n\n{flag_table(config)}" for title, config in groups)
+
+
+def model_table() -> str:
+    rows = ["| model | `architectures` | takes | answers at |", "|---|---|---|---|"]
+    for architecture, family in FAMILIES.items():
+        takes = ", ".join(("text", *family.modalities))
+        answers = ", ".join(ENDPOINTS.get(task, task) for task in family.tasks)
+        rows.append(f"| {family.title} | `{architecture}` | {takes} | {answers} |")
+    return "\n".join(rows)
+
+
+TABLES: dict[str, tuple[str, Callable[[], str]]] = {
+    "flags": ("docs/flags.md", all_flags),
+    "models": ("README.md", model_table),
+}
+
+
+def generate() -> dict[Path, str]:
+    """Every file with generated parts, and what it should contain."""
+    contents: dict[Path, str] = {}
+    for name, (file, table) in TABLES.items():
+        path = ROOT / file
+        text = contents.get(path) or path.read_text()
+        pieces = re.split(rf"<!-- begin {name} -->.*?<!-- end {name} -->", text, flags=re.DOTALL)
+        if len(pieces) != 2:
+            raise SystemExit(f"{file} needs one pair of markers for {name}")
+        before, after = pieces
+        contents[path] = f"{before}<!-- begin {name} -->\n\n{table()}\n\n<!-- end {name} -->{after}"
+    return contents
+
+
+def main(*, check: bool) -> int:
+    stale = {path: text for path, text in generate().items() if path.read_text() != text}
+    for path, text in stale.items():
+        if check:
+            print(f"{path.relative_to(ROOT)} is not current: run `make docs`")
+        else:
+            path.write_text(text)
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(check="--check" in sys.argv[1:]))
