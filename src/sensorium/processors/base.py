@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,6 +21,8 @@ from sensorium.checkpoint import Checkpoint
 from sensorium.errors import CheckpointError, MediaError, RequestError, StartupError
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.types import MediaFeatures, MediaItem, MediaSpan, Modality, Prompt
+
+_log = logging.getLogger(__name__)
 
 Setting = Callable[[Any], Any]
 """Checks one value of `mm_processor_kwargs` or of preprocessor_config.json; a ValueError says what it must be."""
@@ -124,6 +127,19 @@ class Processor:
     def _marker_id(self, kind: Modality) -> int:
         """The token id that stands for one medium in tokenized text, before it is expanded."""
         return self.placeholder_id(kind)
+
+    def _find_marker(self, text: str, fill: int) -> tuple[str, int]:
+        """(text, id) of a medium's marker in prompts: `text` if the tokenizer knows it, else its name for `fill`.
+
+        Converted tokenizers may give the marker another id than config.json, whose `fill` is what the rows get.
+        """
+        marker, name = self.tokenizer.token_to_id(text), self.tokenizer.id_to_token(fill)
+        if marker is None and name is None:
+            raise StartupError(f"The tokenizer has neither the token {text!r} nor an id {fill} for media.")
+        if marker is None or name == text:
+            return name or text, fill
+        _log.warning("The tokenizer gives %s the id %d, config.json says %d: using config.json's.", text, marker, fill)
+        return text, marker
 
     def _setting(self, name: str, default: Any) -> Any:
         """A setting's value: the request's or operator's, else the preprocessor file's, else `default`."""

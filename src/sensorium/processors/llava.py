@@ -1,11 +1,10 @@
 """LLaVA-1.5: every picture becomes one square of the tower's size and as many tokens as the tower has patches.
 
-`ClipGeometry` and `image_marker` are shared with LLaVA-NeXT.
+`ClipGeometry` and `image_token` are shared with LLaVA-NeXT.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,13 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sensorium.checkpoint import Checkpoint
-from sensorium.errors import CheckpointError, StartupError
+from sensorium.errors import CheckpointError
 from sensorium.processors import image
 from sensorium.processors.base import Processor, Setting, boolean
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.types import MediaFeatures, MediaItem, Modality
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,22 +42,10 @@ class ClipGeometry:
         return self.image_size // self.patch_size
 
 
-def image_marker(checkpoint: Checkpoint, tokenizer: Tokenizer) -> tuple[str, int, int]:
-    """(text of an image's placeholder, its id in tokenized text, the id that config.json repeats for every row).
-
-    Tokenizers converted from slow ones may give `<image>` another id than config.json does: config.json wins.
-    """
-    config = checkpoint.config
-    fill = config.get("image_token_index", config.get("image_token_id", 32000))
-    text = "<image>"
-    marker = tokenizer.token_to_id(text)
-    if marker is None:
-        text, marker = tokenizer.id_to_token(fill) or "", fill
-    if not text:
-        raise StartupError(f"The tokenizer has neither the token '<image>' nor an id {fill} for pictures.")
-    if marker != fill:
-        _log.warning("The tokenizer gives %s the id %d, config.json says %d: using config.json's.", text, marker, fill)
-    return text, marker, fill
+def image_token(config: Mapping[str, Any]) -> int:
+    """The id that config.json repeats for every row of a picture."""
+    token_id: int = config.get("image_token_index", config.get("image_token_id", 32000))
+    return token_id
 
 
 class LlavaProcessor(Processor):
@@ -68,12 +53,13 @@ class LlavaProcessor(Processor):
     settings: ClassVar[Mapping[str, Setting]] = {"do_pad": boolean}
 
     def __init__(self, checkpoint: Checkpoint, tokenizer: Tokenizer, overrides: dict[str, Any] | None = None) -> None:
-        self.geometry = ClipGeometry.of(checkpoint.config)
-        self._text, self._marker, self._fill = image_marker(checkpoint, tokenizer)
         super().__init__(checkpoint, tokenizer, overrides)
+        self._fill = image_token(checkpoint.config)
+        self._text, self._marker = self._find_marker("<image>", self._fill)
 
     def _configure(self) -> None:
         files = self.checkpoint.preprocessor
+        self.geometry = ClipGeometry.of(self.checkpoint.config)
         side = self.geometry.image_size
         self._normalization = image.Normalization.of(files)
         self._resample = image.resample_filter(files)

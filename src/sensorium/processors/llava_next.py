@@ -18,7 +18,7 @@ from sensorium.checkpoint import Checkpoint
 from sensorium.errors import CheckpointError, MediaError
 from sensorium.processors import image
 from sensorium.processors.base import Processor, Setting
-from sensorium.processors.llava import ClipGeometry, image_marker
+from sensorium.processors.llava import ClipGeometry, image_token
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.types import MediaFeatures, MediaItem, Modality
 
@@ -75,12 +75,13 @@ class LlavaNextProcessor(Processor):
     settings: ClassVar[Mapping[str, Setting]] = {"image_grid_pinpoints": pinpoints}
 
     def __init__(self, checkpoint: Checkpoint, tokenizer: Tokenizer, overrides: dict[str, Any] | None = None) -> None:
-        self.geometry = ClipGeometry.of(checkpoint.config)
-        self._text, self._marker, self._fill = image_marker(checkpoint, tokenizer)
         super().__init__(checkpoint, tokenizer, overrides)
+        self._fill = image_token(checkpoint.config)
+        self._text, self._marker = self._find_marker("<image>", self._fill)
 
     def _configure(self) -> None:
         files = self.checkpoint.preprocessor
+        self.geometry = ClipGeometry.of(self.checkpoint.config)
         side = self.geometry.image_size
         self._normalization = image.Normalization.of(files)
         self._resample = image.resample_filter(files)

@@ -13,9 +13,11 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from sensorium.errors import CheckpointError, MediaError, StartupError
+from sensorium.checkpoint import Checkpoint
+from sensorium.errors import CheckpointError, MediaError
 from sensorium.processors import image
 from sensorium.processors.base import Processor, Setting, SettingError, integer
+from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.types import MediaFeatures, MediaItem, MediaSpan, Modality
 
 MAX_ASPECT = 200
@@ -46,18 +48,21 @@ class Qwen2VLProcessor(Processor):
         "max_pixels": integer(1, MAX_PIXELS),
     }
 
-    def _configure(self) -> None:
-        config, files = self.checkpoint.config, self.checkpoint.preprocessor
+    def __init__(self, checkpoint: Checkpoint, tokenizer: Tokenizer, overrides: dict[str, Any] | None = None) -> None:
+        super().__init__(checkpoint, tokenizer, overrides)
+        config = checkpoint.config
         self._ids: dict[Modality, int] = {
             "image": config.get("image_token_id", 151655),
             "video": config.get("video_token_id", 151656),
         }
-        self._around = [self._token(config.get("vision_start_token_id", 151652)),
-                        self._token(config.get("vision_end_token_id", 151653))]
+        self._markers = {kind: self._find_marker(f"<|{kind}_pad|>", self._ids[kind]) for kind in self._ids}
+
+    def _configure(self) -> None:
+        config, files = self.checkpoint.config, self.checkpoint.preprocessor
         vision = config.get("vision_config") or {}
         self._patch = files.get("patch_size") or vision.get("patch_size") or vision.get("spatial_patch_size", 14)
         self._frames = files.get("temporal_patch_size") or vision.get("temporal_patch_size", 2)
-        self._merge = files.get("merge_size") or vision.get("spatial_merge_size", 2)
+        self._merge: int = files.get("merge_size") or vision.get("spatial_merge_size", 2)
         self._factor = self._patch * self._merge
         self._normalization = image.Normalization.of(files)
         self._resample = image.resample_filter(files)
@@ -65,18 +70,23 @@ class Qwen2VLProcessor(Processor):
         self._min_pixels, self._max_pixels = self._pixel_bounds(files)
 
     def placeholder(self, kind: Modality, index: int) -> str:
-        return self._around[0] + self._token(self.placeholder_id(kind)) + self._around[1]
+        if kind not in self._ids:
+            return super().placeholder(kind, index)
+        return f"<|vision_start|>{self._markers[kind][0]}<|vision_end|>"
 
     def placeholder_id(self, kind: Modality) -> int:
         if kind not in self._ids:
             return super().placeholder_id(kind)
         return self._ids[kind]
 
+    def _marker_id(self, kind: Modality) -> int:
+        return self._markers[kind][1]
+
     def num_tokens(self, kind: Modality, height: int, width: int, frames: int = 1) -> int:
         if kind not in self._ids:
             return super().num_tokens(kind, height, width, frames)
         grid = self._grid(kind, height, width, frames)
-        return math.prod(grid) // self._merge**2
+        return self._num_rows(grid)
 
     def process(self, item: MediaItem) -> MediaFeatures:
         if item.kind not in self._ids:
@@ -90,7 +100,7 @@ class Qwen2VLProcessor(Processor):
             "pixels": self._patches(resized, 1 if item.kind == "image" else self._frames),
             "grid": np.array(grid, np.int32),
         }
-        return MediaFeatures(item.kind, self._feature_key(item), math.prod(grid) // self._merge**2, arrays)
+        return MediaFeatures(item.kind, self._feature_key(item), self._num_rows(grid), arrays)
 
     def positions(
         self, token_ids: NDArray[np.int32], spans: Sequence[MediaSpan], media: Sequence[MediaFeatures]
@@ -112,6 +122,9 @@ class Qwen2VLProcessor(Processor):
         rest = len(token_ids) - at
         out[:, at:] = np.arange(position, position + rest)
         return out, position - at
+
+    def _num_rows(self, grid: tuple[int, int, int]) -> int:
+        return grid[0] * grid[1] * grid[2] // (self._merge * self._merge)
 
     def _grid(self, kind: Modality, height: int, width: int, frames: int, param: str = "") -> tuple[int, int, int]:
         """(frame groups, lines, columns) of patches."""
@@ -159,9 +172,3 @@ class Qwen2VLProcessor(Processor):
         if high < max(low, self._factor**2):
             raise SettingError("max_pixels", f"is {high}: less than min_pixels or one token's {self._factor**2}")
         return low, high
-
-    def _token(self, token_id: int) -> str:
-        token: str | None = self.tokenizer.id_to_token(token_id)
-        if token is None:
-            raise StartupError(f"The tokenizer has no token {token_id}, which config.json names for pictures.")
-        return token

@@ -1,0 +1,101 @@
+"""LLaVA-1.5 and LLaVA-NeXT: CLIP, a two-layer projector, and a Llama-like decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sensorium.checkpoint import Checkpoint
+from sensorium.errors import CheckpointError
+from sensorium.models.base import Rename
+from sensorium.models.decoder import DECODER_MAP, DecoderForCausalLM
+from sensorium.models.layers import Linear, declare
+from sensorium.models.towers.blocks import activation, separate
+from sensorium.models.towers.clip import ClipConfig, ClipTower, clip_map
+from sensorium.types import Modality
+
+CLIP_LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+              "image_size": 336, "patch_size": 14}  # meant where config.json has no vision_config at all
+
+
+class Projector(nn.Module):
+    def __init__(self, in_features: int, out_features: int, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        bias = config.get("multimodal_projector_bias", True)
+        self.linear_1 = Linear(in_features, out_features, bias=bias)
+        self.act = activation(config.get("projector_hidden_act", "gelu"))
+        self.linear_2 = Linear(out_features, out_features, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear_2(self.act(self.linear_1(x)))
+        return out
+
+
+class Llava(DecoderForCausalLM):
+    modalities: ClassVar[frozenset[Modality]] = frozenset({"image"})
+    # Published, as transformers saves it today, and as 4.52 to 4.57 saved it; each with and without `vision_model.`.
+    weight_prefixes: ClassVar[Mapping[str, str]] = {
+        "language_model.model.": "model.",
+        "language_model.lm_head.": "lm_head.",
+        "model.language_model.": "model.",
+        "model.vision_tower.vision_model.": "vision_tower.",
+        "model.vision_tower.": "vision_tower.",
+        "vision_tower.vision_model.": "vision_tower.",
+        "model.multi_modal_projector.": "multi_modal_projector.",
+    }
+    weight_map: ClassVar[tuple[Rename, ...]] = (*DECODER_MAP, *clip_map("vision_tower"))
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint)
+        config = checkpoint.config
+        layers = config.get("vision_feature_layer", -2)
+        states = [layers] if isinstance(layers, int) else list(layers)
+        self.vision_tower = ClipTower(
+            ClipConfig.of(config.get("vision_config") or CLIP_LARGE), states,
+            keeps_class_token=config.get("vision_feature_select_strategy", "default") == "full")
+        tower_size = self.vision_tower.config.hidden_size * len(states)
+        self.multi_modal_projector = Projector(tower_size, self.text.hidden_size, config)
+        unused = [f"vision_tower.{name}" for name in self.vision_tower.unused]
+        self.ignored = (*self.ignored, ".embeddings.position_ids", *unused)
+
+    def encode(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+        rows = self._features(torch.stack([item["pixels"] for item in items]))
+        return separate(rows.flatten(0, 1), [rows.shape[1]] * len(items))
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        """[n, 3, side, side] -> [n, rows, hidden]"""
+        batches = torch.split(pixels, self.vision_tower.group_size)
+        parts: list[Tensor] = [self.multi_modal_projector(self.vision_tower(batch)) for batch in batches]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def activation_bytes(self, tokens: int) -> int:
+        size = self.model.norm.weight.element_size()
+        return max(super().activation_bytes(tokens), self.vision_tower.activation_bytes(size))
+
+
+class LlavaNext(Llava):
+    weight_prefixes: ClassVar[Mapping[str, str]] = {**Llava.weight_prefixes, "model.image_newline": "image_newline"}
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint)
+        if self.vision_tower.first == 0:
+            raise CheckpointError("config.json: LLaVA-NeXT with vision_feature_select_strategy 'full' is not supported")
+        self.image_newline = declare(self.text.hidden_size)
+
+    def encode(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+        pixels = [item["pixels"] for item in items]  # [tiles, 3, side, side]
+        features = self._features(pixels[0] if len(items) == 1 else torch.cat(pixels))
+        parts = torch.split(features, [len(tiles) for tiles in pixels])
+        return [self._pack(tiles, item["layout"].tolist()) for tiles, item in zip(parts, items, strict=True)]
+
+    def _pack(self, tiles: Tensor, layout: list[int]) -> Tensor:
+        """[tiles, rows, hidden], the whole picture first, and the processor's layout -> the picture's rows."""
+        grid_h, grid_w, top, lines, left, columns = layout
+        hidden, side = tiles.shape[-1], int(tiles.shape[1] ** 0.5)
+        grid = tiles[1:].view(grid_h, grid_w, side, side, hidden).permute(0, 2, 1, 3, 4)
+        grid = grid.reshape(grid_h * side, grid_w * side, hidden)[top : top + lines, left : left + columns]
+        ended = torch.cat([grid, self.image_newline.expand(lines, 1, hidden)], dim=1)
+        return torch.cat([tiles[0], ended.flatten(0, 1)])

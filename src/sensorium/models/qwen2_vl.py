@@ -1,0 +1,31 @@
+"""Qwen2-VL: its own vision tower and a Qwen2 decoder with three-axis rotary positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from sensorium.checkpoint import Checkpoint
+from sensorium.models.decoder import DecoderForCausalLM
+from sensorium.models.towers.qwen_vit import QwenVit, QwenVitConfig
+from sensorium.types import Modality
+
+
+class Qwen2VL(DecoderForCausalLM):
+    modalities: ClassVar[frozenset[Modality]] = frozenset({"image"})
+    weight_prefixes: ClassVar[Mapping[str, str]] = {"model.language_model.": "model.", "model.visual.": "visual."}
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint)
+        self.visual = QwenVit(QwenVitConfig.of(checkpoint.config.get("vision_config") or {}), self.text.hidden_size)
+
+    def encode(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+        grids = [(int(t), int(h), int(w)) for t, h, w in (item["grid"].tolist() for item in items)]
+        rows: list[Tensor] = self.visual([item["pixels"] for item in items], grids)
+        return rows
+
+    def activation_bytes(self, tokens: int) -> int:
+        size = self.model.norm.weight.element_size()
+        return max(super().activation_bytes(tokens), self.visual.activation_bytes(size))

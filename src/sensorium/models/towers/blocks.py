@@ -1,0 +1,98 @@
+"""What vision and audio towers share: their norm, activations, MLP, and the cutting of work into bounded groups."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sensorium.errors import CheckpointError
+from sensorium.models.layers import Linear, declare
+
+MAX_ROWS = 8192  # patches that go through a tower at once: bounds its activations, still large for a matrix product
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    return (x * 1.702).sigmoid_().mul_(x)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return functional.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "quick_gelu": quick_gelu,
+    "gelu": functional.gelu,
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "relu": functional.relu,
+    "silu": functional.silu,
+}
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    if name not in ACTIVATIONS:
+        raise CheckpointError(f"config.json: unknown activation {name!r} (known: {', '.join(ACTIVATIONS)})")
+    return ACTIVATIONS[name]
+
+
+class PatchLinear(Linear):
+    """A convolution whose kernels do not overlap, as a linear layer over flattened patches. Never quantised."""
+
+    def __init__(self, out_features: int, *kernel: int, bias: bool = False) -> None:
+        super().__init__(math.prod(kernel), out_features, bias=bias)
+        self.weight = declare(out_features, *kernel)
+
+    def pack(
+        self, weight: Tensor, bias: Tensor | None, *, quantization: str | None = None, borrowed: bool = False
+    ) -> None:
+        super().pack(weight.flatten(1), bias, borrowed=borrowed)
+
+
+class LayerNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = declare(size)
+        self.bias = declare(size)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class Mlp(nn.Module):
+    """Two biased linear layers. Rows go through in pieces: the wide middle is the largest activation of a tower."""
+
+    def __init__(self, size: int, inner: int, act: str) -> None:
+        super().__init__()
+        self.fc1 = Linear(size, inner, bias=True)
+        self.act = activation(act)
+        self.fc2 = Linear(inner, size, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) <= MAX_ROWS:
+            out: Tensor = self.fc2(self.act(self.fc1(x)))
+            return out
+        return torch.cat([self.fc2(self.act(self.fc1(rows))) for rows in torch.split(x, MAX_ROWS)])
+
+
+def groups(lengths: Sequence[int], limit: int = MAX_ROWS) -> Iterator[slice]:
+    """Consecutive runs whose lengths sum to at most `limit`; a run that is longer than that stands alone."""
+    start = total = 0
+    for index, length in enumerate(lengths):
+        if index > start and total + length > limit:
+            yield slice(start, index)
+            start, total = index, 0
+        total += length
+    if start < len(lengths):
+        yield slice(start, len(lengths))
+
+
+def separate(rows: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+    """Rows of a batch -> one tensor per item with memory of its own, so that a cache can drop one alone."""
+    if len(lengths) == 1:
+        return [rows]
+    return [part.clone() for part in torch.split(rows, list(lengths))]

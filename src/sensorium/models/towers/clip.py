@@ -1,0 +1,159 @@
+"""CLIP's vision tower, up to the layers whose hidden states are asked for. Squares of one size, any number of them.
+
+Activations are flat: [images * positions, hidden]. The layers after the last one asked for are not even built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sensorium import kernels
+from sensorium.errors import CheckpointError
+from sensorium.models.base import Rename
+from sensorium.models.layers import Linear, QKVLinear, declare
+from sensorium.models.towers.blocks import MAX_ROWS, LayerNorm, Mlp, PatchLinear
+
+
+def clip_map(prefix: str) -> tuple[Rename, ...]:
+    """Rows of a weight map: separate q, k and v of every layer under `prefix` become one product."""
+    attention = f"{prefix}.encoder.layers.{{n}}.self_attn"
+    return tuple(Rename(f"{attention}.{part}_proj.{{p}}", f"{attention}.qkv_proj.{{p}}", part) for part in "qkv")
+
+
+@dataclass(frozen=True, slots=True)
+class ClipConfig:
+    """`vision_config` of a CLIP-like checkpoint; defaults are transformers'."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_layers: int = 12
+    num_heads: int = 12
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    eps: float = 1e-5
+
+    @classmethod
+    def of(cls, vision: Mapping[str, Any]) -> ClipConfig:
+        kind = vision.get("model_type", "clip_vision_model")
+        if kind != "clip_vision_model":
+            raise CheckpointError(f"config.json: vision tower {kind!r} is not supported (supported: clip_vision_model)")
+        names = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "eps": "layer_norm_eps"}
+        given = {field: vision.get(names.get(field, field)) for field in cls.__dataclass_fields__}
+        return cls(**{field: value for field, value in given.items() if value is not None})
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+class Positions(nn.Module):
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.weight = declare(config.num_patches + 1, config.hidden_size)
+
+
+class ClipEmbeddings(nn.Module):
+    """Pixels [n, 3, side, side] -> [n, 1 + patches, hidden]: the class token first, positions added."""
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.patch = config.patch_size
+        self.class_embedding = declare(config.hidden_size)
+        self.patch_embedding = PatchLinear(config.hidden_size, 3, config.patch_size, config.patch_size)
+        self.position_embedding = Positions(config)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        count, _, height, width = pixels.shape
+        patch, lines, columns = self.patch, height // self.patch, width // self.patch
+        cut = pixels.reshape(count, 3, lines, patch, columns, patch).permute(0, 2, 4, 1, 3, 5)
+        patches = self.patch_embedding(cut.reshape(count, lines * columns, -1))
+        rows = torch.cat([self.class_embedding.expand(count, 1, -1), patches], dim=1)
+        rows += self.position_embedding.weight
+        return rows
+
+
+class ClipAttention(nn.Module):
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.head_dim = config.hidden_size // config.num_heads
+        self.qkv_proj = QKVLinear(config.hidden_size, config.num_heads, config.num_heads, self.head_dim, bias=True)
+        self.out_proj = Linear(config.hidden_size, config.hidden_size, bias=True)
+
+    def forward(self, x: Tensor, lengths: list[int]) -> Tensor:
+        q, k, v = self.qkv_proj(x).view(len(x), 3, self.num_heads, self.head_dim).unbind(1)
+        attended = kernels.varlen_attention(q, k, v, lengths, self.head_dim**-0.5)
+        out: Tensor = self.out_proj(attended.reshape(len(x), -1))
+        return out
+
+
+class ClipLayer(nn.Module):
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.self_attn = ClipAttention(config)
+        self.layer_norm1 = LayerNorm(config.hidden_size, config.eps)
+        self.mlp = Mlp(config.hidden_size, config.intermediate_size, config.hidden_act)
+        self.layer_norm2 = LayerNorm(config.hidden_size, config.eps)
+
+    def forward(self, x: Tensor, lengths: list[int]) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), lengths)
+        x += self.mlp(self.layer_norm2(x))
+        return x
+
+
+class ClipEncoder(nn.Module):
+    def __init__(self, config: ClipConfig, num_layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(ClipLayer(config) for _ in range(num_layers))
+
+
+class ClipTower(nn.Module):
+    """pixels [n, 3, side, side] -> [n, positions, hidden * states]; `states` are indices of hidden states, as in
+    transformers: 0 is what enters the first layer, i what layer i gives, negative ones count from the end."""
+
+    def __init__(self, config: ClipConfig, states: Sequence[int], *, keeps_class_token: bool) -> None:
+        super().__init__()
+        self.config = config
+        self.states = [state if state >= 0 else config.num_layers + 1 + state for state in states]
+        if not all(0 <= state <= config.num_layers for state in self.states):
+            raise CheckpointError(f"config.json: vision_feature_layer {list(states)} of {config.num_layers} layers")
+        self.first = 0 if keeps_class_token else 1
+        self.embeddings = ClipEmbeddings(config)
+        self.pre_layrnorm = LayerNorm(config.hidden_size, config.eps)  # the checkpoints' spelling
+        self.encoder = ClipEncoder(config, max(self.states))
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Names, relative to the tower, that a checkpoint may have and this tower does not need."""
+        layers = range(len(self.encoder.layers), self.config.num_layers)
+        return ("post_layernorm.", *(f"encoder.layers.{index}." for index in layers))
+
+    @property
+    def group_size(self) -> int:
+        """Pictures that are computed at once."""
+        return max(1, MAX_ROWS // (self.config.num_patches + 1))
+
+    def activation_bytes(self, element_size: int) -> int:
+        config = self.config
+        rows = self.group_size * (config.num_patches + 1)
+        kept = len(self.states) * config.hidden_size
+        per_row = 9 * config.hidden_size + 3 * config.intermediate_size + kept
+        return rows * element_size * (per_row + 2 * 3 * config.patch_size**2)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        embedded = self.embeddings(pixels.to(self.pre_layrnorm.weight.dtype))
+        count, positions, hidden = embedded.shape
+        x = self.pre_layrnorm(embedded).view(count * positions, hidden)
+        kept = {0: x}
+        for index, layer in enumerate(self.encoder.layers, start=1):
+            x = layer(x, [positions] * count)
+            if index in self.states:
+                kept[index] = x
+        rows = x if len(self.states) == 1 else torch.cat([kept[state] for state in self.states], dim=-1)
+        return rows.view(count, positions, -1)[:, self.first :]
