@@ -1,0 +1,169 @@
+"""Token ids as they are sampled -> text that can be sent at once, up to the first stop string.
+
+Never gives out half a character or the beginning of a stop string. All pushed text plus `flush` equals decoding all
+ids at once, up to the stop; time is linear in the number of tokens. (One difference: where sentencepiece byte tokens
+are not valid UTF-8, decoding at once turns valid neighbours into U+FFFD too, which a stream may have sent already.)
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Sequence
+
+from tokenizers.decoders import DecodeStream
+
+from sensorium.prompt.pieces import TokenBytes
+from sensorium.prompt.tokenizer import Tokenizer
+
+_Utf8Decoder = codecs.getincrementaldecoder("utf-8")
+_MAX_PENDING = 32  # tokens without text after which DecodeStream is started anew: it decodes all of them every time
+
+
+class Detokenizer:
+    """One answer's text. A stop string counts once it is complete, so the result does not depend on token boundaries:
+    of several, the one that is complete first wins, and of these the longest.
+
+    Stop strings are looked for in the text after the first `min_tokens` tokens. `keep_leading_space` is for text that
+    continues a prompt: sentencepiece writes the space before a word into the word's token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, stop: tuple[str, ...] = (),
+                 include_stop: bool = False, min_tokens: int = 0, keep_leading_space: bool = False) -> None:
+        skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        table = tokenizer.token_bytes
+        self._text: _TableText | _StreamText
+        if table is not None:
+            self._text = _TableText(table, skipped, 0 if keep_leading_space else table.lead)
+        else:
+            self._text = _StreamText(tokenizer, skipped)
+        self._stops = _StopStrings(stop, include_stop) if stop else None
+        self._free_tokens = min_tokens
+        # One call per token is spared where there is nothing to look for.
+        self.push: Callable[[Sequence[int]], str] = self._push_checked if stop else self._text.push
+
+    @property
+    def stop_reason(self) -> str | None:
+        """The stop string that ended the text."""
+        return self._stops.found if self._stops is not None else None
+
+    def flush(self) -> str:
+        """What was held back, once no more tokens come."""
+        rest = self._text.flush()
+        return rest if self._stops is None else self._stops.pass_on(rest) + self._stops.release()
+
+    def _push_checked(self, token_ids: Sequence[int]) -> str:
+        """`push` with stop strings: new text that can be part of no stop string."""
+        if self._stops is None or self._stops.found is not None:
+            return ""
+        if self._free_tokens <= 0:
+            return self._stops.pass_on(self._text.push(token_ids))
+        unchecked = self._text.push(token_ids[: self._free_tokens])
+        checked = token_ids[self._free_tokens :]
+        self._free_tokens -= len(token_ids) - len(checked)
+        return unchecked + self._stops.pass_on(self._text.push(checked))
+
+
+class _TableText:
+    """Text of tokens that have bytes."""
+
+    __slots__ = ("_decode", "_lead", "_skipped", "_table")
+
+    def __init__(self, table: TokenBytes, skipped: frozenset[int], lead: int) -> None:
+        self._table = table
+        self._skipped = skipped
+        self._lead = lead
+        self._decode = _Utf8Decoder("replace").decode
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        table, skipped = self._table, self._skipped
+        text = self._decode(b"".join([table[token_id] for token_id in token_ids if token_id not in skipped]))
+        return self._without_lead(text) if self._lead and text else text
+
+    def flush(self) -> str:
+        return self._decode(b"", True)
+
+    def _without_lead(self, text: str) -> str:
+        spaces = min(self._lead, len(text) - len(text.lstrip(" ")))
+        # A text that begins with anything else has no more spaces to lose.
+        self._lead = self._lead - spaces if spaces == len(text) else 0
+        return text[spaces:]
+
+
+class _StreamText:
+    """Text of tokens whose spacing depends on their neighbours, through the tokenizer's own decoder."""
+
+    __slots__ = ("_pending", "_skipped", "_stream", "_tokenizer")
+
+    def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = skipped
+        self._stream = DecodeStream(skip_special_tokens=False)
+        self._pending: list[int] = []
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        return "".join([self._step(token_id) for token_id in token_ids if token_id not in self._skipped])
+
+    def flush(self) -> str:
+        pending, self._pending = self._pending, []
+        return self._tokenizer.decode(pending, skip_special_tokens=False) if pending else ""
+
+    def _step(self, token_id: int) -> str:
+        if self._tokenizer.id_to_token(token_id) is None:
+            return ""
+        self._pending.append(token_id)
+        text: str | None = self._stream.step(self._tokenizer.raw, token_id)
+        if text is None:
+            return self._restart() if len(self._pending) > _MAX_PENDING else ""
+        self._pending.clear()
+        return text
+
+    def _restart(self) -> str:
+        self._stream = DecodeStream(skip_special_tokens=False)
+        return self.flush()
+
+
+class _StopStrings:
+    """Passes text on up to the first complete stop string, holding back what may yet become one."""
+
+    __slots__ = ("_held", "_include", "_stops", "found")
+
+    def __init__(self, stops: tuple[str, ...], include: bool) -> None:
+        self._stops = stops
+        self._include = include
+        self._held = ""  # the longest end of the text so far that begins a stop string
+        self.found: str | None = None
+
+    def pass_on(self, new: str) -> str:
+        if self.found is not None or not new:
+            return ""
+        text = self._held + new
+        self.found = self._first_complete(text)
+        if self.found is not None:
+            self._held = ""
+            start = text.index(self.found)
+            return text[: start + len(self.found) if self._include else start]
+        held = self._begun(text)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def release(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+    def _first_complete(self, text: str) -> str | None:
+        starts = [(text.find(stop), stop) for stop in self._stops]
+        ends = [(start + len(stop), start, stop) for start, stop in starts if start >= 0]
+        return min(ends)[2] if ends else None
+
+    def _begun(self, text: str) -> int:
+        """Length of the longest end of `text` that is the beginning of a stop string."""
+        return max(_overlap(text, stop) for stop in self._stops)
+
+
+def _overlap(text: str, stop: str) -> int:
+    at = max(0, len(text) - len(stop) + 1)
+    while (at := text.find(stop[0], at)) >= 0:
+        if stop.startswith(text[at:]):
+            return len(text) - at
+        at += 1
+    return 0

@@ -1,0 +1,222 @@
+"""Messages -> the text of a prompt, through the checkpoint's Jinja chat template.
+
+What users wrote is escaped before the template sees it, so that control tokens in the result are the template's own.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from sensorium.errors import RequestError, StartupError
+from sensorium.prompt import defaults, sandbox
+from sensorium.prompt.literals import CUT, escape_deep
+from sensorium.prompt.messages import MediaPart, Message, TextPart
+from sensorium.prompt.tokenizer import Tokenizer
+from sensorium.types import Modality
+
+Placeholder = Callable[[Modality, int], str]
+Content = str | list[dict[str, Any]]
+
+MAX_KWARG_CHARS = 4096
+RESERVED = frozenset({
+    *sandbox.GLOBALS, "messages", "conversation", "tools", "documents", "chat_template", "template", "tokenize",
+    "tokenizer", "add_generation_prompt", "continue_final_message", "add_special_tokens", "padding", "truncation",
+    "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "self", "caller",
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
+})
+# What these write is the developer's or the model's: `<think>` and `<tool_call>` are there for the template to find.
+_OWN_ROLES = frozenset({"system", "developer", "assistant"})
+_ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
+_PROBE = "Probe7f3a"
+
+
+class ChatTemplate:
+    """Compiled once. `modalities` are those whose parts the processor understands in `placeholder`'s words."""
+
+    def __init__(self, source: str, tokenizer: Tokenizer, *, modalities: Iterable[Modality] = (),
+                 placeholder: Placeholder | None = None) -> None:
+        if len(source) > sandbox.MAX_SOURCE_CHARS:
+            raise StartupError(f"The chat template is longer than {sandbox.MAX_SOURCE_CHARS} characters.")
+        environment = sandbox.new_environment()
+        try:
+            self._template = environment.from_string(source)
+            self.free_names = sandbox.free_names(environment, source)
+            written = sandbox.literal_text(environment, source)
+        except (TemplateError, RecursionError) as error:
+            raise StartupError(f"The chat template is not valid Jinja: {str(error)[:300]}") from None
+        control = [token for token in tokenizer.added_tokens if any(token in text for text in written)]
+        self._tokenizer = tokenizer.with_literals(control)
+        self._placeholder = placeholder
+        self.takes_strings = self._echoes(_PROBE)
+        self.takes_parts = self._echoes([{"type": "text", "text": _PROBE}])
+        if not self.takes_parts:
+            self.takes_strings = True
+        self._media_parts = {kind: part for kind in modalities if (part := self._known_part(kind)) is not None}
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True,
+               continue_final_message: bool = False, kwargs: Mapping[str, Any] | None = None,
+               tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+        """Text whose foreign parts are escaped, for `Tokenizer.encode`."""
+        if continue_final_message and add_generation_prompt:
+            raise RequestError("continue_final_message and add_generation_prompt cannot both be true.",
+                               param="continue_final_message")
+        if not messages:
+            raise RequestError("A chat needs at least one message.", param="messages")
+        variables = self._checked_kwargs(kwargs or {})
+        seen: Counter[Modality] = Counter()
+        chat = [self._message(message, index, seen) for index, message in enumerate(messages)]
+        if continue_final_message:
+            chat[-1]["content"] = _with_cut(chat[-1]["content"])
+        escape = self._escape_for("system")
+        text = self._rendered({**variables, "messages": chat, "tools": escape_deep(tools, escape),
+                               "add_generation_prompt": add_generation_prompt})
+        return _cut(text) if continue_final_message else text
+
+    def _rendered(self, variables: Mapping[str, Any]) -> str:
+        try:
+            return sandbox.render(self._template,
+                                  {"tools": None, "documents": None, **self._tokenizer.named_tokens, **variables})
+        except sandbox.TemplateRefusal as refusal:
+            words = " ".join(str(refusal.message).split())[:500]
+            raise RequestError(f"The model's chat template refuses these messages: {words}", param="messages",
+                               code="chat_template_refused") from None
+        except sandbox.FAILURES:
+            raise RequestError("The model's chat template cannot render these messages.", param="messages",
+                               code="chat_template_failed") from None
+
+    def _checked_kwargs(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        allowed = self.free_names - RESERVED
+        for name, value in kwargs.items():
+            param = f"chat_template_kwargs.{name[:64]}"
+            if name not in allowed:
+                known = ", ".join(sorted(allowed)) or "none"
+                raise RequestError(f"The chat template takes no '{name[:64]}' from a request (it takes: {known}).",
+                                   param=param)
+            if not isinstance(value, str | int | float | bool | None):
+                raise RequestError(f"'{name}' must be a string, a number, true, false or null.", param=param)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise RequestError(f"'{name}' must be a finite number.", param=param)
+            if isinstance(value, str) and len(value) > MAX_KWARG_CHARS:
+                raise RequestError(f"'{name}' is longer than {MAX_KWARG_CHARS} characters.", param=param)
+        escaped = escape_deep(dict(kwargs), self._tokenizer.escape)
+        return escaped if isinstance(escaped, dict) else {}
+
+    def _escape_for(self, role: str) -> Callable[[str], str]:
+        if role in _OWN_ROLES:
+            return lambda text: self._tokenizer.escape(text, special_only=True)
+        return self._tokenizer.escape
+
+    def _message(self, message: Message, index: int, seen: Counter[Modality]) -> dict[str, Any]:
+        if not _ROLE.fullmatch(message.role):
+            raise RequestError("This role is not a name.", param=f"messages[{index}].role")
+        escape = self._escape_for(message.role)
+        extra = escape_deep(message.extra, escape)
+        found: dict[str, Any] = dict(extra) if isinstance(extra, dict) else {}
+        if message.name is not None:
+            found["name"] = escape(message.name)
+        found["role"] = message.role
+        found["content"] = self._content(message.content, escape, seen)
+        return found
+
+    def _content(self, parts: Sequence[TextPart | MediaPart], escape: Callable[[str], str],
+                 seen: Counter[Modality]) -> Content:
+        kinds = [part.kind for part in parts if isinstance(part, MediaPart)]
+        if self.takes_parts and all(kind in self._media_parts for kind in kinds):
+            if self.takes_strings and not kinds and len(parts) <= 1:
+                return self._flat(parts, escape, seen)
+            seen.update(kinds)
+            return [{"type": "text", "text": escape(part.text)} if isinstance(part, TextPart)
+                    else dict(self._media_parts[part.kind]) for part in parts]
+        flat = self._flat(parts, escape, seen)
+        return flat if self.takes_strings else [{"type": "text", "text": flat}]
+
+    def _flat(self, parts: Sequence[TextPart | MediaPart], escape: Callable[[str], str],
+              seen: Counter[Modality]) -> str:
+        """For templates that know only strings: parts in their order, a medium being its placeholder, line by line."""
+        lines = []
+        for part in parts:
+            if isinstance(part, TextPart):
+                lines.append(escape(part.text))
+            elif self._placeholder is None:
+                raise RequestError(f"This model takes no {part.kind} input.", param="messages",
+                                   code="unsupported_modality")
+            else:
+                lines.append(self._placeholder(part.kind, seen[part.kind]))
+                seen[part.kind] += 1
+        return "\n".join(lines)
+
+    # What the template understands is found out by trying, once.
+
+    def _try(self, content: Content) -> str:
+        try:
+            return self._rendered({"messages": [{"role": "user", "content": content}], "add_generation_prompt": True})
+        except RequestError:
+            return ""
+
+    def _echoes(self, content: Content) -> bool:
+        """Whether the probe's text comes out as text (a list that is printed as Python writes it does not count)."""
+        text = self._try(content)
+        return _PROBE in text and f"'{_PROBE}'" not in text and f'"{_PROBE}"' not in text
+
+    def _known_part(self, kind: Modality) -> dict[str, Any] | None:
+        """The content part for which the template writes the processor's placeholder."""
+        if self._placeholder is None or not self.takes_parts:
+            return None
+        wanted = self._placeholder(kind, 0)
+        candidates: list[dict[str, Any]] = [{"type": kind}]
+        candidates += [{"type": name, name: ""} for name in (kind, f"{kind}_url", f"input_{kind}")]
+        for part in candidates:
+            if wanted in self._try([part, {"type": "text", "text": _PROBE}]):
+                return part
+        return None
+
+
+def _with_cut(content: Content) -> Content:
+    """A mark after the message's last text; the space tells whether the template trims what it is given."""
+    if isinstance(content, str):
+        return f"{content}{CUT} "
+    texts = [index for index, part in enumerate(content) if part["type"] == "text"]
+    if not texts:
+        raise RequestError("The final message has no text to continue.", param="messages")
+    parts = list(content)
+    parts[texts[-1]] = {"type": "text", "text": f"{parts[texts[-1]]['text']}{CUT} "}
+    return parts
+
+
+def _cut(text: str) -> str:
+    at = text.rfind(CUT)
+    if at < 0:
+        raise RequestError("The model's chat template leaves the final message out, so it cannot be continued.",
+                           param="continue_final_message")
+    return text[:at] if text.startswith(f"{CUT} ", at) else text[:at].rstrip()
+
+
+def template_source(flag: str | None, checkpoint_template: str | None, architecture: str,
+                    tokenizer: Tokenizer) -> str | None:
+    """The operator's template, else the checkpoint's, else one that suits the architecture or the tokenizer."""
+    if flag is not None:
+        return _from_flag(flag)
+    if checkpoint_template is not None:
+        return checkpoint_template
+    if architecture in defaults.TEMPLATES:
+        return defaults.TEMPLATES[architecture]
+    has_chatml = all(token in tokenizer.added_tokens for token in defaults.CHATML_TOKENS)
+    return defaults.CHATML if has_chatml else None
+
+
+def _from_flag(flag: str) -> str:
+    """`--chat-template`: what has braces or several lines is the template itself, anything else a file."""
+    if any(character in flag for character in "{}\n"):
+        return flag
+    try:
+        return Path(flag).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise StartupError(f"--chat-template: the file {flag} cannot be read: {reason}") from None

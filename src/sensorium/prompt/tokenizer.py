@@ -1,0 +1,258 @@
+"""A checkpoint's tokenizer: text to ids exactly as transformers' fast tokenizer would, and back.
+
+Text that was `escape`d stays text: no literal in it becomes a token. Instances are shared between threads; nothing of
+them changes after construction but caches.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers.processors import TemplateProcessing
+
+from sensorium.errors import CheckpointError, RequestError
+from sensorium.prompt.convert import converted_tokenizer
+from sensorium.prompt.literals import MARK, NAME, Literals, alternatives, rename_true
+from sensorium.prompt.pieces import TokenBytes
+
+_log = logging.getLogger(__name__)
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
+_WORST_CHARS_PER_TOKEN = 16  # at least this many are assumed before a text is called too long unread
+
+
+class Tokenizer:
+    """`named_tokens` are the tokens that a chat template knows by name (bos_token, eos_token, …)."""
+
+    def __init__(self, raw: RawTokenizer, named_tokens: Mapping[str, str], *, vocab_size: int = 0,
+                 literals: Iterable[str] = ()) -> None:
+        """`vocab_size` is the model's, which may be padded beyond the tokens that have a text."""
+        raw.no_truncation()
+        raw.no_padding()
+        self.raw = raw
+        self.named_tokens = dict(named_tokens)
+        added: dict[int, AddedToken] = raw.get_added_tokens_decoder()
+        self.added_tokens = {token.content: token_id for token_id, token in added.items()}
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.vocab_size = max(raw.get_vocab_size(), max(added, default=-1) + 1, vocab_size)
+        self.token_bytes = TokenBytes.of(raw)
+        # Some tokenizers do not call `<|im_start|>` and its like special: what looks like one is one to us.
+        special = {token.content for token in added.values() if token.special or token.content.startswith("<|")}
+        special.update(self.named_tokens.values())
+        self._special = Literals(special)
+        self._all = Literals(special.union(literals))
+        self._unmarked = re.compile(alternatives(self.added_tokens))
+        self._verbatim = _VerbatimVocabulary(raw, added)
+        self._longest_token: int | None = None
+
+    @classmethod
+    def from_folder(cls, folder: Path, *, vocab_size: int = 0) -> Tokenizer:
+        config = _read_json(folder / "tokenizer_config.json")
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            file = converted_tokenizer(folder)
+        try:
+            raw = RawTokenizer.from_file(str(file))
+        except Exception as error:  # the library raises nothing narrower
+            raise CheckpointError(f"{file.name} of the model cannot be read: {error}") from error
+        named = _named_tokens(config, _read_json(folder / "special_tokens_map.json"))
+        _add_declared_tokens(raw, config, named)
+        _apply_bos_eos(raw, config, named)
+        return cls(raw, named, vocab_size=vocab_size)
+
+    def with_literals(self, literals: Iterable[str]) -> Tokenizer:
+        """The same tokenizer, whose `escape` also breaks these."""
+        twin = copy.copy(self)
+        twin._all = Literals(self._all.all.union(literals))
+        return twin
+
+    @property
+    def bos_token(self) -> str | None:
+        return self.named_tokens.get("bos_token")
+
+    @property
+    def eos_token(self) -> str | None:
+        return self.named_tokens.get("eos_token")
+
+    @property
+    def pad_token(self) -> str | None:
+        return self.named_tokens.get("pad_token")
+
+    def escape(self, text: str, *, special_only: bool = False) -> str:
+        """Foreign text in a form that `encode` reads as plain text whatever literals it contains.
+
+        `special_only` leaves alone the literals that are not special tokens (`<think>`, `<tool_call>`): for text of
+        the model's own, where a template looks for them.
+        """
+        return (self._special if special_only else self._all).escape(text)
+
+    def unescape(self, text: str) -> str:
+        """Escaped text as it was."""
+        return text.replace(MARK, "")
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids. Text without marks is tokenized in one go, all literals in it being tokens."""
+        if MARK not in text:
+            ids: list[int] = self.raw.encode(text, add_special_tokens=add_special_tokens).ids
+            return ids
+        found = self._verbatim.encode(rename_true(text, self._unmarked, self._name_of), add_special_tokens)
+        if found is not None:
+            return found
+        # The vocabulary itself makes a control token of plain letters (Unigram does): only a space keeps them apart.
+        text = self._unmarked.sub(lambda match: self._name_of(match.group()), text).replace(MARK, " ")
+        return self._verbatim.encode(text, add_special_tokens) or []
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        self.check_ids(token_ids)
+        text: str = self.raw.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def check_ids(self, token_ids: Sequence[int], *, param: str | None = None) -> None:
+        """RequestError unless every id is one of the vocabulary's."""
+        if not token_ids:
+            return
+        low, high = min(token_ids), max(token_ids)
+        if low < 0 or high >= self.vocab_size:
+            raise RequestError(f"Token id {low if low < 0 else high} is not in the vocabulary, which has the ids "
+                               f"0 to {self.vocab_size - 1}.", param=param, code="invalid_token_id")
+
+    def token_to_id(self, token: str) -> int | None:
+        found: int | None = self.raw.token_to_id(token)
+        return found
+
+    def id_to_token(self, token_id: int) -> str | None:
+        found: str | None = self.raw.id_to_token(token_id)
+        return found
+
+    def token_text(self, token_id: int) -> tuple[str, bytes]:
+        """One token as text and bytes, for logprobs; bytes that are no whole character show as U+FFFD."""
+        if self.token_bytes is None:
+            text: str = self.raw.decode([token_id], skip_special_tokens=False)
+            return text, text.encode()
+        found = self.token_bytes[token_id]
+        return found.decode("utf-8", "replace"), found
+
+    def fewest_tokens(self, text: str) -> int:
+        """A lower bound of the tokens of a text, found without tokenizing it: no token is longer than the longest."""
+        if self._longest_token is None:
+            vocabulary: dict[str, int] = self.raw.get_vocab(with_added_tokens=True)
+            self._longest_token = max(map(len, vocabulary), default=0)
+        return len(text) // max(self._longest_token, _WORST_CHARS_PER_TOKEN)
+
+    def _name_of(self, literal: str) -> str:
+        return self._verbatim.names[literal]
+
+
+class _VerbatimVocabulary:
+    """The same model whose added tokens are only found under names that no text can contain.
+
+    So plain text stays plain, and everything else (prefix spaces, stripping beside tokens) works as it does in the
+    original. The vocabulary itself is shared, not copied.
+    """
+
+    def __init__(self, raw: RawTokenizer, added: Mapping[int, AddedToken]) -> None:
+        self._raw = RawTokenizer(raw.model)
+        for part in ("normalizer", "pre_tokenizer", "post_processor"):
+            if getattr(raw, part) is not None:
+                setattr(self._raw, part, getattr(raw, part))
+        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.names: dict[str, str] = {}  # literal -> its name here
+        self._id_of: dict[int, int] = {}  # id of a name here -> the model's id
+        missing = dict(added)
+        # Ids are given out from the number of words on. A vocabulary with gaps has words of its own there: try again.
+        for attempt in range(1 + raw.get_vocab_size(with_added_tokens=True)):
+            if not missing:
+                break
+            missing = self._add(raw, missing, attempt)
+
+    def _add(self, raw: RawTokenizer, tokens: Mapping[int, AddedToken], attempt: int) -> dict[int, AddedToken]:
+        """Add the tokens under new names; returns those whose new id means something else in the model."""
+        names: dict[int, str] = {token_id: f"{NAME}{attempt}.{token_id};" for token_id in tokens}
+        self._raw.add_special_tokens([
+            AddedToken(names[token_id], special=True, normalized=False, lstrip=token.lstrip, rstrip=token.rstrip,
+                       single_word=token.single_word) for token_id, token in tokens.items()])
+        missing = dict(tokens)
+        for token_id, name in names.items():
+            new_id = self._raw.token_to_id(name)
+            if new_id is not None and raw.model.id_to_token(new_id) is None:
+                self.names[missing.pop(token_id).content] = name
+                self._id_of[new_id] = token_id
+        return missing
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int] | None:
+        """Ids of text whose tokens stand under their names; None if plain letters gave a special token."""
+        encoding = self._raw.encode(text, add_special_tokens=add_special_tokens)
+        from_text = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+        if any(token_id in self._special and not added for token_id, added in from_text):
+            return None
+        return [self._id_of.get(token_id, token_id) for token_id in encoding.ids]
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file.name} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file.name} must be a JSON object")
+    return found
+
+
+def _content(token: Any) -> str | None:
+    """A token as config files write it: its text, or an object with its text."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) and token else None
+
+
+def _named_tokens(config: Mapping[str, Any], special_tokens_map: Mapping[str, Any]) -> dict[str, str]:
+    """The usual names and whatever else the config calls `…_token`."""
+    found = {**special_tokens_map, **config}
+    names = [*_NAMED, *(name for name in found if name.endswith("_token"))]
+    return {name: content for name in names if (content := _content(found.get(name))) is not None}
+
+
+def _add_declared_tokens(raw: RawTokenizer, config: Mapping[str, Any], named: Mapping[str, str]) -> None:
+    """Tokens that only tokenizer_config.json has, in the order of their ids, so that they get these ids."""
+    known = {token.content for token in raw.get_added_tokens_decoder().values()}
+    declared = config.get("added_tokens_decoder") or {}
+    if not isinstance(declared, dict) or not all(isinstance(key, str) and key.isdecimal() for key in declared):
+        raise CheckpointError("tokenizer_config.json: 'added_tokens_decoder' must be an object of token ids")
+    for token_id, token in sorted(declared.items(), key=lambda item: int(item[0])):
+        content = _content(token)
+        if content is None or content in known:
+            continue
+        flags = {name: bool(token.get(name)) for name in _FLAGS} if isinstance(token, dict) else {}
+        raw.add_tokens([AddedToken(content, **flags)])
+        known.add(content)
+        if raw.token_to_id(content) != int(token_id):
+            _log.warning("tokenizer_config.json gives the token %r the id %s, but it gets %d.", content, token_id,
+                         raw.token_to_id(content))
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    extra = extra.values() if isinstance(extra, dict) else extra
+    wanted = [*named.values(), *(content for token in extra if (content := _content(token)) is not None)]
+    raw.add_special_tokens([AddedToken(content, special=True, normalized=False)
+                            for content in dict.fromkeys(wanted) if content not in known])
+
+
+def _apply_bos_eos(raw: RawTokenizer, config: Mapping[str, Any], named: Mapping[str, str]) -> None:
+    """`add_bos_token` and `add_eos_token`, where given, replace what tokenizer.json adds around a text."""
+    if config.get("add_bos_token") is None and config.get("add_eos_token") is None:
+        return
+    bos = named.get("bos_token") if config.get("add_bos_token") else None
+    eos = named.get("eos_token") if config.get("add_eos_token") else None
+    before, after = f"{bos}:{{0}} " if bos else "", f" {eos}:{{0}}" if eos else ""
+    first, second = (f"{before}${name}:{{0}}{after}".format(number) for number, name in enumerate("AB"))
+    raw.post_processor = TemplateProcessing(
+        single=first, pair=f"{first} {second}",
+        special_tokens=[(token, raw.token_to_id(token)) for token in dict.fromkeys((bos, eos)) if token])
