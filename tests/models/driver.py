@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence as Series
 from dataclasses import dataclass, field
@@ -90,7 +91,7 @@ class Driver:
             query_lens=query_lens, context_lens=context_lens,
             num_decodes=sum(self._is_decode(s, n) for s, n in work),
             block_size=self.block_size,
-            query_start=torch.tensor([0, *torch.tensor(query_lens).cumsum(0).tolist()], dtype=torch.int32, device=self.device),
+            query_start=torch.tensor([0, *itertools.accumulate(query_lens)], dtype=torch.int32, device=self.device),
             seq_lens=torch.tensor(context_lens, dtype=torch.int32, device=self.device),
             block_tables=torch.tensor([s.blocks + [0] * (width - len(s.blocks)) for s, _ in work], dtype=torch.int32,
                                       device=self.device),

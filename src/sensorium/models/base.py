@@ -57,7 +57,7 @@ class Model(nn.Module):
     modalities: ClassVar[frozenset[Modality]] = frozenset()
     weight_prefixes: ClassVar[Mapping[str, str]] = {}  # literal prefix renames, first match wins
     weight_map: ClassVar[tuple[Rename, ...]] = ()  # after the prefixes, first match wins; other keys keep their names
-    ignored: ClassVar[tuple[str, ...]] = ()  # key suffixes or prefixes that may be there and are not used
+    ignored: tuple[str, ...] = ()  # suffixes or prefixes of keys (stored or renamed) that may be there and are not used
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__()

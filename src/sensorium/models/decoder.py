@@ -108,7 +108,7 @@ class DecoderForCausalLM(Model):
     """A decoder with its language head: text models as they are, and the base of multimodal ones."""
 
     weight_map: ClassVar[tuple[Rename, ...]] = DECODER_MAP
-    ignored: ClassVar[tuple[str, ...]] = (".rotary_emb.inv_freq",)
+    ignored: tuple[str, ...] = (".rotary_emb.inv_freq",)
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)

@@ -130,9 +130,9 @@ def _assign(model: Model, tensors: list[StoredTensor]) -> dict[str, _Slot]:
     rename = _renamer(model)
     unexpected = []
     for tensor in tensors:
-        if _is_ignored(tensor.key, model.ignored):
-            continue
         target, shard = rename(tensor.key)
+        if _is_ignored(tensor.key, model.ignored) or _is_ignored(target, model.ignored):
+            continue
         slot = slots.get(model.tied.get(target, target))
         if slot is None or (shard and shard not in slot.shards()):
             unexpected.append(tensor.key)

@@ -1,0 +1,352 @@
+"""Tiny random checkpoints, made on the fly in the hub's layout and in the one that transformers saves today.
+
+Every `make_*` writes a complete folder (weights, configs, tokenizer, chat template, for pictures the preprocessor too)
+and returns transformers' own model in float32: the oracle. Weights are large enough that greedy decoding does not run
+in circles, and no norm weight or bias keeps its neutral value.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+Layout = Literal["hub", "transformers"]
+
+CORPUS = """The chef prepared a delicious meal. What is shown in this image? A cat and a dog sit under the table.
+Describe the picture in one sentence, then answer the question below. USER: ASSISTANT: user assistant system
+You are a helpful assistant. Answer the questions. The colours of the flag are red, white and blue; its shape: square.
+def main(argument): return [value for value in range(10) if value % 2 == 0]  # 0 1 2 3 4 5 6 7 8 9
+Grüße aus Köln, où est la bibliothèque? 你好，世界。 Привет, мир! 日本語のテキスト 🙂 naïve café
+"""
+CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+
+LLAMA_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    "{% else %} {{ m['content'] }} {{ eos_token }}{% endif %}{% endfor %}")
+CHATML_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+PHI3_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
+LLAVA_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['role'] | upper }}: {% endif %}"
+    "{% for part in m['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for part in m['content'] if part['type'] == 'text' %}{{ part['text'] }} {% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}")
+LLAVA_NEXT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% for part in m['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for part in m['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+QWEN2_VL_TEMPLATE = (
+    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
+    "{% if part['type'] == 'image' or 'image_url' in part %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+LLAMA_SPECIALS = ("<unk>", "<s>", "</s>")
+CHATML_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+PHI3_SPECIALS = ("<unk>", "<s>", "</s>", "<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>")
+VISION_SPECIALS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+
+
+def make_llama(path: Path, layout: Layout = "hub", **options: Any) -> PreTrainedModel:
+    """Also Yi, Vicuna and Llama 3: `rope_parameters` and sizes are the options (any `LlamaConfig` argument)."""
+    ids = write_tokenizer(path, layout, LLAMA_SPECIALS, LLAMA_TEMPLATE, bos="<s>", eos="</s>")
+    return _text(path, layout, LlamaForCausalLM, LlamaConfig, ids, "<s>", "</s>", options)
+
+
+def make_mistral(path: Path, layout: Layout = "hub", **options: Any) -> PreTrainedModel:
+    ids = write_tokenizer(path, layout, LLAMA_SPECIALS, LLAMA_TEMPLATE, bos="<s>", eos="</s>")
+    options = {"sliding_window": 8, **options}
+    return _text(path, layout, MistralForCausalLM, MistralConfig, ids, "<s>", "</s>", options)
+
+
+def make_qwen2(path: Path, layout: Layout = "hub", **options: Any) -> PreTrainedModel:
+    ids = write_tokenizer(path, layout, CHATML_SPECIALS, CHATML_TEMPLATE, eos="<|im_end|>")
+    return _text(path, layout, Qwen2ForCausalLM, Qwen2Config, ids, "<|endoftext|>", "<|im_end|>", options)
+
+
+def make_qwen3(path: Path, layout: Layout = "hub", **options: Any) -> PreTrainedModel:
+    ids = write_tokenizer(path, layout, CHATML_SPECIALS, CHATML_TEMPLATE, eos="<|im_end|>")
+    options = {"head_dim": 16, **options}
+    return _text(path, layout, Qwen3ForCausalLM, Qwen3Config, ids, "<|endoftext|>", "<|im_end|>", options)
+
+
+def make_phi3(path: Path, layout: Layout = "hub", **options: Any) -> PreTrainedModel:
+    """With LongRoPE: sequences of more than 48 tokens take the long factors."""
+    ids = write_tokenizer(path, layout, PHI3_SPECIALS, PHI3_TEMPLATE, bos="<s>", eos="<|endoftext|>")
+    options = {
+        "original_max_position_embeddings": 48, "pad_token_id": ids["<|endoftext|>"],
+        "rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.5, 2.0],
+                            "long_factor": [1.1, 2.5, 9.0, 20.0], "original_max_position_embeddings": 48},
+        **options}
+    return _text(path, layout, Phi3ForCausalLM, Phi3Config, ids, "<s>", "<|endoftext|>", options)
+
+
+def make_llava(path: Path, layout: Layout = "hub", *, text: dict[str, Any] | None = None,
+               vision: dict[str, Any] | None = None, preprocessor: dict[str, Any] | None = None,
+               **options: Any) -> PreTrainedModel:
+    """LLaVA-1.5: pictures of 28 pixels in patches of 14, four rows each."""
+    ids = write_tokenizer(path, layout, (*LLAMA_SPECIALS, "<image>", "<pad>"), LLAVA_TEMPLATE, bos="<s>", eos="</s>")
+    write_options, options = _write_options(options)
+    config = LlavaConfig(
+        text_config=LlamaConfig(**_shape(ids, text or {})).to_dict(), vision_config=_clip(vision or {}),
+        image_token_index=ids["<image>"], projector_hidden_act="gelu", image_seq_length=4, **options)
+    _write_json(path / "preprocessor_config.json", {
+        "image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor", "crop_size": _square(28),
+        "size": {"shortest_edge": 28}, **_clip_preprocessor(), **(preprocessor or {})})
+    model = LlavaForConditionalGeneration(config)
+    return _write(path, layout, model, ids["<s>"], ids["</s>"], **write_options)
+
+
+def make_llava_next(path: Path, layout: Layout = "hub", *, text: dict[str, Any] | None = None,
+                    vision: dict[str, Any] | None = None, preprocessor: dict[str, Any] | None = None,
+                    **options: Any) -> PreTrainedModel:
+    """LLaVA-NeXT: anyres over tiles of 28 pixels."""
+    ids = write_tokenizer(path, layout, ("<unk>", *CHATML_SPECIALS, "<image>"), LLAVA_NEXT_TEMPLATE, eos="<|im_end|>")
+    write_options, options = _write_options(options)
+    pinpoints = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
+    config = LlavaNextConfig(
+        text_config=LlamaConfig(**_shape(ids, {"rope_theta": 5e6, **(text or {})})).to_dict(),
+        vision_config=_clip(vision or {}), image_token_index=ids["<image>"], projector_hidden_act="gelu",
+        image_grid_pinpoints=pinpoints, image_seq_length=4, **options)
+    _write_json(path / "preprocessor_config.json", {
+        "image_processor_type": "LlavaNextImageProcessor", "processor_class": "LlavaNextProcessor",
+        "aspect_ratio_setting": "anyres", "crop_size": _square(28), "size": {"shortest_edge": 28},
+        "image_grid_pinpoints": pinpoints, **_clip_preprocessor(), **(preprocessor or {})})
+    model = LlavaNextForConditionalGeneration(config)
+    return _write(path, layout, model, ids["<|endoftext|>"], ids["<|im_end|>"], **write_options)
+
+
+def make_qwen2_vl(path: Path, layout: Layout = "hub", *, text: dict[str, Any] | None = None,
+                  vision: dict[str, Any] | None = None, preprocessor: dict[str, Any] | None = None,
+                  **options: Any) -> PreTrainedModel:
+    ids = write_tokenizer(path, layout, (*CHATML_SPECIALS, *VISION_SPECIALS), QWEN2_VL_TEMPLATE, eos="<|im_end|>")
+    write_options, options = _write_options(options)
+    shape = _shape(ids, {"hidden_size": 64, "rope_theta": 1e6, "rms_norm_eps": 1e-6,
+                         "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, **(text or {})})
+    vision = {"depth": 2, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2, "in_channels": 3, "patch_size": 14,
+              "spatial_merge_size": 2, "temporal_patch_size": 2, "initializer_range": 0.1, **(vision or {})}
+    config = Qwen2VLConfig(
+        text_config={**shape, "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"]},
+        vision_config={**vision, "hidden_size": shape["hidden_size"]},
+        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+        vision_token_id=ids["<|vision_pad|>"], **{"tie_word_embeddings": True, **options})
+    _write_json(path / "preprocessor_config.json", {
+        "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor", "patch_size": 14,
+        "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 3136, "max_pixels": 12845056,
+        "image_mean": CLIP_MEAN, "image_std": CLIP_STD, **(preprocessor or {})})
+    model = Qwen2VLForConditionalGeneration(config)
+    return _write(path, layout, model, ids["<|endoftext|>"], ids["<|im_end|>"], **write_options)
+
+
+def write_tokenizer(path: Path, layout: Layout, specials: tuple[str, ...], template: str, *, eos: str,
+                    bos: str | None = None) -> dict[str, int]:
+    """A byte-level BPE of some 400 tokens and a chat template -> ids of the special tokens. `bos` is put before texts."""
+    path.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                                  show_progress=False)
+    tokenizer.train_from_iterator(CORPUS.splitlines(), trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
+    ids = {token: tokenizer.token_to_id(token) for token in specials}
+    if bos is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ids[bos])])
+    tokenizer.save(str(path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "model_max_length": 512,
+              "clean_up_tokenization_spaces": False, "add_bos_token": bos is not None}
+    if bos is not None:
+        config["bos_token"] = bos
+    if layout == "hub":
+        config["chat_template"] = template
+        config["added_tokens_decoder"] = {
+            str(i): {"content": token, "special": True, "lstrip": False, "rstrip": False, "normalized": False,
+                     "single_word": False} for token, i in ids.items()}
+    else:
+        (path / "chat_template.jinja").write_text(template, encoding="utf-8")
+    _write_json(path / "tokenizer_config.json", config)
+    return ids
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a written checkpoint."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        tensors.update(load_file(file))
+    return tensors
+
+
+def write_weights(path: Path, tensors: dict[str, torch.Tensor], *, shards: int = 1, pickled: bool = False) -> None:
+    """Replace a checkpoint's weights: in one file or sharded with an index, as safetensors or as torch files."""
+    for old in [*path.glob("*.safetensors*"), *path.glob("*.bin*")]:
+        old.unlink()
+    stem, suffix = ("pytorch_model", "bin") if pickled else ("model", "safetensors")
+    names = [f"{stem}.{suffix}"]
+    if shards > 1:
+        names = [f"{stem}-{i + 1:05d}-of-{shards:05d}.{suffix}" for i in range(shards)]
+    weight_map = {key: names[i * shards // len(tensors)] for i, key in enumerate(sorted(tensors))}
+    for name in names:
+        part = {key: tensors[key].contiguous() for key, file in weight_map.items() if file == name}
+        if pickled:
+            torch.save(part, path / name)
+        else:
+            save_file(part, path / name, metadata={"format": "pt"})
+    if shards > 1:
+        _write_json(path / f"{stem}.{suffix}.index.json", {"metadata": {}, "weight_map": weight_map})
+
+
+def _text(path: Path, layout: Layout, model_class: Any, config_class: Any, ids: dict[str, int], bos: str, eos: str,
+          options: dict[str, Any]) -> PreTrainedModel:
+    write_options, shape = _write_options(options)
+    config = config_class(**{"bos_token_id": ids[bos], "eos_token_id": ids[eos], **_shape(ids, shape)})
+    return _write(path, layout, model_class(config), ids[bos], ids[eos], **write_options)
+
+
+def _write_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    names = ("dtype", "shards", "pickled", "seed")
+    return ({k: v for k, v in options.items() if k in names}, {k: v for k, v in options.items() if k not in names})
+
+
+def _shape(ids: dict[str, int], shape: dict[str, Any]) -> dict[str, Any]:
+    padded = (max(ids.values()) // 16 + 2) * 16  # rows that no token has, as in published checkpoints
+    return {"vocab_size": padded, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, **shape}
+
+
+def _clip(vision: dict[str, Any]) -> dict[str, Any]:
+    return CLIPVisionConfig(**{
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 14, "projection_dim": 16, "hidden_act": "quick_gelu", **vision}).to_dict()
+
+
+def _square(side: int) -> dict[str, int]:
+    return {"height": side, "width": side}
+
+
+def _clip_preprocessor() -> dict[str, Any]:
+    return {"do_resize": True, "do_center_crop": True, "do_rescale": True, "rescale_factor": 1 / 255,
+            "do_normalize": True, "do_convert_rgb": True, "resample": 3, "image_mean": CLIP_MEAN, "image_std": CLIP_STD}
+
+
+def _write(path: Path, layout: Layout, model: PreTrainedModel, bos: int, eos: int, *, dtype: str = "float32",
+           shards: int = 1, pickled: bool = False, seed: int = 0) -> PreTrainedModel:
+    """Fill the model with random weights, save it, and rewrite what was saved if the hub's layout is wanted."""
+    _randomise(model, seed)
+    stored = getattr(torch, dtype)
+    model.to(stored).to(torch.float32)  # the oracle has the rounded weights
+    model.generation_config = GenerationConfig(bos_token_id=bos, eos_token_id=eos)
+    model.to(stored).save_pretrained(path)
+    tensors = read_weights(path)
+    if layout == "hub":
+        config = json.loads((path / "config.json").read_text())
+        _write_json(path / "config.json", _hub_config(config))
+        tensors = {_hub_key(key): tensor for key, tensor in tensors.items()}
+        write_weights(path, tensors, shards=shards, pickled=pickled)
+    elif shards > 1 or pickled:
+        write_weights(path, tensors, shards=shards, pickled=pickled)
+    return model.to(torch.float32).eval()
+
+
+@torch.no_grad()
+def _randomise(model: PreTrainedModel, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("weight") and ("norm" in name.lower() or ".ln_" in name):
+            parameter.copy_(1 + 0.2 * noise)
+        elif "embed_tokens" in name:
+            parameter.copy_(noise)
+        elif parameter.dim() < 2:
+            parameter.copy_(0.2 * noise)
+        else:
+            fan_in = parameter[0].numel()
+            parameter.copy_(noise * 1.2 / fan_in**0.5)
+
+
+def _hub_key(key: str) -> str:
+    return key.replace("vision_tower.", "vision_tower.vision_model.", 1) if key.startswith("vision_tower.") else key
+
+
+def _hub_config(config: dict[str, Any]) -> dict[str, Any]:
+    """transformers 5's config.json -> the dialect of published repositories."""
+    config = _old_names(config)
+    if config["model_type"] == "qwen2_vl":
+        text = config.pop("text_config")
+        vision = config.pop("vision_config")
+        vision = {"in_chans" if k == "in_channels" else k: v for k, v in vision.items()}
+        vision["spatial_patch_size"] = vision["patch_size"]
+        vision["model_type"] = "qwen2_vl"
+        vision.pop("rope_scaling", None)
+        vision.pop("rope_theta", None)
+        return {**text, **config, "vision_config": vision}
+    if "text_config" in config:  # what equals Llama's defaults is left out
+        config["text_config"] = _without_defaults(config["text_config"], _old_names(LlamaConfig().to_dict()))
+        config["vision_config"] = _without_defaults(config["vision_config"], CLIPVisionConfig().to_dict())
+        config.pop("image_seq_length", None)
+        if config["model_type"] == "llava_next":
+            config["use_image_newline_parameter"] = True
+    return config
+
+
+def _old_names(config: dict[str, Any]) -> dict[str, Any]:
+    config = {key: _old_names(value) if isinstance(value, dict) and key.endswith("_config") else value
+              for key, value in config.items()}
+    if "dtype" in config:
+        config["torch_dtype"] = config.pop("dtype")
+    rope = config.pop("rope_parameters", None)
+    if rope is not None:
+        rope = dict(rope)
+        config["rope_theta"] = rope.pop("rope_theta", 10000.0)
+        kind = rope.pop("rope_type", "default")
+        if "mrope_section" in rope:
+            rope = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+        elif kind == "longrope":
+            rope = {"type": "su", "short_factor": rope["short_factor"], "long_factor": rope["long_factor"]}
+        elif kind != "default":
+            rope["rope_type"] = kind
+        config["rope_scaling"] = rope if kind != "default" or "mrope_section" in rope else None
+    return config
+
+
+def _without_defaults(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    kept = ("model_type", "vocab_size")
+    return {k: v for k, v in config.items() if k in kept or k not in defaults or defaults[k] != v}
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2), encoding="utf-8")
