@@ -117,7 +117,7 @@ class Fetcher:
                 return await self._follow(parse_url(url, self._max_url_length), max_bytes)
         except TimeoutError:
             raise Refusal("download", f"The {{noun}} could not be downloaded within {self._timeout_s:g} s.") from None
-        except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, ssl.SSLError, OSError):
+        except (httpx.HTTPError, httpx.InvalidURL, ssl.SSLError, OSError):
             raise Refusal("download", CONNECTION_FAILED) from None
 
     async def aclose(self) -> None:

@@ -29,12 +29,12 @@ class LocalFiles:
             descriptor = self._open(self._root, self._inside(url))
         except (OSError, ValueError):
             raise Refusal("url", REFUSED) from None
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise Refusal("url", REFUSED)
         with os.fdopen(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise Refusal("url", REFUSED)
-            payload = file.read(max_bytes + 1) if status.st_size <= max_bytes else b""
-        if status.st_size > max_bytes or len(payload) > max_bytes:
+            payload = file.read(max_bytes + 1)
+        if len(payload) > max_bytes:
             raise Refusal("file_size", f"The {{noun}}'s file is larger than {size_text(max_bytes)}.")
         return payload
 

@@ -11,6 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import BmpImagePlugin, GifImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
+# Pillow imports these when a file needs them, which a worker that is locked in no longer can.
+from PIL import ImageColor, ImagePalette, TiffImagePlugin  # noqa: F401  # isort: skip
+
 from sensorium.media.header import ImageFormat, ImageHeader, read_header
 from sensorium.media.source import Refusal
 

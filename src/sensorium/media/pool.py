@@ -173,6 +173,8 @@ class WorkerPool:
             return [*self._busy, *(worker.process.pid for worker in self._idle)]
 
     def _executor(self) -> ThreadPoolExecutor:
+        if self._is_closed:
+            raise ServerError
         if self._threads is None:
             self._threads = ThreadPoolExecutor(self.size, f"media-{self.role}")
         return self._threads
