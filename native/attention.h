@@ -1,0 +1,291 @@
+// Attention without materialised scores: a tile of query rows walks the keys 64 at a time with a running maximum.
+// Rows are (token, head of the group) pairs, so grouped queries share each packed key and value. A sequence whose rows
+// fit one tile is split along the keys at fixed places, and the parts are merged in order.
+#pragma once
+
+#include <vector>
+
+#include "kernels.h"
+#include "linear.h"
+
+namespace sensorium::SENSORIUM_ISA {
+
+constexpr int kKeys = 64;             // keys per step
+constexpr int kAttentionRows = 96;    // query rows per tile, about
+constexpr int64_t kSplitKeys = 512;   // keys per part of a split sequence
+constexpr float kMasked = -1e30f;     // finite: infinity minus infinity is not a number
+constexpr float kLog2e = 1.44269504088896f;
+
+struct AttentionTask {
+    int32_t sequence, kv_head;
+    int32_t token, tokens;  // of the sequence's queries
+    int32_t key, key_end;
+    int32_t part, parts;
+};
+
+// Where the rows of one tile keep their state while they walk over the keys.
+struct AttentionState {
+    int rows, dim;  // dim: head_dim rounded up to whole vectors
+    float* out;     // [rows, dim]
+    float* peak;    // [rows], in log2 units
+    float* total;   // [rows]
+};
+
+// Two panels of 32 keys: k [head_dim / 2][32][2], so that a dot product over head_dim is a tile product.
+static inline void pack_keys(const bf16* const* rows, int64_t pairs, uint32_t* out) {
+    for (int group = 0; group < kKeys; group += kLanes)
+        transpose_pairs(rows + group, kLanes, pairs, out + (group / kPanel) * pairs * kPanel + group % kPanel, kPanel);
+}
+
+// Panels of 32 (the last 32 or 16) of head_dim, each [keys / 2][width][2].
+static inline void pack_values(const bf16* const* rows, int head_dim, bf16* out) {
+    for (int panel = 0; panel < head_dim; panel += kPanel) {
+        const int width = head_dim - panel > kLanes ? kPanel : kLanes;
+        const int count = std::min(width, head_dim - panel);
+        for (int pair = 0; pair < kKeys / 2; ++pair) {
+            const bf16 *a = rows[2 * pair], *b = rows[2 * pair + 1];
+#if defined(SENSORIUM_AVX512)
+            const __mmask32 keep = count >= 32 ? ~0u : (1u << count) - 1;
+            const __m512i low = _mm512_castsi256_si512(_mm256_setzero_si256());
+            __m512i x = low, y = low;
+            if (a) x = _mm512_maskz_loadu_epi16(keep, a + panel);
+            if (b) y = _mm512_maskz_loadu_epi16(keep, b + panel);
+            // zip: spread the 16-bit elements over 32 bits and merge
+            const __m512i x0 = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(x));
+            const __m512i y0 = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(y));
+            _mm512_storeu_si512(out, _mm512_or_si512(x0, _mm512_slli_epi32(y0, 16)));
+            if (width == kPanel) {
+                const __m512i x1 = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(x, 1));
+                const __m512i y1 = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(y, 1));
+                _mm512_storeu_si512(out + 2 * kLanes, _mm512_or_si512(x1, _mm512_slli_epi32(y1, 16)));
+            }
+#else
+            for (int i = 0; i < width; ++i) {
+                out[2 * i] = a && i < count ? a[panel + i] : 0;
+                out[2 * i + 1] = b && i < count ? b[panel + i] : 0;
+            }
+#endif
+            out += width * 2;
+        }
+    }
+}
+
+static inline void find_rows(const Attention& args, const AttentionTask& task, int64_t key, const bf16** k,
+                             const bf16** v) {
+    for (int i = 0; i < kKeys; ++i) {
+        const int64_t index = key + i;
+        if (index >= task.key_end) {
+            k[i] = v[i] = nullptr;
+            continue;
+        }
+        int64_t block = 0, row = index + args.query_start[task.sequence];
+        if (args.block_tables) {
+            block = args.block_tables[task.sequence * args.max_blocks + index / args.block_size];
+            row = index % args.block_size;
+        }
+        k[i] = args.k + block * args.k_block_stride + task.kv_head * args.k_head_stride + row * args.k_row_stride;
+        v[i] = args.v + block * args.v_block_stride + task.kv_head * args.v_head_stride + row * args.v_row_stride;
+    }
+}
+
+// Scores [kKeys] of one row -> probabilities in bf16, relative to the row's running maximum.
+static inline void softmax_row(const Attention& args, float* score, int64_t key, int64_t first, int64_t last,
+                               AttentionState& state, int row, bf16* p) {
+    constexpr int kVectors = kKeys / kLanes;
+    const bool whole = first <= key && key + kKeys <= last;
+    const vf factor = vset(args.scale * kLog2e);
+    vf s[kVectors];
+    vf top = vset(kMasked);
+    for (int j = 0; j < kVectors; ++j) {
+        s[j] = vload(score + j * kLanes) * factor;
+        if (!whole) s[j] = keep_range(s[j], int(key) + j * kLanes, int(first), int(last), kMasked);
+        top = vmax(top, s[j]);
+    }
+    const float old = state.peak[row], peak = std::max(old, vmax_lane(top));
+    vf sum = vzero();
+    for (int j = 0; j < kVectors; ++j) {
+        const vf value = exp2(s[j] - vset(peak));
+        sum = sum + value;
+        vstore_bf16(p + j * kLanes, value);
+    }
+    if (peak != old) {
+        float lanes[kLanes];
+        vstore(lanes, exp2(vset(old - peak)));
+        state.total[row] *= lanes[0];
+        float* out = state.out + int64_t(row) * state.dim;
+        const vf shrink = vset(lanes[0]);
+        for (int d = 0; d < state.dim; d += kLanes) vstore(out + d, vload(out + d) * shrink);
+        state.peak[row] = peak;
+    }
+    state.total[row] += vsum(sum);
+}
+
+static inline size_t align64(size_t bytes) { return (bytes + 63) & ~size_t(63); }
+
+// Walks the task's keys; leaves sums that are not yet divided by their total in `state`.
+static void attend(const Attention& args, const AttentionTask& task, AttentionState& state) {
+    const int group = args.heads / args.kv_heads, rows = state.rows, dim = args.head_dim;
+    const int64_t pairs = dim / 2;
+    const int64_t first_token = args.query_start[task.sequence];
+    const int queries = args.query_start[task.sequence + 1] - args.query_start[task.sequence];
+    const size_t q_bytes = align64(size_t(rows) * pairs * 4), score_bytes = align64(size_t(rows) * kKeys * 4);
+    const size_t k_bytes = size_t(kKeys) * pairs * 4, v_bytes = size_t(kKeys) * state.dim * 2;
+    char* memory = static_cast<char*>(Scratch<2>::get(q_bytes + score_bytes + k_bytes + v_bytes + size_t(rows) * kKeys * 2));
+    uint32_t* q = reinterpret_cast<uint32_t*>(memory);
+    float* scores = reinterpret_cast<float*>(memory + q_bytes);
+    uint32_t* keys = reinterpret_cast<uint32_t*>(memory + q_bytes + score_bytes);
+    bf16* values = reinterpret_cast<bf16*>(memory + q_bytes + score_bytes + k_bytes);
+    bf16* p = reinterpret_cast<bf16*>(memory + q_bytes + score_bytes + k_bytes + v_bytes);
+
+    const Tiling tiling(rows);
+    for (int64_t i = 0; i < tiling.count; ++i) {
+        const int64_t first = tiling.start(i);
+        const bf16* source[kTileRows];
+        for (int j = 0; j < tiling.size(i); ++j) {
+            const int64_t token = first_token + task.token + (first + j) / group;
+            source[j] = args.q + token * args.q_stride + (task.kv_head * group + (first + j) % group) * dim;
+        }
+        transpose_pairs(source, tiling.size(i), pairs, q + first * pairs, tiling.size(i));
+    }
+    for (int row = 0; row < rows; ++row) state.peak[row] = kMasked, state.total[row] = 0;
+    std::fill(state.out, state.out + int64_t(rows) * state.dim, 0.0f);
+
+    for (int64_t key = task.key; key < task.key_end; key += kKeys) {
+        const bf16 *k[kKeys], *v[kKeys];
+        find_rows(args, task, key, k, v);
+        pack_keys(k, pairs, keys);
+        pack_values(v, dim, values);
+        for (int64_t i = 0; i < tiling.count; ++i) {
+            const int64_t first = tiling.start(i);
+            for (int panel = 0; panel < kKeys / kPanel; ++panel)
+                tile_for<0>(tiling.size(i), 2)(q + first * pairs, reinterpret_cast<bf16*>(keys + panel * pairs * kPanel),
+                                               pairs, scores + first * kKeys + panel * kPanel, kKeys, false, 0);
+        }
+        for (int row = 0; row < rows; ++row) {
+            int64_t first = 0, last = task.key_end;
+            if (args.causal) {
+                last = args.seq_lens[task.sequence] - queries + task.token + row / group + 1;
+                if (args.window) first = last - args.window;
+            }
+            softmax_row(args, scores + row * kKeys, key, first, std::min<int64_t>(last, task.key_end), state, row,
+                        p + row * kKeys);
+        }
+        const bf16* panel = values;
+        for (int d = 0; d < state.dim; d += kPanel) {
+            const int vectors = state.dim - d > kLanes ? 2 : 1;
+            for (int64_t i = 0; i < tiling.count; ++i) {
+                const int64_t first = tiling.start(i);
+                tile_for<kKeys / 2>(tiling.size(i), vectors)(reinterpret_cast<uint32_t*>(p + first * kKeys), panel,
+                                                             kKeys / 2, state.out + first * state.dim + d, state.dim,
+                                                             true, 0);
+            }
+            panel += kKeys * vectors * kLanes;
+        }
+    }
+}
+
+static void store_rows(const Attention& args, const AttentionTask& task, const AttentionState& state) {
+    const int group = args.heads / args.kv_heads;
+    for (int row = 0; row < state.rows; ++row) {
+        const int64_t token = args.query_start[task.sequence] + task.token + row / group;
+        bf16* out = args.out + token * args.out_stride + (task.kv_head * group + row % group) * args.head_dim;
+        const vf inverse = vset(state.total[row] > 0 ? 1.0f / state.total[row] : 0.0f);
+        for (int d = 0; d < args.head_dim; d += kLanes)
+            vstore_bf16_n(out + d, vload(state.out + int64_t(row) * state.dim + d) * inverse,
+                          std::min(kLanes, args.head_dim - d));
+    }
+}
+
+// Joins the parts of one split tile, first to last, in the memory of the first.
+static void merge_parts(AttentionState* parts, int count) {
+    AttentionState& to = parts[0];
+    for (int i = 1; i < count; ++i)
+        for (int row = 0; row < to.rows; ++row) {
+            const float peak = std::max(to.peak[row], parts[i].peak[row]);
+            float lanes[kLanes];
+            vstore(lanes, exp2(vset(to.peak[row] - peak)));
+            const float keep = lanes[0];
+            vstore(lanes, exp2(vset(parts[i].peak[row] - peak)));
+            const float add = lanes[0];
+            to.total[row] = to.total[row] * keep + parts[i].total[row] * add;
+            to.peak[row] = peak;
+            float* out = to.out + int64_t(row) * to.dim;
+            const float* other = parts[i].out + int64_t(row) * to.dim;
+            for (int d = 0; d < to.dim; d += kLanes)
+                vstore(out + d, fma(vload(out + d), vset(keep), vload(other + d) * vset(add)));
+        }
+}
+
+static void plan_attention(const Attention& args, std::vector<AttentionTask>& tasks) {
+    const int group = args.heads / args.kv_heads, tile_tokens = std::max(1, kAttentionRows / group);
+    for (int32_t sequence = 0; sequence < args.sequences; ++sequence) {
+        const int queries = args.query_start[sequence + 1] - args.query_start[sequence];
+        const int length = args.seq_lens[sequence];
+        // The last tokens see the most keys: start with them.
+        for (int token = (queries - 1) / tile_tokens * tile_tokens; token >= 0 && queries > 0; token -= tile_tokens) {
+            const int tokens = std::min(tile_tokens, queries - token);
+            const int end = args.causal ? length - queries + token + tokens : length;
+            int begin = 0;
+            if (args.causal && args.window)
+                begin = std::max(0, length - queries + token + 1 - args.window) / kKeys * kKeys;
+            const bool split = queries <= tile_tokens && end - begin > kSplitKeys;
+            const int parts = split ? int(ceil_div(end - begin, kSplitKeys)) : 1;
+            for (int head = 0; head < args.kv_heads; ++head)
+                for (int part = 0; part < parts; ++part) {
+                    const int key = begin + part * int(kSplitKeys);
+                    const int key_end = part + 1 < parts ? key + int(kSplitKeys) : end;
+                    tasks.push_back({sequence, head, token, tokens, key, key_end, part, parts});
+                }
+        }
+    }
+}
+
+static void attention(const Runtime& runtime, const Attention& args) {
+    const int group = args.heads / args.kv_heads, dim = int(ceil_div(args.head_dim, kLanes)) * kLanes;
+    static thread_local std::vector<AttentionTask> tasks;
+    static thread_local std::vector<AttentionState> states;
+    tasks.clear();
+    plan_attention(args, tasks);
+    const int64_t count = int64_t(tasks.size());
+    states.assign(size_t(count), AttentionState{});
+    size_t split_floats = 0;
+    int64_t work = 0;
+    for (const AttentionTask& task : tasks) {
+        if (task.parts > 1) split_floats += size_t(task.tokens * group) * (dim + 2 * kLanes);
+        work += int64_t(std::max(task.tokens * group, 8)) * (task.key_end - task.key) * dim;
+    }
+    float* split = split_floats ? static_cast<float*>(Scratch<3>::get(split_floats * 4)) : nullptr;
+    AttentionTask* const task_list = tasks.data();  // thread_local names mean another vector on another thread
+    AttentionState* const state_list = states.data();
+    for (int64_t i = 0; i < count; ++i)
+        if (tasks[i].parts > 1) {
+            const int rows = tasks[i].tokens * group;
+            states[i] = {rows, dim, split, split + int64_t(rows) * dim, split + int64_t(rows) * (dim + kLanes)};
+            split += int64_t(rows) * (dim + 2 * kLanes);
+        }
+    const auto run = [&](int64_t i) {
+        const AttentionTask& task = task_list[i];
+        if (task.parts > 1) {
+            attend(args, task, state_list[i]);
+            return;
+        }
+        const int rows = task.tokens * group;
+        float* memory = static_cast<float*>(Scratch<4>::get(size_t(rows) * (dim + 2) * 4));
+        AttentionState state{rows, dim, memory, memory + int64_t(rows) * dim, memory + int64_t(rows) * (dim + 1)};
+        attend(args, task, state);
+        store_rows(args, task, state);
+    };
+    const auto join = [&](int64_t i) {
+        if (task_list[i].parts <= 1 || task_list[i].part != 0) return;
+        merge_parts(state_list + i, task_list[i].parts);
+        store_rows(args, task_list[i], state_list[i]);
+    };
+    if (work > 1 << 18)
+        parallel_for(runtime, count, run);
+    else
+        for (int64_t i = 0; i < count; ++i) run(i);
+    if (split_floats)
+        for (int64_t i = 0; i < count; ++i) join(i);
+}
+
+}  // namespace sensorium::SENSORIUM_ISA

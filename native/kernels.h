@@ -1,0 +1,74 @@
+// The table of kernels that each instruction set fills in, and the arguments that cross the C boundary.
+// The structs are mirrored field by field in src/sensorium/kernels/native.py; change both together.
+#pragma once
+
+#include <cstdint>
+
+#include "runtime.h"
+
+namespace sensorium {
+
+using bf16 = uint16_t;
+
+constexpr int kPanel = 32;  // output columns that are stored together
+
+enum WeightForm : int32_t { kBf16 = 0, kInt8 = 1, kInt4 = 2 };
+enum Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kQuickGelu = 3, kRelu = 4, kTanh = 5 };
+
+// y [rows, n] = x [rows, k] @ weight.T + bias
+struct Linear {
+    const void* weight;   // packed, see linear.h
+    const float* scales;  // int8: [n]; int4: packed per panel and group
+    const float* bias;    // [n] or null
+    int64_t n;
+    int64_t k;
+    int32_t form;
+    int32_t group;  // int4: elements of k that share a scale
+};
+
+// Attention of queries over keys that lie in a paged cache (block_tables != null) or in one array.
+struct Attention {
+    const bf16* q;  // token t, head h at q + t * q_stride + h * head_dim
+    bf16* out;      // likewise with out_stride
+    const bf16* k;  // paged: block b, head h, row r at k + b * block_stride + h * head_stride + r * row_stride
+    const bf16* v;  // in one array: token t, head h at v + t * row_stride + h * head_stride
+    int64_t q_stride, out_stride;
+    int64_t k_block_stride, k_head_stride, k_row_stride;
+    int64_t v_block_stride, v_head_stride, v_row_stride;
+    const int32_t* block_tables;  // [sequences, max_blocks]
+    const int32_t* query_start;   // [sequences + 1]
+    const int32_t* seq_lens;      // [sequences] keys of each sequence
+    int64_t max_blocks;
+    int32_t sequences, heads, kv_heads, head_dim, block_size;
+    int32_t causal;  // query i of n sees keys up to seq_len - n + i
+    int32_t window;  // 0, or how many keys a causal query sees, its own included
+    float scale;
+};
+
+struct Kernels {
+    const char* name;
+    void (*pack_bf16)(const Runtime&, const bf16* weight, int64_t stride, int64_t rows, int64_t row_start, int64_t n,
+                      int64_t k, bf16* packed);
+    void (*unpack_bf16)(const bf16* packed, int64_t n, int64_t k, const int64_t* ids, int64_t count, bf16* out);
+    void (*linear)(const Runtime&, const Linear&, const bf16* x, int64_t stride, int64_t rows, void* y, int32_t y_fp32);
+    void (*attention)(const Runtime&, const Attention&);
+    void (*rms_norm)(const Runtime&, const bf16* x, int64_t stride, const bf16* weight, bf16* y, int64_t y_stride,
+                     int64_t rows, int64_t n, float eps);
+    void (*add_rms_norm)(const Runtime&, const bf16* x, const bf16* residual, const bf16* weight, bf16* y, bf16* sum,
+                         int64_t rows, int64_t n, float eps);
+    void (*layer_norm)(const Runtime&, const bf16* x, const bf16* weight, const bf16* bias, bf16* y, int64_t rows,
+                       int64_t n, float eps);
+    void (*gated)(const Runtime&, const bf16* gate_up, bf16* y, int64_t rows, int64_t n, int32_t activation);
+    void (*activate)(const Runtime&, const bf16* x, bf16* y, int64_t count, int32_t activation);
+    void (*rope)(const Runtime&, const bf16* x, int64_t stride, bf16* y, int64_t y_stride, const float* cos,
+                 const float* sin, int64_t tokens, int64_t heads, int64_t head_dim, int64_t rotary);
+    void (*write_kv)(const Runtime&, const bf16* k, int64_t k_stride, const bf16* v, int64_t v_stride, bf16* k_cache,
+                     bf16* v_cache, const int64_t* slots, int64_t tokens, int64_t heads, int64_t head_dim,
+                     int64_t block_size);
+};
+
+namespace portable { extern const Kernels kKernels; }
+namespace avx2 { extern const Kernels kKernels; }
+namespace avx512 { extern const Kernels kKernels; }
+
+}  // namespace sensorium

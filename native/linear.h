@@ -1,0 +1,136 @@
+// bf16 weights: packing and the product.
+// Packed: panels of 32 output columns (the last one 32 or 16), each [ceil(k / 2)][width][2], padded with zeros. One
+// row of x walks a panel once, in order, which is what memory likes best; many rows walk it out of L2.
+#pragma once
+
+#include "kernels.h"
+#include "tile.h"
+
+namespace sensorium::SENSORIUM_ISA {
+
+static inline int panel_vectors(int64_t n, int64_t panel) { return n - panel * kPanel > kLanes ? 2 : 1; }
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+static void pack_bf16(const Runtime& runtime, const bf16* weight, int64_t stride, int64_t rows, int64_t row_start,
+                      int64_t n, int64_t k, bf16* packed) {
+    const int64_t pairs = ceil_div(k, 2), first_panel = row_start / kPanel, row_end = row_start + rows;
+    parallel_for(runtime, ceil_div(row_end, kPanel) - first_panel, [&](int64_t task) {
+        const int64_t panel = first_panel + task;
+        const int width = panel_vectors(n, panel) * kLanes;
+        bf16* const base = packed + panel * kPanel * pairs * 2;
+        for (int group = 0; group < width; group += kLanes) {
+            const int64_t column = panel * kPanel + group;
+            const int64_t first = std::max(column, row_start), last = std::min(column + kLanes, row_end);
+            if (first >= last) continue;
+            const bf16* source[kLanes];
+            const int count = int(last == n ? column + kLanes - first : last - first);
+            for (int i = 0; i < count; ++i)
+                source[i] = first + i < last ? weight + (first + i - row_start) * stride : nullptr;
+            uint32_t* out = reinterpret_cast<uint32_t*>(base) + (first - panel * kPanel);
+            transpose_pairs(source, count, k / 2, out, width);
+            if (k % 2)
+                for (int i = 0; i < count; ++i) out[(k / 2) * width + i] = source[i] ? source[i][k - 1] : 0;
+        }
+    });
+}
+
+static void unpack_bf16(const bf16* packed, int64_t n, int64_t k, const int64_t* ids, int64_t count, bf16* out) {
+    const int64_t pairs = ceil_div(k, 2);
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t panel = ids[i] / kPanel, column = ids[i] % kPanel;
+        const int width = panel_vectors(n, panel) * kLanes;
+        const bf16* source = packed + panel * kPanel * pairs * 2 + column * 2;
+        bf16* row = out + i * k;
+        for (int64_t p = 0; p < k / 2; ++p) std::memcpy(row + 2 * p, source + p * width * 2, 4);
+        if (k % 2) row[k - 1] = source[(k / 2) * width * 2];
+    }
+}
+
+// A run of rows that are computed together: x packed into tiles, and how far along k one goes at a time.
+struct RowBlock {
+    Tiling tiling;
+    const uint32_t* a;
+    int64_t pairs, step;
+};
+
+static inline int64_t pairs_per_step(int64_t rows, int64_t pairs) {
+    if (rows <= kTileRows) return pairs;        // one pass over the weights
+    return rows <= 4 * kTileRows ? 64 : 512;  // a slice of the panel stays in L1, or in L2
+}
+
+static RowBlock pack_block(const Runtime& runtime, const bf16* x, int64_t stride, int64_t rows, int64_t k, bool fork) {
+    const int64_t pairs = ceil_div(k, 2);
+    RowBlock block{Tiling(rows), nullptr, pairs, pairs_per_step(rows, pairs)};
+    if (rows == 1 && k % 2 == 0 && reinterpret_cast<uintptr_t>(x) % 4 == 0) {
+        block.a = reinterpret_cast<const uint32_t*>(x);
+        return block;
+    }
+    uint32_t* a = static_cast<uint32_t*>(Scratch<0>::get(size_t(rows * pairs) * 4));
+    const auto pack = [&](int64_t i) {
+        const int64_t first = block.tiling.start(i);
+        pack_rows(x, stride, first, block.tiling.size(i), k, a + first * pairs);
+    };
+    if (fork && rows * pairs > 64 << 10)
+        parallel_for(runtime, block.tiling.count, pack);
+    else
+        for (int64_t i = 0; i < block.tiling.count; ++i) pack(i);
+    block.a = a;
+    return block;
+}
+
+static inline void store_row(const float* c, const float* bias, void* y, int64_t offset, int count, bool y_fp32) {
+    for (int j = 0; j < count; j += kLanes) {
+        const int lanes = std::min(kLanes, count - j);
+        vf value = vload(c + j);
+        if (bias) value = value + vload_n(bias + j, lanes);
+        if (y_fp32)
+            vstore_n(static_cast<float*>(y) + offset + j, value, lanes);
+        else
+            vstore_bf16_n(static_cast<bf16*>(y) + offset + j, value, lanes);
+    }
+}
+
+// One panel of the weights against all rows of the block; sums in `c` [rows, 32].
+static inline void multiply_panel(const RowBlock& block, const bf16* b, int vectors, float* c) {
+    const int width = vectors * kLanes;
+    const int64_t rows = block.tiling.rows;
+    const int64_t slice_bytes = block.step * width * 4;
+    for (int64_t p = 0; p < block.pairs; p += block.step) {
+        const int64_t length = std::min(block.step, block.pairs - p);
+        for (int64_t i = 0; i < block.tiling.count; ++i) {
+            const int64_t first = block.tiling.start(i);
+            const int size = block.tiling.size(i);
+            tile_for<0>(size, vectors)(block.a + first * block.pairs + p * size, b + p * width * 2, length,
+                                       c + first * kPanel, kPanel, p > 0,
+                                       rows <= kTileRows ? 2048 : slice_bytes);
+        }
+    }
+}
+
+constexpr int64_t kBlockRows = 480;
+
+static void linear_bf16(const Runtime& runtime, const Linear& w, const bf16* x, int64_t stride, int64_t rows, void* y,
+                        bool y_fp32) {
+    const int64_t panels = ceil_div(w.n, kPanel), pairs = ceil_div(w.k, 2), blocks = ceil_div(rows, kBlockRows);
+    const bf16* weight = static_cast<const bf16*>(w.weight);
+    const bool fork = std::max<int64_t>(rows, 4) * w.n * w.k > 1 << 20;
+    for (int64_t i = 0; i < blocks; ++i) {
+        const int64_t first = rows * i / blocks, count = rows * (i + 1) / blocks - first;
+        const RowBlock block = pack_block(runtime, x + first * stride, stride, count, w.k, fork);
+        const auto multiply = [&](int64_t panel) {
+            float* c = static_cast<float*>(Scratch<1>::get(size_t(count) * kPanel * sizeof(float)));
+            multiply_panel(block, weight + panel * kPanel * pairs * 2, panel_vectors(w.n, panel), c);
+            const int64_t column = panel * kPanel;
+            const int columns = int(std::min<int64_t>(kPanel, w.n - column));
+            for (int64_t row = 0; row < count; ++row)
+                store_row(c + row * kPanel, w.bias ? w.bias + column : nullptr, y, (first + row) * w.n + column,
+                          columns, y_fp32);
+        };
+        if (fork)
+            parallel_for(runtime, panels, multiply);
+        else
+            for (int64_t panel = 0; panel < panels; ++panel) multiply(panel);
+    }
+}
+
+}  // namespace sensorium::SENSORIUM_ISA

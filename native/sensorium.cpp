@@ -1,0 +1,90 @@
+// The C interface that src/sensorium/kernels/native.py loads with ctypes. No torch, no Python, no OpenMP headers.
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "kernels.h"
+
+using namespace sensorium;
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+const Kernels* find_kernels(int isa) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+    if (isa == 2) return avx512 ? &avx512::kKernels : nullptr;
+    if (isa == 1) return avx2 ? &avx2::kKernels : nullptr;
+#endif
+    return isa == 0 ? &portable::kKernels : nullptr;
+}
+
+}  // namespace
+
+EXPORT int32_t sensorium_abi() { return 1; }
+
+// isa: 0 portable, 1 AVX2 + FMA, 2 AVX-512 with BF16 and VNNI. Null when this processor lacks it.
+EXPORT Runtime* sensorium_open(int32_t isa, int32_t threads, Fork fork) {
+    const Kernels* kernels = find_kernels(isa);
+    return kernels ? new Runtime{threads, fork, kernels} : nullptr;
+}
+EXPORT void sensorium_set_threads(Runtime* runtime, int32_t threads) { runtime->threads = threads; }
+
+// Large pages for weights: fewer page faults while packing, fewer TLB misses while streaming.
+EXPORT void sensorium_use_large_pages(void* memory, int64_t bytes) {
+#if defined(__linux__)
+    const uintptr_t page = 2 << 20, begin = (uintptr_t(memory) + page - 1) & ~(page - 1);
+    const uintptr_t end = (uintptr_t(memory) + uintptr_t(bytes)) & ~(page - 1);
+    if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+    (void)memory, (void)bytes;
+#endif
+}
+
+EXPORT void sensorium_pack_bf16(const Runtime* r, const bf16* weight, int64_t stride, int64_t rows, int64_t row_start,
+                                int64_t n, int64_t k, bf16* packed) {
+    r->kernels->pack_bf16(*r, weight, stride, rows, row_start, n, k, packed);
+}
+EXPORT void sensorium_unpack_bf16(const Runtime* r, const bf16* packed, int64_t n, int64_t k, const int64_t* ids,
+                                  int64_t count, bf16* out) {
+    r->kernels->unpack_bf16(packed, n, k, ids, count, out);
+}
+EXPORT void sensorium_linear(const Runtime* r, const Linear* w, const bf16* x, int64_t stride, int64_t rows, void* y,
+                             int32_t y_fp32) {
+    r->kernels->linear(*r, *w, x, stride, rows, y, y_fp32);
+}
+EXPORT void sensorium_attention(const Runtime* r, const Attention* args) { r->kernels->attention(*r, *args); }
+EXPORT void sensorium_rms_norm(const Runtime* r, const bf16* x, int64_t stride, const bf16* weight, bf16* y,
+                               int64_t y_stride, int64_t rows, int64_t n, float eps) {
+    r->kernels->rms_norm(*r, x, stride, weight, y, y_stride, rows, n, eps);
+}
+EXPORT void sensorium_add_rms_norm(const Runtime* r, const bf16* x, const bf16* residual, const bf16* weight, bf16* y,
+                                   bf16* sum, int64_t rows, int64_t n, float eps) {
+    r->kernels->add_rms_norm(*r, x, residual, weight, y, sum, rows, n, eps);
+}
+EXPORT void sensorium_layer_norm(const Runtime* r, const bf16* x, const bf16* weight, const bf16* bias, bf16* y,
+                                 int64_t rows, int64_t n, float eps) {
+    r->kernels->layer_norm(*r, x, weight, bias, y, rows, n, eps);
+}
+EXPORT void sensorium_gated(const Runtime* r, const bf16* gate_up, bf16* y, int64_t rows, int64_t n,
+                            int32_t activation) {
+    r->kernels->gated(*r, gate_up, y, rows, n, activation);
+}
+EXPORT void sensorium_activate(const Runtime* r, const bf16* x, bf16* y, int64_t count, int32_t activation) {
+    r->kernels->activate(*r, x, y, count, activation);
+}
+EXPORT void sensorium_rope(const Runtime* r, const bf16* x, int64_t stride, bf16* y, int64_t y_stride,
+                           const float* cos, const float* sin, int64_t tokens, int64_t heads, int64_t head_dim,
+                           int64_t rotary) {
+    r->kernels->rope(*r, x, stride, y, y_stride, cos, sin, tokens, heads, head_dim, rotary);
+}
+EXPORT void sensorium_write_kv(const Runtime* r, const bf16* k, int64_t k_stride, const bf16* v, int64_t v_stride,
+                               bf16* k_cache, bf16* v_cache, const int64_t* slots, int64_t tokens, int64_t heads,
+                               int64_t head_dim, int64_t block_size) {
+    r->kernels->write_kv(*r, k, k_stride, v, v_stride, k_cache, v_cache, slots, tokens, heads, head_dim, block_size);
+}

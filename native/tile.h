@@ -1,0 +1,142 @@
+// The one inner loop of every matrix product here: C[MR, 32] (+)= A[MR, k] x B[k, 32] with pairs of bf16 along k.
+// A: pairs of bf16 as uint32, B: [k/2][width][2], C: fp32. Sums run over k in order, one chain per output, so that a
+// result depends neither on the number of rows computed with it nor on blocking.
+#pragma once
+
+#include "vec.h"
+
+namespace sensorium::SENSORIUM_ISA {
+
+#if defined(SENSORIUM_AVX512)
+constexpr int kTileRows = 12;
+#elif defined(SENSORIUM_AVX2)
+constexpr int kTileRows = 2;
+#else
+constexpr int kTileRows = 4;
+#endif
+
+// Pair p of row i is a[i * RowStep + p * PairStep]; NV vectors of 16 columns; `ahead`: bytes of B to prefetch, or 0.
+template <int MR, int NV, int RowStep, int PairStep>
+static inline void tile(const uint32_t* a, const bf16* b, int64_t pairs, float* c, int64_t c_stride, bool accumulate,
+                        int64_t ahead) {
+    vf sum[MR][NV];
+    for (int i = 0; i < MR; ++i)
+        for (int j = 0; j < NV; ++j) sum[i][j] = accumulate ? vload(c + i * c_stride + j * kLanes) : vzero();
+#pragma GCC unroll 4
+    for (int64_t p = 0; p < pairs; ++p) {
+        if (MR <= kTileRows / 2 + 2 || kTileRows < 8) {
+            __builtin_prefetch(reinterpret_cast<const char*>(b) + ahead);
+            if (NV == 2) __builtin_prefetch(reinterpret_cast<const char*>(b) + ahead + 64);
+        }
+        vpair w[NV];
+        for (int j = 0; j < NV; ++j) w[j] = pload(b + j * 2 * kLanes);
+        for (int i = 0; i < MR; ++i) {
+            const vbroadcast x = pbroadcast(a[i * RowStep]);
+            for (int j = 0; j < NV; ++j) sum[i][j] = dot_pair(sum[i][j], w[j], x);
+        }
+        a += PairStep;
+        b += NV * 2 * kLanes;
+    }
+    for (int i = 0; i < MR; ++i)
+        for (int j = 0; j < NV; ++j) vstore(c + i * c_stride + j * kLanes, sum[i][j]);
+}
+
+using Tile = void (*)(const uint32_t* a, const bf16* b, int64_t pairs, float* c, int64_t c_stride, bool accumulate,
+                      int64_t ahead);
+
+template <int MR, int NV, int RowStep>
+static void tile_entry(const uint32_t* a, const bf16* b, int64_t pairs, float* c, int64_t c_stride, bool accumulate,
+                       int64_t ahead) {
+    if constexpr (RowStep == 0)
+        tile<MR, NV, 1, MR>(a, b, pairs, c, c_stride, accumulate, ahead);  // A packed as [pairs][MR]
+    else
+        tile<MR, NV, RowStep, 1>(a, b, pairs, c, c_stride, accumulate, ahead);  // A plain with a fixed stride
+}
+
+template <int NV, int RowStep, int... I>
+static Tile pick_tile(int rows, std::integer_sequence<int, I...>) {
+    static constexpr Tile table[] = {tile_entry<I + 1, NV, RowStep>...};
+    return table[rows - 1];
+}
+
+// RowStep 0: A is packed in tiles of `rows`; otherwise A is a plain matrix with that many pairs to a row.
+template <int RowStep>
+static inline Tile tile_for(int rows, int vectors) {
+    constexpr auto sizes = std::make_integer_sequence<int, kTileRows>{};
+    return vectors == 2 ? pick_tile<2, RowStep>(rows, sizes) : pick_tile<1, RowStep>(rows, sizes);
+}
+
+// Cuts `rows` into tiles of nearly equal height.
+struct Tiling {
+    int64_t rows, count;
+    explicit Tiling(int64_t rows) : rows(rows), count((rows + kTileRows - 1) / kTileRows) {}
+    int64_t start(int64_t i) const { return rows * i / count; }
+    int size(int64_t i) const { return int(start(i + 1) - start(i)); }
+};
+
+#if defined(SENSORIUM_AVX512)
+// 16 x 16 transpose of 32-bit values held in registers.
+static inline void transpose16(__m512i r[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 8; ++i) {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; ++i) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+#endif
+
+// out[p * step + i] = rows[i][p]: up to 16 rows of `pairs` pairs become columns. A null row reads as zero.
+static inline void transpose_pairs(const bf16* const* rows, int count, int64_t pairs, uint32_t* out, int64_t step) {
+    int64_t p = 0;
+#if defined(SENSORIUM_AVX512)
+    const __mmask16 keep = lanes_mask(count);
+    for (; p < pairs; p += 16) {
+        const int width = int(pairs - p < 16 ? pairs - p : 16);
+        const __mmask16 columns = lanes_mask(width);
+        __m512i r[16];
+        for (int i = 0; i < 16; ++i)
+            r[i] = i < count && rows[i] ? _mm512_maskz_loadu_epi32(columns, rows[i] + 2 * p) : _mm512_setzero_si512();
+        transpose16(r);
+        for (int i = 0; i < 16; ++i)
+            if (i < width) _mm512_mask_storeu_epi32(out + (p + i) * step, keep, r[i]);
+    }
+#endif
+    for (; p < pairs; ++p)
+        for (int i = 0; i < count; ++i) {
+            uint32_t pair = 0;
+            if (rows[i]) std::memcpy(&pair, rows[i] + 2 * p, 4);
+            out[p * step + i] = pair;
+        }
+}
+
+// Packs rows [first, first + count) of x for tile<.., 0>: out [pairs][count]. An odd last element is paired with zero.
+static inline void pack_rows(const bf16* x, int64_t stride, int64_t first, int count, int64_t k, uint32_t* out) {
+    for (int start = 0; start < count; start += 16) {
+        const bf16* rows[16];
+        const int size = count - start < 16 ? count - start : 16;
+        for (int i = 0; i < size; ++i) rows[i] = x + (first + start + i) * stride;
+        transpose_pairs(rows, size, k / 2, out + start, count);
+        if (k % 2)
+            for (int i = 0; i < size; ++i) out[(k / 2) * count + start + i] = rows[i][k - 1];
+    }
+}
+
+}  // namespace sensorium::SENSORIUM_ISA

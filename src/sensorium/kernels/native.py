@@ -1,0 +1,389 @@
+"""Bindings of the C++ kernels (`native/`) through ctypes: the functions of `sensorium.kernels` for bf16 on a CPU.
+
+What a kernel does not take (other dtypes, odd head sizes, strange strides) goes to `reference`, so a result is never
+wrong. Threads come from torch's own OpenMP pool. A row's result depends neither on the number of threads nor on the
+rows computed together with it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.machinery
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from sensorium.errors import StartupError
+from sensorium.kernels import reference
+
+if TYPE_CHECKING:
+    from sensorium.models.base import AttentionContext
+
+logger = logging.getLogger(__name__)
+
+Isa = Literal["portable", "avx2", "avx512"]
+ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512")  # slowest first; the index is the C side's number
+ABI = 1
+PANEL = 32  # output columns that are stored together, kPanel of native/kernels.h
+LANES = 16
+Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "tanh"]
+ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "tanh")
+
+_BF16 = torch.bfloat16
+_P, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "set_threads": (_P, _I32),
+    "use_large_pages": (_P, _I64),
+    "pack_bf16": (_P, _P, _I64, _I64, _I64, _I64, _I64, _P),
+    "unpack_bf16": (_P, _P, _I64, _I64, _P, _I64, _P),
+    "linear": (_P, _P, _P, _I64, _I64, _P, _I32),
+    "attention": (_P, _P),
+    "rms_norm": (_P, _P, _I64, _P, _P, _I64, _I64, _I64, _F32),
+    "add_rms_norm": (_P, _P, _P, _P, _P, _P, _I64, _I64, _F32),
+    "layer_norm": (_P, _P, _P, _P, _P, _I64, _I64, _F32),
+    "gated": (_P, _P, _P, _I64, _I64, _I32),
+    "activate": (_P, _P, _P, _I64, _I32),
+    "rope": (_P, _P, _I64, _P, _I64, _P, _P, _I64, _I64, _I64, _I64),
+    "write_kv": (_P, _P, _I64, _P, _I64, _P, _P, _P, _I64, _I64, _I64, _I64),
+}
+
+
+class _Linear(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("weight", _P), ("scales", _P), ("bias", _P), ("n", _I64), ("k", _I64), ("form", _I32), ("group", _I32),
+    ]
+
+
+class _Attention(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("q", _P), ("out", _P), ("k", _P), ("v", _P), ("q_stride", _I64), ("out_stride", _I64),
+        ("k_block_stride", _I64), ("k_head_stride", _I64), ("k_row_stride", _I64),
+        ("v_block_stride", _I64), ("v_head_stride", _I64), ("v_row_stride", _I64),
+        ("block_tables", _P), ("query_start", _P), ("seq_lens", _P), ("max_blocks", _I64),
+        ("sequences", _I32), ("heads", _I32), ("kv_heads", _I32), ("head_dim", _I32), ("block_size", _I32),
+        ("causal", _I32), ("window", _I32), ("scale", _F32),
+    ]
+
+
+def _packed_like(x: Tensor) -> bool:
+    """Whether the heads of each token lie side by side: [tokens, heads, head_dim], any distance between tokens."""
+    head_dim = x.shape[2]
+    return x.dtype is _BF16 and x.stride(2) == 1 and (x.stride(1) == head_dim or x.shape[1] == 1)
+
+
+class Native:
+    """The library with one instruction set chosen. Its methods have the signatures of `sensorium.kernels`."""
+
+    isa: Isa
+    _set_threads: Callable[..., None]
+    _use_large_pages: Callable[..., None]
+    _pack_bf16: Callable[..., None]
+    _unpack_bf16: Callable[..., None]
+    _linear: Callable[..., None]
+    _attention: Callable[..., None]
+    _rms_norm: Callable[..., None]
+    _add_rms_norm: Callable[..., None]
+    _layer_norm: Callable[..., None]
+    _gated: Callable[..., None]
+    _activate: Callable[..., None]
+    _rope: Callable[..., None]
+    _write_kv: Callable[..., None]
+
+    def __init__(self, path: Path, isa: Isa | None, threads: int | None) -> None:
+        self._library = ctypes.CDLL(str(path))
+        if self._library.sensorium_abi() != ABI:
+            raise OSError(f"{path.name} was built for another version of this package; install the package again")
+        for name, arguments in _SIGNATURES.items():
+            function = self._library[f"sensorium_{name}"]
+            function.argtypes, function.restype = arguments, None
+            setattr(self, f"_{name}", function)
+        fork = _torch_fork()
+        self.threads = threads or torch.get_num_threads()
+        self._library.sensorium_open.argtypes = (_I32, _I32, _P)
+        self._library.sensorium_open.restype = _P
+        candidates = [candidate for candidate in reversed(ISAS) if isa in (None, candidate)]
+        for candidate in candidates:
+            self._runtime = self._library.sensorium_open(ISAS.index(candidate), self.threads, fork)
+            if self._runtime:
+                self.isa = candidate
+                break
+        else:
+            raise OSError(f"there are no {isa} kernels for this processor")
+        self.pooled = fork is not None
+
+    def set_threads(self, threads: int) -> None:
+        self.threads = threads
+        self._set_threads(self._runtime, threads)
+
+    def describe(self) -> str:
+        pool = f"{self.threads} threads of torch's pool" if self.pooled else "one thread, torch's pool was not found"
+        return f"native {self.isa} kernels, {pool}"
+
+    def supports(self, x: Tensor) -> bool:
+        return x.dtype is _BF16 and x.device.type == "cpu"
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None, *, quantization: str | None = None) -> PackedLinear:
+        if quantization is not None:
+            raise StartupError(f"quantization {quantization!r} is not available")
+        packed = PackedLinear(self, weight.shape[0], weight.shape[1])
+        packed.fill(0, weight)
+        packed.set_bias(bias)
+        return packed
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if x.dtype is not _BF16 or weight.dtype is not _BF16:
+            return reference.rms_norm(x, weight, eps)
+        size = x.shape[-1]
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        self._rms_norm(self._runtime, x.data_ptr(), size, weight.data_ptr(), out.data_ptr(), size, x.numel() // size, size,
+                       eps)
+        return out
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """The sum is written into `residual`."""
+        if not (x.dtype is residual.dtype is weight.dtype is _BF16 and x.is_contiguous() and residual.is_contiguous()):
+            return reference.add_rms_norm(x, residual, weight, eps)
+        size = x.shape[-1]
+        out = torch.empty_like(x)
+        target = residual.data_ptr()
+        self._add_rms_norm(self._runtime, x.data_ptr(), target, weight.data_ptr(), out.data_ptr(), target,
+                           x.numel() // size, size, eps)
+        return out, residual
+
+    def layer_norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        size = x.shape[-1]
+        if x.dtype is not _BF16 or any(t is not None and t.dtype is not _BF16 for t in (weight, bias)):
+            return torch.nn.functional.layer_norm(x, (size,), weight, bias, eps)
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        self._layer_norm(self._runtime, x.data_ptr(), None if weight is None else weight.data_ptr(),
+                         None if bias is None else bias.data_ptr(), out.data_ptr(), x.numel() // size, size, eps)
+        return out
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        if gate_up.dtype is not _BF16 or not gate_up.is_contiguous():
+            return reference.silu_mul(gate_up)
+        size = gate_up.shape[-1] // 2
+        out = gate_up.new_empty((*gate_up.shape[:-1], size))
+        self._gated(self._runtime, gate_up.data_ptr(), out.data_ptr(), out.numel() // size, size, 0)
+        return out
+
+    def activate(self, x: Tensor, activation: Activation) -> Tensor:
+        """Elementwise, bf16 only."""
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        self._activate(self._runtime, x.data_ptr(), out.data_ptr(), x.numel(), ACTIVATIONS.index(activation))
+        return out
+
+    def rope(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotates in place."""
+        if not (_packed_like(q) and _packed_like(k) and cos.dtype is sin.dtype is torch.float32):
+            return reference.rope(q, k, cos, sin)
+        cos, sin = cos.contiguous(), sin.contiguous()
+        tokens, heads, head_dim = q.shape
+        rotary = 2 * cos.shape[1]
+        c, s = cos.data_ptr(), sin.data_ptr()
+        for x, count in ((q, heads), (k, k.shape[1])):
+            at, stride = x.data_ptr(), x.stride(0)
+            self._rope(self._runtime, at, stride, at, stride, c, s, tokens, count, head_dim, rotary)
+        return q, k
+
+    def write_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+        if not (_packed_like(k) and _packed_like(v) and k_cache.dtype is v_cache.dtype is _BF16
+                and k_cache.is_contiguous() and v_cache.is_contiguous() and slots.is_contiguous()):
+            reference.write_kv(k, v, k_cache, v_cache, slots)
+            return
+        _, heads, block_size, head_dim = k_cache.shape
+        self._write_kv(self._runtime, k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), k_cache.data_ptr(),
+                       v_cache.data_ptr(), slots.data_ptr(), k.shape[0], heads, head_dim, block_size)
+
+    def paged_attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, context: AttentionContext, scale: float,
+                        sliding_window: int | None = None) -> Tensor:
+        tokens, heads, head_dim = q.shape
+        tables = context.block_tables
+        if not (_packed_like(q) and k_cache.dtype is v_cache.dtype is _BF16 and head_dim % 2 == 0
+                and k_cache.stride(3) == v_cache.stride(3) == 1 and tables.stride(-1) == 1):
+            return reference.paged_attention(q, k_cache, v_cache, context, scale, sliding_window)
+        out = q.new_empty((tokens, heads, head_dim))
+        k_strides, v_strides = k_cache.stride(), v_cache.stride()
+        arguments = _Attention(
+            q.data_ptr(), out.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), q.stride(0), heads * head_dim,
+            k_strides[0], k_strides[1], k_strides[2], v_strides[0], v_strides[1], v_strides[2],
+            tables.data_ptr(), context.query_start.data_ptr(), context.seq_lens.data_ptr(), tables.stride(0),
+            len(context.query_lens), heads, k_cache.shape[1], head_dim, k_cache.shape[2], 1, sliding_window or 0, scale)
+        self._attention(self._runtime, ctypes.addressof(arguments))
+        return out
+
+    def varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float) -> Tensor:
+        tokens, heads, head_dim = q.shape
+        if not (_packed_like(q) and _packed_like(k) and _packed_like(v) and head_dim % 2 == 0):
+            return reference.varlen_attention(q, k, v, lengths, scale)
+        out = q.new_empty((tokens, heads, head_dim))
+        lens = torch.tensor(lengths, dtype=torch.int32)
+        start = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+        torch.cumsum(lens, 0, out=start[1:])
+        arguments = _Attention(
+            q.data_ptr(), out.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0), heads * head_dim,
+            0, head_dim, k.stride(0), 0, head_dim, v.stride(0), None, start.data_ptr(), lens.data_ptr(), 0,
+            len(lengths), heads, k.shape[1], head_dim, 1, 0, 0, scale)
+        self._attention(self._runtime, ctypes.addressof(arguments))
+        return out
+
+
+class PackedLinear:
+    """A linear layer's bf16 weight in the panels that the kernel reads, made for `fill` to stream rows into."""
+
+    __slots__ = ("_address", "_arguments", "_bias", "_native", "_packed", "in_features", "nbytes", "out_features")
+
+    def __init__(self, native: Native, out_features: int, in_features: int) -> None:
+        self._native = native
+        self.out_features, self.in_features = out_features, in_features
+        columns = -(-out_features // LANES) * LANES
+        self._packed = torch.empty(columns * (in_features + in_features % 2), dtype=_BF16)
+        self.nbytes = self._packed.nbytes
+        native._use_large_pages(self._packed.data_ptr(), self.nbytes)
+        self._bias: Tensor | None = None
+        self._arguments = _Linear(self._packed.data_ptr(), None, None, out_features, in_features, 0, 0)
+        self._address = ctypes.addressof(self._arguments)
+
+    def fill(self, first_row: int, rows: Tensor) -> None:
+        """Put rows [n, in] at `first_row`; the tensor is not kept."""
+        if rows.shape[1] != self.in_features or first_row + rows.shape[0] > self.out_features:
+            raise ValueError(f"rows {tuple(rows.shape)} do not fit at row {first_row} of {self.out_features}")
+        rows = rows.to(_BF16)
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
+        native = self._native
+        native._pack_bf16(native._runtime, rows.data_ptr(), rows.stride(0), rows.shape[0], first_row, self.out_features,
+                          self.in_features, self._packed.data_ptr())
+
+    def set_bias(self, bias: Tensor | None) -> None:
+        self._bias = None if bias is None else bias.to(torch.float32, copy=True).contiguous()
+        self._arguments.bias = None if self._bias is None else self._bias.data_ptr()
+        self.nbytes = self._packed.nbytes + (0 if self._bias is None else self._bias.nbytes)
+
+    def __call__(self, x: Tensor, dtype: torch.dtype = _BF16) -> Tensor:
+        """[.., in] bf16 -> [.., out] in bf16 or float32."""
+        size = self.in_features
+        shape = x.shape
+        if shape[-1] != size or x.dtype is not _BF16:
+            raise ValueError(f"expected bfloat16 [.., {size}], got {x.dtype} {tuple(shape)}")
+        if not x.is_contiguous():
+            x = x.contiguous()
+        y = torch.empty((*shape[:-1], self.out_features), dtype=dtype)
+        native = self._native
+        native._linear(native._runtime, self._address, x.data_ptr(), size, x.numel() // size, y.data_ptr(),
+                       dtype is not _BF16)
+        return y
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Weight rows [n, in] of output indices int64 [n]."""
+        ids = ids.contiguous()
+        out = torch.empty((ids.numel(), self.in_features), dtype=_BF16)
+        native = self._native
+        native._unpack_bf16(native._runtime, self._packed.data_ptr(), self.out_features, self.in_features,
+                            ids.data_ptr(), ids.numel(), out.data_ptr())
+        return out
+
+
+def _torch_fork() -> int | None:
+    """Address of GOMP_parallel in the OpenMP library that torch computes with: one pool of threads, not two."""
+    for path in _openmp_paths():
+        try:
+            library = ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+            return ctypes.cast(library.GOMP_parallel, _P).value
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+def _openmp_paths() -> Iterator[str]:
+    """Loaded OpenMP libraries, torch's own first: a wheel of something else may bring another one."""
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return
+    paths = {line[line.index("/"):] for line in maps.splitlines() if "/" in line and "omp" in line.rpartition("/")[2]}
+    yield from sorted(paths, key=lambda path: "/torch" not in path)
+
+
+def library_path() -> Path | None:
+    """Where the package's build put the library; None when it was installed without a compiler."""
+    folder = Path(__file__).parent
+    names = [f"_native{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+@functools.cache
+def load(isa: Isa | None = None, threads: int | None = None) -> Native:
+    """The library with the best instruction set of this processor, or with one that a test asks for. Raises OSError."""
+    path = library_path()
+    if path is None:
+        raise OSError("the native library was not built: the package was installed without a C++ compiler")
+    return Native(path, isa, threads)
+
+
+@functools.cache
+def _default() -> Native | None:
+    try:
+        return load()
+    except (OSError, AttributeError) as error:
+        logger.warning("native kernels cannot be used, computing with torch alone (slower): %s", error)
+        return None
+
+
+def available() -> bool:
+    return _default() is not None
+
+
+def describe() -> str:
+    native = _default()
+    return "torch reference kernels" if native is None else native.describe()
+
+
+def supports(x: Tensor) -> bool:
+    return x.dtype is _BF16 and _default() is not None and x.device.type == "cpu"
+
+
+def pack_linear(weight: Tensor, bias: Tensor | None, *, quantization: str | None = None) -> PackedLinear:
+    return load().pack_linear(weight, bias, quantization=quantization)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return load().rms_norm(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return load().add_rms_norm(x, residual, weight, eps)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return load().layer_norm(x, weight, bias, eps)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    return load().silu_mul(gate_up)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return load().rope(q, k, cos, sin)
+
+
+def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    load().write_kv(k, v, k_cache, v_cache, slots)
+
+
+def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, context: AttentionContext, scale: float,
+                    sliding_window: int | None = None) -> Tensor:
+    return load().paged_attention(q, k_cache, v_cache, context, scale, sliding_window)
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float) -> Tensor:
+    return load().varlen_attention(q, k, v, lengths, scale)

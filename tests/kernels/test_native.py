@@ -1,0 +1,235 @@
+"""Every native kernel against its torch twin in float32, on awkward sizes and on every instruction set."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sensorium.kernels import native, reference
+from sensorium.kernels.native import ACTIVATIONS, Activation, Native
+from sensorium.models.base import AttentionContext
+
+BF16 = torch.bfloat16
+ROUNDING = 2.0**-8  # of one bf16 result
+
+
+def random_bf16(*shape: int) -> Tensor:
+    return torch.randn(shape).to(BF16)
+
+
+def assert_close(got: Tensor, expected: Tensor, *, tolerance: float = 2 * ROUNDING) -> None:
+    """Elementwise relative to the value or, near zero, to the tensor's own size."""
+    assert got.shape == expected.shape
+    size = expected.abs().mean() if expected.numel() else torch.tensor(0.0)
+    error = (got.float() - expected).abs() / (expected.abs() + size)
+    assert not error.isnan().any()
+    if error.numel():
+        assert error.max().item() < tolerance
+
+
+def context_of(query_lens: list[int], context_lens: list[int], block_size: int, num_blocks: int) -> AttentionContext:
+    """Sequences over blocks in random order."""
+    free = random.Random(3).sample(range(num_blocks), num_blocks)
+    needed = [-(-length // block_size) for length in context_lens]
+    tables = torch.zeros(len(query_lens), max(needed) + 1, dtype=torch.int32)
+    slots = []
+    for i, (count, queries, length) in enumerate(zip(needed, query_lens, context_lens, strict=True)):
+        blocks = [free.pop() for _ in range(count)]
+        tables[i, :count] = torch.tensor(blocks, dtype=torch.int32)
+        slots += [blocks[p // block_size] * block_size + p % block_size for p in range(length - queries, length)]
+    return AttentionContext(
+        query_lens=query_lens, context_lens=context_lens, num_decodes=query_lens.count(1), block_size=block_size,
+        query_start=torch.tensor([0, *itertools.accumulate(query_lens)], dtype=torch.int32),
+        seq_lens=torch.tensor(context_lens, dtype=torch.int32), block_tables=tables, slots=torch.tensor(slots))
+
+
+@pytest.mark.parametrize("shape", [(16, 32), (64, 48), (100, 70), (33, 7), (1, 1), (50, 129), (257, 640)])
+@pytest.mark.parametrize("rows", [0, 1, 3, 12, 13, 40])
+def test_linear(kernels: Native, shape: tuple[int, int], rows: int) -> None:
+    weight, bias = random_bf16(*shape), random_bf16(shape[0])
+    x = random_bf16(rows, shape[1])
+    form = kernels.pack_linear(weight, bias)
+    expected = functional.linear(x.float(), weight.float(), bias.float())
+    assert_close(form(x), expected)
+    assert_close(form(x, torch.float32), expected, tolerance=1e-4)
+    ids = torch.randint(0, shape[0], (5,))
+    assert torch.equal(form.rows(ids), weight[ids])
+
+
+def test_linear_large_enough_for_every_blocking(fastest: Native) -> None:
+    weight = random_bf16(80, 1100)
+    form = fastest.pack_linear(weight, None)
+    for rows in (47, 60, 1000):
+        x = random_bf16(rows, 1100)
+        assert_close(form(x), x.float() @ weight.float().T)
+
+
+def test_linear_rows_do_not_depend_on_their_neighbours(kernels: Native) -> None:
+    form = kernels.pack_linear(random_bf16(96, 1536), None)
+    x = random_bf16(50, 1536)
+    together = form(x)
+    for rows in (1, 7, 30):
+        assert torch.equal(form(x[:rows].contiguous()), together[:rows])
+
+
+def test_linear_takes_rows_in_pieces_and_strided(fastest: Native) -> None:
+    weight = random_bf16(75, 40)
+    pieces = native.PackedLinear(fastest, 75, 40)
+    wide = torch.cat([weight, random_bf16(75, 8)], dim=1)
+    for first, last in ((5, 32), (0, 5), (32, 75)):
+        pieces.fill(first, wide[first:last, :40])
+    assert torch.equal(pieces.rows(torch.arange(75)), weight)
+    x = random_bf16(3, 4, 40).transpose(0, 1)
+    assert_close(pieces(x), x.float() @ weight.float().T)
+    with pytest.raises(ValueError, match="do not fit"):
+        pieces.fill(70, weight)
+    with pytest.raises(ValueError, match="expected bfloat16"):
+        pieces(x.float())
+
+
+@pytest.mark.parametrize("size", [8, 64, 100, 1536])
+@pytest.mark.parametrize("rows", [0, 1, 5, 70])
+def test_norms(kernels: Native, size: int, rows: int) -> None:
+    x, residual, weight, bias = random_bf16(rows, size), random_bf16(rows, size), random_bf16(size), random_bf16(size)
+    assert_close(kernels.rms_norm(x, weight, 1e-6), reference.rms_norm(x.float(), weight.float(), 1e-6))
+    total = (x.float() + residual.float()).to(BF16)
+    normed, new_residual = kernels.add_rms_norm(x, residual.clone(), weight, 1e-6)
+    assert torch.equal(new_residual, total)
+    assert_close(normed, reference.rms_norm(total.float(), weight.float(), 1e-6))
+    expected = functional.layer_norm(x.float(), (size,), weight.float(), bias.float(), 1e-5)
+    assert_close(kernels.layer_norm(x, weight, bias, 1e-5), expected)
+    assert_close(kernels.layer_norm(x, None, None, 1e-5), functional.layer_norm(x.float(), (size,), eps=1e-5))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(kernels: Native, activation: Activation) -> None:
+    twin = {
+        "silu": functional.silu, "gelu": functional.gelu, "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+        "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "relu": functional.relu, "tanh": torch.tanh,
+    }[activation]
+    x = torch.cat([random_bf16(5000) * 4, torch.tensor([0.0, -0.0, 200.0, -200.0, 1e30, -1e30], dtype=BF16)])
+    expected = twin(x.float())
+    error = (kernels.activate(x, activation).float() - expected).abs() / (expected.abs() + 1e-2)
+    assert error.max() < 2 * ROUNDING
+
+
+@pytest.mark.parametrize("size", [4, 48, 1000])
+def test_silu_mul(kernels: Native, size: int) -> None:
+    for rows in (0, 1, 9):
+        x = random_bf16(rows, 2 * size)
+        assert_close(kernels.silu_mul(x), reference.silu_mul(x.float()))
+
+
+@pytest.mark.parametrize(("head_dim", "rotary"), [(64, 64), (80, 80), (128, 96), (24, 12), (6, 6)])
+def test_rope(kernels: Native, head_dim: int, rotary: int) -> None:
+    for tokens in (0, 1, 33):
+        fused = random_bf16(tokens, 7, head_dim)
+        q, k, v = fused.split([4, 2, 1], dim=1)
+        angles = torch.randn(tokens, rotary // 2)
+        expected = reference.rope(q.float(), k.float(), angles.cos(), angles.sin())
+        untouched = v.clone()
+        got = kernels.rope(q, k, angles.cos(), angles.sin())
+        assert_close(got[0], expected[0])
+        assert_close(got[1], expected[1])
+        assert torch.equal(v, untouched)
+
+
+@pytest.mark.parametrize("head_dim", [16, 24, 64, 80, 128])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 1), (12, 2)])
+@pytest.mark.parametrize("window", [None, 5, 70])
+def test_paged_attention(kernels: Native, head_dim: int, heads: tuple[int, int], window: int | None) -> None:
+    query_lens = [1, 1, 1, 1, 3, 17, 40, 130]
+    context_lens = [1, 16, 17, 700, 3, 49, 64, 150]
+    context = context_of(query_lens, context_lens, 16, 80)
+    k_cache, v_cache = random_bf16(80, heads[1], 16, head_dim), random_bf16(80, heads[1], 16, head_dim)
+    q = random_bf16(sum(query_lens), heads[0] + 1, head_dim)[:, : heads[0]]
+    scale = head_dim**-0.5
+    got = kernels.paged_attention(q, k_cache, v_cache, context, scale, window)
+    expected = reference.paged_attention(q.float(), k_cache.float(), v_cache.float(), context, scale, window)
+    assert_close(got, expected, tolerance=4 * ROUNDING)
+
+
+def test_paged_attention_other_block_sizes_and_stale_memory(kernels: Native) -> None:
+    for block_size in (8, 32, 5):
+        context = context_of([1, 1, 9], [3, 90, 30], block_size, 60)
+        q, k, v = random_bf16(11, 2, 32), random_bf16(11, 2, 32), random_bf16(11, 2, 32)
+        k_cache = torch.full((60, 2, block_size, 32), torch.nan, dtype=BF16)
+        v_cache = k_cache.clone()
+        for table, length in zip(context.block_tables, context.context_lens, strict=True):
+            for position in range(length):
+                at = table[position // block_size], slice(None), position % block_size
+                k_cache[at], v_cache[at] = random_bf16(2, 32), random_bf16(2, 32)
+        twin_k, twin_v = k_cache.clone(), v_cache.clone()
+        kernels.write_kv(k, v, k_cache, v_cache, context.slots)
+        reference.write_kv(k, v, twin_k, twin_v, context.slots)
+        assert torch.equal(k_cache.nan_to_num(9.0), twin_k.nan_to_num(9.0))
+        assert torch.equal(v_cache.nan_to_num(9.0), twin_v.nan_to_num(9.0))
+        got = kernels.paged_attention(q, k_cache, v_cache, context, 0.2)
+        k32, v32 = k_cache.float().nan_to_num(0.0), v_cache.float().nan_to_num(0.0)
+        assert_close(got, reference.paged_attention(q.float(), k32, v32, context, 0.2), tolerance=4 * ROUNDING)
+
+
+def test_paged_attention_survives_large_scores(kernels: Native) -> None:
+    context = context_of([1, 40], [600, 40], 16, 48)
+    k_cache, v_cache = random_bf16(48, 1, 16, 64) * 30, random_bf16(48, 1, 16, 64)
+    q = random_bf16(41, 2, 64) * 30
+    got = kernels.paged_attention(q, k_cache, v_cache, context, 0.125)
+    expected = reference.paged_attention(q.float(), k_cache.float(), v_cache.float(), context, 0.125)
+    assert_close(got, expected, tolerance=4 * ROUNDING)
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 72, 80])
+@pytest.mark.parametrize("lengths", [[1], [5, 64, 1], [200, 33], [64, 64]])
+def test_varlen_attention(kernels: Native, head_dim: int, lengths: list[int]) -> None:
+    fused = random_bf16(sum(lengths), 9, head_dim)
+    q, k, v = fused.split([3, 3, 3], dim=1)
+    got = kernels.varlen_attention(q, k, v, lengths, head_dim**-0.5)
+    expected = reference.varlen_attention(q.float(), k.float(), v.float(), lengths, head_dim**-0.5)
+    assert_close(got, expected, tolerance=4 * ROUNDING)
+
+
+def test_results_do_not_depend_on_the_number_of_threads(fastest: Native) -> None:
+    weight, x = random_bf16(2000, 640), random_bf16(30, 640)
+    context = context_of([1, 1, 90], [2000, 40, 200], 16, 160)
+    k_cache, v_cache, q = random_bf16(160, 2, 16, 64), random_bf16(160, 2, 16, 64), random_bf16(92, 6, 64)
+    results = []
+    threads = fastest.threads
+    try:
+        for count in (1, 2, 3, 5):
+            fastest.set_threads(count)
+            form = fastest.pack_linear(weight, None)
+            results.append((form(x), form(x[:1]), fastest.paged_attention(q, k_cache, v_cache, context, 0.125),
+                            fastest.silu_mul(form(x)), fastest.rms_norm(x, weight[0], 1e-5)))
+    finally:
+        fastest.set_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_other_dtypes_and_layouts_go_to_the_reference(fastest: Native) -> None:
+    assert not fastest.supports(torch.zeros(1))
+    x, weight = torch.randn(3, 8), torch.randn(8)
+    assert torch.equal(fastest.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6))
+    q, k = torch.randn(3, 2, 8), torch.randn(3, 1, 8)
+    cos, sin = torch.rand(3, 4), torch.rand(3, 4)
+    expected = reference.rope(q, k, cos, sin)
+    assert all(torch.equal(a, b) for a, b in zip(fastest.rope(q, k, cos, sin), expected, strict=True))
+    columns = random_bf16(5, 2, 8).transpose(1, 2)  # heads of a token do not lie side by side
+    wide = columns.float()
+    got = fastest.varlen_attention(columns, columns, columns, [5], 1.0)
+    assert_close(got, reference.varlen_attention(wide, wide, wide, [5], 1.0), tolerance=8 * ROUNDING)
+
+
+def test_an_instruction_set_of_another_machine_is_an_error(fastest: Native) -> None:
+    with pytest.raises(OSError, match="neon"):
+        native.load("neon")  # type: ignore[arg-type]
+
+
+def test_describe_names_what_runs(fastest: Native) -> None:
+    assert fastest.isa in fastest.describe()
+    assert native.available()
