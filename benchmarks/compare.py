@@ -78,7 +78,7 @@ def free_port() -> int:
 def running(command: str, model: Path, log: Path) -> Iterator[tuple[int, str]]:
     """(pid, address) of a server in its own session; stopped, all of it, at the end."""
     port = free_port()
-    words = shlex.split(command.format(model=shlex.quote(str(model)), port=port))
+    words = [word.replace("{model}", str(model)).replace("{port}", str(port)) for word in shlex.split(command)]
     with log.open("ab") as output:
         process = subprocess.Popen(words, stdout=output, stderr=output, start_new_session=True)
     try:

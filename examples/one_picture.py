@@ -1,0 +1,16 @@
+"""Ask about one picture, given as a URL or as a file."""
+
+from connection import arguments, connect, picture_url
+
+parser = arguments(__doc__)
+parser.add_argument("picture")
+parser.add_argument("--question", default="What is in this picture?")
+found = parser.parse_args()
+client, model = connect(found)
+completion = client.chat.completions.create(
+    model=model, max_completion_tokens=found.max_tokens,
+    messages=[{"role": "user", "content": [
+        {"type": "text", "text": found.question},
+        {"type": "image_url", "image_url": {"url": picture_url(found.picture)}},
+    ]}])
+print(completion.choices[0].message.content)
