@@ -20,7 +20,7 @@ from tokenizers.processors import TemplateProcessing
 
 from sensorium.errors import CheckpointError, RequestError
 from sensorium.prompt.convert import converted_tokenizer
-from sensorium.prompt.literals import MARK, NAME, Literals, alternatives, rename_true
+from sensorium.prompt.literals import MARK, NAME, Literals, alternatives, rename_true, sanitize
 from sensorium.prompt.pieces import TokenBytes
 
 _log = logging.getLogger(__name__)
@@ -93,6 +93,10 @@ class Tokenizer:
         the model's own, where a template looks for them.
         """
         return (self._special if special_only else self._all).escape(text)
+
+    def sanitize(self, text: str) -> str:
+        """Foreign text whose literals shall be tokens, as `encode` takes it."""
+        return sanitize(text)
 
     def unescape(self, text: str) -> str:
         """Escaped text as it was."""

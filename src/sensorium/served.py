@@ -1,0 +1,350 @@
+"""One served model as the API sees it: requests in the project's own types -> prompts that the engine can admit.
+
+Everything that can be the client's fault is answered here, the cheap checks before the dear ones: template and counts
+before fetching, sizes and context before decoding. Nothing that takes long runs on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from sensorium.checkpoint import Checkpoint
+from sensorium.config import Limits, MiB, ServerConfig
+from sensorium.errors import ContextLengthError, MediaError, RequestError, ServerError, StartupError
+from sensorium.media.loader import MediaLoader
+from sensorium.media.source import MediaSource, RawMedia
+from sensorium.models.registry import FAMILIES, load_class
+from sensorium.processors.base import Processor
+from sensorium.prompt.features import FeatureCache, feature_key
+from sensorium.prompt.messages import MediaPart, Message, TextPart
+from sensorium.prompt.template import ChatTemplate, template_source
+from sensorium.prompt.tokenizer import Tokenizer
+from sensorium.types import MediaFeatures, Modality, Prompt
+
+if TYPE_CHECKING:
+    from sensorium.engine.client import EngineClient
+
+T = TypeVar("T")
+
+SHORT_TEXT = 2000  # characters that are tokenized sooner than a thread takes over
+SHORT_PAYLOAD = 64 * 1024  # bytes that are hashed sooner
+LONG_TEXT = 1 << 20  # characters from which a text may be refused by its length alone
+MAX_REQUEST_TEMPLATE = 64 * 1024  # characters
+FEATURE_CACHE_BYTES = 64 * MiB
+
+
+@dataclass(frozen=True, slots=True)
+class MediaTiming:
+    """How long one medium took, queueing included. A cached one was only fetched."""
+
+    kind: Modality
+    fetch_s: float
+    decode_s: float = 0.0
+    process_s: float = 0.0
+    cached: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A prompt and what it cost. `text_s` is rendering and tokenizing."""
+
+    prompt: Prompt
+    text_s: float
+    media: tuple[MediaTiming, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Fetched:
+    raw: RawMedia
+    key: bytes
+    num_tokens: int
+    fetch_s: float
+    features: MediaFeatures | None
+
+
+class ServedModel:
+    """Built by `open`. `template` is None for models that cannot chat until they are given one."""
+
+    def __init__(self, *, names: Sequence[str], checkpoint: Checkpoint, tokenizer: Tokenizer,
+                 template: ChatTemplate | None, processor: Processor, client: EngineClient, loader: MediaLoader,
+                 server: ServerConfig, limits: Limits, max_model_len: int | None = None) -> None:
+        self.names = tuple(names)
+        self.checkpoint = checkpoint
+        self.tokenizer = tokenizer
+        self.template = template
+        self.processor = processor
+        self.client = client
+        self.created = int(time.time())
+        self.media_limits = _media_limits(server, limits)
+        self._loader = loader
+        self._server = server
+        self._configured_len = min(checkpoint.max_model_len, max_model_len or checkpoint.max_model_len)
+        self._features = FeatureCache(FEATURE_CACHE_BYTES)
+        self._threads = ThreadPoolExecutor(server.media_workers + 1, thread_name_prefix="prompt")
+        # Decoded media are large: no more of them at once than there are threads to process them.
+        self._decoding = asyncio.Semaphore(server.media_workers)
+
+    @classmethod
+    def open(cls, checkpoint: Checkpoint, *, names: Sequence[str], server: ServerConfig, limits: Limits,
+             loader: MediaLoader, client: EngineClient, max_model_len: int | None = None) -> ServedModel:
+        """Read what the HTTP process needs of a checkpoint. `max_model_len` is the flag."""
+        family = FAMILIES.get(checkpoint.architecture)
+        if family is None:
+            raise StartupError(f"The architecture {checkpoint.architecture} is not supported.")
+        tokenizer = Tokenizer.from_folder(checkpoint.folder, vocab_size=checkpoint.vocab_size)
+        processor: Processor = load_class(family.processor)(checkpoint, tokenizer, dict(server.mm_processor_kwargs))
+        source = template_source(server.chat_template, checkpoint.chat_template, checkpoint.architecture, tokenizer)
+        template = None if source is None else _chat_template(source, processor)
+        return cls(names=names, checkpoint=checkpoint, tokenizer=tokenizer, template=template, processor=processor,
+                   client=client, loader=loader, server=server, limits=limits, max_model_len=max_model_len)
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and answer together: the least of checkpoint, flag and what the engine has room for."""
+        ready = self.client.ready
+        return self._configured_len if ready is None else min(self._configured_len, ready.max_model_len)
+
+    async def chat_prompt(self, messages: Sequence[Message], media: Sequence[MediaSource], **options: Any) -> Prompt:
+        """`prepare_chat` for who does not count the time."""
+        return (await self.prepare_chat(messages, media, **options)).prompt
+
+    async def prepare_chat(
+        self, messages: Sequence[Message], media: Sequence[MediaSource], *, add_generation_prompt: bool = True,
+        continue_final_message: bool = False, add_special_tokens: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None, chat_template: str | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+    ) -> Prepared:
+        """Messages and their media, in order of appearance, as one prompt.
+
+        `add_special_tokens` False adds nothing but what the checkpoint's processor would: a BOS that a multimodal
+        model's template leaves to the tokenizer.
+        """
+        self._check_media(messages, media)
+        processor = self._processor_for(mm_processor_kwargs or {})
+        template = await self._template_for(chat_template)
+        begin = time.perf_counter()
+        small = _is_small(messages)
+        text = await self._run(small, lambda: template.render(
+            messages, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message,
+            kwargs=template_kwargs))
+        text_s = time.perf_counter() - begin
+        features, timings = await self._media_features(media, processor, mm_processor_kwargs or {}, text)
+        begin = time.perf_counter()
+        add = self._adds_special_tokens(text, add_special_tokens)
+        prompt = await self._run(small and len(media) <= 4, lambda: self._build(processor, text, features, add))
+        text_s += time.perf_counter() - begin
+        self._check_fits(prompt, "messages")
+        return Prepared(prompt, text_s, tuple(timings))
+
+    async def text_prompt(self, text_or_ids: str | Sequence[int], *, add_special_tokens: bool = True) -> Prompt:
+        """A prompt without messages: text in which special tokens are tokens, or token ids."""
+        if len(text_or_ids) == 0:
+            raise RequestError("The prompt is empty.", param="prompt", code="empty_prompt")
+        if isinstance(text_or_ids, str):
+            text = self.tokenizer.sanitize(text_or_ids)
+            prompt = await self._run(len(text) <= SHORT_TEXT,
+                                     lambda: self._build(self.processor, text, (), add_special_tokens, param="prompt"))
+        else:
+            prompt = self._prompt_of_ids(text_or_ids)
+        self._check_fits(prompt, "prompt")
+        return prompt
+
+    async def aclose(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    # Text.
+
+    def _build(self, processor: Processor, text: str, features: Sequence[MediaFeatures], add_special_tokens: bool,
+               param: str = "messages") -> Prompt:
+        self._check_length_unread(text, param)
+        prompt = processor.build(text, features, add_special_tokens=add_special_tokens)
+        if len(prompt.token_ids) == 0:
+            raise RequestError("The prompt has no tokens.", param=param, code="empty_prompt")
+        return prompt
+
+    def _prompt_of_ids(self, token_ids: Sequence[int]) -> Prompt:
+        vocab_size = self.checkpoint.vocab_size
+        if any(isinstance(token_id, bool) or not isinstance(token_id, int) for token_id in token_ids):
+            raise RequestError("Token ids must be integers.", param="prompt", code="invalid_token_id")
+        if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+            raise RequestError(f"Token ids of this model are 0 to {vocab_size - 1}.", param="prompt",
+                               code="invalid_token_id")
+        placeholders = {self.processor.placeholder_id(kind) for kind in self.processor.modalities}
+        if not placeholders.isdisjoint(token_ids):
+            raise RequestError("The prompt has placeholder tokens of media, but no media. Use the chat endpoint.",
+                               param="prompt", code="media_count_mismatch")
+        ids = np.array(token_ids, np.int32)
+        positions, delta = self.processor.positions(ids, (), ())
+        return Prompt(ids, positions=positions, position_delta=delta)
+
+    def _adds_special_tokens(self, text: str, wanted: bool) -> bool:
+        bos = self.tokenizer.bos_token
+        if bos is not None and text.startswith(bos):
+            return False
+        return wanted or bool(self.processor.modalities)
+
+    def _processor_for(self, settings: Mapping[str, Any]) -> Processor:
+        if settings and not self._server.allow_request_mm_kwargs:
+            raise RequestError("This server takes no mm_processor_kwargs from requests (--allow-request-mm-kwargs).",
+                               param="mm_processor_kwargs", code="mm_processor_kwargs_not_allowed")
+        return self.processor.with_overrides(dict(settings)) if settings else self.processor
+
+    async def _template_for(self, source: str | None) -> ChatTemplate:
+        if source is None:
+            if self.template is None:
+                raise RequestError("This model has no chat template. Start the server with --chat-template.",
+                                   param="messages", code="no_chat_template")
+            return self.template
+        if not self._server.allow_request_chat_template:
+            raise RequestError("This server takes no chat_template from requests (--allow-request-chat-template).",
+                               param="chat_template", code="chat_template_not_allowed")
+        if len(source) > MAX_REQUEST_TEMPLATE:
+            raise RequestError(f"chat_template is longer than {MAX_REQUEST_TEMPLATE} characters.",
+                               param="chat_template")
+        try:
+            return await self._run(False, lambda: _chat_template(source, self.processor))
+        except StartupError as error:
+            raise RequestError(error.message, param="chat_template") from None
+
+    # Media.
+
+    def _check_media(self, messages: Sequence[Message], media: Sequence[MediaSource]) -> None:
+        places = [part.kind for message in messages for part in message.content if isinstance(part, MediaPart)]
+        if places != [source.kind for source in media]:
+            raise ServerError
+        counts: Counter[Modality] = Counter()
+        for source in media:
+            kind = source.kind
+            if kind not in self.processor.modalities:
+                raise MediaError(f"This model takes no {kind} input.", param=source.param, code="unsupported_modality")
+            counts[kind] += 1
+            if counts[kind] > self.media_limits[kind]:
+                raise RequestError(f"At most {self.media_limits[kind]} {kind}(s) may be given in one request, but it "
+                                   f"has {places.count(kind)}. The operator sets this with --limit-mm-per-prompt.",
+                                   param=source.param, code=f"too_many_{kind}s")
+
+    async def _media_features(
+        self, sources: Sequence[MediaSource], processor: Processor, settings: Mapping[str, Any], text: str
+    ) -> tuple[list[MediaFeatures], list[MediaTiming]]:
+        if not sources:
+            return [], []
+        fetched = await _all(self._fetch(source, processor, settings) for source in sources)
+        await self._check_fits_before_decoding(fetched, text)
+        first_of = {medium.key: medium for medium in reversed(fetched)}  # a picture given twice is decoded once
+        made = await _all(self._made(medium, processor) for medium in first_of.values())
+        by_key = dict(zip(first_of, made, strict=True))
+        timings = [by_key[one.key][1] if first_of[one.key] is one
+                   else MediaTiming(one.raw.kind, one.fetch_s, cached=True) for one in fetched]
+        return [by_key[medium.key][0] for medium in fetched], timings
+
+    async def _fetch(self, source: MediaSource, processor: Processor, settings: Mapping[str, Any]) -> _Fetched:
+        begin = time.perf_counter()
+        raw = await self._loader.fetch(source)
+        key = await self._run(len(raw.payload) <= SHORT_PAYLOAD,
+                              lambda: feature_key(raw.kind, raw.declared_type, raw.payload, settings))
+        fetch_s = time.perf_counter() - begin
+        features = self._features.get(key)
+        if features is not None:
+            return _Fetched(raw, key, features.num_rows, fetch_s, features)
+        size = self._loader.probe(raw)
+        try:
+            count = processor.num_tokens(raw.kind, size.height, size.width, size.frames)
+        except MediaError as error:
+            error.param = error.param or raw.param
+            raise
+        return _Fetched(raw, key, count, fetch_s, None)
+
+    async def _made(self, medium: _Fetched, processor: Processor) -> tuple[MediaFeatures, MediaTiming]:
+        kind = medium.raw.kind
+        if medium.features is not None:
+            return medium.features, MediaTiming(kind, medium.fetch_s, cached=True)
+        begin = time.perf_counter()
+        async with self._decoding:
+            item = await self._loader.decode(medium.raw)
+            decoded = time.perf_counter()
+            features = await self._run(False, lambda: processor.process(item))
+        self._features.put(medium.key, features)
+        return features, MediaTiming(kind, medium.fetch_s, decoded - begin, time.perf_counter() - decoded)
+
+    # Context.
+
+    def _check_length_unread(self, text: str, param: str) -> None:
+        """Refuse what cannot fit however well it is tokenized: tokenizing ten million characters takes seconds."""
+        if len(text) > LONG_TEXT and (fewest := self.tokenizer.fewest_tokens(text)) > self.max_model_len:
+            raise ContextLengthError(f"This model's context is {self.max_model_len} tokens; the text alone, with "
+                                     f"{len(text)} characters, is at least {fewest}. Shorten it.", param=param)
+
+    async def _check_fits_before_decoding(self, media: Sequence[_Fetched], text: str) -> None:
+        media_tokens = sum(medium.num_tokens for medium in media)
+        if media_tokens + len(text.encode()) <= self.max_model_len:
+            return  # no token is shorter than a byte
+        text_tokens = await self._run(len(text) <= SHORT_TEXT, lambda: self._count(text)) - len(media)
+        if media_tokens + text_tokens > self.max_model_len:
+            raise self._too_long(text_tokens, [(one.raw.kind, one.num_tokens) for one in media], "messages")
+
+    def _count(self, text: str) -> int:
+        self._check_length_unread(text, "messages")
+        return len(self.tokenizer.encode(text))
+
+    def _check_fits(self, prompt: Prompt, param: str) -> None:
+        if len(prompt.token_ids) <= self.max_model_len:
+            return
+        media = [(one.kind, sum(span.length for span in prompt.spans if span.item == item))
+                 for item, one in enumerate(prompt.media)]
+        text_tokens = len(prompt.token_ids) - sum(count for _, count in media)
+        raise self._too_long(text_tokens, media, param)
+
+    def _too_long(self, text_tokens: int, media: Sequence[tuple[Modality, int]], param: str) -> ContextLengthError:
+        seen: Counter[Modality] = Counter()
+        parts = [f"text {text_tokens}"]
+        for kind, count in media:
+            seen[kind] += 1
+            parts.append(f"{kind} {seen[kind]} {count}")
+        total = text_tokens + sum(count for _, count in media)
+        advice = "Shorten it or send fewer or smaller media." if media else "Shorten it."
+        return ContextLengthError(f"This model's context is {self.max_model_len} tokens, but the prompt has {total}: "
+                                  f"{', '.join(parts)}. {advice}", param=param)
+
+    async def _run(self, inline: bool, work: Callable[[], T]) -> T:
+        """Work that holds a CPU: at once if it is short, else in a thread."""
+        if inline:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+def _chat_template(source: str, processor: Processor) -> ChatTemplate:
+    tokenizer = processor.tokenizer.with_literals(processor.literals)
+    return ChatTemplate(source, tokenizer, modalities=processor.modalities, placeholder=processor.placeholder)
+
+
+def _media_limits(server: ServerConfig, limits: Limits) -> dict[Modality, int]:
+    """Media per request: what --limit-mm-per-prompt says of a kind, else the general limit."""
+    general: dict[Modality, int] = {"image": limits.max_images, "video": limits.max_videos, "audio": limits.max_audios}
+    return {kind: server.limit_mm_per_prompt.get(kind, count) for kind, count in general.items()}
+
+
+def _is_small(messages: Sequence[Message]) -> bool:
+    if any(message.extra for message in messages):
+        return False
+    return sum(len(part.text) for message in messages for part in message.content
+               if isinstance(part, TextPart)) <= SHORT_TEXT
+
+
+async def _all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results in order. The first failure cancels the rest and is the one that is raised."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
