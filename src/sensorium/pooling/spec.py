@@ -1,7 +1,8 @@
 """How a checkpoint's hidden states become a vector, read from its own files. Torch-free.
 
-sentence-transformers repositories say it in `modules.json` and the folders it names; type names changed over its versions,
-so only their last component counts. Without these files encoders pool the first token and decoders the last, normalised.
+sentence-transformers repositories say it in `modules.json` and the folders it names; type names changed over its
+versions, so only their last component counts. Without these files encoders pool the first token and decoders the
+last, normalised.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ _FLAGS: dict[str, PoolingKind] = {
     "pooling_mode_weightedmean_tokens": "weighted_mean",
     "pooling_mode_lasttoken": "last",
 }
-ACTIVATIONS: dict[str, str] = {"Identity": "identity", "Sigmoid": "sigmoid", "Tanh": "tanh", "ReLU": "relu", "GELU": "gelu",
-                               "SiLU": "silu", "Softmax": "softmax"}
+ACTIVATIONS: dict[str, str] = {"Identity": "identity", "Sigmoid": "sigmoid", "Tanh": "tanh", "ReLU": "relu",
+                               "GELU": "gelu", "SiLU": "silu", "Softmax": "softmax"}
 """Classes of torch.nn that a repository may name -> our activation. Looked up, never imported."""
 
 
@@ -60,7 +61,8 @@ def activation_name(path: str) -> str:
     """`torch.nn.modules.linear.Identity` -> `identity`; anything outside the table is a CheckpointError."""
     name = path.rpartition(".")[2]
     if not path.startswith("torch.nn.") or name not in ACTIVATIONS:
-        raise CheckpointError(f"activation '{path}' is not supported (supported: torch.nn's {', '.join(sorted(ACTIVATIONS))})")
+        raise CheckpointError(f"activation '{path}' is not supported "
+                              f"(supported: torch.nn's {', '.join(sorted(ACTIVATIONS))})")
     return ACTIVATIONS[name]
 
 

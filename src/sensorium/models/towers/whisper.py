@@ -1,0 +1,185 @@
+"""Whisper's audio encoder (Radford et al. 2022) and its variant in Qwen2.5-Omni, on unpadded clips of any length.
+
+Two convolutions over time (the second halves it), positions, pre-norm layers with attention inside each run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sensorium import kernels
+from sensorium.models.layers import Linear, declare
+from sensorium.models.towers.blocks import MAX_ROWS, LayerNorm, activation, groups
+
+LAYER_NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class WhisperConfig:
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    num_mel_bins: int
+    max_positions: int  # encoder positions, half as many as mel frames
+    activation: str
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> WhisperConfig:
+        return cls(
+            hidden_size=config.get("d_model", 1280),
+            num_layers=config.get("encoder_layers", config.get("num_hidden_layers", 32)),
+            num_heads=config.get("encoder_attention_heads", 20),
+            intermediate_size=config.get("encoder_ffn_dim", 5120),
+            num_mel_bins=config.get("num_mel_bins", 128),
+            max_positions=config.get("max_source_positions", 1500),
+            activation=config.get("activation_function", "gelu"),
+        )
+
+
+def frames_after_convolutions(frames: int) -> int:
+    return (frames - 1) // 2 + 1
+
+
+def sinusoids(length: int, channels: int) -> Tensor:
+    """Sines, then cosines, of geometrically spaced time scales up to 10,000: [length, channels]."""
+    step = math.log(10_000) / (channels // 2 - 1)
+    scaled = torch.arange(length).unsqueeze(1) * torch.exp(-step * torch.arange(channels // 2).float())
+    return torch.cat([scaled.sin(), scaled.cos()], dim=1)
+
+
+class Conv1d(nn.Module):
+    """Kernel 3, padding 1, on one clip [channels, frames]."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.weight = declare(out_channels, in_channels, 3)
+        self.bias = declare(out_channels)
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.conv1d(x, self.weight, self.bias, stride=self.stride, padding=1)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, size: int, num_heads: int) -> None:
+        super().__init__()
+        self.head_dim = size // num_heads
+        self.q_proj = Linear(size, size, bias=True)
+        self.k_proj = Linear(size, size)  # Whisper's keys have no bias
+        self.v_proj = Linear(size, size, bias=True)
+        self.out_proj = Linear(size, size, bias=True)
+
+    def forward(self, x: Tensor, lengths: list[int]) -> Tensor:
+        shape = (len(x), -1, self.head_dim)
+        q, k, v = self.q_proj(x).view(shape), self.k_proj(x).view(shape), self.v_proj(x).view(shape)
+        attended = kernels.varlen_attention(q, k, v, lengths, self.head_dim**-0.5)
+        out: Tensor = self.out_proj(attended.reshape(len(x), -1))
+        return out
+
+
+class WhisperLayer(nn.Module):
+    def __init__(self, config: WhisperConfig) -> None:
+        super().__init__()
+        self.self_attn = SelfAttention(config.hidden_size, config.num_heads)
+        self.self_attn_layer_norm = LayerNorm(config.hidden_size, LAYER_NORM_EPS)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, bias=True)
+        self.act = activation(config.activation)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size, bias=True)
+        self.final_layer_norm = LayerNorm(config.hidden_size, LAYER_NORM_EPS)
+
+    def forward(self, x: Tensor, lengths: list[int]) -> Tensor:
+        x = x + self.self_attn(self.self_attn_layer_norm(x), lengths)
+        out: Tensor = x + self.fc2(self.act(self.fc1(self.final_layer_norm(x))))
+        return out
+
+
+class WhisperEncoder(nn.Module):
+    """Convolutions, positions and layers. Subclasses say where the positions come from and what follows the layers."""
+
+    def __init__(self, config: WhisperConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.conv1 = Conv1d(config.num_mel_bins, config.hidden_size, stride=1)
+        self.conv2 = Conv1d(config.hidden_size, config.hidden_size, stride=2)
+        self.layers = nn.ModuleList(WhisperLayer(config) for _ in range(config.num_layers))
+
+    def positions(self, length: int, like: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def states(self, clips: Sequence[Tensor]) -> list[Tensor]:
+        """Log-mel clips [bins, frames] -> states [frames_after_convolutions, hidden] of each, before the last norm."""
+        embedded = [self._convolve(clip) for clip in clips]
+        lengths = [len(x) for x in embedded]
+        out: list[Tensor] = []
+        for group in groups(lengths):
+            x, runs = torch.cat(embedded[group]), lengths[group]
+            for layer in self.layers:
+                x = layer(x, runs)
+            out.extend(x.split(runs))
+        return out
+
+    def _convolve(self, clip: Tensor) -> Tensor:
+        x = functional.gelu(self.conv1(clip.unsqueeze(0)))
+        x = functional.gelu(self.conv2(x)).squeeze(0).transpose(0, 1)  # [frames / 2, hidden]
+        return x + self.positions(len(x), x)
+
+    def activation_bytes(self, element_size: int) -> int:
+        """Of one group of clips in one layer."""
+        return MAX_ROWS * element_size * (6 * self.config.hidden_size + 2 * self.config.intermediate_size)
+
+
+class Positions(nn.Module):
+    def __init__(self, length: int, size: int) -> None:
+        super().__init__()
+        self.weight = declare(length, size)
+
+
+class WhisperTower(WhisperEncoder):
+    """As published by OpenAI and in Ultravox: stored positions, a norm at the end."""
+
+    def __init__(self, config: WhisperConfig) -> None:
+        super().__init__(config)
+        self.embed_positions = Positions(config.max_positions, config.hidden_size)
+        self.layer_norm = LayerNorm(config.hidden_size, LAYER_NORM_EPS)
+
+    def positions(self, length: int, like: Tensor) -> Tensor:
+        return self.embed_positions.weight[:length]
+
+    def forward(self, clips: Sequence[Tensor]) -> list[Tensor]:
+        """[bins, frames] each -> [frames_after_convolutions, hidden] each"""
+        return [self.layer_norm(x) for x in self.states(clips)]
+
+
+class OmniAudioTower(WhisperEncoder):
+    """Qwen2.5-Omni's: clips are cut into windows of `2 * n_window` mel frames which never see each other; then pairs of
+    states are averaged, normed and projected to the language model's size."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(WhisperConfig.of(config))
+        self.window = 2 * int(config.get("n_window", 100))
+        self.ln_post = LayerNorm(self.config.hidden_size, LAYER_NORM_EPS)
+        self.proj = Linear(self.config.hidden_size, config.get("output_dim", 3584), bias=True)
+
+    def positions(self, length: int, like: Tensor) -> Tensor:
+        return sinusoids(length, self.config.hidden_size).to(like)
+
+    def forward(self, clips: Sequence[Tensor]) -> list[Tensor]:
+        """[bins, frames] each -> [(frames_after_convolutions - 2) // 2 + 1, output] each"""
+        windows = [clip.split(self.window, dim=1) for clip in clips]
+        states = iter(self.states([window for clip in windows for window in clip]))
+        joined = [torch.cat([next(states) for _ in clip]) for clip in windows]
+        return [self._finish(x) for x in joined]
+
+    def _finish(self, x: Tensor) -> Tensor:
+        pairs = len(x) // 2
+        averaged = (x[0 : 2 * pairs : 2] + x[1 : 2 * pairs : 2]) / 2
+        out: Tensor = self.proj(self.ln_post(averaged))
+        return out

@@ -1,0 +1,53 @@
+"""A classifier's labels and activation, resolved from its config. Torch-free: the HTTP process names classes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sensorium.errors import CheckpointError
+from sensorium.pooling.spec import activation_name
+
+
+def num_labels(config: dict[str, Any]) -> int:
+    """`id2label`'s size or `num_labels`; two where config.json says neither (transformers leaves its default out)."""
+    labels = config.get("id2label")
+    if isinstance(labels, dict) and labels:
+        return len(labels)
+    count = config.get("num_labels", 2)
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise CheckpointError(f"config.json: num_labels must be a positive integer, not {count!r}")
+    return count
+
+
+def label_names(config: dict[str, Any]) -> list[str]:
+    """Names by class index; `LABEL_i` where config.json has none."""
+    named = config.get("id2label") or {}
+    return [str(named.get(str(i), f"LABEL_{i}")) for i in range(num_labels(config))]
+
+
+def classifier_activation(folder: Path, config: dict[str, Any]) -> str:
+    """What makes scores of logits: `problem_type`, else what sentence-transformers' files say, else by label count."""
+    by_problem = {"regression": "identity", "multi_label_classification": "sigmoid",
+                  "single_label_classification": "softmax" if num_labels(config) > 1 else "sigmoid"}
+    problem = config.get("problem_type")
+    if problem in by_problem:
+        return by_problem[problem]
+    own = config.get("sentence_transformers")
+    named = (own or {}).get("activation_fn") if isinstance(own, dict) else None
+    named = named or config.get("sbert_ce_default_activation_function") or _from_file(folder)
+    if isinstance(named, str):
+        return activation_name(named)
+    return "sigmoid" if num_labels(config) == 1 else "softmax"
+
+
+def _from_file(folder: Path) -> object:
+    path = folder / "config_sentence_transformers.json"
+    if not path.is_file():
+        return None
+    try:
+        settings = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path.name} is not valid JSON: {error}") from None
+    return settings.get("activation_fn") if isinstance(settings, dict) else None

@@ -1,0 +1,93 @@
+"""What turns a sequence's hidden states into the answer of a pooling task. One object per task, held by the model.
+
+The engine collects the states of a sequence over its prefill chunks (only the last token's where `all_tokens` is
+false) and calls the pooler once. Results are float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+from torch.nn import functional
+
+from sensorium.pooling.pool import ACTIVATIONS, finish, pool
+from sensorium.pooling.spec import PoolingKind
+from sensorium.types import PoolingParams
+
+Head = Callable[[Tensor], Tensor]
+
+
+class Pooler(Protocol):
+    @property
+    def all_tokens(self) -> bool:
+        """Whether it needs every token's state, which also rules out reading the sequence from the prefix cache."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Numbers per vector."""
+        ...
+
+    def __call__(self, hidden: Tensor, params: PoolingParams) -> Tensor:
+        """[tokens, hidden], or [1, hidden] of the last token -> float32 [size] or, per token, [tokens, size]"""
+        ...
+
+
+class EmbedPooler:
+    """Pooled, through the dense layers that the checkpoint brings, cut to `dimensions`, normalised."""
+
+    def __init__(self, kinds: tuple[PoolingKind, ...], size: int, *, normalize: bool, head: Head | None = None) -> None:
+        self.kinds = kinds
+        self.size = size
+        self.normalize = normalize
+        self.head = head
+        self.all_tokens = kinds != ("last",)
+
+    def __call__(self, hidden: Tensor, params: PoolingParams) -> Tensor:
+        vector = pool(hidden, self.kinds)
+        if self.head is not None:
+            vector = self.head(vector.unsqueeze(0)).squeeze(0).float()
+        normalize = self.normalize if params.normalize is None else params.normalize
+        return finish(vector, params.dimensions, normalize)
+
+
+class TokenPooler:
+    """Every token's vector: the states themselves (normalised), or a head's classes of each."""
+
+    all_tokens = True
+
+    def __init__(self, size: int, *, normalize: bool = False, head: Head | None = None) -> None:
+        self.size = size
+        self.normalize = normalize
+        self.head = head
+
+    def __call__(self, hidden: Tensor, params: PoolingParams) -> Tensor:
+        if self.head is not None:
+            return self.head(hidden).float()
+        vectors = hidden.float()
+        normalize = self.normalize if params.normalize is None else params.normalize
+        return functional.normalize(vectors, dim=-1) if normalize else vectors
+
+
+class ClassifyPooler:
+    """One token's state through a head: logits, and probabilities if asked for."""
+
+    def __init__(self, kind: PoolingKind, head: Head, size: int, activation: str) -> None:
+        self.kind = kind
+        self.head = head
+        self.size = size
+        self.activation = ACTIVATIONS[activation]
+        self.all_tokens = kind != "last"
+
+    def __call__(self, hidden: Tensor, params: PoolingParams) -> Tensor:
+        state = pool(hidden, (self.kind,)).to(hidden.dtype)
+        logits = self.head(state.unsqueeze(0)).squeeze(0).float()
+        return logits if params.activation is False else self.activation(logits)
+
+
+def linear_in_float32(weight: Tensor, bias: Tensor | None) -> Head:
+    """Heads are small and their numbers are read by people: they are computed in float32 whatever the model's type."""
+    wide, wide_bias = weight.float(), None if bias is None else bias.float()
+    return lambda state: functional.linear(state.float(), wide, wide_bias)
