@@ -104,12 +104,12 @@ def make_qwen3(path: Path, layout: Layout = "hub", **options: Any) -> PreTrained
 
 
 def make_phi3(path: Path, layout: Layout = "hub", **options: Any) -> PreTrainedModel:
-    """With LongRoPE: sequences of more than 48 tokens take the long factors."""
+    """With LongRoPE: sequences of more than 64 tokens take the long factors."""
     ids = write_tokenizer(path, layout, PHI3_SPECIALS, PHI3_TEMPLATE, bos="<s>", eos="<|endoftext|>")
     options = {
-        "original_max_position_embeddings": 48, "pad_token_id": ids["<|endoftext|>"],
+        "original_max_position_embeddings": 64, "pad_token_id": ids["<|endoftext|>"],
         "rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.5, 2.0],
-                            "long_factor": [1.1, 2.5, 9.0, 20.0], "original_max_position_embeddings": 48},
+                            "long_factor": [1.1, 2.5, 9.0, 20.0], "original_max_position_embeddings": 64},
         **options}
     return _text(path, layout, Phi3ForCausalLM, Phi3Config, ids, "<s>", "<|endoftext|>", options)
 
@@ -174,7 +174,7 @@ def make_qwen2_vl(path: Path, layout: Layout = "hub", *, text: dict[str, Any] | 
 
 def write_tokenizer(path: Path, layout: Layout, specials: tuple[str, ...], template: str, *, eos: str,
                     bos: str | None = None) -> dict[str, int]:
-    """A byte-level BPE of some 400 tokens and a chat template -> ids of the special tokens. `bos` is put before texts."""
+    """A byte-level BPE of some 400 tokens and a chat template -> ids of the special tokens. `bos` precedes texts."""
     path.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -285,12 +285,13 @@ def _write(path: Path, layout: Layout, model: PreTrainedModel, bos: int, eos: in
 @torch.no_grad()
 def _randomise(model: PreTrainedModel, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if name.endswith("weight") and ("norm" in name.lower() or ".ln_" in name):
             parameter.copy_(1 + 0.2 * noise)
         elif "embed_tokens" in name:
-            parameter.copy_(noise)
+            parameter.copy_(noise * (0.1 if tied else 1.0))  # a tied head would only repeat the last token
         elif parameter.dim() < 2:
             parameter.copy_(0.2 * noise)
         else:
@@ -333,10 +334,12 @@ def _old_names(config: dict[str, Any]) -> dict[str, Any]:
         rope = dict(rope)
         config["rope_theta"] = rope.pop("rope_theta", 10000.0)
         kind = rope.pop("rope_type", "default")
+        if "partial_rotary_factor" in rope:
+            config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
         if "mrope_section" in rope:
             rope = {"type": "mrope", "mrope_section": rope["mrope_section"]}
         elif kind == "longrope":
-            rope = {"type": "su", "short_factor": rope["short_factor"], "long_factor": rope["long_factor"]}
+            rope = {"type": "su", **{k: v for k, v in rope.items() if k != "original_max_position_embeddings"}}
         elif kind != "default":
             rope["rope_type"] = kind
         config["rope_scaling"] = rope if kind != "default" or "mrope_section" in rope else None

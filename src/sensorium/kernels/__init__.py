@@ -2,7 +2,7 @@
 
 Shapes: x [tokens, hidden]; q [tokens, heads, head_dim] and k, v [tokens, kv_heads, head_dim], which may be strided
 views of one fused projection; cos and sin float32 [tokens, rotated / 2], half-rotation (NeoX) layout; caches
-[blocks, kv_heads, block_size, head_dim]. `sensorium.kernels.native` has the same functions, and `supports(tensor)`.
+[blocks, kv_heads, block_size, head_dim]. `native.Native` has the same functions as methods, and `supports(tensor)`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["LinearForm", "add_rms_norm", "pack_linear", "paged_attention", "rms_norm", "rope", "silu_mul",
-           "varlen_attention", "write_kv"]
+__all__ = ["LinearForm", "add_rms_norm", "describe", "layer_norm", "pack_linear", "paged_attention", "rms_norm", "rope",
+           "silu_mul", "varlen_attention", "write_kv"]
 
 
 class LinearForm(Protocol):
@@ -43,19 +43,23 @@ class LinearForm(Protocol):
 @functools.cache
 def _native() -> Any | None:
     try:
-        return importlib.import_module("sensorium.kernels.native")
-    except (ImportError, OSError) as error:
+        return importlib.import_module("sensorium.kernels.native").load()
+    except (ImportError, OSError, AttributeError) as error:
         logger.warning("native kernels cannot be used, computing with torch alone (slower): %s", error)
         return None
 
 
 def _for(x: Tensor) -> Any:
-    """The module that computes on tensors like this one."""
-    if x.device.type == "cpu":
-        native = _native()
-        if native is not None and native.supports(x):
-            return native
-    return reference
+    """What computes on tensors like this one."""
+    native = _native() if x.is_cpu else None
+    return native if native is not None and native.supports(x) else reference
+
+
+def describe() -> str:
+    """For the log: which kernels a CPU computes with."""
+    native = _native()
+    said: str = "torch reference kernels" if native is None else native.describe()
+    return said
 
 
 def pack_linear(weight: Tensor, bias: Tensor | None, *, quantization: str | None = None,
@@ -79,6 +83,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(norm of x + residual, x + residual). The native kernel may write the sum into `residual`."""
     out: tuple[Tensor, Tensor] = _for(x).add_rms_norm(x, residual, weight, eps)
+    return out
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    out: Tensor = _for(x).layer_norm(x, weight, bias, eps)
     return out
 
 
