@@ -28,4 +28,7 @@ class Qwen2VL(DecoderForCausalLM):
 
     def activation_bytes(self, tokens: int) -> int:
         size = self.model.norm.weight.element_size()
-        return max(super().activation_bytes(tokens), self.visual.activation_bytes(size))
+        largest = self.checkpoint.max_model_len * self.visual.config.spatial_merge_size**2
+        if (max_pixels := self.checkpoint.preprocessor.get("max_pixels")) is not None:
+            largest = min(largest, max_pixels // self.visual.config.patch_size**2)
+        return max(super().activation_bytes(tokens), self.visual.activation_bytes(size, largest))

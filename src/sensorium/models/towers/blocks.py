@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sensorium import kernels
 from sensorium.errors import CheckpointError
 from sensorium.models.layers import Linear, declare
 
@@ -60,7 +61,7 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        return kernels.layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class Mlp(nn.Module):

@@ -117,11 +117,13 @@ class QwenVit(nn.Module):
         self.merger = PatchMerger(config, out_features)
         self._rotary: OrderedDict[tuple[int, int], tuple[Tensor, Tensor]] = OrderedDict()
 
-    def activation_bytes(self, element_size: int) -> int:
+    def activation_bytes(self, element_size: int, largest_slice: int) -> int:
+        """For groups of patches that hold no more than a slice of `largest_slice`, where that alone exceeds a group."""
         config = self.config
-        inner = config.embed_dim * (config.mlp_ratio + 1)
+        patches = max(MAX_ROWS, largest_slice)
         pixels = 3 * config.temporal_patch_size * config.patch_size**2
-        return int(MAX_ROWS * element_size * (9 * config.embed_dim + 2 * inner + 2 * pixels))
+        inner = 3 * config.embed_dim * config.mlp_ratio
+        return int(element_size * (patches * (10 * config.embed_dim + 2 * pixels) + MAX_ROWS * inner))
 
     def forward(self, pixels: Sequence[Tensor], grids: Sequence[tuple[int, int, int]]) -> list[Tensor]:
         """Per medium: patches [frames * lines * columns, …] and their grid -> rows [patches / merge², out_features]."""
