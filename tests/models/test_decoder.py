@@ -38,13 +38,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", {}),
     "phi3-plain": ("phi3", {"rope_parameters": None, "sliding_window": 7, "original_max_position_embeddings": 512}),
     "phi3-attention-factor": ("phi3", {"rope_parameters": {**LONGROPE, "attention_factor": 1.5}}),
-    "phi3-partial": ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    "phi3-partial": ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                                                  "partial_rotary_factor": 0.5}}),
 }
 PROMPT = 21
 
 
 @pytest.fixture(scope="module", params=[(v, layout) for v in VARIANTS for layout in ("hub", "transformers")],
-                ids=lambda p: "-".join(p))
+                ids="-".join)
 def pair(request: pytest.FixtureRequest, made: Make) -> tuple[PreTrainedModel, Model]:
     variant, layout = request.param
     family, options = VARIANTS[variant]
@@ -58,15 +59,14 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
 
 @torch.no_grad()
 def oracle_logits(oracle: PreTrainedModel, tokens: list[int]) -> Tensor:
-    logits: Tensor = oracle(torch.tensor([tokens])).logits[0]
-    return logits
+    return oracle(torch.tensor([tokens])).logits[0]
 
 
 @torch.no_grad()
 def oracle_greedy(oracle: PreTrainedModel, tokens: list[int], count: int) -> list[int]:
-    out = oracle.generate(torch.tensor([tokens]), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
-    new: list[int] = out[0, len(tokens):].tolist()
-    return new
+    out = oracle.generate(torch.tensor([tokens]), max_new_tokens=count, do_sample=False, eos_token_id=None,
+                          pad_token_id=0)
+    return out[0, len(tokens):].tolist()
 
 
 def close(got: Tensor, expected: Tensor) -> bool:

@@ -68,6 +68,10 @@ class _Slot:
     def shards(self) -> dict[str, tuple[int, int]]:
         return self.module.shards if isinstance(self.module, Linear) else {}
 
+    def holder(self, shard: str) -> StoredTensor | None:
+        """What already fills this shard ("": any part of the parameter)."""
+        return next((s for name, s in self.sources.items() if not name or not shard or name == shard), None)
+
     def missing(self) -> list[str]:
         if "" in self.sources or (self.sources and self.sources.keys() == self.shards().keys()):
             return []
@@ -137,12 +141,12 @@ def _assign(model: Model, tensors: list[StoredTensor]) -> dict[str, _Slot]:
         if slot is None or (shard and shard not in slot.shards()):
             unexpected.append(tensor.key)
             continue
-        previous = slot.sources.get(shard)
-        if previous is None or target in model.tied:  # a tied head may be stored too; the embedding counts
-            slot.sources[shard] = tensor
-        elif not model.tied:
-            raise CheckpointError(f"tensors {previous.key} and {tensor.key} are both {slot.name}")
         _check(slot, shard, tensor)
+        other = slot.holder(shard)
+        if other is None or target in model.tied:  # a tied head may be stored too; the embedding counts
+            slot.sources[shard] = tensor
+        elif slot.name not in model.tied.values():
+            raise CheckpointError(f"tensors {other.key} and {tensor.key} are both {slot.name}")
     missing = [name for slot in slots.values() for name in slot.missing()]
     if unexpected or missing:
         said = [f"{what} {_named(keys)}" for what, keys in (("unexpected", unexpected), ("missing", missing)) if keys]
