@@ -16,7 +16,6 @@ from typing import Any
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as RawTokenizer
-from tokenizers.processors import TemplateProcessing
 
 from sensorium.errors import CheckpointError, RequestError
 from sensorium.prompt.convert import converted_tokenizer
@@ -65,7 +64,6 @@ class Tokenizer:
             raise CheckpointError(f"{file.name} of the model cannot be read: {error}") from error
         named = _named_tokens(config, _read_json(folder / "special_tokens_map.json"))
         _add_declared_tokens(raw, config, named)
-        _apply_bos_eos(raw, config, named)
         return cls(raw, named, vocab_size=vocab_size)
 
     def with_literals(self, literals: Iterable[str]) -> Tokenizer:
@@ -112,7 +110,11 @@ class Tokenizer:
             return found
         # The vocabulary itself makes a control token of plain letters (Unigram does): only a space keeps them apart.
         text = self._unmarked.sub(lambda match: self._name_of(match.group()), text).replace(MARK, " ")
-        return self._verbatim.encode(text, add_special_tokens) or []
+        found = self._verbatim.encode(text, add_special_tokens)
+        if found is None:
+            raise RequestError("The text has a control token that this model's vocabulary cannot write as plain text.",
+                               code="control_token_in_text")
+        return found
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         self.check_ids(token_ids)
@@ -194,8 +196,9 @@ class _VerbatimVocabulary:
     def encode(self, text: str, add_special_tokens: bool) -> list[int] | None:
         """Ids of text whose tokens stand under their names; None if plain letters gave a special token."""
         encoding = self._raw.encode(text, add_special_tokens=add_special_tokens)
-        from_text = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
-        if any(token_id in self._special and not added for token_id, added in from_text):
+        in_text = [token_id for token_id, added in zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+                   if not added and token_id not in self._id_of]
+        if not self._special.isdisjoint(in_text):
             return None
         return [self._id_of.get(token_id, token_id) for token_id in encoding.ids]
 
@@ -247,16 +250,3 @@ def _add_declared_tokens(raw: RawTokenizer, config: Mapping[str, Any], named: Ma
     wanted = [*named.values(), *(content for token in extra if (content := _content(token)) is not None)]
     raw.add_special_tokens([AddedToken(content, special=True, normalized=False)
                             for content in dict.fromkeys(wanted) if content not in known])
-
-
-def _apply_bos_eos(raw: RawTokenizer, config: Mapping[str, Any], named: Mapping[str, str]) -> None:
-    """`add_bos_token` and `add_eos_token`, where given, replace what tokenizer.json adds around a text."""
-    if config.get("add_bos_token") is None and config.get("add_eos_token") is None:
-        return
-    bos = named.get("bos_token") if config.get("add_bos_token") else None
-    eos = named.get("eos_token") if config.get("add_eos_token") else None
-    before, after = f"{bos}:{{0}} " if bos else "", f" {eos}:{{0}}" if eos else ""
-    first, second = (f"{before}${name}:{{0}}{after}".format(number) for number, name in enumerate("AB"))
-    raw.post_processor = TemplateProcessing(
-        single=first, pair=f"{first} {second}",
-        special_tokens=[(token, raw.token_to_id(token)) for token in dict.fromkeys((bos, eos)) if token])
