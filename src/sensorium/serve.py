@@ -1,0 +1,172 @@
+"""Puts one server together: checkpoint, engine process, served model, HTTP. The one place where all parts meet.
+
+The engine process is started first and loads while this one imports what it serves with. What is wrong with the model
+or a flag is a StartupError, raised before anything is answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sensorium.checkpoint import Checkpoint, open_checkpoint, resolve
+from sensorium.config import ServeOptions
+from sensorium.engine.client import EngineClient
+from sensorium.errors import StartupError
+from sensorium.models.registry import FAMILIES
+from sensorium.processes import family, resident_bytes
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+DEMO_NAME = "sensorium-demo"
+DEMO_FOLDER = Path(__file__).parent / "demo"
+PHASES = {"weights": "loading weights", "cache": "setting up the KV cache"}
+
+log = logging.getLogger("sensorium")
+
+
+def serve(options: ServeOptions) -> int:
+    """The command; its exit code."""
+    start_s = time.perf_counter()
+    _log_to_stderr()
+    folder = DEMO_FOLDER if options.model is None else resolve(
+        options.model, options.load.revision, options.load.download_dir)
+    checkpoint = open_checkpoint(folder)
+    _check(options, checkpoint)
+    with _progress() as show:
+        client = EngineClient(replace(options.engine, model=str(folder)), on_progress=show)
+        client.start()
+        import uvloop
+
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_serve(options, checkpoint, client, show, start_s))
+
+
+async def _serve(options: ServeOptions, checkpoint: Checkpoint, client: EngineClient, show: LoadingBar,
+                 start_s: float) -> int:
+    try:
+        # Imported only now: the engine is loading meanwhile.
+        from sensorium.api import server
+        from sensorium.media.loader import MediaLoader
+        from sensorium.served import ServedModel
+
+        listener = server.listen(options.server)
+        root = options.server.allowed_local_media_path
+        loader = MediaLoader(options.limits, allowed_domains=options.server.allowed_media_domains,
+                             local_root=Path(root) if root else None, workers=options.server.media_workers)
+        names = options.server.served_model_name or (options.model or DEMO_NAME,)
+        model = ServedModel.open(checkpoint, names=names, server=options.server, limits=options.limits, loader=loader,
+                                 client=client, max_model_len=options.engine.max_model_len)
+        warming = asyncio.create_task(loader.warm()) if model.processor.modalities else None
+
+        def on_ready(url: str) -> None:
+            show.close()
+            _say_ready(options, client, names[0], url, time.perf_counter() - start_s)
+
+        try:
+            models = dict.fromkeys(names, model)
+            return await server.serve(models, options.server, options.limits, on_ready, listener=listener)
+        finally:
+            if warming is not None:
+                warming.cancel()
+            await model.aclose()
+            await loader.aclose()
+    finally:
+        await client.aclose()
+
+
+def _check(options: ServeOptions, checkpoint: Checkpoint) -> None:
+    """Flags that do not go with the checkpoint, told before anything is loaded."""
+    known = FAMILIES.get(checkpoint.architecture)
+    if known is None:
+        raise StartupError(f"{checkpoint.architecture} is not supported; these are: {', '.join(FAMILIES)}")
+    if options.load.task not in ("auto", *known.tasks):
+        raise StartupError(f"--task {options.load.task}: {known.title} can only {', '.join(known.tasks)}")
+    length = options.engine.max_model_len
+    if length is not None and length > checkpoint.max_model_len:
+        raise StartupError(f"--max-model-len {length}: the checkpoint ends at {checkpoint.max_model_len} tokens")
+
+
+# What the operator sees
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    log.setLevel(logging.INFO)
+
+
+class LoadingBar:
+    """How far loading is: a bar on a terminal, a line at the start of each phase elsewhere."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+        self._tasks: dict[str, TaskID | None] = {}
+
+    def __call__(self, phase: str, fraction: float) -> None:
+        if phase not in self._tasks:
+            self._begin(phase)
+        task = self._tasks[phase]
+        if self._bar is not None and task is not None:
+            self._bar.update(task, completed=fraction)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _begin(self, phase: str) -> None:
+        title = PHASES.get(phase, phase)
+        if not sys.stderr.isatty():
+            log.info("%s", title)
+            self._tasks[phase] = None
+            return
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+            self._bar = Progress(TextColumn("{task.description:<24}"), BarColumn(), TaskProgressColumn(),
+                                 TimeElapsedColumn(), console=Console(stderr=True))
+            self._bar.start()
+        self._tasks[phase] = self._bar.add_task(title, total=1.0)
+
+
+@contextmanager
+def _progress() -> Iterator[LoadingBar]:
+    show = LoadingBar()
+    try:
+        yield show
+    finally:
+        show.close()
+
+
+def _say_ready(options: ServeOptions, client: EngineClient, name: str, url: str, seconds: float) -> None:
+    if options.load.trust_remote_code:
+        log.info("--trust-remote-code is not needed: code of a checkpoint is never run")
+    if options.model is None:
+        log.warning("no model was named: serving the built-in one, which has random weights and answers noise")
+    if (ready := client.ready) is None:
+        return
+    here = os.getpid()
+    own, everybody = resident_bytes([here]), resident_bytes(family(here))
+    engine = resident_bytes([client.pid]) if client.pid else 0
+    log.info("ready after %.1f s at %s: %s on %s in %s, up to %d tokens; weights %s, KV cache %s (%d tokens), resident "
+             "%s (HTTP %s, engine %s, media workers %s)", seconds, url, name, ready.device, ready.dtype,
+             ready.max_model_len, size(ready.weight_bytes), size(ready.kv_bytes), ready.kv_tokens, size(everybody),
+             size(own), size(engine), size(everybody - own - engine))
+
+
+def size(size_bytes: float) -> str:
+    """1536000 -> 1.5 MB."""
+    for unit in ("B", "kB", "MB"):
+        if abs(size_bytes) < 999.5:
+            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:.2f} GB"
