@@ -1,1 +1,1 @@
-"""HTTP and JSON: requests in, responses out. No tensors, no torch."""
+"""HTTP and JSON: the edge of the server. No tensors, no media bytes beyond the body, no tokenizer rules."""

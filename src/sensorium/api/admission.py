@@ -1,0 +1,90 @@
+"""Refuses work before it costs anything: per engine by sequences and prompt tokens, per API key by requests.
+
+Everything counted here is given back when the request ends, however it ends. What is refused is told when to come back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from sensorium.errors import OverloadedError, RateLimitError
+
+
+class Admission:
+    """One engine's door: at most `max_sequences` computing or waiting, and `max_prompt_tokens` of prompts with them.
+
+    A single request larger than the door is let in when nobody else is there, so that it can ever be answered.
+    """
+
+    def __init__(self, max_sequences: int, max_prompt_tokens: Callable[[], int],
+                 on_refusal: Callable[[str], None]) -> None:
+        self._max_sequences = max_sequences
+        self._max_prompt_tokens = max_prompt_tokens  # known once the engine is ready
+        self._on_refusal = on_refusal
+        self.sequences = 0
+        self.prompt_tokens = 0
+
+    def admit(self, sequences: int) -> Permit:
+        """Take a permit before tokenizing or fetching anything."""
+        if self.sequences and self.sequences + sequences > self._max_sequences:
+            self._on_refusal("queue_full")
+            raise OverloadedError("The server is busy: too many requests are waiting. Try again later.")
+        self.sequences += sequences
+        return Permit(self, sequences)
+
+    def add_prompt_tokens(self, tokens: int) -> None:
+        if self.prompt_tokens and self.prompt_tokens + tokens > self._max_prompt_tokens():
+            self._on_refusal("queue_full_tokens")
+            raise OverloadedError("The server is busy: too many prompt tokens are waiting. Try again later.")
+        self.prompt_tokens += tokens
+
+
+class Permit:
+    """What one request holds of an `Admission` while it is open."""
+
+    __slots__ = ("_admission", "_prompt_tokens", "_sequences")
+
+    def __init__(self, admission: Admission, sequences: int) -> None:
+        self._admission = admission
+        self._sequences = sequences
+        self._prompt_tokens = 0
+
+    def add_prompt_tokens(self, tokens: int) -> None:
+        self._admission.add_prompt_tokens(tokens)
+        self._prompt_tokens += tokens
+
+    def __enter__(self) -> Permit:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self._admission.sequences -= self._sequences
+        self._admission.prompt_tokens -= self._prompt_tokens
+
+
+class KeyLimiter:
+    """At most so many requests of one API key at a time. Without keys everybody shares none, and there is no limit."""
+
+    def __init__(self, max_per_key: int, on_refusal: Callable[[str], None]) -> None:
+        self._max_per_key = max_per_key
+        self._on_refusal = on_refusal
+        self._open: dict[bytes, int] = {}
+
+    @contextmanager
+    def enter(self, tenant: bytes) -> Iterator[None]:
+        if not tenant:
+            yield
+            return
+        count = self._open.get(tenant, 0)
+        if count >= self._max_per_key:
+            self._on_refusal("key_concurrency")
+            raise RateLimitError(f"This API key has {count} requests in flight already; wait until some have ended.")
+        self._open[tenant] = count + 1
+        try:
+            yield
+        finally:
+            self._open[tenant] -= 1
+            if not self._open[tenant]:
+                del self._open[tenant]

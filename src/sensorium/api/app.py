@@ -1,0 +1,55 @@
+"""The ASGI application: guards, then routing; whatever goes wrong becomes an answer, and every request a log line."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from sensorium.api.asgi import Call, Receive, Scope, Send
+from sensorium.api.errors import errors_answered
+from sensorium.api.routes import Route, Router
+from sensorium.api.service import Service
+
+log = logging.getLogger("sensorium.access")
+_QUIET = frozenset({"/livez", "/readyz", "/health", "/metrics"})
+_MAX_LOGGED_CHARS = 256
+
+
+class App:
+    """One server's application. The order of the guards is the order in which things are refused."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self._router = Router()
+        self._log_requests = not service.server.disable_log_requests
+        self._root_path = service.server.root_path.rstrip("/")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            raise RuntimeError("only HTTP is served")
+        call = Call(scope, receive, send, root_path=self._root_path)
+        route: Route | None = None
+        async with errors_answered(call):
+            self.service.origin.check(call)
+            self.service.keys.authenticate(call)
+            route = self._router.find(call)
+            if route.needs_engine:
+                self.service.check_ready()
+            await route.endpoint(self.service, call)
+        self._note(call, route)
+
+    def _note(self, call: Call, route: Route | None) -> None:
+        name = route.path if route is not None else "unknown"
+        method = call.method if route is not None else "any"
+        self.service.metrics.responses[(method, name, call.status)] += 1
+        if self._log_requests and call.path not in _QUIET:
+            log.info("%s %s %d %.1f ms %s %s", call.method, printable(call.path), call.status,
+                     1000 * (time.perf_counter() - call.started_s), call.request_id, call.note)
+
+
+def printable(text: str) -> str:
+    """Client text for one log line: control characters escaped, cut."""
+    short = text[:_MAX_LOGGED_CHARS]
+    if short.isascii() and short.isprintable():
+        return short
+    return short.encode("unicode_escape").decode()[:_MAX_LOGGED_CHARS]

@@ -1,0 +1,82 @@
+"""One HTTP request as the rest of `api` sees it: who asks, what for, and the only two ways to answer.
+
+Plain ASGI, no framework: a response is either one JSON (or text) body or a stream of server-sent events. `Call` keeps
+what has been sent so far, so that an error always takes the form that is still possible.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from typing import Any
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Header = tuple[bytes, bytes]
+
+JSON = b"application/json"
+_SANE_ID = re.compile(rb"[A-Za-z0-9._:\-]{1,128}")
+_SECURITY: tuple[Header, ...] = ((b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store"))
+
+
+class ClientGone(Exception):
+    """The client closed the connection. Nothing can be answered; whoever works for it stops."""
+
+
+class Call:
+    """One request. `tenant` is set by `auth`: b"" without keys, else a digest that stands for the key."""
+
+    __slots__ = ("method", "note", "path", "receive", "request_id", "scope", "send", "started_s", "status", "streaming",
+                 "tenant")
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, *, root_path: str = "") -> None:
+        self.scope = scope
+        self.receive = receive
+        self.send = send
+        self.method: str = scope["method"]
+        self.path = _below(root_path, scope["path"])
+        self.request_id = self._echoed_id() or "req-" + secrets.token_hex(12)
+        self.tenant = b""
+        self.started_s = time.perf_counter()
+        self.status = 0  # 0: nothing sent yet
+        self.streaming = False
+        self.note = ""  # for the log line: tokens, sizes
+
+    def headers(self, name: bytes) -> list[bytes]:
+        """Every value of a header; names arrive in lower case."""
+        return [value for key, value in self.scope["headers"] if key == name]
+
+    def header(self, name: bytes) -> bytes | None:
+        return next((value for key, value in self.scope["headers"] if key == name), None)
+
+    def _echoed_id(self) -> str:
+        value = self.header(b"x-request-id")
+        return value.decode("ascii") if value is not None and _SANE_ID.fullmatch(value) else ""
+
+    async def respond(self, body: bytes, *, status: int = 200, content_type: bytes = JSON,
+                      headers: Iterable[Header] = ()) -> None:
+        """The whole answer at once."""
+        self.status = status
+        await self.send({"type": "http.response.start", "status": status, "headers": [
+            (b"content-type", content_type), (b"content-length", str(len(body)).encode()),
+            (b"x-request-id", self.request_id.encode()), *_SECURITY, *headers]})
+        await self.send({"type": "http.response.body", "body": body})
+
+    async def start_events(self) -> None:
+        """Status 200 and the headers of an event stream; only once the first event is known."""
+        self.status = 200
+        self.streaming = True
+        await self.send({"type": "http.response.start", "status": 200, "headers": [
+            (b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no"),
+            (b"x-request-id", self.request_id.encode()), *_SECURITY]})
+
+
+def _below(root_path: str, path: str) -> str:
+    """The path below `--root-path`, whether or not the proxy has already cut it off."""
+    if root_path and path.startswith(root_path + "/"):
+        return path[len(root_path):]
+    return path

@@ -1,0 +1,78 @@
+"""Reads a JSON body under limits and parses it once. Nothing is believed before its size is known to be allowed."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TypeVar
+
+from sensorium.api.asgi import Call, ClientGone, Receive
+from sensorium.api.protocol.common import Body, UnknownFields
+from sensorium.api.protocol.validation import parse_json
+from sensorium.config import Limits
+from sensorium.errors import BodyTooLargeError, RequestError, RequestTimeoutError, UnsupportedMediaTypeError
+
+Request = TypeVar("Request", bound=Body)
+_TINY_BYTES = 512
+"""Pieces smaller than this count against `max_body_messages`; an ordinary network's packets are larger."""
+
+
+async def read_request(call: Call, model: type[Request], limits: Limits, unknown: UnknownFields) -> Request:
+    """The body of a call as a request model."""
+    check_json_type(call)
+    body = await read_body(call.receive, limits.max_body_bytes, limits, declared_bytes=declared_length(call))
+    return parse_json(model, body, unknown)
+
+
+def check_json_type(call: Call) -> None:
+    values = call.headers(b"content-type")
+    kind, _, parameters = (values[0] if values else b"").decode("latin-1").lower().partition(";")
+    if len(values) != 1 or kind.strip() != "application/json":
+        raise UnsupportedMediaTypeError("The body must be JSON: send `Content-Type: application/json`.")
+    if call.header(b"content-encoding") not in (None, b"identity"):
+        raise UnsupportedMediaTypeError("Compressed bodies are not accepted: leave Content-Encoding out.")
+    name, _, charset = parameters.partition("=")
+    if name.strip() == "charset" and charset.strip().strip('"') not in ("utf-8", "utf8", "us-ascii"):
+        raise RequestError("The body must be UTF-8.", code="unsupported_charset")
+
+
+def declared_length(call: Call) -> int | None:
+    value = call.header(b"content-length")
+    if value is None:
+        return None
+    if not value.isdigit() or len(value) > 18:
+        raise RequestError("Content-Length is not a number.", code="invalid_content_length")
+    return int(value)
+
+
+async def read_body(receive: Receive, max_bytes: int, limits: Limits, *, declared_bytes: int | None = None) -> bytes:
+    """Every byte of a body, or the error for the limit that it broke, as soon as it has broken it."""
+    if declared_bytes is not None and declared_bytes > max_bytes:
+        raise _too_large(max_bytes)
+    try:
+        async with asyncio.timeout(limits.body_timeout_s):
+            return await _receive_all(receive, max_bytes, limits.max_body_messages)
+    except TimeoutError:
+        raise RequestTimeoutError(f"The body was not complete after {limits.body_timeout_s:g} seconds.") from None
+
+
+async def _receive_all(receive: Receive, max_bytes: int, max_pieces: int) -> bytes:
+    pieces: list[bytes] = []
+    size_bytes = tiny_pieces = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        piece: bytes = message.get("body", b"")
+        size_bytes += len(piece)
+        tiny_pieces += len(piece) < _TINY_BYTES
+        if size_bytes > max_bytes:
+            raise _too_large(max_bytes)
+        if tiny_pieces > max_pieces:
+            raise BodyTooLargeError("The body came in too many small pieces; send larger ones.")
+        pieces.append(piece)
+        if not message.get("more_body", False):
+            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _too_large(max_bytes: int) -> BodyTooLargeError:
+    return BodyTooLargeError(f"The body is larger than {max_bytes} bytes.")

@@ -1,0 +1,108 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import Any
+
+import msgspec
+
+from sensorium.api.answer import Answer, Answers, ask
+from sensorium.api.asgi import Call
+from sensorium.api.body import read_request
+from sensorium.api.frames import StreamHead, chat_frames
+from sensorium.api.logprobs import chat_logprobs
+from sensorium.api.protocol.chat import ChatRequest
+from sensorium.api.protocol.content import Conversation
+from sensorium.api.service import Entry, Service
+from sensorium.api.sse import EventStream
+from sensorium.types import Prompt
+
+_NO_DELTA = b'"delta":{}'
+
+
+async def chat_completions(service: Service, call: Call) -> None:
+    with service.tenants.enter(call.tenant):
+        request = await read_request(call, ChatRequest, service.limits, service.unknown)
+        request.check(service.limits, service.server)
+        entry = service.entry(request.model)
+        with entry.admission.admit(request.choices) as permit:
+            async with service.flight(call):
+                conversation = request.conversation(entry.model.processor.modalities, service.limits)
+                prompt = await _prompt(entry, request, conversation)
+                permit.add_prompt_tokens(len(prompt.token_ids))
+                params = request.sampling(entry.defaults(), len(prompt.token_ids))
+                salt = service.salts.of(call.tenant, request.cache_salt)
+                answers = ask(entry, request, [(prompt, params)], salt, started_s=call.started_s,
+                              continues=bool(request.continue_final_message))
+                with answers:
+                    await _answer(service, call, entry, request, conversation, answers)
+                    call.note = f"{answers.prompt_tokens} + {answers.completion_tokens} tokens"
+
+
+async def _prompt(entry: Entry, request: ChatRequest, conversation: Conversation) -> Prompt:
+    prepared = await entry.model.prepare_chat(
+        conversation.messages, conversation.media, add_special_tokens=bool(request.add_special_tokens),
+        **request.template_options())
+    entry.metrics.observe_prompt(prepared.text_s, prepared.media)
+    return prepared.prompt
+
+
+async def _answer(service: Service, call: Call, entry: Entry, request: ChatRequest, conversation: Conversation,
+                  answers: Answers) -> None:
+    head = StreamHead("chatcmpl-" + secrets.token_hex(12), int(time.time()), request.model or entry.name)
+    echoed = _echoed(request, conversation)
+    if request.stream:
+        await _stream(service, call, entry, request, answers, head, echoed)
+        return
+    texts = await answers.collect()
+    choices = [_choice(entry, request, answer, echoed + text)
+               for answer, text in zip(answers.answers, texts, strict=True)]
+    await call.respond(msgspec.json.encode({
+        "id": head.id, "object": "chat.completion", "created": head.created, "model": head.model, "choices": choices,
+        "usage": answers.usage(), "system_fingerprint": None, "service_tier": None}))
+
+
+def _echoed(request: ChatRequest, conversation: Conversation) -> str:
+    """With `echo`, an answer that continues the assistant's last message begins with it."""
+    return conversation.last_text if request.echo and conversation.messages[-1].role == "assistant" else ""
+
+
+def _choice(entry: Entry, request: ChatRequest, answer: Answer, text: str) -> dict[str, Any]:
+    message = {"role": "assistant", "content": text, "refusal": None}
+    return {"index": answer.index, "message": message, "logprobs": _logprobs(entry, request, answer),
+            "finish_reason": answer.finish_reason, "stop_reason": answer.stop_reason}
+
+
+def _logprobs(entry: Entry, request: ChatRequest, answer: Answer) -> dict[str, Any] | None:
+    if not request.logprobs:
+        return None
+    return chat_logprobs(entry.model.tokenizer, answer.take_logprobs())
+
+
+async def _stream(service: Service, call: Call, entry: Entry, request: ChatRequest, answers: Answers, head: StreamHead,
+                  echoed: str) -> None:
+    options = request.stream_options
+    include_usage = bool(options and options.include_usage)
+    frames = chat_frames(head, include_usage=include_usage,
+                         running_usage=answers.usage if options and options.continuous_usage_stats else None)
+    begun: set[int] = set()
+    async with EventStream(call, service.limits.keep_alive_comment_s) as events:
+
+        async def emit(answer: Answer, text: str) -> None:
+            index = answer.index
+            event = b""
+            if index not in begun:
+                begun.add(index)
+                event = frames.role(index) + (frames.text(index, echoed) if echoed else b"")
+            if answer.finish_reason is not None:
+                event += frames.finish(index, text, _logprobs(entry, request, answer), answer.finish_reason,
+                                       answer.stop_reason, empty=_NO_DELTA)
+            elif text:
+                event += frames.text(index, text, _logprobs(entry, request, answer))
+            if event:
+                await events.write(event)
+
+        await answers.run(emit)
+        await events.end(frames.usage(answers.usage()) if include_usage else b"")

@@ -1,0 +1,142 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from sensorium.api.answer import Answer, Answers, ask
+from sensorium.api.asgi import Call
+from sensorium.api.body import read_request
+from sensorium.api.frames import StreamHead, completion_frames
+from sensorium.api.logprobs import CompletionLogprobs, joined
+from sensorium.api.protocol.completion import CompletionRequest
+from sensorium.api.service import Entry, Service
+from sensorium.api.sse import EventStream
+from sensorium.types import Prompt
+
+
+async def completions(service: Service, call: Call) -> None:
+    with service.tenants.enter(call.tenant):
+        request = await read_request(call, CompletionRequest, service.limits, service.unknown)
+        request.check(service.limits)
+        entry = service.entry(request.model)
+        with entry.admission.admit(len(request.prompts) * request.choices) as permit:
+            async with service.flight(call):
+                prompts = await _prompts(entry, request)
+                permit.add_prompt_tokens(sum(len(prompt.token_ids) for prompt in prompts))
+                defaults = entry.defaults()
+                asked = [(prompt, request.sampling(defaults, len(prompt.token_ids))) for prompt in prompts]
+                salt = service.salts.of(call.tenant, request.cache_salt)
+                answers = ask(entry, request, asked, salt, started_s=call.started_s, continues=True)
+                with answers:
+                    await _answer(service, call, entry, request, answers)
+                    call.note = f"{answers.prompt_tokens} + {answers.completion_tokens} tokens"
+
+
+async def _prompts(entry: Entry, request: CompletionRequest) -> list[Prompt]:
+    start_s = time.perf_counter()
+    special = request.add_special_tokens is not False
+    prompts = [await entry.model.text_prompt(prompt, add_special_tokens=special) for prompt in request.prompts]
+    entry.metrics.observe_prompt(time.perf_counter() - start_s)
+    return prompts
+
+
+async def _answer(service: Service, call: Call, entry: Entry, request: CompletionRequest, answers: Answers) -> None:
+    head = StreamHead("cmpl-" + secrets.token_hex(12), int(time.time()), request.model or entry.name)
+    echoes = await _echoes(entry, request, answers.prompts)
+    writers = [_ChoiceWriter(entry, request, answer, answers.prompts[place], echoes[place]) for place, answer
+               in ((answer.index // request.choices, answer) for answer in answers.answers)]
+    if request.stream:
+        await _stream(service, call, request, answers, head, writers)
+        return
+    texts = await answers.collect()
+    choices = [writer.whole(text) for writer, text in zip(writers, texts, strict=True)]
+    await call.respond(msgspec.json.encode({
+        "id": head.id, "object": "text_completion", "created": head.created, "model": head.model, "choices": choices,
+        "usage": _usage(request, answers), "system_fingerprint": None}))
+
+
+async def _echoes(entry: Entry, request: CompletionRequest, prompts: Sequence[Prompt]) -> list[str]:
+    """The text before the answers to each prompt: the prompt's own, if `echo` asks for it."""
+    echoes: list[str] = []
+    for given, prompt in zip(request.prompts, prompts, strict=True):
+        text = ""
+        if request.echo:
+            text = given if isinstance(given, str) else await asyncio.to_thread(
+                entry.model.tokenizer.decode, prompt.token_ids.tolist(), skip_special_tokens=False)
+        echoes.append(text)
+    return echoes
+
+
+def _usage(request: CompletionRequest, answers: Answers) -> dict[str, object]:
+    return answers.usage() if request.generates else answers.usage(completion_tokens=0)
+
+
+class _ChoiceWriter:
+    """One choice's pieces: the echoed prompt once, then what the model adds, with log-probabilities in step."""
+
+    def __init__(self, entry: Entry, request: CompletionRequest, answer: Answer, prompt: Prompt, echo: str) -> None:
+        self._answer = answer
+        self._prompt = prompt
+        self._generates = request.generates
+        self._echo = echo
+        self._echo_due = bool(request.echo)
+        self._logprobs: CompletionLogprobs | None = None
+        if request.logprobs is not None:
+            self._logprobs = CompletionLogprobs(entry.model.tokenizer, request.logprobs)
+
+    def piece(self, text: str) -> tuple[str, dict[str, Any] | None]:
+        """What to send for new text."""
+        tokens = self._answer.take_logprobs()
+        if not self._generates:  # the engine always makes one token; nobody asked for it
+            text, tokens = "", []
+        logprobs = self._logprobs.piece(tokens) if self._logprobs is not None and not self._echo_due else None
+        if self._echo_due:
+            self._echo_due = False
+            text = self._echo + text
+            if self._logprobs is not None:
+                prompt = self._logprobs.prompt(self._prompt.token_ids, self._answer.prompt_logprobs)
+                logprobs = joined(prompt, self._logprobs.piece(tokens))
+        return text, logprobs
+
+    def whole(self, text: str) -> dict[str, Any]:
+        text, logprobs = self.piece(text)
+        return {"index": self._answer.index, "text": text, "logprobs": logprobs, "finish_reason": self.finish_reason,
+                "stop_reason": self._answer.stop_reason}
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self._answer.finish_reason if self._generates or self._answer.finish_reason is None else "length"
+
+    @property
+    def due(self) -> bool:
+        """Is there something to say even without new text?"""
+        return self._echo_due
+
+
+async def _stream(service: Service, call: Call, request: CompletionRequest, answers: Answers, head: StreamHead,
+                  writers: Sequence[_ChoiceWriter]) -> None:
+    options = request.stream_options
+    include_usage = bool(options and options.include_usage)
+    frames = completion_frames(head, include_usage=include_usage,
+                               running_usage=answers.usage if options and options.continuous_usage_stats else None)
+    async with EventStream(call, service.limits.keep_alive_comment_s) as events:
+
+        async def emit(answer: Answer, text: str) -> None:
+            writer = writers[answer.index]
+            if answer.finish_reason is not None:
+                text, logprobs = writer.piece(text)
+                await events.write(frames.finish(answer.index, text, logprobs, writer.finish_reason or "length",
+                                                 answer.stop_reason))
+            elif text or writer.due:
+                text, logprobs = writer.piece(text)
+                await events.write(frames.text(answer.index, text, logprobs))
+
+        await answers.run(emit)
+        await events.end(frames.usage(_usage(request, answers)) if include_usage else b"")

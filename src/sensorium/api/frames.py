@@ -1,0 +1,80 @@
+"""The events of a streaming answer as bytes. What never changes in a stream is encoded once; a token costs one string.
+
+The objects are OpenAI's, key by key; `finish_reason` is null until the last one, never missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+_encode = msgspec.json.Encoder().encode
+Usage = Callable[[], dict[str, object]]
+
+
+@dataclass(frozen=True, slots=True)
+class StreamHead:
+    """What all objects of one answer say about it."""
+
+    id: str
+    created: int
+    model: str
+
+
+class Frames:
+    """Events of one endpoint. `usage` is asked for every event if the client wants continuous figures."""
+
+    def __init__(self, head: StreamHead, kind: str, *, open_text: bytes, close_text: bytes, include_usage: bool,
+                 running_usage: Usage | None) -> None:
+        """`open_text` and `close_text` stand around the text in a choice: `"delta":{"content":` and `}`."""
+        self._start = (b'data: {"id":' + _encode(head.id) + b',"object":' + _encode(kind) + b',"created":'
+                       + str(head.created).encode() + b',"model":' + _encode(head.model) + b',"choices":[')
+        self._open_text = open_text
+        self._close_text = close_text
+        self._null_usage = b',"usage":null' if include_usage else b""
+        self._running_usage = running_usage
+        self._plain_end = close_text + b',"logprobs":null,"finish_reason":null}]' + self._null_usage + b"}\n\n"
+        self._choices: dict[int, bytes] = {}
+
+    def _choice(self, index: int) -> bytes:
+        if index not in self._choices:
+            self._choices[index] = self._start + b'{"index":' + str(index).encode() + b","
+        return self._choices[index]
+
+    def text(self, index: int, text: str, logprobs: dict[str, Any] | None = None) -> bytes:
+        """A piece of an answer."""
+        if logprobs is None and self._running_usage is None:
+            return b"".join((self._choice(index), self._open_text, _encode(text), self._plain_end))
+        return self._event(index, self._open_text + _encode(text) + self._close_text, logprobs, b"null", b"")
+
+    def role(self, index: int) -> bytes:
+        """The first event of a chat answer."""
+        return self._event(index, b'"delta":{"role":"assistant","content":""}', None, b"null", b"")
+
+    def finish(self, index: int, text: str, logprobs: dict[str, Any] | None, reason: str, stop_reason: str | int | None,
+               *, empty: bytes | None = None) -> bytes:
+        """The last event of an answer. `empty` replaces an empty text."""
+        body = empty if empty is not None and not text else self._open_text + _encode(text) + self._close_text
+        return self._event(index, body, logprobs, _encode(reason), b',"stop_reason":' + _encode(stop_reason))
+
+    def usage(self, usage: dict[str, object]) -> bytes:
+        """The event after the last choice, if the client asked for it."""
+        return self._start + b'],"usage":' + _encode(usage) + b"}\n\n"
+
+    def _event(self, index: int, body: bytes, logprobs: dict[str, Any] | None, reason: bytes, more: bytes) -> bytes:
+        usage = self._null_usage if self._running_usage is None else b',"usage":' + _encode(self._running_usage())
+        return b"".join((self._choice(index), body, b',"logprobs":', _encode(logprobs), b',"finish_reason":', reason,
+                         more, b"}]", usage, b"}\n\n"))
+
+
+def chat_frames(head: StreamHead, *, include_usage: bool, running_usage: Usage | None) -> Frames:
+    return Frames(head, "chat.completion.chunk", open_text=b'"delta":{"content":', close_text=b"}",
+                  include_usage=include_usage, running_usage=running_usage)
+
+
+def completion_frames(head: StreamHead, *, include_usage: bool, running_usage: Usage | None) -> Frames:
+    return Frames(head, "text_completion", open_text=b'"text":', close_text=b"", include_usage=include_usage,
+                  running_usage=running_usage)

@@ -1,0 +1,92 @@
+"""The body of POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
+
+from sensorium.api.protocol.common import INT32_MAX, Count, Text
+from sensorium.api.protocol.content import Conversation, Messages, conversation
+from sensorium.api.protocol.sampling import ModelDefaults, SamplingBody, answer_length
+from sensorium.config import Limits, ServerConfig
+from sensorium.errors import RequestError
+from sensorium.types import Modality, SamplingParams
+
+
+def _scalars(value: dict[str, Any]) -> dict[str, Any]:
+    """Template variables are plain values: nothing nested reaches the template engine."""
+    for item in value.values():
+        if isinstance(item, dict | list) or (isinstance(item, str) and len(item) > 4096):
+            raise PydanticCustomError("own", "must hold only plain values: short strings, numbers, true, false, null")
+    return value
+
+
+Key = Annotated[str, Field(max_length=64)]
+TemplateKwargs = Annotated[dict[Key, Any], Field(max_length=32), AfterValidator(_scalars)]
+ProcessorKwargs = Annotated[dict[Key, Any], Field(max_length=32)]
+
+
+class TemplateFields:
+    """The fields by which a request reaches into template and processor; most are closed by default."""
+
+    chat_template: str | None
+    chat_template_kwargs: dict[str, Any] | None
+    mm_processor_kwargs: dict[str, Any] | None
+    add_generation_prompt: bool | None
+    continue_final_message: bool | None
+
+    def check_template(self, server: ServerConfig) -> None:
+        if self.chat_template is not None and not server.allow_request_chat_template:
+            raise RequestError("This server does not let requests bring a `chat_template`.", param="chat_template",
+                               code="chat_template_not_allowed")
+        if self.mm_processor_kwargs and not server.allow_request_mm_kwargs:
+            raise RequestError("This server does not let requests bring `mm_processor_kwargs`.",
+                               param="mm_processor_kwargs", code="mm_processor_kwargs_not_allowed")
+        if self.continue_final_message and self.generates_prompt and self.add_generation_prompt is not None:
+            raise RequestError("`continue_final_message` and `add_generation_prompt` exclude each other.",
+                               param="continue_final_message")
+
+    @property
+    def generates_prompt(self) -> bool:
+        """Does the assistant's turn begin after the last message? By default, unless that message is continued."""
+        if self.add_generation_prompt is None:
+            return not self.continue_final_message
+        return self.add_generation_prompt
+
+    def template_options(self) -> dict[str, Any]:
+        """The options of `ServedModel.prepare_chat` that these fields are."""
+        return {"add_generation_prompt": self.generates_prompt, "chat_template": self.chat_template,
+                "continue_final_message": bool(self.continue_final_message),
+                "template_kwargs": self.chat_template_kwargs, "mm_processor_kwargs": self.mm_processor_kwargs}
+
+
+class ChatRequest(SamplingBody, TemplateFields):
+    messages: Messages
+    max_tokens: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Count | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: Text | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
+    mm_processor_kwargs: ProcessorKwargs | None = None
+
+    def check(self, limits: Limits, server: ServerConfig) -> None:
+        self.check_limits(limits)
+        self.check_template(server)
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError("`top_logprobs` needs `logprobs`: true.", param="top_logprobs")
+        if (self.top_logprobs or 0) > limits.max_logprobs:
+            raise RequestError(f"`top_logprobs` must be at most {limits.max_logprobs}.", param="top_logprobs")
+
+    def conversation(self, modalities: frozenset[Modality], limits: Limits) -> Conversation:
+        return conversation(self.messages, modalities, limits)
+
+    def sampling(self, defaults: ModelDefaults, prompt_tokens: int) -> SamplingParams:
+        wanted = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return self.sampling_with(
+            defaults, logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            max_tokens=answer_length(defaults, prompt_tokens, wanted, None, self.choices, "messages"))

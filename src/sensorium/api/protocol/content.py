@@ -1,0 +1,187 @@
+"""Chat messages: strings or parts, text and media anywhere. Turned into prompt messages and media sources, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag
+
+from sensorium.api.protocol.common import Nested, Text
+from sensorium.config import Limits
+from sensorium.errors import RequestError, UnsupportedFieldError
+from sensorium.media.source import MediaSource
+from sensorium.prompt.messages import MediaPart, Message, TextPart
+from sensorium.types import Modality
+
+Url = Annotated[str, Field(min_length=1, max_length=2**28)]
+"""Long, because `data:` URLs are URLs; the body's limit is the smaller one."""
+
+
+class UrlObject(Nested):
+    url: Url
+    detail: Annotated[str, Field(max_length=16)] | None = None
+
+
+class SoundData(Nested):
+    data: Url
+    format: Annotated[str, Field(max_length=16)] | None = None
+
+
+def _url_form(value: Any) -> str:
+    return "<string>" if isinstance(value, str) else "<object>"
+
+
+UrlField = Annotated[Annotated[Url, Tag("<string>")] | Annotated[UrlObject, Tag("<object>")], Discriminator(_url_form)]
+
+
+class TextContent(Nested):
+    type: Literal["text"]
+    text: Text
+
+
+class ImageContent(Nested):
+    type: Literal["image_url"]
+    image_url: UrlField
+
+
+class VideoContent(Nested):
+    type: Literal["video_url"]
+    video_url: UrlField
+
+
+class AudioContent(Nested):
+    type: Literal["audio_url"]
+    audio_url: UrlField
+
+
+class SoundContent(Nested):
+    type: Literal["input_audio"]
+    input_audio: SoundData
+
+
+class OtherContent(Nested):
+    """A part of a kind that we do not have; refused by name when messages are made."""
+
+    type: Annotated[str, Field(max_length=64)]
+
+
+_KINDS = frozenset({"text", "image_url", "video_url", "audio_url", "input_audio"})
+
+
+def _part_kind(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return f"<{kind}>" if isinstance(kind, str) and kind in _KINDS else "<other>"
+
+
+Part = Annotated[
+    Annotated[TextContent, Tag("<text>")] | Annotated[ImageContent, Tag("<image_url>")]
+    | Annotated[VideoContent, Tag("<video_url>")] | Annotated[AudioContent, Tag("<audio_url>")]
+    | Annotated[SoundContent, Tag("<input_audio>")] | Annotated[OtherContent, Tag("<other>")],
+    Discriminator(_part_kind)]
+
+
+def _content_form(value: Any) -> str:
+    return "<parts>" if isinstance(value, list) else "<string>"
+
+
+Content = Annotated[
+    Annotated[Text, Tag("<string>")] | Annotated[list[Part], Field(max_length=4096), Tag("<parts>")],
+    Discriminator(_content_form)]
+
+
+class ChatMessage(Nested):
+    """One message. Roles and names are plain words: they stand in the prompt outside the text that is escaped."""
+
+    role: Annotated[str, Field(min_length=1, max_length=32, pattern=r"^[A-Za-z][A-Za-z0-9_\-]*$")]
+    content: Content | None = None
+    name: Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9_\-. ]*$")] | None = None
+    tool_calls: Any = None
+    function_call: Any = None
+    tool_call_id: Annotated[str, Field(max_length=256)] | None = None
+
+
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=8192)]
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What the prompt layer is given: messages with a `MediaPart` wherever the next medium of that kind belongs."""
+
+    messages: tuple[Message, ...]
+    media: tuple[MediaSource, ...]
+
+    @property
+    def last_text(self) -> str:
+        return "".join(part.text for part in self.messages[-1].content if isinstance(part, TextPart))
+
+
+def conversation(messages: Sequence[ChatMessage], modalities: frozenset[Modality], limits: Limits) -> Conversation:
+    """Check a chat's messages against the limits and the model, and make the project's own types of them."""
+    if len(messages) > limits.max_messages:
+        raise RequestError(f"`messages` must have at most {limits.max_messages} entries.", param="messages")
+    media: list[MediaSource] = []
+    made: list[Message] = []
+    for index, message in enumerate(messages):
+        where = f"messages[{index}]"
+        _check_message(message, where, limits)
+        parts = tuple(_part(part, f"{where}.content[{place}]", modalities, media)
+                      for place, part in enumerate(_parts(message)))
+        role = "system" if message.role == "developer" else message.role
+        made.append(Message(role, parts, name=message.name or None))
+    return Conversation(tuple(made), tuple(media))
+
+
+def _check_message(message: ChatMessage, where: str, limits: Limits) -> None:
+    if message.tool_calls or message.role in ("tool", "function"):
+        raise UnsupportedFieldError("Tool calls are not supported by this server.",
+                                    param=f"{where}.tool_calls" if message.tool_calls else f"{where}.role")
+    if message.function_call:
+        raise UnsupportedFieldError("Function calls are not supported by this server.", param=f"{where}.function_call")
+    if message.content is None and message.role != "assistant":
+        raise RequestError(f"`{where}.content` is required.", param=f"{where}.content",
+                           code="missing_required_parameter")
+    if isinstance(message.content, list) and len(message.content) > limits.max_parts:
+        raise RequestError(f"`{where}.content` must have at most {limits.max_parts} parts.", param=f"{where}.content")
+
+
+def _parts(message: ChatMessage) -> Sequence[Any]:
+    if isinstance(message.content, str):
+        return (TextContent(type="text", text=message.content),)
+    return message.content or ()
+
+
+def _part(part: Any, where: str, modalities: frozenset[Modality], media: list[MediaSource]) -> TextPart | MediaPart:
+    """One part; a medium's source is appended to `media`."""
+    match part:
+        case TextContent():
+            return TextPart(part.text)
+        case ImageContent():
+            return _medium("image", _source("image", part.image_url, f"{where}.image_url"), modalities, media)
+        case VideoContent():
+            return _medium("video", _source("video", part.video_url, f"{where}.video_url"), modalities, media)
+        case AudioContent():
+            return _medium("audio", _source("audio", part.audio_url, f"{where}.audio_url"), modalities, media)
+        case SoundContent():
+            sound = part.input_audio
+            source = MediaSource("audio", f"{where}.input_audio.data", data=sound.data, format=sound.format)
+            return _medium("audio", source, modalities, media)
+    raise RequestError("A content part must be text, image_url, video_url, audio_url or input_audio.",
+                       param=f"{where}.type", code="unsupported_content_part")
+
+
+def _source(kind: Modality, value: str | UrlObject, where: str) -> MediaSource:
+    if isinstance(value, str):
+        return MediaSource(kind, where, url=value)
+    return MediaSource(kind, f"{where}.url", url=value.url)
+
+
+def _medium(kind: Modality, source: MediaSource, modalities: frozenset[Modality],
+            media: list[MediaSource]) -> MediaPart:
+    if kind not in modalities:
+        can = " and ".join(("text", *sorted(modalities)))
+        raise RequestError(f"The model does not understand {kind} input; it takes {can}.", param=source.param,
+                           code="unsupported_modality")
+    media.append(source)
+    return MediaPart(kind)

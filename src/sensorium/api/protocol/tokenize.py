@@ -1,0 +1,42 @@
+"""The bodies of POST /tokenize and /detokenize."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from sensorium.api.protocol.chat import ProcessorKwargs, TemplateFields, TemplateKwargs
+from sensorium.api.protocol.common import Body, Name, Text, TokenId
+from sensorium.api.protocol.content import Conversation, Messages, conversation
+from sensorium.config import Limits, ServerConfig
+from sensorium.errors import RequestError
+from sensorium.types import Modality
+
+
+class TokenizeRequest(Body, TemplateFields):
+    """Either `prompt` or `messages`."""
+
+    model: Name | None = None
+    prompt: Text | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: Text | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
+    mm_processor_kwargs: ProcessorKwargs | None = None
+
+    def check(self, server: ServerConfig) -> None:
+        self.check_template(server)
+        if (self.prompt is None) == (self.messages is None):
+            raise RequestError("Exactly one of `prompt` and `messages` is needed.", param="prompt")
+
+    def conversation(self, modalities: frozenset[Modality], limits: Limits) -> Conversation:
+        return conversation(self.messages or (), modalities, limits)
+
+
+class DetokenizeRequest(Body):
+    model: Name | None = None
+    tokens: Annotated[list[TokenId], Field(max_length=2**22)]

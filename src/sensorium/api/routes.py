@@ -1,0 +1,91 @@
+"""The table of routes, and the way from a path to one of them. A new endpoint is a row here and a function.
+
+Routing is by exact path: no patterns, no redirects, no trailing slashes, so that what auth saw is what is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from pydantic import BaseModel
+
+from sensorium.api import status
+from sensorium.api.asgi import Call
+from sensorium.api.chat import chat_completions
+from sensorium.api.completions import completions
+from sensorium.api.docs_page import docs, openapi
+from sensorium.api.errors import MethodNotAllowedError
+from sensorium.api.protocol.chat import ChatRequest
+from sensorium.api.protocol.completion import CompletionRequest
+from sensorium.api.protocol.tokenize import DetokenizeRequest, TokenizeRequest
+from sensorium.api.service import Service
+from sensorium.api.tokens import detokenize, tokenize
+from sensorium.errors import NotFoundError
+
+Endpoint = Callable[[Service, Call], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """`body` is the request model of a POST route. `needs_engine`: answered with 503 until the model is there."""
+
+    method: str
+    path: str
+    endpoint: Endpoint
+    summary: str
+    body: type[BaseModel] | None = None
+    needs_engine: bool = True
+
+
+ROUTES: tuple[Route, ...] = (
+    Route("POST", "/v1/chat/completions", chat_completions, "Answer a chat of text and media.", ChatRequest),
+    Route("POST", "/v1/completions", completions, "Continue a text.", CompletionRequest),
+    Route("GET", "/v1/models", status.models, "What is served, under which names."),
+    Route("GET", "/v1/models/{model}", status.model, "One model."),
+    Route("POST", "/tokenize", tokenize, "The token ids of a text or a chat.", TokenizeRequest),
+    Route("POST", "/detokenize", detokenize, "The text of token ids.", DetokenizeRequest),
+    Route("GET", "/livez", status.livez, "Does the process answer?", needs_engine=False),
+    Route("GET", "/readyz", status.readyz, "Are requests answered?", needs_engine=False),
+    Route("GET", "/health", status.health, "Are requests answered? Without a body.", needs_engine=False),
+    Route("GET", "/metrics", status.metrics, "Counters and gauges for Prometheus.", needs_engine=False),
+    Route("GET", "/version", status.version, "The server's version.", needs_engine=False),
+    Route("GET", "/docs", docs, "This description as a page.", needs_engine=False),
+    Route("GET", "/openapi.json", openapi, "This description as OpenAPI 3.1.", needs_engine=False),
+    Route("GET", "/", status.index, "The first page.", needs_engine=False),
+)
+_MODEL_PATH = "/v1/models/{model}"
+
+
+class Router:
+    """Exact paths to routes; everything is also there below /api/v1."""
+
+    def __init__(self, routes: tuple[Route, ...] = ROUTES) -> None:
+        self._paths: dict[str, dict[str, Route]] = {}
+        for route in routes:
+            self._paths.setdefault(route.path, {})[route.method] = route
+
+    def find(self, call: Call) -> Route:
+        """The route of a call; also brings `call.path` into its canonical form."""
+        path = canonical(call.path)
+        methods = self._paths.get(path)
+        if methods is None and path.startswith("/v1/models/"):
+            methods = self._paths.get(_MODEL_PATH)
+        if methods is None:
+            raise NotFoundError("There is nothing at this path; GET /docs lists what there is.")
+        route = methods.get("GET" if call.method == "HEAD" else call.method)
+        if route is None:
+            raise MethodNotAllowedError("This method is not for this path.", allow=", ".join(sorted(methods)))
+        call.path = path
+        return route
+
+
+def canonical(path: str) -> str:
+    """/api/v1/models -> /v1/models and /api/v1/tokenize -> /tokenize: some clients' base URL has /api in front."""
+    if not path.startswith("/api/v1/"):
+        return path
+    below = path.removeprefix("/api/v1")
+    return below if below in _ROOT_PATHS else "/v1" + below
+
+
+_ROOT_PATHS = frozenset(route.path for route in ROUTES if not route.path.startswith("/v1/") and route.path != "/")

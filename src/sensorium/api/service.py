@@ -1,0 +1,104 @@
+"""What every route works with: the models behind their names, the limits and everything that is counted per server.
+
+Built once by `server.build_app`; routes receive it and nothing else.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sensorium.api.admission import Admission, KeyLimiter
+from sensorium.api.asgi import Call
+from sensorium.api.auth import CacheSalts, Keys
+from sensorium.api.errors import ModelNotFoundError
+from sensorium.api.flight import Flight, Flights
+from sensorium.api.metrics import Metrics, ModelMetrics
+from sensorium.api.origin import OriginCheck
+from sensorium.api.protocol.common import UnknownFields
+from sensorium.api.protocol.sampling import ModelDefaults
+from sensorium.config import Limits, ServerConfig
+from sensorium.errors import UnavailableError
+from sensorium.served import ServedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One served model and what the edge keeps about it. `names` are all that clients may use; the first is shown."""
+
+    names: tuple[str, ...]
+    model: ServedModel
+    admission: Admission
+    metrics: ModelMetrics
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    def defaults(self) -> ModelDefaults:
+        checkpoint = self.model.checkpoint
+        return ModelDefaults.of(checkpoint.generation, max_model_len=self.model.max_model_len,
+                                vocab_size=checkpoint.vocab_size, stop_token_ids=checkpoint.stop_token_ids)
+
+
+class Service:
+    """See above. `models` maps every name to its model; the first name is the default for requests that bring none."""
+
+    def __init__(self, models: Mapping[str, ServedModel], server: ServerConfig, limits: Limits) -> None:
+        self.server = server
+        self.limits = limits
+        self.keys = Keys(server.api_key)
+        self.origin = OriginCheck(server.host, has_keys=bool(server.api_key))
+        self.salts = CacheSalts(secrets.token_bytes(32), shared=server.shared_prefix_cache)
+        self.flights = Flights()
+        self.unknown = UnknownFields()
+        names: dict[int, list[str]] = {}
+        for name, model in models.items():
+            names.setdefault(id(model), []).append(name)
+        self.metrics = Metrics(own[0] for own in names.values())
+        self.entries = tuple(self._entry(tuple(own), models[own[0]]) for own in names.values())
+        self._by_name = {name: entry for entry in self.entries for name in entry.names}
+        self.tenants = KeyLimiter(limits.max_concurrency_per_key, self.entries[0].metrics.refuse)
+
+    def _entry(self, names: tuple[str, ...], model: ServedModel) -> Entry:
+        metrics = self.metrics.models[names[0]]
+        running = model.client.config.max_num_seqs
+        waiting = 4 * running if self.limits.max_waiting is None else self.limits.max_waiting
+
+        def max_prompt_tokens() -> int:
+            ready = model.client.ready
+            return 5 * max(ready.kv_tokens, ready.max_model_len) if ready is not None else 0
+
+        return Entry(names, model, Admission(running + waiting, max_prompt_tokens, metrics.refuse), metrics)
+
+    def entry(self, name: str | None) -> Entry:
+        """The model of that name; without a name, the first one."""
+        if not name:
+            return self.entries[0]
+        if name not in self._by_name:
+            raise ModelNotFoundError(f"The model {name!r} does not exist; GET /v1/models lists what does.",
+                                     param="model")
+        return self._by_name[name]
+
+    @property
+    def state(self) -> str:
+        """ready, or what stands in the way of it."""
+        if self.flights.draining:
+            return "draining"
+        states = (entry.model.client.state for entry in self.entries)
+        return next((state for state in states if state != "ready"), "ready")
+
+    def check_ready(self) -> None:
+        """Raise unless requests can be answered."""
+        match self.state:
+            case "ready":
+                return
+            case "draining":
+                raise UnavailableError("The server is shutting down.", retry_after_s=10.0)
+            case "loading":
+                raise UnavailableError("The model is still loading.", retry_after_s=2.0)
+        raise UnavailableError("The engine is being restarted.", retry_after_s=5.0)
+
+    def flight(self, call: Call) -> Flight:
+        return self.flights.open(call.receive, self.limits.request_timeout_s)

@@ -1,0 +1,59 @@
+"""What the server says about itself: health, models, version, metrics."""
+
+from __future__ import annotations
+
+import msgspec
+
+from sensorium import __version__
+from sensorium.api.asgi import Call
+from sensorium.api.metrics import CONTENT_TYPE
+from sensorium.api.service import Entry, Service
+
+_INDEX = b"Sensorium is running. The API is at /v1, its description at /docs.\n"
+
+
+async def index(service: Service, call: Call) -> None:
+    """The static first page."""
+    await call.respond(_INDEX, content_type=b"text/plain; charset=utf-8")
+
+
+async def livez(service: Service, call: Call) -> None:
+    """The process answers, whatever the model does."""
+    await call.respond(b'{"status":"alive"}')
+
+
+async def readyz(service: Service, call: Call) -> None:
+    """Requests are answered: loaded, engine there, not draining."""
+    service.check_ready()
+    await call.respond(b'{"status":"ready"}')
+
+
+async def health(service: Service, call: Call) -> None:
+    """As other servers have it: an empty 200, or 503."""
+    service.check_ready()
+    await call.respond(b"")
+
+
+async def version(service: Service, call: Call) -> None:
+    await call.respond(msgspec.json.encode({"version": __version__}))
+
+
+async def models(service: Service, call: Call) -> None:
+    rows = [_row(entry, name) for entry in service.entries for name in entry.names]
+    await call.respond(msgspec.json.encode({"object": "list", "data": rows}))
+
+
+async def model(service: Service, call: Call) -> None:
+    name = call.path.removeprefix("/v1/models/")
+    entry = service.entry(name)
+    await call.respond(msgspec.json.encode(_row(entry, name)))
+
+
+def _row(entry: Entry, name: str) -> dict[str, object]:
+    return {"id": name, "object": "model", "created": entry.model.created, "owned_by": "sensorium", "root": entry.name,
+            "parent": None, "max_model_len": entry.model.max_model_len}
+
+
+async def metrics(service: Service, call: Call) -> None:
+    engines = {entry.name: (entry.model.client.stats, entry.model.client.ready) for entry in service.entries}
+    await call.respond(service.metrics.render(engines), content_type=CONTENT_TYPE)
