@@ -27,7 +27,7 @@ static void pack_bf16(const Runtime& runtime, const bf16* weight, int64_t stride
             for (int i = 0; i < count; ++i)
                 source[i] = first + i < last ? weight + (first + i - row_start) * stride : nullptr;
             uint32_t* out = reinterpret_cast<uint32_t*>(base) + (first - panel * kPanel);
-            transpose_pairs(source, count, k / 2, out, width);
+            transpose_pairs(source, count, k / 2, out, width, reinterpret_cast<uintptr_t>(out) % 64 == 0);
             if (k % 2)
                 for (int i = 0; i < count; ++i) out[(k / 2) * width + i] = source[i] ? source[i][k - 1] : 0;
         }
@@ -94,15 +94,14 @@ static inline void store_row(const float* c, const float* bias, void* y, int64_t
 static inline void multiply_panel(const RowBlock& block, const bf16* b, int vectors, float* c) {
     const int width = vectors * kLanes;
     const int64_t rows = block.tiling.rows;
-    const int64_t slice_bytes = block.step * width * 4;
+    const int64_t ahead = rows <= 4 ? 4096 : rows <= kTileRows ? 8192 : block.step * width * 4 + 8192;
     for (int64_t p = 0; p < block.pairs; p += block.step) {
         const int64_t length = std::min(block.step, block.pairs - p);
         for (int64_t i = 0; i < block.tiling.count; ++i) {
             const int64_t first = block.tiling.start(i);
             const int size = block.tiling.size(i);
             tile_for<0>(size, vectors)(block.a + first * block.pairs + p * size, b + p * width * 2, length,
-                                       c + first * kPanel, kPanel, p > 0,
-                                       rows <= kTileRows ? 2048 : slice_bytes);
+                                       c + first * kPanel, kPanel, p > 0, ahead);
         }
     }
 }

@@ -24,10 +24,10 @@ static inline void tile(const uint32_t* a, const bf16* b, int64_t pairs, float* 
         for (int j = 0; j < NV; ++j) sum[i][j] = accumulate ? vload(c + i * c_stride + j * kLanes) : vzero();
 #pragma GCC unroll 4
     for (int64_t p = 0; p < pairs; ++p) {
-        if (MR <= kTileRows / 2 + 2 || kTileRows < 8) {
-            __builtin_prefetch(reinterpret_cast<const char*>(b) + ahead);
-            if (NV == 2) __builtin_prefetch(reinterpret_cast<const char*>(b) + ahead + 64);
-        }
+        // Few rows take the weights at the memory's pace and want them in L1; more rows leave time to wait for L2.
+        constexpr int kLocality = MR <= 4 ? 3 : 2;
+        __builtin_prefetch(reinterpret_cast<const char*>(b) + ahead, 0, kLocality);
+        if (NV == 2) __builtin_prefetch(reinterpret_cast<const char*>(b) + ahead + 64, 0, kLocality);
         vpair w[NV];
         for (int j = 0; j < NV; ++j) w[j] = pload(b + j * 2 * kLanes);
         for (int i = 0; i < MR; ++i) {
@@ -104,8 +104,11 @@ static inline void transpose16(__m512i r[16]) {
 #endif
 
 // out[p * step + i] = rows[i][p]: up to 16 rows of `pairs` pairs become columns. A null row reads as zero.
-static inline void transpose_pairs(const bf16* const* rows, int count, int64_t pairs, uint32_t* out, int64_t step) {
+// `stream`: 16 columns are whole cache lines that nobody reads soon.
+static inline void transpose_pairs(const bf16* const* rows, int count, int64_t pairs, uint32_t* out, int64_t step,
+                                   bool stream = false) {
     int64_t p = 0;
+    (void)stream;
 #if defined(SENSORIUM_AVX512)
     const __mmask16 keep = lanes_mask(count);
     for (; p < pairs; p += 16) {
@@ -115,6 +118,10 @@ static inline void transpose_pairs(const bf16* const* rows, int count, int64_t p
         for (int i = 0; i < 16; ++i)
             r[i] = i < count && rows[i] ? _mm512_maskz_loadu_epi32(columns, rows[i] + 2 * p) : _mm512_setzero_si512();
         transpose16(r);
+        if (stream && width == 16 && count == 16) {
+            for (int i = 0; i < 16; ++i) _mm512_stream_si512((__m512i*)(out + (p + i) * step), r[i]);
+            continue;
+        }
         for (int i = 0; i < 16; ++i)
             if (i < width) _mm512_mask_storeu_epi32(out + (p + i) * step, keep, r[i]);
     }

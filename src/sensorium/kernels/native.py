@@ -142,8 +142,8 @@ class Native:
         size = x.shape[-1]
         x = x.contiguous()
         out = torch.empty_like(x)
-        self._rms_norm(self._runtime, x.data_ptr(), size, weight.data_ptr(), out.data_ptr(), size, x.numel() // size, size,
-                       eps)
+        self._rms_norm(self._runtime, x.data_ptr(), size, weight.data_ptr(), out.data_ptr(), size, x.numel() // size,
+                       size, eps)
         return out
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
