@@ -1,0 +1,163 @@
+"""A plan as arrays: every token of the step in one row, decodes first, then prompt chunks; no padding.
+
+The arrays of a step live in buffers that are used again by the next one. Vectorised: Python touches each sequence a few
+times, never each token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sensorium.engine.scheduler import Plan, spans_within
+from sensorium.engine.sequence import ItemKey, Sequence
+from sensorium.models.base import AttentionContext
+
+
+@dataclass(frozen=True, slots=True)
+class MediaRows:
+    """Tokens [start, end) of the batch take rows [row, row + end - start) of an item's tower output."""
+
+    start: int
+    end: int
+    key: ItemKey
+    row: int
+
+
+@dataclass(slots=True)
+class Batch:
+    """What the runner needs for one step. `starts[i]` is where the tokens of `sequences[i]` begin."""
+
+    sequences: list[Sequence]
+    starts: list[int]
+    token_ids: Tensor  # int64 [tokens]
+    positions: Tensor  # int64 [tokens], or [axes, tokens] if any sequence needs it
+    context: AttentionContext
+    media: list[MediaRows]
+    sampled: list[Sequence]  # those whose last token is computed here, in order
+    sampled_rows: Tensor | None  # int64 [len(sampled)]; None: every token of the batch
+
+
+class BatchBuilder:
+    def __init__(self, max_num_seqs: int, max_blocks: int, block_size: int, axes: int, device: torch.device, *,
+                 marks_long: bool = False) -> None:
+        """`axes` is the number of position axes of the model (1, or 3 for M-RoPE); `marks_long`: it has long rope."""
+        self._marks_long = marks_long
+        self._block_size = block_size
+        self._axes = axes
+        self._device = device
+        self._tables = np.zeros((max_num_seqs, max(max_blocks, 1)), np.int32)  # by Sequence.row
+        self._copied: list[list[int]] = [[] for _ in range(max_num_seqs)]  # the block list a row was copied from
+        self._num_copied = [0] * max_num_seqs
+        self._has_cache = max_blocks > 0
+
+    def build(self, plan: Plan) -> Batch:
+        if not plan.prefills:
+            return self._decodes_only(plan.decodes)
+        return self._mixed(plan)
+
+    def _decodes_only(self, decodes: list[Sequence]) -> Batch:
+        count = len(decodes)
+        numbers = np.array([(seq.last_token, seq.num_computed, seq.delta, seq.row) for seq in decodes], np.int64).T
+        token_ids, computed, deltas, rows = numbers
+        lengths = computed + 1
+        positions = computed + deltas
+        tables = self._block_tables(decodes, rows, lengths)
+        blocks = self._tables[rows, computed // self._block_size].astype(np.int64)
+        slots = blocks * self._block_size + computed % self._block_size
+        ones = [1] * count
+        context = AttentionContext(
+            ones, lengths.tolist(), count, self._block_size, self._tensor(np.arange(count + 1, dtype=np.int32)),
+            self._tensor(lengths.astype(np.int32)), self._tensor(tables), self._tensor(slots),
+            self._long_context(decodes, ones))
+        return Batch(decodes, list(range(count)), self._tensor(np.ascontiguousarray(token_ids)), self._tensor(positions),
+                     context, [], decodes, None)
+
+    def _mixed(self, plan: Plan) -> Batch:
+        sequences = plan.sequences()
+        query_lens = [1] * len(plan.decodes) + [count for _, count in plan.prefills]
+        ends = np.cumsum(query_lens)
+        starts = (ends - query_lens).tolist()
+        total = int(ends[-1])
+        token_ids = np.empty(total, np.int64)
+        slots = np.zeros(total, np.int64)
+        pieces = []
+        media: list[MediaRows] = []
+        sampled: list[Sequence] = []
+        for seq, count, start in zip(sequences, query_lens, starts, strict=True):
+            first, last = seq.num_computed, seq.num_computed + count
+            token_ids[start : start + count] = seq.tokens[first:last]
+            pieces.append(seq.positions(first, last))
+            if seq.item_keys:
+                media.extend(_media_rows(seq, first, last, start - first))
+            if last == seq.num_tokens:
+                sampled.append(seq)
+        lengths = np.array([seq.num_computed for seq in sequences]) + query_lens
+        rows = np.array([seq.row for seq in sequences])
+        tables = self._block_tables(sequences, rows, lengths)
+        if self._has_cache:
+            slots = self._slots(rows, lengths, query_lens)
+        is_sampled = np.array([seq.num_computed for seq in sequences]) + query_lens == [s.num_tokens for s in sequences]
+        context = AttentionContext(
+            query_lens, lengths.tolist(), len(plan.decodes), self._block_size,
+            self._tensor(np.concatenate(([0], ends)).astype(np.int32)), self._tensor(lengths.astype(np.int32)),
+            self._tensor(tables), self._tensor(slots), self._long_context(sequences, query_lens))
+        return Batch(sequences, starts, self._tensor(token_ids), self._tensor(_joined(pieces, self._axes)), context, media,
+                     sampled, self._tensor((ends - 1)[is_sampled]))
+
+    def _slots(self, rows: NDArray[np.int64], lengths: NDArray[np.int64], query_lens: list[int]) -> NDArray[np.int64]:
+        """Where each token's keys and values go: block * block_size + offset."""
+        counts = np.array(query_lens)
+        ends = np.cumsum(counts)
+        places = np.arange(ends[-1]) + np.repeat(lengths - ends, counts)  # index of each token in its sequence
+        blocks = self._tables[np.repeat(rows, counts), places // self._block_size].astype(np.int64)
+        return blocks * self._block_size + places % self._block_size
+
+    def _block_tables(self, sequences: list[Sequence], rows: NDArray[np.int64],
+                      lengths: NDArray[np.int64]) -> NDArray[np.int32]:
+        """int32 [seqs, most blocks]; padding holds any valid block number."""
+        if not self._has_cache:
+            return np.zeros((len(sequences), 1), np.int32)
+        for seq in sequences:
+            self._copy_new_blocks(seq)
+        width = -(-int(lengths.max()) // self._block_size)
+        return self._tables[rows, :width]
+
+    def _long_context(self, sequences: list[Sequence], query_lens: list[int]) -> Tensor | None:
+        if not self._marks_long:
+            return None
+        return self._tensor(np.repeat(np.array([seq.is_long for seq in sequences]), query_lens))
+
+    def _copy_new_blocks(self, seq: Sequence) -> None:
+        """Bring the table row of a sequence up to date; usually nothing is new."""
+        row, blocks = seq.row, seq.blocks
+        known = self._num_copied[row] if self._copied[row] is blocks else 0
+        if len(blocks) != known:
+            self._tables[row, known : len(blocks)] = blocks[known:]
+            self._copied[row] = blocks
+            self._num_copied[row] = len(blocks)
+
+    def _tensor(self, array: NDArray[np.generic]) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)
+
+
+def _joined(pieces: list[NDArray[np.int64] | NDArray[np.int32]], axes: int) -> NDArray[np.int64]:
+    """Positions of all sequences: one axis if that says everything, else all."""
+    if all(piece.ndim == 1 for piece in pieces):
+        return np.concatenate(pieces).astype(np.int64, copy=False)
+    wide = [np.broadcast_to(piece, (axes, piece.shape[-1])) for piece in pieces]
+    return np.concatenate(wide, axis=1).astype(np.int64, copy=False)
+
+
+def _media_rows(seq: Sequence, first: int, last: int, shift: int) -> list[MediaRows]:
+    """Media rows of tokens [first, last) of a sequence, which stand in the batch at token + shift."""
+    out = []
+    for span in spans_within(seq, first, last):
+        start, end = max(first, span.offset), min(last, span.offset + span.length)
+        out.append(MediaRows(start + shift, end + shift, seq.item_keys[span.item], span.row + start - span.offset))
+    return out

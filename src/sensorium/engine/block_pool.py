@@ -1,0 +1,79 @@
+"""Blocks of the KV cache as numbers: who uses them, which are free, and which still hold a known prefix.
+
+Every operation is O(1). A block is either used (reference count > 0) or free; a free block may stay known by its prefix
+key until it is handed out again, least recently freed first.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from sensorium.errors import ServerError
+
+
+class BlockPoolError(ServerError):
+    """A promise of the pool was broken. This is a bug."""
+
+
+class BlockPool:
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._references = [0] * num_blocks
+        self._keys: list[bytes | None] = [None] * num_blocks
+        self._by_key: dict[bytes, int] = {}
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # next to be handed out first
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def is_free(self, block: int) -> bool:
+        return not self._references[block]
+
+    def allocate(self) -> int:
+        """A block for the caller alone; what it held is forgotten. KeyError when none is free."""
+        block, _ = self._free.popitem(last=False)
+        self.forget(block)
+        self._references[block] = 1
+        return block
+
+    def retain(self, block: int) -> None:
+        """One more user of a block that `find` returned."""
+        if not self._references[block]:
+            del self._free[block]
+        self._references[block] += 1
+
+    def release(self, block: int) -> None:
+        count = self._references[block] - 1
+        if count < 0:
+            raise BlockPoolError(f"block {block} released twice")
+        self._references[block] = count
+        if not count:
+            self._free[block] = None
+            if self._keys[block] is None:
+                self._free.move_to_end(block, last=False)
+
+    def find(self, key: bytes) -> int | None:
+        return self._by_key.get(key)
+
+    def publish(self, block: int, key: bytes) -> None:
+        """Make a used, completely computed block findable. The first block with a key keeps it."""
+        if key not in self._by_key and self._keys[block] is None:
+            self._by_key[key] = block
+            self._keys[block] = key
+
+    def forget(self, block: int) -> None:
+        """Its content must not be found again."""
+        key = self._keys[block]
+        if key is not None:
+            del self._by_key[key]
+            self._keys[block] = None
+
+    def check_integrity(self) -> None:
+        """Every block in exactly one state, every key pointing both ways."""
+        for block, count in enumerate(self._references):
+            if (count == 0) != (block in self._free) or count < 0:
+                raise BlockPoolError(f"block {block} has {count} users and is {'' if block in self._free else 'not '}free")
+        known = {key: block for block, key in enumerate(self._keys) if key is not None}
+        if known != self._by_key:
+            raise BlockPoolError("keys and blocks disagree")

@@ -1,0 +1,310 @@
+"""The engine process: `python -m sensorium.engine.core --fd N`. Messages in, steps, messages out.
+
+A step that fails ends the requests of that step and nothing else; a lost device ends the process, and the client starts
+another one. The process lives exactly as long as its socket: end of file means that the parent is gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from sensorium.engine import messages
+from sensorium.engine.faults import VARIABLE, Faults
+from sensorium.engine.messages import Kind, ProtocolError
+from sensorium.errors import StartupError
+from sensorium.types import EngineOutput, EngineRequest, EngineStats
+
+if TYPE_CHECKING:
+    from sensorium.engine.loading import Engine
+    from sensorium.engine.runner import StepResult
+    from sensorium.engine.scheduler import Plan
+    from sensorium.engine.sequence import Sequence
+
+STATS_INTERVAL_S = 0.25
+STEP_FAILED = "The engine failed while it computed this request."
+NOT_FINITE = "The model's output for this request is not a number."
+MEDIA_FAILED = "The model failed to encode the media of this request."
+
+logger = logging.getLogger("sensorium.engine")
+
+
+class Channel:
+    """The engine's end of the socket. A thread reads, so that a request's pixels arrive while a step runs."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._inbox: SimpleQueue[tuple[int, memoryview]] = SimpleQueue()
+
+    def start(self) -> None:
+        threading.Thread(target=self._read, name="engine-reader", daemon=True).start()
+
+    def _read(self) -> None:
+        """Until the other side is gone; then there is nothing left to do for this process, whatever it is doing."""
+        try:
+            while True:
+                self._inbox.put(self.receive())
+        except (OSError, EOFError):
+            os._exit(0)
+        except ProtocolError as error:
+            logger.critical("the connection to the server is broken: %s", error)
+            os._exit(1)
+
+    def receive(self) -> tuple[int, memoryview]:
+        """The next frame, read directly; only before `start`, or by its thread."""
+        size, kind = messages.parse_head(self._exactly(messages.HEAD_BYTES))
+        return kind, self._exactly(size)
+
+    def _exactly(self, size: int) -> memoryview:
+        view = memoryview(bytearray(size))
+        filled = 0
+        while filled < size:
+            count = self._socket.recv_into(view[filled:])
+            if not count:
+                raise EOFError
+            filled += count
+        return view
+
+    def poll(self, *, wait: bool) -> list[tuple[int, memoryview]]:
+        """Frames that have arrived; with `wait` at least one."""
+        frames = [self._inbox.get()] if wait else []
+        while True:
+            try:
+                frames.append(self._inbox.get_nowait())
+            except Empty:
+                return frames
+
+    def send(self, frame: bytes) -> None:
+        try:
+            self._socket.sendall(frame)
+        except OSError:
+            os._exit(0)
+
+
+class Core:
+    """The step loop around one loaded engine."""
+
+    def __init__(self, engine: Engine, channel: Channel, faults: Faults) -> None:
+        self._engine = engine
+        self._scheduler = engine.scheduler
+        self._runner = engine.runner
+        self._channel = channel
+        self._faults = faults
+        self._steps = 0
+        self._step_seconds = 0.0
+        self._encoder_seconds = 0.0
+        self._stats_due = 0.0
+        self._failed_shapes: set[tuple[int, ...]] = set()
+        self._refused: list[EngineOutput] = []
+
+    def run(self) -> None:
+        while self.turn():
+            pass
+
+    def turn(self) -> bool:
+        """Messages, then one step. False when the client said goodbye."""
+        idle = not self._scheduler.has_work()
+        if idle:
+            self._send_stats()
+        for kind, payload in self._channel.poll(wait=idle):
+            if not self._take(kind, payload):
+                return False
+        if self._refused:
+            self._send([], [], self._refused)
+            self._refused = []
+        if self._scheduler.has_work():
+            started = monotonic()
+            self._step()
+            now = monotonic()
+            self._steps += 1
+            self._step_seconds = now - started
+            if now >= self._stats_due:
+                self._send_stats()
+        return True
+
+    def _take(self, kind: int, payload: memoryview) -> bool:
+        if kind == Kind.REQUEST:
+            self._add(messages.decode_request(payload))
+        elif kind == Kind.ABORT:
+            for request_id in messages.decode_abort(payload):
+                self._scheduler.abort(request_id)
+        elif kind == Kind.PING:
+            self._channel.send(messages.frame(Kind.PONG))
+        elif kind == Kind.SHUTDOWN:
+            return False
+        else:
+            raise ProtocolError(f"message of kind {kind}")
+        return True
+
+    def _add(self, request: EngineRequest) -> None:
+        refusal = self._scheduler.add(request)
+        if refusal is not None:
+            self._refused.append(refusal)
+
+    # One step: schedule, towers, forward and sample, take the results
+
+    def _step(self) -> None:
+        plan, outputs = self._scheduler.schedule()
+        if plan.encode:
+            outputs += self._encode(plan)
+        if not plan:
+            self._send([], [], outputs)
+            return
+        try:
+            result = self._runner.run(plan)
+        except Exception as error:
+            outputs += self._survive(plan, error)
+            self._send([], [], outputs)
+            return
+        ids, token_ids, rich = self._results(plan, result)
+        self._faults.hit("send")
+        self._send(ids, token_ids, outputs + rich)
+
+    def _encode(self, plan: Plan) -> list[EngineOutput]:
+        started = monotonic()
+        failed = self._runner.encode(plan.encode)
+        self._encoder_seconds += monotonic() - started
+        return self._scheduler.drop_failed_items(plan, failed, MEDIA_FAILED) if failed else []
+
+    def _results(self, plan: Plan, result: StepResult) -> tuple[list[int], list[int], list[EngineOutput]]:
+        """Advance every sequence of the plan; outputs as `messages.encode_outputs` takes them."""
+        scheduler = self._scheduler
+        for seq in plan.decodes:
+            scheduler.advance(seq, 1)
+        for seq, count in plan.prefills:
+            scheduler.advance(seq, count)
+        ids: list[int] = []
+        token_ids: list[int] = []
+        rich: list[EngineOutput] = []
+        sampled = result.sampled
+        failed = set(sampled.failed)
+        for i, (seq, token) in enumerate(zip(result.sequences, sampled.token_ids, strict=True)):
+            if i in failed:
+                rich.append(scheduler.fail(seq, NOT_FINITE))
+                continue
+            is_first = seq.num_tokens == seq.num_prompt
+            reason = scheduler.append(seq, token)
+            if reason is None and not is_first and not sampled.logprobs:
+                ids.append(seq.id)
+                token_ids.append(token)
+                continue
+            logprob = sampled.logprobs.get(i)
+            rich.append(EngineOutput(
+                seq.id, (token,), reason, token if reason == "stop" else None, (logprob,) if logprob else (),
+                tuple(seq.prompt_logprobs) if is_first and len(seq.prompt_logprobs) > 1 else (),
+                seq.cached_tokens if is_first else 0))
+        for seq, _ in plan.prefills:
+            if seq.id in result.vectors:
+                scheduler.finish(seq)
+                rich.append(EngineOutput(seq.id, finish_reason="stop", cached_tokens=seq.cached_tokens,
+                                         vector=result.vectors[seq.id]))
+        return ids, token_ids, rich
+
+    def _survive(self, plan: Plan, error: Exception) -> list[EngineOutput]:
+        """A step failed: end its requests. When a step of the same shape fails again, only those that fail alone."""
+        from sensorium.engine.runner import is_device_lost
+
+        if is_device_lost(error):
+            raise error
+        shape = (len(plan.decodes), *(count for _, count in plan.prefills))
+        logger.error("a step of %d decodes and %d prompts failed", len(plan.decodes), len(plan.prefills), exc_info=error)
+        sequences = plan.sequences()
+        if shape not in self._failed_shapes or len(sequences) == 1:
+            self._failed_shapes.add(shape)
+            return [self._scheduler.fail(seq, STEP_FAILED) for seq in sequences]
+        return [self._scheduler.fail(seq, STEP_FAILED) for seq in sequences if not self._runs_alone(plan, seq)]
+
+    def _runs_alone(self, plan: Plan, seq: Sequence) -> bool:
+        """Compute one sequence's part of a failed step by itself and throw the result away: the next step repeats it."""
+        alone = type(plan)([one for one in plan.decodes if one is seq], [one for one in plan.prefills if one[0] is seq])
+        try:
+            self._runner.run(alone)
+        except Exception as error:
+            from sensorium.engine.runner import is_device_lost
+
+            if is_device_lost(error):
+                raise
+            return False
+        return True
+
+    # Out
+
+    def _send(self, ids: list[int], token_ids: list[int], rich: list[EngineOutput]) -> None:
+        if ids or rich:
+            self._channel.send(messages.encode_outputs(ids, token_ids, rich))
+
+    def _send_stats(self) -> None:
+        scheduler, encoder, prefixes = self._scheduler, self._engine.encoder, self._engine.prefixes
+        self._channel.send(messages.encode_stats(EngineStats(
+            running=scheduler.num_running, waiting=len(scheduler.waiting), kv_blocks=scheduler.pool.num_blocks,
+            kv_blocks_free=scheduler.pool.num_free, prefix_queries=prefixes.queries, prefix_hits=prefixes.hits,
+            encoder_queries=encoder.queries, encoder_hits=encoder.hits, encoder_bytes=encoder.size_bytes,
+            encoder_seconds=self._encoder_seconds, preemptions=scheduler.preemptions, steps=self._steps,
+            step_seconds=self._step_seconds)))
+        self._stats_due = monotonic() + STATS_INTERVAL_S
+
+
+def serve(sock: socket.socket, faults: Faults) -> int:
+    """Load what the first frame asks for and step until told to stop. Returns the exit code."""
+    channel = Channel(sock)
+    kind, payload = channel.receive()
+    if kind != Kind.CONFIG:
+        raise ProtocolError("the first message is not the configuration")
+    config = messages.decode_config(payload)
+    channel.start()
+    report: Callable[[str, float], None] = lambda phase, part: channel.send(messages.encode_progress(phase, part))  # noqa: E731
+    report("imports", 0.0)
+    try:
+        from sensorium.engine.loading import load_engine  # imports torch: the client hears of us before that
+
+        engine = load_engine(config, progress=report, faults=faults)
+    except StartupError as error:
+        channel.send(messages.encode_fatal(error.message))
+        return 2
+    except MemoryError:
+        channel.send(messages.encode_fatal("not enough memory to load the model"))
+        return 2
+    except Exception as error:
+        logger.exception("the model could not be loaded")
+        channel.send(messages.encode_fatal(f"the model could not be loaded: {type(error).__name__}: {_first_line(error)}"))
+        return 1
+    channel.send(messages.encode_ready(engine.ready))
+    core = Core(engine, channel, faults)
+    try:
+        core.run()
+    except Exception as error:
+        logger.exception("the engine cannot go on")
+        channel.send(messages.encode_fatal(f"the engine stopped: {type(error).__name__}: {_first_line(error)}"))
+        return 1
+    return 0
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--fd", type=int, required=True, help="inherited socket to the server")
+    arguments = parser.parse_args()
+    # The parent decides when this process ends; signals to the whole group or service are the parent's to answer.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s engine: %(message)s", stream=sys.stderr)
+    faults = Faults(os.environ.get(VARIABLE, ""))
+    return serve(socket.socket(fileno=arguments.fd), faults)
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)  # nothing to tear down that the system does not, and it is quicker

@@ -1,0 +1,132 @@
+"""Checkpoint and configuration -> everything that a step needs, and what the client is told about it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+
+import torch
+from torch import Tensor
+
+from sensorium.checkpoint import Checkpoint, open_checkpoint
+from sensorium.config import EngineConfig
+from sensorium.engine.batch import BatchBuilder
+from sensorium.engine.block_pool import BlockPool
+from sensorium.engine.encoder_cache import EncoderCache
+from sensorium.engine.faults import Faults
+from sensorium.engine.memory import available_for_cache, cache_shape, make_cache, size_cache
+from sensorium.engine.prefix_cache import PrefixCache
+from sensorium.engine.runner import Runner
+from sensorium.engine.sampler import Sampler
+from sensorium.engine.scheduler import Budget, Scheduler
+from sensorium.errors import StartupError
+from sensorium.models.base import Model
+from sensorium.models.weights import load_model, weight_bytes
+from sensorium.pooling.pooler import Pooler
+from sensorium.types import EngineReady
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Engine:
+    """One loaded model, ready to step. The loop around it is `core`."""
+
+    scheduler: Scheduler
+    runner: Runner
+    prefixes: PrefixCache
+    encoder: EncoderCache[Tensor]
+    ready: EngineReady
+
+
+def load_engine(config: EngineConfig, *, progress: Callable[[str, float], None] | None = None,
+                faults: Faults | None = None) -> Engine:
+    """Load `config.model` and size everything around it. StartupError says in one line what is wrong."""
+    started = monotonic()
+    report = progress or (lambda phase, fraction: None)
+    checkpoint = open_checkpoint(Path(config.model))
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, checkpoint.dtype, device)
+    if device.type == "cpu":
+        torch.set_num_threads(config.threads or usable_cores())
+    model = load_model(checkpoint, dtype=dtype, device=device, progress=lambda part: report("weights", part))
+    report("cache", 0.0)
+    engine = build_engine(model, checkpoint, config, device, dtype, started=started, faults=faults)
+    report("cache", 1.0)
+    return engine
+
+
+def build_engine(model: Model, checkpoint: Checkpoint, config: EngineConfig, device: torch.device, dtype: torch.dtype, *,
+                 started: float | None = None, faults: Faults | None = None) -> Engine:
+    """Everything around a model that is already there."""
+    started = monotonic() if started is None else started
+    has_cache = model.num_layers > 0
+    poolers: Mapping[str, Pooler] = getattr(model, "poolers", {})
+    wanted = min(config.max_model_len or checkpoint.max_model_len, checkpoint.max_model_len)
+    num_blocks, max_len, kv_bytes = 0, wanted, 0
+    cache = []
+    if has_cache:
+        shape = cache_shape(model, config.block_size, dtype)
+        activations = model.activation_bytes(config.max_num_batched_tokens) if device.type != "cpu" else 0
+        available = available_for_cache(config, device, activations)
+        num_blocks, max_len = size_cache(config, shape, wanted, available)
+        cache = make_cache(shape, num_blocks, device)
+        kv_bytes = num_blocks * shape.block_bytes
+    hidden_size = checkpoint.text.hidden_size if checkpoint.text else 0
+    encoder: EncoderCache[Tensor] = EncoderCache(config.encoder_cache_memory, hidden_size * dtype.itemsize)
+    pool = BlockPool(num_blocks)
+    prefixes = PrefixCache(pool, config.block_size, _identity(checkpoint, dtype),
+                           enabled=config.enable_prefix_caching and has_cache)
+    budget = Budget(config.max_num_seqs, config.max_num_batched_tokens, config.max_num_batched_tokens, max_len,
+                    config.block_size, has_cache, model.long_context_from)
+    scheduler = Scheduler(budget, pool, prefixes, encoder, {task: one.all_tokens for task, one in poolers.items()})
+    sections = checkpoint.text.rope.mrope_section if checkpoint.text else ()
+    max_blocks = -(-max_len // config.block_size) if has_cache else 0
+    builder = BatchBuilder(config.max_num_seqs, max_blocks, config.block_size, max(1, len(sections)), device,
+                           marks_long=model.long_context_from is not None)
+    runner = Runner(model, cache, builder, Sampler(config.seed), encoder, device, poolers=poolers, faults=faults)
+    ready = EngineReady(
+        max_model_len=max_len, kv_tokens=num_blocks * config.block_size, block_size=config.block_size,
+        weight_bytes=weight_bytes(model), kv_bytes=kv_bytes, load_seconds=monotonic() - started, device=device.type,
+        dtype=str(dtype).removeprefix("torch."), tasks=("generate", *poolers), embedding_size=hidden_size)
+    return Engine(scheduler, runner, prefixes, encoder, ready)
+
+
+def choose_device(wanted: str) -> torch.device:
+    if wanted == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if wanted == "cuda":
+        raise StartupError("--device cuda: torch sees no CUDA device (use --device cpu or auto)")
+    return torch.device("cpu")
+
+
+def choose_dtype(wanted: str, stored: str, device: torch.device) -> torch.dtype:
+    name = stored if wanted == "auto" else wanted
+    if wanted == "auto" and name == "float16" and device.type == "cpu":
+        name = "bfloat16"  # CPUs compute it faster, and it does not overflow
+    if wanted == "auto" and name == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        name = "float16"
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on, within the container's quota."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = (Path("/sys/fs/cgroup") / "cpu.max").read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such controller, or "max"
+        return cores
+
+
+def _identity(checkpoint: Checkpoint, dtype: torch.dtype) -> bytes:
+    """What cached keys and values depend on beside the prompt."""
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.weight_files]
+    return hashlib.sha256(repr((str(checkpoint.folder), checkpoint.architecture, str(dtype), files)).encode()).digest()

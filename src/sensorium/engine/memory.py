@@ -1,0 +1,96 @@
+"""How much memory there is and how many KV-cache blocks it makes: arithmetic, no trial runs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sensorium.config import EngineConfig
+from sensorium.errors import StartupError
+from sensorium.models.base import KVCache, Model
+
+CPU_PART = 0.25  # of free memory for the KV cache, where the flag does not say
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: torch.dtype
+
+    @property
+    def block_bytes(self) -> int:
+        """Keys and values of one block in all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.block_size * self.head_dim * self.dtype.itemsize
+
+
+def cache_shape(model: Model, block_size: int, dtype: torch.dtype) -> CacheShape:
+    return CacheShape(model.num_layers, model.num_kv_heads, model.head_dim, block_size, dtype)
+
+
+def size_cache(config: EngineConfig, shape: CacheShape, wanted_len: int, available_bytes: int) -> tuple[int, int]:
+    """(number of blocks, longest sequence): what fits, and no more than `max_num_seqs` longest sequences can use."""
+    per_sequence = -(-wanted_len // shape.block_size)
+    blocks = min(available_bytes // shape.block_bytes, per_sequence * config.max_num_seqs)
+    capacity = blocks * shape.block_size
+    if capacity < min(wanted_len, shape.block_size):
+        raise StartupError(f"there is no memory for a KV cache: one block of {shape.block_size} tokens takes "
+                           f"{_readable(shape.block_bytes)}, {_readable(max(available_bytes, 0))} can be had "
+                           "(--kv-cache-memory or --gpu-memory-utilization sets how much)")
+    if capacity < wanted_len and config.max_model_len is not None:
+        raise StartupError(f"--max-model-len {wanted_len} needs {_readable(per_sequence * shape.block_bytes)} of KV cache, "
+                           f"{_readable(available_bytes)} can be had: lower it, or raise --kv-cache-memory "
+                           "(on a GPU --gpu-memory-utilization)")
+    return blocks, min(wanted_len, capacity)
+
+
+def available_for_cache(config: EngineConfig, device: torch.device, activation_bytes: int) -> int:
+    """Bytes that the KV cache may take, now that the weights are loaded."""
+    if config.kv_cache_memory is not None:
+        return config.kv_cache_memory
+    if device.type == "cpu":
+        return int(free_memory_bytes() * CPU_PART)
+    free, total = torch.cuda.mem_get_info(device)
+    return int(total * config.gpu_memory_utilization) - (total - free) - activation_bytes
+
+
+def free_memory_bytes() -> int:
+    """Memory that can still be taken: the machine's, or what the container's limit leaves."""
+    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    free = int(found[1]) * 1024 if found else 4 * 1024**3
+    for limit, usage in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        bound, used = _number(limit), _number(usage)
+        if bound is not None and used is not None:
+            free = min(free, bound - used)
+    return max(free, 0)
+
+
+def _number(name: str) -> int | None:
+    try:
+        return int((Path("/sys/fs/cgroup") / name).read_text())
+    except (OSError, ValueError):  # no such controller, or "max"
+        return None
+
+
+def make_cache(shape: CacheShape, num_blocks: int, device: torch.device) -> KVCache:
+    size = (num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
+    return [(_zeros(size, shape.dtype, device), _zeros(size, shape.dtype, device)) for _ in range(shape.num_layers)]
+
+
+def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(size, dtype=dtype, device=device)
+    # torch.zeros writes to every page; numpy's come zeroed from the kernel when they are first used.
+    count = int(np.prod(size))
+    return torch.from_numpy(np.zeros(count * dtype.itemsize, np.uint8)).view(dtype).view(size)
+
+
+def _readable(size_bytes: int) -> str:
+    return f"{size_bytes / 1024**3:.2f} GiB" if size_bytes >= 1024**3 else f"{size_bytes / 1024**2:.1f} MiB"

@@ -1,0 +1,349 @@
+"""What the two processes say to each other: length-prefixed frames on a stream socket, msgpack and raw arrays, no pickle.
+
+A frame is `<u32 payload bytes, u8 kind>` and its payload. Arrays follow their message's msgpack header as they lie in
+memory, each at a multiple of 64 bytes, so that nobody copies them. The usual output, one plain token for many requests, is two packed
+columns of numbers. Torch-free.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from enum import IntEnum
+from typing import Any, TypeAlias
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from sensorium.config import EngineConfig
+from sensorium.types import (
+    EngineOutput,
+    EngineReady,
+    EngineRequest,
+    EngineStats,
+    FinishReason,
+    MediaFeatures,
+    MediaSpan,
+    Modality,
+    PoolingParams,
+    Prompt,
+    SamplingParams,
+    TokenLogprob,
+)
+
+MAX_FRAME_BYTES = 2 * 1024**3
+ALIGNMENT = 64
+DTYPES = frozenset({"uint8", "int32", "int64", "float16", "float32"})  # that an array may have on the wire
+
+_HEAD = struct.Struct("<IB")
+_COUNT = struct.Struct("<I")
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+
+class Kind(IntEnum):
+    CONFIG = 1  # to the engine, once
+    REQUEST = 2
+    ABORT = 3
+    SHUTDOWN = 4
+    PING = 5
+    PROGRESS = 16  # from the engine
+    READY = 17
+    OUTPUTS = 18
+    STATS = 19
+    FATAL = 20
+    PONG = 21
+
+
+class ProtocolError(Exception):
+    """The other process sent what it must not; the connection cannot go on."""
+
+
+class _ArraySpec(msgspec.Struct, array_like=True, frozen=True):
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class _Media(msgspec.Struct, array_like=True, frozen=True):
+    kind: Modality
+    key: bytes
+    num_rows: int
+    names: tuple[str, ...]  # of its arrays, which stand in this order
+
+
+class _Request(msgspec.Struct, array_like=True, frozen=True):
+    """`arrays` describes: token ids, positions, token types (the last two may be absent), then every medium's."""
+
+    id: int
+    sampling: SamplingParams | None
+    pooling: PoolingParams | None
+    priority: int
+    salt: bytes
+    position_delta: int
+    has_positions: bool
+    has_token_types: bool
+    spans: tuple[tuple[int, int, int, int], ...]
+    media: tuple[_Media, ...]
+    arrays: tuple[_ArraySpec, ...]
+
+
+_Logprob: TypeAlias = tuple[int, float, tuple[tuple[int, float], ...]]
+
+
+class _Output(msgspec.Struct, array_like=True, frozen=True):
+    id: int
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+    stop_token_id: int | None
+    logprobs: tuple[_Logprob, ...]
+    prompt_logprobs: tuple[_Logprob | None, ...]
+    cached_tokens: int
+    vector: tuple[int, ...] | None  # its shape
+    error: str
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_config = msgspec.msgpack.Decoder(EngineConfig)
+_request = msgspec.msgpack.Decoder(_Request)
+_ids = msgspec.msgpack.Decoder(tuple[int, ...])
+_progress = msgspec.msgpack.Decoder(tuple[str, float])
+_ready = msgspec.msgpack.Decoder(EngineReady)
+_stats = msgspec.msgpack.Decoder(EngineStats)
+_outputs = msgspec.msgpack.Decoder(list[_Output])
+_text = msgspec.msgpack.Decoder(str)
+
+
+def frame(kind: Kind, payload: bytes = b"") -> bytes:
+    return _HEAD.pack(len(payload), kind) + payload
+
+
+def encode_config(config: EngineConfig) -> bytes:
+    return frame(Kind.CONFIG, _encode(config))
+
+
+def decode_config(payload: Buffer) -> EngineConfig:
+    return _decoded(_config.decode, payload)
+
+
+def encode_abort(ids: Sequence[int]) -> bytes:
+    return frame(Kind.ABORT, _encode(ids))
+
+
+def decode_abort(payload: Buffer) -> tuple[int, ...]:
+    return _decoded(_ids.decode, payload)
+
+
+def encode_progress(phase: str, fraction: float) -> bytes:
+    return frame(Kind.PROGRESS, _encode((phase, fraction)))
+
+
+def decode_progress(payload: Buffer) -> tuple[str, float]:
+    return _decoded(_progress.decode, payload)
+
+
+def encode_ready(ready: EngineReady) -> bytes:
+    return frame(Kind.READY, _encode(ready))
+
+
+def decode_ready(payload: Buffer) -> EngineReady:
+    return _decoded(_ready.decode, payload)
+
+
+def encode_stats(stats: EngineStats) -> bytes:
+    return frame(Kind.STATS, _encode(stats))
+
+
+def decode_stats(payload: Buffer) -> EngineStats:
+    return _decoded(_stats.decode, payload)
+
+
+def encode_fatal(reason: str) -> bytes:
+    return frame(Kind.FATAL, _encode(reason))
+
+
+def decode_fatal(payload: Buffer) -> str:
+    return _decoded(_text.decode, payload)
+
+
+def _decoded(decode: Callable[[Buffer], Any], payload: Buffer) -> Any:
+    try:
+        return decode(payload)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"malformed message: {error}") from None
+
+
+# Requests
+
+
+def encode_request(request: EngineRequest) -> list[Buffer]:
+    """The frame in pieces: one head, then the arrays where they lie (or a copy, if they are not contiguous)."""
+    prompt = request.prompt
+    arrays = [prompt.token_ids]
+    if prompt.positions is not None:
+        arrays.append(prompt.positions)
+    if prompt.token_types is not None:
+        arrays.append(prompt.token_types)
+    for medium in prompt.media:
+        arrays.extend(medium.arrays.values())  # type: ignore[arg-type]  # any of DTYPES
+    header = _encode(_Request(
+        request.id, request.sampling, request.pooling, request.priority, request.salt, prompt.position_delta,
+        prompt.positions is not None, prompt.token_types is not None,
+        tuple((s.item, s.offset, s.length, s.row) for s in prompt.spans),
+        tuple(_Media(m.kind, m.key, m.num_rows, tuple(m.arrays)) for m in prompt.media),
+        tuple(_ArraySpec(a.dtype.name, a.shape) for a in arrays),
+    ))
+    pieces: list[Buffer] = [_COUNT.pack(len(header)) + header]
+    size = len(pieces[0])
+    for array in arrays:
+        padding = -size % ALIGNMENT
+        pieces.append(bytes(padding))
+        pieces.append(memoryview(np.ascontiguousarray(array).reshape(-1)).cast("B") if array.size else b"")
+        size += padding + array.nbytes
+    if size > MAX_FRAME_BYTES:
+        raise ProtocolError(f"a request of {size} bytes is larger than a frame may be")
+    pieces[0] = _HEAD.pack(size, Kind.REQUEST) + pieces[0]
+    if size <= 1 << 16:
+        return [b"".join(pieces)]
+    return pieces
+
+
+def decode_request(payload: memoryview) -> EngineRequest:
+    """The arrays are views of `payload`, which must not be written to again."""
+    if len(payload) < _COUNT.size:
+        raise ProtocolError("a request without header")
+    header_size = _COUNT.unpack_from(payload)[0]
+    wire: _Request = _decoded(_request.decode, payload[_COUNT.size : _COUNT.size + header_size])
+    arrays = iter(_arrays(payload, _COUNT.size + header_size, wire.arrays))
+    expected = 1 + wire.has_positions + wire.has_token_types + sum(len(m.names) for m in wire.media)
+    if len(wire.arrays) != expected:
+        raise ProtocolError(f"a request with {len(wire.arrays)} arrays instead of {expected}")
+    token_ids = next(arrays)
+    positions = next(arrays) if wire.has_positions else None
+    token_types = next(arrays) if wire.has_token_types else None
+    media = tuple(MediaFeatures(m.kind, m.key, m.num_rows, {name: next(arrays) for name in m.names}) for m in wire.media)
+    spans = tuple(MediaSpan(*span) for span in wire.spans)
+    prompt = Prompt(token_ids, media, spans, positions, wire.position_delta, token_types)
+    return EngineRequest(wire.id, prompt, wire.sampling, wire.pooling, wire.priority, wire.salt)
+
+
+def _arrays(payload: memoryview, start: int, specs: Iterable[_ArraySpec]) -> Iterable[NDArray[Any]]:
+    for spec in specs:
+        if spec.dtype not in DTYPES or any(side < 0 for side in spec.shape):
+            raise ProtocolError(f"an array of {spec.dtype} {spec.shape}")
+        dtype = np.dtype(spec.dtype)
+        count = 1
+        for side in spec.shape:
+            count *= side
+        start += -start % ALIGNMENT
+        if start + count * dtype.itemsize > len(payload):
+            raise ProtocolError("an array that ends after its frame")
+        yield np.frombuffer(payload, dtype, count, start).reshape(spec.shape)
+        start += count * dtype.itemsize
+
+
+# Outputs
+
+
+def encode_outputs(ids: Sequence[int], token_ids: Sequence[int], rich: Sequence[EngineOutput] = ()) -> bytes:
+    """One step's outputs: request `ids[i]` got the plain token `token_ids[i]`; everything that is more than that is `rich`."""
+    count = len(ids)
+    payload = struct.pack(f"<I{count}Q{count}I", count, *ids, *token_ids)
+    if rich:
+        vectors = [np.ascontiguousarray(o.vector, np.float32).tobytes() for o in rich if o.vector is not None]
+        header = _encode([_wire_output(output) for output in rich])
+        payload = b"".join((payload, _COUNT.pack(len(header)), header, *vectors))
+    return frame(Kind.OUTPUTS, payload)
+
+
+def decode_outputs(payload: memoryview) -> tuple[tuple[int, ...], tuple[int, ...], list[EngineOutput]]:
+    """(ids, token_ids, rich) as given to `encode_outputs`."""
+    try:
+        count = _COUNT.unpack_from(payload)[0]
+        numbers = struct.unpack_from(f"<{count}Q{count}I", payload, 4)
+        end = 4 + 12 * count
+        rich = _rich_outputs(payload[end:]) if end < len(payload) else []
+    except struct.error as error:
+        raise ProtocolError(f"malformed outputs: {error}") from None
+    return numbers[:count], numbers[count:], rich
+
+
+def _rich_outputs(payload: memoryview) -> list[EngineOutput]:
+    size = _COUNT.unpack_from(payload)[0]
+    start = _COUNT.size + size
+    outputs = []
+    for wire in _decoded(_outputs.decode, payload[_COUNT.size : start]):
+        vector = None
+        if wire.vector is not None:
+            vector = np.frombuffer(payload, np.float32, int(np.prod(wire.vector)), start).reshape(wire.vector).copy()
+            start += vector.nbytes
+        outputs.append(EngineOutput(
+            wire.id, wire.token_ids, wire.finish_reason, wire.stop_token_id,
+            tuple(TokenLogprob(*one) for one in wire.logprobs),
+            tuple(None if one is None else TokenLogprob(*one) for one in wire.prompt_logprobs),
+            wire.cached_tokens, vector, wire.error))
+    return outputs
+
+
+def _wire_output(output: EngineOutput) -> _Output:
+    return _Output(
+        output.id, output.token_ids, output.finish_reason, output.stop_token_id,
+        tuple((one.token_id, one.logprob, one.top) for one in output.logprobs),
+        tuple(None if one is None else (one.token_id, one.logprob, one.top) for one in output.prompt_logprobs),
+        output.cached_tokens, None if output.vector is None else output.vector.shape, output.error)
+
+
+# Cutting a byte stream into frames
+
+
+class FrameReader:
+    """Turns received bytes into (kind, payload) in order. Payloads are views that stay valid as long as they are held."""
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []  # of a frame that is not complete yet
+        self._have = 0
+        self._need = _HEAD.size
+
+    def feed(self, data: bytes) -> list[tuple[int, memoryview]]:
+        if self._pieces:
+            self._pieces.append(data)
+            self._have += len(data)
+            if self._have < self._need:
+                return []
+            data = b"".join(self._pieces)
+            self._pieces.clear()
+        return self._cut(data)
+
+    def _cut(self, data: bytes) -> list[tuple[int, memoryview]]:
+        frames = []
+        view = memoryview(data)
+        start, size = 0, len(data)
+        self._need = _HEAD.size
+        while size - start >= _HEAD.size:
+            length, kind = _HEAD.unpack_from(view, start)
+            check_frame_size(length)
+            end = start + _HEAD.size + length
+            if end > size:
+                self._need = end - start
+                break
+            frames.append((kind, view[start + _HEAD.size : end]))
+            start = end
+        if start < size:
+            self._pieces.append(data[start:])
+            self._have = size - start
+        return frames
+
+
+def check_frame_size(size_bytes: int) -> None:
+    if size_bytes > MAX_FRAME_BYTES:
+        raise ProtocolError(f"a frame of {size_bytes} bytes")
+
+
+def parse_head(head: Buffer) -> tuple[int, int]:
+    """(payload bytes, kind) of the first HEAD_BYTES of a frame."""
+    size, kind = _HEAD.unpack(head)
+    check_frame_size(size)
+    return size, kind
+
+
+HEAD_BYTES = _HEAD.size

@@ -1,0 +1,123 @@
+"""Which KV blocks already hold the beginning of a sequence: a chain of sha256 over everything that they depend on.
+
+A block's key covers its parent's key, its token ids, the media rows that stand in it and positions other than 0, 1, 2, …;
+the chain starts from model identity and tenant salt. Every part is framed by its length, so that no two inputs give
+the same bytes. Python's `hash` plays no part.
+"""
+
+from __future__ import annotations
+
+import struct
+from bisect import bisect_right
+from hashlib import sha256
+
+import numpy as np
+
+from sensorium.engine.block_pool import BlockPool
+from sensorium.engine.sequence import Sequence
+
+_LENGTH = struct.Struct("<I")
+_SPAN = struct.Struct("<IIQI")  # offset in the block, tokens, first row, bytes of the key
+
+
+def root_key(identity: bytes, salt: bytes, *, is_long: bool = False) -> bytes:
+    """Parent of every first block of one model, tenant and kind of rotary frequencies."""
+    return sha256(b"".join((_LENGTH.pack(len(identity)), identity, _LENGTH.pack(len(salt)), salt, bytes([is_long])))).digest()
+
+
+def block_key(parent: bytes, token_ids: bytes, spans: list[tuple[int, int, int, bytes]], positions: bytes) -> bytes:
+    """`token_ids` and `positions` as raw integers; `spans` as (offset in the block, tokens, first row, media key)."""
+    parts = [parent, _LENGTH.pack(len(token_ids)), token_ids, _LENGTH.pack(len(spans))]
+    for offset, length, row, key in spans:
+        parts.append(_SPAN.pack(offset, length, row, len(key)))
+        parts.append(key)
+    parts.append(_LENGTH.pack(len(positions)))
+    parts.append(positions)
+    return sha256(b"".join(parts)).digest()
+
+
+class PrefixCache:
+    """Finds and publishes the blocks of sequences. `enabled=False` makes it find and publish nothing."""
+
+    def __init__(self, pool: BlockPool, block_size: int, identity: bytes, *, enabled: bool = True) -> None:
+        self._pool = pool
+        self._block_size = block_size
+        self._identity = identity
+        self._enabled = enabled
+        self.queries = 0  # tokens
+        self.hits = 0  # tokens
+
+    def find(self, seq: Sequence) -> list[int]:
+        """Leading blocks of `seq` that are in the cache. The last token is always left to compute. Takes no reference."""
+        found: list[int] = []
+        if self._enabled and seq.reuse:
+            for index in range((seq.num_tokens - 1) // self._block_size):
+                block = self._pool.find(self.key(seq, index))
+                if block is None:
+                    break
+                found.append(block)
+        return found
+
+    def next_key(self, seq: Sequence, index: int) -> bytes | None:
+        """Key of block `index` if it is one that `find` could return, else None."""
+        if self._enabled and seq.reuse and index < (seq.num_tokens - 1) // self._block_size:
+            return self.key(seq, index)
+        return None
+
+    def count(self, seq: Sequence, num_found: int) -> None:
+        if self._enabled and seq.reuse:
+            self.queries += seq.num_tokens
+            self.hits += num_found * self._block_size
+
+    def publish(self, seq: Sequence) -> None:
+        """Make the blocks findable that `seq` has filled since the last call."""
+        full = seq.num_computed // self._block_size
+        if self._enabled:
+            for index in range(seq.num_published, full):
+                self._pool.publish(seq.blocks[index], self.key(seq, index))
+        seq.num_published = full
+
+    def forget(self, seq: Sequence) -> None:
+        """Nothing that this sequence used is to be found again: it may hold what a failed step wrote."""
+        for block in seq.blocks:
+            self._pool.forget(block)
+
+    def key(self, seq: Sequence, index: int) -> bytes:
+        """Key of the full block `index`; those before it are computed once and kept."""
+        keys = seq.block_keys
+        if not keys and index >= 0:
+            root = root_key(self._identity, seq.request.salt, is_long=seq.is_long)
+            keys.append(self._extend(seq, root, 0))
+        while len(keys) <= index:
+            keys.append(self._extend(seq, keys[-1], len(keys)))
+        return keys[index]
+
+    def _extend(self, seq: Sequence, parent: bytes, index: int) -> bytes:
+        start = index * self._block_size
+        end = start + self._block_size
+        positions = b""
+        if end > seq.plain_until and (seq.delta or seq.plain_until < seq.num_prompt):
+            positions = _positions(seq, start, end)
+        spans = _overlaps(seq, start, end) if seq.span_offsets else []
+        return block_key(parent, seq.tokens[start:end].astype("<i4", copy=False).tobytes(), spans, positions)
+
+
+def _positions(seq: Sequence, start: int, end: int) -> bytes:
+    """The same bytes whether a token was generated or came back as part of a longer prompt."""
+    positions = seq.positions(start, end)
+    explicit = seq.request.prompt.positions
+    if explicit is not None:
+        positions = np.broadcast_to(positions, (len(explicit), end - start))
+    return positions.astype("<i4").tobytes()
+
+
+def _overlaps(seq: Sequence, start: int, end: int) -> list[tuple[int, int, int, bytes]]:
+    out = []
+    spans = seq.request.prompt.spans
+    for span in spans[max(bisect_right(seq.span_offsets, start) - 1, 0) :]:
+        if span.offset >= end:
+            break
+        first, last = max(span.offset, start), min(span.offset + span.length, end)
+        if first < last:
+            out.append((first - start, last - first, span.row + first - span.offset, seq.item_keys[span.item][1]))
+    return out

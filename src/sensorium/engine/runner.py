@@ -1,0 +1,159 @@
+"""Runs one planned step on the device: towers, embedding, decoder, logits, sampler. Knows tensors, not requests' lives."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sensorium.engine.batch import Batch, BatchBuilder
+from sensorium.engine.encoder_cache import EncoderCache
+from sensorium.engine.faults import Faults
+from sensorium.engine.sampler import Sampled, Sampler, logprobs
+from sensorium.engine.scheduler import Plan
+from sensorium.engine.sequence import ItemKey, Sequence
+from sensorium.models.base import KVCache, Model
+from sensorium.pooling.pooler import Pooler
+from sensorium.types import MediaFeatures, Modality
+
+LOGPROB_ROWS = 64  # prompt positions whose logits exist at the same time
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class StepResult:
+    """`sequences[i]` belongs to row i of `sampled`; pooled sequences have their vectors by id."""
+
+    sequences: list[Sequence]
+    sampled: Sampled
+    vectors: dict[int, NDArray[np.float32]] = field(default_factory=dict)
+
+
+class Runner:
+    def __init__(self, model: Model, cache: KVCache, builder: BatchBuilder, sampler: Sampler,
+                 encoder: EncoderCache[Tensor], device: torch.device, *, poolers: Mapping[str, Pooler] | None = None,
+                 faults: Faults | None = None) -> None:
+        self._model = model
+        self._cache = cache
+        self._builder = builder
+        self._sampler = sampler
+        self._encoder = encoder
+        self._device = device
+        self._poolers = dict(poolers or {})
+        self._faults = faults or Faults()
+
+    # Towers
+
+    @torch.inference_mode()
+    def encode(self, items: Mapping[ItemKey, MediaFeatures]) -> set[ItemKey]:
+        """Run the towers and fill the encoder cache. Returns the items for which that failed."""
+        failed: set[ItemKey] = set()
+        kinds: dict[Modality, list[ItemKey]] = {}
+        for key, features in items.items():
+            kinds.setdefault(features.kind, []).append(key)
+        for kind, keys in kinds.items():
+            if not self._encode(kind, keys, items):
+                # Somebody's picture broke the group: find out whose.
+                failed |= {key for key in keys if len(keys) == 1 or not self._encode(kind, [key], items)}
+        return failed
+
+    def _encode(self, kind: Modality, keys: list[ItemKey], items: Mapping[ItemKey, MediaFeatures]) -> bool:
+        group = [items[key] for key in keys]
+        try:
+            self._faults.hit("tower")
+            arrays = [{name: self._tensor(array) for name, array in one.arrays.items()} for one in group]
+            outputs = self._model.encode(kind, arrays)
+            for one, rows in zip(group, outputs, strict=True):
+                if len(rows) != one.num_rows:
+                    raise ValueError(f"the {kind} tower returned {len(rows)} rows instead of {one.num_rows}")
+        except Exception as error:
+            if is_device_lost(error):
+                raise
+            logger.exception("the %s tower failed", kind)
+            return False
+        for key, rows in zip(keys, outputs, strict=True):
+            # A copy where rows are a view of the whole group's output, which would live as long as any of them.
+            self._encoder.fill(key, rows.clone() if len(outputs) > 1 else rows)
+        return True
+
+    # One step
+
+    @torch.inference_mode()
+    def run(self, plan: Plan) -> StepResult:
+        self._faults.hit("step")
+        batch = self._builder.build(plan)
+        hidden = self._model.embed(batch.token_ids)  # [tokens, hidden]
+        for media in batch.media:
+            hidden[media.start : media.end] = self._encoder.rows(media.key)[media.row : media.row + media.end - media.start]
+        hidden = self._model.forward(hidden, batch.positions, self._cache, batch.context)
+        if batch.sampled_rows is None:
+            return StepResult(batch.sampled, self._sample(hidden, batch.sampled))
+        return self._finish_prefills(plan, batch, hidden)
+
+    def _finish_prefills(self, plan: Plan, batch: Batch, hidden: Tensor) -> StepResult:
+        vectors: dict[int, NDArray[np.float32]] = {}
+        for (seq, count), start in zip(plan.prefills, batch.starts[len(plan.decodes) :], strict=True):
+            if seq.sampling is None:
+                vector = self._pool(seq, hidden[start : start + count])
+                if vector is not None:
+                    vectors[seq.id] = vector
+            elif seq.sampling.prompt_logprobs is not None:
+                self._add_prompt_logprobs(seq, hidden[start : start + count], seq.sampling.prompt_logprobs)
+        generating = [i for i, seq in enumerate(batch.sampled) if seq.sampling is not None]
+        if not generating:
+            return StepResult([], Sampled([]), vectors)
+        rows = batch.sampled_rows
+        sequences = batch.sampled
+        if rows is not None and len(generating) < len(sequences):
+            rows = rows[generating]
+            sequences = [sequences[i] for i in generating]
+        return StepResult(sequences, self._sample(hidden[rows], sequences), vectors)
+
+    def _sample(self, hidden: Tensor, sequences: list[Sequence]) -> Sampled:
+        logits = self._model.logits(hidden)  # [rows, vocab]
+        self._faults.hit("sample")
+        return self._sampler.sample(logits, sequences)
+
+    def _pool(self, seq: Sequence, hidden: Tensor) -> NDArray[np.float32] | None:
+        """Keep the hidden states of a chunk; with the last one, the prompt's vector."""
+        params = seq.request.pooling
+        if params is None:
+            raise ValueError("neither sampled nor pooled")
+        pooler = self._poolers[params.task]
+        is_last = seq.num_computed + len(hidden) == seq.num_tokens
+        if not is_last:
+            if pooler.all_tokens:
+                seq.hidden.append(hidden.clone())
+            return None
+        if not pooler.all_tokens:
+            hidden = hidden[-1:]
+        elif seq.hidden:
+            hidden = torch.cat([*seq.hidden, hidden])
+        vector: NDArray[np.float32] = pooler(hidden, params).float().cpu().numpy()
+        return vector
+
+    def _add_prompt_logprobs(self, seq: Sequence, hidden: Tensor, num_top: int) -> None:
+        """Logprobs of the prompt tokens that follow those of a chunk; a resumed sequence has them already."""
+        first = max(seq.num_computed, len(seq.prompt_logprobs) - 1)
+        last = min(seq.num_computed + len(hidden), seq.num_prompt - 1)
+        for start in range(first, last, LOGPROB_ROWS):
+            end = min(start + LOGPROB_ROWS, last)
+            logits = self._model.logits(hidden[start - seq.num_computed : end - seq.num_computed]).float()
+            targets = seq.tokens[start + 1 : end + 1].tolist()
+            seq.prompt_logprobs.extend(logprobs(logits, targets, [num_top] * len(targets)))
+
+    def _tensor(self, array: NDArray[np.generic]) -> Tensor:
+        if not array.flags.writeable:
+            array = array.copy()
+        return torch.from_numpy(array).to(self._device)
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Whether the accelerator's context is gone, so that only a new process can go on."""
+    return isinstance(error, torch.AcceleratorError)

@@ -1,0 +1,277 @@
+"""Logits -> token ids, for all rows of a step at once.
+
+Order of operations: bias and forbidden stop tokens, penalties, temperature, min_p, top_k, top_p. What a seeded request
+gets depends on its seed, its own logits and the index of the token only: a row is filtered by value, never by rank, and
+takes one number of a counter-based stream, so neither batch mates nor preemption change it. Logprobs are those of the raw logits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sensorium.engine.sequence import Sequence
+from sensorium.types import SamplingParams, TokenLogprob
+
+CHUNK = 128  # vocabulary entries that are summed together before one of the sums is chosen
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_A = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_B = np.uint64(0x94D049BB133111EB)
+
+
+@dataclass(slots=True)
+class Sampled:
+    """Result of a step, by row. A row in `failed` had logits that are not numbers; its token means nothing."""
+
+    token_ids: list[int]
+    failed: list[int] = field(default_factory=list)
+    logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
+
+
+class TokenCounts:
+    """Which tokens a sequence has seen and how often it has said them, for penalties."""
+
+    __slots__ = ("_counted", "_places", "counts", "ids", "size")
+
+    def __init__(self, prompt: NDArray[np.int32]) -> None:
+        seen = np.unique(prompt)
+        self.size = len(seen)
+        self.ids = np.empty(len(seen) + 256, np.int64)
+        self.ids[: self.size] = seen
+        self.counts = np.zeros(len(self.ids), np.float32)  # in the output
+        self._places = {int(token): place for place, token in enumerate(seen)}
+        self._counted = 0
+
+    def update(self, outputs: NDArray[np.int32]) -> None:
+        """`outputs` is the whole output so far; what was counted before is not counted again."""
+        for token in outputs[self._counted :].tolist():
+            place = self._places.setdefault(token, self.size)
+            if place == self.size:
+                if place == len(self.ids):
+                    self.ids = np.concatenate((self.ids, np.empty_like(self.ids)))
+                    self.counts = np.concatenate((self.counts, np.zeros_like(self.counts)))
+                self.ids[place] = token
+                self.size += 1
+            self.counts[place] += 1
+        self._counted = len(outputs)
+
+
+class Row:
+    """What the sampler knows of one sequence."""
+
+    __slots__ = ("bias_ids", "bias_values", "counts", "greedy", "params", "plain", "seed", "stop_ids")
+
+    def __init__(self, seq: Sequence, params: SamplingParams, engine_seed: int) -> None:
+        self.params = params
+        self.greedy = params.temperature == 0 or params.top_k == 1
+        self.stop_ids = np.array(sorted(seq.stop_ids), np.int64)
+        self.bias_ids = np.array([token for token, _ in params.logit_bias], np.int64)
+        self.bias_values = np.array([bias for _, bias in params.logit_bias], np.float32)
+        penalised = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
+        self.counts: TokenCounts | None = None
+        if penalised:
+            prompt = seq.tokens[: seq.num_prompt]
+            self.counts = TokenCounts(prompt if params.repetition_penalty != 1 else prompt[:0])
+        self.plain = self.greedy and not (penalised or params.logit_bias or params.min_tokens
+                                          or params.logprobs is not None)
+        self.seed = _seed(params.seed, engine_seed, seq.id)
+
+
+class Sampler:
+    def __init__(self, seed: int = 0) -> None:
+        self._seed = seed
+
+    def sample(self, logits: Tensor, sequences: Seq[Sequence]) -> Sampled:
+        """logits [rows, vocab], one row for each sequence."""
+        rows = [seq.sampler_row or self._remember(seq) for seq in sequences]
+        logits = logits.float()
+        if all(row.plain for row in rows):
+            return _checked(*_argmax(logits), vocab_size=logits.shape[1])
+        edited = _edited(logits, rows, sequences)
+        token_ids, highest = _argmax(edited)
+        random = [i for i, row in enumerate(rows) if not row.greedy]
+        if random:
+            usable = edited if len(random) == len(rows) else edited[random]
+            drawn = _draw(usable, [rows[i] for i in random], [sequences[i].num_outputs for i in random])
+            token_ids[random] = drawn
+        sampled = _checked(token_ids, highest, vocab_size=logits.shape[1])
+        wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None and i not in sampled.failed]
+        if wanted:
+            ids = [sampled.token_ids[i] for i in wanted]
+            found = logprobs(logits[wanted], ids, [rows[i].params.logprobs or 0 for i in wanted])
+            sampled.logprobs = dict(zip(wanted, found, strict=True))
+        return sampled
+
+    def _remember(self, seq: Sequence) -> Row:
+        if seq.sampling is None:
+            raise ValueError("a pooling request is not sampled")
+        seq.sampler_row = Row(seq, seq.sampling, self._seed)
+        return seq.sampler_row
+
+
+def logprobs(logits: Tensor, token_ids: list[int], num_top: list[int]) -> list[TokenLogprob]:
+    """Log-probabilities of `token_ids` under float32 logits [rows, vocab], and the `num_top[i]` likeliest tokens of each row."""
+    scores = torch.log_softmax(logits, dim=-1)
+    chosen = scores.gather(1, torch.tensor(token_ids, device=scores.device).unsqueeze(1)).squeeze(1).tolist()
+    most = min(max(num_top), scores.shape[1])
+    if not most:
+        return [TokenLogprob(token, value) for token, value in zip(token_ids, chosen, strict=True)]
+    top_values, top_ids = scores.topk(most, dim=-1)
+    return [
+        TokenLogprob(token, value, tuple(zip(ids[:count], values[:count], strict=True)))
+        for token, value, ids, values, count in zip(
+            token_ids, chosen, top_ids.tolist(), top_values.tolist(), num_top, strict=True)
+    ]
+
+
+def _argmax(logits: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """(first index of the highest value, that value) of each row; a row with a NaN gives NaN."""
+    if logits.device.type == "cpu":  # numpy's is ten times as fast as torch's
+        array = logits.numpy()
+        token_ids = array.argmax(axis=1)
+        return token_ids, array[np.arange(len(array)), token_ids]
+    highest, ids = logits.max(dim=-1)
+    return ids.cpu().numpy(), highest.cpu().numpy()
+
+
+def _checked(token_ids: NDArray[np.int64], highest: NDArray[np.float32], vocab_size: int) -> Sampled:
+    good = np.isfinite(highest) & (token_ids >= 0) & (token_ids < vocab_size)
+    if good.all():
+        return Sampled(token_ids.tolist())
+    return Sampled(token_ids.tolist(), np.flatnonzero(~good).tolist())
+
+
+# Edits of single logits
+
+
+def _edited(logits: Tensor, rows: Seq[Row], sequences: Seq[Sequence]) -> Tensor:
+    """Logits with bias, forbidden stop tokens and penalties; the input stays as it is."""
+    vocab_size = logits.shape[1]
+    added: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
+    penalised: list[tuple[int, Row, TokenCounts]] = []
+    for i, (row, seq) in enumerate(zip(rows, sequences, strict=True)):
+        base = i * vocab_size
+        if len(row.bias_ids):
+            added.append((row.bias_ids + base, row.bias_values))
+        if seq.num_outputs < row.params.min_tokens and len(row.stop_ids):
+            added.append((row.stop_ids + base, np.full(len(row.stop_ids), -np.inf, np.float32)))
+        if row.counts is not None:
+            row.counts.update(seq.tokens[seq.num_prompt : seq.num_tokens])
+            penalised.append((base, row, row.counts))
+    if not added and not penalised:
+        return logits
+    edited = logits.clone()
+    flat = edited.view(-1)
+    for places, values in added:  # one by one: a token may be biased and forbidden
+        flat[_on(flat, places)] += _on(flat, values)
+    if penalised:
+        _penalise(flat, penalised)
+    return edited
+
+
+def _penalise(flat: Tensor, penalised: list[tuple[int, Row, TokenCounts]]) -> None:
+    """Repetition over prompt and output, frequency and presence over the output; only the tokens seen are touched."""
+    sizes = [counts.size for _, _, counts in penalised]
+    places = _on(flat, np.concatenate([counts.ids[: counts.size] + base for base, _, counts in penalised]))
+    said = _on(flat, np.concatenate([counts.counts[: counts.size] for _, _, counts in penalised]))
+    params = [row.params for _, row, _ in penalised]
+    repetition, frequency, presence = (
+        _on(flat, np.repeat(np.array(values, np.float32), sizes))
+        for values in ([p.repetition_penalty for p in params], [p.frequency_penalty for p in params],
+                       [p.presence_penalty for p in params]))
+    values = flat[places]
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    flat[places] = values - frequency * said - presence * (said > 0)
+
+
+def _on(like: Tensor, array: NDArray[np.generic]) -> Tensor:
+    return torch.from_numpy(array).to(like.device)
+
+
+# Drawing
+
+
+def _draw(logits: Tensor, rows: Seq[Row], indices: list[int]) -> NDArray[np.int64]:
+    """One token id for each row of float32 logits [rows, vocab], by inverting the cumulative distribution."""
+    count, vocab_size = logits.shape
+    inverse = 1.0 / np.array([row.params.temperature for row in rows])
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)).mul_(_on(logits, inverse.astype(np.float32)).unsqueeze(1))
+    padded = torch.zeros((count, -(-vocab_size // CHUNK) * CHUNK), device=logits.device)
+    weights = torch.exp(scaled, out=padded[:, :vocab_size])  # [rows, vocab], highest is 1
+    filtered = [i for i, row in enumerate(rows) if row.params.top_k or row.params.top_p < 1 or row.params.min_p]
+    for i in filtered:
+        weights[i].masked_fill_(scaled[i] < _threshold(scaled[i], rows[i].params), 0)
+    chunks = padded.view(count, -1, CHUNK)
+    sums = chunks.sum(dim=-1).double().cumsum(dim=-1)  # [rows, chunks]
+    target = _on(logits, _uniform([row.seed for row in rows], indices)) * sums[:, -1]
+    chosen = (sums <= target.unsqueeze(1)).sum(dim=-1).clamp_(max=sums.shape[1] - 1)  # first chunk whose sum is above
+    every = torch.arange(count, device=logits.device)
+    before = torch.where(chosen > 0, sums[every, (chosen - 1).clamp(min=0)], 0)
+    inside = chunks[every, chosen]  # [rows, CHUNK]
+    place = (inside.double().cumsum(dim=-1) <= (target - before).unsqueeze(1)).sum(dim=-1)
+    # Sums are rounded in another order than the numbers inside: never go past the chunk's last possible token.
+    last = CHUNK - 1 - (inside > 0).flip(-1).to(torch.uint8).argmax(dim=-1)
+    token_ids: NDArray[np.int64] = (chosen * CHUNK + torch.minimum(place, last)).cpu().numpy()
+    return token_ids
+
+
+def _threshold(scaled: Tensor, params: SamplingParams) -> float:
+    """The lowest scaled logit of one row [vocab] that min_p, top_k and top_p leave. The highest is 0; equals stay together."""
+    threshold = -math.inf
+    if params.min_p:
+        threshold = math.log(params.min_p)
+    top_k = params.top_k if 0 < params.top_k < len(scaled) else 0
+    if params.top_p >= 1:
+        return max(threshold, _kth_highest(scaled, top_k)) if top_k else threshold
+    ordered = _descending(scaled)
+    if top_k:
+        ordered = ordered[:top_k]
+    weights = torch.where(ordered >= threshold, ordered.exp(), 0).double()
+    sums = weights.cumsum(dim=0)
+    # A token stays while those before it hold less than top_p.
+    kept = int((sums - weights < params.top_p * sums[-1]).sum())
+    return max(threshold, float(ordered[max(kept, 1) - 1]))
+
+
+def _kth_highest(row: Tensor, k: int) -> float:
+    if row.device.type == "cpu":
+        return float(np.partition(row.numpy(), len(row) - k)[len(row) - k])
+    return float(row.topk(k).values[-1])
+
+
+def _descending(row: Tensor) -> Tensor:
+    if row.device.type == "cpu":  # numpy's sort is vectorised
+        return torch.from_numpy(np.sort(row.numpy())[::-1].copy())
+    return row.sort(descending=True).values
+
+
+# Random numbers
+
+
+def _seed(requested: int | None, engine_seed: int, request_id: int) -> int:
+    """Requests without a seed get one of their own, the same in every run of an engine with the same seed."""
+    if requested is not None:
+        return requested & 0xFFFFFFFFFFFFFFFF
+    mixed = _mix(np.array([engine_seed & 0xFFFFFFFFFFFFFFFF], np.uint64) * _GOLDEN + np.uint64(request_id))
+    return int(mixed[0])
+
+
+def _uniform(seeds: list[int], indices: list[int]) -> NDArray[np.float64]:
+    """A number in [0, 1) for each (seed, token index): 32 bits of two rounds of splitmix64."""
+    state = _mix(np.array(seeds, np.uint64) + _GOLDEN)
+    bits = _mix(state + np.array(indices, np.uint64) * _GOLDEN)
+    return (bits >> np.uint64(32)).astype(np.float64) / 2**32
+
+
+def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of splitmix64."""
+    state = (state ^ (state >> np.uint64(30))) * _MIX_A
+    state = (state ^ (state >> np.uint64(27))) * _MIX_B
+    return state ^ (state >> np.uint64(31))

@@ -1,0 +1,357 @@
+"""Decides what the next step computes: one decode token for every running sequence, then chunks of prompts.
+
+Owns sequences, blocks and pins, and gives everything back the moment a sequence ends. First come, first served within a
+priority. When blocks run out the youngest sequence of the lowest priority starts over later, keeping what it has said.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any
+
+from sensorium.engine.block_pool import BlockPool
+from sensorium.engine.encoder_cache import EncoderCache
+from sensorium.engine.prefix_cache import PrefixCache
+from sensorium.engine.sequence import ItemKey, Sequence, Status
+from sensorium.types import EngineOutput, EngineRequest, FinishReason, MediaFeatures, MediaSpan
+
+MAX_PASSED_OVER = 32  # waiting sequences that may be overtaken in one step while they wait for an equal prefix
+
+_order = attrgetter("order")
+
+
+@dataclass(slots=True)
+class Plan:
+    """One step. `decodes` compute one token each; `prefills` are (sequence, number of tokens)."""
+
+    decodes: list[Sequence] = field(default_factory=list)
+    prefills: list[tuple[Sequence, int]] = field(default_factory=list)
+    encode: dict[ItemKey, MediaFeatures] = field(default_factory=dict)  # what towers must compute first
+
+    def __bool__(self) -> bool:
+        return bool(self.decodes or self.prefills)
+
+    def sequences(self) -> list[Sequence]:
+        return [*self.decodes, *(seq for seq, _ in self.prefills)]
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a step may hold. `max_model_len` tokens always fit in the blocks (`EngineReady.kv_tokens`)."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_encoder_rows: int
+    max_model_len: int
+    block_size: int
+    has_cache: bool = True  # False for encoder-only models: a prompt is computed whole and keeps nothing
+    long_context_from: int | None = None  # see `Model`: longer sequences are computed anew, in another way
+
+
+class Scheduler:
+    def __init__(self, budget: Budget, pool: BlockPool, prefixes: PrefixCache, encoder: EncoderCache[Any],
+                 pooling: Mapping[str, bool] | None = None) -> None:
+        """`pooling`: the pooling tasks that the model can do, and whether each needs every token's hidden state."""
+        self.budget = budget
+        self.pool = pool
+        self.prefixes = prefixes
+        self.encoder = encoder
+        self.waiting: list[Sequence] = []  # by order
+        self.prefilling: list[Sequence] = []  # by order
+        self.decoding: list[Sequence] = []
+        self.preemptions = 0
+        self._by_id: dict[int, Sequence] = {}
+        self._arrivals = 0
+        self._max_seqs = min(budget.max_num_seqs, budget.max_num_batched_tokens)
+        self._rows = list(range(self._max_seqs - 1, -1, -1))  # free rows of the batch tables
+        self._pooling = dict(pooling or {})
+
+    @property
+    def num_running(self) -> int:
+        return len(self.prefilling) + len(self.decoding)
+
+    def has_work(self) -> bool:
+        return bool(self._by_id)
+
+    # Requests come and go
+
+    def add(self, request: EngineRequest) -> EngineOutput | None:
+        """Queue a request, or say why it can never run."""
+        reason = self._refusal(request)
+        if reason:
+            return EngineOutput(request.id, finish_reason="error", error=reason)
+        seq = Sequence(request, self._arrivals)
+        seq.is_long = self._is_long(seq)
+        if request.pooling is not None:
+            seq.reuse = not self._pooling[request.pooling.task]
+        self._arrivals += 1
+        self._by_id[seq.id] = seq
+        insort(self.waiting, seq, key=_order)
+        return None
+
+    def _refusal(self, request: EngineRequest) -> str:
+        length = len(request.prompt.token_ids)
+        limit = self.budget.max_model_len
+        if request.id in self._by_id:
+            return "The request's number is in use."
+        if not length:
+            return "The prompt is empty."
+        if (request.sampling is None) == (request.pooling is None):
+            return "A request either generates or pools."
+        if request.pooling is not None and request.pooling.task not in self._pooling:
+            return f"This model does not do the task '{request.pooling.task}'."
+        if request.sampling is not None and length + request.sampling.max_tokens > limit:
+            return (f"The prompt has {length} tokens and max_tokens is {request.sampling.max_tokens}; "
+                    f"together they may be at most {limit}.")
+        if length > limit:
+            return f"The prompt has {length} tokens; at most {limit} fit."
+        return ""
+
+    def abort(self, request_id: int) -> bool:
+        """Forget a request wherever it is. False if it is unknown or has ended."""
+        seq = self._by_id.get(request_id)
+        if seq is None:
+            return False
+        self._end(seq)
+        return True
+
+    def fail(self, seq: Sequence, error: str) -> EngineOutput:
+        """End a sequence whose step failed; nothing that it computed is reused."""
+        self.prefixes.forget(seq)
+        self._end(seq)
+        return EngineOutput(seq.id, finish_reason="error", error=error)
+
+    def finish(self, seq: Sequence) -> None:
+        self._end(seq)
+
+    # One step
+
+    def schedule(self) -> tuple[Plan, list[EngineOutput]]:
+        """The next step, and outputs of sequences that had to end without one."""
+        plan = Plan()
+        ended = self._secure_decode_blocks() if self.decoding else []
+        plan.decodes = list(self.decoding)
+        tokens = self.budget.max_num_batched_tokens - len(plan.decodes)
+        for seq in self.prefilling:
+            if tokens <= 0:
+                break
+            tokens -= self._plan_chunk(plan, seq, tokens)
+        if self.waiting and tokens > 0 and self._rows:
+            self._admit(plan, tokens)
+        return plan, ended
+
+    def _secure_decode_blocks(self) -> list[EngineOutput]:
+        """Give a block to every decode that has filled its last one, preempting where there are none left."""
+        size = self.budget.block_size
+        needy = [seq for seq in self.decoding if seq.num_computed == len(seq.blocks) * size]
+        ended = []
+        while len(needy) > self.pool.num_free:
+            victim = max((*self.decoding, *self.prefilling), key=_order)
+            if self.num_running == 1:  # alone, and still too large: admission should have seen it
+                self._end(victim)
+                ended.append(EngineOutput(victim.id, finish_reason="length"))
+            else:
+                self._preempt(victim)
+            needy = [seq for seq in needy if seq.status is Status.DECODING]
+        for seq in needy:
+            seq.blocks.append(self.pool.allocate())
+        return ended
+
+    def _admit(self, plan: Plan, tokens: int) -> None:
+        """Start waiting sequences as long as seats, blocks and tokens last."""
+        coming = self._coming_keys()
+        passed_over = 0
+        index = 0
+        while index < len(self.waiting) and self._rows and tokens > 0 and passed_over <= MAX_PASSED_OVER:
+            seq = self.waiting[index]
+            found = self.prefixes.find(seq)
+            key = self.prefixes.next_key(seq, len(found))
+            if key is not None and key in coming:  # another sequence computes this very block now
+                index += 1
+                passed_over += 1
+                continue
+            if not self._take_blocks(seq, found):
+                break
+            if self.budget.has_cache:
+                seq.num_computed = len(found) * self.budget.block_size
+                seq.num_published = len(found)
+            chunk = self._plan_chunk(plan, seq, tokens)
+            if not chunk:
+                self._give_back(seq)
+                plan.encode = {item: one for item, one in plan.encode.items() if item in self.encoder}
+                break
+            if key is not None:
+                coming.add(key)
+            del self.waiting[index]
+            self._start(seq, len(found))
+            tokens -= chunk
+
+    def _coming_keys(self) -> set[bytes]:
+        """The next blocks that running prefills will fill."""
+        keys = (self.prefixes.next_key(seq, seq.num_published) for seq in self.prefilling)
+        return {key for key in keys if key is not None}
+
+    def _take_blocks(self, seq: Sequence, found: list[int]) -> bool:
+        """Blocks for all tokens so far. One block per running sequence is left free, so that it is not preempted at once."""
+        if not self.budget.has_cache:
+            return True
+        total = -(-seq.num_tokens // self.budget.block_size)
+        missing = total - len(found)
+        idle = sum(map(self.pool.is_free, found))
+        spare = self.num_running
+        if self.pool.num_free < missing + idle + spare:
+            return False
+        for block in found:
+            self.pool.retain(block)
+        seq.blocks = found + [self.pool.allocate() for _ in range(missing)]
+        return True
+
+    def _start(self, seq: Sequence, num_found: int) -> None:
+        seq.status = Status.PREFILLING
+        seq.row = self._rows.pop()
+        insort(self.prefilling, seq, key=_order)
+        if seq.cached_tokens < 0:
+            seq.cached_tokens = num_found * self.budget.block_size
+            self.prefixes.count(seq, num_found)
+
+    def _plan_chunk(self, plan: Plan, seq: Sequence, tokens: int) -> int:
+        """Plan at most `tokens` tokens of a prompt; fewer, or none, where tower outputs cannot be had in this step."""
+        remaining = seq.num_tokens - seq.num_computed
+        if self.budget.has_cache:
+            count = min(remaining, tokens)
+        else:
+            count = remaining if remaining <= tokens or not plan else 0
+        if seq.item_keys:
+            count = self._secure_media(plan, seq, count)
+        if count:
+            plan.prefills.append((seq, count))
+        return count
+
+    def _secure_media(self, plan: Plan, seq: Sequence, count: int) -> int:
+        """Pin or plan the tower outputs of the next `count` tokens; returns how many tokens can be computed with them."""
+        start = seq.num_computed
+        for span in spans_within(seq, start, start + count):
+            if span.item in seq.pinned:
+                continue
+            if not self._secure_item(plan, seq, span.item):
+                return max(span.offset - start, 0) if self.budget.has_cache else 0
+        return count
+
+    def _secure_item(self, plan: Plan, seq: Sequence, item: int) -> bool:
+        key = seq.item_keys[item]
+        if not self.encoder.pin(key):
+            features = seq.request.prompt.media[item]
+            planned = sum(one.num_rows for one in plan.encode.values())
+            if plan.encode and planned + features.num_rows > self.budget.max_encoder_rows:
+                return False
+            if not self.encoder.reserve(key, features.num_rows):
+                return False
+            plan.encode[key] = features
+        seq.pinned[item] = None
+        return True
+
+    # After the step
+
+    def drop_failed_items(self, plan: Plan, failed: Iterable[ItemKey], error: str) -> list[EngineOutput]:
+        """Fail the sequences that need tower outputs which could not be computed, and take them out of the plan."""
+        keys = set(failed)
+        outputs = []
+        for seq, _ in list(plan.prefills):
+            if any(seq.item_keys[item] in keys for item in seq.pinned):
+                outputs.append(self.fail(seq, error))
+        plan.prefills = [(seq, count) for seq, count in plan.prefills if seq.status is not Status.DONE]
+        return outputs
+
+    def advance(self, seq: Sequence, count: int) -> bool:
+        """`count` more tokens of a sequence are computed. True if all are: the step gave it its next token."""
+        seq.num_computed += count
+        if self.budget.has_cache and seq.num_computed // self.budget.block_size > seq.num_published:
+            self.prefixes.publish(seq)
+        if seq.pinned:
+            self._unpin(seq, seq.num_computed)
+        if seq.num_computed < seq.num_tokens:
+            return False
+        if seq.status is Status.PREFILLING:
+            self.prefilling.remove(seq)
+            self.decoding.append(seq)
+            seq.status = Status.DECODING
+        return True
+
+    def append(self, seq: Sequence, token_id: int) -> FinishReason | None:
+        """The next token of an advanced sequence. It ends here if the token says so or was the last allowed."""
+        seq.append(token_id)
+        if token_id in seq.stop_ids:
+            self._end(seq)
+            return "stop"
+        if seq.num_tokens - seq.num_prompt >= seq.max_tokens:
+            self._end(seq)
+            return "length"
+        if not seq.is_long and self._is_long(seq):
+            seq.is_long = True
+            seq.block_keys.clear()
+            self._requeue(seq)
+        return None
+
+    def _is_long(self, seq: Sequence) -> bool:
+        border = self.budget.long_context_from
+        return border is not None and seq.num_tokens > border
+
+    # Giving back
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Back to the queue: its tokens stay, its cache is computed again (or found) when there is room."""
+        self.preemptions += 1
+        self._requeue(seq)
+
+    def _requeue(self, seq: Sequence) -> None:
+        self._leave(seq)
+        self._give_back(seq)
+        seq.status = Status.WAITING
+        insort(self.waiting, seq, key=_order)
+
+    def _end(self, seq: Sequence) -> None:
+        del self._by_id[seq.id]
+        self._leave(seq)
+        self._give_back(seq)
+        seq.status = Status.DONE
+
+    def _leave(self, seq: Sequence) -> None:
+        if seq.status is Status.WAITING:
+            self.waiting.remove(seq)
+            return
+        (self.decoding if seq.status is Status.DECODING else self.prefilling).remove(seq)
+        self._rows.append(seq.row)
+        seq.row = -1
+
+    def _give_back(self, seq: Sequence) -> None:
+        for block in reversed(seq.blocks):  # the end of a prefix is forgotten before its beginning
+            self.pool.release(block)
+        seq.blocks = []
+        seq.num_computed = 0
+        seq.num_published = 0
+        self._unpin(seq, None)
+        seq.hidden.clear()
+
+    def _unpin(self, seq: Sequence, computed: int | None) -> None:
+        """Let go of the items whose last row is computed; of all with None."""
+        done = [item for item in seq.pinned if computed is None or seq.item_ends[item] <= computed]
+        for item in done:
+            del seq.pinned[item]
+            self.encoder.unpin(seq.item_keys[item])
+
+    def check_integrity(self) -> None:
+        """Blocks and pins are exactly those that living sequences hold."""
+        self.pool.check_integrity()
+        self.encoder.check_integrity()
+
+
+def spans_within(seq: Sequence, start: int, end: int) -> Iterable[MediaSpan]:
+    """Spans of media rows that overlap tokens [start, end)."""
+    for span in seq.request.prompt.spans:
+        if span.offset >= end:
+            return
+        if span.offset + span.length > start:
+            yield span

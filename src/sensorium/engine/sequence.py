@@ -1,0 +1,102 @@
+"""One request inside the engine: its tokens so far, how many of them are in the KV cache, and the blocks that hold them.
+
+Mutable, owned by the scheduler. Invariant: 0 <= num_computed < num_tokens while it lives, and blocks cover num_computed.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sensorium.types import EngineRequest, SamplingParams, TokenLogprob
+
+ItemKey = tuple[bytes, bytes]
+"""(tenant salt, MediaFeatures.key): tower outputs are shared inside a tenant only, as their timing can be observed."""
+
+
+class Status(IntEnum):
+    WAITING = 0
+    PREFILLING = 1
+    DECODING = 2
+    DONE = 3
+
+
+class Sequence:
+    __slots__ = (
+        "arrival", "block_keys", "blocks", "cached_tokens", "delta", "hidden", "id", "is_long", "item_ends", "item_keys",
+        "last_token", "max_tokens", "num_computed", "num_prompt", "num_published", "num_tokens", "order", "pinned",
+        "plain_until", "prompt_logprobs", "request", "reuse", "row", "sampler_row", "sampling", "span_offsets", "status",
+        "stop_ids", "tokens",
+    )
+
+    def __init__(self, request: EngineRequest, arrival: int) -> None:
+        prompt = request.prompt
+        sampling = request.sampling
+        self.request = request
+        self.id = request.id
+        self.arrival = arrival
+        self.order = (request.priority, arrival)  # smaller runs first
+        self.status = Status.WAITING
+        self.sampling: SamplingParams | None = sampling
+        self.max_tokens = sampling.max_tokens if sampling else 0
+        self.stop_ids = frozenset(sampling.stop_token_ids) if sampling else frozenset()
+        self.num_prompt = len(prompt.token_ids)
+        self.num_tokens = self.num_prompt
+        self.num_computed = 0
+        self.tokens: NDArray[np.int32] = np.empty(self.num_prompt + self.max_tokens, np.int32)
+        self.tokens[: self.num_prompt] = prompt.token_ids
+        self.last_token = int(prompt.token_ids[-1])
+        self.delta = prompt.position_delta
+        self.plain_until = _plain_positions(prompt.positions, self.num_prompt)
+        self.span_offsets = [span.offset for span in prompt.spans]
+        self.item_keys: list[ItemKey] = [(request.salt, medium.key) for medium in prompt.media]
+        self.item_ends = [0] * len(prompt.media)  # where an item's last span ends
+        for span in prompt.spans:
+            self.item_ends[span.item] = max(self.item_ends[span.item], span.offset + span.length)
+        self.pinned: dict[int, None] = {}  # items whose tower outputs are held for this sequence
+        self.blocks: list[int] = []
+        self.block_keys: list[bytes] = []  # of its full blocks, as far as they were needed
+        self.num_published = 0  # leading blocks that the prefix cache knows
+        # May it start from a cached prefix? Prompt logprobs (and some poolings) need every prompt token computed.
+        self.reuse = sampling is None or sampling.prompt_logprobs is None
+        self.cached_tokens = -1  # unknown until it is scheduled for the first time
+        self.is_long = False  # see `Budget.long_context_from`
+        self.row = -1  # of the batch tables while it runs
+        self.sampler_row: Any = None  # the sampler's memory of this sequence
+        self.prompt_logprobs: list[TokenLogprob | None] = [None]
+        self.hidden: list[Any] = []  # hidden states of the chunks so far, for pooling
+
+    @property
+    def num_outputs(self) -> int:
+        return self.num_tokens - self.num_prompt
+
+    def append(self, token_id: int) -> None:
+        self.tokens[self.num_tokens] = token_id
+        self.num_tokens += 1
+        self.last_token = token_id
+
+    def positions(self, start: int, end: int) -> NDArray[np.int64] | NDArray[np.int32]:
+        """Positions of tokens [start, end): [end - start], or [axes, end - start] where the prompt's differ from 0, 1, 2, …"""
+        explicit = self.request.prompt.positions
+        cut = min(end, self.num_prompt)
+        if explicit is None or start >= cut:
+            out = np.arange(start, end)
+            if self.delta and end > self.num_prompt:
+                out[max(self.num_prompt - start, 0) :] += self.delta
+            return out
+        if end == cut:
+            return explicit[:, start:end]
+        tail = np.broadcast_to(np.arange(cut, end) + self.delta, (len(explicit), end - cut))
+        return np.concatenate((explicit[:, start:cut], tail), axis=1)
+
+
+def _plain_positions(positions: NDArray[np.int32] | None, num_prompt: int) -> int:
+    """How many leading prompt tokens stand at 0, 1, 2, … on every axis."""
+    if positions is None:
+        return num_prompt
+    differs = (positions != np.arange(num_prompt)).any(axis=0)
+    first = int(differs.argmax())
+    return first if differs[first] else num_prompt
