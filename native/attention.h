@@ -31,15 +31,25 @@ struct AttentionState {
     float* total;   // [rows]
 };
 
+// Blocks lie anywhere in the cache, so the processor does not see the next rows coming.
+static inline void prefetch_rows(const bf16* const* rows, int count, int head_dim) {
+    for (int i = 0; i < count; ++i)
+        for (int d = 0; d < head_dim; d += 32) __builtin_prefetch(rows[i] + d, 0, 2);
+}
+
 // Two panels of 32 keys: k [head_dim / 2][32][2], so that a dot product over head_dim is a tile product.
-static inline void pack_keys(const bf16* const* rows, int64_t pairs, uint32_t* out) {
-    for (int group = 0; group < kKeys; group += kLanes)
+static inline void pack_keys(const bf16* const* rows, const bf16* const* next, int64_t pairs, uint32_t* out) {
+    for (int group = 0; group < kKeys; group += kLanes) {
+        if (next[group]) prefetch_rows(next + group, kLanes, int(pairs * 2));
         transpose_pairs(rows + group, kLanes, pairs, out + (group / kPanel) * pairs * kPanel + group % kPanel, kPanel);
+    }
 }
 
 // Panels of 32 (the last 32 or 16) of head_dim, each [keys / 2][width][2].
-static inline void pack_values(const bf16* const* rows, int head_dim, bf16* out) {
+static inline void pack_values(const bf16* const* rows, const bf16* const* next, int head_dim, bf16* out) {
     for (int panel = 0; panel < head_dim; panel += kPanel) {
+        if (next[0])
+            for (int i = 0; i < kKeys; ++i) __builtin_prefetch(next[i] + panel, 0, 2);
         const int width = head_dim - panel > kLanes ? kPanel : kLanes;
         const int count = std::min(width, head_dim - panel);
         for (int pair = 0; pair < kKeys / 2; ++pair) {
@@ -150,11 +160,13 @@ static void attend(const Attention& args, const AttentionTask& task, AttentionSt
     for (int row = 0; row < rows; ++row) state.peak[row] = kMasked, state.total[row] = 0;
     std::fill(state.out, state.out + int64_t(rows) * state.dim, 0.0f);
 
-    for (int64_t key = task.key; key < task.key_end; key += kKeys) {
-        const bf16 *k[kKeys], *v[kKeys];
-        find_rows(args, task, key, k, v);
-        pack_keys(k, pairs, keys);
-        pack_values(v, dim, values);
+    const bf16 *rows_of[2][2][kKeys];  // this step's and the next one's, keys and values
+    find_rows(args, task, task.key, rows_of[0][0], rows_of[0][1]);
+    for (int64_t key = task.key, step = 0; key < task.key_end; key += kKeys, ++step) {
+        const auto &now = rows_of[step % 2], &next = rows_of[(step + 1) % 2];
+        find_rows(args, task, key + kKeys, rows_of[(step + 1) % 2][0], rows_of[(step + 1) % 2][1]);
+        pack_keys(now[0], next[0], pairs, keys);
+        pack_values(now[1], next[1], dim, values);
         for (int64_t i = 0; i < tiling.count; ++i) {
             const int64_t first = tiling.start(i);
             for (int panel = 0; panel < kKeys / kPanel; ++panel)
