@@ -149,7 +149,10 @@ def test_rope_turns_pairs_that_are_half_a_head_apart(rotated: int) -> None:
 
 def test_plain_linear() -> None:
     weight, bias, x = torch.randn(5, 3), torch.randn(5), torch.randn(2, 4, 3)
-    form = reference.pack_linear(weight, bias)
+    form = reference.empty_linear(5, 3, dtype=torch.float32, device=torch.device("cpu"))
+    form.fill(2, weight[2:])
+    form.fill(0, weight[:2])
+    form.set_bias(bias)
     assert close(form(x), torch.einsum("abi,oi->abo", x, weight) + bias)
     assert torch.equal(form.rows(torch.tensor([4, 0])), weight[[4, 0]])
     assert form.nbytes == (15 + 5) * 4

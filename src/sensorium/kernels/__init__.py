@@ -12,6 +12,7 @@ import importlib
 import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor
 
 from sensorium.kernels import reference
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["LinearForm", "add_rms_norm", "describe", "layer_norm", "pack_linear", "paged_attention", "rms_norm", "rope",
-           "silu_mul", "varlen_attention", "write_kv"]
+__all__ = ["LinearForm", "add_rms_norm", "describe", "empty_linear", "layer_norm", "pack_linear", "paged_attention",
+           "rms_norm", "rope", "silu_mul", "varlen_attention", "write_kv"]
 
 
 class LinearForm(Protocol):
@@ -31,8 +32,14 @@ class LinearForm(Protocol):
     @property
     def nbytes(self) -> int: ...
 
+    def fill(self, first_row: int, rows: Tensor) -> None:
+        """Put rows [n, in] of the weight at `first_row`; the tensor is not kept. Every row must be filled once."""
+        ...
+
+    def set_bias(self, bias: Tensor | None) -> None: ...
+
     def __call__(self, x: Tensor) -> Tensor:
-        """[.., in] -> [.., out]"""
+        """x @ weight.T + bias: [.., in] -> [.., out]"""
         ...
 
     def rows(self, ids: Tensor) -> Tensor:
@@ -62,16 +69,20 @@ def describe() -> str:
     return said
 
 
-def pack_linear(weight: Tensor, bias: Tensor | None, *, quantization: str | None = None,
-                borrowed: bool = False) -> LinearForm:
-    """weight [out, in] and bias [out] -> the form that computes `x @ weight.T + bias`.
+def empty_linear(out_features: int, in_features: int, *, dtype: torch.dtype, device: torch.device,
+                 quantization: str | None = None) -> LinearForm:
+    """The form of a weight [out, in] that is best for this dtype and device, to be filled row by row."""
+    module = _for(torch.empty(0, dtype=dtype, device=device))
+    form: LinearForm = module.empty_linear(out_features, in_features, dtype=dtype, device=device,
+                                           quantization=quantization)
+    return form
 
-    `borrowed` tensors lie in memory that goes away: the native form always makes its own copy, the plain one only then.
-    """
-    module = _for(weight)
-    if borrowed and module is reference:
-        weight, bias = weight.clone(), None if bias is None else bias.clone()
-    form: LinearForm = module.pack_linear(weight, bias, quantization=quantization)
+
+def pack_linear(weight: Tensor, bias: Tensor | None, *, quantization: str | None = None) -> LinearForm:
+    """A form filled from weight [out, in] and bias [out]; neither is kept."""
+    form = empty_linear(*weight.shape, dtype=weight.dtype, device=weight.device, quantization=quantization)
+    form.fill(0, weight)
+    form.set_bias(bias)
     return form
 
 

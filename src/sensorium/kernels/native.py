@@ -12,7 +12,8 @@ import functools
 import importlib.machinery
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 Isa = Literal["portable", "avx2", "avx512"]
 ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512")  # slowest first; the index is the C side's number
-ABI = 1
+ABI = 2
 PANEL = 32  # output columns that are stored together, kPanel of native/kernels.h
 LANES = 16
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "tanh"]
@@ -50,6 +51,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "gated": (_P, _P, _P, _I64, _I64, _I32),
     "activate": (_P, _P, _P, _I64, _I32),
     "rope": (_P, _P, _I64, _P, _I64, _P, _P, _I64, _I64, _I64, _I64),
+    "decoder": (_P, _P, _P),
     "write_kv": (_P, _P, _I64, _P, _I64, _P, _P, _P, _I64, _I64, _I64, _I64),
 }
 
@@ -77,6 +79,42 @@ def _packed_like(x: Tensor) -> bool:
     return x.dtype is _BF16 and x.stride(2) == 1 and (x.stride(1) == head_dim or x.shape[1] == 1)
 
 
+class _DecoderLayer(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("input_norm", _P), ("q_norm", _P), ("k_norm", _P), ("post_norm", _P),
+        ("qkv", _P), ("o", _P), ("gate_up", _P), ("down", _P), ("window", _I64),
+    ]
+
+
+class _Decoder(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("layers", _P), ("final_norm", _P), ("num_layers", _I32), ("heads", _I32), ("kv_heads", _I32),
+        ("head_dim", _I32), ("rotary", _I32), ("block_size", _I32), ("activation", _I32), ("eps", _F32), ("scale", _F32),
+    ]
+
+
+class _DecoderStep(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("hidden", _P), ("out", _P), ("cos", _P), ("sin", _P), ("caches", _P), ("slots", _P), ("block_tables", _P),
+        ("query_start", _P), ("seq_lens", _P), ("tokens", _I64), ("max_blocks", _I64), ("sequences", _I64),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayerParts:
+    """What one decoder layer is made of, for `Native.decoder`. Forms are those that `pack_linear` gave."""
+
+    input_norm: Tensor
+    qkv: object
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o: object
+    post_norm: Tensor
+    gate_up: object
+    down: object
+    sliding_window: int | None
+
+
 class Native:
     """The library with one instruction set chosen. Its methods have the signatures of `sensorium.kernels`."""
 
@@ -93,6 +131,7 @@ class Native:
     _gated: Callable[..., None]
     _activate: Callable[..., None]
     _rope: Callable[..., None]
+    _decoder: Callable[..., None]
     _write_kv: Callable[..., None]
 
     def __init__(self, path: Path, isa: Isa | None, threads: int | None) -> None:
@@ -128,10 +167,15 @@ class Native:
     def supports(self, x: Tensor) -> bool:
         return x.dtype is _BF16 and x.device.type == "cpu"
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None, *, quantization: str | None = None) -> PackedLinear:
+    def empty_linear(self, out_features: int, in_features: int, *, dtype: torch.dtype = _BF16,
+                     device: torch.device | None = None, quantization: str | None = None) -> PackedLinear:
+        """A form to be filled; `dtype` and `device` are the reference's business."""
         if quantization is not None:
             raise StartupError(f"quantization {quantization!r} is not available")
-        packed = PackedLinear(self, weight.shape[0], weight.shape[1])
+        return PackedLinear(self, out_features, in_features)
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None, *, quantization: str | None = None) -> PackedLinear:
+        packed = self.empty_linear(weight.shape[0], weight.shape[1], quantization=quantization)
         packed.fill(0, weight)
         packed.set_bias(bias)
         return packed
@@ -236,11 +280,76 @@ class Native:
         self._attention(self._runtime, ctypes.addressof(arguments))
         return out
 
+    def decoder(self, layers: Sequence[DecoderLayerParts], final_norm: Tensor, *, num_heads: int, num_kv_heads: int,
+                head_dim: int, scale: float, eps: float, activation: Activation = "silu") -> NativeDecoder | None:
+        """All layers as one call, or None where a part has a form or dtype that needs the kernels one by one."""
+        tensors = [final_norm]
+        for parts in layers:
+            tensors += [t for t in (parts.input_norm, parts.q_norm, parts.k_norm, parts.post_norm) if t is not None]
+            if not all(type(form) is PackedLinear for form in (parts.qkv, parts.o, parts.gate_up, parts.down)):
+                return None
+        if not layers or head_dim % 2 or any(t.dtype is not _BF16 or not t.is_contiguous() for t in tensors):
+            return None
+        return NativeDecoder(self, layers, final_norm, _Decoder(
+            None, final_norm.data_ptr(), len(layers), num_heads, num_kv_heads, head_dim, 0, 0,
+            ACTIVATIONS.index(activation), eps, scale))
+
+
+class NativeDecoder:
+    """A whole decoder's layers and last norm in one call: the same numbers as kernel by kernel, without the Python."""
+
+    def __init__(self, native: Native, layers: Sequence[DecoderLayerParts], final_norm: Tensor, decoder: _Decoder) -> None:
+        def at(tensor: Tensor | None) -> int | None:
+            return None if tensor is None else tensor.data_ptr()
+
+        def form(part: object) -> int:
+            if not isinstance(part, PackedLinear):
+                raise TypeError(f"expected a packed linear layer, got {type(part).__name__}")
+            return part.address
+
+        self._native = native
+        self._kept = (list(layers), final_norm)  # the C side has their addresses
+        self._layers = (_DecoderLayer * len(layers))(*(
+            _DecoderLayer(at(p.input_norm), at(p.q_norm), at(p.k_norm), at(p.post_norm), form(p.qkv), form(p.o),
+                          form(p.gate_up), form(p.down), p.sliding_window or 0)
+            for p in layers))
+        decoder.layers = ctypes.addressof(self._layers)
+        self._decoder = decoder
+        self._cache: object = None
+        self._caches = (_P * (2 * len(layers)))()
+
+    def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: list[tuple[Tensor, Tensor]],
+                 context: AttentionContext) -> Tensor:
+        """bf16 [tokens, hidden] -> the normed output of the last layer; cos and sin float32 [tokens, rotated / 2]."""
+        if cache is not self._cache:
+            self._attach(cache)
+        if hidden.dtype is not _BF16 or cos.dtype is not torch.float32 or sin.dtype is not torch.float32:
+            raise ValueError(f"expected bfloat16 and float32, got {hidden.dtype}, {cos.dtype} and {sin.dtype}")
+        hidden, cos, sin = hidden.contiguous(), cos.contiguous(), sin.contiguous()
+        tables = context.block_tables
+        out = torch.empty_like(hidden)
+        self._decoder.rotary = 2 * cos.shape[1]
+        step = _DecoderStep(
+            hidden.data_ptr(), out.data_ptr(), cos.data_ptr(), sin.data_ptr(), ctypes.addressof(self._caches),
+            context.slots.data_ptr(), tables.data_ptr(), context.query_start.data_ptr(), context.seq_lens.data_ptr(),
+            hidden.shape[0], tables.stride(0), len(context.query_lens))
+        native = self._native
+        native._decoder(native._runtime, ctypes.addressof(self._decoder), ctypes.addressof(step))
+        return out
+
+    def _attach(self, cache: list[tuple[Tensor, Tensor]]) -> None:
+        flat = [tensor for pair in cache for tensor in pair]
+        if len(flat) != len(self._caches) or any(t.dtype is not _BF16 or not t.is_contiguous() for t in flat):
+            raise ValueError("the cache does not fit the decoder: one contiguous bf16 pair for every layer")
+        self._caches[:] = [tensor.data_ptr() for tensor in flat]
+        self._decoder.block_size = flat[0].shape[2]
+        self._cache = cache
+
 
 class PackedLinear:
     """A linear layer's bf16 weight in the panels that the kernel reads, made for `fill` to stream rows into."""
 
-    __slots__ = ("_address", "_arguments", "_bias", "_native", "_packed", "in_features", "nbytes", "out_features")
+    __slots__ = ("_arguments", "_bias", "_native", "_packed", "address", "in_features", "nbytes", "out_features")
 
     def __init__(self, native: Native, out_features: int, in_features: int) -> None:
         self._native = native
@@ -251,7 +360,7 @@ class PackedLinear:
         native._use_large_pages(self._packed.data_ptr(), self.nbytes)
         self._bias: Tensor | None = None
         self._arguments = _Linear(self._packed.data_ptr(), None, None, out_features, in_features, 0, 0)
-        self._address = ctypes.addressof(self._arguments)
+        self.address = ctypes.addressof(self._arguments)
 
     def fill(self, first_row: int, rows: Tensor) -> None:
         """Put rows [n, in] at `first_row`; the tensor is not kept."""
@@ -279,7 +388,7 @@ class PackedLinear:
             x = x.contiguous()
         y = torch.empty((*shape[:-1], self.out_features), dtype=dtype)
         native = self._native
-        native._linear(native._runtime, self._address, x.data_ptr(), size, x.numel() // size, y.data_ptr(),
+        native._linear(native._runtime, self.address, x.data_ptr(), size, x.numel() // size, y.data_ptr(),
                        dtype is not _BF16)
         return y
 

@@ -23,12 +23,21 @@ MASK_ELEMENTS = 4 * 1024 * 1024  # bound of one prefill mask
 class PlainLinear:
     """The unpacked form of a linear layer's weight."""
 
-    __slots__ = ("bias", "nbytes", "weight")
+    __slots__ = ("bias", "weight")
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor) -> None:
         self.weight = weight  # [out, in]
-        self.bias = bias  # [out]
-        self.nbytes = weight.nbytes + (0 if bias is None else bias.nbytes)
+        self.bias: Tensor | None = None  # [out]
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def fill(self, first_row: int, rows: Tensor) -> None:
+        self.weight[first_row : first_row + rows.shape[0]].copy_(rows)
+
+    def set_bias(self, bias: Tensor | None) -> None:
+        self.bias = None if bias is None else bias.to(self.weight, copy=True)
 
     def __call__(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.weight, self.bias)
@@ -38,10 +47,11 @@ class PlainLinear:
         return functional.embedding(ids, self.weight)
 
 
-def pack_linear(weight: Tensor, bias: Tensor | None, *, quantization: str | None = None) -> PlainLinear:
+def empty_linear(out_features: int, in_features: int, *, dtype: torch.dtype, device: torch.device,
+                 quantization: str | None = None) -> PlainLinear:
     if quantization is not None:
-        raise StartupError(f"quantization {quantization!r} is not available on this device")
-    return PlainLinear(weight, bias)
+        raise StartupError(f"quantization {quantization!r} is not available for {dtype} on {device.type}")
+    return PlainLinear(torch.empty(out_features, in_features, dtype=dtype, device=device))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

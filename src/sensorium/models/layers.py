@@ -6,7 +6,7 @@ Parameters are declared on the meta device and given their memory by `weights`; 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ class Linear(nn.Module):
     """x [.., in_features] -> [.., out_features]. `shards` names the row ranges that a checkpoint stores separately."""
 
     form: kernels.LinearForm
+    quantizable: ClassVar[bool] = True
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False,
                  shards: Mapping[str, tuple[int, int]] | None = None) -> None:
@@ -34,12 +35,20 @@ class Linear(nn.Module):
         self.weight: nn.Parameter | None = declare(out_features, in_features)
         self.bias: nn.Parameter | None = declare(out_features) if bias else None
 
-    def pack(self, weight: Tensor, bias: Tensor | None, *, quantization: str | None = None,
-             borrowed: bool = False) -> None:
-        """Take the weight in the layout of the fastest kernel; the declared parameters are gone afterwards."""
-        self.form = kernels.pack_linear(weight, bias, quantization=quantization, borrowed=borrowed)
+    def allocate(self, dtype: torch.dtype, device: torch.device,
+                 quantization: str | None = None) -> kernels.LinearForm:
+        """Replace the declared parameters by an empty form, to be filled with `fill` and `set_bias`."""
+        self.form = kernels.empty_linear(self.out_features, self.in_features, dtype=dtype, device=device,
+                                         quantization=quantization if self.quantizable else None)
         self.weight = None
         self.bias = None
+        return self.form
+
+    def pack(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Allocate and fill from tensors at hand; neither is kept."""
+        form = self.allocate(weight.dtype, weight.device)
+        form.fill(0, weight.flatten(1))
+        form.set_bias(bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.form(x)

@@ -30,6 +30,7 @@ from sensorium.models.registry import FAMILIES, load_class
 
 MAX_HEADER_BYTES = 100 * 1024 * 1024
 MAX_NAMED = 5  # keys that one error message names
+CONVERT_BYTES = 32 * 1024 * 1024  # of a tensor in another dtype that are converted at once
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -71,6 +72,11 @@ class _Slot:
     def holder(self, shard: str) -> StoredTensor | None:
         """What already fills this shard ("": any part of the parameter)."""
         return next((s for name, s in self.sources.items() if not name or not shard or name == shard), None)
+
+    def parts(self) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows) of everything that fills the parameter."""
+        for name, source in self.sources.items():
+            yield (self.shards()[name][0] if name else 0), source.view()
 
     def missing(self) -> list[str]:
         if "" in self.sources or (self.sources and self.sources.keys() == self.shards().keys()):
@@ -204,26 +210,27 @@ def _by_module(slots: dict[str, _Slot]) -> Iterator[tuple[nn.Module, dict[str, _
 def _fill_module(module: nn.Module, slots: dict[str, _Slot], dtype: torch.dtype, device: torch.device,
                  quantization: str | None) -> None:
     if isinstance(module, Linear):
-        weight, borrowed = _tensor(slots["weight"], dtype, device)
-        bias = _tensor(slots["bias"], dtype, device)[0].clone() if "bias" in slots else None
-        module.pack(weight, bias, quantization=quantization, borrowed=borrowed)
+        form = module.allocate(dtype, device, quantization)
+        for first, rows in slots["weight"].parts():
+            for start in range(0, rows.shape[0], step := _rows_at_once(rows)):
+                form.fill(first + start, rows[start : start + step].flatten(1).to(dtype))
+        if "bias" in slots:
+            form.set_bias(_whole(slots["bias"], dtype, device))
         return
     for name, slot in slots.items():
-        value, borrowed = _tensor(slot, dtype, device)
-        setattr(module, name, nn.Parameter(value.clone() if borrowed else value, requires_grad=False))
+        setattr(module, name, nn.Parameter(_whole(slot, dtype, device), requires_grad=False))
 
 
-def _tensor(slot: _Slot, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, bool]:
-    """(the whole parameter, whether its memory is the file's)"""
-    whole = slot.sources.get("")
-    if whole is not None:
-        stored = whole.view()
-        value = stored.to(device=device, dtype=dtype)
-        return value.view(slot.shape), value is stored
+def _whole(slot: _Slot, dtype: torch.dtype, device: torch.device) -> Tensor:
     value = torch.empty(slot.shape, dtype=dtype, device=device)
-    for name, (first, rows) in slot.shards().items():
-        value[first : first + rows].copy_(slot.sources[name].view())
-    return value, False
+    for first, rows in slot.parts():
+        value[first : first + rows.shape[0]].copy_(rows)
+    return value
+
+
+def _rows_at_once(rows: Tensor) -> int:
+    """Rows whose conversion to another dtype takes little memory."""
+    return max(1, CONVERT_BYTES * rows.shape[0] // max(1, rows.nbytes))
 
 
 def _read_safetensors(file: Path) -> list[StoredTensor]:

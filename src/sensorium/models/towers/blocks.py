@@ -43,14 +43,11 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
 class PatchLinear(Linear):
     """A convolution whose kernels do not overlap, as a linear layer over flattened patches. Never quantised."""
 
+    quantizable = False
+
     def __init__(self, out_features: int, *kernel: int, bias: bool = False) -> None:
         super().__init__(math.prod(kernel), out_features, bias=bias)
         self.weight = declare(out_features, *kernel)
-
-    def pack(
-        self, weight: Tensor, bias: Tensor | None, *, quantization: str | None = None, borrowed: bool = False
-    ) -> None:
-        super().pack(weight.flatten(1), bias, borrowed=borrowed)
 
 
 class LayerNorm(nn.Module):
