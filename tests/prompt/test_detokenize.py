@@ -150,7 +150,7 @@ def test_special_tokens_show_when_asked_for() -> None:
     assert "".join(streamed(tokenizer, ids, skip_special_tokens=False)) == "a<|im_end|>b<think>"
 
 
-def test_decoders_without_bytes_of_their_own_use_the_librarys_stream() -> None:
+def test_decoders_whose_tokens_have_no_bytes_of_their_own() -> None:
     assert TokenBytes.of(wordpiece()) is None
     assert TokenBytes.of(unigram()) is None
     tokenizer = TOKENIZERS["wordpiece"]

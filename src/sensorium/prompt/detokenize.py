@@ -10,13 +10,11 @@ from __future__ import annotations
 import codecs
 from collections.abc import Callable, Sequence
 
-from tokenizers.decoders import DecodeStream
-
 from sensorium.prompt.pieces import TokenBytes
 from sensorium.prompt.tokenizer import Tokenizer
 
 _Utf8Decoder = codecs.getincrementaldecoder("utf-8")
-_MAX_PENDING = 32  # tokens without text after which DecodeStream is started anew: it decodes all of them every time
+_MAX_PENDING = 16  # tokens of which no text came, after which a window ends: all of it is decoded for every token
 
 
 class Detokenizer:
@@ -31,11 +29,11 @@ class Detokenizer:
                  include_stop: bool = False, min_tokens: int = 0, keep_leading_space: bool = False) -> None:
         skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
         table = tokenizer.token_bytes
-        self._text: _TableText | _StreamText
+        self._text: _TableText | _WindowText
         if table is not None:
             self._text = _TableText(table, skipped, 0 if keep_leading_space else table.lead)
         else:
-            self._text = _StreamText(tokenizer, skipped)
+            self._text = _WindowText(tokenizer, skipped)
         self._stops = _StopStrings(stop, include_stop) if stop else None
         self._free_tokens = min_tokens
         # One call per token is spared where there is nothing to look for.
@@ -89,37 +87,40 @@ class _TableText:
         return text[spaces:]
 
 
-class _StreamText:
-    """Text of tokens whose spacing depends on their neighbours, through the tokenizer's own decoder."""
+class _WindowText:
+    """Text of tokens whose spacing depends on their neighbours: a short window is decoded again for every token."""
 
-    __slots__ = ("_pending", "_skipped", "_stream", "_tokenizer")
+    __slots__ = ("_before", "_context", "_decode", "_pending", "_skipped")
 
     def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int]) -> None:
-        self._tokenizer = tokenizer
+        self._decode = tokenizer.raw.decode
         self._skipped = skipped
-        self._stream = DecodeStream(skip_special_tokens=False)
-        self._pending: list[int] = []
+        self._context: list[int] = []  # the tokens that gave the last piece of text
+        self._before = ""  # their text
+        self._pending: list[int] = []  # tokens since
 
     def push(self, token_ids: Sequence[int]) -> str:
         return "".join([self._step(token_id) for token_id in token_ids if token_id not in self._skipped])
 
     def flush(self) -> str:
-        pending, self._pending = self._pending, []
-        return self._tokenizer.decode(pending, skip_special_tokens=False) if pending else ""
+        return self._take(self._window()) if self._pending else ""
 
     def _step(self, token_id: int) -> str:
-        if self._tokenizer.id_to_token(token_id) is None:
-            return ""
         self._pending.append(token_id)
-        text: str | None = self._stream.step(self._tokenizer.raw, token_id)
-        if text is None:
-            return self._restart() if len(self._pending) > _MAX_PENDING else ""
-        self._pending.clear()
-        return text
+        text = self._window()
+        unfinished = text.endswith("\ufffd") or len(text) <= len(self._before)
+        return "" if unfinished and len(self._pending) < _MAX_PENDING else self._take(text)
 
-    def _restart(self) -> str:
-        self._stream = DecodeStream(skip_special_tokens=False)
-        return self.flush()
+    def _window(self) -> str:
+        return self._decode(self._context + self._pending, skip_special_tokens=False)
+
+    def _take(self, text: str) -> str:
+        """The part of the window's text that is new; the window then goes on from here."""
+        self._context, self._pending = self._pending, []
+        alone = self._decode(self._context, skip_special_tokens=False)
+        new = text[len(self._before):] if text.startswith(self._before) else alone
+        self._before = alone
+        return new
 
 
 class _StopStrings:
