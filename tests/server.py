@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-READY = re.compile(r"ready\b.* at (http://[^\s,]+)")
+READY = re.compile(r"ready\b.* at (http://[^\s,]+):\s")
 
 
 @dataclass(frozen=True, slots=True)

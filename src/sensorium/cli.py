@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(found, os.environ)
     except StartupError as error:
-        print(f"sensorium: {error.message}", file=sys.stderr)
+        print("sensorium:", " ".join(error.message.split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 DEMO_NAME = "sensorium-demo"
 DEMO_FOLDER = Path(__file__).parent / "demo"
-PHASES = {"weights": "loading weights", "cache": "setting up the KV cache"}
+PHASES = {"imports": "starting the engine", "weights": "loading weights", "cache": "setting up the KV cache"}
 
 log = logging.getLogger("sensorium")
 
@@ -133,8 +133,10 @@ class LoadingBar:
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
             self._bar = Progress(TextColumn("{task.description:<24}"), BarColumn(), TaskProgressColumn(),
-                                 TimeElapsedColumn(), console=Console(stderr=True))
+                                 TimeElapsedColumn(), console=Console(stderr=True), transient=True)
             self._bar.start()
+        for earlier in self._bar.task_ids:
+            self._bar.update(earlier, completed=1.0)
         self._tasks[phase] = self._bar.add_task(title, total=1.0)
 
 

@@ -193,6 +193,60 @@ def test_varlen_attention(kernels: Native, head_dim: int, lengths: list[int]) ->
     assert_close(got, expected, tolerance=4 * ROUNDING)
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_decoder_is_its_kernels_one_by_one(kernels: Native, qk_norm: bool) -> None:
+    hidden, heads, kv_heads, dim, wide, tokens = 96, 6, 2, 32, 80, 520
+    query_lens, context_lens = [1, 1, 1, 517], [1, 40, 16, 530]
+    context = context_of(query_lens, context_lens, 16, 48)
+    cache = [(random_bf16(48, kv_heads, 16, dim), random_bf16(48, kv_heads, 16, dim)) for _ in range(3)]
+    twin = [(k.clone(), v.clone()) for k, v in cache]
+    layers = [
+        native.DecoderLayerParts(
+            random_bf16(hidden), kernels.pack_linear(random_bf16((heads + 2 * kv_heads) * dim, hidden), None),
+            random_bf16(dim) if qk_norm else None, random_bf16(dim) if qk_norm else None,
+            kernels.pack_linear(random_bf16(hidden, heads * dim), None), random_bf16(hidden),
+            kernels.pack_linear(random_bf16(2 * wide, hidden), None),
+            kernels.pack_linear(random_bf16(hidden, wide), None),
+            20 if i == 1 else None)
+        for i in range(3)
+    ]
+    norm, x = random_bf16(hidden), random_bf16(tokens, hidden)
+    angles = torch.randn(tokens, dim // 2)
+    cos, sin = angles.cos(), angles.sin()
+    decoder = kernels.decoder(layers, norm, num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, scale=0.2, eps=1e-6)
+    assert decoder is not None
+    before = x.clone()
+    got = decoder(x, cos, sin, cache, context)
+    assert torch.equal(x, before)
+
+    residual, out = x.clone(), None
+    for parts, (k_cache, v_cache) in zip(layers, twin, strict=True):
+        if out is None:
+            normed = kernels.rms_norm(residual, parts.input_norm, 1e-6)
+        else:
+            normed, residual = kernels.add_rms_norm(out, residual, parts.input_norm, 1e-6)
+        q, k, v = parts.qkv(normed).view(tokens, -1, dim).split([heads, kv_heads, kv_heads], dim=1)  # type: ignore[operator]
+        if parts.q_norm is not None and parts.k_norm is not None:
+            q, k = kernels.rms_norm(q, parts.q_norm, 1e-6), kernels.rms_norm(k, parts.k_norm, 1e-6)
+        q, k = kernels.rope(q, k, cos, sin)
+        kernels.write_kv(k, v, k_cache, v_cache, context.slots)
+        attended = kernels.paged_attention(q, k_cache, v_cache, context, 0.2, parts.sliding_window)
+        out = parts.o(attended.flatten(1))  # type: ignore[operator]
+        normed, residual = kernels.add_rms_norm(out, residual, parts.post_norm, 1e-6)
+        out = parts.down(kernels.silu_mul(parts.gate_up(normed)))  # type: ignore[operator]
+    assert out is not None
+    assert torch.equal(got, kernels.add_rms_norm(out, residual, norm, 1e-6)[0])
+    for ours, theirs in zip(cache, twin, strict=True):
+        assert torch.equal(ours[0], theirs[0])
+        assert torch.equal(ours[1], theirs[1])
+
+
+def test_decoder_is_not_made_of_other_parts(fastest: Native) -> None:
+    form = fastest.pack_linear(random_bf16(32, 32), None)
+    parts = native.DecoderLayerParts(random_bf16(32), form, None, None, form, random_bf16(32), form, lambda x: x, None)
+    assert fastest.decoder([parts], random_bf16(32), num_heads=1, num_kv_heads=1, head_dim=8, scale=1, eps=1e-6) is None
+
+
 def test_results_do_not_depend_on_the_number_of_threads(fastest: Native) -> None:
     weight, x = random_bf16(2000, 640), random_bf16(30, 640)
     context = context_of([1, 1, 90], [2000, 40, 200], 16, 160)

@@ -31,7 +31,7 @@ import os, socket, sys, time
 import numpy as np
 from sensorium.media import worker
 from sensorium.media.source import Refusal
-from sensorium.media.worker import Decoded
+from sensorium.media.decoders import Decoded
 
 def rogue(payload, job):
     deed = payload.decode()
