@@ -45,6 +45,31 @@ struct Attention {
     float scale;
 };
 
+// One layer of a Llama-like decoder. All norms bf16; q_norm and k_norm may be null.
+struct DecoderLayer {
+    const bf16 *input_norm, *q_norm, *k_norm, *post_norm;
+    const Linear *qkv, *o, *gate_up, *down;
+    int64_t window;
+};
+
+struct Decoder {
+    const DecoderLayer* layers;
+    const bf16* final_norm;
+    int32_t num_layers, heads, kv_heads, head_dim, rotary, block_size, activation;
+    float eps, scale;
+};
+
+// What changes from step to step. `hidden` is read; `out` [tokens, hidden_size] gets the normed result.
+struct DecoderStep {
+    const bf16* hidden;
+    bf16* out;
+    const float *cos, *sin;  // [tokens, rotary / 2]
+    bf16* const* caches;     // keys, values of each layer: [blocks, kv_heads, block_size, head_dim]
+    const int64_t* slots;
+    const int32_t *block_tables, *query_start, *seq_lens;
+    int64_t tokens, max_blocks, sequences;
+};
+
 struct Kernels {
     const char* name;
     void (*pack_bf16)(const Runtime&, const bf16* weight, int64_t stride, int64_t rows, int64_t row_start, int64_t n,

@@ -89,7 +89,8 @@ class _DecoderLayer(ctypes.Structure):
 class _Decoder(ctypes.Structure):
     _fields_: ClassVar = [
         ("layers", _P), ("final_norm", _P), ("num_layers", _I32), ("heads", _I32), ("kv_heads", _I32),
-        ("head_dim", _I32), ("rotary", _I32), ("block_size", _I32), ("activation", _I32), ("eps", _F32), ("scale", _F32),
+        ("head_dim", _I32), ("rotary", _I32), ("block_size", _I32), ("activation", _I32),
+        ("eps", _F32), ("scale", _F32),
     ]
 
 
@@ -298,7 +299,8 @@ class Native:
 class NativeDecoder:
     """A whole decoder's layers and last norm in one call: the same numbers as kernel by kernel, without the Python."""
 
-    def __init__(self, native: Native, layers: Sequence[DecoderLayerParts], final_norm: Tensor, decoder: _Decoder) -> None:
+    def __init__(self, native: Native, layers: Sequence[DecoderLayerParts], final_norm: Tensor,
+                 decoder: _Decoder) -> None:
         def at(tensor: Tensor | None) -> int | None:
             return None if tensor is None else tensor.data_ptr()
 

@@ -1,0 +1,94 @@
+// All layers of a decoder in one call: the same kernels in the same order as models/decoder.py, without Python between
+// them. Results are bit for bit those of calling the kernels one by one.
+#pragma once
+
+#include <cstring>
+
+#include "kernels.h"
+
+namespace sensorium {
+
+// Rows of the MLP that are computed together: its wide activations should not leave the caches.
+constexpr int64_t kMlpRows = 480;
+
+struct DecoderBuffers {
+    bf16 *residual, *normed, *qkv, *attended, *gate_up, *gated;
+};
+
+static inline DecoderBuffers decoder_buffers(const Decoder& d, int64_t tokens) {
+    const DecoderLayer& layer = d.layers[0];
+    const int64_t hidden = layer.qkv->k, qkv = layer.qkv->n, attended = layer.o->k, wide = layer.gate_up->n;
+    const int64_t mlp_rows = std::min(tokens, kMlpRows);
+    const int64_t sizes[] = {tokens * hidden, tokens * hidden, tokens * qkv, tokens * attended, mlp_rows * wide,
+                             mlp_rows * wide / 2};
+    int64_t total = 0;
+    for (int64_t size : sizes) total += (size + 63) & ~int64_t(63);
+    bf16* at = static_cast<bf16*>(Scratch<5>::get(size_t(total) * sizeof(bf16)));
+    bf16* parts[6];
+    for (int i = 0; i < 6; ++i) {
+        parts[i] = at;
+        at += (sizes[i] + 63) & ~int64_t(63);
+    }
+    return {parts[0], parts[1], parts[2], parts[3], parts[4], parts[5]};
+}
+
+static inline void decoder_attention(const Runtime& r, const Decoder& d, const DecoderStep& step, int layer_index,
+                                     const DecoderBuffers& b) {
+    const Kernels& kernels = *r.kernels;
+    const DecoderLayer& layer = d.layers[layer_index];
+    const int64_t dim = d.head_dim, stride = layer.qkv->n;
+    bf16 *q = b.qkv, *k = q + d.heads * dim, *v = k + d.kv_heads * dim;
+    bf16 *k_cache = step.caches[2 * layer_index], *v_cache = step.caches[2 * layer_index + 1];
+    if (layer.q_norm)
+        parallel_rows(r, step.tokens, stride * 4, [&](int64_t token) {
+            const Runtime alone{1, nullptr, r.kernels};
+            bf16 *q_row = q + token * stride, *k_row = k + token * stride;
+            kernels.rms_norm(alone, q_row, dim, layer.q_norm, q_row, dim, d.heads, dim, d.eps);
+            kernels.rms_norm(alone, k_row, dim, layer.k_norm, k_row, dim, d.kv_heads, dim, d.eps);
+        });
+    kernels.rope(r, q, stride, q, stride, step.cos, step.sin, step.tokens, d.heads, dim, d.rotary);
+    kernels.rope(r, k, stride, k, stride, step.cos, step.sin, step.tokens, d.kv_heads, dim, d.rotary);
+    kernels.write_kv(r, k, stride, v, stride, k_cache, v_cache, step.slots, step.tokens, d.kv_heads, dim,
+                     d.block_size);
+    Attention a{};
+    a.q = q, a.out = b.attended, a.k = k_cache, a.v = v_cache;
+    a.q_stride = stride, a.out_stride = d.heads * dim;
+    a.k_row_stride = a.v_row_stride = dim;
+    a.k_head_stride = a.v_head_stride = d.block_size * dim;
+    a.k_block_stride = a.v_block_stride = d.kv_heads * d.block_size * dim;
+    a.block_tables = step.block_tables, a.query_start = step.query_start, a.seq_lens = step.seq_lens;
+    a.max_blocks = step.max_blocks, a.sequences = int32_t(step.sequences);
+    a.heads = d.heads, a.kv_heads = d.kv_heads, a.head_dim = d.head_dim, a.block_size = d.block_size;
+    a.causal = 1, a.window = int32_t(layer.window), a.scale = d.scale;
+    kernels.attention(r, a);
+}
+
+static inline void run_decoder(const Runtime& r, const Decoder& d, const DecoderStep& step) {
+    const Kernels& kernels = *r.kernels;
+    const int64_t tokens = step.tokens, hidden = d.layers[0].qkv->k;
+    const DecoderBuffers b = decoder_buffers(d, tokens);
+    std::memcpy(b.residual, step.hidden, size_t(tokens * hidden) * sizeof(bf16));
+    bf16* x = step.out;  // what the last product gave and is not in `residual` yet
+    for (int i = 0; i < d.num_layers; ++i) {
+        const DecoderLayer& layer = d.layers[i];
+        if (i == 0)
+            kernels.rms_norm(r, b.residual, hidden, layer.input_norm, b.normed, hidden, tokens, hidden, d.eps);
+        else
+            kernels.add_rms_norm(r, x, b.residual, layer.input_norm, b.normed, b.residual, tokens, hidden, d.eps);
+        kernels.linear(r, *layer.qkv, b.normed, hidden, tokens, b.qkv, 0);
+        decoder_attention(r, d, step, i, b);
+        kernels.linear(r, *layer.o, b.attended, layer.o->k, tokens, x, 0);
+        kernels.add_rms_norm(r, x, b.residual, layer.post_norm, b.normed, b.residual, tokens, hidden, d.eps);
+        const int64_t wide = layer.gate_up->n / 2, blocks = (tokens + kMlpRows - 1) / kMlpRows;
+        for (int64_t block = 0; block < blocks; ++block) {
+            const int64_t first = tokens * block / blocks, rows = tokens * (block + 1) / blocks - first;
+            kernels.linear(r, *layer.gate_up, b.normed + first * hidden, hidden, rows, b.gate_up, 0);
+            kernels.gated(r, b.gate_up, b.gated, rows, wide, d.activation);
+            kernels.linear(r, *layer.down, b.gated, wide, rows, x + first * hidden, 0);
+        }
+    }
+    // In place: every row is read before it is written.
+    kernels.add_rms_norm(r, x, b.residual, d.final_norm, x, b.residual, tokens, hidden, d.eps);
+}
+
+}  // namespace sensorium
