@@ -1,7 +1,7 @@
 """Keeps control tokens out of other people's text: `<|im_end|>` typed by a user stays eight letters.
 
 `escape` puts a mark inside every literal found in foreign text, so that the text can go through a chat template without
-being taken for the template's own control tokens. Whoever tokenizes the result calls `split_true` and `unescape`.
+being taken for the template's own control tokens. Whoever tokenizes the result calls `rename_true`.
 Marks are Unicode noncharacters, which text is not allowed to contain: foreign ones become U+FFFD.
 """
 
