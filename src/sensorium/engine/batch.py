@@ -7,6 +7,7 @@ times, never each token.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -14,8 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sensorium.engine.scheduler import Plan, spans_within
-from sensorium.engine.sequence import ItemKey, Sequence
+from sensorium.engine.sequence import ItemKey, Positions, Sequence
 from sensorium.models.base import AttentionContext
+
+Ints: TypeAlias = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,51 +77,48 @@ class BatchBuilder:
             ones, lengths.tolist(), count, self._block_size, self._tensor(np.arange(count + 1, dtype=np.int32)),
             self._tensor(lengths.astype(np.int32)), self._tensor(tables), self._tensor(slots),
             self._long_context(decodes, ones))
-        return Batch(decodes, list(range(count)), self._tensor(np.ascontiguousarray(token_ids)), self._tensor(positions),
-                     context, [], decodes, None)
+        inputs = self._tensor(np.ascontiguousarray(token_ids))
+        return Batch(decodes, list(range(count)), inputs, self._tensor(positions), context, [], decodes, None)
 
     def _mixed(self, plan: Plan) -> Batch:
         sequences = plan.sequences()
         query_lens = [1] * len(plan.decodes) + [count for _, count in plan.prefills]
-        ends = np.cumsum(query_lens)
-        starts = (ends - query_lens).tolist()
-        total = int(ends[-1])
-        token_ids = np.empty(total, np.int64)
-        slots = np.zeros(total, np.int64)
+        counts = np.array(query_lens, np.int64)
+        computed = np.array([seq.num_computed for seq in sequences], np.int64)
+        rows = np.array([seq.row for seq in sequences], np.int64)
+        lengths = computed + counts
+        ends = counts.cumsum()
+        starts = (ends - counts).tolist()
+        token_ids = np.empty(ends[-1], np.int64)
         pieces = []
         media: list[MediaRows] = []
-        sampled: list[Sequence] = []
         for seq, count, start in zip(sequences, query_lens, starts, strict=True):
             first, last = seq.num_computed, seq.num_computed + count
             token_ids[start : start + count] = seq.tokens[first:last]
             pieces.append(seq.positions(first, last))
             if seq.item_keys:
                 media.extend(_media_rows(seq, first, last, start - first))
-            if last == seq.num_tokens:
-                sampled.append(seq)
-        lengths = np.array([seq.num_computed for seq in sequences]) + query_lens
-        rows = np.array([seq.row for seq in sequences])
         tables = self._block_tables(sequences, rows, lengths)
-        if self._has_cache:
-            slots = self._slots(rows, lengths, query_lens)
-        is_sampled = np.array([seq.num_computed for seq in sequences]) + query_lens == [s.num_tokens for s in sequences]
+        is_last = lengths == [seq.num_tokens for seq in sequences]
         context = AttentionContext(
             query_lens, lengths.tolist(), len(plan.decodes), self._block_size,
             self._tensor(np.concatenate(([0], ends)).astype(np.int32)), self._tensor(lengths.astype(np.int32)),
-            self._tensor(tables), self._tensor(slots), self._long_context(sequences, query_lens))
-        return Batch(sequences, starts, self._tensor(token_ids), self._tensor(_joined(pieces, self._axes)), context, media,
-                     sampled, self._tensor((ends - 1)[is_sampled]))
+            self._tensor(tables), self._tensor(self._slots(rows, lengths, counts)),
+            self._long_context(sequences, query_lens))
+        sampled = [seq for seq, last in zip(sequences, is_last.tolist(), strict=True) if last]
+        return Batch(sequences, starts, self._tensor(token_ids), self._tensor(_joined(pieces, self._axes)), context,
+                     media, sampled, self._tensor((ends - 1)[is_last]))
 
-    def _slots(self, rows: NDArray[np.int64], lengths: NDArray[np.int64], query_lens: list[int]) -> NDArray[np.int64]:
-        """Where each token's keys and values go: block * block_size + offset."""
-        counts = np.array(query_lens)
-        ends = np.cumsum(counts)
+    def _slots(self, rows: Ints, lengths: Ints, counts: Ints) -> Ints:
+        """Where each token's keys and values go: block * block_size + offset. [tokens]"""
+        ends = counts.cumsum()
+        if not self._has_cache:
+            return np.zeros(ends[-1], np.int64)
         places = np.arange(ends[-1]) + np.repeat(lengths - ends, counts)  # index of each token in its sequence
         blocks = self._tables[np.repeat(rows, counts), places // self._block_size].astype(np.int64)
-        return blocks * self._block_size + places % self._block_size
+        return np.asarray(blocks * self._block_size + places % self._block_size)
 
-    def _block_tables(self, sequences: list[Sequence], rows: NDArray[np.int64],
-                      lengths: NDArray[np.int64]) -> NDArray[np.int32]:
+    def _block_tables(self, sequences: list[Sequence], rows: Ints, lengths: Ints) -> NDArray[np.int32]:
         """int32 [seqs, most blocks]; padding holds any valid block number."""
         if not self._has_cache:
             return np.zeros((len(sequences), 1), np.int32)
@@ -146,7 +146,7 @@ class BatchBuilder:
         return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)
 
 
-def _joined(pieces: list[NDArray[np.int64] | NDArray[np.int32]], axes: int) -> NDArray[np.int64]:
+def _joined(pieces: list[Positions], axes: int) -> Ints:
     """Positions of all sequences: one axis if that says everything, else all."""
     if all(piece.ndim == 1 for piece in pieces):
         return np.concatenate(pieces).astype(np.int64, copy=False)

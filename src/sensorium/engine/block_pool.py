@@ -73,7 +73,7 @@ class BlockPool:
         """Every block in exactly one state, every key pointing both ways."""
         for block, count in enumerate(self._references):
             if (count == 0) != (block in self._free) or count < 0:
-                raise BlockPoolError(f"block {block} has {count} users and is {'' if block in self._free else 'not '}free")
+                raise BlockPoolError(f"block {block} has {count} users, and free is {block in self._free}")
         known = {key: block for block, key in enumerate(self._keys) if key is not None}
         if known != self._by_key:
             raise BlockPoolError("keys and blocks disagree")

@@ -1,7 +1,7 @@
 """The HTTP process's half of the engine: starts the child, sends requests, hands out their outputs, watches over it.
 
-Torch-free. One socket, one reader callback: a token costs a dictionary look-up and an append, no task. When the child is lost its
-requests end with `UnavailableError` and another child is started, a few times.
+Torch-free. One socket, one reader callback: a token costs a dictionary look-up and an append, no task. When the child
+is lost its requests end with `UnavailableError` and another child is started, a few times.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from time import monotonic
 from types import TracebackType
 from typing import Literal
@@ -43,7 +43,8 @@ logger = logging.getLogger(__name__)
 class OutputStream:
     """Outputs of one request, in order. Tokens that came since the last look are one output.
 
-    Ends after an output with a finish reason; raises `UnavailableError` if the engine is lost. Leaving `async with` early aborts.
+    Ends after an output with a finish reason; raises `UnavailableError` if the engine is lost. Leaving `async with`
+    early aborts.
     """
 
     __slots__ = ("_client", "_done", "_error", "_items", "_waiter", "id")
@@ -81,7 +82,8 @@ class OutputStream:
             return EngineOutput(self.id, (first,))
         tokens = [first]
         while items and isinstance(items[0], int):
-            tokens.append(items.popleft())
+            tokens.append(items[0])
+            items.popleft()
         return EngineOutput(self.id, tuple(tokens))
 
     async def __aenter__(self) -> OutputStream:
@@ -262,10 +264,10 @@ class EngineClient:
         if not self._tasks:
             self._spawn(self._watch())
 
-    def _spawn(self, coroutine: asyncio._CoroutineLike[None]) -> None:
-        task = asyncio.ensure_future(coroutine)
-        self._tasks.add(task)  # type: ignore[arg-type]
-        task.add_done_callback(self._tasks.discard)  # type: ignore[arg-type]
+    def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _receive(self, kind: int, payload: memoryview) -> None:
         self._heard_s = monotonic()
@@ -283,7 +285,8 @@ class EngineClient:
             self._signal_ready()
         elif kind == Kind.FATAL:
             self._fatal = messages.decode_fatal(payload)
-            logger.error("engine: %s", self._fatal)
+            if self.ready is not None:  # before that, `wait_ready` raises it
+                logger.error("engine: %s", self._fatal)
         elif kind != Kind.PONG:
             raise ProtocolError(f"message of kind {kind}")
 

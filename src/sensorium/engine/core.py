@@ -13,7 +13,6 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -28,9 +27,9 @@ if TYPE_CHECKING:
     from sensorium.engine.loading import Engine
     from sensorium.engine.runner import StepResult
     from sensorium.engine.scheduler import Plan
-    from sensorium.engine.sequence import Sequence
 
 STATS_INTERVAL_S = 0.25
+PROGRESS_INTERVAL_S = 0.05
 STEP_FAILED = "The engine failed while it computed this request."
 NOT_FINITE = "The model's output for this request is not a number."
 MEDIA_FAILED = "The model failed to encode the media of this request."
@@ -153,21 +152,44 @@ class Core:
     # One step: schedule, towers, forward and sample, take the results
 
     def _step(self) -> None:
-        plan, outputs = self._scheduler.schedule()
+        plan, rich = self._scheduler.schedule()
         if plan.encode:
-            outputs += self._encode(plan)
-        if not plan:
-            self._send([], [], outputs)
-            return
-        try:
-            result = self._runner.run(plan)
-        except Exception as error:
-            outputs += self._survive(plan, error)
-            self._send([], [], outputs)
-            return
-        ids, token_ids, rich = self._results(plan, result)
+            rich += self._encode(plan)
+        ids: list[int] = []
+        token_ids: list[int] = []
+        if plan:
+            for part, result in self._compute(plan, rich):
+                self._take_results(part, result, ids, token_ids, rich)
         self._faults.hit("send")
-        self._send(ids, token_ids, outputs + rich)
+        self._send(ids, token_ids, rich)
+
+    def _compute(self, plan: Plan, rich: list[EngineOutput]) -> list[tuple[Plan, StepResult]]:
+        """Run a plan. If that fails, its requests fail; if its shape has failed before, only those that fail alone."""
+        try:
+            return [(plan, self._runner.run(plan))]
+        except Exception as error:
+            self._raise_if_lost(error)
+            logger.error("a step failed: %d decodes, %d prompts", len(plan.decodes), len(plan.prefills), exc_info=error)
+        shape = (len(plan.decodes), *(count for _, count in plan.prefills))
+        sequences = plan.sequences()
+        if shape not in self._failed_shapes or len(sequences) == 1:
+            self._failed_shapes.add(shape)
+            rich += [self._scheduler.fail(seq, STEP_FAILED) for seq in sequences]
+            return []
+        results = []
+        for part in plan.singles():
+            try:
+                results.append((part, self._runner.run(part)))
+            except Exception as error:
+                self._raise_if_lost(error)
+                rich += [self._scheduler.fail(seq, STEP_FAILED) for seq in part.sequences()]
+        return results
+
+    def _raise_if_lost(self, error: Exception) -> None:
+        from sensorium.engine.runner import is_device_lost
+
+        if is_device_lost(error):
+            raise error
 
     def _encode(self, plan: Plan) -> list[EngineOutput]:
         started = monotonic()
@@ -175,16 +197,14 @@ class Core:
         self._encoder_seconds += monotonic() - started
         return self._scheduler.drop_failed_items(plan, failed, MEDIA_FAILED) if failed else []
 
-    def _results(self, plan: Plan, result: StepResult) -> tuple[list[int], list[int], list[EngineOutput]]:
-        """Advance every sequence of the plan; outputs as `messages.encode_outputs` takes them."""
+    def _take_results(self, plan: Plan, result: StepResult, ids: list[int], token_ids: list[int],
+                      rich: list[EngineOutput]) -> None:
+        """Advance every sequence of a computed plan and add its outputs, as `messages.encode_outputs` takes them."""
         scheduler = self._scheduler
         for seq in plan.decodes:
             scheduler.advance(seq, 1)
         for seq, count in plan.prefills:
             scheduler.advance(seq, count)
-        ids: list[int] = []
-        token_ids: list[int] = []
-        rich: list[EngineOutput] = []
         sampled = result.sampled
         failed = set(sampled.failed)
         for i, (seq, token) in enumerate(zip(result.sequences, sampled.token_ids, strict=True)):
@@ -207,34 +227,6 @@ class Core:
                 scheduler.finish(seq)
                 rich.append(EngineOutput(seq.id, finish_reason="stop", cached_tokens=seq.cached_tokens,
                                          vector=result.vectors[seq.id]))
-        return ids, token_ids, rich
-
-    def _survive(self, plan: Plan, error: Exception) -> list[EngineOutput]:
-        """A step failed: end its requests. When a step of the same shape fails again, only those that fail alone."""
-        from sensorium.engine.runner import is_device_lost
-
-        if is_device_lost(error):
-            raise error
-        shape = (len(plan.decodes), *(count for _, count in plan.prefills))
-        logger.error("a step of %d decodes and %d prompts failed", len(plan.decodes), len(plan.prefills), exc_info=error)
-        sequences = plan.sequences()
-        if shape not in self._failed_shapes or len(sequences) == 1:
-            self._failed_shapes.add(shape)
-            return [self._scheduler.fail(seq, STEP_FAILED) for seq in sequences]
-        return [self._scheduler.fail(seq, STEP_FAILED) for seq in sequences if not self._runs_alone(plan, seq)]
-
-    def _runs_alone(self, plan: Plan, seq: Sequence) -> bool:
-        """Compute one sequence's part of a failed step by itself and throw the result away: the next step repeats it."""
-        alone = type(plan)([one for one in plan.decodes if one is seq], [one for one in plan.prefills if one[0] is seq])
-        try:
-            self._runner.run(alone)
-        except Exception as error:
-            from sensorium.engine.runner import is_device_lost
-
-            if is_device_lost(error):
-                raise
-            return False
-        return True
 
     # Out
 
@@ -253,6 +245,20 @@ class Core:
         self._stats_due = monotonic() + STATS_INTERVAL_S
 
 
+class _Report:
+    """Progress of loading, told at most every `PROGRESS_INTERVAL_S`, but every end of a phase."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._due = 0.0
+
+    def __call__(self, phase: str, fraction: float) -> None:
+        now = monotonic()
+        if now >= self._due or fraction in (0.0, 1.0):
+            self._channel.send(messages.encode_progress(phase, fraction))
+            self._due = now + PROGRESS_INTERVAL_S
+
+
 def serve(sock: socket.socket, faults: Faults) -> int:
     """Load what the first frame asks for and step until told to stop. Returns the exit code."""
     channel = Channel(sock)
@@ -261,7 +267,7 @@ def serve(sock: socket.socket, faults: Faults) -> int:
         raise ProtocolError("the first message is not the configuration")
     config = messages.decode_config(payload)
     channel.start()
-    report: Callable[[str, float], None] = lambda phase, part: channel.send(messages.encode_progress(phase, part))  # noqa: E731
+    report = _Report(channel)
     report("imports", 0.0)
     try:
         from sensorium.engine.loading import load_engine  # imports torch: the client hears of us before that
@@ -275,7 +281,7 @@ def serve(sock: socket.socket, faults: Faults) -> int:
         return 2
     except Exception as error:
         logger.exception("the model could not be loaded")
-        channel.send(messages.encode_fatal(f"the model could not be loaded: {type(error).__name__}: {_first_line(error)}"))
+        channel.send(messages.encode_fatal(f"the model could not be loaded: {_described(error)}"))
         return 1
     channel.send(messages.encode_ready(engine.ready))
     core = Core(engine, channel, faults)
@@ -283,13 +289,14 @@ def serve(sock: socket.socket, faults: Faults) -> int:
         core.run()
     except Exception as error:
         logger.exception("the engine cannot go on")
-        channel.send(messages.encode_fatal(f"the engine stopped: {type(error).__name__}: {_first_line(error)}"))
+        channel.send(messages.encode_fatal(f"the engine stopped: {_described(error)}"))
         return 1
     return 0
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "")
+def _described(error: BaseException) -> str:
+    """One line for the operator."""
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
 def main() -> int:

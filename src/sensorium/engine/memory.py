@@ -16,6 +16,9 @@ from sensorium.models.base import KVCache, Model
 
 CPU_PART = 0.25  # of free memory for the KV cache, where the flag does not say
 
+_CGROUP_FILES = (  # (limit, usage), version 2 and 1
+    ("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+
 
 @dataclass(frozen=True, slots=True)
 class CacheShape:
@@ -45,9 +48,9 @@ def size_cache(config: EngineConfig, shape: CacheShape, wanted_len: int, availab
                            f"{_readable(shape.block_bytes)}, {_readable(max(available_bytes, 0))} can be had "
                            "(--kv-cache-memory or --gpu-memory-utilization sets how much)")
     if capacity < wanted_len and config.max_model_len is not None:
-        raise StartupError(f"--max-model-len {wanted_len} needs {_readable(per_sequence * shape.block_bytes)} of KV cache, "
-                           f"{_readable(available_bytes)} can be had: lower it, or raise --kv-cache-memory "
-                           "(on a GPU --gpu-memory-utilization)")
+        needed = _readable(per_sequence * shape.block_bytes)
+        raise StartupError(f"--max-model-len {wanted_len} needs {needed} of KV cache, {_readable(available_bytes)} can "
+                           "be had: lower it, or raise --kv-cache-memory (on a GPU --gpu-memory-utilization)")
     return blocks, min(wanted_len, capacity)
 
 
@@ -65,7 +68,7 @@ def free_memory_bytes() -> int:
     """Memory that can still be taken: the machine's, or what the container's limit leaves."""
     found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     free = int(found[1]) * 1024 if found else 4 * 1024**3
-    for limit, usage in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+    for limit, usage in _CGROUP_FILES:
         bound, used = _number(limit), _number(usage)
         if bound is not None and used is not None:
             free = min(free, bound - used)

@@ -1,8 +1,8 @@
-"""What the two processes say to each other: length-prefixed frames on a stream socket, msgpack and raw arrays, no pickle.
+"""What the two processes say to each other: length-prefixed frames on a stream socket, msgpack and raw arrays.
 
 A frame is `<u32 payload bytes, u8 kind>` and its payload. Arrays follow their message's msgpack header as they lie in
-memory, each at a multiple of 64 bytes, so that nobody copies them. The usual output, one plain token for many requests, is two packed
-columns of numbers. Torch-free.
+memory, each at a multiple of 64 bytes, so that nobody copies them; nothing is pickled. The usual output, one plain
+token for many requests, is two packed columns of numbers. Torch-free.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 import numpy as np
@@ -39,6 +39,7 @@ DTYPES = frozenset({"uint8", "int32", "int64", "float16", "float32"})  # that an
 _HEAD = struct.Struct("<IB")
 _COUNT = struct.Struct("<I")
 
+T = TypeVar("T")
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 
@@ -166,7 +167,7 @@ def decode_fatal(payload: Buffer) -> str:
     return _decoded(_text.decode, payload)
 
 
-def _decoded(decode: Callable[[Buffer], Any], payload: Buffer) -> Any:
+def _decoded(decode: Callable[[Buffer], T], payload: Buffer) -> T:
     try:
         return decode(payload)
     except msgspec.MsgspecError as error:
@@ -198,7 +199,7 @@ def encode_request(request: EngineRequest) -> list[Buffer]:
     for array in arrays:
         padding = -size % ALIGNMENT
         pieces.append(bytes(padding))
-        pieces.append(memoryview(np.ascontiguousarray(array).reshape(-1)).cast("B") if array.size else b"")
+        pieces.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         size += padding + array.nbytes
     if size > MAX_FRAME_BYTES:
         raise ProtocolError(f"a request of {size} bytes is larger than a frame may be")
@@ -213,7 +214,7 @@ def decode_request(payload: memoryview) -> EngineRequest:
     if len(payload) < _COUNT.size:
         raise ProtocolError("a request without header")
     header_size = _COUNT.unpack_from(payload)[0]
-    wire: _Request = _decoded(_request.decode, payload[_COUNT.size : _COUNT.size + header_size])
+    wire = _decoded(_request.decode, payload[_COUNT.size : _COUNT.size + header_size])
     arrays = iter(_arrays(payload, _COUNT.size + header_size, wire.arrays))
     expected = 1 + wire.has_positions + wire.has_token_types + sum(len(m.names) for m in wire.media)
     if len(wire.arrays) != expected:
@@ -221,7 +222,8 @@ def decode_request(payload: memoryview) -> EngineRequest:
     token_ids = next(arrays)
     positions = next(arrays) if wire.has_positions else None
     token_types = next(arrays) if wire.has_token_types else None
-    media = tuple(MediaFeatures(m.kind, m.key, m.num_rows, {name: next(arrays) for name in m.names}) for m in wire.media)
+    media = tuple(
+        MediaFeatures(m.kind, m.key, m.num_rows, {name: next(arrays) for name in m.names}) for m in wire.media)
     spans = tuple(MediaSpan(*span) for span in wire.spans)
     prompt = Prompt(token_ids, media, spans, positions, wire.position_delta, token_types)
     return EngineRequest(wire.id, prompt, wire.sampling, wire.pooling, wire.priority, wire.salt)
@@ -246,7 +248,7 @@ def _arrays(payload: memoryview, start: int, specs: Iterable[_ArraySpec]) -> Ite
 
 
 def encode_outputs(ids: Sequence[int], token_ids: Sequence[int], rich: Sequence[EngineOutput] = ()) -> bytes:
-    """One step's outputs: request `ids[i]` got the plain token `token_ids[i]`; everything that is more than that is `rich`."""
+    """One step's outputs: request `ids[i]` got the plain token `token_ids[i]`; all that is more than that is `rich`."""
     count = len(ids)
     payload = struct.pack(f"<I{count}Q{count}I", count, *ids, *token_ids)
     if rich:
@@ -297,7 +299,7 @@ def _wire_output(output: EngineOutput) -> _Output:
 
 
 class FrameReader:
-    """Turns received bytes into (kind, payload) in order. Payloads are views that stay valid as long as they are held."""
+    """Turns received bytes into (kind, payload) in order. Payloads are views, valid as long as they are held."""
 
     def __init__(self) -> None:
         self._pieces: list[bytes] = []  # of a frame that is not complete yet

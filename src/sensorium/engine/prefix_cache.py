@@ -1,8 +1,8 @@
 """Which KV blocks already hold the beginning of a sequence: a chain of sha256 over everything that they depend on.
 
-A block's key covers its parent's key, its token ids, the media rows that stand in it and positions other than 0, 1, 2, …;
-the chain starts from model identity and tenant salt. Every part is framed by its length, so that no two inputs give
-the same bytes. Python's `hash` plays no part.
+A block's key covers its parent's key, its token ids, the media rows that stand in it and positions other than
+0, 1, 2, …; the chain starts from model identity and tenant salt. Every part is framed by its length, so that no two
+inputs give the same bytes. Python's `hash` plays no part.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ _SPAN = struct.Struct("<IIQI")  # offset in the block, tokens, first row, bytes 
 
 def root_key(identity: bytes, salt: bytes, *, is_long: bool = False) -> bytes:
     """Parent of every first block of one model, tenant and kind of rotary frequencies."""
-    return sha256(b"".join((_LENGTH.pack(len(identity)), identity, _LENGTH.pack(len(salt)), salt, bytes([is_long])))).digest()
+    parts = (_LENGTH.pack(len(identity)), identity, _LENGTH.pack(len(salt)), salt, bytes([is_long]))
+    return sha256(b"".join(parts)).digest()
 
 
 def block_key(parent: bytes, token_ids: bytes, spans: list[tuple[int, int, int, bytes]], positions: bytes) -> bytes:
@@ -48,7 +49,7 @@ class PrefixCache:
         self.hits = 0  # tokens
 
     def find(self, seq: Sequence) -> list[int]:
-        """Leading blocks of `seq` that are in the cache. The last token is always left to compute. Takes no reference."""
+        """Leading blocks of `seq` that are in the cache; the last token is always left to compute. Retains nothing."""
         found: list[int] = []
         if self._enabled and seq.reuse:
             for index in range((seq.num_tokens - 1) // self._block_size):
@@ -107,7 +108,7 @@ def _positions(seq: Sequence, start: int, end: int) -> bytes:
     positions = seq.positions(start, end)
     explicit = seq.request.prompt.positions
     if explicit is not None:
-        positions = np.broadcast_to(positions, (len(explicit), end - start))
+        return np.broadcast_to(positions, (len(explicit), end - start)).astype("<i4").tobytes()
     return positions.astype("<i4").tobytes()
 
 

@@ -1,4 +1,4 @@
-"""Runs one planned step on the device: towers, embedding, decoder, logits, sampler. Knows tensors, not requests' lives."""
+"""Runs one planned step on the device: towers, embedding, decoder, logits, sampler. Knows tensors, not schedules."""
 
 from __future__ import annotations
 
@@ -90,7 +90,8 @@ class Runner:
         batch = self._builder.build(plan)
         hidden = self._model.embed(batch.token_ids)  # [tokens, hidden]
         for media in batch.media:
-            hidden[media.start : media.end] = self._encoder.rows(media.key)[media.row : media.row + media.end - media.start]
+            rows = self._encoder.rows(media.key)
+            hidden[media.start : media.end] = rows[media.row : media.row + media.end - media.start]
         hidden = self._model.forward(hidden, batch.positions, self._cache, batch.context)
         if batch.sampled_rows is None:
             return StepResult(batch.sampled, self._sample(hidden, batch.sampled))
@@ -128,7 +129,7 @@ class Runner:
         pooler = self._poolers[params.task]
         is_last = seq.num_computed + len(hidden) == seq.num_tokens
         if not is_last:
-            if pooler.all_tokens:
+            if pooler.all_tokens and sum(map(len, seq.hidden)) == seq.num_computed:  # else kept by a step that failed
                 seq.hidden.append(hidden.clone())
             return None
         if not pooler.all_tokens:

@@ -1,8 +1,9 @@
 """Logits -> token ids, for all rows of a step at once.
 
 Order of operations: bias and forbidden stop tokens, penalties, temperature, min_p, top_k, top_p. What a seeded request
-gets depends on its seed, its own logits and the index of the token only: a row is filtered by value, never by rank, and
-takes one number of a counter-based stream, so neither batch mates nor preemption change it. Logprobs are those of the raw logits.
+gets depends on its seed, its own logits and the index of the token only: a row is filtered by value, never by rank,
+and takes one number of a counter-based stream, so neither batch mates nor preemption change it. Logprobs are those of
+the raw logits.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from sensorium.engine.sequence import Sequence
 from sensorium.types import SamplingParams, TokenLogprob
 
+LIKELY = -8.0  # scaled logits above this usually hold any nucleus (weights above 1/3000 of the highest)
 CHUNK = 128  # vocabulary entries that are summed together before one of the sums is chosen
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -112,12 +114,13 @@ class Sampler:
     def _remember(self, seq: Sequence) -> Row:
         if seq.sampling is None:
             raise ValueError("a pooling request is not sampled")
-        seq.sampler_row = Row(seq, seq.sampling, self._seed)
-        return seq.sampler_row
+        row = Row(seq, seq.sampling, self._seed)
+        seq.sampler_row = row
+        return row
 
 
 def logprobs(logits: Tensor, token_ids: list[int], num_top: list[int]) -> list[TokenLogprob]:
-    """Log-probabilities of `token_ids` under float32 logits [rows, vocab], and the `num_top[i]` likeliest tokens of each row."""
+    """Log-probabilities of `token_ids` under float32 logits [rows, vocab], and the `num_top[i]` likeliest of row i."""
     scores = torch.log_softmax(logits, dim=-1)
     chosen = scores.gather(1, torch.tensor(token_ids, device=scores.device).unsqueeze(1)).squeeze(1).tolist()
     most = min(max(num_top), scores.shape[1])
@@ -206,8 +209,11 @@ def _draw(logits: Tensor, rows: Seq[Row], indices: list[int]) -> NDArray[np.int6
     padded = torch.zeros((count, -(-vocab_size // CHUNK) * CHUNK), device=logits.device)
     weights = torch.exp(scaled, out=padded[:, :vocab_size])  # [rows, vocab], highest is 1
     filtered = [i for i, row in enumerate(rows) if row.params.top_k or row.params.top_p < 1 or row.params.min_p]
-    for i in filtered:
-        weights[i].masked_fill_(scaled[i] < _threshold(scaled[i], rows[i].params), 0)
+    if filtered:
+        thresholds = np.full(count, -np.inf, np.float32)
+        thresholds[filtered] = _thresholds(scaled if len(filtered) == count else scaled[filtered],
+                                           [rows[i].params for i in filtered])
+        weights.mul_(scaled >= _on(logits, thresholds).unsqueeze(1))
     chunks = padded.view(count, -1, CHUNK)
     sums = chunks.sum(dim=-1).double().cumsum(dim=-1)  # [rows, chunks]
     target = _on(logits, _uniform([row.seed for row in rows], indices)) * sums[:, -1]
@@ -222,34 +228,62 @@ def _draw(logits: Tensor, rows: Seq[Row], indices: list[int]) -> NDArray[np.int6
     return token_ids
 
 
-def _threshold(scaled: Tensor, params: SamplingParams) -> float:
-    """The lowest scaled logit of one row [vocab] that min_p, top_k and top_p leave. The highest is 0; equals stay together."""
-    threshold = -math.inf
-    if params.min_p:
-        threshold = math.log(params.min_p)
-    top_k = params.top_k if 0 < params.top_k < len(scaled) else 0
-    if params.top_p >= 1:
-        return max(threshold, _kth_highest(scaled, top_k)) if top_k else threshold
-    ordered = _descending(scaled)
-    if top_k:
-        ordered = ordered[:top_k]
-    weights = torch.where(ordered >= threshold, ordered.exp(), 0).double()
-    sums = weights.cumsum(dim=0)
+def _thresholds(scaled: Tensor, params: Seq[SamplingParams]) -> NDArray[np.float32]:
+    """The lowest scaled logit of each row [rows, vocab] that min_p, top_k and top_p leave; equal logits stay together.
+
+    The highest logit of a row is 0.
+    """
+    if scaled.device.type != "cpu":
+        return sorted_thresholds(scaled, params)
+    return np.array([_row_threshold(row, one) for row, one in zip(scaled.numpy(), params, strict=True)], np.float32)
+
+
+def sorted_thresholds(scaled: Tensor, params: Seq[SamplingParams]) -> NDArray[np.float32]:
+    """The plain form: sort everything. Right on any device, fast on a GPU."""
+    vocab_size = scaled.shape[1]
+    ordered = scaled.sort(dim=-1, descending=True).values
+    least = [math.log(one.min_p) if one.min_p else -math.inf for one in params]
+    floor = torch.tensor(least, device=scaled.device).unsqueeze(1)
+    top_k = torch.tensor([one.top_k or vocab_size for one in params], device=scaled.device).clamp(max=vocab_size)
+    top_p = torch.tensor([one.top_p for one in params], dtype=torch.float64, device=scaled.device).unsqueeze(1)
+    rank = torch.arange(vocab_size, device=scaled.device)
+    stays = (ordered >= floor) & (rank < top_k.unsqueeze(1))
+    weights = torch.where(stays, ordered.exp(), 0).double()
+    sums = weights.cumsum(dim=-1)
     # A token stays while those before it hold less than top_p.
-    kept = int((sums - weights < params.top_p * sums[-1]).sum())
-    return max(threshold, float(ordered[max(kept, 1) - 1]))
+    stays &= (sums - weights < top_p * sums[:, -1:]) | (top_p >= 1)
+    kept = stays.sum(dim=-1).clamp(min=1)
+    out: NDArray[np.float32] = ordered.gather(1, (kept - 1).unsqueeze(1)).squeeze(1).cpu().numpy()
+    return out
 
 
-def _kth_highest(row: Tensor, k: int) -> float:
-    if row.device.type == "cpu":
-        return float(np.partition(row.numpy(), len(row) - k)[len(row) - k])
-    return float(row.topk(k).values[-1])
+def _row_threshold(row: NDArray[np.float32], params: SamplingParams) -> float:
+    """The same for one row [vocab], looking at no more tokens than needed."""
+    least = math.log(params.min_p) if params.min_p else -math.inf
+    top_k = params.top_k if 0 < params.top_k < len(row) else 0
+    if not top_k and params.top_p >= 1:
+        return least
+    likely = row[row >= LIKELY]
+    if top_k:
+        if len(likely) < top_k:
+            likely = row
+        likely = np.partition(likely, len(likely) - top_k)[len(likely) - top_k :]
+        if params.top_p >= 1:
+            return max(least, float(likely[0]))
+        return _nucleus(likely, params.top_p, least)
+    total = float(np.exp(row if least == -math.inf else row[row >= least], dtype=np.float32).sum(dtype=np.float64))
+    held = float(np.exp(likely[likely >= least]).sum(dtype=np.float64))
+    return _nucleus(likely if held > params.top_p * total else row, params.top_p, least, total)
 
 
-def _descending(row: Tensor) -> Tensor:
-    if row.device.type == "cpu":  # numpy's sort is vectorised
-        return torch.from_numpy(np.sort(row.numpy())[::-1].copy())
-    return row.sort(descending=True).values
+def _nucleus(likely: NDArray[np.float32], top_p: float, least: float, total: float | None = None) -> float:
+    """The lowest of the fewest scaled logits that hold `top_p` of `total` (None: of all of them)."""
+    ordered = np.sort(likely)[::-1]
+    weights = np.where(ordered >= least, np.exp(ordered), 0).astype(np.float64)
+    sums = weights.cumsum()
+    bound = top_p * (sums[-1] if total is None else total)
+    kept = int((sums - weights < bound).sum())
+    return float(ordered[max(kept, 1) - 1])
 
 
 # Random numbers

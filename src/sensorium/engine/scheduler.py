@@ -37,6 +37,10 @@ class Plan:
     def sequences(self) -> list[Sequence]:
         return [*self.decodes, *(seq for seq, _ in self.prefills)]
 
+    def singles(self) -> list[Plan]:
+        """The same step, one sequence at a time."""
+        return [*(Plan(decodes=[seq]) for seq in self.decodes), *(Plan(prefills=[one]) for one in self.prefills)]
+
 
 @dataclass(frozen=True, slots=True)
 class Budget:
@@ -195,7 +199,7 @@ class Scheduler:
         return {key for key in keys if key is not None}
 
     def _take_blocks(self, seq: Sequence, found: list[int]) -> bool:
-        """Blocks for all tokens so far. One block per running sequence is left free, so that it is not preempted at once."""
+        """Blocks for all tokens so far. One per running sequence stays free: nobody is to be preempted at once."""
         if not self.budget.has_cache:
             return True
         total = -(-seq.num_tokens // self.budget.block_size)
@@ -220,9 +224,8 @@ class Scheduler:
     def _plan_chunk(self, plan: Plan, seq: Sequence, tokens: int) -> int:
         """Plan at most `tokens` tokens of a prompt; fewer, or none, where tower outputs cannot be had in this step."""
         remaining = seq.num_tokens - seq.num_computed
-        if self.budget.has_cache:
-            count = min(remaining, tokens)
-        else:
+        count = min(remaining, tokens)
+        if not self.budget.has_cache:  # whole, or alone
             count = remaining if remaining <= tokens or not plan else 0
         if seq.item_keys:
             count = self._secure_media(plan, seq, count)
@@ -231,7 +234,7 @@ class Scheduler:
         return count
 
     def _secure_media(self, plan: Plan, seq: Sequence, count: int) -> int:
-        """Pin or plan the tower outputs of the next `count` tokens; returns how many tokens can be computed with them."""
+        """Pin or plan the tower outputs of the next `count` tokens; returns how many can be computed with them."""
         start = seq.num_computed
         for span in spans_within(seq, start, start + count):
             if span.item in seq.pinned:

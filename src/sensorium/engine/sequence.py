@@ -1,12 +1,13 @@
-"""One request inside the engine: its tokens so far, how many of them are in the KV cache, and the blocks that hold them.
+"""One request inside the engine: its tokens so far, how many of them are in the KV cache, and in which blocks.
 
-Mutable, owned by the scheduler. Invariant: 0 <= num_computed < num_tokens while it lives, and blocks cover num_computed.
+Mutable, owned by the scheduler. Invariant: 0 <= num_computed < num_tokens while it lives, and its blocks hold at least
+num_computed tokens.
 """
 
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,9 @@ from sensorium.types import EngineRequest, SamplingParams, TokenLogprob
 
 ItemKey = tuple[bytes, bytes]
 """(tenant salt, MediaFeatures.key): tower outputs are shared inside a tenant only, as their timing can be observed."""
+
+
+Positions: TypeAlias = NDArray[np.integer[Any]]
 
 
 class Status(IntEnum):
@@ -26,10 +30,10 @@ class Status(IntEnum):
 
 class Sequence:
     __slots__ = (
-        "arrival", "block_keys", "blocks", "cached_tokens", "delta", "hidden", "id", "is_long", "item_ends", "item_keys",
-        "last_token", "max_tokens", "num_computed", "num_prompt", "num_published", "num_tokens", "order", "pinned",
-        "plain_until", "prompt_logprobs", "request", "reuse", "row", "sampler_row", "sampling", "span_offsets", "status",
-        "stop_ids", "tokens",
+        "arrival", "block_keys", "blocks", "cached_tokens", "delta", "hidden", "id", "is_long", "item_ends",
+        "item_keys", "last_token", "max_tokens", "num_computed", "num_prompt", "num_published", "num_tokens", "order",
+        "pinned", "plain_until", "prompt_logprobs", "request", "reuse", "row", "sampler_row", "sampling",
+        "span_offsets", "status", "stop_ids", "tokens",
     )
 
     def __init__(self, request: EngineRequest, arrival: int) -> None:
@@ -78,8 +82,8 @@ class Sequence:
         self.num_tokens += 1
         self.last_token = token_id
 
-    def positions(self, start: int, end: int) -> NDArray[np.int64] | NDArray[np.int32]:
-        """Positions of tokens [start, end): [end - start], or [axes, end - start] where the prompt's differ from 0, 1, 2, …"""
+    def positions(self, start: int, end: int) -> Positions:
+        """Positions of tokens [start, end): [end - start], or [axes, end - start] where the prompt brings its own."""
         explicit = self.request.prompt.positions
         cut = min(end, self.num_prompt)
         if explicit is None or start >= cut:
@@ -89,7 +93,7 @@ class Sequence:
             return out
         if end == cut:
             return explicit[:, start:end]
-        tail = np.broadcast_to(np.arange(cut, end) + self.delta, (len(explicit), end - cut))
+        tail: Positions = np.broadcast_to(np.arange(cut, end) + self.delta, (len(explicit), end - cut))
         return np.concatenate((explicit[:, start:cut], tail), axis=1)
 
 
