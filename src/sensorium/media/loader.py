@@ -1,14 +1,17 @@
 """From a request's media sources to decoded, keyed arrays: the one way in, for every endpoint.
 
-Three steps, so that a caller can check counts in between: `fetch` the file, `probe` its header, `decode` it.
+Three steps, so that a caller can check counts in between: `fetch` the file, `probe` its size, `decode` it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -17,16 +20,23 @@ from sensorium.errors import StartupError
 from sensorium.media.address import AllowedHosts
 from sensorium.media.fetch import Fetcher, Resolver
 from sensorium.media.files import LocalFiles
+from sensorium.media.framelist import MEDIA_TYPE as FRAME_LIST_TYPE
+from sensorium.media.framelist import frame_list_size, read_frame_list
 from sensorium.media.header import ImageHeader, read_header
 from sensorium.media.inline import decode_base64, split_data_url
 from sensorium.media.key import content_key
-from sensorium.media.pool import Bounds, Result, WorkerPool
-from sensorium.media.source import MediaSize, MediaSource, RawMedia, Refusal
+from sensorium.media.magic import container_of
+from sensorium.media.pool import CRASHED, Bounds, Result, WorkerPool
+from sensorium.media.sampling import VideoSampling, fitted_size
+from sensorium.media.source import MediaSize, MediaSource, RawMedia, Refusal, StreamInfo
 from sensorium.types import MediaItem, Modality
 
 LARGE_TEXT = 256 * 1024  # base64 characters from which decoding leaves the event loop
 IMAGE_BYTES_PER_PIXEL = 20  # peak of the worst path: CMYK or RGBA, its white sheet, RGB and a turned copy
-SPARE_BYTES = 192 * 1024 * 1024
+VIDEO_BYTES_PER_PIXEL = 48  # 16 reference frames, and some on the way
+SPARE_BYTES = 256 * 1024 * 1024
+AS_IS = VideoSampling(fps=None)  # every frame, up to the limit
+SPEECH_RATE = 16_000
 
 
 class MediaLoader:
@@ -40,30 +50,48 @@ class MediaLoader:
         self._fetcher = Fetcher(_parse_domains(allowed_domains), timeout_s=limits.fetch_timeout_s,
                                 max_redirects=limits.max_redirects, max_url_length=limits.max_url_length,
                                 resolve=resolve, transport=transport)
-        self._images = WorkerPool("image", workers, Bounds(
-            deadline_s=limits.decode_timeout_s, result_bytes=3 * limits.max_image_pixels,
-            memory_bytes=IMAGE_BYTES_PER_PIXEL * limits.max_image_pixels + limits.max_image_bytes + SPARE_BYTES))
+        self._images = WorkerPool("image", workers, _image_bounds(limits))
+        self._streams = WorkerPool("stream", workers, _stream_bounds(limits))
 
     async def fetch(self, source: MediaSource) -> RawMedia:
-        """The file behind a source, whole and within its kind's limit."""
+        """The file behind a source, whole and within its kind's limit; of a video or sound the packets were counted."""
         with _refusals(source.kind, source.param):
             payload, declared = await self._read(source)
             if not payload:
                 raise Refusal("empty", "The {noun}'s file is empty.")
-            return RawMedia(source.kind, source.param, payload, declared)
+            raw = RawMedia(source.kind, source.param, payload, declared)
+            return raw if source.kind == "image" else replace(raw, info=await self._inspect(raw))
 
-    def probe(self, raw: RawMedia) -> MediaSize:
-        """Size from the header alone, checked against the limits. Quick enough for the event loop."""
+    def probe(self, raw: RawMedia, *, sampling: VideoSampling = AS_IS, sample_rate: int = SPEECH_RATE) -> MediaSize:
+        """The size that `decode` will give, checked against the limits. Quick enough for the event loop."""
         with _refusals(raw.kind, raw.param):
-            height, width = self._checked_header(raw.payload).upright
-            return MediaSize(height, width)
+            if raw.kind == "image":
+                return MediaSize(*self._checked_header(raw.payload).upright)
+            info = _info_of(raw)
+            if raw.kind == "audio":
+                return MediaSize(1, 1, max(1, round(info.duration_s * sample_rate)))
+            return self._sampled_size(info, sampling)
 
-    async def decode(self, raw: RawMedia) -> MediaItem:
-        """Pixels from a worker process; the key is computed here, where no codec has been."""
+    async def decode(self, raw: RawMedia, *, sampling: VideoSampling = AS_IS,
+                     sample_rate: int = SPEECH_RATE) -> MediaItem:
+        """Arrays from a worker process; the key is computed here, where no codec has been.
+
+        A sound is mono at `sample_rate`; a video has the frames that `sampling` names, with their times.
+        """
         with _refusals(raw.kind, raw.param):
-            height, width = self._checked_header(raw.payload).upright
-            result = await self._images.run({"op": "image"}, raw.payload)
-        return await asyncio.to_thread(_image_item, raw, result, (height, width, 3))
+            shape: tuple[int, ...] = ()  # of a sound only decoding tells
+            if raw.kind == "image":
+                shape = (*self._checked_header(raw.payload).upright, 3)
+                result = await self._images.run({"op": "image"}, raw.payload)
+            elif raw.kind == "video":
+                size = self._sampled_size(_info_of(raw), sampling)
+                shape = (size.frames, size.height, size.width, 3)
+                result = await self._decode_video(raw, _info_of(raw), sampling, size)
+            else:
+                job = {"op": "audio", "demuxer": _info_of(raw).container, "sample_rate": sample_rate,
+                       "max_seconds": self._limits.max_audio_seconds}
+                result = await self._streams.run(job, raw.payload)
+            return await asyncio.to_thread(_as_item, raw, result, shape, sample_rate)
 
     async def warm(self) -> None:
         """Start a decode worker before the first picture comes."""
@@ -72,6 +100,7 @@ class MediaLoader:
     async def aclose(self) -> None:
         await self._fetcher.aclose()
         await self._images.aclose()
+        await self._streams.aclose()
 
     async def _read(self, source: MediaSource) -> tuple[bytes, str | None]:
         max_bytes = self._max_bytes(source.kind)
@@ -81,12 +110,16 @@ class MediaLoader:
             return await _from_base64(source.data, max_bytes), source.format
         if scheme == "data":
             parts = split_data_url(url, source.kind)
+            if source.kind == "video" and parts.media_type == FRAME_LIST_TYPE:
+                frames = await asyncio.to_thread(read_frame_list, parts.text, self._limits.max_video_frames, max_bytes)
+                return frames, FRAME_LIST_TYPE
             return await _from_base64(parts.text, max_bytes), parts.media_type or None
         if scheme == "file":
             return await asyncio.to_thread(self._files.read, url, max_bytes), None
         if scheme in ("http", "https"):
             fetched = await self._fetcher.get(url, max_bytes)
-            return fetched.payload, fetched.content_type
+            # Only a data: URL holds a frame list, whatever a server calls its answer.
+            return fetched.payload, None if fetched.content_type == FRAME_LIST_TYPE else fetched.content_type
         raise Refusal("url", "The {noun} must be an http(s):, data: or (where the operator allows it) file: URL.")
 
     def _max_bytes(self, kind: Modality) -> int:
@@ -108,6 +141,54 @@ class MediaLoader:
                                    f"at most {limits.max_image_aspect:g} times its shortest. Crop it.")
         return header
 
+    async def _inspect(self, raw: RawMedia) -> StreamInfo:
+        """Count a stream's packets in a worker; its answer is checked like any other input."""
+        if raw.declared_type == FRAME_LIST_TYPE:
+            frames, height, width = await asyncio.to_thread(frame_list_size, raw.payload)
+            return self._checked_info(StreamInfo("frames", float(frames), frames, height, width))
+        demuxer = container_of(raw.kind, raw.payload)
+        job = {"op": f"{raw.kind}_info", "demuxer": demuxer, "max_side": self._limits.max_video_side}
+        record = (await self._streams.run(job, raw.payload)).record
+        if raw.kind == "audio":
+            info = StreamInfo(demuxer, _number(record, "duration_s"))
+        else:
+            info = StreamInfo(demuxer, _number(record, "duration_s"), *(
+                int(_number(record, name)) for name in ("frames", "height", "width")))
+        return self._checked_info(info)
+
+    def _checked_info(self, info: StreamInfo) -> StreamInfo:
+        limits = self._limits
+        max_seconds = limits.max_video_seconds if info.frames else limits.max_audio_seconds
+        if info.duration_s > max_seconds and info.container != "frames":
+            raise Refusal("long", f"The {{noun}} is longer than {max_seconds:g} s. Send it in parts.")
+        if info.frames and min(info.height, info.width) < limits.min_image_side:
+            raise Refusal("small", f"The {{noun}}'s frames have {info.width}x{info.height} pixels; each side must have "
+                                   f"at least {limits.min_image_side}.")
+        if info.frames and max(info.height, info.width) > limits.max_video_side:
+            raise Refusal("large", f"The {{noun}}'s frames have {info.width}x{info.height} pixels; at most "
+                                   f"{limits.max_video_side} on a side are taken. Send a smaller one.")
+        return info
+
+    def _sampled_size(self, info: StreamInfo, sampling: VideoSampling) -> MediaSize:
+        limits = self._limits
+        if info.container == "frames":
+            if info.frames * info.height * info.width > limits.max_video_pixels:
+                raise Refusal("large", f"The {{noun}}'s frames have more than {limits.max_video_pixels} pixels "
+                                       "together. Send fewer or smaller ones.")
+            return MediaSize(info.height, info.width, info.frames)
+        frames = len(sampling.indices(info.frames, info.duration_s, limits.max_video_frames))
+        return MediaSize(*fitted_size(info.height, info.width, frames, limits.max_video_pixels), frames)
+
+    async def _decode_video(self, raw: RawMedia, info: StreamInfo, sampling: VideoSampling, size: MediaSize) -> Result:
+        if info.container == "frames":
+            result = await self._images.run({"op": "frames", "height": size.height, "width": size.width}, raw.payload)
+            return replace(result, record={"timestamps_s": list(range(size.frames))})  # one a second
+        limits = self._limits
+        job = {"op": "video", "demuxer": info.container, "sampling": sampling.as_record(),
+               "max_side": limits.max_video_side, "max_frames": limits.max_video_frames,
+               "max_pixels": limits.max_video_pixels}
+        return await self._streams.run(job, raw.payload)
+
 
 @contextmanager
 def _refusals(kind: Modality, param: str) -> Iterator[None]:
@@ -123,11 +204,50 @@ async def _from_base64(text: str, max_bytes: int) -> bytes:
     return await asyncio.to_thread(decode_base64, text, max_bytes)
 
 
-def _image_item(raw: RawMedia, result: Result, shape: tuple[int, ...]) -> MediaItem:
-    data = result.data
-    if data is None or data.shape != shape:
-        raise Refusal("parse", "The {noun} could not be decoded.").as_error(raw.kind, raw.param)
-    return MediaItem("image", data, content_key("image", data), raw.param)
+def _info_of(raw: RawMedia) -> StreamInfo:
+    if raw.info is None:
+        raise Refusal("parse", CRASHED)
+    return raw.info
+
+
+def _number(record: dict[str, Any], name: str) -> float:
+    """A worker's figure: finite, not negative, not absurd."""
+    value = record.get(name)
+    if not isinstance(value, int | float) or not 0 <= value < 1e9:
+        raise Refusal("parse", CRASHED)
+    return value
+
+
+def _as_item(raw: RawMedia, result: Result, shape: tuple[int, ...], sample_rate: int) -> MediaItem:
+    """The shape was known before; for a sound (shape ()) only that it is one row."""
+    data, times = result.data, result.record.get("timestamps_s", [])
+    if data is None or (data.shape != shape if shape else data.ndim != 1 or not data.size):
+        raise Refusal("parse", CRASHED)
+    if raw.kind == "video" and not _are_times(times, len(data)):
+        raise Refusal("parse", CRASHED)
+    timestamps_s = tuple(map(float, times)) if raw.kind == "video" else ()
+    rate = sample_rate if raw.kind == "audio" else 0
+    key = content_key(raw.kind, data, timestamps_s=timestamps_s, sample_rate=rate)
+    return MediaItem(raw.kind, data, key, raw.param, rate, timestamps_s)
+
+
+def _are_times(times: object, count: int) -> bool:
+    return isinstance(times, list) and len(times) == count and all(
+        isinstance(time, int | float) and math.isfinite(time) for time in times)
+
+
+def _image_bounds(limits: Limits) -> Bounds:
+    return Bounds(deadline_s=limits.decode_timeout_s,
+                  result_bytes=3 * max(limits.max_image_pixels, limits.max_video_pixels),
+                  memory_bytes=IMAGE_BYTES_PER_PIXEL * limits.max_image_pixels +
+                  max(limits.max_image_bytes, 2 * limits.max_video_bytes) + SPARE_BYTES)
+
+
+def _stream_bounds(limits: Limits) -> Bounds:
+    return Bounds(deadline_s=limits.decode_timeout_s,
+                  result_bytes=max(3 * limits.max_video_pixels, 4 * int(limits.max_audio_seconds + 1) * 192_000),
+                  memory_bytes=VIDEO_BYTES_PER_PIXEL * limits.max_video_side ** 2 +
+                  2 * max(limits.max_video_bytes, limits.max_audio_bytes) + SPARE_BYTES)
 
 
 def _open_root(root: Path | None) -> LocalFiles:

@@ -37,18 +37,30 @@ class MediaSource:
 
 
 @dataclass(frozen=True, slots=True)
+class StreamInfo:
+    """What a worker read from a video's or sound's packets: counted, not what a header claims. Sizes are upright."""
+
+    container: str  # ffmpeg's demuxer, or "frames" for a list of pictures
+    duration_s: float
+    frames: int = 0
+    height: int = 0
+    width: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class RawMedia:
-    """A medium's file as it came, at most as many bytes as its kind may have. Nothing in it has been believed yet."""
+    """A medium's file as it came, at most as many bytes as its kind may have; `info` for videos and sounds."""
 
     kind: Modality
     param: str
     payload: bytes
     declared_type: str | None = None
+    info: StreamInfo | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class MediaSize:
-    """What the file's header says, orientation applied."""
+    """What will come out of decoding: upright pixels; `frames` of a video as sampled, of a sound its samples."""
 
     height: int
     width: int

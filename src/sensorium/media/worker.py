@@ -12,29 +12,13 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from sensorium.media.decoders import Decoder, decoders_for
 from sensorium.media.frames import JOB, READY, REFUSED, RESULT, FrameError, FrameSocket
 from sensorium.media.source import Refusal
-
-
-@dataclass(frozen=True, slots=True)
-class Decoded:
-    """A decoder's answer: a record for the parent and, unless `shape` is None, the array in pieces."""
-
-    record: dict[str, Any] = field(default_factory=dict)
-    shape: tuple[int, ...] | None = None
-    dtype: str = "uint8"
-    pieces: Iterable[NDArray[np.generic]] = ()
-
-
-Decoder = Callable[[bytes, dict[str, Any]], Decoded]
 
 
 def main(arguments: list[str]) -> None:
@@ -49,19 +33,6 @@ def main(arguments: list[str]) -> None:
             serve_one(parent, decoders, cpu_s)
     except FrameError:
         pass  # the parent has closed its end
-
-
-def decoders_for(role: str) -> dict[str, Decoder]:
-    """Everything a job can need is imported here, before the door closes."""
-    if role == "image":
-        from sensorium.media.image import decode_image
-
-        def image(payload: bytes, job: dict[str, Any]) -> Decoded:
-            pixels = decode_image(payload)
-            return Decoded(shape=pixels.shape, pieces=(pixels,))
-
-        return {"image": image}
-    raise ValueError(role)
 
 
 def lock_in(memory_bytes: int) -> None:
