@@ -116,6 +116,17 @@ def test_old_prefix_serves_too(demo: server.Server, client: OpenAI) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
 
 
+def test_large_requests_share_a_connection(demo: server.Server) -> None:
+    """A body that arrives in one read with its head is no large head."""
+    noise = Image.effect_noise((448, 448), 100)
+    buffer = io.BytesIO()
+    noise.convert("RGB").save(buffer, "JPEG")
+    url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    body = {"messages": [{"role": "user", "content": [picture(url)]}], "max_tokens": 1}
+    with httpx.Client(base_url=demo.url) as connection:
+        assert [connection.post("/v1/chat/completions", json=body).status_code for _ in range(4)] == [200] * 4
+
+
 def test_many_at_once_answer_as_one_by_one(client: OpenAI, pictures: str) -> None:
     model = client.models.list().data[0].id
 

@@ -26,6 +26,7 @@ class Connection(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._in_head = True
+        self._heads = 0  # complete ones, ever
         self._head_bytes = 0  # of an unfinished head, as received
         self._url_bytes = 0
         self._fields_bytes = 0
@@ -51,14 +52,14 @@ class Connection(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         if self._in_head and self._head_timer is None:
             self._expect_head()
-        was_in_head = self._in_head
+        was_in_head, heads = self._in_head, self._heads
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
             self._refuse(RequestError("Only plain HTTP/1.1 is served here.", code="upgrade_refused"))
         except httptools.HttpParserError:
             self._refuse(RequestError("This is not a valid HTTP request.", code="invalid_http"))
-        if self._in_head and was_in_head:
+        if was_in_head and self._in_head and self._heads == heads:
             self._head_bytes += len(data)
             if self._head_bytes > self.limits.max_header_bytes + self.limits.max_request_line_bytes:
                 self._refuse(self._head_error())
@@ -79,6 +80,7 @@ class Connection(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        self._heads += 1
         self._head_done()
         if self._refused:
             return
