@@ -130,8 +130,10 @@ _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 def resolve(model: str, revision: str | None = None, download_dir: str | None = None) -> Path:
     """A local folder as it is, else the hub repository's snapshot: every file of one commit."""
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    folder = Path(model)
+    if model.startswith("~/"):
+        folder = folder.expanduser()
+    if model and folder.is_dir():
         return folder
     if not _HUB_ID.fullmatch(model):
         raise StartupError(f"no such folder: {model}")
@@ -169,6 +171,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if config is None:
         raise CheckpointError(f"{folder} has no config.json: not a model folder")
     architecture = _architecture(config)
+    quantised = config.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise CheckpointError(f"config.json: the weights are quantised ({method}), which is not supported; "
+                              "serve the original checkpoint")
     tokenizer_config = _read_json(folder / "tokenizer_config.json") or {}
     generation = _read_json(folder / "generation_config.json") or {}
     text_dict = _text_dict(config)
