@@ -193,7 +193,7 @@ class WorkerPool:
         with self._lock:
             if self._is_closed:
                 raise ServerError
-            worker = self._idle.pop() if self._idle else Worker.spawn(self.role, self.bounds)
+            worker = self._take_idle() or Worker.spawn(self.role, self.bounds)
             self._busy[worker.process.pid] = worker
         is_usable = False
         try:
@@ -206,6 +206,15 @@ class WorkerPool:
             raise Refusal("parse", CRASHED) from None
         finally:
             self._give_back(worker, is_usable)
+
+    def _take_idle(self) -> Worker | None:
+        """One that is still alive: the system may have killed it while nobody looked."""
+        while self._idle:
+            worker = self._idle.pop()
+            if worker.process.poll() is None:
+                return worker
+            worker.kill()
+        return None
 
     def _give_back(self, worker: Worker, is_usable: bool) -> None:
         is_spent = not is_usable or worker.jobs >= self.bounds.max_jobs

@@ -23,7 +23,8 @@ from sensorium.media.source import Refusal
 
 def main(arguments: list[str]) -> None:
     role, memory_bytes, cpu_s = arguments[0], int(arguments[1]), int(arguments[2])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is for the parent
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group, but meant for the parent, which may drain
+        signal.signal(number, signal.SIG_IGN)
     parent = FrameSocket(socket.socket(fileno=0))
     decoders = decoders_for(role)
     lock_in(memory_bytes)
