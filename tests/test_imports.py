@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -164,4 +165,13 @@ def test_only_the_command_line_reads_the_environment(file: Path) -> None:
 def test_every_file_says_what_it_is(file: Path) -> None:
     text = ast.get_docstring(tree(file))
     assert text
-    assert len(text.splitlines()) <= 5 or relative(file) == "errors.py"  # which draws its tree
+    lines = [line for line in text.splitlines() if line]
+    assert len(lines) <= 5 or relative(file) == "errors.py"  # which draws its tree
+
+
+def test_dependencies_are_what_is_imported() -> None:
+    project = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[><=~;! ]", text)[0].replace("-", "_") for text in project["dependencies"]}
+    imported = {name.split(".")[0] for file in FILES for name in imports(tree(file))} - set(sys.stdlib_module_names)
+    optional = {"sensorium", "transformers"}
+    assert {{"PIL": "pillow", "pydantic_core": "pydantic"}.get(name, name) for name in imported - optional} == declared
