@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sensorium.kernels import native, reference
+from sensorium.kernels import DecoderLayerParts, native, reference
 from sensorium.kernels.native import ACTIVATIONS, Activation, Native
 from sensorium.models.base import AttentionContext
 
@@ -201,7 +201,7 @@ def test_decoder_is_its_kernels_one_by_one(kernels: Native, qk_norm: bool) -> No
     cache = [(random_bf16(48, kv_heads, 16, dim), random_bf16(48, kv_heads, 16, dim)) for _ in range(3)]
     twin = [(k.clone(), v.clone()) for k, v in cache]
     layers = [
-        native.DecoderLayerParts(
+        DecoderLayerParts(
             random_bf16(hidden), kernels.pack_linear(random_bf16((heads + 2 * kv_heads) * dim, hidden), None),
             random_bf16(dim) if qk_norm else None, random_bf16(dim) if qk_norm else None,
             kernels.pack_linear(random_bf16(hidden, heads * dim), None), random_bf16(hidden),
@@ -243,7 +243,7 @@ def test_decoder_is_its_kernels_one_by_one(kernels: Native, qk_norm: bool) -> No
 
 def test_decoder_is_not_made_of_other_parts(fastest: Native) -> None:
     form = fastest.pack_linear(random_bf16(32, 32), None)
-    parts = native.DecoderLayerParts(random_bf16(32), form, None, None, form, random_bf16(32), form, lambda x: x, None)
+    parts = DecoderLayerParts(random_bf16(32), form, None, None, form, random_bf16(32), form, lambda x: x, None)
     assert fastest.decoder([parts], random_bf16(32), num_heads=1, num_kv_heads=1, head_dim=8, scale=1, eps=1e-6) is None
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -18,12 +20,13 @@ from torch import Tensor
 from sensorium.kernels import reference
 
 if TYPE_CHECKING:
-    from sensorium.models.base import AttentionContext
+    from sensorium.models.base import AttentionContext, KVCache
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["LinearForm", "add_rms_norm", "describe", "empty_linear", "layer_norm", "pack_linear", "paged_attention",
-           "rms_norm", "rope", "silu_mul", "varlen_attention", "write_kv"]
+__all__ = ["DecoderLayerParts", "DecoderStack", "LinearForm", "add_rms_norm", "decoder_stack", "describe",
+           "empty_linear", "layer_norm", "pack_linear", "paged_attention", "rms_norm", "rope", "silu_mul",
+           "varlen_attention", "write_kv"]
 
 
 class LinearForm(Protocol):
@@ -44,6 +47,27 @@ class LinearForm(Protocol):
 
     def rows(self, ids: Tensor) -> Tensor:
         """Weight rows [n, in] of output indices int64 [n] (tied embeddings use one copy)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayerParts:
+    """What one Llama-like decoder layer is made of: norms' weights and linear forms."""
+
+    input_norm: Tensor
+    qkv: LinearForm
+    q_norm: Tensor | None  # over each head
+    k_norm: Tensor | None
+    o: LinearForm
+    post_norm: Tensor
+    gate_up: LinearForm
+    down: LinearForm
+    sliding_window: int | None
+
+
+class DecoderStack(Protocol):
+    def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, context: AttentionContext) -> Tensor:
+        """[tokens, hidden] -> the same after all layers and the last norm."""
         ...
 
 
@@ -132,3 +156,14 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale:
     """Attention in both directions inside each run of `lengths` tokens, never across. Same shape for q, k and v."""
     out: Tensor = _for(q).varlen_attention(q, k, v, lengths, scale)
     return out
+
+
+def decoder_stack(layers: Sequence[DecoderLayerParts], final_norm: Tensor, *, num_heads: int, num_kv_heads: int,
+                  head_dim: int, scale: float, eps: float) -> DecoderStack | None:
+    """All layers as one native call, the numbers those of kernel by kernel; None where that is not to be had."""
+    module = _for(final_norm)
+    if module is reference:
+        return None
+    stack: DecoderStack | None = module.decoder(layers, final_norm, num_heads=num_heads, num_kv_heads=num_kv_heads,
+                                                head_dim=head_dim, scale=scale, eps=eps)
+    return stack

@@ -13,7 +13,6 @@ import importlib.machinery
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sensorium.errors import StartupError
-from sensorium.kernels import reference
+from sensorium.kernels import DecoderLayerParts, reference
 
 if TYPE_CHECKING:
     from sensorium.models.base import AttentionContext
@@ -99,21 +98,6 @@ class _DecoderStep(ctypes.Structure):
         ("hidden", _P), ("out", _P), ("cos", _P), ("sin", _P), ("caches", _P), ("slots", _P), ("block_tables", _P),
         ("query_start", _P), ("seq_lens", _P), ("tokens", _I64), ("max_blocks", _I64), ("sequences", _I64),
     ]
-
-
-@dataclass(frozen=True, slots=True)
-class DecoderLayerParts:
-    """What one decoder layer is made of, for `Native.decoder`. Forms are those that `pack_linear` gave."""
-
-    input_norm: Tensor
-    qkv: object
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    o: object
-    post_norm: Tensor
-    gate_up: object
-    down: object
-    sliding_window: int | None
 
 
 class Native:

@@ -5,6 +5,7 @@ What differs between them (biases, norms of q and k, window, rope, tied head) is
 
 from __future__ import annotations
 
+import functools
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -82,6 +83,15 @@ class DecoderLayer(nn.Module):
         x, residual = self.post_attention_layernorm.add(x, residual)
         return self.mlp(x), residual
 
+    def parts(self) -> kernels.DecoderLayerParts:
+        attention, mlp = self.self_attn, self.mlp
+        return kernels.DecoderLayerParts(
+            input_norm=self.input_layernorm.weight, qkv=attention.qkv_proj.form,
+            q_norm=None if attention.q_norm is None else attention.q_norm.weight,
+            k_norm=None if attention.k_norm is None else attention.k_norm.weight,
+            o=attention.o_proj.form, post_norm=self.post_attention_layernorm.weight, gate_up=mlp.gate_up_proj.form,
+            down=mlp.down_proj.form, sliding_window=attention.attention.sliding_window)
+
 
 class Decoder(nn.Module):
     """Embedding, layers and last norm. `embed_tokens` reads the head's rows when the two are tied."""
@@ -93,8 +103,19 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config.rope, config.head_dim)
 
+    @functools.cached_property
+    def stack(self) -> kernels.DecoderStack | None:
+        """The layers as one call, once their weights are there."""
+        layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
+        attention = layers[0].self_attn.attention
+        return kernels.decoder_stack(
+            [layer.parts() for layer in layers], self.norm.weight, num_heads=attention.num_heads,
+            num_kv_heads=attention.num_kv_heads, head_dim=attention.head_dim, scale=attention.scale, eps=self.norm.eps)
+
     def forward(self, hidden: Tensor, positions: Tensor, cache: KVCache, context: AttentionContext) -> Tensor:
         cos, sin = self.rotary(positions, context.long_context)
+        if self.stack is not None:
+            return self.stack(hidden, cos, sin, cache, context)
         residual: Tensor | None = None
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             hidden, residual = layer(hidden, residual, cos, sin, layer_cache, context)
@@ -147,6 +168,7 @@ class DecoderForCausalLM(Model):
         attention = 2 * rotated + config.num_heads * config.head_dim
         mlp = 3 * config.intermediate_size
         per_token = size * (4 * config.hidden_size + max(attention, mlp)) + 16 * config.head_dim
-        gathered = 2 * 2 * GATHER_ELEMENTS * size + 5 * MASK_ELEMENTS
+        longest = config.max_position_embeddings * config.num_kv_heads * config.head_dim
+        gathered = 2 * 2 * max(GATHER_ELEMENTS, longest) * size + 5 * MASK_ELEMENTS  # of keys and values, and the masks
         logits = min(tokens, LOGIT_ROWS) * config.vocab_size * (size + 4)
         return tokens * per_token + gathered + logits
