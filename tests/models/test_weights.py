@@ -293,7 +293,7 @@ def test_pickles_run_nothing(folder: Path, tmp_path: Path, plain: bool) -> None:
     state = {**read_weights(folder), "model.extra": Canary(canary)}
     write_weights(folder, {"x": torch.zeros(1)}, pickled=True)
     if plain:
-        (folder / "pytorch_model.bin").write_bytes(pickle.dumps(state))
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps(state, protocol=2))
     else:
         torch.save(state, folder / "pytorch_model.bin")
     fails(folder, "pytorch_model.bin", "not loaded")

@@ -83,7 +83,7 @@ class Model(nn.Module):
 
     def forward(self, hidden: Tensor, positions: Tensor, cache: KVCache, context: AttentionContext) -> Tensor:
         """Embeddings [tokens, hidden], positions int64 [tokens] or [axes, tokens] -> hidden states [tokens, hidden]
-        after the last norm."""
+        after the last norm. `hidden` may be written over."""
         raise NotImplementedError
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     view: Callable[[], Tensor]  # in borrowed memory
+    prefetch: Callable[[], None]  # starts reading from the disk
     release: Callable[[], None]  # gives the view's pages back
 
     @property
@@ -121,12 +122,14 @@ def fill(model: Model, tensors: list[StoredTensor], *, dtype: torch.dtype, devic
     slots = _assign(model, tensors)
     total = sum(s.nbytes for slot in slots.values() for s in slot.sources.values()) or 1
     done = 0
-    for module, group in _by_module(slots):
+    groups = _by_module(slots)
+    for index, (module, group) in enumerate(groups):
+        for source in _sources(groups[index + 1 : index + 2]):  # the disk works while this one is packed
+            source.prefetch()
         _fill_module(module, group, dtype, device, quantization)
-        for slot in group.values():
-            for source in slot.sources.values():
-                source.release()
-                done += source.nbytes
+        for source in _sources([(module, group)]):
+            source.release()
+            done += source.nbytes
         if progress is not None:
             progress(done / total)
 
@@ -200,11 +203,15 @@ def _renamer(model: Model) -> Callable[[str], tuple[str, str]]:
     return rename
 
 
-def _by_module(slots: dict[str, _Slot]) -> Iterator[tuple[nn.Module, dict[str, _Slot]]]:
+def _by_module(slots: dict[str, _Slot]) -> list[tuple[nn.Module, dict[str, _Slot]]]:
     groups: dict[int, tuple[nn.Module, dict[str, _Slot]]] = {}
     for slot in slots.values():
         groups.setdefault(id(slot.module), (slot.module, {}))[1][slot.attribute] = slot
-    return iter(groups.values())
+    return list(groups.values())
+
+
+def _sources(groups: list[tuple[nn.Module, dict[str, _Slot]]]) -> list[StoredTensor]:
+    return [source for _, group in groups for slot in group.values() for source in slot.sources.values()]
 
 
 def _fill_module(module: nn.Module, slots: dict[str, _Slot], dtype: torch.dtype, device: torch.device,
@@ -283,12 +290,13 @@ def _stored(file: Path, memory: mmap.mmap, start: int, key: str, entry: Any) -> 
             return torch.frombuffer(bytearray(memory[first:last]), dtype=dtype).view(shape)
         return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=first).view(shape)
 
-    def release() -> None:
+    def advise(option: int) -> None:
         page = first - first % mmap.PAGESIZE
         if last > first:
-            memory.madvise(mmap.MADV_DONTNEED, page, last - page)
+            memory.madvise(option, page, last - page)
 
-    return begin, end, StoredTensor(key, file, shape, dtype, view, release)
+    return begin, end, StoredTensor(key, file, shape, dtype, view, prefetch=lambda: advise(mmap.MADV_WILLNEED),
+                                    release=lambda: advise(mmap.MADV_DONTNEED))
 
 
 def _check_overlap(file: Path, tensors: list[tuple[int, int, StoredTensor]]) -> list[StoredTensor]:
@@ -316,8 +324,5 @@ def _read_pickle(file: Path) -> list[StoredTensor]:
 
 def _from_pickle(file: Path, key: str, tensor: Tensor) -> StoredTensor:
     held = [tensor]
-
-    def release() -> None:
-        held.clear()
-
-    return StoredTensor(key, file, tuple(tensor.shape), tensor.dtype, lambda: held[0], release)
+    return StoredTensor(key, file, tuple(tensor.shape), tensor.dtype, view=lambda: held[0], prefetch=lambda: None,
+                        release=held.clear)
