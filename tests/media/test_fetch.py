@@ -289,6 +289,10 @@ async def cut_off(_head: str, writer: asyncio.StreamWriter) -> None:
     writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nabc")
 
 
+async def crumbs(_head: str, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 500_000 + b"0\r\n\r\n")
+
+
 async def long_headers(_head: str, writer: asyncio.StreamWriter) -> None:
     writer.write(b"HTTP/1.1 200 OK\r\n" + b"X: " + b"y" * (4 << 20) + b"\r\n\r\n")
 
@@ -296,7 +300,7 @@ async def long_headers(_head: str, writer: asyncio.StreamWriter) -> None:
 @pytest.mark.parametrize("answer, code", [
     (endless, "image_file_too_large"), (dripping, "failed_to_download_image"), (silent, "failed_to_download_image"),
     (garbage, "failed_to_download_image"), (cut_off, "failed_to_download_image"),
-    (long_headers, "failed_to_download_image")])
+    (crumbs, "failed_to_download_image"), (long_headers, "failed_to_download_image")])
 async def test_hostile_servers(answer: object, code: str, canary: Canary) -> None:
     """S8: within the cap and the one deadline over everything."""
     canary.answer = answer  # type: ignore[assignment]
@@ -305,6 +309,26 @@ async def test_hostile_servers(answer: object, code: str, canary: Canary) -> Non
                                 f"http://127.0.0.1:{canary.port}/"))
     assert error.code == code
     assert time.monotonic() - start < 1.5  # S8: the deadline and a second
+
+
+async def test_a_body_in_crumbs_does_not_occupy_the_event_loop(canary: Canary) -> None:
+    canary.answer = crumbs
+    start = time.process_time()
+    error = await refusal(fetch(make_loader("127.0.0.1"), f"http://127.0.0.1:{canary.port}/"))
+    assert error.code == "failed_to_download_image"
+    assert time.process_time() - start < 0.3
+
+
+async def test_ordinary_chunks_are_fine(canary: Canary) -> None:
+    async def answer(_head: str, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for _ in range(3000):
+            writer.write(b"400\r\n" + bytes(1024) + b"\r\n")
+        writer.write(b"0\r\n\r\n")
+
+    canary.answer = answer
+    payload = await fetch(make_loader("127.0.0.1"), f"http://127.0.0.1:{canary.port}/")
+    assert len(payload) == 3000 * 1024
 
 
 @pytest.mark.parametrize("headers, code", [

@@ -37,6 +37,7 @@ REDIRECTS = frozenset((301, 302, 303, 307, 308))
 SAFE_IN_URL = "!#$%&'()*+,/:;=?@[]~"
 MAX_ADDRESSES = 4  # of one host, tried in turn
 READ_TIMEOUT_S = 10.0
+MAX_SMALL_PIECES, SMALL_PIECE_BYTES = 1000, 64  # a body in one-byte chunks would occupy the event loop
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,11 +200,14 @@ class Fetcher:
         declared = response.headers.get("content-length", "")
         if declared.isascii() and declared.isdigit() and (len(declared) > 18 or int(declared) > max_bytes):
             raise too_large
-        payload = bytearray()
-        async for chunk in response.aiter_raw():
-            payload += chunk
+        payload, pieces = bytearray(), 0
+        async for piece in response.aiter_raw():
+            payload += piece
+            pieces += 1
             if len(payload) > max_bytes:
                 raise too_large
+            if pieces > MAX_SMALL_PIECES and len(payload) < SMALL_PIECE_BYTES * pieces:
+                raise Refusal("download", "The {noun} could not be downloaded: its host sends it in too small pieces.")
         return Fetched(bytes(payload), response.headers.get("content-type"))
 
 

@@ -228,7 +228,8 @@ def _as_item(raw: RawMedia, result: Result, shape: tuple[int, ...], sample_rate:
     timestamps_s = tuple(map(float, times)) if raw.kind == "video" else ()
     rate = sample_rate if raw.kind == "audio" else 0
     key = content_key(raw.kind, data, timestamps_s=timestamps_s, sample_rate=rate)
-    return MediaItem(raw.kind, data, key, raw.param, rate, timestamps_s)
+    duration_s = raw.info.duration_s if raw.info is not None and raw.kind == "video" else 0.0
+    return MediaItem(raw.kind, data, key, raw.param, rate, timestamps_s, duration_s)
 
 
 def _are_times(times: object, count: int) -> bool:
