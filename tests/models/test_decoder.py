@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import checkpoints
 import pytest
 import torch
 from driver import Driver, Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sensorium.checkpoint import open_checkpoint
 from sensorium.models.base import Model
+from sensorium.models.weights import load_model
 
 Make = Callable[..., tuple[PreTrainedModel, Model]]
 
@@ -171,3 +175,17 @@ def test_activation_bytes_bounds_what_a_step_allocates(made: Make) -> None:
         total += event.self_cpu_memory_usage
         peak = max(peak, total)
     assert 2**20 < peak < model.activation_bytes(len(tokens))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bfloat16_stays_close(variant: str, tmp_path: Path) -> None:
+    """The kernels that serve: prefill in chunks, then decodes, with the oracle's weights rounded alike."""
+    family, options = VARIANTS[variant]
+    oracle = getattr(checkpoints, f"make_{family}")(tmp_path, dtype="bfloat16", **options)
+    model = load_model(open_checkpoint(tmp_path), dtype=torch.bfloat16, device="cpu")
+    tokens = prompt_of(PROMPT)
+    expected = oracle_logits(oracle, tokens)
+    for chunks in ((), (1,), (8,), (17, 1, 1, 1)):
+        got = Driver(model, dtype=torch.bfloat16).prefill(Sequence(tokens), *chunks).float()
+        assert torch.nn.functional.cosine_similarity(got, expected).min() > 0.998
+        assert (got - expected).abs().mean() < 0.03 * expected.std()
