@@ -231,8 +231,8 @@ def ask(entry: Entry, request: SamplingBody, prompts: Sequence[tuple[Prompt, Sam
                                                      priority=request.priority or 0, salt=salt))
                 detokenizer = Detokenizer(
                     entry.model.tokenizer, skip_special_tokens=not request.keeps_special_tokens,
-                    stop=request.stop_strings, include_stop=bool(request.include_stop_str_in_output), min_tokens=own.min_tokens,
-                    keep_leading_space=continues)
+                    stop=request.stop_strings, include_stop=bool(request.include_stop_str_in_output),
+                    min_tokens=own.min_tokens, keep_leading_space=continues)
                 answers.answers.append(Answer(len(answers.answers), stream, detokenizer, request, own, metrics))
             metrics.request_n.observe(request.choices)
             metrics.request_max_tokens.observe(params.max_tokens)

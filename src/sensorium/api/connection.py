@@ -26,6 +26,7 @@ class Connection(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._in_head = True
+        self._begun = False  # has the head that is waited for begun to come?
         self._heads = 0  # complete ones, ever
         self._head_bytes = 0  # of an unfinished head, as received
         self._url_bytes = 0
@@ -66,8 +67,10 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._in_head = True
+        self._in_head = self._begun = True
         self._head_bytes = self._url_bytes = self._fields_bytes = self._chunks = 0
+        if self._head_timer is None:
+            self._expect_head()
 
     def on_url(self, url: bytes) -> None:
         self._url_bytes += len(url)
@@ -126,13 +129,13 @@ class Connection(HttpToolsProtocol):
         self._head_timer = self.loop.call_later(self.limits.header_timeout_s, self._head_late)
 
     def _head_done(self) -> None:
-        self._in_head = False
+        self._in_head = self._begun = False
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
 
     def _head_late(self) -> None:
-        if self._head_bytes:
+        if self._begun:
             self._refuse(RequestTimeoutError("The request's headers were not complete in time."))
         else:
             self.transport.close()

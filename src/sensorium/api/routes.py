@@ -69,7 +69,7 @@ class Router:
         """The route of a call; also brings `call.path` into its canonical form."""
         path = canonical(call.path)
         methods = self._paths.get(path)
-        if methods is None and path.startswith("/v1/models/"):
+        if methods is None and path.startswith("/v1/models/") and path != "/v1/models/":
             methods = self._paths.get(_MODEL_PATH)
         if methods is None:
             raise NotFoundError("There is nothing at this path; GET /docs lists what there is.")
