@@ -49,3 +49,11 @@ def test_every_flag_is_documented() -> None:
     text = (ROOT / "docs" / "flags.md").read_text()
     assert "| `--max-model-len` |" in text
     assert "`--enable-prefix-caching` / `--no-enable-prefix-caching`" in text
+
+
+def test_every_promise_names_tests_that_exist() -> None:
+    named = re.findall(r"`((?:\w+/)?test_\w+\.py)::(\w+)`", (ROOT / "docs" / "safety.md").read_text())
+    assert len(named) > 30
+    missing = [f"{file}::{name}" for file, name in named
+               if f"def {name}(" not in (ROOT / "tests" / file).read_text()]
+    assert not missing

@@ -60,11 +60,14 @@ def all_flags() -> str:
 
 
 def model_table() -> str:
+    """One row per title; a family may be written by several architecture names."""
     rows = ["| model | `architectures` | takes | answers at |", "|---|---|---|---|"]
-    for architecture, family in FAMILIES.items():
+    for title in dict.fromkeys(family.title for family in FAMILIES.values()):
+        names = [name for name, family in FAMILIES.items() if family.title == title]
+        family = FAMILIES[names[0]]
         takes = ", ".join(("text", *family.modalities))
         answers = ", ".join(ENDPOINTS.get(task, task) for task in family.tasks)
-        rows.append(f"| {family.title} | `{architecture}` | {takes} | {answers} |")
+        rows.append(f"| {title} | {', '.join(f'`{name}`' for name in names)} | {takes} | {answers} |")
     return "\n".join(rows)
 
 
