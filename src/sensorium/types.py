@@ -60,6 +60,7 @@ class MediaItem:
     param: str = ""  # where it stands in the request, for error messages
     sample_rate: int = 0  # audio, Hz
     timestamps_s: tuple[float, ...] = ()  # video, one per frame
+    duration_s: float = 0.0  # video, the whole clip's; 0 if unknown
 
 
 @dataclass(frozen=True, slots=True)
