@@ -146,13 +146,17 @@ METRICS: tuple[tuple[str, Callable[[dict[str, Any]], float], bool], ...] = (
     ("output tok/s", lambda r: r["output_tokens_per_s"], True))
 
 
+def short(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
 def table(ours: Figures, theirs: Figures, name: str) -> str:
     """Markdown. A ratio above 1 is in our favour, whichever way the figure points."""
     rows = [f"| | | sensorium | {name} | ratio |", "|---|---|---|---|---|"]
 
     def row(load: str, title: str, a: float, b: float, more_is_better: bool) -> None:
         ratio = (a / b if more_is_better else b / a) if a and b else 0.0
-        rows.append(f"| {load} | {title} | {a:.4g} | {b:.4g} | {ratio:.2f} |")
+        rows.append(f"| {load} | {title} | {short(a)} | {short(b)} | {ratio:.2f} |")
 
     for title, values, scale in (("listens after, s", "ready_s", 1.0), ("first answer after, s", "first_answer_s", 1.0),
                                  ("resident before the loads, MB", "idle_bytes", 1e-6),
