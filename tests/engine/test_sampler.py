@@ -1,0 +1,230 @@
+"""The sampler against a plain numpy reference, one row at a time, with every parameter."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sensorium.engine.sampler import Sampler, _row_threshold, _uniform, sorted_thresholds
+from sensorium.engine.sequence import Sequence
+from sensorium.types import EngineRequest, Prompt, SamplingParams
+
+VOCABS = (100, 8193, 10000, 151936)
+
+
+def sequence(prompt: list[int], outputs: list[int], request_id: int = 1, **sampling: Any) -> Sequence:
+    params = SamplingParams(max_tokens=len(outputs) + 50, **sampling)
+    seq = Sequence(EngineRequest(request_id, Prompt(np.array(prompt, np.int32)), params), 0)
+    for token in outputs:
+        seq.append(token)
+    return seq
+
+
+def reference_probabilities(logits: np.ndarray, seq: Sequence) -> np.ndarray:
+    """What may be drawn, and how likely; greedy is certainty. float64, sorted, nothing clever."""
+    params = seq.sampling
+    assert params is not None
+    row = logits.astype(np.float64).copy()
+    outputs = seq.tokens[seq.num_prompt : seq.num_tokens].tolist()
+    for token, bias in params.logit_bias:
+        row[token] += bias
+    if len(outputs) < params.min_tokens:
+        row[list(params.stop_token_ids)] = -np.inf
+    for token in set(seq.tokens[: seq.num_tokens].tolist()):
+        row[token] *= params.repetition_penalty if row[token] < 0 else 1 / params.repetition_penalty
+    for token in set(outputs):
+        row[token] -= params.frequency_penalty * outputs.count(token) + params.presence_penalty
+    if params.temperature == 0:
+        return np.eye(len(row))[row.argmax()]
+    row = row / params.temperature
+    row -= row.max()
+    if params.min_p:
+        row[row < np.log(params.min_p)] = -np.inf
+    if params.top_k:
+        row[row < np.sort(row)[::-1][min(params.top_k, len(row)) - 1]] = -np.inf
+    if params.top_p < 1:
+        ordered = np.sort(row)[::-1]
+        weights = np.exp(ordered) / np.exp(ordered).sum()
+        kept = max(1, int((weights.cumsum() - weights < params.top_p).sum()))
+        row[row < ordered[kept - 1]] = -np.inf
+    return np.exp(row) / np.exp(row).sum()
+
+
+def reference_choice(logits: np.ndarray, seq: Sequence, uniform: float) -> tuple[int, float]:
+    """(token, how near the draw was to the border of another one)"""
+    sums = reference_probabilities(logits, seq).cumsum()
+    token = int(np.searchsorted(sums, uniform * sums[-1], side="right"))
+    return token, float(np.abs(sums / sums[-1] - uniform).min())
+
+
+Params = st.fixed_dictionaries({
+    "temperature": st.sampled_from([0.0, 0.01, 0.7, 1.0, 2.0]),
+    "top_p": st.sampled_from([1.0, 0.999, 0.9, 0.5, 0.001]),
+    "top_k": st.sampled_from([0, 1, 2, 40, 1000]),
+    "min_p": st.sampled_from([0.0, 0.001, 0.1, 0.5, 1.0]),
+    "presence_penalty": st.sampled_from([0.0, 0.5, -2.0]),
+    "frequency_penalty": st.sampled_from([0.0, 0.3, 2.0]),
+    "repetition_penalty": st.sampled_from([1.0, 1.3, 0.7]),
+    "seed": st.one_of(st.none(), st.integers(-(2**63), 2**63 - 1)),
+    "min_tokens": st.sampled_from([0, 3, 30]),
+    "stop_token_ids": st.sampled_from([(), (3, 7)]),
+    "logit_bias": st.sampled_from([(), ((3, 5.0), (9, -100.0), (11, 2.5))]),
+})
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.lists(Params, min_size=1, max_size=6), st.integers(0, 2**31), st.sampled_from([0.5, 3.0, 12.0]))
+def test_every_parameter_as_the_reference_does(batch: list[dict[str, Any]], noise: int, spread: float) -> None:
+    rng = np.random.default_rng(noise)
+    vocab = 300
+    logits = (rng.standard_normal((len(batch), vocab)) * spread).astype(np.float32)
+    sequences = [
+        sequence(rng.integers(0, vocab, 10).tolist(), rng.integers(0, 20, rng.integers(0, 12)).tolist(), i, **params)
+        for i, params in enumerate(batch)]
+    before = logits.copy()
+    sampled = Sampler(seed=5).sample(torch.from_numpy(logits), sequences)
+    assert np.array_equal(logits, before)
+    assert not sampled.failed
+    for row, seq, token in zip(logits, sequences, sampled.token_ids, strict=True):
+        uniform = float(_uniform([seq.sampler_row.seed], [seq.num_outputs])[0])
+        expected, margin = reference_choice(row, seq, uniform)
+        assert token == expected or (margin < 1e-5 and reference_probabilities(row, seq)[token] > 0)
+
+
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_ids_are_always_in_range(vocab: int) -> None:
+    """S40: tails of probability 0, rows of -inf or NaN, and one possible token at either end."""
+    logits = torch.randn(7, vocab)
+    logits[0, vocab // 2 :] = -torch.inf
+    logits[1] = -torch.inf
+    logits[2] = torch.nan
+    logits[3, 7] = torch.nan
+    logits[4] = -torch.inf
+    logits[4, vocab - 1] = 3.0
+    logits[5] = -torch.inf
+    logits[5, 0] = -1e30
+    logits[6, 5] = torch.inf
+    for sampling in ({"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9},
+                     {"temperature": 1e-6, "top_k": 5}, {"temperature": 2.0, "min_p": 0.1, "logprobs": 2}):
+        for seed in range(5):
+            sampled = Sampler().sample(logits.clone(), [sequence([1], [], i, seed=seed, **sampling) for i in range(7)])
+            assert all(0 <= token < vocab for token in sampled.token_ids)
+            assert sampled.failed == [1, 2, 3, 6]
+            assert sampled.token_ids[0] < vocab // 2
+            assert sampled.token_ids[4] == vocab - 1
+            assert sampled.token_ids[5] == 0
+            assert set(sampled.logprobs) == ({0, 4, 5} if "logprobs" in sampling else set())
+
+
+def test_forbidding_every_token_fails_the_row() -> None:
+    seq = sequence([0], [], stop_token_ids=(0, 1, 2), min_tokens=5, temperature=1.0)
+    assert Sampler().sample(torch.zeros(1, 3), [seq]).failed == [0]
+
+
+def test_a_draw_does_not_depend_on_the_batch() -> None:
+    """R17: other rows, their parameters and their number change nothing."""
+    vocab = 8193
+    mine = np.random.default_rng(0).standard_normal(vocab).astype(np.float32)
+    options: list[dict[str, Any]] = [{}, {"top_p": 0.9}, {"top_k": 50}, {"min_p": 0.05, "top_p": 0.8},
+                                     {"frequency_penalty": 1.0}, {"logprobs": 3}]
+    for sampling in options:
+        seen = set()
+        for trial in range(20):
+            rng = random.Random(trial)
+            others = [sequence([1], [2] * rng.randrange(5), 100 + i, **{"temperature": rng.choice((0.0, 1.3)),
+                                                                       **rng.choice(options)})
+                      for i in range(rng.randrange(12))]
+            place = rng.randrange(len(others) + 1)
+            logits = np.random.default_rng(trial).standard_normal((len(others) + 1, vocab)).astype(np.float32)
+            logits[place] = mine
+            own = sequence([1], [5, 6], trial, temperature=1.0, seed=42, **sampling)
+            batch = [*others[:place], own, *others[place:]]
+            seen.add(Sampler(trial).sample(torch.from_numpy(logits), batch).token_ids[place])
+        assert len(seen) == 1
+
+
+@pytest.mark.parametrize("sampling", [{}, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.3}, {"temperature": 2.0}])
+def test_draws_follow_the_distribution(sampling: dict[str, Any]) -> None:
+    """Chi-square over the output indices of one request: each index is a new draw."""
+    row = np.log(np.array([0.4, 0.25, 0.2, 0.1, 0.05], np.float32))
+    sampling = {"temperature": 1.0, **sampling}
+    seqs = [sequence([0], [0] * index, seed=9, **sampling) for index in range(3000)]
+    tokens = Sampler().sample(torch.from_numpy(np.tile(row, (len(seqs), 1))), seqs).token_ids
+    expected = reference_probabilities(row, sequence([0], [], **sampling)) * len(seqs)
+    counts = np.bincount(tokens, minlength=5)
+    assert not counts[expected == 0].any()
+    possible = expected > 0
+    assert ((counts - expected)[possible] ** 2 / expected[possible]).sum() < 25
+
+
+def test_uniform_numbers_are_uniform_and_below_one() -> None:
+    numbers = _uniform([7] * 20_000, list(range(20_000)))
+    assert 0 <= numbers.min() < 0.001
+    assert 0.999 < numbers.max() < 1
+    assert np.abs(np.histogram(numbers, 10, (0, 1))[0] - 2000).max() < 200
+    assert len(np.unique(_uniform(list(range(5000)), [0] * 5000))) > 4990
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from([0.3, 2.0, 10.0]), st.booleans(),
+       st.lists(Params, min_size=1, max_size=4))
+def test_both_ways_to_filter_agree(noise: int, spread: float, ties: bool, batch: list[dict[str, Any]]) -> None:
+    """The form for GPUs, which sorts, and the one for CPUs, which avoids it."""
+    logits = np.random.default_rng(noise).standard_normal((len(batch), 500)) * spread
+    scaled = (np.round(logits) if ties else logits).astype(np.float32)
+    scaled -= scaled.max(axis=1, keepdims=True)
+    params = [SamplingParams(1, **one) for one in batch]
+    by_sorting = sorted_thresholds(torch.from_numpy(scaled), params)
+    for row, one, threshold in zip(scaled, params, by_sorting, strict=True):
+        mine = np.float32(_row_threshold(row, one))
+        differing = int(((row >= mine) != (row >= threshold)).sum())
+        assert differing == 0 or (not ties and differing == 1)  # sums are rounded in another order
+
+
+def test_logprobs_are_of_raw_logits() -> None:
+    logits = torch.randn(3, 500)
+    seqs = [sequence([1], [], 1, temperature=0.3, logprobs=5, logit_bias=((7, 100.0),)),
+            sequence([1], [], 2, temperature=0.0, logprobs=0), sequence([1], [], 3, temperature=1.0)]
+    sampled = Sampler().sample(logits, seqs)
+    scores = torch.log_softmax(logits.double(), -1)
+    assert set(sampled.logprobs) == {0, 1}
+    first = sampled.logprobs[0]
+    assert first.token_id == sampled.token_ids[0] == 7
+    assert first.logprob == pytest.approx(scores[0, 7].item(), abs=1e-5)
+    assert [token for token, _ in first.top] == scores[0].topk(5).indices.tolist()
+    assert [value for _, value in first.top] == pytest.approx(scores[0].topk(5).values.tolist(), abs=1e-5)
+    assert sampled.logprobs[1].top == ()
+    assert sampled.logprobs[1].token_id == logits[1].argmax().item()
+
+
+def test_bfloat16_ties_take_the_first() -> None:
+    logits = torch.zeros(2, 1000, dtype=torch.bfloat16)
+    logits[:, [400, 17, 900]] = 2.0
+    seqs = [sequence([1], [], i, temperature=0.0, logprobs=logprobs) for i, logprobs in enumerate((None, 1))]
+    assert Sampler().sample(logits, seqs).token_ids == [17, 17]
+    assert Sampler().sample(logits[:1], seqs[:1]).token_ids == [17]
+
+
+def test_counts_follow_the_output() -> None:
+    """Penalties see every token once, also when there are more than memory was reserved for at first."""
+    rng = np.random.default_rng(0)
+    logits = torch.from_numpy(rng.standard_normal((1, 2000)).astype(np.float32))
+    options = {"temperature": 0.0, "frequency_penalty": 0.5, "presence_penalty": 0.1, "repetition_penalty": 1.1}
+    outputs = rng.integers(0, 2000, 900).tolist()
+    seq = sequence([5, 5, 6], outputs, **options)
+    seq.num_tokens = seq.num_prompt
+    sampler = Sampler()
+    for length in (0, 1, 200, 300, 301, 900):
+        seq.num_tokens = seq.num_prompt + length
+        [token] = sampler.sample(logits, [seq]).token_ids
+        assert token == reference_probabilities(logits[0].numpy(), seq).argmax()
+    counts = seq.sampler_row.counts
+    assert counts is not None
+    assert counts.counts[: counts.size].sum() == 900
+    assert sorted(counts.ids[: counts.size]) == sorted({5, 6, *outputs})

@@ -1,0 +1,277 @@
+"""The scheduler without a model: whatever comes in whatever order, its books are straight and nobody starves."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from sensorium.engine.block_pool import BlockPool
+from sensorium.engine.encoder_cache import EncoderCache
+from sensorium.engine.prefix_cache import PrefixCache
+from sensorium.engine.scheduler import Budget, Plan, Scheduler, spans_within
+from sensorium.engine.sequence import Sequence, Status
+from sensorium.types import EngineRequest, MediaFeatures, MediaSpan, PoolingParams, Prompt, SamplingParams
+
+BLOCK = 4
+
+
+def make_scheduler(num_blocks: int = 16, *, seqs: int = 4, tokens: int = 12, rows: int = 6, encoder_rows: int = 8,
+                   caching: bool = True, **budget: Any) -> Scheduler:
+    pool = BlockPool(num_blocks)
+    limits = Budget(seqs, tokens, rows, num_blocks * BLOCK, BLOCK, **budget)
+    prefixes = PrefixCache(pool, BLOCK, b"model", enabled=caching)
+    return Scheduler(limits, pool, prefixes, EncoderCache(encoder_rows, 1), {"embed": True})
+
+
+def make_request(request_id: int, tokens: list[int], max_tokens: int = 4, *, priority: int = 0,
+                 media: list[tuple[int, int, str]] | None = None) -> EngineRequest:
+    """`media`: (offset, rows, name) of each picture."""
+    spans = tuple(MediaSpan(i, offset, rows) for i, (offset, rows, _) in enumerate(media or ()))
+    features = tuple(MediaFeatures("image", name.encode(), rows) for _, rows, name in media or ())
+    return EngineRequest(request_id, Prompt(np.array(tokens, np.int32), features, spans), SamplingParams(max_tokens),
+                         priority=priority)
+
+
+def compute(scheduler: Scheduler, plan: Plan, token: int = 7) -> list[int]:
+    """What the core does with a plan, with a model that always says `token`. Ids of sequences that ended."""
+    for key in plan.encode:
+        scheduler.encoder.fill(key, key)
+    ended = []
+    for seq, count in [*((seq, 1) for seq in plan.decodes), *plan.prefills]:
+        for span in spans_within(seq, seq.num_computed, seq.num_computed + count):
+            assert scheduler.encoder.rows(seq.item_keys[span.item]) is not None
+        if scheduler.advance(seq, count) and scheduler.append(seq, token):
+            ended.append(seq.id)
+    return ended
+
+
+def step(scheduler: Scheduler) -> Plan:
+    plan, ended = scheduler.schedule()
+    assert not ended
+    compute(scheduler, plan)
+    return plan
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    @initialize(num_blocks=st.integers(6, 20), seqs=st.integers(1, 5), tokens=st.integers(2, 20),
+                rows=st.integers(1, 10), encoder_rows=st.integers(1, 12), caching=st.booleans())
+    def start(self, **options: Any) -> None:
+        self.scheduler = make_scheduler(**options)
+        self.tokens = options["tokens"]
+        self.alive: dict[int, Sequence] = {}
+        self.waited: Counter[int] = Counter()
+        self.next_id = 0
+
+    @rule(data=st.data(), prefix=st.integers(0, 2), length=st.integers(1, 18), max_tokens=st.integers(1, 8),
+          priority=st.integers(0, 1))
+    def add(self, data: st.DataObject, prefix: int, length: int, max_tokens: int, priority: int) -> None:
+        media = None
+        if data.draw(st.booleans()):
+            first = data.draw(st.integers(0, length - 1))
+            second = data.draw(st.integers(first, length))
+            media = [(first, second - first or 1, data.draw(st.sampled_from("abc")))]
+            if second + 2 <= length:
+                media.append((second + 1, length - second - 1, "d"))
+            media = [(offset, rows, f"{name}{rows}") for offset, rows, name in media]
+        self.next_id += 1
+        request = make_request(self.next_id, [prefix] * length, max_tokens, priority=priority, media=media)
+        refusal = self.scheduler.add(request)
+        fits = length + max_tokens <= self.scheduler.budget.max_model_len
+        assert (refusal is None) == fits
+        if refusal is None:
+            self.alive[self.next_id] = self.scheduler._by_id[self.next_id]
+
+    @precondition(lambda self: self.alive)
+    @rule(data=st.data(), preempt=st.booleans(), fail=st.booleans())
+    def disturb(self, data: st.DataObject, preempt: bool, fail: bool) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.alive)))
+        seq = self.alive[request_id]
+        if preempt:
+            if seq.status in (Status.PREFILLING, Status.DECODING):
+                self.scheduler._preempt(seq)
+            return
+        if fail:
+            assert self.scheduler.fail(seq, "broken").finish_reason == "error"
+        else:
+            assert self.scheduler.abort(request_id)
+        assert not self.scheduler.abort(request_id)
+        del self.alive[request_id]
+
+    @precondition(lambda self: self.alive)
+    @rule(token=st.integers(5, 6), failing_tower=st.booleans())
+    def step(self, token: int, failing_tower: bool) -> None:
+        plan, ended = self.scheduler.schedule()
+        assert not ended
+        assert plan, "there is work and nothing is done"
+        sizes = [1] * len(plan.decodes) + [count for _, count in plan.prefills]
+        assert sum(sizes) <= self.tokens
+        assert min(sizes) > 0
+        planned = list(plan.encode.values())
+        assert len(planned) <= 1 or sum(one.num_rows for one in planned) <= self.scheduler.budget.max_encoder_rows
+        if plan.encode and failing_tower:
+            broken, *good = plan.encode
+            for key in good:
+                self.scheduler.encoder.fill(key, key)
+            for output in self.scheduler.drop_failed_items(plan, [broken], "no"):
+                del self.alive[output.id]
+            plan.encode = {}
+        for seq in plan.sequences():
+            assert len(seq.blocks) * BLOCK > seq.num_computed
+        for request_id in compute(self.scheduler, plan, token):
+            assert self.alive.pop(request_id).status is Status.DONE
+
+    @invariant()
+    def books_are_straight(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        scheduler = self.scheduler
+        scheduler.check_integrity()
+        users = Counter(block for seq in self.alive.values() for block in seq.blocks)
+        assert users == Counter({b: n for b, n in enumerate(scheduler.pool._references) if n})
+        pins = Counter(seq.item_keys[item] for seq in self.alive.values() for item in seq.pinned)
+        assert pins == Counter({k: e.pins for k, e in scheduler.encoder._entries.items() if e.pins})
+        rows = [seq.row for seq in self.alive.values() if seq.row >= 0]
+        assert len(set(rows)) == len(rows) == scheduler.num_running
+        assert set(rows).isdisjoint(scheduler._rows)
+        states = {Status.WAITING: scheduler.waiting, Status.PREFILLING: scheduler.prefilling,
+                  Status.DECODING: scheduler.decoding}
+        for status, queue in states.items():
+            assert {s.id for s in queue} == {s.id for s in self.alive.values() if s.status is status}
+        assert scheduler.waiting == sorted(scheduler.waiting, key=lambda s: s.order)
+
+    def teardown(self) -> None:
+        """Nobody starves: without new requests all end within a few times as many steps as there are tokens."""
+        if not hasattr(self, "scheduler"):
+            return
+        scheduler = self.scheduler
+        bound = 20 + 4 * sum(seq.num_prompt + seq.max_tokens for seq in self.alive.values())
+        for _ in range(bound):
+            if not self.alive:
+                break
+            self.step(token=5, failing_tower=False)
+        assert not self.alive
+        assert scheduler.pool.num_free == scheduler.pool.num_blocks
+        assert scheduler.encoder.pinned_bytes == 0
+
+
+SchedulerMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
+TestSchedulerBooks = SchedulerMachine.TestCase
+
+
+def ids(plan: Plan) -> list[int]:
+    return [seq.id for seq in plan.sequences()]
+
+
+def test_first_come_first_served_within_a_priority() -> None:
+    scheduler = make_scheduler(seqs=2)
+    for request_id, priority in ((1, 0), (2, 1), (3, 0), (4, -1)):
+        scheduler.add(make_request(request_id, [request_id] * 3, 1, priority=priority))
+    assert [ids(step(scheduler)) for _ in range(2)] == [[4, 1], [3, 2]]
+
+
+def test_decodes_come_before_prompts() -> None:
+    scheduler = make_scheduler(tokens=6)
+    scheduler.add(make_request(1, [1] * 3))
+    step(scheduler)
+    scheduler.add(make_request(2, [2] * 20))
+    plan = step(scheduler)
+    assert [seq.id for seq in plan.decodes] == [1]
+    assert [(seq.id, count) for seq, count in plan.prefills] == [(2, 5)]
+
+
+def test_the_youngest_of_the_lowest_priority_gives_way() -> None:
+    scheduler = make_scheduler(num_blocks=10, caching=False)
+    for request_id, priority in ((1, 0), (2, 5), (3, 5), (4, 0)):
+        scheduler.add(make_request(request_id, [request_id] * 4, 20, priority=priority))
+    gone: list[int] = []
+    for _ in range(12):
+        step(scheduler)
+        gone += [seq.id for seq in scheduler.waiting if seq.num_outputs and seq.id not in gone]
+    assert gone[0] == 3
+    assert not {1, 4} & set(gone[:2])
+
+
+def test_a_preempted_sequence_keeps_what_it_said() -> None:
+    scheduler = make_scheduler(caching=False)
+    scheduler.add(make_request(1, [1] * 5, 6))
+    for _ in range(3):
+        step(scheduler)
+    [seq] = scheduler.decoding
+    scheduler._preempt(seq)
+    assert (seq.num_outputs, seq.num_computed, seq.blocks) == (3, 0, [])
+    plan = step(scheduler)
+    assert [(s.id, count) for s, count in plan.prefills] == [(1, 8)]
+    assert seq.num_outputs == 4
+
+
+def test_prompt_is_cut_where_towers_must_wait() -> None:
+    """Two pictures of 4 rows, 6 rows of towers a step: the second picture waits, the text before it does not."""
+    scheduler = make_scheduler(tokens=40, rows=6)
+    scheduler.add(make_request(1, [1] * 20, media=[(2, 4, "a"), (9, 4, "b")]))
+    plan = step(scheduler)
+    assert [count for _, count in plan.prefills] == [9]
+    assert len(plan.encode) == 1
+    plan = step(scheduler)
+    assert [count for _, count in plan.prefills] == [11]
+    assert len(plan.encode) == 1
+
+
+def test_an_item_above_the_encoder_budget_runs_alone() -> None:
+    scheduler = make_scheduler(tokens=40, rows=3, encoder_rows=4)
+    scheduler.add(make_request(1, [1] * 20, media=[(2, 14, "large")]))
+    plan = step(scheduler)
+    assert (len(plan.encode), [count for _, count in plan.prefills]) == (1, [20])
+
+
+def test_a_picture_in_a_cached_prefix_is_not_encoded() -> None:
+    scheduler = make_scheduler(tokens=40)
+    for request_id in (1, 2):
+        scheduler.add(make_request(request_id, [1] * 13, 1, media=[(1, 6, "a")]))
+        plan = step(scheduler)
+        assert len(plan.encode) == (request_id == 1)
+    assert scheduler.encoder.queries == 1
+
+
+def test_equal_prefix_waits_but_lets_others_pass() -> None:
+    scheduler = make_scheduler(tokens=40)
+    for request_id, token in ((1, 1), (2, 1), (3, 3)):
+        scheduler.add(make_request(request_id, [token] * 9, 2))
+    assert [(s.id, n) for s, n in step(scheduler).prefills] == [(1, 9), (3, 9)]
+    assert [(s.id, n) for s, n in step(scheduler).prefills] == [(2, 1)]
+
+
+def test_encoder_only_models_take_whole_prompts() -> None:
+    """No blocks, no chunks; a prompt above the token budget is computed alone."""
+    scheduler = make_scheduler(num_blocks=20, tokens=10, has_cache=False)
+    params = PoolingParams("embed")
+    for request_id, length in ((1, 6), (2, 6), (3, 30), (4, 2)):
+        scheduler.add(EngineRequest(request_id, Prompt(np.ones(length, np.int32)), pooling=params))
+    seen = []
+    while scheduler.has_work():
+        plan, _ = scheduler.schedule()
+        seen.append([(seq.id, count) for seq, count in plan.prefills])
+        for seq, count in plan.prefills:
+            scheduler.advance(seq, count)
+            scheduler.finish(seq)
+    assert seen == [[(1, 6)], [(2, 6)], [(3, 30)], [(4, 2)]]
+
+
+@pytest.mark.parametrize("request_", [
+    EngineRequest(9, Prompt(np.ones(3, np.int32))),
+    EngineRequest(9, Prompt(np.ones(3, np.int32)), SamplingParams(1), PoolingParams("embed")),
+    EngineRequest(9, Prompt(np.ones(3, np.int32)), pooling=PoolingParams("classify")),
+    EngineRequest(1, Prompt(np.ones(3, np.int32)), SamplingParams(1)),
+])
+def test_requests_that_make_no_sense_are_refused(request_: EngineRequest) -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_request(1, [1]))
+    refusal = scheduler.add(request_)
+    assert refusal is not None
+    assert refusal.finish_reason == "error"
+    assert list(scheduler._by_id) == [1]
