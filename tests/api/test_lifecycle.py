@@ -200,6 +200,51 @@ async def test_waiting_prompt_tokens_are_bounded() -> None:
         assert (await chat(served.port, max_tokens=1)).status == 200
 
 
+async def test_all_bodies_together_are_bounded() -> None:
+    limits = replace(LIMITS, max_pending_bytes=300_000, body_timeout_s=1.0)
+    async with serving(limits=limits) as served:
+        data = json.dumps({**CHAT, "user": "u", "x": "y" * 200_000}).encode()
+        _, writer = await asyncio.open_connection("127.0.0.1", served.port)
+        writer.write(request("POST", "/v1/chat/completions", data)[:-10])
+        await until(lambda: served.http._app.service.pending.total > 190_000)
+        reply = await post(served.port, "/v1/chat/completions", data)
+        assert (reply.status, reply.error["code"]) == (503, "overloaded")
+        assert "retry-after" in reply.headers
+        assert (await chat(served.port)).status == 200
+        writer.close()
+        await until(lambda: served.http._app.service.pending.total == 0)
+        assert (await post(served.port, "/v1/chat/completions", data)).status == 200
+        assert served.http._app.service.pending.total == 0
+
+
+async def test_bodies_are_not_held_while_tokens_come() -> None:
+    async with serving(FakeEngine(script=slowly)) as served:
+        running = asyncio.create_task(chat(served.port, max_tokens=10, x="y" * 100_000))
+        await until(lambda: len(served.engine.active) == 1)
+        assert served.http._app.service.pending.total == 0
+        assert (await running).status == 200
+
+
+async def test_leaving_while_the_prompt_is_made_ends_that_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+
+    async def fetching(*args: Any, **options: Any) -> None:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            ended.append("cancelled")
+            raise
+
+    async with serving() as served:
+        monkeypatch.setattr(served.http._app.service.entries[0].model, "prepare_chat", fetching)
+        _, writer = await open_request(served.port)
+        await until(lambda: len(served.http._app.service.flights) == 1)
+        writer.close()
+        await until(lambda: bool(ended))
+        await until(lambda: served.http._app.service.entries[0].admission.sequences == 0)
+        assert not served.engine.requests
+
+
 async def test_one_key_cannot_take_everything() -> None:
     limits = replace(LIMITS, max_concurrency_per_key=2)
     async with serving(FakeEngine(script=slowly), limits=limits, api_key=("a", "b")) as served:

@@ -213,7 +213,7 @@ async def body_of(*pieces: bytes, limits: Limits = LIMITS, ends: bool = True) ->
             return message
         return {"type": "http.disconnect"}
 
-    return await read_body(receive, limits.max_body_bytes, limits)
+    return await read_body(receive, limits.max_body_bytes, limits, lambda size: None)
 
 
 async def test_reading_a_body() -> None:
@@ -233,7 +233,7 @@ async def test_reading_a_body() -> None:
         await asyncio.sleep(10)
 
     with pytest.raises(RequestTimeoutError):
-        await read_body(never, 5, replace(LIMITS, body_timeout_s=0.01))
+        await read_body(never, 5, replace(LIMITS, body_timeout_s=0.01), lambda size: None)
 
 
 @pytest.mark.parametrize(("kind", "status"), [
@@ -262,13 +262,48 @@ async def test_other_encodings_of_a_body(port: int) -> None:
 
 async def test_upgrades_and_strange_targets(port: int) -> None:
     upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Key": "x", "Sec-WebSocket-Version": "13"}
-    assert (await get(port, "/v1/models", headers=upgrade)).status in (200, 400)
+    assert (await get(port, "/v1/models", headers=upgrade)).status == 200
+    h2c = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABk"}
+    data = request("POST", "/v1/completions", BODY, headers=h2c)
+    for cut in (len(data), len(data) - 5, len(data) - len(BODY), 20):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(data[:cut])
+        await asyncio.sleep(0.02)
+        writer.write(data[cut:])
+        reply = await read_reply(reader)
+        assert reply.status == 200
+        assert reply.json["usage"]["completion_tokens"] == 2
+        assert await reader.read() == b""  # the parser is of no more use: the connection ends
+    chunked = {**h2c, "Transfer-Encoding": "chunked"}
+    assert (await raw(port, request("POST", "/v1/completions", headers=chunked) + b"0\r\n\r\n")).status == 400
     for target in ("http://evil/v1/models", "*", "v1/models"):
         assert (await raw(port, request("GET", target))).status in (400, 404)
     for junk in (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"GET\r\n\r\n", b"\x00" * 100,
                  b"GET / HTTP/9.9\r\n\r\n"):
         with contextlib.suppress(asyncio.IncompleteReadError):  # closing without a word is as good
             assert (await raw(port, junk)).status == 400
+    await healthy(port)
+
+
+async def test_trailers_and_chunk_extensions(port: int) -> None:
+    head = request("POST", "/v1/completions", headers={"Transfer-Encoding": "chunked"})
+    chunk = b"%x\r\n%b\r\n" % (len(BODY), BODY)
+    reply = await raw(port, head + chunk + b"0\r\nX-Request-Id: trailer\r\nContent-Type: text/plain\r\n\r\n")
+    assert reply.status == 200
+    assert reply.headers["x-request-id"] != "trailer"
+    for endless in (b"0\r\nX-Long: ", b"1;name="):
+        reply, _ = await flood(port, head + chunk + endless, [b"a" * 65536] * 80)
+        assert reply is not None
+        assert reply.status == 431
+    await healthy(port)
+
+
+async def test_many_pipelined_requests(port: int) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(request("GET", "/livez") * 2000)
+    received = await asyncio.wait_for(reader.read(), 5)
+    assert received.count(b"HTTP/1.1") < 200
+    writer.close()
     await healthy(port)
 
 

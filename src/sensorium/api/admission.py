@@ -64,6 +64,48 @@ class Permit:
         self._admission.prompt_tokens -= self._prompt_tokens
 
 
+class PendingBytes:
+    """All bodies in memory together: what is being received, parsed or turned into prompts."""
+
+    def __init__(self, max_bytes: int, on_refusal: Callable[[str], None]) -> None:
+        self._max_bytes = max_bytes
+        self._on_refusal = on_refusal
+        self.total = 0
+
+    def open(self) -> PendingBody:
+        return PendingBody(self)
+
+    def add(self, size_bytes: int) -> None:
+        if self.total + size_bytes > self._max_bytes:
+            self._on_refusal("memory")
+            raise OverloadedError("The server is busy: too many large requests are in progress. Try again later.")
+        self.total += size_bytes
+
+
+class PendingBody:
+    """One request's part of `PendingBytes`, until its prompt is made."""
+
+    __slots__ = ("_pending", "_size_bytes")
+
+    def __init__(self, pending: PendingBytes) -> None:
+        self._pending = pending
+        self._size_bytes = 0
+
+    def add(self, size_bytes: int) -> None:
+        self._pending.add(size_bytes)
+        self._size_bytes += size_bytes
+
+    def release(self) -> None:
+        self._pending.total -= self._size_bytes
+        self._size_bytes = 0
+
+    def __enter__(self) -> PendingBody:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+
 class KeyLimiter:
     """At most so many requests of one API key at a time. Without keys everybody shares none, and there is no limit."""
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import TypeVar
 
+from sensorium.api.admission import PendingBody
 from sensorium.api.asgi import Call, ClientGone, Receive
 from sensorium.api.protocol.common import Body, UnknownFields
 from sensorium.api.protocol.validation import parse_json
@@ -16,10 +18,12 @@ _TINY_BYTES = 512
 """Pieces smaller than this count against `max_body_messages`; an ordinary network's packets are larger."""
 
 
-async def read_request(call: Call, model: type[Request], limits: Limits, unknown: UnknownFields) -> Request:
-    """The body of a call as a request model."""
+async def read_request(call: Call, model: type[Request], limits: Limits, unknown: UnknownFields,
+                       pending: PendingBody) -> Request:
+    """The body of a call as a request model. Its bytes are held of `pending` until the caller releases them."""
     check_json_type(call)
-    body = await read_body(call.receive, limits.max_body_bytes, limits, declared_bytes=declared_length(call))
+    body = await read_body(call.receive, limits.max_body_bytes, limits, pending.add,
+                           declared_bytes=declared_length(call))
     return parse_json(model, body, unknown)
 
 
@@ -44,18 +48,22 @@ def declared_length(call: Call) -> int | None:
     return int(value)
 
 
-async def read_body(receive: Receive, max_bytes: int, limits: Limits, *, declared_bytes: int | None = None) -> bytes:
-    """Every byte of a body, or the error for the limit that it broke, as soon as it has broken it."""
+async def read_body(receive: Receive, max_bytes: int, limits: Limits, on_bytes: Callable[[int], None], *,
+                    declared_bytes: int | None = None) -> bytes:
+    """Every byte of a body, or the error for the limit that it broke, as soon as it has broken it.
+
+    `on_bytes` is told of every piece and may refuse it too.
+    """
     if declared_bytes is not None and declared_bytes > max_bytes:
         raise _too_large(max_bytes)
     try:
         async with asyncio.timeout(limits.body_timeout_s):
-            return await _receive_all(receive, max_bytes, limits.max_body_messages)
+            return await _receive_all(receive, max_bytes, limits.max_body_messages, on_bytes)
     except TimeoutError:
         raise RequestTimeoutError(f"The body was not complete after {limits.body_timeout_s:g} seconds.") from None
 
 
-async def _receive_all(receive: Receive, max_bytes: int, max_pieces: int) -> bytes:
+async def _receive_all(receive: Receive, max_bytes: int, max_pieces: int, on_bytes: Callable[[int], None]) -> bytes:
     pieces: list[bytes] = []
     size_bytes = tiny_pieces = 0
     while True:
@@ -67,6 +75,7 @@ async def _receive_all(receive: Receive, max_bytes: int, max_pieces: int) -> byt
         tiny_pieces += len(piece) < _TINY_BYTES
         if size_bytes > max_bytes:
             raise _too_large(max_bytes)
+        on_bytes(len(piece))
         if tiny_pieces > max_pieces:
             raise BodyTooLargeError("The body came in too many small pieces; send larger ones.")
         pieces.append(piece)

@@ -14,7 +14,6 @@ from sensorium.api.body import read_request
 from sensorium.api.frames import StreamHead, chat_frames
 from sensorium.api.logprobs import chat_logprobs
 from sensorium.api.protocol.chat import ChatRequest
-from sensorium.api.protocol.content import Conversation
 from sensorium.api.service import Entry, Service
 from sensorium.api.sse import EventStream
 from sensorium.types import Prompt
@@ -23,36 +22,39 @@ _NO_DELTA = b'"delta":{}'
 
 
 async def chat_completions(service: Service, call: Call) -> None:
-    with service.tenants.enter(call.tenant):
-        request = await read_request(call, ChatRequest, service.limits, service.unknown)
+    with service.tenants.enter(call.tenant), service.pending.open() as pending:
+        request = await read_request(call, ChatRequest, service.limits, service.unknown, pending)
         request.check(service.limits, service.server)
         entry = service.entry(request.model)
         with entry.admission.admit(request.choices) as permit:
             async with service.flight(call):
-                conversation = request.conversation(entry.model.processor.modalities, service.limits)
-                prompt = await _prompt(entry, request, conversation)
+                prompt, echoed = await _prompt(service, entry, request)
+                request = request.without_messages()  # media in base64 are not kept while tokens come
+                pending.release()
                 permit.add_prompt_tokens(len(prompt.token_ids))
                 params = request.sampling(entry.defaults(), len(prompt.token_ids))
                 salt = service.salts.of(call.tenant, request.cache_salt)
                 answers = ask(entry, request, [(prompt, params)], salt, started_s=call.started_s,
                               continues=bool(request.continue_final_message))
                 with answers:
-                    await _answer(service, call, entry, request, conversation, answers)
+                    await _answer(service, call, entry, request, echoed, answers)
                     call.note = f"{answers.prompt_tokens} + {answers.completion_tokens} tokens"
 
 
-async def _prompt(entry: Entry, request: ChatRequest, conversation: Conversation) -> Prompt:
+async def _prompt(service: Service, entry: Entry, request: ChatRequest) -> tuple[Prompt, str]:
+    """The prompt, and what the answer repeats: with `echo`, the assistant's last message that it continues."""
+    conversation = request.conversation(entry.model.processor.modalities, service.limits)
     prepared = await entry.model.prepare_chat(
         conversation.messages, conversation.media, add_special_tokens=bool(request.add_special_tokens),
         **request.template_options())
     entry.metrics.observe_prompt(prepared.text_s, prepared.media)
-    return prepared.prompt
+    continues = request.echo and conversation.messages[-1].role == "assistant"
+    return prepared.prompt, conversation.last_text if continues else ""
 
 
-async def _answer(service: Service, call: Call, entry: Entry, request: ChatRequest, conversation: Conversation,
+async def _answer(service: Service, call: Call, entry: Entry, request: ChatRequest, echoed: str,
                   answers: Answers) -> None:
     head = StreamHead("chatcmpl-" + secrets.token_hex(12), int(time.time()), request.model or entry.name)
-    echoed = _echoed(request, conversation)
     if request.stream:
         await _stream(service, call, entry, request, answers, head, echoed)
         return
@@ -62,11 +64,6 @@ async def _answer(service: Service, call: Call, entry: Entry, request: ChatReque
     await call.respond(msgspec.json.encode({
         "id": head.id, "object": "chat.completion", "created": head.created, "model": head.model, "choices": choices,
         "usage": answers.usage(), "system_fingerprint": None, "service_tier": None}))
-
-
-def _echoed(request: ChatRequest, conversation: Conversation) -> str:
-    """With `echo`, an answer that continues the assistant's last message begins with it."""
-    return conversation.last_text if request.echo and conversation.messages[-1].role == "assistant" else ""
 
 
 def _choice(entry: Entry, request: ChatRequest, answer: Answer, text: str) -> dict[str, Any]:

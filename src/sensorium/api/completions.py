@@ -22,13 +22,14 @@ from sensorium.types import Prompt
 
 
 async def completions(service: Service, call: Call) -> None:
-    with service.tenants.enter(call.tenant):
-        request = await read_request(call, CompletionRequest, service.limits, service.unknown)
+    with service.tenants.enter(call.tenant), service.pending.open() as pending:
+        request = await read_request(call, CompletionRequest, service.limits, service.unknown, pending)
         request.check(service.limits)
         entry = service.entry(request.model)
         with entry.admission.admit(len(request.prompts) * request.choices) as permit:
             async with service.flight(call):
                 prompts = await _prompts(entry, request)
+                pending.release()
                 permit.add_prompt_tokens(sum(len(prompt.token_ids) for prompt in prompts))
                 defaults = entry.defaults()
                 asked = [(prompt, request.sampling(defaults, len(prompt.token_ids))) for prompt in prompts]

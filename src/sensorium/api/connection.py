@@ -14,6 +14,7 @@ from sensorium.api.errors import HeadersTooLargeError, UrlTooLongError, error_bo
 from sensorium.config import Limits
 from sensorium.errors import BodyTooLargeError, RequestError, RequestTimeoutError, SensoriumError
 
+_MAX_PIPELINED = 32
 _LINGER_S = 1.0
 """How long an upload that was answered early goes on being read: closing at once would lose the answer on its way."""
 
@@ -27,12 +28,12 @@ class Connection(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._in_head = True
         self._begun = False  # has the head that is waited for begun to come?
-        self._heads = 0  # complete ones, ever
-        self._head_bytes = 0  # of an unfinished head, as received
+        self._quiet_bytes = 0  # received since the parser last came forward
         self._url_bytes = 0
         self._fields_bytes = 0
         self._chunks = 0
         self._refused = False
+        self._raw_body_bytes = 0  # of a body that the parser does not read, still to come
         self._head_timer: asyncio.TimerHandle | None = None
 
     @classmethod
@@ -50,25 +51,27 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._refused or self.transport.is_closing():
             return
+        if self._raw_body_bytes:
+            self._take_raw_body(data)
+            return
         self._unset_keepalive_if_required()
         if self._in_head and self._head_timer is None:
             self._expect_head()
-        was_in_head, heads = self._in_head, self._heads
+        self._quiet_bytes += len(data)
         try:
             self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._refuse(RequestError("Only plain HTTP/1.1 is served here.", code="upgrade_refused"))
+        except httptools.HttpParserUpgrade as offer:
+            self._ignore_upgrade(data[offer.args[0]:])
         except httptools.HttpParserError:
             self._refuse(RequestError("This is not a valid HTTP request.", code="invalid_http"))
-        if was_in_head and self._in_head and self._heads == heads:
-            self._head_bytes += len(data)
-            if self._head_bytes > self.limits.max_header_bytes + self.limits.max_request_line_bytes:
-                self._refuse(self._head_error())
+        # Heads, trailers and chunk extensions of any length would pile up in the parser.
+        if self._quiet_bytes > self.limits.max_header_bytes + self.limits.max_request_line_bytes:
+            self._refuse(self._head_error())
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_head = self._begun = True
-        self._head_bytes = self._url_bytes = self._fields_bytes = self._chunks = 0
+        self._quiet_bytes = self._url_bytes = self._fields_bytes = self._chunks = 0
         if self._head_timer is None:
             self._expect_head()
 
@@ -78,12 +81,14 @@ class Connection(HttpToolsProtocol):
             super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._in_head:
+            return  # a trailer: what comes after the body says nothing about the request
         self._fields_bytes += len(name) + len(value) + 4
         if self._fields_bytes <= self.limits.max_header_bytes and len(self.headers) <= self.limits.max_headers:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._heads += 1
+        self._quiet_bytes = 0
         self._head_done()
         if self._refused:
             return
@@ -92,24 +97,51 @@ class Connection(HttpToolsProtocol):
                      or len(self.headers) > limits.max_headers)
         if too_large:
             self._refuse(self._head_error())
+        elif len(self.pipeline) >= _MAX_PIPELINED:
+            self._refuse(RequestError("Too many requests were sent without waiting for answers.", code="invalid_http"))
         elif not self.url.startswith(b"/"):
             self._refuse(RequestError("The request's target must be a path.", code="invalid_http"))
         else:
             super().on_headers_complete()
 
     def on_chunk_header(self) -> None:
+        self._quiet_bytes = 0
         self._chunks += 1
         if self._chunks > self.limits.max_body_messages and not self._refused:
             self._refuse(BodyTooLargeError("The body came in too many small pieces; send larger ones."))
 
     def on_body(self, body: bytes) -> None:
+        self._quiet_bytes = 0
         if not self._refused:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
+        self._quiet_bytes = 0
         self._in_head = True
         if not self._refused:
             super().on_message_complete()
+
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """Answer in HTTP/1.1 whoever offers another protocol, as Java's client does with HTTP/2 on every first request.
+
+        The parser takes what follows the head for the other protocol, so the body is read here.
+        """
+        self.cycle.keep_alive = False
+        lengths = [value for name, value in self.headers if name == b"content-length"]
+        if lengths and int(lengths[0]) > 0:
+            self.cycle.more_body = True
+            self._raw_body_bytes = int(lengths[0])
+            self._take_raw_body(rest)
+        elif any(name == b"transfer-encoding" for name, _ in self.headers):
+            self._refuse(RequestError("An upgrade cannot be offered with a chunked body.", code="invalid_http"))
+
+    def _take_raw_body(self, data: bytes) -> None:
+        piece = data[:self._raw_body_bytes]
+        self._raw_body_bytes -= len(piece)
+        if piece:
+            self.on_body(piece)
+        if not self._raw_body_bytes:
+            self.on_message_complete()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

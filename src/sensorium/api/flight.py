@@ -71,6 +71,8 @@ class Flight:
         self._timeout.reschedule(asyncio.get_running_loop().time())
 
     async def __aenter__(self) -> Flight:
+        if self._flights.draining:
+            raise UnavailableError("The server is shutting down.", retry_after_s=10.0)
         await self._timeout.__aenter__()
         self._flights.add(self)
         self._watch = asyncio.ensure_future(self._until_gone())

@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sensorium.api.admission import Admission, KeyLimiter
+from sensorium.api.admission import Admission, KeyLimiter, PendingBytes
 from sensorium.api.asgi import Call
 from sensorium.api.auth import CacheSalts, Keys
 from sensorium.api.errors import ModelNotFoundError
@@ -60,6 +60,7 @@ class Service:
         self.entries = tuple(self._entry(tuple(own), models[own[0]]) for own in names.values())
         self._by_name = {name: entry for entry in self.entries for name in entry.names}
         self.tenants = KeyLimiter(limits.max_concurrency_per_key, self.entries[0].metrics.refuse)
+        self.pending = PendingBytes(limits.max_pending_bytes, self.entries[0].metrics.refuse)
 
     def _entry(self, names: tuple[str, ...], model: ServedModel) -> Entry:
         metrics = self.metrics.models[names[0]]

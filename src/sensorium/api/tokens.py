@@ -15,8 +15,8 @@ from sensorium.served import LONG_TEXT, ServedModel
 
 
 async def tokenize(service: Service, call: Call) -> None:
-    with service.tenants.enter(call.tenant):
-        request = await read_request(call, TokenizeRequest, service.limits, service.unknown)
+    with service.tenants.enter(call.tenant), service.pending.open() as pending:
+        request = await read_request(call, TokenizeRequest, service.limits, service.unknown, pending)
         request.check(service.server)
         entry = service.entry(request.model)
         async with service.flight(call):
@@ -47,8 +47,8 @@ def _encode(model: ServedModel, text: str, add_special_tokens: bool) -> list[int
 
 
 async def detokenize(service: Service, call: Call) -> None:
-    with service.tenants.enter(call.tenant):
-        request = await read_request(call, DetokenizeRequest, service.limits, service.unknown)
+    with service.tenants.enter(call.tenant), service.pending.open() as pending:
+        request = await read_request(call, DetokenizeRequest, service.limits, service.unknown, pending)
         entry = service.entry(request.model)
         async with service.flight(call):
             entry.model.tokenizer.check_ids(request.tokens, param="tokens")

@@ -85,6 +85,10 @@ class ChatRequest(SamplingBody, TemplateFields):
     def conversation(self, modalities: frozenset[Modality], limits: Limits) -> Conversation:
         return conversation(self.messages, modalities, limits)
 
+    def without_messages(self) -> ChatRequest:
+        """The same request without what it takes the most memory for."""
+        return self.model_copy(update={"messages": []})
+
     def sampling(self, defaults: ModelDefaults, prompt_tokens: int) -> SamplingParams:
         wanted = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return self.sampling_with(
