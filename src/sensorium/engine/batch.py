@@ -43,6 +43,7 @@ class Batch:
     media: list[MediaRows]
     sampled: list[Sequence]  # those whose last token is computed here, in order
     sampled_rows: Tensor | None  # int64 [len(sampled)]; None: every token of the batch
+    token_types: Tensor | None = None  # int64 [tokens], where any prompt has them
 
 
 class BatchBuilder:
@@ -107,7 +108,7 @@ class BatchBuilder:
             self._long_context(sequences, query_lens))
         sampled = [seq for seq, last in zip(sequences, is_last.tolist(), strict=True) if last]
         return Batch(sequences, starts, self._tensor(token_ids), self._tensor(_joined(pieces, self._axes)), context,
-                     media, sampled, self._tensor((ends - 1)[is_last]))
+                     media, sampled, self._tensor((ends - 1)[is_last]), self._token_types(sequences, query_lens))
 
     def _slots(self, rows: Ints, lengths: Ints, counts: Ints) -> Ints:
         """Where each token's keys and values go: block * block_size + offset. [tokens]"""
@@ -131,6 +132,14 @@ class BatchBuilder:
         if not self._marks_long:
             return None
         return self._tensor(np.repeat(np.array([seq.is_long for seq in sequences]), query_lens))
+
+    def _token_types(self, sequences: list[Sequence], query_lens: list[int]) -> Tensor | None:
+        types = [seq.request.prompt.token_types for seq in sequences]
+        if all(one is None for one in types):
+            return None
+        pieces = [np.zeros(count, np.int64) if one is None else one[seq.num_computed : seq.num_computed + count]
+                  for seq, count, one in zip(sequences, query_lens, types, strict=True)]
+        return self._tensor(np.concatenate(pieces).astype(np.int64, copy=False))
 
     def _copy_new_blocks(self, seq: Sequence) -> None:
         """Bring the table row of a sequence up to date; usually nothing is new."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -27,7 +27,6 @@ from sensorium.engine.scheduler import Budget, Scheduler
 from sensorium.errors import StartupError
 from sensorium.models.base import Model
 from sensorium.models.weights import load_model, weight_bytes
-from sensorium.pooling.pooler import Pooler
 from sensorium.types import EngineReady
 
 SMALL_MODEL_BYTES = 64 * MiB  # of weights: what a core reads in the time that waking another one may take
@@ -68,7 +67,7 @@ def build_engine(model: Model, checkpoint: Checkpoint, config: EngineConfig, dev
     """Everything around a model that is already there."""
     started = monotonic() if started is None else started
     has_cache = model.num_layers > 0
-    poolers: Mapping[str, Pooler] = getattr(model, "poolers", {})
+    poolers = model.poolers
     wanted = min(config.max_model_len or checkpoint.max_model_len, checkpoint.max_model_len)
     num_blocks, max_len, kv_bytes = 0, wanted, 0
     cache = []
@@ -92,10 +91,12 @@ def build_engine(model: Model, checkpoint: Checkpoint, config: EngineConfig, dev
     builder = BatchBuilder(config.max_num_seqs, max_blocks, config.block_size, max(1, len(sections)), device,
                            marks_long=model.long_context_from is not None)
     runner = Runner(model, cache, builder, Sampler(config.seed), encoder, device, poolers=poolers, faults=faults)
+    tasks = (*(("generate",) if model.generates else ()), *poolers)
+    embedding_size = poolers["embed"].size if "embed" in poolers else 0
     ready = EngineReady(
         max_model_len=max_len, kv_tokens=num_blocks * config.block_size, block_size=config.block_size,
         weight_bytes=weight_bytes(model), kv_bytes=kv_bytes, load_seconds=monotonic() - started, device=device.type,
-        dtype=str(dtype).removeprefix("torch."), tasks=("generate", *poolers), embedding_size=hidden_size)
+        dtype=str(dtype).removeprefix("torch."), tasks=tasks, embedding_size=embedding_size)
     return Engine(scheduler, runner, prefixes, encoder, ready)
 
 

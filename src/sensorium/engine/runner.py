@@ -19,7 +19,7 @@ from sensorium.engine.scheduler import Plan
 from sensorium.engine.sequence import ItemKey, Sequence
 from sensorium.models.base import KVCache, Model
 from sensorium.pooling.pooler import Pooler
-from sensorium.types import MediaFeatures, Modality
+from sensorium.types import MediaFeatures, Modality, PoolingTask
 
 LOGPROB_ROWS = 64  # prompt positions whose logits exist at the same time
 
@@ -37,8 +37,8 @@ class StepResult:
 
 class Runner:
     def __init__(self, model: Model, cache: KVCache, builder: BatchBuilder, sampler: Sampler,
-                 encoder: EncoderCache[Tensor], device: torch.device, *, poolers: Mapping[str, Pooler] | None = None,
-                 faults: Faults | None = None) -> None:
+                 encoder: EncoderCache[Tensor], device: torch.device, *,
+                 poolers: Mapping[PoolingTask, Pooler] | None = None, faults: Faults | None = None) -> None:
         self._model = model
         self._cache = cache
         self._builder = builder
@@ -88,7 +88,7 @@ class Runner:
     def run(self, plan: Plan) -> StepResult:
         self._faults.hit("step")
         batch = self._builder.build(plan)
-        hidden = self._model.embed(batch.token_ids)  # [tokens, hidden]
+        hidden = self._model.embed(batch.token_ids, batch.token_types)  # [tokens, hidden]
         for media in batch.media:
             rows = self._encoder.rows(media.key)
             hidden[media.start : media.end] = rows[media.row : media.row + media.end - media.start]
@@ -136,7 +136,7 @@ class Runner:
             hidden = hidden[-1:]
         elif seq.hidden:
             hidden = torch.cat([*seq.hidden, hidden])
-        vector: NDArray[np.float32] = pooler(hidden, params).float().cpu().numpy()
+        vector: NDArray[np.float32] = pooler(hidden, params, seq.tokens[: seq.num_tokens]).float().cpu().numpy()
         return vector
 
     def _add_prompt_logprobs(self, seq: Sequence, hidden: Tensor, num_top: int) -> None:

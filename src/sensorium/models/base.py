@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from sensorium.checkpoint import Checkpoint
-from sensorium.types import Modality
+from sensorium.pooling.pooler import Pooler
+from sensorium.types import Modality, PoolingTask
 
 KVCache = list[tuple[Tensor, Tensor]]
 """Per layer (keys, values), each [num_blocks, kv_heads, block_size, head_dim]."""
@@ -73,8 +75,13 @@ class Model(nn.Module):
     num_kv_heads: int
     head_dim: int  # shape of the KV cache; num_layers 0 means that there is none
 
-    def embed(self, token_ids: Tensor) -> Tensor:
-        """Token ids int64 [tokens] -> [tokens, hidden]. Placeholder ids outside the table are looked up as 0."""
+    generates: bool = False  # whether it has a language head
+    poolers: Mapping[PoolingTask, Pooler] = MappingProxyType({})  # what it can do besides, set by the constructor
+
+    def embed(self, token_ids: Tensor, token_types: Tensor | None = None) -> Tensor:
+        """Token ids int64 [tokens] -> [tokens, hidden]. Placeholder ids outside the table are looked up as 0.
+
+        `token_types` int64 [tokens] are the segments of BERT's pairs; None where no prompt of the step has any."""
         raise NotImplementedError
 
     def encode(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:

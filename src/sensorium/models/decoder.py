@@ -6,6 +6,7 @@ What differs between them (biases, norms of q and k, window, rope, tied head) is
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from sensorium.kernels.reference import GATHER_ELEMENTS, MASK_ELEMENTS
 from sensorium.models.base import AttentionContext, KVCache, Model, Rename
 from sensorium.models.layers import Attention, Embedding, GateUpLinear, Linear, QKVLinear, RMSNorm
 from sensorium.models.rope import RotaryEmbedding
+from sensorium.pooling.pooler import EmbedPooler, Pooler, TokenPooler
+from sensorium.pooling.spec import read_pooling
+from sensorium.types import PoolingTask
 
 LOGIT_ROWS = 256  # rows of logits that `activation_bytes` allows for
 
@@ -125,8 +129,8 @@ class Decoder(nn.Module):
         return normed
 
 
-class DecoderForCausalLM(Model):
-    """A decoder with its language head: text models as they are, and the base of multimodal ones."""
+class DecoderModel(Model):
+    """A decoder that pools its states. What stands on top of it is its subclasses' business."""
 
     weight_map: ClassVar[tuple[Rename, ...]] = DECODER_MAP
     ignored: tuple[str, ...] = (".rotary_emb.inv_freq",)
@@ -140,14 +144,23 @@ class DecoderForCausalLM(Model):
         self.num_layers = config.num_layers
         self.num_kv_heads = config.num_kv_heads
         self.head_dim = config.head_dim
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
-        self.model = Decoder(config, self.lm_head if config.tie_word_embeddings else None)
-        if config.tie_word_embeddings:
-            self.tied = {"model.embed_tokens.weight": "lm_head.weight"}
+        self.model = Decoder(config, self._declare_head(config))
+        self.poolers = self._make_poolers()
         if config.rope.kind == "longrope" and config.rope.original_max_positions < config.max_position_embeddings:
             self.long_context_from = config.rope.original_max_positions
 
-    def embed(self, token_ids: Tensor) -> Tensor:
+    def _declare_head(self, config: TextConfig) -> Linear | None:
+        """Declare what follows the decoder; returns the linear layer whose rows are also the embedding, if one is."""
+        return None
+
+    def _make_poolers(self) -> Mapping[PoolingTask, Pooler]:
+        """Last token, normalised, unless sentence-transformers' files in the folder say otherwise."""
+        size = self.text.hidden_size
+        spec = read_pooling(self.checkpoint.folder, "last")
+        return {"embed": EmbedPooler(spec.kinds, size * len(spec.kinds), normalize=spec.normalize),
+                "token_embed": TokenPooler(size, normalize=spec.normalize)}
+
+    def embed(self, token_ids: Tensor, token_types: Tensor | None = None) -> Tensor:
         rows: Tensor = self.model.embed_tokens(token_ids)
         return rows
 
@@ -156,10 +169,6 @@ class DecoderForCausalLM(Model):
                 max(context.context_lens) > self.long_context_from:
             raise ValueError("the batch does not say which sequences use the long rope frequencies")
         out: Tensor = self.model(hidden, positions, cache, context)
-        return out
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        out: Tensor = self.lm_head(hidden)
         return out
 
     def activation_bytes(self, tokens: int) -> int:
@@ -172,3 +181,20 @@ class DecoderForCausalLM(Model):
         gathered = 2 * 2 * max(GATHER_ELEMENTS, longest) * size + 5 * MASK_ELEMENTS  # of keys and values, and the masks
         logits = min(tokens, LOGIT_ROWS) * config.vocab_size * (size + 4)
         return tokens * per_token + gathered + logits
+
+
+class DecoderForCausalLM(DecoderModel):
+    """A decoder with its language head: text models as they are, and the base of multimodal ones."""
+
+    generates = True
+
+    def _declare_head(self, config: TextConfig) -> Linear | None:
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        if not config.tie_word_embeddings:
+            return None
+        self.tied = {"model.embed_tokens.weight": "lm_head.weight"}
+        return self.lm_head
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self.lm_head(hidden)
+        return out

@@ -75,6 +75,20 @@ class GateUpLinear(Linear):
                          shards={"gate": (0, intermediate_size), "up": (intermediate_size, intermediate_size)})
 
 
+class Head(nn.Module):
+    """The last layer of a classifier: small, read by people, so computed in float32 whatever the model's type."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
+        super().__init__()
+        self.weight = declare(out_features, in_features)
+        self.bias = declare(out_features) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, in] -> float32 [n, out]"""
+        bias = None if self.bias is None else self.bias.float()
+        return nn.functional.linear(x.float(), self.weight.float(), bias)
+
+
 class Embedding(nn.Module):
     """Token ids int64 [n] -> rows [n, hidden]; ids outside the table give row 0. Tied: reads the rows of a Linear."""
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -30,7 +33,7 @@ class Pooler(Protocol):
         """Numbers per vector."""
         ...
 
-    def __call__(self, hidden: Tensor, params: PoolingParams) -> Tensor:
+    def __call__(self, hidden: Tensor, params: PoolingParams, token_ids: NDArray[np.int32]) -> Tensor:
         """[tokens, hidden], or [1, hidden] of the last token -> float32 [size] or, per token, [tokens, size]"""
         ...
 
@@ -45,7 +48,7 @@ class EmbedPooler:
         self.head = head
         self.all_tokens = kinds != ("last",)
 
-    def __call__(self, hidden: Tensor, params: PoolingParams) -> Tensor:
+    def __call__(self, hidden: Tensor, params: PoolingParams, token_ids: NDArray[np.int32]) -> Tensor:
         vector = pool(hidden, self.kinds)
         if self.head is not None:
             vector = self.head(vector.unsqueeze(0)).squeeze(0).float()
@@ -63,7 +66,7 @@ class TokenPooler:
         self.normalize = normalize
         self.head = head
 
-    def __call__(self, hidden: Tensor, params: PoolingParams) -> Tensor:
+    def __call__(self, hidden: Tensor, params: PoolingParams, token_ids: NDArray[np.int32]) -> Tensor:
         if self.head is not None:
             return self.head(hidden).float()
         vectors = hidden.float()
@@ -81,13 +84,23 @@ class ClassifyPooler:
         self.activation = ACTIVATIONS[activation]
         self.all_tokens = kind != "last"
 
-    def __call__(self, hidden: Tensor, params: PoolingParams) -> Tensor:
+    def __call__(self, hidden: Tensor, params: PoolingParams, token_ids: NDArray[np.int32]) -> Tensor:
         state = pool(hidden, (self.kind,)).to(hidden.dtype)
         logits = self.head(state.unsqueeze(0)).squeeze(0).float()
         return logits if params.activation is False else self.activation(logits)
 
 
-def linear_in_float32(weight: Tensor, bias: Tensor | None) -> Head:
-    """Heads are small and their numbers are read by people: they are computed in float32 whatever the model's type."""
-    wide, wide_bias = weight.float(), None if bias is None else bias.float()
-    return lambda state: functional.linear(state.float(), wide, wide_bias)
+class StepPooler:
+    """Probabilities at every token that ends a step of reasoning (process reward models)."""
+
+    all_tokens = True
+
+    def __init__(self, head: Head, size: int, step_token_id: int) -> None:
+        self.head = head
+        self.size = size
+        self.step_token_id = step_token_id
+
+    def __call__(self, hidden: Tensor, params: PoolingParams, token_ids: NDArray[np.int32]) -> Tensor:
+        """[tokens, hidden] -> [steps, size]"""
+        logits = self.head(hidden[torch.from_numpy(token_ids == self.step_token_id)]).float()
+        return logits if params.activation is False else logits.softmax(-1)

@@ -123,7 +123,7 @@ class WhisperEncoder(nn.Module):
             x, runs = torch.cat(embedded[group]), lengths[group]
             for layer in self.layers:
                 x = layer(x, runs)
-            out.extend(x.split(runs))
+            out.extend(torch.split(x, runs))
         return out
 
     def _convolve(self, clip: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ class OmniAudioTower(WhisperEncoder):
 
     def forward(self, clips: Sequence[Tensor]) -> list[Tensor]:
         """[bins, frames] each -> [(frames_after_convolutions - 2) // 2 + 1, output] each"""
-        windows = [clip.split(self.window, dim=1) for clip in clips]
+        windows = [torch.split(clip, self.window, dim=1) for clip in clips]
         states = iter(self.states([window for clip in windows for window in clip]))
         joined = [torch.cat([next(states) for _ in clip]) for clip in windows]
         return [self._finish(x) for x in joined]
