@@ -43,7 +43,8 @@ class EngineConfig:
     enable_prefix_caching: bool = flag(True, "Reuse the KV cache of equal beginnings of prompts (media included).")
     encoder_cache_memory: int = flag(256 * MiB, "Bytes of tower outputs kept for media that come again.", parse="size")
     seed: int = flag(0, "Seed of requests that bring none.")
-    threads: int | None = flag(None, "CPU threads of the engine. Default: all cores; one for a model under 64 MiB.", min=1)
+    threads: int | None = flag(None, "CPU threads of the engine. Default: all cores; one for a model under 64 MiB.",
+                               min=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +74,8 @@ class Limits:
     max_video_bytes: int = flag(64 * MiB, "Bytes of one video's file.", parse="size")
     max_video_frames: int = flag(128, "Frames decoded from one video.")
     max_video_seconds: float = flag(600.0, "Duration of one video.")
-    max_video_pixels: int = flag(128_000_000, "Pixels of all frames taken from one video together; more are "
-                                                     "scaled down.")
+    max_video_pixels: int = flag(128_000_000, "Pixels of all frames taken from one video together; larger ones are "
+                                              "scaled down.")
     max_video_side: int = flag(4096, "Longest side of a video, in pixels.")
     max_audio_bytes: int = flag(25 * MiB, "Bytes of one sound's file.", parse="size")
     max_audio_seconds: float = flag(600.0, "Duration of one sound.")

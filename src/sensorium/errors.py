@@ -40,7 +40,7 @@ class SensoriumError(Exception):
 
 
 class RequestError(SensoriumError):
-    """The client can mend it. `param` is a path into the request body, such as `messages[0].content[1].image_url.url`."""
+    """The client can mend it. `param` is a path into the body, such as `messages[0].content[1].image_url.url`."""
 
     status = 400
     type = "invalid_request_error"
@@ -62,7 +62,7 @@ class ContextLengthError(RequestError):
 
 
 class MediaError(RequestError):
-    """`code` is one of OpenAI's image codes (`invalid_image_url`, `image_too_large`, …) or its twin for video and audio."""
+    """`code` is one of OpenAI's image codes (`invalid_image_url`, …) or its twin for video and audio."""
 
     code = "invalid_image"
 
