@@ -35,6 +35,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniThinkerConfig
+from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniThinkerForConditionalGeneration
 
 Layout = Literal["hub", "transformers"]
 
@@ -73,10 +75,17 @@ QWEN2_VL_TEMPLATE = (
     "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
     "{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+QWEN2_OMNI_TEMPLATE = (
+    QWEN2_VL_TEMPLATE.replace("vision_start", "vision_bos").replace("vision_end", "vision_eos")
+    .replace("<|image_pad|>", "<|IMAGE|>").replace("<|video_pad|>", "<|VIDEO|>")
+    .replace("{% elif 'text' in part %}",
+             "{% elif part['type'] == 'audio' %}<|audio_bos|><|AUDIO|><|audio_eos|>{% elif 'text' in part %}"))
 
 LLAMA_SPECIALS = ("<unk>", "<s>", "</s>")
 CHATML_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 PHI3_SPECIALS = ("<unk>", "<s>", "</s>", "<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>")
+OMNI_SPECIALS = ("<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>", "<|vision_bos|>", "<|vision_eos|>", "<|vision_pad|>",
+                 "<|IMAGE|>", "<|VIDEO|>")
 VISION_SPECIALS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
 
@@ -169,6 +178,39 @@ def make_qwen2_vl(path: Path, layout: Layout = "hub", *, text: dict[str, Any] | 
         "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 3136, "max_pixels": 12845056,
         "image_mean": CLIP_MEAN, "image_std": CLIP_STD, **(preprocessor or {})})
     model = Qwen2VLForConditionalGeneration(config)
+    return _write(path, layout, model, ids["<|endoftext|>"], ids["<|im_end|>"], **write_options)
+
+
+def make_qwen2_omni(path: Path, layout: Layout = "hub", *, text: dict[str, Any] | None = None,
+                    vision: dict[str, Any] | None = None, audio: dict[str, Any] | None = None,
+                    preprocessor: dict[str, Any] | None = None, video: dict[str, Any] | None = None,
+                    **options: Any) -> PreTrainedModel:
+    """Qwen2.5-Omni's thinker. Windows of 56 pixels (two blocks); the hub's layout has a talker's tensors beside it."""
+    ids = write_tokenizer(path, layout, (*CHATML_SPECIALS, *OMNI_SPECIALS), QWEN2_OMNI_TEMPLATE, eos="<|im_end|>")
+    write_options, options = _write_options(options)
+    shape = _shape(ids, {"hidden_size": 64, "rms_norm_eps": 1e-6, "max_position_embeddings": 4096,
+                         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+                         **(text or {})})
+    size = shape["hidden_size"]
+    config = Qwen2_5OmniThinkerConfig(
+        text_config={**shape, "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
+                     "tie_word_embeddings": False},
+        vision_config={"depth": 3, "hidden_size": 32, "intermediate_size": 52, "num_heads": 2, "window_size": 56,
+                       "fullatt_block_indexes": [1], "out_hidden_size": size, **(vision or {})},
+        audio_config={"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 48,
+                      "num_mel_bins": 128, "output_dim": size, **(audio or {})},
+        audio_token_index=ids["<|AUDIO|>"], image_token_index=ids["<|IMAGE|>"], video_token_index=ids["<|VIDEO|>"],
+        audio_start_token_id=ids["<|audio_bos|>"], audio_end_token_id=ids["<|audio_eos|>"],
+        vision_start_token_id=ids["<|vision_bos|>"], vision_end_token_id=ids["<|vision_eos|>"], **options)
+    _write_json(path / "preprocessor_config.json", {
+        "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5OmniProcessor", "patch_size": 14,
+        "feature_extractor_type": "WhisperFeatureExtractor", "feature_size": 128, "sampling_rate": 16000,
+        "hop_length": 160, "n_fft": 400, "chunk_length": 300, "temporal_patch_size": 2, "merge_size": 2,
+        "min_pixels": 3136, "max_pixels": 12845056, "image_mean": CLIP_MEAN, "image_std": CLIP_STD,
+        **(preprocessor or {})})
+    if video is not None:
+        _write_json(path / "video_preprocessor_config.json", video)
+    model = Qwen2_5OmniThinkerForConditionalGeneration(config)
     return _write(path, layout, model, ids["<|endoftext|>"], ids["<|im_end|>"], **write_options)
 
 
@@ -276,6 +318,9 @@ def _write(path: Path, layout: Layout, model: PreTrainedModel, bos: int, eos: in
         config = json.loads((path / "config.json").read_text())
         _write_json(path / "config.json", _hub_config(config))
         tensors = {_hub_key(key): tensor for key, tensor in tensors.items()}
+        if config["model_type"] == "qwen2_5_omni_thinker":
+            tensors = {f"thinker.{key}": tensor for key, tensor in tensors.items()}
+            tensors |= {f"{part}.embed.weight": torch.zeros(2, 2) for part in ("talker", "token2wav")}
         write_weights(path, tensors, shards=shards, pickled=pickled)
     elif shards > 1 or pickled:
         write_weights(path, tensors, shards=shards, pickled=pickled)
@@ -315,6 +360,10 @@ def _hub_config(config: dict[str, Any]) -> dict[str, Any]:
         vision.pop("rope_scaling", None)
         vision.pop("rope_theta", None)
         return {**text, **config, "vision_config": vision}
+    if config["model_type"] == "qwen2_5_omni_thinker":
+        return {"architectures": ["Qwen2_5OmniModel"], "model_type": "qwen2_5_omni", "enable_audio_output": True,
+                "talker_config": {"hidden_size": 2}, "torch_dtype": config["torch_dtype"],
+                "thinker_config": {k: v for k, v in config.items() if k not in ("architectures", "torch_dtype")}}
     if "text_config" in config:  # what equals Llama's defaults is left out
         config["text_config"] = _without_defaults(config["text_config"], _old_names(LlamaConfig().to_dict()))
         config["vision_config"] = _without_defaults(config["vision_config"], CLIPVisionConfig().to_dict())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ class Checkpoint:
 
     folder: Path
     architecture: str  # config.json's architectures[0]
-    config: dict[str, Any]  # config.json
+    config: dict[str, Any]  # config.json; of Qwen2.5-Omni the thinker's part
     preprocessor: dict[str, Any]  # preprocessor_config.json (or processor_config.json's image part), {} if absent
     generation: dict[str, Any]  # generation_config.json, {} if absent
     tokenizer_config: dict[str, Any]  # {} if absent
@@ -77,6 +77,7 @@ class Checkpoint:
     vocab_size: int
     stop_token_ids: tuple[int, ...]  # generation_config's eos, else config's, and what the family adds
     weight_files: tuple[Path, ...]  # *.safetensors or pytorch_model*.bin, in index order
+    video_preprocessor: dict[str, Any] = field(default_factory=dict)  # the same for videos, {} if absent
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,16 +104,22 @@ class _Family:
 _LLAMA = _Family(32000, 4096, 11008, 32, 32, None, 2048)
 _QWEN2_VL = _Family(152064, 8192, 29568, 80, 64, 8, 32768, rms_norm_eps=1e-5, theta=1e6, qkv_bias=True,
                     sliding_window=4096, window_is_optional=True, max_window_layers=80)
+_QWEN2_5_OMNI = _Family(152064, 3584, 18944, 28, 28, 4, 32768, theta=1e6, qkv_bias=True, sliding_window=32768,
+                        window_is_optional=True)
+_PHI3 = _Family(32064, 3072, 8192, 32, 32, None, 4096, rms_norm_eps=1e-5)
+_QWEN2 = _Family(151936, 4096, 22016, 32, 32, 32, 32768, qkv_bias=True, sliding_window=4096, window_is_optional=True)
 _TEXT_FAMILIES: Mapping[str, _Family] = {
     "llama": _LLAMA,
     "mistral": _Family(32000, 4096, 14336, 32, 32, 8, 131072, sliding_window=4096),
-    "qwen2": _Family(151936, 4096, 22016, 32, 32, 32, 32768, qkv_bias=True, sliding_window=4096,
-                     window_is_optional=True),
+    "qwen2": _QWEN2,
     "qwen3": _Family(151936, 4096, 22016, 32, 32, 32, 32768, head_dim=128, qk_norm=True, sliding_window=4096,
                      window_is_optional=True),
-    "phi3": _Family(32064, 3072, 8192, 32, 32, None, 4096, rms_norm_eps=1e-5),
+    "phi3": _PHI3,
+    "phi3_v": _PHI3,
+    "minicpmv": _QWEN2,
     "qwen2_vl": _QWEN2_VL,
     "qwen2_vl_text": _QWEN2_VL,
+    "qwen2_5_omni_text": _QWEN2_5_OMNI,
 }
 _ROPE_KINDS: Mapping[str, str] = {
     "default": "default", "mrope": "default", "linear": "linear", "dynamic": "dynamic", "llama3": "llama3",
@@ -170,7 +177,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     config = _read_json(folder / "config.json")
     if config is None:
         raise CheckpointError(f"{folder} has no config.json: not a model folder")
-    architecture = _architecture(config)
+    architecture, config = _architecture(config), _thinker(config)
     quantised = config.get("quantization_config")
     if quantised:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
@@ -195,6 +202,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         stop_token_ids=_stop_token_ids((generation, config, text_dict), _special_tokens(folder, tokenizer_config),
                                        text.vocab_size),
         weight_files=_weight_files(folder),
+        video_preprocessor=_video_preprocessor(folder),
     )
 
 
@@ -218,6 +226,17 @@ def _architecture(config: dict[str, Any]) -> str:
     if names[0] not in FAMILIES:
         raise CheckpointError(f"architecture {names[0]} is not supported; supported are {', '.join(FAMILIES)}")
     return names[0]
+
+
+def _thinker(config: dict[str, Any]) -> dict[str, Any]:
+    """Of a Qwen2.5-Omni repository the part that writes text; the one that speaks is not served."""
+    nested = config.get("thinker_config")
+    if not isinstance(nested, dict):
+        return config
+    outer = {key: config[key] for key in ("dtype", "torch_dtype", "quantization_config") if key in config}
+    text = {"model_type": "qwen2_5_omni_text", **(nested.get("text_config") or {})}
+    return {"tie_word_embeddings": False, **outer, **nested, "text_config": text,
+            "architectures": config["architectures"]}
 
 
 def _text_dict(config: dict[str, Any]) -> dict[str, Any]:
@@ -368,9 +387,16 @@ def _max_model_len(text: TextConfig) -> int:
 
 def _preprocessor(folder: Path) -> dict[str, Any]:
     own = _read_json(folder / "preprocessor_config.json")
-    if own is not None:
-        return own
-    nested = (_read_json(folder / "processor_config.json") or {}).get("image_processor")
+    return _processor_part(folder, "image_processor") if own is None else own
+
+
+def _video_preprocessor(folder: Path) -> dict[str, Any]:
+    own = _read_json(folder / "video_preprocessor_config.json")
+    return _processor_part(folder, "video_processor") if own is None else own
+
+
+def _processor_part(folder: Path, name: str) -> dict[str, Any]:
+    nested = (_read_json(folder / "processor_config.json") or {}).get(name)
     return nested if isinstance(nested, dict) else {}
 
 

@@ -262,7 +262,7 @@ def test_settings_of_operator_and_request() -> None:
 
 
 @pytest.mark.parametrize(("overrides", "name", "problem"), [
-    ({"num_crops": 4}, "num_crops", "is not a setting of this model's processor .known: max_pixels, min_pixels"),
+    ({"num_crops": 4}, "num_crops", "is not a setting of this model's processor .known: fps, max_frames, max_pixels"),
     ({"max_pixels": "big"}, "max_pixels", "must be an integer"),
     ({"max_pixels": True}, "max_pixels", "must be an integer"),
     ({"min_pixels": 1 << 40}, "min_pixels", "must be an integer"),

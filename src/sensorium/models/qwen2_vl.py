@@ -14,12 +14,15 @@ from sensorium.types import Modality
 
 
 class Qwen2VL(DecoderForCausalLM):
-    modalities: ClassVar[frozenset[Modality]] = frozenset({"image"})
+    modalities: ClassVar[frozenset[Modality]] = frozenset({"image", "video"})
     weight_prefixes: ClassVar[Mapping[str, str]] = {"model.language_model.": "model.", "model.visual.": "visual."}
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
-        self.visual = QwenVit(QwenVitConfig.of(checkpoint.config.get("vision_config") or {}), self.text.hidden_size)
+        self.visual = self.build_vision(checkpoint)
+
+    def build_vision(self, checkpoint: Checkpoint) -> QwenVit:
+        return QwenVit(QwenVitConfig.of(checkpoint.config.get("vision_config") or {}), self.text.hidden_size)
 
     def encode(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
         grids = [(int(t), int(h), int(w)) for t, h, w in (item["grid"].tolist() for item in items)]

@@ -25,6 +25,9 @@ class Family:
 
 _DECODER = "sensorium.models.decoder:DecoderForCausalLM"
 _TEXT = "sensorium.processors.base:Processor"
+_QWEN_OMNI = Family(
+    "Qwen2.5-Omni (thinker)", "sensorium.models.qwen2_omni:Qwen2Omni",
+    "sensorium.processors.qwen2_omni:Qwen2OmniProcessor", ("image", "video", "audio"))
 
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": Family("Llama 2/3, Yi, Vicuna", _DECODER, _TEXT),
@@ -38,7 +41,11 @@ FAMILIES: dict[str, Family] = {
         "LLaVA-NeXT (v1.6)", "sensorium.models.llava:LlavaNext", "sensorium.processors.llava_next:LlavaNextProcessor",
         ("image",)),
     "Qwen2VLForConditionalGeneration": Family(
-        "Qwen2-VL", "sensorium.models.qwen2_vl:Qwen2VL", "sensorium.processors.qwen2_vl:Qwen2VLProcessor", ("image",)),
+        "Qwen2-VL", "sensorium.models.qwen2_vl:Qwen2VL", "sensorium.processors.qwen2_vl:Qwen2VLProcessor",
+        ("image", "video")),
+    "Qwen2_5OmniModel": _QWEN_OMNI,
+    "Qwen2_5OmniForConditionalGeneration": _QWEN_OMNI,
+    "Qwen2_5OmniThinkerForConditionalGeneration": _QWEN_OMNI,
 }
 
 

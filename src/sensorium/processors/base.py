@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from sensorium.checkpoint import Checkpoint
 from sensorium.errors import CheckpointError, MediaError, RequestError, StartupError
+from sensorium.media.sampling import VideoSampling
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.types import MediaFeatures, MediaItem, MediaSpan, Modality, Prompt
 
@@ -32,6 +33,15 @@ def integer(minimum: int, maximum: int) -> Setting:
     def check(value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
             raise ValueError(f"must be an integer from {minimum} to {maximum}")
+        return value
+
+    return check
+
+
+def number(minimum: float, maximum: float) -> Setting:
+    def check(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not minimum <= value <= maximum:
+            raise ValueError(f"must be a number from {minimum:g} to {maximum:g}")
         return value
 
     return check
@@ -68,6 +78,7 @@ class Processor:
     modalities: ClassVar[frozenset[Modality]] = frozenset()
     settings: ClassVar[Mapping[str, Setting]] = {}  # names of mm_processor_kwargs
     literals: ClassVar[tuple[str, ...]] = ()  # placeholders that are plain text to the tokenizer; escaped in user text
+    sample_rate: ClassVar[int] = 16_000  # Hz, of the sounds that `process` takes
 
     def __init__(self, checkpoint: Checkpoint, tokenizer: Tokenizer, overrides: dict[str, Any] | None = None) -> None:
         """`overrides` is `--mm-processor-kwargs`; a key that the family does not know is a StartupError naming it."""
@@ -98,8 +109,15 @@ class Processor:
         raise self._no_such_input(kind)
 
     def num_tokens(self, kind: Modality, height: int, width: int, frames: int = 1) -> int:
-        """Prompt tokens that a medium of this size takes, known before it is decoded. MediaError: unusable."""
+        """Prompt tokens that a medium of this size takes, known before it is decoded. MediaError: unusable.
+
+        `frames` counts a video's frames as sampled, and a sound's samples.
+        """
         raise self._no_such_input(kind)
+
+    def video_sampling(self) -> VideoSampling:
+        """Which frames of a clip are to be decoded."""
+        return VideoSampling()
 
     def process(self, item: MediaItem) -> MediaFeatures:
         """Resize, normalise, cut: what the tower eats. Pure; runs in worker threads."""
@@ -143,15 +161,23 @@ class Processor:
 
     def _setting(self, name: str, default: Any) -> Any:
         """A setting's value: the request's or operator's, else the preprocessor file's, else `default`."""
+        return self._value(self.checkpoint.preprocessor, name, default)
+
+    def _value(self, files: Mapping[str, Any], name: str, default: Any) -> Any:
+        """The same with another file's contents."""
         if name in self.overrides:
             return self.overrides[name]
-        value = self.checkpoint.preprocessor.get(name)
+        value = files.get(name)
         if value is None:
             return default
         try:
             return self.settings[name](value)
         except ValueError as error:
-            raise CheckpointError(f"preprocessor_config.json: '{name}' {error}") from None
+            raise CheckpointError(f"{self._name_of(files)}: '{name}' {error}") from None
+
+    def _name_of(self, files: Mapping[str, Any]) -> str:
+        prefix = "video_" if files is self.checkpoint.video_preprocessor else ""
+        return f"{prefix}preprocessor_config.json"
 
     def _feature_key(self, item: MediaItem) -> bytes:
         """What the tower's output depends on: the medium's content and every setting that may alter its pixels."""
@@ -207,7 +233,8 @@ class Processor:
 
     def _apply(self, overrides: Mapping[str, Any]) -> None:
         self.overrides = {name: self._checked(name, value) for name, value in overrides.items()}
-        settings = json.dumps([self.checkpoint.preprocessor, self.overrides], sort_keys=True)
+        files = [self.checkpoint.preprocessor, self.checkpoint.video_preprocessor]
+        settings = json.dumps([*files, self.overrides], sort_keys=True)
         self._identity = hashlib.sha256(f"{type(self).__name__} {settings}".encode()).digest()
         self._configure()
 

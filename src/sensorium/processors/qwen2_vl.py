@@ -1,13 +1,13 @@
-"""Qwen2-VL: pictures keep their aspect and become as many tokens as their size asks for, in M-RoPE's three axes.
+"""Qwen2-VL: pictures and videos keep their aspect and become as many tokens as their size asks for, in M-RoPE's axes.
 
 A picture's patches carry their pixels once: the tower repeats them for its second frame. Patches are ordered so that
-the four that become one token lie together.
+the four that become one token lie together. Frames are chosen and bounded as in qwen-vl-utils.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,13 +15,16 @@ from numpy.typing import NDArray
 
 from sensorium.checkpoint import Checkpoint
 from sensorium.errors import CheckpointError, MediaError
+from sensorium.media.sampling import VideoSampling
 from sensorium.processors import image
-from sensorium.processors.base import Processor, Setting, SettingError, integer
+from sensorium.processors.base import Processor, Setting, SettingError, integer, number
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.types import MediaFeatures, MediaItem, MediaSpan, Modality
 
 MAX_ASPECT = 200
 MAX_PIXELS = 1 << 28  # of a setting: sixteen times the largest that any checkpoint of the family names
+FPS = 2.0
+MIN_FRAMES, MAX_FRAMES = 4, 768
 VIDEO_MIN_PIXELS = 128 * 28 * 28  # per frame; with the total below, qwen-vl-utils' own bounds
 VIDEO_MAX_PIXELS = 768 * 28 * 28
 VIDEO_TOTAL_PIXELS = int(128_000 * 28 * 28 * 0.9)
@@ -42,20 +45,28 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 
 
 class Qwen2VLProcessor(Processor):
-    modalities: ClassVar[frozenset[Modality]] = frozenset({"image"})
+    modalities: ClassVar[frozenset[Modality]] = frozenset({"image", "video"})
     settings: ClassVar[Mapping[str, Setting]] = {
         "min_pixels": integer(1, MAX_PIXELS),
         "max_pixels": integer(1, MAX_PIXELS),
+        "fps": number(0.01, 1000),
+        "num_frames": integer(1, MAX_FRAMES),
+        "min_frames": integer(1, MAX_FRAMES),
+        "max_frames": integer(1, MAX_FRAMES),
     }
+    marks: ClassVar[Mapping[Modality, tuple[str, str, str]]] = {  # begin, placeholder, end
+        "image": ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>"),
+        "video": ("<|vision_start|>", "<|video_pad|>", "<|vision_end|>"),
+    }
+    token_ids: ClassVar[Mapping[Modality, int]] = {"image": 151655, "video": 151656}  # where config.json has none
 
     def __init__(self, checkpoint: Checkpoint, tokenizer: Tokenizer, overrides: dict[str, Any] | None = None) -> None:
         super().__init__(checkpoint, tokenizer, overrides)
         config = checkpoint.config
         self._ids: dict[Modality, int] = {
-            "image": config.get("image_token_id", 151655),
-            "video": config.get("video_token_id", 151656),
-        }
-        self._markers = {kind: self._find_marker(f"<|{kind}_pad|>", self._ids[kind]) for kind in self._ids}
+            kind: config.get(f"{kind}_token_id", config.get(f"{kind}_token_index", default))
+            for kind, default in self.token_ids.items()}
+        self._markers = {kind: self._find_marker(self.marks[kind][1], self._ids[kind]) for kind in self._ids}
 
     def _configure(self) -> None:
         config, files = self.checkpoint.config, self.checkpoint.preprocessor
@@ -67,12 +78,19 @@ class Qwen2VLProcessor(Processor):
         self._normalization = image.Normalization.of(files)
         self._resample = image.resample_filter(files)
         self._resizes = image.switch(files, "do_resize")
-        self._min_pixels, self._max_pixels = self._pixel_bounds(files)
+        self._min_pixels, self._max_pixels = self._pixel_bounds(files, (56 * 56, 28 * 28 * 1280))
+        self._video_bounds = self._pixel_bounds(self.checkpoint.video_preprocessor,
+                                                (VIDEO_MIN_PIXELS, VIDEO_MAX_PIXELS))
+        self._sampling = self._video_sampling()
+
+    def video_sampling(self) -> VideoSampling:
+        return self._sampling
 
     def placeholder(self, kind: Modality, index: int) -> str:
         if kind not in self._ids:
             return super().placeholder(kind, index)
-        return f"<|vision_start|>{self._markers[kind][0]}<|vision_end|>"
+        begin, _, end = self.marks[kind]
+        return f"{begin}{self._markers[kind][0]}{end}"
 
     def placeholder_id(self, kind: Modality) -> int:
         if kind not in self._ids:
@@ -95,9 +113,9 @@ class Qwen2VLProcessor(Processor):
         frames = frames if item.kind == "video" else frames[None]
         grid = self._grid(item.kind, frames.shape[1], frames.shape[2], len(frames), item.param)
         height, width = grid[1] * self._patch, grid[2] * self._patch
-        resized = [image.resize(frame, height, width, self._resample) for frame in frames]
+        resized = (image.resize(frame, height, width, self._resample) for frame in frames)
         arrays: dict[str, NDArray[np.generic]] = {
-            "pixels": self._patches(resized, 1 if item.kind == "image" else self._frames),
+            "pixels": self._patches(resized, grid, 1 if item.kind == "image" else self._frames),
             "grid": np.array(grid, np.int32),
         }
         return MediaFeatures(item.kind, self._feature_key(item), self._num_rows(grid), arrays)
@@ -105,8 +123,9 @@ class Qwen2VLProcessor(Processor):
     def positions(
         self, token_ids: NDArray[np.int32], spans: Sequence[MediaSpan], media: Sequence[MediaFeatures]
     ) -> tuple[NDArray[np.int32] | None, int]:
-        """Text counts on, equally on all axes; a medium's rows take their place in (time, height, width) from there on.
-        What follows a medium goes on after the largest position that the medium used."""
+        """Text and sounds count on, equally on all axes; the rows of a picture or video take their place in (time,
+        height, width) from there on. What follows goes on after the largest position that the medium used."""
+        spans = [span for span in spans if "grid" in media[span.item].arrays]
         if not spans:
             return None, 0
         out = np.empty((3, len(token_ids)), np.int32)
@@ -116,12 +135,18 @@ class Qwen2VLProcessor(Processor):
             out[:, at : span.offset] = np.arange(position, position + text)
             at, position = span.offset + span.length, position + text
             t, h, w = (int(n) for n in media[span.item].arrays["grid"])
-            grid = (t, h // self._merge, w // self._merge)
-            out[:, span.offset : at] = np.indices(grid, np.int32).reshape(3, -1) + position
-            position += max(grid)
+            times = self._times(media[span.item], t)  # [t]
+            places = np.indices((t, h // self._merge, w // self._merge), np.int32).reshape(3, -1)
+            places[0] = times[places[0]]
+            out[:, span.offset : at] = places + position
+            position += int(places.max()) + 1
         rest = len(token_ids) - at
         out[:, at:] = np.arange(position, position + rest)
         return out, position - at
+
+    def _times(self, media: MediaFeatures, count: int) -> NDArray[np.int32]:
+        """Positions on the time axis of a medium's frame groups, from 0 on: here they are counted, not timed."""
+        return np.arange(count, dtype=np.int32)
 
     def _num_rows(self, grid: tuple[int, int, int]) -> int:
         return grid[0] * grid[1] * grid[2] // (self._merge * self._merge)
@@ -142,33 +167,58 @@ class Qwen2VLProcessor(Processor):
             return height, width
         low, high = self._min_pixels, self._max_pixels
         if kind == "video":
-            low, share = VIDEO_MIN_PIXELS, VIDEO_TOTAL_PIXELS * self._frames // frames
-            high = max(min(VIDEO_MAX_PIXELS, share), int(low * 1.05))
+            low, high = self._video_bounds
+            high = max(min(high, VIDEO_TOTAL_PIXELS * self._frames // frames), min(high, int(low * 1.05)))
         return smart_resize(height, width, self._factor, low, high)
 
-    def _patches(self, frames: Sequence[NDArray[np.uint8]], depth: int) -> NDArray[np.float32]:
+    def _patches(self, frames: Iterable[NDArray[np.uint8]], grid: tuple[int, int, int],
+                 depth: int) -> NDArray[np.float32]:
         """[patches, 3 * depth * patch * patch], `depth` frames to a patch; the last frame is repeated to fill it."""
-        frames = [*frames, *[frames[-1]] * (-len(frames) % depth)]
-        height, width = frames[0].shape[:2]
+        groups, lines, columns = grid
         merge, patch = self._merge, self._patch
-        shape = (height // self._factor, merge, patch, width // self._factor, merge, patch, 3)
-        count = (height // patch) * (width // patch)
-        out = np.empty((len(frames) // depth, count, 3, depth, patch * patch), np.float32)
+        shape = (lines // merge, merge, patch, columns // merge, merge, patch, 3)
+        out = np.empty((groups, lines * columns, 3, depth, patch * patch), np.float32)
+        index = 0
         for index, frame in enumerate(frames):
             # [lines, columns, merge, merge, 3, patch, patch], still in bytes: a quarter of the memory to move.
-            cut = frame.reshape(shape).transpose(0, 3, 1, 4, 6, 2, 5).reshape(count, 3, patch * patch)
+            cut = frame.reshape(shape).transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, patch * patch)
             out[index // depth, :, :, index % depth] = cut
-        self._normalization.apply(out)
+        last = index % depth
+        out[-1, :, :, last + 1 :] = out[-1, :, :, last : last + 1]
+        self._normalization.apply(out.reshape(-1, 3, depth, patch * patch))
         return out.reshape(-1, 3 * depth * patch * patch)
 
-    def _pixel_bounds(self, files: Mapping[str, Any]) -> tuple[int, int]:
-        """min_pixels and max_pixels in either dialect: by these names, or as the edges of `size`."""
+    def _pixel_bounds(self, files: Mapping[str, Any], default: tuple[int, int]) -> tuple[int, int]:
+        """Of a picture or frame, in either dialect: by these names, or as the edges of `size`."""
         size = files.get("size")
         edges = size if isinstance(size, Mapping) else {}
-        low = self._setting("min_pixels", edges.get("min_pixels", edges.get("shortest_edge", 56 * 56)))
-        high = self._setting("max_pixels", edges.get("max_pixels", edges.get("longest_edge", 28 * 28 * 1280)))
-        if not isinstance(low, int) or not isinstance(high, int):
-            raise CheckpointError(f"preprocessor_config.json: 'size' is {size!r}, which has no pixel bounds")
+        low = self._bound(files, "min_pixels", edges.get("min_pixels", edges.get("shortest_edge", default[0])))
+        high = self._bound(files, "max_pixels", edges.get("max_pixels", edges.get("longest_edge", default[1])))
+        if "min_pixels" not in self.overrides:
+            low = min(low, high)
+        elif "max_pixels" not in self.overrides:
+            high = max(low, high)
         if high < max(low, self._factor**2):
             raise SettingError("max_pixels", f"is {high}: less than min_pixels or one token's {self._factor**2}")
         return low, high
+
+    def _bound(self, files: Mapping[str, Any], name: str, default: Any) -> int:
+        value = self._value(files, name, default)
+        if not isinstance(value, int):
+            raise CheckpointError(f"{self._name_of(files)}: 'size' is {files.get('size')!r}, which has no pixel bounds")
+        return value
+
+    def _video_sampling(self) -> VideoSampling:
+        """2 frames a second, 4 to 768 of them, in groups of as many as the tower takes together."""
+        files, group = self.checkpoint.video_preprocessor, self._frames
+        wanted = None if self.overrides.keys() & {"fps", "num_frames"} == {"fps"} else (
+            self._value(files, "num_frames", None))
+        low = self._value(files, "min_frames", MIN_FRAMES)
+        high = self._value(files, "max_frames", MAX_FRAMES)
+        if "min_frames" not in self.overrides:
+            low = min(low, high)
+        if high < low:
+            raise SettingError("max_frames", f"is {high}: less than min_frames")
+        return VideoSampling(
+            fps=self._value(files, "fps", FPS), num_frames=wanted and max(round(wanted / group), 1) * group,
+            min_frames=math.ceil(low / group) * group, max_frames=max(high // group, 1) * group, even=group == 2)

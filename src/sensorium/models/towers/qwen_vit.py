@@ -1,14 +1,15 @@
-"""Qwen2-VL's vision tower: patches of pictures and videos of any size, flat and unpadded, 2-D rotary positions.
+"""Vision towers of Qwen2-VL and Qwen2.5: patches of pictures and videos of any size, flat, 2-D rotary positions.
 
-Attention stays inside one temporal slice (a picture, or a pair of a video's frames), so slices are what a batch is
-cut into. Patches of a slice come ordered by 2x2 blocks; each block becomes one row of the language model.
+Attention stays inside one temporal slice (a picture, or a pair of a video's frames), so slices are what a batch is cut
+into. Patches of a slice come ordered by 2x2 blocks; each block becomes one row of the language model.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,33 +17,72 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sensorium import kernels
-from sensorium.models.layers import Linear
+from sensorium.errors import CheckpointError
+from sensorium.models.base import Rename
+from sensorium.models.layers import GateUpLinear, Linear, QKVLinear, RMSNorm
 from sensorium.models.towers.blocks import MAX_ROWS, LayerNorm, Mlp, PatchLinear, groups, separate
 
 CACHED_GRIDS = 32
 EPS = 1e-6
 THETA = 10000.0
+WINDOWED_VIT_MAP = (
+    Rename("visual.blocks.{n}.attn.q.{p}", "visual.blocks.{n}.attn.qkv.{p}", "q"),
+    Rename("visual.blocks.{n}.attn.k.{p}", "visual.blocks.{n}.attn.qkv.{p}", "k"),
+    Rename("visual.blocks.{n}.attn.v.{p}", "visual.blocks.{n}.attn.qkv.{p}", "v"),
+    Rename("visual.blocks.{n}.mlp.gate_proj.{p}", "visual.blocks.{n}.mlp.gate_up_proj.{p}", "gate"),
+    Rename("visual.blocks.{n}.mlp.up_proj.{p}", "visual.blocks.{n}.mlp.gate_up_proj.{p}", "up"),
+)
+
+Norm = Callable[[int, float], nn.Module]
+Size = tuple[int, int]  # lines and columns of patches
 
 
 @dataclass(frozen=True, slots=True)
 class QwenVitConfig:
-    """`vision_config` of Qwen2-VL in either dialect; transformers' defaults. Its `hidden_size` is the output's."""
+    """The shape of either tower."""
 
-    depth: int = 32
-    embed_dim: int = 1280
-    num_heads: int = 16
-    mlp_ratio: float = 4
-    patch_size: int = 14
-    temporal_patch_size: int = 2
-    spatial_merge_size: int = 2
-    hidden_act: str = "quick_gelu"
+    depth: int
+    embed_dim: int
+    num_heads: int
+    intermediate_size: int
+    patch_size: int
+    temporal_patch_size: int
+    spatial_merge_size: int
+    hidden_act: str
+    window_size: int = 0  # pixels of a window's side; 0: no windows
+    full_attention_layers: tuple[int, ...] = ()  # those that no window cuts
 
     @classmethod
     def of(cls, vision: Mapping[str, Any]) -> QwenVitConfig:
-        given = {field: vision.get(field) for field in cls.__dataclass_fields__}
-        if given["patch_size"] is None:
-            given["patch_size"] = vision.get("spatial_patch_size")
-        return cls(**{field: value for field, value in given.items() if value is not None})
+        """`vision_config` of Qwen2-VL in either dialect; transformers' defaults. Its `hidden_size` is the output's."""
+        given = _Given(vision)
+        embed_dim = given.of("embed_dim", 1280)
+        return cls(**given.common(), embed_dim=embed_dim, intermediate_size=int(embed_dim * given.of("mlp_ratio", 4)),
+                   hidden_act=given.of("hidden_act", "quick_gelu"))
+
+    @classmethod
+    def windowed(cls, vision: Mapping[str, Any]) -> QwenVitConfig:
+        """`vision_config` of the 2.5 generation."""
+        given = _Given(vision)
+        return cls(**given.common(), embed_dim=given.of("hidden_size", 1280),
+                   intermediate_size=given.of("intermediate_size", 3420), hidden_act=given.of("hidden_act", "silu"),
+                   window_size=given.of("window_size", 112),
+                   full_attention_layers=tuple(given.of("fullatt_block_indexes", (7, 15, 23, 31))))
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    vision: Mapping[str, Any]
+
+    def of(self, name: str, default: Any) -> Any:
+        value = self.vision.get(name)
+        return default if value is None else value
+
+    def common(self) -> dict[str, int]:
+        return {"depth": self.of("depth", 32), "num_heads": self.of("num_heads", 16),
+                "patch_size": self.of("patch_size", self.of("spatial_patch_size", 14)),
+                "temporal_patch_size": self.of("temporal_patch_size", 2),
+                "spatial_merge_size": self.of("spatial_merge_size", 2)}
 
 
 class VisionAttention(nn.Module):
@@ -50,7 +90,7 @@ class VisionAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = size // num_heads
-        self.qkv = Linear(size, 3 * size, bias=True)
+        self.qkv = QKVLinear(size, num_heads, num_heads, self.head_dim, bias=True)
         self.proj = Linear(size, size, bias=True)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: list[int]) -> Tensor:
@@ -61,14 +101,29 @@ class VisionAttention(nn.Module):
         return out
 
 
+class GatedMlp(nn.Module):
+    """Rows go through in pieces: the wide middle is the largest activation of a tower."""
+
+    def __init__(self, size: int, inner: int, act: str) -> None:
+        super().__init__()
+        if act != "silu":
+            raise CheckpointError(f"config.json: vision hidden_act {act!r} is not supported (silu is)")
+        self.gate_up_proj = GateUpLinear(size, inner, bias=True)
+        self.down_proj = Linear(inner, size, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pieces = [self.down_proj(kernels.silu_mul(self.gate_up_proj(rows))) for rows in torch.split(x, MAX_ROWS)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
 class VisionBlock(nn.Module):
-    def __init__(self, config: QwenVitConfig) -> None:
+    def __init__(self, config: QwenVitConfig, norm: Norm, mlp: Callable[[int, int, str], nn.Module]) -> None:
         super().__init__()
         size = config.embed_dim
-        self.norm1 = LayerNorm(size, EPS)
-        self.norm2 = LayerNorm(size, EPS)
+        self.norm1 = norm(size, EPS)
+        self.norm2 = norm(size, EPS)
         self.attn = VisionAttention(size, config.num_heads)
-        self.mlp = Mlp(size, int(size * config.mlp_ratio), config.hidden_act)
+        self.mlp = mlp(size, config.intermediate_size, config.hidden_act)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: list[int]) -> Tensor:
         x = x + self.attn(self.norm1(x), cos, sin, lengths)
@@ -95,10 +150,10 @@ class PatchEmbed(nn.Module):
 class PatchMerger(nn.Module):
     """The patches of a block side by side -> one row of the language model."""
 
-    def __init__(self, config: QwenVitConfig, out_features: int) -> None:
+    def __init__(self, config: QwenVitConfig, out_features: int, norm: Norm) -> None:
         super().__init__()
         self.block = config.embed_dim * config.spatial_merge_size**2
-        self.ln_q = LayerNorm(config.embed_dim, EPS)
+        self.ln_q = norm(config.embed_dim, EPS)
         self.mlp = nn.ModuleDict({"0": Linear(self.block, self.block, bias=True),
                                   "2": Linear(self.block, out_features, bias=True)})
 
@@ -108,21 +163,35 @@ class PatchMerger(nn.Module):
         return out
 
 
+@dataclass(frozen=True, slots=True)
+class _Grid:
+    """What depends on a slice's size alone. Patches go through the layers in the order of `order` (blocks; None: as
+    they come), in which each window is one run."""
+
+    cos: Tensor  # [patches, head_dim / 2]
+    sin: Tensor
+    windows: list[int]  # patches in each
+    order: Tensor | None
+
+
 class QwenVit(nn.Module):
-    def __init__(self, config: QwenVitConfig, out_features: int) -> None:
+    """Qwen2-VL's tower."""
+
+    def __init__(self, config: QwenVitConfig, out_features: int, *, norm: Norm = LayerNorm,
+                 mlp: Callable[[int, int, str], nn.Module] = Mlp) -> None:
         super().__init__()
         self.config = config
         self.patch_embed = PatchEmbed(config)
-        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
-        self.merger = PatchMerger(config, out_features)
-        self._rotary: OrderedDict[tuple[int, int], tuple[Tensor, Tensor]] = OrderedDict()
+        self.blocks = nn.ModuleList(VisionBlock(config, norm, mlp) for _ in range(config.depth))
+        self.merger = PatchMerger(config, out_features, norm)
+        self._grids: OrderedDict[Size, _Grid] = OrderedDict()
 
     def activation_bytes(self, element_size: int, largest_slice: int) -> int:
         """For groups of patches that hold no more than a slice of `largest_slice`, where that alone exceeds a group."""
         config = self.config
         patches = max(MAX_ROWS, largest_slice)
         pixels = 3 * config.temporal_patch_size * config.patch_size**2
-        inner = 3 * config.embed_dim * config.mlp_ratio
+        inner = 3 * config.intermediate_size
         return int(element_size * (patches * (10 * config.embed_dim + 2 * pixels) + MAX_ROWS * inner))
 
     def forward(self, pixels: Sequence[Tensor], grids: Sequence[tuple[int, int, int]]) -> list[Tensor]:
@@ -133,23 +202,52 @@ class QwenVit(nn.Module):
         merged = self.config.spatial_merge_size**2
         return separate(rows[0] if len(rows) == 1 else torch.cat(rows), [t * h * w // merged for t, h, w in grids])
 
-    def _encode(self, slices: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> Tensor:
+    def _encode(self, slices: Sequence[Tensor], sizes: Sequence[Size]) -> Tensor:
+        """Of one group -> [blocks, out_features], in the order in which the blocks came."""
         dtype = self.merger.ln_q.weight.dtype
         x = torch.cat([self.patch_embed(part.to(dtype)) for part in _alike(slices)])
-        tables = [self._positions(h, w, x.device) for h, w in sizes]
-        cos, sin = (torch.cat(parts) for parts in zip(*tables, strict=True))
-        lengths = [h * w for h, w in sizes]
-        for block in self.blocks:
-            x = block(x, cos, sin, lengths)
-        out: Tensor = self.merger(x)
-        return out
+        grids = [self._grid(size, x.device) for size in sizes]
+        cos, sin = torch.cat([grid.cos for grid in grids]), torch.cat([grid.sin for grid in grids])
+        order = self._order(grids, sizes)
+        if order is not None:
+            x = x.view(-1, self.merger.block)[order].view(x.shape)
+        x = self._layers(x, cos, sin, [h * w for h, w in sizes], [run for grid in grids for run in grid.windows])
+        rows: Tensor = self.merger(x)
+        return rows if order is None else torch.empty_like(rows).index_copy_(0, order, rows)
 
-    def _positions(self, lines: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _layers(self, x: Tensor, cos: Tensor, sin: Tensor, slices: list[int], windows: list[int]) -> Tensor:
+        for index, block in enumerate(self.blocks):
+            is_cut = self.config.window_size and index not in self.config.full_attention_layers
+            x = block(x, cos, sin, windows if is_cut else slices)
+        return x
+
+    def _order(self, grids: Sequence[_Grid], sizes: Sequence[Size]) -> Tensor | None:
+        """The blocks' order for a whole group; None where all stay in their places."""
+        if all(grid.order is None for grid in grids):
+            return None
+        blocks = [h * w // self.config.spatial_merge_size**2 for h, w in sizes]
+        first = accumulate(blocks, initial=0)
+        return torch.cat([torch.arange(start, start + count, device=grid.cos.device) if grid.order is None
+                          else grid.order + start for grid, count, start in zip(grids, blocks, first, strict=False)])
+
+    def _grid(self, size: Size, device: torch.device) -> _Grid:
+        if size in self._grids:
+            self._grids.move_to_end(size)
+            return self._grids[size]
+        cos, sin = self._angles(*size, device)
+        windows, order = self._windows(*size, device)
+        if order is not None:
+            shape = (-1, self.config.spatial_merge_size**2, cos.shape[1])
+            cos, sin = (table.view(shape)[order].view(table.shape) for table in (cos, sin))
+        grid = _Grid(cos, sin, windows, order)
+        if size[0] * size[1] <= MAX_ROWS:
+            self._grids[size] = grid
+            if len(self._grids) > CACHED_GRIDS:
+                self._grids.popitem(last=False)
+        return grid
+
+    def _angles(self, lines: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin [patches, head_dim / 2] of a slice: half of the frequencies count lines, half columns."""
-        key = (lines, columns)
-        if key in self._rotary:
-            self._rotary.move_to_end(key)
-            return self._rotary[key]
         merge, quarter = self.config.spatial_merge_size, self.config.embed_dim // self.config.num_heads // 4
         exponents = torch.arange(0, quarter, dtype=torch.float32, device=device) / quarter
         inv_freq = 1.0 / THETA**exponents
@@ -157,12 +255,26 @@ class QwenVit(nn.Module):
         place = place.permute(0, 2, 1, 3).flatten()  # patches in block order
         both = torch.stack([place // columns, place % columns], dim=1)  # [patches, 2]
         angles = (both.unsqueeze(-1) * inv_freq).flatten(1)  # [patches, 2 * quarter]
-        table = (angles.cos(), angles.sin())
-        if lines * columns <= MAX_ROWS:
-            self._rotary[key] = table
-            if len(self._rotary) > CACHED_GRIDS:
-                self._rotary.popitem(last=False)
-        return table
+        return angles.cos(), angles.sin()
+
+    def _windows(self, lines: int, columns: int, device: torch.device) -> tuple[list[int], Tensor | None]:
+        """(patches of each window, the blocks' order). Windows at the far edges are smaller."""
+        merge = self.config.spatial_merge_size
+        side = self.config.window_size // (merge * self.config.patch_size)  # blocks
+        lines, columns = lines // merge, columns // merge
+        if not side or max(lines, columns) <= side:
+            return [lines * columns * merge**2], None
+        place = torch.arange(lines * columns, device=device).view(lines, columns)
+        windows = [window.flatten() for band in place.split(side) for window in band.split(side, dim=1)]
+        return [len(window) * merge**2 for window in windows], torch.cat(windows)
+
+
+class WindowedQwenVit(QwenVit):
+    """The tower of Qwen2.5-Omni (and Qwen2.5-VL): most layers attend inside windows of `window_size` pixels, RMS norms,
+    gated MLPs."""
+
+    def __init__(self, config: QwenVitConfig, out_features: int) -> None:
+        super().__init__(config, out_features, norm=RMSNorm, mlp=GatedMlp)
 
 
 def _alike(slices: Sequence[Tensor]) -> list[Tensor]:
