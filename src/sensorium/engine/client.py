@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import signal
 import socket
 import subprocess
 import sys
@@ -201,13 +202,17 @@ class EngineClient:
         """Start the child at once; needs no event loop and imports nothing heavy."""
         ours, theirs = socket.socketpair()
         with theirs:
-            command = [sys.executable, "-m", "sensorium.engine.core", "--fd", str(theirs.fileno())]
+            # -P: nothing in the current folder takes the place of a module.
+            command = [sys.executable, "-P", "-m", "sensorium.engine.core", "--fd", str(theirs.fileno())]
             # Its own session: Ctrl-C is for this process, which lets running requests finish first.
             self._process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL,
                                              start_new_session=True)
         ours.sendall(messages.encode_config(self.config))  # fits into the socket's buffer
         ours.setblocking(False)
         self._socket = ours
+        if self.state == "closed":  # meanwhile
+            self._process.kill()
+            ours.close()
 
     async def wait_ready(self) -> EngineReady:
         """Until the model is loaded. StartupError says in one line why it could not be."""
@@ -215,8 +220,16 @@ class EngineClient:
         if self._became_ready is not None:
             await self._became_ready.wait()
         if self.ready is None or self.state not in ("ready", "restarting"):
-            raise StartupError(self._fatal or "the engine process ended while it was loading")
+            raise StartupError(self._fatal or await self._epitaph())
         return self.ready
+
+    async def _epitaph(self) -> str:
+        """How the child ended, for a child that could not say it."""
+        await self._reap()
+        code = None if self._process is None else self._process.returncode
+        if code == -signal.SIGKILL:
+            return "the engine process was killed while it was loading (out of memory?)"
+        return f"the engine process ended while it was loading (exit code {code})"
 
     def submit(self, request: EngineRequest) -> OutputStream:
         """Send a request. UnavailableError when there is no engine to compute it."""
@@ -241,7 +254,7 @@ class EngineClient:
             task.cancel()
         if self._link is not None:
             self._link.write([messages.frame(Kind.SHUTDOWN)])
-        elif self._socket is not None:
+        if self._socket is not None:
             self._socket.close()
         process = self._process
         if process is not None:
@@ -260,7 +273,7 @@ class EngineClient:
         if self._became_ready is None:
             self._became_ready = asyncio.Event()
         self._heard_s = monotonic()
-        _, self._link = await loop.create_connection(lambda: _Link(self), sock=sock)
+        _, self._link = await loop.create_unix_connection(lambda: _Link(self), sock=sock)
         if not self._tasks:
             self._spawn(self._watch())
 
@@ -341,8 +354,12 @@ class EngineClient:
     async def _restart(self) -> None:
         await self._reap()
         self.stats = EngineStats()
-        await asyncio.get_running_loop().run_in_executor(None, self.start)
-        await self._attach()
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, self.start)
+            await self._attach()
+        except OSError as error:
+            logger.error("the engine cannot be started again: %s", error)
+            self.state = "failed"
 
     async def _watch(self) -> None:
         """Replace an engine that has work and says nothing for much longer than a step takes."""

@@ -50,7 +50,7 @@ def load_engine(config: EngineConfig, *, progress: Callable[[str, float], None] 
     """Load `config.model` and size everything around it. StartupError says in one line what is wrong."""
     started = monotonic()
     report = progress or (lambda phase, fraction: None)
-    checkpoint = open_checkpoint(Path(config.model))
+    checkpoint = open_checkpoint(Path(config.model), Path(config.text_model) if config.text_model else None)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, checkpoint.dtype, device)
     if device.type == "cpu":
@@ -83,12 +83,12 @@ def build_engine(model: Model, checkpoint: Checkpoint, config: EngineConfig, dev
     pool = BlockPool(num_blocks)
     prefixes = PrefixCache(pool, config.block_size, _identity(checkpoint, dtype),
                            enabled=config.enable_prefix_caching and has_cache)
+    axes = max(1, len(checkpoint.text.rope.mrope_section)) if checkpoint.text else 1
     budget = Budget(config.max_num_seqs, config.max_num_batched_tokens, config.max_num_batched_tokens, max_len,
-                    config.block_size, has_cache, model.long_context_from)
+                    config.block_size, has_cache, axes, model.long_context_from)
     scheduler = Scheduler(budget, pool, prefixes, encoder, {task: one.all_tokens for task, one in poolers.items()})
-    sections = checkpoint.text.rope.mrope_section if checkpoint.text else ()
     max_blocks = -(-max_len // config.block_size) if has_cache else 0
-    builder = BatchBuilder(config.max_num_seqs, max_blocks, config.block_size, max(1, len(sections)), device,
+    builder = BatchBuilder(config.max_num_seqs, max_blocks, config.block_size, axes, device,
                            marks_long=model.long_context_from is not None)
     runner = Runner(model, cache, builder, Sampler(config.seed), encoder, device, poolers=poolers, faults=faults)
     tasks = (*(("generate",) if model.generates else ()), *poolers)

@@ -203,6 +203,8 @@ def encode_request(request: EngineRequest) -> list[Buffer]:
         size += padding + array.nbytes
     if size > MAX_FRAME_BYTES:
         raise ProtocolError(f"a request of {size} bytes is larger than a frame may be")
+    if unknown := {array.dtype.name for array in arrays} - DTYPES:
+        raise ProtocolError(f"arrays of {', '.join(sorted(unknown))} cannot be sent")
     pieces[0] = _HEAD.pack(size, Kind.REQUEST) + pieces[0]
     if size <= 1 << 16:
         return [b"".join(pieces)]

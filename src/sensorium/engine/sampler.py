@@ -42,8 +42,9 @@ class TokenCounts:
 
     __slots__ = ("_counted", "_places", "counts", "ids", "size")
 
-    def __init__(self, prompt: NDArray[np.int32]) -> None:
-        seen = np.unique(prompt)
+    def __init__(self, prompt: NDArray[np.int32], vocab_size: int) -> None:
+        """Placeholders of media may lie outside the vocabulary; they have no logit."""
+        seen = np.unique(prompt[prompt < vocab_size])
         self.size = len(seen)
         self.ids = np.empty(len(seen) + 256, np.int64)
         self.ids[: self.size] = seen
@@ -70,17 +71,18 @@ class Row:
 
     __slots__ = ("bias_ids", "bias_values", "counts", "greedy", "params", "plain", "seed", "stop_ids")
 
-    def __init__(self, seq: Sequence, params: SamplingParams, engine_seed: int) -> None:
+    def __init__(self, seq: Sequence, params: SamplingParams, engine_seed: int, vocab_size: int) -> None:
         self.params = params
+        biases = [(token, bias) for token, bias in params.logit_bias if 0 <= token < vocab_size]
         self.greedy = params.temperature == 0 or params.top_k == 1
-        self.stop_ids = np.array(sorted(seq.stop_ids), np.int64)
-        self.bias_ids = np.array([token for token, _ in params.logit_bias], np.int64)
-        self.bias_values = np.array([bias for _, bias in params.logit_bias], np.float32)
+        self.stop_ids = np.array([token for token in sorted(seq.stop_ids) if 0 <= token < vocab_size], np.int64)
+        self.bias_ids = np.array([token for token, _ in biases], np.int64)
+        self.bias_values = np.array([bias for _, bias in biases], np.float32)
         penalised = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
         self.counts: TokenCounts | None = None
         if penalised:
             prompt = seq.tokens[: seq.num_prompt]
-            self.counts = TokenCounts(prompt if params.repetition_penalty != 1 else prompt[:0])
+            self.counts = TokenCounts(prompt if params.repetition_penalty != 1 else prompt[:0], vocab_size)
         self.plain = self.greedy and not (penalised or params.logit_bias or params.min_tokens
                                           or params.logprobs is not None)
         self.seed = _seed(params.seed, engine_seed, seq.id)
@@ -92,7 +94,7 @@ class Sampler:
 
     def sample(self, logits: Tensor, sequences: Seq[Sequence]) -> Sampled:
         """logits [rows, vocab], one row for each sequence."""
-        rows = [seq.sampler_row or self._remember(seq) for seq in sequences]
+        rows = [seq.sampler_row or self._remember(seq, logits.shape[1]) for seq in sequences]
         logits = logits.float()
         if all(row.plain for row in rows):
             return _checked(*_argmax(logits), vocab_size=logits.shape[1])
@@ -111,10 +113,10 @@ class Sampler:
             sampled.logprobs = dict(zip(wanted, found, strict=True))
         return sampled
 
-    def _remember(self, seq: Sequence) -> Row:
+    def _remember(self, seq: Sequence, vocab_size: int) -> Row:
         if seq.sampling is None:
             raise ValueError("a pooling request is not sampled")
-        row = Row(seq, seq.sampling, self._seed)
+        row = Row(seq, seq.sampling, self._seed, vocab_size)
         seq.sampler_row = row
         return row
 

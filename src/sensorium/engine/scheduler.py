@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
+from sensorium.engine.admission import refusal
 from sensorium.engine.block_pool import BlockPool
 from sensorium.engine.encoder_cache import EncoderCache
 from sensorium.engine.prefix_cache import PrefixCache
@@ -52,6 +53,7 @@ class Budget:
     max_model_len: int
     block_size: int
     has_cache: bool = True  # False for encoder-only models: a prompt is computed whole and keeps nothing
+    axes: int = 1  # of positions; 3 for M-RoPE
     long_context_from: int | None = None  # see `Model`: longer sequences are computed anew, in another way
 
 
@@ -84,8 +86,7 @@ class Scheduler:
 
     def add(self, request: EngineRequest) -> EngineOutput | None:
         """Queue a request, or say why it can never run."""
-        reason = self._refusal(request)
-        if reason:
+        if reason := self._refusal(request):
             return EngineOutput(request.id, finish_reason="error", error=reason)
         seq = Sequence(request, self._arrivals)
         seq.is_long = self._is_long(seq)
@@ -97,22 +98,9 @@ class Scheduler:
         return None
 
     def _refusal(self, request: EngineRequest) -> str:
-        length = len(request.prompt.token_ids)
-        limit = self.budget.max_model_len
         if request.id in self._by_id:
             return "The request's number is in use."
-        if not length:
-            return "The prompt is empty."
-        if (request.sampling is None) == (request.pooling is None):
-            return "A request either generates or pools."
-        if request.pooling is not None and request.pooling.task not in self._pooling:
-            return f"This model does not do the task '{request.pooling.task}'."
-        if request.sampling is not None and length + request.sampling.max_tokens > limit:
-            return (f"The prompt has {length} tokens and max_tokens is {request.sampling.max_tokens}; "
-                    f"together they may be at most {limit}.")
-        if length > limit:
-            return f"The prompt has {length} tokens; at most {limit} fit."
-        return ""
+        return refusal(request, max_model_len=self.budget.max_model_len, axes=self.budget.axes, pooling=self._pooling)
 
     def abort(self, request_id: int) -> bool:
         """Forget a request wherever it is. False if it is unknown or has ended."""
