@@ -72,12 +72,25 @@ class HttpServer:
     async def close(self) -> None:
         """End what is left and the port last."""
         self._app.service.flights.abort()
-        self._uvicorn.should_exit = True
+        self._uvicorn.stop()
         if self._serving is not None:
             await self._serving
 
 
 class _Uvicorn(uvicorn.Server):
+    """Without signal handlers, and asleep until it is told to stop instead of looking ten times a second."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._stop = asyncio.Event()
+
+    def stop(self) -> None:
+        self.should_exit = True
+        self._stop.set()
+
+    async def main_loop(self) -> None:
+        await self._stop.wait()
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
