@@ -27,6 +27,7 @@ class EngineConfig:
     """Everything the engine process needs beside the checkpoint's own files."""
 
     model: str  # resolved local folder
+    text_model: str = ""  # resolved folder of the language model, where the checkpoint has none of its own
     dtype: str = flag("auto", "Weights' and computation's type. auto: as the checkpoint says, "
                               "bfloat16 for float16 on a CPU.", choices=("auto", "bfloat16", "float16", "float32"))
     device: str = flag("auto", "Where to compute. auto: cuda if there is one, else cpu.",
@@ -130,6 +131,8 @@ class LoadConfig:
 
     revision: str | None = flag(None, "Branch, tag or commit of a hub repository.")
     download_dir: str | None = flag(None, "Where hub files are kept. Default: the hub's cache.")
+    text_model: str | None = flag(None, "Language model of a checkpoint that has none of its own (Ultravox): a folder or "
+                                        "a hub id. Default: the one that the checkpoint names.")
     trust_remote_code: bool = flag(False, "Accepted for compatibility. Remote code is never run and never needed.")
     task: str = flag("auto", "Narrow what is served. auto: everything the model can do.",
                      choices=("auto", "generate", "embed", "classify", "reward", "score"))

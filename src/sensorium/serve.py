@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sensorium.checkpoint import Checkpoint, open_checkpoint, resolve
+from sensorium.checkpoint import Checkpoint, open_checkpoint, resolve, text_model_of
 from sensorium.config import ServeOptions
 from sensorium.engine.client import EngineClient
 from sensorium.errors import StartupError
@@ -40,10 +40,12 @@ def serve(options: ServeOptions) -> int:
     _log_to_stderr()
     folder = DEMO_FOLDER if options.model is None else resolve(
         options.model, options.load.revision, options.load.download_dir)
-    checkpoint = open_checkpoint(folder)
+    text_folder = _text_folder(options, folder)
+    checkpoint = open_checkpoint(folder, text_folder)
     _check(options, checkpoint)
     with _progress() as show:
-        client = EngineClient(replace(options.engine, model=str(folder)), on_progress=show)
+        config = replace(options.engine, model=str(folder), text_model=str(text_folder or ""))
+        client = EngineClient(config, on_progress=show)
         client.start()
         import uvloop
 
@@ -82,6 +84,12 @@ async def _serve(options: ServeOptions, checkpoint: Checkpoint, client: EngineCl
             await loader.aclose()
     finally:
         await client.aclose()
+
+
+def _text_folder(options: ServeOptions, folder: Path) -> Path | None:
+    """Where the language model is, if it is a repository of its own."""
+    named = options.load.text_model or text_model_of(folder)
+    return resolve(named, None, options.load.download_dir) if named else None
 
 
 def _check(options: ServeOptions, checkpoint: Checkpoint) -> None:

@@ -15,7 +15,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.devi
     """Build the checkpoint's model on `device` with weights in `dtype`. `progress` hears the part done, from 0 to 1."""
     with torch.device("meta"):
         model: Model = load_class(FAMILIES[checkpoint.architecture].model)(checkpoint)
-    fill(model, stored_tensors(checkpoint.weight_files), dtype=dtype, device=torch.device(device),
+    fill(model, stored_tensors(checkpoint.weight_files, checkpoint.text_weight_files), dtype=dtype, device=torch.device(device),
          quantization=quantization, progress=progress)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -105,15 +105,24 @@ def weight_bytes(model: Model) -> int:
     return packed + sum(p.nbytes for p in model.parameters())
 
 
-def stored_tensors(files: Iterable[Path]) -> list[StoredTensor]:
-    """The tensors of all files of one checkpoint; a key that two files have is an error."""
+def stored_tensors(files: Iterable[Path], text_files: Iterable[Path] = ()) -> list[StoredTensor]:
+    """The tensors of all files of one checkpoint; a key that two files have is an error.
+
+    `text_files` are a second repository's: their keys get the prefix `language_model.` and yield to the first's.
+    """
+    own = _tensors_of(files)
+    second = [replace(tensor, key=f"language_model.{tensor.key}") for tensor in _tensors_of(text_files).values()]
+    return [*own.values(), *(tensor for tensor in second if tensor.key not in own)]
+
+
+def _tensors_of(files: Iterable[Path]) -> dict[str, StoredTensor]:
     found: dict[str, StoredTensor] = {}
     for file in files:
         for tensor in _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file):
             if tensor.key in found:
                 raise CheckpointError(f"{tensor.key} is in {found[tensor.key].file.name} and again in {file.name}")
             found[tensor.key] = tensor
-    return list(found.values())
+    return found
 
 
 def fill(model: Model, tensors: list[StoredTensor], *, dtype: torch.dtype, device: torch.device,

@@ -1,0 +1,228 @@
+"""BERT, RoBERTa and XLM-RoBERTa: bidirectional encoders that embed, classify and score. No KV cache.
+
+Devlin et al. 2018; Liu et al. 2019 (positions start after the padding id). Post-norm layers, absolute positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sensorium import kernels
+from sensorium.checkpoint import Checkpoint
+from sensorium.errors import CheckpointError
+from sensorium.models.base import AttentionContext, KVCache, Model, Rename
+from sensorium.models.layers import Head, Linear, QKVLinear, declare
+from sensorium.models.towers.blocks import LayerNorm, activation
+from sensorium.pooling.labels import classifier_activation, num_labels
+from sensorium.pooling.pooler import ClassifyPooler, EmbedPooler, TokenPooler
+from sensorium.pooling.spec import read_pooling
+
+ENCODER_MAP = (
+    Rename("{a}.LayerNorm.gamma", "{a}.LayerNorm.weight"),
+    Rename("{a}.LayerNorm.beta", "{a}.LayerNorm.bias"),
+    Rename("encoder.layer.{n}.{a}.output.LayerNorm.gamma", "encoder.layer.{n}.{a}.output.LayerNorm.weight"),
+    Rename("encoder.layer.{n}.{a}.output.LayerNorm.beta", "encoder.layer.{n}.{a}.output.LayerNorm.bias"),
+    Rename("encoder.layer.{n}.output.LayerNorm.gamma", "encoder.layer.{n}.output.LayerNorm.weight"),
+    Rename("encoder.layer.{n}.output.LayerNorm.beta", "encoder.layer.{n}.output.LayerNorm.bias"),
+    Rename("encoder.layer.{n}.attention.self.query.{p}", "encoder.layer.{n}.attention.qkv.{p}", "q"),
+    Rename("encoder.layer.{n}.attention.self.key.{p}", "encoder.layer.{n}.attention.qkv.{p}", "k"),
+    Rename("encoder.layer.{n}.attention.self.value.{p}", "encoder.layer.{n}.attention.qkv.{p}", "v"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderConfig:
+    """`first_position` is 0 for BERT and pad_token_id + 1 for the RoBERTas, whose table has that many rows more."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    hidden_act: str
+    layer_norm_eps: float
+    positions: int
+    first_position: int
+    type_vocab_size: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> EncoderConfig:
+        roberta = config.get("model_type") in ("roberta", "xlm-roberta")
+        if config.get("position_embedding_type", "absolute") != "absolute":
+            raise CheckpointError("config.json: only absolute position_embedding_type is supported")
+        pad = config.get("pad_token_id")
+        return cls(
+            vocab_size=config["vocab_size"],
+            hidden_size=config.get("hidden_size", 768),
+            num_layers=config.get("num_hidden_layers", 12),
+            num_heads=config.get("num_attention_heads", 12),
+            intermediate_size=config.get("intermediate_size", 3072),
+            hidden_act=config.get("hidden_act", "gelu"),
+            layer_norm_eps=config.get("layer_norm_eps", 1e-12),
+            positions=config.get("max_position_embeddings", 512),
+            first_position=(1 if pad is None else pad) + 1 if roberta else 0,
+            type_vocab_size=config.get("type_vocab_size", 2),
+        )
+
+
+class Embeddings(nn.Module):
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.word_embeddings = Table(config.vocab_size, config.hidden_size)
+        self.position_embeddings = Table(config.positions, config.hidden_size)
+        self.token_type_embeddings = Table(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+
+class Table(nn.Module):
+    def __init__(self, rows: int, size: int) -> None:
+        super().__init__()
+        self.weight = declare(rows, size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return nn.functional.embedding(ids, self.weight)
+
+
+class Output(nn.Module):
+    """Dense, residual, norm: the end of both halves of a layer."""
+
+    def __init__(self, config: EncoderConfig, inner: int) -> None:
+        super().__init__()
+        self.dense = Linear(inner, config.hidden_size, bias=True)
+        self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        out: Tensor = self.LayerNorm(self.dense(x) + residual)
+        return out
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.head_dim = config.hidden_size // config.num_heads
+        self.qkv = QKVLinear(config.hidden_size, config.num_heads, config.num_heads, self.head_dim, bias=True)
+        self.output = Output(config, config.hidden_size)
+        self.scale = self.head_dim**-0.5
+
+    def forward(self, x: Tensor, lengths: list[int]) -> Tensor:
+        q, k, v = self.qkv(x).view(len(x), 3, -1, self.head_dim).unbind(1)  # [tokens, heads, head_dim] each
+        attended = kernels.varlen_attention(q, k, v, lengths, self.scale)
+        out: Tensor = self.output(attended.reshape(len(x), -1), x)
+        return out
+
+
+class Intermediate(nn.Module):
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.dense = Linear(config.hidden_size, config.intermediate_size, bias=True)
+        self.act = activation(config.hidden_act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.dense(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.attention = SelfAttention(config)
+        self.intermediate = Intermediate(config)
+        self.output = Output(config, config.intermediate_size)
+
+    def forward(self, x: Tensor, lengths: list[int]) -> Tensor:
+        x = self.attention(x, lengths)
+        out: Tensor = self.output(self.intermediate(x), x)
+        return out
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+
+
+class BertModel(Model):
+    """The encoder as an embedder."""
+
+    weight_prefixes: ClassVar[Mapping[str, str]] = {"bert.": "", "roberta.": ""}
+    weight_map: ClassVar[tuple[Rename, ...]] = ENCODER_MAP
+    ignored: tuple[str, ...] = ("position_ids", "cls.", "lm_head.", "pooler.", "bert.pooler.",
+                                          "roberta.pooler.")
+    num_layers = num_kv_heads = head_dim = 0  # no KV cache
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint)
+        self.config = EncoderConfig.of(checkpoint.config)
+        self.embeddings = Embeddings(self.config)
+        self.encoder = Encoder(self.config)
+        self._declare_poolers()
+
+    def _declare_poolers(self) -> None:
+        spec = read_pooling(self.checkpoint.folder, "cls")
+        size = self.config.hidden_size
+        self.poolers = {"embed": EmbedPooler(spec.kinds, size * len(spec.kinds), normalize=spec.normalize),
+                        "token_embed": TokenPooler(size, normalize=spec.normalize)}
+
+    def embed(self, token_ids: Tensor, token_types: Tensor | None = None) -> Tensor:
+        """Words and segments; the positions are added by `forward`. [tokens] -> [tokens, hidden]"""
+        types = torch.zeros_like(token_ids) if token_types is None else token_types
+        out: Tensor = self.embeddings.word_embeddings(token_ids) + self.embeddings.token_type_embeddings(types)
+        return out
+
+    def forward(self, hidden: Tensor, positions: Tensor, cache: KVCache, context: AttentionContext) -> Tensor:
+        hidden = hidden + self.embeddings.position_embeddings(positions + self.config.first_position)
+        hidden = self.embeddings.LayerNorm(hidden)
+        for layer in self.encoder.layer:
+            hidden = layer(hidden, context.query_lens)
+        return hidden
+
+    def activation_bytes(self, tokens: int) -> int:
+        size = self.embeddings.word_embeddings.weight.element_size()
+        return tokens * size * (6 * self.config.hidden_size + 2 * self.config.intermediate_size)
+
+
+class BertPooler(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.dense = Head(size, size, bias=True)
+
+
+class BertForSequenceClassification(BertModel):
+    """First token -> dense -> tanh -> classes; with one class a cross-encoder's score."""
+
+    ignored: tuple[str, ...] = ("position_ids",)
+
+    def _declare_poolers(self) -> None:
+        self.pooler = BertPooler(self.config.hidden_size)
+        self.classifier: nn.Module = Head(self.config.hidden_size, num_labels(self.checkpoint.config), bias=True)
+        self._classify(lambda state: self.classifier(torch.tanh(self.pooler.dense(state))))
+
+    def _classify(self, head: Any) -> None:
+        config = self.checkpoint.config
+        labels, act = num_labels(config), classifier_activation(self.checkpoint.folder, config)
+        self.poolers = {"classify": ClassifyPooler("cls", head, labels, act)}
+        if labels == 1:
+            self.poolers["score"] = self.poolers["classify"]
+
+
+class RobertaHead(nn.Module):
+    def __init__(self, size: int, labels: int) -> None:
+        super().__init__()
+        self.dense = Head(size, size, bias=True)
+        self.out_proj = Head(size, labels, bias=True)
+
+    def forward(self, state: Tensor) -> Tensor:
+        out: Tensor = self.out_proj(torch.tanh(self.dense(state)))
+        return out
+
+
+class RobertaForSequenceClassification(BertForSequenceClassification):
+    ignored: tuple[str, ...] = (*BertForSequenceClassification.ignored, "roberta.pooler.")
+
+    def _declare_poolers(self) -> None:
+        self.classifier = RobertaHead(self.config.hidden_size, num_labels(self.checkpoint.config))
+        self._classify(self.classifier)

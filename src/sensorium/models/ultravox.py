@@ -1,0 +1,73 @@
+"""Ultravox v0.5: Whisper's encoder, a projector over stacked frames, and a language model from a second repository."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sensorium.checkpoint import Checkpoint
+from sensorium.errors import CheckpointError
+from sensorium.models.base import Rename
+from sensorium.models.decoder import DECODER_MAP, DecoderForCausalLM
+from sensorium.models.layers import Linear, RMSNorm
+from sensorium.models.towers.whisper import WhisperConfig, WhisperTower
+from sensorium.types import Modality
+
+PROJECTOR_EPS = 1e-6
+
+
+class Projector(nn.Module):
+    """Stacked frames -> the language model's size. The second half of the first product is the gate."""
+
+    def __init__(self, audio_size: int, text_size: int, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        if config.get("projector_act", "swiglu") != "swiglu":
+            raise CheckpointError(f"config.json: projector_act {config['projector_act']!r} is not supported")
+        if config.get("num_projector_layers", 0):
+            raise CheckpointError("config.json: Ultravox with projector layers (v0.6 and later) is not supported")
+        self.stack = int(config.get("stack_factor", 8))
+        inner = int(config.get("hidden_size", 4096))
+        self.ln_pre = RMSNorm(audio_size * self.stack, PROJECTOR_EPS)
+        self.linear_1 = Linear(audio_size * self.stack, inner)
+        self.linear_2 = Linear(inner // 2, text_size)
+        self.ln_mid = RMSNorm(inner // 2, PROJECTOR_EPS) if config.get("projector_ln_mid", False) else None
+        self.ln_post = None if self.ln_mid is not None else RMSNorm(text_size, PROJECTOR_EPS)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[frames, audio size] -> [ceil(frames / stack), text size]"""
+        missing = -len(states) % self.stack
+        x = functional.pad(states, (0, 0, 0, missing)).reshape(-1, states.shape[1] * self.stack)
+        value, gate = self.linear_1(self.ln_pre(x)).chunk(2, dim=-1)
+        x = functional.silu(gate) * value
+        out: Tensor = self.linear_2(x if self.ln_mid is None else self.ln_mid(x))
+        return out if self.ln_post is None else self.ln_post.forward(out)
+
+
+class Ultravox(DecoderForCausalLM):
+    modalities: ClassVar[frozenset[Modality]] = frozenset({"audio"})
+    weight_prefixes: ClassVar[Mapping[str, str]] = {
+        "language_model.model.": "model.",
+        "language_model.lm_head.": "lm_head.",
+    }
+    weight_map: ClassVar[tuple[Rename, ...]] = DECODER_MAP
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint)
+        audio = WhisperConfig.of(checkpoint.config.get("audio_config") or {})
+        self.audio_tower = WhisperTower(audio)
+        self.multi_modal_projector = Projector(audio.hidden_size, self.text.hidden_size, checkpoint.config)
+
+    def encode(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+        """`mel` [bins, frames] of each clip; chunks of all clips go through the tower in one batch."""
+        chunk_frames = 2 * self.audio_tower.config.max_positions
+        chunks = [torch.split(item["mel"], chunk_frames, dim=1) for item in items]
+        states = iter(self.audio_tower([chunk for clip in chunks for chunk in clip]))
+        return [torch.cat([self.multi_modal_projector(next(states)) for _ in clip]) for clip in chunks]
+
+    def activation_bytes(self, tokens: int) -> int:
+        size = self.model.norm.weight.element_size()
+        return max(super().activation_bytes(tokens), self.audio_tower.activation_bytes(size))
