@@ -12,7 +12,7 @@ import importlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -24,9 +24,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["DecoderLayerParts", "DecoderStack", "LinearForm", "add_rms_norm", "decoder_stack", "describe",
-           "empty_linear", "layer_norm", "pack_linear", "paged_attention", "rms_norm", "rope", "silu_mul",
-           "varlen_attention", "write_kv"]
+__all__ = ["Activation", "DecoderLayerParts", "DecoderStack", "LinearForm", "activate", "add_rms_norm",
+           "decoder_stack", "describe", "empty_linear", "layer_norm", "pack_linear", "paged_attention", "rms_norm",
+           "rope", "silu_mul", "varlen_attention", "write_kv"]
+
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "tanh"]
 
 
 class LinearForm(Protocol):
@@ -123,6 +126,12 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     out: Tensor = _for(x).layer_norm(x, weight, bias, eps)
+    return out
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """Elementwise. Native code may write into `x`."""
+    out: Tensor = _for(x).activate(x, activation)
     return out
 
 

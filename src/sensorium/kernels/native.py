@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sensorium.errors import StartupError
-from sensorium.kernels import DecoderLayerParts, reference
+from sensorium.kernels import Activation, DecoderLayerParts, reference
 
 if TYPE_CHECKING:
     from sensorium.models.base import AttentionContext
@@ -32,7 +32,6 @@ ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512")  # slowest first; the ind
 ABI = 2
 PANEL = 32  # output columns that are stored together, kPanel of native/kernels.h
 LANES = 16
-Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "tanh"]
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "tanh")
 
 _BF16 = torch.bfloat16
@@ -205,11 +204,13 @@ class Native:
         return out
 
     def activate(self, x: Tensor, activation: Activation) -> Tensor:
-        """Elementwise, bf16 only."""
+        """In place where the layout allows it."""
+        if x.dtype is not _BF16:
+            return reference.activate(x, activation)
         x = x.contiguous()
-        out = torch.empty_like(x)
-        self._activate(self._runtime, x.data_ptr(), out.data_ptr(), x.numel(), ACTIVATIONS.index(activation))
-        return out
+        at = x.data_ptr()
+        self._activate(self._runtime, at, at, x.numel(), ACTIVATIONS.index(activation))
+        return x
 
     def rope(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Rotates in place."""
@@ -441,44 +442,3 @@ def available() -> bool:
 def describe() -> str:
     native = _default()
     return "torch reference kernels" if native is None else native.describe()
-
-
-def supports(x: Tensor) -> bool:
-    return x.dtype is _BF16 and _default() is not None and x.device.type == "cpu"
-
-
-def pack_linear(weight: Tensor, bias: Tensor | None, *, quantization: str | None = None) -> PackedLinear:
-    return load().pack_linear(weight, bias, quantization=quantization)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return load().rms_norm(x, weight, eps)
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return load().add_rms_norm(x, residual, weight, eps)
-
-
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    return load().layer_norm(x, weight, bias, eps)
-
-
-def silu_mul(gate_up: Tensor) -> Tensor:
-    return load().silu_mul(gate_up)
-
-
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    return load().rope(q, k, cos, sin)
-
-
-def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    load().write_kv(k, v, k_cache, v_cache, slots)
-
-
-def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, context: AttentionContext, scale: float,
-                    sliding_window: int | None = None) -> Tensor:
-    return load().paged_attention(q, k_cache, v_cache, context, scale, sliding_window)
-
-
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float) -> Tensor:
-    return load().varlen_attention(q, k, v, lengths, scale)

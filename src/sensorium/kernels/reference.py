@@ -5,6 +5,7 @@ Computes in float32 where a sum is taken, returns the input's dtype. Shapes and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn import functional
 from sensorium.errors import StartupError
 
 if TYPE_CHECKING:
+    from sensorium.kernels import Activation
     from sensorium.models.base import AttentionContext
 
 GATHER_ELEMENTS = 16 * 1024 * 1024  # bound of one padded gather of keys
@@ -69,6 +71,17 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     return functional.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    if activation == "quick_gelu":
+        return (x * 1.702).sigmoid_().mul_(x)
+    if activation == "gelu_tanh":
+        return functional.gelu(x, approximate="tanh")
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "silu": functional.silu, "gelu": functional.gelu, "relu": functional.relu, "tanh": torch.tanh,
+    }
+    return functions[activation](x)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

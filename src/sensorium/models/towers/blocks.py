@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from sensorium import kernels
 from sensorium.errors import CheckpointError
@@ -16,28 +16,21 @@ from sensorium.models.layers import Linear, declare
 MAX_ROWS = 8192  # patches that go through a tower at once: bounds its activations, still large for a matrix product
 
 
-def quick_gelu(x: Tensor) -> Tensor:
-    return (x * 1.702).sigmoid_().mul_(x)
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    return functional.gelu(x, approximate="tanh")
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "quick_gelu": quick_gelu,
-    "gelu": functional.gelu,
-    "gelu_new": gelu_tanh,
-    "gelu_pytorch_tanh": gelu_tanh,
-    "relu": functional.relu,
-    "silu": functional.silu,
+ACTIVATIONS: dict[str, kernels.Activation] = {
+    "quick_gelu": "quick_gelu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
 }
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The function of a configuration's name. It may write into its argument."""
     if name not in ACTIVATIONS:
         raise CheckpointError(f"config.json: unknown activation {name!r} (known: {', '.join(ACTIVATIONS)})")
-    return ACTIVATIONS[name]
+    return functools.partial(kernels.activate, activation=ACTIVATIONS[name])
 
 
 class PatchLinear(Linear):
