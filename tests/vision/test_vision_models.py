@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,18 +15,14 @@ import pytest
 import torch
 from families import noise
 from models.driver import Driver
-from models.driver import Sequence as Running
+from running import Served, load
 from transformers import CLIPImageProcessorPil, LlavaNextImageProcessorPil, PreTrainedModel, Qwen2VLImageProcessorPil
 
 from sensorium.checkpoint import open_checkpoint
 from sensorium.errors import CheckpointError
-from sensorium.models.base import Model
-from sensorium.models.registry import FAMILIES, load_class
 from sensorium.models.towers.blocks import groups
 from sensorium.models.weights import load_model
-from sensorium.processors.base import Processor
-from sensorium.prompt.tokenizer import Tokenizer
-from sensorium.types import MediaFeatures, MediaItem, Prompt
+from sensorium.types import MediaItem
 
 MAKERS: dict[str, Callable[..., PreTrainedModel]] = {
     "llava": checkpoints.make_llava,
@@ -41,42 +37,6 @@ SIZES = {
 }
 each_family = pytest.mark.parametrize("family", list(MAKERS))
 each_layout = pytest.mark.parametrize("layout", ["hub", "transformers"])
-
-
-@dataclass
-class Served:
-    oracle: PreTrainedModel
-    model: Model
-    processor: Processor
-    preprocessor: dict[str, Any]
-
-    def encode(self, media: Sequence[MediaFeatures]) -> list[torch.Tensor]:
-        items = [{name: torch.from_numpy(array) for name, array in one.arrays.items()} for one in media]
-        with torch.inference_mode():
-            return self.model.encode("image", items)
-
-    def prompt(self, pictures: Sequence[MediaItem], text: str = "USER: look, {} what is shown?") -> Prompt:
-        marks = " and ".join(self.processor.placeholder("image", i) for i in range(len(pictures)))
-        return self.processor.build(text.format(marks), [self.processor.process(picture) for picture in pictures])
-
-    def run(self, prompt: Prompt) -> Running:
-        """The prompt's embeddings with the media's rows in their places, as the engine does it."""
-        ids = torch.from_numpy(prompt.token_ids).long()
-        rows = self.model.embed(ids).clone()
-        encoded = self.encode(prompt.media) if prompt.media else []
-        for span in prompt.spans:
-            rows[span.offset : span.offset + span.length] = encoded[span.item][span.row : span.row + span.length]
-        positions = None if prompt.positions is None else torch.from_numpy(prompt.positions).long()
-        if positions is None and "qwen2_vl" in type(self.model).__module__:  # a batch has as many axes everywhere
-            positions = torch.arange(len(ids)).expand(3, -1)
-        return Running(ids.tolist(), rows=rows, positions=positions, position_delta=prompt.position_delta)
-
-
-def load(folder: Path, oracle: PreTrainedModel) -> Served:
-    checkpoint = open_checkpoint(folder)
-    model = load_model(checkpoint, dtype=torch.float32, device="cpu")
-    make = load_class(FAMILIES[checkpoint.architecture].processor)
-    return Served(oracle, model, make(checkpoint, Tokenizer.from_folder(folder)), checkpoint.preprocessor)
 
 
 @cache

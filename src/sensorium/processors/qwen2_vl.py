@@ -209,16 +209,18 @@ class Qwen2VLProcessor(Processor):
         return value
 
     def _video_sampling(self) -> VideoSampling:
-        """2 frames a second, 4 to 768 of them, in groups of as many as the tower takes together."""
+        """2 frames a second, 4 to 768 of them; in groups of as many as the tower takes together. A given number of
+        frames is not bounded."""
         files, group = self.checkpoint.video_preprocessor, self._frames
-        wanted = None if self.overrides.keys() & {"fps", "num_frames"} == {"fps"} else (
-            self._value(files, "num_frames", None))
+        if self.overrides.keys() & {"fps", "num_frames"} != {"fps"}:
+            wanted = self._value(files, "num_frames", None)
+            if wanted is not None:
+                return VideoSampling(num_frames=max(round(wanted / group), 1) * group, even=group == 2)
         low = self._value(files, "min_frames", MIN_FRAMES)
         high = self._value(files, "max_frames", MAX_FRAMES)
         if "min_frames" not in self.overrides:
             low = min(low, high)
         if high < low:
             raise SettingError("max_frames", f"is {high}: less than min_frames")
-        return VideoSampling(
-            fps=self._value(files, "fps", FPS), num_frames=wanted and max(round(wanted / group), 1) * group,
-            min_frames=math.ceil(low / group) * group, max_frames=max(high // group, 1) * group, even=group == 2)
+        return VideoSampling(fps=self._value(files, "fps", FPS), min_frames=math.ceil(low / group) * group,
+                             max_frames=max(high // group, 1) * group, even=group == 2)
