@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from sensorium.api.routes import ROUTES
 from sensorium.cli import SERVE_GROUPS
 from sensorium.config import BenchConfig, ChatConfig
 from sensorium.flags import Flag, flags_of
-from sensorium.models.registry import FAMILIES
+from sensorium.models.registry import FAMILIES, Family
 
 ROOT = Path(__file__).parents[1]
 ENDPOINTS = {
-    "generate": "`/v1/chat/completions`, `/v1/completions`",
-    "embed": "`/v1/embeddings`",
-    "classify": "`/classify`",
-    "score": "`/score`, `/rerank`",
+    "generate": ("/v1/chat/completions", "/v1/completions"),
+    "embed": ("/v1/embeddings",),
+    "classify": ("/classify",),
+    "reward": ("/pooling",),
+    "score": ("/score", "/rerank"),
 }
 
 
@@ -40,7 +42,7 @@ def written(flag: Flag) -> str:
 
 def value(flag: Flag) -> str:
     if flag.choices:
-        return ", ".join(f"`{choice}`" for choice in flag.choices)
+        return code(flag.choices)
     text = f"`{flag.value}`" if flag.value else ""
     return text + (" …" if flag.many else ", repeatable" if flag.repeat else "")
 
@@ -60,15 +62,24 @@ def all_flags() -> str:
 
 
 def model_table() -> str:
-    """One row per title; a family may be written by several architecture names."""
+    """One row per title that something can be asked of; a family may be written by several architecture names."""
     rows = ["| model | `architectures` | takes | answers at |", "|---|---|---|---|"]
     for title in dict.fromkeys(family.title for family in FAMILIES.values()):
         names = [name for name, family in FAMILIES.items() if family.title == title]
         family = FAMILIES[names[0]]
-        takes = ", ".join(("text", *family.modalities))
-        answers = ", ".join(ENDPOINTS.get(task, task) for task in family.tasks)
-        rows.append(f"| {title} | {', '.join(f'`{name}`' for name in names)} | {takes} | {answers} |")
+        if answers := code(endpoints(family)):
+            rows.append(f"| {title} | {code(names)} | {', '.join(('text', *family.modalities))} | {answers} |")
     return "\n".join(rows)
+
+
+def endpoints(family: Family) -> list[str]:
+    """Where a family's tasks are answered, as far as the server has the route."""
+    served = {route.path for route in ROUTES}
+    return [path for task in family.tasks for path in ENDPOINTS[task] if path in served]
+
+
+def code(words: Iterable[str]) -> str:
+    return ", ".join(f"`{word}`" for word in words)
 
 
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
