@@ -28,8 +28,8 @@ from sensorium.models.base import AttentionContext, Model
 from sensorium.models.weights import load_model
 from sensorium.types import PoolingParams
 
-SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 120,
-         "max_position_embeddings": 40}
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+         "vocab_size": 120, "max_position_embeddings": 40}
 LENGTHS = [1, 7, 38, 3]
 
 
@@ -106,7 +106,8 @@ def test_roberta_positions_start_after_padding(tmp_path: Path) -> None:
 @torch.inference_mode()
 def test_classifiers(tmp_path: Path, family: str, labels: int) -> None:
     config_class, model_class = {
-        "bert": (BertConfig, BertForSequenceClassification), "roberta": (RobertaConfig, RobertaForSequenceClassification),
+        "bert": (BertConfig, BertForSequenceClassification),
+        "roberta": (RobertaConfig, RobertaForSequenceClassification),
         "xlm-roberta": (XLMRobertaConfig, XLMRobertaForSequenceClassification)}[family]
     oracle = save(model_class(config_class(**SHAPE, num_labels=labels)), tmp_path)
     model = load(tmp_path)

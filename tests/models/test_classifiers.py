@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import make_qwen2, read_weights, write_weights
+from driver import Driver, Sequence
 from torch import Tensor, nn
 from transformers import (
     LlamaConfig,
@@ -22,7 +23,6 @@ from transformers import (
     Qwen3ForSequenceClassification,
 )
 
-from driver import Driver, Sequence
 from sensorium.checkpoint import open_checkpoint
 from sensorium.errors import CheckpointError
 from sensorium.models.base import Model
