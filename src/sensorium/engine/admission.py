@@ -12,13 +12,16 @@ import numpy as np
 from sensorium.types import EngineRequest, Prompt
 
 
-def refusal(request: EngineRequest, *, max_model_len: int, axes: int, pooling: Mapping[str, bool]) -> str:
+def refusal(request: EngineRequest, *, max_model_len: int, axes: int, generates: bool,
+            pooling: Mapping[str, bool]) -> str:
     """Why the request can never run, or "". `pooling` has the model's pooling tasks, `axes` its position axes."""
     length = len(request.prompt.token_ids)
     if not length:
         return "The prompt is empty."
     if (request.sampling is None) == (request.pooling is None):
         return "A request either generates or pools."
+    if request.sampling is not None and not generates:
+        return "This model does not generate text."
     if request.pooling is not None and request.pooling.task not in pooling:
         return f"This model does not do the task '{request.pooling.task}'."
     if request.sampling is not None and length + request.sampling.max_tokens > max_model_len:

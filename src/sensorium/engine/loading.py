@@ -85,7 +85,7 @@ def build_engine(model: Model, checkpoint: Checkpoint, config: EngineConfig, dev
                            enabled=config.enable_prefix_caching and has_cache)
     axes = max(1, len(checkpoint.text.rope.mrope_section)) if checkpoint.text else 1
     budget = Budget(config.max_num_seqs, config.max_num_batched_tokens, config.max_num_batched_tokens, max_len,
-                    config.block_size, has_cache, axes, model.long_context_from)
+                    config.block_size, has_cache, axes, model.generates, model.long_context_from)
     scheduler = Scheduler(budget, pool, prefixes, encoder, {task: one.all_tokens for task, one in poolers.items()})
     max_blocks = -(-max_len // config.block_size) if has_cache else 0
     builder = BatchBuilder(config.max_num_seqs, max_blocks, config.block_size, axes, device,

@@ -170,7 +170,7 @@ def decode_fatal(payload: Buffer) -> str:
 def _decoded(decode: Callable[[Buffer], T], payload: Buffer) -> T:
     try:
         return decode(payload)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, ValueError) as error:  # a ValueError where text is not UTF-8
         raise ProtocolError(f"malformed message: {error}") from None
 
 
@@ -187,6 +187,8 @@ def encode_request(request: EngineRequest) -> list[Buffer]:
         arrays.append(prompt.token_types)
     for medium in prompt.media:
         arrays.extend(medium.arrays.values())  # type: ignore[arg-type]  # any of DTYPES
+    if unknown := {array.dtype.name for array in arrays} - DTYPES:
+        raise ProtocolError(f"arrays of {', '.join(sorted(unknown))} cannot be sent")
     header = _encode(_Request(
         request.id, request.sampling, request.pooling, request.priority, request.salt, prompt.position_delta,
         prompt.positions is not None, prompt.token_types is not None,
@@ -203,8 +205,6 @@ def encode_request(request: EngineRequest) -> list[Buffer]:
         size += padding + array.nbytes
     if size > MAX_FRAME_BYTES:
         raise ProtocolError(f"a request of {size} bytes is larger than a frame may be")
-    if unknown := {array.dtype.name for array in arrays} - DTYPES:
-        raise ProtocolError(f"arrays of {', '.join(sorted(unknown))} cannot be sent")
     pieces[0] = _HEAD.pack(size, Kind.REQUEST) + pieces[0]
     if size <= 1 << 16:
         return [b"".join(pieces)]

@@ -54,6 +54,7 @@ class Budget:
     block_size: int
     has_cache: bool = True  # False for encoder-only models: a prompt is computed whole and keeps nothing
     axes: int = 1  # of positions; 3 for M-RoPE
+    generates: bool = True  # whether the model has a language head
     long_context_from: int | None = None  # see `Model`: longer sequences are computed anew, in another way
 
 
@@ -100,7 +101,9 @@ class Scheduler:
     def _refusal(self, request: EngineRequest) -> str:
         if request.id in self._by_id:
             return "The request's number is in use."
-        return refusal(request, max_model_len=self.budget.max_model_len, axes=self.budget.axes, pooling=self._pooling)
+        budget = self.budget
+        return refusal(request, max_model_len=budget.max_model_len, axes=budget.axes, generates=budget.generates,
+                       pooling=self._pooling)
 
     def abort(self, request_id: int) -> bool:
         """Forget a request wherever it is. False if it is unknown or has ended."""
