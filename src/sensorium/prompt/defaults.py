@@ -34,6 +34,22 @@ _QWEN2_VL = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+_QWEN2_OMNI = (
+    "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
+    "{% endif %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<|vision_bos|><|IMAGE|><|vision_eos|>' }}"
+    "{% elif part['type'] == 'video' %}{{ '<|vision_bos|><|VIDEO|><|vision_eos|>' }}"
+    "{% elif part['type'] == 'audio' %}{{ '<|audio_bos|><|AUDIO|><|audio_eos|>' }}"
+    "{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}"
+    "{{ '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -45,5 +61,8 @@ TEMPLATES: dict[str, str] = {
     "LlavaForConditionalGeneration": _VICUNA_LLAVA,
     "LlavaNextForConditionalGeneration": _CHATML_LLAVA,
     "Qwen2VLForConditionalGeneration": _QWEN2_VL,
+    "Qwen2_5OmniModel": _QWEN2_OMNI,
+    "Qwen2_5OmniForConditionalGeneration": _QWEN2_OMNI,
+    "Qwen2_5OmniThinkerForConditionalGeneration": _QWEN2_OMNI,
 }
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
