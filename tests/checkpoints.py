@@ -8,6 +8,7 @@ in circles, and no norm weight or bias keeps its neutral value.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPVisionConfig,
+    CLIPVisionModel,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -34,9 +36,13 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
+    WhisperConfig,
 )
+from transformers.models.idefics2.configuration_idefics2 import Idefics2VisionConfig
+from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
 from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniThinkerConfig
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniThinkerForConditionalGeneration
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 Layout = Literal["hub", "transformers"]
 
@@ -86,6 +92,7 @@ CHATML_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 PHI3_SPECIALS = ("<unk>", "<s>", "</s>", "<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>")
 OMNI_SPECIALS = ("<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>", "<|vision_bos|>", "<|vision_eos|>", "<|vision_pad|>",
                  "<|IMAGE|>", "<|VIDEO|>")
+MINICPMV_SPECIALS = ("<unk>", "<image>", "</image>", "<slice>", "</slice>", "<image_id>", "</image_id>")
 VISION_SPECIALS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
 
@@ -214,6 +221,122 @@ def make_qwen2_omni(path: Path, layout: Layout = "hub", *, text: dict[str, Any] 
     return _write(path, layout, model, ids["<|endoftext|>"], ids["<|im_end|>"], **write_options)
 
 
+@dataclass(frozen=True)
+class Parts:
+    """A family that transformers does not have: its models there, and tensors of its own by name."""
+
+    text: PreTrainedModel
+    vision: PreTrainedModel
+    own: dict[str, torch.Tensor]
+
+
+def make_phi3_v(path: Path, layout: Layout = "hub", *, text: dict[str, Any] | None = None,
+                vision: dict[str, Any] | None = None, preprocessor: dict[str, Any] | None = None,
+                describes_tower: bool = True, **options: Any) -> Parts:
+    """Phi-3.5-vision: tiles of 56 pixels, four rows each. Sequences of more than 128 tokens take the long factors.
+
+    The published config.json does not describe the tower, which must then be CLIP's of 336 pixels.
+    """
+    ids = write_tokenizer(path, layout, (*PHI3_SPECIALS, "<|image|>"), PHI3_TEMPLATE, bos="<s>", eos="<|endoftext|>")
+    write_options, options = _write_options(options)
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.5, 2.0],
+            "long_factor": [1.1, 2.5, 9.0, 20.0], "original_max_position_embeddings": 128}
+    language = Phi3ForCausalLM(Phi3Config(**_shape(ids, {
+        "max_position_embeddings": 1024, "original_max_position_embeddings": 128, "rope_parameters": rope,
+        "num_key_value_heads": 4, "bos_token_id": ids["<s>"], "eos_token_id": ids["</s>"],
+        "pad_token_id": ids["<|endoftext|>"], **(text or {})})))
+    size = 56 if describes_tower else 336
+    tower = CLIPVisionModel(CLIPVisionConfig(**_clip({"image_size": size, **(vision or {})})))
+    block, hidden = 4 * tower.config.hidden_size, language.config.hidden_size
+    own = _noise({"glb_GN": (1, 1, block), "sub_GN": (1, 1, 1, block), "img_projection.0.weight": (hidden, block),
+                  "img_projection.0.bias": (hidden,), "img_projection.2.weight": (hidden, hidden),
+                  "img_projection.2.bias": (hidden,)})
+    embedding = "model.vision_embed_tokens"
+    parts = _write_parts(path, Parts(language, tower, own), {
+        "text": "", "vision": f"{embedding}.img_processor.vision_model.", "own": f"{embedding}."}, **write_options)
+    images: dict[str, Any] = {"image_dim_out": block // 4, "model_name": "openai/clip-vit-large-patch14-336",
+                              "name": "clip_vision_model", "num_img_tokens": 144}
+    if describes_tower:
+        images["vision_config"] = _clip({"image_size": size, **(vision or {})})
+    _write_parts_config(path, language, {
+        "architectures": ["Phi3VForCausalLM"], "model_type": "phi3_v", "img_processor": images,
+        "embd_layer": {"embedding_cls": "image", "hd_transform_order": "sub_glb", "projection_cls": "mlp",
+                       "use_hd_transform": True, "with_learnable_separator": True},
+        "torch_dtype": write_options.get("dtype", "float32"), **options})
+    _write_json(path / "preprocessor_config.json", {
+        "image_processor_type": "Phi3VImageProcessor", "processor_class": "Phi3VProcessor", "num_crops": 4,
+        "num_img_tokens": 144, "do_convert_rgb": True, "image_mean": CLIP_MEAN, "image_std": CLIP_STD,
+        **(preprocessor or {})})
+    return parts
+
+
+def make_minicpmv(path: Path, layout: Layout = "hub", *, text: dict[str, Any] | None = None,
+                  vision: dict[str, Any] | None = None, preprocessor: dict[str, Any] | None = None,
+                  **options: Any) -> Parts:
+    """MiniCPM-V 2.6: slices of about 56 x 56 pixels, four rows each, and a table of ten by ten positions."""
+    ids = write_tokenizer(path, layout, (*CHATML_SPECIALS, *MINICPMV_SPECIALS), CHATML_TEMPLATE, eos="<|im_end|>")
+    write_options, options = _write_options(options)
+    language = Qwen2ForCausalLM(Qwen2Config(**_shape(ids, {
+        "hidden_size": 256, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+        "max_position_embeddings": 2048, "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
+        **(text or {})})))
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "image_size": 140, "patch_size": 14, **(vision or {})}
+    tower = Idefics2VisionTransformer(Idefics2VisionConfig(**shape))
+    size = language.config.hidden_size
+    norms = [f"{norm}.{name}" for norm in ("ln_q", "ln_kv", "ln_post") for name in ("weight", "bias")]
+    own = _noise({"query": (4, size), "kv_proj.weight": (size, shape["hidden_size"]), "proj": (size, size),
+                  "attn.in_proj_weight": (3 * size, size), "attn.in_proj_bias": (3 * size,),
+                  "attn.out_proj.weight": (size, size), "attn.out_proj.bias": (size,),
+                  **dict.fromkeys(norms, (size,))})
+    parts = _write_parts(path, Parts(language, tower, own), {"text": "llm.", "vision": "vpm.", "own": "resampler."},
+                         **write_options)
+    slices = {"max_slice_nums": 9, "scale_resolution": 56, "patch_size": 14, "model_type": "minicpmv"}
+    _write_parts_config(path, language, {
+        "architectures": ["MiniCPMV"], "model_type": "minicpmv", "version": 2.6, "batch_vision_input": True,
+        "drop_vision_last_layer": False, "image_size": 56, "patch_size": 14, "query_num": 4, "slice_mode": True,
+        "slice_config": slices, "use_image_id": True, "vision_batch_size": 16,
+        "vision_config": {"model_type": "siglip_vision_model", **shape},
+        "torch_dtype": write_options.get("dtype", "float32"), **options})
+    names = {"im_start": "image", "im_end": "/image", "slice_start": "slice", "slice_end": "/slice", "unk": "unk",
+             "im_id_start": "image_id", "im_id_end": "/image_id"}
+    _write_json(path / "preprocessor_config.json", {
+        "image_processor_type": "MiniCPMVImageProcessor", "processor_class": "MiniCPMVProcessor", "version": 2.6,
+        "max_slice_nums": 9, "scale_resolution": 56, "patch_size": 14, "use_image_id": True, "image_feature_size": 4,
+        "slice_mode": True, "norm_mean": [0.5] * 3, "norm_std": [0.5] * 3,
+        **{name: f"<{token}>" for name, token in names.items()}, **(preprocessor or {})})
+    return parts
+
+
+def make_ultravox(path: Path, *, audio: dict[str, Any] | None = None, text: dict[str, Any] | None = None,
+                  **options: Any) -> Parts:
+    """Ultravox v0.5: `path` has the tower and the projector, `path/language` the language model's own repository.
+
+    Chunks of 100 mel frames; `Parts.vision` is Whisper's encoder.
+    """
+    language = make_llama(path / "language", **(text or {}))
+    ids = write_tokenizer(path, "hub", LLAMA_SPECIALS, LLAMA_TEMPLATE, bos="<s>", eos="</s>")
+    shape = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48,
+             "num_mel_bins": 128, "max_source_positions": 50, **(audio or {})}
+    tower = WhisperEncoder(WhisperConfig(**shape))
+    inner, stack, size = 64, 8, language.config.hidden_size
+    own = _noise({"ln_pre.weight": (32 * stack,), "linear_1.weight": (inner, 32 * stack), "ln_mid.weight": (inner // 2,),
+                  "linear_2.weight": (size, inner // 2)})
+    _randomise(tower, 0)
+    parts = Parts(language, tower.eval(), own)
+    write_weights(path, {**{f"audio_tower.{key}": value for key, value in tower.state_dict().items()},
+                         **{f"multi_modal_projector.{key}": value for key, value in own.items()}})
+    _write_json(path / "config.json", {
+        "architectures": ["UltravoxModel"], "model_type": "ultravox", "audio_model_id": None, "audio_config": shape,
+        "text_model_id": str(path / "language"), "hidden_size": inner, "stack_factor": stack, "projector_act": "swiglu",
+        "projector_ln_mid": True, "ignore_index": -100, "vocab_size": language.config.vocab_size,
+        "audio_token_index": language.config.vocab_size, "torch_dtype": "float32", **options})
+    _write_json(path / "generation_config.json", {"bos_token_id": ids["<s>"], "eos_token_id": [ids["</s>"]]})
+    _write_json(path / "preprocessor_config.json", {"feature_extractor_type": "WhisperFeatureExtractor",
+                                                    "feature_size": 80})
+    return parts
+
+
 def write_tokenizer(path: Path, layout: Layout, specials: tuple[str, ...], template: str, *, eos: str,
                     bos: str | None = None) -> dict[str, int]:
     """A byte-level BPE of some 400 tokens and a chat template -> ids of the special tokens. `bos` precedes texts."""
@@ -327,10 +450,44 @@ def _write(path: Path, layout: Layout, model: PreTrainedModel, bos: int, eos: in
     return model.to(torch.float32).eval()
 
 
+def _write_parts(path: Path, parts: Parts, prefixes: dict[str, str], *, dtype: str = "float32", shards: int = 1,
+                 pickled: bool = False, seed: int = 0) -> Parts:
+    """Random weights for every part, stored under the part's prefix."""
+    stored = getattr(torch, dtype)
+    for part in (parts.text, parts.vision):
+        _randomise(part, seed)
+        part.to(stored).to(torch.float32).eval()
+    parts = replace(parts, own={key: tensor.to(stored).to(torch.float32) for key, tensor in parts.own.items()})
+    tensors = {f"{prefixes['text']}{key}": tensor for key, tensor in parts.text.state_dict().items()}
+    for key, tensor in parts.vision.state_dict().items():
+        tensors[prefixes["vision"] + key.removeprefix("vision_model.")] = tensor
+    tensors |= {f"{prefixes['own']}{key}": tensor for key, tensor in parts.own.items()}
+    write_weights(path, {key: tensor.to(stored) for key, tensor in tensors.items()}, shards=shards, pickled=pickled)
+    return parts
+
+
+def _write_parts_config(path: Path, text: PreTrainedModel, config: dict[str, Any]) -> None:
+    """config.json as the hub has it: the decoder's keys flat beside the family's own."""
+    _write_json(path / "config.json", {**_old_names(text.config.to_dict()), **config})
+    _write_json(path / "generation_config.json",
+                {"bos_token_id": text.config.bos_token_id, "eos_token_id": text.config.eos_token_id})
+
+
+def _noise(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    made = {}
+    for key, shape in shapes.items():
+        noise = torch.randn(shape, generator=generator)
+        is_norm = key.startswith("ln_") and key.endswith("weight")
+        made[key] = 1 + 0.2 * noise if is_norm else noise * (0.2 if len(shape) == 1 else 1.2 / shape[-1] ** 0.5)
+    return made
+
+
 @torch.no_grad()
 def _randomise(model: PreTrainedModel, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    head = model.get_output_embeddings()
+    tied = head is not None and model.get_input_embeddings().weight is head.weight
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if name.endswith("weight") and ("norm" in name.lower() or ".ln_" in name):
