@@ -320,8 +320,8 @@ def make_ultravox(path: Path, *, audio: dict[str, Any] | None = None, text: dict
              "num_mel_bins": 128, "max_source_positions": 50, **(audio or {})}
     tower = WhisperEncoder(WhisperConfig(**shape))
     inner, stack, size = 64, 8, language.config.hidden_size
-    own = _noise({"ln_pre.weight": (32 * stack,), "linear_1.weight": (inner, 32 * stack), "ln_mid.weight": (inner // 2,),
-                  "linear_2.weight": (size, inner // 2)})
+    own = _noise({"ln_pre.weight": (32 * stack,), "linear_1.weight": (inner, 32 * stack),
+                  "ln_mid.weight": (inner // 2,), "linear_2.weight": (size, inner // 2)})
     _randomise(tower, 0)
     parts = Parts(language, tower.eval(), own)
     write_weights(path, {**{f"audio_tower.{key}": value for key, value in tower.state_dict().items()},

@@ -91,8 +91,8 @@ def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.devi
     """Build the checkpoint's model on `device` with weights in `dtype`. `progress` hears the part done, from 0 to 1."""
     with torch.device("meta"):
         model: Model = load_class(FAMILIES[checkpoint.architecture].model)(checkpoint)
-    fill(model, stored_tensors(checkpoint.weight_files, checkpoint.text_weight_files), dtype=dtype, device=torch.device(device),
-         quantization=quantization, progress=progress)
+    tensors = stored_tensors(checkpoint.weight_files, checkpoint.text_weight_files)
+    fill(model, tensors, dtype=dtype, device=torch.device(device), quantization=quantization, progress=progress)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
