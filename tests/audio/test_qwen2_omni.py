@@ -26,6 +26,9 @@ from sensorium.checkpoint import open_checkpoint
 from sensorium.errors import CheckpointError, MediaError, RequestError
 from sensorium.models.weights import load_model
 from sensorium.processors.qwen2_omni import Qwen2OmniProcessor
+from sensorium.prompt import defaults
+from sensorium.prompt.messages import MediaPart, Message, TextPart
+from sensorium.prompt.template import ChatTemplate
 from sensorium.types import MediaItem, Prompt
 
 RATE = 16_000
@@ -310,6 +313,21 @@ def test_every_kind_needs_its_placeholder() -> None:
                                                              processor.process(sound(0.1))])
     with pytest.raises(MediaError, match="too narrow"):
         processor.num_tokens("video", 4, 1000, 4)
+
+
+def test_chat_without_a_template_of_the_checkpoints_own() -> None:
+    processor = served().processor
+    template = ChatTemplate(defaults.TEMPLATES["Qwen2_5OmniModel"], processor.tokenizer,
+                            modalities=processor.modalities, placeholder=processor.placeholder)
+    items = [sound(0.5), noise(60, 90), clip(56, 56, 4, 2.0)]
+    parts = [part for item in items for part in (MediaPart(item.kind), TextPart(f"({item.kind}) "))]
+    text = template.render([Message("user", tuple(parts))])
+    user = ("<|audio_bos|><|AUDIO|><|audio_eos|>(audio) <|vision_bos|><|IMAGE|><|vision_eos|>(image) "
+            "<|vision_bos|><|VIDEO|><|vision_eos|>(video) ")
+    assert text == ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+                    f"{user}<|im_end|>\n<|im_start|>assistant\n")
+    prompt = processor.build(text, [processor.process(item) for item in items])
+    assert [span.item for span in prompt.spans] == [0, 1, 2]
 
 
 # Weights.

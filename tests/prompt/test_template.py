@@ -82,11 +82,15 @@ def qwen_placeholder(kind: Modality, index: int) -> str:
     return f"<|vision_start|><|{kind}_pad|><|vision_end|>"
 
 
+def omni_placeholder(kind: Modality, index: int) -> str:
+    return f"<|vision_bos|><|{kind.upper()}|><|vision_eos|>"
+
+
 def compiled(name: str) -> ChatTemplate:
     source, tokenizer = TEMPLATES[name]
     kinds: tuple[Modality, ...] = ("image",)
-    return ChatTemplate(source, tokenizer, modalities=kinds,
-                        placeholder=qwen_placeholder if "wen2" in name else placeholder)
+    place = omni_placeholder if "Omni" in name else qwen_placeholder if "wen2" in name else placeholder
+    return ChatTemplate(source, tokenizer, modalities=kinds, placeholder=place)
 
 
 def text(role: str, *texts: str, **extra: Any) -> Message:
@@ -128,7 +132,7 @@ def test_pictures_stand_where_the_template_puts_them(name: str) -> None:
             text("assistant", "Two."), Message("user", (MediaPart("image"), TextPart("And this?")))]
     found = compiled(name).render(chat)
     assert found == oracle(name, chat, add_generation_prompt=True)
-    assert found.count("<|image_pad|>" if "wen2" in name else "<image>") == 3
+    assert found.count("<|IMAGE|>" if "Omni" in name else "<|image_pad|>" if "wen2" in name else "<image>") == 3
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
