@@ -40,6 +40,9 @@ FAMILIES: dict[str, Family] = {
     "LlavaNextForConditionalGeneration": Family(
         "LLaVA-NeXT (v1.6)", "sensorium.models.llava:LlavaNext", "sensorium.processors.llava_next:LlavaNextProcessor",
         ("image",)),
+    "Phi3VForCausalLM": Family(
+        "Phi-3.5-vision, VLM2Vec", "sensorium.models.phi3_v:Phi3V", "sensorium.processors.phi3_v:Phi3VProcessor",
+        ("image",)),
     "Qwen2VLForConditionalGeneration": Family(
         "Qwen2-VL", "sensorium.models.qwen2_vl:Qwen2VL", "sensorium.processors.qwen2_vl:Qwen2VLProcessor",
         ("image", "video")),
