@@ -293,7 +293,7 @@ static void attention(const Runtime& runtime, const Attention& args) {
         store_rows(args, task_list[i], state_list[i]);
     };
     if (work > 1 << 18)
-        parallel_for(runtime, count, run);
+        with_team(runtime, true, [&](const Runtime& team) { parallel_for(team, count, run); });
     else
         for (int64_t i = 0; i < count; ++i) run(i);
     if (split_floats)

@@ -41,7 +41,7 @@ static inline void decoder_attention(const Runtime& r, const Decoder& d, const D
     bf16 *k_cache = step.caches[2 * layer_index], *v_cache = step.caches[2 * layer_index + 1];
     if (layer.q_norm)
         parallel_rows(r, step.tokens, stride * 4, [&](int64_t token) {
-            const Runtime alone{1, nullptr, r.kernels};
+            const Runtime alone{1, nullptr, r.kernels, nullptr};
             bf16 *q_row = q + token * stride, *k_row = k + token * stride;
             kernels.rms_norm(alone, q_row, dim, layer.q_norm, q_row, dim, d.heads, dim, d.eps);
             kernels.rms_norm(alone, k_row, dim, layer.k_norm, k_row, dim, d.kv_heads, dim, d.eps);
@@ -63,7 +63,7 @@ static inline void decoder_attention(const Runtime& r, const Decoder& d, const D
     kernels.attention(r, a);
 }
 
-static inline void run_decoder(const Runtime& r, const Decoder& d, const DecoderStep& step) {
+static inline void run_layers(const Runtime& r, const Decoder& d, const DecoderStep& step) {
     const Kernels& kernels = *r.kernels;
     const int64_t tokens = step.tokens, hidden = d.layers[0].qkv->k;
     const DecoderBuffers b = decoder_buffers(d, tokens);
@@ -89,6 +89,13 @@ static inline void run_decoder(const Runtime& r, const Decoder& d, const Decoder
     }
     // In place: every row is read before it is written.
     kernels.add_rms_norm(r, x, b.residual, d.final_norm, x, b.residual, tokens, hidden, d.eps);
+}
+
+static inline void run_decoder(const Runtime& r, const Decoder& d, const DecoderStep& step) {
+    const DecoderLayer& layer = d.layers[0];
+    const int64_t weights = layer.qkv->n * layer.qkv->k + layer.gate_up->n * layer.gate_up->k;
+    with_team(r, std::max<int64_t>(step.tokens, 4) * weights > 1 << 20,
+              [&](const Runtime& team) { run_layers(team, d, step); });
 }
 
 }  // namespace sensorium

@@ -14,7 +14,7 @@ static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static void pack_bf16(const Runtime& runtime, const bf16* weight, int64_t stride, int64_t rows, int64_t row_start,
                       int64_t n, int64_t k, bf16* packed) {
     const int64_t pairs = ceil_div(k, 2), first_panel = row_start / kPanel, row_end = row_start + rows;
-    parallel_for(runtime, ceil_div(row_end, kPanel) - first_panel, [&](int64_t task) {
+    const auto pack = [&](int64_t task) {
         const int64_t panel = first_panel + task;
         const int width = panel_vectors(n, panel) * kLanes;
         bf16* const base = packed + panel * kPanel * pairs * 2;
@@ -31,6 +31,9 @@ static void pack_bf16(const Runtime& runtime, const bf16* weight, int64_t stride
             if (k % 2)
                 for (int i = 0; i < count; ++i) out[(k / 2) * width + i] = source[i] ? source[i][k - 1] : 0;
         }
+    };
+    with_team(runtime, rows * k > 1 << 16, [&](const Runtime& team) {
+        parallel_for(team, ceil_div(row_end, kPanel) - first_panel, pack);
     });
 }
 
@@ -58,7 +61,7 @@ static inline int64_t pairs_per_step(int64_t rows, int64_t pairs) {
     return rows <= 4 * kTileRows ? 64 : 512;  // a slice of the panel stays in L1, or in L2
 }
 
-static RowBlock pack_block(const Runtime& runtime, const bf16* x, int64_t stride, int64_t rows, int64_t k, bool fork) {
+static RowBlock pack_block(const Runtime& runtime, const bf16* x, int64_t stride, int64_t rows, int64_t k) {
     const int64_t pairs = ceil_div(k, 2);
     RowBlock block{Tiling(rows), nullptr, pairs, pairs_per_step(rows, pairs)};
     if (rows == 1 && k % 2 == 0 && reinterpret_cast<uintptr_t>(x) % 4 == 0) {
@@ -70,7 +73,7 @@ static RowBlock pack_block(const Runtime& runtime, const bf16* x, int64_t stride
         const int64_t first = block.tiling.start(i);
         pack_rows(x, stride, first, block.tiling.size(i), k, a + first * pairs);
     };
-    if (fork && rows * pairs > 64 << 10)
+    if (rows * pairs > 16 << 10)
         parallel_for(runtime, block.tiling.count, pack);
     else
         for (int64_t i = 0; i < block.tiling.count; ++i) pack(i);
@@ -108,28 +111,41 @@ static inline void multiply_panel(const RowBlock& block, const bf16* b, int vect
 
 constexpr int64_t kBlockRows = 480;
 
+// Below this many multiplications waking another thread costs more than it saves.
+static inline bool wants_team(int64_t rows, int64_t n, int64_t k) {
+    return std::max<int64_t>(rows, 4) * n * k > 1 << 20;
+}
+
+static void linear_block(const Runtime& runtime, const Linear& w, const bf16* x, int64_t stride, int64_t first,
+                         int64_t rows, void* y, bool y_fp32) {
+    const int64_t pairs = ceil_div(w.k, 2);
+    const bf16* weight = static_cast<const bf16*>(w.weight);
+    const RowBlock block = pack_block(runtime, x + first * stride, stride, rows, w.k);
+    const auto multiply = [&](int64_t panel) {
+        float* c = static_cast<float*>(Scratch<1>::get(size_t(rows) * kPanel * sizeof(float)));
+        multiply_panel(block, weight + panel * kPanel * pairs * 2, panel_vectors(w.n, panel), c);
+        const int64_t column = panel * kPanel;
+        const int columns = int(std::min<int64_t>(kPanel, w.n - column));
+        for (int64_t row = 0; row < rows; ++row)
+            store_row(c + row * kPanel, w.bias ? w.bias + column : nullptr, y, (first + row) * w.n + column, columns,
+                      y_fp32);
+    };
+    const int64_t panels = ceil_div(w.n, kPanel);
+    if (wants_team(rows, w.n, w.k))
+        parallel_for(runtime, panels, multiply);
+    else
+        for (int64_t panel = 0; panel < panels; ++panel) multiply(panel);
+}
+
 static void linear_bf16(const Runtime& runtime, const Linear& w, const bf16* x, int64_t stride, int64_t rows, void* y,
                         bool y_fp32) {
-    const int64_t panels = ceil_div(w.n, kPanel), pairs = ceil_div(w.k, 2), blocks = ceil_div(rows, kBlockRows);
-    const bf16* weight = static_cast<const bf16*>(w.weight);
-    const bool fork = std::max<int64_t>(rows, 4) * w.n * w.k > 1 << 20;
-    for (int64_t i = 0; i < blocks; ++i) {
-        const int64_t first = rows * i / blocks, count = rows * (i + 1) / blocks - first;
-        const RowBlock block = pack_block(runtime, x + first * stride, stride, count, w.k, fork);
-        const auto multiply = [&](int64_t panel) {
-            float* c = static_cast<float*>(Scratch<1>::get(size_t(count) * kPanel * sizeof(float)));
-            multiply_panel(block, weight + panel * kPanel * pairs * 2, panel_vectors(w.n, panel), c);
-            const int64_t column = panel * kPanel;
-            const int columns = int(std::min<int64_t>(kPanel, w.n - column));
-            for (int64_t row = 0; row < count; ++row)
-                store_row(c + row * kPanel, w.bias ? w.bias + column : nullptr, y, (first + row) * w.n + column,
-                          columns, y_fp32);
-        };
-        if (fork)
-            parallel_for(runtime, panels, multiply);
-        else
-            for (int64_t panel = 0; panel < panels; ++panel) multiply(panel);
-    }
+    with_team(runtime, wants_team(rows, w.n, w.k), [&](const Runtime& team) {
+        const int64_t blocks = ceil_div(rows, kBlockRows);
+        for (int64_t i = 0; i < blocks; ++i) {
+            const int64_t first = rows * i / blocks, count = rows * (i + 1) / blocks - first;
+            linear_block(team, w, x, stride, first, count, y, y_fp32);
+        }
+    });
 }
 
 }  // namespace sensorium::SENSORIUM_ISA

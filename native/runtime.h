@@ -6,66 +6,157 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
+#include <thread>
 
 namespace sensorium {
 
 // GOMP_parallel(function, argument, threads, flags)
 using Fork = void (*)(void (*)(void*), void*, unsigned, unsigned);
 struct Kernels;
+struct Team;
 
 struct Runtime {
     int threads;
     Fork fork;  // null: everything runs on the calling thread
     const Kernels* kernels;
+    Team* team;  // the threads that are inside this call already, or null
 };
 
 constexpr int kMaxWorkers = 64;
 
-template <class Body>
-struct Tasks {
-    struct alignas(64) Range {
-        std::atomic<int64_t> next;
-        int64_t end;
-    };
-    const Body* body;
-    int workers;
-    std::atomic<int> tickets{0};
-    Range ranges[kMaxWorkers];
+static inline void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
 
-    // Each worker walks its own contiguous range first (sequential reads), then helps the others.
-    static void run(void* argument) {
-        Tasks& self = *static_cast<Tasks*>(argument);
-        const int me = self.tickets.fetch_add(1, std::memory_order_relaxed);
-        for (int i = 0; i < self.workers; ++i) {
-            Range& range = self.ranges[(me + i) % self.workers];
+// Threads that stay together for one call from Python and work through its loops, one after the other. A loop is over
+// when its tasks are done, not when every thread has come by: on a busy machine a thread may not be running at all.
+struct Team {
+    // Epoch, end and next task of one worker's range in one word: whoever gets a task number below the end by adding
+    // one has claimed it in just that loop, which cannot end before the task is done.
+    struct alignas(64) Range {
+        std::atomic<uint64_t> word{0};
+        int64_t start = 0;
+    };
+    static constexpr int kBits = 22;
+    static constexpr uint64_t kMask = (uint64_t(1) << kBits) - 1;
+    static constexpr int64_t kMaxTasks = int64_t(kMask) - 2 * kMaxWorkers;  // of one range
+
+    explicit Team(int workers) : workers(workers) {}
+
+    int workers;
+    void (*run)(const void* body, int64_t task) = nullptr;
+    const void* body = nullptr;
+    uint64_t loops = 0;
+    Range ranges[kMaxWorkers];
+    alignas(64) std::atomic<uint64_t> epoch{0};
+    alignas(64) std::atomic<int64_t> remaining{0};
+    alignas(64) std::atomic<bool> over{false};
+    std::atomic<int> tickets{0};
+
+    void work(int me) {
+        // One's own contiguous range first (sequential reads), then those of the others.
+        for (int i = 0; i < workers; ++i) {
+            Range& range = ranges[(me + i) % workers];
             for (;;) {
-                const int64_t task = range.next.fetch_add(1, std::memory_order_relaxed);
-                if (task >= range.end) break;
-                (*self.body)(task);
+                uint64_t word = range.word.load(std::memory_order_relaxed);
+                if ((word & kMask) >= ((word >> kBits) & kMask)) break;
+                word = range.word.fetch_add(1, std::memory_order_acq_rel);
+                if ((word & kMask) >= ((word >> kBits) & kMask)) break;
+                run(body, range.start + int64_t(word & kMask));
+                remaining.fetch_sub(1, std::memory_order_release);
             }
         }
     }
+
+    void loop(int64_t count, void (*function)(const void*, int64_t), const void* argument) {
+        run = function, body = argument;
+        remaining.store(count, std::memory_order_relaxed);
+        ++loops;
+        for (int i = 0; i < workers; ++i) {
+            const int64_t start = count * i / workers, end = count * (i + 1) / workers;
+            ranges[i].start = start;
+            ranges[i].word.store((loops << (2 * kBits)) | (uint64_t(end - start) << kBits), std::memory_order_release);
+        }
+        epoch.store(loops, std::memory_order_release);
+        work(0);
+        for (int spins = 0; remaining.load(std::memory_order_acquire) > 0; ++spins) {
+            if (spins < kSpins)
+                relax();
+            else
+                std::this_thread::yield();
+        }
+    }
+
+    void serve(int me) {
+        for (uint64_t seen = 0;;) {
+            int spins = 0;
+            uint64_t now;
+            while ((now = epoch.load(std::memory_order_acquire)) == seen) {
+                if (over.load(std::memory_order_acquire)) return;
+                if (++spins < kSpins)
+                    relax();
+                else
+                    std::this_thread::yield();
+            }
+            seen = now;
+            work(me);
+        }
+    }
+
+    static constexpr int kSpins = 2000;  // some 40 microseconds
 };
 
-// Calls body(0) ... body(count - 1), in any order, on up to runtime.threads threads.
+// Calls master(runtime) with a team behind it when `wanted`, alone otherwise. Inside a team it just calls.
+template <class Master>
+void with_team(const Runtime& runtime, bool wanted, const Master& master) {
+    const int workers = std::min(runtime.threads, kMaxWorkers);
+    if (runtime.team || !wanted || workers <= 1 || !runtime.fork) {
+        master(runtime);
+        return;
+    }
+    struct Call {
+        Team team;
+        Runtime runtime;
+        const Master& master;
+        std::thread::id caller;
+        static void run(void* argument) {
+            Call& call = *static_cast<Call*>(argument);
+            if (std::this_thread::get_id() == call.caller) {
+                call.master(call.runtime);
+                call.team.over.store(true, std::memory_order_release);
+            } else {
+                call.team.serve(1 + call.team.tickets.fetch_add(1, std::memory_order_relaxed));
+            }
+        }
+    } call{Team(workers), runtime, master, std::this_thread::get_id()};
+    call.runtime.team = &call.team;
+    runtime.fork(&Call::run, &call, unsigned(workers), 0);
+}
+
+// Calls body(0) ... body(count - 1), in any order, on the team's threads or, without one, in order on this thread.
 template <class Body>
 void parallel_for(const Runtime& runtime, int64_t count, const Body& body) {
-    const int workers = int(std::min<int64_t>({int64_t(runtime.threads), count, int64_t(kMaxWorkers)}));
-    if (workers <= 1 || !runtime.fork) {
+    if (!runtime.team || count <= 1) {
         for (int64_t task = 0; task < count; ++task) body(task);
         return;
     }
-    Tasks<Body> tasks;
-    tasks.body = &body;
-    tasks.workers = workers;
-    for (int i = 0; i < workers; ++i) {
-        tasks.ranges[i].next.store(count * i / workers, std::memory_order_relaxed);
-        tasks.ranges[i].end = count * (i + 1) / workers;
+    const auto run = [](const void* body, int64_t task) { (*static_cast<const Body*>(body))(task); };
+    for (int64_t first = 0; first < count; first += Team::kMaxTasks) {
+        const auto shifted = [&](int64_t task) { body(first + task); };
+        if (first == 0 && count <= Team::kMaxTasks)
+            runtime.team->loop(count, run, &body);
+        else
+            runtime.team->loop(std::min(Team::kMaxTasks, count - first), [](const void* body, int64_t task) {
+                (*static_cast<const decltype(shifted)*>(body))(task);
+            }, &shifted);
     }
-    runtime.fork(&Tasks<Body>::run, &tasks, unsigned(workers), 0);
 }
 
-// The same for `count` cheap items of `bytes` each: several items to a task, and no fork below ~64 KB in all.
+// The same for `count` cheap items of `bytes` each: several items to a task, and one thread below ~64 KB in all.
 template <class Body>
 void parallel_rows(const Runtime& runtime, int64_t count, int64_t bytes, const Body& body) {
     constexpr int64_t kTaskBytes = 32 << 10;
@@ -74,9 +165,11 @@ void parallel_rows(const Runtime& runtime, int64_t count, int64_t bytes, const B
         for (int64_t i = 0; i < count; ++i) body(i);
         return;
     }
-    parallel_for(runtime, (count + rows - 1) / rows, [&](int64_t task) {
-        const int64_t last = std::min(count, (task + 1) * rows);
-        for (int64_t i = task * rows; i < last; ++i) body(i);
+    with_team(runtime, true, [&](const Runtime& team) {
+        parallel_for(team, (count + rows - 1) / rows, [&](int64_t task) {
+            const int64_t last = std::min(count, (task + 1) * rows);
+            for (int64_t i = task * rows; i < last; ++i) body(i);
+        });
     });
 }
 

@@ -32,7 +32,7 @@ EXPORT int32_t sensorium_abi() { return 2; }
 // isa: 0 portable, 1 AVX2 + FMA, 2 AVX-512 with BF16 and VNNI. Null when this processor lacks it.
 EXPORT Runtime* sensorium_open(int32_t isa, int32_t threads, Fork fork) {
     const Kernels* kernels = find_kernels(isa);
-    return kernels ? new Runtime{threads, fork, kernels} : nullptr;
+    return kernels ? new Runtime{threads, fork, kernels, nullptr} : nullptr;
 }
 EXPORT void sensorium_set_threads(Runtime* runtime, int32_t threads) { runtime->threads = threads; }
 

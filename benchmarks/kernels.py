@@ -1,0 +1,135 @@
+"""Native kernels beside torch's on the shapes of Qwen2-VL-2B: `python benchmarks/kernels.py [linear attention small]`.
+
+Contenders take turns, so that a busy machine is unfair to neither; the figures are medians, the best run in brackets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sensorium.kernels import native, reference
+from sensorium.models.base import AttentionContext
+
+BF16 = torch.bfloat16
+COLD_BYTES = 256 << 20  # of weights that one run walks over, so that none stay in the caches
+Contender = tuple[str, Callable[[], object]]
+
+
+def race(title: str, contenders: list[Contender], rounds: int, *, work: float, unit: str) -> None:
+    """`work` is what one call does, in units of 1e9."""
+    times: dict[str, list[float]] = {name: [] for name, _ in contenders}
+    for _, run in contenders:
+        run()
+    for _ in range(rounds):
+        for name, run in contenders:
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    said = "   ".join(f"{name} {work / statistics.median(t):7.1f} ({work / min(t):7.1f})" for name, t in times.items())
+    print(f"{title:44s} {unit}:  {said}", flush=True)
+
+
+def linear(kernels: native.Native, rounds: int) -> None:
+    for out_features, in_features in ((17920, 1536), (1536, 8960), (2048, 1536)):
+        weight = torch.randn(out_features, in_features).to(BF16)
+        copies = max(1, COLD_BYTES // weight.nbytes)
+        weights = [weight.clone() for _ in range(copies)]
+        forms = [kernels.pack_linear(weight, None) for _ in range(copies)]
+        for rows in (1, 8, 32, 130, 512):
+            cold = rows <= 32  # a larger product is bound by arithmetic: one weight is enough
+            some, many = (weights, forms) if cold else (weights[:1], forms[:1])
+            x = torch.randn(rows, in_features).to(BF16)
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+
+            def onednn(x: Tensor = x, packed: Tensor = packed) -> Tensor:
+                out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+                return out
+
+            contenders: list[Contender] = [
+                ("native", lambda x=x, many=many: [form(x) for form in many]),
+                ("F.linear", lambda x=x, some=some: [functional.linear(x, w) for w in some]),
+            ]
+            if not cold:
+                contenders.append(("oneDNN packed", onednn))
+            work = len(many) * weight.nbytes / 1e9 * (1 if rows <= 8 else rows)
+            race(f"linear {rows} x {in_features} -> {out_features}", contenders, rounds, work=work,
+                 unit="GB/s  " if rows <= 8 else "GFLOP/s")
+
+
+def attention(kernels: native.Native, rounds: int) -> None:
+    heads, kv_heads, dim = 12, 2, 128
+    cases = [([1], [128]), ([1], [4096]), ([1] * 8, [512] * 8), ([512], [512]), ([512], [4096])]
+    for query_lens, context_lens in cases:
+        context, blocks = paged(query_lens, context_lens)
+        q = torch.randn(sum(query_lens), heads, dim).to(BF16)
+        k, v = (torch.randn(blocks, kv_heads, 16, dim).to(BF16) for _ in range(2))
+        pairs = sum(n * (length - (n - 1) / 2) for n, length in zip(query_lens, context_lens, strict=True))
+        contenders: list[Contender] = [
+            (name, lambda f=f, q=q, k=k, v=v, c=context: f(q, k, v, c, dim**-0.5))
+            for name, f in (("native", kernels.paged_attention), ("torch", reference.paged_attention))
+        ]
+        race(f"paged {len(query_lens)} x {query_lens[0]} of {context_lens[0]}", contenders, rounds,
+             work=4 * heads * dim * pairs / 1e9, unit="GFLOP/s")
+    for dim, length, count in ((80, 1024, 1), (80, 64, 16), (64, 577, 5), (72, 729, 1)):
+        q, k, v = torch.randn(length * count, 48, dim).to(BF16).split([16, 16, 16], 1)
+        contenders = [
+            (name, lambda f=f, q=q, k=k, v=v, n=[length] * count, d=dim: f(q, k, v, n, d**-0.5))
+            for name, f in (("native", kernels.varlen_attention), ("torch", reference.varlen_attention))
+        ]
+        race(f"varlen {count} x {length}, head size {dim}", contenders, rounds,
+             work=4 * 16 * dim * length**2 * count / 1e9, unit="GFLOP/s")
+
+
+def paged(query_lens: list[int], context_lens: list[int]) -> tuple[AttentionContext, int]:
+    """Sequences over 16-token blocks in random order, and how many blocks that takes."""
+    needed = [-(-length // 16) for length in context_lens]
+    free = random.Random(1).sample(range(sum(needed)), sum(needed))
+    tables = torch.zeros(len(needed), max(needed), dtype=torch.int32)
+    for row, count in zip(tables, needed, strict=True):
+        row[:count] = torch.tensor([free.pop() for _ in range(count)], dtype=torch.int32)
+    start = torch.tensor([0, *itertools.accumulate(query_lens)], dtype=torch.int32)
+    lens = torch.tensor(context_lens, dtype=torch.int32)
+    slots = torch.zeros(sum(query_lens), dtype=torch.int64)
+    decodes = query_lens.count(1)
+    return AttentionContext(query_lens, context_lens, decodes, 16, start, lens, tables, slots), sum(needed)
+
+
+def small(kernels: native.Native, rounds: int) -> None:
+    weight = torch.randn(1536).to(BF16)
+    for rows in (1, 512):
+        x, residual, wide = (torch.randn(rows, n).to(BF16) for n in (1536, 1536, 17920))
+        for name, arguments in (("rms_norm", (x, weight, 1e-6)), ("add_rms_norm", (x, residual, weight, 1e-6)),
+                                ("silu_mul", (wide,))):
+            contenders: list[Contender] = [
+                (title, functools.partial(getattr(module, name), *arguments))
+                for title, module in (("native", kernels), ("torch", reference))
+            ]
+            race(f"{name} {rows} rows", contenders, rounds * 10, work=1e-3, unit="1000 calls/s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sections = {"linear": linear, "attention": attention, "small": small}
+    parser.add_argument("sections", nargs="*", choices=[*sections, []], help="default: all")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--isa", choices=native.ISAS, help="default: the best of this processor")
+    arguments = parser.parse_args()
+    kernels = native.load(arguments.isa)
+    print(kernels.describe())
+    with torch.inference_mode():
+        for name in arguments.sections or sections:
+            sections[name](kernels, arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()
