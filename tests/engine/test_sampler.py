@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sensorium.engine.sampler import Sampler, _row_threshold, _uniform, sorted_thresholds
+from sensorium.engine.sampler import CHUNK, Sampler, _thresholds, _uniform, draw_one, draw_together, row_threshold
 from sensorium.engine.sequence import Sequence
 from sensorium.types import EngineRequest, Prompt, SamplingParams
 
@@ -40,7 +40,7 @@ def reference_probabilities(logits: np.ndarray, seq: Sequence) -> np.ndarray:
         row[token] *= params.repetition_penalty if row[token] < 0 else 1 / params.repetition_penalty
     for token in set(outputs):
         row[token] -= params.frequency_penalty * outputs.count(token) + params.presence_penalty
-    if params.temperature == 0:
+    if params.temperature < 1e-5:
         return np.eye(len(row))[row.argmax()]
     row = row / params.temperature
     row -= row.max()
@@ -64,7 +64,7 @@ def reference_choice(logits: np.ndarray, seq: Sequence, uniform: float) -> tuple
 
 
 Params = st.fixed_dictionaries({
-    "temperature": st.sampled_from([0.0, 0.01, 0.7, 1.0, 2.0]),
+    "temperature": st.sampled_from([0.0, 1e-300, 0.01, 0.7, 1.0, 2.0]),
     "top_p": st.sampled_from([1.0, 0.999, 0.9, 0.5, 0.001]),
     "top_k": st.sampled_from([0, 1, 2, 40, 1000]),
     "min_p": st.sampled_from([0.0, 0.001, 0.1, 0.5, 1.0]),
@@ -180,11 +180,42 @@ def test_both_ways_to_filter_agree(noise: int, spread: float, ties: bool, batch:
     scaled = (np.round(logits) if ties else logits).astype(np.float32)
     scaled -= scaled.max(axis=1, keepdims=True)
     params = [SamplingParams(1, **one) for one in batch]
-    by_sorting = sorted_thresholds(torch.from_numpy(scaled), params)
+    by_sorting = _thresholds(torch.from_numpy(scaled), params).numpy()
     for row, one, threshold in zip(scaled, params, by_sorting, strict=True):
-        mine = np.float32(_row_threshold(row, one))
+        mine = np.float32(row_threshold(row, one))
         differing = int(((row >= mine) != (row >= threshold)).sum())
         assert differing == 0 or (not ties and differing == 1)  # sums are rounded in another order
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from([0.3, 2.0, 10.0]), st.sampled_from([100, 128, 500, 1000]),
+       st.lists(Params.filter(lambda one: one["temperature"] > 1e-5), min_size=1, max_size=4))
+def test_both_ways_to_draw_agree(noise: int, spread: float, vocab: int, batch: list[dict[str, Any]]) -> None:
+    """All rows at once, as on a GPU, and row by row."""
+    rng = np.random.default_rng(noise)
+    logits = (rng.standard_normal((len(batch), vocab)) * spread).astype(np.float32)
+    logits[:, rng.integers(0, vocab, vocab // 2)] = -np.inf
+    params = [SamplingParams(1, **one) for one in batch]
+    uniforms = rng.random(len(batch))
+    together = draw_together(torch.from_numpy(logits), params, uniforms)
+    work = np.zeros(-(-vocab // CHUNK) * CHUNK, np.float32)
+    for row, one, uniform, token in zip(logits, params, uniforms, together, strict=True):
+        mine = draw_one(row, one, uniform, work)
+        near = [min(max(uniform + shift, 0), 1 - 2**-32) for shift in (-1e-5, 0, 1e-5)]
+        assert token in [draw_one(row, one, place, work) for place in near]
+        assert np.isfinite(row[mine])
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-32])
+def test_the_ends_of_the_interval_are_possible_tokens(uniform: float) -> None:
+    row = np.full(1000, -np.inf, np.float32)
+    row[[300, 700]] = (-3.0, 0.5)
+    work = np.zeros(1024, np.float32)
+    for sampling in ({}, {"top_p": 0.999}, {"top_k": 2}):
+        params = SamplingParams(1, **sampling)
+        expected = 300 if uniform == 0 else 700
+        assert draw_one(row, params, uniform, work) == expected
+        assert draw_together(torch.from_numpy(row[None]), [params], np.array([uniform])) == expected
 
 
 def test_logprobs_are_of_raw_logits() -> None:

@@ -21,6 +21,7 @@ from sensorium.engine.sequence import Sequence
 from sensorium.types import SamplingParams, TokenLogprob
 
 LIKELY = -8.0  # scaled logits above this usually hold any nucleus (weights above 1/3000 of the highest)
+COLDEST = 1e-5  # temperatures below this are greedy: dividing by them would overflow
 CHUNK = 128  # vocabulary entries that are summed together before one of the sums is chosen
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -74,7 +75,7 @@ class Row:
     def __init__(self, seq: Sequence, params: SamplingParams, engine_seed: int, vocab_size: int) -> None:
         self.params = params
         biases = [(token, bias) for token, bias in params.logit_bias if 0 <= token < vocab_size]
-        self.greedy = params.temperature == 0 or params.top_k == 1
+        self.greedy = params.temperature < COLDEST or params.top_k == 1
         self.stop_ids = np.array([token for token in sorted(seq.stop_ids) if 0 <= token < vocab_size], np.int64)
         self.bias_ids = np.array([token for token, _ in biases], np.int64)
         self.bias_values = np.array([bias for _, bias in biases], np.float32)
@@ -200,48 +201,79 @@ def _on(like: Tensor, array: NDArray[np.generic]) -> Tensor:
     return torch.from_numpy(array).to(like.device)
 
 
-# Drawing
+# Drawing, by inverting the cumulative distribution at a number of [0, 1). Tokens keep the vocabulary's order, so that
+# rank plays no part. Row by row on a CPU, where a row stays in its cache; all rows at once elsewhere.
 
 
 def _draw(logits: Tensor, rows: Seq[Row], indices: list[int]) -> NDArray[np.int64]:
-    """One token id for each row of float32 logits [rows, vocab], by inverting the cumulative distribution."""
+    """One token id for each row of float32 logits [rows, vocab]."""
+    uniforms = _uniform([row.seed for row in rows], indices)
+    params = [row.params for row in rows]
+    if logits.device.type != "cpu":
+        return draw_together(logits, params, uniforms)
+    work = np.zeros(-(-logits.shape[1] // CHUNK) * CHUNK, np.float32)
+    return np.array([draw_one(row, one, uniform, work)
+                     for row, one, uniform in zip(logits.numpy(), params, uniforms.tolist(), strict=True)], np.int64)
+
+
+def draw_one(row: NDArray[np.float32], params: SamplingParams, uniform: float, work: NDArray[np.float32]) -> int:
+    """One row [vocab]. `work` is memory for a row, padded with zeros to whole chunks."""
+    highest = row.max()
+    if not np.isfinite(highest):
+        return 0  # this row fails, see `_checked`
+    scaled = work[: len(row)]
+    np.subtract(row, highest, out=scaled)
+    if params.temperature != 1:
+        scaled /= np.float32(params.temperature)
+    if params.top_k or params.top_p < 1 or params.min_p:
+        stay = np.flatnonzero(scaled >= np.float32(row_threshold(scaled, params)))
+        return int(stay[_place(np.exp(scaled[stay]), uniform)])
+    np.exp(scaled, out=scaled)
+    chunks = work.reshape(-1, CHUNK)
+    sums = chunks.sum(axis=1).cumsum(dtype=np.float64)
+    target = uniform * float(sums[-1])
+    chunk = min(int(sums.searchsorted(target, side="right")), len(sums) - 1)
+    before = float(sums[chunk - 1]) if chunk else 0.0
+    return chunk * CHUNK + _place(chunks[chunk], target=target - before)
+
+
+def _place(weights: NDArray[np.float32], uniform: float = 0.0, target: float | None = None) -> int:
+    """First place where the sum of weights passes `target`, or `uniform` of all; never one that weighs nothing."""
+    sums = weights.cumsum(dtype=np.float64)
+    place = int(sums.searchsorted(uniform * sums[-1] if target is None else target, side="right"))
+    if place < len(sums):
+        return place
+    # The chunk's sum was rounded in another order than these.
+    return int(np.flatnonzero(weights)[-1])
+
+
+def draw_together(logits: Tensor, params: Seq[SamplingParams], uniforms: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The same for all rows [rows, vocab] at once, on any device."""
     count, vocab_size = logits.shape
-    inverse = 1.0 / np.array([row.params.temperature for row in rows])
-    scaled = (logits - logits.amax(dim=-1, keepdim=True)).mul_(_on(logits, inverse.astype(np.float32)).unsqueeze(1))
+    temperatures = np.array([one.temperature for one in params], np.float32)
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)).div_(_on(logits, temperatures).unsqueeze(1))
     padded = torch.zeros((count, -(-vocab_size // CHUNK) * CHUNK), device=logits.device)
     weights = torch.exp(scaled, out=padded[:, :vocab_size])  # [rows, vocab], highest is 1
-    filtered = [i for i, row in enumerate(rows) if row.params.top_k or row.params.top_p < 1 or row.params.min_p]
-    if filtered:
-        thresholds = np.full(count, -np.inf, np.float32)
-        thresholds[filtered] = _thresholds(scaled if len(filtered) == count else scaled[filtered],
-                                           [rows[i].params for i in filtered])
-        weights.mul_(scaled >= _on(logits, thresholds).unsqueeze(1))
+    if any(one.top_k or one.top_p < 1 or one.min_p for one in params):
+        weights.mul_(scaled >= _thresholds(scaled, params).unsqueeze(1))
     chunks = padded.view(count, -1, CHUNK)
     sums = chunks.sum(dim=-1).double().cumsum(dim=-1)  # [rows, chunks]
-    target = _on(logits, _uniform([row.seed for row in rows], indices)) * sums[:, -1]
+    target = _on(logits, uniforms) * sums[:, -1]
     chosen = (sums <= target.unsqueeze(1)).sum(dim=-1).clamp_(max=sums.shape[1] - 1)  # first chunk whose sum is above
     every = torch.arange(count, device=logits.device)
     before = torch.where(chosen > 0, sums[every, (chosen - 1).clamp(min=0)], 0)
     inside = chunks[every, chosen]  # [rows, CHUNK]
     place = (inside.double().cumsum(dim=-1) <= (target - before).unsqueeze(1)).sum(dim=-1)
-    # Sums are rounded in another order than the numbers inside: never go past the chunk's last possible token.
-    last = CHUNK - 1 - (inside > 0).flip(-1).to(torch.uint8).argmax(dim=-1)
+    last = CHUNK - 1 - (inside > 0).flip(-1).to(torch.uint8).argmax(dim=-1)  # as in `_place`
     token_ids: NDArray[np.int64] = (chosen * CHUNK + torch.minimum(place, last)).cpu().numpy()
     return token_ids
 
 
-def _thresholds(scaled: Tensor, params: Seq[SamplingParams]) -> NDArray[np.float32]:
+def _thresholds(scaled: Tensor, params: Seq[SamplingParams]) -> Tensor:
     """The lowest scaled logit of each row [rows, vocab] that min_p, top_k and top_p leave; equal logits stay together.
 
-    The highest logit of a row is 0.
+    The highest logit of a row is 0. Sorts everything, which a GPU does fast.
     """
-    if scaled.device.type != "cpu":
-        return sorted_thresholds(scaled, params)
-    return np.array([_row_threshold(row, one) for row, one in zip(scaled.numpy(), params, strict=True)], np.float32)
-
-
-def sorted_thresholds(scaled: Tensor, params: Seq[SamplingParams]) -> NDArray[np.float32]:
-    """The plain form: sort everything. Right on any device, fast on a GPU."""
     vocab_size = scaled.shape[1]
     ordered = scaled.sort(dim=-1, descending=True).values
     least = [math.log(one.min_p) if one.min_p else -math.inf for one in params]
@@ -255,12 +287,11 @@ def sorted_thresholds(scaled: Tensor, params: Seq[SamplingParams]) -> NDArray[np
     # A token stays while those before it hold less than top_p.
     stays &= (sums - weights < top_p * sums[:, -1:]) | (top_p >= 1)
     kept = stays.sum(dim=-1).clamp(min=1)
-    out: NDArray[np.float32] = ordered.gather(1, (kept - 1).unsqueeze(1)).squeeze(1).cpu().numpy()
-    return out
+    return ordered.gather(1, (kept - 1).unsqueeze(1)).squeeze(1)
 
 
-def _row_threshold(row: NDArray[np.float32], params: SamplingParams) -> float:
-    """The same for one row [vocab], looking at no more tokens than needed."""
+def row_threshold(row: NDArray[np.float32], params: SamplingParams) -> float:
+    """The same for one row [vocab] on a CPU, looking at no more tokens than needed."""
     least = math.log(params.min_p) if params.min_p else -math.inf
     top_k = params.top_k if 0 < params.top_k < len(row) else 0
     if not top_k and params.top_p >= 1:
@@ -273,15 +304,16 @@ def _row_threshold(row: NDArray[np.float32], params: SamplingParams) -> float:
         if params.top_p >= 1:
             return max(least, float(likely[0]))
         return _nucleus(likely, params.top_p, least)
-    total = float(np.exp(row if least == -math.inf else row[row >= least], dtype=np.float32).sum(dtype=np.float64))
-    held = float(np.exp(likely[likely >= least]).sum(dtype=np.float64))
+    total = float(np.exp(row if least == -math.inf else row[row >= least]).sum())
+    held = float(np.exp(likely[likely >= least]).sum())
     return _nucleus(likely if held > params.top_p * total else row, params.top_p, least, total)
 
 
-def _nucleus(likely: NDArray[np.float32], top_p: float, least: float, total: float | None = None) -> float:
+def _nucleus(scaled: NDArray[np.float32], top_p: float, least: float, total: float | None = None) -> float:
     """The lowest of the fewest scaled logits that hold `top_p` of `total` (None: of all of them)."""
-    ordered = np.sort(likely)[::-1]
-    weights = np.where(ordered >= least, np.exp(ordered), 0).astype(np.float64)
+    ordered = np.sort(scaled)[::-1]  # as fast as anything cleverer: numpy sorts with vector instructions
+    weights = np.exp(ordered).astype(np.float64)
+    weights[ordered < least] = 0
     sums = weights.cumsum()
     bound = top_p * (sums[-1] if total is None else total)
     kept = int((sums - weights < bound).sum())
