@@ -44,6 +44,20 @@ def mel_filters(num_bins: int) -> NDArray[np.float64]:
 
 
 @functools.cache
+def _bands(num_bins: int) -> tuple[NDArray[np.intp], NDArray[np.float64], NDArray[np.intp]]:
+    """The filters' weights that are not zero, filter by filter: (frequency, weight [.., 1], where each filter starts).
+
+    A product with these 400 of 25,000 weights is as fast as one with the matrix, and needs none of BLAS's threads,
+    which wait for each other for tens of milliseconds where other processes compute.
+    """
+    filters = mel_filters(num_bins)
+    used = filters > 0
+    used[0] |= ~used.any(axis=0)  # narrow filters between two frequencies: one weight, 0
+    bins, frequencies = np.nonzero(used.T)
+    return frequencies, filters[frequencies, bins][:, None], np.searchsorted(bins, np.arange(num_bins))
+
+
+@functools.cache
 def _window() -> NDArray[np.float64]:
     """Periodic Hann."""
     return np.hanning(FFT_SAMPLES + 1)[:-1]
@@ -55,13 +69,14 @@ def log_mel(samples: NDArray[np.float32], num_bins: int) -> NDArray[np.float32]:
         raise ValueError(f"a clip needs more than {FFT_SAMPLES // 2} samples")
     padded = np.pad(samples, FFT_SAMPLES // 2, mode="reflect")
     frames = np.lib.stride_tricks.sliding_window_view(padded, FFT_SAMPLES)[::HOP_SAMPLES][: len(samples) // HOP_SAMPLES]
-    filters, window = mel_filters(num_bins), _window()
+    (frequencies, weights, starts), window = _bands(num_bins), _window()
     out = np.empty((num_bins, len(frames)), np.float32)
     for start in range(0, len(frames), FRAMES_AT_ONCE):
         # Rounded to complex64 because the published features are: near silence the rounding is all there is.
         piece = np.fft.rfft(frames[start : start + FRAMES_AT_ONCE] * window).astype(np.complex64)
-        power = np.square(piece.real, dtype=np.float64) + np.square(piece.imag, dtype=np.float64)
-        out[:, start : start + len(power)] = np.log10(np.maximum(power @ filters, 1e-10)).T
+        power = (np.square(piece.real, dtype=np.float64) + np.square(piece.imag, dtype=np.float64)).T
+        mel = np.add.reduceat(power[frequencies] * weights, starts, axis=0)  # [num_bins, frames]
+        out[:, start : start + mel.shape[1]] = np.log10(np.maximum(mel, 1e-10))
     np.maximum(out, out.max(initial=-10.0) - DYNAMIC_RANGE, out=out)
     out += 4.0
     out /= 4.0
