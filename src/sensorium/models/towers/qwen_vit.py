@@ -33,7 +33,7 @@ WINDOWED_VIT_MAP = (
     Rename("visual.blocks.{n}.mlp.up_proj.{p}", "visual.blocks.{n}.mlp.gate_up_proj.{p}", "up"),
 )
 
-Norm = Callable[[int, float], nn.Module]
+Norm = Callable[[int, float], LayerNorm | RMSNorm]
 Size = tuple[int, int]  # lines and columns of patches
 
 
@@ -78,7 +78,7 @@ class _Given:
         value = self.vision.get(name)
         return default if value is None else value
 
-    def common(self) -> dict[str, int]:
+    def common(self) -> dict[str, Any]:
         return {"depth": self.of("depth", 32), "num_heads": self.of("num_heads", 16),
                 "patch_size": self.of("patch_size", self.of("spatial_patch_size", 14)),
                 "temporal_patch_size": self.of("temporal_patch_size", 2),
@@ -265,7 +265,7 @@ class QwenVit(nn.Module):
         if not side or max(lines, columns) <= side:
             return [lines * columns * merge**2], None
         place = torch.arange(lines * columns, device=device).view(lines, columns)
-        windows = [window.flatten() for band in place.split(side) for window in band.split(side, dim=1)]
+        windows = [window.flatten() for band in torch.split(place, side) for window in torch.split(band, side, dim=1)]
         return [len(window) * merge**2 for window in windows], torch.cat(windows)
 
 
