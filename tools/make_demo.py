@@ -105,7 +105,7 @@ def config(ids: dict[str, int]) -> dict[str, Any]:
         "architectures": ["Qwen2VLForConditionalGeneration"], "model_type": "qwen2_vl", "torch_dtype": "bfloat16",
         "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "hidden_act": "silu", "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 8192, "rope_theta": 1000000.0,
+        "max_position_embeddings": 32768, "rope_theta": 1000000.0,
         "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}, "vocab_size": VOCAB_SIZE,
         "tie_word_embeddings": True, "use_sliding_window": False,
         "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
