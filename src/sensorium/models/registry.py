@@ -43,6 +43,9 @@ FAMILIES: dict[str, Family] = {
     "Phi3VForCausalLM": Family(
         "Phi-3.5-vision, VLM2Vec", "sensorium.models.phi3_v:Phi3V", "sensorium.processors.phi3_v:Phi3VProcessor",
         ("image",)),
+    "MiniCPMV": Family(
+        "MiniCPM-V 2.6", "sensorium.models.minicpmv:MiniCPMV", "sensorium.processors.minicpmv:MiniCPMVProcessor",
+        ("image", "video")),
     "Qwen2VLForConditionalGeneration": Family(
         "Qwen2-VL", "sensorium.models.qwen2_vl:Qwen2VL", "sensorium.processors.qwen2_vl:Qwen2VLProcessor",
         ("image", "video")),

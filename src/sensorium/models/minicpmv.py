@@ -1,0 +1,141 @@
+"""MiniCPM-V 2.6: SigLIP on slices of any size, a resampler that makes 64 rows of each, and a Qwen2 decoder.
+
+Source of the resampler: Bai et al. 2023 (Qwen-VL), with positions of the slice's own grid.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sensorium.checkpoint import Checkpoint
+from sensorium.errors import CheckpointError
+from sensorium.models.base import Rename
+from sensorium.models.decoder import DECODER_MAP, DecoderForCausalLM
+from sensorium.models.layers import Linear, declare
+from sensorium.models.towers.blocks import MAX_ROWS, LayerNorm, groups, separate
+from sensorium.models.towers.clip import clip_map
+from sensorium.models.towers.siglip import SiglipTower, siglip_config
+from sensorium.types import Modality
+
+VERSION = "2.6"
+EPS = 1e-6
+HEAD_DIM = 128
+THETA = 10000.0
+MEAN = STD = (0.5, 0.5, 0.5)
+
+
+class CrossAttention(nn.Module):
+    """Queries [rows, size], the same for every slice, look at the slice's keys and values [patches, size]."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.in_proj_weight = declare(3 * size, size)  # one tensor for three different inputs
+        self.in_proj_bias = declare(3 * size)
+        self.out_proj = Linear(size, size, bias=True)
+        self.num_heads = size // HEAD_DIM
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:
+        """-> [slices, rows, size]"""
+        parts = zip((query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
+        q, k, v = (functional.linear(*part).view(len(part[0]), self.num_heads, -1) for part in parts)
+        attended, start = [], 0
+        for length, run in itertools.groupby(lengths):
+            count = len(list(run))
+            end = start + count * length
+            keys, values = (x[start:end].view(count, length, *x.shape[1:]).transpose(1, 2) for x in (k, v))
+            queries = q.transpose(0, 1).expand(count, -1, -1, -1)  # [slices, heads, rows, head_dim]
+            out = functional.scaled_dot_product_attention(queries, keys, values)
+            attended.append(out.transpose(1, 2).flatten(2))
+            start = end
+        rows: Tensor = self.out_proj(torch.cat(attended))
+        return rows
+
+
+class Resampler(nn.Module):
+    """States [patches, tower] of slices with these grids -> [slices, queries, size]."""
+
+    def __init__(self, num_queries: int, size: int, tower_size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.query = declare(num_queries, size)
+        self.kv_proj = Linear(tower_size, size) if tower_size != size else None
+        self.ln_q = LayerNorm(size, EPS)
+        self.ln_kv = LayerNorm(size, EPS)
+        self.ln_post = LayerNorm(size, EPS)
+        self.attn = CrossAttention(size)
+        self.proj = declare(size, size)  # [in, out]
+
+    def forward(self, states: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+        value = self.ln_kv(states if self.kv_proj is None else self.kv_proj(states))
+        key = value + self._positions(grids, value)
+        rows = self.attn(self.ln_q(self.query), key, value, [lines * columns for lines, columns in grids])
+        return torch.matmul(self.ln_post(rows), self.proj)
+
+    def _positions(self, grids: Sequence[tuple[int, int]], like: Tensor) -> Tensor:
+        """[patches, size]: the first half of the channels tells the column, the second the line."""
+        table = self._sinusoids(max(map(max, grids)), like)
+        parts = []
+        for grid in grids:
+            lines, columns = (index.flatten() for index in torch.meshgrid(
+                *(torch.arange(count, device=like.device) for count in grid), indexing="ij"))
+            parts.append(torch.cat([table[columns], table[lines]], dim=1))
+        return torch.cat(parts)
+
+    def _sinusoids(self, count: int, like: Tensor) -> Tensor:
+        """[count, size / 2]: sines, then cosines, of falling frequencies."""
+        quarter = self.size // 4
+        omega = THETA ** -(torch.arange(quarter, dtype=torch.float32, device=like.device) / quarter)
+        angles = torch.arange(count, dtype=torch.float32, device=like.device).unsqueeze(1) * omega
+        return torch.cat([angles.sin(), angles.cos()], dim=1).to(like.dtype)
+
+
+class MiniCPMV(DecoderForCausalLM):
+    modalities: ClassVar[frozenset[Modality]] = frozenset({"image", "video"})
+    weight_prefixes: ClassVar[Mapping[str, str]] = {"llm.": ""}
+    weight_map: ClassVar[tuple[Rename, ...]] = (*DECODER_MAP, *clip_map("vpm"))
+    pixel_scale: Tensor  # float32 [3, 1]
+    pixel_shift: Tensor
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint)
+        config, size = checkpoint.config, self.text.hidden_size
+        if str(config.get("version")) != VERSION:
+            raise CheckpointError(f"config.json: MiniCPM-V version {config.get('version')} is not supported "
+                                  f"(supported: {VERSION})")
+        if size % HEAD_DIM:
+            raise CheckpointError(f"config.json: hidden_size {size} is no multiple of the resampler's {HEAD_DIM}")
+        vision = siglip_config(config.get("vision_config") or {})
+        self.vpm = SiglipTower(vision, vision.num_layers - bool(config.get("drop_vision_last_layer", True)))
+        self.num_queries: int = config.get("query_num", 64)
+        self.resampler = Resampler(self.num_queries, size, vision.hidden_size)
+        self.ignored = (*self.ignored, "resampler.pos_embed", *(f"vpm.{name}" for name in self.vpm.unused))
+        mean, std = (torch.tensor(checkpoint.preprocessor.get(name) or default, device="cpu")
+                     for name, default in (("norm_mean", MEAN), ("norm_std", STD)))
+        self.register_buffer("pixel_scale", (1 / 255 / std).unsqueeze(1), persistent=False)
+        self.register_buffer("pixel_shift", (-mean / std).unsqueeze(1), persistent=False)
+
+    def encode(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+        grids = [[(int(lines), int(columns)) for lines, columns in item["grids"].tolist()] for item in items]
+        every = [grid for one in grids for grid in one]
+        lengths = [lines * columns for lines, columns in every]
+        slices = [part for item, one in zip(items, grids, strict=True)
+                  for part in torch.split(item["patches"], [lines * columns for lines, columns in one])]
+        rows = [self._encode(torch.cat(slices[group]), every[group]) for group in groups(lengths)]
+        return separate(torch.cat(rows).flatten(0, 1), [len(one) * self.num_queries for one in grids])
+
+    def _encode(self, patches: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+        """uint8 [patches, 3 * side * side] -> [slices, queries, hidden]"""
+        pixels = patches.view(len(patches), 3, -1).float().mul_(self.pixel_scale).add_(self.pixel_shift)
+        out: Tensor = self.resampler(self.vpm(pixels.flatten(1), grids), grids)
+        return out
+
+    def activation_bytes(self, tokens: int) -> int:
+        size = self.model.norm.weight.element_size()
+        resampled = MAX_ROWS * size * 5 * self.text.hidden_size
+        return max(super().activation_bytes(tokens), self.vpm.activation_bytes(size), resampled)

@@ -1,0 +1,216 @@
+"""MiniCPM-V 2.6: a picture is seen whole and, if it is large, in slices of its own aspect; 64 rows for each of them.
+
+In the prompt a picture has a number, which counts the prompt's pictures; a video is its frames, one picture after the
+other, without numbers. Slices travel as bytes: the model normalises them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL.Image import Resampling
+
+from sensorium.checkpoint import Checkpoint
+from sensorium.errors import CheckpointError, StartupError
+from sensorium.media.sampling import VideoSampling
+from sensorium.processors import image
+from sensorium.processors.base import Piece, Processor, Rows, Setting, boolean, integer, number
+from sensorium.prompt.tokenizer import Tokenizer
+from sensorium.types import MediaFeatures, MediaItem, Modality, Prompt
+
+MAX_SLICES = 36
+MAX_FRAMES = 64
+TAGS: Mapping[Modality, str] = {"image": "(<image>./</image>)", "video": "(<video>./</video>)"}
+TOKENS: Mapping[str, str] = {  # names in preprocessor_config.json
+    "im_start": "<image>", "im_end": "</image>", "slice_start": "<slice>", "slice_end": "</slice>", "unk": "<unk>",
+    "im_id_start": "<image_id>", "im_id_end": "</image_id>",
+}
+_KINDS: Mapping[str, Modality] = {tag: kind for kind, tag in TAGS.items()}
+_TAG = re.compile("(" + "|".join(map(re.escape, TAGS.values())) + ")")
+
+
+@dataclass(frozen=True, slots=True)
+class Slicing:
+    """How one picture is cut. Sizes are (height, width) in pixels, multiples of the patch."""
+
+    whole: tuple[int, int]
+    slice: tuple[int, int]
+    rows: int = 0  # of slices; none if the picture is only seen whole
+    columns: int = 0
+
+    @property
+    def count(self) -> int:
+        return 1 + self.rows * self.columns
+
+
+def slice_grid(height: int, width: int, max_slices: int, scale: int) -> tuple[int, int] | None:
+    """(rows, columns) whose aspect is nearest to the picture's, of as many slices as it has squares of `scale`."""
+    wanted = min(math.ceil(height * width / (scale * scale)), max_slices)
+    if wanted <= 1:
+        return None
+    counts = [count for count in (wanted - 1, wanted, wanted + 1) if 1 < count <= max_slices]
+    grids = [(count // columns, columns) for count in counts for columns in range(1, count + 1) if not count % columns]
+    aspect = math.log(width / height)
+    return min(grids, key=lambda grid: abs(aspect - math.log(grid[1] / grid[0])))
+
+
+def scaled_size(height: float, width: float, scale: int, patch: int, *, enlarges: bool) -> tuple[int, int]:
+    """The size with the area of a square of `scale` and the same aspect, to the nearest patch."""
+    if enlarges or height * width > scale * scale:
+        ratio = width / height
+        height = int(scale / math.sqrt(ratio))
+        width = int(height * ratio)
+    return _nearest(height, patch), _nearest(width, patch)
+
+
+def slicing(height: int, width: int, max_slices: int, scale: int, patch: int) -> Slicing:
+    grid = slice_grid(height, width, max_slices, scale)
+    if grid is None:
+        size = scaled_size(height, width, scale, patch, enlarges=True)
+        return Slicing(size, size)
+    rows, columns = grid
+    cell = scaled_size(_nearest(height, rows) / rows, _nearest(width, columns) / columns, scale, patch, enlarges=True)
+    return Slicing(scaled_size(height, width, scale, patch, enlarges=False), cell, rows, columns)
+
+
+def _nearest(length: float, step: int) -> int:
+    return max(round(length / step) * step, step)
+
+
+class MiniCPMVProcessor(Processor):
+    modalities: ClassVar[frozenset[Modality]] = frozenset({"image", "video"})
+    settings: ClassVar[Mapping[str, Setting]] = {
+        "max_slice_nums": integer(1, MAX_SLICES),
+        "video_max_slice_nums": integer(1, MAX_SLICES),
+        "use_image_id": boolean,
+        "fps": number(0.01, 1000),
+        "num_frames": integer(1, 1024),
+        "max_frames": integer(1, 1024),
+    }
+    literals: ClassVar[tuple[str, ...]] = tuple(TAGS.values())
+
+    def __init__(self, checkpoint: Checkpoint, tokenizer: Tokenizer, overrides: dict[str, Any] | None = None) -> None:
+        super().__init__(checkpoint, tokenizer, overrides)
+        names = {name: checkpoint.preprocessor.get(name) or token for name, token in TOKENS.items()}
+        ids = {name: tokenizer.token_to_id(token) for name, token in names.items()}
+        missing = [names[name] for name, token_id in ids.items() if token_id is None]
+        if missing:
+            raise StartupError(f"The tokenizer lacks tokens that MiniCPM-V's prompts need: {', '.join(missing)}")
+        self._tokens = {name: np.array([token_id], np.int32) for name, token_id in ids.items()}
+        self._fill = int(self._tokens["unk"][0])
+
+    def _configure(self) -> None:
+        config, files = self.checkpoint.config, self.checkpoint.preprocessor
+        slices = config.get("slice_config") or {}
+        self._scale: int = files.get("scale_resolution") or slices.get("scale_resolution", 448)
+        self._patch: int = files.get("patch_size") or config.get("patch_size", 14)
+        self._rows: int = config.get("query_num", 64)
+        if files.get("image_feature_size", self._rows) != self._rows:
+            raise CheckpointError("preprocessor_config.json: 'image_feature_size' is not config.json's 'query_num'")
+        numbered = config.get("use_image_id", True)
+        self._numbered: bool = self._setting("use_image_id", True if numbered is None else numbered)
+        most = self._setting("max_slice_nums", slices.get("max_slice_nums", 9))
+        whole = not image.switch(files, "slice_mode")
+        self._most: dict[Modality, int] = {"image": 1 if whole else most,
+                                           "video": 1 if whole else self._setting("video_max_slice_nums", 2)}
+        # As the model's card samples: about one frame a second, thinned out evenly.
+        self._sampling = VideoSampling(fps=self._setting("fps", 1.0), num_frames=self.overrides.get("num_frames"),
+                                       max_frames=self._setting("max_frames", MAX_FRAMES), placement="stride")
+
+    def video_sampling(self) -> VideoSampling:
+        return self._sampling
+
+    def placeholder(self, kind: Modality, index: int) -> str:
+        return TAGS[kind] if kind in TAGS else super().placeholder(kind, index)
+
+    def placeholder_id(self, kind: Modality) -> int:
+        return self._fill if kind in TAGS else super().placeholder_id(kind)
+
+    def num_tokens(self, kind: Modality, height: int, width: int, frames: int = 1) -> int:
+        if kind not in TAGS:
+            return super().num_tokens(kind, height, width, frames)
+        return frames * self._slicing(kind, height, width).count * self._rows
+
+    def process(self, item: MediaItem) -> MediaFeatures:
+        if item.kind not in TAGS:
+            return super().process(item)
+        pictures = item.data.astype(np.uint8, copy=False)
+        pictures = pictures if item.kind == "video" else pictures[None]
+        plan = self._slicing(item.kind, pictures.shape[1], pictures.shape[2])
+        slices = [part for picture in pictures for part in self._slices(picture, plan)]
+        arrays: dict[str, NDArray[np.generic]] = {
+            "patches": np.concatenate([self._patches(part) for part in slices]),  # uint8 [patches, 3 * patch * patch]
+            "grids": np.array([part.shape[:2] for part in slices], np.int32) // self._patch,  # [slices, 2]
+            "layout": np.array([len(pictures), plan.rows, plan.columns], np.int32),
+        }
+        return MediaFeatures(item.kind, self._feature_key(item), len(slices) * self._rows, arrays)
+
+    def build(self, text: str, media: Sequence[MediaFeatures], *, add_special_tokens: bool = False) -> Prompt:
+        pieces = _TAG.split(text)  # texts and, at odd places, tags
+        self._check_counts([_KINDS[tag] for tag in pieces[1::2]], media)
+        return self._assemble(self._pieces(pieces, media, add_special_tokens), media)
+
+    def _pieces(self, pieces: Sequence[str], media: Sequence[MediaFeatures],
+                add_special_tokens: bool) -> Iterator[Piece]:
+        waiting = {kind: iter([i for i, one in enumerate(media) if one.kind == kind]) for kind in TAGS}
+        seen: Counter[Modality] = Counter()
+        for place, piece in enumerate(pieces):
+            if place % 2 == 0:
+                yield self._encoded(piece, add_special_tokens=add_special_tokens and place == 0)
+                continue
+            kind = _KINDS[piece]
+            index = next(waiting[kind])
+            if kind == "image" and self._numbered:
+                yield self._tokens["im_id_start"]
+                yield self._encoded(str(seen[kind]))
+                yield self._tokens["im_id_end"]
+            seen[kind] += 1
+            yield from self._medium(index, media[index])
+
+    def _medium(self, item: int, features: MediaFeatures) -> Iterator[Piece]:
+        """Every frame: the whole picture, then its slices, line by line."""
+        frames, rows, columns = features.arrays["layout"].tolist()
+        line_end = self._encoded("\n") if rows > 1 else None
+        first_rows = itertools.count(0, self._rows)
+        for _ in range(frames):
+            yield from self._slot("im", item, next(first_rows))
+            for row in range(rows):
+                if row and line_end is not None:
+                    yield line_end
+                for _ in range(columns):
+                    yield from self._slot("slice", item, next(first_rows))
+
+    def _slot(self, name: str, item: int, row: int) -> Iterator[Piece]:
+        yield self._tokens[f"{name}_start"]
+        yield Rows(item, self._fill, self._rows, row)
+        yield self._tokens[f"{name}_end"]
+
+    def _encoded(self, text: str, *, add_special_tokens: bool = False) -> NDArray[np.int32]:
+        return np.array(self.tokenizer.encode(text, add_special_tokens=add_special_tokens), np.int32)
+
+    def _slicing(self, kind: Modality, height: int, width: int) -> Slicing:
+        return slicing(height, width, self._most[kind], self._scale, self._patch)
+
+    def _slices(self, picture: NDArray[np.uint8], plan: Slicing) -> Iterator[NDArray[np.uint8]]:
+        yield image.resize(picture, *plan.whole, Resampling.BICUBIC)
+        if not plan.rows:
+            return
+        height, width = plan.slice
+        refined = image.resize(picture, plan.rows * height, plan.columns * width, Resampling.BICUBIC)
+        for top, left in itertools.product(range(0, refined.shape[0], height), range(0, refined.shape[1], width)):
+            yield refined[top : top + height, left : left + width]
+
+    def _patches(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """[height, width, 3] -> [patches, 3 * patch * patch]"""
+        patch = self._patch
+        lines, columns = pixels.shape[0] // patch, pixels.shape[1] // patch
+        cut = pixels.reshape(lines, patch, columns, patch, 3).transpose(0, 2, 4, 1, 3)
+        return cut.reshape(lines * columns, 3 * patch * patch)
