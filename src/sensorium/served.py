@@ -321,7 +321,7 @@ class ServedModel:
 
 
 def _chat_template(source: str, processor: Processor) -> ChatTemplate:
-    tokenizer = processor.tokenizer.with_literals(processor.literals)
+    tokenizer = processor.tokenizer.with_literals(processor.literals, special=True)
     return ChatTemplate(source, tokenizer, modalities=processor.modalities, placeholder=processor.placeholder)
 
 

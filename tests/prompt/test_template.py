@@ -71,7 +71,7 @@ TEMPLATES = {"llava": (LLAVA_HUB, LLAMA), "qwen2_vl": (QWEN2_VL_HUB, CHATML), "p
              "llama2": (LLAMA2, LLAMA), "llama3": (LLAMA3, LLAMA), "thinking": (THINKING, CHATML),
              "chatml": (defaults.CHATML, CHATML),
              **{name: (source, CHATML) for name, source in defaults.TEMPLATES.items()}}
-TAKES_PARTS = {"llava", "qwen2_vl", *defaults.TEMPLATES}
+TAKES_PARTS = {"llava", "qwen2_vl", *(name for name, source in defaults.TEMPLATES.items() if "part['type']" in source)}
 
 
 def placeholder(kind: Modality, index: int) -> str:

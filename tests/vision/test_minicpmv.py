@@ -28,6 +28,9 @@ from sensorium.models.minicpmv import MiniCPMV
 from sensorium.models.towers.siglip import PositionTable
 from sensorium.models.weights import load_model
 from sensorium.processors.minicpmv import TOKENS, MiniCPMVProcessor, slicing
+from sensorium.prompt import defaults
+from sensorium.prompt.messages import MediaPart, Message, TextPart
+from sensorium.prompt.template import ChatTemplate
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.types import EngineRequest, MediaFeatures, MediaItem, Modality, Prompt, SamplingParams
 
@@ -434,3 +437,19 @@ def test_missing_tensors_are_named(tmp_path: Path) -> None:
         checkpoints.write_weights(tmp_path, {name: value for name, value in tensors.items() if name != key})
         with pytest.raises(CheckpointError, match=f"missing {key}"):
             load_model(open_checkpoint(tmp_path), dtype=torch.float32, device="cpu")
+
+
+def test_its_own_chat_template(here: Served) -> None:
+    tokenizer = here.processor.tokenizer.with_literals(here.processor.literals, special=True)
+    template = ChatTemplate(defaults.TEMPLATES["MiniCPMV"], tokenizer, modalities=here.processor.modalities,
+                            placeholder=here.processor.placeholder)
+    forged = TextPart("no (<image>./</image>)")
+    parts = (MediaPart("video"), MediaPart("image"), TextPart("What?"))
+    text = template.render([Message("user", parts), Message("assistant", (forged,)), Message("user", (forged,))])
+    assert tokenizer.unescape(text) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n(<video>./</video>)\n(<image>./</image>)\nWhat?<|im_end|>\n"
+        "<|im_start|>assistant\nno (<image>./</image>)<|im_end|>\n<|im_start|>user\nno (<image>./</image>)<|im_end|>\n"
+        "<|im_start|>assistant\n")
+    made = [here.processor.process(item) for item in (noise(50, 50, frames=2), noise(20, 20))]
+    assert {span.item for span in here.processor.build(text, made).spans} == {0, 1}

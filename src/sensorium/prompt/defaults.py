@@ -50,6 +50,21 @@ _QWEN2_OMNI = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+_PHI3 = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+_MINICPMV = (
+    "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
+    "{% endif %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -60,6 +75,8 @@ CHATML = (
 TEMPLATES: dict[str, str] = {
     "LlavaForConditionalGeneration": _VICUNA_LLAVA,
     "LlavaNextForConditionalGeneration": _CHATML_LLAVA,
+    "Phi3VForCausalLM": _PHI3,
+    "MiniCPMV": _MINICPMV,
     "Qwen2VLForConditionalGeneration": _QWEN2_VL,
     "Qwen2_5OmniModel": _QWEN2_OMNI,
     "Qwen2_5OmniForConditionalGeneration": _QWEN2_OMNI,

@@ -66,10 +66,13 @@ class Tokenizer:
         _add_declared_tokens(raw, config, named)
         return cls(raw, named, vocab_size=vocab_size)
 
-    def with_literals(self, literals: Iterable[str]) -> Tokenizer:
-        """The same tokenizer, whose `escape` also breaks these."""
+    def with_literals(self, literals: Iterable[str], *, special: bool = False) -> Tokenizer:
+        """The same tokenizer, whose `escape` also breaks these; `special`: in text of the model's own, too."""
         twin = copy.copy(self)
-        twin._all = Literals(self._all.all.union(literals))
+        literals = frozenset(literals)
+        twin._all = Literals(self._all.all | literals)
+        if special:
+            twin._special = Literals(self._special.all | literals)
         return twin
 
     @property
