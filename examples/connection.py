@@ -1,4 +1,4 @@
-"""What the examples share: the flags, the client, and a picture as a URL."""
+"""What the examples share: the flags, the client, and media as URLs."""
 
 from __future__ import annotations
 
@@ -24,9 +24,14 @@ def connect(found: argparse.Namespace) -> tuple[OpenAI, str]:
     return client, client.models.list().data[0].id
 
 
-def picture_url(place: str) -> str:
-    """URLs as they are; a file becomes a `data:` URL, so that the server needs no access to it."""
+def media_url(place: str, kind: str) -> str:
+    """URLs as they are; a file becomes a `data:` URL, so that the server needs no access to it. `kind` is for files
+    whose name does not tell; servers go by what is in them anyway."""
     if "://" in place:
         return place
-    kind = mimetypes.guess_type(place)[0] or "image/jpeg"
+    kind = mimetypes.guess_type(place)[0] or kind
     return f"data:{kind};base64,{base64.b64encode(Path(place).read_bytes()).decode()}"
+
+
+def picture_url(place: str) -> str:
+    return media_url(place, "image/jpeg")

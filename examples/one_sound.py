@@ -1,0 +1,21 @@
+"""Ask about a sound: as OpenAI's `input_audio`, or as a URL if it is given as one. Any format that ffmpeg reads."""
+
+import base64
+from pathlib import Path
+
+from connection import arguments, connect
+
+parser = arguments(__doc__)
+parser.add_argument("sound")
+parser.add_argument("--question", default="What do you hear?")
+found = parser.parse_args()
+client, model = connect(found)
+if "://" in found.sound:
+    part = {"type": "audio_url", "audio_url": {"url": found.sound}}
+else:
+    data = base64.b64encode(Path(found.sound).read_bytes()).decode()
+    part = {"type": "input_audio", "input_audio": {"data": data, "format": Path(found.sound).suffix[1:] or "wav"}}
+completion = client.chat.completions.create(
+    model=model, max_completion_tokens=found.max_tokens,
+    messages=[{"role": "user", "content": [{"type": "text", "text": found.question}, part]}])
+print(completion.choices[0].message.content)
