@@ -183,7 +183,7 @@ async def a_lost_engine_is_replaced(client: EngineClient) -> None:
 async def test_a_failed_step_and_a_hanging_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """R1 over the wire; then the watchdog replaces an engine that no longer answers."""
     monkeypatch.setattr(client_module, "WATCH_INTERVAL_S", 0.05)
-    monkeypatch.setattr(client_module, "SILENCE_S", 1.0)
+    monkeypatch.setattr(client_module, "CPU_SILENCE_S", 1.0)
     monkeypatch.setattr(client_module, "SILENCE_STEPS", 0)
     monkeypatch.setenv(VARIABLE, "step:raise:10,step:sleep:30:600")
     async with running(folder) as client:

@@ -1,7 +1,8 @@
 """Blocks of the KV cache as numbers: who uses them, which are free, and which still hold a known prefix.
 
 Every operation is O(1). A block is either used (reference count > 0) or free; a free block may stay known by its prefix
-key until it is handed out again, least recently freed first.
+key until it is handed out again. Handed out are, in this order: blocks that nobody can find, so that few pages of the
+cache are touched; blocks that were never used; the rest, least recently freed first.
 """
 
 from __future__ import annotations
@@ -21,19 +22,25 @@ class BlockPool:
         self._references = [0] * num_blocks
         self._keys: list[bytes | None] = [None] * num_blocks
         self._by_key: dict[bytes, int] = {}
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # next to be handed out first
+        self._free: OrderedDict[int, None] = OrderedDict()  # once used: those without key first, then by time
+        self._num_touched = 0  # blocks from this number on were never used
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        return len(self._free) + self.num_blocks - self._num_touched
 
     def is_free(self, block: int) -> bool:
         return not self._references[block]
 
     def allocate(self) -> int:
         """A block for the caller alone; what it held is forgotten. KeyError when none is free."""
-        block, _ = self._free.popitem(last=False)
-        self.forget(block)
+        block = next(iter(self._free), self._num_touched)
+        if self._num_touched < self.num_blocks and (block == self._num_touched or self._keys[block] is not None):
+            block = self._num_touched
+            self._num_touched += 1
+        else:
+            del self._free[block]
+            self.forget(block)
         self._references[block] = 1
         return block
 
@@ -72,7 +79,7 @@ class BlockPool:
     def check_integrity(self) -> None:
         """Every block in exactly one state, every key pointing both ways."""
         for block, count in enumerate(self._references):
-            if (count == 0) != (block in self._free) or count < 0:
+            if (count == 0) != (block in self._free or block >= self._num_touched) or count < 0:
                 raise BlockPoolError(f"block {block} has {count} users, and free is {block in self._free}")
         known = {key: block for block, key in enumerate(self._keys) if key is not None}
         if known != self._by_key:

@@ -31,7 +31,8 @@ Progress = Callable[[str, float], None]
 
 MAX_RESTARTS = 3
 RESTART_WINDOW_S = 300.0
-SILENCE_S = 120.0  # least time without a step after which a busy engine counts as hung
+SILENCE_S = 60.0  # least time without a step after which a busy engine counts as hung
+CPU_SILENCE_S = 600.0  # the same on a CPU, where the towers may honestly take minutes for one large medium
 SILENCE_STEPS = 20  # and so many times its longest step
 WATCH_INTERVAL_S = 5.0
 GOODBYE_S = 5.0
@@ -368,7 +369,8 @@ class EngineClient:
             if self.state != "ready" or not self._streams:
                 continue
             silence_s = monotonic() - self._heard_s
-            if silence_s > max(SILENCE_S, SILENCE_STEPS * self._longest_step_s):
+            least_s = CPU_SILENCE_S if self.ready is not None and self.ready.device == "cpu" else SILENCE_S
+            if silence_s > max(least_s, SILENCE_STEPS * self._longest_step_s):
                 logger.error("the engine has said nothing for %.0f s though it has work", silence_s)
                 if self._process is not None:
                     self._process.kill()  # the link breaks, and `_lost` does the rest

@@ -7,6 +7,7 @@ another one. The process lives exactly as long as its socket: end of file means 
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import signal
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 STATS_INTERVAL_S = 0.25
 PROGRESS_INTERVAL_S = 0.05
+MAX_FAILED_SHAPES = 256
 STEP_FAILED = "The engine failed while it computed this request."
 NOT_FINITE = "The model's output for this request is not a number."
 MEDIA_FAILED = "The model failed to encode the media of this request."
@@ -173,6 +175,8 @@ class Core:
         shape = (len(plan.decodes), *(count for _, count in plan.prefills))
         sequences = plan.sequences()
         if shape not in self._failed_shapes or len(sequences) == 1:
+            if len(self._failed_shapes) >= MAX_FAILED_SHAPES:
+                self._failed_shapes.clear()
             self._failed_shapes.add(shape)
             rich += [self._scheduler.fail(seq, STEP_FAILED) for seq in sequences]
             return []
@@ -283,6 +287,8 @@ def serve(sock: socket.socket, faults: Faults) -> int:
         logger.exception("the model could not be loaded")
         channel.send(messages.encode_fatal(f"the model could not be loaded: {_described(error)}"))
         return 1
+    gc.collect()
+    gc.freeze()  # what is loaded stays: no collection looks at it again
     channel.send(messages.encode_ready(engine.ready))
     core = Core(engine, channel, faults)
     try:

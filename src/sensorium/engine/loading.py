@@ -32,6 +32,9 @@ from sensorium.types import EngineReady
 SMALL_MODEL_BYTES = 64 * MiB  # of weights: what a core reads in the time that waking another one may take
 
 logger = logging.getLogger(__name__)
+CPU_ENCODER_ROWS = 256
+"""Tower rows of one step on a CPU: about a picture of 448 x 448. More of them together are no faster there, and whoever
+came first, or is decoding, would wait for all."""
 
 
 @dataclass(slots=True)
@@ -84,8 +87,9 @@ def build_engine(model: Model, checkpoint: Checkpoint, config: EngineConfig, dev
     prefixes = PrefixCache(pool, config.block_size, _identity(checkpoint, dtype),
                            enabled=config.enable_prefix_caching and has_cache)
     axes = max(1, len(checkpoint.text.rope.mrope_section)) if checkpoint.text else 1
-    budget = Budget(config.max_num_seqs, config.max_num_batched_tokens, config.max_num_batched_tokens, max_len,
-                    config.block_size, has_cache, axes, model.generates, model.long_context_from)
+    rows = CPU_ENCODER_ROWS if device.type == "cpu" else config.max_num_batched_tokens
+    budget = Budget(config.max_num_seqs, config.max_num_batched_tokens, rows, max_len, config.block_size, has_cache,
+                    axes, model.generates, model.long_context_from)
     scheduler = Scheduler(budget, pool, prefixes, encoder, {task: one.all_tokens for task, one in poolers.items()})
     max_blocks = -(-max_len // config.block_size) if has_cache else 0
     builder = BatchBuilder(config.max_num_seqs, max_blocks, config.block_size, axes, device,

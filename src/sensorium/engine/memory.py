@@ -16,6 +16,7 @@ from sensorium.models.base import KVCache, Model
 
 CPU_PART = 0.25  # of free memory for the KV cache, where the flag does not say
 
+CGROUP = Path("/sys/fs/cgroup")
 _CGROUP_FILES = (  # (limit, usage), version 2 and 1
     ("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
 
@@ -77,7 +78,7 @@ def free_memory_bytes() -> int:
 
 def _number(name: str) -> int | None:
     try:
-        return int((Path("/sys/fs/cgroup") / name).read_text())
+        return int((CGROUP / name).read_text())
     except (OSError, ValueError):  # no such controller, or "max"
         return None
 

@@ -1,0 +1,66 @@
+"""Memory by arithmetic: how many blocks there are, how long a sequence may be, and what is said when nothing fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sensorium.config import EngineConfig
+from sensorium.engine import memory
+from sensorium.engine.loading import choose_dtype
+from sensorium.engine.memory import CacheShape, available_for_cache, free_memory_bytes, make_cache, size_cache
+from sensorium.errors import StartupError
+
+SHAPE = CacheShape(num_layers=2, num_kv_heads=2, head_dim=8, block_size=16, dtype=torch.bfloat16)
+BLOCK = SHAPE.block_bytes
+
+
+def test_bytes_of_a_block() -> None:
+    cache = make_cache(SHAPE, 3, torch.device("cpu"))
+    assert [tuple(t.shape) for pair in cache for t in pair] == [(3, 2, 16, 8)] * 4
+    assert {t.dtype for pair in cache for t in pair} == {torch.bfloat16}
+    assert sum(t.nbytes for pair in cache for t in pair) == 3 * BLOCK
+    assert not any(t.any() for pair in cache for t in pair)
+
+
+@pytest.mark.parametrize(("available", "max_model_len", "blocks", "length"), [
+    (1000 * BLOCK, None, 4 * 7, 100),  # no more than four longest sequences can use
+    (20 * BLOCK + 5, None, 20, 100),
+    (3 * BLOCK, None, 3, 48),  # sequences are as long as the cache holds
+    (1000 * BLOCK, 33, 4 * 3, 33),
+    (1000 * BLOCK, 5, 4, 5),
+])
+def test_what_fits(available: int, max_model_len: int | None, blocks: int, length: int) -> None:
+    config = EngineConfig("m", max_num_seqs=4, max_model_len=max_model_len)
+    assert size_cache(config, SHAPE, max_model_len or 100, available) == (blocks, length)
+
+
+@pytest.mark.parametrize(("available", "max_model_len", "named"), [
+    (BLOCK - 1, None, "--kv-cache-memory"), (-5, None, "--gpu-memory-utilization"), (3 * BLOCK, 100, "--max-model-len"),
+])
+def test_what_does_not_fit_names_the_flag(available: int, max_model_len: int | None, named: str) -> None:
+    config = EngineConfig("m", max_num_seqs=4, max_model_len=max_model_len)
+    with pytest.raises(StartupError, match=named):
+        size_cache(config, SHAPE, 100, available)
+
+
+def test_a_quarter_of_what_the_container_leaves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert 0 < free_memory_bytes() < 1 << 50
+    for name, value in (("memory.max", "1000000"), ("memory.current", "200000")):
+        (tmp_path / name).write_text(value + "\n")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    cpu = torch.device("cpu")
+    assert available_for_cache(EngineConfig("m"), cpu, 0) == 200_000
+    assert available_for_cache(EngineConfig("m", kv_cache_memory=7), cpu, 0) == 7
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory_bytes() > 1_000_000
+
+
+@pytest.mark.parametrize(("wanted", "stored", "chosen"), [
+    ("auto", "float16", torch.bfloat16), ("auto", "bfloat16", torch.bfloat16), ("auto", "float32", torch.float32),
+    ("float16", "bfloat16", torch.float16), ("float32", "bfloat16", torch.float32),
+])
+def test_dtype_on_a_cpu(wanted: str, stored: str, chosen: torch.dtype) -> None:
+    assert choose_dtype(wanted, stored, torch.device("cpu")) == chosen
