@@ -382,6 +382,16 @@ def test_unequal_requests_in_one_engine_equal_one_by_one(here: Served) -> None:
         assert result.tokens == Driver(here.model).greedy([here.run(prompt)], 12)[0]
 
 
+def test_bfloat16_rows_are_close(here: Served) -> None:
+    model = load_model(here.model.checkpoint, dtype=torch.bfloat16, device="cpu")
+    features = [here.processor.process(noise(*size, seed=i)) for i, size in enumerate(SIZES)]
+    items = [{name: torch.from_numpy(array) for name, array in one.arrays.items()} for one in features]
+    with torch.inference_mode():
+        for ours, expected in zip(model.encode("image", items), here.encode("image", features), strict=True):
+            assert ours.dtype == torch.bfloat16
+            assert (ours.float() - expected).norm() < 0.03 * expected.norm()
+
+
 # Checkpoints.
 
 @pytest.mark.parametrize("options", [{"shards": 3}, {"pickled": True}, {"dtype": "bfloat16"}], ids=str)

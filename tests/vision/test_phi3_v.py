@@ -329,6 +329,16 @@ def test_vlm2vec_is_the_last_state_normalised(here: Served) -> None:
         np.testing.assert_allclose(result.vector, theirs, atol=1e-5)
 
 
+def test_bfloat16_rows_are_close(here: Served) -> None:
+    model = load_model(here.model.checkpoint, dtype=torch.bfloat16, device="cpu")
+    media = [here.processor.process(item) for item in pictures()]
+    items = [{name: torch.from_numpy(array) for name, array in one.arrays.items()} for one in media]
+    with torch.inference_mode():
+        for ours, expected in zip(model.encode("image", items), here.encode(media), strict=True):
+            assert ours.dtype == torch.bfloat16
+            assert (ours.float() - expected).norm() < 0.03 * expected.norm()
+
+
 # Checkpoints.
 
 @pytest.mark.parametrize("options", [{"shards": 2}, {"pickled": True}, {"dtype": "bfloat16"}], ids=str)

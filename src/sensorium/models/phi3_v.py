@@ -26,7 +26,7 @@ from sensorium.types import Modality
 
 TILE = 336  # pixels, what the processor cuts where config.json says nothing
 HEAD_DIM = 64  # of every CLIP tower
-DEFAULT_CROPS = 16
+MOST_CROPS = 16  # that people ask for
 Choices = Mapping[str, tuple[Any, ...]]  # what can be served of each key of config.json, the default first
 EMBEDDING: Choices = {
     "hd_transform_order": ("glb_sub", "sub_glb"),
@@ -106,7 +106,7 @@ class Phi3V(DecoderForCausalLM):
 
     def activation_bytes(self, tokens: int) -> int:
         size, tower = self.model.norm.weight.element_size(), self.vision_embed_tokens.img_processor
-        tiles = 1 + int(self.checkpoint.preprocessor.get("num_crops") or DEFAULT_CROPS)
+        tiles = 1 + max(MOST_CROPS, int(self.checkpoint.preprocessor.get("num_crops") or 1))
         features = 3 * tiles * tower.config.num_patches * tower.config.hidden_size  # held three times
         projected = MAX_ROWS * 4 * self.text.hidden_size
         return max(super().activation_bytes(tokens),
