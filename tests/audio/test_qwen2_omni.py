@@ -15,7 +15,7 @@ import checkpoints
 import numpy as np
 import pytest
 import torch
-from families import noise
+from families import noise, normalised
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models.driver import Driver
@@ -82,7 +82,7 @@ def oracle_inputs(here: Served, items: Sequence[MediaItem], prompt: Prompt) -> d
     videos = [item for item in items if item.kind == "video"]
     if videos:  # transformers has no video processor without torchvision; frames are compared with pictures elsewhere
         arrays = [one.arrays for one in prompt.media if one.kind == "video"]
-        inputs["pixel_values_videos"] = torch.from_numpy(np.concatenate([one["pixels"] for one in arrays]))
+        inputs["pixel_values_videos"] = torch.from_numpy(np.concatenate([normalised(one) for one in arrays]))
         inputs["video_grid_thw"] = torch.tensor(np.stack([one["grid"] for one in arrays])).long()
         inputs["video_second_per_grid"] = torch.tensor([2 * one.duration_s / len(one.data) for one in videos])
     return inputs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +49,9 @@ def noise(height: int, width: int, *, frames: int | None = None, seed: int = 0) 
     data = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
     kind: Modality = "image" if frames is None else "video"
     return MediaItem(kind, data, hashlib.sha256(data.tobytes() + repr(shape).encode()).digest(), param="messages[0]")
+
+
+def normalised(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Qwen's patches as transformers' processors give them: [patches, 3 * depth * patch * patch], float32."""
+    pixels = arrays["pixels"].reshape(len(arrays["pixels"]), 3, -1).astype(np.float32)
+    return (pixels * arrays["scale"][:, None] + arrays["shift"][:, None]).reshape(len(pixels), -1)

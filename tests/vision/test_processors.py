@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from families import CLIP, WordTokenizer, noise, record
+from families import CLIP, WordTokenizer, noise, normalised, record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -139,7 +139,7 @@ def test_qwen2_vl_pixels(height: int, width: int, max_pixels: int) -> None:
     features = qwen(file).process(item)
     expected = Qwen2VLImageProcessorPil(**file)(item.data, input_data_format="channels_last")
     np.testing.assert_array_equal(features.arrays["grid"], expected["image_grid_thw"][0])
-    ours = features.arrays["pixels"].reshape(-1, 3, 1, 196)
+    ours = normalised(features.arrays).reshape(-1, 3, 1, 196)
     theirs = np.asarray(expected["pixel_values"]).reshape(-1, 3, 2, 196)
     np.testing.assert_allclose(np.repeat(ours, 2, axis=2), theirs, atol=1e-6)
 
@@ -220,9 +220,9 @@ def test_expansion_is_linear_in_pictures() -> None:  # S35
         text, media = processor.placeholder("image", 0) * count, [picture] * count
         best = 1.0
         for _ in range(5):
-            start = time.perf_counter()
+            start = time.process_time()
             processor.build(text, media)
-            best = min(best, time.perf_counter() - start)
+            best = min(best, time.process_time() - start)
         return best
 
     assert seconds(2000) / seconds(200) <= 15

@@ -12,7 +12,7 @@ import checkpoints
 import numpy as np
 import pytest
 import torch
-from families import noise
+from families import noise, normalised
 from models.driver import Driver
 from running import Served, load
 from test_processors import qwen
@@ -34,10 +34,6 @@ def served() -> Served:
         return load(path, oracle)
 
 
-def media(prompt: Prompt, kind: str, array: str) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate([one.arrays[array] for one in prompt.media if one.kind == kind]))
-
-
 def oracle_inputs(here: Served, items: list[MediaItem], prompt: Prompt) -> dict[str, Any]:
     """Pictures as transformers' processor makes them. It has no video processor without torchvision: frames are
     compared with its pictures elsewhere."""
@@ -49,8 +45,9 @@ def oracle_inputs(here: Served, items: list[MediaItem], prompt: Prompt) -> dict[
     if pictures:
         inputs |= Qwen2VLImageProcessorPil(**here.preprocessor)(
             pictures, return_tensors="pt", input_data_format="channels_last")
-    inputs["pixel_values_videos"] = media(prompt, "video", "pixels")
-    inputs["video_grid_thw"] = media(prompt, "video", "grid").view(-1, 3).long()
+    videos = [one.arrays for one in prompt.media if one.kind == "video"]
+    inputs["pixel_values_videos"] = torch.from_numpy(np.concatenate([normalised(one) for one in videos]))
+    inputs["video_grid_thw"] = torch.tensor(np.stack([one["grid"] for one in videos])).long()
     return inputs
 
 

@@ -13,7 +13,7 @@ import checkpoints
 import numpy as np
 import pytest
 import torch
-from families import noise
+from families import noise, normalised
 from models.driver import Driver
 from running import Served, load
 from transformers import CLIPImageProcessorPil, LlavaNextImageProcessorPil, PreTrainedModel, Qwen2VLImageProcessorPil
@@ -159,7 +159,8 @@ def test_videos_attend_inside_their_slices() -> None:
     video = here.processor.process(noise(56, 84, frames=4))
     grid = torch.from_numpy(video.arrays["grid"])[None].long()
     with torch.inference_mode():
-        theirs = here.oracle.model.get_video_features(torch.from_numpy(video.arrays["pixels"]), grid).pooler_output[0]
+        theirs = here.oracle.model.get_video_features(
+            torch.from_numpy(normalised(video.arrays)), grid).pooler_output[0]
     torch.testing.assert_close(here.encode([video])[0], theirs, atol=1e-5, rtol=1e-4)
     still = here.processor.process(noise(56, 84, seed=3))
     together = here.encode([still, video])

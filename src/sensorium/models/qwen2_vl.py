@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from sensorium.checkpoint import Checkpoint
 from sensorium.models.decoder import DecoderForCausalLM
+from sensorium.models.towers.blocks import MAX_ROWS
 from sensorium.models.towers.qwen_vit import QwenVit, QwenVitConfig
 from sensorium.types import Modality
 
@@ -26,8 +28,20 @@ class Qwen2VL(DecoderForCausalLM):
 
     def encode(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
         grids = [(int(t), int(h), int(w)) for t, h, w in (item["grid"].tolist() for item in items)]
-        rows: list[Tensor] = self.visual([item["pixels"] for item in items], grids)
+        rows: list[Tensor] = self.visual([self._pixels(item) for item in items], grids)
         return rows
+
+    def _pixels(self, item: Mapping[str, Tensor]) -> Tensor:
+        """Patches [n, 3 * …], normalised in float32 and then in the weights' type; a piece at a time."""
+        pixels, dtype = item["pixels"], self.model.norm.weight.dtype
+        if "scale" not in item:
+            return pixels.to(dtype)
+        out = torch.empty(pixels.shape, dtype=dtype, device=pixels.device)
+        scale, shift = item["scale"].unsqueeze(1), item["shift"].unsqueeze(1)
+        for rows, into in zip(pixels.split(MAX_ROWS), out.split(MAX_ROWS), strict=True):
+            channels = rows.view(len(rows), 3, -1).to(torch.float32, copy=True)
+            into.view(channels.shape).copy_(channels.mul_(scale).add_(shift))
+        return out
 
     def activation_bytes(self, tokens: int) -> int:
         size = self.model.norm.weight.element_size()

@@ -117,6 +117,8 @@ class Qwen2VLProcessor(Processor):
         arrays: dict[str, NDArray[np.generic]] = {
             "pixels": self._patches(resized, grid, 1 if item.kind == "image" else self._frames),
             "grid": np.array(grid, np.int32),
+            "scale": self._normalization.scale.reshape(3),
+            "shift": self._normalization.shift.reshape(3),
         }
         return MediaFeatures(item.kind, self._feature_key(item), self._num_rows(grid), arrays)
 
@@ -172,20 +174,22 @@ class Qwen2VLProcessor(Processor):
         return smart_resize(height, width, self._factor, low, high)
 
     def _patches(self, frames: Iterable[NDArray[np.uint8]], grid: tuple[int, int, int],
-                 depth: int) -> NDArray[np.float32]:
-        """[patches, 3 * depth * patch * patch], `depth` frames to a patch; the last frame is repeated to fill it."""
+                 depth: int) -> NDArray[np.uint8]:
+        """[patches, 3 * depth * patch * patch], `depth` frames to a patch; the last frame is repeated to fill it.
+
+        In bytes, which the engine normalises: a quarter of the memory while a request waits, and to hand over.
+        """
         groups, lines, columns = grid
         merge, patch = self._merge, self._patch
         shape = (lines // merge, merge, patch, columns // merge, merge, patch, 3)
-        out = np.empty((groups, lines * columns, 3, depth, patch * patch), np.float32)
+        out = np.empty((groups, lines * columns, 3, depth, patch * patch), np.uint8)
         index = 0
         for index, frame in enumerate(frames):
-            # [lines, columns, merge, merge, 3, patch, patch], still in bytes: a quarter of the memory to move.
+            # [lines, columns, merge, merge, 3, patch, patch]
             cut = frame.reshape(shape).transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, patch * patch)
             out[index // depth, :, :, index % depth] = cut
         last = index % depth
         out[-1, :, :, last + 1 :] = out[-1, :, :, last : last + 1]
-        self._normalization.apply(out.reshape(-1, 3, depth, patch * patch))
         return out.reshape(-1, 3 * depth * patch * patch)
 
     def _pixel_bounds(self, files: Mapping[str, Any], default: tuple[int, int]) -> tuple[int, int]:
