@@ -91,6 +91,7 @@ class Limits:
     max_logprobs: int = flag(20, "Alternatives reported per token.")
     max_embedding_inputs: int = flag(2048, "Inputs of one embeddings request.")
     max_embedding_tokens: int = flag(300_000, "Tokens of one embeddings request.")
+    max_embedding_media: int = flag(64, "Media of one embeddings or rerank request with several inputs.")
     max_waiting: int | None = flag(None, "Requests that may wait; more are refused with 503. "
                                          "Default: 4 x max-num-seqs.")
     max_concurrency_per_key: int = flag(256, "Requests of one API key in flight; more are refused with 429.")
@@ -119,6 +120,8 @@ class ServerConfig:
     allow_request_mm_kwargs: bool = flag(False, "Let requests bring `mm_processor_kwargs`.")
     allow_request_chat_template: bool = flag(False, "Let requests bring `chat_template`.")
     chat_template: str | None = flag(None, "Chat template: a file or the template itself. Default: the checkpoint's.")
+    matryoshka_dimensions: tuple[int, ...] = flag((), "Sizes to which requests may cut embeddings (`dimensions`); 0 "
+                                                      "for any. Default: what config.json says.", nargs="+")
     shared_prefix_cache: bool = flag(False, "Share cached prefixes between API keys (faster, but timing tells who "
                                             "asked what).")
     disable_log_requests: bool = flag(False, "Do not log a line per request.")

@@ -67,7 +67,7 @@ async def _serve(options: ServeOptions, checkpoint: Checkpoint, client: EngineCl
                              local_root=Path(root) if root else None, workers=options.server.media_workers)
         names = options.server.served_model_name or (options.model or DEMO_NAME,)
         model = ServedModel.open(checkpoint, names=names, server=options.server, limits=options.limits, loader=loader,
-                                 client=client, max_model_len=options.engine.max_model_len)
+                                 client=client, max_model_len=options.engine.max_model_len, task=options.load.task)
         warming = asyncio.create_task(loader.warm()) if model.processor.modalities else None
 
         def on_ready(url: str) -> None:

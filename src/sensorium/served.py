@@ -1,4 +1,4 @@
-"""One served model as the API sees it: requests in the project's own types -> prompts that the engine can admit.
+"""One served model as the API sees it: what it can do, and requests in the project's own types -> the engine's prompts.
 
 Everything that can be the client's fault is answered here, the cheap checks before the dear ones: template and counts
 before fetching, sizes and context before decoding. Nothing that takes long runs on the event loop.
@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
@@ -22,12 +22,15 @@ from sensorium.errors import ContextLengthError, MediaError, RequestError, Serve
 from sensorium.media.loader import MediaLoader
 from sensorium.media.source import MediaSource, RawMedia
 from sensorium.models.registry import FAMILIES, load_class
+from sensorium.pooling.labels import label_names
+from sensorium.pooling.spec import read_pooling
 from sensorium.processors.base import Processor
+from sensorium.prompt.encode import Ids, PairLimits, Side, Truncation, encode_pairs, encode_texts
 from sensorium.prompt.features import FeatureCache, feature_key
 from sensorium.prompt.messages import MediaPart, Message, TextPart
-from sensorium.prompt.template import ChatTemplate, template_source
+from sensorium.prompt.template import ChatTemplate, pooling_template_source, template_source
 from sensorium.prompt.tokenizer import Tokenizer
-from sensorium.types import MediaFeatures, Modality, Prompt
+from sensorium.types import MediaFeatures, Modality, PoolingTask, Prompt
 
 if TYPE_CHECKING:
     from sensorium.engine.client import EngineClient
@@ -39,6 +42,16 @@ SHORT_PAYLOAD = 64 * 1024  # bytes that are hashed sooner
 LONG_TEXT = 1 << 20  # characters from which a text may be refused by its length alone
 MAX_REQUEST_TEMPLATE = 64 * 1024  # characters
 FEATURE_CACHE_BYTES = 64 * MiB
+Task = PoolingTask | Literal["generate"]
+TASKS: Mapping[str, tuple[Task, ...]] = {
+    "generate": ("generate",),
+    "embed": ("embed", "token_embed"),
+    "classify": ("classify", "token_classify"),
+    "reward": ("token_classify", "classify"),
+    "score": ("score",),
+    "auto": ("generate", "classify", "token_classify", "score", "embed", "token_embed"),
+}
+"""What --task leaves of what the model can do; the first that pools is what /pooling does if it is not told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +63,7 @@ class MediaTiming:
     decode_s: float = 0.0
     process_s: float = 0.0
     cached: bool = False
+    duration_s: float = 0.0  # the clip's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,17 +89,23 @@ class ServedModel:
 
     def __init__(self, *, names: Sequence[str], checkpoint: Checkpoint, tokenizer: Tokenizer,
                  template: ChatTemplate | None, processor: Processor, client: EngineClient, loader: MediaLoader,
-                 server: ServerConfig, limits: Limits, max_model_len: int | None = None) -> None:
+                 server: ServerConfig, limits: Limits, max_model_len: int | None = None, task: str = "auto",
+                 pooling_template: ChatTemplate | None = None) -> None:
+        """`pooling_template` is for models that are embedded with other words than they chat with."""
         self.names = tuple(names)
         self.checkpoint = checkpoint
         self.tokenizer = tokenizer
         self.template = template
+        self.pooling_template = pooling_template or template
         self.processor = processor
         self.client = client
         self.created = int(time.time())
         self.media_limits = _media_limits(server, limits)
+        self._task = task
         self._loader = loader
         self._server = server
+        self._lower_case = (checkpoint.folder / "modules.json").is_file() and read_pooling(
+            checkpoint.folder, "cls").lower_case
         self._configured_len = min(checkpoint.max_model_len, max_model_len or checkpoint.max_model_len)
         self._features = FeatureCache(FEATURE_CACHE_BYTES)
         self._threads = ThreadPoolExecutor(server.media_workers + 1, thread_name_prefix="prompt")
@@ -94,8 +114,9 @@ class ServedModel:
 
     @classmethod
     def open(cls, checkpoint: Checkpoint, *, names: Sequence[str], server: ServerConfig, limits: Limits,
-             loader: MediaLoader, client: EngineClient, max_model_len: int | None = None) -> ServedModel:
-        """Read what the HTTP process needs of a checkpoint. `max_model_len` is the flag."""
+             loader: MediaLoader, client: EngineClient, max_model_len: int | None = None,
+             task: str = "auto") -> ServedModel:
+        """Read what the HTTP process needs of a checkpoint. `max_model_len` and `task` are the flags."""
         family = FAMILIES.get(checkpoint.architecture)
         if family is None:
             raise StartupError(f"The architecture {checkpoint.architecture} is not supported.")
@@ -103,14 +124,59 @@ class ServedModel:
         processor: Processor = load_class(family.processor)(checkpoint, tokenizer, dict(server.mm_processor_kwargs))
         source = template_source(server.chat_template, checkpoint.chat_template, checkpoint.architecture, tokenizer)
         template = None if source is None else _chat_template(source, processor)
+        pooled = pooling_template_source(server.chat_template, (*names, *checkpoint.folder.parts[-3:]))
         return cls(names=names, checkpoint=checkpoint, tokenizer=tokenizer, template=template, processor=processor,
-                   client=client, loader=loader, server=server, limits=limits, max_model_len=max_model_len)
+                   client=client, loader=loader, server=server, limits=limits, max_model_len=max_model_len, task=task,
+                   pooling_template=None if pooled is None else _chat_template(pooled, processor))
 
     @property
     def max_model_len(self) -> int:
         """Tokens of prompt and answer together: the least of checkpoint, flag and what the engine has room for."""
         ready = self.client.ready
         return self._configured_len if ready is None else min(self._configured_len, ready.max_model_len)
+
+    # What it can do.
+
+    @property
+    def all_tasks(self) -> tuple[str, ...]:
+        """What the model can do, whatever --task says. Empty until it is loaded."""
+        ready = self.client.ready
+        return () if ready is None else ready.tasks
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """What it does here."""
+        can = self.all_tasks
+        if self._task == "score" and "embed" in can and "classify" not in can:
+            return ("embed",)  # an embedder scores by comparing vectors
+        return tuple(task for task in TASKS[self._task] if task in can)
+
+    @property
+    def default_pooling_task(self) -> PoolingTask | None:
+        return next((task for task in self.tasks if task != "generate"), None)
+
+    @property
+    def matryoshka_sizes(self) -> tuple[int, ...] | None:
+        """Sizes to which embeddings may be cut: () for any, None for none."""
+        config, given = self.checkpoint.config, self._server.matryoshka_dimensions
+        if given:
+            return () if 0 in given else given
+        listed = config.get("matryoshka_dimensions")
+        if isinstance(listed, list) and listed:
+            return tuple(size for size in listed if isinstance(size, int))
+        return () if config.get("is_matryoshka") is True else None
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of a classifier's classes."""
+        return label_names(self.checkpoint.config)
+
+    def check_task(self) -> None:
+        """StartupError if --task leaves nothing; only once the engine is ready."""
+        if not self.tasks:
+            raise StartupError(f"--task {self._task}: this model can only {', '.join(self.all_tasks)}")
+
+    # Prompts.
 
     async def chat_prompt(self, messages: Sequence[Message], media: Sequence[MediaSource], **options: Any) -> Prompt:
         """`prepare_chat` for who does not count the time."""
@@ -120,16 +186,17 @@ class ServedModel:
         self, messages: Sequence[Message], media: Sequence[MediaSource], *, add_generation_prompt: bool = True,
         continue_final_message: bool = False, add_special_tokens: bool = False,
         template_kwargs: Mapping[str, Any] | None = None, chat_template: str | None = None,
-        mm_processor_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None, pooled: bool = False,
+        truncation: Truncation | None = None,
     ) -> Prepared:
         """Messages and their media, in order of appearance, as one prompt.
 
         `add_special_tokens` False adds nothing but what the checkpoint's processor would: a BOS that a multimodal
-        model's template leaves to the tokenizer.
+        model's template leaves to the tokenizer. `pooled`: no answer follows, the prompt itself is looked at.
         """
         self._check_media(messages, media)
         processor = self._processor_for(mm_processor_kwargs or {})
-        template = await self._template_for(chat_template)
+        template = await self._template_for(chat_template, self.pooling_template if pooled else self.template)
         begin = time.perf_counter()
         small = _is_small(messages)
         text = await self._run(small, lambda: template.render(
@@ -141,6 +208,8 @@ class ServedModel:
         add = self._adds_special_tokens(text, add_special_tokens)
         prompt = await self._run(small and len(media) <= 4, lambda: self._build(processor, text, features, add))
         text_s += time.perf_counter() - begin
+        if truncation is not None and not prompt.media:
+            prompt = Prompt(truncation.cut(prompt.token_ids))
         self._check_fits(prompt, "messages")
         return Prepared(prompt, text_s, tuple(timings))
 
@@ -157,6 +226,42 @@ class ServedModel:
         self._check_fits(prompt, "prompt")
         return prompt
 
+    async def text_prompts(self, texts: Sequence[str | Sequence[int]], *, add_special_tokens: bool = True,
+                           truncation: Truncation | None = None, params: Sequence[str]) -> list[Prompt]:
+        """`text_prompt` of many, either all texts or all token ids, in one go. `params` says where each stands in the
+        request."""
+
+        def made() -> list[Prompt]:
+            rows = self._encoded(texts, add_special_tokens, truncation, params)
+            return [self._prompt_of_array(row, param) for row, param in zip(rows, params, strict=True)]
+
+        return await self._run(len(texts) == 1 and len(texts[0]) <= SHORT_TEXT, made)
+
+    async def pair_prompts(self, pairs: Sequence[tuple[str, str]], limits: PairLimits, *,
+                           params: Sequence[str]) -> list[Prompt]:
+        """Two texts each as one prompt, for cross-encoders. `params` says where the second one stands."""
+
+        def made() -> list[Prompt]:
+            if not limits.shortens_documents:
+                for pair, param in zip(pairs, params, strict=True):
+                    self._check_length_unread(max(pair, key=len), param)
+            rows = encode_pairs(self.tokenizer, pairs, limits)
+            return [self._prompt_of_array(ids, param, types if has_types else None)
+                    for (ids, types), param in zip(rows, params, strict=True)]
+
+        has_types = self.checkpoint.config.get("type_vocab_size", 0) > 1
+        return await self._run(False, made)
+
+    def truncation(self, wanted: int | None, side: Side | None) -> Truncation | None:
+        """What a request's `truncate_prompt_tokens` means here: -1 is as many as the model takes."""
+        if wanted is None:
+            return None
+        if wanted > self.max_model_len:
+            raise RequestError(f"`truncate_prompt_tokens` is {wanted}, more than this model's context of "
+                               f"{self.max_model_len} tokens.", param="truncate_prompt_tokens")
+        default: Side = "left" if self.checkpoint.tokenizer_config.get("truncation_side") == "left" else "right"
+        return Truncation(self.max_model_len if wanted == -1 else wanted, side or default)
+
     async def aclose(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
@@ -171,19 +276,46 @@ class ServedModel:
         return prompt
 
     def _prompt_of_ids(self, token_ids: Sequence[int]) -> Prompt:
-        vocab_size = self.checkpoint.vocab_size
-        if any(isinstance(token_id, bool) or not isinstance(token_id, int) for token_id in token_ids):
-            raise RequestError("Token ids must be integers.", param="prompt", code="invalid_token_id")
-        if min(token_ids) < 0 or max(token_ids) >= vocab_size:
-            raise RequestError(f"Token ids of this model are 0 to {vocab_size - 1}.", param="prompt",
-                               code="invalid_token_id")
-        placeholders = {self.processor.placeholder_id(kind) for kind in self.processor.modalities}
-        if not placeholders.isdisjoint(token_ids):
-            raise RequestError("The prompt has placeholder tokens of media, but no media. Use the chat endpoint.",
-                               param="prompt", code="media_count_mismatch")
-        ids = np.array(token_ids, np.int32)
+        ids = self._checked_ids(token_ids, "prompt")
+        self._check_no_placeholders(ids, "prompt")
         positions, delta = self.processor.positions(ids, (), ())
         return Prompt(ids, positions=positions, position_delta=delta)
+
+    def _checked_ids(self, token_ids: Sequence[int], param: str) -> Ids:
+        vocab_size = self.checkpoint.vocab_size
+        if any(isinstance(token_id, bool) or not isinstance(token_id, int) for token_id in token_ids):
+            raise RequestError("Token ids must be integers.", param=param, code="invalid_token_id")
+        if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+            raise RequestError(f"Token ids of this model are 0 to {vocab_size - 1}.", param=param,
+                               code="invalid_token_id")
+        return np.array(token_ids, np.int32)
+
+    def _check_no_placeholders(self, ids: Ids, param: str) -> None:
+        placeholders = [self.processor.placeholder_id(kind) for kind in self.processor.modalities]
+        if placeholders and np.isin(ids, placeholders).any():
+            raise RequestError("The prompt has placeholder tokens of media, but no media. Send media in `messages`.",
+                               param=param, code="media_count_mismatch")
+
+    def _encoded(self, texts: Sequence[str | Sequence[int]], add_special_tokens: bool,
+                 truncation: Truncation | None, params: Sequence[str]) -> list[Ids]:
+        strings = [text for text in texts if isinstance(text, str)]
+        if not strings:
+            rows = [self._checked_ids(ids, param) for ids, param in zip(texts, params, strict=True)]  # type: ignore[arg-type]
+            return rows if truncation is None else [truncation.cut(row) for row in rows]
+        if truncation is None:
+            for text, param in zip(strings, params, strict=True):
+                self._check_length_unread(text, param)
+        if self._lower_case:
+            strings = [text.lower() for text in strings]
+        return encode_texts(self.tokenizer, strings, add_special_tokens=add_special_tokens, truncation=truncation)
+
+    def _prompt_of_array(self, ids: Ids, param: str, token_types: Ids | None = None) -> Prompt:
+        if len(ids) == 0:
+            raise RequestError("There is a text without tokens.", param=param, code="empty_prompt")
+        self._check_no_placeholders(ids, param)
+        prompt = Prompt(ids, token_types=token_types)
+        self._check_fits(prompt, param)
+        return prompt
 
     def _adds_special_tokens(self, text: str, wanted: bool) -> bool:
         bos = self.tokenizer.bos_token
@@ -197,12 +329,12 @@ class ServedModel:
                                param="mm_processor_kwargs", code="mm_processor_kwargs_not_allowed")
         return self.processor.with_overrides(dict(settings)) if settings else self.processor
 
-    async def _template_for(self, source: str | None) -> ChatTemplate:
+    async def _template_for(self, source: str | None, default: ChatTemplate | None) -> ChatTemplate:
         if source is None:
-            if self.template is None:
+            if default is None:
                 raise RequestError("This model has no chat template. Start the server with --chat-template.",
                                    param="messages", code="no_chat_template")
-            return self.template
+            return default
         if not self._server.allow_request_chat_template:
             raise RequestError("This server takes no chat_template from requests (--allow-request-chat-template).",
                                param="chat_template", code="chat_template_not_allowed")
@@ -236,10 +368,10 @@ class ServedModel:
     ) -> tuple[list[MediaFeatures], list[MediaTiming]]:
         if not sources:
             return [], []
-        fetched = await _all(self._fetch(source, processor, settings) for source in sources)
+        fetched = await all_in_order(self._fetch(source, processor, settings) for source in sources)
         await self._check_fits_before_decoding(fetched, text)
         first_of = {medium.key: medium for medium in reversed(fetched)}  # a picture given twice is decoded once
-        made = await _all(self._made(medium, processor) for medium in first_of.values())
+        made = await all_in_order(self._made(medium, processor) for medium in first_of.values())
         by_key = dict(zip(first_of, made, strict=True))
         timings = [by_key[one.key][1] if first_of[one.key] is one
                    else MediaTiming(one.raw.kind, one.fetch_s, cached=True) for one in fetched]
@@ -254,7 +386,7 @@ class ServedModel:
         features = self._features.get(key)
         if features is not None:
             return _Fetched(raw, key, features.num_rows, fetch_s, features)
-        size = self._loader.probe(raw)
+        size = self._loader.probe(raw, sampling=processor.video_sampling(), sample_rate=processor.sample_rate)
         try:
             count = processor.num_tokens(raw.kind, size.height, size.width, size.frames)
         except MediaError as error:
@@ -264,15 +396,18 @@ class ServedModel:
 
     async def _made(self, medium: _Fetched, processor: Processor) -> tuple[MediaFeatures, MediaTiming]:
         kind = medium.raw.kind
+        duration_s = medium.raw.info.duration_s if medium.raw.info is not None else 0.0
         if medium.features is not None:
-            return medium.features, MediaTiming(kind, medium.fetch_s, cached=True)
+            return medium.features, MediaTiming(kind, medium.fetch_s, cached=True, duration_s=duration_s)
         begin = time.perf_counter()
         async with self._decoding:
-            item = await self._loader.decode(medium.raw)
+            item = await self._loader.decode(medium.raw, sampling=processor.video_sampling(),
+                                             sample_rate=processor.sample_rate)
             decoded = time.perf_counter()
             features = await self._run(False, lambda: processor.process(item))
         self._features.put(medium.key, features)
-        return features, MediaTiming(kind, medium.fetch_s, decoded - begin, time.perf_counter() - decoded)
+        return features, MediaTiming(kind, medium.fetch_s, decoded - begin, time.perf_counter() - decoded,
+                                     duration_s=duration_s)
 
     # Context.
 
@@ -338,7 +473,7 @@ def _is_small(messages: Sequence[Message]) -> bool:
                if isinstance(part, TextPart)) <= SHORT_TEXT
 
 
-async def _all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+async def all_in_order(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """All results in order. The first failure cancels the rest and is the one that is raised."""
     tasks = [asyncio.ensure_future(one) for one in work]
     try:

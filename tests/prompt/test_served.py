@@ -54,13 +54,13 @@ class Loader:
         self.fetched.append(source.url or "")
         return RawMedia(source.kind, source.param, (source.url or "").encode(), "image/png")
 
-    def probe(self, raw: RawMedia) -> MediaSize:
+    def probe(self, raw: RawMedia, **options: Any) -> MediaSize:
         if raw.payload.startswith(b"broken"):
             raise MediaError("The picture cannot be read.", param=raw.param, code="image_parse_error")
         width, height = raw.payload.split()[0].split(b"x")
         return MediaSize(int(height), int(width))
 
-    async def decode(self, raw: RawMedia) -> MediaItem:
+    async def decode(self, raw: RawMedia, **options: Any) -> MediaItem:
         self.decoded.append(raw.payload)
         size = self.probe(raw)
         pixels = np.full((size.height, size.width, 3), 7, np.uint8)

@@ -28,7 +28,7 @@ from sensorium.media.key import content_key
 from sensorium.media.magic import container_of
 from sensorium.media.pool import CRASHED, Bounds, Result, WorkerPool
 from sensorium.media.sampling import VideoSampling, fitted_size
-from sensorium.media.source import MediaSize, MediaSource, RawMedia, Refusal, StreamInfo
+from sensorium.media.source import MediaSize, MediaSource, RawMedia, Refusal, StreamInfo, size_text
 from sensorium.types import MediaItem, Modality
 
 LARGE_TEXT = 256 * 1024  # base64 characters from which decoding leaves the event loop
@@ -104,6 +104,10 @@ class MediaLoader:
 
     async def _read(self, source: MediaSource) -> tuple[bytes, str | None]:
         max_bytes = self._max_bytes(source.kind)
+        if source.payload is not None:
+            if len(source.payload) > max_bytes:
+                raise Refusal("file_size", f"The {{noun}}'s file is larger than {size_text(max_bytes)}.")
+            return source.payload, source.format
         url = source.url or ""
         scheme = url[:8].partition(":")[0].lower()
         if source.data is not None and source.url is None:

@@ -27,13 +27,15 @@ NOUNS: dict[Modality, str] = {"image": "picture", "video": "video", "audio": "so
 
 @dataclass(frozen=True, slots=True)
 class MediaSource:
-    """One medium as a request names it: a URL (http, https, data or file) or base64 `data` (`input_audio`)."""
+    """One medium as a request names or brings it: a URL (http, https, data or file), base64 `data` (`input_audio`), or
+    the file itself as it was uploaded."""
 
     kind: Modality
     param: str  # where it stands in the request: messages[0].content[1].image_url.url
     url: str | None = None
     data: str | None = None
     format: str | None = None  # what the client says `data` is; bytes decide
+    payload: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)

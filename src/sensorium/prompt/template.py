@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from sensorium.errors import RequestError, StartupError
-from sensorium.prompt import defaults, sandbox
+from sensorium.prompt import builtin, defaults, sandbox
 from sensorium.prompt.literals import CUT, escape_deep
 from sensorium.prompt.messages import MediaPart, Message, TextPart
 from sensorium.prompt.tokenizer import Tokenizer
@@ -211,10 +211,18 @@ def template_source(flag: str | None, checkpoint_template: str | None, architect
     return defaults.CHATML if has_chatml else None
 
 
+def pooling_template_source(flag: str | None, names: Iterable[str]) -> str | None:
+    """The template for embeddings, where the model has its own for them and the operator says nothing else."""
+    return builtin.pooling_template_of(names) if flag is None else None
+
+
 def _from_flag(flag: str) -> str:
     """`--chat-template`: what has braces or several lines is the template itself, anything else a file."""
     if any(character in flag for character in "{}\n"):
         return flag
+    known = builtin.template_of_file(flag)
+    if known is not None and not Path(flag).expanduser().is_file():
+        return known
     try:
         return Path(flag).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,0 +1,60 @@
+"""Chat templates that are known by name: of models that are embedded with other words than they chat with, and those
+that tutorials pass to --chat-template as a file. Literal data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import PurePath
+
+from sensorium.prompt import defaults
+
+# The picture comes where its part stands; the state of the end token is the embedding.
+_DSE_QWEN2 = (
+    "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
+    "{% endif %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}"
+    "{{ '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{{ '<|im_start|>assistant\n<|endoftext|>' }}"
+)
+# No markers of turns: parts in their order, a space between them.
+_VLM2VEC = (
+    "{% if messages | length > 1 %}"
+    "{{ raise_exception('Embedding models of this kind take exactly one message.') }}"
+    "{% endif %}"
+    "{% set seen = namespace(images=0) %}"
+    "{% for part in messages[0]['content'] %}"
+    "{% if not loop.first %}{{ ' ' }}{% endif %}"
+    "{% if part['type'] == 'image' %}"
+    "{% set seen.images = seen.images + 1 %}{{ '<|image_' ~ seen.images ~ '|>' }}"
+    "{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}"
+)
+
+POOLING: dict[str, str] = {"dse-qwen2": _DSE_QWEN2, "vlm2vec": _VLM2VEC}
+"""Part of a model's name -> the template for its embeddings."""
+
+FILES: dict[str, str] = {
+    "template_llava": defaults.TEMPLATES["LlavaForConditionalGeneration"],
+    "template_dse_qwen2_vl": _DSE_QWEN2,
+    "template_vlm2vec": _VLM2VEC,
+    "template_vlm2vec_phi3v": _VLM2VEC,
+}
+"""Names of template files that users of other servers know -> what they say."""
+
+
+def pooling_template_of(names: Iterable[str]) -> str | None:
+    """The template for embeddings of a model of one of these names, if it needs its own."""
+    known = [name.rstrip("/").rpartition("/")[2].lower() for name in names]
+    return next((template for key, template in POOLING.items() if any(key in name for name in known)), None)
+
+
+def template_of_file(file: str) -> str | None:
+    return FILES.get(PurePath(file).name.removesuffix(".jinja"))

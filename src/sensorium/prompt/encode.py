@@ -1,0 +1,101 @@
+"""Texts and pairs of texts as token ids for models that pool, truncated where the client asks for it.
+
+A truncated text keeps the special tokens around it. Of a pair only the second text is shortened to make it fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sensorium.errors import ContextLengthError
+from sensorium.prompt.tokenizer import Tokenizer
+
+Side = Literal["left", "right"]
+Ids = NDArray[np.int32]
+
+LONG_TEXT = 1 << 20  # characters of which one end is enough, however it is tokenized
+
+
+@dataclass(frozen=True, slots=True)
+class Truncation:
+    """At most so many tokens are kept; `side` is where the others are dropped."""
+
+    max_tokens: int
+    side: Side = "right"
+
+    def cut(self, ids: Ids) -> Ids:
+        if len(ids) <= self.max_tokens:
+            return ids
+        return ids[: self.max_tokens] if self.side == "right" else ids[len(ids) - self.max_tokens :]
+
+    def shorten(self, text: str) -> str:
+        """The end of a very long text that the kept tokens come from."""
+        return text[:LONG_TEXT] if self.side == "right" else text[-LONG_TEXT:]
+
+
+@dataclass(frozen=True, slots=True)
+class PairLimits:
+    """Tokens of each part of a pair and, if `total` is set, of the pair with its special tokens. 0 is no limit."""
+
+    max_query_tokens: int = 0
+    max_document_tokens: int = 0
+    total: int | None = None
+
+    @property
+    def shortens_documents(self) -> bool:
+        return bool(self.max_document_tokens) or self.total is not None
+
+
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], *, add_special_tokens: bool,
+                 truncation: Truncation | None = None) -> list[Ids]:
+    """All texts in one go, which runs on several cores; literals of special tokens in them are tokens."""
+    clean = [tokenizer.sanitize(truncation.shorten(text) if truncation else text) for text in texts]
+    if truncation is None:
+        found = tokenizer.raw.encode_batch_fast(clean, add_special_tokens=add_special_tokens)
+        return [np.array(encoding.ids, np.int32) for encoding in found]
+    room = truncation.max_tokens
+    if add_special_tokens:
+        room = max(0, room - tokenizer.raw.num_special_tokens_to_add(False))
+    found = tokenizer.raw.encode_batch_fast(clean, add_special_tokens=False)
+    for encoding in found:
+        encoding.truncate(room, direction=truncation.side)
+    return [truncation.cut(np.array(tokenizer.raw.post_process(encoding, None, add_special_tokens).ids, np.int32))
+            for encoding in found]
+
+
+def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], limits: PairLimits) -> list[tuple[Ids, Ids]]:
+    """(token ids, token types) of each pair, as the checkpoint's own tokenizer joins two texts."""
+    short = [(query[:LONG_TEXT] if limits.max_query_tokens else query,
+              document[:LONG_TEXT] if limits.shortens_documents else document) for query, document in pairs]
+    texts = list(dict.fromkeys(text for pair in short for text in pair))  # a query stands in many pairs
+    found = tokenizer.raw.encode_batch_fast([tokenizer.sanitize(text) for text in texts], add_special_tokens=False)
+    encoded = dict(zip(texts, found, strict=True))
+    num_special = tokenizer.raw.num_special_tokens_to_add(True)
+    return [_joined(tokenizer, encoded[query], encoded[document], limits, num_special) for query, document in short]
+
+
+def _joined(tokenizer: Tokenizer, query: Any, document: Any, limits: PairLimits, num_special: int) -> tuple[Ids, Ids]:
+    first = min(len(query), limits.max_query_tokens or len(query))
+    second = min(len(document), limits.max_document_tokens or len(document))
+    if limits.total is not None:
+        second = min(second, limits.total - num_special - first)
+        if second < 0:
+            raise ContextLengthError(f"The query alone has {first} tokens, which leaves no room for a document: the "
+                                     f"two may have {limits.total} with {num_special} special tokens.")
+    joined = tokenizer.raw.post_process(_first(query, first), _first(document, second), True)
+    return np.array(joined.ids, np.int32), np.array(joined.type_ids, np.int32)
+
+
+def _first(encoding: Any, count: int) -> Any:
+    """The beginning of an encoding, which itself is left as it is: several pairs share it."""
+    if len(encoding) <= count:
+        return encoding
+    twin = type(encoding).merge([encoding])
+    twin.truncate(count)
+    return twin
+
