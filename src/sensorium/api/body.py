@@ -1,4 +1,4 @@
-"""Reads a JSON body under limits and parses it once. Nothing is believed before its size is known to be allowed."""
+"""Reads bodies under limits; JSON is parsed once. Nothing is believed before its size is known to be allowed."""
 
 from __future__ import annotations
 
@@ -54,17 +54,29 @@ async def read_body(receive: Receive, max_bytes: int, limits: Limits, on_bytes: 
 
     `on_bytes` is told of every piece and may refuse it too.
     """
+    pieces: list[bytes] = []
+
+    def take(piece: bytes) -> None:
+        on_bytes(len(piece))
+        pieces.append(piece)
+
+    await receive_body(receive, max_bytes, limits, take, declared_bytes=declared_bytes)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+async def receive_body(receive: Receive, max_bytes: int, limits: Limits, take: Callable[[bytes], None], *,
+                       declared_bytes: int | None = None) -> None:
+    """Give every piece of a body to `take`, which may refuse it, as it comes."""
     if declared_bytes is not None and declared_bytes > max_bytes:
         raise _too_large(max_bytes)
     try:
         async with asyncio.timeout(limits.body_timeout_s):
-            return await _receive_all(receive, max_bytes, limits.max_body_messages, on_bytes)
+            await _receive_all(receive, max_bytes, limits.max_body_messages, take)
     except TimeoutError:
         raise RequestTimeoutError(f"The body was not complete after {limits.body_timeout_s:g} seconds.") from None
 
 
-async def _receive_all(receive: Receive, max_bytes: int, max_pieces: int, on_bytes: Callable[[int], None]) -> bytes:
-    pieces: list[bytes] = []
+async def _receive_all(receive: Receive, max_bytes: int, max_pieces: int, take: Callable[[bytes], None]) -> None:
     size_bytes = tiny_pieces = 0
     while True:
         message = await receive()
@@ -75,12 +87,11 @@ async def _receive_all(receive: Receive, max_bytes: int, max_pieces: int, on_byt
         tiny_pieces += len(piece) < _TINY_BYTES
         if size_bytes > max_bytes:
             raise _too_large(max_bytes)
-        on_bytes(len(piece))
         if tiny_pieces > max_pieces:
             raise BodyTooLargeError("The body came in too many small pieces; send larger ones.")
-        pieces.append(piece)
+        take(piece)
         if not message.get("more_body", False):
-            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            return
 
 
 def _too_large(max_bytes: int) -> BodyTooLargeError:

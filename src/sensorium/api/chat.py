@@ -26,6 +26,7 @@ async def chat_completions(service: Service, call: Call) -> None:
         request = await read_request(call, ChatRequest, service.limits, service.unknown, pending)
         request.check(service.limits, service.server)
         entry = service.entry(request.model)
+        entry.need("generate")
         with entry.admission.admit(request.choices) as permit:
             async with service.flight(call):
                 prompt, echoed = await _prompt(service, entry, request)

@@ -26,6 +26,7 @@ async def completions(service: Service, call: Call) -> None:
         request = await read_request(call, CompletionRequest, service.limits, service.unknown, pending)
         request.check(service.limits)
         entry = service.entry(request.model)
+        entry.need("generate")
         with entry.admission.admit(len(request.prompts) * request.choices) as permit:
             async with service.flight(call):
                 prompts = await _prompts(entry, request)

@@ -161,6 +161,8 @@ async def _unless(event: asyncio.Event, work: Coroutine[None, None, None]) -> bo
 
 async def _all_ready(models: Mapping[str, ServedModel]) -> None:
     await asyncio.gather(*(model.client.wait_ready() for model in _distinct(models)))
+    for model in _distinct(models):
+        model.check_task()
 
 
 async def _failed(models: Mapping[str, ServedModel]) -> None:

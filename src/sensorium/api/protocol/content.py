@@ -117,20 +117,31 @@ class Conversation:
         return "".join(part.text for part in self.messages[-1].content if isinstance(part, TextPart))
 
 
-def conversation(messages: Sequence[ChatMessage], modalities: frozenset[Modality], limits: Limits) -> Conversation:
+def conversation(messages: Sequence[ChatMessage], modalities: frozenset[Modality], limits: Limits, *,
+                 where: str = "messages") -> Conversation:
     """Check a chat's messages against the limits and the model, and make the project's own types of them."""
     if len(messages) > limits.max_messages:
-        raise RequestError(f"`messages` must have at most {limits.max_messages} entries.", param="messages")
+        raise RequestError(f"`{where}` must have at most {limits.max_messages} entries.", param=where)
     media: list[MediaSource] = []
     made: list[Message] = []
     for index, message in enumerate(messages):
-        where = f"messages[{index}]"
-        _check_message(message, where, limits)
-        parts = tuple(_part(part, f"{where}.content[{place}]", modalities, media)
-                      for place, part in enumerate(_parts(message)))
+        place = f"{where}[{index}]"
+        _check_message(message, place, limits)
+        parts = tuple(_part(part, f"{place}.content[{number}]", modalities, media)
+                      for number, part in enumerate(_parts(message)))
         role = "system" if message.role == "developer" else message.role
         made.append(Message(role, parts, name=message.name or None))
     return Conversation(tuple(made), tuple(media))
+
+
+def message_of_parts(parts: Sequence[Any], where: str, modalities: frozenset[Modality],
+                     limits: Limits) -> Conversation:
+    """Parts without a chat around them, as what a user says."""
+    if len(parts) > limits.max_parts:
+        raise RequestError(f"`{where}` must have at most {limits.max_parts} parts.", param=where)
+    media: list[MediaSource] = []
+    made = tuple(_part(part, f"{where}[{number}]", modalities, media) for number, part in enumerate(parts))
+    return Conversation((Message("user", made),), tuple(media))
 
 
 def _check_message(message: ChatMessage, where: str, limits: Limits) -> None:

@@ -1,0 +1,36 @@
+"""POST /v1/embeddings."""
+
+from __future__ import annotations
+
+from sensorium.api.asgi import Call
+from sensorium.api.pooled import opened, pool_inputs
+from sensorium.api.protocol.pooling import EmbeddingsRequest
+from sensorium.api.service import Entry, Service
+from sensorium.api.vectors import respond_vectors
+from sensorium.errors import RequestError
+
+
+async def embeddings(service: Service, call: Call) -> None:
+    async with opened(service, call, EmbeddingsRequest) as job:
+        job.entry.need("embed")
+        _check_dimensions(job.entry, job.request.dimensions)
+        pooled = await pool_inputs(job, job.request.params())
+        await respond_vectors(call, pooled, prefix="embd", model=job.model_name, kind="embedding", key="embedding",
+                              encoding=job.request.encoding_format or "float")
+
+
+def _check_dimensions(entry: Entry, wanted: int | None) -> None:
+    """Only vectors of models that were trained for it mean anything when they are cut."""
+    if wanted is None:
+        return
+    sizes = entry.model.matryoshka_sizes
+    ready = entry.model.client.ready
+    whole = ready.embedding_size if ready is not None else 0
+    if sizes is None:
+        raise RequestError(f"The model {entry.name!r} does not support Matryoshka embeddings; `dimensions` must be "
+                           "left out. The operator can allow it with --matryoshka-dimensions.", param="dimensions")
+    if sizes and wanted not in sizes:
+        raise RequestError(f"`dimensions` must be one of {', '.join(map(str, sizes))} with this model.",
+                           param="dimensions")
+    if wanted > whole:
+        raise RequestError(f"`dimensions` must be at most {whole} with this model.", param="dimensions")

@@ -1,0 +1,61 @@
+"""POST /pooling and /classify."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+
+from sensorium.api.asgi import Call
+from sensorium.api.pooled import Pooled, opened, pool_inputs
+from sensorium.api.protocol.pooling import ClassifyRequest, PoolingRequest
+from sensorium.api.service import Entry, Service
+from sensorium.api.vectors import LARGE, envelope, respond_vectors
+from sensorium.types import PoolingParams, PoolingTask
+
+MAX_NUMBERS = 2**23
+"""Of one answer that has a vector for every token: 32 MiB, about 170 MB as JSON."""
+
+
+async def pooling(service: Service, call: Call) -> None:
+    async with opened(service, call, PoolingRequest) as job:
+        request, entry = job.request, job.entry
+        task = request.task or entry.model.default_pooling_task or "embed"
+        entry.need(task, param="task" if request.task else "model")
+        pooled = await pool_inputs(job, _params(task, request), max_tokens=_max_tokens(entry, task))
+        await respond_vectors(call, pooled, prefix="pooling", model=job.model_name, kind="pooling", key="data",
+                              encoding=request.encoding_format or "float")
+
+
+def _params(task: PoolingTask, request: PoolingRequest) -> PoolingParams:
+    """An embedding's activation is its normalisation."""
+    if task in ("embed", "token_embed"):
+        return PoolingParams(task, normalize=request.use_activation)
+    return PoolingParams(task, activation=request.use_activation)
+
+
+def _max_tokens(entry: Entry, task: PoolingTask) -> int | None:
+    if task not in ("token_embed", "token_classify"):
+        return None
+    ready = entry.model.client.ready
+    embedding_size = ready.embedding_size if ready is not None else 1
+    return MAX_NUMBERS // max(1, embedding_size if task == "token_embed" else len(entry.model.labels))
+
+
+async def classify(service: Service, call: Call) -> None:
+    async with opened(service, call, ClassifyRequest) as job:
+        job.entry.need("classify")
+        pooled = await pool_inputs(job, job.request.params())
+        few = sum(vector.size for vector in pooled.vectors) < LARGE
+        data = _classes(job.entry, pooled) if few else await asyncio.to_thread(_classes, job.entry, pooled)
+        await call.respond(envelope("classify", job.model_name, data, pooled.usage()))
+
+
+def _classes(entry: Entry, pooled: Pooled) -> bytes:
+    labels = entry.model.labels
+    rows = []
+    for index, vector in enumerate(pooled.vectors):
+        best = int(vector.argmax())
+        rows.append({"index": index, "label": labels[best] if best < len(labels) else None, "probs": vector.tolist(),
+                     "num_classes": len(vector)})
+    return msgspec.json.encode(rows)

@@ -1,0 +1,112 @@
+"""The form of POST /v1/audio/transcriptions and /translations, and what its fields ask the model to do.
+
+A form's values are text, so numbers and truth values are read from it here; bounds are those of chats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import ConfigDict, Field, ValidationError
+
+from sensorium.api.protocol.common import INT32_MAX, Body, Name, UnknownFields
+from sensorium.api.protocol.sampling import SamplingBody
+from sensorium.api.protocol.validation import request_error
+from sensorium.errors import RequestError, UnsupportedFieldError
+
+TRANSCRIBE = "Write down what is said in this recording, word for word, and nothing else."
+TRANSLATE = "Write down in {language} what is said in this recording, and nothing else."
+SPOKEN = "It is spoken in {language}."
+CONTEXT = "What comes before it: {prompt}"
+HOTWORDS = "Words that may occur in it: {hotwords}"
+"""Models that chat about sounds have no other way to be told than in words."""
+
+LANGUAGES: dict[str, str] = {
+    "ar": "Arabic", "cs": "Czech", "da": "Danish", "de": "German", "el": "Greek", "en": "English", "es": "Spanish",
+    "fi": "Finnish", "fr": "French", "he": "Hebrew", "hi": "Hindi", "hu": "Hungarian", "id": "Indonesian",
+    "it": "Italian", "ja": "Japanese", "ko": "Korean", "ms": "Malay", "nl": "Dutch", "no": "Norwegian", "pl": "Polish",
+    "pt": "Portuguese", "ro": "Romanian", "ru": "Russian", "sv": "Swedish", "th": "Thai", "tr": "Turkish",
+    "uk": "Ukrainian", "vi": "Vietnamese", "zh": "Chinese",
+}
+"""Codes as clients write them -> what the model is told; other words are passed on as they are."""
+
+Language = Annotated[str, Field(min_length=1, max_length=32, pattern=r"^[A-Za-z][A-Za-z \-]*$")]
+REPEATED = ("timestamp_granularities[]", "include[]")
+
+
+class AudioRequest(Body):
+    """Every field of the form but the file."""
+
+    model_config = ConfigDict(strict=False)  # the rest is Body's
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "best_of": ("1",), "chunking_strategy": ("", "auto"), "include": ([],), "length_penalty": ("1", "1.0"),
+        "n": ("1",), "stop": ("",), "timestamp_granularities": ([], ["segment"]), "use_beam_search": ("false", "False",
+        "0"), "vllm_xargs": ("", "{}")}
+
+    model: Name | None = None
+    language: Language | None = None
+    to_language: Language | None = None
+    prompt: Annotated[str, Field(max_length=8192)] | None = None
+    hotwords: Annotated[str, Field(max_length=8192)] | None = None
+    response_format: Literal["json", "text", "verbose_json"] | None = None
+    stream: bool | None = None
+    stream_include_usage: bool | None = None
+    stream_continuous_usage_stats: bool | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=INT32_MAX)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
+
+    def check(self) -> None:
+        if self.stream and self.response_format == "verbose_json":
+            raise RequestError("`verbose_json` cannot be streamed.", param="response_format")
+
+    def sampling_body(self) -> SamplingBody:
+        """Greedy unless the request says otherwise."""
+        return SamplingBody(
+            temperature=0.0 if self.temperature is None else self.temperature, top_p=self.top_p, top_k=self.top_k,
+            min_p=self.min_p, seed=self.seed, presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty, repetition_penalty=self.repetition_penalty)
+
+    def instruction(self, *, translates: bool) -> str:
+        """What the model is told beside the recording."""
+        lines = [TRANSLATE.format(language=named(self.to_language or "en")) if translates else TRANSCRIBE]
+        if self.language:
+            lines.append(SPOKEN.format(language=named(self.language)))
+        if self.prompt:
+            lines.append(CONTEXT.format(prompt=self.prompt))
+        if self.hotwords:
+            lines.append(HOTWORDS.format(hotwords=self.hotwords))
+        return "\n".join(lines)
+
+
+def named(language: str) -> str:
+    return LANGUAGES.get(language.lower(), language)
+
+
+def parse_fields(fields: Mapping[str, list[str]], unknown: UnknownFields) -> AudioRequest:
+    """The request that a form's fields describe. A field that is empty counts as left out."""
+    values: dict[str, Any] = {}
+    for name, given in fields.items():
+        if name in REPEATED:
+            values[name.removesuffix("[]")] = given
+        elif len(given) > 1:
+            raise RequestError(f"`{name}` is given twice.", param=name)
+        elif given[0]:
+            values[name] = given[0]
+    if values.get("response_format") in ("srt", "vtt", "diarized_json"):
+        raise UnsupportedFieldError("`response_format` must be json, text or verbose_json: the model tells no times and no "
+                                    "speakers.", param="response_format")
+    try:
+        request = AudioRequest.model_validate(values)
+    except ValidationError as error:
+        raise request_error(error) from None
+    request.check_fields(unknown)
+    request.check()
+    return request

@@ -1,0 +1,164 @@
+"""What all pooling endpoints' bodies share, and the bodies of /v1/embeddings, /pooling and /classify.
+
+Each takes either `input` (texts or token ids) or `messages` (one conversation or several).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Discriminator, Field, Tag
+
+from sensorium.api.protocol.chat import ProcessorKwargs, TemplateFields, TemplateKwargs
+from sensorium.api.protocol.common import INT32_MAX, NOTHING, UNSUPPORTED, Body, Name, Priority, Text
+from sensorium.api.protocol.completion import TokenIds
+from sensorium.api.protocol.content import ChatMessage, Conversation, Messages, conversation
+from sensorium.config import Limits, ServerConfig
+from sensorium.errors import RequestError
+from sensorium.prompt.encode import Side
+from sensorium.types import Modality, PoolingParams
+
+MAX_INPUTS = 2**16
+"""The operator's limit is the one that counts; this only bounds what is parsed."""
+
+Encoding = Literal["float", "base64"]
+PooledInput = str | list[int] | Conversation
+"""One sequence that is asked for: text, token ids or a chat."""
+
+
+def _input_form(value: Any) -> str:
+    if not isinstance(value, list):
+        return "<text>"
+    first = value[0] if value else None
+    if isinstance(first, list):
+        return "<many ids>"
+    return "<texts>" if first is None or isinstance(first, str) else "<ids>"
+
+
+InputField = Annotated[
+    Annotated[Text, Tag("<text>")] | Annotated[TokenIds, Tag("<ids>")]
+    | Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS), Tag("<texts>")]
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_INPUTS), Tag("<many ids>")],
+    Discriminator(_input_form)]
+
+
+def _chat_form(value: Any) -> str:
+    return "<many>" if isinstance(value, list) and value and isinstance(value[0], list) else "<one>"
+
+
+ChatsField = Annotated[
+    Annotated[Messages, Tag("<one>")]
+    | Annotated[list[Messages], Field(min_length=1, max_length=MAX_INPUTS), Tag("<many>")],
+    Discriminator(_chat_form)]
+
+
+class PoolingBody(Body, TemplateFields):
+    """Fields of every endpoint that answers with vectors, classes or scores."""
+
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **{name: harmless for name, harmless in UNSUPPORTED.items()
+           if name not in ("truncate_prompt_tokens", "truncation_side")},
+        "embed_dtype": (None, "float32"), "endianness": (None, "native", "little"), "padding": (None, "do_not_pad"),
+        "data": NOTHING, "instruction": NOTHING}
+
+    model: Name | None = None
+    user: Annotated[str, Field(max_length=1024)] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=INT32_MAX)] | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    priority: Priority | None = None
+    cache_salt: Annotated[str, Field(max_length=128)] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: Text | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
+    mm_processor_kwargs: ProcessorKwargs | None = None
+    use_activation: bool | None = None
+
+    def check(self, limits: Limits, server: ServerConfig) -> None:
+        """Everything that can be refused before a prompt is made."""
+        self.check_template(server)
+        for name in ("normalize", "softmax", "activation"):
+            if (self.model_extra or {}).get(name) is not None:
+                raise RequestError(f"`{name}` is now called `use_activation`.", param=name, code="unsupported_field")
+        if self.truncate_prompt_tokens == 0:
+            raise RequestError("`truncate_prompt_tokens` must be at least 1, or -1 for as many as the model takes.",
+                               param="truncate_prompt_tokens")
+
+    @property
+    def generates_prompt(self) -> bool:
+        """Nothing is to be said after the last message, unless the request wants to pool there."""
+        return bool(self.add_generation_prompt)
+
+    def side(self, default: Side) -> Side:
+        return self.truncation_side or default
+
+
+class InputBody(PoolingBody):
+    """One or many sequences: `input` or `messages`."""
+
+    input: InputField | None = None
+    messages: ChatsField | None = None
+
+    def check(self, limits: Limits, server: ServerConfig) -> None:
+        super().check(limits, server)
+        if (self.input is None) == (self.messages is None):
+            word = "Exactly one" if self.input is not None else "One"
+            raise RequestError(f"{word} of `input` and `messages` is needed.", param="input",
+                               code=None if self.input is not None else "missing_required_parameter")
+        for index, item in enumerate(self._given_inputs()):
+            if not item:
+                where = f"input[{index}]" if isinstance(self.input, list) else "input"
+                raise RequestError(f"`{where}` must not be empty.", param=where)
+
+    def inputs(self, modalities: frozenset[Modality], limits: Limits) -> list[PooledInput]:
+        """The sequences in order, checked against the limits and the model."""
+        if self.messages is None:
+            return [*self._given_inputs()]
+        chats = self._chats()
+        many = len(chats) > 1 or isinstance(self.messages[0], list)
+        return [conversation(chat, modalities, limits, where=f"messages[{index}]" if many else "messages")
+                for index, chat in enumerate(chats)]
+
+    @property
+    def count(self) -> int:
+        return len(self._chats()) if self.messages is not None else len(self._given_inputs())
+
+    def _given_inputs(self) -> list[str] | list[list[int]]:
+        given: Any = self.input
+        if given is None:
+            return []
+        if isinstance(given, str) or isinstance(given[0], int):
+            return [given]
+        many: list[str] | list[list[int]] = given
+        return many
+
+    def _chats(self) -> list[list[ChatMessage]]:
+        given: Any = self.messages or []
+        chats: list[list[ChatMessage]] = given if given and isinstance(given[0], list) else [given]
+        return chats
+
+
+class EmbeddingsRequest(InputBody):
+    encoding_format: Encoding | None = None
+    dimensions: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
+
+    def params(self) -> PoolingParams:
+        return PoolingParams("embed", normalize=self.use_activation, dimensions=self.dimensions)
+
+
+class PoolingRequest(InputBody):
+    encoding_format: Encoding | None = None
+    dimensions: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
+    task: Literal["embed", "classify", "token_embed", "token_classify"] | None = None
+
+    def check(self, limits: Limits, server: ServerConfig) -> None:
+        super().check(limits, server)
+        if self.dimensions is not None:
+            raise RequestError("`dimensions` is not supported here; /v1/embeddings has it.", param="dimensions",
+                               code="unsupported_field")
+
+
+class ClassifyRequest(InputBody):
+    def params(self) -> PoolingParams:
+        return PoolingParams("classify", activation=self.use_activation)

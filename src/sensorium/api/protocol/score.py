@@ -1,0 +1,136 @@
+"""The bodies of /score and /rerank: texts, or contents of text and media, compared with one another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import Discriminator, Field, Tag
+
+from sensorium.api.protocol.common import Count, Nested, Text
+from sensorium.api.protocol.content import Conversation, Part, TextContent, message_of_parts
+from sensorium.api.protocol.pooling import MAX_INPUTS, PoolingBody
+from sensorium.config import Limits, ServerConfig
+from sensorium.errors import RequestError
+from sensorium.types import Modality, PoolingParams
+
+_FIELDS = (("queries", "documents"), ("queries", "items"), ("data_1", "data_2"), ("text_1", "text_2"))
+
+
+class PartsItem(Nested):
+    """Text and media that belong together."""
+
+    content: Annotated[list[Part], Field(min_length=1, max_length=4096)]
+
+
+class TextItem(Nested):
+    """A text as other rerankers' clients write it."""
+
+    text: Text
+
+
+def _item_form(value: Any) -> str:
+    if isinstance(value, str):
+        return "<string>"
+    is_text = isinstance(value, TextItem) or (isinstance(value, dict) and "content" not in value)
+    return "<text>" if is_text else "<parts>"
+
+
+def _items_form(value: Any) -> str:
+    return "<many>" if isinstance(value, list) else _item_form(value)
+
+
+Item = Annotated[
+    Annotated[Text, Tag("<string>")] | Annotated[PartsItem, Tag("<parts>")] | Annotated[TextItem, Tag("<text>")],
+    Discriminator(_item_form)]
+Many = Annotated[list[Item], Field(min_length=1, max_length=MAX_INPUTS)]
+Items = Annotated[
+    Annotated[Text, Tag("<string>")] | Annotated[PartsItem, Tag("<parts>")] | Annotated[TextItem, Tag("<text>")]
+    | Annotated[Many, Tag("<many>")],
+    Discriminator(_items_form)]
+
+
+class ComparingBody(PoolingBody):
+    """Fields of both endpoints. Limits of tokens cut the texts before they are joined; 0 leaves them whole."""
+
+    max_tokens_per_query: Count | None = None
+    max_tokens_per_doc: Count | None = None
+
+    def params(self) -> PoolingParams:
+        return PoolingParams("score", activation=self.use_activation)
+
+
+class ScoreRequest(ComparingBody):
+    """One of four pairs of names for the two sides."""
+
+    queries: Items | None = None
+    documents: Items | None = None
+    items: Items | None = None
+    data_1: Items | None = None
+    data_2: Items | None = None
+    text_1: Items | None = None
+    text_2: Items | None = None
+
+    def check(self, limits: Limits, server: ServerConfig) -> None:
+        super().check(limits, server)
+        left, right = self.sides
+        check_items(left, self.names[0])
+        check_items(right, self.names[1])
+        if len(left) != len(right) and len(left) != 1:
+            raise RequestError(f"`{self.names[0]}` has {len(left)} entries and `{self.names[1]}` {len(right)}; they "
+                               "must be 1 and 1, 1 and N or N and N.", param=self.names[0])
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """The fields in which the two sides were given."""
+        given = tuple(name for name in dict.fromkeys(name for pair in _FIELDS for name in pair)
+                      if getattr(self, name) is not None)
+        for pair in _FIELDS:
+            if given == pair:
+                return pair
+        raise RequestError("Give two sides to compare: `queries` and `documents` (or `items`), `data_1` and `data_2`, "
+                           "or `text_1` and `text_2`.", param=given[0] if given else "queries")
+
+    @property
+    def sides(self) -> tuple[Sequence[Item], Sequence[Item]]:
+        left, right = self.names
+        return as_list(getattr(self, left)), as_list(getattr(self, right))
+
+
+class RerankRequest(ComparingBody):
+    query: Item
+    documents: Many
+    top_n: Count | None = None
+    return_documents: bool | None = None
+
+    def check(self, limits: Limits, server: ServerConfig) -> None:
+        super().check(limits, server)
+        check_items([self.query], "query", single=True)
+        check_items(self.documents, "documents")
+
+
+def as_list(given: Any) -> Sequence[Item]:
+    return given if isinstance(given, list) else [given]
+
+
+def check_items(items: Sequence[Any], name: str, *, single: bool = False) -> None:
+    for index, item in enumerate(items):
+        if plain_text(item) == "":
+            where = name if single else f"{name}[{index}]"
+            raise RequestError(f"`{where}` must not be empty.", param=where)
+
+
+def plain_text(item: Any) -> str | None:
+    """An item's text; None if it has media (or parts that we do not have)."""
+    if isinstance(item, str):
+        return item
+    if isinstance(item, TextItem):
+        return item.text
+    if not all(isinstance(part, TextContent) for part in item.content):
+        return None
+    return "\n".join(part.text for part in item.content)
+
+
+def as_conversation(item: PartsItem, where: str, modalities: frozenset[Modality], limits: Limits) -> Conversation:
+    """Contents as a user's message, for models that see them through their chat template."""
+    return message_of_parts(item.content, f"{where}.content", modalities, limits)

@@ -1,0 +1,155 @@
+"""POST /score and /rerank: a cross-encoder reads both texts together; of an embedder the two vectors are compared."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import msgspec
+import numpy as np
+
+from sensorium.api.asgi import Call
+from sensorium.api.pooled import Job, Pooled, Vector, check_count, count_tokens, make_prompts, opened, run
+from sensorium.api.protocol.pooling import PooledInput
+from sensorium.api.protocol.score import (
+    ComparingBody,
+    PartsItem,
+    RerankRequest,
+    ScoreRequest,
+    as_conversation,
+    plain_text,
+)
+from sensorium.api.service import Service
+from sensorium.api.vectors import envelope
+from sensorium.errors import RequestError
+from sensorium.prompt.encode import PairLimits, Truncation
+from sensorium.types import PoolingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One side of a comparison, and where it stands in the request."""
+
+    items: Sequence[Any]
+    name: str
+    max_tokens: int  # of each item; 0 for all
+    is_list: bool = True
+
+    def place(self, index: int) -> str:
+        return f"{self.name}[{index}]" if self.is_list else self.name
+
+
+async def score(service: Service, call: Call) -> None:
+    async with opened(service, call, ScoreRequest) as job:
+        request, names, (left, right) = job.request, job.request.names, job.request.sides
+        pooled = await _compare(job, *(
+            Side(items, name, most or 0, isinstance(getattr(request, name), list)) for items, name, most
+            in ((left, names[0], request.max_tokens_per_query), (right, names[1], request.max_tokens_per_doc))))
+        rows = [{"index": index, "object": "score", "score": float(vector[0])}
+                for index, vector in enumerate(pooled.vectors)]
+        await call.respond(envelope("score", job.model_name, msgspec.json.encode(rows), pooled.usage()))
+
+
+async def rerank(service: Service, call: Call) -> None:
+    async with opened(service, call, RerankRequest) as job:
+        request = job.request
+        pooled = await _compare(job, Side([request.query], "query", request.max_tokens_per_query or 0, is_list=False),
+                                Side(request.documents, "documents", request.max_tokens_per_doc or 0))
+        scores = [float(vector[0]) for vector in pooled.vectors]
+        best = sorted(range(len(scores)), key=lambda index: -scores[index])[:request.top_n or len(scores)]
+        shown = request.return_documents is not False
+        rows = [{"index": index, **({"document": _document(request.documents[index])} if shown else {}),
+                 "relevance_score": scores[index]} for index in best]
+        usage = {"prompt_tokens": pooled.prompt_tokens, "total_tokens": pooled.prompt_tokens}
+        await call.respond(msgspec.json.encode({
+            "id": "rerank-" + secrets.token_hex(12), "model": job.model_name, "usage": usage, "results": rows}))
+
+
+def _document(item: Any) -> dict[str, Any]:
+    if isinstance(item, PartsItem):
+        return {"text": None, "multi_modal": item.model_dump(mode="json")}
+    return {"text": plain_text(item), "multi_modal": None}
+
+
+async def _compare(job: Job[ComparingBody], left: Side, right: Side) -> Pooled:
+    """A score, as a vector of one number, for every pair."""
+    model = job.model
+    if "score" in model.tasks:
+        check_count(job, max(len(left.items), len(right.items)), right.name)
+        return await _cross_encoded(job, left, right)
+    if "classify" in model.all_tasks:
+        raise RequestError(f"Scores need a classifier with one label; the model {job.entry.name!r} has "
+                           f"{len(model.labels)}. Use /classify.", param="model", code="unsupported_task")
+    job.entry.need("embed", doing="score")
+    check_count(job, len(left.items) + len(right.items), right.name)
+    return await _compared(job, left, right)
+
+
+# Cross-encoders
+
+
+async def _cross_encoded(job: Job[ComparingBody], left: Side, right: Side) -> Pooled:
+    queries, documents = _texts(left), _texts(right)
+    pairs = list(zip(_repeated(queries, len(documents)), documents, strict=True))
+    places = [right.place(index) for index in range(len(documents))]
+    truncation = job.truncation()
+    limits = PairLimits(left.max_tokens, right.max_tokens, truncation.max_tokens if truncation is not None else None)
+    with job.entry.pooling_admission.admit(len(pairs)) as permit:
+        prompts = await job.model.pair_prompts(pairs, limits, params=places)
+        job.pending.release()
+        permit.add_prompt_tokens(count_tokens(job, prompts))
+        return await run(job, prompts, job.request.params())
+
+
+def _repeated(items: list[Any], count: int) -> list[Any]:
+    """One query stands against every document."""
+    return items * count if len(items) == 1 else items
+
+
+def _texts(side: Side) -> list[str]:
+    texts = []
+    for index, item in enumerate(side.items):
+        text = plain_text(item)
+        if text is None:
+            raise RequestError("This model compares texts only.", param=side.place(index), code="unsupported_modality")
+        texts.append(text)
+    return texts
+
+
+# Embedders
+
+
+async def _compared(job: Job[ComparingBody], left: Side, right: Side) -> Pooled:
+    inputs = [[_input(job, side, index) for index in range(len(side.items))] for side in (left, right)]
+    with job.entry.pooling_admission.admit(len(left.items) + len(right.items)) as permit:
+        prompts = []
+        for side, given in zip((left, right), inputs, strict=True):
+            places = [side.place(index) for index in range(len(given))]
+            prompts += await make_prompts(job, given, places, _narrower(job.truncation(), side.max_tokens))
+        permit.add_prompt_tokens(count_tokens(job, prompts))
+        pooled = await run(job, prompts, PoolingParams("embed"))
+    queries, documents = pooled.vectors[:len(left.items)], pooled.vectors[len(left.items):]
+    pairs = zip(_repeated(queries, len(documents)), documents, strict=True)
+    return replace(pooled, vectors=[cosine(query, document) for query, document in pairs])
+
+
+def _input(job: Job[ComparingBody], side: Side, index: int) -> PooledInput:
+    item = side.items[index]
+    if isinstance(item, PartsItem):
+        return as_conversation(item, side.place(index), job.model.processor.modalities, job.service.limits)
+    return cast(str, plain_text(item))
+
+
+def _narrower(truncation: Truncation | None, max_tokens: int) -> Truncation | None:
+    if not max_tokens:
+        return truncation
+    return Truncation(max_tokens if truncation is None else min(max_tokens, truncation.max_tokens))
+
+
+def cosine(one: Vector, other: Vector) -> Vector:
+    """As a vector of one number. A vector of zeros is like nothing."""
+    wide, other_wide = one.astype(np.float64), other.astype(np.float64)
+    length = float(np.linalg.norm(wide) * np.linalg.norm(other_wide))
+    return np.array([float(wide @ other_wide) / length if length else 0.0], np.float32)
