@@ -60,14 +60,26 @@ def _operation(route: Route) -> dict[str, Any]:
     schema = {"$ref": _REF.format(model="Error")}
     error = {"description": "What was wrong.", "content": {"application/json": {"schema": schema}}}
     operation: dict[str, Any] = {
-        "summary": route.summary, "operationId": f"{route.endpoint.__name__}",
+        "summary": route.summary, "operationId": _operation_id(route),
         "responses": {"200": {"description": "The answer."}, "default": error}}
     if "{model}" in route.path:
         operation["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
     if route.body is not None:
         schema = {"$ref": _REF.format(model=route.body.__name__)}
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+        if route.file is not None:
+            upload = {"type": "object", "required": [route.file],
+                      "properties": {route.file: {"type": "string", "format": "binary"}}}
+            operation["requestBody"] = {"required": True, "content": {"multipart/form-data": {
+                "schema": {"allOf": [schema, upload]}}}}
     return operation
+
+
+def _operation_id(route: Route) -> str:
+    """The endpoint's name; where several paths lead to it, with the version that the path names."""
+    version = next((part for part in route.path.split("/") if part in ("v1", "v2")), "")
+    several = route.endpoint.__name__ in ("score", "rerank") and version
+    return f"{route.endpoint.__name__}_{version}" if several else route.endpoint.__name__
 
 
 def page(document: dict[str, Any]) -> str:
@@ -81,9 +93,16 @@ def page(document: dict[str, Any]) -> str:
             parts.append(f"<h2>{method.upper()} {html.escape(path)}</h2><p>{html.escape(operation['summary'])}</p>")
             body = operation.get("requestBody")
             if body is not None:
-                name = body["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
-                parts.append(_fields(schemas[name]))
+                parts.append(_fields(_merged(next(iter(body["content"].values()))["schema"], schemas)))
     return "".join(parts)
+
+
+def _merged(schema: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
+    """A body's schema, its reference and parts resolved."""
+    parts = [schemas[part["$ref"].rpartition("/")[2]] if "$ref" in part else part
+             for part in schema.get("allOf", [schema])]
+    return {"required": [name for part in parts for name in part.get("required", ())],
+            "properties": {name: field for part in parts for name, field in part["properties"].items()}}
 
 
 def _fields(schema: dict[str, Any]) -> str:

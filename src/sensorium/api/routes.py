@@ -15,12 +15,19 @@ from sensorium.api.asgi import Call
 from sensorium.api.chat import chat_completions
 from sensorium.api.completions import completions
 from sensorium.api.docs_page import docs, openapi
+from sensorium.api.embeddings import embeddings
 from sensorium.api.errors import MethodNotAllowedError
+from sensorium.api.pooling import classify, pooling
+from sensorium.api.protocol.audio import AudioRequest
 from sensorium.api.protocol.chat import ChatRequest
 from sensorium.api.protocol.completion import CompletionRequest
+from sensorium.api.protocol.pooling import ClassifyRequest, EmbeddingsRequest, PoolingRequest
+from sensorium.api.protocol.score import RerankRequest, ScoreRequest
 from sensorium.api.protocol.tokenize import DetokenizeRequest, TokenizeRequest
+from sensorium.api.score import rerank, score
 from sensorium.api.service import Service
 from sensorium.api.tokens import detokenize, tokenize
+from sensorium.api.transcriptions import FILE, transcriptions, translations
 from sensorium.errors import NotFoundError
 
 Endpoint = Callable[[Service, Call], Awaitable[None]]
@@ -38,6 +45,7 @@ class Route:
     needs_engine: bool = True
 
 
+    file: str | None = None  # the body is a form with a file of this name, not JSON
 ROUTES: tuple[Route, ...] = (
     Route("POST", "/v1/chat/completions", chat_completions, "Answer a chat of text and media.", ChatRequest),
     Route("POST", "/v1/completions", completions, "Continue a text.", CompletionRequest),
@@ -45,6 +53,15 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/v1/models/{model}", status.model, "One model."),
     Route("POST", "/tokenize", tokenize, "The token ids of a text or a chat.", TokenizeRequest),
     Route("POST", "/detokenize", detokenize, "The text of token ids.", DetokenizeRequest),
+    Route("POST", "/v1/embeddings", embeddings, "Texts, chats or media as vectors.", EmbeddingsRequest),
+    Route("POST", "/pooling", pooling, "What the model makes of a prompt: a vector, or one per token.", PoolingRequest),
+    Route("POST", "/classify", classify, "The class of each text.", ClassifyRequest),
+    *(Route("POST", path, score, "How well pairs of texts go together.", ScoreRequest)
+      for path in ("/score", "/v1/score")),
+    *(Route("POST", path, rerank, "Documents in the order of their relevance to a query.", RerankRequest)
+      for path in ("/rerank", "/v1/rerank", "/v2/rerank")),
+    Route("POST", "/v1/audio/transcriptions", transcriptions, "What is said in a recording.", AudioRequest, file=FILE),
+    Route("POST", "/v1/audio/translations", translations, "The same in another language.", AudioRequest, file=FILE),
     Route("GET", "/livez", status.livez, "Does the process answer?", needs_engine=False),
     Route("GET", "/readyz", status.readyz, "Are requests answered?", needs_engine=False),
     Route("GET", "/health", status.health, "Are requests answered? Without a body.", needs_engine=False),

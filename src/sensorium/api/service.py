@@ -19,24 +19,50 @@ from sensorium.api.origin import OriginCheck
 from sensorium.api.protocol.common import UnknownFields
 from sensorium.api.protocol.sampling import ModelDefaults
 from sensorium.config import Limits, ServerConfig
-from sensorium.errors import UnavailableError
+from sensorium.errors import RequestError, UnavailableError
 from sensorium.served import ServedModel
 
 
+POOLING_REQUESTS = 4
+"""Of the largest size, that may be computing or waiting."""
+
+TASKS: Mapping[str, str] = {
+    "generate": "generate text (/v1/chat/completions, /v1/completions)",
+    "embed": "embed (/v1/embeddings, /score, /rerank)",
+    "token_embed": "embed tokens (/pooling)",
+    "classify": "classify (/classify)",
+    "token_classify": "classify tokens (/pooling)",
+    "score": "score (/score, /rerank)",
+}
+"""What clients are told that a model can do."""
+
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One served model and what the edge keeps about it. `names` are all that clients may use; the first is shown."""
+    """One served model and what the edge keeps about it. `names` are all that clients may use; the first is shown.
+
+    Pooled prompts are admitted apart: they are many and short, and none of them holds the engine for long.
+    """
 
     names: tuple[str, ...]
     model: ServedModel
     admission: Admission
     metrics: ModelMetrics
 
+    pooling_admission: Admission
     @property
     def name(self) -> str:
         return self.names[0]
 
     def defaults(self) -> ModelDefaults:
+    def need(self, task: str, *, param: str = "model", doing: str | None = None) -> None:
+        """RequestError unless the model does this task; `doing` is what the client asked for, if that is another."""
+        if task in self.model.tasks:
+            return
+        wanted = TASKS[doing or task].partition(" (")[0]
+        can = "; ".join(TASKS[one] for one in self.model.tasks)
+        raise RequestError(f"The model {self.name!r} does not {wanted} here. It can: {can}.", param=param,
+                           code="unsupported_task")
+
         checkpoint = self.model.checkpoint
         return ModelDefaults.of(checkpoint.generation, max_model_len=self.model.max_model_len,
                                 vocab_size=checkpoint.vocab_size, stop_token_ids=checkpoint.stop_token_ids)
@@ -71,7 +97,10 @@ class Service:
             ready = model.client.ready
             return 5 * max(ready.kv_tokens, ready.max_model_len) if ready is not None else 0
 
-        return Entry(names, model, Admission(running + waiting, max_prompt_tokens, metrics.refuse), metrics)
+        limits = self.limits
+        pooling = Admission(POOLING_REQUESTS * limits.max_embedding_inputs,
+                            lambda: POOLING_REQUESTS * limits.max_embedding_tokens, metrics.refuse)
+        return Entry(names, model, Admission(running + waiting, max_prompt_tokens, metrics.refuse), metrics, pooling)
 
     def entry(self, name: str | None) -> Entry:
         """The model of that name; without a name, the first one."""

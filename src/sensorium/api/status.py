@@ -51,7 +51,8 @@ async def model(service: Service, call: Call) -> None:
 
 def _row(entry: Entry, name: str) -> dict[str, object]:
     return {"id": name, "object": "model", "created": entry.model.created, "owned_by": "sensorium", "root": entry.name,
-            "parent": None, "max_model_len": entry.model.max_model_len}
+            "parent": None, "max_model_len": entry.model.max_model_len, "tasks": list(entry.model.tasks),
+            "modalities": ["text", *sorted(entry.model.processor.modalities)]}
 
 
 async def metrics(service: Service, call: Call) -> None:
