@@ -42,17 +42,13 @@ class Route:
     endpoint: Endpoint
     summary: str
     body: type[BaseModel] | None = None
+    file: str | None = None  # the body is a form with a file of this name, not JSON
     needs_engine: bool = True
 
 
-    file: str | None = None  # the body is a form with a file of this name, not JSON
 ROUTES: tuple[Route, ...] = (
     Route("POST", "/v1/chat/completions", chat_completions, "Answer a chat of text and media.", ChatRequest),
     Route("POST", "/v1/completions", completions, "Continue a text.", CompletionRequest),
-    Route("GET", "/v1/models", status.models, "What is served, under which names."),
-    Route("GET", "/v1/models/{model}", status.model, "One model."),
-    Route("POST", "/tokenize", tokenize, "The token ids of a text or a chat.", TokenizeRequest),
-    Route("POST", "/detokenize", detokenize, "The text of token ids.", DetokenizeRequest),
     Route("POST", "/v1/embeddings", embeddings, "Texts, chats or media as vectors.", EmbeddingsRequest),
     Route("POST", "/pooling", pooling, "What the model makes of a prompt: a vector, or one per token.", PoolingRequest),
     Route("POST", "/classify", classify, "The class of each text.", ClassifyRequest),
@@ -62,6 +58,10 @@ ROUTES: tuple[Route, ...] = (
       for path in ("/rerank", "/v1/rerank", "/v2/rerank")),
     Route("POST", "/v1/audio/transcriptions", transcriptions, "What is said in a recording.", AudioRequest, file=FILE),
     Route("POST", "/v1/audio/translations", translations, "The same in another language.", AudioRequest, file=FILE),
+    Route("GET", "/v1/models", status.models, "What is served, under which names."),
+    Route("GET", "/v1/models/{model}", status.model, "One model."),
+    Route("POST", "/tokenize", tokenize, "The token ids of a text or a chat.", TokenizeRequest),
+    Route("POST", "/detokenize", detokenize, "The text of token ids.", DetokenizeRequest),
     Route("GET", "/livez", status.livez, "Does the process answer?", needs_engine=False),
     Route("GET", "/readyz", status.readyz, "Are requests answered?", needs_engine=False),
     Route("GET", "/health", status.health, "Are requests answered? Without a body.", needs_engine=False),

@@ -22,7 +22,6 @@ from sensorium.config import Limits, ServerConfig
 from sensorium.errors import RequestError, UnavailableError
 from sensorium.served import ServedModel
 
-
 POOLING_REQUESTS = 4
 """Of the largest size, that may be computing or waiting."""
 
@@ -36,6 +35,7 @@ TASKS: Mapping[str, str] = {
 }
 """What clients are told that a model can do."""
 
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One served model and what the edge keeps about it. `names` are all that clients may use; the first is shown.
@@ -47,13 +47,12 @@ class Entry:
     model: ServedModel
     admission: Admission
     metrics: ModelMetrics
-
     pooling_admission: Admission
+
     @property
     def name(self) -> str:
         return self.names[0]
 
-    def defaults(self) -> ModelDefaults:
     def need(self, task: str, *, param: str = "model", doing: str | None = None) -> None:
         """RequestError unless the model does this task; `doing` is what the client asked for, if that is another."""
         if task in self.model.tasks:
@@ -63,6 +62,7 @@ class Entry:
         raise RequestError(f"The model {self.name!r} does not {wanted} here. It can: {can}.", param=param,
                            code="unsupported_task")
 
+    def defaults(self) -> ModelDefaults:
         checkpoint = self.model.checkpoint
         return ModelDefaults.of(checkpoint.generation, max_model_len=self.model.max_model_len,
                                 vocab_size=checkpoint.vocab_size, stop_token_ids=checkpoint.stop_token_ids)
