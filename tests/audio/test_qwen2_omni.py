@@ -24,6 +24,7 @@ from transformers import Qwen2VLImageProcessorPil, WhisperFeatureExtractor
 
 from sensorium.checkpoint import open_checkpoint
 from sensorium.errors import CheckpointError, MediaError, RequestError
+from sensorium.models.towers.blocks import MAX_ROWS
 from sensorium.models.weights import load_model
 from sensorium.processors.qwen2_omni import Qwen2OmniProcessor
 from sensorium.prompt import defaults
@@ -146,7 +147,7 @@ def test_unequal_requests_together_equal_one_by_one() -> None:
 
 @pytest.mark.parametrize("sizes", [
     [(56, 56)], [(1, 1)], [(57, 85)], [(300, 60), (60, 300)], [(60, 90), (56, 56), (400, 300)], [(28, 2000)],
-    [(8, 1600)]], ids=str)
+    [(8, 1600)], [(1260, 900)]], ids=str)
 def test_picture_rows_equal_transformers(sizes: list[tuple[int, int]]) -> None:
     here = served()
     items = [noise(*size, seed=i) for i, size in enumerate(sizes)]
@@ -174,6 +175,19 @@ def test_video_rows_equal_transformers_beside_pictures() -> None:
                                            for one in (still, prompt.media[0])])
     torch.testing.assert_close(both[1], theirs[0], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(both[0], here.encode([still])[0], atol=1e-5, rtol=1e-5)
+
+
+def test_videos_larger_than_a_group() -> None:
+    here = served()
+    here = replace(here, processor=here.processor.with_overrides({"max_pixels": 130 * 130}))
+    items = [clip(126, 126, 128, 64.0), clip(56, 56, 2, 1.0, seed=1)]
+    prompt = here.prompt(items)
+    inputs = oracle_inputs(here, items, prompt)
+    assert len(inputs["pixel_values_videos"]) > MAX_ROWS / 2
+    with torch.inference_mode():
+        theirs = here.oracle.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"]).pooler_output
+    for ours, expected in zip(here.encode([*prompt.media, *prompt.media[:1]]), [*theirs, theirs[0]], strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_picture_of_one_window_and_one_of_many_together() -> None:

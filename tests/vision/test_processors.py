@@ -185,6 +185,14 @@ def test_extreme_shapes_are_refused(processor: Processor, size: tuple[int, int])
     assert refused.value.code == "image_too_small"
 
 
+@pytest.mark.parametrize("size", [(4000, 4000), (4000, 20), (3000, 4000), (4, 800), (1, 1)])
+def test_qwen2_vl_counts_of_extreme_sizes(size: tuple[int, int]) -> None:
+    from transformers import Qwen2VLImageProcessorPil
+
+    patches = Qwen2VLImageProcessorPil(**QWEN_FILE).get_number_of_image_patches(*size, {})
+    assert qwen().num_tokens("image", *size) == patches // 4
+
+
 # Expansion.
 
 def test_expansion_in_order_of_appearance() -> None:
