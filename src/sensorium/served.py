@@ -369,7 +369,7 @@ class ServedModel:
         if not sources:
             return [], []
         fetched = await all_in_order(self._fetch(source, processor, settings) for source in sources)
-        await self._check_fits_before_decoding(fetched, text)
+        await self._check_fits_before_decoding(fetched, text, processor)
         first_of = {medium.key: medium for medium in reversed(fetched)}  # a picture given twice is decoded once
         made = await all_in_order(self._made(medium, processor) for medium in first_of.values())
         by_key = dict(zip(first_of, made, strict=True))
@@ -417,17 +417,17 @@ class ServedModel:
             raise ContextLengthError(f"This model's context is {self.max_model_len} tokens; the text alone, with "
                                      f"{len(text)} characters, is at least {fewest}. Shorten it.", param=param)
 
-    async def _check_fits_before_decoding(self, media: Sequence[_Fetched], text: str) -> None:
+    async def _check_fits_before_decoding(self, media: Sequence[_Fetched], text: str, processor: Processor) -> None:
         media_tokens = sum(medium.num_tokens for medium in media)
         if media_tokens + len(text.encode()) <= self.max_model_len:
             return  # no token is shorter than a byte
-        text_tokens = await self._run(len(text) <= SHORT_TEXT, lambda: self._count(text)) - len(media)
+        text_tokens = await self._run(len(text) <= SHORT_TEXT, lambda: self._count(text, processor))
         if media_tokens + text_tokens > self.max_model_len:
             raise self._too_long(text_tokens, [(one.raw.kind, one.num_tokens) for one in media], "messages")
 
-    def _count(self, text: str) -> int:
+    def _count(self, text: str, processor: Processor) -> int:
         self._check_length_unread(text, "messages")
-        return len(self.tokenizer.encode(text))
+        return processor.text_length(text)
 
     def _check_fits(self, prompt: Prompt, param: str) -> None:
         if len(prompt.token_ids) <= self.max_model_len:

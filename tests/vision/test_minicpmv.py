@@ -463,3 +463,10 @@ def test_its_own_chat_template(here: Served) -> None:
         "<|im_start|>assistant\n")
     made = [here.processor.process(item) for item in (noise(50, 50, frames=2), noise(20, 20))]
     assert {span.item for span in here.processor.build(text, made).spans} == {0, 1}
+
+
+def test_length_of_the_text_before_media_are_decoded(here: Served) -> None:
+    text = "<|im_start|>(<image>./</image>)\nand(<video>./</video>)!"
+    prompt = here.processor.build(text, [here.processor.process(one) for one in (noise(50, 50), noise(9, 9, frames=2))])
+    rows = sum(span.length for span in prompt.spans)
+    assert here.processor.text_length(text) == len(prompt.token_ids) - rows - 3 - 2 * 3, "all but brackets and number"

@@ -428,3 +428,10 @@ def test_its_own_chat_template(here: Served) -> None:
         "<|assistant|>\nas in <|image_2|><|end|>\n<|user|>\nAnd\n<|image_2|><|end|>\n<|assistant|>\n")
     media = [here.processor.process(item) for item in pictures(2)]
     assert [span.item for span in here.processor.build(text, media).spans] == [0, 1]
+
+
+def test_length_of_the_text_before_pictures_are_decoded(here: Served) -> None:
+    text = "<|user|>\n<|image_1|>\nand <|image_2|>"
+    prompt = here.processor.build(text, [here.processor.process(item) for item in pictures(2)], add_special_tokens=True)
+    rows = sum(span.length for span in prompt.spans)
+    assert here.processor.text_length(text) == len(prompt.token_ids) - rows - 3, "all but the beginning of each piece"

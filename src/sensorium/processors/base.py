@@ -131,6 +131,12 @@ class Processor:
         token_ids = np.array(self.tokenizer.encode(text, add_special_tokens=add_special_tokens), np.int32)
         return self._assemble(self._expanded(token_ids, media), media)
 
+    def text_length(self, text: str) -> int:
+        """Tokens of a prompt beside its media's rows, told from its text alone: never more than `build` will make."""
+        token_ids = self.tokenizer.encode(text)
+        markers = {self._marker_id(kind) for kind in self.modalities}
+        return sum(token_id not in markers for token_id in token_ids)
+
     def positions(
         self, token_ids: NDArray[np.int32], spans: Sequence[MediaSpan], media: Sequence[MediaFeatures]
     ) -> tuple[NDArray[np.int32] | None, int]:

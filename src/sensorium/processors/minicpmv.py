@@ -158,6 +158,9 @@ class MiniCPMVProcessor(Processor):
         self._check_counts([_KINDS[tag] for tag in pieces[1::2]], media)
         return self._assemble(self._pieces(pieces, media, add_special_tokens), media)
 
+    def text_length(self, text: str) -> int:
+        return sum(len(self.tokenizer.encode(piece)) for piece in _TAG.split(text)[::2])
+
     def _pieces(self, pieces: Sequence[str], media: Sequence[MediaFeatures],
                 add_special_tokens: bool) -> Iterator[Piece]:
         waiting = {kind: iter([i for i, one in enumerate(media) if one.kind == kind]) for kind in TAGS}

@@ -128,6 +128,9 @@ class Phi3VProcessor(Processor):
         self._check_numbers(numbers, media)
         return self._assemble(self._pieces(pieces[::2], numbers, media, add_special_tokens), media)
 
+    def text_length(self, text: str) -> int:
+        return sum(len(self.tokenizer.encode(piece)) for piece in _MARKER.split(text)[::2])
+
     def _pieces(self, texts: Sequence[str], numbers: Sequence[int], media: Sequence[MediaFeatures],
                 add_special_tokens: bool) -> Iterator[Piece]:
         for index, text in enumerate(texts):

@@ -60,6 +60,9 @@ class UltravoxProcessor(Processor):
     def build(self, text: str, media: Sequence[MediaFeatures], *, add_special_tokens: bool = False) -> Prompt:
         return self._assemble(self._pieces(text.split(PLACEHOLDER), media, add_special_tokens), media)
 
+    def text_length(self, text: str) -> int:
+        return sum(len(self.tokenizer.encode(piece)) for piece in text.split(PLACEHOLDER))
+
     def _pieces(self, texts: list[str], media: Sequence[MediaFeatures], add_special_tokens: bool) -> Iterator[Piece]:
         self._check_counts(["audio"] * (len(texts) - 1), media)
         for index, text in enumerate(texts):
