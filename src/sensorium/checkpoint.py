@@ -78,6 +78,7 @@ class Checkpoint:
     stop_token_ids: tuple[int, ...]  # generation_config's eos, else config's, and what the family adds
     weight_files: tuple[Path, ...]  # *.safetensors or pytorch_model*.bin, in index order
     video_preprocessor: dict[str, Any] = field(default_factory=dict)  # the same for videos, {} if absent
+    text_weight_files: tuple[Path, ...] = ()  # of the second repository, whose tensors yield to the first's
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,8 +173,17 @@ def _snapshot(model: str, revision: str | None, download_dir: str | None, patter
         raise StartupError(f"{what}: cannot be downloaded: {reason[0]}") from error
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read the configs of a model folder and find its weights. CheckpointError says in one line what is wrong."""
+def text_model_of(folder: Path) -> str | None:
+    """The second repository that a checkpoint takes its language model from (Ultravox), if it names one."""
+    named = (_read_json(folder / "config.json") or {}).get("text_model_id")
+    return named if isinstance(named, str) and named else None
+
+
+def open_checkpoint(folder: Path, text_folder: Path | None = None) -> Checkpoint:
+    """Read the configs of a model folder and find its weights. CheckpointError says in one line what is wrong.
+
+    `text_folder` is where the language model is if the checkpoint brings none of its own.
+    """
     config = _read_json(folder / "config.json")
     if config is None:
         raise CheckpointError(f"{folder} has no config.json: not a model folder")
@@ -185,8 +195,15 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                               "serve the original checkpoint")
     tokenizer_config = _read_json(folder / "tokenizer_config.json") or {}
     generation = _read_json(folder / "generation_config.json") or {}
+    second: tuple[Path, ...] = ()
+    if text_folder is not None:
+        config = {**config, "text_config": _language_model(text_folder)}
+        second = _weight_files(text_folder)
+        generation = {**(_read_json(text_folder / "generation_config.json") or {}), **generation}
     text_dict = _text_dict(config)
-    text = _text_config(text_dict, config)
+    is_encoder = FAMILIES[architecture].is_encoder
+    text = None if is_encoder else _text_config(text_dict, config)
+    vocab_size = _positive_int(text_dict, "vocab_size", None) if text is None else text.vocab_size
     return Checkpoint(
         folder=folder,
         architecture=architecture,
@@ -197,12 +214,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         chat_template=_chat_template(folder, tokenizer_config),
         text=text,
         dtype=_dtype(config, text_dict),
-        max_model_len=_max_model_len(text),
-        vocab_size=text.vocab_size,
+        max_model_len=_encoder_len(folder, config) if text is None else _max_model_len(text),
+        vocab_size=vocab_size,
         stop_token_ids=_stop_token_ids((generation, config, text_dict), _special_tokens(folder, tokenizer_config),
-                                       text.vocab_size),
+                                       vocab_size),
         weight_files=_weight_files(folder),
         video_preprocessor=_video_preprocessor(folder),
+        text_weight_files=second,
     )
 
 
@@ -377,6 +395,23 @@ def _rope(text: dict[str, Any], family: _Family, max_positions: int, head_dim: i
     if sections and (sum(sections) != frequencies or min(sections) < 0):
         raise CheckpointError(f"config.json: mrope_section {list(sections)} must add up to {frequencies}")
     return rope
+
+
+def _language_model(folder: Path) -> dict[str, Any]:
+    config = _read_json(folder / "config.json")
+    if config is None:
+        raise CheckpointError(f"{folder} has no config.json: not a language model's folder")
+    return _text_dict(config)
+
+
+def _encoder_len(folder: Path, config: dict[str, Any]) -> int:
+    """An encoder's position table, without the rows that RoBERTa leaves unused; sentence-transformers may say less."""
+    positions = _positive_int(config, "max_position_embeddings", 512)
+    if config.get("model_type") in ("roberta", "xlm-roberta", "camembert"):
+        pad = config.get("pad_token_id")
+        positions -= (1 if pad is None else int(pad)) + 1
+    stated = (_read_json(folder / "sentence_bert_config.json") or {}).get("max_seq_length")
+    return min(positions, stated) if isinstance(stated, int) and stated > 0 else positions
 
 
 def _max_model_len(text: TextConfig) -> int:

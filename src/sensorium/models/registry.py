@@ -20,7 +20,8 @@ class Family:
     model: str
     processor: str
     modalities: tuple[Modality, ...] = ()
-    tasks: tuple[str, ...] = ("generate",)
+    tasks: tuple[str, ...] = ("generate", "embed")
+    is_encoder: bool = False  # no decoder, no KV cache
 
 
 _DECODER = "sensorium.models.decoder:DecoderForCausalLM"
@@ -40,6 +41,9 @@ FAMILIES: dict[str, Family] = {
     "LlavaNextForConditionalGeneration": Family(
         "LLaVA-NeXT (v1.6)", "sensorium.models.llava:LlavaNext", "sensorium.processors.llava_next:LlavaNextProcessor",
         ("image",)),
+    "UltravoxModel": Family(
+        "Ultravox v0.5", "sensorium.models.ultravox:Ultravox", "sensorium.processors.ultravox:UltravoxProcessor",
+        ("audio",)),
     "Phi3VForCausalLM": Family(
         "Phi-3.5-vision, VLM2Vec", "sensorium.models.phi3_v:Phi3V", "sensorium.processors.phi3_v:Phi3VProcessor",
         ("image",)),
@@ -49,6 +53,28 @@ FAMILIES: dict[str, Family] = {
     "Qwen2VLForConditionalGeneration": Family(
         "Qwen2-VL", "sensorium.models.qwen2_vl:Qwen2VL", "sensorium.processors.qwen2_vl:Qwen2VLProcessor",
         ("image", "video")),
+    **dict.fromkeys(
+        ("Qwen2ForSequenceClassification", "Qwen3ForSequenceClassification", "LlamaForSequenceClassification",
+         "MistralForSequenceClassification"),
+        Family("Llama, Mistral, Qwen2, Qwen3 classifiers",
+               "sensorium.models.classifiers:DecoderForSequenceClassification", _TEXT, tasks=("classify", "embed"))),
+    "Qwen2ForRewardModel": Family(
+        "Qwen2.5-Math-RM", "sensorium.models.classifiers:DecoderForRewardModel", _TEXT, tasks=("reward",)),
+    "Qwen2ForProcessRewardModel": Family(
+        "Qwen2.5-Math-PRM", "sensorium.models.classifiers:DecoderForProcessRewardModel", _TEXT, tasks=("reward",)),
+    **dict.fromkeys(
+        ("BertModel", "BertForMaskedLM", "RobertaModel", "RobertaForMaskedLM", "XLMRobertaModel",
+         "XLMRobertaForMaskedLM"),
+        Family("BERT, RoBERTa, XLM-RoBERTa (all-MiniLM, BGE, E5, …)", "sensorium.models.bert:BertModel", _TEXT,
+               tasks=("embed",), is_encoder=True)),
+    "BertForSequenceClassification": Family(
+        "BERT classifiers and cross-encoders", "sensorium.models.bert:BertForSequenceClassification", _TEXT,
+        tasks=("classify", "score"), is_encoder=True),
+    **dict.fromkeys(
+        ("RobertaForSequenceClassification", "XLMRobertaForSequenceClassification"),
+        Family("RoBERTa and XLM-RoBERTa classifiers and cross-encoders (BGE reranker)",
+               "sensorium.models.bert:RobertaForSequenceClassification", _TEXT, tasks=("classify", "score"),
+               is_encoder=True)),
     "Qwen2_5OmniModel": _QWEN_OMNI,
     "Qwen2_5OmniForConditionalGeneration": _QWEN_OMNI,
     "Qwen2_5OmniThinkerForConditionalGeneration": _QWEN_OMNI,
