@@ -28,10 +28,10 @@ class Answer:
 
     __slots__ = ("_detokenizer", "_include_stop", "_metrics", "_model_stops", "_one_by_one", "cached_tokens",
                  "finish_reason", "first_s", "index", "last_s", "logprobs", "num_tokens", "prompt_logprobs",
-                 "stop_reason", "stream")
+                 "started_s", "stop_reason", "stream")
 
     def __init__(self, index: int, stream: OutputStream, detokenizer: Detokenizer, request: SamplingBody,
-                 params: SamplingParams, metrics: ModelMetrics) -> None:
+                 params: SamplingParams, metrics: ModelMetrics, started_s: float) -> None:
         self.index = index
         self.stream = stream
         self._detokenizer = detokenizer
@@ -39,6 +39,7 @@ class Answer:
         self._model_stops = frozenset(params.stop_token_ids) - frozenset(request.stop_token_ids or ())
         self._one_by_one = bool(request.stop_strings)  # so that tokens after a stop string are not counted
         self._metrics = metrics
+        self.started_s = started_s
         self.first_s = 0.0
         self.last_s = 0.0
         self.num_tokens = 0
@@ -58,7 +59,7 @@ class Answer:
         self._observe(len(tokens), output)
         if self._one_by_one and len(tokens) > 1:
             return self._take_one_by_one(output)
-        self.num_tokens += len(tokens)
+        self._count(len(tokens))
         if output.logprobs:
             self.logprobs.extend(output.logprobs)
         if output.finish_reason is None:
@@ -72,7 +73,7 @@ class Answer:
         text = ""
         last = len(output.token_ids) - 1
         for place, token in enumerate(output.token_ids):
-            self.num_tokens += 1
+            self._count(1)
             self.logprobs.extend(output.logprobs[place:place + 1])
             if place == last and output.finish_reason is not None:
                 return text + self._take_last(output, (token,))
@@ -100,6 +101,10 @@ class Answer:
         self.finish_reason = "stop"
         self.stop_reason = reason
 
+    def _count(self, tokens: int) -> None:
+        self.num_tokens += tokens
+        self._metrics.generation_tokens += tokens  # as they come, so that a throughput over seconds means something
+
     def _observe(self, tokens: int, output: EngineOutput) -> None:
         now_s = perf_counter()
         if self.first_s:
@@ -107,6 +112,7 @@ class Answer:
                 self._metrics.inter_token_s.observe((now_s - self.last_s) / tokens)
         else:
             self.first_s = now_s
+            self._metrics.first_token_s.observe(now_s - self.started_s)
             self.cached_tokens = output.cached_tokens
             self.prompt_logprobs = output.prompt_logprobs
         self.last_s = now_s
@@ -149,10 +155,7 @@ class Answers:
         for answer in self.answers:
             unfinished = "error" if kind is not None and issubclass(kind, SensoriumError) else "abort"
             metrics.finished[answer.finish_reason or unfinished] += 1
-            metrics.generation_tokens += answer.num_tokens
             metrics.request_generation_tokens.observe(answer.num_tokens)
-            if answer.first_s:
-                metrics.first_token_s.observe(answer.first_s - self.started_s)
             if answer.num_tokens > 1:
                 metrics.time_per_token_s.observe((answer.last_s - answer.first_s) / (answer.num_tokens - 1))
         metrics.prompt_tokens += self.prompt_tokens
@@ -233,7 +236,8 @@ def ask(entry: Entry, request: SamplingBody, prompts: Sequence[tuple[Prompt, Sam
                     entry.model.tokenizer, skip_special_tokens=not request.keeps_special_tokens,
                     stop=request.stop_strings, include_stop=bool(request.include_stop_str_in_output),
                     min_tokens=own.min_tokens, keep_leading_space=continues)
-                answers.answers.append(Answer(len(answers.answers), stream, detokenizer, request, own, metrics))
+                answers.answers.append(Answer(len(answers.answers), stream, detokenizer, request, own, metrics,
+                                              started_s))
             metrics.request_n.observe(request.choices)
             metrics.request_max_tokens.observe(params.max_tokens)
         undo.pop_all()
