@@ -20,7 +20,7 @@ Header = tuple[bytes, bytes]
 
 JSON = b"application/json"
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:\-]{1,128}")
-_SECURITY: tuple[Header, ...] = ((b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store"))
+_NOSNIFF: Header = (b"x-content-type-options", b"nosniff")
 
 
 class ClientGone(Exception):
@@ -57,13 +57,14 @@ class Call:
         value = self.header(b"x-request-id")
         return value.decode("ascii") if value is not None and _SANE_ID.fullmatch(value) else ""
 
-    async def respond(self, body: bytes, *, status: int = 200, content_type: bytes = JSON,
+    async def respond(self, body: bytes, *, status: int = 200, content_type: bytes = JSON, cache: bytes = b"no-store",
                       headers: Iterable[Header] = ()) -> None:
-        """The whole answer at once."""
+        """The whole answer at once. A 304 has no body, and the length that it would name is another answer's."""
         self.status = status
+        described = () if status == 304 else (
+            (b"content-type", content_type), (b"content-length", str(len(body)).encode()))
         await self.send({"type": "http.response.start", "status": status, "headers": [
-            (b"content-type", content_type), (b"content-length", str(len(body)).encode()),
-            (b"x-request-id", self.request_id.encode()), *_SECURITY, *headers]})
+            *described, (b"x-request-id", self.request_id.encode()), _NOSNIFF, (b"cache-control", cache), *headers]})
         await self.send({"type": "http.response.body", "body": body})
 
     async def start_events(self) -> None:
@@ -72,7 +73,7 @@ class Call:
         self.streaming = True
         await self.send({"type": "http.response.start", "status": 200, "headers": [
             (b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no"),
-            (b"x-request-id", self.request_id.encode()), *_SECURITY]})
+            (b"x-request-id", self.request_id.encode()), _NOSNIFF, (b"cache-control", b"no-store")]})
 
 
 def _below(root_path: str, path: str) -> str:

@@ -10,10 +10,11 @@ import hmac
 from collections.abc import Iterable
 
 from sensorium.api.asgi import Call
+from sensorium.api.playground import PAGES
 from sensorium.errors import AuthenticationError
 
-PUBLIC_PATHS = frozenset({"/", "/livez", "/readyz", "/health"})
-"""Reachable without a key: the process's health and the static first page."""
+PUBLIC_PATHS = frozenset({"/livez", "/readyz", "/health", *PAGES})
+"""Reachable without a key: the process's health and the static page, which knows nothing."""
 
 
 class Keys:

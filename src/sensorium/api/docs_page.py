@@ -43,7 +43,7 @@ def description(service: Service) -> dict[str, Any]:
     bodies = [(route.body, "validation") for route in ROUTES if route.body is not None]
     _, schemas = models_json_schema(bodies, ref_template=_REF)  # type: ignore[arg-type]
     paths: dict[str, dict[str, Any]] = {}
-    for route in ROUTES:
+    for route in (route for route in ROUTES if route.documented):
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
     document: dict[str, Any] = {
         "openapi": "3.1.0", "info": {"title": "Sensorium", "version": __version__}, "paths": paths,

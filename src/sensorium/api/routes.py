@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel
 
-from sensorium.api import status
+from sensorium.api import playground, status
 from sensorium.api.asgi import Call
 from sensorium.api.chat import chat_completions
 from sensorium.api.completions import completions
@@ -35,7 +35,10 @@ Endpoint = Callable[[Service, Call], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """`body` is the request model of a POST route. `needs_engine`: answered with 503 until the model is there."""
+    """`body` is the request model of a POST route. `needs_engine`: answered with 503 until the model is there.
+
+    `documented`: part of the API, and so of its description.
+    """
 
     method: str
     path: str
@@ -44,6 +47,7 @@ class Route:
     body: type[BaseModel] | None = None
     file: str | None = None  # the body is a form with a file of this name, not JSON
     needs_engine: bool = True
+    documented: bool = True
 
 
 ROUTES: tuple[Route, ...] = (
@@ -69,7 +73,8 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/version", status.version, "The server's version.", needs_engine=False),
     Route("GET", "/docs", docs, "This description as a page.", needs_engine=False),
     Route("GET", "/openapi.json", openapi, "This description as OpenAPI 3.1.", needs_engine=False),
-    Route("GET", "/", status.index, "The first page.", needs_engine=False),
+    *(Route("GET", path, playground.page, "The web page.", needs_engine=False, documented=False)
+      for path in playground.PAGES),
 )
 _MODEL_PATH = "/v1/models/{model}"
 
@@ -105,4 +110,4 @@ def canonical(path: str) -> str:
     return below if below in _ROOT_PATHS else "/v1" + below
 
 
-_ROOT_PATHS = frozenset(route.path for route in ROUTES if not route.path.startswith("/v1/") and route.path != "/")
+_ROOT_PATHS = frozenset(route.path for route in ROUTES if not route.path.startswith("/v1/") and route.documented)

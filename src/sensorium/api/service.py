@@ -16,6 +16,7 @@ from sensorium.api.errors import ModelNotFoundError
 from sensorium.api.flight import Flight, Flights
 from sensorium.api.metrics import Metrics, ModelMetrics
 from sensorium.api.origin import OriginCheck
+from sensorium.api.playground import read_pages
 from sensorium.api.protocol.common import UnknownFields
 from sensorium.api.protocol.sampling import ModelDefaults
 from sensorium.config import Limits, ServerConfig
@@ -79,6 +80,7 @@ class Service:
         self.salts = CacheSalts(secrets.token_bytes(32), shared=server.shared_prefix_cache)
         self.flights = Flights()
         self.unknown = UnknownFields()
+        self.pages = read_pages()
         names: dict[int, list[str]] = {}
         for name, model in models.items():
             names.setdefault(id(model), []).append(name)

@@ -9,13 +9,6 @@ from sensorium.api.asgi import Call
 from sensorium.api.metrics import CONTENT_TYPE
 from sensorium.api.service import Entry, Service
 
-_INDEX = b"Sensorium is running. The API is at /v1, its description at /docs.\n"
-
-
-async def index(service: Service, call: Call) -> None:
-    """The static first page."""
-    await call.respond(_INDEX, content_type=b"text/plain; charset=utf-8")
-
 
 async def livez(service: Service, call: Call) -> None:
     """The process answers, whatever the model does."""

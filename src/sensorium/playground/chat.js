@@ -1,0 +1,355 @@
+// The chat tab: the composer, the conversation, and the stream that joins them.
+
+import * as api from "./api.js";
+import {Tray, fromUrl, KINDS} from "./attachments.js";
+import {canCapture, fromCamera, startMicrophone} from "./capture.js";
+import {chatBody, history, messagePlace} from "./conversation.js";
+import {askForUrl, showRequest} from "./dialogs.js";
+import {announce, byId, el, icon, notice} from "./dom.js";
+import {onLanguage, say, t, title} from "./i18n.js";
+import {Settings} from "./settings.js";
+import {snippets} from "./snippets.js";
+import * as samples from "./samples.js";
+import * as store from "./store.js";
+import {TurnView} from "./turn.js";
+
+const PATH = "v1/chat/completions";
+const SAMPLES = [
+  {kind: null, name: "sample.text", icon: "text"},
+  {kind: "image", name: "sample.image", icon: "picture", make: samples.picture},
+  {kind: "video", name: "sample.video", icon: "film", make: samples.clip},
+  {kind: "audio", name: "sample.audio", icon: "sound", make: samples.sound},
+];
+
+let turns = [];  // {text, attachments, recipe, answer: {text, state, error, usage, finish, timing}, view}
+let running = null;  // the AbortController of the answer that is being written
+let microphone = null;
+
+const text = byId("text");
+const list = byId("turns");
+const settings = new Settings(byId("settings"));
+const tray = new Tray(byId("tray"), {takes: store.takes, onRefused: (why) => notice(byId("notice"), why)});
+
+export function start() {
+  byId("composer").addEventListener("submit", (event) => {
+    event.preventDefault();
+    send();
+  });
+  text.addEventListener("keydown", onKey);
+  text.addEventListener("input", grow);
+  byId("stop").addEventListener("click", () => running?.abort());
+  byId("clear").addEventListener("click", clear);
+  startAttaching();
+  startSettingsToggle();
+  showSamples();
+  store.watch(showAbilities);
+  onLanguage(() => showAbilities());
+}
+
+// Writing
+
+function onKey(event) {
+  if (event.key === "Escape" && running) running.abort();
+  // An input method uses Enter to choose a word.
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    event.preventDefault();
+    if (!running) send();
+  }
+}
+
+function grow() {
+  text.style.height = "auto";
+  text.style.height = `${Math.min(text.scrollHeight, 240)}px`;
+}
+
+function send() {
+  const words = text.value.trim();
+  if (running || byId("send").disabled || (!words && !tray.attachments.length)) return;
+  const turn = {text: words, attachments: tray.take()};
+  text.value = "";
+  grow();
+  answer(turn);
+}
+
+function clear() {
+  running?.abort();
+  for (const turn of turns) turn.view.node.remove();
+  turns = [];
+  notice(byId("notice"));
+  showState();
+  text.focus();
+}
+
+/** Back into the composer, with everything that came after it gone. */
+function edit(turn) {
+  running?.abort();
+  const at = turns.indexOf(turn);
+  for (const later of turns.splice(at)) later.view.node.remove();
+  text.value = turn.text;
+  tray.set(turn.attachments);
+  showState();
+  grow();
+  text.focus();
+}
+
+// Answering
+
+/** Ask the model for an answer to the last turn; `turn` is new, or is asked once more. */
+async function answer(turn) {
+  notice(byId("notice"));
+  settings.clearErrors();
+  let sampling;
+  try {
+    sampling = settings.sampling();
+  } catch (error) {
+    refuse(turn, error);
+    return;
+  }
+  const before = turns.indexOf(turn) < 0 ? turns : turns.slice(0, turns.indexOf(turn));
+  turn.recipe = {model: store.get().model, system: settings.system, sampling, messages: [
+    ...history(before), {role: "user", text: turn.text, attachments: turn.attachments}]};
+  turn.answer = {text: "", state: "running", error: null, usage: null, finish: null,
+                 timing: {firstMs: null, perSecond: null}};
+  show(turn);
+  await run(turn);
+}
+
+/** A setting that cannot be sent: nothing was asked, so the words go back where they came from. */
+function refuse(turn, error) {
+  if (!turns.includes(turn)) {
+    text.value = turn.text;
+    tray.set(turn.attachments);
+    grow();
+  }
+  openSettings(true);
+  settings.showError(error);
+}
+
+function show(turn) {
+  if (!turns.includes(turn)) {
+    turns.push(turn);
+    turn.view = new TurnView(turn, {edit, again, request});
+    list.append(turn.view.node);
+  }
+  turn.view.show();
+  follow({always: true});
+}
+
+async function run(turn) {
+  const own = running = new AbortController();
+  const state = turn.answer;
+  showState();
+  announce(t("answering"));
+  try {
+    await receive(turn, own.signal);
+    state.state = "done";
+  } catch (error) {
+    state.state = error.name === "AbortError" ? "stopped" : "failed";
+    if (state.state === "stopped") state.finish = "stopped";
+    else fail(turn, error);
+  }
+  if (running === own) running = null;
+  turn.view.show();
+  follow();
+  showState();
+  announce(state.error ? state.error.message : t("answered", {tokens: state.usage?.completion_tokens ?? 0}));
+}
+
+/** Read the stream into the turn's answer. The usage comes with every chunk, so that a stopped answer has one too. */
+async function receive(turn, signal) {
+  const {answer: state, view, recipe} = turn;
+  const body = chatBody(recipe);
+  body.stream_options.continuous_usage_stats = true;
+  const startMs = performance.now();
+  let firstTokens = 0;
+  for await (const chunk of api.stream(PATH, body, signal)) {
+    const nowMs = performance.now() - startMs;
+    const [choice] = chunk.choices;
+    state.text += choice?.delta?.content ?? "";
+    state.finish = choice?.finish_reason ?? state.finish;
+    state.usage = chunk.usage ?? state.usage;
+    const tokens = state.usage?.completion_tokens ?? 0;
+    if (state.timing.firstMs === null) {
+      state.timing.firstMs = nowMs;
+      firstTokens = tokens;
+    } else if (choice && tokens > firstTokens) {
+      state.timing.perSecond = 1000 * (tokens - firstTokens) / (nowMs - state.timing.firstMs);
+    }
+    view.refresh();
+    follow();
+  }
+}
+
+/** Keep what failed where it failed: in the turn, and at the field or the attachment that the error names. */
+function fail(turn, error) {
+  if (!(error instanceof api.ApiError)) console.error(error);
+  const place = messagePlace(error.param);
+  const own = turn.recipe.messages.length - 1 + (turn.recipe.system ? 1 : 0);
+  turn.answer.error = {message: error.message, param: error.param,
+                       place: place && {own: place[0] === own, part: place[1]}};
+  if (!place && error.param && error.param !== "model") {
+    openSettings(true);
+    settings.showError(error);
+  }
+}
+
+function again(turn) {
+  if (running) return;
+  for (const later of turns.splice(turns.indexOf(turn) + 1)) later.view.node.remove();
+  answer(turn);
+}
+
+function request(turn) {
+  showRequest(snippets(PATH, (place) => chatBody(turn.recipe, place), {withKey: Boolean(api.key.get())}));
+}
+
+/** Stay at the end while text comes, unless somebody has scrolled up to read. */
+function follow({always = false} = {}) {
+  const atEnd = list.scrollHeight - list.scrollTop - list.clientHeight < 120;
+  if (always || atEnd) requestAnimationFrame(() => { list.scrollTop = list.scrollHeight; });
+}
+
+// What can be done now
+
+function showState() {
+  byId("welcome").hidden = turns.length > 0;
+  byId("clear").hidden = turns.length === 0;
+  const hadFocus = [byId("send"), byId("stop")].includes(document.activeElement);
+  byId("send").hidden = Boolean(running);
+  byId("stop").hidden = !running;
+  if (hadFocus) byId(running ? "stop" : "send").focus();
+}
+
+function showAbilities() {
+  const known = Boolean(store.model());
+  const canChat = known && store.does("generate");
+  const media = KINDS.some(store.takes);
+  byId("send").disabled = !canChat;
+  if (known && !canChat) notice(byId("notice"), t("chat.cannot"));
+  else if (byId("notice").textContent === t("chat.cannot")) notice(byId("notice"));
+  byId("file").accept = KINDS.filter(store.takes).map((kind) => `${kind}/*`).join(",");
+  able("attach-file", media, "attach.none");
+  able("attach-url", media, "attach.none");
+  able("attach-camera", canCapture() && (store.takes("image") || store.takes("video")),
+       canCapture() ? "attach.none" : "attach.insecure");
+  able("attach-microphone", canCapture() && store.takes("audio"), canCapture() ? "attach.no.sound" : "attach.insecure");
+  for (const button of byId("samples").children) {
+    button.hidden = !canChat || Boolean(button.dataset.kind && !store.takes(button.dataset.kind));
+  }
+}
+
+/** A button that cannot be used says why. */
+function able(id, can, why) {
+  const button = byId(id);
+  const name = button.dataset.name ??= button.dataset.i18nTitle;
+  button.disabled = !can;
+  title(button, can ? name : why);
+}
+
+function showSamples() {
+  byId("samples").replaceChildren(...SAMPLES.map(({kind, name, icon: iconName, make}) => {
+    const button = el("button", {type: "button", data: kind ? {kind} : {}}, icon(iconName), say(el("span"), name));
+    button.addEventListener("click", async () => {
+      if (running) return;
+      button.disabled = true;
+      try {
+        if (make) await tray.addFiles([await make()]);
+        text.value = t(`${name}.question`);
+        send();
+      } finally {
+        button.disabled = false;
+      }
+    });
+    return button;
+  }));
+}
+
+// Attaching
+
+function startAttaching() {
+  byId("attach-file").addEventListener("click", () => byId("file").click());
+  byId("file").addEventListener("change", () => {
+    attach([...byId("file").files]);
+    byId("file").value = "";
+  });
+  byId("attach-url").addEventListener("click", async () => {
+    const given = await askForUrl(store.takes);
+    if (given) tray.add(fromUrl(given.url, given.kind));
+    text.focus();
+  });
+  byId("attach-camera").addEventListener("click", () => capturing(async () => {
+    const file = await fromCamera({pictures: store.takes("image"), clips: store.takes("video")});
+    if (file) await attach([file]);
+  }));
+  byId("attach-microphone").addEventListener("click", () => capturing(toggleMicrophone));
+  document.addEventListener("paste", (event) => {
+    if (byId("chat").hidden || !event.clipboardData.files.length) return;
+    event.preventDefault();
+    attach([...event.clipboardData.files]);
+  });
+  startDropping(byId("chat"));
+}
+
+function attach(files) {
+  notice(byId("notice"));
+  return tray.addFiles(files);
+}
+
+async function capturing(work) {
+  try {
+    await work();
+  } catch (error) {
+    notice(byId("notice"), t("attach.denied", {reason: error.message}));
+  }
+}
+
+async function toggleMicrophone() {
+  const button = byId("attach-microphone");
+  if (microphone === null) {
+    microphone = await startMicrophone();
+    button.dataset.name = "attach.microphone.stop";
+    announce(t("recording"));
+  } else {
+    const recording = microphone;
+    microphone = null;
+    button.dataset.name = "attach.microphone";
+    await attach([await recording.stop()]);
+  }
+  button.classList.toggle("recording", microphone !== null);
+  title(button, button.dataset.name);
+}
+
+function startDropping(panel) {
+  const hasFiles = (event) => event.dataTransfer?.types.includes("Files");
+  panel.addEventListener("dragover", (event) => {
+    if (!hasFiles(event)) return;
+    event.preventDefault();
+    panel.classList.add("dropping");
+  });
+  panel.addEventListener("dragleave", (event) => {
+    if (!panel.contains(event.relatedTarget)) panel.classList.remove("dropping");
+  });
+  panel.addEventListener("drop", (event) => {
+    panel.classList.remove("dropping");
+    if (!hasFiles(event)) return;
+    event.preventDefault();
+    attach([...event.dataTransfer.files]);
+  });
+}
+
+// Settings
+
+function openSettings(open) {
+  byId("settings").hidden = !open;
+  byId("toggle-settings").setAttribute("aria-expanded", String(open));
+}
+
+function startSettingsToggle() {
+  const wide = matchMedia("(min-width: 54rem)");
+  openSettings(wide.matches);
+  wide.addEventListener("change", () => openSettings(wide.matches));
+  byId("toggle-settings").addEventListener("click", () => {
+    openSettings(byId("settings").hidden);
+    if (!byId("settings").hidden) byId("system").focus();
+  });
+}

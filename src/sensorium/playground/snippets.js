@@ -1,0 +1,91 @@
+// A request as a person would write it: curl for a shell, Python for OpenAI's client. Files stand there by name, not
+// by their bytes; the key never stands there.
+
+const CHAT = "v1/chat/completions";
+const OPENAI_FIELDS = new Set(["model", "messages", "temperature", "top_p", "max_tokens", "seed", "stop", "stream",
+                               "presence_penalty", "frequency_penalty", "stream_options", "input"]);
+
+/** {curl, python}. `makeBody(place)` builds the body and lets `place` say how a medium is written. */
+export function snippets(path, makeBody, {withKey}) {
+  const marks = new Map();  // what stands for a file in the body -> the attachment and its form
+  const nonce = [...crypto.getRandomValues(new Uint8Array(8))].map((byte) => byte.toString(16)).join("");
+  const place = (attachment, form) => {
+    if (attachment.url) return attachment.url;
+    const mark = `${nonce}-${marks.size}-`;
+    marks.set(mark, {attachment, form});
+    return mark;
+  };
+  const body = makeBody(place);
+  return {curl: asCurl(path, body, marks, withKey), python: asPython(path, body, marks)};
+}
+
+const address = (path) => new URL(path, document.baseURI).href;
+const head = ({attachment, form}) => (form === "url" ? `data:${attachment.type};base64,` : "");
+
+// curl
+
+const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
+
+function asCurl(path, body, marks, withKey) {
+  // The body is a here-document that the shell fills with the files, so its own signs are escaped.
+  let text = JSON.stringify(body, null, 2).replace(/[\\$`]/g, "\\$&");
+  for (const [mark, medium] of marks) {
+    text = text.replaceAll(mark, () => `${head(medium)}$(base64 < ${quoted(medium.attachment.name)} | tr -d '\\n')`);
+  }
+  return [`curl -N ${quoted(address(path))} \\`, "  -H 'Content-Type: application/json' \\",
+          ...(withKey ? ['  -H "Authorization: Bearer $SENSORIUM_API_KEY" \\'] : []),
+          "  -d @- <<JSON", text, "JSON"].join("\n");
+}
+
+// Python
+
+function literal(value, marks, indent) {
+  const inner = indent + "    ";
+  if (value === null || value === undefined) return "None";
+  if (value === true) return "True";
+  if (value === false) return "False";
+  if (typeof value === "number") return String(value);
+  if (typeof value === "string") return marks.has(value) ? fileExpression(marks.get(value)) : JSON.stringify(value);
+  const isList = Array.isArray(value);
+  const rows = isList ? value.map((item) => literal(item, marks, inner))
+    : Object.entries(value).map(([name, item]) => `${JSON.stringify(name)}: ${literal(item, marks, inner)}`);
+  const [open, close] = isList ? "[]" : "{}";
+  const flat = `${open}${rows.join(", ")}${close}`;
+  if (flat.length + indent.length < 90 && !flat.includes("\n")) return flat;
+  return `${open}\n${rows.map((row) => `${inner}${row},\n`).join("")}${indent}${close}`;
+}
+
+function fileExpression(medium) {
+  const bytes = `encoded(${JSON.stringify(medium.attachment.name)})`;
+  return head(medium) ? `${JSON.stringify(head(medium))} + ${bytes}` : bytes;
+}
+
+function asPython(path, body, marks) {
+  const lines = [];
+  if (marks.size) lines.push("import base64");
+  lines.push("import os");
+  if (marks.size) lines.push("from pathlib import Path");
+  lines.push("", "from openai import OpenAI", "");
+  if (marks.size) {
+    lines.push("", "def encoded(name):", "    return base64.b64encode(Path(name).read_bytes()).decode()", "", "");
+  }
+  lines.push(`client = OpenAI(base_url=${JSON.stringify(address("v1"))}, api_key=os.environ.get("SENSORIUM_API_KEY", "none"))`);
+  return [...lines, ...pythonCall(path, body, marks)].join("\n");
+}
+
+function pythonCall(path, body, marks) {
+  const named = Object.entries(body).filter(([name]) => OPENAI_FIELDS.has(name));
+  const extra = Object.fromEntries(Object.entries(body).filter(([name]) => !OPENAI_FIELDS.has(name)));
+  const rows = named.map(([name, value]) => `    ${name}=${literal(value, marks, "    ")},`);
+  if (Object.keys(extra).length) rows.push(`    extra_body=${literal(extra, marks, "    ")},`);
+  if (path === CHAT) {
+    return ["stream = client.chat.completions.create(", ...rows, ")", "for chunk in stream:",
+            "    if chunk.choices and chunk.choices[0].delta.content:",
+            '        print(chunk.choices[0].delta.content, end="", flush=True)'];
+  }
+  if (path === "v1/embeddings" && body.input) {
+    return ["answer = client.embeddings.create(", ...rows, ")", "print([row.embedding for row in answer.data])"];
+  }
+  return [`answer = client.post(${JSON.stringify(path.replace(/^v1/, ""))}, cast_to=object, body=${literal(body, marks, "")})`,
+          "print(answer)"];
+}
