@@ -38,7 +38,7 @@ class Qwen2VL(DecoderForCausalLM):
             return pixels.to(dtype)
         out = torch.empty(pixels.shape, dtype=dtype, device=pixels.device)
         scale, shift = item["scale"].unsqueeze(1), item["shift"].unsqueeze(1)
-        for rows, into in zip(pixels.split(MAX_ROWS), out.split(MAX_ROWS), strict=True):
+        for rows, into in zip(torch.split(pixels, MAX_ROWS), torch.split(out, MAX_ROWS), strict=True):
             channels = rows.view(len(rows), 3, -1).to(torch.float32, copy=True)
             into.view(channels.shape).copy_(channels.mul_(scale).add_(shift))
         return out

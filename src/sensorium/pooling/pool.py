@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -28,7 +29,7 @@ def _max(hidden: Tensor) -> Tensor:
 
 
 def _mean_sqrt_len(hidden: Tensor) -> Tensor:
-    return hidden.sum(0) / hidden.shape[0] ** 0.5
+    return hidden.sum(0) / math.sqrt(len(hidden))
 
 
 def _weighted_mean(hidden: Tensor) -> Tensor:
