@@ -119,7 +119,8 @@ class ServerConfig:
                                                parse="json")
     allow_request_mm_kwargs: bool = flag(False, "Let requests bring `mm_processor_kwargs`.")
     allow_request_chat_template: bool = flag(False, "Let requests bring `chat_template`.")
-    chat_template: str | None = flag(None, "Chat template: a file or the template itself. Default: the checkpoint's.")
+    chat_template: str | None = flag(None, "Chat template: a file, the template itself or a name (llava, "
+                                           "vlm2vec_phi3v, dse_qwen2_vl). Default: the checkpoint's.")
     matryoshka_dimensions: tuple[int, ...] = flag((), "Sizes to which requests may cut embeddings (`dimensions`); 0 "
                                                       "for any. Default: what config.json says.", nargs="+")
     shared_prefix_cache: bool = flag(False, "Share cached prefixes between API keys (faster, but timing tells who "

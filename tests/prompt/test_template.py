@@ -16,7 +16,7 @@ from sensorium.errors import RequestError, StartupError
 from sensorium.prompt import defaults, sandbox
 from sensorium.prompt.literals import MARK
 from sensorium.prompt.messages import MediaPart, Message, TextPart
-from sensorium.prompt.template import ChatTemplate, template_source
+from sensorium.prompt.template import ChatTemplate, pooling_template_source, template_source
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.types import Modality
 
@@ -306,6 +306,31 @@ def test_sources_in_their_order(tmp_path: Path) -> None:
         template_source(str(tmp_path / "none.jinja"), None, qwen2_vl, CHATML)
     with pytest.raises(StartupError, match="not valid Jinja"):
         ChatTemplate("{% for %}", CHATML)
+
+
+@pytest.mark.parametrize(("flag", "begin"), [
+    ("llava", "USER: "), ("template_llava.jinja", "USER: "), ("examples/template_vlm2vec_phi3v.jinja", "Hi"),
+    ("vlm2vec", "Hi"), ("somewhere/dse_qwen2_vl.jinja", "<|im_start|>system")])
+def test_templates_known_by_name(flag: str, begin: str) -> None:
+    source = template_source(flag, "own", "LlavaForConditionalGeneration", CHATML)
+    assert source is not None
+    assert ChatTemplate(source, CHATML).render([text("user", "Hi")]).startswith(begin)
+
+
+def test_a_file_of_that_name_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "template_llava.jinja").write_text("mine", encoding="utf-8")
+    assert template_source("template_llava.jinja", None, "LlavaForConditionalGeneration", CHATML) == "mine"
+
+
+@pytest.mark.parametrize(("names", "flag", "ends"), [
+    (["TIGER-Lab/VLM2Vec-Full"], None, "Hi"), (["any", "models--MrLight--dse-qwen2-2b-mrl-v1"], None, "<|endoftext|>"),
+    (["/data/VLM2Vec-Full/"], None, "Hi"), (["llava"], None, None), (["TIGER-Lab/VLM2Vec-Full"], "llava", None)])
+def test_templates_for_embeddings_by_the_models_name(names: list[str], flag: str | None, ends: str | None) -> None:
+    source = pooling_template_source(flag, names)
+    assert (source is None) == (ends is None)
+    if source is not None and ends is not None:
+        assert ChatTemplate(source, CHATML).render([text("user", "Hi")], add_generation_prompt=False).endswith(ends)
 
 
 def test_rendering_needs_neither_torch_nor_transformers() -> None:

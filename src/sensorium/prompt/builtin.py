@@ -41,13 +41,13 @@ _VLM2VEC = (
 POOLING: dict[str, str] = {"dse-qwen2": _DSE_QWEN2, "vlm2vec": _VLM2VEC}
 """Part of a model's name -> the template for its embeddings."""
 
-FILES: dict[str, str] = {
-    "template_llava": defaults.TEMPLATES["LlavaForConditionalGeneration"],
-    "template_dse_qwen2_vl": _DSE_QWEN2,
-    "template_vlm2vec": _VLM2VEC,
-    "template_vlm2vec_phi3v": _VLM2VEC,
+NAMED: dict[str, str] = {
+    "llava": defaults.TEMPLATES["LlavaForConditionalGeneration"],
+    "dse_qwen2_vl": _DSE_QWEN2,
+    "vlm2vec": _VLM2VEC,
+    "vlm2vec_phi3v": _VLM2VEC,
 }
-"""Names of template files that users of other servers know -> what they say."""
+"""What --chat-template may name: also as the files that users of other servers know, `template_llava.jinja`."""
 
 
 def pooling_template_of(names: Iterable[str]) -> str | None:
@@ -56,5 +56,5 @@ def pooling_template_of(names: Iterable[str]) -> str | None:
     return next((template for key, template in POOLING.items() if any(key in name for name in known)), None)
 
 
-def template_of_file(file: str) -> str | None:
-    return FILES.get(PurePath(file).name.removesuffix(".jinja"))
+def named_template(flag: str) -> str | None:
+    return NAMED.get(PurePath(flag).name.removesuffix(".jinja").removeprefix("template_"))

@@ -217,10 +217,10 @@ def pooling_template_source(flag: str | None, names: Iterable[str]) -> str | Non
 
 
 def _from_flag(flag: str) -> str:
-    """`--chat-template`: what has braces or several lines is the template itself, anything else a file."""
+    """`--chat-template`: what has braces or several lines is the template itself, anything else a file or a name."""
     if any(character in flag for character in "{}\n"):
         return flag
-    known = builtin.template_of_file(flag)
+    known = builtin.named_template(flag)
     if known is not None and not Path(flag).expanduser().is_file():
         return known
     try:
