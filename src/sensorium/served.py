@@ -291,8 +291,10 @@ class ServedModel:
         return np.array(token_ids, np.int32)
 
     def _check_no_placeholders(self, ids: Ids, param: str) -> None:
-        placeholders = [self.processor.placeholder_id(kind) for kind in self.processor.modalities]
-        if placeholders and np.isin(ids, placeholders).any():
+        # A family whose placeholder is text fills the rows' places with an ordinary token: that one is nothing special.
+        placeholders = {self.processor.placeholder_id(kind) for kind in self.processor.modalities}
+        placeholders &= self.tokenizer.special_ids | set(self.tokenizer.added_tokens.values())
+        if placeholders and np.isin(ids, list(placeholders)).any():
             raise RequestError("The prompt has placeholder tokens of media, but no media. Send media in `messages`.",
                                param=param, code="media_count_mismatch")
 
@@ -483,3 +485,5 @@ async def all_in_order(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         raise
+    finally:
+        tasks.clear()  # a task keeps its error, the error this frame: such a circle would hold the request's media

@@ -50,12 +50,19 @@ class UltravoxProcessor(Processor):
     def placeholder_id(self, kind: Modality) -> int:
         return self.filler
 
+    def num_tokens(self, kind: Modality, height: int, width: int, frames: int = 1) -> int:
+        if kind != "audio":
+            return super().num_tokens(kind, height, width, frames)
+        return self._num_rows(max(2, -(-frames // HOP_SAMPLES)))
+
     def process(self, item: MediaItem) -> MediaFeatures:
         if item.kind != "audio":
             raise self._no_such_input(item.kind, item.param)
         mel = log_mel(padded(item.data.astype(np.float32, copy=False)), self.num_mel_bins)
-        rows = sum(-(-frames // self.frames_per_row) for frames in chunk_lengths(mel.shape[1], self.chunk_frames))
-        return MediaFeatures("audio", self._feature_key(item), rows, {"mel": mel})
+        return MediaFeatures("audio", self._feature_key(item), self._num_rows(mel.shape[1]), {"mel": mel})
+
+    def _num_rows(self, mel_frames: int) -> int:
+        return sum(-(-frames // self.frames_per_row) for frames in chunk_lengths(mel_frames, self.chunk_frames))
 
     def build(self, text: str, media: Sequence[MediaFeatures], *, add_special_tokens: bool = False) -> Prompt:
         return self._assemble(self._pieces(text.split(PLACEHOLDER), media, add_special_tokens), media)
