@@ -130,8 +130,6 @@ static inline void softmax_row(const Attention& args, float* score, int64_t key,
     state.total[row] += vsum(sum);
 }
 
-static inline size_t align64(size_t bytes) { return (bytes + 63) & ~size_t(63); }
-
 // Walks the task's keys; leaves sums that are not yet divided by their total in `state`.
 static void attend(const Attention& args, const AttentionTask& task, AttentionState& state) {
     const int group = args.heads / args.kv_heads, rows = state.rows, dim = args.head_dim;
@@ -170,8 +168,8 @@ static void attend(const Attention& args, const AttentionTask& task, AttentionSt
         for (int64_t i = 0; i < tiling.count; ++i) {
             const int64_t first = tiling.start(i);
             for (int panel = 0; panel < kKeys / kPanel; ++panel)
-                tile_for<0>(tiling.size(i), 2)(q + first * pairs, reinterpret_cast<bf16*>(keys + panel * pairs * kPanel),
-                                               pairs, scores + first * kKeys + panel * kPanel, kKeys, false, 0);
+                tile_for<DotPairs, 0>(tiling.size(i), 2)(q + first * pairs, keys + panel * pairs * kPanel, pairs,
+                                                         scores + first * kKeys + panel * kPanel, kKeys, false, 0);
         }
         for (int row = 0; row < rows; ++row) {
             int64_t first = 0, last = task.key_end;
@@ -182,16 +180,16 @@ static void attend(const Attention& args, const AttentionTask& task, AttentionSt
             softmax_row(args, scores + row * kKeys, key, first, std::min<int64_t>(last, task.key_end), state, row,
                         p + row * kKeys);
         }
-        const bf16* panel = values;
+        const uint32_t* panel = reinterpret_cast<const uint32_t*>(values);
         for (int d = 0; d < state.dim; d += kPanel) {
             const int vectors = state.dim - d > kLanes ? 2 : 1;
             for (int64_t i = 0; i < tiling.count; ++i) {
                 const int64_t first = tiling.start(i);
-                tile_for<kKeys / 2>(tiling.size(i), vectors)(reinterpret_cast<uint32_t*>(p + first * kKeys), panel,
-                                                             kKeys / 2, state.out + first * state.dim + d, state.dim,
-                                                             true, 0);
+                tile_for<DotPairs, kKeys / 2>(tiling.size(i), vectors)(
+                    reinterpret_cast<uint32_t*>(p + first * kKeys), panel, kKeys / 2,
+                    state.out + first * state.dim + d, state.dim, true, 0);
             }
-            panel += kKeys * vectors * kLanes;
+            panel += kKeys / 2 * vectors * kLanes;
         }
     }
 }

@@ -17,13 +17,14 @@ enum Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kQuickGelu = 3,
 
 // y [rows, n] = x [rows, k] @ weight.T + bias
 struct Linear {
-    const void* weight;   // packed, see linear.h
-    const float* scales;  // int8: [n]; int4: packed per panel and group
-    const float* bias;    // [n] or null
+    void* weight;          // packed, see linear.h and quantized.h
+    void* scales;          // int8: float [n rounded up to panels]; int4: fp16 [panels][groups][32]
+    const uint8_t* zeros;  // int4: the code of zero, laid out like the scales; null: 8
+    const float* bias;     // [n] or null
     int64_t n;
     int64_t k;
     int32_t form;
-    int32_t group;  // int4: elements of k that share a scale
+    int32_t group;  // int4: elements of k that share a scale, a multiple of 8
 };
 
 // Attention of queries over keys that lie in a paged cache (block_tables != null) or in one array.
@@ -75,6 +76,10 @@ struct Kernels {
     void (*pack_bf16)(const Runtime&, const bf16* weight, int64_t stride, int64_t rows, int64_t row_start, int64_t n,
                       int64_t k, bf16* packed);
     void (*unpack_bf16)(const bf16* packed, int64_t n, int64_t k, const int64_t* ids, int64_t count, bf16* out);
+    void (*quantize)(const Runtime&, const Linear&, const bf16* weight, int64_t stride, int64_t rows, int64_t row_start);
+    void (*pack_codes)(const Runtime&, const Linear&, const uint8_t* codes, int64_t stride, int64_t rows,
+                       int64_t row_start);
+    void (*unpack_quantized)(const Linear&, const int64_t* ids, int64_t count, bf16* out);
     void (*linear)(const Runtime&, const Linear&, const bf16* x, int64_t stride, int64_t rows, void* y, int32_t y_fp32);
     void (*attention)(const Runtime&, const Attention&);
     void (*rms_norm)(const Runtime&, const bf16* x, int64_t stride, const bf16* weight, bf16* y, int64_t y_stride,

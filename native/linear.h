@@ -9,6 +9,7 @@
 namespace sensorium::SENSORIUM_ISA {
 
 static inline int panel_vectors(int64_t n, int64_t panel) { return n - panel * kPanel > kLanes ? 2 : 1; }
+static inline size_t align64(size_t bytes) { return (bytes + 63) & ~size_t(63); }
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 static void pack_bf16(const Runtime& runtime, const bf16* weight, int64_t stride, int64_t rows, int64_t row_start,
@@ -94,7 +95,7 @@ static inline void store_row(const float* c, const float* bias, void* y, int64_t
 }
 
 // One panel of the weights against all rows of the block; sums in `c` [rows, 32].
-static inline void multiply_panel(const RowBlock& block, const bf16* b, int vectors, float* c) {
+static inline void multiply_panel(const RowBlock& block, const uint32_t* b, int vectors, float* c) {
     const int width = vectors * kLanes;
     const int64_t rows = block.tiling.rows;
     const int64_t ahead = rows <= 4 ? 4096 : rows <= kTileRows ? 8192 : block.step * width * 4 + 8192;
@@ -103,8 +104,8 @@ static inline void multiply_panel(const RowBlock& block, const bf16* b, int vect
         for (int64_t i = 0; i < block.tiling.count; ++i) {
             const int64_t first = block.tiling.start(i);
             const int size = block.tiling.size(i);
-            tile_for<0>(size, vectors)(block.a + first * block.pairs + p * size, b + p * width * 2, length,
-                                       c + first * kPanel, kPanel, p > 0, ahead);
+            tile_for<DotPairs, 0>(size, vectors)(block.a + first * block.pairs + p * size, b + p * width, length,
+                                                 c + first * kPanel, kPanel, p > 0, ahead);
         }
     }
 }
@@ -119,11 +120,11 @@ static inline bool wants_team(int64_t rows, int64_t n, int64_t k) {
 static void linear_block(const Runtime& runtime, const Linear& w, const bf16* x, int64_t stride, int64_t first,
                          int64_t rows, void* y, bool y_fp32) {
     const int64_t pairs = ceil_div(w.k, 2);
-    const bf16* weight = static_cast<const bf16*>(w.weight);
+    const uint32_t* weight = static_cast<const uint32_t*>(w.weight);
     const RowBlock block = pack_block(runtime, x + first * stride, stride, rows, w.k);
     const auto multiply = [&](int64_t panel) {
         float* c = static_cast<float*>(Scratch<1>::get(size_t(rows) * kPanel * sizeof(float)));
-        multiply_panel(block, weight + panel * kPanel * pairs * 2, panel_vectors(w.n, panel), c);
+        multiply_panel(block, weight + panel * kPanel * pairs, panel_vectors(w.n, panel), c);
         const int64_t column = panel * kPanel;
         const int columns = int(std::min<int64_t>(kPanel, w.n - column));
         for (int64_t row = 0; row < rows; ++row)

@@ -15,7 +15,8 @@ namespace {
 const Kernels* find_kernels(int isa) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
@@ -27,7 +28,7 @@ const Kernels* find_kernels(int isa) {
 
 }  // namespace
 
-EXPORT int32_t sensorium_abi() { return 2; }
+EXPORT int32_t sensorium_abi() { return 3; }
 
 // isa: 0 portable, 1 AVX2 + FMA, 2 AVX-512 with BF16 and VNNI. Null when this processor lacks it.
 EXPORT Runtime* sensorium_open(int32_t isa, int32_t threads, Fork fork) {
@@ -54,6 +55,20 @@ EXPORT void sensorium_pack_bf16(const Runtime* r, const bf16* weight, int64_t st
 EXPORT void sensorium_unpack_bf16(const Runtime* r, const bf16* packed, int64_t n, int64_t k, const int64_t* ids,
                                   int64_t count, bf16* out) {
     r->kernels->unpack_bf16(packed, n, k, ids, count, out);
+}
+// Rows of bf16 become codes and scales of the linear layer's form, at `row_start`.
+EXPORT void sensorium_quantize(const Runtime* r, const Linear* w, const bf16* weight, int64_t stride, int64_t rows,
+                               int64_t row_start) {
+    r->kernels->quantize(*r, *w, weight, stride, rows, row_start);
+}
+// Codes that exist already, one byte each: w + 128 for int8, 0 to 15 for int4. Scales and zeros are the caller's.
+EXPORT void sensorium_pack_codes(const Runtime* r, const Linear* w, const uint8_t* codes, int64_t stride, int64_t rows,
+                                 int64_t row_start) {
+    r->kernels->pack_codes(*r, *w, codes, stride, rows, row_start);
+}
+EXPORT void sensorium_unpack_quantized(const Runtime* r, const Linear* w, const int64_t* ids, int64_t count,
+                                       bf16* out) {
+    r->kernels->unpack_quantized(*w, ids, count, out);
 }
 EXPORT void sensorium_linear(const Runtime* r, const Linear* w, const bf16* x, int64_t stride, int64_t rows, void* y,
                              int32_t y_fp32) {

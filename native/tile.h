@@ -1,6 +1,7 @@
-// The one inner loop of every matrix product here: C[MR, 32] (+)= A[MR, k] x B[k, 32] with pairs of bf16 along k.
-// A: pairs of bf16 as uint32, B: [k/2][width][2], C: fp32. Sums run over k in order, one chain per output, so that a
-// result depends neither on the number of rows computed with it nor on blocking.
+// The one inner loop of every matrix product here: C[MR, 32] (+)= A[MR, k] x B[k, 32].
+// A and B come in 32-bit words of neighbours along k: two bf16 or four bytes. B: [words][width], C: fp32 or int32.
+// Sums run over k in order, one chain per output, so that a result depends neither on the number of rows computed with
+// it nor on blocking.
 #pragma once
 
 #include "vec.h"
@@ -15,55 +16,73 @@ constexpr int kTileRows = 2;
 constexpr int kTileRows = 4;
 #endif
 
-// Pair p of row i is a[i * RowStep + p * PairStep]; NV vectors of 16 columns; `ahead`: bytes of B to prefetch, or 0.
-template <int MR, int NV, int RowStep, int PairStep>
-static inline void tile(const uint32_t* a, const bf16* b, int64_t pairs, float* c, int64_t c_stride, bool accumulate,
-                        int64_t ahead) {
-    vf sum[MR][NV];
+// What a 32-bit word of A and of B holds, and how it is summed.
+struct DotPairs {  // two bf16 each
+    using Value = float;
+    static vf zero() { return vzero(); }
+    static vf load(const float* p) { return vload(p); }
+    static void store(float* p, vf v) { vstore(p, v); }
+    static vpair weights(const uint32_t* p) { return pload(reinterpret_cast<const bf16*>(p)); }
+    static vbroadcast broadcast(uint32_t word) { return pbroadcast(word); }
+    static vf dot(vf sum, vpair w, vbroadcast x) { return dot_pair(sum, w, x); }
+};
+struct DotQuads {  // A: four signed bytes, B: four unsigned ones
+    using Value = int32_t;
+    static vi zero() { return izero(); }
+    static vi load(const int32_t* p) { return iload(p); }
+    static void store(int32_t* p, vi v) { istore(p, v); }
+    static vquad weights(const uint32_t* p) { return qload(p); }
+    static vquad_broadcast broadcast(uint32_t word) { return qbroadcast(word); }
+    static vi dot(vi sum, vquad w, vquad_broadcast x) { return dot_quad(sum, w, x); }
+};
+
+// Word p of row i is a[i * RowStep + p * WordStep]; NV vectors of 16 columns; `ahead`: bytes of B to prefetch, or 0.
+template <class Dot, int MR, int NV, int RowStep, int WordStep>
+static inline void tile(const uint32_t* a, const uint32_t* b, int64_t words, typename Dot::Value* c, int64_t c_stride,
+                        bool accumulate, int64_t ahead) {
+    decltype(Dot::zero()) sum[MR][NV];
     for (int i = 0; i < MR; ++i)
-        for (int j = 0; j < NV; ++j) sum[i][j] = accumulate ? vload(c + i * c_stride + j * kLanes) : vzero();
+        for (int j = 0; j < NV; ++j) sum[i][j] = accumulate ? Dot::load(c + i * c_stride + j * kLanes) : Dot::zero();
 #pragma GCC unroll 4
-    for (int64_t p = 0; p < pairs; ++p) {
+    for (int64_t p = 0; p < words; ++p) {
         // Few rows take the weights at the memory's pace and want them in L1; more rows leave time to wait for L2.
         constexpr int kLocality = MR <= 4 ? 3 : 2;
         __builtin_prefetch(reinterpret_cast<const char*>(b) + ahead, 0, kLocality);
         if (NV == 2) __builtin_prefetch(reinterpret_cast<const char*>(b) + ahead + 64, 0, kLocality);
-        vpair w[NV];
-        for (int j = 0; j < NV; ++j) w[j] = pload(b + j * 2 * kLanes);
+        decltype(Dot::weights(b)) w[NV];
+        for (int j = 0; j < NV; ++j) w[j] = Dot::weights(b + j * kLanes);
         for (int i = 0; i < MR; ++i) {
-            const vbroadcast x = pbroadcast(a[i * RowStep]);
-            for (int j = 0; j < NV; ++j) sum[i][j] = dot_pair(sum[i][j], w[j], x);
+            const auto x = Dot::broadcast(a[i * RowStep]);
+            for (int j = 0; j < NV; ++j) sum[i][j] = Dot::dot(sum[i][j], w[j], x);
         }
-        a += PairStep;
-        b += NV * 2 * kLanes;
+        a += WordStep;
+        b += NV * kLanes;
     }
     for (int i = 0; i < MR; ++i)
-        for (int j = 0; j < NV; ++j) vstore(c + i * c_stride + j * kLanes, sum[i][j]);
+        for (int j = 0; j < NV; ++j) Dot::store(c + i * c_stride + j * kLanes, sum[i][j]);
 }
 
-using Tile = void (*)(const uint32_t* a, const bf16* b, int64_t pairs, float* c, int64_t c_stride, bool accumulate,
-                      int64_t ahead);
+template <class Dot>
+using Tile = void (*)(const uint32_t* a, const uint32_t* b, int64_t words, typename Dot::Value* c, int64_t c_stride,
+                      bool accumulate, int64_t ahead);
 
-template <int MR, int NV, int RowStep>
-static void tile_entry(const uint32_t* a, const bf16* b, int64_t pairs, float* c, int64_t c_stride, bool accumulate,
-                       int64_t ahead) {
-    if constexpr (RowStep == 0)
-        tile<MR, NV, 1, MR>(a, b, pairs, c, c_stride, accumulate, ahead);  // A packed as [pairs][MR]
-    else
-        tile<MR, NV, RowStep, 1>(a, b, pairs, c, c_stride, accumulate, ahead);  // A plain with a fixed stride
+// RowStep 0: A is packed as [words][MR]; otherwise A is a plain matrix with that many words to a row.
+template <class Dot, int MR, int NV, int RowStep>
+static void tile_entry(const uint32_t* a, const uint32_t* b, int64_t words, typename Dot::Value* c, int64_t c_stride,
+                       bool accumulate, int64_t ahead) {
+    tile<Dot, MR, NV, RowStep ? RowStep : 1, RowStep ? 1 : MR>(a, b, words, c, c_stride, accumulate, ahead);
 }
 
-template <int NV, int RowStep, int... I>
-static Tile pick_tile(int rows, std::integer_sequence<int, I...>) {
-    static constexpr Tile table[] = {tile_entry<I + 1, NV, RowStep>...};
+template <class Dot, int NV, int RowStep, int... I>
+static Tile<Dot> pick_tile(int rows, std::integer_sequence<int, I...>) {
+    static constexpr Tile<Dot> table[] = {tile_entry<Dot, I + 1, NV, RowStep>...};
     return table[rows - 1];
 }
 
-// RowStep 0: A is packed in tiles of `rows`; otherwise A is a plain matrix with that many pairs to a row.
-template <int RowStep>
-static inline Tile tile_for(int rows, int vectors) {
+template <class Dot, int RowStep>
+static inline Tile<Dot> tile_for(int rows, int vectors) {
     constexpr auto sizes = std::make_integer_sequence<int, kTileRows>{};
-    return vectors == 2 ? pick_tile<2, RowStep>(rows, sizes) : pick_tile<1, RowStep>(rows, sizes);
+    return vectors == 2 ? pick_tile<Dot, 2, RowStep>(rows, sizes) : pick_tile<Dot, 1, RowStep>(rows, sizes);
 }
 
 // Cuts `rows` into tiles of nearly equal height.

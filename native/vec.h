@@ -96,6 +96,34 @@ static inline vf dot_pair(vf acc, vpair w, vbroadcast x) {
     return {_mm512_dpbf16_ps(acc.v, (__m512bh)w.v, (__m512bh)x.v)};
 }
 
+static inline vf vload_f16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+
+// Sixteen 32-bit sums; four unsigned bytes for each of sixteen columns; four signed bytes for all of them.
+struct vi {
+    __m512i v;
+};
+static inline vi izero() { return {_mm512_setzero_si512()}; }
+static inline vi iset(int32_t x) { return {_mm512_set1_epi32(x)}; }
+static inline vi operator-(vi a, vi b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+static inline vi iload(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+static inline void istore(int32_t* p, vi a) { _mm512_storeu_si512(p, a.v); }
+static inline vf to_float(vi a) { return {_mm512_cvtepi32_ps(a.v)}; }
+static inline vf vload_u8(const uint8_t* p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)))};
+}
+// Rounded to nearest and stored as signed bytes; the lanes fit.
+static inline void vstore_s8(int8_t* p, vf a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v))); }
+struct vquad {
+    __m512i v;
+};
+static inline vquad qload(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+static inline void qstore(uint32_t* p, vquad a) { _mm512_storeu_si512(p, a.v); }
+static inline vquad qlow(vquad a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
+static inline vquad qhigh(vquad a) { return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))}; }
+static inline vi dot_quad(vi acc, vquad w, vbroadcast x) { return {_mm512_dpbusd_epi32(acc.v, w.v, x.v)}; }
+static inline vbroadcast qbroadcast(uint32_t quad) { return pbroadcast(quad); }
+using vquad_broadcast = vbroadcast;
+
 #elif defined(SENSORIUM_AVX2)
 
 struct vf {
@@ -198,6 +226,62 @@ static inline vf dot_pair(vf acc, vpair w, vbroadcast x) {
     acc.b = _mm256_fmadd_ps(w.b1, x.x1, _mm256_fmadd_ps(w.b0, x.x0, acc.b));
     return acc;
 }
+static inline vf vload_f16(const uint16_t* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
+}
+
+struct vi {
+    __m256i a, b;
+};
+static inline vi izero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+static inline vi iset(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+static inline vi operator-(vi x, vi y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
+static inline vi iload(const int32_t* p) {
+    return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 8))};
+}
+static inline void istore(int32_t* p, vi x) {
+    _mm256_storeu_si256((__m256i*)p, x.a);
+    _mm256_storeu_si256((__m256i*)(p + 8), x.b);
+}
+static inline vf to_float(vi x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+static inline vf vload_u8(const uint8_t* p) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))),
+            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8))))};
+}
+static inline void vstore_s8(int8_t* p, vf x) {
+    const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
+    const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);
+    _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1)));
+}
+struct vquad {
+    __m256i a, b;
+};
+static inline vquad qload(const uint32_t* p) {
+    return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 8))};
+}
+static inline void qstore(uint32_t* p, vquad x) {
+    _mm256_storeu_si256((__m256i*)p, x.a);
+    _mm256_storeu_si256((__m256i*)(p + 8), x.b);
+}
+static inline vquad qlow(vquad x) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    return {_mm256_and_si256(x.a, nibble), _mm256_and_si256(x.b, nibble)};
+}
+static inline vquad qhigh(vquad x) { return qlow({_mm256_srli_epi16(x.a, 4), _mm256_srli_epi16(x.b, 4)}); }
+// As 16-bit halves: the products of unsigned and signed bytes do not fit the instruction made for them.
+struct vquad_broadcast {
+    __m256i even, odd;
+};
+static inline vquad_broadcast qbroadcast(uint32_t quad) {
+    const __m256i x = _mm256_set1_epi32(int(quad));
+    return {_mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), _mm256_srai_epi16(x, 8)};
+}
+static inline __m256i dot_quad8(__m256i acc, __m256i w, vquad_broadcast x) {
+    const __m256i even = _mm256_and_si256(w, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(w, 8);
+    const __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(even, x.even), _mm256_madd_epi16(odd, x.odd));
+    return _mm256_add_epi32(acc, sum);
+}
+static inline vi dot_quad(vi acc, vquad w, vquad_broadcast x) { return {dot_quad8(acc.a, w.a, x), dot_quad8(acc.b, w.b, x)}; }
 
 #else
 
@@ -277,6 +361,67 @@ struct vbroadcast {
 };
 static inline vbroadcast pbroadcast(uint32_t pair) { return {bf16_to_float(bf16(pair)), bf16_to_float(bf16(pair >> 16))}; }
 static inline vf dot_pair(vf acc, vpair w, vbroadcast x) { return {acc.v + w.even * x.x0 + w.odd * x.x1}; }
+
+static inline float f16_to_float(uint16_t half) {
+    const uint32_t sign = uint32_t(half & 0x8000u) << 16, exponent = (half >> 10) & 31, fraction = half & 1023;
+    if (exponent == 0) {
+        const float small = float(fraction) * (1.0f / 16777216.0f);
+        return sign ? -small : small;
+    }
+    const uint32_t bits = sign | ((exponent == 31 ? 255 : exponent + 112) << 23) | (fraction << 13);
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
+static inline vf vload_f16(const uint16_t* p) {
+    vf out;
+    for (int i = 0; i < 16; ++i) out.v[i] = f16_to_float(p[i]);
+    return out;
+}
+
+struct vi {
+    i16_t v;
+};
+static inline vi izero() { return {(i16_t){}}; }
+static inline vi iset(int32_t x) { return {(i16_t){} + x}; }
+static inline vi operator-(vi a, vi b) { return {a.v - b.v}; }
+static inline vi iload(const int32_t* p) {
+    vi out;
+    std::memcpy(&out.v, p, 64);
+    return out;
+}
+static inline void istore(int32_t* p, vi a) { std::memcpy(p, &a.v, 64); }
+static inline vf to_float(vi a) { return {__builtin_convertvector(a.v, f16_t)}; }
+static inline vf vload_u8(const uint8_t* p) {
+    vf out;
+    for (int i = 0; i < 16; ++i) out.v[i] = float(p[i]);
+    return out;
+}
+static inline void vstore_s8(int8_t* p, vf a) {
+    const f16_t rounded = vround(a).v;
+    for (int i = 0; i < 16; ++i) p[i] = int8_t(rounded[i]);
+}
+struct vquad {
+    u16_t v;
+};
+static inline vquad qload(const uint32_t* p) {
+    vquad out;
+    std::memcpy(&out.v, p, 64);
+    return out;
+}
+static inline void qstore(uint32_t* p, vquad a) { std::memcpy(p, &a.v, 64); }
+static inline vquad qlow(vquad a) { return {a.v & 0x0f0f0f0fu}; }
+static inline vquad qhigh(vquad a) { return {(a.v >> 4) & 0x0f0f0f0fu}; }
+struct vquad_broadcast {
+    int32_t x[4];
+};
+static inline vquad_broadcast qbroadcast(uint32_t quad) {
+    return {{int8_t(quad), int8_t(quad >> 8), int8_t(quad >> 16), int8_t(quad >> 24)}};
+}
+static inline vi dot_quad(vi acc, vquad w, vquad_broadcast x) {
+    return {acc.v + (i16_t)(w.v & 255u) * x.x[0] + (i16_t)((w.v >> 8) & 255u) * x.x[1] +
+            (i16_t)((w.v >> 16) & 255u) * x.x[2] + (i16_t)(w.v >> 24) * x.x[3]};
+}
 
 #endif
 

@@ -29,9 +29,11 @@ logger = logging.getLogger(__name__)
 
 Isa = Literal["portable", "avx2", "avx512"]
 ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512")  # slowest first; the index is the C side's number
-ABI = 2
+ABI = 3
 PANEL = 32  # output columns that are stored together, kPanel of native/kernels.h
 LANES = 16
+QUANTIZATIONS = {"int8": 8, "int4": 4}  # name -> bits
+_FORM_BF16, _FORM_INT8, _FORM_INT4 = 0, 1, 2
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "tanh")
 
 _BF16 = torch.bfloat16
@@ -41,6 +43,9 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "use_large_pages": (_P, _I64),
     "pack_bf16": (_P, _P, _I64, _I64, _I64, _I64, _I64, _P),
     "unpack_bf16": (_P, _P, _I64, _I64, _P, _I64, _P),
+    "quantize": (_P, _P, _P, _I64, _I64, _I64),
+    "pack_codes": (_P, _P, _P, _I64, _I64, _I64),
+    "unpack_quantized": (_P, _P, _P, _I64, _P),
     "linear": (_P, _P, _P, _I64, _I64, _P, _I32),
     "attention": (_P, _P),
     "rms_norm": (_P, _P, _I64, _P, _P, _I64, _I64, _I64, _F32),
@@ -56,7 +61,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 
 class _Linear(ctypes.Structure):
     _fields_: ClassVar = [
-        ("weight", _P), ("scales", _P), ("bias", _P), ("n", _I64), ("k", _I64), ("form", _I32), ("group", _I32),
+        ("weight", _P), ("scales", _P), ("zeros", _P), ("bias", _P), ("n", _I64), ("k", _I64), ("form", _I32),
+        ("group", _I32),
     ]
 
 
@@ -107,6 +113,9 @@ class Native:
     _use_large_pages: Callable[..., None]
     _pack_bf16: Callable[..., None]
     _unpack_bf16: Callable[..., None]
+    _quantize: Callable[..., None]
+    _pack_codes: Callable[..., None]
+    _unpack_quantized: Callable[..., None]
     _linear: Callable[..., None]
     _attention: Callable[..., None]
     _rms_norm: Callable[..., None]
@@ -152,13 +161,15 @@ class Native:
         return x.dtype is _BF16 and x.device.type == "cpu"
 
     def empty_linear(self, out_features: int, in_features: int, *, dtype: torch.dtype = _BF16,
-                     device: torch.device | None = None, quantization: str | None = None) -> PackedLinear:
+                     device: torch.device | None = None, quantization: str | None = None) -> Form:
         """A form to be filled; `dtype` and `device` are the reference's business."""
-        if quantization is not None:
-            raise StartupError(f"quantization {quantization!r} is not available")
-        return PackedLinear(self, out_features, in_features)
+        if quantization is None:
+            return PackedLinear(self, out_features, in_features)
+        if quantization not in QUANTIZATIONS:
+            raise StartupError(f"unknown quantization {quantization!r} (known: {', '.join(QUANTIZATIONS)})")
+        return QuantizedLinear(self, out_features, in_features, QUANTIZATIONS[quantization])
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None, *, quantization: str | None = None) -> PackedLinear:
+    def pack_linear(self, weight: Tensor, bias: Tensor | None, *, quantization: str | None = None) -> Form:
         packed = self.empty_linear(weight.shape[0], weight.shape[1], quantization=quantization)
         packed.fill(0, weight)
         packed.set_bias(bias)
@@ -272,7 +283,7 @@ class Native:
         tensors = [final_norm]
         for parts in layers:
             tensors += [t for t in (parts.input_norm, parts.q_norm, parts.k_norm, parts.post_norm) if t is not None]
-            if not all(type(form) is PackedLinear for form in (parts.qkv, parts.o, parts.gate_up, parts.down)):
+            if not all(isinstance(form, NativeLinear) for form in (parts.qkv, parts.o, parts.gate_up, parts.down)):
                 return None
         if not layers or head_dim % 2 or any(t.dtype is not _BF16 or not t.is_contiguous() for t in tensors):
             return None
@@ -290,7 +301,7 @@ class NativeDecoder:
             return None if tensor is None else tensor.data_ptr()
 
         def form(part: object) -> int:
-            if not isinstance(part, PackedLinear):
+            if not isinstance(part, NativeLinear):
                 raise TypeError(f"expected a packed linear layer, got {type(part).__name__}")
             return part.address
 
@@ -333,37 +344,27 @@ class NativeDecoder:
         self._cache = cache
 
 
-class PackedLinear:
-    """A linear layer's bf16 weight in the panels that the kernel reads, made for `fill` to stream rows into."""
+class NativeLinear:
+    """A linear layer's weight in panels that the kernels read, made for `fill` to stream rows into."""
 
-    __slots__ = ("_arguments", "_bias", "_native", "_packed", "address", "in_features", "nbytes", "out_features")
+    __slots__ = ("_arguments", "_bias", "_native", "_packed", "address", "in_features", "out_features")
 
-    def __init__(self, native: Native, out_features: int, in_features: int) -> None:
+    def __init__(self, native: Native, out_features: int, in_features: int, packed: Tensor, form: int) -> None:
         self._native = native
         self.out_features, self.in_features = out_features, in_features
-        columns = -(-out_features // LANES) * LANES
-        self._packed = torch.empty(columns * (in_features + in_features % 2), dtype=_BF16)
-        self.nbytes = self._packed.nbytes
-        native._use_large_pages(self._packed.data_ptr(), self.nbytes)
+        self._packed = packed
         self._bias: Tensor | None = None
-        self._arguments = _Linear(self._packed.data_ptr(), None, None, out_features, in_features, 0, 0)
+        native._use_large_pages(packed.data_ptr(), packed.nbytes)
+        self._arguments = _Linear(packed.data_ptr(), None, None, None, out_features, in_features, form, 0)
         self.address = ctypes.addressof(self._arguments)
 
-    def fill(self, first_row: int, rows: Tensor) -> None:
-        """Put rows [n, in] at `first_row`; the tensor is not kept."""
-        if rows.shape[1] != self.in_features or first_row + rows.shape[0] > self.out_features:
-            raise ValueError(f"rows {tuple(rows.shape)} do not fit at row {first_row} of {self.out_features}")
-        rows = rows.to(_BF16)
-        if rows.stride(1) != 1:
-            rows = rows.contiguous()
-        native = self._native
-        native._pack_bf16(native._runtime, rows.data_ptr(), rows.stride(0), rows.shape[0], first_row, self.out_features,
-                          self.in_features, self._packed.data_ptr())
+    @property
+    def nbytes(self) -> int:
+        return self._packed.nbytes + (0 if self._bias is None else self._bias.nbytes)
 
     def set_bias(self, bias: Tensor | None) -> None:
         self._bias = None if bias is None else bias.to(torch.float32, copy=True).contiguous()
         self._arguments.bias = None if self._bias is None else self._bias.data_ptr()
-        self.nbytes = self._packed.nbytes + (0 if self._bias is None else self._bias.nbytes)
 
     def __call__(self, x: Tensor, dtype: torch.dtype = _BF16) -> Tensor:
         """[.., in] bf16 -> [.., out] in bf16 or float32."""
@@ -379,6 +380,31 @@ class PackedLinear:
                        dtype is not _BF16)
         return y
 
+    def _checked(self, first_row: int, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """`rows` as the packing functions take them."""
+        if rows.shape[1] != self.in_features or first_row < 0 or first_row + rows.shape[0] > self.out_features:
+            raise ValueError(f"rows {tuple(rows.shape)} do not fit at row {first_row} of {self.out_features}")
+        rows = rows.to(dtype)
+        return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+class PackedLinear(NativeLinear):
+    """bf16 weights."""
+
+    __slots__ = ()
+
+    def __init__(self, native: Native, out_features: int, in_features: int) -> None:
+        columns = -(-out_features // LANES) * LANES
+        packed = torch.empty(columns * (in_features + in_features % 2), dtype=_BF16)
+        super().__init__(native, out_features, in_features, packed, _FORM_BF16)
+
+    def fill(self, first_row: int, rows: Tensor) -> None:
+        """Put rows [n, in] at `first_row`; the tensor is not kept."""
+        rows = self._checked(first_row, rows, _BF16)
+        native = self._native
+        native._pack_bf16(native._runtime, rows.data_ptr(), rows.stride(0), rows.shape[0], first_row, self.out_features,
+                          self.in_features, self._packed.data_ptr())
+
     def rows(self, ids: Tensor) -> Tensor:
         """Weight rows [n, in] of output indices int64 [n]."""
         ids = ids.contiguous()
@@ -387,6 +413,71 @@ class PackedLinear:
         native._unpack_bf16(native._runtime, self._packed.data_ptr(), self.out_features, self.in_features,
                             ids.data_ptr(), ids.numel(), out.data_ptr())
         return out
+
+
+class QuantizedLinear(NativeLinear):
+    """int8 weights with a scale per output, or int4 weights with a float16 scale (and a zero) per output and group.
+
+    Activations are quantised to int8 on the way in, a scale per row (int8) or per row and group (int4).
+    """
+
+    __slots__ = ("_groups", "_scales", "_zeros", "bits", "group")
+
+    def __init__(self, native: Native, out_features: int, in_features: int, bits: int, group: int = 32) -> None:
+        """`group` (int4): a multiple of 8 up to 256."""
+        if bits not in (4, 8) or (bits == 4 and (group % 8 or not 0 < group <= 256)):
+            raise ValueError(f"there is no kernel for {bits}-bit weights in groups of {group}")
+        self.bits, self.group = bits, group if bits == 4 else -(-in_features // 4) * 4
+        self._groups = -(-in_features // self.group)
+        columns = -(-out_features // LANES) * LANES
+        packed = torch.empty(columns * self._groups * self.group * bits // 8, dtype=torch.uint8)
+        super().__init__(native, out_features, in_features, packed, _FORM_INT4 if bits == 4 else _FORM_INT8)
+        shape = (-(-out_features // PANEL), self._groups, PANEL)
+        self._scales = torch.zeros(shape, dtype=torch.float16 if bits == 4 else torch.float32)
+        self._zeros: Tensor | None = None
+        self._arguments.scales = self._scales.data_ptr()
+        self._arguments.group = self.group
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + self._scales.nbytes + (0 if self._zeros is None else self._zeros.nbytes)
+
+    def fill(self, first_row: int, rows: Tensor) -> None:
+        """Quantise rows [n, in] and put them at `first_row`; the tensor is not kept."""
+        rows = self._checked(first_row, rows, _BF16)
+        native = self._native
+        native._quantize(native._runtime, self.address, rows.data_ptr(), rows.stride(0), rows.shape[0], first_row)
+
+    def fill_codes(self, first_row: int, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> None:
+        """Put rows that are quantised already at `first_row`.
+
+        `codes` uint8 [n, in]: 0 to 15 (int4), or the signed value + 128 (int8). `scales` [n, groups]. `zeros` uint8
+        [n, groups]: the code that means zero (int4, default 8); all rows of a layer have them or none.
+        """
+        codes = self._checked(first_row, codes, torch.uint8)
+        places = torch.arange(first_row, first_row + codes.shape[0])
+        panels, columns = places // PANEL, places % PANEL
+        self._scales[panels, :, columns] = scales.to(self._scales.dtype)
+        if zeros is not None:
+            if self.bits != 4:
+                raise ValueError("int8 weights have no zero points")
+            if self._zeros is None:
+                self._zeros = torch.full(self._scales.shape, 8, dtype=torch.uint8)
+                self._arguments.zeros = self._zeros.data_ptr()
+            self._zeros[panels, :, columns] = zeros.to(torch.uint8)
+        native = self._native
+        native._pack_codes(native._runtime, self.address, codes.data_ptr(), codes.stride(0), codes.shape[0], first_row)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Dequantised weight rows [n, in] of output indices int64 [n]."""
+        ids = ids.contiguous()
+        out = torch.empty((ids.numel(), self.in_features), dtype=_BF16)
+        native = self._native
+        native._unpack_quantized(native._runtime, self.address, ids.data_ptr(), ids.numel(), out.data_ptr())
+        return out
+
+
+Form = PackedLinear | QuantizedLinear
 
 
 def _torch_fork() -> int | None:

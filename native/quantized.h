@@ -1,0 +1,430 @@
+// int8 and int4 weights: quantising, packing and the product.
+// Codes are unsigned bytes or nibbles, so that they are the unsigned side of the multiplication; activations become
+// signed bytes. int8: code = w / scale + 128, a scale per output column, and one per row of x. int4: code = w / scale +
+// zero, a scale per column and group along k, and one per row and group of x.
+// Packed in panels like bf16, in words of four bytes of one column: four int8 codes, or eight int4 codes of which the
+// low nibbles are the first four.
+#pragma once
+
+#include <cmath>
+
+#include "kernels.h"
+#include "linear.h"
+#include "ops.h"
+
+namespace sensorium::SENSORIUM_ISA {
+
+struct Codes {
+    bool nibbles;
+    int64_t k, group, groups;
+
+    explicit Codes(const Linear& w) : nibbles(w.form == kInt4), k(w.k) {
+        group = nibbles ? w.group : ceil_div(k, 4) * 4;
+        groups = ceil_div(k, group);
+    }
+    int64_t padded() const { return group * groups; }
+    int64_t x_words() const { return padded() / 4; }  // of a row of x
+    int64_t words() const { return nibbles ? padded() / 8 : padded() / 4; }  // of a column of the weight
+    uint8_t nothing() const { return nibbles ? 8 : 128; }  // the code of what is beyond k; x is zero there
+};
+
+// Weights
+
+static inline uint16_t float_to_f16(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    const uint16_t sign = uint16_t((bits >> 16) & 0x8000);
+    const float magnitude = std::fabs(value);
+    if (!(magnitude < 65520.0f)) return sign | 0x7c00;
+    if (magnitude < 6.103515625e-5f) return uint16_t(sign | uint16_t(std::nearbyint(magnitude * 16777216.0f)));
+    std::memcpy(&bits, &magnitude, 4);
+    bits += 0xfff + ((bits >> 13) & 1);
+    return uint16_t(sign | ((bits >> 13) - (112 << 10)));
+}
+
+static inline float widen_f16(uint16_t half) {
+    uint16_t halves[kLanes] = {half};
+    float lanes[kLanes];
+    vstore(lanes, vload_f16(halves));
+    return lanes[0];
+}
+
+static inline void quantize_int8(const float* w, int64_t k, uint8_t* codes, float* scale) {
+    float top = 0;
+    for (int64_t i = 0; i < k; ++i) top = std::max(top, std::fabs(w[i]));
+    *scale = top / 127;
+    const float inverse = top > 0 ? 127 / top : 0;
+    for (int64_t i = 0; i < k; ++i) codes[i] = uint8_t(int(std::nearbyint(w[i] * inverse)) + 128);
+}
+
+// Error of rounding the group with `scale`, and the scale that fits the codes so found best.
+struct Fit {
+    float error, better;
+};
+static inline Fit fit_int4(const float* w, int count, float scale) {
+    const vf inverse = vset(1 / scale);
+    vf error = vzero(), product = vzero(), square = vzero();
+    for (int i = 0; i < count; i += kLanes) {
+        const vf v = vload(w + i);
+        const vf q = vmin(vmax(vround(v * inverse), vset(-8)), vset(7));
+        const vf d = v - q * vset(scale);
+        error = fma(d, d, error), product = fma(v, q, product), square = fma(q, q, square);
+    }
+    const float total = vsum(square);
+    return {vsum(error), total > 0 ? vsum(product) / total : scale};
+}
+
+// The value of largest magnitude gets code -8 or less: sixteen codes reach one further down than up, so the sign of the
+// scale is that value's, turned round. Some smaller scales and the best fit to each one's codes are tried.
+static inline uint16_t scale_int4(const float* w, int count) {
+    float top = 0;
+    for (int i = 0; i < count; ++i)
+        if (std::fabs(w[i]) > std::fabs(top)) top = w[i];
+    if (top == 0) return 0;
+    uint16_t best = 0;
+    float least = INFINITY;
+    const auto consider = [&](float scale) {
+        const uint16_t half = float_to_f16(scale);
+        const float stored = widen_f16(half);
+        if (stored == 0 || !std::isfinite(stored)) return scale;
+        const Fit fit = fit_int4(w, count, stored);
+        if (fit.error < least) least = fit.error, best = half;
+        return fit.better;
+    };
+    for (int step = 0; step < 6; ++step) consider(consider(top / (-8.0f + 0.4f * float(step - 1))));
+    return best;
+}
+
+static inline void quantize_int4(const float* w, int64_t k, int64_t group, uint8_t* codes, uint16_t* scales) {
+    alignas(64) float padded[256];
+    for (int64_t first = 0; first < k; first += group) {
+        const int count = int(std::min(group, k - first)), whole = int(ceil_div(count, kLanes)) * kLanes;
+        std::fill(padded, padded + whole, 0.0f);
+        std::copy(w + first, w + first + count, padded);
+        const uint16_t half = scale_int4(padded, whole);
+        const float scale = widen_f16(half), inverse = scale != 0 ? 1 / scale : 0;
+        for (int i = 0; i < count; ++i)
+            codes[first + i] = uint8_t(std::min(15, std::max(0, int(std::nearbyint(padded[i] * inverse)) + 8)));
+        scales[first / group] = half;
+    }
+}
+
+// Codes of up to 16 columns, a byte each, into their place in a panel.
+static inline void store_codes(const Codes& shape, uint8_t* const* codes, int count, uint32_t* out, int width,
+                               bool stream) {
+    const bf16* rows[kLanes];
+    for (int i = 0; i < count; ++i) {
+        rows[i] = reinterpret_cast<const bf16*>(codes[i]);
+        if (!shape.nibbles || !codes[i]) continue;
+        for (int64_t word = 0; word < shape.words(); ++word) {
+            const uint8_t* from = codes[i] + word * 8;
+            for (int j = 0; j < 4; ++j) codes[i][word * 4 + j] = uint8_t(from[j] | (from[j + 4] << 4));
+        }
+    }
+    transpose_pairs(rows, count, shape.words(), out, width, stream);
+}
+
+// Calls fill(row, codes) for every row, where codes has room for the padded k and is set to nothing beyond k.
+template <class Fill>
+static void pack_columns(const Runtime& runtime, const Linear& w, int64_t rows, int64_t row_start, const Fill& fill) {
+    const Codes shape(w);
+    const int64_t first_panel = row_start / kPanel, row_end = row_start + rows;
+    const auto pack = [&](int64_t task) {
+        const int64_t panel = first_panel + task;
+        const int width = panel_vectors(w.n, panel) * kLanes;
+        const int64_t stride = (shape.padded() + 63) & ~int64_t(63);
+        uint8_t* memory = static_cast<uint8_t*>(Scratch<6>::get(size_t(stride) * kLanes));
+        uint32_t* const base = static_cast<uint32_t*>(w.weight) + panel * kPanel * shape.words();
+        for (int lane = 0; lane < width; lane += kLanes) {
+            const int64_t column = panel * kPanel + lane;
+            const int64_t first = std::max(column, row_start), last = std::min(column + kLanes, row_end);
+            if (first >= last) continue;
+            uint8_t* codes[kLanes];
+            const int count = int(last == w.n ? column + kLanes - first : last - first);
+            for (int i = 0; i < count; ++i) {
+                codes[i] = first + i < last ? memory + i * stride : nullptr;
+                if (!codes[i]) continue;
+                std::fill(codes[i] + shape.k, codes[i] + shape.padded(), shape.nothing());
+                fill(first + i, codes[i]);
+            }
+            uint32_t* out = base + (first - panel * kPanel);
+            store_codes(shape, codes, count, out, width, reinterpret_cast<uintptr_t>(out) % 64 == 0);
+        }
+    };
+    with_team(runtime, rows * w.k > 1 << 16, [&](const Runtime& team) {
+        parallel_for(team, ceil_div(row_end, kPanel) - first_panel, pack);
+    });
+}
+
+static void quantize(const Runtime& runtime, const Linear& w, const bf16* weight, int64_t stride, int64_t rows,
+                     int64_t row_start) {
+    const Codes shape(w);
+    pack_columns(runtime, w, rows, row_start, [&](int64_t row, uint8_t* codes) {
+        float* wide = static_cast<float*>(Scratch<7>::get(size_t(w.k + kLanes) * sizeof(float)));
+        const bf16* source = weight + (row - row_start) * stride;
+        over_lanes(w.k, [&](int64_t i, int lanes) { vstore(wide + i, load_lanes(source + i, lanes)); });
+        if (!shape.nibbles) {
+            quantize_int8(wide, w.k, codes, static_cast<float*>(w.scales) + row);
+            return;
+        }
+        uint16_t* scales = static_cast<uint16_t*>(Scratch<8>::get(size_t(shape.groups) * sizeof(uint16_t)));
+        quantize_int4(wide, w.k, shape.group, codes, scales);
+        uint16_t* to = static_cast<uint16_t*>(w.scales) + (row / kPanel) * shape.groups * kPanel + row % kPanel;
+        for (int64_t g = 0; g < shape.groups; ++g) to[g * kPanel] = scales[g];
+    });
+}
+
+static void pack_codes(const Runtime& runtime, const Linear& w, const uint8_t* codes, int64_t stride, int64_t rows,
+                       int64_t row_start) {
+    pack_columns(runtime, w, rows, row_start, [&](int64_t row, uint8_t* to) {
+        std::memcpy(to, codes + (row - row_start) * stride, size_t(w.k));
+    });
+}
+
+static void unpack_quantized(const Linear& w, const int64_t* ids, int64_t count, bf16* out) {
+    const Codes shape(w);
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t panel = ids[i] / kPanel, column = ids[i] % kPanel;
+        const int width = panel_vectors(w.n, panel) * kLanes;
+        const uint32_t* words = static_cast<const uint32_t*>(w.weight) + panel * kPanel * shape.words() + column;
+        bf16* row = out + i * w.k;
+        for (int64_t at = 0; at < w.k; ++at) {
+            if (!shape.nibbles) {
+                const int code = int((words[at / 4 * width] >> (at % 4 * 8)) & 255);
+                row[at] = float_to_bf16(float(code - 128) * static_cast<const float*>(w.scales)[ids[i]]);
+                continue;
+            }
+            const int64_t place = (panel * shape.groups + at / shape.group) * kPanel + column;
+            const int code = int((words[at / 8 * width] >> (at % 4 * 8 + at % 8 / 4 * 4)) & 15);
+            const int zero = w.zeros ? w.zeros[place] : 8;
+            row[at] = float_to_bf16(float(code - zero) * widen_f16(static_cast<const uint16_t*>(w.scales)[place]));
+        }
+    }
+}
+
+// Activations
+
+struct QuantizedRows {
+    Tiling tiling;
+    uint32_t* a;    // tiles [words][rows of the tile]
+    float* scale;   // [rows][groups]
+    float* sum;     // [rows][groups], of the signed bytes
+};
+
+static inline void quantize_row(const Codes& shape, const bf16* x, int8_t* out, float* scale, float* sum) {
+    for (int64_t g = 0; g < shape.groups; ++g) {
+        const int64_t first = g * shape.group, count = std::min(shape.group, shape.k - first);
+        vf top = vzero();
+        over_lanes(count, [&](int64_t i, int lanes) { top = vmax(top, vabs(load_lanes(x + first + i, lanes))); });
+        const float largest = vmax_lane(top);
+        const vf inverse = vset(largest > 0 ? 127.0f / largest : 0.0f);
+        vf total = vzero();
+        over_lanes(count, [&](int64_t i, int lanes) {
+            const vf q = vround(load_lanes(x + first + i, lanes) * inverse);
+            total = total + q;
+            if (lanes == kLanes) {
+                vstore_s8(out + first + i, q);
+            } else {
+                int8_t tail[kLanes];
+                vstore_s8(tail, q);
+                std::memcpy(out + first + i, tail, size_t(lanes));
+            }
+        });
+        std::memset(out + first + count, 0, size_t(shape.group - count));
+        scale[g] = largest / 127.0f;
+        sum[g] = vsum(total);
+    }
+}
+
+static QuantizedRows quantize_rows(const Runtime& runtime, const Codes& shape, const bf16* x, int64_t stride,
+                                   int64_t rows) {
+    const int64_t words = shape.x_words();
+    const size_t a_bytes = align64(size_t(rows * words) * 4), s_bytes = align64(size_t(rows * shape.groups) * 4);
+    char* memory = static_cast<char*>(Scratch<0>::get(a_bytes + 2 * s_bytes));
+    QuantizedRows out{Tiling(rows), reinterpret_cast<uint32_t*>(memory), reinterpret_cast<float*>(memory + a_bytes),
+                      reinterpret_cast<float*>(memory + a_bytes + s_bytes)};
+    const auto quantize_tile = [&](int64_t i) {
+        const int64_t first = out.tiling.start(i), row_bytes = words * 4 + 64;
+        const int size = out.tiling.size(i);
+        int8_t* bytes = static_cast<int8_t*>(Scratch<6>::get(size_t(row_bytes) * size_t(size)));
+        const bf16* sources[kTileRows];
+        for (int row = 0; row < size; ++row) {
+            const int64_t place = (first + row) * shape.groups;
+            int8_t* to = size == 1 ? reinterpret_cast<int8_t*>(out.a + first * words) : bytes + row * row_bytes;
+            quantize_row(shape, x + (first + row) * stride, to, out.scale + place, out.sum + place);
+            sources[row] = reinterpret_cast<const bf16*>(to);
+        }
+        if (size > 1) transpose_pairs(sources, size, words, out.a + first * words, size);
+    };
+    if (rows * words > 4 << 10)
+        parallel_for(runtime, out.tiling.count, quantize_tile);
+    else
+        for (int64_t i = 0; i < out.tiling.count; ++i) quantize_tile(i);
+    return out;
+}
+
+// int8
+
+static void multiply_int8(const QuantizedRows& x, const Codes& shape, const uint32_t* b, int vectors, int32_t* c) {
+    const int width = vectors * kLanes;
+    const int64_t rows = x.tiling.rows, words = shape.words(), step = pairs_per_step(rows, words);
+    const int64_t ahead = rows <= 4 ? 4096 : rows <= kTileRows ? 8192 : step * width * 4 + 8192;
+    for (int64_t p = 0; p < words; p += step)
+        for (int64_t i = 0; i < x.tiling.count; ++i) {
+            const int64_t first = x.tiling.start(i);
+            const int size = x.tiling.size(i);
+            tile_for<DotQuads, 0>(size, vectors)(x.a + first * words + p * size, b + p * width,
+                                                 std::min(step, words - p), c + first * kPanel, kPanel, p > 0, ahead);
+        }
+}
+
+// int4
+
+// Adds one group's products to C [MR, 32]. Packed: b holds nibbles; otherwise they are spread out to bytes already.
+template <int MR, int NV, bool Packed>
+static void group_tile(const uint32_t* a, const uint32_t* b, int64_t words, const uint16_t* scales,
+                       const uint8_t* zeros, const float* x_scale, const float* x_sum, int64_t x_stride, float* c,
+                       int64_t ahead) {
+    vi sum[MR][NV];
+    for (int i = 0; i < MR; ++i)
+        for (int j = 0; j < NV; ++j) sum[i][j] = izero();
+#pragma GCC unroll 2
+    for (int64_t p = 0; p < words; p += Packed ? 2 : 1) {
+        vquad w[NV];
+        for (int j = 0; j < NV; ++j) w[j] = qload(b + j * kLanes);
+        if (Packed) {
+            constexpr int kLocality = MR <= 4 ? 3 : 2;
+            __builtin_prefetch(reinterpret_cast<const char*>(b) + ahead, 0, kLocality);
+            if (NV == 2) __builtin_prefetch(reinterpret_cast<const char*>(b) + ahead + 64, 0, kLocality);
+            vquad low[NV];
+            for (int j = 0; j < NV; ++j) low[j] = qlow(w[j]), w[j] = qhigh(w[j]);
+            for (int i = 0; i < MR; ++i) {
+                const auto x = qbroadcast(a[i]);
+                for (int j = 0; j < NV; ++j) sum[i][j] = dot_quad(sum[i][j], low[j], x);
+            }
+            a += MR;
+        }
+        for (int i = 0; i < MR; ++i) {
+            const auto x = qbroadcast(a[i]);
+            for (int j = 0; j < NV; ++j) sum[i][j] = dot_quad(sum[i][j], w[j], x);
+        }
+        a += MR;
+        b += NV * kLanes;
+    }
+    vf scale[NV], zero[NV];
+    for (int j = 0; j < NV; ++j) {
+        scale[j] = vload_f16(scales + j * kLanes);
+        zero[j] = zeros ? vload_u8(zeros + j * kLanes) : vset(8);
+    }
+    for (int i = 0; i < MR; ++i) {
+        const float factor = x_scale[i * x_stride];
+        const vf minus = vset(-x_sum[i * x_stride]), times = vset(factor);
+        for (int j = 0; j < NV; ++j) {
+            float* at = c + i * kPanel + j * kLanes;
+            vstore(at, fma(fma(zero[j], minus, to_float(sum[i][j])) * times, scale[j], vload(at)));
+        }
+    }
+}
+
+using GroupTile = void (*)(const uint32_t* a, const uint32_t* b, int64_t words, const uint16_t* scales,
+                           const uint8_t* zeros, const float* x_scale, const float* x_sum, int64_t x_stride, float* c,
+                           int64_t ahead);
+
+template <int NV, bool Packed, int... I>
+static GroupTile pick_group_tile(int rows, std::integer_sequence<int, I...>) {
+    static constexpr GroupTile table[] = {group_tile<I + 1, NV, Packed>...};
+    return table[rows - 1];
+}
+
+template <bool Packed>
+static inline GroupTile group_tile_for(int rows, int vectors) {
+    constexpr auto sizes = std::make_integer_sequence<int, kTileRows>{};
+    return vectors == 2 ? pick_group_tile<2, Packed>(rows, sizes) : pick_group_tile<1, Packed>(rows, sizes);
+}
+
+static inline void spread_nibbles(const uint32_t* from, int64_t vectors, int width, uint32_t* to) {
+    for (int64_t v = 0; v < vectors; v += width / kLanes, to += 2 * width)
+        for (int lane = 0; lane < width; lane += kLanes, from += kLanes) {
+            const vquad w = qload(from);
+            qstore(to + lane, qlow(w));
+            qstore(to + width + lane, qhigh(w));
+        }
+}
+
+constexpr int64_t kSpread = 512;  // elements of k that are spread out at a time: 16 KB of a panel
+
+static void multiply_int4(const QuantizedRows& x, const Codes& shape, const Linear& w, int64_t panel, int vectors,
+                          float* c) {
+    const int width = vectors * kLanes;
+    const int64_t rows = x.tiling.rows, words = shape.x_words(), group_words = shape.group / 4;
+    const uint32_t* b = static_cast<const uint32_t*>(w.weight) + panel * kPanel * shape.words();
+    const uint16_t* scales = static_cast<const uint16_t*>(w.scales) + panel * shape.groups * kPanel;
+    const uint8_t* zeros = w.zeros ? w.zeros + panel * shape.groups * kPanel : nullptr;
+    std::fill(c, c + rows * kPanel, 0.0f);
+    const bool packed = rows <= kTileRows;
+    const int64_t step = packed ? 1 : std::max<int64_t>(1, kSpread / shape.group);  // groups at a time
+    uint32_t* spread = nullptr;
+    if (!packed) spread = static_cast<uint32_t*>(Scratch<7>::get(size_t(step * group_words * width) * 4));
+    for (int64_t g = 0; g < shape.groups; g += step) {
+        const int64_t some = std::min(step, shape.groups - g);
+        const uint32_t* from = b + g * group_words / 2 * width;
+        if (!packed) spread_nibbles(from, some * group_words / 2 * vectors, width, spread);
+        for (int64_t i = 0; i < x.tiling.count; ++i) {
+            const int64_t first = x.tiling.start(i);
+            const int size = x.tiling.size(i);
+            const GroupTile run = packed ? group_tile_for<true>(size, vectors) : group_tile_for<false>(size, vectors);
+            for (int64_t j = g; j < g + some; ++j)
+                run(x.a + first * words + j * group_words * size,
+                    packed ? from : spread + (j - g) * group_words * width, group_words, scales + j * kPanel,
+                    zeros ? zeros + j * kPanel : nullptr, x.scale + first * shape.groups + j,
+                    x.sum + first * shape.groups + j, shape.groups, c + first * kPanel, rows <= 4 ? 4096 : 8192);
+        }
+    }
+}
+
+// Both
+
+static void quantized_block(const Runtime& runtime, const Linear& w, const bf16* x, int64_t stride, int64_t first,
+                            int64_t rows, void* y, bool y_fp32) {
+    const Codes shape(w);
+    const QuantizedRows block = quantize_rows(runtime, shape, x + first * stride, stride, rows);
+    const auto multiply = [&](int64_t panel) {
+        float* c = static_cast<float*>(Scratch<1>::get(size_t(rows) * kPanel * sizeof(float)));
+        const int vectors = panel_vectors(w.n, panel);
+        const int64_t column = panel * kPanel;
+        if (shape.nibbles) {
+            multiply_int4(block, shape, w, panel, vectors, c);
+        } else {
+            int32_t* sums = reinterpret_cast<int32_t*>(c);
+            multiply_int8(block, shape, static_cast<const uint32_t*>(w.weight) + column * shape.words(), vectors, sums);
+            for (int64_t row = 0; row < rows; ++row)
+                for (int j = 0; j < vectors * kLanes; j += kLanes) {
+                    const vi sum = iload(sums + row * kPanel + j) - iset(128 * int32_t(block.sum[row]));
+                    const vf scale = vload(static_cast<const float*>(w.scales) + column + j) * vset(block.scale[row]);
+                    vstore(c + row * kPanel + j, to_float(sum) * scale);
+                }
+        }
+        const int columns = int(std::min<int64_t>(kPanel, w.n - column));
+        for (int64_t row = 0; row < rows; ++row)
+            store_row(c + row * kPanel, w.bias ? w.bias + column : nullptr, y, (first + row) * w.n + column, columns,
+                      y_fp32);
+    };
+    const int64_t panels = ceil_div(w.n, kPanel);
+    if (wants_team(rows, w.n, w.k))
+        parallel_for(runtime, panels, multiply);
+    else
+        for (int64_t panel = 0; panel < panels; ++panel) multiply(panel);
+}
+
+static void linear_quantized(const Runtime& runtime, const Linear& w, const bf16* x, int64_t stride, int64_t rows,
+                             void* y, bool y_fp32) {
+    with_team(runtime, wants_team(rows, w.n, w.k), [&](const Runtime& team) {
+        const int64_t blocks = ceil_div(rows, kBlockRows);
+        for (int64_t i = 0; i < blocks; ++i) {
+            const int64_t first = rows * i / blocks, count = rows * (i + 1) / blocks - first;
+            quantized_block(team, w, x, stride, first, count, y, y_fp32);
+        }
+    });
+}
+
+}  // namespace sensorium::SENSORIUM_ISA
