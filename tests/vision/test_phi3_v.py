@@ -435,3 +435,12 @@ def test_length_of_the_text_before_pictures_are_decoded(here: Served) -> None:
     prompt = here.processor.build(text, [here.processor.process(item) for item in pictures(2)], add_special_tokens=True)
     rows = sum(span.length for span in prompt.spans)
     assert here.processor.text_length(text) == len(prompt.token_ids) - rows - 3, "all but the beginning of each piece"
+
+
+def test_a_picture_that_stands_twice_in_the_prompt(here: Served) -> None:
+    items = pictures(2)
+    media = [here.processor.process(item) for item in items]
+    prompt = here.processor.build("<|user|>\n<|image_2|>as<|image_1|>or<|image_2|>", media, add_special_tokens=True)
+    request = EngineRequest(1, prompt, SamplingParams(max_tokens=12, temperature=0.0))
+    [result] = bench(here.model, max_num_batched_tokens=16).run(request)
+    assert result.tokens == oracle_greedy(here.parts, oracle_embeddings(here.parts, prompt, items), 12)
