@@ -56,7 +56,7 @@ def sinusoids(length: int, channels: int) -> Tensor:
 
 
 class Conv1d(nn.Module):
-    """Kernel 3, padding 1, on one clip [channels, frames]."""
+    """Kernel 3, padding 1, on clips [clips, channels, frames]."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class WhisperEncoder(nn.Module):
 
     def states(self, clips: Sequence[Tensor]) -> list[Tensor]:
         """Log-mel clips [bins, frames] -> states [frames_after_convolutions, hidden] of each, before the last norm."""
-        embedded = [self._convolve(clip) for clip in clips]
+        embedded = self._convolve(clips)
         lengths = [len(x) for x in embedded]
         out: list[Tensor] = []
         for group in groups(lengths):
@@ -126,10 +126,22 @@ class WhisperEncoder(nn.Module):
             out.extend(torch.split(x, runs))
         return out
 
-    def _convolve(self, clip: Tensor) -> Tensor:
-        x = functional.gelu(self.conv1(clip.unsqueeze(0)))
-        x = functional.gelu(self.conv2(x)).squeeze(0).transpose(0, 1)  # [frames / 2, hidden]
-        return x + self.positions(len(x), x)
+    def _convolve(self, clips: Sequence[Tensor]) -> list[Tensor]:
+        """[bins, frames] each -> [frames / 2, hidden] each. Clips of one length, as windows are, go together."""
+        by_length: dict[int, list[int]] = {}
+        for index, clip in enumerate(clips):
+            by_length.setdefault(clip.shape[1], []).append(index)
+        out = list(clips)
+        for length, indices in by_length.items():
+            most = max(1, 2 * MAX_ROWS // length)
+            for start in range(0, len(indices), most):
+                group = indices[start : start + most]
+                x = functional.gelu(self.conv1(torch.stack([clips[i] for i in group])))
+                x = functional.gelu(self.conv2(x)).transpose(1, 2)  # [clips, frames / 2, hidden]
+                x = x + self.positions(x.shape[1], x)
+                for i, states in zip(group, x, strict=True):
+                    out[i] = states
+        return out
 
     def activation_bytes(self, element_size: int) -> int:
         """Of one group of clips in one layer."""
