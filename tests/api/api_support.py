@@ -162,15 +162,20 @@ class FakeEngine:
 
 
 def make_model(engine: FakeEngine, server: ServerConfig, limits: Limits, *, names: Iterable[str] = ("tiny",),
-               generation: Mapping[str, Any] | None = None) -> ServedModel:
+               generation: Mapping[str, Any] | None = None, config: Mapping[str, Any] | None = None,
+               tokenizer: Tokenizer = TOKENIZER, processor: type[Processor] = Processor,
+               task: str = "auto") -> ServedModel:
     checkpoint = Checkpoint(
-        folder=Path("tiny"), architecture="LlamaForCausalLM", config={}, preprocessor={},
+        folder=Path("tiny"), architecture="LlamaForCausalLM", config=dict(config or {}), preprocessor={},
         generation=dict(generation or {}), tokenizer_config={}, chat_template=TEMPLATE, text=None, dtype="float32",
         max_model_len=CONTEXT, vocab_size=VOCAB_SIZE, stop_token_ids=(EOS,), weight_files=())
+    made = processor(checkpoint, tokenizer)
+    template = ChatTemplate(TEMPLATE, tokenizer.with_literals(made.literals), modalities=made.modalities,
+                            placeholder=made.placeholder)
     return ServedModel(
-        names=tuple(names), checkpoint=checkpoint, tokenizer=TOKENIZER, template=ChatTemplate(TEMPLATE, TOKENIZER),
-        processor=Processor(checkpoint, TOKENIZER), client=engine,  # type: ignore[arg-type]
-        loader=MediaLoader(limits, workers=1), server=server, limits=limits)
+        names=tuple(names), checkpoint=checkpoint, tokenizer=tokenizer, template=template, processor=made,
+        client=engine,  # type: ignore[arg-type]
+        loader=MediaLoader(limits, workers=1), server=server, limits=limits, task=task)
 
 
 @dataclass
@@ -188,18 +193,20 @@ class Served:
 
 @asynccontextmanager
 async def serving(engine: FakeEngine | None = None, *, limits: Limits | None = None, names: Iterable[str] = ("tiny",),
-                  generation: Mapping[str, Any] | None = None, **server: Any) -> AsyncIterator[Served]:
+                  generation: Mapping[str, Any] | None = None, model: Mapping[str, Any] | None = None,
+                  **server: Any) -> AsyncIterator[Served]:
+    """`model` has more options of `make_model`; the rest is the server's configuration."""
     engine = engine or FakeEngine()
     config = ServerConfig(port=0, **server)
     limits = limits or Limits()
-    model = make_model(engine, config, limits, names=names, generation=generation)
-    http = HttpServer(build_app(dict.fromkeys(model.names, model), config, limits), limits, listen(config))
+    made = make_model(engine, config, limits, names=names, generation=generation, **(model or {}))
+    http = HttpServer(build_app(dict.fromkeys(made.names, made), config, limits), limits, listen(config))
     await http.start()
     try:
         yield Served(http, engine, http.address[1])
     finally:
         await http.close()
-        await model.aclose()
+        await made.aclose()
 
 
 @dataclass(frozen=True)

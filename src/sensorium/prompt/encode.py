@@ -18,7 +18,8 @@ from sensorium.prompt.tokenizer import Tokenizer
 Side = Literal["left", "right"]
 Ids = NDArray[np.int32]
 
-LONG_TEXT = 1 << 20  # characters of which one end is enough, however it is tokenized
+LONG_TEXT = 1 << 16  # characters that are always looked at
+CHARS_PER_TOKEN = 64  # more than any text has
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +35,9 @@ class Truncation:
         return ids[: self.max_tokens] if self.side == "right" else ids[len(ids) - self.max_tokens :]
 
     def shorten(self, text: str) -> str:
-        """The end of a very long text that the kept tokens come from."""
-        return text[:LONG_TEXT] if self.side == "right" else text[-LONG_TEXT:]
+        """The end of a very long text that the kept tokens come from: nobody tokenizes the rest."""
+        chars = max(LONG_TEXT, CHARS_PER_TOKEN * self.max_tokens)
+        return text[:chars] if self.side == "right" else text[-chars:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,13 @@ class PairLimits:
     @property
     def shortens_documents(self) -> bool:
         return bool(self.max_document_tokens) or self.total is not None
+
+    def shorten(self, query: str, document: str) -> tuple[str, str]:
+        if self.max_query_tokens:
+            query = Truncation(self.max_query_tokens).shorten(query)
+        if self.shortens_documents:
+            document = Truncation(self.max_document_tokens or self.total or 0).shorten(document)
+        return query, document
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], *, add_special_tokens: bool,
@@ -70,8 +79,7 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], *, add_special_toke
 
 def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], limits: PairLimits) -> list[tuple[Ids, Ids]]:
     """(token ids, token types) of each pair, as the checkpoint's own tokenizer joins two texts."""
-    short = [(query[:LONG_TEXT] if limits.max_query_tokens else query,
-              document[:LONG_TEXT] if limits.shortens_documents else document) for query, document in pairs]
+    short = [limits.shorten(query, document) for query, document in pairs]
     texts = list(dict.fromkeys(text for pair in short for text in pair))  # a query stands in many pairs
     found = tokenizer.raw.encode_batch_fast([tokenizer.sanitize(text) for text in texts], add_special_tokens=False)
     encoded = dict(zip(texts, found, strict=True))

@@ -74,8 +74,8 @@ class ScoreRequest(ComparingBody):
     def check(self, limits: Limits, server: ServerConfig) -> None:
         super().check(limits, server)
         left, right = self.sides
-        check_items(left, self.names[0])
-        check_items(right, self.names[1])
+        for items, name in zip((left, right), self.names, strict=True):
+            check_items(items, name, single=not isinstance(getattr(self, name), list))
         if len(left) != len(right) and len(left) != 1:
             raise RequestError(f"`{self.names[0]}` has {len(left)} entries and `{self.names[1]}` {len(right)}; they "
                                "must be 1 and 1, 1 and N or N and N.", param=self.names[0])
