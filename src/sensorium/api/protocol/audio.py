@@ -101,8 +101,8 @@ def parse_fields(fields: Mapping[str, list[str]], unknown: UnknownFields) -> Aud
         elif given[0]:
             values[name] = given[0]
     if values.get("response_format") in ("srt", "vtt", "diarized_json"):
-        raise UnsupportedFieldError("`response_format` must be json, text or verbose_json: the model tells neither times "
-                                    "nor speakers.", param="response_format")
+        raise UnsupportedFieldError("`response_format` must be json, text or verbose_json: the model tells neither "
+                                    "times nor speakers.", param="response_format")
     try:
         request = AudioRequest.model_validate(values)
     except ValidationError as error:
