@@ -215,7 +215,7 @@ def refused(folder: Path, *argv: str) -> str:
     (["{demo}", "--allowed-local-media-path", "./nowhere"], "nowhere"),
     (["{demo}", "--mm-processor-kwargs", '{{"wrong": 1}}'], "wrong"),
     (["{demo}", "--kv-cache-memory", "1KiB"], "KV cache"),
-    (["{demo}", "--max-model-len", "100000"], "8192"),
+    (["{demo}", "--max-model-len", "100000"], "32768"),
     (["{empty}"], "config.json")])
 def test_a_start_that_cannot_work_is_one_line(tmp_path: Path, argv: list[str], words: str) -> None:
     (tmp_path / "empty").mkdir()
