@@ -5,6 +5,7 @@ from connection import arguments, connect, picture_url
 parser = arguments(__doc__)
 parser.add_argument("picture")
 parser.add_argument("--question", default="What is in this picture?")
+parser.add_argument("--stop-token-ids", type=int, nargs="*", help="tokens that end the answer")
 found = parser.parse_args()
 client, model = connect(found)
 completion = client.chat.completions.create(
@@ -12,5 +13,5 @@ completion = client.chat.completions.create(
     messages=[{"role": "user", "content": [
         {"type": "text", "text": found.question},
         {"type": "image_url", "image_url": {"url": picture_url(found.picture)}},
-    ]}])
+    ]}], extra_body={"stop_token_ids": found.stop_token_ids} if found.stop_token_ids else None)
 print(completion.choices[0].message.content)
