@@ -337,7 +337,13 @@ def test_prompt_logprobs_are_those_of_the_tokens(model: Model, chunk: int) -> No
     prompt = random_prompt(1, 40)
     engine = bench(model, max_num_batched_tokens=chunk)
     engine.run(request(prompt, 2))  # a warm cache must not hide them
-    [result] = engine.run(request(prompt, 4, prompt_logprobs=2, logprobs=1))
+    scheduler = engine.engine.scheduler
+
+    def preempt(step: int) -> None:
+        for seq in [*scheduler.prefilling, *scheduler.decoding] if step in (2, 9) else []:
+            scheduler._preempt(seq)
+
+    [result] = engine.run(request(prompt, 4, prompt_logprobs=2, logprobs=1), before_step=preempt)
     assert len(result.prompt_logprobs) == 40
     assert result.prompt_logprobs[0] is None
     assert [one.token_id for one in result.prompt_logprobs[1:] if one] == prompt[1:]

@@ -246,6 +246,16 @@ def test_equal_prefix_waits_but_lets_others_pass() -> None:
     assert [(s.id, n) for s, n in step(scheduler).prefills] == [(2, 1)]
 
 
+def test_the_end_of_a_prefix_is_forgotten_before_its_beginning() -> None:
+    scheduler = make_scheduler(num_blocks=4, tokens=20)
+    scheduler.add(make_request(1, [1] * 13, 1))
+    step(scheduler)
+    scheduler.add(make_request(2, [2] * 6, 1))  # takes the block without key, and one of the three that have one
+    step(scheduler)
+    again = Sequence(make_request(3, [1] * 13, 1), 0)
+    assert len(scheduler.prefixes.find(again)) == 2
+
+
 def test_encoder_only_models_take_whole_prompts() -> None:
     """No blocks, no chunks; a prompt above the token budget is computed alone."""
     scheduler = make_scheduler(num_blocks=20, tokens=10, has_cache=False)
