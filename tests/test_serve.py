@@ -210,7 +210,7 @@ def refused(folder: Path, *argv: str) -> str:
 
 @pytest.mark.parametrize(("argv", "words"), [
     (["./nowhere"], "nowhere"),
-    (["{demo}", "--task", "score"], "score"),
+    (["{demo}", "--task", "classify"], "classify"),
     (["{demo}", "--chat-template", "{{{{ unclosed"], "chat template"),
     (["{demo}", "--allowed-local-media-path", "./nowhere"], "nowhere"),
     (["{demo}", "--mm-processor-kwargs", '{{"wrong": 1}}'], "wrong"),

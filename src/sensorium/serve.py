@@ -31,6 +31,10 @@ DEMO_NAME = "sensorium-demo"
 DEMO_FOLDER = Path(__file__).parent / "demo"
 PHASES = {"imports": "starting the engine", "weights": "loading weights", "cache": "setting up the KV cache"}
 
+TASKS = {"generate": {"generate"}, "embed": {"embed"}, "classify": {"classify"}, "reward": {"reward", "classify"},
+         "score": {"score", "classify", "embed"}}
+"""What --task may mean for a family. Whether one model of it can, is known when it is loaded."""
+
 log = logging.getLogger("sensorium")
 
 
@@ -97,7 +101,7 @@ def _check(options: ServeOptions, checkpoint: Checkpoint) -> None:
     known = FAMILIES.get(checkpoint.architecture)
     if known is None:
         raise StartupError(f"{checkpoint.architecture} is not supported; these are: {', '.join(FAMILIES)}")
-    if options.load.task not in ("auto", *known.tasks):
+    if options.load.task != "auto" and not TASKS[options.load.task] & set(known.tasks):
         raise StartupError(f"--task {options.load.task}: {known.title} can only {', '.join(known.tasks)}")
     length = options.engine.max_model_len
     if length is not None and length > checkpoint.max_model_len:
