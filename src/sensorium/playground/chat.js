@@ -43,7 +43,7 @@ export function start() {
   startSettingsToggle();
   showSamples();
   store.watch(showAbilities);
-  onLanguage(() => showAbilities());
+  onLanguage(showAbilities);
 }
 
 // Writing
@@ -132,7 +132,7 @@ function show(turn) {
     list.append(turn.view.node);
   }
   turn.view.show();
-  follow({always: true});
+  list.scrollTop = list.scrollHeight;
 }
 
 async function run(turn) {
@@ -149,8 +149,7 @@ async function run(turn) {
     else fail(turn, error);
   }
   if (running === own) running = null;
-  turn.view.show();
-  follow();
+  following(() => turn.view.show());
   showState();
   announce(state.error ? state.error.message : t("answered", {tokens: state.usage?.completion_tokens ?? 0}));
 }
@@ -175,8 +174,7 @@ async function receive(turn, signal) {
     } else if (choice && tokens > firstTokens) {
       state.timing.perSecond = 1000 * (tokens - firstTokens) / (nowMs - state.timing.firstMs);
     }
-    view.refresh();
-    follow();
+    view.refresh(following);
   }
 }
 
@@ -203,10 +201,11 @@ function request(turn) {
   showRequest(snippets(PATH, (place) => chatBody(turn.recipe, place), {withKey: Boolean(api.key.get())}));
 }
 
-/** Stay at the end while text comes, unless somebody has scrolled up to read. */
-function follow({always = false} = {}) {
+/** Stay at the end while something is added there, unless somebody has scrolled up to read. */
+function following(work) {
   const atEnd = list.scrollHeight - list.scrollTop - list.clientHeight < 120;
-  if (always || atEnd) requestAnimationFrame(() => { list.scrollTop = list.scrollHeight; });
+  work();
+  if (atEnd) list.scrollTop = list.scrollHeight;
 }
 
 // What can be done now

@@ -6,6 +6,7 @@ import {contentParts, inline} from "./conversation.js";
 import {showRequest} from "./dialogs.js";
 import {byId, el, icon, notice} from "./dom.js";
 import {number, onLanguage, say, t, title} from "./i18n.js";
+import {spans} from "./render.js";
 import {snippets} from "./snippets.js";
 import * as store from "./store.js";
 
@@ -139,7 +140,7 @@ function showError(error) {
   if (!(error instanceof api.ApiError)) console.error(error);
   byId("compare-result").replaceChildren();
   const missing = error.status === 404 || error.status === 501;
-  notice(byId("compare-notice"), missing ? t("compare.cannot", {model: store.get().model}) : error.message,
+  notice(byId("compare-notice"), ...(missing ? [t("compare.cannot", {model: store.get().model})] : spans(error.message)),
          ...(error.param && !missing ? [" ", say(el("span"), "error.field"), " ", el("code", {}, error.param)] : []));
 }
 

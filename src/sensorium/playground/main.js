@@ -16,15 +16,15 @@ function startTabs() {
   const select = tabList(document.querySelector("header [role=tablist]"), (tab) => {
     const chosen = tab.getAttribute("aria-controls");
     for (const name of TABS) byId(name).hidden = name !== chosen;
-    if (location.hash !== `#${chosen}`) history.replaceState(null, "", `#${chosen}`);
+    // Not while the page loads: a browser that finds a place named there takes the focus away to it.
+    if (document.readyState === "complete") history.replaceState(null, "", `#${chosen}`);
     server.look(chosen === "server");
   });
-  const fromAddress = () => {
-    const name = location.hash.slice(1);
-    select(byId(`tab-${TABS.includes(name) ? name : "chat"}`));
-  };
-  addEventListener("hashchange", fromAddress);
-  fromAddress();
+  const named = () => byId(`tab-${TABS.find((name) => location.hash === `#${name}`)}`);
+  addEventListener("hashchange", () => {
+    if (named()) select(named());
+  });
+  select(named() ?? byId("tab-chat"));
 }
 
 function startTheme() {
@@ -90,4 +90,6 @@ chat.start();
 compare.start();
 server.start();
 startTabs();
+// Whoever uses a finger would get a keyboard over half of the page.
+if (!byId("chat").hidden && !matchMedia("(pointer: coarse)").matches) byId("text").focus();
 loadModels();

@@ -77,7 +77,7 @@ const list = (lines) => el(NUMBERED.test(lines[0]) ? "ol" : "ul", {},
                            ...lines.map((line) => el("li", {}, ...spans(line.replace(BULLET, "")))));
 
 /** `code` and **strong** in a line; everything else as it is. */
-function spans(text) {
+export function spans(text) {
   return text.split(/(`[^`\n]+`|\*\*[^*\n]+\*\*)/).filter(Boolean).map((piece) => {
     if (piece.length > 2 && piece.startsWith("`") && piece.endsWith("`")) return el("code", {}, piece.slice(1, -1));
     if (piece.length > 4 && piece.startsWith("**") && piece.endsWith("**")) return el("strong", {}, piece.slice(2, -2));

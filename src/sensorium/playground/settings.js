@@ -2,6 +2,7 @@
 
 import {byId, el, notice} from "./dom.js";
 import {say, t} from "./i18n.js";
+import {spans} from "./render.js";
 
 const FIELDS = [
   {name: "max_tokens", value: "1024", placeholder: ""},
@@ -77,5 +78,5 @@ function mark(input, message) {
   if (!place) return;
   if (message) input.setAttribute("aria-invalid", "true");
   else input.removeAttribute("aria-invalid");
-  notice(place, message ?? "");
+  notice(place, ...spans(message ?? ""));
 }

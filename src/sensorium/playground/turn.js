@@ -3,7 +3,7 @@
 import {preview} from "./attachments.js";
 import {el, icon} from "./dom.js";
 import {number, say, t, title} from "./i18n.js";
-import {renderInto} from "./render.js";
+import {renderInto, spans} from "./render.js";
 
 const button = (name, iconName, click) => title(
   el("button", {type: "button", class: "quiet icon-only small", on: {click}}, icon(iconName)), name);
@@ -28,11 +28,11 @@ export class TurnView {
     this.frame = 0;
   }
 
-  /** Show the answer as it is now, at most once per frame. */
-  refresh() {
+  /** Show the answer as it is then, at most once per frame. `around` is called with the work. */
+  refresh(around) {
     this.frame ||= requestAnimationFrame(() => {
       this.frame = 0;
-      this.show();
+      around(() => this.show());
     });
   }
 
@@ -53,7 +53,7 @@ export class TurnView {
     this.error.hidden = !error;
     for (const node of [this.question, ...this.media]) node.classList.remove("refused");
     if (!error) return;
-    this.error.replaceChildren(el("p", {}, error.message));
+    this.error.replaceChildren(el("p", {}, ...spans(error.message)));
     if (error.param) this.error.append(el("p", {class: "hint"}, say(el("span"), "error.field"), " ", el("code", {}, error.param)));
     if (error.place?.own) (this.media[error.place.part] ?? this.question).classList.add("refused");
   }
