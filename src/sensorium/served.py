@@ -270,7 +270,11 @@ class ServedModel:
     def _build(self, processor: Processor, text: str, features: Sequence[MediaFeatures], add_special_tokens: bool,
                param: str = "messages") -> Prompt:
         self._check_length_unread(text, param)
-        prompt = processor.build(text, features, add_special_tokens=add_special_tokens)
+        try:
+            prompt = processor.build(text, features, add_special_tokens=add_special_tokens)
+        except RequestError as error:
+            error.param = error.param or param
+            raise
         if len(prompt.token_ids) == 0:
             raise RequestError("The prompt has no tokens.", param=param, code="empty_prompt")
         return prompt
@@ -481,9 +485,13 @@ async def all_in_order(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     try:
         return list(await asyncio.gather(*tasks))
     except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await _end(tasks)
         raise
     finally:
         tasks.clear()  # a task keeps its error, the error this frame: such a circle would hold the request's media
+
+
+async def _end(tasks: Sequence[asyncio.Future[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

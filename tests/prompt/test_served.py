@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import io
 import threading
 import time
+import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ from sensorium.media.loader import MediaLoader
 from sensorium.media.source import MediaSize, MediaSource, RawMedia
 from sensorium.prompt.features import FeatureCache
 from sensorium.prompt.messages import MediaPart, Message, TextPart
-from sensorium.served import LONG_TEXT, SHORT_TEXT, ServedModel
+from sensorium.served import LONG_TEXT, SHORT_TEXT, ServedModel, all_in_order
 from sensorium.types import EngineReady, MediaFeatures, MediaItem, Prompt
 
 QWEN2_VL, LLAVA, LLAMA = "Qwen2VLForConditionalGeneration", "LlavaForConditionalGeneration", "LlamaForCausalLM"
@@ -420,6 +423,30 @@ async def test_with_the_real_media_layer(tmp_path: Path, real_loader: MediaLoade
     with pytest.raises(MediaError):
         await model.chat_prompt([user(IMAGE)], images("data:image/png;base64,AAAA"))
     await model.aclose()
+
+
+async def test_a_failure_among_several_keeps_nothing_alive() -> None:
+    """Media of refused requests are large: they must go at once, not when garbage is next collected."""
+
+    class Large:
+        pass
+
+    alive: weakref.WeakSet[Large] = weakref.WeakSet()
+
+    async def work(fails: bool) -> None:
+        held = Large()
+        alive.add(held)
+        await asyncio.sleep(0 if fails else 60)
+        raise ValueError
+
+    gc.disable()
+    try:
+        with suppress(ValueError):
+            await all_in_order([work(False), work(True), work(True)])
+        await asyncio.sleep(0)
+        assert not alive
+    finally:
+        gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from sensorium.api.protocol.sampling import SamplingBody, for_choice
 from sensorium.api.service import Entry
 from sensorium.errors import EngineError, SensoriumError, UnavailableError
 from sensorium.prompt.detokenize import Detokenizer
+from sensorium.served import all_in_order
 from sensorium.types import EngineOutput, EngineRequest, Prompt, SamplingParams, TokenLogprob
 
 if TYPE_CHECKING:
@@ -168,13 +168,8 @@ class Answers:
         if len(self.answers) == 1:
             await self.answers[0].run(emit)
             return
-        tasks = [asyncio.ensure_future(answer.run(emit)) for answer in self.answers]
-        try:
-            await asyncio.gather(*tasks)
-        finally:  # the first failure ends them all, and nothing may still be written after it
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        # The first failure ends them all, and nothing may still be written after it.
+        await all_in_order(answer.run(emit) for answer in self.answers)
 
     async def collect(self) -> list[str]:
         """The whole text of every answer."""
