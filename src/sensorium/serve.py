@@ -21,6 +21,7 @@ from sensorium.checkpoint import Checkpoint, open_checkpoint, resolve, text_mode
 from sensorium.config import ServeOptions
 from sensorium.engine.client import EngineClient
 from sensorium.errors import StartupError
+from sensorium.malloc import return_large_blocks
 from sensorium.models.registry import FAMILIES
 from sensorium.processes import family, resident_bytes
 
@@ -42,6 +43,7 @@ def serve(options: ServeOptions) -> int:
     """The command; its exit code."""
     start_s = time.perf_counter()
     _log_to_stderr()
+    return_large_blocks()
     folder = DEMO_FOLDER if options.model is None else resolve(
         options.model, options.load.revision, options.load.download_dir)
     text_folder = _text_folder(options, folder)

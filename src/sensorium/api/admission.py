@@ -65,11 +65,17 @@ class Permit:
 
 
 class PendingBytes:
-    """All bodies in memory together: what is being received, parsed or turned into prompts."""
+    """All bodies in memory together: what is being received, parsed or turned into prompts.
 
-    def __init__(self, max_bytes: int, on_refusal: Callable[[str], None]) -> None:
+    `on_empty` is called whenever the last of them is gone, with the bytes of all since the time before.
+    """
+
+    def __init__(self, max_bytes: int, on_refusal: Callable[[str], None],
+                 on_empty: Callable[[int], None] = lambda size_bytes: None) -> None:
         self._max_bytes = max_bytes
         self._on_refusal = on_refusal
+        self._on_empty = on_empty
+        self._since_empty = 0
         self.total = 0
 
     def open(self) -> PendingBody:
@@ -80,6 +86,13 @@ class PendingBytes:
             self._on_refusal("memory")
             raise OverloadedError("The server is busy: too many large requests are in progress. Try again later.")
         self.total += size_bytes
+        self._since_empty += size_bytes
+
+    def remove(self, size_bytes: int) -> None:
+        self.total -= size_bytes
+        if size_bytes and not self.total:
+            self._on_empty(self._since_empty)
+            self._since_empty = 0
 
 
 class PendingBody:
@@ -96,8 +109,8 @@ class PendingBody:
         self._size_bytes += size_bytes
 
     def release(self) -> None:
-        self._pending.total -= self._size_bytes
-        self._size_bytes = 0
+        size_bytes, self._size_bytes = self._size_bytes, 0
+        self._pending.remove(size_bytes)
 
     def __enter__(self) -> PendingBody:
         return self

@@ -19,6 +19,7 @@ from sensorium.api.origin import OriginCheck
 from sensorium.api.playground import read_pages
 from sensorium.api.protocol.common import UnknownFields
 from sensorium.api.protocol.sampling import ModelDefaults
+from sensorium.api.sweep import Sweeper
 from sensorium.config import Limits, ServerConfig
 from sensorium.errors import RequestError, UnavailableError
 from sensorium.served import ServedModel
@@ -88,7 +89,7 @@ class Service:
         self.entries = tuple(self._entry(tuple(own), models[own[0]]) for own in names.values())
         self._by_name = {name: entry for entry in self.entries for name in entry.names}
         self.tenants = KeyLimiter(limits.max_concurrency_per_key, self.entries[0].metrics.refuse)
-        self.pending = PendingBytes(limits.max_pending_bytes, self.entries[0].metrics.refuse)
+        self.pending = PendingBytes(limits.max_pending_bytes, self.entries[0].metrics.refuse, Sweeper().after)
 
     def _entry(self, names: tuple[str, ...], model: ServedModel) -> Entry:
         metrics = self.metrics.models[names[0]]
