@@ -126,6 +126,8 @@ class Connection(HttpToolsProtocol):
 
         The parser takes what follows the head for the other protocol, so the body is read here.
         """
+        if self._refused:
+            return
         self.cycle.keep_alive = False
         lengths = [value for name, value in self.headers if name == b"content-length"]
         if lengths and int(lengths[0]) > 0:

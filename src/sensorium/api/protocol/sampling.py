@@ -19,7 +19,7 @@ from sensorium.errors import ContextLengthError, RequestError
 from sensorium.types import SamplingParams
 
 MIN_TEMPERATURE = 0.01
-_TOKEN_KEY = re.compile(r"-?\d{1,10}")
+_TOKEN_KEY = re.compile(r"-?[0-9]{1,10}")
 
 Stop = Annotated[str, Field(min_length=1, max_length=4096)]
 
