@@ -406,7 +406,8 @@ def _language_model(folder: Path) -> dict[str, Any]:
 
 def _encoder_len(folder: Path, config: dict[str, Any]) -> int:
     """An encoder's position table, without the rows that RoBERTa leaves unused; sentence-transformers may say less."""
-    positions = _positive_int(config, "max_position_embeddings", 512)
+    default = 8192 if config.get("model_type") == "modernbert" else 512
+    positions = _positive_int(config, "max_position_embeddings", default)
     if config.get("model_type") in ("roberta", "xlm-roberta", "camembert"):
         pad = config.get("pad_token_id")
         positions -= (1 if pad is None else int(pad)) + 1

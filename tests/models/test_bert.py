@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from checkpoints import read_weights, write_weights
-from torch import Tensor, nn
+from encoder_support import VOCAB, load, pooled, prompts_of, run, save
+from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -24,41 +23,10 @@ from transformers import (
 
 from sensorium.checkpoint import open_checkpoint
 from sensorium.errors import CheckpointError
-from sensorium.models.base import AttentionContext, Model
-from sensorium.models.weights import load_model
-from sensorium.types import PoolingParams
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
-         "vocab_size": 120, "max_position_embeddings": 40}
+         "vocab_size": VOCAB, "max_position_embeddings": 40}
 LENGTHS = [1, 7, 38, 3]
-
-
-def save(oracle: nn.Module, folder: Path) -> Any:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in oracle.parameters():
-            parameter.normal_(std=0.3)
-    oracle.eval().save_pretrained(folder)
-    return oracle
-
-
-def load(folder: Path) -> Model:
-    return load_model(open_checkpoint(folder), dtype=torch.float32, device="cpu")
-
-
-def run(model: Model, prompts: list[Tensor], types: list[Tensor] | None = None) -> list[Tensor]:
-    lengths = [len(ids) for ids in prompts]
-    positions = torch.cat([torch.arange(n) for n in lengths])
-    empty = torch.zeros(0, dtype=torch.int32)
-    context = AttentionContext(lengths, lengths, 0, 16, empty, empty, empty, empty)
-    with torch.inference_mode():
-        hidden = model.embed(torch.cat(prompts), None if types is None else torch.cat(types))
-        return list(torch.split(model.forward(hidden, positions, [], context), lengths))
-
-
-def prompts_of(seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(5, 120, (n,), generator=generator) for n in LENGTHS]
 
 
 @pytest.mark.parametrize("prefix", ["", "bert."])
@@ -68,7 +36,7 @@ def test_bert_states(tmp_path: Path, prefix: str) -> None:
     if prefix:  # as a masked language model stores it
         weights = {prefix + key: value for key, value in read_weights(tmp_path).items()}
         write_weights(tmp_path, {**weights, "cls.predictions.bias": torch.zeros(120)})
-    prompts = prompts_of()
+    prompts = prompts_of(LENGTHS)
     types = [(torch.arange(len(ids)) >= 2).long() for ids in prompts]
     for ids, kinds, states in zip(prompts, types, run(load(tmp_path), prompts, types), strict=True):
         expected = oracle(ids.unsqueeze(0), token_type_ids=kinds.unsqueeze(0)).last_hidden_state[0]
@@ -78,10 +46,10 @@ def test_bert_states(tmp_path: Path, prefix: str) -> None:
 @torch.inference_mode()
 def test_old_names_of_norms(tmp_path: Path) -> None:
     save(BertModel(BertConfig(**SHAPE)), tmp_path)
-    expected = run(load(tmp_path), prompts_of())
+    expected = run(load(tmp_path), prompts_of(LENGTHS))
     names = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
     write_weights(tmp_path, {_renamed(key, names): value for key, value in read_weights(tmp_path).items()})
-    for old, new in zip(run(load(tmp_path), prompts_of()), expected, strict=True):
+    for old, new in zip(run(load(tmp_path), prompts_of(LENGTHS)), expected, strict=True):
         torch.testing.assert_close(old, new, atol=0, rtol=0)
 
 
@@ -96,7 +64,7 @@ def test_roberta_positions_start_after_padding(tmp_path: Path) -> None:
     oracle = save(RobertaModel(RobertaConfig(**SHAPE, type_vocab_size=1, pad_token_id=1), add_pooling_layer=False),
                   tmp_path)
     assert open_checkpoint(tmp_path).max_model_len == SHAPE["max_position_embeddings"] - 2
-    for ids, states in zip(prompts_of(), run(load(tmp_path), prompts_of()), strict=True):
+    for ids, states in zip(prompts_of(LENGTHS), run(load(tmp_path), prompts_of(LENGTHS)), strict=True):
         expected = oracle(ids.unsqueeze(0)).last_hidden_state[0]
         torch.testing.assert_close(states, expected, atol=1e-5, rtol=1e-5)
 
@@ -113,12 +81,11 @@ def test_classifiers(tmp_path: Path, family: str, labels: int) -> None:
     model = load(tmp_path)
     assert set(model.poolers) == ({"classify", "score"} if labels == 1 else {"classify"})
     assert not model.generates
-    pooler = model.poolers["classify"]
-    for ids, states in zip(prompts_of(), run(model, prompts_of()), strict=True):
+    for ids, states in zip(prompts_of(LENGTHS), run(model, prompts_of(LENGTHS)), strict=True):
         logits = oracle(ids.unsqueeze(0)).logits[0]
-        raw = pooler(states, PoolingParams("classify", activation=False), ids.numpy().astype(np.int32))
+        raw = pooled(model, "classify", states, ids, activation=False)
         torch.testing.assert_close(raw, logits, atol=1e-5, rtol=1e-5)
-        scores = pooler(states, PoolingParams("classify"), ids.numpy().astype(np.int32))
+        scores = pooled(model, "classify", states, ids)
         expected = logits.sigmoid() if labels == 1 else logits.softmax(-1)
         torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
 
@@ -129,9 +96,9 @@ def test_activation_named_by_the_config(tmp_path: Path) -> None:
     config["sbert_ce_default_activation_function"] = "torch.nn.modules.linear.Identity"
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = load(tmp_path)
-    states, ids = run(model, prompts_of())[1], prompts_of()[1].numpy().astype(np.int32)
-    raw = model.poolers["score"](states, PoolingParams("score", activation=False), ids)
-    torch.testing.assert_close(model.poolers["score"](states, PoolingParams("score"), ids), raw)
+    states, ids = run(model, prompts_of(LENGTHS))[1], prompts_of(LENGTHS)[1]
+    raw = pooled(model, "score", states, ids, activation=False)
+    torch.testing.assert_close(pooled(model, "score", states, ids), raw)
     config["sbert_ce_default_activation_function"] = "os.system"
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"os\.system"):
@@ -150,7 +117,6 @@ def test_embeddings_follow_the_module_files(tmp_path: Path) -> None:
     (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": 38}')
     model = load(tmp_path)
     assert open_checkpoint(tmp_path).max_model_len == 38
-    for ids, states in zip(prompts_of(), run(model, prompts_of()), strict=True):
+    for ids, states in zip(prompts_of(LENGTHS), run(model, prompts_of(LENGTHS)), strict=True):
         expected = nn.functional.normalize(oracle(ids.unsqueeze(0)).last_hidden_state[0].mean(0), dim=-1)
-        vector = model.poolers["embed"](states, PoolingParams("embed"), ids.numpy().astype(np.int32))
-        torch.testing.assert_close(vector, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(pooled(model, "embed", states, ids), expected, atol=1e-5, rtol=1e-5)

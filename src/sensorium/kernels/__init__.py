@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from sensorium.kernels import reference
+from sensorium.kernels import onednn, reference
 
 if TYPE_CHECKING:
     from sensorium.models.base import AttentionContext, KVCache
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 __all__ = ["Activation", "DecoderLayerParts", "DecoderStack", "LinearForm", "activate", "add_rms_norm",
-           "decoder_stack", "describe", "empty_linear", "layer_norm", "pack_linear", "paged_attention", "rms_norm",
-           "rope", "silu_mul", "varlen_attention", "write_kv"]
+           "decoder_stack", "describe", "empty_linear", "gated", "layer_norm", "linear_activate", "linear_add",
+           "pack_linear", "paged_attention", "rms_norm", "rope", "silu_mul", "varlen_attention", "write_kv"]
 
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "tanh"]
@@ -99,6 +99,9 @@ def describe() -> str:
 def empty_linear(out_features: int, in_features: int, *, dtype: torch.dtype, device: torch.device,
                  quantization: str | None = None) -> LinearForm:
     """The form of a weight [out, in] that is best for this dtype and device, to be filled row by row."""
+    if dtype == torch.float32 and device.type == "cpu" and quantization is None and \
+            out_features * in_features >= onednn.MIN_ELEMENTS and onednn.usable():
+        return onednn.OneDnnLinear(out_features, in_features)
     module = _for(torch.empty(0, dtype=dtype, device=device))
     form: LinearForm = module.empty_linear(out_features, in_features, dtype=dtype, device=device,
                                            quantization=quantization)
@@ -111,6 +114,17 @@ def pack_linear(weight: Tensor, bias: Tensor | None, *, quantization: str | None
     form.fill(0, weight)
     form.set_bias(bias)
     return form
+
+
+def linear_activate(form: LinearForm, x: Tensor, activation: Activation) -> Tensor:
+    """activation(form(x)) in as few passes as there can be."""
+    fused = form.activated(x, activation) if isinstance(form, onednn.OneDnnLinear) else None
+    return activate(form(x), activation) if fused is None else fused
+
+
+def linear_add(form: LinearForm, x: Tensor, other: Tensor) -> Tensor:
+    """form(x) + other, which is left as it is."""
+    return form.added(x, other) if isinstance(form, onednn.OneDnnLinear) else form(x).add_(other)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -141,6 +155,12 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return out
 
 
+def gated(x: Tensor, activation: Activation) -> Tensor:
+    """[tokens, 2 * n], gates first -> activation(gate) * up [tokens, n]"""
+    out: Tensor = _for(x).gated(x, activation)
+    return out
+
+
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate the first 2 * cos.shape[-1] dimensions of every head. Native code may rotate in place."""
     out: tuple[Tensor, Tensor] = _for(q).rope(q, k, cos, sin)
@@ -161,9 +181,13 @@ def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, context: Attent
     return out
 
 
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float) -> Tensor:
-    """Attention in both directions inside each run of `lengths` tokens, never across. Same shape for q, k and v."""
-    out: Tensor = _for(q).varlen_attention(q, k, v, lengths, scale)
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float,
+                     window: int | None = None) -> Tensor:
+    """Attention in both directions inside each run of `lengths` tokens, never across. Same shape for q, k and v.
+
+    With a window, a token sees as many others on either side of itself.
+    """
+    out: Tensor = _for(q).varlen_attention(q, k, v, lengths, scale, window)
     return out
 
 

@@ -207,11 +207,15 @@ class Native:
         return out
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
-        if gate_up.dtype is not _BF16 or not gate_up.is_contiguous():
-            return reference.silu_mul(gate_up)
-        size = gate_up.shape[-1] // 2
-        out = gate_up.new_empty((*gate_up.shape[:-1], size))
-        self._gated(self._runtime, gate_up.data_ptr(), out.data_ptr(), out.numel() // size, size, 0)
+        return self.gated(gate_up, "silu")
+
+    def gated(self, x: Tensor, activation: Activation) -> Tensor:
+        if x.dtype is not _BF16 or not x.is_contiguous():
+            return reference.gated(x, activation)
+        size = x.shape[-1] // 2
+        out = x.new_empty((*x.shape[:-1], size))
+        self._gated(self._runtime, x.data_ptr(), out.data_ptr(), out.numel() // size, size,
+                    ACTIVATIONS.index(activation))
         return out
 
     def activate(self, x: Tensor, activation: Activation) -> Tensor:
@@ -262,10 +266,12 @@ class Native:
         self._attention(self._runtime, ctypes.addressof(arguments))
         return out
 
-    def varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float) -> Tensor:
+    def varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float,
+                         window: int | None = None) -> Tensor:
         tokens, heads, head_dim = q.shape
-        if not (_packed_like(q) and _packed_like(k) and _packed_like(v) and head_dim % 2 == 0):
-            return reference.varlen_attention(q, k, v, lengths, scale)
+        is_windowed = window is not None and max(lengths) > window + 1
+        if is_windowed or not (_packed_like(q) and _packed_like(k) and _packed_like(v) and head_dim % 2 == 0):
+            return reference.varlen_attention(q, k, v, lengths, scale, window)
         out = q.new_empty((tokens, heads, head_dim))
         lens = torch.tensor(lengths, dtype=torch.int32)
         start = torch.zeros(len(lengths) + 1, dtype=torch.int32)

@@ -89,6 +89,11 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return functional.silu(gate).mul_(up)
 
 
+def gated(x: Tensor, activation: Activation) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return activate(gate, activation).mul_(up)
+
+
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # [tokens, 1, rot / 2]
     return _rotate(q, cos, sin), _rotate(k, cos, sin)
@@ -209,7 +214,10 @@ def _prefill(q: Tensor, keys: Tensor, values: Tensor, scale: float, sliding_wind
     return out.permute(2, 0, 1, 3).reshape(count, heads, head_dim)
 
 
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float) -> Tensor:
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float,
+                     window: int | None = None) -> Tensor:
+    if window is not None and max(lengths) > window + 1:
+        return _windowed(q, k, v, lengths, scale, window)
     if len(set(lengths)) == 1:  # equal runs: one batch
         shape = (len(lengths), lengths[0], -1, q.shape[-1])
         return _both_ways(q.reshape(shape), k.reshape(shape), v.reshape(shape), scale).reshape(q.shape)
@@ -217,7 +225,35 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale:
     return torch.cat([_both_ways(*run, scale) for run in zip(qs, ks, vs, strict=True)], dim=1).squeeze(0)
 
 
-def _both_ways(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """All [runs, tokens, heads, head_dim]"""
-    out = functional.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
+def _both_ways(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """All [runs, tokens, heads, head_dim]; mask bool [runs, 1, tokens, keys]"""
+    out = functional.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+                                                  attn_mask=mask, scale=scale)
     return out.transpose(1, 2)
+
+
+def _windowed(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, window: int) -> Tensor:
+    """All runs as one row of blocks; a block's queries see the keys from `window` before it to `window` after it.
+
+    So the scores are tokens x (block + 2 * window), whatever the runs' lengths.
+    """
+    tokens, heads, head_dim = q.shape
+    size = window_queries(window)
+    count = -(-tokens // size)
+    end = count * size - tokens  # padding of the last block
+    runs = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32, device=q.device),
+                                   torch.tensor(lengths, device=q.device))
+    queries = functional.pad(q, (0, 0, 0, 0, 0, end)).view(count, size, heads, head_dim)
+    keys, values = (functional.pad(x, (0, 0, 0, 0, window, window + end)).unfold(0, size + 2 * window, size)
+                    .permute(0, 3, 1, 2) for x in (k, v))  # [count, size + 2 * window, heads, head_dim], overlapping
+    of_query = functional.pad(runs, (0, end), value=-1).view(count, size, 1)
+    of_key = functional.pad(runs, (window, window + end), value=-1).unfold(0, size + 2 * window, size).unsqueeze(1)
+    offset = torch.arange(size + 2 * window, device=q.device) - torch.arange(size, device=q.device).unsqueeze(1)
+    mask = (of_query == of_key) & (offset >= 0) & (offset <= 2 * window)  # [count, size, size + 2 * window]
+    out = _both_ways(queries, keys, values, scale, mask.unsqueeze(1))
+    return out.reshape(count * size, heads, head_dim)[:tokens]
+
+
+def window_queries(window: int) -> int:
+    """Queries of one block of windowed attention: few enough that most of its keys are seen by most of them."""
+    return max(window, 32)

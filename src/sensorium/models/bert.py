@@ -5,7 +5,7 @@ Devlin et al. 2018; Liu et al. 2019 (positions start after the padding id). Post
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,10 +17,11 @@ from sensorium.checkpoint import Checkpoint
 from sensorium.errors import CheckpointError
 from sensorium.models.base import AttentionContext, KVCache, Model, Rename
 from sensorium.models.layers import Head, Linear, QKVLinear, declare
-from sensorium.models.towers.blocks import LayerNorm, activation
+from sensorium.models.towers.blocks import LayerNorm, activation_name
+from sensorium.pooling.embedding import embedding_poolers
 from sensorium.pooling.labels import classifier_activation, num_labels
-from sensorium.pooling.pooler import ClassifyPooler, EmbedPooler, TokenPooler
-from sensorium.pooling.spec import read_pooling
+from sensorium.pooling.pooler import ClassifyPooler
+from sensorium.pooling.spec import PoolingKind
 
 ENCODER_MAP = (
     Rename("{a}.LayerNorm.gamma", "{a}.LayerNorm.weight"),
@@ -97,7 +98,7 @@ class Output(nn.Module):
         self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        out: Tensor = self.LayerNorm(self.dense(x) + residual)
+        out: Tensor = self.LayerNorm(kernels.linear_add(self.dense.form, x, residual))
         return out
 
 
@@ -120,10 +121,10 @@ class Intermediate(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.dense = Linear(config.hidden_size, config.intermediate_size, bias=True)
-        self.act = activation(config.hidden_act)
+        self.activation = activation_name(config.hidden_act)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.dense(x))
+        return kernels.linear_activate(self.dense.form, x, self.activation)
 
 
 class Layer(nn.Module):
@@ -145,14 +146,28 @@ class Encoder(nn.Module):
         self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
 
 
-class BertModel(Model):
+class EncoderModel(Model):
+    """What all encoders share: no KV cache, and poolers in place of a language head."""
+
+    num_layers = num_kv_heads = head_dim = 0
+
+    def _embeds(self, size: int) -> None:
+        self.poolers, self.dense = embedding_poolers(self.checkpoint.folder, "cls", size)
+
+    def _classifies(self, head: Callable[[Tensor], Tensor], kind: PoolingKind = "cls") -> None:
+        config = self.checkpoint.config
+        labels, act = num_labels(config), classifier_activation(self.checkpoint.folder, config)
+        self.poolers = {"classify": ClassifyPooler(kind, head, labels, act)}
+        if labels == 1:
+            self.poolers["score"] = self.poolers["classify"]
+
+
+class BertModel(EncoderModel):
     """The encoder as an embedder."""
 
     weight_prefixes: ClassVar[Mapping[str, str]] = {"bert.": "", "roberta.": ""}
     weight_map: ClassVar[tuple[Rename, ...]] = ENCODER_MAP
-    ignored: tuple[str, ...] = ("position_ids", "cls.", "lm_head.", "pooler.", "bert.pooler.",
-                                          "roberta.pooler.")
-    num_layers = num_kv_heads = head_dim = 0  # no KV cache
+    ignored: tuple[str, ...] = ("position_ids", "cls.", "lm_head.", "pooler.", "bert.pooler.", "roberta.pooler.")
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
@@ -162,10 +177,7 @@ class BertModel(Model):
         self._declare_poolers()
 
     def _declare_poolers(self) -> None:
-        spec = read_pooling(self.checkpoint.folder, "cls")
-        size = self.config.hidden_size
-        self.poolers = {"embed": EmbedPooler(spec.kinds, size * len(spec.kinds), normalize=spec.normalize),
-                        "token_embed": TokenPooler(size, normalize=spec.normalize)}
+        self._embeds(self.config.hidden_size)
 
     def embed(self, token_ids: Tensor, token_types: Tensor | None = None) -> Tensor:
         """Words and segments; the positions are added by `forward`. [tokens] -> [tokens, hidden]"""
@@ -199,14 +211,7 @@ class BertForSequenceClassification(BertModel):
     def _declare_poolers(self) -> None:
         self.pooler = BertPooler(self.config.hidden_size)
         self.classifier: nn.Module = Head(self.config.hidden_size, num_labels(self.checkpoint.config), bias=True)
-        self._classify(lambda state: self.classifier(torch.tanh(self.pooler.dense(state))))
-
-    def _classify(self, head: Any) -> None:
-        config = self.checkpoint.config
-        labels, act = num_labels(config), classifier_activation(self.checkpoint.folder, config)
-        self.poolers = {"classify": ClassifyPooler("cls", head, labels, act)}
-        if labels == 1:
-            self.poolers["score"] = self.poolers["classify"]
+        self._classifies(lambda state: self.classifier(torch.tanh(self.pooler.dense(state))))
 
 
 class RobertaHead(nn.Module):
@@ -225,4 +230,4 @@ class RobertaForSequenceClassification(BertForSequenceClassification):
 
     def _declare_poolers(self) -> None:
         self.classifier = RobertaHead(self.config.hidden_size, num_labels(self.checkpoint.config))
-        self._classify(self.classifier)
+        self._classifies(self.classifier)

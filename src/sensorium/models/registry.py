@@ -75,6 +75,12 @@ FAMILIES: dict[str, Family] = {
         Family("RoBERTa and XLM-RoBERTa classifiers and cross-encoders (BGE reranker)",
                "sensorium.models.bert:RobertaForSequenceClassification", _TEXT, tasks=("classify", "score"),
                is_encoder=True)),
+    **dict.fromkeys(
+        ("ModernBertModel", "ModernBertForMaskedLM"),
+        Family("ModernBERT", "sensorium.models.modernbert:ModernBertModel", _TEXT, tasks=("embed",), is_encoder=True)),
+    "ModernBertForSequenceClassification": Family(
+        "ModernBERT classifiers and cross-encoders", "sensorium.models.modernbert:ModernBertForSequenceClassification",
+        _TEXT, tasks=("classify", "score"), is_encoder=True),
     "Qwen2_5OmniModel": _QWEN_OMNI,
     "Qwen2_5OmniForConditionalGeneration": _QWEN_OMNI,
     "Qwen2_5OmniThinkerForConditionalGeneration": _QWEN_OMNI,

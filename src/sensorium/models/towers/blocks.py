@@ -26,11 +26,16 @@ ACTIVATIONS: dict[str, kernels.Activation] = {
 }
 
 
-def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """The function of a configuration's name. It may write into its argument."""
+def activation_name(name: str) -> kernels.Activation:
+    """The kernels' name of what a configuration calls so."""
     if name not in ACTIVATIONS:
         raise CheckpointError(f"config.json: unknown activation {name!r} (known: {', '.join(ACTIVATIONS)})")
-    return functools.partial(kernels.activate, activation=ACTIVATIONS[name])
+    return ACTIVATIONS[name]
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The function of a configuration's name. It may write into its argument."""
+    return functools.partial(kernels.activate, activation=activation_name(name))
 
 
 class PatchLinear(Linear):

@@ -1,0 +1,103 @@
+"""float32 linear layers on a CPU through oneDNN, with the weight reordered once for its kernels.
+
+Measured on Zen 4: 1.15 times (one thread) to 1.4 times (two) as fast as `F.linear`, which asks MKL; an activation or a
+sum with another tensor comes with it for nothing. The operators are torch's own, but not part of its documented
+interface: `usable` says whether they are there.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+MIN_ELEMENTS = 384 * 384  # of a weight: with a smaller one the 12 us that a call costs more are not won back
+
+POST_OPS = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", ""), "silu": ("swish", ""),
+            "tanh": ("tanh", "")}
+"""Our activations -> oneDNN's (name, algorithm)."""
+
+
+@functools.cache
+def usable() -> bool:
+    """Whether this torch has the operators and they compute what they should."""
+    try:
+        x, weight, bias = torch.eye(4), torch.arange(32.0).view(8, 4), torch.ones(8)
+        packed = _pack(weight)
+        plain = functional.linear(x, weight, bias)
+        return bool(torch.allclose(_linear(x, packed, bias), plain) and torch.equal(packed.to_dense(), weight)
+                    and torch.allclose(torch.ops.mkldnn._linear_pointwise.binary(x, plain, packed, bias, "add"),
+                                       plain + plain)
+                    and torch.allclose(_linear(x, packed, bias, "gelu", "none"), functional.gelu(plain)))
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def _pack(weight: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
+    return packed
+
+
+def _linear(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str = "none", algorithm: str = "") -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, activation, [], algorithm)
+    return out
+
+
+class OneDnnLinear:
+    """A float32 weight in oneDNN's own layout. Packed when the last row has come; plain again if rows are read back."""
+
+    __slots__ = ("_missing", "_packed", "_plain", "_shape", "bias")
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        self._shape = (out_features, in_features)
+        self._missing = out_features  # rows
+        self._plain: Tensor | None = torch.empty(out_features, in_features)
+        self._packed: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return 4 * self._shape[0] * self._shape[1] + (0 if self.bias is None else self.bias.nbytes)
+
+    def fill(self, first_row: int, rows: Tensor) -> None:
+        plain = self._unpacked()
+        plain[first_row : first_row + rows.shape[0]].copy_(rows)
+        self._missing -= rows.shape[0]
+        if self._missing <= 0:
+            self._packed, self._plain = _pack(plain), None
+
+    def set_bias(self, bias: Tensor | None) -> None:
+        self.bias = None if bias is None else bias.to("cpu", torch.float32, copy=True)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._packed is None:
+            return functional.linear(x, self._unpacked(), self.bias)
+        return _linear(x.contiguous(), self._packed, self.bias)
+
+    def activated(self, x: Tensor, activation: str) -> Tensor | None:
+        """The product through an activation, in one call; None where that is not to be had."""
+        if self._packed is None or activation not in POST_OPS:
+            return None
+        return _linear(x.contiguous(), self._packed, self.bias, *POST_OPS[activation])
+
+    def added(self, x: Tensor, other: Tensor) -> Tensor:
+        """The product plus `other` [.., out]."""
+        if self._packed is None:
+            return self(x).add_(other)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(
+            x.contiguous(), other.contiguous(), self._packed, self.bias, "add")
+        return out
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Weight rows [n, in] of output indices [n]."""
+        return functional.embedding(ids, self._unpacked())
+
+    def _unpacked(self) -> Tensor:
+        if self._plain is None:
+            packed, self._packed = self._packed, None
+            if packed is None:
+                raise ValueError("a linear layer without a weight")
+            self._plain = packed.to_dense()
+        return self._plain

@@ -1,0 +1,73 @@
+"""What makes embeddings of a model's states: the pooling that its files state, and the dense layers that they bring.
+
+Dense layers stand in files of their own beside the model's weights; they are small and computed in float32.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sensorium.errors import CheckpointError
+from sensorium.models.weights import stored_tensors
+from sensorium.pooling.pool import ACTIVATIONS
+from sensorium.pooling.pooler import EmbedPooler, Pooler, TokenPooler
+from sensorium.pooling.spec import DenseSpec, PoolingKind, read_pooling
+from sensorium.types import PoolingTask
+
+_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+class Dense(nn.Module):
+    """One `Dense` module of sentence-transformers. Its tensors are buffers: not part of the model's own weights."""
+
+    weight: Tensor  # float32 [out, in]
+    bias: Tensor | None
+
+    def __init__(self, spec: DenseSpec, in_features: int) -> None:
+        super().__init__()
+        tensors = _tensors(spec)
+        self.out_features = tensors["linear.weight"].shape[0]
+        shapes: dict[str, tuple[int, ...]] = {"linear.weight": (self.out_features, in_features)}
+        if spec.bias:
+            shapes["linear.bias"] = (self.out_features,)
+        found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        if found != shapes:
+            raise CheckpointError(f"{spec.folder.name}: its weights are {found}, the modules before it need {shapes}")
+        self.register_buffer("weight", tensors["linear.weight"], persistent=False)
+        self.register_buffer("bias", tensors.get("linear.bias"), persistent=False)
+        self.activation = ACTIVATIONS[spec.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, in] -> float32 [n, out]"""
+        return self.activation(nn.functional.linear(x.float(), self.weight, self.bias))
+
+
+def _tensors(spec: DenseSpec) -> dict[str, Tensor]:
+    """Copies in float32, on the CPU also while a model is being declared on the meta device."""
+    file = next((spec.folder / name for name in _FILES if (spec.folder / name).is_file()), None)
+    if file is None:
+        raise CheckpointError(f"{spec.folder.name}, which modules.json names, has no weights ({' or '.join(_FILES)})")
+    with torch.device("cpu"):
+        tensors = {}
+        for stored in stored_tensors([file]):
+            tensors[stored.key] = stored.view().to(torch.float32, copy=True)
+            stored.release()
+    if "linear.weight" not in tensors or tensors["linear.weight"].dim() != 2:
+        raise CheckpointError(f"{spec.folder.name}/{file.name} has no matrix linear.weight")
+    return tensors
+
+
+def embedding_poolers(folder: Path, default: PoolingKind, size: int) -> tuple[dict[PoolingTask, Pooler], nn.Module]:
+    """Poolers of a checkpoint with states of `size` numbers, and the layers that they use, to be kept by the model."""
+    spec = read_pooling(folder, default)
+    width = size * len(spec.kinds)
+    layers = []
+    for one in spec.dense:
+        layers.append(Dense(one, width))
+        width = layers[-1].out_features
+    dense = nn.Sequential(*layers)
+    embed = EmbedPooler(spec.kinds, width, normalize=spec.normalize, head=dense if layers else None)
+    return {"embed": embed, "token_embed": TokenPooler(size, normalize=spec.normalize)}, dense

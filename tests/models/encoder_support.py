@@ -1,0 +1,51 @@
+"""Encoders without an engine: random checkpoints, batches of unequal prompts, and what a pooler makes of the states."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sensorium.checkpoint import open_checkpoint
+from sensorium.models.base import AttentionContext, Model
+from sensorium.models.weights import load_model
+from sensorium.types import PoolingParams, PoolingTask
+
+VOCAB = 120
+
+
+def save(oracle: nn.Module, folder: Path) -> Any:
+    """Random weights, large enough that every part of the model shows in its output."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in oracle.parameters():
+            parameter.normal_(std=0.3)
+    oracle.eval().save_pretrained(folder)
+    return oracle
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Model:
+    return load_model(open_checkpoint(folder), dtype=dtype, device="cpu")
+
+
+def run(model: Model, prompts: list[Tensor], types: list[Tensor] | None = None) -> list[Tensor]:
+    """The states of each prompt, all computed in one step."""
+    lengths = [len(ids) for ids in prompts]
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    empty = torch.zeros(0, dtype=torch.int32)
+    context = AttentionContext(lengths, lengths, 0, 16, empty, empty, empty, empty)
+    with torch.inference_mode():
+        hidden = model.embed(torch.cat(prompts), None if types is None else torch.cat(types))
+        return list(torch.split(model.forward(hidden, positions, [], context), lengths))
+
+
+def prompts_of(lengths: list[int], seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(5, VOCAB, (n,), generator=generator) for n in lengths]
+
+
+def pooled(model: Model, task: PoolingTask, states: Tensor, ids: Tensor, **params: Any) -> Tensor:
+    return model.poolers[task](states, PoolingParams(task, **params), ids.numpy().astype(np.int32))
