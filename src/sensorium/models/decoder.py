@@ -18,8 +18,8 @@ from sensorium.kernels.reference import GATHER_ELEMENTS, MASK_ELEMENTS
 from sensorium.models.base import AttentionContext, KVCache, Model, Rename
 from sensorium.models.layers import Attention, Embedding, GateUpLinear, Linear, QKVLinear, RMSNorm
 from sensorium.models.rope import RotaryEmbedding
-from sensorium.pooling.pooler import EmbedPooler, Pooler, TokenPooler
-from sensorium.pooling.spec import read_pooling
+from sensorium.pooling.embedding import embedding_poolers
+from sensorium.pooling.pooler import Pooler
 from sensorium.types import PoolingTask
 
 LOGIT_ROWS = 256  # rows of logits that `activation_bytes` allows for
@@ -155,10 +155,8 @@ class DecoderModel(Model):
 
     def _make_poolers(self) -> Mapping[PoolingTask, Pooler]:
         """Last token, normalised, unless sentence-transformers' files in the folder say otherwise."""
-        size = self.text.hidden_size
-        spec = read_pooling(self.checkpoint.folder, "last")
-        return {"embed": EmbedPooler(spec.kinds, size * len(spec.kinds), normalize=spec.normalize),
-                "token_embed": TokenPooler(size, normalize=spec.normalize)}
+        poolers, self.dense = embedding_poolers(self.checkpoint.folder, "last", self.text.hidden_size)
+        return poolers
 
     def embed(self, token_ids: Tensor, token_types: Tensor | None = None) -> Tensor:
         rows: Tensor = self.model.embed_tokens(token_ids)

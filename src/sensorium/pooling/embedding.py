@@ -25,6 +25,7 @@ class Dense(nn.Module):
 
     weight: Tensor  # float32 [out, in]
     bias: Tensor | None
+    residual: Tensor | None  # [out, in]
 
     def __init__(self, spec: DenseSpec, in_features: int) -> None:
         super().__init__()
@@ -33,16 +34,24 @@ class Dense(nn.Module):
         shapes: dict[str, tuple[int, ...]] = {"linear.weight": (self.out_features, in_features)}
         if spec.bias:
             shapes["linear.bias"] = (self.out_features,)
+        if spec.residual and self.out_features != in_features:
+            shapes["residual.weight"] = (self.out_features, in_features)
         found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         if found != shapes:
             raise CheckpointError(f"{spec.folder.name}: its weights are {found}, the modules before it need {shapes}")
         self.register_buffer("weight", tensors["linear.weight"], persistent=False)
         self.register_buffer("bias", tensors.get("linear.bias"), persistent=False)
+        self.register_buffer("residual", tensors.get("residual.weight"), persistent=False)
         self.activation = ACTIVATIONS[spec.activation]
+        self.adds_input = spec.residual
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, in] -> float32 [n, out]"""
-        return self.activation(nn.functional.linear(x.float(), self.weight, self.bias))
+        x = x.float()
+        out = self.activation(nn.functional.linear(x, self.weight, self.bias))
+        if not self.adds_input:
+            return out
+        return out + (x if self.residual is None else nn.functional.linear(x, self.residual))
 
 
 def _tensors(spec: DenseSpec) -> dict[str, Tensor]:

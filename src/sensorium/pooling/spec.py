@@ -24,14 +24,16 @@ _MODES: dict[str, PoolingKind] = {
     "weightedmean": "weighted_mean",
     "lasttoken": "last",
 }
-_FLAGS: dict[str, PoolingKind] = {
+_FLAGS: dict[str, PoolingKind] = {  # in the order in which their vectors are joined
     "pooling_mode_cls_token": "cls",
-    "pooling_mode_mean_tokens": "mean",
     "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
     "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len",
     "pooling_mode_weightedmean_tokens": "weighted_mean",
     "pooling_mode_lasttoken": "last",
 }
+_SENTENCE = "sentence_embedding"
+_ORDER = ("Transformer", "Pooling", "Dense", "Normalize", "Dropout")  # a Dropout may stand anywhere: it does nothing
 ACTIVATIONS: dict[str, str] = {"Identity": "identity", "Sigmoid": "sigmoid", "Tanh": "tanh", "ReLU": "relu",
                                "GELU": "gelu", "SiLU": "silu", "Softmax": "softmax"}
 """Classes of torch.nn that a repository may name -> our activation. Looked up, never imported."""
@@ -44,6 +46,7 @@ class DenseSpec:
     folder: Path
     activation: str
     bias: bool
+    residual: bool = False  # adds its input, through `residual.weight` [out, in] where the sizes differ
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +77,7 @@ def read_pooling(folder: Path, default: PoolingKind) -> PoolingSpec:
     kinds: tuple[PoolingKind, ...] = (default,)
     dense: list[DenseSpec] = []
     normalize, max_seq_length, lower_case = False, None, False
-    for module in modules:
-        kind, path = str(module["type"]).rpartition(".")[2], folder / str(module.get("path", ""))
+    for kind, path in _in_order(folder, modules):
         if kind == "Transformer":
             settings = _json(path / "sentence_bert_config.json") or _json(folder / "sentence_bert_config.json") or {}
             max_seq_length, lower_case = settings.get("max_seq_length"), bool(settings.get("do_lower_case"))
@@ -85,10 +87,34 @@ def read_pooling(folder: Path, default: PoolingKind) -> PoolingSpec:
             dense.append(_dense(path))
         elif kind == "Normalize":
             normalize = True
-        else:
-            raise CheckpointError(f"modules.json names '{module['type']}', which is not supported "
-                                  "(supported: Transformer, Pooling, Dense, Normalize)")
     return PoolingSpec(kinds, normalize, tuple(dense), max_seq_length, lower_case)
+
+
+def _in_order(folder: Path, modules: Any) -> list[tuple[str, Path]]:
+    """(kind, folder) of every module, which must come in the one order that is computed here."""
+    if not isinstance(modules, list) or not all(isinstance(one, dict) and "type" in one for one in modules):
+        raise CheckpointError("modules.json is not a list of modules")
+    found = []
+    for module in modules:
+        name = str(module["type"])
+        if name.rpartition(".")[2] not in _ORDER:
+            raise CheckpointError(f"modules.json names '{name}', which is not supported "
+                                  f"(supported: {', '.join(_ORDER)})")
+        found.append((name.rpartition(".")[2], _inside(folder, str(module.get("path", "")))))
+    kinds = [kind for kind, _ in found if kind != "Dropout"]
+    repeated = [kind for kind in ("Transformer", "Pooling", "Normalize") if kinds.count(kind) > 1]
+    if kinds != sorted(kinds, key=_ORDER.index) or repeated:
+        raise CheckpointError(f"modules.json chains {' -> '.join(kinds)}, which is not supported "
+                              "(supported: Transformer, Pooling, any number of Dense, Normalize)")
+    return found
+
+
+def _inside(folder: Path, path: str) -> Path:
+    """A module's folder; names in a checkpoint's files never lead out of it."""
+    target = (folder / path).resolve()
+    if not target.is_relative_to(folder.resolve()):
+        raise CheckpointError(f"modules.json names the folder '{path}', which is outside the checkpoint")
+    return folder / path
 
 
 def _kinds(path: Path) -> tuple[PoolingKind, ...]:
@@ -112,8 +138,11 @@ def _dense(path: Path) -> DenseSpec:
     settings = _json(path / "config.json")
     if settings is None:
         raise CheckpointError(f"{path.name}/config.json is missing, though modules.json names it")
-    return DenseSpec(path, activation_name(settings.get("activation_function", "torch.nn.modules.activation.Tanh")),
-                     bool(settings.get("bias", True)))
+    for key in ("module_input_name", "module_output_name"):
+        if settings.get(key) not in (None, _SENTENCE):
+            raise CheckpointError(f"{path.name}/config.json: {key} '{settings[key]}' is not supported")
+    activation = activation_name(settings.get("activation_function") or "torch.nn.modules.activation.Tanh")
+    return DenseSpec(path, activation, bool(settings.get("bias", True)), bool(settings.get("use_residual", False)))
 
 
 def _json(path: Path) -> Any:
