@@ -16,7 +16,7 @@ from sensorium import kernels
 from sensorium.checkpoint import Checkpoint
 from sensorium.errors import CheckpointError
 from sensorium.models.base import AttentionContext, KVCache, Model, Rename
-from sensorium.models.layers import Head, Linear, QKVLinear, declare
+from sensorium.models.layers import Embedding, Head, Linear, QKVLinear
 from sensorium.models.towers.blocks import LayerNorm, activation_name
 from sensorium.pooling.embedding import embedding_poolers
 from sensorium.pooling.labels import classifier_activation, num_labels
@@ -74,19 +74,10 @@ class EncoderConfig:
 class Embeddings(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.word_embeddings = Table(config.vocab_size, config.hidden_size)
-        self.position_embeddings = Table(config.positions, config.hidden_size)
-        self.token_type_embeddings = Table(config.type_vocab_size, config.hidden_size)
+        self.word_embeddings = Embedding(config.vocab_size, config.hidden_size)
+        self.position_embeddings = Embedding(config.positions, config.hidden_size)
+        self.token_type_embeddings = Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
-
-
-class Table(nn.Module):
-    def __init__(self, rows: int, size: int) -> None:
-        super().__init__()
-        self.weight = declare(rows, size)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return nn.functional.embedding(ids, self.weight)
 
 
 class Output(nn.Module):
@@ -193,7 +184,7 @@ class BertModel(EncoderModel):
         return hidden
 
     def activation_bytes(self, tokens: int) -> int:
-        size = self.embeddings.word_embeddings.weight.element_size()
+        size = self.embeddings.LayerNorm.weight.element_size()
         return tokens * size * (6 * self.config.hidden_size + 2 * self.config.intermediate_size)
 
 

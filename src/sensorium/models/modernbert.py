@@ -17,8 +17,8 @@ from sensorium.checkpoint import Checkpoint, RopeConfig
 from sensorium.errors import CheckpointError
 from sensorium.kernels.reference import window_queries
 from sensorium.models.base import AttentionContext, KVCache
-from sensorium.models.bert import EncoderModel, Table
-from sensorium.models.layers import Head, Linear, declare
+from sensorium.models.bert import EncoderModel
+from sensorium.models.layers import Embedding, Head, Linear, declare
 from sensorium.models.rope import RotaryEmbedding
 from sensorium.models.towers.blocks import activation_name
 from sensorium.pooling.labels import num_labels
@@ -107,7 +107,7 @@ class Norm(nn.Module):
 class Embeddings(nn.Module):
     def __init__(self, config: ModernBertConfig) -> None:
         super().__init__()
-        self.tok_embeddings = Table(config.vocab_size, config.hidden_size)
+        self.tok_embeddings = Embedding(config.vocab_size, config.hidden_size)
         self.norm = Norm(config)
 
 
