@@ -33,7 +33,7 @@ from sensorium.prompt.tokenizer import Tokenizer
 EXAMPLES = Path(__file__).parents[1] / "examples"
 KEY = "token-abc123"
 OPEN = ("--allowed-media-domains", "127.0.0.1", "--trust-remote-code")
-SMALL_FRAMES = {"size": {"shortest_edge": 56 * 56, "longest_edge": 56 * 56}}
+ELSEWHERE = {"type": "image_url", "image_url": {"url": "http://169.254.169.254/latest/meta-data/"}}
 LONG = {"text": {"max_position_embeddings": 2048}}
 
 
@@ -185,6 +185,14 @@ def check_dse(served: Running, web: str) -> None:
     assert whole["usage"]["prompt_tokens"] == chat["count"] + 1  # <|endoftext|>
     texts = served.post("/v1/rerank", query="A lion", documents=["A cat", {"content": content}])
     assert {row["index"] for row in texts["results"]} == {0, 1}
+    for path, body, param in (
+            ("/v1/embeddings", {"messages": [{"role": "user", "content": [ELSEWHERE]}]}, "messages[0].content[0]"),
+            ("/pooling", {"messages": [[{"role": "user", "content": [ELSEWHERE]}]]}, "messages[0][0].content[0]"),
+            ("/score", {"text_1": "a", "text_2": [{"content": [ELSEWHERE]}]}, "text_2[0].content[0]"),
+            ("/v2/rerank", {"query": {"content": [ELSEWHERE]}, "documents": ["a"]}, "query.content[0]")):
+        refused = httpx.post(served.url + path, json=body)
+        assert refused.json()["error"]["code"] == "invalid_image_url", refused.text
+        assert refused.json()["error"]["param"] == f"{param}.image_url.url"
     several = served.post("/v1/embeddings", messages=[messages, messages])
     np.testing.assert_allclose(several["data"][1]["embedding"], whole["data"][0]["embedding"], atol=1e-5)
 
