@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
     "__main__": {"cli"},
     "flags": set(),
+    "malloc": set(),
     "processes": set(),
     "remote": set(),
     "bench": {"remote"},
@@ -39,17 +40,20 @@ ALLOWED: dict[str, set[str]] = {
     "engine.messages": set(),
     "engine.client": {"engine.messages"},
     "served": HTTP_SIDE,
-    "api": HTTP_SIDE | {"served"},
+    "api": HTTP_SIDE | {"served", "malloc"},
     "kernels": {"models.base"},
-    "models": {"checkpoint", "kernels", "models.registry", "pooling", "pooling.spec", "pooling.labels"},
+    "models": {"checkpoint", "kernels", "models.registry", "models.weights", "pooling", "pooling.embedding",
+               "pooling.spec", "pooling.labels"},
     "pooling.spec": set(),
     "pooling.labels": {"pooling.spec"},
     "pooling": {"checkpoint", "kernels", "pooling.spec"},
-    "engine": {"checkpoint", "kernels", "models", "models.registry", "pooling", "engine.messages"},
-    "serve": HTTP_SIDE | {"served", "api", "processes"},
+    "pooling.embedding": {"models.weights", "pooling", "pooling.spec"},
+    "models.weights": {"checkpoint", "kernels", "models", "models.registry"},
+    "engine": {"checkpoint", "kernels", "models", "models.registry", "models.weights", "pooling", "engine.messages"},
+    "serve": HTTP_SIDE | {"malloc", "served", "api", "processes"},
     "cli": {"flags", "serve", "chat", "bench", "info"},
 }
-NEVER_TORCH = set(ALLOWED) - {"kernels", "models", "pooling", "engine", "info"}
+NEVER_TORCH = set(ALLOWED) - {"kernels", "models", "models.weights", "pooling", "pooling.embedding", "engine", "info"}
 
 # No settings there: they hand the environment on to the processes that they start, or are such a process (the engine
 # reads which faults a test wants).

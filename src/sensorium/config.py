@@ -135,8 +135,8 @@ class LoadConfig:
 
     revision: str | None = flag(None, "Branch, tag or commit of a hub repository.")
     download_dir: str | None = flag(None, "Where hub files are kept. Default: the hub's cache.")
-    text_model: str | None = flag(None, "Language model of a checkpoint that has none of its own (Ultravox): a folder or "
-                                        "a hub id. Default: the one that the checkpoint names.")
+    text_model: str | None = flag(None, "Language model of a checkpoint that has none of its own (Ultravox): a folder "
+                                        "or a hub id. Default: the one that the checkpoint names.")
     trust_remote_code: bool = flag(False, "Accepted for compatibility. Remote code is never run and never needed.")
     task: str = flag("auto", "Narrow what is served. auto: everything the model can do.",
                      choices=("auto", "generate", "embed", "classify", "reward", "score"))
