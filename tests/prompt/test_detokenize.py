@@ -175,10 +175,10 @@ def test_time_is_linear_in_the_number_of_tokens(name: str, kind: str) -> None:
                "half a character": [byte] * count,
                "stop": [tokenizer.encode("a")[-1]] * count}[kind]
         detokenizer = Detokenizer(tokenizer, **options)  # type: ignore[arg-type]
-        begin = time.perf_counter()
+        begin = time.thread_time()
         for token in ids:
             detokenizer.push((token,))
-        return time.perf_counter() - begin
+        return time.thread_time() - begin
 
     few = min(seconds(500) for _ in range(3))
     many = min(seconds(5000) for _ in range(3))

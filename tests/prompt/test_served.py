@@ -391,9 +391,9 @@ async def test_time_of_expansion_is_linear_in_the_pictures(tmp_path: Path, loade
     async def seconds(count: int) -> float:
         best = float("inf")
         for _ in range(3):
-            begin = time.perf_counter()
+            begin = time.process_time()
             await model.chat_prompt([user(*[IMAGE] * count)], images(*["56x56"] * count))
-            best = min(best, time.perf_counter() - begin)
+            best = min(best, time.process_time() - begin)
         return best
 
     await seconds(1)
