@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -207,6 +208,10 @@ def test_embeddings_as_a_table_with_bars(page: Page, files: Path) -> None:
     expect(page.locator(".bars tbody td")).to_have_count(3)
     shown = [float(text) for text in page.locator(".bars tbody .value").all_inner_texts()]
     assert shown == sorted(shown, reverse=True)
+    page.click("#compare-result button")
+    page.click("#request-python")
+    printed = run(page.locator("#request-code").inner_text(), files)
+    assert max(row["score"] for row in ast.literal_eval(printed)["data"]) == pytest.approx(shown[0], abs=1e-2)
 
 
 @pytest.mark.parametrize(("tasks", "chats", "compares"), [(["generate"], True, False), (["embed"], False, True)])
@@ -238,6 +243,14 @@ def test_the_server_tab_lives(page: Page) -> None:
         expect(page.locator(".plot").nth(plot).locator("svg")).to_have_attribute("aria-label", re.compile(r"\d"))
 
 
+def run(code: str, folder: Path, *command: str) -> str:
+    """What a snippet prints, run where the files are and with the key where it looks for it."""
+    done = subprocess.run([*(command or (sys.executable, "-c")), code], cwd=folder, capture_output=True, text=True,
+                          env={**os.environ, "SENSORIUM_API_KEY": KEY}, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.parametrize("language", ["curl", "python"])
 def test_the_request_as_code_runs(open_page: OpenPage, files: Path, language: str) -> None:
     if language == "curl" and not shutil.which("curl"):
@@ -258,13 +271,10 @@ def test_the_request_as_code_runs(open_page: OpenPage, files: Path, language: st
     assert code == page.locator("#request-code").inner_text()
     assert KEY not in code
     assert len(code) < 3000
-    command = ["bash", "-c", code] if language == "curl" else [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=files, env={**os.environ, "SENSORIUM_API_KEY": KEY}, capture_output=True,
-                          text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    printed = run(code, files, *(("bash", "-c") if language == "curl" else ()))
     if language == "curl":
-        usage = re.search(r'"prompt_tokens":(\d+)', done.stdout)
-        assert usage, done.stdout
+        usage = re.search(r'"prompt_tokens":(\d+)', printed)
+        assert usage, printed
         shown = turn.locator("[data-stat=tokens]").inner_text()
         assert usage[1] == shown.split()[0]  # the very same prompt, picture and all
 

@@ -257,6 +257,7 @@ function showSamples() {
         send();
       } finally {
         button.disabled = false;
+        if (!matchMedia("(pointer: coarse)").matches) text.focus();
       }
     });
     return button;

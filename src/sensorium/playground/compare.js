@@ -82,16 +82,17 @@ function editor(item, place) {
 
 // What can be done
 
-const abilities = () => ({embed: store.does("embed"), score: store.does("score", "embed", "classify")});
+const abilities = () => ({embed: store.does("embed"), score: store.does("score", "embed")});
+const canCompare = () => Object.values(abilities()).some(Boolean);
 
 function showAbilities() {
   const can = abilities();
   const known = Boolean(store.model());
   for (const choice of form.elements.how) choice.disabled = !can[choice.value];
   if (known && !can[how()]) for (const choice of form.elements.how) choice.checked = can[choice.value];
-  byId("compare-run").disabled = !can.embed && !can.score;
+  byId("compare-run").disabled = !canCompare();
   byId("add-picture").disabled = !store.takes("image");
-  notice(byId("compare-notice"), known && !can.embed && !can.score ? t("compare.cannot", {model: store.get().model}) : "");
+  notice(byId("compare-notice"), known && !canCompare() ? t("compare.cannot", {model: store.get().model}) : "");
 }
 
 // Comparing
@@ -127,13 +128,8 @@ async function run() {
   } catch (error) {
     showError(error);
   } finally {
-    showButton();
+    byId("compare-run").disabled = !canCompare();
   }
-}
-
-function showButton() {
-  const can = abilities();
-  byId("compare-run").disabled = !can.embed && !can.score;
 }
 
 function showError(error) {

@@ -16,7 +16,7 @@ const bytes = (value) => {
   return `${number(value / 1000 ** power, power > 2 ? 2 : power ? 1 : 0)} ${units[power]}`;
 };
 const count = (value) => (Number.isFinite(value) ? number(value) : "–");
-const percent = (value) => (Number.isFinite(value) ? `${number(100 * value)} %` : "–");
+const percent = (value) => (Number.isFinite(value) ? `${number(100 * value, value > 0 && value < 0.1 ? 1 : 0)} %` : "–");
 const seconds = (value) => (value >= 1 ? `${number(value, 2)} s` : `${number(1000 * value, value < 0.01 ? 1 : 0)} ms`);
 const perSecond = (value) => `${number(value, value > 0 && value < 10 ? 1 : 0)} /s`;
 

@@ -54,7 +54,7 @@ export class Settings {
   /** Shows an error at the field that it names; false where no field of this form is meant. */
   showError({param, message}) {
     const input = this.form.elements[(param ?? "").split(/[.[]/)[0]];
-    if (!input || !("value" in input)) return false;
+    if (!(input instanceof HTMLElement)) return false;
     mark(input, message);
     input.focus();
     return true;

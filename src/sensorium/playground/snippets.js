@@ -69,7 +69,8 @@ function asPython(path, body, marks) {
   if (marks.size) {
     lines.push("", "def encoded(name):", "    return base64.b64encode(Path(name).read_bytes()).decode()", "", "");
   }
-  lines.push(`client = OpenAI(base_url=${JSON.stringify(address("v1"))}, api_key=os.environ.get("SENSORIUM_API_KEY", "none"))`);
+  lines.push('api_key = os.environ.get("SENSORIUM_API_KEY", "none")',
+             `client = OpenAI(base_url=${JSON.stringify(address("v1"))}, api_key=api_key)`);
   return [...lines, ...pythonCall(path, body, marks)].join("\n");
 }
 
@@ -86,6 +87,6 @@ function pythonCall(path, body, marks) {
   if (path === "v1/embeddings" && body.input) {
     return ["answer = client.embeddings.create(", ...rows, ")", "print([row.embedding for row in answer.data])"];
   }
-  return [`answer = client.post(${JSON.stringify(path.replace(/^v1/, ""))}, cast_to=object, body=${literal(body, marks, "")})`,
-          "print(answer)"];
+  const place = JSON.stringify(path.replace(/^v1/, ""));
+  return [`answer = client.post(${place}, cast_to=object, body=${literal(body, marks, "")})`, "print(answer)"];
 }

@@ -2,7 +2,7 @@
 
 import {preview} from "./attachments.js";
 import {el, icon} from "./dom.js";
-import {number, say, t, title} from "./i18n.js";
+import {number, say, title} from "./i18n.js";
 import {renderInto, spans} from "./render.js";
 
 const button = (name, iconName, click) => title(
@@ -18,11 +18,11 @@ export class TurnView {
     this.stats = el("ul", {class: "stats", hidden: true});
     this.tools = el("div", {class: "row tools", hidden: true}, button("turn.again", "again", () => actions.again(turn)),
                     button("turn.request", "code", () => actions.request(turn)));
-    this.question = el("div", {class: "question"}, el("h3", {class: "visually-hidden"}, t("turn.you")),
+    this.question = el("div", {class: "question"}, say(el("h3", {class: "visually-hidden"}), "turn.you"),
                        ...(this.media.length ? [el("div", {class: "media"}, ...this.media)] : []),
                        ...(turn.text ? [el("p", {class: "text"}, turn.text)] : []),
                        el("div", {class: "row tools"}, button("turn.edit", "edit", () => actions.edit(turn))));
-    this.answer = el("div", {class: "answer", "aria-busy": "true"}, el("h3", {class: "visually-hidden"}, t("turn.model")),
+    this.answer = el("div", {class: "answer", "aria-busy": "true"}, say(el("h3", {class: "visually-hidden"}), "turn.model"),
                      this.body, this.error, this.stats, this.tools);
     this.node = el("article", {class: "turn"}, this.question, this.answer);
     this.frame = 0;
