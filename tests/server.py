@@ -31,10 +31,10 @@ def start(log: Path, *argv: str) -> subprocess.Popen[bytes]:
 
 
 @contextmanager
-def running(folder: Path, *argv: str, timeout_s: float = 90.0) -> Iterator[Server]:
+def running(folder: Path, *argv: str, timeout_s: float = 90.0, kv_cache_memory: str = "64MiB") -> Iterator[Server]:
     """A server on a free port, with a small KV cache; stopped at the end."""
     log = folder / "server.log"
-    process = start(log, *argv, "--port", "0", "--kv-cache-memory", "64MiB", "--threads", "1")
+    process = start(log, *argv, "--port", "0", "--kv-cache-memory", kv_cache_memory, "--threads", "1")
     try:
         yield Server(process, log, _until_ready(process, log, timeout_s))
     finally:
