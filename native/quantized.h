@@ -30,82 +30,91 @@ struct Codes {
 
 // Weights
 
-static inline uint16_t float_to_f16(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    const uint16_t sign = uint16_t((bits >> 16) & 0x8000);
-    const float magnitude = std::fabs(value);
-    if (!(magnitude < 65520.0f)) return sign | 0x7c00;
-    if (magnitude < 6.103515625e-5f) return uint16_t(sign | uint16_t(std::nearbyint(magnitude * 16777216.0f)));
-    std::memcpy(&bits, &magnitude, 4);
-    bits += 0xfff + ((bits >> 13) & 1);
-    return uint16_t(sign | ((bits >> 13) - (112 << 10)));
-}
-
-static inline float widen_f16(uint16_t half) {
-    uint16_t halves[kLanes] = {half};
-    float lanes[kLanes];
-    vstore(lanes, vload_f16(halves));
-    return lanes[0];
-}
-
 static inline void quantize_int8(const float* w, int64_t k, uint8_t* codes, float* scale) {
-    float top = 0;
-    for (int64_t i = 0; i < k; ++i) top = std::max(top, std::fabs(w[i]));
-    *scale = top / 127;
-    const float inverse = top > 0 ? 127 / top : 0;
-    for (int64_t i = 0; i < k; ++i) codes[i] = uint8_t(int(std::nearbyint(w[i] * inverse)) + 128);
+    vf top = vzero();
+    over_lanes(k, [&](int64_t i, int lanes) { top = vmax(top, vabs(vload_n(w + i, lanes))); });
+    const float largest = vmax_lane(top);
+    *scale = largest / 127;
+    const vf inverse = vset(largest > 0 ? 127 / largest : 0);
+    over_lanes(k, [&](int64_t i, int lanes) {
+        int8_t bytes[kLanes];
+        vstore_s8(bytes, vload_n(w + i, lanes) * inverse);
+        for (int j = 0; j < lanes; ++j) codes[i + j] = uint8_t(bytes[j]) ^ 0x80;
+    });
 }
 
-// Error of rounding the group with `scale`, and the scale that fits the codes so found best.
+// Sixteen groups at a time, one to a lane: element i of group g is w[i * 16 + g].
 struct Fit {
-    float error, better;
+    vf error;   // of rounding with a scale
+    vf better;  // the scale that fits the codes so found best
 };
-static inline Fit fit_int4(const float* w, int count, float scale) {
-    const vf inverse = vset(1 / scale);
+static inline vf reciprocal(vf scale) { return pick_less(vset(1e-30f), vabs(scale), vset(1) / scale, vzero()); }
+static inline vf nearest_code(vf v, vf inverse) { return vmin(vmax(vround(v * inverse), vset(-8)), vset(7)); }
+static inline Fit fit_int4(const float* w, int count, vf scale) {
+    const vf inverse = reciprocal(scale);
     vf error = vzero(), product = vzero(), square = vzero();
-    for (int i = 0; i < count; i += kLanes) {
-        const vf v = vload(w + i);
-        const vf q = vmin(vmax(vround(v * inverse), vset(-8)), vset(7));
-        const vf d = v - q * vset(scale);
+    for (int i = 0; i < count; ++i) {
+        const vf v = vload(w + i * kLanes), q = nearest_code(v, inverse);
+        const vf d = v - q * scale;
         error = fma(d, d, error), product = fma(v, q, product), square = fma(q, q, square);
     }
-    const float total = vsum(square);
-    return {vsum(error), total > 0 ? vsum(product) / total : scale};
+    return {error, pick_less(vzero(), square, product / square, scale)};
+}
+static inline vf through_f16(vf x) {
+    uint16_t halves[kLanes];
+    vstore_f16(halves, x);
+    return vload_f16(halves);
 }
 
 // The value of largest magnitude gets code -8 or less: sixteen codes reach one further down than up, so the sign of the
 // scale is that value's, turned round. Some smaller scales and the best fit to each one's codes are tried.
-static inline uint16_t scale_int4(const float* w, int count) {
-    float top = 0;
-    for (int i = 0; i < count; ++i)
-        if (std::fabs(w[i]) > std::fabs(top)) top = w[i];
-    if (top == 0) return 0;
-    uint16_t best = 0;
-    float least = INFINITY;
-    const auto consider = [&](float scale) {
-        const uint16_t half = float_to_f16(scale);
-        const float stored = widen_f16(half);
-        if (stored == 0 || !std::isfinite(stored)) return scale;
-        const Fit fit = fit_int4(w, count, stored);
-        if (fit.error < least) least = fit.error, best = half;
-        return fit.better;
-    };
-    for (int step = 0; step < 6; ++step) consider(consider(top / (-8.0f + 0.4f * float(step - 1))));
+static inline vf scale_int4(const float* w, int count) {
+    vf top = vzero();
+    for (int i = 0; i < count; ++i) {
+        const vf v = vload(w + i * kLanes);
+        top = pick_less(vabs(top), vabs(v), v, top);
+    }
+    vf best = vzero(), least = vset(INFINITY);
+    for (float divisor : {-8.4f, -8.0f, -7.6f, -7.2f, -6.8f}) {
+        vf scale = through_f16(top * vset(1 / divisor));
+        for (int i = 0; i < 2; ++i) {
+            const Fit fit = fit_int4(w, count, scale);
+            best = pick_less(fit.error, least, scale, best);
+            least = vmin(fit.error, least);
+            scale = through_f16(fit.better);
+        }
+    }
     return best;
 }
 
 static inline void quantize_int4(const float* w, int64_t k, int64_t group, uint8_t* codes, uint16_t* scales) {
-    alignas(64) float padded[256];
-    for (int64_t first = 0; first < k; first += group) {
-        const int count = int(std::min(group, k - first)), whole = int(ceil_div(count, kLanes)) * kLanes;
-        std::fill(padded, padded + whole, 0.0f);
-        std::copy(w + first, w + first + count, padded);
-        const uint16_t half = scale_int4(padded, whole);
-        const float scale = widen_f16(half), inverse = scale != 0 ? 1 / scale : 0;
-        for (int i = 0; i < count; ++i)
-            codes[first + i] = uint8_t(std::min(15, std::max(0, int(std::nearbyint(padded[i] * inverse)) + 8)));
-        scales[first / group] = half;
+    // One row more than a group has, so that a copy of the last, incomplete group fits behind.
+    float* lanes = static_cast<float*>(Scratch<9>::get(size_t(group) * (kLanes + 1) * sizeof(float)));
+    float* last = lanes + group * kLanes;
+    const int64_t groups = ceil_div(k, group);
+    for (int64_t first = 0; first < groups; first += kLanes) {
+        const int count = int(std::min<int64_t>(kLanes, groups - first));
+        const bf16* rows[kLanes] = {};
+        for (int g = 0; g < count; ++g) {
+            const float* start = w + (first + g) * group;
+            const int64_t here = std::min(group, k - (first + g) * group);
+            if (here < group) {
+                std::fill(std::copy(start, start + here, last), last + group, 0.0f);
+                start = last;
+            }
+            rows[g] = reinterpret_cast<const bf16*>(start);
+        }
+        transpose_pairs(rows, kLanes, group, reinterpret_cast<uint32_t*>(lanes), kLanes);
+        const vf scale = scale_int4(lanes, int(group)), inverse = reciprocal(scale);
+        uint16_t halves[kLanes];
+        vstore_f16(halves, scale);
+        std::copy(halves, halves + count, scales + first);
+        for (int64_t i = 0; i < group; ++i) {
+            int8_t bytes[kLanes];
+            vstore_s8(bytes, nearest_code(vload(lanes + i * kLanes), inverse));
+            for (int g = 0; g < count; ++g)
+                if ((first + g) * group + i < k) codes[(first + g) * group + i] = uint8_t(bytes[g] + 8);
+        }
     }
 }
 
@@ -197,21 +206,27 @@ static void unpack_quantized(const Linear& w, const int64_t* ids, int64_t count,
             const int64_t place = (panel * shape.groups + at / shape.group) * kPanel + column;
             const int code = int((words[at / 8 * width] >> (at % 4 * 8 + at % 8 / 4 * 4)) & 15);
             const int zero = w.zeros ? w.zeros[place] : 8;
-            row[at] = float_to_bf16(float(code - zero) * widen_f16(static_cast<const uint16_t*>(w.scales)[place]));
+            uint16_t halves[kLanes] = {static_cast<const uint16_t*>(w.scales)[place]};
+            float scales[kLanes];
+            vstore(scales, vload_f16(halves));
+            row[at] = float_to_bf16(float(code - zero) * scales[0]);
         }
     }
 }
 
 // Activations
 
+// Rows of an int4 tile: it holds two kinds of sums in registers.
+constexpr int kGroupRows = kTileRows < 6 ? kTileRows : 6;
+
 struct QuantizedRows {
     Tiling tiling;
-    uint32_t* a;    // tiles [words][rows of the tile]
-    float* scale;   // [rows][groups]
-    float* sum;     // [rows][groups], of the signed bytes
+    uint32_t* a;   // tiles [words][rows of the tile]
+    float* scale;  // [rows][groups]
+    int32_t* sum;  // [rows][groups], of the signed bytes
 };
 
-static inline void quantize_row(const Codes& shape, const bf16* x, int8_t* out, float* scale, float* sum) {
+static inline void quantize_row(const Codes& shape, const bf16* x, int8_t* out, float* scale, int32_t* sum) {
     for (int64_t g = 0; g < shape.groups; ++g) {
         const int64_t first = g * shape.group, count = std::min(shape.group, shape.k - first);
         vf top = vzero();
@@ -232,7 +247,7 @@ static inline void quantize_row(const Codes& shape, const bf16* x, int8_t* out, 
         });
         std::memset(out + first + count, 0, size_t(shape.group - count));
         scale[g] = largest / 127.0f;
-        sum[g] = vsum(total);
+        sum[g] = int32_t(vsum(total));
     }
 }
 
@@ -241,8 +256,9 @@ static QuantizedRows quantize_rows(const Runtime& runtime, const Codes& shape, c
     const int64_t words = shape.x_words();
     const size_t a_bytes = align64(size_t(rows * words) * 4), s_bytes = align64(size_t(rows * shape.groups) * 4);
     char* memory = static_cast<char*>(Scratch<0>::get(a_bytes + 2 * s_bytes));
-    QuantizedRows out{Tiling(rows), reinterpret_cast<uint32_t*>(memory), reinterpret_cast<float*>(memory + a_bytes),
-                      reinterpret_cast<float*>(memory + a_bytes + s_bytes)};
+    QuantizedRows out{Tiling(rows, shape.nibbles ? kGroupRows : kTileRows), reinterpret_cast<uint32_t*>(memory),
+                      reinterpret_cast<float*>(memory + a_bytes),
+                      reinterpret_cast<int32_t*>(memory + a_bytes + s_bytes)};
     const auto quantize_tile = [&](int64_t i) {
         const int64_t first = out.tiling.start(i), row_bytes = words * 4 + 64;
         const int size = out.tiling.size(i);
@@ -280,55 +296,93 @@ static void multiply_int8(const QuantizedRows& x, const Codes& shape, const uint
 
 // int4
 
-// Adds one group's products to C [MR, 32]. Packed: b holds nibbles; otherwise they are spread out to bytes already.
-template <int MR, int NV, bool Packed>
-static void group_tile(const uint32_t* a, const uint32_t* b, int64_t words, const uint16_t* scales,
-                       const uint8_t* zeros, const float* x_scale, const float* x_sum, int64_t x_stride, float* c,
-                       int64_t ahead) {
-    vi sum[MR][NV];
-    for (int i = 0; i < MR; ++i)
-        for (int j = 0; j < NV; ++j) sum[i][j] = izero();
-#pragma GCC unroll 2
-    for (int64_t p = 0; p < words; p += Packed ? 2 : 1) {
-        vquad w[NV];
-        for (int j = 0; j < NV; ++j) w[j] = qload(b + j * kLanes);
-        if (Packed) {
-            constexpr int kLocality = MR <= 4 ? 3 : 2;
-            __builtin_prefetch(reinterpret_cast<const char*>(b) + ahead, 0, kLocality);
-            if (NV == 2) __builtin_prefetch(reinterpret_cast<const char*>(b) + ahead + 64, 0, kLocality);
-            vquad low[NV];
-            for (int j = 0; j < NV; ++j) low[j] = qlow(w[j]), w[j] = qhigh(w[j]);
-            for (int i = 0; i < MR; ++i) {
-                const auto x = qbroadcast(a[i]);
-                for (int j = 0; j < NV; ++j) sum[i][j] = dot_quad(sum[i][j], low[j], x);
-            }
-            a += MR;
-        }
-        for (int i = 0; i < MR; ++i) {
-            const auto x = qbroadcast(a[i]);
-            for (int j = 0; j < NV; ++j) sum[i][j] = dot_quad(sum[i][j], w[j], x);
-        }
-        a += MR;
-        b += NV * kLanes;
-    }
-    vf scale[NV], zero[NV];
-    for (int j = 0; j < NV; ++j) {
-        scale[j] = vload_f16(scales + j * kLanes);
-        zero[j] = zeros ? vload_u8(zeros + j * kLanes) : vset(8);
-    }
+// Where a run of groups lies for one panel and one tile of rows.
+struct GroupRun {
+    int64_t groups, words, rows_step;  // words of x in a group; distance of rows in x_scale and x_sum
+    const uint16_t* scales;            // [groups][32]
+    const uint8_t* zeros;              // [groups][32] or null
+    const float* x_scale;
+    const int32_t* x_sum;
+    int64_t ahead;
+};
+
+template <int MR, int NV>
+static inline void add_quads(vi (&sum)[MR][NV], const uint32_t* a, const vquad (&w)[NV]) {
     for (int i = 0; i < MR; ++i) {
-        const float factor = x_scale[i * x_stride];
-        const vf minus = vset(-x_sum[i * x_stride]), times = vset(factor);
-        for (int j = 0; j < NV; ++j) {
-            float* at = c + i * kPanel + j * kLanes;
-            vstore(at, fma(fma(zero[j], minus, to_float(sum[i][j])) * times, scale[j], vload(at)));
+        const auto x = qbroadcast(a[i]);
+        for (int j = 0; j < NV; ++j) sum[i][j] = dot_quad(sum[i][j], w[j], x);
+    }
+}
+
+// One word of x, or two where b holds nibbles.
+template <int MR, int NV, bool Packed>
+static inline void add_words(vi (&sum)[MR][NV], const uint32_t*& a, const uint32_t*& b, int64_t ahead) {
+    vquad w[NV];
+    for (int j = 0; j < NV; ++j) w[j] = qload(b + j * kLanes);
+    if (Packed) {
+        constexpr int kLocality = MR <= 4 ? 3 : 2;
+        __builtin_prefetch(reinterpret_cast<const char*>(b) + ahead, 0, kLocality);
+        if (NV == 2) __builtin_prefetch(reinterpret_cast<const char*>(b) + ahead + 64, 0, kLocality);
+        vquad low[NV];
+        for (int j = 0; j < NV; ++j) low[j] = qlow(w[j]), w[j] = qhigh(w[j]);
+        add_quads(sum, a, low);
+        a += MR;
+    }
+    add_quads(sum, a, w);
+    a += MR;
+    b += NV * kLanes;
+}
+
+template <int MR, int NV>
+static inline void add_scaled(vf (&total)[MR][NV], const vi (&sum)[MR][NV], const GroupRun& run, int64_t g) {
+    const float* x_scale = run.x_scale + g;
+    const int32_t* x_sum = run.x_sum + g;
+    for (int j = 0; j < NV; ++j) {
+        const vf scale = vload_f16(run.scales + g * kPanel + j * kLanes);
+        const vf zero = run.zeros ? vload_u8(run.zeros + g * kPanel + j * kLanes) : vzero();
+        for (int i = 0; i < MR; ++i) {
+            vf product = to_float(sum[i][j]);
+            if (run.zeros) product = product - zero * vset(float(x_sum[i * run.rows_step]));
+            total[i][j] = fma(product, scale * vset(x_scale[i * run.rows_step]), total[i][j]);
         }
     }
 }
 
-using GroupTile = void (*)(const uint32_t* a, const uint32_t* b, int64_t words, const uint16_t* scales,
-                           const uint8_t* zeros, const float* x_scale, const float* x_sum, int64_t x_stride, float* c,
-                           int64_t ahead);
+// Adds the run's products to C [MR, 32]. Packed: b holds nibbles; otherwise they are spread out to bytes already.
+// Short: groups of eight words of x, too few for a loop to pay for itself.
+template <int MR, int NV, bool Packed, bool Short>
+static inline void sum_groups(const GroupRun& run, const uint32_t* a, const uint32_t* b, float* c) {
+    vf total[MR][NV];
+    for (int i = 0; i < MR; ++i)
+        for (int j = 0; j < NV; ++j) total[i][j] = vload(c + i * kPanel + j * kLanes);
+    for (int64_t g = 0; g < run.groups; ++g) {
+        vi sum[MR][NV];
+        for (int i = 0; i < MR; ++i) {
+            const vi start = run.zeros ? izero() : iset(-8 * run.x_sum[i * run.rows_step + g]);
+            for (int j = 0; j < NV; ++j) sum[i][j] = start;
+        }
+        if (Short) {
+            SENSORIUM_UNROLL(8)
+            for (int p = 0; p < 8; ++p) add_words<MR, NV, Packed>(sum, a, b, run.ahead);
+        } else {
+            SENSORIUM_UNROLL(2)
+            for (int64_t p = 0; p < run.words; p += Packed ? 2 : 1) add_words<MR, NV, Packed>(sum, a, b, run.ahead);
+        }
+        add_scaled(total, sum, run, g);
+    }
+    for (int i = 0; i < MR; ++i)
+        for (int j = 0; j < NV; ++j) vstore(c + i * kPanel + j * kLanes, total[i][j]);
+}
+
+template <int MR, int NV, bool Packed>
+static void group_tile(const GroupRun& run, const uint32_t* a, const uint32_t* b, float* c) {
+    if (!Packed && run.words == 8)
+        sum_groups<MR, NV, Packed, !Packed>(run, a, b, c);
+    else
+        sum_groups<MR, NV, Packed, false>(run, a, b, c);
+}
+
+using GroupTile = void (*)(const GroupRun& run, const uint32_t* a, const uint32_t* b, float* c);
 
 template <int NV, bool Packed, int... I>
 static GroupTile pick_group_tile(int rows, std::integer_sequence<int, I...>) {
@@ -338,7 +392,7 @@ static GroupTile pick_group_tile(int rows, std::integer_sequence<int, I...>) {
 
 template <bool Packed>
 static inline GroupTile group_tile_for(int rows, int vectors) {
-    constexpr auto sizes = std::make_integer_sequence<int, kTileRows>{};
+    constexpr auto sizes = std::make_integer_sequence<int, kGroupRows>{};
     return vectors == 2 ? pick_group_tile<2, Packed>(rows, sizes) : pick_group_tile<1, Packed>(rows, sizes);
 }
 
@@ -361,8 +415,8 @@ static void multiply_int4(const QuantizedRows& x, const Codes& shape, const Line
     const uint16_t* scales = static_cast<const uint16_t*>(w.scales) + panel * shape.groups * kPanel;
     const uint8_t* zeros = w.zeros ? w.zeros + panel * shape.groups * kPanel : nullptr;
     std::fill(c, c + rows * kPanel, 0.0f);
-    const bool packed = rows <= kTileRows;
-    const int64_t step = packed ? 1 : std::max<int64_t>(1, kSpread / shape.group);  // groups at a time
+    const bool packed = rows <= kGroupRows;
+    const int64_t step = packed ? shape.groups : std::max<int64_t>(1, kSpread / shape.group);  // groups at a time
     uint32_t* spread = nullptr;
     if (!packed) spread = static_cast<uint32_t*>(Scratch<7>::get(size_t(step * group_words * width) * 4));
     for (int64_t g = 0; g < shape.groups; g += step) {
@@ -372,12 +426,11 @@ static void multiply_int4(const QuantizedRows& x, const Codes& shape, const Line
         for (int64_t i = 0; i < x.tiling.count; ++i) {
             const int64_t first = x.tiling.start(i);
             const int size = x.tiling.size(i);
-            const GroupTile run = packed ? group_tile_for<true>(size, vectors) : group_tile_for<false>(size, vectors);
-            for (int64_t j = g; j < g + some; ++j)
-                run(x.a + first * words + j * group_words * size,
-                    packed ? from : spread + (j - g) * group_words * width, group_words, scales + j * kPanel,
-                    zeros ? zeros + j * kPanel : nullptr, x.scale + first * shape.groups + j,
-                    x.sum + first * shape.groups + j, shape.groups, c + first * kPanel, rows <= 4 ? 4096 : 8192);
+            const GroupRun run{some, group_words, shape.groups, scales + g * kPanel, zeros ? zeros + g * kPanel : nullptr,
+                               x.scale + first * shape.groups + g, x.sum + first * shape.groups + g,
+                               rows <= 4 ? 4096 : 8192};
+            const GroupTile tile = packed ? group_tile_for<true>(size, vectors) : group_tile_for<false>(size, vectors);
+            tile(run, x.a + first * words + g * group_words * size, packed ? from : spread, c + first * kPanel);
         }
     }
 }
@@ -399,7 +452,7 @@ static void quantized_block(const Runtime& runtime, const Linear& w, const bf16*
             multiply_int8(block, shape, static_cast<const uint32_t*>(w.weight) + column * shape.words(), vectors, sums);
             for (int64_t row = 0; row < rows; ++row)
                 for (int j = 0; j < vectors * kLanes; j += kLanes) {
-                    const vi sum = iload(sums + row * kPanel + j) - iset(128 * int32_t(block.sum[row]));
+                    const vi sum = iload(sums + row * kPanel + j) - iset(128 * block.sum[row]);
                     const vf scale = vload(static_cast<const float*>(w.scales) + column + j) * vset(block.scale[row]);
                     vstore(c + row * kPanel + j, to_float(sum) * scale);
                 }

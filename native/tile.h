@@ -8,6 +8,14 @@
 
 namespace sensorium::SENSORIUM_ISA {
 
+// Only where it was measured: the portable code takes long enough to compile.
+#if defined(SENSORIUM_AVX512)
+#define SENSORIUM_PRAGMA(text) _Pragma(#text)
+#define SENSORIUM_UNROLL(times) SENSORIUM_PRAGMA(GCC unroll times)
+#else
+#define SENSORIUM_UNROLL(times)
+#endif
+
 #if defined(SENSORIUM_AVX512)
 constexpr int kTileRows = 12;
 #elif defined(SENSORIUM_AVX2)
@@ -43,7 +51,7 @@ static inline void tile(const uint32_t* a, const uint32_t* b, int64_t words, typ
     decltype(Dot::zero()) sum[MR][NV];
     for (int i = 0; i < MR; ++i)
         for (int j = 0; j < NV; ++j) sum[i][j] = accumulate ? Dot::load(c + i * c_stride + j * kLanes) : Dot::zero();
-#pragma GCC unroll 4
+    SENSORIUM_UNROLL(4)
     for (int64_t p = 0; p < words; ++p) {
         // Few rows take the weights at the memory's pace and want them in L1; more rows leave time to wait for L2.
         constexpr int kLocality = MR <= 4 ? 3 : 2;
@@ -88,7 +96,7 @@ static inline Tile<Dot> tile_for(int rows, int vectors) {
 // Cuts `rows` into tiles of nearly equal height.
 struct Tiling {
     int64_t rows, count;
-    explicit Tiling(int64_t rows) : rows(rows), count((rows + kTileRows - 1) / kTileRows) {}
+    explicit Tiling(int64_t rows, int64_t height = kTileRows) : rows(rows), count((rows + height - 1) / height) {}
     int64_t start(int64_t i) const { return rows * i / count; }
     int size(int64_t i) const { return int(start(i + 1) - start(i)); }
 };

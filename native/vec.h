@@ -97,6 +97,13 @@ static inline vf dot_pair(vf acc, vpair w, vbroadcast x) {
 }
 
 static inline vf vload_f16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+static inline void vstore_f16(uint16_t* p, vf a) {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+// a < b ? x : y
+static inline vf pick_less(vf a, vf b, vf x, vf y) {
+    return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
+}
 
 // Sixteen 32-bit sums; four unsigned bytes for each of sixteen columns; four signed bytes for all of them.
 struct vi {
@@ -228,6 +235,14 @@ static inline vf dot_pair(vf acc, vpair w, vbroadcast x) {
 }
 static inline vf vload_f16(const uint16_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
+}
+static inline void vstore_f16(uint16_t* p, vf x) {
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm_storeu_si128((__m128i*)(p + 8), _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+static inline vf pick_less(vf p, vf q, vf x, vf y) {
+    return {_mm256_blendv_ps(y.a, x.a, _mm256_cmp_ps(p.a, q.a, _CMP_LT_OQ)),
+            _mm256_blendv_ps(y.b, x.b, _mm256_cmp_ps(p.b, q.b, _CMP_LT_OQ))};
 }
 
 struct vi {
@@ -378,6 +393,23 @@ static inline vf vload_f16(const uint16_t* p) {
     for (int i = 0; i < 16; ++i) out.v[i] = f16_to_float(p[i]);
     return out;
 }
+
+static inline uint16_t float_to_f16(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    const uint16_t sign = uint16_t((bits >> 16) & 0x8000);
+    bits &= 0x7fffffffu;
+    float magnitude;
+    std::memcpy(&magnitude, &bits, 4);
+    if (!(magnitude < 65520.0f)) return sign | 0x7c00;
+    if (magnitude < 6.103515625e-5f) return uint16_t(sign | uint16_t(__builtin_nearbyintf(magnitude * 16777216.0f)));
+    bits += 0xfff + ((bits >> 13) & 1);
+    return uint16_t(sign | ((bits >> 13) - (112 << 10)));
+}
+static inline void vstore_f16(uint16_t* p, vf a) {
+    for (int i = 0; i < 16; ++i) p[i] = float_to_f16(a.v[i]);
+}
+static inline vf pick_less(vf a, vf b, vf x, vf y) { return {a.v < b.v ? x.v : y.v}; }
 
 struct vi {
     i16_t v;

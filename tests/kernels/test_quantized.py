@@ -25,10 +25,11 @@ def dequantized(form: QuantizedLinear) -> Tensor:
     return form.rows(torch.arange(form.out_features)).float()
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("bits", "group"), [(8, 0), (4, 32), (4, 64), (4, 128)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_product_is_that_of_the_dequantised_weight(kernels: Native, bits: int, shape: tuple[int, int]) -> None:
-    form = QuantizedLinear(kernels, *shape, bits=bits)
+def test_product_is_that_of_the_dequantised_weight(kernels: Native, bits: int, group: int,
+                                                   shape: tuple[int, int]) -> None:
+    form = QuantizedLinear(kernels, *shape, bits, group)
     form.fill(0, random_bf16(*shape))
     bias = random_bf16(shape[0])
     form.set_bias(bias)
@@ -121,7 +122,7 @@ def test_results_do_not_depend_on_the_number_of_threads(fastest: Native, bits: i
 def test_forms_are_chosen_by_name(fastest: Native) -> None:
     weight = random_bf16(32, 64)
     assert fastest.pack_linear(weight, None, quantization="int8").nbytes == 32 * 64 + 32 * 4
-    assert fastest.pack_linear(weight, None, quantization="int4").nbytes == 32 * 64 // 2 + 32 * 2 * 2
+    assert fastest.pack_linear(weight, None, quantization="int4").nbytes == 32 * 64 // 2 + 32 * 2
     with pytest.raises(StartupError, match="int3"):
         fastest.pack_linear(weight, None, quantization="int3")
     with pytest.raises(ValueError, match="groups of 12"):

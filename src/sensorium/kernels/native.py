@@ -429,7 +429,7 @@ class QuantizedLinear(NativeLinear):
 
     __slots__ = ("_groups", "_scales", "_zeros", "bits", "group")
 
-    def __init__(self, native: Native, out_features: int, in_features: int, bits: int, group: int = 32) -> None:
+    def __init__(self, native: Native, out_features: int, in_features: int, bits: int, group: int = 64) -> None:
         """`group` (int4): a multiple of 8 up to 256."""
         if bits not in (4, 8) or (bits == 4 and (group % 8 or not 0 < group <= 256)):
             raise ValueError(f"there is no kernel for {bits}-bit weights in groups of {group}")
