@@ -65,9 +65,10 @@ def ended(pid: int) -> bool:
 async def collect(stream: OutputStream) -> tuple[list[int], EngineOutput]:
     tokens: list[int] = []
     last = None
-    async for output in stream:
-        tokens += output.token_ids
-        last = output
+    async with asyncio.timeout(50):
+        async for output in stream:
+            tokens += output.token_ids
+            last = output
     assert last is not None
     return tokens, last
 
@@ -185,7 +186,7 @@ async def test_a_failed_step_and_a_hanging_one(folder: Path, monkeypatch: pytest
     monkeypatch.setattr(client_module, "WATCH_INTERVAL_S", 0.05)
     monkeypatch.setattr(client_module, "CPU_SILENCE_S", 1.0)
     monkeypatch.setattr(client_module, "SILENCE_STEPS", 0)
-    monkeypatch.setenv(VARIABLE, "step:raise:10,step:sleep:30:600")
+    monkeypatch.setenv(VARIABLE, "step:raise:10,step:sleep:30:60")
     async with running(folder) as client:
         pid = client.pid
         results = await asyncio.gather(*(collect(client.submit(replace(endless(i), id=client.next_id())))

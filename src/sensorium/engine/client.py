@@ -37,6 +37,7 @@ SILENCE_STEPS = 20  # and so many times its longest step
 WATCH_INTERVAL_S = 5.0
 GOODBYE_S = 5.0
 PIECE_BYTES = 256 * 1024  # of a large request, written at once
+STDERR = 2
 BUFFER_BYTES = 1024 * 1024  # in the transport, before writing pauses
 
 logger = logging.getLogger(__name__)
@@ -206,8 +207,9 @@ class EngineClient:
             # -P: nothing in the current folder takes the place of a module.
             command = [sys.executable, "-P", "-m", "sensorium.engine.core", "--fd", str(theirs.fileno())]
             # Its own session: Ctrl-C is for this process, which lets running requests finish first.
+            # What it prints is never part of this process's output.
             self._process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL,
-                                             start_new_session=True)
+                                             stdout=STDERR, start_new_session=True)
         ours.sendall(messages.encode_config(self.config))  # fits into the socket's buffer
         ours.setblocking(False)
         self._socket = ours
@@ -372,8 +374,14 @@ class EngineClient:
             least_s = CPU_SILENCE_S if self.ready is not None and self.ready.device == "cpu" else SILENCE_S
             if silence_s > max(least_s, SILENCE_STEPS * self._longest_step_s):
                 logger.error("the engine has said nothing for %.0f s though it has work", silence_s)
-                if self._process is not None:
-                    self._process.kill()  # the link breaks, and `_lost` does the rest
+                self._replace()
+
+    def _replace(self) -> None:
+        """Break with the child now: one that cannot even be killed must not keep its requests waiting."""
+        if self._process is not None:
+            self._process.kill()
+        if self._link is not None:
+            self._link.close()  # `_lost` does the rest
 
     def _fail_all(self, error: Exception) -> None:
         streams, self._streams = self._streams, {}
