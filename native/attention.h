@@ -7,6 +7,7 @@
 
 #include "kernels.h"
 #include "linear.h"
+#include "ops.h"
 
 namespace sensorium::SENSORIUM_ISA {
 
@@ -31,25 +32,26 @@ struct AttentionState {
     float* total;   // [rows]
 };
 
+// Sixty-four keys or values, wherever they lie; null beyond the end.
+struct Rows {
+    const char* at[kKeys];
+    float scale[kKeys];  // int8 only
+};
+
 // Blocks lie anywhere in the cache, so the processor does not see the next rows coming.
-static inline void prefetch_rows(const bf16* const* rows, int count, int head_dim) {
-    for (int i = 0; i < count; ++i)
-        for (int d = 0; d < head_dim; d += 32) __builtin_prefetch(rows[i] + d, 0, 2);
+static inline void prefetch_rows(const Rows& rows, int first, int count, int row_bytes) {
+    for (int i = first; i < first + count; ++i)
+        for (int byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(rows.at[i] + byte, 0, 2);
 }
 
 // Two panels of 32 keys: k [head_dim / 2][32][2], so that a dot product over head_dim is a tile product.
-static inline void pack_keys(const bf16* const* rows, const bf16* const* next, int64_t pairs, uint32_t* out) {
-    for (int group = 0; group < kKeys; group += kLanes) {
-        if (next[group]) prefetch_rows(next + group, kLanes, int(pairs * 2));
-        transpose_pairs(rows + group, kLanes, pairs, out + (group / kPanel) * pairs * kPanel + group % kPanel, kPanel);
-    }
+static inline void pack_keys(const bf16* const* rows, int64_t pairs, uint32_t* out, int group) {
+    transpose_pairs(rows + group, kLanes, pairs, out + (group / kPanel) * pairs * kPanel + group % kPanel, kPanel);
 }
 
 // Panels of 32 (the last 32 or 16) of head_dim, each [keys / 2][width][2].
-static inline void pack_values(const bf16* const* rows, const bf16* const* next, int head_dim, bf16* out) {
+static inline void pack_values(const bf16* const* rows, int head_dim, bf16* out) {
     for (int panel = 0; panel < head_dim; panel += kPanel) {
-        if (next[0])
-            for (int i = 0; i < kKeys; ++i) __builtin_prefetch(next[i] + panel, 0, 2);
         const int width = head_dim - panel > kLanes ? kPanel : kLanes;
         const int count = std::min(width, head_dim - panel);
         for (int pair = 0; pair < kKeys / 2; ++pair) {
@@ -80,12 +82,12 @@ static inline void pack_values(const bf16* const* rows, const bf16* const* next,
     }
 }
 
-static inline void find_rows(const Attention& args, const AttentionTask& task, int64_t key, const bf16** k,
-                             const bf16** v) {
+static inline void find_rows(const Attention& args, const AttentionTask& task, int64_t key, Rows& k, Rows& v) {
+    const int64_t bytes = args.int8 ? 1 : int64_t(sizeof(bf16));
     for (int i = 0; i < kKeys; ++i) {
         const int64_t index = key + i;
         if (index >= task.key_end) {
-            k[i] = v[i] = nullptr;
+            k.at[i] = v.at[i] = nullptr;
             continue;
         }
         int64_t block = 0, row = index + args.query_start[task.sequence];
@@ -93,14 +95,35 @@ static inline void find_rows(const Attention& args, const AttentionTask& task, i
             block = args.block_tables[task.sequence * args.max_blocks + index / args.block_size];
             row = index % args.block_size;
         }
-        k[i] = args.k + block * args.k_block_stride + task.kv_head * args.k_head_stride + row * args.k_row_stride;
-        v[i] = args.v + block * args.v_block_stride + task.kv_head * args.v_head_stride + row * args.v_row_stride;
+        const int64_t k_at = block * args.k_block_stride + task.kv_head * args.k_head_stride + row * args.k_row_stride;
+        const int64_t v_at = block * args.v_block_stride + task.kv_head * args.v_head_stride + row * args.v_row_stride;
+        k.at[i] = static_cast<const char*>(args.k) + k_at * bytes;
+        v.at[i] = static_cast<const char*>(args.v) + v_at * bytes;
+    }
+}
+
+// The rows as bf16: as they are, or int8 codes, which bf16 holds exactly, in `wide`, and their scales in `rows`.
+static inline void widen_rows(const Attention& args, Rows& rows, bf16* wide, const bf16** out) {
+    for (int i = 0; i < kKeys; ++i) {
+        out[i] = reinterpret_cast<const bf16*>(rows.at[i]);
+        if (!args.int8) continue;
+        rows.scale[i] = 0;
+        if (!rows.at[i]) continue;
+        const int8_t* codes = reinterpret_cast<const int8_t*>(rows.at[i]);
+        bf16* to = wide + i * args.head_dim;
+        over_lanes(args.head_dim, [&](int64_t d, int lanes) {
+            int8_t tail[kLanes] = {};
+            if (lanes < kLanes) std::memcpy(tail, codes + d, size_t(lanes));
+            store_lanes(to + d, vload_s8(lanes < kLanes ? tail : codes + d), lanes);
+        });
+        std::memcpy(&rows.scale[i], codes + args.head_dim, kScaleBytes);
+        out[i] = to;
     }
 }
 
 // Scores [kKeys] of one row -> probabilities in bf16, relative to the row's running maximum.
-static inline void softmax_row(const Attention& args, float* score, int64_t key, int64_t first, int64_t last,
-                               AttentionState& state, int row, bf16* p) {
+static inline void softmax_row(const Attention& args, const Rows& k, const Rows& v, float* score, int64_t key,
+                               int64_t first, int64_t last, AttentionState& state, int row, bf16* p) {
     constexpr int kVectors = kKeys / kLanes;
     const bool whole = first <= key && key + kKeys <= last;
     const vf factor = vset(args.scale * kLog2e);
@@ -108,6 +131,7 @@ static inline void softmax_row(const Attention& args, float* score, int64_t key,
     vf top = vset(kMasked);
     for (int j = 0; j < kVectors; ++j) {
         s[j] = vload(score + j * kLanes) * factor;
+        if (args.int8) s[j] = s[j] * vload(k.scale + j * kLanes);
         if (!whole) s[j] = keep_range(s[j], int(key) + j * kLanes, int(first), int(last), kMasked);
         top = vmax(top, s[j]);
     }
@@ -116,7 +140,7 @@ static inline void softmax_row(const Attention& args, float* score, int64_t key,
     for (int j = 0; j < kVectors; ++j) {
         const vf value = exp2(s[j] - vset(peak));
         sum = sum + value;
-        vstore_bf16(p + j * kLanes, value);
+        vstore_bf16(p + j * kLanes, args.int8 ? value * vload(v.scale + j * kLanes) : value);
     }
     if (peak != old) {
         float lanes[kLanes];
@@ -138,12 +162,15 @@ static void attend(const Attention& args, const AttentionTask& task, AttentionSt
     const int queries = args.query_start[task.sequence + 1] - args.query_start[task.sequence];
     const size_t q_bytes = align64(size_t(rows) * pairs * 4), score_bytes = align64(size_t(rows) * kKeys * 4);
     const size_t k_bytes = size_t(kKeys) * pairs * 4, v_bytes = size_t(kKeys) * state.dim * 2;
-    char* memory = static_cast<char*>(Scratch<2>::get(q_bytes + score_bytes + k_bytes + v_bytes + size_t(rows) * kKeys * 2));
+    const size_t p_bytes = size_t(rows) * kKeys * 2, wide_bytes = args.int8 ? size_t(kKeys) * dim * 2 : 0;
+    char* memory = static_cast<char*>(
+        Scratch<2>::get(q_bytes + score_bytes + k_bytes + v_bytes + p_bytes + wide_bytes));
     uint32_t* q = reinterpret_cast<uint32_t*>(memory);
     float* scores = reinterpret_cast<float*>(memory + q_bytes);
     uint32_t* keys = reinterpret_cast<uint32_t*>(memory + q_bytes + score_bytes);
     bf16* values = reinterpret_cast<bf16*>(memory + q_bytes + score_bytes + k_bytes);
     bf16* p = reinterpret_cast<bf16*>(memory + q_bytes + score_bytes + k_bytes + v_bytes);
+    bf16* wide = reinterpret_cast<bf16*>(memory + q_bytes + score_bytes + k_bytes + v_bytes + p_bytes);
 
     const Tiling tiling(rows);
     for (int64_t i = 0; i < tiling.count; ++i) {
@@ -158,13 +185,21 @@ static void attend(const Attention& args, const AttentionTask& task, AttentionSt
     for (int row = 0; row < rows; ++row) state.peak[row] = kMasked, state.total[row] = 0;
     std::fill(state.out, state.out + int64_t(rows) * state.dim, 0.0f);
 
-    const bf16 *rows_of[2][2][kKeys];  // this step's and the next one's, keys and values
+    const int row_bytes = args.int8 ? dim + kScaleBytes : dim * int(sizeof(bf16));
+    Rows rows_of[2][2];  // this step's and the next one's, keys and values
     find_rows(args, task, task.key, rows_of[0][0], rows_of[0][1]);
     for (int64_t key = task.key, step = 0; key < task.key_end; key += kKeys, ++step) {
-        const auto &now = rows_of[step % 2], &next = rows_of[(step + 1) % 2];
-        find_rows(args, task, key + kKeys, rows_of[(step + 1) % 2][0], rows_of[(step + 1) % 2][1]);
-        pack_keys(now[0], next[0], pairs, keys);
-        pack_values(now[1], next[1], dim, values);
+        Rows *now = rows_of[step % 2], *next = rows_of[(step + 1) % 2];
+        find_rows(args, task, key + kKeys, next[0], next[1]);
+        const bf16* plain[kKeys];
+        widen_rows(args, now[0], wide, plain);
+        for (int lane = 0; lane < kKeys; lane += kLanes) {
+            if (next[0].at[lane]) prefetch_rows(next[0], lane, kLanes, row_bytes);
+            pack_keys(plain, pairs, keys, lane);
+        }
+        widen_rows(args, now[1], wide, plain);
+        if (next[1].at[0]) prefetch_rows(next[1], 0, kKeys, row_bytes);
+        pack_values(plain, dim, values);
         for (int64_t i = 0; i < tiling.count; ++i) {
             const int64_t first = tiling.start(i);
             for (int panel = 0; panel < kKeys / kPanel; ++panel)
@@ -172,13 +207,13 @@ static void attend(const Attention& args, const AttentionTask& task, AttentionSt
                                                          scores + first * kKeys + panel * kPanel, kKeys, false, 0);
         }
         for (int row = 0; row < rows; ++row) {
+            const int64_t own = args.seq_lens[task.sequence] - queries + task.token + row / group;
             int64_t first = 0, last = task.key_end;
-            if (args.causal) {
-                last = args.seq_lens[task.sequence] - queries + task.token + row / group + 1;
-                if (args.window) first = last - args.window;
-            }
-            softmax_row(args, scores + row * kKeys, key, first, std::min<int64_t>(last, task.key_end), state, row,
-                        p + row * kKeys);
+            if (args.causal) last = own + 1;
+            if (args.window) first = args.causal ? last - args.window : own - args.window;
+            if (args.window && !args.causal) last = own + args.window + 1;
+            softmax_row(args, now[0], now[1], scores + row * kKeys, key, first, std::min<int64_t>(last, task.key_end),
+                        state, row, p + row * kKeys);
         }
         const uint32_t* panel = reinterpret_cast<const uint32_t*>(values);
         for (int d = 0; d < state.dim; d += kPanel) {
@@ -234,10 +269,10 @@ static void plan_attention(const Attention& args, std::vector<AttentionTask>& ta
         // The last tokens see the most keys: start with them.
         for (int token = (queries - 1) / tile_tokens * tile_tokens; token >= 0 && queries > 0; token -= tile_tokens) {
             const int tokens = std::min(tile_tokens, queries - token);
-            const int end = args.causal ? length - queries + token + tokens : length;
-            int begin = 0;
-            if (args.causal && args.window)
-                begin = std::max(0, length - queries + token + 1 - args.window) / kKeys * kKeys;
+            const int own = length - queries + token;  // the place of the first token among the keys
+            int begin = 0, end = args.causal ? own + tokens : length;
+            if (args.window) begin = std::max(0, args.causal ? own + 1 - args.window : own - args.window) / kKeys * kKeys;
+            if (args.window && !args.causal) end = std::min(length, own + tokens + args.window);
             const bool split = queries <= tile_tokens && end - begin > kSplitKeys;
             const int parts = split ? int(ceil_div(end - begin, kSplitKeys)) : 1;
             for (int head = 0; head < args.kv_heads; ++head)

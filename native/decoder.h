@@ -38,7 +38,8 @@ static inline void decoder_attention(const Runtime& r, const Decoder& d, const D
     const DecoderLayer& layer = d.layers[layer_index];
     const int64_t dim = d.head_dim, stride = layer.qkv->n;
     bf16 *q = b.qkv, *k = q + d.heads * dim, *v = k + d.kv_heads * dim;
-    bf16 *k_cache = step.caches[2 * layer_index], *v_cache = step.caches[2 * layer_index + 1];
+    void *k_cache = step.caches[2 * layer_index], *v_cache = step.caches[2 * layer_index + 1];
+    const int64_t row = d.int8_cache ? dim + kScaleBytes : dim;
     if (layer.q_norm)
         parallel_rows(r, step.tokens, stride * 4, [&](int64_t token) {
             const Runtime alone{1, nullptr, r.kernels, nullptr};
@@ -49,17 +50,17 @@ static inline void decoder_attention(const Runtime& r, const Decoder& d, const D
     kernels.rope(r, q, stride, q, stride, step.cos, step.sin, step.tokens, d.heads, dim, d.rotary);
     kernels.rope(r, k, stride, k, stride, step.cos, step.sin, step.tokens, d.kv_heads, dim, d.rotary);
     kernels.write_kv(r, k, stride, v, stride, k_cache, v_cache, step.slots, step.tokens, d.kv_heads, dim,
-                     d.block_size);
+                     d.block_size, d.int8_cache);
     Attention a{};
     a.q = q, a.out = b.attended, a.k = k_cache, a.v = v_cache;
     a.q_stride = stride, a.out_stride = d.heads * dim;
-    a.k_row_stride = a.v_row_stride = dim;
-    a.k_head_stride = a.v_head_stride = d.block_size * dim;
-    a.k_block_stride = a.v_block_stride = d.kv_heads * d.block_size * dim;
+    a.k_row_stride = a.v_row_stride = row;
+    a.k_head_stride = a.v_head_stride = d.block_size * row;
+    a.k_block_stride = a.v_block_stride = d.kv_heads * d.block_size * row;
     a.block_tables = step.block_tables, a.query_start = step.query_start, a.seq_lens = step.seq_lens;
     a.max_blocks = step.max_blocks, a.sequences = int32_t(step.sequences);
     a.heads = d.heads, a.kv_heads = d.kv_heads, a.head_dim = d.head_dim, a.block_size = d.block_size;
-    a.causal = 1, a.window = int32_t(layer.window), a.scale = d.scale;
+    a.causal = 1, a.window = int32_t(layer.window), a.int8 = d.int8_cache, a.scale = d.scale;
     kernels.attention(r, a);
 }
 

@@ -10,6 +10,8 @@ namespace sensorium {
 
 using bf16 = uint16_t;
 
+constexpr int kScaleBytes = 4;  // behind each row of an int8 cache
+
 constexpr int kPanel = 32;  // output columns that are stored together
 
 enum WeightForm : int32_t { kBf16 = 0, kInt8 = 1, kInt4 = 2 };
@@ -31,8 +33,8 @@ struct Linear {
 struct Attention {
     const bf16* q;  // token t, head h at q + t * q_stride + h * head_dim
     bf16* out;      // likewise with out_stride
-    const bf16* k;  // paged: block b, head h, row r at k + b * block_stride + h * head_stride + r * row_stride
-    const bf16* v;  // in one array: token t, head h at v + t * row_stride + h * head_stride
+    const void* k;  // paged: block b, head h, row r at k + b * block_stride + h * head_stride + r * row_stride
+    const void* v;  // in one array: token t, head h at v + t * row_stride + h * head_stride
     int64_t q_stride, out_stride;
     int64_t k_block_stride, k_head_stride, k_row_stride;
     int64_t v_block_stride, v_head_stride, v_row_stride;
@@ -42,7 +44,8 @@ struct Attention {
     int64_t max_blocks;
     int32_t sequences, heads, kv_heads, head_dim, block_size;
     int32_t causal;  // query i of n sees keys up to seq_len - n + i
-    int32_t window;  // 0, or how many keys a causal query sees, its own included
+    int32_t window;  // 0, or how many keys a causal query sees, its own included; not causal: on either side of its own
+    int32_t int8;    // rows of the cache are bytes with their scale behind them, see quantize_head
     float scale;
 };
 
@@ -56,7 +59,7 @@ struct DecoderLayer {
 struct Decoder {
     const DecoderLayer* layers;
     const bf16* final_norm;
-    int32_t num_layers, heads, kv_heads, head_dim, rotary, block_size, activation;
+    int32_t num_layers, heads, kv_heads, head_dim, rotary, block_size, activation, int8_cache;
     float eps, scale;
 };
 
@@ -65,7 +68,7 @@ struct DecoderStep {
     const bf16* hidden;
     bf16* out;
     const float *cos, *sin;  // [tokens, rotary / 2]
-    bf16* const* caches;     // keys, values of each layer: [blocks, kv_heads, block_size, head_dim]
+    void* const* caches;     // keys, values of each layer: [blocks, kv_heads, block_size, head_dim]
     const int64_t* slots;
     const int32_t *block_tables, *query_start, *seq_lens;
     int64_t tokens, max_blocks, sequences;
@@ -92,9 +95,9 @@ struct Kernels {
     void (*activate)(const Runtime&, const bf16* x, bf16* y, int64_t count, int32_t activation);
     void (*rope)(const Runtime&, const bf16* x, int64_t stride, bf16* y, int64_t y_stride, const float* cos,
                  const float* sin, int64_t tokens, int64_t heads, int64_t head_dim, int64_t rotary);
-    void (*write_kv)(const Runtime&, const bf16* k, int64_t k_stride, const bf16* v, int64_t v_stride, bf16* k_cache,
-                     bf16* v_cache, const int64_t* slots, int64_t tokens, int64_t heads, int64_t head_dim,
-                     int64_t block_size);
+    void (*write_kv)(const Runtime&, const bf16* k, int64_t k_stride, const bf16* v, int64_t v_stride, void* k_cache,
+                     void* v_cache, const int64_t* slots, int64_t tokens, int64_t heads, int64_t head_dim,
+                     int64_t block_size, int32_t int8);
 };
 
 namespace portable { extern const Kernels kKernels; }

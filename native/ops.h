@@ -132,16 +132,38 @@ static void rope(const Runtime& runtime, const bf16* x, int64_t stride, bf16* y,
     });
 }
 
+// One head of one token for an int8 cache: signed bytes, and behind them the float32 scale of them all.
+static inline void quantize_head(const bf16* x, int64_t head_dim, int8_t* out) {
+    vf top = vzero();
+    over_lanes(head_dim, [&](int64_t i, int lanes) { top = vmax(top, vabs(load_lanes(x + i, lanes))); });
+    const float largest = vmax_lane(top), scale = largest / 127.0f;
+    const vf inverse = vset(largest > 0 ? 127.0f / largest : 0.0f);
+    over_lanes(head_dim, [&](int64_t i, int lanes) {
+        int8_t bytes[kLanes];
+        vstore_s8(bytes, load_lanes(x + i, lanes) * inverse);
+        std::memcpy(out + i, bytes, size_t(lanes));
+    });
+    std::memcpy(out + head_dim, &scale, kScaleBytes);
+}
+
 static void write_kv(const Runtime& runtime, const bf16* k, int64_t k_stride, const bf16* v, int64_t v_stride,
-                     bf16* k_cache, bf16* v_cache, const int64_t* slots, int64_t tokens, int64_t heads,
-                     int64_t head_dim, int64_t block_size) {
+                     void* k_cache, void* v_cache, const int64_t* slots, int64_t tokens, int64_t heads,
+                     int64_t head_dim, int64_t block_size, int32_t int8) {
+    const size_t row_bytes = int8 ? size_t(head_dim) + kScaleBytes : size_t(head_dim) * sizeof(bf16);
     parallel_rows(runtime, tokens, heads * head_dim * 8, [&](int64_t token) {
         if (slots[token] < 0) return;
         const int64_t block = slots[token] / block_size, row = slots[token] % block_size;
         for (int64_t head = 0; head < heads; ++head) {
-            const int64_t to = ((block * heads + head) * block_size + row) * head_dim;
-            std::memcpy(k_cache + to, k + token * k_stride + head * head_dim, size_t(head_dim) * sizeof(bf16));
-            std::memcpy(v_cache + to, v + token * v_stride + head * head_dim, size_t(head_dim) * sizeof(bf16));
+            const size_t to = size_t((block * heads + head) * block_size + row) * row_bytes;
+            const bf16 *k_from = k + token * k_stride + head * head_dim, *v_from = v + token * v_stride + head * head_dim;
+            char *k_to = static_cast<char*>(k_cache) + to, *v_to = static_cast<char*>(v_cache) + to;
+            if (int8) {
+                quantize_head(k_from, head_dim, reinterpret_cast<int8_t*>(k_to));
+                quantize_head(v_from, head_dim, reinterpret_cast<int8_t*>(v_to));
+            } else {
+                std::memcpy(k_to, k_from, row_bytes);
+                std::memcpy(v_to, v_from, row_bytes);
+            }
         }
     });
 }

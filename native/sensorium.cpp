@@ -28,7 +28,7 @@ const Kernels* find_kernels(int isa) {
 
 }  // namespace
 
-EXPORT int32_t sensorium_abi() { return 3; }
+EXPORT int32_t sensorium_abi() { return 4; }
 
 // isa: 0 portable, 1 AVX2 + FMA, 2 AVX-512 with BF16 and VNNI. Null when this processor lacks it.
 EXPORT Runtime* sensorium_open(int32_t isa, int32_t threads, Fork fork) {
@@ -100,9 +100,10 @@ EXPORT void sensorium_rope(const Runtime* r, const bf16* x, int64_t stride, bf16
     r->kernels->rope(*r, x, stride, y, y_stride, cos, sin, tokens, heads, head_dim, rotary);
 }
 EXPORT void sensorium_write_kv(const Runtime* r, const bf16* k, int64_t k_stride, const bf16* v, int64_t v_stride,
-                               bf16* k_cache, bf16* v_cache, const int64_t* slots, int64_t tokens, int64_t heads,
-                               int64_t head_dim, int64_t block_size) {
-    r->kernels->write_kv(*r, k, k_stride, v, v_stride, k_cache, v_cache, slots, tokens, heads, head_dim, block_size);
+                               void* k_cache, void* v_cache, const int64_t* slots, int64_t tokens, int64_t heads,
+                               int64_t head_dim, int64_t block_size, int32_t int8) {
+    r->kernels->write_kv(*r, k, k_stride, v, v_stride, k_cache, v_cache, slots, tokens, heads, head_dim, block_size,
+                         int8);
 }
 EXPORT void sensorium_decoder(const Runtime* r, const Decoder* decoder, const DecoderStep* step) {
     run_decoder(*r, *decoder, *step);

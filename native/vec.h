@@ -118,6 +118,9 @@ static inline vf to_float(vi a) { return {_mm512_cvtepi32_ps(a.v)}; }
 static inline vf vload_u8(const uint8_t* p) {
     return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)))};
 }
+static inline vf vload_s8(const int8_t* p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
+}
 // Rounded to nearest and stored as signed bytes; the lanes fit.
 static inline void vstore_s8(int8_t* p, vf a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v))); }
 struct vquad {
@@ -262,6 +265,10 @@ static inline vf to_float(vi x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi
 static inline vf vload_u8(const uint8_t* p) {
     return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))),
             _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8))))};
+}
+static inline vf vload_s8(const int8_t* p) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))),
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8))))};
 }
 static inline void vstore_s8(int8_t* p, vf x) {
     const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
@@ -425,6 +432,11 @@ static inline vi iload(const int32_t* p) {
 static inline void istore(int32_t* p, vi a) { std::memcpy(p, &a.v, 64); }
 static inline vf to_float(vi a) { return {__builtin_convertvector(a.v, f16_t)}; }
 static inline vf vload_u8(const uint8_t* p) {
+    vf out;
+    for (int i = 0; i < 16; ++i) out.v[i] = float(p[i]);
+    return out;
+}
+static inline vf vload_s8(const int8_t* p) {
     vf out;
     for (int i = 0; i < 16; ++i) out.v[i] = float(p[i]);
     return out;

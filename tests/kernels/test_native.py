@@ -179,6 +179,37 @@ def test_paged_attention_survives_large_scores(kernels: Native) -> None:
     assert_close(got, expected, tolerance=4 * ROUNDING)
 
 
+@pytest.mark.parametrize("head_dim", [16, 24, 72, 128])
+@pytest.mark.parametrize("window", [None, 70])
+def test_int8_cache(kernels: Native, head_dim: int, window: int | None) -> None:
+    query_lens, context_lens = [1, 1, 1, 17, 130], [1, 16, 700, 49, 150]
+    context = context_of(query_lens, context_lens, 16, 64)
+    q = random_bf16(sum(query_lens), 6, head_dim)
+    k, v = random_bf16(150, 2, head_dim) * 3, random_bf16(150, 2, head_dim)
+    k[7] = 0
+    caches = [torch.zeros(64, 2, 16, head_dim + 4, dtype=torch.int8) for _ in range(2)]
+    twins = [cache.clone() for cache in caches]
+    places = torch.randperm(64 * 16)
+    for first in range(0, 900, 150):  # every slot that a sequence reads
+        kernels.write_kv(k, v, *caches, places[first : first + 150])
+        reference.write_kv(k, v, *twins, places[first : first + 150])
+    for ours, theirs in zip(caches, twins, strict=True):
+        got, expected = (reference.dequantize_heads(cache, torch.float32) for cache in (ours, theirs))
+        step = expected.abs().amax(-1, keepdim=True) / 127
+        assert ((got - expected).abs() <= 1.01 * step).all()  # a tie may go either way
+    got = kernels.paged_attention(q, *caches, context, 0.1, window)
+    assert_close(got, reference.paged_attention(q.float(), *caches, context, 0.1, window), tolerance=4 * ROUNDING)
+
+
+@pytest.mark.parametrize("window", [1, 5, 64, 300])
+def test_windowed_varlen_attention(kernels: Native, window: int) -> None:
+    lengths = [200, 1, 33, 64, 130]
+    q, k, v = random_bf16(sum(lengths), 6, 32).split([2, 2, 2], dim=1)
+    got = kernels.varlen_attention(q, k, v, lengths, 0.2, window)
+    expected = reference.varlen_attention(q.float(), k.float(), v.float(), lengths, 0.2, window)
+    assert_close(got, expected, tolerance=4 * ROUNDING)
+
+
 @pytest.mark.parametrize("head_dim", [16, 64, 72, 80])
 @pytest.mark.parametrize("lengths", [[1], [5, 64, 1], [200, 33], [64, 64]])
 def test_varlen_attention(kernels: Native, head_dim: int, lengths: list[int]) -> None:
@@ -189,12 +220,14 @@ def test_varlen_attention(kernels: Native, head_dim: int, lengths: list[int]) ->
     assert_close(got, expected, tolerance=4 * ROUNDING)
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_decoder_is_its_kernels_one_by_one(kernels: Native, qk_norm: bool) -> None:
+@pytest.mark.parametrize(("qk_norm", "int8"), [(False, False), (True, False), (False, True)])
+def test_decoder_is_its_kernels_one_by_one(kernels: Native, qk_norm: bool, int8: bool) -> None:
     hidden, heads, kv_heads, dim, wide, tokens = 96, 6, 2, 32, 80, 520
     query_lens, context_lens = [1, 1, 1, 517], [1, 40, 16, 530]
     context = context_of(query_lens, context_lens, 16, 48)
     cache = [(random_bf16(48, kv_heads, 16, dim), random_bf16(48, kv_heads, 16, dim)) for _ in range(3)]
+    if int8:
+        cache = [(reference.quantize_heads(k), reference.quantize_heads(v)) for k, v in cache]
     twin = [(k.clone(), v.clone()) for k, v in cache]
     layers = [
         DecoderLayerParts(

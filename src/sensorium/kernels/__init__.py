@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Activation", "DecoderLayerParts", "DecoderStack", "LinearForm", "activate", "add_rms_norm",
-           "decoder_stack", "describe", "empty_linear", "gated", "layer_norm", "linear_activate", "linear_add",
+__all__ = ["Activation", "DecoderLayerParts", "DecoderStack", "LinearForm", "activate", "add_rms_norm", "cache_width",
+           "decoder_stack", "describe", "empty_linear", "first_attention", "gated", "layer_norm", "linear_activate", "linear_add",
            "pack_linear", "paged_attention", "rms_norm", "rope", "silu_mul", "varlen_attention", "write_kv"]
 
 
@@ -167,8 +167,14 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     return out
 
 
+def cache_width(head_dim: int, dtype: torch.dtype) -> int:
+    """Elements of a row of the KV cache: an int8 row has its float32 scale behind it."""
+    return head_dim + reference.SCALE_BYTES if dtype == torch.int8 else head_dim
+
+
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    _for(k_cache).write_kv(k, v, k_cache, v_cache, slots)
+    """Caches of k's dtype, or int8 [blocks, kv_heads, block_size, cache_width]."""
+    _for(k).write_kv(k, v, k_cache, v_cache, slots)
 
 
 def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, context: AttentionContext, scale: float,
@@ -189,6 +195,12 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale:
     """
     out: Tensor = _for(q).varlen_attention(q, k, v, lengths, scale, window)
     return out
+
+
+def first_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float,
+                    window: int | None = None) -> Tensor:
+    """`varlen_attention` of nothing but each run's first token: q and the result are [runs, heads, head_dim]."""
+    return reference.first_attention(q, k, v, lengths, scale, window)
 
 
 def decoder_stack(layers: Sequence[DecoderLayerParts], final_norm: Tensor, *, num_heads: int, num_kv_heads: int,

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 Isa = Literal["portable", "avx2", "avx512"]
 ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512")  # slowest first; the index is the C side's number
-ABI = 3
+ABI = 4
 PANEL = 32  # output columns that are stored together, kPanel of native/kernels.h
 LANES = 16
 QUANTIZATIONS = {"int8": 8, "int4": 4}  # name -> bits
@@ -37,6 +37,7 @@ _FORM_BF16, _FORM_INT8, _FORM_INT4 = 0, 1, 2
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "tanh")
 
 _BF16 = torch.bfloat16
+_CACHES = (_BF16, torch.int8)
 _P, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "set_threads": (_P, _I32),
@@ -55,7 +56,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "activate": (_P, _P, _P, _I64, _I32),
     "rope": (_P, _P, _I64, _P, _I64, _P, _P, _I64, _I64, _I64, _I64),
     "decoder": (_P, _P, _P),
-    "write_kv": (_P, _P, _I64, _P, _I64, _P, _P, _P, _I64, _I64, _I64, _I64),
+    "write_kv": (_P, _P, _I64, _P, _I64, _P, _P, _P, _I64, _I64, _I64, _I64, _I32),
 }
 
 
@@ -73,7 +74,7 @@ class _Attention(ctypes.Structure):
         ("v_block_stride", _I64), ("v_head_stride", _I64), ("v_row_stride", _I64),
         ("block_tables", _P), ("query_start", _P), ("seq_lens", _P), ("max_blocks", _I64),
         ("sequences", _I32), ("heads", _I32), ("kv_heads", _I32), ("head_dim", _I32), ("block_size", _I32),
-        ("causal", _I32), ("window", _I32), ("scale", _F32),
+        ("causal", _I32), ("window", _I32), ("int8", _I32), ("scale", _F32),
     ]
 
 
@@ -94,7 +95,7 @@ class _Decoder(ctypes.Structure):
     _fields_: ClassVar = [
         ("layers", _P), ("final_norm", _P), ("num_layers", _I32), ("heads", _I32), ("kv_heads", _I32),
         ("head_dim", _I32), ("rotary", _I32), ("block_size", _I32), ("activation", _I32),
-        ("eps", _F32), ("scale", _F32),
+        ("int8_cache", _I32), ("eps", _F32), ("scale", _F32),
     ]
 
 
@@ -241,19 +242,20 @@ class Native:
         return q, k
 
     def write_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-        if not (_packed_like(k) and _packed_like(v) and k_cache.dtype is v_cache.dtype is _BF16
+        if not (_packed_like(k) and _packed_like(v) and k_cache.dtype is v_cache.dtype and k_cache.dtype in _CACHES
                 and k_cache.is_contiguous() and v_cache.is_contiguous() and slots.is_contiguous()):
             reference.write_kv(k, v, k_cache, v_cache, slots)
             return
-        _, heads, block_size, head_dim = k_cache.shape
+        _, heads, block_size, _ = k_cache.shape
         self._write_kv(self._runtime, k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), k_cache.data_ptr(),
-                       v_cache.data_ptr(), slots.data_ptr(), k.shape[0], heads, head_dim, block_size)
+                       v_cache.data_ptr(), slots.data_ptr(), k.shape[0], heads, k.shape[2], block_size,
+                       k_cache.dtype is torch.int8)
 
     def paged_attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, context: AttentionContext, scale: float,
                         sliding_window: int | None = None) -> Tensor:
         tokens, heads, head_dim = q.shape
         tables = context.block_tables
-        if not (_packed_like(q) and k_cache.dtype is v_cache.dtype is _BF16 and head_dim % 2 == 0
+        if not (_packed_like(q) and k_cache.dtype is v_cache.dtype and k_cache.dtype in _CACHES and head_dim % 2 == 0
                 and k_cache.stride(3) == v_cache.stride(3) == 1 and tables.stride(-1) == 1):
             return reference.paged_attention(q, k_cache, v_cache, context, scale, sliding_window)
         out = q.new_empty((tokens, heads, head_dim))
@@ -262,15 +264,15 @@ class Native:
             q.data_ptr(), out.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), q.stride(0), heads * head_dim,
             k_strides[0], k_strides[1], k_strides[2], v_strides[0], v_strides[1], v_strides[2],
             tables.data_ptr(), context.query_start.data_ptr(), context.seq_lens.data_ptr(), tables.stride(0),
-            len(context.query_lens), heads, k_cache.shape[1], head_dim, k_cache.shape[2], 1, sliding_window or 0, scale)
+            len(context.query_lens), heads, k_cache.shape[1], head_dim, k_cache.shape[2], 1, sliding_window or 0,
+            k_cache.dtype is torch.int8, scale)
         self._attention(self._runtime, ctypes.addressof(arguments))
         return out
 
     def varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float,
                          window: int | None = None) -> Tensor:
         tokens, heads, head_dim = q.shape
-        is_windowed = window is not None and max(lengths) > window + 1
-        if is_windowed or not (_packed_like(q) and _packed_like(k) and _packed_like(v) and head_dim % 2 == 0):
+        if not (_packed_like(q) and _packed_like(k) and _packed_like(v) and head_dim % 2 == 0 and window != 0):
             return reference.varlen_attention(q, k, v, lengths, scale, window)
         out = q.new_empty((tokens, heads, head_dim))
         lens = torch.tensor(lengths, dtype=torch.int32)
@@ -279,7 +281,7 @@ class Native:
         arguments = _Attention(
             q.data_ptr(), out.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0), heads * head_dim,
             0, head_dim, k.stride(0), 0, head_dim, v.stride(0), None, start.data_ptr(), lens.data_ptr(), 0,
-            len(lengths), heads, k.shape[1], head_dim, 1, 0, 0, scale)
+            len(lengths), heads, k.shape[1], head_dim, 1, 0, window or 0, 0, scale)
         self._attention(self._runtime, ctypes.addressof(arguments))
         return out
 
@@ -295,7 +297,7 @@ class Native:
             return None
         return NativeDecoder(self, layers, final_norm, _Decoder(
             None, final_norm.data_ptr(), len(layers), num_heads, num_kv_heads, head_dim, 0, 0,
-            ACTIVATIONS.index(activation), eps, scale))
+            ACTIVATIONS.index(activation), 0, eps, scale))
 
 
 class NativeDecoder:
@@ -343,8 +345,11 @@ class NativeDecoder:
 
     def _attach(self, cache: list[tuple[Tensor, Tensor]]) -> None:
         flat = [tensor for pair in cache for tensor in pair]
-        if len(flat) != len(self._caches) or any(t.dtype is not _BF16 or not t.is_contiguous() for t in flat):
-            raise ValueError("the cache does not fit the decoder: one contiguous bf16 pair for every layer")
+        dtype = flat[0].dtype if flat else None
+        if len(flat) != len(self._caches) or dtype not in _CACHES or \
+                any(t.dtype is not dtype or not t.is_contiguous() for t in flat):
+            raise ValueError("the cache does not fit the decoder: one contiguous bf16 or int8 pair for every layer")
+        self._decoder.int8_cache = dtype is torch.int8
         self._caches[:] = [tensor.data_ptr() for tensor in flat]
         self._decoder.block_size = flat[0].shape[2]
         self._cache = cache

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sensorium.models.base import AttentionContext
 
 GATHER_ELEMENTS = 16 * 1024 * 1024  # bound of one padded gather of keys
+SCALE_BYTES = 4  # behind every row of an int8 cache
 MASK_ELEMENTS = 4 * 1024 * 1024  # bound of one prefill mask
 
 
@@ -110,7 +111,23 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
+def quantize_heads(x: Tensor) -> Tensor:
+    """[.., head_dim] -> int8 [.., head_dim + 4]: codes, and behind them the bytes of their float32 scale."""
+    wide = x.float()
+    scale = wide.abs().amax(-1, keepdim=True) / 127
+    codes = (wide / scale).nan_to_num_(0.0).round_().to(torch.int8)  # 0 / 0 where all is zero
+    return torch.cat([codes, scale.view(torch.int8)], dim=-1)
+
+
+def dequantize_heads(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """int8 [.., head_dim + 4] -> [.., head_dim]"""
+    scale = rows[..., -SCALE_BYTES:].contiguous().view(torch.float32)
+    return (rows[..., :-SCALE_BYTES] * scale).to(dtype)
+
+
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    if k_cache.dtype == torch.int8:
+        k, v = quantize_heads(k), quantize_heads(v)
     block_size = k_cache.shape[2]
     blocks = slots.div(block_size, rounding_mode="floor")
     offsets = slots - blocks * block_size
@@ -132,7 +149,7 @@ def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, context: Attent
         length = context.context_lens[index]
         num_blocks = -(-length // context.block_size)
         table = context.block_tables[index, :num_blocks]
-        keys, values = _run(k_cache, table, length), _run(v_cache, table, length)
+        keys, values = _run(k_cache, table, length, q.dtype), _run(v_cache, table, length, q.dtype)
         out[start:end] = _prefill(q[start:end], keys, values, scale, sliding_window)
         start = end
     return out
@@ -157,13 +174,13 @@ def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, context: AttentionConte
     out = []
     for i in range(0, count, rows):
         part = slice(i, i + rows)
-        keys, values = _padded(k_cache, tables[part], mask[part]), _padded(v_cache, tables[part], mask[part])
+        keys, values = (_padded(cache, tables[part], mask[part], q.dtype) for cache in (k_cache, v_cache))
         out.append(functional.scaled_dot_product_attention(
             grouped[part], keys, values, attn_mask=mask[part, None, None], scale=scale))
     return (out[0] if len(out) == 1 else torch.cat(out)).reshape(count, heads, head_dim)
 
 
-def _padded(cache: Tensor, tables: Tensor, mask: Tensor) -> Tensor:
+def _padded(cache: Tensor, tables: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Blocks of every sequence: [seqs, kv_heads, blocks * block_size, head_dim].
 
     What is masked is zeroed too: a slot may still hold the NaN of a sequence that had the block before, and 0 * NaN is
@@ -173,13 +190,16 @@ def _padded(cache: Tensor, tables: Tensor, mask: Tensor) -> Tensor:
     _, kv_heads, block_size, head_dim = cache.shape
     gathered = cache.index_select(0, tables.reshape(-1)).view(seqs, num_blocks, kv_heads, block_size, head_dim)
     run = gathered.transpose(1, 2).reshape(seqs, kv_heads, num_blocks * block_size, head_dim)
+    if cache.dtype == torch.int8:
+        run = dequantize_heads(run, dtype)
     return run.masked_fill(~mask[:, None, :, None], 0)
 
 
-def _run(cache: Tensor, table: Tensor, length: int) -> Tensor:
+def _run(cache: Tensor, table: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     """The cached run of one sequence: [kv_heads, 1, length, head_dim]."""
     _, kv_heads, _, head_dim = cache.shape
-    return cache.index_select(0, table).transpose(0, 1).reshape(kv_heads, 1, -1, head_dim)[:, :, :length]
+    run = cache.index_select(0, table).transpose(0, 1).reshape(kv_heads, 1, -1, head_dim)[:, :, :length]
+    return dequantize_heads(run, dtype) if cache.dtype == torch.int8 else run
 
 
 def _prefill(q: Tensor, keys: Tensor, values: Tensor, scale: float, sliding_window: int | None) -> Tensor:
@@ -223,6 +243,19 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale:
         return _both_ways(q.reshape(shape), k.reshape(shape), v.reshape(shape), scale).reshape(q.shape)
     qs, ks, vs = (torch.split(t.unsqueeze(0), lengths, dim=1) for t in (q, k, v))
     return torch.cat([_both_ways(*run, scale) for run in zip(qs, ks, vs, strict=True)], dim=1).squeeze(0)
+
+
+def first_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float,
+                    window: int | None = None) -> Tensor:
+    out = torch.empty_like(q)
+    queries = q.unsqueeze(2)  # [runs, heads, 1, head_dim]
+    start = 0
+    for index, length in enumerate(lengths):
+        end = start + (length if window is None else min(length, window + 1))
+        keys, values = k[start:end].transpose(0, 1), v[start:end].transpose(0, 1)  # [heads, length, head_dim]
+        out[index] = functional.scaled_dot_product_attention(queries[index], keys, values, scale=scale).squeeze(1)
+        start += length
+    return out
 
 
 def _both_ways(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
