@@ -183,11 +183,13 @@ def test_alone_cold_and_warm_streaming_and_not(bench: Bench) -> None:
 def test_together(bench: Bench, narrow: bool) -> None:
     """Narrow: a step has fewer tokens than a picture has rows, and the cache room for two and a half requests."""
     server = bench.narrow if narrow else bench.roomy
-    for _ in range(2):
+    for attempt in range(20):
         with ThreadPoolExecutor(8) as threads:
             list(threads.map(partial(ask, server), bench.cases))
-    if narrow:
-        assert server.metric("vllm:num_preemptions_total") > 0
+        if attempt and not (narrow and server.metric("vllm:num_preemptions_total") == 0):
+            break
+    else:
+        pytest.fail("nobody was ever preempted")
     server.check_unharmed()
 
 

@@ -19,6 +19,7 @@ from sensorium.errors import ContextLengthError, RequestError
 from sensorium.types import SamplingParams
 
 MIN_TEMPERATURE = 0.01
+MIN_REPETITION_PENALTY = 0.001
 _TOKEN_KEY = re.compile(r"-?[0-9]{1,10}")
 
 Stop = Annotated[str, Field(min_length=1, max_length=4096)]
@@ -55,7 +56,7 @@ class ModelDefaults:
                    top_p=_number(generation, "top_p", 1e-6, 1.0, 1.0),
                    top_k=int(_number(generation, "top_k", 0, INT32_MAX, 0)),
                    min_p=_number(generation, "min_p", 0.0, 1.0, 0.0),
-                   repetition_penalty=_number(generation, "repetition_penalty", 1e-3, 100.0, 1.0))
+                   repetition_penalty=_number(generation, "repetition_penalty", MIN_REPETITION_PENALTY, 100.0, 1.0))
 
 
 def _number(generation: Mapping[str, Any], name: str, low: float, high: float, default: float) -> float:
@@ -145,7 +146,7 @@ class SamplingBody(Body):
             top_k=defaults.top_k if self.top_k is None else max(0, self.top_k),
             min_p=defaults.min_p if self.min_p is None else self.min_p,
             presence_penalty=self.presence_penalty or 0.0, frequency_penalty=self.frequency_penalty or 0.0,
-            repetition_penalty=self.repetition_penalty or defaults.repetition_penalty,
+            repetition_penalty=max(self.repetition_penalty or defaults.repetition_penalty, MIN_REPETITION_PENALTY),
             seed=None if self.seed == -1 else self.seed,
             stop_token_ids=tuple(dict.fromkeys((() if self.ignore_eos else defaults.stop_token_ids) + own_stops)),
             logprobs=logprobs, prompt_logprobs=prompt_logprobs, logit_bias=self._bias(defaults.vocab_size))
@@ -161,7 +162,7 @@ class SamplingBody(Body):
 
 
 def _temperature(value: float) -> float:
-    """Between greedy and 0.01 logits overflow without changing the choice."""
+    """Between greedy and 0.01 logits overflow without changing the choice. (Very small penalties do the same.)"""
     return MIN_TEMPERATURE if 0.0 < value < MIN_TEMPERATURE else value
 
 
