@@ -31,12 +31,14 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Model:
     return load_model(open_checkpoint(folder), dtype=dtype, device="cpu")
 
 
-def run(model: Model, prompts: list[Tensor], types: list[Tensor] | None = None) -> list[Tensor]:
+def run(model: Model, prompts: list[Tensor], types: list[Tensor] | None = None, *,
+        first_only: bool = False) -> list[Tensor]:
     """The states of each prompt, all computed in one step."""
     lengths = [len(ids) for ids in prompts]
     positions = torch.cat([torch.arange(n) for n in lengths])
     empty = torch.zeros(0, dtype=torch.int32)
-    context = AttentionContext(lengths, lengths, 0, 16, empty, empty, empty, empty)
+    starts = torch.tensor([0, *lengths]).cumsum(0).int()
+    context = AttentionContext(lengths, lengths, 0, 16, starts, empty, empty, empty, first_only=first_only)
     with torch.inference_mode():
         hidden = model.embed(torch.cat(prompts), None if types is None else torch.cat(types))
         return list(torch.split(model.forward(hidden, positions, [], context), lengths))

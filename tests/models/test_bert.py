@@ -44,6 +44,16 @@ def test_bert_states(tmp_path: Path, prefix: str) -> None:
 
 
 @torch.inference_mode()
+def test_first_tokens_alone(tmp_path: Path) -> None:
+    """The last layer computes no more than is read of it."""
+    oracle = save(BertModel(BertConfig(**SHAPE)), tmp_path)
+    prompts = prompts_of(LENGTHS)
+    for ids, states in zip(prompts, run(load(tmp_path), prompts, first_only=True), strict=True):
+        expected = oracle(ids.unsqueeze(0)).last_hidden_state[0, 0]
+        torch.testing.assert_close(states[0], expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
 def test_old_names_of_norms(tmp_path: Path) -> None:
     save(BertModel(BertConfig(**SHAPE)), tmp_path)
     expected = run(load(tmp_path), prompts_of(LENGTHS))

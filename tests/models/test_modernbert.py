@@ -101,6 +101,18 @@ def test_classifiers(tmp_path: Path, options: dict[str, Any]) -> None:
         torch.testing.assert_close(pooled(model, "classify", states, ids), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("last", ["full_attention", "sliding_attention"])
+@torch.inference_mode()
+def test_first_tokens_alone(tmp_path: Path, last: str) -> None:
+    """The last layer computes no more than is read of it."""
+    layers = ["sliding_attention", "full_attention", "sliding_attention", last]
+    oracle = save(ModernBertModel(ModernBertConfig(**SHAPE, layer_types=layers)), tmp_path)
+    prompts = prompts_of(LENGTHS)
+    for ids, states in zip(prompts, run(load(tmp_path), prompts, first_only=True), strict=True):
+        expected = oracle(ids.unsqueeze(0)).last_hidden_state[0, 0]
+        torch.testing.assert_close(states[0], expected, atol=1e-5, rtol=1e-5)
+
+
 @torch.inference_mode()
 def test_bfloat16_is_near_float32(tmp_path: Path) -> None:
     save(ModernBertModel(ModernBertConfig(**SHAPE)), tmp_path)

@@ -92,6 +92,7 @@ class Runner:
         for media in batch.media:
             rows = self._encoder.rows(media.key)
             hidden[media.start : media.end] = rows[media.row : media.row + media.end - media.start]
+        batch.context.first_only = self._model.reads_first and self._reads_first(plan)
         hidden = self._model.forward(hidden, batch.positions, self._cache, batch.context)
         if batch.sampled_rows is None:
             return StepResult(batch.sampled, self._sample(hidden, batch.sampled))
@@ -115,6 +116,13 @@ class Runner:
             rows = rows[generating]
             sequences = [sequences[i] for i in generating]
         return StepResult(sequences, self._sample(hidden[rows], sequences), vectors)
+
+    def _reads_first(self, plan: Plan) -> bool:
+        """Whether all that is wanted of this step are states of first tokens."""
+        if plan.decodes:
+            return False
+        asked = [seq.request.pooling for seq, _ in plan.prefills]
+        return all(params is not None and self._poolers[params.task].first_only for params in asked)
 
     def _sample(self, hidden: Tensor, sequences: list[Sequence]) -> Sampled:
         logits = self._model.logits(hidden)  # [rows, vocab]

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 __all__ = ["Activation", "DecoderLayerParts", "DecoderStack", "LinearForm", "activate", "add_rms_norm", "cache_width",
-           "decoder_stack", "describe", "empty_linear", "first_attention", "gated", "layer_norm", "linear_activate", "linear_add",
-           "pack_linear", "paged_attention", "rms_norm", "rope", "silu_mul", "varlen_attention", "write_kv"]
+           "decoder_stack", "describe", "empty_linear", "first_attention", "gated", "layer_norm", "linear_activate",
+           "linear_add", "pack_linear", "paged_attention", "rms_norm", "rope", "silu_mul", "varlen_attention",
+           "write_kv"]
 
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "tanh"]

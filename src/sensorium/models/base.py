@@ -38,6 +38,7 @@ class AttentionContext:
     block_tables: Tensor  # int32 [seqs, max_blocks], padded with 0
     slots: Tensor  # int64 [tokens], block * block_size + offset of each token's K and V
     long_context: Tensor | None = None  # bool [tokens], only for models with `long_context_from`; see there
+    first_only: bool = False  # nothing but the state of each sequence's first token is read; see `Model.reads_first`
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,9 @@ class Model(nn.Module):
     num_layers: int
     num_kv_heads: int
     head_dim: int  # shape of the KV cache; num_layers 0 means that there is none
+
+    reads_first: ClassVar[bool] = False
+    """Whether `forward` leaves the other rows of its result undefined where `AttentionContext.first_only` allows it."""
 
     generates: bool = False  # whether it has a language head
     poolers: Mapping[PoolingTask, Pooler] = MappingProxyType({})  # what it can do besides, set by the constructor

@@ -101,9 +101,13 @@ class SelfAttention(nn.Module):
         self.output = Output(config, config.hidden_size)
         self.scale = self.head_dim**-0.5
 
-    def forward(self, x: Tensor, lengths: list[int]) -> Tensor:
+    def forward(self, x: Tensor, lengths: list[int], first: Tensor | None) -> Tensor:
+        """[tokens, hidden] -> the same, or [runs, hidden] of the rows `first` alone"""
         q, k, v = self.qkv(x).view(len(x), 3, -1, self.head_dim).unbind(1)  # [tokens, heads, head_dim] each
-        attended = kernels.varlen_attention(q, k, v, lengths, self.scale)
+        if first is None:
+            attended = kernels.varlen_attention(q, k, v, lengths, self.scale)
+        else:
+            attended, x = kernels.first_attention(q[first], k, v, lengths, self.scale), x[first]
         out: Tensor = self.output(attended.reshape(len(x), -1), x)
         return out
 
@@ -125,8 +129,8 @@ class Layer(nn.Module):
         self.intermediate = Intermediate(config)
         self.output = Output(config, config.intermediate_size)
 
-    def forward(self, x: Tensor, lengths: list[int]) -> Tensor:
-        x = self.attention(x, lengths)
+    def forward(self, x: Tensor, lengths: list[int], first: Tensor | None = None) -> Tensor:
+        x = self.attention(x, lengths, first)
         out: Tensor = self.output(self.intermediate(x), x)
         return out
 
@@ -141,6 +145,7 @@ class EncoderModel(Model):
     """What all encoders share: no KV cache, and poolers in place of a language head."""
 
     num_layers = num_kv_heads = head_dim = 0
+    reads_first: ClassVar[bool] = True
 
     def _embeds(self, size: int) -> None:
         self.poolers, self.dense = embedding_poolers(self.checkpoint.folder, "cls", size)
@@ -179,9 +184,14 @@ class BertModel(EncoderModel):
     def forward(self, hidden: Tensor, positions: Tensor, cache: KVCache, context: AttentionContext) -> Tensor:
         hidden = hidden + self.embeddings.position_embeddings(positions + self.config.first_position)
         hidden = self.embeddings.LayerNorm(hidden)
-        for layer in self.encoder.layer:
+        *layers, last = self.encoder.layer
+        for layer in layers:
             hidden = layer(hidden, context.query_lens)
-        return hidden
+        if not context.first_only:
+            out: Tensor = last(hidden, context.query_lens)
+            return out
+        first = context.query_start[:-1].long()
+        return hidden.index_copy_(0, first, last(hidden, context.query_lens, first))
 
     def activation_bytes(self, tokens: int) -> int:
         size = self.embeddings.LayerNorm.weight.element_size()

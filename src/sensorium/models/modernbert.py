@@ -126,11 +126,17 @@ class Attention(nn.Module):
         self.Wqkv = Linear(config.hidden_size, 3 * config.hidden_size, bias=config.attention_bias)
         self.Wo = Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
 
-    def forward(self, x: Tensor, residual: Tensor, rotation: Rotation, lengths: list[int]) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor, rotation: Rotation, lengths: list[int],
+                first: Tensor | None) -> Tensor:
+        """[tokens, hidden] -> the same, or [runs, hidden] of the rows `first` alone"""
         q, k, v = self.Wqkv(x).view(len(x), 3, -1, self.head_dim).unbind(1)  # [tokens, heads, head_dim] each
         q, k = kernels.rope(q, k, rotation.cos, rotation.sin)
-        attended = kernels.varlen_attention(q, k, v, lengths, self.scale, self.window)
-        return kernels.linear_add(self.Wo.form, attended.reshape(len(x), -1), residual)
+        if first is None:
+            attended = kernels.varlen_attention(q, k, v, lengths, self.scale, self.window)
+        else:
+            attended = kernels.first_attention(q[first], k, v, lengths, self.scale, self.window)
+            residual = residual[first]
+        return kernels.linear_add(self.Wo.form, attended.reshape(len(residual), -1), residual)
 
 
 class Mlp(nn.Module):
@@ -153,8 +159,8 @@ class Layer(nn.Module):
         self.mlp_norm = Norm(config)
         self.mlp = Mlp(config)
 
-    def forward(self, x: Tensor, rotation: Rotation, lengths: list[int]) -> Tensor:
-        x = self.attn(x if self.attn_norm is None else self.attn_norm(x), x, rotation, lengths)
+    def forward(self, x: Tensor, rotation: Rotation, lengths: list[int], first: Tensor | None = None) -> Tensor:
+        x = self.attn(x if self.attn_norm is None else self.attn_norm(x), x, rotation, lengths, first)
         out: Tensor = self.mlp(self.mlp_norm(x), x)
         return out
 
@@ -185,10 +191,15 @@ class ModernBertModel(EncoderModel):
 
     def forward(self, hidden: Tensor, positions: Tensor, cache: KVCache, context: AttentionContext) -> Tensor:
         everywhere, near = Rotation(*self.global_rotary(positions)), Rotation(*self.local_rotary(positions))
-        for layer in self.layers:
+        *layers, last = self.layers
+        for layer in layers:
             hidden = layer(hidden, near if layer.is_local else everywhere, context.query_lens)
-        out: Tensor = self.final_norm(hidden)
-        return out
+        rotation = near if last.is_local else everywhere
+        if not context.first_only:
+            out: Tensor = self.final_norm(last(hidden, rotation, context.query_lens))
+            return out
+        first = context.query_start[:-1].long()
+        return hidden.index_copy_(0, first, self.final_norm(last(hidden, rotation, context.query_lens, first)))
 
     def activation_bytes(self, tokens: int) -> int:
         config, size = self.config, self.final_norm.weight.element_size()

@@ -29,6 +29,11 @@ class Pooler(Protocol):
         ...
 
     @property
+    def first_only(self) -> bool:
+        """Whether it reads the first token's state and no other."""
+        ...
+
+    @property
     def size(self) -> int:
         """Numbers per vector."""
         ...
@@ -47,6 +52,7 @@ class EmbedPooler:
         self.normalize = normalize
         self.head = head
         self.all_tokens = kinds != ("last",)
+        self.first_only = kinds == ("cls",)
 
     def __call__(self, hidden: Tensor, params: PoolingParams, token_ids: NDArray[np.int32]) -> Tensor:
         vector = pool(hidden, self.kinds)
@@ -60,6 +66,7 @@ class TokenPooler:
     """Every token's vector: the states themselves (normalised), or a head's classes of each."""
 
     all_tokens = True
+    first_only = False
 
     def __init__(self, size: int, *, normalize: bool = False, head: Head | None = None) -> None:
         self.size = size
@@ -83,6 +90,7 @@ class ClassifyPooler:
         self.size = size
         self.activation = ACTIVATIONS[activation]
         self.all_tokens = kind != "last"
+        self.first_only = kind == "cls"
 
     def __call__(self, hidden: Tensor, params: PoolingParams, token_ids: NDArray[np.int32]) -> Tensor:
         state = pool(hidden, (self.kind,)).to(hidden.dtype)
@@ -94,6 +102,7 @@ class StepPooler:
     """Probabilities at every token that ends a step of reasoning (process reward models)."""
 
     all_tokens = True
+    first_only = False
 
     def __init__(self, head: Head, size: int, step_token_id: int) -> None:
         self.head = head
