@@ -117,6 +117,23 @@ static inline bool wants_team(int64_t rows, int64_t n, int64_t k) {
     return std::max<int64_t>(rows, 4) * n * k > 1 << 20;
 }
 
+// Calls body(panel) for every panel. With few rows a panel is read in a microsecond or two: several make a task.
+template <class Body>
+static inline void over_panels(const Runtime& runtime, const Linear& w, int64_t rows, int64_t panel_bytes,
+                               const Body& body) {
+    constexpr int64_t kTaskBytes = 256 << 10, kLeastTasks = 16;
+    const int64_t panels = ceil_div(w.n, kPanel);
+    if (!wants_team(rows, w.n, w.k)) {
+        for (int64_t panel = 0; panel < panels; ++panel) body(panel);
+        return;
+    }
+    int64_t size = rows <= kTileRows ? std::min(kTaskBytes / panel_bytes, panels / kLeastTasks) : 1;
+    size = std::max<int64_t>(1, size);
+    parallel_for(runtime, ceil_div(panels, size), [&](int64_t task) {
+        for (int64_t panel = task * size; panel < std::min(panels, (task + 1) * size); ++panel) body(panel);
+    });
+}
+
 static void linear_block(const Runtime& runtime, const Linear& w, const bf16* x, int64_t stride, int64_t first,
                          int64_t rows, void* y, bool y_fp32) {
     const int64_t pairs = ceil_div(w.k, 2);
@@ -131,11 +148,7 @@ static void linear_block(const Runtime& runtime, const Linear& w, const bf16* x,
             store_row(c + row * kPanel, w.bias ? w.bias + column : nullptr, y, (first + row) * w.n + column, columns,
                       y_fp32);
     };
-    const int64_t panels = ceil_div(w.n, kPanel);
-    if (wants_team(rows, w.n, w.k))
-        parallel_for(runtime, panels, multiply);
-    else
-        for (int64_t panel = 0; panel < panels; ++panel) multiply(panel);
+    over_panels(runtime, w, rows, pairs * kPanel * 4, multiply);
 }
 
 static void linear_bf16(const Runtime& runtime, const Linear& w, const bf16* x, int64_t stride, int64_t rows, void* y,

@@ -462,11 +462,7 @@ static void quantized_block(const Runtime& runtime, const Linear& w, const bf16*
             store_row(c + row * kPanel, w.bias ? w.bias + column : nullptr, y, (first + row) * w.n + column, columns,
                       y_fp32);
     };
-    const int64_t panels = ceil_div(w.n, kPanel);
-    if (wants_team(rows, w.n, w.k))
-        parallel_for(runtime, panels, multiply);
-    else
-        for (int64_t panel = 0; panel < panels; ++panel) multiply(panel);
+    over_panels(runtime, w, rows, shape.words() * kPanel * 4, multiply);
 }
 
 static void linear_quantized(const Runtime& runtime, const Linear& w, const bf16* x, int64_t stride, int64_t rows,
