@@ -152,7 +152,7 @@ def test_log_says_what_a_user_must_know(demo: server.Server) -> None:
     ready = [line for line in log.splitlines() if server.READY.search(line)]
     assert len(ready) == 1
     assert all(word in ready[0] for word in ("weights", "KV cache", "tokens", "resident"))
-    assert log.count("random weights") == 1
+    assert log.count("built-in demonstration") == 1
     assert log.count("--trust-remote-code") == 1
     assert "Traceback" not in log
 

@@ -167,7 +167,8 @@ def _say_ready(options: ServeOptions, client: EngineClient, name: str, url: str,
     if options.load.trust_remote_code:
         log.info("--trust-remote-code is not needed: code of a checkpoint is never run")
     if options.model is None:
-        log.warning("no model was named: serving the built-in one, which has random weights and answers noise")
+        log.warning("no model was named: serving the built-in demonstration, which knows drawn shapes, simple "
+                    "sounds and a few hundred words")
     if (ready := client.ready) is None:
         return
     here = os.getpid()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import wave
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw
 from playwright.sync_api import Locator, Page, expect
 
@@ -88,4 +90,20 @@ def picture_bytes() -> bytes:
     ImageDraw.Draw(image).ellipse((20, 10, 60, 50), fill="red")
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def beeps(count: int) -> bytes:
+    """A wav file of so many beeps of a fifth of a second."""
+    rate = 16_000
+    time = np.arange(rate // 5) / rate
+    beep = 0.5 * np.sin(2 * np.pi * 880 * time) * np.minimum(1, np.minimum(time, time[::-1]) * 100)
+    samples = np.concatenate([np.concatenate([np.zeros(rate // 4), beep])
+                              for _ in range(count)] + [np.zeros(rate // 5)])
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes((samples * 32767).astype("<i2").tobytes())
     return buffer.getvalue()

@@ -17,7 +17,7 @@ import av
 import numpy as np
 import pytest
 import server
-from browser_support import CHROMIUM, FLAGS, KEY, MARKUP, REMEMBER_KEY, OpenPage, Requests, picture_bytes
+from browser_support import CHROMIUM, FLAGS, KEY, MARKUP, REMEMBER_KEY, OpenPage, Requests, beeps, picture_bytes
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 
@@ -86,7 +86,7 @@ def requests(page: Page) -> Requests:
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A picture, a clip, and files that are neither."""
+    """A picture, a clip of a square that goes right, three beeps, and files that are none of that."""
     folder = tmp_path_factory.mktemp("files")
     (folder / "it's a dot.png").write_bytes(picture_bytes())
     (folder / "broken.png").write_bytes(b"not a picture at all")
@@ -96,9 +96,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         stream.width = stream.height = 64
         for place in range(8):
             pixels = np.full((64, 64, 3), 255, np.uint8)
-            pixels[24:40, 4 * place:4 * place + 16] = (0, 0, 200)
+            pixels[24:40, 6 * place:6 * place + 16] = (0, 0, 200)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
         container.mux(stream.encode())
+    (folder / "beeps.wav").write_bytes(beeps(3))
     return folder
 
 

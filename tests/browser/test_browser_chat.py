@@ -112,6 +112,17 @@ def test_pictures_by_drop_paste_and_url(page: Page, requests: Requests, elsewher
     assert urls == [PICTURE, f"{elsewhere}/it's%20a%20dot.png"]
 
 
+def test_the_built_in_model_tells_what_it_is_shown(page: Page, files: Path) -> None:
+    for number, (name, question, words) in enumerate((
+            ("it's a dot.png", "Describe this picture.", "red circle"),
+        ("clip.mp4", "What happens in this video?", "right"),
+            ("beeps.wav", "How many beeps do you hear?", "three")), 1):
+        page.set_input_files("#file", files / name)
+        expect(page.locator("#tray li")).to_have_count(1)
+        say(page, question)
+        expect(answered(page, number).locator(".answer > .text")).to_contain_text(re.compile(words, re.I))
+
+
 def test_camera_and_samples(page: Page, requests: Requests) -> None:
     page.click("#attach-camera")
     expect(page.locator("#camera-view")).to_have_js_property("readyState", 4)
@@ -146,7 +157,9 @@ def test_a_recording_is_sent_as_wav(open_page: OpenPage) -> None:
         assert 0.2 < sound.getnframes() / 16_000 < 5
 
 
-def test_what_the_model_does_not_take_is_not_offered(page: Page, files: Path) -> None:
+def test_what_the_model_does_not_take_is_not_offered(open_page: OpenPage, files: Path) -> None:
+    page = open_page(prepare=lambda page: change_models(page, modalities=["text", "image"]))
+    expect(page.locator("#attach-camera")).to_be_enabled()
     assert page.locator("#attach-microphone").is_disabled()
     expect(page.locator("#attach-microphone")).to_have_attribute("aria-label", "This model takes no sounds")
     page.set_input_files("#file", files / "notes.txt")
@@ -157,7 +170,7 @@ def test_what_the_model_does_not_take_is_not_offered(page: Page, files: Path) ->
 def test_a_stream_can_be_stopped(page: Page, site: Server) -> None:
     def endless(route: Route) -> None:
         body = json.loads(route.request.post_data or "")
-        route.continue_(post_data=json.dumps({**body, "ignore_eos": True, "max_tokens": 20_000}))
+        route.continue_(post_data=json.dumps({**body, "min_tokens": 20_000, "max_tokens": 20_000}))
 
     page.route(CHAT, endless)
     for number, stop in enumerate((lambda: page.click("#stop"), lambda: page.press("#text", "Escape")), 1):

@@ -1,0 +1,149 @@
+"""The tool that trains the built-in model: its network is the served one, its data are what they say, a run goes on."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import dialogs
+import numpy as np
+import pytest
+import server
+import torch
+from batches import IGNORED, Reader, make_batches
+from httpx import Client
+from models.driver import Driver, Sequence
+from net import Thinker
+from sounds import Speech
+from training import Trained, save_weights
+
+import sensorium
+from sensorium.checkpoint import open_checkpoint
+from sensorium.models.weights import load_model
+
+ROOT = Path(__file__).parents[2]
+DEMO = Path(sensorium.__file__).parent / "demo"
+needs_espeak = pytest.mark.skipif(not shutil.which("espeak-ng"),
+                                  reason="espeak-ng is not installed: no speech to train on")
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory: pytest.TempPathFactory) -> Speech:
+    return Speech(tmp_path_factory.mktemp("speech"), 1, 0)
+
+
+@pytest.fixture(scope="module")
+def random_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in model's files with random weights, norms and biases too."""
+    folder = tmp_path_factory.mktemp("random")
+    for file in DEMO.iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, folder)
+    torch.manual_seed(0)
+    thinker = Thinker(json.loads((folder / "config.json").read_text()))
+    for p in thinker.parameters():
+        if p.ndim == 1:
+            p.data += 0.2 * torch.randn_like(p)
+    save_weights(thinker, folder)
+    return folder
+
+
+@needs_espeak
+@pytest.mark.parametrize("kind", ["image", "video", "audio", "text"])
+def test_network_equals_the_served_model(kind: str, random_folder: Path, speech: Speech) -> None:
+    reader = Reader(random_folder)
+    served = load_model(open_checkpoint(random_folder), dtype=torch.float32, device="cpu")
+    trained = Trained(json.loads((random_folder / "config.json").read_text()))
+    stored = served_weights(random_folder)
+    trained.thinker.load_state_dict(stored, strict=False)
+    rng = random.Random(3)
+    talks = [dialogs.make(dialogs.Source(rng, speech), kind) for _ in range(3)]
+    batch = reader.batch(kind, talks, random.Random(5))
+    with torch.inference_mode():
+        ids = torch.from_numpy(batch.token_ids)
+        x = trained.thinker.model.embed_tokens(ids)
+        rows = None
+        if batch.groups:
+            rows = trained.rows(batch)[torch.from_numpy(batch.rows)]
+            x = x.flatten(0, 1).index_copy(0, torch.from_numpy(batch.places), rows).view(x.shape)
+        logits = trained.thinker.logits(trained.thinker.model(x, torch.from_numpy(batch.positions)))
+    media = [reader.features(medium) for dialog in talks for turn in dialog for medium in turn.media]
+    if rows is not None:
+        items = [{name: torch.from_numpy(np.asarray(array)) for name, array in one.arrays.items()} for one in media]
+        with torch.inference_mode():
+            theirs = torch.cat(served.encode(kind, items))  # type: ignore[arg-type]
+        torch.testing.assert_close(rows, theirs, rtol=1e-4, atol=1e-4)
+    for index in range(len(talks)):
+        sequence = Sequence(batch.token_ids[index].tolist(), rows=x[index],
+                            positions=torch.from_numpy(batch.positions[:, index]))
+        theirs = Driver(served, num_blocks=512).prefill(sequence)
+        wanted = batch.targets[index] != IGNORED
+        torch.testing.assert_close(logits[index][wanted], theirs[wanted], rtol=1e-4, atol=2e-4)
+
+
+def served_weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return {name.removeprefix("thinker."): tensor.float() for name,
+            tensor in load_file(folder / "model.safetensors").items()}
+
+
+@needs_espeak
+def test_answers_and_nothing_else_are_learnt(speech: Speech) -> None:
+    reader = Reader(DEMO)
+    for kind in dialogs.MAKERS:
+        for batch in make_batches(reader, speech, kind, 4, f"learnt-{kind}"):
+            for ids, targets in zip(batch.token_ids, batch.targets, strict=True):
+                learnt = targets != IGNORED
+                np.testing.assert_array_equal(targets[learnt], np.roll(ids, -1)[learnt])
+                text = reader.processor.tokenizer.raw.decode(targets[learnt].tolist(), skip_special_tokens=False)
+                assert text.count("<|im_end|>") == text.strip().count("<|im_end|>") > 0
+                assert "user" not in text and "?" not in text
+
+
+def test_questions_have_one_answer(speech: Speech) -> None:
+    """Within one dialog the same question never has two answers."""
+    rng = random.Random(7)
+    source = dialogs.Source(rng, speech)
+    for _ in range(400):
+        answers: dict[str, str] = {}
+        for turn in dialogs.picture_dialog(source):
+            assert answers.setdefault(turn.question, turn.answer) == turn.answer
+
+
+@pytest.mark.parametrize("skill", dialogs.SKILLS)
+def test_every_skill_can_be_examined(skill: str, speech: Speech) -> None:
+    for seed in range(20):
+        dialog = dialogs.examination(dialogs.Source(random.Random(seed), speech), skill)
+        assert dialog[-1].skill == skill
+        assert dialogs.facts(dialog[-1].answer) == dialogs.facts(dialog[-1].answer.lower().rstrip(".。"))
+
+
+def test_lists_are_compared_without_order() -> None:
+    assert dialogs.facts("A red circle and a blue star.") == dialogs.facts("a blue star and a red circle")
+    assert dialogs.facts("A red circle.") != dialogs.facts("A red circle and a blue star.")
+    assert dialogs.facts("图片里有一个红色的圆形。") != dialogs.facts("图片里有一个红色的菱形。")
+
+
+@needs_espeak
+def test_a_tiny_run_trains_stops_goes_on_and_serves(tmp_path: Path) -> None:
+    command = [sys.executable, "tools/train_demo", "train", "--work", str(tmp_path / "work"), "--out",
+               str(tmp_path / "out"),
+               "--scale", "0.05", "--recordings", "1", "--workers", "1"]
+    subprocess.run([*command, "--steps", "2"], cwd=ROOT, check=True, capture_output=True)
+    first = (tmp_path / "out" / "model.safetensors").read_bytes()
+    done = subprocess.run([*command, "--steps", "3"], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert "steps 2 to 3" in " ".join(done.stdout.split())
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() != first
+    lines = [json.loads(line) for line in (tmp_path / "work" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 3]
+    assert {"image.loss", "video.loss", "audio.loss", "text.loss"} <= lines[-1].keys()
+    with server.running(tmp_path, str(tmp_path / "out")) as found, Client(base_url=found.url) as client:
+        reply = client.post("/v1/chat/completions",
+                            json={"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4})
+        assert reply.status_code == 200
+        assert reply.json()["usage"]["completion_tokens"] >= 1

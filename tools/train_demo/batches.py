@@ -1,0 +1,221 @@
+"""Dialogs as arrays: tokens, positions and pixels come from the server's own processor, so that both see the same.
+
+Beside the answers, every row of a tower has labels of what is there (`LABELS`), which train the towers directly.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import dialogs
+import numpy as np
+from folder import MARKS
+from numpy.typing import NDArray
+from scenes import Clip, Picture, Placed
+from sounds import RATE, SPOKEN, Sound, Speech
+from words import COLOURS, SHAPES
+
+from sensorium.checkpoint import open_checkpoint
+from sensorium.processors.qwen2_omni import Qwen2OmniProcessor
+from sensorium.prompt.tokenizer import Tokenizer
+from sensorium.types import MediaFeatures, MediaItem
+
+IGNORED = -100
+TOGETHER = 12  # dialogs in a batch at least
+TONES = ("rising", "falling", "steady")
+LABELS = {"shape": 1 + len(SHAPES), "colour": 1 + len(COLOURS), "digit": 11, "next_digit": 11,
+          "sound": 2 + len(TONES) + len(SPOKEN)}  # classes; 0 is nothing
+PROMPTS = ("You are a helpful assistant.", "You are a helpful assistant", "Answer briefly.", "Be concise.")
+
+
+@dataclass(slots=True)
+class Batch:
+    """Dialogs of one kind. Media are grouped by the size that their tower sees; `rows` undoes the grouping."""
+
+    kind: str
+    token_ids: NDArray[np.int64]  # [dialogs, tokens]
+    targets: NDArray[np.int64]  # the same, what comes next, or IGNORED
+    positions: NDArray[np.int64]  # [3, dialogs, tokens]
+    places: NDArray[np.int64]  # [rows], in the flattened tokens
+    rows: NDArray[np.int64]  # [rows], of the grouped rows, the one that belongs to each place
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    labels: dict[str, NDArray[np.int64]] = field(default_factory=dict)  # [rows], in the order of `places`
+
+
+class Reader:
+    """Turns dialogs into tokens with a folder's tokenizer and processor."""
+
+    def __init__(self, folder: Path) -> None:
+        checkpoint = open_checkpoint(folder)
+        tokenizer = Tokenizer.from_folder(folder, vocab_size=checkpoint.vocab_size)
+        self.processor = Qwen2OmniProcessor(checkpoint, tokenizer)
+        self.header = tokenizer.encode("<|im_start|>assistant\n")
+        self.end = tokenizer.encode("<|im_end|>")[0]
+        self.pad = tokenizer.encode("<|endoftext|>")[0]
+
+    def features(self, medium: dialogs.Medium) -> MediaFeatures:
+        if isinstance(medium, Picture):
+            item = MediaItem("image", medium.pixels, b"")
+        elif isinstance(medium, Clip):
+            item = MediaItem("video", medium.frames, b"", duration_s=medium.seconds)
+        else:
+            item = MediaItem("audio", medium.samples, b"", sample_rate=RATE)
+        return self.processor.process(item)
+
+    def batch(self, kind: str, talks: Sequence[dialogs.Dialog], rng: random.Random) -> Batch:
+        prompts, media, labels = [], [], []
+        for dialog in talks:
+            own = [medium for turn in dialog for medium in turn.media]
+            features = [self.features(medium) for medium in own]
+            prompts.append(self.processor.build(rendered(dialog, rng), features))
+            media += features
+            labels += [labels_of(medium, one) for medium, one in zip(own, features, strict=True)]
+        length = -(-max(len(prompt.token_ids) for prompt in prompts) // 16) * 16
+        token_ids = np.full((len(prompts), length), self.pad, np.int64)
+        targets = np.full_like(token_ids, IGNORED)
+        positions = np.zeros((3, *token_ids.shape), np.int64)
+        places = []
+        for index, prompt in enumerate(prompts):
+            ids = np.asarray(prompt.token_ids, np.int64)
+            token_ids[index, : len(ids)] = ids
+            positions[:, index, : len(ids)] = np.arange(len(ids)) if prompt.positions is None else prompt.positions
+            self._mark(ids, targets[index])
+            places += [np.arange(span.offset, span.offset + span.length) + index * length for span in prompt.spans]
+        batch = Batch(kind, token_ids, targets, positions, np.concatenate([*places, np.zeros(0, np.int64)]),
+                      np.zeros(0, np.int64))
+        if media:
+            batch.groups, batch.rows = (group_sounds if kind == "audio" else group_slices)(media)
+            batch.labels = {name: np.concatenate([one[name] for one in labels]) for name in labels[0]}
+        return batch
+
+    def _mark(self, ids: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
+        """Answers, with the mark that ends them, are what is learnt."""
+        width = len(self.header)
+        for start in np.flatnonzero(ids == self.header[0]):
+            if ids[start : start + width].tolist() == self.header:
+                end = start + width + int(np.flatnonzero(ids[start + width :] == self.end)[0])
+                targets[start + width - 1 : end] = ids[start + width : end + 1]
+
+
+def rendered(dialog: dialogs.Dialog, rng: random.Random) -> str:
+    """The chat template's text. Media come before or after their question; sometimes there is a system message."""
+    out = [f"<|im_start|>system\n{rng.choice(PROMPTS)}<|im_end|>\n"] if rng.random() < 0.15 else []
+    for turn in dialog:
+        marks = "".join(MARKS[kind_of(medium)] for medium in turn.media)
+        content = marks + turn.question if rng.random() < 0.5 else turn.question + marks
+        out.append(f"<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n{turn.answer}<|im_end|>\n")
+    return "".join(out)
+
+
+def kind_of(medium: dialogs.Medium) -> str:
+    return {Picture: "image", Clip: "video", Sound: "audio"}[type(medium)]
+
+
+def labels_of(medium: dialogs.Medium, features: MediaFeatures) -> dict[str, NDArray[np.int64]]:
+    if isinstance(medium, Sound):
+        return {"sound": _sound_labels(medium, features.num_rows)}
+    _, lines, columns = features.arrays["grid"].tolist()  # type: ignore[misc]
+    size = (lines // 2, columns // 2)
+    if isinstance(medium, Picture):
+        aspect = medium.pixels.shape[1] / medium.pixels.shape[0]
+        cells = _cells(medium.objects, size, aspect)
+        cells |= _digit_cells(medium, size)
+        return {name: cell.flatten() for name, cell in cells.items()}
+    aspect = medium.frames.shape[2] / medium.frames.shape[1]
+    slices = [_cells([medium.path[i]], size, aspect) for i in range(0, len(medium.path), 2)]
+    return {name: np.concatenate([cells[name].flatten() for cells in slices]) for name in slices[0]}
+
+
+def _cells(objects: Sequence[Placed], size: tuple[int, int], aspect: float) -> dict[str, NDArray[np.int64]]:
+    """What lies on each row of the tower: certain inside, ignored about the edges."""
+    shape, colour = np.zeros(size, np.int64), np.zeros(size, np.int64)
+    y, x = np.meshgrid((np.arange(size[0]) + 0.5) / size[0], (np.arange(size[1]) + 0.5) / size[1], indexing="ij")
+    unit_x, unit_y = min(1, 1 / aspect), min(1, aspect)
+    for placed in objects:
+        away = np.hypot((x - placed.x) / unit_x, (y - placed.y) / unit_y)
+        inside = away < 0.75 * placed.radius
+        about = (away < 1.2 * placed.radius + 0.12) & ~inside
+        inside[min(size[0] - 1, int(placed.y * size[0])), min(size[1] - 1, int(placed.x * size[1]))] = True
+        for labels, value in ((shape, list(SHAPES).index(placed.thing.shape)),
+                              (colour, list(COLOURS).index(placed.thing.colour))):
+            labels[about & (labels == 0)] = IGNORED
+            labels[inside] = 1 + value
+    return {"shape": shape, "colour": colour}
+
+
+def _digit_cells(picture: Picture, size: tuple[int, int]) -> dict[str, NDArray[np.int64]]:
+    first, second = np.zeros(size, np.int64), np.zeros(size, np.int64)
+    for digit, (x, y) in zip(picture.number, picture.digits, strict=True):
+        cell = min(size[0] - 1, max(0, int(y * size[0]))), min(size[1] - 1, max(0, int(x * size[1])))
+        (second if first[cell] > 0 else first)[cell] = 1 + int(digit)
+    return {"digit": first, "next_digit": second}
+
+
+def _sound_labels(sound: Sound, rows: int) -> NDArray[np.int64]:
+    names = ("", "beeps", *TONES)
+    value = names.index(sound.kind) if sound.kind in names else len(names) + SPOKEN.index(sound.word)
+    middle = (np.arange(rows) + 0.5) / 25
+    labels = np.zeros(rows, np.int64)
+    for start, end in sound.spans:
+        labels[(middle >= start) & (middle < end)] = value
+    return labels
+
+
+def group_slices(media: Sequence[MediaFeatures]) -> tuple[list[dict[str, Any]], NDArray[np.int64]]:
+    """Slices (pictures, pairs of frames) of one size together: patches float32 [slices, patches, 3 * 2 * side²]."""
+    by_grid: dict[tuple[int, int], list[tuple[int, NDArray[np.float32]]]] = {}
+    sizes: list[int] = []  # rows of every slice, in order
+    for one in media:
+        groups, lines, columns = one.arrays["grid"].tolist()  # type: ignore[misc]
+        pixels = np.asarray(one.arrays["pixels"]).reshape(groups, lines * columns, 3, -1).astype(np.float32)
+        pixels = pixels * np.asarray(one.arrays["scale"])[:, None] + np.asarray(one.arrays["shift"])[:, None]
+        if pixels.shape[-1] == 14 * 14:
+            pixels = np.concatenate([pixels, pixels], -1)  # a picture is its own second frame
+        for part in pixels:
+            by_grid.setdefault((lines, columns), []).append((len(sizes), part.reshape(lines * columns, -1)))
+            sizes.append(lines * columns // 4)
+    starts = np.cumsum([0, *sizes])
+    rows = np.zeros(starts[-1], np.int64)
+    groups_out, at = [], 0
+    for grid, parts in by_grid.items():
+        groups_out.append({"grid": grid, "patches": np.stack([part for _, part in parts])})
+        for index, _ in parts:
+            rows[starts[index] : starts[index + 1]] = np.arange(at, at + sizes[index])
+            at += sizes[index]
+    return groups_out, rows
+
+
+def group_sounds(media: Sequence[MediaFeatures], window: int = 200) -> tuple[list[dict[str, Any]], NDArray[np.int64]]:
+    windows, lengths, clips = [], [], []
+    for one in media:
+        mel = np.asarray(one.arrays["mel"], np.float32)
+        clips.append(list(range(len(windows), len(windows) + math.ceil(mel.shape[1] / window))))
+        for start in range(0, mel.shape[1], window):
+            part = mel[:, start : start + window]
+            lengths.append(part.shape[1])
+            windows.append(np.pad(part, ((0, 0), (0, window - part.shape[1]))))
+    total = sum(one.num_rows for one in media)
+    return [{"windows": np.stack(windows), "lengths": np.array(lengths), "clips": clips}], np.arange(total)
+
+
+def make_batches(reader: Reader, speech: Speech, kind: str, size: int, seed: str) -> list[Batch]:
+    """`size` dialogs, the short and the long ones apart."""
+    rng = random.Random(seed)
+    source = dialogs.Source(rng, speech)
+    talks = sorted((dialogs.make(source, kind) for _ in range(size)), key=lambda dialog: _weight(kind, dialog))
+    most = math.ceil(size / max(1, size // TOGETHER))
+    return [reader.batch(kind, talks[start : start + most], rng) for start in range(0, size, most)]
+
+
+def _weight(kind: str, dialog: dialogs.Dialog) -> float:
+    """About as many tokens as the dialog has."""
+    words = sum(8 + (len(turn.question) + len(turn.answer)) / 4 for turn in dialog)
+    media = [medium for turn in dialog for medium in turn.media]
+    if kind == "audio":
+        return words + sum(25 * len(sound.samples) / RATE for sound in media)  # type: ignore[union-attr]
+    return words + 16 * len(media)

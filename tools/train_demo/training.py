@@ -1,0 +1,318 @@
+"""The training loop: from nothing, or on from where it was stopped, to a folder that the server loads.
+
+AdamW; the learning rate rises, stays, and falls to nothing over the last steps, so that a run may be ended early or
+prolonged by asking for another number of steps.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import batches
+import folder as files
+import numpy as np
+import torch
+from batches import IGNORED, LABELS, Batch
+from net import Thinker
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from sounds import Speech
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    steps: int
+    decay: int = 0  # steps of the falling rate; 0: a quarter of all
+    warmup: int = 80
+    rate: float = 2e-3
+    images: int = 44  # dialogs of each kind in a step
+    videos: int = 10
+    audios: int = 20
+    texts: int = 8
+    recordings: int = 260  # of every word
+    seed: int = 1
+    workers: int = 2
+    save_every: int = 200
+    label_weight: float = 0.5
+
+    def sizes(self) -> dict[str, int]:
+        return {"image": self.images, "video": self.videos, "audio": self.audios, "text": self.texts}
+
+    def rate_at(self, step: int) -> float:
+        decay = self.decay or max(1, self.steps // 4)
+        return self.rate * min(1.0, (step + 1) / self.warmup, max(0.0, (self.steps - step) / decay))
+
+
+class Trained(nn.Module):
+    """The network with the heads that only training needs: one for every set of labels on a tower's rows."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.thinker = Thinker(config)
+        size = config["text_config"]["hidden_size"]
+        self.heads = nn.ModuleDict({name: nn.Linear(size, count) for name, count in LABELS.items()})
+
+    def loss(self, batch: Batch, label_weight: float) -> tuple[Tensor, dict[str, float]]:
+        """(loss, what to report: cross-entropy of answers, share of right answer tokens and of right labels)"""
+        ids, targets = torch.from_numpy(batch.token_ids), torch.from_numpy(batch.targets)
+        x = self.thinker.model.embed_tokens(ids)
+        label_loss, report = x.new_zeros(()), {}
+        if batch.groups:
+            rows = self.rows(batch)[torch.from_numpy(batch.rows)]
+            x = x.flatten(0, 1).index_copy(0, torch.from_numpy(batch.places), rows.to(x.dtype)).view(x.shape)
+            for name, labels in batch.labels.items():
+                wanted = torch.from_numpy(labels)
+                guessed = self.heads[name](rows).float()
+                there, nothing = wanted > 0, wanted == 0
+                if nothing.any():  # most rows: they must not outweigh the others
+                    label_loss = label_loss + 0.5 * functional.cross_entropy(guessed[nothing], wanted[nothing])
+                if there.any():
+                    label_loss = label_loss + functional.cross_entropy(guessed[there], wanted[there])
+                    report[name] = float((guessed.argmax(-1) == wanted)[there].float().mean())
+        hidden = self.thinker.model(x, torch.from_numpy(batch.positions))
+        asked = targets != IGNORED
+        logits = self.thinker.logits(hidden[asked]).float()
+        answer_loss = functional.cross_entropy(logits, targets[asked])
+        report["loss"] = float(answer_loss.detach())
+        right = logits.argmax(-1) == targets[asked]
+        report["right"] = float(right.float().mean())
+        return answer_loss + label_weight * label_loss, report
+
+    def rows(self, batch: Batch) -> Tensor:
+        """[rows, size] of every group, one after another"""
+        out: list[Tensor] = []
+        for group in batch.groups:
+            if batch.kind == "audio":
+                out += self.thinker.audio_tower.rows(
+                    torch.from_numpy(group["windows"]), torch.from_numpy(group["lengths"]), group["clips"])
+            else:
+                out.append(self.thinker.visual(torch.from_numpy(group["patches"]), group["grid"]).flatten(0, 1))
+        return torch.cat(out)
+
+
+WEIGHTS = {"image": 1.0, "video": 0.6, "audio": 0.8, "text": 0.3}
+
+
+def train(plan: Plan, out: Path, work: Path) -> None:
+    """Write a checkpoint to `out`; keep what a stopped run needs to go on in `work`."""
+    console = Console()
+    work.mkdir(parents=True, exist_ok=True)
+    speech = Speech(work, plan.recordings, plan.seed)
+    if not (work / "tokenizer.json").exists():
+        console.print("tokenizer …")
+        files.write(work, files.make_tokenizer(files.sentences(speech)))
+    torch.manual_seed(plan.seed)
+    model = Trained(json.loads((work / "config.json").read_text()))
+    if not (work / "model.safetensors").exists():
+        save_weights(model.thinker, work)  # so that the folder opens like any other
+    start = 0
+    if (work / "state.pt").exists():
+        state = torch.load(work / "state.pt", weights_only=True)
+        model.load_state_dict(state["model"])
+        start = state["step"]
+    count = sum(p.numel() for p in model.thinker.parameters())
+    console.print(f"{count / 1e6:.2f} M parameters, steps {start} to {plan.steps}, {plan.workers} processes")
+    if start < plan.steps and not _run(plan, work, model, start, console):
+        console.print("stopped; the same command goes on from here")
+        return
+    publish(work, out)
+    console.print(f"written to {out}")
+
+
+def _run(plan: Plan, work: Path, model: Trained, start: int, console: Console) -> bool:
+    """Whether all steps were done."""
+    context = torch.multiprocessing.get_context("spawn")
+    gradients = torch.zeros(plan.workers, sum(p.numel() for p in model.parameters())).share_memory_()
+    team = Team(context.Barrier(plan.workers), context.Event(), context.Value("b", 0), context.Queue())
+    workers = [context.Process(target=_work, args=(rank, plan, work, model.share_memory(), gradients, start, team))
+               for rank in range(plan.workers)]
+    for worker in workers:
+        worker.start()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: team.stop.set())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    means, step = Means(), start
+    with Progress(*columns, console=console) as progress, (work / "log.jsonl").open("a") as log:
+        bar = progress.add_task("training", total=plan.steps, completed=start)
+        while any(worker.is_alive() for worker in workers) or not team.reports.empty():
+            try:
+                step, seconds, reports = team.reports.get(timeout=2)
+            except queue.Empty:
+                if any(worker.exitcode for worker in workers):
+                    team.barrier.abort()
+                    raise SystemExit("a training process has failed") from None
+                continue
+            progress.update(bar, completed=step)
+            for kind, report in reports:
+                means.add(kind, report)
+            if step % 25 == 0 or step == plan.steps:
+                line = {"step": step, "seconds": round(seconds, 1), **means.take()}
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+                console.print(" ".join(f"{name} {value}" for name, value in line.items()))
+    return step == plan.steps
+
+
+@dataclass(frozen=True, slots=True)
+class Team:
+    """What the processes of a run share beside weights and gradients."""
+
+    barrier: Any
+    stop: Any  # an event: somebody wants the run to stop
+    stopping: Any  # a value: all stop after this step
+    reports: Any  # queue of (step, seconds, [(kind, report)]) of the first process
+
+
+def _work(rank: int, plan: Plan, work: Path, model: Trained, gradients: Tensor, start: int, team: Team) -> None:
+    """Compute on this process's part of every step's dialogs, then change this process's part of the weights.
+
+    One thread each: processes that meet twice a step lose less than threads that meet in every operation.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    reader, speech = batches.Reader(work), Speech(work, plan.recordings, plan.seed)
+    mean = torch.zeros_like(gradients[0])
+    views = list(zip(model.parameters(), _views(model, gradients[rank]), _views(model, mean), strict=True))
+    optimizers = make_optimizers(model, rank, plan.workers)
+    state = work / f"state-{rank}-of-{plan.workers}.pt"
+    if start and state.exists():
+        for optimizer, kept in zip(optimizers, torch.load(state, weights_only=True), strict=True):
+            optimizer.load_state_dict(kept)
+    began = time.monotonic()
+    for step in range(start, plan.steps):
+        given = [batch for kind, size in plan.sizes().items() for batch in batches.make_batches(
+            reader, speech, kind, -(-size // plan.workers), f"{plan.seed}-{step}-{rank}-{kind}")]
+        gradients[rank].zero_()
+        for p, own, _ in views:
+            p.grad = own
+        reports = []
+        for batch in given:
+            loss, report = model.loss(batch, plan.label_weight)
+            share = sum(other.kind == batch.kind for other in given)
+            (loss * (WEIGHTS[batch.kind] / share)).backward()
+            reports.append((batch.kind, report))
+        if rank == 0:
+            team.stopping.value = team.stop.is_set()
+        team.barrier.wait()
+        torch.mean(gradients, 0, out=mean)
+        mean.mul_(min(1.0, 1.0 / (float(mean.norm()) + 1e-6)))
+        for p, _, together in views:
+            p.grad = together
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = plan.rate_at(step)
+            optimizer.step()
+        stopping = bool(team.stopping.value)
+        team.barrier.wait()
+        if (step + 1) % plan.save_every == 0 or stopping or step + 1 == plan.steps:
+            save(state, [optimizer.state_dict() for optimizer in optimizers])
+            if rank == 0:
+                save(work / "state.pt", {"step": step + 1, "model": model.state_dict()})
+                save_weights(model.thinker, work)
+            team.barrier.wait()
+        if rank == 0:
+            team.reports.put((step + 1, time.monotonic() - began, reports))
+        if stopping:
+            return
+
+
+def _views(model: nn.Module, flat: Tensor) -> list[Tensor]:
+    """`flat` cut into the parameters' shapes."""
+    params = list(model.parameters())
+    parts = torch.split(flat, [p.numel() for p in params])
+    return [part.view(p.shape) for part, p in zip(parts, params, strict=True)]
+
+
+def save(file: Path, state: Any) -> None:
+    torch.save(state, file.with_suffix(".tmp"))
+    file.with_suffix(".tmp").replace(file)
+
+
+class Means:
+    """Running means of reports by kind, since the last `take`."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[float]] = {}
+
+    def add(self, kind: str, report: dict[str, float]) -> None:
+        for name, value in report.items():
+            self.values.setdefault(f"{kind}.{name}", []).append(value)
+
+    def take(self) -> dict[str, float]:
+        out = {name: round(float(np.mean(values)), 4) for name, values in self.values.items()}
+        self.values.clear()
+        return out
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrices are made orthogonal before they are added (Jordan et al. 2024), those of one shape
+    together; scaled to the size of AdamW's steps (Liu et al. 2025)."""
+
+    def __init__(self, params: list[nn.Parameter], rate: float, momentum: float = 0.95,
+                 weight_decay: float = 0.02) -> None:
+        super().__init__(params, {"lr": rate, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for shape, params in by_shape.items():
+                updates = []
+                for p in params:
+                    kept = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    kept.lerp_(p.grad, 1 - group["momentum"])
+                    updates.append(p.grad.lerp(kept, group["momentum"]))
+                scale = 0.2 * max(shape) ** 0.5 * group["lr"]
+                for p, update in zip(params, orthogonal(torch.stack(updates)), strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-scale)
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """The nearest half-orthogonal matrices to [n, rows, columns], about, by five quintic Newton-Schulz steps."""
+    turned = x.shape[1] > x.shape[2]
+    x = x.mT if turned else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x.mT if turned else x
+
+
+def make_optimizers(model: Trained, rank: int, workers: int) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for all else: for this process's part of both."""
+    matrices = [p for name, p in model.thinker.named_parameters() if p.ndim == 2 and "embed" not in name]
+    matrices.sort(key=lambda p: tuple(p.shape))  # so that every process has some of each shape
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    return [Muon(matrices[rank::workers], 1e-3),
+            torch.optim.AdamW(others[rank::workers], lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
+
+
+def save_weights(thinker: Thinker, to: Path) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {f"thinker.{name}": p.detach().to(torch.bfloat16).contiguous() for name, p in thinker.named_parameters()}
+    save_file(tensors, to / "model.tmp", metadata={"format": "pt"})
+    (to / "model.tmp").replace(to / "model.safetensors")
+
+
+PUBLISHED = ("config.json", "generation_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
+             "tokenizer_config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors")
+
+
+def publish(work: Path, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for name in PUBLISHED:
+        (out / name).write_bytes((work / name).read_bytes())
