@@ -44,7 +44,7 @@ def main() -> None:
 
         usual = Plan(given.steps)
         sizes = {name: max(1, round(getattr(usual, name) * given.scale))
-                 for name in ("images", "videos", "audios", "texts")}
+                 for name in ("images", "videos", "audios", "texts", "drawn")}
         run(Plan(given.steps, decay=given.decay, rate=given.rate, recordings=given.recordings, seed=given.seed,
                  workers=given.workers, **sizes),
             given.out, given.work)

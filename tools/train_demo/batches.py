@@ -16,7 +16,7 @@ import dialogs
 import numpy as np
 from folder import MARKS
 from numpy.typing import NDArray
-from scenes import Clip, Picture, Placed
+from scenes import Clip, Picture, Placed, draw_number, draw_picture
 from sounds import RATE, SPOKEN, Sound, Speech
 from words import COLOURS, SHAPES
 
@@ -91,6 +91,16 @@ class Reader:
         if media:
             batch.groups, batch.rows = (group_sounds if kind == "audio" else group_slices)(media)
             batch.labels = {name: np.concatenate([one[name] for one in labels]) for name in labels[0]}
+        return batch
+
+    def drawn(self, pictures: Sequence[Picture]) -> Batch:
+        """Only what the vision tower needs to learn its labels: many pictures at little cost."""
+        features = [self.features(picture) for picture in pictures]
+        nothing = np.zeros(0, np.int64)
+        batch = Batch("drawn", nothing, nothing, nothing, nothing, nothing)
+        batch.groups, batch.rows = group_slices(features)
+        labels = [labels_of(picture, one) for picture, one in zip(pictures, features, strict=True)]
+        batch.labels = {name: np.concatenate([one[name] for one in labels]) for name in labels[0]}
         return batch
 
     def _mark(self, ids: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
@@ -204,8 +214,10 @@ def group_sounds(media: Sequence[MediaFeatures], window: int = 200) -> tuple[lis
 
 
 def make_batches(reader: Reader, speech: Speech, kind: str, size: int, seed: str) -> list[Batch]:
-    """`size` dialogs, the short and the long ones apart."""
+    """`size` dialogs, the short and the long ones apart; of the kind "drawn", pictures that nobody talks about."""
     rng = random.Random(seed)
+    if kind == "drawn":
+        return [reader.drawn([draw_number(rng) if rng.random() < 0.3 else draw_picture(rng) for _ in range(size)])]
     source = dialogs.Source(rng, speech)
     talks = sorted((dialogs.make(source, kind) for _ in range(size)), key=lambda dialog: _weight(kind, dialog))
     most = math.ceil(size / max(1, size // TOGETHER))

@@ -33,10 +33,11 @@ class Plan:
     decay: int = 0  # steps of the falling rate; 0: a quarter of all
     warmup: int = 80
     rate: float = 2e-3
-    images: int = 44  # dialogs of each kind in a step
+    images: int = 30  # dialogs of each kind in a step
     videos: int = 10
-    audios: int = 20
+    audios: int = 12
     texts: int = 8
+    drawn: int = 128  # pictures that only the vision tower sees
     recordings: int = 260  # of every word
     seed: int = 1
     workers: int = 2
@@ -44,7 +45,8 @@ class Plan:
     label_weight: float = 0.5
 
     def sizes(self) -> dict[str, int]:
-        return {"image": self.images, "video": self.videos, "audio": self.audios, "text": self.texts}
+        return {"image": self.images, "video": self.videos, "audio": self.audios, "text": self.texts,
+                "drawn": self.drawn}
 
     def rate_at(self, step: int) -> float:
         decay = self.decay or max(1, self.steps // 4)
@@ -62,12 +64,9 @@ class Trained(nn.Module):
 
     def loss(self, batch: Batch, label_weight: float) -> tuple[Tensor, dict[str, float]]:
         """(loss, what to report: cross-entropy of answers, share of right answer tokens and of right labels)"""
-        ids, targets = torch.from_numpy(batch.token_ids), torch.from_numpy(batch.targets)
-        x = self.thinker.model.embed_tokens(ids)
-        label_loss, report = x.new_zeros(()), {}
+        label_loss, report = torch.zeros(()), {}
         if batch.groups:
             rows = self.rows(batch)[torch.from_numpy(batch.rows)]
-            x = x.flatten(0, 1).index_copy(0, torch.from_numpy(batch.places), rows.to(x.dtype)).view(x.shape)
             for name, labels in batch.labels.items():
                 wanted = torch.from_numpy(labels)
                 guessed = self.heads[name](rows).float()
@@ -77,6 +76,12 @@ class Trained(nn.Module):
                 if there.any():
                     label_loss = label_loss + functional.cross_entropy(guessed[there], wanted[there])
                     report[name] = float((guessed.argmax(-1) == wanted)[there].float().mean())
+        if batch.kind == "drawn":
+            return label_weight * label_loss, report
+        targets = torch.from_numpy(batch.targets)
+        x = self.thinker.model.embed_tokens(torch.from_numpy(batch.token_ids))
+        if batch.groups:
+            x = x.flatten(0, 1).index_copy(0, torch.from_numpy(batch.places), rows).view(x.shape)
         hidden = self.thinker.model(x, torch.from_numpy(batch.positions))
         asked = targets != IGNORED
         logits = self.thinker.logits(hidden[asked]).float()
@@ -98,7 +103,7 @@ class Trained(nn.Module):
         return torch.cat(out)
 
 
-WEIGHTS = {"image": 1.0, "video": 0.6, "audio": 0.8, "text": 0.3}
+WEIGHTS = {"image": 1.0, "video": 0.6, "audio": 0.8, "text": 0.3, "drawn": 1.0}
 
 
 def train(plan: Plan, out: Path, work: Path) -> None:
