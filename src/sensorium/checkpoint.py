@@ -16,6 +16,7 @@ from typing import Any
 
 from sensorium.errors import CheckpointError, StartupError
 from sensorium.models.registry import FAMILIES
+from sensorium.quantization import StoredQuantization, read_quantization
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,7 @@ class Checkpoint:
     weight_files: tuple[Path, ...]  # *.safetensors or pytorch_model*.bin, in index order
     video_preprocessor: dict[str, Any] = field(default_factory=dict)  # the same for videos, {} if absent
     text_weight_files: tuple[Path, ...] = ()  # of the second repository, whose tensors yield to the first's
+    quantization: StoredQuantization | None = None  # how the weights are stored, if not as plain numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,11 +190,6 @@ def open_checkpoint(folder: Path, text_folder: Path | None = None) -> Checkpoint
     if config is None:
         raise CheckpointError(f"{folder} has no config.json: not a model folder")
     architecture, config = _architecture(config), _thinker(config)
-    quantised = config.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise CheckpointError(f"config.json: the weights are quantised ({method}), which is not supported; "
-                              "serve the original checkpoint")
     tokenizer_config = _read_json(folder / "tokenizer_config.json") or {}
     generation = _read_json(folder / "generation_config.json") or {}
     second: tuple[Path, ...] = ()
@@ -221,6 +218,7 @@ def open_checkpoint(folder: Path, text_folder: Path | None = None) -> Checkpoint
         weight_files=_weight_files(folder),
         video_preprocessor=_video_preprocessor(folder),
         text_weight_files=second,
+        quantization=_quantization(folder, config, text_dict),
     )
 
 
@@ -251,10 +249,20 @@ def _thinker(config: dict[str, Any]) -> dict[str, Any]:
     nested = config.get("thinker_config")
     if not isinstance(nested, dict):
         return config
-    outer = {key: config[key] for key in ("dtype", "torch_dtype", "quantization_config") if key in config}
+    outer = {key: config[key] for key in ("dtype", "torch_dtype", "quantization_config", "compression_config")
+             if key in config}
     text = {"model_type": "qwen2_5_omni_text", **(nested.get("text_config") or {})}
     return {"tie_word_embeddings": False, **outer, **nested, "text_config": text,
             "architectures": config["architectures"]}
+
+
+def _quantization(folder: Path, config: dict[str, Any], text: dict[str, Any]) -> StoredQuantization | None:
+    """config.json's, the decoder's own part of it, or the file that AutoGPTQ once wrote beside it."""
+    for source in (config, text):
+        for name in ("quantization_config", "compression_config"):
+            if source.get(name):
+                return read_quantization(source[name])
+    return read_quantization(_read_json(folder / "quantize_config.json"))
 
 
 def _text_dict(config: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from sensorium.kernels import cache_width
 from sensorium.models.base import AttentionContext, Model
 
 
@@ -27,13 +28,15 @@ class Driver:
     """`step` computes some tokens of some sequences and returns the last hidden state of each, as the runner does."""
 
     def __init__(self, model: Model, *, block_size: int = 4, num_blocks: int = 256, dtype: torch.dtype = torch.float32,
-                 device: str = "cpu") -> None:
+                 device: str = "cpu", int8_cache: bool = False) -> None:
         self.model = model
         self.block_size = block_size
-        shape = (num_blocks, model.num_kv_heads, block_size, model.head_dim)
-        # NaN shows every read of a slot that nobody wrote.
-        self.cache = [(torch.full(shape, torch.nan, dtype=dtype, device=device),
-                       torch.full(shape, torch.nan, dtype=dtype, device=device)) for _ in range(model.num_layers)]
+        cache_dtype = torch.int8 if int8_cache else dtype
+        shape = (num_blocks, model.num_kv_heads, block_size, cache_width(model.head_dim, cache_dtype))
+        # NaN shows every read of a slot that nobody wrote; as scales, four bytes of -1 are one.
+        unwritten = -1 if int8_cache else torch.nan
+        self.cache = [(torch.full(shape, unwritten, dtype=cache_dtype, device=device),
+                       torch.full(shape, unwritten, dtype=cache_dtype, device=device)) for _ in range(model.num_layers)]
         self.free = list(range(num_blocks))
         random.Random(0).shuffle(self.free)
         self.device = device
