@@ -135,6 +135,7 @@ _STOP_TOKENS = frozenset({
 })  # special tokens that end a turn or a text in every family that has them; some generation_configs forget them
 _HUB_PATTERNS = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken", "*.safetensors")
 _HUB_IGNORED = ("consolidated*", "original/*", "onnx/*", "openvino/*", "*.onnx", "coreml/*")
+NO_GGUF = "which is not served; take the checkpoint that it was made of, with --quantization int4 or int8"
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
@@ -145,6 +146,8 @@ def resolve(model: str, revision: str | None = None, download_dir: str | None = 
         folder = folder.expanduser()
     if model and folder.is_dir():
         return folder
+    if model.endswith(".gguf"):
+        raise StartupError(f"{model} is a GGUF file, {NO_GGUF}")
     if not _HUB_ID.fullmatch(model):
         raise StartupError(f"no such folder: {model}")
     snapshot = _snapshot(model, revision, download_dir, _HUB_PATTERNS)
@@ -502,6 +505,11 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
             return _indexed_files(folder, f"{name}.index.json", index, suffix)
         if (folder / name).is_file():
             return (folder / name,)
+    only = list(folder.glob("*.safetensors"))
+    if len(only) == 1:  # quantisers once named it after their settings
+        return (only[0],)
+    if any(folder.glob("*.gguf")):
+        raise CheckpointError(f"{folder} has nothing but GGUF weights, {NO_GGUF}")
     raise CheckpointError(f"{folder} has no weights (model.safetensors or pytorch_model.bin, or their index)")
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sensorium import kernels
-from sensorium.checkpoint import open_checkpoint
+from sensorium.checkpoint import open_checkpoint, resolve
 from sensorium.config import EngineConfig
 from sensorium.engine.loading import choose_quantization
 from sensorium.errors import CheckpointError, StartupError
@@ -252,6 +252,20 @@ def test_what_is_not_supported_is_named(tmp_path: Path, stated: Any, said: str) 
     assert said in message
     assert "supported are awq (gemm, 4 bits), gptq (4 or 8 bits), compressed-tensors" in message
     assert "--quantization int8" in message
+
+
+def test_other_files(tmp_path: Path) -> None:
+    """AutoGPTQ's old name of the only file; and what is no checkpoint at all."""
+    make_llama(tmp_path, **SIZES)
+    write_gptq(tmp_path)
+    expected = logits(load(tmp_path))
+    renamed = (tmp_path / "model.safetensors").rename(tmp_path / "gptq_model-4bit-32g.safetensors")
+    assert torch.equal(logits(load(tmp_path)), expected)
+    renamed.rename(tmp_path / "model-Q4_0.gguf")
+    with pytest.raises(CheckpointError, match=r"nothing but GGUF weights.*--quantization int4"):
+        open_checkpoint(tmp_path)
+    with pytest.raises(StartupError, match="is a GGUF file"):
+        resolve(str(tmp_path / "model-Q4_0.gguf"))
 
 
 def drop(name: str) -> Callable[[dict[str, Tensor]], None]:
