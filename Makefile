@@ -33,8 +33,9 @@ test: $(VENV)/.dev
 
 # The same where the package was installed without a compiler.
 test-plain: $(VENV)/.dev
-	rm -rf build/plain && mkdir -p build && cp -r src build/plain && rm -f build/plain/sensorium/kernels/_native*
-	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/build/plain $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	rm -rf build/plain && mkdir -p build/plain && cp -r src pyproject.toml build/plain
+	rm -f build/plain/src/sensorium/kernels/_native*
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/build/plain/src $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
