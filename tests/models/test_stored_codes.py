@@ -20,7 +20,7 @@ from sensorium.checkpoint import open_checkpoint, resolve
 from sensorium.config import EngineConfig
 from sensorium.engine.loading import choose_quantization
 from sensorium.errors import CheckpointError, StartupError
-from sensorium.kernels import Quantization
+from sensorium.kernels import Quantization, native
 from sensorium.models.base import Model
 from sensorium.models.layers import Linear
 from sensorium.models.weights import load_model, weight_bytes
@@ -79,6 +79,7 @@ def expected_logits(oracle: PreTrainedModel, floats: dict[str, Tensor]) -> Tenso
 
 
 def error(got: Tensor, expected: Tensor) -> float:
+    got, expected = got.float(), expected.float()
     return ((got - expected).norm() / expected.norm()).item()
 
 
@@ -112,6 +113,15 @@ def test_codes_are_the_checkpoints(written: tuple[Path, Tensor, Any, Any]) -> No
             else:
                 assert error(rows, meant) < 0.01
     assert torch.equal(model.lm_head.form.weight, floats["lm_head.weight"])
+
+
+@pytest.mark.skipif(native.library_path() is None, reason="the native library is not built")
+def test_native_codes_are_the_checkpoints(written: tuple[Path, Tensor, Any, Any]) -> None:
+    folder, _, floats, (_, exact) = written
+    down = load(folder, BF16).get_submodule("model.layers.1.mlp.down_proj")
+    assert isinstance(down.form, native.QuantizedLinear)
+    rows, meant = down.form.rows(torch.arange(64)), floats["model.layers.1.mlp.down_proj.weight"].to(BF16)
+    assert torch.equal(rows, meant) if exact else error(rows, meant) < 0.01
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
@@ -307,6 +317,32 @@ def test_damaged_layers_are_named(tmp_path: Path, write: Writer, change: Callabl
     with pytest.raises(CheckpointError) as caught:
         load(tmp_path)
     assert said in str(caught.value)
+
+
+CHANGES: list[Callable[[Tensor], Tensor]] = [
+    lambda t: t[:-1], lambda t: t[..., :-1], lambda t: t[:0], lambda t: t.flatten(), lambda t: t[None],
+    lambda t: t.flatten()[0], lambda t: t.T if t.dim() == 2 else t, lambda t: torch.cat([t, t]),
+    lambda t: t.flatten()[:1], lambda t: t.float(), lambda t: t.to(torch.int8), lambda t: t.to(torch.int64) * -7,
+    lambda t: t.to(torch.int32) * 1000]
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "-8" not in name])
+def test_no_damage_goes_further_than_an_error(tmp_path: Path, layout: str) -> None:
+    """Any part of a layer cut, turned or retyped: refused in one line, or loaded where it still means something."""
+    make_llama(tmp_path, **SIZES)
+    LAYOUTS[layout][0](tmp_path)
+    tensors, refused = read_weights(tmp_path), 0
+    parts = [key for key in tensors if key.startswith("model.layers.0.mlp.down_proj.")]
+    assert len(parts) > 1
+    for part in parts:
+        for change in CHANGES:
+            write_weights(tmp_path, {**tensors, part: change(tensors[part]).contiguous()})
+            try:
+                logits(load(tmp_path))
+            except CheckpointError as error:
+                assert "\n" not in str(error)
+                refused += 1
+    assert refused > 3 * len(parts)
 
 
 def test_methods_by_name(tmp_path: Path) -> None:
