@@ -81,7 +81,8 @@ def write_awq(folder: Path, *, size: int = 32, config: dict[str, Any] | None = N
 
 def write_gptq(folder: Path, *, bits: int = 4, size: int | None = 32, symmetric: bool = True, act_order: bool = False,
                config: dict[str, Any] | None = None, config_file: str = "config.json") -> dict[str, Tensor]:
-    config = {"quant_method": "gptq", "bits": bits, "group_size": size or -1, "sym": symmetric, "desc_act": act_order,
+    method = {"quant_method": "gptq"} if config_file == "config.json" else {}
+    config = {**method, "bits": bits, "group_size": size or -1, "sym": symmetric, "desc_act": act_order,
               **(config or {})}
     lacks = 0 if config.get("checkpoint_format") == "gptq_v2" else 1
 

@@ -260,12 +260,16 @@ def _thinker(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _quantization(folder: Path, config: dict[str, Any], text: dict[str, Any]) -> StoredQuantization | None:
-    """config.json's, the decoder's own part of it, or the file that AutoGPTQ once wrote beside it."""
+    """config.json's, the decoder's own part of it, or the file that quantisers once wrote beside it."""
     for source in (config, text):
         for name in ("quantization_config", "compression_config"):
             if source.get(name):
                 return read_quantization(source[name])
-    return read_quantization(_read_json(folder / "quantize_config.json"))
+    for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+        stated = _read_json(folder / name)
+        if stated is not None:
+            return read_quantization({"quant_method": method, **stated})
+    return None
 
 
 def _text_dict(config: dict[str, Any]) -> dict[str, Any]:

@@ -34,9 +34,7 @@ def read_quantization(stated: object) -> StoredQuantization | None:
         return None
     if not isinstance(stated, dict):
         _refuse(f"quantization_config {stated!r}")
-    method = stated.get("quant_method")
-    if method is None:
-        method = "compressed-tensors" if "config_groups" in stated else "gptq" if "desc_act" in stated else None
+    method = stated.get("quant_method", "compressed-tensors" if "config_groups" in stated else None)
     readers = {"awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed}
     if not isinstance(method, str) or method not in readers:
         _refuse(f"quantisation by {method}")

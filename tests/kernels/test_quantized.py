@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sensorium import kernels as dispatcher
 from sensorium.errors import StartupError
-from sensorium.kernels import Quantization, quantized
+from sensorium.kernels import Quantization, quantized, reference
 from sensorium.kernels.native import Native, QuantizedLinear
 
 BF16 = torch.bfloat16
@@ -204,6 +204,19 @@ def test_the_twin_steps_in_and_says_so_once(monkeypatch: pytest.MonkeyPatch, cap
         "quantised weights of float32 on cpu are computed with torch alone: right, but slow",
         "quantised weights of bfloat16 on cpu are computed with torch alone: right, but slow"]
     dispatcher._say_slow.cache_clear()
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_attention_over_an_int8_cache_is_within_two_percent(head_dim: int) -> None:
+    """Keys that repeat in every token, as models have them, and values without any pattern."""
+    torch.manual_seed(5)
+    keys = torch.randn(1, 4, 700, head_dim) + 2 * torch.randn(1, 4, 1, head_dim)
+    queries, values = torch.randn(1, 4, 30, head_dim), torch.randn(1, 4, 700, head_dim)
+    exact = torch.nn.functional.scaled_dot_product_attention(queries, keys, values)
+    rounded = [reference.dequantize_heads(reference.quantize_heads(x), torch.float32) for x in (keys, values)]
+    assert max(relative_error(got, x) for got, x in zip(rounded, (keys, values), strict=True)) < 0.007
+    got = torch.nn.functional.scaled_dot_product_attention(queries, *rounded)
+    assert 0 < relative_error(got, exact) < 0.02
 
 
 # Acceptance: real shapes of layers, and the rule that files of 4-bit weights are commonly made by.

@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import make_llama, make_phi3, make_qwen2, make_qwen2_vl, read_weights, write_weights
+from checkpoints import (
+    make_llama,
+    make_llava,
+    make_phi3,
+    make_qwen2,
+    make_qwen2_vl,
+    make_ultravox,
+    read_weights,
+    write_weights,
+)
 from driver import Driver, Sequence
 from quantized_checkpoints import compressed_config, write_awq, write_gptq, write_int8, write_packed
 from torch import Tensor
@@ -43,8 +52,7 @@ LAYOUTS: dict[str, tuple[Writer, Quantization, bool]] = {
     "gptq-v2": (lambda folder: write_gptq(folder, symmetric=False, config={"checkpoint_format": "gptq_v2"}),
                 Quantization(4, 32), True),
     "gptq-rows": (lambda folder: write_gptq(folder, size=None), ROWS, True),
-    "gptq-own-file": (lambda folder: write_gptq(folder, config_file="quantize_config.json",
-                                                config={"quant_method": None}), Quantization(4, 32), True),
+    "gptq-own-file": (lambda folder: write_gptq(folder, config_file="quantize_config.json"), Quantization(4, 32), True),
     "gptq-desc_act-in-order": (lambda folder: write_gptq(folder, config={"desc_act": True}), Quantization(4, 32), True),
     "gptq-act-order": (lambda folder: write_gptq(folder, act_order=True), Quantization(8), False),
     "gptq-8": (lambda folder: write_gptq(folder, bits=8, size=None), Quantization(8), True),
@@ -205,6 +213,48 @@ def test_forms_without_a_kernel_are_told(tmp_path: Path, caplog: pytest.LogCaptu
     caplog.clear()
     load(tmp_path, quantization=Quantization(8))  # asked for
     assert not any("act-order" in r.message for r in caplog.records)
+
+
+def test_biases_that_only_the_quantiser_wrote(tmp_path: Path) -> None:
+    """AutoGPTQ gives every layer one: ignored where it is zero and the model has none."""
+    make_llama(tmp_path, **SIZES)
+    write_gptq(tmp_path)
+    expected = logits(load(tmp_path))
+    names = [key.removesuffix("qweight") + "bias" for key in read_weights(tmp_path) if key.endswith("qweight")]
+    tensors = {**read_weights(tmp_path), **{name: torch.zeros(64, dtype=torch.float16) for name in names}}
+    write_weights(tmp_path, tensors)
+    assert torch.equal(logits(load(tmp_path)), expected)
+    write_weights(tmp_path, {**tensors, names[3]: torch.tensor([0.0, 1.0])})
+    with pytest.raises(CheckpointError, match=f"unexpected {names[3]}$"):
+        load(tmp_path)
+
+
+def test_where_it_may_be_stated(tmp_path: Path) -> None:
+    """In the decoder's part of the configuration; in the file that AutoAWQ wrote before there was a place for it."""
+    make_llava(tmp_path / "llava", text=SIZES)
+    write_awq(tmp_path / "llava")
+    config = json.loads((tmp_path / "llava" / "config.json").read_text())
+    expected = logits(load(tmp_path / "llava"))
+    stated = config.pop("quantization_config")
+    config["text_config"]["quantization_config"] = stated
+    (tmp_path / "llava" / "config.json").write_text(json.dumps(config))
+    assert torch.equal(logits(load(tmp_path / "llava")), expected)
+    del config["text_config"]["quantization_config"]
+    (tmp_path / "llava" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="qweight"):
+        load(tmp_path / "llava")
+    (tmp_path / "llava" / "quant_config.json").write_text(json.dumps(
+        {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}))
+    assert torch.equal(logits(load(tmp_path / "llava")), expected)
+
+
+def test_a_quantised_language_model_from_another_repository(tmp_path: Path) -> None:
+    make_ultravox(tmp_path, text=SIZES)
+    write_gptq(tmp_path / "language")
+    model = load_model(open_checkpoint(tmp_path, tmp_path / "language"), dtype=torch.float32, device="cpu")
+    assert model.get_submodule("model.layers.0.mlp.down_proj").form.bits == 4
+    alone = logits(load(tmp_path / "language"))
+    assert torch.equal(logits(model), alone)
 
 
 def test_pickled_codes(tmp_path: Path) -> None:

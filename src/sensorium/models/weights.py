@@ -186,6 +186,7 @@ def _assign(model: Model, tensors: list[Stored]) -> dict[str, _Slot]:
             name = f"{path}.{attribute}" if path else attribute
             slots[name] = _Slot(name, module, attribute, tuple(parameter.shape), {})
     rename = _renamer(model)
+    is_quantised = model.checkpoint.quantization is not None  # some quantisers give every layer a bias
     unexpected = []
     for tensor in tensors:
         target, shard = rename(tensor.key)
@@ -193,7 +194,8 @@ def _assign(model: Model, tensors: list[Stored]) -> dict[str, _Slot]:
             continue
         slot = slots.get(model.tied.get(target, target))
         if slot is None or (shard and shard not in slot.shards()):
-            unexpected.append(tensor.key)
+            if not (is_quantised and tensor.key.endswith(".bias") and _is_zero(tensor)):
+                unexpected.append(tensor.key)
             continue
         _check(slot, shard, tensor)
         other = slot.holder(shard)
@@ -206,6 +208,12 @@ def _assign(model: Model, tensors: list[Stored]) -> dict[str, _Slot]:
         said = [f"{what} {_named(keys)}" for what, keys in (("unexpected", unexpected), ("missing", missing)) if keys]
         raise CheckpointError(f"weights do not fit {model.checkpoint.architecture}: {'; '.join(said)}")
     return slots
+
+
+def _is_zero(tensor: Stored) -> bool:
+    is_zero = not any(rows.any() for _, rows in tensor.pieces())
+    tensor.release()
+    return is_zero
 
 
 def _named(keys: list[str]) -> str:
