@@ -15,7 +15,7 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -117,9 +117,8 @@ def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.devi
     """
     with torch.device("meta"):
         model: Model = load_class(FAMILIES[checkpoint.architecture].model)(checkpoint)
-    tensors: list[Stored] = [*stored_tensors(checkpoint.weight_files, checkpoint.text_weight_files)]
-    if checkpoint.quantization is not None:
-        tensors = join(stored_tensors(checkpoint.weight_files, checkpoint.text_weight_files), checkpoint.quantization)
+    stored = stored_tensors(checkpoint.weight_files, checkpoint.text_weight_files)
+    tensors = [*stored] if checkpoint.quantization is None else join(stored, checkpoint.quantization)
     fill(model, tensors, dtype=dtype, device=torch.device(device), quantization=quantization,
          quantize_towers=quantize_towers, progress=progress)
     for module in model.modules():
@@ -155,7 +154,7 @@ def _tensors_of(files: Iterable[Path]) -> dict[str, StoredTensor]:
     return found
 
 
-def fill(model: Model, tensors: list[Stored], *, dtype: torch.dtype, device: torch.device,
+def fill(model: Model, tensors: Sequence[Stored], *, dtype: torch.dtype, device: torch.device,
          quantization: Quantization | None = None, quantize_towers: bool = False,
          progress: Callable[[float], None] | None = None) -> None:
     """Give every declared parameter its memory and contents."""
@@ -179,7 +178,7 @@ def fill(model: Model, tensors: list[Stored], *, dtype: torch.dtype, device: tor
                        "zero points): they are kept as int8 with one scale per output", anew)
 
 
-def _assign(model: Model, tensors: list[Stored]) -> dict[str, _Slot]:
+def _assign(model: Model, tensors: Sequence[Stored]) -> dict[str, _Slot]:
     slots = {}
     for path, module in model.named_modules():
         for attribute, parameter in module.named_parameters(recurse=False):
