@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,6 +67,19 @@ def test_answers_rank_before_everything_else(client: OpenAI) -> None:
     right = np.diag(similarity)
     wrong = np.where(np.eye(len(QUESTIONS), dtype=bool), -1.0, similarity).max(1)
     assert (right - wrong).min() > 0.1
+
+
+@pytest.mark.parametrize(("flags", "least"), [
+    (["--quantization", "int8"], 0.98), (["--quantization", "int4", "--quantization-group-size", "32"], 0.92)])
+def test_quantised_vectors_mean_the_same(tmp_path: Path, client: OpenAI, flags: list[str], least: float) -> None:
+    texts = [*TEXTS, *QUESTIONS, *QUESTIONS.values()]
+    exact = embed(client, texts)
+    with running(tmp_path, str(package.get_model_path()), *flags) as server, \
+            OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as other:
+        vectors = embed(other, texts)
+    assert least < (vectors * exact).sum(1).min() < 0.9999
+    questions, answers = np.split(vectors[len(TEXTS):], 2)
+    assert (questions @ answers.T).argmax(1).tolist() == list(range(len(QUESTIONS)))
 
 
 def test_text_beyond_its_length_is_refused_not_cut(client: OpenAI) -> None:

@@ -276,20 +276,38 @@ def test_decoder_is_not_made_of_other_parts(fastest: Native) -> None:
     assert fastest.decoder([parts], random_bf16(32), num_heads=1, num_kv_heads=1, head_dim=8, scale=1, eps=1e-6) is None
 
 
-def test_results_do_not_depend_on_the_number_of_threads(fastest: Native) -> None:
-    weight, x = random_bf16(2000, 640), random_bf16(30, 640)
+def test_results_do_not_depend_on_the_number_of_threads(kernels: Native) -> None:
+    """Sizes at which every kernel takes a team: more than 64 KB for the small ones."""
+    weight, x, bias = random_bf16(2000, 640), random_bf16(150, 640), random_bf16(640)
     context = context_of([1, 1, 90], [2000, 40, 200], 16, 160)
-    k_cache, v_cache, q = random_bf16(160, 2, 16, 64), random_bf16(160, 2, 16, 64), random_bf16(92, 6, 64)
-    results = []
-    threads = fastest.threads
+    q, k, v = random_bf16(92, 6, 64), random_bf16(92, 2, 64), random_bf16(92, 2, 64)
+    caches = [(random_bf16(160, 2, 16, 64), random_bf16(160, 2, 16, 64))]
+    caches.append((reference.quantize_heads(caches[0][0]), reference.quantize_heads(caches[0][1])))
+    seen = random_bf16(1100, 6, 64).split(2, dim=1)
+    angles = torch.randn(92, 32)
+
+    def everything() -> list[Tensor]:
+        form = kernels.pack_linear(weight, None)
+        wide = form(x)
+        results = [wide, form(x[:1]), form.rows(torch.arange(2000)), kernels.silu_mul(wide),
+                   kernels.activate(wide.clone(), "gelu"), kernels.rms_norm(x, bias, 1e-5),
+                   *kernels.add_rms_norm(x, x.clone(), bias, 1e-5), kernels.layer_norm(x, bias, bias, 1e-5),
+                   *kernels.rope(q.clone(), k.clone(), angles.cos(), angles.sin()),
+                   kernels.varlen_attention(*seen, [900, 3, 197], 0.125),
+                   kernels.varlen_attention(*seen, [900, 3, 197], 0.125, 50)]
+        for k_cache, v_cache in ((a.clone(), b.clone()) for a, b in caches):
+            kernels.write_kv(k, v, k_cache, v_cache, context.slots)
+            results += [k_cache, v_cache, kernels.paged_attention(q, k_cache, v_cache, context, 0.125),
+                        kernels.paged_attention(q, k_cache, v_cache, context, 0.125, 300)]
+        return results
+
+    threads, results = kernels.threads, []
     try:
         for count in (1, 2, 3, 5):
-            fastest.set_threads(count)
-            form = fastest.pack_linear(weight, None)
-            results.append((form(x), form(x[:1]), fastest.paged_attention(q, k_cache, v_cache, context, 0.125),
-                            fastest.silu_mul(form(x)), fastest.rms_norm(x, weight[0], 1e-5)))
+            kernels.set_threads(count)
+            results.append(everything())
     finally:
-        fastest.set_threads(threads)
+        kernels.set_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
