@@ -19,7 +19,7 @@ from httpx import Client
 from models.driver import Driver, Sequence
 from net import Thinker
 from sounds import Speech
-from training import Trained, save_weights
+from training import Trained, load_weights, save_weights
 
 import sensorium
 from sensorium.checkpoint import open_checkpoint
@@ -58,8 +58,7 @@ def test_network_equals_the_served_model(kind: str, random_folder: Path, speech:
     reader = Reader(random_folder)
     served = load_model(open_checkpoint(random_folder), dtype=torch.float32, device="cpu")
     trained = Trained(json.loads((random_folder / "config.json").read_text()))
-    stored = served_weights(random_folder)
-    trained.thinker.load_state_dict(stored, strict=False)
+    load_weights(trained.thinker, random_folder)
     rng = random.Random(3)
     talks = [dialogs.make(dialogs.Source(rng, speech), kind) for _ in range(3)]
     batch = reader.batch(kind, talks, random.Random(5))
@@ -83,13 +82,6 @@ def test_network_equals_the_served_model(kind: str, random_folder: Path, speech:
         theirs = Driver(served, num_blocks=512).prefill(sequence)
         wanted = batch.targets[index] != IGNORED
         torch.testing.assert_close(logits[index][wanted], theirs[wanted], rtol=1e-4, atol=2e-4)
-
-
-def served_weights(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return {name.removeprefix("thinker."): tensor.float() for name,
-            tensor in load_file(folder / "model.safetensors").items()}
 
 
 @needs_espeak
@@ -132,8 +124,7 @@ def test_lists_are_compared_without_order() -> None:
 @needs_espeak
 def test_a_tiny_run_trains_stops_goes_on_and_serves(tmp_path: Path) -> None:
     command = [sys.executable, "tools/train_demo", "train", "--work", str(tmp_path / "work"), "--out",
-               str(tmp_path / "out"),
-               "--scale", "0.05", "--recordings", "1", "--workers", "1"]
+               str(tmp_path / "out"), "--scale", "0.05", "--recordings", "1", "--workers", "1"]
     subprocess.run([*command, "--steps", "2"], cwd=ROOT, check=True, capture_output=True)
     first = (tmp_path / "out" / "model.safetensors").read_bytes()
     done = subprocess.run([*command, "--steps", "3"], cwd=ROOT, check=True, capture_output=True, text=True)

@@ -28,6 +28,7 @@ def main() -> None:
     train.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     train.add_argument("--seed", type=int, default=1)
     train.add_argument("--out", type=Path, default=ROOT / "src" / "sensorium" / "demo")
+    train.add_argument("--from", type=Path, dest="begin_with", help="a checkpoint of this tool's to go on from")
     train.add_argument("--work", type=Path, default=ROOT / "build" / "demo", help="what a stopped run goes on from")
     evaluate = commands.add_parser("evaluate", help="held-out questions through a server's API")
     evaluate.add_argument("--base-url", default="http://127.0.0.1:8000")
@@ -44,10 +45,11 @@ def main() -> None:
 
         usual = Plan(given.steps)
         sizes = {name: max(1, round(getattr(usual, name) * given.scale))
-                 for name in ("images", "videos", "audios", "texts", "drawn")}
+                 for name in ("images", "videos", "audios", "texts", "drawn",
+                                                                              "dialogs_read")}
         run(Plan(given.steps, decay=given.decay, rate=given.rate, recordings=given.recordings, seed=given.seed,
                  workers=given.workers, **sizes),
-            given.out, given.work)
+            given.out, given.work, given.begin_with)
     else:
         from evaluation import evaluate as examine
 

@@ -27,8 +27,10 @@ from sensorium.types import MediaFeatures, MediaItem
 
 IGNORED = -100
 TOGETHER = 12  # dialogs in a batch at least
+PLACES = 10  # from one edge of a picture to the other
 TONES = ("rising", "falling", "steady")
 LABELS = {"shape": 1 + len(SHAPES), "colour": 1 + len(COLOURS), "digit": 11, "next_digit": 11,
+          "x": 1 + PLACES, "y": 1 + PLACES,
           "sound": 2 + len(TONES) + len(SPOKEN)}  # classes; 0 is nothing
 PROMPTS = ("You are a helpful assistant.", "You are a helpful assistant", "Answer briefly.", "Be concise.")
 
@@ -142,10 +144,12 @@ def labels_of(medium: dialogs.Medium, features: MediaFeatures) -> dict[str, NDAr
 
 
 def _cells(objects: Sequence[Placed], size: tuple[int, int], aspect: float) -> dict[str, NDArray[np.int64]]:
-    """What lies on each row of the tower: certain inside, ignored about the edges."""
+    """What lies on each row of the tower, certain inside and ignored about the edges, and where that thing is, or the
+    row itself: nothing else tells the decoder, whose positions hardly differ within so small a picture."""
     shape, colour = np.zeros(size, np.int64), np.zeros(size, np.int64)
     y, x = np.meshgrid((np.arange(size[0]) + 0.5) / size[0], (np.arange(size[1]) + 0.5) / size[1], indexing="ij")
     unit_x, unit_y = min(1, 1 / aspect), min(1, aspect)
+    column, line = 1 + (x * PLACES).astype(np.int64), 1 + (y * PLACES).astype(np.int64)
     for placed in objects:
         away = np.hypot((x - placed.x) / unit_x, (y - placed.y) / unit_y)
         inside = away < 0.75 * placed.radius
@@ -155,7 +159,9 @@ def _cells(objects: Sequence[Placed], size: tuple[int, int], aspect: float) -> d
                               (colour, list(COLOURS).index(placed.thing.colour))):
             labels[about & (labels == 0)] = IGNORED
             labels[inside] = 1 + value
-    return {"shape": shape, "colour": colour}
+        column[inside] = 1 + min(PLACES - 1, max(0, int(placed.x * PLACES)))
+        line[inside] = 1 + min(PLACES - 1, max(0, int(placed.y * PLACES)))
+    return {"shape": shape, "colour": colour, "x": column, "y": line}
 
 
 def _digit_cells(picture: Picture, size: tuple[int, int]) -> dict[str, NDArray[np.int64]]:

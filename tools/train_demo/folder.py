@@ -17,7 +17,6 @@ from sounds import Speech
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 VOCAB_SIZE = 1408
-SENTENCES = 60_000
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>",
             "<|vision_bos|>", "<|vision_eos|>", "<|IMAGE|>", "<|VIDEO|>")
 MARKS = {"image": "<|vision_bos|><|IMAGE|><|vision_eos|>", "video": "<|vision_bos|><|VIDEO|><|vision_eos|>",
@@ -49,11 +48,11 @@ CHAT_TEMPLATE = """\
 """
 
 
-def sentences(speech: Speech) -> Iterator[str]:
+def sentences(speech: Speech, dialogs_read: int) -> Iterator[str]:
     """What the model reads and writes, to train the tokenizer on."""
     source = dialogs.Source(random.Random(1), speech, chinese=0.4)
     makers = {"image": 0.4, "video": 0.15, "audio": 0.15, "text": 0.3}
-    for _ in range(SENTENCES // 8):
+    for _ in range(dialogs_read):
         kind = source.rng.choices(list(makers), list(makers.values()))[0]
         for turn in dialogs.make(source, kind):
             yield turn.question
@@ -84,14 +83,14 @@ def config(ids: dict[str, int]) -> dict[str, Any]:
         "video_token_index": ids["<|VIDEO|>"],
         "audio_start_token_id": ids["<|audio_bos|>"], "audio_end_token_id": ids["<|audio_eos|>"],
         "vision_start_token_id": ids["<|vision_bos|>"], "vision_end_token_id": ids["<|vision_eos|>"],
-        "position_id_per_seconds": 25, "seconds_per_chunk": 2, "pad_token_id": ids["<|endoftext|>"],
+        "position_id_per_seconds": 4, "seconds_per_chunk": 2, "pad_token_id": ids["<|endoftext|>"],
         "text_config": {
             "model_type": "qwen2_5_omni_text", "vocab_size": VOCAB_SIZE, "hidden_size": hidden,
             "intermediate_size": 512,
             "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_act": "silu",
             "rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "use_sliding_window": False,
             "tie_word_embeddings": True, "rope_parameters": {
-                "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]},
+                "rope_type": "default", "rope_theta": 100.0, "mrope_section": [8, 12, 12]},
             "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"]},
         "vision_config": {
             "model_type": "qwen2_5_omni_vision_encoder", "depth": 4, "hidden_size": 192, "intermediate_size": 448,

@@ -22,7 +22,9 @@ from batches import IGNORED, LABELS, Batch
 from net import Thinker
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
 from sounds import Speech
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -33,11 +35,12 @@ class Plan:
     decay: int = 0  # steps of the falling rate; 0: a quarter of all
     warmup: int = 80
     rate: float = 2e-3
-    images: int = 30  # dialogs of each kind in a step
-    videos: int = 10
-    audios: int = 12
-    texts: int = 8
-    drawn: int = 128  # pictures that only the vision tower sees
+    images: int = 56  # dialogs of each kind in a step
+    videos: int = 12
+    audios: int = 6
+    texts: int = 4
+    drawn: int = 40  # pictures that only the vision tower sees
+    dialogs_read: int = 7500  # by the tokenizer
     recordings: int = 260  # of every word
     seed: int = 1
     workers: int = 2
@@ -106,22 +109,29 @@ class Trained(nn.Module):
 WEIGHTS = {"image": 1.0, "video": 0.6, "audio": 0.8, "text": 0.3, "drawn": 1.0}
 
 
-def train(plan: Plan, out: Path, work: Path) -> None:
-    """Write a checkpoint to `out`; keep what a stopped run needs to go on in `work`."""
+def train(plan: Plan, out: Path, work: Path, begin_with: Path | None = None) -> None:
+    """Write a checkpoint to `out`; keep what a stopped run needs to go on in `work`. A new run starts from nothing, or
+    from the weights and the tokenizer of `begin_with`."""
     console = Console()
     work.mkdir(parents=True, exist_ok=True)
     speech = Speech(work, plan.recordings, plan.seed)
     if not (work / "tokenizer.json").exists():
-        console.print("tokenizer …")
-        files.write(work, files.make_tokenizer(files.sentences(speech)))
+        if begin_with:
+            tokenizer = Tokenizer.from_file(str(begin_with / "tokenizer.json"))
+        else:
+            console.print("tokenizer …")
+            tokenizer = files.make_tokenizer(files.sentences(speech, plan.dialogs_read))
+        files.write(work, tokenizer)
     torch.manual_seed(plan.seed)
     model = Trained(json.loads((work / "config.json").read_text()))
+    if begin_with and not (work / "state.pt").exists():
+        load_weights(model.thinker, begin_with)
     if not (work / "model.safetensors").exists():
         save_weights(model.thinker, work)  # so that the folder opens like any other
     start = 0
     if (work / "state.pt").exists():
         state = torch.load(work / "state.pt", weights_only=True)
-        model.load_state_dict(state["model"])
+        model.load_state_dict(state["model"], strict=False)
         start = state["step"]
     count = sum(p.numel() for p in model.thinker.parameters())
     console.print(f"{count / 1e6:.2f} M parameters, steps {start} to {plan.steps}, {plan.workers} processes")
@@ -191,7 +201,9 @@ def _work(rank: int, plan: Plan, work: Path, model: Trained, gradients: Tensor, 
     state = work / f"state-{rank}-of-{plan.workers}.pt"
     if start and state.exists():
         for optimizer, kept in zip(optimizers, torch.load(state, weights_only=True), strict=True):
-            optimizer.load_state_dict(kept)
+            if [len(group["params"]) for group in kept["param_groups"]] == [
+                    len(group["params"]) for group in optimizer.param_groups]:
+                optimizer.load_state_dict(kept)
     began = time.monotonic()
     for step in range(start, plan.steps):
         given = [batch for kind, size in plan.sizes().items() for batch in batches.make_batches(
@@ -305,9 +317,12 @@ def make_optimizers(model: Trained, rank: int, workers: int) -> list[torch.optim
             torch.optim.AdamW(others[rank::workers], lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
 
 
-def save_weights(thinker: Thinker, to: Path) -> None:
-    from safetensors.torch import save_file
+def load_weights(thinker: Thinker, folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    thinker.load_state_dict({name.removeprefix("thinker."): tensor.float() for name, tensor in tensors.items()})
 
+
+def save_weights(thinker: Thinker, to: Path) -> None:
     tensors = {f"thinker.{name}": p.detach().to(torch.bfloat16).contiguous() for name, p in thinker.named_parameters()}
     save_file(tensors, to / "model.tmp", metadata={"format": "pt"})
     (to / "model.tmp").replace(to / "model.safetensors")
