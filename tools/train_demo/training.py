@@ -35,11 +35,11 @@ class Plan:
     decay: int = 0  # steps of the falling rate; 0: a quarter of all
     warmup: int = 80
     rate: float = 2e-3
-    images: int = 56  # dialogs of each kind in a step
-    videos: int = 12
-    audios: int = 6
-    texts: int = 4
-    drawn: int = 40  # pictures that only the vision tower sees
+    images: int = 24  # dialogs of each kind in a step
+    videos: int = 6
+    audios: int = 4
+    texts: int = 2
+    drawn: int = 18  # pictures that only the vision tower sees
     dialogs_read: int = 7500  # by the tokenizer
     recordings: int = 260  # of every word
     seed: int = 1
