@@ -103,5 +103,6 @@ struct Kernels {
 namespace portable { extern const Kernels kKernels; }
 namespace avx2 { extern const Kernels kKernels; }
 namespace avx512 { extern const Kernels kKernels; }
+namespace avx512_bf16 { extern const Kernels kKernels; }
 
 }  // namespace sensorium

@@ -53,7 +53,7 @@ static void unpack_bf16(const bf16* packed, int64_t n, int64_t k, const int64_t*
 // A run of rows that are computed together: x packed into tiles, and how far along k one goes at a time.
 struct RowBlock {
     Tiling tiling;
-    const uint32_t* a;
+    const PairWord* a;
     int64_t pairs, step;
 };
 
@@ -65,11 +65,11 @@ static inline int64_t pairs_per_step(int64_t rows, int64_t pairs) {
 static RowBlock pack_block(const Runtime& runtime, const bf16* x, int64_t stride, int64_t rows, int64_t k) {
     const int64_t pairs = ceil_div(k, 2);
     RowBlock block{Tiling(rows), nullptr, pairs, pairs_per_step(rows, pairs)};
-    if (rows == 1 && k % 2 == 0 && reinterpret_cast<uintptr_t>(x) % 4 == 0) {
-        block.a = reinterpret_cast<const uint32_t*>(x);
+    if (sizeof(PairWord) == 4 && rows == 1 && k % 2 == 0 && reinterpret_cast<uintptr_t>(x) % 4 == 0) {
+        block.a = reinterpret_cast<const PairWord*>(x);
         return block;
     }
-    uint32_t* a = static_cast<uint32_t*>(Scratch<0>::get(size_t(rows * pairs) * 4));
+    PairWord* a = static_cast<PairWord*>(Scratch<0>::get(size_t(rows * pairs) * sizeof(PairWord)));
     const auto pack = [&](int64_t i) {
         const int64_t first = block.tiling.start(i);
         pack_rows(x, stride, first, block.tiling.size(i), k, a + first * pairs);

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Isa = Literal["portable", "avx2", "avx512"]
-ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512")  # slowest first; the index is the C side's number
-ABI = 4
+Isa = Literal["portable", "avx2", "avx512", "avx512_bf16"]
+ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512", "avx512_bf16")  # the index is the C side's number
+ABI = 5
 PANEL = 32  # output columns that are stored together, kPanel of native/kernels.h
 LANES = 16
 QUANTIZATIONS = {"int8": 8, "int4": 4}  # name -> bits
@@ -140,14 +140,12 @@ class Native:
         self.threads = threads or torch.get_num_threads()
         self._library.sensorium_open.argtypes = (_I32, _I32, _P)
         self._library.sensorium_open.restype = _P
-        candidates = [candidate for candidate in reversed(ISAS) if isa in (None, candidate)]
-        for candidate in candidates:
-            self._runtime = self._library.sensorium_open(ISAS.index(candidate), self.threads, fork)
-            if self._runtime:
-                self.isa = candidate
-                break
-        else:
+        self._library.sensorium_isa.argtypes, self._library.sensorium_isa.restype = (_P,), ctypes.c_char_p
+        number = -1 if isa is None else ISAS.index(isa) if isa in ISAS else len(ISAS)
+        self._runtime = self._library.sensorium_open(number, self.threads, fork)
+        if not self._runtime:
             raise OSError(f"there are no {isa} kernels for this processor")
+        self.isa = self._library.sensorium_isa(self._runtime).decode()
         self.pooled = fork is not None
 
     def set_threads(self, threads: int) -> None:
