@@ -10,11 +10,12 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml $(wildcard setup.py) $(shell find native -type f 2>/dev/null)
 
-.PHONY: help setup serve test check bench docs
+.PHONY: help setup serve test test-plain check bench docs
 help:
 	@echo "make setup                  install into $(VENV)"
 	@echo "make serve MODEL= ARGS=     serve a model; without MODEL the built-in one"
 	@echo "make test ARGS=             run the tests"
+	@echo "make test-plain ARGS=       run them without the native kernels"
 	@echo "make check                  ruff and mypy"
 	@echo "make bench ARGS=            load a running server"
 	@echo "make docs                   write the generated tables anew"
@@ -29,6 +30,11 @@ bench: $(VENV)/.runtime
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+# The same where the package was installed without a compiler.
+test-plain: $(VENV)/.dev
+	rm -rf build/plain && mkdir -p build && cp -r src build/plain && rm -f build/plain/sensorium/kernels/_native*
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/build/plain $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ from typing import Any
 
 from sensorium.errors import CheckpointError, StartupError
 from sensorium.models.registry import FAMILIES
+from sensorium.quantization import StoredQuantization, read_quantization
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,7 @@ class Checkpoint:
     weight_files: tuple[Path, ...]  # *.safetensors or pytorch_model*.bin, in index order
     video_preprocessor: dict[str, Any] = field(default_factory=dict)  # the same for videos, {} if absent
     text_weight_files: tuple[Path, ...] = ()  # of the second repository, whose tensors yield to the first's
+    quantization: StoredQuantization | None = None  # how the weights are stored, if not as plain numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +135,7 @@ _STOP_TOKENS = frozenset({
 })  # special tokens that end a turn or a text in every family that has them; some generation_configs forget them
 _HUB_PATTERNS = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken", "*.safetensors")
 _HUB_IGNORED = ("consolidated*", "original/*", "onnx/*", "openvino/*", "*.onnx", "coreml/*")
+NO_GGUF = "which is not served; take the checkpoint that it was made of, with --quantization int4 or int8"
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
@@ -143,6 +146,8 @@ def resolve(model: str, revision: str | None = None, download_dir: str | None = 
         folder = folder.expanduser()
     if model and folder.is_dir():
         return folder
+    if model.endswith(".gguf"):
+        raise StartupError(f"{model} is a GGUF file, {NO_GGUF}")
     if not _HUB_ID.fullmatch(model):
         raise StartupError(f"no such folder: {model}")
     snapshot = _snapshot(model, revision, download_dir, _HUB_PATTERNS)
@@ -188,11 +193,6 @@ def open_checkpoint(folder: Path, text_folder: Path | None = None) -> Checkpoint
     if config is None:
         raise CheckpointError(f"{folder} has no config.json: not a model folder")
     architecture, config = _architecture(config), _thinker(config)
-    quantised = config.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise CheckpointError(f"config.json: the weights are quantised ({method}), which is not supported; "
-                              "serve the original checkpoint")
     tokenizer_config = _read_json(folder / "tokenizer_config.json") or {}
     generation = _read_json(folder / "generation_config.json") or {}
     second: tuple[Path, ...] = ()
@@ -221,6 +221,7 @@ def open_checkpoint(folder: Path, text_folder: Path | None = None) -> Checkpoint
         weight_files=_weight_files(folder),
         video_preprocessor=_video_preprocessor(folder),
         text_weight_files=second,
+        quantization=_quantization(folder, config, text_dict),
     )
 
 
@@ -251,10 +252,20 @@ def _thinker(config: dict[str, Any]) -> dict[str, Any]:
     nested = config.get("thinker_config")
     if not isinstance(nested, dict):
         return config
-    outer = {key: config[key] for key in ("dtype", "torch_dtype", "quantization_config") if key in config}
+    outer = {key: config[key] for key in ("dtype", "torch_dtype", "quantization_config", "compression_config")
+             if key in config}
     text = {"model_type": "qwen2_5_omni_text", **(nested.get("text_config") or {})}
     return {"tie_word_embeddings": False, **outer, **nested, "text_config": text,
             "architectures": config["architectures"]}
+
+
+def _quantization(folder: Path, config: dict[str, Any], text: dict[str, Any]) -> StoredQuantization | None:
+    """config.json's, the decoder's own part of it, or the file that AutoGPTQ once wrote beside it."""
+    for source in (config, text):
+        for name in ("quantization_config", "compression_config"):
+            if source.get(name):
+                return read_quantization(source[name])
+    return read_quantization(_read_json(folder / "quantize_config.json"))
 
 
 def _text_dict(config: dict[str, Any]) -> dict[str, Any]:
@@ -494,6 +505,11 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
             return _indexed_files(folder, f"{name}.index.json", index, suffix)
         if (folder / name).is_file():
             return (folder / name,)
+    only = list(folder.glob("*.safetensors"))
+    if len(only) == 1:  # quantisers once named it after their settings
+        return (only[0],)
+    if any(folder.glob("*.gguf")):
+        raise CheckpointError(f"{folder} has nothing but GGUF weights, {NO_GGUF}")
     raise CheckpointError(f"{folder} has no weights (model.safetensors or pytorch_model.bin, or their index)")
 
 

@@ -28,10 +28,19 @@ class EngineConfig:
 
     model: str  # resolved local folder
     text_model: str = ""  # resolved folder of the language model, where the checkpoint has none of its own
-    dtype: str = flag("auto", "Weights' and computation's type. auto: as the checkpoint says, "
-                              "bfloat16 for float16 on a CPU.", choices=("auto", "bfloat16", "float16", "float32"))
+    dtype: str = flag("auto", "Weights' and computation's type. auto: as the checkpoint says, bfloat16 on a CPU for "
+                              "float16 or quantised weights.", choices=("auto", "bfloat16", "float16", "float32"))
     device: str = flag("auto", "Where to compute. auto: cuda if there is one, else cpu.",
                        choices=("auto", "cpu", "cuda"))
+    quantization: str = flag("auto", "Weights of linear layers and embeddings. auto: as the checkpoint has them; int8, "
+                                     "int4: quantised while loading, the head and embeddings to int8 in any case; a "
+                                     "method's name: the checkpoint must be stored so.",
+                             choices=("auto", "int8", "int4", "awq", "gptq", "compressed-tensors"))
+    quantization_group_size: int = flag(64, "Weights that share a scale with --quantization int4; a multiple of 8.",
+                                        min=32, max=128)
+    quantize_towers: bool = flag(False, "Let --quantization have the vision and audio towers and projectors too.")
+    kv_cache_dtype: str = flag("auto", "Type of cached keys and values. auto: the computation's; int8: a byte each, "
+                                       "with a scale per token and head.", choices=("auto", "int8"))
     max_model_len: int | None = flag(None, "Longest prompt plus answer, in tokens. Default: the checkpoint's, "
                                            "reduced to what the KV cache holds.", min=1)
     max_num_seqs: int = flag(64, "Most sequences computed in one step. More wait in the queue.", min=1)

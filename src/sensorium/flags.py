@@ -36,8 +36,6 @@ FOREIGN_FLAGS = {
     "--skip-mm-profiling": "no dummy media are ever run; leave it out",
     "--swap-space": "preempted requests are computed again, not swapped; leave it out",
     "--kv-cache-memory-bytes": "it is called --kv-cache-memory",
-    "--quantization": "not offered yet",
-    "--kv-cache-dtype": "not offered yet",
     "--load-format": "safetensors and pytorch_model.bin are told apart by name; leave it out",
     "--tokenizer": "the checkpoint's own tokenizer is used; leave it out",
     "--tokenizer-mode": "the checkpoint's own tokenizer is used; leave it out",

@@ -393,9 +393,9 @@ def test_the_thinkers_part_of_the_configuration(architecture: str, tmp_path: Pat
     assert found.text is not None and not found.text.tie_word_embeddings
     assert set(found.stop_token_ids) == {config["thinker_config"]["text_config"]["eos_token_id"],
                                          config["thinker_config"]["text_config"]["bos_token_id"]}
-    config["quantization_config"] = {"quant_method": "awq"}
+    config["quantization_config"] = {"quant_method": "bitsandbytes"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="awq"):
+    with pytest.raises(CheckpointError, match="bitsandbytes"):
         open_checkpoint(tmp_path)
 
 

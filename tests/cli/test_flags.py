@@ -109,6 +109,9 @@ def test_a_model_swallowed_by_a_list_is_noticed(capsys: pytest.CaptureFixture[st
     (["--gpu-memory-utilization", "1.5"], "from 0.01 to 1"),
     (["--gpu-memory-utilization", "nan"], "not a number"),
     (["--dtype", "int3"], "invalid choice: 'int3'"),
+    (["--quantization", "int3"], "invalid choice: 'int3'"),
+    (["--quantization-group-size", "16"], "from 32 to 128"),
+    (["--kv-cache-dtype", "fp8"], "invalid choice: 'fp8' (choose from"),
     (["--max-images", "-1"], "at least 0"),
     (["--revision"], "expected one argument")])
 def test_wrong_command_lines(argv: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,9 +137,9 @@ def test_every_flag_that_users_of_vllm_know_is_there() -> None:
     names = {flag.option for _, config in SERVE_GROUPS for flag in flags_of(config)}
     assert names >= {f"--{name}" for name in (
         "host port api-key dtype device max-model-len max-num-seqs max-num-batched-tokens gpu-memory-utilization "
-        "kv-cache-memory block-size enable-prefix-caching limit-mm-per-prompt mm-processor-kwargs "
-        "allowed-local-media-path allowed-media-domains chat-template served-model-name revision download-dir "
-        "trust-remote-code task seed root-path disable-log-requests").split()}
+        "kv-cache-memory kv-cache-dtype quantization block-size enable-prefix-caching limit-mm-per-prompt "
+        "mm-processor-kwargs allowed-local-media-path allowed-media-domains chat-template served-model-name revision "
+        "download-dir trust-remote-code task seed root-path disable-log-requests").split()}
 
 
 def test_help_names_every_flag_in_groups() -> None:

@@ -34,20 +34,20 @@ def mixed(max_tokens: int = 12, **sampling: Any) -> list[EngineRequest]:
             image_request(8, max_tokens, grid=(8, 8), images=2, **sampling)]
 
 
-def solo(model: Model, requests: Sequence[EngineRequest]) -> list[Result]:
+def solo(model: Model, requests: Sequence[EngineRequest], **options: Any) -> list[Result]:
     """Each request in an engine of its own, prompt in one piece."""
-    return [bench(model).run(replace(one, id=one.id + 1_000_000))[0] for one in requests]
+    return [bench(model, **options).run(replace(one, id=one.id + 1_000_000))[0] for one in requests]
 
 
-@pytest.mark.parametrize("chunk", [2048, 13])
-@pytest.mark.parametrize("caching", [True, False])
-@pytest.mark.parametrize("preempted", [False, True])
-def test_same_tokens_however_computed(model: Model, chunk: int, caching: bool, preempted: bool) -> None:
+@pytest.mark.parametrize(("chunk", "caching", "preempted", "cache"), [
+    *itertools.product([2048, 13], [True, False], [True, False], ["auto"]), (2048, True, True, "int8"),
+    (13, True, False, "int8"), (13, False, True, "int8")])
+def test_same_tokens_however_computed(model: Model, chunk: int, caching: bool, preempted: bool, cache: str) -> None:
     """R7: chunked or not, cache cold and warm, preempted or not, alone or in a batch of 8, text and pictures."""
-    engine = bench(model, max_num_batched_tokens=chunk, enable_prefix_caching=caching)
+    engine = bench(model, max_num_batched_tokens=chunk, enable_prefix_caching=caching, kv_cache_dtype=cache)
     scheduler = engine.engine.scheduler
     requests = mixed(24, logprobs=2)
-    expected = solo(model, requests)
+    expected = solo(model, requests, kv_cache_dtype=cache)
 
     def preempt(step: int) -> None:
         if preempted and step % 7 == 6 and scheduler.num_running > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from sensorium.config import EngineConfig
 from sensorium.engine import memory
-from sensorium.engine.loading import choose_dtype
+from sensorium.engine.loading import choose_cache_dtype, choose_dtype
 from sensorium.engine.memory import CacheShape, available_for_cache, free_memory_bytes, make_cache, size_cache
 from sensorium.errors import StartupError
 
@@ -23,6 +24,28 @@ def test_bytes_of_a_block() -> None:
     assert {t.dtype for pair in cache for t in pair} == {torch.bfloat16}
     assert sum(t.nbytes for pair in cache for t in pair) == 3 * BLOCK
     assert not any(t.any() for pair in cache for t in pair)
+
+
+def test_bytes_hold_nearly_twice_the_blocks() -> None:
+    """A byte each and four for the scale of every row, where there were two bytes each."""
+    for head_dim in (64, 128):
+        wide = CacheShape(num_layers=3, num_kv_heads=2, head_dim=head_dim, block_size=16, dtype=torch.bfloat16)
+        narrow = replace(wide, dtype=torch.int8)
+        assert narrow.block_bytes * 2 * head_dim == wide.block_bytes * (head_dim + 4)
+        config = EngineConfig("m", max_num_seqs=1000)
+        blocks = [size_cache(config, shape, 4096, 100 * 2**20)[0] for shape in (wide, narrow)]
+        assert blocks[1] == 100 * 2**20 // narrow.block_bytes > 1.88 * blocks[0]
+        cache = make_cache(narrow, 5, torch.device("cpu"))
+        assert {t.dtype for pair in cache for t in pair} == {torch.int8}
+        assert sum(t.nbytes for pair in cache for t in pair) == 5 * narrow.block_bytes
+
+
+def test_type_of_the_cache() -> None:
+    assert choose_cache_dtype("auto", torch.float32, has_cache=True) is torch.float32
+    assert choose_cache_dtype("auto", torch.float32, has_cache=False) is torch.float32
+    assert choose_cache_dtype("int8", torch.float32, has_cache=True) is torch.int8
+    with pytest.raises(StartupError, match="--kv-cache-dtype int8: an encoder has no KV cache"):
+        choose_cache_dtype("int8", torch.float32, has_cache=False)
 
 
 @pytest.mark.parametrize(("available", "max_model_len", "blocks", "length"), [
@@ -64,3 +87,10 @@ def test_a_quarter_of_what_the_container_leaves(monkeypatch: pytest.MonkeyPatch,
 ])
 def test_dtype_on_a_cpu(wanted: str, stored: str, chosen: torch.dtype) -> None:
     assert choose_dtype(wanted, stored, torch.device("cpu")) == chosen
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
+def test_quantised_weights_compute_in_bfloat16_on_a_cpu(stored: str) -> None:
+    """What the kernels for codes take; who asks for another type gets it."""
+    assert choose_dtype("auto", stored, torch.device("cpu"), is_quantized=True) == torch.bfloat16
+    assert choose_dtype("float32", stored, torch.device("cpu"), is_quantized=True) == torch.float32

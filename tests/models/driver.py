@@ -6,10 +6,12 @@ import itertools
 import random
 from collections.abc import Sequence as Series
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sensorium.kernels import cache_width
 from sensorium.models.base import AttentionContext, Model
 
 
@@ -27,13 +29,15 @@ class Driver:
     """`step` computes some tokens of some sequences and returns the last hidden state of each, as the runner does."""
 
     def __init__(self, model: Model, *, block_size: int = 4, num_blocks: int = 256, dtype: torch.dtype = torch.float32,
-                 device: str = "cpu") -> None:
+                 device: str = "cpu", int8_cache: bool = False) -> None:
         self.model = model
         self.block_size = block_size
-        shape = (num_blocks, model.num_kv_heads, block_size, model.head_dim)
-        # NaN shows every read of a slot that nobody wrote.
-        self.cache = [(torch.full(shape, torch.nan, dtype=dtype, device=device),
-                       torch.full(shape, torch.nan, dtype=dtype, device=device)) for _ in range(model.num_layers)]
+        cache_dtype = torch.int8 if int8_cache else dtype
+        shape = (num_blocks, model.num_kv_heads, block_size, cache_width(model.head_dim, cache_dtype))
+        # NaN shows every read of a slot that nobody wrote; as scales, four bytes of -1 are one.
+        unwritten = -1 if int8_cache else torch.nan
+        self.cache = [(torch.full(shape, unwritten, dtype=cache_dtype, device=device),
+                       torch.full(shape, unwritten, dtype=cache_dtype, device=device)) for _ in range(model.num_layers)]
         self.free = list(range(num_blocks))
         random.Random(0).shuffle(self.free)
         self.device = device
@@ -123,3 +127,24 @@ class Driver:
                 out.append(token)
             lengths = [1] * len(sequences)
         return new
+
+
+def clear_answers(model: Model, count: int, length: int, **options: Any) -> list[tuple[list[int], list[int]]]:
+    """(prompt, greedy tokens) that are no close call: every token wins by a tenth of its logits' standard deviation.
+
+    For models that compute alike but for rounding, which could turn closer ones.
+    """
+    found = []
+    for seed in range(300):
+        prompt = [random.Random(seed).randrange(400) for _ in range(12)]
+        driver, sequence, margins = Driver(model, **options), Sequence(list(prompt)), []
+        for _ in range(length):
+            logits = driver.logits(driver.step([(sequence, len(sequence.tokens) - sequence.cached)]))[-1].float()
+            best = logits.topk(2).values
+            margins.append(float((best[0] - best[1]) / logits.std()))
+            sequence.tokens.append(int(logits.argmax()))
+        if min(margins) > 0.1:
+            found.append((prompt, sequence.tokens[len(prompt):]))
+        if len(found) == count:
+            return found
+    raise AssertionError(f"only {len(found)} prompts have a clear answer")

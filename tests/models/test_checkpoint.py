@@ -203,7 +203,7 @@ def changed(**changes: Any) -> dict[str, Any]:
     (changed(rope_scaling={"type": "longrope", "short_factor": [1], "long_factor": [1]}), "of 32 numbers each"),
     (changed(rope_theta=-1), "must be positive"),
     (changed(eos_token_id=["</s>"]), "eos_token_id"),
-    (changed(quantization_config={"quant_method": "gptq"}), "quantised (gptq)"),
+    (changed(quantization_config={"quant_method": "bitsandbytes"}), "quantisation by bitsandbytes"),
 ])
 def test_bad_configs(tmp_path: Path, config: dict[str, Any], said: str) -> None:
     with pytest.raises(CheckpointError) as caught:

@@ -25,8 +25,12 @@ from sensorium.engine.runner import Runner
 from sensorium.engine.sampler import Sampler
 from sensorium.engine.scheduler import Budget, Scheduler
 from sensorium.errors import StartupError
+from sensorium.kernels import Quantization, quantized
+from sensorium.kernels.reference import GATHER_ELEMENTS
 from sensorium.models.base import Model
+from sensorium.models.layers import Linear
 from sensorium.models.weights import load_model, weight_bytes
+from sensorium.quantization import StoredQuantization
 from sensorium.types import EngineReady
 
 SMALL_MODEL_BYTES = 64 * MiB  # of weights: what a core reads in the time that waking another one may take
@@ -55,10 +59,13 @@ def load_engine(config: EngineConfig, *, progress: Callable[[str, float], None] 
     report = progress or (lambda phase, fraction: None)
     checkpoint = open_checkpoint(Path(config.model), Path(config.text_model) if config.text_model else None)
     device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, checkpoint.dtype, device)
+    quantization = choose_quantization(config, checkpoint.quantization)
+    is_quantized = quantization is not None or checkpoint.quantization is not None
+    dtype = choose_dtype(config.dtype, checkpoint.dtype, device, is_quantized=is_quantized)
     if device.type == "cpu":
         torch.set_num_threads(config.threads or default_threads(checkpoint))
-    model = load_model(checkpoint, dtype=dtype, device=device, progress=lambda part: report("weights", part))
+    model = load_model(checkpoint, dtype=dtype, device=device, quantization=quantization,
+                       quantize_towers=config.quantize_towers, progress=lambda part: report("weights", part))
     report("cache", 0.0)
     engine = build_engine(model, checkpoint, config, device, dtype, started=started, faults=faults)
     report("cache", 1.0)
@@ -70,13 +77,14 @@ def build_engine(model: Model, checkpoint: Checkpoint, config: EngineConfig, dev
     """Everything around a model that is already there."""
     started = monotonic() if started is None else started
     has_cache = model.num_layers > 0
+    cache_dtype = choose_cache_dtype(config.kv_cache_dtype, dtype, has_cache=has_cache)
     poolers = model.poolers
     wanted = min(config.max_model_len or checkpoint.max_model_len, checkpoint.max_model_len)
     num_blocks, max_len, kv_bytes = 0, wanted, 0
     cache = []
     if has_cache:
-        shape = cache_shape(model, config.block_size, dtype)
-        activations = model.activation_bytes(config.max_num_batched_tokens) if device.type != "cpu" else 0
+        shape = cache_shape(model, config.block_size, cache_dtype)
+        activations = activation_bytes(model, config, cache_dtype) if device.type != "cpu" else 0
         available = available_for_cache(config, device, activations)
         num_blocks, max_len = size_cache(config, shape, wanted, available)
         cache = make_cache(shape, num_blocks, device)
@@ -84,7 +92,7 @@ def build_engine(model: Model, checkpoint: Checkpoint, config: EngineConfig, dev
     hidden_size = checkpoint.text.hidden_size if checkpoint.text else 0
     encoder: EncoderCache[Tensor] = EncoderCache(config.encoder_cache_memory, hidden_size * dtype.itemsize)
     pool = BlockPool(num_blocks)
-    prefixes = PrefixCache(pool, config.block_size, _identity(checkpoint, dtype),
+    prefixes = PrefixCache(pool, config.block_size, _identity(checkpoint, config, dtype),
                            enabled=config.enable_prefix_caching and has_cache)
     axes = max(1, len(checkpoint.text.rope.mrope_section)) if checkpoint.text else 1
     rows = CPU_ENCODER_ROWS if device.type == "cpu" else config.max_num_batched_tokens
@@ -104,6 +112,18 @@ def build_engine(model: Model, checkpoint: Checkpoint, config: EngineConfig, dev
     return Engine(scheduler, runner, prefixes, encoder, ready)
 
 
+def activation_bytes(model: Model, config: EngineConfig, cache_dtype: torch.dtype) -> int:
+    """The model's own bound, and what the torch twins of the quantised kernels widen to float32 on the way."""
+    tokens = config.max_num_batched_tokens
+    widened = [quantized.activation_bytes(tokens, module.in_features) for module in model.modules()
+               if isinstance(module, Linear) and isinstance(module.form, quantized.QuantizedLinear)]
+    gathered = 0
+    if cache_dtype == torch.int8:
+        longest = model.checkpoint.max_model_len * model.num_kv_heads * model.head_dim
+        gathered = 5 * max(GATHER_ELEMENTS, longest)  # bytes, and floats of them
+    return model.activation_bytes(tokens) + max(widened, default=0) + gathered
+
+
 def choose_device(wanted: str) -> torch.device:
     if wanted == "cpu":
         return torch.device("cpu")
@@ -114,10 +134,32 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cpu")
 
 
-def choose_dtype(wanted: str, stored: str, device: torch.device) -> torch.dtype:
+def choose_quantization(config: EngineConfig, stored: StoredQuantization | None) -> Quantization | None:
+    """What to quantise to while loading; None: leave the weights as they are stored."""
+    wanted = config.quantization
+    if wanted in ("int8", "int4"):
+        return Quantization(8) if wanted == "int8" else Quantization(4, config.quantization_group_size)
+    layout = "plain numbers" if stored is None else stored.layout
+    if wanted not in ("auto", layout):
+        raise StartupError(f"--quantization {wanted}: the checkpoint's weights are stored as {layout}; leave the flag "
+                           "out, or let int8 or int4 quantise them while loading")
+    if config.quantize_towers:
+        raise StartupError("--quantize-towers goes with --quantization int8 or int4")
+    return None
+
+
+def choose_cache_dtype(wanted: str, dtype: torch.dtype, *, has_cache: bool) -> torch.dtype:
+    if wanted == "auto":
+        return dtype
+    if not has_cache:
+        raise StartupError(f"--kv-cache-dtype {wanted}: an encoder has no KV cache")
+    return torch.int8
+
+
+def choose_dtype(wanted: str, stored: str, device: torch.device, *, is_quantized: bool = False) -> torch.dtype:
     name = stored if wanted == "auto" else wanted
-    if wanted == "auto" and name == "float16" and device.type == "cpu":
-        name = "bfloat16"  # CPUs compute it faster, and it does not overflow
+    if wanted == "auto" and device.type == "cpu" and (name == "float16" or is_quantized):
+        name = "bfloat16"  # CPUs compute it faster, and it does not overflow; kernels for codes take nothing else
     if wanted == "auto" and name == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         name = "float16"
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
@@ -142,7 +184,9 @@ def usable_cores() -> int:
         return cores
 
 
-def _identity(checkpoint: Checkpoint, dtype: torch.dtype) -> bytes:
+def _identity(checkpoint: Checkpoint, config: EngineConfig, dtype: torch.dtype) -> bytes:
     """What cached keys and values depend on beside the prompt."""
     files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.weight_files]
-    return hashlib.sha256(repr((str(checkpoint.folder), checkpoint.architecture, str(dtype), files)).encode()).digest()
+    weights = (config.quantization, config.quantization_group_size, config.quantize_towers, config.kv_cache_dtype)
+    return hashlib.sha256(repr((str(checkpoint.folder), checkpoint.architecture, str(dtype), weights, files)).encode()
+                          ).digest()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sensorium.config import EngineConfig
 from sensorium.errors import StartupError
+from sensorium.kernels import cache_width
 from sensorium.models.base import KVCache, Model
 
 CPU_PART = 0.25  # of free memory for the KV cache, where the flag does not say
@@ -30,9 +31,14 @@ class CacheShape:
     dtype: torch.dtype
 
     @property
+    def row_width(self) -> int:
+        """Elements of one token's keys or values in one head: of int8 the scale's bytes too."""
+        return cache_width(self.head_dim, self.dtype)
+
+    @property
     def block_bytes(self) -> int:
         """Keys and values of one block in all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.block_size * self.head_dim * self.dtype.itemsize
+        return 2 * self.num_layers * self.num_kv_heads * self.block_size * self.row_width * self.dtype.itemsize
 
 
 def cache_shape(model: Model, block_size: int, dtype: torch.dtype) -> CacheShape:
@@ -84,7 +90,7 @@ def _number(name: str) -> int | None:
 
 
 def make_cache(shape: CacheShape, num_blocks: int, device: torch.device) -> KVCache:
-    size = (num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
+    size = (num_blocks, shape.num_kv_heads, shape.block_size, shape.row_width)
     return [(_zeros(size, shape.dtype, device), _zeros(size, shape.dtype, device)) for _ in range(shape.num_layers)]
 
 

@@ -18,16 +18,17 @@ import torch
 from torch import Tensor
 
 from sensorium.kernels import onednn, reference
+from sensorium.kernels.quantized import Quantization
 
 if TYPE_CHECKING:
     from sensorium.models.base import AttentionContext, KVCache
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Activation", "DecoderLayerParts", "DecoderStack", "LinearForm", "activate", "add_rms_norm", "cache_width",
-           "decoder_stack", "describe", "empty_linear", "first_attention", "gated", "layer_norm", "linear_activate",
-           "linear_add", "pack_linear", "paged_attention", "rms_norm", "rope", "silu_mul", "varlen_attention",
-           "write_kv"]
+__all__ = ["Activation", "DecoderLayerParts", "DecoderStack", "LinearForm", "Quantization", "QuantizedForm", "activate",
+           "add_rms_norm", "cache_width", "decoder_stack", "describe", "empty_linear", "empty_quantized",
+           "first_attention", "gated", "layer_norm", "linear_activate", "linear_add", "pack_linear", "paged_attention",
+           "rms_norm", "rope", "silu_mul", "varlen_attention", "write_kv"]
 
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "tanh"]
@@ -51,6 +52,18 @@ class LinearForm(Protocol):
 
     def rows(self, ids: Tensor) -> Tensor:
         """Weight rows [n, in] of output indices int64 [n] (tied embeddings use one copy)."""
+        ...
+
+
+class QuantizedForm(LinearForm, Protocol):
+    """A quantised weight. `fill` quantises."""
+
+    def fill_codes(self, first_row: int, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> None:
+        """Put rows that are quantised already at `first_row`.
+
+        `codes` uint8 [n, in]: 0 to 15 (int4), or the signed value + 128 (int8). `scales` [n, groups]. `zeros` uint8
+        [n, groups]: the code that means zero (int4, default 8); all rows of a layer have them or none.
+        """
         ...
 
 
@@ -98,18 +111,34 @@ def describe() -> str:
 
 
 def empty_linear(out_features: int, in_features: int, *, dtype: torch.dtype, device: torch.device,
-                 quantization: str | None = None) -> LinearForm:
+                 quantization: Quantization | None = None) -> LinearForm:
     """The form of a weight [out, in] that is best for this dtype and device, to be filled row by row."""
-    if dtype == torch.float32 and device.type == "cpu" and quantization is None and \
+    if quantization is not None:
+        return empty_quantized(out_features, in_features, quantization, dtype=dtype, device=device)
+    if dtype == torch.float32 and device.type == "cpu" and \
             out_features * in_features >= onednn.MIN_ELEMENTS and onednn.usable():
         return onednn.OneDnnLinear(out_features, in_features)
     module = _for(torch.empty(0, dtype=dtype, device=device))
-    form: LinearForm = module.empty_linear(out_features, in_features, dtype=dtype, device=device,
-                                           quantization=quantization)
+    form: LinearForm = module.empty_linear(out_features, in_features, dtype=dtype, device=device)
     return form
 
 
-def pack_linear(weight: Tensor, bias: Tensor | None, *, quantization: str | None = None) -> LinearForm:
+def empty_quantized(out_features: int, in_features: int, quantization: Quantization, *, dtype: torch.dtype,
+                    device: torch.device) -> QuantizedForm:
+    module = _for(torch.empty(0, dtype=dtype, device=device))
+    if module is reference:
+        _say_slow(f"{dtype} on {device.type}".removeprefix("torch."))
+    form: QuantizedForm = module.empty_linear(out_features, in_features, dtype=dtype, device=device,
+                                              quantization=quantization)
+    return form
+
+
+@functools.cache
+def _say_slow(where: str) -> None:
+    logger.warning("quantised weights of %s are computed with torch alone: right, but slow", where)
+
+
+def pack_linear(weight: Tensor, bias: Tensor | None, *, quantization: Quantization | None = None) -> LinearForm:
     """A form filled from weight [out, in] and bias [out]; neither is kept."""
     form = empty_linear(*weight.shape, dtype=weight.dtype, device=weight.device, quantization=quantization)
     form.fill(0, weight)

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from sensorium.errors import StartupError
-from sensorium.kernels import Activation, DecoderLayerParts, reference
+from sensorium.kernels import Activation, DecoderLayerParts, Quantization, reference
 
 if TYPE_CHECKING:
     from sensorium.models.base import AttentionContext
@@ -32,7 +31,6 @@ ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512", "avx512_bf16")  # the ind
 ABI = 5
 PANEL = 32  # output columns that are stored together, kPanel of native/kernels.h
 LANES = 16
-QUANTIZATIONS = {"int8": 8, "int4": 4}  # name -> bits
 _FORM_BF16, _FORM_INT8, _FORM_INT4 = 0, 1, 2
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "tanh")
 
@@ -160,15 +158,13 @@ class Native:
         return x.dtype is _BF16 and x.device.type == "cpu"
 
     def empty_linear(self, out_features: int, in_features: int, *, dtype: torch.dtype = _BF16,
-                     device: torch.device | None = None, quantization: str | None = None) -> Form:
+                     device: torch.device | None = None, quantization: Quantization | None = None) -> Form:
         """A form to be filled; `dtype` and `device` are the reference's business."""
         if quantization is None:
             return PackedLinear(self, out_features, in_features)
-        if quantization not in QUANTIZATIONS:
-            raise StartupError(f"unknown quantization {quantization!r} (known: {', '.join(QUANTIZATIONS)})")
-        return QuantizedLinear(self, out_features, in_features, QUANTIZATIONS[quantization])
+        return QuantizedLinear(self, out_features, in_features, quantization)
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None, *, quantization: str | None = None) -> Form:
+    def pack_linear(self, weight: Tensor, bias: Tensor | None, *, quantization: Quantization | None = None) -> Form:
         packed = self.empty_linear(weight.shape[0], weight.shape[1], quantization=quantization)
         packed.fill(0, weight)
         packed.set_bias(bias)
@@ -432,11 +428,9 @@ class QuantizedLinear(NativeLinear):
 
     __slots__ = ("_groups", "_scales", "_zeros", "bits", "group")
 
-    def __init__(self, native: Native, out_features: int, in_features: int, bits: int, group: int = 64) -> None:
-        """`group` (int4): a multiple of 8 up to 256."""
-        if bits not in (4, 8) or (bits == 4 and (group % 8 or not 0 < group <= 256)):
-            raise ValueError(f"there is no kernel for {bits}-bit weights in groups of {group}")
-        self.bits, self.group = bits, group if bits == 4 else -(-in_features // 4) * 4
+    def __init__(self, native: Native, out_features: int, in_features: int, quantization: Quantization) -> None:
+        bits = quantization.bits
+        self.bits, self.group = bits, quantization.group if bits == 4 else -(-in_features // 4) * 4
         self._groups = -(-in_features // self.group)
         columns = -(-out_features // LANES) * LANES
         packed = torch.empty(columns * self._groups * self.group * bits // 8, dtype=torch.uint8)
@@ -458,11 +452,7 @@ class QuantizedLinear(NativeLinear):
         native._quantize(native._runtime, self.address, rows.data_ptr(), rows.stride(0), rows.shape[0], first_row)
 
     def fill_codes(self, first_row: int, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> None:
-        """Put rows that are quantised already at `first_row`.
-
-        `codes` uint8 [n, in]: 0 to 15 (int4), or the signed value + 128 (int8). `scales` [n, groups]. `zeros` uint8
-        [n, groups]: the code that means zero (int4, default 8); all rows of a layer have them or none.
-        """
+        """Put rows that are quantised already at `first_row`: see `QuantizedForm`."""
         codes = self._checked(first_row, codes, torch.uint8)
         places = torch.arange(first_row, first_row + codes.shape[0])
         panels, columns = places // PANEL, places % PANEL

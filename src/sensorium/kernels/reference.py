@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sensorium.errors import StartupError
+from sensorium.kernels.quantized import Quantization, QuantizedLinear
 
 if TYPE_CHECKING:
     from sensorium.kernels import Activation
@@ -51,9 +51,9 @@ class PlainLinear:
 
 
 def empty_linear(out_features: int, in_features: int, *, dtype: torch.dtype, device: torch.device,
-                 quantization: str | None = None) -> PlainLinear:
+                 quantization: Quantization | None = None) -> PlainLinear | QuantizedLinear:
     if quantization is not None:
-        raise StartupError(f"quantization {quantization!r} is not available for {dtype} on {device.type}")
+        return QuantizedLinear(out_features, in_features, quantization, dtype=dtype, device=device)
     return PlainLinear(torch.empty(out_features, in_features, dtype=dtype, device=device))
 
 

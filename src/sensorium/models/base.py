@@ -60,6 +60,8 @@ class Model(nn.Module):
     modalities: ClassVar[frozenset[Modality]] = frozenset()
     weight_prefixes: ClassVar[Mapping[str, str]] = {}  # literal prefix renames, first match wins
     weight_map: ClassVar[tuple[Rename, ...]] = ()  # after the prefixes, first match wins; other keys keep their names
+    core: ClassVar[tuple[str, ...]] = ("",)
+    """Prefixes of the parameters that `--quantization` means; the rest, towers and projectors, need to be asked for."""
     ignored: tuple[str, ...] = ()  # suffixes or prefixes of keys (stored or renamed) that may be there and are not used
 
     def __init__(self, checkpoint: Checkpoint) -> None:

@@ -16,7 +16,7 @@ from sensorium.checkpoint import Checkpoint, TextConfig
 from sensorium.errors import CheckpointError
 from sensorium.kernels.reference import GATHER_ELEMENTS, MASK_ELEMENTS
 from sensorium.models.base import AttentionContext, KVCache, Model, Rename
-from sensorium.models.layers import Attention, Embedding, GateUpLinear, Linear, QKVLinear, RMSNorm
+from sensorium.models.layers import Attention, Embedding, GateUpLinear, LanguageHead, Linear, QKVLinear, RMSNorm
 from sensorium.models.rope import RotaryEmbedding
 from sensorium.pooling.embedding import embedding_poolers
 from sensorium.pooling.pooler import Pooler
@@ -133,6 +133,7 @@ class DecoderModel(Model):
     """A decoder that pools its states. What stands on top of it is its subclasses' business."""
 
     weight_map: ClassVar[tuple[Rename, ...]] = DECODER_MAP
+    core: ClassVar[tuple[str, ...]] = ("model.", "lm_head.")
     ignored: tuple[str, ...] = (".rotary_emb.inv_freq",)
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -187,7 +188,7 @@ class DecoderForCausalLM(DecoderModel):
     generates = True
 
     def _declare_head(self, config: TextConfig) -> Linear | None:
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = LanguageHead(config.hidden_size, config.vocab_size)
         if not config.tie_word_embeddings:
             return None
         self.tied = {"model.embed_tokens.weight": "lm_head.weight"}

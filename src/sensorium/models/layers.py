@@ -20,11 +20,18 @@ def declare(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
 
 
+def at_least(bits: int, wanted: kernels.Quantization | None) -> kernels.Quantization | None:
+    """What is wanted, or int8 where fewer than so many bits are wanted; None where more than 8 are needed."""
+    if wanted is None or wanted.bits >= bits:
+        return wanted
+    return kernels.Quantization(8) if bits <= 8 else None
+
+
 class Linear(nn.Module):
     """x [.., in_features] -> [.., out_features]. `shards` names the row ranges that a checkpoint stores separately."""
 
     form: kernels.LinearForm
-    quantizable: ClassVar[bool] = True
+    least_bits: ClassVar[int] = 4  # that it may be quantised to; more than 8: never
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False,
                  shards: Mapping[str, tuple[int, int]] | None = None) -> None:
@@ -35,11 +42,15 @@ class Linear(nn.Module):
         self.weight: nn.Parameter | None = declare(out_features, in_features)
         self.bias: nn.Parameter | None = declare(out_features) if bias else None
 
+    def quantization(self, wanted: kernels.Quantization | None) -> kernels.Quantization | None:
+        """The form for this layer where the model is quantised so."""
+        return at_least(self.least_bits, wanted)
+
     def allocate(self, dtype: torch.dtype, device: torch.device,
-                 quantization: str | None = None) -> kernels.LinearForm:
+                 quantization: kernels.Quantization | None = None) -> kernels.LinearForm:
         """Replace the declared parameters by an empty form, to be filled with `fill` and `set_bias`."""
         self.form = kernels.empty_linear(self.out_features, self.in_features, dtype=dtype, device=device,
-                                         quantization=quantization if self.quantizable else None)
+                                         quantization=quantization)
         self.weight = None
         self.bias = None
         return self.form
@@ -75,6 +86,12 @@ class GateUpLinear(Linear):
                          shards={"gate": (0, intermediate_size), "up": (intermediate_size, intermediate_size)})
 
 
+class LanguageHead(Linear):
+    """Hidden states to logits; where the two are tied its rows are the embeddings. Eight bits are as few as it gets."""
+
+    least_bits = 8
+
+
 class Head(nn.Module):
     """The last layer of a classifier: small, read by people, so computed in float32 whatever the model's type."""
 
@@ -92,16 +109,31 @@ class Head(nn.Module):
 class Embedding(nn.Module):
     """Token ids int64 [n] -> rows [n, hidden]; ids outside the table give row 0. Tied: reads the rows of a Linear."""
 
+    form: kernels.LinearForm | None = None  # of a quantised table
+    least_bits: ClassVar[int] = 8
+
     def __init__(self, vocab_size: int, hidden_size: int, tied: Linear | None = None) -> None:
         super().__init__()
         self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
         self.weight = declare(vocab_size, hidden_size) if tied is None else None
         self._tied = [] if tied is None else [tied]  # in a list: not a submodule of two parents
+
+    def quantization(self, wanted: kernels.Quantization | None) -> kernels.Quantization | None:
+        return at_least(self.least_bits, wanted)
+
+    def allocate(self, dtype: torch.dtype, device: torch.device,
+                 quantization: kernels.Quantization | None = None) -> kernels.LinearForm:
+        """A form in place of the declared parameter, for a quantised table."""
+        self.form = kernels.empty_linear(self.vocab_size, self.hidden_size, dtype=dtype, device=device,
+                                         quantization=quantization)
+        self.weight = None
+        return self.form
 
     def forward(self, ids: Tensor) -> Tensor:
         ids = torch.where((ids >= 0) & (ids < self.vocab_size), ids, 0)
         if self.weight is None:
-            return self._tied[0].form.rows(ids)
+            return (self.form or self._tied[0].form).rows(ids)
         return nn.functional.embedding(ids, self.weight)
 
 

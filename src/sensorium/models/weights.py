@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
 import mmap
 import pickle
@@ -17,16 +18,20 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from sensorium.checkpoint import Checkpoint
 from sensorium.errors import CheckpointError
+from sensorium.kernels import Quantization, QuantizedForm
 from sensorium.models.base import Model
-from sensorium.models.layers import Linear
+from sensorium.models.layers import Embedding, Linear
+from sensorium.models.packed import StoredCodes, join
 from sensorium.models.registry import FAMILIES, load_class
+
+logger = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 100 * 1024 * 1024
 MAX_NAMED = 5  # keys that one error message names
@@ -56,6 +61,16 @@ class StoredTensor:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def pieces(self) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows) of the whole tensor: so many that their conversion to another dtype takes little memory."""
+        rows = self.view()
+        step = max(1, CONVERT_BYTES * rows.shape[0] // max(1, rows.nbytes))
+        for start in range(0, rows.shape[0], step):
+            yield start, rows[start : start + step]
+
+
+Stored = StoredTensor | StoredCodes
+
 
 @dataclass(slots=True)
 class _Slot:
@@ -65,19 +80,25 @@ class _Slot:
     module: nn.Module
     attribute: str
     shape: tuple[int, ...]
-    sources: dict[str, StoredTensor]
+    sources: dict[str, Stored]
 
     def shards(self) -> dict[str, tuple[int, int]]:
         return self.module.shards if isinstance(self.module, Linear) else {}
 
-    def holder(self, shard: str) -> StoredTensor | None:
+    def holder(self, shard: str) -> Stored | None:
         """What already fills this shard ("": any part of the parameter)."""
         return next((s for name, s in self.sources.items() if not name or not shard or name == shard), None)
 
-    def parts(self) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows) of everything that fills the parameter."""
-        for name, source in self.sources.items():
-            yield (self.shards()[name][0] if name else 0), source.view()
+    def parts(self) -> list[tuple[int, Stored]]:
+        """(first row, tensor) of everything that fills the parameter."""
+        return [(self.shards()[name][0] if name else 0, source) for name, source in self.sources.items()]
+
+    def pieces(self) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows) of all parts, each given back when the next one is asked for."""
+        for first, source in self.parts():
+            for start, rows in source.pieces():
+                yield first + start, rows
+            source.release()
 
     def missing(self) -> list[str]:
         if "" in self.sources or (self.sources and self.sources.keys() == self.shards().keys()):
@@ -87,12 +108,20 @@ class _Slot:
 
 
 def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str,
-               quantization: str | None = None, progress: Callable[[float], None] | None = None) -> Model:
-    """Build the checkpoint's model on `device` with weights in `dtype`. `progress` hears the part done, from 0 to 1."""
+               quantization: Quantization | None = None, quantize_towers: bool = False,
+               progress: Callable[[float], None] | None = None) -> Model:
+    """Build the checkpoint's model on `device` with weights in `dtype`. `progress` hears the part done, from 0 to 1.
+
+    `quantization` is for the linear layers and embeddings of the model's core, and of all of it if the towers are meant
+    too. Without it weights that are stored as codes stay codes.
+    """
     with torch.device("meta"):
         model: Model = load_class(FAMILIES[checkpoint.architecture].model)(checkpoint)
-    tensors = stored_tensors(checkpoint.weight_files, checkpoint.text_weight_files)
-    fill(model, tensors, dtype=dtype, device=torch.device(device), quantization=quantization, progress=progress)
+    tensors: list[Stored] = [*stored_tensors(checkpoint.weight_files, checkpoint.text_weight_files)]
+    if checkpoint.quantization is not None:
+        tensors = join(stored_tensors(checkpoint.weight_files, checkpoint.text_weight_files), checkpoint.quantization)
+    fill(model, tensors, dtype=dtype, device=torch.device(device), quantization=quantization,
+         quantize_towers=quantize_towers, progress=progress)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
@@ -101,7 +130,8 @@ def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.devi
 
 def weight_bytes(model: Model) -> int:
     """Memory of everything loaded: packed forms and plain parameters."""
-    packed = sum(module.form.nbytes for module in model.modules() if isinstance(module, Linear))
+    packed = sum(module.form.nbytes for module in model.modules()
+                 if isinstance(module, Linear | Embedding) and module.form is not None)
     return packed + sum(p.nbytes for p in model.parameters())
 
 
@@ -125,25 +155,31 @@ def _tensors_of(files: Iterable[Path]) -> dict[str, StoredTensor]:
     return found
 
 
-def fill(model: Model, tensors: list[StoredTensor], *, dtype: torch.dtype, device: torch.device,
-         quantization: str | None = None, progress: Callable[[float], None] | None = None) -> None:
+def fill(model: Model, tensors: list[Stored], *, dtype: torch.dtype, device: torch.device,
+         quantization: Quantization | None = None, quantize_towers: bool = False,
+         progress: Callable[[float], None] | None = None) -> None:
     """Give every declared parameter its memory and contents."""
     slots = _assign(model, tensors)
     total = sum(s.nbytes for slot in slots.values() for s in slot.sources.values()) or 1
-    done = 0
+    done = anew = 0
     groups = _by_module(slots)
     for index, (module, group) in enumerate(groups):
         for source in _sources(groups[index + 1 : index + 2]):  # the disk works while this one is packed
             source.prefetch()
-        _fill_module(module, group, dtype, device, quantization)
-        for source in _sources([(module, group)]):
-            source.release()
-            done += source.nbytes
+        wanted = None
+        if isinstance(module, Linear | Embedding):
+            is_core = next(iter(group.values())).name.startswith(model.core)
+            wanted = module.quantization(quantization if is_core or quantize_towers else None)
+        anew += _fill_module(module, group, dtype, device, wanted)
+        done += sum(source.nbytes for source in _sources([(module, group)]))
         if progress is not None:
             progress(done / total)
+    if anew:
+        logger.warning("%d layers are stored in a form that no kernel takes (act-order, or 8 bits in groups or with "
+                       "zero points): they are kept as int8 with one scale per output", anew)
 
 
-def _assign(model: Model, tensors: list[StoredTensor]) -> dict[str, _Slot]:
+def _assign(model: Model, tensors: list[Stored]) -> dict[str, _Slot]:
     slots = {}
     for path, module in model.named_modules():
         for attribute, parameter in module.named_parameters(recurse=False):
@@ -177,14 +213,14 @@ def _named(keys: list[str]) -> str:
     return ", ".join(keys[:MAX_NAMED]) + more
 
 
-def _check(slot: _Slot, shard: str, tensor: StoredTensor) -> None:
+def _check(slot: _Slot, shard: str, tensor: Stored) -> None:
     expected = (slot.shards()[shard][1], *slot.shape[1:]) if shard else slot.shape
     if tensor.shape != expected:
         raise CheckpointError(f"tensor {tensor.key} in {tensor.file.name} has shape {list(tensor.shape)}, "
                               f"the configuration needs {list(expected)}")
-    if tensor.dtype not in _FLOATS:
-        raise CheckpointError(f"tensor {tensor.key} in {tensor.file.name} is {tensor.dtype}: quantised checkpoints are "
-                              "not supported")
+    if isinstance(tensor, StoredTensor) and tensor.dtype not in _FLOATS:
+        raise CheckpointError(f"tensor {tensor.key} in {tensor.file.name} is {tensor.dtype}: config.json does not say "
+                              "how it is quantised")
 
 
 def _is_ignored(key: str, patterns: tuple[str, ...]) -> bool:
@@ -219,34 +255,62 @@ def _by_module(slots: dict[str, _Slot]) -> list[tuple[nn.Module, dict[str, _Slot
     return list(groups.values())
 
 
-def _sources(groups: list[tuple[nn.Module, dict[str, _Slot]]]) -> list[StoredTensor]:
+def _sources(groups: list[tuple[nn.Module, dict[str, _Slot]]]) -> list[Stored]:
     return [source for _, group in groups for slot in group.values() for source in slot.sources.values()]
 
 
 def _fill_module(module: nn.Module, slots: dict[str, _Slot], dtype: torch.dtype, device: torch.device,
-                 quantization: str | None) -> None:
-    if isinstance(module, Linear):
-        form = module.allocate(dtype, device, quantization)
-        for first, rows in slots["weight"].parts():
-            for start in range(0, rows.shape[0], step := _rows_at_once(rows)):
-                form.fill(first + start, rows[start : start + step].flatten(1).to(dtype))
-        if "bias" in slots:
-            form.set_bias(_whole(slots["bias"], dtype, device))
-        return
+                 wanted: Quantization | None) -> bool:
+    """Whether codes of the checkpoint had to be quantised anew, though nobody asked for it."""
+    if not isinstance(module, Linear | Embedding):
+        _fill_parameters(module, slots, dtype, device)
+        return False
+    weight, is_exact, anew = slots["weight"], False, False
+    if wanted is None and module.least_bits <= 8:
+        wanted, is_exact = _stored_form(weight)
+        anew = wanted is not None and not is_exact
+    if wanted is None and isinstance(module, Embedding):
+        _fill_parameters(module, slots, dtype, device)
+        return False
+    form = module.allocate(dtype, device, wanted)
+    if wanted is not None and is_exact:
+        _put_codes(cast("QuantizedForm", form), wanted, weight)
+    else:
+        for first, rows in weight.pieces():
+            form.fill(first, rows.flatten(1).to(dtype))
+    if "bias" in slots:
+        form.set_bias(_whole(slots["bias"], dtype, device))
+    return anew
+
+
+def _stored_form(weight: _Slot) -> tuple[Quantization | None, bool]:
+    """The form for a weight all of whose parts are stored as codes, and whether it can hold just these."""
+    codes = [source for source in weight.sources.values() if isinstance(source, StoredCodes)]
+    if not codes or len(codes) < len(weight.sources):
+        return None, False
+    forms = {source.form() for source in codes}
+    exact = forms.pop() if len(forms) == 1 else None
+    return exact or Quantization(8), exact is not None
+
+
+def _put_codes(form: QuantizedForm, quantization: Quantization, weight: _Slot) -> None:
+    parts = [(first, source) for first, source in weight.parts() if isinstance(source, StoredCodes)]
+    with_zeros = not all(source.is_symmetric() for _, source in parts)
+    for first, source in parts:
+        source.put(form, first, quantization, with_zeros=with_zeros)
+        source.release()
+
+
+def _fill_parameters(module: nn.Module, slots: dict[str, _Slot], dtype: torch.dtype, device: torch.device) -> None:
     for name, slot in slots.items():
         setattr(module, name, nn.Parameter(_whole(slot, dtype, device), requires_grad=False))
 
 
 def _whole(slot: _Slot, dtype: torch.dtype, device: torch.device) -> Tensor:
     value = torch.empty(slot.shape, dtype=dtype, device=device)
-    for first, rows in slot.parts():
+    for first, rows in slot.pieces():
         value[first : first + rows.shape[0]].copy_(rows)
     return value
-
-
-def _rows_at_once(rows: Tensor) -> int:
-    """Rows whose conversion to another dtype takes little memory."""
-    return max(1, CONVERT_BYTES * rows.shape[0] // max(1, rows.nbytes))
 
 
 def _read_safetensors(file: Path) -> list[StoredTensor]:

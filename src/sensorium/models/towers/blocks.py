@@ -41,7 +41,7 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
 class PatchLinear(Linear):
     """A convolution whose kernels do not overlap, as a linear layer over flattened patches. Never quantised."""
 
-    quantizable = False
+    least_bits = 16
 
     def __init__(self, out_features: int, *kernel: int, bias: bool = False) -> None:
         super().__init__(math.prod(kernel), out_features, bias=bias)

@@ -1,0 +1,165 @@
+"""int8 and int4 weights in plain torch, on any device: the twin of the native kernels, with the same rounding.
+
+Codes are unsigned: w = (code - 128) * scale for int8, a scale per output; w = (code - zero) * scale for int4, a scale
+and a zero (8 unless said otherwise) per output and group of inputs. Activations become signed bytes on the way in, with
+a scale per row (int8) or per row and group (int4).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sensorium.errors import StartupError
+
+PIECE = 1024 * 1024  # weight elements that are wide at once
+DIVISORS = (-8.4, -8.0, -7.6, -7.2, -6.8)  # of a group's largest value: the int4 scales that are tried
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """The form of a quantised weight. `group`: inputs that share an int4 scale."""
+
+    bits: Literal[4, 8]
+    group: int = 64
+
+    def __post_init__(self) -> None:
+        if self.bits == 4 and (self.group % 8 or not 8 <= self.group <= 256):
+            raise StartupError(f"there is no kernel for 4-bit weights in groups of {self.group}: it must be a multiple "
+                               "of 8 up to 256")
+
+
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, in] -> codes uint8 [n, in], scales float32 [n, 1]"""
+    wide = weight.float()
+    largest = wide.abs().amax(1, keepdim=True)
+    codes = (wide * _inverse(largest)).round_()
+    return (codes + 128).to(torch.uint8), largest / 127
+
+
+def quantize_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """[n, in] -> codes uint8 [n, in], scales float16 [n, groups].
+
+    Sixteen codes reach one further down than up, so the value of largest magnitude is given code -8 or less. Some
+    smaller scales, and the best fit to each one's codes, are tried: the one with the least squared error wins.
+    """
+    grouped = _grouped(weight.float(), group)
+    top = grouped.gather(2, grouped.abs().argmax(2, keepdim=True))
+    best, least = torch.zeros_like(top), torch.full_like(top, torch.inf)
+    for divisor in DIVISORS:
+        scale = (top * (1 / divisor)).half().float()
+        for _ in range(2):
+            codes = _nearest(grouped, scale)
+            error = (grouped - codes * scale).square_().sum(2, keepdim=True)
+            best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+            square = codes.square().sum(2, keepdim=True)
+            fit = (grouped * codes).sum(2, keepdim=True) / square
+            scale = torch.where(square > 0, fit, scale).half().float()
+    codes = (_nearest(grouped, best) + 8).to(torch.uint8).flatten(1)[:, : weight.shape[1]]
+    return codes, best.squeeze(2).half()
+
+
+def round_activations(x: Tensor, group: int) -> Tensor:
+    """[.., in] -> float32 [.., in]: what signed bytes with one scale per row and group can say of x."""
+    grouped = _grouped(x.float(), group)
+    largest = grouped.abs().amax(-1, keepdim=True)
+    codes = (grouped * _inverse(largest)).round_()
+    return codes.mul_(largest / 127).flatten(-2)[..., : x.shape[-1]]
+
+
+def activation_bytes(tokens: int, in_features: int) -> int:
+    """Upper bound of what a product of so many rows takes beside its result."""
+    return 4 * (4 * tokens * (in_features + 256) + 4 * max(PIECE, in_features) + tokens * (PIECE // in_features + 1))
+
+
+def _grouped(x: Tensor, group: int) -> Tensor:
+    """[.., in] -> [.., groups, group], zeros behind the last one"""
+    padded = functional.pad(x, (0, -x.shape[-1] % group))
+    return padded.view(*x.shape[:-1], -1, group)
+
+
+def _inverse(largest: Tensor) -> Tensor:
+    return torch.where(largest > 0, torch.full_like(largest, 127) / largest, 0)  # 127 / x would be 127 * (1 / x)
+
+
+def _nearest(grouped: Tensor, scale: Tensor) -> Tensor:
+    inverse = torch.where(scale.abs() > 1e-30, 1 / scale, 0)
+    return (grouped * inverse).round_().clamp_(-8, 7)
+
+
+class QuantizedLinear:
+    """A linear layer's weight as codes, two int4 codes to a byte, with the interface of `native.QuantizedLinear`."""
+
+    __slots__ = ("_bias", "_codes", "_dtype", "_group", "_scales", "_zeros", "bits", "in_features", "out_features")
+
+    def __init__(self, out_features: int, in_features: int, quantization: Quantization, *, dtype: torch.dtype,
+                 device: torch.device) -> None:
+        self.out_features, self.in_features, self.bits = out_features, in_features, quantization.bits
+        self._group = in_features if self.bits == 8 else quantization.group
+        width = in_features if self.bits == 8 else -(-in_features // 2)
+        self._codes = torch.zeros(out_features, width, dtype=torch.uint8, device=device)
+        self._scales = torch.zeros(out_features, -(-in_features // self._group), device=device,
+                                   dtype=torch.float32 if self.bits == 8 else torch.float16)
+        self._zeros: Tensor | None = None
+        self._bias: Tensor | None = None
+        self._dtype = dtype
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self._codes, self._scales, self._zeros, self._bias) if t is not None)
+
+    def fill(self, first_row: int, rows: Tensor) -> None:
+        """Quantise rows [n, in] and put them at `first_row`; the tensor is not kept."""
+        step = max(1, PIECE // self.in_features)
+        for start in range(0, rows.shape[0], step):
+            piece = rows[start : start + step].to(self._codes.device)
+            self.fill_codes(first_row + start,
+                            *(quantize_int8(piece) if self.bits == 8 else quantize_int4(piece, self._group)))
+
+    def fill_codes(self, first_row: int, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> None:
+        """Put rows that are quantised already at `first_row`: see `QuantizedForm`."""
+        place = slice(first_row, first_row + codes.shape[0])
+        if codes.shape[1] != self.in_features or first_row < 0 or place.stop > self.out_features:
+            raise ValueError(f"rows {tuple(codes.shape)} do not fit at row {first_row} of {self.out_features}")
+        if zeros is not None:
+            if self.bits != 4:
+                raise ValueError("int8 weights have no zero points")
+            if self._zeros is None:
+                self._zeros = torch.full(self._scales.shape, 8, dtype=torch.uint8, device=self._scales.device)
+            self._zeros[place].copy_(zeros)
+        if self.bits == 4:
+            even = functional.pad(codes, (0, codes.shape[1] % 2))
+            codes = even[:, ::2] | (even[:, 1::2] << 4)
+        self._codes[place].copy_(codes)
+        self._scales[place].copy_(scales)
+
+    def set_bias(self, bias: Tensor | None) -> None:
+        self._bias = None if bias is None else bias.to(self._codes.device, torch.float32, copy=True)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rounded = round_activations(x, self._group)
+        out = x.new_empty((*x.shape[:-1], self.out_features))
+        step = max(1, PIECE // self.in_features)
+        for start in range(0, self.out_features, step):
+            rows = slice(start, start + step)
+            bias = None if self._bias is None else self._bias[rows]
+            out[..., rows] = functional.linear(rounded, self._weight(rows), bias)
+        return out
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Dequantised weight rows [n, in] of output indices int64 [n]."""
+        return self._weight(ids).to(self._dtype)
+
+    def _weight(self, rows: slice | Tensor) -> Tensor:
+        """float32 [n, in]"""
+        codes = self._codes[rows]
+        if self.bits == 8:
+            return (codes.float() - 128) * self._scales[rows]
+        codes = torch.stack((codes & 15, codes >> 4), -1).flatten(1)[:, : self.in_features]
+        wide = _grouped(codes.float(), self._group)
+        zeros = 8 if self._zeros is None else self._zeros[rows].float().unsqueeze(2)
+        return ((wide - zeros) * self._scales[rows].float().unsqueeze(2)).flatten(1)[:, : self.in_features]
