@@ -109,11 +109,21 @@ static inline void quantize_int4(const float* w, int64_t k, int64_t group, uint8
         uint16_t halves[kLanes];
         vstore_f16(halves, scale);
         std::copy(halves, halves + count, scales + first);
-        for (int64_t i = 0; i < group; ++i) {
-            int8_t bytes[kLanes];
-            vstore_s8(bytes, nearest_code(vload(lanes + i * kLanes), inverse));
-            for (int g = 0; g < count; ++g)
-                if ((first + g) * group + i < k) codes[(first + g) * group + i] = uint8_t(bytes[g] + 8);
+        for (int64_t i = 0; i < group; i += kLanes) {  // a group's codes side by side again
+            const int here = int(std::min<int64_t>(kLanes, group - i));
+            alignas(64) float found[kLanes * kLanes], turned[kLanes * kLanes];
+            const bf16* found_rows[kLanes];
+            for (int j = 0; j < kLanes; ++j) {
+                found_rows[j] = reinterpret_cast<const bf16*>(found + j * kLanes);
+                if (j < here) vstore(found + j * kLanes, nearest_code(vload(lanes + (i + j) * kLanes), inverse) + vset(8));
+            }
+            transpose_pairs(found_rows, here, kLanes, reinterpret_cast<uint32_t*>(turned), kLanes);
+            for (int g = 0; g < count; ++g) {
+                const int64_t to = (first + g) * group + i;
+                int8_t bytes[kLanes];
+                vstore_s8(bytes, vload(turned + g * kLanes));
+                if (to < k) std::memcpy(codes + to, bytes, size_t(std::min<int64_t>(here, k - to)));
+            }
         }
     }
 }
@@ -126,8 +136,10 @@ static inline void store_codes(const Codes& shape, uint8_t* const* codes, int co
         rows[i] = reinterpret_cast<const bf16*>(codes[i]);
         if (!shape.nibbles || !codes[i]) continue;
         for (int64_t word = 0; word < shape.words(); ++word) {
-            const uint8_t* from = codes[i] + word * 8;
-            for (int j = 0; j < 4; ++j) codes[i][word * 4 + j] = uint8_t(from[j] | (from[j + 4] << 4));
+            uint64_t bytes;
+            std::memcpy(&bytes, codes[i] + word * 8, 8);
+            const uint32_t nibbles = uint32_t(bytes | (bytes >> 28));  // the first four are the low ones
+            std::memcpy(codes[i] + word * 4, &nibbles, 4);
         }
     }
     transpose_pairs(rows, count, shape.words(), out, width, stream);

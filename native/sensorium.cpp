@@ -66,6 +66,9 @@ EXPORT void sensorium_unpack_bf16(const Runtime* r, const bf16* packed, int64_t 
                                   int64_t count, bf16* out) {
     r->kernels->unpack_bf16(packed, n, k, ids, count, out);
 }
+EXPORT void sensorium_gather_rows(const bf16* const* rows, int64_t k, const int64_t* ids, int64_t count, bf16* out) {
+    for (int64_t i = 0; i < count; ++i) std::memcpy(out + i * k, rows[ids[i]], size_t(k) * sizeof(bf16));
+}
 // Rows of bf16 become codes and scales of the linear layer's form, at `row_start`.
 EXPORT void sensorium_quantize(const Runtime* r, const Linear* w, const bf16* weight, int64_t stride, int64_t rows,
                                int64_t row_start) {
