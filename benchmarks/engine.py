@@ -20,6 +20,7 @@ from sensorium.config import EngineConfig
 from sensorium.engine.core import Channel, Core
 from sensorium.engine.faults import Faults
 from sensorium.engine.loading import build_engine, default_threads
+from sensorium.kernels import Quantization
 from sensorium.models.weights import load_model
 from sensorium.types import EngineRequest, Prompt, SamplingParams
 
@@ -44,7 +45,8 @@ class Bench:
         if text is None:
             raise SystemExit(f"{folder} has no language model")
         torch.set_num_threads(threads or default_threads(checkpoint))
-        model = load_model(checkpoint, dtype=torch.bfloat16, device="cpu", quantization=quantization)
+        wanted = Quantization(8 if quantization == "int8" else 4) if quantization else None
+        model = load_model(checkpoint, dtype=torch.bfloat16, device="cpu", quantization=wanted)
         config = EngineConfig(str(folder), enable_prefix_caching=False)
         self.engine = build_engine(model, checkpoint, config, torch.device("cpu"), torch.bfloat16)
         self.core = Core(self.engine, Nobody(), Faults())

@@ -133,6 +133,7 @@ class Core:
             now = monotonic()
             self._steps += 1
             self._step_seconds = now - started
+            self._engine.pack_some()
             if now >= self._stats_due:
                 self._send_stats()
         return True
