@@ -14,7 +14,7 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 COMMON = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast", "-Wall", "-Wextra",
           "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mavx512vnni"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
 # The order matters to the linker: of an inline function that several files contain it keeps the first, which must be
 # the one that every processor can run.
 SOURCES = {
@@ -22,6 +22,7 @@ SOURCES = {
     "native/isa_portable.cpp": [],
     "native/isa_avx2.cpp": AVX2 if X86 else [],
     "native/isa_avx512.cpp": AVX512 if X86 else [],
+    "native/isa_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"] if X86 else [],
 }
 
 

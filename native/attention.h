@@ -3,6 +3,7 @@
 // fit one tile is split along the keys at fixed places, and the parts are merged in order.
 #pragma once
 
+#include <type_traits>
 #include <vector>
 
 #include "kernels.h"
@@ -121,9 +122,13 @@ static inline void widen_rows(const Attention& args, Rows& rows, bf16* wide, con
     }
 }
 
-// Scores [kKeys] of one row -> probabilities in bf16, relative to the row's running maximum.
+static inline void store_weights(bf16* p, vf v) { vstore_bf16(p, v); }
+static inline void store_weights(float* p, vf v) { vstore(p, v); }
+
+// Scores [kKeys] of one row -> probabilities, relative to the row's running maximum.
+template <class Weight>
 static inline void softmax_row(const Attention& args, const Rows& k, const Rows& v, float* score, int64_t key,
-                               int64_t first, int64_t last, AttentionState& state, int row, bf16* p) {
+                               int64_t first, int64_t last, AttentionState& state, int row, Weight* p) {
     constexpr int kVectors = kKeys / kLanes;
     const bool whole = first <= key && key + kKeys <= last;
     const vf factor = vset(args.scale * kLog2e);
@@ -140,7 +145,7 @@ static inline void softmax_row(const Attention& args, const Rows& k, const Rows&
     for (int j = 0; j < kVectors; ++j) {
         const vf value = exp2(s[j] - vset(peak));
         sum = sum + value;
-        vstore_bf16(p + j * kLanes, args.int8 ? value * vload(v.scale + j * kLanes) : value);
+        store_weights(p + j * kLanes, args.int8 ? value * vload(v.scale + j * kLanes) : value);
     }
     if (peak != old) {
         float lanes[kLanes];
@@ -160,16 +165,17 @@ static void attend(const Attention& args, const AttentionTask& task, AttentionSt
     const int64_t pairs = dim / 2;
     const int64_t first_token = args.query_start[task.sequence];
     const int queries = args.query_start[task.sequence + 1] - args.query_start[task.sequence];
-    const size_t q_bytes = align64(size_t(rows) * pairs * 4), score_bytes = align64(size_t(rows) * kKeys * 4);
+    using Weight = std::conditional<sizeof(PairWord) == 4, bf16, float>::type;  // of a value, as A of a product
+    const size_t q_bytes = align64(size_t(rows) * pairs * sizeof(PairWord)), score_bytes = align64(size_t(rows) * kKeys * 4);
     const size_t k_bytes = size_t(kKeys) * pairs * 4, v_bytes = size_t(kKeys) * state.dim * 2;
-    const size_t p_bytes = size_t(rows) * kKeys * 2, wide_bytes = args.int8 ? size_t(kKeys) * dim * 2 : 0;
+    const size_t p_bytes = size_t(rows) * kKeys * sizeof(Weight), wide_bytes = args.int8 ? size_t(kKeys) * dim * 2 : 0;
     char* memory = static_cast<char*>(
         Scratch<2>::get(q_bytes + score_bytes + k_bytes + v_bytes + p_bytes + wide_bytes));
-    uint32_t* q = reinterpret_cast<uint32_t*>(memory);
+    PairWord* q = reinterpret_cast<PairWord*>(memory);
     float* scores = reinterpret_cast<float*>(memory + q_bytes);
     uint32_t* keys = reinterpret_cast<uint32_t*>(memory + q_bytes + score_bytes);
     bf16* values = reinterpret_cast<bf16*>(memory + q_bytes + score_bytes + k_bytes);
-    bf16* p = reinterpret_cast<bf16*>(memory + q_bytes + score_bytes + k_bytes + v_bytes);
+    Weight* p = reinterpret_cast<Weight*>(memory + q_bytes + score_bytes + k_bytes + v_bytes);
     bf16* wide = reinterpret_cast<bf16*>(memory + q_bytes + score_bytes + k_bytes + v_bytes + p_bytes);
 
     const Tiling tiling(rows);
@@ -180,7 +186,9 @@ static void attend(const Attention& args, const AttentionTask& task, AttentionSt
             const int64_t token = first_token + task.token + (first + j) / group;
             source[j] = args.q + token * args.q_stride + (task.kv_head * group + (first + j) % group) * dim;
         }
-        transpose_pairs(source, tiling.size(i), pairs, q + first * pairs, tiling.size(i));
+        const int64_t words = pairs * tiling.size(i);
+        transpose_pairs(source, tiling.size(i), pairs, raw_pairs(q + first * pairs, words), tiling.size(i));
+        finish_words(q + first * pairs, words);
     }
     for (int row = 0; row < rows; ++row) state.peak[row] = kMasked, state.total[row] = 0;
     std::fill(state.out, state.out + int64_t(rows) * state.dim, 0.0f);
@@ -221,7 +229,7 @@ static void attend(const Attention& args, const AttentionTask& task, AttentionSt
             for (int64_t i = 0; i < tiling.count; ++i) {
                 const int64_t first = tiling.start(i);
                 tile_for<DotPairs, kKeys / 2>(tiling.size(i), vectors)(
-                    reinterpret_cast<uint32_t*>(p + first * kKeys), panel, kKeys / 2,
+                    reinterpret_cast<PairWord*>(p + first * kKeys), panel, kKeys / 2,
                     state.out + first * state.dim + d, state.dim, true, 0);
             }
             panel += kKeys / 2 * vectors * kLanes;

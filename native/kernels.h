@@ -14,12 +14,12 @@ constexpr int kScaleBytes = 4;  // behind each row of an int8 cache
 
 constexpr int kPanel = 32;  // output columns that are stored together
 
-enum WeightForm : int32_t { kBf16 = 0, kInt8 = 1, kInt4 = 2 };
+enum WeightForm : int32_t { kBf16 = 0, kInt8 = 1, kInt4 = 2, kRows = 3 };
 enum Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kQuickGelu = 3, kRelu = 4, kTanh = 5 };
 
 // y [rows, n] = x [rows, k] @ weight.T + bias
 struct Linear {
-    void* weight;          // packed, see linear.h and quantized.h
+    void* weight;          // packed, see linear.h and quantized.h; kRows: bf16 const*[n], where each row lies
     void* scales;          // int8: float [n rounded up to panels]; int4: fp16 [panels][groups][32]
     const uint8_t* zeros;  // int4: the code of zero, laid out like the scales; null: 8
     const float* bias;     // [n] or null
@@ -103,5 +103,6 @@ struct Kernels {
 namespace portable { extern const Kernels kKernels; }
 namespace avx2 { extern const Kernels kKernels; }
 namespace avx512 { extern const Kernels kKernels; }
+namespace avx512_bf16 { extern const Kernels kKernels; }
 
 }  // namespace sensorium

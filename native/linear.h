@@ -1,6 +1,7 @@
 // bf16 weights: packing and the product.
 // Packed: panels of 32 output columns (the last one 32 or 16), each [ceil(k / 2)][width][2], padded with zeros. One
 // row of x walks a panel once, in order, which is what memory likes best; many rows walk it out of L2.
+// Weights that stay as a checkpoint's file has them (kRows) are packed on the way, a piece of a panel at a time.
 #pragma once
 
 #include "kernels.h"
@@ -53,7 +54,7 @@ static void unpack_bf16(const bf16* packed, int64_t n, int64_t k, const int64_t*
 // A run of rows that are computed together: x packed into tiles, and how far along k one goes at a time.
 struct RowBlock {
     Tiling tiling;
-    const uint32_t* a;
+    const PairWord* a;
     int64_t pairs, step;
 };
 
@@ -65,11 +66,11 @@ static inline int64_t pairs_per_step(int64_t rows, int64_t pairs) {
 static RowBlock pack_block(const Runtime& runtime, const bf16* x, int64_t stride, int64_t rows, int64_t k) {
     const int64_t pairs = ceil_div(k, 2);
     RowBlock block{Tiling(rows), nullptr, pairs, pairs_per_step(rows, pairs)};
-    if (rows == 1 && k % 2 == 0 && reinterpret_cast<uintptr_t>(x) % 4 == 0) {
-        block.a = reinterpret_cast<const uint32_t*>(x);
+    if (sizeof(PairWord) == 4 && rows == 1 && k % 2 == 0 && reinterpret_cast<uintptr_t>(x) % 4 == 0) {
+        block.a = reinterpret_cast<const PairWord*>(x);
         return block;
     }
-    uint32_t* a = static_cast<uint32_t*>(Scratch<0>::get(size_t(rows * pairs) * 4));
+    PairWord* a = static_cast<PairWord*>(Scratch<0>::get(size_t(rows * pairs) * sizeof(PairWord)));
     const auto pack = [&](int64_t i) {
         const int64_t first = block.tiling.start(i);
         pack_rows(x, stride, first, block.tiling.size(i), k, a + first * pairs);
@@ -110,6 +111,72 @@ static inline void multiply_panel(const RowBlock& block, const uint32_t* b, int 
     }
 }
 
+// The rows of a panel that stay where they are, null beyond the last; `next` are those to fetch meanwhile.
+struct PanelRows {
+    const bf16* at[kPanel];
+    const bf16* next[kPanel];
+
+    PanelRows(const Linear& w, int64_t panel) {
+        const bf16* const* rows = static_cast<const bf16* const*>(w.weight);
+        for (int64_t i = 0; i < kPanel; ++i) {
+            const int64_t column = panel * kPanel + i;
+            at[i] = column < w.n ? rows[column] : nullptr;
+            next[i] = column + kPanel < w.n ? rows[column + kPanel] : at[i];
+        }
+    }
+};
+
+// Pairs [p, p + count) of a panel's rows -> [count][vectors * 16], as they would be packed.
+template <bool Fetch>
+static inline void spread_rows(const PanelRows& rows, int vectors, int64_t k, int64_t p, int64_t count, uint32_t* out) {
+    const int width = vectors * kLanes;
+    for (int64_t at = 0; at < count; at += kLanes, out += kLanes * width) {
+        const int64_t some = std::min<int64_t>(kLanes, count - at), pairs = std::min(some, k / 2 - p - at);
+        const int64_t offset = 2 * (p + at);
+        for (int lane = 0; lane < width; lane += kLanes) {
+            const bf16* const* from = rows.at + lane;
+            if (Fetch)
+                for (int i = 0; i < kLanes; ++i) __builtin_prefetch(rows.next[lane + i] + offset, 0, 2);
+#if defined(SENSORIUM_AVX512)
+            if (pairs == kLanes && from[kLanes - 1]) {
+                __m512i r[kLanes];
+                for (int i = 0; i < kLanes; ++i) r[i] = _mm512_loadu_si512(from[i] + offset);
+                transpose16(r);
+                for (int i = 0; i < kLanes; ++i) _mm512_store_si512(out + i * width + lane, r[i]);
+                continue;
+            }
+#endif
+            const bf16* shifted[kLanes];
+            for (int i = 0; i < kLanes; ++i) shifted[i] = from[i] ? from[i] + offset : nullptr;
+            transpose_pairs(shifted, kLanes, pairs, out + lane, width);
+            if (pairs < some)
+                for (int i = 0; i < kLanes; ++i) out[pairs * width + lane + i] = from[i] ? shifted[i][2 * pairs] : 0;
+        }
+    }
+}
+
+static inline void multiply_rows(const RowBlock& block, const Linear& w, int64_t panel, float* c) {
+    constexpr int64_t kFew = 32;  // pairs at a time of few rows: 4 KB
+    const int vectors = panel_vectors(w.n, panel), width = vectors * kLanes;
+    const PanelRows rows(w, panel);
+    const bool few = block.tiling.rows <= kTileRows;
+    const int64_t step = few ? std::min(kFew, block.pairs) : block.step;
+    uint32_t* b = static_cast<uint32_t*>(Scratch<10>::get(size_t(step * width) * 4));
+    for (int64_t p = 0; p < block.pairs; p += step) {
+        const int64_t length = std::min(step, block.pairs - p);
+        if (few)
+            spread_rows<true>(rows, vectors, w.k, p, length, b);
+        else
+            spread_rows<false>(rows, vectors, w.k, p, length, b);
+        for (int64_t i = 0; i < block.tiling.count; ++i) {
+            const int64_t first = block.tiling.start(i);
+            const int size = block.tiling.size(i);
+            tile_for<DotPairs, 0>(size, vectors)(block.a + first * block.pairs + p * size, b, length,
+                                                 c + first * kPanel, kPanel, p > 0, 0);
+        }
+    }
+}
+
 constexpr int64_t kBlockRows = 480;
 
 // Below this many multiplications waking another thread costs more than it saves.
@@ -141,7 +208,10 @@ static void linear_block(const Runtime& runtime, const Linear& w, const bf16* x,
     const RowBlock block = pack_block(runtime, x + first * stride, stride, rows, w.k);
     const auto multiply = [&](int64_t panel) {
         float* c = static_cast<float*>(Scratch<1>::get(size_t(rows) * kPanel * sizeof(float)));
-        multiply_panel(block, weight + panel * kPanel * pairs, panel_vectors(w.n, panel), c);
+        if (w.form == kRows)
+            multiply_rows(block, w, panel, c);
+        else
+            multiply_panel(block, weight + panel * kPanel * pairs, panel_vectors(w.n, panel), c);
         const int64_t column = panel * kPanel;
         const int columns = int(std::min<int64_t>(kPanel, w.n - column));
         for (int64_t row = 0; row < rows; ++row)

@@ -44,47 +44,51 @@ static inline void quantize_int8(const float* w, int64_t k, uint8_t* codes, floa
 }
 
 // Sixteen groups at a time, one to a lane: element i of group g is w[i * 16 + g].
-struct Fit {
-    vf error;   // of rounding with a scale
-    vf better;  // the scale that fits the codes so found best
-};
 static inline vf reciprocal(vf scale) { return pick_less(vset(1e-30f), vabs(scale), vset(1) / scale, vzero()); }
 static inline vf nearest_code(vf v, vf inverse) { return vmin(vmax(vround(v * inverse), vset(-8)), vset(7)); }
-static inline Fit fit_int4(const float* w, int count, vf scale) {
-    const vf inverse = reciprocal(scale);
-    vf error = vzero(), product = vzero(), square = vzero();
-    for (int i = 0; i < count; ++i) {
-        const vf v = vload(w + i * kLanes), q = nearest_code(v, inverse);
-        const vf d = v - q * scale;
-        error = fma(d, d, error), product = fma(v, q, product), square = fma(q, q, square);
-    }
-    return {error, pick_less(vzero(), square, product / square, scale)};
-}
 static inline vf through_f16(vf x) {
     uint16_t halves[kLanes];
     vstore_f16(halves, x);
     return vload_f16(halves);
 }
 
+// Sums of one try's codes q: with the scale that fits them best, <w, q> / <q, q>, they leave <w, w> - <w, q>² / <q, q>.
+struct Fit {
+    vf product = vzero(), square = vzero();
+    void add(vf v, vf inverse) {
+        const vf q = nearest_code(v, inverse);
+        product = fma(v, q, product), square = fma(q, q, square);
+    }
+    vf scale() const { return pick_less(vzero(), square, product / square, vzero()); }
+};
+
 // The value of largest magnitude gets code -8 or less: sixteen codes reach one further down than up, so the sign of the
-// scale is that value's, turned round. Some smaller scales and the best fit to each one's codes are tried.
+// scale is that value's, turned round. Some smaller scales are tried; the best one's codes are fitted and found anew.
 static inline vf scale_int4(const float* w, int count) {
+    constexpr float kDivisors[] = {-8.4f, -8.0f, -7.6f, -7.2f, -6.8f};
+    constexpr int kTries = 5;
     vf top = vzero();
     for (int i = 0; i < count; ++i) {
         const vf v = vload(w + i * kLanes);
         top = pick_less(vabs(top), vabs(v), v, top);
     }
-    vf best = vzero(), least = vset(INFINITY);
-    for (float divisor : {-8.4f, -8.0f, -7.6f, -7.2f, -6.8f}) {
-        vf scale = through_f16(top * vset(1 / divisor));
-        for (int i = 0; i < 2; ++i) {
-            const Fit fit = fit_int4(w, count, scale);
-            best = pick_less(fit.error, least, scale, best);
-            least = vmin(fit.error, least);
-            scale = through_f16(fit.better);
-        }
+    Fit fits[kTries], last;
+    vf inverse[kTries];
+    for (int j = 0; j < kTries; ++j) inverse[j] = reciprocal(through_f16(top * vset(1 / kDivisors[j])));
+    for (int i = 0; i < count; ++i) {
+        const vf v = vload(w + i * kLanes);
+        for (int j = 0; j < kTries; ++j) fits[j].add(v, inverse[j]);
     }
-    return best;
+    vf best = vzero(), most = vzero();
+    for (const Fit& fit : fits) {
+        const vf scale = fit.scale(), gain = scale * fit.product;
+        best = pick_less(most, gain, scale, best);
+        most = vmax(most, gain);
+    }
+    const vf again = reciprocal(through_f16(best));
+    for (int i = 0; i < count; ++i) last.add(vload(w + i * kLanes), again);
+    const vf scale = through_f16(last.scale());
+    return pick_less(vabs(scale), vset(INFINITY), scale, vzero());
 }
 
 static inline void quantize_int4(const float* w, int64_t k, int64_t group, uint8_t* codes, uint16_t* scales) {
@@ -109,11 +113,21 @@ static inline void quantize_int4(const float* w, int64_t k, int64_t group, uint8
         uint16_t halves[kLanes];
         vstore_f16(halves, scale);
         std::copy(halves, halves + count, scales + first);
-        for (int64_t i = 0; i < group; ++i) {
-            int8_t bytes[kLanes];
-            vstore_s8(bytes, nearest_code(vload(lanes + i * kLanes), inverse));
-            for (int g = 0; g < count; ++g)
-                if ((first + g) * group + i < k) codes[(first + g) * group + i] = uint8_t(bytes[g] + 8);
+        for (int64_t i = 0; i < group; i += kLanes) {  // a group's codes side by side again
+            const int here = int(std::min<int64_t>(kLanes, group - i));
+            alignas(64) float found[kLanes * kLanes], turned[kLanes * kLanes];
+            const bf16* found_rows[kLanes];
+            for (int j = 0; j < kLanes; ++j) {
+                found_rows[j] = reinterpret_cast<const bf16*>(found + j * kLanes);
+                if (j < here) vstore(found + j * kLanes, nearest_code(vload(lanes + (i + j) * kLanes), inverse) + vset(8));
+            }
+            transpose_pairs(found_rows, here, kLanes, reinterpret_cast<uint32_t*>(turned), kLanes);
+            for (int g = 0; g < count; ++g) {
+                const int64_t to = (first + g) * group + i;
+                int8_t bytes[kLanes];
+                vstore_s8(bytes, vload(turned + g * kLanes));
+                if (to < k) std::memcpy(codes + to, bytes, size_t(std::min<int64_t>(here, k - to)));
+            }
         }
     }
 }
@@ -126,8 +140,10 @@ static inline void store_codes(const Codes& shape, uint8_t* const* codes, int co
         rows[i] = reinterpret_cast<const bf16*>(codes[i]);
         if (!shape.nibbles || !codes[i]) continue;
         for (int64_t word = 0; word < shape.words(); ++word) {
-            const uint8_t* from = codes[i] + word * 8;
-            for (int j = 0; j < 4; ++j) codes[i][word * 4 + j] = uint8_t(from[j] | (from[j + 4] << 4));
+            uint64_t bytes;
+            std::memcpy(&bytes, codes[i] + word * 8, 8);
+            const uint32_t nibbles = uint32_t(bytes | (bytes >> 28));  // the first four are the low ones
+            std::memcpy(codes[i] + word * 4, &nibbles, 4);
         }
     }
     transpose_pairs(rows, count, shape.words(), out, width, stream);

@@ -12,6 +12,8 @@ using namespace sensorium;
 
 namespace {
 
+constexpr int kBest = -1;
+
 const Kernels* find_kernels(int isa) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -19,22 +21,30 @@ const Kernels* find_kernels(int isa) {
                       __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                        __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+                        __builtin_cpu_supports("avx512vnni");
+    const bool products = avx512 && __builtin_cpu_supports("avx512bf16");
+    if (isa == kBest) {
+        if (products && !__builtin_cpu_is("intel")) return &avx512_bf16::kKernels;  // Intel: see vec.h
+        return avx512 ? &avx512::kKernels : avx2 ? &avx2::kKernels : &portable::kKernels;
+    }
+    if (isa == 3) return products ? &avx512_bf16::kKernels : nullptr;
     if (isa == 2) return avx512 ? &avx512::kKernels : nullptr;
     if (isa == 1) return avx2 ? &avx2::kKernels : nullptr;
 #endif
-    return isa == 0 ? &portable::kKernels : nullptr;
+    return isa == 0 || isa == kBest ? &portable::kKernels : nullptr;
 }
 
 }  // namespace
 
-EXPORT int32_t sensorium_abi() { return 4; }
+EXPORT int32_t sensorium_abi() { return 5; }
 
-// isa: 0 portable, 1 AVX2 + FMA, 2 AVX-512 with BF16 and VNNI. Null when this processor lacks it.
+// isa: 0 portable, 1 AVX2 + FMA, 2 AVX-512 with VNNI, 3 the same with BF16, -1 the fastest of these. Null when this
+// processor lacks it.
 EXPORT Runtime* sensorium_open(int32_t isa, int32_t threads, Fork fork) {
     const Kernels* kernels = find_kernels(isa);
     return kernels ? new Runtime{threads, fork, kernels, nullptr} : nullptr;
 }
+EXPORT const char* sensorium_isa(const Runtime* runtime) { return runtime->kernels->name; }
 EXPORT void sensorium_set_threads(Runtime* runtime, int32_t threads) { runtime->threads = threads; }
 
 // Large pages for weights: fewer page faults while packing, fewer TLB misses while streaming.
@@ -55,6 +65,9 @@ EXPORT void sensorium_pack_bf16(const Runtime* r, const bf16* weight, int64_t st
 EXPORT void sensorium_unpack_bf16(const Runtime* r, const bf16* packed, int64_t n, int64_t k, const int64_t* ids,
                                   int64_t count, bf16* out) {
     r->kernels->unpack_bf16(packed, n, k, ids, count, out);
+}
+EXPORT void sensorium_gather_rows(const bf16* const* rows, int64_t k, const int64_t* ids, int64_t count, bf16* out) {
+    for (int64_t i = 0; i < count; ++i) std::memcpy(out + i * k, rows[ids[i]], size_t(k) * sizeof(bf16));
 }
 // Rows of bf16 become codes and scales of the linear layer's form, at `row_start`.
 EXPORT void sensorium_quantize(const Runtime* r, const Linear* w, const bf16* weight, int64_t stride, int64_t rows,

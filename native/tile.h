@@ -1,5 +1,6 @@
 // The one inner loop of every matrix product here: C[MR, 32] (+)= A[MR, k] x B[k, 32].
-// A and B come in 32-bit words of neighbours along k: two bf16 or four bytes. B: [words][width], C: fp32 or int32.
+// A and B come in words of neighbours along k: two bf16 (of A, where that is faster, two floats) or four bytes.
+// B: [words][width], C: fp32 or int32.
 // Sums run over k in order, one chain per output, so that a result depends neither on the number of rows computed with
 // it nor on blocking.
 #pragma once
@@ -24,18 +25,27 @@ constexpr int kTileRows = 2;
 constexpr int kTileRows = 4;
 #endif
 
-// What a 32-bit word of A and of B holds, and how it is summed.
-struct DotPairs {  // two bf16 each
+#if defined(SENSORIUM_FLOAT_PAIRS)
+using PairWord = FloatPair;
+#else
+using PairWord = uint32_t;
+#endif
+
+// What a word of A and a 32-bit word of B hold, and how they are summed.
+struct DotPairs {
     using Value = float;
+    using Word = PairWord;
     static vf zero() { return vzero(); }
     static vf load(const float* p) { return vload(p); }
     static void store(float* p, vf v) { vstore(p, v); }
     static vpair weights(const uint32_t* p) { return pload(reinterpret_cast<const bf16*>(p)); }
-    static vbroadcast broadcast(uint32_t word) { return pbroadcast(word); }
-    static vf dot(vf sum, vpair w, vbroadcast x) { return dot_pair(sum, w, x); }
+    static auto broadcast(Word word) { return pbroadcast(word); }
+    template <class Broadcast>
+    static vf dot(vf sum, vpair w, Broadcast x) { return dot_pair(sum, w, x); }
 };
 struct DotQuads {  // A: four signed bytes, B: four unsigned ones
     using Value = int32_t;
+    using Word = uint32_t;
     static vi zero() { return izero(); }
     static vi load(const int32_t* p) { return iload(p); }
     static void store(int32_t* p, vi v) { istore(p, v); }
@@ -46,8 +56,8 @@ struct DotQuads {  // A: four signed bytes, B: four unsigned ones
 
 // Word p of row i is a[i * RowStep + p * WordStep]; NV vectors of 16 columns; `ahead`: bytes of B to prefetch, or 0.
 template <class Dot, int MR, int NV, int RowStep, int WordStep>
-static inline void tile(const uint32_t* a, const uint32_t* b, int64_t words, typename Dot::Value* c, int64_t c_stride,
-                        bool accumulate, int64_t ahead) {
+static inline void tile(const typename Dot::Word* a, const uint32_t* b, int64_t words, typename Dot::Value* c,
+                        int64_t c_stride, bool accumulate, int64_t ahead) {
     decltype(Dot::zero()) sum[MR][NV];
     for (int i = 0; i < MR; ++i)
         for (int j = 0; j < NV; ++j) sum[i][j] = accumulate ? Dot::load(c + i * c_stride + j * kLanes) : Dot::zero();
@@ -71,13 +81,13 @@ static inline void tile(const uint32_t* a, const uint32_t* b, int64_t words, typ
 }
 
 template <class Dot>
-using Tile = void (*)(const uint32_t* a, const uint32_t* b, int64_t words, typename Dot::Value* c, int64_t c_stride,
-                      bool accumulate, int64_t ahead);
+using Tile = void (*)(const typename Dot::Word* a, const uint32_t* b, int64_t words, typename Dot::Value* c,
+                      int64_t c_stride, bool accumulate, int64_t ahead);
 
 // RowStep 0: A is packed as [words][MR]; otherwise A is a plain matrix with that many words to a row.
 template <class Dot, int MR, int NV, int RowStep>
-static void tile_entry(const uint32_t* a, const uint32_t* b, int64_t words, typename Dot::Value* c, int64_t c_stride,
-                       bool accumulate, int64_t ahead) {
+static void tile_entry(const typename Dot::Word* a, const uint32_t* b, int64_t words, typename Dot::Value* c,
+                       int64_t c_stride, bool accumulate, int64_t ahead) {
     tile<Dot, MR, NV, RowStep ? RowStep : 1, RowStep ? 1 : MR>(a, b, words, c, c_stride, accumulate, ahead);
 }
 
@@ -161,8 +171,22 @@ static inline void transpose_pairs(const bf16* const* rows, int count, int64_t p
         }
 }
 
-// Packs rows [first, first + count) of x for tile<.., 0>: out [pairs][count]. An odd last element is paired with zero.
-static inline void pack_rows(const bf16* x, int64_t stride, int64_t first, int count, int64_t k, uint32_t* out) {
+// Where to put `count` pairs of bf16, so that `finish_words` can make words of A of them in place.
+static inline uint32_t* raw_pairs(PairWord* out, int64_t count) {
+    return reinterpret_cast<uint32_t*>(out) + (sizeof(PairWord) / sizeof(uint32_t) - 1) * size_t(count);
+}
+static inline void finish_words(PairWord* out, int64_t count) {
+#if defined(SENSORIUM_FLOAT_PAIRS)
+    widen_pairs(raw_pairs(out, count), count, out);
+#else
+    (void)out, (void)count;
+#endif
+}
+
+// Packs rows [first, first + count) of x for tile<.., 0>: words [pairs][count]. An odd last element is paired with zero.
+static inline void pack_rows(const bf16* x, int64_t stride, int64_t first, int count, int64_t k, PairWord* words) {
+    const int64_t size_words = (k + 1) / 2 * count;
+    uint32_t* out = raw_pairs(words, size_words);
     for (int start = 0; start < count; start += 16) {
         const bf16* rows[16];
         const int size = count - start < 16 ? count - start : 16;
@@ -171,6 +195,7 @@ static inline void pack_rows(const bf16* x, int64_t stride, int64_t first, int c
         if (k % 2)
             for (int i = 0; i < size; ++i) out[(k / 2) * count + start + i] = rows[i][k - 1];
     }
+    finish_words(words, size_words);
 }
 
 }  // namespace sensorium::SENSORIUM_ISA

@@ -5,7 +5,11 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(SENSORIUM_AVX512)
+#if defined(SENSORIUM_AVX512_BF16)
+#define SENSORIUM_AVX512
+#define SENSORIUM_ISA avx512_bf16
+#include <immintrin.h>
+#elif defined(SENSORIUM_AVX512)
 #define SENSORIUM_ISA avx512
 #include <immintrin.h>
 #elif defined(SENSORIUM_AVX2)
@@ -51,10 +55,20 @@ static inline void vstore_n(float* p, vf a, int n) { _mm512_mask_storeu_ps(p, la
 static inline vf widen(__m256i x) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))}; }
 static inline vf vload_bf16(const bf16* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
 static inline vf vload_bf16_n(const bf16* p, int n) { return widen(_mm256_maskz_loadu_epi16(lanes_mask(n), p)); }
-static inline void vstore_bf16(bf16* p, vf a) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a.v)); }
-static inline void vstore_bf16_n(bf16* p, vf a, int n) {
-    _mm256_mask_storeu_epi16(p, lanes_mask(n), (__m256i)_mm512_cvtneps_pbh(a.v));
+static inline __m256i narrow(__m512 x) {
+#if defined(SENSORIUM_AVX512_BF16)
+    return (__m256i)_mm512_cvtneps_pbh(x);
+#else
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __m512i nan = _mm512_set1_epi32(0x7fc00000);
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, is_nan, nan), 16));
+#endif
 }
+static inline void vstore_bf16(bf16* p, vf a) { _mm256_storeu_si256((__m256i*)p, narrow(a.v)); }
+static inline void vstore_bf16_n(bf16* p, vf a, int n) { _mm256_mask_storeu_epi16(p, lanes_mask(n), narrow(a.v)); }
 static inline vf operator+(vf a, vf b) { return {_mm512_add_ps(a.v, b.v)}; }
 static inline vf operator-(vf a, vf b) { return {_mm512_sub_ps(a.v, b.v)}; }
 static inline vf operator*(vf a, vf b) { return {_mm512_mul_ps(a.v, b.v)}; }
@@ -82,19 +96,65 @@ static inline vf vround(vf a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_
 static inline float vsum(vf a) { return _mm512_reduce_add_ps(a.v); }
 static inline float vmax_lane(vf a) { return _mm512_reduce_max_ps(a.v); }
 
+struct vbroadcast {
+    __m512i v;
+};
+static inline vbroadcast broadcast32(uint32_t word) { return {_mm512_set1_epi32(int(word))}; }
+
+#if defined(SENSORIUM_AVX512_BF16)
+
 // Sixteen columns of two interleaved bf16 values each.
 struct vpair {
     __m512i v;
 };
 static inline vpair pload(const bf16* p) { return {_mm512_loadu_si512(p)}; }
-struct vbroadcast {
-    __m512i v;
-};
-static inline vbroadcast pbroadcast(uint32_t pair) { return {_mm512_set1_epi32(int(pair))}; }
+static inline vbroadcast pbroadcast(uint32_t pair) { return broadcast32(pair); }
 // acc += w[2i] * x[0] + w[2i + 1] * x[1]
 static inline vf dot_pair(vf acc, vpair w, vbroadcast x) {
     return {_mm512_dpbf16_ps(acc.v, (__m512bh)w.v, (__m512bh)x.v)};
 }
+
+#else
+
+// The same with two fp32 multiply-adds, of a pair of x that is fp32 already. Intel's processors start two of them a
+// cycle, and one bf16 product every other cycle, which does as much as one multiply-add a cycle.
+#define SENSORIUM_FLOAT_PAIRS
+struct vpair {
+    __m512 even, odd;
+};
+static inline vpair pload(const bf16* p) {
+    const __m512i x = _mm512_loadu_si512(p);
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(x, 16)),
+            _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(int(0xffff0000u))))};
+}
+struct FloatPair {
+    float x0, x1;
+};
+struct vpair_broadcast {
+    __m512 x0, x1;
+};
+static inline vpair_broadcast pbroadcast(FloatPair pair) { return {_mm512_set1_ps(pair.x0), _mm512_set1_ps(pair.x1)}; }
+static inline vf dot_pair(vf acc, vpair w, vpair_broadcast x) {
+    return {_mm512_fmadd_ps(w.odd, x.x1, _mm512_fmadd_ps(w.even, x.x0, acc.v))};
+}
+// Pairs of bf16, which may lie at the end of `out` itself -> pairs of floats.
+static inline void widen_pairs(const uint32_t* from, int64_t count, FloatPair* out) {
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+        const __m512i x = _mm512_loadu_si512(from + i);
+        const __m512i even = _mm512_slli_epi32(x, 16), odd = _mm512_and_si512(x, _mm512_set1_epi32(int(0xffff0000u)));
+        _mm512_storeu_si512(out + i, _mm512_permutex2var_epi32(even, low, odd));
+        _mm512_storeu_si512(out + i + 8, _mm512_permutex2var_epi32(even, high, odd));
+    }
+    for (; i < count; ++i) {
+        const uint32_t pair = from[i];
+        out[i] = {bf16_to_float(bf16(pair)), bf16_to_float(bf16(pair >> 16))};
+    }
+}
+
+#endif
 
 static inline vf vload_f16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
 static inline void vstore_f16(uint16_t* p, vf a) {
@@ -131,7 +191,7 @@ static inline void qstore(uint32_t* p, vquad a) { _mm512_storeu_si512(p, a.v); }
 static inline vquad qlow(vquad a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
 static inline vquad qhigh(vquad a) { return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))}; }
 static inline vi dot_quad(vi acc, vquad w, vbroadcast x) { return {_mm512_dpbusd_epi32(acc.v, w.v, x.v)}; }
-static inline vbroadcast qbroadcast(uint32_t quad) { return pbroadcast(quad); }
+static inline vbroadcast qbroadcast(uint32_t quad) { return broadcast32(quad); }
 using vquad_broadcast = vbroadcast;
 
 #elif defined(SENSORIUM_AVX2)

@@ -38,6 +38,8 @@ class EngineConfig:
                              choices=("auto", "int8", "int4", "awq", "gptq", "compressed-tensors"))
     quantization_group_size: int = flag(64, "Weights that share a scale with --quantization int4; a multiple of 8.",
                                         min=32, max=128)
+    map_weights: bool = flag(True, "Start a large bfloat16 model with its weights where the page cache has them "
+                                   "(AVX-512); the copy that is fastest is made a layer at a time, between steps.")
     quantize_towers: bool = flag(False, "Let --quantization have the vision and audio towers and projectors too.")
     kv_cache_dtype: str = flag("auto", "Type of cached keys and values. auto: the computation's; int8: a byte each, "
                                        "with a scale per token and head.", choices=("auto", "int8"))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sensorium.kernels import Activation, DecoderLayerParts, native, reference
-from sensorium.kernels.native import ACTIVATIONS, Native
+from sensorium.kernels.native import ACTIVATIONS, Native, RowsLinear
 from sensorium.models.base import AttentionContext
 
 BF16 = torch.bfloat16
@@ -335,3 +335,40 @@ def test_an_instruction_set_of_another_machine_is_an_error(fastest: Native) -> N
 def test_describe_names_what_runs(fastest: Native) -> None:
     assert fastest.isa in fastest.describe()
     assert native.available()
+
+
+@pytest.mark.parametrize("shape", [(16, 32), (64, 48), (100, 70), (33, 7), (1, 1), (50, 129), (257, 640)])
+def test_weights_in_place_give_the_numbers_of_packed_ones(kernels: Native, shape: tuple[int, int]) -> None:
+    """In two parts that lie apart, rows at a distance and at odd addresses, before and after they are packed."""
+    n, k = shape
+    wide = random_bf16(n, k + 5)
+    weight = wide[:, 3 : 3 + k]
+    cut = random.Random(n).randrange(n)
+    parts = [(0, weight[:cut]), (cut, weight[cut:].clone())]
+    form = kernels.linear_in_place(parts, n, k)
+    if not kernels.isa.startswith("avx512"):
+        assert form is None
+        return
+    assert isinstance(form, RowsLinear)
+    bias = random_bf16(n)
+    form.set_bias(bias)
+    packed = kernels.pack_linear(weight, bias)
+    address, ids = form.address, torch.randint(0, n, (5,))
+    for is_packed in (False, True):
+        assert (form.mapped_bytes == 0) is is_packed
+        for rows in (0, 1, 3, 12, 13, 40, 100):
+            x = random_bf16(rows, k)
+            assert torch.equal(form(x), packed(x))
+        assert torch.equal(form.rows(ids), weight[ids])
+        form.pack()
+    assert form.address == address
+    wide.zero_()
+    assert torch.equal(form(x), packed(x))
+
+
+def test_every_row_in_place_has_a_place(fastest: Native) -> None:
+    weight = random_bf16(20, 8)
+    for parts in ([(0, weight[:19])], [(0, weight[:, :7])], [(0, weight.float())]):
+        if fastest.isa.startswith("avx512"):
+            with pytest.raises(ValueError, match=r"row"):
+                fastest.linear_in_place(parts, 20, 8)

@@ -14,10 +14,17 @@ import pytest
 import torch
 from checkpoints import make_llama, make_llava, make_phi3, make_qwen2, make_qwen3, read_weights, write_weights
 from driver import Driver, Sequence
+from harness import Outbox
 from torch import Tensor
 
 from sensorium.checkpoint import open_checkpoint
+from sensorium.config import EngineConfig
+from sensorium.engine.core import Core
+from sensorium.engine.faults import Faults
+from sensorium.engine.loading import load_engine, mapped_forms
 from sensorium.errors import CheckpointError
+from sensorium.kernels import _native as _fastest
+from sensorium.models import weights
 from sensorium.models.base import Model
 from sensorium.models.layers import Linear
 from sensorium.models.weights import load_model, weight_bytes
@@ -330,3 +337,38 @@ def test_every_byte_of_a_form_comes_from_the_file(folder: Path, monkeypatch: pyt
         if isinstance(module, Linear):
             assert not module.form.rows(torch.arange(module.out_features)).isnan().any()
     assert not any(p.isnan().any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", [make_llama, make_qwen2])
+@pytest.mark.parametrize("tied", [False, True])
+def test_mapped_weights_compute_the_same_before_and_after_they_are_packed(
+        tmp_path: Path, family: Callable[..., Any], tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    family(tmp_path, tie_word_embeddings=tied)
+    write_weights(tmp_path, {key: tensor.to(torch.bfloat16) for key, tensor in read_weights(tmp_path).items()})
+    expected = logits(load(tmp_path, torch.bfloat16))
+    assert not mapped_forms(load(tmp_path, torch.bfloat16, in_place=True))  # too small for that to pay
+    monkeypatch.setattr(weights, "MAPPED_BYTES", 0)
+    model = load(tmp_path, torch.bfloat16, in_place=True)
+    forms = mapped_forms(model)
+    if (native := _fastest()) is not None and native.isa.startswith("avx512"):
+        assert len(forms) == sum(isinstance(module, Linear) for module in model.modules())
+    assert torch.equal(logits(model), expected)
+    assert weight_bytes(model) >= weight_bytes(load(tmp_path, torch.bfloat16))
+    for form in forms:
+        form.pack()
+    assert torch.equal(logits(model), expected)
+    assert not mapped_forms(load(tmp_path, torch.float32, in_place=True))
+
+
+def test_an_idle_engine_packs_what_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_qwen2(tmp_path)
+    write_weights(tmp_path, {key: tensor.to(torch.bfloat16) for key, tensor in read_weights(tmp_path).items()})
+    monkeypatch.setattr(weights, "MAPPED_BYTES", 0)
+    one = load_engine(EngineConfig(str(tmp_path), kv_cache_memory=1 << 20, map_weights=False))
+    assert not one.mapped
+    two = load_engine(EngineConfig(str(tmp_path), kv_cache_memory=1 << 20))
+    core = Core(two, Outbox(), Faults())
+    for _ in range(len(two.mapped)):
+        core.turn()
+    assert not two.mapped
+    assert not two.pack_some()

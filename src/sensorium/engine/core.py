@@ -118,7 +118,10 @@ class Core:
         idle = not self._scheduler.has_work()
         if idle:
             self._send_stats()
-        for kind, payload in self._channel.poll(wait=idle):
+        frames = self._channel.poll(wait=idle and not self._engine.mapped)
+        if idle and not frames:
+            self._engine.pack_some()
+        for kind, payload in frames:
             if not self._take(kind, payload):
                 return False
         if self._refused:
@@ -130,6 +133,7 @@ class Core:
             now = monotonic()
             self._steps += 1
             self._step_seconds = now - started
+            self._engine.pack_some()
             if now >= self._stats_due:
                 self._send_stats()
         return True

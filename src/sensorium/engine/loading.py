@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 
@@ -26,6 +26,7 @@ from sensorium.engine.sampler import Sampler
 from sensorium.engine.scheduler import Budget, Scheduler
 from sensorium.errors import StartupError
 from sensorium.kernels import Quantization, quantized
+from sensorium.kernels.native import RowsLinear
 from sensorium.kernels.reference import GATHER_ELEMENTS
 from sensorium.models.base import Model
 from sensorium.models.layers import Linear
@@ -50,6 +51,18 @@ class Engine:
     prefixes: PrefixCache
     encoder: EncoderCache[Tensor]
     ready: EngineReady
+    mapped: list[RowsLinear] = field(default_factory=list)  # still computed with where the page cache has them
+
+    def pack_some(self) -> bool:
+        """Give one layer's weights the layout that computes fastest. False when all have it."""
+        if not self.mapped:
+            return False
+        try:
+            self.mapped.pop().pack()
+        except (MemoryError, RuntimeError) as error:  # torch says the first with the second
+            logger.warning("no memory for packed weights, they stay in the page cache: %s", error)
+            self.mapped.clear()
+        return True
 
 
 def load_engine(config: EngineConfig, *, progress: Callable[[str, float], None] | None = None,
@@ -65,7 +78,8 @@ def load_engine(config: EngineConfig, *, progress: Callable[[str, float], None] 
     if device.type == "cpu":
         torch.set_num_threads(config.threads or default_threads(checkpoint))
     model = load_model(checkpoint, dtype=dtype, device=device, quantization=quantization,
-                       quantize_towers=config.quantize_towers, progress=lambda part: report("weights", part))
+                       quantize_towers=config.quantize_towers, in_place=config.map_weights,
+                       progress=lambda part: report("weights", part))
     report("cache", 0.0)
     engine = build_engine(model, checkpoint, config, device, dtype, started=started, faults=faults)
     report("cache", 1.0)
@@ -85,7 +99,8 @@ def build_engine(model: Model, checkpoint: Checkpoint, config: EngineConfig, dev
     if has_cache:
         shape = cache_shape(model, config.block_size, cache_dtype)
         activations = activation_bytes(model, config, cache_dtype) if device.type != "cpu" else 0
-        available = available_for_cache(config, device, activations)
+        mapped_bytes = sum(form.mapped_bytes for form in mapped_forms(model))  # the system counts it as free memory
+        available = available_for_cache(config, device, activations, mapped_bytes)
         num_blocks, max_len = size_cache(config, shape, wanted, available)
         cache = make_cache(shape, num_blocks, device)
         kv_bytes = num_blocks * shape.block_bytes
@@ -109,7 +124,13 @@ def build_engine(model: Model, checkpoint: Checkpoint, config: EngineConfig, dev
         max_model_len=max_len, kv_tokens=num_blocks * config.block_size, block_size=config.block_size,
         weight_bytes=weight_bytes(model), kv_bytes=kv_bytes, load_seconds=monotonic() - started, device=device.type,
         dtype=str(dtype).removeprefix("torch."), tasks=tasks, embedding_size=embedding_size)
-    return Engine(scheduler, runner, prefixes, encoder, ready)
+    return Engine(scheduler, runner, prefixes, encoder, ready, mapped_forms(model))
+
+
+def mapped_forms(model: Model) -> list[RowsLinear]:
+    """Weights that lie in the page cache, first layers last."""
+    return [module.form for module in reversed(list(model.modules()))
+            if isinstance(module, Linear) and isinstance(module.form, RowsLinear)]
 
 
 def activation_bytes(model: Model, config: EngineConfig, cache_dtype: torch.dtype) -> int:

@@ -61,12 +61,13 @@ def size_cache(config: EngineConfig, shape: CacheShape, wanted_len: int, availab
     return blocks, min(wanted_len, capacity)
 
 
-def available_for_cache(config: EngineConfig, device: torch.device, activation_bytes: int) -> int:
+def available_for_cache(config: EngineConfig, device: torch.device, activation_bytes: int,
+                        mapped_bytes: int = 0) -> int:
     """Bytes that the KV cache may take, now that the weights are loaded."""
     if config.kv_cache_memory is not None:
         return config.kv_cache_memory
     if device.type == "cpu":
-        return int(free_memory_bytes() * CPU_PART)
+        return int(max(free_memory_bytes() - mapped_bytes, 0) * CPU_PART)
     free, total = torch.cuda.mem_get_info(device)
     return int(total * config.gpu_memory_utilization) - (total - free) - activation_bytes
 

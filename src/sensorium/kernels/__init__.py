@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["Activation", "DecoderLayerParts", "DecoderStack", "LinearForm", "Quantization", "QuantizedForm", "activate",
            "add_rms_norm", "cache_width", "decoder_stack", "describe", "empty_linear", "empty_quantized",
-           "first_attention", "gated", "layer_norm", "linear_activate", "linear_add", "pack_linear", "paged_attention",
+           "first_attention", "gated", "layer_norm", "linear_activate", "linear_add",
+           "linear_in_place", "pack_linear", "paged_attention",
            "rms_norm", "rope", "silu_mul", "varlen_attention", "write_kv"]
 
 
@@ -136,6 +137,15 @@ def empty_quantized(out_features: int, in_features: int, quantization: Quantizat
 @functools.cache
 def _say_slow(where: str) -> None:
     logger.warning("quantised weights of %s are computed with torch alone: right, but slow", where)
+
+
+def linear_in_place(parts: Sequence[tuple[int, Tensor]], out_features: int, in_features: int) -> LinearForm | None:
+    """A form over rows [n, in] at (first row, rows) where they lie, None where a packed copy is needed."""
+    module = _for(parts[0][1])
+    if module is reference:
+        return None
+    form: LinearForm | None = module.linear_in_place(parts, out_features, in_features)
+    return form
 
 
 def pack_linear(weight: Tensor, bias: Tensor | None, *, quantization: Quantization | None = None) -> LinearForm:

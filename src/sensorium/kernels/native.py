@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Isa = Literal["portable", "avx2", "avx512"]
-ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512")  # slowest first; the index is the C side's number
-ABI = 4
+Isa = Literal["portable", "avx2", "avx512", "avx512_bf16"]
+ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512", "avx512_bf16")  # the index is the C side's number
+ABI = 5
 PANEL = 32  # output columns that are stored together, kPanel of native/kernels.h
 LANES = 16
-_FORM_BF16, _FORM_INT8, _FORM_INT4 = 0, 1, 2
+_FORM_BF16, _FORM_INT8, _FORM_INT4, _FORM_ROWS = 0, 1, 2, 3
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "tanh")
 
 _BF16 = torch.bfloat16
@@ -42,6 +42,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "use_large_pages": (_P, _I64),
     "pack_bf16": (_P, _P, _I64, _I64, _I64, _I64, _I64, _P),
     "unpack_bf16": (_P, _P, _I64, _I64, _P, _I64, _P),
+    "gather_rows": (_P, _I64, _P, _I64, _P),
     "quantize": (_P, _P, _P, _I64, _I64, _I64),
     "pack_codes": (_P, _P, _P, _I64, _I64, _I64),
     "unpack_quantized": (_P, _P, _P, _I64, _P),
@@ -112,6 +113,7 @@ class Native:
     _use_large_pages: Callable[..., None]
     _pack_bf16: Callable[..., None]
     _unpack_bf16: Callable[..., None]
+    _gather_rows: Callable[..., None]
     _quantize: Callable[..., None]
     _pack_codes: Callable[..., None]
     _unpack_quantized: Callable[..., None]
@@ -138,14 +140,12 @@ class Native:
         self.threads = threads or torch.get_num_threads()
         self._library.sensorium_open.argtypes = (_I32, _I32, _P)
         self._library.sensorium_open.restype = _P
-        candidates = [candidate for candidate in reversed(ISAS) if isa in (None, candidate)]
-        for candidate in candidates:
-            self._runtime = self._library.sensorium_open(ISAS.index(candidate), self.threads, fork)
-            if self._runtime:
-                self.isa = candidate
-                break
-        else:
+        self._library.sensorium_isa.argtypes, self._library.sensorium_isa.restype = (_P,), ctypes.c_char_p
+        number = -1 if isa is None else ISAS.index(isa) if isa in ISAS else len(ISAS)
+        self._runtime = self._library.sensorium_open(number, self.threads, fork)
+        if not self._runtime:
             raise OSError(f"there are no {isa} kernels for this processor")
+        self.isa = self._library.sensorium_isa(self._runtime).decode()
         self.pooled = fork is not None
 
     def set_threads(self, threads: int) -> None:
@@ -165,6 +165,12 @@ class Native:
         if quantization is None:
             return PackedLinear(self, out_features, in_features)
         return QuantizedLinear(self, out_features, in_features, quantization)
+
+    def linear_in_place(self, parts: Sequence[tuple[int, Tensor]], out_features: int, in_features: int) -> Form | None:
+        """A form over bf16 rows [n, in] at (first row, rows) where they lie; they must not change while it lives."""
+        if not self.isa.startswith("avx512") or any(rows.stride(1) != 1 for _, rows in parts):
+            return None  # elsewhere packing on the way would take longer than reading
+        return RowsLinear(self, parts, out_features, in_features)
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None, *, quantization: Quantization | None = None) -> Form:
         packed = self.empty_linear(weight.shape[0], weight.shape[1], quantization=quantization)
@@ -414,11 +420,67 @@ class PackedLinear(NativeLinear):
 
     def rows(self, ids: Tensor) -> Tensor:
         """Weight rows [n, in] of output indices int64 [n]."""
+        return _unpacked(self, ids)
+
+
+def _unpacked(form: NativeLinear, ids: Tensor) -> Tensor:
+    ids = ids.contiguous()
+    out = torch.empty((ids.numel(), form.in_features), dtype=_BF16)
+    native = form._native
+    native._unpack_bf16(native._runtime, form._packed.data_ptr(), form.out_features, form.in_features, ids.data_ptr(),
+                        ids.numel(), out.data_ptr())
+    return out
+
+
+class RowsLinear(NativeLinear):
+    """bf16 weights where they already are, such as a checkpoint's file: nothing is copied, the rows are kept.
+
+    The numbers of packed weights, at about half the speed where arithmetic is the limit. `pack` makes them that.
+    """
+
+    __slots__ = ("_parts",)
+
+    def __init__(self, native: Native, parts: Sequence[tuple[int, Tensor]], out_features: int,
+                 in_features: int) -> None:
+        self._parts = list(parts)
+        at = torch.zeros(out_features, dtype=torch.int64)
+        for first, rows in self._parts:
+            if rows.dtype is not _BF16 or rows.shape[1] != in_features or rows.stride(1) != 1:
+                raise ValueError(f"expected bfloat16 rows of {in_features}, got {rows.dtype} {tuple(rows.shape)}")
+            at[first : first + len(rows)] = torch.arange(len(rows)) * (2 * rows.stride(0)) + rows.data_ptr()
+        if not at.all():
+            raise ValueError("not every row has a place")
+        super().__init__(native, out_features, in_features, at, _FORM_ROWS)
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + self.mapped_bytes
+
+    @property
+    def mapped_bytes(self) -> int:
+        return sum(rows.nbytes for _, rows in self._parts)
+
+    def fill(self, first_row: int, rows: Tensor) -> None:
+        raise TypeError("these rows are where they are")
+
+    def pack(self) -> None:
+        """Copy the rows into panels and let go of them; whoever has `address` computes with the copy from now on."""
+        if not self._parts:
+            return
+        packed = PackedLinear(self._native, self.out_features, self.in_features)
+        for first, rows in self._parts:
+            packed.fill(first, rows)
+        self._packed, self._parts = packed._packed, []
+        self._arguments.weight, self._arguments.form = self._packed.data_ptr(), _FORM_BF16
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Weight rows [n, in] of output indices int64 [n]."""
+        if not self._parts:
+            return _unpacked(self, ids)
         ids = ids.contiguous()
         out = torch.empty((ids.numel(), self.in_features), dtype=_BF16)
-        native = self._native
-        native._unpack_bf16(native._runtime, self._packed.data_ptr(), self.out_features, self.in_features,
-                            ids.data_ptr(), ids.numel(), out.data_ptr())
+        self._native._gather_rows(self._packed.data_ptr(), self.in_features, ids.data_ptr(), ids.numel(),
+                                  out.data_ptr())
         return out
 
 
@@ -478,7 +540,7 @@ class QuantizedLinear(NativeLinear):
         return out
 
 
-Form = PackedLinear | QuantizedLinear
+Form = PackedLinear | RowsLinear | QuantizedLinear
 
 
 def _torch_fork() -> int | None:

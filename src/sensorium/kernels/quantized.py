@@ -45,22 +45,26 @@ def quantize_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """[n, in] -> codes uint8 [n, in], scales float16 [n, groups].
 
     Sixteen codes reach one further down than up, so the value of largest magnitude is given code -8 or less. Some
-    smaller scales, and the best fit to each one's codes, are tried: the one with the least squared error wins.
+    smaller scales are tried; the codes of the best one are fitted, found anew and fitted again.
     """
     grouped = _grouped(weight.float(), group)
     top = grouped.gather(2, grouped.abs().argmax(2, keepdim=True))
-    best, least = torch.zeros_like(top), torch.full_like(top, torch.inf)
+    best, most = torch.zeros_like(top), torch.zeros_like(top)
     for divisor in DIVISORS:
-        scale = (top * (1 / divisor)).half().float()
-        for _ in range(2):
-            codes = _nearest(grouped, scale)
-            error = (grouped - codes * scale).square_().sum(2, keepdim=True)
-            best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-            square = codes.square().sum(2, keepdim=True)
-            fit = (grouped * codes).sum(2, keepdim=True) / square
-            scale = torch.where(square > 0, fit, scale).half().float()
+        scale, gain = _fit(grouped, _nearest(grouped, (top * (1 / divisor)).half().float()))
+        best, most = torch.where(most < gain, scale, best), torch.maximum(most, gain)
+    best, _ = _fit(grouped, _nearest(grouped, best.half().float()))
+    best = best.half().float()
+    best = torch.where(best.abs() < torch.inf, best, 0)
     codes = (_nearest(grouped, best) + 8).to(torch.uint8).flatten(1)[:, : weight.shape[1]]
     return codes, best.squeeze(2).half()
+
+
+def _fit(grouped: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """(the scale that fits codes best, how much less squared error it leaves than zero would)"""
+    product, square = (grouped * codes).sum(2, keepdim=True), codes.square().sum(2, keepdim=True)
+    scale = torch.where(square > 0, product / square, 0)
+    return scale, scale * product
 
 
 def round_activations(x: Tensor, group: int) -> Tensor:

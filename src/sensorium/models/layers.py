@@ -5,7 +5,7 @@ Parameters are declared on the meta device and given their memory by `weights`; 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -54,6 +54,13 @@ class Linear(nn.Module):
         self.weight = None
         self.bias = None
         return self.form
+
+    def adopt(self, parts: Sequence[tuple[int, Tensor]]) -> kernels.LinearForm | None:
+        """A form over rows that stay where they lie, without its bias; None where the kernels want a copy."""
+        form = kernels.linear_in_place(parts, self.out_features, self.in_features)
+        if form is not None:
+            self.form, self.weight, self.bias = form, None, None
+        return form
 
     def pack(self, weight: Tensor, bias: Tensor | None) -> None:
         """Allocate and fill from tensors at hand; neither is kept."""

@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 100 * 1024 * 1024
 MAX_NAMED = 5  # keys that one error message names
+MAPPED_BYTES = 512 * 1024 * 1024  # of a checkpoint; packing a smaller one takes little time, and it computes faster
+MADV_POPULATE_READ = 22  # of Linux; Python has no name for it
 CONVERT_BYTES = 32 * 1024 * 1024  # of a tensor in another dtype that are converted at once
 
 _DTYPES = {
@@ -56,6 +58,7 @@ class StoredTensor:
     view: Callable[[], Tensor]  # in borrowed memory
     prefetch: Callable[[], None]  # starts reading from the disk
     release: Callable[[], None]  # gives the view's pages back
+    populate: Callable[[], None] | None = None  # reads all of it now; None: `view` is no plain mapping of the file
 
     @property
     def nbytes(self) -> int:
@@ -108,19 +111,21 @@ class _Slot:
 
 
 def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str,
-               quantization: Quantization | None = None, quantize_towers: bool = False,
+               quantization: Quantization | None = None, quantize_towers: bool = False, in_place: bool = False,
                progress: Callable[[float], None] | None = None) -> Model:
     """Build the checkpoint's model on `device` with weights in `dtype`. `progress` hears the part done, from 0 to 1.
 
     `quantization` is for the linear layers and embeddings of the model's core, and of all of it if the towers are meant
-    too. Without it weights that are stored as codes stay codes.
+    too. Without it weights that are stored as codes stay codes. `in_place`: a large model's bf16 weights may stay where
+    the page cache has them; its files must not change then.
     """
     with torch.device("meta"):
         model: Model = load_class(FAMILIES[checkpoint.architecture].model)(checkpoint)
     stored = stored_tensors(checkpoint.weight_files, checkpoint.text_weight_files)
     tensors = [*stored] if checkpoint.quantization is None else join(stored, checkpoint.quantization)
     fill(model, tensors, dtype=dtype, device=torch.device(device), quantization=quantization,
-         quantize_towers=quantize_towers, progress=progress)
+         quantize_towers=quantize_towers, progress=progress,
+         in_place=in_place and sum(tensor.nbytes for tensor in tensors) >= MAPPED_BYTES)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
@@ -155,7 +160,7 @@ def _tensors_of(files: Iterable[Path]) -> dict[str, StoredTensor]:
 
 
 def fill(model: Model, tensors: Sequence[Stored], *, dtype: torch.dtype, device: torch.device,
-         quantization: Quantization | None = None, quantize_towers: bool = False,
+         quantization: Quantization | None = None, quantize_towers: bool = False, in_place: bool = False,
          progress: Callable[[float], None] | None = None) -> None:
     """Give every declared parameter its memory and contents."""
     slots = _assign(model, tensors)
@@ -169,7 +174,7 @@ def fill(model: Model, tensors: Sequence[Stored], *, dtype: torch.dtype, device:
         if isinstance(module, Linear | Embedding):
             is_core = next(iter(group.values())).name.startswith(model.core)
             wanted = module.quantization(quantization if is_core or quantize_towers else None)
-        anew += _fill_module(module, group, dtype, device, wanted)
+        anew += _fill_module(module, group, dtype, device, wanted, in_place=in_place)
         done += sum(source.nbytes for source in _sources([(module, group)]))
         if progress is not None:
             progress(done / total)
@@ -267,7 +272,7 @@ def _sources(groups: list[tuple[nn.Module, dict[str, _Slot]]]) -> list[Stored]:
 
 
 def _fill_module(module: nn.Module, slots: dict[str, _Slot], dtype: torch.dtype, device: torch.device,
-                 wanted: Quantization | None) -> bool:
+                 wanted: Quantization | None, *, in_place: bool = False) -> bool:
     """Whether codes of the checkpoint had to be quantised anew, though nobody asked for it."""
     if not isinstance(module, Linear | Embedding):
         _fill_parameters(module, slots, dtype, device)
@@ -276,18 +281,43 @@ def _fill_module(module: nn.Module, slots: dict[str, _Slot], dtype: torch.dtype,
     if wanted is None and module.least_bits <= 8:
         wanted, is_exact = _stored_form(weight)
         anew = wanted is not None and not is_exact
+    lying = _lying(weight, dtype, device) if in_place and wanted is None else []
     if wanted is None and isinstance(module, Embedding):
-        _fill_parameters(module, slots, dtype, device)
+        if len(lying) == 1:
+            module.weight = nn.Parameter(lying[0][1], requires_grad=False)
+        else:
+            _fill_parameters(module, slots, dtype, device)
         return False
-    form = module.allocate(dtype, device, wanted)
-    if wanted is not None and is_exact:
+    form = module.adopt(lying) if lying and isinstance(module, Linear) else None
+    if form is not None:
+        _populate(weight)
+    elif wanted is not None and is_exact:
+        form = module.allocate(dtype, device, wanted)
         _put_codes(cast("QuantizedForm", form), wanted, weight)
     else:
+        form = module.allocate(dtype, device, wanted)
         for first, rows in weight.pieces():
             form.fill(first, rows.flatten(1).to(dtype))
     if "bias" in slots:
         form.set_bias(_whole(slots["bias"], dtype, device))
     return anew
+
+
+def _lying(weight: _Slot, dtype: torch.dtype, device: torch.device) -> list[tuple[int, Tensor]]:
+    """(first row, rows) of all parts as they lie in the mapped file, where that is how they are wanted."""
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return []
+    parts = [(first, source) for first, source in weight.parts()
+             if isinstance(source, StoredTensor) and source.dtype == dtype and source.populate is not None]
+    if len(parts) < len(weight.sources):
+        return []
+    return [(first, source.view().flatten(1)) for first, source in parts]
+
+
+def _populate(weight: _Slot) -> None:
+    for source in weight.sources.values():
+        if isinstance(source, StoredTensor) and source.populate is not None:
+            source.populate()
 
 
 def _stored_form(weight: _Slot) -> tuple[Quantization | None, bool]:
@@ -375,8 +405,15 @@ def _stored(file: Path, memory: mmap.mmap, start: int, key: str, entry: Any) -> 
         if last > first:
             memory.madvise(option, page, last - page)
 
+    def populate() -> None:
+        try:
+            advise(MADV_POPULATE_READ)
+        except OSError:  # a system that does not know it
+            advise(mmap.MADV_WILLNEED)
+
     return begin, end, StoredTensor(key, file, shape, dtype, view, prefetch=lambda: advise(mmap.MADV_WILLNEED),
-                                    release=lambda: advise(mmap.MADV_DONTNEED))
+                                    release=lambda: advise(mmap.MADV_DONTNEED),
+                                    populate=None if first % dtype.itemsize else populate)
 
 
 def _check_overlap(file: Path, tensors: list[tuple[int, int, StoredTensor]]) -> list[StoredTensor]:

@@ -1,0 +1,4 @@
+#if defined(__x86_64__)
+#define SENSORIUM_AVX512_BF16
+#include "isa.inc"
+#endif
