@@ -45,8 +45,7 @@ def main() -> None:
 
         usual = Plan(given.steps)
         sizes = {name: max(1, round(getattr(usual, name) * given.scale))
-                 for name in ("images", "videos", "audios", "texts", "drawn",
-                                                                              "dialogs_read")}
+                 for name in ("images", "videos", "audios", "texts", "drawn", "dialogs_read")}
         run(Plan(given.steps, decay=given.decay, rate=given.rate, recordings=given.recordings, seed=given.seed,
                  workers=given.workers, **sizes),
             given.out, given.work, given.begin_with)

@@ -317,14 +317,19 @@ def make_optimizers(model: Trained, rank: int, workers: int) -> list[torch.optim
             torch.optim.AdamW(others[rank::workers], lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
 
 
+UNUSED = "audio_tower.audio_bos_eos_token.weight"  # published files have it; nothing that writes text uses it
+
+
 def load_weights(thinker: Thinker, folder: Path) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    thinker.load_state_dict({name.removeprefix("thinker."): tensor.float() for name, tensor in tensors.items()})
+    tensors = {name.removeprefix("thinker."): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    thinker.load_state_dict({name: tensor.float() for name, tensor in tensors.items() if name != UNUSED})
 
 
 def save_weights(thinker: Thinker, to: Path) -> None:
-    tensors = {f"thinker.{name}": p.detach().to(torch.bfloat16).contiguous() for name, p in thinker.named_parameters()}
-    save_file(tensors, to / "model.tmp", metadata={"format": "pt"})
+    tensors = {name: p.detach() for name, p in thinker.named_parameters()}
+    tensors[UNUSED] = torch.zeros(2, thinker.audio_tower.proj.out_features)
+    save_file({f"thinker.{name}": tensor.to(torch.bfloat16).contiguous() for name, tensor in tensors.items()},
+              to / "model.tmp", metadata={"format": "pt"})
     (to / "model.tmp").replace(to / "model.safetensors")
 
 
