@@ -321,7 +321,8 @@ UNUSED = "audio_tower.audio_bos_eos_token.weight"  # published files have it; no
 
 
 def load_weights(thinker: Thinker, folder: Path) -> None:
-    tensors = {name.removeprefix("thinker."): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    stored = load_file(folder / "model.safetensors")
+    tensors = {name.removeprefix("thinker."): tensor for name, tensor in stored.items()}
     thinker.load_state_dict({name: tensor.float() for name, tensor in tensors.items() if name != UNUSED})
 
 
