@@ -124,12 +124,14 @@ def answers(address: str) -> bool:
     return asyncio.run(ask())
 
 
-def measure(command: str, model: Path, loads: list[Load], seed: int, figures: Figures, log: Path) -> None:
+def measure(command: str, model: Path, loads: list[Load], seed: int, figures: Figures, log: Path,
+            settle_s: float) -> None:
     with running(command, model, log) as (pid, address):
         ready_s = until(lambda: lists_models(address), pid, log)
         figures.ready_s.append(ready_s)
         figures.first_answer_s.append(ready_s + until(lambda: answers(address), pid, log))
         figures.idle_bytes.append(resident_bytes(family(pid)))
+        time.sleep(settle_s)
         for index, load in enumerate(loads):
             config = BenchConfig(base_url=address, kind=load.kind, requests=load.requests, input_tokens=120, warmup=1,
                                  concurrency=load.concurrency, output_tokens=load.output_tokens, seed=seed + index)
@@ -186,6 +188,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="which loads")
     parser.add_argument("--load", action="append", help="KIND:REQUESTS:CONCURRENCY:OUTPUT_TOKENS, instead of a preset")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--settle", type=float, default=0, help="seconds between first answer and loads")
     parser.add_argument("--into", type=Path, help="write the table between this file's <!-- begin PRESET --> markers")
     found = parser.parse_args()
     loads = [Load.parse(text) for text in found.load or PRESETS[found.preset]]
@@ -194,7 +197,8 @@ def main() -> None:
         for number in range(found.rounds):
             for which, command in (("ours", found.ours), ("theirs", found.theirs)):
                 print(f"round {number + 1}: {which}", flush=True)
-                measure(command, found.checkpoint, loads, 100 * number, figures[which], Path(folder) / which)
+                measure(command, found.checkpoint, loads, 100 * number, figures[which], Path(folder) / which,
+                        found.settle)
     text = table(figures["ours"], figures["theirs"], found.name)
     print(text)
     if found.into:

@@ -33,7 +33,7 @@ def start(log: Path, *argv: str, environment: dict[str, str] | None = None) -> s
 
 
 @contextmanager
-def running(folder: Path, *argv: str, timeout_s: float = 90.0, kv_cache_memory: str = "64MiB",
+def running(folder: Path, *argv: str, timeout_s: float = 90.0, kv_cache_memory: str = "96MiB",
             environment: dict[str, str] | None = None) -> Iterator[Server]:
     """A server on a free port, with a small KV cache; stopped at the end."""
     log = folder / "server.log"

@@ -92,11 +92,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "broken.png").write_bytes(b"not a picture at all")
     (folder / "notes.txt").write_text("words")
     with av.open(str(folder / "clip.mp4"), "w") as container:
-        stream = container.add_stream("mpeg4", rate=8)
-        stream.width = stream.height = 64
-        for place in range(8):
-            pixels = np.full((64, 64, 3), 255, np.uint8)
-            pixels[24:40, 6 * place:6 * place + 16] = (0, 0, 200)
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 160
+        stream.codec_context.bit_rate = 1_500_000
+        for place in range(20):
+            pixels = np.full((160, 160, 3), 255, np.uint8)
+            pixels[56:104, 8 + 5 * place:56 + 5 * place] = (0, 0, 220)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
         container.mux(stream.encode())
     (folder / "beeps.wav").write_bytes(beeps(3))

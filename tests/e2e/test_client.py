@@ -17,7 +17,7 @@ from live import Live, check_error, live
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
-EOS = 1018  # <|im_end|> of the built-in model
+EOS = 1400  # <|im_end|> of the built-in model
 MODEL = "sensorium-demo"
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 
@@ -410,7 +410,7 @@ def test_tokenize_and_detokenize(demo: Live) -> None:
     answer = demo.chat([shown()]).json()
     assert media["count"] == answer["usage"]["prompt_tokens"]
     assert demo.post("/detokenize", {"tokens": []}).json() == {"prompt": ""}
-    check_error(demo.post("/detokenize", {"tokens": [1024]}), param="tokens")
+    check_error(demo.post("/detokenize", {"tokens": [1408]}), param="tokens")
     check_error(demo.post("/detokenize", {"tokens": [-1]}), param="tokens[0]")
     check_error(demo.post("/tokenize", {}), param="prompt")
     check_error(demo.post("/tokenize", {"prompt": "x", "messages": HELLO}), param="prompt")

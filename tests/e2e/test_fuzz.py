@@ -20,10 +20,10 @@ FIELDS: dict[str, list[Any]] = {
     "frequency_penalty": [None, -2.0, TINY, 2],
     "repetition_penalty": [None, TINY, 1e-30, 0.5, 1, 1.3, 100], "seed": [0, 1, 2**63 - 1, -(2**63), 12345],
     "n": [None, 1, 2, 3],
-    "stop": [None, [], "a", ["e", "the"], ["\n"], "\ufffd"], "stop_token_ids": [None, [], [0], [5, 6, 1023]],
+    "stop": [None, [], "a", ["e", "the"], ["\n"], "\ufffd"], "stop_token_ids": [None, [], [0], [5, 6, 1407]],
     "include_stop_str_in_output": [None, True, False], "ignore_eos": [None, True, False], "min_tokens": [None, 0, 1, 6],
-    "logit_bias": [None, {}, {"5": -100, "6": 100}, {str(token): -100 for token in range(300)}, {"1018": 100},
-                   {"1022": 100.0}],
+    "logit_bias": [None, {}, {"5": -100, "6": 100}, {str(token): -100 for token in range(300)}, {"1400": 100},
+                   {"1406": 100.0}],
     "skip_special_tokens": [None, True, False], "max_tokens": [6, 7, 12], "echo": [None, False, True],
     "user": [None, "me"],
     "add_special_tokens": [None, True, False], "priority": [None, 0, -5, 2**31 - 1], "cache_salt": [None, "", "salt"]}
