@@ -196,7 +196,7 @@ def test_an_engine_that_keeps_dying_ends_the_server(tmp_path: Path) -> None:
 
 def test_r6_requests_that_can_never_fit(tmp_path: Path) -> None:
     """The context shrinks to what the cache holds, and what is longer is refused at once."""
-    with live(tmp_path, kv_cache_memory="256KiB") as server:
+    with live(tmp_path, kv_cache_memory="1280KiB") as server:
         context = server.http.get("/v1/models").json()["data"][0]["max_model_len"]
         assert context < 32768
         check_error(server.complete([5] * (context + 1)), code="context_length_exceeded", param="prompt")
@@ -208,7 +208,7 @@ def test_r6_requests_that_can_never_fit(tmp_path: Path) -> None:
 
 def test_r5_room_for_two_and_a_half(tmp_path: Path) -> None:
     """Eight requests of 200 tokens and room for 512."""
-    with live(tmp_path, "--max-model-len", "256", kv_cache_memory="256KiB") as server:
+    with live(tmp_path, "--max-model-len", "256", kv_cache_memory="1280KiB") as server:
         bodies = [body(place, max_tokens=150) for place in range(STREAMS)]
         alone = [server.post(CHAT, one).json()["choices"][0]["message"]["content"] for one in bodies]
         futures = together(server, bodies)
