@@ -13,7 +13,7 @@ import httpx
 import openai
 import pictures
 import pytest
-from live import Live, check_error, live
+from live import Live, check_error, live, until
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -428,7 +428,8 @@ def test_metrics_count_what_happened(demo: Live, client: OpenAI) -> None:
     assert after["generation"] == 24
     assert after["length"] == 2
     assert after["e2e"] == 1
-    chat(client, [{"role": "user", "content": [shown()]}])  # so that media were decoded
+    chat(client, [{"role": "user", "content": [shown(96, 64)]}])  # so that media were decoded, and none from a cache
+    until(lambda: "sensorium:media_decode_seconds" in demo.http.get("/metrics").text)
     found = {family.name: family for family in text_string_to_metric_families(demo.http.get("/metrics").text)}
     for name in ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc",
         "vllm:prefix_cache_hits",
