@@ -4,6 +4,7 @@ tutorials' five kinds of chat through the official client. `docs/demo-model.md` 
 from __future__ import annotations
 
 import base64
+import io
 import random
 import shutil
 from collections.abc import Iterator
@@ -71,15 +72,9 @@ def picture(*shapes: tuple[str, str, int, int], ground: str = "white", size: tup
             draw.rectangle(box, fill=colour)
         else:
             draw.polygon([(x, y - 40), (x + 40, y + 35), (x - 40, y + 35)], fill=colour)
-    return {"type": "image_url", "image_url": {"url": url_of(image)}}
-
-
-def url_of(image: Image.Image) -> str:
-    import io
-
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": evaluation.data_url("image/png", buffer.getvalue())}}
 
 
 def ask(openai: OpenAI, question: str, *media: dict[str, Any], **options: Any) -> str:

@@ -63,12 +63,8 @@ def test_network_equals_the_served_model(kind: str, random_folder: Path, speech:
     talks = [dialogs.make(dialogs.Source(rng, speech), kind) for _ in range(3)]
     batch = reader.batch(kind, talks, random.Random(5))
     with torch.inference_mode():
-        ids = torch.from_numpy(batch.token_ids)
-        x = trained.thinker.model.embed_tokens(ids)
-        rows = None
-        if batch.groups:
-            rows = trained.rows(batch)[torch.from_numpy(batch.rows)]
-            x = x.flatten(0, 1).index_copy(0, torch.from_numpy(batch.places), rows).view(x.shape)
+        rows = trained.rows(batch) if batch.groups else None
+        x = trained.embedded(batch, rows)
         logits = trained.thinker.logits(trained.thinker.model(x, torch.from_numpy(batch.positions)))
     media = [reader.features(medium) for dialog in talks for turn in dialog for medium in turn.media]
     if rows is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable
 from collections.abc import Sequence as Series
 from dataclasses import dataclass, field
 from typing import Any
@@ -148,3 +149,12 @@ def clear_answers(model: Model, count: int, length: int, **options: Any) -> list
         if len(found) == count:
             return found
     raise AssertionError(f"only {len(found)} prompts have a clear answer")
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most memory beyond what was there that `work` holds at once, as the profiler saw it."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        work()
+    held = itertools.accumulate(event.self_cpu_memory_usage
+                                for event in sorted(profile.events(), key=lambda e: e.time_range.start))
+    return max(held, default=0)

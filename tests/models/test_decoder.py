@@ -9,7 +9,7 @@ from typing import Any
 import checkpoints
 import pytest
 import torch
-from driver import Driver, Sequence
+from driver import Driver, Sequence, peak_bytes
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -168,12 +168,7 @@ def test_activation_bytes_bounds_what_a_step_allocates(made: Make) -> None:
     _, model = made("llama", hidden_size=256, intermediate_size=1024, num_attention_heads=8)
     tokens = prompt_of(400)
     driver = Driver(model, num_blocks=128)
-    with torch.profiler.profile(profile_memory=True) as profile:
-        driver.prefill(Sequence(tokens))
-    peak = total = 0
-    for event in sorted(profile.events(), key=lambda e: e.time_range.start):
-        total += event.self_cpu_memory_usage
-        peak = max(peak, total)
+    peak = peak_bytes(lambda: driver.prefill(Sequence(tokens)))
     assert 2**20 < peak < model.activation_bytes(len(tokens))
 
 

@@ -15,7 +15,7 @@ import checkpoints
 import pytest
 import torch
 from checkpoints import make_llama, make_llava, make_qwen2_omni, make_qwen2_vl, read_weights
-from driver import Driver, Sequence, clear_answers
+from driver import Driver, Sequence, clear_answers, peak_bytes
 from encoder_support import VOCAB, pooled, prompts_of, run, save
 from safetensors.torch import save_file
 from torch import Tensor
@@ -228,12 +228,7 @@ def test_activation_bytes_bounds_what_the_twin_takes(tmp_path: Path) -> None:
     with without_native():
         model = load(tmp_path, torch.float32, INT4)
         driver = Driver(model, num_blocks=128, int8_cache=True)
-        with torch.profiler.profile(profile_memory=True) as profile:
-            driver.prefill(Sequence(tokens))
-    peak = total = 0
-    for event in sorted(profile.events(), key=lambda e: e.time_range.start):
-        total += event.self_cpu_memory_usage
-        peak = max(peak, total)
+        peak = peak_bytes(lambda: driver.prefill(Sequence(tokens)))
     assert 2**22 < peak < activation_bytes(model, config, torch.int8)
 
 

@@ -90,9 +90,7 @@ class Reader:
             places += [np.arange(span.offset, span.offset + span.length) + index * length for span in prompt.spans]
         batch = Batch(kind, token_ids, targets, positions, np.concatenate([*places, np.zeros(0, np.int64)]),
                       np.zeros(0, np.int64))
-        if media:
-            batch.groups, batch.rows = (group_sounds if kind == "audio" else group_slices)(media)
-            batch.labels = {name: np.concatenate([one[name] for one in labels]) for name in labels[0]}
+        _attach(batch, media, labels)
         return batch
 
     def drawn(self, pictures: Sequence[Picture]) -> Batch:
@@ -100,9 +98,7 @@ class Reader:
         features = [self.features(picture) for picture in pictures]
         nothing = np.zeros(0, np.int64)
         batch = Batch("drawn", nothing, nothing, nothing, nothing, nothing)
-        batch.groups, batch.rows = group_slices(features)
-        labels = [labels_of(picture, one) for picture, one in zip(pictures, features, strict=True)]
-        batch.labels = {name: np.concatenate([one[name] for one in labels]) for name in labels[0]}
+        _attach(batch, features, [labels_of(picture, one) for picture, one in zip(pictures, features, strict=True)])
         return batch
 
     def _mark(self, ids: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
@@ -112,6 +108,13 @@ class Reader:
             if ids[start : start + width].tolist() == self.header:
                 end = start + width + int(np.flatnonzero(ids[start + width :] == self.end)[0])
                 targets[start + width - 1 : end] = ids[start + width : end + 1]
+
+
+def _attach(batch: Batch, media: Sequence[MediaFeatures], labels: Sequence[dict[str, NDArray[np.int64]]]) -> None:
+    """Give a batch its media, grouped for the tower, and the labels of their rows."""
+    if media:
+        batch.groups, batch.rows = (group_sounds if batch.kind == "audio" else group_slices)(media)
+        batch.labels = {name: np.concatenate([one[name] for one in labels]) for name in labels[0]}
 
 
 def rendered(dialog: dialogs.Dialog, rng: random.Random) -> str:

@@ -12,7 +12,7 @@ import io
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -157,14 +157,18 @@ def paint(image: Image.Image, objects: Sequence[Placed]) -> Image.Image:
 def worn(rng: random.Random, image: Image.Image) -> Pixels:
     """As it is, or through JPEG or WebP, which change pixels a little."""
     kind = rng.random()
-    if kind < 0.35:
-        buffer = io.BytesIO()
-        if kind < 0.28:
-            image.save(buffer, "JPEG", quality=rng.randrange(55, 96))
-        else:
-            image.save(buffer, "WEBP", quality=rng.randrange(55, 96), method=0)
-        image = Image.open(buffer).convert("RGB")
+    if kind < 0.28:
+        image = through(image, "JPEG", quality=rng.randrange(55, 96))
+    elif kind < 0.35:
+        image = through(image, "WEBP", quality=rng.randrange(55, 96), method=0)
     return np.asarray(image)
+
+
+def through(image: Image.Image, name: str, **options: int) -> Image.Image:
+    """What a file of that format keeps of it."""
+    buffer = io.BytesIO()
+    image.save(buffer, name, **options)
+    return Image.open(buffer).convert("RGB")
 
 
 def random_size(rng: random.Random, aspect: float | None = None) -> tuple[int, int]:
@@ -310,13 +314,6 @@ def draw_clip(rng: random.Random, *, frames: int = 8, action: Action | None = No
     for placed in path:
         image = paint(back.copy(), [placed])
         if worn_too:
-            buffer = io.BytesIO()
-            image.save(buffer, "JPEG", quality=quality)
-            image = Image.open(buffer).convert("RGB")
+            image = through(image, "JPEG", quality=quality)
         images.append(np.asarray(image))
     return Clip(np.stack(images), seconds or rng.uniform(1.0, 4.0), thing, last, action, tuple(path))
-
-
-def resized(picture: Picture, height: int, width: int) -> Picture:
-    image = Image.fromarray(picture.pixels).resize((width, height), Image.Resampling.BICUBIC)
-    return replace(picture, pixels=np.asarray(image))

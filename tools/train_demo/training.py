@@ -68,11 +68,11 @@ class Trained(nn.Module):
     def loss(self, batch: Batch, label_weight: float) -> tuple[Tensor, dict[str, float]]:
         """(loss, what to report: cross-entropy of answers, share of right answer tokens and of right labels)"""
         label_loss, report = torch.zeros(()), {}
-        if batch.groups:
-            rows = self.rows(batch)[torch.from_numpy(batch.rows)]
+        rows = self.rows(batch) if batch.groups else None
+        if rows is not None:
             for name, labels in batch.labels.items():
                 wanted = torch.from_numpy(labels)
-                guessed = self.heads[name](rows).float()
+                guessed = self.heads[name](rows)
                 there, nothing = wanted > 0, wanted == 0
                 if nothing.any():  # most rows: they must not outweigh the others
                     label_loss = label_loss + 0.5 * functional.cross_entropy(guessed[nothing], wanted[nothing])
@@ -82,20 +82,24 @@ class Trained(nn.Module):
         if batch.kind == "drawn":
             return label_weight * label_loss, report
         targets = torch.from_numpy(batch.targets)
-        x = self.thinker.model.embed_tokens(torch.from_numpy(batch.token_ids))
-        if batch.groups:
-            x = x.flatten(0, 1).index_copy(0, torch.from_numpy(batch.places), rows).view(x.shape)
-        hidden = self.thinker.model(x, torch.from_numpy(batch.positions))
+        hidden = self.thinker.model(self.embedded(batch, rows), torch.from_numpy(batch.positions))
         asked = targets != IGNORED
-        logits = self.thinker.logits(hidden[asked]).float()
+        logits = self.thinker.logits(hidden[asked])
         answer_loss = functional.cross_entropy(logits, targets[asked])
         report["loss"] = float(answer_loss.detach())
         right = logits.argmax(-1) == targets[asked]
         report["right"] = float(right.float().mean())
         return answer_loss + label_weight * label_loss, report
 
+    def embedded(self, batch: Batch, rows: Tensor | None) -> Tensor:
+        """Tokens as the decoder gets them, [dialogs, tokens, size], media in their places."""
+        x = self.thinker.model.embed_tokens(torch.from_numpy(batch.token_ids))
+        if rows is None:
+            return x
+        return x.flatten(0, 1).index_copy(0, torch.from_numpy(batch.places), rows).view(x.shape)
+
     def rows(self, batch: Batch) -> Tensor:
-        """[rows, size] of every group, one after another"""
+        """[rows, size] of all media, in the order of the batch's places"""
         out: list[Tensor] = []
         for group in batch.groups:
             if batch.kind == "audio":
@@ -103,7 +107,7 @@ class Trained(nn.Module):
                     torch.from_numpy(group["windows"]), torch.from_numpy(group["lengths"]), group["clips"])
             else:
                 out.append(self.thinker.visual(torch.from_numpy(group["patches"]), group["grid"]).flatten(0, 1))
-        return torch.cat(out)
+        return torch.cat(out)[torch.from_numpy(batch.rows)]
 
 
 WEIGHTS = {"image": 1.0, "video": 0.6, "audio": 0.8, "text": 0.3, "drawn": 1.0}
@@ -131,7 +135,7 @@ def train(plan: Plan, out: Path, work: Path, begin_with: Path | None = None) -> 
     start = 0
     if (work / "state.pt").exists():
         state = torch.load(work / "state.pt", weights_only=True)
-        model.load_state_dict(state["model"], strict=False)
+        model.load_state_dict(state["model"])
         start = state["step"]
     count = sum(p.numel() for p in model.thinker.parameters())
     console.print(f"{count / 1e6:.2f} M parameters, steps {start} to {plan.steps}, {plan.workers} processes")
@@ -201,9 +205,7 @@ def _work(rank: int, plan: Plan, work: Path, model: Trained, gradients: Tensor, 
     state = work / f"state-{rank}-of-{plan.workers}.pt"
     if start and state.exists():
         for optimizer, kept in zip(optimizers, torch.load(state, weights_only=True), strict=True):
-            if [len(group["params"]) for group in kept["param_groups"]] == [
-                    len(group["params"]) for group in optimizer.param_groups]:
-                optimizer.load_state_dict(kept)
+            optimizer.load_state_dict(kept)
     began = time.monotonic()
     for step in range(start, plan.steps):
         given = [batch for kind, size in plan.sizes().items() for batch in batches.make_batches(

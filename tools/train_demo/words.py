@@ -24,7 +24,6 @@ PLURALS = {"cross": "crosses"}
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 NUMBERS_ZH = ("零", "一", "二", "三", "四", "五", "六", "七", "八", "九")
 ORDINALS = ("first", "second", "third")
-SIDES = {"left": "左", "right": "右", "above": "上", "below": "下"}
 
 CAPITALS = {
     "France": "Paris", "Germany": "Berlin", "Italy": "Rome", "Spain": "Madrid", "Portugal": "Lisbon",

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
+import folder
 import torch
+from tokenizers import Tokenizer
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
 import sensorium
 from sensorium.checkpoint import open_checkpoint
 
-ROOT = Path(__file__).parents[1]
 DEMO = Path(sensorium.__file__).parent / "demo"
 
 
@@ -35,10 +35,6 @@ def test_transformers_loads_every_tensor() -> None:
 
 
 def test_its_shape_is_the_tools(tmp_path: Path) -> None:
-    sys.path.insert(0, str(ROOT / "tools" / "train_demo"))
-    import folder
-    from tokenizers import Tokenizer
-
     folder.write(tmp_path, Tokenizer.from_file(str(DEMO / "tokenizer.json")))
     for file in tmp_path.glob("*.json*"):
         if file.name != "tokenizer.json":
