@@ -226,7 +226,7 @@ def make_batches(reader: Reader, speech: Speech, kind: str, size: int, seed: str
     """`size` dialogs, the short and the long ones apart; of the kind "drawn", pictures that nobody talks about."""
     rng = random.Random(seed)
     if kind == "drawn":
-        return [reader.drawn([draw_number(rng) if rng.random() < 0.6 else draw_picture(rng) for _ in range(size)])]
+        return [reader.drawn([draw_number(rng) if rng.random() < 0.7 else draw_picture(rng) for _ in range(size)])]
     source = dialogs.Source(rng, speech)
     talks = sorted((dialogs.make(source, kind) for _ in range(size)), key=lambda dialog: _weight(kind, dialog))
     most = math.ceil(size / max(1, size // TOGETHER))

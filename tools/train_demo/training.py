@@ -35,11 +35,11 @@ class Plan:
     decay: int = 0  # steps of the falling rate; 0: a quarter of all
     warmup: int = 80
     rate: float = 2e-3
-    images: int = 24  # dialogs of each kind in a step
-    videos: int = 6
+    images: int = 26  # dialogs of each kind in a step
+    videos: int = 4
     audios: int = 4
     texts: int = 2
-    drawn: int = 18  # pictures that only the vision tower sees
+    drawn: int = 28  # pictures that only the vision tower sees
     dialogs_read: int = 7500  # by the tokenizer
     recordings: int = 260  # of every word
     seed: int = 1
@@ -110,7 +110,7 @@ class Trained(nn.Module):
         return torch.cat(out)[torch.from_numpy(batch.rows)]
 
 
-WEIGHTS = {"image": 1.0, "video": 0.6, "audio": 0.8, "text": 0.3, "drawn": 1.0}
+WEIGHTS = {"image": 1.0, "video": 0.4, "audio": 0.5, "text": 0.3, "drawn": 0.7}
 
 
 def train(plan: Plan, out: Path, work: Path, begin_with: Path | None = None) -> None:
