@@ -22,10 +22,10 @@ from scenes import draw_clip
 from sounds import Sound, Speech, make_beeps, make_tone
 
 SAMPLES = 16
-# Right ones of these: about three standard deviations below the report in docs/demo-model.md, and above guessing. Two
-# skills, "relation" and "exists", are not yet far enough from guessing to ask for more here.
-LEAST = {"describe": 4, "colour": 6, "shape": 8, "count": 9, "pictures": 2, "clip": 8, "beeps": 9, "tone": 14,
-         "text": 14, "unknown": 14, "number": 2, "speech": 13, "followup": 3}
+# Right ones of these: about three standard deviations below the report in docs/demo-model.md. Left out, as too close
+# to guessing to ask for more here: relation.
+LEAST = {"describe": 6, "colour": 4, "shape": 14, "count": 9, "exists": 9, "pictures": 5, "clip": 14, "beeps": 10,
+         "tone": 14, "text": 14, "unknown": 14, "number": 10, "speech": 14, "followup": 8}
 
 
 @pytest.fixture(scope="module")

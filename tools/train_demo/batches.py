@@ -118,12 +118,11 @@ def _attach(batch: Batch, media: Sequence[MediaFeatures], labels: Sequence[dict[
 
 
 def rendered(dialog: dialogs.Dialog, rng: random.Random) -> str:
-    """The chat template's text. Media come before or after their question; sometimes there is a system message."""
+    """The chat template's text; sometimes there is a system message."""
     out = [f"<|im_start|>system\n{rng.choice(PROMPTS)}<|im_end|>\n"] if rng.random() < 0.15 else []
     for turn in dialog:
         marks = "".join(MARKS[kind_of(medium)] for medium in turn.media)
-        content = marks + turn.question if rng.random() < 0.5 else turn.question + marks
-        out.append(f"<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n{turn.answer}<|im_end|>\n")
+        out.append(f"<|im_start|>user\n{marks}{turn.question}<|im_end|>\n<|im_start|>assistant\n{turn.answer}<|im_end|>\n")
     return "".join(out)
 
 

@@ -223,11 +223,16 @@ def _pair(objects: Sequence[Placed], one: int, other: int) -> list[_Ask]:
     return asks
 
 
+SLOW = ("colour", "colour", "relation")  # what is learnt last comes more often
+
+
 def picture_dialog(source: Source, first: str = "") -> Dialog:
-    """Questions about one picture; only the first brings it. Skills come equally often, whatever their variety."""
+    """Questions about one picture; only the first brings it. Skills come about equally often, whatever their variety."""
     rng = source.rng
     picture = draw_picture(rng)
-    asks = by_skill(rng, [*about_picture(picture), exists(rng, picture)], rng.choice((2, 3, 4, 5)), first)
+    if not first and rng.random() < 0.6:
+        first = rng.choice(SLOW)
+    asks = by_skill(rng, [*about_picture(picture), exists(rng, picture)], rng.choice((3, 4, 5, 6)), first)
     return [ask.turn(source, [picture] if index == 0 else []) for index, ask in enumerate(asks)]
 
 

@@ -22,6 +22,7 @@ SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio
 MARKS = {"image": "<|vision_bos|><|IMAGE|><|vision_eos|>", "video": "<|vision_bos|><|VIDEO|><|vision_eos|>",
          "audio": "<|audio_bos|><|AUDIO|><|audio_eos|>"}
 
+# Media first, wherever they stand in the message: so small a model learns to look with the question in mind only once.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 <|im_start|>{{ message['role'] }}
@@ -35,7 +36,10 @@ CHAT_TEMPLATE = """\
 <|vision_bos|><|VIDEO|><|vision_eos|>
 {%- elif part['type'] in ('audio', 'audio_url', 'input_audio') -%}
 <|audio_bos|><|AUDIO|><|audio_eos|>
-{%- elif part['type'] == 'text' -%}
+{%- endif -%}
+{%- endfor -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'text' -%}
 {{ part['text'] }}
 {%- endif -%}
 {%- endfor -%}
