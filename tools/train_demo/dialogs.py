@@ -227,7 +227,7 @@ SLOW = ("colour", "colour", "relation")  # what is learnt last comes more often
 
 
 def picture_dialog(source: Source, first: str = "") -> Dialog:
-    """Questions about one picture; only the first brings it. Skills come about equally often, whatever their variety."""
+    """Questions about one picture; only the first brings it. Skills come about equally often."""
     rng = source.rng
     picture = draw_picture(rng)
     if not first and rng.random() < 0.6:
