@@ -154,6 +154,9 @@ async function run(turn) {
   announce(state.error ? state.error.message : t("answered", {tokens: state.usage?.completion_tokens ?? 0}));
 }
 
+/** Chunks that come closer together say how the network joined them, not how fast the model writes. */
+const MEASURABLE_MS = 20;
+
 /** Read the stream into the turn's answer. The usage comes with every chunk, so that a stopped answer has one too. */
 async function receive(turn, signal) {
   const {answer: state, view, recipe} = turn;
@@ -171,7 +174,7 @@ async function receive(turn, signal) {
     if (state.timing.firstMs === null) {
       state.timing.firstMs = nowMs;
       firstTokens = tokens;
-    } else if (choice && tokens > firstTokens) {
+    } else if (choice && tokens > firstTokens && nowMs - state.timing.firstMs >= MEASURABLE_MS) {
       state.timing.perSecond = 1000 * (tokens - firstTokens) / (nowMs - state.timing.firstMs);
     }
     view.refresh(following);
