@@ -227,7 +227,8 @@ SLOW = ("colour", "colour", "relation")  # what is learnt last comes more often
 
 
 def picture_dialog(source: Source, first: str = "") -> Dialog:
-    """Questions about one picture; only the first brings it. Skills come about equally often."""
+    """Questions about one picture; only the first brings it, and asks for `first` if the picture answers that. Without
+    it one of `SLOW` often comes first; beyond that skills come equally often, whatever their variety."""
     rng = source.rng
     picture = draw_picture(rng)
     if not first and rng.random() < 0.6:
