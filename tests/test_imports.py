@@ -64,7 +64,7 @@ HAND_ENVIRONMENT_ON = {"media/pool.py", "engine/client.py", "engine/core.py", "p
 # library raises nothing more precise.
 BROAD_EXCEPT = {"api/app.py", "api/errors.py", "engine/core.py", "engine/runner.py", "prompt/tokenizer.py"}
 UNPICKLERS = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
-SAFE_TORCH_LOAD = "models/weights.py"
+SAFE_TORCH_LOAD = "models/tensor_files.py"
 
 
 def layer(module: str) -> str:

@@ -40,6 +40,8 @@ class EngineConfig:
                                         min=32, max=128)
     map_weights: bool = flag(True, "Start a large bfloat16 model with its weights where the page cache has them "
                                    "(AVX-512); the copy that is fastest is made a layer at a time, between steps.")
+    quantized_cache: str = flag("~/.cache/sensorium/quantized", "Folder that keeps what --quantization made of a large "
+                                "checkpoint, for a faster next start; empty: nothing is kept.")
     quantize_towers: bool = flag(False, "Let --quantization have the vision and audio towers and projectors too.")
     kv_cache_dtype: str = flag("auto", "Type of cached keys and values. auto: the computation's; int8: a byte each, "
                                        "with a scale per token and head.", choices=("auto", "int8"))

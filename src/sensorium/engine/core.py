@@ -118,9 +118,9 @@ class Core:
         idle = not self._scheduler.has_work()
         if idle:
             self._send_stats()
-        frames = self._channel.poll(wait=idle and not self._engine.mapped)
+        frames = self._channel.poll(wait=idle and not self._engine.has_chores)
         if idle and not frames:
-            self._engine.pack_some()
+            self._engine.do_chore()
         for kind, payload in frames:
             if not self._take(kind, payload):
                 return False

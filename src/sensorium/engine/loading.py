@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -13,6 +13,7 @@ from time import monotonic
 import torch
 from torch import Tensor
 
+from sensorium import __version__, kernels
 from sensorium.checkpoint import Checkpoint, open_checkpoint
 from sensorium.config import EngineConfig, MiB
 from sensorium.engine.batch import BatchBuilder
@@ -26,11 +27,12 @@ from sensorium.engine.sampler import Sampler
 from sensorium.engine.scheduler import Budget, Scheduler
 from sensorium.errors import StartupError
 from sensorium.kernels import Quantization, quantized
-from sensorium.kernels.native import RowsLinear
+from sensorium.kernels.native import QuantizedLinear, RowsLinear
 from sensorium.kernels.reference import GATHER_ELEMENTS
 from sensorium.models.base import Model
-from sensorium.models.layers import Linear
-from sensorium.models.weights import load_model, weight_bytes
+from sensorium.models.layers import Embedding, Linear
+from sensorium.models.quantized_copy import QuantizedCopy
+from sensorium.models.weights import MAPPED_BYTES, load_model, weight_bytes
 from sensorium.quantization import StoredQuantization
 from sensorium.types import EngineReady
 
@@ -52,6 +54,19 @@ class Engine:
     encoder: EncoderCache[Tensor]
     ready: EngineReady
     mapped: list[RowsLinear] = field(default_factory=list)  # still computed with where the page cache has them
+    writing: Iterator[None] | None = None  # of a copy of the weights, piece by piece
+
+    @property
+    def has_chores(self) -> bool:
+        """Whether there is something to do while nobody asks for anything."""
+        return bool(self.mapped) or self.writing is not None
+
+    def do_chore(self) -> None:
+        """A little of what makes this start, or the next one, faster."""
+        if self.mapped:
+            self.pack_some()
+        elif self.writing is not None and next(self.writing, self) is self:
+            self.writing = None
 
     def pack_some(self) -> bool:
         """Give one layer's weights the layout that computes fastest. False when all have it."""
@@ -77,13 +92,32 @@ def load_engine(config: EngineConfig, *, progress: Callable[[str, float], None] 
     dtype = choose_dtype(config.dtype, checkpoint.dtype, device, is_quantized=is_quantized)
     if device.type == "cpu":
         torch.set_num_threads(config.threads or default_threads(checkpoint))
+    copy = None if quantization is None else find_copy(config, checkpoint, quantization, dtype, device)
     model = load_model(checkpoint, dtype=dtype, device=device, quantization=quantization,
-                       quantize_towers=config.quantize_towers, in_place=config.map_weights,
+                       quantize_towers=config.quantize_towers, in_place=config.map_weights, copy=copy,
                        progress=lambda part: report("weights", part))
     report("cache", 0.0)
     engine = build_engine(model, checkpoint, config, device, dtype, started=started, faults=faults)
+    if copy is not None and not copy.is_whole:
+        engine.writing = copy.write()
     report("cache", 1.0)
     return engine
+
+
+def find_copy(config: EngineConfig, checkpoint: Checkpoint, quantization: Quantization, dtype: torch.dtype,
+              device: torch.device) -> QuantizedCopy | None:
+    """Where a large checkpoint's quantised weights are kept between starts, if they are."""
+    files = [*checkpoint.weight_files, *checkpoint.text_weight_files]
+    layout = kernels.quantized_layout(dtype, device)
+    if not config.quantized_cache or layout is None or sum(file.stat().st_size for file in files) < MAPPED_BYTES:
+        return None
+    folder = Path(config.quantized_cache).expanduser()
+    made_how = (__version__, layout, quantization, config.quantize_towers, checkpoint.architecture)
+    try:
+        return QuantizedCopy(folder, [checkpoint.folder / "config.json", *files], made_how)
+    except OSError as error:
+        logger.warning("quantised weights cannot be kept in %s: %s", folder, error.strerror)
+        return None
 
 
 def build_engine(model: Model, checkpoint: Checkpoint, config: EngineConfig, device: torch.device,
@@ -99,7 +133,7 @@ def build_engine(model: Model, checkpoint: Checkpoint, config: EngineConfig, dev
     if has_cache:
         shape = cache_shape(model, config.block_size, cache_dtype)
         activations = activation_bytes(model, config, cache_dtype) if device.type != "cpu" else 0
-        mapped_bytes = sum(form.mapped_bytes for form in mapped_forms(model))  # the system counts it as free memory
+        mapped_bytes = mapped_weight_bytes(model)  # the system counts them as free memory
         available = available_for_cache(config, device, activations, mapped_bytes)
         num_blocks, max_len = size_cache(config, shape, wanted, available)
         cache = make_cache(shape, num_blocks, device)
@@ -125,6 +159,11 @@ def build_engine(model: Model, checkpoint: Checkpoint, config: EngineConfig, dev
         weight_bytes=weight_bytes(model), kv_bytes=kv_bytes, load_seconds=monotonic() - started, device=device.type,
         dtype=str(dtype).removeprefix("torch."), tasks=tasks, embedding_size=embedding_size)
     return Engine(scheduler, runner, prefixes, encoder, ready, mapped_forms(model))
+
+
+def mapped_weight_bytes(model: Model) -> int:
+    return sum(module.form.mapped_bytes for module in model.modules() if isinstance(module, Linear | Embedding)
+               and isinstance(module.form, RowsLinear | QuantizedLinear))
 
 
 def mapped_forms(model: Model) -> list[RowsLinear]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 __all__ = ["Activation", "DecoderLayerParts", "DecoderStack", "LinearForm", "Quantization", "QuantizedForm", "activate",
            "add_rms_norm", "cache_width", "decoder_stack", "describe", "empty_linear", "empty_quantized",
            "first_attention", "gated", "layer_norm", "linear_activate", "linear_add",
-           "linear_in_place", "pack_linear", "paged_attention",
+           "linear_in_place", "pack_linear", "paged_attention", "quantized_in_place", "quantized_layout",
            "rms_norm", "rope", "silu_mul", "varlen_attention", "write_kv"]
 
 
@@ -65,6 +65,10 @@ class QuantizedForm(LinearForm, Protocol):
         `codes` uint8 [n, in]: 0 to 15 (int4), or the signed value + 128 (int8). `scales` [n, groups]. `zeros` uint8
         [n, groups]: the code that means zero (int4, default 8); all rows of a layer have them or none.
         """
+        ...
+
+    def parts(self) -> dict[str, Tensor]:
+        """What `quantized_in_place` takes, of a form that `fill` alone has filled and that has no bias yet."""
         ...
 
 
@@ -145,6 +149,22 @@ def linear_in_place(parts: Sequence[tuple[int, Tensor]], out_features: int, in_f
     if module is reference:
         return None
     form: LinearForm | None = module.linear_in_place(parts, out_features, in_features)
+    return form
+
+
+def quantized_layout(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Names the form of quantised weights there, if it is one that can be kept and computed with where it lies."""
+    module = _for(torch.empty(0, dtype=dtype, device=device))
+    return None if module is reference else module.quantized_layout
+
+
+def quantized_in_place(kept: Mapping[str, Tensor], out_features: int, in_features: int,
+                       quantization: Quantization) -> QuantizedForm:
+    """A form over what another one's `parts` gave, of the layout that is named; ValueError if it does not fit."""
+    native = _native()
+    if native is None:
+        raise ValueError("there are no kernels for it")
+    form: QuantizedForm = native.quantized_in_place(kept, out_features, in_features, quantization)
     return form
 
 

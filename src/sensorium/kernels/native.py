@@ -12,7 +12,7 @@ import functools
 import importlib.machinery
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -31,6 +31,7 @@ ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512", "avx512_bf16")  # the ind
 ABI = 5
 PANEL = 32  # output columns that are stored together, kPanel of native/kernels.h
 LANES = 16
+LAYOUT = 1  # of quantised weights and how they are rounded: to be raised with every change of either
 _FORM_BF16, _FORM_INT8, _FORM_INT4, _FORM_ROWS = 0, 1, 2, 3
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "tanh")
 
@@ -165,6 +166,16 @@ class Native:
         if quantization is None:
             return PackedLinear(self, out_features, in_features)
         return QuantizedLinear(self, out_features, in_features, quantization)
+
+    @property
+    def quantized_layout(self) -> str:
+        """Names the form of quantised weights: those of one layout fit into one another's place."""
+        return f"{LAYOUT} {self.isa}"
+
+    def quantized_in_place(self, kept: Mapping[str, Tensor], out_features: int, in_features: int,
+                           quantization: Quantization) -> Form:
+        """A form over what `QuantizedLinear.parts` gave, where it lies; it must not change while the form lives."""
+        return QuantizedLinear(self, out_features, in_features, quantization, kept)
 
     def linear_in_place(self, parts: Sequence[tuple[int, Tensor]], out_features: int, in_features: int) -> Form | None:
         """A form over bf16 rows [n, in] at (first row, rows) where they lie; they must not change while it lives."""
@@ -490,24 +501,38 @@ class QuantizedLinear(NativeLinear):
     Activations are quantised to int8 on the way in, a scale per row (int8) or per row and group (int4).
     """
 
-    __slots__ = ("_groups", "_scales", "_zeros", "bits", "group")
+    __slots__ = ("_groups", "_scales", "_zeros", "bits", "group", "mapped_bytes")
 
-    def __init__(self, native: Native, out_features: int, in_features: int, quantization: Quantization) -> None:
+    def __init__(self, native: Native, out_features: int, in_features: int, quantization: Quantization,
+                 kept: Mapping[str, Tensor] | None = None) -> None:
+        """`kept`: what `parts` of such a form gave, used where it lies; ValueError if it does not fit."""
         bits = quantization.bits
         self.bits, self.group = bits, quantization.group if bits == 4 else -(-in_features // 4) * 4
         self._groups = -(-in_features // self.group)
         columns = -(-out_features // LANES) * LANES
-        packed = torch.empty(columns * self._groups * self.group * bits // 8, dtype=torch.uint8)
-        super().__init__(native, out_features, in_features, packed, _FORM_INT4 if bits == 4 else _FORM_INT8)
+        size = columns * self._groups * self.group * bits // 8
         shape = (-(-out_features // PANEL), self._groups, PANEL)
-        self._scales = torch.zeros(shape, dtype=torch.float16 if bits == 4 else torch.float32)
+        dtype = torch.float16 if bits == 4 else torch.float32
+        if kept is None:
+            packed, scales = torch.empty(size, dtype=torch.uint8), torch.zeros(shape, dtype=dtype)
+        else:
+            packed, scales = kept["packed"], kept["scales"]
+            if packed.shape != (size,) or scales.shape != shape or (packed.dtype, scales.dtype) != (torch.uint8, dtype):
+                raise ValueError(f"weights of another form: {tuple(packed.shape)} with scales {tuple(scales.shape)}")
+        super().__init__(native, out_features, in_features, packed, _FORM_INT4 if bits == 4 else _FORM_INT8)
+        self._scales = scales
         self._zeros: Tensor | None = None
+        self.mapped_bytes = 0 if kept is None else packed.nbytes + scales.nbytes
         self._arguments.scales = self._scales.data_ptr()
         self._arguments.group = self.group
 
     @property
     def nbytes(self) -> int:
         return super().nbytes + self._scales.nbytes + (0 if self._zeros is None else self._zeros.nbytes)
+
+    def parts(self) -> dict[str, Tensor]:
+        """All of a form that has neither zeros nor a bias yet, to be kept for another start."""
+        return {"packed": self._packed, "scales": self._scales}
 
     def fill(self, first_row: int, rows: Tensor) -> None:
         """Quantise rows [n, in] and put them at `first_row`; the tensor is not kept."""

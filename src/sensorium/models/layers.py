@@ -62,6 +62,12 @@ class Linear(nn.Module):
             self.form, self.weight, self.bias = form, None, None
         return form
 
+    def restore(self, kept: Mapping[str, Tensor], quantization: kernels.Quantization) -> kernels.QuantizedForm:
+        """A quantised form over memory that was kept, without its bias; ValueError if it is another layer's."""
+        self.form = kernels.quantized_in_place(kept, self.out_features, self.in_features, quantization)
+        self.weight, self.bias = None, None
+        return self.form
+
     def pack(self, weight: Tensor, bias: Tensor | None) -> None:
         """Allocate and fill from tensors at hand; neither is kept."""
         form = self.allocate(weight.dtype, weight.device)
@@ -134,6 +140,12 @@ class Embedding(nn.Module):
         """A form in place of the declared parameter, for a quantised table."""
         self.form = kernels.empty_linear(self.vocab_size, self.hidden_size, dtype=dtype, device=device,
                                          quantization=quantization)
+        self.weight = None
+        return self.form
+
+    def restore(self, kept: Mapping[str, Tensor], quantization: kernels.Quantization) -> kernels.QuantizedForm:
+        """The same over memory that was kept."""
+        self.form = kernels.quantized_in_place(kept, self.vocab_size, self.hidden_size, quantization)
         self.weight = None
         return self.form
 

@@ -19,7 +19,7 @@ from sensorium.kernels import Quantization, QuantizedForm
 from sensorium.quantization import StoredQuantization
 
 if TYPE_CHECKING:
-    from sensorium.models.weights import StoredTensor
+    from sensorium.models.tensor_files import StoredTensor
 
 PIECE = 4 * 1024 * 1024  # weight elements that are unpacked at once
 WIDE_GROUP = 128  # how the kernels see groups that are too large for them

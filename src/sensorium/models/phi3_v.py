@@ -19,9 +19,9 @@ from sensorium.errors import CheckpointError
 from sensorium.models.base import Rename
 from sensorium.models.decoder import DECODER_MAP, DecoderForCausalLM
 from sensorium.models.layers import Linear, declare
+from sensorium.models.tensor_files import stored_tensors
 from sensorium.models.towers.blocks import MAX_ROWS, separate
 from sensorium.models.towers.clip import ClipConfig, ClipTower, clip_map
-from sensorium.models.weights import stored_tensors
 from sensorium.types import Modality
 
 TILE = 336  # pixels, what the processor cuts where config.json says nothing

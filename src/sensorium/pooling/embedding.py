@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sensorium.errors import CheckpointError
-from sensorium.models.weights import stored_tensors
+from sensorium.models.tensor_files import stored_tensors
 from sensorium.pooling.pool import ACTIVATIONS
 from sensorium.pooling.pooler import EmbedPooler, Pooler, TokenPooler
 from sensorium.pooling.spec import DenseSpec, PoolingKind, read_pooling
