@@ -10,16 +10,20 @@ import sys
 from pathlib import Path
 
 import dialogs
+import looks
 import numpy as np
 import pytest
 import server
 import torch
 from batches import IGNORED, Reader, make_batches
+from dialogs import Turn
 from httpx import Client
 from models.driver import Driver, Sequence
 from net import Thinker
+from scenes import draw_picture
 from sounds import Speech
 from training import Trained, load_weights, save_weights
+from words import COLOURS, SHAPES, Thing
 
 import sensorium
 from sensorium.checkpoint import open_checkpoint
@@ -65,7 +69,7 @@ def test_network_equals_the_served_model(kind: str, random_folder: Path, speech:
     with torch.inference_mode():
         rows = trained.rows(batch) if batch.groups else None
         x = trained.embedded(batch, rows)
-        logits = trained.thinker.logits(trained.thinker.model(x, torch.from_numpy(batch.positions)))
+        logits = trained.thinker.logits(trained.thinker.model(x, torch.from_numpy(batch.positions))[0])
     media = [reader.features(medium) for dialog in talks for turn in dialog for medium in turn.media]
     if rows is not None:
         items = [{name: torch.from_numpy(np.asarray(array)) for name, array in one.arrays.items()} for one in media]
@@ -78,6 +82,33 @@ def test_network_equals_the_served_model(kind: str, random_folder: Path, speech:
         theirs = Driver(served, num_blocks=512).prefill(sequence)
         wanted = batch.targets[index] != IGNORED
         torch.testing.assert_close(logits[index][wanted], theirs[wanted], rtol=1e-4, atol=2e-4)
+
+
+@needs_espeak
+def test_looks_lead_to_the_rows_of_the_thing(speech: Speech) -> None:
+    """A word of a question looks at the things that it may mean, a word of an answer at the one that it names."""
+    reader, rng = Reader(DEMO), random.Random(11)
+    raw, checked = reader.processor.tokenizer.raw, 0
+    for things in ([Thing("red", "star"), Thing("blue", "circle")], [Thing("red", "star"), Thing("red", "cross")]):
+        picture = draw_picture(rng, things=things)
+        dialog = [Turn("colour", "What colour is the star?", "Red.", (picture,)),
+                  Turn("describe", "请描述这张图片", "图片里有一个红色的五角星和一个红色的十字。")]
+        batch = reader.batch("image", [dialog], rng)
+        shown = [Thing("", "")] * len(batch.places)
+        for row, (shape, colour) in enumerate(zip(batch.labels["shape"], batch.labels["colour"], strict=True)):
+            if shape > 0:
+                shown[row] = Thing(list(COLOURS)[colour - 1], list(SHAPES)[shape - 1])
+        row_of = {int(place): row for row, place in enumerate(batch.places)}
+        for _, look in batch.looks:
+            found = {shown[row_of[token]] for token in look.rows.tolist()}
+            said = raw.decode(batch.token_ids[0, : look.token + 1].tolist(), skip_special_tokens=False)
+            if look.layer == looks.NAMED:
+                assert said.endswith("star")
+                assert found == {Thing("red", "star")}
+            else:
+                assert found in ({Thing("red", "star")}, {Thing("red", "cross")} & set(things))
+            checked += 1
+    assert checked >= 8
 
 
 @needs_espeak

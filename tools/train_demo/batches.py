@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import dialogs
 import numpy as np
-from folder import MARKS
+from looks import Look, Seen, looks_of
 from numpy.typing import NDArray
 from scenes import Clip, Picture, Placed, draw_number, draw_picture
 from sounds import RATE, SPOKEN, Sound, Speech
@@ -22,15 +22,19 @@ from words import COLOURS, SHAPES
 
 from sensorium.checkpoint import open_checkpoint
 from sensorium.processors.qwen2_omni import Qwen2OmniProcessor
+from sensorium.prompt.messages import MediaPart, Message, TextPart
+from sensorium.prompt.template import ChatTemplate
 from sensorium.prompt.tokenizer import Tokenizer
-from sensorium.types import MediaFeatures, MediaItem
+from sensorium.types import MediaFeatures, MediaItem, Modality, Prompt
 
 IGNORED = -100
 TOGETHER = 12  # dialogs in a batch at least
 PLACES = 10  # from one edge of a picture to the other
+RANKS = 6  # of one, two or three things, which one it is
 TONES = ("rising", "falling", "steady")
 LABELS = {"shape": 1 + len(SHAPES), "colour": 1 + len(COLOURS), "digit": 11, "next_digit": 11,
           "x": 1 + PLACES, "y": 1 + PLACES,
+          "across": 1 + RANKS, "down": 1 + RANKS,
           "sound": 2 + len(TONES) + len(SPOKEN)}  # classes; 0 is nothing
 PROMPTS = ("You are a helpful assistant.", "You are a helpful assistant", "Answer briefly.", "Be concise.")
 
@@ -47,6 +51,7 @@ class Batch:
     rows: NDArray[np.int64]  # [rows], of the grouped rows, the one that belongs to each place
     groups: list[dict[str, Any]] = field(default_factory=list)
     labels: dict[str, NDArray[np.int64]] = field(default_factory=dict)  # [rows], in the order of `places`
+    looks: list[tuple[int, Look]] = field(default_factory=list)  # each with its dialog
 
 
 class Reader:
@@ -56,6 +61,8 @@ class Reader:
         checkpoint = open_checkpoint(folder)
         tokenizer = Tokenizer.from_folder(folder, vocab_size=checkpoint.vocab_size)
         self.processor = Qwen2OmniProcessor(checkpoint, tokenizer)
+        self.template = ChatTemplate(checkpoint.chat_template or "", tokenizer, modalities=self.processor.modalities,
+                                     placeholder=self.processor.placeholder)
         self.header = tokenizer.encode("<|im_start|>assistant\n")
         self.end = tokenizer.encode("<|im_end|>")[0]
         self.pad = tokenizer.encode("<|endoftext|>")[0]
@@ -70,13 +77,17 @@ class Reader:
         return self.processor.process(item)
 
     def batch(self, kind: str, talks: Sequence[dialogs.Dialog], rng: random.Random) -> Batch:
-        prompts, media, labels = [], [], []
-        for dialog in talks:
+        prompts, media, labels, looks = [], [], [], []
+        for index, dialog in enumerate(talks):
             own = [medium for turn in dialog for medium in turn.media]
             features = [self.features(medium) for medium in own]
-            prompts.append(self.processor.build(rendered(dialog, rng), features))
+            text = self.rendered(dialog, rng)
+            prompts.append(self.processor.build(text, features))
             media += features
-            labels += [labels_of(medium, one) for medium, one in zip(own, features, strict=True)]
+            shown = [labels_of(medium, one) for medium, one in zip(own, features, strict=True)]
+            labels += shown
+            if kind == "image":
+                looks += [(index, look) for look in self._looks(dialog, text, prompts[-1], shown)]
         length = -(-max(len(prompt.token_ids) for prompt in prompts) // 16) * 16
         token_ids = np.full((len(prompts), length), self.pad, np.int64)
         targets = np.full_like(token_ids, IGNORED)
@@ -89,9 +100,30 @@ class Reader:
             self._mark(ids, targets[index])
             places += [np.arange(span.offset, span.offset + span.length) + index * length for span in prompt.spans]
         batch = Batch(kind, token_ids, targets, positions, np.concatenate([*places, np.zeros(0, np.int64)]),
-                      np.zeros(0, np.int64))
+                      np.zeros(0, np.int64), looks=looks)
         _attach(batch, media, labels)
         return batch
+
+    def rendered(self, dialog: dialogs.Dialog, rng: random.Random) -> str:
+        """The chat template's text; sometimes there is a system message."""
+        messages = [Message("system", (TextPart(rng.choice(PROMPTS)),))] if rng.random() < 0.15 else []
+        for turn in dialog:
+            media = [MediaPart(kind_of(medium)) for medium in turn.media]
+            messages += [Message("user", (*media, TextPart(turn.question))),
+                         Message("assistant", (TextPart(turn.answer),))]
+        return self.template.render(messages, add_generation_prompt=False)
+
+    def _looks(self, dialog: dialogs.Dialog, text: str, prompt: Prompt,
+               shown: Sequence[dict[str, NDArray[np.int64]]]) -> Iterator[Look]:
+        offsets = self.processor.tokenizer.raw.encode(text, add_special_tokens=False).offsets
+        lengths = {span.offset: span.length for span in prompt.spans}
+        places = np.zeros(len(offsets), np.int64)
+        for index in range(1, len(offsets)):
+            places[index] = places[index - 1] + lengths.get(int(places[index - 1]), 1)
+        turns = [number for number, turn in enumerate(dialog) for _ in turn.media]
+        seen = [Seen(labels["shape"], labels["colour"], np.arange(span.offset, span.offset + span.length), turn)
+                for labels, span, turn in zip(shown, prompt.spans, turns, strict=True)]
+        return looks_of(dialog, text, offsets, places, seen)
 
     def drawn(self, pictures: Sequence[Picture]) -> Batch:
         """Only what the vision tower needs to learn its labels: many pictures at little cost."""
@@ -117,17 +149,9 @@ def _attach(batch: Batch, media: Sequence[MediaFeatures], labels: Sequence[dict[
         batch.labels = {name: np.concatenate([one[name] for one in labels]) for name in labels[0]}
 
 
-def rendered(dialog: dialogs.Dialog, rng: random.Random) -> str:
-    """The chat template's text; sometimes there is a system message."""
-    out = [f"<|im_start|>system\n{rng.choice(PROMPTS)}<|im_end|>\n"] if rng.random() < 0.15 else []
-    for turn in dialog:
-        marks = "".join(MARKS[kind_of(medium)] for medium in turn.media)
-        out.append(f"<|im_start|>user\n{marks}{turn.question}<|im_end|>\n<|im_start|>assistant\n{turn.answer}<|im_end|>\n")
-    return "".join(out)
-
-
-def kind_of(medium: dialogs.Medium) -> str:
-    return {Picture: "image", Clip: "video", Sound: "audio"}[type(medium)]
+def kind_of(medium: dialogs.Medium) -> Modality:
+    kinds: dict[type, Modality] = {Picture: "image", Clip: "video", Sound: "audio"}
+    return kinds[type(medium)]
 
 
 def labels_of(medium: dialogs.Medium, features: MediaFeatures) -> dict[str, NDArray[np.int64]]:
@@ -148,22 +172,25 @@ def labels_of(medium: dialogs.Medium, features: MediaFeatures) -> dict[str, NDAr
 def _cells(objects: Sequence[Placed], size: tuple[int, int], aspect: float) -> dict[str, NDArray[np.int64]]:
     """What lies on each row of the tower, certain inside and ignored about the edges, and where that thing is, or the
     row itself: nothing else tells the decoder, whose positions hardly differ within so small a picture."""
-    shape, colour = np.zeros(size, np.int64), np.zeros(size, np.int64)
+    shape, colour, across, down = (np.zeros(size, np.int64) for _ in range(4))
     y, x = np.meshgrid((np.arange(size[0]) + 0.5) / size[0], (np.arange(size[1]) + 0.5) / size[1], indexing="ij")
     unit_x, unit_y = min(1, 1 / aspect), min(1, aspect)
     column, line = 1 + (x * PLACES).astype(np.int64), 1 + (y * PLACES).astype(np.int64)
+    lefts, tops = sorted(placed.x for placed in objects), sorted(placed.y for placed in objects)
+    first = 1 + len(objects) * (len(objects) - 1) // 2
     for placed in objects:
         away = np.hypot((x - placed.x) / unit_x, (y - placed.y) / unit_y)
         inside = away < 0.75 * placed.radius
         about = (away < 1.2 * placed.radius + 0.12) & ~inside
         inside[min(size[0] - 1, int(placed.y * size[0])), min(size[1] - 1, int(placed.x * size[1]))] = True
         for labels, value in ((shape, list(SHAPES).index(placed.thing.shape)),
-                              (colour, list(COLOURS).index(placed.thing.colour))):
+                              (colour, list(COLOURS).index(placed.thing.colour)),
+                              (across, first - 1 + lefts.index(placed.x)), (down, first - 1 + tops.index(placed.y))):
             labels[about & (labels == 0)] = IGNORED
             labels[inside] = 1 + value
         column[inside] = 1 + min(PLACES - 1, max(0, int(placed.x * PLACES)))
         line[inside] = 1 + min(PLACES - 1, max(0, int(placed.y * PLACES)))
-    return {"shape": shape, "colour": colour, "x": column, "y": line}
+    return {"shape": shape, "colour": colour, "x": column, "y": line, "across": across, "down": down}
 
 
 def _digit_cells(picture: Picture, size: tuple[int, int]) -> dict[str, NDArray[np.int64]]:
@@ -225,7 +252,7 @@ def make_batches(reader: Reader, speech: Speech, kind: str, size: int, seed: str
     """`size` dialogs, the short and the long ones apart; of the kind "drawn", pictures that nobody talks about."""
     rng = random.Random(seed)
     if kind == "drawn":
-        return [reader.drawn([draw_number(rng) if rng.random() < 0.7 else draw_picture(rng) for _ in range(size)])]
+        return [reader.drawn([draw_number(rng) if rng.random() < 0.6 else draw_picture(rng) for _ in range(size)])]
     source = dialogs.Source(rng, speech)
     talks = sorted((dialogs.make(source, kind) for _ in range(size)), key=lambda dialog: _weight(kind, dialog))
     most = math.ceil(size / max(1, size // TOGETHER))

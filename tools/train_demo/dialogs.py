@@ -223,7 +223,7 @@ def _pair(objects: Sequence[Placed], one: int, other: int) -> list[_Ask]:
     return asks
 
 
-SLOW = ("colour", "colour", "relation")  # what is learnt last comes more often
+SLOW = ("relation", "relation", "relation", "describe", "count", "exists", "colour")  # learnt last, asked more often
 
 
 def picture_dialog(source: Source, first: str = "") -> Dialog:

@@ -19,8 +19,6 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 VOCAB_SIZE = 1408
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>",
             "<|vision_bos|>", "<|vision_eos|>", "<|IMAGE|>", "<|VIDEO|>")
-MARKS = {"image": "<|vision_bos|><|IMAGE|><|vision_eos|>", "video": "<|vision_bos|><|VIDEO|><|vision_eos|>",
-         "audio": "<|audio_bos|><|AUDIO|><|audio_eos|>"}
 
 # Media first, wherever they stand in the message: so small a model learns to look with the question in mind only once.
 CHAT_TEMPLATE = """\
@@ -94,7 +92,7 @@ def config(ids: dict[str, int]) -> dict[str, Any]:
             "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_act": "silu",
             "rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "use_sliding_window": False,
             "tie_word_embeddings": True, "rope_parameters": {
-                "rope_type": "default", "rope_theta": 100.0, "mrope_section": [8, 12, 12]},
+                "rope_type": "default", "rope_theta": 1000.0, "mrope_section": [8, 12, 12]},
             "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"]},
         "vision_config": {
             "model_type": "qwen2_5_omni_vision_encoder", "depth": 4, "hidden_size": 192, "intermediate_size": 448,

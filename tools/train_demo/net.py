@@ -7,13 +7,21 @@ need no masks; prompts are padded on the right, where causal attention sees noth
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 VISION_THETA = 10000.0
+
+
+class Seen(NamedTuple):
+    weights: Tensor  # [looks, tokens], logarithms
+    states: Tensor  # [looks, size], after the layer
+
+
+Watched = Mapping[int, tuple[Tensor, Tensor]]  # of a layer: the looks' dialogs and tokens
 
 
 def linear(inner: int, outer: int, *, bias: bool = False, std: float | None = None) -> nn.Linear:
@@ -193,6 +201,15 @@ class Attention(nn.Module):
         self.k_proj, self.v_proj = (linear(size, self.kv_heads * head, bias=True) for _ in range(2))
         self.o_proj = linear(self.heads * head, size, std=0.3 * size**-0.5)
 
+    def first_head(self, x: Tensor, cos: Tensor, sin: Tensor, dialogs: Tensor, tokens: Tensor) -> Tensor:
+        """Where the first head looks from some tokens: logarithms of the weights, [looks, tokens]."""
+        head = x.shape[-1] // self.heads
+        q, k = (rotate(functional.linear(x, part.weight[:head], part.bias[:head]), cos[:, 0], sin[:, 0])
+                for part in (self.q_proj, self.k_proj))
+        scores = (k[dialogs] @ q[dialogs, tokens].unsqueeze(-1)).squeeze(-1) / head**0.5
+        later = torch.arange(x.shape[1]) > tokens.unsqueeze(1)
+        return scores.masked_fill(later, -torch.inf).log_softmax(-1)
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         n, tokens, _ = x.shape
         q = self.q_proj(x).view(n, tokens, self.heads, -1).transpose(1, 2)
@@ -229,18 +246,22 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config["num_hidden_layers"]))
         self.norm = RMSNorm(config["hidden_size"])
 
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x [n, tokens, size], positions [3, n, tokens] -> hidden states [n, tokens, size]."""
+    def forward(self, x: Tensor, positions: Tensor, watched: Watched | None = None) -> tuple[Tensor, list[Seen]]:
+        """x [n, tokens, size], positions [3, n, tokens] -> hidden states [n, tokens, size], and of each layer in
+        `watched` what its first head looks at from some tokens."""
         half = sum(self.section)
         inv_freq = self.theta ** -(torch.arange(half, dtype=torch.float32) / half)
         axis = torch.repeat_interleave(torch.arange(3), torch.tensor(self.section))
         angles = (positions.float().unsqueeze(-1) * inv_freq)[axis, :, :, torch.arange(half)]  # [half, n, tokens]
         angles = angles.permute(1, 2, 0).unsqueeze(1)
         cos, sin = angles.cos(), angles.sin()
-        for layer in self.layers:
-            x = layer(x, cos, sin)
-        out: Tensor = self.norm(x)
-        return out
+        seen = []
+        for index, layer in enumerate(self.layers):
+            before, x = x, layer(x, cos, sin)
+            if watched and index in watched:
+                weights = layer.self_attn.first_head(layer.input_layernorm(before), cos, sin, *watched[index])
+                seen.append(Seen(weights, self.norm(x[watched[index]])))
+        return self.norm(x), seen
 
 
 class Thinker(nn.Module):

@@ -10,6 +10,7 @@ import json
 import queue
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import folder as files
 import numpy as np
 import torch
 from batches import IGNORED, LABELS, Batch
+from looks import NAMED, Look
 from net import Thinker
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -46,6 +48,7 @@ class Plan:
     workers: int = 2
     save_every: int = 200
     label_weight: float = 0.5
+    look_weight: float = 0.3
 
     def sizes(self) -> dict[str, int]:
         return {"image": self.images, "video": self.videos, "audio": self.audios, "text": self.texts,
@@ -64,9 +67,11 @@ class Trained(nn.Module):
         self.thinker = Thinker(config)
         size = config["text_config"]["hidden_size"]
         self.heads = nn.ModuleDict({name: nn.Linear(size, count) for name, count in LABELS.items()})
+        self.found = nn.ModuleDict({name: nn.Linear(size, LABELS[name]) for name in FOUND})
 
-    def loss(self, batch: Batch, label_weight: float) -> tuple[Tensor, dict[str, float]]:
-        """(loss, what to report: cross-entropy of answers, share of right answer tokens and of right labels)"""
+    def loss(self, batch: Batch, label_weight: float, look_weight: float) -> tuple[Tensor, dict[str, float]]:
+        """(loss, what to report: cross-entropy of answers, share of right answer tokens and of right labels, weight
+        of the rows that heads should look at)"""
         label_loss, report = torch.zeros(()), {}
         rows = self.rows(batch) if batch.groups else None
         if rows is not None:
@@ -82,14 +87,45 @@ class Trained(nn.Module):
         if batch.kind == "drawn":
             return label_weight * label_loss, report
         targets = torch.from_numpy(batch.targets)
-        hidden = self.thinker.model(self.embedded(batch, rows), torch.from_numpy(batch.positions))
+        looks = {layer: [(dialog, look) for dialog, look in batch.looks if look.layer == layer]
+                 for layer in sorted({look.layer for _, look in batch.looks})}
+        watched = {layer: (torch.tensor([dialog for dialog, _ in some]), torch.tensor([look.token for _, look in some]))
+                   for layer, some in looks.items()}
+        hidden, seen = self.thinker.model(self.embedded(batch, rows), torch.from_numpy(batch.positions), watched)
+        look_loss = torch.zeros(())
+        for (layer, some), (weights, states) in zip(looks.items(), seen, strict=True):
+            there = torch.zeros_like(weights, dtype=torch.bool)
+            for index, (_, look) in enumerate(some):
+                there[index, torch.from_numpy(look.rows)] = True
+            found = weights.masked_fill(~there, -torch.inf).logsumexp(-1)
+            look_loss = look_loss - found.mean()
+            report[f"look{layer}"] = float(found.detach().exp().mean())
+            if layer == NAMED:
+                look_loss = look_loss + self._told(batch, some, states, report)
         asked = targets != IGNORED
         logits = self.thinker.logits(hidden[asked])
         answer_loss = functional.cross_entropy(logits, targets[asked])
         report["loss"] = float(answer_loss.detach())
         right = logits.argmax(-1) == targets[asked]
         report["right"] = float(right.float().mean())
-        return answer_loss + label_weight * label_loss, report
+        return answer_loss + label_weight * label_loss + look_weight * look_loss, report
+
+    def _told(self, batch: Batch, looks: Sequence[tuple[int, Look]], states: Tensor,
+              report: dict[str, float]) -> Tensor:
+        """Cross-entropy of what a token that names one thing knows of it after its look: where it is, and what."""
+        row_of = {int(place): row for row, place in enumerate(batch.places)}
+        length = batch.token_ids.shape[1]
+        rows = [[row_of[dialog * length + token] for token in look.rows.tolist()] for dialog, look in looks]
+        loss = torch.zeros(())
+        for name, head in self.found.items():
+            values = [{int(batch.labels[name][row]) for row in some} for some in rows]
+            wanted = torch.tensor([value.pop() if len(value) == 1 else IGNORED for value in values])
+            known = wanted > 0
+            if known.any():
+                guessed = head(states[known])
+                loss = loss + functional.cross_entropy(guessed, wanted[known]) / len(self.found)
+                report[f"found_{name}"] = float((guessed.argmax(-1) == wanted[known]).float().mean())
+        return loss
 
     def embedded(self, batch: Batch, rows: Tensor | None) -> Tensor:
         """Tokens as the decoder gets them, [dialogs, tokens, size], media in their places."""
@@ -110,6 +146,7 @@ class Trained(nn.Module):
         return torch.cat(out)[torch.from_numpy(batch.rows)]
 
 
+FOUND = ("shape", "colour", "x", "y", "across", "down")
 WEIGHTS = {"image": 1.0, "video": 0.4, "audio": 0.5, "text": 0.3, "drawn": 0.7}
 
 
@@ -215,7 +252,7 @@ def _work(rank: int, plan: Plan, work: Path, model: Trained, gradients: Tensor, 
             p.grad = own
         reports = []
         for batch in given:
-            loss, report = model.loss(batch, plan.label_weight)
+            loss, report = model.loss(batch, plan.label_weight, plan.look_weight)
             share = sum(other.kind == batch.kind for other in given)
             (loss * (WEIGHTS[batch.kind] / share)).backward()
             reports.append((batch.kind, report))

@@ -1,0 +1,115 @@
+"""Where the decoder belongs to look: which rows of the pictures a word is about.
+
+Training asks two attention heads to look there (guided attention; Liu et al. 2016): one at the words of
+a question that name things, one wherever an answer is about to name a thing. Without it a decoder of this size takes
+very long to find out that "the star" in a question is to be looked up among the rows: it guesses among what it sees.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import dialogs
+import numpy as np
+from numpy.typing import NDArray
+from words import COLOURS, NUMBERS_ZH, ORDINALS, SHAPES, plural
+
+NAMED, NEXT = 1, 3  # the layers whose first head looks at what is named, and at what is named next
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What one picture's rows show, and which tokens of the prompt they are."""
+
+    shape: NDArray[np.int64]  # [rows], 1 + the shape's number
+    colour: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    turn: int
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    layer: int
+    token: int
+    rows: NDArray[np.int64]  # tokens to look at
+
+
+@dataclass(frozen=True, slots=True)
+class _Mention:
+    start: int  # in the text
+    end: int
+    colour: int  # 1 + the colour's number; 0 if none is named
+    shape: int
+    words: tuple[int, ...]  # where each of its words starts
+
+
+_COLOUR_NUMBERS = {word: 1 + i for i, pair in enumerate(COLOURS.items()) for word in pair}
+_SHAPE_NUMBERS = {word: 1 + i for i, pair in enumerate(SHAPES.items()) for word in (*pair, plural(pair[0]))}
+
+
+def _any(words: Sequence[str]) -> str:
+    return "|".join(sorted(words, key=len, reverse=True))
+
+
+_MENTION = re.compile(rf"(?:({_any(list(_COLOUR_NUMBERS))})(?: |的)?)?({_any(list(_SHAPE_NUMBERS))})"
+                      rf"|({_any(list(_COLOUR_NUMBERS))})", re.IGNORECASE)
+_NTH = re.compile(f"({_any(ORDINALS)}) (?:picture|image)|第([{''.join(NUMBERS_ZH[1:4])}])张", re.IGNORECASE)
+
+
+def _mentions(text: str) -> Iterator[_Mention]:
+    for match in _MENTION.finditer(text):
+        colour = match[1] or match[3]
+        groups = [group for group in (1, 2, 3) if match[group]]
+        yield _Mention(match.start(), match.end(), _COLOUR_NUMBERS[colour.lower()] if colour else 0,
+                       _SHAPE_NUMBERS[match[2].lower()] if match[2] else 0, tuple(match.start(g) for g in groups))
+
+
+def _picture_before(text: str, end: int) -> int | None:
+    """The number of the picture that the text speaks of at that place, if it says so."""
+    found = None
+    for match in _NTH.finditer(text, 0, end):
+        found = ORDINALS.index(match[1].lower()) if match[1] else NUMBERS_ZH.index(match[2]) - 1
+    return found
+
+
+def looks_of(dialog: dialogs.Dialog, text: str, offsets: Sequence[tuple[int, int]], places: NDArray[np.int64],
+             pictures: Sequence[Seen]) -> Iterator[Look]:
+    """`offsets`: where each token of the rendered `text` starts and ends in it; `places`: which token of the prompt it
+    is, where a picture has as many tokens as rows."""
+    starts = np.array([start for start, _ in offsets])
+    at = 0
+    for number, turn in enumerate(dialog):
+        question = text.index(turn.question, at)
+        answer = text.index(turn.answer, question + len(turn.question))
+        at = answer + len(turn.answer)
+        shown = [picture for picture in pictures if picture.turn <= number]
+        if turn.skill in ("text", "unknown"):
+            continue
+
+        def token_of(char: int) -> int:
+            return int(np.searchsorted(starts, char, side="right")) - 1
+
+        asked = list(_mentions(turn.question))
+        for mention in asked:
+            rows = _rows(shown, mention.colour, mention.shape, _picture_before(turn.question, mention.start))
+            if len(rows):
+                yield Look(NAMED, int(places[token_of(question + mention.end - 1)]), rows)
+        for mention in _mentions(turn.answer):
+            colour, shape = mention.colour, mention.shape
+            if not (colour and shape) and len(asked) == 1:
+                colour, shape = colour or asked[0].colour, shape or asked[0].shape
+            said = _picture_before(turn.answer, mention.start)
+            rows = _rows(shown, colour, shape, _picture_before(turn.question, len(turn.question))
+                         if said is None else said)
+            if len(rows):
+                for start in mention.words:
+                    yield Look(NEXT, int(places[token_of(answer + start) - 1]), rows)
+
+
+def _rows(shown: Sequence[Seen], colour: int, shape: int, only: int | None) -> NDArray[np.int64]:
+    pictures = [shown[only]] if only is not None and only < len(shown) else shown
+    return np.concatenate([np.zeros(0, np.int64), *(
+        seen.tokens[(seen.shape > 0) & (seen.colour > 0) & ((seen.colour == colour) | (colour == 0))
+                    & ((seen.shape == shape) | (shape == 0))] for seen in pictures)])
