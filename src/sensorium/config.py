@@ -48,7 +48,9 @@ class EngineConfig:
     max_model_len: int | None = flag(None, "Longest prompt plus answer, in tokens. Default: the checkpoint's, "
                                            "reduced to what the KV cache holds.", min=1)
     max_num_seqs: int = flag(64, "Most sequences computed in one step. More wait in the queue.", min=1)
-    max_num_batched_tokens: int = flag(2048, "Most tokens computed in one step; longer prompts come in chunks.", min=1)
+    max_num_batched_tokens: int | None = flag(None, "Most tokens computed in one step; longer prompts come in chunks. "
+                                                    "Default: 2048; 512 on a CPU for a model from 64 MiB that "
+                                                    "generates.", min=1)
     gpu_memory_utilization: float = flag(0.9, "Part of the GPU's memory that weights, activations and KV cache may "
                                               "take.", min=0.01, max=1)
     kv_cache_memory: int | None = flag(None, "Bytes of KV cache, such as 4GB or 512MiB. "

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from sensorium.config import EngineConfig
-from sensorium.engine import memory
-from sensorium.engine.loading import choose_cache_dtype, choose_dtype
+from sensorium.engine import loading, memory
+from sensorium.engine.loading import choose_cache_dtype, choose_dtype, default_batched_tokens
 from sensorium.engine.memory import CacheShape, available_for_cache, free_memory_bytes, make_cache, size_cache
 from sensorium.errors import StartupError
+from sensorium.models.base import Model
 
 SHAPE = CacheShape(num_layers=2, num_kv_heads=2, head_dim=8, block_size=16, dtype=torch.bfloat16)
 BLOCK = SHAPE.block_bytes
@@ -94,3 +95,13 @@ def test_quantised_weights_compute_in_bfloat16_on_a_cpu(stored: str) -> None:
     """What the kernels for codes take; who asks for another type gets it."""
     assert choose_dtype("auto", stored, torch.device("cpu"), is_quantized=True) == torch.bfloat16
     assert choose_dtype("float32", stored, torch.device("cpu"), is_quantized=True) == torch.float32
+
+
+def test_steps_of_a_large_generator_on_a_cpu_are_short(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert default_batched_tokens(model, cpu) == 2048  # small: its steps are short anyway
+    monkeypatch.setattr(loading, "SMALL_MODEL_BYTES", 0)
+    assert default_batched_tokens(model, cpu) == 512
+    assert default_batched_tokens(model, torch.device("cuda")) == 2048
+    monkeypatch.setattr(type(model), "generates", False)
+    assert default_batched_tokens(model, cpu) == 2048

@@ -23,7 +23,6 @@ from transformers import BertConfig, BertModel, ModernBertConfig, ModernBertMode
 
 from sensorium import kernels
 from sensorium.checkpoint import open_checkpoint
-from sensorium.config import EngineConfig
 from sensorium.engine.loading import activation_bytes
 from sensorium.kernels import Quantization, native, onednn
 from sensorium.models.base import Model
@@ -224,12 +223,11 @@ def test_activation_bytes_bounds_what_the_twin_takes(tmp_path: Path) -> None:
     """As on a GPU, where the twin computes."""
     make_llama(tmp_path, hidden_size=256, intermediate_size=1024, num_attention_heads=8)
     tokens = torch.randint(0, 400, (400,)).tolist()
-    config = EngineConfig("m", max_num_batched_tokens=len(tokens))
     with without_native():
         model = load(tmp_path, torch.float32, INT4)
         driver = Driver(model, num_blocks=128, int8_cache=True)
         peak = peak_bytes(lambda: driver.prefill(Sequence(tokens)))
-    assert 2**22 < peak < activation_bytes(model, config, torch.int8)
+    assert 2**22 < peak < activation_bytes(model, len(tokens), torch.int8)
 
 
 # Native code and plain torch
