@@ -30,11 +30,11 @@ from sensorium.types import MediaFeatures, MediaItem, Modality, Prompt
 IGNORED = -100
 TOGETHER = 12  # dialogs in a batch at least
 PLACES = 10  # from one edge of a picture to the other
-RANKS = 6  # of one, two or three things, which one it is
+RANKS = 6  # of one, two or three things, which one it is; and how many of them are of its shape, of its colour
 TONES = ("rising", "falling", "steady")
 LABELS = {"shape": 1 + len(SHAPES), "colour": 1 + len(COLOURS), "digit": 11, "next_digit": 11,
           "x": 1 + PLACES, "y": 1 + PLACES,
-          "across": 1 + RANKS, "down": 1 + RANKS,
+          "across": 1 + RANKS, "down": 1 + RANKS, "same_shape": 4, "same_colour": 4,
           "sound": 2 + len(TONES) + len(SPOKEN)}  # classes; 0 is nothing
 PROMPTS = ("You are a helpful assistant.", "You are a helpful assistant", "Answer briefly.", "Be concise.")
 
@@ -172,11 +172,13 @@ def labels_of(medium: dialogs.Medium, features: MediaFeatures) -> dict[str, NDAr
 def _cells(objects: Sequence[Placed], size: tuple[int, int], aspect: float) -> dict[str, NDArray[np.int64]]:
     """What lies on each row of the tower, certain inside and ignored about the edges, and where that thing is, or the
     row itself: nothing else tells the decoder, whose positions hardly differ within so small a picture."""
-    shape, colour, across, down = (np.zeros(size, np.int64) for _ in range(4))
+    shape, colour, across, down, same_shape, same_colour = (np.zeros(size, np.int64) for _ in range(6))
     y, x = np.meshgrid((np.arange(size[0]) + 0.5) / size[0], (np.arange(size[1]) + 0.5) / size[1], indexing="ij")
     unit_x, unit_y = min(1, 1 / aspect), min(1, aspect)
     column, line = 1 + (x * PLACES).astype(np.int64), 1 + (y * PLACES).astype(np.int64)
     lefts, tops = sorted(placed.x for placed in objects), sorted(placed.y for placed in objects)
+    shapes = [placed.thing.shape for placed in objects]
+    colours = [placed.thing.colour for placed in objects]
     first = 1 + len(objects) * (len(objects) - 1) // 2
     for placed in objects:
         away = np.hypot((x - placed.x) / unit_x, (y - placed.y) / unit_y)
@@ -185,12 +187,15 @@ def _cells(objects: Sequence[Placed], size: tuple[int, int], aspect: float) -> d
         inside[min(size[0] - 1, int(placed.y * size[0])), min(size[1] - 1, int(placed.x * size[1]))] = True
         for labels, value in ((shape, list(SHAPES).index(placed.thing.shape)),
                               (colour, list(COLOURS).index(placed.thing.colour)),
-                              (across, first - 1 + lefts.index(placed.x)), (down, first - 1 + tops.index(placed.y))):
+                              (across, first - 1 + lefts.index(placed.x)), (down, first - 1 + tops.index(placed.y)),
+                              (same_shape, shapes.count(placed.thing.shape) - 1),
+                              (same_colour, colours.count(placed.thing.colour) - 1)):
             labels[about & (labels == 0)] = IGNORED
             labels[inside] = 1 + value
         column[inside] = 1 + min(PLACES - 1, max(0, int(placed.x * PLACES)))
         line[inside] = 1 + min(PLACES - 1, max(0, int(placed.y * PLACES)))
-    return {"shape": shape, "colour": colour, "x": column, "y": line, "across": across, "down": down}
+    return {"shape": shape, "colour": colour, "x": column, "y": line, "across": across, "down": down,
+            "same_shape": same_shape, "same_colour": same_colour}
 
 
 def _digit_cells(picture: Picture, size: tuple[int, int]) -> dict[str, NDArray[np.int64]]:

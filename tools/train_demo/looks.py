@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from words import COLOURS, NUMBERS_ZH, ORDINALS, SHAPES, plural
 
+NOTHING = np.zeros(0, np.int64)
 NAMED, NEXT = 1, 3  # the layers whose first head looks at what is named, and at what is named next
 
 
@@ -91,12 +92,16 @@ def looks_of(dialog: dialogs.Dialog, text: str, offsets: Sequence[tuple[int, int
         def token_of(char: int) -> int:
             return int(np.searchsorted(starts, char, side="right")) - 1
 
-        asked = list(_mentions(turn.question))
-        for mention in asked:
-            rows = _rows(shown, mention.colour, mention.shape, _picture_before(turn.question, mention.start))
+        asked, named = list(_mentions(turn.question)), list(_mentions(turn.answer))
+        about = [_nearest(shown, mention, _picture_before(turn.question, mention.start)) for mention in asked]
+        for mention, rows in zip(asked, about, strict=True):
             if len(rows):
                 yield Look(NAMED, int(places[token_of(question + mention.end - 1)]), rows)
-        for mention in _mentions(turn.answer):
+        if not named:  # yes, no, how many, where: that of what is asked about first
+            rows = about[0] if about else _rows(shown, 0, 0, None) if turn.skill == "count" else NOTHING
+            if len(rows):
+                yield Look(NEXT, int(places[token_of(answer) - 1]), rows)
+        for mention in named:
             colour, shape = mention.colour, mention.shape
             if not (colour and shape) and len(asked) == 1:
                 colour, shape = colour or asked[0].colour, shape or asked[0].shape
@@ -108,8 +113,17 @@ def looks_of(dialog: dialogs.Dialog, text: str, offsets: Sequence[tuple[int, int
                     yield Look(NEXT, int(places[token_of(answer + start) - 1]), rows)
 
 
+def _nearest(shown: Sequence[Seen], mention: _Mention, only: int | None) -> NDArray[np.int64]:
+    """The rows of what is named; if there is no such thing, of what has its shape, or else its colour."""
+    for colour, shape in ((mention.colour, mention.shape), (0, mention.shape), (mention.colour, 0)):
+        rows = _rows(shown, colour, shape, only) if colour or shape else NOTHING
+        if len(rows):
+            return rows
+    return NOTHING
+
+
 def _rows(shown: Sequence[Seen], colour: int, shape: int, only: int | None) -> NDArray[np.int64]:
     pictures = [shown[only]] if only is not None and only < len(shown) else shown
-    return np.concatenate([np.zeros(0, np.int64), *(
+    return np.concatenate([NOTHING, *(
         seen.tokens[(seen.shape > 0) & (seen.colour > 0) & ((seen.colour == colour) | (colour == 0))
                     & ((seen.shape == shape) | (shape == 0))] for seen in pictures)])

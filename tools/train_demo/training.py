@@ -20,7 +20,7 @@ import folder as files
 import numpy as np
 import torch
 from batches import IGNORED, LABELS, Batch
-from looks import NAMED, Look
+from looks import Look
 from net import Thinker
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -100,8 +100,7 @@ class Trained(nn.Module):
             found = weights.masked_fill(~there, -torch.inf).logsumexp(-1)
             look_loss = look_loss - found.mean()
             report[f"look{layer}"] = float(found.detach().exp().mean())
-            if layer == NAMED:
-                look_loss = look_loss + self._told(batch, some, states, report)
+            look_loss = look_loss + self._told(batch, some, states, report)
         asked = targets != IGNORED
         logits = self.thinker.logits(hidden[asked])
         answer_loss = functional.cross_entropy(logits, targets[asked])
@@ -112,7 +111,7 @@ class Trained(nn.Module):
 
     def _told(self, batch: Batch, looks: Sequence[tuple[int, Look]], states: Tensor,
               report: dict[str, float]) -> Tensor:
-        """Cross-entropy of what a token that names one thing knows of it after its look: where it is, and what."""
+        """Cross-entropy of what a token knows of the one thing that it looked at: what it is, where, how often."""
         row_of = {int(place): row for row, place in enumerate(batch.places)}
         length = batch.token_ids.shape[1]
         rows = [[row_of[dialog * length + token] for token in look.rows.tolist()] for dialog, look in looks]
@@ -124,7 +123,7 @@ class Trained(nn.Module):
             if known.any():
                 guessed = head(states[known])
                 loss = loss + functional.cross_entropy(guessed, wanted[known]) / len(self.found)
-                report[f"found_{name}"] = float((guessed.argmax(-1) == wanted[known]).float().mean())
+                report[f"found{looks[0][1].layer}_{name}"] = float((guessed.argmax(-1) == wanted[known]).float().mean())
         return loss
 
     def embedded(self, batch: Batch, rows: Tensor | None) -> Tensor:
@@ -146,7 +145,7 @@ class Trained(nn.Module):
         return torch.cat(out)[torch.from_numpy(batch.rows)]
 
 
-FOUND = ("shape", "colour", "x", "y", "across", "down")
+FOUND = ("shape", "colour", "x", "y", "across", "down", "same_shape", "same_colour")
 WEIGHTS = {"image": 1.0, "video": 0.4, "audio": 0.5, "text": 0.3, "drawn": 0.7}
 
 
