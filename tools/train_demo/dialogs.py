@@ -231,7 +231,7 @@ def picture_dialog(source: Source, first: str = "") -> Dialog:
     it one of `SLOW` often comes first; beyond that skills come equally often, whatever their variety."""
     rng = source.rng
     picture = draw_picture(rng)
-    if not first and rng.random() < 0.6:
+    if not first and rng.random() < 0.75:
         first = rng.choice(SLOW)
     asks = by_skill(rng, [*about_picture(picture), exists(rng, picture)], rng.choice((3, 4, 5, 6)), first)
     return [ask.turn(source, [picture] if index == 0 else []) for index, ask in enumerate(asks)]

@@ -8,14 +8,16 @@ very long to find out that "the star" in a question is to be looked up among the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import dialogs
 import numpy as np
 from numpy.typing import NDArray
-from words import COLOURS, NUMBERS_ZH, ORDINALS, SHAPES, plural
+from scenes import Picture
+from words import COLOURS, NUMBERS_ZH, ORDINALS, SHAPES, Thing, plural
 
+TOLD = {"side": 5, "beside": 4, "upright": 4}  # classes; 0 is nothing
 NOTHING = np.zeros(0, np.int64)
 NAMED, NEXT = 1, 3  # the layers whose first head looks at what is named, and at what is named next
 
@@ -35,6 +37,7 @@ class Look:
     layer: int
     token: int
     rows: NDArray[np.int64]  # tokens to look at
+    told: Mapping[str, int] = field(default_factory=dict)  # what else is to be known then, see TOLD
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,7 @@ def _any(words: Sequence[str]) -> str:
 
 _MENTION = re.compile(rf"(?:({_any(list(_COLOUR_NUMBERS))})(?: |的)?)?({_any(list(_SHAPE_NUMBERS))})"
                       rf"|({_any(list(_COLOUR_NUMBERS))})", re.IGNORECASE)
+_SIDE = re.compile("(left|左边)|(right|右边)|(above|上面)|(below|下面)")
 _NTH = re.compile(f"({_any(ORDINALS)}) (?:picture|image)|第([{''.join(NUMBERS_ZH[1:4])}])张", re.IGNORECASE)
 
 
@@ -100,7 +104,7 @@ def looks_of(dialog: dialogs.Dialog, text: str, offsets: Sequence[tuple[int, int
         if not named:  # yes, no, how many, where: that of what is asked about first
             rows = about[0] if about else _rows(shown, 0, 0, None) if turn.skill == "count" else NOTHING
             if len(rows):
-                yield Look(NEXT, int(places[token_of(answer) - 1]), rows)
+                yield Look(NEXT, int(places[token_of(answer) - 1]), rows, _relation(dialog[: number + 1], asked))
         for mention in named:
             colour, shape = mention.colour, mention.shape
             if not (colour and shape) and len(asked) == 1:
@@ -111,6 +115,31 @@ def looks_of(dialog: dialogs.Dialog, text: str, offsets: Sequence[tuple[int, int
             if len(rows):
                 for start in mention.words:
                     yield Look(NEXT, int(places[token_of(answer + start) - 1]), rows)
+
+
+def _relation(dialog: dialogs.Dialog, asked: Sequence[_Mention]) -> dict[str, int]:
+    """Of a question whether one thing is on some side of another: which side, and where the one is."""
+    side = _SIDE.search(dialog[-1].question)
+    if side is None or len(asked) != 2:
+        return {}
+    objects = [placed for turn in dialog for medium in turn.media if isinstance(medium, Picture)
+               for placed in medium.objects]
+    found = [[placed for placed in objects if placed.thing == _thing(mention)] for mention in asked]
+    if any(len(some) != 1 for some in found):
+        return {}
+    (one,), (other,) = found
+    return {"side": side.lastindex or 0, "beside": _compared(one.x - other.x),
+            "upright": _compared(one.y - other.y)}
+
+
+def _thing(mention: _Mention) -> Thing | None:
+    if not (mention.colour and mention.shape):
+        return None
+    return Thing(list(COLOURS)[mention.colour - 1], list(SHAPES)[mention.shape - 1])
+
+
+def _compared(difference: float) -> int:
+    return 1 if difference <= -dialogs.NEAR else 3 if difference >= dialogs.NEAR else 2
 
 
 def _nearest(shown: Sequence[Seen], mention: _Mention, only: int | None) -> NDArray[np.int64]:

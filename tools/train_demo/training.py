@@ -20,7 +20,7 @@ import folder as files
 import numpy as np
 import torch
 from batches import IGNORED, LABELS, Batch
-from looks import Look
+from looks import TOLD, Look
 from net import Thinker
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -67,7 +67,7 @@ class Trained(nn.Module):
         self.thinker = Thinker(config)
         size = config["text_config"]["hidden_size"]
         self.heads = nn.ModuleDict({name: nn.Linear(size, count) for name, count in LABELS.items()})
-        self.found = nn.ModuleDict({name: nn.Linear(size, LABELS[name]) for name in FOUND})
+        self.found = nn.ModuleDict({name: nn.Linear(size, count) for name, count in FOUND.items()})
 
     def loss(self, batch: Batch, label_weight: float, look_weight: float) -> tuple[Tensor, dict[str, float]]:
         """(loss, what to report: cross-entropy of answers, share of right answer tokens and of right labels, weight
@@ -117,12 +117,14 @@ class Trained(nn.Module):
         rows = [[row_of[dialog * length + token] for token in look.rows.tolist()] for dialog, look in looks]
         loss = torch.zeros(())
         for name, head in self.found.items():
-            values = [{int(batch.labels[name][row]) for row in some} for some in rows]
+            values = [{look.told.get(name, 0)} if name in TOLD else {int(batch.labels[name][row]) for row in some}
+                      for (_, look), some in zip(looks, rows, strict=True)]
             wanted = torch.tensor([value.pop() if len(value) == 1 else IGNORED for value in values])
             known = wanted > 0
             if known.any():
                 guessed = head(states[known])
-                loss = loss + functional.cross_entropy(guessed, wanted[known]) / len(self.found)
+                weight = 0.5 if name in TOLD else 0.125
+                loss = loss + weight * functional.cross_entropy(guessed, wanted[known])
                 report[f"found{looks[0][1].layer}_{name}"] = float((guessed.argmax(-1) == wanted[known]).float().mean())
         return loss
 
@@ -145,7 +147,8 @@ class Trained(nn.Module):
         return torch.cat(out)[torch.from_numpy(batch.rows)]
 
 
-FOUND = ("shape", "colour", "x", "y", "across", "down", "same_shape", "same_colour")
+FOUND = {**{name: LABELS[name] for name in ("shape", "colour", "x", "y", "across", "down", "same_shape",
+                                            "same_colour")}, **TOLD}
 WEIGHTS = {"image": 1.0, "video": 0.4, "audio": 0.5, "text": 0.3, "drawn": 0.7}
 
 
