@@ -43,19 +43,21 @@ ALLOWED: dict[str, set[str]] = {
     "served": HTTP_SIDE,
     "api": HTTP_SIDE | {"served", "malloc"},
     "kernels": {"models.base"},
-    "models": {"checkpoint", "kernels", "quantization", "models.registry", "models.tensor_files", "pooling",
-               "pooling.embedding", "pooling.spec", "pooling.labels"},
+    "models": {"checkpoint", "kernels", "quantization", "models.registry", "models.tensor_files", "models.weights",
+               "pooling", "pooling.embedding", "pooling.spec", "pooling.labels"},
     "pooling.spec": set(),
     "pooling.labels": {"pooling.spec"},
     "pooling": {"checkpoint", "kernels", "pooling.spec"},
+    "models.tensor_files": set(),
     "pooling.embedding": {"models.tensor_files", "pooling", "pooling.spec"},
-    "models.tensor_files": {"checkpoint", "kernels", "models", "models.registry"},
-    "engine": {"checkpoint", "kernels", "quantization", "models", "models.registry", "models.tensor_files", "pooling",
+    "models.weights": {"checkpoint", "kernels", "models", "models.registry", "models.tensor_files"},
+    "engine": {"checkpoint", "kernels", "quantization", "models", "models.registry", "models.weights", "pooling",
                "engine.messages"},
     "serve": HTTP_SIDE | {"malloc", "served", "api", "processes"},
     "cli": {"flags", "serve", "chat", "bench", "info"},
 }
-NEVER_TORCH = set(ALLOWED) - {"kernels", "models", "models.tensor_files", "pooling", "pooling.embedding", "engine", "info"}
+NEVER_TORCH = set(ALLOWED) - {"kernels", "models", "models.tensor_files", "models.weights", "pooling",
+                              "pooling.embedding", "engine", "info"}
 
 # No settings there: they hand the environment on to the processes that they start, or are such a process (the engine
 # reads which faults a test wants).
