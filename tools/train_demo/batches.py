@@ -172,7 +172,8 @@ def labels_of(medium: dialogs.Medium, features: MediaFeatures) -> dict[str, NDAr
 def _cells(objects: Sequence[Placed], size: tuple[int, int], aspect: float) -> dict[str, NDArray[np.int64]]:
     """What lies on each row of the tower, certain inside and ignored about the edges, and where that thing is, or the
     row itself: nothing else tells the decoder, whose positions hardly differ within so small a picture."""
-    shape, colour, across, down, same_shape, same_colour = (np.zeros(size, np.int64) for _ in range(6))
+    cells = {name: np.zeros(size, np.int64) for name in ("shape", "colour", "across", "down", "same_shape",
+                                                         "same_colour")}
     y, x = np.meshgrid((np.arange(size[0]) + 0.5) / size[0], (np.arange(size[1]) + 0.5) / size[1], indexing="ij")
     unit_x, unit_y = min(1, 1 / aspect), min(1, aspect)
     column, line = 1 + (x * PLACES).astype(np.int64), 1 + (y * PLACES).astype(np.int64)
@@ -185,17 +186,17 @@ def _cells(objects: Sequence[Placed], size: tuple[int, int], aspect: float) -> d
         inside = away < 0.75 * placed.radius
         about = (away < 1.2 * placed.radius + 0.12) & ~inside
         inside[min(size[0] - 1, int(placed.y * size[0])), min(size[1] - 1, int(placed.x * size[1]))] = True
-        for labels, value in ((shape, list(SHAPES).index(placed.thing.shape)),
-                              (colour, list(COLOURS).index(placed.thing.colour)),
-                              (across, first - 1 + lefts.index(placed.x)), (down, first - 1 + tops.index(placed.y)),
-                              (same_shape, shapes.count(placed.thing.shape) - 1),
-                              (same_colour, colours.count(placed.thing.colour) - 1)):
+        values = {"shape": list(SHAPES).index(placed.thing.shape), "colour": list(COLOURS).index(placed.thing.colour),
+                  "across": first - 1 + lefts.index(placed.x), "down": first - 1 + tops.index(placed.y),
+                  "same_shape": shapes.count(placed.thing.shape) - 1,
+                  "same_colour": colours.count(placed.thing.colour) - 1}
+        for name, value in values.items():
+            labels = cells[name]
             labels[about & (labels == 0)] = IGNORED
             labels[inside] = 1 + value
         column[inside] = 1 + min(PLACES - 1, max(0, int(placed.x * PLACES)))
         line[inside] = 1 + min(PLACES - 1, max(0, int(placed.y * PLACES)))
-    return {"shape": shape, "colour": colour, "x": column, "y": line, "across": across, "down": down,
-            "same_shape": same_shape, "same_colour": same_colour}
+    return {**cells, "x": column, "y": line}
 
 
 def _digit_cells(picture: Picture, size: tuple[int, int]) -> dict[str, NDArray[np.int64]]:

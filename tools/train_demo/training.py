@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from batches import IGNORED, LABELS, Batch
 from looks import TOLD, Look
-from net import Thinker
+from net import Seen, Thinker
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
@@ -87,20 +87,14 @@ class Trained(nn.Module):
         if batch.kind == "drawn":
             return label_weight * label_loss, report
         targets = torch.from_numpy(batch.targets)
-        looks = {layer: [(dialog, look) for dialog, look in batch.looks if look.layer == layer]
-                 for layer in sorted({look.layer for _, look in batch.looks})}
-        watched = {layer: (torch.tensor([dialog for dialog, _ in some]), torch.tensor([look.token for _, look in some]))
-                   for layer, some in looks.items()}
+        by_layer = {layer: [(dialog, look) for dialog, look in batch.looks if look.layer == layer]
+                    for layer in sorted({look.layer for _, look in batch.looks})}
+        watched = {layer: (torch.tensor([dialog for dialog, _ in looks]),
+                           torch.tensor([look.token for _, look in looks])) for layer, looks in by_layer.items()}
         hidden, seen = self.thinker.model(self.embedded(batch, rows), torch.from_numpy(batch.positions), watched)
         look_loss = torch.zeros(())
-        for (layer, some), (weights, states) in zip(looks.items(), seen, strict=True):
-            there = torch.zeros_like(weights, dtype=torch.bool)
-            for index, (_, look) in enumerate(some):
-                there[index, torch.from_numpy(look.rows)] = True
-            found = weights.masked_fill(~there, -torch.inf).logsumexp(-1)
-            look_loss = look_loss - found.mean()
-            report[f"look{layer}"] = float(found.detach().exp().mean())
-            look_loss = look_loss + self._told(batch, some, states, report)
+        for looks, one in zip(by_layer.values(), seen, strict=True):
+            look_loss = look_loss + self._look_loss(batch, looks, one, report)
         asked = targets != IGNORED
         logits = self.thinker.logits(hidden[asked])
         answer_loss = functional.cross_entropy(logits, targets[asked])
@@ -109,23 +103,30 @@ class Trained(nn.Module):
         report["right"] = float(right.float().mean())
         return answer_loss + label_weight * label_loss + look_weight * look_loss, report
 
-    def _told(self, batch: Batch, looks: Sequence[tuple[int, Look]], states: Tensor,
-              report: dict[str, float]) -> Tensor:
-        """Cross-entropy of what a token knows of the one thing that it looked at: what it is, where, how often."""
+    def _look_loss(self, batch: Batch, looks: Sequence[tuple[int, Look]], seen: Seen,
+                   report: dict[str, float]) -> Tensor:
+        """Cross-entropy of where one layer's first head looks, and of what a token then knows of the one thing that it
+        looked at: what it is, where, how often."""
+        layer = looks[0][1].layer
+        there = torch.zeros_like(seen.weights, dtype=torch.bool)
+        for index, (_, look) in enumerate(looks):
+            there[index, torch.from_numpy(look.rows)] = True
+        found = seen.weights.masked_fill(~there, -torch.inf).logsumexp(-1)
+        report[f"look{layer}"] = float(found.detach().exp().mean())
+        loss = -found.mean()
         row_of = {int(place): row for row, place in enumerate(batch.places)}
         length = batch.token_ids.shape[1]
         rows = [[row_of[dialog * length + token] for token in look.rows.tolist()] for dialog, look in looks]
-        loss = torch.zeros(())
         for name, head in self.found.items():
             values = [{look.told.get(name, 0)} if name in TOLD else {int(batch.labels[name][row]) for row in some}
                       for (_, look), some in zip(looks, rows, strict=True)]
             wanted = torch.tensor([value.pop() if len(value) == 1 else IGNORED for value in values])
             known = wanted > 0
             if known.any():
-                guessed = head(states[known])
+                guessed = head(seen.states[known])
                 weight = 0.5 if name in TOLD else 0.125
                 loss = loss + weight * functional.cross_entropy(guessed, wanted[known])
-                report[f"found{looks[0][1].layer}_{name}"] = float((guessed.argmax(-1) == wanted[known]).float().mean())
+                report[f"found{layer}_{name}"] = float((guessed.argmax(-1) == wanted[known]).float().mean())
         return loss
 
     def embedded(self, batch: Batch, rows: Tensor | None) -> Tensor:

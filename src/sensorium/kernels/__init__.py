@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Activation", "DecoderLayerParts", "DecoderStack", "LinearForm", "Quantization", "QuantizedForm", "activate",
-           "add_rms_norm", "cache_width", "decoder_stack", "describe", "empty_linear", "empty_quantized",
-           "first_attention", "gated", "layer_norm", "linear_activate", "linear_add",
-           "linear_in_place", "pack_linear", "paged_attention", "quantized_in_place", "quantized_layout",
-           "rms_norm", "rope", "silu_mul", "varlen_attention", "write_kv"]
+__all__ = ["Activation", "DecoderLayerParts", "DecoderStack", "KeptForm", "LinearForm", "Quantization",
+           "QuantizedForm", "activate", "add_rms_norm", "cache_width", "decoder_stack", "describe", "empty_linear",
+           "empty_quantized", "first_attention", "gated", "layer_norm", "linear_activate", "linear_add",
+           "linear_in_place", "pack_linear", "paged_attention", "quantized_in_place", "quantized_layout", "rms_norm",
+           "rope", "silu_mul", "varlen_attention", "write_kv"]
 
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "tanh"]
@@ -66,6 +66,10 @@ class QuantizedForm(LinearForm, Protocol):
         [n, groups]: the code that means zero (int4, default 8); all rows of a layer have them or none.
         """
         ...
+
+
+class KeptForm(QuantizedForm, Protocol):
+    """One of a layout that has a name (`quantized_layout`): another start can compute with its memory."""
 
     def parts(self) -> dict[str, Tensor]:
         """What `quantized_in_place` takes, of a form that `fill` alone has filled and that has no bias yet."""
@@ -108,6 +112,11 @@ def _for(x: Tensor) -> Any:
     return native if native is not None and native.supports(x) else reference
 
 
+def _for_weights(dtype: torch.dtype, device: torch.device) -> Any:
+    """What computes with weights of this kind."""
+    return _for(torch.empty(0, dtype=dtype, device=device))
+
+
 def describe() -> str:
     """For the log: which kernels a CPU computes with."""
     native = _native()
@@ -123,14 +132,14 @@ def empty_linear(out_features: int, in_features: int, *, dtype: torch.dtype, dev
     if dtype == torch.float32 and device.type == "cpu" and \
             out_features * in_features >= onednn.MIN_ELEMENTS and onednn.usable():
         return onednn.OneDnnLinear(out_features, in_features)
-    module = _for(torch.empty(0, dtype=dtype, device=device))
+    module = _for_weights(dtype, device)
     form: LinearForm = module.empty_linear(out_features, in_features, dtype=dtype, device=device)
     return form
 
 
 def empty_quantized(out_features: int, in_features: int, quantization: Quantization, *, dtype: torch.dtype,
                     device: torch.device) -> QuantizedForm:
-    module = _for(torch.empty(0, dtype=dtype, device=device))
+    module = _for_weights(dtype, device)
     if module is reference:
         _say_slow(f"{dtype} on {device.type}".removeprefix("torch."))
     form: QuantizedForm = module.empty_linear(out_features, in_features, dtype=dtype, device=device,
@@ -154,7 +163,7 @@ def linear_in_place(parts: Sequence[tuple[int, Tensor]], out_features: int, in_f
 
 def quantized_layout(dtype: torch.dtype, device: torch.device) -> str | None:
     """Names the form of quantised weights there, if it is one that can be kept and computed with where it lies."""
-    module = _for(torch.empty(0, dtype=dtype, device=device))
+    module = _for_weights(dtype, device)
     return None if module is reference else module.quantized_layout
 
 

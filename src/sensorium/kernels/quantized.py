@@ -141,10 +141,6 @@ class QuantizedLinear:
         self._codes[place].copy_(codes)
         self._scales[place].copy_(scales)
 
-    def parts(self) -> dict[str, Tensor]:
-        """See `QuantizedForm`."""
-        return {"packed": self._codes, "scales": self._scales}
-
     def set_bias(self, bias: Tensor | None) -> None:
         self._bias = None if bias is None else bias.to(self._codes.device, torch.float32, copy=True)
 

@@ -117,7 +117,7 @@ class QuantizedCopy:
         handle, name = tempfile.mkstemp(suffix=".tmp", dir=folder)
         is_done = False
         try:
-            os.write(handle, header)
+            _write_all(handle, memoryview(header))
             for tensor in tensors.values():
                 data = tensor.detach().reshape(-1).view(torch.uint8).numpy().data
                 for start in range(0, len(data), PIECE_BYTES):
@@ -134,8 +134,10 @@ class QuantizedCopy:
     def _put_in_place(self, handle: int, written: Path) -> None:
         """Once it is on the disk; an older copy of the same checkpoint goes."""
         try:
-            os.fsync(handle)
-            os.close(handle)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
             written.replace(self.file)
             for other in self.file.parent.glob(f"{self._which}-*.weights"):
                 if other != self.file:

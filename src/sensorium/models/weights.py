@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sensorium.checkpoint import Checkpoint
 from sensorium.errors import CheckpointError
-from sensorium.kernels import LinearForm, Quantization, QuantizedForm
+from sensorium.kernels import KeptForm, LinearForm, Quantization, QuantizedForm
 from sensorium.models.base import Model
 from sensorium.models.layers import Embedding, Linear
 from sensorium.models.packed import StoredCodes, join
@@ -110,8 +110,8 @@ def fill(model: Model, tensors: Sequence[Stored], *, dtype: torch.dtype, device:
     done = anew = 0
     groups = _by_module(slots)
     for index, (module, group) in enumerate(groups):
-        for source in _sources(groups[index + 1 : index + 2]):  # the disk works while this one is packed
-            if copy is None or copy.is_empty:
+        if copy is None or copy.is_empty:
+            for source in _sources(groups[index + 1 : index + 2]):  # the disk works while this one is packed
                 source.prefetch()
         wanted = None
         if isinstance(module, Linear | Embedding):
@@ -231,12 +231,14 @@ def _fill_module(module: nn.Module, slots: dict[str, _Slot], dtype: torch.dtype,
         else:
             _fill_parameters(module, slots, dtype, device)
         return False
+    if is_exact:
+        copy = None  # these codes are on disk already
     form: LinearForm | None = None
     if lying and isinstance(module, Linear):
         form = module.adopt(lying)
         if form is not None:
             _populate(weight)
-    elif wanted is not None and copy is not None and not is_exact:
+    elif wanted is not None and copy is not None:
         form = _restored(module, weight.name, wanted, copy)
     if form is None:
         form = module.allocate(dtype, device, wanted)
@@ -245,8 +247,8 @@ def _fill_module(module: nn.Module, slots: dict[str, _Slot], dtype: torch.dtype,
         else:
             for first, rows in weight.pieces():
                 form.fill(first, rows.flatten(1).to(dtype))
-        if wanted is not None and copy is not None and not is_exact:
-            copy.add(weight.name, cast("QuantizedForm", form).parts())
+        if wanted is not None and copy is not None:
+            copy.add(weight.name, cast("KeptForm", form).parts())
     if "bias" in slots:
         form.set_bias(_whole(slots["bias"], dtype, device))
     return anew
@@ -310,5 +312,3 @@ def _whole(slot: _Slot, dtype: torch.dtype, device: torch.device) -> Tensor:
     for first, rows in slot.pieces():
         value[first : first + rows.shape[0]].copy_(rows)
     return value
-
-
