@@ -73,6 +73,34 @@ async def test_long_request_lines(port: int) -> None:
     await healthy(port)
 
 
+async def test_a_connection_goes_on_when_the_rest_of_an_unwanted_body_has_come(port: int) -> None:
+    """Clients send head and body in two pieces, and the answer to a wrong path may come between them."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    for path in ("/v1/moderations", "/v1/responses"):
+        writer.write(request("POST", path, headers={"Content-Length": str(len(BODY))}))
+        assert (await read_reply(reader)).status == 404
+        await asyncio.sleep(0.05)
+        writer.write(BODY[:3])
+        await asyncio.sleep(0.05)
+        writer.write(BODY[3:] + request("GET", "/livez"))
+        assert (await read_reply(reader)).status == 200
+    writer.close()
+
+
+async def test_a_connection_ends_when_the_rest_of_an_unwanted_body_does_not_come(port: int) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(request("POST", "/v1/moderations", headers={"Content-Length": "1000"}))
+    assert (await read_reply(reader)).status == 404
+    started = time.monotonic()
+    with contextlib.suppress(ConnectionError):
+        while not reader.at_eof() and time.monotonic() - started < 10:  # a byte now and then is not coming either
+            writer.write(b"x")
+            await asyncio.sleep(0.1)
+    assert await reader.read() == b""
+    assert time.monotonic() - started < 5
+    writer.close()
+
+
 async def test_body_by_its_word_and_by_its_bytes() -> None:
     limits = replace(LIMITS, max_body_bytes=100_000)
     async with serving(limits=limits) as served:

@@ -35,6 +35,7 @@ class Connection(HttpToolsProtocol):
         self._refused = False
         self._raw_body_bytes = 0  # of a body that the parser does not read, still to come
         self._head_timer: asyncio.TimerHandle | None = None
+        self._rest_timer: asyncio.TimerHandle | None = None  # an answer is out, its request's body is not all here
 
     @classmethod
     def limited(cls, limits: Limits) -> type[Connection]:
@@ -46,6 +47,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_done()
+        self._rest_done()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -70,6 +72,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._unset_keepalive_if_required()
         self._in_head = self._begun = True
         self._quiet_bytes = self._url_bytes = self._fields_bytes = self._chunks = 0
         if self._head_timer is None:
@@ -118,7 +121,10 @@ class Connection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._quiet_bytes = 0
         self._in_head = True
-        if not self._refused:
+        if self._rest_done():
+            self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive,
+                                                                self.timeout_keep_alive_handler)
+        elif not self._refused:
             super().on_message_complete()
 
     def _ignore_upgrade(self, rest: bytes) -> None:
@@ -147,11 +153,22 @@ class Connection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.cycle is not None and self.cycle.response_complete and self.cycle.more_body:
-            self._linger()
+        if self.cycle is not None and self.cycle.response_complete and self.cycle.more_body \
+                and not self.transport.is_closing():
+            self._rest_timer = self.loop.call_later(_LINGER_S, self._linger)
+
+    def _rest_done(self) -> bool:
+        """Whether the rest of a body that nobody reads was waited for."""
+        if self._rest_timer is None:
+            return False
+        self._rest_timer.cancel()
+        self._rest_timer = None
+        return True
 
     def _linger(self) -> None:
-        """The rest of an unwanted body is thrown away for a moment, then the connection ends."""
+        """The rest of an unwanted body did not come in a moment; it is thrown away for another one, then the connection
+        ends. Ending it at once would fail the client's next request, since the answer had not said so."""
+        self._rest_timer = None
         self._refused = True
         self._unset_keepalive_if_required()
         if not self.transport.is_closing():
