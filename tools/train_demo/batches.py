@@ -14,7 +14,7 @@ from typing import Any
 
 import dialogs
 import numpy as np
-from looks import Look, Seen, looks_of
+from looks import Layout, Look, Seen, looks_at_beeps, looks_at_pictures
 from numpy.typing import NDArray
 from scenes import Clip, Picture, Placed, draw_number, draw_picture
 from sounds import RATE, SPOKEN, Sound, Speech
@@ -30,11 +30,11 @@ from sensorium.types import MediaFeatures, MediaItem, Modality, Prompt
 IGNORED = -100
 TOGETHER = 12  # dialogs in a batch at least
 PLACES = 10  # from one edge of a picture to the other
-RANKS = 6  # of one, two or three things, which one it is; and how many of them are of its shape, of its colour
+RANKS = 6  # of one, two or three things, which one it is
 TONES = ("rising", "falling", "steady")
 LABELS = {"shape": 1 + len(SHAPES), "colour": 1 + len(COLOURS), "digit": 11, "next_digit": 11,
           "x": 1 + PLACES, "y": 1 + PLACES,
-          "across": 1 + RANKS, "down": 1 + RANKS, "same_shape": 4, "same_colour": 4,
+          "across": 1 + RANKS, "down": 1 + RANKS, "onset": 2,
           "sound": 2 + len(TONES) + len(SPOKEN)}  # classes; 0 is nothing
 PROMPTS = ("You are a helpful assistant.", "You are a helpful assistant", "Answer briefly.", "Be concise.")
 
@@ -86,8 +86,7 @@ class Reader:
             media += features
             shown = [labels_of(medium, one) for medium, one in zip(own, features, strict=True)]
             labels += shown
-            if kind == "image":
-                looks += [(index, look) for look in self._looks(dialog, text, prompts[-1], shown)]
+            looks += [(index, look) for look in self._looks(kind, dialog, text, prompts[-1], shown)]
         length = -(-max(len(prompt.token_ids) for prompt in prompts) // 16) * 16
         token_ids = np.full((len(prompts), length), self.pad, np.int64)
         targets = np.full_like(token_ids, IGNORED)
@@ -113,17 +112,25 @@ class Reader:
                          Message("assistant", (TextPart(turn.answer),))]
         return self.template.render(messages, add_generation_prompt=False)
 
-    def _looks(self, dialog: dialogs.Dialog, text: str, prompt: Prompt,
+    def _looks(self, kind: str, dialog: dialogs.Dialog, text: str, prompt: Prompt,
                shown: Sequence[dict[str, NDArray[np.int64]]]) -> Iterator[Look]:
         offsets = self.processor.tokenizer.raw.encode(text, add_special_tokens=False).offsets
         lengths = {span.offset: span.length for span in prompt.spans}
         places = np.zeros(len(offsets), np.int64)
         for index in range(1, len(offsets)):
             places[index] = places[index - 1] + lengths.get(int(places[index - 1]), 1)
+        layout = Layout(text, np.array([start for start, _ in offsets]), places)
+        if kind == "audio":
+            ((labels, span),) = zip(shown, prompt.spans, strict=True)
+            onsets = span.offset + np.flatnonzero(labels["onset"])
+            return looks_at_beeps(dialog, layout, onsets.tolist()) if len(onsets) else iter(())
+        if kind != "image":
+            return iter(())
         turns = [number for number, turn in enumerate(dialog) for _ in turn.media]
-        seen = [Seen(labels["shape"], labels["colour"], np.arange(span.offset, span.offset + span.length), turn)
+        seen = [Seen(labels["shape"], labels["colour"], labels["across"],
+                     np.arange(span.offset, span.offset + span.length), turn)
                 for labels, span, turn in zip(shown, prompt.spans, turns, strict=True)]
-        return looks_of(dialog, text, offsets, places, seen)
+        return looks_at_pictures(dialog, layout, seen)
 
     def drawn(self, pictures: Sequence[Picture]) -> Batch:
         """Only what the vision tower needs to learn its labels: many pictures at little cost."""
@@ -156,7 +163,7 @@ def kind_of(medium: dialogs.Medium) -> Modality:
 
 def labels_of(medium: dialogs.Medium, features: MediaFeatures) -> dict[str, NDArray[np.int64]]:
     if isinstance(medium, Sound):
-        return {"sound": _sound_labels(medium, features.num_rows)}
+        return _sound_labels(medium, features.num_rows)
     _, lines, columns = features.arrays["grid"].tolist()  # type: ignore[misc]
     size = (lines // 2, columns // 2)
     if isinstance(medium, Picture):
@@ -172,14 +179,11 @@ def labels_of(medium: dialogs.Medium, features: MediaFeatures) -> dict[str, NDAr
 def _cells(objects: Sequence[Placed], size: tuple[int, int], aspect: float) -> dict[str, NDArray[np.int64]]:
     """What lies on each row of the tower, certain inside and ignored about the edges, and where that thing is, or the
     row itself: nothing else tells the decoder, whose positions hardly differ within so small a picture."""
-    cells = {name: np.zeros(size, np.int64) for name in ("shape", "colour", "across", "down", "same_shape",
-                                                         "same_colour")}
+    cells = {name: np.zeros(size, np.int64) for name in ("shape", "colour", "across", "down")}
     y, x = np.meshgrid((np.arange(size[0]) + 0.5) / size[0], (np.arange(size[1]) + 0.5) / size[1], indexing="ij")
     unit_x, unit_y = min(1, 1 / aspect), min(1, aspect)
     column, line = 1 + (x * PLACES).astype(np.int64), 1 + (y * PLACES).astype(np.int64)
     lefts, tops = sorted(placed.x for placed in objects), sorted(placed.y for placed in objects)
-    shapes = [placed.thing.shape for placed in objects]
-    colours = [placed.thing.colour for placed in objects]
     first = 1 + len(objects) * (len(objects) - 1) // 2
     for placed in objects:
         away = np.hypot((x - placed.x) / unit_x, (y - placed.y) / unit_y)
@@ -187,9 +191,7 @@ def _cells(objects: Sequence[Placed], size: tuple[int, int], aspect: float) -> d
         about = (away < 1.2 * placed.radius + 0.12) & ~inside
         inside[min(size[0] - 1, int(placed.y * size[0])), min(size[1] - 1, int(placed.x * size[1]))] = True
         values = {"shape": list(SHAPES).index(placed.thing.shape), "colour": list(COLOURS).index(placed.thing.colour),
-                  "across": first - 1 + lefts.index(placed.x), "down": first - 1 + tops.index(placed.y),
-                  "same_shape": shapes.count(placed.thing.shape) - 1,
-                  "same_colour": colours.count(placed.thing.colour) - 1}
+                  "across": first - 1 + lefts.index(placed.x), "down": first - 1 + tops.index(placed.y)}
         for name, value in values.items():
             labels = cells[name]
             labels[about & (labels == 0)] = IGNORED
@@ -207,14 +209,18 @@ def _digit_cells(picture: Picture, size: tuple[int, int]) -> dict[str, NDArray[n
     return {"digit": first, "next_digit": second}
 
 
-def _sound_labels(sound: Sound, rows: int) -> NDArray[np.int64]:
+def _sound_labels(sound: Sound, rows: int) -> dict[str, NDArray[np.int64]]:
+    """What is heard on each row, and where a beep begins."""
     names = ("", "beeps", *TONES)
     value = names.index(sound.kind) if sound.kind in names else len(names) + SPOKEN.index(sound.word)
     middle = (np.arange(rows) + 0.5) / 25
-    labels = np.zeros(rows, np.int64)
+    labels, onset = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
     for start, end in sound.spans:
-        labels[(middle >= start) & (middle < end)] = value
-    return labels
+        heard = np.flatnonzero((middle >= start) & (middle < end))
+        labels[heard] = value
+        if sound.kind == "beeps":
+            onset[heard[:1]] = 1
+    return {"sound": labels, "onset": onset}
 
 
 def group_slices(media: Sequence[MediaFeatures]) -> tuple[list[dict[str, Any]], NDArray[np.int64]]:

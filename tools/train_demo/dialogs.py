@@ -141,7 +141,7 @@ def _counting(things: Sequence[Thing], shapes: Counter[str], colours: Counter[st
          "Count the objects.", "How many things are in this picture?", "How many objects can you see?",
          "How many shapes are in this image?"), sentence(NUMBERS[total])),
         (("图片里有几个物体？", "有几个形状？", "图中有几个图形？", "一共有几个？"), f"{count_zh(total)}个。"))] * 2
-    for shape in {*shapes, "circle"}:
+    for shape in dict.fromkeys((*shapes, "circle")):
         asks.append(_Ask("count", ((f"How many {plural(shape)} are there?", f"How many {plural(shape)} do you see?",
                                     f"Count the {plural(shape)}."), sentence(NUMBERS[shapes[shape]])),
                          ((f"有几个{SHAPES[shape]}？",), f"{count_zh(shapes[shape])}个。")))
@@ -223,14 +223,14 @@ def _pair(objects: Sequence[Placed], one: int, other: int) -> list[_Ask]:
     return asks
 
 
-SLOW = ("relation", "relation", "relation", "describe", "count", "exists", "colour")  # learnt last, asked more often
+SLOW = ("relation", "describe", "describe", "count", "count", "exists")  # learnt last, asked more often
 
 
 def picture_dialog(source: Source, first: str = "") -> Dialog:
     """Questions about one picture; only the first brings it, and asks for `first` if the picture answers that. Without
     it one of `SLOW` often comes first; beyond that skills come equally often, whatever their variety."""
     rng = source.rng
-    picture = draw_picture(rng)
+    picture = draw_picture(rng, alike=0.06 if first else 0.15)
     if not first and rng.random() < 0.75:
         first = rng.choice(SLOW)
     asks = by_skill(rng, [*about_picture(picture), exists(rng, picture)], rng.choice((3, 4, 5, 6)), first)
@@ -458,7 +458,7 @@ def about_sound(sound: Sound) -> list[_Ask]:
 
 
 def sound_of(source: Source, skill: str = "") -> Sound:
-    skill = skill or source.rng.choice(("beeps", "tone", "speech", "speech", "speech"))
+    skill = skill or source.rng.choice(("beeps", "beeps", "tone", "speech", "speech"))
     return {"beeps": lambda: make_beeps(source.rng), "tone": lambda: make_tone(source.rng),
             "speech": lambda: source.speech.make(source.rng)}[skill]()
 
@@ -592,7 +592,7 @@ def text_dialog(source: Source) -> Dialog:
 
 Maker = Callable[[Source], Dialog]
 MAKERS: dict[str, tuple[tuple[Maker, float], ...]] = {  # by the kind of media, so that a batch is of one kind
-    "image": ((picture_dialog, 0.55), (number_dialog, 0.2), (pictures_dialog, 0.14), (followup_dialog, 0.11)),
+    "image": ((picture_dialog, 0.5), (number_dialog, 0.15), (pictures_dialog, 0.23), (followup_dialog, 0.12)),
     "video": ((clip_dialog, 1.0),),
     "audio": ((sound_dialog, 1.0),),
     "text": ((text_dialog, 1.0),),

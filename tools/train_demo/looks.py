@@ -1,8 +1,9 @@
-"""Where the decoder belongs to look: which rows of the pictures a word is about.
+"""Where the decoder belongs to look: which rows of the media a word is about, and what it should know then.
 
 Training asks two attention heads to look there (guided attention; Liu et al. 2016): one at the words of
-a question that name things, one wherever an answer is about to name a thing. Without it a decoder of this size takes
-very long to find out that "the star" in a question is to be looked up among the rows: it guesses among what it sees.
+a question that name things, one wherever an answer is about to name a thing; at all of several things alike, evenly.
+Without it a decoder of this size takes very long to find out that "the star" in a question is to be looked up among
+the rows: it guesses among what it sees.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from numpy.typing import NDArray
 from scenes import Picture
 from words import COLOURS, NUMBERS_ZH, ORDINALS, SHAPES, Thing, plural
 
-TOLD = {"side": 5, "beside": 4, "upright": 4}  # classes; 0 is nothing
-NOTHING = np.zeros(0, np.int64)
+# Classes of what a token is to tell; 0 is nothing: the side asked about and where the one thing lies of the other, how
+# many things it looks at, which picture they are in, which beep it is or how many there are.
+TOLD = {"side": 5, "beside": 4, "upright": 4, "count": 4, "nth": 4, "beep": 6}
+Rows = tuple[NDArray[np.int64], ...]  # of every thing, the tokens that show it
 NAMED, NEXT = 1, 3  # the layers whose first head looks at what is named, and at what is named next
+NUMBERED = 2  # the layer after which rows know which picture, or which beep, they are of
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +32,7 @@ class Seen:
 
     shape: NDArray[np.int64]  # [rows], 1 + the shape's number
     colour: NDArray[np.int64]
+    thing: NDArray[np.int64]  # another number for each thing
     tokens: NDArray[np.int64]
     turn: int
 
@@ -36,7 +41,7 @@ class Seen:
 class Look:
     layer: int
     token: int
-    rows: NDArray[np.int64]  # tokens to look at
+    rows: Rows = ()  # to look at; none: anywhere
     told: Mapping[str, int] = field(default_factory=dict)  # what else is to be known then, see TOLD
 
 
@@ -46,7 +51,8 @@ class _Mention:
     end: int
     colour: int  # 1 + the colour's number; 0 if none is named
     shape: int
-    words: tuple[int, ...]  # where each of its words starts
+    count: int  # of which it speaks; 0 if it does not say
+    words: tuple[int, ...]  # where each of its words starts, of how many first
 
 
 _COLOUR_NUMBERS = {word: 1 + i for i, pair in enumerate(COLOURS.items()) for word in pair}
@@ -57,18 +63,21 @@ def _any(words: Sequence[str]) -> str:
     return "|".join(sorted(words, key=len, reverse=True))
 
 
-_MENTION = re.compile(rf"(?:({_any(list(_COLOUR_NUMBERS))})(?: |的)?)?({_any(list(_SHAPE_NUMBERS))})"
-                      rf"|({_any(list(_COLOUR_NUMBERS))})", re.IGNORECASE)
+_COUNTS = {word: count for words in (("a", "two", "three"), ("an", "两个", "三个"), ("一个",))
+           for count, word in enumerate(words, 1)}
+_MENTION = re.compile(rf"(?:(?<![a-z])({_any(list(_COUNTS))}) ?)?(?:(?:({_any(list(_COLOUR_NUMBERS))})(?: |的)?)?"
+                      rf"({_any(list(_SHAPE_NUMBERS))})|({_any(list(_COLOUR_NUMBERS))}))", re.IGNORECASE)
 _SIDE = re.compile("(left|左边)|(right|右边)|(above|上面)|(below|下面)")
 _NTH = re.compile(f"({_any(ORDINALS)}) (?:picture|image)|第([{''.join(NUMBERS_ZH[1:4])}])张", re.IGNORECASE)
 
 
 def _mentions(text: str) -> Iterator[_Mention]:
     for match in _MENTION.finditer(text):
-        colour = match[1] or match[3]
-        groups = [group for group in (1, 2, 3) if match[group]]
+        colour = match[2] or match[4]
+        groups = [group for group in (1, 2, 3, 4) if match[group]]
         yield _Mention(match.start(), match.end(), _COLOUR_NUMBERS[colour.lower()] if colour else 0,
-                       _SHAPE_NUMBERS[match[2].lower()] if match[2] else 0, tuple(match.start(g) for g in groups))
+                       _SHAPE_NUMBERS[match[3].lower()] if match[3] else 0,
+                       _COUNTS[match[1].lower()] if match[1] else 0, tuple(match.start(g) for g in groups))
 
 
 def _picture_before(text: str, end: int) -> int | None:
@@ -79,32 +88,57 @@ def _picture_before(text: str, end: int) -> int | None:
     return found
 
 
-def looks_of(dialog: dialogs.Dialog, text: str, offsets: Sequence[tuple[int, int]], places: NDArray[np.int64],
-             pictures: Sequence[Seen]) -> Iterator[Look]:
-    """`offsets`: where each token of the rendered `text` starts and ends in it; `places`: which token of the prompt it
-    is, where a picture has as many tokens as rows."""
-    starts = np.array([start for start, _ in offsets])
-    at = 0
-    for number, turn in enumerate(dialog):
-        question = text.index(turn.question, at)
-        answer = text.index(turn.answer, question + len(turn.question))
-        at = answer + len(turn.answer)
-        shown = [picture for picture in pictures if picture.turn <= number]
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the characters of a rendered dialog are among the tokens of its prompt."""
+
+    text: str
+    starts: NDArray[np.int64]  # where each token of the text starts in it
+    places: NDArray[np.int64]  # which token of the prompt it is: there a medium has as many as rows
+
+    def token(self, char: int) -> int:
+        return int(self.places[self._index(char)])
+
+    def before(self, char: int) -> int:
+        """The token from which that of the character follows."""
+        return int(self.places[self._index(char) - 1])
+
+    def _index(self, char: int) -> int:
+        return int(np.searchsorted(self.starts, char, side="right")) - 1
+
+    def turns(self, dialog: dialogs.Dialog) -> Iterator[tuple[int, int, dialogs.Turn]]:
+        """Where each turn's question and answer start."""
+        at = 0
+        for turn in dialog:
+            question = self.text.index(turn.question, at)
+            answer = self.text.index(turn.answer, question + len(turn.question))
+            at = answer + len(turn.answer)
+            yield question, answer, turn
+
+
+def looks_at_pictures(dialog: dialogs.Dialog, layout: Layout, pictures: Sequence[Seen]) -> Iterator[Look]:
+    if len(pictures) > 1:
+        for number, picture in enumerate(pictures[:3], 1):
+            for token in picture.tokens[picture.thing > 0]:
+                yield Look(NUMBERED, int(token), (), {"nth": number})
+    for number, (question, answer, turn) in enumerate(layout.turns(dialog)):
         if turn.skill in ("text", "unknown"):
             continue
-
-        def token_of(char: int) -> int:
-            return int(np.searchsorted(starts, char, side="right")) - 1
-
+        shown = [picture for picture in pictures if (picture.turn == number if turn.media else picture.turn <= number)]
         asked, named = list(_mentions(turn.question)), list(_mentions(turn.answer))
         about = [_nearest(shown, mention, _picture_before(turn.question, mention.start)) for mention in asked]
         for mention, rows in zip(asked, about, strict=True):
-            if len(rows):
-                yield Look(NAMED, int(places[token_of(question + mention.end - 1)]), rows)
+            if rows:
+                yield Look(NAMED, layout.token(question + mention.end - 1), rows)
         if not named:  # yes, no, how many, where: that of what is asked about first
-            rows = about[0] if about else _rows(shown, 0, 0, None) if turn.skill == "count" else NOTHING
-            if len(rows):
-                yield Look(NEXT, int(places[token_of(answer) - 1]), rows, _relation(dialog[: number + 1], asked))
+            rows = about[0] if about else _rows(shown, 0, 0, None) if turn.skill == "count" else ()
+            if rows:
+                told = _relation(dialog[: number + 1], asked)
+                if turn.skill == "count":
+                    told["count"] = len(rows)
+                elif turn.answer.startswith(("The ", "第")):
+                    told |= _picture_of(shown, rows)
+                yield Look(NEXT, layout.before(answer), rows, told)
         for mention in named:
             colour, shape = mention.colour, mention.shape
             if not (colour and shape) and len(asked) == 1:
@@ -112,9 +146,25 @@ def looks_of(dialog: dialogs.Dialog, text: str, offsets: Sequence[tuple[int, int
             said = _picture_before(turn.answer, mention.start)
             rows = _rows(shown, colour, shape, _picture_before(turn.question, len(turn.question))
                          if said is None else said)
-            if len(rows):
-                for start in mention.words:
-                    yield Look(NEXT, int(places[token_of(answer + start) - 1]), rows)
+            if rows:
+                told = {"count": mention.count} if mention.count == len(rows) else {}
+                for word, start in enumerate(mention.words):
+                    yield Look(NEXT, layout.before(answer + start), rows, told if word == 0 else {})
+
+
+def looks_at_beeps(dialog: dialogs.Dialog, layout: Layout, beeps: Sequence[int]) -> Iterator[Look]:
+    """`beeps`: the tokens at which beeps begin. Each knows which one it is, and the answer looks at the last."""
+    for number, token in enumerate(beeps, 1):
+        yield Look(NUMBERED, token, (), {"beep": number})
+    for _, answer, turn in layout.turns(dialog):
+        if turn.skill == "beeps":
+            yield Look(NEXT, layout.before(answer), (np.array(beeps[-1:]),), {"beep": len(beeps)})
+
+
+def _picture_of(shown: Sequence[Seen], rows: Rows) -> dict[str, int]:
+    """Which picture the rows are of, if it is one."""
+    numbers = {number for number, picture in enumerate(shown[:3], 1) for row in rows if row[0] in picture.tokens}
+    return {"nth": numbers.pop()} if len(numbers) == 1 else {}
 
 
 def _relation(dialog: dialogs.Dialog, asked: Sequence[_Mention]) -> dict[str, int]:
@@ -142,17 +192,20 @@ def _compared(difference: float) -> int:
     return 1 if difference <= -dialogs.NEAR else 3 if difference >= dialogs.NEAR else 2
 
 
-def _nearest(shown: Sequence[Seen], mention: _Mention, only: int | None) -> NDArray[np.int64]:
+def _nearest(shown: Sequence[Seen], mention: _Mention, only: int | None) -> Rows:
     """The rows of what is named; if there is no such thing, of what has its shape, or else its colour."""
     for colour, shape in ((mention.colour, mention.shape), (0, mention.shape), (mention.colour, 0)):
-        rows = _rows(shown, colour, shape, only) if colour or shape else NOTHING
-        if len(rows):
+        rows = _rows(shown, colour, shape, only) if colour or shape else ()
+        if rows:
             return rows
-    return NOTHING
+    return ()
 
 
-def _rows(shown: Sequence[Seen], colour: int, shape: int, only: int | None) -> NDArray[np.int64]:
+def _rows(shown: Sequence[Seen], colour: int, shape: int, only: int | None) -> Rows:
+    """Of all things of that colour and shape; 0: of any."""
     pictures = [shown[only]] if only is not None and only < len(shown) else shown
-    return np.concatenate([NOTHING, *(
-        seen.tokens[(seen.shape > 0) & (seen.colour > 0) & ((seen.colour == colour) | (colour == 0))
-                    & ((seen.shape == shape) | (shape == 0))] for seen in pictures)])
+    out = []
+    for seen in pictures:
+        fit = ((seen.thing > 0) & ((seen.colour == colour) | (colour == 0)) & ((seen.shape == shape) | (shape == 0)))
+        out += [seen.tokens[fit & (seen.thing == thing)] for thing in np.unique(seen.thing[fit])]
+    return tuple(out)

@@ -1,6 +1,7 @@
 """The same network as the server's, in plain torch with gradients: Qwen2.5-Omni's thinker (Qwen Team 2025).
 
-Parameters have the checkpoint's names. Batches are of one kind of media, in groups of equal size, so that the towers
+Parameters have the checkpoint's names. It may run under autocast: what layers add to, norms and scores stay
+float32. Batches are of one kind of media, in groups of equal size, so that the towers
 need no masks; prompts are padded on the right, where causal attention sees nothing of it.
 """
 
@@ -104,7 +105,7 @@ class Vision(nn.Module):
 
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """[slices, patches, 3 * frames * side²] in the server's order -> [slices, patches / merge², out]."""
-        x = functional.linear(patches, self.patch_embed.proj.weight.flatten(1))
+        x = functional.linear(patches, self.patch_embed.proj.weight.flatten(1)).float()
         cos, sin = self.angles(*grid)
         for block in self.blocks:
             x = block(x, cos, sin)
@@ -171,7 +172,7 @@ class Audio(nn.Module):
         half = torch.arange(self.window // 2) < ((lengths + 1) // 2).unsqueeze(1)  # [n, window / 2]
         whole = torch.arange(self.window) < lengths.unsqueeze(1)
         x = functional.gelu(self.conv1(windows)) * whole.unsqueeze(1)
-        x = functional.gelu(self.conv2(x)).transpose(1, 2)
+        x = functional.gelu(self.conv2(x)).transpose(1, 2).float()
         x = x + self.positions
         mask = half[:, None, None, :]
         for layer in self.layers:
@@ -206,7 +207,7 @@ class Attention(nn.Module):
         head = x.shape[-1] // self.heads
         q, k = (rotate(functional.linear(x, part.weight[:head], part.bias[:head]), cos[:, 0], sin[:, 0])
                 for part in (self.q_proj, self.k_proj))
-        scores = (k[dialogs] @ q[dialogs, tokens].unsqueeze(-1)).squeeze(-1) / head**0.5
+        scores = (k[dialogs] @ q[dialogs, tokens].unsqueeze(-1)).squeeze(-1).float() / head**0.5
         later = torch.arange(x.shape[1]) > tokens.unsqueeze(1)
         return scores.masked_fill(later, -torch.inf).log_softmax(-1)
 
@@ -272,4 +273,4 @@ class Thinker(nn.Module):
         self.audio_tower = Audio(config["audio_config"])
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return functional.linear(hidden, self.model.embed_tokens.weight)
+        return functional.linear(hidden, self.model.embed_tokens.weight).float()

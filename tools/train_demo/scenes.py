@@ -114,7 +114,8 @@ def ground(rng: random.Random, height: int, width: int, avoid: Sequence[Rgb], st
     if style == "noise":
         cell = rng.choice((1, 1, 2, 4))
         size = (max(1, width // cell), max(1, height // cell))
-        noise = Image.effect_noise(size, rng.uniform(8, 34)).resize((width, height))
+        grain = np.random.default_rng(rng.getrandbits(32)).normal(128, rng.uniform(8, 34), size[::-1])
+        noise = Image.fromarray(grain.clip(0, 255).astype(np.uint8)).resize((width, height))
         image = ImageChops.add(image, Image.merge("RGB", (noise,) * 3), offset=-128)
     return image
 
@@ -179,8 +180,8 @@ def random_size(rng: random.Random, aspect: float | None = None) -> tuple[int, i
     return max(64, round(math.sqrt(area / aspect))), max(64, round(math.sqrt(area * aspect)))
 
 
-def random_things(rng: random.Random, count: int) -> list[Thing]:
-    """Mostly different in colour and shape; some alike in one, few in both."""
+def random_things(rng: random.Random, count: int, alike: float = 0.06) -> list[Thing]:
+    """Mostly different in colour and shape; some alike in one, few in both (`alike` of those after the first)."""
     things: list[Thing] = []
     while len(things) < count:
         thing = Thing(rng.choice(list(COLOURS)), rng.choice(list(SHAPES)))
@@ -188,7 +189,7 @@ def random_things(rng: random.Random, count: int) -> list[Thing]:
             thing = Thing(thing.colour, things[-1].shape)
         elif things and rng.random() < 0.15:
             thing = Thing(things[-1].colour, thing.shape)
-        if things and rng.random() < 0.06:
+        if things and rng.random() < alike:
             thing = things[-1]
         elif thing in things:
             continue
@@ -216,9 +217,9 @@ def place(rng: random.Random, things: Sequence[Thing], aspect: float) -> list[Pl
 
 
 def draw_picture(rng: random.Random, *, count: int = 0, size: tuple[int, int] | None = None,
-                 things: Sequence[Thing] = (), style: str = "") -> Picture:
+                 things: Sequence[Thing] = (), style: str = "", alike: float = 0.06) -> Picture:
     """Of `things`, or of `count` random ones (0: one to three)."""
-    things = things or random_things(rng, count or rng.choice((1, 2, 2, 3, 3)))
+    things = things or random_things(rng, count or rng.choice((1, 2, 2, 3, 3)), alike)
     height, width = size or random_size(rng)
     objects = place(rng, things, width / height)
     image = ground(rng, height, width, [placed.rgb for placed in objects], style)

@@ -77,7 +77,7 @@ class Trained(nn.Module):
         if rows is not None:
             for name, labels in batch.labels.items():
                 wanted = torch.from_numpy(labels)
-                guessed = self.heads[name](rows)
+                guessed = self.heads[name](rows).float()
                 there, nothing = wanted > 0, wanted == 0
                 if nothing.any():  # most rows: they must not outweigh the others
                     label_loss = label_loss + 0.5 * functional.cross_entropy(guessed[nothing], wanted[nothing])
@@ -108,22 +108,29 @@ class Trained(nn.Module):
         """Cross-entropy of where one layer's first head looks, and of what a token then knows of the one thing that it
         looked at: what it is, where, how often."""
         layer = looks[0][1].layer
-        there = torch.zeros_like(seen.weights, dtype=torch.bool)
-        for index, (_, look) in enumerate(looks):
-            there[index, torch.from_numpy(look.rows)] = True
-        found = seen.weights.masked_fill(~there, -torch.inf).logsumexp(-1)
-        report[f"look{layer}"] = float(found.detach().exp().mean())
-        loss = -found.mean()
+        things = [(index, rows, 1 / len(look.rows)) for index, (_, look) in enumerate(looks) for rows in look.rows]
+        loss = torch.zeros(())
+        if things:
+            of, shares = torch.tensor([index for index, _, _ in things]), torch.tensor([part for _, _, part in things])
+            there = torch.zeros(len(things), seen.weights.shape[1], dtype=torch.bool)
+            for number, (_, rows, _) in enumerate(things):
+                there[number, torch.from_numpy(rows)] = True
+            found = seen.weights[of].masked_fill(~there, -torch.inf).logsumexp(-1)
+            loss = -((found + shares.reciprocal().log()) * shares).sum() / shares.sum()  # 0 when evenly on all
+            report[f"look{layer}"] = float(found.detach().exp().sum() / shares.sum())
         row_of = {int(place): row for row, place in enumerate(batch.places)}
         length = batch.token_ids.shape[1]
-        rows = [[row_of[dialog * length + token] for token in look.rows.tolist()] for dialog, look in looks]
+        shown = [[row_of[dialog * length + token] for rows in look.rows for token in rows.tolist()]
+                 for dialog, look in looks]
         for name, head in self.found.items():
-            values = [{look.told.get(name, 0)} if name in TOLD else {int(batch.labels[name][row]) for row in some}
-                      for (_, look), some in zip(looks, rows, strict=True)]
+            if not (name in TOLD or name in batch.labels):
+                continue
+            values = [{look.told.get(name, 0)} if name in TOLD else {int(batch.labels[name][row]) for row in rows}
+                      for (_, look), rows in zip(looks, shown, strict=True)]
             wanted = torch.tensor([value.pop() if len(value) == 1 else IGNORED for value in values])
             known = wanted > 0
             if known.any():
-                guessed = head(seen.states[known])
+                guessed = head(seen.states[known]).float()
                 weight = 0.5 if name in TOLD else 0.125
                 loss = loss + weight * functional.cross_entropy(guessed, wanted[known])
                 report[f"found{layer}_{name}"] = float((guessed.argmax(-1) == wanted[known]).float().mean())
@@ -145,11 +152,10 @@ class Trained(nn.Module):
                     torch.from_numpy(group["windows"]), torch.from_numpy(group["lengths"]), group["clips"])
             else:
                 out.append(self.thinker.visual(torch.from_numpy(group["patches"]), group["grid"]).flatten(0, 1))
-        return torch.cat(out)[torch.from_numpy(batch.rows)]
+        return torch.cat(out)[torch.from_numpy(batch.rows)].float()
 
 
-FOUND = {**{name: LABELS[name] for name in ("shape", "colour", "x", "y", "across", "down", "same_shape",
-                                            "same_colour")}, **TOLD}
+FOUND = {**{name: LABELS[name] for name in ("shape", "colour", "x", "y", "across", "down")}, **TOLD}
 WEIGHTS = {"image": 1.0, "video": 0.4, "audio": 0.5, "text": 0.3, "drawn": 0.7}
 
 
@@ -255,7 +261,8 @@ def _work(rank: int, plan: Plan, work: Path, model: Trained, gradients: Tensor, 
             p.grad = own
         reports = []
         for batch in given:
-            loss, report = model.loss(batch, plan.label_weight, plan.look_weight)
+            with torch.autocast("cpu", torch.bfloat16, enabled=fast_bfloat16()):
+                loss, report = model.loss(batch, plan.label_weight, plan.look_weight)
             share = sum(other.kind == batch.kind for other in given)
             (loss * (WEIGHTS[batch.kind] / share)).backward()
             reports.append((batch.kind, report))
@@ -282,6 +289,11 @@ def _work(rank: int, plan: Plan, work: Path, model: Trained, gradients: Tensor, 
             team.reports.put((step + 1, time.monotonic() - began, reports))
         if stopping:
             return
+
+
+def fast_bfloat16() -> bool:
+    """Whether the processor multiplies in it: several times as fast as in float32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _views(model: nn.Module, flat: Tensor) -> list[Tensor]:
@@ -342,11 +354,13 @@ def orthogonal(x: Tensor) -> Tensor:
     """The nearest half-orthogonal matrices to [n, rows, columns], about, by five quintic Newton-Schulz steps."""
     turned = x.shape[1] > x.shape[2]
     x = x.mT if turned else x
+    if fast_bfloat16():
+        x = x.bfloat16()
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         square = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return x.mT if turned else x
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * (square @ square)) @ x
+    return (x.mT if turned else x).float()
 
 
 def make_optimizers(model: Trained, rank: int, workers: int) -> list[torch.optim.Optimizer]:
