@@ -265,7 +265,7 @@ def make_batches(reader: Reader, speech: Speech, kind: str, size: int, seed: str
     rng = random.Random(seed)
     if kind == "drawn":
         return [reader.drawn([draw_number(rng) if rng.random() < 0.6 else draw_picture(rng) for _ in range(size)])]
-    source = dialogs.Source(rng, speech)
+    source = dialogs.Source(rng, speech, wide=0.35)
     talks = sorted((dialogs.make(source, kind) for _ in range(size)), key=lambda dialog: _weight(kind, dialog))
     most = math.ceil(size / max(1, size // TOGETHER))
     return [reader.batch(kind, talks[start : start + most], rng) for start in range(0, size, most)]

@@ -56,6 +56,10 @@ class Source:
     rng: random.Random
     speech: Speech
     chinese: float = 0.25  # share of the questions
+    wide: float = 0.0  # share of media beyond the examination's ranges of sizes, ways and lengths
+
+    def is_wide(self) -> bool:
+        return self.rng.random() < self.wide
 
     def language(self) -> Language:
         return "zh" if self.rng.random() < self.chinese else "en"
@@ -230,7 +234,7 @@ def picture_dialog(source: Source, first: str = "") -> Dialog:
     """Questions about one picture; only the first brings it, and asks for `first` if the picture answers that. Without
     it one of `SLOW` often comes first; beyond that skills come equally often, whatever their variety."""
     rng = source.rng
-    picture = draw_picture(rng, alike=0.06 if first else 0.15)
+    picture = draw_picture(rng, wide=source.is_wide())
     if not first and rng.random() < 0.75:
         first = rng.choice(SLOW)
     asks = by_skill(rng, [*about_picture(picture), exists(rng, picture)], rng.choice((3, 4, 5, 6)), first)
@@ -313,7 +317,9 @@ def about_pictures(pictures: Sequence[Picture]) -> list[_Ask]:
 def pictures_dialog(source: Source) -> Dialog:
     rng = source.rng
     size = random_size(rng)  # one size for all: their towers then run together
-    pictures = [draw_picture(rng, count=rng.choice((1, 1, 2)), size=size) for _ in range(rng.choice((2, 2, 3)))]
+    wide = source.is_wide()
+    pictures = [draw_picture(rng, count=rng.choice((1, 1, 2)), size=size, wide=wide)
+                for _ in range(rng.choice((2, 2, 3)))]
     asks = rng.sample(unique(about_pictures(pictures)), k=min(3, len(pictures) + 1))
     if rng.random() < 0.4:
         asks = [about_pictures(pictures)[0], *asks[:2]]
@@ -408,7 +414,7 @@ def about_clip(clip: Clip) -> list[_Ask]:
 def clip_dialog(source: Source, frames_a_second: float = 0) -> Dialog:
     """Of eight frames, as the model is shown, or of all that a file has."""
     seconds = source.rng.uniform(1.0, 4.0)
-    clip = draw_clip(source.rng, seconds=seconds, frames=round(seconds * frames_a_second) or 8)
+    clip = draw_clip(source.rng, seconds=seconds, frames=round(seconds * frames_a_second) or 8, wide=source.is_wide())
     asks = unique(source.rng.sample(about_clip(clip), 4))
     if source.rng.random() < 0.4:
         asks = unique([about_clip(clip)[0], *asks])
@@ -459,7 +465,8 @@ def about_sound(sound: Sound) -> list[_Ask]:
 
 def sound_of(source: Source, skill: str = "") -> Sound:
     skill = skill or source.rng.choice(("beeps", "beeps", "tone", "speech", "speech"))
-    return {"beeps": lambda: make_beeps(source.rng), "tone": lambda: make_tone(source.rng),
+    wide = source.is_wide()
+    return {"beeps": lambda: make_beeps(source.rng, wide=wide), "tone": lambda: make_tone(source.rng, wide=wide),
             "speech": lambda: source.speech.make(source.rng)}[skill]()
 
 

@@ -197,10 +197,11 @@ def random_things(rng: random.Random, count: int, alike: float = 0.06) -> list[T
     return things
 
 
-def place(rng: random.Random, things: Sequence[Thing], aspect: float) -> list[Placed]:
+def place(rng: random.Random, things: Sequence[Thing], aspect: float, *, wide: bool = False) -> list[Placed]:
     """Somewhere, without touching. `aspect`: width by height."""
     unit_x, unit_y = min(1, 1 / aspect), min(1, aspect)  # a radius of 1 in parts of the width and of the height
     low, high = ((0.13, 0.42), (0.12, 0.25), (0.115, 0.19))[min(len(things), 3) - 1]
+    low = low * 0.75 if wide else low
     for shrink in range(60):
         out: list[Placed] = []
         for thing in things:
@@ -213,15 +214,15 @@ def place(rng: random.Random, things: Sequence[Thing], aspect: float) -> list[Pl
             out.append(Placed(thing, x, y, radius, random_rgb(rng, thing.colour), turn))
         if len(out) == len(things):
             return out
-    return place(rng, things, aspect)
+    return place(rng, things, aspect, wide=wide)
 
 
 def draw_picture(rng: random.Random, *, count: int = 0, size: tuple[int, int] | None = None,
-                 things: Sequence[Thing] = (), style: str = "", alike: float = 0.06) -> Picture:
-    """Of `things`, or of `count` random ones (0: one to three)."""
-    things = things or random_things(rng, count or rng.choice((1, 2, 2, 3, 3)), alike)
+                 things: Sequence[Thing] = (), style: str = "", wide: bool = False) -> Picture:
+    """Of `things`, or of `count` random ones (0: one to three). `wide`: smaller ones and more alike than usual."""
+    things = things or random_things(rng, count or rng.choice((1, 2, 2, 3, 3)), 0.2 if wide else 0.06)
     height, width = size or random_size(rng)
-    objects = place(rng, things, width / height)
+    objects = place(rng, things, width / height, wide=wide)
     image = ground(rng, height, width, [placed.rgb for placed in objects], style)
     return Picture(worn(rng, paint(image, objects)), tuple(sorted(objects, key=lambda placed: placed.x)))
 
@@ -268,9 +269,18 @@ def draw_number(rng: random.Random, *, number: str = "", size: tuple[int, int] |
     return Picture(worn(rng, image), number=number, digits=tuple(centres))
 
 
+def _way(rng: random.Random, edge: float, *, wide: bool) -> tuple[float, float]:
+    """From where to where something goes that keeps so far from both edges."""
+    if not wide:
+        return edge + rng.uniform(0, 0.1), 1 - edge - rng.uniform(0, 0.1)
+    length = (1 - 2 * edge) * rng.uniform(0.4, 1.0)
+    start = rng.uniform(edge, 1 - edge - length)
+    return start, start + length
+
+
 def draw_clip(rng: random.Random, *, frames: int = 8, action: Action | None = None, size: tuple[int, int] | None = None,
-              seconds: float = 0.0) -> Clip:
-    """One object that goes its way evenly from the first frame to the last."""
+              seconds: float = 0.0, wide: bool = False) -> Clip:
+    """One object that goes its way evenly from the first frame to the last. `wide`: of any size, on part of the way."""
     action = action or rng.choice(ACTIONS[:-1] * 3 + ACTIONS[-1:])
     height, width = size or tuple(int(side * 0.75) for side in random_size(rng, rng.choice((1.0, 1.0, 4 / 3, 16 / 9))))
     aspect = width / height
@@ -281,9 +291,12 @@ def draw_clip(rng: random.Random, *, frames: int = 8, action: Action | None = No
     if action == "change":
         colour = rng.choice([other for other in COLOURS if other != thing.colour])
         last, last_rgb = Thing(colour, thing.shape), random_rgb(rng, colour)
-    radius = last_radius = rng.uniform(0.16, 0.3)
+    radius = last_radius = rng.uniform(0.1 if wide else 0.16, 0.3)
     if action in ("grow", "shrink"):
         radius, last_radius = rng.uniform(0.12, 0.18), rng.uniform(0.3, 0.44)
+        if wide:
+            radius = rng.uniform(0.09, 0.22)
+            last_radius = radius * rng.uniform(1.5, 2.2)
         if action == "shrink":
             radius, last_radius = last_radius, radius
     edge = max(radius, last_radius)
@@ -291,11 +304,11 @@ def draw_clip(rng: random.Random, *, frames: int = 8, action: Action | None = No
     x0 = x1 = rng.uniform(edge_x, 1 - edge_x)
     y0 = y1 = rng.uniform(edge_y, 1 - edge_y)
     if action in ("left", "right"):
-        x0, x1 = edge_x + rng.uniform(0, 0.1), 1 - edge_x - rng.uniform(0, 0.1)
+        x0, x1 = _way(rng, edge_x, wide=wide)
         x0, x1 = (x1, x0) if action == "left" else (x0, x1)
         y1 = min(1 - edge_y, max(edge_y, y0 + rng.uniform(-0.05, 0.05)))
     elif action in ("up", "down"):
-        y0, y1 = edge_y + rng.uniform(0, 0.1), 1 - edge_y - rng.uniform(0, 0.1)
+        y0, y1 = _way(rng, edge_y, wide=wide)
         y0, y1 = (y1, y0) if action == "up" else (y0, y1)
         x1 = min(1 - edge_x, max(edge_x, x0 + rng.uniform(-0.05, 0.05)))
     turn = rng.uniform(-0.12, 0.12)

@@ -65,10 +65,12 @@ def finished(rng: random.Random, samples: NDArray[np.float64]) -> Samples:
     return np.clip(samples, -1, 1).astype(np.float32)
 
 
-def make_beeps(rng: random.Random, count: int = 0) -> Sound:
-    """One to five beeps of one pitch, evenly apart or nearly."""
+def make_beeps(rng: random.Random, count: int = 0, *, wide: bool = False) -> Sound:
+    """One to five beeps of one pitch, evenly apart or nearly. `wide`: of more pitches, lengths and distances."""
     count = count or rng.randrange(1, 6)
     pitch, length, gap = rng.uniform(350, 2200), rng.uniform(0.08, 0.28), rng.uniform(0.12, 0.4)
+    if wide:
+        pitch, length, gap = rng.uniform(250, 3000), rng.uniform(0.06, 0.45), rng.uniform(0.1, 0.6)
     parts, spans, at = [silence(start := rng.uniform(0.02, 0.35))], [], start
     timbre = rng.getrandbits(32)
     for index in range(count):
@@ -81,11 +83,11 @@ def make_beeps(rng: random.Random, count: int = 0) -> Sound:
     return Sound(finished(rng, np.concatenate(parts)), "beeps", beeps=count, spans=tuple(spans))
 
 
-def make_tone(rng: random.Random, kind: str = "") -> Sound:
+def make_tone(rng: random.Random, kind: str = "", *, wide: bool = False) -> Sound:
     kind = kind or rng.choice(("rising", "falling", "steady"))
-    seconds = rng.uniform(0.8, 2.6)
-    low = rng.uniform(200, 1200)
-    high = low if kind == "steady" else low * rng.uniform(1.5, 3.0)
+    seconds = rng.uniform(0.5, 4.0) if wide else rng.uniform(0.8, 2.6)
+    low = rng.uniform(150, 1200) if wide else rng.uniform(200, 1200)
+    high = low if kind == "steady" else low * rng.uniform(1.4 if wide else 1.5, 4.0 if wide else 3.0)
     part = np.linspace(0, 1, int(seconds * RATE))
     glide = part if kind != "falling" else 1 - part
     pitch = low * (high / low) ** glide if rng.random() < 0.5 else low + (high - low) * glide
