@@ -29,6 +29,7 @@ from sensorium.types import MediaFeatures, MediaItem, Modality, Prompt
 
 IGNORED = -100
 TOGETHER = 12  # dialogs in a batch at least
+WIDE = 0.4  # share of media beyond the examination's ranges
 PLACES = 10  # from one edge of a picture to the other
 RANKS = 6  # of one, two or three things, which one it is
 TONES = ("rising", "falling", "steady")
@@ -264,8 +265,9 @@ def make_batches(reader: Reader, speech: Speech, kind: str, size: int, seed: str
     """`size` dialogs, the short and the long ones apart; of the kind "drawn", pictures that nobody talks about."""
     rng = random.Random(seed)
     if kind == "drawn":
-        return [reader.drawn([draw_number(rng) if rng.random() < 0.6 else draw_picture(rng) for _ in range(size)])]
-    source = dialogs.Source(rng, speech, wide=0.35)
+        return [reader.drawn([(draw_number if rng.random() < 0.6 else draw_picture)(rng, wide=rng.random() < WIDE)
+                              for _ in range(size)])]
+    source = dialogs.Source(rng, speech, wide=WIDE)
     talks = sorted((dialogs.make(source, kind) for _ in range(size)), key=lambda dialog: _weight(kind, dialog))
     most = math.ceil(size / max(1, size // TOGETHER))
     return [reader.batch(kind, talks[start : start + most], rng) for start in range(0, size, most)]

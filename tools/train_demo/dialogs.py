@@ -254,7 +254,7 @@ def by_skill(rng: random.Random, asks: Sequence[_Ask], count: int, first: str = 
 
 
 def number_dialog(source: Source) -> Dialog:
-    picture = draw_number(source.rng)
+    picture = draw_number(source.rng, wide=source.is_wide())
     number = picture.number
     asks = [_Ask("number", (
         ("What number is this?", "Which number is in the picture?", "What number do you see?", "Read the number.",
@@ -599,7 +599,7 @@ def text_dialog(source: Source) -> Dialog:
 
 Maker = Callable[[Source], Dialog]
 MAKERS: dict[str, tuple[tuple[Maker, float], ...]] = {  # by the kind of media, so that a batch is of one kind
-    "image": ((picture_dialog, 0.5), (number_dialog, 0.15), (pictures_dialog, 0.23), (followup_dialog, 0.12)),
+    "image": ((picture_dialog, 0.5), (number_dialog, 0.18), (pictures_dialog, 0.2), (followup_dialog, 0.12)),
     "video": ((clip_dialog, 1.0),),
     "audio": ((sound_dialog, 1.0),),
     "text": ((text_dialog, 1.0),),

@@ -241,8 +241,9 @@ def font(name: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.truetype(name, size) if name else ImageFont.load_default(size)
 
 
-def draw_number(rng: random.Random, *, number: str = "", size: tuple[int, int] | None = None) -> Picture:
-    """One to three digits in any font, upright but for a few degrees."""
+def draw_number(rng: random.Random, *, number: str = "", size: tuple[int, int] | None = None,
+                wide: bool = False) -> Picture:
+    """One to three digits in any font, upright but for a few degrees. `wide`: smaller ones too."""
     number = number or str(rng.randrange(10 ** rng.choice((1, 2, 3, 3))))
     height, width = size or random_size(rng, rng.choice((1.0, 1.0, 4 / 3, 16 / 9)))
     ink = random_rgb(rng, rng.choice(list(COLOURS)))
@@ -250,7 +251,7 @@ def draw_number(rng: random.Random, *, number: str = "", size: tuple[int, int] |
     probe = font(name, 100)
     left, top, right, bottom = probe.getbbox(number)
     largest = min(0.86 * width / (right - left), 0.8 * height / (bottom - top))
-    scale = largest * rng.uniform(0.6, 1.0)
+    scale = largest * rng.uniform(0.35 if wide else 0.6, 1.0)
     face = font(name, max(16, round(100 * scale)))
     left, top, right, bottom = face.getbbox(number)
     x = rng.uniform(0.04 * width, max(0.05 * width, 0.96 * width - (right - left))) - left

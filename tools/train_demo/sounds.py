@@ -66,16 +66,19 @@ def finished(rng: random.Random, samples: NDArray[np.float64]) -> Samples:
 
 
 def make_beeps(rng: random.Random, count: int = 0, *, wide: bool = False) -> Sound:
-    """One to five beeps of one pitch, evenly apart or nearly. `wide`: of more pitches, lengths and distances."""
+    """One to five beeps of one pitch, evenly apart or nearly. `wide`: of more pitches, lengths and distances, and they
+    may begin and end at once."""
     count = count or rng.randrange(1, 6)
     pitch, length, gap = rng.uniform(350, 2200), rng.uniform(0.08, 0.28), rng.uniform(0.12, 0.4)
+    fade = 0.01
     if wide:
         pitch, length, gap = rng.uniform(250, 3000), rng.uniform(0.06, 0.45), rng.uniform(0.1, 0.6)
+        fade = rng.choice((0.0, 0.003, 0.02))
     parts, spans, at = [silence(start := rng.uniform(0.02, 0.35))], [], start
     timbre = rng.getrandbits(32)
     for index in range(count):
         time = np.arange(int(length * RATE)) / RATE
-        parts.append(faded(wave_of(random.Random(timbre), time * pitch)))
+        parts.append(faded(wave_of(random.Random(timbre), time * pitch), fade))
         spans.append((at, at + length))
         pause = gap * rng.uniform(0.9, 1.1) if index < count - 1 else rng.uniform(0.05, 0.35)
         parts.append(silence(pause))
@@ -91,9 +94,10 @@ def make_tone(rng: random.Random, kind: str = "", *, wide: bool = False) -> Soun
     part = np.linspace(0, 1, int(seconds * RATE))
     glide = part if kind != "falling" else 1 - part
     pitch = low * (high / low) ** glide if rng.random() < 0.5 else low + (high - low) * glide
-    start = rng.uniform(0, 0.3)
-    samples = np.concatenate([silence(start), faded(wave_of(rng, np.cumsum(pitch) / RATE), 0.03),
-                              silence(rng.uniform(0, 0.3))])
+    start, end, fade = rng.uniform(0, 0.3), rng.uniform(0, 0.3), 0.03
+    if wide:  # as a file may hold it that somebody has computed
+        start, end, fade = rng.choice((0.0, start)), rng.choice((0.0, end)), rng.choice((0.0, 0.01, 0.1))
+    samples = np.concatenate([silence(start), faded(wave_of(rng, np.cumsum(pitch) / RATE), fade), silence(end)])
     return Sound(finished(rng, samples), kind, spans=((start, start + seconds),))
 
 

@@ -39,7 +39,7 @@ class Plan:
     rate: float = 2e-3
     images: int = 26  # dialogs of each kind in a step
     videos: int = 4
-    audios: int = 4
+    audios: int = 6
     texts: int = 2
     drawn: int = 28  # pictures that only the vision tower sees
     dialogs_read: int = 7500  # by the tokenizer
