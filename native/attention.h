@@ -45,9 +45,23 @@ static inline void prefetch_rows(const Rows& rows, int first, int count, int row
         for (int byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(rows.at[i] + byte, 0, 2);
 }
 
-// Two panels of 32 keys: k [head_dim / 2][32][2], so that a dot product over head_dim is a tile product.
-static inline void pack_keys(const bf16* const* rows, int64_t pairs, uint32_t* out, int group) {
-    transpose_pairs(rows + group, kLanes, pairs, out + (group / kPanel) * pairs * kPanel + group % kPanel, kPanel);
+// What queries, keys and values are, and how they are multiplied.
+struct Bf16Elements {
+    using Element = bf16;
+    using Dot = DotPairs;
+    using Weight = std::conditional<sizeof(PairWord) == 4, bf16, float>::type;  // of a value, as A of a product
+    static constexpr int kPerWord = 2;
+};
+struct FloatElements {
+    using Element = float;
+    using Dot = DotFloats;
+    using Weight = float;
+    static constexpr int kPerWord = 1;
+};
+
+// Two panels of 32 keys: k [words of head_dim][32], so that a dot product over head_dim is a tile product.
+static inline void pack_keys(const bf16* const* rows, int64_t words, uint32_t* out, int group) {
+    transpose_pairs(rows + group, kLanes, words, out + (group / kPanel) * words * kPanel + group % kPanel, kPanel);
 }
 
 // Panels of 32 (the last 32 or 16) of head_dim, each [keys / 2][width][2].
@@ -83,8 +97,20 @@ static inline void pack_values(const bf16* const* rows, int head_dim, bf16* out)
     }
 }
 
+// The same of floats: [keys][width].
+static inline void pack_values(const float* const* rows, int head_dim, float* out) {
+    for (int panel = 0; panel < head_dim; panel += kPanel) {
+        const int width = head_dim - panel > kLanes ? kPanel : kLanes;
+        for (int key = 0; key < kKeys; ++key)
+            for (int lane = 0; lane < width; lane += kLanes, out += kLanes) {
+                const int count = std::min(kLanes, head_dim - panel - lane);
+                vstore(out, rows[key] && count > 0 ? vload_n(rows[key] + panel + lane, count) : vzero());
+            }
+    }
+}
+
 static inline void find_rows(const Attention& args, const AttentionTask& task, int64_t key, Rows& k, Rows& v) {
-    const int64_t bytes = args.int8 ? 1 : int64_t(sizeof(bf16));
+    const int64_t bytes = args.int8 ? 1 : int64_t(args.fp32 ? sizeof(float) : sizeof(bf16));
     for (int i = 0; i < kKeys; ++i) {
         const int64_t index = key + i;
         if (index >= task.key_end) {
@@ -160,21 +186,27 @@ static inline void softmax_row(const Attention& args, const Rows& k, const Rows&
 }
 
 // Walks the task's keys; leaves sums that are not yet divided by their total in `state`.
+template <class Elements>
 static void attend(const Attention& args, const AttentionTask& task, AttentionState& state) {
     const int group = args.heads / args.kv_heads, rows = state.rows, dim = args.head_dim;
-    const int64_t pairs = dim / 2;
+    using Element = typename Elements::Element;
+    using Dot = typename Elements::Dot;
+    using Word = typename Dot::Word;
+    using Weight = typename Elements::Weight;
+    constexpr bool kFloats = Elements::kPerWord == 1;
+    constexpr int kKeyWords = kKeys / Elements::kPerWord;
+    const int64_t words = dim / Elements::kPerWord;
     const int64_t first_token = args.query_start[task.sequence];
     const int queries = args.query_start[task.sequence + 1] - args.query_start[task.sequence];
-    using Weight = std::conditional<sizeof(PairWord) == 4, bf16, float>::type;  // of a value, as A of a product
-    const size_t q_bytes = align64(size_t(rows) * pairs * sizeof(PairWord)), score_bytes = align64(size_t(rows) * kKeys * 4);
-    const size_t k_bytes = size_t(kKeys) * pairs * 4, v_bytes = size_t(kKeys) * state.dim * 2;
+    const size_t q_bytes = align64(size_t(rows) * words * sizeof(Word)), score_bytes = align64(size_t(rows) * kKeys * 4);
+    const size_t k_bytes = size_t(kKeys) * words * 4, v_bytes = size_t(kKeys) * state.dim * sizeof(Element);
     const size_t p_bytes = size_t(rows) * kKeys * sizeof(Weight), wide_bytes = args.int8 ? size_t(kKeys) * dim * 2 : 0;
     char* memory = static_cast<char*>(
         Scratch<2>::get(q_bytes + score_bytes + k_bytes + v_bytes + p_bytes + wide_bytes));
-    PairWord* q = reinterpret_cast<PairWord*>(memory);
+    Word* q = reinterpret_cast<Word*>(memory);
     float* scores = reinterpret_cast<float*>(memory + q_bytes);
     uint32_t* keys = reinterpret_cast<uint32_t*>(memory + q_bytes + score_bytes);
-    bf16* values = reinterpret_cast<bf16*>(memory + q_bytes + score_bytes + k_bytes);
+    Element* values = reinterpret_cast<Element*>(memory + q_bytes + score_bytes + k_bytes);
     Weight* p = reinterpret_cast<Weight*>(memory + q_bytes + score_bytes + k_bytes + v_bytes);
     bf16* wide = reinterpret_cast<bf16*>(memory + q_bytes + score_bytes + k_bytes + v_bytes + p_bytes);
 
@@ -184,16 +216,21 @@ static void attend(const Attention& args, const AttentionTask& task, AttentionSt
         const bf16* source[kTileRows];
         for (int j = 0; j < tiling.size(i); ++j) {
             const int64_t token = first_token + task.token + (first + j) / group;
-            source[j] = args.q + token * args.q_stride + (task.kv_head * group + (first + j) % group) * dim;
+            source[j] = reinterpret_cast<const bf16*>(static_cast<const Element*>(args.q) + token * args.q_stride +
+                                                      (task.kv_head * group + (first + j) % group) * dim);
         }
-        const int64_t words = pairs * tiling.size(i);
-        transpose_pairs(source, tiling.size(i), pairs, raw_pairs(q + first * pairs, words), tiling.size(i));
-        finish_words(q + first * pairs, words);
+        if constexpr (kFloats) {
+            transpose_pairs(source, tiling.size(i), words, reinterpret_cast<uint32_t*>(q + first * words), tiling.size(i));
+        } else {
+            const int64_t count = words * tiling.size(i);
+            transpose_pairs(source, tiling.size(i), words, raw_pairs(q + first * words, count), tiling.size(i));
+            finish_words(q + first * words, count);
+        }
     }
     for (int row = 0; row < rows; ++row) state.peak[row] = kMasked, state.total[row] = 0;
     std::fill(state.out, state.out + int64_t(rows) * state.dim, 0.0f);
 
-    const int row_bytes = args.int8 ? dim + kScaleBytes : dim * int(sizeof(bf16));
+    const int row_bytes = args.int8 ? dim + kScaleBytes : dim * int(sizeof(Element));
     Rows rows_of[2][2];  // this step's and the next one's, keys and values
     find_rows(args, task, task.key, rows_of[0][0], rows_of[0][1]);
     for (int64_t key = task.key, step = 0; key < task.key_end; key += kKeys, ++step) {
@@ -203,16 +240,16 @@ static void attend(const Attention& args, const AttentionTask& task, AttentionSt
         widen_rows(args, now[0], wide, plain);
         for (int lane = 0; lane < kKeys; lane += kLanes) {
             if (next[0].at[lane]) prefetch_rows(next[0], lane, kLanes, row_bytes);
-            pack_keys(plain, pairs, keys, lane);
+            pack_keys(plain, words, keys, lane);
         }
         widen_rows(args, now[1], wide, plain);
         if (next[1].at[0]) prefetch_rows(next[1], 0, kKeys, row_bytes);
-        pack_values(plain, dim, values);
+        pack_values(reinterpret_cast<const Element* const*>(plain), dim, values);
         for (int64_t i = 0; i < tiling.count; ++i) {
             const int64_t first = tiling.start(i);
             for (int panel = 0; panel < kKeys / kPanel; ++panel)
-                tile_for<DotPairs, 0>(tiling.size(i), 2)(q + first * pairs, keys + panel * pairs * kPanel, pairs,
-                                                         scores + first * kKeys + panel * kPanel, kKeys, false, 0);
+                tile_for<Dot, 0>(tiling.size(i), 2)(q + first * words, keys + panel * words * kPanel, words,
+                                                    scores + first * kKeys + panel * kPanel, kKeys, false, 0);
         }
         for (int row = 0; row < rows; ++row) {
             const int64_t own = args.seq_lens[task.sequence] - queries + task.token + row / group;
@@ -228,11 +265,11 @@ static void attend(const Attention& args, const AttentionTask& task, AttentionSt
             const int vectors = state.dim - d > kLanes ? 2 : 1;
             for (int64_t i = 0; i < tiling.count; ++i) {
                 const int64_t first = tiling.start(i);
-                tile_for<DotPairs, kKeys / 2>(tiling.size(i), vectors)(
-                    reinterpret_cast<PairWord*>(p + first * kKeys), panel, kKeys / 2,
+                tile_for<Dot, kKeyWords>(tiling.size(i), vectors)(
+                    reinterpret_cast<Word*>(p + first * kKeys), panel, kKeyWords,
                     state.out + first * state.dim + d, state.dim, true, 0);
             }
-            panel += kKeys / 2 * vectors * kLanes;
+            panel += kKeyWords * vectors * kLanes;
         }
     }
 }
@@ -241,11 +278,16 @@ static void store_rows(const Attention& args, const AttentionTask& task, const A
     const int group = args.heads / args.kv_heads;
     for (int row = 0; row < state.rows; ++row) {
         const int64_t token = args.query_start[task.sequence] + task.token + row / group;
-        bf16* out = args.out + token * args.out_stride + (task.kv_head * group + row % group) * args.head_dim;
+        const int64_t at = token * args.out_stride + (task.kv_head * group + row % group) * args.head_dim;
         const vf inverse = vset(state.total[row] > 0 ? 1.0f / state.total[row] : 0.0f);
-        for (int d = 0; d < args.head_dim; d += kLanes)
-            vstore_bf16_n(out + d, vload(state.out + int64_t(row) * state.dim + d) * inverse,
-                          std::min(kLanes, args.head_dim - d));
+        for (int d = 0; d < args.head_dim; d += kLanes) {
+            const vf value = vload(state.out + int64_t(row) * state.dim + d) * inverse;
+            const int count = std::min(kLanes, args.head_dim - d);
+            if (args.fp32)
+                vstore_n(static_cast<float*>(args.out) + at + d, value, count);
+            else
+                vstore_bf16_n(static_cast<bf16*>(args.out) + at + d, value, count);
+        }
     }
 }
 
@@ -316,16 +358,17 @@ static void attention(const Runtime& runtime, const Attention& args) {
             states[i] = {rows, dim, split, split + int64_t(rows) * dim, split + int64_t(rows) * (dim + kLanes)};
             split += int64_t(rows) * (dim + 2 * kLanes);
         }
+    const auto walk = args.fp32 ? attend<FloatElements> : attend<Bf16Elements>;
     const auto run = [&](int64_t i) {
         const AttentionTask& task = task_list[i];
         if (task.parts > 1) {
-            attend(args, task, state_list[i]);
+            walk(args, task, state_list[i]);
             return;
         }
         const int rows = task.tokens * group;
         float* memory = static_cast<float*>(Scratch<4>::get(size_t(rows) * (dim + 2) * 4));
         AttentionState state{rows, dim, memory, memory + int64_t(rows) * dim, memory + int64_t(rows) * (dim + 1)};
-        attend(args, task, state);
+        walk(args, task, state);
         store_rows(args, task, state);
     };
     const auto join = [&](int64_t i) {

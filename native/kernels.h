@@ -31,8 +31,8 @@ struct Linear {
 
 // Attention of queries over keys that lie in a paged cache (block_tables != null) or in one array.
 struct Attention {
-    const bf16* q;  // token t, head h at q + t * q_stride + h * head_dim
-    bf16* out;      // likewise with out_stride
+    const void* q;  // token t, head h at q + t * q_stride + h * head_dim
+    void* out;      // likewise with out_stride
     const void* k;  // paged: block b, head h, row r at k + b * block_stride + h * head_stride + r * row_stride
     const void* v;  // in one array: token t, head h at v + t * row_stride + h * head_stride
     int64_t q_stride, out_stride;
@@ -46,6 +46,7 @@ struct Attention {
     int32_t causal;  // query i of n sees keys up to seq_len - n + i
     int32_t window;  // 0, or how many keys a causal query sees, its own included; not causal: on either side of its own
     int32_t int8;    // rows of the cache are bytes with their scale behind them, see quantize_head
+    int32_t fp32;    // q, k, v in one array and out are float, not bf16
     float scale;
 };
 

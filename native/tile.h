@@ -1,5 +1,6 @@
 // The one inner loop of every matrix product here: C[MR, 32] (+)= A[MR, k] x B[k, 32].
-// A and B come in words of neighbours along k: two bf16 (of A, where that is faster, two floats) or four bytes.
+// A and B come in words of neighbours along k: two bf16 (of A, where that is faster, two floats), four bytes or one
+// float.
 // B: [words][width], C: fp32 or int32.
 // Sums run over k in order, one chain per output, so that a result depends neither on the number of rows computed with
 // it nor on blocking.
@@ -42,6 +43,16 @@ struct DotPairs {
     static auto broadcast(Word word) { return pbroadcast(word); }
     template <class Broadcast>
     static vf dot(vf sum, vpair w, Broadcast x) { return dot_pair(sum, w, x); }
+};
+struct DotFloats {
+    using Value = float;
+    using Word = float;
+    static vf zero() { return vzero(); }
+    static vf load(const float* p) { return vload(p); }
+    static void store(float* p, vf v) { vstore(p, v); }
+    static vf weights(const uint32_t* p) { return vload(reinterpret_cast<const float*>(p)); }
+    static vf broadcast(float word) { return vset(word); }
+    static vf dot(vf sum, vf w, vf x) { return fma(w, x, sum); }
 };
 struct DotQuads {  // A: four signed bytes, B: four unsigned ones
     using Value = int32_t;

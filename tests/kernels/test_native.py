@@ -210,6 +210,17 @@ def test_windowed_varlen_attention(kernels: Native, window: int) -> None:
     assert_close(got, expected, tolerance=4 * ROUNDING)
 
 
+@pytest.mark.parametrize("window", [None, 1, 70])
+@pytest.mark.parametrize("head_dim", [2, 16, 54, 64, 72])
+def test_float_varlen_attention(kernels: Native, head_dim: int, window: int | None) -> None:
+    lengths = [200, 1, 33, 64, 130]
+    q, k, v = torch.randn(sum(lengths), 9, head_dim).split([3, 3, 3], dim=1)
+    got = kernels.varlen_attention(q, k, v, lengths, head_dim**-0.5, window)
+    assert got.dtype is torch.float32
+    expected = reference.varlen_attention(q.double(), k.double(), v.double(), lengths, head_dim**-0.5, window)
+    assert_close(got, expected, tolerance=1e-5)
+
+
 @pytest.mark.parametrize("head_dim", [16, 64, 72, 80])
 @pytest.mark.parametrize("lengths", [[1], [5, 64, 1], [200, 33], [64, 64]])
 def test_varlen_attention(kernels: Native, head_dim: int, lengths: list[int]) -> None:
@@ -294,7 +305,8 @@ def test_results_do_not_depend_on_the_number_of_threads(kernels: Native) -> None
                    *kernels.add_rms_norm(x, x.clone(), bias, 1e-5), kernels.layer_norm(x, bias, bias, 1e-5),
                    *kernels.rope(q.clone(), k.clone(), angles.cos(), angles.sin()),
                    kernels.varlen_attention(*seen, [900, 3, 197], 0.125),
-                   kernels.varlen_attention(*seen, [900, 3, 197], 0.125, 50)]
+                   kernels.varlen_attention(*seen, [900, 3, 197], 0.125, 50),
+                   kernels.varlen_attention(*(t.float() for t in seen), [900, 3, 197], 0.125)]
         for k_cache, v_cache in ((a.clone(), b.clone()) for a, b in caches):
             kernels.write_kv(k, v, k_cache, v_cache, context.slots)
             results += [k_cache, v_cache, kernels.paged_attention(q, k_cache, v_cache, context, 0.125),

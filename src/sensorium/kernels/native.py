@@ -74,14 +74,14 @@ class _Attention(ctypes.Structure):
         ("v_block_stride", _I64), ("v_head_stride", _I64), ("v_row_stride", _I64),
         ("block_tables", _P), ("query_start", _P), ("seq_lens", _P), ("max_blocks", _I64),
         ("sequences", _I32), ("heads", _I32), ("kv_heads", _I32), ("head_dim", _I32), ("block_size", _I32),
-        ("causal", _I32), ("window", _I32), ("int8", _I32), ("scale", _F32),
+        ("causal", _I32), ("window", _I32), ("int8", _I32), ("fp32", _I32), ("scale", _F32),
     ]
 
 
-def _packed_like(x: Tensor) -> bool:
+def _packed_like(x: Tensor, dtype: torch.dtype = _BF16) -> bool:
     """Whether the heads of each token lie side by side: [tokens, heads, head_dim], any distance between tokens."""
     head_dim = x.shape[2]
-    return x.dtype is _BF16 and x.stride(2) == 1 and (x.stride(1) == head_dim or x.shape[1] == 1)
+    return x.dtype is dtype and x.stride(2) == 1 and (x.stride(1) == head_dim or x.shape[1] == 1)
 
 
 class _DecoderLayer(ctypes.Structure):
@@ -278,14 +278,16 @@ class Native:
             k_strides[0], k_strides[1], k_strides[2], v_strides[0], v_strides[1], v_strides[2],
             tables.data_ptr(), context.query_start.data_ptr(), context.seq_lens.data_ptr(), tables.stride(0),
             len(context.query_lens), heads, k_cache.shape[1], head_dim, k_cache.shape[2], 1, sliding_window or 0,
-            k_cache.dtype is torch.int8, scale)
+            k_cache.dtype is torch.int8, False, scale)
         self._attention(self._runtime, ctypes.addressof(arguments))
         return out
 
     def varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float,
                          window: int | None = None) -> Tensor:
         tokens, heads, head_dim = q.shape
-        if not (_packed_like(q) and _packed_like(k) and _packed_like(v) and head_dim % 2 == 0 and window != 0):
+        fp32 = q.dtype is torch.float32 and self.isa != "portable"  # which is a third as fast as torch
+        dtype = torch.float32 if fp32 else _BF16
+        if not (all(_packed_like(t, dtype) for t in (q, k, v)) and head_dim % 2 == 0 and window != 0):
             return reference.varlen_attention(q, k, v, lengths, scale, window)
         out = q.new_empty((tokens, heads, head_dim))
         lens = torch.tensor(lengths, dtype=torch.int32)
@@ -294,7 +296,7 @@ class Native:
         arguments = _Attention(
             q.data_ptr(), out.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0), heads * head_dim,
             0, head_dim, k.stride(0), 0, head_dim, v.stride(0), None, start.data_ptr(), lens.data_ptr(), 0,
-            len(lengths), heads, k.shape[1], head_dim, 1, 0, window or 0, 0, scale)
+            len(lengths), heads, k.shape[1], head_dim, 1, 0, window or 0, 0, fp32, scale)
         self._attention(self._runtime, ctypes.addressof(arguments))
         return out
 
