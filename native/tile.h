@@ -33,23 +33,21 @@ using PairWord = uint32_t;
 #endif
 
 // What a word of A and a 32-bit word of B hold, and how they are summed.
-struct DotPairs {
+struct FloatSums {
     using Value = float;
-    using Word = PairWord;
     static vf zero() { return vzero(); }
     static vf load(const float* p) { return vload(p); }
     static void store(float* p, vf v) { vstore(p, v); }
+};
+struct DotPairs : FloatSums {
+    using Word = PairWord;
     static vpair weights(const uint32_t* p) { return pload(reinterpret_cast<const bf16*>(p)); }
     static auto broadcast(Word word) { return pbroadcast(word); }
     template <class Broadcast>
     static vf dot(vf sum, vpair w, Broadcast x) { return dot_pair(sum, w, x); }
 };
-struct DotFloats {
-    using Value = float;
+struct DotFloats : FloatSums {
     using Word = float;
-    static vf zero() { return vzero(); }
-    static vf load(const float* p) { return vload(p); }
-    static void store(float* p, vf v) { vstore(p, v); }
     static vf weights(const uint32_t* p) { return vload(reinterpret_cast<const float*>(p)); }
     static vf broadcast(float word) { return vset(word); }
     static vf dot(vf sum, vf w, vf x) { return fma(w, x, sum); }

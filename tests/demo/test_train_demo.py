@@ -162,6 +162,21 @@ def test_beeps_know_which_they_are(speech: Speech) -> None:
     assert make_batches(reader, speech, "audio", 4, "beeps")  # of other sounds there are no looks, or none wrong
 
 
+@pytest.mark.parametrize(("one", "other", "equal"), [
+    ("A red star and a blue circle.", "A blue circle and a red star.", True),
+    ("图片里有一个蓝色的正方形和一个红色的十字。", "图片里有一个红色的十字和一个蓝色的正方形。", True),
+    ("The first picture shows a red star; the second picture shows a green cross and an orange cross.",
+     "The first picture shows a red star; the second picture shows an orange cross and a green cross.", True),
+    ("The first picture shows a red star; the second picture shows a green cross.",
+     "The first picture shows a green cross; the second picture shows a red star.", False),
+    ("第一张图片里有一个红色的十字；第二张图片里有一个蓝色的圆形。",
+     "第一张图片里有一个蓝色的圆形；第二张图片里有一个红色的十字。", False),
+    ("Two red stars.", "A red star and a red star.", False),
+    ("A red star.", "A red star and a blue circle.", False)])
+def test_lists_are_equal_in_any_order(one: str, other: str, equal: bool) -> None:
+    assert (dialogs.facts(one) == dialogs.facts(other)) is equal
+
+
 def test_drawing_is_repeatable() -> None:
     """The same seed gives the same data, whatever the process."""
     code = ("import sys; sys.path.insert(0, sys.argv[1])\nimport random, zlib, scenes, dialogs\n"

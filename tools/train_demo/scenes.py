@@ -220,7 +220,7 @@ def place(rng: random.Random, things: Sequence[Thing], aspect: float, *, wide: b
 def draw_picture(rng: random.Random, *, count: int = 0, size: tuple[int, int] | None = None,
                  things: Sequence[Thing] = (), style: str = "", wide: bool = False) -> Picture:
     """Of `things`, or of `count` random ones (0: one to three). `wide`: smaller ones and more alike than usual."""
-    things = things or random_things(rng, count or rng.choice((1, 2, 2, 3, 3)), 0.2 if wide else 0.06)
+    things = things or random_things(rng, count or rng.choice((1, 2, 2, 3, 3)), 0.3 if wide else 0.06)
     height, width = size or random_size(rng)
     objects = place(rng, things, width / height, wide=wide)
     image = ground(rng, height, width, [placed.rgb for placed in objects], style)
