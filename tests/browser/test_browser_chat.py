@@ -115,7 +115,7 @@ def test_pictures_by_drop_paste_and_url(page: Page, requests: Requests, elsewher
 def test_the_built_in_model_tells_what_it_is_shown(page: Page, files: Path) -> None:
     for number, (name, question, words) in enumerate((
             ("it's a dot.png", "Describe this picture.", "red circle"),
-        ("clip.mp4", "What shape is in the video?", "square"),
+            ("clip.mp4", "What happens in this video?", "blue square moves to the right"),
             ("beeps.wav", "How many beeps do you hear?", "three")), 1):
         page.set_input_files("#file", files / name)
         expect(page.locator("#tray li")).to_have_count(1)
