@@ -10,13 +10,13 @@ import os
 from sensorium.engine.core import REPRODUCIBLE
 os.environ.setdefault(*REPRODUCIBLE)
 import torch
-from sensorium.kernels import reference
+from sensorium import kernels
 
 torch.manual_seed(0)
 cpu, differ = torch.device("cpu"), 0
 for _ in range(150):
     n, k, m = (int(size) for size in torch.randint(1, 380, (3,)))
-    form = reference.empty_linear(n, k, dtype=torch.float32, device=cpu)
+    form = kernels.empty_linear(n, k, dtype=torch.float32, device=cpu)
     form.fill(0, torch.randn(n, k))
     x, results = torch.randn(m % 90 + 1, k), []
     for threads in (1, 2, 3):
@@ -28,6 +28,6 @@ print(differ)
 
 
 def test_float32_products_do_not_depend_on_the_number_of_threads() -> None:
-    """Shapes that plain torch computes; without the setting some differ where torch has MKL."""
+    """Small shapes; without the setting some differ where torch multiplies through MKL."""
     done = subprocess.run([sys.executable, "-c", PRODUCTS], capture_output=True, text=True, check=True)
     assert done.stdout == "0\n"

@@ -130,7 +130,7 @@ def empty_linear(out_features: int, in_features: int, *, dtype: torch.dtype, dev
     if quantization is not None:
         return empty_quantized(out_features, in_features, quantization, dtype=dtype, device=device)
     if dtype == torch.float32 and device.type == "cpu" and \
-            out_features * in_features >= onednn.MIN_ELEMENTS and onednn.usable():
+            out_features * in_features >= onednn.fewest_elements() and onednn.usable():
         return onednn.OneDnnLinear(out_features, in_features)
     module = _for_weights(dtype, device)
     form: LinearForm = module.empty_linear(out_features, in_features, dtype=dtype, device=device)
