@@ -171,7 +171,12 @@ def test_beeps_know_which_they_are(speech: Speech) -> None:
      "The first picture shows a green cross; the second picture shows a red star.", False),
     ("第一张图片里有一个红色的十字；第二张图片里有一个蓝色的圆形。",
      "第一张图片里有一个蓝色的圆形；第二张图片里有一个红色的十字。", False),
-    ("Two red stars.", "A red star and a red star.", False),
+    ("Two red stars and an orange circle.", "A red star, an orange circle and a red star.", True),
+    ("第一张图片里有两个红色的十字；第二张图片里有一个蓝色的圆形。",
+     "第一张图片里有一个红色的十字和一个红色的十字；第二张图片里有一个蓝色的圆形。", True),
+    ("Three orange crosses.", "An orange cross and an orange cross.", False),
+    ("Two red stars.", "A red star.", False),
+    ("Two beeps.", "A beep.", False),
     ("A red star.", "A red star and a blue circle.", False)])
 def test_lists_are_equal_in_any_order(one: str, other: str, equal: bool) -> None:
     assert (dialogs.facts(one) == dialogs.facts(other)) is equal

@@ -636,15 +636,27 @@ SKILLS = ("describe", "colour", "shape", "count", "relation", "exists", "picture
           "number", "speech", "followup")
 
 
+_SINGULAR = {plural(shape): shape for shape in SHAPES}
+_SEVERAL = re.compile(f"(two|three) ({'|'.join(COLOURS)}) ({'|'.join(_SINGULAR)})|([两三])个(.+的.+)")
 _SHOWN_WHERE = re.compile("the \\w+ picture shows |(第.张)?图片里有|")
 
 
 def facts(answer: str) -> list[str]:
     """What an answer says, each thing with the picture that it is said of, in no order: two descriptions that list the
-    same objects are equal."""
+    same objects are equal, things alike together or one by one."""
     said = []
     for clause in re.split("; |；", answer.lower().strip().strip(".。!！ ")):
         where = _SHOWN_WHERE.match(clause)
         head = where[0] if where else ""
-        said += [head + part for part in re.split(", | and |、|和", clause[len(head):]) if part]
+        said += [head + one for part in re.split(", | and |、|和", clause[len(head):]) if part for one in _each(part)]
     return sorted(said)
+
+
+def _each(part: str) -> list[str]:
+    """"two red stars" -> "a red star" twice"""
+    match = _SEVERAL.fullmatch(part)
+    if match is None:
+        return [part]
+    if match[4]:
+        return [f"一个{match[5]}"] * (1 + "一两三".index(match[4]))
+    return [a(Thing(match[2], _SINGULAR[match[3]]))] * NUMBERS.index(match[1])
