@@ -53,13 +53,18 @@ def test_rows_of_a_packed_weight_come_back() -> None:
     assert form.nbytes == weight.nbytes
 
 
-def test_large_float32_layers_use_it_and_small_ones_do_not() -> None:
+def test_large_float32_layers_use_it_and_small_ones_where_mkl_keeps_no_promise(
+        monkeypatch: pytest.MonkeyPatch) -> None:
     def kind(size: int, dtype: torch.dtype) -> type:
         return type(kernels.empty_linear(size, size, dtype=dtype, device=CPU))
 
+    onednn_if_usable = onednn.OneDnnLinear if onednn.usable() else reference.PlainLinear
+    monkeypatch.setattr(onednn, "fewest_elements", lambda: onednn.MIN_ELEMENTS)  # what Intel's processors have
     assert kind(16, torch.float32) is reference.PlainLinear
-    assert kind(512, torch.float32) is (onednn.OneDnnLinear if onednn.usable() else reference.PlainLinear)
+    assert kind(512, torch.float32) is onednn_if_usable
     assert kind(512, torch.bfloat16) is not onednn.OneDnnLinear
+    monkeypatch.setattr(onednn, "fewest_elements", lambda: 0)  # others
+    assert kind(16, torch.float32) is onednn_if_usable
 
 
 @pytest.mark.parametrize("lengths", [[1], [5, 200, 3], [64, 64], [33, 1, 32, 100]])
