@@ -46,9 +46,11 @@ class Bench:
             raise SystemExit(f"{folder} has no language model")
         torch.set_num_threads(threads or default_threads(checkpoint))
         wanted = Quantization(8 if quantization == "int8" else 4) if quantization else None
-        model = load_model(checkpoint, dtype=torch.bfloat16, device="cpu", quantization=wanted)
+        model = load_model(checkpoint, dtype=torch.bfloat16, device="cpu", quantization=wanted, in_place=True)
         config = EngineConfig(str(folder), enable_prefix_caching=False)
         self.engine = build_engine(model, checkpoint, config, torch.device("cpu"), torch.bfloat16)
+        while self.engine.pack_some():
+            pass
         self.core = Core(self.engine, Nobody(), Faults())
         self._vocab_size = text.vocab_size
         self._random = np.random.default_rng(0)

@@ -14,13 +14,13 @@ constexpr int kScaleBytes = 4;  // behind each row of an int8 cache
 
 constexpr int kPanel = 32;  // output columns that are stored together
 
-enum WeightForm : int32_t { kBf16 = 0, kInt8 = 1, kInt4 = 2, kRows = 3 };
+enum WeightForm : int32_t { kBf16 = 0, kInt8 = 1, kInt4 = 2, kRows = 3, kCompact = 4 };
 enum Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kQuickGelu = 3, kRelu = 4, kTanh = 5 };
 
 // y [rows, n] = x [rows, k] @ weight.T + bias
 struct Linear {
-    void* weight;          // packed, see linear.h and quantized.h; kRows: bf16 const*[n], where each row lies
-    void* scales;          // int8: float [n rounded up to panels]; int4: fp16 [panels][groups][32]
+    void* weight;  // packed, see panels.h, compact.h and quantized.h; kRows: bf16 const*[n], where each row lies
+    void* scales;  // int8: float [n rounded up to panels]; int4: fp16 [panels][groups][32]; kCompact: its exceptions
     const uint8_t* zeros;  // int4: the code of zero, laid out like the scales; null: 8
     const float* bias;     // [n] or null
     int64_t n;
@@ -80,6 +80,8 @@ struct Kernels {
     void (*pack_bf16)(const Runtime&, const bf16* weight, int64_t stride, int64_t rows, int64_t row_start, int64_t n,
                       int64_t k, bf16* packed);
     void (*unpack_bf16)(const bf16* packed, int64_t n, int64_t k, const int64_t* ids, int64_t count, bf16* out);
+    void (*compact)(const Runtime&, const Linear& rows, uint8_t* to, int64_t room, int64_t* exceptions, int64_t* counts);
+    void (*unpack_compact)(const Linear&, const int64_t* ids, int64_t count, bf16* out);
     void (*quantize)(const Runtime&, const Linear&, const bf16* weight, int64_t stride, int64_t rows, int64_t row_start);
     void (*pack_codes)(const Runtime&, const Linear&, const uint8_t* codes, int64_t stride, int64_t rows,
                        int64_t row_start);

@@ -36,7 +36,7 @@ const Kernels* find_kernels(int isa) {
 
 }  // namespace
 
-EXPORT int32_t sensorium_abi() { return 5; }
+EXPORT int32_t sensorium_abi() { return 6; }
 
 // isa: 0 portable, 1 AVX2 + FMA, 2 AVX-512 with VNNI, 3 the same with BF16, -1 the fastest of these. Null when this
 // processor lacks it.
@@ -65,6 +65,14 @@ EXPORT void sensorium_pack_bf16(const Runtime* r, const bf16* weight, int64_t st
 EXPORT void sensorium_unpack_bf16(const Runtime* r, const bf16* packed, int64_t n, int64_t k, const int64_t* ids,
                                   int64_t count, bf16* out) {
     r->kernels->unpack_bf16(packed, n, k, ids, count, out);
+}
+// See compact.h. Panels of 32 columns, each 64 + ceil(k / 4) * 192 bytes; `to` begins at a multiple of 64.
+EXPORT void sensorium_compact(const Runtime* r, const Linear* rows, uint8_t* to, int64_t room, int64_t* exceptions,
+                              int64_t* counts) {
+    r->kernels->compact(*r, *rows, to, room, exceptions, counts);
+}
+EXPORT void sensorium_unpack_compact(const Runtime* r, const Linear* w, const int64_t* ids, int64_t count, bf16* out) {
+    r->kernels->unpack_compact(*w, ids, count, out);
 }
 EXPORT void sensorium_gather_rows(const bf16* const* rows, int64_t k, const int64_t* ids, int64_t count, bf16* out) {
     for (int64_t i = 0; i < count; ++i) std::memcpy(out + i * k, rows[ids[i]], size_t(k) * sizeof(bf16));

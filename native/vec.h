@@ -107,7 +107,7 @@ static inline vbroadcast broadcast32(uint32_t word) { return {_mm512_set1_epi32(
 struct vpair {
     __m512i v;
 };
-static inline vpair pload(const bf16* p) { return {_mm512_loadu_si512(p)}; }
+static inline vpair pairs_of(__m512i x) { return {x}; }
 static inline vbroadcast pbroadcast(uint32_t pair) { return broadcast32(pair); }
 // acc += w[2i] * x[0] + w[2i + 1] * x[1]
 static inline vf dot_pair(vf acc, vpair w, vbroadcast x) {
@@ -122,8 +122,7 @@ static inline vf dot_pair(vf acc, vpair w, vbroadcast x) {
 struct vpair {
     __m512 even, odd;
 };
-static inline vpair pload(const bf16* p) {
-    const __m512i x = _mm512_loadu_si512(p);
+static inline vpair pairs_of(__m512i x) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(x, 16)),
             _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(int(0xffff0000u))))};
 }
@@ -156,6 +155,7 @@ static inline void widen_pairs(const uint32_t* from, int64_t count, FloatPair* o
 
 #endif
 
+static inline vpair pload(const bf16* p) { return pairs_of(_mm512_loadu_si512(p)); }
 static inline vf vload_f16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
 static inline void vstore_f16(uint16_t* p, vf a) {
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

@@ -378,6 +378,55 @@ def test_weights_in_place_give_the_numbers_of_packed_ones(kernels: Native, shape
     assert torch.equal(form(x), packed(x))
 
 
+def in_place(kernels: Native, weight: Tensor) -> RowsLinear:
+    return RowsLinear(kernels, [(0, weight)], *weight.shape)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (100, 515), (33, 2050), (32, 1), (5, 2), (7, 3), (70, 1536)])
+@pytest.mark.parametrize("unusual", [0.0, 0.001])
+def test_compact_weights_lose_nothing(kernels: Native, shape: tuple[int, int], unusual: float) -> None:
+    """Also those whose exponents are far from the others', and zeros; in 12 bits each and a little."""
+    n, k = shape
+    weight = random_bf16(n, k) * 0.02
+    odd = torch.rand(n, k) < unusual
+    weight[odd] = (torch.randn(n, k) * torch.exp2(torch.randint(-120, 60, (n, k)).float())).to(BF16)[odd]
+    weight[torch.rand(n, k) < unusual] = 0.0
+    weight[n // 2] = 0.0
+    form, packed = in_place(kernels, weight), kernels.pack_linear(weight, None)
+    form.pack()
+    assert form._exceptions is not None
+    if n % 32 == 0 and k > 32:
+        assert form.nbytes < packed.nbytes * 0.83
+    for rows in (0, 1, 2, 3, 5, 8, 12, 13, 30, 60):
+        x = random_bf16(rows, k)
+        assert torch.equal(form(x), packed(x))
+        assert torch.equal(form(x, torch.float32), packed(x, torch.float32))
+    assert torch.equal(form.rows(torch.arange(n)), weight)
+
+
+def test_compact_weights_keep_every_bit(kernels: Native) -> None:
+    """Infinities, NaN with what is in them, negative zeros and what is too small to be normal."""
+    bits = random_bf16(96, 1030).view(torch.int16)
+    places = torch.randperm(bits.numel())[:300]
+    bits.view(-1)[places] = torch.randint(-(2**15), 2**15, (300,), dtype=torch.int16)
+    form = in_place(kernels, bits.view(BF16))
+    form.pack()
+    assert form._exceptions is not None
+    assert torch.equal(form.rows(torch.arange(96)).view(torch.int16), bits)
+
+
+def test_weights_with_too_many_exponents_are_packed_as_they_are(kernels: Native) -> None:
+    weight = random_bf16(64, 600)
+    weight[40] *= torch.exp2(torch.randint(-60, 60, (600,)).float()).to(BF16)  # one row is enough
+    form, packed = in_place(kernels, weight), kernels.pack_linear(weight, None)
+    form.pack()
+    assert form._exceptions is None
+    assert form.nbytes == packed.nbytes
+    x = random_bf16(3, 600)
+    assert torch.equal(form(x), packed(x))
+    assert torch.equal(form.rows(torch.arange(64)), weight)
+
+
 def test_every_row_in_place_has_a_place(fastest: Native) -> None:
     weight = random_bf16(20, 8)
     for parts in ([(0, weight[:19])], [(0, weight[:, :7])], [(0, weight.float())]):

@@ -28,11 +28,12 @@ logger = logging.getLogger(__name__)
 
 Isa = Literal["portable", "avx2", "avx512", "avx512_bf16"]
 ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512", "avx512_bf16")  # the index is the C side's number
-ABI = 5
+ABI = 6
 PANEL = 32  # output columns that are stored together, kPanel of native/kernels.h
 LANES = 16
+EXCEPTIONS = 256  # one weight in so many of a panel may have an unusual exponent
 LAYOUT = 1  # of quantised weights and how they are rounded: to be raised with every change of either
-_FORM_BF16, _FORM_INT8, _FORM_INT4, _FORM_ROWS = 0, 1, 2, 3
+_FORM_BF16, _FORM_INT8, _FORM_INT4, _FORM_ROWS, _FORM_COMPACT = 0, 1, 2, 3, 4
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "tanh")
 
 _BF16 = torch.bfloat16
@@ -43,6 +44,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "use_large_pages": (_P, _I64),
     "pack_bf16": (_P, _P, _I64, _I64, _I64, _I64, _I64, _P),
     "unpack_bf16": (_P, _P, _I64, _I64, _P, _I64, _P),
+    "compact": (_P, _P, _P, _I64, _P, _P),
+    "unpack_compact": (_P, _P, _P, _I64, _P),
     "gather_rows": (_P, _I64, _P, _I64, _P),
     "quantize": (_P, _P, _P, _I64, _I64, _I64),
     "pack_codes": (_P, _P, _P, _I64, _I64, _I64),
@@ -114,6 +117,8 @@ class Native:
     _use_large_pages: Callable[..., None]
     _pack_bf16: Callable[..., None]
     _unpack_bf16: Callable[..., None]
+    _compact: Callable[..., None]
+    _unpack_compact: Callable[..., None]
     _gather_rows: Callable[..., None]
     _quantize: Callable[..., None]
     _pack_codes: Callable[..., None]
@@ -433,29 +438,27 @@ class PackedLinear(NativeLinear):
 
     def rows(self, ids: Tensor) -> Tensor:
         """Weight rows [n, in] of output indices int64 [n]."""
-        return _unpacked(self, ids)
-
-
-def _unpacked(form: NativeLinear, ids: Tensor) -> Tensor:
-    ids = ids.contiguous()
-    out = torch.empty((ids.numel(), form.in_features), dtype=_BF16)
-    native = form._native
-    native._unpack_bf16(native._runtime, form._packed.data_ptr(), form.out_features, form.in_features, ids.data_ptr(),
-                        ids.numel(), out.data_ptr())
-    return out
+        ids = ids.contiguous()
+        out = torch.empty((ids.numel(), self.in_features), dtype=_BF16)
+        native = self._native
+        native._unpack_bf16(native._runtime, self._packed.data_ptr(), self.out_features, self.in_features,
+                            ids.data_ptr(), ids.numel(), out.data_ptr())
+        return out
 
 
 class RowsLinear(NativeLinear):
     """bf16 weights where they already are, such as a checkpoint's file: nothing is copied, the rows are kept.
 
-    The numbers of packed weights, at about half the speed where arithmetic is the limit. `pack` makes them that.
+    The numbers of packed weights, at about half the speed where arithmetic is the limit. `pack` makes them that, in 12
+    bits each where that can be: see native/compact.h.
     """
 
-    __slots__ = ("_parts",)
+    __slots__ = ("_exceptions", "_parts")
 
     def __init__(self, native: Native, parts: Sequence[tuple[int, Tensor]], out_features: int,
                  in_features: int) -> None:
         self._parts = list(parts)
+        self._exceptions: Tensor | None = None  # int64, of compact weights
         at = torch.zeros(out_features, dtype=torch.int64)
         for first, rows in self._parts:
             if rows.dtype is not _BF16 or rows.shape[1] != in_features or rows.stride(1) != 1:
@@ -467,7 +470,8 @@ class RowsLinear(NativeLinear):
 
     @property
     def nbytes(self) -> int:
-        return super().nbytes + self.mapped_bytes
+        extra = 0 if self._exceptions is None else self._exceptions.nbytes
+        return super().nbytes + self.mapped_bytes + extra
 
     @property
     def mapped_bytes(self) -> int:
@@ -478,22 +482,43 @@ class RowsLinear(NativeLinear):
 
     def pack(self) -> None:
         """Copy the rows into panels and let go of them; whoever has `address` computes with the copy from now on."""
-        if not self._parts:
-            return
-        packed = PackedLinear(self._native, self.out_features, self.in_features)
-        for first, rows in self._parts:
-            packed.fill(first, rows)
-        self._packed, self._parts = packed._packed, []
-        self._arguments.weight, self._arguments.form = self._packed.data_ptr(), _FORM_BF16
+        if self._parts and not self._compact():
+            packed = PackedLinear(self._native, self.out_features, self.in_features)
+            for first, rows in self._parts:
+                packed.fill(first, rows)
+            self._arguments.weight, self._arguments.form = packed._packed.data_ptr(), _FORM_BF16
+            self._packed = packed._packed
+        self._parts = []
+
+    def _compact(self) -> bool:
+        """Without loss in three quarters of the memory; False if too many weights have unusual exponents."""
+        panels = -(-self.out_features // PANEL)
+        room = PANEL + max(PANEL, self.in_features * PANEL // EXCEPTIONS)  # the first for what pads an odd size
+        packed = torch.empty(panels * (64 + -(-self.in_features // 4) * 192), dtype=torch.uint8)
+        self._native._use_large_pages(packed.data_ptr(), packed.nbytes)
+        found, counts = torch.empty((panels, room), dtype=torch.int64), torch.empty(panels, dtype=torch.int64)
+        self._native._compact(self._native._runtime, self.address, packed.data_ptr(), room, found.data_ptr(),
+                              counts.data_ptr())
+        if int(counts.min()) < 0:
+            return False
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]) + (panels + 1)
+        self._exceptions = torch.cat([starts, found[torch.arange(room) < counts[:, None]]])
+        self._packed = packed
+        self._arguments.weight, self._arguments.scales = packed.data_ptr(), self._exceptions.data_ptr()
+        self._arguments.form = _FORM_COMPACT
+        return True
 
     def rows(self, ids: Tensor) -> Tensor:
         """Weight rows [n, in] of output indices int64 [n]."""
-        if not self._parts:
-            return _unpacked(self, ids)
-        ids = ids.contiguous()
+        native, ids = self._native, ids.contiguous()
         out = torch.empty((ids.numel(), self.in_features), dtype=_BF16)
-        self._native._gather_rows(self._packed.data_ptr(), self.in_features, ids.data_ptr(), ids.numel(),
-                                  out.data_ptr())
+        if self._parts:
+            native._gather_rows(self._packed.data_ptr(), self.in_features, ids.data_ptr(), ids.numel(), out.data_ptr())
+        elif self._exceptions is not None:
+            native._unpack_compact(native._runtime, self.address, ids.data_ptr(), ids.numel(), out.data_ptr())
+        else:
+            native._unpack_bf16(native._runtime, self._packed.data_ptr(), self.out_features, self.in_features,
+                                ids.data_ptr(), ids.numel(), out.data_ptr())
         return out
 
 
