@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -124,22 +124,58 @@ def answers(address: str) -> bool:
     return asyncio.run(ask())
 
 
-def measure(command: str, model: Path, loads: list[Load], seed: int, figures: Figures, log: Path,
-            settle_s: float) -> None:
-    with running(command, model, log) as (pid, address):
-        ready_s = until(lambda: lists_models(address), pid, log)
-        figures.ready_s.append(ready_s)
-        figures.first_answer_s.append(ready_s + until(lambda: answers(address), pid, log))
-        figures.idle_bytes.append(resident_bytes(family(pid)))
-        time.sleep(settle_s)
-        for index, load in enumerate(loads):
-            config = BenchConfig(base_url=address, kind=load.kind, requests=load.requests, input_tokens=120, warmup=1,
-                                 concurrency=load.concurrency, output_tokens=load.output_tokens, seed=seed + index)
-            result = asyncio.run(bench.run(config))
-            figures.loads.setdefault(load, []).append(result)
-            print(f"    {load.title}: {result['output_tokens_per_s']} tok/s, TPOT {result['tpot_ms']['p50']} ms, "
-                  f"errors {result['errors'] or 'none'}", flush=True)
-        figures.loaded_bytes.append(resident_bytes(family(pid)))
+@dataclass(slots=True)
+class Side:
+    """One of the two servers: how it is started, and what it showed."""
+
+    name: str
+    command: str
+    log: Path
+    figures: Figures = field(default_factory=Figures)
+    pid: int = 0
+    address: str = ""
+
+    @contextmanager
+    def started(self, model: Path, settle_s: float) -> Iterator[None]:
+        with running(self.command, model, self.log) as (self.pid, self.address):
+            ready_s = until(lambda: lists_models(self.address), self.pid, self.log)
+            self.figures.ready_s.append(ready_s)
+            self.figures.first_answer_s.append(ready_s + until(lambda: answers(self.address), self.pid, self.log))
+            self.figures.idle_bytes.append(resident_bytes(family(self.pid)))
+            time.sleep(settle_s)
+            yield
+            self.figures.loaded_bytes.append(resident_bytes(family(self.pid)))
+
+    def bear(self, load: Load, seed: int) -> None:
+        config = BenchConfig(base_url=self.address, kind=load.kind, requests=load.requests, input_tokens=120, warmup=1,
+                             concurrency=load.concurrency, output_tokens=load.output_tokens, seed=seed)
+        result = asyncio.run(bench.run(config))
+        self.figures.loads.setdefault(load, []).append(result)
+        print(f"    {self.name}: {load.title}: {result['output_tokens_per_s']} tok/s, "
+              f"TTFT {result['ttft_ms']['p50']} ms, TPOT {result['tpot_ms']['p50']} ms, "
+              f"errors {result['errors'] or 'none'}", flush=True)
+
+
+def in_turn(sides: list[Side], found: argparse.Namespace, loads: list[Load]) -> None:
+    """Each starts, bears all loads and stops, then the other."""
+    for number in range(found.rounds):
+        for side in sides:
+            print(f"round {number + 1}", flush=True)
+            with side.started(found.checkpoint, found.settle):
+                for index, load in enumerate(loads):
+                    side.bear(load, 100 * number + index)
+
+
+def together(sides: list[Side], found: argparse.Namespace, loads: list[Load]) -> None:
+    """Both are there all the time and take turns load by load, each first in every other round."""
+    with ExitStack() as stack:
+        for side in sides:
+            stack.enter_context(side.started(found.checkpoint, found.settle))
+        for number in range(found.rounds):
+            print(f"round {number + 1}", flush=True)
+            for index, load in enumerate(loads):
+                for side in sides[:: -1 if number % 2 else 1]:
+                    side.bear(load, 100 * number + index)
 
 
 METRICS: tuple[tuple[str, Callable[[dict[str, Any]], float], bool], ...] = (
@@ -153,20 +189,20 @@ def short(value: float) -> str:
 
 
 def table(ours: Figures, theirs: Figures, name: str) -> str:
-    """Markdown. A ratio above 1 is in our favour, whichever way the figure points."""
+    """Markdown: medians, and the median of the rounds' ratios. Above 1 is in our favour, whatever the figure."""
     rows = [f"| | | sensorium | {name} | ratio |", "|---|---|---|---|---|"]
 
-    def row(load: str, title: str, a: float, b: float, more_is_better: bool) -> None:
-        ratio = (a / b if more_is_better else b / a) if a and b else 0.0
-        rows.append(f"| {load} | {title} | {short(a)} | {short(b)} | {ratio:.2f} |")
+    def row(load: str, title: str, a: list[float], b: list[float], more_is_better: bool) -> None:
+        ratios = [x / y if more_is_better else y / x for x, y in zip(a, b, strict=True) if x and y]
+        rows.append(f"| {load} | {title} | {short(median(a))} | {short(median(b))} | {median(ratios or [0.0]):.2f} |")
 
     for title, values, scale in (("listens after, s", "ready_s", 1.0), ("first answer after, s", "first_answer_s", 1.0),
                                  ("resident before the loads, MB", "idle_bytes", 1e-6),
                                  ("resident after the loads, MB", "loaded_bytes", 1e-6)):
-        row("", title, median(getattr(ours, values)) * scale, median(getattr(theirs, values)) * scale, False)
+        row("", title, *([value * scale for value in getattr(side, values)] for side in (ours, theirs)), False)
     for load, results in ours.loads.items():
         for title, figure, more in METRICS:
-            row(load.title, title, median(map(figure, results)), median(map(figure, theirs.loads[load])), more)
+            row(load.title, title, [*map(figure, results)], [*map(figure, theirs.loads[load])], more)
     return "\n".join(rows)
 
 
@@ -188,18 +224,18 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="which loads")
     parser.add_argument("--load", action="append", help="KIND:REQUESTS:CONCURRENCY:OUTPUT_TOKENS, instead of a preset")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--together", action="store_true",
+                        help="both servers run all the time and take turns load by load: fair where the machine's "
+                             "speed changes, if memory is enough and neither computes while it has nothing to do")
     parser.add_argument("--settle", type=float, default=0, help="seconds between first answer and loads")
     parser.add_argument("--into", type=Path, help="write the table between this file's <!-- begin PRESET --> markers")
     found = parser.parse_args()
     loads = [Load.parse(text) for text in found.load or PRESETS[found.preset]]
-    figures = {"ours": Figures(), "theirs": Figures()}
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(found.rounds):
-            for which, command in (("ours", found.ours), ("theirs", found.theirs)):
-                print(f"round {number + 1}: {which}", flush=True)
-                measure(command, found.checkpoint, loads, 100 * number, figures[which], Path(folder) / which,
-                        found.settle)
-    text = table(figures["ours"], figures["theirs"], found.name)
+        sides = [Side("Sensorium", found.ours, Path(folder) / "ours"),
+                 Side(found.name, found.theirs, Path(folder) / "theirs")]
+        (together if found.together else in_turn)(sides, found, loads)
+    text = table(sides[0].figures, sides[1].figures, found.name)
     print(text)
     if found.into:
         write_into(found.into, found.preset, text)
