@@ -148,6 +148,11 @@ def test_paged_attention(kernels: Native, head_dim: int, heads: tuple[int, int],
     got = kernels.paged_attention(q, k_cache, v_cache, context, scale, window)
     expected = reference.paged_attention(q.float(), k_cache.float(), v_cache.float(), context, scale, window)
     assert_close(got, expected, tolerance=4 * ROUNDING)
+    precise = kernels.paged_attention(q.float(), k_cache.float(), v_cache.float(), context, scale, window)
+    assert precise.dtype is torch.float32
+    assert_close(precise, expected, tolerance=1e-5)
+    codes = torch.zeros(80, heads[1], 16, head_dim + 4, dtype=torch.int8)  # of which native code has only bf16's
+    assert kernels.paged_attention(q.float(), codes, codes, context, scale, window).dtype is torch.float32
 
 
 def test_paged_attention_other_block_sizes_and_stale_memory(kernels: Native) -> None:

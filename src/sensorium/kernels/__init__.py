@@ -112,6 +112,11 @@ def _for(x: Tensor) -> Any:
     return native if native is not None and native.supports(x) else reference
 
 
+def _attending(q: Tensor) -> Any:
+    """What computes attention: native code takes float32 too, and knows itself what it leaves to the reference."""
+    return (_native() if q.is_cpu else None) or reference
+
+
 def _for_weights(dtype: torch.dtype, device: torch.device) -> Any:
     """What computes with weights of this kind."""
     return _for(torch.empty(0, dtype=dtype, device=device))
@@ -252,7 +257,7 @@ def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, context: Attent
 
     With a window, position p sees p - sliding_window + 1 .. p.
     """
-    out: Tensor = _for(q).paged_attention(q, k_cache, v_cache, context, scale, sliding_window)
+    out: Tensor = _attending(q).paged_attention(q, k_cache, v_cache, context, scale, sliding_window)
     return out
 
 
@@ -262,8 +267,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale:
 
     With a window, a token sees as many others on either side of itself.
     """
-    native = _native() if q.is_cpu else None  # which knows itself what it leaves to the reference
-    out: Tensor = (native or reference).varlen_attention(q, k, v, lengths, scale, window)
+    out: Tensor = _attending(q).varlen_attention(q, k, v, lengths, scale, window)
     return out
 
 

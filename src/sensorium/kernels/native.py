@@ -273,8 +273,10 @@ class Native:
                         sliding_window: int | None = None) -> Tensor:
         tokens, heads, head_dim = q.shape
         tables = context.block_tables
-        if not (_packed_like(q) and k_cache.dtype is v_cache.dtype and k_cache.dtype in _CACHES and head_dim % 2 == 0
-                and k_cache.stride(3) == v_cache.stride(3) == 1 and tables.stride(-1) == 1):
+        fp32 = self._attends_in_float32(q)
+        dtype, caches = (torch.float32, (torch.float32,)) if fp32 else (_BF16, _CACHES)
+        if not (_packed_like(q, dtype) and k_cache.dtype is v_cache.dtype and k_cache.dtype in caches
+                and head_dim % 2 == 0 and k_cache.stride(3) == v_cache.stride(3) == 1 and tables.stride(-1) == 1):
             return reference.paged_attention(q, k_cache, v_cache, context, scale, sliding_window)
         out = q.new_empty((tokens, heads, head_dim))
         k_strides, v_strides = k_cache.stride(), v_cache.stride()
@@ -283,14 +285,17 @@ class Native:
             k_strides[0], k_strides[1], k_strides[2], v_strides[0], v_strides[1], v_strides[2],
             tables.data_ptr(), context.query_start.data_ptr(), context.seq_lens.data_ptr(), tables.stride(0),
             len(context.query_lens), heads, k_cache.shape[1], head_dim, k_cache.shape[2], 1, sliding_window or 0,
-            k_cache.dtype is torch.int8, False, scale)
+            k_cache.dtype is torch.int8, fp32, scale)
         self._attention(self._runtime, ctypes.addressof(arguments))
         return out
+
+    def _attends_in_float32(self, q: Tensor) -> bool:
+        return q.dtype is torch.float32 and self.isa != "portable"  # which is a third as fast as torch
 
     def varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float,
                          window: int | None = None) -> Tensor:
         tokens, heads, head_dim = q.shape
-        fp32 = q.dtype is torch.float32 and self.isa != "portable"  # which is a third as fast as torch
+        fp32 = self._attends_in_float32(q)
         dtype = torch.float32 if fp32 else _BF16
         if not (all(_packed_like(t, dtype) for t in (q, k, v)) and head_dim % 2 == 0 and window != 0):
             return reference.varlen_attention(q, k, v, lengths, scale, window)
