@@ -34,6 +34,7 @@ using PairWord = uint32_t;
 
 // What a word of A and a 32-bit word of B hold, and how they are summed.
 struct FloatSums {
+    static constexpr bool kUnrolled = true;
     using Value = float;
     static vf zero() { return vzero(); }
     static vf load(const float* p) { return vload(p); }
@@ -53,6 +54,7 @@ struct DotFloats : FloatSums {
     static vf dot(vf sum, vf w, vf x) { return fma(w, x, sum); }
 };
 struct DotQuads {  // A: four signed bytes, B: four unsigned ones
+    static constexpr bool kUnrolled = false;  // GCC 12 would move most of the sums to memory and back
     using Value = int32_t;
     using Word = uint32_t;
     static vi zero() { return izero(); }
@@ -70,8 +72,7 @@ static inline void tile(const typename Dot::Word* a, const uint32_t* b, int64_t 
     decltype(Dot::zero()) sum[MR][NV];
     for (int i = 0; i < MR; ++i)
         for (int j = 0; j < NV; ++j) sum[i][j] = accumulate ? Dot::load(c + i * c_stride + j * kLanes) : Dot::zero();
-    SENSORIUM_UNROLL(4)
-    for (int64_t p = 0; p < words; ++p) {
+    const auto add_word = [&] {
         // Few rows take the weights at the memory's pace and want them in L1; more rows leave time to wait for L2.
         constexpr int kLocality = MR <= 4 ? 3 : 2;
         __builtin_prefetch(reinterpret_cast<const char*>(b) + ahead, 0, kLocality);
@@ -84,6 +85,12 @@ static inline void tile(const typename Dot::Word* a, const uint32_t* b, int64_t 
         }
         a += WordStep;
         b += NV * kLanes;
+    };
+    if constexpr (Dot::kUnrolled) {
+        SENSORIUM_UNROLL(4)
+        for (int64_t p = 0; p < words; ++p) add_word();
+    } else {
+        for (int64_t p = 0; p < words; ++p) add_word();
     }
     for (int i = 0; i < MR; ++i)
         for (int j = 0; j < NV; ++j) Dot::store(c + i * c_stride + j * kLanes, sum[i][j]);
