@@ -415,6 +415,7 @@ static inline GroupTile group_tile_for(int rows, int vectors) {
 static inline void spread_nibbles(const uint32_t* from, int64_t vectors, int width, uint32_t* to) {
     for (int64_t v = 0; v < vectors; v += width / kLanes, to += 2 * width)
         for (int lane = 0; lane < width; lane += kLanes, from += kLanes) {
+            __builtin_prefetch(reinterpret_cast<const char*>(from) + 8192, 0, 3);
             const vquad w = qload(from);
             qstore(to + lane, qlow(w));
             qstore(to + width + lane, qhigh(w));
