@@ -64,9 +64,20 @@ static inline void decoder_attention(const Runtime& r, const Decoder& d, const D
     kernels.attention(r, a);
 }
 
+// Rows to the front, or from there back to their places; ascending rows never overtake one another.
+static inline void gather_rows(bf16* x, int64_t size, const int64_t* rows, int64_t count) {
+    for (int64_t i = 0; i < count; ++i)
+        if (rows[i] != i) std::memcpy(x + i * size, x + rows[i] * size, size_t(size) * sizeof(bf16));
+}
+static inline void scatter_rows(bf16* x, int64_t size, const int64_t* rows, int64_t count) {
+    for (int64_t i = count - 1; i >= 0; --i)
+        if (rows[i] != i) std::memcpy(x + rows[i] * size, x + i * size, size_t(size) * sizeof(bf16));
+}
+
 static inline void run_layers(const Runtime& r, const Decoder& d, const DecoderStep& step) {
     const Kernels& kernels = *r.kernels;
-    const int64_t tokens = step.tokens, hidden = d.layers[0].qkv->k;
+    const int64_t hidden = d.layers[0].qkv->k;
+    int64_t tokens = step.tokens;
     const DecoderBuffers b = decoder_buffers(d, tokens);
     std::memcpy(b.residual, step.hidden, size_t(tokens * hidden) * sizeof(bf16));
     bf16* x = step.out;  // what the last product gave and is not in `residual` yet
@@ -78,6 +89,11 @@ static inline void run_layers(const Runtime& r, const Decoder& d, const DecoderS
             kernels.add_rms_norm(r, x, b.residual, layer.input_norm, b.normed, b.residual, tokens, hidden, d.eps);
         kernels.linear(r, *layer.qkv, b.normed, hidden, tokens, b.qkv, 0);
         decoder_attention(r, d, step, i, b);
+        if (step.rows && i + 1 == d.num_layers) {
+            tokens = step.num_rows;
+            gather_rows(b.attended, layer.o->k, step.rows, tokens);
+            gather_rows(b.residual, hidden, step.rows, tokens);
+        }
         kernels.linear(r, *layer.o, b.attended, layer.o->k, tokens, x, 0);
         kernels.add_rms_norm(r, x, b.residual, layer.post_norm, b.normed, b.residual, tokens, hidden, d.eps);
         const int64_t wide = layer.gate_up->n / 2, blocks = (tokens + kMlpRows - 1) / kMlpRows;
@@ -90,6 +106,7 @@ static inline void run_layers(const Runtime& r, const Decoder& d, const DecoderS
     }
     // In place: every row is read before it is written.
     kernels.add_rms_norm(r, x, b.residual, d.final_norm, x, b.residual, tokens, hidden, d.eps);
+    if (step.rows) scatter_rows(x, hidden, step.rows, tokens);
 }
 
 static inline void run_decoder(const Runtime& r, const Decoder& d, const DecoderStep& step) {

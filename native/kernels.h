@@ -72,7 +72,8 @@ struct DecoderStep {
     void* const* caches;     // keys, values of each layer: [blocks, kv_heads, block_size, head_dim]
     const int64_t* slots;
     const int32_t *block_tables, *query_start, *seq_lens;
-    int64_t tokens, max_blocks, sequences;
+    const int64_t* rows;  // ascending: the tokens whose results are wanted, others are undefined; null: all
+    int64_t tokens, max_blocks, sequences, num_rows;
 };
 
 struct Kernels {

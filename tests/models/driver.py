@@ -63,10 +63,19 @@ class Driver:
         with torch.inference_mode():
             rows = torch.cat([self._rows(s, n) for s, n in work])
             positions = torch.cat([self._positions(s, n) for s, n in work], dim=-1)
-            hidden = self.model(rows, positions, self.cache, context)
+            hidden = self.model(rows.clone(), positions, self.cache, context)
+            if self.model.can_read == "last":
+                self._check_last_rows(rows, positions, context, hidden)
         for sequence, count in work:
             sequence.cached += count
         return hidden
+
+    def _check_last_rows(self, rows: Tensor, positions: Tensor, context: AttentionContext, expected: Tensor) -> None:
+        """A step that computes nothing else in its last layer gives the same for each sequence's last token."""
+        last = context.query_start[1:].long() - 1
+        context.read = "last"
+        error = (self.model(rows, positions, self.cache, context)[last] - expected[last]).float()
+        assert error.norm() <= (1e-4 if expected.dtype == torch.float32 else 0.03) * expected[last].float().norm()
 
     def _rows(self, sequence: Sequence, count: int) -> Tensor:
         first, last = sequence.cached, sequence.cached + count

@@ -17,7 +17,7 @@ from sensorium.engine.faults import Faults
 from sensorium.engine.sampler import Sampled, Sampler, logprobs
 from sensorium.engine.scheduler import Plan
 from sensorium.engine.sequence import ItemKey, Sequence
-from sensorium.models.base import KVCache, Model
+from sensorium.models.base import KVCache, Model, Read
 from sensorium.pooling.pooler import Pooler
 from sensorium.types import MediaFeatures, Modality, PoolingTask
 
@@ -92,7 +92,7 @@ class Runner:
         for media in batch.media:
             rows = self._encoder.rows(media.key)
             hidden[media.start : media.end] = rows[media.row : media.row + media.end - media.start]
-        batch.context.first_only = self._model.reads_first and self._reads_first(plan)
+        batch.context.read = self._read(plan)
         hidden = self._model.forward(hidden, batch.positions, self._cache, batch.context)
         if batch.sampled_rows is None:
             return StepResult(batch.sampled, self._sample(hidden, batch.sampled))
@@ -117,12 +117,21 @@ class Runner:
             sequences = [sequences[i] for i in generating]
         return StepResult(sequences, self._sample(hidden[rows], sequences), vectors)
 
-    def _reads_first(self, plan: Plan) -> bool:
-        """Whether all that is wanted of this step are states of first tokens."""
-        if plan.decodes:
-            return False
-        asked = [seq.request.pooling for seq, _ in plan.prefills]
-        return all(params is not None and self._poolers[params.task].first_only for params in asked)
+    def _read(self, plan: Plan) -> Read:
+        """The least that this step's requests read of what the model can leave away."""
+        if self._model.can_read == "first" and not plan.decodes:
+            asked = [seq.request.pooling for seq, _ in plan.prefills]
+            if all(params is not None and self._poolers[params.task].first_only for params in asked):
+                return "first"
+        if self._model.can_read == "last" and all(self._reads_last(seq) for seq, _ in plan.prefills):
+            return "last"
+        return "all"
+
+    def _reads_last(self, seq: Sequence) -> bool:
+        if seq.sampling is not None:
+            return seq.sampling.prompt_logprobs is None
+        params = seq.request.pooling
+        return params is not None and not self._poolers[params.task].all_tokens
 
     def _sample(self, hidden: Tensor, sequences: list[Sequence]) -> Sampled:
         logits = self._model.logits(hidden)  # [rows, vocab]

@@ -92,8 +92,12 @@ class DecoderLayerParts:
 
 
 class DecoderStack(Protocol):
-    def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, context: AttentionContext) -> Tensor:
-        """[tokens, hidden] -> the same after all layers and the last norm."""
+    def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, context: AttentionContext,
+                 rows: Tensor | None = None) -> Tensor:
+        """[tokens, hidden] -> the same after all layers and the last norm.
+
+        `rows` int64 [n], ascending: the tokens whose states are read, others are undefined.
+        """
         ...
 
 

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 Isa = Literal["portable", "avx2", "avx512", "avx512_bf16"]
 ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512", "avx512_bf16")  # the index is the C side's number
-ABI = 6
+ABI = 7
 PANEL = 32  # output columns that are stored together, kPanel of native/kernels.h
 LANES = 16
 EXCEPTIONS = 256  # one weight in so many of a panel may have an unusual exponent
@@ -105,7 +105,8 @@ class _Decoder(ctypes.Structure):
 class _DecoderStep(ctypes.Structure):
     _fields_: ClassVar = [
         ("hidden", _P), ("out", _P), ("cos", _P), ("sin", _P), ("caches", _P), ("slots", _P), ("block_tables", _P),
-        ("query_start", _P), ("seq_lens", _P), ("tokens", _I64), ("max_blocks", _I64), ("sequences", _I64),
+        ("query_start", _P), ("seq_lens", _P), ("rows", _P), ("tokens", _I64), ("max_blocks", _I64),
+        ("sequences", _I64), ("num_rows", _I64),
     ]
 
 
@@ -350,7 +351,7 @@ class NativeDecoder:
         self._caches = (_P * (2 * len(layers)))()
 
     def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: list[tuple[Tensor, Tensor]],
-                 context: AttentionContext) -> Tensor:
+                 context: AttentionContext, rows: Tensor | None = None) -> Tensor:
         """bf16 [tokens, hidden] -> the normed output of the last layer; cos and sin float32 [tokens, rotated / 2]."""
         if cache is not self._cache:
             self._attach(cache)
@@ -363,7 +364,8 @@ class NativeDecoder:
         step = _DecoderStep(
             hidden.data_ptr(), out.data_ptr(), cos.data_ptr(), sin.data_ptr(), ctypes.addressof(self._caches),
             context.slots.data_ptr(), tables.data_ptr(), context.query_start.data_ptr(), context.seq_lens.data_ptr(),
-            hidden.shape[0], tables.stride(0), len(context.query_lens))
+            None if rows is None else rows.data_ptr(), hidden.shape[0], tables.stride(0), len(context.query_lens),
+            0 if rows is None else len(rows))
         native = self._native
         native._decoder(native._runtime, ctypes.addressof(self._decoder), ctypes.addressof(step))
         return out

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -19,6 +19,8 @@ from sensorium.types import Modality, PoolingTask
 
 KVCache = list[tuple[Tensor, Tensor]]
 """Per layer (keys, values), each [num_blocks, kv_heads, block_size, head_dim]."""
+
+Read = Literal["all", "first", "last"]
 
 
 @dataclass(slots=True)
@@ -38,7 +40,7 @@ class AttentionContext:
     block_tables: Tensor  # int32 [seqs, max_blocks], padded with 0
     slots: Tensor  # int64 [tokens], block * block_size + offset of each token's K and V
     long_context: Tensor | None = None  # bool [tokens], only for models with `long_context_from`; see there
-    first_only: bool = False  # nothing but the state of each sequence's first token is read; see `Model.reads_first`
+    read: Read = "all"  # whose states are read: all tokens', or each sequence's first or last; see `Model.can_read`
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +80,8 @@ class Model(nn.Module):
     num_kv_heads: int
     head_dim: int  # shape of the KV cache; num_layers 0 means that there is none
 
-    reads_first: ClassVar[bool] = False
-    """Whether `forward` leaves the other rows of its result undefined where `AttentionContext.first_only` allows it."""
+    can_read: ClassVar[Read] = "all"
+    """What else than "all" `AttentionContext.read` may say: `forward` then leaves other rows undefined."""
 
     generates: bool = False  # whether it has a language head
     poolers: Mapping[PoolingTask, Pooler] = MappingProxyType({})  # what it can do besides, set by the constructor

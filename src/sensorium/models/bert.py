@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sensorium import kernels
 from sensorium.checkpoint import Checkpoint
 from sensorium.errors import CheckpointError
-from sensorium.models.base import AttentionContext, KVCache, Model, Rename
+from sensorium.models.base import AttentionContext, KVCache, Model, Read, Rename
 from sensorium.models.layers import Embedding, Head, Linear, QKVLinear
 from sensorium.models.towers.blocks import LayerNorm, activation_name
 from sensorium.pooling.embedding import embedding_poolers
@@ -145,7 +145,7 @@ class EncoderModel(Model):
     """What all encoders share: no KV cache, and poolers in place of a language head."""
 
     num_layers = num_kv_heads = head_dim = 0
-    reads_first: ClassVar[bool] = True
+    can_read: ClassVar[Read] = "first"
 
     def _embeds(self, size: int) -> None:
         self.poolers, self.dense = embedding_poolers(self.checkpoint.folder, "cls", size)
@@ -187,7 +187,7 @@ class BertModel(EncoderModel):
         *layers, last = self.encoder.layer
         for layer in layers:
             hidden = layer(hidden, context.query_lens)
-        if not context.first_only:
+        if context.read == "all":
             out: Tensor = last(hidden, context.query_lens)
             return out
         first = context.query_start[:-1].long()

@@ -15,7 +15,7 @@ from sensorium import kernels
 from sensorium.checkpoint import Checkpoint, TextConfig
 from sensorium.errors import CheckpointError
 from sensorium.kernels.reference import GATHER_ELEMENTS, MASK_ELEMENTS
-from sensorium.models.base import AttentionContext, KVCache, Model, Rename
+from sensorium.models.base import AttentionContext, KVCache, Model, Read, Rename
 from sensorium.models.layers import Attention, Embedding, GateUpLinear, LanguageHead, Linear, QKVLinear, RMSNorm
 from sensorium.models.rope import RotaryEmbedding
 from sensorium.pooling.embedding import embedding_poolers
@@ -46,13 +46,15 @@ class SelfAttention(nn.Module):
         self.head_dim = head_dim
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: tuple[Tensor, Tensor],
-                context: AttentionContext) -> Tensor:
+                context: AttentionContext, rows: Tensor | None = None) -> Tensor:
+        """Of the tokens `rows` int64 [n], or of all."""
         heads = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)  # [tokens, heads + 2 * kv_heads, head_dim]
         q, k, v = heads.split(self.widths, dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q.contiguous()), self.k_norm(k.contiguous())
         q, k = kernels.rope(q, k, cos, sin)
-        out: Tensor = self.o_proj(self.attention(q, k, v, cache, context))
+        attended = self.attention(q, k, v, cache, context)
+        out: Tensor = self.o_proj(attended if rows is None else attended[rows])
         return out
 
 
@@ -77,13 +79,16 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, cache: tuple[Tensor, Tensor],
-                context: AttentionContext) -> tuple[Tensor, Tensor]:
-        """(last layer's output, sum of all before it) -> the same pair; every sum is taken with the norm after it."""
+                context: AttentionContext, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(last layer's output, sum of all before it) -> the same pair, of the tokens `rows` if they are given; every
+        sum is taken with the norm after it."""
         if residual is None:
             x, residual = self.input_layernorm(x), x
         else:
             x, residual = self.input_layernorm.add(x, residual)
-        x = self.self_attn(x, cos, sin, cache, context)
+        x = self.self_attn(x, cos, sin, cache, context, rows)
+        if rows is not None:
+            residual = residual[rows]
         x, residual = self.post_attention_layernorm.add(x, residual)
         return self.mlp(x), residual
 
@@ -118,15 +123,20 @@ class Decoder(nn.Module):
 
     def forward(self, hidden: Tensor, positions: Tensor, cache: KVCache, context: AttentionContext) -> Tensor:
         cos, sin = self.rotary(positions, context.long_context)
+        is_partial = context.read == "last" and len(context.query_lens) < len(hidden)
+        rows = context.query_start[1:].long() - 1 if is_partial else None  # all that the last layer has to compute
         if self.stack is not None:
-            return self.stack(hidden, cos, sin, cache, context)
+            return self.stack(hidden, cos, sin, cache, context, rows)
         residual: Tensor | None = None
-        for layer, layer_cache in zip(self.layers, cache, strict=True):
-            hidden, residual = layer(hidden, residual, cos, sin, layer_cache, context)
+        for index, (layer, layer_cache) in enumerate(zip(self.layers, cache, strict=True), 1):
+            only = rows if index == len(self.layers) else None
+            hidden, residual = layer(hidden, residual, cos, sin, layer_cache, context, only)
         if residual is None:
             return hidden
         normed, _ = self.norm.add(hidden, residual)
-        return normed
+        if rows is None:
+            return normed
+        return normed.new_empty(positions.shape[-1], normed.shape[1]).index_copy_(0, rows, normed)
 
 
 class DecoderModel(Model):
@@ -134,6 +144,7 @@ class DecoderModel(Model):
 
     weight_map: ClassVar[tuple[Rename, ...]] = DECODER_MAP
     core: ClassVar[tuple[str, ...]] = ("model.", "lm_head.")
+    can_read: ClassVar[Read] = "last"
     ignored: tuple[str, ...] = (".rotary_emb.inv_freq",)
 
     def __init__(self, checkpoint: Checkpoint) -> None:

@@ -195,7 +195,7 @@ class ModernBertModel(EncoderModel):
         for layer in layers:
             hidden = layer(hidden, near if layer.is_local else everywhere, context.query_lens)
         rotation = near if last.is_local else everywhere
-        if not context.first_only:
+        if context.read == "all":
             out: Tensor = self.final_norm(last(hidden, rotation, context.query_lens))
             return out
         first = context.query_start[:-1].long()
