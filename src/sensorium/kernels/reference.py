@@ -192,7 +192,7 @@ def _padded(cache: Tensor, tables: Tensor, mask: Tensor, dtype: torch.dtype) -> 
     run = gathered.transpose(1, 2).reshape(seqs, kv_heads, num_blocks * block_size, head_dim)
     if cache.dtype == torch.int8:
         run = dequantize_heads(run, dtype)
-    return run.masked_fill(~mask[:, None, :, None], 0)
+    return run.masked_fill_(~mask[:, None, :, None], 0)  # all of `run` is a copy
 
 
 def _run(cache: Tensor, table: Tensor, length: int, dtype: torch.dtype) -> Tensor:
