@@ -159,8 +159,8 @@ class Side:
 def in_turn(sides: list[Side], found: argparse.Namespace, loads: list[Load]) -> None:
     """Each starts, bears all loads and stops, then the other."""
     for number in range(found.rounds):
+        print(f"round {number + 1}", flush=True)
         for side in sides:
-            print(f"round {number + 1}", flush=True)
             with side.started(found.checkpoint, found.settle):
                 for index, load in enumerate(loads):
                     side.bear(load, 100 * number + index)

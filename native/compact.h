@@ -20,7 +20,7 @@ namespace sensorium::SENSORIUM_ISA {
 
 constexpr int64_t kHeadBytes = 64, kTwoPairsBytes = 192, kPairWeights = 2 * kPanel;
 
-static inline int64_t compact_panel_bytes(int64_t k) { return kHeadBytes + ceil_div(ceil_div(k, 2), 2) * kTwoPairsBytes; }
+static inline int64_t compact_panel_bytes(int64_t k) { return kHeadBytes + ceil_div(k, 4) * kTwoPairsBytes; }
 
 // Where word i of a pair's 64 lies among its 64 bytes.
 static inline int compact_place(int i) { return i % 32 / 8 * 16 + i / 32 * 8 + i % 8; }
@@ -105,17 +105,17 @@ static void compact(const Runtime& runtime, const Linear& rows, uint8_t* to, int
         parallel_for(team, ceil_div(rows.n, kPanel), [&](int64_t panel) {
             bf16* words = static_cast<bf16*>(Scratch<10>::get(size_t(even * kPairWeights) * sizeof(bf16)));
             spread_rows<false>(PanelRows(rows, panel), 2, rows.k, 0, pairs, reinterpret_cast<uint32_t*>(words));
-            std::fill(words + pairs * kPairWeights, words + even * kPairWeights, bf16(0));
             uint8_t* const head = to + panel * bytes;
             std::memset(head, 0, kHeadBytes);
             choose_high_bytes(words, pairs * kPairWeights, head);
+            std::fill(words + pairs * kPairWeights, words + even * kPairWeights, bf16(head[0] << 8));  // nobody reads it
             int64_t count = 0;
             for (int64_t p = 0; p < even; p += 2)
                 compact_two_pairs(head, words + p * kPairWeights, head + kHeadBytes + p / 2 * kTwoPairsBytes,
                                   [&](int i, bf16 word) {
-                                      if (count < room && p * kPairWeights + i < pairs * kPairWeights)
+                                      if (count < room)
                                           exceptions[panel * room + count] = (p * kPairWeights + i) << 16 | word;
-                                      count += p * kPairWeights + i < pairs * kPairWeights;
+                                      ++count;
                                   });
             counts[panel] = count > room ? -1 : count;
         });
@@ -149,7 +149,7 @@ struct CompactPanel {
     }
 };
 
-// The first tile of rows is multiplied with weights as they are expanded, and keeps them in `words` for other tiles.
+// The first tile of rows is multiplied with weights as they are expanded, and keeps them in `words` if there are others.
 #if defined(SENSORIUM_AVX512)
 template <int MR, bool Keep>
 static void compact_tile(CompactPanel& source, const PairWord* a, int64_t pairs, uint32_t* words, float* c,
@@ -210,14 +210,12 @@ static inline void multiply_expanding(CompactPanel& source, const PairWord* a, i
     const CompactTile tile = keep ? compact_tile_for<true>(rows, sizes) : compact_tile_for<false>(rows, sizes);
     tile(source, a, pairs, words, c, accumulate);
 }
-constexpr bool kKeepsFew = false;  // a single tile needs no room for the words
 #else
 static inline void multiply_expanding(CompactPanel& source, const PairWord* a, int rows, int64_t pairs, bool,
                                       uint32_t* words, float* c, bool accumulate) {
     source.next(pairs, words);
     tile_for<DotPairs, 0>(rows, 2)(a, words, pairs, c, kPanel, accumulate, 0);
 }
-constexpr bool kKeepsFew = true;
 #endif
 
 static void unpack_compact(const Linear& w, const int64_t* ids, int64_t count, bf16* out) {

@@ -53,8 +53,8 @@ static inline void store_row(const float* c, const float* bias, void* y, int64_t
 }
 
 // Pairs [p, p + length) of one panel against the tiles from `tile` on; `ahead` of b is fetched meanwhile.
-static inline void multiply_piece(const RowBlock& block, int64_t tile, int64_t p, int64_t length, const uint32_t* b, int vectors,
-                                  float* c, int64_t ahead) {
+static inline void multiply_piece(const RowBlock& block, int64_t tile, int64_t p, int64_t length, const uint32_t* b,
+                                  int vectors, float* c, int64_t ahead) {
     for (int64_t i = tile; i < block.tiling.count; ++i) {
         const int64_t first = block.tiling.start(i);
         const int size = block.tiling.size(i);
@@ -77,27 +77,26 @@ static inline void multiply_panel(const RowBlock& block, const uint32_t* b, int 
 // The same with a panel that is packed from its rows on the way, a piece at a time.
 static inline void multiply_rows(const RowBlock& block, const Linear& w, int64_t panel, float* c) {
     constexpr int64_t kFew = 32;  // pairs at a time of few rows: 4 KB
+    const int vectors = panel_vectors(w.n, panel);
+    const PanelRows rows(w, panel);
     const bool few = block.tiling.rows <= kTileRows;
     const int64_t step = few ? kFew : block.step;
-    RowsInPlace source(w, panel);
     uint32_t* b = static_cast<uint32_t*>(Scratch<10>::get(size_t(step * kPanel) * 4));
     for (int64_t p = 0; p < block.pairs; p += step) {
         const int64_t length = std::min(step, block.pairs - p);
-        source.next(length, b, few);
-        multiply_piece(block, 0, p, length, b, source.vectors(), c, 0);
+        (few ? spread_rows<true> : spread_rows<false>)(rows, vectors, w.k, p, length, b);
+        multiply_piece(block, 0, p, length, b, vectors, c, 0);
     }
 }
 
 // And with a compact one. What comes next is fetched while the second tile of rows is multiplied.
 static inline void multiply_compact(const RowBlock& block, const Linear& w, int64_t panel, float* c) {
-    const bool few = block.tiling.count <= 1, keep = !few || kKeepsFew;
-    const int64_t step = few && keep ? 64 : block.step;
     const int rows = block.tiling.size(0);
     CompactPanel source(w, panel);
-    uint32_t* b = keep ? static_cast<uint32_t*>(Scratch<10>::get(size_t((step + 1) * kPanel) * 4)) : nullptr;
-    for (int64_t p = 0; p < block.pairs; p += step) {
-        const int64_t length = std::min(step, block.pairs - p);
-        multiply_expanding(source, block.a + p * rows, rows, length, keep, b, c, p > 0);
+    uint32_t* b = static_cast<uint32_t*>(Scratch<10>::get(size_t((block.step + 1) * kPanel) * 4));
+    for (int64_t p = 0; p < block.pairs; p += block.step) {
+        const int64_t length = std::min(block.step, block.pairs - p);
+        multiply_expanding(source, block.a + p * rows, rows, length, block.tiling.count > 1, b, c, p > 0);
         multiply_piece(block, 1, p, length, b, 2, c, intptr_t(source.at) - intptr_t(b));
     }
 }

@@ -95,20 +95,4 @@ static inline void spread_rows(const PanelRows& rows, int vectors, int64_t k, in
     }
 }
 
-// Packs the rows of a panel from the first pair to the last, some at a time.
-class RowsInPlace {
-  public:
-    RowsInPlace(const Linear& w, int64_t panel) : rows_(w, panel), k_(w.k), vectors_(panel_vectors(w.n, panel)) {}
-    int vectors() const { return vectors_; }
-    void next(int64_t count, uint32_t* out, bool fetch) {
-        (fetch ? spread_rows<true> : spread_rows<false>)(rows_, vectors_, k_, first_, count, out);
-        first_ += count;
-    }
-
-  private:
-    PanelRows rows_;
-    int64_t k_, first_ = 0;
-    int vectors_;
-};
-
 }  // namespace sensorium::SENSORIUM_ISA

@@ -31,6 +31,7 @@ ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512", "avx512_bf16")  # the ind
 ABI = 7
 PANEL = 32  # output columns that are stored together, kPanel of native/kernels.h
 LANES = 16
+COMPACT_HEAD, COMPACT_FOUR = 64, 192  # bytes of a compact panel: at its start, and for every four inputs
 EXCEPTIONS = 256  # one weight in so many of a panel may have an unusual exponent
 LAYOUT = 1  # of quantised weights and how they are rounded: to be raised with every change of either
 _FORM_BF16, _FORM_INT8, _FORM_INT4, _FORM_ROWS, _FORM_COMPACT = 0, 1, 2, 3, 4
@@ -445,12 +446,16 @@ class PackedLinear(NativeLinear):
 
     def rows(self, ids: Tensor) -> Tensor:
         """Weight rows [n, in] of output indices int64 [n]."""
-        ids = ids.contiguous()
-        out = torch.empty((ids.numel(), self.in_features), dtype=_BF16)
-        native = self._native
-        native._unpack_bf16(native._runtime, self._packed.data_ptr(), self.out_features, self.in_features,
-                            ids.data_ptr(), ids.numel(), out.data_ptr())
-        return out
+        return _unpacked(self, ids)
+
+
+def _unpacked(form: NativeLinear, ids: Tensor) -> Tensor:
+    ids = ids.contiguous()
+    out = torch.empty((ids.numel(), form.in_features), dtype=_BF16)
+    native = form._native
+    native._unpack_bf16(native._runtime, form._packed.data_ptr(), form.out_features, form.in_features, ids.data_ptr(),
+                        ids.numel(), out.data_ptr())
+    return out
 
 
 class RowsLinear(NativeLinear):
@@ -501,7 +506,8 @@ class RowsLinear(NativeLinear):
         """Without loss in three quarters of the memory; False if too many weights have unusual exponents."""
         panels = -(-self.out_features // PANEL)
         room = PANEL + max(PANEL, self.in_features * PANEL // EXCEPTIONS)  # the first for what pads an odd size
-        packed = torch.empty(panels * (64 + -(-self.in_features // 4) * 192), dtype=torch.uint8)
+        size = COMPACT_HEAD + -(-self.in_features // 4) * COMPACT_FOUR
+        packed = torch.empty(panels * size, dtype=torch.uint8)
         self._native._use_large_pages(packed.data_ptr(), packed.nbytes)
         found, counts = torch.empty((panels, room), dtype=torch.int64), torch.empty(panels, dtype=torch.int64)
         self._native._compact(self._native._runtime, self.address, packed.data_ptr(), room, found.data_ptr(),
@@ -517,15 +523,14 @@ class RowsLinear(NativeLinear):
 
     def rows(self, ids: Tensor) -> Tensor:
         """Weight rows [n, in] of output indices int64 [n]."""
+        if not self._parts and self._exceptions is None:
+            return _unpacked(self, ids)
         native, ids = self._native, ids.contiguous()
         out = torch.empty((ids.numel(), self.in_features), dtype=_BF16)
         if self._parts:
             native._gather_rows(self._packed.data_ptr(), self.in_features, ids.data_ptr(), ids.numel(), out.data_ptr())
-        elif self._exceptions is not None:
-            native._unpack_compact(native._runtime, self.address, ids.data_ptr(), ids.numel(), out.data_ptr())
         else:
-            native._unpack_bf16(native._runtime, self._packed.data_ptr(), self.out_features, self.in_features,
-                                ids.data_ptr(), ids.numel(), out.data_ptr())
+            native._unpack_compact(native._runtime, self.address, ids.data_ptr(), ids.numel(), out.data_ptr())
         return out
 
 
