@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from sensorium.errors import StartupError
 
-PIECE = 1024 * 1024  # weight elements that are wide at once
+PIECE = 256 * 1024  # weight elements that are wide at once
 DIVISORS = (-8.4, -8.0, -7.6, -7.2, -6.8)  # of a group's largest value: the int4 scales that are tried
 
 
