@@ -12,24 +12,23 @@ namespace sensorium {
 constexpr int64_t kMlpRows = 480;
 
 struct DecoderBuffers {
-    bf16 *residual, *normed, *qkv, *attended, *gate_up, *gated;
+    bf16 *residual, *normed, *qkv, *attended, *gated;
 };
 
 static inline DecoderBuffers decoder_buffers(const Decoder& d, int64_t tokens) {
     const DecoderLayer& layer = d.layers[0];
     const int64_t hidden = layer.qkv->k, qkv = layer.qkv->n, attended = layer.o->k, wide = layer.gate_up->n;
     const int64_t mlp_rows = std::min(tokens, kMlpRows);
-    const int64_t sizes[] = {tokens * hidden, tokens * hidden, tokens * qkv, tokens * attended, mlp_rows * wide,
-                             mlp_rows * wide / 2};
+    const int64_t sizes[] = {tokens * hidden, tokens * hidden, tokens * qkv, tokens * attended, mlp_rows * wide / 2};
     int64_t total = 0;
     for (int64_t size : sizes) total += (size + 63) & ~int64_t(63);
     bf16* at = static_cast<bf16*>(Scratch<5>::get(size_t(total) * sizeof(bf16)));
-    bf16* parts[6];
-    for (int i = 0; i < 6; ++i) {
+    bf16* parts[5];
+    for (int i = 0; i < 5; ++i) {
         parts[i] = at;
         at += (sizes[i] + 63) & ~int64_t(63);
     }
-    return {parts[0], parts[1], parts[2], parts[3], parts[4], parts[5]};
+    return {parts[0], parts[1], parts[2], parts[3], parts[4]};
 }
 
 static inline void decoder_attention(const Runtime& r, const Decoder& d, const DecoderStep& step, int layer_index,
@@ -99,8 +98,7 @@ static inline void run_layers(const Runtime& r, const Decoder& d, const DecoderS
         const int64_t wide = layer.gate_up->n / 2, blocks = (tokens + kMlpRows - 1) / kMlpRows;
         for (int64_t block = 0; block < blocks; ++block) {
             const int64_t first = tokens * block / blocks, rows = tokens * (block + 1) / blocks - first;
-            kernels.linear(r, *layer.gate_up, b.normed + first * hidden, hidden, rows, b.gate_up, 0);
-            kernels.gated(r, b.gate_up, b.gated, rows, wide, d.activation);
+            kernels.linear_gated(r, *layer.gate_up, b.normed + first * hidden, hidden, rows, b.gated, d.activation);
             kernels.linear(r, *layer.down, b.gated, wide, rows, x + first * hidden, 0);
         }
     }

@@ -88,6 +88,8 @@ struct Kernels {
                        int64_t row_start);
     void (*unpack_quantized)(const Linear&, const int64_t* ids, int64_t count, bf16* out);
     void (*linear)(const Runtime&, const Linear&, const bf16* x, int64_t stride, int64_t rows, void* y, int32_t y_fp32);
+    void (*linear_gated)(const Runtime&, const Linear&, const bf16* x, int64_t stride, int64_t rows, bf16* y,
+                         int32_t activation);
     void (*attention)(const Runtime&, const Attention&);
     void (*rms_norm)(const Runtime&, const bf16* x, int64_t stride, const bf16* weight, bf16* y, int64_t y_stride,
                      int64_t rows, int64_t n, float eps);

@@ -3,6 +3,7 @@
 
 #include "compact.h"
 #include "kernels.h"
+#include "ops.h"
 #include "panels.h"
 #include "tile.h"
 
@@ -101,60 +102,109 @@ static inline void multiply_compact(const RowBlock& block, const Linear& w, int6
     }
 }
 
-constexpr int64_t kBlockRows = 480;
+// Where a product goes: [rows, n], or [rows, n / 2] in bf16, the activation of its first half times its second.
+struct Output {
+    void* y;
+    bool fp32;
+    bool gated;  // n is a multiple of two panels
+    int32_t activation;
+};
+
+static inline void store_panel(const float* c, const Linear& w, int64_t panel, int64_t first, int64_t rows,
+                               const Output& out) {
+    const int64_t column = panel * kPanel;
+    const int columns = int(std::min<int64_t>(kPanel, w.n - column));
+    for (int64_t row = 0; row < rows; ++row)
+        store_row(c + row * kPanel, w.bias ? w.bias + column : nullptr, out.y, (first + row) * w.n + column, columns,
+                  out.fp32);
+}
+
+static inline vf rounded(vf x) {
+    bf16 lanes[kLanes];
+    vstore_bf16(lanes, x);
+    return vload_bf16(lanes);
+}
+
+// Rounds in between, as `gated` in ops.h finds a product that was stored.
+static inline void store_gated(const float* gate, const float* up, const Linear& w, int64_t panel, int64_t first,
+                               int64_t rows, const Output& out) {
+    const int64_t half = w.n / 2, column = panel * kPanel;
+    bf16* y = static_cast<bf16*>(out.y) + first * half + column;
+    for (int64_t row = 0; row < rows; ++row, gate += kPanel, up += kPanel, y += half)
+        for (int j = 0; j < kPanel; j += kLanes) {
+            vf g = vload(gate + j), u = vload(up + j);
+            if (w.bias) g = g + vload(w.bias + column + j), u = u + vload(w.bias + half + column + j);
+            vstore_bf16(y + j, activated(rounded(g), out.activation) * rounded(u));
+        }
+}
 
 // Below this many multiplications waking another thread costs more than it saves.
 static inline bool wants_team(int64_t rows, int64_t n, int64_t k) {
     return std::max<int64_t>(rows, 4) * n * k > 1 << 20;
 }
 
-// Calls body(panel) for every panel. With few rows a panel is read in a microsecond or two: several make a task.
-template <class Body>
-static inline void over_panels(const Runtime& runtime, const Linear& w, int64_t rows, int64_t panel_bytes,
-                               const Body& body) {
+// Calls sums(panel, c) for every panel, which leaves the panel's products in c [rows, 32], and stores them from `first`
+// on. With few rows a panel is read in a microsecond or two: several make a task.
+template <class Sums>
+static inline void over_panels(const Runtime& runtime, const Linear& w, int64_t first, int64_t rows,
+                               int64_t panel_bytes, const Output& out, const Sums& sums) {
     constexpr int64_t kTaskBytes = 256 << 10, kLeastTasks = 16;
-    const int64_t panels = ceil_div(w.n, kPanel);
+    const int64_t together = out.gated ? 2 : 1, panels = ceil_div(w.n, kPanel) / together;
+    const auto finish = [&](int64_t panel) {
+        float* c = static_cast<float*>(Scratch<1>::get(size_t(rows * together) * kPanel * sizeof(float)));
+        sums(panel, c);
+        if (out.gated) {
+            float* up = c + rows * kPanel;
+            sums(panel + panels, up);
+            store_gated(c, up, w, panel, first, rows, out);
+        } else {
+            store_panel(c, w, panel, first, rows, out);
+        }
+    };
     if (!wants_team(rows, w.n, w.k)) {
-        for (int64_t panel = 0; panel < panels; ++panel) body(panel);
+        for (int64_t panel = 0; panel < panels; ++panel) finish(panel);
         return;
     }
-    int64_t size = rows <= kTileRows ? std::min(kTaskBytes / panel_bytes, panels / kLeastTasks) : 1;
+    int64_t size = rows <= kTileRows ? std::min(kTaskBytes / (together * panel_bytes), panels / kLeastTasks) : 1;
     size = std::max<int64_t>(1, size);
     parallel_for(runtime, ceil_div(panels, size), [&](int64_t task) {
-        for (int64_t panel = task * size; panel < std::min(panels, (task + 1) * size); ++panel) body(panel);
+        for (int64_t panel = task * size; panel < std::min(panels, (task + 1) * size); ++panel) finish(panel);
     });
 }
 
 static void linear_block(const Runtime& runtime, const Linear& w, const bf16* x, int64_t stride, int64_t first,
-                         int64_t rows, void* y, bool y_fp32) {
+                         int64_t rows, const Output& out) {
     const int64_t pairs = ceil_div(w.k, 2);
     const uint32_t* weight = static_cast<const uint32_t*>(w.weight);
     const RowBlock block = pack_block(runtime, x + first * stride, stride, rows, w.k);
-    const auto multiply = [&](int64_t panel) {
-        float* c = static_cast<float*>(Scratch<1>::get(size_t(rows) * kPanel * sizeof(float)));
+    const int64_t panel_bytes = w.form == kCompact ? compact_panel_bytes(w.k) : pairs * kPanel * 4;
+    over_panels(runtime, w, first, rows, panel_bytes, out, [&](int64_t panel, float* c) {
         if (w.form == kRows)
             multiply_rows(block, w, panel, c);
         else if (w.form == kCompact)
             multiply_compact(block, w, panel, c);
         else
             multiply_panel(block, weight + panel * kPanel * pairs, panel_vectors(w.n, panel), c);
-        const int64_t column = panel * kPanel;
-        const int columns = int(std::min<int64_t>(kPanel, w.n - column));
-        for (int64_t row = 0; row < rows; ++row)
-            store_row(c + row * kPanel, w.bias ? w.bias + column : nullptr, y, (first + row) * w.n + column, columns,
-                      y_fp32);
-    };
-    over_panels(runtime, w, rows, w.form == kCompact ? compact_panel_bytes(w.k) : pairs * kPanel * 4, multiply);
+    });
 }
 
-static void linear_bf16(const Runtime& runtime, const Linear& w, const bf16* x, int64_t stride, int64_t rows, void* y,
-                        bool y_fp32) {
+// Calls block(team, first, rows) for runs of at most `most` rows, nearly equal.
+template <class Block>
+static inline void over_blocks(const Runtime& runtime, const Linear& w, int64_t rows, int64_t most, const Block& block) {
     with_team(runtime, wants_team(rows, w.n, w.k), [&](const Runtime& team) {
-        const int64_t blocks = ceil_div(rows, kBlockRows);
+        const int64_t blocks = ceil_div(rows, most);
         for (int64_t i = 0; i < blocks; ++i) {
-            const int64_t first = rows * i / blocks, count = rows * (i + 1) / blocks - first;
-            linear_block(team, w, x, stride, first, count, y, y_fp32);
+            const int64_t first = rows * i / blocks;
+            block(team, first, rows * (i + 1) / blocks - first);
         }
+    });
+}
+
+static void linear_bf16(const Runtime& runtime, const Linear& w, const bf16* x, int64_t stride, int64_t rows,
+                        const Output& out) {
+    constexpr int64_t kMost = 480;
+    over_blocks(runtime, w, rows, kMost, [&](const Runtime& team, int64_t first, int64_t count) {
+        linear_block(team, w, x, stride, first, count, out);
     });
 }
 

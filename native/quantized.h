@@ -455,41 +455,32 @@ static void multiply_int4(const QuantizedRows& x, const Codes& shape, const Line
 // Both
 
 static void quantized_block(const Runtime& runtime, const Linear& w, const bf16* x, int64_t stride, int64_t first,
-                            int64_t rows, void* y, bool y_fp32) {
+                            int64_t rows, const Output& out) {
     const Codes shape(w);
     const QuantizedRows block = quantize_rows(runtime, shape, x + first * stride, stride, rows);
-    const auto multiply = [&](int64_t panel) {
-        float* c = static_cast<float*>(Scratch<1>::get(size_t(rows) * kPanel * sizeof(float)));
+    over_panels(runtime, w, first, rows, shape.words() * kPanel * 4, out, [&](int64_t panel, float* c) {
         const int vectors = panel_vectors(w.n, panel);
         const int64_t column = panel * kPanel;
         if (shape.nibbles) {
             multiply_int4(block, shape, w, panel, vectors, c);
-        } else {
-            int32_t* sums = reinterpret_cast<int32_t*>(c);
-            multiply_int8(block, shape, static_cast<const uint32_t*>(w.weight) + column * shape.words(), vectors, sums);
-            for (int64_t row = 0; row < rows; ++row)
-                for (int j = 0; j < vectors * kLanes; j += kLanes) {
-                    const vi sum = iload(sums + row * kPanel + j) - iset(128 * block.sum[row]);
-                    const vf scale = vload(static_cast<const float*>(w.scales) + column + j) * vset(block.scale[row]);
-                    vstore(c + row * kPanel + j, to_float(sum) * scale);
-                }
+            return;
         }
-        const int columns = int(std::min<int64_t>(kPanel, w.n - column));
+        int32_t* sums = reinterpret_cast<int32_t*>(c);
+        multiply_int8(block, shape, static_cast<const uint32_t*>(w.weight) + column * shape.words(), vectors, sums);
         for (int64_t row = 0; row < rows; ++row)
-            store_row(c + row * kPanel, w.bias ? w.bias + column : nullptr, y, (first + row) * w.n + column, columns,
-                      y_fp32);
-    };
-    over_panels(runtime, w, rows, shape.words() * kPanel * 4, multiply);
+            for (int j = 0; j < vectors * kLanes; j += kLanes) {
+                const vi sum = iload(sums + row * kPanel + j) - iset(128 * block.sum[row]);
+                const vf scale = vload(static_cast<const float*>(w.scales) + column + j) * vset(block.scale[row]);
+                vstore(c + row * kPanel + j, to_float(sum) * scale);
+            }
+    });
 }
 
 static void linear_quantized(const Runtime& runtime, const Linear& w, const bf16* x, int64_t stride, int64_t rows,
-                             void* y, bool y_fp32) {
-    with_team(runtime, wants_team(rows, w.n, w.k), [&](const Runtime& team) {
-        const int64_t blocks = ceil_div(rows, kBlockRows);
-        for (int64_t i = 0; i < blocks; ++i) {
-            const int64_t first = rows * i / blocks, count = rows * (i + 1) / blocks - first;
-            quantized_block(team, w, x, stride, first, count, y, y_fp32);
-        }
+                             const Output& out) {
+    constexpr int64_t kMost = 480;
+    over_blocks(runtime, w, rows, kMost, [&](const Runtime& team, int64_t first, int64_t count) {
+        quantized_block(team, w, x, stride, first, count, out);
     });
 }
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sensorium.kernels import Activation, DecoderLayerParts, native, reference
-from sensorium.kernels.native import ACTIVATIONS, Native, RowsLinear
+from sensorium.kernels import Activation, DecoderLayerParts, Quantization, native, reference
+from sensorium.kernels.native import ACTIVATIONS, Form, Native, RowsLinear
 from sensorium.models.base import AttentionContext
 
 BF16 = torch.bfloat16
@@ -30,6 +30,10 @@ def assert_close(got: Tensor, expected: Tensor, *, tolerance: float = 2 * ROUNDI
     assert not error.isnan().any()
     if error.numel():
         assert error.max().item() < tolerance
+
+
+def in_place(kernels: Native, weight: Tensor) -> RowsLinear:
+    return RowsLinear(kernels, [(0, weight)], *weight.shape)
 
 
 def context_of(query_lens: list[int], context_lens: list[int], block_size: int, num_blocks: int) -> AttentionContext:
@@ -236,9 +240,26 @@ def test_varlen_attention(kernels: Native, head_dim: int, lengths: list[int]) ->
     assert_close(got, expected, tolerance=4 * ROUNDING)
 
 
-@pytest.mark.parametrize(("qk_norm", "int8"), [(False, False), (True, False), (False, True)])
-def test_decoder_is_its_kernels_one_by_one(kernels: Native, qk_norm: bool, int8: bool) -> None:
-    hidden, heads, kv_heads, dim, wide, tokens = 96, 6, 2, 32, 80, 520
+def gate_up(kernels: Native, wide: int, hidden: int, form: str) -> Form:
+    weight = random_bf16(2 * wide, hidden)
+    made: Form
+    if form in ("rows", "compact"):
+        made = in_place(kernels, weight)
+    else:
+        quantization = {"int8": Quantization(8), "int4": Quantization(4, 32)}.get(form)
+        made = kernels.pack_linear(weight, None, quantization=quantization)
+    if form == "compact":
+        made.pack()
+    made.set_bias(random_bf16(2 * wide))
+    return made
+
+
+@pytest.mark.parametrize(("qk_norm", "int8", "wide", "form"), [
+    (False, False, 80, "packed"), (True, False, 96, "packed"), (False, True, 80, "packed"), (False, False, 96, "rows"),
+    (False, False, 96, "compact"), (False, False, 96, "int8"), (False, False, 96, "int4"), (False, False, 80, "int4")])
+def test_decoder_is_its_kernels_one_by_one(kernels: Native, qk_norm: bool, int8: bool, wide: int, form: str) -> None:
+    """`wide` is a multiple of 32, or not: gate and up are multiplied in one then, or one after the other."""
+    hidden, heads, kv_heads, dim, tokens = 96, 6, 2, 32, 520
     query_lens, context_lens = [1, 1, 1, 517], [1, 40, 16, 530]
     context = context_of(query_lens, context_lens, 16, 48)
     cache = [(random_bf16(48, kv_heads, 16, dim), random_bf16(48, kv_heads, 16, dim)) for _ in range(3)]
@@ -250,8 +271,7 @@ def test_decoder_is_its_kernels_one_by_one(kernels: Native, qk_norm: bool, int8:
             random_bf16(hidden), kernels.pack_linear(random_bf16((heads + 2 * kv_heads) * dim, hidden), None),
             random_bf16(dim) if qk_norm else None, random_bf16(dim) if qk_norm else None,
             kernels.pack_linear(random_bf16(hidden, heads * dim), None), random_bf16(hidden),
-            kernels.pack_linear(random_bf16(2 * wide, hidden), None),
-            kernels.pack_linear(random_bf16(hidden, wide), None),
+            gate_up(kernels, wide, hidden, form), kernels.pack_linear(random_bf16(hidden, wide), None),
             20 if i == 1 else None)
         for i in range(3)
     ]
@@ -388,10 +408,6 @@ def test_weights_in_place_give_the_numbers_of_packed_ones(kernels: Native, shape
     assert form.address == address
     wide.zero_()
     assert torch.equal(form(x), packed(x))
-
-
-def in_place(kernels: Native, weight: Tensor) -> RowsLinear:
-    return RowsLinear(kernels, [(0, weight)], *weight.shape)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (100, 515), (33, 2050), (32, 1), (5, 2), (7, 3), (70, 1536)])
