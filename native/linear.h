@@ -202,7 +202,7 @@ static inline void over_blocks(const Runtime& runtime, const Linear& w, int64_t 
 
 static void linear_bf16(const Runtime& runtime, const Linear& w, const bf16* x, int64_t stride, int64_t rows,
                         const Output& out) {
-    constexpr int64_t kMost = 480;
+    constexpr int64_t kMost = 256;  // with k of 1,536 they stay in 1 MB of L2 from panel to panel
     over_blocks(runtime, w, rows, kMost, [&](const Runtime& team, int64_t first, int64_t count) {
         linear_block(team, w, x, stride, first, count, out);
     });
