@@ -1,6 +1,7 @@
 """Pictures of the playground for docs/images, taken from a running server: python tools/take_screenshots.py [URL].
 
-Needs Playwright (the dev extra) and Chromium (apt-get install chromium). Look at them before committing.
+Needs Playwright (the dev extra), Chromium and a font with Chinese characters (apt-get install chromium
+fonts-wqy-zenhei). Look at them before committing.
 """
 
 from __future__ import annotations
