@@ -106,8 +106,8 @@ static inline void multiply_compact(const RowBlock& block, const Linear& w, int6
 struct Output {
     void* y;
     bool fp32;
-    bool gated;  // n is a multiple of two panels
-    int32_t activation;
+    bool gated = false;  // for more than kTileRows rows; n is a multiple of two panels
+    int32_t activation = 0;
 };
 
 static inline void store_panel(const float* c, const Linear& w, int64_t panel, int64_t first, int64_t rows,
@@ -165,12 +165,14 @@ static inline void over_panels(const Runtime& runtime, const Linear& w, int64_t 
         for (int64_t panel = 0; panel < panels; ++panel) finish(panel);
         return;
     }
-    int64_t size = rows <= kTileRows ? std::min(kTaskBytes / (together * panel_bytes), panels / kLeastTasks) : 1;
+    int64_t size = rows <= kTileRows ? std::min(kTaskBytes / panel_bytes, panels / kLeastTasks) : 1;
     size = std::max<int64_t>(1, size);
     parallel_for(runtime, ceil_div(panels, size), [&](int64_t task) {
         for (int64_t panel = task * size; panel < std::min(panels, (task + 1) * size); ++panel) finish(panel);
     });
 }
+
+constexpr int64_t kLinearRows = 256;  // of a block: with k of 1,536 they stay in 1 MB of L2 from panel to panel
 
 static void linear_block(const Runtime& runtime, const Linear& w, const bf16* x, int64_t stride, int64_t first,
                          int64_t rows, const Output& out) {
@@ -185,26 +187,6 @@ static void linear_block(const Runtime& runtime, const Linear& w, const bf16* x,
             multiply_compact(block, w, panel, c);
         else
             multiply_panel(block, weight + panel * kPanel * pairs, panel_vectors(w.n, panel), c);
-    });
-}
-
-// Calls block(team, first, rows) for runs of at most `most` rows, nearly equal.
-template <class Block>
-static inline void over_blocks(const Runtime& runtime, const Linear& w, int64_t rows, int64_t most, const Block& block) {
-    with_team(runtime, wants_team(rows, w.n, w.k), [&](const Runtime& team) {
-        const int64_t blocks = ceil_div(rows, most);
-        for (int64_t i = 0; i < blocks; ++i) {
-            const int64_t first = rows * i / blocks;
-            block(team, first, rows * (i + 1) / blocks - first);
-        }
-    });
-}
-
-static void linear_bf16(const Runtime& runtime, const Linear& w, const bf16* x, int64_t stride, int64_t rows,
-                        const Output& out) {
-    constexpr int64_t kMost = 256;  // with k of 1,536 they stay in 1 MB of L2 from panel to panel
-    over_blocks(runtime, w, rows, kMost, [&](const Runtime& team, int64_t first, int64_t count) {
-        linear_block(team, w, x, stride, first, count, out);
     });
 }
 

@@ -454,6 +454,8 @@ static void multiply_int4(const QuantizedRows& x, const Codes& shape, const Line
 
 // Both
 
+constexpr int64_t kQuantizedRows = 480;  // of a block
+
 static void quantized_block(const Runtime& runtime, const Linear& w, const bf16* x, int64_t stride, int64_t first,
                             int64_t rows, const Output& out) {
     const Codes shape(w);
@@ -473,14 +475,6 @@ static void quantized_block(const Runtime& runtime, const Linear& w, const bf16*
                 const vf scale = vload(static_cast<const float*>(w.scales) + column + j) * vset(block.scale[row]);
                 vstore(c + row * kPanel + j, to_float(sum) * scale);
             }
-    });
-}
-
-static void linear_quantized(const Runtime& runtime, const Linear& w, const bf16* x, int64_t stride, int64_t rows,
-                             const Output& out) {
-    constexpr int64_t kMost = 480;
-    over_blocks(runtime, w, rows, kMost, [&](const Runtime& team, int64_t first, int64_t count) {
-        quantized_block(team, w, x, stride, first, count, out);
     });
 }
 
