@@ -325,27 +325,25 @@ struct GroupRun {
 template <int MR, int NV>
 static inline void add_quads(vi (&sum)[MR][NV], const uint32_t* a, const vquad (&w)[NV]) {
     for (int i = 0; i < MR; ++i) {
-        const auto x = qbroadcast(a[i]);
-        for (int j = 0; j < NV; ++j) sum[i][j] = dot_quad(sum[i][j], w[j], x);
+        const auto x = nibble_broadcast(a[i]);
+        for (int j = 0; j < NV; ++j) sum[i][j] = dot_nibbles(sum[i][j], w[j], x);
     }
 }
 
-// One word of x, or two where b holds nibbles.
-template <int MR, int NV, bool Packed>
+// Two words of x and one of nibbles.
+template <int MR, int NV>
 static inline void add_words(vi (&sum)[MR][NV], const uint32_t*& a, const uint32_t*& b, int64_t ahead) {
-    vquad w[NV];
-    for (int j = 0; j < NV; ++j) w[j] = qload(b + j * kLanes);
-    if (Packed) {
-        constexpr int kLocality = MR <= 4 ? 3 : 2;
-        __builtin_prefetch(reinterpret_cast<const char*>(b) + ahead, 0, kLocality);
-        if (NV == 2) __builtin_prefetch(reinterpret_cast<const char*>(b) + ahead + 64, 0, kLocality);
-        vquad low[NV];
-        for (int j = 0; j < NV; ++j) low[j] = qlow(w[j]), w[j] = qhigh(w[j]);
-        add_quads(sum, a, low);
-        a += MR;
+    constexpr int kLocality = MR <= 4 ? 3 : 2;
+    __builtin_prefetch(reinterpret_cast<const char*>(b) + ahead, 0, kLocality);
+    if (NV == 2) __builtin_prefetch(reinterpret_cast<const char*>(b) + ahead + 64, 0, kLocality);
+    vquad low[NV], high[NV];
+    for (int j = 0; j < NV; ++j) {
+        const vquad both = qload(b + j * kLanes);
+        low[j] = qlow(both), high[j] = qhigh(both);
     }
-    add_quads(sum, a, w);
-    a += MR;
+    add_quads(sum, a, low);
+    add_quads(sum, a + MR, high);
+    a += 2 * MR;
     b += NV * kLanes;
 }
 
@@ -353,9 +351,11 @@ template <int MR, int NV>
 static inline void add_scaled(vf (&total)[MR][NV], const vi (&sum)[MR][NV], const GroupRun& run, int64_t g) {
     const float* x_scale = run.x_scale + g;
     const int32_t* x_sum = run.x_sum + g;
+    SENSORIUM_UNROLL(2)
     for (int j = 0; j < NV; ++j) {
         const vf scale = vload_f16(run.scales + g * kPanel + j * kLanes);
         const vf zero = run.zeros ? vload_u8(run.zeros + g * kPanel + j * kLanes) : vzero();
+        SENSORIUM_UNROLL(8)
         for (int i = 0; i < MR; ++i) {
             vf product = to_float(sum[i][j]);
             if (run.zeros) product = product - zero * vset(float(x_sum[i * run.rows_step]));
@@ -364,65 +364,44 @@ static inline void add_scaled(vf (&total)[MR][NV], const vi (&sum)[MR][NV], cons
     }
 }
 
-// Adds the run's products to C [MR, 32]. Packed: b holds nibbles; otherwise they are spread out to bytes already.
-// Short: groups of eight words of x, too few for a loop to pay for itself.
-template <int MR, int NV, bool Packed, bool Short>
-static inline void sum_groups(const GroupRun& run, const uint32_t* a, const uint32_t* b, float* c) {
+// Adds the run's products to C [MR, 32]. Left to itself the compiler keeps the sums in memory rather than unroll.
+template <int MR, int NV>
+static void group_tile(const GroupRun& run, const uint32_t* a, const uint32_t* b, float* c) {
+    static_assert(MR <= 8 && NV <= 2);
     vf total[MR][NV];
+    SENSORIUM_UNROLL(8)
     for (int i = 0; i < MR; ++i)
         for (int j = 0; j < NV; ++j) total[i][j] = vload(c + i * kPanel + j * kLanes);
     for (int64_t g = 0; g < run.groups; ++g) {
         vi sum[MR][NV];
+        SENSORIUM_UNROLL(8)
         for (int i = 0; i < MR; ++i) {
             const vi start = run.zeros ? izero() : iset(-8 * run.x_sum[i * run.rows_step + g]);
             for (int j = 0; j < NV; ++j) sum[i][j] = start;
         }
-        if (Short) {
-            SENSORIUM_UNROLL(8)
-            for (int p = 0; p < 8; ++p) add_words<MR, NV, Packed>(sum, a, b, run.ahead);
-        } else {
-            SENSORIUM_UNROLL(2)
-            for (int64_t p = 0; p < run.words; p += Packed ? 2 : 1) add_words<MR, NV, Packed>(sum, a, b, run.ahead);
-        }
+        SENSORIUM_UNROLL(2)
+        for (int64_t p = 0; p < run.words; p += 2) add_words(sum, a, b, run.ahead);
         add_scaled(total, sum, run, g);
     }
+    SENSORIUM_UNROLL(8)
     for (int i = 0; i < MR; ++i)
         for (int j = 0; j < NV; ++j) vstore(c + i * kPanel + j * kLanes, total[i][j]);
 }
 
-template <int MR, int NV, bool Packed>
-static void group_tile(const GroupRun& run, const uint32_t* a, const uint32_t* b, float* c) {
-    if (!Packed && run.words == 8)
-        sum_groups<MR, NV, Packed, !Packed>(run, a, b, c);
-    else
-        sum_groups<MR, NV, Packed, false>(run, a, b, c);
-}
-
 using GroupTile = void (*)(const GroupRun& run, const uint32_t* a, const uint32_t* b, float* c);
 
-template <int NV, bool Packed, int... I>
+template <int NV, int... I>
 static GroupTile pick_group_tile(int rows, std::integer_sequence<int, I...>) {
-    static constexpr GroupTile table[] = {group_tile<I + 1, NV, Packed>...};
+    static constexpr GroupTile table[] = {group_tile<I + 1, NV>...};
     return table[rows - 1];
 }
 
-template <bool Packed>
 static inline GroupTile group_tile_for(int rows, int vectors) {
     constexpr auto sizes = std::make_integer_sequence<int, kGroupRows>{};
-    return vectors == 2 ? pick_group_tile<2, Packed>(rows, sizes) : pick_group_tile<1, Packed>(rows, sizes);
+    return vectors == 2 ? pick_group_tile<2>(rows, sizes) : pick_group_tile<1>(rows, sizes);
 }
 
-static inline void spread_nibbles(const uint32_t* from, int64_t vectors, int width, uint32_t* to) {
-    for (int64_t v = 0; v < vectors; v += width / kLanes, to += 2 * width)
-        for (int lane = 0; lane < width; lane += kLanes, from += kLanes) {
-            __builtin_prefetch(reinterpret_cast<const char*>(from) + 8192, 0, 3);
-            const vquad w = qload(from);
-            qstore(to + lane, qlow(w));
-            qstore(to + width + lane, qhigh(w));
-        }
-}
-
-constexpr int64_t kSpread = 512;  // elements of k that are spread out at a time: 16 KB of a panel
+constexpr int64_t kInt4Step = 2048;  // elements of k that all rows are multiplied with before the next: 34 KB of a panel
 
 static void multiply_int4(const QuantizedRows& x, const Codes& shape, const Linear& w, int64_t panel, int vectors,
                           float* c) {
@@ -432,24 +411,17 @@ static void multiply_int4(const QuantizedRows& x, const Codes& shape, const Line
     const uint16_t* scales = static_cast<const uint16_t*>(w.scales) + panel * shape.groups * kPanel;
     const uint8_t* zeros = w.zeros ? w.zeros + panel * shape.groups * kPanel : nullptr;
     std::fill(c, c + rows * kPanel, 0.0f);
-    const bool packed = rows <= kGroupRows;
-    const int64_t step = packed ? shape.groups : std::max<int64_t>(1, kSpread / shape.group);  // groups at a time
-    uint32_t* spread = nullptr;
-    if (!packed) spread = static_cast<uint32_t*>(Scratch<7>::get(size_t(step * group_words * width) * 4));
-    for (int64_t g = 0; g < shape.groups; g += step) {
-        const int64_t some = std::min(step, shape.groups - g);
-        const uint32_t* from = b + g * group_words / 2 * width;
-        if (!packed) spread_nibbles(from, some * group_words / 2 * vectors, width, spread);
+    const int64_t step = kInt4Step / shape.group;
+    for (int64_t g = 0; g < shape.groups; g += step)
         for (int64_t i = 0; i < x.tiling.count; ++i) {
             const int64_t first = x.tiling.start(i);
             const int size = x.tiling.size(i);
-            const GroupRun run{some, group_words, shape.groups, scales + g * kPanel, zeros ? zeros + g * kPanel : nullptr,
-                               x.scale + first * shape.groups + g, x.sum + first * shape.groups + g,
-                               rows <= 4 ? 4096 : 8192};
-            const GroupTile tile = packed ? group_tile_for<true>(size, vectors) : group_tile_for<false>(size, vectors);
-            tile(run, x.a + first * words + g * group_words * size, packed ? from : spread, c + first * kPanel);
+            const GroupRun run{std::min(step, shape.groups - g), group_words, shape.groups, scales + g * kPanel,
+                               zeros ? zeros + g * kPanel : nullptr, x.scale + first * shape.groups + g,
+                               x.sum + first * shape.groups + g, rows <= 4 ? 4096 : 8192};
+            group_tile_for(size, vectors)(run, x.a + first * words + g * group_words * size,
+                                          b + g * group_words / 2 * width, c + first * kPanel);
         }
-    }
 }
 
 // Both
