@@ -154,7 +154,8 @@ struct CompactPanel {
 template <int MR, bool Keep>
 static void compact_tile(CompactPanel& source, const PairWord* a, int64_t pairs, uint32_t* words, float* c,
                          bool accumulate) {
-    constexpr int64_t kAhead = 4096;
+    // The more there is to do per byte, the further ahead memory has to be asked.
+    constexpr int64_t kAhead = Keep ? 4096 : MR <= 4 ? 8192 : 16384;
     const Expander expand(source.head);
     vf sum[MR][2];
     for (int i = 0; i < MR; ++i)
