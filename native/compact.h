@@ -154,7 +154,7 @@ struct CompactPanel {
 template <int MR, bool Keep>
 static void compact_tile(CompactPanel& source, const PairWord* a, int64_t pairs, uint32_t* words, float* c,
                          bool accumulate) {
-    // The more there is to do per byte, the further ahead memory has to be asked.
+    // The more there is to do per byte, the further ahead memory has to be asked; `Keep`: other tiles do that.
     constexpr int64_t kAhead = Keep ? 4096 : MR <= 4 ? 8192 : 16384;
     const Expander expand(source.head);
     vf sum[MR][2];

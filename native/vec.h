@@ -363,7 +363,7 @@ static inline __m256i dot_quad8(__m256i acc, __m256i w, vquad_broadcast x) {
     return _mm256_add_epi32(acc, sum);
 }
 static inline vi dot_quad(vi acc, vquad w, vquad_broadcast x) { return {dot_quad8(acc.a, w.a, x), dot_quad8(acc.b, w.b, x)}; }
-// Those of nibbles do.
+// Products of nibbles do fit it: two of them are at most 15 * 127 * 2.
 static inline __m256i nibble_broadcast(uint32_t quad) { return _mm256_set1_epi32(int(quad)); }
 static inline __m256i dot_nibbles8(__m256i acc, __m256i w, __m256i x) {
     return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
