@@ -1,4 +1,6 @@
-"""Native kernels beside torch's on the shapes of Qwen2-VL-2B: `python benchmarks/kernels.py [linear attention small]`.
+"""Native kernels on the shapes of Qwen2-VL-2B: `python benchmarks/kernels.py [linear quantized attention small]`.
+
+Beside torch's, and quantised weights beside those of bf16.
 
 Contenders take turns, so that a busy machine is unfair to neither; the figures are medians, the best run in brackets.
 """
@@ -17,11 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sensorium.kernels import native, reference
+from sensorium.kernels import Quantization, native, reference
 from sensorium.models.base import AttentionContext
 
 BF16 = torch.bfloat16
 COLD_BYTES = 256 << 20  # of weights that one run walks over, so that none stay in the caches
+LINEAR_SHAPES = ((17920, 1536), (1536, 8960), (2048, 1536))
 Contender = tuple[str, Callable[[], object]]
 
 
@@ -40,7 +43,7 @@ def race(title: str, contenders: list[Contender], rounds: int, *, work: float, u
 
 
 def linear(kernels: native.Native, rounds: int) -> None:
-    for out_features, in_features in ((17920, 1536), (1536, 8960), (2048, 1536)):
+    for out_features, in_features in LINEAR_SHAPES:
         weight = torch.randn(out_features, in_features).to(BF16)
         copies = max(1, COLD_BYTES // weight.nbytes)
         weights = [weight.clone() for _ in range(copies)]
@@ -64,6 +67,22 @@ def linear(kernels: native.Native, rounds: int) -> None:
             work = len(many) * weight.nbytes / 1e9 * (1 if rows <= 8 else rows)
             race(f"linear {rows} x {in_features} -> {out_features}", contenders, rounds, work=work,
                  unit="GB/s  " if rows <= 8 else "GFLOP/s")
+
+
+def quantized(kernels: native.Native, rounds: int) -> None:
+    kinds = {"bf16": None, "int8": Quantization(8), "int4": Quantization(4)}
+    for out_features, in_features in LINEAR_SHAPES:
+        weight = torch.randn(out_features, in_features).to(BF16)
+        copies = max(1, COLD_BYTES // (weight.numel() // 2))
+        forms = {name: [kernels.pack_linear(weight, None, quantization=kind) for _ in range(copies)]
+                 for name, kind in kinds.items()}
+        for rows in (1, 8, 16, 480):
+            count = copies if rows <= 16 else 1
+            x = torch.randn(rows, in_features).to(BF16)
+            contenders: list[Contender] = [
+                (name, lambda x=x, many=many[:count]: [form(x) for form in many]) for name, many in forms.items()]
+            race(f"quantised {rows} x {in_features} -> {out_features}", contenders, rounds,
+                 work=2 * count * rows * weight.numel() / 1e9, unit="GOP/s  ")
 
 
 def attention(kernels: native.Native, rounds: int) -> None:
@@ -119,7 +138,7 @@ def small(kernels: native.Native, rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sections = {"linear": linear, "attention": attention, "small": small}
+    sections = {"linear": linear, "quantized": quantized, "attention": attention, "small": small}
     parser.add_argument("sections", nargs="*", choices=[*sections, []], help="default: all")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--isa", choices=native.ISAS, help="default: the best of this processor")
