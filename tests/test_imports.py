@@ -20,8 +20,8 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # Layer -> layers it may import, beside itself and the leaves. A module belongs to the longest name that it starts with.
 LEAVES = {"__init__", "types", "errors", "config"}
-HTTP_SIDE = {"media", "prompt", "processors", "engine.client", "engine.messages", "checkpoint", "models.registry",
-             "pooling.spec", "pooling.labels"}
+HTTP_SIDE = {"workers", "media", "prompt", "processors", "engine.client", "engine.messages", "checkpoint",
+             "models.registry", "pooling.spec", "pooling.labels"}
 ALLOWED: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
     "__main__": {"cli"},
@@ -35,8 +35,9 @@ ALLOWED: dict[str, set[str]] = {
     "quantization": set(),
     "checkpoint": {"models.registry", "quantization"},
     "models.registry": set(),
-    "media": set(),
-    "prompt": set(),
+    "workers": set(),
+    "media": {"workers"},
+    "prompt": {"workers"},
     "processors": {"checkpoint", "media", "prompt"},
     "engine.messages": set(),
     "engine.client": {"engine.messages"},
@@ -61,7 +62,7 @@ NEVER_TORCH = set(ALLOWED) - {"kernels", "models", "models.tensor_files", "model
 
 # No settings there: they hand the environment on to the processes that they start, or are such a process (the engine
 # reads which faults a test wants).
-HAND_ENVIRONMENT_ON = {"media/pool.py", "engine/client.py", "engine/core.py", "prompt/convert.py"}
+HAND_ENVIRONMENT_ON = {"workers/process.py", "engine/client.py", "engine/core.py", "prompt/convert.py"}
 # Only here may an `except` be broad: where one request's failure must not end the others', and where the tokenizers
 # library raises nothing more precise.
 BROAD_EXCEPT = {"api/app.py", "api/errors.py", "engine/core.py", "engine/runner.py", "prompt/tokenizer.py"}

@@ -21,6 +21,7 @@ from sensorium.media import pool, worker
 from sensorium.media.loader import MediaLoader
 from sensorium.media.pool import Bounds, WorkerPool
 from sensorium.media.source import RawMedia, Refusal
+from sensorium.workers import process
 
 BOUNDS = Bounds(deadline_s=5.0, memory_bytes=256 << 20, result_bytes=1 << 20, max_jobs=3)
 PICTURE = encoded(photo(16, 16), "JPEG")
@@ -82,7 +83,7 @@ async def rogue(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncIterato
         at = command.index("-m")
         return real([*command[:at], str(script), *command[at + 2:]], stderr=subprocess.DEVNULL, **options)  # type: ignore[call-overload,no-any-return]
 
-    monkeypatch.setattr(pool.subprocess, "Popen", popen)
+    monkeypatch.setattr(process.subprocess, "Popen", popen)
     rogue = WorkerPool("rogue", 1, Bounds(deadline_s=1.0, memory_bytes=64 << 20, result_bytes=1 << 20))
     yield rogue
     await rogue.aclose()

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
-import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,14 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sensorium.errors import ServerError
-from sensorium.media.frames import BYTES, JOB, READY, REFUSED, RESULT, FrameError, FrameSocket
 from sensorium.media.source import Problem, Refusal
+from sensorium.workers.frames import BYTES, JOB, REFUSED, RESULT, FrameError
+from sensorium.workers.process import WorkerProcess
 
-START_TIMEOUT_S = 30.0
 CRASHED = "The {noun} could not be decoded: its file is damaged or takes more time or memory than it may."
 DTYPES = frozenset(("uint8", "float32"))
 PROBLEMS: dict[str, Problem] = {problem: problem for problem in get_args(Problem)}
-ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "VIRTUAL_ENV")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,38 +41,12 @@ class Result:
 
 
 @dataclass(slots=True)
-class Worker:
-    """One child process and the socket to it. Used by one thread at a time."""
-
-    process: subprocess.Popen[bytes]
-    link: FrameSocket
-    is_ready: bool = False
-    jobs: int = 0
+class Worker(WorkerProcess):
+    """A process that decodes."""
 
     @classmethod
     def spawn(cls, role: str, bounds: Bounds) -> Worker:
-        """Returns at once; the child imports meanwhile. It inherits its socket and stderr, nothing else."""
-        ours, theirs = socket.socketpair()
-        environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
-        environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        command = [sys.executable, "-m", "sensorium.media.worker", role, str(bounds.memory_bytes),
-                   str(math.ceil(bounds.deadline_s) + 1)]
-        with theirs:
-            process = subprocess.Popen(command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, env=environment)
-        return cls(process, FrameSocket(ours))
-
-    def wait_ready(self) -> None:
-        if self.is_ready:
-            return
-        self.link.set_deadline(START_TIMEOUT_S)
-        try:
-            kind, length = self.link.receive_head()
-            self.link.receive_record(length)
-        except FrameError:
-            kind = 0
-        if kind != READY:
-            raise ServerError
-        self.is_ready = True
+        return cls.start("sensorium.media.worker", role, bounds.memory_bytes, math.ceil(bounds.deadline_s) + 1)
 
     def run(self, job: dict[str, Any], payload: bytes, bounds: Bounds) -> Result:
         """Raises Refusal for a refused file, FrameError when this worker is of no more use."""
@@ -109,11 +78,6 @@ class Worker:
             filled += length
         data.flags.writeable = False
         return data
-
-    def kill(self) -> None:
-        self.link.sock.close()
-        self.process.kill()
-        self.process.wait()
 
 
 def _allocate(record: dict[str, Any], max_bytes: int) -> NDArray[np.uint8] | NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""The few bytes that cross between the HTTP process and a decode worker: [kind u8][length u64] and that many bytes.
+"""The few bytes that cross between the HTTP process and a worker: [kind u8][length u64] and that many bytes.
 
 Neither side believes the other's lengths without a bound, and no object is ever deserialised: small records are JSON
 of numbers and short strings, arrays are raw bytes behind a record that gives their shape.

@@ -1,0 +1,37 @@
+"""What a disposable process does before it takes work: it cuts itself off from everything but its parent.
+
+Its standard input is a socket to its parent and it can open nothing else: after its imports the limit on descriptors
+is the three it holds, so neither files nor connections come into being whatever its work tries.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+import sys
+from pathlib import Path
+
+from sensorium.workers.frames import FrameSocket
+
+
+def parent_link() -> FrameSocket:
+    """The socket to the parent. From here on the signals to its process group, which may drain, end only the parent."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    return FrameSocket(socket.socket(fileno=0))
+
+
+def lock_in(memory_bytes: int) -> None:
+    """From here on: no new descriptor (so no file, no connection), no core dump, and at most so much more memory."""
+    os.closerange(3, 1024)
+    if sys.platform == "linux":  # elsewhere address space is not what it says
+        limit = address_space_bytes() + memory_bytes
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def address_space_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
