@@ -67,6 +67,16 @@ def test_chain(tmp_path: Path, pickled: bool) -> None:
     assert embedding_poolers(tmp_path, "cls", SIZE)[0]["embed"].size == 3
 
 
+@torch.inference_mode()
+def test_without_an_activation_it_is_a_tanh(tmp_path: Path) -> None:
+    layer = nn.Linear(SIZE, 3)
+    write_modules(tmp_path, "Transformer", "Pooling", "Dense")
+    write_dense(tmp_path / "2_Dense", layer)
+    (tmp_path / "2_Dense" / "config.json").write_text('{"in_features": 6, "out_features": 3, "bias": true}')
+    states = torch.randn(4, SIZE)
+    torch.testing.assert_close(embed(tmp_path, states), torch.tanh(layer(states.mean(0))))
+
+
 @pytest.mark.parametrize("out_features", [SIZE, 4])
 @torch.inference_mode()
 def test_residual(tmp_path: Path, out_features: int) -> None:

@@ -28,18 +28,26 @@ def label_names(config: dict[str, Any]) -> list[str]:
 
 
 def classifier_activation(folder: Path, config: dict[str, Any]) -> str:
-    """What makes scores of logits: `problem_type`, else what sentence-transformers' files say, else by label count."""
+    """What makes scores of logits: what sentence-transformers' files say, else `problem_type`, else by label count."""
+    named = _saved_activation(folder, config)
+    if named is not None:
+        return activation_name(named)
     by_problem = {"regression": "identity", "multi_label_classification": "sigmoid",
                   "single_label_classification": "softmax" if num_labels(config) > 1 else "sigmoid"}
-    problem = config.get("problem_type")
-    if problem in by_problem:
-        return by_problem[problem]
+    return by_problem.get(config.get("problem_type") or "", "sigmoid" if num_labels(config) == 1 else "softmax")
+
+
+def _saved_activation(folder: Path, config: dict[str, Any]) -> str | None:
+    """The class that a CrossEncoder was saved with, in the order in which sentence-transformers looks for it."""
     own = config.get("sentence_transformers")
-    named = (own or {}).get("activation_fn") if isinstance(own, dict) else None
-    named = named or config.get("sbert_ce_default_activation_function") or _from_file(folder)
-    if isinstance(named, str):
-        return activation_name(named)
-    return "sigmoid" if num_labels(config) == 1 else "softmax"
+    for named in (_from_file(folder), own.get("activation_fn") if isinstance(own, dict) else None,
+                  config.get("sbert_ce_default_activation_function")):
+        if named is None:
+            continue
+        if not isinstance(named, str):
+            raise CheckpointError(f"the checkpoint's activation function must be the name of a class, not {named!r}")
+        return named
+    return None
 
 
 def _from_file(folder: Path) -> object:
