@@ -33,8 +33,6 @@ from sensorium.models.weights import load_model
 
 ROOT = Path(__file__).parents[2]
 DEMO = Path(sensorium.__file__).parent / "demo"
-needs_espeak = pytest.mark.skipif(not shutil.which("espeak-ng"),
-                                  reason="espeak-ng is not installed: no speech to train on")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +56,6 @@ def random_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@needs_espeak
 @pytest.mark.parametrize("kind", ["image", "video", "audio", "text"])
 def test_network_equals_the_served_model(kind: str, random_folder: Path, speech: Speech) -> None:
     reader = Reader(random_folder)
@@ -149,7 +146,6 @@ def test_a_picture_brought_along_is_meant_alone_and_rows_know_their_picture() ->
     assert answer.told["nth"] == 1
 
 
-@needs_espeak
 def test_beeps_know_which_they_are(speech: Speech) -> None:
     reader, rng = Reader(DEMO), random.Random(9)
     sound = make_beeps(rng, 4)
@@ -194,7 +190,6 @@ def test_drawing_is_repeatable() -> None:
     assert len(said) == 1
 
 
-@needs_espeak
 def test_answers_and_nothing_else_are_learnt(speech: Speech) -> None:
     reader = Reader(DEMO)
     for kind in dialogs.MAKERS:
@@ -231,7 +226,6 @@ def test_lists_are_compared_without_order() -> None:
     assert dialogs.facts("图片里有一个红色的圆形。") != dialogs.facts("图片里有一个红色的菱形。")
 
 
-@needs_espeak
 def test_a_tiny_run_trains_stops_goes_on_and_serves(tmp_path: Path) -> None:
     command = [sys.executable, "tools/train_demo", "train", "--work", str(tmp_path / "work"), "--out",
                str(tmp_path / "out"), "--scale", "0.05", "--recordings", "1", "--workers", "1"]

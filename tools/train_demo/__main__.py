@@ -3,8 +3,7 @@
     python tools/train_demo train [--steps 9000] [--out src/sensorium/demo] [--work build/demo]
     python tools/train_demo evaluate [--base-url http://127.0.0.1:8000] [--samples 500]
 
-A stopped run goes on where it was when the same command is given again. Needs the development dependencies and
-espeak-ng.
+A stopped run goes on where it was when the same command is given again. Needs the development dependencies.
 """
 
 from __future__ import annotations

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import random
-import shutil
-import subprocess
 import wave
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from voice import Voice
 from words import COLOURS, NUMBERS
 
 Samples = NDArray[np.float32]
 
 RATE = 16_000  # Hz
 SPOKEN = (*NUMBERS, *COLOURS)
-VOICES = ("en-us", "en-gb", "en-gb-scotland", "en-gb-x-rp", "en-029", "en-us-nyc")
+VOICES = ("en-us", "en", "en-gb-scotland", "en-gb-x-rp", "en-029", "en-us-nyc")
 VARIANTS = ("", "+m1", "+m2", "+m3", "+m4", "+m5", "+m6", "+m7", "+f1", "+f2", "+f3", "+f4", "+f5")
 
 
@@ -105,8 +103,6 @@ class Speech:
     """Recordings of every word in many voices, made once and kept in a folder."""
 
     def __init__(self, folder: Path, per_word: int, seed: int) -> None:
-        if not shutil.which("espeak-ng"):
-            raise SystemExit("espeak-ng speaks the words: install it (Debian: apt-get install espeak-ng)")
         file = folder / f"speech-{per_word}-{seed}.npz"
         if not file.exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -120,8 +116,8 @@ class Speech:
         rng = random.Random(seed)
         jobs = {f"{word}-{index}": (word, rng.choice(VOICES) + rng.choice(VARIANTS), rng.randrange(100, 220),
                                     rng.randrange(15, 86)) for word in SPOKEN for index in range(per_word)}
-        with ThreadPoolExecutor(4) as pool:
-            return dict(zip(jobs, pool.map(lambda job: speak(*job), jobs.values()), strict=True))
+        voice = Voice()
+        return {name: speak(voice, *job) for name, job in jobs.items()}
 
     def make(self, rng: random.Random, word: str = "") -> Sound:
         word = word or rng.choice(SPOKEN)
@@ -134,17 +130,11 @@ class Speech:
         return Sound(finished(rng, samples), "speech", word=word, spans=((start, start + len(clip) / RATE),))
 
 
-def speak(word: str, voice: str, rate: int, pitch: int) -> NDArray[np.int16]:
-    """One word through espeak-ng, silence cut off at both ends."""
-    done = subprocess.run(["espeak-ng", "-v", voice, "-s", str(rate), "-p", str(pitch), "--stdout", word],
-                          capture_output=True, check=True)
-    # Its header has no length, since it writes to a pipe.
-    with wave.open(BytesIO(done.stdout)) as file:
-        native = file.getframerate()
-    data = np.frombuffer(done.stdout[44 : 44 + (len(done.stdout) - 44) // 2 * 2], "<i2").astype(np.float32)
+def speak(voice: Voice, word: str, name: str, words_per_minute: int, pitch: int) -> NDArray[np.int16]:
+    """One word in the voice of that name, silence cut off at both ends."""
     import soxr
 
-    data = soxr.resample(data, native, RATE)
+    data = soxr.resample(voice.speak(word, name, words_per_minute, pitch).astype(np.float32), voice.rate, RATE)
     loud = np.flatnonzero(np.abs(data) > 300)
     data = data[max(0, loud[0] - 400) : loud[-1] + 400]
     return np.clip(data, -32768, 32767).astype(np.int16)
