@@ -187,11 +187,35 @@ async def test_completion_logprobs_with_echo(served: Served, stream: bool) -> No
             found.setdefault(name, []).extend(values)
     assert text == "hé" + ANSWER.encode()[:4].decode("utf-8", "replace")
     assert found["tokens"] == ["h", "\ufffd", "\ufffd", "G", "r", "\ufffd", "\ufffd"]
-    assert found["text_offset"] == list(range(7))
+    assert found["text_offset"] == [0, 1, 1, 2, 3, 4, 4]
     assert found["token_logprobs"][0] is None
     assert found["top_logprobs"][0] is None
     assert found["token_logprobs"][3] == -(TOKENIZER.token_to_id("G") or 0) / 100
     assert all(len(values) == 7 for values in found.values())
+
+
+@pytest.mark.parametrize(("stop", "include", "text"), [
+    (None, False, ANSWER), ("! ", False, "Grüße, world"), ("! ", True, "Grüße, world! "), ("e, wow", False, ANSWER),
+    ("🙂", False, "Grüße, world! ")])
+@pytest.mark.parametrize("chunk", [1, 3, 8])
+async def test_offsets_count_the_text_as_sent(stop: str | None, include: bool, text: str, chunk: int) -> None:
+    fields = {"prompt": "你h", "echo": True, "logprobs": 0, "max_tokens": 40, "include_stop_str_in_output": include,
+              **({"stop": stop} if stop else {})}
+    async with serving(FakeEngine(script=partial(speak, chunk=chunk))) as served:
+        plain = (await complete(served.port, **fields)).json["choices"][0]
+        pieces = [event["choices"][0] for event in events((await complete(served.port, stream=True, **fields)).body)]
+    assert plain["text"] == "你h" + text
+    assert "".join(piece["text"] for piece in pieces) == plain["text"]
+    lists = plain["logprobs"]
+    so_far = ""
+    for piece in pieces:
+        so_far += piece["text"]
+        assert all(offset <= len(so_far) for offset in piece["logprobs"]["text_offset"])
+    for name, values in lists.items():
+        assert [value for piece in pieces for value in piece["logprobs"][name]] == values
+    whole = [0, 0, 0, 1, *(2 + at for at, letter in enumerate(ANSWER) for _ in letter.encode())]
+    answered = len(lists["tokens"])
+    assert lists["text_offset"] == [min(offset, len(plain["text"])) for offset in [*whole, 2 + len(ANSWER)][:answered]]
 
 
 @pytest.mark.parametrize("stream", [False, True])

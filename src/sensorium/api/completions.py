@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -18,6 +19,8 @@ from sensorium.api.logprobs import CompletionLogprobs, joined
 from sensorium.api.protocol.completion import CompletionRequest
 from sensorium.api.service import Entry, Service
 from sensorium.api.sse import EventStream
+from sensorium.prompt.offsets import prompt_offsets
+from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.types import Prompt
 
 
@@ -64,16 +67,28 @@ async def _answer(service: Service, call: Call, entry: Entry, request: Completio
         "usage": _usage(request, answers), "system_fingerprint": None}))
 
 
-async def _echoes(entry: Entry, request: CompletionRequest, prompts: Sequence[Prompt]) -> list[str]:
-    """The text before the answers to each prompt: the prompt's own, if `echo` asks for it."""
-    echoes: list[str] = []
-    for given, prompt in zip(request.prompts, prompts, strict=True):
-        text = ""
-        if request.echo:
-            text = given if isinstance(given, str) else await asyncio.to_thread(
-                entry.model.tokenizer.decode, prompt.token_ids.tolist(), skip_special_tokens=False)
-        echoes.append(text)
-    return echoes
+@dataclass(frozen=True, slots=True)
+class _Echo:
+    """The text before the answers to a prompt; with log-probabilities, also where its tokens begin in it."""
+
+    text: str = ""
+    offsets: Sequence[int] = ()
+
+
+async def _echoes(entry: Entry, request: CompletionRequest, prompts: Sequence[Prompt]) -> list[_Echo]:
+    """Of each prompt, if `echo` asks for it."""
+    if not request.echo:
+        return [_Echo()] * len(prompts)
+    return [await asyncio.to_thread(_echo, entry.model.tokenizer, given if isinstance(given, str) else None,
+                                    prompt.token_ids.tolist(), has_offsets=request.logprobs is not None)
+            for given, prompt in zip(request.prompts, prompts, strict=True)]
+
+
+def _echo(tokenizer: Tokenizer, text: str | None, token_ids: list[int], *, has_offsets: bool) -> _Echo:
+    """Of a prompt that came as text, or as ids."""
+    if text is None:
+        text = tokenizer.decode(token_ids, skip_special_tokens=False)
+    return _Echo(text, prompt_offsets(tokenizer, token_ids, text) if has_offsets else ())
 
 
 def _usage(request: CompletionRequest, answers: Answers) -> dict[str, object]:
@@ -83,7 +98,7 @@ def _usage(request: CompletionRequest, answers: Answers) -> dict[str, object]:
 class _ChoiceWriter:
     """One choice's pieces: the echoed prompt once, then what the model adds, with log-probabilities in step."""
 
-    def __init__(self, entry: Entry, request: CompletionRequest, answer: Answer, prompt: Prompt, echo: str) -> None:
+    def __init__(self, entry: Entry, request: CompletionRequest, answer: Answer, prompt: Prompt, echo: _Echo) -> None:
         self._answer = answer
         self._prompt = prompt
         self._generates = request.generates
@@ -91,21 +106,23 @@ class _ChoiceWriter:
         self._echo_due = bool(request.echo)
         self._logprobs: CompletionLogprobs | None = None
         if request.logprobs is not None:
-            self._logprobs = CompletionLogprobs(entry.model.tokenizer, request.logprobs)
+            self._logprobs = CompletionLogprobs(entry.model.tokenizer, request.logprobs,
+                                                skip_special_tokens=not request.keeps_special_tokens,
+                                                echoed=len(echo.text))
 
     def piece(self, text: str) -> tuple[str, dict[str, Any] | None]:
         """What to send for new text."""
         tokens = self._answer.take_logprobs()
         if not self._generates:  # the engine always makes one token; nobody asked for it
             text, tokens = "", []
-        logprobs = self._logprobs.piece(tokens) if self._logprobs is not None and not self._echo_due else None
-        if self._echo_due:
-            self._echo_due = False
-            text = self._echo + text
-            if self._logprobs is not None:
-                prompt = self._logprobs.prompt(self._prompt.token_ids, self._answer.prompt_logprobs)
-                logprobs = joined(prompt, self._logprobs.piece(tokens))
-        return text, logprobs
+        lists = self._logprobs
+        own = lists.piece(tokens, text, is_last=self._answer.finish_reason is not None) if lists is not None else None
+        if not self._echo_due:
+            return text, own
+        self._echo_due = False
+        if lists is not None and own is not None:
+            own = joined(lists.prompt(self._prompt.token_ids, self._answer.prompt_logprobs, self._echo.offsets), own)
+        return self._echo.text + text, own
 
     def whole(self, text: str) -> dict[str, Any]:
         text, logprobs = self.piece(text)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from sensorium.prompt.offsets import TextOffsets
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.types import TokenLogprob
 
@@ -25,36 +27,55 @@ def _entry(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any
 
 
 class CompletionLogprobs:
-    """Four parallel lists; offsets go on counting over a stream's pieces. `num_top` is the request's `logprobs`."""
+    """Four parallel lists, with the offsets of tokens in the choice's text: the prompt if echoed, then the answer.
 
-    def __init__(self, tokenizer: Tokenizer, num_top: int) -> None:
+    A token goes out with the first piece of text that it begins in, so that offsets never point beyond the text that
+    the client has, whatever a stop string takes back. `num_top` is the request's `logprobs`, `echoed` the characters
+    that stand before the model's.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, num_top: int, *, skip_special_tokens: bool, echoed: int) -> None:
         self._tokenizer = tokenizer
         self._num_top = num_top
-        self._offset = 0
+        self._offsets = TextOffsets(tokenizer, skip_special_tokens=skip_special_tokens, keep_leading_space=True)
+        self._echoed = echoed
+        self._sent = 0  # characters of the model's
+        self._waiting: deque[tuple[int, TokenLogprob]] = deque()
 
-    def piece(self, tokens: Iterable[TokenLogprob]) -> dict[str, Any]:
-        return self._lists((token.token_id, token) for token in tokens)
-
-    def prompt(self, token_ids: Iterable[int], tokens: Iterable[TokenLogprob | None]) -> dict[str, Any]:
-        """The prompt's; its first token has none."""
-        return self._lists(zip(token_ids, tokens, strict=False))
-
-    def _lists(self, tokens: Iterable[tuple[int, TokenLogprob | None]]) -> dict[str, Any]:
-        lists: dict[str, Any] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
-        for token_id, token in tokens:
-            text = self._tokenizer.token_text(int(token_id))[0]
-            lists["text_offset"].append(self._offset)
-            lists["token_logprobs"].append(None if token is None else max(token.logprob, MIN_LOGPROB))
-            lists["tokens"].append(text)
-            lists["top_logprobs"].append(None if token is None else self._top(token, text))
-            self._offset += len(text)
+    def piece(self, tokens: Iterable[TokenLogprob], text: str, *, is_last: bool) -> dict[str, Any]:
+        """What goes with a new piece of the model's text. `tokens` are those that have come since the last one."""
+        self._sent += len(text)
+        self._waiting.extend((self._offsets.begin(token.token_id), token) for token in tokens)
+        lists = _empty_lists()
+        while self._waiting and (is_last or self._waiting[0][0] < self._sent):
+            offset, token = self._waiting.popleft()
+            self._add(lists, self._echoed + min(offset, self._sent), token.token_id, token)
         return lists
+
+    def prompt(self, token_ids: Iterable[int], tokens: Iterable[TokenLogprob | None],
+               offsets: Sequence[int]) -> dict[str, Any]:
+        """The echoed prompt's; its first token has none."""
+        lists = _empty_lists()
+        for token_id, token, offset in zip(token_ids, tokens, offsets, strict=False):
+            self._add(lists, offset, int(token_id), token)
+        return lists
+
+    def _add(self, lists: dict[str, Any], offset: int, token_id: int, token: TokenLogprob | None) -> None:
+        text = self._tokenizer.token_text(token_id)[0]
+        lists["text_offset"].append(offset)
+        lists["token_logprobs"].append(None if token is None else max(token.logprob, MIN_LOGPROB))
+        lists["tokens"].append(text)
+        lists["top_logprobs"].append(None if token is None else self._top(token, text))
 
     def _top(self, token: TokenLogprob, text: str) -> dict[str, float]:
         top = {self._tokenizer.token_text(other)[0]: max(value, MIN_LOGPROB)
                for other, value in token.top[:self._num_top]}
         top.setdefault(text, max(token.logprob, MIN_LOGPROB))
         return top
+
+
+def _empty_lists() -> dict[str, Any]:
+    return {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
 
 
 def joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
