@@ -252,7 +252,31 @@ async def test_usage_in_streams(served: Served) -> None:
         "include_usage": True, "continuous_usage_stats": True})).body)
     counts = [chunk["usage"]["completion_tokens"] for chunk in running]
     assert counts == sorted(counts)
-    assert (counts[0], counts[-1]) == (1, ANSWER_TOKENS)
+    assert (counts[:2], counts[-1]) == ([0, 1], ANSWER_TOKENS)
+    for options in ({"continuous_usage_stats": True}, {"continuous_usage_stats": True, "include_usage": False}):
+        assert not any("usage" in chunk for chunk in events((await chat(
+            served.port, stream=True, stream_options=options)).body))
+
+
+@pytest.mark.parametrize("n", [1, 3])
+async def test_running_usage_counts_what_was_sent(n: int) -> None:
+    both = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    continued = {"messages": [*USER, {"role": "assistant", "content": "So: "}], "echo": True,
+                 "continue_final_message": True, "add_generation_prompt": False}
+    async with serving(FakeEngine(script=partial(speak, text="abcdefgh", chunk=4))) as served:
+        chats = events((await chat(served.port, n=n, **both, **continued)).body)
+        texts = events((await complete(served.port, prompt="x", n=n, max_tokens=8, echo=True, **both)).body)
+        scored = events((await complete(served.port, prompt="x", max_tokens=0, echo=True, **both)).body)
+    lengths = dict.fromkeys(range(n), 0)
+    for chunk in chats[:-1]:
+        piece = chunk["choices"][0]
+        said = piece["delta"].get("content", "")
+        lengths[piece["index"]] += (0 if said == "So: " else len(said)) + bool(piece["finish_reason"])
+        assert chunk["usage"]["completion_tokens"] == sum(lengths.values())
+    assert chats[-1]["usage"]["completion_tokens"] == 9 * n
+    if n == 1:
+        assert [chunk["usage"]["completion_tokens"] for chunk in texts] == [4, 8, 8]
+    assert {chunk["usage"]["completion_tokens"] for chunk in scored} == {0}
 
 
 async def test_every_chunk_says_whether_it_is_the_last(served: Served) -> None:

@@ -203,6 +203,10 @@ class Answers:
         return {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens + completion,
                 "completion_tokens": completion, "prompt_tokens_details": details}
 
+    def usage_without(self, unsent: int) -> dict[str, object]:
+        """The same before the client has the last tokens."""
+        return self.usage(completion_tokens=self.completion_tokens - unsent)
+
     def _media_tokens(self) -> dict[str, int] | None:
         counts: dict[str, int] = {}
         for prompt in self.prompts:

@@ -81,10 +81,8 @@ def _logprobs(entry: Entry, request: ChatRequest, answer: Answer) -> dict[str, A
 
 async def _stream(service: Service, call: Call, entry: Entry, request: ChatRequest, answers: Answers, head: StreamHead,
                   echoed: str) -> None:
-    options = request.stream_options
-    include_usage = bool(options and options.include_usage)
-    frames = chat_frames(head, include_usage=include_usage,
-                         running_usage=answers.usage if options and options.continuous_usage_stats else None)
+    frames = chat_frames(head, include_usage=request.includes_usage,
+                         running_usage=answers.usage_without if request.runs_usage else None)
     begun: set[int] = set()
     async with EventStream(call, service.limits.keep_alive_comment_s) as events:
 
@@ -93,7 +91,8 @@ async def _stream(service: Service, call: Call, entry: Entry, request: ChatReque
             event = b""
             if index not in begun:
                 begun.add(index)
-                event = frames.role(index) + (frames.text(index, echoed) if echoed else b"")
+                unsent = answer.num_tokens
+                event = frames.role(index, unsent) + (frames.text(index, echoed, unsent=unsent) if echoed else b"")
             if answer.finish_reason is not None:
                 event += frames.finish(index, text, _logprobs(entry, request, answer), answer.finish_reason,
                                        answer.stop_reason, empty=_NO_DELTA)
@@ -103,4 +102,4 @@ async def _stream(service: Service, call: Call, entry: Entry, request: ChatReque
                 await events.write(event)
 
         await answers.run(emit)
-        await events.end(frames.usage(answers.usage()) if include_usage else b"")
+        await events.end(frames.usage(answers.usage()) if request.includes_usage else b"")

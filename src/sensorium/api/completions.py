@@ -141,10 +141,8 @@ class _ChoiceWriter:
 
 async def _stream(service: Service, call: Call, request: CompletionRequest, answers: Answers, head: StreamHead,
                   writers: Sequence[_ChoiceWriter]) -> None:
-    options = request.stream_options
-    include_usage = bool(options and options.include_usage)
-    frames = completion_frames(head, include_usage=include_usage,
-                               running_usage=answers.usage if options and options.continuous_usage_stats else None)
+    frames = completion_frames(head, include_usage=request.includes_usage,
+                               running_usage=(lambda _: _usage(request, answers)) if request.runs_usage else None)
     async with EventStream(call, service.limits.keep_alive_comment_s) as events:
 
         async def emit(answer: Answer, text: str) -> None:
@@ -158,4 +156,4 @@ async def _stream(service: Service, call: Call, request: CompletionRequest, answ
                 await events.write(frames.text(answer.index, text, logprobs))
 
         await answers.run(emit)
-        await events.end(frames.usage(_usage(request, answers)) if include_usage else b"")
+        await events.end(frames.usage(_usage(request, answers)) if request.includes_usage else b"")

@@ -12,7 +12,8 @@ from typing import Any
 import msgspec
 
 _encode = msgspec.json.Encoder().encode
-Usage = Callable[[], dict[str, object]]
+Usage = Callable[[int], dict[str, object]]
+"""The figures so far, without that many tokens of which nothing has been sent yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class StreamHead:
 
 
 class Frames:
-    """Events of one endpoint. `usage` is asked for every event if the client wants continuous figures."""
+    """Events of one endpoint. `running_usage` is asked for every event if the client wants continuous figures."""
 
     def __init__(self, head: StreamHead, kind: str, *, open_text: bytes, close_text: bytes, include_usage: bool,
                  running_usage: Usage | None) -> None:
@@ -44,15 +45,15 @@ class Frames:
             self._choices[index] = self._start + b'{"index":' + str(index).encode() + b","
         return self._choices[index]
 
-    def text(self, index: int, text: str, logprobs: dict[str, Any] | None = None) -> bytes:
-        """A piece of an answer."""
+    def text(self, index: int, text: str, logprobs: dict[str, Any] | None = None, *, unsent: int = 0) -> bytes:
+        """A piece of an answer. `unsent` tokens are counted already, but come after it."""
         if logprobs is None and self._running_usage is None:
             return b"".join((self._choice(index), self._open_text, _encode(text), self._plain_end))
-        return self._event(index, self._open_text + _encode(text) + self._close_text, logprobs, b"null", b"")
+        return self._event(index, self._open_text + _encode(text) + self._close_text, logprobs, b"null", b"", unsent)
 
-    def role(self, index: int) -> bytes:
+    def role(self, index: int, unsent: int) -> bytes:
         """The first event of a chat answer."""
-        return self._event(index, b'"delta":{"role":"assistant","content":""}', None, b"null", b"")
+        return self._event(index, b'"delta":{"role":"assistant","content":""}', None, b"null", b"", unsent)
 
     def finish(self, index: int, text: str, logprobs: dict[str, Any] | None, reason: str, stop_reason: str | int | None,
                *, empty: bytes | None = None) -> bytes:
@@ -64,8 +65,11 @@ class Frames:
         """The event after the last choice, if the client asked for it."""
         return self._start + b'],"usage":' + _encode(usage) + b"}\n\n"
 
-    def _event(self, index: int, body: bytes, logprobs: dict[str, Any] | None, reason: bytes, more: bytes) -> bytes:
-        usage = self._null_usage if self._running_usage is None else b',"usage":' + _encode(self._running_usage())
+    def _event(self, index: int, body: bytes, logprobs: dict[str, Any] | None, reason: bytes, more: bytes,
+               unsent: int = 0) -> bytes:
+        usage = self._null_usage
+        if self._running_usage is not None:
+            usage = b',"usage":' + _encode(self._running_usage(unsent))
         return b"".join((self._choice(index), body, b',"logprobs":', _encode(logprobs), b',"finish_reason":', reason,
                          more, b"}]", usage, b"}\n\n"))
 

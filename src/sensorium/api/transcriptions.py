@@ -97,9 +97,9 @@ async def _answer(service: Service, call: Call, entry: Entry, request: AudioRequ
 async def _stream(service: Service, call: Call, entry: Entry, request: AudioRequest, answers: Answers) -> None:
     head = StreamHead("trsc-" + secrets.token_hex(12), int(time.time()), request.model or entry.name)
     include_usage = bool(request.stream_include_usage)
+    runs_usage = include_usage and request.stream_continuous_usage_stats
     frames = Frames(head, "transcription.chunk", open_text=b'"delta":{"content":', close_text=b"}",
-                    include_usage=include_usage,
-                    running_usage=answers.usage if request.stream_continuous_usage_stats else None)
+                    include_usage=include_usage, running_usage=answers.usage_without if runs_usage else None)
     async with EventStream(call, service.limits.keep_alive_comment_s) as events:
 
         async def emit(answer: Answer, text: str) -> None:

@@ -68,7 +68,7 @@ def _number(generation: Mapping[str, Any], name: str, low: float, high: float, d
 
 class StreamOptions(Nested):
     include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
+    continuous_usage_stats: bool | None = None  # figures in every event, if there are to be any
 
 
 class SamplingBody(Body):
@@ -124,6 +124,15 @@ class SamplingBody(Body):
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def includes_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def runs_usage(self) -> bool:
+        return self.includes_usage and self.stream_options is not None and bool(
+            self.stream_options.continuous_usage_stats)
 
     @property
     def keeps_special_tokens(self) -> bool:
