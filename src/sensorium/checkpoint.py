@@ -59,6 +59,7 @@ class TextConfig:
     sliding_window: int | None = None  # None: full attention
     hidden_act: str = "silu"
     windowed_layers: tuple[int, ...] | None = None  # layers that have the window; None: all
+    is_causal: bool = True  # False: every token sees the whole prompt, and nothing is generated
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,7 +355,13 @@ def _text_config(text: dict[str, Any], config: dict[str, Any]) -> TextConfig:
         sliding_window=window,
         hidden_act="silu",
         windowed_layers=windowed_layers,
+        is_causal=_is_causal(text),
     )
+
+
+def _is_causal(text: dict[str, Any]) -> bool:
+    """Embedders on decoders say in one of two ways that their attention goes both ways."""
+    return bool(text.get("is_causal", True)) and text.get("use_bidirectional_attention") is not True
 
 
 def _sliding_window(text: dict[str, Any], family: _Family,

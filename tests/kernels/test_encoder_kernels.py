@@ -86,6 +86,21 @@ def test_windowed_attention(lengths: list[int], window: int, dtype: torch.dtype)
         start += length
 
 
+@pytest.mark.parametrize("lengths", [[7, 7], [5, 40, 3]])
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_several_heads_of_queries_share_one_of_keys(lengths: list[int], window: int | None, dtype: torch.dtype) -> None:
+    fused = torch.randn(sum(lengths), 4 + 2 + 2, 16).to(dtype)
+    q, k, v = fused.split([4, 2, 2], dim=1)
+    wide_k, wide_v = (x.repeat_interleave(2, dim=1) for x in (k, v))
+    expected = reference.varlen_attention(q, wide_k, wide_v, lengths, 0.25, window)
+    tolerance = 1e-5 if dtype is torch.float32 else 2e-2
+    for module in (kernels, reference):
+        out = module.varlen_attention(q, k, v, lengths, 0.25, window)
+        torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gated(dtype: torch.dtype) -> None:
     x = torch.randn(5, 48).to(dtype)

@@ -100,6 +100,13 @@ def test_classifiers(tmp_path: Path, family: str, labels: int) -> None:
         torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_an_encoder_that_looks_back_only_is_refused(tmp_path: Path) -> None:
+    """transformers computes a BERT with `is_decoder` causally."""
+    save(BertForSequenceClassification(BertConfig(**SHAPE, num_labels=1, is_decoder=True)), tmp_path)
+    with pytest.raises(CheckpointError, match="is_decoder"):
+        load(tmp_path)
+
+
 def test_activation_named_by_the_config(tmp_path: Path) -> None:
     save(BertForSequenceClassification(BertConfig(**SHAPE, num_labels=1)), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

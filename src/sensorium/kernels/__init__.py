@@ -267,7 +267,7 @@ def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, context: Attent
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float,
                      window: int | None = None) -> Tensor:
-    """Attention in both directions inside each run of `lengths` tokens, never across. Same shape for q, k and v.
+    """Attention in both directions inside each run of `lengths` tokens, never across; grouped queries.
 
     With a window, a token sees as many others on either side of itself.
     """

@@ -259,9 +259,9 @@ def first_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: 
 
 
 def _both_ways(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-    """All [runs, tokens, heads, head_dim]; mask bool [runs, 1, tokens, keys]"""
+    """All [runs, tokens, heads, head_dim], several heads of q to one of k and v; mask bool [runs, 1, tokens, keys]"""
     out = functional.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-                                                  attn_mask=mask, scale=scale)
+                                                  attn_mask=mask, scale=scale, enable_gqa=q.shape[2] != k.shape[2])
     return out.transpose(1, 2)
 
 
@@ -278,7 +278,7 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float,
                                    torch.tensor(lengths, device=q.device))
     queries = functional.pad(q, (0, 0, 0, 0, 0, end)).view(count, size, heads, head_dim)
     keys, values = (functional.pad(x, (0, 0, 0, 0, window, window + end)).unfold(0, size + 2 * window, size)
-                    .permute(0, 3, 1, 2) for x in (k, v))  # [count, size + 2 * window, heads, head_dim], overlapping
+                    .permute(0, 3, 1, 2) for x in (k, v))  # [count, size + 2 * window, kv_heads, head_dim], overlapping
     of_query = functional.pad(runs, (0, end), value=-1).view(count, size, 1)
     of_key = functional.pad(runs, (window, window + end), value=-1).unfold(0, size + 2 * window, size).unsqueeze(1)
     offset = torch.arange(size + 2 * window, device=q.device) - torch.arange(size, device=q.device).unsqueeze(1)

@@ -45,7 +45,7 @@ class SelfAttention(nn.Module):
         self.widths = [heads, kv_heads, kv_heads]
         self.head_dim = head_dim
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: tuple[Tensor, Tensor],
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: tuple[Tensor, Tensor] | None,
                 context: AttentionContext, rows: Tensor | None = None) -> Tensor:
         """Of the tokens `rows` int64 [n], or of all."""
         heads = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)  # [tokens, heads + 2 * kv_heads, head_dim]
@@ -78,8 +78,9 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, cache: tuple[Tensor, Tensor],
-                context: AttentionContext, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor,
+                cache: tuple[Tensor, Tensor] | None, context: AttentionContext,
+                rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(last layer's output, sum of all before it) -> the same pair, of the tokens `rows` if they are given; every
         sum is taken with the norm after it."""
         if residual is None:
@@ -111,10 +112,13 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config.rope, config.head_dim)
+        self.is_causal = config.is_causal
 
     @functools.cached_property
     def stack(self) -> kernels.DecoderStack | None:
         """The layers as one call, once their weights are there."""
+        if not self.is_causal:
+            return None
         layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
         attention = layers[0].self_attn.attention
         return kernels.decoder_stack(
@@ -128,7 +132,8 @@ class Decoder(nn.Module):
         if self.stack is not None:
             return self.stack(hidden, cos, sin, cache, context, rows)
         residual: Tensor | None = None
-        for index, (layer, layer_cache) in enumerate(zip(self.layers, cache, strict=True), 1):
+        caches = cache if self.is_causal else [None] * len(self.layers)
+        for index, (layer, layer_cache) in enumerate(zip(self.layers, caches, strict=True), 1):
             only = rows if index == len(self.layers) else None
             hidden, residual = layer(hidden, residual, cos, sin, layer_cache, context, only)
         if residual is None:
@@ -153,9 +158,11 @@ class DecoderModel(Model):
         if config is None:
             raise CheckpointError(f"{checkpoint.architecture} needs a decoder's configuration")
         self.text = config
-        self.num_layers = config.num_layers
-        self.num_kv_heads = config.num_kv_heads
-        self.head_dim = config.head_dim
+        self.num_layers = self.num_kv_heads = self.head_dim = 0  # no cache: what comes later changes what was before
+        if config.is_causal:
+            self.num_layers, self.num_kv_heads = config.num_layers, config.num_kv_heads
+            self.head_dim = config.head_dim
+        self.generates = type(self).generates and config.is_causal
         self.model = Decoder(config, self._declare_head(config))
         self.poolers = self._make_poolers()
         if config.rope.kind == "longrope" and config.rope.original_max_positions < config.max_position_embeddings:

@@ -171,7 +171,10 @@ class RMSNorm(nn.Module):
 
 
 class Attention:
-    """Paged attention of one decoder layer: writes the new keys and values, then attends. Has no parameters."""
+    """Paged attention of one decoder layer: writes the new keys and values, then attends. Has no parameters.
+
+    Without a cache (None) every token of a prompt, which is then computed whole, attends to all of it.
+    """
 
     __slots__ = ("head_dim", "num_heads", "num_kv_heads", "scale", "sliding_window")
 
@@ -183,9 +186,12 @@ class Attention:
         self.scale = head_dim**-0.5 if scale is None else scale
         self.sliding_window = sliding_window
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, cache: tuple[Tensor, Tensor],
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, cache: tuple[Tensor, Tensor] | None,
                  context: AttentionContext) -> Tensor:
         """q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim] -> [tokens, heads * head_dim]"""
+        if cache is None:
+            out = kernels.varlen_attention(q, k, v, context.query_lens, self.scale, self.sliding_window)
+            return out.reshape(out.shape[0], -1)
         k_cache, v_cache = cache
         kernels.write_kv(k, v, k_cache, v_cache, context.slots)
         out = kernels.paged_attention(q, k_cache, v_cache, context, self.scale, self.sliding_window)
