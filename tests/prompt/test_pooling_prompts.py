@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,80 @@ def test_the_far_end_of_a_long_text_is_not_looked_at() -> None:
     assert Truncation(3).shorten(text) == text[:65536]
     assert Truncation(3, "left").shorten(text) == text[-65536:]
     assert Truncation(2000).shorten(text) == text[:128_000]
+
+
+# Special tokens that tokenizer_config.json asks for.
+
+
+def frame_folder(folder: Path, single: str, **config: Any) -> Tokenizer:
+    """A tokenizer whose tokenizer.json has the special tokens of `single`, beside the flags of its config."""
+    raw = raw_tokenizer("decoder")
+    raw.add_special_tokens(["<s>", "</s>"])
+    ids = {token: raw.token_to_id(token) for token in ("<s>", "</s>")}
+    if single:
+        raw.post_processor = processors.TemplateProcessing(
+            single=single, pair=f"{single} {single.replace('$A', '$B')}", special_tokens=list(ids.items()))
+    raw.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>", **config}))
+    return Tokenizer.from_folder(folder)
+
+
+def words(tokenizer: Tokenizer, text: str, **options: Any) -> str:
+    ids = encode_texts(tokenizer, [text], **{"add_special_tokens": True, **options})[0]
+    return " ".join(str(tokenizer.id_to_token(int(token))) for token in ids)
+
+
+@pytest.mark.parametrize(("single", "flags", "expected"), [
+    ("<s> $A", {"add_eos_token": True}, "<s> a b </s>"),  # e5-mistral
+    ("<s> $A", {"add_bos_token": True, "add_eos_token": True}, "<s> a b </s>"),
+    ("<s> $A </s>", {"add_bos_token": True, "add_eos_token": True}, "<s> a b </s>"),
+    ("", {"add_eos_token": True}, "a b </s>"),
+    ("", {"add_bos_token": True}, "<s> a b"),
+    ("$A </s>", {"add_bos_token": True}, "<s> a b </s>"),
+    ("", {"add_bos_token": True, "add_eos_token": True}, "<s> a b </s>"),
+    ("<s> $A", {"add_bos_token": False, "add_eos_token": True}, "a b </s>"),
+    ("<s> $A </s>", {"add_eos_token": False}, "<s> a b"),
+    ("<s> $A </s>", {"add_bos_token": False, "add_eos_token": False}, "a b"),
+    ("$A </s>", {}, "a b </s>"), ("<s> $A", {}, "<s> a b"), ("", {"add_bos_token": False}, "a b"),
+    ("<s> $A", {"add_eos_token": True, "eos_token": None}, "<s> a b"),
+    ("<s> $A", {"add_eos_token": True, "eos_token": {"content": "</s>", "special": True}}, "<s> a b </s>")])
+def test_flags_of_the_config_frame_whole_texts(tmp_path: Path, single: str, flags: dict[str, Any],
+                                               expected: str) -> None:
+    tokenizer = frame_folder(tmp_path, single, tokenizer_class="LlamaTokenizerFast", **flags)
+    assert words(tokenizer, "a b") == expected
+    assert words(tokenizer, "a b", add_special_tokens=False) == "a b"
+    length = len(expected.split())
+    assert words(tokenizer, "a b c d", truncation=Truncation(length)) == expected
+    assert words(tokenizer, "c d a b", truncation=Truncation(length, "left")) == expected
+    first, second = (expected.replace("a b", text) for text in ("a b", "c"))
+    ids, types = encode_pairs(tokenizer, [("a b", "c")], PairLimits())[0]
+    assert " ".join(str(tokenizer.id_to_token(int(token))) for token in ids) == f"{first} {second}"
+    assert len(types) == len(ids)
+
+
+def test_saved_padding_is_no_frame(tmp_path: Path) -> None:
+    frame_folder(tmp_path, "<s> $A")
+    raw = RawTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    raw.enable_padding(length=8, pad_token="</s>", pad_id=raw.token_to_id("</s>"))
+    raw.enable_truncation(4)
+    raw.save(str(tmp_path / "tokenizer.json"))
+    config = {"bos_token": "<s>", "eos_token": "</s>", "add_eos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert words(Tokenizer.from_folder(tmp_path), "a b c d") == "<s> a b c d </s>"
+
+
+def test_a_text_that_goes_on_has_no_end(tmp_path: Path) -> None:
+    """Prompts to be completed are as tokenizer.json has them, as in transformers 5."""
+    tokenizer = frame_folder(tmp_path, "<s> $A", tokenizer_class="LlamaTokenizer", add_eos_token=True)
+    assert tokenizer.encode("a b", add_special_tokens=True) == [tokenizer.token_to_id("<s>"), 4, 5]
+
+
+def test_other_classes_never_dropped_tokens(tmp_path: Path) -> None:
+    for name in ("PreTrainedTokenizerFast", "Qwen2Tokenizer", None):
+        flags = {"tokenizer_class": name, "add_bos_token": False, "add_eos_token": False}
+        assert words(frame_folder(tmp_path, "<s> $A </s>", **flags), "a") == "<s> a </s>"
+        flags = {"tokenizer_class": name, "add_bos_token": False, "add_eos_token": True}
+        assert words(frame_folder(tmp_path, "<s> $A", **flags), "a") == "<s> a </s>"
 
 
 # Templates by name.

@@ -64,17 +64,16 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], *, add_special_toke
                  truncation: Truncation | None = None) -> list[Ids]:
     """All texts in one go, which runs on several cores; literals of special tokens in them are tokens."""
     clean = [tokenizer.sanitize(truncation.shorten(text) if truncation else text) for text in texts]
-    if truncation is None:
+    if truncation is None and tokenizer.frame is None:
         found = tokenizer.raw.encode_batch_fast(clean, add_special_tokens=add_special_tokens)
         return [np.array(encoding.ids, np.int32) for encoding in found]
-    room = truncation.max_tokens
-    if add_special_tokens:
-        room = max(0, room - tokenizer.raw.num_special_tokens_to_add(False))
     found = tokenizer.raw.encode_batch_fast(clean, add_special_tokens=False)
-    for encoding in found:
-        encoding.truncate(room, direction=truncation.side)
-    return [truncation.cut(np.array(tokenizer.raw.post_process(encoding, None, add_special_tokens).ids, np.int32))
-            for encoding in found]
+    if truncation is not None:
+        room = truncation.max_tokens - (tokenizer.num_frame_tokens(is_pair=False) if add_special_tokens else 0)
+        for encoding in found:
+            encoding.truncate(max(0, room), direction=truncation.side)
+    rows = [np.array(tokenizer.framed(one, add_special_tokens=add_special_tokens).ids, np.int32) for one in found]
+    return rows if truncation is None else [truncation.cut(row) for row in rows]
 
 
 def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], limits: PairLimits) -> list[tuple[Ids, Ids]]:
@@ -83,7 +82,7 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], limits:
     texts = list(dict.fromkeys(text for pair in short for text in pair))  # a query stands in many pairs
     found = tokenizer.raw.encode_batch_fast([tokenizer.sanitize(text) for text in texts], add_special_tokens=False)
     encoded = dict(zip(texts, found, strict=True))
-    num_special = tokenizer.raw.num_special_tokens_to_add(True)
+    num_special = tokenizer.num_frame_tokens(is_pair=True)
     return [_joined(tokenizer, encoded[query], encoded[document], limits, num_special) for query, document in short]
 
 
@@ -95,7 +94,7 @@ def _joined(tokenizer: Tokenizer, query: Any, document: Any, limits: PairLimits,
         if second < 0:
             raise ContextLengthError(f"The query alone has {first} tokens, which leaves no room for a document: the "
                                      f"two may have {limits.total} with {num_special} special tokens.")
-    joined = tokenizer.raw.post_process(_first(query, first), _first(document, second), True)
+    joined = tokenizer.framed(_first(query, first), _first(document, second))
     return np.array(joined.ids, np.int32), np.array(joined.type_ids, np.int32)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Encoding, processors
 from tokenizers import Tokenizer as RawTokenizer
 
 from sensorium.errors import CheckpointError, RequestError
@@ -25,6 +25,7 @@ from sensorium.prompt.pieces import TokenBytes
 _log = logging.getLogger(__name__)
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
+_FLAGS_DECIDE = ("Llama", "CodeLlama", "Gemma", "Cohere", "GPTNeoX")  # what `add_bos_token` and its like are law for
 _WORST_CHARS_PER_TOKEN = 16  # at least this many are assumed before a text is called too long unread
 
 
@@ -32,8 +33,9 @@ class Tokenizer:
     """`named_tokens` are the tokens that a chat template knows by name (bos_token, eos_token, …)."""
 
     def __init__(self, raw: RawTokenizer, named_tokens: Mapping[str, str], *, vocab_size: int = 0,
-                 literals: Iterable[str] = ()) -> None:
-        """`vocab_size` is the model's, which may be padded beyond the tokens that have a text."""
+                 literals: Iterable[str] = (), frame: processors.PostProcessor | None = None) -> None:
+        """`vocab_size` is the model's, which may be padded beyond the tokens that have a text. `frame` gives whole
+        texts, which nothing is to be added to, their special tokens; None: as everywhere else."""
         raw.no_truncation()
         raw.no_padding()
         self.raw = raw
@@ -51,6 +53,7 @@ class Tokenizer:
         self._unmarked = re.compile(alternatives(self.added_tokens))
         self._verbatim = _VerbatimVocabulary(raw, added)
         self._longest_token: int | None = None
+        self.frame = frame
 
     @classmethod
     def from_folder(cls, folder: Path, *, vocab_size: int = 0) -> Tokenizer:
@@ -64,7 +67,7 @@ class Tokenizer:
             raise CheckpointError(f"{file.name} of the model cannot be read: {error}") from error
         named = _named_tokens(config, _read_json(folder / "special_tokens_map.json"))
         _add_declared_tokens(raw, config, named)
-        return cls(raw, named, vocab_size=vocab_size)
+        return cls(raw, named, vocab_size=vocab_size, frame=_configured_frame(raw, config, named))
 
     def with_literals(self, literals: Iterable[str], *, special: bool = False) -> Tokenizer:
         """The same tokenizer, whose `escape` also breaks these; `special`: in text of the model's own, too."""
@@ -118,6 +121,17 @@ class Tokenizer:
             raise RequestError("The text has a control token that this model's vocabulary cannot write as plain text.",
                                code="control_token_in_text")
         return found
+
+    def framed(self, text: Encoding, second: Encoding | None = None, *, add_special_tokens: bool = True) -> Encoding:
+        """A whole text, or a pair of them, that was encoded without special tokens, with those it has as a whole."""
+        if self.frame is None:
+            return self.raw.post_process(text, second, add_special_tokens)
+        return self.frame.process(text, second, add_special_tokens)
+
+    def num_frame_tokens(self, *, is_pair: bool) -> int:
+        """Special tokens that `framed` adds."""
+        counted: int = (self.raw if self.frame is None else self.frame).num_special_tokens_to_add(is_pair)
+        return counted
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         self.check_ids(token_ids)
@@ -230,6 +244,42 @@ def _named_tokens(config: Mapping[str, Any], special_tokens_map: Mapping[str, An
     found = {**special_tokens_map, **config}
     names = [*_NAMED, *(name for name in found if name.endswith("_token"))]
     return {name: content for name in names if (content := _content(found.get(name))) is not None}
+
+
+def _configured_frame(raw: RawTokenizer, config: Mapping[str, Any],
+                      named: Mapping[str, str]) -> processors.PostProcessor | None:
+    """Special tokens around a whole text where `add_bos_token` and `add_eos_token` say something else of them than
+    tokenizer.json does. transformers 4 believed the flags, which embedders were trained with; 5 does not read them."""
+    if not any(isinstance(config.get(name), bool) for name in ("add_bos_token", "add_eos_token")):
+        return None
+    raw.no_truncation()
+    raw.no_padding()
+    probe = raw.encode("a")
+    is_added = probe.special_tokens_mask
+    before = is_added.index(0) if 0 in is_added else len(is_added)
+    after = is_added[::-1].index(0) if 0 in is_added else 0
+    begin, end = probe.ids[:before], probe.ids[len(probe.ids) - after :]
+    decide = str(config.get("tokenizer_class") or "").removesuffix("Fast").removesuffix("Tokenizer") in _FLAGS_DECIDE
+    new_begin = _flagged(begin, 0, config.get("add_bos_token"), raw.token_to_id(named.get("bos_token", "")), decide)
+    new_end = _flagged(end, -1, config.get("add_eos_token"), raw.token_to_id(named.get("eos_token", "")), decide)
+    if (new_begin, new_end) == (begin, end):
+        return None
+    parts = [("begin", new_begin), ("end", new_end)]
+    special = [{"id": name, "ids": ids, "tokens": [str(raw.id_to_token(i)) for i in ids]} for name, ids in parts if ids]
+    first, last = ("begin" if new_begin else ""), ("end" if new_end else "")
+    template = [[piece for piece in (first and f"{first}:{side}", f"${'AB'[side]}:{side}", last and f"{last}:{side}")
+                 if piece] for side in (0, 1)]
+    return processors.TemplateProcessing(single=template[0], pair=template[0] + template[1], special_tokens=special)
+
+
+def _flagged(ids: list[int], place: int, wanted: object, token_id: int | None, decide: bool) -> list[int]:
+    """The special tokens on one side of a text with the one at `place` (0 or -1) that a flag puts or takes there."""
+    has = bool(ids) and ids[place] == token_id
+    if wanted is True and token_id is not None and not has:
+        return [token_id, *ids] if place == 0 else [*ids, token_id]
+    if wanted is False and decide and has:
+        return ids[1:] if place == 0 else ids[:-1]
+    return ids
 
 
 def _add_declared_tokens(raw: RawTokenizer, config: Mapping[str, Any], named: Mapping[str, str]) -> None:
