@@ -17,7 +17,7 @@ from openai import AsyncOpenAI, BadRequestError
 from sensorium.api.protocol.audio import AudioRequest, parse_fields
 from sensorium.api.protocol.common import UnknownFields
 from sensorium.config import Limits
-from sensorium.errors import RequestError
+from sensorium.errors import RequestError, UnsupportedFieldError
 from sensorium.processors.ultravox import UltravoxProcessor
 from sensorium.types import EngineOutput, EngineRequest
 
@@ -255,11 +255,46 @@ def test_values_out_of_bounds(field: str, values: list[str]) -> None:
 
 
 def test_values_that_change_nothing() -> None:
-    fields = {"n": ["1"], "use_beam_search": ["false"], "temperature": [""], "timestamp_granularities[]": ["segment"],
+    fields = {"n": ["1"], "use_beam_search": ["false"], "temperature": [""], "language": ["auto"],
               "chunking_strategy": ["auto"], "vllm_xargs": ["{}"], "length_penalty": ["1.0"], "unknown": ["x"]}
     assert parse_fields(fields, UnknownFields()).sampling_body() == AudioRequest().sampling_body()
-    with pytest.raises(RequestError):
-        parse_fields({"timestamp_granularities[]": ["segment", "word"]}, UnknownFields())
+
+
+@pytest.mark.parametrize(("field", "given", "words"), [
+    ("timestamp_granularities[]", ["segment"], "tells no times"),
+    ("timestamp_granularities[]", ["segment", "word"], "tells no times"),
+    ("timestamp_granularities", ["word"], "tells no times"), ("word_timestamps", ["true"], "tells no times"),
+    ("known_speaker_names[]", ["a", "b"], "leave it out"), ("include[]", ["logprobs"], "leave it out"),
+    ("initial_prompt", ["x"], "`prompt`"), ("max_tokens", ["5"], "`max_completion_tokens`"),
+    ("task", ["translate"], "/v1/audio/translations"), ("translate", ["true"], "/v1/audio/translations")])
+def test_what_other_servers_have_is_refused_by_name(field: str, given: list[str], words: str) -> None:
+    with pytest.raises(UnsupportedFieldError) as caught:
+        parse_fields({field: given}, UnknownFields())
+    assert caught.value.param == field.removesuffix("[]")
+    assert words in caught.value.message
+
+
+@pytest.mark.parametrize(("given", "named"), [
+    ("de", "German"), ("DE", "German"), ("en-US", "English"), ("zh_Hans", "Chinese"), ("pt-BR", "Portuguese"),
+    ("haw", "Hawaiian"), ("Norwegian", "Norwegian"), ("castilian", "Spanish"), ("sw", "Swahili")])
+def test_languages_by_code_and_name(given: str, named: str) -> None:
+    assert f"spoken in {named}." in parse_fields({"language": [given]}, UnknownFields()).instruction(translates=False)
+    assert f"Write down in {named} " in parse_fields({"to_language": [given]}, UnknownFields()).instruction(
+        translates=True)
+
+
+@pytest.mark.parametrize("given", ["hh", "xx-US", "Klingon", "e", "english please", "en-", "d e"])
+@pytest.mark.parametrize("field", ["language", "to_language"])
+def test_no_other_word_reaches_the_prompt(field: str, given: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_fields({field: [given]}, UnknownFields())
+    assert caught.value.param == field
+    assert "ISO 639-1" in caught.value.message
+
+
+def test_a_language_may_be_left_to_the_model() -> None:
+    said = parse_fields({"language": ["auto"]}, UnknownFields()).instruction(translates=False)
+    assert said == parse_fields({}, UnknownFields()).instruction(translates=False)
 
 
 async def test_a_failure_in_the_middle(clip: bytes) -> None:

@@ -11,10 +11,14 @@ import pytest
 from api_support import CONTEXT, EOS, LEAKS, VOCAB_SIZE
 from pydantic import BaseModel
 
+from sensorium.api.protocol.audio import AudioRequest
 from sensorium.api.protocol.chat import ChatRequest
-from sensorium.api.protocol.common import IGNORED, UNSUPPORTED, Body, UnknownFields
+from sensorium.api.protocol.common import Body, UnknownFields
 from sensorium.api.protocol.completion import CompletionRequest
+from sensorium.api.protocol.foreign import ANSWERS, IGNORED
+from sensorium.api.protocol.pooling import ClassifyRequest, EmbeddingsRequest, PoolingRequest
 from sensorium.api.protocol.sampling import ModelDefaults, for_choice
+from sensorium.api.protocol.score import RerankRequest, ScoreRequest
 from sensorium.api.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from sensorium.api.protocol.validation import parse_json
 from sensorium.api.routes import ROUTES
@@ -121,14 +125,12 @@ def test_product_of_n_and_length_is_bounded() -> None:
     assert sampling(n=2).max_tokens == CONTEXT - 10
 
 
-@pytest.mark.parametrize("field", sorted(UNSUPPORTED))
+@pytest.mark.parametrize("field", sorted(ANSWERS))
 def test_known_but_unsupported_fields_are_refused_by_name(field: str) -> None:
-    harmless = UNSUPPORTED[field]
-    if field != "truncate_prompt_tokens":
-        for value in harmless:
-            chat(**{field: value})
-    value: Any = next(value for value in ({"a": 1}, [{"a": 1}], "x", 5, True) if value not in harmless)
-    error = refusal(ChatRequest, {"messages": MESSAGES, field: value})
+    for value in ANSWERS[field].harmless:
+        chat(**{field: value})
+    value: Any = next(value for value in ({"a": 1}, [{"a": 1}], "x", 5, True) if not ANSWERS[field].allows(value))
+    error = refusal(ChatRequest, {"messages": MESSAGES, "presence_penalty": 0.5, field: value})
     assert isinstance(error, UnsupportedFieldError)
     assert error.param == field
     assert field in error.message
@@ -145,9 +147,60 @@ def test_fields_of_the_wire_format_are_all_known() -> None:
         include_reasoning stream_interval watermarking return_token_offsets return_mm_kwargs tools tool_choice
         response_format reasoning_effort best_of suffix prompt_embeds guided_json guided_regex guided_choice
         guided_grammar"""
-    known = set(ChatRequest.model_fields) | set(CompletionRequest.model_fields) | set(UNSUPPORTED) | IGNORED
+    known = set(ChatRequest.model_fields) | set(CompletionRequest.model_fields) | set(ANSWERS) | IGNORED
     assert set(table.split()) <= known
-    assert not (set(ChatRequest.model_fields) | set(CompletionRequest.model_fields)) & (set(UNSUPPORTED) | IGNORED)
+
+
+@pytest.mark.parametrize("model", [ChatRequest, CompletionRequest, EmbeddingsRequest, PoolingRequest, ClassifyRequest,
+                                   ScoreRequest, RerankRequest, AudioRequest, TokenizeRequest, DetokenizeRequest])
+def test_no_field_is_ours_and_foreign_and_ignored(model: type[Body]) -> None:
+    assert not set(model.model_fields) & set(model.foreign) - {"documents"}  # which /rerank has and chats have not
+    assert not set(model.model_fields) & IGNORED
+    assert not set(model.foreign) & IGNORED
+
+
+@pytest.mark.parametrize(("field", "value", "ours"), [
+    ("n_predict", 5, "`max_tokens`"), ("num_predict", 5, "`max_tokens`"), ("max_new_tokens", 5, "`max_tokens`"),
+    ("min_new_tokens", 5, "`min_tokens`"), ("repeat_penalty", 1.1, "`repetition_penalty`"),
+    ("stop_sequences", ["x"], "`stop`"), ("sampling_seed", 3, "`seed`"), ("n_probs", 2, "`logprobs`"),
+    ("do_sample", False, "`temperature`"), ("options", {"temperature": 0}, "fields of their own"),
+    ("sampling_params", {"regex": "a"}, "fields of their own"), ("extra_body", {"top_k": 1}, "beside the other"),
+    ("grammar", "root ::= x", "describe the form"), ("json_schema", {"type": "object"}, "describe the form"),
+    ("regex", "[ab]", "describe the form"), ("ebnf", "root ::= x", "describe the form"),
+    ("format", "json", "describe the form"), ("format", {"type": "object"}, "describe the form"),
+    ("guided_json", {"type": "object"}, "describe the form"), ("structured_outputs", {"regex": "a"}, "the form"),
+    ("response_format", {"type": "json_object"}, "describe the form"), ("samplers", ["top_k"], "in this order"),
+    ("mirostat", 2, "leave it out"), ("typical_p", 0.9, "leave it out"), ("bad_words", ["x"], "leave it out")])
+@pytest.mark.parametrize("model", [ChatRequest, CompletionRequest])
+def test_what_other_servers_call_it_is_refused_with_our_name(model: type[Body], field: str, value: Any,
+                                                             ours: str) -> None:
+    error = refusal(model, {"messages": MESSAGES, "prompt": "x", field: value})
+    assert (error.status, error.param) == (400, field)
+    assert ours in error.message
+
+
+def test_what_llama_cpp_s_page_always_sends_is_taken(caplog: pytest.LogCaptureFixture) -> None:
+    body = {"cache_prompt": True, "reasoning_format": "none", "dynatemp_range": 0, "dynatemp_exponent": 1,
+            "typical_p": 1, "typ_p": 1.0, "xtc_probability": 0, "xtc_threshold": 0.1, "repeat_last_n": 64,
+            "repeat_penalty": 1, "dry_multiplier": 0, "dry_base": 1.75, "dry_allowed_length": 2,
+            "dry_penalty_last_n": -1, "timings_per_token": False, "samplers": [], "keep_alive": "5m", "mirostat": 0,
+            "n_predict": -1, "grammar": "", "json_schema": None, "presence_penalty": 0, "id_slot": -1, "n_probs": 0}
+    with caplog.at_level(logging.WARNING, "sensorium.api"):
+        parse_json(ChatRequest, json.dumps({"messages": MESSAGES, **body}).encode(), UnknownFields())
+    assert not caplog.records
+    # What changes nothing alone does so beside a penalty.
+    assert refusal(ChatRequest, {"messages": MESSAGES, **body, "frequency_penalty": 0.5}).param == "repeat_last_n"
+    assert refusal(CompletionRequest, {"prompt": "x", "n_predict": -1}).param == "n_predict"
+    assert refusal(ChatRequest, {"messages": MESSAGES, "mirostat": False, "n_predict": True}).param == "n_predict"
+
+
+def test_what_only_changes_an_answer_does_not_matter_to_a_vector() -> None:
+    body = {"input": "x", "options": {"num_ctx": 512}, "n_predict": 5, "keep_alive": "5m"}
+    parse_json(EmbeddingsRequest, json.dumps(body).encode(), UnknownFields())
+    for field, value, words in (("output_dimension", 8, "`dimensions`"), ("embd_normalize", -1, "`use_activation`"),
+                                ("output_dtype", "int8", "float32"), ("instruction", "x", "leave it out")):
+        error = refusal(EmbeddingsRequest, {"input": "x", field: value})
+        assert (error.param, words in error.message) == (field, True)
 
 
 def test_unknown_fields_are_logged_once_and_escaped(caplog: pytest.LogCaptureFixture) -> None:

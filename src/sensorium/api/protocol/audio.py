@@ -8,9 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from sensorium.api.protocol.common import INT32_MAX, Body, Name, UnknownFields
+from sensorium.api.protocol.foreign import RECORDINGS, Foreign
+from sensorium.api.protocol.languages import language_name
 from sensorium.api.protocol.sampling import SamplingBody
 from sensorium.api.protocol.validation import request_error
 from sensorium.errors import RequestError, UnsupportedFieldError
@@ -20,29 +23,27 @@ TRANSLATE = "Write down in {language} what is said in this recording, and nothin
 SPOKEN = "It is spoken in {language}."
 CONTEXT = "What comes before it: {prompt}"
 HOTWORDS = "Words that may occur in it: {hotwords}"
-"""Models that chat about sounds have no other way to be told than in words."""
+"""Models that chat about audio have no other way to be told than in words."""
 
-LANGUAGES: dict[str, str] = {
-    "ar": "Arabic", "cs": "Czech", "da": "Danish", "de": "German", "el": "Greek", "en": "English", "es": "Spanish",
-    "fi": "Finnish", "fr": "French", "he": "Hebrew", "hi": "Hindi", "hu": "Hungarian", "id": "Indonesian",
-    "it": "Italian", "ja": "Japanese", "ko": "Korean", "ms": "Malay", "nl": "Dutch", "no": "Norwegian", "pl": "Polish",
-    "pt": "Portuguese", "ro": "Romanian", "ru": "Russian", "sv": "Swedish", "th": "Thai", "tr": "Turkish",
-    "uk": "Ukrainian", "vi": "Vietnamese", "zh": "Chinese",
-}
-"""Codes as clients write them -> what the model is told; other words are passed on as they are."""
 
-Language = Annotated[str, Field(min_length=1, max_length=32, pattern=r"^[A-Za-z][A-Za-z \-]*$")]
-REPEATED = ("timestamp_granularities[]", "include[]")
+
+def _language(text: str) -> str | None:
+    """A language that we know; None where it is left to the model."""
+    if text.lower() == "auto":
+        return None
+    if language_name(text) is None:
+        raise PydanticCustomError("own", "must be a code of ISO 639-1, such as en, or a language's English name")
+    return text
+
+
+Language = Annotated[str, Field(min_length=1, max_length=32), AfterValidator(_language)]
 
 
 class AudioRequest(Body):
     """Every field of the form but the file."""
 
     model_config = ConfigDict(strict=False)  # the rest is Body's
-    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "best_of": ("1",), "chunking_strategy": ("", "auto"), "include": ([],), "length_penalty": ("1", "1.0"),
-        "n": ("1",), "stop": ("",), "timestamp_granularities": ([], ["segment"]), "use_beam_search": ("false", "False",
-        "0"), "vllm_xargs": ("", "{}")}
+    foreign: ClassVar[Mapping[str, Foreign]] = RECORDINGS
 
     model: Name | None = None
     language: Language | None = None
@@ -76,9 +77,9 @@ class AudioRequest(Body):
 
     def instruction(self, *, translates: bool) -> str:
         """What the model is told beside the recording."""
-        lines = [TRANSLATE.format(language=named(self.to_language or "en")) if translates else TRANSCRIBE]
+        lines = [TRANSLATE.format(language=language_name(self.to_language or "en")) if translates else TRANSCRIBE]
         if self.language:
-            lines.append(SPOKEN.format(language=named(self.language)))
+            lines.append(SPOKEN.format(language=language_name(self.language)))
         if self.prompt:
             lines.append(CONTEXT.format(prompt=self.prompt))
         if self.hotwords:
@@ -86,15 +87,11 @@ class AudioRequest(Body):
         return "\n".join(lines)
 
 
-def named(language: str) -> str:
-    return LANGUAGES.get(language.lower(), language)
-
-
 def parse_fields(fields: Mapping[str, list[str]], unknown: UnknownFields) -> AudioRequest:
     """The request that a form's fields describe. A field that is empty counts as left out."""
     values: dict[str, Any] = {}
     for name, given in fields.items():
-        if name in REPEATED:
+        if name.endswith("[]"):
             values[name.removesuffix("[]")] = given
         elif len(given) > 1:
             raise RequestError(f"`{name}` is given twice.", param=name)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Discriminator, Field, Tag
 
 from sensorium.api.protocol.common import Count, Text, TokenId
+from sensorium.api.protocol.foreign import COMPLETIONS, Foreign
 from sensorium.api.protocol.sampling import ModelDefaults, SamplingBody, answer_length
 from sensorium.config import Limits
 from sensorium.errors import RequestError
@@ -37,6 +39,8 @@ PromptField = Annotated[
 
 
 class CompletionRequest(SamplingBody):
+    foreign: ClassVar[Mapping[str, Foreign]] = COMPLETIONS
+
     prompt: PromptField
     max_tokens: Count | None = None
     logprobs: Count | None = None

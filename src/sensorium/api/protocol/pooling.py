@@ -5,14 +5,16 @@ Each takes either `input` (texts or token ids) or `messages` (one conversation o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
 from sensorium.api.protocol.chat import ProcessorKwargs, TemplateFields, TemplateKwargs
-from sensorium.api.protocol.common import INT32_MAX, NOTHING, UNSUPPORTED, Body, Name, Priority, Text
+from sensorium.api.protocol.common import INT32_MAX, Body, Name, Priority, Text
 from sensorium.api.protocol.completion import TokenIds
 from sensorium.api.protocol.content import ChatMessage, Conversation, Messages, conversation
+from sensorium.api.protocol.foreign import VECTORS, Foreign
 from sensorium.config import Limits, ServerConfig
 from sensorium.errors import RequestError
 from sensorium.prompt.encode import Side
@@ -55,11 +57,7 @@ ChatsField = Annotated[
 class PoolingBody(Body, TemplateFields):
     """Fields of every endpoint that answers with vectors, classes or scores."""
 
-    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
-        **{name: harmless for name, harmless in UNSUPPORTED.items()
-           if name not in ("truncate_prompt_tokens", "truncation_side")},
-        "embed_dtype": (None, "float32"), "endianness": (None, "native", "little"), "padding": (None, "do_not_pad"),
-        "data": NOTHING, "instruction": NOTHING}
+    foreign: ClassVar[Mapping[str, Foreign]] = VECTORS
 
     model: Name | None = None
     user: Annotated[str, Field(max_length=1024)] | None = None

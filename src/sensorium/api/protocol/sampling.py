@@ -9,11 +9,12 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Discriminator, Field, Tag
 
 from sensorium.api.protocol.common import INT32_MAX, Body, Count, Name, Nested, Priority, TokenId
+from sensorium.api.protocol.foreign import ANSWERS, PENALTY_WINDOWS, Foreign
 from sensorium.config import Limits
 from sensorium.errors import ContextLengthError, RequestError
 from sensorium.types import SamplingParams
@@ -74,6 +75,8 @@ class StreamOptions(Nested):
 class SamplingBody(Body):
     """Fields of both completion endpoints. Bounds here are absolute; `Limits` narrows them further."""
 
+    foreign: ClassVar[Mapping[str, Foreign]] = ANSWERS
+
     model: Name | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -99,6 +102,15 @@ class SamplingBody(Body):
     priority: Priority | None = None
     cache_salt: Annotated[str, Field(max_length=128)] | None = None
     user: Annotated[str, Field(max_length=1024)] | None = None
+
+    def changes_nothing(self, name: str, value: Any) -> bool:
+        if name in PENALTY_WINDOWS and not self.penalizes:
+            return True
+        return super().changes_nothing(name, value)
+
+    @property
+    def penalizes(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty not in (None, 1.0)
 
     def check_limits(self, limits: Limits) -> None:
         """Everything that can be refused before a prompt is made, with the operator's limits."""

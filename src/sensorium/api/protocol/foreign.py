@@ -1,0 +1,163 @@
+"""Fields of OpenAI's, vLLM's and other servers that this one does not have and that would change the answer.
+
+One table: each field with the values that ask for nothing, and what to do instead. A request that asks for something
+is refused by name, since an answer that ignores it would look right. Fields that change nothing are `IGNORED`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+NOTHING: tuple[Any, ...] = (None, False, "", [], {})
+"""Values of a field that we do not have which still ask for nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """`harmless` are the values with which the field may be there all the same; `advice` completes a sentence."""
+
+    harmless: tuple[Any, ...] = NOTHING
+    advice: str = "leave it out"
+
+    def allows(self, value: Any) -> bool:
+        return any(_same(value, known) for known in self.harmless)
+
+
+def _same(value: Any, known: Any) -> bool:
+    """Equal, where 1 is 1.0 but true is not 1."""
+    if isinstance(value, bool) or isinstance(known, bool):
+        return value is known
+    both_numbers = isinstance(value, int | float) and isinstance(known, int | float)
+    return (both_numbers or type(value) is type(known)) and bool(value == known)
+
+
+def _fields(names: str, harmless: tuple[Any, ...] = NOTHING, advice: str = "leave it out") -> dict[str, Foreign]:
+    return dict.fromkeys(names.split(), Foreign(harmless, advice))
+
+
+def _called(name: str, others: str, *harmless: Any) -> dict[str, Foreign]:
+    """What `name` is called elsewhere; `harmless` values ask for what happens anyway."""
+    return _fields(others, (None, *harmless), f"it is called `{name}` here")
+
+
+_UNFORMED = "answers cannot be held to a form yet: leave it out and describe the form in the prompt"
+_UNPACKED = "its entries are fields of their own here, beside `messages` or `prompt`"
+_FIXED = "temperature, `top_k`, `top_p` and `min_p` are the samplers here, in this order"
+
+EVERYWHERE: Mapping[str, Foreign] = {
+    **_fields("""allowed_token_ids audio bad_words documents ec_transfer_params functions kv_transfer_params
+        logprob_token_ids media_io_kwargs prediction prompt_embeds repetition_detection return_mm_kwargs
+        return_prompt_text return_token_ids return_token_offsets return_tokens_as_token_ids suffix tools
+        use_beam_search vllm_xargs watermarking web_search_options"""),
+    **_fields("guided_choice guided_grammar guided_regex structured_outputs", advice=_UNFORMED),
+    **_fields("guided_json guided_decoding_backend guided_whitespace_pattern", (None,), _UNFORMED),
+    **_fields("response_format", (None, {"type": "text"}), _UNFORMED),
+    **_fields("best_of stream_interval length_penalty", (None, 1)),
+    **_fields("function_call tool_choice", (None, "none", "auto")),
+    **_fields("modalities", (None, [], ["text"])),
+    **_fields("prompt_logprobs", (None, False)),
+    **_fields("reasoning_effort", (None, "none")),
+    **_fields("spaces_between_special_tokens", (None, True)),
+    **_fields("thinking_token_budget truncate_prompt_tokens truncation_side", (None,)),
+    **_fields("extra_body", advice="it is an argument of OpenAI's Python client: put its entries beside the other "
+                                   "fields"),
+    **_fields("lora lora_path adapter_id", advice="adapters are not offered yet"),
+}
+"""Fields that no endpoint has."""
+
+ANSWERS: Mapping[str, Foreign] = {
+    **EVERYWHERE,
+    # llama.cpp, SGLang, Ollama, TGI, TabbyAPI, koboldcpp, text-generation-webui: the form of an answer
+    **_fields("""grammar grammar_string json_schema regex regex_pattern ebnf structural_tag stop_regex format
+        outlines_type""", advice=_UNFORMED),
+    **_fields("options sampling_params parameters generation_config", advice=_UNPACKED),
+    # what ours are called there
+    **_called("max_tokens", """n_predict num_predict max_new_tokens max_output_tokens max_tokens_to_sample max_length
+        max_gen_tokens""", -1),
+    **_called("min_tokens", "min_new_tokens min_length", 0),
+    **_called("repetition_penalty", "repeat_penalty rep_pen", 1),
+    **_called("seed", "sampling_seed random_seed", -1),
+    **_called("stop", "stop_sequences stop_sequence stopping_strings stop_words", "", []),
+    **_called("logprobs", "n_probs return_logprob top_logprobs_num", 0, False),
+    **_called("ignore_eos", "ban_eos_token", False),
+    **_called("include_stop_str_in_output", "no_stop_trim", False),
+    **_called("echo", "return_full_text", False),
+    **_called("top_p", "p", 1),
+    **_called("top_k", "k", 0, -1),
+    **_fields("do_sample", (None, True), "`temperature`: 0 takes the likeliest token"),
+    **_fields("system", advice="it is a message with the role `system` here"),
+    **_fields("images", advice="pictures are parts of a message's `content` here"),
+    # samplers and penalties that are not offered
+    **_fields("""mirostat mirostat_mode dynatemp_range dynamic_temperature dry_multiplier xtc_probability top_a
+        epsilon_cutoff eta_cutoff smoothing_factor skew penalty_alpha no_repeat_ngram_size temperature_last
+        negative_prompt""", (*NOTHING, 0)),
+    **_fields("top_n_sigma nsigma", (None, -1, 0)),
+    **_fields("adaptive_target", (None, -1)),
+    **_fields("typical_p typ_p typical tfs_z tfs guidance_scale cfg_scale encoder_repetition_penalty num_beams "
+              "beam_width", (None, 1)),
+    **_fields("min_keep", (None, 0, 1)),
+    **_fields("samplers sampler_priority sampler_order", advice=_FIXED),
+    **_fields("repeat_last_n penalty_last_n rep_pen_range repetition_penalty_range penalty_range", (None, -1),
+              "penalties count the whole text here"),
+    **_fields("penalize_nl", (None, True), "penalties count every token here"),
+    **_fields("custom_logit_processor custom_params logits_processors banned_tokens banned_strings bantokens "
+              "custom_token_bans token_healing input_prefix"),
+    # what ends an answer, or goes along with it
+    **_fields("n_indent t_max_predict_ms", (None, 0, -1)),
+    **_fields("return_tokens return_hidden_states return_routed_experts token_ids_logprob search_parameters"),
+    **_fields("logprob_start_len", (None, -1)),
+    **_fields("safe_prompt raw"),
+}
+"""Those that no endpoint has which generates text."""
+
+COMPLETIONS: Mapping[str, Foreign] = {
+    **ANSWERS, **_called("max_tokens", "n_predict num_predict max_new_tokens max_output_tokens max_length")}
+"""Here `max_tokens` is 16 by default: -1, for as many as there is room for, asks for something."""
+
+PENALTY_WINDOWS = frozenset({"repeat_last_n", "penalty_last_n", "rep_pen_range", "repetition_penalty_range",
+                             "penalty_range", "penalize_nl"})
+"""What these bound may be off; then they change nothing."""
+
+VECTORS: Mapping[str, Foreign] = {
+    **{name: field for name, field in EVERYWHERE.items() if name not in ("truncate_prompt_tokens", "truncation_side")},
+    **_fields("embed_dtype output_dtype embedding_type", (None, "float32", "float"), "vectors are float32 here"),
+    **_fields("embedding_types", (None, [], ["float"]), "vectors are float32 here"),
+    **_fields("endianness", (None, "native", "little")),
+    **_fields("padding", (None, "do_not_pad")),
+    **_fields("embd_normalize", (None, 2), "`use_activation`: false leaves vectors as they are"),
+    **_called("dimensions", "output_dimension truncate_dim"),
+    **_fields("data instruction late_chunking return_multivector"),
+}
+"""Those that no endpoint has which answers with vectors, classes or scores."""
+
+RECORDINGS: Mapping[str, Foreign] = {
+    **_fields("best_of beam_size n", (None, "1")),
+    **_fields("chunking_strategy", ("", "auto")),
+    **_fields("include", ([],)),
+    **_fields("length_penalty", ("1", "1.0")),
+    **_fields("stop grammar suppress_tokens known_speaker_names known_speaker_references", ("", [])),
+    **_fields("timestamp_granularities", ([],), "this model tells no times: leave it out, or send the recording in "
+                                                "pieces"),
+    **_fields("word_timestamps return_timestamps timestamps", ("false", "False", "0"), "this model tells no times"),
+    **_fields("diarize tinydiarize", ("false", "False", "0"), "this model does not tell speakers apart"),
+    **_fields("use_beam_search vad_filter", ("false", "False", "0")),
+    **_fields("translate", ("false", "False", "0"), "/v1/audio/translations translates"),
+    **_fields("task", ("transcribe",), "/v1/audio/translations translates"),
+    **_called("prompt", "initial_prompt"),
+    **_called("to_language", "target_language"),
+    **_called("max_completion_tokens", "max_tokens max_new_tokens"),
+    **_fields("vllm_xargs", ("", "{}")),
+}
+"""Those of the upload form, whose values are text."""
+
+IGNORED = frozenset("""
+    include_reasoning metadata parallel_tool_calls prompt_cache_key prompt_cache_retention request_id safety_identifier
+    service_tier session_id store verbosity
+    cache_prompt id_slot n_keep n_discard timings_per_token return_progress response_fields post_sampling_probs
+    reasoning_format mirostat_tau mirostat_eta dynatemp_exponent dry_base dry_allowed_length dry_penalty_last_n
+    dry_sequence_breakers xtc_threshold smoothing_curve adaptive_decay grammar_lazy grammar_triggers preserved_tokens
+    keep_alive num_ctx rid separate_reasoning stream_reasoning details decoder_input_details
+    """.split())
+"""Fields that clients send and that change nothing here; some only say how something is done that was refused."""
