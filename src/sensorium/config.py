@@ -74,6 +74,9 @@ class Limits:
     header_timeout_s: float = flag(10.0, "Seconds until a connection's headers must be complete.")
     body_timeout_s: float = flag(60.0, "Seconds until a request's body must be complete; later is 408.")
     max_body_bytes: int = flag(64 * MiB, "Bytes of a JSON body; more is 413.", parse="size")
+    max_json_nodes: int = flag(2**16, "Arrays, objects and keys of a JSON body; more is 400.", min=1)
+    max_json_values: int = flag(2**20, "Values of a JSON body, such as token ids; more is 400. At least twice "
+                                       "max-embedding-tokens.", min=1)
     max_upload_bytes: int = flag(32 * MiB, "Bytes of a multipart body; more is 413.", parse="size")
     max_body_messages: int = flag(20_000, "Pieces in which a body may arrive; more is 413.")
     max_pending_bytes: int = flag(512 * MiB, "Bytes of all bodies that are being received or made into prompts; more "

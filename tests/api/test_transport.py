@@ -14,7 +14,7 @@ import pytest
 from api_support import Reply, chat, get, post, raw, read_reply, request, serving
 
 from sensorium.api.asgi import ClientGone
-from sensorium.api.body import read_body
+from sensorium.api.body import receive_body
 from sensorium.config import Limits, MiB
 from sensorium.errors import BodyTooLargeError, RequestTimeoutError
 
@@ -241,7 +241,9 @@ async def body_of(*pieces: bytes, limits: Limits = LIMITS, ends: bool = True) ->
             return message
         return {"type": "http.disconnect"}
 
-    return await read_body(receive, limits.max_body_bytes, limits, lambda size: None)
+    pieces: list[bytes] = []
+    await receive_body(receive, limits.max_body_bytes, limits, pieces.append)
+    return b"".join(pieces)
 
 
 async def test_reading_a_body() -> None:
@@ -261,7 +263,7 @@ async def test_reading_a_body() -> None:
         await asyncio.sleep(10)
 
     with pytest.raises(RequestTimeoutError):
-        await read_body(never, 5, replace(LIMITS, body_timeout_s=0.01), lambda size: None)
+        await receive_body(never, 5, replace(LIMITS, body_timeout_s=0.01), [].append)
 
 
 @pytest.mark.parametrize(("kind", "status"), [

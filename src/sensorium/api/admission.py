@@ -5,11 +5,16 @@ Everything counted here is given back when the request ends, however it ends. Wh
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import TracebackType
+from typing import TypeVar
 
 from sensorium.errors import OverloadedError, RateLimitError
+
+Result = TypeVar("Result")
 
 
 class Admission:
@@ -76,7 +81,12 @@ class PendingBytes:
         self._on_refusal = on_refusal
         self._on_empty = on_empty
         self._since_empty = 0
+        self._parser = ThreadPoolExecutor(1, "parser")
         self.total = 0
+
+    async def in_turn(self, work: Callable[[], Result]) -> Result:
+        """Do the work on a body off the event loop, one body at a time: what it takes for a moment is taken once."""
+        return await asyncio.get_running_loop().run_in_executor(self._parser, work)
 
     def open(self) -> PendingBody:
         return PendingBody(self)
@@ -107,6 +117,9 @@ class PendingBody:
     def add(self, size_bytes: int) -> None:
         self._pending.add(size_bytes)
         self._size_bytes += size_bytes
+
+    async def in_turn(self, work: Callable[[], Result]) -> Result:
+        return await self._pending.in_turn(work)
 
     def release(self) -> None:
         size_bytes, self._size_bytes = self._size_bytes, 0

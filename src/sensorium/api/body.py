@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 from sensorium.api.admission import PendingBody
 from sensorium.api.asgi import Call, ClientGone, Receive
+from sensorium.api.json_bounds import JsonBounds, TooManyValuesError
 from sensorium.api.protocol.common import Body, UnknownFields
 from sensorium.api.protocol.validation import parse_json
 from sensorium.config import Limits
@@ -22,9 +24,22 @@ async def read_request(call: Call, model: type[Request], limits: Limits, unknown
                        pending: PendingBody) -> Request:
     """The body of a call as a request model. Its bytes are held of `pending` until the caller releases them."""
     check_json_type(call)
-    body = await read_body(call.receive, limits.max_body_bytes, limits, pending.add,
-                           declared_bytes=declared_length(call))
-    return parse_json(model, body, unknown)
+    bounds = JsonBounds(limits)
+    body = bytearray()
+
+    def take(piece: bytes) -> None:
+        pending.add(len(piece))
+        body.extend(piece)
+        bounds.feed(piece)
+
+    try:
+        await receive_body(call.receive, limits.max_body_bytes, limits, take, declared_bytes=declared_length(call))
+        bounds.finish()
+    except TooManyValuesError as error:
+        raise await pending.in_turn(partial(error.placed, body)) from None
+    if bounds.is_small:
+        return parse_json(model, body, unknown)
+    return await pending.in_turn(partial(parse_json, model, body, unknown))
 
 
 def check_json_type(call: Call) -> None:
@@ -48,25 +63,12 @@ def declared_length(call: Call) -> int | None:
     return int(value)
 
 
-async def read_body(receive: Receive, max_bytes: int, limits: Limits, on_bytes: Callable[[int], None], *,
-                    declared_bytes: int | None = None) -> bytes:
-    """Every byte of a body, or the error for the limit that it broke, as soon as it has broken it.
-
-    `on_bytes` is told of every piece and may refuse it too.
-    """
-    pieces: list[bytes] = []
-
-    def take(piece: bytes) -> None:
-        on_bytes(len(piece))
-        pieces.append(piece)
-
-    await receive_body(receive, max_bytes, limits, take, declared_bytes=declared_bytes)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-
 async def receive_body(receive: Receive, max_bytes: int, limits: Limits, take: Callable[[bytes], None], *,
                        declared_bytes: int | None = None) -> None:
-    """Give every piece of a body to `take`, which may refuse it, as it comes."""
+    """Give every piece of a body to `take`, which may refuse it, as it comes.
+
+    Raises the error for the limit that was broken, as soon as it is.
+    """
     if declared_bytes is not None and declared_bytes > max_bytes:
         raise _too_large(max_bytes)
     try:

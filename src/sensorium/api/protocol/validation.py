@@ -50,7 +50,7 @@ _SENTENCES: dict[str, str] = {
 }
 
 
-def parse_json(model: type[Request], body: bytes, unknown: UnknownFields) -> Request:
+def parse_json(model: type[Request], body: bytes | bytearray, unknown: UnknownFields) -> Request:
     """The request that a body describes; RequestError where it does not describe one."""
     if not body:
         raise RequestError("The body is empty; send a JSON object.", code="invalid_json")

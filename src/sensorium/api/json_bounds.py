@@ -1,0 +1,118 @@
+"""Counts what a JSON body is made of while it arrives, so that a body of many small values is refused unparsed.
+
+Parsing costs time and memory by the value, not by the byte. What stands inside strings is not counted: a text may be
+full of brackets, and a picture in base64 is one value.
+"""
+
+from __future__ import annotations
+
+from pydantic_core import from_json
+
+from sensorium.api.protocol.common import MAX_TEXT_CHARS
+from sensorium.config import Limits
+from sensorium.errors import RequestError
+
+_NOT_COUNTED = bytes(set(range(256)) - set(b"[{:,"))
+_DIGITS_ALIKE = bytes.maketrans(b"123456789", b"0" * 9)
+_MAX_DIGITS = 400
+"""Of one number: reading it takes time by the square of its length."""
+_MAX_PARAM_CHARS = 64
+_MAX_ESCAPES = MAX_TEXT_CHARS
+"""In strings: each takes as long as dozens of plain letters."""
+_SCANNED_BYTES = 64 * 1024
+_SMALL_BYTES, _SMALL_NODES, _SMALL_VALUES = 256 * 1024, 1024, 16 * 1024
+
+
+class TooManyValuesError(RequestError):
+    code = "too_many_values"
+
+    def __init__(self, finding: str, param: str | None) -> None:
+        where = f", the last of them in `{param}`" if param else ""
+        super().__init__(f"{finding}{where}; send less in one request.", param=param)
+        self._finding = finding
+
+    def placed(self, body: bytes | bytearray) -> TooManyValuesError:
+        """The same with the field in which the body, which ends there, has broken the limit."""
+        try:
+            begun = from_json(bytes(body), allow_partial=True)
+        except ValueError:
+            return self
+        names = [*begun][-1:] if isinstance(begun, dict) else []
+        return TooManyValuesError(self._finding, names[0][:_MAX_PARAM_CHARS] if names else None)
+
+
+class JsonBounds:
+    """Feed it a body's pieces in order, then `finish`; RequestError as soon as a limit is broken.
+
+    Up to the first error of syntax, where a parser stops too, the counts are exact. `nodes` are arrays, objects and
+    keys; `values` is the number of commas or of strings, whichever is larger.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._max_nodes = limits.max_json_nodes
+        self._max_values = max(limits.max_json_values, 2 * limits.max_embedding_tokens)
+        self._pending: list[bytes] = []  # pieces too small to be worth a scan of their own
+        self._pending_bytes = 0
+        self._in_string = False
+        self._in_escape = False  # the last byte was a backslash that belongs to the next one
+        self._commas = self._quotes = self._escapes = 0
+        self.nodes = self.size_bytes = 0
+
+    @property
+    def values(self) -> int:
+        return max(self._commas, self._quotes // 2)
+
+    @property
+    def is_small(self) -> bool:
+        """Is the body parsed before anybody notices?"""
+        return self.size_bytes <= _SMALL_BYTES and self.nodes <= _SMALL_NODES and self.values <= _SMALL_VALUES
+
+    def feed(self, piece: bytes) -> None:
+        self.size_bytes += len(piece)
+        self._pending.append(piece)
+        self._pending_bytes += len(piece)
+        if self._pending_bytes >= _SCANNED_BYTES:
+            self.finish()
+
+    def finish(self) -> None:
+        piece = self._pending[0] if len(self._pending) == 1 else b"".join(self._pending)
+        self._pending.clear()
+        self._pending_bytes = 0
+        for start in range(0, len(piece), _SCANNED_BYTES):
+            self._scan(piece[start:start + _SCANNED_BYTES])
+            self._check()
+
+    def _scan(self, piece: bytes) -> None:
+        parts = self._unescaped(piece).split(b'"')
+        outside = b"".join(parts[self._in_string::2])
+        quotes = len(parts) - 1
+        self._in_string ^= bool(quotes % 2)
+        self._quotes += quotes
+        if b"0" * _MAX_DIGITS in outside.translate(_DIGITS_ALIKE):
+            raise RequestError(f"The body has a number of more than {_MAX_DIGITS} digits.", code="invalid_json")
+        marks = outside.translate(None, _NOT_COUNTED)
+        commas = marks.count(b",")
+        self._commas += commas
+        self.nodes += len(marks) - commas
+
+    def _unescaped(self, piece: bytes) -> bytes:
+        """The piece without escaped quotes and backslashes."""
+        if self._in_escape:
+            piece = piece[1:]
+        self._in_escape = False
+        if b"\\" not in piece:
+            return piece
+        if (len(piece) - len(piece.rstrip(b"\\"))) % 2:
+            self._in_escape = True
+            self._escapes += 1
+            piece = piece[:-1]
+        plain = piece.replace(b"\\\\", b"").replace(b'\\"', b"")
+        self._escapes += (len(piece) - len(plain)) // 2 + plain.count(b"\\")
+        return plain
+
+    def _check(self) -> None:
+        for count, most, what in ((self.nodes, self._max_nodes, "arrays, objects and keys"),
+                                  (self.values, self._max_values, "values"),
+                                  (self._escapes, _MAX_ESCAPES, "escaped characters")):
+            if count > most:
+                raise TooManyValuesError(f"The body has more than {most} {what}", None)
