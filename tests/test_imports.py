@@ -20,8 +20,8 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # Layer -> layers it may import, beside itself and the leaves. A module belongs to the longest name that it starts with.
 LEAVES = {"__init__", "types", "errors", "config"}
-HTTP_SIDE = {"workers", "media", "prompt", "processors", "engine.client", "engine.messages", "checkpoint",
-             "models.registry", "pooling.spec", "pooling.labels"}
+HTTP_SIDE = {"workers", "media", "prompt", "processors", "engine.client", "engine.liveness", "engine.messages",
+             "checkpoint", "models.registry", "pooling.spec", "pooling.labels"}
 ALLOWED: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
     "__main__": {"cli"},
@@ -40,7 +40,8 @@ ALLOWED: dict[str, set[str]] = {
     "prompt": {"workers"},
     "processors": {"checkpoint", "media", "prompt"},
     "engine.messages": set(),
-    "engine.client": {"engine.messages"},
+    "engine.liveness": set(),
+    "engine.client": {"engine.messages", "engine.liveness", "processes"},
     "served": HTTP_SIDE,
     "api": HTTP_SIDE | {"served", "malloc"},
     "kernels": {"models.base"},
@@ -53,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "pooling.embedding": {"models.tensor_files", "pooling", "pooling.spec"},
     "models.weights": {"checkpoint", "kernels", "models", "models.registry", "models.tensor_files"},
     "engine": {"checkpoint", "kernels", "quantization", "models", "models.registry", "models.weights", "pooling",
-               "engine.messages"},
+               "engine.messages", "engine.liveness"},
     "serve": HTTP_SIDE | {"malloc", "served", "api", "processes"},
     "cli": {"flags", "serve", "chat", "bench", "info"},
 }

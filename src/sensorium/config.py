@@ -60,6 +60,9 @@ class EngineConfig:
     enable_prefix_caching: bool = flag(True, "Reuse the KV cache of equal beginnings of prompts (media included).")
     encoder_cache_memory: int = flag(256 * MiB, "Bytes of tower outputs kept for media that come again.", parse="size")
     seed: int = flag(0, "Seed of requests that bring none.")
+    hang_after_s: float = flag(10.0, "Seconds without a sign of life after which the engine process is replaced, and "
+                                     "least seconds of a step that counts as hung (or 20 times what like steps take).",
+                               min=0.1)
     threads: int | None = flag(None, "CPU threads of the engine. Default: all cores; one for a model under 64 MiB.",
                                min=1)
 

@@ -23,6 +23,16 @@ def family(pid: int) -> list[int]:
     return found
 
 
+def activity(pid: int) -> int:
+    """A number that grows while a process computes, waits for pages or reads; 0 where nothing is known of it."""
+    try:
+        fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+        read = (_PROC / str(pid) / "io").read_text().split("\n", 1)[0].split()[1]
+    except (OSError, IndexError):
+        return 0
+    return int(fields[9]) + int(fields[11]) + int(fields[12]) + int(read)  # major faults, user and system time
+
+
 def resident_bytes(pids: Iterable[int]) -> int:
     """Resident memory of these processes together; pages that they share count once (PSS)."""
     return sum(_rollup(pid, "Pss:") for pid in pids)

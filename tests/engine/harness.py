@@ -15,6 +15,7 @@ from sensorium.config import EngineConfig
 from sensorium.engine import messages
 from sensorium.engine.core import Channel, Core
 from sensorium.engine.faults import Faults
+from sensorium.engine.liveness import Pulse
 from sensorium.engine.loading import Engine, build_engine
 from sensorium.engine.messages import Kind
 from sensorium.models.base import Model
@@ -79,7 +80,7 @@ class Bench:
     def __init__(self, engine: Engine, faults: Faults | None = None) -> None:
         self.engine = engine
         self.outbox = Outbox()
-        self.core = Core(engine, self.outbox, faults or Faults())
+        self.core = Core(engine, self.outbox, faults or Faults(), Pulse(self.outbox.beat, 10.0))
         self.results: dict[int, Result] = {}
 
     def add(self, *requests: EngineRequest) -> None:

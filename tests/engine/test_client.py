@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from sensorium.engine import client as client_module
 from sensorium.engine.client import EngineClient, OutputStream
 from sensorium.engine.core import STEP_FAILED
 from sensorium.engine.faults import VARIABLE
+from sensorium.engine.liveness import HUNG
 from sensorium.errors import StartupError, UnavailableError
 from sensorium.models.base import Model
 from sensorium.types import EngineOutput, EngineRequest
@@ -182,12 +183,9 @@ async def a_lost_engine_is_replaced(client: EngineClient) -> None:
 
 
 async def test_a_failed_step_and_a_hanging_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """R1 over the wire; then the watchdog replaces an engine that no longer answers."""
-    monkeypatch.setattr(client_module, "WATCH_INTERVAL_S", 0.05)
-    monkeypatch.setattr(client_module, "CPU_SILENCE_S", 1.0)
-    monkeypatch.setattr(client_module, "SILENCE_STEPS", 0)
+    """R1 over the wire; then a step that never ends, in a process that lives, ends the process."""
     monkeypatch.setenv(VARIABLE, "step:raise:10,step:sleep:30:60")
-    async with running(folder) as client:
+    async with running(folder, hang_after_s=1.0) as client:
         pid = client.pid
         results = await asyncio.gather(*(collect(client.submit(replace(endless(i), id=client.next_id())))
                                          for i in range(8)))
@@ -195,10 +193,87 @@ async def test_a_failed_step_and_a_hanging_one(folder: Path, monkeypatch: pytest
         tokens, last = await collect(client.submit(replace(request(random_prompt(1, 9), 6), id=client.next_id())))
         assert (len(tokens), last.finish_reason, client.pid) == (6, "length", pid)
         monkeypatch.delenv(VARIABLE)
-        with pytest.raises(UnavailableError):
-            await collect(client.submit(replace(endless(), id=client.next_id())))
+        await is_replaced(client, collect(client.submit(replace(endless(), id=client.next_id()))))
+
+
+async def is_replaced(client: EngineClient, *waiting: Coroutine[Any, Any, Any]) -> None:
+    """Another process answers, what was in flight has failed, and that was one restart."""
+    pid, before = client.pid, len(client._restarts)
+    for result in await asyncio.gather(*waiting, return_exceptions=True):
+        assert isinstance(result, UnavailableError)
+    await until(lambda: client.state == "restarting", 30)
+    with pytest.raises(UnavailableError):
+        client.submit(endless())
+    await until(lambda: client.state == "ready", 60)
+    assert client.pid != pid
+    assert pid is None or gone(pid)
+    assert len(client._restarts) == before + 1
+    tokens, _ = await collect(client.submit(replace(request(random_prompt(1, 9), 5), id=client.next_id())))
+    assert len(tokens) == 5
+
+
+def stop(client: EngineClient) -> None:
+    assert client.pid is not None
+    os.kill(client.pid, signal.SIGSTOP)
+
+
+async def test_a_stopped_engine_is_replaced(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Without requests, with one that comes afterwards, and while it computes: always, once, with a line in the log."""
+    async with running(folder, hang_after_s=1.0) as client:
+        stop(client)
+        await is_replaced(client)
+        stop(client)
+        await is_replaced(client, collect(client.submit(replace(endless(), id=client.next_id()))))
+        stream = client.submit(replace(endless(), id=client.next_id()))
+        await anext(stream)
+        stop(client)
+        await is_replaced(client, collect(stream))
+    assert sum("no sign of life" in record.message for record in caplog.records) == 3
+
+
+async def test_a_short_stop_is_forgiven(folder: Path) -> None:
+    async with running(folder, hang_after_s=3.0) as client:
+        pid = client.pid
+        stream = client.submit(replace(request(random_prompt(1, 9), 300), id=client.next_id()))
+        await anext(stream)
+        for _ in range(3):  # together longer than it may be silent at a time
+            stop(client)
+            await asyncio.sleep(1.2)
+            assert pid is not None
+            os.kill(pid, signal.SIGCONT)
+            await asyncio.sleep(0.4)
+        _, last = await collect(stream)
+        assert (last.finish_reason, client.pid, client.state) == ("length", pid, "ready")
+
+
+async def test_an_engine_that_is_stopped_while_it_loads_is_replaced(folder: Path) -> None:
+    client = EngineClient(EngineConfig(str(folder), threads=1, kv_cache_memory=2**22, hang_after_s=1.0))
+    client.start()
+    first = client.pid
+    stop(client)
+    try:
+        await client.wait_ready()
+        assert client.pid != first
+        stop(client)
+        await until(lambda: client.state == "restarting", 30)
+        await until(lambda: client.pid is not None and client._link is not None)
+        stop(client)  # the one that comes instead, while it loads
         await until(lambda: client.state == "ready", 60)
-        assert client.pid != pid
+        assert len(client._restarts) == 3
+    finally:
+        await client.aclose()
+
+
+async def test_a_start_that_hangs_ends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process lives and beats, but its main loop does not come back from loading."""
+    monkeypatch.setenv(VARIABLE, "load:sleep:1:600")
+    client = EngineClient(EngineConfig(str(folder), threads=1, kv_cache_memory=2**22, hang_after_s=0.3))
+    client.start()
+    try:
+        with pytest.raises(StartupError, match=f"exit code {HUNG}"):
+            await client.wait_ready()
+    finally:
+        await client.aclose()
 
 
 async def test_three_losses_are_enough(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,3 +346,44 @@ def test_the_engine_dies_with_its_parent(folder: Path, when: str) -> None:
     while not ended(pid) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert ended(pid)
+
+
+STREAMING = """
+import asyncio, sys, time
+sys.path.insert(0, sys.argv[2])
+from dataclasses import replace
+from sensorium.config import EngineConfig
+from sensorium.engine.client import EngineClient
+from harness import random_prompt, request
+async def main():
+    client = EngineClient(EngineConfig(sys.argv[1], kv_cache_memory=2**22, threads=1, hang_after_s=1.0))
+    client.start()
+    await client.wait_ready()
+    pid = client.pid
+    for _ in range(2):
+        stream = client.submit(replace(request(random_prompt(1, 20), 1900), id=client.next_id()))
+        await anext(stream)
+        print(pid, flush=True)
+        async for output in stream:
+            last = output
+    await asyncio.sleep(1.5)
+    print(last.finish_reason, client.pid == pid, client.state, len(client._restarts), flush=True)
+    await client.aclose()
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("with_engine", [False, True])
+def test_whoever_was_stopped_itself_kills_no_engine(folder: Path, with_engine: bool) -> None:
+    """The HTTP process is stopped for longer than an engine may be silent, or the whole machine is."""
+    parent = subprocess.Popen([sys.executable, "-c", STREAMING, str(folder), str(Path(__file__).parent)],
+                              stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    stopped = [parent.pid, int(parent.stdout.readline())][: 1 + with_engine]
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(3)
+    for pid in stopped:
+        os.kill(pid, signal.SIGCONT)
+    out, _ = parent.communicate(timeout=100)
+    assert out.splitlines()[-1] == "length True ready 0"

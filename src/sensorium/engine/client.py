@@ -22,8 +22,10 @@ from typing import Literal
 
 from sensorium.config import EngineConfig
 from sensorium.engine import messages
+from sensorium.engine.liveness import BEAT_S, WatchedTime
 from sensorium.engine.messages import Kind, ProtocolError
 from sensorium.errors import StartupError, UnavailableError
+from sensorium.processes import activity
 from sensorium.types import EngineOutput, EngineReady, EngineRequest, EngineStats
 
 State = Literal["loading", "ready", "restarting", "failed", "closed"]
@@ -31,10 +33,7 @@ Progress = Callable[[str, float], None]
 
 MAX_RESTARTS = 3
 RESTART_WINDOW_S = 300.0
-SILENCE_S = 60.0  # least time without a step after which a busy engine counts as hung
-CPU_SILENCE_S = 600.0  # the same on a CPU, where the towers may honestly take minutes for one large medium
-SILENCE_STEPS = 20  # and so many times its longest step
-WATCH_INTERVAL_S = 5.0
+MAX_BUSY_SILENCE_S = 120.0  # of a process that computes or reads, but whose threads do not get to send a beat
 GOODBYE_S = 5.0
 PIECE_BYTES = 256 * 1024  # of a large request, written at once
 STDERR = 2
@@ -135,6 +134,7 @@ class _Link(asyncio.Protocol):
         self._flush()
 
     def data_received(self, data: bytes) -> None:
+        self._owner._heard()
         try:
             for kind, payload in self._reader.feed(data):
                 self._owner._receive(kind, payload)
@@ -189,8 +189,9 @@ class EngineClient:
         self._fatal = ""
         self._became_ready: asyncio.Event | None = None
         self._restarts: deque[float] = deque()
-        self._heard_s = 0.0
-        self._longest_step_s = 0.0
+        self._silence = WatchedTime(BEAT_S)
+        self._activity = 0  # of the child, when it was last looked at
+        self._hung = False  # the child that is being replaced
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -240,8 +241,6 @@ class EngineClient:
             raise UnavailableError(_UNAVAILABLE[self.state])
         stream = OutputStream(self, request.id)
         pieces = messages.encode_request(request)
-        if not self._streams:
-            self._heard_s = monotonic()  # it was idle: silence starts now
         self._streams[request.id] = stream
         self._link.write(pieces)
         return stream
@@ -275,7 +274,7 @@ class EngineClient:
         loop = asyncio.get_running_loop()
         if self._became_ready is None:
             self._became_ready = asyncio.Event()
-        self._heard_s = monotonic()
+        self._heard()
         _, self._link = await loop.create_unix_connection(lambda: _Link(self), sock=sock)
         if not self._tasks:
             self._spawn(self._watch())
@@ -285,13 +284,14 @@ class EngineClient:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    def _heard(self) -> None:
+        self._silence.reset()
+
     def _receive(self, kind: int, payload: memoryview) -> None:
-        self._heard_s = monotonic()
         if kind == Kind.OUTPUTS:
             self._hand_out(payload)
         elif kind == Kind.STATS:
             self.stats = messages.decode_stats(payload)
-            self._longest_step_s = max(self._longest_step_s, self.stats.step_seconds)
         elif kind == Kind.PROGRESS:
             if self._on_progress is not None:
                 self._on_progress(*messages.decode_progress(payload))
@@ -303,7 +303,7 @@ class EngineClient:
             self._fatal = messages.decode_fatal(payload)
             if self.ready is not None:  # before that, `wait_ready` raises it
                 logger.error("engine: %s", self._fatal)
-        elif kind != Kind.PONG:
+        elif kind != Kind.BEAT:
             raise ProtocolError(f"message of kind {kind}")
 
     def _hand_out(self, payload: memoryview) -> None:
@@ -334,18 +334,22 @@ class EngineClient:
         if link is not self._link or self.state == "closed":
             return
         self._link = None
-        was_loading = self.state == "loading"
+        hung, self._hung = self._hung, False
         self._fail_all(UnavailableError("The engine was lost while it computed this request; it is being replaced."))
         now = monotonic()
         while self._restarts and now - self._restarts[0] > RESTART_WINDOW_S:
             self._restarts.popleft()
-        if was_loading or len(self._restarts) >= MAX_RESTARTS:
+        is_first = self.state == "loading"
+        if (is_first and not hung) or len(self._restarts) >= MAX_RESTARTS:
+            if hung:
+                self._fatal = "the engine process gives no sign of life while it loads"
             self.state = "failed"
             self._signal_ready()
             self._spawn(self._reap())
             return
         self._restarts.append(now)
-        self.state = "restarting"
+        if not is_first:
+            self.state = "restarting"
         logger.error("the engine process was lost; starting it again")
         self._spawn(self._restart())
 
@@ -365,19 +369,27 @@ class EngineClient:
             self.state = "failed"
 
     async def _watch(self) -> None:
-        """Replace an engine that has work and says nothing for much longer than a step takes."""
+        """Replace a child that gives no sign of life, whether it has work or not, is ready or still loading."""
         while True:
-            await asyncio.sleep(WATCH_INTERVAL_S)
-            if self.state != "ready" or not self._streams:
+            await asyncio.sleep(min(BEAT_S, self.config.hang_after_s / 4))
+            silence_s = self._silence.look()
+            if self._link is None or silence_s <= BEAT_S:
                 continue
-            silence_s = monotonic() - self._heard_s
-            least_s = CPU_SILENCE_S if self.ready is not None and self.ready.device == "cpu" else SILENCE_S
-            if silence_s > max(least_s, SILENCE_STEPS * self._longest_step_s):
-                logger.error("the engine has said nothing for %.0f s though it has work", silence_s)
+            if self._is_active() and silence_s <= MAX_BUSY_SILENCE_S:
+                continue
+            if silence_s > self.config.hang_after_s:
+                logger.error("the engine process has given no sign of life for %.0f s: it is replaced", silence_s)
                 self._replace()
+
+    def _is_active(self) -> bool:
+        """Whether the child has computed or read anything since the last look."""
+        before = self._activity
+        self._activity = 0 if self._process is None else activity(self._process.pid)
+        return self._activity != before
 
     def _replace(self) -> None:
         """Break with the child now: one that cannot even be killed must not keep its requests waiting."""
+        self._hung = True
         if self._process is not None:
             self._process.kill()
         if self._link is not None:
@@ -411,5 +423,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
+    """One that waits for a device that never answers cannot be killed; nobody waits for it."""
     process.kill()
-    process.wait()
+    try:
+        process.wait(GOODBYE_S)
+    except subprocess.TimeoutExpired:
+        logger.error("the engine process %d cannot be killed: it waits for a device or a file", process.pid)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from sensorium.engine import messages
 from sensorium.engine.faults import VARIABLE, Faults
+from sensorium.engine.liveness import Pulse
 from sensorium.engine.messages import Kind, ProtocolError
 from sensorium.errors import StartupError
 from sensorium.types import EngineOutput, EngineRequest, EngineStats
@@ -46,6 +47,7 @@ class Channel:
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
         self._inbox: SimpleQueue[tuple[int, memoryview]] = SimpleQueue()
+        self._sending = threading.Lock()
 
     def start(self) -> None:
         threading.Thread(target=self._read, name="engine-reader", daemon=True).start()
@@ -59,6 +61,9 @@ class Channel:
             os._exit(0)
         except ProtocolError as error:
             logger.critical("the connection to the server is broken: %s", error)
+            os._exit(1)
+        except BaseException:  # no memory for a frame, say: a process that hears nothing must not stay
+            logger.critical("the connection to the server cannot be read", exc_info=True)
             os._exit(1)
 
     def receive(self) -> tuple[int, memoryview]:
@@ -86,17 +91,24 @@ class Channel:
                 return frames
 
     def send(self, frame: bytes) -> None:
+        """By any thread; waits while the other side does not read."""
         try:
-            self._socket.sendall(frame)
+            with self._sending:
+                self._socket.sendall(frame)
         except OSError:
             os._exit(0)
+
+    def beat(self) -> None:
+        self.send(messages.frame(Kind.BEAT))
 
 
 class Core:
     """The step loop around one loaded engine."""
 
-    def __init__(self, engine: Engine, channel: Channel, faults: Faults) -> None:
+    def __init__(self, engine: Engine, channel: Channel, faults: Faults,
+                 pulse: Pulse | None = None) -> None:
         self._engine = engine
+        self._pulse = pulse or Pulse(channel.beat, 0.0)  # one that is not started watches nothing
         self._scheduler = engine.scheduler
         self._runner = engine.runner
         self._channel = channel
@@ -119,7 +131,10 @@ class Core:
             self._send_stats()
         frames = self._channel.poll(wait=idle and not self._engine.has_chores)
         if idle and not frames:
+            self._pulse.begin(slow=True)
             self._engine.do_chore()
+            self._pulse.end()
+        self._pulse.begin()
         for kind, payload in frames:
             if not self._take(kind, payload):
                 return False
@@ -132,9 +147,11 @@ class Core:
             now = monotonic()
             self._steps += 1
             self._step_seconds = now - started
+            self._pulse.begin()
             self._engine.pack_some()
             if now >= self._stats_due:
                 self._send_stats()
+        self._pulse.end()
         return True
 
     def _take(self, kind: int, payload: memoryview) -> bool:
@@ -143,8 +160,6 @@ class Core:
         elif kind == Kind.ABORT:
             for request_id in messages.decode_abort(payload):
                 self._scheduler.abort(request_id)
-        elif kind == Kind.PING:
-            self._channel.send(messages.frame(Kind.PONG))
         elif kind == Kind.SHUTDOWN:
             return False
         else:
@@ -159,14 +174,18 @@ class Core:
     # One step: schedule, towers, forward and sample, take the results
 
     def _step(self) -> None:
+        self._pulse.begin()
         plan, rich = self._scheduler.schedule()
         if plan.encode:
+            self._pulse.begin(slow=True)
             rich += self._encode(plan)
         ids: list[int] = []
         token_ids: list[int] = []
         if plan:
+            self._pulse.begin(self._engine.work_of(plan))
             for part, result in self._compute(plan, rich):
                 self._take_results(part, result, ids, token_ids, rich)
+        self._pulse.end()
         self._faults.hit("send")
         self._send(ids, token_ids, rich)
 
@@ -241,10 +260,12 @@ class Core:
 
     def _send(self, ids: list[int], token_ids: list[int], rich: list[EngineOutput]) -> None:
         if ids or rich:
+            self._pulse.end()
             self._channel.send(messages.encode_outputs(ids, token_ids, rich))
 
     def _send_stats(self) -> None:
         scheduler, encoder, prefixes = self._scheduler, self._engine.encoder, self._engine.prefixes
+        self._pulse.end()
         self._channel.send(messages.encode_stats(EngineStats(
             running=scheduler.num_running, waiting=len(scheduler.waiting), kv_blocks=scheduler.pool.num_blocks,
             kv_blocks_free=scheduler.pool.num_free, prefix_queries=prefixes.queries, prefix_hits=prefixes.hits,
@@ -257,11 +278,13 @@ class Core:
 class _Report:
     """Progress of loading, told at most every `PROGRESS_INTERVAL_S`, but every end of a phase."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, pulse: Pulse) -> None:
         self._channel = channel
+        self._pulse = pulse
         self._due = 0.0
 
     def __call__(self, phase: str, fraction: float) -> None:
+        self._pulse.begin(slow=True)
         now = monotonic()
         if now >= self._due or fraction in (0.0, 1.0):
             self._channel.send(messages.encode_progress(phase, fraction))
@@ -276,7 +299,9 @@ def serve(sock: socket.socket, faults: Faults) -> int:
         raise ProtocolError("the first message is not the configuration")
     config = messages.decode_config(payload)
     channel.start()
-    report = _Report(channel)
+    pulse = Pulse(channel.beat, config.hang_after_s)
+    pulse.start()
+    report = _Report(channel, pulse)
     report("imports", 0.0)
     try:
         from sensorium.engine.loading import load_engine  # imports torch: the client hears of us before that
@@ -294,8 +319,9 @@ def serve(sock: socket.socket, faults: Faults) -> int:
         return 1
     gc.collect()
     gc.freeze()  # what is loaded stays: no collection looks at it again
+    pulse.end()
     channel.send(messages.encode_ready(engine.ready))
-    core = Core(engine, channel, faults)
+    core = Core(engine, channel, faults, pulse)
     try:
         core.run()
     except Exception as error:

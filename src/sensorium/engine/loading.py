@@ -24,7 +24,7 @@ from sensorium.engine.memory import available_for_cache, cache_shape, make_cache
 from sensorium.engine.prefix_cache import PrefixCache
 from sensorium.engine.runner import Runner
 from sensorium.engine.sampler import Sampler
-from sensorium.engine.scheduler import Budget, Scheduler
+from sensorium.engine.scheduler import Budget, Plan, Scheduler
 from sensorium.errors import StartupError
 from sensorium.kernels import Quantization, quantized
 from sensorium.kernels.native import QuantizedLinear, RowsLinear
@@ -55,12 +55,19 @@ class Engine:
     encoder: EncoderCache[Tensor]
     ready: EngineReady
     mapped: list[RowsLinear] = field(default_factory=list)  # still computed with where the page cache has them
+    work: tuple[float, float] = (0.0, 0.0)  # multiply-adds of a token, and for each key that it sees
     writing: Iterator[None] | None = None  # of a copy of the weights, piece by piece
 
     @property
     def has_chores(self) -> bool:
         """Whether there is something to do while nobody asks for anything."""
         return bool(self.mapped) or self.writing is not None
+
+    def work_of(self, plan: Plan) -> float:
+        """Multiply-adds of a step, about: of every token with all weights, and of its attention."""
+        per_token, per_key = self.work
+        return sum(count * (per_token + per_key * (seq.num_computed + count))
+                   for seq, count in [*((seq, 1) for seq in plan.decodes), *plan.prefills])
 
     def do_chore(self) -> None:
         """A little of what makes this start, or the next one, faster."""
@@ -86,6 +93,8 @@ def load_engine(config: EngineConfig, *, progress: Callable[[str, float], None] 
     """Load `config.model` and size everything around it. StartupError says in one line what is wrong."""
     started = monotonic()
     report = progress or (lambda phase, fraction: None)
+    if faults is not None:
+        faults.hit("load")
     checkpoint = open_checkpoint(Path(config.model), Path(config.text_model) if config.text_model else None)
     device = choose_device(config.device)
     quantization = choose_quantization(config, checkpoint.quantization)
@@ -160,7 +169,8 @@ def build_engine(model: Model, checkpoint: Checkpoint, config: EngineConfig, dev
         max_model_len=max_len, kv_tokens=num_blocks * config.block_size, block_size=config.block_size,
         weight_bytes=weight_bytes(model), kv_bytes=kv_bytes, load_seconds=monotonic() - started, device=device.type,
         dtype=str(dtype).removeprefix("torch."), tasks=tasks, embedding_size=embedding_size)
-    return Engine(scheduler, runner, prefixes, encoder, ready, mapped_forms(model))
+    work = (2.0 * ready.weight_bytes, 16.0 * model.num_layers * model.num_kv_heads * model.head_dim)  # not too little
+    return Engine(scheduler, runner, prefixes, encoder, ready, mapped_forms(model), work)
 
 
 def mapped_weight_bytes(model: Model) -> int:

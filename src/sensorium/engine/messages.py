@@ -48,13 +48,12 @@ class Kind(IntEnum):
     REQUEST = 2
     ABORT = 3
     SHUTDOWN = 4
-    PING = 5
     PROGRESS = 16  # from the engine
     READY = 17
     OUTPUTS = 18
     STATS = 19
     FATAL = 20
-    PONG = 21
+    BEAT = 21  # the process runs
 
 
 class ProtocolError(Exception):
