@@ -70,7 +70,7 @@ def redirect(location: str, status: int = 302) -> httpx.Response:
 
 LOOPBACK_HOSTS = ["127.0.0.1", "localhost", "[::1]", "0.0.0.0", "2130706433", "0x7f.1", "127.1", "0", "[::]",
                   "[::ffff:127.0.0.1]", "[64:ff9b::7f00:1]", "[2002:7f00:1::]", "017700000001", "LOCALHOST.",
-                  "[::7f00:1]"]
+                  "[::7f00:1]", "[::ffff:0:127.0.0.1]", "[::ffff:0:7f00:1]"]
 INTERNAL_HOSTS = ["169.254.169.254", "100.100.100.200", "10.0.0.1", "[fd00::1]", "[fe80::1]", "168.63.129.16",
                   "192.168.1.1", "172.16.0.1", "224.0.0.1", "[ff02::1]", "[fec0::1]", "255.255.255.255", "192.0.0.8",
                   "no-such-host.invalid", "[64:ff9b::a9fe:a9fe]", "[64:ff9b:1::a9fe:a9fe]", "[2001:0:7f00:1::1]"]
@@ -113,7 +113,14 @@ async def test_ports(url: str) -> None:
     ("::127.0.0.1", False), ("fec0::1", False), ("224.0.0.1", False), ("ff02::1", False), ("192.0.0.8", False),
     ("2001:0:808:808::1", False), ("::", False), ("::1", False), ("100.64.0.1", False), ("198.18.0.1", False),
     ("240.0.0.1", False), ("2a00:1450:4001::5efe:7f00:1", False), ("2a00:1450:4001::200:5efe:a00:1", False),
-    ("192.88.99.1", False), ("3fff::1", False), ("5f00::1", False), ("2001:db8::1", False)])
+    ("192.88.99.1", False), ("3fff::1", False), ("5f00::1", False), ("2001:db8::1", False),
+    ("::ffff:0:127.0.0.1", False), ("::ffff:0:10.0.0.1", False), ("::ffff:0:a9fe:a9fe", False),
+    ("::ffff:0:8.8.8.8", True), ("::8.8.8.8", True), ("::10.0.0.1", False), ("::ffff:169.254.169.254", False),
+    ("64:ff9b::a00:1", False), ("64:ff9b:1::808:808", False), ("64:ff9b:2::1", False), ("2002:a9fe:a9fe::1", False),
+    ("2001:0:4136:e378:8000:63bf:3fff:fdd2", False), ("2a00:1450:4001::5efe:808:808", False), ("100::1", False),
+    ("100:0:0:1::1", False), ("200::1", False), ("4000::1", False), ("fe00::1", False), ("fc00::1", False),
+    ("fe80::5efe:a9fe:a9fe", False), ("feb0::1", False), ("3fff:fff:ffff::1", False), ("2001:20::1", False),
+    ("2001:db8:ffff::1", False), ("2606:4700::1111", True), ("3ffe::1", True)])
 def test_public_addresses(text: str, public: bool) -> None:
     assert is_public(ipaddress.ip_address(text)) is public
 
@@ -233,7 +240,8 @@ async def test_named_hosts_may_be_private_and_only_they_are_fetched(canary: Cana
 
 async def test_a_named_host_does_not_lead_to_cloud_credentials() -> None:
     recorder = Recorder()
-    for address in ("169.254.169.254", "fe80::1", "0.0.0.0", "224.0.0.1"):
+    for address in ("169.254.169.254", "fe80::1", "0.0.0.0", "224.0.0.1", "::ffff:0:a9fe:a9fe", "64:ff9b::a9fe:a9fe",
+                    "2002:a9fe:a9fe::1", "64:ff9b:1::a9fe:a9fe", "fd00::5efe:a9fe:a9fe", "2001:0:1:2:3:4:5601:5601"):
         loader = make_loader("files.example", addresses={"files.example": [[address]]}, transport=recorder)
         assert (await refusal(fetch(loader, "http://files.example/"))).code == "invalid_image_url"
     assert not recorder.requests

@@ -8,41 +8,53 @@ from dataclasses import dataclass
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-V4_COMPATIBLE = ipaddress.IPv6Network("::/96")
+UNICAST = ipaddress.IPv6Network("2000::/3")
+"""The only part of IPv6 that is given out. What lies outside and is no way of writing an IPv4 address is not public."""
+
+TRANSPARENT = tuple(ipaddress.IPv6Network(text) for text in (
+    "::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96", "::/96"))
+"""v4-mapped, v4-translated (SIIT), NAT64, v4-compatible: other spellings of the IPv4 address in the last 32 bits."""
+
 NEVER_PUBLIC = tuple(ipaddress.ip_network(text) for text in (
     "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24",
     "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24",
     "224.0.0.0/3", "168.63.129.16/32",  # the last is a cloud's metadata service on a public address
-    "64:ff9b:1::/48", "100::/64", "2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20", "5f00::/16",
-    "fc00::/7", "fe80::/10", "fec0::/10", "ff00::/8",
+    "2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20",
 ))
 """Our own list beside `is_global`, which misses tunnels and some special blocks. 6to4 and Teredo: as a whole."""
 
 
 def embedded(address: Address) -> Address:
-    """The IPv4 address inside a v4-mapped, v4-compatible or NAT64 one; else the address itself."""
-    if isinstance(address, ipaddress.IPv4Address):
-        return address
-    if address.ipv4_mapped is not None:
-        return address.ipv4_mapped
-    if address in NAT64 or (address in V4_COMPATIBLE and int(address) > 1):
+    """The IPv4 address that the system would ask in its place, where this is another spelling of one."""
+    if isinstance(address, ipaddress.IPv6Address) and int(address) > 1 and any(address in net for net in TRANSPARENT):
         return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
     return address
 
 
+def tunnelled(address: Address) -> Address:
+    """The IPv4 address at a tunnel's other end (6to4, Teredo, ISATAP, local NAT64); else what `embedded` says."""
+    inner = embedded(address)
+    if isinstance(inner, ipaddress.IPv4Address):
+        return inner
+    is_isatap = int(inner) >> 32 & 0xFDFFFFFF == 0x00005EFE
+    if is_isatap or inner in ipaddress.IPv6Network("64:ff9b:1::/48"):
+        return ipaddress.IPv4Address(int(inner) & 0xFFFFFFFF)
+    return inner.sixtofour or (inner.teredo or (None, None))[1] or inner
+
+
 def is_public(address: Address) -> bool:
     inner = embedded(address)
-    if not inner.is_global or inner.is_multicast:
+    if not inner.is_global or inner.is_multicast or tunnelled(inner) != inner:
         return False
-    is_isatap = inner.version == 6 and int(inner) >> 32 & 0xFDFFFFFF == 0x00005EFE  # another tunnel to an IPv4 address
-    return not is_isatap and not any(inner.version == net.version and inner in net for net in NEVER_PUBLIC)
+    if inner.version == 6 and inner not in UNICAST:
+        return False
+    return not any(inner.version == net.version and inner in net for net in NEVER_PUBLIC)
 
 
 def is_nameable(address: Address, host: str) -> bool:
     """May a host that the operator named have this address? Private and loopback yes; link-local (where clouds keep
     credentials) only if the operator wrote that very address; multicast and unspecified never."""
-    inner = embedded(address)
+    inner = tunnelled(address)
     if inner.is_multicast or inner.is_unspecified:
         return False
     return not inner.is_link_local or host == str(address)
