@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import io
 import random
@@ -20,6 +21,7 @@ from PIL import Image, ImageOps
 
 from sensorium.config import Limits
 from sensorium.errors import MediaError
+from sensorium.media import jpeg
 from sensorium.media.header import read_header
 from sensorium.media.loader import MediaLoader
 from sensorium.media.source import MediaSize, MediaSource, RawMedia, Refusal
@@ -319,6 +321,8 @@ def test_header_of_anything_is_a_size_or_a_refusal(start: bytes, rest: bytes) ->
 def test_header_costs_little_whatever_the_file() -> None:
     """Millions of tiny segments, in each format that has segments."""
     floods = (b"\xff\xd8" + b"\xff\xe1\0\2" * 4_000_000, b"\xff\xd8" + b"\xff" * 16_000_000,
+              b"\xff\xd8" + b"\xff\0" * 8_000_000, b"\xff\xd8\xff" + bytes(16_000_000),
+              b"\xff\xd8\xff\xe1\0\2" + (bytes(4000) + b"\xff\xe1\0\2") * 4000,
               png(8, 8, extra=chunk(b"tEXt", b"") * 1_000_000),
               b"RIFF\0\0\0\0WEBPVP8X\x0a\0\0\0\x08" + bytes(9) + b"ABCD\0\0\0\0" * 2_000_000)
     start = time.process_time()
@@ -328,3 +332,94 @@ def test_header_costs_little_whatever_the_file() -> None:
         except Refusal as refused:
             assert refused.problem == "parse"
     assert time.process_time() - start < 0.2
+
+
+def segments_apart(payload: bytes, junk: bytes, *, places: int = 3) -> bytes:
+    """The same JPEG with bytes between its first segments."""
+    offset, out = 2, payload[:2]
+    for _ in range(places):
+        length = 2 + int.from_bytes(payload[offset + 2:offset + 4], "big")
+        out += payload[offset:offset + length] + junk
+        offset += length
+    return out + payload[offset:]
+
+
+@pytest.mark.parametrize("junk", [b"\0", b"\xff", b"\0" * 5000, b"\xff\0" * 10, b"DJI \x01\x02", b"\xff\xff\xff\0\0"])
+@pytest.mark.parametrize("progressive", [False, True])
+async def test_bytes_between_segments(junk: bytes, progressive: bool, loader: MediaLoader) -> None:
+    """As drones and phones leave them; the orientation behind them counts as well."""
+    for orientation in (1, 6):
+        payload = encoded(photo(40, 24), "JPEG", progressive=progressive, exif=b"Exif\0\0" + exif(orientation))
+        wanted = (await load(loader, data_url(payload))).data
+        found = (await load(loader, data_url(segments_apart(payload, junk)))).data
+        np.testing.assert_array_equal(found, wanted)
+
+
+async def test_stray_bytes_are_bounded(loader: MediaLoader) -> None:
+    payload = segments_apart(encoded(photo(40, 24), "JPEG"), bytes(1 << 21), places=1)
+    assert (await refusal(load(loader, data_url(payload)))).code == "image_parse_error"
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 100, "subsampling": 0}, {"optimize": True},
+                                     {"restart_marker_blocks": 2}], ids=str)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+async def test_jpegs_without_their_end(mode: str, options: dict[str, object], loader: MediaLoader) -> None:
+    """All pixels are there, so they are shown; one byte of theirs less, and the file is cut off."""
+    payload = encoded(photo(67, 45).convert(mode), "JPEG", **options)
+    wanted = (await load(loader, data_url(payload))).data
+    for end in (payload[:-2], payload[:-1], payload + b"behind it"):
+        np.testing.assert_array_equal((await load(loader, data_url(end))).data, wanted)
+    for cut in (6, 10, 50, len(payload) // 3, len(payload) // 2):
+        assert (await refusal(load(loader, data_url(payload[:-cut])))).code == "image_parse_error", cut
+
+
+async def test_a_flat_jpeg_that_is_cut_off(loader: MediaLoader) -> None:
+    """Its missing part would look like the rest of it."""
+    for grey in (0, 127, 128, 255):
+        payload = encoded(Image.new("RGB", (640, 480), (grey,) * 3), "JPEG")
+        assert (await load(loader, data_url(payload[:-2]))).data.shape == (480, 640, 3)
+        for cut in (20, 100, 400):
+            assert (await refusal(load(loader, data_url(payload[:-cut])))).code == "image_parse_error", (grey, cut)
+
+
+async def test_a_progressive_jpeg_without_its_last_scans(loader: MediaLoader) -> None:
+    """Cut between two scans, with every scan that is there complete."""
+    payload = encoded(photo(67, 45), "JPEG", progressive=True)
+    starts = [at for at in range(len(payload)) if payload[at:at + 2] == b"\xff\xda"]
+    assert len(starts) == 10
+    for start in starts[1:]:
+        tables = payload.rfind(b"\xff\xc4", 0, start)
+        end = tables if tables > starts[starts.index(start) - 1] else start
+        assert (await refusal(load(loader, data_url(payload[:end])))).code == "image_parse_error"
+
+
+def many_scans(count: int, width: int = 64, height: int = 64) -> bytes:
+    """A progressive JPEG whose last scan, a refinement, comes `count` times more."""
+    payload = encoded(Image.new("L", (width, height), 128), "JPEG", progressive=True)
+    last = payload.rfind(b"\xff\xda")
+    return payload[:-2] + payload[last:-2] * count + b"\xff\xd9"
+
+
+async def test_scans_are_counted_before_decoding(loader: MediaLoader) -> None:
+    """A decoder goes over the whole image for each, however short it is."""
+    own = jpeg.count_scans(many_scans(0)).count
+    await load(loader, data_url(many_scans(jpeg.MAX_SCANS - own)))
+    for count in (jpeg.MAX_SCANS - own + 1, 2000, 100_000):
+        start = time.process_time()
+        error = await refusal(load(loader, data_url(many_scans(count))))
+        assert error.code == "image_too_large" and "64 scans" in error.message
+        assert time.process_time() - start < 2
+    large = many_scans(30, 6000, 6000)
+    assert "22 scans" in (await refusal(load(loader, data_url(large)))).message
+    frames = b",".join(base64.b64encode(many_scans(70)) for _ in range(2)).decode()
+    error = await refusal(load(loader, f"data:video/jpeg;base64,{frames}", "video"))
+    assert error.code == "video_too_large"
+
+
+@pytest.mark.parametrize("frame", [(0, 0, 65535, 65535), (65535, 65535, 1, 1), (0, 0, 13000, 13000), (0, 0, 0, 0),
+                                   (2, 2, 8, 8)])
+async def test_a_gif_frame_beyond_its_screen(frame: tuple[int, int, int, int], loader: MediaLoader) -> None:
+    """35 bytes: the worker outlives them."""
+    payload = b"GIF89a" + struct.pack("<HHBBB", 8, 8, 0x80, 0, 0) + bytes(6) + b"," + struct.pack("<HHHHB", *frame, 0)
+    error = await refusal(load(loader, data_url(payload + b"\x02\x02\x4c\x01\0;")))
+    assert error.code == "image_parse_error"

@@ -36,13 +36,15 @@ def _image_decoders() -> dict[str, Decoder]:
     from sensorium.media.framelist import frames_of
     from sensorium.media.image import decode_image
 
-    def image(payload: bytes, _job: dict[str, Any]) -> Decoded:
-        pixels = decode_image(payload)
+    def image(payload: bytes, job: dict[str, Any]) -> Decoded:
+        pixels = decode_image(payload, job["max_pixels"])
         return Decoded(shape=pixels.shape, pieces=(pixels,))
 
     def frames(payload: bytes, job: dict[str, Any]) -> Decoded:
         pictures = frames_of(payload)
-        return Decoded(shape=(len(pictures), job["height"], job["width"], 3), pieces=map(decode_image, pictures))
+        max_pixels = job["max_pixels"] // len(pictures)
+        return Decoded(shape=(len(pictures), job["height"], job["width"], 3),
+                       pieces=(decode_image(picture, max_pixels) for picture in pictures))
 
     return {"image": image, "frames": frames}
 

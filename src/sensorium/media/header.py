@@ -7,14 +7,15 @@ steps. The worker uses the same orientation, so that both agree on the size of t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
+from sensorium.media import jpeg
 from sensorium.media.source import Refusal
 
 ImageFormat = Literal["JPEG", "PNG", "WEBP", "GIF", "BMP"]
 
-MAX_SEGMENTS = 4096  # markers or chunks looked at; real files have some hundred
-JPEG_FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+MAX_CHUNKS = 4096  # looked at; real files have some hundred
 ORIENTATION_TAG = 0x0112
 
 
@@ -84,26 +85,14 @@ def exif_orientation(tiff: bytes) -> int:
 
 
 def _jpeg(data: bytes) -> ImageHeader | None:
-    offset, orientation = 2, 1
-    for _ in range(MAX_SEGMENTS):
-        if data[offset:offset + 1] != b"\xff":
+    orientation = 1
+    for segment in islice(jpeg.segments(data), jpeg.MAX_SEGMENTS):
+        if segment.marker in jpeg.FRAMES:
+            return _jpeg_frame(segment.body, orientation)
+        if segment.marker == jpeg.SCAN:
             return None
-        marker = data[offset + 1] if offset + 1 < len(data) else 0
-        if marker == 0xFF:  # fill byte
-            offset += 1
-            continue
-        if marker in (0x01, *range(0xD0, 0xD8)):  # no payload
-            offset += 2
-            continue
-        length = int.from_bytes(data[offset + 2:offset + 4], "big")
-        body = data[offset + 4:offset + 2 + length]
-        if length < 2 or len(body) != length - 2:
-            return None
-        if marker in JPEG_FRAME_MARKERS:
-            return _jpeg_frame(body, orientation)
-        if marker == 0xE1 and body.startswith(b"Exif\0\0") and orientation == 1:
-            orientation = exif_orientation(body[6:])
-        offset += 2 + length
+        if segment.marker == jpeg.EXIF and segment.body.startswith(b"Exif\0\0") and orientation == 1:
+            orientation = exif_orientation(segment.body[6:])
     return None
 
 
@@ -119,7 +108,7 @@ def _png(data: bytes) -> ImageHeader | None:
         return None
     width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
     orientation, offset = 1, 33
-    for _ in range(MAX_SEGMENTS):
+    for _ in range(MAX_CHUNKS):
         length, kind = int.from_bytes(data[offset:offset + 4], "big"), data[offset + 4:offset + 8]
         if kind in (b"IDAT", b"IEND", b""):
             return ImageHeader("PNG", width, height, orientation, bit_depth=data[24])
@@ -148,7 +137,7 @@ def _webp(data: bytes) -> ImageHeader | None:
 
 def _webp_orientation(data: bytes) -> int:
     offset = 12
-    for _ in range(MAX_SEGMENTS):
+    for _ in range(MAX_CHUNKS):
         kind, length = data[offset:offset + 4], int.from_bytes(data[offset + 4:offset + 8], "little")
         if kind == b"EXIF":
             body = data[offset + 8:offset + 8 + min(length, 1 << 20)]

@@ -5,6 +5,8 @@ First frame only; alpha, palettes, 16 bits, CMYK and EXIF orientation are resolv
 
 from __future__ import annotations
 
+import struct
+import zlib
 from io import BytesIO
 
 import numpy as np
@@ -14,6 +16,7 @@ from PIL import BmpImagePlugin, GifImagePlugin, Image, ImageFile, JpegImagePlugi
 # Pillow imports these when a file needs them, which a worker that is locked in no longer can.
 from PIL import ImageColor, ImagePalette, TiffImagePlugin  # noqa: F401  # isort: skip
 
+from sensorium.media import jpeg
 from sensorium.media.header import ImageFormat, ImageHeader, read_header
 from sensorium.media.source import Refusal
 
@@ -35,25 +38,64 @@ FLIPS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, MemoryError)
-"""What Pillow raises for damaged files. Anything else ends the worker, which costs this one request as well."""
+UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, MemoryError,
+              AttributeError, struct.error, zlib.error, Image.DecompressionBombError)
+"""What Pillow raises for damaged files. The worker takes anything else in the same way."""
+
+MAX_PASSES = 20  # over as many pixels as an image may have; over fewer pixels, more
+FILLERS = (b"", b"\x55" * 64)  # what is put in place of a JPEG's missing end
 
 Pixels = NDArray[np.uint8]
 
 
-def decode_image(payload: bytes) -> Pixels:
-    """uint8 [height, width, 3]. The size was checked against the limits by whoever called."""
+def decode_image(payload: bytes, max_pixels: int) -> Pixels:
+    """uint8 [height, width, 3]. The size was checked against the limits by whoever called; `max_pixels` is that
+    limit, from which follows how often a progressive JPEG may go over how many pixels."""
     header = read_header(payload)
+    _check_passes(payload, header, max_pixels)
     try:
-        with READERS[header.format](BytesIO(payload)) as picture:
-            if picture.size != (header.width, header.height):
-                raise ValueError
-            picture.load()
-            rgb = _to_rgb(picture, header)
-            upright = rgb.transpose(FLIPS[header.orientation]) if header.orientation in FLIPS else rgb
-            return np.asarray(upright)
+        return _decoded(payload, header)
     except UNREADABLE:
-        raise Refusal("parse", f"The {header.format} file is damaged or cut off: it cannot be decoded.") from None
+        if header.format == "JPEG" and jpeg.count_scans(payload).is_whole:
+            return _without_end(payload, header)
+        raise damaged(header) from None
+
+
+def damaged(header: ImageHeader) -> Refusal:
+    return Refusal("parse", f"The {header.format} file is damaged or cut off: it cannot be decoded.")
+
+
+def _check_passes(payload: bytes, header: ImageHeader, max_pixels: int) -> None:
+    """All other formats are gone through once: of animations the first frame alone, and interlacing repeats nothing."""
+    if header.format != "JPEG":
+        return
+    scans, pixels = jpeg.count_scans(payload).count, header.width * header.height
+    if scans > jpeg.MAX_SCANS or scans * pixels > MAX_PASSES * max_pixels:
+        most = min(jpeg.MAX_SCANS, MAX_PASSES * max_pixels // pixels)
+        raise Refusal("large", f"The JPEG file has more than {most} scans, which takes too long to decode at its size. "
+                               "Save it with the usual settings of progressive JPEG, or as baseline JPEG.")
+
+
+def _decoded(payload: bytes, header: ImageHeader) -> Pixels:
+    with READERS[header.format](BytesIO(payload)) as picture:
+        if picture.size != (header.width, header.height):
+            raise ValueError
+        picture.load()
+        rgb = _to_rgb(picture, header)
+        upright = rgb.transpose(FLIPS[header.orientation]) if header.orientation in FLIPS else rgb
+        return np.asarray(upright)
+
+
+def _without_end(payload: bytes, header: ImageHeader) -> Pixels:
+    """A JPEG that lacks its end marker, whose pixels are all there: whatever follows does not change them. One that is
+    cut off elsewhere takes the filler for pixels, and shows it."""
+    try:
+        first, second = (_decoded(payload.rstrip(b"\xff") + filler + b"\xff\xd9", header) for filler in FILLERS)
+    except UNREADABLE:
+        raise damaged(header) from None
+    if not np.array_equal(first, second):
+        raise damaged(header)
+    return first
 
 
 def _to_rgb(picture: Image.Image, header: ImageHeader) -> Image.Image:

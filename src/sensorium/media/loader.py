@@ -82,7 +82,8 @@ class MediaLoader:
             shape: tuple[int, ...] = ()  # of a sound only decoding tells
             if raw.kind == "image":
                 shape = (*self._checked_header(raw.payload).upright, 3)
-                result = await self._images.run({"op": "image"}, raw.payload)
+                result = await self._images.run(
+                    {"op": "image", "max_pixels": self._limits.max_image_pixels}, raw.payload)
             elif raw.kind == "video":
                 size = self._sampled_size(_info_of(raw), sampling)
                 shape = (size.frames, size.height, size.width, 3)
@@ -184,10 +185,11 @@ class MediaLoader:
         return MediaSize(*fitted_size(info.height, info.width, frames, limits.max_video_pixels), frames)
 
     async def _decode_video(self, raw: RawMedia, info: StreamInfo, sampling: VideoSampling, size: MediaSize) -> Result:
-        if info.container == "frames":
-            result = await self._images.run({"op": "frames", "height": size.height, "width": size.width}, raw.payload)
-            return replace(result, record={"timestamps_s": list(range(size.frames))})  # one a second
         limits = self._limits
+        if info.container == "frames":
+            job = {"op": "frames", "height": size.height, "width": size.width, "max_pixels": limits.max_video_pixels}
+            result = await self._images.run(job, raw.payload)
+            return replace(result, record={"timestamps_s": list(range(size.frames))})  # one a second
         job = {"op": "video", "demuxer": info.container, "sampling": sampling.as_record(),
                "max_side": limits.max_video_side, "max_frames": limits.max_video_frames,
                "max_pixels": limits.max_video_pixels}
