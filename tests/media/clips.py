@@ -88,3 +88,14 @@ def replaced(data: bytes, path: list[bytes], change: Callable[[bytes], bytes]) -
             new = change(body) if len(path) == 1 else replaced(body, path[1:], change)
         out += struct.pack(">I4s", len(new) + 8, kind) + new
     return out
+
+
+def with_matrix(payload: bytes, matrix: tuple[float, float, float, float]) -> bytes:
+    """An MP4 with another display matrix: a, b, c, d of its track header."""
+
+    def change(header: bytes) -> bytes:
+        at = 40 if header[0] == 0 else 52  # behind times of 4 or 8 bytes
+        a, b, c, d = (round(value * 65536) for value in matrix)
+        return header[:at] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + header[at + 36:]
+
+    return replaced(payload, [b"moov", b"trak", b"tkhd"], change)

@@ -169,7 +169,7 @@ async def test_a_header_that_claims_less_does_not_help() -> None:
     """The limit counts decoded samples, not what the packets said."""
     loader = MediaLoader(Limits(max_audio_seconds=1.0), workers=1)
     raw = await loader.fetch(MediaSource("audio", PARAM, url=data_url(sound(tone(0.5, 16000), 16000), "audio/wav")))
-    long = sound(tone(1.5, 16000), 16000)
+    long = sound(tone(1.6, 16000), 16000)
     import dataclasses
 
     error = await refusal(loader.decode(dataclasses.replace(raw, payload=long)))
@@ -209,3 +209,18 @@ async def test_rate_is_in_the_key(loader: MediaLoader) -> None:
     silence = wav(bytes(3200))
     assert (await hear(loader, silence, 16000)).key != (await hear(loader, silence, 8000)).key
     assert (await hear(loader, silence, 16000)).key == (await hear(loader, silence, 16000)).key
+
+
+@pytest.mark.parametrize("codec, container, sample_format, rate", [
+    ("libmp3lame", "mp3", "fltp", 8000), ("libmp3lame", "mp3", "fltp", 44100), ("aac", "adts", "fltp", 8000),
+    ("aac", "mp4", "fltp", 16000), ("libopus", "ogg", "flt", 48000), ("pcm_s16le", "wav", "s16", 16000)])
+async def test_exactly_as_long_as_may_be(codec: str, container: str, sample_format: str, rate: int) -> None:
+    """What an encoder puts before and behind does not count; a second more does."""
+    loader = MediaLoader(Limits(max_audio_seconds=3.0), workers=1)
+    payload = sound(tone(3.0, rate), rate, codec, container, sample_format)
+    item = await load(loader, data_url(payload, "audio/x-any"), "audio")
+    assert len(item.data) == pytest.approx(48_000, abs=8000)
+    longer = sound(tone(4.0, rate), rate, codec, container, sample_format)
+    error = await refusal(load(loader, data_url(longer, "audio/x-any"), "audio"))
+    assert error.code == "audio_too_long" and "3 s" in error.message
+    await loader.aclose()

@@ -6,6 +6,7 @@ import base64
 from urllib.parse import quote
 
 import pytest
+from clips import wav
 from media_support import PARAM, load, refusal
 from pictures import data_url, encoded, photo
 
@@ -80,3 +81,23 @@ async def test_declared_types_of_sound(loader: MediaLoader) -> None:
         assert split_data_url(data_url(PNG, media_type), "audio").media_type == media_type
     error = await refusal(loader.fetch(MediaSource("audio", PARAM, url=data_url(PNG, "image/png"))))
     assert error.code == "unsupported_audio_media_type"
+
+
+@pytest.mark.parametrize("head", ["data:;base64,", "data:audio/wav;base64,", "DATA:audio/wav;BASE64,",
+                                  "data:audio/webm;codecs=opus;base64,", "data:application/octet-stream;base64,"])
+async def test_data_urls_in_place_of_bare_base64(head: str, loader: MediaLoader) -> None:
+    """Many clients write a whole data: URL into `input_audio.data`."""
+    payload = wav(bytes(3200))
+    text = base64.b64encode(payload).decode()
+    for data in (head + text, text):
+        assert (await loader.fetch(MediaSource("audio", PARAM, data=data, format="wav"))).payload == payload
+
+
+@pytest.mark.parametrize("data, code", [
+    (data_url(PNG, "image/png"), "unsupported_audio_media_type"),
+    ("data:audio/wav;base64,!!!!", "invalid_base64_audio"), ("data:audio/wav,raw", "invalid_base64_audio"),
+    ("data:audio/wav;base64", "invalid_audio_url"),
+    ("data:audio/wav;base64,", "empty_audio_file"), ("https://example.org/a.wav", "invalid_base64_audio"),
+    ("file:///etc/passwd", "invalid_base64_audio")])
+async def test_other_urls_are_no_base64(data: str, code: str, loader: MediaLoader) -> None:
+    assert (await refusal(loader.fetch(MediaSource("audio", PARAM, data=data)))).code == code

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import random
+import struct
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
-from clips import VALUES, video
+from clips import VALUES, replaced, video, with_matrix
 from hypothesis import given
 from hypothesis import strategies as st
 from media_support import PARAM, load, refusal
@@ -124,6 +126,42 @@ async def test_rotation(turn: int, loader: MediaLoader) -> None:
     assert np.abs(item.data[0].astype(int) - expected).mean() < 8
 
 
+def corner(height: int = 48, width: int = 64) -> np.ndarray:
+    """White where the upper left quarter is, black elsewhere."""
+    picture = np.zeros((height, width, 3), np.uint8)
+    picture[:height // 2, :width // 2] = 255
+    return picture
+
+
+SHOWN: dict[tuple[float, float, float, float], Callable[[np.ndarray], np.ndarray]] = {
+    (1, 0, 0, 1): lambda p: p, (-1, 0, 0, 1): lambda p: p[:, ::-1], (1, 0, 0, -1): lambda p: p[::-1],
+    (-1, 0, 0, -1): lambda p: p[::-1, ::-1], (0, 1, 1, 0): lambda p: p.transpose(1, 0, 2),
+    (0, 1, -1, 0): lambda p: np.rot90(p, -1), (0, -1, 1, 0): np.rot90,
+    (0, -1, -1, 0): lambda p: np.rot90(p.transpose(1, 0, 2), 2), (0, 0, 0, 0): lambda p: p,
+    (0.9, 0.4, -0.4, 0.9): lambda p: p, (-0.9, 0.3, 0.3, 0.9): lambda p: p[:, ::-1]}
+
+
+async def test_all_orientations(loader: MediaLoader) -> None:
+    """EXIF's eight, as a track's matrix says them (front cameras mirror), whatever size the frames are scaled to."""
+    small = MediaLoader(Limits(max_video_pixels=3000), workers=1)
+    for matrix, shown in SHOWN.items():
+        payload = with_matrix(video(frames=2, draw=lambda number: corner()), matrix)
+        for size, decoded in (((48, 64), await take(loader, payload)), ((33, 44), await take(small, payload))):
+            expected = shown(corner(*size))
+            assert decoded.data.shape[1:] == expected.shape, matrix
+            assert np.abs(decoded.data[0].astype(int) - expected).mean() < 14, matrix
+    await small.aclose()
+
+
+async def test_sample_aspect_ratio_is_left_alone(loader: MediaLoader) -> None:
+    """The stored pixels are what references show the model; so they are mirrored and not stretched."""
+    plain = video(frames=2, draw=lambda number: corner())
+    sides = struct.pack(">II", 128 << 16, 48 << 16)
+    wide = replaced(plain, [b"moov", b"trak", b"tkhd"], lambda body: body[:-8] + sides)
+    for payload in (wide, with_matrix(wide, (-1, 0, 0, 1))):
+        assert (await take(loader, payload)).data.shape[1:] == (48, 64, 3)
+
+
 async def test_odd_sizes_and_lengths(loader: MediaLoader) -> None:
     for frames in (1, 2, 3, 7):
         assert numbers(await take(loader, video(frames=frames))) == list(range(frames))
@@ -156,7 +194,7 @@ async def test_large_clips_are_scaled_to_the_pixel_limit() -> None:
 async def test_limits() -> None:
     loader = MediaLoader(Limits(max_video_seconds=2.0, max_video_side=128, max_video_frames=6, max_video_bytes=100_000),
                          workers=1)
-    assert (await refusal(fetch(loader, video(frames=21)))).code == "video_too_long"
+    assert (await refusal(fetch(loader, video(frames=26)))).code == "video_too_long"
     assert (await refusal(fetch(loader, video(size=(130, 48), frames=2)))).code == "video_too_large"
     assert (await refusal(fetch(loader, video("mpeg4", "avi", size=(2, 48), frames=2)))).code == "video_too_small"
     assert (await refusal(fetch(loader, bytes(100_001)))).code == "video_file_too_large"

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from sensorium.media.container import damaged, opened
 from sensorium.media.magic import Demuxer
-from sensorium.media.source import Refusal
+from sensorium.media.source import PADDING_S, Refusal
 
 Samples = NDArray[np.float32]
 
@@ -51,7 +51,7 @@ def decode_audio(payload: bytes, demuxer: Demuxer, sample_rate: int, max_seconds
         pieces, count = [], 0
         for piece in _mono(container, stream, rate):
             count += len(piece)
-            if count > max_seconds * rate:
+            if count > (max_seconds + PADDING_S) * rate:
                 raise Refusal("long", f"The {{noun}} is longer than {max_seconds:g} s. Send it in parts.")
             pieces.append(resampler.resample_chunk(piece) if resampler else piece)
         if not count:

@@ -26,6 +26,11 @@ class DataURL:
     text: str
 
 
+def is_data_url(text: str) -> bool:
+    """For fields that hold bare base64: no base64 has a colon."""
+    return text[:5].lower() == "data:"
+
+
 def split_data_url(url: str, kind: Modality) -> DataURL:
     """The declared type must be of the medium's kind (or say nothing); the bytes decide what it really is."""
     match = DATA_URL.match(url[:MAX_HEAD])

@@ -23,12 +23,12 @@ from sensorium.media.files import LocalFiles
 from sensorium.media.framelist import MEDIA_TYPE as FRAME_LIST_TYPE
 from sensorium.media.framelist import frame_list_size, read_frame_list
 from sensorium.media.header import ImageHeader, read_header
-from sensorium.media.inline import decode_base64, split_data_url
+from sensorium.media.inline import decode_base64, is_data_url, split_data_url
 from sensorium.media.key import content_key
 from sensorium.media.magic import container_of
 from sensorium.media.pool import CRASHED, Bounds, Result, WorkerPool
 from sensorium.media.sampling import VideoSampling, fitted_size
-from sensorium.media.source import MediaSize, MediaSource, RawMedia, Refusal, StreamInfo, size_text
+from sensorium.media.source import PADDING_S, MediaSize, MediaSource, RawMedia, Refusal, StreamInfo, size_text
 from sensorium.types import MediaItem, Modality
 
 LARGE_TEXT = 256 * 1024  # base64 characters from which decoding leaves the event loop
@@ -109,9 +109,9 @@ class MediaLoader:
             if len(source.payload) > max_bytes:
                 raise Refusal("file_size", f"The {{noun}}'s file is larger than {size_text(max_bytes)}.")
             return source.payload, source.format
-        url = source.url or ""
+        url = source.url or (source.data if source.data and is_data_url(source.data) else "")
         scheme = url[:8].partition(":")[0].lower()
-        if source.data is not None and source.url is None:
+        if source.data is not None and not url:
             return await _from_base64(source.data, max_bytes), source.format
         if scheme == "data":
             parts = split_data_url(url, source.kind)
@@ -164,7 +164,7 @@ class MediaLoader:
     def _checked_info(self, info: StreamInfo) -> StreamInfo:
         limits = self._limits
         max_seconds = limits.max_video_seconds if info.frames else limits.max_audio_seconds
-        if info.duration_s > max_seconds and info.container != "frames":
+        if info.duration_s > max_seconds + PADDING_S and info.container != "frames":
             raise Refusal("long", f"The {{noun}} is longer than {max_seconds:g} s. Send it in parts.")
         if info.frames and min(info.height, info.width) < limits.min_image_side:
             raise Refusal("small", f"The {{noun}}'s frames have {info.width}x{info.height} pixels; each side must have "

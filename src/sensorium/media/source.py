@@ -8,6 +8,8 @@ from typing import Literal
 from sensorium.errors import MediaError
 from sensorium.types import Modality
 
+PADDING_S = 0.5  # beyond a limit on seconds: what encoders put before and behind (8 kHz MP3 and AAC: up to 0.4 s)
+
 Problem = Literal["url", "base64", "download", "file_size", "empty", "type", "large", "small", "long", "parse"]
 
 CODES: dict[Problem, str] = {

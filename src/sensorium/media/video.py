@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from av.container import InputContainer
+from av.sidedata.sidedata import Type as SideDataType
 from numpy.typing import NDArray
 
 from sensorium.media.container import damaged, opened
@@ -21,7 +22,38 @@ from sensorium.media.sampling import VideoSampling, fitted_size
 from sensorium.media.source import Refusal
 
 Pixels = NDArray[np.uint8]
+MATRIX_SIZE = 9
 MAX_PACKETS = 300_000  # ten minutes at 500 frames a second
+
+
+@dataclass(frozen=True, slots=True)
+class Orientation:
+    """How a stored frame is shown: first `is_transposed`, rows for columns, then mirrored. All eight can be said so."""
+
+    is_transposed: bool = False
+    mirrors_x: bool = False
+    mirrors_y: bool = False
+
+    @classmethod
+    def of(cls, frame: Any) -> Orientation:
+        """A frame's display matrix: a stored point (p, q) is shown at (a p + c q, b p + d q), plus an offset. What lies
+        between quarter turns is taken for the nearest one."""
+        found = frame.side_data.get(SideDataType.DISPLAYMATRIX)
+        if found is None or len(matrix := np.frombuffer(bytes(found), "<i4")) != MATRIX_SIZE:
+            return cls()
+        a, b, _, c, d = (int(value) for value in matrix[:5])
+        if abs(b) + abs(c) > abs(a) + abs(d):
+            return cls(True, mirrors_x=c < 0, mirrors_y=b < 0)
+        return cls(mirrors_x=a < 0, mirrors_y=d < 0)
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) as shown of the stored ones, and the other way round."""
+        return (width, height) if self.is_transposed else (height, width)
+
+    def apply(self, pixels: Pixels) -> Pixels:
+        """[height, width, 3] as stored -> a view of it as shown."""
+        shown = pixels.transpose(1, 0, 2) if self.is_transposed else pixels
+        return shown[::-1 if self.mirrors_y else 1, ::-1 if self.mirrors_x else 1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +65,14 @@ class Clip:
     duration_s: float
     height: int
     width: int
-    turns: int  # quarter turns to the left that make a frame upright
+    orientation: Orientation
     times: list[int] | None
     keys: list[int]  # times of key frames
     unit_s: float
 
     @property
     def upright(self) -> tuple[int, int]:
-        return (self.width, self.height) if self.turns % 2 else (self.height, self.width)
+        return self.orientation.size(self.height, self.width)
 
     def time_s(self, index: int) -> float:
         """Of a frame, from the first one on."""
@@ -76,7 +108,7 @@ def decode_video(payload: bytes, demuxer: Demuxer, sampling: VideoSampling, *, m
     clip = inspect_video(payload, demuxer, max_side)
     indices = sampling.indices(clip.frames, clip.duration_s, max_frames)
     height, width = fitted_size(*clip.upright, len(indices), max_pixels)
-    stored = (width, height) if clip.turns % 2 else (height, width)
+    stored = clip.orientation.size(height, width)
     return Video((len(indices), height, width, 3), tuple(clip.time_s(i) for i in indices),
                  _frames(payload, demuxer, clip, indices, stored))
 
@@ -94,13 +126,13 @@ def _scan(container: InputContainer, stream: Any, demuxer: Demuxer, first: Any) 
     rate = float(stream.average_rate or stream.guessed_rate or 25)
     times = sorted({pts for pts, _ in packets if pts is not None})
     duration_s = len(packets) / rate
-    turns = round(first.rotation / 90) % 4
+    orientation = Orientation.of(first)
     if demuxer == "avi" or len(times) < len(packets):
-        return Clip(len(packets), duration_s, first.height, first.width, turns, None, [], unit_s)
+        return Clip(len(packets), duration_s, first.height, first.width, orientation, None, [], unit_s)
     if len(times) > 1:
         duration_s = (times[-1] - times[0]) * unit_s * len(times) / (len(times) - 1)
     keys = sorted(pts for pts, is_key in packets if is_key and pts is not None)
-    return Clip(len(times), duration_s, first.height, first.width, turns, times, keys, unit_s)
+    return Clip(len(times), duration_s, first.height, first.width, orientation, times, keys, unit_s)
 
 
 def _packets(container: InputContainer, stream: Any) -> Iterator[Any]:
@@ -113,7 +145,7 @@ def _packets(container: InputContainer, stream: Any) -> Iterator[Any]:
 
 def _frames(payload: bytes, demuxer: Demuxer, clip: Clip, indices: list[int],
             stored: tuple[int, int]) -> Iterator[Pixels]:
-    """The wanted frames in order, at the stored (height, width) and then turned upright."""
+    """The wanted frames in order, at the stored (height, width) and then as they are shown."""
     with opened(payload, "video", demuxer) as (container, stream):
         found = _counted(container, stream, indices) if clip.times is None else (
             _timed(container, stream, [clip.times[i] for i in indices], clip.keys))
@@ -122,7 +154,7 @@ def _frames(payload: bytes, demuxer: Demuxer, clip: Clip, indices: list[int],
                 raise Refusal("parse", "The {noun}'s frames change their size, which is not supported.")
             small = None if stored == (frame.height, frame.width) else "AREA"
             pixels = frame.to_ndarray(format="rgb24", height=stored[0], width=stored[1], interpolation=small)
-            yield np.rot90(pixels, clip.turns) if clip.turns else pixels
+            yield clip.orientation.apply(pixels)
 
 
 def _counted(container: InputContainer, stream: Any, indices: list[int]) -> Iterator[Any]:
