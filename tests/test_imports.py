@@ -41,6 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "processors": {"checkpoint", "media", "prompt"},
     "engine.messages": set(),
     "engine.liveness": set(),
+    "engine.cgroups": set(),
     "engine.client": {"engine.messages", "engine.liveness", "processes"},
     "served": HTTP_SIDE,
     "api": HTTP_SIDE | {"served", "malloc"},
@@ -54,7 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     "pooling.embedding": {"models.tensor_files", "pooling", "pooling.spec"},
     "models.weights": {"checkpoint", "kernels", "models", "models.registry", "models.tensor_files"},
     "engine": {"checkpoint", "kernels", "quantization", "models", "models.registry", "models.weights", "pooling",
-               "engine.messages", "engine.liveness"},
+               "engine.messages", "engine.liveness", "engine.cgroups"},
     "serve": HTTP_SIDE | {"malloc", "served", "api", "processes"},
     "cli": {"flags", "serve", "chat", "bench", "info"},
 }

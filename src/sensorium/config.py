@@ -58,7 +58,8 @@ class EngineConfig:
                                              "Default on a CPU: a quarter of free memory.", parse="size")
     block_size: int = flag(16, "Tokens in a KV-cache block; the unit of prefix reuse.", min=1, max=256)
     enable_prefix_caching: bool = flag(True, "Reuse the KV cache of equal beginnings of prompts (media included).")
-    encoder_cache_memory: int = flag(256 * MiB, "Bytes of tower outputs kept for media that come again.", parse="size")
+    encoder_cache_memory: int = flag(256 * MiB, "Bytes of tower outputs kept for media that come again; on a CPU at "
+                                              "most an eighth of free memory.", parse="size")
     seed: int = flag(0, "Seed of requests that bring none.")
     hang_after_s: float = flag(10.0, "Seconds without a sign of life after which the engine process is replaced, and "
                                      "least seconds of a step that counts as hung (or 20 times what like steps take).",

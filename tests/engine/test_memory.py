@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +10,14 @@ import torch
 from sensorium.config import EngineConfig
 from sensorium.engine import loading, memory
 from sensorium.engine.loading import choose_cache_dtype, choose_dtype, default_batched_tokens
-from sensorium.engine.memory import CacheShape, available_for_cache, free_memory_bytes, make_cache, size_cache
+from sensorium.engine.memory import (
+    CacheShape,
+    available_for_cache,
+    encoder_cache_bytes,
+    free_memory_bytes,
+    make_cache,
+    size_cache,
+)
 from sensorium.errors import StartupError
 from sensorium.models.base import Model
 
@@ -70,16 +76,23 @@ def test_what_does_not_fit_names_the_flag(available: int, max_model_len: int | N
         size_cache(config, SHAPE, 100, available)
 
 
-def test_a_quarter_of_what_the_container_leaves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_quarter_of_what_the_container_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < free_memory_bytes() < 1 << 50
-    for name, value in (("memory.max", "1000000"), ("memory.current", "200000")):
-        (tmp_path / name).write_text(value + "\n")
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(memory.cgroups, "free_memory_bytes", lambda: 800_000)
     cpu = torch.device("cpu")
     assert available_for_cache(EngineConfig("m"), cpu, 0) == 200_000
     assert available_for_cache(EngineConfig("m", kv_cache_memory=7), cpu, 0) == 7
-    (tmp_path / "memory.max").write_text("max\n")
+    assert encoder_cache_bytes(EngineConfig("m"), cpu) == 100_000
+    assert encoder_cache_bytes(EngineConfig("m", encoder_cache_memory=5), cpu) == 5
+    monkeypatch.setattr(memory.cgroups, "free_memory_bytes", lambda: None)
     assert free_memory_bytes() > 1_000_000
+
+
+def test_threads_are_no_more_than_the_cores_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading.os, "sched_getaffinity", lambda pid: set(range(8)))
+    for allowed, expected in ((None, 8), (1, 1), (3, 3), (64, 8)):
+        monkeypatch.setattr(loading.cgroups, "cores", lambda allowed=allowed: allowed)
+        assert loading.usable_cores() == expected
 
 
 @pytest.mark.parametrize(("wanted", "stored", "chosen"), [
@@ -103,5 +116,5 @@ def test_steps_of_a_large_generator_on_a_cpu_are_short(model: Model, monkeypatch
     monkeypatch.setattr(loading, "SMALL_MODEL_BYTES", 0)
     assert default_batched_tokens(model, cpu) == 512
     assert default_batched_tokens(model, torch.device("cuda")) == 2048
-    monkeypatch.setattr(type(model), "generates", False)
+    monkeypatch.setattr(model, "generates", False)
     assert default_batched_tokens(model, cpu) == 2048

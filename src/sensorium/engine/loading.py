@@ -16,11 +16,12 @@ from torch import Tensor
 from sensorium import __version__, kernels
 from sensorium.checkpoint import Checkpoint, open_checkpoint
 from sensorium.config import EngineConfig, MiB
+from sensorium.engine import cgroups
 from sensorium.engine.batch import BatchBuilder
 from sensorium.engine.block_pool import BlockPool
 from sensorium.engine.encoder_cache import EncoderCache
 from sensorium.engine.faults import Faults
-from sensorium.engine.memory import available_for_cache, cache_shape, make_cache, size_cache
+from sensorium.engine.memory import available_for_cache, cache_shape, encoder_cache_bytes, make_cache, size_cache
 from sensorium.engine.prefix_cache import PrefixCache
 from sensorium.engine.runner import Runner
 from sensorium.engine.sampler import Sampler
@@ -150,7 +151,7 @@ def build_engine(model: Model, checkpoint: Checkpoint, config: EngineConfig, dev
         cache = make_cache(shape, num_blocks, device)
         kv_bytes = num_blocks * shape.block_bytes
     hidden_size = checkpoint.text.hidden_size if checkpoint.text else 0
-    encoder: EncoderCache[Tensor] = EncoderCache(config.encoder_cache_memory, hidden_size * dtype.itemsize)
+    encoder: EncoderCache[Tensor] = EncoderCache(encoder_cache_bytes(config, device), hidden_size * dtype.itemsize)
     pool = BlockPool(num_blocks)
     prefixes = PrefixCache(pool, config.block_size, _identity(checkpoint, config, dtype),
                            enabled=config.enable_prefix_caching and has_cache)
@@ -258,13 +259,9 @@ def default_batched_tokens(model: Model, device: torch.device) -> int:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on, within the container's quota."""
-    cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = (Path("/sys/fs/cgroup") / "cpu.max").read_text().split()
-        return max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):  # no such controller, or "max"
-        return cores
+    """Cores that this process may run on, within the quotas and sets of all control groups around it."""
+    here = len(os.sched_getaffinity(0))
+    return min(here, cgroups.cores() or here)
 
 
 def _identity(checkpoint: Checkpoint, config: EngineConfig, dtype: torch.dtype) -> bytes:

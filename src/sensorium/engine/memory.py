@@ -11,15 +11,13 @@ import torch
 from torch import Tensor
 
 from sensorium.config import EngineConfig
+from sensorium.engine import cgroups
 from sensorium.errors import StartupError
 from sensorium.kernels import cache_width
 from sensorium.models.base import KVCache, Model
 
 CPU_PART = 0.25  # of free memory for the KV cache, where the flag does not say
-
-CGROUP = Path("/sys/fs/cgroup")
-_CGROUP_FILES = (  # (limit, usage), version 2 and 1
-    ("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+ENCODER_PART = 0.125  # of free memory that tower outputs may take, whatever the flag says
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,21 +71,18 @@ def available_for_cache(config: EngineConfig, device: torch.device, activation_b
 
 
 def free_memory_bytes() -> int:
-    """Memory that can still be taken: the machine's, or what the container's limit leaves."""
+    """Memory that can still be taken: the machine's, or what the tightest limit around this process leaves."""
     found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     free = int(found[1]) * 1024 if found else 4 * 1024**3
-    for limit, usage in _CGROUP_FILES:
-        bound, used = _number(limit), _number(usage)
-        if bound is not None and used is not None:
-            free = min(free, bound - used)
-    return max(free, 0)
+    allowed = cgroups.free_memory_bytes()
+    return free if allowed is None else min(free, allowed)
 
 
-def _number(name: str) -> int | None:
-    try:
-        return int((CGROUP / name).read_text())
-    except (OSError, ValueError):  # no such controller, or "max"
-        return None
+def encoder_cache_bytes(config: EngineConfig, device: torch.device) -> int:
+    """What tower outputs may take: as the flag says, or what a small container has room for."""
+    if device.type != "cpu":
+        return config.encoder_cache_memory
+    return min(config.encoder_cache_memory, int(free_memory_bytes() * ENCODER_PART))
 
 
 def make_cache(shape: CacheShape, num_blocks: int, device: torch.device) -> KVCache:
