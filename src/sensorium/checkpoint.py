@@ -21,7 +21,7 @@ from sensorium.quantization import StoredQuantization, read_quantization
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """Rotary positions. `kind`: default, linear, dynamic, llama3 or longrope ("su"); `mrope_section` is for M-RoPE."""
+    """Rotary positions. `kind`: default, linear, dynamic, yarn, llama3 or longrope ("su"); `mrope_section`: M-RoPE."""
 
     theta: float = 10000.0
     kind: str = "default"
@@ -32,6 +32,11 @@ class RopeConfig:
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
     attention_factor: float | None = None
+    beta_fast: float = 32.0  # yarn: turns per context above which a frequency is kept, and
+    beta_slow: float = 1.0  # below which it is divided by `factor`
+    mscale: float = 0.0  # yarn: where both are given, they make the attention factor
+    mscale_all_dim: float = 0.0
+    truncate: bool = True  # yarn: whether the border dimensions are whole numbers
     partial: float = 1.0  # part of head_dim that is rotated
     mrope_section: tuple[int, ...] = ()  # frequencies per axis (time, height, width), contiguous
 
@@ -57,9 +62,15 @@ class TextConfig:
     mlp_bias: bool = False
     qk_norm: bool = False  # Qwen3: RMSNorm on every head of q and k
     sliding_window: int | None = None  # None: full attention
-    hidden_act: str = "silu"
+    hidden_act: str = "silu"  # a name of `ACTIVATIONS`
     windowed_layers: tuple[int, ...] | None = None  # layers that have the window; None: all
     is_causal: bool = True  # False: every token sees the whole prompt, and nothing is generated
+    has_head: bool = True  # False: neither stored nor tied, so the model cannot generate
+
+    @property
+    def max_len(self) -> int:
+        """Tokens of the longest sequence."""
+        return _stretched(self.rope, self.max_position_embeddings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +137,15 @@ _TEXT_FAMILIES: Mapping[str, _Family] = {
     "qwen2_5_omni_text": _QWEN2_5_OMNI,
 }
 _ROPE_KINDS: Mapping[str, str] = {
-    "default": "default", "mrope": "default", "linear": "linear", "dynamic": "dynamic", "llama3": "llama3",
-    "longrope": "longrope", "su": "longrope",
+    "default": "default", "mrope": "default", "linear": "linear", "dynamic": "dynamic", "yarn": "yarn",
+    "llama3": "llama3", "longrope": "longrope", "su": "longrope",
 }
-_ACTIVATIONS = ("silu", "swish")  # of a decoder's gated MLP: two names of one function
+ACTIVATIONS: Mapping[str, str] = {
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "quick_gelu": "quick_gelu", "relu": "relu",
+    "tanh": "tanh",
+}
+"""What configurations call an activation -> the kernels' name of it."""
 _DTYPES = ("bfloat16", "float16", "float32")
 _STOP_TOKENS = frozenset({
     "</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>",
@@ -215,7 +231,7 @@ def open_checkpoint(folder: Path, text_folder: Path | None = None) -> Checkpoint
         chat_template=_chat_template(folder, tokenizer_config),
         text=text,
         dtype=_dtype(config, text_dict),
-        max_model_len=_encoder_len(folder, config) if text is None else _max_model_len(text),
+        max_model_len=_encoder_len(folder, config) if text is None else text.max_len,
         vocab_size=vocab_size,
         stop_token_ids=_stop_token_ids((generation, config, text_dict), _special_tokens(folder, tokenizer_config),
                                        vocab_size),
@@ -322,9 +338,9 @@ def _text_config(text: dict[str, Any], config: dict[str, Any]) -> TextConfig:
     family = _TEXT_FAMILIES.get(str(model_type))
     if family is None:
         raise _unsupported("text model_type", model_type, _TEXT_FAMILIES)
-    activation = text.get("hidden_act", "silu")
-    if activation not in _ACTIVATIONS:
-        raise _unsupported("hidden_act", activation, _ACTIVATIONS)
+    activation = str(text.get("hidden_act") or "silu")
+    if activation not in ACTIVATIONS:
+        raise _unsupported("hidden_act", activation, ACTIVATIONS)
     hidden_size = _positive_int(text, "hidden_size", family.hidden_size)
     num_heads = _positive_int(text, "num_attention_heads", family.num_heads)
     num_kv_heads = _positive_int(text, "num_key_value_heads", family.num_kv_heads or num_heads)
@@ -333,7 +349,8 @@ def _text_config(text: dict[str, Any], config: dict[str, Any]) -> TextConfig:
         raise CheckpointError(f"config.json: {num_heads} heads do not divide among {num_kv_heads} key-value heads")
     max_positions = _positive_int(text, "max_position_embeddings", family.max_positions)
     num_layers = _positive_int(text, "num_hidden_layers", family.num_layers)
-    window, windowed_layers = _sliding_window(text, family, num_layers)
+    rope = _rope(text, family, max_positions, head_dim)
+    window, windowed_layers = _sliding_window(text, family, num_layers, _stretched(rope, max_positions))
     bias = bool(text.get("attention_bias", False)) and str(model_type) in ("llama", "qwen3")
     return TextConfig(
         model_type=str(model_type),
@@ -346,14 +363,14 @@ def _text_config(text: dict[str, Any], config: dict[str, Any]) -> TextConfig:
         head_dim=head_dim,
         max_position_embeddings=max_positions,
         rms_norm_eps=_number(text, "rms_norm_eps", family.rms_norm_eps),
-        rope=_rope(text, family, max_positions, head_dim),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+        rope=rope,
+        tie_word_embeddings=_is_tied(config, text),
         attention_bias=family.qkv_bias or bias,
         output_bias=bias,
         mlp_bias=bool(text.get("mlp_bias", False)) and str(model_type) == "llama",
         qk_norm=family.qk_norm,
         sliding_window=window,
-        hidden_act="silu",
+        hidden_act=activation,
         windowed_layers=windowed_layers,
         is_causal=_is_causal(text),
     )
@@ -364,15 +381,23 @@ def _is_causal(text: dict[str, Any]) -> bool:
     return bool(text.get("is_causal", True)) and text.get("use_bidirectional_attention") is not True
 
 
-def _sliding_window(text: dict[str, Any], family: _Family,
-                    num_layers: int) -> tuple[int | None, tuple[int, ...] | None]:
+def _is_tied(config: dict[str, Any], text: dict[str, Any]) -> bool:
+    """Whether the head's rows are the embeddings'. Of multimodal configs either level may say so, and the other one may
+    hold the default, false; only Omni's `text_config` has another default. A head that is stored and differs is kept
+    all the same: see `weights.resolve_head`."""
+    levels = (config,) if text.get("model_type") == "qwen2_5_omni_text" else (config, text)
+    return any(bool(level.get("tie_word_embeddings", False)) for level in levels)
+
+
+def _sliding_window(text: dict[str, Any], family: _Family, num_layers: int,
+                    max_len: int) -> tuple[int | None, tuple[int, ...] | None]:
     """(window, the layers that have it). A window that no sequence outgrows is none."""
     if family.window_is_optional and not text.get("use_sliding_window", False):
         return None, None
     if text.get("sliding_window", family.sliding_window) is None:  # null is not the default
         return None, None
     window = _positive_int(text, "sliding_window", family.sliding_window)
-    if window >= _positive_int(text, "max_position_embeddings", family.max_positions):
+    if window >= max_len:
         return None, None
     if not family.window_is_optional:
         return window, None
@@ -406,12 +431,19 @@ def _rope(text: dict[str, Any], family: _Family, max_positions: int, head_dim: i
         short_factor=_numbers(scaling, "short_factor"),
         long_factor=_numbers(scaling, "long_factor"),
         attention_factor=None if attention_factor is None else _number(scaling, "attention_factor", 1.0),
+        beta_fast=_number(scaling, "beta_fast", 0.0) or 32.0,
+        beta_slow=_number(scaling, "beta_slow", 0.0) or 1.0,
+        mscale=_number(scaling, "mscale", 0.0),
+        mscale_all_dim=_number(scaling, "mscale_all_dim", 0.0),
+        truncate=bool(scaling.get("truncate", True)),
         partial=partial,
         mrope_section=sections,
     )
     frequencies = int(head_dim * partial) // 2
     if frequencies <= 0 or rope.theta <= 0 or rope.factor <= 0:
         raise CheckpointError("config.json: rope theta, factor and rotated dimensions must be positive")
+    if kind == "dynamic" and frequencies < 2:
+        raise CheckpointError("config.json: dynamic rope needs more than two rotated dimensions")
     if kind == "longrope" and not len(rope.short_factor) == len(rope.long_factor) == frequencies:
         raise CheckpointError(f"config.json: longrope needs short_factor and long_factor of {frequencies} numbers each")
     if sections and (sum(sections) != frequencies or min(sections) < 0):
@@ -437,10 +469,16 @@ def _encoder_len(folder: Path, config: dict[str, Any]) -> int:
     return min(positions, stated) if isinstance(stated, int) and stated > 0 else positions
 
 
-def _max_model_len(text: TextConfig) -> int:
-    """Linear scaling stretches the stated positions; the other kinds state the stretched number already."""
-    stretch = text.rope.factor if text.rope.kind == "linear" else 1.0
-    return int(text.max_position_embeddings * stretch)
+def _stretched(rope: RopeConfig, max_positions: int) -> int:
+    """Tokens of the longest sequence. linear and dynamic stretch the stated positions, yarn the original ones, which
+    may be all that is stated (Qwen2.5's documented setting); the other kinds state the stretched number."""
+    if rope.kind == "linear":
+        return int(max_positions * rope.factor)
+    if rope.kind == "dynamic":
+        return max(max_positions, int(max_positions * rope.factor))
+    if rope.kind == "yarn":
+        return max(max_positions, int(rope.original_max_positions * rope.factor))
+    return max_positions
 
 
 def _preprocessor(folder: Path) -> dict[str, Any]:

@@ -6,16 +6,21 @@ import itertools
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from checkpoints import make_llama
 from harness import Bench, Result, bench, image_request, random_prompt, request, tokens_of
 from torch import Tensor
 
+from sensorium.checkpoint import open_checkpoint
 from sensorium.engine.core import MEDIA_FAILED, NOT_FINITE, STEP_FAILED
 from sensorium.engine.faults import Faults
 from sensorium.models.base import Model
+from sensorium.models.weights import load_model
 from sensorium.pooling.pooler import EmbedPooler, TokenPooler
 from sensorium.types import EngineRequest, PoolingParams
 
@@ -391,6 +396,35 @@ def test_long_rope_sequences_start_over_at_the_border(model: Model, monkeypatch:
     [result] = bench(model).run(request(random_prompt(1, 36), 10))
     assert len(result.tokens) == 10
     assert marks == [(36, False), *[(1, False)] * 4, (41, True), *[(1, True)] * 4]
+
+
+@pytest.mark.parametrize(("chunk", "preempted"), [(2048, False), (13, False), (13, True)])
+def test_dynamic_rope_is_that_of_each_sequence(tmp_path: Path, chunk: int, preempted: bool) -> None:
+    """As transformers generates each prompt alone: lengths on both sides of the border, begun alike, in one engine."""
+    oracle = make_llama(tmp_path, max_position_embeddings=32, rope_parameters={
+        "rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0})
+    model = load_model(open_checkpoint(tmp_path), dtype=torch.float32, device="cpu")
+    tokens = random_prompt(1, 100)
+    expected = []
+    for length in (20, 40, 56, 100):
+        oracle.model.rotary_emb.inv_freq = oracle.model.rotary_emb.original_inv_freq
+        oracle.model.rotary_emb.max_seq_len_cached = 32
+        out = oracle.generate(torch.tensor([tokens[:length]]), max_new_tokens=20, do_sample=False, eos_token_id=None,
+                              pad_token_id=0)
+        expected.append(out[0, length:].tolist())
+    engine = bench(model, max_num_batched_tokens=chunk)
+    assert engine.engine.ready.max_model_len == 128
+    scheduler = engine.engine.scheduler
+
+    def preempt(step: int) -> None:
+        if preempted and step % 7 == 6 and scheduler.num_running > 1:
+            scheduler._preempt((scheduler.decoding or scheduler.prefilling)[0])
+
+    for _ in range(2):
+        requests = [request(tokens[:length], 20) for length in (20, 40, 56, 100)]
+        results = engine.run(*requests, before_step=preempt)
+        assert tokens_of(results) == expected
+    assert all(result.cached for result in results)
 
 
 def test_step_size_never_exceeds_the_budget(model: Model) -> None:

@@ -146,6 +146,8 @@ def test_framing_is_injective(a: Any, b: Any) -> None:
 def test_framing_of_the_root_is_injective(a: tuple[bytes, bytes], b: tuple[bytes, bytes]) -> None:
     assert (root_key(*a) == root_key(*b)) == (a == b)
     assert root_key(*a, is_long=True) != root_key(*b)
+    assert root_key(*a, stretched=40) != root_key(*a, stretched=41)
+    assert root_key(*a, stretched=40) != root_key(*b)
 
 
 def test_many_random_blocks_do_not_collide() -> None:

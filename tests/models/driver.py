@@ -24,6 +24,7 @@ class Sequence:
     rows: Tensor | None = None  # embeddings of the prompt, for models with media
     positions: Tensor | None = None  # [axes, tokens] of the prompt
     position_delta: int = 0
+    prompt: int = 0  # tokens that it began with
 
 
 class Driver:
@@ -57,6 +58,7 @@ class Driver:
 
     def _forward(self, work: list[tuple[Sequence, int]]) -> Tensor:
         for sequence, count in work:
+            sequence.prompt = sequence.prompt or len(sequence.tokens)
             while len(sequence.blocks) * self.block_size < sequence.cached + count:
                 sequence.blocks.append(self.free.pop())
         context = self._context(work)
@@ -110,7 +112,9 @@ class Driver:
             block_tables=torch.tensor([s.blocks + [0] * (width - len(s.blocks)) for s, _ in work], dtype=torch.int32,
                                       device=self.device),
             slots=torch.tensor(slots, device=self.device),
-            long_context=None if is_long is None else torch.tensor(is_long, device=self.device))
+            long_context=None if is_long is None else torch.tensor(is_long, device=self.device),
+            rope_lengths=None if self.model.stretched_from is None else torch.tensor(
+                [max(s.prompt, s.cached + i + 1) for s, n in work for i in range(n)], device=self.device))
 
     def logits(self, hidden: Tensor) -> Tensor:
         with torch.inference_mode():

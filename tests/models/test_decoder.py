@@ -23,6 +23,7 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq
           "original_max_position_embeddings": 64}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.5, 2.0],
             "long_factor": [1.1, 2.5, 9.0, 20.0], "original_max_position_embeddings": 64}
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 128}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
@@ -31,6 +32,21 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3-rope": ("llama", {"rope_parameters": LLAMA3}),
     "linear-rope": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
     "dynamic-rope": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+    "dynamic-rope-beyond": ("llama", {"max_position_embeddings": 16, "rope_parameters": {
+        "rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}),
+    "yarn": ("qwen2", {"rope_parameters": YARN}),
+    "yarn-mscale": ("qwen3", {"rope_parameters": {**YARN, "factor": 40.0, "mscale": 0.7, "mscale_all_dim": 1.3,
+                                                  "truncate": False, "beta_fast": 3.0, "beta_slow": 0.2}}),
+    "yarn-attention-factor": ("llama", {"rope_parameters": {**YARN, "attention_factor": 1.4, "beta_fast": 2,
+                                                            "original_max_position_embeddings": 300}}),
+    "yarn-windowed": ("mistral", {"max_position_embeddings": 16, "sliding_window": 16, "rope_parameters": {
+        **YARN, "original_max_position_embeddings": 16}}),
+    "gelu": ("llama", {"hidden_act": "gelu"}),
+    "gelu-new": ("mistral", {"hidden_act": "gelu_new"}),
+    "gelu-tanh": ("qwen2", {"hidden_act": "gelu_pytorch_tanh"}),
+    "gelu-fast": ("phi3", {"hidden_act": "gelu_fast"}),
+    "quick-gelu": ("llama", {"hidden_act": "quick_gelu"}),
+    "relu": ("qwen3", {"hidden_act": "relu"}),
     "yi": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e6}, "num_key_value_heads": 1}),
     "mistral-windowed": ("mistral", {}),
     "mistral-full": ("mistral", {"sliding_window": None, "head_dim": 16}),
@@ -61,13 +77,23 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
     return torch.randint(0, 400, (length,), generator=generator).tolist()
 
 
+def forget_lengths(oracle: PreTrainedModel) -> None:
+    """Dynamic rope in transformers keeps the frequencies of the longest sequence so far: each call is to be the first.
+    """
+    for module in oracle.modules():
+        if getattr(module, "rope_type", None) == "dynamic":
+            module.inv_freq, module.max_seq_len_cached = module.original_inv_freq, module.original_max_seq_len
+
+
 @torch.no_grad()
 def oracle_logits(oracle: PreTrainedModel, tokens: list[int]) -> Tensor:
+    forget_lengths(oracle)
     return oracle(torch.tensor([tokens])).logits[0]
 
 
 @torch.no_grad()
 def oracle_greedy(oracle: PreTrainedModel, tokens: list[int], count: int) -> list[int]:
+    forget_lengths(oracle)
     out = oracle.generate(torch.tensor([tokens]), max_new_tokens=count, do_sample=False, eos_token_id=None,
                           pad_token_id=0)
     return out[0, len(tokens):].tolist()

@@ -48,9 +48,11 @@ class Batch:
 
 class BatchBuilder:
     def __init__(self, max_num_seqs: int, max_blocks: int, block_size: int, axes: int, device: torch.device, *,
-                 marks_long: bool = False) -> None:
-        """`axes` is the number of position axes of the model (1, or 3 for M-RoPE); `marks_long`: it has long rope."""
+                 marks_long: bool = False, stretched_from: int | None = None) -> None:
+        """`axes` is the number of position axes of the model (1, or 3 for M-RoPE); `marks_long`: it has long rope;
+        `stretched_from`: see `Model`."""
         self._marks_long = marks_long
+        self._stretched_from = stretched_from
         self._block_size = block_size
         self._axes = axes
         self._device = device
@@ -77,7 +79,7 @@ class BatchBuilder:
         context = AttentionContext(
             ones, lengths.tolist(), count, self._block_size, self._tensor(np.arange(count + 1, dtype=np.int32)),
             self._tensor(lengths.astype(np.int32)), self._tensor(tables), self._tensor(slots),
-            self._long_context(decodes, ones))
+            self._long_context(decodes, ones), self._rope_lengths(decodes, lengths, np.ones(count, np.int64)))
         inputs = self._tensor(np.ascontiguousarray(token_ids))
         return Batch(decodes, list(range(count)), inputs, self._tensor(positions), context, [], decodes, None)
 
@@ -105,7 +107,7 @@ class BatchBuilder:
             query_lens, lengths.tolist(), len(plan.decodes), self._block_size,
             self._tensor(np.concatenate(([0], ends)).astype(np.int32)), self._tensor(lengths.astype(np.int32)),
             self._tensor(tables), self._tensor(self._slots(rows, lengths, counts)),
-            self._long_context(sequences, query_lens))
+            self._long_context(sequences, query_lens), self._rope_lengths(sequences, lengths, counts))
         sampled = [seq for seq, last in zip(sequences, is_last.tolist(), strict=True) if last]
         return Batch(sequences, starts, self._tensor(token_ids), self._tensor(_joined(pieces, self._axes)), context,
                      media, sampled, self._tensor((ends - 1)[is_last]), self._token_types(sequences, query_lens))
@@ -115,7 +117,7 @@ class BatchBuilder:
         ends = counts.cumsum()
         if not self._has_cache:
             return np.zeros(ends[-1], np.int64)
-        places = np.arange(ends[-1]) + np.repeat(lengths - ends, counts)  # index of each token in its sequence
+        places = _places(lengths, counts)
         blocks = self._tables[np.repeat(rows, counts), places // self._block_size].astype(np.int64)
         return np.asarray(blocks * self._block_size + places % self._block_size)
 
@@ -132,6 +134,15 @@ class BatchBuilder:
         if not self._marks_long:
             return None
         return self._tensor(np.repeat(np.array([seq.is_long for seq in sequences]), query_lens))
+
+    def _rope_lengths(self, sequences: list[Sequence], lengths: Ints, counts: Ints) -> Tensor | None:
+        """Of each token, the length that its frequencies are made for: the prompt's, or what ends with the token."""
+        if self._stretched_from is None:
+            return None
+        prompts = np.array([seq.num_prompt for seq in sequences], np.int64)
+        if np.maximum(prompts, lengths).max() <= self._stretched_from:
+            return None
+        return self._tensor(np.maximum(np.repeat(prompts, counts), _places(lengths, counts) + 1))
 
     def _token_types(self, sequences: list[Sequence], query_lens: list[int]) -> Tensor | None:
         types = [seq.request.prompt.token_types for seq in sequences]
@@ -153,6 +164,12 @@ class BatchBuilder:
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)
+
+
+def _places(lengths: Ints, counts: Ints) -> Ints:
+    """Index of each token of the step in its sequence."""
+    ends = counts.cumsum()
+    return np.asarray(np.arange(ends[-1]) + np.repeat(lengths - ends, counts))
 
 
 def _joined(pieces: list[Positions], axes: int) -> Ints:

@@ -154,7 +154,7 @@ def build_engine(model: Model, checkpoint: Checkpoint, config: EngineConfig, dev
     encoder: EncoderCache[Tensor] = EncoderCache(encoder_cache_bytes(config, device), hidden_size * dtype.itemsize)
     pool = BlockPool(num_blocks)
     prefixes = PrefixCache(pool, config.block_size, _identity(checkpoint, config, dtype),
-                           enabled=config.enable_prefix_caching and has_cache)
+                           enabled=config.enable_prefix_caching and has_cache, stretched_from=model.stretched_from)
     axes = max(1, len(checkpoint.text.rope.mrope_section)) if checkpoint.text else 1
     rows = CPU_ENCODER_ROWS if device.type == "cpu" else tokens
     budget = Budget(config.max_num_seqs, tokens, rows, max_len, config.block_size, has_cache,
@@ -162,7 +162,7 @@ def build_engine(model: Model, checkpoint: Checkpoint, config: EngineConfig, dev
     scheduler = Scheduler(budget, pool, prefixes, encoder, {task: one.all_tokens for task, one in poolers.items()})
     max_blocks = -(-max_len // config.block_size) if has_cache else 0
     builder = BatchBuilder(config.max_num_seqs, max_blocks, config.block_size, axes, device,
-                           marks_long=model.long_context_from is not None)
+                           marks_long=model.long_context_from is not None, stretched_from=model.stretched_from)
     runner = Runner(model, cache, builder, Sampler(config.seed), encoder, device, poolers=poolers, faults=faults)
     tasks = (*(("generate",) if model.generates else ()), *poolers)
     embedding_size = poolers["embed"].size if "embed" in poolers else 0

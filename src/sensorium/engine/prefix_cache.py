@@ -20,9 +20,11 @@ _LENGTH = struct.Struct("<I")
 _SPAN = struct.Struct("<IIQI")  # offset in the block, tokens, first row, bytes of the key
 
 
-def root_key(identity: bytes, salt: bytes, *, is_long: bool = False) -> bytes:
-    """Parent of every first block of one model, tenant and kind of rotary frequencies."""
-    parts = (_LENGTH.pack(len(identity)), identity, _LENGTH.pack(len(salt)), salt, bytes([is_long]))
+def root_key(identity: bytes, salt: bytes, *, is_long: bool = False, stretched: int = 0) -> bytes:
+    """Parent of every first block of one model, tenant and kind of rotary frequencies. `stretched`: the prompt's length
+    where frequencies depend on it."""
+    parts = (_LENGTH.pack(len(identity)), identity, _LENGTH.pack(len(salt)), salt, bytes([is_long]),
+             _LENGTH.pack(stretched))
     return sha256(b"".join(parts)).digest()
 
 
@@ -40,11 +42,14 @@ def block_key(parent: bytes, token_ids: bytes, spans: list[tuple[int, int, int, 
 class PrefixCache:
     """Finds and publishes the blocks of sequences. `enabled=False` makes it find and publish nothing."""
 
-    def __init__(self, pool: BlockPool, block_size: int, identity: bytes, *, enabled: bool = True) -> None:
+    def __init__(self, pool: BlockPool, block_size: int, identity: bytes, *, enabled: bool = True,
+                 stretched_from: int | None = None) -> None:
+        """`stretched_from`: see `Model`."""
         self._pool = pool
         self._block_size = block_size
         self._identity = identity
         self._enabled = enabled
+        self._stretched_from = stretched_from
         self.queries = 0  # tokens
         self.hits = 0  # tokens
 
@@ -87,7 +92,9 @@ class PrefixCache:
         """Key of the full block `index`; those before it are computed once and kept."""
         keys = seq.block_keys
         if not keys and index >= 0:
-            root = root_key(self._identity, seq.request.salt, is_long=seq.is_long)
+            border = self._stretched_from
+            stretched = seq.num_prompt if border is not None and seq.num_prompt > border else 0
+            root = root_key(self._identity, seq.request.salt, is_long=seq.is_long, stretched=stretched)
             keys.append(self._extend(seq, root, 0))
         while len(keys) <= index:
             keys.append(self._extend(seq, keys[-1], len(keys)))

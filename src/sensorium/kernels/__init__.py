@@ -282,11 +282,11 @@ def first_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: 
 
 
 def decoder_stack(layers: Sequence[DecoderLayerParts], final_norm: Tensor, *, num_heads: int, num_kv_heads: int,
-                  head_dim: int, scale: float, eps: float) -> DecoderStack | None:
+                  head_dim: int, scale: float, eps: float, activation: Activation = "silu") -> DecoderStack | None:
     """All layers as one native call, the numbers those of kernel by kernel; None where that is not to be had."""
     module = _for(final_norm)
     if module is reference:
         return None
     stack: DecoderStack | None = module.decoder(layers, final_norm, num_heads=num_heads, num_kv_heads=num_kv_heads,
-                                                head_dim=head_dim, scale=scale, eps=eps)
+                                                head_dim=head_dim, scale=scale, eps=eps, activation=activation)
     return stack

@@ -40,6 +40,7 @@ class AttentionContext:
     block_tables: Tensor  # int32 [seqs, max_blocks], padded with 0
     slots: Tensor  # int64 [tokens], block * block_size + offset of each token's K and V
     long_context: Tensor | None = None  # bool [tokens], only for models with `long_context_from`; see there
+    rope_lengths: Tensor | None = None  # int64 [tokens], only for models with `stretched_from`; see there
     read: Read = "all"  # whose states are read: all tokens', or each sequence's first or last; see `Model.can_read`
 
 
@@ -75,6 +76,11 @@ class Model(nn.Module):
     """LongRoPE: sequences longer than this use other frequencies *for all their tokens*. The engine decides once per
     sequence, marks its tokens in `AttentionContext.long_context`, never shares cache blocks between the two kinds, and
     recomputes a sequence from its start if it grows past the border."""
+
+    stretched_from: int | None = None
+    """Dynamic rope: beyond so many tokens, frequencies depend on the length of the sequence. `rope_lengths` says it of
+    every token: a prompt's tokens take the prompt's length, each later token the length up to itself, whatever the
+    chunks. Cache blocks are never shared between prompts of different lengths beyond the border."""
 
     num_layers: int
     num_kv_heads: int

@@ -16,8 +16,8 @@ from sensorium import kernels
 from sensorium.checkpoint import Checkpoint
 from sensorium.errors import CheckpointError
 from sensorium.models.base import AttentionContext, KVCache, Model, Read, Rename
-from sensorium.models.layers import Embedding, Head, Linear, QKVLinear
-from sensorium.models.towers.blocks import LayerNorm, activation_name
+from sensorium.models.layers import Embedding, Head, Linear, QKVLinear, activation_name
+from sensorium.models.towers.blocks import LayerNorm
 from sensorium.pooling.embedding import embedding_poolers
 from sensorium.pooling.labels import classifier_activation, num_labels
 from sensorium.pooling.pooler import ClassifyPooler

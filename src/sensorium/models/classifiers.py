@@ -53,8 +53,8 @@ class DecoderForRewardModel(DecoderModel):
     """A reward of every token (Qwen2.5-Math-RM)."""
 
     labels: ClassVar[int] = 1
-    weight_prefixes: ClassVar[Mapping[str, str]] = {"score.0.": "score.inner.", "score.2.": "score.outer."}
-    ignored = (*DecoderModel.ignored, "lm_head.weight")
+    weight_prefixes: ClassVar[Mapping[str, str]] = {
+        **DecoderModel.weight_prefixes, "score.0.": "score.inner.", "score.2.": "score.outer."}
 
     def _declare_head(self, config: TextConfig) -> Linear | None:
         self.score = RewardHead(config.hidden_size, self.labels)

@@ -16,12 +16,23 @@ from sensorium.checkpoint import Checkpoint, TextConfig
 from sensorium.errors import CheckpointError
 from sensorium.kernels.reference import GATHER_ELEMENTS, MASK_ELEMENTS
 from sensorium.models.base import AttentionContext, KVCache, Model, Read, Rename
-from sensorium.models.layers import Attention, Embedding, GateUpLinear, LanguageHead, Linear, QKVLinear, RMSNorm
+from sensorium.models.layers import (
+    Attention,
+    Embedding,
+    GateUpLinear,
+    LanguageHead,
+    Linear,
+    QKVLinear,
+    RMSNorm,
+    activation_name,
+)
 from sensorium.models.rope import RotaryEmbedding
 from sensorium.pooling.embedding import embedding_poolers
 from sensorium.pooling.pooler import Pooler
 from sensorium.types import PoolingTask
 
+BARE_PREFIXES = {"embed_tokens.": "model.embed_tokens.", "layers.": "model.layers.", "norm.": "model.norm."}
+"""Of decoders that were saved without what holds them, as embedders are."""
 LOGIT_ROWS = 256  # rows of logits that `activation_bytes` allows for
 
 DECODER_MAP = (
@@ -63,9 +74,10 @@ class MLP(nn.Module):
         super().__init__()
         self.gate_up_proj = GateUpLinear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.activation = activation_name(config.hidden_act)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(kernels.silu_mul(self.gate_up_proj(x)))
+        out: Tensor = self.down_proj(kernels.gated(self.gate_up_proj(x), self.activation))
         return out
 
 
@@ -111,8 +123,9 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, tied_head)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary = RotaryEmbedding(config.rope, config.head_dim)
+        self.rotary = RotaryEmbedding(config.rope, config.head_dim, config.max_position_embeddings)
         self.is_causal = config.is_causal
+        self.activation = activation_name(config.hidden_act)
 
     @functools.cached_property
     def stack(self) -> kernels.DecoderStack | None:
@@ -123,10 +136,11 @@ class Decoder(nn.Module):
         attention = layers[0].self_attn.attention
         return kernels.decoder_stack(
             [layer.parts() for layer in layers], self.norm.weight, num_heads=attention.num_heads,
-            num_kv_heads=attention.num_kv_heads, head_dim=attention.head_dim, scale=attention.scale, eps=self.norm.eps)
+            num_kv_heads=attention.num_kv_heads, head_dim=attention.head_dim, scale=attention.scale, eps=self.norm.eps,
+            activation=self.activation)
 
     def forward(self, hidden: Tensor, positions: Tensor, cache: KVCache, context: AttentionContext) -> Tensor:
-        cos, sin = self.rotary(positions, context.long_context)
+        cos, sin = self.rotary(positions, context.long_context, context.rope_lengths)
         is_partial = context.read == "last" and len(context.query_lens) < len(hidden)
         rows = context.query_start[1:].long() - 1 if is_partial else None  # all that the last layer has to compute
         if self.stack is not None:
@@ -145,12 +159,14 @@ class Decoder(nn.Module):
 
 
 class DecoderModel(Model):
-    """A decoder that pools its states. What stands on top of it is its subclasses' business."""
+    """A decoder that pools its states. What stands on top of it is its subclasses' business; by itself it is a base
+    model, which embeds."""
 
+    weight_prefixes: ClassVar[Mapping[str, str]] = BARE_PREFIXES
     weight_map: ClassVar[tuple[Rename, ...]] = DECODER_MAP
     core: ClassVar[tuple[str, ...]] = ("model.", "lm_head.")
     can_read: ClassVar[Read] = "last"
-    ignored: tuple[str, ...] = (".rotary_emb.inv_freq",)
+    ignored: tuple[str, ...] = (".rotary_emb.inv_freq", "lm_head.")
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
@@ -162,11 +178,13 @@ class DecoderModel(Model):
         if config.is_causal:
             self.num_layers, self.num_kv_heads = config.num_layers, config.num_kv_heads
             self.head_dim = config.head_dim
-        self.generates = type(self).generates and config.is_causal
+        self.generates = type(self).generates and config.is_causal and config.has_head
         self.model = Decoder(config, self._declare_head(config))
         self.poolers = self._make_poolers()
         if config.rope.kind == "longrope" and config.rope.original_max_positions < config.max_position_embeddings:
             self.long_context_from = config.rope.original_max_positions
+        if config.rope.kind == "dynamic" and config.max_len > config.max_position_embeddings:
+            self.stretched_from = config.max_position_embeddings
 
     def _declare_head(self, config: TextConfig) -> Linear | None:
         """Declare what follows the decoder; returns the linear layer whose rows are also the embedding, if one is."""
@@ -185,6 +203,9 @@ class DecoderModel(Model):
         if self.long_context_from is not None and context.long_context is None and \
                 max(context.context_lens) > self.long_context_from:
             raise ValueError("the batch does not say which sequences use the long rope frequencies")
+        if self.stretched_from is not None and context.rope_lengths is None and \
+                max(context.context_lens) > self.stretched_from:
+            raise ValueError("the batch does not say for which lengths the rope frequencies are made")
         out: Tensor = self.model(hidden, positions, cache, context)
         return out
 
@@ -194,7 +215,7 @@ class DecoderModel(Model):
         attention = 2 * rotated + config.num_heads * config.head_dim
         mlp = 3 * config.intermediate_size
         per_token = size * (4 * config.hidden_size + max(attention, mlp)) + 16 * config.head_dim
-        longest = config.max_position_embeddings * config.num_kv_heads * config.head_dim
+        longest = config.max_len * config.num_kv_heads * config.head_dim
         gathered = 2 * 2 * max(GATHER_ELEMENTS, longest) * size + 5 * MASK_ELEMENTS  # of keys and values, and the masks
         logits = min(tokens, LOGIT_ROWS) * config.vocab_size * (size + 4)
         return tokens * per_token + gathered + logits
@@ -204,8 +225,11 @@ class DecoderForCausalLM(DecoderModel):
     """A decoder with its language head: text models as they are, and the base of multimodal ones."""
 
     generates = True
+    ignored: tuple[str, ...] = (".rotary_emb.inv_freq",)
 
     def _declare_head(self, config: TextConfig) -> Linear | None:
+        if not config.has_head:
+            return None
         self.lm_head = LanguageHead(config.hidden_size, config.vocab_size)
         if not config.tie_word_embeddings:
             return None

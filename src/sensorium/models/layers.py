@@ -6,18 +6,27 @@ Parameters are declared on the meta device and given their memory by `weights`; 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from sensorium import kernels
+from sensorium.checkpoint import ACTIVATIONS
+from sensorium.errors import CheckpointError
 from sensorium.models.base import AttentionContext
 
 
 def declare(*shape: int) -> nn.Parameter:
     """A parameter without memory."""
     return nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
+
+
+def activation_name(name: str) -> kernels.Activation:
+    """The kernels' name of what a configuration calls so."""
+    if name not in ACTIVATIONS:
+        raise CheckpointError(f"config.json: unknown activation {name!r} (known: {', '.join(ACTIVATIONS)})")
+    return cast("kernels.Activation", ACTIVATIONS[name])
 
 
 def at_least(bits: int, wanted: kernels.Quantization | None) -> kernels.Quantization | None:

@@ -18,9 +18,8 @@ from sensorium.errors import CheckpointError
 from sensorium.kernels.reference import window_queries
 from sensorium.models.base import AttentionContext, KVCache
 from sensorium.models.bert import EncoderModel
-from sensorium.models.layers import Embedding, Head, Linear, declare
+from sensorium.models.layers import Embedding, Head, Linear, activation_name, declare
 from sensorium.models.rope import RotaryEmbedding
-from sensorium.models.towers.blocks import activation_name
 from sensorium.pooling.labels import num_labels
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"

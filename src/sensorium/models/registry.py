@@ -36,6 +36,10 @@ FAMILIES: dict[str, Family] = {
     "Qwen2ForCausalLM": Family("Qwen2, Qwen2.5", _DECODER, _TEXT),
     "Qwen3ForCausalLM": Family("Qwen3", _DECODER, _TEXT),
     "Phi3ForCausalLM": Family("Phi-3, Phi-3.5", _DECODER, _TEXT),
+    **dict.fromkeys(
+        ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model", "Phi3Model"),
+        Family("Llama, Mistral, Qwen2, Qwen3, Phi-3 without a head (E5-Mistral, Qwen3-Embedding, …)",
+               "sensorium.models.decoder:DecoderModel", _TEXT, tasks=("embed",))),
     "LlavaForConditionalGeneration": Family(
         "LLaVA-1.5", "sensorium.models.llava:Llava", "sensorium.processors.llava:LlavaProcessor", ("image",)),
     "LlavaNextForConditionalGeneration": Family(

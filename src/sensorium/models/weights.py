@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -81,10 +81,12 @@ def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.devi
     the page cache has them; its files must not change then. What `copy` has is not quantised again, what it has not it
     is given.
     """
-    with torch.device("meta"):
-        model: Model = load_class(FAMILIES[checkpoint.architecture].model)(checkpoint)
     stored = stored_tensors(checkpoint.weight_files, checkpoint.text_weight_files)
-    tensors = [*stored] if checkpoint.quantization is None else join(stored, checkpoint.quantization)
+    tensors: Sequence[Stored] = stored if checkpoint.quantization is None else join(stored, checkpoint.quantization)
+    made = load_class(FAMILIES[checkpoint.architecture].model)
+    checkpoint, tensors = resolve_head(checkpoint, made, tensors, dtype)
+    with torch.device("meta"):
+        model: Model = made(checkpoint)
     fill(model, tensors, dtype=dtype, device=torch.device(device), quantization=quantization,
          quantize_towers=quantize_towers, copy=copy, progress=progress,
          in_place=in_place and sum(tensor.nbytes for tensor in tensors) >= MAPPED_BYTES)
@@ -92,6 +94,39 @@ def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.devi
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
     return model.eval()
+
+
+def resolve_head(checkpoint: Checkpoint, made: type[Model], tensors: Sequence[Stored],
+                 dtype: torch.dtype) -> tuple[Checkpoint, Sequence[Stored]]:
+    """What the stored tensors say of the language head, which config.json may tell differently.
+
+    A head that is stored and is not the embeddings is kept, tied or not, as transformers does; one that equals them is
+    left out, so that it takes no memory. Where there is none, stored or tied, the model only embeds.
+    """
+    text = checkpoint.text
+    if text is None or "generate" not in FAMILIES[checkpoint.architecture].tasks:
+        return checkpoint, tensors
+    rename = _renamer(made)
+    places = {rename(tensor.key)[0]: tensor for tensor in tensors}
+    head, embeddings = places.get("lm_head.weight"), places.get("model.embed_tokens.weight")
+    if head is None and not text.tie_word_embeddings:
+        logger.warning("the checkpoint has no language head (lm_head): it embeds, and cannot generate")
+        return replace(checkpoint, text=replace(text, has_head=False)), tensors
+    if head is None or embeddings is None or not text.tie_word_embeddings:
+        return checkpoint, tensors
+    if _are_equal(head, embeddings, dtype):
+        return checkpoint, [tensor for tensor in tensors if tensor is not head]
+    logger.warning("config.json ties the language head to the embeddings, but %s is stored and differs from %s: the "
+                   "stored head is used", head.key, embeddings.key)
+    return replace(checkpoint, text=replace(text, tie_word_embeddings=False)), tensors
+
+
+def _are_equal(one: Stored, other: Stored, dtype: torch.dtype) -> bool:
+    """Whether both are plain numbers, and the same ones in this dtype."""
+    if not (isinstance(one, StoredTensor) and isinstance(other, StoredTensor)) or one.shape != other.shape:
+        return False
+    its = other.view()
+    return all(torch.equal(rows.to(dtype), its[start : start + len(rows)].to(dtype)) for start, rows in one.pieces())
 
 
 def weight_bytes(model: Model) -> int:
@@ -141,7 +176,8 @@ def _assign(model: Model, tensors: Sequence[Stored]) -> dict[str, _Slot]:
             continue
         slot = slots.get(model.tied.get(target, target))
         if slot is None or (shard and shard not in slot.shards()):
-            if not (is_quantised and tensor.key.endswith(".bias") and _is_zero(tensor)):
+            is_spare = tensor.key.endswith(".bias") and (is_quantised or target == "lm_head.bias")
+            if not (is_spare and _is_zero(tensor)):
                 unexpected.append(tensor.key)
             continue
         _check(slot, shard, tensor)
@@ -182,7 +218,7 @@ def _is_ignored(key: str, patterns: tuple[str, ...]) -> bool:
     return any(key.endswith(p) or key.startswith(p) for p in patterns)
 
 
-def _renamer(model: Model) -> Callable[[str], tuple[str, str]]:
+def _renamer(model: Model | type[Model]) -> Callable[[str], tuple[str, str]]:
     """Checkpoint key -> (parameter name, shard or "")."""
     rows = []
     for row in model.weight_map:

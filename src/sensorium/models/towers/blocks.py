@@ -10,27 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sensorium import kernels
-from sensorium.errors import CheckpointError
-from sensorium.models.layers import Linear, declare
+from sensorium.models.layers import Linear, activation_name, declare
 
 MAX_ROWS = 8192  # patches that go through a tower at once: bounds its activations, still large for a matrix product
-
-
-ACTIVATIONS: dict[str, kernels.Activation] = {
-    "quick_gelu": "quick_gelu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-    "silu": "silu",
-}
-
-
-def activation_name(name: str) -> kernels.Activation:
-    """The kernels' name of what a configuration calls so."""
-    if name not in ACTIVATIONS:
-        raise CheckpointError(f"config.json: unknown activation {name!r} (known: {', '.join(ACTIVATIONS)})")
-    return ACTIVATIONS[name]
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
