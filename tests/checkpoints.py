@@ -36,6 +36,7 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SiglipVisionConfig,
     WhisperConfig,
 )
 from transformers.models.idefics2.configuration_idefics2 import Idefics2VisionConfig
@@ -414,6 +415,10 @@ def _shape(ids: dict[str, int], shape: dict[str, Any]) -> dict[str, Any]:
 
 
 def _clip(vision: dict[str, Any]) -> dict[str, Any]:
+    if vision.get("model_type") == "siglip_vision_model":
+        return SiglipVisionConfig(**{
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
+            "image_size": 28, "patch_size": 14, **vision}).to_dict()
     return CLIPVisionConfig(**{
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 28,
         "patch_size": 14, "projection_dim": 16, "hidden_act": "quick_gelu", **vision}).to_dict()
@@ -523,7 +528,9 @@ def _hub_config(config: dict[str, Any]) -> dict[str, Any]:
                 "thinker_config": {k: v for k, v in config.items() if k not in ("architectures", "torch_dtype")}}
     if "text_config" in config:  # what equals Llama's defaults is left out
         config["text_config"] = _without_defaults(config["text_config"], _old_names(LlamaConfig().to_dict()))
-        config["vision_config"] = _without_defaults(config["vision_config"], CLIPVisionConfig().to_dict())
+        is_clip = config["vision_config"]["model_type"] == "clip_vision_model"
+        defaults = (CLIPVisionConfig() if is_clip else SiglipVisionConfig()).to_dict()
+        config["vision_config"] = _without_defaults(config["vision_config"], defaults)
         config.pop("image_seq_length", None)
         if config["model_type"] == "llava_next":
             config["use_image_newline_parameter"] = True

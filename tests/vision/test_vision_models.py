@@ -16,7 +16,13 @@ import torch
 from families import noise, normalised
 from models.driver import Driver
 from running import Served, load
-from transformers import CLIPImageProcessorPil, LlavaNextImageProcessorPil, PreTrainedModel, Qwen2VLImageProcessorPil
+from transformers import (
+    CLIPImageProcessorPil,
+    LlavaNextImageProcessorPil,
+    PreTrainedModel,
+    Qwen2VLImageProcessorPil,
+    SiglipImageProcessorPil,
+)
 
 from sensorium.checkpoint import open_checkpoint
 from sensorium.errors import CheckpointError
@@ -185,6 +191,44 @@ def test_llava_feature_choices(options: dict[str, Any], tmp_path: Path) -> None:
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
 
 
+SIGLIP_FILE = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 30, "width": 30}, "crop_size": None,
+               "do_center_crop": None, "image_mean": None, "image_std": None, "resample": None}
+
+
+@each_layout
+@pytest.mark.parametrize("options", [
+    {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"},  # llava-interleave
+    {}, {"vision_feature_layer": [0, 2], "vision_feature_select_strategy": "full"}], ids=str)
+def test_llava_with_siglip(layout: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """Squares of 30 pixels and patches of 14: the last two lines and columns are of no patch."""
+    vision = {"model_type": "siglip_vision_model", "image_size": 30}
+    here = load(tmp_path, checkpoints.make_llava(tmp_path, layout, vision=vision, preprocessor=SIGLIP_FILE, **options))
+    items = [noise(50, 70), noise(30, 30, seed=1), noise(9, 80, seed=2)]
+    prompt = here.prompt(items)
+    assert [media.num_rows for media in prompt.media] == [4 if "vision_feature_select_strategy" in options else 3] * 3
+    pixels = SiglipImageProcessorPil(size={"height": 30, "width": 30})(
+        [item.data for item in items], return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+    for media, expected in zip(prompt.media, pixels, strict=True):
+        np.testing.assert_allclose(media.arrays["pixels"], expected, atol=1e-6)
+    ids = torch.from_numpy(prompt.token_ids).long()[None]
+    with torch.inference_mode():
+        theirs = here.oracle(input_ids=ids, pixel_values=pixels).logits[0]
+    torch.testing.assert_close(Driver(here.model).prefill(here.run(prompt), 7), theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("options", [
+    {"vision": {"model_type": "siglip_vision_model"}, "vision_feature_select_strategy": "full"},
+    {"vision": {"model_type": "siglip_vision_model"}, "vision_feature_select_strategy": "full",
+     "vision_feature_layer": [-1, 0]}, {"vision_feature_layer": [-2, 1]}], ids=str)
+def test_llava_next_feature_choices(options: dict[str, Any], tmp_path: Path) -> None:
+    here = load(tmp_path, checkpoints.make_llava_next(tmp_path, **options))
+    items = pictures("llava_next")
+    prompt = here.prompt(items)
+    with torch.inference_mode():
+        theirs = here.oracle(**oracle_inputs("llava_next", here, items, prompt.token_ids)).logits[0]
+    torch.testing.assert_close(Driver(here.model).prefill(here.run(prompt), 7), theirs, atol=1e-4, rtol=0)
+
+
 # Weight dialects.
 
 def in_memory(key: str) -> str:
@@ -252,10 +296,11 @@ def test_missing_and_unexpected_tensors_are_named(family: str, key: str, tmp_pat
 
 
 @pytest.mark.parametrize(("family", "change", "problem"), [
-    ("llava", {"vision_config": {"model_type": "siglip_vision_model"}}, "siglip_vision_model' is not supported"),
+    ("llava", {"vision_config": {"model_type": "siglip2_vision_model"}}, "siglip2_vision_model' is not supported"),
     ("llava", {"vision_feature_layer": -9}, "vision_feature_layer"),
     ("llava", {"projector_hidden_act": "mish"}, "unknown activation 'mish'"),
-    ("llava_next", {"vision_feature_select_strategy": "full"}, "'full' is not supported")])
+    ("llava_next", {"vision_feature_select_strategy": "full"}, "must be 'default' with CLIP"),
+    ("llava_next", {"vision_config": {"model_type": "siglip_vision_model"}}, "'full' with SigLIP")])
 def test_unsupported_configurations(family: str, change: dict[str, Any], problem: str, tmp_path: Path) -> None:
     MAKERS[family](tmp_path)
     checkpoint = open_checkpoint(tmp_path)

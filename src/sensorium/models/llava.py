@@ -1,4 +1,4 @@
-"""LLaVA-1.5 and LLaVA-NeXT: CLIP, a two-layer projector, and a Llama-like decoder."""
+"""LLaVA-1.5 and LLaVA-NeXT: CLIP or SigLIP, a two-layer projector, and a Llama-like decoder."""
 
 from __future__ import annotations
 
@@ -81,8 +81,10 @@ class LlavaNext(Llava):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
-        if self.vision_tower.first == 0:
-            raise CheckpointError("config.json: LLaVA-NeXT with vision_feature_select_strategy 'full' is not supported")
+        if self.vision_tower.num_rows != self.vision_tower.config.num_patches:
+            raise CheckpointError(
+                "config.json: LLaVA-NeXT lays a row per patch on a grid: vision_feature_select_strategy must be "
+                "'default' with CLIP, whose first row is of no patch, and 'full' with SigLIP, which has no such row")
         self.image_newline = declare(self.text.hidden_size)
 
     def encode(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:

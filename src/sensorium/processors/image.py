@@ -19,6 +19,7 @@ from sensorium.errors import CheckpointError
 
 Pixels = NDArray[np.uint8]  # [height, width, 3]
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+HALF = (0.5, 0.5, 0.5)  # SigLIP's mean and deviation
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 

@@ -26,7 +26,8 @@ class ClipGeometry:
 
     image_size: int
     patch_size: int
-    keeps_class_token: bool  # vision_feature_select_strategy "full"
+    has_class_token: bool  # CLIP's towers, not SigLIP's
+    keeps_first_row: bool  # vision_feature_select_strategy "full"
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> ClipGeometry:
@@ -34,12 +35,19 @@ class ClipGeometry:
         strategy = config.get("vision_feature_select_strategy", "default")
         if strategy not in ("default", "full"):
             raise CheckpointError(f"config.json: vision_feature_select_strategy {strategy!r} is unknown")
-        return cls(vision.get("image_size", 224), vision.get("patch_size", 32), strategy == "full")
+        has_class_token = vision.get("model_type", "clip_vision_model") == "clip_vision_model"
+        patch = vision.get("patch_size", 32 if has_class_token else 16)
+        return cls(vision.get("image_size", 224), patch, has_class_token, strategy == "full")
 
     @property
     def side(self) -> int:
         """Patches along each edge of a square."""
         return self.image_size // self.patch_size
+
+    @property
+    def num_rows(self) -> int:
+        """What the tower gives of one square."""
+        return self.side**2 + self.has_class_token - (not self.keeps_first_row)
 
 
 def image_token(config: Mapping[str, Any]) -> int:
@@ -61,15 +69,17 @@ class LlavaProcessor(Processor):
         files = self.checkpoint.preprocessor
         self.geometry = ClipGeometry.of(self.checkpoint.config)
         side = self.geometry.image_size
-        self._normalization = image.Normalization.of(files)
+        is_siglip = str(files.get("image_processor_type", "")).startswith("Siglip")  # whose class has other defaults
+        means = (image.HALF, image.HALF) if is_siglip else (image.CLIP_MEAN, image.CLIP_STD)
+        self._normalization = image.Normalization.of(files, *means)
         self._resample = image.resample_filter(files)
         self._pads = self._setting("do_pad", False)
-        self._pad_color = [int(mean * 255) for mean in files.get("image_mean") or image.CLIP_MEAN]
+        self._pad_color = [int(mean * 255) for mean in files.get("image_mean") or means[0]]
         # What is left None is not done.
         self._size = image.size_of(files.get("size") or side, "size") if image.switch(files, "do_resize") else None
         crop = image.size_of(files.get("crop_size") or side, "crop_size")
         self._crop: tuple[int, int] | None = (crop, crop) if isinstance(crop, int) else crop
-        if not image.switch(files, "do_center_crop"):
+        if not image.switch(files, "do_center_crop", not is_siglip):
             self._crop = None
         if (self._crop or self._size) != (side, side):
             raise CheckpointError(
@@ -89,7 +99,7 @@ class LlavaProcessor(Processor):
     def num_tokens(self, kind: Modality, height: int, width: int, frames: int = 1) -> int:
         if kind != "image":
             return super().num_tokens(kind, height, width, frames)
-        return self.geometry.side**2 + self.geometry.keeps_class_token
+        return self.geometry.num_rows
 
     def process(self, item: MediaItem) -> MediaFeatures:
         if item.kind != "image":

@@ -1,4 +1,5 @@
-"""CLIP's vision tower, up to the layers whose hidden states are asked for. Squares of one size, any number of them.
+"""CLIP's and SigLIP's vision towers, up to the layers whose hidden states are asked for. Squares of one size, any
+number of them. SigLIP has no class token and no norm before the layers.
 
 Activations are flat: [images * positions, hidden]. The layers after the last one asked for are not even built.
 """
@@ -27,7 +28,7 @@ def clip_map(prefix: str) -> tuple[Rename, ...]:
 
 @dataclass(frozen=True, slots=True)
 class ClipConfig:
-    """`vision_config` of a CLIP-like checkpoint; defaults are transformers'."""
+    """`vision_config` of a CLIP-like checkpoint; defaults are transformers' of CLIP, and of SigLIP in `TOWERS`."""
 
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -37,43 +38,60 @@ class ClipConfig:
     patch_size: int = 32
     hidden_act: str = "quick_gelu"
     eps: float = 1e-5
+    has_class_token: bool = True
 
     @classmethod
     def of(cls, vision: Mapping[str, Any]) -> ClipConfig:
         kind = vision.get("model_type", "clip_vision_model")
-        if kind != "clip_vision_model":
-            raise CheckpointError(f"config.json: vision tower {kind!r} is not supported (supported: clip_vision_model)")
+        if kind not in TOWERS:
+            raise CheckpointError(f"config.json: vision tower {kind!r} is not supported (supported: "
+                                  f"{', '.join(TOWERS)})")
         names = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "eps": "layer_norm_eps"}
         given = {field: vision.get(names.get(field, field)) for field in cls.__dataclass_fields__}
-        return cls(**{field: value for field, value in given.items() if value is not None})
+        return cls(**{**TOWERS[kind], **{field: value for field, value in given.items() if value is not None}})
 
     @property
     def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
 
+    @property
+    def num_positions(self) -> int:
+        return self.num_patches + self.has_class_token
+
+
+TOWERS: Mapping[str, Mapping[str, Any]] = {
+    "clip_vision_model": {},
+    "siglip_vision_model": {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "eps": 1e-6, "has_class_token": False},
+}
+"""What can be served, and where its defaults differ from CLIP's."""
+
 
 class Positions(nn.Module):
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
-        self.weight = declare(config.num_patches + 1, config.hidden_size)
+        self.weight = declare(config.num_positions, config.hidden_size)
 
 
 class ClipEmbeddings(nn.Module):
-    """Pixels [n, 3, side, side] -> [n, 1 + patches, hidden]: the class token first, positions added."""
+    """Pixels [n, 3, side, side] -> [n, positions, hidden]: the class token first, if there is one; positions added.
+    """
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
         self.patch = config.patch_size
-        self.class_embedding = declare(config.hidden_size)
-        self.patch_embedding = PatchLinear(config.hidden_size, 3, config.patch_size, config.patch_size)
+        self.class_embedding = declare(config.hidden_size) if config.has_class_token else None
+        self.patch_embedding = PatchLinear(config.hidden_size, 3, config.patch_size, config.patch_size,
+                                           bias=not config.has_class_token)
         self.position_embedding = Positions(config)
 
     def forward(self, pixels: Tensor) -> Tensor:
         count, _, height, width = pixels.shape
         patch, lines, columns = self.patch, height // self.patch, width // self.patch
+        pixels = pixels[:, :, : lines * patch, : columns * patch]  # 384 pixels are 27 patches of 14, and 6 more
         cut = pixels.reshape(count, 3, lines, patch, columns, patch).permute(0, 2, 4, 1, 3, 5)
-        patches = self.patch_embedding(cut.reshape(count, lines * columns, -1))
-        rows = torch.cat([self.class_embedding.expand(count, 1, -1), patches], dim=1)
+        rows: Tensor = self.patch_embedding(cut.reshape(count, lines * columns, -1))
+        if self.class_embedding is not None:
+            rows = torch.cat([self.class_embedding.expand(count, 1, -1), rows], dim=1)
         rows += self.position_embedding.weight
         return rows
 
@@ -118,6 +136,7 @@ class ClipTower(nn.Module):
     transformers: 0 is what enters the first layer, i what layer i gives, negative ones count from the end."""
 
     def __init__(self, config: ClipConfig, states: Sequence[int], *, keeps_class_token: bool) -> None:
+        """Without `keeps_class_token` the first row is left out, whatever it is."""
         super().__init__()
         self.config = config
         self.states = [state if state >= 0 else config.num_layers + 1 + state for state in states]
@@ -125,31 +144,39 @@ class ClipTower(nn.Module):
             raise CheckpointError(f"config.json: vision_feature_layer {list(states)} of {config.num_layers} layers")
         self.first = 0 if keeps_class_token else 1
         self.embeddings = ClipEmbeddings(config)
-        self.pre_layrnorm = LayerNorm(config.hidden_size, config.eps)  # the checkpoints' spelling
+        self.pre_layrnorm = (LayerNorm(config.hidden_size, config.eps) if config.has_class_token
+                             else None)  # the checkpoints' spelling
         self.encoder = ClipEncoder(config, max(self.states))
 
     @property
     def unused(self) -> tuple[str, ...]:
         """Names, relative to the tower, that a checkpoint may have and this tower does not need."""
         layers = range(len(self.encoder.layers), self.config.num_layers)
-        return ("post_layernorm.", *(f"encoder.layers.{index}." for index in layers))
+        return ("post_layernorm.", "head.", *(f"encoder.layers.{index}." for index in layers))
 
     @property
     def group_size(self) -> int:
         """Pictures that are computed at once."""
-        return max(1, MAX_ROWS // (self.config.num_patches + 1))
+        return max(1, MAX_ROWS // self.config.num_positions)
+
+    @property
+    def num_rows(self) -> int:
+        """Of one picture."""
+        return self.config.num_positions - self.first
 
     def activation_bytes(self, element_size: int) -> int:
         config = self.config
-        rows = self.group_size * (config.num_patches + 1)
+        rows = self.group_size * config.num_positions
         kept = len(self.states) * config.hidden_size
         per_row = 9 * config.hidden_size + 3 * config.intermediate_size + kept
         return rows * element_size * (per_row + 2 * 3 * config.patch_size**2)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        embedded = self.embeddings(pixels.to(self.pre_layrnorm.weight.dtype))
+        embedded = self.embeddings(pixels.to(self.embeddings.position_embedding.weight.dtype))
         count, positions, hidden = embedded.shape
-        x = self.pre_layrnorm(embedded).view(count * positions, hidden)
+        if self.pre_layrnorm is not None:
+            embedded = self.pre_layrnorm(embedded)
+        x = embedded.view(count * positions, hidden)
         kept = {0: x}
         for index, layer in enumerate(self.encoder.layers, start=1):
             x = layer(x, [positions] * count)
