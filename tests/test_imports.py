@@ -21,7 +21,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # Layer -> layers it may import, beside itself and the leaves. A module belongs to the longest name that it starts with.
 LEAVES = {"__init__", "types", "errors", "config"}
 HTTP_SIDE = {"workers", "media", "prompt", "processors", "engine.client", "engine.liveness", "engine.messages",
-             "checkpoint", "models.registry", "pooling.spec", "pooling.labels"}
+             "checkpoint", "models.registry", "pooling.spec", "pooling.labels", "pooling.prompts"}
 ALLOWED: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
     "__main__": {"cli"},
@@ -50,6 +50,7 @@ ALLOWED: dict[str, set[str]] = {
                "pooling", "pooling.embedding", "pooling.spec", "pooling.labels"},
     "pooling.spec": set(),
     "pooling.labels": {"pooling.spec"},
+    "pooling.prompts": set(),
     "pooling": {"checkpoint", "kernels", "pooling.spec"},
     "models.tensor_files": set(),
     "pooling.embedding": {"models.tensor_files", "pooling", "pooling.spec"},

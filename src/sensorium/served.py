@@ -23,6 +23,7 @@ from sensorium.media.loader import MediaLoader
 from sensorium.media.source import MediaSource, RawMedia
 from sensorium.models.registry import FAMILIES, load_class
 from sensorium.pooling.labels import label_names
+from sensorium.pooling.prompts import read_prompts
 from sensorium.pooling.spec import read_pooling
 from sensorium.processors.base import Processor
 from sensorium.prompt.encode import Ids, PairLimits, Side, Truncation, encode_pairs, encode_texts
@@ -104,8 +105,8 @@ class ServedModel:
         self._task = task
         self._loader = loader
         self._server = server
-        self._lower_case = (checkpoint.folder / "modules.json").is_file() and read_pooling(
-            checkpoint.folder, "cls").lower_case
+        self.prompts = read_prompts(checkpoint.folder)
+        self._pooling = read_pooling(checkpoint.folder, "cls")
         self._configured_len = min(checkpoint.max_model_len, max_model_len or checkpoint.max_model_len)
         self._features = FeatureCache(FEATURE_CACHE_BYTES)
         self._threads = ThreadPoolExecutor(server.media_workers + 1, thread_name_prefix="prompt")
@@ -252,6 +253,14 @@ class ServedModel:
         has_types = self.checkpoint.config.get("type_vocab_size", 0) > 1
         return await self._run(False, made)
 
+    def unpooled_tokens(self, prompt: str, *, add_special_tokens: bool) -> int:
+        """Tokens at the beginning that take no part in pooling where this prompt stands before a text and the
+        checkpoint says so: the special tokens before the text are among them, as in sentence-transformers."""
+        if self._pooling.include_prompt or not prompt:
+            return 0
+        ids = self._encoded([prompt], add_special_tokens, None, ["input"])[0]
+        return len(ids) - (len(ids) > 0 and int(ids[-1]) in self.tokenizer.special_ids)
+
     def truncation(self, wanted: int | None, side: Side | None) -> Truncation | None:
         """What a request's `truncate_prompt_tokens` means here: -1 is as many as the model takes."""
         if wanted is None:
@@ -311,7 +320,7 @@ class ServedModel:
         if truncation is None:
             for text, param in zip(strings, params, strict=True):
                 self._check_length_unread(text, param)
-        if self._lower_case:
+        if self._pooling.lower_case:
             strings = [text.lower() for text in strings]
         return encode_texts(self.tokenizer, strings, add_special_tokens=add_special_tokens, truncation=truncation)
 

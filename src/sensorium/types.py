@@ -43,6 +43,7 @@ class PoolingParams:
     normalize: bool | None = None  # None: as the model says
     dimensions: int | None = None  # Matryoshka: cut before normalising
     activation: bool | None = None  # None: as the model says
+    prompt_tokens: int = 0  # at the beginning, not to be pooled
 
 
 @dataclass(frozen=True, slots=True)

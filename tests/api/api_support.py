@@ -164,9 +164,9 @@ class FakeEngine:
 def make_model(engine: FakeEngine, server: ServerConfig, limits: Limits, *, names: Iterable[str] = ("tiny",),
                generation: Mapping[str, Any] | None = None, config: Mapping[str, Any] | None = None,
                tokenizer: Tokenizer = TOKENIZER, processor: type[Processor] = Processor,
-               task: str = "auto") -> ServedModel:
+               task: str = "auto", folder: Path = Path("tiny")) -> ServedModel:
     checkpoint = Checkpoint(
-        folder=Path("tiny"), architecture="LlamaForCausalLM", config=dict(config or {}), preprocessor={},
+        folder=folder, architecture="LlamaForCausalLM", config=dict(config or {}), preprocessor={},
         generation=dict(generation or {}), tokenizer_config={}, chat_template=TEMPLATE, text=None, dtype="float32",
         max_model_len=CONTEXT, vocab_size=VOCAB_SIZE, stop_token_ids=(EOS,), weight_files=())
     made = processor(checkpoint, tokenizer)

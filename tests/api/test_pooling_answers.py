@@ -7,6 +7,7 @@ import base64
 import dataclasses
 import json
 from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -181,6 +182,106 @@ async def test_dimensions_only_where_they_mean_something(model: Any, flag: tuple
         assert reply.error["param"] == "dimensions"
     if not model and not flag:
         assert "Matryoshka" in reply.error["message"]
+
+
+# Prompts before texts
+
+
+PROMPTS = {"prompts": {"query": "Q: ", "passage": "P: ", "Clustering": "C: ", "bare": None},
+           "default_prompt_name": "query"}
+
+
+def prompted(folder: Path, settings: Any = PROMPTS, *, include_prompt: bool = True, tasks: tuple[str, ...] = ALL,
+             **model: Any) -> Any:
+    """A folder of sentence-transformers that pools the mean of BERT's kind of prompts."""
+    (folder / "1_Pooling").mkdir()
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    (folder / "modules.json").write_text(json.dumps([{"type": "st.Transformer", "path": ""},
+                                                     {"type": "st.Pooling", "path": "1_Pooling"}]))
+    (folder / "1_Pooling" / "config.json").write_text(
+        json.dumps({"pooling_mode": "mean", "include_prompt": include_prompt}))
+    return serving(engine_of(*tasks), model={"folder": folder, "tokenizer": BERT, **model})
+
+
+@pytest.mark.parametrize(("choice", "before"), [
+    ({}, "Q: "), ({"prompt_name": "query"}, "Q: "), ({"prompt_name": "passage"}, "P: "), ({"prompt_name": "bare"}, ""),
+    ({"prompt_name": None}, "Q: "), ({"input_type": "query"}, "Q: "), ({"input_type": "search_query"}, "Q: "),
+    ({"input_type": "document"}, "P: "), ({"input_type": "search_document"}, "P: "), ({"input_type": "passage"}, "P: "),
+    ({"input_type": "clustering"}, "C: "), ({"input_type": "CLUSTERING"}, "C: ")])
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/pooling"])
+async def test_prompts_stand_before_texts(tmp_path: Path, choice: dict[str, Any], before: str, path: str) -> None:
+    async with prompted(tmp_path) as served:
+        reply = await post(served.port, path, {"input": ["a", "bc"], **choice})
+        assert reply.status == 200, reply.body
+        assert texts_of(served, BERT) == [f"[CLS]{before}a[SEP]", f"[CLS]{before}bc[SEP]"]
+        assert {one.pooling.prompt_tokens for one in served.engine.requests} == {0}
+
+
+@pytest.mark.parametrize(("settings", "choice", "words"), [
+    (PROMPTS, {"prompt_name": "Query"}, "query, passage, Clustering, bare"),
+    (PROMPTS, {"prompt_name": ""}, "query, passage, Clustering, bare"),
+    (PROMPTS, {"input_type": "classification"}, "query, passage, Clustering, bare"),
+    (PROMPTS, {"input_type": "classify"}, "search_query"),
+    (PROMPTS, {"input_type": "query", "prompt_name": "query"}, "one of them"),
+    ({"prompts": {"s2p_query": "S: "}}, {"input_type": "query"}, "s2p_query"),
+    ({}, {"prompt_name": "query"}, "It has none"), ({}, {"input_type": "nonsense"}, "It has none")])
+async def test_unknown_prompts_are_listed(tmp_path: Path, settings: Any, choice: dict[str, str], words: str) -> None:
+    async with prompted(tmp_path, settings) as served:
+        reply = await post(served.port, "/v1/embeddings", {"input": "a", **choice})
+    assert (reply.status, reply.error["param"]) == (400, next(iter(choice)))
+    assert words in reply.error["message"]
+
+
+async def test_without_prompts_every_known_type_is_the_bare_text(tmp_path: Path) -> None:
+    async with prompted(tmp_path, {}) as served:
+        for word in ("query", "search_document", "classification"):
+            assert (await post(served.port, "/v1/embeddings", {"input": "a", "input_type": word})).status == 200
+        assert texts_of(served, BERT) == ["[CLS]a[SEP]"] * 3
+
+
+async def test_ids_and_chats_have_no_prompt(tmp_path: Path) -> None:
+    chat = {"messages": [{"role": "user", "content": "x"}]}
+    async with prompted(tmp_path) as served:
+        for body in ({"input": [72]}, {"input": [[72], [73]]}, chat):
+            assert (await post(served.port, "/v1/embeddings", body)).status == 200
+            assert (await post(served.port, "/v1/embeddings", {**body, "input_type": "query"})).error[
+                "param"] == "input_type"
+        assert not any("Q: " in text for text in texts_of(served, BERT))
+
+
+@pytest.mark.parametrize("add", [True, False])
+async def test_prompts_that_are_not_pooled_are_counted(tmp_path: Path, add: bool) -> None:
+    async with prompted(tmp_path, include_prompt=False) as served:
+        for choice in ({}, {"prompt_name": "bare"}):
+            await post(served.port, "/v1/embeddings", {"input": "abc", "add_special_tokens": add, **choice})
+        await post(served.port, "/v1/embeddings", {"input": [72]})
+        assert [one.pooling.prompt_tokens for one in served.engine.requests] == [4 if add else 3, 0, 0]
+
+
+async def test_the_two_sides_of_a_comparison_have_their_prompts(tmp_path: Path) -> None:
+    async with prompted(tmp_path, include_prompt=False) as served:
+        assert (await post(served.port, "/rerank", {"query": "a", "documents": ["b", "c"]})).status == 200
+        assert (await post(served.port, "/score", {"text_1": "a", "text_2": "b"})).status == 200
+        assert texts_of(served, BERT) == ["[CLS]Q: a[SEP]", "[CLS]P: b[SEP]", "[CLS]P: c[SEP]", "[CLS]Q: a[SEP]",
+                                          "[CLS]P: b[SEP]"]
+        assert {one.pooling.prompt_tokens for one in served.engine.requests} == {4}
+        error = (await post(served.port, "/score", {"text_1": "a", "text_2": "b", "prompt_name": "query"})).error
+        assert error["param"] == "prompt_name"
+
+
+async def test_a_cross_encoders_default_prompt_stands_before_the_query(tmp_path: Path) -> None:
+    async with prompted(tmp_path, tasks=CROSS, config={"num_labels": 1}) as served:
+        await post(served.port, "/rerank", {"query": "a", "documents": ["b"]})
+        assert texts_of(served, BERT) == ["[CLS]Q: a[SEP]b[SEP]"]
+
+
+async def test_other_tasks_take_no_prompt(tmp_path: Path) -> None:
+    async with prompted(tmp_path, tasks=CLASSIFIER, config=LABELS) as served:
+        assert (await post(served.port, "/classify", {"input": "a"})).status == 200
+        assert texts_of(served, BERT) == ["[CLS]a[SEP]"]
+        for path, body in (("/classify", {}), ("/pooling", {"task": "classify"})):
+            error = (await post(served.port, path, {"input": "a", "input_type": "query", **body})).error
+            assert error["param"] == "input_type"
 
 
 @pytest.mark.parametrize(("options", "text"), [

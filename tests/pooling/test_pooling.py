@@ -8,6 +8,7 @@ import torch
 
 from sensorium.errors import CheckpointError
 from sensorium.pooling.pool import POOLINGS, finish, pool
+from sensorium.pooling.prompts import read_prompts
 from sensorium.pooling.spec import activation_name, read_pooling
 
 
@@ -78,3 +79,33 @@ def test_dimensions_are_cut_before_normalising() -> None:
     vector = finish(torch.tensor([3.0, 4.0, 12.0]), 2, normalize=True)
     torch.testing.assert_close(vector, torch.tensor([0.6, 0.8]))
     torch.testing.assert_close(finish(torch.tensor([3.0, 4.0]), None, normalize=False), torch.tensor([3.0, 4.0]))
+
+
+def test_a_prompt_takes_no_part() -> None:
+    hidden = torch.tensor([[9.0, 9.0], [1.0, -2.0], [3.0, 4.0], [5.0, 0.0]])
+    for kind in POOLINGS:
+        if kind != "weighted_mean":  # whose weights count from the text's beginning
+            torch.testing.assert_close(pool(hidden, (kind,), 1), pool(hidden[1:], (kind,)))
+    expected = (2 * hidden[1] + 3 * hidden[2] + 4 * hidden[3]) / 9
+    torch.testing.assert_close(pool(hidden, ("weighted_mean",), 1), expected)
+    torch.testing.assert_close(pool(hidden, ("cls", "mean"), 2), torch.cat([hidden[2], hidden[2:].mean(0)]))
+    torch.testing.assert_close(pool(hidden, ("mean",), 9), hidden[-1])
+
+
+@pytest.mark.parametrize(("settings", "includes"), [
+    ({"pooling_mode": "mean", "include_prompt": False}, False), ({"pooling_mode": "mean"}, True),
+    ({"pooling_mode_mean_tokens": True, "include_prompt": False}, False),
+    ({"pooling_mode_mean_tokens": True, "include_prompt": True}, True)])
+def test_whether_prompts_are_pooled(tmp_path: Path, settings: dict[str, object], includes: bool) -> None:
+    write(tmp_path, [("sentence_transformers.models.Pooling", "1_Pooling")], settings)
+    assert read_pooling(tmp_path, "cls").include_prompt is includes
+
+
+@pytest.mark.parametrize("settings", [
+    "{", {"prompts": ["a"]}, {"prompts": {"query": 1}}, {"prompts": {"a": "b"}, "default_prompt_name": "c"},
+    {"default_prompt_name": "c"}])
+def test_broken_prompts_are_named(tmp_path: Path, settings: object) -> None:
+    text = settings if isinstance(settings, str) else json.dumps(settings)
+    (tmp_path / "config_sentence_transformers.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config_sentence_transformers\.json"):
+        read_prompts(tmp_path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sensorium.api.asgi import Call
-from sensorium.api.pooled import opened, pool_inputs
+from sensorium.api.pooled import chosen_prompt, opened, pool_inputs
 from sensorium.api.protocol.pooling import EmbeddingsRequest
 from sensorium.api.service import Entry, Service
 from sensorium.api.vectors import respond_vectors
@@ -14,7 +14,7 @@ async def embeddings(service: Service, call: Call) -> None:
     async with opened(service, call, EmbeddingsRequest) as job:
         job.entry.need("embed")
         _check_dimensions(job.entry, job.request.dimensions)
-        pooled = await pool_inputs(job, job.request.params())
+        pooled = await pool_inputs(job, job.request.params(), prompt=chosen_prompt(job, "embed"))
         await respond_vectors(call, pooled, prefix="embd", model=job.model_name, kind="embedding", key="embedding",
                               encoding=job.request.encoding_format or "float")
 

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
@@ -16,12 +16,12 @@ from sensorium.api.admission import PendingBody
 from sensorium.api.asgi import Call
 from sensorium.api.body import read_request
 from sensorium.api.protocol.content import Conversation
-from sensorium.api.protocol.pooling import InputBody, PooledInput, PoolingBody
+from sensorium.api.protocol.pooling import InputBody, PooledInput, PoolingBody, PromptedBody
 from sensorium.api.service import Entry, Service
 from sensorium.errors import ContextLengthError, EngineError, RequestError, SensoriumError, UnavailableError
 from sensorium.prompt.encode import Truncation
 from sensorium.served import ServedModel, all_in_order
-from sensorium.types import EngineRequest, PoolingParams, Prompt
+from sensorium.types import EngineRequest, PoolingParams, PoolingTask, Prompt
 
 if TYPE_CHECKING:
     from sensorium.engine.client import OutputStream
@@ -81,11 +81,32 @@ async def opened(service: Service, call: Call, body: type[Request_co]) -> AsyncI
             yield Job(service, call, request, entry, pending)
 
 
-async def pool_inputs(job: Job[InputBody], params: PoolingParams, *, max_tokens: int | None = None) -> Pooled:
-    """Everything between a body of `input` or `messages` and its vectors."""
+def chosen_prompt(job: Job[PromptedBody], task: PoolingTask) -> str:
+    """What is to stand before the request's texts: the prompt that it chooses, else the model's default."""
+    request, param = job.request, job.request.chooses
+    if task not in ("embed", "token_embed"):
+        if param is not None:
+            raise RequestError(f"`{param}` goes with embeddings; the task here is {task}.", param=param)
+        return ""
+    prompt = job.model.prompts.chosen(request.prompt_name, request.input_type)
+    if request.has_texts:
+        return prompt
+    if param is not None and prompt:
+        raise RequestError(f"`{param}` puts a prompt before texts, but the request has token ids or messages.",
+                           param=param)
+    return ""
+
+
+async def pool_inputs(job: Job[InputBody], params: PoolingParams, *, max_tokens: int | None = None,
+                      prompt: str = "") -> Pooled:
+    """Everything between a body of `input` or `messages` and its vectors. `prompt` stands before every text."""
     request, limits = job.request, job.service.limits
     check_count(job, request.count, "messages" if request.input is None else "input")
     inputs = request.inputs(job.model.processor.modalities, limits)
+    if prompt:
+        inputs = [prompt + text if isinstance(text, str) else text for text in inputs]
+        params = replace(params, prompt_tokens=job.model.unpooled_tokens(
+            prompt, add_special_tokens=request.add_special_tokens is not False))
     is_list = isinstance(request.input, list) and not isinstance(request.input[0], int)
     places = [f"input[{index}]" if is_list else "input" for index in range(len(inputs))]
     with job.entry.pooling_admission.admit(len(inputs)) as permit:
@@ -151,16 +172,19 @@ async def _chat_prompt(job: Job[PoolingBody], chat: Conversation, truncation: Tr
     return prepared.prompt
 
 
-async def run(job: Job[PoolingBody], prompts: Sequence[Prompt], params: PoolingParams) -> Pooled:
-    """Have the engine compute the prompts. If one fails, the request fails; leaving early ends them all."""
+async def run(job: Job[PoolingBody], prompts: Sequence[Prompt], params: PoolingParams | Sequence[PoolingParams]
+              ) -> Pooled:
+    """Have the engine compute the prompts, with the same params or each with its own. If one fails, the request
+    fails; leaving early ends them all."""
     client, priority = job.model.client, job.request.priority or 0
     salt = job.service.salts.of(job.call.tenant, job.request.cache_salt)
     streams: list[OutputStream] = []
     vectors: list[Vector] = []
     failure = "abort"
+    each = [params] * len(prompts) if isinstance(params, PoolingParams) else params
     try:
-        for prompt in prompts:
-            streams.append(client.submit(EngineRequest(client.next_id(), prompt, pooling=params, priority=priority,
+        for prompt, own in zip(prompts, each, strict=True):
+            streams.append(client.submit(EngineRequest(client.next_id(), prompt, pooling=own, priority=priority,
                                                        salt=salt)))
             if len(streams) % SUBMITTED_AT_ONCE == 0:
                 await asyncio.sleep(0)

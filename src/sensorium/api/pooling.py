@@ -7,7 +7,7 @@ import asyncio
 import msgspec
 
 from sensorium.api.asgi import Call
-from sensorium.api.pooled import Pooled, opened, pool_inputs
+from sensorium.api.pooled import Pooled, chosen_prompt, opened, pool_inputs
 from sensorium.api.protocol.pooling import ClassifyRequest, PoolingRequest
 from sensorium.api.service import Entry, Service
 from sensorium.api.vectors import LARGE, envelope, respond_vectors
@@ -22,7 +22,8 @@ async def pooling(service: Service, call: Call) -> None:
         request, entry = job.request, job.entry
         task = request.task or entry.model.default_pooling_task or "embed"
         entry.need(task, param="task" if request.task else "model")
-        pooled = await pool_inputs(job, _params(task, request), max_tokens=_max_tokens(entry, task))
+        pooled = await pool_inputs(job, _params(task, request), max_tokens=_max_tokens(entry, task),
+                                   prompt=chosen_prompt(job, task))
         await respond_vectors(call, pooled, prefix="pooling", model=job.model_name, kind="pooling", key="data",
                               encoding=request.encoding_format or "float")
 

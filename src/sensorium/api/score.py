@@ -91,13 +91,14 @@ async def _compare(job: Job[ComparingBody], left: Side, right: Side) -> Pooled:
 
 
 async def _cross_encoded(job: Job[ComparingBody], left: Side, right: Side) -> Pooled:
-    queries, documents = _texts(left), _texts(right)
+    model = job.model
+    queries, documents = [model.prompts.default + text for text in _texts(left)], _texts(right)
     pairs = list(zip(_repeated(queries, len(documents)), documents, strict=True))
     places = [right.place(index) for index in range(len(documents))]
     truncation = job.truncation()
     limits = PairLimits(left.max_tokens, right.max_tokens, truncation.max_tokens if truncation is not None else None)
     with job.entry.pooling_admission.admit(len(pairs)) as permit:
-        prompts = await job.model.pair_prompts(pairs, limits, params=places)
+        prompts = await model.pair_prompts(pairs, limits, params=places)
         job.pending.release()
         permit.add_prompt_tokens(count_tokens(job, prompts))
         return await run(job, prompts, job.request.params())
@@ -122,24 +123,35 @@ def _texts(side: Side) -> list[str]:
 
 
 async def _compared(job: Job[ComparingBody], left: Side, right: Side) -> Pooled:
-    inputs = [[_input(job, side, index) for index in range(len(side.items))] for side in (left, right)]
+    before = job.model.prompts.of("query"), job.model.prompts.of("document")
+    inputs = [[_input(job, side, index, prompt) for index in range(len(side.items))]
+              for side, prompt in zip((left, right), before, strict=True)]
     with job.entry.pooling_admission.admit(len(left.items) + len(right.items)) as permit:
         prompts = []
         for side, given in zip((left, right), inputs, strict=True):
             places = [side.place(index) for index in range(len(given))]
             prompts += await make_prompts(job, given, places, _narrower(job.truncation(), side.max_tokens))
         permit.add_prompt_tokens(count_tokens(job, prompts))
-        pooled = await run(job, prompts, PoolingParams("embed"))
+        params = [_params(job, one, prompt) for given, prompt in zip(inputs, before, strict=True) for one in given]
+        pooled = await run(job, prompts, params)
     queries, documents = pooled.vectors[:len(left.items)], pooled.vectors[len(left.items):]
     pairs = zip(_repeated(queries, len(documents)), documents, strict=True)
     return replace(pooled, vectors=[cosine(query, document) for query, document in pairs])
 
 
-def _input(job: Job[ComparingBody], side: Side, index: int) -> PooledInput:
+def _params(job: Job[ComparingBody], given: PooledInput, prompt: str) -> PoolingParams:
+    if not isinstance(given, str):
+        return PoolingParams("embed")
+    add = job.request.add_special_tokens is not False
+    return PoolingParams("embed", prompt_tokens=job.model.unpooled_tokens(prompt, add_special_tokens=add))
+
+
+def _input(job: Job[ComparingBody], side: Side, index: int, prompt: str) -> PooledInput:
+    """`prompt` stands before texts."""
     item = side.items[index]
     if isinstance(item, PartsItem):
         return as_conversation(item, side.place(index), job.model.processor.modalities, job.service.limits)
-    return cast(str, plain_text(item))
+    return prompt + cast(str, plain_text(item))
 
 
 def _narrower(truncation: Truncation | None, max_tokens: int) -> Truncation | None:

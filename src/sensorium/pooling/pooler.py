@@ -55,7 +55,7 @@ class EmbedPooler:
         self.first_only = kinds == ("cls",)
 
     def __call__(self, hidden: Tensor, params: PoolingParams, token_ids: NDArray[np.int32]) -> Tensor:
-        vector = pool(hidden, self.kinds)
+        vector = pool(hidden, self.kinds, params.prompt_tokens)
         if self.head is not None:
             vector = self.head(vector.unsqueeze(0)).squeeze(0).float()
         normalize = self.normalize if params.normalize is None else params.normalize

@@ -58,6 +58,7 @@ class PoolingSpec:
     dense: tuple[DenseSpec, ...] = ()
     max_seq_length: int | None = None
     lower_case: bool = False
+    include_prompt: bool = True  # whether the tokens of a prompt before the text are pooled
 
 
 def activation_name(path: str) -> str:
@@ -76,18 +77,18 @@ def read_pooling(folder: Path, default: PoolingKind) -> PoolingSpec:
         return PoolingSpec((default,), normalize=True)
     kinds: tuple[PoolingKind, ...] = (default,)
     dense: list[DenseSpec] = []
-    normalize, max_seq_length, lower_case = False, None, False
+    normalize, include_prompt, max_seq_length, lower_case = False, True, None, False
     for kind, path in _in_order(folder, modules):
         if kind == "Transformer":
             settings = _json(path / "sentence_bert_config.json") or _json(folder / "sentence_bert_config.json") or {}
             max_seq_length, lower_case = settings.get("max_seq_length"), bool(settings.get("do_lower_case"))
         elif kind == "Pooling":
-            kinds = _kinds(path)
+            kinds, include_prompt = _kinds(path)
         elif kind == "Dense":
             dense.append(_dense(path))
         elif kind == "Normalize":
             normalize = True
-    return PoolingSpec(kinds, normalize, tuple(dense), max_seq_length, lower_case)
+    return PoolingSpec(kinds, normalize, tuple(dense), max_seq_length, lower_case, include_prompt)
 
 
 def _in_order(folder: Path, modules: Any) -> list[tuple[str, Path]]:
@@ -117,21 +118,22 @@ def _inside(folder: Path, path: str) -> Path:
     return folder / path
 
 
-def _kinds(path: Path) -> tuple[PoolingKind, ...]:
+def _kinds(path: Path) -> tuple[tuple[PoolingKind, ...], bool]:
+    """The poolings of a module, and whether prompts take part in them."""
     settings = _json(path / "config.json")
     if settings is None:
         raise CheckpointError(f"{path.name}/config.json is missing, though modules.json names it")
-    mode = settings.get("pooling_mode")
+    mode, include_prompt = settings.get("pooling_mode"), settings.get("include_prompt", True) is not False
     if mode is not None:
         names = [mode] if isinstance(mode, str) else list(mode)
         unknown = [name for name in names if name not in _MODES]
         if unknown:
             raise CheckpointError(f"{path.name}/config.json: pooling_mode '{unknown[0]}' is not supported")
-        return tuple(_MODES[name] for name in names)
+        return tuple(_MODES[name] for name in names), include_prompt
     kinds = tuple(kind for flag, kind in _FLAGS.items() if settings.get(flag))
     if not kinds:
         raise CheckpointError(f"{path.name}/config.json switches no pooling mode on")
-    return kinds
+    return kinds, include_prompt
 
 
 def _dense(path: Path) -> DenseSpec:

@@ -131,6 +131,10 @@ VECTORS: Mapping[str, Foreign] = {
     **_fields("data instruction late_chunking return_multivector"),
 }
 """Those that no endpoint has which answers with vectors, classes or scores."""
+UNPROMPTED: Mapping[str, Foreign] = {
+    **VECTORS, **_fields("prompt_name input_type", (None,), "prompts are chosen at /v1/embeddings; a score has a side "
+                                                            "for each")}
+"""And where no prompt is chosen."""
 
 RECORDINGS: Mapping[str, Foreign] = {
     **_fields("best_of beam_size n", (None, "1")),

@@ -14,7 +14,7 @@ from sensorium.api.protocol.chat import ProcessorKwargs, TemplateFields, Templat
 from sensorium.api.protocol.common import INT32_MAX, Body, Name, Priority, Text
 from sensorium.api.protocol.completion import TokenIds
 from sensorium.api.protocol.content import ChatMessage, Conversation, Messages, conversation
-from sensorium.api.protocol.foreign import VECTORS, Foreign
+from sensorium.api.protocol.foreign import UNPROMPTED, VECTORS, Foreign
 from sensorium.config import Limits, ServerConfig
 from sensorium.errors import RequestError
 from sensorium.prompt.encode import Side
@@ -57,7 +57,7 @@ ChatsField = Annotated[
 class PoolingBody(Body, TemplateFields):
     """Fields of every endpoint that answers with vectors, classes or scores."""
 
-    foreign: ClassVar[Mapping[str, Foreign]] = VECTORS
+    foreign: ClassVar[Mapping[str, Foreign]] = UNPROMPTED
 
     model: Name | None = None
     user: Annotated[str, Field(max_length=1024)] | None = None
@@ -137,7 +137,26 @@ class InputBody(PoolingBody):
         return chats
 
 
-class EmbeddingsRequest(InputBody):
+class PromptedBody(InputBody):
+    """Texts before which one of the model's prompts may stand: chosen by name, or by what the texts are."""
+
+    foreign: ClassVar[Mapping[str, Foreign]] = VECTORS
+
+    prompt_name: Name | None = None
+    input_type: Name | None = None
+
+    @property
+    def has_texts(self) -> bool:
+        first = next(iter(self._given_inputs()), None)
+        return isinstance(first, str)
+
+    @property
+    def chooses(self) -> str | None:
+        """The field that chooses a prompt, if one does."""
+        return next((name for name in ("prompt_name", "input_type") if getattr(self, name) is not None), None)
+
+
+class EmbeddingsRequest(PromptedBody):
     encoding_format: Encoding | None = None
     dimensions: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
 
@@ -145,7 +164,7 @@ class EmbeddingsRequest(InputBody):
         return PoolingParams("embed", normalize=self.use_activation, dimensions=self.dimensions)
 
 
-class PoolingRequest(InputBody):
+class PoolingRequest(PromptedBody):
     encoding_format: Encoding | None = None
     dimensions: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
     task: Literal["embed", "classify", "token_embed", "token_classify"] | None = None

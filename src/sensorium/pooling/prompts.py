@@ -1,0 +1,102 @@
+"""Prompts that an embedder was trained with: texts before a query or a document, by name. Torch-free.
+
+sentence-transformers keeps them in `config_sentence_transformers.json`. A request chooses one by its name or by what
+its texts are (`input_type`, in the words of the services that have it); without a choice the default stands before
+every text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from sensorium.errors import CheckpointError, RequestError
+
+Role = Literal["query", "document"]
+
+_NAMES: Mapping[Role, tuple[str, ...]] = {
+    "query": ("query", "search_query", "question"),
+    "document": ("document", "passage", "corpus", "search_document"),
+}
+"""Names of one thing in different repositories and services, in the order in which they are looked for."""
+_OTHER_TYPES = ("classification", "clustering", "sts", "semantic_similarity")
+_FILE = "config_sentence_transformers.json"
+
+
+@dataclass(frozen=True, slots=True)
+class TextPrompts:
+    """`texts` by name; `default_name` is one of them or None."""
+
+    texts: Mapping[str, str] = field(default_factory=dict)
+    default_name: str | None = None
+
+    @property
+    def default(self) -> str:
+        return "" if self.default_name is None else self.texts[self.default_name]
+
+    def chosen(self, prompt_name: str | None, input_type: str | None) -> str:
+        """What stands before a request's texts; RequestError for names that the model does not have."""
+        if prompt_name is not None and input_type is not None:
+            raise RequestError("`prompt_name` and `input_type` both choose a prompt; give one of them.",
+                               param="input_type")
+        if prompt_name is not None:
+            return self._named(prompt_name)
+        return self.default if input_type is None else self._of_type(input_type)
+
+    def of(self, role: Role) -> str:
+        """What stands before one side of a comparison; nothing where the model has no prompt for it."""
+        found = self._find(_NAMES[role])
+        return "" if found is None else found
+
+    def _named(self, name: str) -> str:
+        if name not in self.texts:
+            raise RequestError(f"This model has no prompt {name!r}. {self._listed()}", param="prompt_name",
+                               code="unknown_prompt")
+        return self.texts[name]
+
+    def _of_type(self, input_type: str) -> str:
+        wanted = input_type.casefold()
+        role = next((role for role, names in _NAMES.items() if wanted in names), None)
+        found = self._find((wanted, *(_NAMES[role] if role else ())))
+        if found is not None:
+            return found
+        known = role is not None or wanted in _OTHER_TYPES
+        if known and (role == "document" or not any(self.texts.values())):
+            return ""  # documents are bare in most models, and a model without prompts tells nothing apart
+        kinds = ", ".join((*_NAMES["query"], *_NAMES["document"], *_OTHER_TYPES))
+        said = f"has no prompt for the input_type {input_type!r}" if known else f"knows no input_type {input_type!r}"
+        raise RequestError(f"This model {said} (known: {kinds}). {self._listed()}", param="input_type",
+                           code="unknown_input_type")
+
+    def _find(self, names: tuple[str, ...]) -> str | None:
+        by_name = {name.casefold(): text for name, text in self.texts.items()}
+        return next((by_name[name] for name in names if name in by_name), None)
+
+    def _listed(self) -> str:
+        if not self.texts:
+            return "It has none; leave the field out."
+        return f"It has: {', '.join(self.texts)}."
+
+
+def read_prompts(folder: Path) -> TextPrompts:
+    """The prompts of a model folder. CheckpointError says in one line what is wrong with the file."""
+    path = folder / _FILE
+    if not path.is_file():
+        return TextPrompts()
+    try:
+        settings: Any = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{_FILE} cannot be read: {error}") from None
+    prompts = settings.get("prompts") if isinstance(settings, dict) else None
+    texts = {} if prompts is None else prompts
+    if not isinstance(texts, dict) or not all(isinstance(text, str | None) for text in texts.values()):
+        raise CheckpointError(f"{_FILE}: 'prompts' must be an object of texts")
+    default = settings.get("default_prompt_name") if isinstance(settings, dict) else None
+    if default is not None and default not in (*texts, *_NAMES):
+        raise CheckpointError(f"{_FILE}: default_prompt_name {default!r} is none of its prompts "
+                              f"({', '.join(texts) or 'there are none'})")
+    named = {name: text or "" for name, text in texts.items()}
+    return TextPrompts(named if default is None else {default: "", **named}, default)
