@@ -1,6 +1,7 @@
 """What a checkpoint says of its quantised weights: `quantization_config` of every kind that is served, in one dialect.
 
-AWQ as AutoAWQ writes it, GPTQ as AutoGPTQ and GPTQModel do, compressed-tensors as llm-compressor does. Which layers are
+AWQ as AutoAWQ writes it, GPTQ as AutoGPTQ and GPTQModel do, both as AutoRound does, compressed-tensors as
+llm-compressor does. Which layers are
 quantised is not read here: their tensors' names tell.
 """
 
@@ -13,7 +14,7 @@ from typing import Any, Literal, NoReturn
 from sensorium.errors import CheckpointError
 
 SUPPORTED = ("awq (gemm, 4 bits), gptq (4 or 8 bits), compressed-tensors (pack-quantized and int-quantized, 4 or 8 "
-             "bits)")
+             "bits), auto-round (packed as auto_gptq or auto_awq)")
 _COMPRESSED_FORMATS = ("pack-quantized", "int-quantized", "naive-quantized")
 _STRATEGIES = ("group", "channel", "tensor")
 
@@ -35,7 +36,8 @@ def read_quantization(stated: object) -> StoredQuantization | None:
     if not isinstance(stated, dict):
         _refuse(f"quantization_config {stated!r}")
     method = stated.get("quant_method", "compressed-tensors" if "config_groups" in stated else None)
-    readers = {"awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed}
+    readers = {"awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed,
+               **dict.fromkeys(("auto-round", "auto_round", "intel/auto-round"), _auto_round)}
     if not isinstance(method, str) or method not in readers:
         _refuse(f"quantisation by {method}")
     return readers[method](stated)
@@ -59,6 +61,22 @@ def _gptq(stated: Mapping[str, Any]) -> StoredQuantization:
             _refuse(f"gptq with other settings for single layers (dynamic {pattern!r})")
     return StoredQuantization("gptq", (bits,), _group("gptq", stated.get("group_size", 128)),
                               1 if written == "gptq" else 0)
+
+
+def _auto_round(stated: Mapping[str, Any]) -> StoredQuantization:
+    """AutoRound packs as another method does and says which: "auto_round:auto_gptq", in old versions as `backend`."""
+    method = "auto-round"
+    packing = str(stated.get("packing_format") or stated.get("backend") or "auto_round:auto_gptq")
+    reader = {"auto_gptq": _gptq, "gptq": _gptq, "auto_awq": _awq, "awq": _awq}.get(packing.partition(":")[2])
+    if reader is None:
+        _refuse(f"{method} with packing_format {packing!r}")
+    _one_of(method, "data_type", stated.get("data_type") or "int", ("int",))
+    for name, changes in (stated.get("extra_config") or {}).items():
+        own = changes if isinstance(changes, dict) else {}
+        if own.get("bits", 16) < 16 and any(own.get(key, stated.get(key)) != stated.get(key)
+                                            for key in ("bits", "group_size")):
+            _refuse(f"{method} with other settings for single layers (extra_config {name!r})")
+    return reader(stated)
 
 
 def _compressed(stated: Mapping[str, Any]) -> StoredQuantization:

@@ -51,6 +51,13 @@ LAYOUTS: dict[str, tuple[Writer, Quantization, bool]] = {
     "gptq-asymmetric": (lambda folder: write_gptq(folder, symmetric=False), Quantization(4, 32), True),
     "gptq-v2": (lambda folder: write_gptq(folder, symmetric=False, config={"checkpoint_format": "gptq_v2"}),
                 Quantization(4, 32), True),
+    "auto-round": (lambda folder: write_gptq(folder, config={
+        "quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "data_type": "int",
+        "extra_config": {"lm_head": {"bits": 16, "data_type": "float"}}}), Quantization(4, 32), True),
+    "auto-round-asymmetric": (lambda folder: write_gptq(folder, symmetric=False, config={
+        "quant_method": "intel/auto-round", "backend": "auto_round:gptq"}), Quantization(4, 32), True),
+    "auto-round-awq": (lambda folder: write_awq(folder, config={
+        "quant_method": "auto-round", "packing_format": "auto_round:auto_awq"}), Quantization(4, 32), True),
     "gptq-rows": (lambda folder: write_gptq(folder, size=None), ROWS, True),
     "gptq-own-file": (lambda folder: write_gptq(folder, config_file="quantize_config.json"), Quantization(4, 32), True),
     "gptq-desc_act-in-order": (lambda folder: write_gptq(folder, config={"desc_act": True}), Quantization(4, 32), True),
@@ -288,6 +295,11 @@ def group_of(**weights: Any) -> dict[str, Any]:
     ({"quant_method": "gptq", "bits": 4, "group_size": "all"}, "group_size 'all'"),
     ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
     ({"quant_method": "gptq", "bits": 4, "is_marlin_format": True}, "checkpoint_format 'marlin'"),
+    ({"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:llm_compressor"}, "llm_compressor'"),
+    ({"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round"}, "packing_format 'auto_round'"),
+    ({"quant_method": "auto-round", "bits": 2, "packing_format": "auto_round:auto_gptq"}, "gptq with bits 2"),
+    ({"quant_method": "auto-round", "bits": 4, "data_type": "mx_fp"}, "data_type 'mx_fp'"),
+    ({"quant_method": "auto-round", "bits": 4, "extra_config": {"lm_head": {"bits": 8}}}, "extra_config 'lm_head'"),
     ({"quant_method": "gptq", "bits": 4, "pack_dtype": "int64"}, "pack_dtype 'int64'"),
     ({"quant_method": "gptq", "bits": 4, "dynamic": {r"+:.*\.18\..*gate.*": {"bits": 8}}}, "single layers"),
     (compressed_config("float-quantized", {"num_bits": 8, "type": "float"}), "format 'float-quantized'"),

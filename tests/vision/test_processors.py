@@ -51,7 +51,7 @@ def qwen(file: dict[str, Any] = QWEN_FILE, **overrides: Any) -> Qwen2VLProcessor
 
 @pytest.mark.parametrize(("height", "width", "tiles", "tokens"), [
     (336, 336, 3, 1176), (100, 100, 3, 1176), (480, 640, 5, 2340), (640, 480, 5, 2352), (1200, 300, 4, 1944),
-    (672, 672, 5, 2928), (1, 500, 3, 576), (88, 55, 3, 984), (55, 176, 3, 1360)])  # of the last two 15 patches, or 14.999999
+    (672, 672, 5, 2928), (1, 500, 3, 576), (88, 55, 3, 984), (55, 176, 3, 1360)])  # 15 patches, or 14.99999
 def test_llava_next_golden(height: int, width: int, tiles: int, tokens: int) -> None:
     processor = llava_next()
     assert processor.num_tokens("image", height, width) == tokens
