@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "chat": {"remote"},
     "info": {"kernels"},
     "quantization": set(),
-    "checkpoint": {"models.registry", "quantization"},
+    "checkpoint": {"models.registry", "pooling.spec", "quantization"},
     "models.registry": set(),
     "workers": set(),
     "media": {"workers"},
@@ -56,7 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     "pooling.embedding": {"models.tensor_files", "pooling", "pooling.spec"},
     "models.weights": {"checkpoint", "kernels", "models", "models.registry", "models.tensor_files"},
     "engine": {"checkpoint", "kernels", "quantization", "models", "models.registry", "models.weights", "pooling",
-               "engine.messages", "engine.liveness", "engine.cgroups"},
+               "pooling.spec", "engine.messages", "engine.liveness", "engine.cgroups"},
     "serve": HTTP_SIDE | {"malloc", "served", "api", "processes"},
     "cli": {"flags", "serve", "chat", "bench", "info"},
 }

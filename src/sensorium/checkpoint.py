@@ -16,6 +16,7 @@ from typing import Any
 
 from sensorium.errors import CheckpointError, StartupError
 from sensorium.models.registry import FAMILIES
+from sensorium.pooling.spec import stated_max_length
 from sensorium.quantization import StoredQuantization, read_quantization
 
 
@@ -93,6 +94,7 @@ class Checkpoint:
     video_preprocessor: dict[str, Any] = field(default_factory=dict)  # the same for videos, {} if absent
     text_weight_files: tuple[Path, ...] = ()  # of the second repository, whose tensors yield to the first's
     quantization: StoredQuantization | None = None  # how the weights are stored, if not as plain numbers
+    pooling: str = "auto"  # --pooling: what the operator says in place of the folder's files
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +233,7 @@ def open_checkpoint(folder: Path, text_folder: Path | None = None) -> Checkpoint
         chat_template=_chat_template(folder, tokenizer_config),
         text=text,
         dtype=_dtype(config, text_dict),
-        max_model_len=_encoder_len(folder, config) if text is None else text.max_len,
+        max_model_len=_max_len(folder, config, text, tokenizer_config),
         vocab_size=vocab_size,
         stop_token_ids=_stop_token_ids((generation, config, text_dict), _special_tokens(folder, tokenizer_config),
                                        vocab_size),
@@ -458,15 +460,22 @@ def _language_model(folder: Path) -> dict[str, Any]:
     return _text_dict(config)
 
 
-def _encoder_len(folder: Path, config: dict[str, Any]) -> int:
-    """An encoder's position table, without the rows that RoBERTa leaves unused; sentence-transformers may say less."""
+def _max_len(folder: Path, config: dict[str, Any], text: TextConfig | None, tokenizer_config: dict[str, Any]) -> int:
+    """Positions that the model has, or less where the files of an encoder or of sentence-transformers say less."""
+    positions = _encoder_len(config) if text is None else text.max_len
+    if text is not None and not (folder / "modules.json").is_file():
+        return positions
+    return min(positions, stated_max_length(folder, tokenizer_config) or positions)
+
+
+def _encoder_len(config: dict[str, Any]) -> int:
+    """An encoder's position table, without the rows that RoBERTa leaves unused."""
     default = 8192 if config.get("model_type") == "modernbert" else 512
     positions = _positive_int(config, "max_position_embeddings", default)
     if config.get("model_type") in ("roberta", "xlm-roberta", "camembert"):
         pad = config.get("pad_token_id")
         positions -= (1 if pad is None else int(pad)) + 1
-    stated = (_read_json(folder / "sentence_bert_config.json") or {}).get("max_seq_length")
-    return min(positions, stated) if isinstance(stated, int) and stated > 0 else positions
+    return positions
 
 
 def _stretched(rope: RopeConfig, max_positions: int) -> int:

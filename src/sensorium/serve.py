@@ -47,7 +47,7 @@ def serve(options: ServeOptions) -> int:
     folder = DEMO_FOLDER if options.model is None else resolve(
         options.model, options.load.revision, options.load.download_dir)
     text_folder = _text_folder(options, folder)
-    checkpoint = open_checkpoint(folder, text_folder)
+    checkpoint = replace(open_checkpoint(folder, text_folder), pooling=options.engine.pooling)
     _check(options, checkpoint)
     with _progress() as show:
         config = replace(options.engine, model=str(folder), text_model=str(text_folder or ""))

@@ -106,7 +106,7 @@ class ServedModel:
         self._loader = loader
         self._server = server
         self.prompts = read_prompts(checkpoint.folder)
-        self._pooling = read_pooling(checkpoint.folder, "cls")
+        self._pooling = read_pooling(checkpoint.folder, "cls", checkpoint.pooling)
         self._configured_len = min(checkpoint.max_model_len, max_model_len or checkpoint.max_model_len)
         self._features = FeatureCache(FEATURE_CACHE_BYTES)
         self._threads = ThreadPoolExecutor(server.media_workers + 1, thread_name_prefix="prompt")

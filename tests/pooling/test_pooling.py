@@ -9,7 +9,7 @@ import torch
 from sensorium.errors import CheckpointError
 from sensorium.pooling.pool import POOLINGS, finish, pool
 from sensorium.pooling.prompts import read_prompts
-from sensorium.pooling.spec import activation_name, read_pooling
+from sensorium.pooling.spec import activation_name, read_pooling, stated_max_length
 
 
 def write(folder: Path, modules: list[tuple[str, str]], pooling: dict[str, object]) -> None:
@@ -109,3 +109,32 @@ def test_broken_prompts_are_named(tmp_path: Path, settings: object) -> None:
     (tmp_path / "config_sentence_transformers.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"config_sentence_transformers\.json"):
         read_prompts(tmp_path)
+
+
+@pytest.mark.parametrize("name", POOLINGS)
+def test_the_operators_pooling_wins(tmp_path: Path, name: str) -> None:
+    bare = read_pooling(tmp_path, "cls", name)
+    assert (bare.kinds, bare.normalize, bare.is_stated) == ((name,), True, True)
+    write(tmp_path, [("sentence_transformers.models.Pooling", "1_Pooling")], {"pooling_mode": ["cls", "max"]})
+    stated = read_pooling(tmp_path, "cls", name)
+    assert (stated.kinds, stated.normalize, stated.is_stated) == ((name,), False, True)
+    assert read_pooling(tmp_path, "cls").kinds == ("cls", "max")
+
+
+def test_a_guess_is_known_as_one(tmp_path: Path) -> None:
+    assert not read_pooling(tmp_path, "cls").is_stated
+    (tmp_path / "modules.json").write_text('[{"type": "sentence_transformers.models.Transformer", "path": ""}]')
+    assert not read_pooling(tmp_path, "cls").is_stated
+
+
+@pytest.mark.parametrize(("settings", "tokenizer", "length"), [
+    ({"max_seq_length": 64}, {"model_max_length": 512}, 64), ({"max_seq_length": 512}, {"model_max_length": 64}, 64),
+    ({}, {"model_max_length": 48}, 48), ({"max_seq_length": None}, {"model_max_length": 48}, 48),
+    ({"max_seq_length": 64}, {}, 64), ({"max_seq_length": 64}, {"model_max_length": 1e30}, 64), ({}, {}, None),
+    ({"processor_kwargs": {"model_max_length": 40}}, {"model_max_length": 48}, 40),
+    ({"tokenizer_args": {"model_max_length": 40}}, {}, 40), ({"max_seq_length": 0}, {"model_max_length": True}, None)])
+@pytest.mark.parametrize("name", ["sentence_bert_config.json", "sentence_roberta_config.json"])
+def test_the_least_length_that_is_told(tmp_path: Path, settings: dict[str, object], tokenizer: dict[str, object],
+                                       length: int | None, name: str) -> None:
+    (tmp_path / name).write_text(json.dumps(settings))
+    assert stated_max_length(tmp_path, tokenizer) == length

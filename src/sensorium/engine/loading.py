@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import monotonic
 
@@ -34,6 +34,7 @@ from sensorium.models.base import Model
 from sensorium.models.layers import Embedding, Linear
 from sensorium.models.quantized_copy import QuantizedCopy
 from sensorium.models.weights import MAPPED_BYTES, load_model, weight_bytes
+from sensorium.pooling.spec import PoolingKind, read_pooling
 from sensorium.quantization import StoredQuantization
 from sensorium.types import EngineReady
 
@@ -97,6 +98,7 @@ def load_engine(config: EngineConfig, *, progress: Callable[[str, float], None] 
     if faults is not None:
         faults.hit("load")
     checkpoint = open_checkpoint(Path(config.model), Path(config.text_model) if config.text_model else None)
+    checkpoint = replace(checkpoint, pooling=config.pooling)
     device = choose_device(config.device)
     quantization = choose_quantization(config, checkpoint.quantization)
     is_quantized = quantization is not None or checkpoint.quantization is not None
@@ -107,12 +109,25 @@ def load_engine(config: EngineConfig, *, progress: Callable[[str, float], None] 
     model = load_model(checkpoint, dtype=dtype, device=device, quantization=quantization,
                        quantize_towers=config.quantize_towers, in_place=config.map_weights, copy=copy,
                        progress=lambda part: report("weights", part))
+    check_pooling(model, checkpoint)
     report("cache", 0.0)
     engine = build_engine(model, checkpoint, config, device, dtype, started=started, faults=faults)
     if copy is not None and not copy.is_whole:
         engine.writing = copy.write()
     report("cache", 1.0)
     return engine
+
+
+def check_pooling(model: Model, checkpoint: Checkpoint) -> None:
+    """Say where the pooling of an embedder is a guess. StartupError if --pooling has nothing to pool."""
+    if checkpoint.pooling != "auto" and "embed" not in model.poolers:
+        raise StartupError(f"--pooling {checkpoint.pooling}: this model makes no embeddings")
+    default: PoolingKind = "last" if checkpoint.text is not None else "cls"
+    spec = read_pooling(checkpoint.folder, default, checkpoint.pooling)
+    if "embed" in model.poolers and "classify" not in model.poolers and not model.generates and not spec.is_stated:
+        token = "last" if spec.kinds == ("last",) else "first"
+        logger.warning("no file of the checkpoint says how its embeddings are pooled: they are the %s token's states, "
+                       "normalised; --pooling says otherwise", token)
 
 
 def find_copy(config: EngineConfig, checkpoint: Checkpoint, quantization: Quantization, dtype: torch.dtype,

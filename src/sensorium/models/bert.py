@@ -151,7 +151,7 @@ class EncoderModel(Model):
     can_read: ClassVar[Read] = "first"
 
     def _embeds(self, size: int) -> None:
-        self.poolers, self.dense = embedding_poolers(self.checkpoint.folder, "cls", size)
+        self.poolers, self.dense = embedding_poolers(self.checkpoint.folder, "cls", size, self.checkpoint.pooling)
 
     def _classifies(self, head: Callable[[Tensor], Tensor], kind: PoolingKind = "cls") -> None:
         config = self.checkpoint.config

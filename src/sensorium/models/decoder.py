@@ -192,7 +192,8 @@ class DecoderModel(Model):
 
     def _make_poolers(self) -> Mapping[PoolingTask, Pooler]:
         """Last token, normalised, unless sentence-transformers' files in the folder say otherwise."""
-        poolers, self.dense = embedding_poolers(self.checkpoint.folder, "last", self.text.hidden_size)
+        poolers, self.dense = embedding_poolers(self.checkpoint.folder, "last", self.text.hidden_size,
+                                                self.checkpoint.pooling)
         return poolers
 
     def embed(self, token_ids: Tensor, token_types: Tensor | None = None) -> Tensor:

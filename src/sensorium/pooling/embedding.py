@@ -69,9 +69,13 @@ def _tensors(spec: DenseSpec) -> dict[str, Tensor]:
     return tensors
 
 
-def embedding_poolers(folder: Path, default: PoolingKind, size: int) -> tuple[dict[PoolingTask, Pooler], nn.Module]:
-    """Poolers of a checkpoint with states of `size` numbers, and the layers that they use, to be kept by the model."""
-    spec = read_pooling(folder, default)
+def embedding_poolers(folder: Path, default: PoolingKind, size: int,
+                      wanted: str = "auto") -> tuple[dict[PoolingTask, Pooler], nn.Module]:
+    """Poolers of a checkpoint with states of `size` numbers, and the layers that they use, to be kept by the model.
+
+    `wanted` is --pooling.
+    """
+    spec = read_pooling(folder, default, wanted)
     width = size * len(spec.kinds)
     layers = []
     for one in spec.dense:

@@ -8,9 +8,10 @@ last, normalised.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sensorium.errors import CheckpointError
 
@@ -32,7 +33,11 @@ _FLAGS: dict[str, PoolingKind] = {  # in the order in which their vectors are jo
     "pooling_mode_weightedmean_tokens": "weighted_mean",
     "pooling_mode_lasttoken": "last",
 }
+POOLINGS: tuple[PoolingKind, ...] = get_args(PoolingKind)
+"""Values of --pooling beside auto."""
 _SENTENCE = "sentence_embedding"
+_SENTENCE_CONFIGS = tuple(f"sentence_{kind}_config.json" for kind in (
+    "bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet"))
 _ORDER = ("Transformer", "Pooling", "Dense", "Normalize", "Dropout")  # a Dropout may stand anywhere: it does nothing
 ACTIVATIONS: dict[str, str] = {"Identity": "identity", "Sigmoid": "sigmoid", "Tanh": "tanh", "ReLU": "relu",
                                "GELU": "gelu", "SiLU": "silu", "Softmax": "softmax"}
@@ -58,6 +63,7 @@ class PoolingSpec:
     dense: tuple[DenseSpec, ...] = ()
     max_seq_length: int | None = None
     lower_case: bool = False
+    is_stated: bool = True  # whether the checkpoint or the operator says how to pool
     include_prompt: bool = True  # whether the tokens of a prompt before the text are pooled
 
 
@@ -70,17 +76,18 @@ def activation_name(path: str) -> str:
     return ACTIVATIONS[name]
 
 
-def read_pooling(folder: Path, default: PoolingKind) -> PoolingSpec:
-    """The checkpoint's own pooling, or `default` with normalisation where it says nothing."""
+def read_pooling(folder: Path, default: PoolingKind, wanted: str = "auto") -> PoolingSpec:
+    """The checkpoint's own pooling, or `default` with normalisation where it says nothing. `wanted` is --pooling."""
+    chosen = next((kind for kind in POOLINGS if kind == wanted), None)
     modules = _json(folder / "modules.json")
     if modules is None:
-        return PoolingSpec((default,), normalize=True)
-    kinds: tuple[PoolingKind, ...] = (default,)
+        return PoolingSpec((chosen or default,), normalize=True, is_stated=chosen is not None)
+    kinds: tuple[PoolingKind, ...] | None = None
     dense: list[DenseSpec] = []
     normalize, include_prompt, max_seq_length, lower_case = False, True, None, False
     for kind, path in _in_order(folder, modules):
         if kind == "Transformer":
-            settings = _json(path / "sentence_bert_config.json") or _json(folder / "sentence_bert_config.json") or {}
+            settings = sentence_config(path) or sentence_config(folder)
             max_seq_length, lower_case = settings.get("max_seq_length"), bool(settings.get("do_lower_case"))
         elif kind == "Pooling":
             kinds, include_prompt = _kinds(path)
@@ -88,7 +95,32 @@ def read_pooling(folder: Path, default: PoolingKind) -> PoolingSpec:
             dense.append(_dense(path))
         elif kind == "Normalize":
             normalize = True
-    return PoolingSpec(kinds, normalize, tuple(dense), max_seq_length, lower_case, include_prompt)
+    is_stated = chosen is not None or kinds is not None
+    kinds = (chosen,) if chosen is not None else kinds or (default,)
+    return PoolingSpec(kinds, normalize, tuple(dense), max_seq_length, lower_case, is_stated, include_prompt)
+
+
+def sentence_config(folder: Path) -> dict[str, Any]:
+    """Settings of a `Transformer` module, whose file was once named after the model; {} if there is none."""
+    found = next((folder / name for name in _SENTENCE_CONFIGS if (folder / name).is_file()), None)
+    settings = None if found is None else _json(found)
+    if settings is not None and not isinstance(settings, dict):
+        raise CheckpointError(f"{found.name if found else ''} must be a JSON object")
+    return settings or {}
+
+
+def stated_max_length(folder: Path, tokenizer_config: Mapping[str, Any]) -> int | None:
+    """The least number of tokens to which sentence-transformers would cut a text of this folder, if one is told.
+
+    Its version 6 saves it nowhere but in `tokenizer_config.json`, where other tokenizers have a very large number.
+    """
+    settings = sentence_config(folder)
+    told = [settings.get("max_seq_length"), tokenizer_config.get("model_max_length")]
+    for name in ("processor_kwargs", "tokenizer_args"):
+        nested = settings.get(name)
+        told.append(nested.get("model_max_length") if isinstance(nested, dict) else None)
+    numbers = [int(one) for one in told if isinstance(one, int | float) and not isinstance(one, bool) and one >= 1]
+    return min(numbers, default=None)
 
 
 def _in_order(folder: Path, modules: Any) -> list[tuple[str, Path]]:
