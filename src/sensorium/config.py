@@ -122,6 +122,8 @@ class Limits:
                                          "Default: 4 x max-num-seqs.")
     max_concurrency_per_key: int = flag(256, "Requests of one API key in flight; more are refused with 429.")
     request_timeout_s: float = flag(600.0, "Seconds one request may take in all.")
+    write_timeout_s: float = flag(45.0, "Seconds for which a client may read nothing of what it is sent; then it is "
+                                        "disconnected.", min=1)
     keep_alive_comment_s: float = flag(15.0, "Seconds of silence on a stream after which a comment is sent.")
     drain_timeout_s: float = flag(30.0, "Seconds that running requests have after SIGTERM.")
 
@@ -132,6 +134,8 @@ class ServerConfig:
 
     host: str = flag("127.0.0.1", "Address to listen on; 0.0.0.0 for every interface.")
     port: int = flag(8000, "Port to listen on; 0 for any free one.", max=65535)
+    uds: str | None = flag(None, "Listen on a Unix socket of this path instead of host and port. The umask says who "
+                                 "may connect besides the owner.")
     api_key: tuple[str, ...] = flag((), "Key that clients must send as `Authorization: Bearer`. Repeatable; also "
                                         "from SENSORIUM_API_KEY (comma-separated).", repeat=True)
     root_path: str = flag("", "Path under which a reverse proxy serves this server.")
@@ -151,6 +155,7 @@ class ServerConfig:
                                                       "for any. Default: what config.json says.", nargs="+")
     shared_prefix_cache: bool = flag(False, "Share cached prefixes between API keys (faster, but timing tells who "
                                             "asked what).")
+    enable_tokenizer_info_endpoint: bool = flag(False, "Show the tokenizer's settings at /tokenizer_info.")
     disable_log_requests: bool = flag(False, "Do not log a line per request.")
     media_workers: int = flag(2, "Threads that fetch, decode and process media.", min=1)
 

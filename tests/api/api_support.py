@@ -244,6 +244,8 @@ async def raw(port: int, data: bytes, *, timeout_s: float = 5.0, eof: bool = Fal
 async def read_reply(reader: asyncio.StreamReader, *, head: bool = False) -> Reply:
     lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
     status = int(lines[0].split()[1])
+    if status == 100:
+        return await read_reply(reader, head=head)
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:] if line)}
     if head or status == 204:
         return Reply(status, headers, b"")

@@ -27,10 +27,11 @@ def is_loopback(host: str) -> bool:
 
 
 class OriginCheck:
-    """`local_only`: bound to loopback and no key protects it, so only loopback names are right in Host."""
+    """`local_only`: bound to loopback and no key protects it, so only loopback names are right in Host. No browser
+    reaches a Unix socket, and the proxy before one may keep its own name there."""
 
-    def __init__(self, host: str, *, has_keys: bool) -> None:
-        self._local_only = is_loopback(host) and not has_keys
+    def __init__(self, host: str, *, has_keys: bool, is_unix: bool = False) -> None:
+        self._local_only = is_loopback(host) and not has_keys and not is_unix
         self._names = _LOCAL_NAMES | {f"[{host}]" if ":" in host else host}
 
     def check(self, call: Call) -> None:

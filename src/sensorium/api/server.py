@@ -8,12 +8,13 @@ import logging
 import resource
 import signal
 import socket
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import uvicorn
 import uvloop
 
+from sensorium.api import unix_socket, writing
 from sensorium.api.app import App
 from sensorium.api.connection import Connection
 from sensorium.api.service import Service
@@ -25,6 +26,7 @@ log = logging.getLogger("sensorium.server")
 _WATCH_S = 0.5
 _CLOSE_S = 5.0  # for connections that do not end by themselves after their answers have
 _MAX_FILES = 65536
+_BACKLOG = 2048
 
 
 def build_app(models: Mapping[str, ServedModel], server: ServerConfig, limits: Limits) -> App:
@@ -34,11 +36,15 @@ def build_app(models: Mapping[str, ServedModel], server: ServerConfig, limits: L
 
 def listen(server: ServerConfig) -> socket.socket:
     """The listening socket, so that a taken port is found before anything is loaded."""
+    if server.uds is not None:
+        return unix_socket.listen(server.uds, _BACKLOG)
     family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
     try:
-        return socket.create_server((server.host, server.port), family=family, backlog=2048)
+        listener = socket.create_server((server.host, server.port), family=family, backlog=_BACKLOG)
     except OSError as error:
         raise StartupError(f"Cannot listen on {server.host} port {server.port}: {error.strerror}.") from None
+    writing.prepare(listener)
+    return listener
 
 
 class HttpServer:
@@ -52,13 +58,17 @@ class HttpServer:
             app, http=Connection.limited(limits), ws="none", lifespan="off", log_config=None, access_log=False,
             server_header=False, date_header=False, timeout_keep_alive=75, timeout_graceful_shutdown=int(_CLOSE_S)))
         self._serving: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._release = unix_socket.remover(listener)
 
     @property
     def address(self) -> tuple[str, int]:
-        host, port = self._listener.getsockname()[:2]
-        return host, port
+        """Host and port; a Unix socket's path and 0."""
+        name = self._listener.getsockname()
+        return (name, 0) if isinstance(name, str) else (name[0], name[1])
 
     async def start(self) -> None:
+        self._watching = asyncio.create_task(writing.watch(lambda: self._uvicorn.connections))
         self._serving = asyncio.create_task(self._uvicorn.serve(sockets=[self._listener]))
         while not self._uvicorn.started and not self._serving.done():
             await asyncio.sleep(0.001)
@@ -75,6 +85,9 @@ class HttpServer:
         self._uvicorn.stop()
         if self._serving is not None:
             await self._serving
+        if self._watching is not None:
+            self._watching.cancel()
+        self._release()
 
 
 class _Uvicorn(uvicorn.Server):
@@ -83,6 +96,10 @@ class _Uvicorn(uvicorn.Server):
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self._stop = asyncio.Event()
+
+    @property
+    def connections(self) -> Iterable[Connection]:
+        return self.server_state.connections  # type: ignore[return-value]  # made by the class that it was given
 
     def stop(self) -> None:
         self.should_exit = True
@@ -135,7 +152,7 @@ async def serve(models: Mapping[str, ServedModel], server: ServerConfig, limits:
     await http.start()
     try:
         if await _unless(stop.first, _all_ready(models)):
-            on_ready(_url(server.host, http.address[1]))
+            on_ready(f"unix:{server.uds}" if server.uds is not None else _url(server.host, http.address[1]))
             if await _unless(stop.first, _failed(models)):
                 log.error("an engine was lost and could not be started again")
                 return 1

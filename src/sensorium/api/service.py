@@ -77,7 +77,8 @@ class Service:
         self.server = server
         self.limits = limits
         self.keys = Keys(server.api_key)
-        self.origin = OriginCheck(server.host, has_keys=bool(server.api_key))
+        self.origin = OriginCheck(server.host, has_keys=bool(server.api_key),
+                                  is_unix=server.uds is not None)
         self.salts = CacheSalts(secrets.token_bytes(32), shared=server.shared_prefix_cache)
         self.flights = Flights()
         self.unknown = UnknownFields()
