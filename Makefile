@@ -8,14 +8,18 @@ TORCH ?= torch==2.13.0
 # Processes that run the tests.
 WORKERS ?= 2
 BIN := $(VENV)/bin
+# What a machine has that can build this: all that tests may find on the PATH of `make test-bare`.
+BARE_TOOLS := git make g++ gcc as ld ar python3 sh bash env cat chmod cp cut date dirname head id install ln ls mkdir \
+	mktemp mv nproc readlink realpath rm rmdir seq sleep sort stat tail tee timeout touch tr uname uniq wc
 SOURCES := pyproject.toml $(wildcard setup.py) $(shell find native -type f 2>/dev/null)
 
-.PHONY: help setup serve test test-plain check bench docs
+.PHONY: help setup serve test test-plain test-bare check bench docs
 help:
 	@echo "make setup                  install into $(VENV)"
 	@echo "make serve MODEL= ARGS=     serve a model; without MODEL the built-in one"
 	@echo "make test ARGS=             run the tests"
 	@echo "make test-plain ARGS=       run them without the native kernels"
+	@echo "make test-bare ARGS=        run them with nothing on the PATH but git, make, g++, Python and coreutils"
 	@echo "make check                  ruff and mypy"
 	@echo "make bench ARGS=            load a running server"
 	@echo "make docs                   write the generated tables anew"
@@ -29,13 +33,21 @@ bench: $(VENV)/.runtime
 	@exec $(BIN)/sensorium bench serve $(ARGS)
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -n $(WORKERS) $(ARGS)
 
 # The same where the package was installed without a compiler.
 test-plain: $(VENV)/.dev
 	rm -rf build/plain && mkdir -p build/plain && cp -r src pyproject.toml build/plain
 	rm -f build/plain/src/sensorium/kernels/_native*
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/build/plain/src $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+# The same on a fresh machine: no browser, no other program, no variable of anybody's.
+test-bare: $(VENV)/.dev
+	rm -rf build/bare && mkdir -p build/bare/bin build/bare/home
+	for tool in $(BARE_TOOLS); do for folder in $$(echo "$$PATH" | tr : ' '); do \
+		if [ -x "$$folder/$$tool" ]; then ln -s "$$folder/$$tool" build/bare/bin/$$tool; break; fi; done; done
+	env -i PATH="$(CURDIR)/build/bare/bin" HOME="$(CURDIR)/build/bare/home" OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -rs -n $(WORKERS) $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
