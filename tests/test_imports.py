@@ -25,7 +25,9 @@ HTTP_SIDE = {"workers", "media", "prompt", "processors", "engine.client", "engin
 ALLOWED: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
     "__main__": {"cli"},
-    "flags": set(),
+    "flags": {"other_flags"},
+    "other_flags": set(),
+    "start": {"checkpoint"},
     "malloc": set(),
     "processes": set(),
     "remote": set(),
@@ -57,7 +59,7 @@ ALLOWED: dict[str, set[str]] = {
     "models.weights": {"checkpoint", "kernels", "models", "models.registry", "models.tensor_files"},
     "engine": {"checkpoint", "kernels", "quantization", "models", "models.registry", "models.weights", "pooling",
                "pooling.spec", "engine.messages", "engine.liveness", "engine.cgroups"},
-    "serve": HTTP_SIDE | {"malloc", "served", "api", "processes"},
+    "serve": HTTP_SIDE | {"malloc", "served", "api", "processes", "start"},
     "cli": {"flags", "serve", "chat", "bench", "info"},
 }
 NEVER_TORCH = set(ALLOWED) - {"kernels", "models", "models.tensor_files", "models.weights", "pooling",

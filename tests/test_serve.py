@@ -255,3 +255,21 @@ def test_a_signal_while_loading_ends_it(tmp_path: Path) -> None:
     while any(Path(f"/proc/{pid}/exe").exists() for pid in processes) and time.monotonic() < deadline_s:
         time.sleep(0.05)
     assert not [pid for pid in processes if Path(f"/proc/{pid}/exe").exists()]
+
+
+def test_a_pasted_command_means_what_it_meant(tmp_path: Path) -> None:
+    with server.running(
+            tmp_path, "--dtype", "float", "--tensor-parallel-size", "1", "--enforce-eager", "-O3", "--swap-space", "4",
+            "--hf-overrides", '{"max_position_embeddings": 640}', "--override-generation-config", '{"temperature": 0}',
+            "--media-io-kwargs", '{"video": {"num_frames": 4}}', "--runner", "generate") as found:
+        log = found.text()
+        for flag in ("--tensor-parallel-size", "--enforce-eager", "-O", "--swap-space"):
+            assert f"{flag} changes nothing here" in log
+        assert "in float32, up to 640 tokens" in log  # the engine's word
+        with httpx.Client(base_url=found.url, timeout=60) as http:
+            assert http.get("/v1/models").json()["data"][0]["max_model_len"] == 640
+            body = {"prompt": "A red", "max_tokens": 8}
+            said = {http.post("/v1/completions", json=body).json()["choices"][0]["text"] for _ in range(4)}
+            assert len(said) == 1  # greedy by default
+            refused = http.post("/v1/embeddings", json={"input": "x"})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (400, "unsupported_task")

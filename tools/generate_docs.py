@@ -18,6 +18,7 @@ from sensorium.cli import SERVE_GROUPS
 from sensorium.config import BenchConfig, ChatConfig
 from sensorium.flags import Flag, flags_of
 from sensorium.models.registry import FAMILIES, Family
+from sensorium.other_flags import ACCEPTED, REFUSED, RENAMED
 
 ROOT = Path(__file__).parents[1]
 ENDPOINTS = {
@@ -58,7 +59,19 @@ def cell(text: str) -> str:
 def all_flags() -> str:
     groups: list[tuple[str, type]] = [(f"serve: {title.lower()}", config) for title, config in SERVE_GROUPS]
     groups += [("bench serve", BenchConfig), ("chat", ChatConfig)]
-    return "\n\n".join(f"## {title}\n\n{flag_table(config)}" for title, config in groups)
+    return "\n\n".join([*(f"## {title}\n\n{flag_table(config)}" for title, config in groups), others()])
+
+
+def others() -> str:
+    """What becomes of other servers' flags, those of one reason on one line."""
+    rows = ["## Flags of other servers", "", "| flag | what it is here |", "|---|---|"]
+    told = {name: f"`{' '.join(ours)}`" for name, ours in RENAMED.items()}
+    told |= {name: "accepted" + (f" with {code(flag.values)}" if flag.values else "") + f": {flag.why}"
+             for name, flag in ACCEPTED.items()}
+    told |= {name: f"refused: {why}" for name, why in REFUSED.items()}
+    for meaning in dict.fromkeys(told.values()):
+        rows.append(f"| {code(name for name, what in told.items() if what == meaning)} | {cell(meaning)} |")
+    return "\n".join(rows)
 
 
 def model_table() -> str:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sensorium.errors import CheckpointError, StartupError
@@ -152,6 +153,13 @@ _DTYPES = ("bfloat16", "float16", "float32")
 _STOP_TOKENS = frozenset({
     "</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>",
 })  # special tokens that end a turn or a text in every family that has them; some generation_configs forget them
+_DECODER_KEYS = frozenset({"rope_scaling", "rope_parameters", "rope_theta", "max_position_embeddings", "sliding_window",
+                           "use_sliding_window", "max_window_layers", "partial_rotary_factor", "head_dim",
+                           "original_max_position_embeddings", "attention_bias", "mlp_bias", "is_causal",
+                           "use_bidirectional_attention"})
+_OVERRIDES = frozenset({"architectures", "dtype", "torch_dtype", "eos_token_id", "is_matryoshka", "num_labels",
+                        "matryoshka_dimensions", "id2label", "label2id", "problem_type", "tie_word_embeddings",
+                        "quantization_config"})  # config.json may leave them out
 _HUB_PATTERNS = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken", "*.safetensors")
 _HUB_IGNORED = ("consolidated*", "original/*", "onnx/*", "openvino/*", "*.onnx", "coreml/*")
 NO_GGUF = "which is not served; take the checkpoint that it was made of, with --quantization int4 or int8"
@@ -203,15 +211,17 @@ def text_model_of(folder: Path) -> str | None:
     return named if isinstance(named, str) and named else None
 
 
-def open_checkpoint(folder: Path, text_folder: Path | None = None) -> Checkpoint:
+def open_checkpoint(folder: Path, text_folder: Path | None = None,
+                    overrides: Mapping[str, Any] = MappingProxyType({})) -> Checkpoint:
     """Read the configs of a model folder and find its weights. CheckpointError says in one line what is wrong.
 
-    `text_folder` is where the language model is if the checkpoint brings none of its own.
+    `text_folder` is where the language model is if the checkpoint brings none of its own, `overrides` are values in the
+    place of config.json's (--hf-overrides).
     """
     config = _read_json(folder / "config.json")
     if config is None:
         raise CheckpointError(f"{folder} has no config.json: not a model folder")
-    architecture, config = _architecture(config), _thinker(config)
+    config = _thinker(config)
     tokenizer_config = _read_json(folder / "tokenizer_config.json") or {}
     generation = _read_json(folder / "generation_config.json") or {}
     second: tuple[Path, ...] = ()
@@ -219,6 +229,8 @@ def open_checkpoint(folder: Path, text_folder: Path | None = None) -> Checkpoint
         config = {**config, "text_config": _language_model(text_folder)}
         second = _weight_files(text_folder)
         generation = {**(_read_json(text_folder / "generation_config.json") or {}), **generation}
+    config = _overridden(config, overrides)
+    architecture = _architecture(config)
     text_dict = _text_dict(config)
     is_encoder = FAMILIES[architecture].is_encoder
     text = None if is_encoder else _text_config(text_dict, config)
@@ -242,6 +254,42 @@ def open_checkpoint(folder: Path, text_folder: Path | None = None) -> Checkpoint
         text_weight_files=second,
         quantization=_quantization(folder, config, text_dict),
     )
+
+
+def _overridden(config: dict[str, Any], overrides: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """config.json with other values: a nested config's one by one, anything else as a whole.
+
+    What a decoder reads goes where the decoder's part is. A name that neither the file nor we know is refused: the
+    model would be computed without it.
+    """
+    found = dict(config)
+    for name, value in overrides.items():
+        nested = found.get(name)
+        if isinstance(nested, dict) and isinstance(value, dict) and name.endswith("_config"):
+            found[name] = _overridden(nested, value, f"{path}{name}.")
+        elif name == "thinker_config" and isinstance(value, dict):  # which is what is left of its config by now
+            found = _overridden(found, value, f"{path}{name}.")
+        elif name in _DECODER_KEYS:
+            _set_decoder_key(found, name, value)
+        elif name in found or name in _OVERRIDES:
+            found[name] = value
+        else:
+            raise StartupError(f"--hf-overrides: {path}{name} is not in config.json and means nothing here")
+    return found
+
+
+def _set_decoder_key(config: dict[str, Any], name: str, value: Any) -> None:
+    """In the decoder's part, in both dialects of rope: what is set replaces what the newer one says of it."""
+    text = config
+    if isinstance(config.get("text_config"), dict):
+        text = config["text_config"] = dict(config["text_config"])
+    text[name] = value
+    rope = text.get("rope_parameters")
+    if isinstance(rope, dict) and name in ("rope_theta", "partial_rotary_factor"):
+        text["rope_parameters"] = {**rope, name: value}
+    elif isinstance(rope, dict) and name == "rope_scaling":
+        kept = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor", "mrope_section") if key in rope}
+        text["rope_parameters"] = {**kept, **value} if isinstance(value, dict) else value or kept
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -275,7 +323,7 @@ def _thinker(config: dict[str, Any]) -> dict[str, Any]:
              if key in config}
     text = {"model_type": "qwen2_5_omni_text", **(nested.get("text_config") or {})}
     return {"tie_word_embeddings": False, **outer, **nested, "text_config": text,
-            "architectures": config["architectures"]}
+            "architectures": config.get("architectures")}
 
 
 def _quantization(folder: Path, config: dict[str, Any], text: dict[str, Any]) -> StoredQuantization | None:

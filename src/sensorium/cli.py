@@ -15,7 +15,7 @@ from typing import TypeVar
 from sensorium import __version__
 from sensorium.config import BenchConfig, ChatConfig, EngineConfig, Limits, LoadConfig, ServeOptions, ServerConfig
 from sensorium.errors import StartupError
-from sensorium.flags import Parser, add_flags, build
+from sensorium.flags import Parser, add_accepted, add_flags, build
 
 ClientConfig = TypeVar("ClientConfig", BenchConfig, ChatConfig)
 
@@ -48,8 +48,10 @@ def parser() -> Parser:
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     serve = _command(commands, "serve", "serve a model", usage="sensorium serve [MODEL] [flags]")
     serve.add_argument("model", nargs="?", metavar="MODEL", help="Folder or hub id. Default: the built-in model.")
+    serve.add_argument("--model", dest="named", help=argparse.SUPPRESS)  # as in other servers' commands
     for title, config in SERVE_GROUPS:
         add_flags(serve, title, config)
+    add_accepted(serve)
     add_flags(_command(commands, "chat", "talk to a running server"), "Chat", ChatConfig)
     bench = _command(commands, "bench", "measure a running server")
     load = _command(bench.add_subparsers(title="what", metavar="WHAT", required=True), "serve",
@@ -90,15 +92,19 @@ def _run(found: argparse.Namespace, environment: Mapping[str, str]) -> int:
 
 def serve_options(found: argparse.Namespace, environment: Mapping[str, str]) -> ServeOptions:
     """Everything `serve` needs to know, the environment's part included."""
+    if found.model is not None and found.named not in (None, found.model):
+        found.parser.error(f"two models are named: {found.model} and --model {found.named}")
+    model = found.model or found.named
     server = build(ServerConfig, found)
     server = replace(server, api_key=server.api_key + _keys(environment))
     for name in ("served_model_name", "allowed_media_domains"):
         swallowed = [value for value in getattr(server, name) if "/" in value]
-        if found.model is None and swallowed:
+        if model is None and swallowed:
             found.parser.error(f"{swallowed[-1]!r} was read as a value of --{name.replace('_', '-')}; "
                                "put MODEL before the flags")
-    return ServeOptions(model=found.model, load=build(LoadConfig, found), engine=build(EngineConfig, found, model=""),
-                        server=server, limits=build(Limits, found))
+    return ServeOptions(model=model, load=build(LoadConfig, found), engine=build(EngineConfig, found, model=""),
+                        server=server, limits=build(Limits, found),
+                        notes=tuple(getattr(found, "notes", ())))
 
 
 def _keys(environment: Mapping[str, str]) -> tuple[str, ...]:

@@ -29,13 +29,16 @@ class EngineConfig:
     model: str  # resolved local folder
     text_model: str = ""  # resolved folder of the language model, where the checkpoint has none of its own
     dtype: str = flag("auto", "Weights' and computation's type. auto: as the checkpoint says, bfloat16 on a CPU for "
-                              "float16 or quantised weights.", choices=("auto", "bfloat16", "float16", "float32"))
+                              "float16 or quantised weights.", choices=("auto", "bfloat16", "float16", "float32"),
+                      synonyms={"half": "float16", "fp16": "float16", "f16": "float16", "float": "float32",
+                                "fp32": "float32", "f32": "float32", "bf16": "bfloat16"})
     device: str = flag("auto", "Where to compute. auto: cuda if there is one, else cpu.",
-                       choices=("auto", "cpu", "cuda"))
+                       choices=("auto", "cpu", "cuda"), synonyms={"gpu": "cuda"})
     quantization: str = flag("auto", "Weights of linear layers and embeddings. auto: as the checkpoint has them; int8, "
                                      "int4: quantised while loading, the head and embeddings to int8 in any case; a "
                                      "method's name: the checkpoint must be stored so.",
-                             choices=("auto", "int8", "int4", "awq", "gptq", "compressed-tensors"))
+                             choices=("auto", "int8", "int4", "awq", "gptq", "compressed-tensors"),
+                             synonyms={"none": "auto", "awq_marlin": "awq", "gptq_marlin": "gptq"})
     quantization_group_size: int = flag(64, "Weights that share a scale with --quantization int4; a multiple of 8.",
                                         min=32, max=128)
     map_weights: bool = flag(True, "Start a large bfloat16 model with its weights where the page cache has them "
@@ -49,12 +52,15 @@ class EngineConfig:
                         choices=("auto", "cls", "mean", "last", "max", "mean_sqrt_len", "weighted_mean"))
     kv_cache_dtype: str = flag("auto", "Type of cached keys and values. auto: the computation's; int8: a byte each, "
                                        "with a scale per token and head.", choices=("auto", "int8"))
-    max_model_len: int | None = flag(None, "Longest prompt plus answer, in tokens. Default: the checkpoint's, "
-                                           "reduced to what the KV cache holds.", min=1)
+    max_model_len: int | None = flag(None, "Longest prompt plus answer, such as 32768 or 32K. Default (also auto, -1): "
+                                           "the checkpoint's, reduced to what the KV cache holds.", min=1,
+                                     parse="tokens_or_auto")
+    hf_overrides: dict[str, Any] = flag(dict, "JSON of values in the place of config.json's, such as "
+                                              "{\"rope_theta\": 1000000}.", parse="json")
     max_num_seqs: int = flag(64, "Most sequences computed in one step. More wait in the queue.", min=1)
     max_num_batched_tokens: int | None = flag(None, "Most tokens computed in one step; longer prompts come in chunks. "
                                                     "Default: 2048; 512 on a CPU for a model from 64 MiB that "
-                                                    "generates.", min=1)
+                                                    "generates.", min=1, parse="tokens")
     gpu_memory_utilization: float = flag(0.9, "Part of the GPU's memory that weights, activations and KV cache may "
                                               "take.", min=0.01, max=1)
     kv_cache_memory: int | None = flag(None, "Bytes of KV cache, such as 4GB or 512MiB. "
@@ -147,10 +153,16 @@ class ServerConfig:
     limit_mm_per_prompt: dict[str, int] = flag(dict, "Media per request: image=2,video=1 or JSON.", parse="counts")
     mm_processor_kwargs: dict[str, Any] = flag(dict, "JSON of processor settings, such as {\"max_pixels\": 1003520}.",
                                                parse="json")
+    media_io_kwargs: dict[str, Any] = flag(dict, "JSON of how media are read: {\"video\": {\"num_frames\": 40}} or "
+                                                 "{\"video\": {\"fps\": 1}}.", parse="json")
     allow_request_mm_kwargs: bool = flag(False, "Let requests bring `mm_processor_kwargs`.")
     allow_request_chat_template: bool = flag(False, "Let requests bring `chat_template`.")
     chat_template: str | None = flag(None, "Chat template: a file, the template itself or a name (llava, "
                                            "vlm2vec_phi3v, dse_qwen2_vl). Default: the checkpoint's.")
+    generation_config: str = flag("auto", "Where sampling defaults come from. auto: the checkpoint's "
+                                          "generation_config.json; vllm: nowhere; else a folder with such a file.")
+    override_generation_config: dict[str, Any] = flag(dict, "JSON of sampling defaults in its place, such as "
+                                                            "{\"temperature\": 0.6}.", parse="json")
     matryoshka_dimensions: tuple[int, ...] = flag((), "Sizes to which requests may cut embeddings (`dimensions`); 0 "
                                                       "for any. Default: what config.json says.", nargs="+")
     shared_prefix_cache: bool = flag(False, "Share cached prefixes between API keys (faster, but timing tells who "
@@ -169,8 +181,15 @@ class LoadConfig:
     text_model: str | None = flag(None, "Language model of a checkpoint that has none of its own (Ultravox): a folder "
                                         "or a hub id. Default: the one that the checkpoint names.")
     trust_remote_code: bool = flag(False, "Accepted for compatibility. Remote code is never run and never needed.")
-    task: str = flag("auto", "Narrow what is served. auto: everything the model can do.",
-                     choices=("auto", "generate", "embed", "classify", "reward", "score"))
+    task: str = flag("auto", "Narrow what is served. auto: everything the model can do; pooling: all but generate.",
+                     choices=("auto", "generate", "pooling", "embed", "classify", "reward", "score"),
+                     synonyms={"embedding": "embed", "transcription": "generate", "classification": "classify"})
+    runner: str = flag("auto", "The same in vLLM's words: generate or pooling.",
+                       choices=("auto", "generate", "pooling"))
+    convert: str = flag("auto", "The same in vLLM's words: what a pooling model does.",
+                        choices=("auto", "none", "embed", "classify", "reward"))
+    pooler_config: dict[str, Any] = flag(dict, "JSON of vLLM's settings of a pooling model: `pooling_type` and `task` "
+                                               "are those of --pooling and --task.", parse="json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +201,7 @@ class ServeOptions:
     engine: EngineConfig
     server: ServerConfig
     limits: Limits
+    notes: tuple[str, ...] = ()  # of flags that were accepted and change nothing
 
 
 @dataclass(frozen=True, slots=True)

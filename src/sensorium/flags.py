@@ -1,7 +1,8 @@
 """Command-line flags made from config dataclasses: one field, one flag, and the field's metadata is the help text.
 
-Reads no environment and knows no command; `cli.py` puts the pieces together. A wrong value, an unknown flag and a
-vLLM flag that is not offered each end in one line on stderr and exit code 2.
+Reads no environment and knows no command; `cli.py` puts the pieces together. A wrong value, an unknown flag and another
+server's flag that is not offered each end in one line on stderr and exit code 2; what is accepted of others leaves a
+line in `notes`.
 """
 
 from __future__ import annotations
@@ -9,14 +10,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
+
+from sensorium.other_flags import ACCEPTED, REFUSED, Accepted, in_our_words
 
 Config = TypeVar("Config")
 
@@ -24,40 +28,15 @@ _UNITS = {"b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "tb": 1000**4,
           "kib": 1024, "mib": 1024**2, "gib": 1024**3, "tib": 1024**4}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)")
 _MODALITIES = ("image", "video", "audio")
-
-# Flags of vLLM that people bring along. Known by name so that the answer says what to do, not just "unknown".
-FOREIGN_FLAGS = {
-    "--model": "give the model as the first argument: sensorium serve MODEL",
-    "--tensor-parallel-size": "models are not split over devices; leave it out",
-    "--pipeline-parallel-size": "models are not split over devices; leave it out",
-    "--data-parallel-size": "start several servers behind a proxy instead",
-    "--enforce-eager": "nothing is compiled at start; leave it out",
-    "--compilation-config": "nothing is compiled at start; leave it out",
-    "--skip-mm-profiling": "no dummy media are ever run; leave it out",
-    "--swap-space": "preempted requests are computed again, not swapped; leave it out",
-    "--kv-cache-memory-bytes": "it is called --kv-cache-memory",
-    "--load-format": "safetensors and pytorch_model.bin are told apart by name; leave it out",
-    "--tokenizer": "the checkpoint's own tokenizer is used; leave it out",
-    "--tokenizer-mode": "the checkpoint's own tokenizer is used; leave it out",
-    "--enable-auto-tool-choice": "tool calls are not offered yet",
-    "--tool-call-parser": "tool calls are not offered yet",
-    "--reasoning-parser": "reasoning output is not offered yet",
-    "--enable-lora": "LoRA adapters are not offered yet",
-    "--lora-modules": "LoRA adapters are not offered yet",
-    "--speculative-config": "speculative decoding is not offered",
-    "--enable-chunked-prefill": "prefill is always chunked; leave it out",
-    "--no-enable-chunked-prefill": "prefill is always chunked; set --max-num-batched-tokens instead",
-    "--trust-request-mm-kwargs": "it is called --allow-request-mm-kwargs",
-    "--uvicorn-log-level": "leave it out; --disable-log-requests quietens the log",
-    "--ssl-keyfile": "put a reverse proxy in front for TLS",
-    "--ssl-certfile": "put a reverse proxy in front for TLS",
-}
+_TOKENS = {"k": 1000, "m": 1000**2, "g": 1000**3, "K": 1024, "M": 1024**2, "G": 1024**3}
+_COUNT = re.compile(r"(\d+(?:\.\d+)?)([kmg])|(\d+)([KMG]?)")
 
 
 def parse_size(text: str) -> int:
-    """`256MiB`, `4GB` or plain bytes -> bytes."""
+    """`256MiB`, `4GB` or plain bytes -> bytes. One letter as vLLM reads it: `4g` is decimal, `4G` binary."""
     match = _SIZE.fullmatch(text.strip())
-    scale = _UNITS.get(match.group(2).lower() or "b") if match else None
+    unit = match.group(2) if match else ""
+    scale = _TOKENS.get(unit) or _UNITS.get(unit.lower() or "b") if match else None
     if match is None or scale is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 256MiB, 4GB or a number of bytes")
     return int(float(match.group(1)) * scale)
@@ -101,6 +80,21 @@ def parse_int(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
 
 
+def parse_tokens(text: str) -> int:
+    """`4096`, `32k` (32,000) or `32K` (32,768), as vLLM reads them."""
+    match = _COUNT.fullmatch(text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens; write 32768, 32K (the same) or 32k "
+                                         "(32,000)")
+    decimal, small, whole, large = match.groups()
+    return round(float(decimal) * _TOKENS[small]) if small else int(whole) * _TOKENS.get(large, 1)
+
+
+def parse_tokens_or_auto(text: str) -> int | None:
+    """The same, or None for `auto` and -1."""
+    return None if text.strip().lower() in ("auto", "-1") else parse_tokens(text)
+
+
 def parse_float(text: str) -> float:
     try:
         value = float(text)
@@ -113,7 +107,8 @@ def parse_float(text: str) -> float:
 
 _BY_NAME: dict[str, tuple[Callable[[str], Any], str]] = {
     "size": (parse_size, "SIZE"), "counts": (parse_counts, "COUNTS"), "json": (parse_json, "JSON"),
-    "extent": (parse_extent, "WxH")}
+    "extent": (parse_extent, "WxH"), "tokens": (parse_tokens, "TOKENS"),
+    "tokens_or_auto": (parse_tokens_or_auto, "TOKENS")}
 _BY_TYPE: dict[type, tuple[Callable[[str], Any], str]] = {
     int: (parse_int, "N"), float: (parse_float, "X"), bool: (str, "")}
 
@@ -131,6 +126,7 @@ class Flag:
     choices: tuple[str, ...] = ()
     repeat: bool = False  # may be given several times, one value each
     many: bool = False  # takes several values
+    synonyms: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of choices
 
     @property
     def is_switch(self) -> bool:
@@ -165,11 +161,20 @@ def flags_of(config: type) -> tuple[Flag, ...]:
 def _flag(field: dataclasses.Field[Any], hint: Any) -> Flag:
     meta = field.metadata
     parse, value = _BY_NAME[meta["parse"]] if "parse" in meta else _BY_TYPE.get(_scalar(hint), (str, "TEXT"))
+    synonyms: dict[str, str] = meta.get("synonyms", {})
+    if synonyms:
+        parse = functools.partial(_first_name, synonyms)
     default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
     return Flag(
         field=field.name, option="--" + field.name.replace("_", "-"), help=meta["help"], default=default, value=value,
-        parse=_bounded(parse, meta.get("min", 0 if value in ("N", "X", "SIZE") else None), meta.get("max")),
-        choices=tuple(meta.get("choices", ())), repeat=bool(meta.get("repeat")), many=meta.get("nargs") == "+")
+        parse=_bounded(parse, meta.get("min", 0 if value in ("N", "X", "SIZE", "TOKENS") else None), meta.get("max")),
+        choices=tuple(meta.get("choices", ())), repeat=bool(meta.get("repeat")), many=meta.get("nargs") == "+",
+        synonyms=synonyms)
+
+
+def _first_name(synonyms: Mapping[str, str], text: str) -> str:
+    """What a choice is called here."""
+    return synonyms.get(text.lower(), text)
 
 
 def _scalar(hint: Any) -> type:
@@ -188,7 +193,7 @@ def _bounded(parse: Callable[[str], Any], low: float | None, high: float | None)
 
     def checked(text: str) -> Any:
         number = parse(text)
-        if (low is not None and number < low) or (high is not None and number > high):
+        if number is not None and ((low is not None and number < low) or (high is not None and number > high)):
             span = f"at least {low}" if high is None else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(f"{text} is out of range; it must be {span}")
         return number
@@ -209,20 +214,55 @@ class Parser(argparse.ArgumentParser):
 
     def read(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse a command line written with dashes or underscores; what is left over is an error with advice."""
-        found, extras = self.parse_known_args(dashes(argv))
+        words = dashes(argv)
+        found, extras = self.parse_known_args(in_our_words(words) if words[:1] == ["serve"] else words)
         if extras:
             command = getattr(found, "parser", self)
             command.error(command.unknown(extras[0]))
         return found
 
+    def _get_option_tuples(self, option_string: str) -> list[Any]:
+        """-O3 is -O 3, but -n is no beginning of -ngl: argparse abbreviates flags of one dash whatever it is told."""
+        return [found for found in super()._get_option_tuples(option_string) if option_string.startswith(found[1])]
+
     def unknown(self, text: str) -> str:
         option = text.partition("=")[0]
         if not option.startswith("-"):
             return f"unexpected argument {text!r}"
-        if option in FOREIGN_FLAGS:
-            return f"{option} is a vLLM flag that is not offered here: {FOREIGN_FLAGS[option]}"
-        near = difflib.get_close_matches(option, [o for o in self._option_string_actions if o.startswith("--")], n=1)
+        if option in REFUSED:
+            return f"{option} is another server's flag that is not offered here: {REFUSED[option]}"
+        ours = [name for name, action in self._option_string_actions.items()
+                if name.startswith("--") and action.help is not argparse.SUPPRESS]
+        near = difflib.get_close_matches(option, ours, n=1)
         return f"unknown flag {option}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+class _Accept(argparse.Action):
+    """Another server's flag that changes nothing here: a line in `notes`, unless its value asks for something."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, accepted: Accepted, **kwargs: Any) -> None:
+        super().__init__(option_strings, dest, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **kwargs)
+        self._accepted = accepted
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+                 option_string: str | None = None) -> None:
+        option, accepted = option_string or self.option_strings[0], self._accepted
+        if accepted.values is not None and str(values).lower() not in accepted.values:
+            parser.error(f"{option} {values} is not offered here ({' or '.join(accepted.values)} is): {accepted.why}")
+        note = f"{option} changes nothing here: {accepted.why}"
+        namespace.notes = [*getattr(namespace, "notes", ()), note]
+
+
+_NARGS: Mapping[str, Any] = {"switch": 0, "value": None, "values": "+", "optional": "?"}
+
+
+def add_accepted(parser: argparse.ArgumentParser) -> None:
+    """Flags of other servers that are taken and change nothing. Help does not show them."""
+    for option, accepted in ACCEPTED.items():
+        names = [option]
+        if accepted.takes == "switch" and option.startswith("--") and not option.startswith("--no-"):
+            names += {f"--no-{option[2:]}"} - ACCEPTED.keys()
+        parser.add_argument(*names, dest="notes", action=_Accept, accepted=accepted, nargs=_NARGS[accepted.takes])
 
 
 class _Help(argparse.HelpFormatter):

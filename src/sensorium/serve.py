@@ -22,8 +22,9 @@ from sensorium.config import ServeOptions
 from sensorium.engine.client import EngineClient
 from sensorium.errors import StartupError
 from sensorium.malloc import return_large_blocks
-from sensorium.models.registry import FAMILIES
+from sensorium.models.registry import FAMILIES, Family
 from sensorium.processes import family, resident_bytes
+from sensorium.start import as_meant, with_sampling_defaults
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -32,7 +33,8 @@ DEMO_NAME = "sensorium-demo"
 DEMO_FOLDER = Path(__file__).parent / "demo"
 PHASES = {"imports": "starting the engine", "weights": "loading weights", "cache": "setting up the KV cache"}
 
-TASKS = {"generate": {"generate"}, "embed": {"embed"}, "classify": {"classify"}, "reward": {"reward", "classify"},
+TASKS = {"generate": {"generate"}, "pooling": {"embed", "classify", "reward", "score"},
+         "embed": {"embed"}, "classify": {"classify"}, "reward": {"reward", "classify"},
          "score": {"score", "classify", "embed"}}
 """What --task may mean for a family. Whether one model of it can, is known when it is loaded."""
 
@@ -43,11 +45,15 @@ def serve(options: ServeOptions) -> int:
     """The command; its exit code."""
     start_s = time.perf_counter()
     _log_to_stderr()
+    for note in options.notes:
+        log.info("%s", note)
     return_large_blocks()
     folder = DEMO_FOLDER if options.model is None else resolve(
         options.model, options.load.revision, options.load.download_dir)
     text_folder = _text_folder(options, folder)
-    checkpoint = replace(open_checkpoint(folder, text_folder), pooling=options.engine.pooling)
+    checkpoint = open_checkpoint(folder, text_folder, options.engine.hf_overrides)
+    options = as_meant(options, _family(checkpoint).modalities)
+    checkpoint = replace(with_sampling_defaults(checkpoint, options.server), pooling=options.engine.pooling)
     _check(options, checkpoint)
     with _progress() as show:
         config = replace(options.engine, model=str(folder), text_model=str(text_folder or ""))
@@ -98,11 +104,16 @@ def _text_folder(options: ServeOptions, folder: Path) -> Path | None:
     return resolve(named, None, options.load.download_dir) if named else None
 
 
-def _check(options: ServeOptions, checkpoint: Checkpoint) -> None:
-    """Flags that do not go with the checkpoint, told before anything is loaded."""
+def _family(checkpoint: Checkpoint) -> Family:
     known = FAMILIES.get(checkpoint.architecture)
     if known is None:
         raise StartupError(f"{checkpoint.architecture} is not supported; these are: {', '.join(FAMILIES)}")
+    return known
+
+
+def _check(options: ServeOptions, checkpoint: Checkpoint) -> None:
+    """Flags that do not go with the checkpoint, told before anything is loaded."""
+    known = _family(checkpoint)
     if options.load.task != "auto" and not TASKS[options.load.task] & set(known.tasks):
         raise StartupError(f"--task {options.load.task}: {known.title} can only {', '.join(known.tasks)}")
     length = options.engine.max_model_len

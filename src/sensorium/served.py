@@ -50,6 +50,7 @@ TASKS: Mapping[str, tuple[Task, ...]] = {
     "classify": ("classify", "token_classify"),
     "reward": ("token_classify", "classify"),
     "score": ("score",),
+    "pooling": ("classify", "token_classify", "score", "embed", "token_embed"),
     "auto": ("generate", "classify", "token_classify", "score", "embed", "token_embed"),
 }
 """What --task leaves of what the model can do; the first that pools is what /pooling does if it is not told."""

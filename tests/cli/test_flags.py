@@ -10,7 +10,8 @@ import pytest
 
 from sensorium.cli import SERVE_GROUPS, parser, serve_options
 from sensorium.config import EngineConfig, Limits, ServeOptions, ServerConfig
-from sensorium.flags import FOREIGN_FLAGS, flags_of, size_text
+from sensorium.flags import flags_of, size_text
+from sensorium.other_flags import ACCEPTED, REFUSED, RENAMED
 
 
 def options(*argv: str, **environment: str) -> ServeOptions:
@@ -46,12 +47,13 @@ def test_values_keep_their_underscores() -> None:
 
 @pytest.mark.parametrize(("text", "size_bytes"), [
     ("256MiB", 256 * 1024**2), ("4GB", 4 * 10**9), ("4gib", 4 * 1024**3), ("1.5GiB", 3 * 1024**3 // 2), ("512", 512),
-    ("64 KB", 64_000), ("7B", 7)])
+    ("64 KB", 64_000), ("7B", 7),
+    ("4G", 4 * 1024**3), ("4g", 4 * 10**9), ("512M", 512 * 1024**2)])
 def test_sizes(text: str, size_bytes: int) -> None:
     assert options("--kv-cache-memory", text).engine.kv_cache_memory == size_bytes
 
 
-@pytest.mark.parametrize("text", ["4G", "x", "", "-1", "GB", "1e9", "4 parsecs", "nan"])
+@pytest.mark.parametrize("text", ["4P", "4T", "x", "", "-1", "GB", "1e9", "4 parsecs", "nan"])
 def test_bad_sizes(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--kv-cache-memory" in refusal(capsys, f"--kv-cache-memory={text}")
 
@@ -103,6 +105,8 @@ def test_a_model_swallowed_by_a_list_is_noticed(capsys: pytest.CaptureFixture[st
     (["--zzzzzz"], "unknown flag --zzzzzz"),
     (["--max-num"], "unknown flag --max-num"),  # no abbreviations: they would change meaning with new flags
     (["a", "b"], "unexpected argument 'b'"),
+    (["m", "-n", "4"], "requests say it"),  # not a beginning of -ngl
+    (["m", "-x"], "unknown flag -x"),
     (["--port", "x"], "not a whole number"),
     (["--port", "65536"], "from 0 to 65535"),
     (["--max-num-seqs", "0"], "at least 1"),
@@ -118,14 +122,89 @@ def test_wrong_command_lines(argv: list[str], words: str, capsys: pytest.Capture
     assert words in refusal(capsys, *argv)
 
 
-@pytest.mark.parametrize("flag", sorted(FOREIGN_FLAGS))
-def test_flags_of_vllm_get_an_answer(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert FOREIGN_FLAGS[flag] in refusal(capsys, flag, "1")
+@pytest.mark.parametrize(("text", "tokens"), [
+    ("4096", 4096), ("32K", 32768), ("32k", 32000), ("1.5k", 1500), ("1M", 1024**2), ("2m", 2_000_000), ("auto", None),
+    ("AUTO", None), ("-1", None)])
+def test_lengths(text: str, tokens: int | None) -> None:
+    assert options("m", "--max-model-len", text).engine.max_model_len == tokens
+    assert options("m", f"--max_model_len={text}").engine.max_model_len == tokens
+    assert options("m", "-c", text).engine.max_model_len == tokens
 
 
-def test_foreign_flags_are_not_ours() -> None:
-    ours = {flag.option for _, config in SERVE_GROUPS for flag in flags_of(config)}
-    assert not ours & set(FOREIGN_FLAGS)
+@pytest.mark.parametrize("text", ["0", "-2", "32 thousand", "1.5K", "4.5", "K", "", "32KiB", "0k", "1e3", "none"])
+def test_bad_lengths(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--max-model-len" in refusal(capsys, "m", f"--max-model-len={text}")
+
+
+def test_a_step_s_tokens_are_written_the_same_way(capsys: pytest.CaptureFixture[str]) -> None:
+    assert options("--max-num-batched-tokens", "8K").engine.max_num_batched_tokens == 8192
+    assert "--max-num-batched-tokens" in refusal(capsys, "--max-num-batched-tokens", "auto")
+
+
+@pytest.mark.parametrize(("text", "dtype"), [
+    ("half", "float16"), ("float", "float32"), ("float16", "float16"), ("bfloat16", "bfloat16"), ("fp16", "float16"),
+    ("float32", "float32"), ("auto", "auto"), ("HALF", "float16"), ("bf16", "bfloat16")])
+def test_types_in_others_words(text: str, dtype: str) -> None:
+    assert options("--dtype", text).engine.dtype == dtype
+
+
+@pytest.mark.parametrize("flag", sorted(ACCEPTED))
+def test_what_changes_nothing_is_taken_with_a_line(flag: str) -> None:
+    accepted = ACCEPTED[flag]
+    value = (accepted.values or ("1",))[0]
+    given = {"switch": [flag], "value": [flag, value], "values": [flag, "1", "2"], "optional": [flag]}[accepted.takes]
+    found = options("m", *given, "--port", "0")
+    assert (found.model, found.server.port) == ("m", 0)
+    assert found.notes == (f"{flag} changes nothing here: {accepted.why}",)
+    assert options("m", *given).engine == options("m").engine
+    if accepted.takes == "value":
+        assert options("m", f"{flag}={value}").notes == found.notes
+        assert options(f"{flag}={value}", "m").model == "m"
+
+
+@pytest.mark.parametrize("flag", sorted(flag for flag, accepted in ACCEPTED.items() if accepted.values))
+def test_values_that_would_change_something_are_not(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    error = refusal(capsys, "m", flag, "7")
+    assert f"{flag} 7" in error
+    assert ACCEPTED[flag].why in error
+
+
+@pytest.mark.parametrize("flag", sorted(REFUSED))
+def test_flags_that_are_not_offered_get_an_answer(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert REFUSED[flag] in refusal(capsys, "m", flag, "1")
+
+
+def test_flags_of_others_are_not_ours() -> None:
+    ours = {flag.option for _, config in SERVE_GROUPS for flag in flags_of(config)} | {"--model"}
+    tables = (set(ACCEPTED), set(REFUSED), set(RENAMED))
+    for table in tables:
+        assert not ours & table
+        assert sum(not table.isdisjoint(other) for other in tables) == 1
+    switches = {"--no-" + name[2:] for name in ours}
+    assert {words[0] for words in RENAMED.values()} <= ours | switches
+
+
+@pytest.mark.parametrize(("given", "meant"), [
+    (["--model-path", "m", "--context-length", "8K"], ["m", "--max-model-len", "8192"]),
+    (["--model-id=m", "--hostname=0.0.0.0"], ["m", "--host", "0.0.0.0"]),
+    (["-m", "m", "-c", "4096", "-np", "4", "-t", "2", "--alias", "x"],
+     ["m", "--max-model-len", "4096", "--max-num-seqs", "4", "--threads", "2", "--served-model-name", "x"]),
+    (["--model", "m", "--is-embedding"], ["m", "--task", "embed"]),
+    (["m", "--embedding"], ["m", "--task", "embed"]), (["m", "--reranking"], ["m", "--task", "score"]),
+    (["m", "--task", "embedding"], ["m", "--task", "embed"]),
+    (["m", "--disable-radix-cache"], ["m", "--no-enable-prefix-caching"]),
+    (["m", "--mem-fraction-static", "0.8"], ["m", "--gpu-memory-utilization", "0.8"]),
+    (["m", "--no-enable-log-requests"], ["m", "--disable-log-requests"]),
+    (["m", "--enable-log-requests"], ["m", "--no-disable-log-requests"]),
+    (["m", "--kv-cache-memory-bytes", "4G"], ["m", "--kv-cache-memory", "4GiB"]),
+    (["m", "--device", "gpu", "-q", "gptq_marlin"], ["m", "--device", "cuda", "--quantization", "gptq"])])
+def test_ours_by_another_name(given: list[str], meant: list[str]) -> None:
+    assert options(*given) == options(*meant)
+
+
+def test_two_models_are_one_too_many(capsys: pytest.CaptureFixture[str]) -> None:
+    assert options("m", "--model", "m").model == "m"
+    assert "two models" in refusal(capsys, "m", "--model", "n")
 
 
 def test_no_two_flags_share_a_name() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import checkpoints
 import pytest
 
-from sensorium.checkpoint import RopeConfig, TextConfig, open_checkpoint, resolve
+from sensorium.checkpoint import Checkpoint, RopeConfig, TextConfig, open_checkpoint, resolve
 from sensorium.errors import CheckpointError, StartupError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "llava", "llava_next", "qwen2_vl")
@@ -135,6 +136,60 @@ def test_defaults_of_families(tmp_path: Path) -> None:
     linear = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "max_position_embeddings": 4096,
               "rope_scaling": {"type": "linear", "factor": 4.0}}
     assert open_checkpoint(write(tmp_path, linear)).max_model_len == 16384
+
+
+def overridden(folder: Path, config: dict[str, Any], overrides: dict[str, Any]) -> Checkpoint:
+    return open_checkpoint(write(folder, config), overrides=overrides)
+
+
+def test_overrides_stand_in_the_place_of_config_json(tmp_path: Path) -> None:
+    found = overridden(tmp_path, LLAMA_32_1B, {"max_position_embeddings": 777, "tie_word_embeddings": False,
+                                               "rope_scaling": {"rope_type": "linear", "factor": 4.0}})
+    assert found.text is not None
+    assert (found.text.rope.kind, found.text.rope.factor, found.max_model_len) == ("linear", 4.0, 4 * 777)
+    assert not found.text.tie_word_embeddings
+    assert found.text.rope.theta == LLAMA_32_1B["rope_theta"]
+    plain = overridden(tmp_path, LLAMA_32_1B, {"rope_scaling": None, "is_matryoshka": True})
+    assert plain.text is not None
+    assert plain.text.rope.kind == "default"
+    assert plain.config["is_matryoshka"] is True
+    assert overridden(tmp_path, LLAMA_32_1B, {"architectures": ["LlamaForSequenceClassification"]}).architecture == (
+        "LlamaForSequenceClassification")
+
+
+def test_overrides_go_where_the_decoder_s_part_is(tmp_path: Path) -> None:
+    for overrides in ({"max_position_embeddings": 99, "rope_theta": 5.0},
+                      {"text_config": {"max_position_embeddings": 99, "rope_theta": 5.0}}):
+        found = overridden(tmp_path, LLAVA_15, overrides).text
+        assert found is not None
+        assert (found.max_position_embeddings, found.rope.theta) == (99, 5.0)
+        assert found.vocab_size == 32064  # the rest stays
+    omni = {"architectures": ["Qwen2_5OmniModel"], "model_type": "qwen2_5_omni",
+            "thinker_config": {"text_config": {"vocab_size": 1000}}}
+    for overrides in ({"max_position_embeddings": 99}, {"thinker_config": {"text_config": {
+            "max_position_embeddings": 99}}}):
+        assert overridden(tmp_path, omni, overrides).max_model_len == 99
+
+
+def test_overrides_speak_both_dialects_of_rope(tmp_path: Path) -> None:
+    newer = {**LLAMA_32_1B, "rope_parameters": {"rope_type": "default", "rope_theta": 1234.0}}
+    del newer["rope_scaling"]
+    linear = overridden(tmp_path, newer, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}).text
+    other = overridden(tmp_path, newer, {"rope_theta": 9.0}).text
+    assert linear is not None
+    assert other is not None
+    assert (linear.rope.kind, linear.rope.factor, linear.rope.theta) == ("linear", 2.0, 1234.0)
+    assert (other.rope.kind, other.rope.theta) == ("default", 9.0)
+
+
+@pytest.mark.parametrize(("overrides", "said"), [
+    ({"num_experts_per_token": 5}, "--hf-overrides: num_experts_per_token"),
+    ({"text_config": {"wings": 2}}, "--hf-overrides: text_config.wings"),
+    ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported"),
+    ({"rope_scaling": "yarn"}, "rope_scaling must be an object"), ({"vocab_size": "many"}, "vocab_size")])
+def test_overrides_that_cannot_be_honoured(tmp_path: Path, overrides: dict[str, Any], said: str) -> None:
+    with pytest.raises(StartupError, match=re.escape(said)):
+        overridden(tmp_path, LLAVA_15 if "text_config" in overrides else LLAMA_32_1B, overrides)
 
 
 def test_generation_config_names_the_stops(tmp_path: Path) -> None:

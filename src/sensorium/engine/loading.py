@@ -97,7 +97,8 @@ def load_engine(config: EngineConfig, *, progress: Callable[[str, float], None] 
     report = progress or (lambda phase, fraction: None)
     if faults is not None:
         faults.hit("load")
-    checkpoint = open_checkpoint(Path(config.model), Path(config.text_model) if config.text_model else None)
+    checkpoint = open_checkpoint(Path(config.model), Path(config.text_model) if config.text_model else None,
+                                 config.hf_overrides)
     checkpoint = replace(checkpoint, pooling=config.pooling)
     device = choose_device(config.device)
     quantization = choose_quantization(config, checkpoint.quantization)
