@@ -26,6 +26,7 @@ from sensorium.pooling.labels import label_names
 from sensorium.pooling.prompts import read_prompts
 from sensorium.pooling.spec import read_pooling
 from sensorium.processors.base import Processor
+from sensorium.prompt.builtin import is_embedder_name, is_embedder_template
 from sensorium.prompt.encode import Ids, PairLimits, Side, Truncation, encode_pairs, encode_texts
 from sensorium.prompt.features import FeatureCache, feature_key
 from sensorium.prompt.messages import MediaPart, Message, TextPart
@@ -152,6 +153,15 @@ class ServedModel:
         if self._task == "score" and "embed" in can and "classify" not in can:
             return ("embed",)  # an embedder scores by comparing vectors
         return tuple(task for task in TASKS[self._task] if task in can)
+
+    @property
+    def is_embedder(self) -> bool:
+        """Whether its vectors were made to be compared: a model that generates must be told to be one, by its files,
+        its name or the operator. Any decoder has states, but the angles between them mean nothing."""
+        cached = (part for part in self.checkpoint.folder.parts[-3:] if part.startswith("models--"))
+        names = (*self.names, self.checkpoint.folder.name, *cached)  # the hub's cache has folders named by commits
+        return ("generate" not in self.all_tasks or self._pooling.is_stated or self._task == "embed"
+                or is_embedder_name(names) or is_embedder_template(self._server.chat_template))
 
     @property
     def default_pooling_task(self) -> PoolingTask | None:

@@ -164,11 +164,11 @@ class FakeEngine:
 def make_model(engine: FakeEngine, server: ServerConfig, limits: Limits, *, names: Iterable[str] = ("tiny",),
                generation: Mapping[str, Any] | None = None, config: Mapping[str, Any] | None = None,
                tokenizer: Tokenizer = TOKENIZER, processor: type[Processor] = Processor,
-               task: str = "auto", folder: Path = Path("tiny")) -> ServedModel:
+               task: str = "auto", folder: Path = Path("tiny"), pooling: str = "last") -> ServedModel:
     checkpoint = Checkpoint(
         folder=folder, architecture="LlamaForCausalLM", config=dict(config or {}), preprocessor={},
         generation=dict(generation or {}), tokenizer_config={}, chat_template=TEMPLATE, text=None, dtype="float32",
-        max_model_len=CONTEXT, vocab_size=VOCAB_SIZE, stop_token_ids=(EOS,), weight_files=())
+        max_model_len=CONTEXT, vocab_size=VOCAB_SIZE, stop_token_ids=(EOS,), weight_files=(), pooling=pooling)
     made = processor(checkpoint, tokenizer)
     template = ChatTemplate(TEMPLATE, tokenizer.with_literals(made.literals), modalities=made.modalities,
                             placeholder=made.placeholder)

@@ -269,6 +269,24 @@ async def test_the_two_sides_of_a_comparison_have_their_prompts(tmp_path: Path) 
         assert error["param"] == "prompt_name"
 
 
+@pytest.mark.parametrize(("names", "model", "server", "status"), [
+    (("tiny",), {}, {}, 400), (("tiny",), {"task": "score"}, {}, 400), (("tiny",), {"task": "embed"}, {}, 200),
+    (("tiny",), {"pooling": "mean"}, {}, 200), (("org/tiny-Embedding-0.6B",), {}, {}, 200),
+    (("/data/embedders/tiny",), {}, {}, 400), (("MrLight/dse-qwen2-2b",), {}, {}, 200),
+    (("tiny",), {}, {"chat_template": "template_dse_qwen2_vl.jinja"}, 200),
+    (("tiny",), {}, {"chat_template": "llava"}, 400)])
+async def test_a_chat_model_does_not_score_by_angles(names: tuple[str, ...], model: Any, server: Any,
+                                                     status: int) -> None:
+    async with serving(engine_of(*ALL), names=names, model={"pooling": "auto", **model}, **server) as served:
+        for path, body in (("/rerank", {"query": "a", "documents": ["b"]}), ("/score", {"text_1": "a", "text_2": "b"})):
+            reply = await post(served.port, path, body)
+            assert reply.status == status
+            if status == 400:
+                assert (reply.error["param"], reply.error["code"]) == ("model", "unsupported_task")
+                assert "--pooling" in reply.error["message"] and "Qwen3-Reranker" in reply.error["message"]
+        assert (await post(served.port, "/v1/embeddings", {"input": "a"})).status == 200
+
+
 async def test_a_cross_encoders_default_prompt_stands_before_the_query(tmp_path: Path) -> None:
     async with prompted(tmp_path, tasks=CROSS, config={"num_labels": 1}) as served:
         await post(served.port, "/rerank", {"query": "a", "documents": ["b"]})

@@ -26,7 +26,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[server.Server]:
     if not CHROMIUM:
         pytest.skip("no Chromium on this machine (apt-get install chromium)")
     with server.running(tmp_path_factory.mktemp("playground"), "--api-key", KEY, "--allowed-media-domains", "127.0.0.1",
-                        "--served-model-name", "demo", MARKUP) as found:
+                        "--served-model-name", "demo", MARKUP, "--pooling", "last") as found:
         yield found
 
 

@@ -83,6 +83,13 @@ async def _compare(job: Job[ComparingBody], left: Side, right: Side) -> Pooled:
         raise RequestError(f"Scores need a classifier with one label; the model {job.entry.name!r} has "
                            f"{len(model.labels)}. Use /classify.", param="model", code="unsupported_task")
     job.entry.need("embed", doing="score")
+    if not model.is_embedder:
+        raise RequestError(
+            f"The model {job.entry.name!r} generates text, and nothing in its files makes it an embedder or a "
+            "reranker: angles between its states are no scores. If it is an embedder, start it with --task embed or "
+            "--pooling last; of a reranker that answers yes or no (Qwen3-Reranker), start the version with a score "
+            "head (seq-cls).",
+            param="model", code="unsupported_task")
     check_count(job, len(left.items) + len(right.items), right.name)
     return await _compared(job, left, right)
 

@@ -56,5 +56,16 @@ def pooling_template_of(names: Iterable[str]) -> str | None:
     return next((template for key, template in POOLING.items() if any(key in name for name in known)), None)
 
 
+def is_embedder_name(names: Iterable[str]) -> bool:
+    """Whether a model is called an embedder, or is known as one."""
+    known = [name.rstrip("/").rpartition("/")[2].lower() for name in names]
+    return any(word in name for word in ("embed", *POOLING) for name in known)
+
+
+def is_embedder_template(flag: str | None) -> bool:
+    """Whether --chat-template names one that is for embeddings."""
+    return flag is not None and named_template(flag) in POOLING.values()
+
+
 def named_template(flag: str) -> str | None:
     return NAMED.get(PurePath(flag).name.removesuffix(".jinja").removeprefix("template_"))
