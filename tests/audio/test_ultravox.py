@@ -38,16 +38,23 @@ def rms(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def rows_of(parts: Parts, mel: Tensor) -> Tensor:
-    """[bins, frames] -> the language model's rows, chunk by chunk. Whisper's class takes only chunks of full length."""
+    """[bins, frames] -> the language model's rows, chunk by chunk. Whisper's class takes only chunks of full length.
+
+    As published: chunks after the first are padded with zeros to full length, nothing attends to the padding, and of
+    the projected rows those are kept that any frame of the chunk belongs to.
+    """
     rows = []
-    for chunk in torch.split(mel, CHUNK, dim=1):
+    for index, chunk in enumerate(torch.split(mel, CHUNK, dim=1)):
         frames = chunk.shape[1]
         tower = parts.vision
-        x = functional.gelu(tower.conv1(chunk.unsqueeze(0)))
+        padded = functional.pad(chunk, (0, CHUNK - frames if index else 0))
+        x = functional.gelu(tower.conv1(padded.unsqueeze(0)))
         x = functional.gelu(tower.conv2(x)).transpose(1, 2)
         x = x + tower.embed_positions.weight[: x.shape[1]]
+        heard = torch.arange(x.shape[1]) < (frames - 1) // 2 + 1
+        mask = torch.zeros(1, 1, x.shape[1], x.shape[1]).masked_fill(~heard, torch.finfo(torch.float32).min)
         for layer in tower.layers:
-            out = layer(x, attention_mask=None)
+            out = layer(x, attention_mask=mask)
             x = out[0] if isinstance(out, tuple) else out
         x = tower.layer_norm(x)[0]
         x = functional.pad(x, (0, 0, 0, -len(x) % 8)).reshape(-1, 8 * x.shape[1])
@@ -117,6 +124,18 @@ def test_rows_logits_and_greedy_tokens(tmp_path: Path) -> None:
         for token in tokens:
             assert int(parts.text(inputs_embeds=expected).logits[0, -1].argmax()) == token
             expected = torch.cat([expected, parts.text.get_input_embeddings()(torch.tensor([[token]]))], 1)
+
+
+@torch.inference_mode()
+def test_every_length_beyond_one_chunk(tmp_path: Path) -> None:
+    """Alone and beside other clips, which the published code would pad to one length."""
+    parts = make_ultravox(tmp_path)
+    model = load_model(open_checkpoint(tmp_path, tmp_path / "language"), dtype=torch.float32, device="cpu")
+    lengths = (99, 100, 101, 102, 115, 116, 117, 131, 199, 200, 201, 248, 37)
+    mels = [torch.randn(128, count, generator=torch.Generator().manual_seed(count)) for count in lengths]
+    for batch in (*([mel] for mel in mels), mels):
+        for ours, mel in zip(model.encode("audio", [{"mel": mel} for mel in batch]), batch, strict=True):
+            torch.testing.assert_close(ours, rows_of(parts, mel), atol=1e-4, rtol=1e-4)
 
 
 def test_placeholders_and_clips_must_agree(tmp_path: Path) -> None:

@@ -65,8 +65,18 @@ class Ultravox(DecoderForCausalLM):
         """`mel` [bins, frames] of each clip; chunks of all clips go through the tower in one batch."""
         chunk_frames = 2 * self.audio_tower.config.max_positions
         chunks = [torch.split(item["mel"], chunk_frames, dim=1) for item in items]
-        states = iter(self.audio_tower([chunk for clip in chunks for chunk in clip]))
+        frames = [chunk.shape[1] for clip in chunks for chunk in clip]
+        padded = [self._padded(chunk, chunk_frames) if index else chunk
+                  for clip in chunks for index, chunk in enumerate(clip)]
+        states = iter(self.audio_tower(padded, frames))
         return [torch.cat([self.multi_modal_projector(next(states)) for _ in clip]) for clip in chunks]
+
+    def _padded(self, chunk: Tensor, chunk_frames: int) -> Tensor:
+        """A later chunk [bins, frames] as far as its rows reach: the published code pads these to full length, and the
+        states behind the end, though nothing attends to them, are stacked into the last row with those before it."""
+        per_row = 2 * self.multi_modal_projector.stack
+        wanted = min(-(-chunk.shape[1] // per_row) * per_row, chunk_frames)
+        return functional.pad(chunk, (0, wanted - chunk.shape[1]))
 
     def activation_bytes(self, tokens: int) -> int:
         size = self.model.norm.weight.element_size()

@@ -1,6 +1,7 @@
 """Ultravox v0.5: clips become log-mel chunks of 30 s; `<|audio|>` is no token but text that the prompt is split on.
 
-Source: the published ultravox_processing.py. One row stands for 16 mel frames (0.16 s).
+Source: the published ultravox_processing.py. One row stands for 16 mel frames (0.16 s). There the clips of one request
+are padded to the longest, which changes the last row of the others; here each equals what it is alone.
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
-"""Whisper's audio encoder (Radford et al. 2022) and its variant in Qwen2.5-Omni, on unpadded clips of any length.
+"""Whisper's audio encoder (Radford et al. 2022) and its variant in Qwen2.5-Omni, on clips of any length.
 
 Two convolutions over time (the second halves it), positions, pre-norm layers with attention inside each run.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,12 +79,31 @@ class SelfAttention(nn.Module):
         self.v_proj = Linear(size, size, bias=True)
         self.out_proj = Linear(size, size, bias=True)
 
-    def forward(self, x: Tensor, lengths: list[int]) -> Tensor:
+    def forward(self, x: Tensor, lengths: list[int], heard: list[int]) -> Tensor:
+        """Runs of `lengths` states, of which the first `heard` are seen by all of their run, and the others by none."""
         shape = (len(x), -1, self.head_dim)
         q, k, v = self.q_proj(x).view(shape), self.k_proj(x).view(shape), self.v_proj(x).view(shape)
-        attended = kernels.varlen_attention(q, k, v, lengths, self.head_dim**-0.5)
+        attend = kernels.varlen_attention if heard == lengths else partial(_attend_to_heard, heard=heard)
+        attended = attend(q, k, v, lengths, self.head_dim**-0.5)
         out: Tensor = self.out_proj(attended.reshape(len(x), -1))
         return out
+
+
+def _attend_to_heard(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, *,
+                     heard: list[int]) -> Tensor:
+    """`varlen_attention` to the first `heard` of each run's keys. The few queries behind them are computed by torch."""
+    out = torch.empty_like(q)
+    starts = [end - length for end, length in zip(itertools.accumulate(lengths), lengths, strict=True)]
+    kept = torch.cat([torch.arange(start, start + count, device=q.device)
+                      for start, count in zip(starts, heard, strict=True)])
+    out[kept] = kernels.varlen_attention(q[kept], k[kept], v[kept], heard, scale)
+    for start, length, count in zip(starts, lengths, heard, strict=True):
+        if count < length:
+            late = slice(start + count, start + length)
+            keys, values = (x[start : start + count].transpose(0, 1) for x in (k, v))
+            attended = functional.scaled_dot_product_attention(q[late].transpose(0, 1), keys, values, scale=scale)
+            out[late] = attended.transpose(0, 1)
+    return out
 
 
 class WhisperLayer(nn.Module):
@@ -95,8 +116,8 @@ class WhisperLayer(nn.Module):
         self.fc2 = Linear(config.intermediate_size, config.hidden_size, bias=True)
         self.final_layer_norm = LayerNorm(config.hidden_size, LAYER_NORM_EPS)
 
-    def forward(self, x: Tensor, lengths: list[int]) -> Tensor:
-        x = x + self.self_attn(self.self_attn_layer_norm(x), lengths)
+    def forward(self, x: Tensor, lengths: list[int], heard: list[int]) -> Tensor:
+        x = x + self.self_attn(self.self_attn_layer_norm(x), lengths, heard)
         out: Tensor = x + self.fc2(self.act(self.fc1(self.final_layer_norm(x))))
         return out
 
@@ -114,15 +135,19 @@ class WhisperEncoder(nn.Module):
     def positions(self, length: int, like: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def states(self, clips: Sequence[Tensor]) -> list[Tensor]:
-        """Log-mel clips [bins, frames] -> states [frames_after_convolutions, hidden] of each, before the last norm."""
+    def states(self, clips: Sequence[Tensor], frames: Sequence[int] | None = None) -> list[Tensor]:
+        """Log-mel clips [bins, frames] -> states [frames_after_convolutions, hidden] of each, before the last norm.
+
+        Of a clip that is padded, `frames` says how many of its own are there: nothing attends to what comes behind.
+        """
         embedded = self._convolve(clips)
         lengths = [len(x) for x in embedded]
+        heard = lengths if frames is None else [frames_after_convolutions(count) for count in frames]
         out: list[Tensor] = []
         for group in groups(lengths):
             x, runs = torch.cat(embedded[group]), lengths[group]
             for layer in self.layers:
-                x = layer(x, runs)
+                x = layer(x, runs, heard[group])
             out.extend(torch.split(x, runs))
         return out
 
@@ -165,9 +190,9 @@ class WhisperTower(WhisperEncoder):
     def positions(self, length: int, like: Tensor) -> Tensor:
         return self.embed_positions.weight[:length]
 
-    def forward(self, clips: Sequence[Tensor]) -> list[Tensor]:
-        """[bins, frames] each -> [frames_after_convolutions, hidden] each"""
-        return [self.layer_norm(x) for x in self.states(clips)]
+    def forward(self, clips: Sequence[Tensor], frames: Sequence[int] | None = None) -> list[Tensor]:
+        """[bins, frames] each -> [frames_after_convolutions, hidden] each; `frames` as of `states`."""
+        return [self.layer_norm(x) for x in self.states(clips, frames)]
 
 
 class OmniAudioTower(WhisperEncoder):
