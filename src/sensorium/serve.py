@@ -67,8 +67,12 @@ def serve(options: ServeOptions) -> int:
 
 async def _serve(options: ServeOptions, checkpoint: Checkpoint, client: EngineClient, show: LoadingBar,
                  start_s: float) -> int:
+    # Imported only now: the engine is loading meanwhile, and so does the process that renders templates.
+    from sensorium.prompt.renderer import RenderPool
+
+    renderer = RenderPool()
     try:
-        # Imported only now: the engine is loading meanwhile.
+        renderer.start_early()
         from sensorium.api import server
         from sensorium.media.loader import MediaLoader
         from sensorium.served import ServedModel
@@ -79,7 +83,8 @@ async def _serve(options: ServeOptions, checkpoint: Checkpoint, client: EngineCl
                              local_root=Path(root) if root else None, workers=options.server.media_workers)
         names = options.server.served_model_name or (options.model or DEMO_NAME,)
         model = ServedModel.open(checkpoint, names=names, server=options.server, limits=options.limits, loader=loader,
-                                 client=client, max_model_len=options.engine.max_model_len, task=options.load.task)
+                                 client=client, max_model_len=options.engine.max_model_len, task=options.load.task,
+                                 renderer=renderer)
         warming = asyncio.create_task(loader.warm()) if model.processor.modalities else None
 
         def on_ready(url: str) -> None:
@@ -95,6 +100,7 @@ async def _serve(options: ServeOptions, checkpoint: Checkpoint, client: EngineCl
             await model.aclose()
             await loader.aclose()
     finally:
+        await renderer.aclose()
         await client.aclose()
 
 

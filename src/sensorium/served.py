@@ -7,6 +7,7 @@ before fetching, sizes and context before decoding. Nothing that takes long runs
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
@@ -29,8 +30,18 @@ from sensorium.processors.base import Processor
 from sensorium.prompt.builtin import is_embedder_name, is_embedder_template
 from sensorium.prompt.encode import Ids, PairLimits, Side, Truncation, encode_pairs, encode_texts
 from sensorium.prompt.features import FeatureCache, feature_key
+from sensorium.prompt.inspection import Inspection, Renderer
 from sensorium.prompt.messages import MediaPart, Message, TextPart
-from sensorium.prompt.template import ChatTemplate, pooling_template_source, template_source
+from sensorium.prompt.renderer import RenderPool
+from sensorium.prompt.template import (
+    ChatTemplate,
+    check_source,
+    compiling,
+    pooling_template_source,
+    probes_of,
+    rendering,
+    template_source,
+)
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.types import MediaFeatures, Modality, PoolingTask, Prompt
 
@@ -38,11 +49,13 @@ if TYPE_CHECKING:
     from sensorium.engine.client import EngineClient
 
 T = TypeVar("T")
+_log = logging.getLogger("sensorium")
 
 SHORT_TEXT = 2000  # characters that are tokenized sooner than a thread takes over
 SHORT_PAYLOAD = 64 * 1024  # bytes that are hashed sooner
 LONG_TEXT = 1 << 20  # characters from which a text may be refused by its length alone
 MAX_REQUEST_TEMPLATE = 64 * 1024  # characters
+MAX_UNREAD_NAMES = 256
 FEATURE_CACHE_BYTES = 64 * MiB
 Task = PoolingTask | Literal["generate"]
 TASKS: Mapping[str, tuple[Task, ...]] = {
@@ -92,9 +105,10 @@ class ServedModel:
 
     def __init__(self, *, names: Sequence[str], checkpoint: Checkpoint, tokenizer: Tokenizer,
                  template: ChatTemplate | None, processor: Processor, client: EngineClient, loader: MediaLoader,
-                 server: ServerConfig, limits: Limits, max_model_len: int | None = None, task: str = "auto",
-                 pooling_template: ChatTemplate | None = None) -> None:
-        """`pooling_template` is for models that are embedded with other words than they chat with."""
+                 renderer: Renderer, server: ServerConfig, limits: Limits, max_model_len: int | None = None,
+                 task: str = "auto", pooling_template: ChatTemplate | None = None) -> None:
+        """`pooling_template` is for models that are embedded with other words than they chat with. `renderer` runs
+        the templates; it is closed with this."""
         self.names = tuple(names)
         self.checkpoint = checkpoint
         self.tokenizer = tokenizer
@@ -106,6 +120,8 @@ class ServedModel:
         self.media_limits = _media_limits(server, limits)
         self._task = task
         self._loader = loader
+        self._renderer = renderer
+        self._unread_names: set[str] = set()  # that were told in the log
         self._server = server
         self.prompts = read_prompts(checkpoint.folder)
         self._pooling = read_pooling(checkpoint.folder, "cls", checkpoint.pooling)
@@ -118,7 +134,7 @@ class ServedModel:
     @classmethod
     def open(cls, checkpoint: Checkpoint, *, names: Sequence[str], server: ServerConfig, limits: Limits,
              loader: MediaLoader, client: EngineClient, max_model_len: int | None = None,
-             task: str = "auto") -> ServedModel:
+             task: str = "auto", renderer: Renderer | None = None) -> ServedModel:
         """Read what the HTTP process needs of a checkpoint. `max_model_len` and `task` are the flags."""
         family = FAMILIES.get(checkpoint.architecture)
         if family is None:
@@ -126,11 +142,12 @@ class ServedModel:
         tokenizer = Tokenizer.from_folder(checkpoint.folder, vocab_size=checkpoint.vocab_size)
         processor: Processor = load_class(family.processor)(checkpoint, tokenizer, dict(server.mm_processor_kwargs))
         source = template_source(server.chat_template, checkpoint.chat_template, checkpoint.architecture, tokenizer)
-        template = None if source is None else _chat_template(source, processor)
         pooled = pooling_template_source(server.chat_template, (*names, *checkpoint.folder.parts[-3:]))
-        return cls(names=names, checkpoint=checkpoint, tokenizer=tokenizer, template=template, processor=processor,
-                   client=client, loader=loader, server=server, limits=limits, max_model_len=max_model_len, task=task,
-                   pooling_template=None if pooled is None else _chat_template(pooled, processor))
+        renderer = renderer or RenderPool()
+        return cls(names=names, checkpoint=checkpoint, tokenizer=tokenizer, processor=processor, client=client,
+                   loader=loader, renderer=renderer, server=server, limits=limits, max_model_len=max_model_len,
+                   task=task, template=None if source is None else _opened(source, processor, renderer),
+                   pooling_template=None if pooled is None else _opened(pooled, processor, renderer))
 
     @property
     def max_model_len(self) -> int:
@@ -199,21 +216,26 @@ class ServedModel:
         continue_final_message: bool = False, add_special_tokens: bool = False,
         template_kwargs: Mapping[str, Any] | None = None, chat_template: str | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None, pooled: bool = False,
-        truncation: Truncation | None = None,
+        truncation: Truncation | None = None, tenant: bytes = b"",
     ) -> Prepared:
-        """Messages and their media, in order of appearance, as one prompt.
+        """Messages and their media, in order of appearance, as one prompt. Tenants take turns where they must wait.
 
         `add_special_tokens` False adds nothing but what the checkpoint's processor would: a BOS that a multimodal
         model's template leaves to the tokenizer. `pooled`: no answer follows, the prompt itself is looked at.
         """
         self._check_media(messages, media)
         processor = self._processor_for(mm_processor_kwargs or {})
-        template = await self._template_for(chat_template, self.pooling_template if pooled else self.template)
+        template = await self._template_for(chat_template, self.pooling_template if pooled else self.template, tenant)
+        self._note_unread(template.unread(template_kwargs or {}))
         begin = time.perf_counter()
         small = _is_small(messages)
-        text = await self._run(small, lambda: template.render(
+        variables = await self._run(small, lambda: template.variables(
             messages, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message,
             kwargs=template_kwargs))
+        with rendering():
+            text = await self._renderer.render(template.source, variables, tenant, is_foreign=chat_template is not None)
+        if continue_final_message:
+            text = template.cut(text)
         text_s = time.perf_counter() - begin
         features, timings = await self._media_features(media, processor, mm_processor_kwargs or {}, text)
         begin = time.perf_counter()
@@ -283,6 +305,7 @@ class ServedModel:
         return Truncation(self.max_model_len if wanted == -1 else wanted, side or default)
 
     async def aclose(self) -> None:
+        await self._renderer.aclose()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     # Text.
@@ -355,7 +378,7 @@ class ServedModel:
                                param="mm_processor_kwargs", code="mm_processor_kwargs_not_allowed")
         return self.processor.with_overrides(dict(settings)) if settings else self.processor
 
-    async def _template_for(self, source: str | None, default: ChatTemplate | None) -> ChatTemplate:
+    async def _template_for(self, source: str | None, default: ChatTemplate | None, tenant: bytes) -> ChatTemplate:
         if source is None:
             if default is None:
                 raise RequestError("This model has no chat template. Start the server with --chat-template.",
@@ -367,10 +390,21 @@ class ServedModel:
         if len(source) > MAX_REQUEST_TEMPLATE:
             raise RequestError(f"chat_template is longer than {MAX_REQUEST_TEMPLATE} characters.",
                                param="chat_template")
+        probes = probes_of(self.processor.modalities, self.tokenizer)
         try:
-            return await self._run(False, lambda: _chat_template(source, self.processor))
+            with compiling():
+                found = await self._renderer.inspect(source, probes, tenant)
         except StartupError as error:
             raise RequestError(error.message, param="chat_template") from None
+        return _chat_template(source, self.processor, found)
+
+    def _note_unread(self, names: Iterable[str]) -> None:
+        """Say once per name that the template does not read it; a client must not fill the log or the memory."""
+        for name in names:
+            short = name[:64]
+            if short not in self._unread_names and len(self._unread_names) < MAX_UNREAD_NAMES:
+                self._unread_names.add(short)
+                _log.warning("template variable %r is ignored: the chat template does not read it", short)
 
     # Media.
 
@@ -481,9 +515,18 @@ class ServedModel:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
 
-def _chat_template(source: str, processor: Processor) -> ChatTemplate:
+def _opened(source: str, processor: Processor, renderer: Renderer) -> ChatTemplate:
+    """A template of the operator's. StartupError if it is none or takes too much."""
+    check_source(source)
+    with compiling():
+        found = renderer.inspect_now(source, probes_of(processor.modalities, processor.tokenizer))
+    return _chat_template(source, processor, found)
+
+
+def _chat_template(source: str, processor: Processor, inspection: Inspection) -> ChatTemplate:
     tokenizer = processor.tokenizer.with_literals(processor.literals, special=True)
-    return ChatTemplate(source, tokenizer, modalities=processor.modalities, placeholder=processor.placeholder)
+    return ChatTemplate(source, tokenizer, inspection, modalities=processor.modalities,
+                        placeholder=processor.placeholder)
 
 
 def _media_limits(server: ServerConfig, limits: Limits) -> dict[Modality, int]:

@@ -22,7 +22,7 @@ from sensorium.config import EngineConfig, Limits, ServerConfig
 from sensorium.errors import UnavailableError
 from sensorium.media.loader import MediaLoader
 from sensorium.processors.base import Processor
-from sensorium.prompt.template import ChatTemplate
+from sensorium.prompt.local import LocalRenderer, LocalTemplate
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.served import ServedModel
 from sensorium.types import EngineOutput, EngineReady, EngineRequest, EngineStats, TokenLogprob
@@ -170,12 +170,12 @@ def make_model(engine: FakeEngine, server: ServerConfig, limits: Limits, *, name
         generation=dict(generation or {}), tokenizer_config={}, chat_template=TEMPLATE, text=None, dtype="float32",
         max_model_len=CONTEXT, vocab_size=VOCAB_SIZE, stop_token_ids=(EOS,), weight_files=(), pooling=pooling)
     made = processor(checkpoint, tokenizer)
-    template = ChatTemplate(TEMPLATE, tokenizer.with_literals(made.literals), modalities=made.modalities,
+    template = LocalTemplate(TEMPLATE, tokenizer.with_literals(made.literals), modalities=made.modalities,
                             placeholder=made.placeholder)
     return ServedModel(
         names=tuple(names), checkpoint=checkpoint, tokenizer=tokenizer, template=template, processor=made,
         client=engine,  # type: ignore[arg-type]
-        loader=MediaLoader(limits, workers=1), server=server, limits=limits, task=task)
+        loader=MediaLoader(limits, workers=1), renderer=LocalRenderer(), server=server, limits=limits, task=task)
 
 
 @dataclass

@@ -28,8 +28,8 @@ from sensorium.models.towers.blocks import MAX_ROWS
 from sensorium.models.weights import load_model
 from sensorium.processors.qwen2_omni import Qwen2OmniProcessor
 from sensorium.prompt import defaults
+from sensorium.prompt.local import LocalTemplate
 from sensorium.prompt.messages import MediaPart, Message, TextPart
-from sensorium.prompt.template import ChatTemplate
 from sensorium.types import MediaItem, Prompt
 
 RATE = 16_000
@@ -331,7 +331,7 @@ def test_every_kind_needs_its_placeholder() -> None:
 
 def test_chat_without_a_template_of_the_checkpoints_own() -> None:
     processor = served().processor
-    template = ChatTemplate(defaults.TEMPLATES["Qwen2_5OmniModel"], processor.tokenizer,
+    template = LocalTemplate(defaults.TEMPLATES["Qwen2_5OmniModel"], processor.tokenizer,
                             modalities=processor.modalities, placeholder=processor.placeholder)
     items = [sound(0.5), noise(60, 90), clip(56, 56, 4, 2.0)]
     parts = [part for item in items for part in (MediaPart(item.kind), TextPart(f"({item.kind}) "))]

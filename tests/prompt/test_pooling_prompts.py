@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerFast
 from sensorium.errors import ContextLengthError, RequestError
 from sensorium.prompt.builtin import NAMED, POOLING, pooling_template_of
 from sensorium.prompt.encode import PairLimits, Truncation, encode_pairs, encode_texts
+from sensorium.prompt.local import LocalTemplate
 from sensorium.prompt.messages import MediaPart, Message, TextPart
-from sensorium.prompt.template import ChatTemplate, pooling_template_source, template_source
+from sensorium.prompt.template import pooling_template_source, template_source
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.types import Modality
 
@@ -165,12 +166,12 @@ def test_other_classes_never_dropped_tokens(tmp_path: Path) -> None:
 # Templates by name.
 
 
-def template_of(source: str, *modalities: Modality) -> ChatTemplate:
+def template_of(source: str, *modalities: Modality) -> LocalTemplate:
     raw = raw_tokenizer("decoder")
     raw.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>", "<|image_pad|>",
                             "<|vision_end|>"])
     words = {"dse": "<|vision_start|><|image_pad|><|vision_end|>"}
-    return ChatTemplate(source, Tokenizer(raw, {}), modalities=modalities, placeholder=lambda kind, index: (
+    return LocalTemplate(source, Tokenizer(raw, {}), modalities=modalities, placeholder=lambda kind, index: (
         words["dse"] if "vision_start" in source else f"<|image_{index + 1}|>"))
 
 

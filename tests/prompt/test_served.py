@@ -26,6 +26,7 @@ from sensorium.errors import ContextLengthError, MediaError, RequestError, Start
 from sensorium.media.loader import MediaLoader
 from sensorium.media.source import MediaSize, MediaSource, RawMedia
 from sensorium.prompt.features import FeatureCache
+from sensorium.prompt.local import LocalRenderer
 from sensorium.prompt.messages import MediaPart, Message, TextPart
 from sensorium.served import LONG_TEXT, SHORT_TEXT, ServedModel, all_in_order
 from sensorium.types import EngineReady, MediaFeatures, MediaItem, Prompt
@@ -101,7 +102,7 @@ def served(folder: Path, loader: Any, architecture: str = QWEN2_VL, *, server: S
            limits: Limits | None = None, flag: int | None = None, **changes: Any) -> ServedModel:
     return ServedModel.open(checkpoint(folder, architecture, **changes), names=("tiny",),
                             server=server or ServerConfig(), limits=limits or Limits(), loader=loader,
-                            client=Engine(), max_model_len=flag)  # type: ignore[arg-type]
+                            client=Engine(), max_model_len=flag, renderer=LocalRenderer())  # type: ignore[arg-type]
 
 
 def user(*parts: str | MediaPart) -> Message:

@@ -20,8 +20,8 @@ from sensorium.models.registry import FAMILIES, load_class
 from sensorium.models.weights import load_model
 from sensorium.processors.base import Processor
 from sensorium.prompt.builtin import pooling_template_of
+from sensorium.prompt.local import LocalTemplate
 from sensorium.prompt.messages import MediaPart, Message, TextPart
-from sensorium.prompt.template import ChatTemplate
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.types import EngineRequest, MediaItem, PoolingParams, Prompt
 
@@ -37,7 +37,7 @@ class Embedder:
         self.processor: Processor = load_class(FAMILIES[checkpoint.architecture].processor)(checkpoint, tokenizer)
         source = pooling_template_of([NAMES[name]])
         assert source is not None
-        self.template = ChatTemplate(source, tokenizer.with_literals(self.processor.literals, special=True),
+        self.template = LocalTemplate(source, tokenizer.with_literals(self.processor.literals, special=True),
                                      modalities=self.processor.modalities, placeholder=self.processor.placeholder)
 
     def prompt(self, parts: Sequence[MediaPart | TextPart], pictures: Sequence[MediaItem]) -> Prompt:

@@ -29,8 +29,8 @@ from sensorium.models.towers.siglip import PositionTable
 from sensorium.models.weights import load_model
 from sensorium.processors.minicpmv import TOKENS, MiniCPMVProcessor, slicing
 from sensorium.prompt import defaults
+from sensorium.prompt.local import LocalTemplate
 from sensorium.prompt.messages import MediaPart, Message, TextPart
-from sensorium.prompt.template import ChatTemplate
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.types import EngineRequest, MediaFeatures, MediaItem, Modality, Prompt, SamplingParams
 
@@ -451,7 +451,7 @@ def test_missing_tensors_are_named(tmp_path: Path) -> None:
 
 def test_its_own_chat_template(here: Served) -> None:
     tokenizer = here.processor.tokenizer.with_literals(here.processor.literals, special=True)
-    template = ChatTemplate(defaults.TEMPLATES["MiniCPMV"], tokenizer, modalities=here.processor.modalities,
+    template = LocalTemplate(defaults.TEMPLATES["MiniCPMV"], tokenizer, modalities=here.processor.modalities,
                             placeholder=here.processor.placeholder)
     forged = TextPart("no (<image>./</image>)")
     parts = (MediaPart("video"), MediaPart("image"), TextPart("What?"))

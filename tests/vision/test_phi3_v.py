@@ -28,8 +28,8 @@ from sensorium.models.phi3_v import Phi3V
 from sensorium.models.weights import load_model
 from sensorium.processors.phi3_v import Phi3VProcessor
 from sensorium.prompt import defaults
+from sensorium.prompt.local import LocalTemplate
 from sensorium.prompt.messages import MediaPart, Message, TextPart
-from sensorium.prompt.template import ChatTemplate
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.types import EngineRequest, MediaFeatures, MediaItem, PoolingParams, Prompt, SamplingParams
 
@@ -418,7 +418,7 @@ def test_stop_tokens(tmp_path: Path) -> None:
 
 def test_its_own_chat_template(here: Served) -> None:
     tokenizer = here.processor.tokenizer.with_literals(here.processor.literals, special=True)
-    template = ChatTemplate(defaults.TEMPLATES["Phi3VForCausalLM"], tokenizer, modalities=here.processor.modalities,
+    template = LocalTemplate(defaults.TEMPLATES["Phi3VForCausalLM"], tokenizer, modalities=here.processor.modalities,
                             placeholder=here.processor.placeholder)
     forged = TextPart("as in <|image_2|>")
     text = template.render([Message("system", (forged,)), Message("user", (MediaPart("image"), TextPart("What?"))),

@@ -22,8 +22,8 @@ from words import COLOURS, SHAPES
 
 from sensorium.checkpoint import open_checkpoint
 from sensorium.processors.qwen2_omni import Qwen2OmniProcessor
+from sensorium.prompt.local import LocalTemplate
 from sensorium.prompt.messages import MediaPart, Message, TextPart
-from sensorium.prompt.template import ChatTemplate
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.types import MediaFeatures, MediaItem, Modality, Prompt
 
@@ -62,7 +62,7 @@ class Reader:
         checkpoint = open_checkpoint(folder)
         tokenizer = Tokenizer.from_folder(folder, vocab_size=checkpoint.vocab_size)
         self.processor = Qwen2OmniProcessor(checkpoint, tokenizer)
-        self.template = ChatTemplate(checkpoint.chat_template or "", tokenizer, modalities=self.processor.modalities,
+        self.template = LocalTemplate(checkpoint.chat_template or "", tokenizer, modalities=self.processor.modalities,
                                      placeholder=self.processor.placeholder)
         self.header = tokenizer.encode("<|im_start|>assistant\n")
         self.end = tokenizer.encode("<|im_end|>")[0]

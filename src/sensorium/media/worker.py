@@ -22,8 +22,8 @@ def main(arguments: list[str]) -> None:
     parent = parent_link()
     decoders = decoders_for(role)
     lock_in(memory_bytes)
-    parent.send_record(READY, {})
     try:
+        parent.send_record(READY, {})
         while True:
             serve_one(parent, decoders, cpu_s)
     except FrameError:

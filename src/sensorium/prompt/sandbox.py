@@ -1,13 +1,13 @@
 """The Jinja environment of chat templates: sandboxed, with the names that templates on the hub expect and no others.
 
-Compiling and rendering here can neither reach Python's objects nor write anywhere; output and time are bounded.
+Compiling and rendering here can neither reach Python's objects nor write anywhere, and output is bounded. Time and
+memory are not: that takes a process that can be killed (`render_worker`).
 """
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -16,14 +16,9 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-MAX_SOURCE_CHARS = 1 << 20
-MAX_RENDERED_CHARS = 1 << 24
-MAX_RENDER_S = 10.0
-_MAX_PRODUCT = 1 << 20  # characters or items that one `*` may make
-GLOBALS = ("range", "dict", "namespace", "raise_exception", "strftime_now")
+from sensorium.prompt.inspection import GLOBALS, MAX_PROBE_CHARS, MAX_RENDERED_CHARS, Inspection, TemplateInvalid
 
-FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-"""What a template can raise while it is rendered."""
+_MAX_PRODUCT = 1 << 20  # characters or items that one `*` may make
 
 
 class TemplateRefusal(TemplateError):
@@ -69,27 +64,33 @@ def new_environment() -> Environment:
     return environment
 
 
-def free_names(environment: Environment, source: str) -> frozenset[str]:
-    """Variables that the template reads and does not set."""
-    return frozenset(meta.find_undeclared_variables(environment.parse(source)))
+def inspect(environment: Environment, source: str, probes: Sequence[Mapping[str, Any]]) -> Inspection:
+    """What the template reads and can write, and what it makes of each probe's variables. TemplateInvalid."""
+    try:
+        template, tree = environment.from_string(source), environment.parse(source)
+    except (TemplateError, SyntaxError, RecursionError) as error:  # Python's own limits: loops in loops in loops
+        raise TemplateInvalid(str(error)) from None
+    texts = [node.data for node in tree.find_all(nodes.TemplateData)]
+    texts += [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
+    return Inspection(free_names=tuple(sorted(meta.find_undeclared_variables(tree))), texts=tuple(dict.fromkeys(texts)),
+                      outputs=tuple(_tried(template, probe) for probe in probes))
 
 
-def literal_text(environment: Environment, source: str) -> tuple[str, ...]:
-    """Every piece of text that the template itself can write."""
-    tree = environment.parse(source)
-    text = [node.data for node in tree.find_all(nodes.TemplateData)]
-    return (*text, *(node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)))
+def _tried(template: Template, variables: Mapping[str, Any]) -> str:
+    try:
+        return render(template, variables)[:MAX_PROBE_CHARS]
+    except Exception:  # whatever a template's program raises: it does not take this
+        return ""
 
 
 def render(template: Template, variables: Mapping[str, Any]) -> str:
     """The template's output, piece by piece, so that a runaway loop that writes ends at a bound."""
     pieces: list[str] = []
     size = 0
-    deadline = time.monotonic() + MAX_RENDER_S
     for piece in template.generate(variables):
         pieces.append(piece)
         size += len(piece)
-        if size > MAX_RENDERED_CHARS or (len(pieces) % 256 == 0 and time.monotonic() > deadline):
+        if size > MAX_RENDERED_CHARS:
             raise TemplateTooLarge("The chat template's output is too large.")
     return "".join(pieces)
 

@@ -1,21 +1,31 @@
-"""Messages -> the text of a prompt, through the checkpoint's Jinja chat template.
+"""Messages -> what the checkpoint's Jinja chat template is given, and what its text becomes.
 
 What users wrote is escaped before the template sees it, so that control tokens in the result are the template's own.
+The template itself runs elsewhere (`inspection.Renderer`).
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
 from sensorium.errors import RequestError, StartupError
-from sensorium.prompt import builtin, defaults, sandbox
+from sensorium.prompt import builtin, defaults
+from sensorium.prompt.inspection import (
+    GLOBALS,
+    MAX_SOURCE_CHARS,
+    Inspection,
+    TemplateExhausted,
+    TemplateFailed,
+    TemplateInvalid,
+    TemplateRefused,
+)
 from sensorium.prompt.literals import CUT, escape_deep
 from sensorium.prompt.messages import MediaPart, Message, TextPart
 from sensorium.prompt.tokenizer import Tokenizer
@@ -26,7 +36,7 @@ Content = str | list[dict[str, Any]]
 
 MAX_KWARG_CHARS = 4096
 RESERVED = frozenset({
-    *sandbox.GLOBALS, "messages", "conversation", "tools", "documents", "chat_template", "template", "tokenize",
+    *GLOBALS, "messages", "conversation", "tools", "documents", "chat_template", "template", "tokenize",
     "tokenizer", "add_generation_prompt", "continue_final_message", "add_special_tokens", "padding", "truncation",
     "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "self", "caller",
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
@@ -38,66 +48,67 @@ _PROBE = "Probe7f3a"
 
 
 class ChatTemplate:
-    """Compiled once. `modalities` are those whose parts the processor understands in `placeholder`'s words."""
+    """A template and what is known of it. `modalities` are those whose parts the processor understands in
+    `placeholder`'s words."""
 
-    def __init__(self, source: str, tokenizer: Tokenizer, *, modalities: Iterable[Modality] = (),
-                 placeholder: Placeholder | None = None) -> None:
-        if len(source) > sandbox.MAX_SOURCE_CHARS:
-            raise StartupError(f"The chat template is longer than {sandbox.MAX_SOURCE_CHARS} characters.")
-        environment = sandbox.new_environment()
-        try:
-            self._template = environment.from_string(source)
-            self.free_names = sandbox.free_names(environment, source)
-            written = sandbox.literal_text(environment, source)
-        except (TemplateError, RecursionError) as error:
-            raise StartupError(f"The chat template is not valid Jinja: {str(error)[:300]}") from None
-        control = [token for token in tokenizer.added_tokens if any(token in text for text in written)]
+    def __init__(self, source: str, tokenizer: Tokenizer, inspection: Inspection, *,
+                 modalities: Iterable[Modality] = (), placeholder: Placeholder | None = None) -> None:
+        """`inspection` is of the probes of these modalities, in `probes_of`'s order."""
+        self.source = source
+        self.free_names = frozenset(inspection.free_names)
+        control = [token for token in tokenizer.added_tokens if any(token in text for text in inspection.texts)]
         self._tokenizer = tokenizer.with_literals(control)
         self._placeholder = placeholder
-        self.takes_strings = self._echoes(_PROBE)
-        self.takes_parts = self._echoes([{"type": "text", "text": _PROBE}])
+        outputs = iter(inspection.outputs)
+        self.takes_strings = _echoes(next(outputs))
+        self.takes_parts = _echoes(next(outputs))
         if not self.takes_parts:
             self.takes_strings = True
-        self._media_parts = {kind: part for kind in modalities if (part := self._known_part(kind)) is not None}
+        self._media_parts: dict[Modality, dict[str, Any]] = {}
+        for kind in modalities:
+            # The first content part for which the template writes the processor's placeholder.
+            for part, output in zip(_parts_of(kind), outputs, strict=False):
+                if placeholder is not None and self.takes_parts and placeholder(kind, 0) in output:
+                    self._media_parts.setdefault(kind, part)
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True,
-               continue_final_message: bool = False, kwargs: Mapping[str, Any] | None = None,
-               tools: Sequence[Mapping[str, Any]] | None = None) -> str:
-        """Text whose foreign parts are escaped, for `Tokenizer.encode`."""
+    def variables(self, messages: Sequence[Message], *, add_generation_prompt: bool = True,
+                  continue_final_message: bool = False, kwargs: Mapping[str, Any] | None = None,
+                  tools: Sequence[Mapping[str, Any]] | None = None) -> bytes:
+        """What `Renderer.render` takes, foreign text escaped for `Tokenizer.encode`. kwargs that the template does not
+        read are left out."""
         if continue_final_message and add_generation_prompt:
             raise RequestError("continue_final_message and add_generation_prompt cannot both be true.",
                                param="continue_final_message")
         if not messages:
             raise RequestError("A chat needs at least one message.", param="messages")
-        variables = self._checked_kwargs(kwargs or {})
+        given = self._checked_kwargs(kwargs or {})
         seen: Counter[Modality] = Counter()
         chat = [self._message(message, index, seen) for index, message in enumerate(messages)]
         if continue_final_message:
             chat[-1]["content"] = _with_cut(chat[-1]["content"])
         escape = self._escape_for("system")
-        text = self._rendered({**variables, "messages": chat, "tools": escape_deep(tools, escape),
-                               "add_generation_prompt": add_generation_prompt})
-        return _cut(text) if continue_final_message else text
+        return json.dumps({"documents": None, **self._tokenizer.named_tokens, **given, "messages": chat,
+                           "tools": escape_deep(tools, escape),
+                           "add_generation_prompt": add_generation_prompt}).encode()
 
-    def _rendered(self, variables: Mapping[str, Any]) -> str:
-        try:
-            return sandbox.render(self._template,
-                                  {"tools": None, "documents": None, **self._tokenizer.named_tokens, **variables})
-        except sandbox.TemplateRefusal as refusal:
-            words = " ".join(str(refusal.message).split())[:500]
-            raise RequestError(f"The model's chat template refuses these messages: {words}", param="messages",
-                               code="chat_template_refused") from None
-        except sandbox.FAILURES:
-            raise RequestError("The model's chat template cannot render these messages.", param="messages",
-                               code="chat_template_failed") from None
+    def cut(self, text: str) -> str:
+        """A rendered text up to the end of the final message, which is to be continued."""
+        at = text.rfind(CUT)
+        if at < 0:
+            raise RequestError("The model's chat template leaves the final message out, so it cannot be continued.",
+                               param="continue_final_message")
+        return text[:at] if text.startswith(f"{CUT} ", at) else text[:at].rstrip()
+
+    def unread(self, kwargs: Mapping[str, Any]) -> list[str]:
+        """Names that mean nothing to this template."""
+        return [name for name in kwargs if name not in self.free_names]
 
     def _checked_kwargs(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        allowed = self.free_names - RESERVED
         for name, value in kwargs.items():
             param = f"chat_template_kwargs.{name[:64]}"
-            if name not in allowed:
-                known = ", ".join(sorted(allowed)) or "none"
-                raise RequestError(f"The chat template takes no '{name[:64]}' from a request (it takes: {known}).",
+            if name in RESERVED:
+                known = ", ".join(sorted(self.free_names - RESERVED)) or "none"
+                raise RequestError(f"'{name}' is not the request's to set (the chat template takes: {known}).",
                                    param=param)
             if not isinstance(value, str | int | float | bool | None):
                 raise RequestError(f"'{name}' must be a string, a number, true, false or null.", param=param)
@@ -105,7 +116,8 @@ class ChatTemplate:
                 raise RequestError(f"'{name}' must be a finite number.", param=param)
             if isinstance(value, str) and len(value) > MAX_KWARG_CHARS:
                 raise RequestError(f"'{name}' is longer than {MAX_KWARG_CHARS} characters.", param=param)
-        escaped = escape_deep(dict(kwargs), self._tokenizer.escape)
+        read = {name: value for name, value in kwargs.items() if name in self.free_names}
+        escaped = escape_deep(read, self._tokenizer.escape)
         return escaped if isinstance(escaped, dict) else {}
 
     def _escape_for(self, role: str) -> Callable[[str], str]:
@@ -152,30 +164,62 @@ class ChatTemplate:
                 seen[part.kind] += 1
         return "\n".join(lines)
 
-    # What the template understands is found out by trying, once.
 
-    def _try(self, content: Content) -> str:
-        try:
-            return self._rendered({"messages": [{"role": "user", "content": content}], "add_generation_prompt": True})
-        except RequestError:
-            return ""
+# What a template understands is found out by trying, once.
 
-    def _echoes(self, content: Content) -> bool:
-        """Whether the probe's text comes out as text (a list that is printed as Python writes it does not count)."""
-        text = self._try(content)
-        return _PROBE in text and f"'{_PROBE}'" not in text and f'"{_PROBE}"' not in text
 
-    def _known_part(self, kind: Modality) -> dict[str, Any] | None:
-        """The content part for which the template writes the processor's placeholder."""
-        if self._placeholder is None or not self.takes_parts:
-            return None
-        wanted = self._placeholder(kind, 0)
-        candidates: list[dict[str, Any]] = [{"type": kind}]
-        candidates += [{"type": name, name: ""} for name in (kind, f"{kind}_url", f"input_{kind}")]
-        for part in candidates:
-            if wanted in self._try([part, {"type": "text", "text": _PROBE}]):
-                return part
-        return None
+def probes_of(modalities: Iterable[Modality], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """Variables whose rendering tells what a template takes: a string, a text part, each modality's parts."""
+    text = {"type": "text", "text": _PROBE}
+    contents: list[Content] = [_PROBE, [text]]
+    contents += [[part, text] for kind in modalities for part in _parts_of(kind)]
+    return [{"tools": None, "documents": None, **tokenizer.named_tokens, "add_generation_prompt": True,
+             "messages": [{"role": "user", "content": content}]} for content in contents]
+
+
+def _parts_of(kind: Modality) -> list[dict[str, Any]]:
+    """How content parts of this modality may be written; templates know some of these."""
+    return [{"type": kind}, *({"type": name, name: ""} for name in (kind, f"{kind}_url", f"input_{kind}"))]
+
+
+def _echoes(output: str) -> bool:
+    """Whether the probe's text came out as text (a list that is printed as Python writes it does not count)."""
+    return _PROBE in output and f"'{_PROBE}'" not in output and f'"{_PROBE}"' not in output
+
+
+@contextmanager
+def rendering() -> Iterator[None]:
+    """What can happen to a request's messages in a template, in the words of the API."""
+    try:
+        yield
+    except TemplateRefused as refusal:
+        words = " ".join(str(refusal).split())[:500]
+        raise RequestError(f"The model's chat template refuses these messages: {words}", param="messages",
+                           code="chat_template_refused") from None
+    except TemplateExhausted:
+        raise RequestError("The model's chat template takes more time or memory for these messages than it may.",
+                           param="messages", code="chat_template_failed") from None
+    except TemplateFailed:
+        raise RequestError("The model's chat template cannot render these messages.", param="messages",
+                           code="chat_template_failed") from None
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """The same while a template is looked at first: StartupError."""
+    try:
+        yield
+    except TemplateInvalid as error:
+        raise StartupError(f"The chat template is not valid Jinja: {str(error)[:300]}") from None
+    except TemplateExhausted:
+        raise StartupError("The chat template takes more time or memory than it may, for one short message.") from None
+    except TemplateFailed:
+        raise StartupError("The chat template cannot be compiled.") from None
+
+
+def check_source(source: str) -> None:
+    if len(source) > MAX_SOURCE_CHARS:
+        raise StartupError(f"The chat template is longer than {MAX_SOURCE_CHARS} characters.")
 
 
 def _with_cut(content: Content) -> Content:
@@ -188,14 +232,6 @@ def _with_cut(content: Content) -> Content:
     parts = list(content)
     parts[texts[-1]] = {"type": "text", "text": f"{parts[texts[-1]]['text']}{CUT} "}
     return parts
-
-
-def _cut(text: str) -> str:
-    at = text.rfind(CUT)
-    if at < 0:
-        raise RequestError("The model's chat template leaves the final message out, so it cannot be continued.",
-                           param="continue_final_message")
-    return text[:at] if text.startswith(f"{CUT} ", at) else text[:at].rstrip()
 
 
 def template_source(flag: str | None, checkpoint_template: str | None, architecture: str,

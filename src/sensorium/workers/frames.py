@@ -27,6 +27,14 @@ class FrameError(Exception):
     """The other side is gone, too late, or says what it must not."""
 
 
+def record_frame(kind: Kind, record: dict[str, Any]) -> bytes:
+    return bytes_frame(json.dumps(record).encode(), kind)
+
+
+def bytes_frame(data: bytes, kind: Kind = BYTES) -> bytes:
+    return HEAD.pack(kind, len(data)) + data
+
+
 class FrameSocket:
     """One end of a socket pair with blocking, deadline-bound whole reads and writes."""
 
@@ -39,13 +47,12 @@ class FrameSocket:
         self._deadline = None if seconds is None else time.monotonic() + seconds
 
     def send_record(self, kind: Kind, record: dict[str, Any]) -> None:
-        body = json.dumps(record).encode()
-        self._send(HEAD.pack(kind, len(body)) + body)
+        self.send(record_frame(kind, record))
 
-    def send_bytes(self, data: bytes | memoryview) -> None:
+    def send_bytes(self, data: bytes | memoryview, kind: Kind = BYTES) -> None:
         view = memoryview(data).cast("B")
-        self._send(HEAD.pack(BYTES, len(view)))
-        self._send(view)
+        self.send(HEAD.pack(kind, len(view)))
+        self.send(view)
 
     def receive_head(self) -> tuple[int, int]:
         """(kind, length) of the next frame."""
@@ -86,7 +93,8 @@ class FrameSocket:
         self.fill(memoryview(data))
         return data
 
-    def _send(self, data: bytes | memoryview) -> None:
+    def send(self, data: bytes | memoryview) -> None:
+        """One frame or several, as they are."""
         view = memoryview(data)
         while view:
             self._arm()

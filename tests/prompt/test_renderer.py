@@ -1,0 +1,228 @@
+"""Templates in processes of their own: the same text as in this one, bounded in time and memory, alone in failure."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from sensorium.errors import ServerError, UnavailableError
+from sensorium.prompt.inspection import TemplateExhausted, TemplateFailed, TemplateInvalid, TemplateRefused
+from sensorium.prompt.local import LocalRenderer
+from sensorium.prompt.renderer import RenderPool
+from sensorium.workers import crew
+
+GREETING = ("{{ messages[0].content }}, {{ name | default('you') | tojson }}"
+            "{% if boom %}{{ raise_exception('no') }}{% endif %}")
+LOOPS = ("{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}"
+         "{% endfor %}")
+DOUBLED = ("{% set t = namespace(x='aaaaaaaa') %}{% for i in range(99) %}{% set t.x = t.x ~ t.x %}{% endfor %}"
+           "{{ t.x | length }}")
+HOSTILE = {
+    "loops": LOOPS,
+    "loop that calls": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+    "width": "{{ '%9999999999d'|format(1) }}",
+    "doubled": DOUBLED,
+    "doubled list": "{% set t = namespace(x=[1]) %}{% for i in range(99) %}{% set t.x = t.x + t.x %}{% endfor %}",
+    "batch": "{{ range(9) | batch(9999999999, 0) | list }}",
+    "indent": "{{ 'a\nb' | indent(9999999999) }}",
+    "center": "{{ 'a' | center(9999999999) }}",
+    "joined": "{{ range(99999)|join(range(99999)|join) }}",
+    "replaced": "{{ ('a' * 99999) | replace('a', 'b' * 99999) }}",
+    "slices": "{{ range(9) | slice(9999999999) | list }}",
+    "wordwrap": "{{ ('a' * 99999) | wordwrap(1, wrapstring='b' * 99999) }}",
+    "power": "{% set t = namespace(x=9) %}{% for i in range(99) %}{% set t.x = t.x * t.x %}{% endfor %}{{ t.x }}",
+    "json": "{{ range(9) | list | tojson(indent=999999999) }}",
+    "writes": "{% for a in range(99999) %}{% for b in range(99999) %}aaaaaaaaaaaaaaaa{% endfor %}{% endfor %}",
+    "recursion": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "sorted": "{% for i in range(99999) %}{% set t = range(99999) | sort | sum %}{% endfor %}",
+}
+BOMBS = {
+    "brackets": "{{ " + "(" * 30_000 + "1" + ")" * 30_000 + " }}",
+    "loops in loops": "{% for a in x %}" * 60 + "{% endfor %}" * 60,
+    "ifs": "{% if a %}" * 20_000 + "{% endif %}" * 20_000,
+    "minus": "{{ " + "-" * 50_000 + "1 }}",
+    "not a template": "{% for %}",
+    "unknown filter": "{{ 1 | nonsense }}",
+    "folded": "{{ '%9999999999d'|format(1) }}",
+}
+
+
+@pytest.fixture
+async def pool() -> AsyncIterator[RenderPool]:
+    pool = RenderPool(cpu_s=0.4)
+    yield pool
+    await pool.aclose()
+
+
+def variables(**more: Any) -> bytes:
+    return json.dumps({"messages": [{"role": "user", "content": "Grüße 🙂"}], **more}).encode()
+
+
+async def hello(pool: RenderPool, tenant: bytes = b"") -> str:
+    return await pool.render(GREETING, variables(), tenant)
+
+
+async def test_the_same_text_as_in_this_process(pool: RenderPool) -> None:
+    for more in ({}, {"name": "Ann"}, {"name": [1, 2.5, None, True, {"ä": "\u2028"}]}):
+        ours = await LocalRenderer().render(GREETING, variables(**more), b"")
+        assert await pool.render(GREETING, variables(**more), b"") == ours
+    long = variables(name="é" * 3_000_000)
+    assert len(await pool.render(GREETING, long, b"")) > 3_000_000
+    with pytest.raises(TemplateRefused, match=r"^no$"):
+        await pool.render(GREETING, variables(boom=1), b"")
+    with pytest.raises(TemplateFailed):
+        await pool.render("{{ 1 + 'a' }}", variables(), b"")
+    with pytest.raises(TemplateFailed):
+        await pool.render("{{ '\\ud800' }}", variables(), b"")
+    probes = [json.loads(variables()), {"messages": [{"content": 1}]}, {}]
+    assert await pool.inspect(GREETING, probes, b"") == LocalRenderer().inspect_now(GREETING, probes)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+async def test_hostile_templates_end_while_others_are_served(pool: RenderPool, name: str) -> None:
+    await hello(pool)
+    begin = time.monotonic()
+    bad = asyncio.ensure_future(pool.render(HOSTILE[name], variables(), b""))
+    await asyncio.sleep(0)
+    assert await hello(pool) == 'Grüße 🙂, "you"'
+    with pytest.raises(TemplateFailed):
+        await bad
+    assert time.monotonic() - begin < 5
+    assert await hello(pool) == 'Grüße 🙂, "you"'
+
+
+@pytest.mark.parametrize("name", BOMBS)
+async def test_sources_that_are_no_templates_or_too_deep(name: str) -> None:
+    """Before serving and in a request, and the next one is none the worse."""
+    pool = RenderPool(cpu_s=1.0)
+    begin = time.monotonic()
+    try:
+        try:
+            pool.inspect_now(BOMBS[name], [])
+        except (TemplateInvalid, TemplateExhausted) as refused:
+            with pytest.raises(type(refused)):
+                await pool.inspect(BOMBS[name], [], b"")
+        assert pool.inspect_now("{{ a }}", [{"a": 1}]).outputs == ("1",)
+    finally:
+        await pool.aclose()
+    assert time.monotonic() - begin < 10
+
+
+async def test_loops_that_fill_every_worker_do_not_stop_the_next_request(pool: RenderPool) -> None:
+    """More workers come when those that run are stuck."""
+    await hello(pool)
+    bad = [asyncio.ensure_future(pool.render(LOOPS, variables(), b"")) for _ in range(4)]
+    await asyncio.sleep(0.01)
+    await hello(pool)
+    assert not all(one.done() for one in bad)  # it did not wait for their end
+    for one in bad:
+        with pytest.raises(TemplateExhausted):
+            await one
+
+
+async def test_one_tenant_cannot_hold_all(pool: RenderPool) -> None:
+    await hello(pool)
+    bad = [asyncio.ensure_future(pool.render(LOOPS, variables(), b"greedy")) for _ in range(30)]
+    await asyncio.sleep(0.01)
+    await hello(pool, b"modest")
+    assert sum(one.done() for one in bad) < 8  # it waited for none of the queue
+    await pool.aclose()
+    for one in bad:
+        with pytest.raises((TemplateExhausted, ServerError)):
+            await one
+
+
+async def test_requests_templates_have_processes_of_their_own(pool: RenderPool) -> None:
+    await hello(pool)
+    own = set(pool.pids)
+    bad = [asyncio.ensure_future(pool.inspect(LOOPS, [json.loads(variables())], b"")) for _ in range(8)]
+    await asyncio.sleep(0.1)
+    assert await hello(pool)
+    assert own <= set(pool.pids)
+    assert await asyncio.gather(*bad, return_exceptions=True)
+    for one in bad:
+        assert isinstance(one.exception(), TemplateExhausted)
+
+
+async def test_a_worker_that_is_killed_from_outside_costs_nobody_a_request(pool: RenderPool) -> None:
+    await hello(pool)
+    for _ in range(3):
+        for pid in pool.pids:
+            os.kill(pid, signal.SIGKILL)
+        assert await hello(pool) == 'Grüße 🙂, "you"'
+
+
+async def test_a_stopped_worker_is_no_fault_of_the_request() -> None:
+    pool = RenderPool(deadline_s=0.3)
+    await hello(pool)
+    await asyncio.sleep(0.5)
+    for pid in pool.pids:
+        os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(UnavailableError):
+        await hello(pool)
+    await asyncio.sleep(0)
+    await pool.aclose()
+    with pytest.raises(ServerError):
+        await hello(pool)
+
+
+async def test_a_request_that_is_given_up_leaves_its_worker_in_step(pool: RenderPool) -> None:
+    await hello(pool)
+    before = set(pool.pids)
+    for _ in range(20):
+        gone = asyncio.ensure_future(pool.render(GREETING, variables(name="x" * 100_000), b""))
+        await asyncio.sleep(0)
+        gone.cancel()
+    assert await hello(pool) == 'Grüße 🙂, "you"'
+    assert before <= set(pool.pids)
+
+
+async def test_workers_that_cannot_start_are_our_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> Any:
+        raise OSError("no processes left")
+
+    none = crew.Crew(fail, deadline_s=1, max_reply_bytes=100, fewest=1, most=2)
+    for _ in range(3):
+        with pytest.raises(ServerError):
+            await none.ask(b"", b"")
+    await none.aclose()
+
+
+async def test_closing_ends_what_runs() -> None:
+    pool = RenderPool()
+    await hello(pool)
+    bad = asyncio.ensure_future(pool.render(LOOPS, variables(), b""))
+    await asyncio.sleep(0.1)
+    pids = pool.pids
+    begin = time.monotonic()
+    await pool.aclose()
+    assert time.monotonic() - begin < 1
+    with pytest.raises(ServerError):
+        await bad
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_filters_that_import_late_work(capfd: pytest.CaptureFixture[str]) -> None:
+    pool = RenderPool()
+    for source in ("{{ 'a b' | wordwrap(1) }}", "{{ [1] | pprint }}", "{{ '<b>&amp;</b>' | striptags }}",
+                   "{{ strftime_now('%Y %B %Z') }}", "{{ [3, 1] | sort | join('-') | title }}"):
+        assert pool.inspect_now(source, [{}]) == LocalRenderer().inspect_now(source, [{}])
+    asyncio.run(pool.aclose())
+
+
+def test_nothing_reaches_out(capfd: pytest.CaptureFixture[str]) -> None:
+    pool = RenderPool(cpu_s=0.4)
+    for source in ("{{ cycler.__init__.__globals__.os }}", "{{ strftime_now.__globals__ }}"):
+        found = pool.inspect_now(source, [json.loads(variables())])
+        assert found.outputs == ("",)
+    asyncio.run(pool.aclose())
+    assert capfd.readouterr().err == ""
