@@ -192,7 +192,7 @@ def _say_ready(options: ServeOptions, client: EngineClient, name: str, url: str,
     own, everybody = resident_bytes([here]), resident_bytes(family(here))
     engine = resident_bytes([client.pid]) if client.pid else 0
     log.info("ready after %.1f s at %s: %s on %s in %s, up to %d tokens; weights %s, KV cache %s (%d tokens), resident "
-             "%s (HTTP %s, engine %s, media workers %s)", seconds, url, name, ready.device, ready.dtype,
+             "%s (HTTP %s, engine %s, workers %s)", seconds, url, name, ready.device, ready.dtype,
              ready.max_model_len, size(ready.weight_bytes), size(ready.kv_bytes), ready.kv_tokens, size(everybody),
              size(own), size(engine), size(everybody - own - engine))
 

@@ -226,12 +226,12 @@ class ServedModel:
         self._check_media(messages, media)
         processor = self._processor_for(mm_processor_kwargs or {})
         template = await self._template_for(chat_template, self.pooling_template if pooled else self.template, tenant)
-        self._note_unread(template.unread(template_kwargs or {}))
         begin = time.perf_counter()
         small = _is_small(messages)
         variables = await self._run(small, lambda: template.variables(
             messages, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message,
             kwargs=template_kwargs))
+        self._note_unread(template.unread(template_kwargs or {}))
         with rendering():
             text = await self._renderer.render(template.source, variables, tenant, is_foreign=chat_template is not None)
         if continue_final_message:

@@ -29,7 +29,7 @@ async def chat_completions(service: Service, call: Call) -> None:
         entry.need("generate")
         with entry.admission.admit(request.choices) as permit:
             async with service.flight(call):
-                prompt, echoed = await _prompt(service, entry, request)
+                prompt, echoed = await _prompt(service, entry, request, call.tenant)
                 request = request.without_messages()  # media in base64 are not kept while tokens come
                 pending.release()
                 permit.add_prompt_tokens(len(prompt.token_ids))
@@ -42,12 +42,12 @@ async def chat_completions(service: Service, call: Call) -> None:
                     call.note = f"{answers.prompt_tokens} + {answers.completion_tokens} tokens"
 
 
-async def _prompt(service: Service, entry: Entry, request: ChatRequest) -> tuple[Prompt, str]:
+async def _prompt(service: Service, entry: Entry, request: ChatRequest, tenant: bytes) -> tuple[Prompt, str]:
     """The prompt, and what the answer repeats: with `echo`, the assistant's last message that it continues."""
     conversation = request.conversation(entry.model.processor.modalities, service.limits)
     prepared = await entry.model.prepare_chat(
         conversation.messages, conversation.media, add_special_tokens=bool(request.add_special_tokens),
-        **request.template_options())
+        tenant=tenant, **request.template_options())
     entry.metrics.observe_prompt(prepared.text_s, prepared.media)
     continues = request.echo and conversation.messages[-1].role == "assistant"
     return prepared.prompt, conversation.last_text if continues else ""

@@ -167,7 +167,7 @@ def _check_media(job: Job[PoolingBody], chats: Sequence[Conversation]) -> None:
 async def _chat_prompt(job: Job[PoolingBody], chat: Conversation, truncation: Truncation | None) -> Prompt:
     prepared = await job.model.prepare_chat(
         chat.messages, chat.media, add_special_tokens=bool(job.request.add_special_tokens), pooled=True,
-        truncation=truncation, **job.request.template_options())
+        truncation=truncation, tenant=job.call.tenant, **job.request.template_options())
     job.entry.metrics.observe_prompt(prepared.text_s, prepared.media)
     return prepared.prompt
 

@@ -20,21 +20,21 @@ async def tokenize(service: Service, call: Call) -> None:
         request.check(service.server)
         entry = service.entry(request.model)
         async with service.flight(call):
-            tokens = await _tokens(service, entry, request)
+            tokens = await _tokens(service, entry, request, call.tenant)
             texts = [entry.model.tokenizer.id_to_token(token) for token in tokens]
             await call.respond(msgspec.json.encode({
                 "count": len(tokens), "max_model_len": entry.model.max_model_len, "tokens": tokens,
                 "token_strs": texts if request.return_token_strs else None}))
 
 
-async def _tokens(service: Service, entry: Entry, request: TokenizeRequest) -> list[int]:
+async def _tokens(service: Service, entry: Entry, request: TokenizeRequest, tenant: bytes) -> list[int]:
     model = entry.model
     if request.prompt is not None:
         return await asyncio.to_thread(_encode, model, request.prompt, request.add_special_tokens is not False)
     conversation = request.conversation(model.processor.modalities, service.limits)
     prompt = await model.chat_prompt(
         conversation.messages, conversation.media, add_special_tokens=bool(request.add_special_tokens),
-        **request.template_options())
+        tenant=tenant, **request.template_options())
     tokens: list[int] = prompt.token_ids.tolist()
     return tokens
 

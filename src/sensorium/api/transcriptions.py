@@ -44,7 +44,7 @@ async def _listen(service: Service, call: Call, *, translates: bool) -> None:
         _check_hears(entry)
         with entry.admission.admit(1) as permit:
             async with service.flight(call):
-                prepared = await _prompt(entry, request, form.file, translates)
+                prepared = await _prompt(entry, request, form.file, translates, call.tenant)
                 pending.release()
                 permit.add_prompt_tokens(len(prepared.prompt.token_ids))
                 sampling = request.sampling_body()
@@ -63,9 +63,10 @@ def _check_hears(entry: Entry) -> None:
                            code="unsupported_modality")
 
 
-async def _prompt(entry: Entry, request: AudioRequest, file: bytes, translates: bool) -> Prepared:
+async def _prompt(entry: Entry, request: AudioRequest, file: bytes, translates: bool, tenant: bytes) -> Prepared:
     message = Message("user", (MediaPart("audio"), TextPart(request.instruction(translates=translates))))
-    prepared = await entry.model.prepare_chat([message], [MediaSource("audio", FILE, payload=file)])
+    prepared = await entry.model.prepare_chat([message], [MediaSource("audio", FILE, payload=file)],
+                                              tenant=tenant)
     entry.metrics.observe_prompt(prepared.text_s, prepared.media)
     return prepared
 
