@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "flags": {"other_flags"},
     "other_flags": set(),
-    "start": {"checkpoint"},
+    "start": {"checkpoint", "pooling.spec"},
     "malloc": set(),
     "processes": set(),
     "remote": set(),

@@ -49,7 +49,8 @@ class EngineConfig:
     quantize_towers: bool = flag(False, "Let --quantization have the vision and audio towers and projectors too.")
     pooling: str = flag("auto", "Which token states an embedding is made of. auto: as the checkpoint's files say; "
                                 "without them the last token's, of an encoder the first's.",
-                        choices=("auto", "cls", "mean", "last", "max", "mean_sqrt_len", "weighted_mean"))
+                        choices=("auto", "cls", "mean", "last", "max", "mean_sqrt_len", "weighted_mean"),
+                        synonyms={"last-token": "last", "lasttoken": "last"})
     kv_cache_dtype: str = flag("auto", "Type of cached keys and values. auto: the computation's; int8: a byte each, "
                                        "with a scale per token and head.", choices=("auto", "int8"))
     max_model_len: int | None = flag(None, "Longest prompt plus answer, such as 32768 or 32K. Default (also auto, -1): "

@@ -52,7 +52,7 @@ def serve(options: ServeOptions) -> int:
         options.model, options.load.revision, options.load.download_dir)
     text_folder = _text_folder(options, folder)
     checkpoint = open_checkpoint(folder, text_folder, options.engine.hf_overrides)
-    options = as_meant(options, _family(checkpoint).modalities)
+    options = as_meant(options, folder, _family(checkpoint).modalities)
     checkpoint = replace(with_sampling_defaults(checkpoint, options.server), pooling=options.engine.pooling)
     _check(options, checkpoint)
     with _progress() as show:

@@ -14,11 +14,15 @@ from typing import Any
 from sensorium.checkpoint import Checkpoint
 from sensorium.config import LoadConfig, ServeOptions, ServerConfig
 from sensorium.errors import StartupError
+from sensorium.pooling.spec import read_pooling
 from sensorium.types import Modality
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _POOLER_TASKS = {"embed": "embed", "token_embed": "embed", "classify": "classify", "token_classify": "reward",
                  "score": "score", "encode": "auto", "reward": "reward"}
+_POOLING_NAMES = ("pooling_type", "seq_pooling_type")
+_POOLINGS = {"CLS": "cls", "MEAN": "mean", "LAST": "last"}
+_HARMLESS_IN_POOLER = (("tok_pooling_type", "ALL"), ("enable_chunked_processing", False))
 _SAID_ELSEWHERE = {"dimensions": "requests say it", "use_activation": "requests say it",
                    "normalize": "requests say it: `use_activation`", "softmax": "requests say it: `use_activation`",
                    "activation": "requests say it: `use_activation`", "max_embed_len": "use --max-model-len"}
@@ -27,10 +31,16 @@ _HARMLESS_IN_MEDIA: Mapping[str, tuple[Any, ...]] = {"image_mode": ("RGB",), "vi
                                                      "backend": ("opencv", "pyav"), "frame_recovery": (False,)}
 
 
-def as_meant(options: ServeOptions, modalities: Collection[Modality]) -> ServeOptions:
-    """The same options without other servers' words for `task` and `mm_processor_kwargs`."""
+def as_meant(options: ServeOptions, folder: Path, modalities: Collection[Modality]) -> ServeOptions:
+    """The same options without other servers' words for `task`, `pooling` and `mm_processor_kwargs`.
+
+    `folder` is the model's, which says whether embeddings are normalised.
+    """
     settings = _processor_settings(options.server, "video" in modalities)
+    pooler = options.load.pooler_config
+    _check_pooler(pooler, folder)
     return replace(options, load=replace(options.load, task=_task(options.load)),
+                   engine=replace(options.engine, pooling=_pooling(options.engine.pooling, pooler)),
                    server=replace(options.server, mm_processor_kwargs=settings))
 
 
@@ -48,13 +58,37 @@ def _task(load: LoadConfig) -> str:
 
 
 def _pooler_task(pooler: Mapping[str, Any]) -> str:
-    for name, value in pooler.items():
-        if name != "task" and value not in (None, False):
-            raise StartupError(f"--pooler-config: {name} cannot be set; {_SAID_ELSEWHERE.get(name, 'leave it out')}")
     task = pooler.get("task")
     if task is not None and task not in _POOLER_TASKS:
         raise StartupError(f"--pooler-config: task must be one of {', '.join(_POOLER_TASKS)}")
     return "auto" if task is None else _POOLER_TASKS[task]
+
+
+def _pooling(pooling: str, pooler: Mapping[str, Any]) -> str:
+    """What --pooling and --pooler-config say, if they agree."""
+    for name in _POOLING_NAMES:
+        given = pooler.get(name)
+        if given is None:
+            continue
+        kind = _POOLINGS.get(str(given).upper())
+        if kind is None:
+            raise StartupError(f"--pooler-config: {name} {given} is not offered; {', '.join(_POOLINGS)} are, and a "
+                               "vector for every token by /pooling")
+        if pooling not in ("auto", kind):
+            raise StartupError(f"--pooler-config: {name} {given} contradicts --pooling {pooling}")
+        pooling = kind
+    return pooling
+
+
+def _check_pooler(pooler: Mapping[str, Any], folder: Path) -> None:
+    """Refuse settings that ask for something else than what happens."""
+    for name, value in pooler.items():
+        if name in ("task", *_POOLING_NAMES) or value is None or (name, value) in _HARMLESS_IN_POOLER:
+            continue
+        if name in ("normalize", "use_activation") and isinstance(value, bool) and (
+                value is read_pooling(folder, "last").normalize):
+            continue
+        raise StartupError(f"--pooler-config: {name} cannot be set; {_SAID_ELSEWHERE.get(name, 'leave it out')}")
 
 
 def _processor_settings(server: ServerConfig, sees_videos: bool) -> dict[str, Any]:

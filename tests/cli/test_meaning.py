@@ -19,7 +19,7 @@ from sensorium.types import Modality
 
 
 def task(*argv: str) -> str:
-    return as_meant(serve_options(parser().read(["serve", "m", *argv]), {}), ()).load.task
+    return as_meant(serve_options(parser().read(["serve", "m", *argv]), {}), DEMO_FOLDER, ()).load.task
 
 
 @pytest.mark.parametrize(("argv", "meant"), [
@@ -48,10 +48,28 @@ def test_what_a_pooler_cannot_be_told(pooler: dict[str, Any]) -> None:
         task("--pooler-config", json.dumps(pooler))
 
 
+def pooling(folder: Path, pooler: dict[str, Any], *argv: str) -> str:
+    argv = ("serve", "m", "--pooler-config", json.dumps(pooler), *argv)
+    return as_meant(serve_options(parser().read(argv), {}), folder, ()).engine.pooling
+
+
+def test_a_pooler_s_pooling_is_the_flag_s(tmp_path: Path) -> None:
+    (tmp_path / "modules.json").write_text(json.dumps([{"type": "sentence_transformers.models.Transformer"}]))
+    assert pooling(DEMO_FOLDER, {"pooling_type": "MEAN", "normalize": True}) == "mean"
+    assert pooling(DEMO_FOLDER, {"seq_pooling_type": "cls", "tok_pooling_type": "ALL", "use_activation": True}) == "cls"
+    assert pooling(tmp_path, {"pooling_type": "LAST", "normalize": False}, "--pooling", "last-token") == "last"
+    assert pooling(DEMO_FOLDER, {"task": "embed", "enable_chunked_processing": False}, "--pooling", "max") == "max"
+    for folder, pooler in ((DEMO_FOLDER, {"normalize": False}), (tmp_path, {"use_activation": True})):
+        with pytest.raises(StartupError, match="requests say it"):
+            pooling(folder, pooler)
+    with pytest.raises(StartupError, match="contradicts --pooling mean"):
+        pooling(DEMO_FOLDER, {"pooling_type": "CLS"}, "--pooling", "mean")
+
+
 def settings(media: dict[str, Any], processor: dict[str, Any] | None = None,
              modalities: tuple[Modality, ...] = ("image", "video")) -> dict[str, Any]:
     argv = ["serve", "m", "--media-io-kwargs", json.dumps(media), "--mm-processor-kwargs", json.dumps(processor or {})]
-    return as_meant(serve_options(parser().read(argv), {}), modalities).server.mm_processor_kwargs
+    return as_meant(serve_options(parser().read(argv), {}), DEMO_FOLDER, modalities).server.mm_processor_kwargs
 
 
 def test_frames_of_videos_are_the_processor_s() -> None:
