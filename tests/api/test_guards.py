@@ -36,7 +36,7 @@ async def test_the_client_is_let_in_with_a_key_only() -> None:
 
 
 async def test_every_path_needs_the_key_but_the_literal_few() -> None:
-    public = {"/", "/livez", "/readyz", "/health", "/playground/style.css", "/playground/icon.svg"}
+    public = {"/", "/livez", "/readyz", "/health", "/ping", "/playground/style.css", "/playground/icon.svg"}
     public |= {f"/playground/{name}.js" for name in (
         "api attachments capture chat compare conversation dialogs dom i18n main metrics plot render samples server "
         "settings snippets sse store theme turn wav words").split()}

@@ -13,7 +13,7 @@ from sensorium.api.asgi import Call
 from sensorium.api.playground import PAGES
 from sensorium.errors import AuthenticationError
 
-PUBLIC_PATHS = frozenset({"/livez", "/readyz", "/health", *PAGES})
+PUBLIC_PATHS = frozenset({"/livez", "/readyz", "/health", "/ping", *PAGES})
 """Reachable without a key: the process's health and the static page, which knows nothing."""
 
 

@@ -24,6 +24,14 @@ async def read_request(call: Call, model: type[Request], limits: Limits, unknown
                        pending: PendingBody) -> Request:
     """The body of a call as a request model. Its bytes are held of `pending` until the caller releases them."""
     check_json_type(call)
+    body, bounds = await read_json(call, limits, pending)
+    if bounds.is_small:
+        return parse_json(model, body, unknown)
+    return await pending.in_turn(partial(parse_json, model, body, unknown))
+
+
+async def read_json(call: Call, limits: Limits, pending: PendingBody) -> tuple[bytearray, JsonBounds]:
+    """The bytes of a JSON body, and what they are made of."""
     bounds = JsonBounds(limits)
     body = bytearray()
 
@@ -37,9 +45,7 @@ async def read_request(call: Call, model: type[Request], limits: Limits, unknown
         bounds.finish()
     except TooManyValuesError as error:
         raise await pending.in_turn(partial(error.placed, body)) from None
-    if bounds.is_small:
-        return parse_json(model, body, unknown)
-    return await pending.in_turn(partial(parse_json, model, body, unknown))
+    return body, bounds
 
 
 def check_json_type(call: Call) -> None:

@@ -5,6 +5,7 @@ Routing is by exact path: no patterns, no redirects, no trailing slashes, so tha
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from sensorium.api.completions import completions
 from sensorium.api.docs_page import docs, openapi
 from sensorium.api.embeddings import embeddings
 from sensorium.api.errors import MethodNotAllowedError
+from sensorium.api.invocations import invocations
 from sensorium.api.pooling import classify, pooling
 from sensorium.api.protocol.audio import AudioRequest
 from sensorium.api.protocol.chat import ChatRequest
@@ -69,6 +71,12 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/livez", status.livez, "Does the process answer?", needs_engine=False),
     Route("GET", "/readyz", status.readyz, "Are requests answered?", needs_engine=False),
     Route("GET", "/health", status.health, "Are requests answered? Without a body.", needs_engine=False),
+    *(Route(method, "/ping", status.health, "The same, as SageMaker asks.", needs_engine=False, documented=False)
+      for method in ("GET", "POST")),
+    Route("POST", "/invocations", invocations, "Any of the other requests, told by its fields, as SageMaker sends it."),
+    Route("GET", "/load", status.load, "How many requests are being worked on.", needs_engine=False),
+    Route("GET", "/tokenizer_info", status.tokenizer_info, "The tokenizer's settings, if the operator opened it.",
+          documented=False),
     Route("GET", "/metrics", status.metrics, "Counters and gauges for Prometheus.", needs_engine=False),
     Route("GET", "/version", status.version, "The server's version.", needs_engine=False),
     Route("GET", "/docs", docs, "This description as a page.", needs_engine=False),
@@ -77,6 +85,7 @@ ROUTES: tuple[Route, ...] = (
       for path in playground.PAGES),
 )
 _MODEL_PATH = "/v1/models/{model}"
+_MAX_ADVISED_CHARS = 256
 
 
 class Router:
@@ -86,6 +95,9 @@ class Router:
         self._paths: dict[str, dict[str, Route]] = {}
         for route in routes:
             self._paths.setdefault(route.path, {})[route.method] = route
+        self._by_tail: dict[str, str] = {}  # the path below its version, in small letters -> the path
+        for route in (route for route in routes if route.documented):
+            self._by_tail.setdefault(_tail(route.path), route.path)
 
     def find(self, call: Call) -> Route:
         """The route of a call; also brings `call.path` into its canonical form."""
@@ -94,12 +106,30 @@ class Router:
         if methods is None and path.startswith("/v1/models/") and path != "/v1/models/":
             methods = self._paths.get(_MODEL_PATH)
         if methods is None:
-            raise NotFoundError("There is nothing at this path; GET /docs lists what there is.")
+            raise NotFoundError(f"There is nothing at this path; {self._advice(path)}")
         route = methods.get("GET" if call.method == "HEAD" else call.method)
         if route is None:
             raise MethodNotAllowedError("This method is not for this path.", allow=", ".join(sorted(methods)))
         call.path = path
         return route
+
+    def _advice(self, path: str) -> str:
+        """Where the path was meant to lead, if it ends like one of ours below another base URL, or in another case."""
+        parts = [part for part in path[:_MAX_ADVISED_CHARS].lower().split("/") if part]
+        for start in range(len(parts)):
+            tail = "/".join(parts[start:])
+            meant = self._by_tail.get(tail)
+            if meant is None and tail.startswith("models/"):
+                meant = _MODEL_PATH
+            if meant is not None:
+                base = "http://HOST:PORT/v1" if meant.startswith("/v1/") else "http://HOST:PORT"
+                return f"{meant} is the path of this endpoint, so the base URL must end as in {base}."
+        return "GET /docs lists what there is."
+
+
+def _tail(path: str) -> str:
+    """/v1/chat/completions -> chat/completions"""
+    return re.sub("^/(v[0-9]+/)?", "", path)
 
 
 def canonical(path: str) -> str:

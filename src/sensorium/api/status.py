@@ -8,6 +8,7 @@ from sensorium import __version__
 from sensorium.api.asgi import Call
 from sensorium.api.metrics import CONTENT_TYPE
 from sensorium.api.service import Entry, Service
+from sensorium.errors import NotFoundError
 
 
 async def livez(service: Service, call: Call) -> None:
@@ -25,6 +26,21 @@ async def health(service: Service, call: Call) -> None:
     """As other servers have it: an empty 200, or 503."""
     service.check_ready()
     await call.respond(b"")
+
+
+async def load(service: Service, call: Call) -> None:
+    """As vLLM has it: how many requests are being worked on."""
+    await call.respond(msgspec.json.encode({"server_load": len(service.flights)}))
+
+
+async def tokenizer_info(service: Service, call: Call) -> None:
+    """As vLLM has it: tokenizer_config.json with the chat template, of the first model."""
+    if not service.server.enable_tokenizer_info_endpoint:
+        raise NotFoundError("There is nothing at this path; the operator can open it with "
+                            "--enable-tokenizer-info-endpoint.")
+    checkpoint = service.entries[0].model.checkpoint
+    template = {} if checkpoint.chat_template is None else {"chat_template": checkpoint.chat_template}
+    await call.respond(msgspec.json.encode({"tokenizer_class": None, **checkpoint.tokenizer_config, **template}))
 
 
 async def version(service: Service, call: Call) -> None:
