@@ -8,6 +8,7 @@ one that transformers writes today; everything after it sees only the dataclasse
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -170,7 +171,7 @@ def resolve(model: str, revision: str | None = None, download_dir: str | None = 
     """A local folder as it is, else the hub repository's snapshot: every file of one commit."""
     folder = Path(model)
     if model.startswith("~/"):
-        folder = folder.expanduser()
+        folder = Path(os.path.expanduser(model))  # Path's raises where there is no home
     if model and folder.is_dir():
         return folder
     if model.endswith(".gguf"):

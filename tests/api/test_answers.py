@@ -358,6 +358,11 @@ async def test_template_variables(served: Served, caplog: pytest.LogCaptureFixtu
     for kwargs in ({"tokenize": True}, {"messages": "x"}, {"flavour": {"a": "x" * 10_000_000}}):
         assert (await chat(served.port, chat_template_kwargs=kwargs)).status == 400
     assert "ignored" not in caplog.text
+    for _ in range(2):  # this template reads none of them: said once
+        fields = {"enable_thinking": False, "reasoning_effort": "high", "chat_template_kwargs": {"nope": 1}}
+        assert (await chat(served.port, **fields)).status == 200
+    for name in ("enable_thinking", "reasoning_effort", "nope"):
+        assert caplog.text.count(f"{name!r} is ignored") == 1
 
 
 async def test_nothing_is_computed_for_what_is_refused(served: Served) -> None:

@@ -441,3 +441,15 @@ def test_template_and_processor_are_closed_to_requests() -> None:
 def test_tokenize_takes_one_of_two() -> None:
     assert refusal(TokenizeRequest, {}).param == "prompt"
     assert refusal(TokenizeRequest, {"prompt": "x", "messages": MESSAGES}).param == "prompt"
+
+
+@pytest.mark.parametrize(("fields", "wanted"), [
+    ({}, {}), ({"reasoning_effort": "low"}, {"reasoning_effort": "low"}),
+    ({"enable_thinking": False}, {"enable_thinking": False}),
+    ({"enable_thinking": True, "reasoning_effort": None, "chat_template_kwargs": {"enable_thinking": False, "a": 1}},
+     {"enable_thinking": False, "a": 1})])
+@pytest.mark.parametrize("model", [ChatRequest, TokenizeRequest])
+def test_template_variables_with_fields_of_their_own(model: Any, fields: dict[str, Any],
+                                                     wanted: dict[str, Any]) -> None:
+    request = parse(model, {"messages": MESSAGES, **fields})
+    assert request.template_options()["template_kwargs"] == wanted

@@ -251,3 +251,27 @@ def test_bytes_of_a_token() -> None:
     ids = tokenizer.encode("é 👩‍👩‍👧 The")
     assert b"".join(tokenizer.token_text(token)[1] for token in ids) == "é 👩‍👩‍👧 The".encode()
     assert isinstance(RAW["byte_level"].model, models.BPE)
+
+
+@pytest.mark.parametrize("home", ["none", "a file", "read-only"])
+def test_without_a_home_to_keep_it_in_a_tokenizer_is_converted_all_the_same(
+        home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    def convert_nothing(folder: Path, target: Path) -> None:
+        target.write_text("{}")
+
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "vocab.txt").write_text("a")
+    own = tmp_path / "home"
+    if home == "a file":
+        own.write_text("")
+    monkeypatch.setattr(convert, "_convert", convert_nothing)
+    monkeypatch.setattr(Path, "home", no_home if home == "none" else lambda: own)
+    if home == "read-only":
+        monkeypatch.setattr(Path, "mkdir", lambda *a, **k: (_ for _ in ()).throw(PermissionError(13, "no")))
+    made = convert.converted_tokenizer(model)
+    assert made.read_text() == "{}"
+    assert not made.is_relative_to(own)

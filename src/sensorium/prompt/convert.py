@@ -1,14 +1,18 @@
 """Makes a tokenizer.json for repositories that have none, through transformers in a process of its own.
 
-The result is kept in a cache folder under a hash of the files it came from. transformers is an optional extra and is
+The result is kept in a cache folder under a hash of the files it came from, or in a temporary one where there is no
+home or nothing can be written to it. transformers is an optional extra and is
 never imported into the server.
 """
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import importlib.util
+import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +23,7 @@ from sensorium.errors import CheckpointError, StartupError
 _SOURCES = ("*.model", "*.tiktoken", "vocab*", "merges.txt", "tokenizer*", "added_tokens.json",
             "special_tokens_map.json", "config.json")
 _TIMEOUT_S = 180
+_log = logging.getLogger("sensorium")
 
 
 def converted_tokenizer(folder: Path, cache: Path | None = None) -> Path:
@@ -26,22 +31,45 @@ def converted_tokenizer(folder: Path, cache: Path | None = None) -> Path:
     sources = _sources(folder)
     if not any(file.name not in ("config.json", "tokenizer_config.json") for file in sources):
         raise CheckpointError(f"{folder} has no tokenizer: neither tokenizer.json nor a vocabulary to make it of.")
-    cache = cache or Path.home() / ".cache" / "sensorium" / "tokenizers"
-    target = cache / f"{_digest(sources)}.json"
-    if target.is_file():
-        return target
+    cache = cache or _own_cache()
+    name = f"{_digest(sources)}.json"
+    if cache is not None and (cache / name).is_file():
+        return cache / name
     if importlib.util.find_spec("transformers") is None:
         raise StartupError("The model has no tokenizer.json. Its tokenizer can be converted once the extra is "
                            "installed: pip install 'sensorium[convert]'")
     try:
-        cache.mkdir(parents=True, exist_ok=True)
+        cache = _writable(cache)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             made = Path(scratch) / "tokenizer.json"
             _convert(folder, made)
-            made.replace(target)
+            made.replace(cache / name)
     except OSError as error:
-        raise StartupError(f"The converted tokenizer cannot be kept in {cache}: {error.strerror}") from None
-    return target
+        raise StartupError(f"The converted tokenizer cannot be written: {error.strerror}") from None
+    return cache / name
+
+
+def _own_cache() -> Path | None:
+    try:
+        return Path.home() / ".cache" / "sensorium" / "tokenizers"
+    except RuntimeError:  # neither HOME nor an entry in passwd
+        return None
+
+
+def _writable(cache: Path | None) -> Path:
+    """This folder, made if need be, or a temporary one for as long as this process lives."""
+    try:
+        if cache is not None:
+            cache.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=cache).close()
+            return cache
+    except OSError:
+        pass
+    _log.warning("the converted tokenizer is not kept: %s", "there is no home folder" if cache is None
+                 else f"{cache} cannot be written to")
+    scratch = Path(tempfile.mkdtemp(prefix="sensorium-"))
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    return scratch
 
 
 def _sources(folder: Path) -> list[Path]:
@@ -60,7 +88,10 @@ def _digest(sources: list[Path]) -> str:
 def _convert(folder: Path, target: Path) -> None:
     command = [sys.executable, "-m", "sensorium.prompt.convert", str(folder), str(target)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+        # What transformers or torch want to keep goes where this process may write, home or none.
+        environment = os.environ | dict.fromkeys(("HOME", "HF_HOME", "TORCHINDUCTOR_CACHE_DIR"), str(target.parent))
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False,
+                              env=environment)
     except subprocess.TimeoutExpired:
         raise StartupError(f"Converting the tokenizer took longer than {_TIMEOUT_S} s.") from None
     if done.returncode != 0 or not target.is_file():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -257,10 +258,11 @@ def _from_flag(flag: str) -> str:
     if any(character in flag for character in "{}\n"):
         return flag
     known = builtin.named_template(flag)
-    if known is not None and not Path(flag).expanduser().is_file():
+    file = Path(os.path.expanduser(flag))  # Path's raises where there is no home
+    if known is not None and not file.is_file():
         return known
     try:
-        return Path(flag).expanduser().read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise StartupError(f"--chat-template: the file {flag} cannot be read: {reason}") from None

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from sensorium.api.protocol.common import INT32_MAX, Count, Text
+from sensorium.api.protocol.common import INT32_MAX, Count, Name, Text
 from sensorium.api.protocol.content import Conversation, Messages, conversation
 from sensorium.api.protocol.sampling import ModelDefaults, SamplingBody, answer_length
 from sensorium.config import Limits, ServerConfig
@@ -33,6 +33,8 @@ class TemplateFields:
 
     chat_template: str | None
     chat_template_kwargs: dict[str, Any] | None
+    reasoning_effort: str | None  # this and the next are variables of templates that know them
+    enable_thinking: bool | None
     mm_processor_kwargs: dict[str, Any] | None
     add_generation_prompt: bool | None
     continue_final_message: bool | None
@@ -55,11 +57,17 @@ class TemplateFields:
             return not self.continue_final_message
         return self.add_generation_prompt
 
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """Those that clients give as fields of their own, and those of `chat_template_kwargs`, which are exact."""
+        own = {"reasoning_effort": self.reasoning_effort, "enable_thinking": self.enable_thinking}
+        return {name: value for name, value in own.items() if value is not None} | (self.chat_template_kwargs or {})
+
     def template_options(self) -> dict[str, Any]:
         """The options of `ServedModel.prepare_chat` that these fields are."""
         return {"add_generation_prompt": self.generates_prompt, "chat_template": self.chat_template,
                 "continue_final_message": bool(self.continue_final_message),
-                "template_kwargs": self.chat_template_kwargs, "mm_processor_kwargs": self.mm_processor_kwargs}
+                "template_kwargs": self.template_variables, "mm_processor_kwargs": self.mm_processor_kwargs}
 
 
 class ChatRequest(SamplingBody, TemplateFields):
@@ -72,6 +80,8 @@ class ChatRequest(SamplingBody, TemplateFields):
     continue_final_message: bool | None = None
     chat_template: Text | None = None
     chat_template_kwargs: TemplateKwargs | None = None
+    reasoning_effort: Name | None = None
+    enable_thinking: bool | None = None
     mm_processor_kwargs: ProcessorKwargs | None = None
 
     def check(self, limits: Limits, server: ServerConfig) -> None:

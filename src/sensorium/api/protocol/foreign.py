@@ -58,7 +58,6 @@ EVERYWHERE: Mapping[str, Foreign] = {
     **_fields("function_call tool_choice", (None, "none", "auto")),
     **_fields("modalities", (None, [], ["text"])),
     **_fields("prompt_logprobs", (None, False)),
-    **_fields("reasoning_effort", (None, "none")),
     **_fields("spaces_between_special_tokens", (None, True)),
     **_fields("thinking_token_budget truncate_prompt_tokens truncation_side", (None,)),
     **_fields("extra_body", advice="it is an argument of OpenAI's Python client: put its entries beside the other "

@@ -70,6 +70,8 @@ class PoolingBody(Body, TemplateFields):
     continue_final_message: bool | None = None
     chat_template: Text | None = None
     chat_template_kwargs: TemplateKwargs | None = None
+    reasoning_effort: Name | None = None
+    enable_thinking: bool | None = None
     mm_processor_kwargs: ProcessorKwargs | None = None
     use_activation: bool | None = None
 

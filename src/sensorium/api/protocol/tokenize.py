@@ -26,6 +26,8 @@ class TokenizeRequest(Body, TemplateFields):
     continue_final_message: bool | None = None
     chat_template: Text | None = None
     chat_template_kwargs: TemplateKwargs | None = None
+    reasoning_effort: Name | None = None
+    enable_thinking: bool | None = None
     mm_processor_kwargs: ProcessorKwargs | None = None
 
     def check(self, server: ServerConfig) -> None:
