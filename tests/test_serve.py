@@ -273,3 +273,9 @@ def test_a_pasted_command_means_what_it_meant(tmp_path: Path) -> None:
             assert len(said) == 1  # greedy by default
             refused = http.post("/v1/embeddings", json={"input": "x"})
             assert (refused.status_code, refused.json()["error"]["code"]) == (400, "unsupported_task")
+
+
+def test_a_thread_that_never_ends_does_not_keep_the_process() -> None:
+    code = ("import threading, time\nfrom sensorium.serve import end_without_threads\n"
+            "threading.Thread(target=time.sleep, args=(600,)).start()\nend_without_threads(3, 0.2)")
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 3

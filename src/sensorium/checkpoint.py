@@ -171,7 +171,7 @@ def resolve(model: str, revision: str | None = None, download_dir: str | None = 
     """A local folder as it is, else the hub repository's snapshot: every file of one commit."""
     folder = Path(model)
     if model.startswith("~/"):
-        folder = Path(os.path.expanduser(model))  # Path's raises where there is no home
+        folder = Path(os.path.expanduser(model))  # noqa: PTH111 - Path's raises without a home
     if model and folder.is_dir():
         return folder
     if model.endswith(".gguf"):

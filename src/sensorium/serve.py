@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ TASKS = {"generate": {"generate"}, "pooling": {"embed", "classify", "reward", "s
          "score": {"score", "classify", "embed"}}
 """What --task may mean for a family. Whether one model of it can, is known when it is loaded."""
 
+THREADS_GRACE_S = 3.0
+
 log = logging.getLogger("sensorium")
 
 
@@ -62,7 +65,16 @@ def serve(options: ServeOptions) -> int:
         import uvloop
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_serve(options, checkpoint, client, show, start_s))
+            code = runner.run(_serve(options, checkpoint, client, show, start_s))
+            end_without_threads(code)
+            return code
+
+
+def end_without_threads(code: int, after_s: float = THREADS_GRACE_S) -> None:
+    """From here on the process ends, in so many seconds at the latest: Python waits for threads that may never end."""
+    timer = threading.Timer(after_s, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
 
 
 async def _serve(options: ServeOptions, checkpoint: Checkpoint, client: EngineClient, show: LoadingBar,

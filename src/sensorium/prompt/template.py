@@ -258,7 +258,7 @@ def _from_flag(flag: str) -> str:
     if any(character in flag for character in "{}\n"):
         return flag
     known = builtin.named_template(flag)
-    file = Path(os.path.expanduser(flag))  # Path's raises where there is no home
+    file = Path(os.path.expanduser(flag))  # noqa: PTH111 - Path's raises without a home
     if known is not None and not file.is_file():
         return known
     try:
