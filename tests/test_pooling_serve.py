@@ -12,9 +12,20 @@ import numpy as np
 import pytest
 import server
 import torch
+from checkpoints import CHATML_SPECIALS, CHATML_TEMPLATE
+from checkpoints import write_tokenizer as write_chat_tokenizer
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from openai import OpenAI
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForSequenceClassification,
+)
 
 WORDS = ("paris is the capital of france berlin lies on spree bread made flour what a cat and dog sit under table . ? "
          ", who wrote this book").split()
@@ -122,3 +133,72 @@ def test_a_cross_encoder_reads_both_texts(tmp_path: Path) -> None:
         plain = httpx.post(f"{served.url}/classify", json={"input": query}).json()["data"][0]
         single = oracle(**tokenizer(query, return_tensors="pt")).logits.sigmoid().item()
         assert plain["probs"] == [pytest.approx(single, abs=1e-5)]
+
+
+# Rerankers on decoders
+
+
+PAIR_TEMPLATE = (
+    "<|im_start|>system\nJudge.<|im_end|>\n<|im_start|>user\n"
+    "<Query>: {{ messages | selectattr('role', 'eq', 'query') | map(attribute='content') | first }}\n"
+    "<Document>: {{ messages | selectattr('role', 'eq', 'document') | map(attribute='content') | first }}<|im_end|>\n"
+    "<|im_start|>assistant\n")
+QUERY = "What is shown in this image?"
+ANIMALS = ["A cat and a dog sit under the table.", "The flag is red.", "the chef " * 60]
+
+
+def write_reranker(folder: Path, template: str | None) -> Any:
+    """A decoder with one label -> transformers' own."""
+    ids = write_chat_tokenizer(folder, "hub", CHATML_SPECIALS, CHATML_TEMPLATE, eos="<|im_end|>")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512, "pad_token_id": 400}
+    return save(Qwen3ForSequenceClassification(Qwen3Config(vocab_size=max(ids.values()) + 9, num_labels=1, **shape)),
+                folder)
+
+
+@torch.inference_mode()
+def scores_of(oracle: Any, tokenizer: Any, texts: list[str]) -> list[float]:
+    return [oracle(torch.tensor([tokenizer.encode(text, add_special_tokens=False)])).logits[0, 0].sigmoid().item()
+            for text in texts]
+
+
+def pair_text(query: str, document: str) -> str:
+    chat = [{"role": "query", "content": query}, {"role": "document", "content": document}]
+    return str(ImmutableSandboxedEnvironment().from_string(PAIR_TEMPLATE).render(messages=chat))
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_pairs_of_a_decoder_go_through_their_template(tmp_path: Path, own: bool) -> None:
+    """The checkpoint's own, or the operator's in the place of one that was left behind by the chat model."""
+    oracle = write_reranker(tmp_path / "m", PAIR_TEMPLATE if own else CHATML_TEMPLATE)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "m" / "tokenizer.json"))
+    (tmp_path / "pairs.jinja").write_text(PAIR_TEMPLATE)
+    flags = () if own else ("--chat-template", str(tmp_path / "pairs.jinja"))
+    with server.running(tmp_path, str(tmp_path / "m"), *flags) as served:
+        def post(**body: Any) -> Any:
+            return httpx.post(f"{served.url}/score", json={"text_1": QUERY, **body}).json()
+
+        found = post(text_2=ANIMALS)
+        expected = scores_of(oracle, tokenizer, [pair_text(QUERY, document) for document in ANIMALS])
+        np.testing.assert_allclose([row["score"] for row in found["data"]], expected, atol=1e-5)
+        cut = post(text_2=ANIMALS[2], truncate_prompt_tokens=100)
+        assert 90 < cut["usage"]["prompt_tokens"] <= 100
+        ends = [pair_text(QUERY, ("the chef " * 60)[:length]) for length in range(540)]
+        whole = [text for text in ends if len(tokenizer.encode(text, add_special_tokens=False)) <= 100][-9:]
+        assert min(abs(score - cut["data"][0]["score"]) for score in scores_of(oracle, tokenizer, whole)) < 1e-5
+        assert "leave no room" in post(text_2="a", truncate_prompt_tokens=9)["error"]["message"]
+        assert "no template for pairs" not in served.text()
+
+
+def test_without_a_template_a_pair_is_two_texts_and_the_log_says_so(tmp_path: Path) -> None:
+    oracle = write_reranker(tmp_path / "m", CHATML_TEMPLATE)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "m" / "tokenizer.json"))
+    with server.running(tmp_path, str(tmp_path / "m")) as served:
+        found = httpx.post(f"{served.url}/score", json={"text_1": QUERY, "text_2": ANIMALS[0]}).json()
+        ids = tokenizer(QUERY, ANIMALS[0])["input_ids"]
+        with torch.inference_mode():
+            expected = oracle(torch.tensor([ids])).logits[0, 0].sigmoid().item()
+        assert found["data"][0]["score"] == pytest.approx(expected, abs=1e-5)
+        assert "no template for pairs" in served.text()

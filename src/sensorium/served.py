@@ -39,6 +39,7 @@ from sensorium.prompt.template import (
     compiling,
     pooling_template_source,
     probes_of,
+    reads_pairs,
     rendering,
     template_source,
 )
@@ -57,6 +58,9 @@ LONG_TEXT = 1 << 20  # characters from which a text may be refused by its length
 MAX_REQUEST_TEMPLATE = 64 * 1024  # characters
 MAX_UNREAD_NAMES = 256
 FEATURE_CACHE_BYTES = 64 * MiB
+PAIRS_AT_ONCE = 8  # that are rendered at the same time
+PAIR_SLACK = 64  # tokens by which a pair that was cut may be too long all the same, since texts are cut and not tokens
+PAIR_ATTEMPTS = 4  # to cut it again
 Task = PoolingTask | Literal["generate"]
 TASKS: Mapping[str, tuple[Task, ...]] = {
     "generate": ("generate",),
@@ -204,6 +208,9 @@ class ServedModel:
         """StartupError if --task leaves nothing; only once the engine is ready."""
         if not self.tasks:
             raise StartupError(f"--task {self._task}: this model can only {', '.join(self.all_tasks)}")
+        if "score" in self.tasks and self.checkpoint.text is not None and not self.has_pair_template:
+            _log.warning("this reranker has no template for pairs: the query and the document are put one after the "
+                         "other; --chat-template names one, whose messages have the roles query and document")
 
     # Prompts.
 
@@ -273,7 +280,19 @@ class ServedModel:
 
     async def pair_prompts(self, pairs: Sequence[tuple[str, str]], limits: PairLimits, *,
                            params: Sequence[str]) -> list[Prompt]:
-        """Two texts each as one prompt, for cross-encoders. `params` says where the second one stands."""
+        """Two texts each as one prompt, for cross-encoders. `params` says where the second one stands.
+
+        Through the template for pairs, if the model has one; the model's default prompt stands before the first text,
+        or is the template's system message.
+        """
+        if self.has_pair_template:
+            found: list[Prompt] = []
+            for start in range(0, len(pairs), PAIRS_AT_ONCE):
+                some = slice(start, start + PAIRS_AT_ONCE)
+                found += await all_in_order(self._templated(query, document, limits, param) for (query, document), param
+                                            in zip(pairs[some], params[some], strict=True))
+            return found
+        pairs = [(self.prompts.default + query, document) for query, document in pairs]
 
         def made() -> list[Prompt]:
             if not limits.shortens_documents:
@@ -285,6 +304,54 @@ class ServedModel:
 
         has_types = self.checkpoint.config.get("type_vocab_size", 0) > 1
         return await self._run(False, made)
+
+    @property
+    def has_pair_template(self) -> bool:
+        """Whether a decoder that scores reads its pairs through a template: the operator's, or the checkpoint's own if
+        it knows the roles of a query and a document (what a chat model left behind does not)."""
+        if self.checkpoint.text is None or self.template is None or "score" not in self.all_tasks:
+            return False
+        return self._server.chat_template is not None or reads_pairs(self.checkpoint.chat_template)
+
+    async def _templated(self, query: str, document: str, limits: PairLimits, param: str) -> Prompt:
+        """One pair through the template; the document is cut where the pair is to be, so that the template's end stays.
+        """
+        query = self._first_tokens(query, limits.max_query_tokens or None)
+        document = self._first_tokens(document, limits.max_document_tokens or None)
+        await asyncio.sleep(0)  # there may be thousands
+        if limits.total is None:
+            return await self._pair(query, document, param)
+        slack = Truncation(limits.total + PAIR_SLACK)
+        room = limits.total - len((await self._pair(query, "", param, slack)).token_ids)
+        for _ in range(PAIR_ATTEMPTS):
+            if room < 0:
+                break
+            prompt = await self._pair(query, self._first_tokens(document, room), param, slack)
+            excess = len(prompt.token_ids) - limits.total
+            if excess <= 0:
+                return prompt
+            room -= excess
+        raise ContextLengthError(f"The query and the template leave no room for a document: the two may have "
+                                 f"{limits.total} tokens.", param=param)
+
+    async def _pair(self, query: str, document: str, param: str, truncation: Truncation | None = None) -> Prompt:
+        system = self.prompts.default
+        messages = [Message(role, (TextPart(text),)) for role, text in
+                    (("system", system), ("query", query), ("document", document)) if text or role != "system"]
+        try:
+            prepared = await self.prepare_chat(messages, (), add_generation_prompt=False, truncation=truncation)
+        except RequestError as error:
+            error.param = param
+            raise
+        return prepared.prompt
+
+    def _first_tokens(self, text: str, count: int | None) -> str:
+        """The text of its first tokens; all of it with None."""
+        if count is None:
+            return text
+        text = Truncation(max(count, 1)).shorten(text)
+        ids = self.tokenizer.encode(self.tokenizer.escape(text))
+        return text if len(ids) <= count else self.tokenizer.decode(ids[:count], skip_special_tokens=False)
 
     def unpooled_tokens(self, prompt: str, *, add_special_tokens: bool) -> int:
         """Tokens at the beginning that take no part in pooling where this prompt stands before a text and the

@@ -99,7 +99,7 @@ async def _compare(job: Job[ComparingBody], left: Side, right: Side) -> Pooled:
 
 async def _cross_encoded(job: Job[ComparingBody], left: Side, right: Side) -> Pooled:
     model = job.model
-    queries, documents = [model.prompts.default + text for text in _texts(left)], _texts(right)
+    queries, documents = _texts(left), _texts(right)
     pairs = list(zip(_repeated(queries, len(documents)), documents, strict=True))
     places = [right.place(index) for index in range(len(documents))]
     truncation = job.truncation()
