@@ -469,8 +469,8 @@ def _rope(text: dict[str, Any], family: _Family, max_positions: int, head_dim: i
         raise _unsupported("rope type", name, _ROPE_KINDS)
     partial = _number(scaling, "partial_rotary_factor", _number(text, "partial_rotary_factor", 1.0))
     attention_factor = scaling.get("attention_factor")
-    original = _positive_int(scaling, "original_max_position_embeddings",
-                             text.get("original_max_position_embeddings") or max_positions)
+    key = "original_max_position_embeddings"  # the outer one counts where both are there, as in transformers
+    original = _positive_int(text if text.get(key) else scaling, key, max_positions)
     sections = tuple(int(x) for x in _numbers(scaling, "mrope_section"))
     rope = RopeConfig(
         theta=_number(scaling, "rope_theta", _number(text, "rope_theta", family.theta)),

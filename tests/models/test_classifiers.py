@@ -77,6 +77,22 @@ def test_sequence_classification(tmp_path: Path, family: str, labels: int) -> No
         assert pooled(model, "token_classify", states, ids).shape == (len(ids), labels)
 
 
+@pytest.mark.parametrize("labels", [1, 3])
+def test_a_regression_answers_with_its_numbers(tmp_path: Path, labels: int) -> None:
+    config_class, model_class = CLASSES["qwen2"]
+    torch.manual_seed(0)
+    config = config_class(**SHAPE, num_labels=labels, problem_type="regression")
+    oracle = model_class(config).eval()
+    torch.nn.init.normal_(oracle.score.weight, std=2.0)
+    oracle.save_pretrained(tmp_path)
+    model = load(tmp_path)
+    for ids, states in zip(PROMPTS, states_of(model), strict=True):
+        with torch.inference_mode():
+            expected = oracle(torch.tensor([ids])).logits[0]
+        torch.testing.assert_close(pooled(model, "classify", states, ids), expected, atol=1e-5, rtol=1e-5)
+        assert (expected - expected.sigmoid()).abs().max() > 0.1
+
+
 def test_the_true_last_token_counts_also_if_it_is_the_padding(tmp_path: Path) -> None:
     """A prompt that really ends with `<|endoftext|>` is pooled there, though it is also this model's padding."""
     config_class, model_class = CLASSES["qwen2"]

@@ -39,6 +39,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
                                                   "truncate": False, "beta_fast": 3.0, "beta_slow": 0.2}}),
     "yarn-attention-factor": ("llama", {"rope_parameters": {**YARN, "attention_factor": 1.4, "beta_fast": 2,
                                                             "original_max_position_embeddings": 300}}),
+    "yarn-original-outside": ("qwen2", {"rope_parameters": YARN, "original_max_position_embeddings": 40}),
     "yarn-windowed": ("mistral", {"max_position_embeddings": 16, "sliding_window": 16, "rope_parameters": {
         **YARN, "original_max_position_embeddings": 16}}),
     "gelu": ("llama", {"hidden_act": "gelu"}),
