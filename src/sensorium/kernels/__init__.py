@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 __all__ = ["Activation", "DecoderLayerParts", "DecoderStack", "KeptForm", "LinearForm", "Quantization",
            "QuantizedForm", "activate", "add_rms_norm", "cache_width", "decoder_stack", "describe", "empty_linear",
            "empty_quantized", "first_attention", "gated", "layer_norm", "linear_activate", "linear_add",
-           "linear_in_place", "pack_linear", "paged_attention", "quantized_in_place", "quantized_layout", "rms_norm",
-           "rope", "silu_mul", "varlen_attention", "write_kv"]
+           "linear_in_place", "pack_linear", "paged_attention", "quantized_in_place", "quantized_layout", "query_step",
+           "rms_norm", "rope", "run_attention", "silu_mul", "varlen_attention", "write_kv"]
 
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "tanh"]
@@ -272,6 +272,19 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale:
     With a window, a token sees as many others on either side of itself.
     """
     out: Tensor = _attending(q).varlen_attention(q, k, v, lengths, scale, window)
+    return out
+
+
+def query_step(q: Tensor) -> int:
+    """Queries that `run_attention` takes at a time, or a multiple of it, or all that remain if they are more."""
+    step: int = _attending(q).query_step(q)
+    return step
+
+
+def run_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """`varlen_attention` of one run, for consecutive ones of its queries: q [n, heads, head_dim], k and v of all its
+    tokens. The numbers are those of all queries at once, to the last bit."""
+    out: Tensor = _attending(q).run_attention(q, k, v, scale)
     return out
 
 

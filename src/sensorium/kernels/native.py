@@ -31,6 +31,7 @@ ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512", "avx512_bf16")  # the ind
 ABI = 7
 PANEL = 32  # output columns that are stored together, kPanel of native/kernels.h
 LANES = 16
+QUERY_STEP = 192  # of one run; up to a tile's rows (96) the keys of a run are split among threads, which adds otherwise
 COMPACT_HEAD, COMPACT_FOUR = 64, 192  # bytes of a compact panel: at its start, and for every four inputs
 EXCEPTIONS = 256  # one weight in so many of a panel may have an unusual exponent
 LAYOUT = 1  # of quantised weights and how they are rounded: to be raised with every change of either
@@ -296,19 +297,35 @@ class Native:
 
     def varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float,
                          window: int | None = None) -> Tensor:
-        tokens, heads, head_dim = q.shape
-        fp32 = self._attends_in_float32(q)
-        dtype = torch.float32 if fp32 else _BF16
-        if not (all(_packed_like(t, dtype) for t in (q, k, v)) and head_dim % 2 == 0 and window != 0):
+        if not (self._attends(q, k, v) and window != 0):
             return reference.varlen_attention(q, k, v, lengths, scale, window)
-        out = q.new_empty((tokens, heads, head_dim))
         lens = torch.tensor(lengths, dtype=torch.int32)
         start = torch.zeros(len(lengths) + 1, dtype=torch.int32)
         torch.cumsum(lens, 0, out=start[1:])
+        return self._both_ways(q, k, v, start, lens, scale, window)
+
+    def query_step(self, q: Tensor) -> int:
+        return QUERY_STEP if self._attends(q) else reference.query_step(q)
+
+    def run_attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        if not self._attends(q, k, v):
+            return reference.run_attention(q, k, v, scale)
+        start, lens = (torch.tensor(numbers, dtype=torch.int32) for numbers in ([0, len(q)], [len(k)]))
+        return self._both_ways(q, k, v, start, lens, scale)
+
+    def _attends(self, *tensors: Tensor) -> bool:
+        dtype = torch.float32 if self._attends_in_float32(tensors[0]) else _BF16
+        return all(_packed_like(t, dtype) for t in tensors) and tensors[0].shape[2] % 2 == 0
+
+    def _both_ways(self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, lens: Tensor, scale: float,
+                   window: int | None = None) -> Tensor:
+        """`start` int32 [runs + 1]: where each run's queries begin; `lens` int32 [runs]: its keys."""
+        tokens, heads, head_dim = q.shape
+        out = q.new_empty((tokens, heads, head_dim))
         arguments = _Attention(
             q.data_ptr(), out.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0), heads * head_dim,
             0, head_dim, k.stride(0), 0, head_dim, v.stride(0), None, start.data_ptr(), lens.data_ptr(), 0,
-            len(lengths), heads, k.shape[1], head_dim, 1, 0, window or 0, 0, fp32, scale)
+            len(lens), heads, k.shape[1], head_dim, 1, 0, window or 0, 0, self._attends_in_float32(q), scale)
         self._attention(self._runtime, ctypes.addressof(arguments))
         return out
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sensorium.kernels import Activation
     from sensorium.models.base import AttentionContext
 
+QUERY_STEP = 768  # torch computes queries in blocks of one size from so many on
 GATHER_ELEMENTS = 16 * 1024 * 1024  # bound of one padded gather of keys
 SCALE_BYTES = 4  # behind every row of an int8 cache
 MASK_ELEMENTS = 4 * 1024 * 1024  # bound of one prefill mask
@@ -243,6 +244,14 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale:
         return _both_ways(q.reshape(shape), k.reshape(shape), v.reshape(shape), scale).reshape(q.shape)
     qs, ks, vs = (torch.split(t.unsqueeze(0), lengths, dim=1) for t in (q, k, v))
     return torch.cat([_both_ways(*run, scale) for run in zip(qs, ks, vs, strict=True)], dim=1).squeeze(0)
+
+
+def query_step(q: Tensor) -> int:
+    return QUERY_STEP
+
+
+def run_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return _both_ways(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), scale).squeeze(0)
 
 
 def first_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float,

@@ -6,10 +6,10 @@ through `weight_map`. Model code sees one flattened batch: `[tokens, hidden]` an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 
@@ -21,6 +21,10 @@ KVCache = list[tuple[Tensor, Tensor]]
 """Per layer (keys, values), each [num_blocks, kv_heads, block_size, head_dim]."""
 
 Read = Literal["all", "first", "last"]
+T = TypeVar("T")
+Steps: TypeAlias = Generator[int, None, T]
+"""A long computation that stops before each of its pieces and says how many multiply-adds the piece has, about; what it
+returns is the result."""
 
 
 @dataclass(slots=True)
@@ -55,6 +59,16 @@ class Rename:
     source: str
     target: str
     shard: str | None = None
+
+
+def finished(steps: Steps[T]) -> T:
+    """The result of a computation that nobody interrupts."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: T = end.value
+            return result
 
 
 class Model(nn.Module):
@@ -98,9 +112,14 @@ class Model(nn.Module):
         `token_types` int64 [tokens] are the segments of BERT's pairs; None where no prompt of the step has any."""
         raise NotImplementedError
 
-    def encode(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
-        """Tower: the arrays of each item's MediaFeatures -> rows [num_rows, hidden] per item, in one batch."""
+    def encoding(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> Steps[list[Tensor]]:
+        """Tower: the arrays of each item's MediaFeatures -> rows [num_rows, hidden] per item, in one batch and piece
+        by piece, so that other work can be done between them."""
         raise NotImplementedError
+
+    def encode(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+        """The same without a break."""
+        return finished(self.encoding(kind, items))
 
     def forward(self, hidden: Tensor, positions: Tensor, cache: KVCache, context: AttentionContext) -> Tensor:
         """Embeddings [tokens, hidden], positions int64 [tokens] or [axes, tokens] -> hidden states [tokens, hidden]

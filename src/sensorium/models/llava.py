@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from sensorium.checkpoint import Checkpoint
 from sensorium.errors import CheckpointError
-from sensorium.models.base import Rename
+from sensorium.models.base import Rename, Steps
 from sensorium.models.decoder import DECODER_MAP, DecoderForCausalLM
 from sensorium.models.layers import Linear, declare
-from sensorium.models.towers.blocks import activation, separate
+from sensorium.models.towers.blocks import activation, separate, weights
 from sensorium.models.towers.clip import ClipConfig, ClipTower, clip_map
 from sensorium.types import Modality
 
@@ -61,14 +61,17 @@ class Llava(DecoderForCausalLM):
         unused = [f"vision_tower.{name}" for name in self.vision_tower.unused]
         self.ignored = (*self.ignored, ".embeddings.position_ids", *unused)
 
-    def encode(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
-        rows = self._features(torch.stack([item["pixels"] for item in items]))
+    def encoding(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> Steps[list[Tensor]]:
+        rows = yield from self._features(torch.stack([item["pixels"] for item in items]))
         return separate(rows.flatten(0, 1), [rows.shape[1]] * len(items))
 
-    def _features(self, pixels: Tensor) -> Tensor:
+    def _features(self, pixels: Tensor) -> Steps[Tensor]:
         """[n, 3, side, side] -> [n, rows, hidden]"""
-        batches = torch.split(pixels, self.vision_tower.group_size)
-        parts: list[Tensor] = [self.multi_modal_projector(self.vision_tower(batch)) for batch in batches]
+        parts = []
+        for batch in torch.split(pixels, self.vision_tower.group_size):
+            states = yield from self.vision_tower.steps(batch)
+            yield states[..., 0].numel() * weights(self.multi_modal_projector)
+            parts.append(self.multi_modal_projector(states))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def activation_bytes(self, tokens: int) -> int:
@@ -87,9 +90,9 @@ class LlavaNext(Llava):
                 "'default' with CLIP, whose first row is of no patch, and 'full' with SigLIP, which has no such row")
         self.image_newline = declare(self.text.hidden_size)
 
-    def encode(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+    def encoding(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> Steps[list[Tensor]]:
         pixels = [item["pixels"] for item in items]  # [tiles, 3, side, side]
-        features = self._features(pixels[0] if len(items) == 1 else torch.cat(pixels))
+        features = yield from self._features(pixels[0] if len(items) == 1 else torch.cat(pixels))
         parts = torch.split(features, [len(tiles) for tiles in pixels])
         return [self._pack(tiles, item["layout"].tolist()) for tiles, item in zip(parts, items, strict=True)]
 

@@ -15,10 +15,10 @@ from torch.nn import functional
 
 from sensorium.checkpoint import Checkpoint
 from sensorium.errors import CheckpointError
-from sensorium.models.base import Rename
+from sensorium.models.base import Rename, Steps
 from sensorium.models.decoder import DECODER_MAP, DecoderForCausalLM
 from sensorium.models.layers import Linear, declare
-from sensorium.models.towers.blocks import MAX_ROWS, LayerNorm, groups, separate
+from sensorium.models.towers.blocks import MAX_ROWS, LayerNorm, group_rows, groups, separate
 from sensorium.models.towers.clip import clip_map
 from sensorium.models.towers.siglip import SiglipTower, siglip_config
 from sensorium.types import Modality
@@ -120,19 +120,24 @@ class MiniCPMV(DecoderForCausalLM):
         self.register_buffer("pixel_scale", (1 / 255 / std).unsqueeze(1), persistent=False)
         self.register_buffer("pixel_shift", (-mean / std).unsqueeze(1), persistent=False)
 
-    def encode(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+    def encoding(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> Steps[list[Tensor]]:
         grids = [[(int(lines), int(columns)) for lines, columns in item["grids"].tolist()] for item in items]
         every = [grid for one in grids for grid in one]
         lengths = [lines * columns for lines, columns in every]
         slices = [part for item, one in zip(items, grids, strict=True)
                   for part in torch.split(item["patches"], [lines * columns for lines, columns in one])]
-        rows = [self._encode(torch.cat(slices[group]), every[group]) for group in groups(lengths)]
+        rows = []
+        for group in groups(lengths, group_rows(slices[0])):
+            rows.append((yield from self._encode(torch.cat(slices[group]), every[group])))
         return separate(torch.cat(rows).flatten(0, 1), [len(one) * self.num_queries for one in grids])
 
-    def _encode(self, patches: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+    def _encode(self, patches: Tensor, grids: Sequence[tuple[int, int]]) -> Steps[Tensor]:
         """uint8 [patches, 3 * side * side] -> [slices, queries, hidden]"""
+        yield patches.numel()
         pixels = patches.view(len(patches), 3, -1).float().mul_(self.pixel_scale).add_(self.pixel_shift)
-        out: Tensor = self.resampler(self.vpm(pixels.flatten(1), grids), grids)
+        states = yield from self.vpm.steps(pixels.flatten(1), grids)
+        yield len(states) * self.text.hidden_size * (states.shape[1] + 2 * self.text.hidden_size)
+        out: Tensor = self.resampler(states, grids)
         return out
 
     def activation_bytes(self, tokens: int) -> int:

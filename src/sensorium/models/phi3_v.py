@@ -16,11 +16,11 @@ from torch.nn import functional
 
 from sensorium.checkpoint import Checkpoint
 from sensorium.errors import CheckpointError
-from sensorium.models.base import Rename
+from sensorium.models.base import Rename, Steps
 from sensorium.models.decoder import DECODER_MAP, DecoderForCausalLM
 from sensorium.models.layers import Linear, declare
 from sensorium.models.tensor_files import stored_tensors
-from sensorium.models.towers.blocks import MAX_ROWS, separate
+from sensorium.models.towers.blocks import MAX_ROWS, by_rows, separate, weights
 from sensorium.models.towers.clip import ClipConfig, ClipTower, clip_map
 from sensorium.types import Modality
 
@@ -52,12 +52,14 @@ class VisionEmbedding(nn.Module):
                                              "2": Linear(hidden_size, hidden_size, bias=True)})
         self._global_first = global_first
 
-    def forward(self, pictures: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> list[Tensor]:
+    def steps(self, pictures: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> Steps[list[Tensor]]:
         tiles = pictures[0] if len(pictures) == 1 else torch.cat(list(pictures))
-        groups = torch.split(tiles, self.img_processor.group_size)
-        features = torch.split(torch.cat([self.img_processor(group) for group in groups]), list(map(len, pictures)))
+        states = []
+        for group in torch.split(tiles, self.img_processor.group_size):
+            states.append((yield from self.img_processor.steps(group)))
+        features = torch.split(torch.cat(states), list(map(len, pictures)))
         packed = [self._packed(part, grid) for part, grid in zip(features, grids, strict=True)]
-        rows = torch.cat([self._projected(part) for part in torch.split(torch.cat(packed), MAX_ROWS)])
+        rows = yield from by_rows(self._projected, weights(self.img_projection), torch.cat(packed))
         return separate(rows, [len(part) for part in packed])
 
     def _projected(self, rows: Tensor) -> Tensor:
@@ -99,10 +101,9 @@ class Phi3V(DecoderForCausalLM):
         unused = [f"vision_embed_tokens.img_processor.{name}" for name in tower.unused]
         self.ignored = (*self.ignored, ".embeddings.position_ids", "vision_embed_tokens.wte.", *unused)
 
-    def encode(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+    def encoding(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> Steps[list[Tensor]]:
         grids = [(int(high), int(wide)) for high, wide in (item["grid"].tolist() for item in items)]
-        rows: list[Tensor] = self.vision_embed_tokens([item["pixels"] for item in items], grids)
-        return rows
+        return (yield from self.vision_embed_tokens.steps([item["pixels"] for item in items], grids))
 
     def activation_bytes(self, tokens: int) -> int:
         size, tower = self.model.norm.weight.element_size(), self.vision_embed_tokens.img_processor

@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from sensorium.checkpoint import Checkpoint
-from sensorium.models.base import Rename
+from sensorium.models.base import Rename, Steps
 from sensorium.models.decoder import DECODER_MAP
 from sensorium.models.qwen2_vl import Qwen2VL
 from sensorium.models.towers.qwen_vit import WINDOWED_VIT_MAP, QwenVit, QwenVitConfig, WindowedQwenVit
@@ -38,12 +38,11 @@ class Qwen2Omni(Qwen2VL):
         config = QwenVitConfig.windowed(checkpoint.config.get("vision_config") or {})
         return WindowedQwenVit(config, self.text.hidden_size)
 
-    def encode(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+    def encoding(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> Steps[list[Tensor]]:
         if kind == "audio":
             dtype = self.audio_tower.ln_post.weight.dtype
-            rows: list[Tensor] = self.audio_tower([item["mel"].to(dtype) for item in items])
-            return rows
-        return super().encode(kind, items)
+            return (yield from self.audio_tower.steps([item["mel"].to(dtype) for item in items]))
+        return (yield from super().encoding(kind, items))
 
     def activation_bytes(self, tokens: int) -> int:
         size = self.model.norm.weight.element_size()

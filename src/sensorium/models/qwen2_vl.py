@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sensorium.checkpoint import Checkpoint
+from sensorium.models.base import Steps
 from sensorium.models.decoder import DecoderForCausalLM
 from sensorium.models.towers.blocks import MAX_ROWS
 from sensorium.models.towers.qwen_vit import QwenVit, QwenVitConfig
@@ -26,10 +27,13 @@ class Qwen2VL(DecoderForCausalLM):
     def build_vision(self, checkpoint: Checkpoint) -> QwenVit:
         return QwenVit(QwenVitConfig.of(checkpoint.config.get("vision_config") or {}), self.text.hidden_size)
 
-    def encode(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+    def encoding(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> Steps[list[Tensor]]:
         grids = [(int(t), int(h), int(w)) for t, h, w in (item["grid"].tolist() for item in items)]
-        rows: list[Tensor] = self.visual([self._pixels(item) for item in items], grids)
-        return rows
+        pixels = []
+        for item in items:
+            yield item["pixels"].numel()
+            pixels.append(self._pixels(item))
+        return (yield from self.visual.steps(pixels, grids))
 
     def _pixels(self, item: Mapping[str, Tensor]) -> Tensor:
         """Patches [n, 3 * …], normalised in float32 and then in the weights' type; a piece at a time."""

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from sensorium.checkpoint import Checkpoint
 from sensorium.errors import CheckpointError
-from sensorium.models.base import Rename
+from sensorium.models.base import Rename, Steps
 from sensorium.models.decoder import DECODER_MAP, DecoderForCausalLM
 from sensorium.models.layers import Linear, RMSNorm
 from sensorium.models.towers.whisper import WhisperConfig, WhisperTower
@@ -61,14 +61,14 @@ class Ultravox(DecoderForCausalLM):
         self.audio_tower = WhisperTower(audio)
         self.multi_modal_projector = Projector(audio.hidden_size, self.text.hidden_size, checkpoint.config)
 
-    def encode(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+    def encoding(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> Steps[list[Tensor]]:
         """`mel` [bins, frames] of each clip; chunks of all clips go through the tower in one batch."""
         chunk_frames = 2 * self.audio_tower.config.max_positions
         chunks = [torch.split(item["mel"], chunk_frames, dim=1) for item in items]
         frames = [chunk.shape[1] for clip in chunks for chunk in clip]
         padded = [self._padded(chunk, chunk_frames) if index else chunk
                   for clip in chunks for index, chunk in enumerate(clip)]
-        states = iter(self.audio_tower(padded, frames))
+        states = iter((yield from self.audio_tower.steps(padded, frames)))
         return [torch.cat([self.multi_modal_projector(next(states)) for _ in clip]) for clip in chunks]
 
     def _padded(self, chunk: Tensor, chunk_frames: int) -> Tensor:

@@ -10,9 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from sensorium import kernels
+from sensorium.models.base import Steps
 from sensorium.models.layers import Linear, activation_name, declare
 
 MAX_ROWS = 8192  # patches that go through a tower at once: bounds its activations, still large for a matrix product
+CPU_GROUP_ROWS = 1024
+PIECE_MACS = 2**31  # multiply-adds of one piece on a CPU: a tenth of a second, where a core does 20 G of them a second
+LEAST_ROWS = 256  # of a matrix product: fewer would wait for the weights
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
@@ -42,7 +46,7 @@ class LayerNorm(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two biased linear layers. Rows go through in pieces: the wide middle is the largest activation of a tower."""
+    """Two biased linear layers."""
 
     def __init__(self, size: int, inner: int, act: str) -> None:
         super().__init__()
@@ -51,10 +55,71 @@ class Mlp(nn.Module):
         self.fc2 = Linear(inner, size, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        if len(x) <= MAX_ROWS:
-            out: Tensor = self.fc2(self.act(self.fc1(x)))
-            return out
-        return torch.cat([self.fc2(self.act(self.fc1(rows))) for rows in torch.split(x, MAX_ROWS)])
+        out: Tensor = self.fc2(self.act(self.fc1(x)))
+        return out
+
+
+def weights(*modules: nn.Module) -> int:
+    """Multiply-adds that these modules' linear layers take for one row."""
+    return sum(layer.in_features * layer.out_features for module in modules for layer in module.modules()
+               if isinstance(layer, Linear))
+
+
+def by_rows(work: Callable[..., Tensor], macs: int, *inputs: Tensor) -> Steps[Tensor]:
+    """work(*inputs) a bounded number of rows at a time, where a row takes `macs` multiply-adds and depends on no other.
+
+    It also bounds what the wide middle of an MLP takes, the largest activation of a tower."""
+    total, most = len(inputs[0]), MAX_ROWS
+    if inputs[0].is_cpu:
+        most = min(MAX_ROWS, max(PIECE_MACS // macs // LEAST_ROWS * LEAST_ROWS, LEAST_ROWS))
+    out: Tensor | None = None
+    for start in range(0, total, most):
+        yield min(most, total - start) * macs
+        rows = work(*(x[start : start + most] for x in inputs))
+        if len(rows) == total:
+            return rows
+        if out is None:
+            out = rows.new_empty(total, *rows.shape[1:])
+        out[start : start + most] = rows
+    return work(*inputs) if out is None else out
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Steps[Tensor]:
+    """`kernels.varlen_attention`, runs together as long as they are small, and a large one a part of its queries at a
+    time."""
+    width = 2 * q.shape[1] * q.shape[2]
+    macs = [length**2 * width for length in lengths]
+    if sum(macs) <= PIECE_MACS or not q.is_cpu:
+        yield sum(macs)
+        return kernels.varlen_attention(q, k, v, list(lengths), scale)
+    out = torch.empty(q.shape, dtype=q.dtype)
+    start = 0
+    for runs in groups(macs, PIECE_MACS):
+        end = start + sum(lengths[runs])
+        part = slice(start, end)
+        if runs.stop - runs.start == 1:
+            yield from _one_run(q[part], k[part], v[part], scale, out[part])
+        else:
+            yield sum(macs[runs])
+            out[part] = kernels.varlen_attention(q[part], k[part], v[part], list(lengths[runs]), scale)
+        start = end
+    return out
+
+
+def _one_run(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> Steps[None]:
+    step, macs = kernels.query_step(q), 2 * k.numel()
+    most = max(PIECE_MACS // macs // step, 1) * step
+    starts = list(range(0, len(q), most))
+    if len(starts) > 1 and len(q) - starts[-1] < step:
+        del starts[-1]  # too few to be computed alone
+    for start, end in zip(starts, [*starts[1:], len(q)], strict=True):
+        yield (end - start) * macs
+        out[start:end] = kernels.run_attention(q[start:end], k, v, scale)
+
+
+def group_rows(x: Tensor) -> int:
+    """Patches or frames of several items that go through a tower together. More are no faster on a CPU."""
+    return min(MAX_ROWS, CPU_GROUP_ROWS) if x.is_cpu else MAX_ROWS
 
 
 def groups(lengths: Sequence[int], limit: int = MAX_ROWS) -> Iterator[slice]:

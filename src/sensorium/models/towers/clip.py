@@ -13,11 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sensorium import kernels
 from sensorium.errors import CheckpointError
-from sensorium.models.base import Rename
+from sensorium.models.base import Rename, Steps, finished
 from sensorium.models.layers import Linear, QKVLinear, declare
-from sensorium.models.towers.blocks import MAX_ROWS, LayerNorm, Mlp, PatchLinear
+from sensorium.models.towers.blocks import (
+    CPU_GROUP_ROWS,
+    MAX_ROWS,
+    LayerNorm,
+    Mlp,
+    PatchLinear,
+    attention,
+    by_rows,
+    weights,
+)
 
 
 def clip_map(prefix: str) -> tuple[Rename, ...]:
@@ -104,11 +112,12 @@ class ClipAttention(nn.Module):
         self.qkv_proj = QKVLinear(config.hidden_size, config.num_heads, config.num_heads, self.head_dim, bias=True)
         self.out_proj = Linear(config.hidden_size, config.hidden_size, bias=True)
 
-    def forward(self, x: Tensor, lengths: list[int]) -> Tensor:
-        q, k, v = self.qkv_proj(x).view(len(x), 3, self.num_heads, self.head_dim).unbind(1)
-        attended = kernels.varlen_attention(q, k, v, lengths, self.head_dim**-0.5)
-        out: Tensor = self.out_proj(attended.reshape(len(x), -1))
-        return out
+    def forward(self, norm: LayerNorm, x: Tensor, lengths: list[int]) -> Steps[Tensor]:
+        """Of the normed x, without the last product."""
+        qkv = yield from by_rows(lambda rows: self.qkv_proj(norm(rows)), weights(self.qkv_proj), x)
+        q, k, v = qkv.view(len(x), 3, self.num_heads, self.head_dim).unbind(1)
+        attended = yield from attention(q, k, v, lengths, self.head_dim**-0.5)
+        return attended.reshape(len(x), -1)
 
 
 class ClipLayer(nn.Module):
@@ -119,8 +128,12 @@ class ClipLayer(nn.Module):
         self.mlp = Mlp(config.hidden_size, config.intermediate_size, config.hidden_act)
         self.layer_norm2 = LayerNorm(config.hidden_size, config.eps)
 
-    def forward(self, x: Tensor, lengths: list[int]) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x), lengths)
+    def forward(self, x: Tensor, lengths: list[int]) -> Steps[Tensor]:
+        attended = yield from self.self_attn(self.layer_norm1, x, lengths)
+        return (yield from by_rows(self._rest, weights(self.self_attn.out_proj, self.mlp), x, attended))
+
+    def _rest(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + self.self_attn.out_proj(attended)
         x += self.mlp(self.layer_norm2(x))
         return x
 
@@ -157,7 +170,8 @@ class ClipTower(nn.Module):
     @property
     def group_size(self) -> int:
         """Pictures that are computed at once."""
-        return max(1, MAX_ROWS // self.config.num_positions)
+        most = CPU_GROUP_ROWS if self.embeddings.position_embedding.weight.is_cpu else MAX_ROWS
+        return max(1, most // self.config.num_positions)
 
     @property
     def num_rows(self) -> int:
@@ -172,6 +186,10 @@ class ClipTower(nn.Module):
         return rows * element_size * (per_row + 2 * 3 * config.patch_size**2)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        return finished(self.steps(pixels))
+
+    def steps(self, pixels: Tensor) -> Steps[Tensor]:
+        yield pixels.numel() * self.config.hidden_size
         embedded = self.embeddings(pixels.to(self.embeddings.position_embedding.weight.dtype))
         count, positions, hidden = embedded.shape
         if self.pre_layrnorm is not None:
@@ -179,7 +197,7 @@ class ClipTower(nn.Module):
         x = embedded.view(count * positions, hidden)
         kept = {0: x}
         for index, layer in enumerate(self.encoder.layers, start=1):
-            x = layer(x, [positions] * count)
+            x = yield from layer(x, [positions] * count)
             if index in self.states:
                 kept[index] = x
         rows = x if len(self.states) == 1 else torch.cat([kept[state] for state in self.states], dim=-1)

@@ -18,9 +18,20 @@ from torch.nn import functional
 
 from sensorium import kernels
 from sensorium.errors import CheckpointError
-from sensorium.models.base import Rename
+from sensorium.models.base import Rename, Steps
 from sensorium.models.layers import GateUpLinear, Linear, QKVLinear, RMSNorm
-from sensorium.models.towers.blocks import MAX_ROWS, LayerNorm, Mlp, PatchLinear, groups, separate
+from sensorium.models.towers.blocks import (
+    MAX_ROWS,
+    LayerNorm,
+    Mlp,
+    PatchLinear,
+    attention,
+    by_rows,
+    group_rows,
+    groups,
+    separate,
+    weights,
+)
 
 CACHED_GRIDS = 32
 EPS = 1e-6
@@ -93,17 +104,17 @@ class VisionAttention(nn.Module):
         self.qkv = QKVLinear(size, num_heads, num_heads, self.head_dim, bias=True)
         self.proj = Linear(size, size, bias=True)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: list[int]) -> Tensor:
-        q, k, v = self.qkv(x).view(len(x), 3, self.num_heads, self.head_dim).unbind(1)
+    def forward(self, norm: LayerNorm | RMSNorm, x: Tensor, cos: Tensor, sin: Tensor,
+                lengths: list[int]) -> Steps[Tensor]:
+        """Of the normed x, without the last product."""
+        qkv = yield from by_rows(lambda rows: self.qkv(norm(rows)), weights(self.qkv), x)
+        q, k, v = qkv.view(len(x), 3, self.num_heads, self.head_dim).unbind(1)
         q, k = kernels.rope(q, k, cos, sin)
-        attended = kernels.varlen_attention(q, k, v, lengths, self.head_dim**-0.5)
-        out: Tensor = self.proj(attended.reshape(len(x), -1))
-        return out
+        attended = yield from attention(q, k, v, lengths, self.head_dim**-0.5)
+        return attended.reshape(len(x), -1)
 
 
 class GatedMlp(nn.Module):
-    """Rows go through in pieces: the wide middle is the largest activation of a tower."""
-
     def __init__(self, size: int, inner: int, act: str) -> None:
         super().__init__()
         if act != "silu":
@@ -112,8 +123,8 @@ class GatedMlp(nn.Module):
         self.down_proj = Linear(inner, size, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        pieces = [self.down_proj(kernels.silu_mul(self.gate_up_proj(rows))) for rows in torch.split(x, MAX_ROWS)]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        out: Tensor = self.down_proj(kernels.silu_mul(self.gate_up_proj(x)))
+        return out
 
 
 class VisionBlock(nn.Module):
@@ -125,8 +136,12 @@ class VisionBlock(nn.Module):
         self.attn = VisionAttention(size, config.num_heads)
         self.mlp = mlp(size, config.intermediate_size, config.hidden_act)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: list[int]) -> Tensor:
-        x = x + self.attn(self.norm1(x), cos, sin, lengths)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: list[int]) -> Steps[Tensor]:
+        attended = yield from self.attn(self.norm1, x, cos, sin, lengths)
+        return (yield from by_rows(self._rest, weights(self.attn.proj, self.mlp), x, attended))
+
+    def _rest(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + self.attn.proj(attended)
         x += self.mlp(self.norm2(x))
         return x
 
@@ -157,9 +172,12 @@ class PatchMerger(nn.Module):
         self.mlp = nn.ModuleDict({"0": Linear(self.block, self.block, bias=True),
                                   "2": Linear(self.block, out_features, bias=True)})
 
-    def forward(self, x: Tensor) -> Tensor:
-        inner = functional.gelu(self.mlp["0"](self.ln_q(x).view(-1, self.block)))
-        out: Tensor = self.mlp["2"](inner)
+    def forward(self, x: Tensor) -> Steps[Tensor]:
+        return (yield from by_rows(self._merged, weights(self.mlp), x.view(-1, self.block)))
+
+    def _merged(self, blocks: Tensor) -> Tensor:
+        rows = self.ln_q(blocks.reshape(-1, self.ln_q.weight.shape[0])).view(-1, self.block)
+        out: Tensor = self.mlp["2"](functional.gelu(self.mlp["0"](rows)))
         return out
 
 
@@ -194,31 +212,39 @@ class QwenVit(nn.Module):
         inner = 3 * config.intermediate_size
         return int(element_size * (patches * (10 * config.embed_dim + 2 * pixels) + MAX_ROWS * inner))
 
-    def forward(self, pixels: Sequence[Tensor], grids: Sequence[tuple[int, int, int]]) -> list[Tensor]:
+    def steps(self, pixels: Sequence[Tensor], grids: Sequence[tuple[int, int, int]]) -> Steps[list[Tensor]]:
         """Per medium: patches [frames * lines * columns, …] and their grid -> rows [patches / merge², out_features]."""
         slices = [part for whole, (_, h, w) in zip(pixels, grids, strict=True) for part in torch.split(whole, h * w)]
         sizes = [(h, w) for t, h, w in grids for _ in range(t)]
-        rows = [self._encode(slices[group], sizes[group]) for group in groups([h * w for h, w in sizes])]
+        rows = []
+        for group in groups([h * w for h, w in sizes], group_rows(pixels[0])):
+            rows.append((yield from self._encode(slices[group], sizes[group])))
         merged = self.config.spatial_merge_size**2
         return separate(rows[0] if len(rows) == 1 else torch.cat(rows), [t * h * w // merged for t, h, w in grids])
 
-    def _encode(self, slices: Sequence[Tensor], sizes: Sequence[Size]) -> Tensor:
+    def _encode(self, slices: Sequence[Tensor], sizes: Sequence[Size]) -> Steps[Tensor]:
         """Of one group -> [blocks, out_features], in the order in which the blocks came."""
         dtype = self.merger.ln_q.weight.dtype
-        x = torch.cat([self.patch_embed(part.to(dtype)) for part in _alike(slices)])
+        embedded = []
+        for part in _alike(slices):
+            embedded.append((yield from by_rows(lambda rows: self.patch_embed(rows.to(dtype)),
+                                                weights(self.patch_embed), part)))
+        x = embedded[0] if len(embedded) == 1 else torch.cat(embedded)
         grids = [self._grid(size, x.device) for size in sizes]
         cos, sin = torch.cat([grid.cos for grid in grids]), torch.cat([grid.sin for grid in grids])
         order = self._order(grids, sizes)
         if order is not None:
             x = x.view(-1, self.merger.block)[order].view(x.shape)
-        x = self._layers(x, cos, sin, [h * w for h, w in sizes], [run for grid in grids for run in grid.windows])
-        rows: Tensor = self.merger(x)
+        windows = [run for grid in grids for run in grid.windows]
+        x = yield from self._layers(x, cos, sin, [h * w for h, w in sizes], windows)
+        rows = yield from self.merger(x)
         return rows if order is None else torch.empty_like(rows).index_copy_(0, order, rows)
 
-    def _layers(self, x: Tensor, cos: Tensor, sin: Tensor, slices: list[int], windows: list[int]) -> Tensor:
+    def _layers(self, x: Tensor, cos: Tensor, sin: Tensor, slices: list[int],
+                windows: list[int]) -> Steps[Tensor]:
         for index, block in enumerate(self.blocks):
             is_cut = self.config.window_size and index not in self.config.full_attention_layers
-            x = block(x, cos, sin, windows if is_cut else slices)
+            x = yield from block(x, cos, sin, windows if is_cut else slices)
         return x
 
     def _order(self, grids: Sequence[_Grid], sizes: Sequence[Size]) -> Tensor | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sensorium.errors import CheckpointError
+from sensorium.models.base import Steps, finished
 from sensorium.models.layers import declare
 from sensorium.models.towers.blocks import MAX_ROWS, LayerNorm, PatchLinear
 from sensorium.models.towers.clip import ClipConfig, ClipEncoder
@@ -86,10 +87,14 @@ class SiglipTower(nn.Module):
         return ("head.", "embeddings.position_ids", *(f"encoder.layers.{index}." for index in layers))
 
     def forward(self, patches: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+        return finished(self.steps(patches, grids))
+
+    def steps(self, patches: Tensor, grids: Sequence[tuple[int, int]]) -> Steps[Tensor]:
+        yield patches.numel() * self.config.hidden_size
         x = self.embeddings(patches.to(self.post_layernorm.weight.dtype), grids)
         lengths = [lines * columns for lines, columns in grids]
         for layer in self.encoder.layers:
-            x = layer(x, lengths)
+            x = yield from layer(x, lengths)
         out: Tensor = self.post_layernorm(x)
         return out
 

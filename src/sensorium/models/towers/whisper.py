@@ -9,7 +9,6 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +16,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sensorium import kernels
+from sensorium.models.base import Steps, finished
 from sensorium.models.layers import Linear, declare
-from sensorium.models.towers.blocks import MAX_ROWS, LayerNorm, activation, groups
+from sensorium.models.towers.blocks import (
+    MAX_ROWS,
+    LayerNorm,
+    activation,
+    attention,
+    by_rows,
+    group_rows,
+    groups,
+    weights,
+)
 
 LAYER_NORM_EPS = 1e-5
 
@@ -79,17 +88,24 @@ class SelfAttention(nn.Module):
         self.v_proj = Linear(size, size, bias=True)
         self.out_proj = Linear(size, size, bias=True)
 
-    def forward(self, x: Tensor, lengths: list[int], heard: list[int]) -> Tensor:
-        """Runs of `lengths` states, of which the first `heard` are seen by all of their run, and the others by none."""
-        shape = (len(x), -1, self.head_dim)
-        q, k, v = self.q_proj(x).view(shape), self.k_proj(x).view(shape), self.v_proj(x).view(shape)
-        attend = kernels.varlen_attention if heard == lengths else partial(_attend_to_heard, heard=heard)
-        attended = attend(q, k, v, lengths, self.head_dim**-0.5)
-        out: Tensor = self.out_proj(attended.reshape(len(x), -1))
-        return out
+    def forward(self, norm: LayerNorm, x: Tensor, lengths: list[int], heard: list[int]) -> Steps[Tensor]:
+        """Of the normed x, without the last product. Runs of `lengths` states, of which the first `heard` are seen by
+        all of their run, and the others by none."""
+        x = norm(x)
+        heads = []
+        for project in (self.q_proj, self.k_proj, self.v_proj):
+            rows = yield from by_rows(project, weights(project), x)
+            heads.append(rows.view(len(x), -1, self.head_dim))
+        q, k, v = heads
+        if heard == lengths:
+            attended = yield from attention(q, k, v, lengths, self.head_dim**-0.5)
+        else:
+            yield sum(length**2 for length in lengths) * 2 * x.shape[1]
+            attended = _attend_to_heard(q, k, v, lengths, self.head_dim**-0.5, heard)
+        return attended.reshape(len(x), -1)
 
 
-def _attend_to_heard(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, *,
+def _attend_to_heard(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float,
                      heard: list[int]) -> Tensor:
     """`varlen_attention` to the first `heard` of each run's keys. The few queries behind them are computed by torch."""
     out = torch.empty_like(q)
@@ -116,8 +132,13 @@ class WhisperLayer(nn.Module):
         self.fc2 = Linear(config.intermediate_size, config.hidden_size, bias=True)
         self.final_layer_norm = LayerNorm(config.hidden_size, LAYER_NORM_EPS)
 
-    def forward(self, x: Tensor, lengths: list[int], heard: list[int]) -> Tensor:
-        x = x + self.self_attn(self.self_attn_layer_norm(x), lengths, heard)
+    def forward(self, x: Tensor, lengths: list[int], heard: list[int]) -> Steps[Tensor]:
+        attended = yield from self.self_attn(self.self_attn_layer_norm, x, lengths, heard)
+        macs = weights(self.self_attn.out_proj, self.fc1, self.fc2)
+        return (yield from by_rows(self._rest, macs, x, attended))
+
+    def _rest(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + self.self_attn.out_proj(attended)
         out: Tensor = x + self.fc2(self.act(self.fc1(self.final_layer_norm(x))))
         return out
 
@@ -135,32 +156,34 @@ class WhisperEncoder(nn.Module):
     def positions(self, length: int, like: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def states(self, clips: Sequence[Tensor], frames: Sequence[int] | None = None) -> list[Tensor]:
+    def states(self, clips: Sequence[Tensor], frames: Sequence[int] | None = None) -> Steps[list[Tensor]]:
         """Log-mel clips [bins, frames] -> states [frames_after_convolutions, hidden] of each, before the last norm.
 
         Of a clip that is padded, `frames` says how many of its own are there: nothing attends to what comes behind.
         """
-        embedded = self._convolve(clips)
+        embedded = yield from self._convolve(clips)
         lengths = [len(x) for x in embedded]
         heard = lengths if frames is None else [frames_after_convolutions(count) for count in frames]
         out: list[Tensor] = []
-        for group in groups(lengths):
+        for group in groups(lengths, group_rows(clips[0])):
             x, runs = torch.cat(embedded[group]), lengths[group]
             for layer in self.layers:
-                x = layer(x, runs, heard[group])
+                x = yield from layer(x, runs, heard[group])
             out.extend(torch.split(x, runs))
         return out
 
-    def _convolve(self, clips: Sequence[Tensor]) -> list[Tensor]:
+    def _convolve(self, clips: Sequence[Tensor]) -> Steps[list[Tensor]]:
         """[bins, frames] each -> [frames / 2, hidden] each. Clips of one length, as windows are, go together."""
         by_length: dict[int, list[int]] = {}
         for index, clip in enumerate(clips):
             by_length.setdefault(clip.shape[1], []).append(index)
         out = list(clips)
         for length, indices in by_length.items():
-            most = max(1, 2 * MAX_ROWS // length)
+            most = max(1, 2 * group_rows(clips[0]) // length)
             for start in range(0, len(indices), most):
                 group = indices[start : start + most]
+                yield len(group) * length * 3 * self.config.hidden_size * (
+                    self.config.num_mel_bins + self.config.hidden_size // 2)
                 x = functional.gelu(self.conv1(torch.stack([clips[i] for i in group])))
                 x = functional.gelu(self.conv2(x)).transpose(1, 2)  # [clips, frames / 2, hidden]
                 x = x + self.positions(x.shape[1], x)
@@ -192,7 +215,11 @@ class WhisperTower(WhisperEncoder):
 
     def forward(self, clips: Sequence[Tensor], frames: Sequence[int] | None = None) -> list[Tensor]:
         """[bins, frames] each -> [frames_after_convolutions, hidden] each; `frames` as of `states`."""
-        return [self.layer_norm(x) for x in self.states(clips, frames)]
+        return finished(self.steps(clips, frames))
+
+    def steps(self, clips: Sequence[Tensor], frames: Sequence[int] | None = None) -> Steps[list[Tensor]]:
+        states = yield from self.states(clips, frames)
+        return [self.layer_norm(x) for x in states]
 
 
 class OmniAudioTower(WhisperEncoder):
@@ -210,10 +237,17 @@ class OmniAudioTower(WhisperEncoder):
 
     def forward(self, clips: Sequence[Tensor]) -> list[Tensor]:
         """[bins, frames] each -> [(frames_after_convolutions - 2) // 2 + 1, output] each"""
+        return finished(self.steps(clips))
+
+    def steps(self, clips: Sequence[Tensor]) -> Steps[list[Tensor]]:
         windows = [torch.split(clip, self.window, dim=1) for clip in clips]
-        states = iter(self.states([window for clip in windows for window in clip]))
+        states = iter((yield from self.states([window for clip in windows for window in clip])))
         joined = [torch.cat([next(states) for _ in clip]) for clip in windows]
-        return [self._finish(x) for x in joined]
+        out = []
+        for x in joined:
+            yield len(x) * weights(self.proj) // 2
+            out.append(self._finish(x))
+        return out
 
     def _finish(self, x: Tensor) -> Tensor:
         pairs = len(x) // 2
