@@ -327,6 +327,28 @@ async def test_a_body_in_crumbs_does_not_occupy_the_event_loop(canary: Canary) -
     assert time.process_time() - start < 0.3
 
 
+async def hints(_head: str, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 103 Early Hints\r\n\r\n" * 100_000)
+
+
+async def a_hint(_head: str, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" * 3
+                 + b"HTTP/1.1 200 OK\r\nContent-Length: 300000\r\n\r\n" + b"x" * 300_000)
+
+
+async def test_interim_responses_without_end_do_not_occupy_the_event_loop(canary: Canary) -> None:
+    canary.answer = hints
+    start = time.process_time()
+    error = await refusal(fetch(make_loader("127.0.0.1", fetch_timeout_s=5), f"http://127.0.0.1:{canary.port}/"))
+    assert error.code == "failed_to_download_image"
+    assert time.process_time() - start < 1  # 5 without a bound
+    canary.answer = a_hint
+    fetcher = Fetcher(AllowedHosts.parse(["127.0.0.1"]), timeout_s=5, max_redirects=0, max_url_length=100)
+    found = await fetcher.get(f"http://127.0.0.1:{canary.port}/", 10**6)
+    assert found.payload == b"x" * 300_000
+    await fetcher.aclose()
+
+
 async def test_ordinary_chunks_are_fine(canary: Canary) -> None:
     async def answer(_head: str, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")

@@ -21,6 +21,7 @@ import httpx
 
 from sensorium import __version__
 from sensorium.media.address import Address, AllowedHosts, canonical_host
+from sensorium.media.heads import HeadTrace, HeadTransport
 from sensorium.media.source import Refusal, size_text
 
 Resolver = Callable[[str, int], Awaitable[list[str]]]
@@ -109,7 +110,7 @@ class Fetcher:
         self._max_url_length = max_url_length
         self._names = ThreadPoolExecutor(8, "media-dns")  # its own threads: a slow name server must not stop other work
         self._resolve = resolve or self._system_resolve
-        self._plain = transport or _transport(False)
+        self._plain = transport or HeadTransport(False)
         self._tls = transport
 
     async def get(self, url: str, max_bytes: int) -> Fetched:
@@ -167,7 +168,7 @@ class Fetcher:
             return self._plain
         if self._tls is None:
             context = await asyncio.to_thread(httpx.create_ssl_context, trust_env=False)
-            self._tls = self._tls or _transport(context)
+            self._tls = self._tls or HeadTransport(context)
         return self._tls
 
     async def _checked_addresses(self, target: Target) -> list[Address]:
@@ -211,16 +212,10 @@ class Fetcher:
         return Fetched(bytes(payload), response.headers.get("content-type"))
 
 
-def _transport(context: ssl.SSLContext | bool) -> httpx.AsyncHTTPTransport:
-    """No proxies or other settings from the environment. No connection is kept: a kept TLS connection was verified
-    for one name and would be reused for another on the same address."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    return httpx.AsyncHTTPTransport(verify=context, trust_env=False, http2=False, limits=limits, retries=0)
-
-
 def _request(target: Target, address: Address) -> httpx.Request:
     url = httpx.URL(scheme=target.scheme, host=str(address), port=target.port, raw_path=target.path.encode("ascii"))
     headers = {"Host": target.netloc, "User-Agent": f"sensorium/{__version__}", "Accept": "*/*",
                "Accept-Encoding": "identity", "Connection": "close"}
     timeout = httpx.Timeout(READ_TIMEOUT_S).as_dict()
-    return httpx.Request("GET", url, headers=headers, extensions={"timeout": timeout, "sni_hostname": target.host})
+    return httpx.Request("GET", url, headers=headers, extensions={
+        "timeout": timeout, "sni_hostname": target.host, "trace": HeadTrace()})
