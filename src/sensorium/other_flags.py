@@ -33,6 +33,7 @@ RENAMED: Mapping[str, tuple[str, ...]] = {
     # text-embeddings-inference
     "--model-id": ("--model",),
     "--hostname": ("--host",),
+    "--uds-path": ("--uds",),
     "--huggingface-hub-cache": ("--download-dir",),
     "--max-client-batch-size": ("--max-embedding-inputs",),
     # llama.cpp

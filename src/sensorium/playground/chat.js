@@ -171,9 +171,9 @@ async function receive(turn, signal) {
     state.finish = choice?.finish_reason ?? state.finish;
     state.usage = chunk.usage ?? state.usage;
     const tokens = state.usage?.completion_tokens ?? 0;
-    if (state.timing.firstMs === null) {
-      state.timing.firstMs = nowMs;
-      firstTokens = tokens;
+    state.timing.firstMs ??= nowMs;
+    if (!firstTokens) {
+      firstTokens = tokens;  // the first event is the role's, before any token
     } else if (choice && tokens > firstTokens && nowMs - state.timing.firstMs >= MEASURABLE_MS) {
       state.timing.perSecond = 1000 * (tokens - firstTokens) / (nowMs - state.timing.firstMs);
     }
