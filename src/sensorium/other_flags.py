@@ -144,6 +144,7 @@ ACCEPTED: Mapping[str, Accepted] = {
     **_all("--logprobs-mode", "log-probabilities are those of the model", values="raw_logprobs"),
     **_all("--response-role", "answers are the assistant's", values="assistant"),
     **_all("--sampling-defaults", "use --generation-config vllm to leave the checkpoint's own out", values="model"),
+    **_all("--enable-server-load-tracking", "/load always answers", "switch"),
     **_all("--payload-limit", "--max-body-bytes bounds a JSON body"),
     **_all("--auto-truncate", "requests say it: `truncate_prompt_tokens`", "switch"),
     **_all("--video-pruning-rate", "every frame that is taken is seen", values="0 0.0"),
