@@ -78,3 +78,13 @@ def test_a_model_without_embeddings_pools_nothing(tmp_path: Path) -> None:
     BertForSequenceClassification(BertConfig(**SHAPE)).save_pretrained(tmp_path)
     with pytest.raises(StartupError, match="--pooling mean: this model makes no embeddings"):
         load(tmp_path, pooling="mean")
+
+
+def test_a_folder_whose_texts_are_chats_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_qwen2(tmp_path)
+    methods = {"text": {"method": "forward"}}
+    for config, said in ((methods, False), ({**methods, "message": {"method": "forward"}}, True)):
+        write(tmp_path, "sentence_bert_config.json", {"modality_config": config})
+        caplog.clear()
+        load(tmp_path)
+        assert ("send them as `messages`" in caplog.text) == said

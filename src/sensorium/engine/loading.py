@@ -34,7 +34,7 @@ from sensorium.models.base import Model
 from sensorium.models.layers import Embedding, Linear
 from sensorium.models.quantized_copy import QuantizedCopy
 from sensorium.models.weights import MAPPED_BYTES, load_model, weight_bytes
-from sensorium.pooling.spec import PoolingKind, read_pooling
+from sensorium.pooling.spec import PoolingKind, read_pooling, sentence_config
 from sensorium.quantization import StoredQuantization
 from sensorium.types import EngineReady
 
@@ -129,6 +129,9 @@ def check_pooling(model: Model, checkpoint: Checkpoint) -> None:
         token = "last" if spec.kinds == ("last",) else "first"
         logger.warning("no file of the checkpoint says how its embeddings are pooled: they are the %s token's states, "
                        "normalised; --pooling says otherwise", token)
+    if "embed" in model.poolers and "message" in (sentence_config(checkpoint.folder).get("modality_config") or {}):
+        logger.warning("sentence-transformers embeds the texts of this checkpoint as chats: send them as `messages`; "
+                       "`input` is embedded without the chat template")
 
 
 def find_copy(config: EngineConfig, checkpoint: Checkpoint, quantization: Quantization, dtype: torch.dtype,
