@@ -427,6 +427,15 @@ def test_dynamic_rope_is_that_of_each_sequence(tmp_path: Path, chunk: int, preem
     assert all(result.cached for result in results)
 
 
+def test_a_context_beyond_the_checkpoints_is_said(model: Model, caplog: pytest.LogCaptureFixture) -> None:
+    longest = model.checkpoint.max_model_len
+    assert bench(model, max_model_len=longest + 1).engine.ready.max_model_len == longest
+    assert f"--max-model-len {longest + 1} is more than the checkpoint's {longest} positions" in caplog.text
+    caplog.clear()
+    bench(model, max_model_len=longest)
+    assert not caplog.text
+
+
 def test_step_size_never_exceeds_the_budget(model: Model) -> None:
     engine = bench(model, max_num_batched_tokens=24, max_num_seqs=6)
     sizes: list[int] = []

@@ -158,7 +158,7 @@ def build_engine(model: Model, checkpoint: Checkpoint, config: EngineConfig, dev
     cache_dtype = choose_cache_dtype(config.kv_cache_dtype, dtype, has_cache=has_cache)
     poolers = model.poolers
     tokens = config.max_num_batched_tokens or default_batched_tokens(model, device)
-    wanted = min(config.max_model_len or checkpoint.max_model_len, checkpoint.max_model_len)
+    wanted = context_length(config, checkpoint)
     num_blocks, max_len, kv_bytes = 0, wanted, 0
     cache = []
     if has_cache:
@@ -191,6 +191,15 @@ def build_engine(model: Model, checkpoint: Checkpoint, config: EngineConfig, dev
         dtype=str(dtype).removeprefix("torch."), tasks=tasks, embedding_size=embedding_size)
     work = (2.0 * ready.weight_bytes, 16.0 * model.num_layers * model.num_kv_heads * model.head_dim)  # not too little
     return Engine(scheduler, runner, prefixes, encoder, ready, mapped_forms(model), work)
+
+
+def context_length(config: EngineConfig, checkpoint: Checkpoint) -> int:
+    """Tokens of the longest sequence, before memory is looked at."""
+    longest, wanted = checkpoint.max_model_len, config.max_model_len
+    if wanted is not None and wanted > longest:
+        logger.warning("--max-model-len %d is more than the checkpoint's %d positions, which are served; rope_scaling "
+                       "in config.json (yarn, dynamic, linear) makes them more", wanted, longest)
+    return min(wanted or longest, longest)
 
 
 def mapped_weight_bytes(model: Model) -> int:
