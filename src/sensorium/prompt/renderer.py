@@ -34,12 +34,13 @@ class RenderPool:
 
     def __init__(self, *, cpu_s: float = CPU_S, deadline_s: float = DEADLINE_S,
                  memory_bytes: int = MEMORY_BYTES) -> None:
-        def crew(role: str, fewest: int, most: int) -> Crew:
+        def crew(role: str, fewest: int, most: int, patience_s: float | None = None) -> Crew:
             start = partial(WorkerProcess.start, "sensorium.prompt.render_worker", role, memory_bytes, cpu_s)
-            return Crew(start, deadline_s=deadline_s, max_reply_bytes=MAX_REPLY_BYTES, fewest=fewest, most=most)
+            return Crew(start, deadline_s=deadline_s, max_reply_bytes=MAX_REPLY_BYTES, fewest=fewest, most=most,
+                        patience_s=patience_s)
 
         self._own = crew("operators", 2, 8)
-        self._foreign = crew("foreign", 1, 4)
+        self._foreign = crew("foreign", 1, 4, deadline_s)
 
     @property
     def pids(self) -> list[int]:

@@ -44,10 +44,12 @@ class Crew:
     """`start` makes one process. Used on one event loop, but for `start_early` and `ask_now`, which come before it."""
 
     def __init__(self, start: Callable[[], WorkerProcess], *, deadline_s: float, max_reply_bytes: int, fewest: int,
-                 most: int) -> None:
-        """`fewest` are started at the first job, up to `most` when they are stuck; one key holds all but one."""
+                 most: int, patience_s: float | None = None) -> None:
+        """`fewest` are started at the first job, up to `most` when they are stuck; one key holds all but one.
+        `patience_s` bounds a job's time in the queue and with a worker, `deadline_s` the latter."""
         self._start = start
         self._deadline_s = deadline_s
+        self._patience_s = patience_s
         self._max_reply_bytes = max_reply_bytes
         self._fewest, self._most = fewest, most
         self._spare: list[WorkerProcess] = []  # started, with no task of its own yet
@@ -95,7 +97,11 @@ class Crew:
             raise ServerError
         job = _Job(frames, key, asyncio.get_running_loop().create_future())
         self._put(job)
-        return await job.reply
+        try:
+            async with asyncio.timeout(self._patience_s):
+                return await job.reply
+        except TimeoutError:
+            raise WorkerLost(by_job=False) from None
 
     async def aclose(self) -> None:
         """Kill all; jobs that wait or run fail with ServerError."""
@@ -128,7 +134,9 @@ class Crew:
         for key in list(self._waiting):
             if self._held[key] >= self._most - 1:
                 continue
-            jobs = self._waiting.pop(key)
+            jobs = deque(job for job in self._waiting.pop(key) if not job.reply.done())  # others were given up
+            if not jobs:
+                continue
             job = jobs.popleft()
             if jobs:
                 self._waiting[key] = jobs  # behind the other keys
