@@ -93,7 +93,7 @@ class Limits:
                                        "max-embedding-tokens.", min=1)
     max_upload_bytes: int = flag(32 * MiB, "Bytes of a multipart body; more is 413.", parse="size")
     max_body_messages: int = flag(20_000, "Pieces in which a body may arrive; more is 413.")
-    max_pending_bytes: int = flag(512 * MiB, "Bytes of all bodies that are being received or made into prompts; more "
+    max_pending_bytes: int = flag(384 * MiB, "Bytes of all bodies that are being received or made into prompts; more "
                                              "is 503.", parse="size")
     max_messages: int = flag(1024, "Messages of one chat.", max=8192)
     max_parts: int = flag(256, "Content parts of one message.", max=4096)
