@@ -22,6 +22,7 @@ from sensorium.config import Limits, MiB, ServerConfig
 from sensorium.errors import ContextLengthError, MediaError, RequestError, ServerError, StartupError
 from sensorium.media.loader import MediaLoader
 from sensorium.media.source import MediaSource, RawMedia
+from sensorium.media.turns import Turns
 from sensorium.models.registry import FAMILIES, load_class
 from sensorium.pooling.labels import label_names
 from sensorium.pooling.prompts import read_prompts
@@ -104,6 +105,16 @@ class _Fetched:
     features: MediaFeatures | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    """What all media of a request have in common."""
+
+    processor: Processor
+    overrides: Mapping[str, Any]  # of the processor, by the request
+    tenant: bytes
+    salt: bytes
+
+
 class ServedModel:
     """Built by `open`. `template` is None for models that cannot chat until they are given one."""
 
@@ -131,9 +142,10 @@ class ServedModel:
         self._pooling = read_pooling(checkpoint.folder, "cls", checkpoint.pooling)
         self._configured_len = min(checkpoint.max_model_len, max_model_len or checkpoint.max_model_len)
         self._features = FeatureCache(FEATURE_CACHE_BYTES)
-        self._threads = ThreadPoolExecutor(server.media_workers + 1, thread_name_prefix="prompt")
-        # Decoded media are large: no more of them at once than there are threads to process them.
-        self._decoding = asyncio.Semaphore(server.media_workers)
+        self._threads = ThreadPoolExecutor(server.media_workers + 2, thread_name_prefix="prompt")
+        self._turns = Turns(server.media_workers + 2, server.media_workers + 1)  # at the threads
+        # Decoded media are large: no more of them at once than there are workers. One tenant never has all of them.
+        self._decoding = Turns(server.media_workers + 1, server.media_workers)
 
     @classmethod
     def open(cls, checkpoint: Checkpoint, *, names: Sequence[str], server: ServerConfig, limits: Limits,
@@ -223,9 +235,10 @@ class ServedModel:
         continue_final_message: bool = False, add_special_tokens: bool = False,
         template_kwargs: Mapping[str, Any] | None = None, chat_template: str | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None, pooled: bool = False,
-        truncation: Truncation | None = None, tenant: bytes = b"",
+        truncation: Truncation | None = None, tenant: bytes = b"", salt: bytes = b"",
     ) -> Prepared:
-        """Messages and their media, in order of appearance, as one prompt. Tenants take turns where they must wait.
+        """Messages and their media, in order of appearance, as one prompt. Tenants take turns where they must wait;
+        processed media are kept for those of the same `salt` only.
 
         `add_special_tokens` False adds nothing but what the checkpoint's processor would: a BOS that a multimodal
         model's template leaves to the tokenizer. `pooled`: no answer follows, the prompt itself is looked at.
@@ -237,38 +250,51 @@ class ServedModel:
         small = _is_small(messages)
         variables = await self._run(small, lambda: template.variables(
             messages, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message,
-            kwargs=template_kwargs))
+            kwargs=template_kwargs), tenant)
         self._note_unread(template.unread(template_kwargs or {}))
         with rendering():
             text = await self._renderer.render(template.source, variables, tenant, is_foreign=chat_template is not None)
         if continue_final_message:
             text = template.cut(text)
         text_s = time.perf_counter() - begin
-        features, timings = await self._media_features(media, processor, mm_processor_kwargs or {}, text)
+        settings = _Settings(processor, mm_processor_kwargs or {}, tenant, salt)
+        features, timings = await self._media_features(media, settings, text)
         begin = time.perf_counter()
         add = self._adds_special_tokens(text, add_special_tokens)
-        prompt = await self._run(small and len(media) <= 4, lambda: self._build(processor, text, features, add))
+        prompt = await self._run(small and len(media) <= 4, lambda: self._build(processor, text, features, add), tenant)
         text_s += time.perf_counter() - begin
         if truncation is not None and not prompt.media:
             prompt = Prompt(truncation.cut(prompt.token_ids))
         self._check_fits(prompt, "messages")
         return Prepared(prompt, text_s, tuple(timings))
 
-    async def text_prompt(self, text_or_ids: str | Sequence[int], *, add_special_tokens: bool = True) -> Prompt:
+    async def encode(self, text: str, *, add_special_tokens: bool, tenant: bytes = b"") -> list[int]:
+        """Token ids of a text in which special tokens are tokens."""
+
+        def made() -> list[int]:
+            self._check_length_unread(text, "prompt")
+            return self.tokenizer.encode(self.tokenizer.sanitize(text), add_special_tokens=add_special_tokens)
+
+        return await self._run(len(text) <= SHORT_TEXT, made, tenant)
+
+    async def text_prompt(self, text_or_ids: str | Sequence[int], *, add_special_tokens: bool = True,
+                          tenant: bytes = b"") -> Prompt:
         """A prompt without messages: text in which special tokens are tokens, or token ids."""
         if len(text_or_ids) == 0:
             raise RequestError("The prompt is empty.", param="prompt", code="empty_prompt")
         if isinstance(text_or_ids, str):
             text = self.tokenizer.sanitize(text_or_ids)
             prompt = await self._run(len(text) <= SHORT_TEXT,
-                                     lambda: self._build(self.processor, text, (), add_special_tokens, param="prompt"))
+                                     lambda: self._build(self.processor, text, (), add_special_tokens, param="prompt"),
+                                     tenant)
         else:
             prompt = self._prompt_of_ids(text_or_ids)
         self._check_fits(prompt, "prompt")
         return prompt
 
     async def text_prompts(self, texts: Sequence[str | Sequence[int]], *, add_special_tokens: bool = True,
-                           truncation: Truncation | None = None, params: Sequence[str]) -> list[Prompt]:
+                           truncation: Truncation | None = None, params: Sequence[str],
+                           tenant: bytes = b"") -> list[Prompt]:
         """`text_prompt` of many, either all texts or all token ids, in one go. `params` says where each stands in the
         request."""
 
@@ -276,10 +302,10 @@ class ServedModel:
             rows = self._encoded(texts, add_special_tokens, truncation, params)
             return [self._prompt_of_array(row, param) for row, param in zip(rows, params, strict=True)]
 
-        return await self._run(len(texts) == 1 and len(texts[0]) <= SHORT_TEXT, made)
+        return await self._run(len(texts) == 1 and len(texts[0]) <= SHORT_TEXT, made, tenant)
 
     async def pair_prompts(self, pairs: Sequence[tuple[str, str]], limits: PairLimits, *,
-                           params: Sequence[str]) -> list[Prompt]:
+                           params: Sequence[str], tenant: bytes = b"") -> list[Prompt]:
         """Two texts each as one prompt, for cross-encoders. `params` says where the second one stands.
 
         Through the template for pairs, if the model has one; the model's default prompt stands before the first text,
@@ -289,8 +315,8 @@ class ServedModel:
             found: list[Prompt] = []
             for start in range(0, len(pairs), PAIRS_AT_ONCE):
                 some = slice(start, start + PAIRS_AT_ONCE)
-                found += await all_in_order(self._templated(query, document, limits, param) for (query, document), param
-                                            in zip(pairs[some], params[some], strict=True))
+                found += await all_in_order(self._templated(query, document, limits, param, tenant)
+                                            for (query, document), param in zip(pairs[some], params[some], strict=True))
             return found
         pairs = [(self.prompts.default + query, document) for query, document in pairs]
 
@@ -303,7 +329,7 @@ class ServedModel:
                     for (ids, types), param in zip(rows, params, strict=True)]
 
         has_types = self.checkpoint.config.get("type_vocab_size", 0) > 1
-        return await self._run(False, made)
+        return await self._run(False, made, tenant)
 
     @property
     def has_pair_template(self) -> bool:
@@ -313,20 +339,21 @@ class ServedModel:
             return False
         return self._server.chat_template is not None or reads_pairs(self.checkpoint.chat_template)
 
-    async def _templated(self, query: str, document: str, limits: PairLimits, param: str) -> Prompt:
+    async def _templated(self, query: str, document: str, limits: PairLimits, param: str,
+                         tenant: bytes) -> Prompt:
         """One pair through the template; the document is cut where the pair is to be, so that the template's end stays.
         """
         query = self._first_tokens(query, limits.max_query_tokens or None)
         document = self._first_tokens(document, limits.max_document_tokens or None)
         await asyncio.sleep(0)  # there may be thousands
         if limits.total is None:
-            return await self._pair(query, document, param)
+            return await self._pair(query, document, param, tenant)
         slack = Truncation(limits.total + PAIR_SLACK)
-        room = limits.total - len((await self._pair(query, "", param, slack)).token_ids)
+        room = limits.total - len((await self._pair(query, "", param, tenant, slack)).token_ids)
         for _ in range(PAIR_ATTEMPTS):
             if room < 0:
                 break
-            prompt = await self._pair(query, self._first_tokens(document, room), param, slack)
+            prompt = await self._pair(query, self._first_tokens(document, room), param, tenant, slack)
             excess = len(prompt.token_ids) - limits.total
             if excess <= 0:
                 return prompt
@@ -334,12 +361,14 @@ class ServedModel:
         raise ContextLengthError(f"The query and the template leave no room for a document: the two may have "
                                  f"{limits.total} tokens.", param=param)
 
-    async def _pair(self, query: str, document: str, param: str, truncation: Truncation | None = None) -> Prompt:
+    async def _pair(self, query: str, document: str, param: str, tenant: bytes,
+                    truncation: Truncation | None = None) -> Prompt:
         system = self.prompts.default
         messages = [Message(role, (TextPart(text),)) for role, text in
                     (("system", system), ("query", query), ("document", document)) if text or role != "system"]
         try:
-            prepared = await self.prepare_chat(messages, (), add_generation_prompt=False, truncation=truncation)
+            prepared = await self.prepare_chat(messages, (), add_generation_prompt=False, truncation=truncation,
+                                               tenant=tenant)
         except RequestError as error:
             error.param = param
             raise
@@ -490,25 +519,27 @@ class ServedModel:
                                    f"has {places.count(kind)}. The operator sets this with --limit-mm-per-prompt.",
                                    param=source.param, code=f"too_many_{kind}s")
 
-    async def _media_features(
-        self, sources: Sequence[MediaSource], processor: Processor, settings: Mapping[str, Any], text: str
-    ) -> tuple[list[MediaFeatures], list[MediaTiming]]:
+    async def _media_features(self, sources: Sequence[MediaSource], settings: _Settings,
+                              text: str) -> tuple[list[MediaFeatures], list[MediaTiming]]:
         if not sources:
             return [], []
-        fetched = await all_in_order(self._fetch(source, processor, settings) for source in sources)
-        await self._check_fits_before_decoding(fetched, text, processor)
+        fetched = await all_in_order(self._fetch(source, settings) for source in sources)
+        await self._check_fits_before_decoding(fetched, text, settings)
         first_of = {medium.key: medium for medium in reversed(fetched)}  # a picture given twice is decoded once
-        made = await all_in_order(self._made(medium, processor) for medium in first_of.values())
+        made = await all_in_order(self._made(medium, settings) for medium in first_of.values())
         by_key = dict(zip(first_of, made, strict=True))
         timings = [by_key[one.key][1] if first_of[one.key] is one
                    else MediaTiming(one.raw.kind, one.fetch_s, cached=True) for one in fetched]
         return [by_key[medium.key][0] for medium in fetched], timings
 
-    async def _fetch(self, source: MediaSource, processor: Processor, settings: Mapping[str, Any]) -> _Fetched:
+    async def _fetch(self, source: MediaSource, settings: _Settings) -> _Fetched:
         begin = time.perf_counter()
-        raw = await self._loader.fetch(source)
-        key = await self._run(len(raw.payload) <= SHORT_PAYLOAD,
-                              lambda: feature_key(raw.kind, raw.declared_type, raw.payload, settings))
+        processor = settings.processor
+        raw = await self._loader.fetch(source, settings.tenant)
+        key = await self._run(
+            len(raw.payload) <= SHORT_PAYLOAD,
+            lambda: feature_key(raw.kind, raw.declared_type, raw.payload, settings.overrides, settings.salt),
+            settings.tenant)
         fetch_s = time.perf_counter() - begin
         features = self._features.get(key)
         if features is not None:
@@ -521,17 +552,17 @@ class ServedModel:
             raise
         return _Fetched(raw, key, count, fetch_s, None)
 
-    async def _made(self, medium: _Fetched, processor: Processor) -> tuple[MediaFeatures, MediaTiming]:
-        kind = medium.raw.kind
+    async def _made(self, medium: _Fetched, settings: _Settings) -> tuple[MediaFeatures, MediaTiming]:
+        kind, processor = medium.raw.kind, settings.processor
         duration_s = medium.raw.info.duration_s if medium.raw.info is not None else 0.0
         if medium.features is not None:
             return medium.features, MediaTiming(kind, medium.fetch_s, cached=True, duration_s=duration_s)
         begin = time.perf_counter()
-        async with self._decoding:
+        async with self._decoding.taken(settings.tenant):
             item = await self._loader.decode(medium.raw, sampling=processor.video_sampling(),
-                                             sample_rate=processor.sample_rate)
+                                             sample_rate=processor.sample_rate, tenant=settings.tenant)
             decoded = time.perf_counter()
-            features = await self._run(False, lambda: processor.process(item))
+            features = await self._run(False, lambda: processor.process(item), settings.tenant)
         self._features.put(medium.key, features)
         return features, MediaTiming(kind, medium.fetch_s, decoded - begin, time.perf_counter() - decoded,
                                      duration_s=duration_s)
@@ -544,11 +575,12 @@ class ServedModel:
             raise ContextLengthError(f"This model's context is {self.max_model_len} tokens; the text alone, with "
                                      f"{len(text)} characters, is at least {fewest}. Shorten it.", param=param)
 
-    async def _check_fits_before_decoding(self, media: Sequence[_Fetched], text: str, processor: Processor) -> None:
+    async def _check_fits_before_decoding(self, media: Sequence[_Fetched], text: str, settings: _Settings) -> None:
         media_tokens = sum(medium.num_tokens for medium in media)
         if media_tokens + len(text.encode()) <= self.max_model_len:
             return  # no token is shorter than a byte
-        text_tokens = await self._run(len(text) <= SHORT_TEXT, lambda: self._count(text, processor))
+        text_tokens = await self._run(len(text) <= SHORT_TEXT, lambda: self._count(text, settings.processor),
+                                      settings.tenant)
         if media_tokens + text_tokens > self.max_model_len:
             raise self._too_long(text_tokens, [(one.raw.kind, one.num_tokens) for one in media], "messages")
 
@@ -575,11 +607,11 @@ class ServedModel:
         return ContextLengthError(f"This model's context is {self.max_model_len} tokens, but the prompt has {total}: "
                                   f"{', '.join(parts)}. {advice}", param=param)
 
-    async def _run(self, inline: bool, work: Callable[[], T]) -> T:
-        """Work that holds a CPU: at once if it is short, else in a thread."""
+    async def _run(self, inline: bool, work: Callable[[], T], tenant: bytes = b"") -> T:
+        """Work that holds a CPU: at once if it is short, else in a thread, when it is the tenant's turn."""
         if inline:
             return work()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        return await self._turns.run(self._threads, tenant, work)
 
 
 def _opened(source: str, processor: Processor, renderer: Renderer) -> ChatTemplate:

@@ -31,7 +31,7 @@ def make_loader(*allowed: str, addresses: dict[str, list[list[str]]] | None = No
     """`addresses`: host -> the answers to its successive look-ups; the last one stays."""
     answers = {host: list(lists) for host, lists in (addresses or {}).items()}
 
-    async def resolve(host: str, port: int) -> list[str]:
+    async def resolve(host: str, port: int, tenant: bytes) -> list[str]:
         if host not in answers:
             raise OSError
         return answers[host].pop(0) if len(answers[host]) > 1 else answers[host][0]
@@ -388,7 +388,7 @@ async def test_empty_answer_and_closed_port(canary: Canary) -> None:
 
 
 async def test_slow_name_server_is_inside_the_deadline() -> None:
-    async def resolve(host: str, port: int) -> list[str]:
+    async def resolve(host: str, port: int, tenant: bytes) -> list[str]:
         await asyncio.sleep(30)
         return [PUBLIC]
 

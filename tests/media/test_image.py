@@ -259,7 +259,7 @@ async def test_many_small_chunk_bombs_end_in_time(count: int) -> None:
     start = time.monotonic()
     error = await refusal(load(loader, data_url(png(8, 8, extra=bomb * count))))
     assert error.code == "image_parse_error"
-    assert time.monotonic() - start < 6  # the deadline and a new worker
+    assert time.monotonic() - start < 30  # a second or two of processor time, and a new worker
     await loader.aclose()
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +17,14 @@ import pytest
 from media_support import PARAM, load
 from pictures import data_url, encoded, exif, photo
 
-from sensorium.errors import MediaError, ServerError
+from sensorium.errors import MediaError, ServerError, UnavailableError
 from sensorium.media import pool, worker
 from sensorium.media.loader import MediaLoader
 from sensorium.media.pool import Bounds, WorkerPool
 from sensorium.media.source import RawMedia, Refusal
 from sensorium.workers import process
 
-BOUNDS = Bounds(deadline_s=5.0, memory_bytes=256 << 20, result_bytes=1 << 20, max_jobs=3)
+BOUNDS = Bounds(cpu_s=5.0, deadline_s=30.0, memory_bytes=256 << 20, result_bytes=1 << 20, max_jobs=3)
 PICTURE = encoded(photo(16, 16), "JPEG")
 IMAGE_JOB = {"op": "image", "max_pixels": 10_000}
 
@@ -42,7 +43,7 @@ def rogue(payload, job):
     if deed == "raise":
         raise RuntimeError("not foreseen")
     if deed == "hang":
-        time.sleep(60)
+        time.sleep(600)
     if deed == "spin":
         while True: pass
     if deed == "fill":
@@ -85,7 +86,7 @@ async def rogue(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncIterato
         return real([*command[:at], str(script), *command[at + 2:]], stderr=subprocess.DEVNULL, **options)  # type: ignore[call-overload,no-any-return]
 
     monkeypatch.setattr(process.subprocess, "Popen", popen)
-    rogue = WorkerPool("rogue", 1, Bounds(deadline_s=1.0, memory_bytes=64 << 20, result_bytes=1 << 20))
+    rogue = WorkerPool("rogue", 1, Bounds(cpu_s=1.0, deadline_s=40.0, memory_bytes=64 << 20, result_bytes=1 << 20))
     yield rogue
     await rogue.aclose()
 
@@ -94,16 +95,14 @@ async def do(pool: WorkerPool, deed: str) -> pool.Result:
     return await pool.run({"op": "rogue"}, deed.encode())
 
 
-@pytest.mark.parametrize("deed", ["crash", "raise", "hang", "spin", "fill", "liar", "shape", "short", "words"])
+@pytest.mark.parametrize("deed", ["crash", "spin", "liar", "shape", "short", "words"])
 async def test_a_bad_job_costs_itself_and_its_worker(deed: str, rogue: WorkerPool) -> None:
     await rogue.warm()
     (pid,) = rogue.pids
-    start = time.monotonic()
     with pytest.raises(Refusal) as caught:
         await do(rogue, deed)
     assert caught.value.problem == "parse"
-    assert time.monotonic() - start < 5
-    assert rogue.pids != [pid]
+    assert pid not in rogue.pids
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
     with pytest.raises(Refusal) as caught:
@@ -111,12 +110,69 @@ async def test_a_bad_job_costs_itself_and_its_worker(deed: str, rogue: WorkerPoo
     assert caught.value.problem == "long"
 
 
-async def test_a_refusal_keeps_the_worker(rogue: WorkerPool) -> None:
+@pytest.mark.parametrize("deed", ["late refusal", "raise", "fill"])
+async def test_a_refusal_keeps_the_worker(deed: str, rogue: WorkerPool) -> None:
+    """So does whatever a library raises, want of memory included."""
     await rogue.warm()
-    before = rogue.pids
+    (pid,) = rogue.pids
+    with pytest.raises(Refusal) as caught:
+        await do(rogue, deed)
+    assert caught.value.problem == ("long" if deed == "late refusal" else "parse")
+    assert pid in rogue.pids
+
+
+async def test_a_worker_that_only_waits_is_ended_and_not_the_files_fault(rogue: WorkerPool) -> None:
+    rogue.bounds = replace(rogue.bounds, deadline_s=1.0)
+    await rogue.warm()
+    with pytest.raises(UnavailableError):
+        await do(rogue, "hang")
+    rogue.bounds = replace(rogue.bounds, deadline_s=30.0)
     with pytest.raises(Refusal):
         await do(rogue, "late refusal")
-    assert rogue.pids == before
+
+
+async def busy_pid(workers: WorkerPool) -> int:
+    """The first worker that has a job, once the job has begun."""
+    while not workers._busy:
+        await asyncio.sleep(0.01)
+    worker = next(iter(workers._busy.values()))
+    while not worker.jobs:
+        await asyncio.sleep(0.01)
+    return worker.process.pid
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV, signal.SIGHUP])
+@pytest.mark.parametrize("when", ["idle", "busy", "starting"])
+async def test_a_worker_ended_from_outside_is_not_the_files_fault(when: str, number: int) -> None:
+    """The job is done by another one."""
+    workers = WorkerPool("image", 1, replace(BOUNDS, cpu_s=20.0, deadline_s=60.0, result_bytes=1 << 26))
+    large = encoded(photo(4000, 3000), "PNG", compress_level=1)
+    if when != "starting":
+        await workers.warm()
+    if when == "idle":
+        os.kill(workers.pids[0], number)
+        await asyncio.sleep(0.05)
+    job = asyncio.ensure_future(workers.run({"op": "image", "max_pixels": 1 << 24}, large))
+    if when == "busy":
+        os.kill(await busy_pid(workers), number)
+    elif when == "starting":
+        while not workers._busy:
+            await asyncio.sleep(0.01)
+        os.kill(next(iter(workers._busy)), number)
+    result = await asyncio.wait_for(job, 60)
+    assert result.data is not None and result.data.shape == (3000, 4000, 3)
+    await workers.aclose()
+
+
+async def test_a_second_end_from_outside_is_unavailable(rogue: WorkerPool) -> None:
+    job = asyncio.ensure_future(do(rogue, "spin"))
+    first = await busy_pid(rogue)
+    os.kill(first, signal.SIGKILL)
+    while (second := await busy_pid(rogue)) == first:
+        await asyncio.sleep(0.01)
+    os.kill(second, signal.SIGKILL)
+    with pytest.raises(UnavailableError):
+        await asyncio.wait_for(job, 60)
 
 
 async def test_no_file_and_no_connection(rogue: WorkerPool, canary: object) -> None:
@@ -154,7 +210,7 @@ async def test_workers_are_started_when_needed_and_used_up() -> None:
     assert len(seen) == 2  # three jobs each
     assert len(workers.pids) == 1
     await asyncio.gather(*(workers.run(IMAGE_JOB, PICTURE) for _ in range(8)))
-    assert len(workers.pids) == 2
+    assert len(workers.pids) == 3  # one tenant's two, and one for others
     await workers.aclose()
     with pytest.raises(ServerError):
         await workers.run(IMAGE_JOB, PICTURE)
@@ -167,7 +223,7 @@ async def test_closing_does_not_wait_for_a_stuck_job(rogue: WorkerPool) -> None:
     start = time.monotonic()
     await rogue.aclose()
     assert time.monotonic() - start < 5
-    with pytest.raises(Refusal):
+    with pytest.raises(UnavailableError):
         await job
 
 
@@ -201,7 +257,7 @@ async def test_a_wrong_size_from_a_worker_is_not_believed(loader: MediaLoader, m
     async def run(job: object, payload: bytes) -> pool.Result:
         return pool.Result({}, np.zeros((8, 8, 3), np.uint8))
 
-    monkeypatch.setattr(WorkerPool, "run", lambda self, job, payload: run(job, payload))
+    monkeypatch.setattr(WorkerPool, "run", lambda self, job, payload, tenant: run(job, payload))
     with pytest.raises(MediaError):
         await loader.decode(RawMedia("image", PARAM, PICTURE))
 
@@ -250,3 +306,43 @@ def test_worker_imports_only_what_it_needs() -> None:
 def test_unknown_role() -> None:
     with pytest.raises(ValueError):
         worker.decoders_for("nonsense")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl")
+async def test_workers_end_with_their_parent(tmp_path: Path) -> None:
+    """However it ends, and whatever they are doing."""
+    script = ("import asyncio, sys, time\nfrom pathlib import Path\n"
+              "from sensorium.media.pool import Bounds, WorkerPool\n"
+              "async def main():\n"
+              "    workers = WorkerPool('image', 1, Bounds(100.0, 100.0, 1 << 30, 1 << 28))\n"
+              "    job = asyncio.ensure_future(workers.run({'op': 'image', 'max_pixels': 1 << 26},"
+              " Path(sys.argv[1]).read_bytes()))\n"
+              "    while not any(worker.jobs for worker in workers._busy.values()): await asyncio.sleep(0.01)\n"
+              "    print(*workers.pids, flush=True)\n"
+              "    await asyncio.sleep(100)\n"
+              "asyncio.run(main())\n")
+    (tmp_path / "large.png").write_bytes(encoded(photo(6000, 6000), "PNG", compress_level=1))
+    parent = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "large.png")], stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(pids) == 2
+    os.kill(pids[0], signal.SIGSTOP)  # busy for ever: it can look at nothing
+    parent.kill()
+    parent.wait()
+    end = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text() for pid in pids):
+        assert time.monotonic() < end
+        await asyncio.sleep(0.05)
+
+
+async def test_a_heavy_tenant_leaves_a_worker_to_others(rogue: WorkerPool) -> None:
+    """And takes turns with itself only."""
+    heavy = [asyncio.ensure_future(rogue.run({"op": "rogue"}, b"spin", b"heavy")) for _ in range(4)]
+    await busy_pid(rogue)
+    with pytest.raises(Refusal) as caught:
+        await rogue.run({"op": "rogue"}, b"late refusal", b"other")
+    assert caught.value.problem == "long"
+    assert not any(job.done() for job in heavy[1:])
+    for job in heavy:
+        job.cancel()
+    await asyncio.gather(*heavy, return_exceptions=True)

@@ -50,7 +50,7 @@ class Loader:
         self.wait_s = 0.0
         self.active = self.most_active = 0
 
-    async def fetch(self, source: MediaSource) -> RawMedia:
+    async def fetch(self, source: MediaSource, tenant: bytes = b"") -> RawMedia:
         self.active += 1
         self.most_active = max(self.active, self.most_active)
         await asyncio.sleep(self.wait_s)
@@ -351,6 +351,36 @@ async def test_a_picture_that_comes_again_is_not_decoded_again(tmp_path: Path, l
     assert again.prompt.media[0].key == first.prompt.media[0].key != again.prompt.media[1].key
     await model.chat_prompt([user(IMAGE)], images("112x112 a"), mm_processor_kwargs={"max_pixels": 3136})
     assert loader.decoded == [b"112x112 a", b"112x112 b", b"112x112 a"]
+
+
+async def test_tenants_do_not_share_processed_media(tmp_path: Path, loader: Loader) -> None:
+    """How long it takes would tell one what another has sent."""
+    model = served(tmp_path, loader)
+    for salt, cached in ((b"one", False), (b"two", False), (b"", False), (b"one", True), (b"two", True)):
+        prepared = await model.prepare_chat([user(IMAGE)], images("112x112 a"), salt=salt)
+        assert [one.cached for one in prepared.media] == [cached]
+    assert len(loader.decoded) == 3
+
+
+async def test_a_tenant_with_many_media_leaves_room_for_others(tmp_path: Path) -> None:
+    """Whatever one has in decoders and threads, another's comes through."""
+    release, heavy = asyncio.Event(), b"heavy"
+
+    class Slow(Loader):
+        async def decode(self, raw: RawMedia, **options: Any) -> MediaItem:
+            if options["tenant"] == heavy:
+                await release.wait()
+            return await super().decode(raw, **options)
+
+    loader = Slow()
+    model = served(tmp_path, loader, server=ServerConfig(media_workers=2))
+    jobs = [asyncio.ensure_future(model.prepare_chat([user(IMAGE)], images(f"56x56 {number}"), tenant=heavy))
+            for number in range(8)]
+    await asyncio.sleep(0.05)
+    await asyncio.wait_for(model.prepare_chat([user(IMAGE)], images("56x56 b"), tenant=b"other"), 30)
+    assert not any(job.done() for job in jobs)
+    release.set()
+    await asyncio.wait_for(asyncio.gather(*jobs), 30)
 
 
 def test_the_cache_of_features_keeps_within_its_bytes() -> None:

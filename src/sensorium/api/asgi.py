@@ -6,6 +6,7 @@ what has been sent so far, so that an error always takes the form that is still 
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import secrets
 import time
@@ -46,6 +47,13 @@ class Call:
         self.streaming = False
         self.note = ""  # for the log line: tokens, sizes
 
+    @property
+    def turn(self) -> bytes:
+        """Who takes turns with others for decoders and threads: the key, or without keys the address it comes from
+        (of IPv6 the /64 that one site has)."""
+        client = self.scope.get("client")
+        return self.tenant or (_site(client[0]) if client else b"")
+
     def headers(self, name: bytes) -> list[bytes]:
         """Every value of a header; names arrive in lower case."""
         return [value for key, value in self.scope["headers"] if key == name]
@@ -74,6 +82,16 @@ class Call:
         await self.send({"type": "http.response.start", "status": 200, "headers": [
             (b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no"),
             (b"x-request-id", self.request_id.encode()), _NOSNIFF, (b"cache-control", b"no-store")]})
+
+
+def _site(host: str) -> bytes:
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host.encode()
+    if isinstance(address, ipaddress.IPv6Address):
+        return address.packed[:8] if address.ipv4_mapped is None else address.ipv4_mapped.packed
+    return address.packed
 
 
 def _below(root_path: str, path: str) -> str:

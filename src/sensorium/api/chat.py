@@ -29,12 +29,12 @@ async def chat_completions(service: Service, call: Call) -> None:
         entry.need("generate")
         with entry.admission.admit(request.choices) as permit:
             async with service.flight(call):
-                prompt, echoed = await _prompt(service, entry, request, call.tenant)
+                salt = service.salts.of(call.tenant, request.cache_salt)
+                prompt, echoed = await _prompt(service, call, entry, request, salt)
                 request = request.without_messages()  # media in base64 are not kept while tokens come
                 pending.release()
                 permit.add_prompt_tokens(len(prompt.token_ids))
                 params = request.sampling(entry.defaults(), len(prompt.token_ids))
-                salt = service.salts.of(call.tenant, request.cache_salt)
                 answers = ask(entry, request, [(prompt, params)], salt, started_s=call.started_s,
                               continues=bool(request.continue_final_message))
                 with answers:
@@ -42,12 +42,13 @@ async def chat_completions(service: Service, call: Call) -> None:
                     call.note = f"{answers.prompt_tokens} + {answers.completion_tokens} tokens"
 
 
-async def _prompt(service: Service, entry: Entry, request: ChatRequest, tenant: bytes) -> tuple[Prompt, str]:
+async def _prompt(service: Service, call: Call, entry: Entry, request: ChatRequest,
+                  salt: bytes) -> tuple[Prompt, str]:
     """The prompt, and what the answer repeats: with `echo`, the assistant's last message that it continues."""
     conversation = request.conversation(entry.model.processor.modalities, service.limits)
     prepared = await entry.model.prepare_chat(
         conversation.messages, conversation.media, add_special_tokens=bool(request.add_special_tokens),
-        tenant=tenant, **request.template_options())
+        tenant=call.turn, salt=salt, **request.template_options())
     entry.metrics.observe_prompt(prepared.text_s, prepared.media)
     continues = request.echo and conversation.messages[-1].role == "assistant"
     return prepared.prompt, conversation.last_text if continues else ""

@@ -32,7 +32,7 @@ async def completions(service: Service, call: Call) -> None:
         entry.need("generate")
         with entry.admission.admit(len(request.prompts) * request.choices) as permit:
             async with service.flight(call):
-                prompts = await _prompts(entry, request)
+                prompts = await _prompts(entry, request, call.turn)
                 pending.release()
                 permit.add_prompt_tokens(sum(len(prompt.token_ids) for prompt in prompts))
                 defaults = entry.defaults()
@@ -44,10 +44,11 @@ async def completions(service: Service, call: Call) -> None:
                     call.note = f"{answers.prompt_tokens} + {answers.completion_tokens} tokens"
 
 
-async def _prompts(entry: Entry, request: CompletionRequest) -> list[Prompt]:
+async def _prompts(entry: Entry, request: CompletionRequest, tenant: bytes) -> list[Prompt]:
     start_s = time.perf_counter()
     special = request.add_special_tokens is not False
-    prompts = [await entry.model.text_prompt(prompt, add_special_tokens=special) for prompt in request.prompts]
+    prompts = [await entry.model.text_prompt(prompt, add_special_tokens=special, tenant=tenant)
+               for prompt in request.prompts]
     entry.metrics.observe_prompt(time.perf_counter() - start_s)
     return prompts
 

@@ -54,6 +54,10 @@ class Job(Generic[Request_co]):
         """As the client called it."""
         return self.request.model or self.entry.name
 
+    @property
+    def salt(self) -> bytes:
+        return self.service.salts.of(self.call.tenant, self.request.cache_salt)
+
     def truncation(self) -> Truncation | None:
         return self.model.truncation(self.request.truncate_prompt_tokens, self.request.truncation_side)
 
@@ -143,7 +147,7 @@ async def make_prompts(job: Job[PoolingBody], inputs: Sequence[PooledInput], pla
         start_s = time.perf_counter()
         prompts = await job.model.text_prompts(
             list(texts.values()), add_special_tokens=job.request.add_special_tokens is not False, truncation=truncation,
-            params=[places[index] for index in texts])
+            params=[places[index] for index in texts], tenant=job.call.turn)
         made = dict(zip(texts, prompts, strict=True))
         job.entry.metrics.observe_prompt(time.perf_counter() - start_s)
     _check_media(job, list(chats.values()))
@@ -167,7 +171,7 @@ def _check_media(job: Job[PoolingBody], chats: Sequence[Conversation]) -> None:
 async def _chat_prompt(job: Job[PoolingBody], chat: Conversation, truncation: Truncation | None) -> Prompt:
     prepared = await job.model.prepare_chat(
         chat.messages, chat.media, add_special_tokens=bool(job.request.add_special_tokens), pooled=True,
-        truncation=truncation, tenant=job.call.tenant, **job.request.template_options())
+        truncation=truncation, tenant=job.call.turn, salt=job.salt, **job.request.template_options())
     job.entry.metrics.observe_prompt(prepared.text_s, prepared.media)
     return prepared.prompt
 
@@ -177,7 +181,7 @@ async def run(job: Job[PoolingBody], prompts: Sequence[Prompt], params: PoolingP
     """Have the engine compute the prompts, with the same params or each with its own. If one fails, the request
     fails; leaving early ends them all."""
     client, priority = job.model.client, job.request.priority or 0
-    salt = job.service.salts.of(job.call.tenant, job.request.cache_salt)
+    salt = job.salt
     streams: list[OutputStream] = []
     vectors: list[Vector] = []
     failure = "abort"

@@ -105,7 +105,7 @@ async def _cross_encoded(job: Job[ComparingBody], left: Side, right: Side) -> Po
     truncation = job.truncation()
     limits = PairLimits(left.max_tokens, right.max_tokens, truncation.max_tokens if truncation is not None else None)
     with job.entry.pooling_admission.admit(len(pairs)) as permit:
-        prompts = await model.pair_prompts(pairs, limits, params=places)
+        prompts = await model.pair_prompts(pairs, limits, params=places, tenant=job.call.turn)
         job.pending.release()
         permit.add_prompt_tokens(count_tokens(job, prompts))
         return await run(job, prompts, job.request.params())

@@ -9,9 +9,8 @@ import msgspec
 from sensorium.api.asgi import Call
 from sensorium.api.body import read_request
 from sensorium.api.protocol.tokenize import DetokenizeRequest, TokenizeRequest
-from sensorium.api.service import Entry, Service
-from sensorium.errors import ContextLengthError
-from sensorium.served import LONG_TEXT, ServedModel
+from sensorium.api.service import Service
+from sensorium.served import ServedModel
 
 
 async def tokenize(service: Service, call: Call) -> None:
@@ -19,31 +18,25 @@ async def tokenize(service: Service, call: Call) -> None:
         request = await read_request(call, TokenizeRequest, service.limits, service.unknown, pending)
         request.check(service.server)
         entry = service.entry(request.model)
-        async with service.flight(call):
-            tokens = await _tokens(service, entry, request, call.tenant)
-            texts = [entry.model.tokenizer.id_to_token(token) for token in tokens]
-            await call.respond(msgspec.json.encode({
-                "count": len(tokens), "max_model_len": entry.model.max_model_len, "tokens": tokens,
-                "token_strs": texts if request.return_token_strs else None}))
+        with entry.admission.admit(1):
+            async with service.flight(call):
+                tokens = await _tokens(service, call, entry.model, request)
+                texts = [entry.model.tokenizer.id_to_token(token) for token in tokens]
+                await call.respond(msgspec.json.encode({
+                    "count": len(tokens), "max_model_len": entry.model.max_model_len, "tokens": tokens,
+                    "token_strs": texts if request.return_token_strs else None}))
 
 
-async def _tokens(service: Service, entry: Entry, request: TokenizeRequest, tenant: bytes) -> list[int]:
-    model = entry.model
+async def _tokens(service: Service, call: Call, model: ServedModel, request: TokenizeRequest) -> list[int]:
     if request.prompt is not None:
-        return await asyncio.to_thread(_encode, model, request.prompt, request.add_special_tokens is not False)
+        return await model.encode(request.prompt, add_special_tokens=request.add_special_tokens is not False,
+                                  tenant=call.turn)
     conversation = request.conversation(model.processor.modalities, service.limits)
     prompt = await model.chat_prompt(
         conversation.messages, conversation.media, add_special_tokens=bool(request.add_special_tokens),
-        tenant=tenant, **request.template_options())
+        tenant=call.turn, salt=service.salts.of(call.tenant), **request.template_options())
     tokens: list[int] = prompt.token_ids.tolist()
     return tokens
-
-
-def _encode(model: ServedModel, text: str, add_special_tokens: bool) -> list[int]:
-    if len(text) > LONG_TEXT and model.tokenizer.fewest_tokens(text) > model.max_model_len:
-        raise ContextLengthError(f"The text has {len(text)} characters, more than fit into this model's context of "
-                                 f"{model.max_model_len} tokens.", param="prompt")
-    return model.tokenizer.encode(model.tokenizer.sanitize(text), add_special_tokens=add_special_tokens)
 
 
 async def detokenize(service: Service, call: Call) -> None:

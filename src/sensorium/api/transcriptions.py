@@ -44,7 +44,7 @@ async def _listen(service: Service, call: Call, *, translates: bool) -> None:
         _check_hears(entry)
         with entry.admission.admit(1) as permit:
             async with service.flight(call):
-                prepared = await _prompt(entry, request, form.file, translates, call.tenant)
+                prepared = await _prompt(service, call, entry, request, form.file, translates)
                 pending.release()
                 permit.add_prompt_tokens(len(prepared.prompt.token_ids))
                 sampling = request.sampling_body()
@@ -63,10 +63,11 @@ def _check_hears(entry: Entry) -> None:
                            code="unsupported_modality")
 
 
-async def _prompt(entry: Entry, request: AudioRequest, file: bytes, translates: bool, tenant: bytes) -> Prepared:
+async def _prompt(service: Service, call: Call, entry: Entry, request: AudioRequest, file: bytes,
+                  translates: bool) -> Prepared:
     message = Message("user", (MediaPart("audio"), TextPart(request.instruction(translates=translates))))
     prepared = await entry.model.prepare_chat([message], [MediaSource("audio", FILE, payload=file)],
-                                              tenant=tenant)
+                                              tenant=call.turn, salt=service.salts.of(call.tenant))
     entry.metrics.observe_prompt(prepared.text_s, prepared.media)
     return prepared
 

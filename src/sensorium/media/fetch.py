@@ -9,10 +9,8 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import re
-import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from urllib.parse import quote, urljoin
@@ -22,9 +20,12 @@ import httpx
 from sensorium import __version__
 from sensorium.media.address import Address, AllowedHosts, canonical_host
 from sensorium.media.heads import HeadTrace, HeadTransport
+from sensorium.media.names import SystemResolver
 from sensorium.media.source import Refusal, size_text
+from sensorium.media.turns import Turns
 
-Resolver = Callable[[str, int], Awaitable[list[str]]]
+Resolver = Callable[[str, int, bytes], Awaitable[list[str]]]
+"""Host, port, and the tenant who asks -> addresses."""
 
 REFUSED = ("This URL cannot be fetched: its host does not exist, is not a public address, or is not one that the "
            "operator allowed (--allowed-media-domains). Send the {noun} as a data: URL instead.")
@@ -38,6 +39,7 @@ REDIRECTS = frozenset((301, 302, 303, 307, 308))
 SAFE_IN_URL = "!#$%&'()*+,/:;=?@[]~"
 MAX_ADDRESSES = 4  # of one host, tried in turn
 READ_TIMEOUT_S = 10.0
+FETCHES, FETCHES_PER_TENANT = 128, 16  # at a time: each holds a descriptor, and an answer in memory
 MAX_SMALL_PIECES, SMALL_PIECE_BYTES = 1000, 64  # a body in one-byte chunks would occupy the event loop
 
 
@@ -108,15 +110,17 @@ class Fetcher:
         self._timeout_s = timeout_s
         self._max_redirects = max_redirects
         self._max_url_length = max_url_length
-        self._names = ThreadPoolExecutor(8, "media-dns")  # its own threads: a slow name server must not stop other work
-        self._resolve = resolve or self._system_resolve
+        self._turns = Turns(FETCHES, FETCHES_PER_TENANT)
+        self._resolve = resolve or SystemResolver().addresses
         self._plain = transport or HeadTransport(False)
         self._tls = transport
 
-    async def get(self, url: str, max_bytes: int) -> Fetched:
+    async def get(self, url: str, max_bytes: int, tenant: bytes = b"") -> Fetched:
+        """Waiting for the tenant's turn does not count towards the deadline."""
+        target = parse_url(url, self._max_url_length)
         try:
-            async with asyncio.timeout(self._timeout_s):
-                return await self._follow(parse_url(url, self._max_url_length), max_bytes)
+            async with self._turns.taken(tenant), asyncio.timeout(self._timeout_s):
+                return await self._follow(target, max_bytes, tenant)
         except TimeoutError:
             raise Refusal("download", f"The {{noun}} could not be downloaded within {self._timeout_s:g} s.") from None
         except (httpx.HTTPError, httpx.InvalidURL, ssl.SSLError, OSError):
@@ -126,15 +130,14 @@ class Fetcher:
         await self._plain.aclose()
         if self._tls is not None:
             await self._tls.aclose()
-        self._names.shutdown(wait=False, cancel_futures=True)
 
-    async def _follow(self, target: Target, max_bytes: int) -> Fetched:
+    async def _follow(self, target: Target, max_bytes: int, tenant: bytes) -> Fetched:
         seen: set[str] = set()
         for _ in range(self._max_redirects + 1):
             if str(target) in seen:
                 raise Refusal("download", "The {noun}'s URL redirects in a circle.")
             seen.add(str(target))
-            async with self._open(target) as response:
+            async with self._open(target, tenant) as response:
                 if response.status_code not in REDIRECTS:
                     return await self._read(response, max_bytes)
                 target = self._next(target, response.headers.get("location", ""))
@@ -147,10 +150,10 @@ class Fetcher:
         return target
 
     @asynccontextmanager
-    async def _open(self, target: Target) -> AsyncIterator[httpx.Response]:
+    async def _open(self, target: Target, tenant: bytes) -> AsyncIterator[httpx.Response]:
         """Send the request to a checked address; the next address is tried only when no connection was made."""
         transport = await self._transport_for(target)
-        addresses = await self._checked_addresses(target)
+        addresses = await self._checked_addresses(target, tenant)
         for address in addresses:
             try:
                 response = await transport.handle_async_request(_request(target, address))
@@ -171,24 +174,18 @@ class Fetcher:
             self._tls = self._tls or HeadTransport(context)
         return self._tls
 
-    async def _checked_addresses(self, target: Target) -> list[Address]:
+    async def _checked_addresses(self, target: Target, tenant: bytes) -> list[Address]:
         """Every address of the host, all of them allowed: one bad answer among good ones refuses the host."""
         if not self._allowed.admits(target.host, target.port):
             raise Refusal("url", REFUSED)
         try:
             addresses = [ipaddress.ip_address(text.partition("%")[0])
-                         for text in await self._resolve(target.host, target.port)]
+                         for text in await self._resolve(target.host, target.port, tenant)]
         except (OSError, UnicodeError, ValueError):
             addresses = []
         if not addresses or not all(self._allowed.admits_address(target.host, target.port, a) for a in addresses):
             raise Refusal("url", REFUSED)
         return addresses[:MAX_ADDRESSES]
-
-    async def _system_resolve(self, host: str, port: int) -> list[str]:
-        loop = asyncio.get_running_loop()
-        answers = await loop.run_in_executor(
-            self._names, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-        return list(dict.fromkeys(str(answer[4][0]) for answer in answers))
 
     async def _read(self, response: httpx.Response, max_bytes: int) -> Fetched:
         if response.status_code != 200:

@@ -26,9 +26,9 @@ from sensorium.media.header import ImageHeader, read_header
 from sensorium.media.inline import decode_base64, is_data_url, split_data_url
 from sensorium.media.key import content_key
 from sensorium.media.magic import container_of
-from sensorium.media.pool import CRASHED, Bounds, Result, WorkerPool
+from sensorium.media.pool import Bounds, Result, WorkerPool
 from sensorium.media.sampling import VideoSampling, fitted_size
-from sensorium.media.source import PADDING_S, MediaSize, MediaSource, RawMedia, Refusal, StreamInfo, size_text
+from sensorium.media.source import CRASHED, PADDING_S, MediaSize, MediaSource, RawMedia, Refusal, StreamInfo, size_text
 from sensorium.types import MediaItem, Modality
 
 LARGE_TEXT = 256 * 1024  # base64 characters from which decoding leaves the event loop
@@ -40,7 +40,7 @@ SPEECH_RATE = 16_000
 
 
 class MediaLoader:
-    """One per server. All refusals are MediaError with the source's `param`."""
+    """One per server. All refusals are MediaError with the source's `param`. `tenant` says whose turn work takes."""
 
     def __init__(self, limits: Limits, *, allowed_domains: tuple[str, ...] = (), local_root: Path | None = None,
                  workers: int = 2, resolve: Resolver | None = None,
@@ -53,14 +53,14 @@ class MediaLoader:
         self._images = WorkerPool("image", workers, _image_bounds(limits))
         self._streams = WorkerPool("stream", workers, _stream_bounds(limits))
 
-    async def fetch(self, source: MediaSource) -> RawMedia:
+    async def fetch(self, source: MediaSource, tenant: bytes = b"") -> RawMedia:
         """The file behind a source, whole and within its kind's limit; of a video or sound the packets were counted."""
         with _refusals(source.kind, source.param):
-            payload, declared = await self._read(source)
+            payload, declared = await self._read(source, tenant)
             if not payload:
                 raise Refusal("empty", "The {noun}'s file is empty.")
             raw = RawMedia(source.kind, source.param, payload, declared)
-            return raw if source.kind == "image" else replace(raw, info=await self._inspect(raw))
+            return raw if source.kind == "image" else replace(raw, info=await self._inspect(raw, tenant))
 
     def probe(self, raw: RawMedia, *, sampling: VideoSampling = AS_IS, sample_rate: int = SPEECH_RATE) -> MediaSize:
         """The size that `decode` will give, checked against the limits. Quick enough for the event loop."""
@@ -73,7 +73,7 @@ class MediaLoader:
             return self._sampled_size(info, sampling)
 
     async def decode(self, raw: RawMedia, *, sampling: VideoSampling = AS_IS,
-                     sample_rate: int = SPEECH_RATE) -> MediaItem:
+                     sample_rate: int = SPEECH_RATE, tenant: bytes = b"") -> MediaItem:
         """Arrays from a worker process; the key is computed here, where no codec has been.
 
         A sound is mono at `sample_rate`; a video has the frames that `sampling` names, with their times.
@@ -83,15 +83,15 @@ class MediaLoader:
             if raw.kind == "image":
                 shape = (*self._checked_header(raw.payload).upright, 3)
                 result = await self._images.run(
-                    {"op": "image", "max_pixels": self._limits.max_image_pixels}, raw.payload)
+                    {"op": "image", "max_pixels": self._limits.max_image_pixels}, raw.payload, tenant)
             elif raw.kind == "video":
                 size = self._sampled_size(_info_of(raw), sampling)
                 shape = (size.frames, size.height, size.width, 3)
-                result = await self._decode_video(raw, _info_of(raw), sampling, size)
+                result = await self._decode_video(raw, _info_of(raw), sampling, size, tenant)
             else:
                 job = {"op": "audio", "demuxer": _info_of(raw).container, "sample_rate": sample_rate,
                        "max_seconds": self._limits.max_audio_seconds}
-                result = await self._streams.run(job, raw.payload)
+                result = await self._streams.run(job, raw.payload, tenant)
             return await asyncio.to_thread(_as_item, raw, result, shape, sample_rate)
 
     async def warm(self) -> None:
@@ -103,7 +103,7 @@ class MediaLoader:
         await self._images.aclose()
         await self._streams.aclose()
 
-    async def _read(self, source: MediaSource) -> tuple[bytes, str | None]:
+    async def _read(self, source: MediaSource, tenant: bytes) -> tuple[bytes, str | None]:
         max_bytes = self._max_bytes(source.kind)
         if source.payload is not None:
             if len(source.payload) > max_bytes:
@@ -122,7 +122,7 @@ class MediaLoader:
         if scheme == "file":
             return await asyncio.to_thread(self._files.read, url, max_bytes), None
         if scheme in ("http", "https"):
-            fetched = await self._fetcher.get(url, max_bytes)
+            fetched = await self._fetcher.get(url, max_bytes, tenant)
             # Only a data: URL holds a frame list, whatever a server calls its answer.
             return fetched.payload, None if fetched.content_type == FRAME_LIST_TYPE else fetched.content_type
         raise Refusal("url", "The {noun} must be an http(s):, data: or (where the operator allows it) file: URL.")
@@ -146,14 +146,14 @@ class MediaLoader:
                                    f"at most {limits.max_image_aspect:g} times its shortest. Crop it.")
         return header
 
-    async def _inspect(self, raw: RawMedia) -> StreamInfo:
+    async def _inspect(self, raw: RawMedia, tenant: bytes) -> StreamInfo:
         """Count a stream's packets in a worker; its answer is checked like any other input."""
         if raw.declared_type == FRAME_LIST_TYPE:
             frames, height, width = await asyncio.to_thread(frame_list_size, raw.payload)
             return self._checked_info(StreamInfo("frames", float(frames), frames, height, width))
         demuxer = container_of(raw.kind, raw.payload)
         job = {"op": f"{raw.kind}_info", "demuxer": demuxer, "max_side": self._limits.max_video_side}
-        record = (await self._streams.run(job, raw.payload)).record
+        record = (await self._streams.run(job, raw.payload, tenant)).record
         if raw.kind == "audio":
             info = StreamInfo(demuxer, _number(record, "duration_s"))
         else:
@@ -184,16 +184,17 @@ class MediaLoader:
         frames = len(sampling.indices(info.frames, info.duration_s, limits.max_video_frames))
         return MediaSize(*fitted_size(info.height, info.width, frames, limits.max_video_pixels), frames)
 
-    async def _decode_video(self, raw: RawMedia, info: StreamInfo, sampling: VideoSampling, size: MediaSize) -> Result:
+    async def _decode_video(self, raw: RawMedia, info: StreamInfo, sampling: VideoSampling, size: MediaSize,
+                            tenant: bytes) -> Result:
         limits = self._limits
         if info.container == "frames":
             job = {"op": "frames", "height": size.height, "width": size.width, "max_pixels": limits.max_video_pixels}
-            result = await self._images.run(job, raw.payload)
+            result = await self._images.run(job, raw.payload, tenant)
             return replace(result, record={"timestamps_s": list(range(size.frames))})  # one a second
         job = {"op": "video", "demuxer": info.container, "sampling": sampling.as_record(),
                "max_side": limits.max_video_side, "max_frames": limits.max_video_frames,
                "max_pixels": limits.max_video_pixels}
-        return await self._streams.run(job, raw.payload)
+        return await self._streams.run(job, raw.payload, tenant)
 
 
 @contextmanager
@@ -243,15 +244,20 @@ def _are_times(times: object, count: int) -> bool:
         isinstance(time, int | float) and math.isfinite(time) for time in times)
 
 
+def _clock_s(cpu_s: float) -> float:
+    """How long so much processor time may take beside other work."""
+    return 3 * cpu_s + 5
+
+
 def _image_bounds(limits: Limits) -> Bounds:
-    return Bounds(deadline_s=limits.decode_timeout_s,
+    return Bounds(cpu_s=limits.decode_timeout_s, deadline_s=_clock_s(limits.decode_timeout_s),
                   result_bytes=3 * max(limits.max_image_pixels, limits.max_video_pixels),
                   memory_bytes=IMAGE_BYTES_PER_PIXEL * limits.max_image_pixels +
                   max(limits.max_image_bytes, 2 * limits.max_video_bytes) + SPARE_BYTES)
 
 
 def _stream_bounds(limits: Limits) -> Bounds:
-    return Bounds(deadline_s=limits.decode_timeout_s,
+    return Bounds(cpu_s=limits.decode_timeout_s, deadline_s=_clock_s(limits.decode_timeout_s),
                   result_bytes=max(3 * limits.max_video_pixels, 4 * int(limits.max_audio_seconds + 1) * 192_000),
                   memory_bytes=VIDEO_BYTES_PER_PIXEL * limits.max_video_side ** 2 +
                   2 * max(limits.max_video_bytes, limits.max_audio_bytes) + SPARE_BYTES)

@@ -4,30 +4,42 @@ from __future__ import annotations
 
 import asyncio
 import math
+import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sensorium.errors import ServerError
-from sensorium.media.source import Problem, Refusal
-from sensorium.workers.frames import BYTES, JOB, REFUSED, RESULT, FrameError
-from sensorium.workers.process import WorkerProcess
+from sensorium.errors import ServerError, UnavailableError
+from sensorium.media.source import CRASHED, Problem, Refusal
+from sensorium.media.turns import Turns
+from sensorium.workers.frames import BYTES, JOB, REFUSED, RESULT, FrameError, Gone, Late, Stopped
+from sensorium.workers.process import DYING_S, WorkerProcess
 
-CRASHED = "The {noun} could not be decoded: its file is damaged or takes more time or memory than it may."
+Blame = Literal["file", "crash", "outside"]
+"""file: more than it may take, or a wrong answer; crash: a signal that bad files cause, and others could have sent."""
+
+CRASHES = frozenset((signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP,
+                     signal.SIGSYS))
 DTYPES = frozenset(("uint8", "float32"))
 PROBLEMS: dict[str, Problem] = {problem: problem for problem in get_args(Problem)}
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What one job of a role may take. `result_bytes` bounds what this process allocates on a worker's word."""
+    """What one job of a role may take. `result_bytes` bounds what this process allocates on a worker's word.
 
+    The worker's own limit on processor time is for the file; the deadline by the clock is longer, so that a machine
+    with much to do does not make files look bad.
+    """
+
+    cpu_s: float
     deadline_s: float
     memory_bytes: int  # beyond what the worker has after its imports
     result_bytes: int
@@ -42,28 +54,48 @@ class Result:
 
 @dataclass(slots=True)
 class Worker(WorkerProcess):
-    """A process that decodes."""
+    """A process that decodes. In step is one that waits for a job."""
+
+    is_in_step: bool = False
 
     @classmethod
     def spawn(cls, role: str, bounds: Bounds) -> Worker:
-        return cls.start("sensorium.media.worker", role, bounds.memory_bytes, math.ceil(bounds.deadline_s) + 1)
+        return cls.start("sensorium.media.worker", role, bounds.memory_bytes, math.ceil(bounds.cpu_s) + 1)
 
     def run(self, job: dict[str, Any], payload: bytes, bounds: Bounds) -> Result:
         """Raises Refusal for a refused file, FrameError when this worker is of no more use."""
         self.wait_ready()
         self.jobs += 1
+        self.is_in_step = False
         self.link.set_deadline(bounds.deadline_s)
-        self.link.send_record(JOB, job)
-        self.link.send_bytes(payload)
-        kind, length = self.link.receive_head()
-        record = self.link.receive_record(length)
-        if kind == REFUSED:
-            raise _refusal(record)
-        if kind != RESULT:
-            raise FrameError("unexpected frame")
-        if "shape" not in record:
-            return Result(record, None)
-        return Result(record, self._receive_array(record, bounds.result_bytes))
+        try:
+            self.link.send_record(JOB, job)
+            self.link.send_bytes(payload)
+            kind, length = self.link.receive_head()
+            record = self.link.receive_record(length)
+            if kind == REFUSED:
+                raise _refusal(record)
+            if kind != RESULT:
+                raise FrameError("unexpected frame")
+            data = self._receive_array(record, bounds.result_bytes) if "shape" in record else None
+        except Refusal:
+            self.is_in_step = True
+            raise
+        self.is_in_step = True
+        return Result(record, data)
+
+    def blame(self, error: FrameError) -> Blame:
+        """Whose fault it is that there is no answer."""
+        if isinstance(error, Stopped | Late):
+            return "outside"
+        if not isinstance(error, Gone):
+            return "file"  # it answers, and wrongly
+        with suppress(subprocess.TimeoutExpired):
+            status = self.process.wait(DYING_S)
+            if status == -signal.SIGXCPU or status > 0:
+                return "file"
+            return "crash" if -status in CRASHES else "outside"
+        return "outside"
 
     def _receive_array(self, record: dict[str, Any], max_bytes: int) -> NDArray[np.generic]:
         data = _allocate(record, max_bytes)
@@ -100,7 +132,11 @@ def _refusal(record: dict[str, Any]) -> Refusal:
 
 @dataclass(slots=True)
 class WorkerPool:
-    """`size` workers of one role. `run` is awaited; the blocking exchange happens in the pool's own threads."""
+    """Workers of one role. `run` is awaited; the blocking exchange happens in the pool's own threads.
+
+    One tenant keeps at most `size` of them busy. There is one more, so that another's job finds one that is free: it is
+    started as soon as the others are taken.
+    """
 
     role: str
     size: int
@@ -108,19 +144,27 @@ class WorkerPool:
     _idle: list[Worker] = field(default_factory=list)  # the last used one first, so that few are started
     _busy: dict[int, Worker] = field(default_factory=dict)  # by pid
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _turns: Turns = field(init=False)
     _threads: ThreadPoolExecutor | None = None
     _is_closed: bool = False
 
-    async def run(self, job: dict[str, Any], payload: bytes) -> Result:
-        """A crash, a late or a wrong answer costs the worker, and is Refusal("parse") for the file."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor(), self._run, job, payload)
+    def __post_init__(self) -> None:
+        self._turns = Turns(self.size + 1, self.size)
+
+    async def run(self, job: dict[str, Any], payload: bytes, tenant: bytes = b"") -> Result:
+        """Refusal("parse") where the file ends a worker or takes more than it may, and where an answer is wrong.
+
+        A worker that is killed or stopped from outside is not the file's fault: the job is tried once more, then
+        UnavailableError.
+        """
+        return await self._turns.run(self._executor(), tenant, lambda: self._run(job, payload))
 
     async def warm(self) -> None:
         """Start one worker ahead of the first job."""
         await asyncio.get_running_loop().run_in_executor(self._executor(), self._warm)
 
     async def aclose(self) -> None:
-        """Kill what runs; jobs in flight end with a refusal."""
+        """Kill what runs; jobs in flight end with an error."""
         with self._lock:
             self._is_closed = True
             workers, self._idle = self._idle, []
@@ -140,16 +184,27 @@ class WorkerPool:
         if self._is_closed:
             raise ServerError
         if self._threads is None:
-            self._threads = ThreadPoolExecutor(self.size, f"media-{self.role}")
+            self._threads = ThreadPoolExecutor(self.size + 1, f"media-{self.role}")
         return self._threads
 
     def _run(self, job: dict[str, Any], payload: bytes) -> Result:
-        with self._worker() as worker:
-            return worker.run(job, payload, self.bounds)
+        for is_retry in (False, True):
+            with self._worker() as worker:
+                self._keep_reserve()
+                try:
+                    return worker.run(job, payload, self.bounds)
+                except FrameError as error:
+                    blame, is_last = worker.blame(error), is_retry or self._is_closed or isinstance(error, Late)
+            if blame == "file" or (blame == "crash" and is_last):
+                raise Refusal("parse", CRASHED)
+            if is_last:
+                break
+        raise UnavailableError("A media decoder was ended or kept from working. Try again.")
 
     def _warm(self) -> None:
-        with self._worker() as worker:
+        with self._worker() as worker, suppress(FrameError):
             worker.wait_ready()
+            worker.is_in_step = True
 
     @contextmanager
     def _worker(self) -> Iterator[Worker]:
@@ -159,29 +214,28 @@ class WorkerPool:
                 raise ServerError
             worker = self._take_idle() or Worker.spawn(self.role, self.bounds)
             self._busy[worker.process.pid] = worker
-        is_usable = False
         try:
             yield worker
-            is_usable = True
-        except Refusal:
-            is_usable = True
-            raise
-        except FrameError:
-            raise Refusal("parse", CRASHED) from None
         finally:
-            self._give_back(worker, is_usable)
+            self._give_back(worker)
+
+    def _keep_reserve(self) -> None:
+        """Have one more started when one tenant may hold all others."""
+        with self._lock:
+            if len(self._busy) == self.size and not self._idle and not self._is_closed:
+                self._idle.append(Worker.spawn(self.role, self.bounds))
 
     def _take_idle(self) -> Worker | None:
-        """One that is still alive: the system may have killed it while nobody looked."""
+        """One that still runs: the system may have killed it while nobody looked."""
         while self._idle:
             worker = self._idle.pop()
-            if worker.process.poll() is None:
+            if worker.process.poll() is None and not worker.is_stopped():
                 return worker
             worker.kill()
         return None
 
-    def _give_back(self, worker: Worker, is_usable: bool) -> None:
-        is_spent = not is_usable or worker.jobs >= self.bounds.max_jobs
+    def _give_back(self, worker: Worker) -> None:
+        is_spent = not worker.is_in_step or worker.jobs >= self.bounds.max_jobs
         with self._lock:
             del self._busy[worker.process.pid]
             if not self._is_closed:  # a new one is ready by the time somebody needs it

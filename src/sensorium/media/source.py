@@ -10,6 +10,8 @@ from sensorium.types import Modality
 
 PADDING_S = 0.5  # beyond a limit on seconds: what encoders put before and behind (8 kHz MP3 and AAC: up to 0.4 s)
 
+CRASHED = "The {noun} could not be decoded: its file is damaged or takes more time or memory than it may."
+
 Problem = Literal["url", "base64", "download", "file_size", "empty", "type", "large", "small", "long", "parse"]
 
 CODES: dict[Problem, str] = {

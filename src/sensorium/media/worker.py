@@ -12,7 +12,7 @@ import sys
 import numpy as np
 
 from sensorium.media.decoders import Decoder, decoders_for
-from sensorium.media.source import Refusal
+from sensorium.media.source import CRASHED, Refusal
 from sensorium.workers.child import lock_in, parent_link
 from sensorium.workers.frames import JOB, READY, REFUSED, RESULT, FrameError, FrameSocket
 
@@ -36,7 +36,7 @@ def serve_one(parent: FrameSocket, decoders: dict[str, Decoder], cpu_s: int) -> 
         raise FrameError("expected a job")
     job = parent.receive_record(length)
     payload = parent.receive_bytes(sys.maxsize)
-    # The parent kills a late worker; this is for the case that the parent is gone.
+    # The parent kills a late worker; this tells it from one that was kept from computing.
     used = resource.getrusage(resource.RUSAGE_SELF)
     resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + cpu_s, resource.RLIM_INFINITY))
     try:
@@ -49,6 +49,11 @@ def serve_one(parent: FrameSocket, decoders: dict[str, Decoder], cpu_s: int) -> 
             parent.send_bytes(np.ascontiguousarray(piece).data)
     except Refusal as refusal:  # also between two pieces
         parent.send_record(REFUSED, {"problem": refusal.problem, "text": refusal.text})
+    except FrameError:
+        raise
+    except Exception as error:  # a library may raise anything of its own for a damaged file
+        print(f"decode worker: {type(error).__name__} in {job['op']}", file=sys.stderr)
+        parent.send_record(REFUSED, {"problem": "parse", "text": CRASHED})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Processed media that were seen lately, so that a conversation which repeats a picture does not decode it again.
 
-Entries are found by the sha256 of the file as it came and the processor settings, and forgotten by size in bytes, the
-least recently used first. Used on the event loop only.
+Entries are found by the sha256 of the file as it came, the processor settings and the tenant's salt, and forgotten by
+size in bytes, the least recently used first. Used on the event loop only.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from typing import Any
 from sensorium.types import MediaFeatures, Modality
 
 
-def feature_key(kind: Modality, declared_type: str | None, payload: bytes, settings: Mapping[str, Any]) -> bytes:
-    """What a medium's features depend on, each field framed. The declared type decides whether the file is taken."""
-    digest = hashlib.sha256(json.dumps([kind, declared_type, settings, len(payload)], sort_keys=True).encode())
+def feature_key(kind: Modality, declared_type: str | None, payload: bytes, settings: Mapping[str, Any],
+                salt: bytes) -> bytes:
+    """What a media item's features depend on, each field framed. The declared type decides whether the file is taken.
+    `salt` separates tenants: how long an answer takes would tell one what another has sent."""
+    fields = [kind, declared_type, settings, len(payload), salt.hex()]
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     digest.update(b"\0")
     digest.update(payload)
     return digest.digest()

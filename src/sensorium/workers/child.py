@@ -6,6 +6,7 @@ is the three it holds, so neither files nor connections come into being whatever
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import signal
@@ -15,9 +16,14 @@ from pathlib import Path
 
 from sensorium.workers.frames import FrameSocket
 
+PR_SET_PDEATHSIG = 1
+
 
 def parent_link() -> FrameSocket:
-    """The socket to the parent. From here on the signals to its process group, which may drain, end only the parent."""
+    """The socket to the parent. From here on the signals to its process group, which may drain, end only the parent,
+    and the parent's end, however it comes, is this process's: an idle one sees it at the socket."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     return FrameSocket(socket.socket(fileno=0))

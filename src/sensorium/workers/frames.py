@@ -10,10 +10,12 @@ import json
 import socket
 import struct
 import time
+from collections.abc import Callable
 from typing import Any, Literal
 
 HEAD = struct.Struct("<BQ")
 MAX_RECORD_BYTES = 64 * 1024
+WATCH_S = 1.0
 
 Kind = Literal[1, 2, 3, 4, 5]
 READY: Kind = 1  # worker: {} once it has imported and locked itself in
@@ -35,11 +37,24 @@ def bytes_frame(data: bytes, kind: Kind = BYTES) -> bytes:
     return HEAD.pack(kind, len(data)) + data
 
 
+class Gone(FrameError):
+    """Its end of the socket is closed."""
+
+
+class Late(FrameError):
+    """The deadline has passed."""
+
+
+class Stopped(FrameError):
+    """The process is stopped (SIGSTOP) and will not answer."""
+
+
 class FrameSocket:
     """One end of a socket pair with blocking, deadline-bound whole reads and writes."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
+        self.watch: Callable[[], None] = lambda: None  # called every second of waiting; may raise FrameError
         self._deadline: float | None = None
 
     def set_deadline(self, seconds: float | None) -> None:
@@ -82,10 +97,13 @@ class FrameSocket:
             self._arm()
             try:
                 got = self.sock.recv_into(view)
+            except TimeoutError:
+                self.watch()
+                continue
             except OSError:
-                raise FrameError("no answer") from None
+                raise Gone from None
             if not got:
-                raise FrameError("closed")
+                raise Gone
             view = view[got:]
 
     def _receive(self, length: int) -> bytearray:
@@ -100,8 +118,10 @@ class FrameSocket:
             self._arm()
             try:
                 view = view[self.sock.send(view):]
+            except TimeoutError:
+                self.watch()
             except OSError:
-                raise FrameError("cannot send") from None
+                raise Gone from None
 
     def _arm(self) -> None:
         if self._deadline is None:
@@ -109,5 +129,5 @@ class FrameSocket:
             return
         left = self._deadline - time.monotonic()
         if left <= 0:
-            raise FrameError("too late")
-        self.sock.settimeout(left)
+            raise Late
+        self.sock.settimeout(min(left, WATCH_S))

@@ -7,12 +7,14 @@ import socket
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 from sensorium.errors import ServerError
-from sensorium.workers.frames import READY, FrameError, FrameSocket
+from sensorium.workers.frames import READY, FrameError, FrameSocket, Gone, Stopped
 
 START_TIMEOUT_S = 30.0
+DYING_S = 5.0  # between a socket that closes and the process's end
 ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "VIRTUAL_ENV", "TZ")
 
 
@@ -34,21 +36,46 @@ class WorkerProcess:
         command = [sys.executable, "-m", module, *map(str, arguments)]
         with theirs:
             process = subprocess.Popen(command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, env=environment)
-        return cls(process, FrameSocket(ours))
+        started = cls(process, FrameSocket(ours))
+        started.link.watch = started.check_running
+        return started
 
     def wait_ready(self) -> None:
-        """Until the child has imported and locked itself in. ServerError if it cannot."""
+        """Until the child has imported and locked itself in. ServerError if it cannot, FrameError if it was kept from
+        it."""
         if self.is_ready:
             return
         self.link.set_deadline(START_TIMEOUT_S)
         try:
             kind, length = self.link.receive_head()
             self.link.receive_record(length)
+        except Stopped:
+            raise
         except FrameError:
             kind = 0
+            if self._was_killed():
+                raise Gone from None
         if kind != READY:
             raise ServerError
         self.is_ready = True
+
+    def _was_killed(self) -> bool:
+        try:
+            return self.process.wait(DYING_S) < 0
+        except subprocess.TimeoutExpired:
+            return False
+
+    def is_stopped(self) -> bool:
+        """Whether somebody has sent it SIGSTOP."""
+        try:
+            stat = Path(f"/proc/{self.process.pid}/stat").read_text()
+        except OSError:  # it has ended, or this is no Linux
+            return False
+        return stat.rpartition(")")[2].split()[0] in "Tt"
+
+    def check_running(self) -> None:
+        if self.is_stopped():
+            raise Stopped
 
     def kill(self) -> None:
         self.link.sock.close()
