@@ -16,7 +16,7 @@ from sensorium.errors import ServerError
 from sensorium.workers.frames import HEAD, READY, FrameError
 from sensorium.workers.process import START_TIMEOUT_S, WorkerProcess
 
-PIECE_BYTES = 1 << 18
+FIRST_BYTES, PIECE_BYTES = 1 << 14, 1 << 18  # a large buffer costs more than a short job
 STUCK_S = 0.05  # without any reply, after which one more worker is started
 GROWTH_S = 0.3  # between two such starts: a worker imports meanwhile
 START_TRIES = 2
@@ -248,7 +248,7 @@ class Crew:
                 await loop.sock_sendall(sock, frames)
                 data = bytearray()
                 while len(data) < HEAD.size or len(data) < HEAD.size + self._length(data):
-                    piece = await loop.sock_recv(sock, PIECE_BYTES)
+                    piece = await loop.sock_recv(sock, PIECE_BYTES if data else FIRST_BYTES)
                     if not piece:
                         raise FrameError("closed")
                     data += piece
