@@ -70,7 +70,7 @@ NEVER_TORCH = set(ALLOWED) - {"kernels", "models", "models.tensor_files", "model
 HAND_ENVIRONMENT_ON = {"workers/process.py", "engine/client.py", "engine/core.py", "prompt/convert.py"}
 # Only here may an `except` be broad: where one request's failure must not end the others', where a template's program
 # may raise what it likes, and where the tokenizers library raises nothing more precise.
-BROAD_EXCEPT = {"api/app.py", "api/errors.py", "engine/core.py", "engine/runner.py", "media/worker.py",
+BROAD_EXCEPT = {"api/app.py", "api/errors.py", "engine/core.py", "engine/encoding.py", "media/worker.py",
                 "prompt/tokenizer.py", "prompt/sandbox.py", "prompt/render_worker.py"}
 # The server renders no template itself: Jinja is for the process that can be killed, and for tools.
 RUNS_TEMPLATES = {"sensorium.prompt.sandbox", "sensorium.prompt.render_worker", "sensorium.prompt.local"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -38,9 +39,9 @@ def make_request(request_id: int, tokens: list[int], max_tokens: int = 4, *, pri
                          priority=priority)
 
 
-def compute(scheduler: Scheduler, plan: Plan, token: int = 7) -> list[int]:
+def compute(scheduler: Scheduler, plan: Plan, token: int = 7, *, encode: bool = True) -> list[int]:
     """What the core does with a plan, with a model that always says `token`. Ids of sequences that ended."""
-    for key in plan.encode:
+    for key in plan.encode if encode else ():
         scheduler.encoder.fill(key, key)
     ended = []
     for seq, count in [*((seq, 1) for seq in plan.decodes), *plan.prefills]:
@@ -65,6 +66,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler = make_scheduler(**options)
         self.tokens = options["tokens"]
         self.alive: dict[int, Sequence] = {}
+        self.awaited: dict[Any, MediaFeatures] = {}
         self.waited: Counter[int] = Counter()
         self.next_id = 0
 
@@ -108,23 +110,28 @@ class SchedulerMachine(RuleBasedStateMachine):
     def step(self, token: int, failing_tower: bool) -> None:
         plan, ended = self.scheduler.schedule()
         assert not ended
-        assert plan, "there is work and nothing is done"
+        assert plan or plan.encode or self.awaited, "there is work and nothing is done"
+        self.awaited |= plan.encode
         sizes = [1] * len(plan.decodes) + [count for _, count in plan.prefills]
         assert sum(sizes) <= self.tokens
-        assert min(sizes) > 0
+        assert min(sizes, default=1) > 0
         planned = list(plan.encode.values())
         assert len(planned) <= 1 or sum(one.num_rows for one in planned) <= self.scheduler.budget.max_encoder_rows
-        if plan.encode and failing_tower:
-            broken, *good = plan.encode
-            for key in good:
-                self.scheduler.encoder.fill(key, key)
-            for output in self.scheduler.drop_failed_items(plan, [broken], "no"):
-                del self.alive[output.id]
-            plan.encode = {}
         for seq in plan.sequences():
             assert len(seq.blocks) * BLOCK > seq.num_computed
-        for request_id in compute(self.scheduler, plan, token):
+        for request_id in compute(self.scheduler, plan, token, encode=False):
             assert self.alive.pop(request_id).status is Status.DONE
+        self.run_towers(failing_tower)
+
+    def run_towers(self, failing: bool) -> None:
+        """One item after the other, as late as may be."""
+        wanted = [key for key in self.awaited if self.scheduler.encoder.is_awaited(key)]
+        self.awaited = {key: self.awaited[key] for key in wanted[1:]}
+        if wanted and failing:
+            for output in self.scheduler.drop_failed_items([wanted[0]], "no"):
+                del self.alive[output.id]
+        elif wanted:
+            self.scheduler.encoder.fill(wanted[0], wanted[0])
 
     @invariant()
     def books_are_straight(self) -> None:
@@ -150,7 +157,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         scheduler = self.scheduler
-        bound = 20 + 4 * sum(seq.num_prompt + seq.max_tokens for seq in self.alive.values())
+        bound = 20 + 8 * sum(seq.num_prompt + seq.max_tokens for seq in self.alive.values())
         for _ in range(bound):
             if not self.alive:
                 break
@@ -173,6 +180,24 @@ def test_first_come_first_served_within_a_priority() -> None:
     for request_id, priority in ((1, 0), (2, 1), (3, 0), (4, -1)):
         scheduler.add(make_request(request_id, [request_id] * 3, 1, priority=priority))
     assert [ids(step(scheduler)) for _ in range(2)] == [[4, 1], [3, 2]]
+
+
+def test_tenants_take_turns() -> None:
+    """One tenant's many long prompts do not keep another one's short prompt waiting, in the queue or beside them."""
+    scheduler = make_scheduler(num_blocks=200, tokens=10, seqs=8, caching=False)
+    for request_id in range(1, 6):
+        scheduler.add(replace(make_request(request_id, [1] * 40, 1), salt=b"a"))
+    assert ids(step(scheduler)) == ids(step(scheduler)) == [1]
+    for request_id in (6, 7):
+        scheduler.add(replace(make_request(request_id, [2] * 15, 1), salt=b"b"))
+    turns = [ids(step(scheduler)) for _ in range(8)]
+    assert turns[0] in ([1], [6])  # both have had as much
+    assert all(6 in turn or 7 in turn for turn in turns[1:6:2]) or all(6 in t or 7 in t for t in turns[0:6:2])
+    assert sum(6 in turn or 7 in turn for turn in turns) >= 3
+    assert sum(1 in turn or 2 in turn for turn in turns) >= 4
+    while scheduler.has_work():
+        step(scheduler)
+    assert not scheduler._tenants
 
 
 def test_decodes_come_before_prompts() -> None:
@@ -211,30 +236,30 @@ def test_a_preempted_sequence_keeps_what_it_said() -> None:
 
 
 def test_prompt_is_cut_where_towers_must_wait() -> None:
-    """Two pictures of 4 rows, 6 rows of towers a step: the second picture waits, the text before it does not."""
+    """Two pictures of 4 rows, 6 rows of towers at a time: the pictures wait, the text before each does not."""
     scheduler = make_scheduler(tokens=40, rows=6)
     scheduler.add(make_request(1, [1] * 20, media=[(2, 4, "a"), (9, 4, "b")]))
-    plan = step(scheduler)
-    assert [count for _, count in plan.prefills] == [9]
-    assert len(plan.encode) == 1
-    plan = step(scheduler)
-    assert [count for _, count in plan.prefills] == [11]
-    assert len(plan.encode) == 1
+    seen = []
+    for _ in range(3):
+        plan = step(scheduler)
+        seen.append(([count for _, count in plan.prefills], len(plan.encode)))
+    assert seen == [([2], 1), ([7], 1), ([11], 0)]
 
 
 def test_an_item_above_the_encoder_budget_runs_alone() -> None:
     scheduler = make_scheduler(tokens=40, rows=3, encoder_rows=4)
     scheduler.add(make_request(1, [1] * 20, media=[(2, 14, "large")]))
-    plan = step(scheduler)
-    assert (len(plan.encode), [count for _, count in plan.prefills]) == (1, [20])
+    assert len(step(scheduler).encode) == 1
+    assert [count for _, count in step(scheduler).prefills] == [18]
 
 
 def test_a_picture_in_a_cached_prefix_is_not_encoded() -> None:
     scheduler = make_scheduler(tokens=40)
     for request_id in (1, 2):
         scheduler.add(make_request(request_id, [1] * 13, 1, media=[(1, 6, "a")]))
-        plan = step(scheduler)
-        assert len(plan.encode) == (request_id == 1)
+        assert len(step(scheduler).encode) == (request_id == 1)
+        if request_id == 1:
+            step(scheduler)
     assert scheduler.encoder.queries == 1
 
 

@@ -174,11 +174,12 @@ class Core:
     # One step: schedule, towers, forward and sample, take the results
 
     def _step(self) -> None:
+        early = self._encode()
         self._pulse.begin()
         plan, rich = self._scheduler.schedule()
+        rich += early
         if plan.encode:
-            self._pulse.begin(slow=True)
-            rich += self._encode(plan)
+            self._runner.encodings.add(plan.encode)
         ids: list[int] = []
         token_ids: list[int] = []
         if plan:
@@ -219,11 +220,14 @@ class Core:
         if is_device_lost(error):
             raise error
 
-    def _encode(self, plan: Plan) -> list[EngineOutput]:
+    def _encode(self) -> list[EngineOutput]:
+        """A little of what the towers have to do."""
+        if not self._runner.encodings:
+            return []
         started = monotonic()
-        failed = self._runner.encode(plan.encode)
+        failed = self._runner.encodings.run(self._pulse.begin)
         self._encoder_seconds += monotonic() - started
-        return self._scheduler.drop_failed_items(plan, failed, MEDIA_FAILED) if failed else []
+        return self._scheduler.drop_failed_items(failed, MEDIA_FAILED) if failed else []
 
     def _take_results(self, plan: Plan, result: StepResult, ids: list[int], token_ids: list[int],
                       rich: list[EngineOutput]) -> None:

@@ -64,6 +64,11 @@ class EncoderCache(Generic[Rows]):
         self._shrink()
         return True
 
+    def is_awaited(self, key: ItemKey) -> bool:
+        """Whether an entry is reserved whose rows do not exist yet."""
+        entry = self._entries.get(key)
+        return entry is not None and entry.rows is None
+
     def fill(self, key: ItemKey, rows: Rows) -> None:
         self._entries[key].rows = rows
 

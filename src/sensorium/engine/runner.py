@@ -13,13 +13,14 @@ from torch import Tensor
 
 from sensorium.engine.batch import Batch, BatchBuilder
 from sensorium.engine.encoder_cache import EncoderCache
+from sensorium.engine.encoding import Encodings
 from sensorium.engine.faults import Faults
 from sensorium.engine.sampler import Sampled, Sampler, logprobs
 from sensorium.engine.scheduler import Plan
-from sensorium.engine.sequence import ItemKey, Sequence
+from sensorium.engine.sequence import Sequence
 from sensorium.models.base import KVCache, Model, Read
 from sensorium.pooling.pooler import Pooler
-from sensorium.types import MediaFeatures, Modality, PoolingTask
+from sensorium.types import MediaFeatures, PoolingTask
 
 LOGPROB_ROWS = 64  # prompt positions whose logits exist at the same time
 
@@ -47,40 +48,7 @@ class Runner:
         self._device = device
         self._poolers = dict(poolers or {})
         self._faults = faults or Faults()
-
-    # Towers
-
-    @torch.inference_mode()
-    def encode(self, items: Mapping[ItemKey, MediaFeatures]) -> set[ItemKey]:
-        """Run the towers and fill the encoder cache. Returns the items for which that failed."""
-        failed: set[ItemKey] = set()
-        kinds: dict[Modality, list[ItemKey]] = {}
-        for key, features in items.items():
-            kinds.setdefault(features.kind, []).append(key)
-        for kind, keys in kinds.items():
-            if not self._encode(kind, keys, items):
-                # Somebody's picture broke the group: find out whose.
-                failed |= {key for key in keys if len(keys) == 1 or not self._encode(kind, [key], items)}
-        return failed
-
-    def _encode(self, kind: Modality, keys: list[ItemKey], items: Mapping[ItemKey, MediaFeatures]) -> bool:
-        group = [items[key] for key in keys]
-        try:
-            self._faults.hit("tower")
-            arrays = [{name: self._tensor(array) for name, array in one.arrays.items()} for one in group]
-            outputs = self._model.encode(kind, arrays)
-            for one, rows in zip(group, outputs, strict=True):
-                if len(rows) != one.num_rows:
-                    raise ValueError(f"the {kind} tower returned {len(rows)} rows instead of {one.num_rows}")
-        except Exception as error:
-            if is_device_lost(error):
-                raise
-            logger.exception("the %s tower failed", kind)
-            return False
-        for key, rows in zip(keys, outputs, strict=True):
-            # A copy where rows are a view of the whole group's output, which would live as long as any of them.
-            self._encoder.fill(key, rows.clone() if len(outputs) > 1 else rows)
-        return True
+        self.encodings = Encodings(model, encoder, self._tensors, is_device_lost, self._faults)
 
     # One step
 
@@ -166,6 +134,9 @@ class Runner:
             logits = self._model.logits(hidden[start - seq.num_computed : end - seq.num_computed]).float()
             targets = seq.tokens[start + 1 : end + 1].tolist()
             seq.prompt_logprobs.extend(logprobs(logits, targets, [num_top] * len(targets)))
+
+    def _tensors(self, features: MediaFeatures) -> dict[str, Tensor]:
+        return {name: self._tensor(array) for name, array in features.arrays.items()}
 
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:
         if not array.flags.writeable:

@@ -1,7 +1,8 @@
 """Decides what the next step computes: one decode token for every running sequence, then chunks of prompts.
 
-Owns sequences, blocks and pins, and gives everything back the moment a sequence ends. First come, first served within a
-priority. When blocks run out the youngest sequence of the lowest priority starts over later, keeping what it has said.
+Owns sequences, blocks and pins, and gives everything back the moment a sequence ends. Within a priority tenants take
+turns, and of one tenant the first come is the first served. When blocks run out the youngest sequence of the lowest
+priority starts over later, keeping what it has said.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Plan:
 
     decodes: list[Sequence] = field(default_factory=list)
     prefills: list[tuple[Sequence, int]] = field(default_factory=list)
-    encode: dict[ItemKey, MediaFeatures] = field(default_factory=dict)  # what towers must compute first
+    encode: dict[ItemKey, MediaFeatures] = field(default_factory=dict)  # what towers are to compute for later ones
 
     def __bool__(self) -> bool:
         return bool(self.decodes or self.prefills)
@@ -58,6 +59,14 @@ class Budget:
     long_context_from: int | None = None  # see `Model`: longer sequences are computed anew, in another way
 
 
+@dataclass(slots=True)
+class _Tenant:
+    """What a tenant has had, in a count that only compares tenants who are here at the same time."""
+
+    prompt_tokens: int
+    sequences: int = 0
+
+
 class Scheduler:
     def __init__(self, budget: Budget, pool: BlockPool, prefixes: PrefixCache, encoder: EncoderCache[Any],
                  pooling: Mapping[str, bool] | None = None) -> None:
@@ -71,6 +80,7 @@ class Scheduler:
         self.decoding: list[Sequence] = []
         self.preemptions = 0
         self._by_id: dict[int, Sequence] = {}
+        self._tenants: dict[bytes, _Tenant] = {}  # those who have sequences
         self._arrivals = 0
         self._max_seqs = min(budget.max_num_seqs, budget.max_num_batched_tokens)
         self._rows = list(range(self._max_seqs - 1, -1, -1))  # free rows of the batch tables
@@ -95,6 +105,10 @@ class Scheduler:
             seq.reuse = not self._pooling[request.pooling.task]
         self._arrivals += 1
         self._by_id[seq.id] = seq
+        if request.salt not in self._tenants:  # whoever comes now has had as much as who had least
+            least = min((one.prompt_tokens for one in self._tenants.values()), default=0)
+            self._tenants[request.salt] = _Tenant(least)
+        self._tenants[request.salt].sequences += 1
         insort(self.waiting, seq, key=_order)
         return None
 
@@ -130,13 +144,30 @@ class Scheduler:
         ended = self._secure_decode_blocks() if self.decoding else []
         plan.decodes = list(self.decoding)
         tokens = self.budget.max_num_batched_tokens - len(plan.decodes)
-        for seq in self.prefilling:
+        if len(self._tenants) > 1 and self.waiting and self.prefilling:
+            tokens = self._let_in_first(plan, tokens)
+        for seq in self._in_turn(self.prefilling):
             if tokens <= 0:
                 break
-            tokens -= self._plan_chunk(plan, seq, tokens)
+            if all(seq is not planned for planned, _ in plan.prefills):
+                tokens -= self._plan_chunk(plan, seq, tokens)
         if self.waiting and tokens > 0 and self._rows:
-            self._admit(plan, tokens)
+            self._admit(plan, tokens, self._in_turn(self.waiting))
         return plan, ended
+
+    def _in_turn(self, sequences: list[Sequence]) -> list[Sequence]:
+        """By priority, then those first whose tenant has had fewest prompt tokens computed, then by arrival."""
+        if len(self._tenants) <= 1:
+            return list(sequences)
+        return sorted(sequences, key=self._turn)
+
+    def _turn(self, seq: Sequence) -> tuple[int, int, int]:
+        return seq.request.priority, self._tenants[seq.request.salt].prompt_tokens, seq.arrival
+
+    def _let_in_first(self, plan: Plan, tokens: int) -> int:
+        """Start waiting sequences whose turn comes before that of all running prompts; returns the tokens left."""
+        first = min(map(self._turn, self.prefilling))
+        return self._admit(plan, tokens, [seq for seq in self._in_turn(self.waiting) if self._turn(seq) < first])
 
     def _secure_decode_blocks(self) -> list[EngineOutput]:
         """Give a block to every decode that has filled its last one, preempting where there are none left."""
@@ -155,17 +186,16 @@ class Scheduler:
             seq.blocks.append(self.pool.allocate())
         return ended
 
-    def _admit(self, plan: Plan, tokens: int) -> None:
-        """Start waiting sequences as long as seats, blocks and tokens last."""
+    def _admit(self, plan: Plan, tokens: int, waiting: list[Sequence]) -> int:
+        """Start waiting sequences as long as seats, blocks and tokens last; returns the tokens left."""
         coming = self._coming_keys()
         passed_over = 0
-        index = 0
-        while index < len(self.waiting) and self._rows and tokens > 0 and passed_over <= MAX_PASSED_OVER:
-            seq = self.waiting[index]
+        for seq in waiting:
+            if not self._rows or tokens <= 0 or passed_over > MAX_PASSED_OVER:
+                break
             found = self.prefixes.find(seq)
             key = self.prefixes.next_key(seq, len(found))
             if key is not None and key in coming:  # another sequence computes this very block now
-                index += 1
                 passed_over += 1
                 continue
             if not self._take_blocks(seq, found):
@@ -174,15 +204,15 @@ class Scheduler:
                 seq.num_computed = len(found) * self.budget.block_size
                 seq.num_published = len(found)
             chunk = self._plan_chunk(plan, seq, tokens)
-            if not chunk:
+            if not chunk and not seq.pinned:
                 self._give_back(seq)
-                plan.encode = {item: one for item, one in plan.encode.items() if item in self.encoder}
                 break
             if key is not None:
                 coming.add(key)
-            del self.waiting[index]
+            self.waiting.remove(seq)
             self._start(seq, len(found))
             tokens -= chunk
+        return tokens
 
     def _coming_keys(self) -> set[bytes]:
         """The next blocks that running prefills will fill."""
@@ -218,23 +248,27 @@ class Scheduler:
         count = min(remaining, tokens)
         if not self.budget.has_cache:  # whole, or alone
             count = remaining if remaining <= tokens or not plan else 0
-        if seq.item_keys:
+        if seq.item_keys and count:
             count = self._secure_media(plan, seq, count)
         if count:
             plan.prefills.append((seq, count))
+            self._tenants[seq.request.salt].prompt_tokens += count
         return count
 
     def _secure_media(self, plan: Plan, seq: Sequence, count: int) -> int:
-        """Pin or plan the tower outputs of the next `count` tokens; returns how many can be computed with them."""
+        """Pin or plan the tower outputs of the next `count` tokens; returns how many can be computed now."""
         start = seq.num_computed
+        ready = count
         for span in spans_within(seq, start, start + count):
-            if span.item in seq.pinned:
-                continue
-            if not self._secure_item(plan, seq, span.item):
-                return max(span.offset - start, 0) if self.budget.has_cache else 0
-        return count
+            is_pinned = span.item in seq.pinned or self._secure_item(plan, seq, span.item)
+            if not is_pinned or self.encoder.is_awaited(seq.item_keys[span.item]):
+                ready = min(ready, max(span.offset - start, 0) if self.budget.has_cache else 0)
+            if not is_pinned:
+                break
+        return ready
 
     def _secure_item(self, plan: Plan, seq: Sequence, item: int) -> bool:
+        """Hold an item's tower output, or have it computed. False if that must wait."""
         key = seq.item_keys[item]
         if not self.encoder.pin(key):
             features = seq.request.prompt.media[item]
@@ -249,15 +283,11 @@ class Scheduler:
 
     # After the step
 
-    def drop_failed_items(self, plan: Plan, failed: Iterable[ItemKey], error: str) -> list[EngineOutput]:
-        """Fail the sequences that need tower outputs which could not be computed, and take them out of the plan."""
+    def drop_failed_items(self, failed: Iterable[ItemKey], error: str) -> list[EngineOutput]:
+        """Fail the sequences that wait for tower outputs which could not be computed."""
         keys = set(failed)
-        outputs = []
-        for seq, _ in list(plan.prefills):
-            if any(seq.item_keys[item] in keys for item in seq.pinned):
-                outputs.append(self.fail(seq, error))
-        plan.prefills = [(seq, count) for seq, count in plan.prefills if seq.status is not Status.DONE]
-        return outputs
+        return [self.fail(seq, error) for seq in list(self.prefilling)
+                if any(seq.item_keys[item] in keys for item in seq.pinned)]
 
     def advance(self, seq: Sequence, count: int) -> bool:
         """`count` more tokens of a sequence are computed. True if all are: the step gave it its next token."""
@@ -308,6 +338,10 @@ class Scheduler:
 
     def _end(self, seq: Sequence) -> None:
         del self._by_id[seq.id]
+        tenant = self._tenants[seq.request.salt]
+        tenant.sequences -= 1
+        if not tenant.sequences:
+            del self._tenants[seq.request.salt]
         self._leave(seq)
         self._give_back(seq)
         seq.status = Status.DONE

@@ -1,0 +1,120 @@
+"""Media that towers are computing: a piece at a time between the steps of the decoder, tenants in turn.
+
+Time is shared among tenants, not among media: whoever has used least goes on. A small picture does not wait until
+another tenant's large ones are through.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from time import monotonic
+
+import torch
+from torch import Tensor
+
+from sensorium.engine.encoder_cache import EncoderCache
+from sensorium.engine.faults import Faults
+from sensorium.engine.sequence import ItemKey
+from sensorium.models.base import Model, Steps
+from sensorium.types import MediaFeatures, Modality
+
+SLICE_S = 0.1  # of towers between two steps of the decoder; a piece that has begun is finished
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Job:
+    """Media of one tenant and kind that go through the tower together."""
+
+    kind: Modality
+    items: dict[ItemKey, MediaFeatures]
+    steps: Steps[list[Tensor]] | None = None  # None: not begun
+    macs: int = 0  # multiply-adds of its next piece
+
+
+class Encodings:
+    """The towers' queue. Rows go to the encoder cache, where `add`'s items must be reserved."""
+
+    def __init__(self, model: Model, cache: EncoderCache[Tensor], to_tensors: Callable[[MediaFeatures], Mapping[
+            str, Tensor]], is_lost: Callable[[BaseException], bool], faults: Faults) -> None:
+        self._model = model
+        self._cache = cache
+        self._to_tensors = to_tensors
+        self._is_lost = is_lost
+        self._faults = faults
+        self._jobs: dict[bytes, list[_Job]] = {}  # by tenant
+        self._used_s: dict[bytes, float] = {}  # of the tenants that have jobs
+
+    def __bool__(self) -> bool:
+        return bool(self._jobs)
+
+    def add(self, items: Mapping[ItemKey, MediaFeatures]) -> None:
+        jobs: dict[tuple[bytes, Modality], _Job] = {}
+        for key, features in items.items():
+            jobs.setdefault((key[0], features.kind), _Job(features.kind, {})).items[key] = features
+        for (tenant, _), job in jobs.items():
+            if tenant not in self._jobs:
+                self._used_s[tenant] = min(self._used_s.values(), default=0.0)
+            self._jobs.setdefault(tenant, []).append(job)
+
+    @torch.inference_mode()
+    def run(self, begin: Callable[[float], None]) -> set[ItemKey]:
+        """Compute for about `SLICE_S`; `begin` hears of every piece's multiply-adds. Returns items that failed."""
+        failed: set[ItemKey] = set()
+        now = started = monotonic()
+        while self._jobs and now - started < SLICE_S:
+            tenant = min(self._jobs, key=self._used_s.__getitem__)
+            job = self._jobs[tenant][0]
+            if not any(self._cache.is_awaited(key) for key in job.items):
+                self._drop(tenant, job)  # whoever wanted them has left
+                continue
+            failed |= self._advance(tenant, job, begin)
+            before, now = now, monotonic()
+            if tenant in self._used_s:
+                self._used_s[tenant] += now - before
+        return failed
+
+    def _advance(self, tenant: bytes, job: _Job, begin: Callable[[float], None]) -> set[ItemKey]:
+        """One piece. Somebody's picture may break a group: then each goes alone."""
+        try:
+            if job.steps is None:
+                self._faults.hit("tower")
+                job.steps = self._model.encoding(job.kind, [self._to_tensors(one) for one in job.items.values()])
+                job.macs = next(job.steps)
+            begin(job.macs)
+            job.macs = next(job.steps)
+            return set()
+        except StopIteration as end:
+            error = self._fill(job, end.value)
+        except Exception as caught:
+            if self._is_lost(caught):
+                raise
+            error = caught
+        self._drop(tenant, job)
+        if error is None:
+            return set()
+        logger.error("the %s tower failed", job.kind, exc_info=error)
+        if len(job.items) == 1:
+            return set(job.items)
+        for key, features in job.items.items():
+            self.add({key: features})
+        return set()
+
+    def _fill(self, job: _Job, outputs: list[Tensor]) -> Exception | None:
+        for features, rows in zip(job.items.values(), outputs, strict=True):
+            if len(rows) != features.num_rows:
+                return ValueError(f"the {job.kind} tower returned {len(rows)} rows instead of {features.num_rows}")
+        for key, rows in zip(job.items, outputs, strict=True):
+            if self._cache.is_awaited(key):
+                # A copy where rows are a view of the whole group's output, which would live as long as any of them.
+                self._cache.fill(key, rows.clone() if len(outputs) > 1 else rows)
+        return None
+
+    def _drop(self, tenant: bytes, job: _Job) -> None:
+        jobs = self._jobs[tenant]
+        jobs.remove(job)
+        if not jobs:
+            del self._jobs[tenant], self._used_s[tenant]

@@ -1,0 +1,60 @@
+"""The towers' queue: tenants share its time, and nothing stays behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sensorium.engine import encoding
+from sensorium.engine.encoder_cache import EncoderCache
+from sensorium.engine.encoding import Encodings
+from sensorium.engine.faults import Faults
+from sensorium.types import MediaFeatures
+
+
+class Tower:
+    """Every item is as many pieces of one second as its name says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self.done: list[str] = []
+        monkeypatch.setattr(encoding, "monotonic", lambda: self.now)
+
+    def encoding(self, kind: str, items: list[dict[str, Any]]) -> Any:
+        for item in items:
+            name, pieces = item["name"], int(item["name"].split("-")[1])
+            for _ in range(pieces):
+                yield 1
+                self.now += 1.0
+                self.done.append(name)
+        return [[0] for _ in items]
+
+
+def test_a_small_item_does_not_wait_for_another_tenants_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    tower = Tower(monkeypatch)
+    cache: EncoderCache[Any] = EncoderCache(100, 1)
+    queue = Encodings(tower, cache, lambda one: {"name": one.key.decode()}, lambda error: False, Faults())  # type: ignore
+
+    def add(tenant: bytes, name: str) -> None:
+        item = MediaFeatures("image", name.encode(), 1)
+        cache.reserve((tenant, item.key), 1)
+        queue.add({(tenant, item.key): item})
+
+    for index in range(6):
+        add(b"a", f"{index}-20")
+    begun: list[float] = []
+    for _ in range(10):
+        queue.run(begun.append)
+    add(b"b", "b-3")
+    for _ in range(7):
+        queue.run(begun.append)
+    assert tower.done.count("b-3") == 3
+    assert not cache.is_awaited((b"b", b"b-3"))
+    for index in range(6):
+        cache.unpin((b"a", f"{index}-20".encode()))
+    before = len(tower.done)
+    queue.run(begun.append)
+    assert not queue
+    assert len(tower.done) == before  # whoever wanted them has left
+    assert set(begun) == {1}
