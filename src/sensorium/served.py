@@ -156,6 +156,9 @@ class ServedModel:
         if family is None:
             raise StartupError(f"The architecture {checkpoint.architecture} is not supported.")
         tokenizer = Tokenizer.from_folder(checkpoint.folder, vocab_size=checkpoint.vocab_size)
+        if beyond := [token for token, one in tokenizer.added_tokens.items() if one >= checkpoint.vocab_size]:
+            _log.warning("the tokenizer has %d tokens (%r, ...) beyond the model's %d embeddings: prompts with them "
+                         "are refused", len(beyond), beyond[0], checkpoint.vocab_size)
         processor: Processor = load_class(family.processor)(checkpoint, tokenizer, dict(server.mm_processor_kwargs))
         source = template_source(server.chat_template, checkpoint.chat_template, checkpoint.architecture, tokenizer)
         pooled = pooling_template_source(server.chat_template, (*names, *checkpoint.folder.parts[-3:]))
@@ -416,7 +419,19 @@ class ServedModel:
             raise
         if len(prompt.token_ids) == 0:
             raise RequestError("The prompt has no tokens.", param=param, code="empty_prompt")
+        is_text = np.ones(len(prompt.token_ids), bool)
+        for span in prompt.spans:  # their rows come from a tower, whatever the token's number
+            is_text[span.offset : span.offset + span.length] = False
+        self._check_in_table(prompt.token_ids[is_text], param)
         return prompt
+
+    def _check_in_table(self, ids: Ids, param: str) -> None:
+        """Tokens that a tokenizer knows and the checkpoint has no embedding of are refused, as token ids are."""
+        vocab_size = self.checkpoint.vocab_size
+        if len(ids) and (highest := int(ids.max())) >= vocab_size:
+            raise RequestError(
+                f"The text has the token {self.tokenizer.id_to_token(highest)!r} with the id {highest}, but this model "
+                f"has embeddings of 0 to {vocab_size - 1} only. Leave it out.", param=param, code="invalid_token_id")
 
     def _prompt_of_ids(self, token_ids: Sequence[int]) -> Prompt:
         ids = self._checked_ids(token_ids, "prompt")
@@ -457,6 +472,7 @@ class ServedModel:
     def _prompt_of_array(self, ids: Ids, param: str, token_types: Ids | None = None) -> Prompt:
         if len(ids) == 0:
             raise RequestError("There is a text without tokens.", param=param, code="empty_prompt")
+        self._check_in_table(ids, param)
         self._check_no_placeholders(ids, param)
         prompt = Prompt(ids, token_types=token_types)
         self._check_fits(prompt, param)

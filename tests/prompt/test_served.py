@@ -25,6 +25,7 @@ from sensorium.config import Limits, ServerConfig
 from sensorium.errors import ContextLengthError, MediaError, RequestError, StartupError
 from sensorium.media.loader import MediaLoader
 from sensorium.media.source import MediaSize, MediaSource, RawMedia
+from sensorium.prompt.encode import PairLimits
 from sensorium.prompt.features import FeatureCache
 from sensorium.prompt.local import LocalRenderer
 from sensorium.prompt.messages import MediaPart, Message, TextPart
@@ -221,6 +222,24 @@ async def test_token_ids_outside_the_vocabulary(tmp_path: Path, loader: Loader, 
     with pytest.raises(RequestError) as refused:
         await served(tmp_path, loader).text_prompt(ids)
     assert refused.value.code == "invalid_token_id" and refused.value.param == "prompt"
+
+
+async def test_tokens_beyond_the_embeddings(tmp_path: Path, loader: Loader) -> None:
+    """Wherever text comes in: what the tokenizer knows and the checkpoint has no row of is refused, as an id is."""
+    model = served(tmp_path, loader)
+    token = "<|im_start|>"
+    first_missing = model.tokenizer.token_to_id(token)
+    assert first_missing is not None
+    whole, model.checkpoint = model.checkpoint, replace(model.checkpoint, vocab_size=first_missing)
+    for prompt in (model.text_prompt(f"a {token} b"), model.text_prompts(["a", f"b {token}"], params=["in", "in"]),
+                   model.pair_prompts([("a", token)], PairLimits(), params=["in"]),
+                   model.chat_prompt([user("a")], [])):
+        with pytest.raises(RequestError, match=f"id {first_missing}|id [0-9]+, but") as refused:
+            await prompt
+        assert refused.value.code == "invalid_token_id"
+        assert refused.value.param in ("prompt", "in", "messages")
+    model.checkpoint = whole
+    assert first_missing in (await model.text_prompt(f"a {token} b")).token_ids
 
 
 async def test_placeholders_without_media_in_raw_prompts(tmp_path: Path, loader: Loader) -> None:
