@@ -80,11 +80,15 @@ def write_awq(folder: Path, *, size: int = 32, config: dict[str, Any] | None = N
 
 
 def write_gptq(folder: Path, *, bits: int = 4, size: int | None = 32, symmetric: bool = True, act_order: bool = False,
-               config: dict[str, Any] | None = None, config_file: str = "config.json") -> dict[str, Tensor]:
+               config: dict[str, Any] | None = None, config_file: str = "config.json",
+               second_format: bool | None = None) -> dict[str, Tensor]:
+    """`second_format`: how zeros are stored, if not as checkpoint_format says."""
     method = {"quant_method": "gptq"} if config_file == "config.json" else {}
     config = {**method, "bits": bits, "group_size": size or -1, "sym": symmetric, "desc_act": act_order,
               **(config or {})}
-    lacks = 0 if config.get("checkpoint_format") == "gptq_v2" else 1
+    if second_format is None:
+        second_format = config.get("checkpoint_format") == "gptq_v2"
+    lacks = 0 if second_format else 1
 
     def pack(layer: Layer) -> dict[str, Tensor]:
         return {"qweight": words(layer.codes, bits).T, "scales": layer.scales.T, "g_idx": layer.group.int(),

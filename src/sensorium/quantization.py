@@ -27,6 +27,7 @@ class StoredQuantization:
     bits: tuple[int, ...]  # compressed-tensors may mix several
     group: int | None = None  # inputs that share a scale, None: all. Of compressed-tensors the tensors' shapes tell
     zero_offset: int = 0  # what a stored zero lacks: 1 in GPTQ's first format
+    symmetric: bool | None = None  # whether GPTQ's zeros are all the middle code; None: the file does not say
 
 
 def read_quantization(stated: object) -> StoredQuantization | None:
@@ -56,11 +57,15 @@ def _gptq(stated: Mapping[str, Any]) -> StoredQuantization:
     written = _one_of("gptq", "checkpoint_format", marlin or stated.get("checkpoint_format") or "gptq",
                       ("gptq", "gptq_v2"))
     _one_of("gptq", "pack_dtype", stated.get("pack_dtype", "int32"), ("int32",))
+    symmetric = stated.get("sym")
+    own = [*(stated.get("dynamic") or {}).values(), *(stated.get("extra_config") or {}).values()]
+    if any(changes.get("sym", symmetric) != symmetric for changes in own if isinstance(changes, dict)):
+        symmetric = None  # single layers differ
     for pattern, changes in (stated.get("dynamic") or {}).items():
         if not str(pattern).startswith("-:") and {"bits", "group_size"} & set(changes or ()):
             _refuse(f"gptq with other settings for single layers (dynamic {pattern!r})")
     return StoredQuantization("gptq", (bits,), _group("gptq", stated.get("group_size", 128)),
-                              1 if written == "gptq" else 0)
+                              1 if written == "gptq" else 0, symmetric if isinstance(symmetric, bool) else None)
 
 
 def _auto_round(stated: Mapping[str, Any]) -> StoredQuantization:

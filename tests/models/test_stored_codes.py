@@ -39,6 +39,15 @@ SIZES = {"hidden_size": 64, "intermediate_size": 288}
 BF16 = torch.bfloat16
 
 Writer = Callable[[Path], dict[str, Tensor]]
+
+
+def misnamed(*, second_format: bool = True, **options: Any) -> Writer:
+    """GPTQ whose symmetric zeros are of the other format than checkpoint_format says."""
+    named = {"checkpoint_format": "gptq" if second_format else "gptq_v2"}
+    return lambda folder: write_gptq(folder, second_format=second_format,
+                                     **{**options, "config": {**named, **options.get("config", {})}})
+
+
 ROWS = Quantization(4, 128)  # what rows with one scale become if they are longer than any kernel's group
 # Every layout that is published, and what a layer of it becomes: its own codes, or int8 where no kernel takes them.
 LAYOUTS: dict[str, tuple[Writer, Quantization, bool]] = {
@@ -66,6 +75,21 @@ LAYOUTS: dict[str, tuple[Writer, Quantization, bool]] = {
     "gptq-8-groups": (lambda folder: write_gptq(folder, bits=8), Quantization(8), False),
     "gptq-8-asymmetric": (lambda folder: write_gptq(folder, bits=8, size=None, symmetric=False), Quantization(8),
                           False),
+    "gptq-misnamed": (misnamed(), Quantization(4, 32), True),
+    "gptq-misnamed-gptqmodel": (misnamed(config={"meta": {"quantizer": ["gptqmodel:5.4.0"]}}), Quantization(4, 32),
+                                True),
+    "gptq-misnamed-v2": (misnamed(second_format=False), Quantization(4, 32), True),
+    "gptq-misnamed-own-file": (misnamed(config_file="quantize_config.json"), Quantization(4, 32), True),
+    "gptq-misnamed-sym-unsaid": (misnamed(config={"sym": None}), Quantization(4, 32), True),
+    "gptq-misnamed-dynamic-sym": (misnamed(config={"sym": False, "dynamic": {"+:.*": {"sym": True}}}),
+                                  Quantization(4, 32), True),
+    "gptq-misnamed-rows": (misnamed(size=None), ROWS, True),
+    "gptq-misnamed-128": (misnamed(size=128), Quantization(4, 128), True),
+    "gptq-misnamed-act-order": (misnamed(act_order=True), Quantization(8), False),
+    "gptq-misnamed-8": (misnamed(bits=8, size=None), Quantization(8), True),
+    "gptq-misnamed-8-groups": (misnamed(bits=8), Quantization(8), False),
+    "gptq-asymmetric-sym-unsaid": (lambda folder: write_gptq(folder, symmetric=False, config={"sym": None}),
+                                   Quantization(4, 32), True),
     "packed": (write_packed, Quantization(4, 32), True),
     "packed-asymmetric": (lambda folder: write_packed(folder, symmetric=False), Quantization(4, 32), True),
     "packed-rows": (lambda folder: write_packed(folder, size=None), ROWS, True),
@@ -220,6 +244,50 @@ def test_forms_without_a_kernel_are_told(tmp_path: Path, caplog: pytest.LogCaptu
     caplog.clear()
     load(tmp_path, quantization=Quantization(8))  # asked for
     assert not any("act-order" in r.message for r in caplog.records)
+
+
+def test_layers_with_zeros_of_either_format(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Some layers of a symmetric checkpoint in one format, some in the other: each is known by its own zeros."""
+    oracle = make_llama(tmp_path, **SIZES)
+    original = read_weights(tmp_path)
+    first = {key: tensor for key, tensor in read_after(write_gptq, tmp_path).items() if "qzeros" in key}
+    write_weights(tmp_path, original)
+    floats = write_gptq(tmp_path, second_format=True)
+    mixed = {key: first[key] if key in first and ("layers.1" in key or "q_proj" in key) else tensor
+             for key, tensor in read_weights(tmp_path).items()}
+    assert len({tuple(mixed[key].unique().tolist()) for key in first}) == 2
+    write_weights(tmp_path, mixed)
+    assert error(logits(load(tmp_path)), expected_logits(oracle, floats)) < 0.04
+    assert not any("zeros" in record.message for record in caplog.records)
+
+
+def read_after(write: Writer, folder: Path) -> dict[str, Tensor]:
+    write(folder)
+    return read_weights(folder)
+
+
+@pytest.mark.parametrize(("symmetric", "named", "stored", "zero", "said"), [
+    (False, "gptq", 8, 9, "are all 8 though sym is false. They are read as GPTQ's first format"),
+    (False, "gptq_v2", 7, 7, "are all 7 though sym is false. They are read as GPTQ's second format"),
+    (True, "gptq", 5, 6, "are not the middle code though sym is true. They are read as GPTQ's first format"),
+    (False, "gptq", 7, 8, None),
+    (False, "gptq", 5, 6, None),
+])
+def test_zeros_that_do_not_tell_follow_the_name(tmp_path: Path, caplog: pytest.LogCaptureFixture, symmetric: bool,
+                                                named: str, stored: int, zero: int, said: str | None) -> None:
+    make_llama(tmp_path, **SIZES)
+    floats = write_gptq(tmp_path, config={"sym": symmetric, "checkpoint_format": named})
+    tensors = read_weights(tmp_path)
+    fill = sum(stored << 4 * place for place in range(8))
+    write_weights(tmp_path, {key: torch.full_like(tensor, fill - 2**32 if fill >= 2**31 else fill)
+                             if key.endswith("qzeros") else tensor for key, tensor in tensors.items()})
+    down = "model.layers.0.mlp.down_proj"
+    rows = load(tmp_path).get_submodule(down).form.rows(torch.arange(64))
+    scales = tensors[f"{down}.scales"].T.float().repeat_interleave(32, 1)
+    torch.testing.assert_close(rows, floats[f"{down}.weight"] + (8 - zero) * scales, rtol=1e-4, atol=1e-6)
+    lines = [record.message for record in caplog.records if "zeros" in record.message]
+    assert len(lines) == (said is not None)
+    assert said is None or said in lines[0]
 
 
 def test_biases_that_only_the_quantiser_wrote(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ AWQ (GEMM) and GPTQ keep `qweight`, `qzeros` and `scales` with the inputs first;
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ from sensorium.quantization import StoredQuantization
 
 if TYPE_CHECKING:
     from sensorium.models.tensor_files import StoredTensor
+
+logger = logging.getLogger(__name__)
 
 PIECE = 4 * 1024 * 1024  # weight elements that are unpacked at once
 WIDE_GROUP = 128  # how the kernels see groups that are too large for them
@@ -40,7 +43,7 @@ class StoredCodes:
         for name, kinds in self.kinds.items():
             if name in parts and parts[name].dtype not in kinds:
                 raise CheckpointError(f"tensor {parts[name].key} in {self.file.name} is {parts[name].dtype}")
-        self.zero_offset = stored.zero_offset
+        self.zero_offset, self.symmetric = stored.zero_offset, stored.symmetric
         self.shape, self.bits, self.group = self._measure(stored)
         self.groups = -(-self.shape[1] // self.group)
 
@@ -165,7 +168,11 @@ class AwqCodes(StoredCodes):
 
 
 class GptqCodes(StoredCodes):
-    """qweight [in * bits / 32, out], qzeros [groups, out * bits / 32], scales [groups, out], g_idx [in]."""
+    """qweight [in * bits / 32, out], qzeros [groups, out * bits / 32], scales [groups, out], g_idx [in].
+
+    The first format stores each zero less one, the second as it is. Not all writers name the right one, but symmetric
+    weights tell: their zeros are the middle code, so that either format is known by what is stored.
+    """
 
     kinds: ClassVar = {"qweight": _WORDS, "qzeros": _WORDS, "scales": _SCALES, "g_idx": _INDICES}
 
@@ -182,8 +189,29 @@ class GptqCodes(StoredCodes):
         return self._view("scales", self.groups, self.shape[0]).T
 
     def zeros(self) -> Tensor | None:
-        stored = _unpacked(self._view("qzeros", self.groups, self._words(self.shape[0])), self.bits)
-        return stored[:, : self.shape[0]].T.add(self.zero_offset).bitwise_and(2**self.bits - 1)
+        stored = self._stored_zeros()
+        if self.symmetric is not False and self._lie_around_middle(stored):
+            return None
+        return stored.add(self.zero_offset).bitwise_and(2**self.bits - 1)
+
+    def doubt(self) -> str | None:
+        """What is odd about the zeros, where config.json alone says which format they have."""
+        stored = self._stored_zeros()
+        if self.symmetric and not self._lie_around_middle(stored):
+            return "are not the middle code though sym is true"
+        middle = 2 ** (self.bits - 1)
+        if self.symmetric is False and bool((stored == middle - 1 + self.zero_offset).all()):
+            return f"are all {middle - 1 + self.zero_offset} though sym is false"
+        return None
+
+    def _stored_zeros(self) -> Tensor:
+        """uint8 [out, groups]"""
+        words = self._view("qzeros", self.groups, self._words(self.shape[0]))
+        return _unpacked(words, self.bits)[:, : self.shape[0]].T
+
+    def _lie_around_middle(self, stored: Tensor) -> bool:
+        middle = 2 ** (self.bits - 1)
+        return bool(((stored == middle) | (stored == middle - 1)).all())
 
     def order(self) -> Tensor | None:
         return self._order("g_idx")
@@ -259,7 +287,7 @@ _LAYOUTS: Mapping[str, tuple[tuple[type[StoredCodes], str, tuple[str, ...], tupl
 def join(tensors: Iterable[StoredTensor], stored: StoredQuantization) -> list[StoredTensor | StoredCodes]:
     """Tensors of a quantised checkpoint, those of a quantised weight joined into one; the others stay as they are."""
     left = {tensor.key: tensor for tensor in tensors}
-    joined = []
+    joined: list[StoredCodes] = []
     for key in list(left):
         base, _, suffix = key.rpartition(".")
         for kind, first, needed, possible in _LAYOUTS[stored.layout]:
@@ -269,7 +297,18 @@ def join(tensors: Iterable[StoredTensor], stored: StoredQuantization) -> list[St
                 raise CheckpointError(f"tensor {key} is there without its {', '.join(missing)}")
             names = [name for name in (first, *needed, *possible) if f"{base}.{name}" in left]
             joined.append(kind(base, {name: left.pop(f"{base}.{name}") for name in names}, stored))
+    _tell_doubt(joined, stored)
     return [*left.values(), *joined]
+
+
+def _tell_doubt(joined: list[StoredCodes], stored: StoredQuantization) -> None:
+    """One line for all layers, by the first one."""
+    first = next((codes for codes in joined if isinstance(codes, GptqCodes)), None)
+    doubt = None if first is None else first.doubt()
+    if first is not None and doubt is not None:
+        logger.warning("%s: the zeros of %s %s. They are read as GPTQ's %s format, as checkpoint_format says; if the "
+                       "model answers nonsense, checkpoint_format or sym is wrong", first.file.parent.name,
+                       first.key, doubt, "first" if stored.zero_offset else "second")
 
 
 def _misshapen(part: StoredTensor, but: str) -> CheckpointError:
