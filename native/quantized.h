@@ -1,7 +1,7 @@
 // int8 and int4 weights: quantising, packing and the product.
 // Codes are unsigned bytes or nibbles, so that they are the unsigned side of the multiplication; activations become
-// signed bytes. int8: code = w / scale + 128, a scale per output column, and one per row of x. int4: code = w / scale +
-// zero, a scale per column and group along k, and one per row and group of x.
+// signed bytes. int8: code = w / scale + 128, a scale per output column, and one per row of x, whose outliers take two
+// bytes. int4: code = w / scale + zero, a scale per column and group along k, and one per row and group of x.
 // Packed in panels like bf16, in words of four bytes of one column: four int8 codes, or eight int4 codes of which the
 // low nibbles are the first four.
 #pragma once
@@ -235,35 +235,103 @@ static void unpack_quantized(const Linear& w, const int64_t* ids, int64_t count,
 // Rows of an int4 tile: it holds two kinds of sums in registers.
 constexpr int kGroupRows = kTileRows < 6 ? kTileRows : 6;
 
+// A few values of a row of x that is multiplied with int8 codes may be far larger than all others, and a scale that had
+// to reach them would round the rest to a few steps. They may exceed 127 steps: such a value is 128 * high + low, where
+// low is the byte in its place and high is multiplied on its own.
+constexpr int kOutliers = 2;         // of a row
+constexpr float kWorthwhile = 1.25f;  // how much finer the scale must become by it
+
+struct Outliers {
+    int count = 0;
+    int32_t word[kOutliers];   // which word of the row
+    uint32_t quad[kOutliers];  // four signed bytes, three of them zero
+};
+
 struct QuantizedRows {
     Tiling tiling;
     uint32_t* a;   // tiles [words][rows of the tile]
     float* scale;  // [rows][groups]
-    int32_t* sum;  // [rows][groups], of the signed bytes
+    int32_t* sum;  // [rows][groups], of the steps that x comes to
+    Outliers* outliers;  // [rows], int8 only
 };
 
-static inline void quantize_row(const Codes& shape, const bf16* x, int8_t* out, float* scale, int32_t* sum) {
+// The three largest values, lane by lane, then of all lanes.
+struct LargestThree {
+    vf first = vzero(), second = vzero(), third = vzero();
+    void add(vf v) {
+        const vf less = vmin(first, v), least = vmin(second, less);
+        first = vmax(first, v), second = vmax(second, less), third = vmax(third, least);
+    }
+    template <int Distance>
+    void join() {
+        const vf a = swap_lanes<Distance>(first), b = swap_lanes<Distance>(second), c = swap_lanes<Distance>(third);
+        third = vmax(vmax(third, c), vmax(vmin(first, b), vmin(second, a)));
+        second = vmax(vmin(first, a), vmax(second, b));
+        first = vmax(first, a);
+    }
+    void join_lanes() { join<8>(), join<4>(), join<2>(), join<1>(); }
+};
+static_assert(kOutliers == 2);
+
+// The value that is 127 steps: no more than kOutliers are larger, and 127 bytes of 128 steps reach them.
+static inline float reach_of(const bf16* x, int64_t k) {
+    LargestThree top;
+    over_lanes(k, [&](int64_t i, int lanes) { top.add(vabs(load_lanes(x + i, lanes))); });
+    top.join_lanes();
+    float first[kLanes], third[kLanes];
+    vstore(first, top.first), vstore(third, top.third);
+    return third[0] * kWorthwhile < first[0] ? std::max(third[0], first[0] / 128) : first[0];
+}
+
+// Keeps the low parts of the steps at x[i]. Nothing else has more than 127.
+static inline vf split_outliers(vf steps, int64_t i, Outliers& outliers) {
+    const vf high = pick_less(vset(127), vabs(steps), vround(steps * vset(1.0f / 128)), vzero());
+    int8_t bytes[kLanes];
+    vstore_s8(bytes, high);
+    for (int lane = 0; lane < kLanes; ++lane) {
+        if (!bytes[lane] || outliers.count == kOutliers) continue;
+        outliers.word[outliers.count] = int32_t((i + lane) / 4);
+        outliers.quad[outliers.count++] = uint32_t(uint8_t(bytes[lane])) << ((i + lane) % 4 * 8);
+    }
+    return steps - high * vset(128);
+}
+
+// Up to 127 steps a byte; `outliers` for what has more, or null.
+static inline void quantize_run(const bf16* x, int64_t count, float reach, int8_t* out, int32_t* sum,
+                                Outliers* outliers) {
+    const vf inverse = vset(reach > 0 ? 127.0f / reach : 0.0f);
+    vf total = vzero();
+    over_lanes(count, [&](int64_t i, int lanes) {
+        vf steps = vround(load_lanes(x + i, lanes) * inverse);
+        total = total + steps;
+        if (outliers && any_less(vset(127), vabs(steps))) steps = split_outliers(steps, i, *outliers);
+        if (lanes == kLanes) {
+            vstore_s8(out + i, steps);
+        } else {
+            int8_t tail[kLanes];
+            vstore_s8(tail, steps);
+            std::memcpy(out + i, tail, size_t(lanes));
+        }
+    });
+    *sum = int32_t(vsum(total));
+}
+
+static inline void quantize_row(const Codes& shape, const bf16* x, int8_t* out, float* scale, int32_t* sum,
+                                Outliers* outliers) {
     for (int64_t g = 0; g < shape.groups; ++g) {
         const int64_t first = g * shape.group, count = std::min(shape.group, shape.k - first);
-        vf top = vzero();
-        over_lanes(count, [&](int64_t i, int lanes) { top = vmax(top, vabs(load_lanes(x + first + i, lanes))); });
-        const float largest = vmax_lane(top);
-        const vf inverse = vset(largest > 0 ? 127.0f / largest : 0.0f);
-        vf total = vzero();
-        over_lanes(count, [&](int64_t i, int lanes) {
-            const vf q = vround(load_lanes(x + first + i, lanes) * inverse);
-            total = total + q;
-            if (lanes == kLanes) {
-                vstore_s8(out + first + i, q);
-            } else {
-                int8_t tail[kLanes];
-                vstore_s8(tail, q);
-                std::memcpy(out + first + i, tail, size_t(lanes));
-            }
-        });
+        float reach;
+        if (outliers) {
+            *outliers = Outliers();
+            reach = reach_of(x, count);
+        } else {
+            vf top = vzero();
+            over_lanes(count, [&](int64_t i, int lanes) { top = vmax(top, vabs(load_lanes(x + first + i, lanes))); });
+            reach = vmax_lane(top);
+        }
+        quantize_run(x + first, count, reach, out + first, sum + g, outliers);
         std::memset(out + first + count, 0, size_t(shape.group - count));
-        scale[g] = largest / 127.0f;
-        sum[g] = int32_t(vsum(total));
+        scale[g] = reach / 127.0f;
     }
 }
 
@@ -271,10 +339,12 @@ static QuantizedRows quantize_rows(const Runtime& runtime, const Codes& shape, c
                                    int64_t rows) {
     const int64_t words = shape.x_words();
     const size_t a_bytes = align64(size_t(rows * words) * 4), s_bytes = align64(size_t(rows * shape.groups) * 4);
-    char* memory = static_cast<char*>(Scratch<0>::get(a_bytes + 2 * s_bytes));
+    const size_t outlier_bytes = shape.nibbles ? 0 : size_t(rows) * sizeof(Outliers);
+    char* memory = static_cast<char*>(Scratch<0>::get(a_bytes + 2 * s_bytes + outlier_bytes));
     QuantizedRows out{Tiling(rows, shape.nibbles ? kGroupRows : kTileRows), reinterpret_cast<uint32_t*>(memory),
                       reinterpret_cast<float*>(memory + a_bytes),
-                      reinterpret_cast<int32_t*>(memory + a_bytes + s_bytes)};
+                      reinterpret_cast<int32_t*>(memory + a_bytes + s_bytes),
+                      shape.nibbles ? nullptr : reinterpret_cast<Outliers*>(memory + a_bytes + 2 * s_bytes)};
     const auto quantize_tile = [&](int64_t i) {
         const int64_t first = out.tiling.start(i), row_bytes = words * 4 + 64;
         const int size = out.tiling.size(i);
@@ -283,7 +353,8 @@ static QuantizedRows quantize_rows(const Runtime& runtime, const Codes& shape, c
         for (int row = 0; row < size; ++row) {
             const int64_t place = (first + row) * shape.groups;
             int8_t* to = size == 1 ? reinterpret_cast<int8_t*>(out.a + first * words) : bytes + row * row_bytes;
-            quantize_row(shape, x + (first + row) * stride, to, out.scale + place, out.sum + place);
+            quantize_row(shape, x + (first + row) * stride, to, out.scale + place, out.sum + place,
+                         out.outliers ? out.outliers + first + row : nullptr);
             sources[row] = reinterpret_cast<const bf16*>(to);
         }
         if (size > 1) transpose_pairs(sources, size, words, out.a + first * words, size);
@@ -308,6 +379,22 @@ static void multiply_int8(const QuantizedRows& x, const Codes& shape, const uint
             tile_for<DotQuads, 0>(size, vectors)(x.a + first * words + p * size, b + p * width,
                                                  std::min(step, words - p), c + first * kPanel, kPanel, p > 0, ahead);
         }
+}
+
+// Sums become products: outliers' high parts are added, what the codes' 128 made of them is taken away.
+static void finish_int8(const QuantizedRows& x, const uint32_t* b, const float* scales, int vectors, float* c) {
+    const int width = vectors * kLanes;
+    const int32_t* sums = reinterpret_cast<const int32_t*>(c);
+    for (int64_t row = 0; row < x.tiling.rows; ++row) {
+        const Outliers& outliers = x.outliers[row];
+        for (int j = 0; j < width; j += kLanes) {
+            vi high = iset(-x.sum[row]);
+            for (int i = 0; i < outliers.count; ++i)
+                high = dot_quad(high, qload(b + outliers.word[i] * width + j), qbroadcast(outliers.quad[i]));
+            const vi sum = iload(sums + row * kPanel + j) + times128(high);
+            vstore(c + row * kPanel + j, to_float(sum) * (vload(scales + j) * vset(x.scale[row])));
+        }
+    }
 }
 
 // int4
@@ -439,14 +526,9 @@ static void quantized_block(const Runtime& runtime, const Linear& w, const bf16*
             multiply_int4(block, shape, w, panel, vectors, c);
             return;
         }
-        int32_t* sums = reinterpret_cast<int32_t*>(c);
-        multiply_int8(block, shape, static_cast<const uint32_t*>(w.weight) + column * shape.words(), vectors, sums);
-        for (int64_t row = 0; row < rows; ++row)
-            for (int j = 0; j < vectors * kLanes; j += kLanes) {
-                const vi sum = iload(sums + row * kPanel + j) - iset(128 * block.sum[row]);
-                const vf scale = vload(static_cast<const float*>(w.scales) + column + j) * vset(block.scale[row]);
-                vstore(c + row * kPanel + j, to_float(sum) * scale);
-            }
+        const uint32_t* b = static_cast<const uint32_t*>(w.weight) + column * shape.words();
+        multiply_int8(block, shape, b, vectors, reinterpret_cast<int32_t*>(c));
+        finish_int8(block, b, static_cast<const float*>(w.scales) + column, vectors, c);
     });
 }
 

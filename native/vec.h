@@ -164,6 +164,15 @@ static inline void vstore_f16(uint16_t* p, vf a) {
 static inline vf pick_less(vf a, vf b, vf x, vf y) {
     return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
 }
+static inline bool any_less(vf a, vf b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ) != 0; }
+// Lane i gets lane i ^ Distance, which is 8, 4, 2 or 1.
+template <int Distance>
+static inline vf swap_lanes(vf a) {
+    if constexpr (Distance >= 4)
+        return {_mm512_shuffle_f32x4(a.v, a.v, Distance == 8 ? 0x4e : 0xb1)};
+    else
+        return {_mm512_permute_ps(a.v, Distance == 2 ? 0x4e : 0xb1)};
+}
 
 // Sixteen 32-bit sums; four unsigned bytes for each of sixteen columns; four signed bytes for all of them.
 struct vi {
@@ -171,7 +180,9 @@ struct vi {
 };
 static inline vi izero() { return {_mm512_setzero_si512()}; }
 static inline vi iset(int32_t x) { return {_mm512_set1_epi32(x)}; }
+static inline vi operator+(vi a, vi b) { return {_mm512_add_epi32(a.v, b.v)}; }
 static inline vi operator-(vi a, vi b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+static inline vi times128(vi a) { return {_mm512_slli_epi32(a.v, 7)}; }
 static inline vi iload(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 static inline void istore(int32_t* p, vi a) { _mm512_storeu_si512(p, a.v); }
 static inline vf to_float(vi a) { return {_mm512_cvtepi32_ps(a.v)}; }
@@ -310,13 +321,29 @@ static inline vf pick_less(vf p, vf q, vf x, vf y) {
     return {_mm256_blendv_ps(y.a, x.a, _mm256_cmp_ps(p.a, q.a, _CMP_LT_OQ)),
             _mm256_blendv_ps(y.b, x.b, _mm256_cmp_ps(p.b, q.b, _CMP_LT_OQ))};
 }
+static inline bool any_less(vf p, vf q) {
+    return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(p.a, q.a, _CMP_LT_OQ), _mm256_cmp_ps(p.b, q.b, _CMP_LT_OQ)));
+}
+template <int Distance>
+static inline __m256 swap8(__m256 x) {
+    return Distance == 4 ? _mm256_permute2f128_ps(x, x, 1) : _mm256_permute_ps(x, Distance == 2 ? 0x4e : 0xb1);
+}
+template <int Distance>
+static inline vf swap_lanes(vf x) {
+    if constexpr (Distance == 8)
+        return {x.b, x.a};
+    else
+        return {swap8<Distance>(x.a), swap8<Distance>(x.b)};
+}
 
 struct vi {
     __m256i a, b;
 };
 static inline vi izero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 static inline vi iset(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+static inline vi operator+(vi x, vi y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 static inline vi operator-(vi x, vi y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
+static inline vi times128(vi x) { return {_mm256_slli_epi32(x.a, 7), _mm256_slli_epi32(x.b, 7)}; }
 static inline vi iload(const int32_t* p) {
     return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 8))};
 }
@@ -482,13 +509,26 @@ static inline void vstore_f16(uint16_t* p, vf a) {
     for (int i = 0; i < 16; ++i) p[i] = float_to_f16(a.v[i]);
 }
 static inline vf pick_less(vf a, vf b, vf x, vf y) { return {a.v < b.v ? x.v : y.v}; }
+static inline bool any_less(vf a, vf b) {
+    bool found = false;
+    for (int i = 0; i < 16; ++i) found |= a.v[i] < b.v[i];
+    return found;
+}
+template <int Distance>
+static inline vf swap_lanes(vf a) {
+    vf out;
+    for (int i = 0; i < 16; ++i) out.v[i] = a.v[i ^ Distance];
+    return out;
+}
 
 struct vi {
     i16_t v;
 };
 static inline vi izero() { return {(i16_t){}}; }
 static inline vi iset(int32_t x) { return {(i16_t){} + x}; }
+static inline vi operator+(vi a, vi b) { return {a.v + b.v}; }
 static inline vi operator-(vi a, vi b) { return {a.v - b.v}; }
+static inline vi times128(vi a) { return {a.v << 7}; }
 static inline vi iload(const int32_t* p) {
     vi out;
     std::memcpy(&out.v, p, 64);

@@ -72,6 +72,58 @@ def test_exact_where_integers_are_exact(kernels: Native, bits: int) -> None:
         assert torch.equal(form(x.to(BF16), torch.float32), x @ weight.T)
 
 
+def test_outliers_are_exact_too(kernels: Native) -> None:
+    """Two values of a row may have up to 127 * 128 steps: here a step is one, and products are integers again."""
+    form = QuantizedLinear(kernels, 45, 150, Quantization(8))
+    codes = torch.randint(0, 256, (45, 150), dtype=torch.uint8)
+    form.fill_codes(0, codes, torch.ones(45, 1))
+    for rows in (1, 2, 12, 30):
+        x = torch.randint(-127, 128, (rows, 150)).float()
+        x[:, 40] = 127
+        for row in range(rows):
+            places = torch.randperm(40)[:2] if row % 3 else torch.tensor([148, 149])  # in two words, in one
+            x[row, places] = torch.tensor([16256.0, -256.0 if row % 2 else 192.0])
+        product = x @ (codes.float() - 128).T
+        assert torch.equal(form(x.to(BF16), torch.float32), product)
+
+
+def with_outliers(rows: int, size: int, *factors: float) -> Tensor:
+    """Normal values but for some columns, as the states of transformers are."""
+    x = torch.randn(rows, size)
+    for place, factor in enumerate(factors):
+        x[:, (place * 37 + 5) % size] = factor * (1 + torch.rand(rows))
+    return x.to(BF16)
+
+
+@pytest.mark.parametrize("factors", [(30,), (20, -40), (3000, -20), (9, 10, 11, -12), (1e30,)], ids=str)
+@pytest.mark.parametrize("size", [16, 131, 1536])
+def test_outliers_leave_the_other_values_fine(kernels: Native, size: int, factors: tuple[float, ...]) -> None:
+    """As the reference has them, in whatever rows they stand; with one or two, the rest keeps its steps."""
+    weight = random_bf16(40, size)
+    ours, reference_form = QuantizedLinear(kernels, 40, size, Quantization(8)), twin_of(weight.shape, Quantization(8))
+    for form in (ours, reference_form):
+        form.fill_codes(0, *quantized.quantize_int8(weight))
+    x = torch.cat([with_outliers(9, size, *factors), random_bf16(4, size)])
+    together, expected = ours(x, torch.float32), reference_form(x.float())
+    torch.testing.assert_close(together, expected, rtol=1e-4, atol=1e-4 * expected.abs().amax().item())
+    for row in range(len(x)):
+        assert torch.equal(ours(x[row : row + 1], torch.float32), together[row : row + 1])
+    if size > 16 and max(factors) < 1000:
+        rounded = quantized.round_activations(x, size, outliers=quantized.OUTLIERS)
+        rest = x.float().abs() < 8
+        limit = 0.012 if len(factors) <= quantized.OUTLIERS else 0.04  # of four, the third and fourth set the scale
+        assert relative_error(torch.where(rest, rounded, 0), torch.where(rest, x.float(), 0)) < limit
+
+
+def test_a_row_of_outliers_alone(kernels: Native) -> None:
+    """Fewer values than there may be outliers, and equal ones."""
+    form = QuantizedLinear(kernels, 32, 64, Quantization(8))
+    form.fill_codes(0, torch.full((32, 64), 129, dtype=torch.uint8), torch.ones(32, 1))
+    x = torch.zeros(4, 64).to(BF16)
+    x[0, 7], x[1, :2], x[2, 3:7], x[3, 9:11] = 3, 5, 2, torch.tensor([4.0, -8.0]).to(BF16)
+    torch.testing.assert_close(form(x, torch.float32), torch.tensor([3.0, 10, 8, -4])[:, None].expand(4, 32))
+
+
 def test_int8_weights_are_the_nearest_codes(fastest: Native) -> None:
     weight = random_bf16(40, 200)
     form = QuantizedLinear(fastest, 40, 200, Quantization(8))

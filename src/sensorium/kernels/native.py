@@ -554,7 +554,8 @@ class RowsLinear(NativeLinear):
 class QuantizedLinear(NativeLinear):
     """int8 weights with a scale per output, or int4 weights with a float16 scale (and a zero) per output and group.
 
-    Activations are quantised to int8 on the way in, a scale per row (int8) or per row and group (int4).
+    Activations are quantised to int8 on the way in, a scale per row (int8, whose outliers take two bytes) or per
+    row and group (int4).
     """
 
     __slots__ = ("_groups", "_scales", "_zeros", "bits", "group", "mapped_bytes")

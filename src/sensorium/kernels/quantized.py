@@ -1,8 +1,9 @@
-"""int8 and int4 weights in plain torch, on any device: the twin of the native kernels, with the same rounding.
+"""int8 and int4 weights in plain torch, on any device: the reference for the native kernels, with the same rounding.
 
 Codes are unsigned: w = (code - 128) * scale for int8, a scale per output; w = (code - zero) * scale for int4, a scale
 and a zero (8 unless said otherwise) per output and group of inputs. Activations become signed bytes on the way in, with
-a scale per row (int8) or per row and group (int4).
+a scale per row (int8) or per row and group (int4). The outliers of an int8 row take two bytes each: see
+`round_activations`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch.nn import functional
 from sensorium.errors import StartupError
 
 PIECE = 256 * 1024  # weight elements that are wide at once
+OUTLIERS = 2  # values of a row that may be beyond its scale's 127 steps, with int8 weights
+WORTHWHILE = 1.25  # how much finer the scale must become by it
 DIVISORS = (-8.4, -8.0, -7.6, -7.2, -6.8)  # of a group's largest value: the int4 scales that are tried
 
 
@@ -67,12 +70,20 @@ def _fit(grouped: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     return scale, scale * product
 
 
-def round_activations(x: Tensor, group: int) -> Tensor:
-    """[.., in] -> float32 [.., in]: what signed bytes with one scale per row and group can say of x."""
+def round_activations(x: Tensor, group: int, *, outliers: int = 0) -> Tensor:
+    """[.., in] -> float32 [.., in]: what signed bytes with one scale per row and group can say of x.
+
+    So many `outliers` of a group may have up to 127 * 128 steps of the scale, if that makes it finer by `WORTHWHILE`:
+    in a few channels transformers' states are several times, or hundreds of times, as large as in all others.
+    """
     grouped = _grouped(x.float(), group)
-    largest = grouped.abs().amax(-1, keepdim=True)
-    codes = (grouped * _inverse(largest)).round_()
-    return codes.mul_(largest / 127).flatten(-2)[..., : x.shape[-1]]
+    magnitude = grouped.abs()
+    reach = largest = magnitude.amax(-1, keepdim=True)  # what is 127 steps
+    if 0 < outliers < group:
+        rest = magnitude.topk(outliers + 1, -1).values[..., -1:]
+        reach = torch.where(rest * WORTHWHILE < largest, torch.maximum(rest, largest / 128), largest)
+    codes = (grouped * _inverse(reach)).round_()
+    return codes.mul_(reach / 127).flatten(-2)[..., : x.shape[-1]]
 
 
 def activation_bytes(tokens: int, in_features: int) -> int:
@@ -145,7 +156,7 @@ class QuantizedLinear:
         self._bias = None if bias is None else bias.to(self._codes.device, torch.float32, copy=True)
 
     def __call__(self, x: Tensor) -> Tensor:
-        rounded = round_activations(x, self._group)
+        rounded = round_activations(x, self._group, outliers=OUTLIERS if self.bits == 8 else 0)
         out = x.new_empty((*x.shape[:-1], self.out_features))
         step = max(1, PIECE // self.in_features)
         for start in range(0, self.out_features, step):
