@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from sensorium.engine.block_pool import BlockPool
 from sensorium.engine.encoder_cache import EncoderCache
 from sensorium.engine.prefix_cache import PrefixCache
-from sensorium.engine.scheduler import Budget, Plan, Scheduler, spans_within
+from sensorium.engine.scheduler import LEAST_CHUNK, Budget, Plan, Scheduler, spans_within
 from sensorium.engine.sequence import Sequence, Status
 from sensorium.types import EngineRequest, MediaFeatures, MediaSpan, PoolingParams, Prompt, SamplingParams
 
@@ -180,6 +180,30 @@ def test_first_come_first_served_within_a_priority() -> None:
     for request_id, priority in ((1, 0), (2, 1), (3, 0), (4, -1)):
         scheduler.add(make_request(request_id, [request_id] * 3, 1, priority=priority))
     assert [ids(step(scheduler)) for _ in range(2)] == [[4, 1], [3, 2]]
+
+
+def test_a_step_is_bounded_in_what_its_tokens_attend_to() -> None:
+    """The end of a long prompt comes in smaller chunks, several prompts share the bound, and all are computed."""
+    scheduler = make_scheduler(1000, tokens=1000, max_pairs=200_000)
+    for request_id in range(3):
+        scheduler.add(replace(make_request(request_id, [request_id] * 1200, 1), salt=b"a"))
+    chunks = [step(scheduler).prefills]
+    scheduler.add(replace(make_request(9, [9] * 20, 1), salt=b"b"))
+    for _ in range(2):
+        chunks.append(step(scheduler).prefills)
+    assert 9 in {seq.id for seq, _ in chunks[-1]}
+    while scheduler.has_work():
+        before = {seq.id: seq.num_computed for seq in scheduler.prefilling}
+        plan = step(scheduler)
+        pairs = sum(count * (before.get(seq.id, 0) + count) for seq, count in plan.prefills)
+        assert pairs <= 200_000 or [count for _, count in plan.prefills] == [LEAST_CHUNK]
+        chunks.append(plan.prefills)
+    assert chunks[0][0][1] == 447  # 447 * 447 < 200,000 < 448 * 448
+    totals: Counter[int] = Counter()
+    for plan_chunks in chunks:
+        for seq, count in plan_chunks:
+            totals[seq.id] += count
+    assert totals == {0: 1200, 1: 1200, 2: 1200, 9: 20}
 
 
 def test_tenants_take_turns() -> None:

@@ -31,6 +31,7 @@ from sensorium.kernels import Quantization, quantized
 from sensorium.kernels.native import QuantizedLinear, RowsLinear
 from sensorium.kernels.reference import GATHER_ELEMENTS
 from sensorium.models.base import Model
+from sensorium.models.decoder import SelfAttention
 from sensorium.models.layers import Embedding, Linear
 from sensorium.models.quantized_copy import QuantizedCopy
 from sensorium.models.weights import MAPPED_BYTES, load_model, weight_bytes
@@ -42,6 +43,7 @@ SMALL_MODEL_BYTES = 64 * MiB  # of weights: what a core reads in the time that w
 
 logger = logging.getLogger(__name__)
 BATCHED_TOKENS, CPU_BATCHED_TOKENS = 2048, 512  # of one step, unless the operator says otherwise
+STEP_MACS = 2**32  # of prompts' attention in a step on a CPU: a fifth of a second at 20 G a second
 CPU_ENCODER_ROWS = 256
 """Tower rows of one step on a CPU: about a picture of 448 x 448. More of them together are no faster there, and whoever
 came first, or is decoding, would wait for all."""
@@ -177,7 +179,7 @@ def build_engine(model: Model, checkpoint: Checkpoint, config: EngineConfig, dev
     axes = max(1, len(checkpoint.text.rope.mrope_section)) if checkpoint.text else 1
     rows = CPU_ENCODER_ROWS if device.type == "cpu" else tokens
     budget = Budget(config.max_num_seqs, tokens, rows, max_len, config.block_size, has_cache,
-                    axes, model.generates, model.long_context_from)
+                    axes, model.generates, model.long_context_from, max_pairs(model, device))
     scheduler = Scheduler(budget, pool, prefixes, encoder, {task: one.all_tokens for task, one in poolers.items()})
     max_blocks = -(-max_len // config.block_size) if has_cache else 0
     builder = BatchBuilder(config.max_num_seqs, max_blocks, config.block_size, axes, device,
@@ -284,6 +286,16 @@ def default_batched_tokens(model: Model, device: torch.device) -> int:
     if device.type == "cpu" and model.generates and weight_bytes(model) >= SMALL_MODEL_BYTES:
         return CPU_BATCHED_TOKENS
     return BATCHED_TOKENS
+
+
+def max_pairs(model: Model, device: torch.device) -> int | None:
+    """Pairs of a token and one that it attends to in a step; None where there is no need of a bound. 2048 tokens at the
+    end of a long prompt take a small model seconds, for which every other answer would wait."""
+    if device.type != "cpu" or not model.num_layers:
+        return None
+    per_pair = sum(2 * layer.attention.num_heads * layer.head_dim for layer in model.modules()
+                   if isinstance(layer, SelfAttention))
+    return STEP_MACS // per_pair if per_pair else None
 
 
 def usable_cores() -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import isqrt
 from operator import attrgetter
 from typing import Any
 
@@ -22,6 +23,8 @@ from sensorium.types import EngineOutput, EngineRequest, FinishReason, MediaFeat
 
 MAX_PASSED_OVER = 32  # waiting sequences that may be overtaken in one step while they wait for an equal prefix
 
+LEAST_CHUNK = 64  # tokens of a long prompt's chunk: with fewer a step reads all weights for next to nothing
+
 _order = attrgetter("order")
 
 
@@ -32,6 +35,7 @@ class Plan:
     decodes: list[Sequence] = field(default_factory=list)
     prefills: list[tuple[Sequence, int]] = field(default_factory=list)
     encode: dict[ItemKey, MediaFeatures] = field(default_factory=dict)  # what towers are to compute for later ones
+    num_pairs: int = 0  # of prompts' tokens and the tokens that each attends to, at most
 
     def __bool__(self) -> bool:
         return bool(self.decodes or self.prefills)
@@ -57,6 +61,7 @@ class Budget:
     axes: int = 1  # of positions; 3 for M-RoPE
     generates: bool = True  # whether the model has a language head
     long_context_from: int | None = None  # see `Model`: longer sequences are computed anew, in another way
+    max_pairs: int | None = None  # of a step's prompt tokens and the tokens that each attends to
 
 
 @dataclass(slots=True)
@@ -248,12 +253,21 @@ class Scheduler:
         count = min(remaining, tokens)
         if not self.budget.has_cache:  # whole, or alone
             count = remaining if remaining <= tokens or not plan else 0
+        elif self.budget.max_pairs is not None:
+            count = min(count, self._attended(plan, seq, self.budget.max_pairs))
         if seq.item_keys and count:
             count = self._secure_media(plan, seq, count)
         if count:
             plan.prefills.append((seq, count))
+            plan.num_pairs += count * (seq.num_computed + count)
             self._tenants[seq.request.salt].prompt_tokens += count
         return count
+
+    def _attended(self, plan: Plan, seq: Sequence, max_pairs: int) -> int:
+        """Most next tokens of a prompt that keep the step within its pairs; a step's first chunk has a few anyway."""
+        before = seq.num_computed
+        most = (isqrt(before * before + 4 * max(max_pairs - plan.num_pairs, 0)) - before) // 2
+        return most if plan.prefills else max(most, LEAST_CHUNK)
 
     def _secure_media(self, plan: Plan, seq: Sequence, count: int) -> int:
         """Pin or plan the tower outputs of the next `count` tokens; returns how many can be computed now."""
