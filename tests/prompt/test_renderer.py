@@ -154,10 +154,10 @@ async def test_requests_templates_have_processes_of_their_own(pool: RenderPool) 
 async def test_nobody_waits_longer_than_the_deadline_for_a_turn() -> None:
     pool = RenderPool(cpu_s=60, deadline_s=1.0)
     begin = time.monotonic()
-    bad = [pool.inspect(LOOPS, [json.loads(variables())], b"") for _ in range(12)]
+    bad = [pool.inspect(LOOPS, [json.loads(variables())], b"") for _ in range(60)]
     found = await asyncio.gather(*bad, return_exceptions=True)
     assert all(isinstance(one, UnavailableError) for one in found)
-    assert time.monotonic() - begin < 3.5  # in turn, three at a time, they would take four and more
+    assert time.monotonic() - begin < 12  # in turn, three at a time, they would take twenty and more
     await pool.aclose()
 
 
