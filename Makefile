@@ -38,7 +38,7 @@ test: $(VENV)/.dev
 # The same where the package was installed without a compiler.
 test-plain: $(VENV)/.dev
 	rm -rf build/plain && mkdir -p build/plain && cp -r src pyproject.toml build/plain
-	rm -f build/plain/src/sensorium/kernels/_native*
+	rm -f build/plain/src/sensorium/kernels/cpu/_native*
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/build/plain/src $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 # The same on a fresh machine: no browser, no other program, no variable of anybody's.

@@ -1,6 +1,6 @@
 """Builds the C++ kernels (`native/`) into the package when there is a compiler; the metadata is in pyproject.toml.
 
-The result is no Python module but a plain shared library that `sensorium.kernels.native` opens with ctypes, so
+The result is no Python module but a plain shared library that `sensorium.kernels.cpu.library` opens with ctypes, so
 neither Python's nor torch's version matters to it. Without a compiler the package installs all the same.
 """
 
@@ -43,7 +43,7 @@ class BuildKernels(build_ext):
 
 setup(
     ext_modules=[
-        Extension("sensorium.kernels._native", sources=list(SOURCES), language="c++", optional=True,
+        Extension("sensorium.kernels.cpu._native", sources=list(SOURCES), language="c++", optional=True,
                   depends=sorted(str(path) for pattern in ("*.h", "*.inc") for path in Path("native").glob(pattern)))
     ],
     cmdclass={"build_ext": BuildKernels},

@@ -26,10 +26,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from sensorium import bench
+from sensorium.cli import bench
+from sensorium.cli.client import Endpoint, Remote, RemoteError
 from sensorium.config import BenchConfig
-from sensorium.processes import family, resident_bytes
-from sensorium.remote import Endpoint, Remote, RemoteError
+from sensorium.system.processes import family, resident_bytes
 
 OURS = f"{shlex.quote(sys.executable)} -m sensorium serve {{model}} --port {{port}}"
 PRESETS = {"tiny": ("text:4:1:64", "text:128:32:64", "image:64:32:32"),

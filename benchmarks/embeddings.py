@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from sensorium.remote import Endpoint, Remote
+from sensorium.cli.client import Endpoint, Remote
 
 OURS = f"{shlex.quote(sys.executable)} -m sensorium serve {{model}} --port {{port}} --dtype {{dtype}}"
 SHAPES = {"base": (12, 768, 12, 3072), "small": (12, 384, 12, 1536)}  # layers, hidden, heads, intermediate

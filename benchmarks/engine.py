@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sensorium.checkpoint import open_checkpoint
+from sensorium.checkpoint.configs import open_checkpoint
 from sensorium.config import EngineConfig
-from sensorium.engine.core import Channel, Core
 from sensorium.engine.faults import Faults
 from sensorium.engine.loading import build_engine, default_threads
+from sensorium.engine.loop import Core
+from sensorium.ipc.channel import Channel
 from sensorium.kernels import Quantization
-from sensorium.models.weights import load_model
+from sensorium.models.loading import load_model
 from sensorium.types import EngineRequest, Prompt, SamplingParams
 
 

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sensorium.kernels import Quantization, native, reference
-from sensorium.models.base import AttentionContext
+from sensorium.kernels import Quantization
+from sensorium.kernels.context import AttentionContext
+from sensorium.kernels.cpu import library as native
+from sensorium.kernels.reference import plain as reference
 
 BF16 = torch.bfloat16
 COLD_BYTES = 256 << 20  # of weights that one run walks over, so that none stay in the caches

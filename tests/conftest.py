@@ -1,5 +1,5 @@
-"""Puts this folder on the import path, so that tests share checkpoints.py and models/driver.py."""
+"""Sets the environment of torch's libraries as the engine process does, before anything imports torch."""
 
-from sensorium.engine.core import set_torch_environment
+from sensorium.engine.loop import set_torch_environment
 
 set_torch_environment()  # as in the engine process; before anything imports torch

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from sensorium.api.routes import ROUTES
-from sensorium.cli import SERVE_GROUPS
+from sensorium.checkpoint.families import FAMILIES, Family
+from sensorium.cli.flags import Flag, flags_of
+from sensorium.cli.main import SERVE_GROUPS
+from sensorium.cli.other_flags import ACCEPTED, REFUSED, RENAMED
 from sensorium.config import BenchConfig, ChatConfig
-from sensorium.flags import Flag, flags_of
-from sensorium.models.registry import FAMILIES, Family
-from sensorium.other_flags import ACCEPTED, REFUSED, RENAMED
 
 ROOT = Path(__file__).parents[1]
 ENDPOINTS = {

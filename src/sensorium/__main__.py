@@ -2,7 +2,7 @@
 
 import sys
 
-from sensorium.cli import main
+from sensorium.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

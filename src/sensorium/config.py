@@ -1,8 +1,8 @@
 """Frozen configuration. Command-line flags are generated from these fields: the metadata is the help text.
 
-A field's flag is its name with dashes; `parse` in the metadata names a parser of `flags.py` where the type alone does
-not say how to read the flag, `min` and `max` bound it (numbers are never negative). "auto" values are resolved before a
-config is built, never afterwards.
+A field's flag is its name with dashes; `parse` in the metadata names a parser of `cli/flags.py` where the type alone
+does not say how to read the flag, `min` and `max` bound it (numbers are never negative). "auto" values are resolved
+before a config is built, never afterwards.
 """
 
 from __future__ import annotations

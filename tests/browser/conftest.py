@@ -16,9 +16,9 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-import server
-from browser_support import CHROMIUM, FLAGS, KEY, MARKUP, REMEMBER_KEY, OpenPage, Requests, beeps, picture_bytes
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from support import server
+from support.browser_support import CHROMIUM, FLAGS, KEY, MARKUP, REMEMBER_KEY, OpenPage, Requests, beeps, picture_bytes
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,8 @@ import wave
 from pathlib import Path
 
 import httpx
-from browser_support import (
+from playwright.sync_api import Page, Route, expect
+from support.browser_support import (
     CHAT,
     KEY,
     MARKUP,
@@ -24,8 +25,7 @@ from browser_support import (
     press,
     say,
 )
-from playwright.sync_api import Page, Route, expect
-from server import Server
+from support.server import Server
 
 PICTURE = "data:image/png;base64," + base64.b64encode(picture_bytes()).decode()
 

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from browser_support import KEY, OpenPage, answer_with, answered, change_models, events, press, say
 from playwright.sync_api import Browser, Page, Route, expect
-from server import Server
+from support.browser_support import KEY, OpenPage, answer_with, answered, change_models, events, press, say
+from support.server import Server
 
 MAX_PAGE_BYTES = 200_000
 

@@ -13,12 +13,12 @@ import dialogs
 import evaluation
 import httpx
 import pytest
-import server
 from dialogs import Source
 from openai import OpenAI
 from PIL import Image, ImageDraw
 from scenes import draw_clip
 from sounds import Sound, Speech, make_beeps, make_tone
+from support import server
 
 SAMPLES = 16
 # Right ones of these: about three standard deviations below the report in docs/demo-model.md.

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
 import sensorium
-from sensorium.checkpoint import open_checkpoint
+from sensorium.checkpoint.configs import open_checkpoint
 
 DEMO = Path(sensorium.__file__).parent / "demo"
 

@@ -15,21 +15,21 @@ import dialogs
 import looks
 import numpy as np
 import pytest
-import server
 import torch
 from batches import IGNORED, Reader, make_batches
 from dialogs import Turn
 from httpx import Client
-from models.driver import Driver, Sequence
 from net import Thinker
 from scenes import draw_picture
 from sounds import Speech, make_beeps
+from support import server
+from support.model_driver import Driver, Sequence
 from training import Trained, load_weights, save_weights
 from words import COLOURS, SHAPES, Thing
 
 import sensorium
-from sensorium.checkpoint import open_checkpoint
-from sensorium.models.weights import load_model
+from sensorium.checkpoint.configs import open_checkpoint
+from sensorium.models.loading import load_model
 
 ROOT = Path(__file__).parents[2]
 DEMO = Path(sensorium.__file__).parent / "demo"

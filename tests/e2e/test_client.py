@@ -11,11 +11,11 @@ from typing import Any
 
 import httpx
 import openai
-import pictures
 import pytest
-from live import Live, check_error, live, until
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
+from support import pictures
+from support.live import Live, check_error, live, until
 
 EOS = 1400  # <|im_end|> of the built-in model
 MODEL = "sensorium-demo"

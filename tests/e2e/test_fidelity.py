@@ -13,15 +13,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import numpy as np
 import pytest
 import torch
-from live import Live, events, live
 from PIL import Image
+from support import checkpoints
+from support.live import Live, events, live
 from transformers import CLIPImageProcessorPil, LlavaNextImageProcessorPil, PreTrainedModel, Qwen2VLImageProcessorPil
 
-from sensorium.checkpoint import open_checkpoint
+from sensorium.checkpoint.configs import open_checkpoint
 from sensorium.prompt.tokenizer import Tokenizer
 
 MAKERS: dict[str, Callable[..., PreTrainedModel]] = {

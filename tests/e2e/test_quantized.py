@@ -9,17 +9,18 @@ import sys
 from pathlib import Path
 
 import pytest
-import server
 import torch
-from checkpoints import make_llama, make_qwen2_vl
-from driver import clear_answers
-from live import live
-from quantized_checkpoints import write_gptq
+from support import server
+from support.checkpoints import make_llama, make_qwen2_vl
+from support.live import live
+from support.model_driver import clear_answers
+from support.quantized_checkpoints import write_gptq
 
 import sensorium
-from sensorium.checkpoint import open_checkpoint
-from sensorium.kernels import Quantization, native
-from sensorium.models.weights import load_model
+from sensorium.checkpoint.configs import open_checkpoint
+from sensorium.kernels import Quantization
+from sensorium.kernels.cpu import library as native
+from sensorium.models.loading import load_model
 
 SOURCE = Path(sensorium.__file__).parent
 # Flags, what the loader makes of them, and what the log says of the weights without native code.

@@ -15,16 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import httpx
-import pictures
 import pytest
 import torch
-from live import Live, check_error, engine_of, events, live, raw, status_of, until
+from support import checkpoints, pictures
+from support.live import Live, check_error, engine_of, events, live, raw, status_of, until
 
 from sensorium.engine.faults import VARIABLE
-from sensorium.kernels import native
-from sensorium.processes import family
+from sensorium.kernels.cpu import library as native
+from sensorium.system.processes import family
 
 CHAT = "/v1/chat/completions"
 STREAMS = 8

@@ -20,7 +20,7 @@ from scenes import Clip, Picture, Placed, draw_number, draw_picture
 from sounds import RATE, SPOKEN, Sound, Speech
 from words import COLOURS, SHAPES
 
-from sensorium.checkpoint import open_checkpoint
+from sensorium.checkpoint.configs import open_checkpoint
 from sensorium.processors.qwen2_omni import Qwen2OmniProcessor
 from sensorium.prompt.local import LocalTemplate
 from sensorium.prompt.messages import MediaPart, Message, TextPart

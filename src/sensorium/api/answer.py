@@ -9,16 +9,16 @@ from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from sensorium.api.context import Entry
 from sensorium.api.metrics import ModelMetrics
 from sensorium.api.protocol.sampling import SamplingBody, for_choice
-from sensorium.api.service import Entry
 from sensorium.errors import EngineError, SensoriumError, UnavailableError
 from sensorium.prompt.detokenize import Detokenizer
-from sensorium.served import all_in_order
+from sensorium.serving.model import all_in_order
 from sensorium.types import EngineOutput, EngineRequest, Prompt, SamplingParams, TokenLogprob
 
 if TYPE_CHECKING:
-    from sensorium.engine.client import OutputStream
+    from sensorium.ipc.client import OutputStream
 
 Emit = Callable[["Answer", str], Awaitable[None]]
 

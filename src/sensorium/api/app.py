@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import time
 
-from sensorium.api.asgi import Call, Receive, Scope, Send
-from sensorium.api.errors import errors_answered
-from sensorium.api.routes import Route, Router
-from sensorium.api.service import Service
+from sensorium.api.context import Service
+from sensorium.api.routes import ROUTES, Route, Router
+from sensorium.api.transport.asgi import Call, Receive, Scope, Send
+from sensorium.api.transport.errors import errors_answered
 
 log = logging.getLogger("sensorium.access")
 _QUIET = frozenset({"/livez", "/readyz", "/health", "/metrics"})
@@ -20,6 +20,7 @@ class App:
 
     def __init__(self, service: Service) -> None:
         self.service = service
+        service.routes = ROUTES
         self._router = Router()
         self._log_requests = not service.server.disable_log_requests
         self._root_path = service.server.root_path.rstrip("/")

@@ -9,13 +9,13 @@ from typing import Any
 import msgspec
 
 from sensorium.api.answer import Answer, Answers, ask
-from sensorium.api.asgi import Call
-from sensorium.api.body import read_request
-from sensorium.api.frames import StreamHead, chat_frames
+from sensorium.api.context import Entry, Service
 from sensorium.api.logprobs import chat_logprobs
 from sensorium.api.protocol.chat import ChatRequest
-from sensorium.api.service import Entry, Service
-from sensorium.api.sse import EventStream
+from sensorium.api.transport.asgi import Call
+from sensorium.api.transport.body import read_request
+from sensorium.api.transport.frames import StreamHead, chat_frames
+from sensorium.api.transport.sse import EventStream
 from sensorium.types import Prompt
 
 _NO_DELTA = b'"delta":{}'

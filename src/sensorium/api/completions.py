@@ -12,13 +12,13 @@ from typing import Any
 import msgspec
 
 from sensorium.api.answer import Answer, Answers, ask
-from sensorium.api.asgi import Call
-from sensorium.api.body import read_request
-from sensorium.api.frames import StreamHead, completion_frames
+from sensorium.api.context import Entry, Service
 from sensorium.api.logprobs import CompletionLogprobs, joined
 from sensorium.api.protocol.completion import CompletionRequest
-from sensorium.api.service import Entry, Service
-from sensorium.api.sse import EventStream
+from sensorium.api.transport.asgi import Call
+from sensorium.api.transport.body import read_request
+from sensorium.api.transport.frames import StreamHead, completion_frames
+from sensorium.api.transport.sse import EventStream
 from sensorium.prompt.offsets import prompt_offsets
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.types import Prompt

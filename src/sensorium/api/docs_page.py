@@ -9,11 +9,11 @@ import msgspec
 from pydantic.json_schema import models_json_schema
 
 from sensorium import __version__
-from sensorium.api.asgi import Call
+from sensorium.api.transport.asgi import Call
 
 if TYPE_CHECKING:
+    from sensorium.api.context import Service
     from sensorium.api.routes import Route
-    from sensorium.api.service import Service
 
 _REF = "#/components/schemas/{model}"
 _ERROR: dict[str, Any] = {"type": "object", "required": ["error"], "properties": {"error": {
@@ -38,12 +38,10 @@ async def docs(service: Service, call: Call) -> None:
 
 def description(service: Service) -> dict[str, Any]:
     """The OpenAPI document."""
-    from sensorium.api.routes import ROUTES
-
-    bodies = [(route.body, "validation") for route in ROUTES if route.body is not None]
+    bodies = [(route.body, "validation") for route in service.routes if route.body is not None]
     _, schemas = models_json_schema(bodies, ref_template=_REF)  # type: ignore[arg-type]
     paths: dict[str, dict[str, Any]] = {}
-    for route in (route for route in ROUTES if route.documented):
+    for route in (route for route in service.routes if route.documented):
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
     document: dict[str, Any] = {
         "openapi": "3.1.0", "info": {"title": "Sensorium", "version": __version__}, "paths": paths,

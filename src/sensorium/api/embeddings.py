@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from sensorium.api.asgi import Call
+from sensorium.api.context import Entry, Service
 from sensorium.api.pooled import chosen_prompt, opened, pool_inputs
 from sensorium.api.protocol.pooling import EmbeddingsRequest
-from sensorium.api.service import Entry, Service
+from sensorium.api.transport.asgi import Call
 from sensorium.api.vectors import respond_vectors
 from sensorium.errors import RequestError
 

@@ -6,16 +6,16 @@ from collections.abc import Awaitable, Callable, Mapping
 
 import msgspec
 
-from sensorium.api.asgi import Call, Message
-from sensorium.api.body import check_json_type, read_json
 from sensorium.api.chat import chat_completions
 from sensorium.api.completions import completions
+from sensorium.api.context import Service
 from sensorium.api.embeddings import embeddings
 from sensorium.api.pooling import classify, pooling
 from sensorium.api.score import rerank, score
-from sensorium.api.service import Service
 from sensorium.api.tokens import detokenize
 from sensorium.api.transcriptions import transcriptions
+from sensorium.api.transport.asgi import Call, Message
+from sensorium.api.transport.body import check_json_type, read_json
 from sensorium.errors import RequestError
 
 Endpoint = Callable[[Service, Call], Awaitable[None]]

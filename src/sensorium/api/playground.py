@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sensorium.api.asgi import Call, Header
+from sensorium.api.transport.asgi import Call, Header
 from sensorium.errors import StartupError
 
 if TYPE_CHECKING:
-    from sensorium.api.service import Service
+    from sensorium.api.context import Service
 
 _FOLDER = Path(__file__).parents[1] / "playground"
 _TYPES = {".html": b"text/html; charset=utf-8", ".css": b"text/css; charset=utf-8",

@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from sensorium.api.admission import PendingBody
-from sensorium.api.asgi import Call
-from sensorium.api.body import read_request
+from sensorium.api.context import Entry, Service
+from sensorium.api.guards.admission import PendingBody
 from sensorium.api.protocol.content import Conversation
 from sensorium.api.protocol.pooling import InputBody, PooledInput, PoolingBody, PromptedBody
-from sensorium.api.service import Entry, Service
+from sensorium.api.transport.asgi import Call
+from sensorium.api.transport.body import read_request
 from sensorium.errors import ContextLengthError, EngineError, RequestError, SensoriumError, UnavailableError
 from sensorium.prompt.encode import Truncation
-from sensorium.served import ServedModel, all_in_order
+from sensorium.serving.model import ServedModel, all_in_order
 from sensorium.types import EngineRequest, PoolingParams, PoolingTask, Prompt
 
 if TYPE_CHECKING:
-    from sensorium.engine.client import OutputStream
+    from sensorium.ipc.client import OutputStream
 
 Request_co = TypeVar("Request_co", bound=PoolingBody, covariant=True)
 Vector = NDArray[np.float32]

@@ -6,10 +6,10 @@ import asyncio
 
 import msgspec
 
-from sensorium.api.asgi import Call
+from sensorium.api.context import Entry, Service
 from sensorium.api.pooled import Pooled, chosen_prompt, opened, pool_inputs
 from sensorium.api.protocol.pooling import ClassifyRequest, PoolingRequest
-from sensorium.api.service import Entry, Service
+from sensorium.api.transport.asgi import Call
 from sensorium.api.vectors import LARGE, envelope, respond_vectors
 from sensorium.types import PoolingParams, PoolingTask
 

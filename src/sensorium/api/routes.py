@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pydantic import BaseModel
 
 from sensorium.api import playground, status
-from sensorium.api.asgi import Call
 from sensorium.api.chat import chat_completions
 from sensorium.api.completions import completions
+from sensorium.api.context import Service
 from sensorium.api.docs_page import docs, openapi
 from sensorium.api.embeddings import embeddings
-from sensorium.api.errors import MethodNotAllowedError
 from sensorium.api.invocations import invocations
 from sensorium.api.pooling import classify, pooling
 from sensorium.api.protocol.audio import AudioRequest
@@ -27,9 +26,10 @@ from sensorium.api.protocol.pooling import ClassifyRequest, EmbeddingsRequest, P
 from sensorium.api.protocol.score import RerankRequest, ScoreRequest
 from sensorium.api.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from sensorium.api.score import rerank, score
-from sensorium.api.service import Service
 from sensorium.api.tokens import detokenize, tokenize
 from sensorium.api.transcriptions import FILE, transcriptions, translations
+from sensorium.api.transport.asgi import Call
+from sensorium.api.transport.errors import MethodNotAllowedError
 from sensorium.errors import NotFoundError
 
 Endpoint = Callable[[Service, Call], Awaitable[None]]

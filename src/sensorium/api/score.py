@@ -10,7 +10,7 @@ from typing import Any, cast
 import msgspec
 import numpy as np
 
-from sensorium.api.asgi import Call
+from sensorium.api.context import Service
 from sensorium.api.pooled import Job, Pooled, Vector, check_count, count_tokens, make_prompts, opened, run
 from sensorium.api.protocol.pooling import PooledInput
 from sensorium.api.protocol.score import (
@@ -21,7 +21,7 @@ from sensorium.api.protocol.score import (
     as_conversation,
     plain_text,
 )
-from sensorium.api.service import Service
+from sensorium.api.transport.asgi import Call
 from sensorium.api.vectors import envelope
 from sensorium.errors import RequestError
 from sensorium.prompt.encode import PairLimits, Truncation

@@ -5,9 +5,9 @@ from __future__ import annotations
 import msgspec
 
 from sensorium import __version__
-from sensorium.api.asgi import Call
+from sensorium.api.context import Entry, Service
 from sensorium.api.metrics import CONTENT_TYPE
-from sensorium.api.service import Entry, Service
+from sensorium.api.transport.asgi import Call
 from sensorium.errors import NotFoundError
 
 

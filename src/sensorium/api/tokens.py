@@ -6,11 +6,11 @@ import asyncio
 
 import msgspec
 
-from sensorium.api.asgi import Call
-from sensorium.api.body import read_request
+from sensorium.api.context import Service
 from sensorium.api.protocol.tokenize import DetokenizeRequest, TokenizeRequest
-from sensorium.api.service import Service
-from sensorium.served import ServedModel
+from sensorium.api.transport.asgi import Call
+from sensorium.api.transport.body import read_request
+from sensorium.serving.model import ServedModel
 
 
 async def tokenize(service: Service, call: Call) -> None:

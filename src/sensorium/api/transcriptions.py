@@ -10,17 +10,17 @@ from typing import Any
 import msgspec
 
 from sensorium.api.answer import Answer, Answers, ask
-from sensorium.api.asgi import Call
-from sensorium.api.frames import Frames, StreamHead
-from sensorium.api.multipart import read_form
+from sensorium.api.context import Entry, Service
 from sensorium.api.protocol.audio import AudioRequest, parse_fields
 from sensorium.api.protocol.sampling import answer_length
-from sensorium.api.service import Entry, Service
-from sensorium.api.sse import EventStream
+from sensorium.api.transport.asgi import Call
+from sensorium.api.transport.frames import Frames, StreamHead
+from sensorium.api.transport.multipart import read_form
+from sensorium.api.transport.sse import EventStream
 from sensorium.errors import RequestError
 from sensorium.media.source import MediaSource
 from sensorium.prompt.messages import MediaPart, Message, TextPart
-from sensorium.served import Prepared
+from sensorium.serving.model import Prepared
 from sensorium.types import SamplingParams
 
 FILE = "file"

@@ -12,9 +12,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from sensorium.api.asgi import Call
 from sensorium.api.pooled import Pooled
 from sensorium.api.protocol.pooling import Encoding
+from sensorium.api.transport.asgi import Call
 
 LARGE = 32 * 1024
 """Numbers from which writing them takes longer than a thread needs to take over."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sensorium.engine.scheduler import Plan, spans_within
 from sensorium.engine.sequence import ItemKey, Positions, Sequence
-from sensorium.models.base import AttentionContext
+from sensorium.kernels.context import AttentionContext
 
 Ints: TypeAlias = NDArray[np.int64]
 

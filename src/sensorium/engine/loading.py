@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from sensorium import __version__, kernels
-from sensorium.checkpoint import Checkpoint, open_checkpoint
+from sensorium.checkpoint.configs import Checkpoint, open_checkpoint
+from sensorium.checkpoint.pooling import PoolingKind, read_pooling, sentence_config
+from sensorium.checkpoint.quantization import StoredQuantization
 from sensorium.config import EngineConfig, MiB
-from sensorium.engine import cgroups
 from sensorium.engine.batch import BatchBuilder
 from sensorium.engine.block_pool import BlockPool
 from sensorium.engine.encoder_cache import EncoderCache
@@ -27,17 +28,17 @@ from sensorium.engine.runner import Runner
 from sensorium.engine.sampler import Sampler
 from sensorium.engine.scheduler import Budget, Plan, Scheduler
 from sensorium.errors import StartupError
-from sensorium.kernels import Quantization, quantized
-from sensorium.kernels.native import QuantizedLinear, RowsLinear
-from sensorium.kernels.reference import GATHER_ELEMENTS
+from sensorium.kernels import Quantization
+from sensorium.kernels.cpu.library import QuantizedLinear, RowsLinear
+from sensorium.kernels.reference import quantized
+from sensorium.kernels.reference.plain import GATHER_ELEMENTS
 from sensorium.models.base import Model
 from sensorium.models.decoder import SelfAttention
 from sensorium.models.layers import Embedding, Linear
-from sensorium.models.quantized_copy import QuantizedCopy
-from sensorium.models.weights import MAPPED_BYTES, load_model, weight_bytes
-from sensorium.pooling.spec import PoolingKind, read_pooling, sentence_config
-from sensorium.quantization import StoredQuantization
+from sensorium.models.loading import MAPPED_BYTES, load_model, weight_bytes
+from sensorium.system import cgroups
 from sensorium.types import EngineReady
+from sensorium.weights.disk_cache import QuantizedCopy
 
 SMALL_MODEL_BYTES = 64 * MiB  # of weights: what a core reads in the time that waking another one may take
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from sensorium.config import EngineConfig
-from sensorium.engine import cgroups
 from sensorium.errors import StartupError
 from sensorium.kernels import cache_width
-from sensorium.models.base import KVCache, Model
+from sensorium.kernels.context import KVCache
+from sensorium.models.base import Model
+from sensorium.system import cgroups
 
 CPU_PART = 0.25  # of free memory for the KV cache, where the flag does not say
 ENCODER_PART = 0.125  # of free memory that tower outputs may take, whatever the flag says

@@ -18,7 +18,8 @@ from sensorium.engine.faults import Faults
 from sensorium.engine.sampler import Sampled, Sampler, logprobs
 from sensorium.engine.scheduler import Plan
 from sensorium.engine.sequence import Sequence
-from sensorium.models.base import KVCache, Model, Read
+from sensorium.kernels.context import KVCache, Read
+from sensorium.models.base import Model
 from sensorium.pooling.pooler import Pooler
 from sensorium.types import MediaFeatures, PoolingTask
 

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from sensorium.kernels import onednn, reference
-from sensorium.kernels.quantized import Quantization
+from sensorium.kernels.cpu import onednn
+from sensorium.kernels.reference import plain as reference
+from sensorium.kernels.reference.quantized import Quantization
 
 if TYPE_CHECKING:
-    from sensorium.models.base import AttentionContext, KVCache
+    from sensorium.kernels.context import AttentionContext, KVCache
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ class DecoderStack(Protocol):
 @functools.cache
 def _native() -> Any | None:
     try:
-        return importlib.import_module("sensorium.kernels.native").load()
+        return importlib.import_module("sensorium.kernels.cpu.library").load()
     except (ImportError, OSError, AttributeError) as error:
         logger.warning("native kernels cannot be used, computing with torch alone (slower): %s", error)
         return None

@@ -9,43 +9,19 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar, Literal, TypeAlias, TypeVar
+from typing import ClassVar, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 
-from sensorium.checkpoint import Checkpoint
+from sensorium.checkpoint.configs import Checkpoint
+from sensorium.kernels.context import AttentionContext, KVCache, Read
 from sensorium.pooling.pooler import Pooler
 from sensorium.types import Modality, PoolingTask
 
-KVCache = list[tuple[Tensor, Tensor]]
-"""Per layer (keys, values), each [num_blocks, kv_heads, block_size, head_dim]."""
-
-Read = Literal["all", "first", "last"]
 T = TypeVar("T")
 Steps: TypeAlias = Generator[int, None, T]
 """A long computation that stops before each of its pieces and says how many multiply-adds the piece has, about; what it
 returns is the result."""
-
-
-@dataclass(slots=True)
-class AttentionContext:
-    """How the tokens of a step belong to sequences and to cache blocks. Built by `engine.batch`, one per step.
-
-    Sequences with exactly one query token that are decoding come first (`num_decodes` of them), then prefill chunks.
-    The lists are the same numbers as the tensors, for host code.
-    """
-
-    query_lens: list[int]  # tokens of each sequence in this step
-    context_lens: list[int]  # tokens of each sequence in the cache once this step is done (its own included)
-    num_decodes: int
-    block_size: int
-    query_start: Tensor  # int32 [seqs + 1], cumulative query_lens
-    seq_lens: Tensor  # int32 [seqs], context_lens
-    block_tables: Tensor  # int32 [seqs, max_blocks], padded with 0
-    slots: Tensor  # int64 [tokens], block * block_size + offset of each token's K and V
-    long_context: Tensor | None = None  # bool [tokens], only for models with `long_context_from`; see there
-    rope_lengths: Tensor | None = None  # int64 [tokens], only for models with `stretched_from`; see there
-    read: Read = "all"  # whose states are read: all tokens', or each sequence's first or last; see `Model.can_read`
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from sensorium import kernels
-from sensorium.checkpoint import Checkpoint
+from sensorium.checkpoint.configs import Checkpoint
+from sensorium.checkpoint.labels import classifier_activation, num_labels
+from sensorium.checkpoint.pooling import PoolingKind
 from sensorium.errors import CheckpointError
-from sensorium.models.base import AttentionContext, KVCache, Model, Read, Rename
+from sensorium.kernels.context import AttentionContext, KVCache, Read
+from sensorium.models.base import Model, Rename
 from sensorium.models.layers import Embedding, Head, Linear, QKVLinear, activation_name
 from sensorium.models.towers.blocks import LayerNorm
 from sensorium.pooling.embedding import embedding_poolers
-from sensorium.pooling.labels import classifier_activation, num_labels
 from sensorium.pooling.pooler import ClassifyPooler
-from sensorium.pooling.spec import PoolingKind
 
 ENCODER_MAP = (
     Rename("{a}.LayerNorm.gamma", "{a}.LayerNorm.weight"),

@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from sensorium.checkpoint import TextConfig
+from sensorium.checkpoint.configs import TextConfig
+from sensorium.checkpoint.labels import classifier_activation, num_labels
 from sensorium.errors import CheckpointError
 from sensorium.models.decoder import DecoderModel
 from sensorium.models.layers import Head, Linear
-from sensorium.pooling.labels import classifier_activation, num_labels
 from sensorium.pooling.pooler import ClassifyPooler, Pooler, StepPooler, TokenPooler
 from sensorium.types import PoolingTask
 

@@ -12,10 +12,11 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from sensorium import kernels
-from sensorium.checkpoint import Checkpoint, TextConfig
+from sensorium.checkpoint.configs import Checkpoint, TextConfig
 from sensorium.errors import CheckpointError
-from sensorium.kernels.reference import GATHER_ELEMENTS, MASK_ELEMENTS
-from sensorium.models.base import AttentionContext, KVCache, Model, Read, Rename
+from sensorium.kernels.context import AttentionContext, KVCache, Read
+from sensorium.kernels.reference.plain import GATHER_ELEMENTS, MASK_ELEMENTS
+from sensorium.models.base import Model, Rename
 from sensorium.models.layers import (
     Attention,
     Embedding,

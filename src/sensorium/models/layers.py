@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from sensorium import kernels
-from sensorium.checkpoint import ACTIVATIONS
+from sensorium.checkpoint.configs import ACTIVATIONS
 from sensorium.errors import CheckpointError
-from sensorium.models.base import AttentionContext
+from sensorium.kernels.context import AttentionContext
 
 
 def declare(*shape: int) -> nn.Parameter:

@@ -13,14 +13,14 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from sensorium import kernels
-from sensorium.checkpoint import Checkpoint, RopeConfig
+from sensorium.checkpoint.configs import Checkpoint, RopeConfig
+from sensorium.checkpoint.labels import num_labels
 from sensorium.errors import CheckpointError
-from sensorium.kernels.reference import window_queries
-from sensorium.models.base import AttentionContext, KVCache
+from sensorium.kernels.context import AttentionContext, KVCache
+from sensorium.kernels.reference.plain import window_queries
 from sensorium.models.bert import EncoderModel
 from sensorium.models.layers import Embedding, Head, Linear, activation_name, declare
 from sensorium.models.rope import RotaryEmbedding
-from sensorium.pooling.labels import num_labels
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _THETA = {_FULL: 160_000.0, _SLIDING: 10_000.0}

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sensorium.checkpoint import Checkpoint
+from sensorium.checkpoint.configs import Checkpoint
 from sensorium.errors import CheckpointError
 from sensorium.models.base import Rename, Steps
 from sensorium.models.decoder import DECODER_MAP, DecoderForCausalLM
 from sensorium.models.layers import Linear, declare
-from sensorium.models.tensor_files import stored_tensors
 from sensorium.models.towers.blocks import MAX_ROWS, by_rows, separate, weights
 from sensorium.models.towers.clip import ClipConfig, ClipTower, clip_map
 from sensorium.types import Modality
+from sensorium.weights.tensor_files import stored_tensors
 
 TILE = 336  # pixels, what the processor cuts where config.json says nothing
 HEAD_DIM = 64  # of every CLIP tower

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from sensorium.checkpoint import Checkpoint
+from sensorium.checkpoint.configs import Checkpoint
 from sensorium.models.base import Rename, Steps
 from sensorium.models.decoder import DECODER_MAP
 from sensorium.models.qwen2_vl import Qwen2VL

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sensorium.checkpoint import Checkpoint
+from sensorium.checkpoint.configs import Checkpoint
 from sensorium.models.base import Steps
 from sensorium.models.decoder import DecoderForCausalLM
 from sensorium.models.towers.blocks import MAX_ROWS

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from sensorium.checkpoint.pooling import DenseSpec, PoolingKind, read_pooling
 from sensorium.errors import CheckpointError
-from sensorium.models.tensor_files import stored_tensors
 from sensorium.pooling.pool import ACTIVATIONS
 from sensorium.pooling.pooler import EmbedPooler, Pooler, TokenPooler
-from sensorium.pooling.spec import DenseSpec, PoolingKind, read_pooling
 from sensorium.types import PoolingTask
+from sensorium.weights.tensor_files import stored_tensors
 
 _FILES = ("model.safetensors", "pytorch_model.bin")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sensorium.pooling.spec import PoolingKind
+from sensorium.checkpoint.pooling import PoolingKind
 
 
 def _last(hidden: Tensor, skipped: int) -> Tensor:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from sensorium.checkpoint.pooling import PoolingKind
 from sensorium.pooling.pool import ACTIVATIONS, finish, pool
-from sensorium.pooling.spec import PoolingKind
 from sensorium.types import PoolingParams
 
 Head = Callable[[Tensor], Tensor]

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from sensorium.checkpoint import Checkpoint
+from sensorium.checkpoint.configs import Checkpoint
 from sensorium.errors import CheckpointError, MediaError, RequestError, StartupError
 from sensorium.media.sampling import VideoSampling
 from sensorium.prompt.tokenizer import Tokenizer

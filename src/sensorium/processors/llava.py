@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from sensorium.checkpoint import Checkpoint
+from sensorium.checkpoint.configs import Checkpoint
 from sensorium.errors import CheckpointError
 from sensorium.processors import image
 from sensorium.processors.base import Processor, Setting, boolean

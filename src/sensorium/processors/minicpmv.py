@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Resampling
 
-from sensorium.checkpoint import Checkpoint
+from sensorium.checkpoint.configs import Checkpoint
 from sensorium.errors import CheckpointError, StartupError
 from sensorium.media.sampling import VideoSampling
 from sensorium.processors import image

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Resampling
 
-from sensorium.checkpoint import Checkpoint
+from sensorium.checkpoint.configs import Checkpoint
 from sensorium.errors import MediaError, RequestError
 from sensorium.processors import image
 from sensorium.processors.base import Piece, Processor, Rows, Setting, integer

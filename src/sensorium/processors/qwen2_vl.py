@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from sensorium.checkpoint import Checkpoint
+from sensorium.checkpoint.configs import Checkpoint
 from sensorium.errors import CheckpointError, MediaError
 from sensorium.media.sampling import VideoSampling
 from sensorium.processors import image

@@ -12,8 +12,8 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from sensorium.api.protocol.common import INT32_MAX, Body, Name, UnknownFields
-from sensorium.api.protocol.foreign import RECORDINGS, Foreign
 from sensorium.api.protocol.languages import language_name
+from sensorium.api.protocol.other_servers import RECORDINGS, Foreign
 from sensorium.api.protocol.sampling import SamplingBody
 from sensorium.api.protocol.validation import request_error
 from sensorium.errors import RequestError, UnsupportedFieldError

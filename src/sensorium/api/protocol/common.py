@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema
 
-from sensorium.api.protocol.foreign import EVERYWHERE, IGNORED, Foreign
+from sensorium.api.protocol.other_servers import EVERYWHERE, IGNORED, Foreign
 from sensorium.errors import UnsupportedFieldError
 
 log = logging.getLogger("sensorium.api")

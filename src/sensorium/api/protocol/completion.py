@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Discriminator, Field, Tag
 
 from sensorium.api.protocol.common import Count, Text, TokenId
-from sensorium.api.protocol.foreign import COMPLETIONS, Foreign
+from sensorium.api.protocol.other_servers import COMPLETIONS, Foreign
 from sensorium.api.protocol.sampling import ModelDefaults, SamplingBody, answer_length
 from sensorium.config import Limits
 from sensorium.errors import RequestError

@@ -14,7 +14,7 @@ from sensorium.api.protocol.chat import ProcessorKwargs, TemplateFields, Templat
 from sensorium.api.protocol.common import INT32_MAX, Body, Name, Priority, Text
 from sensorium.api.protocol.completion import TokenIds
 from sensorium.api.protocol.content import ChatMessage, Conversation, Messages, conversation
-from sensorium.api.protocol.foreign import UNPROMPTED, VECTORS, Foreign
+from sensorium.api.protocol.other_servers import UNPROMPTED, VECTORS, Foreign
 from sensorium.config import Limits, ServerConfig
 from sensorium.errors import RequestError
 from sensorium.prompt.encode import Side

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Discriminator, Field, Tag
 
 from sensorium.api.protocol.common import INT32_MAX, Body, Count, Name, Nested, Priority, TokenId
-from sensorium.api.protocol.foreign import ANSWERS, PENALTY_WINDOWS, Foreign
+from sensorium.api.protocol.other_servers import ANSWERS, PENALTY_WINDOWS, Foreign
 from sensorium.config import Limits
 from sensorium.errors import ContextLengthError, RequestError
 from sensorium.types import SamplingParams

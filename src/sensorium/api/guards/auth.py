@@ -1,0 +1,69 @@
+"""Who may ask. Default deny: with keys configured, every path but a literal few needs one, whatever routes there are.
+
+Keys are compared as SHA-256 digests, all of them every time, so that timing tells nothing about them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable
+
+from sensorium.api.playground import PAGES
+from sensorium.api.transport.asgi import Call
+from sensorium.errors import AuthenticationError
+
+PUBLIC_PATHS = frozenset({"/livez", "/readyz", "/health", "/ping", *PAGES})
+"""Reachable without a key: the process's health and the static page, which knows nothing."""
+
+
+class Keys:
+    """The configured API keys; without any, everybody is let in."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._digests = tuple(hashlib.sha256(key.encode()).digest() for key in keys)
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def match(self, key: bytes) -> bytes:
+        """The digest of the configured key that this is, else b"". Looks at all keys, found or not."""
+        given = hashlib.sha256(key).digest()
+        found = b""
+        for digest in self._digests:
+            if hmac.compare_digest(digest, given):
+                found = digest
+        return found
+
+    def authenticate(self, call: Call) -> None:
+        """Set `call.tenant`, or raise. Reads the path that routing reads, never a URL rebuilt from headers."""
+        if not self._digests or call.path in PUBLIC_PATHS:
+            return
+        values = call.headers(b"authorization")
+        if not values:
+            raise AuthenticationError("An API key is required: send it as `Authorization: Bearer KEY`.",
+                                      code="missing_api_key")
+        if len(values) > 1:
+            raise AuthenticationError("There is more than one Authorization header.")
+        scheme, _, key = values[0].partition(b" ")
+        tenant = self.match(key.strip()) if scheme.lower() == b"bearer" else b""
+        if not tenant:
+            raise AuthenticationError("The API key is wrong.")
+        call.tenant = tenant
+
+
+class CacheSalts:
+    """Separates what tenants can learn from cache hits: one salt per key, unguessable, new with every start."""
+
+    def __init__(self, secret: bytes, *, shared: bool) -> None:
+        self._secret = secret
+        self._shared = shared
+
+    def of(self, tenant: bytes, cache_salt: str | None = None) -> bytes:
+        """The salt of a request: its key's, divided further by the `cache_salt` that the request may bring."""
+        if self._shared:
+            tenant = b""
+        if not tenant and not cache_salt:
+            return b""
+        own = (cache_salt or "").encode()
+        return hmac.digest(self._secret, len(tenant).to_bytes(1, "big") + tenant + own, "sha256")

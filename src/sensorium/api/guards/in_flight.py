@@ -1,0 +1,94 @@
+"""Ends a request's work early, for whatever reason: its client has gone, its time is up, the server stops.
+
+One mechanism for all of them: the work runs inside a timeout whose end is moved to now, and leaves with the reason.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from types import TracebackType
+
+from sensorium.api.transport.asgi import ClientGone, Receive
+from sensorium.errors import RequestTimeoutError, UnavailableError
+
+
+class Flights:
+    """Every request in progress; what draining waits for and aborting ends."""
+
+    def __init__(self) -> None:
+        self._open: set[Flight] = set()
+        self.draining = False
+        self._empty = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def open(self, receive: Receive, timeout_s: float) -> Flight:
+        return Flight(self, receive, timeout_s)
+
+    def add(self, flight: Flight) -> None:
+        self._open.add(flight)
+        self._empty.clear()
+
+    def remove(self, flight: Flight) -> None:
+        self._open.discard(flight)
+        if not self._open:
+            self._empty.set()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Let in nothing new, wait for what is there; what is left at the end is told so and ended."""
+        self.draining = True
+        if self._open and timeout_s > 0:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._empty.wait(), timeout_s)
+        self.abort()
+
+    def abort(self) -> None:
+        self.draining = True
+        for flight in tuple(self._open):
+            error = UnavailableError("The server is shutting down.")
+            error.code = "server_shutting_down"
+            flight.end(error)
+
+
+class Flight:
+    """`async with` around a request's work. Whoever reads the body must have read all of it before."""
+
+    def __init__(self, flights: Flights, receive: Receive, timeout_s: float) -> None:
+        self._flights = flights
+        self._receive = receive
+        self._timeout = asyncio.timeout(timeout_s)
+        self._reason: Exception = RequestTimeoutError(f"The request took longer than {timeout_s:g} seconds.")
+        self._ended = False
+
+    def end(self, reason: Exception) -> None:
+        """Cancel the work; it leaves with `reason`. Only the first call counts."""
+        if self._ended or self._timeout.expired():
+            return
+        self._ended = True
+        self._reason = reason
+        self._timeout.reschedule(asyncio.get_running_loop().time())
+
+    async def __aenter__(self) -> Flight:
+        if self._flights.draining:
+            raise UnavailableError("The server is shutting down.", retry_after_s=10.0)
+        await self._timeout.__aenter__()
+        self._flights.add(self)
+        self._watch = asyncio.ensure_future(self._until_gone())
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                        trace: TracebackType | None) -> None:
+        self._ended = True
+        self._watch.cancel()
+        self._flights.remove(self)
+        try:
+            await self._timeout.__aexit__(kind, error, trace)
+        except TimeoutError:
+            raise self._reason from None
+
+    async def _until_gone(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.end(ClientGone())

@@ -1,0 +1,340 @@
+"""`sensorium bench serve`: load any OpenAI-compatible chat endpoint and say how fast it answers.
+
+Closed loop (`--concurrency`) or open loop (`--rate`, Poisson arrivals). Every request is different, so that no cache
+can help. All bodies are made before the clock starts; the client does nothing per token but take the time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import dataclasses
+import io
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from sensorium.cli.client import Endpoint, Remote, RemoteError
+from sensorium.config import BenchConfig
+from sensorium.errors import StartupError
+
+WORDS = ("river", "stone", "window", "garden", "letter", "morning", "silver", "paper", "bridge", "winter", "corner",
+         "market", "yellow", "engine", "forest", "island", "travel", "number", "simple", "change", "answer", "between",
+         "behind", "around", "follow", "carry", "open", "close", "write")
+
+
+@dataclass(slots=True)
+class Sample:
+    """What one request showed. Times are of one monotonic clock."""
+
+    start_s: float = 0.0
+    end_s: float = 0.0
+    chunk_times_s: list[float] = field(default_factory=list)  # arrival of every piece of text
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    error: str = ""
+
+    @property
+    def ttft_s(self) -> float:
+        return (self.chunk_times_s[0] if self.chunk_times_s else self.end_s) - self.start_s
+
+    @property
+    def tpot_s(self) -> float:
+        """Time per output token after the first."""
+        if len(self.chunk_times_s) < 2:
+            return 0.0
+        return (self.chunk_times_s[-1] - self.chunk_times_s[0]) / max(1, self.output_tokens - 1)
+
+    @property
+    def gaps_s(self) -> list[float]:
+        return [late - early for early, late in zip(self.chunk_times_s, self.chunk_times_s[1:], strict=False)]
+
+
+class _Delta(msgspec.Struct):
+    content: str | None = None
+    reasoning_content: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    delta: _Delta = msgspec.field(default_factory=_Delta)
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    prompt_tokens_details: _Details | None = None
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    error: dict[str, Any] | None = None
+
+
+_CHUNK = msgspec.json.Decoder(_Chunk)
+
+
+# The load
+
+
+class Prompts:
+    """Bodies of chat requests: random words, noise pictures, all from one seed."""
+
+    def __init__(self, config: BenchConfig, model: str, words_per_token: float) -> None:
+        self._config = config
+        self._model = model
+        self._words = max(1, round(config.input_tokens * words_per_token))
+        self._random = random.Random(config.seed)  # noqa: S311  # a load, not a secret
+
+    def body(self) -> bytes:
+        config = self._config
+        content: Any = text(self._random, self._words)
+        if config.kind == "image":
+            pictures = [picture_url(self._random, *config.image_size) for _ in range(config.images)]
+            content = [*({"type": "image_url", "image_url": {"url": url}} for url in pictures),
+                       {"type": "text", "text": content}]
+        return request_body(self._model, content, config.output_tokens)
+
+
+def request_body(model: str, content: Any, output_tokens: int) -> bytes:
+    return msgspec.json.encode({
+        "model": model, "messages": [{"role": "user", "content": content}], "max_tokens": output_tokens,
+        "temperature": 0, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}})
+
+
+def text(rng: random.Random, num_words: int) -> str:
+    return " ".join(rng.choice(WORDS) for _ in range(num_words))
+
+
+def picture_url(rng: random.Random, width: int, height: int) -> str:
+    """A JPEG of noise as a data URL."""
+    import numpy as np
+    from PIL import Image
+
+    spread = rng.uniform(20, 120)
+    noise = np.random.default_rng(rng.getrandbits(32)).normal(128, spread, (height, width, 1)).clip(0, 255)
+    buffer = io.BytesIO()
+    Image.fromarray(noise.astype(np.uint8).repeat(3, axis=2)).save(buffer, "JPEG")
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+async def words_per_token(remote: Remote, model: str) -> float:
+    """How many of our words make a token of this model: two prompts of different length tell it."""
+    rng = random.Random(0)  # noqa: S311
+    counts = []
+    for num_words in (32, 160):
+        sample = await send(remote, request_body(model, text(rng, num_words), 1))
+        if sample.error:
+            raise RemoteError(sample.error)
+        counts.append(sample.prompt_tokens)
+    return 128 / (counts[1] - counts[0]) if counts[1] > counts[0] else 1.0
+
+
+async def send(remote: Remote, body: bytes) -> Sample:
+    """Send one request and take the time of everything that comes back. Never raises for what the server does."""
+    sample = Sample(start_s=time.perf_counter())
+
+    def on_event(data: bytes) -> None:
+        now = time.perf_counter()
+        chunk = _CHUNK.decode(data)
+        if chunk.error is not None:
+            sample.error = str(chunk.error.get("message", chunk.error))
+        if chunk.usage is not None:
+            sample.prompt_tokens = chunk.usage.prompt_tokens
+            sample.output_tokens = chunk.usage.completion_tokens
+            details = chunk.usage.prompt_tokens_details
+            sample.cached_tokens = (details.cached_tokens if details else None) or 0
+        if chunk.choices and (chunk.choices[0].delta.content or chunk.choices[0].delta.reasoning_content):
+            sample.chunk_times_s.append(now)
+
+    try:
+        await remote.stream("/chat/completions", body, on_event)
+    except RemoteError as error:
+        sample.error = error.message
+    except msgspec.DecodeError as error:
+        sample.error = f"a chunk is not as OpenAI's API says: {error}"
+    sample.end_s = time.perf_counter()
+    sample.output_tokens = sample.output_tokens or len(sample.chunk_times_s)
+    if not sample.error and not sample.output_tokens:
+        sample.error = "an answer without tokens"
+    return sample
+
+
+async def closed_loop(remote: Remote, bodies: Sequence[bytes], concurrency: int,
+                      on_sample: Callable[[Sample], None]) -> None:
+    queue = iter(bodies)
+
+    async def worker() -> None:
+        for body in queue:
+            on_sample(await send(remote, body))
+
+    await asyncio.gather(*(worker() for _ in range(min(concurrency, len(bodies)))))
+
+
+async def open_loop(remote: Remote, bodies: Sequence[bytes], rate: float, seed: int,
+                    on_sample: Callable[[Sample], None]) -> None:
+    rng = random.Random(seed)  # noqa: S311
+    due_s = time.perf_counter()
+
+    async def one(body: bytes, at_s: float) -> None:
+        await asyncio.sleep(max(0.0, at_s - time.perf_counter()))
+        on_sample(await send(remote, body))
+
+    async with asyncio.TaskGroup() as group:
+        for body in bodies:
+            group.create_task(one(body, due_s))
+            due_s += rng.expovariate(rate)
+
+
+# The figures
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Linear between the two nearest ranks; 0 of nothing."""
+    ordered = sorted(values)
+    if not ordered:
+        return 0.0
+    place = (len(ordered) - 1) * percent / 100
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def spread_ms(values_s: Sequence[float]) -> dict[str, float]:
+    figures = {f"p{p}": percentile(values_s, p) for p in (50, 90, 99)}
+    figures["mean"] = sum(values_s) / len(values_s) if values_s else 0.0
+    figures["max"] = max(values_s, default=0.0)
+    return {name: round(1e3 * value, 3) for name, value in figures.items()}
+
+
+def report(config: BenchConfig, model: str, samples: Sequence[Sample], wall_s: float) -> dict[str, Any]:
+    """All figures of a run, as they go into the JSON file. Failed requests count only as errors."""
+    good = [sample for sample in samples if not sample.error]
+    prompt, output = sum(s.prompt_tokens for s in good), sum(s.output_tokens for s in good)
+    load = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("api_key", "json")}
+    load["concurrency" if config.rate else "rate"] = None
+    return {
+        "load": {**load, "model": model},
+        "wall_s": round(wall_s, 4),
+        "completed": len(good),
+        "errors": dict(Counter(sample.error for sample in samples if sample.error).most_common()),
+        "prompt_tokens": prompt,
+        "cached_tokens": sum(s.cached_tokens for s in good),
+        "output_tokens": output,
+        "requests_per_s": round(len(good) / wall_s, 3),
+        "output_tokens_per_s": round(output / wall_s, 2),
+        "total_tokens_per_s": round((prompt + output) / wall_s, 2),
+        "ttft_ms": spread_ms([s.ttft_s for s in good]),
+        "tpot_ms": spread_ms([s.tpot_s for s in good if s.output_tokens > 1]),
+        "itl_ms": spread_ms([gap for s in good for gap in s.gaps_s]),
+        "e2e_ms": spread_ms([s.end_s - s.start_s for s in good]),
+    }
+
+
+def print_report(figures: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    load = figures["load"]
+    how = f"rate {load['rate']:g}/s" if load["rate"] else f"concurrency {load['concurrency']}"
+    table = Table(title=f"{load['model']}: {load['kind']}, {load['requests']} requests, {how}", title_justify="left")
+    for column in ("milliseconds", "p50", "p90", "p99", "mean", "max"):
+        table.add_column(column, justify="left" if column == "milliseconds" else "right")
+    for title, key in (("time to first token", "ttft_ms"), ("time per output token", "tpot_ms"),
+                       ("between chunks", "itl_ms"), ("whole request", "e2e_ms")):
+        table.add_row(title, *(f"{figures[key][name]:.2f}" for name in ("p50", "p90", "p99", "mean", "max")))
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(f"{figures['output_tokens_per_s']:.2f} output tok/s, {figures['total_tokens_per_s']:.1f} total "
+                  f"tok/s, {figures['requests_per_s']:.2f} requests/s; {figures['completed']} completed in "
+                  f"{figures['wall_s']:.2f} s, {figures['prompt_tokens']} prompt tokens "
+                  f"({figures['cached_tokens']} cached), {figures['output_tokens']} output tokens", soft_wrap=True)
+    for message, count in figures["errors"].items():
+        console.print(f"{count} failed: {message}", style="red", markup=False, soft_wrap=True)
+
+
+# The run
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[Sample], None]]:
+    """A live bar on stderr where that is a terminal; nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    start_s = time.perf_counter()
+    failed = tokens = 0
+    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                  TextColumn("{task.fields[speed]}"), console=console, refresh_per_second=4, transient=True,
+                  disable=not console.is_terminal) as bar:
+        task = bar.add_task("requests", total=total, speed="")
+
+        def show(sample: Sample) -> None:
+            nonlocal failed, tokens
+            failed += bool(sample.error)
+            tokens += sample.output_tokens
+            speed = f"{tokens / (time.perf_counter() - start_s):.1f} tok/s" + (f", {failed} failed" if failed else "")
+            bar.update(task, advance=1, speed=speed)
+
+        yield show
+
+
+async def run(config: BenchConfig) -> dict[str, Any]:
+    """Warm up, send the load, return the figures."""
+    async with Remote(Endpoint.parse(config.base_url, config.api_key), timeout_s=config.timeout_s) as remote:
+        model = config.model or (await remote.models())[0]
+        prompts = Prompts(config, model, await words_per_token(remote, model))
+        warmup = [prompts.body() for _ in range(config.warmup)]
+        bodies = [prompts.body() for _ in range(config.requests)]
+        for sample in [await send(remote, body) for body in warmup]:
+            if sample.error:
+                raise RemoteError(sample.error)
+        samples: list[Sample] = []
+        start_s = time.perf_counter()
+        with _progress(config.requests) as show:
+
+            def on_sample(sample: Sample) -> None:
+                samples.append(sample)
+                show(sample)
+
+            if config.rate:
+                await open_loop(remote, bodies, config.rate, config.seed, on_sample)
+            else:
+                await closed_loop(remote, bodies, config.concurrency, on_sample)
+        return report(config, model, samples, time.perf_counter() - start_s)
+
+
+def bench(config: BenchConfig) -> int:
+    """The command: exit code 0 when every request was answered, 1 otherwise."""
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            figures = runner.run(run(config))
+    except RemoteError as error:
+        raise StartupError(f"{config.base_url}: {error.message}") from None
+    print_report(figures)
+    if config.json:
+        Path(config.json).write_text(json.dumps(figures, indent=2) + "\n")
+    return 1 if figures["errors"] else 0
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:  # not made for Windows
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory

@@ -1,0 +1,127 @@
+"""`sensorium chat`: talk to a running server from a terminal. A client like any other, it knows no engine."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import mimetypes
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.console import Console
+
+from sensorium.cli.client import Endpoint, Remote, RemoteError
+from sensorium.config import ChatConfig
+from sensorium.errors import StartupError
+
+HELP = "/image PATH attaches a picture to your next message, /clear starts over, /quit ends (so does Ctrl-D)."
+
+
+class Conversation:
+    """The messages so far, and the pictures that wait for the next one."""
+
+    def __init__(self, config: ChatConfig, model: str) -> None:
+        self._config = config
+        self._model = model
+        self._pictures: list[str] = []
+        self._messages: list[dict[str, Any]] = []
+        self.clear()
+
+    def clear(self) -> None:
+        self._pictures = []
+        self._messages = [{"role": "system", "content": self._config.system}] if self._config.system else []
+
+    def attach(self, path: Path) -> None:
+        kind = mimetypes.guess_type(path.name)[0] or "image/jpeg"
+        self._pictures.append(f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}")
+
+    def ask(self, text: str) -> bytes:
+        """Take the user's turn; the body of the request for the model's."""
+        parts = [{"type": "image_url", "image_url": {"url": url}} for url in self._pictures]
+        self._pictures = []
+        self._messages.append({"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text})
+        body = {"model": self._model, "messages": self._messages, "max_tokens": self._config.max_tokens, "stream": True}
+        if self._config.temperature is not None:
+            body["temperature"] = self._config.temperature
+        return msgspec.json.encode(body)
+
+    def answer(self, text: str) -> None:
+        self._messages.append({"role": "assistant", "content": text})
+
+    def take_back(self) -> None:
+        """Forget a turn that got no answer."""
+        self._messages.pop()
+
+
+def chat(config: ChatConfig) -> int:
+    """The command. Ends with 0 when the user leaves."""
+    try:
+        with asyncio.Runner() as runner:
+            return runner.run(_chat(config))
+    except RemoteError as error:
+        raise StartupError(f"{config.base_url}: {error.message}") from None
+
+
+async def _chat(config: ChatConfig) -> int:
+    console = Console(highlight=False)
+    async with Remote(Endpoint.parse(config.base_url, config.api_key)) as remote:
+        model = config.model or (await remote.models())[0]
+        conversation = Conversation(config, model)
+        console.print(f"[bold]{model}[/] at {config.base_url}. {HELP}")
+        while (line := _read(console)) is not None:
+            command, _, rest = line.partition(" ")
+            if command == "/quit":
+                return 0
+            if command == "/clear":
+                conversation.clear()
+            elif command == "/image":
+                _attach(console, conversation, rest)
+            elif line.startswith("/"):
+                console.print(HELP)
+            elif line:
+                await _turn(console, remote, conversation, line)
+    return 0
+
+
+def _read(console: Console) -> str | None:
+    try:
+        return console.input("[bold green]> [/]").strip()
+    except EOFError:
+        console.print()
+        return None
+
+
+def _attach(console: Console, conversation: Conversation, path: str) -> None:
+    try:
+        conversation.attach(Path(path.strip().strip("'\"")).expanduser())
+    except OSError as error:
+        console.print(f"cannot read it: {error.strerror}", style="red", markup=False)
+    else:
+        console.print("attached; now ask about it")
+
+
+async def _turn(console: Console, remote: Remote, conversation: Conversation, line: str) -> None:
+    pieces: list[str] = []
+
+    def on_event(data: bytes) -> None:
+        chunk = msgspec.json.decode(data)
+        if "error" in chunk:
+            raise RemoteError(str(chunk["error"].get("message", "the server reports an error")))
+        text = (chunk["choices"][0]["delta"].get("content") or "") if chunk.get("choices") else ""
+        pieces.append(text)
+        console.out(printable(text), end="")
+
+    try:
+        await remote.stream("/chat/completions", conversation.ask(line), on_event)
+    except RemoteError as error:
+        conversation.take_back()
+        console.print(f"\n{error.message}", style="red", markup=False)
+    else:
+        conversation.answer("".join(pieces))
+        console.print()
+
+
+def printable(text: str) -> str:
+    """Without control characters: a model must not drive the terminal."""
+    return "".join(char for char in text if char in "\n\t" or char.isprintable())

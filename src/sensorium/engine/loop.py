@@ -1,0 +1,308 @@
+"""The engine process: `python -m sensorium.engine.loop --fd N`. Messages in, steps, messages out.
+
+A step that fails ends the requests of that step and nothing else; a lost device ends the process, and the client starts
+another one. The process lives exactly as long as its socket: end of file means that the parent is gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from sensorium.engine.faults import VARIABLE, Faults
+from sensorium.errors import StartupError
+from sensorium.ipc import messages
+from sensorium.ipc.channel import Channel
+from sensorium.ipc.liveness import Pulse
+from sensorium.ipc.messages import Kind, ProtocolError
+from sensorium.types import EngineOutput, EngineRequest, EngineStats
+
+if TYPE_CHECKING:
+    from sensorium.engine.loading import Engine
+    from sensorium.engine.runner import StepResult
+    from sensorium.engine.scheduler import Plan
+
+STATS_INTERVAL_S = 0.25
+PROGRESS_INTERVAL_S = 0.05
+MAX_FAILED_SHAPES = 256
+STEP_FAILED = "The engine failed while it computed this request."
+NOT_FINITE = "The model's output for this request is not a number."
+MEDIA_FAILED = "The model failed to encode the media of this request."
+TORCH_ENVIRONMENT = {"MKL_CBWR": "AUTO,STRICT", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
+
+logger = logging.getLogger("sensorium.engine")
+
+
+class Core:
+    """The step loop around one loaded engine."""
+
+    def __init__(self, engine: Engine, channel: Channel, faults: Faults,
+                 pulse: Pulse | None = None) -> None:
+        self._engine = engine
+        self._pulse = pulse or Pulse(channel.beat, 0.0)  # one that is not started watches nothing
+        self._scheduler = engine.scheduler
+        self._runner = engine.runner
+        self._channel = channel
+        self._faults = faults
+        self._steps = 0
+        self._step_seconds = 0.0
+        self._encoder_seconds = 0.0
+        self._stats_due = 0.0
+        self._failed_shapes: set[tuple[int, ...]] = set()
+        self._refused: list[EngineOutput] = []
+
+    def run(self) -> None:
+        while self.turn():
+            pass
+
+    def turn(self) -> bool:
+        """Messages, then one step. False when the client said goodbye."""
+        idle = not self._scheduler.has_work()
+        if idle:
+            self._send_stats()
+        frames = self._channel.poll(wait=idle and not self._engine.has_chores)
+        if idle and not frames:
+            self._pulse.begin(slow=True)
+            self._engine.do_chore()
+            self._pulse.end()
+        self._pulse.begin()
+        for kind, payload in frames:
+            if not self._take(kind, payload):
+                return False
+        if self._refused:
+            self._send([], [], self._refused)
+            self._refused = []
+        if self._scheduler.has_work():
+            started = monotonic()
+            self._step()
+            now = monotonic()
+            self._steps += 1
+            self._step_seconds = now - started
+            self._pulse.begin()
+            self._engine.pack_some()
+            if now >= self._stats_due:
+                self._send_stats()
+        self._pulse.end()
+        return True
+
+    def _take(self, kind: int, payload: memoryview) -> bool:
+        if kind == Kind.REQUEST:
+            self._add(messages.decode_request(payload))
+        elif kind == Kind.ABORT:
+            for request_id in messages.decode_abort(payload):
+                self._scheduler.abort(request_id)
+        elif kind == Kind.SHUTDOWN:
+            return False
+        else:
+            raise ProtocolError(f"message of kind {kind}")
+        return True
+
+    def _add(self, request: EngineRequest) -> None:
+        refusal = self._scheduler.add(request)
+        if refusal is not None:
+            self._refused.append(refusal)
+
+    # One step: schedule, towers, forward and sample, take the results
+
+    def _step(self) -> None:
+        early = self._encode()
+        self._pulse.begin()
+        plan, rich = self._scheduler.schedule()
+        rich += early
+        if plan.encode:
+            self._runner.encodings.add(plan.encode)
+        ids: list[int] = []
+        token_ids: list[int] = []
+        if plan:
+            self._pulse.begin(self._engine.work_of(plan))
+            for part, result in self._compute(plan, rich):
+                self._take_results(part, result, ids, token_ids, rich)
+        self._pulse.end()
+        self._faults.hit("send")
+        self._send(ids, token_ids, rich)
+
+    def _compute(self, plan: Plan, rich: list[EngineOutput]) -> list[tuple[Plan, StepResult]]:
+        """Run a plan. If that fails, its requests fail; if its shape has failed before, only those that fail alone."""
+        try:
+            return [(plan, self._runner.run(plan))]
+        except Exception as error:
+            self._raise_if_lost(error)
+            logger.error("a step failed: %d decodes, %d prompts", len(plan.decodes), len(plan.prefills), exc_info=error)
+        shape = (len(plan.decodes), *(count for _, count in plan.prefills))
+        sequences = plan.sequences()
+        if shape not in self._failed_shapes or len(sequences) == 1:
+            if len(self._failed_shapes) >= MAX_FAILED_SHAPES:
+                self._failed_shapes.clear()
+            self._failed_shapes.add(shape)
+            rich += [self._scheduler.fail(seq, STEP_FAILED) for seq in sequences]
+            return []
+        results = []
+        for part in plan.singles():
+            try:
+                results.append((part, self._runner.run(part)))
+            except Exception as error:
+                self._raise_if_lost(error)
+                rich += [self._scheduler.fail(seq, STEP_FAILED) for seq in part.sequences()]
+        return results
+
+    def _raise_if_lost(self, error: Exception) -> None:
+        from sensorium.engine.runner import is_device_lost
+
+        if is_device_lost(error):
+            raise error
+
+    def _encode(self) -> list[EngineOutput]:
+        """A little of what the towers have to do."""
+        if not self._runner.encodings:
+            return []
+        started = monotonic()
+        failed = self._runner.encodings.run(self._pulse.begin)
+        self._encoder_seconds += monotonic() - started
+        return self._scheduler.drop_failed_items(failed, MEDIA_FAILED) if failed else []
+
+    def _take_results(self, plan: Plan, result: StepResult, ids: list[int], token_ids: list[int],
+                      rich: list[EngineOutput]) -> None:
+        """Advance every sequence of a computed plan and add its outputs, as `messages.encode_outputs` takes them."""
+        scheduler = self._scheduler
+        for seq in plan.decodes:
+            scheduler.advance(seq, 1)
+        for seq, count in plan.prefills:
+            scheduler.advance(seq, count)
+        sampled = result.sampled
+        failed = set(sampled.failed)
+        for i, (seq, token) in enumerate(zip(result.sequences, sampled.token_ids, strict=True)):
+            if i in failed:
+                rich.append(scheduler.fail(seq, NOT_FINITE))
+                continue
+            is_first = seq.num_tokens == seq.num_prompt
+            reason = scheduler.append(seq, token)
+            if reason is None and not is_first and not sampled.logprobs:
+                ids.append(seq.id)
+                token_ids.append(token)
+                continue
+            logprob = sampled.logprobs.get(i)
+            rich.append(EngineOutput(
+                seq.id, (token,), reason, token if reason == "stop" else None, (logprob,) if logprob else (),
+                tuple(seq.prompt_logprobs) if is_first and len(seq.prompt_logprobs) > 1 else (),
+                seq.cached_tokens if is_first else 0))
+        for seq, _ in plan.prefills:
+            if seq.id in result.vectors:
+                scheduler.finish(seq)
+                rich.append(EngineOutput(seq.id, finish_reason="stop", cached_tokens=seq.cached_tokens,
+                                         vector=result.vectors[seq.id]))
+
+    # Out
+
+    def _send(self, ids: list[int], token_ids: list[int], rich: list[EngineOutput]) -> None:
+        if ids or rich:
+            self._pulse.end()
+            self._channel.send(messages.encode_outputs(ids, token_ids, rich))
+
+    def _send_stats(self) -> None:
+        scheduler, encoder, prefixes = self._scheduler, self._engine.encoder, self._engine.prefixes
+        self._pulse.end()
+        self._channel.send(messages.encode_stats(EngineStats(
+            running=scheduler.num_running, waiting=len(scheduler.waiting), kv_blocks=scheduler.pool.num_blocks,
+            kv_blocks_free=scheduler.pool.num_free, prefix_queries=prefixes.queries, prefix_hits=prefixes.hits,
+            encoder_queries=encoder.queries, encoder_hits=encoder.hits, encoder_bytes=encoder.size_bytes,
+            encoder_seconds=self._encoder_seconds, preemptions=scheduler.preemptions, steps=self._steps,
+            step_seconds=self._step_seconds)))
+        self._stats_due = monotonic() + STATS_INTERVAL_S
+
+
+class _Report:
+    """Progress of loading, told at most every `PROGRESS_INTERVAL_S`, but every end of a phase."""
+
+    def __init__(self, channel: Channel, pulse: Pulse) -> None:
+        self._channel = channel
+        self._pulse = pulse
+        self._due = 0.0
+
+    def __call__(self, phase: str, fraction: float) -> None:
+        self._pulse.begin(slow=True)
+        now = monotonic()
+        if now >= self._due or fraction in (0.0, 1.0):
+            self._channel.send(messages.encode_progress(phase, fraction))
+            self._due = now + PROGRESS_INTERVAL_S
+
+
+def serve(sock: socket.socket, faults: Faults) -> int:
+    """Load what the first frame asks for and step until told to stop. Returns the exit code."""
+    channel = Channel(sock)
+    kind, payload = channel.receive()
+    if kind != Kind.CONFIG:
+        raise ProtocolError("the first message is not the configuration")
+    config = messages.decode_config(payload)
+    channel.start()
+    pulse = Pulse(channel.beat, config.hang_after_s)
+    pulse.start()
+    report = _Report(channel, pulse)
+    report("imports", 0.0)
+    try:
+        from sensorium.engine.loading import load_engine  # imports torch: the client hears of us before that
+
+        engine = load_engine(config, progress=report, faults=faults)
+    except StartupError as error:
+        channel.send(messages.encode_fatal(error.message))
+        return 2
+    except MemoryError:
+        channel.send(messages.encode_fatal("not enough memory to load the model"))
+        return 2
+    except Exception as error:
+        logger.exception("the model could not be loaded")
+        channel.send(messages.encode_fatal(f"the model could not be loaded: {_described(error)}"))
+        return 1
+    gc.collect()
+    gc.freeze()  # what is loaded stays: no collection looks at it again
+    pulse.end()
+    channel.send(messages.encode_ready(engine.ready))
+    core = Core(engine, channel, faults, pulse)
+    try:
+        core.run()
+    except Exception as error:
+        logger.exception("the engine cannot go on")
+        channel.send(messages.encode_fatal(f"the engine stopped: {_described(error)}"))
+        return 1
+    return 0
+
+
+def _described(error: BaseException) -> str:
+    """One line for the operator."""
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+
+
+def set_torch_environment() -> None:
+    """What torch's libraries read before their first product; what the operator has set stays.
+
+    Without the first MKL's float32 products differ in their last bit with the number of threads; it costs nothing. The
+    others bound what oneDNN keeps of every shape that it has met, up to 1,024 of half a megabyte: a step whose number
+    of rows is new takes 0.4 ms longer for each size of weight.
+    """
+    for name, value in TORCH_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--fd", type=int, required=True, help="inherited socket to the server")
+    arguments = parser.parse_args()
+    # The parent decides when this process ends; signals to the whole group or service are the parent's to answer.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s engine: %(message)s", stream=sys.stderr)
+    set_torch_environment()
+    faults = Faults(os.environ.get(VARIABLE, ""))
+    return serve(socket.socket(fileno=arguments.fd), faults)
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)  # nothing to tear down that the system does not, and it is quicker

@@ -1,0 +1,1 @@
+"""The native CPU kernels: the library, its weight layouts, oneDNN."""

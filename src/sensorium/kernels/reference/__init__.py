@@ -1,0 +1,1 @@
+"""The plain torch reference of every kernel."""

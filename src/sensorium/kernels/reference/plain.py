@@ -1,0 +1,301 @@
+"""Every kernel in plain torch: the fallback on any device, and what faster kernels are tested against.
+
+Computes in float32 where a sum is taken, returns the input's dtype. Shapes and names are the dispatcher's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sensorium.kernels.reference.quantized import Quantization, QuantizedLinear
+
+if TYPE_CHECKING:
+    from sensorium.kernels import Activation
+    from sensorium.kernels.context import AttentionContext
+
+QUERY_STEP = 768  # torch computes queries in blocks of one size from so many on
+GATHER_ELEMENTS = 16 * 1024 * 1024  # bound of one padded gather of keys
+SCALE_BYTES = 4  # behind every row of an int8 cache
+MASK_ELEMENTS = 4 * 1024 * 1024  # bound of one prefill mask
+
+
+class PlainLinear:
+    """The unpacked form of a linear layer's weight."""
+
+    __slots__ = ("bias", "weight")
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight  # [out, in]
+        self.bias: Tensor | None = None  # [out]
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def fill(self, first_row: int, rows: Tensor) -> None:
+        self.weight[first_row : first_row + rows.shape[0]].copy_(rows)
+
+    def set_bias(self, bias: Tensor | None) -> None:
+        self.bias = None if bias is None else bias.to(self.weight, copy=True)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Weight rows [n, in] of output indices [n]."""
+        return functional.embedding(ids, self.weight)
+
+
+def empty_linear(out_features: int, in_features: int, *, dtype: torch.dtype, device: torch.device,
+                 quantization: Quantization | None = None) -> PlainLinear | QuantizedLinear:
+    if quantization is not None:
+        return QuantizedLinear(out_features, in_features, quantization, dtype=dtype, device=device)
+    return PlainLinear(torch.empty(out_features, in_features, dtype=dtype, device=device))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if x.dtype == torch.float32:
+        return functional.rms_norm(x, (x.shape[-1],), weight, eps)
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
+    return weight * (wide * scale).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    residual = residual + x
+    return rms_norm(residual, weight, eps), residual
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return functional.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    if activation == "quick_gelu":
+        return (x * 1.702).sigmoid_().mul_(x)
+    if activation == "gelu_tanh":
+        return functional.gelu(x, approximate="tanh")
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "silu": functional.silu, "gelu": functional.gelu, "relu": functional.relu, "tanh": torch.tanh,
+    }
+    return functions[activation](x)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return functional.silu(gate).mul_(up)
+
+
+def gated(x: Tensor, activation: Activation) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return activate(gate, activation).mul_(up)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # [tokens, 1, rot / 2]
+    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = cos.shape[-1]
+    first, second = x[..., :half], x[..., half : 2 * half]
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out[..., :half] = first * cos - second * sin
+    out[..., half : 2 * half] = second * cos + first * sin
+    if 2 * half < x.shape[-1]:
+        out[..., 2 * half :] = x[..., 2 * half :]
+    return out
+
+
+def quantize_heads(x: Tensor) -> Tensor:
+    """[.., head_dim] -> int8 [.., head_dim + 4]: codes, and behind them the bytes of their float32 scale."""
+    wide = x.float()
+    scale = wide.abs().amax(-1, keepdim=True) / 127
+    codes = (wide / scale).nan_to_num_(0.0).round_().to(torch.int8)  # 0 / 0 where all is zero
+    return torch.cat([codes, scale.view(torch.int8)], dim=-1)
+
+
+def dequantize_heads(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """int8 [.., head_dim + 4] -> [.., head_dim]"""
+    scale = rows[..., -SCALE_BYTES:].contiguous().view(torch.float32)
+    return (rows[..., :-SCALE_BYTES] * scale).to(dtype)
+
+
+def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    if k_cache.dtype == torch.int8:
+        k, v = quantize_heads(k), quantize_heads(v)
+    block_size = k_cache.shape[2]
+    blocks = slots.div(block_size, rounding_mode="floor")
+    offsets = slots - blocks * block_size
+    k_cache[blocks, :, offsets] = k
+    v_cache[blocks, :, offsets] = v
+
+
+def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, context: AttentionContext, scale: float,
+                    sliding_window: int | None = None) -> Tensor:
+    decodes = context.num_decodes
+    if decodes == len(context.query_lens):
+        return _decode(q, k_cache, v_cache, context, scale, sliding_window)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if decodes:
+        out[:decodes] = _decode(q[:decodes], k_cache, v_cache, context, scale, sliding_window)
+    start = decodes
+    for index in range(decodes, len(context.query_lens)):
+        end = start + context.query_lens[index]
+        length = context.context_lens[index]
+        num_blocks = -(-length // context.block_size)
+        table = context.block_tables[index, :num_blocks]
+        keys, values = _run(k_cache, table, length, q.dtype), _run(v_cache, table, length, q.dtype)
+        out[start:end] = _prefill(q[start:end], keys, values, scale, sliding_window)
+        start = end
+    return out
+
+
+def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, context: AttentionContext, scale: float,
+            sliding_window: int | None) -> Tensor:
+    """One query token per sequence: a padded gather, then the heads of a group are the queries of one attention."""
+    count, heads, head_dim = q.shape
+    kv_heads = k_cache.shape[1]
+    longest = max(context.context_lens[:count])
+    num_blocks = -(-longest // context.block_size)
+    width = num_blocks * context.block_size
+    rows = max(1, GATHER_ELEMENTS // (width * kv_heads * head_dim))
+    tables = context.block_tables[:count, :num_blocks]
+    position = torch.arange(width, dtype=torch.int32, device=q.device)
+    lengths = context.seq_lens[:count].unsqueeze(1)
+    mask = position < lengths  # [count, width]
+    if sliding_window is not None:
+        mask &= position >= lengths - sliding_window
+    grouped = q.reshape(count, kv_heads, heads // kv_heads, head_dim)
+    out = []
+    for i in range(0, count, rows):
+        part = slice(i, i + rows)
+        keys, values = (_padded(cache, tables[part], mask[part], q.dtype) for cache in (k_cache, v_cache))
+        out.append(functional.scaled_dot_product_attention(
+            grouped[part], keys, values, attn_mask=mask[part, None, None], scale=scale))
+    return (out[0] if len(out) == 1 else torch.cat(out)).reshape(count, heads, head_dim)
+
+
+def _padded(cache: Tensor, tables: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Blocks of every sequence: [seqs, kv_heads, blocks * block_size, head_dim].
+
+    What is masked is zeroed too: a slot may still hold the NaN of a sequence that had the block before, and 0 * NaN is
+    NaN.
+    """
+    seqs, num_blocks = tables.shape
+    _, kv_heads, block_size, head_dim = cache.shape
+    gathered = cache.index_select(0, tables.reshape(-1)).view(seqs, num_blocks, kv_heads, block_size, head_dim)
+    run = gathered.transpose(1, 2).reshape(seqs, kv_heads, num_blocks * block_size, head_dim)
+    if cache.dtype == torch.int8:
+        run = dequantize_heads(run, dtype)
+    return run.masked_fill_(~mask[:, None, :, None], 0)  # all of `run` is a copy
+
+
+def _run(cache: Tensor, table: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """The cached run of one sequence: [kv_heads, 1, length, head_dim]."""
+    _, kv_heads, _, head_dim = cache.shape
+    run = cache.index_select(0, table).transpose(0, 1).reshape(kv_heads, 1, -1, head_dim)[:, :, :length]
+    return dequantize_heads(run, dtype) if cache.dtype == torch.int8 else run
+
+
+def _prefill(q: Tensor, keys: Tensor, values: Tensor, scale: float, sliding_window: int | None) -> Tensor:
+    """The last `q.shape[0]` positions of a run attend to everything before them and to themselves.
+
+    Key heads are expanded by stride only; queries go in pieces so that the mask stays small.
+    """
+    count, heads, head_dim = q.shape
+    kv_heads, _, length, _ = keys.shape
+    group = heads // kv_heads
+    queries = q.view(count, kv_heads, group, head_dim).permute(1, 2, 0, 3)  # [kv_heads, group, count, head_dim]
+    keys = keys.expand(kv_heads, group, length, head_dim)
+    values = values.expand(kv_heads, group, length, head_dim)
+    if count == length and (sliding_window is None or sliding_window >= length):
+        out = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale)
+        return out.permute(2, 0, 1, 3).reshape(count, heads, head_dim)
+    rows = max(1, MASK_ELEMENTS // length)
+    offset = length - count
+    pieces = []
+    for i in range(0, count, rows):
+        piece = queries[:, :, i : i + rows]
+        last = offset + i + piece.shape[2]
+        first = 0 if sliding_window is None else max(0, offset + i + 1 - sliding_window)
+        position = torch.arange(offset + i, last, device=q.device).unsqueeze(1)
+        key_position = torch.arange(first, last, device=q.device)
+        mask = key_position <= position
+        if sliding_window is not None:
+            mask &= key_position > position - sliding_window
+        pieces.append(functional.scaled_dot_product_attention(
+            piece, keys[:, :, first:last], values[:, :, first:last], attn_mask=mask, scale=scale))
+    out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+    return out.permute(2, 0, 1, 3).reshape(count, heads, head_dim)
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float,
+                     window: int | None = None) -> Tensor:
+    if window is not None and max(lengths) > window + 1:
+        return _windowed(q, k, v, lengths, scale, window)
+    if len(set(lengths)) == 1:  # equal runs: one batch
+        shape = (len(lengths), lengths[0], -1, q.shape[-1])
+        return _both_ways(q.reshape(shape), k.reshape(shape), v.reshape(shape), scale).reshape(q.shape)
+    qs, ks, vs = (torch.split(t.unsqueeze(0), lengths, dim=1) for t in (q, k, v))
+    return torch.cat([_both_ways(*run, scale) for run in zip(qs, ks, vs, strict=True)], dim=1).squeeze(0)
+
+
+def query_step(q: Tensor) -> int:
+    return QUERY_STEP
+
+
+def run_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return _both_ways(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), scale).squeeze(0)
+
+
+def first_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float,
+                    window: int | None = None) -> Tensor:
+    out = torch.empty_like(q)
+    queries = q.unsqueeze(2)  # [runs, heads, 1, head_dim]
+    start = 0
+    for index, length in enumerate(lengths):
+        end = start + (length if window is None else min(length, window + 1))
+        keys, values = k[start:end].transpose(0, 1), v[start:end].transpose(0, 1)  # [heads, length, head_dim]
+        out[index] = functional.scaled_dot_product_attention(queries[index], keys, values, scale=scale).squeeze(1)
+        start += length
+    return out
+
+
+def _both_ways(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """All [runs, tokens, heads, head_dim], several heads of q to one of k and v; mask bool [runs, 1, tokens, keys]"""
+    out = functional.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+                                                  attn_mask=mask, scale=scale, enable_gqa=q.shape[2] != k.shape[2])
+    return out.transpose(1, 2)
+
+
+def _windowed(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, window: int) -> Tensor:
+    """All runs as one row of blocks; a block's queries see the keys from `window` before it to `window` after it.
+
+    So the scores are tokens x (block + 2 * window), whatever the runs' lengths.
+    """
+    tokens, heads, head_dim = q.shape
+    size = window_queries(window)
+    count = -(-tokens // size)
+    end = count * size - tokens  # padding of the last block
+    runs = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32, device=q.device),
+                                   torch.tensor(lengths, device=q.device))
+    queries = functional.pad(q, (0, 0, 0, 0, 0, end)).view(count, size, heads, head_dim)
+    keys, values = (functional.pad(x, (0, 0, 0, 0, window, window + end)).unfold(0, size + 2 * window, size)
+                    .permute(0, 3, 1, 2) for x in (k, v))  # [count, size + 2 * window, kv_heads, head_dim], overlapping
+    of_query = functional.pad(runs, (0, end), value=-1).view(count, size, 1)
+    of_key = functional.pad(runs, (window, window + end), value=-1).unfold(0, size + 2 * window, size).unsqueeze(1)
+    offset = torch.arange(size + 2 * window, device=q.device) - torch.arange(size, device=q.device).unsqueeze(1)
+    mask = (of_query == of_key) & (offset >= 0) & (offset <= 2 * window)  # [count, size, size + 2 * window]
+    out = _both_ways(queries, keys, values, scale, mask.unsqueeze(1))
+    return out.reshape(count * size, heads, head_dim)[:tokens]
+
+
+def window_queries(window: int) -> int:
+    """Queries of one block of windowed attention: few enough that most of its keys are seen by most of them."""
+    return max(window, 32)

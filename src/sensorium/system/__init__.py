@@ -1,0 +1,1 @@
+"""The operating system: processes, memory, cores. Knows nothing of models or HTTP."""

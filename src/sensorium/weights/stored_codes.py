@@ -1,0 +1,353 @@
+"""Quantised linear layers as checkpoints store them: several tensors that make one weight, read as codes or as floats.
+
+AWQ (GEMM) and GPTQ keep `qweight`, `qzeros` and `scales` with the inputs first; compressed-tensors keeps
+`weight_packed` or an int8 `weight` with `weight_scale`, the outputs first. Codes lie in int32 words, low bits first.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from sensorium.checkpoint.quantization import StoredQuantization
+from sensorium.errors import CheckpointError
+from sensorium.kernels import Quantization, QuantizedForm
+
+if TYPE_CHECKING:
+    from sensorium.weights.tensor_files import StoredTensor
+
+logger = logging.getLogger(__name__)
+
+PIECE = 4 * 1024 * 1024  # weight elements that are unpacked at once
+WIDE_GROUP = 128  # how the kernels see groups that are too large for them
+AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where each of eight neighbours lies in its word
+
+
+class StoredCodes:
+    """A quantised weight [out, in] that is not read yet: w = (code - zero) * scale, in groups along the inputs.
+
+    Stands in for the `StoredTensor` of a float weight: `key` is its name. `kinds` are the parts' types.
+    """
+
+    kinds: ClassVar[Mapping[str, tuple[torch.dtype, ...]]]
+
+    def __init__(self, base: str, parts: Mapping[str, StoredTensor], stored: StoredQuantization) -> None:
+        self.key = f"{base}.weight"
+        self.parts = parts
+        for name, kinds in self.kinds.items():
+            if name in parts and parts[name].dtype not in kinds:
+                raise CheckpointError(f"tensor {parts[name].key} in {self.file.name} is {parts[name].dtype}")
+        self.zero_offset, self.symmetric = stored.zero_offset, stored.symmetric
+        self.shape, self.bits, self.group = self._measure(stored)
+        self.groups = -(-self.shape[1] // self.group)
+
+    @property
+    def file(self) -> Path:
+        return next(iter(self.parts.values())).file
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts.values())
+
+    def prefetch(self) -> None:
+        for part in self.parts.values():
+            part.prefetch()
+
+    def release(self) -> None:
+        for part in self.parts.values():
+            part.release()
+
+    def pieces(self) -> Iterator[tuple[int, Tensor]]:
+        """(first row, float32 rows [n, in]) of the whole weight."""
+        scales, zeros, order = self.scales().float(), self.zeros(), self.order()
+        index = torch.arange(self.shape[1]) // self.group if order is None else order
+        for rows in self._steps():
+            zero = 2 ** (self.bits - 1) if zeros is None else zeros[rows][:, index].float()
+            yield rows.start, (self.codes(rows).float() - zero) * scales[rows][:, index]
+
+    def form(self) -> Quantization | None:
+        """The kernels' form that can hold these very codes; None if there is none."""
+        whole = self.group >= self.shape[1]
+        if self.order() is not None:
+            return None
+        if self.bits == 8:
+            return Quantization(8) if whole and self.is_symmetric() else None
+        if self.group <= 256:
+            return Quantization(4, self.group) if self.group % 8 == 0 else None
+        return Quantization(4, WIDE_GROUP) if whole or self.group % WIDE_GROUP == 0 else None
+
+    def is_symmetric(self) -> bool:
+        zeros = self.zeros()
+        return zeros is None or bool((zeros == 2 ** (self.bits - 1)).all())
+
+    def put(self, form: QuantizedForm, first_row: int, quantization: Quantization, *, with_zeros: bool) -> None:
+        """Fill rows from `first_row` with these codes, where `quantization` is `form()`."""
+        scales, zeros = self.scales(), self.zeros()
+        if self.bits == 4:
+            repeats, groups = -(-self.group // quantization.group), -(-self.shape[1] // quantization.group)
+            scales = scales.repeat_interleave(repeats, 1)[:, :groups]
+            zeros = torch.full_like(scales, 8, dtype=torch.uint8) if zeros is None else \
+                zeros.repeat_interleave(repeats, 1)[:, :groups]
+        for rows in self._steps():
+            form.fill_codes(first_row + rows.start, self.codes(rows), scales[rows],
+                            zeros[rows] if with_zeros and zeros is not None else None)
+
+    def _steps(self) -> Iterator[slice]:
+        step = max(8, PIECE // self.shape[1] // 8 * 8)
+        for start in range(0, self.shape[0], step):
+            yield slice(start, min(start + step, self.shape[0]))
+
+    def _view(self, name: str, *shape: int) -> Tensor:
+        part = self.parts[name]
+        if part.shape != shape:
+            raise _misshapen(part, f"its layer needs {list(shape)}")
+        return part.view()
+
+    def _words(self, count: int) -> int:
+        """int32 words of so many codes."""
+        return -(-count * self.bits // 32)
+
+    def _measure(self, stored: StoredQuantization) -> tuple[tuple[int, int], int, int]:
+        """((out, in), bits, inputs that share a scale)"""
+        raise NotImplementedError
+
+    def codes(self, rows: slice) -> Tensor:
+        """uint8 [n, in], 0 to 15 or 255; `rows` starts at a multiple of eight."""
+        raise NotImplementedError
+
+    def scales(self) -> Tensor:
+        """[out, groups]"""
+        raise NotImplementedError
+
+    def zeros(self) -> Tensor | None:
+        """uint8 [out, groups]; None: the middle code"""
+        raise NotImplementedError
+
+    def order(self) -> Tensor | None:
+        """The group of every input, where they do not follow one another."""
+        return None
+
+    def _order(self, name: str) -> Tensor | None:
+        if name not in self.parts:
+            return None
+        order = self._view(name, self.shape[1]).long()
+        if order.numel() and not 0 <= int(order.min()) <= int(order.max()) < self.groups:
+            raise CheckpointError(f"tensor {self.parts[name].key} names groups that are not there")
+        return None if torch.equal(order, torch.arange(self.shape[1]) // self.group) else order
+
+
+_WORDS = (torch.int32,)
+_SCALES = (torch.float16, torch.bfloat16, torch.float32)
+_INDICES = (torch.int32, torch.int64)
+
+
+class AwqCodes(StoredCodes):
+    """qweight [in, out / 8], qzeros [groups, out / 8], scales [groups, out]; eight neighbours in `AWQ_ORDER`."""
+
+    kinds: ClassVar = {"qweight": _WORDS, "qzeros": _WORDS, "scales": _SCALES}
+
+    def _measure(self, stored: StoredQuantization) -> tuple[tuple[int, int], int, int]:
+        size, words = _matrix(self.parts["qweight"])
+        return (8 * words, size), 4, stored.group or size
+
+    def codes(self, rows: slice) -> Tensor:
+        words = self._view("qweight", self.shape[1], self.shape[0] // 8)
+        return _in_order(_unpacked(words[:, rows.start // 8 : rows.stop // 8], 4)).T.contiguous()
+
+    def scales(self) -> Tensor:
+        return self._view("scales", self.groups, self.shape[0]).T
+
+    def zeros(self) -> Tensor | None:
+        return _in_order(_unpacked(self._view("qzeros", self.groups, self.shape[0] // 8), 4)).T
+
+
+class GptqCodes(StoredCodes):
+    """qweight [in * bits / 32, out], qzeros [groups, out * bits / 32], scales [groups, out], g_idx [in].
+
+    The first format stores each zero less one, the second as it is. Not all writers name the right one, but symmetric
+    weights tell: their zeros are the middle code, so that either format is known by what is stored.
+    """
+
+    kinds: ClassVar = {"qweight": _WORDS, "qzeros": _WORDS, "scales": _SCALES, "g_idx": _INDICES}
+
+    def _measure(self, stored: StoredQuantization) -> tuple[tuple[int, int], int, int]:
+        words, size = _matrix(self.parts["qweight"])
+        bits = stored.bits[0]
+        return (size, words * 32 // bits), bits, stored.group or words * 32 // bits
+
+    def codes(self, rows: slice) -> Tensor:
+        words = self._view("qweight", self._words(self.shape[1]), self.shape[0])
+        return _unpacked(words[:, rows].T, self.bits)
+
+    def scales(self) -> Tensor:
+        return self._view("scales", self.groups, self.shape[0]).T
+
+    def zeros(self) -> Tensor | None:
+        stored = self._stored_zeros()
+        if self.symmetric is not False and self._lie_around_middle(stored):
+            return None
+        return stored.add(self.zero_offset).bitwise_and(2**self.bits - 1)
+
+    def doubt(self) -> str | None:
+        """What is odd about the zeros, where config.json alone says which format they have."""
+        stored = self._stored_zeros()
+        if self.symmetric and not self._lie_around_middle(stored):
+            return "are not the middle code though sym is true"
+        middle = 2 ** (self.bits - 1)
+        if self.symmetric is False and bool((stored == middle - 1 + self.zero_offset).all()):
+            return f"are all {middle - 1 + self.zero_offset} though sym is false"
+        return None
+
+    def _stored_zeros(self) -> Tensor:
+        """uint8 [out, groups]"""
+        words = self._view("qzeros", self.groups, self._words(self.shape[0]))
+        return _unpacked(words, self.bits)[:, : self.shape[0]].T
+
+    def _lie_around_middle(self, stored: Tensor) -> bool:
+        middle = 2 ** (self.bits - 1)
+        return bool(((stored == middle) | (stored == middle - 1)).all())
+
+    def order(self) -> Tensor | None:
+        return self._order("g_idx")
+
+
+class PackedCodes(StoredCodes):
+    """compressed-tensors' pack-quantized: signed codes moved to 0 and up, weight_packed [out, in * bits / 32].
+
+    weight_scale [out, groups]; weight_zero_point [out * bits / 32, groups] is packed along the outputs.
+    """
+
+    kinds: ClassVar = {"weight_packed": _WORDS, "weight_scale": _SCALES, "weight_shape": _INDICES,
+                       "weight_zero_point": _WORDS, "weight_g_idx": _INDICES}
+
+    def _measure(self, stored: StoredQuantization) -> tuple[tuple[int, int], int, int]:
+        out, words = _matrix(self.parts["weight_packed"])
+        rows, size = self._view("weight_shape", 2).tolist()
+        bits = next((bits for bits in stored.bits if -(-size * bits // 32) == words), None)
+        if rows != out or size <= 0 or bits is None:
+            raise _misshapen(self.parts["weight_packed"], f"which is no weight of {[rows, size]}")
+        return (out, size), bits, _group_of(self.parts["weight_scale"], size)
+
+    def codes(self, rows: slice) -> Tensor:
+        return _unpacked(self.parts["weight_packed"].view()[rows], self.bits)[:, : self.shape[1]]
+
+    def scales(self) -> Tensor:
+        return _scales_of(self.parts["weight_scale"], self.shape[0], self.groups)
+
+    def zeros(self) -> Tensor | None:
+        if "weight_zero_point" not in self.parts:
+            return None
+        words = self._view("weight_zero_point", self._words(self.shape[0]), self.groups)
+        return _unpacked(words.T, self.bits)[:, : self.shape[0]].T
+
+    def order(self) -> Tensor | None:
+        return self._order("weight_g_idx")
+
+
+class ByteCodes(StoredCodes):
+    """compressed-tensors' int-quantized: weight int8 [out, in], weight_scale [out, groups], or one for all.
+
+    Activations are quantised here with a scale per token, whatever the checkpoint says of them.
+    """
+
+    kinds: ClassVar = {"weight": (torch.int8,), "weight_scale": _SCALES, "weight_zero_point": (torch.int8,)}
+
+    def _measure(self, stored: StoredQuantization) -> tuple[tuple[int, int], int, int]:
+        out, size = _matrix(self.parts["weight"])
+        return (out, size), 8, _group_of(self.parts["weight_scale"], size)
+
+    def codes(self, rows: slice) -> Tensor:
+        return _unsigned(self.parts["weight"].view()[rows])
+
+    def scales(self) -> Tensor:
+        return _scales_of(self.parts["weight_scale"], self.shape[0], self.groups)
+
+    def zeros(self) -> Tensor | None:
+        if "weight_zero_point" not in self.parts:
+            return None
+        return _unsigned(_scales_of(self.parts["weight_zero_point"], self.shape[0], self.groups))
+
+
+# The tensor that tells a layer's kind by its name, the others that the kind must have, and those that it may have.
+_LAYOUTS: Mapping[str, tuple[tuple[type[StoredCodes], str, tuple[str, ...], tuple[str, ...]], ...]] = {
+    "awq": ((AwqCodes, "qweight", ("qzeros", "scales"), ()),),
+    "gptq": ((GptqCodes, "qweight", ("qzeros", "scales"), ("g_idx",)),),
+    "compressed-tensors": (
+        (PackedCodes, "weight_packed", ("weight_scale", "weight_shape"), ("weight_zero_point", "weight_g_idx")),
+        (ByteCodes, "weight", ("weight_scale",), ("weight_zero_point", "input_scale", "input_zero_point"))),
+}
+
+
+def join(tensors: Iterable[StoredTensor], stored: StoredQuantization) -> list[StoredTensor | StoredCodes]:
+    """Tensors of a quantised checkpoint, those of a quantised weight joined into one; the others stay as they are."""
+    left = {tensor.key: tensor for tensor in tensors}
+    joined: list[StoredCodes] = []
+    for key in list(left):
+        base, _, suffix = key.rpartition(".")
+        for kind, first, needed, possible in _LAYOUTS[stored.layout]:
+            if suffix != first or (first == "weight" and f"{base}.weight_scale" not in left):
+                continue
+            if missing := [name for name in needed if f"{base}.{name}" not in left]:
+                raise CheckpointError(f"tensor {key} is there without its {', '.join(missing)}")
+            names = [name for name in (first, *needed, *possible) if f"{base}.{name}" in left]
+            joined.append(kind(base, {name: left.pop(f"{base}.{name}") for name in names}, stored))
+    _tell_doubt(joined, stored)
+    return [*left.values(), *joined]
+
+
+def _tell_doubt(joined: list[StoredCodes], stored: StoredQuantization) -> None:
+    """One line for all layers, by the first one."""
+    first = next((codes for codes in joined if isinstance(codes, GptqCodes)), None)
+    doubt = None if first is None else first.doubt()
+    if first is not None and doubt is not None:
+        logger.warning("%s: the zeros of %s %s. They are read as GPTQ's %s format, as checkpoint_format says; if the "
+                       "model answers nonsense, checkpoint_format or sym is wrong", first.file.parent.name,
+                       first.key, doubt, "first" if stored.zero_offset else "second")
+
+
+def _misshapen(part: StoredTensor, but: str) -> CheckpointError:
+    return CheckpointError(f"tensor {part.key} in {part.file.name} has shape {list(part.shape)}, {but}")
+
+
+def _matrix(part: StoredTensor) -> tuple[int, int]:
+    if len(part.shape) != 2 or not math.prod(part.shape):
+        raise _misshapen(part, "which is no matrix")
+    return part.shape[0], part.shape[1]
+
+
+def _unpacked(words: Tensor, bits: int) -> Tensor:
+    """int32 [n, m] -> uint8 [n, m * 32 / bits]"""
+    octets = words.contiguous().view(torch.uint8)
+    return octets if bits == 8 else torch.stack((octets & 15, octets >> 4), -1).flatten(-2)
+
+
+def _in_order(codes: Tensor) -> Tensor:
+    """AWQ's [n, 8 * m], neighbours side by side again."""
+    return codes.view(codes.shape[0], -1, 8)[:, :, list(AWQ_ORDER)].flatten(1)
+
+
+def _unsigned(codes: Tensor) -> Tensor:
+    """int8 -> uint8, 128 more"""
+    return codes.view(torch.uint8) ^ 128
+
+
+def _group_of(scales: StoredTensor, size: int) -> int:
+    """Inputs that share a scale, by the shape [out, groups], [out], [1] or [] of the scales."""
+    groups = scales.shape[1] if len(scales.shape) == 2 else 1
+    if len(scales.shape) > 2 or not groups or size % groups:
+        raise _misshapen(scales, f"which does not go with {size} inputs")
+    return size // groups
+
+
+def _scales_of(part: StoredTensor, out: int, groups: int) -> Tensor:
+    """[out, groups] of what may be one number, or one for every output."""
+    value = part.view()
+    if value.numel() not in (1, out * groups):
+        raise _misshapen(part, f"its layer needs {[out, groups]}")
+    return value.reshape(1, 1).expand(out, groups) if value.numel() == 1 else value.reshape(out, groups)

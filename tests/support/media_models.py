@@ -1,0 +1,64 @@
+"""A tiny model with media as the tests run it: transformers' own beside ours, prompts, rows in their places."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from sensorium.checkpoint.configs import open_checkpoint
+from sensorium.checkpoint.families import FAMILIES, load_class
+from sensorium.models.base import Model
+from sensorium.models.loading import load_model
+from sensorium.processors.base import Processor
+from sensorium.prompt.tokenizer import Tokenizer
+from sensorium.types import MediaFeatures, MediaItem, Modality, Prompt
+from support.model_driver import Sequence as Running
+
+
+@dataclass
+class Served:
+    oracle: PreTrainedModel
+    model: Model
+    processor: Processor
+    preprocessor: dict[str, Any]
+
+    def encode(self, media: Sequence[MediaFeatures]) -> list[torch.Tensor]:
+        """Rows of each, the media of one kind in one batch, as the engine does it."""
+        rows: dict[int, torch.Tensor] = {}
+        for kind in dict.fromkeys(one.kind for one in media):
+            places = [i for i, one in enumerate(media) if one.kind == kind]
+            items = [{name: torch.from_numpy(array) for name, array in media[i].arrays.items()} for i in places]
+            with torch.inference_mode():
+                rows.update(zip(places, self.model.encode(kind, items), strict=True))
+        return [rows[i] for i in range(len(media))]
+
+    def prompt(self, items: Sequence[MediaItem], text: str = "USER: look, {} what is shown?") -> Prompt:
+        marks, seen = [], list[Modality]()
+        for item in items:
+            marks.append(self.processor.placeholder(item.kind, seen.count(item.kind)))
+            seen.append(item.kind)
+        return self.processor.build(text.format(" and ".join(marks)), [self.processor.process(item) for item in items])
+
+    def run(self, prompt: Prompt) -> Running:
+        """The prompt's embeddings with the media's rows in their places, as the engine does it."""
+        ids = torch.from_numpy(prompt.token_ids).long()
+        rows = self.model.embed(ids).clone()
+        encoded = self.encode(prompt.media) if prompt.media else []
+        for span in prompt.spans:
+            rows[span.offset : span.offset + span.length] = encoded[span.item][span.row : span.row + span.length]
+        positions = None if prompt.positions is None else torch.from_numpy(prompt.positions).long()
+        if positions is None and "qwen2_" in type(self.model).__module__:  # a batch has as many axes everywhere
+            positions = torch.arange(len(ids)).expand(3, -1)
+        return Running(ids.tolist(), rows=rows, positions=positions, position_delta=prompt.position_delta)
+
+
+def load(folder: Path, oracle: PreTrainedModel) -> Served:
+    checkpoint = open_checkpoint(folder)
+    model = load_model(checkpoint, dtype=torch.float32, device="cpu")
+    make = load_class(FAMILIES[checkpoint.architecture].processor)
+    return Served(oracle, model, make(checkpoint, Tokenizer.from_folder(folder)), checkpoint.preprocessor)

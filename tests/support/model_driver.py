@@ -1,0 +1,174 @@
+"""Runs a model over a paged cache without the engine: shuffled block tables, in steps that a test chooses."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+from collections.abc import Sequence as Series
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sensorium.kernels import cache_width
+from sensorium.kernels.context import AttentionContext
+from sensorium.models.base import Model
+
+
+@dataclass
+class Sequence:
+    tokens: list[int]
+    blocks: list[int] = field(default_factory=list)
+    cached: int = 0  # tokens computed
+    rows: Tensor | None = None  # embeddings of the prompt, for models with media
+    positions: Tensor | None = None  # [axes, tokens] of the prompt
+    position_delta: int = 0
+    prompt: int = 0  # tokens that it began with
+
+
+class Driver:
+    """`step` computes some tokens of some sequences and returns the last hidden state of each, as the runner does."""
+
+    def __init__(self, model: Model, *, block_size: int = 4, num_blocks: int = 256, dtype: torch.dtype = torch.float32,
+                 device: str = "cpu", int8_cache: bool = False) -> None:
+        self.model = model
+        self.block_size = block_size
+        cache_dtype = torch.int8 if int8_cache else dtype
+        shape = (num_blocks, model.num_kv_heads, block_size, cache_width(model.head_dim, cache_dtype))
+        # NaN shows every read of a slot that nobody wrote; as scales, four bytes of -1 are one.
+        unwritten = -1 if int8_cache else torch.nan
+        self.cache = [(torch.full(shape, unwritten, dtype=cache_dtype, device=device),
+                       torch.full(shape, unwritten, dtype=cache_dtype, device=device)) for _ in range(model.num_layers)]
+        self.free = list(range(num_blocks))
+        random.Random(0).shuffle(self.free)
+        self.device = device
+
+    def step(self, work: Series[tuple[Sequence, int]]) -> Tensor:
+        """(sequence, number of tokens) of this step, in any order -> hidden states [tokens, hidden], in that order."""
+        order = sorted(range(len(work)), key=lambda i: not self._is_decode(*work[i]))
+        hidden = self._forward([work[i] for i in order])
+        pieces = hidden.split([work[i][1] for i in order])
+        back = sorted(range(len(work)), key=lambda i: order[i])
+        return torch.cat([pieces[i] for i in back])
+
+    @staticmethod
+    def _is_decode(sequence: Sequence, count: int) -> bool:
+        return count == 1 and sequence.cached > 0
+
+    def _forward(self, work: list[tuple[Sequence, int]]) -> Tensor:
+        for sequence, count in work:
+            sequence.prompt = sequence.prompt or len(sequence.tokens)
+            while len(sequence.blocks) * self.block_size < sequence.cached + count:
+                sequence.blocks.append(self.free.pop())
+        context = self._context(work)
+        with torch.inference_mode():
+            rows = torch.cat([self._rows(s, n) for s, n in work])
+            positions = torch.cat([self._positions(s, n) for s, n in work], dim=-1)
+            hidden = self.model(rows.clone(), positions, self.cache, context)
+            if self.model.can_read == "last":
+                self._check_last_rows(rows, positions, context, hidden)
+        for sequence, count in work:
+            sequence.cached += count
+        return hidden
+
+    def _check_last_rows(self, rows: Tensor, positions: Tensor, context: AttentionContext, expected: Tensor) -> None:
+        """A step that computes nothing else in its last layer gives the same for each sequence's last token."""
+        last = context.query_start[1:].long() - 1
+        context.read = "last"
+        error = (self.model(rows, positions, self.cache, context)[last] - expected[last]).float()
+        assert error.norm() <= (1e-4 if expected.dtype == torch.float32 else 0.03) * expected[last].float().norm()
+
+    def _rows(self, sequence: Sequence, count: int) -> Tensor:
+        first, last = sequence.cached, sequence.cached + count
+        if sequence.rows is not None and last <= len(sequence.rows):
+            return sequence.rows[first:last]
+        return self.model.embed(torch.tensor(sequence.tokens[first:last], device=self.device))
+
+    def _positions(self, sequence: Sequence, count: int) -> Tensor:
+        first, last = sequence.cached, sequence.cached + count
+        if sequence.positions is None:
+            return torch.arange(first, last, device=self.device)
+        prompt = sequence.positions.shape[1]
+        if last <= prompt:
+            return sequence.positions[:, first:last]
+        late = torch.arange(first, last, device=self.device) + sequence.position_delta
+        return late.expand(sequence.positions.shape[0], -1)
+
+    def _context(self, work: list[tuple[Sequence, int]]) -> AttentionContext:
+        query_lens = [n for _, n in work]
+        context_lens = [s.cached + n for s, n in work]
+        width = max(len(s.blocks) for s, _ in work)
+        slots = [s.blocks[p // self.block_size] * self.block_size + p % self.block_size
+                 for s, n in work for p in range(s.cached, s.cached + n)]
+        border = self.model.long_context_from
+        is_long = [len(s.tokens) > border for s, n in work for _ in range(n)] if border is not None else None
+        return AttentionContext(
+            query_lens=query_lens, context_lens=context_lens,
+            num_decodes=sum(self._is_decode(s, n) for s, n in work),
+            block_size=self.block_size,
+            query_start=torch.tensor([0, *itertools.accumulate(query_lens)], dtype=torch.int32, device=self.device),
+            seq_lens=torch.tensor(context_lens, dtype=torch.int32, device=self.device),
+            block_tables=torch.tensor([s.blocks + [0] * (width - len(s.blocks)) for s, _ in work], dtype=torch.int32,
+                                      device=self.device),
+            slots=torch.tensor(slots, device=self.device),
+            long_context=None if is_long is None else torch.tensor(is_long, device=self.device),
+            rope_lengths=None if self.model.stretched_from is None else torch.tensor(
+                [max(s.prompt, s.cached + i + 1) for s, n in work for i in range(n)], device=self.device))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return self.model.logits(hidden)
+
+    def prefill(self, sequence: Sequence, *chunks: int) -> Tensor:
+        """Compute the whole prompt in chunks of these sizes (the rest in one) -> logits [tokens, vocab]."""
+        pieces = []
+        for count in (*chunks, len(sequence.tokens) - sum(chunks)):
+            if count:
+                pieces.append(self.step([(sequence, count)]))
+        return self.logits(torch.cat(pieces))
+
+    def greedy(self, sequences: Series[Sequence], count: int) -> list[list[int]]:
+        """Prefill all sequences in one step, then decode them together: `count` greedy tokens of each."""
+        new: list[list[int]] = [[] for _ in sequences]
+        lengths = [len(s.tokens) - s.cached for s in sequences]
+        for _ in range(count):
+            hidden = self.step(list(zip(sequences, lengths, strict=True)))
+            last = torch.tensor(lengths).cumsum(0) - 1
+            chosen = self.logits(hidden[last]).argmax(-1).tolist()
+            for sequence, out, token in zip(sequences, new, chosen, strict=True):
+                sequence.tokens.append(token)
+                out.append(token)
+            lengths = [1] * len(sequences)
+        return new
+
+
+def clear_answers(model: Model, count: int, length: int, **options: Any) -> list[tuple[list[int], list[int]]]:
+    """(prompt, greedy tokens) that are no close call: every token wins by a tenth of its logits' standard deviation.
+
+    For models that compute alike but for rounding, which could turn closer ones.
+    """
+    found = []
+    for seed in range(300):
+        prompt = [random.Random(seed).randrange(400) for _ in range(12)]
+        driver, sequence, margins = Driver(model, **options), Sequence(list(prompt)), []
+        for _ in range(length):
+            logits = driver.logits(driver.step([(sequence, len(sequence.tokens) - sequence.cached)]))[-1].float()
+            best = logits.topk(2).values
+            margins.append(float((best[0] - best[1]) / logits.std()))
+            sequence.tokens.append(int(logits.argmax()))
+        if min(margins) > 0.1:
+            found.append((prompt, sequence.tokens[len(prompt):]))
+        if len(found) == count:
+            return found
+    raise AssertionError(f"only {len(found)} prompts have a clear answer")
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most memory beyond what was there that `work` holds at once, as the profiler saw it."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        work()
+    held = itertools.accumulate(event.self_cpu_memory_usage
+                                for event in sorted(profile.events(), key=lambda e: e.time_range.start))
+    return max(held, default=0)

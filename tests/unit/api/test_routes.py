@@ -1,0 +1,122 @@
+"""Paths of other servers: SageMaker's and vLLM's, and what a wrong base URL is told."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from support.api_support import FakeEngine, Reply, get, post, serving, until
+from test_pooling_answers import ALL, engine_of
+
+from sensorium.api.routes import ROUTES
+from sensorium.types import EngineOutput, EngineRequest
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+
+
+@pytest.mark.parametrize(("path", "meant"), [
+    ("/chat/completions", "/v1/chat/completions"), ("/v1/v1/chat/completions", "/v1/chat/completions"),
+    ("/openai/v1/chat/completions", "/v1/chat/completions"), ("/api/chat/completions", "/v1/chat/completions"),
+    ("/v1/chat/completions/", "/v1/chat/completions"), ("//v1/chat/completions", "/v1/chat/completions"),
+    ("/v1/chat/completions/chat/completions", "/v1/chat/completions"), ("/V1/Chat/Completions", "/v1/chat/completions"),
+    ("/completions", "/v1/completions"), ("/embeddings", "/v1/embeddings"), ("/v1/v1/embeddings", "/v1/embeddings"),
+    ("/audio/transcriptions", "/v1/audio/transcriptions"), ("/v1/tokenize", "/tokenize"), ("/v1/pooling", "/pooling"),
+    ("/v1/v1/rerank", "/rerank")])
+async def test_a_wrong_base_url_is_told_the_right_one(port: int, path: str, meant: str) -> None:
+    reply = await post(port, path, CHAT)
+    assert (reply.status, reply.error["code"]) == (404, "not_found")
+    assert f" {meant} is the path" in reply.error["message"]
+    assert "GET /docs" not in reply.error["message"]
+    base = "/v1." if meant.startswith("/v1") else "PORT."
+    assert reply.error["message"].endswith(base)
+
+
+async def test_lists_of_models_too_and_nothing_else(port: int) -> None:
+    assert "/v1/models is" in (await get(port, "/models")).error["message"]
+    assert "/v1/models/{model} is" in (await get(port, "/v1/v1/models/tiny")).error["message"]
+    for path in ("/nothing", "/v1/responses", "/chat", "/" + "a/" * 3000 + "completions"):
+        assert (await get(port, path)).error["message"].endswith("GET /docs lists what there is.")
+
+
+async def test_ping_is_health() -> None:
+    engine = FakeEngine()
+    async with serving(engine, api_key=("k",)) as served:
+        for state, status in (("ready", 200), ("restarting", 503)):
+            engine.state = state
+            assert (await get(served.port, "/ping")).status == status
+            reply = await post(served.port, "/ping", b"")
+            assert reply.status == status
+            assert state != "ready" or reply.body == b""
+        foreign = await post(served.port, "/ping", b"", headers={"Origin": "http://evil"})
+        assert foreign.status == 403
+
+
+@pytest.mark.parametrize(("body", "kind"), [
+    (CHAT, "chat.completion"), ({**CHAT, "model": "tiny"}, "chat.completion"), ({"prompt": "hi"}, "text_completion"),
+    ({"prompt": [1, 2], "messages": None}, "text_completion"), ({"input": "hi"}, "list"), ({"tokens": [72]}, "i"),
+    ({"query": "a", "documents": ["b", "c"]}, "rerank"), ({"text_1": "a", "text_2": "b"}, "list"),
+    ({"queries": "a", "documents": ["b"]}, "list")])
+async def test_invocations_are_told_by_their_fields(body: dict[str, Any], kind: str) -> None:
+    engine = engine_of(*ALL) if kind in ("list", "rerank") else FakeEngine()
+    async with serving(engine) as served:
+        reply = await post(served.port, "/invocations", body)
+        assert reply.status == 200, reply.body
+        found = reply.json
+        assert kind == (found.get("object") or ("rerank" if "results" in found else found["prompt"]))
+
+
+async def test_invocations_have_the_same_guards() -> None:
+    async with serving(FakeEngine(), api_key=("k",)) as served:
+        async def invoke(body: Any, **headers: str) -> Reply:
+            return await post(served.port, "/invocations", body, headers={"Authorization": "Bearer k", **headers})
+
+        assert (await post(served.port, "/invocations", CHAT)).status == 401
+        assert (await invoke(CHAT, Origin="http://evil")).status == 403
+        assert (await invoke(CHAT)).status == 200
+        stream = await invoke({**CHAT, "stream": True})
+        assert stream.body.endswith(b"data: [DONE]\n\n")
+        assert (await invoke({**CHAT, "model": "other"})).error["code"] == "model_not_found"
+        assert (await invoke({"input": "a", "model": 5})).error["param"] == "model"
+        for body in (b"", b"[]", b"{", b"\xff", b"[" * 1000):
+            assert (await invoke(body)).status == 400
+        assert (await invoke({"text": "a"})).error["code"] == "missing_required_parameter"
+        assert (await invoke(b'{"input":[%b]}' % b",".join([b"[]"] * 70_000))).error["code"] == "too_many_values"
+        large = await invoke({**CHAT, "metadata": "x" * 10**6})
+        assert large.status == 200
+        form = await invoke(b"--x\r\n", **{"Content-Type": "multipart/form-data; boundary=x"})
+        assert form.error["code"] == "invalid_multipart"
+        assert served.http._app.service.pending.total == 0
+
+
+async def test_load_counts_requests_in_progress() -> None:
+    async def waiting(request: EngineRequest) -> AsyncIterator[EngineOutput]:
+        await asyncio.sleep(60)
+        yield EngineOutput(request.id)
+
+    async with serving(FakeEngine(script=waiting)) as served:
+        assert (await get(served.port, "/load")).json == {"server_load": 0}
+        tasks = [asyncio.create_task(post(served.port, "/v1/chat/completions", CHAT)) for _ in range(3)]
+        await until(lambda: len(served.engine.active) == 3)
+        assert (await get(served.port, "/load")).json == {"server_load": 3}
+        for task in tasks:
+            task.cancel()
+
+
+async def test_the_tokenizer_is_shown_where_the_operator_says_so() -> None:
+    async with serving() as served:
+        reply = await get(served.port, "/tokenizer_info")
+        assert (reply.status, "--enable-tokenizer-info-endpoint" in reply.error["message"]) == (404, True)
+    async with serving(enable_tokenizer_info_endpoint=True, api_key=("k",)) as served:
+        assert (await get(served.port, "/tokenizer_info")).status == 401
+        reply = await get(served.port, "/tokenizer_info", headers={"Authorization": "Bearer k"})
+        assert "message.role" in reply.json["chat_template"]
+
+
+def test_every_documented_operation_has_its_own_name() -> None:
+    from sensorium.api.docs_page import _operation_id
+
+    names = [(_operation_id(route), route.method) for route in ROUTES if route.documented]
+    assert len(set(names)) == len(names), json.dumps(names)
