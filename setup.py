@@ -11,8 +11,18 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-COMMON = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast", "-Wall", "-Wextra",
-          "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+COMMON = [
+    "-std=c++17",
+    "-O3",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-ffp-contract=fast",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
+]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
 # The order matters to the linker: of an inline function that several files contain it keeps the first, which must be
@@ -33,8 +43,9 @@ class BuildKernels(build_ext):
         objects = [
             built
             for source, flags in SOURCES.items()
-            for built in self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=[*COMMON, *flags],
-                                               depends=ext.depends)
+            for built in self.compiler.compile(
+                [source], output_dir=self.build_temp, extra_postargs=[*COMMON, *flags], depends=ext.depends
+            )
         ]
         target = self.get_ext_fullpath(ext.name)
         Path(target).parent.mkdir(parents=True, exist_ok=True)
@@ -43,8 +54,13 @@ class BuildKernels(build_ext):
 
 setup(
     ext_modules=[
-        Extension("sensorium.kernels.cpu._native", sources=list(SOURCES), language="c++", optional=True,
-                  depends=sorted(str(path) for pattern in ("*.h", "*.inc") for path in Path("native").glob(pattern)))
+        Extension(
+            "sensorium.kernels.cpu._native",
+            sources=list(SOURCES),
+            language="c++",
+            optional=True,
+            depends=sorted(str(path) for pattern in ("*.h", "*.inc") for path in Path("native").glob(pattern)),
+        )
     ],
     cmdclass={"build_ext": BuildKernels},
 )

@@ -32,8 +32,10 @@ from sensorium.config import BenchConfig
 from sensorium.system.processes import family, resident_bytes
 
 OURS = f"{shlex.quote(sys.executable)} -m sensorium serve {{model}} --port {{port}}"
-PRESETS = {"tiny": ("text:4:1:64", "text:128:32:64", "image:64:32:32"),
-           "2b": ("text:2:1:32", "image:2:1:32", "text:8:8:32", "image:8:8:32")}
+PRESETS = {
+    "tiny": ("text:4:1:64", "text:128:32:64", "image:64:32:32"),
+    "2b": ("text:2:1:32", "image:2:1:32", "text:8:8:32", "image:8:8:32"),
+}
 START_TIMEOUT_S = 900.0
 
 
@@ -147,13 +149,24 @@ class Side:
             self.figures.loaded_bytes.append(resident_bytes(family(self.pid)))
 
     def bear(self, load: Load, seed: int) -> None:
-        config = BenchConfig(base_url=self.address, kind=load.kind, requests=load.requests, input_tokens=120, warmup=1,
-                             concurrency=load.concurrency, output_tokens=load.output_tokens, seed=seed)
+        config = BenchConfig(
+            base_url=self.address,
+            kind=load.kind,
+            requests=load.requests,
+            input_tokens=120,
+            warmup=1,
+            concurrency=load.concurrency,
+            output_tokens=load.output_tokens,
+            seed=seed,
+        )
         result = asyncio.run(bench.run(config))
         self.figures.loads.setdefault(load, []).append(result)
-        print(f"    {self.name}: {load.title}: {result['output_tokens_per_s']} tok/s, "
-              f"TTFT {result['ttft_ms']['p50']} ms, TPOT {result['tpot_ms']['p50']} ms, "
-              f"errors {result['errors'] or 'none'}", flush=True)
+        print(
+            f"    {self.name}: {load.title}: {result['output_tokens_per_s']} tok/s, "
+            f"TTFT {result['ttft_ms']['p50']} ms, TPOT {result['tpot_ms']['p50']} ms, "
+            f"errors {result['errors'] or 'none'}",
+            flush=True,
+        )
 
 
 def in_turn(sides: list[Side], found: argparse.Namespace, loads: list[Load]) -> None:
@@ -181,7 +194,8 @@ def together(sides: list[Side], found: argparse.Namespace, loads: list[Load]) ->
 METRICS: tuple[tuple[str, Callable[[dict[str, Any]], float], bool], ...] = (
     ("TTFT p50, ms", lambda r: r["ttft_ms"]["p50"], False),
     ("TPOT p50, ms", lambda r: r["tpot_ms"]["p50"], False),
-    ("output tok/s", lambda r: r["output_tokens_per_s"], True))
+    ("output tok/s", lambda r: r["output_tokens_per_s"], True),
+)
 
 
 def short(value: float) -> str:
@@ -196,9 +210,12 @@ def table(ours: Figures, theirs: Figures, name: str) -> str:
         ratios = [x / y if more_is_better else y / x for x, y in zip(a, b, strict=True) if x and y]
         rows.append(f"| {load} | {title} | {short(median(a))} | {short(median(b))} | {median(ratios or [0.0]):.2f} |")
 
-    for title, values, scale in (("listens after, s", "ready_s", 1.0), ("first answer after, s", "first_answer_s", 1.0),
-                                 ("resident before the loads, MB", "idle_bytes", 1e-6),
-                                 ("resident after the loads, MB", "loaded_bytes", 1e-6)):
+    for title, values, scale in (
+        ("listens after, s", "ready_s", 1.0),
+        ("first answer after, s", "first_answer_s", 1.0),
+        ("resident before the loads, MB", "idle_bytes", 1e-6),
+        ("resident after the loads, MB", "loaded_bytes", 1e-6),
+    ):
         row("", title, *([value * scale for value in getattr(side, values)] for side in (ours, theirs)), False)
     for load, results in ours.loads.items():
         for title, figure, more in METRICS:
@@ -224,16 +241,21 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="which loads")
     parser.add_argument("--load", action="append", help="KIND:REQUESTS:CONCURRENCY:OUTPUT_TOKENS, instead of a preset")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--together", action="store_true",
-                        help="both servers run all the time and take turns load by load: fair where the machine's "
-                             "speed changes, if memory is enough and neither computes while it has nothing to do")
+    parser.add_argument(
+        "--together",
+        action="store_true",
+        help="both servers run all the time and take turns load by load: fair where the machine's "
+        "speed changes, if memory is enough and neither computes while it has nothing to do",
+    )
     parser.add_argument("--settle", type=float, default=0, help="seconds between first answer and loads")
     parser.add_argument("--into", type=Path, help="write the table between this file's <!-- begin PRESET --> markers")
     found = parser.parse_args()
     loads = [Load.parse(text) for text in found.load or PRESETS[found.preset]]
     with tempfile.TemporaryDirectory() as folder:
-        sides = [Side("Sensorium", found.ours, Path(folder) / "ours"),
-                 Side(found.name, found.theirs, Path(folder) / "theirs")]
+        sides = [
+            Side("Sensorium", found.ours, Path(folder) / "ours"),
+            Side(found.name, found.theirs, Path(folder) / "theirs"),
+        ]
         (together if found.together else in_turn)(sides, found, loads)
     text = table(sides[0].figures, sides[1].figures, found.name)
     print(text)

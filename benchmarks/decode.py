@@ -22,8 +22,13 @@ CONTEXT = 8192
 
 class LlamaCpp:
     def __init__(self, python: Path, file: Path, threads: int) -> None:
-        self._process = subprocess.Popen([python, PEER, file, str(threads), str(CONTEXT)], text=True,
-                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self._process = subprocess.Popen(
+            [python, PEER, file, str(threads), str(CONTEXT)],
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
         self._line()
 
     def _line(self) -> str:
@@ -57,8 +62,14 @@ def main() -> None:
     for tokens in found.prefill:
         cases.append((f"prefill of {tokens}", tokens, lambda n=tokens: bench.prefill_s(n), f"prefill {tokens}"))
     for context in found.decode:
-        cases.append((f"decode at {context}", 1, lambda n=context: bench.decode_s(1, n, found.steps),
-                      f"decode {context} {found.steps}"))
+        cases.append(
+            (
+                f"decode at {context}",
+                1,
+                lambda n=context: bench.decode_s(1, n, found.steps),
+                f"decode {context} {found.steps}",
+            )
+        )
     ours: dict[str, list[float]] = {}
     theirs: dict[str, list[float]] = {}
     for number in range(found.rounds + 1):
@@ -71,9 +82,11 @@ def main() -> None:
     print("| | Sensorium, tok/s | llama.cpp, tok/s | ratio |\n|---|---|---|---|")
     for title, speeds in ours.items():
         mine, other = statistics.median(speeds), statistics.median(theirs.get(title, [0.0]))
-        print(f"| {title} | {mine:.1f} ({min(speeds):.1f} to {max(speeds):.1f}) | {other:.1f} "
-              f"({min(theirs.get(title, [0.0])):.1f} to {max(theirs.get(title, [0.0])):.1f}) | "
-              f"{mine / other if other else 0.0:.2f} |")
+        print(
+            f"| {title} | {mine:.1f} ({min(speeds):.1f} to {max(speeds):.1f}) | {other:.1f} "
+            f"({min(theirs.get(title, [0.0])):.1f} to {max(theirs.get(title, [0.0])):.1f}) | "
+            f"{mine / other if other else 0.0:.2f} |"
+        )
 
 
 if __name__ == "__main__":

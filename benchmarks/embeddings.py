@@ -73,14 +73,19 @@ def make_checkpoint(folder: Path, shape: str) -> None:
     def norm(name: str) -> dict[str, torch.Tensor]:
         return {f"{name}.LayerNorm.weight": 1 + rows(hidden), f"{name}.LayerNorm.bias": rows(hidden)}
 
-    tensors = {f"embeddings.{name}_embeddings.weight": rows(size, hidden)
-               for name, size in (("word", VOCABULARY), ("position", POSITIONS), ("token_type", 2))}
+    tensors = {
+        f"embeddings.{name}_embeddings.weight": rows(size, hidden)
+        for name, size in (("word", VOCABULARY), ("position", POSITIONS), ("token_type", 2))
+    }
     tensors |= norm("embeddings")
     for layer in range(layers):
         at = f"encoder.layer.{layer}"
         sizes = {f"{at}.attention.self.{name}": (hidden, hidden) for name in ("query", "key", "value")}
-        sizes |= {f"{at}.attention.output.dense": (hidden, hidden), f"{at}.intermediate.dense": (inner, hidden),
-                  f"{at}.output.dense": (hidden, inner)}
+        sizes |= {
+            f"{at}.attention.output.dense": (hidden, hidden),
+            f"{at}.intermediate.dense": (inner, hidden),
+            f"{at}.output.dense": (hidden, inner),
+        }
         for name, size in sizes.items():
             tensors |= {f"{name}.weight": rows(*size), f"{name}.bias": rows(size[0])}
         tensors |= norm(f"{at}.attention.output") | norm(f"{at}.output")
@@ -89,22 +94,41 @@ def make_checkpoint(folder: Path, shape: str) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     files: dict[str, Any] = {
         "config.json": {
-            "architectures": ["BertModel"], "model_type": "bert", "vocab_size": VOCABULARY, "hidden_size": hidden,
-            "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": inner,
-            "hidden_act": "gelu", "layer_norm_eps": 1e-12, "max_position_embeddings": POSITIONS, "type_vocab_size": 2,
-            "pad_token_id": 0, "position_embedding_type": "absolute", "dtype": "float32"},
-        "tokenizer_config.json": {"tokenizer_class": "BertTokenizer", "model_max_length": POSITIONS,
-                                  "do_lower_case": True, **dict(zip(
-                                      ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL,
-                                      strict=True))},
+            "architectures": ["BertModel"],
+            "model_type": "bert",
+            "vocab_size": VOCABULARY,
+            "hidden_size": hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "intermediate_size": inner,
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-12,
+            "max_position_embeddings": POSITIONS,
+            "type_vocab_size": 2,
+            "pad_token_id": 0,
+            "position_embedding_type": "absolute",
+            "dtype": "float32",
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "BertTokenizer",
+            "model_max_length": POSITIONS,
+            "do_lower_case": True,
+            **dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL, strict=True)),
+        },
         "modules.json": [
             {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
-            for index, (path, kind) in enumerate((("", "Transformer"), ("1_Pooling", "Pooling"),
-                                                  ("2_Normalize", "Normalize")))],
+            for index, (path, kind) in enumerate(
+                (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
+            )
+        ],
         "sentence_bert_config.json": {"max_seq_length": POSITIONS, "do_lower_case": True},
-        "1_Pooling/config.json": {"word_embedding_dimension": hidden, "pooling_mode_cls_token": True,
-                                  "pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": False,
-                                  "pooling_mode_mean_sqrt_len_tokens": False},
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": hidden,
+            "pooling_mode_cls_token": True,
+            "pooling_mode_mean_tokens": False,
+            "pooling_mode_max_tokens": False,
+            "pooling_mode_mean_sqrt_len_tokens": False,
+        },
     }
     for name, contents in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
@@ -138,9 +162,12 @@ def served(command: str, model: Path, dtype: str, log: Path, per_request: int) -
             async with Remote(Endpoint.parse(address), timeout_s=900) as remote:
                 name = (await remote.models())[0]
                 start_s = time.perf_counter()
-                answers = await asyncio.gather(*(
-                    remote.post("/embeddings", {"model": name, "input": texts[at : at + per_request]})
-                    for at in range(0, len(texts), per_request)))
+                answers = await asyncio.gather(
+                    *(
+                        remote.post("/embeddings", {"model": name, "input": texts[at : at + per_request]})
+                        for at in range(0, len(texts), per_request)
+                    )
+                )
                 seconds = time.perf_counter() - start_s
             return seconds, np.array([row["embedding"] for one in answers for row in one["data"]], np.float32)
 
@@ -150,17 +177,27 @@ def served(command: str, model: Path, dtype: str, log: Path, per_request: int) -
 @contextmanager
 def peer(python: str, model: Path, dtype: str, log: Path) -> Iterator[Peer]:
     """sentence-transformers in its own process: (texts, batch size) -> seconds, vectors."""
-    with log.open("ab") as output, subprocess.Popen(
-            [python, str(PEER), str(model), dtype], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output,
-            text=True) as process:
+    with (
+        log.open("ab") as output,
+        subprocess.Popen(
+            [python, str(PEER), str(model), dtype],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=output,
+            text=True,
+        ) as process,
+    ):
         if process.stdin is None or process.stdout is None:
             raise RuntimeError("no pipes")
 
         def ask(texts: list[str], batch_size: int) -> tuple[float, Vectors]:
             assert process.stdin is not None and process.stdout is not None
             into = log.with_suffix(".npy")
-            print(json.dumps({"texts": texts, "batch_size": batch_size, "into": str(into)}), file=process.stdin,
-                  flush=True)
+            print(
+                json.dumps({"texts": texts, "batch_size": batch_size, "into": str(into)}),
+                file=process.stdin,
+                flush=True,
+            )
             answer = process.stdout.readline()
             if not answer:
                 sys.exit(f"sentence-transformers ended:\n{log.read_text(errors='replace')[-2000:]}")
@@ -207,10 +244,12 @@ def compare(found: argparse.Namespace, model: Path, dtype: str, temporary: Path)
         reference: Vectors | None = None
         if found.ours:
             sides["Sensorium"] = stack.enter_context(
-                served(found.ours, model, dtype, temporary / f"ours-{dtype}", found.per_request))
+                served(found.ours, model, dtype, temporary / f"ours-{dtype}", found.per_request)
+            )
         if found.vllm:
             sides["vLLM"] = stack.enter_context(
-                served(found.vllm, model, dtype, temporary / f"vllm-{dtype}", found.per_request))
+                served(found.vllm, model, dtype, temporary / f"vllm-{dtype}", found.per_request)
+            )
         if found.st:
             ask = stack.enter_context(peer(found.st, model, dtype, temporary / f"st-{dtype}"))
             reference = ask(some, 0)[1]
@@ -219,8 +258,11 @@ def compare(found: argparse.Namespace, model: Path, dtype: str, temporary: Path)
         for name, side in sides.items():  # warms up; the vectors are looked at here
             vectors = side(some)[1]
             if reference is not None:
-                print(f"{dtype}, {name}: lowest cosine to plain float32 {lowest_cosine(vectors, reference):.7f}, "
-                      f"largest difference {np.abs(vectors - reference).max():.1e}", flush=True)
+                print(
+                    f"{dtype}, {name}: lowest cosine to plain float32 {lowest_cosine(vectors, reference):.7f}, "
+                    f"largest difference {np.abs(vectors - reference).max():.1e}",
+                    flush=True,
+                )
         rates: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(found.rounds):
             for name, side in sides.items():
@@ -232,8 +274,10 @@ def compare(found: argparse.Namespace, model: Path, dtype: str, temporary: Path)
     ours = median(rates.get("Sensorium", [0.0]))
     print(f"\n| {dtype} | texts/s | Sensorium's to this |\n|---|---|---|")
     for name, all_rates in rates.items():
-        print(f"| {name} | {median(all_rates):.2f} ({min(all_rates):.2f} to {max(all_rates):.2f}) "
-              f"| {ours / median(all_rates):.2f}x |")
+        print(
+            f"| {name} | {median(all_rates):.2f} ({min(all_rates):.2f} to {max(all_rates):.2f}) "
+            f"| {ours / median(all_rates):.2f}x |"
+        )
 
 
 if __name__ == "__main__":

@@ -95,8 +95,11 @@ class Bench:
 
 
 def figure(title: str, work: float, seconds: list[float], unit: str) -> None:
-    print(f"{title:44s} {work / statistics.median(seconds):9.1f} {unit} ({work / min(seconds):.1f})   "
-          f"{1e3 * statistics.median(seconds):9.2f} ms ({1e3 * min(seconds):.2f})", flush=True)
+    print(
+        f"{title:44s} {work / statistics.median(seconds):9.1f} {unit} ({work / min(seconds):.1f})   "
+        f"{1e3 * statistics.median(seconds):9.2f} ms ({1e3 * min(seconds):.2f})",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -120,8 +123,9 @@ def main() -> None:
         for case in found.decode:
             sequences, context = map(int, case.split(":"))
             seconds = bench.decode_s(sequences, context, found.steps)
-            runs.setdefault((f"decode, {sequences} x {context} tokens of context", sequences, "tok/s"),
-                            []).append(seconds)
+            runs.setdefault((f"decode, {sequences} x {context} tokens of context", sequences, "tok/s"), []).append(
+                seconds
+            )
         if round_number == 0:
             runs.clear()
     for (title, work, unit), seconds_of in runs.items():

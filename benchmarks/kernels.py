@@ -67,8 +67,13 @@ def linear(kernels: native.Native, rounds: int) -> None:
             if not cold:
                 contenders.append(("oneDNN packed", onednn))
             work = len(many) * weight.nbytes / 1e9 * (1 if rows <= 8 else rows)
-            race(f"linear {rows} x {in_features} -> {out_features}", contenders, rounds, work=work,
-                 unit="GB/s  " if rows <= 8 else "GFLOP/s")
+            race(
+                f"linear {rows} x {in_features} -> {out_features}",
+                contenders,
+                rounds,
+                work=work,
+                unit="GB/s  " if rows <= 8 else "GFLOP/s",
+            )
 
 
 def quantized(kernels: native.Native, rounds: int) -> None:
@@ -76,15 +81,23 @@ def quantized(kernels: native.Native, rounds: int) -> None:
     for out_features, in_features in LINEAR_SHAPES:
         weight = torch.randn(out_features, in_features).to(BF16)
         copies = max(1, COLD_BYTES // (weight.numel() // 2))
-        forms = {name: [kernels.pack_linear(weight, None, quantization=kind) for _ in range(copies)]
-                 for name, kind in kinds.items()}
+        forms = {
+            name: [kernels.pack_linear(weight, None, quantization=kind) for _ in range(copies)]
+            for name, kind in kinds.items()
+        }
         for rows in (1, 8, 16, 480):
             count = copies if rows <= 16 else 1
             x = torch.randn(rows, in_features).to(BF16)
             contenders: list[Contender] = [
-                (name, lambda x=x, many=many[:count]: [form(x) for form in many]) for name, many in forms.items()]
-            race(f"quantised {rows} x {in_features} -> {out_features}", contenders, rounds,
-                 work=2 * count * rows * weight.numel() / 1e9, unit="GOP/s  ")
+                (name, lambda x=x, many=many[:count]: [form(x) for form in many]) for name, many in forms.items()
+            ]
+            race(
+                f"quantised {rows} x {in_features} -> {out_features}",
+                contenders,
+                rounds,
+                work=2 * count * rows * weight.numel() / 1e9,
+                unit="GOP/s  ",
+            )
 
 
 def attention(kernels: native.Native, rounds: int) -> None:
@@ -99,16 +112,26 @@ def attention(kernels: native.Native, rounds: int) -> None:
             (name, lambda f=f, q=q, k=k, v=v, c=context: f(q, k, v, c, dim**-0.5))
             for name, f in (("native", kernels.paged_attention), ("torch", reference.paged_attention))
         ]
-        race(f"paged {len(query_lens)} x {query_lens[0]} of {context_lens[0]}", contenders, rounds,
-             work=4 * heads * dim * pairs / 1e9, unit="GFLOP/s")
+        race(
+            f"paged {len(query_lens)} x {query_lens[0]} of {context_lens[0]}",
+            contenders,
+            rounds,
+            work=4 * heads * dim * pairs / 1e9,
+            unit="GFLOP/s",
+        )
     for dim, length, count in ((80, 1024, 1), (80, 64, 16), (64, 577, 5), (72, 729, 1)):
         q, k, v = torch.randn(length * count, 48, dim).to(BF16).split([16, 16, 16], 1)
         contenders = [
             (name, lambda f=f, q=q, k=k, v=v, n=[length] * count, d=dim: f(q, k, v, n, d**-0.5))
             for name, f in (("native", kernels.varlen_attention), ("torch", reference.varlen_attention))
         ]
-        race(f"varlen {count} x {length}, head size {dim}", contenders, rounds,
-             work=4 * 16 * dim * length**2 * count / 1e9, unit="GFLOP/s")
+        race(
+            f"varlen {count} x {length}, head size {dim}",
+            contenders,
+            rounds,
+            work=4 * 16 * dim * length**2 * count / 1e9,
+            unit="GFLOP/s",
+        )
 
 
 def paged(query_lens: list[int], context_lens: list[int]) -> tuple[AttentionContext, int]:
@@ -129,8 +152,11 @@ def small(kernels: native.Native, rounds: int) -> None:
     weight = torch.randn(1536).to(BF16)
     for rows in (1, 512):
         x, residual, wide = (torch.randn(rows, n).to(BF16) for n in (1536, 1536, 17920))
-        for name, arguments in (("rms_norm", (x, weight, 1e-6)), ("add_rms_norm", (x, residual, weight, 1e-6)),
-                                ("silu_mul", (wide,))):
+        for name, arguments in (
+            ("rms_norm", (x, weight, 1e-6)),
+            ("add_rms_norm", (x, residual, weight, 1e-6)),
+            ("silu_mul", (wide,)),
+        ):
             contenders: list[Contender] = [
                 (title, functools.partial(getattr(module, name), *arguments))
                 for title, module in (("native", kernels), ("torch", reference))

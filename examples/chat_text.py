@@ -11,5 +11,7 @@ for question in ("What is the capital of France?", "Which river flows through it
     answer = completion.choices[0].message.content
     messages.append({"role": "assistant", "content": answer})
     print(f"{question}\n    {answer}")
-print(f"{completion.usage.prompt_tokens} prompt tokens, "
-      f"{completion.usage.prompt_tokens_details.cached_tokens} of them from the cache")
+print(
+    f"{completion.usage.prompt_tokens} prompt tokens, "
+    f"{completion.usage.prompt_tokens_details.cached_tokens} of them from the cache"
+)

@@ -6,8 +6,10 @@ import httpx
 from connection import arguments, connect, picture_url
 
 # 56 x 56 black pixels: DSE models see a picture beside every text.
-NOTHING = ("data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAADgAAAA4AQAAAACA/QazAAAADklEQVR42mNgGAVDGQAAAcAAAb8Xq8EAAAAA"
-           "SUVORK5CYII=")
+NOTHING = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAADgAAAA4AQAAAACA/QazAAAADklEQVR42mNgGAVDGQAAAcAAAb8Xq8EAAAAA"
+    "SUVORK5CYII="
+)
 
 
 def picture(url: str) -> dict:
@@ -29,8 +31,12 @@ def query(kind: str, words: str) -> list[dict]:
 
 def embed(content: list[dict]) -> list[float]:
     """OpenAI's request, with `messages` in place of `input`."""
-    response = httpx.post(f"{found.base_url}/embeddings", headers={"Authorization": f"Bearer {found.api_key}"}, json={
-        "model": model, "messages": [{"role": "user", "content": content}], "encoding_format": "float"}, timeout=600)
+    response = httpx.post(
+        f"{found.base_url}/embeddings",
+        headers={"Authorization": f"Bearer {found.api_key}"},
+        json={"model": model, "messages": [{"role": "user", "content": content}], "encoding_format": "float"},
+        timeout=600,
+    )
     response.raise_for_status()
     return response.json()["data"][0]["embedding"]
 

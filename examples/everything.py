@@ -10,12 +10,15 @@ parser.add_argument("--question", default="What do these have in common?")
 found = parser.parse_args()
 client, model = connect(found)
 content = []
-for name, place, kind, fallback in (("Picture", found.picture, "image_url", "image/jpeg"),
-                                    ("Video", found.video, "video_url", "video/mp4"),
-                                    ("Sound", found.sound, "audio_url", "audio/wav")):
+for name, place, kind, fallback in (
+    ("Picture", found.picture, "image_url", "image/jpeg"),
+    ("Video", found.video, "video_url", "video/mp4"),
+    ("Sound", found.sound, "audio_url", "audio/wav"),
+):
     if place:
         content += [{"type": "text", "text": f"{name}:"}, {"type": kind, kind: {"url": media_url(place, fallback)}}]
 content.append({"type": "text", "text": found.question})
 completion = client.chat.completions.create(
-    model=model, messages=[{"role": "user", "content": content}], max_completion_tokens=found.max_tokens)
+    model=model, messages=[{"role": "user", "content": content}], max_completion_tokens=found.max_tokens
+)
 print(completion.choices[0].message.content)

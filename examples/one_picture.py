@@ -9,9 +9,17 @@ parser.add_argument("--stop-token-ids", type=int, nargs="*", help="tokens that e
 found = parser.parse_args()
 client, model = connect(found)
 completion = client.chat.completions.create(
-    model=model, max_completion_tokens=found.max_tokens,
-    messages=[{"role": "user", "content": [
-        {"type": "text", "text": found.question},
-        {"type": "image_url", "image_url": {"url": picture_url(found.picture)}},
-    ]}], extra_body={"stop_token_ids": found.stop_token_ids} if found.stop_token_ids else None)
+    model=model,
+    max_completion_tokens=found.max_tokens,
+    messages=[
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": found.question},
+                {"type": "image_url", "image_url": {"url": picture_url(found.picture)}},
+            ],
+        }
+    ],
+    extra_body={"stop_token_ids": found.stop_token_ids} if found.stop_token_ids else None,
+)
 print(completion.choices[0].message.content)

@@ -17,6 +17,8 @@ else:
     data = base64.b64encode(Path(found.sound).read_bytes()).decode()
     part = {"type": "input_audio", "input_audio": {"data": data, "format": Path(found.sound).suffix[1:] or "wav"}}
 completion = client.chat.completions.create(
-    model=model, max_completion_tokens=found.max_tokens,
-    messages=[{"role": "user", "content": [{"type": "text", "text": found.question}, part]}])
+    model=model,
+    max_completion_tokens=found.max_tokens,
+    messages=[{"role": "user", "content": [{"type": "text", "text": found.question}, part]}],
+)
 print(completion.choices[0].message.content)

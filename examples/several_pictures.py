@@ -8,9 +8,12 @@ found = parser.parse_args()
 client, model = connect(found)
 content = []
 for number, place in enumerate(found.pictures, 1):
-    content += [{"type": "text", "text": f"Picture {number}:"},
-                {"type": "image_url", "image_url": {"url": picture_url(place)}}]
+    content += [
+        {"type": "text", "text": f"Picture {number}:"},
+        {"type": "image_url", "image_url": {"url": picture_url(place)}},
+    ]
 content.append({"type": "text", "text": "Which animals do these pictures show?"})
 completion = client.chat.completions.create(
-    model=model, messages=[{"role": "user", "content": content}], max_completion_tokens=found.max_tokens)
+    model=model, messages=[{"role": "user", "content": content}], max_completion_tokens=found.max_tokens
+)
 print(completion.choices[0].message.content)

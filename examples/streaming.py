@@ -11,8 +11,12 @@ content = [{"type": "text", "text": found.question}]
 if found.picture:
     content.append({"type": "image_url", "image_url": {"url": picture_url(found.picture)}})
 stream = client.chat.completions.create(
-    model=model, messages=[{"role": "user", "content": content}], max_tokens=found.max_tokens, stream=True,
-    stream_options={"include_usage": True})
+    model=model,
+    messages=[{"role": "user", "content": content}],
+    max_tokens=found.max_tokens,
+    stream=True,
+    stream_options={"include_usage": True},
+)
 for chunk in stream:
     if chunk.choices and chunk.choices[0].delta.content:
         print(chunk.choices[0].delta.content, end="", flush=True)

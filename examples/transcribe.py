@@ -13,8 +13,13 @@ client, model = connect(found)
 if found.translate:
     print(client.audio.translations.create(model=model, file=found.sound).text)
 else:
-    stream = client.audio.transcriptions.create(model=model, file=found.sound, language=found.language, stream=True,
-                                                extra_body={"max_completion_tokens": found.max_tokens})
+    stream = client.audio.transcriptions.create(
+        model=model,
+        file=found.sound,
+        language=found.language,
+        stream=True,
+        extra_body={"max_completion_tokens": found.max_tokens},
+    )
     for chunk in stream:
         print(chunk.choices[0]["delta"]["content"], end="", flush=True)
     print()

@@ -66,8 +66,10 @@ def others() -> str:
     """What becomes of other servers' flags, those of one reason on one line."""
     rows = ["## Flags of other servers", "", "| flag | what it is here |", "|---|---|"]
     told = {name: f"`{' '.join(ours)}`" for name, ours in RENAMED.items()}
-    told |= {name: "accepted" + (f" with {code(flag.values)}" if flag.values else "") + f": {flag.why}"
-             for name, flag in ACCEPTED.items()}
+    told |= {
+        name: "accepted" + (f" with {code(flag.values)}" if flag.values else "") + f": {flag.why}"
+        for name, flag in ACCEPTED.items()
+    }
     told |= {name: f"refused: {why}" for name, why in REFUSED.items()}
     for meaning in dict.fromkeys(told.values()):
         rows.append(f"| {code(name for name, what in told.items() if what == meaning)} | {cell(meaning)} |")

@@ -18,8 +18,14 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 OUT = Path(__file__).parents[1] / "docs" / "images"
 MAX_BYTES = 150_000
-FLAGS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync")
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 WIDE = {"width": 1100, "height": 720}
 PHONE = {"width": 390, "height": 760}
 DRAWN = "#samples [data-kind=image]"
@@ -117,8 +123,11 @@ def load(url: str, number: int, done: threading.Event) -> None:
     count = 0
     while not done.wait(0.5 * number):
         count += 1
-        body = {"messages": [{"role": "user", "content": f"Question {number}-{count}: what is it? " * (1 + count % 9)}],
-                "max_tokens": 40 + 60 * (count % 4), "ignore_eos": True}
+        body = {
+            "messages": [{"role": "user", "content": f"Question {number}-{count}: what is it? " * (1 + count % 9)}],
+            "max_tokens": 40 + 60 * (count % 4),
+            "ignore_eos": True,
+        }
         httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).raise_for_status()
 
 

@@ -28,54 +28,104 @@ class EngineConfig:
 
     model: str  # resolved local folder
     text_model: str = ""  # resolved folder of the language model, where the checkpoint has none of its own
-    dtype: str = flag("auto", "Weights' and computation's type. auto: as the checkpoint says, bfloat16 on a CPU for "
-                              "float16 or quantised weights.", choices=("auto", "bfloat16", "float16", "float32"),
-                      synonyms={"half": "float16", "fp16": "float16", "f16": "float16", "float": "float32",
-                                "fp32": "float32", "f32": "float32", "bf16": "bfloat16"})
-    device: str = flag("auto", "Where to compute. auto: cuda if there is one, else cpu.",
-                       choices=("auto", "cpu", "cuda"), synonyms={"gpu": "cuda"})
-    quantization: str = flag("auto", "Weights of linear layers and embeddings. auto: as the checkpoint has them; int8, "
-                                     "int4: quantised while loading, the head and embeddings to int8 in any case; a "
-                                     "method's name: the checkpoint must be stored so.",
-                             choices=("auto", "int8", "int4", "awq", "gptq", "compressed-tensors"),
-                             synonyms={"none": "auto", "awq_marlin": "awq", "gptq_marlin": "gptq"})
-    quantization_group_size: int = flag(64, "Weights that share a scale with --quantization int4; a multiple of 8.",
-                                        min=32, max=128)
-    map_weights: bool = flag(True, "Start a large bfloat16 model with its weights where the page cache has them "
-                                   "(AVX-512); the copy that is fastest, 12 bits a weight without loss, is made a "
-                                   "layer at a time, between steps.")
-    quantized_cache: str = flag("~/.cache/sensorium/quantized", "Folder that keeps what --quantization made of a large "
-                                "checkpoint, for a faster next start; empty: nothing is kept.")
+    dtype: str = flag(
+        "auto",
+        "Weights' and computation's type. auto: as the checkpoint says, bfloat16 on a CPU for "
+        "float16 or quantised weights.",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        synonyms={
+            "half": "float16",
+            "fp16": "float16",
+            "f16": "float16",
+            "float": "float32",
+            "fp32": "float32",
+            "f32": "float32",
+            "bf16": "bfloat16",
+        },
+    )
+    device: str = flag(
+        "auto",
+        "Where to compute. auto: cuda if there is one, else cpu.",
+        choices=("auto", "cpu", "cuda"),
+        synonyms={"gpu": "cuda"},
+    )
+    quantization: str = flag(
+        "auto",
+        "Weights of linear layers and embeddings. auto: as the checkpoint has them; int8, "
+        "int4: quantised while loading, the head and embeddings to int8 in any case; a "
+        "method's name: the checkpoint must be stored so.",
+        choices=("auto", "int8", "int4", "awq", "gptq", "compressed-tensors"),
+        synonyms={"none": "auto", "awq_marlin": "awq", "gptq_marlin": "gptq"},
+    )
+    quantization_group_size: int = flag(
+        64, "Weights that share a scale with --quantization int4; a multiple of 8.", min=32, max=128
+    )
+    map_weights: bool = flag(
+        True,
+        "Start a large bfloat16 model with its weights where the page cache has them "
+        "(AVX-512); the copy that is fastest, 12 bits a weight without loss, is made a "
+        "layer at a time, between steps.",
+    )
+    quantized_cache: str = flag(
+        "~/.cache/sensorium/quantized",
+        "Folder that keeps what --quantization made of a large "
+        "checkpoint, for a faster next start; empty: nothing is kept.",
+    )
     quantize_towers: bool = flag(False, "Let --quantization have the vision and audio towers and projectors too.")
-    pooling: str = flag("auto", "Which token states an embedding is made of. auto: as the checkpoint's files say; "
-                                "without them the last token's, of an encoder the first's.",
-                        choices=("auto", "cls", "mean", "last", "max", "mean_sqrt_len", "weighted_mean"),
-                        synonyms={"last-token": "last", "lasttoken": "last"})
-    kv_cache_dtype: str = flag("auto", "Type of cached keys and values. auto: the computation's; int8: a byte each, "
-                                       "with a scale per token and head.", choices=("auto", "int8"))
-    max_model_len: int | None = flag(None, "Longest prompt plus answer, such as 32768 or 32K. Default (also auto, -1): "
-                                           "the checkpoint's, reduced to what the KV cache holds.", min=1,
-                                     parse="tokens_or_auto")
-    hf_overrides: dict[str, Any] = flag(dict, "JSON of values in the place of config.json's, such as "
-                                              "{\"rope_theta\": 1000000}.", parse="json")
+    pooling: str = flag(
+        "auto",
+        "Which token states an embedding is made of. auto: as the checkpoint's files say; "
+        "without them the last token's, of an encoder the first's.",
+        choices=("auto", "cls", "mean", "last", "max", "mean_sqrt_len", "weighted_mean"),
+        synonyms={"last-token": "last", "lasttoken": "last"},
+    )
+    kv_cache_dtype: str = flag(
+        "auto",
+        "Type of cached keys and values. auto: the computation's; int8: a byte each, with a scale per token and head.",
+        choices=("auto", "int8"),
+    )
+    max_model_len: int | None = flag(
+        None,
+        "Longest prompt plus answer, such as 32768 or 32K. Default (also auto, -1): "
+        "the checkpoint's, reduced to what the KV cache holds.",
+        min=1,
+        parse="tokens_or_auto",
+    )
+    hf_overrides: dict[str, Any] = flag(
+        dict, 'JSON of values in the place of config.json\'s, such as {"rope_theta": 1000000}.', parse="json"
+    )
     max_num_seqs: int = flag(64, "Most sequences computed in one step. More wait in the queue.", min=1)
-    max_num_batched_tokens: int | None = flag(None, "Most tokens computed in one step; longer prompts come in chunks. "
-                                                    "Default: 2048; 512 on a CPU for a model from 64 MiB that "
-                                                    "generates.", min=1, parse="tokens")
-    gpu_memory_utilization: float = flag(0.9, "Part of the GPU's memory that weights, activations and KV cache may "
-                                              "take.", min=0.01, max=1)
-    kv_cache_memory: int | None = flag(None, "Bytes of KV cache, such as 4GB or 512MiB. "
-                                             "Default on a CPU: a quarter of free memory.", parse="size")
+    max_num_batched_tokens: int | None = flag(
+        None,
+        "Most tokens computed in one step; longer prompts come in chunks. "
+        "Default: 2048; 512 on a CPU for a model from 64 MiB that "
+        "generates.",
+        min=1,
+        parse="tokens",
+    )
+    gpu_memory_utilization: float = flag(
+        0.9, "Part of the GPU's memory that weights, activations and KV cache may take.", min=0.01, max=1
+    )
+    kv_cache_memory: int | None = flag(
+        None, "Bytes of KV cache, such as 4GB or 512MiB. Default on a CPU: a quarter of free memory.", parse="size"
+    )
     block_size: int = flag(16, "Tokens in a KV-cache block; the unit of prefix reuse.", min=1, max=256)
     enable_prefix_caching: bool = flag(True, "Reuse the KV cache of equal beginnings of prompts (media included).")
-    encoder_cache_memory: int = flag(256 * MiB, "Bytes of tower outputs kept for media that come again; on a CPU at "
-                                              "most an eighth of free memory.", parse="size")
+    encoder_cache_memory: int = flag(
+        256 * MiB,
+        "Bytes of tower outputs kept for media that come again; on a CPU at most an eighth of free memory.",
+        parse="size",
+    )
     seed: int = flag(0, "Seed of requests that bring none.")
-    hang_after_s: float = flag(10.0, "Seconds without a sign of life after which the engine process is replaced, and "
-                                     "least seconds of a step that counts as hung (or 20 times what like steps take).",
-                               min=0.1)
-    threads: int | None = flag(None, "CPU threads of the engine. Default: all cores; one for a model under 64 MiB.",
-                               min=1)
+    hang_after_s: float = flag(
+        10.0,
+        "Seconds without a sign of life after which the engine process is replaced, and "
+        "least seconds of a step that counts as hung (or 20 times what like steps take).",
+        min=0.1,
+    )
+    threads: int | None = flag(
+        None, "CPU threads of the engine. Default: all cores; one for a model under 64 MiB.", min=1
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +139,14 @@ class Limits:
     body_timeout_s: float = flag(60.0, "Seconds until a request's body must be complete; later is 408.")
     max_body_bytes: int = flag(64 * MiB, "Bytes of a JSON body; more is 413.", parse="size")
     max_json_nodes: int = flag(2**16, "Arrays, objects and keys of a JSON body; more is 400.", min=1)
-    max_json_values: int = flag(2**20, "Values of a JSON body, such as token ids; more is 400. At least twice "
-                                       "max-embedding-tokens.", min=1)
+    max_json_values: int = flag(
+        2**20, "Values of a JSON body, such as token ids; more is 400. At least twice max-embedding-tokens.", min=1
+    )
     max_upload_bytes: int = flag(32 * MiB, "Bytes of a multipart body; more is 413.", parse="size")
     max_body_messages: int = flag(20_000, "Pieces in which a body may arrive; more is 413.")
-    max_pending_bytes: int = flag(384 * MiB, "Bytes of all bodies that are being received or made into prompts; more "
-                                             "is 503.", parse="size")
+    max_pending_bytes: int = flag(
+        384 * MiB, "Bytes of all bodies that are being received or made into prompts; more is 503.", parse="size"
+    )
     max_messages: int = flag(1024, "Messages of one chat.", max=8192)
     max_parts: int = flag(256, "Content parts of one message.", max=4096)
     max_images: int = flag(16, "Pictures of one request.")
@@ -108,8 +160,9 @@ class Limits:
     max_video_bytes: int = flag(64 * MiB, "Bytes of one video's file.", parse="size")
     max_video_frames: int = flag(128, "Frames decoded from one video.")
     max_video_seconds: float = flag(600.0, "Duration of one video.")
-    max_video_pixels: int = flag(128_000_000, "Pixels of all frames taken from one video together; larger ones are "
-                                              "scaled down.")
+    max_video_pixels: int = flag(
+        128_000_000, "Pixels of all frames taken from one video together; larger ones are scaled down."
+    )
     max_video_side: int = flag(4096, "Longest side of a video, in pixels.")
     max_audio_bytes: int = flag(25 * MiB, "Bytes of one sound's file.", parse="size")
     max_audio_seconds: float = flag(600.0, "Duration of one sound.")
@@ -125,12 +178,14 @@ class Limits:
     max_embedding_inputs: int = flag(2048, "Inputs of one embeddings request.")
     max_embedding_tokens: int = flag(300_000, "Tokens of one embeddings request.")
     max_embedding_media: int = flag(64, "Media of one embeddings or rerank request with several inputs.")
-    max_waiting: int | None = flag(None, "Requests that may wait; more are refused with 503. "
-                                         "Default: 4 x max-num-seqs.")
+    max_waiting: int | None = flag(
+        None, "Requests that may wait; more are refused with 503. Default: 4 x max-num-seqs."
+    )
     max_concurrency_per_key: int = flag(256, "Requests of one API key in flight; more are refused with 429.")
     request_timeout_s: float = flag(600.0, "Seconds one request may take in all.")
-    write_timeout_s: float = flag(45.0, "Seconds for which a client may read nothing of what it is sent; then it is "
-                                        "disconnected.", min=1)
+    write_timeout_s: float = flag(
+        45.0, "Seconds for which a client may read nothing of what it is sent; then it is disconnected.", min=1
+    )
     keep_alive_comment_s: float = flag(15.0, "Seconds of silence on a stream after which a comment is sent.")
     drain_timeout_s: float = flag(30.0, "Seconds that running requests have after SIGTERM.")
 
@@ -141,33 +196,57 @@ class ServerConfig:
 
     host: str = flag("127.0.0.1", "Address to listen on; 0.0.0.0 for every interface.")
     port: int = flag(8000, "Port to listen on; 0 for any free one.", max=65535)
-    uds: str | None = flag(None, "Listen on a Unix socket of this path instead of host and port. The umask says who "
-                                 "may connect besides the owner.")
-    api_key: tuple[str, ...] = flag((), "Key that clients must send as `Authorization: Bearer`. Repeatable; also "
-                                        "from SENSORIUM_API_KEY (comma-separated).", repeat=True)
+    uds: str | None = flag(
+        None,
+        "Listen on a Unix socket of this path instead of host and port. The umask says who "
+        "may connect besides the owner.",
+    )
+    api_key: tuple[str, ...] = flag(
+        (),
+        "Key that clients must send as `Authorization: Bearer`. Repeatable; also "
+        "from SENSORIUM_API_KEY (comma-separated).",
+        repeat=True,
+    )
     root_path: str = flag("", "Path under which a reverse proxy serves this server.")
-    served_model_name: tuple[str, ...] = flag((), "Name(s) clients call the model by. Default: MODEL as given.",
-                                              nargs="+")
+    served_model_name: tuple[str, ...] = flag(
+        (), "Name(s) clients call the model by. Default: MODEL as given.", nargs="+"
+    )
     allowed_local_media_path: str | None = flag(None, "Folder from which `file:` URLs may be read. Default: none.")
-    allowed_media_domains: tuple[str, ...] = flag((), "Hosts that media may be fetched from, also private or loopback "
-                                                      "ones named here. Default: any public host.", nargs="+")
+    allowed_media_domains: tuple[str, ...] = flag(
+        (),
+        "Hosts that media may be fetched from, also private or loopback ones named here. Default: any public host.",
+        nargs="+",
+    )
     limit_mm_per_prompt: dict[str, int] = flag(dict, "Media per request: image=2,video=1 or JSON.", parse="counts")
-    mm_processor_kwargs: dict[str, Any] = flag(dict, "JSON of processor settings, such as {\"max_pixels\": 1003520}.",
-                                               parse="json")
-    media_io_kwargs: dict[str, Any] = flag(dict, "JSON of how media are read: {\"video\": {\"num_frames\": 40}} or "
-                                                 "{\"video\": {\"fps\": 1}}.", parse="json")
+    mm_processor_kwargs: dict[str, Any] = flag(
+        dict, 'JSON of processor settings, such as {"max_pixels": 1003520}.', parse="json"
+    )
+    media_io_kwargs: dict[str, Any] = flag(
+        dict, 'JSON of how media are read: {"video": {"num_frames": 40}} or {"video": {"fps": 1}}.', parse="json"
+    )
     allow_request_mm_kwargs: bool = flag(False, "Let requests bring `mm_processor_kwargs`.")
     allow_request_chat_template: bool = flag(False, "Let requests bring `chat_template`.")
-    chat_template: str | None = flag(None, "Chat template: a file, the template itself or a name (llava, "
-                                           "vlm2vec_phi3v, dse_qwen2_vl). Default: the checkpoint's.")
-    generation_config: str = flag("auto", "Where sampling defaults come from. auto: the checkpoint's "
-                                          "generation_config.json; vllm: nowhere; else a folder with such a file.")
-    override_generation_config: dict[str, Any] = flag(dict, "JSON of sampling defaults in its place, such as "
-                                                            "{\"temperature\": 0.6}.", parse="json")
-    matryoshka_dimensions: tuple[int, ...] = flag((), "Sizes to which requests may cut embeddings (`dimensions`); 0 "
-                                                      "for any. Default: what config.json says.", nargs="+")
-    shared_prefix_cache: bool = flag(False, "Share cached prefixes between API keys (faster, but timing tells who "
-                                            "asked what).")
+    chat_template: str | None = flag(
+        None,
+        "Chat template: a file, the template itself or a name (llava, "
+        "vlm2vec_phi3v, dse_qwen2_vl). Default: the checkpoint's.",
+    )
+    generation_config: str = flag(
+        "auto",
+        "Where sampling defaults come from. auto: the checkpoint's "
+        "generation_config.json; vllm: nowhere; else a folder with such a file.",
+    )
+    override_generation_config: dict[str, Any] = flag(
+        dict, 'JSON of sampling defaults in its place, such as {"temperature": 0.6}.', parse="json"
+    )
+    matryoshka_dimensions: tuple[int, ...] = flag(
+        (),
+        "Sizes to which requests may cut embeddings (`dimensions`); 0 for any. Default: what config.json says.",
+        nargs="+",
+    )
+    shared_prefix_cache: bool = flag(
+        False, "Share cached prefixes between API keys (faster, but timing tells who asked what)."
+    )
     enable_tokenizer_info_endpoint: bool = flag(False, "Show the tokenizer's settings at /tokenizer_info.")
     disable_log_requests: bool = flag(False, "Do not log a line per request.")
     media_workers: int = flag(2, "Threads that fetch, decode and process media.", min=1)
@@ -179,18 +258,31 @@ class LoadConfig:
 
     revision: str | None = flag(None, "Branch, tag or commit of a hub repository.")
     download_dir: str | None = flag(None, "Where hub files are kept. Default: the hub's cache.")
-    text_model: str | None = flag(None, "Language model of a checkpoint that has none of its own (Ultravox): a folder "
-                                        "or a hub id. Default: the one that the checkpoint names.")
+    text_model: str | None = flag(
+        None,
+        "Language model of a checkpoint that has none of its own (Ultravox): a folder "
+        "or a hub id. Default: the one that the checkpoint names.",
+    )
     trust_remote_code: bool = flag(False, "Accepted for compatibility. Remote code is never run and never needed.")
-    task: str = flag("auto", "Narrow what is served. auto: everything the model can do; pooling: all but generate.",
-                     choices=("auto", "generate", "pooling", "embed", "classify", "reward", "score"),
-                     synonyms={"embedding": "embed", "transcription": "generate", "classification": "classify"})
-    runner: str = flag("auto", "The same in vLLM's words: generate or pooling.",
-                       choices=("auto", "generate", "pooling"))
-    convert: str = flag("auto", "The same in vLLM's words: what a pooling model does.",
-                        choices=("auto", "none", "embed", "classify", "reward"))
-    pooler_config: dict[str, Any] = flag(dict, "JSON of vLLM's settings of a pooling model: `pooling_type` and `task` "
-                                               "are those of --pooling and --task.", parse="json")
+    task: str = flag(
+        "auto",
+        "Narrow what is served. auto: everything the model can do; pooling: all but generate.",
+        choices=("auto", "generate", "pooling", "embed", "classify", "reward", "score"),
+        synonyms={"embedding": "embed", "transcription": "generate", "classification": "classify"},
+    )
+    runner: str = flag(
+        "auto", "The same in vLLM's words: generate or pooling.", choices=("auto", "generate", "pooling")
+    )
+    convert: str = flag(
+        "auto",
+        "The same in vLLM's words: what a pooling model does.",
+        choices=("auto", "none", "embed", "classify", "reward"),
+    )
+    pooler_config: dict[str, Any] = flag(
+        dict,
+        "JSON of vLLM's settings of a pooling model: `pooling_type` and `task` are those of --pooling and --task.",
+        parse="json",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,13 +317,18 @@ class BenchConfig:
     model: str | None = flag(None, "Model to ask for. Default: the first that the server lists.")
     requests: int = flag(64, "Requests to send.", min=1)
     concurrency: int = flag(8, "Closed loop: requests in flight at any time.", min=1)
-    rate: float | None = flag(None, "Open loop: requests a second, arriving at random (Poisson), however many are in "
-                                    "flight. Replaces --concurrency.", min=0.001)
+    rate: float | None = flag(
+        None,
+        "Open loop: requests a second, arriving at random (Poisson), however many are in "
+        "flight. Replaces --concurrency.",
+        min=0.001,
+    )
     kind: str = flag("text", "What a request carries.", choices=("text", "image"))
     input_tokens: int = flag(128, "Text tokens of a prompt, about; the picture's come on top.", min=1)
     output_tokens: int = flag(64, "Tokens of an answer, exactly where the server knows `ignore_eos`.", min=1)
-    image_size: tuple[int, int] = flag((448, 448), "Width and height of the picture, in pixels, such as 448x448.",
-                                       parse="extent")
+    image_size: tuple[int, int] = flag(
+        (448, 448), "Width and height of the picture, in pixels, such as 448x448.", parse="extent"
+    )
     images: int = flag(1, "Pictures in a request of kind image.", min=1)
     warmup: int = flag(2, "Requests sent before the clock starts.")
     api_key: str | None = flag(None, "The server's key; also from SENSORIUM_API_KEY.")

@@ -25,8 +25,18 @@ from support.browser_support import CHROMIUM, FLAGS, KEY, MARKUP, REMEMBER_KEY, 
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[server.Server]:
     if not CHROMIUM:
         pytest.skip("no Chromium on this machine (apt-get install chromium)")
-    with server.running(tmp_path_factory.mktemp("playground"), "--api-key", KEY, "--allowed-media-domains", "127.0.0.1",
-                        "--served-model-name", "demo", MARKUP, "--pooling", "last") as found:
+    with server.running(
+        tmp_path_factory.mktemp("playground"),
+        "--api-key",
+        KEY,
+        "--allowed-media-domains",
+        "127.0.0.1",
+        "--served-model-name",
+        "demo",
+        MARKUP,
+        "--pooling",
+        "last",
+    ) as found:
         yield found
 
 
@@ -50,8 +60,9 @@ def open_page(browser: Browser, site: server.Server) -> Iterator[OpenPage]:
         if message.type in ("error", "warning") and not message.text.startswith("Failed to load resource"):
             complaints.append(message.text)
 
-    def open_page(path: str = "/", *, key: bool = True, prepare: Callable[[Page], None] = lambda page: None,
-                  **options: Any) -> Page:
+    def open_page(
+        path: str = "/", *, key: bool = True, prepare: Callable[[Page], None] = lambda page: None, **options: Any
+    ) -> Page:
         context = browser.new_context(base_url=site.url, **{"locale": "en-US", "reduced_motion": "reduce", **options})
         context.set_default_timeout(15_000)
         contexts.append(context)
@@ -97,7 +108,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         stream.codec_context.bit_rate = 1_500_000
         for place in range(20):
             pixels = np.full((160, 160, 3), 255, np.uint8)
-            pixels[56:104, 8 + 5 * place:56 + 5 * place] = (0, 0, 220)
+            pixels[56:104, 8 + 5 * place : 56 + 5 * place] = (0, 0, 220)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
         container.mux(stream.encode())
     (folder / "beeps.wav").write_bytes(beeps(3))

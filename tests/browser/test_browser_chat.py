@@ -86,19 +86,25 @@ def test_a_picture_and_a_clip_by_file(page: Page, requests: Requests, files: Pat
 
 
 def test_pictures_by_drop_paste_and_url(page: Page, requests: Requests, elsewhere: str) -> None:
-    drop = page.evaluate_handle("""url => {
+    drop = page.evaluate_handle(
+        """url => {
         const bytes = Uint8Array.from(atob(url.split(',')[1]), (letter) => letter.charCodeAt(0));
         const given = new DataTransfer();
         given.items.add(new File([bytes], 'dropped.png', {type: 'image/png'}));
         return given;
-    }""", PICTURE)
+    }""",
+        PICTURE,
+    )
     page.dispatch_event("#chat", "dragover", {"dataTransfer": drop})
     expect(page.locator(".drop")).to_be_visible()
     page.dispatch_event("#chat", "drop", {"dataTransfer": drop})
     expect(page.locator("#tray li")).to_have_count(1)
     expect(page.locator(".drop")).to_be_hidden()
-    page.evaluate("""given => document.getElementById('text').dispatchEvent(
-        new ClipboardEvent('paste', {clipboardData: given, bubbles: true, cancelable: true}))""", drop)
+    page.evaluate(
+        """given => document.getElementById('text').dispatchEvent(
+        new ClipboardEvent('paste', {clipboardData: given, bubbles: true, cancelable: true}))""",
+        drop,
+    )
     expect(page.locator("#tray li")).to_have_count(2)
     page.click("#attach-url")
     page.fill("#url-field", f"{elsewhere}/it's%20a%20dot.png")
@@ -113,10 +119,14 @@ def test_pictures_by_drop_paste_and_url(page: Page, requests: Requests, elsewher
 
 
 def test_the_built_in_model_tells_what_it_is_shown(page: Page, files: Path) -> None:
-    for number, (name, question, words) in enumerate((
+    for number, (name, question, words) in enumerate(
+        (
             ("it's a dot.png", "Describe this picture.", "red circle"),
             ("clip.mp4", "What happens in this video?", "blue square moves to the right"),
-            ("beeps.wav", "How many beeps do you hear?", "three")), 1):
+            ("beeps.wav", "How many beeps do you hear?", "three"),
+        ),
+        1,
+    ):
         page.set_input_files("#file", files / name)
         expect(page.locator("#tray li")).to_have_count(1)
         say(page, question)
@@ -189,8 +199,9 @@ def test_a_stream_can_be_stopped(page: Page, site: Server) -> None:
     assert re.search(r'request_success_total\{[^}]*finished_reason="abort"[^}]*\} [1-9]', metrics)
 
 
-def test_a_refused_file_shows_its_error_and_field_and_can_be_mended(page: Page, requests: Requests,
-                                                                   files: Path) -> None:
+def test_a_refused_file_shows_its_error_and_field_and_can_be_mended(
+    page: Page, requests: Requests, files: Path
+) -> None:
     page.set_input_files("#file", [files / "it's a dot.png", files / "broken.png"])
     say(page, "What is it?")
     error = page.locator(".turn .error")
@@ -228,8 +239,9 @@ def test_errors_of_settings_stand_at_their_field(page: Page, requests: Requests)
 
 
 def test_nothing_that_comes_from_outside_is_markup(page: Page, tmp_path: Path) -> None:
-    probe = (f"{MARKUP} <script>window.hacked=1</script>\n\n```html\n{MARKUP}\n```\n\n"
-             f"- {MARKUP}\n- **<b>x</b>** `<i>y</i>`")
+    probe = (
+        f"{MARKUP} <script>window.hacked=1</script>\n\n```html\n{MARKUP}\n```\n\n- {MARKUP}\n- **<b>x</b>** `<i>y</i>`"
+    )
     name = tmp_path / "<img src=x onerror=hacked=1>.png"
     name.write_bytes(picture_bytes())
     page.set_input_files("#file", name)

@@ -117,8 +117,21 @@ def test_everything_works_by_keyboard(open_page: OpenPage) -> None:
         seen.append(page.evaluate("document.activeElement.id || document.activeElement.dataset.i18nTitle || ''"))
         if seen[-1] == "send":
             break
-    wanted = ["model", "language", "theme", "system", "field-max_tokens", "turns", "turn.edit", "turn.again",
-              "turn.request", "text", "attach-file", "toggle-settings", "send"]
+    wanted = [
+        "model",
+        "language",
+        "theme",
+        "system",
+        "field-max_tokens",
+        "turns",
+        "turn.edit",
+        "turn.again",
+        "turn.request",
+        "text",
+        "attach-file",
+        "toggle-settings",
+        "send",
+    ]
     assert [name for name in seen if name in wanted] == wanted
     page.click("#tab-server")
     page.locator(".skip").focus()
@@ -245,8 +258,14 @@ def test_the_server_tab_lives(page: Page) -> None:
 
 def run(code: str, folder: Path, *command: str) -> str:
     """What a snippet prints, run where the files are and with the key where it looks for it."""
-    done = subprocess.run([*(command or (sys.executable, "-c")), code], cwd=folder, capture_output=True, text=True,
-                          env={**os.environ, "SENSORIUM_API_KEY": KEY}, check=False)
+    done = subprocess.run(
+        [*(command or (sys.executable, "-c")), code],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "SENSORIUM_API_KEY": KEY},
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -259,7 +278,7 @@ def test_the_request_as_code_runs(open_page: OpenPage, files: Path, language: st
     expect(page.locator("#send")).to_be_enabled()
     page.fill("[name=max_tokens]", "4")
     page.fill("[name=top_k]", "3")
-    page.fill("#system", "Costs $5 `or` \\ more; \"it's\"\nJSON\n你好")
+    page.fill("#system", 'Costs $5 `or` \\ more; "it\'s"\nJSON\n你好')
     page.set_input_files("#file", files / "it's a dot.png")
     say(page, "What $HOME?")
     turn = answered(page)
@@ -282,7 +301,8 @@ def test_the_request_as_code_runs(open_page: OpenPage, files: Path, language: st
 def test_events_however_they_are_cut(page: Page) -> None:
     text = "data: a\n\n: comment\n\ndata:b\r\n\r\ndata: 你\ndata: 好\n\nevent: x\ndata: last\n\ndata: unfinished"
     for size in (1, 2, 3, 7, 1000):
-        found = page.evaluate("""async ([text, size]) => {
+        found = page.evaluate(
+            """async ([text, size]) => {
             const {events} = await import('/playground/sse.js');
             const bytes = new TextEncoder().encode(text);
             const body = new ReadableStream({start(controller) {
@@ -292,7 +312,9 @@ def test_events_however_they_are_cut(page: Page) -> None:
             const found = [];
             for await (const data of events(body)) found.push(data);
             return found;
-        }""", [text, size])
+        }""",
+            [text, size],
+        )
         assert found == ["a", "b", "你\n好", "last"], size
 
 
@@ -316,14 +338,19 @@ plain 3`);
 
 
 def test_growing_text_is_shown_as_its_whole(page: Page) -> None:
-    text = ("# Title\n\nA **bold** `word`\nand more\n\n```py\nx = '<b>'\n\ny = 2\n```\n\n1. one\n2. two\n\n"
-            "* not ** closed\n\n```\nopen")
-    grown, whole, nodes = page.evaluate("""async (text) => {
+    text = (
+        "# Title\n\nA **bold** `word`\nand more\n\n```py\nx = '<b>'\n\ny = 2\n```\n\n1. one\n2. two\n\n"
+        "* not ** closed\n\n```\nopen"
+    )
+    grown, whole, nodes = page.evaluate(
+        """async (text) => {
         const {renderInto} = await import('/playground/render.js');
         const [grown, whole] = [document.createElement('div'), document.createElement('div')];
         for (let end = 1; end <= text.length; end++) renderInto(grown, text.slice(0, end));
         renderInto(whole, text);
         return [grown, whole].map((node) => node.textContent).concat([[...whole.children].map((node) => node.tagName)]);
-    }""", text)
+    }""",
+        text,
+    )
     assert grown == whole
     assert nodes == ["P", "P", "DIV", "OL", "UL", "DIV"]

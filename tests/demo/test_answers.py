@@ -22,8 +22,23 @@ from support import server
 
 SAMPLES = 16
 # Right ones of these: about three standard deviations below the report in docs/demo-model.md.
-LEAST = {"describe": 12, "colour": 14, "shape": 14, "count": 13, "relation": 14, "exists": 14, "pictures": 14,
-         "clip": 14, "beeps": 14, "tone": 14, "text": 14, "unknown": 14, "number": 12, "speech": 14, "followup": 14}
+LEAST = {
+    "describe": 12,
+    "colour": 14,
+    "shape": 14,
+    "count": 13,
+    "relation": 14,
+    "exists": 14,
+    "pictures": 14,
+    "clip": 14,
+    "beeps": 14,
+    "tone": 14,
+    "text": 14,
+    "unknown": 14,
+    "number": 12,
+    "speech": 14,
+    "followup": 14,
+}
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +70,9 @@ def test_answers_are_right(skill: str, least: int, client: httpx.Client, speech:
     assert SAMPLES - len(wrong) >= least, wrong
 
 
-def picture(*shapes: tuple[str, str, int, int], ground: str = "white", size: tuple[int, int] = (320, 240),
-            ) -> dict[str, Any]:
+def picture(
+    *shapes: tuple[str, str, int, int], ground: str = "white", size: tuple[int, int] = (320, 240)
+) -> dict[str, Any]:
     """(shape, colour, x, y) drawn as anybody would with Pillow, 80 pixels wide."""
     image = Image.new("RGB", size, ground)
     draw = ImageDraw.Draw(image)
@@ -76,8 +92,12 @@ def picture(*shapes: tuple[str, str, int, int], ground: str = "white", size: tup
 def ask(openai: OpenAI, question: str, *media: dict[str, Any], **options: Any) -> str:
     """As the tutorials do: the words first, no sampling settings."""
     content = [{"type": "text", "text": question}, *media] if media else question
-    done = openai.chat.completions.create(model=openai.models.list().data[0].id, max_completion_tokens=64,
-                                          messages=[{"role": "user", "content": content}], **options)
+    done = openai.chat.completions.create(
+        model=openai.models.list().data[0].id,
+        max_completion_tokens=64,
+        messages=[{"role": "user", "content": content}],
+        **options,
+    )
     return (done.choices[0].message.content or "").lower()
 
 
@@ -95,8 +115,12 @@ def test_single_image(openai: OpenAI) -> None:
 
 
 def test_multi_image(openai: OpenAI) -> None:
-    said = ask(openai, "What are the animals in these images?", picture(("circle", "yellow", 160, 120), ground="black"),
-               picture(("square", "purple", 160, 120)))
+    said = ask(
+        openai,
+        "What are the animals in these images?",
+        picture(("circle", "yellow", 160, 120), ground="black"),
+        picture(("square", "purple", 160, 120)),
+    )
     assert said.index("yellow circle") < said.index("purple square")
 
 
@@ -111,9 +135,12 @@ def test_video(openai: OpenAI) -> None:
 
 
 def test_audio(openai: OpenAI) -> None:
-    sounds: dict[str, Sound] = {"three": make_beeps(random.Random(1), 3), "one": make_beeps(random.Random(2), 1),
-                                "rising": make_tone(random.Random(3), "rising"),
-                                "falling": make_tone(random.Random(4), "falling")}
+    sounds: dict[str, Sound] = {
+        "three": make_beeps(random.Random(1), 3),
+        "one": make_beeps(random.Random(2), 1),
+        "rising": make_tone(random.Random(3), "rising"),
+        "falling": make_tone(random.Random(4), "falling"),
+    }
     for word, sound in sounds.items():
         data = base64.b64encode(evaluation.wav(sound.samples)).decode()
         part = {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
@@ -124,8 +151,12 @@ def test_audio(openai: OpenAI) -> None:
 
 def test_the_answer_follows_the_conversation(openai: OpenAI) -> None:
     model = openai.models.list().data[0].id
-    messages: list[Any] = [{"role": "user", "content": [picture(("circle", "red", 160, 120)), {
-        "type": "text", "text": "What shape is it?"}]}]
+    messages: list[Any] = [
+        {
+            "role": "user",
+            "content": [picture(("circle", "red", 160, 120)), {"type": "text", "text": "What shape is it?"}],
+        }
+    ]
     for question, word in ((None, "circle"), ("What colour is it?", "red")):
         if question:
             messages.append({"role": "user", "content": question})
@@ -137,6 +168,7 @@ def test_the_answer_follows_the_conversation(openai: OpenAI) -> None:
 
 def test_source_of_examination_is_not_the_training(speech: Speech) -> None:
     """Other seeds give other pictures: nothing of the examination was seen."""
-    first, second = (dialogs.examination(Source(random.Random(seed), speech), "describe")
-                     for seed in ("1-0-0-image", "x"))
+    first, second = (
+        dialogs.examination(Source(random.Random(seed), speech), "describe") for seed in ("1-0-0-image", "x")
+    )
     assert first != second

@@ -29,7 +29,8 @@ def test_it_opens_like_any_checkpoint() -> None:
 
 def test_transformers_loads_every_tensor() -> None:
     _, info = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
-        DEMO, dtype=torch.float32, output_loading_info=True)
+        DEMO, dtype=torch.float32, output_loading_info=True
+    )
     assert not info["unexpected_keys"]
     assert set(info["missing_keys"]) <= {"lm_head.weight"}  # tied to the embeddings
 

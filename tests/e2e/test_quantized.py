@@ -27,9 +27,12 @@ SOURCE = Path(sensorium.__file__).parent
 MODES: dict[str, tuple[list[str], Quantization | None]] = {
     "auto": ([], None),
     "int8": (["--quantization", "int8"], Quantization(8)),
-    "int4": (["--quantization", "int4", "--quantization-group-size", "32", "--kv-cache-dtype", "int8"],
-             Quantization(4, 32)),
-    "gptq": (["--quantization", "gptq"], None)}
+    "int4": (
+        ["--quantization", "int4", "--quantization-group-size", "32", "--kv-cache-dtype", "int8"],
+        Quantization(4, 32),
+    ),
+    "gptq": (["--quantization", "gptq"], None),
+}
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +55,9 @@ def test_the_same_answers_without_the_native_build(tmp_path: Path, mode: str, pl
     if mode == "gptq":
         write_gptq(folder)
     model = load_model(open_checkpoint(folder), dtype=torch.bfloat16, device="cpu", quantization=quantization)
-    prompts = [prompt for prompt, _ in clear_answers(model, 3, 8, dtype=torch.bfloat16,
-                                                     int8_cache="--kv-cache-dtype" in flags)]
+    prompts = [
+        prompt for prompt, _ in clear_answers(model, 3, 8, dtype=torch.bfloat16, int8_cache="--kv-cache-dtype" in flags)
+    ]
     said, answers = [], []
     for environment in (None, plain_package):
         with live(tmp_path, str(folder), *flags, warm=False, environment=environment) as found:
@@ -66,7 +70,8 @@ def test_the_same_answers_without_the_native_build(tmp_path: Path, mode: str, pl
     for text, slow in zip(said, is_slow, strict=True):
         assert text.count("native kernels cannot be used") == slow
         assert text.count("quantised weights of bfloat16 on cpu are computed with torch alone") == (
-            slow and mode != "auto")
+            slow and mode != "auto"
+        )
 
 
 def size_of(log: str, what: str) -> tuple[float, str, int]:
@@ -79,12 +84,23 @@ def size_of(log: str, what: str) -> tuple[float, str, int]:
 def test_what_flags_save(tmp_path: Path) -> None:
     """A tower that is quantised too, and a cache whose blocks are bytes."""
     folder = tmp_path / "model"
-    make_qwen2_vl(folder, dtype="bfloat16", vision={"embed_dim": 128, "num_heads": 4},
-                  text={"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2,
-                        "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]}})
+    make_qwen2_vl(
+        folder,
+        dtype="bfloat16",
+        vision={"embed_dim": 128, "num_heads": 4},
+        text={
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_attention_heads": 2,
+            "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]},
+        },
+    )
     weights, tokens = [], []
-    for flags in ([], ["--quantization", "int8"],
-                  ["--quantization", "int8", "--quantize-towers", "--kv-cache-dtype", "int8"]):
+    for flags in (
+        [],
+        ["--quantization", "int8"],
+        ["--quantization", "int8", "--quantize-towers", "--kv-cache-dtype", "int8"],
+    ):
         with live(tmp_path, str(folder), *flags, kv_cache_memory="256KiB") as found:
             weights.append(size_of(found.server.text(), "weights"))
             tokens.append(size_of(found.server.text(), "KV cache")[2])
@@ -98,5 +114,9 @@ def test_a_method_that_the_checkpoint_does_not_have(tmp_path: Path) -> None:
     make_llama(tmp_path / "model")
     process = server.start(tmp_path / "log", str(tmp_path / "model"), "--quantization", "awq", "--port", "0")
     assert process.wait(60) == 2
-    assert (tmp_path / "log").read_text().splitlines()[-1].startswith(
-        "sensorium: --quantization awq: the checkpoint's weights are stored as plain numbers")
+    assert (
+        (tmp_path / "log")
+        .read_text()
+        .splitlines()[-1]
+        .startswith("sensorium: --quantization awq: the checkpoint's weights are stored as plain numbers")
+    )

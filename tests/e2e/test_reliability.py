@@ -47,16 +47,22 @@ def image_of(width: int = 84) -> dict[str, Any]:
 
 
 def body(place: int = 0, **fields: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": f"question {place} " * (place + 1)}], "temperature": 0,
+    return {
+        "messages": [{"role": "user", "content": f"question {place} " * (place + 1)}],
+        "temperature": 0,
         "max_tokens": 40,
-            "ignore_eos": True, **fields}
+        "ignore_eos": True,
+        **fields,
+    }
 
 
 def stream(server: Live, fields: dict[str, Any]) -> tuple[int, str]:
     """Status and whole text of a stream; a broken one ends where it broke."""
     text = ""
-    with httpx.Client(base_url=server.url, timeout=60) as http, http.stream(
-            "POST", CHAT, json={**fields, "stream": True}) as reply:
+    with (
+        httpx.Client(base_url=server.url, timeout=60) as http,
+        http.stream("POST", CHAT, json={**fields, "stream": True}) as reply,
+    ):
         for piece in reply.iter_text():
             text += piece
         return reply.status_code, text
@@ -131,13 +137,27 @@ def test_r3_numbers_that_are_none_stay_with_their_request(tmp_path: Path) -> Non
     name = next(name for name in tensors if name.endswith("embed_tokens.weight"))
     tensors[name][poison] = torch.nan
     checkpoints.write_weights(tmp_path / "model", tensors)
-    with live(tmp_path, str(tmp_path / "model"), "--dtype", "float32", "--no-enable-prefix-caching",
-              kv_cache_memory="64KiB", tracebacks=True) as server:
+    with live(
+        tmp_path,
+        str(tmp_path / "model"),
+        "--dtype",
+        "float32",
+        "--no-enable-prefix-caching",
+        kv_cache_memory="64KiB",
+        tracebacks=True,
+    ) as server:
 
         def ask(prompt: list[int]) -> httpx.Response:
-            return server.post("/v1/completions", {"prompt": prompt, "max_tokens": 20, "temperature": 0,
-                "ignore_eos": True,
-                                                   "logit_bias": {str(poison): -100}})
+            return server.post(
+                "/v1/completions",
+                {
+                    "prompt": prompt,
+                    "max_tokens": 20,
+                    "temperature": 0,
+                    "ignore_eos": True,
+                    "logit_bias": {str(poison): -100},
+                },
+            )
 
         good = [[70 + place] * (3 + 5 * place) for place in range(7)]
         alone = [ask(prompt).json()["choices"][0]["text"] for prompt in good]
@@ -177,8 +197,11 @@ def test_r4_a_killed_engine_comes_back(tmp_path: Path) -> None:
         server.engine_pid = engine_of(server.server.process.pid)
         server.rss_bytes = server.resident()
         server.check_unharmed()
-        assert not [pid for pid in family(server.server.process.pid)
-                    if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"]
+        assert not [
+            pid
+            for pid in family(server.server.process.pid)
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        ]
 
 
 def test_an_engine_that_keeps_dying_ends_the_server(tmp_path: Path) -> None:
@@ -248,7 +271,9 @@ def start_request(server: Live, fields: dict[str, Any], path: str = CHAT) -> soc
     connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
     connection.sendall(
         b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-                       % (path.encode(), len(data)) + data)
+        % (path.encode(), len(data))
+        + data
+    )
     return connection
 
 
@@ -266,8 +291,11 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
         yield found
 
 
-@pytest.mark.parametrize("fields", [LONG, {**LONG, "stream": True}, {**LONG, "n": 4}, {**LONG, "n": 4, "stream": True}],
-                         ids=["plain", "stream", "n", "n stream"])
+@pytest.mark.parametrize(
+    "fields",
+    [LONG, {**LONG, "stream": True}, {**LONG, "n": 4}, {**LONG, "n": 4, "stream": True}],
+    ids=["plain", "stream", "n", "n stream"],
+)
 @pytest.mark.parametrize("leave", [reset, socket.socket.close], ids=["reset", "close"])
 def test_r8_a_client_that_leaves(demo: Live, fields: dict[str, Any], leave: Any) -> None:
     running = fields.get("n", 1)
@@ -283,8 +311,9 @@ def test_r8_a_client_that_leaves_during_a_download(demo: Live) -> None:
     with socket.create_server(("127.0.0.1", 0)) as site:
         site.settimeout(20)
         url = f"http://127.0.0.1:{site.getsockname()[1]}/slow.png"
-        connection = start_request(demo, body(messages=[{"role": "user", "content": [
-            {"type": "image_url", "image_url": {"url": url}}]}]))
+        connection = start_request(
+            demo, body(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}])
+        )
         download, _ = site.accept()
         download.settimeout(20)
         assert download.recv(4096)
@@ -357,15 +386,18 @@ def test_r15_streams_longer_than_the_drain(tmp_path: Path) -> None:
 def test_r18_stop_strings_at_every_boundary(demo: Live) -> None:
     """Every piece of an answer as stop string: what comes before it is all that is said, streamed or not."""
     whole = answers(demo)
-    pieces = {whole[start:start + length] for start in range(0, len(whole), 3) for length in (1, 2, 5, 9)} - {""}
+    pieces = {whole[start : start + length] for start in range(0, len(whole), 3) for length in (1, 2, 5, 9)} - {""}
     for piece in sorted(pieces)[:60]:
         if "\ufffd" in piece or len(piece.encode()) > 256:
             continue
         for extra in ({}, {"include_stop_str_in_output": True}):
             end = whole.index(piece) + (len(piece) if extra else 0)
             found = demo.post(CHAT, body(stop=piece, **extra)).json()["choices"][0]
-            assert (found["message"]["content"], found["finish_reason"], found["stop_reason"]) == (whole[:end], "stop",
-                piece)
+            assert (found["message"]["content"], found["finish_reason"], found["stop_reason"]) == (
+                whole[:end],
+                "stop",
+                piece,
+            )
             streamed = events(demo.post(CHAT, body(stop=[piece, "\0never"], stream=True, **extra)).text)
             assert text_of(streamed) == whole[:end]
     demo.check_unharmed()

@@ -50,12 +50,21 @@ class Row:
 
 def make_classifier(path: Path) -> None:
     """Qwen2 with a head of two classes, as jason9693/Qwen2.5-1.5B-apeach is."""
-    ids = checkpoints.write_tokenizer(path, "hub", checkpoints.CHATML_SPECIALS, checkpoints.CHATML_TEMPLATE,
-                                      eos="<|endoftext|>")
+    ids = checkpoints.write_tokenizer(
+        path, "hub", checkpoints.CHATML_SPECIALS, checkpoints.CHATML_TEMPLATE, eos="<|endoftext|>"
+    )
     config = Qwen2Config(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
-        vocab_size=512, max_position_embeddings=512, pad_token_id=ids["<|endoftext|>"],
-        id2label={0: "Default", 1: "Spoiled"}, label2id={"Default": 0, "Spoiled": 1})
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        vocab_size=512,
+        max_position_embeddings=512,
+        pad_token_id=ids["<|endoftext|>"],
+        id2label={0: "Default", 1: "Spoiled"},
+        label2id={"Default": 0, "Spoiled": 1},
+    )
     Qwen2ForSequenceClassification(config).save_pretrained(path)
 
 
@@ -66,24 +75,56 @@ def make_dse(path: Path) -> None:
 
 PICTURE, PICTURES = ("one_picture.py", "{web}/duck.jpg"), ("several_pictures.py", "{web}/duck.jpg", "{web}/lion.png")
 ROWS = (
-    Row("llava-1.5-7b-hf", partial(checkpoints.make_llava, **LONG), ("--chat-template", "template_llava.jinja"),
-        (("chat_text.py",), PICTURE, ("one_picture.py", "{files}/duck.jpg"))),
-    Row("llava-v1.6-34b-hf", partial(checkpoints.make_llava_next, **LONG), ("--served-model-name", "llava-v1.6-34b"),
+    Row(
+        "llava-1.5-7b-hf",
+        partial(checkpoints.make_llava, **LONG),
+        ("--chat-template", "template_llava.jinja"),
+        (("chat_text.py",), PICTURE, ("one_picture.py", "{files}/duck.jpg")),
+    ),
+    Row(
+        "llava-v1.6-34b-hf",
+        partial(checkpoints.make_llava_next, **LONG),
+        ("--served-model-name", "llava-v1.6-34b"),
         (("streaming.py", "--picture", "{files}/lion.png", "--question", "Describe the image to me"),),
-        prefix="/api/v1"),
-    Row("VLM2Vec-Full", checkpoints.make_phi3_v, ("--limit-mm-per-prompt", "image=2", "--max-model-len", "1024"),
-        (PICTURES, ("embeddings.py", "--kind", "vlm2vec", "--picture", "{web}/duck.jpg"))),
-    Row("dse-qwen2-2b-mrl-v1", make_dse, ("--matryoshka-dimensions", "0"),
-        (("one_video.py", "{web}/fun.mp4"), ("one_video.py", "{files}/fun.mp4"),
-         ("embeddings.py", "--kind", "dse", "--picture", "{web}/duck.jpg"))),
-    Row("Minicpmv2_6", checkpoints.make_minicpmv, ("--dtype", "auto", "--max_model_len", "2048", "--api-key", KEY,
-                                                   "--gpu_memory_utilization", "1"),
-        ((*PICTURE, "--question", "请描述这张图片", "--stop-token-ids", "<|im_end|>", "<|endoftext|>"),
-         ("one_picture.py", "{files}/lion.png", "--stop-token-ids", "<|im_end|>", "<|endoftext|>"))),
-    Row("ultravox-v0_5-llama-3_2-1b", checkpoints.make_ultravox, ("--text-model", "{model}/language"),
-        (("one_sound.py", "{files}/call.wav"), ("one_sound.py", "{web}/call.ogg"),
-         ("one_sound.py", "{files}/call.ogg", "--as-url"), ("transcribe.py", "{files}/call.wav"),
-         ("transcribe.py", "{files}/call.ogg", "--translate"))),
+        prefix="/api/v1",
+    ),
+    Row(
+        "VLM2Vec-Full",
+        checkpoints.make_phi3_v,
+        ("--limit-mm-per-prompt", "image=2", "--max-model-len", "1024"),
+        (PICTURES, ("embeddings.py", "--kind", "vlm2vec", "--picture", "{web}/duck.jpg")),
+    ),
+    Row(
+        "dse-qwen2-2b-mrl-v1",
+        make_dse,
+        ("--matryoshka-dimensions", "0"),
+        (
+            ("one_video.py", "{web}/fun.mp4"),
+            ("one_video.py", "{files}/fun.mp4"),
+            ("embeddings.py", "--kind", "dse", "--picture", "{web}/duck.jpg"),
+        ),
+    ),
+    Row(
+        "Minicpmv2_6",
+        checkpoints.make_minicpmv,
+        ("--dtype", "auto", "--max_model_len", "2048", "--api-key", KEY, "--gpu_memory_utilization", "1"),
+        (
+            (*PICTURE, "--question", "请描述这张图片", "--stop-token-ids", "<|im_end|>", "<|endoftext|>"),
+            ("one_picture.py", "{files}/lion.png", "--stop-token-ids", "<|im_end|>", "<|endoftext|>"),
+        ),
+    ),
+    Row(
+        "ultravox-v0_5-llama-3_2-1b",
+        checkpoints.make_ultravox,
+        ("--text-model", "{model}/language"),
+        (
+            ("one_sound.py", "{files}/call.wav"),
+            ("one_sound.py", "{web}/call.ogg"),
+            ("one_sound.py", "{files}/call.ogg", "--as-url"),
+            ("transcribe.py", "{files}/call.wav"),
+            ("transcribe.py", "{files}/call.ogg", "--translate"),
+        ),
+    ),
     Row("Qwen2.5-1.5B-apeach", make_classifier, ("--task", "classify"), (("pooling.py",),)),
 )
 
@@ -142,12 +183,18 @@ def running(row: Row, folder: Path) -> Iterator[Running]:
         assert "Traceback" not in found.text(), found.text()
 
 
-def run_example(served: Running, argv: tuple[str, ...], capsys: pytest.CaptureFixture[str],
-                monkeypatch: pytest.MonkeyPatch, **places: Any) -> str:
+def run_example(
+    served: Running,
+    argv: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    **places: Any,
+) -> str:
     """An example as its users start it, in this process."""
     words = [served.token(word.format(**places)) for word in argv]
-    monkeypatch.setattr(sys, "argv", [*words, "--base-url", served.url + served.row.prefix, "--api-key", KEY,
-                                      "--max-tokens", "8"])
+    monkeypatch.setattr(
+        sys, "argv", [*words, "--base-url", served.url + served.row.prefix, "--api-key", KEY, "--max-tokens", "8"]
+    )
     monkeypatch.syspath_prepend(str(EXAMPLES))
     runpy.run_path(str(EXAMPLES / words[0]), run_name="__main__")
     return capsys.readouterr().out
@@ -155,8 +202,8 @@ def run_example(served: Running, argv: tuple[str, ...], capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_examples_run_against_the_model_of_their_tutorial(
-        row: Row, files: Path, web: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-        monkeypatch: pytest.MonkeyPatch) -> None:
+    row: Row, files: Path, web: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with running(row, tmp_path) as served:
         for argv in row.runs:
             said = run_example(served, argv, capsys, monkeypatch, files=files, web=web)
@@ -173,8 +220,10 @@ def test_examples_run_against_the_model_of_their_tutorial(
 
 def check_dse(served: Running, web: str) -> None:
     """The embedding is that of the template's last token; chats have another template; fewer dimensions on demand."""
-    content = [{"type": "image_url", "image_url": {"url": f"{web}/lion.png"}},
-               {"type": "text", "text": "What is shown in this image?"}]
+    content = [
+        {"type": "image_url", "image_url": {"url": f"{web}/lion.png"}},
+        {"type": "text", "text": "What is shown in this image?"},
+    ]
     messages = [{"role": "user", "content": content}]
     whole = served.post("/v1/embeddings", messages=messages)
     some = served.post("/v1/embeddings", messages=messages, dimensions=16)["data"][0]["embedding"]
@@ -185,10 +234,11 @@ def check_dse(served: Running, web: str) -> None:
     texts = served.post("/v1/rerank", query="A lion", documents=["A cat", {"content": content}])
     assert {row["index"] for row in texts["results"]} == {0, 1}
     for path, body, param in (
-            ("/v1/embeddings", {"messages": [{"role": "user", "content": [ELSEWHERE]}]}, "messages[0].content[0]"),
-            ("/pooling", {"messages": [[{"role": "user", "content": [ELSEWHERE]}]]}, "messages[0][0].content[0]"),
-            ("/score", {"text_1": "a", "text_2": [{"content": [ELSEWHERE]}]}, "text_2[0].content[0]"),
-            ("/v2/rerank", {"query": {"content": [ELSEWHERE]}, "documents": ["a"]}, "query.content[0]")):
+        ("/v1/embeddings", {"messages": [{"role": "user", "content": [ELSEWHERE]}]}, "messages[0].content[0]"),
+        ("/pooling", {"messages": [[{"role": "user", "content": [ELSEWHERE]}]]}, "messages[0][0].content[0]"),
+        ("/score", {"text_1": "a", "text_2": [{"content": [ELSEWHERE]}]}, "text_2[0].content[0]"),
+        ("/v2/rerank", {"query": {"content": [ELSEWHERE]}, "documents": ["a"]}, "query.content[0]"),
+    ):
         refused = httpx.post(served.url + path, json=body)
         assert refused.json()["error"]["code"] == "invalid_image_url", refused.text
         assert refused.json()["error"]["param"] == f"{param}.image_url.url"
@@ -224,4 +274,7 @@ def check_vlm2vec(served: Running, web: str) -> None:
 
 CHECKS: dict[str, Callable[[Running, str], None]] = {
     "VLM2Vec-Full": check_vlm2vec,
-    "dse-qwen2-2b-mrl-v1": check_dse, "Qwen2.5-1.5B-apeach": check_classifier, "Minicpmv2_6": check_minicpm}
+    "dse-qwen2-2b-mrl-v1": check_dse,
+    "Qwen2.5-1.5B-apeach": check_classifier,
+    "Minicpmv2_6": check_minicpm,
+}

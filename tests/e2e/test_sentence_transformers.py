@@ -25,8 +25,9 @@ PROMPTS = {"query": "who wrote this : ", "document": "", "passage": "bread and f
 def saved(model: Path, folder: Path, mode: Any, *, include_prompt: bool) -> SentenceTransformer:
     transformer = Transformer(str(model), max_seq_length=48)
     pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode=mode, include_prompt=include_prompt)
-    made = SentenceTransformer(modules=[transformer, pooling], prompts=PROMPTS, default_prompt_name="query",
-                               device="cpu")
+    made = SentenceTransformer(
+        modules=[transformer, pooling], prompts=PROMPTS, default_prompt_name="query", device="cpu"
+    )
     made.save(str(folder))
     return SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
 

@@ -80,15 +80,23 @@ def content(chat: str, pictures: str) -> Any:
         "text": "What's the capital of France?",
         "one picture": [text("What's in this image?"), picture(f"{pictures}/duck.jpg")],
         "one picture inline": [text("请描述这张图片"), picture(inline())],
-        "two pictures": [text("What are the animals in these images?"), picture(f"{pictures}/duck.jpg"),
-                         picture(f"{pictures}/lion.png")],
+        "two pictures": [
+            text("What are the animals in these images?"),
+            picture(f"{pictures}/duck.jpg"),
+            picture(f"{pictures}/lion.png"),
+        ],
     }[chat]
 
 
 @pytest.mark.parametrize("chat", CHATS)
 def test_chats_of_the_tutorials(client: OpenAI, pictures: str, chat: str) -> None:
-    request = {"model": client.models.list().data[0].id, "max_completion_tokens": 16, "temperature": 0,
-               "messages": [{"role": "user", "content": content(chat, pictures)}], "extra_body": {"ignore_eos": True}}
+    request = {
+        "model": client.models.list().data[0].id,
+        "max_completion_tokens": 16,
+        "temperature": 0,
+        "messages": [{"role": "user", "content": content(chat, pictures)}],
+        "extra_body": {"ignore_eos": True},
+    }
     plain = client.chat.completions.create(**request)
     assert plain.choices[0].message.role == "assistant"
     assert plain.choices[0].finish_reason == "length"
@@ -102,8 +110,11 @@ def test_chats_of_the_tutorials(client: OpenAI, pictures: str, chat: str) -> Non
 
 def test_stop_token_ids_of_the_tutorials(client: OpenAI, pictures: str) -> None:
     completion = client.chat.completions.create(
-        model=client.models.list().data[0].id, messages=[{"role": "user", "content": content("one picture", pictures)}],
-        extra_body={"stop_token_ids": [5, 6]}, max_tokens=8)
+        model=client.models.list().data[0].id,
+        messages=[{"role": "user", "content": content("one picture", pictures)}],
+        extra_body={"stop_token_ids": [5, 6]},
+        max_tokens=8,
+    )
     assert completion.choices[0].finish_reason in ("stop", "length")
 
 
@@ -111,8 +122,12 @@ def test_old_prefix_serves_too(demo: server.Server, client: OpenAI) -> None:
     other = OpenAI(base_url=f"{demo.url}/api/v1", api_key="dummy_key", max_retries=0)
     model = other.models.list().data[0].id
     stream = other.chat.completions.create(
-        model=model, messages=[{"role": "user", "content": [text("Describe the image to me"), picture(inline())]}],
-        max_tokens=8, stream=True, extra_body={"ignore_eos": True})
+        model=model,
+        messages=[{"role": "user", "content": [text("Describe the image to me"), picture(inline())]}],
+        max_tokens=8,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
 
 
@@ -132,8 +147,12 @@ def test_many_at_once_answer_as_one_by_one(client: OpenAI, pictures: str) -> Non
 
     def ask(chat: str, results: list[str], place: int) -> None:
         completion = client.chat.completions.create(
-            model=model, messages=[{"role": "user", "content": content(chat, pictures)}], max_tokens=12,
-            temperature=0, extra_body={"ignore_eos": True})
+            model=model,
+            messages=[{"role": "user", "content": content(chat, pictures)}],
+            max_tokens=12,
+            temperature=0,
+            extra_body={"ignore_eos": True},
+        )
         results[place] = completion.choices[0].message.content or ""
 
     alone, together = [""] * len(CHATS), [""] * len(CHATS)
@@ -164,14 +183,26 @@ def test_the_engine_is_one_more_process_and_torch_stays_in_it(demo: server.Serve
     assert demo.process.pid not in with_torch
 
 
-@pytest.mark.parametrize("argv", [
-    ["chat_text.py"], ["one_picture.py", "{pictures}/duck.jpg"],
-    ["several_pictures.py", "{pictures}/duck.jpg", "{pictures}/lion.png"], ["streaming.py"]], ids=lambda argv: argv[0])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["chat_text.py"],
+        ["one_picture.py", "{pictures}/duck.jpg"],
+        ["several_pictures.py", "{pictures}/duck.jpg", "{pictures}/lion.png"],
+        ["streaming.py"],
+    ],
+    ids=lambda argv: argv[0],
+)
 def test_examples_run(demo: server.Server, pictures: str, argv: list[str]) -> None:
     words = [word.format(pictures=pictures) for word in argv]
     prefix = "/api/v1" if argv[0] == "streaming.py" else "/v1"
-    done = subprocess.run([sys.executable, *words, "--base-url", demo.url + prefix, "--max-tokens", "8"],
-                          cwd=ROOT / "examples", capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, *words, "--base-url", demo.url + prefix, "--max-tokens", "8"],
+        cwd=ROOT / "examples",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 
@@ -179,17 +210,43 @@ def test_examples_run(demo: server.Server, pictures: str, argv: list[str]) -> No
 def test_chat_command(demo: server.Server, tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), "blue").save(tmp_path / "blue.png")
     typed = f"hello\n/image {tmp_path / 'blue.png'}\nwhat is it?\n/image nowhere.png\n/clear\n/help\n/quit\n"
-    done = subprocess.run([sys.executable, "-m", "sensorium", "chat", "--base-url", demo.url, "--max-tokens", "8"],
-                          input=typed, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "sensorium", "chat", "--base-url", demo.url, "--max-tokens", "8"],
+        input=typed,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert "attached" in done.stdout
     assert "cannot read it" in done.stdout
 
 
 def test_bench_command(demo: server.Server) -> None:
-    done = subprocess.run([sys.executable, "-m", "sensorium", "bench", "serve", "--base-url", demo.url, "--requests",
-                           "4", "--concurrency", "2", "--output-tokens", "8", "--kind", "image", "--image-size", "56"],
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "sensorium",
+            "bench",
+            "serve",
+            "--base-url",
+            demo.url,
+            "--requests",
+            "4",
+            "--concurrency",
+            "2",
+            "--output-tokens",
+            "8",
+            "--kind",
+            "image",
+            "--image-size",
+            "56",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "32 output tokens" in done.stdout
 
@@ -208,15 +265,19 @@ def refused(folder: Path, *argv: str) -> str:
     return last
 
 
-@pytest.mark.parametrize(("argv", "words"), [
-    (["./nowhere"], "nowhere"),
-    (["{demo}", "--task", "classify"], "classify"),
-    (["{demo}", "--chat-template", "{{{{ unclosed"], "chat template"),
-    (["{demo}", "--allowed-local-media-path", "./nowhere"], "nowhere"),
-    (["{demo}", "--mm-processor-kwargs", '{{"wrong": 1}}'], "wrong"),
-    (["{demo}", "--kv-cache-memory", "1KiB"], "KV cache"),
-    (["{demo}", "--max-model-len", "100000"], "32768"),
-    (["{empty}"], "config.json")])
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["./nowhere"], "nowhere"),
+        (["{demo}", "--task", "classify"], "classify"),
+        (["{demo}", "--chat-template", "{{{{ unclosed"], "chat template"),
+        (["{demo}", "--allowed-local-media-path", "./nowhere"], "nowhere"),
+        (["{demo}", "--mm-processor-kwargs", '{{"wrong": 1}}'], "wrong"),
+        (["{demo}", "--kv-cache-memory", "1KiB"], "KV cache"),
+        (["{demo}", "--max-model-len", "100000"], "32768"),
+        (["{empty}"], "config.json"),
+    ],
+)
 def test_a_start_that_cannot_work_is_one_line(tmp_path: Path, argv: list[str], words: str) -> None:
     (tmp_path / "empty").mkdir()
     places = {"demo": ROOT / "src" / "sensorium" / "demo", "empty": tmp_path / "empty"}
@@ -259,9 +320,24 @@ def test_a_signal_while_loading_ends_it(tmp_path: Path) -> None:
 
 def test_a_pasted_command_means_what_it_meant(tmp_path: Path) -> None:
     with server.running(
-            tmp_path, "--dtype", "float", "--tensor-parallel-size", "1", "--enforce-eager", "-O3", "--swap-space", "4",
-            "--hf-overrides", '{"max_position_embeddings": 640}', "--override-generation-config", '{"temperature": 0}',
-            "--media-io-kwargs", '{"video": {"num_frames": 4}}', "--runner", "generate") as found:
+        tmp_path,
+        "--dtype",
+        "float",
+        "--tensor-parallel-size",
+        "1",
+        "--enforce-eager",
+        "-O3",
+        "--swap-space",
+        "4",
+        "--hf-overrides",
+        '{"max_position_embeddings": 640}',
+        "--override-generation-config",
+        '{"temperature": 0}',
+        "--media-io-kwargs",
+        '{"video": {"num_frames": 4}}',
+        "--runner",
+        "generate",
+    ) as found:
         log = found.text()
         for flag in ("--tensor-parallel-size", "--enforce-eager", "-O", "--swap-space"):
             assert f"{flag} changes nothing here" in log
@@ -276,6 +352,8 @@ def test_a_pasted_command_means_what_it_meant(tmp_path: Path) -> None:
 
 
 def test_a_thread_that_never_ends_does_not_keep_the_process() -> None:
-    code = ("import threading, time\nfrom sensorium.cli.serve import end_without_threads\n"
-            "threading.Thread(target=time.sleep, args=(600,)).start()\nend_without_threads(3, 0.2)")
+    code = (
+        "import threading, time\nfrom sensorium.cli.serve import end_without_threads\n"
+        "threading.Thread(target=time.sleep, args=(600,)).start()\nend_without_threads(3, 0.2)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 3

@@ -47,27 +47,41 @@ def client(served: server.Server) -> Iterator[OpenAI]:
 
 def ask(client: OpenAI, *parts: dict[str, Any], **options: Any) -> Any:
     return client.chat.completions.create(
-        model=client.models.list().data[0].id, messages=[{"role": "user", "content": list(parts)}],
-        **{"max_tokens": 8, "temperature": 0, "extra_body": {"ignore_eos": True}, **options})
+        model=client.models.list().data[0].id,
+        messages=[{"role": "user", "content": list(parts)}],
+        **{"max_tokens": 8, "temperature": 0, "extra_body": {"ignore_eos": True}, **options},
+    )
 
 
 def url(path: Path) -> str:
     return f"data:;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
-@pytest.mark.parametrize("argv", [
-    ["one_video.py", "clip.mp4", "--fps", "1"], ["one_sound.py", "tone.wav"],
-    ["everything.py", "--picture", "noise.png", "--video", "clip.mp4", "--sound", "tone.wav"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["one_video.py", "clip.mp4", "--fps", "1"],
+        ["one_sound.py", "tone.wav"],
+        ["everything.py", "--picture", "noise.png", "--video", "clip.mp4", "--sound", "tone.wav"],
+    ],
+    ids=" ".join,
+)
 def test_examples(served: server.Server, files: Path, argv: list[str]) -> None:
     words = [str(files / word) if (files / word).is_file() else word for word in argv]
-    done = subprocess.run([sys.executable, *words, "--base-url", f"{served.url}/v1", "--max-tokens", "8"],
-                          cwd=ROOT / "examples", capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, *words, "--base-url", f"{served.url}/v1", "--max-tokens", "8"],
+        cwd=ROOT / "examples",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 
 
 def test_tokens_of_sampled_frames_and_seconds(client: OpenAI, files: Path) -> None:
     """Three seconds at two frames a second are three pairs of four rows; a second of sound is 25 rows."""
+
     def prompt_tokens(*parts: dict[str, Any], **extra: Any) -> int:
         return int(ask(client, *parts, extra_body={"ignore_eos": True, **extra}).usage.prompt_tokens)
 
@@ -80,9 +94,11 @@ def test_tokens_of_sampled_frames_and_seconds(client: OpenAI, files: Path) -> No
 
 
 def test_all_kinds_together_answer_as_alone_again(client: OpenAI, files: Path) -> None:
-    parts = [{"type": "image_url", "image_url": {"url": url(files / "noise.png")}},
-             {"type": "video_url", "video_url": {"url": url(files / "clip.webm")}},
-             {"type": "audio_url", "audio_url": {"url": url(files / "tone.wav")}}]
+    parts = [
+        {"type": "image_url", "image_url": {"url": url(files / "noise.png")}},
+        {"type": "video_url", "video_url": {"url": url(files / "clip.webm")}},
+        {"type": "audio_url", "audio_url": {"url": url(files / "tone.wav")}},
+    ]
     first = ask(client, *parts)
     again = ask(client, *parts)
     assert first.choices[0].message.content == again.choices[0].message.content

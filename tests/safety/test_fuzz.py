@@ -14,22 +14,66 @@ CHAT, COMPLETIONS, TOKENIZE, DETOKENIZE = "/v1/chat/completions", "/v1/completio
 TINY = 5e-324
 # Values at the borders of what is allowed.
 FIELDS: dict[str, list[Any]] = {
-    "temperature": [None, 0, TINY, 1e-9, 0.01, 0.7, 1, 2, 2.0], "top_p": [None, TINY, 1e-9, 0.5, 1, 1.0],
+    "temperature": [None, 0, TINY, 1e-9, 0.01, 0.7, 1, 2, 2.0],
+    "top_p": [None, TINY, 1e-9, 0.5, 1, 1.0],
     "top_k": [None, -1, 0, 1, 5, 2**31 - 1],
-    "min_p": [None, 0, TINY, 0.1, 1, 1.0], "presence_penalty": [None, -2, 0, 2.0],
+    "min_p": [None, 0, TINY, 0.1, 1, 1.0],
+    "presence_penalty": [None, -2, 0, 2.0],
     "frequency_penalty": [None, -2.0, TINY, 2],
-    "repetition_penalty": [None, TINY, 1e-30, 0.5, 1, 1.3, 100], "seed": [0, 1, 2**63 - 1, -(2**63), 12345],
+    "repetition_penalty": [None, TINY, 1e-30, 0.5, 1, 1.3, 100],
+    "seed": [0, 1, 2**63 - 1, -(2**63), 12345],
     "n": [None, 1, 2, 3],
-    "stop": [None, [], "a", ["e", "the"], ["\n"], "\ufffd"], "stop_token_ids": [None, [], [0], [5, 6, 1407]],
-    "include_stop_str_in_output": [None, True, False], "ignore_eos": [None, True, False], "min_tokens": [None, 0, 1, 6],
-    "logit_bias": [None, {}, {"5": -100, "6": 100}, {str(token): -100 for token in range(300)}, {"1400": 100},
-                   {"1406": 100.0}],
-    "skip_special_tokens": [None, True, False], "max_tokens": [6, 7, 12], "echo": [None, False, True],
+    "stop": [None, [], "a", ["e", "the"], ["\n"], "\ufffd"],
+    "stop_token_ids": [None, [], [0], [5, 6, 1407]],
+    "include_stop_str_in_output": [None, True, False],
+    "ignore_eos": [None, True, False],
+    "min_tokens": [None, 0, 1, 6],
+    "logit_bias": [
+        None,
+        {},
+        {"5": -100, "6": 100},
+        {str(token): -100 for token in range(300)},
+        {"1400": 100},
+        {"1406": 100.0},
+    ],
+    "skip_special_tokens": [None, True, False],
+    "max_tokens": [6, 7, 12],
+    "echo": [None, False, True],
     "user": [None, "me"],
-    "add_special_tokens": [None, True, False], "priority": [None, 0, -5, 2**31 - 1], "cache_salt": [None, "", "salt"]}
-STRANGE: list[Any] = [None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, -(2**70), 0.5, -0.0, 1e308, "", "x", "1", "\0",
-                      "é" * 300, [], [[]],
-                      [None], [1], ["a"], {}, {"a": 1}, {"": None}, [{"a": []}], [[[[[[]]]]]]]
+    "add_special_tokens": [None, True, False],
+    "priority": [None, 0, -5, 2**31 - 1],
+    "cache_salt": [None, "", "salt"],
+}
+STRANGE: list[Any] = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2**31,
+    2**63,
+    2**64,
+    -(2**70),
+    0.5,
+    -0.0,
+    1e308,
+    "",
+    "x",
+    "1",
+    "\0",
+    "é" * 300,
+    [],
+    [[]],
+    [None],
+    [1],
+    ["a"],
+    {},
+    {"a": 1},
+    {"": None},
+    [{"a": []}],
+    [[[[[[]]]]]],
+]
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +100,10 @@ def body_of(draw: random.Random, path: str) -> dict[str, Any]:
 
 def said(reply: dict[str, Any]) -> dict[int, tuple[str, str]]:
     """(text, finish reason) of every choice of a whole answer."""
-    return {choice["index"]: (choice["text"] if "text" in choice else choice["message"]["content"],
-                              choice["finish_reason"])
-            for choice in reply["choices"]}
+    return {
+        choice["index"]: (choice["text"] if "text" in choice else choice["message"]["content"], choice["finish_reason"])
+        for choice in reply["choices"]
+    }
 
 
 def said_in_stream(text: str) -> dict[int, tuple[str, str]]:
@@ -88,14 +133,37 @@ def test_r12_sampling_fields_in_all_company(demo: Live, path: str) -> None:
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS, TOKENIZE, DETOKENIZE])
 def test_wrong_values_anywhere(demo: Live, path: str) -> None:
     draw = random.Random(path + "!")
-    names = [*FIELDS, "messages", "prompt", "tokens", "model", "logprobs", "top_logprobs", "stream", "stream_options",
-             "best_of", "tools",
-             "chat_template_kwargs", "mm_processor_kwargs", "response_format", "add_generation_prompt",
-             "continue_final_message",
-             "return_token_strs", "prompt_logprobs", "modalities", "nothing", "suffix"]
+    names = [
+        *FIELDS,
+        "messages",
+        "prompt",
+        "tokens",
+        "model",
+        "logprobs",
+        "top_logprobs",
+        "stream",
+        "stream_options",
+        "best_of",
+        "tools",
+        "chat_template_kwargs",
+        "mm_processor_kwargs",
+        "response_format",
+        "add_generation_prompt",
+        "continue_final_message",
+        "return_token_strs",
+        "prompt_logprobs",
+        "modalities",
+        "nothing",
+        "suffix",
+    ]
     for _ in range(250):
-        fields = body_of(draw, path) if path in (CHAT, COMPLETIONS) else {"prompt": "a"} if path == TOKENIZE else {
-            "tokens": [1]}
+        fields = (
+            body_of(draw, path)
+            if path in (CHAT, COMPLETIONS)
+            else {"prompt": "a"}
+            if path == TOKENIZE
+            else {"tokens": [1]}
+        )
         for _ in range(draw.randrange(1, 3)):
             fields[draw.choice(names)] = draw.choice(STRANGE)
         reply = demo.post(path, json.dumps(fields).encode())
@@ -108,8 +176,10 @@ def test_wrong_values_anywhere(demo: Live, path: str) -> None:
 def test_wrong_values_in_messages(demo: Live) -> None:
     draw = random.Random(3)
     for _ in range(300):
-        part: dict[str, Any] = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA",
-                                                                   "detail": "low"}}
+        part: dict[str, Any] = {
+            "type": "image_url",
+            "image_url": {"url": "data:image/png;base64,AAAA", "detail": "low"},
+        }
         message: dict[str, Any] = {"role": "user", "content": [{"type": "text", "text": "x"}, part]}
         place = draw.choice([message, part, part["image_url"], message["content"][0]])
         place[draw.choice([*place, "type", "name", "extra"])] = draw.choice(STRANGE)
@@ -128,7 +198,7 @@ def test_bytes_turned_over(demo: Live) -> None:
         broken = bytearray(whole)
         for _ in range(draw.randrange(1, 4)):
             broken[draw.randrange(len(broken))] = draw.randrange(256)
-        reply = demo.post(CHAT, bytes(broken[:draw.choice([len(broken), draw.randrange(len(broken))])]))
+        reply = demo.post(CHAT, bytes(broken[: draw.choice([len(broken), draw.randrange(len(broken))])]))
         if reply.status_code != 200:
             check_error(reply, status=(400, 404))
     demo.check_unharmed()

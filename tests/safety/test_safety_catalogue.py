@@ -58,8 +58,11 @@ def image(url: Any) -> dict[str, Any]:
 def body_of(route: str, content: Any) -> dict[str, Any]:
     """A request with this content for any route that takes messages."""
     messages = [{"role": "user", "content": content}]
-    return {"messages": messages} if route == TOKENIZE else {
-        "messages": messages, "max_tokens": 2, "temperature": 0, "ignore_eos": True}
+    return (
+        {"messages": messages}
+        if route == TOKENIZE
+        else {"messages": messages, "max_tokens": 2, "temperature": 0, "ignore_eos": True}
+    )
 
 
 def data_url(payload: bytes, kind: str = "image/png") -> str:
@@ -73,27 +76,56 @@ URL_PARAM = "messages[0].content[0].image_url.url"
 # Outbound and files
 
 
-SPECIAL_HOSTS = ("127.0.0.1", "localhost", "0.0.0.0", "2130706433", "0x7f.1", "127.1", "[::1]", "[::ffff:127.0.0.1]",
-                 "[64:ff9b::7f00:1]", "[2002:7f00:1::]", "017700000001", "LOCALHOST", "127.0.0.1.")
+SPECIAL_HOSTS = (
+    "127.0.0.1",
+    "localhost",
+    "0.0.0.0",
+    "2130706433",
+    "0x7f.1",
+    "127.1",
+    "[::1]",
+    "[::ffff:127.0.0.1]",
+    "[64:ff9b::7f00:1]",
+    "[2002:7f00:1::]",
+    "017700000001",
+    "LOCALHOST",
+    "127.0.0.1.",
+)
 
 
 @pytest.mark.parametrize("route", MEDIA_ROUTES)
 def test_s1_s5_s6_nobody_is_called(demo: Live, route: str) -> None:
     canary = Canary()
     port = canary.port
-    urls = [f"http://{host}:{port}/a.png" for host in SPECIAL_HOSTS] + [f"http://{host}/a.png"
-        for host in SPECIAL_HOSTS]
+    urls = [f"http://{host}:{port}/a.png" for host in SPECIAL_HOSTS] + [
+        f"http://{host}/a.png" for host in SPECIAL_HOSTS
+    ]
     urls += [
-        f"http://good.example\\@127.0.0.1:{port}/", f"http://good.example#@127.0.0.1:{port}/",
-        f"http://u:p@127.0.0.1:{port}/", f"http://127.0.0.1%00.good.example:{port}/", f"http:/\\127.0.0.1:{port}",
-        f"http://127.0.0.1\t:{port}/", f"http://127.0.0.1:{port}\n/", f"http://\n127.0.0.1:{port}/",
+        f"http://good.example\\@127.0.0.1:{port}/",
+        f"http://good.example#@127.0.0.1:{port}/",
+        f"http://u:p@127.0.0.1:{port}/",
+        f"http://127.0.0.1%00.good.example:{port}/",
+        f"http:/\\127.0.0.1:{port}",
+        f"http://127.0.0.1\t:{port}/",
+        f"http://127.0.0.1:{port}\n/",
+        f"http://\n127.0.0.1:{port}/",
         f"//127.0.0.1:{port}/",
-        f"HTTP://127.0.0.1:{port}/", f" http://127.0.0.1:{port}/", f"ftp://127.0.0.1:{port}/",
+        f"HTTP://127.0.0.1:{port}/",
+        f" http://127.0.0.1:{port}/",
+        f"ftp://127.0.0.1:{port}/",
         f"gopher://127.0.0.1:{port}/",
-        f"http://127.0.0.1:{port}:80/", f"http://[::1%25lo]:{port}/", f"http://[::1:{port}/",
+        f"http://127.0.0.1:{port}:80/",
+        f"http://[::1%25lo]:{port}/",
+        f"http://[::1:{port}/",
         f"http://１２７.0.0.1:{port}/",
-        f"http://①②⑦.0.0.1:{port}/", "http://", "http:///", "http://:80/", "http://a:99999/", "http://a:-1/",
-        "http://%/"]
+        f"http://①②⑦.0.0.1:{port}/",
+        "http://",
+        "http:///",
+        "http://:80/",
+        "http://a:99999/",
+        "http://a:-1/",
+        "http://%/",
+    ]
     texts = set()
     for url in urls:
         error = check_error(demo.post(route, body_of(route, [image(url)])), code="invalid_image_url", param=URL_PARAM)
@@ -104,9 +136,19 @@ def test_s1_s5_s6_nobody_is_called(demo: Live, route: str) -> None:
 
 
 def test_s2_private_networks_sound_the_same(demo: Live) -> None:
-    replies = [demo.chat([image(url)]) for url in (
-        "http://169.254.169.254/latest/meta-data/", "http://100.100.100.200/", "http://10.0.0.1/", "http://[fd00::1]/",
-        "http://192.168.0.1/", "http://172.16.0.1/", "http://[fe80::1]/", "http://224.0.0.1/")]
+    replies = [
+        demo.chat([image(url)])
+        for url in (
+            "http://169.254.169.254/latest/meta-data/",
+            "http://100.100.100.200/",
+            "http://10.0.0.1/",
+            "http://[fd00::1]/",
+            "http://192.168.0.1/",
+            "http://172.16.0.1/",
+            "http://[fe80::1]/",
+            "http://224.0.0.1/",
+        )
+    ]
     assert len({check_error(reply, code="invalid_image_url", param=URL_PARAM)["message"] for reply in replies}) == 1
     assert max(reply.elapsed.total_seconds() for reply in replies) < 3
 
@@ -235,10 +277,19 @@ def fetching(tmp_path_factory: pytest.TempPathFactory, site: tuple[Site, Canary]
     (root / "link.png").symlink_to(folder / "secret.png")
     (root / "up").symlink_to(folder)
     os.mkfifo(root / "pipe.png")
-    with live(folder, "--allowed-media-domains", f"127.0.0.1:{site[0].server_port}", "--allowed-local-media-path",
+    with live(
+        folder,
+        "--allowed-media-domains",
+        f"127.0.0.1:{site[0].server_port}",
+        "--allowed-local-media-path",
         str(root),
-              "--fetch-timeout-s", "2", "--max-model-len", str(CONTEXT),
-              "--mm-processor-kwargs", '{"max_pixels": 1003520}') as found:
+        "--fetch-timeout-s",
+        "2",
+        "--max-model-len",
+        str(CONTEXT),
+        "--mm-processor-kwargs",
+        '{"max_pixels": 1003520}',
+    ) as found:
         found.fields = {"root": root, "base": f"http://127.0.0.1:{site[0].server_port}"}
         yield found
 
@@ -253,11 +304,21 @@ def test_s3_every_hop_is_checked(fetching: Live, site: tuple[Site, Canary]) -> N
     assert site[1].calls == 0
 
 
-@pytest.mark.parametrize(("path", "code"), [
-    ("huge", "image_file_too_large"), ("unsized", "image_file_too_large"), ("drip", "failed_to_download_image"),
-    ("never", "failed_to_download_image"), ("gzip", "failed_to_download_image"), ("loop", "failed_to_download_image"),
-    ("missing", "failed_to_download_image"), ("crlf", None), ("junk", "failed_to_download_image"),
-    ("html", "unsupported_image_media_type")])
+@pytest.mark.parametrize(
+    ("path", "code"),
+    [
+        ("huge", "image_file_too_large"),
+        ("unsized", "image_file_too_large"),
+        ("drip", "failed_to_download_image"),
+        ("never", "failed_to_download_image"),
+        ("gzip", "failed_to_download_image"),
+        ("loop", "failed_to_download_image"),
+        ("missing", "failed_to_download_image"),
+        ("crlf", None),
+        ("junk", "failed_to_download_image"),
+        ("html", "unsupported_image_media_type"),
+    ],
+)
 def test_s8_downloads_end(fetching: Live, path: str, code: str | None) -> None:
     Web.sent_bytes = 0
     begin = time.monotonic()
@@ -278,11 +339,23 @@ def test_s7_text_is_never_fetched(demo: Live) -> None:
     canary.close()
 
 
-@pytest.mark.parametrize("url", ["file:///etc/passwd", "/etc/passwd", "../../x.png", "FILE:///etc/passwd",
-    "file:etc/passwd",
-                                 "file://localhost/etc/passwd", "file://evil.example/etc/passwd",
-                                 "file:///proc/self/environ",
-                                 "a.png", "C:\\windows\\win.ini", "file:////etc/passwd", "file:///etc/passwd%00.png"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "file:///etc/passwd",
+        "/etc/passwd",
+        "../../x.png",
+        "FILE:///etc/passwd",
+        "file:etc/passwd",
+        "file://localhost/etc/passwd",
+        "file://evil.example/etc/passwd",
+        "file:///proc/self/environ",
+        "a.png",
+        "C:\\windows\\win.ini",
+        "file:////etc/passwd",
+        "file:///etc/passwd%00.png",
+    ],
+)
 def test_s9_no_file_is_read(demo: Live, url: str) -> None:
     check_error(demo.chat([image(url)]), code="invalid_image_url", param=URL_PARAM)
 
@@ -290,9 +363,21 @@ def test_s9_no_file_is_read(demo: Live, url: str) -> None:
 def test_s9_only_files_in_the_folder_are_read(fetching: Live) -> None:
     root: Path = fetching.fields["root"]
     assert fetching.chat([image(f"file://{root}/good.png")]).status_code == 200
-    for path in (f"{root}/../secret.png", f"{root}/below/../../secret.png", f"{root}/link.png", f"{root}/up/secret.png",
-                 f"{root}/pipe.png", "/proc/self/environ", str(root), f"{root}/below", f"{root}/none.png",
-                 f"{root}/%2e%2e/secret.png", f"{root}", "/etc/passwd", f"{root}/good.png%00"):
+    for path in (
+        f"{root}/../secret.png",
+        f"{root}/below/../../secret.png",
+        f"{root}/link.png",
+        f"{root}/up/secret.png",
+        f"{root}/pipe.png",
+        "/proc/self/environ",
+        str(root),
+        f"{root}/below",
+        f"{root}/none.png",
+        f"{root}/%2e%2e/secret.png",
+        f"{root}",
+        "/etc/passwd",
+        f"{root}/good.png%00",
+    ):
         check_error(fetching.chat([image(f"file://{path}")]), code="invalid_image_url", param=URL_PARAM)
 
 
@@ -311,8 +396,11 @@ def gif_bomb(frames: int) -> bytes:
 def png_with_bombs() -> bytes:
     """60 MiB of text and of colour profile in a few kilobytes."""
     packed = zlib.compress(bytes(60 * 2**20), 9)
-    extra = (pictures.chunk(b"iCCP", b"x\0\0" + packed) + pictures.chunk(b"zTXt", b"x\0\0" + packed)
-             + pictures.chunk(b"iTXt", b"x\0\1\0\0\0" + packed))
+    extra = (
+        pictures.chunk(b"iCCP", b"x\0\0" + packed)
+        + pictures.chunk(b"zTXt", b"x\0\0" + packed)
+        + pictures.chunk(b"iTXt", b"x\0\1\0\0\0" + packed)
+    )
     return pictures.png(56, 56, b"".join(b"\0" + bytes(168) for _ in range(56)), extra=extra)
 
 
@@ -320,34 +408,58 @@ OTHER_FORMATS = {
     "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%BeginBinary: -1\n" + b"x" * 1000,
     "psd": b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 3, 99, 99, 8, 3),
     "fits": gzip.compress(b"SIMPLE  =                    T"),
-    "tiff": b"II*\0" + bytes(1000), "icns": b"icns" + struct.pack(">I", 1000) + bytes(992),
+    "tiff": b"II*\0" + bytes(1000),
+    "icns": b"icns" + struct.pack(">I", 1000) + bytes(992),
     "wmf": b"\xd7\xcd\xc6\x9a" + bytes(100),
     "svg": b'<?xml version="1.0"?><!DOCTYPE svg [<!ENTITY x SYSTEM "file:///etc/passwd">]><svg>&x;</svg>',
-    "pdf": b"%PDF-1.7\n", "html": b"<html></html>", "elf": b"\x7fELF" + bytes(100),
+    "pdf": b"%PDF-1.7\n",
+    "html": b"<html></html>",
+    "elf": b"\x7fELF" + bytes(100),
     "jp2": b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(99),
-    "avif": b"\0\0\0\x1cftypavif" + bytes(99), "heic": b"\0\0\0\x1cftypheic" + bytes(99),
+    "avif": b"\0\0\0\x1cftypavif" + bytes(99),
+    "heic": b"\0\0\0\x1cftypheic" + bytes(99),
     "j2k": b"\xff\x4f\xff\x51" + bytes(99),
-    "mp4": b"\0\0\0\x1cftypisom" + bytes(99), "ico": b"\0\0\1\0\1\0" + bytes(99), "zip": b"PK\3\4" + bytes(99),
-    "pickle": b"\x80\x04cos\nsystem\n(S'true'\ntR.", "npy": b"\x93NUMPY\1\0" + bytes(99), "one byte": b"x",
-    "text": b"hello"}
+    "mp4": b"\0\0\0\x1cftypisom" + bytes(99),
+    "ico": b"\0\0\1\0\1\0" + bytes(99),
+    "zip": b"PK\3\4" + bytes(99),
+    "pickle": b"\x80\x04cos\nsystem\n(S'true'\ntR.",
+    "npy": b"\x93NUMPY\1\0" + bytes(99),
+    "one byte": b"x",
+    "text": b"hello",
+}
 
 
 @pytest.mark.parametrize("name", OTHER_FORMATS)
 def test_s16_s21_other_formats(demo: Live, name: str) -> None:
     for kind in ("image/png", "image/jpeg"):
-        check_error(demo.chat([image(data_url(OTHER_FORMATS[name], kind))]), code="unsupported_image_media_type",
-            param=URL_PARAM)
+        check_error(
+            demo.chat([image(data_url(OTHER_FORMATS[name], kind))]),
+            code="unsupported_image_media_type",
+            param=URL_PARAM,
+        )
 
 
-@pytest.mark.parametrize(("width", "height", "code"), [
-    (20000, 20000, "image_too_large"), (16384, 16384, "image_too_large"), (8000, 5001, "image_too_large"),
-    (2**31 - 1, 2**31 - 1, "image_too_large"), (1, 1, "image_too_small"), (1, 4, "image_too_small"),
-    (3, 1, "image_too_small"), (4, 1000, "image_too_large"), (0, 0, None), (0, 100, None)])
+@pytest.mark.parametrize(
+    ("width", "height", "code"),
+    [
+        (20000, 20000, "image_too_large"),
+        (16384, 16384, "image_too_large"),
+        (8000, 5001, "image_too_large"),
+        (2**31 - 1, 2**31 - 1, "image_too_large"),
+        (1, 1, "image_too_small"),
+        (1, 4, "image_too_small"),
+        (3, 1, "image_too_small"),
+        (4, 1000, "image_too_large"),
+        (0, 0, None),
+        (0, 100, None),
+    ],
+)
 @pytest.mark.parametrize("route", [CHAT, TOKENIZE])
 def test_s13_s14_sizes(demo: Live, route: str, width: int, height: int, code: str | None) -> None:
     before = demo.resident()
-    check_error(demo.post(route, body_of(route, [image(data_url(pictures.png(width, height)))])), code=code,
-        param=URL_PARAM)
+    check_error(
+        demo.post(route, body_of(route, [image(data_url(pictures.png(width, height)))])), code=code, param=URL_PARAM
+    )
     assert demo.resident() - before < 16 * 2**20
 
 
@@ -365,10 +477,16 @@ def answer_to(demo: Live, payload: bytes) -> tuple[str, int]:
 def test_s19_the_model_sees_what_a_person_sees(demo: Live) -> None:
     upright = pictures.photo(84, 56)
     expected = answer_to(demo, pictures.encoded(upright))
-    turns = {1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-             4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90,
-             7: Image.Transpose.TRANSVERSE,
-             8: Image.Transpose.ROTATE_270}
+    turns = {
+        1: None,
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
     for orientation, turn in turns.items():
         stored = upright if turn is None else upright.transpose(turn)
         turned = pictures.encoded(stored, exif=b"Exif\0\0" + pictures.exif(orientation))
@@ -378,8 +496,9 @@ def test_s19_the_model_sees_what_a_person_sees(demo: Live) -> None:
     rgba = upright.convert("RGBA")
     assert answer_to(demo, pictures.encoded(rgba)) == expected
     rgba.putalpha(0)
-    assert answer_to(demo, pictures.encoded(rgba)) == answer_to(demo,
-        pictures.encoded(Image.new("RGB", (84, 56), "white")))
+    assert answer_to(demo, pictures.encoded(rgba)) == answer_to(
+        demo, pictures.encoded(Image.new("RGB", (84, 56), "white"))
+    )
     grey = upright.convert("L")
     as_grey = answer_to(demo, pictures.encoded(grey.convert("RGB")))
     assert answer_to(demo, pictures.encoded(grey)) == as_grey
@@ -415,7 +534,7 @@ def test_s25_bombs_beside_the_picture(demo: Live) -> None:
 def test_s26_broken_pictures(demo: Live) -> None:
     jpeg = pictures.encoded(pictures.photo(84, 56), "JPEG")
     draw = random.Random(0)
-    broken = [jpeg[:len(jpeg) * tenth // 10] for tenth in range(10)]
+    broken = [jpeg[: len(jpeg) * tenth // 10] for tenth in range(10)]
     for form in ("JPEG", "PNG", "WEBP", "GIF", "BMP"):
         whole = pictures.encoded(pictures.photo(84, 56), form)
         for _ in range(20):
@@ -432,18 +551,24 @@ PNG = pictures.encoded(pictures.photo(56, 56))
 BASE64 = base64.b64encode(PNG).decode()
 
 
-@pytest.mark.parametrize(("url", "code"), [
-    (f"data:image/png;base64,{BASE64[:-3]}*==", "invalid_base64_image"),
-    ("data:image/png;base64,A", "invalid_base64_image"),
-    (f"data:image/png;base64,{BASE64.rstrip('=')[:-1]}", "invalid_base64_image"),
-    ("data:image/png;base64,", "empty_image_file"),
-    ("data:image/png;base64,====", None), (f"data:image/png,{BASE64}", "invalid_base64_image"),
-    ("data:", "invalid_image_url"),
-    (f"data:text/html;base64,{BASE64}", "unsupported_image_media_type"), ("data:image/png;base64", "invalid_image_url"),
-    (f"data:video/mp4;base64,{BASE64}", "unsupported_image_media_type"),
-    ("data:image/png;base64,ü", "invalid_base64_image"),
-    ("data:image/png;base64," + "A" * 30_000_000, "image_file_too_large"),
-    ("data:image/svg+xml;base64," + BASE64, None)])
+@pytest.mark.parametrize(
+    ("url", "code"),
+    [
+        (f"data:image/png;base64,{BASE64[:-3]}*==", "invalid_base64_image"),
+        ("data:image/png;base64,A", "invalid_base64_image"),
+        (f"data:image/png;base64,{BASE64.rstrip('=')[:-1]}", "invalid_base64_image"),
+        ("data:image/png;base64,", "empty_image_file"),
+        ("data:image/png;base64,====", None),
+        (f"data:image/png,{BASE64}", "invalid_base64_image"),
+        ("data:", "invalid_image_url"),
+        (f"data:text/html;base64,{BASE64}", "unsupported_image_media_type"),
+        ("data:image/png;base64", "invalid_image_url"),
+        (f"data:video/mp4;base64,{BASE64}", "unsupported_image_media_type"),
+        ("data:image/png;base64,ü", "invalid_base64_image"),
+        ("data:image/png;base64," + "A" * 30_000_000, "image_file_too_large"),
+        ("data:image/svg+xml;base64," + BASE64, None),
+    ],
+)
 def test_s27_bad_data_urls(demo: Live, url: str, code: str | None) -> None:
     for given in (url, {"url": url}):
         where = "messages[0].content[0].image_url" + (".url" if isinstance(given, dict) else "")
@@ -461,12 +586,19 @@ def test_refused_media_are_not_kept(demo: Live) -> None:
     until(lambda: demo.resident() - before < 16 * 2**20, timeout_s=2)
 
 
-@pytest.mark.parametrize("url", [
-    f"data:image/png;base64,{BASE64}", f"data:;base64,{BASE64}", f"DATA:IMAGE/PNG;BASE64,{BASE64}",
-    f"data:image/png;name=a.png;base64,{BASE64}", f"data:image/jpeg;base64,{BASE64}",
-    "data:image/png;base64," + "\n".join(BASE64[i:i + 76] for i in range(0, len(BASE64), 76)),
-    f"data:image/png;base64,{BASE64.replace('+', '%2B').replace('/', '%2F').replace('=', '%3D')}",
-    f"data:application/octet-stream;base64,{BASE64}"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"data:image/png;base64,{BASE64}",
+        f"data:;base64,{BASE64}",
+        f"DATA:IMAGE/PNG;BASE64,{BASE64}",
+        f"data:image/png;name=a.png;base64,{BASE64}",
+        f"data:image/jpeg;base64,{BASE64}",
+        "data:image/png;base64," + "\n".join(BASE64[i : i + 76] for i in range(0, len(BASE64), 76)),
+        f"data:image/png;base64,{BASE64.replace('+', '%2B').replace('/', '%2F').replace('=', '%3D')}",
+        f"data:application/octet-stream;base64,{BASE64}",
+    ],
+)
 def test_s27_s28_good_data_urls(demo: Live, url: str) -> None:
     assert demo.chat([image(url)]).status_code == 200
     assert demo.chat([{"type": "image_url", "image_url": url}]).status_code == 200
@@ -482,55 +614,106 @@ def refused(fields: dict[str, Any], param: str | None, *, only: str | None = Non
 BAD_FIELDS: list[Any] = [
     *(refused({"n": n}, "n") for n in (0, 17, 10**9, -1, "2", 1.5, True, 2**70)),
     refused({"n": 16, "max_tokens": 30000}, "n"),
-    refused({"best_of": 5}, "best_of", code="unsupported_field"), refused({"use_beam_search": True}, "use_beam_search"),
+    refused({"best_of": 5}, "best_of", code="unsupported_field"),
+    refused({"use_beam_search": True}, "use_beam_search"),
     refused({"response_format": {"type": "json_object"}}, "response_format", code="unsupported_field"),
     refused({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     refused({"guided_json": {}}, "guided_json"),
-    refused({"prompt_logprobs": 1}, "prompt_logprobs"), refused({"suffix": "x"}, "suffix"),
+    refused({"prompt_logprobs": 1}, "prompt_logprobs"),
+    refused({"suffix": "x"}, "suffix"),
     refused({"bad_words": ["a"]}, "bad_words"),
-    *(refused({name: value}, name) for name in ("temperature", "top_p", "min_p", "presence_penalty",
-        "frequency_penalty",
-                                                "repetition_penalty") for value in ("1", [], {}, True, -3, 1e999)),
-    refused({"temperature": -0.1}, "temperature"), refused({"temperature": 2.1}, "temperature"),
+    *(
+        refused({name: value}, name)
+        for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+        for value in ("1", [], {}, True, -3, 1e999)
+    ),
+    refused({"temperature": -0.1}, "temperature"),
+    refused({"temperature": 2.1}, "temperature"),
     refused({"top_p": 0}, "top_p"),
-    refused({"top_p": 1.1}, "top_p"), refused({"min_p": 1.1}, "min_p"), refused({"top_k": -2}, "top_k"),
+    refused({"top_p": 1.1}, "top_p"),
+    refused({"min_p": 1.1}, "min_p"),
+    refused({"top_k": -2}, "top_k"),
     refused({"top_k": 1.5}, "top_k"),
-    refused({"repetition_penalty": 0}, "repetition_penalty"), refused({"presence_penalty": 2.1}, "presence_penalty"),
+    refused({"repetition_penalty": 0}, "repetition_penalty"),
+    refused({"presence_penalty": 2.1}, "presence_penalty"),
     refused({"logprobs": True, "top_logprobs": 21}, "top_logprobs", only=CHAT),
     refused({"top_logprobs": 2}, "top_logprobs", only=CHAT),
     refused({"logprobs": True, "top_logprobs": -1}, "top_logprobs", only=CHAT),
     refused({"logprobs": True, "top_logprobs": 10**9}, "top_logprobs", only=CHAT),
     refused({"logprobs": 1}, "logprobs", only=CHAT),
-    refused({"logprobs": 21}, "logprobs", only=COMPLETIONS), refused({"logprobs": -1}, "logprobs", only=COMPLETIONS),
+    refused({"logprobs": 21}, "logprobs", only=COMPLETIONS),
+    refused({"logprobs": -1}, "logprobs", only=COMPLETIONS),
     refused({"logprobs": True}, "logprobs", only=COMPLETIONS),
-    refused({"stop": ["x"] * 500_000}, "stop"), refused({"stop": "x" * 10**7}, "stop"), refused({"stop": ""}, "stop"),
-    refused({"stop": [""]}, "stop[0]"), refused({"stop": ["a"] * 5}, "stop"), refused({"stop": 1}, "stop"),
+    refused({"stop": ["x"] * 500_000}, "stop"),
+    refused({"stop": "x" * 10**7}, "stop"),
+    refused({"stop": ""}, "stop"),
+    refused({"stop": [""]}, "stop[0]"),
+    refused({"stop": ["a"] * 5}, "stop"),
+    refused({"stop": 1}, "stop"),
     refused({"stop": [1]}, "stop[0]"),
-    refused({"stop": "x" * 257}, "stop"), refused({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+    refused({"stop": "x" * 257}, "stop"),
+    refused({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
     refused({"stop_token_ids": [1408]}, "stop_token_ids"),
-    refused({"stop_token_ids": ["1"]}, "stop_token_ids[0]"), refused({"stop_token_ids": [1] * 10**5}, "stop_token_ids"),
-    *(refused({"logit_bias": bias}, "logit_bias") for bias in ({"-1": 1}, {"99999999": 1}, {"x": 1}, {"1408": 1},
-        {"٣": 1}, {" 1": 1},
-                                                              {str(i): 1 for i in range(301)}, [], "x")),
-    refused({"logit_bias": {"5": 101}}, "logit_bias.5"), refused({"logit_bias": {"5": "1"}}, "logit_bias.5"),
-    refused({"min_tokens": 5, "max_tokens": 4}, "min_tokens"), refused({"min_tokens": -1}, "min_tokens"),
-    refused({"max_tokens": 0}, "max_tokens"), refused({"max_tokens": -1}, "max_tokens"),
+    refused({"stop_token_ids": ["1"]}, "stop_token_ids[0]"),
+    refused({"stop_token_ids": [1] * 10**5}, "stop_token_ids"),
+    *(
+        refused({"logit_bias": bias}, "logit_bias")
+        for bias in (
+            {"-1": 1},
+            {"99999999": 1},
+            {"x": 1},
+            {"1408": 1},
+            {"٣": 1},
+            {" 1": 1},
+            {str(i): 1 for i in range(301)},
+            [],
+            "x",
+        )
+    ),
+    refused({"logit_bias": {"5": 101}}, "logit_bias.5"),
+    refused({"logit_bias": {"5": "1"}}, "logit_bias.5"),
+    refused({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+    refused({"min_tokens": -1}, "min_tokens"),
+    refused({"max_tokens": 0}, "max_tokens"),
+    refused({"max_tokens": -1}, "max_tokens"),
     refused({"max_tokens": 1.0}, "max_tokens"),
-    refused({"max_tokens": 10**12}, "max_tokens"), refused({"seed": 2**63}, "seed"), refused({"seed": "1"}, "seed"),
-    refused({"stream": "yes"}, "stream"), refused({"stream": 1}, "stream"),
+    refused({"max_tokens": 10**12}, "max_tokens"),
+    refused({"seed": 2**63}, "seed"),
+    refused({"seed": "1"}, "seed"),
+    refused({"stream": "yes"}, "stream"),
+    refused({"stream": 1}, "stream"),
     refused({"stream_options": {}}, "stream_options"),
     refused({"stream_options": {"include_usage": True}}, "stream_options"),
     refused({"stream": True, "stream_options": []}, "stream_options"),
-    refused({"model": 5}, "model"), refused({"user": "x" * 10**5}, "user"), refused({"priority": 2**31}, "priority"),
-    refused({"priority": "high"}, "priority"), refused({"echo": 1}, "echo"),
+    refused({"model": 5}, "model"),
+    refused({"user": "x" * 10**5}, "user"),
+    refused({"priority": 2**31}, "priority"),
+    refused({"priority": "high"}, "priority"),
+    refused({"echo": 1}, "echo"),
     refused({"cache_salt": "x" * 129}, "cache_salt"),
-    refused({"chat_template": "{% for i in range(10**9) %}{% endfor %}"}, "chat_template", only=CHAT,
-        code="chat_template_not_allowed"),
-    *(refused({"chat_template_kwargs": kwargs}, None, only=CHAT) for kwargs in (
-        {"tokenize": True}, {"messages": []}, [], {"add_generation_prompt": False}, {"tools": "x"},
-        {"bos_token": "x"})),
-    refused({"mm_processor_kwargs": {"max_pixels": 10**9}}, "mm_processor_kwargs", only=CHAT,
-        code="mm_processor_kwargs_not_allowed"),
+    refused(
+        {"chat_template": "{% for i in range(10**9) %}{% endfor %}"},
+        "chat_template",
+        only=CHAT,
+        code="chat_template_not_allowed",
+    ),
+    *(
+        refused({"chat_template_kwargs": kwargs}, None, only=CHAT)
+        for kwargs in (
+            {"tokenize": True},
+            {"messages": []},
+            [],
+            {"add_generation_prompt": False},
+            {"tools": "x"},
+            {"bos_token": "x"},
+        )
+    ),
+    refused(
+        {"mm_processor_kwargs": {"max_pixels": 10**9}},
+        "mm_processor_kwargs",
+        only=CHAT,
+        code="mm_processor_kwargs_not_allowed",
+    ),
     refused({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message", only=CHAT),
 ]
 
@@ -539,8 +722,9 @@ BAD_FIELDS: list[Any] = [
 def test_s30_s36_parameters(demo: Live, stream: bool) -> None:
     for fields, param, only, code in BAD_FIELDS:
         for route, own in ((CHAT, {"messages": [USER]}), (COMPLETIONS, {"prompt": "a"})):
-            if only not in (None, route) or (route == COMPLETIONS and fields.get("suffix") is None
-                and "chat_template" in fields):
+            if only not in (None, route) or (
+                route == COMPLETIONS and fields.get("suffix") is None and "chat_template" in fields
+            ):
                 continue
             given = {**own, **({"stream": True} if stream and "stream_options" not in fields else {}), **fields}
             data = json.dumps(given).replace("Infinity", "1e999").encode()
@@ -551,8 +735,9 @@ def test_s30_s36_parameters(demo: Live, stream: bool) -> None:
             assert time.monotonic() - begin < 5
 
 
-@pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999", "-NaN", "1e400", "00", "+1", ".5",
-    "0x1"])
+@pytest.mark.parametrize(
+    "word", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999", "-NaN", "1e400", "00", "+1", ".5", "0x1"]
+)
 def test_s32_numbers_that_are_none(demo: Live, word: str) -> None:
     for route, own in ((CHAT, '"messages":[{"role":"user","content":"a"}]'), (COMPLETIONS, '"prompt":"a"')):
         for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
@@ -561,12 +746,36 @@ def test_s32_numbers_that_are_none(demo: Live, word: str) -> None:
 
 
 def test_s31_s32_null_and_unknown_fields_change_nothing(demo: Live) -> None:
-    names = ("temperature", "top_p", "min_p", "top_k", "presence_penalty", "frequency_penalty", "repetition_penalty",
-        "seed", "stop",
-             "stop_token_ids", "n", "logit_bias", "max_tokens", "stream", "stream_options", "user", "logprobs",
-             "min_tokens", "model",
-             "ignore_eos", "echo", "skip_special_tokens", "best_of", "tools", "tool_choice", "response_format",
-             "suffix", "functions")
+    names = (
+        "temperature",
+        "top_p",
+        "min_p",
+        "top_k",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "seed",
+        "stop",
+        "stop_token_ids",
+        "n",
+        "logit_bias",
+        "max_tokens",
+        "stream",
+        "stream_options",
+        "user",
+        "logprobs",
+        "min_tokens",
+        "model",
+        "ignore_eos",
+        "echo",
+        "skip_special_tokens",
+        "best_of",
+        "tools",
+        "tool_choice",
+        "response_format",
+        "suffix",
+        "functions",
+    )
     for route, own in ((CHAT, {"messages": [USER]}), (COMPLETIONS, {"prompt": "a"})):
         assert demo.post(route, {**own, **dict.fromkeys(names), "max_tokens": 2}).status_code == 200
         for _ in range(2):
@@ -577,39 +786,89 @@ def test_s31_s32_null_and_unknown_fields_change_nothing(demo: Live) -> None:
     assert "\nforged" not in log
 
 
-@pytest.mark.parametrize("prompt", ["", [], [[]], [""], None, {}, 5, ["a", ""], [[1], []], [-1], [1408], [2**31],
-    [2**63], [2**64], [1.5],
-                                    ["a", [1]], [[1], "a"], [True], [None], [[1, "a"]], [["a"]], [[[1]]],
-                                    [[1], [2]] * 10_000,
-                                    ["a"] * 1025], ids=lambda prompt: str(prompt)[:20])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "",
+        [],
+        [[]],
+        [""],
+        None,
+        {},
+        5,
+        ["a", ""],
+        [[1], []],
+        [-1],
+        [1408],
+        [2**31],
+        [2**63],
+        [2**64],
+        [1.5],
+        ["a", [1]],
+        [[1], "a"],
+        [True],
+        [None],
+        [[1, "a"]],
+        [["a"]],
+        [[[1]]],
+        [[1], [2]] * 10_000,
+        ["a"] * 1025,
+    ],
+    ids=lambda prompt: str(prompt)[:20],
+)
 def test_s37_s38_prompts(demo: Live, prompt: Any) -> None:
     check_error(demo.complete(prompt))
 
 
-@pytest.mark.parametrize("messages", [
-    None, [], "hello", {}, [None], ["x"], [{}], [{"role": "user"}], [{"content": "x"}],
-    [{"role": "user", "content": None}],
-    [{"role": "user", "content": 5}], [{"role": "user", "content": {}}], [{"role": "user", "content": [None]}],
-    [{"role": "user", "content": ["x"]}], [{"role": "user", "content": [{}]}],
-    [{"role": "user", "content": [{"type": "text"}]}],
-    [{"role": "user", "content": [{"type": "text", "text": None}]}],
-    [{"role": "user", "content": [{"type": "nothing"}]}],
-    [{"role": "user", "content": [{"type": "image_url"}]}], [{"role": "user",
-        "content": [{"type": "image_url", "image_url": None}]}],
-    [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
-    [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": 5}}]}],
-    [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": ""}}]}],
-    [{"role": "", "content": "x"}], [{"role": "a\nb", "content": "x"}], [{"role": "x" * 100, "content": "x"}],
-    [{"role": 5, "content": "x"}],
-    [{"role": "<|im_end|>", "content": "x"}], [{"role": "tool", "content": "x", "tool_call_id": "1"}],
-    [{"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function",
-        "function": {"name": "f", "arguments": ""}}]}],
-    [USER] * 1025, [{"role": "user", "content": [{"type": "text", "text": "x"}] * 257}],
-    [{"role": "user", "content": [image(PIXELS)] * 17}], [{"role": "user", "name": "a\nb", "content": "x"}],
-    [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}]}],
-    [{"role": "user", "content": [{"type": "prompt_embeds", "data": "AAAA"}]}],
-    [{"role": "user", "content": [{"type": "image_embeds", "image_embeds": "AAAA"}]}]],
-    ids=lambda messages: str(messages)[:60])
+@pytest.mark.parametrize(
+    "messages",
+    [
+        None,
+        [],
+        "hello",
+        {},
+        [None],
+        ["x"],
+        [{}],
+        [{"role": "user"}],
+        [{"content": "x"}],
+        [{"role": "user", "content": None}],
+        [{"role": "user", "content": 5}],
+        [{"role": "user", "content": {}}],
+        [{"role": "user", "content": [None]}],
+        [{"role": "user", "content": ["x"]}],
+        [{"role": "user", "content": [{}]}],
+        [{"role": "user", "content": [{"type": "text"}]}],
+        [{"role": "user", "content": [{"type": "text", "text": None}]}],
+        [{"role": "user", "content": [{"type": "nothing"}]}],
+        [{"role": "user", "content": [{"type": "image_url"}]}],
+        [{"role": "user", "content": [{"type": "image_url", "image_url": None}]}],
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": 5}}]}],
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": ""}}]}],
+        [{"role": "", "content": "x"}],
+        [{"role": "a\nb", "content": "x"}],
+        [{"role": "x" * 100, "content": "x"}],
+        [{"role": 5, "content": "x"}],
+        [{"role": "<|im_end|>", "content": "x"}],
+        [{"role": "tool", "content": "x", "tool_call_id": "1"}],
+        [
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": ""}}],
+            }
+        ],
+        [USER] * 1025,
+        [{"role": "user", "content": [{"type": "text", "text": "x"}] * 257}],
+        [{"role": "user", "content": [image(PIXELS)] * 17}],
+        [{"role": "user", "name": "a\nb", "content": "x"}],
+        [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}]}],
+        [{"role": "user", "content": [{"type": "prompt_embeds", "data": "AAAA"}]}],
+        [{"role": "user", "content": [{"type": "image_embeds", "image_embeds": "AAAA"}]}],
+    ],
+    ids=lambda messages: str(messages)[:60],
+)
 def test_s37_s48_messages(demo: Live, messages: Any) -> None:
     for route in (CHAT, TOKENIZE):
         error = check_error(demo.post(route, {"messages": messages}))
@@ -623,9 +882,16 @@ def test_s48_no_tensors(demo: Live) -> None:
 
 def test_s39_two_requests_of_one_id(demo: Live) -> None:
     replies: list[Any] = []
-    threads = [threading.Thread(target=lambda: replies.append(demo.post(
-        COMPLETIONS, {"prompt": "a", "max_tokens": 30, "ignore_eos": True}, headers={"X-Request-Id": "mine"})))
-        for _ in range(4)]
+    threads = [
+        threading.Thread(
+            target=lambda: replies.append(
+                demo.post(
+                    COMPLETIONS, {"prompt": "a", "max_tokens": 30, "ignore_eos": True}, headers={"X-Request-Id": "mine"}
+                )
+            )
+        )
+        for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -641,14 +907,29 @@ def test_s39_two_requests_of_one_id(demo: Live) -> None:
 
 
 BODIES = {
-    "deep": b"[" * 100_000, "deep object": b'{"a":' * 100_000,
+    "deep": b"[" * 100_000,
+    "deep object": b'{"a":' * 100_000,
     "closed deep": b'{"prompt":' + b"[" * 500 + b"]" * 500 + b"}",
-    "digits": b'{"prompt":"a","max_tokens":' + b"9" * 5000 + b"}", "surrogate": b'{"prompt":"\\ud800"}',
-    "bom": b'\xef\xbb\xbf{"prompt":"a"}', "utf-16": '{"prompt":"a"}'.encode("utf-16"), "garbage": b'{"prompt":"a"} x',
-    "nan": b'{"prompt":NaN}', "empty": b"", "nothing": b"{}", "null": b"null", "list": b"[]", "string": b'"x"',
+    "digits": b'{"prompt":"a","max_tokens":' + b"9" * 5000 + b"}",
+    "surrogate": b'{"prompt":"\\ud800"}',
+    "bom": b'\xef\xbb\xbf{"prompt":"a"}',
+    "utf-16": '{"prompt":"a"}'.encode("utf-16"),
+    "garbage": b'{"prompt":"a"} x',
+    "nan": b'{"prompt":NaN}',
+    "empty": b"",
+    "nothing": b"{}",
+    "null": b"null",
+    "list": b"[]",
+    "string": b'"x"',
     "number": b"1",
-    "latin-1": b'{"prompt":"\xe9"}', "nul": b"\0", "unclosed": b'{"prompt":"a', "single quotes": b"{'prompt':'a'}",
-    "comment": b'{"prompt":"a"/**/}', "trailing comma": b'{"prompt":"a",}', "form": b"prompt=a"}
+    "latin-1": b'{"prompt":"\xe9"}',
+    "nul": b"\0",
+    "unclosed": b'{"prompt":"a',
+    "single quotes": b"{'prompt':'a'}",
+    "comment": b'{"prompt":"a"/**/}',
+    "trailing comma": b'{"prompt":"a",}',
+    "form": b"prompt=a",
+}
 
 
 @pytest.mark.parametrize("name", BODIES)
@@ -658,29 +939,48 @@ def test_s42_bodies(demo: Live, name: str) -> None:
 
 
 def test_s42_surrogates_anywhere(demo: Live) -> None:
-    for body in (b'{"messages":[{"role":"user","content":"\\ud800"}]}',
+    for body in (
+        b'{"messages":[{"role":"user","content":"\\ud800"}]}',
         b'{"messages":[{"role":"user","content":"a"}],"stop":"\\udfff"}',
-                 b'{"messages":[{"role":"user","content":"a"}],"user":"\\ud800"}',
-                 b'{"messages":[{"role":"user","content":"a"}],"\\ud800":1}',
-                 b'{"model":"\\ud800","messages":[{"role":"user","content":"a"}]}'):
+        b'{"messages":[{"role":"user","content":"a"}],"user":"\\ud800"}',
+        b'{"messages":[{"role":"user","content":"a"}],"\\ud800":1}',
+        b'{"model":"\\ud800","messages":[{"role":"user","content":"a"}]}',
+    ):
         check_error(demo.post(CHAT, body))
 
 
 def test_s42_duplicate_keys_and_odd_text(demo: Live) -> None:
     assert demo.post(COMPLETIONS, b'{"prompt":"a","prompt":"b","max_tokens":1}').status_code == 200
-    for text in ("\0", "\u2028", "\U0010ffff", "\ufeff", "\ufffd", "e\u0301" * 100, "\u202e", "👩‍👩‍👧‍👦", "\x1b[31m",
-        " ", "\n"):
+    for text in (
+        "\0",
+        "\u2028",
+        "\U0010ffff",
+        "\ufeff",
+        "\ufffd",
+        "e\u0301" * 100,
+        "\u202e",
+        "👩‍👩‍👧‍👦",
+        "\x1b[31m",
+        " ",
+        "\n",
+    ):
         assert demo.complete(text, max_tokens=1).status_code == 200, repr(text)
         assert demo.chat(text, max_tokens=1).status_code == 200, repr(text)
 
 
-@pytest.mark.parametrize(("headers", "status"), [
-    ({"Content-Type": "text/plain"}, 415), ({}, 415), ({"Content-Type": "application/json; charset=latin-1"}, 400),
-    ({"Content-Type": "multipart/form-data; boundary=x"}, 415),
-    ({"Content-Type": "application/json; charset=utf-8"}, 200),
-    ({"Content-Type": "APPLICATION/JSON"}, 200), ({"Content-Type": "application/json", "Content-Encoding": "gzip"},
-        415),
-    ({"Content-Type": "application/jsonx"}, 415)])
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Content-Type": "text/plain"}, 415),
+        ({}, 415),
+        ({"Content-Type": "application/json; charset=latin-1"}, 400),
+        ({"Content-Type": "multipart/form-data; boundary=x"}, 415),
+        ({"Content-Type": "application/json; charset=utf-8"}, 200),
+        ({"Content-Type": "APPLICATION/JSON"}, 200),
+        ({"Content-Type": "application/json", "Content-Encoding": "gzip"}, 415),
+        ({"Content-Type": "application/jsonx"}, 415),
+    ],
+)
 def test_s42_content_types(demo: Live, headers: dict[str, str], status: int) -> None:
     reply = demo.http.post(COMPLETIONS, content=b'{"prompt":"a","max_tokens":1}', headers=headers)
     assert reply.status_code == status, reply.text
@@ -731,26 +1031,38 @@ HEAD = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n"
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
-@pytest.mark.parametrize(("data", "statuses"), [
-    (HEAD + b"X: " + b"x" * 5 * 2**20 + b"\r\n\r\n", (431, 0)), (HEAD + b"X: y\r\n" * 20_000 + b"\r\n", (431, 0)),
-    (b"GET /" + b"x" * 2**20 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", (414, 0)), (HEAD + b"x" * 2**20, (431, 400, 0)),
-    (POST + b"Content-Length: 10737418240\r\n\r\n", (413,)), (POST + b"Content-Length: -1\r\n\r\n", (400,)),
-    (POST + b"Content-Length: x\r\n\r\n", (400,)), (POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n{}", (400,)),
-    (POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", (400,)),
-    (POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", (400,)),
-    (POST + b"Transfer-Encoding: chunked\r\n\r\nffffffffffffffffff\r\n", (400,)),
-    (POST + b"Transfer-Encoding: gzip\r\n\r\n", (400,)), (b"\x16\x03\x01\x02\x00\x01", (400,)), (b"\0" * 100, (400,)),
-    (b"GET / HTTP/9.9\r\n\r\n", (400, 505)), (b"GET http://localhost/v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n",
-        (400,)),
-    (b"GET * HTTP/1.1\r\nHost: localhost\r\n\r\n", (400,)), (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", (400,)),
-    (b"CONNECT a:80 HTTP/1.1\r\nHost: a:80\r\n\r\n", (400, 403, 404, 405)),
-    (b"GET /v1/models HTTP/1.1\r\n\r\n", (400,)), (b"GET /v1/models HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", (400,)),
-    (b"GET /v1/models HTTP/1.1\r\nHost: x/livez?\r\n\r\n", (400,)),
-    (b"GET /v1/models HTTP/1.1\r\nHost: evil.example\r\n\r\n", (403,)),
-    (POST + b"Origin: http://evil.example\r\nContent-Length: 14\r\n\r\n" + b'{"prompt":"a"}', (403,)),
-    (b"GET /livez\xff HTTP/1.1\r\nHost: localhost\r\n\r\n", (400, 404)),
-    (b"GET /%zz HTTP/1.1\r\nHost: localhost\r\n\r\n", (400, 404)),
-], ids=range(26))
+@pytest.mark.parametrize(
+    ("data", "statuses"),
+    [
+        (HEAD + b"X: " + b"x" * 5 * 2**20 + b"\r\n\r\n", (431, 0)),
+        (HEAD + b"X: y\r\n" * 20_000 + b"\r\n", (431, 0)),
+        (b"GET /" + b"x" * 2**20 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", (414, 0)),
+        (HEAD + b"x" * 2**20, (431, 400, 0)),
+        (POST + b"Content-Length: 10737418240\r\n\r\n", (413,)),
+        (POST + b"Content-Length: -1\r\n\r\n", (400,)),
+        (POST + b"Content-Length: x\r\n\r\n", (400,)),
+        (POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n{}", (400,)),
+        (POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", (400,)),
+        (POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", (400,)),
+        (POST + b"Transfer-Encoding: chunked\r\n\r\nffffffffffffffffff\r\n", (400,)),
+        (POST + b"Transfer-Encoding: gzip\r\n\r\n", (400,)),
+        (b"\x16\x03\x01\x02\x00\x01", (400,)),
+        (b"\0" * 100, (400,)),
+        (b"GET / HTTP/9.9\r\n\r\n", (400, 505)),
+        (b"GET http://localhost/v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n", (400,)),
+        (b"GET * HTTP/1.1\r\nHost: localhost\r\n\r\n", (400,)),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", (400,)),
+        (b"CONNECT a:80 HTTP/1.1\r\nHost: a:80\r\n\r\n", (400, 403, 404, 405)),
+        (b"GET /v1/models HTTP/1.1\r\n\r\n", (400,)),
+        (b"GET /v1/models HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", (400,)),
+        (b"GET /v1/models HTTP/1.1\r\nHost: x/livez?\r\n\r\n", (400,)),
+        (b"GET /v1/models HTTP/1.1\r\nHost: evil.example\r\n\r\n", (403,)),
+        (POST + b"Origin: http://evil.example\r\nContent-Length: 14\r\n\r\n" + b'{"prompt":"a"}', (403,)),
+        (b"GET /livez\xff HTTP/1.1\r\nHost: localhost\r\n\r\n", (400, 404)),
+        (b"GET /%zz HTTP/1.1\r\nHost: localhost\r\n\r\n", (400, 404)),
+    ],
+    ids=range(26),
+)
 def test_s61_s63_s64_transport(demo: Live, data: bytes, statuses: tuple[int, ...]) -> None:
     before = demo.resident()
     answer = raw(demo.port, data)
@@ -799,9 +1111,23 @@ def test_s64_s65_s66_keys(tmp_path: Path) -> None:
         public = {"/", "/livez", "/readyz", "/health", "/logo.svg", "/favicon.ico"}
         with httpx.Client(base_url=served.url, timeout=30) as nobody:
             described = set(nobody.get("/openapi.json", headers={"Authorization": f"Bearer {KEY}"}).json()["paths"])
-            paths = described | {f"/api{path}" for path in described if path.startswith("/v1")} | {
-                "/V1/models", "/v1/models/", "/docs", "/metrics", "/version", "/openapi.json", "/new", "/livez/",
-                "/livez/../v1/models", "/%2e/v1/models", "/livez;/v1/models"}
+            paths = (
+                described
+                | {f"/api{path}" for path in described if path.startswith("/v1")}
+                | {
+                    "/V1/models",
+                    "/v1/models/",
+                    "/docs",
+                    "/metrics",
+                    "/version",
+                    "/openapi.json",
+                    "/new",
+                    "/livez/",
+                    "/livez/../v1/models",
+                    "/%2e/v1/models",
+                    "/livez;/v1/models",
+                }
+            )
             assert "/v1/chat/completions" in paths
             for path in sorted(paths - public):
                 for method in ("GET", "POST", "HEAD", "OPTIONS", "DELETE", "PUT", "PATCH"):
@@ -809,8 +1135,9 @@ def test_s64_s65_s66_keys(tmp_path: Path) -> None:
             for path in (b"//livez", b"//v1/models", b"/livez%00", b"/docs?/livez"):
                 assert status_of(raw(served.port, b"GET " + path + b" HTTP/1.1\r\nHost: localhost\r\n\r\n")) == 401
             for key in ("x", "x" + KEY[1:], KEY[:-1] + "x", KEY[:-1], KEY + "x", KEY.upper()):
-                check_error(nobody.get(f"/v1/models?api_key={KEY}", headers={"Authorization": f"Bearer {key}"}),
-                    status=401)
+                check_error(
+                    nobody.get(f"/v1/models?api_key={KEY}", headers={"Authorization": f"Bearer {key}"}), status=401
+                )
             for scheme in ("Basic", "Token", "Bearer:"):
                 check_error(nobody.get("/v1/models", headers={"Authorization": f"{scheme} {KEY}"}), status=401)
             for key in (KEY, "second"):
@@ -826,8 +1153,11 @@ def tenants(served: Live) -> None:
 
     def cached(key: str) -> int:
         reply = served.chat(words)
-        reply = served.post(CHAT, {"messages": [{"role": "user", "content": words}], "max_tokens": 1},
-                            headers={"Authorization": f"Bearer {key}"})
+        reply = served.post(
+            CHAT,
+            {"messages": [{"role": "user", "content": words}], "max_tokens": 1},
+            headers={"Authorization": f"Bearer {key}"},
+        )
         return int(reply.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
 
     assert cached(KEY) > 0

@@ -28,8 +28,10 @@ from sensorium.serving.model import ServedModel
 from sensorium.types import EngineOutput, EngineReady, EngineRequest, EngineStats, TokenLogprob
 
 SPECIAL = ("<|end|>", "<|start|>", "<|stop|>")
-TEMPLATE = ("{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}<|end|>\n{% endfor %}"
-            "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}{% if flavour %}{{ flavour }}{% endif %}")
+TEMPLATE = (
+    "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}{% if flavour %}{{ flavour }}{% endif %}"
+)
 CONTEXT = 512
 ANSWER = "Grüße, world! 🙂 ok"
 # What an answer to a client must never contain (docs: safety).
@@ -60,21 +62,24 @@ def logprobs_of(token: int, count: int | None) -> TokenLogprob | None:
     return TokenLogprob(token, -token / 100, tuple((other, -other / 100) for other in range(count)))
 
 
-async def speak(request: EngineRequest, text: str = ANSWER, *, delay_s: float = 0.0, chunk: int = 1,
-                ends: bool = True) -> AsyncIterator[EngineOutput]:
+async def speak(
+    request: EngineRequest, text: str = ANSWER, *, delay_s: float = 0.0, chunk: int = 1, ends: bool = True
+) -> AsyncIterator[EngineOutput]:
     """Say `text` byte by byte, then end like a model does: by an end token, or by length."""
     sampling = request.sampling
     assert sampling is not None
     tokens = TOKENIZER.encode(text) + ([EOS] if ends else [])
     if not ends:
         tokens = list(itertools.islice(itertools.cycle(tokens), sampling.max_tokens))
-    prompt = tuple(None if place == 0 else logprobs_of(int(token), sampling.prompt_logprobs)
-                   for place, token in enumerate(request.prompt.token_ids))
+    prompt = tuple(
+        None if place == 0 else logprobs_of(int(token), sampling.prompt_logprobs)
+        for place, token in enumerate(request.prompt.token_ids)
+    )
     sent = 0
     while sent < len(tokens):
         now: list[int] = []
         reason = stop = None
-        for token in tokens[sent:sent + chunk]:
+        for token in tokens[sent : sent + chunk]:
             now.append(token)
             if token in sampling.stop_token_ids and sent + len(now) > sampling.min_tokens:
                 reason, stop = "stop", token
@@ -85,17 +90,29 @@ async def speak(request: EngineRequest, text: str = ANSWER, *, delay_s: float = 
         if delay_s:
             await asyncio.sleep(delay_s)
         yield EngineOutput(
-            request.id, tuple(now), finish_reason=reason, stop_token_id=stop,  # type: ignore[arg-type]
+            request.id,
+            tuple(now),
+            finish_reason=reason,
+            stop_token_id=stop,  # type: ignore[arg-type]
             logprobs=tuple(entry for token in now if (entry := logprobs_of(token, sampling.logprobs))),
             prompt_logprobs=prompt if sent == 0 and sampling.prompt_logprobs is not None else (),
-            cached_tokens=3 if sent == 0 else 0)
+            cached_tokens=3 if sent == 0 else 0,
+        )
         if reason:
             return
         sent += len(now)
 
 
-READY = EngineReady(max_model_len=CONTEXT, kv_tokens=4 * CONTEXT, block_size=16, weight_bytes=1, kv_bytes=1,
-                    load_seconds=0.1, device="cpu", dtype="float32")
+READY = EngineReady(
+    max_model_len=CONTEXT,
+    kv_tokens=4 * CONTEXT,
+    block_size=16,
+    weight_bytes=1,
+    kv_bytes=1,
+    load_seconds=0.1,
+    device="cpu",
+    dtype="float32",
+)
 
 
 class FakeStream:
@@ -161,21 +178,53 @@ class FakeEngine:
         return self.ready
 
 
-def make_model(engine: FakeEngine, server: ServerConfig, limits: Limits, *, names: Iterable[str] = ("tiny",),
-               generation: Mapping[str, Any] | None = None, config: Mapping[str, Any] | None = None,
-               tokenizer: Tokenizer = TOKENIZER, processor: type[Processor] = Processor,
-               task: str = "auto", folder: Path = Path("tiny"), pooling: str = "last") -> ServedModel:
+def make_model(
+    engine: FakeEngine,
+    server: ServerConfig,
+    limits: Limits,
+    *,
+    names: Iterable[str] = ("tiny",),
+    generation: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
+    tokenizer: Tokenizer = TOKENIZER,
+    processor: type[Processor] = Processor,
+    task: str = "auto",
+    folder: Path = Path("tiny"),
+    pooling: str = "last",
+) -> ServedModel:
     checkpoint = Checkpoint(
-        folder=folder, architecture="LlamaForCausalLM", config=dict(config or {}), preprocessor={},
-        generation=dict(generation or {}), tokenizer_config={}, chat_template=TEMPLATE, text=None, dtype="float32",
-        max_model_len=CONTEXT, vocab_size=VOCAB_SIZE, stop_token_ids=(EOS,), weight_files=(), pooling=pooling)
+        folder=folder,
+        architecture="LlamaForCausalLM",
+        config=dict(config or {}),
+        preprocessor={},
+        generation=dict(generation or {}),
+        tokenizer_config={},
+        chat_template=TEMPLATE,
+        text=None,
+        dtype="float32",
+        max_model_len=CONTEXT,
+        vocab_size=VOCAB_SIZE,
+        stop_token_ids=(EOS,),
+        weight_files=(),
+        pooling=pooling,
+    )
     made = processor(checkpoint, tokenizer)
-    template = LocalTemplate(TEMPLATE, tokenizer.with_literals(made.literals), modalities=made.modalities,
-                            placeholder=made.placeholder)
+    template = LocalTemplate(
+        TEMPLATE, tokenizer.with_literals(made.literals), modalities=made.modalities, placeholder=made.placeholder
+    )
     return ServedModel(
-        names=tuple(names), checkpoint=checkpoint, tokenizer=tokenizer, template=template, processor=made,
+        names=tuple(names),
+        checkpoint=checkpoint,
+        tokenizer=tokenizer,
+        template=template,
+        processor=made,
         client=engine,  # type: ignore[arg-type]
-        loader=MediaLoader(limits, workers=1), renderer=LocalRenderer(), server=server, limits=limits, task=task)
+        loader=MediaLoader(limits, workers=1),
+        renderer=LocalRenderer(),
+        server=server,
+        limits=limits,
+        task=task,
+    )
 
 
 @dataclass
@@ -192,9 +241,15 @@ class Served:
 
 
 @asynccontextmanager
-async def serving(engine: FakeEngine | None = None, *, limits: Limits | None = None, names: Iterable[str] = ("tiny",),
-                  generation: Mapping[str, Any] | None = None, model: Mapping[str, Any] | None = None,
-                  **server: Any) -> AsyncIterator[Served]:
+async def serving(
+    engine: FakeEngine | None = None,
+    *,
+    limits: Limits | None = None,
+    names: Iterable[str] = ("tiny",),
+    generation: Mapping[str, Any] | None = None,
+    model: Mapping[str, Any] | None = None,
+    **server: Any,
+) -> AsyncIterator[Served]:
     """`model` has more options of `make_model`; the rest is the server's configuration."""
     engine = engine or FakeEngine()
     config = ServerConfig(port=0, **server)
@@ -259,8 +314,9 @@ async def read_reply(reader: asyncio.StreamReader, *, head: bool = False) -> Rep
     return Reply(status, headers, body)
 
 
-def request(method: str, path: str, body: bytes = b"", *, headers: Mapping[str, str] | None = None,
-            host: str = "127.0.0.1") -> bytes:
+def request(
+    method: str, path: str, body: bytes = b"", *, headers: Mapping[str, str] | None = None, host: str = "127.0.0.1"
+) -> bytes:
     """The bytes of one HTTP request."""
     lines = [f"{method} {path} HTTP/1.1", f"Host: {host}"]
     own = {name.lower() for name in headers or {}}

@@ -14,9 +14,16 @@ from PIL import Image, ImageDraw
 from playwright.sync_api import Locator, Page, expect
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
-FLAGS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--use-fake-device-for-media-stream",
-         "--use-fake-ui-for-media-stream")
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--use-fake-device-for-media-stream",
+    "--use-fake-ui-for-media-stream",
+)
 KEY = "a-key-of-the-tests"
 MARKUP = '<img src=x onerror="window.hacked=1">'
 REMEMBER_KEY = f"sessionStorage.setItem('sensorium-key', '{KEY}')"
@@ -62,7 +69,8 @@ def press(turn: Locator, what: str) -> None:
 def events(*texts: str, end: str = "data: [DONE]\n\n") -> str:
     """An answer that a test makes up."""
     chunks: list[dict[str, Any]] = [
-        {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]} for text in texts]
+        {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]} for text in texts
+    ]
     chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
     chunks.append({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": len(texts), "total_tokens": 3}})
     return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + end
@@ -98,8 +106,9 @@ def beeps(count: int) -> bytes:
     rate = 16_000
     time = np.arange(rate // 5) / rate
     beep = 0.5 * np.sin(2 * np.pi * 880 * time) * np.minimum(1, np.minimum(time, time[::-1]) * 100)
-    samples = np.concatenate([np.concatenate([np.zeros(rate // 4), beep])
-                              for _ in range(count)] + [np.zeros(rate // 5)])
+    samples = np.concatenate(
+        [np.concatenate([np.zeros(rate // 4), beep]) for _ in range(count)] + [np.zeros(rate // 5)]
+    )
     buffer = io.BytesIO()
     with wave.open(buffer, "wb") as file:
         file.setnchannels(1)

@@ -57,23 +57,28 @@ CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.261302
 
 LLAMA_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
-    "{% else %} {{ m['content'] }} {{ eos_token }}{% endif %}{% endfor %}")
+    "{% else %} {{ m['content'] }} {{ eos_token }}{% endif %}{% endfor %}"
+)
 CHATML_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 PHI3_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
 LLAVA_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['role'] | upper }}: {% endif %}"
     "{% for part in m['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
     "{% for part in m['content'] if part['type'] == 'text' %}{{ part['text'] }} {% endfor %}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}")
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
 LLAVA_NEXT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{% for part in m['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
     "{% for part in m['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 QWEN2_VL_TEMPLATE = (
     "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}"
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ m['role'] }}\n"
@@ -81,18 +86,32 @@ QWEN2_VL_TEMPLATE = (
     "{% if part['type'] == 'image' or 'image_url' in part %}<|vision_start|><|image_pad|><|vision_end|>"
     "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
     "{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 QWEN2_OMNI_TEMPLATE = (
-    QWEN2_VL_TEMPLATE.replace("vision_start", "vision_bos").replace("vision_end", "vision_eos")
-    .replace("<|image_pad|>", "<|IMAGE|>").replace("<|video_pad|>", "<|VIDEO|>")
-    .replace("{% elif 'text' in part %}",
-             "{% elif part['type'] == 'audio' %}<|audio_bos|><|AUDIO|><|audio_eos|>{% elif 'text' in part %}"))
+    QWEN2_VL_TEMPLATE.replace("vision_start", "vision_bos")
+    .replace("vision_end", "vision_eos")
+    .replace("<|image_pad|>", "<|IMAGE|>")
+    .replace("<|video_pad|>", "<|VIDEO|>")
+    .replace(
+        "{% elif 'text' in part %}",
+        "{% elif part['type'] == 'audio' %}<|audio_bos|><|AUDIO|><|audio_eos|>{% elif 'text' in part %}",
+    )
+)
 
 LLAMA_SPECIALS = ("<unk>", "<s>", "</s>")
 CHATML_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 PHI3_SPECIALS = ("<unk>", "<s>", "</s>", "<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>")
-OMNI_SPECIALS = ("<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>", "<|vision_bos|>", "<|vision_eos|>", "<|vision_pad|>",
-                 "<|IMAGE|>", "<|VIDEO|>")
+OMNI_SPECIALS = (
+    "<|AUDIO|>",
+    "<|audio_bos|>",
+    "<|audio_eos|>",
+    "<|vision_bos|>",
+    "<|vision_eos|>",
+    "<|vision_pad|>",
+    "<|IMAGE|>",
+    "<|VIDEO|>",
+)
 MINICPMV_SPECIALS = ("<unk>", "<image>", "</image>", "<slice>", "</slice>", "<image_id>", "</image_id>")
 VISION_SPECIALS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
@@ -124,98 +143,237 @@ def make_phi3(path: Path, layout: Layout = "hub", **options: Any) -> PreTrainedM
     """With LongRoPE: sequences of more than 64 tokens take the long factors."""
     ids = write_tokenizer(path, layout, PHI3_SPECIALS, PHI3_TEMPLATE, bos="<s>", eos="<|endoftext|>")
     options = {
-        "original_max_position_embeddings": 64, "pad_token_id": ids["<|endoftext|>"],
-        "rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.5, 2.0],
-                            "long_factor": [1.1, 2.5, 9.0, 20.0], "original_max_position_embeddings": 64},
-        **options}
+        "original_max_position_embeddings": 64,
+        "pad_token_id": ids["<|endoftext|>"],
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0, 1.1, 1.5, 2.0],
+            "long_factor": [1.1, 2.5, 9.0, 20.0],
+            "original_max_position_embeddings": 64,
+        },
+        **options,
+    }
     return _text(path, layout, Phi3ForCausalLM, Phi3Config, ids, "<s>", "<|endoftext|>", options)
 
 
-def make_llava(path: Path, layout: Layout = "hub", *, text: dict[str, Any] | None = None,
-               vision: dict[str, Any] | None = None, preprocessor: dict[str, Any] | None = None,
-               **options: Any) -> PreTrainedModel:
+def make_llava(
+    path: Path,
+    layout: Layout = "hub",
+    *,
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+    preprocessor: dict[str, Any] | None = None,
+    **options: Any,
+) -> PreTrainedModel:
     """LLaVA-1.5: pictures of 28 pixels in patches of 14, four rows each."""
     ids = write_tokenizer(path, layout, (*LLAMA_SPECIALS, "<image>", "<pad>"), LLAVA_TEMPLATE, bos="<s>", eos="</s>")
     write_options, options = _write_options(options)
     config = LlavaConfig(
-        text_config=LlamaConfig(**_shape(ids, text or {})).to_dict(), vision_config=_clip(vision or {}),
-        image_token_index=ids["<image>"], projector_hidden_act="gelu", image_seq_length=4, **options)
-    _write_json(path / "preprocessor_config.json", {
-        "image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor", "crop_size": _square(28),
-        "size": {"shortest_edge": 28}, **_clip_preprocessor(), **(preprocessor or {})})
+        text_config=LlamaConfig(**_shape(ids, text or {})).to_dict(),
+        vision_config=_clip(vision or {}),
+        image_token_index=ids["<image>"],
+        projector_hidden_act="gelu",
+        image_seq_length=4,
+        **options,
+    )
+    _write_json(
+        path / "preprocessor_config.json",
+        {
+            "image_processor_type": "CLIPImageProcessor",
+            "processor_class": "LlavaProcessor",
+            "crop_size": _square(28),
+            "size": {"shortest_edge": 28},
+            **_clip_preprocessor(),
+            **(preprocessor or {}),
+        },
+    )
     model = LlavaForConditionalGeneration(config)
     return _write(path, layout, model, ids["<s>"], ids["</s>"], **write_options)
 
 
-def make_llava_next(path: Path, layout: Layout = "hub", *, text: dict[str, Any] | None = None,
-                    vision: dict[str, Any] | None = None, preprocessor: dict[str, Any] | None = None,
-                    **options: Any) -> PreTrainedModel:
+def make_llava_next(
+    path: Path,
+    layout: Layout = "hub",
+    *,
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+    preprocessor: dict[str, Any] | None = None,
+    **options: Any,
+) -> PreTrainedModel:
     """LLaVA-NeXT: anyres over tiles of 28 pixels."""
     ids = write_tokenizer(path, layout, ("<unk>", *CHATML_SPECIALS, "<image>"), LLAVA_NEXT_TEMPLATE, eos="<|im_end|>")
     write_options, options = _write_options(options)
     pinpoints = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
     config = LlavaNextConfig(
         text_config=LlamaConfig(**_shape(ids, {"rope_theta": 5e6, **(text or {})})).to_dict(),
-        vision_config=_clip(vision or {}), image_token_index=ids["<image>"], projector_hidden_act="gelu",
-        image_grid_pinpoints=pinpoints, image_seq_length=4, **options)
-    _write_json(path / "preprocessor_config.json", {
-        "image_processor_type": "LlavaNextImageProcessor", "processor_class": "LlavaNextProcessor",
-        "aspect_ratio_setting": "anyres", "crop_size": _square(28), "size": {"shortest_edge": 28},
-        "image_grid_pinpoints": pinpoints, **_clip_preprocessor(), **(preprocessor or {})})
+        vision_config=_clip(vision or {}),
+        image_token_index=ids["<image>"],
+        projector_hidden_act="gelu",
+        image_grid_pinpoints=pinpoints,
+        image_seq_length=4,
+        **options,
+    )
+    _write_json(
+        path / "preprocessor_config.json",
+        {
+            "image_processor_type": "LlavaNextImageProcessor",
+            "processor_class": "LlavaNextProcessor",
+            "aspect_ratio_setting": "anyres",
+            "crop_size": _square(28),
+            "size": {"shortest_edge": 28},
+            "image_grid_pinpoints": pinpoints,
+            **_clip_preprocessor(),
+            **(preprocessor or {}),
+        },
+    )
     model = LlavaNextForConditionalGeneration(config)
     return _write(path, layout, model, ids["<|endoftext|>"], ids["<|im_end|>"], **write_options)
 
 
-def make_qwen2_vl(path: Path, layout: Layout = "hub", *, text: dict[str, Any] | None = None,
-                  vision: dict[str, Any] | None = None, preprocessor: dict[str, Any] | None = None,
-                  **options: Any) -> PreTrainedModel:
+def make_qwen2_vl(
+    path: Path,
+    layout: Layout = "hub",
+    *,
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+    preprocessor: dict[str, Any] | None = None,
+    **options: Any,
+) -> PreTrainedModel:
     ids = write_tokenizer(path, layout, (*CHATML_SPECIALS, *VISION_SPECIALS), QWEN2_VL_TEMPLATE, eos="<|im_end|>")
     write_options, options = _write_options(options)
-    shape = _shape(ids, {"hidden_size": 64, "rope_theta": 1e6, "rms_norm_eps": 1e-6,
-                         "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, **(text or {})})
-    vision = {"depth": 2, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2, "in_channels": 3, "patch_size": 14,
-              "spatial_merge_size": 2, "temporal_patch_size": 2, "initializer_range": 0.1, **(vision or {})}
+    shape = _shape(
+        ids,
+        {
+            "hidden_size": 64,
+            "rope_theta": 1e6,
+            "rms_norm_eps": 1e-6,
+            "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+            **(text or {}),
+        },
+    )
+    vision = {
+        "depth": 2,
+        "embed_dim": 32,
+        "num_heads": 2,
+        "mlp_ratio": 2,
+        "in_channels": 3,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "initializer_range": 0.1,
+        **(vision or {}),
+    }
     config = Qwen2VLConfig(
         text_config={**shape, "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"]},
         vision_config={**vision, "hidden_size": shape["hidden_size"]},
-        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
-        vision_token_id=ids["<|vision_pad|>"], **{"tie_word_embeddings": True, **options})
-    _write_json(path / "preprocessor_config.json", {
-        "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor", "patch_size": 14,
-        "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 3136, "max_pixels": 12845056,
-        "image_mean": CLIP_MEAN, "image_std": CLIP_STD, **(preprocessor or {})})
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        vision_token_id=ids["<|vision_pad|>"],
+        **{"tie_word_embeddings": True, **options},
+    )
+    _write_json(
+        path / "preprocessor_config.json",
+        {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "processor_class": "Qwen2VLProcessor",
+            "patch_size": 14,
+            "temporal_patch_size": 2,
+            "merge_size": 2,
+            "min_pixels": 3136,
+            "max_pixels": 12845056,
+            "image_mean": CLIP_MEAN,
+            "image_std": CLIP_STD,
+            **(preprocessor or {}),
+        },
+    )
     model = Qwen2VLForConditionalGeneration(config)
     return _write(path, layout, model, ids["<|endoftext|>"], ids["<|im_end|>"], **write_options)
 
 
-def make_qwen2_omni(path: Path, layout: Layout = "hub", *, text: dict[str, Any] | None = None,
-                    vision: dict[str, Any] | None = None, audio: dict[str, Any] | None = None,
-                    preprocessor: dict[str, Any] | None = None, video: dict[str, Any] | None = None,
-                    **options: Any) -> PreTrainedModel:
+def make_qwen2_omni(
+    path: Path,
+    layout: Layout = "hub",
+    *,
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+    audio: dict[str, Any] | None = None,
+    preprocessor: dict[str, Any] | None = None,
+    video: dict[str, Any] | None = None,
+    **options: Any,
+) -> PreTrainedModel:
     """Qwen2.5-Omni's thinker. Windows of 56 pixels (two blocks); the hub's layout has a talker's tensors beside it."""
     ids = write_tokenizer(path, layout, (*CHATML_SPECIALS, *OMNI_SPECIALS), QWEN2_OMNI_TEMPLATE, eos="<|im_end|>")
     write_options, options = _write_options(options)
-    shape = _shape(ids, {"hidden_size": 64, "rms_norm_eps": 1e-6, "max_position_embeddings": 4096,
-                         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
-                         **(text or {})})
+    shape = _shape(
+        ids,
+        {
+            "hidden_size": 64,
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 4096,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+            **(text or {}),
+        },
+    )
     size = shape["hidden_size"]
     config = Qwen2_5OmniThinkerConfig(
-        text_config={**shape, "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
-                     "tie_word_embeddings": False},
-        vision_config={"depth": 3, "hidden_size": 32, "intermediate_size": 52, "num_heads": 2, "window_size": 56,
-                       "fullatt_block_indexes": [1], "out_hidden_size": size, **(vision or {})},
-        audio_config={"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 48,
-                      "num_mel_bins": 128, "output_dim": size, **(audio or {})},
-        audio_token_index=ids["<|AUDIO|>"], image_token_index=ids["<|IMAGE|>"], video_token_index=ids["<|VIDEO|>"],
-        audio_start_token_id=ids["<|audio_bos|>"], audio_end_token_id=ids["<|audio_eos|>"],
-        vision_start_token_id=ids["<|vision_bos|>"], vision_end_token_id=ids["<|vision_eos|>"], **options)
-    _write_json(path / "preprocessor_config.json", {
-        "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5OmniProcessor", "patch_size": 14,
-        "feature_extractor_type": "WhisperFeatureExtractor", "feature_size": 128, "sampling_rate": 16000,
-        "hop_length": 160, "n_fft": 400, "chunk_length": 300, "temporal_patch_size": 2, "merge_size": 2,
-        "min_pixels": 3136, "max_pixels": 12845056, "image_mean": CLIP_MEAN, "image_std": CLIP_STD,
-        **(preprocessor or {})})
+        text_config={
+            **shape,
+            "bos_token_id": ids["<|endoftext|>"],
+            "eos_token_id": ids["<|im_end|>"],
+            "tie_word_embeddings": False,
+        },
+        vision_config={
+            "depth": 3,
+            "hidden_size": 32,
+            "intermediate_size": 52,
+            "num_heads": 2,
+            "window_size": 56,
+            "fullatt_block_indexes": [1],
+            "out_hidden_size": size,
+            **(vision or {}),
+        },
+        audio_config={
+            "d_model": 32,
+            "encoder_layers": 2,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 48,
+            "num_mel_bins": 128,
+            "output_dim": size,
+            **(audio or {}),
+        },
+        audio_token_index=ids["<|AUDIO|>"],
+        image_token_index=ids["<|IMAGE|>"],
+        video_token_index=ids["<|VIDEO|>"],
+        audio_start_token_id=ids["<|audio_bos|>"],
+        audio_end_token_id=ids["<|audio_eos|>"],
+        vision_start_token_id=ids["<|vision_bos|>"],
+        vision_end_token_id=ids["<|vision_eos|>"],
+        **options,
+    )
+    _write_json(
+        path / "preprocessor_config.json",
+        {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "processor_class": "Qwen2_5OmniProcessor",
+            "patch_size": 14,
+            "feature_extractor_type": "WhisperFeatureExtractor",
+            "feature_size": 128,
+            "sampling_rate": 16000,
+            "hop_length": 160,
+            "n_fft": 400,
+            "chunk_length": 300,
+            "temporal_patch_size": 2,
+            "merge_size": 2,
+            "min_pixels": 3136,
+            "max_pixels": 12845056,
+            "image_mean": CLIP_MEAN,
+            "image_std": CLIP_STD,
+            **(preprocessor or {}),
+        },
+    )
     if video is not None:
         _write_json(path / "video_preprocessor_config.json", video)
     model = Qwen2_5OmniThinkerForConditionalGeneration(config)
@@ -231,138 +389,320 @@ class Parts:
     own: dict[str, torch.Tensor]
 
 
-def make_phi3_v(path: Path, layout: Layout = "hub", *, text: dict[str, Any] | None = None,
-                vision: dict[str, Any] | None = None, preprocessor: dict[str, Any] | None = None,
-                describes_tower: bool = True, **options: Any) -> Parts:
+def make_phi3_v(
+    path: Path,
+    layout: Layout = "hub",
+    *,
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+    preprocessor: dict[str, Any] | None = None,
+    describes_tower: bool = True,
+    **options: Any,
+) -> Parts:
     """Phi-3.5-vision: tiles of 56 pixels, four rows each. Sequences of more than 128 tokens take the long factors.
 
     The published config.json does not describe the tower, which must then be CLIP's of 336 pixels.
     """
     ids = write_tokenizer(path, layout, (*PHI3_SPECIALS, "<|image|>"), PHI3_TEMPLATE, bos="<s>", eos="<|endoftext|>")
     write_options, options = _write_options(options)
-    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.5, 2.0],
-            "long_factor": [1.1, 2.5, 9.0, 20.0], "original_max_position_embeddings": 128}
-    language = Phi3ForCausalLM(Phi3Config(**_shape(ids, {
-        "max_position_embeddings": 1024, "original_max_position_embeddings": 128, "rope_parameters": rope,
-        "num_key_value_heads": 4, "bos_token_id": ids["<s>"], "eos_token_id": ids["</s>"],
-        "pad_token_id": ids["<|endoftext|>"], **(text or {})})))
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0, 1.1, 1.5, 2.0],
+        "long_factor": [1.1, 2.5, 9.0, 20.0],
+        "original_max_position_embeddings": 128,
+    }
+    language = Phi3ForCausalLM(
+        Phi3Config(
+            **_shape(
+                ids,
+                {
+                    "max_position_embeddings": 1024,
+                    "original_max_position_embeddings": 128,
+                    "rope_parameters": rope,
+                    "num_key_value_heads": 4,
+                    "bos_token_id": ids["<s>"],
+                    "eos_token_id": ids["</s>"],
+                    "pad_token_id": ids["<|endoftext|>"],
+                    **(text or {}),
+                },
+            )
+        )
+    )
     size = 56 if describes_tower else 336
     tower = CLIPVisionModel(CLIPVisionConfig(**_clip({"image_size": size, **(vision or {})})))
     block, hidden = 4 * tower.config.hidden_size, language.config.hidden_size
-    own = _noise({"glb_GN": (1, 1, block), "sub_GN": (1, 1, 1, block), "img_projection.0.weight": (hidden, block),
-                  "img_projection.0.bias": (hidden,), "img_projection.2.weight": (hidden, hidden),
-                  "img_projection.2.bias": (hidden,)})
+    own = _noise(
+        {
+            "glb_GN": (1, 1, block),
+            "sub_GN": (1, 1, 1, block),
+            "img_projection.0.weight": (hidden, block),
+            "img_projection.0.bias": (hidden,),
+            "img_projection.2.weight": (hidden, hidden),
+            "img_projection.2.bias": (hidden,),
+        }
+    )
     embedding = "model.vision_embed_tokens"
-    parts = _write_parts(path, Parts(language, tower, own), {
-        "text": "", "vision": f"{embedding}.img_processor.vision_model.", "own": f"{embedding}."}, **write_options)
-    images: dict[str, Any] = {"image_dim_out": block // 4, "model_name": "openai/clip-vit-large-patch14-336",
-                              "name": "clip_vision_model", "num_img_tokens": 144}
+    parts = _write_parts(
+        path,
+        Parts(language, tower, own),
+        {"text": "", "vision": f"{embedding}.img_processor.vision_model.", "own": f"{embedding}."},
+        **write_options,
+    )
+    images: dict[str, Any] = {
+        "image_dim_out": block // 4,
+        "model_name": "openai/clip-vit-large-patch14-336",
+        "name": "clip_vision_model",
+        "num_img_tokens": 144,
+    }
     if describes_tower:
         images["vision_config"] = _clip({"image_size": size, **(vision or {})})
-    _write_parts_config(path, language, {
-        "architectures": ["Phi3VForCausalLM"], "model_type": "phi3_v", "img_processor": images,
-        "embd_layer": {"embedding_cls": "image", "hd_transform_order": "sub_glb", "projection_cls": "mlp",
-                       "use_hd_transform": True, "with_learnable_separator": True},
-        "torch_dtype": write_options.get("dtype", "float32"), **options})
-    _write_json(path / "preprocessor_config.json", {
-        "image_processor_type": "Phi3VImageProcessor", "processor_class": "Phi3VProcessor", "num_crops": 4,
-        "num_img_tokens": 144, "do_convert_rgb": True, "image_mean": CLIP_MEAN, "image_std": CLIP_STD,
-        **(preprocessor or {})})
+    _write_parts_config(
+        path,
+        language,
+        {
+            "architectures": ["Phi3VForCausalLM"],
+            "model_type": "phi3_v",
+            "img_processor": images,
+            "embd_layer": {
+                "embedding_cls": "image",
+                "hd_transform_order": "sub_glb",
+                "projection_cls": "mlp",
+                "use_hd_transform": True,
+                "with_learnable_separator": True,
+            },
+            "torch_dtype": write_options.get("dtype", "float32"),
+            **options,
+        },
+    )
+    _write_json(
+        path / "preprocessor_config.json",
+        {
+            "image_processor_type": "Phi3VImageProcessor",
+            "processor_class": "Phi3VProcessor",
+            "num_crops": 4,
+            "num_img_tokens": 144,
+            "do_convert_rgb": True,
+            "image_mean": CLIP_MEAN,
+            "image_std": CLIP_STD,
+            **(preprocessor or {}),
+        },
+    )
     return parts
 
 
-def make_minicpmv(path: Path, layout: Layout = "hub", *, text: dict[str, Any] | None = None,
-                  vision: dict[str, Any] | None = None, preprocessor: dict[str, Any] | None = None,
-                  **options: Any) -> Parts:
+def make_minicpmv(
+    path: Path,
+    layout: Layout = "hub",
+    *,
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+    preprocessor: dict[str, Any] | None = None,
+    **options: Any,
+) -> Parts:
     """MiniCPM-V 2.6: slices of about 56 x 56 pixels, four rows each, and a table of ten by ten positions."""
     ids = write_tokenizer(path, layout, (*CHATML_SPECIALS, *MINICPMV_SPECIALS), CHATML_TEMPLATE, eos="<|im_end|>")
     write_options, options = _write_options(options)
-    language = Qwen2ForCausalLM(Qwen2Config(**_shape(ids, {
-        "hidden_size": 256, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
-        "max_position_embeddings": 2048, "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
-        **(text or {})})))
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-             "image_size": 140, "patch_size": 14, **(vision or {})}
+    language = Qwen2ForCausalLM(
+        Qwen2Config(
+            **_shape(
+                ids,
+                {
+                    "hidden_size": 256,
+                    "rope_theta": 1e6,
+                    "rms_norm_eps": 1e-6,
+                    "tie_word_embeddings": False,
+                    "max_position_embeddings": 2048,
+                    "bos_token_id": ids["<|endoftext|>"],
+                    "eos_token_id": ids["<|im_end|>"],
+                    **(text or {}),
+                },
+            )
+        )
+    )
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 140,
+        "patch_size": 14,
+        **(vision or {}),
+    }
     tower = Idefics2VisionTransformer(Idefics2VisionConfig(**shape))
     size = language.config.hidden_size
     norms = [f"{norm}.{name}" for norm in ("ln_q", "ln_kv", "ln_post") for name in ("weight", "bias")]
-    own = _noise({"query": (4, size), "kv_proj.weight": (size, shape["hidden_size"]), "proj": (size, size),
-                  "attn.in_proj_weight": (3 * size, size), "attn.in_proj_bias": (3 * size,),
-                  "attn.out_proj.weight": (size, size), "attn.out_proj.bias": (size,),
-                  **dict.fromkeys(norms, (size,))})
-    parts = _write_parts(path, Parts(language, tower, own), {"text": "llm.", "vision": "vpm.", "own": "resampler."},
-                         **write_options)
+    own = _noise(
+        {
+            "query": (4, size),
+            "kv_proj.weight": (size, shape["hidden_size"]),
+            "proj": (size, size),
+            "attn.in_proj_weight": (3 * size, size),
+            "attn.in_proj_bias": (3 * size,),
+            "attn.out_proj.weight": (size, size),
+            "attn.out_proj.bias": (size,),
+            **dict.fromkeys(norms, (size,)),
+        }
+    )
+    parts = _write_parts(
+        path, Parts(language, tower, own), {"text": "llm.", "vision": "vpm.", "own": "resampler."}, **write_options
+    )
     slices = {"max_slice_nums": 9, "scale_resolution": 56, "patch_size": 14, "model_type": "minicpmv"}
-    _write_parts_config(path, language, {
-        "architectures": ["MiniCPMV"], "model_type": "minicpmv", "version": 2.6, "batch_vision_input": True,
-        "drop_vision_last_layer": False, "image_size": 56, "patch_size": 14, "query_num": 4, "slice_mode": True,
-        "slice_config": slices, "use_image_id": True, "vision_batch_size": 16,
-        "vision_config": {"model_type": "siglip_vision_model", **shape},
-        "torch_dtype": write_options.get("dtype", "float32"), **options})
-    names = {"im_start": "image", "im_end": "/image", "slice_start": "slice", "slice_end": "/slice", "unk": "unk",
-             "im_id_start": "image_id", "im_id_end": "/image_id"}
-    _write_json(path / "preprocessor_config.json", {
-        "image_processor_type": "MiniCPMVImageProcessor", "processor_class": "MiniCPMVProcessor", "version": 2.6,
-        "max_slice_nums": 9, "scale_resolution": 56, "patch_size": 14, "use_image_id": True, "image_feature_size": 4,
-        "slice_mode": True, "norm_mean": [0.5] * 3, "norm_std": [0.5] * 3,
-        **{name: f"<{token}>" for name, token in names.items()}, **(preprocessor or {})})
+    _write_parts_config(
+        path,
+        language,
+        {
+            "architectures": ["MiniCPMV"],
+            "model_type": "minicpmv",
+            "version": 2.6,
+            "batch_vision_input": True,
+            "drop_vision_last_layer": False,
+            "image_size": 56,
+            "patch_size": 14,
+            "query_num": 4,
+            "slice_mode": True,
+            "slice_config": slices,
+            "use_image_id": True,
+            "vision_batch_size": 16,
+            "vision_config": {"model_type": "siglip_vision_model", **shape},
+            "torch_dtype": write_options.get("dtype", "float32"),
+            **options,
+        },
+    )
+    names = {
+        "im_start": "image",
+        "im_end": "/image",
+        "slice_start": "slice",
+        "slice_end": "/slice",
+        "unk": "unk",
+        "im_id_start": "image_id",
+        "im_id_end": "/image_id",
+    }
+    _write_json(
+        path / "preprocessor_config.json",
+        {
+            "image_processor_type": "MiniCPMVImageProcessor",
+            "processor_class": "MiniCPMVProcessor",
+            "version": 2.6,
+            "max_slice_nums": 9,
+            "scale_resolution": 56,
+            "patch_size": 14,
+            "use_image_id": True,
+            "image_feature_size": 4,
+            "slice_mode": True,
+            "norm_mean": [0.5] * 3,
+            "norm_std": [0.5] * 3,
+            **{name: f"<{token}>" for name, token in names.items()},
+            **(preprocessor or {}),
+        },
+    )
     return parts
 
 
-def make_ultravox(path: Path, *, audio: dict[str, Any] | None = None, text: dict[str, Any] | None = None,
-                  **options: Any) -> Parts:
+def make_ultravox(
+    path: Path, *, audio: dict[str, Any] | None = None, text: dict[str, Any] | None = None, **options: Any
+) -> Parts:
     """Ultravox v0.5: `path` has the tower and the projector, `path/language` the language model's own repository.
 
     Chunks of 100 mel frames; `Parts.vision` is Whisper's encoder.
     """
     language = make_llama(path / "language", **(text or {}))
     ids = write_tokenizer(path, "hub", LLAMA_SPECIALS, LLAMA_TEMPLATE, bos="<s>", eos="</s>")
-    shape = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48,
-             "num_mel_bins": 128, "max_source_positions": 50, **(audio or {})}
+    shape = {
+        "d_model": 32,
+        "encoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "encoder_ffn_dim": 48,
+        "num_mel_bins": 128,
+        "max_source_positions": 50,
+        **(audio or {}),
+    }
     tower = WhisperEncoder(WhisperConfig(**shape))
     inner, stack, size = 64, 8, language.config.hidden_size
-    own = _noise({"ln_pre.weight": (32 * stack,), "linear_1.weight": (inner, 32 * stack),
-                  "ln_mid.weight": (inner // 2,), "linear_2.weight": (size, inner // 2)})
+    own = _noise(
+        {
+            "ln_pre.weight": (32 * stack,),
+            "linear_1.weight": (inner, 32 * stack),
+            "ln_mid.weight": (inner // 2,),
+            "linear_2.weight": (size, inner // 2),
+        }
+    )
     _randomise(tower, 0)
     parts = Parts(language, tower.eval(), own)
-    write_weights(path, {**{f"audio_tower.{key}": value for key, value in tower.state_dict().items()},
-                         **{f"multi_modal_projector.{key}": value for key, value in own.items()}})
-    _write_json(path / "config.json", {
-        "architectures": ["UltravoxModel"], "model_type": "ultravox", "audio_model_id": None, "audio_config": shape,
-        "text_model_id": str(path / "language"), "hidden_size": inner, "stack_factor": stack, "projector_act": "swiglu",
-        "projector_ln_mid": True, "ignore_index": -100, "vocab_size": language.config.vocab_size,
-        "audio_token_index": language.config.vocab_size, "torch_dtype": "float32", **options})
+    write_weights(
+        path,
+        {
+            **{f"audio_tower.{key}": value for key, value in tower.state_dict().items()},
+            **{f"multi_modal_projector.{key}": value for key, value in own.items()},
+        },
+    )
+    _write_json(
+        path / "config.json",
+        {
+            "architectures": ["UltravoxModel"],
+            "model_type": "ultravox",
+            "audio_model_id": None,
+            "audio_config": shape,
+            "text_model_id": str(path / "language"),
+            "hidden_size": inner,
+            "stack_factor": stack,
+            "projector_act": "swiglu",
+            "projector_ln_mid": True,
+            "ignore_index": -100,
+            "vocab_size": language.config.vocab_size,
+            "audio_token_index": language.config.vocab_size,
+            "torch_dtype": "float32",
+            **options,
+        },
+    )
     _write_json(path / "generation_config.json", {"bos_token_id": ids["<s>"], "eos_token_id": [ids["</s>"]]})
-    _write_json(path / "preprocessor_config.json", {"feature_extractor_type": "WhisperFeatureExtractor",
-                                                    "feature_size": 80})
+    _write_json(
+        path / "preprocessor_config.json", {"feature_extractor_type": "WhisperFeatureExtractor", "feature_size": 80}
+    )
     return parts
 
 
-def write_tokenizer(path: Path, layout: Layout, specials: tuple[str, ...], template: str, *, eos: str,
-                    bos: str | None = None) -> dict[str, int]:
+def write_tokenizer(
+    path: Path, layout: Layout, specials: tuple[str, ...], template: str, *, eos: str, bos: str | None = None
+) -> dict[str, int]:
     """A byte-level BPE of some 400 tokens and a chat template -> ids of the special tokens. `bos` precedes texts."""
     path.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                                  show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     tokenizer.train_from_iterator(CORPUS.splitlines(), trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
     ids = {token: tokenizer.token_to_id(token) for token in specials}
     if bos is not None:
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ids[bos])])
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ids[bos])]
+        )
     tokenizer.save(str(path / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "model_max_length": 512,
-              "clean_up_tokenization_spaces": False, "add_bos_token": bos is not None}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": eos,
+        "model_max_length": 512,
+        "clean_up_tokenization_spaces": False,
+        "add_bos_token": bos is not None,
+    }
     if bos is not None:
         config["bos_token"] = bos
     if layout == "hub":
         config["chat_template"] = template
         config["added_tokens_decoder"] = {
-            str(i): {"content": token, "special": True, "lstrip": False, "rstrip": False, "normalized": False,
-                     "single_word": False} for token, i in ids.items()}
+            str(i): {
+                "content": token,
+                "special": True,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "single_word": False,
+            }
+            for token, i in ids.items()
+        }
     else:
         (path / "chat_template.jinja").write_text(template, encoding="utf-8")
     _write_json(path / "tokenizer_config.json", config)
@@ -396,8 +736,16 @@ def write_weights(path: Path, tensors: dict[str, torch.Tensor], *, shards: int =
         _write_json(path / f"{stem}.{suffix}.index.json", {"metadata": {}, "weight_map": weight_map})
 
 
-def _text(path: Path, layout: Layout, model_class: Any, config_class: Any, ids: dict[str, int], bos: str, eos: str,
-          options: dict[str, Any]) -> PreTrainedModel:
+def _text(
+    path: Path,
+    layout: Layout,
+    model_class: Any,
+    config_class: Any,
+    ids: dict[str, int],
+    bos: str,
+    eos: str,
+    options: dict[str, Any],
+) -> PreTrainedModel:
     write_options, shape = _write_options(options)
     config = config_class(**{"bos_token_id": ids[bos], "eos_token_id": ids[eos], **_shape(ids, shape)})
     return _write(path, layout, model_class(config), ids[bos], ids[eos], **write_options)
@@ -410,18 +758,44 @@ def _write_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, A
 
 def _shape(ids: dict[str, int], shape: dict[str, Any]) -> dict[str, Any]:
     padded = (max(ids.values()) // 16 + 2) * 16  # rows that no token has, as in published checkpoints
-    return {"vocab_size": padded, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, **shape}
+    return {
+        "vocab_size": padded,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        **shape,
+    }
 
 
 def _clip(vision: dict[str, Any]) -> dict[str, Any]:
     if vision.get("model_type") == "siglip_vision_model":
-        return SiglipVisionConfig(**{
-            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
-            "image_size": 28, "patch_size": 14, **vision}).to_dict()
-    return CLIPVisionConfig(**{
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 28,
-        "patch_size": 14, "projection_dim": 16, "hidden_act": "quick_gelu", **vision}).to_dict()
+        return SiglipVisionConfig(
+            **{
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+                **vision,
+            }
+        ).to_dict()
+    return CLIPVisionConfig(
+        **{
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+            "projection_dim": 16,
+            "hidden_act": "quick_gelu",
+            **vision,
+        }
+    ).to_dict()
 
 
 def _square(side: int) -> dict[str, int]:
@@ -429,12 +803,31 @@ def _square(side: int) -> dict[str, int]:
 
 
 def _clip_preprocessor() -> dict[str, Any]:
-    return {"do_resize": True, "do_center_crop": True, "do_rescale": True, "rescale_factor": 1 / 255,
-            "do_normalize": True, "do_convert_rgb": True, "resample": 3, "image_mean": CLIP_MEAN, "image_std": CLIP_STD}
+    return {
+        "do_resize": True,
+        "do_center_crop": True,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "do_convert_rgb": True,
+        "resample": 3,
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+    }
 
 
-def _write(path: Path, layout: Layout, model: PreTrainedModel, bos: int, eos: int, *, dtype: str = "float32",
-           shards: int = 1, pickled: bool = False, seed: int = 0) -> PreTrainedModel:
+def _write(
+    path: Path,
+    layout: Layout,
+    model: PreTrainedModel,
+    bos: int,
+    eos: int,
+    *,
+    dtype: str = "float32",
+    shards: int = 1,
+    pickled: bool = False,
+    seed: int = 0,
+) -> PreTrainedModel:
     """Fill the model with random weights, save it, and rewrite what was saved if the hub's layout is wanted."""
     _randomise(model, seed)
     stored = getattr(torch, dtype)
@@ -455,8 +848,16 @@ def _write(path: Path, layout: Layout, model: PreTrainedModel, bos: int, eos: in
     return model.to(torch.float32).eval()
 
 
-def _write_parts(path: Path, parts: Parts, prefixes: dict[str, str], *, dtype: str = "float32", shards: int = 1,
-                 pickled: bool = False, seed: int = 0) -> Parts:
+def _write_parts(
+    path: Path,
+    parts: Parts,
+    prefixes: dict[str, str],
+    *,
+    dtype: str = "float32",
+    shards: int = 1,
+    pickled: bool = False,
+    seed: int = 0,
+) -> Parts:
     """Random weights for every part, stored under the part's prefix."""
     stored = getattr(torch, dtype)
     for part in (parts.text, parts.vision):
@@ -474,8 +875,10 @@ def _write_parts(path: Path, parts: Parts, prefixes: dict[str, str], *, dtype: s
 def _write_parts_config(path: Path, text: PreTrainedModel, config: dict[str, Any]) -> None:
     """config.json as the hub has it: the decoder's keys flat beside the family's own."""
     _write_json(path / "config.json", {**_old_names(text.config.to_dict()), **config})
-    _write_json(path / "generation_config.json",
-                {"bos_token_id": text.config.bos_token_id, "eos_token_id": text.config.eos_token_id})
+    _write_json(
+        path / "generation_config.json",
+        {"bos_token_id": text.config.bos_token_id, "eos_token_id": text.config.eos_token_id},
+    )
 
 
 def _noise(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
@@ -523,9 +926,14 @@ def _hub_config(config: dict[str, Any]) -> dict[str, Any]:
         vision.pop("rope_theta", None)
         return {**text, **config, "vision_config": vision}
     if config["model_type"] == "qwen2_5_omni_thinker":
-        return {"architectures": ["Qwen2_5OmniModel"], "model_type": "qwen2_5_omni", "enable_audio_output": True,
-                "talker_config": {"hidden_size": 2}, "torch_dtype": config["torch_dtype"],
-                "thinker_config": {k: v for k, v in config.items() if k not in ("architectures", "torch_dtype")}}
+        return {
+            "architectures": ["Qwen2_5OmniModel"],
+            "model_type": "qwen2_5_omni",
+            "enable_audio_output": True,
+            "talker_config": {"hidden_size": 2},
+            "torch_dtype": config["torch_dtype"],
+            "thinker_config": {k: v for k, v in config.items() if k not in ("architectures", "torch_dtype")},
+        }
     if "text_config" in config:  # what equals Llama's defaults is left out
         config["text_config"] = _without_defaults(config["text_config"], _old_names(LlamaConfig().to_dict()))
         is_clip = config["vision_config"]["model_type"] == "clip_vision_model"
@@ -538,8 +946,10 @@ def _hub_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _old_names(config: dict[str, Any]) -> dict[str, Any]:
-    config = {key: _old_names(value) if isinstance(value, dict) and key.endswith("_config") else value
-              for key, value in config.items()}
+    config = {
+        key: _old_names(value) if isinstance(value, dict) and key.endswith("_config") else value
+        for key, value in config.items()
+    }
     if "dtype" in config:
         config["torch_dtype"] = config.pop("dtype")
     rope = config.pop("rope_parameters", None)

@@ -12,9 +12,19 @@ import numpy as np
 VALUES = 8 * np.arange(32)  # of consecutive frames, then again from the start
 
 
-def video(codec: str = "libx264", container: str = "mp4", *, frames: int = 30, rate: int = 10,
-          size: tuple[int, int] = (64, 48), pixel_format: str = "yuv420p", gop: int | None = None, turn: int = 0,
-          draw: Callable[[int], np.ndarray] | None = None, **options: str) -> bytes:
+def video(
+    codec: str = "libx264",
+    container: str = "mp4",
+    *,
+    frames: int = 30,
+    rate: int = 10,
+    size: tuple[int, int] = (64, 48),
+    pixel_format: str = "yuv420p",
+    gop: int | None = None,
+    turn: int = 0,
+    draw: Callable[[int], np.ndarray] | None = None,
+    **options: str,
+) -> bytes:
     """`size` is (width, height). Frame i is filled with VALUES[i % 32] unless `draw` gives its pixels."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as output:
@@ -38,8 +48,14 @@ def tone(seconds: float, rate: int, pitch: float = 440.0) -> np.ndarray:
     return (0.5 * np.sin(2 * np.pi * pitch * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
 
 
-def sound(samples: np.ndarray, rate: int, codec: str = "pcm_s16le", container: str = "wav",
-          sample_format: str = "s16", **options: str) -> bytes:
+def sound(
+    samples: np.ndarray,
+    rate: int,
+    codec: str = "pcm_s16le",
+    container: str = "wav",
+    sample_format: str = "s16",
+    **options: str,
+) -> bytes:
     """`samples` float [count] or [channels, count], full scale 1."""
     channels = np.atleast_2d(samples)
     layout = {1: "mono", 2: "stereo", 6: "5.1"}[len(channels)]
@@ -50,7 +66,7 @@ def sound(samples: np.ndarray, rate: int, codec: str = "pcm_s16le", container: s
         resampler = av.AudioResampler(format=sample_format, layout=layout, rate=rate)
         step = 4096 if container == "wav" else stream.codec_context.frame_size or 1024
         for start in range(0, channels.shape[1], step):
-            part = np.ascontiguousarray(channels[:, start:start + step], np.float32)
+            part = np.ascontiguousarray(channels[:, start : start + step], np.float32)
             frame = av.AudioFrame.from_ndarray(part, format="fltp", layout=layout)
             frame.sample_rate, frame.pts = rate, start
             for converted in resampler.resample(frame):
@@ -59,14 +75,23 @@ def sound(samples: np.ndarray, rate: int, codec: str = "pcm_s16le", container: s
     return buffer.getvalue()
 
 
-def wav(data: bytes, *, rate: int = 16000, channels: int = 1, bits: int = 16, tag: int = 1,
-        claimed: int | None = None) -> bytes:
+def wav(
+    data: bytes, *, rate: int = 16000, channels: int = 1, bits: int = 16, tag: int = 1, claimed: int | None = None
+) -> bytes:
     """A header by hand, to say what no encoder would."""
     block = channels * bits // 8
     head = struct.pack("<HHIIHH", tag, channels, rate, rate * block & 0xFFFFFFFF, block, bits)
     size = len(data) if claimed is None else claimed
-    return (b"RIFF" + struct.pack("<I", min(36 + size, 0xFFFFFFFF)) + b"WAVEfmt " + struct.pack("<I", 16) + head +
-            b"data" + struct.pack("<I", size) + data)
+    return (
+        b"RIFF"
+        + struct.pack("<I", min(36 + size, 0xFFFFFFFF))
+        + b"WAVEfmt "
+        + struct.pack("<I", 16)
+        + head
+        + b"data"
+        + struct.pack("<I", size)
+        + data
+    )
 
 
 def boxes(data: bytes) -> list[tuple[bytes, bytes]]:
@@ -74,7 +99,7 @@ def boxes(data: bytes) -> list[tuple[bytes, bytes]]:
     found, offset = [], 0
     while offset + 8 <= len(data):
         size, kind = struct.unpack_from(">I4s", data, offset)
-        found.append((kind, data[offset + 8:offset + size]))
+        found.append((kind, data[offset + 8 : offset + size]))
         offset += size
     return found
 
@@ -96,6 +121,6 @@ def with_matrix(payload: bytes, matrix: tuple[float, float, float, float]) -> by
     def change(header: bytes) -> bytes:
         at = 40 if header[0] == 0 else 52  # behind times of 4 or 8 bytes
         a, b, c, d = (round(value * 65536) for value in matrix)
-        return header[:at] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + header[at + 36:]
+        return header[:at] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + header[at + 36 :]
 
     return replaced(payload, [b"moov", b"trak", b"tkhd"], change)

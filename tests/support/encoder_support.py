@@ -32,8 +32,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Model:
     return load_model(open_checkpoint(folder), dtype=dtype, device="cpu")
 
 
-def run(model: Model, prompts: list[Tensor], types: list[Tensor] | None = None, *,
-        read: Read = "all") -> list[Tensor]:
+def run(model: Model, prompts: list[Tensor], types: list[Tensor] | None = None, *, read: Read = "all") -> list[Tensor]:
     """The states of each prompt, all computed in one step."""
     lengths = [len(ids) for ids in prompts]
     positions = torch.cat([torch.arange(n) for n in lengths])

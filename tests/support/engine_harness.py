@@ -127,16 +127,30 @@ def bench(model: Model, *, faults: Faults | None = None, kv_tokens: int = 4096, 
     return Bench(build_engine(model, checkpoint, config, torch.device("cpu"), torch.float32, faults=faults), faults)
 
 
-def request(tokens: Sequence[int] | np.ndarray, max_tokens: int = 8, *, salt: bytes = b"", priority: int = 0,
-            **sampling: Any) -> EngineRequest:
+def request(
+    tokens: Sequence[int] | np.ndarray, max_tokens: int = 8, *, salt: bytes = b"", priority: int = 0, **sampling: Any
+) -> EngineRequest:
     sampling.setdefault("temperature", 0.0)
-    return EngineRequest(next(_ids), Prompt(np.array(tokens, np.int32)),
-                         SamplingParams(max_tokens=max_tokens, **sampling), salt=salt, priority=priority)
+    return EngineRequest(
+        next(_ids),
+        Prompt(np.array(tokens, np.int32)),
+        SamplingParams(max_tokens=max_tokens, **sampling),
+        salt=salt,
+        priority=priority,
+    )
 
 
-def image_request(seed: int, max_tokens: int = 8, *, before: int = 20, after: int = 13,
-                  grid: tuple[int, int] = (12, 12), pixels_seed: int | None = None, images: int = 1,
-                  **sampling: Any) -> EngineRequest:
+def image_request(
+    seed: int,
+    max_tokens: int = 8,
+    *,
+    before: int = 20,
+    after: int = 13,
+    grid: tuple[int, int] = (12, 12),
+    pixels_seed: int | None = None,
+    images: int = 1,
+    **sampling: Any,
+) -> EngineRequest:
     """Text, pictures (Qwen2-VL's patches, 2 x 2 of them to a token) and text, with three-axis positions."""
     rng = np.random.default_rng(seed)
     height, width = grid
@@ -161,8 +175,13 @@ def image_request(seed: int, max_tokens: int = 8, *, before: int = 20, after: in
         at += max(height, width) // 2
         media.append(picture((seed if pixels_seed is None else pixels_seed) * 100 + index, grid))
     text(after)
-    prompt = Prompt(np.array(tokens, np.int32), tuple(media), tuple(spans),
-                    np.concatenate(positions, axis=1).astype(np.int32), at - len(tokens))
+    prompt = Prompt(
+        np.array(tokens, np.int32),
+        tuple(media),
+        tuple(spans),
+        np.concatenate(positions, axis=1).astype(np.int32),
+        at - len(tokens),
+    )
     sampling.setdefault("temperature", 0.0)
     return EngineRequest(next(_ids), prompt, SamplingParams(max_tokens=max_tokens, **sampling))
 

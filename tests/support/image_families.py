@@ -15,10 +15,21 @@ from sensorium.processors.qwen2_vl import Qwen2VLProcessor
 from sensorium.types import MediaItem, Modality
 
 CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
-QWEN_FILE = {**CLIP, "min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2,
-             "merge_size": 2}
-QWEN_TOKENS = {"<s>": 151643, "<|vision_start|>": 151652, "<|vision_end|>": 151653, "<|image_pad|>": 151655,
-               "<|video_pad|>": 151656}
+QWEN_FILE = {
+    **CLIP,
+    "min_pixels": 3136,
+    "max_pixels": 12845056,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+}
+QWEN_TOKENS = {
+    "<s>": 151643,
+    "<|vision_start|>": 151652,
+    "<|vision_end|>": 151653,
+    "<|image_pad|>": 151655,
+    "<|video_pad|>": 151656,
+}
 
 
 class WordTokenizer:
@@ -43,9 +54,20 @@ class WordTokenizer:
 
 def record(config: dict[str, Any], preprocessor: dict[str, Any]) -> Checkpoint:
     return Checkpoint(
-        folder=Path(), architecture="", config=config, preprocessor=preprocessor, generation={}, tokenizer_config={},
-        chat_template=None, text=None, dtype="float32", max_model_len=4096, vocab_size=64064, stop_token_ids=(),
-        weight_files=())
+        folder=Path(),
+        architecture="",
+        config=config,
+        preprocessor=preprocessor,
+        generation={},
+        tokenizer_config={},
+        chat_template=None,
+        text=None,
+        dtype="float32",
+        max_model_len=4096,
+        vocab_size=64064,
+        stop_token_ids=(),
+        weight_files=(),
+    )
 
 
 def noise(height: int, width: int, *, frames: int | None = None, seed: int = 0) -> MediaItem:

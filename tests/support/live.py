@@ -22,8 +22,14 @@ from support import server
 
 LEAKS = re.compile(r"0x[0-9a-f]{6,}|/usr|/home|/tmp|site-packages|Traceback|File \"|<[\w.]+ object at|pydantic|\.py\b")
 ERROR_KEYS = {"message", "type", "param", "code"}
-ERROR_TYPES = {"invalid_request_error", "authentication_error", "permission_error", "not_found_error",
-               "rate_limit_error", "server_error"}
+ERROR_TYPES = {
+    "invalid_request_error",
+    "authentication_error",
+    "permission_error",
+    "not_found_error",
+    "rate_limit_error",
+    "server_error",
+}
 MAX_GROWTH_BYTES = (64 if native.available() else 192) * 2**20
 """Without the native kernels torch keeps more, of products in bfloat16 and of attention: 110 MiB, then no more."""
 NORMAL = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4, "temperature": 0, "ignore_eos": True}
@@ -57,9 +63,16 @@ class Live:
 
     def chat(self, content: Any = "hello", **fields: Any) -> httpx.Response:
         """A short greedy chat of one user message."""
-        return self.post("/v1/chat/completions", {
-            "messages": [{"role": "user", "content": content}], "max_tokens": 4, "temperature": 0, "ignore_eos": True,
-            **fields})
+        return self.post(
+            "/v1/chat/completions",
+            {
+                "messages": [{"role": "user", "content": content}],
+                "max_tokens": 4,
+                "temperature": 0,
+                "ignore_eos": True,
+                **fields,
+            },
+        )
 
     def complete(self, prompt: Any = "hello", **fields: Any) -> httpx.Response:
         return self.post("/v1/completions", {"prompt": prompt, "max_tokens": 4, "temperature": 0, **fields})
@@ -69,9 +82,12 @@ class Live:
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a metric's samples that carry these labels."""
-        return sum(sample.value for family in text_string_to_metric_families(self.http.get("/metrics").text)
-                   for sample in family.samples
-                   if sample.name == name and all(sample.labels.get(key) == value for key, value in labels.items()))
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(self.http.get("/metrics").text)
+            for sample in family.samples
+            if sample.name == name and all(sample.labels.get(key) == value for key, value in labels.items())
+        )
 
     def check_unharmed(self) -> None:
         """The postlude: a normal request is answered as ever, by the same engine, and nothing was kept."""
@@ -100,15 +116,18 @@ def until(happens: Any, timeout_s: float = 10.0) -> None:
 
 
 @contextmanager
-def live(folder: Path, *argv: str, key: str = "", warm: bool = True, tracebacks: bool = False,
-         **options: Any) -> Iterator[Live]:
+def live(
+    folder: Path, *argv: str, key: str = "", warm: bool = True, tracebacks: bool = False, **options: Any
+) -> Iterator[Live]:
     """A server that has answered its first requests, so that what it grows by is someone's doing.
 
     `tracebacks`: its log may have some, as faults are part of the test. `options` are those of `server.running`.
     """
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    with server.running(folder, *argv, **options) as started, \
-            httpx.Client(base_url=started.url, headers=headers, timeout=60) as http:
+    with (
+        server.running(folder, *argv, **options) as started,
+        httpx.Client(base_url=started.url, headers=headers, timeout=60) as http,
+    ):
         found = Live(started, http, engine_of(started.process.pid), key=key)
         if warm:
             for _ in range(2):
@@ -120,8 +139,9 @@ def live(folder: Path, *argv: str, key: str = "", warm: bool = True, tracebacks:
         assert tracebacks or "Traceback" not in started.text(), started.text()
 
 
-def check_error(reply: httpx.Response, *, status: int | tuple[int, ...] = 400, code: str | None = None,
-                param: str | None = None) -> dict[str, Any]:
+def check_error(
+    reply: httpx.Response, *, status: int | tuple[int, ...] = 400, code: str | None = None, param: str | None = None
+) -> dict[str, Any]:
     """One of our error bodies: four keys, nothing of a library, a path or an address in it."""
     allowed = (status,) if isinstance(status, int) else status
     assert reply.status_code in allowed, (reply.status_code, reply.text[:500])

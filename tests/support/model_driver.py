@@ -31,16 +31,29 @@ class Sequence:
 class Driver:
     """`step` computes some tokens of some sequences and returns the last hidden state of each, as the runner does."""
 
-    def __init__(self, model: Model, *, block_size: int = 4, num_blocks: int = 256, dtype: torch.dtype = torch.float32,
-                 device: str = "cpu", int8_cache: bool = False) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        block_size: int = 4,
+        num_blocks: int = 256,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        int8_cache: bool = False,
+    ) -> None:
         self.model = model
         self.block_size = block_size
         cache_dtype = torch.int8 if int8_cache else dtype
         shape = (num_blocks, model.num_kv_heads, block_size, cache_width(model.head_dim, cache_dtype))
         # NaN shows every read of a slot that nobody wrote; as scales, four bytes of -1 are one.
         unwritten = -1 if int8_cache else torch.nan
-        self.cache = [(torch.full(shape, unwritten, dtype=cache_dtype, device=device),
-                       torch.full(shape, unwritten, dtype=cache_dtype, device=device)) for _ in range(model.num_layers)]
+        self.cache = [
+            (
+                torch.full(shape, unwritten, dtype=cache_dtype, device=device),
+                torch.full(shape, unwritten, dtype=cache_dtype, device=device),
+            )
+            for _ in range(model.num_layers)
+        ]
         self.free = list(range(num_blocks))
         random.Random(0).shuffle(self.free)
         self.device = device
@@ -100,22 +113,29 @@ class Driver:
         query_lens = [n for _, n in work]
         context_lens = [s.cached + n for s, n in work]
         width = max(len(s.blocks) for s, _ in work)
-        slots = [s.blocks[p // self.block_size] * self.block_size + p % self.block_size
-                 for s, n in work for p in range(s.cached, s.cached + n)]
+        slots = [
+            s.blocks[p // self.block_size] * self.block_size + p % self.block_size
+            for s, n in work
+            for p in range(s.cached, s.cached + n)
+        ]
         border = self.model.long_context_from
         is_long = [len(s.tokens) > border for s, n in work for _ in range(n)] if border is not None else None
         return AttentionContext(
-            query_lens=query_lens, context_lens=context_lens,
+            query_lens=query_lens,
+            context_lens=context_lens,
             num_decodes=sum(self._is_decode(s, n) for s, n in work),
             block_size=self.block_size,
             query_start=torch.tensor([0, *itertools.accumulate(query_lens)], dtype=torch.int32, device=self.device),
             seq_lens=torch.tensor(context_lens, dtype=torch.int32, device=self.device),
-            block_tables=torch.tensor([s.blocks + [0] * (width - len(s.blocks)) for s, _ in work], dtype=torch.int32,
-                                      device=self.device),
+            block_tables=torch.tensor(
+                [s.blocks + [0] * (width - len(s.blocks)) for s, _ in work], dtype=torch.int32, device=self.device
+            ),
             slots=torch.tensor(slots, device=self.device),
             long_context=None if is_long is None else torch.tensor(is_long, device=self.device),
-            rope_lengths=None if self.model.stretched_from is None else torch.tensor(
-                [max(s.prompt, s.cached + i + 1) for s, n in work for i in range(n)], device=self.device))
+            rope_lengths=None
+            if self.model.stretched_from is None
+            else torch.tensor([max(s.prompt, s.cached + i + 1) for s, n in work for i in range(n)], device=self.device),
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         with torch.inference_mode():
@@ -159,7 +179,7 @@ def clear_answers(model: Model, count: int, length: int, **options: Any) -> list
             margins.append(float((best[0] - best[1]) / logits.std()))
             sequence.tokens.append(int(logits.argmax()))
         if min(margins) > 0.1:
-            found.append((prompt, sequence.tokens[len(prompt):]))
+            found.append((prompt, sequence.tokens[len(prompt) :]))
         if len(found) == count:
             return found
     raise AssertionError(f"only {len(found)} prompts have a clear answer")
@@ -169,6 +189,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
     """The most memory beyond what was there that `work` holds at once, as the profiler saw it."""
     with torch.profiler.profile(profile_memory=True) as profile:
         work()
-    held = itertools.accumulate(event.self_cpu_memory_usage
-                                for event in sorted(profile.events(), key=lambda e: e.time_range.start))
+    held = itertools.accumulate(
+        event.self_cpu_memory_usage for event in sorted(profile.events(), key=lambda e: e.time_range.start)
+    )
     return max(held, default=0)

@@ -73,40 +73,80 @@ def words(numbers: Tensor, bits: int, columns: tuple[int, ...] | None = None) ->
 
 def write_awq(folder: Path, *, size: int = 32, config: dict[str, Any] | None = None) -> dict[str, Tensor]:
     def pack(layer: Layer) -> dict[str, Tensor]:
-        return {"qweight": words(layer.codes.T, 4, AWQ_COLUMNS), "qzeros": words(layer.zeros.T, 4, AWQ_COLUMNS),
-                "scales": layer.scales.T}
+        return {
+            "qweight": words(layer.codes.T, 4, AWQ_COLUMNS),
+            "qzeros": words(layer.zeros.T, 4, AWQ_COLUMNS),
+            "scales": layer.scales.T,
+        }
 
-    return _write(folder, lambda weight: quantise(weight, 4, size, symmetric=False), pack, {
-        "quant_method": "awq", "bits": 4, "group_size": size, "zero_point": True, "version": "gemm", **(config or {})})
+    return _write(
+        folder,
+        lambda weight: quantise(weight, 4, size, symmetric=False),
+        pack,
+        {"quant_method": "awq", "bits": 4, "group_size": size, "zero_point": True, "version": "gemm", **(config or {})},
+    )
 
 
-def write_gptq(folder: Path, *, bits: int = 4, size: int | None = 32, symmetric: bool = True, act_order: bool = False,
-               config: dict[str, Any] | None = None, config_file: str = "config.json",
-               second_format: bool | None = None) -> dict[str, Tensor]:
+def write_gptq(
+    folder: Path,
+    *,
+    bits: int = 4,
+    size: int | None = 32,
+    symmetric: bool = True,
+    act_order: bool = False,
+    config: dict[str, Any] | None = None,
+    config_file: str = "config.json",
+    second_format: bool | None = None,
+) -> dict[str, Tensor]:
     """`second_format`: how zeros are stored, if not as checkpoint_format says."""
     method = {"quant_method": "gptq"} if config_file == "config.json" else {}
-    config = {**method, "bits": bits, "group_size": size or -1, "sym": symmetric, "desc_act": act_order,
-              **(config or {})}
+    config = {
+        **method,
+        "bits": bits,
+        "group_size": size or -1,
+        "sym": symmetric,
+        "desc_act": act_order,
+        **(config or {}),
+    }
     if second_format is None:
         second_format = config.get("checkpoint_format") == "gptq_v2"
     lacks = 0 if second_format else 1
 
     def pack(layer: Layer) -> dict[str, Tensor]:
-        return {"qweight": words(layer.codes, bits).T, "scales": layer.scales.T, "g_idx": layer.group.int(),
-                "qzeros": words((layer.zeros.T - lacks) % 2**bits, bits)}
+        return {
+            "qweight": words(layer.codes, bits).T,
+            "scales": layer.scales.T,
+            "g_idx": layer.group.int(),
+            "qzeros": words((layer.zeros.T - lacks) % 2**bits, bits),
+        }
 
-    return _write(folder, lambda weight: quantise(weight, bits, size, symmetric=symmetric, shuffled=act_order), pack,
-                  config, config_file)
+    return _write(
+        folder,
+        lambda weight: quantise(weight, bits, size, symmetric=symmetric, shuffled=act_order),
+        pack,
+        config,
+        config_file,
+    )
 
 
-def write_packed(folder: Path, *, bits: int = 4, size: int | None = 32, symmetric: bool = True,
-                 act_order: bool = False, config: dict[str, Any] | None = None,
-                 config_key: str = "quantization_config") -> dict[str, Tensor]:
+def write_packed(
+    folder: Path,
+    *,
+    bits: int = 4,
+    size: int | None = 32,
+    symmetric: bool = True,
+    act_order: bool = False,
+    config: dict[str, Any] | None = None,
+    config_key: str = "quantization_config",
+) -> dict[str, Tensor]:
     """compressed-tensors' pack-quantized: signed numbers, stored with half the range added."""
 
     def pack(layer: Layer) -> dict[str, Tensor]:
-        packed = {"weight_packed": words(layer.codes, bits), "weight_scale": layer.scales.bfloat16(),
-                  "weight_shape": torch.tensor(layer.codes.shape)}
+        packed = {
+            "weight_packed": words(layer.codes, bits),
+            "weight_scale": layer.scales.bfloat16(),
+            "weight_shape": torch.tensor(layer.codes.shape),
+        }
         if not symmetric:
             packed["weight_zero_point"] = words(layer.zeros.T, bits).T
         if act_order:
@@ -117,10 +157,24 @@ def write_packed(folder: Path, *, bits: int = 4, size: int | None = 32, symmetri
         layer = quantise(weight, bits, size, symmetric=symmetric, shuffled=act_order)
         return replace(layer, scales=layer.scales.bfloat16())
 
-    return _write(folder, rounded, pack, compressed_config(
-        "pack-quantized", {"num_bits": bits, "type": "int", "symmetric": symmetric, "group_size": size or -1,
-                           "strategy": "group" if size else "channel", "actorder": "group" if act_order else None},
-        **(config or {})), config_key=config_key)
+    return _write(
+        folder,
+        rounded,
+        pack,
+        compressed_config(
+            "pack-quantized",
+            {
+                "num_bits": bits,
+                "type": "int",
+                "symmetric": symmetric,
+                "group_size": size or -1,
+                "strategy": "group" if size else "channel",
+                "actorder": "group" if act_order else None,
+            },
+            **(config or {}),
+        ),
+        config_key=config_key,
+    )
 
 
 def write_int8(folder: Path, *, strategy: str = "channel", config: dict[str, Any] | None = None) -> dict[str, Tensor]:
@@ -137,21 +191,42 @@ def write_int8(folder: Path, *, strategy: str = "channel", config: dict[str, Any
         scales = layer.scales if strategy == "channel" else layer.scales[:1, 0].clone()
         return {"weight": (layer.codes - 128).to(torch.int8), "weight_scale": scales}
 
-    return _write(folder, rounded, pack, compressed_config(
-        "int-quantized", {"num_bits": 8, "type": "int", "symmetric": True, "strategy": strategy},
-        {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}, **(config or {})))
+    return _write(
+        folder,
+        rounded,
+        pack,
+        compressed_config(
+            "int-quantized",
+            {"num_bits": 8, "type": "int", "symmetric": True, "strategy": strategy},
+            {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
+            **(config or {}),
+        ),
+    )
 
 
-def compressed_config(layout: str, weights: dict[str, Any], inputs: dict[str, Any] | None = None,
-                      **more: Any) -> dict[str, Any]:
+def compressed_config(
+    layout: str, weights: dict[str, Any], inputs: dict[str, Any] | None = None, **more: Any
+) -> dict[str, Any]:
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "output_activations": None}
-    return {"quant_method": "compressed-tensors", "format": layout, "quantization_status": "compressed",
-            "config_groups": {"group_0": group}, "ignore": ["lm_head"], "kv_cache_scheme": None, **more}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": layout,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": None,
+        **more,
+    }
 
 
-def _write(folder: Path, rounded: Callable[[Tensor], Layer], pack: Callable[[Layer], dict[str, Tensor]],
-           stated: dict[str, Any], config_file: str = "config.json",
-           config_key: str = "quantization_config") -> dict[str, Tensor]:
+def _write(
+    folder: Path,
+    rounded: Callable[[Tensor], Layer],
+    pack: Callable[[Layer], dict[str, Tensor]],
+    stated: dict[str, Any],
+    config_file: str = "config.json",
+    config_key: str = "quantization_config",
+) -> dict[str, Tensor]:
     stored, floats = {}, {}
     for key, tensor in read_weights(folder).items():
         if key.endswith("_proj.weight") and ".layers." in key:

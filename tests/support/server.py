@@ -28,17 +28,27 @@ class Server:
 
 def start(log: Path, *argv: str, environment: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
     with log.open("wb") as output:
-        return subprocess.Popen([sys.executable, "-m", "sensorium", "serve", *argv], stdout=output, stderr=output,
-                                env={**os.environ, **(environment or {})})
+        return subprocess.Popen(
+            [sys.executable, "-m", "sensorium", "serve", *argv],
+            stdout=output,
+            stderr=output,
+            env={**os.environ, **(environment or {})},
+        )
 
 
 @contextmanager
-def running(folder: Path, *argv: str, timeout_s: float = 90.0, kv_cache_memory: str = "96MiB",
-            environment: dict[str, str] | None = None) -> Iterator[Server]:
+def running(
+    folder: Path,
+    *argv: str,
+    timeout_s: float = 90.0,
+    kv_cache_memory: str = "96MiB",
+    environment: dict[str, str] | None = None,
+) -> Iterator[Server]:
     """A server on a free port, with a small KV cache; stopped at the end."""
     log = folder / "server.log"
-    process = start(log, *argv, "--port", "0", "--kv-cache-memory", kv_cache_memory, "--threads", "1",
-                    environment=environment)
+    process = start(
+        log, *argv, "--port", "0", "--kv-cache-memory", kv_cache_memory, "--threads", "1", environment=environment
+    )
     try:
         yield Server(process, log, _until_ready(process, log, timeout_s))
     finally:

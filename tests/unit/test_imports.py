@@ -47,8 +47,17 @@ HTTP_SIDE = NEVER_TORCH - {"__main__", "cli"}
 HAND_ENVIRONMENT_ON = {"workers/process.py", "ipc/client.py", "engine/loop.py", "prompt/convert.py"}
 # Only here may an `except` be broad: where one request's failure must not end the others', where a template's program
 # may raise what it likes, and where the tokenizers library raises nothing more precise.
-BROAD_EXCEPT = {"api/app.py", "api/transport/errors.py", "engine/loop.py", "engine/encoding.py", "media/worker.py",
-                "prompt/tokenizer.py", "prompt/sandbox.py", "prompt/render_worker.py"}
+BROAD_EXCEPT = {
+    "ipc/channel.py",
+    "api/app.py",
+    "api/transport/errors.py",
+    "engine/loop.py",
+    "engine/encoding.py",
+    "media/worker.py",
+    "prompt/tokenizer.py",
+    "prompt/sandbox.py",
+    "prompt/render_worker.py",
+}
 # The server renders no template itself: Jinja is for the process that can be killed, and for tools.
 RUNS_TEMPLATES = {"sensorium.prompt.sandbox", "sensorium.prompt.render_worker", "sensorium.prompt.local"}
 UNPICKLERS = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
@@ -97,8 +106,11 @@ def test_imports_go_one_way() -> None:
             found.append(f"{file}: give {own} a row in ALLOWED")
             continue
         allowed = ALLOWED[own] | {own} | (set() if own in LEAVES else LEAVES)
-        found += [f"{file} imports {name}" for name in imports(tree)
-                  if name.split(".")[0] == "sensorium" and layer(name.partition(".")[2]) not in allowed]
+        found += [
+            f"{file} imports {name}"
+            for name in imports(tree)
+            if name.split(".")[0] == "sensorium" and layer(name.partition(".")[2]) not in allowed
+        ]
     assert not found
 
 
@@ -109,8 +121,10 @@ def test_folders_are_sorted_from_top_to_bottom() -> None:
 
 
 def test_no_module_imports_itself_through_others() -> None:
-    edges = {module: {name.removeprefix("sensorium.") for name in imports(TREES[file])} & PACKAGES - {module}
-             for file, module in MODULES.items()}
+    edges = {
+        module: {name.removeprefix("sensorium.") for name in imports(TREES[file])} & PACKAGES - {module}
+        for file, module in MODULES.items()
+    }
     left = dict(edges)
     while leaves := {module for module, targets in left.items() if not targets & left.keys()}:
         for module in leaves:
@@ -119,14 +133,17 @@ def test_no_module_imports_itself_through_others() -> None:
 
 
 def test_no_torch_outside_the_engine() -> None:
-    found = {(file, name.split(".")[0]) for file, tree in TREES.items() if layer(MODULES[file]) in NEVER_TORCH
-             for name in imports(tree)}
+    found = {
+        (file, name.split(".")[0])
+        for file, tree in TREES.items()
+        if layer(MODULES[file]) in NEVER_TORCH
+        for name in imports(tree)
+    }
     heavy = {(file, name) for file, name in found if name in ("torch", "transformers")}
     assert heavy <= {("prompt/convert.py", "transformers")}  # in a process of its own
 
 
-@pytest.mark.parametrize("layers", [{"__init__"}, {"cli"}, HTTP_SIDE],
-                         ids=["package", "cli", "http"])
+@pytest.mark.parametrize("layers", [{"__init__"}, {"cli"}, HTTP_SIDE], ids=["package", "cli", "http"])
 def test_the_http_process_loads_neither_torch_nor_transformers_nor_jinja(layers: set[str]) -> None:
     names = {f"sensorium.{name}".removesuffix(".__init__") for name in PACKAGES if layer(name) in layers}
     names -= RUNS_TEMPLATES
@@ -176,8 +193,12 @@ def is_broad(handler: ast.ExceptHandler) -> bool:
 
 
 def test_only_the_command_line_reads_the_environment() -> None:
-    readers = {file for file, tree in TREES.items() for node in ast.walk(tree)
-               if isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.environ", "os.getenv")}
+    readers = {
+        file
+        for file, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.environ", "os.getenv")
+    }
     assert readers - HAND_ENVIRONMENT_ON == {"cli/main.py"}
 
 

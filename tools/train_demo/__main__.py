@@ -15,8 +15,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="train_demo", description=__doc__,
-                                     formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="train_demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train, and write the checkpoint")
     train.add_argument("--steps", type=int, default=9000)
@@ -43,16 +44,36 @@ def main() -> None:
         from training import train as run
 
         usual = Plan(given.steps)
-        sizes = {name: max(1, round(getattr(usual, name) * given.scale))
-                 for name in ("images", "videos", "audios", "texts", "drawn", "dialogs_read")}
-        run(Plan(given.steps, decay=given.decay, rate=given.rate, recordings=given.recordings, seed=given.seed,
-                 workers=given.workers, **sizes),
-            given.out, given.work, given.begin_with)
+        sizes = {
+            name: max(1, round(getattr(usual, name) * given.scale))
+            for name in ("images", "videos", "audios", "texts", "drawn", "dialogs_read")
+        }
+        run(
+            Plan(
+                given.steps,
+                decay=given.decay,
+                rate=given.rate,
+                recordings=given.recordings,
+                seed=given.seed,
+                workers=given.workers,
+                **sizes,
+            ),
+            given.out,
+            given.work,
+            given.begin_with,
+        )
     else:
         from evaluation import evaluate as examine
 
-        examine(given.base_url, given.samples, given.seed, [name for name in given.skills.split(",") if name],
-                given.work, given.into, given.show)
+        examine(
+            given.base_url,
+            given.samples,
+            given.seed,
+            [name for name in given.skills.split(",") if name],
+            given.work,
+            given.into,
+            given.show,
+        )
 
 
 if __name__ == "__main__":

@@ -33,10 +33,18 @@ WIDE = 0.4  # share of media beyond the examination's ranges
 PLACES = 10  # from one edge of a picture to the other
 RANKS = 6  # of one, two or three things, which one it is
 TONES = ("rising", "falling", "steady")
-LABELS = {"shape": 1 + len(SHAPES), "colour": 1 + len(COLOURS), "digit": 11, "next_digit": 11,
-          "x": 1 + PLACES, "y": 1 + PLACES,
-          "across": 1 + RANKS, "down": 1 + RANKS, "onset": 2,
-          "sound": 2 + len(TONES) + len(SPOKEN)}  # classes; 0 is nothing
+LABELS = {
+    "shape": 1 + len(SHAPES),
+    "colour": 1 + len(COLOURS),
+    "digit": 11,
+    "next_digit": 11,
+    "x": 1 + PLACES,
+    "y": 1 + PLACES,
+    "across": 1 + RANKS,
+    "down": 1 + RANKS,
+    "onset": 2,
+    "sound": 2 + len(TONES) + len(SPOKEN),
+}  # classes; 0 is nothing
 PROMPTS = ("You are a helpful assistant.", "You are a helpful assistant", "Answer briefly.", "Be concise.")
 
 
@@ -62,8 +70,12 @@ class Reader:
         checkpoint = open_checkpoint(folder)
         tokenizer = Tokenizer.from_folder(folder, vocab_size=checkpoint.vocab_size)
         self.processor = Qwen2OmniProcessor(checkpoint, tokenizer)
-        self.template = LocalTemplate(checkpoint.chat_template or "", tokenizer, modalities=self.processor.modalities,
-                                     placeholder=self.processor.placeholder)
+        self.template = LocalTemplate(
+            checkpoint.chat_template or "",
+            tokenizer,
+            modalities=self.processor.modalities,
+            placeholder=self.processor.placeholder,
+        )
         self.header = tokenizer.encode("<|im_start|>assistant\n")
         self.end = tokenizer.encode("<|im_end|>")[0]
         self.pad = tokenizer.encode("<|endoftext|>")[0]
@@ -99,8 +111,15 @@ class Reader:
             positions[:, index, : len(ids)] = np.arange(len(ids)) if prompt.positions is None else prompt.positions
             self._mark(ids, targets[index])
             places += [np.arange(span.offset, span.offset + span.length) + index * length for span in prompt.spans]
-        batch = Batch(kind, token_ids, targets, positions, np.concatenate([*places, np.zeros(0, np.int64)]),
-                      np.zeros(0, np.int64), looks=looks)
+        batch = Batch(
+            kind,
+            token_ids,
+            targets,
+            positions,
+            np.concatenate([*places, np.zeros(0, np.int64)]),
+            np.zeros(0, np.int64),
+            looks=looks,
+        )
         _attach(batch, media, labels)
         return batch
 
@@ -109,12 +128,20 @@ class Reader:
         messages = [Message("system", (TextPart(rng.choice(PROMPTS)),))] if rng.random() < 0.15 else []
         for turn in dialog:
             media = [MediaPart(kind_of(medium)) for medium in turn.media]
-            messages += [Message("user", (*media, TextPart(turn.question))),
-                         Message("assistant", (TextPart(turn.answer),))]
+            messages += [
+                Message("user", (*media, TextPart(turn.question))),
+                Message("assistant", (TextPart(turn.answer),)),
+            ]
         return self.template.render(messages, add_generation_prompt=False)
 
-    def _looks(self, kind: str, dialog: dialogs.Dialog, text: str, prompt: Prompt,
-               shown: Sequence[dict[str, NDArray[np.int64]]]) -> Iterator[Look]:
+    def _looks(
+        self,
+        kind: str,
+        dialog: dialogs.Dialog,
+        text: str,
+        prompt: Prompt,
+        shown: Sequence[dict[str, NDArray[np.int64]]],
+    ) -> Iterator[Look]:
         offsets = self.processor.tokenizer.raw.encode(text, add_special_tokens=False).offsets
         lengths = {span.offset: span.length for span in prompt.spans}
         places = np.zeros(len(offsets), np.int64)
@@ -128,9 +155,16 @@ class Reader:
         if kind != "image":
             return iter(())
         turns = [number for number, turn in enumerate(dialog) for _ in turn.media]
-        seen = [Seen(labels["shape"], labels["colour"], labels["across"],
-                     np.arange(span.offset, span.offset + span.length), turn)
-                for labels, span, turn in zip(shown, prompt.spans, turns, strict=True)]
+        seen = [
+            Seen(
+                labels["shape"],
+                labels["colour"],
+                labels["across"],
+                np.arange(span.offset, span.offset + span.length),
+                turn,
+            )
+            for labels, span, turn in zip(shown, prompt.spans, turns, strict=True)
+        ]
         return looks_at_pictures(dialog, layout, seen)
 
     def drawn(self, pictures: Sequence[Picture]) -> Batch:
@@ -191,8 +225,12 @@ def _cells(objects: Sequence[Placed], size: tuple[int, int], aspect: float) -> d
         inside = away < 0.75 * placed.radius
         about = (away < 1.2 * placed.radius + 0.12) & ~inside
         inside[min(size[0] - 1, int(placed.y * size[0])), min(size[1] - 1, int(placed.x * size[1]))] = True
-        values = {"shape": list(SHAPES).index(placed.thing.shape), "colour": list(COLOURS).index(placed.thing.colour),
-                  "across": first - 1 + lefts.index(placed.x), "down": first - 1 + tops.index(placed.y)}
+        values = {
+            "shape": list(SHAPES).index(placed.thing.shape),
+            "colour": list(COLOURS).index(placed.thing.colour),
+            "across": first - 1 + lefts.index(placed.x),
+            "down": first - 1 + tops.index(placed.y),
+        }
         for name, value in values.items():
             labels = cells[name]
             labels[about & (labels == 0)] = IGNORED
@@ -265,8 +303,14 @@ def make_batches(reader: Reader, speech: Speech, kind: str, size: int, seed: str
     """`size` dialogs, the short and the long ones apart; of the kind "drawn", pictures that nobody talks about."""
     rng = random.Random(seed)
     if kind == "drawn":
-        return [reader.drawn([(draw_number if rng.random() < 0.6 else draw_picture)(rng, wide=rng.random() < WIDE)
-                              for _ in range(size)])]
+        return [
+            reader.drawn(
+                [
+                    (draw_number if rng.random() < 0.6 else draw_picture)(rng, wide=rng.random() < WIDE)
+                    for _ in range(size)
+                ]
+            )
+        ]
     source = dialogs.Source(rng, speech, wide=WIDE)
     talks = sorted((dialogs.make(source, kind) for _ in range(size)), key=lambda dialog: _weight(kind, dialog))
     most = math.ceil(size / max(1, size // TOGETHER))

@@ -51,9 +51,15 @@ def evaluate(base_url: str, count: int, seed: int, skills: list[str], work: Path
     for skill in skills or SKILLS:
         jobs = [(skill, f"{seed}-{skill}-{index}") for index in range(count)]
         with ThreadPoolExecutor(4) as pool:
-            results = list(track(pool.map(lambda job: examine(client, speech, *job), jobs), skill, count,
-                                 console=console,
-                                 transient=True))
+            results = list(
+                track(
+                    pool.map(lambda job: examine(client, speech, *job), jobs),
+                    skill,
+                    count,
+                    console=console,
+                    transient=True,
+                )
+            )
         shown = 0
         for sample, said, is_right in results:
             right[skill].append(is_right)
@@ -73,11 +79,15 @@ def evaluate(base_url: str, count: int, seed: int, skills: list[str], work: Path
         formats.add_row(name, str(len(values)), f"{np.mean(values):.1%}")
     console.print(formats)
     if into:
-        lines = ["| skill | samples | right | wanted |", "|---|---|---|---|",
-                 *(f"| {skill} | {samples} | {share:.1%} | {wanted:.0%} |" for skill, samples, share, wanted in rows),
-                 "",
-                 "| sent as | samples | right |", "|---|---|---|",
-                 *(f"| {name} | {len(values)} | {np.mean(values):.1%} |" for name, values in sorted(by_format.items()))]
+        lines = [
+            "| skill | samples | right | wanted |",
+            "|---|---|---|---|",
+            *(f"| {skill} | {samples} | {share:.1%} | {wanted:.0%} |" for skill, samples, share, wanted in rows),
+            "",
+            "| sent as | samples | right |",
+            "|---|---|---|",
+            *(f"| {name} | {len(values)} | {np.mean(values):.1%} |" for name, values in sorted(by_format.items())),
+        ]
         text = into.read_text()
         begin, end = "<!-- begin report -->", "<!-- end report -->"
         head, rest = text.split(begin)
@@ -111,8 +121,9 @@ def part_of(rng: random.Random, medium: Medium, formats: list[str]) -> dict[str,
         pixels = Image.fromarray(medium.pixels)
         if rng.random() < 0.5:
             factor = rng.uniform(2, 6)
-            pixels = pixels.resize((round(pixels.width * factor), round(pixels.height * factor)),
-                                   Image.Resampling.BICUBIC)
+            pixels = pixels.resize(
+                (round(pixels.width * factor), round(pixels.height * factor)), Image.Resampling.BICUBIC
+            )
             formats.append("large picture")
         buffer = io.BytesIO()
         pixels.save(buffer, name, **PICTURES[name])

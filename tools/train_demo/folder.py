@@ -17,8 +17,18 @@ from sounds import Speech
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 VOCAB_SIZE = 1408
-SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>",
-            "<|vision_bos|>", "<|vision_eos|>", "<|IMAGE|>", "<|VIDEO|>")
+SPECIALS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|AUDIO|>",
+    "<|audio_bos|>",
+    "<|audio_eos|>",
+    "<|vision_bos|>",
+    "<|vision_eos|>",
+    "<|IMAGE|>",
+    "<|VIDEO|>",
+)
 
 # Media first, wherever they stand in the message: so small a model learns to look with the question in mind only once.
 CHAT_TEMPLATE = """\
@@ -64,12 +74,18 @@ def sentences(speech: Speech, dialogs_read: int) -> Iterator[str]:
 def make_tokenizer(texts: Iterator[str]) -> Tokenizer:
     """Byte-level BPE of VOCAB_SIZE ids, digits apart: any text can be written, the model's own words are one token."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(SPECIALS), initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False))
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=VOCAB_SIZE - len(SPECIALS),
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        ),
+    )
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIALS])
     if tokenizer.get_vocab_size() != VOCAB_SIZE:
         raise SystemExit(f"the tokenizer has {tokenizer.get_vocab_size()} ids, not {VOCAB_SIZE}")
@@ -79,31 +95,66 @@ def make_tokenizer(texts: Iterator[str]) -> Tokenizer:
 def config(ids: dict[str, int]) -> dict[str, Any]:
     hidden = 256
     return {
-        "architectures": ["Qwen2_5OmniThinkerForConditionalGeneration"], "model_type": "qwen2_5_omni_thinker",
-        "dtype": "bfloat16", "tie_word_embeddings": True,
-        "audio_token_index": ids["<|AUDIO|>"], "image_token_index": ids["<|IMAGE|>"],
+        "architectures": ["Qwen2_5OmniThinkerForConditionalGeneration"],
+        "model_type": "qwen2_5_omni_thinker",
+        "dtype": "bfloat16",
+        "tie_word_embeddings": True,
+        "audio_token_index": ids["<|AUDIO|>"],
+        "image_token_index": ids["<|IMAGE|>"],
         "video_token_index": ids["<|VIDEO|>"],
-        "audio_start_token_id": ids["<|audio_bos|>"], "audio_end_token_id": ids["<|audio_eos|>"],
-        "vision_start_token_id": ids["<|vision_bos|>"], "vision_end_token_id": ids["<|vision_eos|>"],
-        "position_id_per_seconds": 4, "seconds_per_chunk": 2, "pad_token_id": ids["<|endoftext|>"],
+        "audio_start_token_id": ids["<|audio_bos|>"],
+        "audio_end_token_id": ids["<|audio_eos|>"],
+        "vision_start_token_id": ids["<|vision_bos|>"],
+        "vision_end_token_id": ids["<|vision_eos|>"],
+        "position_id_per_seconds": 4,
+        "seconds_per_chunk": 2,
+        "pad_token_id": ids["<|endoftext|>"],
         "text_config": {
-            "model_type": "qwen2_5_omni_text", "vocab_size": VOCAB_SIZE, "hidden_size": hidden,
+            "model_type": "qwen2_5_omni_text",
+            "vocab_size": VOCAB_SIZE,
+            "hidden_size": hidden,
             "intermediate_size": 512,
-            "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_act": "silu",
-            "rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "use_sliding_window": False,
-            "tie_word_embeddings": True, "rope_parameters": {
-                "rope_type": "default", "rope_theta": 1000.0, "mrope_section": [8, 12, 12]},
-            "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"]},
+            "num_hidden_layers": 5,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 32768,
+            "use_sliding_window": False,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [8, 12, 12]},
+            "bos_token_id": ids["<|endoftext|>"],
+            "eos_token_id": ids["<|im_end|>"],
+        },
         "vision_config": {
-            "model_type": "qwen2_5_omni_vision_encoder", "depth": 4, "hidden_size": 192, "intermediate_size": 448,
-            "num_heads": 6, "hidden_act": "silu", "in_channels": 3, "patch_size": 14, "temporal_patch_size": 2,
-            "spatial_merge_size": 2, "window_size": 112, "fullatt_block_indexes": [0, 1, 2, 3],
-            "out_hidden_size": hidden},
+            "model_type": "qwen2_5_omni_vision_encoder",
+            "depth": 4,
+            "hidden_size": 192,
+            "intermediate_size": 448,
+            "num_heads": 6,
+            "hidden_act": "silu",
+            "in_channels": 3,
+            "patch_size": 14,
+            "temporal_patch_size": 2,
+            "spatial_merge_size": 2,
+            "window_size": 112,
+            "fullatt_block_indexes": [0, 1, 2, 3],
+            "out_hidden_size": hidden,
+        },
         "audio_config": {
-            "model_type": "qwen2_5_omni_audio_encoder", "d_model": 160, "encoder_layers": 3,
+            "model_type": "qwen2_5_omni_audio_encoder",
+            "d_model": 160,
+            "encoder_layers": 3,
             "encoder_attention_heads": 5,
-            "encoder_ffn_dim": 512, "num_mel_bins": 80, "max_source_positions": 1500, "n_window": 100,
-            "activation_function": "gelu", "scale_embedding": False, "output_dim": hidden}}
+            "encoder_ffn_dim": 512,
+            "num_mel_bins": 80,
+            "max_source_positions": 1500,
+            "n_window": 100,
+            "activation_function": "gelu",
+            "scale_embedding": False,
+            "output_dim": hidden,
+        },
+    }
 
 
 def write(folder: Path, tokenizer: Tokenizer) -> None:
@@ -111,22 +162,51 @@ def write(folder: Path, tokenizer: Tokenizer) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     ids = {name: tokenizer.token_to_id(name) for name in SPECIALS}
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-    pictures = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, "rescale_factor": 1 / 255,
-                "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
+    pictures = {
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "rescale_factor": 1 / 255,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }
     files: dict[str, Any] = {
         "config.json": config(ids),
-        "generation_config.json": {"bos_token_id": ids["<|endoftext|>"], "do_sample": False, "temperature": 0.0,
-                                   "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]],
-                                   "pad_token_id": ids["<|endoftext|>"]},
+        "generation_config.json": {
+            "bos_token_id": ids["<|endoftext|>"],
+            "do_sample": False,
+            "temperature": 0.0,
+            "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]],
+            "pad_token_id": ids["<|endoftext|>"],
+        },
         "preprocessor_config.json": {
-            "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5OmniProcessor",
-            "feature_extractor_type": "WhisperFeatureExtractor", "feature_size": 80, "sampling_rate": 16000,
-            "hop_length": 160, "n_fft": 400, "chunk_length": 300, "min_pixels": 9408, "max_pixels": 13200, **pictures},
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "processor_class": "Qwen2_5OmniProcessor",
+            "feature_extractor_type": "WhisperFeatureExtractor",
+            "feature_size": 80,
+            "sampling_rate": 16000,
+            "hop_length": 160,
+            "n_fft": 400,
+            "chunk_length": 300,
+            "min_pixels": 9408,
+            "max_pixels": 13200,
+            **pictures,
+        },
         "video_preprocessor_config.json": {
-            "video_processor_type": "Qwen2VLVideoProcessor", "min_pixels": 6272, "max_pixels": 9500, "num_frames": 8,
-            **pictures},
-        "tokenizer_config.json": {"tokenizer_class": "Qwen2TokenizerFast", "eos_token": "<|im_end|>",
-                                  "pad_token": "<|endoftext|>", "model_max_length": 32768, "add_bos_token": False}}
+            "video_processor_type": "Qwen2VLVideoProcessor",
+            "min_pixels": 6272,
+            "max_pixels": 9500,
+            "num_frames": 8,
+            **pictures,
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "Qwen2TokenizerFast",
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+            "model_max_length": 32768,
+            "add_bos_token": False,
+        },
+    }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)

@@ -63,10 +63,16 @@ def _any(words: Sequence[str]) -> str:
     return "|".join(sorted(words, key=len, reverse=True))
 
 
-_COUNTS = {word: count for words in (("a", "two", "three"), ("an", "两个", "三个"), ("一个",))
-           for count, word in enumerate(words, 1)}
-_MENTION = re.compile(rf"(?:(?<![a-z])({_any(list(_COUNTS))}) ?)?(?:(?:({_any(list(_COLOUR_NUMBERS))})(?: |的)?)?"
-                      rf"({_any(list(_SHAPE_NUMBERS))})|({_any(list(_COLOUR_NUMBERS))}))", re.IGNORECASE)
+_COUNTS = {
+    word: count
+    for words in (("a", "two", "three"), ("an", "两个", "三个"), ("一个",))
+    for count, word in enumerate(words, 1)
+}
+_MENTION = re.compile(
+    rf"(?:(?<![a-z])({_any(list(_COUNTS))}) ?)?(?:(?:({_any(list(_COLOUR_NUMBERS))})(?: |的)?)?"
+    rf"({_any(list(_SHAPE_NUMBERS))})|({_any(list(_COLOUR_NUMBERS))}))",
+    re.IGNORECASE,
+)
 _SIDE = re.compile("(left|左边)|(right|右边)|(above|上面)|(below|下面)")
 _NTH = re.compile(f"({_any(ORDINALS)}) (?:picture|image)|第([{''.join(NUMBERS_ZH[1:4])}])张", re.IGNORECASE)
 
@@ -75,9 +81,14 @@ def _mentions(text: str) -> Iterator[_Mention]:
     for match in _MENTION.finditer(text):
         colour = match[2] or match[4]
         groups = [group for group in (1, 2, 3, 4) if match[group]]
-        yield _Mention(match.start(), match.end(), _COLOUR_NUMBERS[colour.lower()] if colour else 0,
-                       _SHAPE_NUMBERS[match[3].lower()] if match[3] else 0,
-                       _COUNTS[match[1].lower()] if match[1] else 0, tuple(match.start(g) for g in groups))
+        yield _Mention(
+            match.start(),
+            match.end(),
+            _COLOUR_NUMBERS[colour.lower()] if colour else 0,
+            _SHAPE_NUMBERS[match[3].lower()] if match[3] else 0,
+            _COUNTS[match[1].lower()] if match[1] else 0,
+            tuple(match.start(g) for g in groups),
+        )
 
 
 def _picture_before(text: str, end: int) -> int | None:
@@ -144,8 +155,9 @@ def looks_at_pictures(dialog: dialogs.Dialog, layout: Layout, pictures: Sequence
             if not (colour and shape) and len(asked) == 1:
                 colour, shape = colour or asked[0].colour, shape or asked[0].shape
             said = _picture_before(turn.answer, mention.start)
-            rows = _rows(shown, colour, shape, _picture_before(turn.question, len(turn.question))
-                         if said is None else said)
+            rows = _rows(
+                shown, colour, shape, _picture_before(turn.question, len(turn.question)) if said is None else said
+            )
             if rows:
                 told = {"count": mention.count} if mention.count == len(rows) else {}
                 for word, start in enumerate(mention.words):
@@ -172,14 +184,14 @@ def _relation(dialog: dialogs.Dialog, asked: Sequence[_Mention]) -> dict[str, in
     side = _SIDE.search(dialog[-1].question)
     if side is None or len(asked) != 2:
         return {}
-    objects = [placed for turn in dialog for medium in turn.media if isinstance(medium, Picture)
-               for placed in medium.objects]
+    objects = [
+        placed for turn in dialog for medium in turn.media if isinstance(medium, Picture) for placed in medium.objects
+    ]
     found = [[placed for placed in objects if placed.thing == _thing(mention)] for mention in asked]
     if any(len(some) != 1 for some in found):
         return {}
     (one,), (other,) = found
-    return {"side": side.lastindex or 0, "beside": _compared(one.x - other.x),
-            "upright": _compared(one.y - other.y)}
+    return {"side": side.lastindex or 0, "beside": _compared(one.x - other.x), "upright": _compared(one.y - other.y)}
 
 
 def _thing(mention: _Mention) -> Thing | None:
@@ -206,6 +218,6 @@ def _rows(shown: Sequence[Seen], colour: int, shape: int, only: int | None) -> R
     pictures = [shown[only]] if only is not None and only < len(shown) else shown
     out = []
     for seen in pictures:
-        fit = ((seen.thing > 0) & ((seen.colour == colour) | (colour == 0)) & ((seen.shape == shape) | (shape == 0)))
+        fit = (seen.thing > 0) & ((seen.colour == colour) | (colour == 0)) & ((seen.shape == shape) | (shape == 0))
         out += [seen.tokens[fit & (seen.thing == thing)] for thing in np.unique(seen.thing[fit])]
     return tuple(out)

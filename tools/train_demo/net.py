@@ -95,13 +95,15 @@ class Vision(nn.Module):
         self.frames = config["temporal_patch_size"]
         self.patch_embed = nn.Module()
         self.patch_embed.proj = nn.Conv3d(3, size, (self.frames, self.side, self.side), bias=False)
-        self.blocks = nn.ModuleList(VisionBlock(size, self.heads, config["intermediate_size"])
-                                    for _ in range(config["depth"]))
+        self.blocks = nn.ModuleList(
+            VisionBlock(size, self.heads, config["intermediate_size"]) for _ in range(config["depth"])
+        )
         block = size * self.merge**2
         self.merger = nn.Module()
         self.merger.ln_q = RMSNorm(size)
-        self.merger.mlp = nn.ModuleDict({"0": linear(block, block, bias=True),
-                                         "2": linear(block, config["out_hidden_size"], bias=True)})
+        self.merger.mlp = nn.ModuleDict(
+            {"0": linear(block, block, bias=True), "2": linear(block, config["out_hidden_size"], bias=True)}
+        )
 
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """[slices, patches, 3 * frames * side²] in the server's order -> [slices, patches / merge², out]."""
@@ -132,8 +134,9 @@ class AudioAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         n, tokens, _ = x.shape
-        q, k, v = (part(x).view(n, tokens, self.heads, -1).transpose(1, 2)
-                   for part in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            part(x).view(n, tokens, self.heads, -1).transpose(1, 2) for part in (self.q_proj, self.k_proj, self.v_proj)
+        )
         out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         result: Tensor = self.out_proj(out.transpose(1, 2).reshape(x.shape))
         return result
@@ -159,8 +162,9 @@ class Audio(nn.Module):
         self.window = 2 * config["n_window"]
         self.conv1 = nn.Conv1d(config["num_mel_bins"], size, 3, padding=1)
         self.conv2 = nn.Conv1d(size, size, 3, stride=2, padding=1)
-        self.layers = nn.ModuleList(AudioLayer(size, heads, config["encoder_ffn_dim"])
-                                    for _ in range(config["encoder_layers"]))
+        self.layers = nn.ModuleList(
+            AudioLayer(size, heads, config["encoder_ffn_dim"]) for _ in range(config["encoder_layers"])
+        )
         self.ln_post = nn.LayerNorm(size)
         self.proj = linear(size, config["output_dim"], bias=True)
         step = torch.exp(-torch.log(torch.tensor(10_000.0)) / (size // 2 - 1) * torch.arange(size // 2))
@@ -205,8 +209,10 @@ class Attention(nn.Module):
     def first_head(self, x: Tensor, cos: Tensor, sin: Tensor, dialogs: Tensor, tokens: Tensor) -> Tensor:
         """Where the first head looks from some tokens: logarithms of the weights, [looks, tokens]."""
         head = x.shape[-1] // self.heads
-        q, k = (rotate(functional.linear(x, part.weight[:head], part.bias[:head]), cos[:, 0], sin[:, 0])
-                for part in (self.q_proj, self.k_proj))
+        q, k = (
+            rotate(functional.linear(x, part.weight[:head], part.bias[:head]), cos[:, 0], sin[:, 0])
+            for part in (self.q_proj, self.k_proj)
+        )
         scores = (k[dialogs] @ q[dialogs, tokens].unsqueeze(-1)).squeeze(-1).float() / head**0.5
         later = torch.arange(x.shape[1]) > tokens.unsqueeze(1)
         return scores.masked_fill(later, -torch.inf).log_softmax(-1)
@@ -217,8 +223,9 @@ class Attention(nn.Module):
         k, v = (part(x).view(n, tokens, self.kv_heads, -1).transpose(1, 2) for part in (self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         groups = self.heads // self.kv_heads
-        out = functional.scaled_dot_product_attention(q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1),
-                                                      is_causal=True)
+        out = functional.scaled_dot_product_attention(
+            q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), is_causal=True
+        )
         result: Tensor = self.o_proj(out.transpose(1, 2).reshape(n, tokens, -1))
         return result
 

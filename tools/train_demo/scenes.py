@@ -28,14 +28,25 @@ ACTIONS: tuple[Action, ...] = ("left", "right", "up", "down", "grow", "shrink", 
 
 # Of each colour: hue (degrees), saturation, value: what people would still call by its name.
 RANGES = {
-    "red": ((-9, 8), (0.78, 1.0), (0.68, 1.0)), "orange": ((22, 38), (0.85, 1.0), (0.9, 1.0)),
-    "yellow": ((46, 63), (0.75, 1.0), (0.88, 1.0)), "green": ((95, 145), (0.6, 1.0), (0.42, 1.0)),
-    "blue": ((210, 244), (0.75, 1.0), (0.55, 1.0)), "purple": ((272, 305), (0.6, 1.0), (0.4, 0.85)),
-    "black": ((0, 360), (0.0, 0.3), (0.0, 0.12)), "white": ((0, 360), (0.0, 0.04), (0.95, 1.0))}
+    "red": ((-9, 8), (0.78, 1.0), (0.68, 1.0)),
+    "orange": ((22, 38), (0.85, 1.0), (0.9, 1.0)),
+    "yellow": ((46, 63), (0.75, 1.0), (0.88, 1.0)),
+    "green": ((95, 145), (0.6, 1.0), (0.42, 1.0)),
+    "blue": ((210, 244), (0.75, 1.0), (0.55, 1.0)),
+    "purple": ((272, 305), (0.6, 1.0), (0.4, 0.85)),
+    "black": ((0, 360), (0.0, 0.3), (0.0, 0.12)),
+    "white": ((0, 360), (0.0, 0.04), (0.95, 1.0)),
+}
 PURE: dict[str, tuple[Rgb, ...]] = {
-    "red": ((255, 0, 0), (220, 20, 30)), "orange": ((255, 165, 0), (255, 140, 0)), "yellow": ((255, 255, 0),),
-    "green": ((0, 128, 0), (0, 255, 0), (0, 200, 0)), "blue": ((0, 0, 255), (30, 80, 220)),
-    "purple": ((128, 0, 128), (160, 32, 240)), "black": ((0, 0, 0),), "white": ((255, 255, 255),)}
+    "red": ((255, 0, 0), (220, 20, 30)),
+    "orange": ((255, 165, 0), (255, 140, 0)),
+    "yellow": ((255, 255, 0),),
+    "green": ((0, 128, 0), (0, 255, 0), (0, 200, 0)),
+    "blue": ((0, 0, 255), (30, 80, 220)),
+    "purple": ((128, 0, 128), (160, 32, 240)),
+    "black": ((0, 0, 0),),
+    "white": ((255, 255, 255),),
+}
 CONTRAST = 120  # sum over channels between an object and its ground
 SUPER = 2  # shapes are drawn so much larger, and scaled down
 
@@ -105,11 +116,11 @@ def ground(rng: random.Random, height: int, width: int, avoid: Sequence[Rgb], st
         second = random_ground(rng, avoid)
         middle: Rgb = tuple((a + b) // 2 for a, b in zip(first, second, strict=True))  # type: ignore[assignment]
         if any(contrast(middle, one) < CONTRAST for one in avoid):
-            second = tuple(min(255, max(0, part + rng.randrange(-30, 31)))
-                           for part in first)  # type: ignore[assignment]
+            second = tuple(min(255, max(0, part + rng.randrange(-30, 31))) for part in first)  # type: ignore[assignment]
         ramp = Image.linear_gradient("L").rotate(rng.choice((0, 90, 180, 270))).resize((width, height))
-        return Image.composite(Image.new("RGB", (width, height), first), Image.new("RGB", (width, height), second),
-                               ramp)
+        return Image.composite(
+            Image.new("RGB", (width, height), first), Image.new("RGB", (width, height), second), ramp
+        )
     image = Image.new("RGB", (width, height), first)
     if style == "noise":
         cell = rng.choice((1, 1, 2, 4))
@@ -124,8 +135,20 @@ def outline(shape: str, x: float, y: float, radius: float, turn: float) -> list[
     """Corners of a polygon about (x, y), in pixels."""
     if shape == "cross":
         arm = radius * 0.32
-        corners = [(-arm, -radius), (arm, -radius), (arm, -arm), (radius, -arm), (radius, arm), (arm, arm),
-                   (arm, radius), (-arm, radius), (-arm, arm), (-radius, arm), (-radius, -arm), (-arm, -arm)]
+        corners = [
+            (-arm, -radius),
+            (arm, -radius),
+            (arm, -arm),
+            (radius, -arm),
+            (radius, arm),
+            (arm, arm),
+            (arm, radius),
+            (-arm, radius),
+            (-arm, arm),
+            (-radius, arm),
+            (-radius, -arm),
+            (-arm, -arm),
+        ]
     elif shape == "square":
         side = radius * 0.86
         corners = [(-side, -side), (side, -side), (side, side), (-side, side)]
@@ -134,8 +157,13 @@ def outline(shape: str, x: float, y: float, radius: float, turn: float) -> list[
     elif shape == "triangle":
         corners = [(0, -radius), (radius * 0.95, radius * 0.8), (-radius * 0.95, radius * 0.8)]
     else:  # star
-        corners = [((radius if i % 2 == 0 else radius * 0.42) * math.sin(i * math.pi / 5),
-                    -(radius if i % 2 == 0 else radius * 0.42) * math.cos(i * math.pi / 5)) for i in range(10)]
+        corners = [
+            (
+                (radius if i % 2 == 0 else radius * 0.42) * math.sin(i * math.pi / 5),
+                -(radius if i % 2 == 0 else radius * 0.42) * math.cos(i * math.pi / 5),
+            )
+            for i in range(10)
+        ]
     cos, sin = math.cos(turn), math.sin(turn)
     return [(x + a * cos - b * sin, y + a * sin + b * cos) for a, b in corners]
 
@@ -217,8 +245,15 @@ def place(rng: random.Random, things: Sequence[Thing], aspect: float, *, wide: b
     return place(rng, things, aspect, wide=wide)
 
 
-def draw_picture(rng: random.Random, *, count: int = 0, size: tuple[int, int] | None = None,
-                 things: Sequence[Thing] = (), style: str = "", wide: bool = False) -> Picture:
+def draw_picture(
+    rng: random.Random,
+    *,
+    count: int = 0,
+    size: tuple[int, int] | None = None,
+    things: Sequence[Thing] = (),
+    style: str = "",
+    wide: bool = False,
+) -> Picture:
     """Of `things`, or of `count` random ones (0: one to three). `wide`: smaller ones and more alike than usual."""
     things = things or random_things(rng, count or rng.choice((1, 2, 2, 3, 3)), 0.3 if wide else 0.06)
     height, width = size or random_size(rng)
@@ -230,9 +265,11 @@ def draw_picture(rng: random.Random, *, count: int = 0, size: tuple[int, int] | 
 @functools.cache
 def fonts() -> tuple[str, ...]:
     """Upright text fonts of this machine, beside the one that Pillow brings (""), which counts several times."""
-    found = sorted(str(file) for file in Path("/usr/share/fonts").rglob("*.ttf")
-                   if not any(word in file.name
-                              for word in ("Italic", "Oblique", "Mono-Ob", "Math", "Symbol", "Emoji")))
+    found = sorted(
+        str(file)
+        for file in Path("/usr/share/fonts").rglob("*.ttf")
+        if not any(word in file.name for word in ("Italic", "Oblique", "Mono-Ob", "Math", "Symbol", "Emoji"))
+    )
     return ("",) * max(1, len(found) // 2) + tuple(found)
 
 
@@ -241,8 +278,9 @@ def font(name: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.truetype(name, size) if name else ImageFont.load_default(size)
 
 
-def draw_number(rng: random.Random, *, number: str = "", size: tuple[int, int] | None = None,
-                wide: bool = False) -> Picture:
+def draw_number(
+    rng: random.Random, *, number: str = "", size: tuple[int, int] | None = None, wide: bool = False
+) -> Picture:
     """One to three digits in any font, upright but for a few degrees. `wide`: smaller ones too."""
     number = number or str(rng.randrange(10 ** rng.choice((1, 2, 3, 3))))
     height, width = size or random_size(rng, rng.choice((1.0, 1.0, 4 / 3, 16 / 9)))
@@ -279,8 +317,15 @@ def _way(rng: random.Random, edge: float, *, wide: bool) -> tuple[float, float]:
     return start, start + length
 
 
-def draw_clip(rng: random.Random, *, frames: int = 8, action: Action | None = None, size: tuple[int, int] | None = None,
-              seconds: float = 0.0, wide: bool = False) -> Clip:
+def draw_clip(
+    rng: random.Random,
+    *,
+    frames: int = 8,
+    action: Action | None = None,
+    size: tuple[int, int] | None = None,
+    seconds: float = 0.0,
+    wide: bool = False,
+) -> Clip:
     """One object that goes its way evenly from the first frame to the last. `wide`: of any size, on part of the way."""
     action = action or rng.choice(ACTIONS[:-1] * 3 + ACTIONS[-1:])
     height, width = size or tuple(int(side * 0.75) for side in random_size(rng, rng.choice((1.0, 1.0, 4 / 3, 16 / 9))))
@@ -318,10 +363,17 @@ def draw_clip(rng: random.Random, *, frames: int = 8, action: Action | None = No
     for index in range(frames):
         part = index / (frames - 1)
         mixed = float(part >= 0.5) if action == "change" and sudden else part
-        colour_now: Rgb = tuple(round(a + (b - a) * mixed) for a,
-                                b in zip(rgb, last_rgb, strict=True))  # type: ignore[assignment]
-        path.append(Placed(thing if mixed < 0.5 else last, x0 + (x1 - x0) * part, y0 + (y1 - y0) * part,
-                           radius + (last_radius - radius) * part, colour_now, turn))
+        colour_now: Rgb = tuple(round(a + (b - a) * mixed) for a, b in zip(rgb, last_rgb, strict=True))  # type: ignore[assignment]
+        path.append(
+            Placed(
+                thing if mixed < 0.5 else last,
+                x0 + (x1 - x0) * part,
+                y0 + (y1 - y0) * part,
+                radius + (last_radius - radius) * part,
+                colour_now,
+                turn,
+            )
+        )
     back = ground(rng, height, width, [rgb, last_rgb])
     worn_too = rng.random() < 0.5
     quality = rng.randrange(45, 95)

@@ -114,8 +114,16 @@ class Speech:
 
     def _record(self, per_word: int, seed: int) -> dict[str, NDArray[np.int16]]:
         rng = random.Random(seed)
-        jobs = {f"{word}-{index}": (word, rng.choice(VOICES) + rng.choice(VARIANTS), rng.randrange(100, 220),
-                                    rng.randrange(15, 86)) for word in SPOKEN for index in range(per_word)}
+        jobs = {
+            f"{word}-{index}": (
+                word,
+                rng.choice(VOICES) + rng.choice(VARIANTS),
+                rng.randrange(100, 220),
+                rng.randrange(15, 86),
+            )
+            for word in SPOKEN
+            for index in range(per_word)
+        }
         voice = Voice()
         return {name: speak(voice, *job) for name, job in jobs.items()}
 

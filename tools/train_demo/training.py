@@ -51,8 +51,13 @@ class Plan:
     look_weight: float = 0.3
 
     def sizes(self) -> dict[str, int]:
-        return {"image": self.images, "video": self.videos, "audio": self.audios, "text": self.texts,
-                "drawn": self.drawn}
+        return {
+            "image": self.images,
+            "video": self.videos,
+            "audio": self.audios,
+            "text": self.texts,
+            "drawn": self.drawn,
+        }
 
     def rate_at(self, step: int) -> float:
         decay = self.decay or max(1, self.steps // 4)
@@ -87,10 +92,14 @@ class Trained(nn.Module):
         if batch.kind == "drawn":
             return label_weight * label_loss, report
         targets = torch.from_numpy(batch.targets)
-        by_layer = {layer: [(dialog, look) for dialog, look in batch.looks if look.layer == layer]
-                    for layer in sorted({look.layer for _, look in batch.looks})}
-        watched = {layer: (torch.tensor([dialog for dialog, _ in looks]),
-                           torch.tensor([look.token for _, look in looks])) for layer, looks in by_layer.items()}
+        by_layer = {
+            layer: [(dialog, look) for dialog, look in batch.looks if look.layer == layer]
+            for layer in sorted({look.layer for _, look in batch.looks})
+        }
+        watched = {
+            layer: (torch.tensor([dialog for dialog, _ in looks]), torch.tensor([look.token for _, look in looks]))
+            for layer, looks in by_layer.items()
+        }
         hidden, seen = self.thinker.model(self.embedded(batch, rows), torch.from_numpy(batch.positions), watched)
         look_loss = torch.zeros(())
         for looks, one in zip(by_layer.values(), seen, strict=True):
@@ -103,8 +112,9 @@ class Trained(nn.Module):
         report["right"] = float(right.float().mean())
         return answer_loss + label_weight * label_loss + look_weight * look_loss, report
 
-    def _look_loss(self, batch: Batch, looks: Sequence[tuple[int, Look]], seen: Seen,
-                   report: dict[str, float]) -> Tensor:
+    def _look_loss(
+        self, batch: Batch, looks: Sequence[tuple[int, Look]], seen: Seen, report: dict[str, float]
+    ) -> Tensor:
         """Cross-entropy of where one layer's first head looks, and of what a token then knows of the one thing that it
         looked at: what it is, where, how often."""
         layer = looks[0][1].layer
@@ -120,13 +130,16 @@ class Trained(nn.Module):
             report[f"look{layer}"] = float(found.detach().exp().sum() / shares.sum())
         row_of = {int(place): row for row, place in enumerate(batch.places)}
         length = batch.token_ids.shape[1]
-        shown = [[row_of[dialog * length + token] for rows in look.rows for token in rows.tolist()]
-                 for dialog, look in looks]
+        shown = [
+            [row_of[dialog * length + token] for rows in look.rows for token in rows.tolist()] for dialog, look in looks
+        ]
         for name, head in self.found.items():
             if not (name in TOLD or name in batch.labels):
                 continue
-            values = [{look.told.get(name, 0)} if name in TOLD else {int(batch.labels[name][row]) for row in rows}
-                      for (_, look), rows in zip(looks, shown, strict=True)]
+            values = [
+                {look.told.get(name, 0)} if name in TOLD else {int(batch.labels[name][row]) for row in rows}
+                for (_, look), rows in zip(looks, shown, strict=True)
+            ]
             wanted = torch.tensor([value.pop() if len(value) == 1 else IGNORED for value in values])
             known = wanted > 0
             if known.any():
@@ -149,7 +162,8 @@ class Trained(nn.Module):
         for group in batch.groups:
             if batch.kind == "audio":
                 out += self.thinker.audio_tower.rows(
-                    torch.from_numpy(group["windows"]), torch.from_numpy(group["lengths"]), group["clips"])
+                    torch.from_numpy(group["windows"]), torch.from_numpy(group["lengths"]), group["clips"]
+                )
             else:
                 out.append(self.thinker.visual(torch.from_numpy(group["patches"]), group["grid"]).flatten(0, 1))
         return torch.cat(out)[torch.from_numpy(batch.rows)].float()
@@ -197,8 +211,10 @@ def _run(plan: Plan, work: Path, model: Trained, start: int, console: Console) -
     context = torch.multiprocessing.get_context("spawn")
     gradients = torch.zeros(plan.workers, sum(p.numel() for p in model.parameters())).share_memory_()
     team = Team(context.Barrier(plan.workers), context.Event(), context.Value("b", 0), context.Queue())
-    workers = [context.Process(target=_work, args=(rank, plan, work, model.share_memory(), gradients, start, team))
-               for rank in range(plan.workers)]
+    workers = [
+        context.Process(target=_work, args=(rank, plan, work, model.share_memory(), gradients, start, team))
+        for rank in range(plan.workers)
+    ]
     for worker in workers:
         worker.start()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -254,8 +270,13 @@ def _work(rank: int, plan: Plan, work: Path, model: Trained, gradients: Tensor, 
             optimizer.load_state_dict(kept)
     began = time.monotonic()
     for step in range(start, plan.steps):
-        given = [batch for kind, size in plan.sizes().items() for batch in batches.make_batches(
-            reader, speech, kind, -(-size // plan.workers), f"{plan.seed}-{step}-{rank}-{kind}")]
+        given = [
+            batch
+            for kind, size in plan.sizes().items()
+            for batch in batches.make_batches(
+                reader, speech, kind, -(-size // plan.workers), f"{plan.seed}-{step}-{rank}-{kind}"
+            )
+        ]
         gradients[rank].zero_()
         for p, own, _ in views:
             p.grad = own
@@ -328,8 +349,9 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose matrices are made orthogonal before they are added (Jordan et al. 2024), those of one shape
     together; scaled to the size of AdamW's steps (Liu et al. 2025)."""
 
-    def __init__(self, params: list[nn.Parameter], rate: float, momentum: float = 0.95,
-                 weight_decay: float = 0.02) -> None:
+    def __init__(
+        self, params: list[nn.Parameter], rate: float, momentum: float = 0.95, weight_decay: float = 0.02
+    ) -> None:
         super().__init__(params, {"lr": rate, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -369,8 +391,10 @@ def make_optimizers(model: Trained, rank: int, workers: int) -> list[torch.optim
     matrices.sort(key=lambda p: tuple(p.shape))  # so that every process has some of each shape
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
-    return [Muon(matrices[rank::workers], 1e-3),
-            torch.optim.AdamW(others[rank::workers], lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
+    return [
+        Muon(matrices[rank::workers], 1e-3),
+        torch.optim.AdamW(others[rank::workers], lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
 
 
 UNUSED = "audio_tower.audio_bos_eos_token.weight"  # published files have it; nothing that writes text uses it
@@ -385,13 +409,24 @@ def load_weights(thinker: Thinker, folder: Path) -> None:
 def save_weights(thinker: Thinker, to: Path) -> None:
     tensors = {name: p.detach() for name, p in thinker.named_parameters()}
     tensors[UNUSED] = torch.zeros(2, thinker.audio_tower.proj.out_features)
-    save_file({f"thinker.{name}": tensor.to(torch.bfloat16).contiguous() for name, tensor in tensors.items()},
-              to / "model.tmp", metadata={"format": "pt"})
+    save_file(
+        {f"thinker.{name}": tensor.to(torch.bfloat16).contiguous() for name, tensor in tensors.items()},
+        to / "model.tmp",
+        metadata={"format": "pt"},
+    )
     (to / "model.tmp").replace(to / "model.safetensors")
 
 
-PUBLISHED = ("config.json", "generation_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
-             "tokenizer_config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors")
+PUBLISHED = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "chat_template.jinja",
+    "model.safetensors",
+)
 
 
 def publish(work: Path, out: Path) -> None:

@@ -26,12 +26,35 @@ Emit = Callable[["Answer", str], Awaitable[None]]
 class Answer:
     """One of the `n` answers to one prompt. `take` is called once per engine output and must stay cheap."""
 
-    __slots__ = ("_detokenizer", "_include_stop", "_metrics", "_model_stops", "_one_by_one", "cached_tokens",
-                 "finish_reason", "first_s", "index", "last_s", "logprobs", "num_tokens", "prompt_logprobs",
-                 "started_s", "stop_reason", "stream")
+    __slots__ = (
+        "_detokenizer",
+        "_include_stop",
+        "_metrics",
+        "_model_stops",
+        "_one_by_one",
+        "cached_tokens",
+        "finish_reason",
+        "first_s",
+        "index",
+        "last_s",
+        "logprobs",
+        "num_tokens",
+        "prompt_logprobs",
+        "started_s",
+        "stop_reason",
+        "stream",
+    )
 
-    def __init__(self, index: int, stream: OutputStream, detokenizer: Detokenizer, request: SamplingBody,
-                 params: SamplingParams, metrics: ModelMetrics, started_s: float) -> None:
+    def __init__(
+        self,
+        index: int,
+        stream: OutputStream,
+        detokenizer: Detokenizer,
+        request: SamplingBody,
+        params: SamplingParams,
+        metrics: ModelMetrics,
+        started_s: float,
+    ) -> None:
         self.index = index
         self.stream = stream
         self._detokenizer = detokenizer
@@ -74,7 +97,7 @@ class Answer:
         last = len(output.token_ids) - 1
         for place, token in enumerate(output.token_ids):
             self._count(1)
-            self.logprobs.extend(output.logprobs[place:place + 1])
+            self.logprobs.extend(output.logprobs[place : place + 1])
             if place == last and output.finish_reason is not None:
                 return text + self._take_last(output, (token,))
             text += self._detokenizer.push((token,))
@@ -144,8 +167,9 @@ class Answers:
     def __enter__(self) -> Answers:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for answer in self.answers:
             answer.stream.abort()
         self._count(kind)
@@ -200,8 +224,12 @@ class Answers:
         prompt_tokens = self.prompt_tokens
         completion = self.completion_tokens if completion_tokens is None else completion_tokens
         details = {"cached_tokens": self.cached_tokens, "multimodal_tokens": self._media_tokens()}
-        return {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens + completion,
-                "completion_tokens": completion, "prompt_tokens_details": details}
+        return {
+            "prompt_tokens": prompt_tokens,
+            "total_tokens": prompt_tokens + completion,
+            "completion_tokens": completion,
+            "prompt_tokens_details": details,
+        }
 
     def usage_without(self, unsent: int) -> dict[str, object]:
         """The same before the client has the last tokens."""
@@ -216,8 +244,15 @@ class Answers:
         return counts or None
 
 
-def ask(entry: Entry, request: SamplingBody, prompts: Sequence[tuple[Prompt, SamplingParams]], salt: bytes, *,
-        started_s: float, continues: bool) -> Answers:
+def ask(
+    entry: Entry,
+    request: SamplingBody,
+    prompts: Sequence[tuple[Prompt, SamplingParams]],
+    salt: bytes,
+    *,
+    started_s: float,
+    continues: bool,
+) -> Answers:
     """Send one engine request per answer: `n` to each prompt, prompt by prompt.
 
     `continues` says that the answer goes on in the middle of the prompt's text, so that a space at its start counts.
@@ -229,16 +264,21 @@ def ask(entry: Entry, request: SamplingBody, prompts: Sequence[tuple[Prompt, Sam
         for prompt, params in prompts:
             for choice in range(request.choices):
                 own = for_choice(params, choice)
-                stream = client.submit(EngineRequest(client.next_id(), prompt, sampling=own,
-                                                     priority=request.priority or 0, salt=salt))
+                stream = client.submit(
+                    EngineRequest(client.next_id(), prompt, sampling=own, priority=request.priority or 0, salt=salt)
+                )
                 detokenizer = Detokenizer(
-                    entry.model.tokenizer, skip_special_tokens=not request.keeps_special_tokens,
-                    stop=request.stop_strings, include_stop=bool(request.include_stop_str_in_output),
-                    min_tokens=own.min_tokens, keep_leading_space=continues)
-                answers.answers.append(Answer(len(answers.answers), stream, detokenizer, request, own, metrics,
-                                              started_s))
+                    entry.model.tokenizer,
+                    skip_special_tokens=not request.keeps_special_tokens,
+                    stop=request.stop_strings,
+                    include_stop=bool(request.include_stop_str_in_output),
+                    min_tokens=own.min_tokens,
+                    keep_leading_space=continues,
+                )
+                answers.answers.append(
+                    Answer(len(answers.answers), stream, detokenizer, request, own, metrics, started_s)
+                )
             metrics.request_n.observe(request.choices)
             metrics.request_max_tokens.observe(params.max_tokens)
         undo.pop_all()
     return answers
-

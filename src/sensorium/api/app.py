@@ -44,8 +44,15 @@ class App:
         method = call.method if route is not None else "any"
         self.service.metrics.responses[(method, name, call.status)] += 1
         if self._log_requests and call.path not in _QUIET:
-            log.info("%s %s %d %.1f ms %s %s", call.method, printable(call.path), call.status,
-                     1000 * (time.perf_counter() - call.started_s), call.request_id, call.note)
+            log.info(
+                "%s %s %d %.1f ms %s %s",
+                call.method,
+                printable(call.path),
+                call.status,
+                1000 * (time.perf_counter() - call.started_s),
+                call.request_id,
+                call.note,
+            )
 
 
 def printable(text: str) -> str:

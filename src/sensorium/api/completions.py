@@ -47,8 +47,9 @@ async def completions(service: Service, call: Call) -> None:
 async def _prompts(entry: Entry, request: CompletionRequest, tenant: bytes) -> list[Prompt]:
     start_s = time.perf_counter()
     special = request.add_special_tokens is not False
-    prompts = [await entry.model.text_prompt(prompt, add_special_tokens=special, tenant=tenant)
-               for prompt in request.prompts]
+    prompts = [
+        await entry.model.text_prompt(prompt, add_special_tokens=special, tenant=tenant) for prompt in request.prompts
+    ]
     entry.metrics.observe_prompt(time.perf_counter() - start_s)
     return prompts
 
@@ -56,16 +57,28 @@ async def _prompts(entry: Entry, request: CompletionRequest, tenant: bytes) -> l
 async def _answer(service: Service, call: Call, entry: Entry, request: CompletionRequest, answers: Answers) -> None:
     head = StreamHead("cmpl-" + secrets.token_hex(12), int(time.time()), request.model or entry.name)
     echoes = await _echoes(entry, request, answers.prompts)
-    writers = [_ChoiceWriter(entry, request, answer, answers.prompts[place], echoes[place]) for place, answer
-               in ((answer.index // request.choices, answer) for answer in answers.answers)]
+    writers = [
+        _ChoiceWriter(entry, request, answer, answers.prompts[place], echoes[place])
+        for place, answer in ((answer.index // request.choices, answer) for answer in answers.answers)
+    ]
     if request.stream:
         await _stream(service, call, request, answers, head, writers)
         return
     texts = await answers.collect()
     choices = [writer.whole(text) for writer, text in zip(writers, texts, strict=True)]
-    await call.respond(msgspec.json.encode({
-        "id": head.id, "object": "text_completion", "created": head.created, "model": head.model, "choices": choices,
-        "usage": _usage(request, answers), "system_fingerprint": None}))
+    await call.respond(
+        msgspec.json.encode(
+            {
+                "id": head.id,
+                "object": "text_completion",
+                "created": head.created,
+                "model": head.model,
+                "choices": choices,
+                "usage": _usage(request, answers),
+                "system_fingerprint": None,
+            }
+        )
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +93,16 @@ async def _echoes(entry: Entry, request: CompletionRequest, prompts: Sequence[Pr
     """Of each prompt, if `echo` asks for it."""
     if not request.echo:
         return [_Echo()] * len(prompts)
-    return [await asyncio.to_thread(_echo, entry.model.tokenizer, given if isinstance(given, str) else None,
-                                    prompt.token_ids.tolist(), has_offsets=request.logprobs is not None)
-            for given, prompt in zip(request.prompts, prompts, strict=True)]
+    return [
+        await asyncio.to_thread(
+            _echo,
+            entry.model.tokenizer,
+            given if isinstance(given, str) else None,
+            prompt.token_ids.tolist(),
+            has_offsets=request.logprobs is not None,
+        )
+        for given, prompt in zip(request.prompts, prompts, strict=True)
+    ]
 
 
 def _echo(tokenizer: Tokenizer, text: str | None, token_ids: list[int], *, has_offsets: bool) -> _Echo:
@@ -107,9 +127,12 @@ class _ChoiceWriter:
         self._echo_due = bool(request.echo)
         self._logprobs: CompletionLogprobs | None = None
         if request.logprobs is not None:
-            self._logprobs = CompletionLogprobs(entry.model.tokenizer, request.logprobs,
-                                                skip_special_tokens=not request.keeps_special_tokens,
-                                                echoed=len(echo.text))
+            self._logprobs = CompletionLogprobs(
+                entry.model.tokenizer,
+                request.logprobs,
+                skip_special_tokens=not request.keeps_special_tokens,
+                echoed=len(echo.text),
+            )
 
     def piece(self, text: str) -> tuple[str, dict[str, Any] | None]:
         """What to send for new text."""
@@ -127,8 +150,13 @@ class _ChoiceWriter:
 
     def whole(self, text: str) -> dict[str, Any]:
         text, logprobs = self.piece(text)
-        return {"index": self._answer.index, "text": text, "logprobs": logprobs, "finish_reason": self.finish_reason,
-                "stop_reason": self._answer.stop_reason}
+        return {
+            "index": self._answer.index,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": self.finish_reason,
+            "stop_reason": self._answer.stop_reason,
+        }
 
     @property
     def finish_reason(self) -> str | None:
@@ -140,18 +168,28 @@ class _ChoiceWriter:
         return self._echo_due
 
 
-async def _stream(service: Service, call: Call, request: CompletionRequest, answers: Answers, head: StreamHead,
-                  writers: Sequence[_ChoiceWriter]) -> None:
-    frames = completion_frames(head, include_usage=request.includes_usage,
-                               running_usage=(lambda _: _usage(request, answers)) if request.runs_usage else None)
+async def _stream(
+    service: Service,
+    call: Call,
+    request: CompletionRequest,
+    answers: Answers,
+    head: StreamHead,
+    writers: Sequence[_ChoiceWriter],
+) -> None:
+    frames = completion_frames(
+        head,
+        include_usage=request.includes_usage,
+        running_usage=(lambda _: _usage(request, answers)) if request.runs_usage else None,
+    )
     async with EventStream(call, service.limits.keep_alive_comment_s) as events:
 
         async def emit(answer: Answer, text: str) -> None:
             writer = writers[answer.index]
             if answer.finish_reason is not None:
                 text, logprobs = writer.piece(text)
-                await events.write(frames.finish(answer.index, text, logprobs, writer.finish_reason or "length",
-                                                 answer.stop_reason))
+                await events.write(
+                    frames.finish(answer.index, text, logprobs, writer.finish_reason or "length", answer.stop_reason)
+                )
             elif text or writer.due:
                 text, logprobs = writer.piece(text)
                 await events.write(frames.text(answer.index, text, logprobs))

@@ -66,13 +66,18 @@ class Entry:
             return
         wanted = TASKS[doing or task].partition(" (")[0]
         can = "; ".join(TASKS[one] for one in self.model.tasks)
-        raise RequestError(f"The model {self.name!r} does not {wanted} here. It can: {can}.", param=param,
-                           code="unsupported_task")
+        raise RequestError(
+            f"The model {self.name!r} does not {wanted} here. It can: {can}.", param=param, code="unsupported_task"
+        )
 
     def defaults(self) -> ModelDefaults:
         checkpoint = self.model.checkpoint
-        return ModelDefaults.of(checkpoint.generation, max_model_len=self.model.max_model_len,
-                                vocab_size=checkpoint.vocab_size, stop_token_ids=checkpoint.stop_token_ids)
+        return ModelDefaults.of(
+            checkpoint.generation,
+            max_model_len=self.model.max_model_len,
+            vocab_size=checkpoint.vocab_size,
+            stop_token_ids=checkpoint.stop_token_ids,
+        )
 
 
 class Service:
@@ -82,8 +87,7 @@ class Service:
         self.server = server
         self.limits = limits
         self.keys = Keys(server.api_key)
-        self.origin = OriginCheck(server.host, has_keys=bool(server.api_key),
-                                  is_unix=server.uds is not None)
+        self.origin = OriginCheck(server.host, has_keys=bool(server.api_key), is_unix=server.uds is not None)
         self.salts = CacheSalts(secrets.token_bytes(32), shared=server.shared_prefix_cache)
         self.flights = Flights()
         self.unknown = UnknownFields()
@@ -108,8 +112,11 @@ class Service:
             return 5 * max(ready.kv_tokens, ready.max_model_len) if ready is not None else 0
 
         limits = self.limits
-        pooling = Admission(POOLING_REQUESTS * limits.max_embedding_inputs,
-                            lambda: POOLING_REQUESTS * limits.max_embedding_tokens, metrics.refuse)
+        pooling = Admission(
+            POOLING_REQUESTS * limits.max_embedding_inputs,
+            lambda: POOLING_REQUESTS * limits.max_embedding_tokens,
+            metrics.refuse,
+        )
         return Entry(names, model, Admission(running + waiting, max_prompt_tokens, metrics.refuse), metrics, pooling)
 
     def entry(self, name: str | None) -> Entry:
@@ -117,8 +124,9 @@ class Service:
         if not name:
             return self.entries[0]
         if name not in self._by_name:
-            raise ModelNotFoundError(f"The model {name!r} does not exist; GET /v1/models lists what does.",
-                                     param="model")
+            raise ModelNotFoundError(
+                f"The model {name!r} does not exist; GET /v1/models lists what does.", param="model"
+            )
         return self._by_name[name]
 
     @property

@@ -15,8 +15,15 @@ async def embeddings(service: Service, call: Call) -> None:
         job.entry.need("embed")
         _check_dimensions(job.entry, job.request.dimensions)
         pooled = await pool_inputs(job, job.request.params(), prompt=chosen_prompt(job, "embed"))
-        await respond_vectors(call, pooled, prefix="embd", model=job.model_name, kind="embedding", key="embedding",
-                              encoding=job.request.encoding_format or "float")
+        await respond_vectors(
+            call,
+            pooled,
+            prefix="embd",
+            model=job.model_name,
+            kind="embedding",
+            key="embedding",
+            encoding=job.request.encoding_format or "float",
+        )
 
 
 def _check_dimensions(entry: Entry, wanted: int | None) -> None:
@@ -27,10 +34,14 @@ def _check_dimensions(entry: Entry, wanted: int | None) -> None:
     ready = entry.model.client.ready
     whole = ready.embedding_size if ready is not None else 0
     if sizes is None:
-        raise RequestError(f"The model {entry.name!r} does not support Matryoshka embeddings; `dimensions` must be "
-                           "left out. The operator can allow it with --matryoshka-dimensions.", param="dimensions")
+        raise RequestError(
+            f"The model {entry.name!r} does not support Matryoshka embeddings; `dimensions` must be "
+            "left out. The operator can allow it with --matryoshka-dimensions.",
+            param="dimensions",
+        )
     if sizes and wanted not in sizes:
-        raise RequestError(f"`dimensions` must be one of {', '.join(map(str, sizes))} with this model.",
-                           param="dimensions")
+        raise RequestError(
+            f"`dimensions` must be one of {', '.join(map(str, sizes))} with this model.", param="dimensions"
+        )
     if wanted > whole:
         raise RequestError(f"`dimensions` must be at most {whole} with this model.", param="dimensions")

@@ -22,8 +22,13 @@ Endpoint = Callable[[Service, Call], Awaitable[None]]
 Fields = Mapping[str, msgspec.Raw]
 
 _BY_FIELD: Mapping[str, Endpoint] = {
-    "prompt": completions, "queries": score, "text_1": score, "data_1": score, "documents": rerank,
-    "tokens": detokenize}
+    "prompt": completions,
+    "queries": score,
+    "text_1": score,
+    "data_1": score,
+    "documents": rerank,
+    "tokens": detokenize,
+}
 _POOLED: Mapping[str, Endpoint] = {"embed": embeddings, "classify": classify}
 
 
@@ -58,9 +63,12 @@ def _endpoint(service: Service, fields: Fields | None) -> Endpoint:
     for name, endpoint in _BY_FIELD.items():
         if name in given:
             return endpoint
-    raise RequestError("The body must have the fields of one of the API's requests: `messages`, `prompt`, `input`, "
-                       "`query` and `documents`, `text_1` and `text_2`, or `tokens`.",
-                       param="messages", code="missing_required_parameter")
+    raise RequestError(
+        "The body must have the fields of one of the API's requests: `messages`, `prompt`, `input`, "
+        "`query` and `documents`, `text_1` and `text_2`, or `tokens`.",
+        param="messages",
+        code="missing_required_parameter",
+    )
 
 
 def _for_chats_or_inputs(service: Service, fields: Fields, given: set[str]) -> Endpoint:

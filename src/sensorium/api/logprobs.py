@@ -16,8 +16,13 @@ MIN_LOGPROB = -9999.0
 
 def chat_logprobs(tokenizer: Tokenizer, tokens: Iterable[TokenLogprob]) -> dict[str, Any]:
     """{"content": [{token, logprob, bytes, top_logprobs}]}"""
-    content = [{**_entry(tokenizer, token.token_id, token.logprob),
-                "top_logprobs": [_entry(tokenizer, top, value) for top, value in token.top]} for token in tokens]
+    content = [
+        {
+            **_entry(tokenizer, token.token_id, token.logprob),
+            "top_logprobs": [_entry(tokenizer, top, value) for top, value in token.top],
+        }
+        for token in tokens
+    ]
     return {"content": content, "refusal": None}
 
 
@@ -52,8 +57,9 @@ class CompletionLogprobs:
             self._add(lists, self._echoed + min(offset, self._sent), token.token_id, token)
         return lists
 
-    def prompt(self, token_ids: Iterable[int], tokens: Iterable[TokenLogprob | None],
-               offsets: Sequence[int]) -> dict[str, Any]:
+    def prompt(
+        self, token_ids: Iterable[int], tokens: Iterable[TokenLogprob | None], offsets: Sequence[int]
+    ) -> dict[str, Any]:
         """The echoed prompt's; its first token has none."""
         lists = _empty_lists()
         for token_id, token, offset in zip(token_ids, tokens, offsets, strict=False):
@@ -68,8 +74,9 @@ class CompletionLogprobs:
         lists["top_logprobs"].append(None if token is None else self._top(token, text))
 
     def _top(self, token: TokenLogprob, text: str) -> dict[str, float]:
-        top = {self._tokenizer.token_text(other)[0]: max(value, MIN_LOGPROB)
-               for other, value in token.top[:self._num_top]}
+        top = {
+            self._tokenizer.token_text(other)[0]: max(value, MIN_LOGPROB) for other, value in token.top[: self._num_top]
+        }
         top.setdefault(text, max(token.logprob, MIN_LOGPROB))
         return top
 

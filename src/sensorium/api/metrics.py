@@ -19,14 +19,98 @@ if TYPE_CHECKING:
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 
-_LATENCY_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
-              80.0, 160.0, 640.0, 2560.0)
-_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5,
-            10.0, 20.0, 40.0, 80.0)
-_REQUEST_S = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0,
-              960.0, 1920.0, 7680.0)
-_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000, 500_000,
-           1_000_000)
+_LATENCY_S = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10.0,
+    20.0,
+    40.0,
+    80.0,
+    160.0,
+    640.0,
+    2560.0,
+)
+_TOKEN_S = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10.0,
+    20.0,
+    40.0,
+    80.0,
+)
+_REQUEST_S = (
+    0.3,
+    0.5,
+    0.8,
+    1.0,
+    1.5,
+    2.0,
+    2.5,
+    5.0,
+    10.0,
+    15.0,
+    20.0,
+    30.0,
+    40.0,
+    50.0,
+    60.0,
+    120.0,
+    240.0,
+    480.0,
+    960.0,
+    1920.0,
+    7680.0,
+)
+_TOKENS = (
+    1,
+    2,
+    5,
+    10,
+    20,
+    50,
+    100,
+    200,
+    500,
+    1000,
+    2000,
+    5000,
+    10_000,
+    20_000,
+    50_000,
+    100_000,
+    200_000,
+    500_000,
+    1_000_000,
+)
 _CHOICES = (1, 2, 5, 10, 20)
 
 
@@ -114,8 +198,14 @@ class Metrics:
         for name, (stats, ready) in engines.items():
             page.engine(name, stats, ready)
         for (method, route, status), count in self.responses.items():
-            page.counter("http_requests", "Responses by route and status.", count, handler=route, method=method,
-                         status=str(status))
+            page.counter(
+                "http_requests",
+                "Responses by route and status.",
+                count,
+                handler=route,
+                method=method,
+                status=str(status),
+            )
         yield from page.metrics.values()
 
 
@@ -152,49 +242,66 @@ class _Page:
         self.counter("vllm:prompt_tokens_cached", "Prompt tokens found in the cache.", model.cached_tokens, **labels)
         self.counter("vllm:generation_tokens", "Generated tokens.", model.generation_tokens, **labels)
         for reason in ("stop", "length", "abort", "error"):
-            self.counter("vllm:request_success", "Ended requests by reason.", model.finished[reason],
-                         finished_reason=reason, **labels)
+            self.counter(
+                "vllm:request_success",
+                "Ended requests by reason.",
+                model.finished[reason],
+                finished_reason=reason,
+                **labels,
+            )
         for reason, count in model.refused.items():
             self.counter("vllm:admission_rejections", "Requests refused unseen.", count, reason=reason, **labels)
         for metric, help_text, histogram in (
-                ("vllm:time_to_first_token_seconds", "From a request's arrival to its first token.",
-                 model.first_token_s),
-                ("vllm:inter_token_latency_seconds", "Between two tokens of one answer.", model.inter_token_s),
-                ("vllm:request_time_per_output_token_seconds", "Mean time per token after the first.",
-                 model.time_per_token_s),
-                ("vllm:e2e_request_latency_seconds", "From the request's arrival to its end.", model.request_s),
-                ("vllm:request_prompt_tokens", "Prompt tokens per request.", model.request_prompt_tokens),
-                ("vllm:request_generation_tokens", "Generated tokens per request.", model.request_generation_tokens),
-                ("vllm:request_params_n", "The n of requests.", model.request_n),
-                ("vllm:request_params_max_tokens", "The max_tokens of requests.", model.request_max_tokens),
-                ("sensorium:prompt_text_seconds", "Template and tokenizer, per request.", model.prompt_s)):
+            ("vllm:time_to_first_token_seconds", "From a request's arrival to its first token.", model.first_token_s),
+            ("vllm:inter_token_latency_seconds", "Between two tokens of one answer.", model.inter_token_s),
+            (
+                "vllm:request_time_per_output_token_seconds",
+                "Mean time per token after the first.",
+                model.time_per_token_s,
+            ),
+            ("vllm:e2e_request_latency_seconds", "From the request's arrival to its end.", model.request_s),
+            ("vllm:request_prompt_tokens", "Prompt tokens per request.", model.request_prompt_tokens),
+            ("vllm:request_generation_tokens", "Generated tokens per request.", model.request_generation_tokens),
+            ("vllm:request_params_n", "The n of requests.", model.request_n),
+            ("vllm:request_params_max_tokens", "The max_tokens of requests.", model.request_max_tokens),
+            ("sensorium:prompt_text_seconds", "Template and tokenizer, per request.", model.prompt_s),
+        ):
             self.histogram(metric, help_text, histogram, **labels)
         for (stage, kind), histogram in model.media_s.items():
-            self.histogram(f"sensorium:media_{stage}_seconds", f"Time to {stage} one medium.", histogram, kind=kind,
-                           **labels)
+            self.histogram(
+                f"sensorium:media_{stage}_seconds", f"Time to {stage} one medium.", histogram, kind=kind, **labels
+            )
 
     def engine(self, name: str, stats: EngineStats, ready: EngineReady | None) -> None:
         labels = {"model_name": name, "engine": "0"}
         used = 1 - stats.kv_blocks_free / stats.kv_blocks if stats.kv_blocks else 0.0
         for metric, help_text, gauge in (
-                ("vllm:num_requests_running", "Sequences being computed.", stats.running),
-                ("vllm:num_requests_waiting", "Sequences waiting.", stats.waiting),
-                ("vllm:kv_cache_usage_perc", "Part of the KV cache in use, 0 to 1.", used),
-                ("sensorium:encoder_cache_bytes", "Bytes of tower outputs kept.", stats.encoder_bytes),
-                ("sensorium:engine_step_seconds", "Duration of the latest step.", stats.step_seconds)):
+            ("vllm:num_requests_running", "Sequences being computed.", stats.running),
+            ("vllm:num_requests_waiting", "Sequences waiting.", stats.waiting),
+            ("vllm:kv_cache_usage_perc", "Part of the KV cache in use, 0 to 1.", used),
+            ("sensorium:encoder_cache_bytes", "Bytes of tower outputs kept.", stats.encoder_bytes),
+            ("sensorium:engine_step_seconds", "Duration of the latest step.", stats.step_seconds),
+        ):
             self.gauge(metric, help_text, gauge, **labels)
         for metric, help_text, count in (
-                ("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache.", stats.prefix_queries),
-                ("vllm:prefix_cache_hits", "Tokens found in the prefix cache.", stats.prefix_hits),
-                ("vllm:mm_cache_queries", "Media looked up in the encoder cache.", stats.encoder_queries),
-                ("vllm:mm_cache_hits", "Media found in the encoder cache.", stats.encoder_hits),
-                ("vllm:num_preemptions", "Sequences put back to be computed again.", stats.preemptions),
-                ("sensorium:engine_steps", "Steps of the engine.", stats.steps),
-                ("sensorium:encoder_seconds", "Time spent in towers.", stats.encoder_seconds)):
+            ("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache.", stats.prefix_queries),
+            ("vllm:prefix_cache_hits", "Tokens found in the prefix cache.", stats.prefix_hits),
+            ("vllm:mm_cache_queries", "Media looked up in the encoder cache.", stats.encoder_queries),
+            ("vllm:mm_cache_hits", "Media found in the encoder cache.", stats.encoder_hits),
+            ("vllm:num_preemptions", "Sequences put back to be computed again.", stats.preemptions),
+            ("sensorium:engine_steps", "Steps of the engine.", stats.steps),
+            ("sensorium:encoder_seconds", "Time spent in towers.", stats.encoder_seconds),
+        ):
             self.counter(metric, help_text, count, **labels)
         if ready is not None:
-            self.gauge("vllm:cache_config_info", "The KV cache's configuration.", 1, block_size=str(ready.block_size),
-                       num_gpu_blocks=str(ready.kv_tokens // max(1, ready.block_size)), **labels)
+            self.gauge(
+                "vllm:cache_config_info",
+                "The KV cache's configuration.",
+                1,
+                block_size=str(ready.block_size),
+                num_gpu_blocks=str(ready.kv_tokens // max(1, ready.block_size)),
+                **labels,
+            )
             self.gauge("sensorium:weight_bytes", "Bytes of weights.", ready.weight_bytes, **labels)
             self.gauge("sensorium:kv_cache_bytes", "Bytes of KV cache.", ready.kv_bytes, **labels)
             self.gauge("sensorium:load_seconds", "Time to load the model.", ready.load_seconds, **labels)

@@ -19,19 +19,56 @@ if TYPE_CHECKING:
     from sensorium.api.context import Service
 
 _FOLDER = Path(__file__).parents[1] / "playground"
-_TYPES = {".html": b"text/html; charset=utf-8", ".css": b"text/css; charset=utf-8",
-          ".js": b"text/javascript; charset=utf-8", ".svg": b"image/svg+xml"}
-_MODULES = ("api", "attachments", "capture", "chat", "compare", "conversation", "dialogs", "dom", "i18n", "main",
-            "metrics", "plot", "render", "samples", "server", "settings", "snippets", "sse", "store", "theme", "turn",
-            "wav", "words")
-PAGES: Mapping[str, str] = {"/": "index.html", **{f"/playground/{name}": name for name in (
-    "style.css", "icon.svg", *(f"{module}.js" for module in _MODULES))}}
+_TYPES = {
+    ".html": b"text/html; charset=utf-8",
+    ".css": b"text/css; charset=utf-8",
+    ".js": b"text/javascript; charset=utf-8",
+    ".svg": b"image/svg+xml",
+}
+_MODULES = (
+    "api",
+    "attachments",
+    "capture",
+    "chat",
+    "compare",
+    "conversation",
+    "dialogs",
+    "dom",
+    "i18n",
+    "main",
+    "metrics",
+    "plot",
+    "render",
+    "samples",
+    "server",
+    "settings",
+    "snippets",
+    "sse",
+    "store",
+    "theme",
+    "turn",
+    "wav",
+    "words",
+)
+PAGES: Mapping[str, str] = {
+    "/": "index.html",
+    **{f"/playground/{name}": name for name in ("style.css", "icon.svg", *(f"{module}.js" for module in _MODULES))},
+}
 """Path -> file. What is not here is not served, whatever lies in the folder."""
 
-_POLICY = b"; ".join((
-    b"default-src 'none'", b"script-src 'self'", b"style-src 'self'", b"img-src 'self' blob: data:",
-    b"media-src blob: data:", b"connect-src 'self'", b"base-uri 'none'", b"form-action 'none'",
-    b"frame-ancestors 'none'"))
+_POLICY = b"; ".join(
+    (
+        b"default-src 'none'",
+        b"script-src 'self'",
+        b"style-src 'self'",
+        b"img-src 'self' blob: data:",
+        b"media-src blob: data:",
+        b"connect-src 'self'",
+        b"base-uri 'none'",
+        b"form-action 'none'",
+        b"frame-ancestors 'none'",
+    )
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +94,16 @@ def _read(file: Path) -> PageFile:
 async def page(service: Service, call: Call) -> None:
     """One file, whole: ranges are not offered and a request for one gets everything."""
     found = service.pages[call.path]
-    headers: list[Header] = [(b"etag", found.etag), (b"content-security-policy", _POLICY),
-                             (b"referrer-policy", b"no-referrer")]
+    headers: list[Header] = [
+        (b"etag", found.etag),
+        (b"content-security-policy", _POLICY),
+        (b"referrer-policy", b"no-referrer"),
+    ]
     known = found.etag in (call.header(b"if-none-match") or b"").replace(b"W/", b"").split(b", ")
-    await call.respond(b"" if known else found.body, status=304 if known else 200, content_type=found.content_type,
-                       cache=b"no-cache", headers=headers)
+    await call.respond(
+        b"" if known else found.body,
+        status=304 if known else 200,
+        content_type=found.content_type,
+        cache=b"no-cache",
+        headers=headers,
+    )

@@ -70,8 +70,12 @@ class Pooled:
     prompt_tokens: int
 
     def usage(self) -> dict[str, object]:
-        return {"prompt_tokens": self.prompt_tokens, "total_tokens": self.prompt_tokens, "completion_tokens": 0,
-                "prompt_tokens_details": None}
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "total_tokens": self.prompt_tokens,
+            "completion_tokens": 0,
+            "prompt_tokens_details": None,
+        }
 
 
 @asynccontextmanager
@@ -96,21 +100,25 @@ def chosen_prompt(job: Job[PromptedBody], task: PoolingTask) -> str:
     if request.has_texts:
         return prompt
     if param is not None and prompt:
-        raise RequestError(f"`{param}` puts a prompt before texts, but the request has token ids or messages.",
-                           param=param)
+        raise RequestError(
+            f"`{param}` puts a prompt before texts, but the request has token ids or messages.", param=param
+        )
     return ""
 
 
-async def pool_inputs(job: Job[InputBody], params: PoolingParams, *, max_tokens: int | None = None,
-                      prompt: str = "") -> Pooled:
+async def pool_inputs(
+    job: Job[InputBody], params: PoolingParams, *, max_tokens: int | None = None, prompt: str = ""
+) -> Pooled:
     """Everything between a body of `input` or `messages` and its vectors. `prompt` stands before every text."""
     request, limits = job.request, job.service.limits
     check_count(job, request.count, "messages" if request.input is None else "input")
     inputs = request.inputs(job.model.processor.modalities, limits)
     if prompt:
         inputs = [prompt + text if isinstance(text, str) else text for text in inputs]
-        params = replace(params, prompt_tokens=job.model.unpooled_tokens(
-            prompt, add_special_tokens=request.add_special_tokens is not False))
+        params = replace(
+            params,
+            prompt_tokens=job.model.unpooled_tokens(prompt, add_special_tokens=request.add_special_tokens is not False),
+        )
     is_list = isinstance(request.input, list) and not isinstance(request.input[0], int)
     places = [f"input[{index}]" if is_list else "input" for index in range(len(inputs))]
     with job.entry.pooling_admission.admit(len(inputs)) as permit:
@@ -122,8 +130,9 @@ async def pool_inputs(job: Job[InputBody], params: PoolingParams, *, max_tokens:
 def check_count(job: Job[PoolingBody], count: int, param: str) -> None:
     most = job.service.limits.max_embedding_inputs
     if count > most:
-        raise RequestError(f"One request may have at most {most} inputs; this has {count}.", param=param,
-                           code="too_many_inputs")
+        raise RequestError(
+            f"One request may have at most {most} inputs; this has {count}.", param=param, code="too_many_inputs"
+        )
 
 
 def count_tokens(job: Job[PoolingBody], prompts: Sequence[Prompt], max_tokens: int | None = None) -> int:
@@ -132,13 +141,16 @@ def count_tokens(job: Job[PoolingBody], prompts: Sequence[Prompt], max_tokens: i
     limit = job.service.limits.max_embedding_tokens
     most = limit if max_tokens is None else min(max_tokens, limit)
     if total > most:
-        raise ContextLengthError(f"The inputs have {total} tokens together; one request may have {most}. Send them in "
-                                 "several requests.", param="input")
+        raise ContextLengthError(
+            f"The inputs have {total} tokens together; one request may have {most}. Send them in several requests.",
+            param="input",
+        )
     return total
 
 
-async def make_prompts(job: Job[PoolingBody], inputs: Sequence[PooledInput], places: Sequence[str],
-                       truncation: Truncation | None) -> list[Prompt]:
+async def make_prompts(
+    job: Job[PoolingBody], inputs: Sequence[PooledInput], places: Sequence[str], truncation: Truncation | None
+) -> list[Prompt]:
     """A prompt of each input. `places` says where it stands in the request."""
     texts = {index: given for index, given in enumerate(inputs) if not isinstance(given, Conversation)}
     chats = {index: given for index, given in enumerate(inputs) if isinstance(given, Conversation)}
@@ -146,14 +158,18 @@ async def make_prompts(job: Job[PoolingBody], inputs: Sequence[PooledInput], pla
     if texts:
         start_s = time.perf_counter()
         prompts = await job.model.text_prompts(
-            list(texts.values()), add_special_tokens=job.request.add_special_tokens is not False, truncation=truncation,
-            params=[places[index] for index in texts], tenant=job.call.turn)
+            list(texts.values()),
+            add_special_tokens=job.request.add_special_tokens is not False,
+            truncation=truncation,
+            params=[places[index] for index in texts],
+            tenant=job.call.turn,
+        )
         made = dict(zip(texts, prompts, strict=True))
         job.entry.metrics.observe_prompt(time.perf_counter() - start_s)
     _check_media(job, list(chats.values()))
     places_of_chats = list(chats)
     for start in range(0, len(chats), CHATS_AT_ONCE):
-        group = places_of_chats[start:start + CHATS_AT_ONCE]
+        group = places_of_chats[start : start + CHATS_AT_ONCE]
         prompts = await all_in_order(_chat_prompt(job, chats[index], truncation) for index in group)
         made.update(zip(group, prompts, strict=True))
         count_tokens(job, list(made.values()))
@@ -164,20 +180,31 @@ async def make_prompts(job: Job[PoolingBody], inputs: Sequence[PooledInput], pla
 def _check_media(job: Job[PoolingBody], chats: Sequence[Conversation]) -> None:
     count, most = sum(len(chat.media) for chat in chats), job.service.limits.max_embedding_media
     if len(chats) > 1 and count > most:
-        raise RequestError(f"The inputs have {count} media together; one request may have {most}.", param="messages",
-                           code="too_many_media")
+        raise RequestError(
+            f"The inputs have {count} media together; one request may have {most}.",
+            param="messages",
+            code="too_many_media",
+        )
 
 
 async def _chat_prompt(job: Job[PoolingBody], chat: Conversation, truncation: Truncation | None) -> Prompt:
     prepared = await job.model.prepare_chat(
-        chat.messages, chat.media, add_special_tokens=bool(job.request.add_special_tokens), pooled=True,
-        truncation=truncation, tenant=job.call.turn, salt=job.salt, **job.request.template_options())
+        chat.messages,
+        chat.media,
+        add_special_tokens=bool(job.request.add_special_tokens),
+        pooled=True,
+        truncation=truncation,
+        tenant=job.call.turn,
+        salt=job.salt,
+        **job.request.template_options(),
+    )
     job.entry.metrics.observe_prompt(prepared.text_s, prepared.media)
     return prepared.prompt
 
 
-async def run(job: Job[PoolingBody], prompts: Sequence[Prompt], params: PoolingParams | Sequence[PoolingParams]
-              ) -> Pooled:
+async def run(
+    job: Job[PoolingBody], prompts: Sequence[Prompt], params: PoolingParams | Sequence[PoolingParams]
+) -> Pooled:
     """Have the engine compute the prompts, with the same params or each with its own. If one fails, the request
     fails; leaving early ends them all."""
     client, priority = job.model.client, job.request.priority or 0
@@ -188,8 +215,9 @@ async def run(job: Job[PoolingBody], prompts: Sequence[Prompt], params: PoolingP
     each = [params] * len(prompts) if isinstance(params, PoolingParams) else params
     try:
         for prompt, own in zip(prompts, each, strict=True):
-            streams.append(client.submit(EngineRequest(client.next_id(), prompt, pooling=own, priority=priority,
-                                                       salt=salt)))
+            streams.append(
+                client.submit(EngineRequest(client.next_id(), prompt, pooling=own, priority=priority, salt=salt))
+            )
             if len(streams) % SUBMITTED_AT_ONCE == 0:
                 await asyncio.sleep(0)
         for stream in streams:

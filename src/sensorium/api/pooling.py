@@ -22,10 +22,18 @@ async def pooling(service: Service, call: Call) -> None:
         request, entry = job.request, job.entry
         task = request.task or entry.model.default_pooling_task or "embed"
         entry.need(task, param="task" if request.task else "model")
-        pooled = await pool_inputs(job, _params(task, request), max_tokens=_max_tokens(entry, task),
-                                   prompt=chosen_prompt(job, task))
-        await respond_vectors(call, pooled, prefix="pooling", model=job.model_name, kind="pooling", key="data",
-                              encoding=request.encoding_format or "float")
+        pooled = await pool_inputs(
+            job, _params(task, request), max_tokens=_max_tokens(entry, task), prompt=chosen_prompt(job, task)
+        )
+        await respond_vectors(
+            call,
+            pooled,
+            prefix="pooling",
+            model=job.model_name,
+            kind="pooling",
+            key="data",
+            encoding=request.encoding_format or "float",
+        )
 
 
 def _params(task: PoolingTask, request: PoolingRequest) -> PoolingParams:
@@ -57,6 +65,12 @@ def _classes(entry: Entry, pooled: Pooled) -> bytes:
     rows = []
     for index, vector in enumerate(pooled.vectors):
         best = int(vector.argmax())
-        rows.append({"index": index, "label": labels[best] if best < len(labels) else None, "probs": vector.tolist(),
-                     "num_classes": len(vector)})
+        rows.append(
+            {
+                "index": index,
+                "label": labels[best] if best < len(labels) else None,
+                "probs": vector.tolist(),
+                "num_classes": len(vector),
+            }
+        )
     return msgspec.json.encode(rows)

@@ -58,10 +58,14 @@ ROUTES: tuple[Route, ...] = (
     Route("POST", "/v1/embeddings", embeddings, "Texts, chats or media as vectors.", EmbeddingsRequest),
     Route("POST", "/pooling", pooling, "What the model makes of a prompt: a vector, or one per token.", PoolingRequest),
     Route("POST", "/classify", classify, "The class of each text.", ClassifyRequest),
-    *(Route("POST", path, score, "How well pairs of texts go together.", ScoreRequest)
-      for path in ("/score", "/v1/score")),
-    *(Route("POST", path, rerank, "Documents in the order of their relevance to a query.", RerankRequest)
-      for path in ("/rerank", "/v1/rerank", "/v2/rerank")),
+    *(
+        Route("POST", path, score, "How well pairs of texts go together.", ScoreRequest)
+        for path in ("/score", "/v1/score")
+    ),
+    *(
+        Route("POST", path, rerank, "Documents in the order of their relevance to a query.", RerankRequest)
+        for path in ("/rerank", "/v1/rerank", "/v2/rerank")
+    ),
     Route("POST", "/v1/audio/transcriptions", transcriptions, "What is said in a recording.", AudioRequest, file=FILE),
     Route("POST", "/v1/audio/translations", translations, "The same in another language.", AudioRequest, file=FILE),
     Route("GET", "/v1/models", status.models, "What is served, under which names."),
@@ -71,18 +75,27 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/livez", status.livez, "Does the process answer?", needs_engine=False),
     Route("GET", "/readyz", status.readyz, "Are requests answered?", needs_engine=False),
     Route("GET", "/health", status.health, "Are requests answered? Without a body.", needs_engine=False),
-    *(Route(method, "/ping", status.health, "The same, as SageMaker asks.", needs_engine=False, documented=False)
-      for method in ("GET", "POST")),
+    *(
+        Route(method, "/ping", status.health, "The same, as SageMaker asks.", needs_engine=False, documented=False)
+        for method in ("GET", "POST")
+    ),
     Route("POST", "/invocations", invocations, "Any of the other requests, told by its fields, as SageMaker sends it."),
     Route("GET", "/load", status.load, "How many requests are being worked on.", needs_engine=False),
-    Route("GET", "/tokenizer_info", status.tokenizer_info, "The tokenizer's settings, if the operator opened it.",
-          documented=False),
+    Route(
+        "GET",
+        "/tokenizer_info",
+        status.tokenizer_info,
+        "The tokenizer's settings, if the operator opened it.",
+        documented=False,
+    ),
     Route("GET", "/metrics", status.metrics, "Counters and gauges for Prometheus.", needs_engine=False),
     Route("GET", "/version", status.version, "The server's version.", needs_engine=False),
     Route("GET", "/docs", docs, "This description as a page.", needs_engine=False),
     Route("GET", "/openapi.json", openapi, "This description as OpenAPI 3.1.", needs_engine=False),
-    *(Route("GET", path, playground.page, "The web page.", needs_engine=False, documented=False)
-      for path in playground.PAGES),
+    *(
+        Route("GET", path, playground.page, "The web page.", needs_engine=False, documented=False)
+        for path in playground.PAGES
+    ),
 )
 _MODEL_PATH = "/v1/models/{model}"
 _MAX_ADVISED_CHARS = 256

@@ -44,27 +44,48 @@ class Side:
 async def score(service: Service, call: Call) -> None:
     async with opened(service, call, ScoreRequest) as job:
         request, names, (left, right) = job.request, job.request.names, job.request.sides
-        pooled = await _compare(job, *(
-            Side(items, name, most or 0, isinstance(getattr(request, name), list)) for items, name, most
-            in ((left, names[0], request.max_tokens_per_query), (right, names[1], request.max_tokens_per_doc))))
-        rows = [{"index": index, "object": "score", "score": float(vector[0])}
-                for index, vector in enumerate(pooled.vectors)]
+        pooled = await _compare(
+            job,
+            *(
+                Side(items, name, most or 0, isinstance(getattr(request, name), list))
+                for items, name, most in (
+                    (left, names[0], request.max_tokens_per_query),
+                    (right, names[1], request.max_tokens_per_doc),
+                )
+            ),
+        )
+        rows = [
+            {"index": index, "object": "score", "score": float(vector[0])}
+            for index, vector in enumerate(pooled.vectors)
+        ]
         await call.respond(envelope("score", job.model_name, msgspec.json.encode(rows), pooled.usage()))
 
 
 async def rerank(service: Service, call: Call) -> None:
     async with opened(service, call, RerankRequest) as job:
         request = job.request
-        pooled = await _compare(job, Side([request.query], "query", request.max_tokens_per_query or 0, is_list=False),
-                                Side(request.documents, "documents", request.max_tokens_per_doc or 0))
+        pooled = await _compare(
+            job,
+            Side([request.query], "query", request.max_tokens_per_query or 0, is_list=False),
+            Side(request.documents, "documents", request.max_tokens_per_doc or 0),
+        )
         scores = [float(vector[0]) for vector in pooled.vectors]
-        best = sorted(range(len(scores)), key=lambda index: -scores[index])[:request.top_n or len(scores)]
+        best = sorted(range(len(scores)), key=lambda index: -scores[index])[: request.top_n or len(scores)]
         shown = request.return_documents is not False
-        rows = [{"index": index, **({"document": _document(request.documents[index])} if shown else {}),
-                 "relevance_score": scores[index]} for index in best]
+        rows = [
+            {
+                "index": index,
+                **({"document": _document(request.documents[index])} if shown else {}),
+                "relevance_score": scores[index],
+            }
+            for index in best
+        ]
         usage = {"prompt_tokens": pooled.prompt_tokens, "total_tokens": pooled.prompt_tokens}
-        await call.respond(msgspec.json.encode({
-            "id": "rerank-" + secrets.token_hex(12), "model": job.model_name, "usage": usage, "results": rows}))
+        await call.respond(
+            msgspec.json.encode(
+                {"id": "rerank-" + secrets.token_hex(12), "model": job.model_name, "usage": usage, "results": rows}
+            )
+        )
 
 
 def _document(item: Any) -> dict[str, Any]:
@@ -80,8 +101,12 @@ async def _compare(job: Job[ComparingBody], left: Side, right: Side) -> Pooled:
         check_count(job, max(len(left.items), len(right.items)), right.name)
         return await _cross_encoded(job, left, right)
     if "classify" in model.all_tasks:
-        raise RequestError(f"Scores need a classifier with one label; the model {job.entry.name!r} has "
-                           f"{len(model.labels)}. Use /classify.", param="model", code="unsupported_task")
+        raise RequestError(
+            f"Scores need a classifier with one label; the model {job.entry.name!r} has "
+            f"{len(model.labels)}. Use /classify.",
+            param="model",
+            code="unsupported_task",
+        )
     job.entry.need("embed", doing="score")
     if not model.is_embedder:
         raise RequestError(
@@ -89,7 +114,9 @@ async def _compare(job: Job[ComparingBody], left: Side, right: Side) -> Pooled:
             "reranker: angles between its states are no scores. If it is an embedder, start it with --task embed or "
             "--pooling last; of a reranker that answers yes or no (Qwen3-Reranker), start the version with a score "
             "head (seq-cls).",
-            param="model", code="unsupported_task")
+            param="model",
+            code="unsupported_task",
+        )
     check_count(job, len(left.items) + len(right.items), right.name)
     return await _compared(job, left, right)
 
@@ -131,8 +158,10 @@ def _texts(side: Side) -> list[str]:
 
 async def _compared(job: Job[ComparingBody], left: Side, right: Side) -> Pooled:
     before = job.model.prompts.of("query"), job.model.prompts.of("document")
-    inputs = [[_input(job, side, index, prompt) for index in range(len(side.items))]
-              for side, prompt in zip((left, right), before, strict=True)]
+    inputs = [
+        [_input(job, side, index, prompt) for index in range(len(side.items))]
+        for side, prompt in zip((left, right), before, strict=True)
+    ]
     with job.entry.pooling_admission.admit(len(left.items) + len(right.items)) as permit:
         prompts = []
         for side, given in zip((left, right), inputs, strict=True):
@@ -141,7 +170,7 @@ async def _compared(job: Job[ComparingBody], left: Side, right: Side) -> Pooled:
         permit.add_prompt_tokens(count_tokens(job, prompts))
         params = [_params(job, one, prompt) for given, prompt in zip(inputs, before, strict=True) for one in given]
         pooled = await run(job, prompts, params)
-    queries, documents = pooled.vectors[:len(left.items)], pooled.vectors[len(left.items):]
+    queries, documents = pooled.vectors[: len(left.items)], pooled.vectors[len(left.items) :]
     pairs = zip(_repeated(queries, len(documents)), documents, strict=True)
     return replace(pooled, vectors=[cosine(query, document) for query, document in pairs])
 

@@ -36,8 +36,9 @@ async def load(service: Service, call: Call) -> None:
 async def tokenizer_info(service: Service, call: Call) -> None:
     """As vLLM has it: tokenizer_config.json with the chat template, of the first model."""
     if not service.server.enable_tokenizer_info_endpoint:
-        raise NotFoundError("There is nothing at this path; the operator can open it with "
-                            "--enable-tokenizer-info-endpoint.")
+        raise NotFoundError(
+            "There is nothing at this path; the operator can open it with --enable-tokenizer-info-endpoint."
+        )
     checkpoint = service.entries[0].model.checkpoint
     template = {} if checkpoint.chat_template is None else {"chat_template": checkpoint.chat_template}
     await call.respond(msgspec.json.encode({"tokenizer_class": None, **checkpoint.tokenizer_config, **template}))
@@ -59,9 +60,17 @@ async def model(service: Service, call: Call) -> None:
 
 
 def _row(entry: Entry, name: str) -> dict[str, object]:
-    return {"id": name, "object": "model", "created": entry.model.created, "owned_by": "sensorium", "root": entry.name,
-            "parent": None, "max_model_len": entry.model.max_model_len, "tasks": list(entry.model.tasks),
-            "modalities": ["text", *sorted(entry.model.processor.modalities)]}
+    return {
+        "id": name,
+        "object": "model",
+        "created": entry.model.created,
+        "owned_by": "sensorium",
+        "root": entry.name,
+        "parent": None,
+        "max_model_len": entry.model.max_model_len,
+        "tasks": list(entry.model.tasks),
+        "modalities": ["text", *sorted(entry.model.processor.modalities)],
+    }
 
 
 async def metrics(service: Service, call: Call) -> None:

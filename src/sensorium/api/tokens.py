@@ -22,19 +22,32 @@ async def tokenize(service: Service, call: Call) -> None:
             async with service.flight(call):
                 tokens = await _tokens(service, call, entry.model, request)
                 texts = [entry.model.tokenizer.id_to_token(token) for token in tokens]
-                await call.respond(msgspec.json.encode({
-                    "count": len(tokens), "max_model_len": entry.model.max_model_len, "tokens": tokens,
-                    "token_strs": texts if request.return_token_strs else None}))
+                await call.respond(
+                    msgspec.json.encode(
+                        {
+                            "count": len(tokens),
+                            "max_model_len": entry.model.max_model_len,
+                            "tokens": tokens,
+                            "token_strs": texts if request.return_token_strs else None,
+                        }
+                    )
+                )
 
 
 async def _tokens(service: Service, call: Call, model: ServedModel, request: TokenizeRequest) -> list[int]:
     if request.prompt is not None:
-        return await model.encode(request.prompt, add_special_tokens=request.add_special_tokens is not False,
-                                  tenant=call.turn)
+        return await model.encode(
+            request.prompt, add_special_tokens=request.add_special_tokens is not False, tenant=call.turn
+        )
     conversation = request.conversation(model.processor.modalities, service.limits)
     prompt = await model.chat_prompt(
-        conversation.messages, conversation.media, add_special_tokens=bool(request.add_special_tokens),
-        tenant=call.turn, salt=service.salts.of(call.tenant), **request.template_options())
+        conversation.messages,
+        conversation.media,
+        add_special_tokens=bool(request.add_special_tokens),
+        tenant=call.turn,
+        salt=service.salts.of(call.tenant),
+        **request.template_options(),
+    )
     tokens: list[int] = prompt.token_ids.tolist()
     return tokens
 

@@ -49,8 +49,14 @@ async def _listen(service: Service, call: Call, *, translates: bool) -> None:
                 permit.add_prompt_tokens(len(prepared.prompt.token_ids))
                 sampling = request.sampling_body()
                 params = _sampling(entry, request, len(prepared.prompt.token_ids))
-                answers = ask(entry, sampling, [(prepared.prompt, params)], service.salts.of(call.tenant),
-                              started_s=call.started_s, continues=False)
+                answers = ask(
+                    entry,
+                    sampling,
+                    [(prepared.prompt, params)],
+                    service.salts.of(call.tenant),
+                    started_s=call.started_s,
+                    continues=False,
+                )
                 with answers:
                     await _answer(service, call, entry, request, answers, prepared, translates)
                     call.note = f"{answers.prompt_tokens} + {answers.completion_tokens} tokens"
@@ -59,15 +65,18 @@ async def _listen(service: Service, call: Call, *, translates: bool) -> None:
 def _check_hears(entry: Entry) -> None:
     entry.need("generate")
     if "audio" not in entry.model.processor.modalities:
-        raise RequestError(f"The model {entry.name!r} does not understand sound.", param="model",
-                           code="unsupported_modality")
+        raise RequestError(
+            f"The model {entry.name!r} does not understand sound.", param="model", code="unsupported_modality"
+        )
 
 
-async def _prompt(service: Service, call: Call, entry: Entry, request: AudioRequest, file: bytes,
-                  translates: bool) -> Prepared:
+async def _prompt(
+    service: Service, call: Call, entry: Entry, request: AudioRequest, file: bytes, translates: bool
+) -> Prepared:
     message = Message("user", (MediaPart("audio"), TextPart(request.instruction(translates=translates))))
-    prepared = await entry.model.prepare_chat([message], [MediaSource("audio", FILE, payload=file)],
-                                              tenant=call.turn, salt=service.salts.of(call.tenant))
+    prepared = await entry.model.prepare_chat(
+        [message], [MediaSource("audio", FILE, payload=file)], tenant=call.turn, salt=service.salts.of(call.tenant)
+    )
     entry.metrics.observe_prompt(prepared.text_s, prepared.media)
     return prepared
 
@@ -78,8 +87,15 @@ def _sampling(entry: Entry, request: AudioRequest, prompt_tokens: int) -> Sampli
     return request.sampling_body().sampling_with(defaults, max_tokens=max_tokens, logprobs=None)
 
 
-async def _answer(service: Service, call: Call, entry: Entry, request: AudioRequest, answers: Answers,
-                  prepared: Prepared, translates: bool) -> None:
+async def _answer(
+    service: Service,
+    call: Call,
+    entry: Entry,
+    request: AudioRequest,
+    answers: Answers,
+    prepared: Prepared,
+    translates: bool,
+) -> None:
     if request.stream:
         await _stream(service, call, entry, request, answers)
         return
@@ -91,8 +107,13 @@ async def _answer(service: Service, call: Call, entry: Entry, request: AudioRequ
     body: dict[str, Any] = {"text": text, "usage": {"type": "duration", "seconds": math.ceil(duration_s)}}
     if request.response_format == "verbose_json":
         language = request.language if not translates else request.to_language or "en"
-        body |= {"task": "translate" if translates else "transcribe", "language": language, "duration": duration_s,
-                 "segments": None, "words": None}
+        body |= {
+            "task": "translate" if translates else "transcribe",
+            "language": language,
+            "duration": duration_s,
+            "segments": None,
+            "words": None,
+        }
     await call.respond(msgspec.json.encode(body))
 
 
@@ -100,8 +121,14 @@ async def _stream(service: Service, call: Call, entry: Entry, request: AudioRequ
     head = StreamHead("trsc-" + secrets.token_hex(12), int(time.time()), request.model or entry.name)
     include_usage = bool(request.stream_include_usage)
     runs_usage = include_usage and request.stream_continuous_usage_stats
-    frames = Frames(head, "transcription.chunk", open_text=b'"delta":{"content":', close_text=b"}",
-                    include_usage=include_usage, running_usage=answers.usage_without if runs_usage else None)
+    frames = Frames(
+        head,
+        "transcription.chunk",
+        open_text=b'"delta":{"content":',
+        close_text=b"}",
+        include_usage=include_usage,
+        running_usage=answers.usage_without if runs_usage else None,
+    )
     async with EventStream(call, service.limits.keep_alive_comment_s) as events:
 
         async def emit(answer: Answer, text: str) -> None:

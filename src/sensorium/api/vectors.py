@@ -31,13 +31,16 @@ def vector_json(vector: NDArray[np.float32], encoding: Encoding) -> bytes:
     return b"[" + b",".join(_encode(row.tolist()) for row in vector) + b"]"
 
 
-async def respond_vectors(call: Call, pooled: Pooled, *, prefix: str, model: str, kind: str, key: str,
-                          encoding: Encoding) -> None:
+async def respond_vectors(
+    call: Call, pooled: Pooled, *, prefix: str, model: str, kind: str, key: str, encoding: Encoding
+) -> None:
     """OpenAI's list object, one entry per vector: {"index", "object": kind, key: vector}."""
 
     def data() -> bytes:
-        rows = (b'{"index":%d,"object":%b,%b:%b}' % (index, _encode(kind), _encode(key), vector_json(vector, encoding))
-                for index, vector in enumerate(pooled.vectors))
+        rows = (
+            b'{"index":%d,"object":%b,%b:%b}' % (index, _encode(kind), _encode(key), vector_json(vector, encoding))
+            for index, vector in enumerate(pooled.vectors)
+        )
         return b"[" + b",".join(rows) + b"]"
 
     await call.respond(envelope(prefix, model, await _written(data, pooled.vectors), pooled.usage()))
@@ -51,6 +54,7 @@ async def _written(data: Callable[[], bytes], vectors: Sequence[NDArray[np.float
 
 def envelope(prefix: str, model: str, data: bytes, usage: dict[str, object]) -> bytes:
     """What all lists have around their data."""
-    head = _encode({"id": f"{prefix}-{secrets.token_hex(12)}", "object": "list", "created": int(time.time()),
-                    "model": model})
+    head = _encode(
+        {"id": f"{prefix}-{secrets.token_hex(12)}", "object": "list", "created": int(time.time()), "model": model}
+    )
     return head[:-1] + b',"data":' + data + b',"usage":' + _encode(usage) + b"}"

@@ -121,18 +121,33 @@ class _Family:
 
 
 _LLAMA = _Family(32000, 4096, 11008, 32, 32, None, 2048)
-_QWEN2_VL = _Family(152064, 8192, 29568, 80, 64, 8, 32768, rms_norm_eps=1e-5, theta=1e6, qkv_bias=True,
-                    sliding_window=4096, window_is_optional=True, max_window_layers=80)
-_QWEN2_5_OMNI = _Family(152064, 3584, 18944, 28, 28, 4, 32768, theta=1e6, qkv_bias=True, sliding_window=32768,
-                        window_is_optional=True)
+_QWEN2_VL = _Family(
+    152064,
+    8192,
+    29568,
+    80,
+    64,
+    8,
+    32768,
+    rms_norm_eps=1e-5,
+    theta=1e6,
+    qkv_bias=True,
+    sliding_window=4096,
+    window_is_optional=True,
+    max_window_layers=80,
+)
+_QWEN2_5_OMNI = _Family(
+    152064, 3584, 18944, 28, 28, 4, 32768, theta=1e6, qkv_bias=True, sliding_window=32768, window_is_optional=True
+)
 _PHI3 = _Family(32064, 3072, 8192, 32, 32, None, 4096, rms_norm_eps=1e-5)
 _QWEN2 = _Family(151936, 4096, 22016, 32, 32, 32, 32768, qkv_bias=True, sliding_window=4096, window_is_optional=True)
 _TEXT_FAMILIES: Mapping[str, _Family] = {
     "llama": _LLAMA,
     "mistral": _Family(32000, 4096, 14336, 32, 32, 8, 131072, sliding_window=4096),
     "qwen2": _QWEN2,
-    "qwen3": _Family(151936, 4096, 22016, 32, 32, 32, 32768, head_dim=128, qk_norm=True, sliding_window=4096,
-                     window_is_optional=True),
+    "qwen3": _Family(
+        151936, 4096, 22016, 32, 32, 32, 32768, head_dim=128, qk_norm=True, sliding_window=4096, window_is_optional=True
+    ),
     "phi3": _PHI3,
     "phi3_v": _PHI3,
     "minicpmv": _QWEN2,
@@ -141,26 +156,66 @@ _TEXT_FAMILIES: Mapping[str, _Family] = {
     "qwen2_5_omni_text": _QWEN2_5_OMNI,
 }
 _ROPE_KINDS: Mapping[str, str] = {
-    "default": "default", "mrope": "default", "linear": "linear", "dynamic": "dynamic", "yarn": "yarn",
-    "llama3": "llama3", "longrope": "longrope", "su": "longrope",
+    "default": "default",
+    "mrope": "default",
+    "linear": "linear",
+    "dynamic": "dynamic",
+    "yarn": "yarn",
+    "llama3": "llama3",
+    "longrope": "longrope",
+    "su": "longrope",
 }
 ACTIVATIONS: Mapping[str, str] = {
-    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "quick_gelu": "quick_gelu", "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
     "tanh": "tanh",
 }
 """What configurations call an activation -> the kernels' name of it."""
 _DTYPES = ("bfloat16", "float16", "float32")
-_STOP_TOKENS = frozenset({
-    "</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>",
-})  # special tokens that end a turn or a text in every family that has them; some generation_configs forget them
-_DECODER_KEYS = frozenset({"rope_scaling", "rope_parameters", "rope_theta", "max_position_embeddings", "sliding_window",
-                           "use_sliding_window", "max_window_layers", "partial_rotary_factor", "head_dim",
-                           "original_max_position_embeddings", "attention_bias", "mlp_bias", "is_causal",
-                           "use_bidirectional_attention"})
-_OVERRIDES = frozenset({"architectures", "dtype", "torch_dtype", "eos_token_id", "is_matryoshka", "num_labels",
-                        "matryoshka_dimensions", "id2label", "label2id", "problem_type", "tie_word_embeddings",
-                        "quantization_config"})  # config.json may leave them out
+_STOP_TOKENS = frozenset(
+    {"</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>"}
+)  # special tokens that end a turn or a text in every family that has them; some generation_configs forget them
+_DECODER_KEYS = frozenset(
+    {
+        "rope_scaling",
+        "rope_parameters",
+        "rope_theta",
+        "max_position_embeddings",
+        "sliding_window",
+        "use_sliding_window",
+        "max_window_layers",
+        "partial_rotary_factor",
+        "head_dim",
+        "original_max_position_embeddings",
+        "attention_bias",
+        "mlp_bias",
+        "is_causal",
+        "use_bidirectional_attention",
+    }
+)
+_OVERRIDES = frozenset(
+    {
+        "architectures",
+        "dtype",
+        "torch_dtype",
+        "eos_token_id",
+        "is_matryoshka",
+        "num_labels",
+        "matryoshka_dimensions",
+        "id2label",
+        "label2id",
+        "problem_type",
+        "tie_word_embeddings",
+        "quantization_config",
+    }
+)  # config.json may leave them out
 _HUB_PATTERNS = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken", "*.safetensors")
 _HUB_IGNORED = ("consolidated*", "original/*", "onnx/*", "openvino/*", "*.onnx", "coreml/*")
 NO_GGUF = "which is not served; take the checkpoint that it was made of, with --quantization int4 or int8"
@@ -191,8 +246,15 @@ def _snapshot(model: str, revision: str | None, download_dir: str | None, patter
 
     what = f"{model} (revision {revision})" if revision else model
     try:
-        return Path(snapshot_download(model, revision=revision, cache_dir=download_dir, allow_patterns=list(patterns),
-                                      ignore_patterns=list(_HUB_IGNORED)))
+        return Path(
+            snapshot_download(
+                model,
+                revision=revision,
+                cache_dir=download_dir,
+                allow_patterns=list(patterns),
+                ignore_patterns=list(_HUB_IGNORED),
+            )
+        )
     except errors.GatedRepoError as error:
         raise StartupError(f"{what}: the hub must grant you access to it first (then `hf auth login`)") from error
     except errors.RevisionNotFoundError as error:
@@ -212,8 +274,9 @@ def text_model_of(folder: Path) -> str | None:
     return named if isinstance(named, str) and named else None
 
 
-def open_checkpoint(folder: Path, text_folder: Path | None = None,
-                    overrides: Mapping[str, Any] = MappingProxyType({})) -> Checkpoint:
+def open_checkpoint(
+    folder: Path, text_folder: Path | None = None, overrides: Mapping[str, Any] = MappingProxyType({})
+) -> Checkpoint:
     """Read the configs of a model folder and find its weights. CheckpointError says in one line what is wrong.
 
     `text_folder` is where the language model is if the checkpoint brings none of its own, `overrides` are values in the
@@ -248,8 +311,9 @@ def open_checkpoint(folder: Path, text_folder: Path | None = None,
         dtype=_dtype(config, text_dict),
         max_model_len=_max_len(folder, config, text, tokenizer_config),
         vocab_size=vocab_size,
-        stop_token_ids=_stop_token_ids((generation, config, text_dict), _special_tokens(folder, tokenizer_config),
-                                       vocab_size),
+        stop_token_ids=_stop_token_ids(
+            (generation, config, text_dict), _special_tokens(folder, tokenizer_config), vocab_size
+        ),
         weight_files=_weight_files(folder),
         video_preprocessor=_video_preprocessor(folder),
         text_weight_files=second,
@@ -320,11 +384,19 @@ def _thinker(config: dict[str, Any]) -> dict[str, Any]:
     nested = config.get("thinker_config")
     if not isinstance(nested, dict):
         return config
-    outer = {key: config[key] for key in ("dtype", "torch_dtype", "quantization_config", "compression_config")
-             if key in config}
+    outer = {
+        key: config[key]
+        for key in ("dtype", "torch_dtype", "quantization_config", "compression_config")
+        if key in config
+    }
     text = {"model_type": "qwen2_5_omni_text", **(nested.get("text_config") or {})}
-    return {"tie_word_embeddings": False, **outer, **nested, "text_config": text,
-            "architectures": config.get("architectures")}
+    return {
+        "tie_word_embeddings": False,
+        **outer,
+        **nested,
+        "text_config": text,
+        "architectures": config.get("architectures"),
+    }
 
 
 def _quantization(folder: Path, config: dict[str, Any], text: dict[str, Any]) -> StoredQuantization | None:
@@ -440,8 +512,9 @@ def _is_tied(config: dict[str, Any], text: dict[str, Any]) -> bool:
     return any(bool(level.get("tie_word_embeddings", False)) for level in levels)
 
 
-def _sliding_window(text: dict[str, Any], family: _Family, num_layers: int,
-                    max_len: int) -> tuple[int | None, tuple[int, ...] | None]:
+def _sliding_window(
+    text: dict[str, Any], family: _Family, num_layers: int, max_len: int
+) -> tuple[int | None, tuple[int, ...] | None]:
     """(window, the layers that have it). A window that no sequence outgrows is none."""
     if family.window_is_optional and not text.get("use_sliding_window", False):
         return None, None
@@ -570,8 +643,9 @@ def _chat_template(folder: Path, tokenizer_config: dict[str, Any]) -> str | None
     return template if isinstance(template, str) else None
 
 
-def _stop_token_ids(sources: Iterable[dict[str, Any]], special: list[tuple[int, str]],
-                    vocab_size: int) -> tuple[int, ...]:
+def _stop_token_ids(
+    sources: Iterable[dict[str, Any]], special: list[tuple[int, str]], vocab_size: int
+) -> tuple[int, ...]:
     """The first source's end tokens, and every special token of `_STOP_TOKENS`."""
     stops: list[int] = []
     for source in sources:

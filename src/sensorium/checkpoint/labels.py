@@ -32,16 +32,22 @@ def classifier_activation(folder: Path, config: dict[str, Any]) -> str:
     named = _saved_activation(folder, config)
     if named is not None:
         return activation_name(named)
-    by_problem = {"regression": "identity", "multi_label_classification": "sigmoid",
-                  "single_label_classification": "softmax" if num_labels(config) > 1 else "sigmoid"}
+    by_problem = {
+        "regression": "identity",
+        "multi_label_classification": "sigmoid",
+        "single_label_classification": "softmax" if num_labels(config) > 1 else "sigmoid",
+    }
     return by_problem.get(config.get("problem_type") or "", "sigmoid" if num_labels(config) == 1 else "softmax")
 
 
 def _saved_activation(folder: Path, config: dict[str, Any]) -> str | None:
     """The class that a CrossEncoder was saved with, in the order in which sentence-transformers looks for it."""
     own = config.get("sentence_transformers")
-    for named in (_from_file(folder), own.get("activation_fn") if isinstance(own, dict) else None,
-                  config.get("sbert_ce_default_activation_function")):
+    for named in (
+        _from_file(folder),
+        own.get("activation_fn") if isinstance(own, dict) else None,
+        config.get("sbert_ce_default_activation_function"),
+    ):
         if named is None:
             continue
         if not isinstance(named, str):

@@ -36,11 +36,20 @@ _FLAGS: dict[str, PoolingKind] = {  # in the order in which their vectors are jo
 POOLINGS: tuple[PoolingKind, ...] = get_args(PoolingKind)
 """Values of --pooling beside auto."""
 _SENTENCE = "sentence_embedding"
-_SENTENCE_CONFIGS = tuple(f"sentence_{kind}_config.json" for kind in (
-    "bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet"))
+_SENTENCE_CONFIGS = tuple(
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
 _ORDER = ("Transformer", "Pooling", "Dense", "Normalize", "Dropout")  # a Dropout may stand anywhere: it does nothing
-ACTIVATIONS: dict[str, str] = {"Identity": "identity", "Sigmoid": "sigmoid", "Tanh": "tanh", "ReLU": "relu",
-                               "GELU": "gelu", "SiLU": "silu", "Softmax": "softmax"}
+ACTIVATIONS: dict[str, str] = {
+    "Identity": "identity",
+    "Sigmoid": "sigmoid",
+    "Tanh": "tanh",
+    "ReLU": "relu",
+    "GELU": "gelu",
+    "SiLU": "silu",
+    "Softmax": "softmax",
+}
 """Classes of torch.nn that a repository may name -> our activation. Looked up, never imported."""
 
 
@@ -71,8 +80,9 @@ def activation_name(path: str) -> str:
     """`torch.nn.modules.linear.Identity` -> `identity`; anything outside the table is a CheckpointError."""
     name = path.rpartition(".")[2]
     if not path.startswith("torch.nn.") or name not in ACTIVATIONS:
-        raise CheckpointError(f"activation '{path}' is not supported "
-                              f"(supported: torch.nn's {', '.join(sorted(ACTIVATIONS))})")
+        raise CheckpointError(
+            f"activation '{path}' is not supported (supported: torch.nn's {', '.join(sorted(ACTIVATIONS))})"
+        )
     return ACTIVATIONS[name]
 
 
@@ -131,14 +141,17 @@ def _in_order(folder: Path, modules: Any) -> list[tuple[str, Path]]:
     for module in modules:
         name = str(module["type"])
         if name.rpartition(".")[2] not in _ORDER:
-            raise CheckpointError(f"modules.json names '{name}', which is not supported "
-                                  f"(supported: {', '.join(_ORDER)})")
+            raise CheckpointError(
+                f"modules.json names '{name}', which is not supported (supported: {', '.join(_ORDER)})"
+            )
         found.append((name.rpartition(".")[2], _inside(folder, str(module.get("path", "")))))
     kinds = [kind for kind, _ in found if kind != "Dropout"]
     repeated = [kind for kind in ("Transformer", "Pooling", "Normalize") if kinds.count(kind) > 1]
     if kinds != sorted(kinds, key=_ORDER.index) or repeated:
-        raise CheckpointError(f"modules.json chains {' -> '.join(kinds)}, which is not supported "
-                              "(supported: Transformer, Pooling, any number of Dense, Normalize)")
+        raise CheckpointError(
+            f"modules.json chains {' -> '.join(kinds)}, which is not supported "
+            "(supported: Transformer, Pooling, any number of Dense, Normalize)"
+        )
     return found
 
 

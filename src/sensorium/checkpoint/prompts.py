@@ -40,8 +40,9 @@ class TextPrompts:
     def chosen(self, prompt_name: str | None, input_type: str | None) -> str:
         """What stands before a request's texts; RequestError for names that the model does not have."""
         if prompt_name is not None and input_type is not None:
-            raise RequestError("`prompt_name` and `input_type` both choose a prompt; give one of them.",
-                               param="input_type")
+            raise RequestError(
+                "`prompt_name` and `input_type` both choose a prompt; give one of them.", param="input_type"
+            )
         if prompt_name is not None:
             return self._named(prompt_name)
         return self.default if input_type is None else self._of_type(input_type)
@@ -53,8 +54,9 @@ class TextPrompts:
 
     def _named(self, name: str) -> str:
         if name not in self.texts:
-            raise RequestError(f"This model has no prompt {name!r}. {self._listed()}", param="prompt_name",
-                               code="unknown_prompt")
+            raise RequestError(
+                f"This model has no prompt {name!r}. {self._listed()}", param="prompt_name", code="unknown_prompt"
+            )
         return self.texts[name]
 
     def _of_type(self, input_type: str) -> str:
@@ -68,8 +70,9 @@ class TextPrompts:
             return ""  # documents are bare in most models, and a model without prompts tells nothing apart
         kinds = ", ".join((*_NAMES["query"], *_NAMES["document"], *_OTHER_TYPES))
         said = f"has no prompt for the input_type {input_type!r}" if known else f"knows no input_type {input_type!r}"
-        raise RequestError(f"This model {said} (known: {kinds}). {self._listed()}", param="input_type",
-                           code="unknown_input_type")
+        raise RequestError(
+            f"This model {said} (known: {kinds}). {self._listed()}", param="input_type", code="unknown_input_type"
+        )
 
     def _find(self, names: tuple[str, ...]) -> str | None:
         by_name = {name.casefold(): text for name, text in self.texts.items()}
@@ -96,7 +99,8 @@ def read_prompts(folder: Path) -> TextPrompts:
         raise CheckpointError(f"{_FILE}: 'prompts' must be an object of texts")
     default = settings.get("default_prompt_name") if isinstance(settings, dict) else None
     if default is not None and default not in (*texts, *_NAMES):
-        raise CheckpointError(f"{_FILE}: default_prompt_name {default!r} is none of its prompts "
-                              f"({', '.join(texts) or 'there are none'})")
+        raise CheckpointError(
+            f"{_FILE}: default_prompt_name {default!r} is none of its prompts ({', '.join(texts) or 'there are none'})"
+        )
     named = {name: text or "" for name, text in texts.items()}
     return TextPrompts(named if default is None else {default: "", **named}, default)

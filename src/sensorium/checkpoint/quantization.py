@@ -13,8 +13,10 @@ from typing import Any, Literal, NoReturn
 
 from sensorium.errors import CheckpointError
 
-SUPPORTED = ("awq (gemm, 4 bits), gptq (4 or 8 bits), compressed-tensors (pack-quantized and int-quantized, 4 or 8 "
-             "bits), auto-round (packed as auto_gptq or auto_awq)")
+SUPPORTED = (
+    "awq (gemm, 4 bits), gptq (4 or 8 bits), compressed-tensors (pack-quantized and int-quantized, 4 or 8 "
+    "bits), auto-round (packed as auto_gptq or auto_awq)"
+)
 _COMPRESSED_FORMATS = ("pack-quantized", "int-quantized", "naive-quantized")
 _STRATEGIES = ("group", "channel", "tensor")
 
@@ -37,8 +39,12 @@ def read_quantization(stated: object) -> StoredQuantization | None:
     if not isinstance(stated, dict):
         _refuse(f"quantization_config {stated!r}")
     method = stated.get("quant_method", "compressed-tensors" if "config_groups" in stated else None)
-    readers = {"awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed,
-               **dict.fromkeys(("auto-round", "auto_round", "intel/auto-round"), _auto_round)}
+    readers = {
+        "awq": _awq,
+        "gptq": _gptq,
+        "compressed-tensors": _compressed,
+        **dict.fromkeys(("auto-round", "auto_round", "intel/auto-round"), _auto_round),
+    }
     if not isinstance(method, str) or method not in readers:
         _refuse(f"quantisation by {method}")
     return readers[method](stated)
@@ -54,8 +60,9 @@ def _awq(stated: Mapping[str, Any]) -> StoredQuantization:
 def _gptq(stated: Mapping[str, Any]) -> StoredQuantization:
     bits = _one_of("gptq", "bits", stated.get("bits"), (4, 8))
     marlin = "marlin" if stated.get("is_marlin_format") else None
-    written = _one_of("gptq", "checkpoint_format", marlin or stated.get("checkpoint_format") or "gptq",
-                      ("gptq", "gptq_v2"))
+    written = _one_of(
+        "gptq", "checkpoint_format", marlin or stated.get("checkpoint_format") or "gptq", ("gptq", "gptq_v2")
+    )
     _one_of("gptq", "pack_dtype", stated.get("pack_dtype", "int32"), ("int32",))
     symmetric = stated.get("sym")
     own = [*(stated.get("dynamic") or {}).values(), *(stated.get("extra_config") or {}).values()]
@@ -64,8 +71,13 @@ def _gptq(stated: Mapping[str, Any]) -> StoredQuantization:
     for pattern, changes in (stated.get("dynamic") or {}).items():
         if not str(pattern).startswith("-:") and {"bits", "group_size"} & set(changes or ()):
             _refuse(f"gptq with other settings for single layers (dynamic {pattern!r})")
-    return StoredQuantization("gptq", (bits,), _group("gptq", stated.get("group_size", 128)),
-                              1 if written == "gptq" else 0, symmetric if isinstance(symmetric, bool) else None)
+    return StoredQuantization(
+        "gptq",
+        (bits,),
+        _group("gptq", stated.get("group_size", 128)),
+        1 if written == "gptq" else 0,
+        symmetric if isinstance(symmetric, bool) else None,
+    )
 
 
 def _auto_round(stated: Mapping[str, Any]) -> StoredQuantization:
@@ -78,8 +90,9 @@ def _auto_round(stated: Mapping[str, Any]) -> StoredQuantization:
     _one_of(method, "data_type", stated.get("data_type") or "int", ("int",))
     for name, changes in (stated.get("extra_config") or {}).items():
         own = changes if isinstance(changes, dict) else {}
-        if own.get("bits", 16) < 16 and any(own.get(key, stated.get(key)) != stated.get(key)
-                                            for key in ("bits", "group_size")):
+        if own.get("bits", 16) < 16 and any(
+            own.get(key, stated.get(key)) != stated.get(key) for key in ("bits", "group_size")
+        ):
             _refuse(f"{method} with other settings for single layers (extra_config {name!r})")
     return reader(stated)
 
@@ -122,5 +135,7 @@ def _group(method: str, value: object) -> int | None:
 
 
 def _refuse(what: str) -> NoReturn:
-    raise CheckpointError(f"config.json: {what} is not supported; supported are {SUPPORTED}. Or serve the original "
-                          "checkpoint with --quantization int8 or int4")
+    raise CheckpointError(
+        f"config.json: {what} is not supported; supported are {SUPPORTED}. Or serve the original "
+        "checkpoint with --quantization int8 or int4"
+    )

@@ -26,9 +26,37 @@ from sensorium.cli.client import Endpoint, Remote, RemoteError
 from sensorium.config import BenchConfig
 from sensorium.errors import StartupError
 
-WORDS = ("river", "stone", "window", "garden", "letter", "morning", "silver", "paper", "bridge", "winter", "corner",
-         "market", "yellow", "engine", "forest", "island", "travel", "number", "simple", "change", "answer", "between",
-         "behind", "around", "follow", "carry", "open", "close", "write")
+WORDS = (
+    "river",
+    "stone",
+    "window",
+    "garden",
+    "letter",
+    "morning",
+    "silver",
+    "paper",
+    "bridge",
+    "winter",
+    "corner",
+    "market",
+    "yellow",
+    "engine",
+    "forest",
+    "island",
+    "travel",
+    "number",
+    "simple",
+    "change",
+    "answer",
+    "between",
+    "behind",
+    "around",
+    "follow",
+    "carry",
+    "open",
+    "close",
+    "write",
+)
 
 
 @dataclass(slots=True)
@@ -104,15 +132,25 @@ class Prompts:
         content: Any = text(self._random, self._words)
         if config.kind == "image":
             pictures = [picture_url(self._random, *config.image_size) for _ in range(config.images)]
-            content = [*({"type": "image_url", "image_url": {"url": url}} for url in pictures),
-                       {"type": "text", "text": content}]
+            content = [
+                *({"type": "image_url", "image_url": {"url": url}} for url in pictures),
+                {"type": "text", "text": content},
+            ]
         return request_body(self._model, content, config.output_tokens)
 
 
 def request_body(model: str, content: Any, output_tokens: int) -> bytes:
-    return msgspec.json.encode({
-        "model": model, "messages": [{"role": "user", "content": content}], "max_tokens": output_tokens,
-        "temperature": 0, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}})
+    return msgspec.json.encode(
+        {
+            "model": model,
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": output_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+    )
 
 
 def text(rng: random.Random, num_words: int) -> str:
@@ -173,8 +211,9 @@ async def send(remote: Remote, body: bytes) -> Sample:
     return sample
 
 
-async def closed_loop(remote: Remote, bodies: Sequence[bytes], concurrency: int,
-                      on_sample: Callable[[Sample], None]) -> None:
+async def closed_loop(
+    remote: Remote, bodies: Sequence[bytes], concurrency: int, on_sample: Callable[[Sample], None]
+) -> None:
     queue = iter(bodies)
 
     async def worker() -> None:
@@ -184,8 +223,9 @@ async def closed_loop(remote: Remote, bodies: Sequence[bytes], concurrency: int,
     await asyncio.gather(*(worker() for _ in range(min(concurrency, len(bodies)))))
 
 
-async def open_loop(remote: Remote, bodies: Sequence[bytes], rate: float, seed: int,
-                    on_sample: Callable[[Sample], None]) -> None:
+async def open_loop(
+    remote: Remote, bodies: Sequence[bytes], rate: float, seed: int, on_sample: Callable[[Sample], None]
+) -> None:
     rng = random.Random(seed)  # noqa: S311
     due_s = time.perf_counter()
 
@@ -253,15 +293,22 @@ def print_report(figures: dict[str, Any]) -> None:
     table = Table(title=f"{load['model']}: {load['kind']}, {load['requests']} requests, {how}", title_justify="left")
     for column in ("milliseconds", "p50", "p90", "p99", "mean", "max"):
         table.add_column(column, justify="left" if column == "milliseconds" else "right")
-    for title, key in (("time to first token", "ttft_ms"), ("time per output token", "tpot_ms"),
-                       ("between chunks", "itl_ms"), ("whole request", "e2e_ms")):
+    for title, key in (
+        ("time to first token", "ttft_ms"),
+        ("time per output token", "tpot_ms"),
+        ("between chunks", "itl_ms"),
+        ("whole request", "e2e_ms"),
+    ):
         table.add_row(title, *(f"{figures[key][name]:.2f}" for name in ("p50", "p90", "p99", "mean", "max")))
     console = Console(highlight=False)
     console.print(table)
-    console.print(f"{figures['output_tokens_per_s']:.2f} output tok/s, {figures['total_tokens_per_s']:.1f} total "
-                  f"tok/s, {figures['requests_per_s']:.2f} requests/s; {figures['completed']} completed in "
-                  f"{figures['wall_s']:.2f} s, {figures['prompt_tokens']} prompt tokens "
-                  f"({figures['cached_tokens']} cached), {figures['output_tokens']} output tokens", soft_wrap=True)
+    console.print(
+        f"{figures['output_tokens_per_s']:.2f} output tok/s, {figures['total_tokens_per_s']:.1f} total "
+        f"tok/s, {figures['requests_per_s']:.2f} requests/s; {figures['completed']} completed in "
+        f"{figures['wall_s']:.2f} s, {figures['prompt_tokens']} prompt tokens "
+        f"({figures['cached_tokens']} cached), {figures['output_tokens']} output tokens",
+        soft_wrap=True,
+    )
     for message, count in figures["errors"].items():
         console.print(f"{count} failed: {message}", style="red", markup=False, soft_wrap=True)
 
@@ -278,9 +325,17 @@ def _progress(total: int) -> Iterator[Callable[[Sample], None]]:
     console = Console(stderr=True)
     start_s = time.perf_counter()
     failed = tokens = 0
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                  TextColumn("{task.fields[speed]}"), console=console, refresh_per_second=4, transient=True,
-                  disable=not console.is_terminal) as bar:
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[speed]}"),
+        console=console,
+        refresh_per_second=4,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
         task = bar.add_task("requests", total=total, speed="")
 
         def show(sample: Sample) -> None:

@@ -52,8 +52,14 @@ class Endpoint:
 
     def head(self, method: str, path: str, size_bytes: int) -> bytes:
         host = f"[{self.host}]" if ":" in self.host else self.host
-        lines = [f"{method} {self.prefix}{path} HTTP/1.1", f"Host: {host}:{self.port}", f"Content-Length: {size_bytes}",
-                 "Content-Type: application/json", "Accept: */*", "User-Agent: sensorium"]
+        lines = [
+            f"{method} {self.prefix}{path} HTTP/1.1",
+            f"Host: {host}:{self.port}",
+            f"Content-Length: {size_bytes}",
+            "Content-Type: application/json",
+            "Accept: */*",
+            "User-Agent: sensorium",
+        ]
         if self.api_key:
             lines.append(f"Authorization: Bearer {self.api_key}")
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
@@ -192,7 +198,8 @@ class Remote:
         tls = ssl.create_default_context() if self.endpoint.tls else None
         try:
             _, connection = await asyncio.get_running_loop().create_connection(
-                _Connection, self.endpoint.host, self.endpoint.port, ssl=tls)
+                _Connection, self.endpoint.host, self.endpoint.port, ssl=tls
+            )
         except OSError as error:
             where = f"{self.endpoint.host}:{self.endpoint.port}"
             raise RemoteError(f"cannot connect to {where}: {error.strerror or error}") from None

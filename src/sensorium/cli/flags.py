@@ -1,8 +1,8 @@
 """Command-line flags made from config dataclasses: one field, one flag, and the field's metadata is the help text.
 
-Reads no environment and knows no command; `cli/main.py` puts the pieces together. A wrong value, an unknown flag and another
-server's flag that is not offered each end in one line on stderr and exit code 2; what is accepted of others leaves a
-line in `notes`.
+Reads no environment and knows no command; `cli/main.py` puts the pieces together. A wrong value, an unknown flag and
+another server's flag that is not offered each end in one line on stderr and exit code 2; what is accepted of others
+leaves a line in `notes`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,17 @@ from sensorium.cli.other_flags import ACCEPTED, REFUSED, Accepted, in_our_words
 
 Config = TypeVar("Config")
 
-_UNITS = {"b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "tb": 1000**4,
-          "kib": 1024, "mib": 1024**2, "gib": 1024**3, "tib": 1024**4}
+_UNITS = {
+    "b": 1,
+    "kb": 1000,
+    "mb": 1000**2,
+    "gb": 1000**3,
+    "tb": 1000**4,
+    "kib": 1024,
+    "mib": 1024**2,
+    "gib": 1024**3,
+    "tib": 1024**4,
+}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)")
 _MODALITIES = ("image", "video", "audio")
 _TOKENS = {"k": 1000, "m": 1000**2, "g": 1000**3, "K": 1024, "M": 1024**2, "G": 1024**3}
@@ -61,7 +70,8 @@ def parse_counts(text: str) -> dict[str, int]:
     for name, value in pairs:
         if name not in _MODALITIES or not value.isdecimal():
             raise argparse.ArgumentTypeError(
-                f"{text!r} is not a count of image, video or audio; write image=2,video=1 or '{{\"image\": 2}}'")
+                f"{text!r} is not a count of image, video or audio; write image=2,video=1 or '{{\"image\": 2}}'"
+            )
     return {name: int(value) for name, value in pairs}
 
 
@@ -84,8 +94,9 @@ def parse_tokens(text: str) -> int:
     """`4096`, `32k` (32,000) or `32K` (32,768), as vLLM reads them."""
     match = _COUNT.fullmatch(text.strip())
     if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens; write 32768, 32K (the same) or 32k "
-                                         "(32,000)")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of tokens; write 32768, 32K (the same) or 32k (32,000)"
+        )
     decimal, small, whole, large = match.groups()
     return round(float(decimal) * _TOKENS[small]) if small else int(whole) * _TOKENS.get(large, 1)
 
@@ -106,11 +117,18 @@ def parse_float(text: str) -> float:
 
 
 _BY_NAME: dict[str, tuple[Callable[[str], Any], str]] = {
-    "size": (parse_size, "SIZE"), "counts": (parse_counts, "COUNTS"), "json": (parse_json, "JSON"),
-    "extent": (parse_extent, "WxH"), "tokens": (parse_tokens, "TOKENS"),
-    "tokens_or_auto": (parse_tokens_or_auto, "TOKENS")}
+    "size": (parse_size, "SIZE"),
+    "counts": (parse_counts, "COUNTS"),
+    "json": (parse_json, "JSON"),
+    "extent": (parse_extent, "WxH"),
+    "tokens": (parse_tokens, "TOKENS"),
+    "tokens_or_auto": (parse_tokens_or_auto, "TOKENS"),
+}
 _BY_TYPE: dict[type, tuple[Callable[[str], Any], str]] = {
-    int: (parse_int, "N"), float: (parse_float, "X"), bool: (str, "")}
+    int: (parse_int, "N"),
+    float: (parse_float, "X"),
+    bool: (str, ""),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,10 +184,17 @@ def _flag(field: dataclasses.Field[Any], hint: Any) -> Flag:
         parse = functools.partial(_first_name, synonyms)
     default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
     return Flag(
-        field=field.name, option="--" + field.name.replace("_", "-"), help=meta["help"], default=default, value=value,
+        field=field.name,
+        option="--" + field.name.replace("_", "-"),
+        help=meta["help"],
+        default=default,
+        value=value,
         parse=_bounded(parse, meta.get("min", 0 if value in ("N", "X", "SIZE", "TOKENS") else None), meta.get("max")),
-        choices=tuple(meta.get("choices", ())), repeat=bool(meta.get("repeat")), many=meta.get("nargs") == "+",
-        synonyms=synonyms)
+        choices=tuple(meta.get("choices", ())),
+        repeat=bool(meta.get("repeat")),
+        many=meta.get("nargs") == "+",
+        synonyms=synonyms,
+    )
 
 
 def _first_name(synonyms: Mapping[str, str], text: str) -> str:
@@ -231,8 +256,11 @@ class Parser(argparse.ArgumentParser):
             return f"unexpected argument {text!r}"
         if option in REFUSED:
             return f"{option} is another server's flag that is not offered here: {REFUSED[option]}"
-        ours = [name for name, action in self._option_string_actions.items()
-                if name.startswith("--") and action.help is not argparse.SUPPRESS]
+        ours = [
+            name
+            for name, action in self._option_string_actions.items()
+            if name.startswith("--") and action.help is not argparse.SUPPRESS
+        ]
         near = difflib.get_close_matches(option, ours, n=1)
         return f"unknown flag {option}" + (f"; did you mean {near[0]}?" if near else "")
 
@@ -244,8 +272,13 @@ class _Accept(argparse.Action):
         super().__init__(option_strings, dest, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **kwargs)
         self._accepted = accepted
 
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
-                 option_string: str | None = None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
         option, accepted = option_string or self.option_strings[0], self._accepted
         if accepted.values is not None and str(values).lower() not in accepted.values:
             parser.error(f"{option} {values} is not offered here ({' or '.join(accepted.values)} is): {accepted.why}")
@@ -289,14 +322,27 @@ def add_flags(parser: argparse.ArgumentParser, title: str, config: type) -> None
         if flag.default_text and "default" not in flag.help.lower():
             text += f" (default: {flag.default_text})"
         if flag.is_switch:
-            group.add_argument(flag.option, dest=flag.field, action=argparse.BooleanOptionalAction, help=text,
-                               default=argparse.SUPPRESS)
+            group.add_argument(
+                flag.option,
+                dest=flag.field,
+                action=argparse.BooleanOptionalAction,
+                help=text,
+                default=argparse.SUPPRESS,
+            )
             continue
         more: dict[str, Any] = {"action": "append"} if flag.repeat else {}
         if flag.many:
             more = {"action": "extend", "nargs": "+"}
-        group.add_argument(flag.option, dest=flag.field, type=flag.parse, choices=flag.choices or None, help=text,
-                           metavar=None if flag.choices else flag.value, default=argparse.SUPPRESS, **more)
+        group.add_argument(
+            flag.option,
+            dest=flag.field,
+            type=flag.parse,
+            choices=flag.choices or None,
+            help=text,
+            metavar=None if flag.choices else flag.value,
+            default=argparse.SUPPRESS,
+            **more,
+        )
 
 
 def build(config: type[Config], found: argparse.Namespace, **fixed: Any) -> Config:

@@ -8,8 +8,22 @@ import platform
 from collections.abc import Iterator
 from pathlib import Path
 
-PACKAGES = ("sensorium", "torch", "numpy", "tokenizers", "pillow", "av", "soxr", "uvicorn", "httpx", "pydantic",
-            "msgspec", "jinja2", "huggingface-hub", "transformers")
+PACKAGES = (
+    "sensorium",
+    "torch",
+    "numpy",
+    "tokenizers",
+    "pillow",
+    "av",
+    "soxr",
+    "uvicorn",
+    "httpx",
+    "pydantic",
+    "msgspec",
+    "jinja2",
+    "huggingface-hub",
+    "transformers",
+)
 
 
 def info() -> int:

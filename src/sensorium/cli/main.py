@@ -42,8 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> Parser:
-    top = Parser(prog="sensorium", description="Multimodal models behind OpenAI's API.", epilog=_EXAMPLES,
-                 formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = Parser(
+        prog="sensorium",
+        description="Multimodal models behind OpenAI's API.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     serve = _command(commands, "serve", "serve a model", usage="sensorium serve [MODEL] [flags]")
@@ -54,16 +58,26 @@ def parser() -> Parser:
     add_accepted(serve)
     add_flags(_command(commands, "chat", "talk to a running server"), "Chat", ChatConfig)
     bench = _command(commands, "bench", "measure a running server")
-    load = _command(bench.add_subparsers(title="what", metavar="WHAT", required=True), "serve",
-                    "load any OpenAI-compatible server", name="bench serve")
+    load = _command(
+        bench.add_subparsers(title="what", metavar="WHAT", required=True),
+        "serve",
+        "load any OpenAI-compatible server",
+        name="bench serve",
+    )
     add_flags(load, "Load", BenchConfig)
     _command(commands, "info", "devices, threads, kernels and versions")
     _command(commands, "version", "the version")
     return top
 
 
-def _command(commands: argparse._SubParsersAction[Parser], word: str, help: str, *, usage: str | None = None,
-             name: str | None = None) -> Parser:
+def _command(
+    commands: argparse._SubParsersAction[Parser],
+    word: str,
+    help: str,
+    *,
+    usage: str | None = None,
+    name: str | None = None,
+) -> Parser:
     command = commands.add_parser(word, help=help, description=help[0].upper() + help[1:] + ".", usage=usage)
     command.set_defaults(command=name or word, parser=command)
     return command
@@ -100,11 +114,17 @@ def serve_options(found: argparse.Namespace, environment: Mapping[str, str]) -> 
     for name in ("served_model_name", "allowed_media_domains"):
         swallowed = [value for value in getattr(server, name) if "/" in value]
         if model is None and swallowed:
-            found.parser.error(f"{swallowed[-1]!r} was read as a value of --{name.replace('_', '-')}; "
-                               "put MODEL before the flags")
-    return ServeOptions(model=model, load=build(LoadConfig, found), engine=build(EngineConfig, found, model=""),
-                        server=server, limits=build(Limits, found),
-                        notes=tuple(getattr(found, "notes", ())))
+            found.parser.error(
+                f"{swallowed[-1]!r} was read as a value of --{name.replace('_', '-')}; put MODEL before the flags"
+            )
+    return ServeOptions(
+        model=model,
+        load=build(LoadConfig, found),
+        engine=build(EngineConfig, found, model=""),
+        server=server,
+        limits=build(Limits, found),
+        notes=tuple(getattr(found, "notes", ())),
+    )
 
 
 def _keys(environment: Mapping[str, str]) -> tuple[str, ...]:

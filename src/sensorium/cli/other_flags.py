@@ -83,63 +83,127 @@ _SCHEDULE = "requests are scheduled by priority and arrival, within --max-num-se
 _LOG = "the log is on stderr; --disable-log-requests quietens it, /metrics has the figures"
 
 ACCEPTED: Mapping[str, Accepted] = {
-    **_all("""--tensor-parallel-size -tp --tp --tp-size --pipeline-parallel-size -pp --pp --pp-size
+    **_all(
+        """--tensor-parallel-size -tp --tp --tp-size --pipeline-parallel-size -pp --pp --pp-size
         --data-parallel-size -dp --dp --dp-size --decode-context-parallel-size -dcp --prefill-context-parallel-size
-        -pcp --ep-size --nnodes --api-server-count -asc""", _ONE_DEVICE, values="1"),
+        -pcp --ep-size --nnodes --api-server-count -asc""",
+        _ONE_DEVICE,
+        values="1",
+    ),
     **_all("--node-rank -r --base-gpu-id --main-gpu -mg --data-parallel-rank", _ONE_DEVICE, values="0"),
-    **_all("""--distributed-executor-backend --data-parallel-backend --max-parallel-loading-workers
-        --mm-encoder-tp-mode --dist-timeout --split-mode -sm --tensor-split -ts""", _ONE_DEVICE),
-    **_all("""--disable-custom-all-reduce --enable-expert-parallel --enable-p2p-check --enable-dp-attention
-        --ray-workers-use-nsight""", _ONE_DEVICE, "switch"),
-    **_all("""--enforce-eager --disable-cuda-graph --enable-torch-compile --disable-cuda-graph-padding --no-warmup
-        --skip-server-warmup --skip-mm-profiling""", _NOTHING_COMPILED, "switch"),
-    **_all("""--compilation-config -cc -O --optimization-level --performance-mode --max-seq-len-to-capture
-        --max-cudagraph-capture-size --cuda-graph-max-bs --torch-compile-max-bs --warmups""", _NOTHING_COMPILED),
+    **_all(
+        """--distributed-executor-backend --data-parallel-backend --max-parallel-loading-workers
+        --mm-encoder-tp-mode --dist-timeout --split-mode -sm --tensor-split -ts""",
+        _ONE_DEVICE,
+    ),
+    **_all(
+        """--disable-custom-all-reduce --enable-expert-parallel --enable-p2p-check --enable-dp-attention
+        --ray-workers-use-nsight""",
+        _ONE_DEVICE,
+        "switch",
+    ),
+    **_all(
+        """--enforce-eager --disable-cuda-graph --enable-torch-compile --disable-cuda-graph-padding --no-warmup
+        --skip-server-warmup --skip-mm-profiling""",
+        _NOTHING_COMPILED,
+        "switch",
+    ),
+    **_all(
+        """--compilation-config -cc -O --optimization-level --performance-mode --max-seq-len-to-capture
+        --max-cudagraph-capture-size --cuda-graph-max-bs --torch-compile-max-bs --warmups""",
+        _NOTHING_COMPILED,
+    ),
     **_all("--cudagraph-capture-sizes --cuda-graph-sizes --cuda-graph-bs", _NOTHING_COMPILED, "values"),
-    **_all("""--attention-backend --mm-encoder-attn-backend --mm-attention-backend --prefill-attention-backend
+    **_all(
+        """--attention-backend --mm-encoder-attn-backend --mm-attention-backend --prefill-attention-backend
         --decode-attention-backend --sampling-backend --kernel-config --attention-config --moe-backend
-        --n-gpu-layers --gpu-layers -ngl --threads-batch -tb""", _KERNELS),
+        --n-gpu-layers --gpu-layers -ngl --threads-batch -tb""",
+        _KERNELS,
+    ),
     **_all("--flash-attn -fa", _KERNELS, "optional"),
     **_all("--model-impl", _KERNELS, values="auto vllm transformers"),
     **_all("--disable-cascade-attn --use-v2-block-manager --disable-flashinfer", _KERNELS, "switch"),
-    **_all("--enable-chunked-prefill --no-enable-chunked-prefill --enable-mixed-chunk --disable-chunked-mm-input",
-           _CHUNKED, "switch"),
-    **_all("""--chunked-prefill-size --max-prefill-tokens --batch-size -b --ubatch-size -ub
+    **_all(
+        "--enable-chunked-prefill --no-enable-chunked-prefill --enable-mixed-chunk --disable-chunked-mm-input",
+        _CHUNKED,
+        "switch",
+    ),
+    **_all(
+        """--chunked-prefill-size --max-prefill-tokens --batch-size -b --ubatch-size -ub
         --long-prefill-token-threshold --max-num-partial-prefills --max-long-partial-prefills --max-batch-tokens
-        --max-batch-requests""", _CHUNKED),
-    **_all("""--swap-space --cpu-offload-gb --kv-offloading-size --kv-offloading-backend --preemption-mode
+        --max-batch-requests""",
+        _CHUNKED,
+    ),
+    **_all(
+        """--swap-space --cpu-offload-gb --kv-offloading-size --kv-offloading-backend --preemption-mode
         --num-gpu-blocks-override --max-total-tokens --page-size --cache-type-k -ctk --cache-type-v -ctv
-        --prefix-caching-hash-algo --mamba-cache-dtype --mamba-ssm-cache-dtype""", _CACHE),
-    **_all("""--disable-hybrid-kv-cache-manager --calculate-kv-scales --kv-sharing-fast-prefill --enable-sleep-mode
-        --mlock""", _CACHE, "switch"),
+        --prefix-caching-hash-algo --mamba-cache-dtype --mamba-ssm-cache-dtype""",
+        _CACHE,
+    ),
+    **_all(
+        """--disable-hybrid-kv-cache-manager --calculate-kv-scales --kv-sharing-fast-prefill --enable-sleep-mode
+        --mlock""",
+        _CACHE,
+        "switch",
+    ),
     **_all("--mm-processor-cache-gb --mm-processor-cache-type --mm-shm-cache-max-object-size-mb", _MEDIA),
-    **_all("--disable-mm-preprocessor-cache --keep-mm-feature-on-device --interleave-mm-strings --enable-multimodal",
-           _MEDIA, "switch"),
-    **_all("--load-format", "safetensors and pytorch_model.bin are told apart by name; others are not read",
-           values="auto safetensors pt hf npcache fastsafetensors runai_streamer"),
+    **_all(
+        "--disable-mm-preprocessor-cache --keep-mm-feature-on-device --interleave-mm-strings --enable-multimodal",
+        _MEDIA,
+        "switch",
+    ),
+    **_all(
+        "--load-format",
+        "safetensors and pytorch_model.bin are told apart by name; others are not read",
+        values="auto safetensors pt hf npcache fastsafetensors runai_streamer",
+    ),
     **_all("--config-format", "config.json is what is read", values="auto hf"),
-    **_all("--tokenizer-mode", "the checkpoint's own tokenizer is used, always the fast one",
-           values="auto hf slow fast"),
-    **_all("""--model-loader-extra-config --ignore-patterns --safetensors-load-strategy --pt-load-map-location
-        --code-revision""", _LOADING),
+    **_all(
+        "--tokenizer-mode", "the checkpoint's own tokenizer is used, always the fast one", values="auto hf slow fast"
+    ),
+    **_all(
+        """--model-loader-extra-config --ignore-patterns --safetensors-load-strategy --pt-load-map-location
+        --code-revision""",
+        _LOADING,
+    ),
     **_all("--use-tqdm-on-load --no-mmap --allow-deprecated-quantization", _LOADING, "switch"),
-    **_all("--scheduling-policy --schedule-policy --schedule-conservativeness --scheduler-delay-factor "
-           "--num-scheduler-steps --num-lookahead-slots --stream-interval --max-concurrent-requests --watchdog-timeout",
-           _SCHEDULE),
-    **_all("""--async-scheduling --no-async-scheduling --disable-async-output-proc --disable-overlap-schedule
-        --multi-step-stream-outputs --cont-batching -cb --disable-frontend-multiprocessing""", _SCHEDULE, "switch"),
-    **_all("--tokenization-workers --renderer-num-workers --tokenizer-pool-size --tokenizer-pool-type "
-           "--tokenizer-worker-num", "--media-workers is the number of threads that make prompts"),
-    **_all("""--disable-log-stats --enable-request-id-headers --enable-prompt-tokens-details --enable-metrics
+    **_all(
+        "--scheduling-policy --schedule-policy --schedule-conservativeness --scheduler-delay-factor "
+        "--num-scheduler-steps --num-lookahead-slots --stream-interval --max-concurrent-requests --watchdog-timeout",
+        _SCHEDULE,
+    ),
+    **_all(
+        """--async-scheduling --no-async-scheduling --disable-async-output-proc --disable-overlap-schedule
+        --multi-step-stream-outputs --cont-batching -cb --disable-frontend-multiprocessing""",
+        _SCHEDULE,
+        "switch",
+    ),
+    **_all(
+        "--tokenization-workers --renderer-num-workers --tokenizer-pool-size --tokenizer-pool-type "
+        "--tokenizer-worker-num",
+        "--media-workers is the number of threads that make prompts",
+    ),
+    **_all(
+        """--disable-log-stats --enable-request-id-headers --enable-prompt-tokens-details --enable-metrics
         --metrics --json-output --disable-spans --log-disable --enable-log-outputs --enable-log-deltas
-        --show-time-cost --log-requests --no-webui --slots --props --disable-fastapi-docs --jinja""", _LOG, "switch"),
-    **_all("""--uvicorn-log-level --max-log-len --log-level --log-level-http --log-config-file --otlp-traces-endpoint
+        --show-time-cost --log-requests --no-webui --slots --props --disable-fastapi-docs --jinja""",
+        _LOG,
+        "switch",
+    ),
+    **_all(
+        """--uvicorn-log-level --max-log-len --log-level --log-level-http --log-config-file --otlp-traces-endpoint
         --otlp-endpoint --otlp-service-name --collect-detailed-traces --show-hidden-metrics-for-version
-        --prometheus-port --h11-max-incomplete-event-size --h11-max-header-count""", _LOG),
-    **_all("""--structured-outputs-config --guided-decoding-backend --grammar-backend""",
-           "answers are not held to a form yet: requests that ask for it are refused"),
-    **_all("--speculative-config --speculative-model --num-speculative-tokens --speculative-algorithm",
-           "nothing is guessed ahead; answers are the same"),
+        --prometheus-port --h11-max-incomplete-event-size --h11-max-header-count""",
+        _LOG,
+    ),
+    **_all(
+        """--structured-outputs-config --guided-decoding-backend --grammar-backend""",
+        "answers are not held to a form yet: requests that ask for it are refused",
+    ),
+    **_all(
+        "--speculative-config --speculative-model --num-speculative-tokens --speculative-algorithm",
+        "nothing is guessed ahead; answers are the same",
+    ),
     **_all("--chat-template-content-format", "what a template takes is told from the template", values="auto"),
     **_all("--logprobs-mode", "log-probabilities are those of the model", values="raw_logprobs"),
     **_all("--response-role", "answers are the assistant's", values="assistant"),
@@ -157,28 +221,59 @@ _PROXY = "put a reverse proxy in front for TLS"
 _SAMPLING = "use --override-generation-config, such as '{\"temperature\": 0.6}'"
 
 REFUSED: Mapping[str, str] = {
-    **dict.fromkeys(("--enable-auto-tool-choice", "--tool-call-parser", "--tool-parser-plugin", "--tool-server"),
-                    _NO_TOOLS),
-    **dict.fromkeys(("--reasoning-parser", "--reasoning-parser-plugin", "--reasoning-config"),
-                    "reasoning is not taken apart from the answer yet; leave it out"),
-    **dict.fromkeys(("--enable-lora", "--lora-modules", "--lora-paths", "--lora", "--max-loras", "--max-lora-rank",
-                     "--default-mm-loras"), _NO_ADAPTERS),
-    **dict.fromkeys(("--tokenizer", "--tokenizer-path", "--tokenizer-revision", "--skip-tokenizer-init"),
-                    _OWN_TOKENIZER),
-    **dict.fromkeys(("--ssl-keyfile", "--ssl-certfile", "--ssl-ca-certs", "--ssl-cert-reqs", "--ssl-key-file",
-                     "--ssl-cert-file"), _PROXY),
+    **dict.fromkeys(
+        ("--enable-auto-tool-choice", "--tool-call-parser", "--tool-parser-plugin", "--tool-server"), _NO_TOOLS
+    ),
+    **dict.fromkeys(
+        ("--reasoning-parser", "--reasoning-parser-plugin", "--reasoning-config"),
+        "reasoning is not taken apart from the answer yet; leave it out",
+    ),
+    **dict.fromkeys(
+        (
+            "--enable-lora",
+            "--lora-modules",
+            "--lora-paths",
+            "--lora",
+            "--max-loras",
+            "--max-lora-rank",
+            "--default-mm-loras",
+        ),
+        _NO_ADAPTERS,
+    ),
+    **dict.fromkeys(
+        ("--tokenizer", "--tokenizer-path", "--tokenizer-revision", "--skip-tokenizer-init"), _OWN_TOKENIZER
+    ),
+    **dict.fromkeys(
+        ("--ssl-keyfile", "--ssl-certfile", "--ssl-ca-certs", "--ssl-cert-reqs", "--ssl-key-file", "--ssl-cert-file"),
+        _PROXY,
+    ),
     **dict.fromkeys(("--temp", "--top-k", "--top-p", "--min-p", "--repeat-penalty"), _SAMPLING),
     **dict.fromkeys(("-n", "--predict", "--n-predict"), "requests say it: `max_tokens`"),
-    **dict.fromkeys(("--allowed-origins", "--allowed-methods", "--allowed-headers", "--allow-credentials",
-                     "--cors-allow-origin"), "pages of other sites may not call this server; put a proxy in front"),
-    **dict.fromkeys(("--rope-scaling", "--rope-theta", "--rope-scale", "--rope-freq-base", "--rope-freq-scale",
-                     "--yarn-orig-ctx"), "use --hf-overrides, such as '{\"rope_theta\": 1000000}'"),
+    **dict.fromkeys(
+        ("--allowed-origins", "--allowed-methods", "--allowed-headers", "--allow-credentials", "--cors-allow-origin"),
+        "pages of other sites may not call this server; put a proxy in front",
+    ),
+    **dict.fromkeys(
+        ("--rope-scaling", "--rope-theta", "--rope-scale", "--rope-freq-base", "--rope-freq-scale", "--yarn-orig-ctx"),
+        "use --hf-overrides, such as '{\"rope_theta\": 1000000}'",
+    ),
     **dict.fromkeys(("--hf-token", "--hf-api-token"), "set HF_TOKEN in the environment: others can read command lines"),
     **dict.fromkeys(("--logits-processors", "--logits-processor-pattern"), "code of others is never run"),
-    **dict.fromkeys(("--middleware", "--scheduler-cls", "--worker-cls", "--worker-extension-cls",
-                     "--io-processor-plugin", "--additional-config"), "code of others is never run"),
-    **dict.fromkeys(("--kv-transfer-config", "--ec-transfer-config", "--kv-events-config", "--disaggregation-mode"),
-                    "one server computes a request from beginning to end"),
+    **dict.fromkeys(
+        (
+            "--middleware",
+            "--scheduler-cls",
+            "--worker-cls",
+            "--worker-extension-cls",
+            "--io-processor-plugin",
+            "--additional-config",
+        ),
+        "code of others is never run",
+    ),
+    **dict.fromkeys(
+        ("--kv-transfer-config", "--ec-transfer-config", "--kv-events-config", "--disaggregation-mode"),
+        "one server computes a request from beginning to end",
+    ),
     "--disable-sliding-window": "a window is part of the model; use --hf-overrides '{\"sliding_window\": null}'",
     "--enable-prompt-embeds": "requests bring text, token ids or media",
     "--enable-mm-embeds": "requests bring text, token ids or media",

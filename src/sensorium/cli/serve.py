@@ -34,9 +34,14 @@ DEMO_NAME = "sensorium-demo"
 DEMO_FOLDER = Path(__file__).parents[1] / "demo"
 PHASES = {"imports": "starting the engine", "weights": "loading weights", "cache": "setting up the KV cache"}
 
-TASKS = {"generate": {"generate"}, "pooling": {"embed", "classify", "reward", "score"},
-         "embed": {"embed"}, "classify": {"classify"}, "reward": {"reward", "classify"},
-         "score": {"score", "classify", "embed"}}
+TASKS = {
+    "generate": {"generate"},
+    "pooling": {"embed", "classify", "reward", "score"},
+    "embed": {"embed"},
+    "classify": {"classify"},
+    "reward": {"reward", "classify"},
+    "score": {"score", "classify", "embed"},
+}
 """What --task may mean for a family. Whether one model of it can, is known when it is loaded."""
 
 THREADS_GRACE_S = 3.0
@@ -51,8 +56,11 @@ def serve(options: ServeOptions) -> int:
     for note in options.notes:
         log.info("%s", note)
     return_large_blocks()
-    folder = DEMO_FOLDER if options.model is None else resolve(
-        options.model, options.load.revision, options.load.download_dir)
+    folder = (
+        DEMO_FOLDER
+        if options.model is None
+        else resolve(options.model, options.load.revision, options.load.download_dir)
+    )
     text_folder = _text_folder(options, folder)
     checkpoint = open_checkpoint(folder, text_folder, options.engine.hf_overrides)
     options = as_meant(options, folder, _family(checkpoint).modalities)
@@ -77,8 +85,9 @@ def end_without_threads(code: int, after_s: float = THREADS_GRACE_S) -> None:
     timer.start()
 
 
-async def _serve(options: ServeOptions, checkpoint: Checkpoint, client: EngineClient, show: LoadingBar,
-                 start_s: float) -> int:
+async def _serve(
+    options: ServeOptions, checkpoint: Checkpoint, client: EngineClient, show: LoadingBar, start_s: float
+) -> int:
     # Imported only now: the engine is loading meanwhile, and so does the process that renders templates.
     from sensorium.prompt.renderer import RenderPool
 
@@ -91,12 +100,24 @@ async def _serve(options: ServeOptions, checkpoint: Checkpoint, client: EngineCl
 
         listener = server.listen(options.server)
         root = options.server.allowed_local_media_path
-        loader = MediaLoader(options.limits, allowed_domains=options.server.allowed_media_domains,
-                             local_root=Path(root) if root else None, workers=options.server.media_workers)
+        loader = MediaLoader(
+            options.limits,
+            allowed_domains=options.server.allowed_media_domains,
+            local_root=Path(root) if root else None,
+            workers=options.server.media_workers,
+        )
         names = options.server.served_model_name or (options.model or DEMO_NAME,)
-        model = ServedModel.open(checkpoint, names=names, server=options.server, limits=options.limits, loader=loader,
-                                 client=client, max_model_len=options.engine.max_model_len, task=options.load.task,
-                                 renderer=renderer)
+        model = ServedModel.open(
+            checkpoint,
+            names=names,
+            server=options.server,
+            limits=options.limits,
+            loader=loader,
+            client=client,
+            max_model_len=options.engine.max_model_len,
+            task=options.load.task,
+            renderer=renderer,
+        )
         warming = asyncio.create_task(loader.warm()) if model.processor.modalities else None
 
         def on_ready(url: str) -> None:
@@ -175,8 +196,14 @@ class LoadingBar:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-            self._bar = Progress(TextColumn("{task.description:<24}"), BarColumn(), TaskProgressColumn(),
-                                 TimeElapsedColumn(), console=Console(stderr=True), transient=True)
+            self._bar = Progress(
+                TextColumn("{task.description:<24}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TimeElapsedColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
             self._bar.start()
         for earlier in self._bar.task_ids:
             self._bar.update(earlier, completed=1.0)
@@ -196,17 +223,32 @@ def _say_ready(options: ServeOptions, client: EngineClient, name: str, url: str,
     if options.load.trust_remote_code:
         log.info("--trust-remote-code is not needed: code of a checkpoint is never run")
     if options.model is None:
-        log.warning("no model was named: serving the built-in demonstration, which knows drawn shapes, simple "
-                    "sounds and a few hundred words")
+        log.warning(
+            "no model was named: serving the built-in demonstration, which knows drawn shapes, simple "
+            "sounds and a few hundred words"
+        )
     if (ready := client.ready) is None:
         return
     here = os.getpid()
     own, everybody = resident_bytes([here]), resident_bytes(family(here))
     engine = resident_bytes([client.pid]) if client.pid else 0
-    log.info("ready after %.1f s at %s: %s on %s in %s, up to %d tokens; weights %s, KV cache %s (%d tokens), resident "
-             "%s (HTTP %s, engine %s, workers %s)", seconds, url, name, ready.device, ready.dtype,
-             ready.max_model_len, size(ready.weight_bytes), size(ready.kv_bytes), ready.kv_tokens, size(everybody),
-             size(own), size(engine), size(everybody - own - engine))
+    log.info(
+        "ready after %.1f s at %s: %s on %s in %s, up to %d tokens; weights %s, KV cache %s (%d tokens), resident "
+        "%s (HTTP %s, engine %s, workers %s)",
+        seconds,
+        url,
+        name,
+        ready.device,
+        ready.dtype,
+        ready.max_model_len,
+        size(ready.weight_bytes),
+        size(ready.kv_bytes),
+        ready.kv_tokens,
+        size(everybody),
+        size(own),
+        size(engine),
+        size(everybody - own - engine),
+    )
 
 
 def size(size_bytes: float) -> str:

@@ -18,17 +18,33 @@ from sensorium.errors import StartupError
 from sensorium.types import Modality
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-_POOLER_TASKS = {"embed": "embed", "token_embed": "embed", "classify": "classify", "token_classify": "reward",
-                 "score": "score", "encode": "auto", "reward": "reward"}
+_POOLER_TASKS = {
+    "embed": "embed",
+    "token_embed": "embed",
+    "classify": "classify",
+    "token_classify": "reward",
+    "score": "score",
+    "encode": "auto",
+    "reward": "reward",
+}
 _POOLING_NAMES = ("pooling_type", "seq_pooling_type")
 _POOLINGS = {"CLS": "cls", "MEAN": "mean", "LAST": "last"}
 _HARMLESS_IN_POOLER = (("tok_pooling_type", "ALL"), ("enable_chunked_processing", False))
-_SAID_ELSEWHERE = {"dimensions": "requests say it", "use_activation": "requests say it",
-                   "normalize": "requests say it: `use_activation`", "softmax": "requests say it: `use_activation`",
-                   "activation": "requests say it: `use_activation`", "max_embed_len": "use --max-model-len"}
+_SAID_ELSEWHERE = {
+    "dimensions": "requests say it",
+    "use_activation": "requests say it",
+    "normalize": "requests say it: `use_activation`",
+    "softmax": "requests say it: `use_activation`",
+    "activation": "requests say it: `use_activation`",
+    "max_embed_len": "use --max-model-len",
+}
 _IN_VIDEO = ("num_frames", "fps")
-_HARMLESS_IN_MEDIA: Mapping[str, tuple[Any, ...]] = {"image_mode": ("RGB",), "video_backend": ("opencv", "pyav"),
-                                                     "backend": ("opencv", "pyav"), "frame_recovery": (False,)}
+_HARMLESS_IN_MEDIA: Mapping[str, tuple[Any, ...]] = {
+    "image_mode": ("RGB",),
+    "video_backend": ("opencv", "pyav"),
+    "backend": ("opencv", "pyav"),
+    "frame_recovery": (False,),
+}
 
 
 def as_meant(options: ServeOptions, folder: Path, modalities: Collection[Modality]) -> ServeOptions:
@@ -39,21 +55,29 @@ def as_meant(options: ServeOptions, folder: Path, modalities: Collection[Modalit
     settings = _processor_settings(options.server, "video" in modalities)
     pooler = options.load.pooler_config
     _check_pooler(pooler, folder)
-    return replace(options, load=replace(options.load, task=_task(options.load)),
-                   engine=replace(options.engine, pooling=_pooling(options.engine.pooling, pooler)),
-                   server=replace(options.server, mm_processor_kwargs=settings))
+    return replace(
+        options,
+        load=replace(options.load, task=_task(options.load)),
+        engine=replace(options.engine, pooling=_pooling(options.engine.pooling, pooler)),
+        server=replace(options.server, mm_processor_kwargs=settings),
+    )
 
 
 def _task(load: LoadConfig) -> str:
     """What --task, --runner, --convert and --pooler-config narrow to, if they agree."""
     convert = "auto" if load.convert == "none" else load.convert
-    said = {"--task": load.task, "--runner": load.runner, "--convert": convert,
-            "--pooler-config": _pooler_task(load.pooler_config)}
+    said = {
+        "--task": load.task,
+        "--runner": load.runner,
+        "--convert": convert,
+        "--pooler-config": _pooler_task(load.pooler_config),
+    }
     said = {flag: task for flag, task in said.items() if task != "auto"}
     narrow = {task for task in said.values() if task != "pooling"}
     if len(narrow) > 1 or ("pooling" in said.values() and "generate" in narrow):
-        raise StartupError("these flags contradict each other: " + ", ".join(f"{flag} {task}" for flag, task in
-                                                                             said.items()))
+        raise StartupError(
+            "these flags contradict each other: " + ", ".join(f"{flag} {task}" for flag, task in said.items())
+        )
     return next(iter(narrow), "pooling" if said else "auto")
 
 
@@ -72,8 +96,10 @@ def _pooling(pooling: str, pooler: Mapping[str, Any]) -> str:
             continue
         kind = _POOLINGS.get(str(given).upper())
         if kind is None:
-            raise StartupError(f"--pooler-config: {name} {given} is not offered; {', '.join(_POOLINGS)} are, and a "
-                               "vector for every token by /pooling")
+            raise StartupError(
+                f"--pooler-config: {name} {given} is not offered; {', '.join(_POOLINGS)} are, and a "
+                "vector for every token by /pooling"
+            )
         if pooling not in ("auto", kind):
             raise StartupError(f"--pooler-config: {name} {given} contradicts --pooling {pooling}")
         pooling = kind
@@ -85,8 +111,11 @@ def _check_pooler(pooler: Mapping[str, Any], folder: Path) -> None:
     for name, value in pooler.items():
         if name in ("task", *_POOLING_NAMES) or value is None or (name, value) in _HARMLESS_IN_POOLER:
             continue
-        if name in ("normalize", "use_activation") and isinstance(value, bool) and (
-                value is read_pooling(folder, "last").normalize):
+        if (
+            name in ("normalize", "use_activation")
+            and isinstance(value, bool)
+            and (value is read_pooling(folder, "last").normalize)
+        ):
             continue
         raise StartupError(f"--pooler-config: {name} cannot be set; {_SAID_ELSEWHERE.get(name, 'leave it out')}")
 
@@ -96,14 +125,15 @@ def _processor_settings(server: ServerConfig, sees_videos: bool) -> dict[str, An
     found = dict(server.mm_processor_kwargs)
     for kind, settings in server.media_io_kwargs.items():
         if kind not in ("image", "video", "audio") or not isinstance(settings, dict):
-            raise StartupError("--media-io-kwargs must be settings by kind, such as {\"video\": {\"num_frames\": 40}}")
+            raise StartupError('--media-io-kwargs must be settings by kind, such as {"video": {"num_frames": 40}}')
         for name, value in settings.items():
             if kind == "video" and name in _IN_VIDEO:
                 if sees_videos and found.setdefault(name, value) != value:
                     raise StartupError(f"--media-io-kwargs and --mm-processor-kwargs both say {name}")
             elif value is not None and value not in _HARMLESS_IN_MEDIA.get(name, ()):
-                raise StartupError(f"--media-io-kwargs: {kind}.{name} is not offered; {', '.join(_IN_VIDEO)} of video "
-                                   "are")
+                raise StartupError(
+                    f"--media-io-kwargs: {kind}.{name} is not offered; {', '.join(_IN_VIDEO)} of video are"
+                )
     return found
 
 

@@ -12,8 +12,9 @@ import numpy as np
 from sensorium.types import EngineRequest, Prompt
 
 
-def refusal(request: EngineRequest, *, max_model_len: int, axes: int, generates: bool,
-            pooling: Mapping[str, bool]) -> str:
+def refusal(
+    request: EngineRequest, *, max_model_len: int, axes: int, generates: bool, pooling: Mapping[str, bool]
+) -> str:
     """Why the request can never run, or "". `pooling` has the model's pooling tasks, `axes` its position axes."""
     length = len(request.prompt.token_ids)
     if not length:
@@ -25,8 +26,10 @@ def refusal(request: EngineRequest, *, max_model_len: int, axes: int, generates:
     if request.pooling is not None and request.pooling.task not in pooling:
         return f"This model does not do the task '{request.pooling.task}'."
     if request.sampling is not None and length + request.sampling.max_tokens > max_model_len:
-        return (f"The prompt has {length} tokens and max_tokens is {request.sampling.max_tokens}; "
-                f"together they may be at most {max_model_len}.")
+        return (
+            f"The prompt has {length} tokens and max_tokens is {request.sampling.max_tokens}; "
+            f"together they may be at most {max_model_len}."
+        )
     if length > max_model_len:
         return f"The prompt has {length} tokens; at most {max_model_len} fit."
     if request.sampling is not None and request.sampling.max_tokens < 1:

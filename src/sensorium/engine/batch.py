@@ -47,8 +47,17 @@ class Batch:
 
 
 class BatchBuilder:
-    def __init__(self, max_num_seqs: int, max_blocks: int, block_size: int, axes: int, device: torch.device, *,
-                 marks_long: bool = False, stretched_from: int | None = None) -> None:
+    def __init__(
+        self,
+        max_num_seqs: int,
+        max_blocks: int,
+        block_size: int,
+        axes: int,
+        device: torch.device,
+        *,
+        marks_long: bool = False,
+        stretched_from: int | None = None,
+    ) -> None:
         """`axes` is the number of position axes of the model (1, or 3 for M-RoPE); `marks_long`: it has long rope;
         `stretched_from`: see `Model`."""
         self._marks_long = marks_long
@@ -77,9 +86,17 @@ class BatchBuilder:
         slots = blocks * self._block_size + computed % self._block_size
         ones = [1] * count
         context = AttentionContext(
-            ones, lengths.tolist(), count, self._block_size, self._tensor(np.arange(count + 1, dtype=np.int32)),
-            self._tensor(lengths.astype(np.int32)), self._tensor(tables), self._tensor(slots),
-            self._long_context(decodes, ones), self._rope_lengths(decodes, lengths, np.ones(count, np.int64)))
+            ones,
+            lengths.tolist(),
+            count,
+            self._block_size,
+            self._tensor(np.arange(count + 1, dtype=np.int32)),
+            self._tensor(lengths.astype(np.int32)),
+            self._tensor(tables),
+            self._tensor(slots),
+            self._long_context(decodes, ones),
+            self._rope_lengths(decodes, lengths, np.ones(count, np.int64)),
+        )
         inputs = self._tensor(np.ascontiguousarray(token_ids))
         return Batch(decodes, list(range(count)), inputs, self._tensor(positions), context, [], decodes, None)
 
@@ -104,13 +121,29 @@ class BatchBuilder:
         tables = self._block_tables(sequences, rows, lengths)
         is_last = lengths == [seq.num_tokens for seq in sequences]
         context = AttentionContext(
-            query_lens, lengths.tolist(), len(plan.decodes), self._block_size,
-            self._tensor(np.concatenate(([0], ends)).astype(np.int32)), self._tensor(lengths.astype(np.int32)),
-            self._tensor(tables), self._tensor(self._slots(rows, lengths, counts)),
-            self._long_context(sequences, query_lens), self._rope_lengths(sequences, lengths, counts))
+            query_lens,
+            lengths.tolist(),
+            len(plan.decodes),
+            self._block_size,
+            self._tensor(np.concatenate(([0], ends)).astype(np.int32)),
+            self._tensor(lengths.astype(np.int32)),
+            self._tensor(tables),
+            self._tensor(self._slots(rows, lengths, counts)),
+            self._long_context(sequences, query_lens),
+            self._rope_lengths(sequences, lengths, counts),
+        )
         sampled = [seq for seq, last in zip(sequences, is_last.tolist(), strict=True) if last]
-        return Batch(sequences, starts, self._tensor(token_ids), self._tensor(_joined(pieces, self._axes)), context,
-                     media, sampled, self._tensor((ends - 1)[is_last]), self._token_types(sequences, query_lens))
+        return Batch(
+            sequences,
+            starts,
+            self._tensor(token_ids),
+            self._tensor(_joined(pieces, self._axes)),
+            context,
+            media,
+            sampled,
+            self._tensor((ends - 1)[is_last]),
+            self._token_types(sequences, query_lens),
+        )
 
     def _slots(self, rows: Ints, lengths: Ints, counts: Ints) -> Ints:
         """Where each token's keys and values go: block * block_size + offset. [tokens]"""
@@ -148,8 +181,10 @@ class BatchBuilder:
         types = [seq.request.prompt.token_types for seq in sequences]
         if all(one is None for one in types):
             return None
-        pieces = [np.zeros(count, np.int64) if one is None else one[seq.num_computed : seq.num_computed + count]
-                  for seq, count, one in zip(sequences, query_lens, types, strict=True)]
+        pieces = [
+            np.zeros(count, np.int64) if one is None else one[seq.num_computed : seq.num_computed + count]
+            for seq, count, one in zip(sequences, query_lens, types, strict=True)
+        ]
         return self._tensor(np.concatenate(pieces).astype(np.int64, copy=False))
 
     def _copy_new_blocks(self, seq: Sequence) -> None:

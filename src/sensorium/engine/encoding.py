@@ -38,8 +38,14 @@ class _Job:
 class Encodings:
     """The towers' queue. Rows go to the encoder cache, where `add`'s items must be reserved."""
 
-    def __init__(self, model: Model, cache: EncoderCache[Tensor], to_tensors: Callable[[MediaFeatures], Mapping[
-            str, Tensor]], is_lost: Callable[[BaseException], bool], faults: Faults) -> None:
+    def __init__(
+        self,
+        model: Model,
+        cache: EncoderCache[Tensor],
+        to_tensors: Callable[[MediaFeatures], Mapping[str, Tensor]],
+        is_lost: Callable[[BaseException], bool],
+        faults: Faults,
+    ) -> None:
         self._model = model
         self._cache = cache
         self._to_tensors = to_tensors

@@ -71,8 +71,10 @@ class Engine:
     def work_of(self, plan: Plan) -> float:
         """Multiply-adds of a step, about: of every token with all weights, and of its attention."""
         per_token, per_key = self.work
-        return sum(count * (per_token + per_key * (seq.num_computed + count))
-                   for seq, count in [*((seq, 1) for seq in plan.decodes), *plan.prefills])
+        return sum(
+            count * (per_token + per_key * (seq.num_computed + count))
+            for seq, count in [*((seq, 1) for seq in plan.decodes), *plan.prefills]
+        )
 
     def do_chore(self) -> None:
         """A little of what makes this start, or the next one, faster."""
@@ -93,15 +95,17 @@ class Engine:
         return True
 
 
-def load_engine(config: EngineConfig, *, progress: Callable[[str, float], None] | None = None,
-                faults: Faults | None = None) -> Engine:
+def load_engine(
+    config: EngineConfig, *, progress: Callable[[str, float], None] | None = None, faults: Faults | None = None
+) -> Engine:
     """Load `config.model` and size everything around it. StartupError says in one line what is wrong."""
     started = monotonic()
     report = progress or (lambda phase, fraction: None)
     if faults is not None:
         faults.hit("load")
-    checkpoint = open_checkpoint(Path(config.model), Path(config.text_model) if config.text_model else None,
-                                 config.hf_overrides)
+    checkpoint = open_checkpoint(
+        Path(config.model), Path(config.text_model) if config.text_model else None, config.hf_overrides
+    )
     checkpoint = replace(checkpoint, pooling=config.pooling)
     device = choose_device(config.device)
     quantization = choose_quantization(config, checkpoint.quantization)
@@ -110,9 +114,16 @@ def load_engine(config: EngineConfig, *, progress: Callable[[str, float], None] 
     if device.type == "cpu":
         torch.set_num_threads(config.threads or default_threads(checkpoint))
     copy = None if quantization is None else find_copy(config, checkpoint, quantization, dtype, device)
-    model = load_model(checkpoint, dtype=dtype, device=device, quantization=quantization,
-                       quantize_towers=config.quantize_towers, in_place=config.map_weights, copy=copy,
-                       progress=lambda part: report("weights", part))
+    model = load_model(
+        checkpoint,
+        dtype=dtype,
+        device=device,
+        quantization=quantization,
+        quantize_towers=config.quantize_towers,
+        in_place=config.map_weights,
+        copy=copy,
+        progress=lambda part: report("weights", part),
+    )
     check_pooling(model, checkpoint)
     report("cache", 0.0)
     engine = build_engine(model, checkpoint, config, device, dtype, started=started, faults=faults)
@@ -130,15 +141,21 @@ def check_pooling(model: Model, checkpoint: Checkpoint) -> None:
     spec = read_pooling(checkpoint.folder, default, checkpoint.pooling)
     if "embed" in model.poolers and "classify" not in model.poolers and not model.generates and not spec.is_stated:
         token = "last" if spec.kinds == ("last",) else "first"
-        logger.warning("no file of the checkpoint says how its embeddings are pooled: they are the %s token's states, "
-                       "normalised; --pooling says otherwise", token)
+        logger.warning(
+            "no file of the checkpoint says how its embeddings are pooled: they are the %s token's states, "
+            "normalised; --pooling says otherwise",
+            token,
+        )
     if "embed" in model.poolers and "message" in (sentence_config(checkpoint.folder).get("modality_config") or {}):
-        logger.warning("sentence-transformers embeds the texts of this checkpoint as chats: send them as `messages`; "
-                       "`input` is embedded without the chat template")
+        logger.warning(
+            "sentence-transformers embeds the texts of this checkpoint as chats: send them as `messages`; "
+            "`input` is embedded without the chat template"
+        )
 
 
-def find_copy(config: EngineConfig, checkpoint: Checkpoint, quantization: Quantization, dtype: torch.dtype,
-              device: torch.device) -> QuantizedCopy | None:
+def find_copy(
+    config: EngineConfig, checkpoint: Checkpoint, quantization: Quantization, dtype: torch.dtype, device: torch.device
+) -> QuantizedCopy | None:
     """Where a large checkpoint's quantised weights are kept between starts, if they are."""
     files = [*checkpoint.weight_files, *checkpoint.text_weight_files]
     layout = kernels.quantized_layout(dtype, device)
@@ -153,8 +170,16 @@ def find_copy(config: EngineConfig, checkpoint: Checkpoint, quantization: Quanti
         return None
 
 
-def build_engine(model: Model, checkpoint: Checkpoint, config: EngineConfig, device: torch.device,
-                 dtype: torch.dtype, *, started: float | None = None, faults: Faults | None = None) -> Engine:
+def build_engine(
+    model: Model,
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    started: float | None = None,
+    faults: Faults | None = None,
+) -> Engine:
     """Everything around a model that is already there."""
     started = monotonic() if started is None else started
     has_cache = model.num_layers > 0
@@ -175,23 +200,53 @@ def build_engine(model: Model, checkpoint: Checkpoint, config: EngineConfig, dev
     hidden_size = checkpoint.text.hidden_size if checkpoint.text else 0
     encoder: EncoderCache[Tensor] = EncoderCache(encoder_cache_bytes(config, device), hidden_size * dtype.itemsize)
     pool = BlockPool(num_blocks)
-    prefixes = PrefixCache(pool, config.block_size, _identity(checkpoint, config, dtype),
-                           enabled=config.enable_prefix_caching and has_cache, stretched_from=model.stretched_from)
+    prefixes = PrefixCache(
+        pool,
+        config.block_size,
+        _identity(checkpoint, config, dtype),
+        enabled=config.enable_prefix_caching and has_cache,
+        stretched_from=model.stretched_from,
+    )
     axes = max(1, len(checkpoint.text.rope.mrope_section)) if checkpoint.text else 1
     rows = CPU_ENCODER_ROWS if device.type == "cpu" else tokens
-    budget = Budget(config.max_num_seqs, tokens, rows, max_len, config.block_size, has_cache,
-                    axes, model.generates, model.long_context_from, max_pairs(model, device))
+    budget = Budget(
+        config.max_num_seqs,
+        tokens,
+        rows,
+        max_len,
+        config.block_size,
+        has_cache,
+        axes,
+        model.generates,
+        model.long_context_from,
+        max_pairs(model, device),
+    )
     scheduler = Scheduler(budget, pool, prefixes, encoder, {task: one.all_tokens for task, one in poolers.items()})
     max_blocks = -(-max_len // config.block_size) if has_cache else 0
-    builder = BatchBuilder(config.max_num_seqs, max_blocks, config.block_size, axes, device,
-                           marks_long=model.long_context_from is not None, stretched_from=model.stretched_from)
+    builder = BatchBuilder(
+        config.max_num_seqs,
+        max_blocks,
+        config.block_size,
+        axes,
+        device,
+        marks_long=model.long_context_from is not None,
+        stretched_from=model.stretched_from,
+    )
     runner = Runner(model, cache, builder, Sampler(config.seed), encoder, device, poolers=poolers, faults=faults)
     tasks = (*(("generate",) if model.generates else ()), *poolers)
     embedding_size = poolers["embed"].size if "embed" in poolers else 0
     ready = EngineReady(
-        max_model_len=max_len, kv_tokens=num_blocks * config.block_size, block_size=config.block_size,
-        weight_bytes=weight_bytes(model), kv_bytes=kv_bytes, load_seconds=monotonic() - started, device=device.type,
-        dtype=str(dtype).removeprefix("torch."), tasks=tasks, embedding_size=embedding_size)
+        max_model_len=max_len,
+        kv_tokens=num_blocks * config.block_size,
+        block_size=config.block_size,
+        weight_bytes=weight_bytes(model),
+        kv_bytes=kv_bytes,
+        load_seconds=monotonic() - started,
+        device=device.type,
+        dtype=str(dtype).removeprefix("torch."),
+        tasks=tasks,
+        embedding_size=embedding_size,
+    )
     work = (2.0 * ready.weight_bytes, 16.0 * model.num_layers * model.num_kv_heads * model.head_dim)  # not too little
     return Engine(scheduler, runner, prefixes, encoder, ready, mapped_forms(model), work)
 
@@ -200,26 +255,39 @@ def context_length(config: EngineConfig, checkpoint: Checkpoint) -> int:
     """Tokens of the longest sequence, before memory is looked at."""
     longest, wanted = checkpoint.max_model_len, config.max_model_len
     if wanted is not None and wanted > longest:
-        logger.warning("--max-model-len %d is more than the checkpoint's %d positions, which are served; rope_scaling "
-                       "in config.json (yarn, dynamic, linear) makes them more", wanted, longest)
+        logger.warning(
+            "--max-model-len %d is more than the checkpoint's %d positions, which are served; rope_scaling "
+            "in config.json (yarn, dynamic, linear) makes them more",
+            wanted,
+            longest,
+        )
     return min(wanted or longest, longest)
 
 
 def mapped_weight_bytes(model: Model) -> int:
-    return sum(module.form.mapped_bytes for module in model.modules() if isinstance(module, Linear | Embedding)
-               and isinstance(module.form, RowsLinear | QuantizedLinear))
+    return sum(
+        module.form.mapped_bytes
+        for module in model.modules()
+        if isinstance(module, Linear | Embedding) and isinstance(module.form, RowsLinear | QuantizedLinear)
+    )
 
 
 def mapped_forms(model: Model) -> list[RowsLinear]:
     """Weights that lie in the page cache, first layers last."""
-    return [module.form for module in reversed(list(model.modules()))
-            if isinstance(module, Linear) and isinstance(module.form, RowsLinear)]
+    return [
+        module.form
+        for module in reversed(list(model.modules()))
+        if isinstance(module, Linear) and isinstance(module.form, RowsLinear)
+    ]
 
 
 def activation_bytes(model: Model, tokens: int, cache_dtype: torch.dtype) -> int:
     """The model's own bound, and what the torch twins of the quantised kernels widen to float32 on the way."""
-    widened = [quantized.activation_bytes(tokens, module.in_features) for module in model.modules()
-               if isinstance(module, Linear) and isinstance(module.form, quantized.QuantizedLinear)]
+    widened = [
+        quantized.activation_bytes(tokens, module.in_features)
+        for module in model.modules()
+        if isinstance(module, Linear) and isinstance(module.form, quantized.QuantizedLinear)
+    ]
     gathered = 0
     if cache_dtype == torch.int8:
         longest = model.checkpoint.max_model_len * model.num_kv_heads * model.head_dim
@@ -244,8 +312,10 @@ def choose_quantization(config: EngineConfig, stored: StoredQuantization | None)
         return Quantization(8) if wanted == "int8" else Quantization(4, config.quantization_group_size)
     layout = "plain numbers" if stored is None else stored.layout
     if wanted not in ("auto", layout):
-        raise StartupError(f"--quantization {wanted}: the checkpoint's weights are stored as {layout}; leave the flag "
-                           "out, or let int8 or int4 quantise them while loading")
+        raise StartupError(
+            f"--quantization {wanted}: the checkpoint's weights are stored as {layout}; leave the flag "
+            "out, or let int8 or int4 quantise them while loading"
+        )
     if config.quantize_towers:
         raise StartupError("--quantize-towers goes with --quantization int8 or int4")
     return None
@@ -294,8 +364,9 @@ def max_pairs(model: Model, device: torch.device) -> int | None:
     end of a long prompt take a small model seconds, for which every other answer would wait."""
     if device.type != "cpu" or not model.num_layers:
         return None
-    per_pair = sum(2 * layer.attention.num_heads * layer.head_dim for layer in model.modules()
-                   if isinstance(layer, SelfAttention))
+    per_pair = sum(
+        2 * layer.attention.num_heads * layer.head_dim for layer in model.modules() if isinstance(layer, SelfAttention)
+    )
     return STEP_MACS // per_pair if per_pair else None
 
 
@@ -309,5 +380,6 @@ def _identity(checkpoint: Checkpoint, config: EngineConfig, dtype: torch.dtype) 
     """What cached keys and values depend on beside the prompt."""
     files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.weight_files]
     weights = (config.quantization, config.quantization_group_size, config.quantize_towers, config.kv_cache_dtype)
-    return hashlib.sha256(repr((str(checkpoint.folder), checkpoint.architecture, str(dtype), weights, files)).encode()
-                          ).digest()
+    return hashlib.sha256(
+        repr((str(checkpoint.folder), checkpoint.architecture, str(dtype), weights, files)).encode()
+    ).digest()

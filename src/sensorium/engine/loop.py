@@ -43,8 +43,7 @@ logger = logging.getLogger("sensorium.engine")
 class Core:
     """The step loop around one loaded engine."""
 
-    def __init__(self, engine: Engine, channel: Channel, faults: Faults,
-                 pulse: Pulse | None = None) -> None:
+    def __init__(self, engine: Engine, channel: Channel, faults: Faults, pulse: Pulse | None = None) -> None:
         self._engine = engine
         self._pulse = pulse or Pulse(channel.beat, 0.0)  # one that is not started watches nothing
         self._scheduler = engine.scheduler
@@ -167,8 +166,9 @@ class Core:
         self._encoder_seconds += monotonic() - started
         return self._scheduler.drop_failed_items(failed, MEDIA_FAILED) if failed else []
 
-    def _take_results(self, plan: Plan, result: StepResult, ids: list[int], token_ids: list[int],
-                      rich: list[EngineOutput]) -> None:
+    def _take_results(
+        self, plan: Plan, result: StepResult, ids: list[int], token_ids: list[int], rich: list[EngineOutput]
+    ) -> None:
         """Advance every sequence of a computed plan and add its outputs, as `messages.encode_outputs` takes them."""
         scheduler = self._scheduler
         for seq in plan.decodes:
@@ -188,15 +188,25 @@ class Core:
                 token_ids.append(token)
                 continue
             logprob = sampled.logprobs.get(i)
-            rich.append(EngineOutput(
-                seq.id, (token,), reason, token if reason == "stop" else None, (logprob,) if logprob else (),
-                tuple(seq.prompt_logprobs) if is_first and len(seq.prompt_logprobs) > 1 else (),
-                seq.cached_tokens if is_first else 0))
+            rich.append(
+                EngineOutput(
+                    seq.id,
+                    (token,),
+                    reason,
+                    token if reason == "stop" else None,
+                    (logprob,) if logprob else (),
+                    tuple(seq.prompt_logprobs) if is_first and len(seq.prompt_logprobs) > 1 else (),
+                    seq.cached_tokens if is_first else 0,
+                )
+            )
         for seq, _ in plan.prefills:
             if seq.id in result.vectors:
                 scheduler.finish(seq)
-                rich.append(EngineOutput(seq.id, finish_reason="stop", cached_tokens=seq.cached_tokens,
-                                         vector=result.vectors[seq.id]))
+                rich.append(
+                    EngineOutput(
+                        seq.id, finish_reason="stop", cached_tokens=seq.cached_tokens, vector=result.vectors[seq.id]
+                    )
+                )
 
     # Out
 
@@ -208,12 +218,25 @@ class Core:
     def _send_stats(self) -> None:
         scheduler, encoder, prefixes = self._scheduler, self._engine.encoder, self._engine.prefixes
         self._pulse.end()
-        self._channel.send(messages.encode_stats(EngineStats(
-            running=scheduler.num_running, waiting=len(scheduler.waiting), kv_blocks=scheduler.pool.num_blocks,
-            kv_blocks_free=scheduler.pool.num_free, prefix_queries=prefixes.queries, prefix_hits=prefixes.hits,
-            encoder_queries=encoder.queries, encoder_hits=encoder.hits, encoder_bytes=encoder.size_bytes,
-            encoder_seconds=self._encoder_seconds, preemptions=scheduler.preemptions, steps=self._steps,
-            step_seconds=self._step_seconds)))
+        self._channel.send(
+            messages.encode_stats(
+                EngineStats(
+                    running=scheduler.num_running,
+                    waiting=len(scheduler.waiting),
+                    kv_blocks=scheduler.pool.num_blocks,
+                    kv_blocks_free=scheduler.pool.num_free,
+                    prefix_queries=prefixes.queries,
+                    prefix_hits=prefixes.hits,
+                    encoder_queries=encoder.queries,
+                    encoder_hits=encoder.hits,
+                    encoder_bytes=encoder.size_bytes,
+                    encoder_seconds=self._encoder_seconds,
+                    preemptions=scheduler.preemptions,
+                    steps=self._steps,
+                    step_seconds=self._step_seconds,
+                )
+            )
+        )
         self._stats_due = monotonic() + STATS_INTERVAL_S
 
 

@@ -50,18 +50,23 @@ def size_cache(config: EngineConfig, shape: CacheShape, wanted_len: int, availab
     blocks = min(available_bytes // shape.block_bytes, per_sequence * config.max_num_seqs)
     capacity = blocks * shape.block_size
     if capacity < min(wanted_len, shape.block_size):
-        raise StartupError(f"there is no memory for a KV cache: one block of {shape.block_size} tokens takes "
-                           f"{_readable(shape.block_bytes)}, {_readable(max(available_bytes, 0))} can be had "
-                           "(--kv-cache-memory or --gpu-memory-utilization sets how much)")
+        raise StartupError(
+            f"there is no memory for a KV cache: one block of {shape.block_size} tokens takes "
+            f"{_readable(shape.block_bytes)}, {_readable(max(available_bytes, 0))} can be had "
+            "(--kv-cache-memory or --gpu-memory-utilization sets how much)"
+        )
     if capacity < wanted_len and config.max_model_len is not None:
         needed = _readable(per_sequence * shape.block_bytes)
-        raise StartupError(f"--max-model-len {wanted_len} needs {needed} of KV cache, {_readable(available_bytes)} can "
-                           "be had: lower it, or raise --kv-cache-memory (on a GPU --gpu-memory-utilization)")
+        raise StartupError(
+            f"--max-model-len {wanted_len} needs {needed} of KV cache, {_readable(available_bytes)} can "
+            "be had: lower it, or raise --kv-cache-memory (on a GPU --gpu-memory-utilization)"
+        )
     return blocks, min(wanted_len, capacity)
 
 
-def available_for_cache(config: EngineConfig, device: torch.device, activation_bytes: int,
-                        mapped_bytes: int = 0) -> int:
+def available_for_cache(
+    config: EngineConfig, device: torch.device, activation_bytes: int, mapped_bytes: int = 0
+) -> int:
     """Bytes that the KV cache may take, now that the weights are loaded."""
     if config.kv_cache_memory is not None:
         return config.kv_cache_memory

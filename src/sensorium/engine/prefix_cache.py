@@ -23,8 +23,14 @@ _SPAN = struct.Struct("<IIQI")  # offset in the block, tokens, first row, bytes 
 def root_key(identity: bytes, salt: bytes, *, is_long: bool = False, stretched: int = 0) -> bytes:
     """Parent of every first block of one model, tenant and kind of rotary frequencies. `stretched`: the prompt's length
     where frequencies depend on it."""
-    parts = (_LENGTH.pack(len(identity)), identity, _LENGTH.pack(len(salt)), salt, bytes([is_long]),
-             _LENGTH.pack(stretched))
+    parts = (
+        _LENGTH.pack(len(identity)),
+        identity,
+        _LENGTH.pack(len(salt)),
+        salt,
+        bytes([is_long]),
+        _LENGTH.pack(stretched),
+    )
     return sha256(b"".join(parts)).digest()
 
 
@@ -42,8 +48,15 @@ def block_key(parent: bytes, token_ids: bytes, spans: list[tuple[int, int, int, 
 class PrefixCache:
     """Finds and publishes the blocks of sequences. `enabled=False` makes it find and publish nothing."""
 
-    def __init__(self, pool: BlockPool, block_size: int, identity: bytes, *, enabled: bool = True,
-                 stretched_from: int | None = None) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        block_size: int,
+        identity: bytes,
+        *,
+        enabled: bool = True,
+        stretched_from: int | None = None,
+    ) -> None:
         """`stretched_from`: see `Model`."""
         self._pool = pool
         self._block_size = block_size

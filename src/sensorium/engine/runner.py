@@ -38,9 +38,18 @@ class StepResult:
 
 
 class Runner:
-    def __init__(self, model: Model, cache: KVCache, builder: BatchBuilder, sampler: Sampler,
-                 encoder: EncoderCache[Tensor], device: torch.device, *,
-                 poolers: Mapping[PoolingTask, Pooler] | None = None, faults: Faults | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        cache: KVCache,
+        builder: BatchBuilder,
+        sampler: Sampler,
+        encoder: EncoderCache[Tensor],
+        device: torch.device,
+        *,
+        poolers: Mapping[PoolingTask, Pooler] | None = None,
+        faults: Faults | None = None,
+    ) -> None:
         self._model = model
         self._cache = cache
         self._builder = builder
@@ -90,8 +99,10 @@ class Runner:
         """The least that this step's requests read of what the model can leave away."""
         if self._model.can_read == "first" and not plan.decodes:
             asked = [seq.request.pooling for seq, _ in plan.prefills]
-            if all(params is not None and self._poolers[params.task].first_only and not params.prompt_tokens
-                   for params in asked):
+            if all(
+                params is not None and self._poolers[params.task].first_only and not params.prompt_tokens
+                for params in asked
+            ):
                 return "first"
         if self._model.can_read == "last" and all(self._reads_last(seq) for seq, _ in plan.prefills):
             return "last"

@@ -84,8 +84,9 @@ class Row:
         if penalised:
             prompt = seq.tokens[: seq.num_prompt]
             self.counts = TokenCounts(prompt if params.repetition_penalty != 1 else prompt[:0], vocab_size)
-        self.plain = self.greedy and not (penalised or params.logit_bias or params.min_tokens
-                                          or params.logprobs is not None)
+        self.plain = self.greedy and not (
+            penalised or params.logit_bias or params.min_tokens or params.logprobs is not None
+        )
         self.seed = _seed(params.seed, engine_seed, seq.id)
 
 
@@ -133,7 +134,8 @@ def logprobs(logits: Tensor, token_ids: list[int], num_top: list[int]) -> list[T
     return [
         TokenLogprob(token, value, tuple(zip(ids[:count], values[:count], strict=True)))
         for token, value, ids, values, count in zip(
-            token_ids, chosen, top_ids.tolist(), top_values.tolist(), num_top, strict=True)
+            token_ids, chosen, top_ids.tolist(), top_values.tolist(), num_top, strict=True
+        )
     ]
 
 
@@ -190,8 +192,12 @@ def _penalise(flat: Tensor, penalised: list[tuple[int, Row, TokenCounts]]) -> No
     params = [row.params for _, row, _ in penalised]
     repetition, frequency, presence = (
         _on(flat, np.repeat(np.array(values, np.float32), sizes))
-        for values in ([p.repetition_penalty for p in params], [p.frequency_penalty for p in params],
-                       [p.presence_penalty for p in params]))
+        for values in (
+            [p.repetition_penalty for p in params],
+            [p.frequency_penalty for p in params],
+            [p.presence_penalty for p in params],
+        )
+    )
     values = flat[places]
     values = torch.where(values > 0, values / repetition, values * repetition)
     flat[places] = values - frequency * said - presence * (said > 0)
@@ -212,8 +218,13 @@ def _draw(logits: Tensor, rows: Seq[Row], indices: list[int]) -> NDArray[np.int6
     if logits.device.type != "cpu":
         return draw_together(logits, params, uniforms)
     work = np.zeros(-(-logits.shape[1] // CHUNK) * CHUNK, np.float32)
-    return np.array([draw_one(row, one, uniform, work)
-                     for row, one, uniform in zip(logits.numpy(), params, uniforms.tolist(), strict=True)], np.int64)
+    return np.array(
+        [
+            draw_one(row, one, uniform, work)
+            for row, one, uniform in zip(logits.numpy(), params, uniforms.tolist(), strict=True)
+        ],
+        np.int64,
+    )
 
 
 def draw_one(row: NDArray[np.float32], params: SamplingParams, uniform: float, work: NDArray[np.float32]) -> int:

@@ -73,8 +73,14 @@ class _Tenant:
 
 
 class Scheduler:
-    def __init__(self, budget: Budget, pool: BlockPool, prefixes: PrefixCache, encoder: EncoderCache[Any],
-                 pooling: Mapping[str, bool] | None = None) -> None:
+    def __init__(
+        self,
+        budget: Budget,
+        pool: BlockPool,
+        prefixes: PrefixCache,
+        encoder: EncoderCache[Any],
+        pooling: Mapping[str, bool] | None = None,
+    ) -> None:
         """`pooling`: the pooling tasks that the model can do, and whether each needs every token's hidden state."""
         self.budget = budget
         self.pool = pool
@@ -121,8 +127,13 @@ class Scheduler:
         if request.id in self._by_id:
             return "The request's number is in use."
         budget = self.budget
-        return refusal(request, max_model_len=budget.max_model_len, axes=budget.axes, generates=budget.generates,
-                       pooling=self._pooling)
+        return refusal(
+            request,
+            max_model_len=budget.max_model_len,
+            axes=budget.axes,
+            generates=budget.generates,
+            pooling=self._pooling,
+        )
 
     def abort(self, request_id: int) -> bool:
         """Forget a request wherever it is. False if it is unknown or has ended."""
@@ -300,8 +311,11 @@ class Scheduler:
     def drop_failed_items(self, failed: Iterable[ItemKey], error: str) -> list[EngineOutput]:
         """Fail the sequences that wait for tower outputs which could not be computed."""
         keys = set(failed)
-        return [self.fail(seq, error) for seq in list(self.prefilling)
-                if any(seq.item_keys[item] in keys for item in seq.pinned)]
+        return [
+            self.fail(seq, error)
+            for seq in list(self.prefilling)
+            if any(seq.item_keys[item] in keys for item in seq.pinned)
+        ]
 
     def advance(self, seq: Sequence, count: int) -> bool:
         """`count` more tokens of a sequence are computed. True if all are: the step gave it its next token."""

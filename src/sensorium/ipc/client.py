@@ -91,8 +91,9 @@ class OutputStream:
     async def __aenter__(self) -> OutputStream:
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                        trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.abort()
 
     def abort(self) -> None:
@@ -209,8 +210,9 @@ class EngineClient:
             command = [sys.executable, "-P", "-m", "sensorium.engine.loop", "--fd", str(theirs.fileno())]
             # Its own session: Ctrl-C is for this process, which lets running requests finish first.
             # What it prints is never part of this process's output.
-            self._process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL,
-                                             stdout=STDERR, start_new_session=True)
+            self._process = subprocess.Popen(
+                command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, stdout=STDERR, start_new_session=True
+            )
         ours.sendall(messages.encode_config(self.config))  # fits into the socket's buffer
         ours.setblocking(False)
         self._socket = ours

@@ -123,7 +123,11 @@ class Pulse:
 
 
 def _give_up(seconds: float, bound_s: float) -> None:
-    logger.critical("the engine hangs: it has been in one step for %.0f s, which may take %.0f s; it ends itself, to "
-                    "be replaced. This is where it is:", seconds, bound_s)
+    logger.critical(
+        "the engine hangs: it has been in one step for %.0f s, which may take %.0f s; it ends itself, to "
+        "be replaced. This is where it is:",
+        seconds,
+        bound_s,
+    )
     faulthandler.dump_traceback()
     os._exit(HUNG)

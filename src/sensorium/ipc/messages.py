@@ -188,13 +188,21 @@ def encode_request(request: EngineRequest) -> list[Buffer]:
         arrays.extend(medium.arrays.values())  # type: ignore[arg-type]  # any of DTYPES
     if unknown := {array.dtype.name for array in arrays} - DTYPES:
         raise ProtocolError(f"arrays of {', '.join(sorted(unknown))} cannot be sent")
-    header = _encode(_Request(
-        request.id, request.sampling, request.pooling, request.priority, request.salt, prompt.position_delta,
-        prompt.positions is not None, prompt.token_types is not None,
-        tuple((s.item, s.offset, s.length, s.row) for s in prompt.spans),
-        tuple(_Media(m.kind, m.key, m.num_rows, tuple(m.arrays)) for m in prompt.media),
-        tuple(_ArraySpec(a.dtype.name, a.shape) for a in arrays),
-    ))
+    header = _encode(
+        _Request(
+            request.id,
+            request.sampling,
+            request.pooling,
+            request.priority,
+            request.salt,
+            prompt.position_delta,
+            prompt.positions is not None,
+            prompt.token_types is not None,
+            tuple((s.item, s.offset, s.length, s.row) for s in prompt.spans),
+            tuple(_Media(m.kind, m.key, m.num_rows, tuple(m.arrays)) for m in prompt.media),
+            tuple(_ArraySpec(a.dtype.name, a.shape) for a in arrays),
+        )
+    )
     pieces: list[Buffer] = [_COUNT.pack(len(header)) + header]
     size = len(pieces[0])
     for array in arrays:
@@ -224,7 +232,8 @@ def decode_request(payload: memoryview) -> EngineRequest:
     positions = next(arrays) if wire.has_positions else None
     token_types = next(arrays) if wire.has_token_types else None
     media = tuple(
-        MediaFeatures(m.kind, m.key, m.num_rows, {name: next(arrays) for name in m.names}) for m in wire.media)
+        MediaFeatures(m.kind, m.key, m.num_rows, {name: next(arrays) for name in m.names}) for m in wire.media
+    )
     spans = tuple(MediaSpan(*span) for span in wire.spans)
     prompt = Prompt(token_ids, media, spans, positions, wire.position_delta, token_types)
     return EngineRequest(wire.id, prompt, wire.sampling, wire.pooling, wire.priority, wire.salt)
@@ -280,20 +289,34 @@ def _rich_outputs(payload: memoryview) -> list[EngineOutput]:
         if wire.vector is not None:
             vector = np.frombuffer(payload, np.float32, int(np.prod(wire.vector)), start).reshape(wire.vector).copy()
             start += vector.nbytes
-        outputs.append(EngineOutput(
-            wire.id, wire.token_ids, wire.finish_reason, wire.stop_token_id,
-            tuple(TokenLogprob(*one) for one in wire.logprobs),
-            tuple(None if one is None else TokenLogprob(*one) for one in wire.prompt_logprobs),
-            wire.cached_tokens, vector, wire.error))
+        outputs.append(
+            EngineOutput(
+                wire.id,
+                wire.token_ids,
+                wire.finish_reason,
+                wire.stop_token_id,
+                tuple(TokenLogprob(*one) for one in wire.logprobs),
+                tuple(None if one is None else TokenLogprob(*one) for one in wire.prompt_logprobs),
+                wire.cached_tokens,
+                vector,
+                wire.error,
+            )
+        )
     return outputs
 
 
 def _wire_output(output: EngineOutput) -> _Output:
     return _Output(
-        output.id, output.token_ids, output.finish_reason, output.stop_token_id,
+        output.id,
+        output.token_ids,
+        output.finish_reason,
+        output.stop_token_id,
         tuple((one.token_id, one.logprob, one.top) for one in output.logprobs),
         tuple(None if one is None else (one.token_id, one.logprob, one.top) for one in output.prompt_logprobs),
-        output.cached_tokens, None if output.vector is None else output.vector.shape, output.error)
+        output.cached_tokens,
+        None if output.vector is None else output.vector.shape,
+        output.error,
+    )
 
 
 # Cutting a byte stream into frames

@@ -26,11 +26,39 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Activation", "DecoderLayerParts", "DecoderStack", "KeptForm", "LinearForm", "Quantization",
-           "QuantizedForm", "activate", "add_rms_norm", "cache_width", "decoder_stack", "describe", "empty_linear",
-           "empty_quantized", "first_attention", "gated", "layer_norm", "linear_activate", "linear_add",
-           "linear_in_place", "pack_linear", "paged_attention", "quantized_in_place", "quantized_layout", "query_step",
-           "rms_norm", "rope", "run_attention", "silu_mul", "varlen_attention", "write_kv"]
+__all__ = [
+    "Activation",
+    "DecoderLayerParts",
+    "DecoderStack",
+    "KeptForm",
+    "LinearForm",
+    "Quantization",
+    "QuantizedForm",
+    "activate",
+    "add_rms_norm",
+    "cache_width",
+    "decoder_stack",
+    "describe",
+    "empty_linear",
+    "empty_quantized",
+    "first_attention",
+    "gated",
+    "layer_norm",
+    "linear_activate",
+    "linear_add",
+    "linear_in_place",
+    "pack_linear",
+    "paged_attention",
+    "quantized_in_place",
+    "quantized_layout",
+    "query_step",
+    "rms_norm",
+    "rope",
+    "run_attention",
+    "silu_mul",
+    "varlen_attention",
+    "write_kv",
+]
 
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "tanh"]
@@ -93,8 +121,15 @@ class DecoderLayerParts:
 
 
 class DecoderStack(Protocol):
-    def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, context: AttentionContext,
-                 rows: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache,
+        context: AttentionContext,
+        rows: Tensor | None = None,
+    ) -> Tensor:
         """[tokens, hidden] -> the same after all layers and the last norm.
 
         `rows` int64 [n], ascending: the tokens whose states are read, others are undefined.
@@ -134,26 +169,38 @@ def describe() -> str:
     return said
 
 
-def empty_linear(out_features: int, in_features: int, *, dtype: torch.dtype, device: torch.device,
-                 quantization: Quantization | None = None) -> LinearForm:
+def empty_linear(
+    out_features: int,
+    in_features: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization | None = None,
+) -> LinearForm:
     """The form of a weight [out, in] that is best for this dtype and device, to be filled row by row."""
     if quantization is not None:
         return empty_quantized(out_features, in_features, quantization, dtype=dtype, device=device)
-    if dtype == torch.float32 and device.type == "cpu" and \
-            out_features * in_features >= onednn.fewest_elements() and onednn.usable():
+    if (
+        dtype == torch.float32
+        and device.type == "cpu"
+        and out_features * in_features >= onednn.fewest_elements()
+        and onednn.usable()
+    ):
         return onednn.OneDnnLinear(out_features, in_features)
     module = _for_weights(dtype, device)
     form: LinearForm = module.empty_linear(out_features, in_features, dtype=dtype, device=device)
     return form
 
 
-def empty_quantized(out_features: int, in_features: int, quantization: Quantization, *, dtype: torch.dtype,
-                    device: torch.device) -> QuantizedForm:
+def empty_quantized(
+    out_features: int, in_features: int, quantization: Quantization, *, dtype: torch.dtype, device: torch.device
+) -> QuantizedForm:
     module = _for_weights(dtype, device)
     if module is reference:
         _say_slow(f"{dtype} on {device.type}".removeprefix("torch."))
-    form: QuantizedForm = module.empty_linear(out_features, in_features, dtype=dtype, device=device,
-                                              quantization=quantization)
+    form: QuantizedForm = module.empty_linear(
+        out_features, in_features, dtype=dtype, device=device, quantization=quantization
+    )
     return form
 
 
@@ -177,8 +224,9 @@ def quantized_layout(dtype: torch.dtype, device: torch.device) -> str | None:
     return None if module is reference else module.quantized_layout
 
 
-def quantized_in_place(kept: Mapping[str, Tensor], out_features: int, in_features: int,
-                       quantization: Quantization) -> QuantizedForm:
+def quantized_in_place(
+    kept: Mapping[str, Tensor], out_features: int, in_features: int, quantization: Quantization
+) -> QuantizedForm:
     """A form over what another one's `parts` gave, of the layout that is named; ValueError if it does not fit."""
     native = _native()
     if native is None:
@@ -256,8 +304,14 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
     _for(k).write_kv(k, v, k_cache, v_cache, slots)
 
 
-def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, context: AttentionContext, scale: float,
-                    sliding_window: int | None = None) -> Tensor:
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    context: AttentionContext,
+    scale: float,
+    sliding_window: int | None = None,
+) -> Tensor:
     """Causal attention of each sequence's new tokens to its cached ones, their own included; grouped queries.
 
     With a window, position p sees p - sliding_window + 1 .. p.
@@ -266,8 +320,9 @@ def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, context: Attent
     return out
 
 
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float,
-                     window: int | None = None) -> Tensor:
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, window: int | None = None
+) -> Tensor:
     """Attention in both directions inside each run of `lengths` tokens, never across; grouped queries.
 
     With a window, a token sees as many others on either side of itself.
@@ -289,18 +344,36 @@ def run_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return out
 
 
-def first_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float,
-                    window: int | None = None) -> Tensor:
+def first_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, window: int | None = None
+) -> Tensor:
     """`varlen_attention` of nothing but each run's first token: q and the result are [runs, heads, head_dim]."""
     return reference.first_attention(q, k, v, lengths, scale, window)
 
 
-def decoder_stack(layers: Sequence[DecoderLayerParts], final_norm: Tensor, *, num_heads: int, num_kv_heads: int,
-                  head_dim: int, scale: float, eps: float, activation: Activation = "silu") -> DecoderStack | None:
+def decoder_stack(
+    layers: Sequence[DecoderLayerParts],
+    final_norm: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    scale: float,
+    eps: float,
+    activation: Activation = "silu",
+) -> DecoderStack | None:
     """All layers as one native call, the numbers those of kernel by kernel; None where that is not to be had."""
     module = _for(final_norm)
     if module is reference:
         return None
-    stack: DecoderStack | None = module.decoder(layers, final_norm, num_heads=num_heads, num_kv_heads=num_kv_heads,
-                                                head_dim=head_dim, scale=scale, eps=eps, activation=activation)
+    stack: DecoderStack | None = module.decoder(
+        layers,
+        final_norm,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        scale=scale,
+        eps=eps,
+        activation=activation,
+    )
     return stack

@@ -11,16 +11,35 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 UNICAST = ipaddress.IPv6Network("2000::/3")
 """The only part of IPv6 that is given out. What lies outside and is no way of writing an IPv4 address is not public."""
 
-TRANSPARENT = tuple(ipaddress.IPv6Network(text) for text in (
-    "::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96", "::/96"))
+TRANSPARENT = tuple(
+    ipaddress.IPv6Network(text) for text in ("::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96", "::/96")
+)
 """v4-mapped, v4-translated (SIIT), NAT64, v4-compatible: other spellings of the IPv4 address in the last 32 bits."""
 
-NEVER_PUBLIC = tuple(ipaddress.ip_network(text) for text in (
-    "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24",
-    "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24",
-    "224.0.0.0/3", "168.63.129.16/32",  # the last is a cloud's metadata service on a public address
-    "2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20",
-))
+NEVER_PUBLIC = tuple(
+    ipaddress.ip_network(text)
+    for text in (
+        "0.0.0.0/8",
+        "10.0.0.0/8",
+        "100.64.0.0/10",
+        "127.0.0.0/8",
+        "169.254.0.0/16",
+        "172.16.0.0/12",
+        "192.0.0.0/24",
+        "192.0.2.0/24",
+        "192.88.99.0/24",
+        "192.168.0.0/16",
+        "198.18.0.0/15",
+        "198.51.100.0/24",
+        "203.0.113.0/24",
+        "224.0.0.0/3",
+        "168.63.129.16/32",  # the last is a cloud's metadata service on a public address
+        "2001::/23",
+        "2001:db8::/32",
+        "2002::/16",
+        "3fff::/20",
+    )
+)
 """Our own list beside `is_global`, which misses tunnels and some special blocks. 6to4 and Teredo: as a whole."""
 
 

@@ -64,8 +64,9 @@ def decode_audio(payload: bytes, demuxer: Demuxer, sample_rate: int, max_seconds
 def _checked_rate(stream: Any) -> int:
     context = stream.codec_context
     if not MIN_RATE <= context.sample_rate <= MAX_RATE:
-        raise Refusal("type", f"The {{noun}} has {context.sample_rate} samples a second; {MIN_RATE} to {MAX_RATE} are "
-                              "taken.")
+        raise Refusal(
+            "type", f"The {{noun}} has {context.sample_rate} samples a second; {MIN_RATE} to {MAX_RATE} are taken."
+        )
     if not 1 <= context.layout.nb_channels <= MAX_CHANNELS:
         raise Refusal("type", f"The {{noun}} has {context.layout.nb_channels} channels; mono and stereo are taken.")
     return int(context.sample_rate)

@@ -23,13 +23,44 @@ from sensorium.media.magic import Demuxer
 from sensorium.media.source import Refusal
 from sensorium.types import Modality
 
-VIDEO_CODECS = {"h264": "h264", "hevc": "hevc", "vp8": "vp8", "vp9": "vp9", "av1": "libdav1d", "mpeg4": "mpeg4",
-                "mjpeg": "mjpeg"}
-AUDIO_CODECS = {"mp3": "mp3float", "aac": "aac", "flac": "flac", "opus": "opus", "vorbis": "vorbis", "alac": "alac",
-                **{name: name for name in (
-                    "pcm_s16le", "pcm_s16be", "pcm_s24le", "pcm_s24be", "pcm_s32le", "pcm_s32be", "pcm_u8", "pcm_s8",
-                    "pcm_f32le", "pcm_f32be", "pcm_f64le", "pcm_f64be", "pcm_mulaw", "pcm_alaw", "adpcm_ms",
-                    "adpcm_ima_wav")}}
+VIDEO_CODECS = {
+    "h264": "h264",
+    "hevc": "hevc",
+    "vp8": "vp8",
+    "vp9": "vp9",
+    "av1": "libdav1d",
+    "mpeg4": "mpeg4",
+    "mjpeg": "mjpeg",
+}
+AUDIO_CODECS = {
+    "mp3": "mp3float",
+    "aac": "aac",
+    "flac": "flac",
+    "opus": "opus",
+    "vorbis": "vorbis",
+    "alac": "alac",
+    **{
+        name: name
+        for name in (
+            "pcm_s16le",
+            "pcm_s16be",
+            "pcm_s24le",
+            "pcm_s24be",
+            "pcm_s32le",
+            "pcm_s32be",
+            "pcm_u8",
+            "pcm_s8",
+            "pcm_f32le",
+            "pcm_f32be",
+            "pcm_f64le",
+            "pcm_f64be",
+            "pcm_mulaw",
+            "pcm_alaw",
+            "adpcm_ms",
+            "adpcm_ima_wav",
+        )
+    },
+}
 """Codec -> the one decoder that may be used for it. JPEG 2000 and everything rarer is not there."""
 
 DEMUXER_NAMES: dict[Demuxer, str] = {"mov": "mov,mp4,m4a,3gp,3g2,mj2", "matroska": "matroska,webm"}
@@ -46,13 +77,22 @@ def damaged() -> Refusal:
 def opened(payload: bytes, kind: Modality, demuxer: Demuxer) -> Iterator[tuple[InputContainer, Any]]:
     """(container, its first stream of this kind). Errors of ffmpeg inside the block become a refusal."""
     codecs = VIDEO_CODECS if kind == "video" else AUDIO_CODECS
-    options = {"protocol_whitelist": "", "format_whitelist": DEMUXER_NAMES.get(demuxer, demuxer),
-               "codec_whitelist": ",".join(codecs.values())}
+    options = {
+        "protocol_whitelist": "",
+        "format_whitelist": DEMUXER_NAMES.get(demuxer, demuxer),
+        "codec_whitelist": ",".join(codecs.values()),
+    }
     if demuxer == "mov":
         options |= {"enable_drefs": "0", "use_absolute_path": "0"}
     try:
-        with av.open(BytesIO(payload), "r", format=demuxer, container_options=options, io_open=_open_nothing,
-                     metadata_errors="replace") as container:
+        with av.open(
+            BytesIO(payload),
+            "r",
+            format=demuxer,
+            container_options=options,
+            io_open=_open_nothing,
+            metadata_errors="replace",
+        ) as container:
             yield container, _stream(container, kind, codecs)
     except UNREADABLE:
         raise damaged() from None
@@ -63,8 +103,11 @@ def _open_nothing(_url: str, _flags: int, _options: dict[str, str]) -> NoReturn:
 
 
 def _stream(container: InputContainer, kind: Modality, codecs: dict[str, str]) -> Any:
-    streams = [stream for stream in (container.streams.video if kind == "video" else container.streams.audio)
-               if not stream.disposition & av.stream.Disposition.attached_pic]
+    streams = [
+        stream
+        for stream in (container.streams.video if kind == "video" else container.streams.audio)
+        if not stream.disposition & av.stream.Disposition.attached_pic
+    ]
     if not streams:
         raise Refusal("type", "The file holds no {noun}.")
     stream = streams[0]

@@ -43,8 +43,10 @@ def _image_decoders() -> dict[str, Decoder]:
     def frames(payload: bytes, job: dict[str, Any]) -> Decoded:
         pictures = frames_of(payload)
         max_pixels = job["max_pixels"] // len(pictures)
-        return Decoded(shape=(len(pictures), job["height"], job["width"], 3),
-                       pieces=(decode_image(picture, max_pixels) for picture in pictures))
+        return Decoded(
+            shape=(len(pictures), job["height"], job["width"], 3),
+            pieces=(decode_image(picture, max_pixels) for picture in pictures),
+        )
 
     return {"image": image, "frames": frames}
 
@@ -60,8 +62,14 @@ def _stream_decoders() -> dict[str, Decoder]:
         return Decoded({"frames": clip.frames, "duration_s": clip.duration_s, "height": height, "width": width})
 
     def video(payload: bytes, job: dict[str, Any]) -> Decoded:
-        clip = decode_video(payload, job["demuxer"], VideoSampling(**job["sampling"]), max_side=job["max_side"],
-                            max_frames=job["max_frames"], max_pixels=job["max_pixels"])
+        clip = decode_video(
+            payload,
+            job["demuxer"],
+            VideoSampling(**job["sampling"]),
+            max_side=job["max_side"],
+            max_frames=job["max_frames"],
+            max_pixels=job["max_pixels"],
+        )
         return Decoded({"timestamps_s": clip.timestamps_s}, clip.shape, pieces=clip.frames)
 
     def audio_info(payload: bytes, job: dict[str, Any]) -> Decoded:

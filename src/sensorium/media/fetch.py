@@ -27,10 +27,14 @@ from sensorium.media.turns import Turns
 Resolver = Callable[[str, int, bytes], Awaitable[list[str]]]
 """Host, port, and the tenant who asks -> addresses."""
 
-REFUSED = ("This URL cannot be fetched: its host does not exist, is not a public address, or is not one that the "
-           "operator allowed (--allowed-media-domains). Send the {noun} as a data: URL instead.")
-MALFORMED = ("This is not a usable URL: write http(s)://host/path without user name, backslashes, spaces or control "
-             "characters, or send the {noun} as a data: URL.")
+REFUSED = (
+    "This URL cannot be fetched: its host does not exist, is not a public address, or is not one that the "
+    "operator allowed (--allowed-media-domains). Send the {noun} as a data: URL instead."
+)
+MALFORMED = (
+    "This is not a usable URL: write http(s)://host/path without user name, backslashes, spaces or control "
+    "characters, or send the {noun} as a data: URL."
+)
 CONNECTION_FAILED = "The {noun} could not be downloaded: the connection to its host failed."
 FORBIDDEN = re.compile(r"[\x00-\x20\x7f-\xa0\\\u2028\u2029\ufeff]|%00", re.IGNORECASE)
 URL = re.compile(r"(https?)://([^/?#]+)([^?#]*)(\?[^#]*)?(?:#.*)?", re.IGNORECASE)
@@ -104,8 +108,16 @@ def _ascii_authority(text: str) -> str:
 class Fetcher:
     """Downloads one file at a time with a cap on bytes and one deadline over everything, redirects included."""
 
-    def __init__(self, allowed: AllowedHosts, *, timeout_s: float, max_redirects: int, max_url_length: int,
-                 resolve: Resolver | None = None, transport: httpx.AsyncBaseTransport | None = None) -> None:
+    def __init__(
+        self,
+        allowed: AllowedHosts,
+        *,
+        timeout_s: float,
+        max_redirects: int,
+        max_url_length: int,
+        resolve: Resolver | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
         self._allowed = allowed
         self._timeout_s = timeout_s
         self._max_redirects = max_redirects
@@ -179,8 +191,10 @@ class Fetcher:
         if not self._allowed.admits(target.host, target.port):
             raise Refusal("url", REFUSED)
         try:
-            addresses = [ipaddress.ip_address(text.partition("%")[0])
-                         for text in await self._resolve(target.host, target.port, tenant)]
+            addresses = [
+                ipaddress.ip_address(text.partition("%")[0])
+                for text in await self._resolve(target.host, target.port, tenant)
+            ]
         except (OSError, UnicodeError, ValueError):
             addresses = []
         if not addresses or not all(self._allowed.admits_address(target.host, target.port, a) for a in addresses):
@@ -189,11 +203,14 @@ class Fetcher:
 
     async def _read(self, response: httpx.Response, max_bytes: int) -> Fetched:
         if response.status_code != 200:
-            raise Refusal("download", f"The {{noun}} could not be downloaded: its host answered with status "
-                                      f"{response.status_code}.")
+            raise Refusal(
+                "download",
+                f"The {{noun}} could not be downloaded: its host answered with status {response.status_code}.",
+            )
         if response.headers.get("content-encoding", "identity").strip().lower() != "identity":
-            raise Refusal("download", "The {noun} could not be downloaded: its host sent it compressed although "
-                                      "asked not to.")
+            raise Refusal(
+                "download", "The {noun} could not be downloaded: its host sent it compressed although asked not to."
+            )
         too_large = Refusal("file_size", f"The {{noun}}'s file is larger than {size_text(max_bytes)}.")
         declared = response.headers.get("content-length", "")
         if declared.isascii() and declared.isdigit() and (len(declared) > 18 or int(declared) > max_bytes):
@@ -211,8 +228,14 @@ class Fetcher:
 
 def _request(target: Target, address: Address) -> httpx.Request:
     url = httpx.URL(scheme=target.scheme, host=str(address), port=target.port, raw_path=target.path.encode("ascii"))
-    headers = {"Host": target.netloc, "User-Agent": f"sensorium/{__version__}", "Accept": "*/*",
-               "Accept-Encoding": "identity", "Connection": "close"}
+    headers = {
+        "Host": target.netloc,
+        "User-Agent": f"sensorium/{__version__}",
+        "Accept": "*/*",
+        "Accept-Encoding": "identity",
+        "Connection": "close",
+    }
     timeout = httpx.Timeout(READ_TIMEOUT_S).as_dict()
-    return httpx.Request("GET", url, headers=headers, extensions={
-        "timeout": timeout, "sni_hostname": target.host, "trace": HeadTrace()})
+    return httpx.Request(
+        "GET", url, headers=headers, extensions={"timeout": timeout, "sni_hostname": target.host, "trace": HeadTrace()}
+    )

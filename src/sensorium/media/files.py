@@ -11,8 +11,10 @@ from urllib.parse import unquote
 from sensorium.media.source import Refusal, size_text
 
 FILE_URL = re.compile(r"file:(?://(?:localhost)?)?(/[^?#]*)", re.IGNORECASE)
-REFUSED = ("This file: URL cannot be read: only regular files inside the folder that the operator named with "
-           "--allowed-local-media-path are. Send the {noun} as a data: URL instead.")
+REFUSED = (
+    "This file: URL cannot be read: only regular files inside the folder that the operator named with "
+    "--allowed-local-media-path are. Send the {noun} as a data: URL instead."
+)
 
 
 class LocalFiles:
@@ -46,8 +48,8 @@ class LocalFiles:
         if not path or "\0" in path or ".." in parts:
             raise ValueError
         for root in (self._given, self._root):
-            if root is not None and parts[:len(root.parts)] == root.parts and len(parts) > len(root.parts):
-                return parts[len(root.parts):]
+            if root is not None and parts[: len(root.parts)] == root.parts and len(parts) > len(root.parts):
+                return parts[len(root.parts) :]
         raise ValueError
 
     @staticmethod

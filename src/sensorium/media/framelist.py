@@ -33,7 +33,7 @@ def frames_of(packed: bytes) -> list[bytes]:
     frames, offset = [], 0
     while offset < len(packed):
         (length,) = LENGTH.unpack_from(packed, offset)
-        frames.append(packed[offset + LENGTH.size:offset + LENGTH.size + length])
+        frames.append(packed[offset + LENGTH.size : offset + LENGTH.size + length])
         offset += LENGTH.size + length
     return frames
 

@@ -72,9 +72,9 @@ def exif_orientation(tiff: bytes) -> int:
     else:
         return 1
     start = int.from_bytes(tiff[4:8], order)
-    count = int.from_bytes(tiff[start:start + 2], order)
+    count = int.from_bytes(tiff[start : start + 2], order)
     for offset in range(start + 2, start + 2 + 12 * min(count, 256), 12):
-        entry = tiff[offset:offset + 12]
+        entry = tiff[offset : offset + 12]
         if len(entry) < 12:
             break
         if int.from_bytes(entry[:2], order) == ORIENTATION_TAG:
@@ -109,11 +109,11 @@ def _png(data: bytes) -> ImageHeader | None:
     width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
     orientation, offset = 1, 33
     for _ in range(MAX_CHUNKS):
-        length, kind = int.from_bytes(data[offset:offset + 4], "big"), data[offset + 4:offset + 8]
+        length, kind = int.from_bytes(data[offset : offset + 4], "big"), data[offset + 4 : offset + 8]
         if kind in (b"IDAT", b"IEND", b""):
             return ImageHeader("PNG", width, height, orientation, bit_depth=data[24])
         if kind == b"eXIf" and length <= 1 << 20:
-            orientation = exif_orientation(data[offset + 8:offset + 8 + length])
+            orientation = exif_orientation(data[offset + 8 : offset + 8 + length])
         offset += 12 + length
     return None
 
@@ -123,8 +123,9 @@ def _webp(data: bytes) -> ImageHeader | None:
     if len(data) < 30:
         return None
     if kind == b"VP8 " and data[23:26] == b"\x9d\x01\x2a":
-        return ImageHeader("WEBP", int.from_bytes(data[26:28], "little") & 0x3FFF,
-                           int.from_bytes(data[28:30], "little") & 0x3FFF)
+        return ImageHeader(
+            "WEBP", int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
+        )
     if kind == b"VP8L" and data[20] == 0x2F:
         bits = int.from_bytes(data[21:25], "little")
         return ImageHeader("WEBP", (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1)
@@ -138,9 +139,9 @@ def _webp(data: bytes) -> ImageHeader | None:
 def _webp_orientation(data: bytes) -> int:
     offset = 12
     for _ in range(MAX_CHUNKS):
-        kind, length = data[offset:offset + 4], int.from_bytes(data[offset + 4:offset + 8], "little")
+        kind, length = data[offset : offset + 4], int.from_bytes(data[offset + 4 : offset + 8], "little")
         if kind == b"EXIF":
-            body = data[offset + 8:offset + 8 + min(length, 1 << 20)]
+            body = data[offset + 8 : offset + 8 + min(length, 1 << 20)]
             return exif_orientation(body.removeprefix(b"Exif\0\0"))
         if len(kind) < 4:
             break

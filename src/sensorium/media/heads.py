@@ -40,8 +40,9 @@ class HeadStream(AsyncNetworkStream):
     async def aclose(self) -> None:
         await self._stream.aclose()
 
-    async def start_tls(self, ssl_context: ssl.SSLContext, server_hostname: str | None = None,
-                        timeout: float | None = None) -> AsyncNetworkStream:
+    async def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> AsyncNetworkStream:
         return HeadStream(await self._stream.start_tls(ssl_context, server_hostname, timeout))
 
     def get_extra_info(self, info: str) -> Any:
@@ -51,8 +52,14 @@ class HeadStream(AsyncNetworkStream):
 class HeadBackend(httpcore.AnyIOBackend):
     """Connections whose heads are bounded."""
 
-    async def connect_tcp(self, host: str, port: int, timeout: float | None = None, local_address: str | None = None,
-                          socket_options: Iterable[SOCKET_OPTION] | None = None) -> AsyncNetworkStream:
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[SOCKET_OPTION] | None = None,
+    ) -> AsyncNetworkStream:
         return HeadStream(await super().connect_tcp(host, port, timeout, local_address, socket_options))
 
 
@@ -77,5 +84,6 @@ class HeadTransport(httpx.AsyncHTTPTransport):
     def __init__(self, context: ssl.SSLContext | bool) -> None:
         super().__init__(verify=context, trust_env=False)
         made = httpx.create_ssl_context(verify=context, trust_env=False)
-        self._pool = httpcore.AsyncConnectionPool(ssl_context=made, max_connections=None, max_keepalive_connections=0,
-                                                  network_backend=HeadBackend())
+        self._pool = httpcore.AsyncConnectionPool(
+            ssl_context=made, max_connections=None, max_keepalive_connections=0, network_backend=HeadBackend()
+        )

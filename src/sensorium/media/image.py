@@ -38,8 +38,20 @@ FLIPS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, MemoryError,
-              AttributeError, struct.error, zlib.error, Image.DecompressionBombError)
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    ArithmeticError,
+    MemoryError,
+    AttributeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 """What Pillow raises for damaged files. The worker takes anything else in the same way."""
 
 MAX_PASSES = 20  # over as many pixels as an image may have; over fewer pixels, more
@@ -72,8 +84,11 @@ def _check_passes(payload: bytes, header: ImageHeader, max_pixels: int) -> None:
     scans, pixels = jpeg.count_scans(payload).count, header.width * header.height
     if scans > jpeg.MAX_SCANS or scans * pixels > MAX_PASSES * max_pixels:
         most = min(jpeg.MAX_SCANS, MAX_PASSES * max_pixels // pixels)
-        raise Refusal("large", f"The JPEG file has more than {most} scans, which takes too long to decode at its size. "
-                               "Save it with the usual settings of progressive JPEG, or as baseline JPEG.")
+        raise Refusal(
+            "large",
+            f"The JPEG file has more than {most} scans, which takes too long to decode at its size. "
+            "Save it with the usual settings of progressive JPEG, or as baseline JPEG.",
+        )
 
 
 def _decoded(payload: bytes, header: ImageHeader) -> Pixels:

@@ -14,8 +14,9 @@ from sensorium.types import Modality
 MAX_HEAD = 256  # characters before the comma
 DATA_URL = re.compile(r"data:([^,;]*)((?:;[^,;]*)*),", re.IGNORECASE)
 WHITESPACE = re.compile(rb"[ \t\r\n\f]+")
-BAD_BASE64 = ("The {noun} is not valid base64: use the standard alphabet with padding, and write "
-              "data:<media type>;base64,<data>.")
+BAD_BASE64 = (
+    "The {noun} is not valid base64: use the standard alphabet with padding, and write data:<media type>;base64,<data>."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +42,16 @@ def split_data_url(url: str, kind: Modality) -> DataURL:
         raise Refusal("type", f"The data: URL does not declare a {{noun}}: write data:{kind}/<format>;base64,<data>.")
     if "base64" not in (parameter.strip().lower() for parameter in match[2].split(";")):
         raise Refusal("base64", BAD_BASE64)
-    return DataURL(media_type, url[match.end():])
+    return DataURL(media_type, url[match.end() :])
 
 
 def _types_of(kind: Modality) -> tuple[str, ...]:
     """Sound comes in video containers too: mp4 and webm are often declared as video, ogg as application."""
-    return {"image": ("image/",), "video": ("video/", "application/mp4"),
-            "audio": ("audio/", "video/mp4", "video/webm", "application/ogg")}[kind]
+    return {
+        "image": ("image/",),
+        "video": ("video/", "application/mp4"),
+        "audio": ("audio/", "video/mp4", "video/webm", "application/ogg"),
+    }[kind]
 
 
 def decode_base64(text: str, max_bytes: int) -> bytes:

@@ -48,8 +48,8 @@ def segments(data: bytes) -> Iterator[Segment]:
         if marker in BARE:
             yield Segment(marker, b"", offset)
             continue
-        length = int.from_bytes(data[offset:offset + 2], "big")
-        body = data[offset + 2:offset + length]
+        length = int.from_bytes(data[offset : offset + 2], "big")
+        body = data[offset + 2 : offset + length]
         if marker == END or length < 2 or len(body) != length - 2:
             return
         offset += length

@@ -42,14 +42,26 @@ SPEECH_RATE = 16_000
 class MediaLoader:
     """One per server. All refusals are MediaError with the source's `param`. `tenant` says whose turn work takes."""
 
-    def __init__(self, limits: Limits, *, allowed_domains: tuple[str, ...] = (), local_root: Path | None = None,
-                 workers: int = 2, resolve: Resolver | None = None,
-                 transport: httpx.AsyncBaseTransport | None = None) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        *,
+        allowed_domains: tuple[str, ...] = (),
+        local_root: Path | None = None,
+        workers: int = 2,
+        resolve: Resolver | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
         self._limits = limits
         self._files = _open_root(local_root)
-        self._fetcher = Fetcher(_parse_domains(allowed_domains), timeout_s=limits.fetch_timeout_s,
-                                max_redirects=limits.max_redirects, max_url_length=limits.max_url_length,
-                                resolve=resolve, transport=transport)
+        self._fetcher = Fetcher(
+            _parse_domains(allowed_domains),
+            timeout_s=limits.fetch_timeout_s,
+            max_redirects=limits.max_redirects,
+            max_url_length=limits.max_url_length,
+            resolve=resolve,
+            transport=transport,
+        )
         self._images = WorkerPool("image", workers, _image_bounds(limits))
         self._streams = WorkerPool("stream", workers, _stream_bounds(limits))
 
@@ -72,8 +84,9 @@ class MediaLoader:
                 return MediaSize(1, 1, max(1, round(info.duration_s * sample_rate)))
             return self._sampled_size(info, sampling)
 
-    async def decode(self, raw: RawMedia, *, sampling: VideoSampling = AS_IS,
-                     sample_rate: int = SPEECH_RATE, tenant: bytes = b"") -> MediaItem:
+    async def decode(
+        self, raw: RawMedia, *, sampling: VideoSampling = AS_IS, sample_rate: int = SPEECH_RATE, tenant: bytes = b""
+    ) -> MediaItem:
         """Arrays from a worker process; the key is computed here, where no codec has been.
 
         A sound is mono at `sample_rate`; a video has the frames that `sampling` names, with their times.
@@ -83,14 +96,19 @@ class MediaLoader:
             if raw.kind == "image":
                 shape = (*self._checked_header(raw.payload).upright, 3)
                 result = await self._images.run(
-                    {"op": "image", "max_pixels": self._limits.max_image_pixels}, raw.payload, tenant)
+                    {"op": "image", "max_pixels": self._limits.max_image_pixels}, raw.payload, tenant
+                )
             elif raw.kind == "video":
                 size = self._sampled_size(_info_of(raw), sampling)
                 shape = (size.frames, size.height, size.width, 3)
                 result = await self._decode_video(raw, _info_of(raw), sampling, size, tenant)
             else:
-                job = {"op": "audio", "demuxer": _info_of(raw).container, "sample_rate": sample_rate,
-                       "max_seconds": self._limits.max_audio_seconds}
+                job = {
+                    "op": "audio",
+                    "demuxer": _info_of(raw).container,
+                    "sample_rate": sample_rate,
+                    "max_seconds": self._limits.max_audio_seconds,
+                }
                 result = await self._streams.run(job, raw.payload, tenant)
             return await asyncio.to_thread(_as_item, raw, result, shape, sample_rate)
 
@@ -135,15 +153,24 @@ class MediaLoader:
         header, limits = read_header(payload), self._limits
         shortest, longest = sorted((header.width, header.height))
         if shortest < limits.min_image_side:
-            raise Refusal("small", f"The {{noun}} has {header.width}x{header.height} pixels; each side must have at "
-                                   f"least {limits.min_image_side}.")
+            raise Refusal(
+                "small",
+                f"The {{noun}} has {header.width}x{header.height} pixels; each side must have at "
+                f"least {limits.min_image_side}.",
+            )
         if longest > limits.max_image_side or header.width * header.height > limits.max_image_pixels:
-            raise Refusal("large", f"The {{noun}} has {header.width}x{header.height} pixels; at most "
-                                   f"{limits.max_image_side} on a side and {limits.max_image_pixels} in all are taken. "
-                                   "Send a smaller one.")
+            raise Refusal(
+                "large",
+                f"The {{noun}} has {header.width}x{header.height} pixels; at most "
+                f"{limits.max_image_side} on a side and {limits.max_image_pixels} in all are taken. "
+                "Send a smaller one.",
+            )
         if longest > limits.max_image_aspect * shortest:
-            raise Refusal("large", f"The {{noun}} has {header.width}x{header.height} pixels: its longest side may be "
-                                   f"at most {limits.max_image_aspect:g} times its shortest. Crop it.")
+            raise Refusal(
+                "large",
+                f"The {{noun}} has {header.width}x{header.height} pixels: its longest side may be "
+                f"at most {limits.max_image_aspect:g} times its shortest. Crop it.",
+            )
         return header
 
     async def _inspect(self, raw: RawMedia, tenant: bytes) -> StreamInfo:
@@ -157,8 +184,11 @@ class MediaLoader:
         if raw.kind == "audio":
             info = StreamInfo(demuxer, _number(record, "duration_s"))
         else:
-            info = StreamInfo(demuxer, _number(record, "duration_s"), *(
-                int(_number(record, name)) for name in ("frames", "height", "width")))
+            info = StreamInfo(
+                demuxer,
+                _number(record, "duration_s"),
+                *(int(_number(record, name)) for name in ("frames", "height", "width")),
+            )
         return self._checked_info(info)
 
     def _checked_info(self, info: StreamInfo) -> StreamInfo:
@@ -167,33 +197,48 @@ class MediaLoader:
         if info.duration_s > max_seconds + PADDING_S and info.container != "frames":
             raise Refusal("long", f"The {{noun}} is longer than {max_seconds:g} s. Send it in parts.")
         if info.frames and min(info.height, info.width) < limits.min_image_side:
-            raise Refusal("small", f"The {{noun}}'s frames have {info.width}x{info.height} pixels; each side must have "
-                                   f"at least {limits.min_image_side}.")
+            raise Refusal(
+                "small",
+                f"The {{noun}}'s frames have {info.width}x{info.height} pixels; each side must have "
+                f"at least {limits.min_image_side}.",
+            )
         if info.frames and max(info.height, info.width) > limits.max_video_side:
-            raise Refusal("large", f"The {{noun}}'s frames have {info.width}x{info.height} pixels; at most "
-                                   f"{limits.max_video_side} on a side are taken. Send a smaller one.")
+            raise Refusal(
+                "large",
+                f"The {{noun}}'s frames have {info.width}x{info.height} pixels; at most "
+                f"{limits.max_video_side} on a side are taken. Send a smaller one.",
+            )
         return info
 
     def _sampled_size(self, info: StreamInfo, sampling: VideoSampling) -> MediaSize:
         limits = self._limits
         if info.container == "frames":
             if info.frames * info.height * info.width > limits.max_video_pixels:
-                raise Refusal("large", f"The {{noun}}'s frames have more than {limits.max_video_pixels} pixels "
-                                       "together. Send fewer or smaller ones.")
+                raise Refusal(
+                    "large",
+                    f"The {{noun}}'s frames have more than {limits.max_video_pixels} pixels "
+                    "together. Send fewer or smaller ones.",
+                )
             return MediaSize(info.height, info.width, info.frames)
         frames = len(sampling.indices(info.frames, info.duration_s, limits.max_video_frames))
         return MediaSize(*fitted_size(info.height, info.width, frames, limits.max_video_pixels), frames)
 
-    async def _decode_video(self, raw: RawMedia, info: StreamInfo, sampling: VideoSampling, size: MediaSize,
-                            tenant: bytes) -> Result:
+    async def _decode_video(
+        self, raw: RawMedia, info: StreamInfo, sampling: VideoSampling, size: MediaSize, tenant: bytes
+    ) -> Result:
         limits = self._limits
         if info.container == "frames":
             job = {"op": "frames", "height": size.height, "width": size.width, "max_pixels": limits.max_video_pixels}
             result = await self._images.run(job, raw.payload, tenant)
             return replace(result, record={"timestamps_s": list(range(size.frames))})  # one a second
-        job = {"op": "video", "demuxer": info.container, "sampling": sampling.as_record(),
-               "max_side": limits.max_video_side, "max_frames": limits.max_video_frames,
-               "max_pixels": limits.max_video_pixels}
+        job = {
+            "op": "video",
+            "demuxer": info.container,
+            "sampling": sampling.as_record(),
+            "max_side": limits.max_video_side,
+            "max_frames": limits.max_video_frames,
+            "max_pixels": limits.max_video_pixels,
+        }
         return await self._streams.run(job, raw.payload, tenant)
 
 
@@ -240,8 +285,11 @@ def _as_item(raw: RawMedia, result: Result, shape: tuple[int, ...], sample_rate:
 
 
 def _are_times(times: object, count: int) -> bool:
-    return isinstance(times, list) and len(times) == count and all(
-        isinstance(time, int | float) and math.isfinite(time) for time in times)
+    return (
+        isinstance(times, list)
+        and len(times) == count
+        and all(isinstance(time, int | float) and math.isfinite(time) for time in times)
+    )
 
 
 def _clock_s(cpu_s: float) -> float:
@@ -250,17 +298,25 @@ def _clock_s(cpu_s: float) -> float:
 
 
 def _image_bounds(limits: Limits) -> Bounds:
-    return Bounds(cpu_s=limits.decode_timeout_s, deadline_s=_clock_s(limits.decode_timeout_s),
-                  result_bytes=3 * max(limits.max_image_pixels, limits.max_video_pixels),
-                  memory_bytes=IMAGE_BYTES_PER_PIXEL * limits.max_image_pixels +
-                  max(limits.max_image_bytes, 2 * limits.max_video_bytes) + SPARE_BYTES)
+    return Bounds(
+        cpu_s=limits.decode_timeout_s,
+        deadline_s=_clock_s(limits.decode_timeout_s),
+        result_bytes=3 * max(limits.max_image_pixels, limits.max_video_pixels),
+        memory_bytes=IMAGE_BYTES_PER_PIXEL * limits.max_image_pixels
+        + max(limits.max_image_bytes, 2 * limits.max_video_bytes)
+        + SPARE_BYTES,
+    )
 
 
 def _stream_bounds(limits: Limits) -> Bounds:
-    return Bounds(cpu_s=limits.decode_timeout_s, deadline_s=_clock_s(limits.decode_timeout_s),
-                  result_bytes=max(3 * limits.max_video_pixels, 4 * int(limits.max_audio_seconds + 1) * 192_000),
-                  memory_bytes=VIDEO_BYTES_PER_PIXEL * limits.max_video_side ** 2 +
-                  2 * max(limits.max_video_bytes, limits.max_audio_bytes) + SPARE_BYTES)
+    return Bounds(
+        cpu_s=limits.decode_timeout_s,
+        deadline_s=_clock_s(limits.decode_timeout_s),
+        result_bytes=max(3 * limits.max_video_pixels, 4 * int(limits.max_audio_seconds + 1) * 192_000),
+        memory_bytes=VIDEO_BYTES_PER_PIXEL * limits.max_video_side**2
+        + 2 * max(limits.max_video_bytes, limits.max_audio_bytes)
+        + SPARE_BYTES,
+    )
 
 
 def _open_root(root: Path | None) -> LocalFiles:

@@ -14,8 +14,10 @@ Demuxer = Literal["mov", "matroska", "avi", "wav", "flac", "ogg", "mp3", "aac", 
 
 WANTED: dict[Modality, tuple[frozenset[Demuxer], str]] = {
     "video": (frozenset(("mov", "matroska", "avi")), "MP4, MOV, WebM, MKV or AVI"),
-    "audio": (frozenset(("wav", "flac", "ogg", "mp3", "aac", "aiff", "mov", "matroska")),
-              "WAV, MP3, FLAC, Ogg, M4A or WebM"),
+    "audio": (
+        frozenset(("wav", "flac", "ogg", "mp3", "aac", "aiff", "mov", "matroska")),
+        "WAV, MP3, FLAC, Ogg, M4A or WebM",
+    ),
 }
 ATOMS = (b"ftyp", b"moov", b"mdat", b"wide", b"skip", b"free")
 
@@ -49,7 +51,7 @@ def _behind_tag(payload: bytes) -> Demuxer | None:
     length = 0
     for byte in payload[6:10]:
         length = length << 7 | byte & 0x7F
-    rest = payload[10 + length:10 + length + 4]
+    rest = payload[10 + length : 10 + length + 4]
     return "flac" if rest == b"fLaC" else _mpeg_audio(rest) or "mp3"
 
 

@@ -50,5 +50,6 @@ class SystemResolver:
         domain = tenant + b"\0" + ".".join(host.rsplit(".", 2)[-2:]).encode()
         async with self._domains.taken(domain):
             answers = await self._tenants.run(
-                self._threads, tenant, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+                self._threads, tenant, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            )
         return list(dict.fromkeys(str(answer[4][0]) for answer in answers))

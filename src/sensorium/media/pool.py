@@ -25,8 +25,9 @@ from sensorium.workers.process import DYING_S, WorkerProcess
 Blame = Literal["file", "crash", "outside"]
 """file: more than it may take, or a wrong answer; crash: a signal that bad files cause, and others could have sent."""
 
-CRASHES = frozenset((signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP,
-                     signal.SIGSYS))
+CRASHES = frozenset(
+    (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS)
+)
 DTYPES = frozenset(("uint8", "float32"))
 PROBLEMS: dict[str, Problem] = {problem: problem for problem in get_args(Problem)}
 
@@ -106,7 +107,7 @@ class Worker(WorkerProcess):
                 raise _refusal(self.link.receive_record(length))
             if kind != BYTES or not 0 < length <= len(view) - filled:
                 raise FrameError("unexpected frame")
-            self.link.fill(view[filled:filled + length])
+            self.link.fill(view[filled : filled + length])
             filled += length
         data.flags.writeable = False
         return data

@@ -49,7 +49,7 @@ class VideoSampling:
         return count // 2 * 2 if self.even and count > 1 else count
 
     def _pairs(self, indices: list[int]) -> list[int]:
-        return indices[:len(indices) // 2 * 2] if self.even and len(indices) > 1 else indices
+        return indices[: len(indices) // 2 * 2] if self.even and len(indices) > 1 else indices
 
     def as_record(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}

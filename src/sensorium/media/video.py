@@ -53,7 +53,7 @@ class Orientation:
     def apply(self, pixels: Pixels) -> Pixels:
         """[height, width, 3] as stored -> a view of it as shown."""
         shown = pixels.transpose(1, 0, 2) if self.is_transposed else pixels
-        return shown[::-1 if self.mirrors_y else 1, ::-1 if self.mirrors_x else 1]
+        return shown[:: -1 if self.mirrors_y else 1, :: -1 if self.mirrors_x else 1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,15 +102,19 @@ def inspect_video(payload: bytes, demuxer: Demuxer, max_side: int) -> Clip:
         return _scan(container, stream, demuxer, frame)
 
 
-def decode_video(payload: bytes, demuxer: Demuxer, sampling: VideoSampling, *, max_side: int, max_frames: int,
-                 max_pixels: int) -> Video:
+def decode_video(
+    payload: bytes, demuxer: Demuxer, sampling: VideoSampling, *, max_side: int, max_frames: int, max_pixels: int
+) -> Video:
     """Which frames and of what size is known at once; the frames are decoded as they are taken."""
     clip = inspect_video(payload, demuxer, max_side)
     indices = sampling.indices(clip.frames, clip.duration_s, max_frames)
     height, width = fitted_size(*clip.upright, len(indices), max_pixels)
     stored = clip.orientation.size(height, width)
-    return Video((len(indices), height, width, 3), tuple(clip.time_s(i) for i in indices),
-                 _frames(payload, demuxer, clip, indices, stored))
+    return Video(
+        (len(indices), height, width, 3),
+        tuple(clip.time_s(i) for i in indices),
+        _frames(payload, demuxer, clip, indices, stored),
+    )
 
 
 def _check_side(sized: Any, max_side: int) -> None:
@@ -143,12 +147,16 @@ def _packets(container: InputContainer, stream: Any) -> Iterator[Any]:
             yield packet
 
 
-def _frames(payload: bytes, demuxer: Demuxer, clip: Clip, indices: list[int],
-            stored: tuple[int, int]) -> Iterator[Pixels]:
+def _frames(
+    payload: bytes, demuxer: Demuxer, clip: Clip, indices: list[int], stored: tuple[int, int]
+) -> Iterator[Pixels]:
     """The wanted frames in order, at the stored (height, width) and then as they are shown."""
     with opened(payload, "video", demuxer) as (container, stream):
-        found = _counted(container, stream, indices) if clip.times is None else (
-            _timed(container, stream, [clip.times[i] for i in indices], clip.keys))
+        found = (
+            _counted(container, stream, indices)
+            if clip.times is None
+            else (_timed(container, stream, [clip.times[i] for i in indices], clip.keys))
+        )
         for frame in found:
             if (frame.height, frame.width) != (clip.height, clip.width):
                 raise Refusal("parse", "The {noun}'s frames change their size, which is not supported.")

@@ -109,5 +109,3 @@ class Model(nn.Module):
     def activation_bytes(self, tokens: int) -> int:
         """Upper bound of the memory that a step of `tokens` tokens takes beside weights and cache."""
         raise NotImplementedError
-
-

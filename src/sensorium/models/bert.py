@@ -58,8 +58,9 @@ class EncoderConfig:
         if config.get("position_embedding_type", "absolute") != "absolute":
             raise CheckpointError("config.json: only absolute position_embedding_type is supported")
         if config.get("is_decoder"):
-            raise CheckpointError("config.json: is_decoder (attention to earlier tokens only) is not supported for "
-                                  "encoders")
+            raise CheckpointError(
+                "config.json: is_decoder (attention to earlier tokens only) is not supported for encoders"
+            )
         pad = config.get("pad_token_id")
         return cls(
             vocab_size=config["vocab_size"],

@@ -30,7 +30,9 @@ class DecoderForSequenceClassification(DecoderModel):
         labels, activation = num_labels(config), classifier_activation(self.checkpoint.folder, config)
         classify = ClassifyPooler("last", self.score, labels, activation)
         poolers: dict[PoolingTask, Pooler] = {
-            "classify": classify, "token_classify": TokenPooler(labels, head=self.score)}
+            "classify": classify,
+            "token_classify": TokenPooler(labels, head=self.score),
+        }
         if labels == 1:
             poolers["score"] = classify
         return {**poolers, **super()._make_poolers()}
@@ -54,7 +56,10 @@ class DecoderForRewardModel(DecoderModel):
 
     labels: ClassVar[int] = 1
     weight_prefixes: ClassVar[Mapping[str, str]] = {
-        **DecoderModel.weight_prefixes, "score.0.": "score.inner.", "score.2.": "score.outer."}
+        **DecoderModel.weight_prefixes,
+        "score.0.": "score.inner.",
+        "score.2.": "score.outer.",
+    }
 
     def _declare_head(self, config: TextConfig) -> Linear | None:
         self.score = RewardHead(config.hidden_size, self.labels)

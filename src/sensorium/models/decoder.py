@@ -57,8 +57,15 @@ class SelfAttention(nn.Module):
         self.widths = [heads, kv_heads, kv_heads]
         self.head_dim = head_dim
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: tuple[Tensor, Tensor] | None,
-                context: AttentionContext, rows: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: tuple[Tensor, Tensor] | None,
+        context: AttentionContext,
+        rows: Tensor | None = None,
+    ) -> Tensor:
         """Of the tokens `rows` int64 [n], or of all."""
         heads = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)  # [tokens, heads + 2 * kv_heads, head_dim]
         q, k, v = heads.split(self.widths, dim=1)
@@ -91,9 +98,16 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor,
-                cache: tuple[Tensor, Tensor] | None, context: AttentionContext,
-                rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        cache: tuple[Tensor, Tensor] | None,
+        context: AttentionContext,
+        rows: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """(last layer's output, sum of all before it) -> the same pair, of the tokens `rows` if they are given; every
         sum is taken with the norm after it."""
         if residual is None:
@@ -109,11 +123,16 @@ class DecoderLayer(nn.Module):
     def parts(self) -> kernels.DecoderLayerParts:
         attention, mlp = self.self_attn, self.mlp
         return kernels.DecoderLayerParts(
-            input_norm=self.input_layernorm.weight, qkv=attention.qkv_proj.form,
+            input_norm=self.input_layernorm.weight,
+            qkv=attention.qkv_proj.form,
             q_norm=None if attention.q_norm is None else attention.q_norm.weight,
             k_norm=None if attention.k_norm is None else attention.k_norm.weight,
-            o=attention.o_proj.form, post_norm=self.post_attention_layernorm.weight, gate_up=mlp.gate_up_proj.form,
-            down=mlp.down_proj.form, sliding_window=attention.attention.sliding_window)
+            o=attention.o_proj.form,
+            post_norm=self.post_attention_layernorm.weight,
+            gate_up=mlp.gate_up_proj.form,
+            down=mlp.down_proj.form,
+            sliding_window=attention.attention.sliding_window,
+        )
 
 
 class Decoder(nn.Module):
@@ -136,9 +155,15 @@ class Decoder(nn.Module):
         layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
         attention = layers[0].self_attn.attention
         return kernels.decoder_stack(
-            [layer.parts() for layer in layers], self.norm.weight, num_heads=attention.num_heads,
-            num_kv_heads=attention.num_kv_heads, head_dim=attention.head_dim, scale=attention.scale, eps=self.norm.eps,
-            activation=self.activation)
+            [layer.parts() for layer in layers],
+            self.norm.weight,
+            num_heads=attention.num_heads,
+            num_kv_heads=attention.num_kv_heads,
+            head_dim=attention.head_dim,
+            scale=attention.scale,
+            eps=self.norm.eps,
+            activation=self.activation,
+        )
 
     def forward(self, hidden: Tensor, positions: Tensor, cache: KVCache, context: AttentionContext) -> Tensor:
         cos, sin = self.rotary(positions, context.long_context, context.rope_lengths)
@@ -193,8 +218,9 @@ class DecoderModel(Model):
 
     def _make_poolers(self) -> Mapping[PoolingTask, Pooler]:
         """Last token, normalised, unless sentence-transformers' files in the folder say otherwise."""
-        poolers, self.dense = embedding_poolers(self.checkpoint.folder, "last", self.text.hidden_size,
-                                                self.checkpoint.pooling)
+        poolers, self.dense = embedding_poolers(
+            self.checkpoint.folder, "last", self.text.hidden_size, self.checkpoint.pooling
+        )
         return poolers
 
     def embed(self, token_ids: Tensor, token_types: Tensor | None = None) -> Tensor:
@@ -202,11 +228,17 @@ class DecoderModel(Model):
         return rows
 
     def forward(self, hidden: Tensor, positions: Tensor, cache: KVCache, context: AttentionContext) -> Tensor:
-        if self.long_context_from is not None and context.long_context is None and \
-                max(context.context_lens) > self.long_context_from:
+        if (
+            self.long_context_from is not None
+            and context.long_context is None
+            and max(context.context_lens) > self.long_context_from
+        ):
             raise ValueError("the batch does not say which sequences use the long rope frequencies")
-        if self.stretched_from is not None and context.rope_lengths is None and \
-                max(context.context_lens) > self.stretched_from:
+        if (
+            self.stretched_from is not None
+            and context.rope_lengths is None
+            and max(context.context_lens) > self.stretched_from
+        ):
             raise ValueError("the batch does not say for which lengths the rope frequencies are made")
         out: Tensor = self.model(hidden, positions, cache, context)
         return out

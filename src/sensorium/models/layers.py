@@ -42,8 +42,14 @@ class Linear(nn.Module):
     form: kernels.LinearForm
     least_bits: ClassVar[int] = 4  # that it may be quantised to; more than 8: never
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool = False,
-                 shards: Mapping[str, tuple[int, int]] | None = None) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = False,
+        shards: Mapping[str, tuple[int, int]] | None = None,
+    ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
@@ -55,11 +61,13 @@ class Linear(nn.Module):
         """The form for this layer where the model is quantised so."""
         return at_least(self.least_bits, wanted)
 
-    def allocate(self, dtype: torch.dtype, device: torch.device,
-                 quantization: kernels.Quantization | None = None) -> kernels.LinearForm:
+    def allocate(
+        self, dtype: torch.dtype, device: torch.device, quantization: kernels.Quantization | None = None
+    ) -> kernels.LinearForm:
         """Replace the declared parameters by an empty form, to be filled with `fill` and `set_bias`."""
-        self.form = kernels.empty_linear(self.out_features, self.in_features, dtype=dtype, device=device,
-                                         quantization=quantization)
+        self.form = kernels.empty_linear(
+            self.out_features, self.in_features, dtype=dtype, device=device, quantization=quantization
+        )
         self.weight = None
         self.bias = None
         return self.form
@@ -94,8 +102,9 @@ class Linear(nn.Module):
 class QKVLinear(Linear):
     """Queries, keys and values of one attention in one product: [.., (heads + 2 * kv_heads) * head_dim]."""
 
-    def __init__(self, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, *,
-                 bias: bool = False) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, *, bias: bool = False
+    ) -> None:
         q, kv = num_heads * head_dim, num_kv_heads * head_dim
         super().__init__(hidden_size, q + 2 * kv, bias=bias, shards={"q": (0, q), "k": (q, kv), "v": (q + kv, kv)})
 
@@ -104,8 +113,12 @@ class GateUpLinear(Linear):
     """Gate and up projection of a gated MLP in one product: [.., 2 * intermediate], gates first."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, *, bias: bool = False) -> None:
-        super().__init__(hidden_size, 2 * intermediate_size, bias=bias,
-                         shards={"gate": (0, intermediate_size), "up": (intermediate_size, intermediate_size)})
+        super().__init__(
+            hidden_size,
+            2 * intermediate_size,
+            bias=bias,
+            shards={"gate": (0, intermediate_size), "up": (intermediate_size, intermediate_size)},
+        )
 
 
 class LanguageHead(Linear):
@@ -144,11 +157,13 @@ class Embedding(nn.Module):
     def quantization(self, wanted: kernels.Quantization | None) -> kernels.Quantization | None:
         return at_least(self.least_bits, wanted)
 
-    def allocate(self, dtype: torch.dtype, device: torch.device,
-                 quantization: kernels.Quantization | None = None) -> kernels.LinearForm:
+    def allocate(
+        self, dtype: torch.dtype, device: torch.device, quantization: kernels.Quantization | None = None
+    ) -> kernels.LinearForm:
         """A form in place of the declared parameter, for a quantised table."""
-        self.form = kernels.empty_linear(self.vocab_size, self.hidden_size, dtype=dtype, device=device,
-                                         quantization=quantization)
+        self.form = kernels.empty_linear(
+            self.vocab_size, self.hidden_size, dtype=dtype, device=device, quantization=quantization
+        )
         self.weight = None
         return self.form
 
@@ -187,16 +202,24 @@ class Attention:
 
     __slots__ = ("head_dim", "num_heads", "num_kv_heads", "scale", "sliding_window")
 
-    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, *, scale: float | None = None,
-                 sliding_window: int | None = None) -> None:
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        scale: float | None = None,
+        sliding_window: int | None = None,
+    ) -> None:
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.scale = head_dim**-0.5 if scale is None else scale
         self.sliding_window = sliding_window
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, cache: tuple[Tensor, Tensor] | None,
-                 context: AttentionContext) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: tuple[Tensor, Tensor] | None, context: AttentionContext
+    ) -> Tensor:
         """q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim] -> [tokens, heads * head_dim]"""
         if cache is None:
             out = kernels.varlen_attention(q, k, v, context.query_lens, self.scale, self.sliding_window)

@@ -17,8 +17,14 @@ from sensorium.models.towers.blocks import activation, separate, weights
 from sensorium.models.towers.clip import ClipConfig, ClipTower, clip_map
 from sensorium.types import Modality
 
-CLIP_LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-              "image_size": 336, "patch_size": 14}  # meant where config.json has no vision_config at all
+CLIP_LARGE = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}  # meant where config.json has no vision_config at all
 
 
 class Projector(nn.Module):
@@ -54,8 +60,10 @@ class Llava(DecoderForCausalLM):
         layers = config.get("vision_feature_layer", -2)
         states = [layers] if isinstance(layers, int) else list(layers)
         self.vision_tower = ClipTower(
-            ClipConfig.of(config.get("vision_config") or CLIP_LARGE), states,
-            keeps_class_token=config.get("vision_feature_select_strategy", "default") == "full")
+            ClipConfig.of(config.get("vision_config") or CLIP_LARGE),
+            states,
+            keeps_class_token=config.get("vision_feature_select_strategy", "default") == "full",
+        )
         tower_size = self.vision_tower.config.hidden_size * len(states)
         self.multi_modal_projector = Projector(tower_size, self.text.hidden_size, config)
         unused = [f"vision_tower.{name}" for name in self.vision_tower.unused]
@@ -87,7 +95,8 @@ class LlavaNext(Llava):
         if self.vision_tower.num_rows != self.vision_tower.config.num_patches:
             raise CheckpointError(
                 "config.json: LLaVA-NeXT lays a row per patch on a grid: vision_feature_select_strategy must be "
-                "'default' with CLIP, whose first row is of no patch, and 'full' with SigLIP, which has no such row")
+                "'default' with CLIP, whose first row is of no patch, and 'full' with SigLIP, which has no such row"
+            )
         self.image_newline = declare(self.text.hidden_size)
 
     def encoding(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> Steps[list[Tensor]]:

@@ -71,9 +71,17 @@ class _Slot:
         return [f"{self.name} ({', '.join(absent)})" if self.sources else self.name]
 
 
-def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str,
-               quantization: Quantization | None = None, quantize_towers: bool = False, in_place: bool = False,
-               copy: QuantizedCopy | None = None, progress: Callable[[float], None] | None = None) -> Model:
+def load_model(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    quantization: Quantization | None = None,
+    quantize_towers: bool = False,
+    in_place: bool = False,
+    copy: QuantizedCopy | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Model:
     """Build the checkpoint's model on `device` with weights in `dtype`. `progress` hears the part done, from 0 to 1.
 
     `quantization` is for the linear layers and embeddings of the model's core, and of all of it if the towers are meant
@@ -87,17 +95,26 @@ def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.devi
     checkpoint, tensors = resolve_head(checkpoint, made, tensors, dtype)
     with torch.device("meta"):
         model: Model = made(checkpoint)
-    fill(model, tensors, dtype=dtype, device=torch.device(device), quantization=quantization,
-         quantize_towers=quantize_towers, copy=copy, progress=progress,
-         in_place=in_place and sum(tensor.nbytes for tensor in tensors) >= MAPPED_BYTES)
+    fill(
+        model,
+        tensors,
+        dtype=dtype,
+        device=torch.device(device),
+        quantization=quantization,
+        quantize_towers=quantize_towers,
+        copy=copy,
+        progress=progress,
+        in_place=in_place and sum(tensor.nbytes for tensor in tensors) >= MAPPED_BYTES,
+    )
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
     return model.eval()
 
 
-def resolve_head(checkpoint: Checkpoint, made: type[Model], tensors: Sequence[Stored],
-                 dtype: torch.dtype) -> tuple[Checkpoint, Sequence[Stored]]:
+def resolve_head(
+    checkpoint: Checkpoint, made: type[Model], tensors: Sequence[Stored], dtype: torch.dtype
+) -> tuple[Checkpoint, Sequence[Stored]]:
     """What the stored tensors say of the language head, which config.json may tell differently.
 
     A head that is stored and is not the embeddings is kept, tied or not, as transformers does; one that equals them is
@@ -116,8 +133,12 @@ def resolve_head(checkpoint: Checkpoint, made: type[Model], tensors: Sequence[St
         return checkpoint, tensors
     if _are_equal(head, embeddings, dtype):
         return checkpoint, [tensor for tensor in tensors if tensor is not head]
-    logger.warning("config.json ties the language head to the embeddings, but %s is stored and differs from %s: the "
-                   "stored head is used", head.key, embeddings.key)
+    logger.warning(
+        "config.json ties the language head to the embeddings, but %s is stored and differs from %s: the "
+        "stored head is used",
+        head.key,
+        embeddings.key,
+    )
     return replace(checkpoint, text=replace(text, tie_word_embeddings=False)), tensors
 
 
@@ -131,14 +152,26 @@ def _are_equal(one: Stored, other: Stored, dtype: torch.dtype) -> bool:
 
 def weight_bytes(model: Model) -> int:
     """Memory of everything loaded: packed forms and plain parameters."""
-    packed = sum(module.form.nbytes for module in model.modules()
-                 if isinstance(module, Linear | Embedding) and module.form is not None)
+    packed = sum(
+        module.form.nbytes
+        for module in model.modules()
+        if isinstance(module, Linear | Embedding) and module.form is not None
+    )
     return packed + sum(p.nbytes for p in model.parameters())
 
 
-def fill(model: Model, tensors: Sequence[Stored], *, dtype: torch.dtype, device: torch.device,
-         quantization: Quantization | None = None, quantize_towers: bool = False, in_place: bool = False,
-         copy: QuantizedCopy | None = None, progress: Callable[[float], None] | None = None) -> None:
+def fill(
+    model: Model,
+    tensors: Sequence[Stored],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization | None = None,
+    quantize_towers: bool = False,
+    in_place: bool = False,
+    copy: QuantizedCopy | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> None:
     """Give every declared parameter its memory and contents."""
     slots = _assign(model, tensors)
     total = sum(s.nbytes for slot in slots.values() for s in slot.sources.values()) or 1
@@ -157,8 +190,11 @@ def fill(model: Model, tensors: Sequence[Stored], *, dtype: torch.dtype, device:
         if progress is not None:
             progress(done / total)
     if anew:
-        logger.warning("%d layers are stored in a form that no kernel takes (act-order, or 8 bits in groups or with "
-                       "zero points): they are kept as int8 with one scale per output", anew)
+        logger.warning(
+            "%d layers are stored in a form that no kernel takes (act-order, or 8 bits in groups or with "
+            "zero points): they are kept as int8 with one scale per output",
+            anew,
+        )
 
 
 def _assign(model: Model, tensors: Sequence[Stored]) -> dict[str, _Slot]:
@@ -207,11 +243,14 @@ def _named(keys: list[str]) -> str:
 def _check(slot: _Slot, shard: str, tensor: Stored) -> None:
     expected = (slot.shards()[shard][1], *slot.shape[1:]) if shard else slot.shape
     if tensor.shape != expected:
-        raise CheckpointError(f"tensor {tensor.key} in {tensor.file.name} has shape {list(tensor.shape)}, "
-                              f"the configuration needs {list(expected)}")
+        raise CheckpointError(
+            f"tensor {tensor.key} in {tensor.file.name} has shape {list(tensor.shape)}, "
+            f"the configuration needs {list(expected)}"
+        )
     if isinstance(tensor, StoredTensor) and tensor.dtype not in _FLOATS:
-        raise CheckpointError(f"tensor {tensor.key} in {tensor.file.name} is {tensor.dtype}: config.json does not say "
-                              "how it is quantised")
+        raise CheckpointError(
+            f"tensor {tensor.key} in {tensor.file.name} is {tensor.dtype}: config.json does not say how it is quantised"
+        )
 
 
 def _is_ignored(key: str, patterns: tuple[str, ...]) -> bool:
@@ -228,7 +267,7 @@ def _renamer(model: Model | type[Model]) -> Callable[[str], tuple[str, str]]:
     def rename(key: str) -> tuple[str, str]:
         for old, new in model.weight_prefixes.items():
             if key.startswith(old):
-                key = new + key[len(old):]
+                key = new + key[len(old) :]
                 break
         for pattern, target, shard in rows:
             match = pattern.fullmatch(key)
@@ -250,8 +289,16 @@ def _sources(groups: list[tuple[nn.Module, dict[str, _Slot]]]) -> list[Stored]:
     return [source for _, group in groups for slot in group.values() for source in slot.sources.values()]
 
 
-def _fill_module(module: nn.Module, slots: dict[str, _Slot], dtype: torch.dtype, device: torch.device,
-                 wanted: Quantization | None, *, in_place: bool = False, copy: QuantizedCopy | None = None) -> bool:
+def _fill_module(
+    module: nn.Module,
+    slots: dict[str, _Slot],
+    dtype: torch.dtype,
+    device: torch.device,
+    wanted: Quantization | None,
+    *,
+    in_place: bool = False,
+    copy: QuantizedCopy | None = None,
+) -> bool:
     """Whether codes of the checkpoint had to be quantised anew, though nobody asked for it."""
     if not isinstance(module, Linear | Embedding):
         _fill_parameters(module, slots, dtype, device)
@@ -290,8 +337,9 @@ def _fill_module(module: nn.Module, slots: dict[str, _Slot], dtype: torch.dtype,
     return anew
 
 
-def _restored(module: Linear | Embedding, name: str, quantization: Quantization,
-              copy: QuantizedCopy) -> QuantizedForm | None:
+def _restored(
+    module: Linear | Embedding, name: str, quantization: Quantization, copy: QuantizedCopy
+) -> QuantizedForm | None:
     """The parameter as it was quantised at an earlier start."""
     kept = copy.parts(name)
     if kept is None:
@@ -307,8 +355,11 @@ def _lying(weight: _Slot, dtype: torch.dtype, device: torch.device) -> list[tupl
     """(first row, rows) of all parts as they lie in the mapped file, where that is how they are wanted."""
     if device.type != "cpu" or dtype != torch.bfloat16:
         return []
-    parts = [(first, source) for first, source in weight.parts()
-             if isinstance(source, StoredTensor) and source.dtype == dtype and source.populate is not None]
+    parts = [
+        (first, source)
+        for first, source in weight.parts()
+        if isinstance(source, StoredTensor) and source.dtype == dtype and source.populate is not None
+    ]
     if len(parts) < len(weight.sources):
         return []
     return [(first, source.view().flatten(1)) for first, source in parts]

@@ -82,8 +82,10 @@ class Resampler(nn.Module):
         table = self._sinusoids(max(map(max, grids)), like)
         parts = []
         for grid in grids:
-            lines, columns = (index.flatten() for index in torch.meshgrid(
-                *(torch.arange(count, device=like.device) for count in grid), indexing="ij"))
+            lines, columns = (
+                index.flatten()
+                for index in torch.meshgrid(*(torch.arange(count, device=like.device) for count in grid), indexing="ij")
+            )
             parts.append(torch.cat([table[columns], table[lines]], dim=1))
         return torch.cat(parts)
 
@@ -106,8 +108,9 @@ class MiniCPMV(DecoderForCausalLM):
         super().__init__(checkpoint)
         config, size = checkpoint.config, self.text.hidden_size
         if str(config.get("version")) != VERSION:
-            raise CheckpointError(f"config.json: MiniCPM-V version {config.get('version')} is not supported "
-                                  f"(supported: {VERSION})")
+            raise CheckpointError(
+                f"config.json: MiniCPM-V version {config.get('version')} is not supported (supported: {VERSION})"
+            )
         if size % HEAD_DIM:
             raise CheckpointError(f"config.json: hidden_size {size} is no multiple of the resampler's {HEAD_DIM}")
         vision = siglip_config(config.get("vision_config") or {})
@@ -115,8 +118,10 @@ class MiniCPMV(DecoderForCausalLM):
         self.num_queries: int = config.get("query_num", 64)
         self.resampler = Resampler(self.num_queries, size, vision.hidden_size)
         self.ignored = (*self.ignored, "resampler.pos_embed", *(f"vpm.{name}" for name in self.vpm.unused))
-        mean, std = (torch.tensor(checkpoint.preprocessor.get(name) or default, device="cpu")
-                     for name, default in (("norm_mean", MEAN), ("norm_std", STD)))
+        mean, std = (
+            torch.tensor(checkpoint.preprocessor.get(name) or default, device="cpu")
+            for name, default in (("norm_mean", MEAN), ("norm_std", STD))
+        )
         self.register_buffer("pixel_scale", (1 / 255 / std).unsqueeze(1), persistent=False)
         self.register_buffer("pixel_shift", (-mean / std).unsqueeze(1), persistent=False)
 
@@ -124,8 +129,11 @@ class MiniCPMV(DecoderForCausalLM):
         grids = [[(int(lines), int(columns)) for lines, columns in item["grids"].tolist()] for item in items]
         every = [grid for one in grids for grid in one]
         lengths = [lines * columns for lines, columns in every]
-        slices = [part for item, one in zip(items, grids, strict=True)
-                  for part in torch.split(item["patches"], [lines * columns for lines, columns in one])]
+        slices = [
+            part
+            for item, one in zip(items, grids, strict=True)
+            for part in torch.split(item["patches"], [lines * columns for lines, columns in one])
+        ]
         rows = []
         for group in groups(lengths, group_rows(slices[0])):
             rows.append((yield from self._encode(torch.cat(slices[group]), every[group])))

@@ -125,8 +125,9 @@ class Attention(nn.Module):
         self.Wqkv = Linear(config.hidden_size, 3 * config.hidden_size, bias=config.attention_bias)
         self.Wo = Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
 
-    def forward(self, x: Tensor, residual: Tensor, rotation: Rotation, lengths: list[int],
-                first: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, residual: Tensor, rotation: Rotation, lengths: list[int], first: Tensor | None
+    ) -> Tensor:
         """[tokens, hidden] -> the same, or [runs, hidden] of the rows `first` alone"""
         q, k, v = self.Wqkv(x).view(len(x), 3, -1, self.head_dim).unbind(1)  # [tokens, heads, head_dim] each
         q, k = kernels.rope(q, k, rotation.cos, rotation.sin)
@@ -232,7 +233,10 @@ class ModernBertForSequenceClassification(ModernBertModel):
         pooling = raw.get("classifier_pooling", "cls")
         if pooling not in ("cls", "mean"):
             raise CheckpointError(f"config.json: classifier_pooling {pooling!r} is neither cls nor mean")
-        self.head = PredictionHead(self.config, activation_name(raw.get("classifier_activation", "gelu")),
-                                   bias=bool(raw.get("classifier_bias", False)))
+        self.head = PredictionHead(
+            self.config,
+            activation_name(raw.get("classifier_activation", "gelu")),
+            bias=bool(raw.get("classifier_bias", False)),
+        )
         self.classifier = Head(self.config.hidden_size, num_labels(raw), bias=True)
         self._classifies(lambda state: self.classifier(self.head(state)), pooling)

@@ -48,8 +48,9 @@ class VisionEmbedding(nn.Module):
         self.img_processor = tower
         self.glb_GN = declare(1, 1, block)  # between the tiles and the whole picture
         self.sub_GN = declare(1, 1, 1, block)  # ends every line
-        self.img_projection = nn.ModuleDict({"0": Linear(block, hidden_size, bias=True),
-                                             "2": Linear(hidden_size, hidden_size, bias=True)})
+        self.img_projection = nn.ModuleDict(
+            {"0": Linear(block, hidden_size, bias=True), "2": Linear(hidden_size, hidden_size, bias=True)}
+        )
         self._global_first = global_first
 
     def steps(self, pictures: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> Steps[list[Tensor]]:
@@ -96,8 +97,9 @@ class Phi3V(DecoderForCausalLM):
         vision = checkpoint.config.get("img_processor") or {}
         config = ClipConfig.of(vision["vision_config"]) if vision.get("vision_config") else stored_config(checkpoint)
         tower = ClipTower(config, [vision.get("layer_idx", -2)], keeps_class_token=False)
-        self.vision_embed_tokens = VisionEmbedding(tower, self.text.hidden_size,
-                                                   global_first=embedding["hd_transform_order"] == "glb_sub")
+        self.vision_embed_tokens = VisionEmbedding(
+            tower, self.text.hidden_size, global_first=embedding["hd_transform_order"] == "glb_sub"
+        )
         unused = [f"vision_embed_tokens.img_processor.{name}" for name in tower.unused]
         self.ignored = (*self.ignored, ".embeddings.position_ids", "vision_embed_tokens.wte.", *unused)
 
@@ -110,8 +112,7 @@ class Phi3V(DecoderForCausalLM):
         tiles = 1 + max(MOST_CROPS, int(self.checkpoint.preprocessor.get("num_crops") or 1))
         features = 3 * tiles * tower.config.num_patches * tower.config.hidden_size  # held three times
         projected = MAX_ROWS * 4 * self.text.hidden_size
-        return max(super().activation_bytes(tokens),
-                   tower.activation_bytes(size) + size * (features + projected))
+        return max(super().activation_bytes(tokens), tower.activation_bytes(size) + size * (features + projected))
 
 
 def supported(config: Mapping[str, Any], part: str, choices: Choices) -> dict[str, Any]:
@@ -126,8 +127,11 @@ def supported(config: Mapping[str, Any], part: str, choices: Choices) -> dict[st
 
 def stored_config(checkpoint: Checkpoint) -> ClipConfig:
     """The tower as the shapes of its tensors have it; heads are 64 wide in every CLIP."""
-    shapes = {_PREFIX.sub("", tensor.key): tensor.shape for tensor in stored_tensors(checkpoint.weight_files)
-              if _PREFIX.match(tensor.key)}
+    shapes = {
+        _PREFIX.sub("", tensor.key): tensor.shape
+        for tensor in stored_tensors(checkpoint.weight_files)
+        if _PREFIX.match(tensor.key)
+    }
     try:
         hidden_size, _, patch_size, _ = shapes["embeddings.patch_embedding.weight"]
         positions, _ = shapes["embeddings.position_embedding.weight"]
@@ -137,7 +141,15 @@ def stored_config(checkpoint: Checkpoint) -> ClipConfig:
     layers = {int(match.group(1)) for key in shapes if (match := _LAYER.match(key))}
     image_size = round((positions - 1) ** 0.5) * patch_size
     if image_size != TILE:
-        raise CheckpointError(f"the vision tower takes pictures of {image_size} pixels instead of {TILE}; config.json "
-                              "must say so in img_processor.vision_config")
-    return ClipConfig(hidden_size=hidden_size, intermediate_size=intermediate_size, num_layers=len(layers),
-                      num_heads=max(1, hidden_size // HEAD_DIM), image_size=image_size, patch_size=patch_size)
+        raise CheckpointError(
+            f"the vision tower takes pictures of {image_size} pixels instead of {TILE}; config.json "
+            "must say so in img_processor.vision_config"
+        )
+    return ClipConfig(
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_layers=len(layers),
+        num_heads=max(1, hidden_size // HEAD_DIM),
+        image_size=image_size,
+        patch_size=patch_size,
+    )

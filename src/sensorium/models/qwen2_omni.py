@@ -22,12 +22,22 @@ from sensorium.types import Modality
 class Qwen2Omni(Qwen2VL):
     modalities: ClassVar[frozenset[Modality]] = frozenset({"image", "video", "audio"})
     weight_prefixes: ClassVar[Mapping[str, str]] = {
-        "thinker.model.language_model.": "model.", "thinker.model.visual.": "visual.",
-        "thinker.model.audio_tower.": "audio_tower.", "thinker.": "",
-        "model.language_model.": "model.", "model.visual.": "visual.", "model.audio_tower.": "audio_tower."}
+        "thinker.model.language_model.": "model.",
+        "thinker.model.visual.": "visual.",
+        "thinker.model.audio_tower.": "audio_tower.",
+        "thinker.": "",
+        "model.language_model.": "model.",
+        "model.visual.": "visual.",
+        "model.audio_tower.": "audio_tower.",
+    }
     weight_map: ClassVar[tuple[Rename, ...]] = (*DECODER_MAP, *WINDOWED_VIT_MAP)
-    ignored: tuple[str, ...] = (*Qwen2VL.ignored, "talker.", "token2wav.", "audio_bos_eos_token.weight",
-                                "positional_embedding.positional_embedding")
+    ignored: tuple[str, ...] = (
+        *Qwen2VL.ignored,
+        "talker.",
+        "token2wav.",
+        "audio_bos_eos_token.weight",
+        "positional_embedding.positional_embedding",
+    )
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)

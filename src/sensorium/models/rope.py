@@ -44,8 +44,9 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("long_inv_freq", long_inv_freq, persistent=False)
         self.register_buffer("axes", axes, persistent=False)
 
-    def forward(self, positions: Tensor, long_context: Tensor | None = None,
-                lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, positions: Tensor, long_context: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         inv_freq = self.inv_freq
         if lengths is not None and self.config.kind == "dynamic":
             inv_freq = self._stretched(lengths)
@@ -97,8 +98,10 @@ def _llama3(inv_freq: Tensor, config: RopeConfig) -> Tensor:
 def _yarn(inv_freq: Tensor, config: RopeConfig, dim: int) -> Tensor:
     """Frequencies of many turns per original context are kept, those of few divided by `factor`, and between the two
     dimensions where that begins and ends the share changes evenly. Source: Peng et al. 2023 (YaRN), section 3.2."""
-    first, last = (dim * math.log(config.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(config.theta))
-                   for turns in (config.beta_fast, config.beta_slow))
+    first, last = (
+        dim * math.log(config.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(config.theta))
+        for turns in (config.beta_fast, config.beta_slow)
+    )
     if config.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, dim - 1)

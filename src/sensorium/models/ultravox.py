@@ -66,8 +66,9 @@ class Ultravox(DecoderForCausalLM):
         chunk_frames = 2 * self.audio_tower.config.max_positions
         chunks = [torch.split(item["mel"], chunk_frames, dim=1) for item in items]
         frames = [chunk.shape[1] for clip in chunks for chunk in clip]
-        padded = [self._padded(chunk, chunk_frames) if index else chunk
-                  for clip in chunks for index, chunk in enumerate(clip)]
+        padded = [
+            self._padded(chunk, chunk_frames) if index else chunk for clip in chunks for index, chunk in enumerate(clip)
+        ]
         states = iter((yield from self.audio_tower.steps(padded, frames)))
         return [torch.cat([self.multi_modal_projector(next(states)) for _ in clip]) for clip in chunks]
 

@@ -69,8 +69,9 @@ def _tensors(spec: DenseSpec) -> dict[str, Tensor]:
     return tensors
 
 
-def embedding_poolers(folder: Path, default: PoolingKind, size: int,
-                      wanted: str = "auto") -> tuple[dict[PoolingTask, Pooler], nn.Module]:
+def embedding_poolers(
+    folder: Path, default: PoolingKind, size: int, wanted: str = "auto"
+) -> tuple[dict[PoolingTask, Pooler], nn.Module]:
     """Poolers of a checkpoint with states of `size` numbers, and the layers that they use, to be kept by the model.
 
     `wanted` is --pooling.

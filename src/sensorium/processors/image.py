@@ -31,8 +31,9 @@ class Normalization:
     shift: NDArray[np.float32]  # [3, 1, 1]
 
     @classmethod
-    def of(cls, preprocessor: Mapping[str, Any], mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD,
-           ) -> Normalization:
+    def of(
+        cls, preprocessor: Mapping[str, Any], mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
+    ) -> Normalization:
         """As the file says, with the family's own mean and deviation where it is silent."""
         scale, shift = np.ones(3), np.zeros(3)
         if switch(preprocessor, "do_rescale"):

@@ -125,7 +125,8 @@ class LlavaNextProcessor(Processor):
         if best is None:
             raise MediaError(
                 f"A picture of {width}x{height} pixels is too narrow for this model.",
-                param=param or None, code="image_too_small",
+                param=param or None,
+                code="image_too_small",
             )
         side = self.geometry.side
         grid_h, grid_w = best[0] // self.geometry.image_size, best[1] // self.geometry.image_size

@@ -30,8 +30,13 @@ MAX_SLICES = 36
 MAX_FRAMES = 64
 TAGS: Mapping[Modality, str] = {"image": "(<image>./</image>)", "video": "(<video>./</video>)"}
 TOKENS: Mapping[str, str] = {  # names in preprocessor_config.json
-    "im_start": "<image>", "im_end": "</image>", "slice_start": "<slice>", "slice_end": "</slice>", "unk": "<unk>",
-    "im_id_start": "<image_id>", "im_id_end": "</image_id>",
+    "im_start": "<image>",
+    "im_end": "</image>",
+    "slice_start": "<slice>",
+    "slice_end": "</slice>",
+    "unk": "<unk>",
+    "im_id_start": "<image_id>",
+    "im_id_end": "</image_id>",
 }
 _KINDS: Mapping[str, Modality] = {tag: kind for kind, tag in TAGS.items()}
 _TAG = re.compile("(" + "|".join(map(re.escape, TAGS.values())) + ")")
@@ -119,11 +124,17 @@ class MiniCPMVProcessor(Processor):
         self._numbered: bool = self._setting("use_image_id", True if numbered is None else numbered)
         most = self._setting("max_slice_nums", slices.get("max_slice_nums", 9))
         whole = not image.switch(files, "slice_mode")
-        self._most: dict[Modality, int] = {"image": 1 if whole else most,
-                                           "video": 1 if whole else self._setting("video_max_slice_nums", 2)}
+        self._most: dict[Modality, int] = {
+            "image": 1 if whole else most,
+            "video": 1 if whole else self._setting("video_max_slice_nums", 2),
+        }
         # As the model's card samples: about one frame a second, thinned out evenly.
-        self._sampling = VideoSampling(fps=self._setting("fps", 1.0), num_frames=self.overrides.get("num_frames"),
-                                       max_frames=self._setting("max_frames", MAX_FRAMES), placement="stride")
+        self._sampling = VideoSampling(
+            fps=self._setting("fps", 1.0),
+            num_frames=self.overrides.get("num_frames"),
+            max_frames=self._setting("max_frames", MAX_FRAMES),
+            placement="stride",
+        )
 
     def video_sampling(self) -> VideoSampling:
         return self._sampling
@@ -161,8 +172,9 @@ class MiniCPMVProcessor(Processor):
     def text_length(self, text: str) -> int:
         return sum(len(self.tokenizer.encode(piece)) for piece in _TAG.split(text)[::2])
 
-    def _pieces(self, pieces: Sequence[str], media: Sequence[MediaFeatures],
-                add_special_tokens: bool) -> Iterator[Piece]:
+    def _pieces(
+        self, pieces: Sequence[str], media: Sequence[MediaFeatures], add_special_tokens: bool
+    ) -> Iterator[Piece]:
         waiting = {kind: iter([i for i, one in enumerate(media) if one.kind == kind]) for kind in TAGS}
         seen: Counter[Modality] = Counter()
         for place, piece in enumerate(pieces):

@@ -131,8 +131,9 @@ class Phi3VProcessor(Processor):
     def text_length(self, text: str) -> int:
         return sum(len(self.tokenizer.encode(piece)) for piece in _MARKER.split(text)[::2])
 
-    def _pieces(self, texts: Sequence[str], numbers: Sequence[int], media: Sequence[MediaFeatures],
-                add_special_tokens: bool) -> Iterator[Piece]:
+    def _pieces(
+        self, texts: Sequence[str], numbers: Sequence[int], media: Sequence[MediaFeatures], add_special_tokens: bool
+    ) -> Iterator[Piece]:
         for index, text in enumerate(texts):
             if index:
                 item = numbers[index - 1] - 1
@@ -148,14 +149,20 @@ class Phi3VProcessor(Processor):
                 raise self._no_such_input(one.kind)
         if set(numbers) != set(range(1, len(media) + 1)):
             named = ", ".join(str(number) for number in sorted(set(numbers))[:16]) or "none"
-            raise RequestError(f"The prompt has placeholders for the pictures {named}, but the request brings "
-                               f"{len(media)} picture(s), which are 1 to {len(media)}.", code="media_count_mismatch")
+            raise RequestError(
+                f"The prompt has placeholders for the pictures {named}, but the request brings "
+                f"{len(media)} picture(s), which are 1 to {len(media)}.",
+                code="media_count_mismatch",
+            )
 
     def _tiling(self, height: int, width: int, param: str = "") -> Tiling:
         plan = tiling(height, width, self._num_crops, self._tile)
         if not plan.height:
-            raise MediaError(f"A picture of {width}x{height} pixels is too narrow for this model.", param=param or None,
-                             code="image_too_small")
+            raise MediaError(
+                f"A picture of {width}x{height} pixels is too narrow for this model.",
+                param=param or None,
+                code="image_too_small",
+            )
         return plan
 
     def _canvas(self, pixels: NDArray[np.uint8], plan: Tiling) -> NDArray[np.uint8]:

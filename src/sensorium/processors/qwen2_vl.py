@@ -36,8 +36,10 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     new_h, new_w = round(height / factor) * factor, round(width / factor) * factor
     if new_h * new_w > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
-        return (max(factor, math.floor(height / shrink / factor) * factor),
-                max(factor, math.floor(width / shrink / factor) * factor))
+        return (
+            max(factor, math.floor(height / shrink / factor) * factor),
+            max(factor, math.floor(width / shrink / factor) * factor),
+        )
     if new_h * new_w < min_pixels:
         grow = math.sqrt(min_pixels / (height * width))
         return math.ceil(height * grow / factor) * factor, math.ceil(width * grow / factor) * factor
@@ -65,7 +67,8 @@ class Qwen2VLProcessor(Processor):
         config = checkpoint.config
         self._ids: dict[Modality, int] = {
             kind: config.get(f"{kind}_token_id", config.get(f"{kind}_token_index", default))
-            for kind, default in self.token_ids.items()}
+            for kind, default in self.token_ids.items()
+        }
         self._markers = {kind: self._find_marker(self.marks[kind][1], self._ids[kind]) for kind in self._ids}
 
     def _configure(self) -> None:
@@ -79,8 +82,9 @@ class Qwen2VLProcessor(Processor):
         self._resample = image.resample_filter(files)
         self._resizes = image.switch(files, "do_resize")
         self._min_pixels, self._max_pixels = self._pixel_bounds(files, (56 * 56, 28 * 28 * 1280))
-        self._video_bounds = self._pixel_bounds(self.checkpoint.video_preprocessor,
-                                                (VIDEO_MIN_PIXELS, VIDEO_MAX_PIXELS))
+        self._video_bounds = self._pixel_bounds(
+            self.checkpoint.video_preprocessor, (VIDEO_MIN_PIXELS, VIDEO_MAX_PIXELS)
+        )
         self._sampling = self._video_sampling()
 
     def video_sampling(self) -> VideoSampling:
@@ -160,12 +164,19 @@ class Qwen2VLProcessor(Processor):
 
     def _size(self, kind: Modality, height: int, width: int, frames: int, param: str | None) -> tuple[int, int]:
         if max(height, width) > MAX_ASPECT * min(height, width):
-            raise MediaError(f"A picture of {width}x{height} pixels is too narrow for this model, which takes sides of "
-                             f"at most {MAX_ASPECT}:1.", param=param, code="image_too_small")
+            raise MediaError(
+                f"A picture of {width}x{height} pixels is too narrow for this model, which takes sides of "
+                f"at most {MAX_ASPECT}:1.",
+                param=param,
+                code="image_too_small",
+            )
         if not self._resizes:
             if height % self._factor or width % self._factor:
-                raise MediaError(f"This model takes sizes in multiples of {self._factor} pixels, not {width}x{height}.",
-                                 param=param, code="invalid_image")
+                raise MediaError(
+                    f"This model takes sizes in multiples of {self._factor} pixels, not {width}x{height}.",
+                    param=param,
+                    code="invalid_image",
+                )
             return height, width
         low, high = self._min_pixels, self._max_pixels
         if kind == "video":
@@ -173,8 +184,9 @@ class Qwen2VLProcessor(Processor):
             high = max(min(high, VIDEO_TOTAL_PIXELS * self._frames // frames), min(high, int(low * 1.05)))
         return smart_resize(height, width, self._factor, low, high)
 
-    def _patches(self, frames: Iterable[NDArray[np.uint8]], grid: tuple[int, int, int],
-                 depth: int) -> NDArray[np.uint8]:
+    def _patches(
+        self, frames: Iterable[NDArray[np.uint8]], grid: tuple[int, int, int], depth: int
+    ) -> NDArray[np.uint8]:
         """[patches, 3 * depth * patch * patch], `depth` frames to a patch; the last frame is repeated to fill it.
 
         In bytes, which the engine normalises: a quarter of the memory while a request waits, and to hand over.
@@ -226,5 +238,9 @@ class Qwen2VLProcessor(Processor):
             low = min(low, high)
         if high < low:
             raise SettingError("max_frames", f"is {high}: less than min_frames")
-        return VideoSampling(fps=self._value(files, "fps", FPS), min_frames=math.ceil(low / group) * group,
-                             max_frames=max(high // group, 1) * group, even=group == 2)
+        return VideoSampling(
+            fps=self._value(files, "fps", FPS),
+            min_frames=math.ceil(low / group) * group,
+            max_frames=max(high // group, 1) * group,
+            even=group == 2,
+        )

@@ -20,8 +20,16 @@ from pathlib import Path
 
 from sensorium.errors import CheckpointError, StartupError
 
-_SOURCES = ("*.model", "*.tiktoken", "vocab*", "merges.txt", "tokenizer*", "added_tokens.json",
-            "special_tokens_map.json", "config.json")
+_SOURCES = (
+    "*.model",
+    "*.tiktoken",
+    "vocab*",
+    "merges.txt",
+    "tokenizer*",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "config.json",
+)
 _TIMEOUT_S = 180
 _log = logging.getLogger("sensorium")
 
@@ -36,8 +44,10 @@ def converted_tokenizer(folder: Path, cache: Path | None = None) -> Path:
     if cache is not None and (cache / name).is_file():
         return cache / name
     if importlib.util.find_spec("transformers") is None:
-        raise StartupError("The model has no tokenizer.json. Its tokenizer can be converted once the extra is "
-                           "installed: pip install 'sensorium[convert]'")
+        raise StartupError(
+            "The model has no tokenizer.json. Its tokenizer can be converted once the extra is "
+            "installed: pip install 'sensorium[convert]'"
+        )
     try:
         cache = _writable(cache)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
@@ -65,8 +75,10 @@ def _writable(cache: Path | None) -> Path:
             return cache
     except OSError:
         pass
-    _log.warning("the converted tokenizer is not kept: %s", "there is no home folder" if cache is None
-                 else f"{cache} cannot be written to")
+    _log.warning(
+        "the converted tokenizer is not kept: %s",
+        "there is no home folder" if cache is None else f"{cache} cannot be written to",
+    )
     scratch = Path(tempfile.mkdtemp(prefix="sensorium-"))
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
     return scratch
@@ -90,8 +102,7 @@ def _convert(folder: Path, target: Path) -> None:
     try:
         # What transformers or torch want to keep goes where this process may write, home or none.
         environment = os.environ | dict.fromkeys(("HOME", "HF_HOME", "TORCHINDUCTOR_CACHE_DIR"), str(target.parent))
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False,
-                              env=environment)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, env=environment)
     except subprocess.TimeoutExpired:
         raise StartupError(f"Converting the tokenizer took longer than {_TIMEOUT_S} s.") from None
     if done.returncode != 0 or not target.is_file():

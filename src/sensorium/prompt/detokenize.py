@@ -25,8 +25,16 @@ class Detokenizer:
     continues a prompt: sentencepiece writes the space before a word into the word's token.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, stop: tuple[str, ...] = (),
-                 include_stop: bool = False, min_tokens: int = 0, keep_leading_space: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special_tokens: bool = True,
+        stop: tuple[str, ...] = (),
+        include_stop: bool = False,
+        min_tokens: int = 0,
+        keep_leading_space: bool = False,
+    ) -> None:
         skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
         table = tokenizer.token_bytes
         self._text: _TableText | _WindowText
@@ -118,7 +126,7 @@ class _WindowText:
         """The part of the window's text that is new; the window then goes on from here."""
         self._context, self._pending = self._pending, []
         alone = self._decode(self._context, skip_special_tokens=False)
-        new = text[len(self._before):] if text.startswith(self._before) else alone
+        new = text[len(self._before) :] if text.startswith(self._before) else alone
         self._before = alone
         return new
 

@@ -60,8 +60,9 @@ class PairLimits:
         return query, document
 
 
-def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], *, add_special_tokens: bool,
-                 truncation: Truncation | None = None) -> list[Ids]:
+def encode_texts(
+    tokenizer: Tokenizer, texts: Sequence[str], *, add_special_tokens: bool, truncation: Truncation | None = None
+) -> list[Ids]:
     """All texts in one go, which runs on several cores; literals of special tokens in them are tokens."""
     clean = [tokenizer.sanitize(truncation.shorten(text) if truncation else text) for text in texts]
     if truncation is None and tokenizer.frame is None:
@@ -92,8 +93,10 @@ def _joined(tokenizer: Tokenizer, query: Any, document: Any, limits: PairLimits,
     if limits.total is not None:
         second = min(second, limits.total - num_special - first)
         if second < 0:
-            raise ContextLengthError(f"The query alone has {first} tokens, which leaves no room for a document: the "
-                                     f"two may have {limits.total} with {num_special} special tokens.")
+            raise ContextLengthError(
+                f"The query alone has {first} tokens, which leaves no room for a document: the "
+                f"two may have {limits.total} with {num_special} special tokens."
+            )
     joined = tokenizer.framed(_first(query, first), _first(document, second))
     return np.array(joined.ids, np.int32), np.array(joined.type_ids, np.int32)
 
@@ -105,4 +108,3 @@ def _first(encoding: Any, count: int) -> Any:
     twin = type(encoding).merge([encoding])
     twin.truncate(count)
     return twin
-

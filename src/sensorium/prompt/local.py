@@ -16,8 +16,16 @@ from sensorium.prompt.template import ChatTemplate, Placeholder, compiling, prob
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.types import Modality
 
-FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,
-            MemoryError)
+FAILURES = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    MemoryError,
+)
 
 
 class LocalRenderer:
@@ -51,8 +59,14 @@ class LocalRenderer:
 class LocalTemplate(ChatTemplate):
     """A chat template with its renderer."""
 
-    def __init__(self, source: str, tokenizer: Tokenizer, *, modalities: Iterable[Modality] = (),
-                 placeholder: Placeholder | None = None) -> None:
+    def __init__(
+        self,
+        source: str,
+        tokenizer: Tokenizer,
+        *,
+        modalities: Iterable[Modality] = (),
+        placeholder: Placeholder | None = None,
+    ) -> None:
         self._renderer = LocalRenderer()
         modalities = tuple(modalities)
         with compiling():

@@ -20,8 +20,9 @@ class TextOffsets:
     """Offsets of tokens one by one. The settings are those of the `Detokenizer` whose text it counts."""
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool, keep_leading_space: bool) -> None:
-        self._text = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens,
-                                 keep_leading_space=keep_leading_space)
+        self._text = Detokenizer(
+            tokenizer, skip_special_tokens=skip_special_tokens, keep_leading_space=keep_leading_space
+        )
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
         self._table = tokenizer.token_bytes
         self._begun = b""  # of a character whose end is still to come

@@ -25,19 +25,29 @@ DEADLINE_S = 4.0  # of one job, on a machine that has others to do
 MEMORY_BYTES = 256 << 20  # beyond what a worker has after its imports
 MAX_REPLY_BYTES = 5 * MAX_RENDERED_CHARS
 INSPECT, RENDER = record_frame(JOB, {"op": "inspect"}), record_frame(JOB, {"op": "render"})
-FAILURES: dict[str, type[Exception]] = {"refused": TemplateRefused, "invalid": TemplateInvalid,
-                                        "exhausted": TemplateExhausted}
+FAILURES: dict[str, type[Exception]] = {
+    "refused": TemplateRefused,
+    "invalid": TemplateInvalid,
+    "exhausted": TemplateExhausted,
+}
 
 
 class RenderPool:
     """Implements `Renderer`. UnavailableError where a worker was stopped or killed from outside."""
 
-    def __init__(self, *, cpu_s: float = CPU_S, deadline_s: float = DEADLINE_S,
-                 memory_bytes: int = MEMORY_BYTES) -> None:
+    def __init__(
+        self, *, cpu_s: float = CPU_S, deadline_s: float = DEADLINE_S, memory_bytes: int = MEMORY_BYTES
+    ) -> None:
         def crew(role: str, fewest: int, most: int, patience_s: float | None = None) -> Crew:
             start = partial(WorkerProcess.start, "sensorium.prompt.render_worker", role, memory_bytes, cpu_s)
-            return Crew(start, deadline_s=deadline_s, max_reply_bytes=MAX_REPLY_BYTES, fewest=fewest, most=most,
-                        patience_s=patience_s)
+            return Crew(
+                start,
+                deadline_s=deadline_s,
+                max_reply_bytes=MAX_REPLY_BYTES,
+                fewest=fewest,
+                most=most,
+                patience_s=patience_s,
+            )
 
         self._own = crew("operators", 2, 8)
         self._foreign = crew("foreign", 1, 4, deadline_s)

@@ -72,8 +72,11 @@ def inspect(environment: Environment, source: str, probes: Sequence[Mapping[str,
         raise TemplateInvalid(str(error)) from None
     texts = [node.data for node in tree.find_all(nodes.TemplateData)]
     texts += [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
-    return Inspection(free_names=tuple(sorted(meta.find_undeclared_variables(tree))), texts=tuple(dict.fromkeys(texts)),
-                      outputs=tuple(_tried(template, probe) for probe in probes))
+    return Inspection(
+        free_names=tuple(sorted(meta.find_undeclared_variables(tree))),
+        texts=tuple(dict.fromkeys(texts)),
+        outputs=tuple(_tried(template, probe) for probe in probes),
+    )
 
 
 def _tried(template: Template, variables: Mapping[str, Any]) -> str:
@@ -103,7 +106,12 @@ def _strftime_now(format: str) -> str:
     return datetime.now().strftime(format)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None,
-            separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     # Jinja's own filter escapes for HTML, which models have not seen.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -36,12 +36,38 @@ Placeholder = Callable[[Modality, int], str]
 Content = str | list[dict[str, Any]]
 
 MAX_KWARG_CHARS = 4096
-RESERVED = frozenset({
-    *GLOBALS, "messages", "conversation", "tools", "documents", "chat_template", "template", "tokenize",
-    "tokenizer", "add_generation_prompt", "continue_final_message", "add_special_tokens", "padding", "truncation",
-    "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "self", "caller",
-    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
-})
+RESERVED = frozenset(
+    {
+        *GLOBALS,
+        "messages",
+        "conversation",
+        "tools",
+        "documents",
+        "chat_template",
+        "template",
+        "tokenize",
+        "tokenizer",
+        "add_generation_prompt",
+        "continue_final_message",
+        "add_special_tokens",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+        "self",
+        "caller",
+        "bos_token",
+        "eos_token",
+        "unk_token",
+        "sep_token",
+        "pad_token",
+        "cls_token",
+        "mask_token",
+    }
+)
 # What these write is the developer's or the model's: `<think>` and `<tool_call>` are there for the template to find.
 _OWN_ROLES = frozenset({"system", "developer", "assistant"})
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
@@ -52,8 +78,15 @@ class ChatTemplate:
     """A template and what is known of it. `modalities` are those whose parts the processor understands in
     `placeholder`'s words."""
 
-    def __init__(self, source: str, tokenizer: Tokenizer, inspection: Inspection, *,
-                 modalities: Iterable[Modality] = (), placeholder: Placeholder | None = None) -> None:
+    def __init__(
+        self,
+        source: str,
+        tokenizer: Tokenizer,
+        inspection: Inspection,
+        *,
+        modalities: Iterable[Modality] = (),
+        placeholder: Placeholder | None = None,
+    ) -> None:
         """`inspection` is of the probes of these modalities, in `probes_of`'s order."""
         self.source = source
         self.free_names = frozenset(inspection.free_names)
@@ -72,14 +105,21 @@ class ChatTemplate:
                 if placeholder is not None and self.takes_parts and placeholder(kind, 0) in output:
                     self._media_parts.setdefault(kind, part)
 
-    def variables(self, messages: Sequence[Message], *, add_generation_prompt: bool = True,
-                  continue_final_message: bool = False, kwargs: Mapping[str, Any] | None = None,
-                  tools: Sequence[Mapping[str, Any]] | None = None) -> bytes:
+    def variables(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> bytes:
         """What `Renderer.render` takes, foreign text escaped for `Tokenizer.encode`. kwargs that the template does not
         read are left out."""
         if continue_final_message and add_generation_prompt:
-            raise RequestError("continue_final_message and add_generation_prompt cannot both be true.",
-                               param="continue_final_message")
+            raise RequestError(
+                "continue_final_message and add_generation_prompt cannot both be true.", param="continue_final_message"
+            )
         if not messages:
             raise RequestError("A chat needs at least one message.", param="messages")
         given = self._checked_kwargs(kwargs or {})
@@ -88,16 +128,25 @@ class ChatTemplate:
         if continue_final_message:
             chat[-1]["content"] = _with_cut(chat[-1]["content"])
         escape = self._escape_for("system")
-        return json.dumps({"documents": None, **self._tokenizer.named_tokens, **given, "messages": chat,
-                           "tools": escape_deep(tools, escape),
-                           "add_generation_prompt": add_generation_prompt}).encode()
+        return json.dumps(
+            {
+                "documents": None,
+                **self._tokenizer.named_tokens,
+                **given,
+                "messages": chat,
+                "tools": escape_deep(tools, escape),
+                "add_generation_prompt": add_generation_prompt,
+            }
+        ).encode()
 
     def cut(self, text: str) -> str:
         """A rendered text up to the end of the final message, which is to be continued."""
         at = text.rfind(CUT)
         if at < 0:
-            raise RequestError("The model's chat template leaves the final message out, so it cannot be continued.",
-                               param="continue_final_message")
+            raise RequestError(
+                "The model's chat template leaves the final message out, so it cannot be continued.",
+                param="continue_final_message",
+            )
         return text[:at] if text.startswith(f"{CUT} ", at) else text[:at].rstrip()
 
     def unread(self, kwargs: Mapping[str, Any]) -> list[str]:
@@ -109,8 +158,9 @@ class ChatTemplate:
             param = f"chat_template_kwargs.{name[:64]}"
             if name in RESERVED:
                 known = ", ".join(sorted(self.free_names - RESERVED)) or "none"
-                raise RequestError(f"'{name}' is not the request's to set (the chat template takes: {known}).",
-                                   param=param)
+                raise RequestError(
+                    f"'{name}' is not the request's to set (the chat template takes: {known}).", param=param
+                )
             if not isinstance(value, str | int | float | bool | None):
                 raise RequestError(f"'{name}' must be a string, a number, true, false or null.", param=param)
             if isinstance(value, float) and not math.isfinite(value):
@@ -138,28 +188,35 @@ class ChatTemplate:
         found["content"] = self._content(message.content, escape, seen)
         return found
 
-    def _content(self, parts: Sequence[TextPart | MediaPart], escape: Callable[[str], str],
-                 seen: Counter[Modality]) -> Content:
+    def _content(
+        self, parts: Sequence[TextPart | MediaPart], escape: Callable[[str], str], seen: Counter[Modality]
+    ) -> Content:
         kinds = [part.kind for part in parts if isinstance(part, MediaPart)]
         if self.takes_parts and all(kind in self._media_parts for kind in kinds):
             if self.takes_strings and not kinds and len(parts) <= 1:
                 return self._flat(parts, escape, seen)
             seen.update(kinds)
-            return [{"type": "text", "text": escape(part.text)} if isinstance(part, TextPart)
-                    else dict(self._media_parts[part.kind]) for part in parts]
+            return [
+                {"type": "text", "text": escape(part.text)}
+                if isinstance(part, TextPart)
+                else dict(self._media_parts[part.kind])
+                for part in parts
+            ]
         flat = self._flat(parts, escape, seen)
         return flat if self.takes_strings else [{"type": "text", "text": flat}]
 
-    def _flat(self, parts: Sequence[TextPart | MediaPart], escape: Callable[[str], str],
-              seen: Counter[Modality]) -> str:
+    def _flat(
+        self, parts: Sequence[TextPart | MediaPart], escape: Callable[[str], str], seen: Counter[Modality]
+    ) -> str:
         """For templates that know only strings: parts in their order, a medium being its placeholder, line by line."""
         lines = []
         for part in parts:
             if isinstance(part, TextPart):
                 lines.append(escape(part.text))
             elif self._placeholder is None:
-                raise RequestError(f"This model takes no {part.kind} input.", param="messages",
-                                   code="unsupported_modality")
+                raise RequestError(
+                    f"This model takes no {part.kind} input.", param="messages", code="unsupported_modality"
+                )
             else:
                 lines.append(self._placeholder(part.kind, seen[part.kind]))
                 seen[part.kind] += 1
@@ -174,8 +231,16 @@ def probes_of(modalities: Iterable[Modality], tokenizer: Tokenizer) -> list[dict
     text = {"type": "text", "text": _PROBE}
     contents: list[Content] = [_PROBE, [text]]
     contents += [[part, text] for kind in modalities for part in _parts_of(kind)]
-    return [{"tools": None, "documents": None, **tokenizer.named_tokens, "add_generation_prompt": True,
-             "messages": [{"role": "user", "content": content}]} for content in contents]
+    return [
+        {
+            "tools": None,
+            "documents": None,
+            **tokenizer.named_tokens,
+            "add_generation_prompt": True,
+            "messages": [{"role": "user", "content": content}],
+        }
+        for content in contents
+    ]
 
 
 def _parts_of(kind: Modality) -> list[dict[str, Any]]:
@@ -195,14 +260,19 @@ def rendering() -> Iterator[None]:
         yield
     except TemplateRefused as refusal:
         words = " ".join(str(refusal).split())[:500]
-        raise RequestError(f"The model's chat template refuses these messages: {words}", param="messages",
-                           code="chat_template_refused") from None
+        raise RequestError(
+            f"The model's chat template refuses these messages: {words}", param="messages", code="chat_template_refused"
+        ) from None
     except TemplateExhausted:
-        raise RequestError("The model's chat template takes more time or memory for these messages than it may.",
-                           param="messages", code="chat_template_failed") from None
+        raise RequestError(
+            "The model's chat template takes more time or memory for these messages than it may.",
+            param="messages",
+            code="chat_template_failed",
+        ) from None
     except TemplateFailed:
-        raise RequestError("The model's chat template cannot render these messages.", param="messages",
-                           code="chat_template_failed") from None
+        raise RequestError(
+            "The model's chat template cannot render these messages.", param="messages", code="chat_template_failed"
+        ) from None
 
 
 @contextmanager
@@ -235,8 +305,9 @@ def _with_cut(content: Content) -> Content:
     return parts
 
 
-def template_source(flag: str | None, checkpoint_template: str | None, architecture: str,
-                    tokenizer: Tokenizer) -> str | None:
+def template_source(
+    flag: str | None, checkpoint_template: str | None, architecture: str, tokenizer: Tokenizer
+) -> str | None:
     """The operator's template, else the checkpoint's, else one that suits the architecture or the tokenizer."""
     if flag is not None:
         return _from_flag(flag)

@@ -32,8 +32,15 @@ _WORST_CHARS_PER_TOKEN = 16  # at least this many are assumed before a text is c
 class Tokenizer:
     """`named_tokens` are the tokens that a chat template knows by name (bos_token, eos_token, …)."""
 
-    def __init__(self, raw: RawTokenizer, named_tokens: Mapping[str, str], *, vocab_size: int = 0,
-                 literals: Iterable[str] = (), frame: processors.PostProcessor | None = None) -> None:
+    def __init__(
+        self,
+        raw: RawTokenizer,
+        named_tokens: Mapping[str, str],
+        *,
+        vocab_size: int = 0,
+        literals: Iterable[str] = (),
+        frame: processors.PostProcessor | None = None,
+    ) -> None:
         """`vocab_size` is the model's, which may be padded beyond the tokens that have a text. `frame` gives whole
         texts, which nothing is to be added to, their special tokens; None: as everywhere else."""
         raw.no_truncation()
@@ -118,8 +125,10 @@ class Tokenizer:
         text = self._unmarked.sub(lambda match: self._name_of(match.group()), text).replace(MARK, " ")
         found = self._verbatim.encode(text, add_special_tokens)
         if found is None:
-            raise RequestError("The text has a control token that this model's vocabulary cannot write as plain text.",
-                               code="control_token_in_text")
+            raise RequestError(
+                "The text has a control token that this model's vocabulary cannot write as plain text.",
+                code="control_token_in_text",
+            )
         return found
 
     def framed(self, text: Encoding, second: Encoding | None = None, *, add_special_tokens: bool = True) -> Encoding:
@@ -144,8 +153,12 @@ class Tokenizer:
             return
         low, high = min(token_ids), max(token_ids)
         if low < 0 or high >= self.vocab_size:
-            raise RequestError(f"Token id {low if low < 0 else high} is not in the vocabulary, which has the ids "
-                               f"0 to {self.vocab_size - 1}.", param=param, code="invalid_token_id")
+            raise RequestError(
+                f"Token id {low if low < 0 else high} is not in the vocabulary, which has the ids "
+                f"0 to {self.vocab_size - 1}.",
+                param=param,
+                code="invalid_token_id",
+            )
 
     def token_to_id(self, token: str) -> int | None:
         found: int | None = self.raw.token_to_id(token)
@@ -199,9 +212,19 @@ class _VerbatimVocabulary:
     def _add(self, raw: RawTokenizer, tokens: Mapping[int, AddedToken], attempt: int) -> dict[int, AddedToken]:
         """Add the tokens under new names; returns those whose new id means something else in the model."""
         names: dict[int, str] = {token_id: f"{NAME}{attempt}.{token_id};" for token_id in tokens}
-        self._raw.add_special_tokens([
-            AddedToken(names[token_id], special=True, normalized=False, lstrip=token.lstrip, rstrip=token.rstrip,
-                       single_word=token.single_word) for token_id, token in tokens.items()])
+        self._raw.add_special_tokens(
+            [
+                AddedToken(
+                    names[token_id],
+                    special=True,
+                    normalized=False,
+                    lstrip=token.lstrip,
+                    rstrip=token.rstrip,
+                    single_word=token.single_word,
+                )
+                for token_id, token in tokens.items()
+            ]
+        )
         missing = dict(tokens)
         for token_id, name in names.items():
             new_id = self._raw.token_to_id(name)
@@ -213,8 +236,11 @@ class _VerbatimVocabulary:
     def encode(self, text: str, add_special_tokens: bool) -> list[int] | None:
         """Ids of text whose tokens stand under their names; None if plain letters gave a special token."""
         encoding = self._raw.encode(text, add_special_tokens=add_special_tokens)
-        in_text = [token_id for token_id, added in zip(encoding.ids, encoding.special_tokens_mask, strict=True)
-                   if not added and token_id not in self._id_of]
+        in_text = [
+            token_id
+            for token_id, added in zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+            if not added and token_id not in self._id_of
+        ]
         if not self._special.isdisjoint(in_text):
             return None
         return [self._id_of.get(token_id, token_id) for token_id in encoding.ids]
@@ -246,8 +272,9 @@ def _named_tokens(config: Mapping[str, Any], special_tokens_map: Mapping[str, An
     return {name: content for name in names if (content := _content(found.get(name))) is not None}
 
 
-def _configured_frame(raw: RawTokenizer, config: Mapping[str, Any],
-                      named: Mapping[str, str]) -> processors.PostProcessor | None:
+def _configured_frame(
+    raw: RawTokenizer, config: Mapping[str, Any], named: Mapping[str, str]
+) -> processors.PostProcessor | None:
     """Special tokens around a whole text where `add_bos_token` and `add_eos_token` say something else of them than
     tokenizer.json does. transformers 4 believed the flags, which embedders were trained with; 5 does not read them."""
     if not any(isinstance(config.get(name), bool) for name in ("add_bos_token", "add_eos_token")):
@@ -267,8 +294,10 @@ def _configured_frame(raw: RawTokenizer, config: Mapping[str, Any],
     parts = [("begin", new_begin), ("end", new_end)]
     special = [{"id": name, "ids": ids, "tokens": [str(raw.id_to_token(i)) for i in ids]} for name, ids in parts if ids]
     first, last = ("begin" if new_begin else ""), ("end" if new_end else "")
-    template = [[piece for piece in (first and f"{first}:{side}", f"${'AB'[side]}:{side}", last and f"{last}:{side}")
-                 if piece] for side in (0, 1)]
+    template = [
+        [piece for piece in (first and f"{first}:{side}", f"${'AB'[side]}:{side}", last and f"{last}:{side}") if piece]
+        for side in (0, 1)
+    ]
     return processors.TemplateProcessing(single=template[0], pair=template[0] + template[1], special_tokens=special)
 
 
@@ -296,10 +325,19 @@ def _add_declared_tokens(raw: RawTokenizer, config: Mapping[str, Any], named: Ma
         raw.add_tokens([AddedToken(content, **flags)])
         known.add(content)
         if raw.token_to_id(content) != int(token_id):
-            _log.warning("tokenizer_config.json gives the token %r the id %s, but it gets %d.", content, token_id,
-                         raw.token_to_id(content))
+            _log.warning(
+                "tokenizer_config.json gives the token %r the id %s, but it gets %d.",
+                content,
+                token_id,
+                raw.token_to_id(content),
+            )
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     extra = extra.values() if isinstance(extra, dict) else extra
     wanted = [*named.values(), *(content for token in extra if (content := _content(token)) is not None)]
-    raw.add_special_tokens([AddedToken(content, special=True, normalized=False)
-                            for content in dict.fromkeys(wanted) if content not in known])
+    raw.add_special_tokens(
+        [
+            AddedToken(content, special=True, normalized=False)
+            for content in dict.fromkeys(wanted)
+            if content not in known
+        ]
+    )

@@ -15,8 +15,9 @@ from typing import Any
 from sensorium.types import MediaFeatures, Modality
 
 
-def feature_key(kind: Modality, declared_type: str | None, payload: bytes, settings: Mapping[str, Any],
-                salt: bytes) -> bytes:
+def feature_key(
+    kind: Modality, declared_type: str | None, payload: bytes, settings: Mapping[str, Any], salt: bytes
+) -> bytes:
     """What a media item's features depend on, each field framed. The declared type decides whether the file is taken.
     `salt` separates tenants: how long an answer takes would tell one what another has sent."""
     fields = [kind, declared_type, settings, len(payload), salt.hex()]

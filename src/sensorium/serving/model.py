@@ -118,10 +118,23 @@ class _Settings:
 class ServedModel:
     """Built by `open`. `template` is None for models that cannot chat until they are given one."""
 
-    def __init__(self, *, names: Sequence[str], checkpoint: Checkpoint, tokenizer: Tokenizer,
-                 template: ChatTemplate | None, processor: Processor, client: EngineClient, loader: MediaLoader,
-                 renderer: Renderer, server: ServerConfig, limits: Limits, max_model_len: int | None = None,
-                 task: str = "auto", pooling_template: ChatTemplate | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        names: Sequence[str],
+        checkpoint: Checkpoint,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        processor: Processor,
+        client: EngineClient,
+        loader: MediaLoader,
+        renderer: Renderer,
+        server: ServerConfig,
+        limits: Limits,
+        max_model_len: int | None = None,
+        task: str = "auto",
+        pooling_template: ChatTemplate | None = None,
+    ) -> None:
         """`pooling_template` is for models that are embedded with other words than they chat with. `renderer` runs
         the templates; it is closed with this."""
         self.names = tuple(names)
@@ -148,25 +161,50 @@ class ServedModel:
         self._decoding = Turns(server.media_workers + 1, server.media_workers)
 
     @classmethod
-    def open(cls, checkpoint: Checkpoint, *, names: Sequence[str], server: ServerConfig, limits: Limits,
-             loader: MediaLoader, client: EngineClient, max_model_len: int | None = None,
-             task: str = "auto", renderer: Renderer | None = None) -> ServedModel:
+    def open(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        names: Sequence[str],
+        server: ServerConfig,
+        limits: Limits,
+        loader: MediaLoader,
+        client: EngineClient,
+        max_model_len: int | None = None,
+        task: str = "auto",
+        renderer: Renderer | None = None,
+    ) -> ServedModel:
         """Read what the HTTP process needs of a checkpoint. `max_model_len` and `task` are the flags."""
         family = FAMILIES.get(checkpoint.architecture)
         if family is None:
             raise StartupError(f"The architecture {checkpoint.architecture} is not supported.")
         tokenizer = Tokenizer.from_folder(checkpoint.folder, vocab_size=checkpoint.vocab_size)
         if beyond := [token for token, one in tokenizer.added_tokens.items() if one >= checkpoint.vocab_size]:
-            _log.warning("the tokenizer has %d tokens (%r, ...) beyond the model's %d embeddings: prompts with them "
-                         "are refused", len(beyond), beyond[0], checkpoint.vocab_size)
+            _log.warning(
+                "the tokenizer has %d tokens (%r, ...) beyond the model's %d embeddings: prompts with them are refused",
+                len(beyond),
+                beyond[0],
+                checkpoint.vocab_size,
+            )
         processor: Processor = load_class(family.processor)(checkpoint, tokenizer, dict(server.mm_processor_kwargs))
         source = template_source(server.chat_template, checkpoint.chat_template, checkpoint.architecture, tokenizer)
         pooled = pooling_template_source(server.chat_template, (*names, *checkpoint.folder.parts[-3:]))
         renderer = renderer or RenderPool()
-        return cls(names=names, checkpoint=checkpoint, tokenizer=tokenizer, processor=processor, client=client,
-                   loader=loader, renderer=renderer, server=server, limits=limits, max_model_len=max_model_len,
-                   task=task, template=None if source is None else _opened(source, processor, renderer),
-                   pooling_template=None if pooled is None else _opened(pooled, processor, renderer))
+        return cls(
+            names=names,
+            checkpoint=checkpoint,
+            tokenizer=tokenizer,
+            processor=processor,
+            client=client,
+            loader=loader,
+            renderer=renderer,
+            server=server,
+            limits=limits,
+            max_model_len=max_model_len,
+            task=task,
+            template=None if source is None else _opened(source, processor, renderer),
+            pooling_template=None if pooled is None else _opened(pooled, processor, renderer),
+        )
 
     @property
     def max_model_len(self) -> int:
@@ -196,8 +234,13 @@ class ServedModel:
         its name or the operator. Any decoder has states, but the angles between them mean nothing."""
         cached = (part for part in self.checkpoint.folder.parts[-3:] if part.startswith("models--"))
         names = (*self.names, self.checkpoint.folder.name, *cached)  # the hub's cache has folders named by commits
-        return ("generate" not in self.all_tasks or self._pooling.is_stated or self._task == "embed"
-                or is_embedder_name(names) or is_embedder_template(self._server.chat_template))
+        return (
+            "generate" not in self.all_tasks
+            or self._pooling.is_stated
+            or self._task == "embed"
+            or is_embedder_name(names)
+            or is_embedder_template(self._server.chat_template)
+        )
 
     @property
     def default_pooling_task(self) -> PoolingTask | None:
@@ -224,8 +267,10 @@ class ServedModel:
         if not self.tasks:
             raise StartupError(f"--task {self._task}: this model can only {', '.join(self.all_tasks)}")
         if "score" in self.tasks and self.checkpoint.text is not None and not self.has_pair_template:
-            _log.warning("this reranker has no template for pairs: the query and the document are put one after the "
-                         "other; --chat-template names one, whose messages have the roles query and document")
+            _log.warning(
+                "this reranker has no template for pairs: the query and the document are put one after the "
+                "other; --chat-template names one, whose messages have the roles query and document"
+            )
 
     # Prompts.
 
@@ -234,11 +279,20 @@ class ServedModel:
         return (await self.prepare_chat(messages, media, **options)).prompt
 
     async def prepare_chat(
-        self, messages: Sequence[Message], media: Sequence[MediaSource], *, add_generation_prompt: bool = True,
-        continue_final_message: bool = False, add_special_tokens: bool = False,
-        template_kwargs: Mapping[str, Any] | None = None, chat_template: str | None = None,
-        mm_processor_kwargs: Mapping[str, Any] | None = None, pooled: bool = False,
-        truncation: Truncation | None = None, tenant: bytes = b"", salt: bytes = b"",
+        self,
+        messages: Sequence[Message],
+        media: Sequence[MediaSource],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        add_special_tokens: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+        pooled: bool = False,
+        truncation: Truncation | None = None,
+        tenant: bytes = b"",
+        salt: bytes = b"",
     ) -> Prepared:
         """Messages and their media, in order of appearance, as one prompt. Tenants take turns where they must wait;
         processed media are kept for those of the same `salt` only.
@@ -251,9 +305,16 @@ class ServedModel:
         template = await self._template_for(chat_template, self.pooling_template if pooled else self.template, tenant)
         begin = time.perf_counter()
         small = _is_small(messages)
-        variables = await self._run(small, lambda: template.variables(
-            messages, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message,
-            kwargs=template_kwargs), tenant)
+        variables = await self._run(
+            small,
+            lambda: template.variables(
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                kwargs=template_kwargs,
+            ),
+            tenant,
+        )
         self._note_unread(template.unread(template_kwargs or {}))
         with rendering():
             text = await self._renderer.render(template.source, variables, tenant, is_foreign=chat_template is not None)
@@ -280,24 +341,33 @@ class ServedModel:
 
         return await self._run(len(text) <= SHORT_TEXT, made, tenant)
 
-    async def text_prompt(self, text_or_ids: str | Sequence[int], *, add_special_tokens: bool = True,
-                          tenant: bytes = b"") -> Prompt:
+    async def text_prompt(
+        self, text_or_ids: str | Sequence[int], *, add_special_tokens: bool = True, tenant: bytes = b""
+    ) -> Prompt:
         """A prompt without messages: text in which special tokens are tokens, or token ids."""
         if len(text_or_ids) == 0:
             raise RequestError("The prompt is empty.", param="prompt", code="empty_prompt")
         if isinstance(text_or_ids, str):
             text = self.tokenizer.sanitize(text_or_ids)
-            prompt = await self._run(len(text) <= SHORT_TEXT,
-                                     lambda: self._build(self.processor, text, (), add_special_tokens, param="prompt"),
-                                     tenant)
+            prompt = await self._run(
+                len(text) <= SHORT_TEXT,
+                lambda: self._build(self.processor, text, (), add_special_tokens, param="prompt"),
+                tenant,
+            )
         else:
             prompt = self._prompt_of_ids(text_or_ids)
         self._check_fits(prompt, "prompt")
         return prompt
 
-    async def text_prompts(self, texts: Sequence[str | Sequence[int]], *, add_special_tokens: bool = True,
-                           truncation: Truncation | None = None, params: Sequence[str],
-                           tenant: bytes = b"") -> list[Prompt]:
+    async def text_prompts(
+        self,
+        texts: Sequence[str | Sequence[int]],
+        *,
+        add_special_tokens: bool = True,
+        truncation: Truncation | None = None,
+        params: Sequence[str],
+        tenant: bytes = b"",
+    ) -> list[Prompt]:
         """`text_prompt` of many, either all texts or all token ids, in one go. `params` says where each stands in the
         request."""
 
@@ -307,8 +377,9 @@ class ServedModel:
 
         return await self._run(len(texts) == 1 and len(texts[0]) <= SHORT_TEXT, made, tenant)
 
-    async def pair_prompts(self, pairs: Sequence[tuple[str, str]], limits: PairLimits, *,
-                           params: Sequence[str], tenant: bytes = b"") -> list[Prompt]:
+    async def pair_prompts(
+        self, pairs: Sequence[tuple[str, str]], limits: PairLimits, *, params: Sequence[str], tenant: bytes = b""
+    ) -> list[Prompt]:
         """Two texts each as one prompt, for cross-encoders. `params` says where the second one stands.
 
         Through the template for pairs, if the model has one; the model's default prompt stands before the first text,
@@ -318,8 +389,10 @@ class ServedModel:
             found: list[Prompt] = []
             for start in range(0, len(pairs), PAIRS_AT_ONCE):
                 some = slice(start, start + PAIRS_AT_ONCE)
-                found += await all_in_order(self._templated(query, document, limits, param, tenant)
-                                            for (query, document), param in zip(pairs[some], params[some], strict=True))
+                found += await all_in_order(
+                    self._templated(query, document, limits, param, tenant)
+                    for (query, document), param in zip(pairs[some], params[some], strict=True)
+                )
             return found
         pairs = [(self.prompts.default + query, document) for query, document in pairs]
 
@@ -328,8 +401,10 @@ class ServedModel:
                 for pair, param in zip(pairs, params, strict=True):
                     self._check_length_unread(max(pair, key=len), param)
             rows = encode_pairs(self.tokenizer, pairs, limits)
-            return [self._prompt_of_array(ids, param, types if has_types else None)
-                    for (ids, types), param in zip(rows, params, strict=True)]
+            return [
+                self._prompt_of_array(ids, param, types if has_types else None)
+                for (ids, types), param in zip(rows, params, strict=True)
+            ]
 
         has_types = self.checkpoint.config.get("type_vocab_size", 0) > 1
         return await self._run(False, made, tenant)
@@ -342,10 +417,8 @@ class ServedModel:
             return False
         return self._server.chat_template is not None or reads_pairs(self.checkpoint.chat_template)
 
-    async def _templated(self, query: str, document: str, limits: PairLimits, param: str,
-                         tenant: bytes) -> Prompt:
-        """One pair through the template; the document is cut where the pair is to be, so that the template's end stays.
-        """
+    async def _templated(self, query: str, document: str, limits: PairLimits, param: str, tenant: bytes) -> Prompt:
+        """One pair through the template; the document is cut where the pair is to be, so that the end stays."""
         query = self._first_tokens(query, limits.max_query_tokens or None)
         document = self._first_tokens(document, limits.max_document_tokens or None)
         await asyncio.sleep(0)  # there may be thousands
@@ -361,17 +434,24 @@ class ServedModel:
             if excess <= 0:
                 return prompt
             room -= excess
-        raise ContextLengthError(f"The query and the template leave no room for a document: the two may have "
-                                 f"{limits.total} tokens.", param=param)
+        raise ContextLengthError(
+            f"The query and the template leave no room for a document: the two may have {limits.total} tokens.",
+            param=param,
+        )
 
-    async def _pair(self, query: str, document: str, param: str, tenant: bytes,
-                    truncation: Truncation | None = None) -> Prompt:
+    async def _pair(
+        self, query: str, document: str, param: str, tenant: bytes, truncation: Truncation | None = None
+    ) -> Prompt:
         system = self.prompts.default
-        messages = [Message(role, (TextPart(text),)) for role, text in
-                    (("system", system), ("query", query), ("document", document)) if text or role != "system"]
+        messages = [
+            Message(role, (TextPart(text),))
+            for role, text in (("system", system), ("query", query), ("document", document))
+            if text or role != "system"
+        ]
         try:
-            prepared = await self.prepare_chat(messages, (), add_generation_prompt=False, truncation=truncation,
-                                               tenant=tenant)
+            prepared = await self.prepare_chat(
+                messages, (), add_generation_prompt=False, truncation=truncation, tenant=tenant
+            )
         except RequestError as error:
             error.param = param
             raise
@@ -398,8 +478,10 @@ class ServedModel:
         if wanted is None:
             return None
         if wanted > self.max_model_len:
-            raise RequestError(f"`truncate_prompt_tokens` is {wanted}, more than this model's context of "
-                               f"{self.max_model_len} tokens.", param="truncate_prompt_tokens")
+            raise RequestError(
+                f"`truncate_prompt_tokens` is {wanted}, more than this model's context of {self.max_model_len} tokens.",
+                param="truncate_prompt_tokens",
+            )
         default: Side = "left" if self.checkpoint.tokenizer_config.get("truncation_side") == "left" else "right"
         return Truncation(self.max_model_len if wanted == -1 else wanted, side or default)
 
@@ -409,8 +491,14 @@ class ServedModel:
 
     # Text.
 
-    def _build(self, processor: Processor, text: str, features: Sequence[MediaFeatures], add_special_tokens: bool,
-               param: str = "messages") -> Prompt:
+    def _build(
+        self,
+        processor: Processor,
+        text: str,
+        features: Sequence[MediaFeatures],
+        add_special_tokens: bool,
+        param: str = "messages",
+    ) -> Prompt:
         self._check_length_unread(text, param)
         try:
             prompt = processor.build(text, features, add_special_tokens=add_special_tokens)
@@ -431,7 +519,10 @@ class ServedModel:
         if len(ids) and (highest := int(ids.max())) >= vocab_size:
             raise RequestError(
                 f"The text has the token {self.tokenizer.id_to_token(highest)!r} with the id {highest}, but this model "
-                f"has embeddings of 0 to {vocab_size - 1} only. Leave it out.", param=param, code="invalid_token_id")
+                f"has embeddings of 0 to {vocab_size - 1} only. Leave it out.",
+                param=param,
+                code="invalid_token_id",
+            )
 
     def _prompt_of_ids(self, token_ids: Sequence[int]) -> Prompt:
         ids = self._checked_ids(token_ids, "prompt")
@@ -444,8 +535,9 @@ class ServedModel:
         if any(isinstance(token_id, bool) or not isinstance(token_id, int) for token_id in token_ids):
             raise RequestError("Token ids must be integers.", param=param, code="invalid_token_id")
         if min(token_ids) < 0 or max(token_ids) >= vocab_size:
-            raise RequestError(f"Token ids of this model are 0 to {vocab_size - 1}.", param=param,
-                               code="invalid_token_id")
+            raise RequestError(
+                f"Token ids of this model are 0 to {vocab_size - 1}.", param=param, code="invalid_token_id"
+            )
         return np.array(token_ids, np.int32)
 
     def _check_no_placeholders(self, ids: Ids, param: str) -> None:
@@ -453,11 +545,19 @@ class ServedModel:
         placeholders = {self.processor.placeholder_id(kind) for kind in self.processor.modalities}
         placeholders &= self.tokenizer.special_ids | set(self.tokenizer.added_tokens.values())
         if placeholders and np.isin(ids, list(placeholders)).any():
-            raise RequestError("The prompt has placeholder tokens of media, but no media. Send media in `messages`.",
-                               param=param, code="media_count_mismatch")
+            raise RequestError(
+                "The prompt has placeholder tokens of media, but no media. Send media in `messages`.",
+                param=param,
+                code="media_count_mismatch",
+            )
 
-    def _encoded(self, texts: Sequence[str | Sequence[int]], add_special_tokens: bool,
-                 truncation: Truncation | None, params: Sequence[str]) -> list[Ids]:
+    def _encoded(
+        self,
+        texts: Sequence[str | Sequence[int]],
+        add_special_tokens: bool,
+        truncation: Truncation | None,
+        params: Sequence[str],
+    ) -> list[Ids]:
         strings = [text for text in texts if isinstance(text, str)]
         if not strings:
             rows = [self._checked_ids(ids, param) for ids, param in zip(texts, params, strict=True)]  # type: ignore[arg-type]
@@ -486,22 +586,32 @@ class ServedModel:
 
     def _processor_for(self, settings: Mapping[str, Any]) -> Processor:
         if settings and not self._server.allow_request_mm_kwargs:
-            raise RequestError("This server takes no mm_processor_kwargs from requests (--allow-request-mm-kwargs).",
-                               param="mm_processor_kwargs", code="mm_processor_kwargs_not_allowed")
+            raise RequestError(
+                "This server takes no mm_processor_kwargs from requests (--allow-request-mm-kwargs).",
+                param="mm_processor_kwargs",
+                code="mm_processor_kwargs_not_allowed",
+            )
         return self.processor.with_overrides(dict(settings)) if settings else self.processor
 
     async def _template_for(self, source: str | None, default: ChatTemplate | None, tenant: bytes) -> ChatTemplate:
         if source is None:
             if default is None:
-                raise RequestError("This model has no chat template. Start the server with --chat-template.",
-                                   param="messages", code="no_chat_template")
+                raise RequestError(
+                    "This model has no chat template. Start the server with --chat-template.",
+                    param="messages",
+                    code="no_chat_template",
+                )
             return default
         if not self._server.allow_request_chat_template:
-            raise RequestError("This server takes no chat_template from requests (--allow-request-chat-template).",
-                               param="chat_template", code="chat_template_not_allowed")
+            raise RequestError(
+                "This server takes no chat_template from requests (--allow-request-chat-template).",
+                param="chat_template",
+                code="chat_template_not_allowed",
+            )
         if len(source) > MAX_REQUEST_TEMPLATE:
-            raise RequestError(f"chat_template is longer than {MAX_REQUEST_TEMPLATE} characters.",
-                               param="chat_template")
+            raise RequestError(
+                f"chat_template is longer than {MAX_REQUEST_TEMPLATE} characters.", param="chat_template"
+            )
         probes = probes_of(self.processor.modalities, self.tokenizer)
         try:
             with compiling():
@@ -531,12 +641,16 @@ class ServedModel:
                 raise MediaError(f"This model takes no {kind} input.", param=source.param, code="unsupported_modality")
             counts[kind] += 1
             if counts[kind] > self.media_limits[kind]:
-                raise RequestError(f"At most {self.media_limits[kind]} {kind}(s) may be given in one request, but it "
-                                   f"has {places.count(kind)}. The operator sets this with --limit-mm-per-prompt.",
-                                   param=source.param, code=f"too_many_{kind}s")
+                raise RequestError(
+                    f"At most {self.media_limits[kind]} {kind}(s) may be given in one request, but it "
+                    f"has {places.count(kind)}. The operator sets this with --limit-mm-per-prompt.",
+                    param=source.param,
+                    code=f"too_many_{kind}s",
+                )
 
-    async def _media_features(self, sources: Sequence[MediaSource], settings: _Settings,
-                              text: str) -> tuple[list[MediaFeatures], list[MediaTiming]]:
+    async def _media_features(
+        self, sources: Sequence[MediaSource], settings: _Settings, text: str
+    ) -> tuple[list[MediaFeatures], list[MediaTiming]]:
         if not sources:
             return [], []
         fetched = await all_in_order(self._fetch(source, settings) for source in sources)
@@ -544,8 +658,10 @@ class ServedModel:
         first_of = {medium.key: medium for medium in reversed(fetched)}  # a picture given twice is decoded once
         made = await all_in_order(self._made(medium, settings) for medium in first_of.values())
         by_key = dict(zip(first_of, made, strict=True))
-        timings = [by_key[one.key][1] if first_of[one.key] is one
-                   else MediaTiming(one.raw.kind, one.fetch_s, cached=True) for one in fetched]
+        timings = [
+            by_key[one.key][1] if first_of[one.key] is one else MediaTiming(one.raw.kind, one.fetch_s, cached=True)
+            for one in fetched
+        ]
         return [by_key[medium.key][0] for medium in fetched], timings
 
     async def _fetch(self, source: MediaSource, settings: _Settings) -> _Fetched:
@@ -555,7 +671,8 @@ class ServedModel:
         key = await self._run(
             len(raw.payload) <= SHORT_PAYLOAD,
             lambda: feature_key(raw.kind, raw.declared_type, raw.payload, settings.overrides, settings.salt),
-            settings.tenant)
+            settings.tenant,
+        )
         fetch_s = time.perf_counter() - begin
         features = self._features.get(key)
         if features is not None:
@@ -575,28 +692,37 @@ class ServedModel:
             return medium.features, MediaTiming(kind, medium.fetch_s, cached=True, duration_s=duration_s)
         begin = time.perf_counter()
         async with self._decoding.taken(settings.tenant):
-            item = await self._loader.decode(medium.raw, sampling=processor.video_sampling(),
-                                             sample_rate=processor.sample_rate, tenant=settings.tenant)
+            item = await self._loader.decode(
+                medium.raw,
+                sampling=processor.video_sampling(),
+                sample_rate=processor.sample_rate,
+                tenant=settings.tenant,
+            )
             decoded = time.perf_counter()
             features = await self._run(False, lambda: processor.process(item), settings.tenant)
         self._features.put(medium.key, features)
-        return features, MediaTiming(kind, medium.fetch_s, decoded - begin, time.perf_counter() - decoded,
-                                     duration_s=duration_s)
+        return features, MediaTiming(
+            kind, medium.fetch_s, decoded - begin, time.perf_counter() - decoded, duration_s=duration_s
+        )
 
     # Context.
 
     def _check_length_unread(self, text: str, param: str) -> None:
         """Refuse what cannot fit however well it is tokenized: tokenizing ten million characters takes seconds."""
         if len(text) > LONG_TEXT and (fewest := self.tokenizer.fewest_tokens(text)) > self.max_model_len:
-            raise ContextLengthError(f"This model's context is {self.max_model_len} tokens; the text alone, with "
-                                     f"{len(text)} characters, is at least {fewest}. Shorten it.", param=param)
+            raise ContextLengthError(
+                f"This model's context is {self.max_model_len} tokens; the text alone, with "
+                f"{len(text)} characters, is at least {fewest}. Shorten it.",
+                param=param,
+            )
 
     async def _check_fits_before_decoding(self, media: Sequence[_Fetched], text: str, settings: _Settings) -> None:
         media_tokens = sum(medium.num_tokens for medium in media)
         if media_tokens + len(text.encode()) <= self.max_model_len:
             return  # no token is shorter than a byte
-        text_tokens = await self._run(len(text) <= SHORT_TEXT, lambda: self._count(text, settings.processor),
-                                      settings.tenant)
+        text_tokens = await self._run(
+            len(text) <= SHORT_TEXT, lambda: self._count(text, settings.processor), settings.tenant
+        )
         if media_tokens + text_tokens > self.max_model_len:
             raise self._too_long(text_tokens, [(one.raw.kind, one.num_tokens) for one in media], "messages")
 
@@ -607,8 +733,10 @@ class ServedModel:
     def _check_fits(self, prompt: Prompt, param: str) -> None:
         if len(prompt.token_ids) <= self.max_model_len:
             return
-        media = [(one.kind, sum(span.length for span in prompt.spans if span.item == item))
-                 for item, one in enumerate(prompt.media)]
+        media = [
+            (one.kind, sum(span.length for span in prompt.spans if span.item == item))
+            for item, one in enumerate(prompt.media)
+        ]
         text_tokens = len(prompt.token_ids) - sum(count for _, count in media)
         raise self._too_long(text_tokens, media, param)
 
@@ -620,8 +748,11 @@ class ServedModel:
             parts.append(f"{kind} {seen[kind]} {count}")
         total = text_tokens + sum(count for _, count in media)
         advice = "Shorten it or send fewer or smaller media." if media else "Shorten it."
-        return ContextLengthError(f"This model's context is {self.max_model_len} tokens, but the prompt has {total}: "
-                                  f"{', '.join(parts)}. {advice}", param=param)
+        return ContextLengthError(
+            f"This model's context is {self.max_model_len} tokens, but the prompt has {total}: "
+            f"{', '.join(parts)}. {advice}",
+            param=param,
+        )
 
     async def _run(self, inline: bool, work: Callable[[], T], tenant: bytes = b"") -> T:
         """Work that holds a CPU: at once if it is short, else in a thread, when it is the tenant's turn."""
@@ -640,8 +771,9 @@ def _opened(source: str, processor: Processor, renderer: Renderer) -> ChatTempla
 
 def _chat_template(source: str, processor: Processor, inspection: Inspection) -> ChatTemplate:
     tokenizer = processor.tokenizer.with_literals(processor.literals, special=True)
-    return ChatTemplate(source, tokenizer, inspection, modalities=processor.modalities,
-                        placeholder=processor.placeholder)
+    return ChatTemplate(
+        source, tokenizer, inspection, modalities=processor.modalities, placeholder=processor.placeholder
+    )
 
 
 def _media_limits(server: ServerConfig, limits: Limits) -> dict[Modality, int]:
@@ -653,8 +785,10 @@ def _media_limits(server: ServerConfig, limits: Limits) -> dict[Modality, int]:
 def _is_small(messages: Sequence[Message]) -> bool:
     if any(message.extra for message in messages):
         return False
-    return sum(len(part.text) for message in messages for part in message.content
-               if isinstance(part, TextPart)) <= SHORT_TEXT
+    return (
+        sum(len(part.text) for message in messages for part in message.content if isinstance(part, TextPart))
+        <= SHORT_TEXT
+    )
 
 
 async def all_in_order(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -163,8 +163,11 @@ def _header(tensors: Mapping[str, Tensor]) -> tuple[bytes, int]:
     entries: dict[str, Any] = {}
     at = 0
     for name, tensor in tensors.items():
-        entries[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape),
-                         "data_offsets": [at, at + tensor.nbytes]}
+        entries[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + tensor.nbytes],
+        }
         at += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
     text = json.dumps(entries).encode()
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
@@ -173,4 +176,4 @@ def _header(tensors: Mapping[str, Tensor]) -> tuple[bytes, int]:
 
 def _write_all(handle: int, data: memoryview) -> None:
     while len(data):
-        data = data[os.write(handle, data):]
+        data = data[os.write(handle, data) :]

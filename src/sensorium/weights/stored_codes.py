@@ -92,11 +92,18 @@ class StoredCodes:
         if self.bits == 4:
             repeats, groups = -(-self.group // quantization.group), -(-self.shape[1] // quantization.group)
             scales = scales.repeat_interleave(repeats, 1)[:, :groups]
-            zeros = torch.full_like(scales, 8, dtype=torch.uint8) if zeros is None else \
-                zeros.repeat_interleave(repeats, 1)[:, :groups]
+            zeros = (
+                torch.full_like(scales, 8, dtype=torch.uint8)
+                if zeros is None
+                else zeros.repeat_interleave(repeats, 1)[:, :groups]
+            )
         for rows in self._steps():
-            form.fill_codes(first_row + rows.start, self.codes(rows), scales[rows],
-                            zeros[rows] if with_zeros and zeros is not None else None)
+            form.fill_codes(
+                first_row + rows.start,
+                self.codes(rows),
+                scales[rows],
+                zeros[rows] if with_zeros and zeros is not None else None,
+            )
 
     def _steps(self) -> Iterator[slice]:
         step = max(8, PIECE // self.shape[1] // 8 * 8)
@@ -223,8 +230,13 @@ class PackedCodes(StoredCodes):
     weight_scale [out, groups]; weight_zero_point [out * bits / 32, groups] is packed along the outputs.
     """
 
-    kinds: ClassVar = {"weight_packed": _WORDS, "weight_scale": _SCALES, "weight_shape": _INDICES,
-                       "weight_zero_point": _WORDS, "weight_g_idx": _INDICES}
+    kinds: ClassVar = {
+        "weight_packed": _WORDS,
+        "weight_scale": _SCALES,
+        "weight_shape": _INDICES,
+        "weight_zero_point": _WORDS,
+        "weight_g_idx": _INDICES,
+    }
 
     def _measure(self, stored: StoredQuantization) -> tuple[tuple[int, int], int, int]:
         out, words = _matrix(self.parts["weight_packed"])
@@ -280,7 +292,8 @@ _LAYOUTS: Mapping[str, tuple[tuple[type[StoredCodes], str, tuple[str, ...], tupl
     "gptq": ((GptqCodes, "qweight", ("qzeros", "scales"), ("g_idx",)),),
     "compressed-tensors": (
         (PackedCodes, "weight_packed", ("weight_scale", "weight_shape"), ("weight_zero_point", "weight_g_idx")),
-        (ByteCodes, "weight", ("weight_scale",), ("weight_zero_point", "input_scale", "input_zero_point"))),
+        (ByteCodes, "weight", ("weight_scale",), ("weight_zero_point", "input_scale", "input_zero_point")),
+    ),
 }
 
 
@@ -306,9 +319,14 @@ def _tell_doubt(joined: list[StoredCodes], stored: StoredQuantization) -> None:
     first = next((codes for codes in joined if isinstance(codes, GptqCodes)), None)
     doubt = None if first is None else first.doubt()
     if first is not None and doubt is not None:
-        logger.warning("%s: the zeros of %s %s. They are read as GPTQ's %s format, as checkpoint_format says; if the "
-                       "model answers nonsense, checkpoint_format or sym is wrong", first.file.parent.name,
-                       first.key, doubt, "first" if stored.zero_offset else "second")
+        logger.warning(
+            "%s: the zeros of %s %s. They are read as GPTQ's %s format, as checkpoint_format says; if the "
+            "model answers nonsense, checkpoint_format or sym is wrong",
+            first.file.parent.name,
+            first.key,
+            doubt,
+            "first" if stored.zero_offset else "second",
+        )
 
 
 def _misshapen(part: StoredTensor, but: str) -> CheckpointError:

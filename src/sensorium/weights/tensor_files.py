@@ -24,9 +24,18 @@ MADV_POPULATE_READ = 22  # of Linux; Python has no name for it
 CONVERT_BYTES = 32 * 1024 * 1024  # of a tensor in another dtype that are converted at once
 
 _DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -137,9 +146,20 @@ def _stored(file: Path, memory: mmap.mmap, start: int, key: str, entry: Any) -> 
         except OSError:  # a system that does not know it
             advise(mmap.MADV_WILLNEED)
 
-    return begin, end, StoredTensor(key, file, shape, dtype, view, prefetch=lambda: advise(mmap.MADV_WILLNEED),
-                                    release=lambda: advise(mmap.MADV_DONTNEED),
-                                    populate=None if first % dtype.itemsize else populate)
+    return (
+        begin,
+        end,
+        StoredTensor(
+            key,
+            file,
+            shape,
+            dtype,
+            view,
+            prefetch=lambda: advise(mmap.MADV_WILLNEED),
+            release=lambda: advise(mmap.MADV_DONTNEED),
+            populate=None if first % dtype.itemsize else populate,
+        ),
+    )
 
 
 def _check_overlap(file: Path, tensors: list[tuple[int, int, StoredTensor]]) -> list[StoredTensor]:
@@ -167,5 +187,6 @@ def _read_pickle(file: Path) -> list[StoredTensor]:
 
 def _from_pickle(file: Path, key: str, tensor: Tensor) -> StoredTensor:
     held = [tensor]
-    return StoredTensor(key, file, tuple(tensor.shape), tensor.dtype, view=lambda: held[0], prefetch=lambda: None,
-                        release=held.clear)
+    return StoredTensor(
+        key, file, tuple(tensor.shape), tensor.dtype, view=lambda: held[0], prefetch=lambda: None, release=held.clear
+    )

@@ -43,8 +43,16 @@ class _Job:
 class Crew:
     """`start` makes one process. Used on one event loop, but for `start_early` and `ask_now`, which come before it."""
 
-    def __init__(self, start: Callable[[], WorkerProcess], *, deadline_s: float, max_reply_bytes: int, fewest: int,
-                 most: int, patience_s: float | None = None) -> None:
+    def __init__(
+        self,
+        start: Callable[[], WorkerProcess],
+        *,
+        deadline_s: float,
+        max_reply_bytes: int,
+        fewest: int,
+        most: int,
+        patience_s: float | None = None,
+    ) -> None:
         """`fewest` are started at the first job, up to `most` when they are stuck; one key holds all but one.
         `patience_s` bounds a job's time in the queue and with a worker, `deadline_s` the latter."""
         self._start = start
@@ -254,7 +262,7 @@ class Crew:
                     data += piece
         except OSError:  # TimeoutError is one
             raise FrameError("no answer") from None
-        return data[0], bytes(memoryview(data)[HEAD.size:])
+        return data[0], bytes(memoryview(data)[HEAD.size :])
 
     def _length(self, data: bytearray) -> int:
         length: int = HEAD.unpack_from(data)[1]

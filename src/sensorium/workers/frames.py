@@ -117,7 +117,7 @@ class FrameSocket:
         while view:
             self._arm()
             try:
-                view = view[self.sock.send(view):]
+                view = view[self.sock.send(view) :]
             except TimeoutError:
                 self.watch()
             except OSError:

@@ -63,7 +63,8 @@ def test_chat_streamed(client: OpenAI) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == ANSWER
     assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["stop"]
     assert {(chunk.id, chunk.object, chunk.model, chunk.usage) for chunk in chunks} == {
-        (chunks[0].id, "chat.completion.chunk", "tiny", None)}
+        (chunks[0].id, "chat.completion.chunk", "tiny", None)
+    }
     assert not any("�" in (chunk.choices[0].delta.content or "") for chunk in chunks)
 
 
@@ -82,20 +83,29 @@ def test_completion_has_sixteen_tokens_unless_told(client: OpenAI) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(("fields", "text", "reason", "stop_reason"), [
-    ({"stop": "orl"}, "Grüße, w", "stop", "orl"),
-    ({"stop": ["zzz", ", w"]}, "Grüße", "stop", ", w"),
-    ({"stop": "orl", "include_stop_str_in_output": True}, "Grüße, worl", "stop", "orl"),
-    ({"stop": "üß"}, "Gr", "stop", "üß"),
-    ({"stop": "okk"}, ANSWER, "stop", None),
-    ({"stop_token_ids": [TOKENIZER.token_to_id("w")]}, "Grüße, ", "stop", TOKENIZER.token_to_id("w")),
-    ({"stop_token_ids": [TOKENIZER.token_to_id("w")], "include_stop_str_in_output": True}, "Grüße, w", "stop",
-     TOKENIZER.token_to_id("w")),
-    ({"max_tokens": 4}, "Grü", "length", None),
-    ({"max_tokens": 5}, "Grü\ufffd", "length", None),
-    ({"min_tokens": 12, "stop_token_ids": [TOKENIZER.token_to_id("w")]}, ANSWER, "stop", None)])
-async def test_ends(served: Served, stream: bool, fields: dict[str, Any], text: str, reason: str,
-                    stop_reason: Any) -> None:
+@pytest.mark.parametrize(
+    ("fields", "text", "reason", "stop_reason"),
+    [
+        ({"stop": "orl"}, "Grüße, w", "stop", "orl"),
+        ({"stop": ["zzz", ", w"]}, "Grüße", "stop", ", w"),
+        ({"stop": "orl", "include_stop_str_in_output": True}, "Grüße, worl", "stop", "orl"),
+        ({"stop": "üß"}, "Gr", "stop", "üß"),
+        ({"stop": "okk"}, ANSWER, "stop", None),
+        ({"stop_token_ids": [TOKENIZER.token_to_id("w")]}, "Grüße, ", "stop", TOKENIZER.token_to_id("w")),
+        (
+            {"stop_token_ids": [TOKENIZER.token_to_id("w")], "include_stop_str_in_output": True},
+            "Grüße, w",
+            "stop",
+            TOKENIZER.token_to_id("w"),
+        ),
+        ({"max_tokens": 4}, "Grü", "length", None),
+        ({"max_tokens": 5}, "Grü\ufffd", "length", None),
+        ({"min_tokens": 12, "stop_token_ids": [TOKENIZER.token_to_id("w")]}, ANSWER, "stop", None),
+    ],
+)
+async def test_ends(
+    served: Served, stream: bool, fields: dict[str, Any], text: str, reason: str, stop_reason: Any
+) -> None:
     reply = await chat(served.port, stream=stream, **fields)
     assert reply.status == 200
     if stream:
@@ -137,7 +147,8 @@ async def test_ignore_eos_goes_on_to_the_end() -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_many_answers(client: OpenAI, stream: bool) -> None:
     answer = client.chat.completions.create(  # type: ignore[call-overload]
-        model="tiny", messages=USER, n=3, stream=stream)
+        model="tiny", messages=USER, n=3, stream=stream
+    )
     if stream:
         texts = dict.fromkeys(range(3), "")
         for chunk in answer:
@@ -163,7 +174,8 @@ def test_many_prompts(client: OpenAI) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_chat_logprobs(client: OpenAI, stream: bool) -> None:
     answer = client.chat.completions.create(  # type: ignore[call-overload]
-        model="tiny", messages=USER, logprobs=True, top_logprobs=2, stream=stream)
+        model="tiny", messages=USER, logprobs=True, top_logprobs=2, stream=stream
+    )
     if stream:
         pieces = [chunk.choices[0].logprobs for chunk in answer]
         entries = [entry for piece in pieces if piece for entry in piece.content]
@@ -194,13 +206,26 @@ async def test_completion_logprobs_with_echo(served: Served, stream: bool) -> No
     assert all(len(values) == 7 for values in found.values())
 
 
-@pytest.mark.parametrize(("stop", "include", "text"), [
-    (None, False, ANSWER), ("! ", False, "Grüße, world"), ("! ", True, "Grüße, world! "), ("e, wow", False, ANSWER),
-    ("🙂", False, "Grüße, world! ")])
+@pytest.mark.parametrize(
+    ("stop", "include", "text"),
+    [
+        (None, False, ANSWER),
+        ("! ", False, "Grüße, world"),
+        ("! ", True, "Grüße, world! "),
+        ("e, wow", False, ANSWER),
+        ("🙂", False, "Grüße, world! "),
+    ],
+)
 @pytest.mark.parametrize("chunk", [1, 3, 8])
 async def test_offsets_count_the_text_as_sent(stop: str | None, include: bool, text: str, chunk: int) -> None:
-    fields = {"prompt": "你h", "echo": True, "logprobs": 0, "max_tokens": 40, "include_stop_str_in_output": include,
-              **({"stop": stop} if stop else {})}
+    fields = {
+        "prompt": "你h",
+        "echo": True,
+        "logprobs": 0,
+        "max_tokens": 40,
+        "include_stop_str_in_output": include,
+        **({"stop": stop} if stop else {}),
+    }
     async with serving(FakeEngine(script=partial(speak, chunk=chunk))) as served:
         plain = (await complete(served.port, **fields)).json["choices"][0]
         pieces = [event["choices"][0] for event in events((await complete(served.port, stream=True, **fields)).body)]
@@ -235,8 +260,11 @@ async def test_echo_in_a_chat_repeats_what_is_continued(served: Served, stream: 
     fields = {"messages": messages, "echo": True, "continue_final_message": True, "add_generation_prompt": False}
     reply = await chat(served.port, stream=stream, **fields)
     chunks = events(reply.body) if stream else []
-    text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) if stream else (
-        reply.json["choices"][0]["message"]["content"])
+    text = (
+        "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+        if stream
+        else (reply.json["choices"][0]["message"]["content"])
+    )
     assert text == "So: " + ANSWER
     assert TOKENIZER.decode(served.engine.requests[-1].prompt.token_ids.tolist()).endswith("assistant\nSo: ")
 
@@ -248,21 +276,29 @@ async def test_usage_in_streams(served: Served) -> None:
     assert [chunk["usage"] for chunk in at_end[:-1]] == [None] * (len(at_end) - 1)
     assert at_end[-1]["choices"] == []
     assert at_end[-1]["usage"]["completion_tokens"] == ANSWER_TOKENS
-    running = events((await chat(served.port, stream=True, stream_options={
-        "include_usage": True, "continuous_usage_stats": True})).body)
+    running = events(
+        (
+            await chat(served.port, stream=True, stream_options={"include_usage": True, "continuous_usage_stats": True})
+        ).body
+    )
     counts = [chunk["usage"]["completion_tokens"] for chunk in running]
     assert counts == sorted(counts)
     assert (counts[:2], counts[-1]) == ([0, 1], ANSWER_TOKENS)
     for options in ({"continuous_usage_stats": True}, {"continuous_usage_stats": True, "include_usage": False}):
-        assert not any("usage" in chunk for chunk in events((await chat(
-            served.port, stream=True, stream_options=options)).body))
+        assert not any(
+            "usage" in chunk for chunk in events((await chat(served.port, stream=True, stream_options=options)).body)
+        )
 
 
 @pytest.mark.parametrize("n", [1, 3])
 async def test_running_usage_counts_what_was_sent(n: int) -> None:
     both = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-    continued = {"messages": [*USER, {"role": "assistant", "content": "So: "}], "echo": True,
-                 "continue_final_message": True, "add_generation_prompt": False}
+    continued = {
+        "messages": [*USER, {"role": "assistant", "content": "So: "}],
+        "echo": True,
+        "continue_final_message": True,
+        "add_generation_prompt": False,
+    }
     async with serving(FakeEngine(script=partial(speak, text="abcdefgh", chunk=4))) as served:
         chats = events((await chat(served.port, n=n, **both, **continued)).body)
         texts = events((await complete(served.port, prompt="x", n=n, max_tokens=8, echo=True, **both)).body)
@@ -310,10 +346,12 @@ async def test_control_tokens_in_text_stay_text(served: Served) -> None:
 
 
 async def test_context_is_checked_with_numbers(served: Served) -> None:
-    for path, fields in (("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * CONTEXT}]}),
-                         ("/v1/completions", {"prompt": "x" * (CONTEXT + 1)}),
-                         ("/v1/completions", {"prompt": "x" * 10 * CONTEXT}),
-                         ("/v1/completions", {"prompt": "x" * 10, "max_tokens": CONTEXT})):
+    for path, fields in (
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * CONTEXT}]}),
+        ("/v1/completions", {"prompt": "x" * (CONTEXT + 1)}),
+        ("/v1/completions", {"prompt": "x" * 10 * CONTEXT}),
+        ("/v1/completions", {"prompt": "x" * 10, "max_tokens": CONTEXT}),
+    ):
         error = (await post(served.port, path, fields)).error
         assert error["code"] == "context_length_exceeded"
         assert str(CONTEXT) in error["message"]
@@ -367,8 +405,13 @@ async def test_template_variables(served: Served, caplog: pytest.LogCaptureFixtu
 
 async def test_nothing_is_computed_for_what_is_refused(served: Served) -> None:
     before = len(served.engine.requests)
-    for fields in ({"n": 0}, {"tools": [{"type": "function"}]}, {"response_format": {"type": "json_object"}},
-                   {"logit_bias": {"99999": 1}}, {"stop": [""]}):
+    for fields in (
+        {"n": 0},
+        {"tools": [{"type": "function"}]},
+        {"response_format": {"type": "json_object"}},
+        {"logit_bias": {"99999": 1}},
+        {"stop": [""]},
+    ):
         reply = await chat(served.port, **fields)
         assert reply.status == 400
         assert reply.error["param"] in fields or reply.error["param"] == "stop[0]"

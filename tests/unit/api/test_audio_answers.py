@@ -108,9 +108,21 @@ async def test_what_the_model_is_asked(clip: bytes) -> None:
 async def test_sampling_is_greedy_unless_told(clip: bytes) -> None:
     async with listening() as served:
         await upload(served, form(clip))
-        await upload(served, form(clip, temperature="0.5", top_p="0.9", top_k="7", min_p="0.1", seed="5",
-                                  presence_penalty="-1", frequency_penalty="1", repetition_penalty="1.2",
-                                  max_completion_tokens="3"))
+        await upload(
+            served,
+            form(
+                clip,
+                temperature="0.5",
+                top_p="0.9",
+                top_k="7",
+                min_p="0.1",
+                seed="5",
+                presence_penalty="-1",
+                frequency_penalty="1",
+                repetition_penalty="1.2",
+                max_completion_tokens="3",
+            ),
+        )
         first, second = (one.sampling for one in served.engine.requests)
     assert first is not None and second is not None
     assert (first.temperature, first.max_tokens > 100) == (0.0, True)
@@ -139,8 +151,9 @@ async def test_models_without_ears(clip: bytes) -> None:
     async with serving() as served:
         reply = await upload(served, form(clip))
         assert (reply.status, reply.error["code"]) == (400, "unsupported_modality")
-    embedder = FakeEngine(ready=READY.__class__(**{
-        **{name: getattr(READY, name) for name in READY.__slots__}, "tasks": ("embed",)}))
+    embedder = FakeEngine(
+        ready=READY.__class__(**{**{name: getattr(READY, name) for name in READY.__slots__}, "tasks": ("embed",)})
+    )
     async with serving(embedder, model=EARS) as served:
         assert (await upload(served, form(clip))).error["code"] == "unsupported_task"
         assert (await upload(served, form(clip, model="other"))).status == 404
@@ -166,13 +179,21 @@ async def test_file_names_mean_nothing(clip: bytes, tmp_path: Path, monkeypatch:
 async def test_uploads_end_at_their_limit_however_they_come(clip: bytes) -> None:
     limits = Limits(max_upload_bytes=200_000, max_audio_bytes=100_000)
     async with listening(limits=limits) as served:
-        declared = request("POST", PATH, b"", headers={
-            "Content-Type": f"multipart/form-data; boundary={BOUNDARY}", "Content-Length": str(2**31)})
+        declared = request(
+            "POST",
+            PATH,
+            b"",
+            headers={"Content-Type": f"multipart/form-data; boundary={BOUNDARY}", "Content-Length": str(2**31)},
+        )
         assert (await raw(served.port, declared)).status == 413
         reply = await upload(served, form(bytes(100_001)))
         assert (reply.status, reply.error["code"]) == (400, "audio_file_too_large")
-        head = request("POST", PATH, b"", headers={
-            "Content-Type": f"multipart/form-data; boundary={BOUNDARY}", "Transfer-Encoding": "chunked"})
+        head = request(
+            "POST",
+            PATH,
+            b"",
+            headers={"Content-Type": f"multipart/form-data; boundary={BOUNDARY}", "Transfer-Encoding": "chunked"},
+        )
         reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
         writer.write(head.replace(b"Content-Length: 0\r\n", b""))
         body = part("file", b"", file_name="a")[:-2]
@@ -192,55 +213,88 @@ async def test_uploads_end_at_their_limit_however_they_come(clip: bytes) -> None
         assert not served.engine.requests
 
 
-@pytest.mark.parametrize(("body", "status", "param"), [
-    (b"", 400, None), (b"hello", 400, None), (b"\r\n" * 1000, 400, None), (f"--{BOUNDARY}--\r\n".encode(), 400, "file"),
-    (part("model", "tiny") + f"--{BOUNDARY}--\r\n".encode(), 400, "file"),
-    (part("file", b"x", file_name="a"), 400, None),  # the end is missing
-    (part("file", b"x") * 2 + f"--{BOUNDARY}--\r\n".encode(), 400, "file"),
-    (part("model", "tiny") * 2 + part("file", b"x") + f"--{BOUNDARY}--\r\n".encode(), 400, "model"),
-    (b"".join(part(f"f{i}", "x") for i in range(65)), 400, None),
-    (b"".join(part(f"f{i}", "x") for i in range(10_000)), 400, None),
-    (part("prompt", "x" * 70_000), 413, None), (part("prompt", "x" * 9_000) + part("file", b"x"), 400, None),
-    (part("prompt", "x" * 9_000) + part("file", b"x") + f"--{BOUNDARY}--\r\n".encode(), 400, "prompt"),
-    (part("prompt", b"\xff\xfe") + part("file", b"x") + f"--{BOUNDARY}--\r\n".encode(), 400, "prompt"),
-    (part("", b"x"), 400, None), (part("n" * 65, b"x"), 400, None), (part("a\tb", b"x"), 400, None),
-    (f"--{BOUNDARY}\r\nContent-Type: text/plain\r\n\r\nx\r\n--{BOUNDARY}--\r\n".encode(), 400, None),
-    (f"--{BOUNDARY}\r\n: x\r\n\r\nx".encode(), 400, None),
-    (f"--{BOUNDARY}\r\n".encode() + b"A: b\r\n" * 20 + b"\r\nx", 400, None),
-    (f"--{BOUNDARY}\r\nA: ".encode() + b"b" * 10_000, 400, None),
-    (part("file", b"--inner\r\nContent-Disposition: form-data; name=\"file\"\r\n\r\nx\r\n--inner--",
-          more="Content-Type: multipart/mixed; boundary=inner\r\n") + f"--{BOUNDARY}--\r\n".encode(), 400, "file"),
-    (part("file", b"") + f"--{BOUNDARY}--\r\n".encode(), 400, "file"),
-    (part("file", b"RIFFnothing") + f"--{BOUNDARY}--\r\n".encode(), 400, "file")], ids=range(24))
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        (b"", 400, None),
+        (b"hello", 400, None),
+        (b"\r\n" * 1000, 400, None),
+        (f"--{BOUNDARY}--\r\n".encode(), 400, "file"),
+        (part("model", "tiny") + f"--{BOUNDARY}--\r\n".encode(), 400, "file"),
+        (part("file", b"x", file_name="a"), 400, None),  # the end is missing
+        (part("file", b"x") * 2 + f"--{BOUNDARY}--\r\n".encode(), 400, "file"),
+        (part("model", "tiny") * 2 + part("file", b"x") + f"--{BOUNDARY}--\r\n".encode(), 400, "model"),
+        (b"".join(part(f"f{i}", "x") for i in range(65)), 400, None),
+        (b"".join(part(f"f{i}", "x") for i in range(10_000)), 400, None),
+        (part("prompt", "x" * 70_000), 413, None),
+        (part("prompt", "x" * 9_000) + part("file", b"x"), 400, None),
+        (part("prompt", "x" * 9_000) + part("file", b"x") + f"--{BOUNDARY}--\r\n".encode(), 400, "prompt"),
+        (part("prompt", b"\xff\xfe") + part("file", b"x") + f"--{BOUNDARY}--\r\n".encode(), 400, "prompt"),
+        (part("", b"x"), 400, None),
+        (part("n" * 65, b"x"), 400, None),
+        (part("a\tb", b"x"), 400, None),
+        (f"--{BOUNDARY}\r\nContent-Type: text/plain\r\n\r\nx\r\n--{BOUNDARY}--\r\n".encode(), 400, None),
+        (f"--{BOUNDARY}\r\n: x\r\n\r\nx".encode(), 400, None),
+        (f"--{BOUNDARY}\r\n".encode() + b"A: b\r\n" * 20 + b"\r\nx", 400, None),
+        (f"--{BOUNDARY}\r\nA: ".encode() + b"b" * 10_000, 400, None),
+        (
+            part(
+                "file",
+                b'--inner\r\nContent-Disposition: form-data; name="file"\r\n\r\nx\r\n--inner--',
+                more="Content-Type: multipart/mixed; boundary=inner\r\n",
+            )
+            + f"--{BOUNDARY}--\r\n".encode(),
+            400,
+            "file",
+        ),
+        (part("file", b"") + f"--{BOUNDARY}--\r\n".encode(), 400, "file"),
+        (part("file", b"RIFFnothing") + f"--{BOUNDARY}--\r\n".encode(), 400, "file"),
+    ],
+    ids=range(24),
+)
 async def test_malformed_forms(body: bytes, status: int, param: str | None) -> None:
     async with listening() as served:
         reply = await upload(served, body)
         assert (reply.status, reply.error["param"]) == (status, param), reply.body
 
 
-@pytest.mark.parametrize(("content_type", "status"), [
-    ("application/json", 415), ("application/x-www-form-urlencoded", 415), ("multipart/mixed; boundary=x", 415),
-    ("", 415), ("multipart/form-data", 400), ("multipart/form-data; boundary=", 400),
-    ("multipart/form-data; boundary=" + "x" * 71, 400), ("multipart/form-data; boundary=\"a\x7fb\"", 400)])
+@pytest.mark.parametrize(
+    ("content_type", "status"),
+    [
+        ("application/json", 415),
+        ("application/x-www-form-urlencoded", 415),
+        ("multipart/mixed; boundary=x", 415),
+        ("", 415),
+        ("multipart/form-data", 400),
+        ("multipart/form-data; boundary=", 400),
+        ("multipart/form-data; boundary=" + "x" * 71, 400),
+        ('multipart/form-data; boundary="a\x7fb"', 400),
+    ],
+)
 async def test_bodies_of_other_kinds(clip: bytes, content_type: str, status: int) -> None:
     async with listening() as served:
         headers = {"Content-Type": content_type}
         assert (await raw(served.port, request("POST", PATH, form(clip), headers=headers))).status == status
         many = b"&".join(b"a%d=1" % i for i in range(100_000))
-        reply = await raw(served.port, request("POST", PATH, many, headers={
-            "Content-Type": "application/x-www-form-urlencoded"}))
+        reply = await raw(
+            served.port, request("POST", PATH, many, headers={"Content-Type": "application/x-www-form-urlencoded"})
+        )
         assert reply.status == 415
 
 
 async def test_a_form_cut_into_single_bytes_is_the_same_form(clip: bytes) -> None:
     async with listening() as served:
         body = form(clip[:2000], language="de")
-        head = request("POST", PATH, b"", headers={
-            "Content-Type": f"multipart/form-data; boundary={BOUNDARY}", "Content-Length": str(len(body))})
+        head = request(
+            "POST",
+            PATH,
+            b"",
+            headers={"Content-Type": f"multipart/form-data; boundary={BOUNDARY}", "Content-Length": str(len(body))},
+        )
         reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
         writer.write(head)
         for place in range(0, 400):
-            writer.write(body[place:place + 1])
+            writer.write(body[place : place + 1])
             await asyncio.sleep(0)
         writer.write(body[400:])
         status = (await reader.readuntil(b"\r\n")).split()[1]
@@ -253,12 +307,26 @@ async def test_a_form_cut_into_single_bytes_is_the_same_form(clip: bytes) -> Non
 # S41: values.
 
 
-@pytest.mark.parametrize(("field", "values"), [
-    ("temperature", ["nan", "inf", "-0.1", "2.1", "x"]), ("top_p", ["0", "1.1", "x"]), ("top_k", ["-2", "1.5"]),
-    ("min_p", ["2"]), ("seed", [str(2**63), "1.5"]), ("stream", ["maybe"]), ("language", ["x" * 33, "<|end|>", "1"]),
-    ("to_language", ["a\nb"]), ("response_format", ["srt", "vtt", "xml", "diarized_json"]), ("n", ["2"]),
-    ("max_completion_tokens", ["0", "-1", "1e3"]), ("presence_penalty", ["3"]), ("use_beam_search", ["true"]),
-    ("vllm_xargs", ['{"a": 1}']), ("model", ["m" * 300])])
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("temperature", ["nan", "inf", "-0.1", "2.1", "x"]),
+        ("top_p", ["0", "1.1", "x"]),
+        ("top_k", ["-2", "1.5"]),
+        ("min_p", ["2"]),
+        ("seed", [str(2**63), "1.5"]),
+        ("stream", ["maybe"]),
+        ("language", ["x" * 33, "<|end|>", "1"]),
+        ("to_language", ["a\nb"]),
+        ("response_format", ["srt", "vtt", "xml", "diarized_json"]),
+        ("n", ["2"]),
+        ("max_completion_tokens", ["0", "-1", "1e3"]),
+        ("presence_penalty", ["3"]),
+        ("use_beam_search", ["true"]),
+        ("vllm_xargs", ['{"a": 1}']),
+        ("model", ["m" * 300]),
+    ],
+)
 def test_values_out_of_bounds(field: str, values: list[str]) -> None:
     for value in values:
         with pytest.raises(RequestError) as caught:
@@ -268,18 +336,34 @@ def test_values_out_of_bounds(field: str, values: list[str]) -> None:
 
 
 def test_values_that_change_nothing() -> None:
-    fields = {"n": ["1"], "use_beam_search": ["false"], "temperature": [""], "language": ["auto"],
-              "chunking_strategy": ["auto"], "vllm_xargs": ["{}"], "length_penalty": ["1.0"], "unknown": ["x"]}
+    fields = {
+        "n": ["1"],
+        "use_beam_search": ["false"],
+        "temperature": [""],
+        "language": ["auto"],
+        "chunking_strategy": ["auto"],
+        "vllm_xargs": ["{}"],
+        "length_penalty": ["1.0"],
+        "unknown": ["x"],
+    }
     assert parse_fields(fields, UnknownFields()).sampling_body() == AudioRequest().sampling_body()
 
 
-@pytest.mark.parametrize(("field", "given", "words"), [
-    ("timestamp_granularities[]", ["segment"], "tells no times"),
-    ("timestamp_granularities[]", ["segment", "word"], "tells no times"),
-    ("timestamp_granularities", ["word"], "tells no times"), ("word_timestamps", ["true"], "tells no times"),
-    ("known_speaker_names[]", ["a", "b"], "leave it out"), ("include[]", ["logprobs"], "leave it out"),
-    ("initial_prompt", ["x"], "`prompt`"), ("max_tokens", ["5"], "`max_completion_tokens`"),
-    ("task", ["translate"], "/v1/audio/translations"), ("translate", ["true"], "/v1/audio/translations")])
+@pytest.mark.parametrize(
+    ("field", "given", "words"),
+    [
+        ("timestamp_granularities[]", ["segment"], "tells no times"),
+        ("timestamp_granularities[]", ["segment", "word"], "tells no times"),
+        ("timestamp_granularities", ["word"], "tells no times"),
+        ("word_timestamps", ["true"], "tells no times"),
+        ("known_speaker_names[]", ["a", "b"], "leave it out"),
+        ("include[]", ["logprobs"], "leave it out"),
+        ("initial_prompt", ["x"], "`prompt`"),
+        ("max_tokens", ["5"], "`max_completion_tokens`"),
+        ("task", ["translate"], "/v1/audio/translations"),
+        ("translate", ["true"], "/v1/audio/translations"),
+    ],
+)
 def test_what_other_servers_have_is_refused_by_name(field: str, given: list[str], words: str) -> None:
     with pytest.raises(UnsupportedFieldError) as caught:
         parse_fields({field: given}, UnknownFields())
@@ -287,13 +371,25 @@ def test_what_other_servers_have_is_refused_by_name(field: str, given: list[str]
     assert words in caught.value.message
 
 
-@pytest.mark.parametrize(("given", "named"), [
-    ("de", "German"), ("DE", "German"), ("en-US", "English"), ("zh_Hans", "Chinese"), ("pt-BR", "Portuguese"),
-    ("haw", "Hawaiian"), ("Norwegian", "Norwegian"), ("castilian", "Spanish"), ("sw", "Swahili")])
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("de", "German"),
+        ("DE", "German"),
+        ("en-US", "English"),
+        ("zh_Hans", "Chinese"),
+        ("pt-BR", "Portuguese"),
+        ("haw", "Hawaiian"),
+        ("Norwegian", "Norwegian"),
+        ("castilian", "Spanish"),
+        ("sw", "Swahili"),
+    ],
+)
 def test_languages_by_code_and_name(given: str, named: str) -> None:
     assert f"spoken in {named}." in parse_fields({"language": [given]}, UnknownFields()).instruction(translates=False)
     assert f"Write down in {named} " in parse_fields({"to_language": [given]}, UnknownFields()).instruction(
-        translates=True)
+        translates=True
+    )
 
 
 @pytest.mark.parametrize("given", ["hh", "xx-US", "Klingon", "e", "english please", "en-", "d e"])

@@ -57,8 +57,9 @@ async def replies(reader: asyncio.StreamReader) -> list[Any]:
 
 
 @pytest.mark.parametrize("number", [33, 34, 100, 3000])
-async def test_pipelined_requests_are_answered_in_order_and_then_refused(number: int,
-                                                                         caplog: pytest.LogCaptureFixture) -> None:
+async def test_pipelined_requests_are_answered_in_order_and_then_refused(
+    number: int, caplog: pytest.LogCaptureFixture
+) -> None:
     async with serving(FakeEngine(script=slowly)) as served:
         reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
         first = request("POST", "/v1/completions", BODY)
@@ -77,10 +78,16 @@ async def test_pipelined_requests_are_answered_in_order_and_then_refused(number:
     assert "Traceback" not in caplog.text
 
 
-@pytest.mark.parametrize(("second", "status"), [
-    (b"\x00\x01 nonsense\r\n\r\n", 400), (b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\n\r\n", 414),
-    (b"GET / HTTP/1.1\r\nX: " + b"a" * 40_000 + b"\r\n\r\n", 431), (b"GET nothing HTTP/1.1\r\n\r\n", 400),
-    (request("POST", "/v1/completions", headers={"Transfer-Encoding": "chunked"}) + b"zz\r\n", 400)])
+@pytest.mark.parametrize(
+    ("second", "status"),
+    [
+        (b"\x00\x01 nonsense\r\n\r\n", 400),
+        (b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\n\r\n", 414),
+        (b"GET / HTTP/1.1\r\nX: " + b"a" * 40_000 + b"\r\n\r\n", 431),
+        (b"GET nothing HTTP/1.1\r\n\r\n", 400),
+        (request("POST", "/v1/completions", headers={"Transfer-Encoding": "chunked"}) + b"zz\r\n", 400),
+    ],
+)
 async def test_what_is_refused_does_not_overtake(second: bytes, status: int) -> None:
     async with serving(FakeEngine(script=slowly)) as served:
         for path in ("/v1/completions", "/v1/chat/completions"):
@@ -92,8 +99,10 @@ async def test_what_is_refused_does_not_overtake(second: bytes, status: int) -> 
 
 async def test_nothing_follows_a_request_that_said_close() -> None:
     async with serving() as served:
-        for first in (request("GET", "/livez", headers={"Connection": "close"}),
-                      b"GET /livez HTTP/1.0\r\nHost: localhost\r\n\r\n"):
+        for first in (
+            request("GET", "/livez", headers={"Connection": "close"}),
+            b"GET /livez HTTP/1.0\r\nHost: localhost\r\n\r\n",
+        ):
             reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
             writer.write(first + request("GET", "/livez"))
             assert [reply.status for reply in await replies(reader)] == [200]
@@ -101,13 +110,22 @@ async def test_nothing_follows_a_request_that_said_close() -> None:
 
 
 def chunked(body: bytes) -> bytes:
-    return request("POST", "/v1/chat/completions", headers={"Transfer-Encoding": "chunked"}) \
-        + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    return request(
+        "POST", "/v1/chat/completions", headers={"Transfer-Encoding": "chunked"}
+    ) + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
 
 
-@pytest.mark.parametrize("data", [
-    request("GET", "/livez"), request("POST", "/v1/chat/completions", PLAIN), chunked(PLAIN),
-    request("POST", "/v1/chat/completions", STREAM), chunked(STREAM), request("GET", "/livez") * 3])
+@pytest.mark.parametrize(
+    "data",
+    [
+        request("GET", "/livez"),
+        request("POST", "/v1/chat/completions", PLAIN),
+        chunked(PLAIN),
+        request("POST", "/v1/chat/completions", STREAM),
+        chunked(STREAM),
+        request("GET", "/livez") * 3,
+    ],
+)
 async def test_who_only_stops_sending_gets_the_answer(data: bytes) -> None:
     """Also after seconds, when a client of HTTP/1.1 has been told that its request is worked on."""
     slow = b"POST" in data and b"chunked" in data
@@ -170,8 +188,11 @@ async def test_streams_of_old_clients_are_plain() -> None:
 async def test_header_and_chunk_floods_stop_at_their_limit() -> None:
     async with serving() as served:
         start_s = time.process_time()
-        for flood in (b"GET /livez HTTP/1.1\r\n" + b"a:b\r\n" * 400_000, b"\r\n" * 1_000_000,
-                      request("GET", "/livez") * 50_000):
+        for flood in (
+            b"GET /livez HTTP/1.1\r\n" + b"a:b\r\n" * 400_000,
+            b"\r\n" * 1_000_000,
+            request("GET", "/livez") * 50_000,
+        ):
             _, writer = await asyncio.open_connection("127.0.0.1", served.port)
             writer.write(flood)
             assert (await get(served.port, "/livez")).status == 200
@@ -193,8 +214,9 @@ def unread(served: Served, body: bytes, path: str = "/v1/chat/completions") -> s
 
 
 async def test_who_does_not_read_is_disconnected() -> None:
-    async with serving(FakeEngine(script=partial(chatty, pause_s=0.001)),
-                       limits=replace(LIMITS, write_timeout_s=1.0)) as served:
+    async with serving(
+        FakeEngine(script=partial(chatty, pause_s=0.001)), limits=replace(LIMITS, write_timeout_s=1.0)
+    ) as served:
         clients = [unread(served, STREAM) for _ in range(6)]
         await until(lambda: len(served.engine.active) == 6)
         await until(lambda: not served.engine.active, timeout_s=20)
@@ -216,8 +238,9 @@ async def test_a_whole_answer_that_nobody_reads_is_thrown_away() -> None:
 
 
 async def test_who_reads_slowly_but_steadily_lives() -> None:
-    async with serving(FakeEngine(script=partial(chatty, pause_s=0.001)),
-                       limits=replace(LIMITS, write_timeout_s=3.0)) as served:
+    async with serving(
+        FakeEngine(script=partial(chatty, pause_s=0.001)), limits=replace(LIMITS, write_timeout_s=3.0)
+    ) as served:
         client = unread(served, STREAM)
         client.setblocking(False)
         loop = asyncio.get_running_loop()
@@ -230,8 +253,12 @@ async def test_who_reads_slowly_but_steadily_lives() -> None:
 
 
 async def test_an_idle_reader_of_a_silent_stream_lives() -> None:
-    async with serving(FakeEngine(script=partial(speak, delay_s=0.8)),
-                       limits=replace(LIMITS, write_timeout_s=1.0)) as served:
-        reply = await raw(served.port, request("POST", "/v1/completions", json.dumps(
-            {"prompt": "hi", "max_tokens": 4, "stream": True}).encode()), timeout_s=15)
+    async with serving(
+        FakeEngine(script=partial(speak, delay_s=0.8)), limits=replace(LIMITS, write_timeout_s=1.0)
+    ) as served:
+        reply = await raw(
+            served.port,
+            request("POST", "/v1/completions", json.dumps({"prompt": "hi", "max_tokens": 4, "stream": True}).encode()),
+            timeout_s=15,
+        )
         assert [event["choices"][0]["text"] for event in events(reply.body)] == ["G", "r", "ü"]

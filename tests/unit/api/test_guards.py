@@ -37,15 +37,32 @@ async def test_the_client_is_let_in_with_a_key_only() -> None:
 
 async def test_every_path_needs_the_key_but_the_literal_few() -> None:
     public = {"/", "/livez", "/readyz", "/health", "/ping", "/playground/style.css", "/playground/icon.svg"}
-    public |= {f"/playground/{name}.js" for name in (
-        "api attachments capture chat compare conversation dialogs dom i18n main metrics plot render samples server "
-        "settings snippets sse store theme turn wav words").split()}
+    public |= {
+        f"/playground/{name}.js"
+        for name in (
+            "api attachments capture chat compare conversation dialogs dom i18n main metrics plot render "
+            "samples server "
+            "settings snippets sse store theme turn wav words"
+        ).split()
+    }
     assert public == PUBLIC_PATHS
     paths = {route.path for route in ROUTES}
     paths |= {"/api/v1" + path.removeprefix("/v1") for path in paths} | {
-        "/V1/models", "//v1/models", "/v1/models/", "/v1/models/tiny", "/livez/", "//livez", "/LIVEZ",
+        "/V1/models",
+        "//v1/models",
+        "/v1/models/",
+        "/v1/models/tiny",
+        "/livez/",
+        "//livez",
+        "/LIVEZ",
         "/livez/../v1/models",
-        "/%76%31/models", "/new", "/livez%00", "/metrics?x=/livez", "/docs#livez", "/api/v1/livez"}
+        "/%76%31/models",
+        "/new",
+        "/livez%00",
+        "/metrics?x=/livez",
+        "/docs#livez",
+        "/api/v1/livez",
+    }
     async with serving(api_key=(KEY,)) as served:
         for path in sorted(paths):
             for method in METHODS:
@@ -66,11 +83,25 @@ async def head(served: Served, path: str) -> Reply:
     return reply
 
 
-@pytest.mark.parametrize("headers", [
-    {}, {"Authorization": ""}, {"Authorization": KEY}, bearer(""), bearer("x" + KEY[1:]), bearer(KEY[:-1] + "x"),
-    bearer(KEY[:-1]), bearer(KEY + "x"), bearer("schlüssel"), bearer(KEY, "Basic"), bearer(KEY, "bearer\t"),
-    {"X-Api-Key": KEY},
-    bearer(KEY.upper())], ids=range(13))
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Authorization": ""},
+        {"Authorization": KEY},
+        bearer(""),
+        bearer("x" + KEY[1:]),
+        bearer(KEY[:-1] + "x"),
+        bearer(KEY[:-1]),
+        bearer(KEY + "x"),
+        bearer("schlüssel"),
+        bearer(KEY, "Basic"),
+        bearer(KEY, "bearer\t"),
+        {"X-Api-Key": KEY},
+        bearer(KEY.upper()),
+    ],
+    ids=range(13),
+)
 async def test_wrong_keys(headers: dict[str, str]) -> None:
     async with serving(api_key=(KEY,)) as served:
         reply = await get(served.port, f"/v1/models?api_key={KEY}", headers=headers)
@@ -78,7 +109,8 @@ async def test_wrong_keys(headers: dict[str, str]) -> None:
         assert KEY not in reply.body.decode()
         assert reply.error["type"] == "authentication_error"
         twice = request("GET", "/v1/models", headers=bearer(KEY)).replace(
-            b"\r\n\r\n", f"\r\nAuthorization: Bearer {KEY}\r\n\r\n".encode())
+            b"\r\n\r\n", f"\r\nAuthorization: Bearer {KEY}\r\n\r\n".encode()
+        )
         assert (await raw(served.port, twice)).status == 401
         for scheme in ("Bearer", "bearer"):
             assert (await get(served.port, "/v1/models", headers=bearer(KEY, scheme))).status == 200
@@ -102,10 +134,19 @@ def test_all_keys_are_compared_as_digests(monkeypatch: pytest.MonkeyPatch) -> No
     assert keys.match(b"a") != keys.match(b"b")
 
 
-HOSTS = [b"Host: x/livez?", b"Host: localhost/docs#", b"", b"Host: localhost\r\nHost: localhost", b"Host: ",
-         b"Host: a b",
-         b"Host: localhost:80:80", b"Host: user@localhost", b"Host: evil.example", b"Host: localhost.evil.example",
-         b"Host: 127.0.0.1.nip.io"]
+HOSTS = [
+    b"Host: x/livez?",
+    b"Host: localhost/docs#",
+    b"",
+    b"Host: localhost\r\nHost: localhost",
+    b"Host: ",
+    b"Host: a b",
+    b"Host: localhost:80:80",
+    b"Host: user@localhost",
+    b"Host: evil.example",
+    b"Host: localhost.evil.example",
+    b"Host: 127.0.0.1.nip.io",
+]
 
 
 @pytest.mark.parametrize("key", [(), (KEY,)])
@@ -127,13 +168,21 @@ async def test_any_name_will_do_where_a_key_is_needed_or_all_interfaces_listen()
         assert (await get(served.port, "/v1/models", host="my.example")).status == 200
 
 
-@pytest.mark.parametrize(("headers", "status"), [
-    ({"Origin": "http://evil", "Content-Type": "text/plain"}, 403), ({"Origin": "http://evil"}, 403),
-    ({"Origin": "null"}, 403),
-    ({"Origin": "http://localhost:3000"}, 403), ({"Sec-Fetch-Site": "cross-site"}, 403),
-    ({"Sec-Fetch-Site": "same-site"}, 403),
-    ({"Sec-Fetch-Site": "same-origin", "Origin": "https://proxy.example"}, 200), ({"Origin": "http://127.0.0.1"}, 200),
-    ({"Origin": "https://proxy.example", "X-Forwarded-Host": "proxy.example"}, 200), ({}, 200)])
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Origin": "http://evil", "Content-Type": "text/plain"}, 403),
+        ({"Origin": "http://evil"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://localhost:3000"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Sec-Fetch-Site": "same-origin", "Origin": "https://proxy.example"}, 200),
+        ({"Origin": "http://127.0.0.1"}, 200),
+        ({"Origin": "https://proxy.example", "X-Forwarded-Host": "proxy.example"}, 200),
+        ({}, 200),
+    ],
+)
 async def test_pages_of_other_origins(served: Served, headers: dict[str, str], status: int) -> None:
     reply = await post(served.port, "/v1/completions", {"prompt": "a", "max_tokens": 1}, headers=headers)
     assert reply.status == status
@@ -147,8 +196,16 @@ async def test_preflights_are_not_answered(port: int) -> None:
 
 
 async def test_nothing_and_wrong_methods(port: int) -> None:
-    for path in ("/nope", "/v1", "/v1/", "/v1/models/", "//v1/models", "/v1/chat/completions/", "/api/v2/models",
-                 "/docs/..%2fx"):
+    for path in (
+        "/nope",
+        "/v1",
+        "/v1/",
+        "/v1/models/",
+        "//v1/models",
+        "/v1/chat/completions/",
+        "/api/v2/models",
+        "/docs/..%2fx",
+    ):
         reply = await get(port, path)
         assert reply.status == 404
         assert reply.error["type"] == "not_found_error"
@@ -181,8 +238,10 @@ async def test_request_ids_are_echoed_if_sane(served: Served) -> None:
     reply = await chat(served.port, request_id="mine")
     assert re.fullmatch(r"req-[0-9a-f]{24}", reply.headers["x-request-id"])
     for good in ("abc-1.2_3:4", "x" * 128):
-        replies = [await post(served.port, "/v1/completions", {"prompt": "a"},
-                              headers={"X-Request-Id": good}) for _ in range(2)]
+        replies = [
+            await post(served.port, "/v1/completions", {"prompt": "a"}, headers={"X-Request-Id": good})
+            for _ in range(2)
+        ]
         assert [reply.headers["x-request-id"] for reply in replies] == [good, good]
         assert replies[0].json["id"] != replies[1].json["id"]
     for bad in ("x" * 129, "a b", "é", "<script>", "x" * 10_000):

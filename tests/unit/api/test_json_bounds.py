@@ -38,7 +38,7 @@ def measured(body: bytes, sizes: Iterator[int] | None = None, limits: Limits = L
     place = 0
     while place < len(body):
         size = next(sizes) if sizes else 65536
-        bounds.feed(body[place:place + size])
+        bounds.feed(body[place : place + size])
         if sizes:
             bounds.finish()
         place += size
@@ -70,8 +70,10 @@ def some_json(draw: random.Random, depth: int = 0) -> Any:
     if kind < 3:
         return draw.choice([None, True, 1, -2.5, "", "x"])
     if kind == 3:
-        return {str(index) + draw.choice(['', '"', "\\", ":"]): some_json(draw, depth + 1)
-                for index in range(draw.randrange(5))}
+        return {
+            str(index) + draw.choice(["", '"', "\\", ":"]): some_json(draw, depth + 1)
+            for index in range(draw.randrange(5))
+        }
     return [some_json(draw, depth + 1) for _ in range(draw.randrange(5))]
 
 
@@ -101,16 +103,25 @@ def test_what_is_counted_has_its_limit() -> None:
     measured(b'"' + b"\\u4e2d" * 2**20 + b'"')
 
 
-@pytest.mark.parametrize(("model", "body"), [
-    (ChatRequest, {"messages": [{"role": "user", "content": [{}] * 50}] * 50}),
-    (ChatRequest, {"messages": [{}] * 50}), (ChatRequest, {"messages": [0] * 50}),
-    (TokenizeRequest, {"messages": [{"role": "user", "content": [""] * 50}]}),
-    (CompletionRequest, {"prompt": [-1] * 50}), (CompletionRequest, {"prompt": [["a"] * 50] * 50}),
-    (CompletionRequest, {"prompt": ["a"] + [0] * 50}), (CompletionRequest, {"prompt": "a", "stop": [0] * 50}),
-    (EmbeddingsRequest, {"input": [[None] * 50] * 50}), (EmbeddingsRequest, {"messages": [[{}] * 50] * 50}),
-    (RerankRequest, {"query": "a", "documents": [{}] * 50}), (RerankRequest, {"query": "a", "documents": [0] * 50}),
-    (ScoreRequest, {"text_1": [{"content": [{}] * 50}] * 50, "text_2": "a"}),
-    (DetokenizeRequest, {"tokens": [""] * 50})])
+@pytest.mark.parametrize(
+    ("model", "body"),
+    [
+        (ChatRequest, {"messages": [{"role": "user", "content": [{}] * 50}] * 50}),
+        (ChatRequest, {"messages": [{}] * 50}),
+        (ChatRequest, {"messages": [0] * 50}),
+        (TokenizeRequest, {"messages": [{"role": "user", "content": [""] * 50}]}),
+        (CompletionRequest, {"prompt": [-1] * 50}),
+        (CompletionRequest, {"prompt": [["a"] * 50] * 50}),
+        (CompletionRequest, {"prompt": ["a"] + [0] * 50}),
+        (CompletionRequest, {"prompt": "a", "stop": [0] * 50}),
+        (EmbeddingsRequest, {"input": [[None] * 50] * 50}),
+        (EmbeddingsRequest, {"messages": [[{}] * 50] * 50}),
+        (RerankRequest, {"query": "a", "documents": [{}] * 50}),
+        (RerankRequest, {"query": "a", "documents": [0] * 50}),
+        (ScoreRequest, {"text_1": [{"content": [{}] * 50}] * 50, "text_2": "a"}),
+        (DetokenizeRequest, {"tokens": [""] * 50}),
+    ],
+)
 def test_checking_ends_at_the_first_error(model: Any, body: dict[str, Any]) -> None:
     with pytest.raises(ValidationError) as caught:
         model.model_validate_json(json.dumps(body))
@@ -126,7 +137,7 @@ def many(piece: str, total_bytes: int) -> bytes:
 async def test_many_small_values_are_refused_while_they_arrive(port: int, piece: str) -> None:
     body = many(piece, 24 * MiB)
     head = request("POST", "/v1/chat/completions", headers={"Content-Length": str(len(body) + 2)})
-    reply, sent = await flood(port, head, [body[start:start + 65536] for start in range(0, len(body), 65536)])
+    reply, sent = await flood(port, head, [body[start : start + 65536] for start in range(0, len(body), 65536)])
     assert reply is not None
     assert (reply.status, reply.error["code"]) == (400, "too_many_values")
     assert reply.error["param"] == (None if piece == "[" else "tools")  # nested so deeply that nobody looks further
@@ -152,9 +163,12 @@ async def worst_answer(port: int, work: asyncio.Task[Any]) -> float:
 
 async def test_others_are_answered_beside_eight_such_clients(served: Served) -> None:
     parts = json.dumps({"role": "user", "content": [{}] * 256})
-    bodies = [many("[[[]]],", 8 * MiB) + b"0]}", many("[],", 8 * MiB) + b"0]}",
-              b'{"messages":[%b]}' % ",".join([parts] * 1024).encode(),
-              json.dumps({"prompt": [[999] * 500] * 1000}).encode()] * 2
+    bodies = [
+        many("[[[]]],", 8 * MiB) + b"0]}",
+        many("[],", 8 * MiB) + b"0]}",
+        b'{"messages":[%b]}' % ",".join([parts] * 1024).encode(),
+        json.dumps({"prompt": [[999] * 500] * 1000}).encode(),
+    ] * 2
     before = resident_bytes([os.getpid()])
 
     async def attack() -> list[int]:

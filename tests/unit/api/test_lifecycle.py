@@ -114,6 +114,7 @@ async def test_many_clients_that_leave_take_everything_with_them() -> None:
     engine = FakeEngine(script=slowly)
     engine.config = replace(engine.config, max_num_seqs=64)
     async with serving(engine) as served:
+
         async def visit() -> None:
             reader, writer = await open_request(served.port, stream=True)
             await reader.readuntil(b"\n\n")
@@ -128,8 +129,10 @@ async def test_many_clients_that_leave_take_everything_with_them() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(("script", "status", "code"), [
-    (partial(failing, after=0), 500, "engine_error"), (partial(lost, after=0), 503, "unavailable")])
+@pytest.mark.parametrize(
+    ("script", "status", "code"),
+    [(partial(failing, after=0), 500, "engine_error"), (partial(lost, after=0), 503, "unavailable")],
+)
 async def test_errors_before_the_first_token_have_a_status(script: Any, status: int, code: str, stream: bool) -> None:
     async with serving(FakeEngine(script=script)) as served:
         for n in (1, 2):
@@ -140,8 +143,10 @@ async def test_errors_before_the_first_token_have_a_status(script: Any, status: 
 
 
 @pytest.mark.parametrize("n", [1, 2])
-@pytest.mark.parametrize(("script", "code"), [
-    (partial(failing, after=3), "engine_error"), (partial(lost, after=3), "unavailable"), (broken, "internal_error")])
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [(partial(failing, after=3), "engine_error"), (partial(lost, after=3), "unavailable"), (broken, "internal_error")],
+)
 async def test_errors_in_the_middle_are_events(script: Any, code: str, n: int) -> None:
     async with serving(FakeEngine(script=script)) as served:
         reply = await chat(served.port, stream=True, n=n)
@@ -248,9 +253,14 @@ async def test_leaving_while_the_prompt_is_made_ends_that_too(monkeypatch: pytes
 async def test_one_key_cannot_take_everything() -> None:
     limits = replace(LIMITS, max_concurrency_per_key=2)
     async with serving(FakeEngine(script=slowly), limits=limits, api_key=("a", "b")) as served:
+
         async def ask(key: str) -> int:
-            reply = await post(served.port, "/v1/chat/completions", {**CHAT, "max_tokens": 10},
-                               headers={"Authorization": f"Bearer {key}"})
+            reply = await post(
+                served.port,
+                "/v1/chat/completions",
+                {**CHAT, "max_tokens": 10},
+                headers={"Authorization": f"Bearer {key}"},
+            )
             if reply.status == 429:
                 assert reply.error["type"] == "rate_limit_error"
                 assert "retry-after" in reply.headers
@@ -373,8 +383,10 @@ async def test_sigterm_drains_and_exits_with_zero() -> None:
         await get(port, "/livez")
 
 
-@pytest.mark.parametrize(("signals", "code"), [
-    ((signal.SIGINT,), 130), ((signal.SIGTERM, signal.SIGTERM), 0), ((signal.SIGTERM, signal.SIGINT), 0)])
+@pytest.mark.parametrize(
+    ("signals", "code"),
+    [((signal.SIGINT,), 130), ((signal.SIGTERM, signal.SIGTERM), 0), ((signal.SIGTERM, signal.SIGINT), 0)],
+)
 async def test_a_second_signal_or_an_interrupt_ends_at_once(signals: tuple[int, ...], code: int) -> None:
     port = free_port()
     engine = FakeEngine(script=forever)
@@ -438,12 +450,15 @@ async def test_the_metrics_page() -> None:
         page = (await get(served.port, "/metrics")).body.decode()
         labels = 'engine="0",model_name="tiny"'
         tokens = len(ANSWER.encode()) + 1
-        for line in (f"vllm:num_requests_running{{{labels}}} 1.0", f"vllm:kv_cache_usage_perc{{{labels}}} 0.6",
-                     f"vllm:generation_tokens_total{{{labels}}} {2 * tokens + 3}.0",
-                     f"vllm:e2e_request_latency_seconds_count{{{labels}}} 2.0",
-                     f"vllm:time_to_first_token_seconds_count{{{labels}}} 3.0",
-                     f"vllm:inter_token_latency_seconds_count{{{labels}}} {2 * (tokens - 1) + 2}.0",
-                     'http_requests_total{handler="/v1/chat/completions",method="POST",status="400"} 1.0'):
+        for line in (
+            f"vllm:num_requests_running{{{labels}}} 1.0",
+            f"vllm:kv_cache_usage_perc{{{labels}}} 0.6",
+            f"vllm:generation_tokens_total{{{labels}}} {2 * tokens + 3}.0",
+            f"vllm:e2e_request_latency_seconds_count{{{labels}}} 2.0",
+            f"vllm:time_to_first_token_seconds_count{{{labels}}} 3.0",
+            f"vllm:inter_token_latency_seconds_count{{{labels}}} {2 * (tokens - 1) + 2}.0",
+            'http_requests_total{handler="/v1/chat/completions",method="POST",status="400"} 1.0',
+        ):
             assert line in page
         assert "# TYPE vllm:time_to_first_token_seconds histogram" in page
 

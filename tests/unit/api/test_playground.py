@@ -15,19 +15,33 @@ from sensorium.api.playground import PAGES, read_pages
 from sensorium.errors import StartupError
 
 FOLDER = Path(sensorium.__file__).parent / "playground"
-POLICY = {"default-src": "'none'", "script-src": "'self'", "style-src": "'self'", "img-src": "'self' blob: data:",
-          "media-src": "blob: data:", "connect-src": "'self'", "base-uri": "'none'", "form-action": "'none'",
-          "frame-ancestors": "'none'"}
+POLICY = {
+    "default-src": "'none'",
+    "script-src": "'self'",
+    "style-src": "'self'",
+    "img-src": "'self' blob: data:",
+    "media-src": "blob: data:",
+    "connect-src": "'self'",
+    "base-uri": "'none'",
+    "form-action": "'none'",
+    "frame-ancestors": "'none'",
+}
 MAX_PAGE_BYTES = 200_000
 HTML = (FOLDER / "index.html").read_text()
 SCRIPTS = {file.name: file.read_text() for file in FOLDER.glob("*.js")}
-WORDS = {language: dict(re.findall(r'^  "([\w.]+)": "(.*)",$', text, re.M)) for language, text in zip(
-    ("en", "zh"), SCRIPTS["words.js"].split("const zh = "), strict=True)}
+WORDS = {
+    language: dict(re.findall(r'^  "([\w.]+)": "(.*)",$', text, re.M))
+    for language, text in zip(("en", "zh"), SCRIPTS["words.js"].split("const zh = "), strict=True)
+}
 
 
 async def test_every_file_is_served_with_policy_and_type(served: Served) -> None:
-    types = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8",
-             ".js": "text/javascript; charset=utf-8", ".svg": "image/svg+xml"}
+    types = {
+        ".html": "text/html; charset=utf-8",
+        ".css": "text/css; charset=utf-8",
+        ".js": "text/javascript; charset=utf-8",
+        ".svg": "image/svg+xml",
+    }
     for path, name in PAGES.items():
         reply = await get(served.port, path)
         assert (reply.status, reply.body) == (200, (FOLDER / name).read_bytes())
@@ -44,10 +58,22 @@ def test_what_is_served_is_what_is_there_and_light() -> None:
 
 async def test_no_way_out_of_the_dict(served: Served) -> None:
     started_s = time.perf_counter()
-    paths = ["/playground", "/playground/", "/playground/..%2f..%2fetc/passwd", "/playground/../../etc/passwd",
-             "/playground/%2e%2e/serve.py", "//etc/passwd", "/playground//etc/passwd", "/playground/index.html",
-             "/playground/main.js/", "/playground/main.js%00", "/playground/MAIN.JS", "/playground/..%5c..%5cserve.py",
-             "/index.html", "/favicon.ico"]
+    paths = [
+        "/playground",
+        "/playground/",
+        "/playground/..%2f..%2fetc/passwd",
+        "/playground/../../etc/passwd",
+        "/playground/%2e%2e/serve.py",
+        "//etc/passwd",
+        "/playground//etc/passwd",
+        "/playground/index.html",
+        "/playground/main.js/",
+        "/playground/main.js%00",
+        "/playground/MAIN.JS",
+        "/playground/..%5c..%5cserve.py",
+        "/index.html",
+        "/favicon.ico",
+    ]
     for path in paths:
         assert (await raw(served.port, request("GET", path))).status == 404, path
     assert (time.perf_counter() - started_s) / len(paths) < 0.05
@@ -106,8 +132,18 @@ def test_the_page_has_no_code_or_style_of_its_own_and_loads_nothing_from_elsewhe
 
 @pytest.mark.parametrize("name", sorted(SCRIPTS))
 def test_no_script_makes_markup_or_code_of_text(name: str) -> None:
-    for forbidden in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "DOMParser", "srcdoc", "eval(",
-                      "new Function", "createContextualFragment", "setHTMLUnsafe"):
+    for forbidden in (
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacentHTML",
+        "document.write",
+        "DOMParser",
+        "srcdoc",
+        "eval(",
+        "new Function",
+        "createContextualFragment",
+        "setHTMLUnsafe",
+    ):
         assert forbidden not in SCRIPTS[name]
     for imported in re.findall(r'from "([^"]+)"', SCRIPTS[name]):
         assert imported.startswith("./")
@@ -122,6 +158,7 @@ def test_both_languages_say_everything() -> None:
     used = set(re.findall(r'data-i18n(?:-\w+)?="([^"]+)"', HTML))
     for text in SCRIPTS.values():
         used |= set(re.findall(r'\b(?:t|say|title)\((?:[^()"]|\([^()]*\))*?"([a-z][\w.]*\.?[\w.]+)"', text))
-    missing = {name for name in used if name not in WORDS["en"] and not any(
-        known.startswith(name) for known in WORDS["en"])}
+    missing = {
+        name for name in used if name not in WORDS["en"] and not any(known.startswith(name) for known in WORDS["en"])
+    }
     assert not missing

@@ -59,7 +59,7 @@ async def pool(asked: EngineRequest) -> AsyncIterator[EngineOutput]:
     elif params.task == "score":
         vector = np.array([1 / len(ids)], np.float32)
     else:
-        vector = vector_of(ids)[:params.dimensions]
+        vector = vector_of(ids)[: params.dimensions]
     yield EngineOutput(asked.id, finish_reason="stop", vector=vector, cached_tokens=1)
 
 
@@ -84,7 +84,8 @@ def bert_tokenizer() -> Tokenizer:
     raw_tokenizer.add_special_tokens([AddedToken(text, special=True) for text in ("[CLS]", "[SEP]")])
     ids = [(text, raw_tokenizer.token_to_id(text)) for text in ("[CLS]", "[SEP]")]
     raw_tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ids)
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ids
+    )
     return Tokenizer(raw_tokenizer, {})
 
 
@@ -94,16 +95,23 @@ CROSS_ENCODER = {"tokenizer": BERT, "config": {"type_vocab_size": 2, "num_labels
 
 def texts_of(served: Served, tokenizer: Tokenizer = TOKENIZER) -> list[str]:
     """The prompts that the engine was given."""
-    return [tokenizer.decode(one.prompt.token_ids.tolist(), skip_special_tokens=False)
-            for one in served.engine.requests]
+    return [
+        tokenizer.decode(one.prompt.token_ids.tolist(), skip_special_tokens=False) for one in served.engine.requests
+    ]
 
 
 # Embeddings
 
 
-@pytest.mark.parametrize(("given", "prompts"), [
-    ("hi", ["hi"]), (["hi", "you", "hi"], ["hi", "you", "hi"]), ([72, 73], [[72, 73]]),
-    ([[72], [73, 74]], [[72], [73, 74]])])
+@pytest.mark.parametrize(
+    ("given", "prompts"),
+    [
+        ("hi", ["hi"]),
+        (["hi", "you", "hi"], ["hi", "you", "hi"]),
+        ([72, 73], [[72, 73]]),
+        ([[72], [73, 74]], [[72], [73, 74]]),
+    ],
+)
 async def test_embeddings_of_every_form_of_input(given: Any, prompts: list[Any]) -> None:
     ids = [np.array(TOKENIZER.encode(one) if isinstance(one, str) else one) for one in prompts]
     async with embedder() as served:
@@ -112,11 +120,16 @@ async def test_embeddings_of_every_form_of_input(given: Any, prompts: list[Any])
     body = reply.json
     assert set(body) == {"id", "object", "created", "model", "data", "usage"}
     assert (body["object"], body["model"], body["id"][:5]) == ("list", "tiny", "embd-")
-    assert body["data"] == [{"index": place, "object": "embedding", "embedding": vector_of(one).tolist()}
-                            for place, one in enumerate(ids)]
+    assert body["data"] == [
+        {"index": place, "object": "embedding", "embedding": vector_of(one).tolist()} for place, one in enumerate(ids)
+    ]
     tokens = sum(map(len, ids))
-    assert body["usage"] == {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0,
-                             "prompt_tokens_details": None}
+    assert body["usage"] == {
+        "prompt_tokens": tokens,
+        "total_tokens": tokens,
+        "completion_tokens": 0,
+        "prompt_tokens_details": None,
+    }
 
 
 async def test_the_official_client_reads_both_encodings() -> None:
@@ -160,19 +173,33 @@ async def test_embeddings_of_chats() -> None:
 async def test_parts_of_chats_are_named_in_errors() -> None:
     picture = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,x"}}]}
     async with embedder() as served:
-        for messages, where in (([picture], "messages[0]"), ([[picture]], "messages[0][0]"),
-                                ([[{"role": "user", "content": "x"}], [picture]], "messages[1][0]")):
+        for messages, where in (
+            ([picture], "messages[0]"),
+            ([[picture]], "messages[0][0]"),
+            ([[{"role": "user", "content": "x"}], [picture]], "messages[1][0]"),
+        ):
             error = (await post(served.port, "/v1/embeddings", {"messages": messages})).error
             assert error["param"] == f"{where}.content[0].image_url.url"
             assert error["code"] == "unsupported_modality"
 
 
-@pytest.mark.parametrize(("model", "flag", "wanted", "status"), [
-    ({}, (), 4, 400), ({"is_matryoshka": True}, (), 4, 200), ({"is_matryoshka": True}, (), SIZE + 1, 400),
-    ({"matryoshka_dimensions": [2, 4]}, (), 4, 200), ({"matryoshka_dimensions": [2, 4]}, (), 3, 400),
-    ({}, (4,), 4, 200), ({}, (4,), 5, 400), ({}, (0,), 5, 200), ({"is_matryoshka": True}, (), 0, 400)])
-async def test_dimensions_only_where_they_mean_something(model: Any, flag: tuple[int, ...], wanted: int,
-                                                         status: int) -> None:
+@pytest.mark.parametrize(
+    ("model", "flag", "wanted", "status"),
+    [
+        ({}, (), 4, 400),
+        ({"is_matryoshka": True}, (), 4, 200),
+        ({"is_matryoshka": True}, (), SIZE + 1, 400),
+        ({"matryoshka_dimensions": [2, 4]}, (), 4, 200),
+        ({"matryoshka_dimensions": [2, 4]}, (), 3, 400),
+        ({}, (4,), 4, 200),
+        ({}, (4,), 5, 400),
+        ({}, (0,), 5, 200),
+        ({"is_matryoshka": True}, (), 0, 400),
+    ],
+)
+async def test_dimensions_only_where_they_mean_something(
+    model: Any, flag: tuple[int, ...], wanted: int, status: int
+) -> None:
     async with embedder(model={"config": model}, matryoshka_dimensions=flag) as served:
         reply = await post(served.port, "/v1/embeddings", {"input": "a", "dimensions": wanted})
     assert reply.status == status
@@ -187,27 +214,44 @@ async def test_dimensions_only_where_they_mean_something(model: Any, flag: tuple
 # Prompts before texts
 
 
-PROMPTS = {"prompts": {"query": "Q: ", "passage": "P: ", "Clustering": "C: ", "bare": None},
-           "default_prompt_name": "query"}
+PROMPTS = {
+    "prompts": {"query": "Q: ", "passage": "P: ", "Clustering": "C: ", "bare": None},
+    "default_prompt_name": "query",
+}
 
 
-def prompted(folder: Path, settings: Any = PROMPTS, *, include_prompt: bool = True, tasks: tuple[str, ...] = ALL,
-             **model: Any) -> Any:
+def prompted(
+    folder: Path, settings: Any = PROMPTS, *, include_prompt: bool = True, tasks: tuple[str, ...] = ALL, **model: Any
+) -> Any:
     """A folder of sentence-transformers that pools the mean of BERT's kind of prompts."""
     (folder / "1_Pooling").mkdir()
     (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
-    (folder / "modules.json").write_text(json.dumps([{"type": "st.Transformer", "path": ""},
-                                                     {"type": "st.Pooling", "path": "1_Pooling"}]))
+    (folder / "modules.json").write_text(
+        json.dumps([{"type": "st.Transformer", "path": ""}, {"type": "st.Pooling", "path": "1_Pooling"}])
+    )
     (folder / "1_Pooling" / "config.json").write_text(
-        json.dumps({"pooling_mode": "mean", "include_prompt": include_prompt}))
+        json.dumps({"pooling_mode": "mean", "include_prompt": include_prompt})
+    )
     return serving(engine_of(*tasks), model={"folder": folder, "tokenizer": BERT, **model})
 
 
-@pytest.mark.parametrize(("choice", "before"), [
-    ({}, "Q: "), ({"prompt_name": "query"}, "Q: "), ({"prompt_name": "passage"}, "P: "), ({"prompt_name": "bare"}, ""),
-    ({"prompt_name": None}, "Q: "), ({"input_type": "query"}, "Q: "), ({"input_type": "search_query"}, "Q: "),
-    ({"input_type": "document"}, "P: "), ({"input_type": "search_document"}, "P: "), ({"input_type": "passage"}, "P: "),
-    ({"input_type": "clustering"}, "C: "), ({"input_type": "CLUSTERING"}, "C: ")])
+@pytest.mark.parametrize(
+    ("choice", "before"),
+    [
+        ({}, "Q: "),
+        ({"prompt_name": "query"}, "Q: "),
+        ({"prompt_name": "passage"}, "P: "),
+        ({"prompt_name": "bare"}, ""),
+        ({"prompt_name": None}, "Q: "),
+        ({"input_type": "query"}, "Q: "),
+        ({"input_type": "search_query"}, "Q: "),
+        ({"input_type": "document"}, "P: "),
+        ({"input_type": "search_document"}, "P: "),
+        ({"input_type": "passage"}, "P: "),
+        ({"input_type": "clustering"}, "C: "),
+        ({"input_type": "CLUSTERING"}, "C: "),
+    ],
+)
 @pytest.mark.parametrize("path", ["/v1/embeddings", "/pooling"])
 async def test_prompts_stand_before_texts(tmp_path: Path, choice: dict[str, Any], before: str, path: str) -> None:
     async with prompted(tmp_path) as served:
@@ -217,14 +261,19 @@ async def test_prompts_stand_before_texts(tmp_path: Path, choice: dict[str, Any]
         assert {one.pooling.prompt_tokens for one in served.engine.requests} == {0}
 
 
-@pytest.mark.parametrize(("settings", "choice", "words"), [
-    (PROMPTS, {"prompt_name": "Query"}, "query, passage, Clustering, bare"),
-    (PROMPTS, {"prompt_name": ""}, "query, passage, Clustering, bare"),
-    (PROMPTS, {"input_type": "classification"}, "query, passage, Clustering, bare"),
-    (PROMPTS, {"input_type": "classify"}, "search_query"),
-    (PROMPTS, {"input_type": "query", "prompt_name": "query"}, "one of them"),
-    ({"prompts": {"s2p_query": "S: "}}, {"input_type": "query"}, "s2p_query"),
-    ({}, {"prompt_name": "query"}, "It has none"), ({}, {"input_type": "nonsense"}, "It has none")])
+@pytest.mark.parametrize(
+    ("settings", "choice", "words"),
+    [
+        (PROMPTS, {"prompt_name": "Query"}, "query, passage, Clustering, bare"),
+        (PROMPTS, {"prompt_name": ""}, "query, passage, Clustering, bare"),
+        (PROMPTS, {"input_type": "classification"}, "query, passage, Clustering, bare"),
+        (PROMPTS, {"input_type": "classify"}, "search_query"),
+        (PROMPTS, {"input_type": "query", "prompt_name": "query"}, "one of them"),
+        ({"prompts": {"s2p_query": "S: "}}, {"input_type": "query"}, "s2p_query"),
+        ({}, {"prompt_name": "query"}, "It has none"),
+        ({}, {"input_type": "nonsense"}, "It has none"),
+    ],
+)
 async def test_unknown_prompts_are_listed(tmp_path: Path, settings: Any, choice: dict[str, str], words: str) -> None:
     async with prompted(tmp_path, settings) as served:
         reply = await post(served.port, "/v1/embeddings", {"input": "a", **choice})
@@ -245,7 +294,8 @@ async def test_ids_and_chats_have_no_prompt(tmp_path: Path) -> None:
         for body in ({"input": [72]}, {"input": [[72], [73]]}, chat):
             assert (await post(served.port, "/v1/embeddings", body)).status == 200
             assert (await post(served.port, "/v1/embeddings", {**body, "input_type": "query"})).error[
-                "param"] == "input_type"
+                "param"
+            ] == "input_type"
         assert not any("Q: " in text for text in texts_of(served, BERT))
 
 
@@ -262,21 +312,35 @@ async def test_the_two_sides_of_a_comparison_have_their_prompts(tmp_path: Path) 
     async with prompted(tmp_path, include_prompt=False) as served:
         assert (await post(served.port, "/rerank", {"query": "a", "documents": ["b", "c"]})).status == 200
         assert (await post(served.port, "/score", {"text_1": "a", "text_2": "b"})).status == 200
-        assert texts_of(served, BERT) == ["[CLS]Q: a[SEP]", "[CLS]P: b[SEP]", "[CLS]P: c[SEP]", "[CLS]Q: a[SEP]",
-                                          "[CLS]P: b[SEP]"]
+        assert texts_of(served, BERT) == [
+            "[CLS]Q: a[SEP]",
+            "[CLS]P: b[SEP]",
+            "[CLS]P: c[SEP]",
+            "[CLS]Q: a[SEP]",
+            "[CLS]P: b[SEP]",
+        ]
         assert {one.pooling.prompt_tokens for one in served.engine.requests} == {4}
         error = (await post(served.port, "/score", {"text_1": "a", "text_2": "b", "prompt_name": "query"})).error
         assert error["param"] == "prompt_name"
 
 
-@pytest.mark.parametrize(("names", "model", "server", "status"), [
-    (("tiny",), {}, {}, 400), (("tiny",), {"task": "score"}, {}, 400), (("tiny",), {"task": "embed"}, {}, 200),
-    (("tiny",), {"pooling": "mean"}, {}, 200), (("org/tiny-Embedding-0.6B",), {}, {}, 200),
-    (("/data/embedders/tiny",), {}, {}, 400), (("MrLight/dse-qwen2-2b",), {}, {}, 200),
-    (("tiny",), {}, {"chat_template": "template_dse_qwen2_vl.jinja"}, 200),
-    (("tiny",), {}, {"chat_template": "llava"}, 400)])
-async def test_a_chat_model_does_not_score_by_angles(names: tuple[str, ...], model: Any, server: Any,
-                                                     status: int) -> None:
+@pytest.mark.parametrize(
+    ("names", "model", "server", "status"),
+    [
+        (("tiny",), {}, {}, 400),
+        (("tiny",), {"task": "score"}, {}, 400),
+        (("tiny",), {"task": "embed"}, {}, 200),
+        (("tiny",), {"pooling": "mean"}, {}, 200),
+        (("org/tiny-Embedding-0.6B",), {}, {}, 200),
+        (("/data/embedders/tiny",), {}, {}, 400),
+        (("MrLight/dse-qwen2-2b",), {}, {}, 200),
+        (("tiny",), {}, {"chat_template": "template_dse_qwen2_vl.jinja"}, 200),
+        (("tiny",), {}, {"chat_template": "llava"}, 400),
+    ],
+)
+async def test_a_chat_model_does_not_score_by_angles(
+    names: tuple[str, ...], model: Any, server: Any, status: int
+) -> None:
     async with serving(engine_of(*ALL), names=names, model={"pooling": "auto", **model}, **server) as served:
         for path, body in (("/rerank", {"query": "a", "documents": ["b"]}), ("/score", {"text_1": "a", "text_2": "b"})):
             reply = await post(served.port, path, body)
@@ -302,13 +366,19 @@ async def test_other_tasks_take_no_prompt(tmp_path: Path) -> None:
             assert error["param"] == "input_type"
 
 
-@pytest.mark.parametrize(("options", "text"), [
-    ({}, None), ({"truncate_prompt_tokens": -1}, "[CLS]" + "a" * (CONTEXT - 2) + "[SEP]"),
-    ({"truncate_prompt_tokens": 6}, "[CLS]aaaa[SEP]"),
-    ({"truncate_prompt_tokens": 6, "truncation_side": "left"}, "[CLS]aaab[SEP]"),
-    ({"truncate_prompt_tokens": 6, "add_special_tokens": False}, "aaaaaa"),
-    ({"truncate_prompt_tokens": 1}, "[CLS]"), ({"truncate_prompt_tokens": CONTEXT + 1}, None),
-    ({"truncate_prompt_tokens": 0}, None)])
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({}, None),
+        ({"truncate_prompt_tokens": -1}, "[CLS]" + "a" * (CONTEXT - 2) + "[SEP]"),
+        ({"truncate_prompt_tokens": 6}, "[CLS]aaaa[SEP]"),
+        ({"truncate_prompt_tokens": 6, "truncation_side": "left"}, "[CLS]aaab[SEP]"),
+        ({"truncate_prompt_tokens": 6, "add_special_tokens": False}, "aaaaaa"),
+        ({"truncate_prompt_tokens": 1}, "[CLS]"),
+        ({"truncate_prompt_tokens": CONTEXT + 1}, None),
+        ({"truncate_prompt_tokens": 0}, None),
+    ],
+)
 async def test_long_texts_are_refused_or_cut_as_asked(options: dict[str, Any], text: str | None) -> None:
     async with embedder(model={"tokenizer": BERT}) as served:
         reply = await post(served.port, "/v1/embeddings", {"input": ["a", "a" * CONTEXT + "b"], **options})
@@ -326,17 +396,37 @@ async def test_token_ids_and_chats_are_cut_too() -> None:
         cut = {"truncate_prompt_tokens": 2}
         await post(served.port, "/v1/embeddings", {"input": [[1, 2, 3]], **cut})
         await post(served.port, "/v1/embeddings", {"input": [[1, 2, 3]], **cut, "truncation_side": "left"})
-        await post(served.port, "/v1/embeddings", {"messages": [{"role": "user", "content": "x"}], **cut,
-                                                   "truncation_side": "left"})
+        await post(
+            served.port,
+            "/v1/embeddings",
+            {"messages": [{"role": "user", "content": "x"}], **cut, "truncation_side": "left"},
+        )
         assert [one.prompt.token_ids.tolist() for one in served.engine.requests[:2]] == [[1, 2], [2, 3]]
         assert texts_of(served)[2] == "<|end|>\n"
 
 
-@pytest.mark.parametrize(("given", "param"), [
-    ("", "input"), ([], "input"), ([""], "input[0]"), (["a", ""], "input[1]"), ([[]], "input[0]"), (None, "input"),
-    ([-1], "input[0]"), ([VOCAB_SIZE], "input"), ([[1], [VOCAB_SIZE]], "input[1]"), ([2**63], "input[0]"),
-    ([1.5], "input[0]"), (["a", [1]], "input[1]"), (5, "input"), ([True], "input[0]"),
-    (["a"] * 9, "input"), ([[1]] * 100_000, "input"), (["x" * 60] * 5, "input")])
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ("", "input"),
+        ([], "input"),
+        ([""], "input[0]"),
+        (["a", ""], "input[1]"),
+        ([[]], "input[0]"),
+        (None, "input"),
+        ([-1], "input[0]"),
+        ([VOCAB_SIZE], "input"),
+        ([[1], [VOCAB_SIZE]], "input[1]"),
+        ([2**63], "input[0]"),
+        ([1.5], "input[0]"),
+        (["a", [1]], "input[1]"),
+        (5, "input"),
+        ([True], "input[0]"),
+        (["a"] * 9, "input"),
+        ([[1]] * 100_000, "input"),
+        (["x" * 60] * 5, "input"),
+    ],
+)
 async def test_inputs_of_a_wrong_form_or_size(given: Any, param: str) -> None:
     limits = Limits(max_embedding_inputs=8, max_embedding_tokens=200)
     async with serving(engine_of(*ALL), limits=limits) as served:
@@ -352,17 +442,38 @@ async def test_input_and_messages_exclude_each_other() -> None:
             assert (await post(served.port, "/v1/embeddings", body)).error["param"] == "input"
 
 
-@pytest.mark.parametrize(("field", "value"), [
-    ("normalize", True), ("encoding_format", "bytes"), ("embed_dtype", "float16"), ("endianness", "big"),
-    ("padding", "max_length"), ("truncation_side", "up"), ("dimensions", -1), ("dimensions", "4"), ("priority", 2**40),
-    ("use_activation", 1), ("mm_processor_kwargs", {"fps": 1}), ("chat_template", "{{ 1 }}"),
-    ("media_io_kwargs", {"a": 1})])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("normalize", True),
+        ("encoding_format", "bytes"),
+        ("embed_dtype", "float16"),
+        ("endianness", "big"),
+        ("padding", "max_length"),
+        ("truncation_side", "up"),
+        ("dimensions", -1),
+        ("dimensions", "4"),
+        ("priority", 2**40),
+        ("use_activation", 1),
+        ("mm_processor_kwargs", {"fps": 1}),
+        ("chat_template", "{{ 1 }}"),
+        ("media_io_kwargs", {"a": 1}),
+    ],
+)
 async def test_fields_that_are_refused(field: str, value: Any) -> None:
     async with embedder() as served:
         reply = await post(served.port, "/v1/embeddings", {"input": "a", field: value})
         assert (reply.status, reply.error["param"]) == (400, field)
-        harmless = {"embed_dtype": "float32", "endianness": "little", "padding": "do_not_pad", "request_id": "x",
-                    "normalize": None, "user": "u", "priority": 3, "cache_salt": "s"}
+        harmless = {
+            "embed_dtype": "float32",
+            "endianness": "little",
+            "padding": "do_not_pad",
+            "request_id": "x",
+            "normalize": None,
+            "user": "u",
+            "priority": 3,
+            "cache_salt": "s",
+        }
         assert (await post(served.port, "/v1/embeddings", {"input": "a", **harmless})).status == 200
     assert served.engine.requests[0].priority == 3
     assert served.engine.requests[0].salt
@@ -449,10 +560,19 @@ async def test_many_inputs_wait_beside_one_another() -> None:
 # Pooling and classes
 
 
-@pytest.mark.parametrize(("tasks", "flag", "expected"), [
-    (ALL, "auto", "embed"), (CLASSIFIER, "auto", "classify"), (("token_classify",), "auto", "token_classify"),
-    (CLASSIFIER, "embed", "embed"), (CLASSIFIER, "reward", "token_classify"), (CROSS, "auto", "classify"),
-    (CROSS, "score", "score"), (ALL, "score", "embed")])
+@pytest.mark.parametrize(
+    ("tasks", "flag", "expected"),
+    [
+        (ALL, "auto", "embed"),
+        (CLASSIFIER, "auto", "classify"),
+        (("token_classify",), "auto", "token_classify"),
+        (CLASSIFIER, "embed", "embed"),
+        (CLASSIFIER, "reward", "token_classify"),
+        (CROSS, "auto", "classify"),
+        (CROSS, "score", "score"),
+        (ALL, "score", "embed"),
+    ],
+)
 async def test_pooling_does_what_the_model_is_for(tasks: tuple[str, ...], flag: str, expected: str) -> None:
     async with serving(engine_of(*tasks), model={"task": flag}) as served:
         reply = await post(served.port, "/pooling", {"input": "hi"})
@@ -501,7 +621,8 @@ async def test_classes_have_their_names() -> None:
         assert served.engine.requests[-1].pooling.activation is False  # type: ignore[union-attr]
     assert reply.json["data"] == [
         {"index": 0, "label": "Spoiled", "probs": [0.25, 0.75], "num_classes": 2},
-        {"index": 1, "label": "Default", "probs": [0.75, 0.25], "num_classes": 2}]
+        {"index": 1, "label": "Default", "probs": [0.75, 0.25], "num_classes": 2},
+    ]
     assert reply.json["id"].startswith("classify-")
     async with classifier(config={}) as served:  # two labels are what config.json does not say
         assert (await post(served.port, "/classify", {"input": "abc"})).json["data"][0]["label"] == "LABEL_1"
@@ -510,18 +631,22 @@ async def test_classes_have_their_names() -> None:
 # What a model does not do
 
 
-@pytest.mark.parametrize(("tasks", "flag", "path", "body", "words"), [
-    (("embed",), "auto", "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}, "embed"),
-    (("embed",), "auto", "/v1/completions", {"prompt": "x"}, "embed"),
-    (("generate",), "auto", "/v1/embeddings", {"input": "x"}, "generate text"),
-    (("generate",), "auto", "/pooling", {"input": "x"}, "generate text"),
-    (("generate",), "auto", "/score", {"text_1": "x", "text_2": "y"}, "generate text"),
-    (ALL, "auto", "/classify", {"input": "x"}, "generate text"),
-    (ALL, "generate", "/v1/embeddings", {"input": "x"}, "generate text"),
-    (ALL, "embed", "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}, "embed tokens"),
-    (CLASSIFIER, "auto", "/score", {"text_1": "x", "text_2": "y"}, "one label"),
-    (CLASSIFIER, "auto", "/rerank", {"query": "x", "documents": ["y"]}, "one label"),
-    (CLASSIFIER, "classify", "/pooling", {"input": "x", "task": "embed"}, "classify")])
+@pytest.mark.parametrize(
+    ("tasks", "flag", "path", "body", "words"),
+    [
+        (("embed",), "auto", "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}, "embed"),
+        (("embed",), "auto", "/v1/completions", {"prompt": "x"}, "embed"),
+        (("generate",), "auto", "/v1/embeddings", {"input": "x"}, "generate text"),
+        (("generate",), "auto", "/pooling", {"input": "x"}, "generate text"),
+        (("generate",), "auto", "/score", {"text_1": "x", "text_2": "y"}, "generate text"),
+        (ALL, "auto", "/classify", {"input": "x"}, "generate text"),
+        (ALL, "generate", "/v1/embeddings", {"input": "x"}, "generate text"),
+        (ALL, "embed", "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}, "embed tokens"),
+        (CLASSIFIER, "auto", "/score", {"text_1": "x", "text_2": "y"}, "one label"),
+        (CLASSIFIER, "auto", "/rerank", {"query": "x", "documents": ["y"]}, "one label"),
+        (CLASSIFIER, "classify", "/pooling", {"input": "x", "task": "embed"}, "classify"),
+    ],
+)
 async def test_what_it_cannot_do_is_said(tasks: tuple[str, ...], flag: str, path: str, body: Any, words: str) -> None:
     async with serving(engine_of(*tasks), model={"task": flag}) as served:
         reply = await post(served.port, path, body)
@@ -557,8 +682,10 @@ async def test_pairs_are_joined_as_the_tokenizer_has_it() -> None:
         assert types.tolist() == [0, 0, 0, 0, 1, 1, 1]
     body = reply.json
     assert body["id"].startswith("score-") and body["object"] == "list"
-    assert body["data"] == [{"index": 0, "object": "score", "score": pytest.approx(1 / 6)},
-                            {"index": 1, "object": "score", "score": pytest.approx(1 / 7)}]
+    assert body["data"] == [
+        {"index": 0, "object": "score", "score": pytest.approx(1 / 6)},
+        {"index": 1, "object": "score", "score": pytest.approx(1 / 7)},
+    ]
     assert body["usage"]["total_tokens"] == 13
 
 
@@ -569,24 +696,44 @@ async def test_models_without_segments_get_none() -> None:
         assert served.engine.requests[0].prompt.token_types is None
 
 
-@pytest.mark.parametrize("names", [("queries", "documents"), ("queries", "items"), ("data_1", "data_2"),
-                                   ("text_1", "text_2")])
+@pytest.mark.parametrize(
+    "names", [("queries", "documents"), ("queries", "items"), ("data_1", "data_2"), ("text_1", "text_2")]
+)
 async def test_both_sides_have_several_names_and_shapes(names: tuple[str, str]) -> None:
     async with cross_encoder() as served:
-        for left, right, count in (("a", "b", 1), ("a", ["b"], 1), (["a"], ["b", "c", "d"], 3), (["a", "b"],
-                                   ["c", "d"], 2), ({"content": [{"type": "text", "text": "a"}]}, [{"text": "b"}], 1)):
+        for left, right, count in (
+            ("a", "b", 1),
+            ("a", ["b"], 1),
+            (["a"], ["b", "c", "d"], 3),
+            (["a", "b"], ["c", "d"], 2),
+            ({"content": [{"type": "text", "text": "a"}]}, [{"text": "b"}], 1),
+        ):
             reply = await post(served.port, "/v1/score", {names[0]: left, names[1]: right})
             assert len(reply.json["data"]) == count
-        for left, right, param in ((["a", "b"], ["c"], names[0]), (["a", "b"], ["c", "d", "e"], names[0]),
-                                   ([], "a", names[0]), ("a", [], names[1]), ("a", "", names[1]),
-                                   ("a", ["b", ""], f"{names[1]}[1]"), (5, "a", names[0])):
+        for left, right, param in (
+            (["a", "b"], ["c"], names[0]),
+            (["a", "b"], ["c", "d", "e"], names[0]),
+            ([], "a", names[0]),
+            ("a", [], names[1]),
+            ("a", "", names[1]),
+            ("a", ["b", ""], f"{names[1]}[1]"),
+            (5, "a", names[0]),
+        ):
             reply = await post(served.port, "/v1/score", {names[0]: left, names[1]: right})
             assert (reply.status, reply.error["param"]) == (400, param), (left, right)
 
 
-@pytest.mark.parametrize("body", [
-    {}, {"text_1": "a"}, {"text_2": "a"}, {"text_1": "a", "documents": ["b"]},
-    {"text_1": "a", "text_2": "b", "queries": "c"}, {"queries": "a", "documents": "b", "items": "c"}])
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"text_1": "a"},
+        {"text_2": "a"},
+        {"text_1": "a", "documents": ["b"]},
+        {"text_1": "a", "text_2": "b", "queries": "c"},
+        {"queries": "a", "documents": "b", "items": "c"},
+    ],
+)
 async def test_two_sides_that_belong_together(body: dict[str, Any]) -> None:
     async with cross_encoder() as served:
         reply = await score(served, **body)
@@ -635,29 +782,43 @@ async def test_embedders_score_by_the_angle_between_vectors() -> None:
 async def test_rerank_sorts_and_cuts() -> None:
     documents = ["xxxx", "x", {"text": "xxx"}, {"content": [{"type": "text", "text": "xx"}]}]
     async with cross_encoder() as served:
-        replies = [await post(served.port, path, {"query": "q", "documents": documents, "top_n": top_n})
-                   for path, top_n in (("/rerank", 0), ("/v1/rerank", 2), ("/v2/rerank", None), ("/api/v1/rerank", 9))]
+        replies = [
+            await post(served.port, path, {"query": "q", "documents": documents, "top_n": top_n})
+            for path, top_n in (("/rerank", 0), ("/v1/rerank", 2), ("/v2/rerank", None), ("/api/v1/rerank", 9))
+        ]
         short = await post(served.port, "/rerank", {"query": "q", "documents": ["a"], "return_documents": False})
     results = replies[0].json["results"]
     assert set(replies[0].json) == {"id", "model", "usage", "results"}
     assert replies[0].json["usage"] == {"prompt_tokens": 26, "total_tokens": 26}
     assert [row["index"] for row in results] == [1, 3, 2, 0]
-    assert results[0] == {"index": 1, "document": {"text": "x", "multi_modal": None},
-                          "relevance_score": pytest.approx(1 / 5)}
+    assert results[0] == {
+        "index": 1,
+        "document": {"text": "x", "multi_modal": None},
+        "relevance_score": pytest.approx(1 / 5),
+    }
     assert results[1]["document"] == {"text": None, "multi_modal": {"content": [{"type": "text", "text": "xx"}]}}
     assert [len(reply.json["results"]) for reply in replies] == [4, 2, 4, 4]
     assert set(short.json["results"][0]) == {"index", "relevance_score"}
 
 
-@pytest.mark.parametrize(("body", "param"), [
-    ({"documents": ["a"]}, "query"), ({"query": "a"}, "documents"), ({"query": "", "documents": ["a"]}, "query"),
-    ({"query": "a", "documents": []}, "documents"), ({"query": "a", "documents": [""]}, "documents[0]"),
-    ({"query": "a", "documents": [5]}, "documents[0]"), ({"query": ["a"], "documents": ["a"]}, "query"),
-    ({"query": "a", "documents": ["b"], "top_n": -1}, "top_n"), ({"query": "a", "documents": "b"}, "documents"),
-    ({"query": "a", "documents": ["b"], "instruction": "Judge."}, "instruction"),
-    ({"query": "a", "documents": ["b"] * 9}, "documents"),
-    ({"query": "a", "documents": [{"content": []}]}, "documents[0].content"),
-    ({"query": "a", "documents": [{"content": [{"type": "image_embeds"}]}]}, "documents[0]")])
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"documents": ["a"]}, "query"),
+        ({"query": "a"}, "documents"),
+        ({"query": "", "documents": ["a"]}, "query"),
+        ({"query": "a", "documents": []}, "documents"),
+        ({"query": "a", "documents": [""]}, "documents[0]"),
+        ({"query": "a", "documents": [5]}, "documents[0]"),
+        ({"query": ["a"], "documents": ["a"]}, "query"),
+        ({"query": "a", "documents": ["b"], "top_n": -1}, "top_n"),
+        ({"query": "a", "documents": "b"}, "documents"),
+        ({"query": "a", "documents": ["b"], "instruction": "Judge."}, "instruction"),
+        ({"query": "a", "documents": ["b"] * 9}, "documents"),
+        ({"query": "a", "documents": [{"content": []}]}, "documents[0].content"),
+        ({"query": "a", "documents": [{"content": [{"type": "image_embeds"}]}]}, "documents[0]"),
+    ],
+)
 async def test_rankings_that_are_refused(body: dict[str, Any], param: str) -> None:
     async with cross_encoder(limits=Limits(max_embedding_inputs=8)) as served:
         reply = await post(served.port, "/rerank", body)
@@ -666,8 +827,14 @@ async def test_rankings_that_are_refused(body: dict[str, Any], param: str) -> No
 
 async def test_every_endpoint_keeps_its_words_to_itself() -> None:
     """Whatever is sent, an answer has OpenAI's form of an error and nothing of a library in it."""
-    bodies = [b"", b"[]", b"{", b'{"input": "\\ud800"}', b'{"input": NaN}',
-              b'{"query": {"content": 5}, "documents": [1]}']
+    bodies = [
+        b"",
+        b"[]",
+        b"{",
+        b'{"input": "\\ud800"}',
+        b'{"input": NaN}',
+        b'{"query": {"content": 5}, "documents": [1]}',
+    ]
     async with embedder() as served:
         for path in ("/v1/embeddings", "/pooling", "/classify", "/score", "/rerank"):
             for body in bodies:

@@ -75,34 +75,40 @@ def refusal(model: type[Body], fields: Any) -> RequestError:
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.mark.parametrize(("field", "values"), [
-    ("n", [0, 17, 10**9, -1, "2", 1.5, True]),
-    ("temperature", [NAN, INF, -INF, -0.1, 2.1, "1", True]),
-    ("top_p", [NAN, 0, -0.1, 1.1, "1"]),
-    ("min_p", [NAN, INF, -0.1, 1.1, "0"]),
-    ("presence_penalty", [NAN, INF, -2.1, 2.1, "1"]),
-    ("frequency_penalty", [NAN, -INF, -2.1, 2.1, "1"]),
-    ("repetition_penalty", [NAN, INF, 0, -1, "1"]),
-    ("top_k", [-2, 2**31, 1.5, "1"]),
-    ("top_logprobs", [21, -1, 10**9, "1", True]),
-    ("max_tokens", [0, -1, 2**63, "5", 1.5]),
-    ("max_completion_tokens", [0, -1, 2**31]),
-    ("min_tokens", [-1, "1", 600]),
-    ("seed", [2**63, -(2**63) - 1, "1", 1.5]),
-    ("stop", ["", [""], ["a"] * 5, [1], 5, {"a": 1}, "x" * 257, ["y" * 10_000_000], ["z"] * 500_000]),
-    ("stop_token_ids", [[-1], [VOCAB_SIZE], [2**31], ["1"], 5, [1] * 300]),
-    ("logit_bias", [{"-1": 1}, {"99999999": 1}, {"x": 1}, {str(i): 0 for i in range(301)}, {"1": 101}, {"1": NAN},
-                    [1]]),
-    ("stream", [1, "true"]),
-    ("stream_options", [{"include_usage": True}, True]),
-    ("priority", [2**40, "1"]),
-    ("user", ["u" * 2000, 5]),
-    ("cache_salt", ["s" * 129]),
-    ("chat_template", ["{% for i in range(10**9) %}x{% endfor %}"]),
-    ("chat_template_kwargs", [{"a": {"b": 1}}, {"a": [1]}, {"a": "x" * 5000}, {str(i): 1 for i in range(33)}, 5]),
-    ("mm_processor_kwargs", [{"max_pixels": 10**12}, 5]),
-    ("messages", [[], None, "hi", [{}], [5], [{"role": "user"}], [{"role": "user", "content": None}]]),
-    ("model", [5, "m" * 300])])
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("n", [0, 17, 10**9, -1, "2", 1.5, True]),
+        ("temperature", [NAN, INF, -INF, -0.1, 2.1, "1", True]),
+        ("top_p", [NAN, 0, -0.1, 1.1, "1"]),
+        ("min_p", [NAN, INF, -0.1, 1.1, "0"]),
+        ("presence_penalty", [NAN, INF, -2.1, 2.1, "1"]),
+        ("frequency_penalty", [NAN, -INF, -2.1, 2.1, "1"]),
+        ("repetition_penalty", [NAN, INF, 0, -1, "1"]),
+        ("top_k", [-2, 2**31, 1.5, "1"]),
+        ("top_logprobs", [21, -1, 10**9, "1", True]),
+        ("max_tokens", [0, -1, 2**63, "5", 1.5]),
+        ("max_completion_tokens", [0, -1, 2**31]),
+        ("min_tokens", [-1, "1", 600]),
+        ("seed", [2**63, -(2**63) - 1, "1", 1.5]),
+        ("stop", ["", [""], ["a"] * 5, [1], 5, {"a": 1}, "x" * 257, ["y" * 10_000_000], ["z"] * 500_000]),
+        ("stop_token_ids", [[-1], [VOCAB_SIZE], [2**31], ["1"], 5, [1] * 300]),
+        (
+            "logit_bias",
+            [{"-1": 1}, {"99999999": 1}, {"x": 1}, {str(i): 0 for i in range(301)}, {"1": 101}, {"1": NAN}, [1]],
+        ),
+        ("stream", [1, "true"]),
+        ("stream_options", [{"include_usage": True}, True]),
+        ("priority", [2**40, "1"]),
+        ("user", ["u" * 2000, 5]),
+        ("cache_salt", ["s" * 129]),
+        ("chat_template", ["{% for i in range(10**9) %}x{% endfor %}"]),
+        ("chat_template_kwargs", [{"a": {"b": 1}}, {"a": [1]}, {"a": "x" * 5000}, {str(i): 1 for i in range(33)}, 5]),
+        ("mm_processor_kwargs", [{"max_pixels": 10**12}, 5]),
+        ("messages", [[], None, "hi", [{}], [5], [{"role": "user"}], [{"role": "user", "content": None}]]),
+        ("model", [5, "m" * 300]),
+    ],
+)
 def test_bad_values_name_their_field(field: str, values: list[Any]) -> None:
     for value in values:
         body = json.dumps({"messages": MESSAGES, "logprobs": True, field: value}).encode()
@@ -151,40 +157,93 @@ def test_fields_of_the_wire_format_are_all_known() -> None:
     assert set(table.split()) <= known
 
 
-@pytest.mark.parametrize("model", [ChatRequest, CompletionRequest, EmbeddingsRequest, PoolingRequest, ClassifyRequest,
-                                   ScoreRequest, RerankRequest, AudioRequest, TokenizeRequest, DetokenizeRequest])
+@pytest.mark.parametrize(
+    "model",
+    [
+        ChatRequest,
+        CompletionRequest,
+        EmbeddingsRequest,
+        PoolingRequest,
+        ClassifyRequest,
+        ScoreRequest,
+        RerankRequest,
+        AudioRequest,
+        TokenizeRequest,
+        DetokenizeRequest,
+    ],
+)
 def test_no_field_is_ours_and_foreign_and_ignored(model: type[Body]) -> None:
     assert not set(model.model_fields) & set(model.foreign) - {"documents"}  # which /rerank has and chats have not
     assert not set(model.model_fields) & IGNORED
     assert not set(model.foreign) & IGNORED
 
 
-@pytest.mark.parametrize(("field", "value", "ours"), [
-    ("n_predict", 5, "`max_tokens`"), ("num_predict", 5, "`max_tokens`"), ("max_new_tokens", 5, "`max_tokens`"),
-    ("min_new_tokens", 5, "`min_tokens`"), ("repeat_penalty", 1.1, "`repetition_penalty`"),
-    ("stop_sequences", ["x"], "`stop`"), ("sampling_seed", 3, "`seed`"), ("n_probs", 2, "`logprobs`"),
-    ("do_sample", False, "`temperature`"), ("options", {"temperature": 0}, "fields of their own"),
-    ("sampling_params", {"regex": "a"}, "fields of their own"), ("extra_body", {"top_k": 1}, "beside the other"),
-    ("grammar", "root ::= x", "describe the form"), ("json_schema", {"type": "object"}, "describe the form"),
-    ("regex", "[ab]", "describe the form"), ("ebnf", "root ::= x", "describe the form"),
-    ("format", "json", "describe the form"), ("format", {"type": "object"}, "describe the form"),
-    ("guided_json", {"type": "object"}, "describe the form"), ("structured_outputs", {"regex": "a"}, "the form"),
-    ("response_format", {"type": "json_object"}, "describe the form"), ("samplers", ["top_k"], "in this order"),
-    ("mirostat", 2, "leave it out"), ("typical_p", 0.9, "leave it out"), ("bad_words", ["x"], "leave it out")])
+@pytest.mark.parametrize(
+    ("field", "value", "ours"),
+    [
+        ("n_predict", 5, "`max_tokens`"),
+        ("num_predict", 5, "`max_tokens`"),
+        ("max_new_tokens", 5, "`max_tokens`"),
+        ("min_new_tokens", 5, "`min_tokens`"),
+        ("repeat_penalty", 1.1, "`repetition_penalty`"),
+        ("stop_sequences", ["x"], "`stop`"),
+        ("sampling_seed", 3, "`seed`"),
+        ("n_probs", 2, "`logprobs`"),
+        ("do_sample", False, "`temperature`"),
+        ("options", {"temperature": 0}, "fields of their own"),
+        ("sampling_params", {"regex": "a"}, "fields of their own"),
+        ("extra_body", {"top_k": 1}, "beside the other"),
+        ("grammar", "root ::= x", "describe the form"),
+        ("json_schema", {"type": "object"}, "describe the form"),
+        ("regex", "[ab]", "describe the form"),
+        ("ebnf", "root ::= x", "describe the form"),
+        ("format", "json", "describe the form"),
+        ("format", {"type": "object"}, "describe the form"),
+        ("guided_json", {"type": "object"}, "describe the form"),
+        ("structured_outputs", {"regex": "a"}, "the form"),
+        ("response_format", {"type": "json_object"}, "describe the form"),
+        ("samplers", ["top_k"], "in this order"),
+        ("mirostat", 2, "leave it out"),
+        ("typical_p", 0.9, "leave it out"),
+        ("bad_words", ["x"], "leave it out"),
+    ],
+)
 @pytest.mark.parametrize("model", [ChatRequest, CompletionRequest])
-def test_what_other_servers_call_it_is_refused_with_our_name(model: type[Body], field: str, value: Any,
-                                                             ours: str) -> None:
+def test_what_other_servers_call_it_is_refused_with_our_name(
+    model: type[Body], field: str, value: Any, ours: str
+) -> None:
     error = refusal(model, {"messages": MESSAGES, "prompt": "x", field: value})
     assert (error.status, error.param) == (400, field)
     assert ours in error.message
 
 
 def test_what_llama_cpp_s_page_always_sends_is_taken(caplog: pytest.LogCaptureFixture) -> None:
-    body = {"cache_prompt": True, "reasoning_format": "none", "dynatemp_range": 0, "dynatemp_exponent": 1,
-            "typical_p": 1, "typ_p": 1.0, "xtc_probability": 0, "xtc_threshold": 0.1, "repeat_last_n": 64,
-            "repeat_penalty": 1, "dry_multiplier": 0, "dry_base": 1.75, "dry_allowed_length": 2,
-            "dry_penalty_last_n": -1, "timings_per_token": False, "samplers": [], "keep_alive": "5m", "mirostat": 0,
-            "n_predict": -1, "grammar": "", "json_schema": None, "presence_penalty": 0, "id_slot": -1, "n_probs": 0}
+    body = {
+        "cache_prompt": True,
+        "reasoning_format": "none",
+        "dynatemp_range": 0,
+        "dynatemp_exponent": 1,
+        "typical_p": 1,
+        "typ_p": 1.0,
+        "xtc_probability": 0,
+        "xtc_threshold": 0.1,
+        "repeat_last_n": 64,
+        "repeat_penalty": 1,
+        "dry_multiplier": 0,
+        "dry_base": 1.75,
+        "dry_allowed_length": 2,
+        "dry_penalty_last_n": -1,
+        "timings_per_token": False,
+        "samplers": [],
+        "keep_alive": "5m",
+        "mirostat": 0,
+        "n_predict": -1,
+        "grammar": "",
+        "json_schema": None,
+        "presence_penalty": 0,
+        "id_slot": -1,
+        "n_probs": 0,
+    }
     with caplog.at_level(logging.WARNING, "sensorium.api"):
         parse_json(ChatRequest, json.dumps({"messages": MESSAGES, **body}).encode(), UnknownFields())
     assert not caplog.records
@@ -197,8 +256,12 @@ def test_what_llama_cpp_s_page_always_sends_is_taken(caplog: pytest.LogCaptureFi
 def test_what_only_changes_an_answer_does_not_matter_to_a_vector() -> None:
     body = {"input": "x", "options": {"num_ctx": 512}, "n_predict": 5, "keep_alive": "5m"}
     parse_json(EmbeddingsRequest, json.dumps(body).encode(), UnknownFields())
-    for field, value, words in (("output_dimension", 8, "`dimensions`"), ("embd_normalize", -1, "`use_activation`"),
-                                ("output_dtype", "int8", "float32"), ("instruction", "x", "leave it out")):
+    for field, value, words in (
+        ("output_dimension", 8, "`dimensions`"),
+        ("embd_normalize", -1, "`use_activation`"),
+        ("output_dtype", "int8", "float32"),
+        ("instruction", "x", "leave it out"),
+    ):
         error = refusal(EmbeddingsRequest, {"input": "x", field: value})
         assert (error.param, words in error.message) == (field, True)
 
@@ -229,8 +292,12 @@ def walk(schema: Any, path: str, found: list[str]) -> None:
         return
     kind = schema.get("type")
     bounded = {
-        "integer": ("minimum", "exclusiveMinimum"), "number": ("minimum", "exclusiveMinimum"), "string": ("maxLength",),
-        "array": ("maxItems",), "object": ("maxProperties", "properties")}
+        "integer": ("minimum", "exclusiveMinimum"),
+        "number": ("minimum", "exclusiveMinimum"),
+        "string": ("maxLength",),
+        "array": ("maxItems",),
+        "object": ("maxProperties", "properties"),
+    }
     closed = {"integer": ("maximum", "exclusiveMaximum"), "number": ("maximum", "exclusiveMaximum")}
     if "const" not in schema and "enum" not in schema:
         for table in (bounded, closed):
@@ -263,12 +330,25 @@ def test_the_walk_finds_what_has_no_bounds() -> None:
     assert len(found) >= 4
 
 
-@pytest.mark.parametrize("body", [
-    b"", b"[" * 100_000, b'{"a":' * 100_000, b'{"n":' + b"9" * 5000 + b"}",
-    b'{"messages":[{"role":"user","content":"\\ud800"}]}',
-    b"\xef\xbb\xbf{}", "{}".encode("utf-16"), b'{"messages":[]} x', b"{'a':1}", b"\xff\xfe", b'{"prompt":"\xff"}',
-    b"nul", b"\x00"],
-    ids=range(13))
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"n":' + b"9" * 5000 + b"}",
+        b'{"messages":[{"role":"user","content":"\\ud800"}]}',
+        b"\xef\xbb\xbf{}",
+        "{}".encode("utf-16"),
+        b'{"messages":[]} x',
+        b"{'a':1}",
+        b"\xff\xfe",
+        b'{"prompt":"\xff"}',
+        b"nul",
+        b"\x00",
+    ],
+    ids=range(13),
+)
 def test_what_is_not_json_is_said_to_be_so(body: bytes) -> None:
     for model in (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest):
         error = refusal(model, body)
@@ -286,11 +366,27 @@ def test_numbers_beyond_json_are_refused() -> None:
         assert error.status == 400
 
 
-@pytest.mark.parametrize(("prompt", "param"), [
-    ("", "prompt"), ([], "prompt"), ([[]], "prompt[0]"), ([""], "prompt"), (None, "prompt"), ([-1], "prompt[0]"),
-    ([2**31], "prompt[0]"), ([2**63], "prompt[0]"), ([1.5], "prompt[0]"), (["a", [1]], "prompt[1]"),
-    ([[1], "a"], "prompt[1]"), ([[1], [2]] * 10_000, "prompt"), (5, "prompt"), ({"a": 1}, "prompt"),
-    ([True], "prompt[0]"), ([[1, "x"]], "prompt[0][1]")])
+@pytest.mark.parametrize(
+    ("prompt", "param"),
+    [
+        ("", "prompt"),
+        ([], "prompt"),
+        ([[]], "prompt[0]"),
+        ([""], "prompt"),
+        (None, "prompt"),
+        ([-1], "prompt[0]"),
+        ([2**31], "prompt[0]"),
+        ([2**63], "prompt[0]"),
+        ([1.5], "prompt[0]"),
+        (["a", [1]], "prompt[1]"),
+        ([[1], "a"], "prompt[1]"),
+        ([[1], [2]] * 10_000, "prompt"),
+        (5, "prompt"),
+        ({"a": 1}, "prompt"),
+        ([True], "prompt[0]"),
+        ([[1, "x"]], "prompt[0][1]"),
+    ],
+)
 def test_prompts_of_a_wrong_form(prompt: Any, param: str) -> None:
     assert refusal(CompletionRequest, {"prompt": prompt}).param == param
 
@@ -301,23 +397,30 @@ def test_a_missing_field_is_required() -> None:
         assert (error.param, error.code) == (field, "missing_required_parameter")
 
 
-@pytest.mark.parametrize(("part", "param", "code"), [
-    ({"type": "image_embeds", "image_embeds": "x"}, "type", "unsupported_content_part"),
-    ({"type": "prompt_embeds", "data": "x"}, "type", "unsupported_content_part"),
-    ({"type": "input_text", "text": "x"}, "type", "unsupported_content_part"),
-    ({"type": "image_url", "image_url": {}}, "image_url.url", "missing_required_parameter"),
-    ({"type": "image_url", "image_url": {"url": 5}}, "image_url.url", "invalid_value"),
-    ({"type": "image_url", "image_url": None}, "image_url", "invalid_value"),
-    ({"type": "image_url"}, "image_url", "missing_required_parameter"),
-    ({"type": "image_url", "image_url": {"url": ""}}, "image_url.url", "invalid_value"),
-    ({"type": "image_url", "image_url": "data:x"}, "image_url", "unsupported_modality"),
-    ({"type": "image_url", "image_url": {"url": "data:x"}}, "image_url.url", "unsupported_modality"),
-    ({"type": "video_url", "video_url": {"url": "data:x"}}, "video_url.url", "unsupported_modality"),
-    ({"type": "audio_url", "audio_url": {"url": "data:x"}}, "audio_url.url", "unsupported_modality"),
-    ({"type": "input_audio", "input_audio": {"data": "x", "format": "wav"}}, "input_audio.data",
-     "unsupported_modality"),
-    ({"type": "text"}, "text", "missing_required_parameter"),
-    ({"text": "x"}, "type", "missing_required_parameter")])
+@pytest.mark.parametrize(
+    ("part", "param", "code"),
+    [
+        ({"type": "image_embeds", "image_embeds": "x"}, "type", "unsupported_content_part"),
+        ({"type": "prompt_embeds", "data": "x"}, "type", "unsupported_content_part"),
+        ({"type": "input_text", "text": "x"}, "type", "unsupported_content_part"),
+        ({"type": "image_url", "image_url": {}}, "image_url.url", "missing_required_parameter"),
+        ({"type": "image_url", "image_url": {"url": 5}}, "image_url.url", "invalid_value"),
+        ({"type": "image_url", "image_url": None}, "image_url", "invalid_value"),
+        ({"type": "image_url"}, "image_url", "missing_required_parameter"),
+        ({"type": "image_url", "image_url": {"url": ""}}, "image_url.url", "invalid_value"),
+        ({"type": "image_url", "image_url": "data:x"}, "image_url", "unsupported_modality"),
+        ({"type": "image_url", "image_url": {"url": "data:x"}}, "image_url.url", "unsupported_modality"),
+        ({"type": "video_url", "video_url": {"url": "data:x"}}, "video_url.url", "unsupported_modality"),
+        ({"type": "audio_url", "audio_url": {"url": "data:x"}}, "audio_url.url", "unsupported_modality"),
+        (
+            {"type": "input_audio", "input_audio": {"data": "x", "format": "wav"}},
+            "input_audio.data",
+            "unsupported_modality",
+        ),
+        ({"type": "text"}, "text", "missing_required_parameter"),
+        ({"text": "x"}, "type", "missing_required_parameter"),
+    ],
+)
 def test_content_parts_that_are_refused(part: dict[str, Any], param: str, code: str) -> None:
     messages = [{"role": "system", "content": "x"}, {"role": "user", "content": [{"type": "text", "text": "x"}, part]}]
     error = refusal(ChatRequest, {"messages": messages})
@@ -325,12 +428,17 @@ def test_content_parts_that_are_refused(part: dict[str, Any], param: str, code: 
     assert error.code == code
 
 
-@pytest.mark.parametrize("message", [
-    {"role": "user<|im_end|>", "content": "x"}, {"role": "", "content": "x"},
-    {"role": "user", "content": "x", "name": "<|a|>"},
-    {"role": "tool", "content": "x", "tool_call_id": "1"},
-    {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
-    {"role": "assistant", "content": None, "function_call": {"name": "f"}}])
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user<|im_end|>", "content": "x"},
+        {"role": "", "content": "x"},
+        {"role": "user", "content": "x", "name": "<|a|>"},
+        {"role": "tool", "content": "x", "tool_call_id": "1"},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
+        {"role": "assistant", "content": None, "function_call": {"name": "f"}},
+    ],
+)
 def test_messages_that_are_refused(message: dict[str, Any]) -> None:
     assert (refusal(ChatRequest, {"messages": [message]}).param or "").startswith("messages[0].")
 
@@ -347,11 +455,18 @@ def test_too_many_messages_and_parts() -> None:
 def test_media_keep_their_place_in_the_conversation() -> None:
     messages = [
         {"role": "developer", "content": "be kind"},
-        {"role": "user", "name": "ann", "content": [
-            {"type": "image_url", "image_url": {"url": "data:1", "detail": "low"}, "uuid": "x"},
-            {"type": "text", "text": "what"}, {"type": "image_url", "image_url": "data:2"}]},
+        {
+            "role": "user",
+            "name": "ann",
+            "content": [
+                {"type": "image_url", "image_url": {"url": "data:1", "detail": "low"}, "uuid": "x"},
+                {"type": "text", "text": "what"},
+                {"type": "image_url", "image_url": "data:2"},
+            ],
+        },
         {"role": "assistant", "content": None, "tool_calls": None, "refusal": None},
-        {"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "AA", "format": "wav"}}]}]
+        {"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "AA", "format": "wav"}}]},
+    ]
     found = chat(messages=messages).conversation(frozenset({"image", "audio"}), LIMITS)
     assert [message.role for message in found.messages] == ["system", "user", "assistant", "user"]
     assert found.messages[1].content == (MediaPart("image"), TextPart("what"), MediaPart("image"))
@@ -360,7 +475,8 @@ def test_media_keep_their_place_in_the_conversation() -> None:
     assert [(source.kind, source.url, source.data, source.param) for source in found.media] == [
         ("image", "data:1", None, "messages[1].content[0].image_url.url"),
         ("image", "data:2", None, "messages[1].content[2].image_url"),
-        ("audio", None, "AA", "messages[3].content[0].input_audio.data")]
+        ("audio", None, "AA", "messages[3].content[0].input_audio.data"),
+    ]
 
 
 def test_defaults_come_from_the_checkpoint_where_they_are_sensible() -> None:
@@ -371,18 +487,39 @@ def test_defaults_come_from_the_checkpoint_where_they_are_sensible() -> None:
     assert {name: getattr(found, name) for name in generation} == generation
     assert sampling(defaults=own, temperature=0).temperature == 0
     assert sampling(defaults=own, top_k=-1, top_p=1, min_p=0, repetition_penalty=1) == sampling(
-        temperature=0.7, top_k=0)
+        temperature=0.7, top_k=0
+    )
     odd = {"temperature": -1, "top_p": 5, "top_k": None, "repetition_penalty": "x", "min_p": True}
     assert ModelDefaults.of(odd, **size) == ModelDefaults.of({}, **size)  # type: ignore[arg-type]
 
 
 def test_request_fields_become_sampling_params() -> None:
-    found = sampling(temperature=0.005, top_k=-1, seed=-1, stop_token_ids=[5, EOS, 5], logit_bias={"7": 1.5, "8": -100},
-                     min_tokens=2, max_tokens=9, max_completion_tokens=8, logprobs=True, top_logprobs=3,
-                     presence_penalty=0.5, frequency_penalty=-0.5)
+    found = sampling(
+        temperature=0.005,
+        top_k=-1,
+        seed=-1,
+        stop_token_ids=[5, EOS, 5],
+        logit_bias={"7": 1.5, "8": -100},
+        min_tokens=2,
+        max_tokens=9,
+        max_completion_tokens=8,
+        logprobs=True,
+        top_logprobs=3,
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+    )
     assert found == SamplingParams(
-        max_tokens=8, min_tokens=2, temperature=0.01, top_k=0, seed=None, stop_token_ids=(EOS, 5), logprobs=3,
-        logit_bias=((7, 1.5), (8, -100.0)), presence_penalty=0.5, frequency_penalty=-0.5)
+        max_tokens=8,
+        min_tokens=2,
+        temperature=0.01,
+        top_k=0,
+        seed=None,
+        stop_token_ids=(EOS, 5),
+        logprobs=3,
+        logit_bias=((7, 1.5), (8, -100.0)),
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+    )
     assert sampling(ignore_eos=True, stop_token_ids=[5]).stop_token_ids == (5,)
     assert sampling(logprobs=True).logprobs == 0
     assert sampling().logprobs is None
@@ -430,12 +567,15 @@ def test_a_message_is_continued_instead_of_answered() -> None:
 
 
 def test_template_and_processor_are_closed_to_requests() -> None:
-    for field, value, code in (("chat_template", "x", "chat_template_not_allowed"),
-                               ("mm_processor_kwargs", {"a": 1}, "mm_processor_kwargs_not_allowed")):
+    for field, value, code in (
+        ("chat_template", "x", "chat_template_not_allowed"),
+        ("mm_processor_kwargs", {"a": 1}, "mm_processor_kwargs_not_allowed"),
+    ):
         for model in (ChatRequest, TokenizeRequest):
             assert refusal(model, {"messages": MESSAGES, field: value}).code == code
     parse(ChatRequest, {"messages": MESSAGES, "chat_template": "x"}).check(
-        LIMITS, ServerConfig(allow_request_chat_template=True))
+        LIMITS, ServerConfig(allow_request_chat_template=True)
+    )
 
 
 def test_tokenize_takes_one_of_two() -> None:
@@ -443,13 +583,25 @@ def test_tokenize_takes_one_of_two() -> None:
     assert refusal(TokenizeRequest, {"prompt": "x", "messages": MESSAGES}).param == "prompt"
 
 
-@pytest.mark.parametrize(("fields", "wanted"), [
-    ({}, {}), ({"reasoning_effort": "low"}, {"reasoning_effort": "low"}),
-    ({"enable_thinking": False}, {"enable_thinking": False}),
-    ({"enable_thinking": True, "reasoning_effort": None, "chat_template_kwargs": {"enable_thinking": False, "a": 1}},
-     {"enable_thinking": False, "a": 1})])
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({}, {}),
+        ({"reasoning_effort": "low"}, {"reasoning_effort": "low"}),
+        ({"enable_thinking": False}, {"enable_thinking": False}),
+        (
+            {
+                "enable_thinking": True,
+                "reasoning_effort": None,
+                "chat_template_kwargs": {"enable_thinking": False, "a": 1},
+            },
+            {"enable_thinking": False, "a": 1},
+        ),
+    ],
+)
 @pytest.mark.parametrize("model", [ChatRequest, TokenizeRequest])
-def test_template_variables_with_fields_of_their_own(model: Any, fields: dict[str, Any],
-                                                     wanted: dict[str, Any]) -> None:
+def test_template_variables_with_fields_of_their_own(
+    model: Any, fields: dict[str, Any], wanted: dict[str, Any]
+) -> None:
     request = parse(model, {"messages": MESSAGES, **fields})
     assert request.template_options()["template_kwargs"] == wanted

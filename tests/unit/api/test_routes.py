@@ -17,14 +17,26 @@ from sensorium.types import EngineOutput, EngineRequest
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 
 
-@pytest.mark.parametrize(("path", "meant"), [
-    ("/chat/completions", "/v1/chat/completions"), ("/v1/v1/chat/completions", "/v1/chat/completions"),
-    ("/openai/v1/chat/completions", "/v1/chat/completions"), ("/api/chat/completions", "/v1/chat/completions"),
-    ("/v1/chat/completions/", "/v1/chat/completions"), ("//v1/chat/completions", "/v1/chat/completions"),
-    ("/v1/chat/completions/chat/completions", "/v1/chat/completions"), ("/V1/Chat/Completions", "/v1/chat/completions"),
-    ("/completions", "/v1/completions"), ("/embeddings", "/v1/embeddings"), ("/v1/v1/embeddings", "/v1/embeddings"),
-    ("/audio/transcriptions", "/v1/audio/transcriptions"), ("/v1/tokenize", "/tokenize"), ("/v1/pooling", "/pooling"),
-    ("/v1/v1/rerank", "/rerank")])
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/chat/completions", "/v1/chat/completions"),
+        ("/openai/v1/chat/completions", "/v1/chat/completions"),
+        ("/api/chat/completions", "/v1/chat/completions"),
+        ("/v1/chat/completions/", "/v1/chat/completions"),
+        ("//v1/chat/completions", "/v1/chat/completions"),
+        ("/v1/chat/completions/chat/completions", "/v1/chat/completions"),
+        ("/V1/Chat/Completions", "/v1/chat/completions"),
+        ("/completions", "/v1/completions"),
+        ("/embeddings", "/v1/embeddings"),
+        ("/v1/v1/embeddings", "/v1/embeddings"),
+        ("/audio/transcriptions", "/v1/audio/transcriptions"),
+        ("/v1/tokenize", "/tokenize"),
+        ("/v1/pooling", "/pooling"),
+        ("/v1/v1/rerank", "/rerank"),
+    ],
+)
 async def test_a_wrong_base_url_is_told_the_right_one(port: int, path: str, meant: str) -> None:
     reply = await post(port, path, CHAT)
     assert (reply.status, reply.error["code"]) == (404, "not_found")
@@ -54,11 +66,20 @@ async def test_ping_is_health() -> None:
         assert foreign.status == 403
 
 
-@pytest.mark.parametrize(("body", "kind"), [
-    (CHAT, "chat.completion"), ({**CHAT, "model": "tiny"}, "chat.completion"), ({"prompt": "hi"}, "text_completion"),
-    ({"prompt": [1, 2], "messages": None}, "text_completion"), ({"input": "hi"}, "list"), ({"tokens": [72]}, "i"),
-    ({"query": "a", "documents": ["b", "c"]}, "rerank"), ({"text_1": "a", "text_2": "b"}, "list"),
-    ({"queries": "a", "documents": ["b"]}, "list")])
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (CHAT, "chat.completion"),
+        ({**CHAT, "model": "tiny"}, "chat.completion"),
+        ({"prompt": "hi"}, "text_completion"),
+        ({"prompt": [1, 2], "messages": None}, "text_completion"),
+        ({"input": "hi"}, "list"),
+        ({"tokens": [72]}, "i"),
+        ({"query": "a", "documents": ["b", "c"]}, "rerank"),
+        ({"text_1": "a", "text_2": "b"}, "list"),
+        ({"queries": "a", "documents": ["b"]}, "list"),
+    ],
+)
 async def test_invocations_are_told_by_their_fields(body: dict[str, Any], kind: str) -> None:
     engine = engine_of(*ALL) if kind in ("list", "rerank") else FakeEngine()
     async with serving(engine) as served:
@@ -70,6 +91,7 @@ async def test_invocations_are_told_by_their_fields(body: dict[str, Any], kind: 
 
 async def test_invocations_have_the_same_guards() -> None:
     async with serving(FakeEngine(), api_key=("k",)) as served:
+
         async def invoke(body: Any, **headers: str) -> Reply:
             return await post(served.port, "/invocations", body, headers={"Authorization": "Bearer k", **headers})
 

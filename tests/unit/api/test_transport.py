@@ -56,8 +56,12 @@ async def test_large_headers(port: int) -> None:
     reply, _ = await flood(port, header, [b"X-%d: y\r\n" % index for index in range(20_000)])
     assert reply is None or reply.status == 431
     many = {f"X{index}": "a" for index in range(99)}
-    for fields, status in (({"X": "a" * 33_000}, 431), ({**many, "Y": "a", "Z": "a"}, 431), ({"X": "a" * 30_000}, 200),
-                           (many, 200)):
+    for fields, status in (
+        ({"X": "a" * 33_000}, 431),
+        ({**many, "Y": "a", "Z": "a"}, 431),
+        ({"X": "a" * 30_000}, 200),
+        (many, 200),
+    ):
         reply = await get(port, "/livez", headers=fields)
         assert reply.status == status
         if status != 200:
@@ -130,11 +134,19 @@ async def test_an_upload_that_nobody_reads_is_cut_off(port: int) -> None:
     assert time.perf_counter() - start_s < 3
 
 
-@pytest.mark.parametrize(("headers", "body"), [
-    ({"Content-Length": str(len(BODY)), "Transfer-Encoding": "chunked"}, b"0\r\n\r\n"),
-    ({"Content-Length": "-1"}, b""), ({"Content-Length": "1e3"}, b""), ({"Content-Length": "+5"}, b""),
-    ({"Content-Length": "9" * 30}, b""), ({"Transfer-Encoding": "gzip"}, b"x"),
-    ({"Transfer-Encoding": "chunked"}, b"zz\r\n"), ({"Transfer-Encoding": "chunked"}, b"-5\r\nabc\r\n")])
+@pytest.mark.parametrize(
+    ("headers", "body"),
+    [
+        ({"Content-Length": str(len(BODY)), "Transfer-Encoding": "chunked"}, b"0\r\n\r\n"),
+        ({"Content-Length": "-1"}, b""),
+        ({"Content-Length": "1e3"}, b""),
+        ({"Content-Length": "+5"}, b""),
+        ({"Content-Length": "9" * 30}, b""),
+        ({"Transfer-Encoding": "gzip"}, b"x"),
+        ({"Transfer-Encoding": "chunked"}, b"zz\r\n"),
+        ({"Transfer-Encoding": "chunked"}, b"-5\r\nabc\r\n"),
+    ],
+)
 async def test_contradictory_lengths(port: int, headers: dict[str, str], body: bytes) -> None:
     reply = await raw(port, request("POST", "/v1/completions", headers=headers) + body)
     assert reply.status == 400
@@ -148,8 +160,9 @@ async def test_two_lengths(port: int) -> None:
 
 
 async def test_a_length_that_is_too_short_leaves_no_smuggled_request(port: int) -> None:
-    data = request("POST", "/v1/completions", BODY + b"GET /livez HTTP/1.1\r\n",
-                   headers={"Content-Length": str(len(BODY))})
+    data = request(
+        "POST", "/v1/completions", BODY + b"GET /livez HTTP/1.1\r\n", headers={"Content-Length": str(len(BODY))}
+    )
     assert (await raw(port, data)).status == 200
 
 
@@ -164,6 +177,7 @@ async def test_a_length_that_is_too_long_ends_in_time() -> None:
 async def test_slow_clients_are_cut_off_and_others_served() -> None:
     limits = replace(LIMITS, header_timeout_s=0.5, body_timeout_s=0.7)
     async with serving(limits=limits) as served:
+
         async def closes(first: bytes, drip: bytes = b"") -> tuple[float, bytes]:
             reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
             start_s = time.perf_counter()
@@ -178,9 +192,20 @@ async def test_slow_clients_are_cut_off_and_others_served() -> None:
 
         half = b"GET /livez HTTP/1.1\r\nHost: loc"
         upload = request("POST", "/v1/completions", headers={"Content-Length": "5000"})
-        ended = asyncio.gather(*(closes(*case) for case in (
-            (b"",), (half,), (half, b"x"), (upload, b"{"), (b"\r\n", b"\r\n"), (request("GET", "/livez") + half,),
-            *[(b"",)] * 200)))
+        ended = asyncio.gather(
+            *(
+                closes(*case)
+                for case in (
+                    (b"",),
+                    (half,),
+                    (half, b"x"),
+                    (upload, b"{"),
+                    (b"\r\n", b"\r\n"),
+                    (request("GET", "/livez") + half,),
+                    *[(b"",)] * 200,
+                )
+            )
+        )
         start_s = time.perf_counter()
         await healthy(served.port)
         assert time.perf_counter() - start_s < 1
@@ -213,7 +238,7 @@ async def test_a_body_in_very_many_pieces(port: int) -> None:
     assert (reply.status, reply.error["code"]) == (413, "request_too_large")
     assert time.perf_counter() - start_s < 2
     assert await lag < 0.5
-    ok = [b"%x\r\n%b\r\n" % (len(BODY[i:i + 8]), BODY[i:i + 8]) for i in range(0, len(BODY), 8)]
+    ok = [b"%x\r\n%b\r\n" % (len(BODY[i : i + 8]), BODY[i : i + 8]) for i in range(0, len(BODY), 8)]
     data = request("POST", "/v1/completions", headers={"Transfer-Encoding": "chunked"}) + b"".join(ok) + b"0\r\n\r\n"
     assert (await raw(port, data)).status == 200
 
@@ -233,8 +258,12 @@ async def received(messages: Iterable[dict[str, Any]]) -> AsyncIterator[dict[str
 
 
 async def body_of(*pieces: bytes, limits: Limits = LIMITS, ends: bool = True) -> bytes:
-    messages = received([{"type": "http.request", "body": piece, "more_body": not ends or place < len(pieces) - 1}
-                         for place, piece in enumerate(pieces)])
+    messages = received(
+        [
+            {"type": "http.request", "body": piece, "more_body": not ends or place < len(pieces) - 1}
+            for place, piece in enumerate(pieces)
+        ]
+    )
 
     async def receive() -> Any:
         async for message in messages:
@@ -266,11 +295,21 @@ async def test_reading_a_body() -> None:
         await receive_body(never, 5, replace(LIMITS, body_timeout_s=0.01), [].append)
 
 
-@pytest.mark.parametrize(("kind", "status"), [
-    ("application/json", 200), ("application/json; charset=utf-8", 200), ("Application/JSON;charset=UTF-8", 200),
-    ("application/json; charset=latin-1", 400), ("application/json; charset=utf-16", 400), ("text/plain", 415),
-    ("", 415),
-    ("application/x-www-form-urlencoded", 415), ("multipart/form-data; boundary=x", 415), ("application/jsonp", 415)])
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [
+        ("application/json", 200),
+        ("application/json; charset=utf-8", 200),
+        ("Application/JSON;charset=UTF-8", 200),
+        ("application/json; charset=latin-1", 400),
+        ("application/json; charset=utf-16", 400),
+        ("text/plain", 415),
+        ("", 415),
+        ("application/x-www-form-urlencoded", 415),
+        ("multipart/form-data; boundary=x", 415),
+        ("application/jsonp", 415),
+    ],
+)
 async def test_content_types(port: int, kind: str, status: int) -> None:
     reply = await post(port, "/v1/completions", BODY, headers={"Content-Type": kind})
     assert reply.status == status
@@ -308,8 +347,12 @@ async def test_upgrades_and_strange_targets(port: int) -> None:
     assert (await raw(port, request("POST", "/v1/completions", headers=chunked) + b"0\r\n\r\n")).status == 400
     for target in ("http://evil/v1/models", "*", "v1/models"):
         assert (await raw(port, request("GET", target))).status in (400, 404)
-    for junk in (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"GET\r\n\r\n", b"\x00" * 100,
-                 b"GET / HTTP/9.9\r\n\r\n"):
+    for junk in (
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"GET\r\n\r\n",
+        b"\x00" * 100,
+        b"GET / HTTP/9.9\r\n\r\n",
+    ):
         with contextlib.suppress(asyncio.IncompleteReadError):  # closing without a word is as good
             assert (await raw(port, junk)).status == 400
     await healthy(port)

@@ -58,8 +58,10 @@ async def test_who_leaves_a_unix_socket_is_noticed(tmp_path: Path) -> None:
         body = b'{"prompt":"hi","stream":true,"max_tokens":400,"ignore_eos":true}'
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(path))
-            client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
-                           b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            client.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+                b"Content-Length: %d\r\n\r\n" % len(body) + body
+            )
             await until(lambda: bool(served.engine.active))
         await until(lambda: bool(served.engine.aborted))
 

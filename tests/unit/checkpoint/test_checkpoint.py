@@ -19,36 +19,105 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "llava", "llava_next",
 
 # config.json of published repositories, as models.md records them
 LLAVA_15 = {
-    "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "image_token_index": 32000,
-    "tie_word_embeddings": False, "torch_dtype": "float16", "vision_feature_layer": -2,
-    "text_config": {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 4096, "model_type": "llama",
-                    "rms_norm_eps": 1e-5, "torch_dtype": "float16", "vocab_size": 32064}}
+    "architectures": ["LlavaForConditionalGeneration"],
+    "model_type": "llava",
+    "image_token_index": 32000,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "vision_feature_layer": -2,
+    "text_config": {
+        "architectures": ["LlamaForCausalLM"],
+        "max_position_embeddings": 4096,
+        "model_type": "llama",
+        "rms_norm_eps": 1e-5,
+        "torch_dtype": "float16",
+        "vocab_size": 32064,
+    },
+}
 LLAVA_NEXT_34B = {
-    "architectures": ["LlavaNextForConditionalGeneration"], "model_type": "llava_next", "image_token_index": 64000,
-    "torch_dtype": "float16", "text_config": {
-        "model_type": "llama", "hidden_size": 7168, "intermediate_size": 20480, "num_hidden_layers": 60,
-        "num_attention_heads": 56, "num_key_value_heads": 8, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
-        "rope_theta": 5000000.0, "eos_token_id": 7, "pad_token_id": 0, "vocab_size": 64064}}
+    "architectures": ["LlavaNextForConditionalGeneration"],
+    "model_type": "llava_next",
+    "image_token_index": 64000,
+    "torch_dtype": "float16",
+    "text_config": {
+        "model_type": "llama",
+        "hidden_size": 7168,
+        "intermediate_size": 20480,
+        "num_hidden_layers": 60,
+        "num_attention_heads": 56,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 5000000.0,
+        "eos_token_id": 7,
+        "pad_token_id": 0,
+        "vocab_size": 64064,
+    },
+}
 QWEN2_VL_2B = {
-    "architectures": ["Qwen2VLForConditionalGeneration"], "model_type": "qwen2_vl", "hidden_size": 1536,
-    "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
-    "vocab_size": 151936, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32768,
-    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "use_sliding_window": False,
-    "sliding_window": 32768, "max_window_layers": 28, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
-    "bos_token_id": 151643, "eos_token_id": 151645, "vision_config": {"hidden_size": 1536, "in_chans": 3}}
+    "architectures": ["Qwen2VLForConditionalGeneration"],
+    "model_type": "qwen2_vl",
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "max_position_embeddings": 32768,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "use_sliding_window": False,
+    "sliding_window": 32768,
+    "max_window_layers": 28,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "vision_config": {"hidden_size": 1536, "in_chans": 3},
+}
 LLAMA_32_1B = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192,
-    "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256,
-    "tie_word_embeddings": True, "rope_theta": 500000.0, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
-    "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                     "original_max_position_embeddings": 8192},
-    "eos_token_id": [128001, 128008, 128009], "torch_dtype": "bfloat16"}
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 128256,
+    "tie_word_embeddings": True,
+    "rope_theta": 500000.0,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "eos_token_id": [128001, 128008, 128009],
+    "torch_dtype": "bfloat16",
+}
 PHI_35_MINI = {
-    "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "auto_map": {"AutoModel": "modeling_phi3.Phi3"},
-    "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 32,
-    "num_key_value_heads": 32, "vocab_size": 32064, "max_position_embeddings": 131072, "sliding_window": 262144,
-    "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "torch_dtype": "bfloat16",
-    "rope_scaling": {"type": "su", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}}
+    "architectures": ["Phi3ForCausalLM"],
+    "model_type": "phi3",
+    "auto_map": {"AutoModel": "modeling_phi3.Phi3"},
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32064,
+    "max_position_embeddings": 131072,
+    "sliding_window": 262144,
+    "original_max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "torch_dtype": "bfloat16",
+    "rope_scaling": {"type": "su", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48},
+}
 
 
 def write(folder: Path, config: dict[str, Any], **files: Any) -> Path:
@@ -86,9 +155,18 @@ def _fields(text: TextConfig) -> dict[str, Any]:
 
 def test_llava_15_leaves_out_llamas_defaults(tmp_path: Path) -> None:
     assert text_of(tmp_path, LLAVA_15) == TextConfig(
-        model_type="llama", vocab_size=32064, hidden_size=4096, intermediate_size=11008, num_layers=32, num_heads=32,
-        num_kv_heads=32, head_dim=128, max_position_embeddings=4096, rms_norm_eps=1e-5,
-        rope=RopeConfig(original_max_positions=4096))
+        model_type="llama",
+        vocab_size=32064,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=32,
+        head_dim=128,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        rope=RopeConfig(original_max_positions=4096),
+    )
     checkpoint = open_checkpoint(tmp_path)
     assert (checkpoint.dtype, checkpoint.max_model_len, checkpoint.vocab_size) == ("float16", 4096, 32064)
 
@@ -126,15 +204,31 @@ def test_phi_35(tmp_path: Path) -> None:
 def test_defaults_of_families(tmp_path: Path) -> None:
     mistral = text_of(tmp_path, {"architectures": ["MistralForCausalLM"], "model_type": "mistral"})
     assert (mistral.num_kv_heads, mistral.intermediate_size, mistral.sliding_window) == (8, 14336, 4096)
-    assert text_of(tmp_path, {"architectures": ["MistralForCausalLM"], "model_type": "mistral",
-                              "sliding_window": None}).sliding_window is None
+    assert (
+        text_of(
+            tmp_path, {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
+        ).sliding_window
+        is None
+    )
     qwen3 = text_of(tmp_path, {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"})
     assert (qwen3.head_dim, qwen3.qk_norm, qwen3.attention_bias, qwen3.sliding_window) == (128, True, False, None)
-    windowed = text_of(tmp_path, {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_hidden_layers": 30,
-                                  "use_sliding_window": True, "sliding_window": 100})
+    windowed = text_of(
+        tmp_path,
+        {
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            "num_hidden_layers": 30,
+            "use_sliding_window": True,
+            "sliding_window": 100,
+        },
+    )
     assert (windowed.sliding_window, windowed.windowed_layers) == (100, (28, 29))
-    linear = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "max_position_embeddings": 4096,
-              "rope_scaling": {"type": "linear", "factor": 4.0}}
+    linear = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "max_position_embeddings": 4096,
+        "rope_scaling": {"type": "linear", "factor": 4.0},
+    }
     assert open_checkpoint(write(tmp_path, linear)).max_model_len == 16384
 
 
@@ -143,8 +237,15 @@ def overridden(folder: Path, config: dict[str, Any], overrides: dict[str, Any]) 
 
 
 def test_overrides_stand_in_the_place_of_config_json(tmp_path: Path) -> None:
-    found = overridden(tmp_path, LLAMA_32_1B, {"max_position_embeddings": 777, "tie_word_embeddings": False,
-                                               "rope_scaling": {"rope_type": "linear", "factor": 4.0}})
+    found = overridden(
+        tmp_path,
+        LLAMA_32_1B,
+        {
+            "max_position_embeddings": 777,
+            "tie_word_embeddings": False,
+            "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        },
+    )
     assert found.text is not None
     assert (found.text.rope.kind, found.text.rope.factor, found.max_model_len) == ("linear", 4.0, 4 * 777)
     assert not found.text.tie_word_embeddings
@@ -154,20 +255,28 @@ def test_overrides_stand_in_the_place_of_config_json(tmp_path: Path) -> None:
     assert plain.text.rope.kind == "default"
     assert plain.config["is_matryoshka"] is True
     assert overridden(tmp_path, LLAMA_32_1B, {"architectures": ["LlamaForSequenceClassification"]}).architecture == (
-        "LlamaForSequenceClassification")
+        "LlamaForSequenceClassification"
+    )
 
 
 def test_overrides_go_where_the_decoder_s_part_is(tmp_path: Path) -> None:
-    for overrides in ({"max_position_embeddings": 99, "rope_theta": 5.0},
-                      {"text_config": {"max_position_embeddings": 99, "rope_theta": 5.0}}):
+    for overrides in (
+        {"max_position_embeddings": 99, "rope_theta": 5.0},
+        {"text_config": {"max_position_embeddings": 99, "rope_theta": 5.0}},
+    ):
         found = overridden(tmp_path, LLAVA_15, overrides).text
         assert found is not None
         assert (found.max_position_embeddings, found.rope.theta) == (99, 5.0)
         assert found.vocab_size == 32064  # the rest stays
-    omni = {"architectures": ["Qwen2_5OmniModel"], "model_type": "qwen2_5_omni",
-            "thinker_config": {"text_config": {"vocab_size": 1000}}}
-    for overrides in ({"max_position_embeddings": 99}, {"thinker_config": {"text_config": {
-            "max_position_embeddings": 99}}}):
+    omni = {
+        "architectures": ["Qwen2_5OmniModel"],
+        "model_type": "qwen2_5_omni",
+        "thinker_config": {"text_config": {"vocab_size": 1000}},
+    }
+    for overrides in (
+        {"max_position_embeddings": 99},
+        {"thinker_config": {"text_config": {"max_position_embeddings": 99}}},
+    ):
         assert overridden(tmp_path, omni, overrides).max_model_len == 99
 
 
@@ -182,11 +291,16 @@ def test_overrides_speak_both_dialects_of_rope(tmp_path: Path) -> None:
     assert (other.rope.kind, other.rope.theta) == ("default", 9.0)
 
 
-@pytest.mark.parametrize(("overrides", "said"), [
-    ({"num_experts_per_token": 5}, "--hf-overrides: num_experts_per_token"),
-    ({"text_config": {"wings": 2}}, "--hf-overrides: text_config.wings"),
-    ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported"),
-    ({"rope_scaling": "yarn"}, "rope_scaling must be an object"), ({"vocab_size": "many"}, "vocab_size")])
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"num_experts_per_token": 5}, "--hf-overrides: num_experts_per_token"),
+        ({"text_config": {"wings": 2}}, "--hf-overrides: text_config.wings"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported"),
+        ({"rope_scaling": "yarn"}, "rope_scaling must be an object"),
+        ({"vocab_size": "many"}, "vocab_size"),
+    ],
+)
 def test_overrides_that_cannot_be_honoured(tmp_path: Path, overrides: dict[str, Any], said: str) -> None:
     with pytest.raises(StartupError, match=re.escape(said)):
         overridden(tmp_path, LLAVA_15 if "text_config" in overrides else LLAMA_32_1B, overrides)
@@ -198,8 +312,11 @@ def test_generation_config_names_the_stops(tmp_path: Path) -> None:
 
 
 def test_special_tokens_that_end_a_turn_are_stops(tmp_path: Path) -> None:
-    tokens = {"151643": {"content": "<|endoftext|>"}, "151655": {"content": "<|image_pad|>"},
-              "999999": {"content": "</s>"}}
+    tokens = {
+        "151643": {"content": "<|endoftext|>"},
+        "151655": {"content": "<|image_pad|>"},
+        "999999": {"content": "</s>"},
+    }
     folder = write(tmp_path, QWEN2_VL_2B, **{"tokenizer_config.json": {"added_tokens_decoder": tokens}})
     assert open_checkpoint(folder).stop_token_ids == (151645, 151643)
     listed = [{"id": 151644, "content": "<|im_start|>"}, {"id": 151643, "content": "<|endoftext|>"}]
@@ -239,27 +356,30 @@ def changed(**changes: Any) -> dict[str, Any]:
     return {**LLAMA_32_1B, **changes}
 
 
-@pytest.mark.parametrize(("config", "said"), [
-    (changed(architectures=["Falcon"]), "architecture Falcon is not supported; supported are LlamaForCausalLM, "),
-    (changed(architectures=[]), "architectures"),
-    (changed(architectures="LlamaForCausalLM"), "architectures"),
-    (changed(model_type="falcon"), "'falcon' is not supported; supported are llama"),
-    (changed(hidden_act="os.system"), "'os.system' is not supported; supported are silu"),
-    (changed(hidden_act="__import__('os')"), "hidden_act"),
-    (changed(hidden_size=0), "hidden_size must be a positive integer"),
-    (changed(hidden_size="big"), "hidden_size must be a positive integer"),
-    (changed(num_hidden_layers=True), "num_hidden_layers"),
-    (changed(num_attention_heads=7, head_dim=64), "7 heads do not divide among 8"),
-    (changed(rms_norm_eps="small"), "rms_norm_eps must be a number"),
-    (changed(torch_dtype="float8"), "'float8' is not supported; supported are bfloat16"),
-    (changed(rope_scaling={"rope_type": "spiral"}), "'spiral' is not supported; supported are default"),
-    (changed(rope_scaling=[3]), "rope_scaling must be an object"),
-    (changed(rope_scaling={"type": "mrope", "mrope_section": [1, 2]}), "mrope_section [1, 2] must add up to 32"),
-    (changed(rope_scaling={"type": "longrope", "short_factor": [1], "long_factor": [1]}), "of 32 numbers each"),
-    (changed(rope_theta=-1), "must be positive"),
-    (changed(eos_token_id=["</s>"]), "eos_token_id"),
-    (changed(quantization_config={"quant_method": "bitsandbytes"}), "quantisation by bitsandbytes"),
-])
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (changed(architectures=["Falcon"]), "architecture Falcon is not supported; supported are LlamaForCausalLM, "),
+        (changed(architectures=[]), "architectures"),
+        (changed(architectures="LlamaForCausalLM"), "architectures"),
+        (changed(model_type="falcon"), "'falcon' is not supported; supported are llama"),
+        (changed(hidden_act="os.system"), "'os.system' is not supported; supported are silu"),
+        (changed(hidden_act="__import__('os')"), "hidden_act"),
+        (changed(hidden_size=0), "hidden_size must be a positive integer"),
+        (changed(hidden_size="big"), "hidden_size must be a positive integer"),
+        (changed(num_hidden_layers=True), "num_hidden_layers"),
+        (changed(num_attention_heads=7, head_dim=64), "7 heads do not divide among 8"),
+        (changed(rms_norm_eps="small"), "rms_norm_eps must be a number"),
+        (changed(torch_dtype="float8"), "'float8' is not supported; supported are bfloat16"),
+        (changed(rope_scaling={"rope_type": "spiral"}), "'spiral' is not supported; supported are default"),
+        (changed(rope_scaling=[3]), "rope_scaling must be an object"),
+        (changed(rope_scaling={"type": "mrope", "mrope_section": [1, 2]}), "mrope_section [1, 2] must add up to 32"),
+        (changed(rope_scaling={"type": "longrope", "short_factor": [1], "long_factor": [1]}), "of 32 numbers each"),
+        (changed(rope_theta=-1), "must be positive"),
+        (changed(eos_token_id=["</s>"]), "eos_token_id"),
+        (changed(quantization_config={"quant_method": "bitsandbytes"}), "quantisation by bitsandbytes"),
+    ],
+)
 def test_bad_configs(tmp_path: Path, config: dict[str, Any], said: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(write(tmp_path, config))
@@ -285,14 +405,17 @@ def test_missing_files(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize(("index", "said"), [
-    ({"weight_map": {"a": "model-1.safetensors"}}, "not there"),
-    ({"weight_map": {"a": "../model.safetensors"}}, "strange file"),
-    ({"weight_map": {"a": "/etc/passwd"}}, "strange file"),
-    ({"weight_map": {"a": 3}}, "strange file"),
-    ({"weight_map": {}}, "no weight_map"),
-    ({}, "no weight_map"),
-])
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        ({"weight_map": {"a": "model-1.safetensors"}}, "not there"),
+        ({"weight_map": {"a": "../model.safetensors"}}, "strange file"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "strange file"),
+        ({"weight_map": {"a": 3}}, "strange file"),
+        ({"weight_map": {}}, "no weight_map"),
+        ({}, "no weight_map"),
+    ],
+)
 def test_bad_index(tmp_path: Path, index: dict[str, Any], said: str) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
@@ -359,7 +482,9 @@ def test_offline_without_a_copy_is_one_line(tmp_path: Path, monkeypatch: pytest.
 
 def test_reading_a_checkpoint_needs_no_torch(tmp_path: Path) -> None:
     checkpoints.make_qwen2_vl(tmp_path)
-    code = ("import sys; from pathlib import Path; from sensorium.checkpoint.configs import open_checkpoint, resolve;"
-            f"open_checkpoint(resolve({str(tmp_path)!r}));"
-            "sys.exit(bool({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)))")
+    code = (
+        "import sys; from pathlib import Path; from sensorium.checkpoint.configs import open_checkpoint, resolve;"
+        f"open_checkpoint(resolve({str(tmp_path)!r}));"
+        "sys.exit(bool({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -15,17 +15,21 @@ SIGMOID, IDENTITY = "torch.nn.modules.activation.Sigmoid", "torch.nn.modules.lin
 SOFTMAX = "torch.nn.modules.activation.Softmax"
 
 
-@pytest.mark.parametrize(("config", "activation"), [
-    ({"num_labels": 1, "problem_type": "regression"}, "identity"),
-    ({"num_labels": 3, "problem_type": "regression"}, "identity"),
-    ({"num_labels": 1, "problem_type": "single_label_classification"}, "sigmoid"),
-    ({"num_labels": 3, "problem_type": "single_label_classification"}, "softmax"),
-    ({"num_labels": 3, "problem_type": "multi_label_classification"}, "sigmoid"),
-    ({"num_labels": 1, "problem_type": None}, "sigmoid"),
-    ({"num_labels": 3}, "softmax"),
-])
-def test_without_a_saved_activation_the_problem_type_says_it(tmp_path: Path, config: dict[str, Any],
-                                                             activation: str) -> None:
+@pytest.mark.parametrize(
+    ("config", "activation"),
+    [
+        ({"num_labels": 1, "problem_type": "regression"}, "identity"),
+        ({"num_labels": 3, "problem_type": "regression"}, "identity"),
+        ({"num_labels": 1, "problem_type": "single_label_classification"}, "sigmoid"),
+        ({"num_labels": 3, "problem_type": "single_label_classification"}, "softmax"),
+        ({"num_labels": 3, "problem_type": "multi_label_classification"}, "sigmoid"),
+        ({"num_labels": 1, "problem_type": None}, "sigmoid"),
+        ({"num_labels": 3}, "softmax"),
+    ],
+)
+def test_without_a_saved_activation_the_problem_type_says_it(
+    tmp_path: Path, config: dict[str, Any], activation: str
+) -> None:
     assert classifier_activation(tmp_path, config) == activation
 
 
@@ -44,8 +48,11 @@ def test_a_saved_activation_wins(tmp_path: Path, problem: str | None, path: str,
 
 
 def test_the_newest_place_wins(tmp_path: Path) -> None:
-    config = {"num_labels": 1, "sentence_transformers": {"activation_fn": IDENTITY},
-              "sbert_ce_default_activation_function": SOFTMAX}
+    config = {
+        "num_labels": 1,
+        "sentence_transformers": {"activation_fn": IDENTITY},
+        "sbert_ce_default_activation_function": SOFTMAX,
+    }
     assert classifier_activation(tmp_path, config) == "identity"
     (tmp_path / "config_sentence_transformers.json").write_text(json.dumps({"activation_fn": SIGMOID}))
     assert classifier_activation(tmp_path, config) == "sigmoid"

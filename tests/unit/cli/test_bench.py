@@ -57,8 +57,9 @@ class FakeServer:
         if self.fail_every and len(self.bodies) % self.fail_every == 0:
             self.plain(writer, 503, {"error": {"message": "too busy"}})
             return
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
-                     b"Transfer-Encoding: chunked\r\n\r\n")
+        writer.write(
+            b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
         self.event(writer, {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
         await asyncio.sleep(TTFT_S)
         for index in range(request["max_tokens"]):
@@ -66,9 +67,17 @@ class FakeServer:
                 await asyncio.sleep(GAP_S)
             self.event(writer, {"choices": [{"index": 0, "delta": {"content": f"w{index} "}}]})
         text = str(request["messages"][0]["content"])
-        self.event(writer, {"choices": [], "usage": {
-            "prompt_tokens": 10 + 2 * len(text.split()), "completion_tokens": request["max_tokens"],
-            "prompt_tokens_details": {"cached_tokens": 1}}})
+        self.event(
+            writer,
+            {
+                "choices": [],
+                "usage": {
+                    "prompt_tokens": 10 + 2 * len(text.split()),
+                    "completion_tokens": request["max_tokens"],
+                    "prompt_tokens_details": {"cached_tokens": 1},
+                },
+            },
+        )
         self.chunk(writer, b"data: [DONE]" + 2 * self.newline)
         writer.write(b"0\r\n\r\n")
 
@@ -85,8 +94,14 @@ class FakeServer:
         writer.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
 
     def config(self, **changes: Any) -> BenchConfig:
-        base = {"base_url": f"http://127.0.0.1:{self.port}", "requests": 6, "concurrency": 3, "output_tokens": 4,
-                "input_tokens": 20, "warmup": 1}
+        base = {
+            "base_url": f"http://127.0.0.1:{self.port}",
+            "requests": 6,
+            "concurrency": 3,
+            "output_tokens": 4,
+            "input_tokens": 20,
+            "warmup": 1,
+        }
         return BenchConfig(**{**base, **changes})
 
 
@@ -110,8 +125,7 @@ async def test_closed_loop_counts_and_times() -> None:
     assert TTFT_S * 1e3 <= figures["ttft_ms"]["p50"] < 10 * TTFT_S * 1e3
     assert GAP_S * 1e3 * 0.9 <= figures["tpot_ms"]["p50"] < 10 * GAP_S * 1e3
     assert figures["itl_ms"]["max"] >= figures["itl_ms"]["p50"] >= GAP_S * 1e3 * 0.9
-    assert figures["e2e_ms"]["p50"] == pytest.approx(
-        figures["ttft_ms"]["p50"] + 3 * figures["tpot_ms"]["p50"], rel=0.3)
+    assert figures["e2e_ms"]["p50"] == pytest.approx(figures["ttft_ms"]["p50"] + 3 * figures["tpot_ms"]["p50"], rel=0.3)
     assert figures["output_tokens_per_s"] == pytest.approx(24 / figures["wall_s"], rel=0.01)
     assert figures["total_tokens_per_s"] == pytest.approx((24 + figures["prompt_tokens"]) / figures["wall_s"], rel=0.01)
     assert figures["cached_tokens"] == 6
@@ -220,8 +234,10 @@ def test_no_server_is_one_clear_line() -> None:
         bench.bench(BenchConfig(base_url="http://127.0.0.1:1"))
 
 
-@pytest.mark.parametrize(("url", "prefix", "port"), [
-    ("http://h:1", "/v1", 1), ("http://h:1/v1/", "/v1", 1), ("h:1", "/v1", 1), ("https://h/api/v1", "/api/v1", 443)])
+@pytest.mark.parametrize(
+    ("url", "prefix", "port"),
+    [("http://h:1", "/v1", 1), ("http://h:1/v1/", "/v1", 1), ("h:1", "/v1", 1), ("https://h/api/v1", "/api/v1", 443)],
+)
 def test_addresses(url: str, prefix: str, port: int) -> None:
     endpoint = Endpoint.parse(url)
     assert (endpoint.prefix, endpoint.port) == (prefix, port)

@@ -45,10 +45,21 @@ def test_values_keep_their_underscores() -> None:
     assert options("a_b", "--served_model_name=my_model", "--revision", "x_y").server.served_model_name == ("my_model",)
 
 
-@pytest.mark.parametrize(("text", "size_bytes"), [
-    ("256MiB", 256 * 1024**2), ("4GB", 4 * 10**9), ("4gib", 4 * 1024**3), ("1.5GiB", 3 * 1024**3 // 2), ("512", 512),
-    ("64 KB", 64_000), ("7B", 7),
-    ("4G", 4 * 1024**3), ("4g", 4 * 10**9), ("512M", 512 * 1024**2)])
+@pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [
+        ("256MiB", 256 * 1024**2),
+        ("4GB", 4 * 10**9),
+        ("4gib", 4 * 1024**3),
+        ("1.5GiB", 3 * 1024**3 // 2),
+        ("512", 512),
+        ("64 KB", 64_000),
+        ("7B", 7),
+        ("4G", 4 * 1024**3),
+        ("4g", 4 * 10**9),
+        ("512M", 512 * 1024**2),
+    ],
+)
 def test_sizes(text: str, size_bytes: int) -> None:
     assert options("--kv-cache-memory", text).engine.kv_cache_memory == size_bytes
 
@@ -63,8 +74,9 @@ def test_counts(text: str) -> None:
     assert options("--limit-mm-per-prompt", text).server.limit_mm_per_prompt == {"image": 2, "video": 1}
 
 
-@pytest.mark.parametrize("text", ["image", "image=x", "image=-1", "smell=1", '{"image": true}',
-                                  '{"image": {"count": 1}}', "[1]", "{", ""])
+@pytest.mark.parametrize(
+    "text", ["image", "image=x", "image=-1", "smell=1", '{"image": true}', '{"image": {"count": 1}}', "[1]", "{", ""]
+)
 def test_bad_counts(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--limit-mm-per-prompt" in refusal(capsys, f"--limit-mm-per-prompt={text}")
 
@@ -100,31 +112,46 @@ def test_a_model_swallowed_by_a_list_is_noticed(capsys: pytest.CaptureFixture[st
     assert "put MODEL before" in refusal(capsys, "--served-model-name", "a", "org/model")
 
 
-@pytest.mark.parametrize(("argv", "words"), [
-    (["--max-modl-len", "4"], "did you mean --max-model-len?"),
-    (["--zzzzzz"], "unknown flag --zzzzzz"),
-    (["--max-num"], "unknown flag --max-num"),  # no abbreviations: they would change meaning with new flags
-    (["a", "b"], "unexpected argument 'b'"),
-    (["m", "-n", "4"], "requests say it"),  # not a beginning of -ngl
-    (["m", "-x"], "unknown flag -x"),
-    (["--port", "x"], "not a whole number"),
-    (["--port", "65536"], "from 0 to 65535"),
-    (["--max-num-seqs", "0"], "at least 1"),
-    (["--gpu-memory-utilization", "1.5"], "from 0.01 to 1"),
-    (["--gpu-memory-utilization", "nan"], "not a number"),
-    (["--dtype", "int3"], "invalid choice: 'int3'"),
-    (["--quantization", "int3"], "invalid choice: 'int3'"),
-    (["--quantization-group-size", "16"], "from 32 to 128"),
-    (["--kv-cache-dtype", "fp8"], "invalid choice: 'fp8' (choose from"),
-    (["--max-images", "-1"], "at least 0"),
-    (["--revision"], "expected one argument")])
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--max-modl-len", "4"], "did you mean --max-model-len?"),
+        (["--zzzzzz"], "unknown flag --zzzzzz"),
+        (["--max-num"], "unknown flag --max-num"),  # no abbreviations: they would change meaning with new flags
+        (["a", "b"], "unexpected argument 'b'"),
+        (["m", "-n", "4"], "requests say it"),  # not a beginning of -ngl
+        (["m", "-x"], "unknown flag -x"),
+        (["--port", "x"], "not a whole number"),
+        (["--port", "65536"], "from 0 to 65535"),
+        (["--max-num-seqs", "0"], "at least 1"),
+        (["--gpu-memory-utilization", "1.5"], "from 0.01 to 1"),
+        (["--gpu-memory-utilization", "nan"], "not a number"),
+        (["--dtype", "int3"], "invalid choice: 'int3'"),
+        (["--quantization", "int3"], "invalid choice: 'int3'"),
+        (["--quantization-group-size", "16"], "from 32 to 128"),
+        (["--kv-cache-dtype", "fp8"], "invalid choice: 'fp8' (choose from"),
+        (["--max-images", "-1"], "at least 0"),
+        (["--revision"], "expected one argument"),
+    ],
+)
 def test_wrong_command_lines(argv: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert words in refusal(capsys, *argv)
 
 
-@pytest.mark.parametrize(("text", "tokens"), [
-    ("4096", 4096), ("32K", 32768), ("32k", 32000), ("1.5k", 1500), ("1M", 1024**2), ("2m", 2_000_000), ("auto", None),
-    ("AUTO", None), ("-1", None)])
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("4096", 4096),
+        ("32K", 32768),
+        ("32k", 32000),
+        ("1.5k", 1500),
+        ("1M", 1024**2),
+        ("2m", 2_000_000),
+        ("auto", None),
+        ("AUTO", None),
+        ("-1", None),
+    ],
+)
 def test_lengths(text: str, tokens: int | None) -> None:
     assert options("m", "--max-model-len", text).engine.max_model_len == tokens
     assert options("m", f"--max_model_len={text}").engine.max_model_len == tokens
@@ -141,9 +168,20 @@ def test_a_step_s_tokens_are_written_the_same_way(capsys: pytest.CaptureFixture[
     assert "--max-num-batched-tokens" in refusal(capsys, "--max-num-batched-tokens", "auto")
 
 
-@pytest.mark.parametrize(("text", "dtype"), [
-    ("half", "float16"), ("float", "float32"), ("float16", "float16"), ("bfloat16", "bfloat16"), ("fp16", "float16"),
-    ("float32", "float32"), ("auto", "auto"), ("HALF", "float16"), ("bf16", "bfloat16")])
+@pytest.mark.parametrize(
+    ("text", "dtype"),
+    [
+        ("half", "float16"),
+        ("float", "float32"),
+        ("float16", "float16"),
+        ("bfloat16", "bfloat16"),
+        ("fp16", "float16"),
+        ("float32", "float32"),
+        ("auto", "auto"),
+        ("HALF", "float16"),
+        ("bf16", "bfloat16"),
+    ],
+)
 def test_types_in_others_words(text: str, dtype: str) -> None:
     assert options("--dtype", text).engine.dtype == dtype
 
@@ -184,20 +222,27 @@ def test_flags_of_others_are_not_ours() -> None:
     assert {words[0] for words in RENAMED.values()} <= ours | switches
 
 
-@pytest.mark.parametrize(("given", "meant"), [
-    (["--model-path", "m", "--context-length", "8K"], ["m", "--max-model-len", "8192"]),
-    (["--model-id=m", "--hostname=0.0.0.0"], ["m", "--host", "0.0.0.0"]),
-    (["-m", "m", "-c", "4096", "-np", "4", "-t", "2", "--alias", "x"],
-     ["m", "--max-model-len", "4096", "--max-num-seqs", "4", "--threads", "2", "--served-model-name", "x"]),
-    (["--model", "m", "--is-embedding"], ["m", "--task", "embed"]),
-    (["m", "--embedding"], ["m", "--task", "embed"]), (["m", "--reranking"], ["m", "--task", "score"]),
-    (["m", "--task", "embedding"], ["m", "--task", "embed"]),
-    (["m", "--disable-radix-cache"], ["m", "--no-enable-prefix-caching"]),
-    (["m", "--mem-fraction-static", "0.8"], ["m", "--gpu-memory-utilization", "0.8"]),
-    (["m", "--no-enable-log-requests"], ["m", "--disable-log-requests"]),
-    (["m", "--enable-log-requests"], ["m", "--no-disable-log-requests"]),
-    (["m", "--kv-cache-memory-bytes", "4G"], ["m", "--kv-cache-memory", "4GiB"]),
-    (["m", "--device", "gpu", "-q", "gptq_marlin"], ["m", "--device", "cuda", "--quantization", "gptq"])])
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (["--model-path", "m", "--context-length", "8K"], ["m", "--max-model-len", "8192"]),
+        (["--model-id=m", "--hostname=0.0.0.0"], ["m", "--host", "0.0.0.0"]),
+        (
+            ["-m", "m", "-c", "4096", "-np", "4", "-t", "2", "--alias", "x"],
+            ["m", "--max-model-len", "4096", "--max-num-seqs", "4", "--threads", "2", "--served-model-name", "x"],
+        ),
+        (["--model", "m", "--is-embedding"], ["m", "--task", "embed"]),
+        (["m", "--embedding"], ["m", "--task", "embed"]),
+        (["m", "--reranking"], ["m", "--task", "score"]),
+        (["m", "--task", "embedding"], ["m", "--task", "embed"]),
+        (["m", "--disable-radix-cache"], ["m", "--no-enable-prefix-caching"]),
+        (["m", "--mem-fraction-static", "0.8"], ["m", "--gpu-memory-utilization", "0.8"]),
+        (["m", "--no-enable-log-requests"], ["m", "--disable-log-requests"]),
+        (["m", "--enable-log-requests"], ["m", "--no-disable-log-requests"]),
+        (["m", "--kv-cache-memory-bytes", "4G"], ["m", "--kv-cache-memory", "4GiB"]),
+        (["m", "--device", "gpu", "-q", "gptq_marlin"], ["m", "--device", "cuda", "--quantization", "gptq"]),
+    ],
+)
 def test_ours_by_another_name(given: list[str], meant: list[str]) -> None:
     assert options(*given) == options(*meant)
 
@@ -214,11 +259,16 @@ def test_no_two_flags_share_a_name() -> None:
 
 def test_every_flag_that_users_of_vllm_know_is_there() -> None:
     names = {flag.option for _, config in SERVE_GROUPS for flag in flags_of(config)}
-    assert names >= {f"--{name}" for name in (
-        "host port api-key dtype device max-model-len max-num-seqs max-num-batched-tokens gpu-memory-utilization "
-        "kv-cache-memory kv-cache-dtype quantization block-size enable-prefix-caching limit-mm-per-prompt "
-        "mm-processor-kwargs allowed-local-media-path allowed-media-domains chat-template served-model-name revision "
-        "download-dir trust-remote-code task seed root-path disable-log-requests").split()}
+    assert names >= {
+        f"--{name}"
+        for name in (
+            "host port api-key dtype device max-model-len max-num-seqs max-num-batched-tokens gpu-memory-utilization "
+            "kv-cache-memory kv-cache-dtype quantization block-size enable-prefix-caching limit-mm-per-prompt "
+            "mm-processor-kwargs allowed-local-media-path allowed-media-domains chat-template served-model-name "
+            "revision "
+            "download-dir trust-remote-code task seed root-path disable-log-requests"
+        ).split()
+    }
 
 
 def test_help_names_every_flag_in_groups() -> None:

@@ -22,27 +22,51 @@ def task(*argv: str) -> str:
     return as_meant(serve_options(parser().read(["serve", "m", *argv]), {}), DEMO_FOLDER, ()).load.task
 
 
-@pytest.mark.parametrize(("argv", "meant"), [
-    ([], "auto"), (["--runner", "generate"], "generate"), (["--runner", "pooling"], "pooling"),
-    (["--convert", "embed"], "embed"), (["--runner", "pooling", "--convert", "classify"], "classify"),
-    (["--runner", "auto", "--convert", "none"], "auto"), (["--task", "embed", "--runner", "pooling"], "embed"),
-    (["--task", "embedding", "--convert", "embed"], "embed"),
-    (["--pooler-config", '{"task": "token_classify"}', "--runner", "pooling"], "reward"),
-    (["--pooler-config", '{"task": null}'], "auto"), (["--task", "pooling"], "pooling")])
+@pytest.mark.parametrize(
+    ("argv", "meant"),
+    [
+        ([], "auto"),
+        (["--runner", "generate"], "generate"),
+        (["--runner", "pooling"], "pooling"),
+        (["--convert", "embed"], "embed"),
+        (["--runner", "pooling", "--convert", "classify"], "classify"),
+        (["--runner", "auto", "--convert", "none"], "auto"),
+        (["--task", "embed", "--runner", "pooling"], "embed"),
+        (["--task", "embedding", "--convert", "embed"], "embed"),
+        (["--pooler-config", '{"task": "token_classify"}', "--runner", "pooling"], "reward"),
+        (["--pooler-config", '{"task": null}'], "auto"),
+        (["--task", "pooling"], "pooling"),
+    ],
+)
 def test_what_is_served_may_be_said_in_four_ways(argv: list[str], meant: str) -> None:
     assert task(*argv) == meant
 
 
-@pytest.mark.parametrize("argv", [
-    ["--runner", "generate", "--convert", "embed"], ["--task", "generate", "--runner", "pooling"],
-    ["--task", "embed", "--convert", "classify"], ["--task", "embed", "--pooler-config", '{"task": "classify"}']])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--runner", "generate", "--convert", "embed"],
+        ["--task", "generate", "--runner", "pooling"],
+        ["--task", "embed", "--convert", "classify"],
+        ["--task", "embed", "--pooler-config", '{"task": "classify"}'],
+    ],
+)
 def test_but_not_in_two_at_once(argv: list[str]) -> None:
     with pytest.raises(StartupError, match="contradict"):
         task(*argv)
 
 
-@pytest.mark.parametrize("pooler", [{"task": "plugin"}, {"step_tag_id": 5}, {"enable_chunked_processing": True},
-                                    {"pooling_type": "STEP"}, {"pooling_type": 5}, {"dimensions": 5}])
+@pytest.mark.parametrize(
+    "pooler",
+    [
+        {"task": "plugin"},
+        {"step_tag_id": 5},
+        {"enable_chunked_processing": True},
+        {"pooling_type": "STEP"},
+        {"pooling_type": 5},
+        {"dimensions": 5},
+    ],
+)
 def test_what_a_pooler_cannot_be_told(pooler: dict[str, Any]) -> None:
     with pytest.raises(StartupError, match="--pooler-config: " + next(iter(pooler))):
         task("--pooler-config", json.dumps(pooler))
@@ -66,8 +90,11 @@ def test_a_pooler_s_pooling_is_the_flag_s(tmp_path: Path) -> None:
         pooling(DEMO_FOLDER, {"pooling_type": "CLS"}, "--pooling", "mean")
 
 
-def settings(media: dict[str, Any], processor: dict[str, Any] | None = None,
-             modalities: tuple[Modality, ...] = ("image", "video")) -> dict[str, Any]:
+def settings(
+    media: dict[str, Any],
+    processor: dict[str, Any] | None = None,
+    modalities: tuple[Modality, ...] = ("image", "video"),
+) -> dict[str, Any]:
     argv = ["serve", "m", "--media-io-kwargs", json.dumps(media), "--mm-processor-kwargs", json.dumps(processor or {})]
     return as_meant(serve_options(parser().read(argv), {}), DEMO_FOLDER, modalities).server.mm_processor_kwargs
 
@@ -75,16 +102,26 @@ def settings(media: dict[str, Any], processor: dict[str, Any] | None = None,
 def test_frames_of_videos_are_the_processor_s() -> None:
     assert settings({"video": {"num_frames": 40}}) == {"num_frames": 40}
     assert settings({"video": {"fps": 1}, "image": {"image_mode": "RGB"}}, {"max_pixels": 5}) == {
-        "max_pixels": 5, "fps": 1}
+        "max_pixels": 5,
+        "fps": 1,
+    }
     assert settings({"video": {"num_frames": 40, "video_backend": "opencv"}, "audio": {}}, {"num_frames": 40}) == {
-        "num_frames": 40}
+        "num_frames": 40
+    }
     assert settings({"video": {"num_frames": 40}}, modalities=("image",)) == {}  # as vLLM: nothing to read that way
 
 
-@pytest.mark.parametrize(("media", "words"), [
-    ({"smell": {}}, "settings by kind"), ({"video": 5}, "settings by kind"), ({"num_frames": 5}, "settings by kind"),
-    ({"image": {"num_frames": 5}}, "image.num_frames"), ({"image": {"image_mode": "L"}}, "image.image_mode"),
-    ({"video": {"num_frames": 5}}, "both say num_frames")])
+@pytest.mark.parametrize(
+    ("media", "words"),
+    [
+        ({"smell": {}}, "settings by kind"),
+        ({"video": 5}, "settings by kind"),
+        ({"num_frames": 5}, "settings by kind"),
+        ({"image": {"num_frames": 5}}, "image.num_frames"),
+        ({"image": {"image_mode": "L"}}, "image.image_mode"),
+        ({"video": {"num_frames": 5}}, "both say num_frames"),
+    ],
+)
 def test_other_settings_of_media_are_refused(media: dict[str, Any], words: str) -> None:
     with pytest.raises(StartupError, match=words):
         settings(media, {"num_frames": 6})

@@ -27,8 +27,14 @@ from sensorium.models.loading import load_model
 from sensorium.types import EngineRequest, PoolingParams, PoolingTask, Prompt, SamplingParams
 
 VOCAB = 120
-SHAPE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48,
-         "vocab_size": VOCAB, "max_position_embeddings": 300}
+SHAPE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 300,
+}
 LENGTHS = [1, 17, 300, 40, 40, 3, 129, 64, 2, 250]
 
 
@@ -46,12 +52,16 @@ def _modernbert() -> Any:
 
 def _modern_classifier() -> Any:
     return ModernBertForSequenceClassification(
-        ModernBertConfig(**SHAPE, local_attention=16, pad_token_id=0, num_labels=4, classifier_pooling="mean"))
+        ModernBertConfig(**SHAPE, local_attention=16, pad_token_id=0, num_labels=4, classifier_pooling="mean")
+    )
 
 
 ORACLES: dict[str, tuple[Callable[[], Any], PoolingTask]] = {
-    "bert": (_bert, "embed"), "cross-encoder": (_cross_encoder, "score"), "modernbert": (_modernbert, "embed"),
-    "modern-classifier": (_modern_classifier, "classify")}
+    "bert": (_bert, "embed"),
+    "cross-encoder": (_cross_encoder, "score"),
+    "modernbert": (_modernbert, "embed"),
+    "modern-classifier": (_modern_classifier, "classify"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +145,10 @@ def test_segments_of_pairs(folders: Callable[[str], Path]) -> None:
         for types in (None, (np.arange(len(tokens)) >= len(tokens) // 2).astype(np.int32)):
             requests.append(pool(tokens, "score", types))
             with torch.inference_mode():
-                logits = oracle(torch.tensor(tokens).long()[None],
-                                token_type_ids=None if types is None else torch.tensor(types).long()[None]).logits
+                logits = oracle(
+                    torch.tensor(tokens).long()[None],
+                    token_type_ids=None if types is None else torch.tensor(types).long()[None],
+                ).logits
             expected.append(logits[0].sigmoid().numpy())
     got = vectors(bench(model, max_model_len=300).run(*requests))
     np.testing.assert_allclose(np.stack(got), np.stack(expected), atol=1e-5)
@@ -151,8 +163,11 @@ def test_tokens_embed_too(folders: Callable[[str], Path]) -> None:
 
 
 def test_what_the_engine_says_of_itself(folders: Callable[[str], Path]) -> None:
-    for name, tasks, size in (("bert", ("embed", "token_embed"), 32), ("cross-encoder", ("classify", "score"), 0),
-                              ("modern-classifier", ("classify",), 0)):
+    for name, tasks, size in (
+        ("bert", ("embed", "token_embed"), 32),
+        ("cross-encoder", ("classify", "score"), 0),
+        ("modern-classifier", ("classify",), 0),
+    ):
         ready = load_engine(EngineConfig(model=str(folders(name)))).ready
         assert (ready.tasks, ready.embedding_size) == (tasks, size)
         assert (ready.dtype, ready.kv_tokens, ready.kv_bytes, ready.max_model_len) == ("float32", 0, 0, 300)
@@ -161,8 +176,12 @@ def test_what_the_engine_says_of_itself(folders: Callable[[str], Path]) -> None:
 def test_what_an_encoder_cannot_do(folders: Callable[[str], Path]) -> None:
     runner = bench(load(folders("bert")), max_model_len=300)
     tokens = prompts()[1]
-    requests = [EngineRequest(next(_ids), Prompt(tokens), SamplingParams(max_tokens=1)), pool(tokens, "score"),
-                pool(np.ones(301, np.int32), "embed"), pool(tokens, "embed")]
+    requests = [
+        EngineRequest(next(_ids), Prompt(tokens), SamplingParams(max_tokens=1)),
+        pool(tokens, "score"),
+        pool(np.ones(301, np.int32), "embed"),
+        pool(tokens, "embed"),
+    ]
     results = runner.run(*requests)
     assert [result.reason for result in results] == ["error", "error", "error", "stop"]
     assert "does not generate" in results[0].error

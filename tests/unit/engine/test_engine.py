@@ -33,10 +33,12 @@ def texts(max_tokens: int = 12, **sampling: Any) -> list[EngineRequest]:
 
 def mixed(max_tokens: int = 12, **sampling: Any) -> list[EngineRequest]:
     """Half text, half pictures; two of these are of the same size, one request has two."""
-    return [*texts(max_tokens, **sampling)[:4],
-            *(image_request(i, max_tokens, **sampling) for i in range(2)),
-            image_request(7, max_tokens, grid=(4, 20), before=2, after=1, **sampling),
-            image_request(8, max_tokens, grid=(8, 8), images=2, **sampling)]
+    return [
+        *texts(max_tokens, **sampling)[:4],
+        *(image_request(i, max_tokens, **sampling) for i in range(2)),
+        image_request(7, max_tokens, grid=(4, 20), before=2, after=1, **sampling),
+        image_request(8, max_tokens, grid=(8, 8), images=2, **sampling),
+    ]
 
 
 def solo(model: Model, requests: Sequence[EngineRequest], **options: Any) -> list[Result]:
@@ -44,9 +46,15 @@ def solo(model: Model, requests: Sequence[EngineRequest], **options: Any) -> lis
     return [bench(model, **options).run(replace(one, id=one.id + 1_000_000))[0] for one in requests]
 
 
-@pytest.mark.parametrize(("chunk", "caching", "preempted", "cache"), [
-    *itertools.product([2048, 13], [True, False], [True, False], ["auto"]), (2048, True, True, "int8"),
-    (13, True, False, "int8"), (13, False, True, "int8")])
+@pytest.mark.parametrize(
+    ("chunk", "caching", "preempted", "cache"),
+    [
+        *itertools.product([2048, 13], [True, False], [True, False], ["auto"]),
+        (2048, True, True, "int8"),
+        (13, True, False, "int8"),
+        (13, False, True, "int8"),
+    ],
+)
 def test_same_tokens_however_computed(model: Model, chunk: int, caching: bool, preempted: bool, cache: str) -> None:
     """R7: chunked or not, cache cold and warm, preempted or not, alone or in a batch of 8, text and pictures."""
     engine = bench(model, max_num_batched_tokens=chunk, enable_prefix_caching=caching, kv_cache_dtype=cache)
@@ -89,8 +97,10 @@ def test_prefill_cut_at_every_place_of_a_picture(model: Model) -> None:
         seq = engine.engine.scheduler.waiting[0]
         plan_chunk = engine.engine.scheduler._plan_chunk
         engine.engine.scheduler._plan_chunk = (  # type: ignore[method-assign]
-            lambda plan, s, tokens, c=cut, f=plan_chunk: f(plan, s, min(tokens, c - s.num_computed)
-                                                           if s.num_computed < c else tokens))
+            lambda plan, s, tokens, c=cut, f=plan_chunk: f(
+                plan, s, min(tokens, c - s.num_computed) if s.num_computed < c else tokens
+            )
+        )
         for _ in range(4):  # the text before the picture, the picture's rows, their part before the cut
             if seq.num_computed < cut:
                 engine.step()
@@ -145,8 +155,10 @@ def test_conversation_reuses_prompt_picture_and_answer(model: Model) -> None:
     length = len(prompt.token_ids) + len(answer.tokens)
     tail = np.arange(len(prompt.token_ids), length + 5) + prompt.position_delta
     longer = replace(
-        prompt, token_ids=np.concatenate((prompt.token_ids, answer.tokens, [50, 51, 52, 53, 54])).astype(np.int32),
-        positions=np.concatenate((prompt.positions, tail[None].repeat(3, 0)), axis=1).astype(np.int32))
+        prompt,
+        token_ids=np.concatenate((prompt.token_ids, answer.tokens, [50, 51, 52, 53, 54])).astype(np.int32),
+        positions=np.concatenate((prompt.positions, tail[None].repeat(3, 0)), axis=1).astype(np.int32),
+    )
     second = replace(first, id=first.id + 500_000, prompt=longer)
     expected = solo(model, [second])[0].tokens
     [got] = engine.run(second)
@@ -181,6 +193,7 @@ def test_tenants_do_not_share_prefixes_or_pictures(model: Model) -> None:
 
 def test_a_seed_decides_alone(model: Model) -> None:
     """R17: position in the batch, mates and preemption do not matter."""
+
     def seeded() -> EngineRequest:
         return request(random_prompt(1, 20), 20, temperature=1.0, top_p=0.9, seed=1234)
 
@@ -190,8 +203,10 @@ def test_a_seed_decides_alone(model: Model) -> None:
         preemptions = 0
         for _ in range(6):
             mine = seeded()
-            others = [request(random_prompt(rng.randrange(100), 30), 20, temperature=rng.choice((0, 0.7, 1.5)))
-                      for _ in range(7)]
+            others = [
+                request(random_prompt(rng.randrange(100), 30), 20, temperature=rng.choice((0, 0.7, 1.5)))
+                for _ in range(7)
+            ]
             place = rng.randrange(8)
             engine = bench(model, kv_tokens=kv_tokens)
             results = engine.run(*others[:place], mine, *others[place:])
@@ -273,6 +288,7 @@ def test_nothing_of_a_failed_step_is_reused(model: Model) -> None:
 
 def test_blame_is_narrowed_when_a_step_fails_again(model: Model) -> None:
     """One poisonous request: its batch dies once; the next batch of the same shape loses only the poison."""
+
     def poisoned() -> list[EngineRequest]:
         return [request(random_prompt(i, 10), 6) for i in range(3)] + [request([77] * 10, 6)]
 
@@ -306,7 +322,11 @@ def test_a_row_that_is_not_a_number_fails_alone(model: Model) -> None:
     engine.engine.runner._sampler.sample = spoiled  # type: ignore[method-assign]
     results = engine.run(*requests)
     assert [(r.reason, r.error) for r in results] == [
-        ("length", ""), ("length", ""), ("error", NOT_FINITE), ("length", "")]
+        ("length", ""),
+        ("length", ""),
+        ("error", NOT_FINITE),
+        ("length", ""),
+    ]
     others = [requests[i] for i in (0, 1, 3)]
     assert tokens_of([results[i] for i in (0, 1, 3)]) == tokens_of(solo(model, others))
     assert engine.run(request(random_prompt(2, 40)))[0].cached == 0
@@ -317,8 +337,12 @@ def test_a_failing_tower_fails_its_request_only(model: Model) -> None:
     """R2: one broken picture among good ones and seven texts."""
     bad = image_request(5, 8)
     features = bad.prompt.media[0]
-    bad = replace(bad, prompt=replace(bad.prompt, media=(replace(
-        features, arrays={**features.arrays, "pixels": features.arrays["pixels"][:-1]}),)))
+    bad = replace(
+        bad,
+        prompt=replace(
+            bad.prompt, media=(replace(features, arrays={**features.arrays, "pixels": features.arrays["pixels"][:-1]}),)
+        ),
+    )
     good = [*texts(8)[:6], image_request(1, 8)]
     engine = bench(model)
     results = engine.run(*good[:3], bad, *good[3:])
@@ -366,14 +390,18 @@ def test_prompt_logprobs_are_those_of_the_tokens(model: Model, chunk: int) -> No
 
 @pytest.mark.parametrize("chunk", [2048, 9])
 def test_pooling_runs_beside_generation(model: Model, chunk: int) -> None:
-    model.poolers = {"embed": EmbedPooler(("last",), 64, normalize=True),  # type: ignore[assignment]
-                     "token_embed": TokenPooler(64)}
+    model.poolers = {
+        "embed": EmbedPooler(("last",), 64, normalize=True),  # type: ignore[assignment]
+        "token_embed": TokenPooler(64),
+    }
     try:
         engine = bench(model, max_num_batched_tokens=chunk)
         prompt = random_prompt(1, 50)
         generating = request(prompt, 8)
-        last, every, unknown = (replace(request(prompt), sampling=None, pooling=PoolingParams(task))
-                                for task in ("embed", "token_embed", "classify"))
+        last, every, unknown = (
+            replace(request(prompt), sampling=None, pooling=PoolingParams(task))
+            for task in ("embed", "token_embed", "classify")
+        )
         results = engine.run(generating, last, every, unknown)
     finally:
         del model.poolers
@@ -404,16 +432,18 @@ def test_long_rope_sequences_start_over_at_the_border(model: Model, monkeypatch:
 @pytest.mark.parametrize(("chunk", "preempted"), [(2048, False), (13, False), (13, True)])
 def test_dynamic_rope_is_that_of_each_sequence(tmp_path: Path, chunk: int, preempted: bool) -> None:
     """As transformers generates each prompt alone: lengths on both sides of the border, begun alike, in one engine."""
-    oracle = make_llama(tmp_path, max_position_embeddings=32, rope_parameters={
-        "rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0})
+    oracle = make_llama(
+        tmp_path, max_position_embeddings=32, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    )
     model = load_model(open_checkpoint(tmp_path), dtype=torch.float32, device="cpu")
     tokens = random_prompt(1, 100)
     expected = []
     for length in (20, 40, 56, 100):
         oracle.model.rotary_emb.inv_freq = oracle.model.rotary_emb.original_inv_freq
         oracle.model.rotary_emb.max_seq_len_cached = 32
-        out = oracle.generate(torch.tensor([tokens[:length]]), max_new_tokens=20, do_sample=False, eos_token_id=None,
-                              pad_token_id=0)
+        out = oracle.generate(
+            torch.tensor([tokens[:length]]), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
         expected.append(out[0, length:].tolist())
     engine = bench(model, max_num_batched_tokens=chunk)
     assert engine.engine.ready.max_model_len == 128
@@ -451,5 +481,3 @@ def test_step_size_never_exceeds_the_budget(model: Model) -> None:
     engine.engine.runner.run = spy  # type: ignore[method-assign]
     engine.run(*texts(), *itertools.chain(*(texts() for _ in range(2))))
     assert max(sizes) == 24
-
-

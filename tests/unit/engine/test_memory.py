@@ -55,21 +55,29 @@ def test_type_of_the_cache() -> None:
         choose_cache_dtype("int8", torch.float32, has_cache=False)
 
 
-@pytest.mark.parametrize(("available", "max_model_len", "blocks", "length"), [
-    (1000 * BLOCK, None, 4 * 7, 100),  # no more than four longest sequences can use
-    (20 * BLOCK + 5, None, 20, 100),
-    (3 * BLOCK, None, 3, 48),  # sequences are as long as the cache holds
-    (1000 * BLOCK, 33, 4 * 3, 33),
-    (1000 * BLOCK, 5, 4, 5),
-])
+@pytest.mark.parametrize(
+    ("available", "max_model_len", "blocks", "length"),
+    [
+        (1000 * BLOCK, None, 4 * 7, 100),  # no more than four longest sequences can use
+        (20 * BLOCK + 5, None, 20, 100),
+        (3 * BLOCK, None, 3, 48),  # sequences are as long as the cache holds
+        (1000 * BLOCK, 33, 4 * 3, 33),
+        (1000 * BLOCK, 5, 4, 5),
+    ],
+)
 def test_what_fits(available: int, max_model_len: int | None, blocks: int, length: int) -> None:
     config = EngineConfig("m", max_num_seqs=4, max_model_len=max_model_len)
     assert size_cache(config, SHAPE, max_model_len or 100, available) == (blocks, length)
 
 
-@pytest.mark.parametrize(("available", "max_model_len", "named"), [
-    (BLOCK - 1, None, "--kv-cache-memory"), (-5, None, "--gpu-memory-utilization"), (3 * BLOCK, 100, "--max-model-len"),
-])
+@pytest.mark.parametrize(
+    ("available", "max_model_len", "named"),
+    [
+        (BLOCK - 1, None, "--kv-cache-memory"),
+        (-5, None, "--gpu-memory-utilization"),
+        (3 * BLOCK, 100, "--max-model-len"),
+    ],
+)
 def test_what_does_not_fit_names_the_flag(available: int, max_model_len: int | None, named: str) -> None:
     config = EngineConfig("m", max_num_seqs=4, max_model_len=max_model_len)
     with pytest.raises(StartupError, match=named):
@@ -95,10 +103,16 @@ def test_threads_are_no_more_than_the_cores_allowed(monkeypatch: pytest.MonkeyPa
         assert loading.usable_cores() == expected
 
 
-@pytest.mark.parametrize(("wanted", "stored", "chosen"), [
-    ("auto", "float16", torch.bfloat16), ("auto", "bfloat16", torch.bfloat16), ("auto", "float32", torch.float32),
-    ("float16", "bfloat16", torch.float16), ("float32", "bfloat16", torch.float32),
-])
+@pytest.mark.parametrize(
+    ("wanted", "stored", "chosen"),
+    [
+        ("auto", "float16", torch.bfloat16),
+        ("auto", "bfloat16", torch.bfloat16),
+        ("auto", "float32", torch.float32),
+        ("float16", "bfloat16", torch.float16),
+        ("float32", "bfloat16", torch.float32),
+    ],
+)
 def test_dtype_on_a_cpu(wanted: str, stored: str, chosen: torch.dtype) -> None:
     assert choose_dtype(wanted, stored, torch.device("cpu")) == chosen
 

@@ -21,8 +21,14 @@ from sensorium.types import EngineRequest, MediaFeatures, MediaSpan, Prompt, Sam
 BLOCK = 8
 
 
-def keys(prompt: Prompt, *, salt: bytes = b"", identity: bytes = b"model", outputs: tuple[int, ...] = (),
-         is_long: bool = False) -> list[bytes]:
+def keys(
+    prompt: Prompt,
+    *,
+    salt: bytes = b"",
+    identity: bytes = b"model",
+    outputs: tuple[int, ...] = (),
+    is_long: bool = False,
+) -> list[bytes]:
     """Keys of all full blocks of a prompt and the tokens generated after it."""
     seq = Sequence(EngineRequest(1, prompt, SamplingParams(64), salt=salt), 0)
     seq.is_long = is_long
@@ -42,8 +48,10 @@ def test_keys_are_full_sha256_and_stable() -> None:
     """S74; and the value itself, so that a change of the framing is seen."""
     made = keys(prompt(16), salt=b"tenant")
     assert [len(key) for key in made] == [32, 32]
-    assert made[0].hex() == subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True).stdout.split()[0]
+    assert (
+        made[0].hex()
+        == subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True).stdout.split()[0]
+    )
 
 
 PROGRAM = """
@@ -59,15 +67,22 @@ for tokens in (np.arange(8), np.arange(8, 16)):
 def test_no_process_has_keys_of_its_own() -> None:
     """S71: Python's hash seed plays no part."""
     outputs = {
-        subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True,
-                       env={**os.environ, "PYTHONHASHSEED": seed}).stdout for seed in ("0", "1")}
+        subprocess.run(
+            [sys.executable, "-c", PROGRAM],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("0", "1")
+    }
     assert len(outputs) == 1
     assert len(outputs.pop().split()) == 2
 
 
-@pytest.mark.parametrize("other", [
-    {"salt": b"other"}, {"identity": b"other"}, {"salt": b"", "identity": b"modeltenant"}, {"is_long": True},
-])
+@pytest.mark.parametrize(
+    "other", [{"salt": b"other"}, {"identity": b"other"}, {"salt": b"", "identity": b"modeltenant"}, {"is_long": True}]
+)
 def test_model_tenant_and_rope_are_part_of_every_key(other: dict[str, Any]) -> None:
     base = {"salt": b"tenant", "identity": b"model"}
     assert not set(keys(prompt(), **base)) & set(keys(prompt(), **{**base, **other}))
@@ -90,12 +105,15 @@ def test_media_count_from_the_block_where_they_begin() -> None:
     assert not set(a[1:]) & set(none)
 
 
-@pytest.mark.parametrize(("first", "second"), [
-    (((10, 3, "a"),), ((11, 3, "a"),)),  # elsewhere in the block
-    (((10, 3, "a"),), ((10, 4, "a"),)),  # more of it
-    (((10, 2, "a"), (12, 2, "b")), ((10, 2, "b"), (12, 2, "a"))),  # in another order
-    (((10, 2, "a"), (12, 2, "b")), ((10, 4, "ab"),)),
-])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (((10, 3, "a"),), ((11, 3, "a"),)),  # elsewhere in the block
+        (((10, 3, "a"),), ((10, 4, "a"),)),  # more of it
+        (((10, 2, "a"), (12, 2, "b")), ((10, 2, "b"), (12, 2, "a"))),  # in another order
+        (((10, 2, "a"), (12, 2, "b")), ((10, 4, "ab"),)),
+    ],
+)
 def test_place_length_and_order_of_media_matter(first: Any, second: Any) -> None:
     assert keys(prompt(media=first))[1] != keys(prompt(media=second))[1]
 
@@ -119,8 +137,14 @@ def test_only_positions_that_differ_from_the_usual_matter() -> None:
 
 def test_generated_tokens_have_the_keys_they_get_as_prompt() -> None:
     """The next turn of a conversation with a picture finds the answer's blocks."""
-    positions = np.concatenate((np.arange(10)[None].repeat(3, 0), np.array([[10] * 9, [10, 11, 12] * 3, [10] * 9]),
-                                np.arange(13, 16)[None].repeat(3, 0)), axis=1).astype(np.int32)
+    positions = np.concatenate(
+        (
+            np.arange(10)[None].repeat(3, 0),
+            np.array([[10] * 9, [10, 11, 12] * 3, [10] * 9]),
+            np.arange(13, 16)[None].repeat(3, 0),
+        ),
+        axis=1,
+    ).astype(np.int32)
     media = ((10, 9, "a"),)
     delta = 16 - 22
     first = prompt(22, media, positions=positions, position_delta=delta)
@@ -131,8 +155,11 @@ def test_generated_tokens_have_the_keys_they_get_as_prompt() -> None:
     assert keys(first, outputs=answer) == keys(second)
 
 
-Parts = st.tuples(st.binary(max_size=6), st.lists(st.tuples(
-    st.integers(0, 3), st.integers(0, 3), st.integers(0, 3), st.binary(max_size=3)), max_size=2), st.binary(max_size=6))
+Parts = st.tuples(
+    st.binary(max_size=6),
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 3), st.binary(max_size=3)), max_size=2),
+    st.binary(max_size=6),
+)
 
 
 @given(Parts, Parts)

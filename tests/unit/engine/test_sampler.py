@@ -63,19 +63,21 @@ def reference_choice(logits: np.ndarray, seq: Sequence, uniform: float) -> tuple
     return token, float(np.abs(sums / sums[-1] - uniform).min())
 
 
-Params = st.fixed_dictionaries({
-    "temperature": st.sampled_from([0.0, 1e-300, 0.01, 0.7, 1.0, 2.0]),
-    "top_p": st.sampled_from([1.0, 0.999, 0.9, 0.5, 0.001]),
-    "top_k": st.sampled_from([0, 1, 2, 40, 1000]),
-    "min_p": st.sampled_from([0.0, 0.001, 0.1, 0.5, 1.0]),
-    "presence_penalty": st.sampled_from([0.0, 0.5, -2.0]),
-    "frequency_penalty": st.sampled_from([0.0, 0.3, 2.0]),
-    "repetition_penalty": st.sampled_from([1.0, 1.3, 0.7]),
-    "seed": st.one_of(st.none(), st.integers(-(2**63), 2**63 - 1)),
-    "min_tokens": st.sampled_from([0, 3, 30]),
-    "stop_token_ids": st.sampled_from([(), (3, 7)]),
-    "logit_bias": st.sampled_from([(), ((3, 5.0), (9, -100.0), (11, 2.5))]),
-})
+Params = st.fixed_dictionaries(
+    {
+        "temperature": st.sampled_from([0.0, 1e-300, 0.01, 0.7, 1.0, 2.0]),
+        "top_p": st.sampled_from([1.0, 0.999, 0.9, 0.5, 0.001]),
+        "top_k": st.sampled_from([0, 1, 2, 40, 1000]),
+        "min_p": st.sampled_from([0.0, 0.001, 0.1, 0.5, 1.0]),
+        "presence_penalty": st.sampled_from([0.0, 0.5, -2.0]),
+        "frequency_penalty": st.sampled_from([0.0, 0.3, 2.0]),
+        "repetition_penalty": st.sampled_from([1.0, 1.3, 0.7]),
+        "seed": st.one_of(st.none(), st.integers(-(2**63), 2**63 - 1)),
+        "min_tokens": st.sampled_from([0, 3, 30]),
+        "stop_token_ids": st.sampled_from([(), (3, 7)]),
+        "logit_bias": st.sampled_from([(), ((3, 5.0), (9, -100.0), (11, 2.5))]),
+    }
+)
 
 
 @settings(max_examples=120, deadline=None)
@@ -86,7 +88,8 @@ def test_every_parameter_as_the_reference_does(batch: list[dict[str, Any]], nois
     logits = (rng.standard_normal((len(batch), vocab)) * spread).astype(np.float32)
     sequences = [
         sequence(rng.integers(0, vocab, 10).tolist(), rng.integers(0, 20, rng.integers(0, 12)).tolist(), i, **params)
-        for i, params in enumerate(batch)]
+        for i, params in enumerate(batch)
+    ]
     before = logits.copy()
     sampled = Sampler(seed=5).sample(torch.from_numpy(logits), sequences)
     assert np.array_equal(logits, before)
@@ -110,8 +113,13 @@ def test_ids_are_always_in_range(vocab: int) -> None:
     logits[5] = -torch.inf
     logits[5, 0] = -1e30
     logits[6, 5] = torch.inf
-    for sampling in ({"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9},
-                     {"temperature": 1e-6, "top_k": 5}, {"temperature": 2.0, "min_p": 0.1, "logprobs": 2}):
+    for sampling in (
+        {"temperature": 0.0},
+        {"temperature": 1.0},
+        {"temperature": 1.0, "top_p": 0.9},
+        {"temperature": 1e-6, "top_k": 5},
+        {"temperature": 2.0, "min_p": 0.1, "logprobs": 2},
+    ):
         for seed in range(5):
             sampled = Sampler().sample(logits.clone(), [sequence([1], [], i, seed=seed, **sampling) for i in range(7)])
             assert all(0 <= token < vocab for token in sampled.token_ids)
@@ -131,15 +139,27 @@ def test_a_draw_does_not_depend_on_the_batch() -> None:
     """R17: other rows, their parameters and their number change nothing."""
     vocab = 8193
     mine = np.random.default_rng(0).standard_normal(vocab).astype(np.float32)
-    options: list[dict[str, Any]] = [{}, {"top_p": 0.9}, {"top_k": 50}, {"min_p": 0.05, "top_p": 0.8},
-                                     {"frequency_penalty": 1.0}, {"logprobs": 3}]
+    options: list[dict[str, Any]] = [
+        {},
+        {"top_p": 0.9},
+        {"top_k": 50},
+        {"min_p": 0.05, "top_p": 0.8},
+        {"frequency_penalty": 1.0},
+        {"logprobs": 3},
+    ]
     for sampling in options:
         seen = set()
         for trial in range(20):
             rng = random.Random(trial)
-            others = [sequence([1], [2] * rng.randrange(5), 100 + i, **{"temperature": rng.choice((0.0, 1.3)),
-                                                                       **rng.choice(options)})
-                      for i in range(rng.randrange(12))]
+            others = [
+                sequence(
+                    [1],
+                    [2] * rng.randrange(5),
+                    100 + i,
+                    **{"temperature": rng.choice((0.0, 1.3)), **rng.choice(options)},
+                )
+                for i in range(rng.randrange(12))
+            ]
             place = rng.randrange(len(others) + 1)
             logits = np.random.default_rng(trial).standard_normal((len(others) + 1, vocab)).astype(np.float32)
             logits[place] = mine
@@ -172,8 +192,9 @@ def test_uniform_numbers_are_uniform_and_below_one() -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(0, 2**31), st.sampled_from([0.3, 2.0, 10.0]), st.booleans(),
-       st.lists(Params, min_size=1, max_size=4))
+@given(
+    st.integers(0, 2**31), st.sampled_from([0.3, 2.0, 10.0]), st.booleans(), st.lists(Params, min_size=1, max_size=4)
+)
 def test_both_ways_to_filter_agree(noise: int, spread: float, ties: bool, batch: list[dict[str, Any]]) -> None:
     """The form for GPUs, which sorts, and the one for CPUs, which avoids it."""
     logits = np.random.default_rng(noise).standard_normal((len(batch), 500)) * spread
@@ -188,8 +209,12 @@ def test_both_ways_to_filter_agree(noise: int, spread: float, ties: bool, batch:
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(0, 2**31), st.sampled_from([0.3, 2.0, 10.0]), st.sampled_from([100, 128, 500, 1000]),
-       st.lists(Params.filter(lambda one: one["temperature"] > 1e-5), min_size=1, max_size=4))
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([0.3, 2.0, 10.0]),
+    st.sampled_from([100, 128, 500, 1000]),
+    st.lists(Params.filter(lambda one: one["temperature"] > 1e-5), min_size=1, max_size=4),
+)
 def test_both_ways_to_draw_agree(noise: int, spread: float, vocab: int, batch: list[dict[str, Any]]) -> None:
     """All rows at once, as on a GPU, and row by row."""
     rng = np.random.default_rng(noise)
@@ -220,8 +245,11 @@ def test_the_ends_of_the_interval_are_possible_tokens(uniform: float) -> None:
 
 def test_logprobs_are_of_raw_logits() -> None:
     logits = torch.randn(3, 500)
-    seqs = [sequence([1], [], 1, temperature=0.3, logprobs=5, logit_bias=((7, 100.0),)),
-            sequence([1], [], 2, temperature=0.0, logprobs=0), sequence([1], [], 3, temperature=1.0)]
+    seqs = [
+        sequence([1], [], 1, temperature=0.3, logprobs=5, logit_bias=((7, 100.0),)),
+        sequence([1], [], 2, temperature=0.0, logprobs=0),
+        sequence([1], [], 3, temperature=1.0),
+    ]
     sampled = Sampler().sample(logits, seqs)
     scores = torch.log_softmax(logits.double(), -1)
     assert set(sampled.logprobs) == {0, 1}

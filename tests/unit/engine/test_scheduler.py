@@ -22,21 +22,36 @@ from sensorium.types import EngineRequest, MediaFeatures, MediaSpan, PoolingPara
 BLOCK = 4
 
 
-def make_scheduler(num_blocks: int = 16, *, seqs: int = 4, tokens: int = 12, rows: int = 6, encoder_rows: int = 8,
-                   caching: bool = True, **budget: Any) -> Scheduler:
+def make_scheduler(
+    num_blocks: int = 16,
+    *,
+    seqs: int = 4,
+    tokens: int = 12,
+    rows: int = 6,
+    encoder_rows: int = 8,
+    caching: bool = True,
+    **budget: Any,
+) -> Scheduler:
     pool = BlockPool(num_blocks)
     limits = Budget(seqs, tokens, rows, num_blocks * BLOCK, BLOCK, **budget)
     prefixes = PrefixCache(pool, BLOCK, b"model", enabled=caching)
     return Scheduler(limits, pool, prefixes, EncoderCache(encoder_rows, 1), {"embed": True})
 
 
-def make_request(request_id: int, tokens: list[int], max_tokens: int = 4, *, priority: int = 0,
-                 media: list[tuple[int, int, str]] | None = None) -> EngineRequest:
+def make_request(
+    request_id: int,
+    tokens: list[int],
+    max_tokens: int = 4,
+    *,
+    priority: int = 0,
+    media: list[tuple[int, int, str]] | None = None,
+) -> EngineRequest:
     """`media`: (offset, rows, name) of each picture."""
     spans = tuple(MediaSpan(i, offset, rows) for i, (offset, rows, _) in enumerate(media or ()))
     features = tuple(MediaFeatures("image", name.encode(), rows) for _, rows, name in media or ())
-    return EngineRequest(request_id, Prompt(np.array(tokens, np.int32), features, spans), SamplingParams(max_tokens),
-                         priority=priority)
+    return EngineRequest(
+        request_id, Prompt(np.array(tokens, np.int32), features, spans), SamplingParams(max_tokens), priority=priority
+    )
 
 
 def compute(scheduler: Scheduler, plan: Plan, token: int = 7, *, encode: bool = True) -> list[int]:
@@ -60,8 +75,14 @@ def step(scheduler: Scheduler) -> Plan:
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    @initialize(num_blocks=st.integers(6, 20), seqs=st.integers(1, 5), tokens=st.integers(2, 20),
-                rows=st.integers(1, 10), encoder_rows=st.integers(1, 12), caching=st.booleans())
+    @initialize(
+        num_blocks=st.integers(6, 20),
+        seqs=st.integers(1, 5),
+        tokens=st.integers(2, 20),
+        rows=st.integers(1, 10),
+        encoder_rows=st.integers(1, 12),
+        caching=st.booleans(),
+    )
     def start(self, **options: Any) -> None:
         self.scheduler = make_scheduler(**options)
         self.tokens = options["tokens"]
@@ -70,8 +91,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.waited: Counter[int] = Counter()
         self.next_id = 0
 
-    @rule(data=st.data(), prefix=st.integers(0, 2), length=st.integers(1, 18), max_tokens=st.integers(1, 8),
-          priority=st.integers(0, 1))
+    @rule(
+        data=st.data(),
+        prefix=st.integers(0, 2),
+        length=st.integers(1, 18),
+        max_tokens=st.integers(1, 8),
+        priority=st.integers(0, 1),
+    )
     def add(self, data: st.DataObject, prefix: int, length: int, max_tokens: int, priority: int) -> None:
         media = None
         if data.draw(st.booleans()):
@@ -146,8 +172,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         rows = [seq.row for seq in self.alive.values() if seq.row >= 0]
         assert len(set(rows)) == len(rows) == scheduler.num_running
         assert set(rows).isdisjoint(scheduler._rows)
-        states = {Status.WAITING: scheduler.waiting, Status.PREFILLING: scheduler.prefilling,
-                  Status.DECODING: scheduler.decoding}
+        states = {
+            Status.WAITING: scheduler.waiting,
+            Status.PREFILLING: scheduler.prefilling,
+            Status.DECODING: scheduler.decoding,
+        }
         for status, queue in states.items():
             assert {s.id for s in queue} == {s.id for s in self.alive.values() if s.status is status}
         assert scheduler.waiting == sorted(scheduler.waiting, key=lambda s: s.order)
@@ -321,12 +350,15 @@ def test_encoder_only_models_take_whole_prompts() -> None:
     assert seen == [[(1, 6)], [(2, 6)], [(3, 30)], [(4, 2)]]
 
 
-@pytest.mark.parametrize("request_", [
-    EngineRequest(9, Prompt(np.ones(3, np.int32))),
-    EngineRequest(9, Prompt(np.ones(3, np.int32)), SamplingParams(1), PoolingParams("embed")),
-    EngineRequest(9, Prompt(np.ones(3, np.int32)), pooling=PoolingParams("classify")),
-    EngineRequest(1, Prompt(np.ones(3, np.int32)), SamplingParams(1)),
-])
+@pytest.mark.parametrize(
+    "request_",
+    [
+        EngineRequest(9, Prompt(np.ones(3, np.int32))),
+        EngineRequest(9, Prompt(np.ones(3, np.int32)), SamplingParams(1), PoolingParams("embed")),
+        EngineRequest(9, Prompt(np.ones(3, np.int32)), pooling=PoolingParams("classify")),
+        EngineRequest(1, Prompt(np.ones(3, np.int32)), SamplingParams(1)),
+    ],
+)
 def test_requests_that_make_no_sense_are_refused(request_: EngineRequest) -> None:
     scheduler = make_scheduler()
     scheduler.add(make_request(1, [1]))

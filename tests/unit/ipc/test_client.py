@@ -82,8 +82,12 @@ async def until(condition: Any, timeout_s: float = 10.0) -> None:
 
 
 async def is_idle(client: EngineClient) -> None:
-    await until(lambda: client.stats.running == client.stats.waiting == 0
-                and client.stats.kv_blocks_free == client.stats.kv_blocks > 0)
+    await until(
+        lambda: (
+            client.stats.running == client.stats.waiting == 0
+            and client.stats.kv_blocks_free == client.stats.kv_blocks > 0
+        )
+    )
 
 
 def endless(seed: int = 1) -> EngineRequest:
@@ -93,8 +97,10 @@ def endless(seed: int = 1) -> EngineRequest:
 async def test_life_of_an_engine(folder: Path, model: Model) -> None:
     """Start, serve text and pictures to many at once, abort, be killed, come back, stop."""
     phases: list[tuple[str, float]] = []
-    client = EngineClient(EngineConfig(str(folder), dtype="float32", threads=1, kv_cache_memory=2**22, max_num_seqs=8),
-                          on_progress=lambda phase, part: phases.append((phase, part)))
+    client = EngineClient(
+        EngineConfig(str(folder), dtype="float32", threads=1, kv_cache_memory=2**22, max_num_seqs=8),
+        on_progress=lambda phase, part: phases.append((phase, part)),
+    )
     with pytest.raises(UnavailableError):
         client.submit(endless())
     client.start()
@@ -121,9 +127,11 @@ async def test_life_of_an_engine(folder: Path, model: Model) -> None:
 
 
 async def same_as_without_processes(client: EngineClient, model: Model) -> None:
-    requests = [*(request(random_prompt(i, 10 + 5 * i), 20, logprobs=i % 2 or None) for i in range(12)),
-                image_request(1, 20, grid=(60, 60)),  # a frame larger than any buffer on its way
-                image_request(2, 20, images=2)]
+    requests = [
+        *(request(random_prompt(i, 10 + 5 * i), 20, logprobs=i % 2 or None) for i in range(12)),
+        image_request(1, 20, grid=(60, 60)),  # a frame larger than any buffer on its way
+        image_request(2, 20, images=2),
+    ]
     expected = tokens_of(bench(model, max_model_len=1024, max_num_seqs=8).run(*requests))
     got = await asyncio.gather(*(collect(client.submit(replace(one, id=client.next_id()))) for one in requests))
     assert [tokens for tokens, _ in got] == expected
@@ -187,8 +195,9 @@ async def test_a_failed_step_and_a_hanging_one(folder: Path, monkeypatch: pytest
     monkeypatch.setenv(VARIABLE, "step:raise:10,step:sleep:30:60")
     async with running(folder, hang_after_s=1.0) as client:
         pid = client.pid
-        results = await asyncio.gather(*(collect(client.submit(replace(endless(i), id=client.next_id())))
-                                         for i in range(8)))
+        results = await asyncio.gather(
+            *(collect(client.submit(replace(endless(i), id=client.next_id()))) for i in range(8))
+        )
         assert {(last.finish_reason, last.error) for _, last in results} == {("error", STEP_FAILED)}
         tokens, last = await collect(client.submit(replace(request(random_prompt(1, 9), 6), id=client.next_id())))
         assert (len(tokens), last.finish_reason, client.pid) == (6, "length", pid)
@@ -297,8 +306,10 @@ async def test_three_losses_are_enough(folder: Path, monkeypatch: pytest.MonkeyP
             client.submit(endless())
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"model": "nowhere"}, "nowhere has no config.json"), ({"kv_cache_memory": 10}, "no memory for a KV cache")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"model": "nowhere"}, "nowhere has no config.json"), ({"kv_cache_memory": 10}, "no memory for a KV cache")],
+)
 async def test_what_is_wrong_at_the_start_is_said_in_one_line(
     folder: Path, options: dict[str, Any], message: str
 ) -> None:
@@ -376,8 +387,9 @@ asyncio.run(main())
 @pytest.mark.parametrize("with_engine", [False, True])
 def test_whoever_was_stopped_itself_kills_no_engine(folder: Path, with_engine: bool) -> None:
     """The HTTP process is stopped for longer than an engine may be silent, or the whole machine is."""
-    parent = subprocess.Popen([sys.executable, "-c", STREAMING, str(folder), str(Path(__file__).parent)],
-                              stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", STREAMING, str(folder), str(Path(__file__).parent)], stdout=subprocess.PIPE, text=True
+    )
     assert parent.stdout is not None
     stopped = [parent.pid, int(parent.stdout.readline())][: 1 + with_engine]
     for pid in stopped:

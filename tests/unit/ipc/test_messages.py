@@ -52,23 +52,47 @@ def received(frame: bytes | list[messages.Buffer]) -> tuple[int, memoryview]:
 PLAIN = Prompt(np.array([1, 2, 2**31 - 1], np.int32))
 RICH = Prompt(
     np.arange(50, dtype=np.int32),
-    (MediaFeatures("image", b"\0key", 4, {"pixels": np.random.rand(7, 3).astype(np.float32),
-                                          "grid": np.array([1, 2, 2], np.int64)}),
-     MediaFeatures("audio", b"", 1, {"mel": np.zeros((0, 128), np.float16), "u": np.array(7, np.uint8)})),
+    (
+        MediaFeatures(
+            "image",
+            b"\0key",
+            4,
+            {"pixels": np.random.rand(7, 3).astype(np.float32), "grid": np.array([1, 2, 2], np.int64)},
+        ),
+        MediaFeatures("audio", b"", 1, {"mel": np.zeros((0, 128), np.float16), "u": np.array(7, np.uint8)}),
+    ),
     (MediaSpan(0, 3, 4), MediaSpan(1, 9, 1, 0)),
-    np.arange(150, dtype=np.int32).reshape(3, 50), -9, np.zeros(50, np.int32))
+    np.arange(150, dtype=np.int32).reshape(3, 50),
+    -9,
+    np.zeros(50, np.int32),
+)
 PARAMS = SamplingParams(
-    max_tokens=5, min_tokens=1, temperature=0.5, top_p=0.9, top_k=3, min_p=0.1, presence_penalty=-1.5,
-    frequency_penalty=2.0, repetition_penalty=1.2, seed=-(2**63), stop_token_ids=(1, 2), logprobs=0, prompt_logprobs=20,
-    logit_bias=((5, -100.0), (6, 1.5)))
+    max_tokens=5,
+    min_tokens=1,
+    temperature=0.5,
+    top_p=0.9,
+    top_k=3,
+    min_p=0.1,
+    presence_penalty=-1.5,
+    frequency_penalty=2.0,
+    repetition_penalty=1.2,
+    seed=-(2**63),
+    stop_token_ids=(1, 2),
+    logprobs=0,
+    prompt_logprobs=20,
+    logit_bias=((5, -100.0), (6, 1.5)),
+)
 
 
-@pytest.mark.parametrize("request_", [
-    EngineRequest(1, PLAIN, SamplingParams(3)),
-    EngineRequest(2**63, RICH, PARAMS, None, -5, b"salt\0"),
-    EngineRequest(3, RICH, None, PoolingParams("embed", True, 256, False)),
-    image_request(1, grid=(40, 40), images=3),
-])
+@pytest.mark.parametrize(
+    "request_",
+    [
+        EngineRequest(1, PLAIN, SamplingParams(3)),
+        EngineRequest(2**63, RICH, PARAMS, None, -5, b"salt\0"),
+        EngineRequest(3, RICH, None, PoolingParams("embed", True, 256, False)),
+        image_request(1, grid=(40, 40), images=3),
+    ],
+)
 def test_requests_arrive_as_they_were(request_: EngineRequest) -> None:
     kind, payload = received(messages.encode_request(request_))
     assert kind == Kind.REQUEST
@@ -101,20 +125,31 @@ def test_only_plain_numbers_are_sent(array: Any) -> None:
         messages.encode_request(EngineRequest(1, prompt))
 
 
-Logprobs = st.builds(TokenLogprob, st.integers(0, 2**31), st.floats(-100, 0), st.lists(
-    st.tuples(st.integers(0, 2**31), st.floats(-100, 0)), max_size=3).map(tuple))
+Logprobs = st.builds(
+    TokenLogprob,
+    st.integers(0, 2**31),
+    st.floats(-100, 0),
+    st.lists(st.tuples(st.integers(0, 2**31), st.floats(-100, 0)), max_size=3).map(tuple),
+)
 Outputs = st.builds(
-    EngineOutput, id=st.integers(0, 2**63), token_ids=st.lists(st.integers(0, 2**31), max_size=3).map(tuple),
+    EngineOutput,
+    id=st.integers(0, 2**63),
+    token_ids=st.lists(st.integers(0, 2**31), max_size=3).map(tuple),
     finish_reason=st.sampled_from([None, "stop", "length", "abort", "error"]),
-    stop_token_id=st.one_of(st.none(), st.integers(0, 2**31)), logprobs=st.lists(Logprobs, max_size=2).map(tuple),
+    stop_token_id=st.one_of(st.none(), st.integers(0, 2**31)),
+    logprobs=st.lists(Logprobs, max_size=2).map(tuple),
     prompt_logprobs=st.lists(st.one_of(st.none(), Logprobs), max_size=3).map(tuple),
     cached_tokens=st.integers(0, 2**31),
     vector=st.one_of(st.none(), st.sampled_from([(3,), (2, 4), (0,)]).map(lambda s: np.full(s, 1.5, np.float32))),
-    error=st.text(max_size=5))
+    error=st.text(max_size=5),
+)
 
 
-@given(st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1)), max_size=5),
-       st.lists(Outputs, max_size=4), st.lists(st.integers(1, 40), min_size=1, max_size=20))
+@given(
+    st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1)), max_size=5),
+    st.lists(Outputs, max_size=4),
+    st.lists(st.integers(1, 40), min_size=1, max_size=20),
+)
 def test_outputs_arrive_however_the_stream_is_cut(
     plain: list[tuple[int, int]], rich: list[EngineOutput], cuts: list[int]
 ) -> None:

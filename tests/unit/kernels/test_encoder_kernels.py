@@ -39,8 +39,12 @@ def test_onednn_linear(rows: int, has_bias: bool) -> None:
     torch.testing.assert_close(kernels.linear_add(form, x, other), plain + other, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(other, kept, atol=0, rtol=0)
     for activation in ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "tanh"):
-        torch.testing.assert_close(kernels.linear_activate(form, x, activation),
-                                   reference.activate(plain.clone(), activation), atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(
+            kernels.linear_activate(form, x, activation),
+            reference.activate(plain.clone(), activation),
+            atol=1e-4,
+            rtol=1e-5,
+        )
 
 
 @pytest.mark.skipif(not onednn.usable(), reason="this torch has no oneDNN operators")
@@ -54,8 +58,7 @@ def test_rows_of_a_packed_weight_come_back() -> None:
     assert form.nbytes == weight.nbytes
 
 
-def test_large_float32_layers_use_it_and_small_ones_where_mkl_keeps_no_promise(
-        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_float32_layers_use_it_and_small_ones_where_mkl_keeps_no_promise(monkeypatch: pytest.MonkeyPatch) -> None:
     def kind(size: int, dtype: torch.dtype) -> type:
         return type(kernels.empty_linear(size, size, dtype=dtype, device=CPU))
 
@@ -108,6 +111,10 @@ def test_gated(dtype: torch.dtype) -> None:
     gate, up = x.float().chunk(2, dim=-1)
     tolerance = 1e-6 if dtype is torch.float32 else 2e-2
     for activation, function in (("gelu", functional.gelu), ("silu", functional.silu)):
-        torch.testing.assert_close(kernels.gated(x, activation).float(), function(gate) * up,  # type: ignore[arg-type]
-                                   atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(
+            kernels.gated(x, activation).float(),
+            function(gate) * up,  # type: ignore[arg-type]
+            atol=tolerance,
+            rtol=tolerance,
+        )
     torch.testing.assert_close(kernels.silu_mul(x), kernels.gated(x, "silu"))

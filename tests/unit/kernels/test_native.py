@@ -49,9 +49,15 @@ def context_of(query_lens: list[int], context_lens: list[int], block_size: int, 
         tables[i, :count] = torch.tensor(blocks, dtype=torch.int32)
         slots += [blocks[p // block_size] * block_size + p % block_size for p in range(length - queries, length)]
     return AttentionContext(
-        query_lens=query_lens, context_lens=context_lens, num_decodes=query_lens.count(1), block_size=block_size,
+        query_lens=query_lens,
+        context_lens=context_lens,
+        num_decodes=query_lens.count(1),
+        block_size=block_size,
         query_start=torch.tensor([0, *itertools.accumulate(query_lens)], dtype=torch.int32),
-        seq_lens=torch.tensor(context_lens, dtype=torch.int32), block_tables=tables, slots=torch.tensor(slots))
+        seq_lens=torch.tensor(context_lens, dtype=torch.int32),
+        block_tables=tables,
+        slots=torch.tensor(slots),
+    )
 
 
 @pytest.mark.parametrize("shape", [(16, 32), (64, 48), (100, 70), (33, 7), (1, 1), (50, 129), (257, 640)])
@@ -256,9 +262,19 @@ def gate_up(kernels: Native, wide: int, hidden: int, form: str) -> Form:
     return made
 
 
-@pytest.mark.parametrize(("qk_norm", "int8", "wide", "form"), [
-    (False, False, 80, "packed"), (True, False, 96, "packed"), (False, True, 80, "packed"), (False, False, 96, "rows"),
-    (False, False, 96, "compact"), (False, False, 96, "int8"), (False, False, 96, "int4"), (False, False, 80, "int4")])
+@pytest.mark.parametrize(
+    ("qk_norm", "int8", "wide", "form"),
+    [
+        (False, False, 80, "packed"),
+        (True, False, 96, "packed"),
+        (False, True, 80, "packed"),
+        (False, False, 96, "rows"),
+        (False, False, 96, "compact"),
+        (False, False, 96, "int8"),
+        (False, False, 96, "int4"),
+        (False, False, 80, "int4"),
+    ],
+)
 def test_decoder_is_its_kernels_one_by_one(kernels: Native, qk_norm: bool, int8: bool, wide: int, form: str) -> None:
     """`wide` is a multiple of 32, or not: gate and up are multiplied in one then, or one after the other."""
     hidden, heads, kv_heads, dim, tokens = 96, 6, 2, 32, 520
@@ -270,11 +286,16 @@ def test_decoder_is_its_kernels_one_by_one(kernels: Native, qk_norm: bool, int8:
     twin = [(k.clone(), v.clone()) for k, v in cache]
     layers = [
         DecoderLayerParts(
-            random_bf16(hidden), kernels.pack_linear(random_bf16((heads + 2 * kv_heads) * dim, hidden), None),
-            random_bf16(dim) if qk_norm else None, random_bf16(dim) if qk_norm else None,
-            kernels.pack_linear(random_bf16(hidden, heads * dim), None), random_bf16(hidden),
-            gate_up(kernels, wide, hidden, form), kernels.pack_linear(random_bf16(hidden, wide), None),
-            20 if i == 1 else None)
+            random_bf16(hidden),
+            kernels.pack_linear(random_bf16((heads + 2 * kv_heads) * dim, hidden), None),
+            random_bf16(dim) if qk_norm else None,
+            random_bf16(dim) if qk_norm else None,
+            kernels.pack_linear(random_bf16(hidden, heads * dim), None),
+            random_bf16(hidden),
+            gate_up(kernels, wide, hidden, form),
+            kernels.pack_linear(random_bf16(hidden, wide), None),
+            20 if i == 1 else None,
+        )
         for i in range(3)
     ]
     norm, x = random_bf16(hidden), random_bf16(tokens, hidden)
@@ -334,17 +355,28 @@ def test_results_do_not_depend_on_the_number_of_threads(kernels: Native) -> None
     def everything() -> list[Tensor]:
         form = kernels.pack_linear(weight, None)
         wide = form(x)
-        results = [wide, form(x[:1]), form.rows(torch.arange(2000)), kernels.silu_mul(wide),
-                   kernels.activate(wide.clone(), "gelu"), kernels.rms_norm(x, bias, 1e-5),
-                   *kernels.add_rms_norm(x, x.clone(), bias, 1e-5), kernels.layer_norm(x, bias, bias, 1e-5),
-                   *kernels.rope(q.clone(), k.clone(), angles.cos(), angles.sin()),
-                   kernels.varlen_attention(*seen, [900, 3, 197], 0.125),
-                   kernels.varlen_attention(*seen, [900, 3, 197], 0.125, 50),
-                   kernels.varlen_attention(*(t.float() for t in seen), [900, 3, 197], 0.125)]
+        results = [
+            wide,
+            form(x[:1]),
+            form.rows(torch.arange(2000)),
+            kernels.silu_mul(wide),
+            kernels.activate(wide.clone(), "gelu"),
+            kernels.rms_norm(x, bias, 1e-5),
+            *kernels.add_rms_norm(x, x.clone(), bias, 1e-5),
+            kernels.layer_norm(x, bias, bias, 1e-5),
+            *kernels.rope(q.clone(), k.clone(), angles.cos(), angles.sin()),
+            kernels.varlen_attention(*seen, [900, 3, 197], 0.125),
+            kernels.varlen_attention(*seen, [900, 3, 197], 0.125, 50),
+            kernels.varlen_attention(*(t.float() for t in seen), [900, 3, 197], 0.125),
+        ]
         for k_cache, v_cache in ((a.clone(), b.clone()) for a, b in caches):
             kernels.write_kv(k, v, k_cache, v_cache, context.slots)
-            results += [k_cache, v_cache, kernels.paged_attention(q, k_cache, v_cache, context, 0.125),
-                        kernels.paged_attention(q, k_cache, v_cache, context, 0.125, 300)]
+            results += [
+                k_cache,
+                v_cache,
+                kernels.paged_attention(q, k_cache, v_cache, context, 0.125),
+                kernels.paged_attention(q, k_cache, v_cache, context, 0.125, 300),
+            ]
         return results
 
     threads, results = kernels.threads, []

@@ -34,8 +34,9 @@ def dequantized(form: QuantizedLinear) -> Tensor:
 
 @pytest.mark.parametrize(("bits", "group"), [(8, 0), (4, 32), (4, 64), (4, 128)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_product_is_that_of_the_dequantised_weight(kernels: Native, bits: int, group: int,
-                                                   shape: tuple[int, int]) -> None:
+def test_product_is_that_of_the_dequantised_weight(
+    kernels: Native, bits: int, group: int, shape: tuple[int, int]
+) -> None:
     form = QuantizedLinear(kernels, *shape, Quantization(bits, group))
     form.fill(0, random_bf16(*shape))
     bias = random_bf16(shape[0])
@@ -188,7 +189,8 @@ def test_forms_are_chosen_by_quantization(fastest: Native) -> None:
         QuantizedLinear(fastest, 32, 64, Quantization(8)).fill(1, weight)
     with pytest.raises(ValueError, match="zero points"):
         QuantizedLinear(fastest, 2, 4, Quantization(8)).fill_codes(
-            0, torch.zeros(2, 4, dtype=torch.uint8), torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.uint8))
+            0, torch.zeros(2, 4, dtype=torch.uint8), torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.uint8)
+        )
 
 
 def twin_of(shape: tuple[int, int], quantization: Quantization) -> quantized.QuantizedLinear:
@@ -200,8 +202,9 @@ QUANTIZATIONS = [Quantization(8), Quantization(4, 32), Quantization(4, 64), Quan
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_twin_has_the_same_codes_and_products(kernels: Native, quantization: Quantization,
-                                              shape: tuple[int, int]) -> None:
+def test_twin_has_the_same_codes_and_products(
+    kernels: Native, quantization: Quantization, shape: tuple[int, int]
+) -> None:
     """Equal codes but for a few that lie between two; with equal codes products differ by float32's rounding alone."""
     weight, bias = random_bf16(*shape), random_bf16(shape[0])
     ours, twin = QuantizedLinear(kernels, *shape, quantization), twin_of(shape, quantization)
@@ -256,7 +259,8 @@ def test_the_twin_steps_in_and_says_so_once(monkeypatch: pytest.MonkeyPatch, cap
         assert isinstance(form, quantized.QuantizedLinear)
     assert [record.message for record in caplog.records if "slow" in record.message] == [
         "quantised weights of float32 on cpu are computed with torch alone: right, but slow",
-        "quantised weights of bfloat16 on cpu are computed with torch alone: right, but slow"]
+        "quantised weights of bfloat16 on cpu are computed with torch alone: right, but slow",
+    ]
     dispatcher._say_slow.cache_clear()
 
 
@@ -280,8 +284,9 @@ REAL_SHAPES = {"qkv": (2048, 1536), "o": (1536, 1536), "gate_up": (17920, 1536),
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
 @pytest.mark.parametrize("layer", REAL_SHAPES)
-def test_products_of_real_layers_are_within_one_and_a_half_percent(fastest: Native, quantization: Quantization,
-                                                                   layer: str) -> None:
+def test_products_of_real_layers_are_within_one_and_a_half_percent(
+    fastest: Native, quantization: Quantization, layer: str
+) -> None:
     shape = REAL_SHAPES[layer]
     weight = torch.randn(shape).mul_(shape[1] ** -0.5).to(BF16)
     x = random_bf16(24, shape[1])
@@ -304,14 +309,25 @@ def q4_0(weight: Tensor, group: int) -> Tensor:
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("spread", ["normal", "uniform", "heavy"])
 @pytest.mark.parametrize("form", ["native", "twin"])
-def test_4_bit_weights_are_no_worse_than_q4_0(request: pytest.FixtureRequest, group: int, spread: str,
-                                              form: str) -> None:
+def test_4_bit_weights_are_no_worse_than_q4_0(
+    request: pytest.FixtureRequest, group: int, spread: str, form: str
+) -> None:
     torch.manual_seed(11)
     shape = (512, 1536)
-    weight = {"normal": torch.randn(shape), "uniform": torch.rand(shape) - 0.5,
-              "heavy": torch.distributions.StudentT(3.0).sample(shape)}[spread].mul(0.02).to(BF16)
-    packed = twin_of(shape, Quantization(4, group)) if form == "twin" else \
-        QuantizedLinear(request.getfixturevalue("fastest"), *shape, Quantization(4, group))
+    weight = (
+        {
+            "normal": torch.randn(shape),
+            "uniform": torch.rand(shape) - 0.5,
+            "heavy": torch.distributions.StudentT(3.0).sample(shape),
+        }[spread]
+        .mul(0.02)
+        .to(BF16)
+    )
+    packed = (
+        twin_of(shape, Quantization(4, group))
+        if form == "twin"
+        else QuantizedLinear(request.getfixturevalue("fastest"), *shape, Quantization(4, group))
+    )
     packed.fill(0, weight)
     codes = packed.rows(torch.arange(shape[0])).float()
     assert relative_error(codes, weight.float()) < relative_error(q4_0(weight, group), weight.float())

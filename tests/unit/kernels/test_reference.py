@@ -47,9 +47,15 @@ class Pages:
             reference.write_kv(self.k[i], self.v[i], self.k_cache, self.v_cache, slots)
         starts = torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32)
         self.context = AttentionContext(
-            query_lens=query_lens, context_lens=lengths, num_decodes=num_decodes, block_size=BLOCK,
-            query_start=starts, seq_lens=torch.tensor(lengths, dtype=torch.int32), block_tables=tables,
-            slots=torch.empty(0, dtype=torch.int64))
+            query_lens=query_lens,
+            context_lens=lengths,
+            num_decodes=num_decodes,
+            block_size=BLOCK,
+            query_start=starts,
+            seq_lens=torch.tensor(lengths, dtype=torch.int32),
+            block_tables=tables,
+            slots=torch.empty(0, dtype=torch.int64),
+        )
         self.q = torch.randn(sum(query_lens), 4, dim, generator=generator)
 
     def expected(self, scale: float, window: int | None) -> Tensor:
@@ -65,14 +71,18 @@ class Pages:
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("window", [None, 1, 3, 6, 100])
-@pytest.mark.parametrize(("lengths", "query_lens", "num_decodes"), [
-    ([7, 1, 12, 4], [1, 1, 1, 1], 4),  # decodes only, one of them with nothing before it
-    ([9], [9], 0),  # a whole prompt
-    ([9, 5], [4, 5], 0),  # a later chunk and a whole prompt
-    ([6, 11, 8, 1], [1, 1, 3, 1], 2),  # everything; a prompt of one token is a prefill
-])
-def test_paged_attention(lengths: list[int], query_lens: list[int], num_decodes: int, window: int | None,
-                         kv_heads: int) -> None:
+@pytest.mark.parametrize(
+    ("lengths", "query_lens", "num_decodes"),
+    [
+        ([7, 1, 12, 4], [1, 1, 1, 1], 4),  # decodes only, one of them with nothing before it
+        ([9], [9], 0),  # a whole prompt
+        ([9, 5], [4, 5], 0),  # a later chunk and a whole prompt
+        ([6, 11, 8, 1], [1, 1, 3, 1], 2),  # everything; a prompt of one token is a prefill
+    ],
+)
+def test_paged_attention(
+    lengths: list[int], query_lens: list[int], num_decodes: int, window: int | None, kv_heads: int
+) -> None:
     pages = Pages(lengths, query_lens, kv_heads, 8, num_decodes)
     got = reference.paged_attention(pages.q, pages.k_cache, pages.v_cache, pages.context, 0.3, window)
     assert close(got, pages.expected(0.3, window))

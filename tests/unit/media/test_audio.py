@@ -37,12 +37,26 @@ def pitch(item: MediaItem) -> float:
     return float(spectrum.argmax() * item.sample_rate / len(item.data))
 
 
-FILES = [("pcm_s16le", "wav", "s16", 44100), ("pcm_s24le", "wav", "s32", 48000), ("pcm_f32le", "wav", "flt", 16000),
-         ("pcm_u8", "wav", "u8", 8000), ("pcm_mulaw", "wav", "s16", 8000), ("pcm_s16be", "aiff", "s16", 22050),
-         ("libmp3lame", "mp3", "fltp", 44100), ("flac", "flac", "s16", 44100), ("flac", "ogg", "s16", 48000),
-         ("libopus", "ogg", "flt", 48000), ("libopus", "webm", "flt", 48000), ("vorbis", "ogg", "fltp", 44100),
-         ("aac", "mp4", "fltp", 44100), ("aac", "ipod", "fltp", 48000), ("alac", "mp4", "s16p", 44100),
-         ("aac", "adts", "fltp", 32000), ("libopus", "matroska", "flt", 48000), ("pcm_s16le", "mov", "s16", 16000)]
+FILES = [
+    ("pcm_s16le", "wav", "s16", 44100),
+    ("pcm_s24le", "wav", "s32", 48000),
+    ("pcm_f32le", "wav", "flt", 16000),
+    ("pcm_u8", "wav", "u8", 8000),
+    ("pcm_mulaw", "wav", "s16", 8000),
+    ("pcm_s16be", "aiff", "s16", 22050),
+    ("libmp3lame", "mp3", "fltp", 44100),
+    ("flac", "flac", "s16", 44100),
+    ("flac", "ogg", "s16", 48000),
+    ("libopus", "ogg", "flt", 48000),
+    ("libopus", "webm", "flt", 48000),
+    ("vorbis", "ogg", "fltp", 44100),
+    ("aac", "mp4", "fltp", 44100),
+    ("aac", "ipod", "fltp", 48000),
+    ("alac", "mp4", "s16p", 44100),
+    ("aac", "adts", "fltp", 32000),
+    ("libopus", "matroska", "flt", 48000),
+    ("pcm_s16le", "mov", "s16", 16000),
+]
 
 
 @pytest.mark.parametrize("codec, container, sample_format, rate", FILES)
@@ -58,10 +72,13 @@ async def test_formats(codec: str, container: str, sample_format: str, rate: int
     assert np.sqrt(np.mean(item.data[4000:20000] ** 2)) == pytest.approx(0.5 / np.sqrt(2), rel=0.05)
 
 
-@pytest.mark.parametrize("codec, sample_format, step", [("pcm_s16le", "s16", 2**-15), ("pcm_f32le", "flt", 0),
-                                                        ("pcm_u8", "u8", 2**-7), ("pcm_s32le", "s32", 2**-24)])
-async def test_samples_are_exact_without_resampling(codec: str, sample_format: str, step: float,
-                                                    loader: MediaLoader) -> None:
+@pytest.mark.parametrize(
+    "codec, sample_format, step",
+    [("pcm_s16le", "s16", 2**-15), ("pcm_f32le", "flt", 0), ("pcm_u8", "u8", 2**-7), ("pcm_s32le", "s32", 2**-24)],
+)
+async def test_samples_are_exact_without_resampling(
+    codec: str, sample_format: str, step: float, loader: MediaLoader
+) -> None:
     samples = tone(0.3, 16000)
     item = await hear(loader, sound(samples, 16000, codec, "wav", sample_format))
     np.testing.assert_allclose(item.data, samples, atol=step)
@@ -112,8 +129,10 @@ async def test_refused_sounds(name: str, loader: MediaLoader) -> None:
     """S20, S21."""
     payload, code = BAD[name]
     error = await refusal(load(loader, data_url(payload, "audio/wav"), "audio"))
-    assert error.code == code or (code is None and error.code in (
-        "unsupported_audio_media_type", "audio_parse_error", "empty_audio_file", "audio_too_long"))
+    assert error.code == code or (
+        code is None
+        and error.code in ("unsupported_audio_media_type", "audio_parse_error", "empty_audio_file", "audio_too_long")
+    )
 
 
 async def test_short_sounds(loader: MediaLoader) -> None:
@@ -179,11 +198,15 @@ async def test_a_header_that_claims_less_does_not_help() -> None:
 
 async def test_damage(loader: MediaLoader) -> None:
     generator = random.Random(2)
-    for codec, container, sample_format in (("libmp3lame", "mp3", "fltp"), ("libopus", "webm", "flt"),
-                                            ("aac", "mp4", "fltp"), ("flac", "flac", "s16"),
-                                            ("pcm_s16le", "wav", "s16")):
+    for codec, container, sample_format in (
+        ("libmp3lame", "mp3", "fltp"),
+        ("libopus", "webm", "flt"),
+        ("aac", "mp4", "fltp"),
+        ("flac", "flac", "s16"),
+        ("pcm_s16le", "wav", "s16"),
+    ):
         payload = sound(tone(0.5, 48000), 48000, codec, container, sample_format)
-        variants = [payload[:len(payload) * tenth // 10 or 1] for tenth in range(10)]
+        variants = [payload[: len(payload) * tenth // 10 or 1] for tenth in range(10)]
         for _ in range(25):
             damaged = bytearray(payload)
             damaged[generator.randrange(len(damaged))] ^= 1 << generator.randrange(8)
@@ -211,9 +234,17 @@ async def test_rate_is_in_the_key(loader: MediaLoader) -> None:
     assert (await hear(loader, silence, 16000)).key == (await hear(loader, silence, 16000)).key
 
 
-@pytest.mark.parametrize("codec, container, sample_format, rate", [
-    ("libmp3lame", "mp3", "fltp", 8000), ("libmp3lame", "mp3", "fltp", 44100), ("aac", "adts", "fltp", 8000),
-    ("aac", "mp4", "fltp", 16000), ("libopus", "ogg", "flt", 48000), ("pcm_s16le", "wav", "s16", 16000)])
+@pytest.mark.parametrize(
+    "codec, container, sample_format, rate",
+    [
+        ("libmp3lame", "mp3", "fltp", 8000),
+        ("libmp3lame", "mp3", "fltp", 44100),
+        ("aac", "adts", "fltp", 8000),
+        ("aac", "mp4", "fltp", 16000),
+        ("libopus", "ogg", "flt", 48000),
+        ("pcm_s16le", "wav", "s16", 16000),
+    ],
+)
 async def test_exactly_as_long_as_may_be(codec: str, container: str, sample_format: str, rate: int) -> None:
     """What an encoder puts before and behind does not count; a second more does."""
     loader = MediaLoader(Limits(max_audio_seconds=3.0), workers=1)

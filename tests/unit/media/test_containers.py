@@ -22,18 +22,31 @@ def playlists(canary: str, secret: str) -> dict[str, bytes]:
     """Everything that ffmpeg would follow, and disguises of it."""
     hls = f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{canary}\n#EXTINF:9,\nfile://{secret}\n#EXT-X-ENDLIST\n".encode()
     concat = f"ffconcat version 1.0\nfile '{secret}'\nfile '{canary}'\n".encode()
-    dash = (f'<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static"><Period><AdaptationSet>'
-            f'<Representation id="0" mimeType="video/mp4"><BaseURL>{canary}</BaseURL></Representation></AdaptationSet>'
-            f"</Period></MPD>").encode()
+    dash = (
+        f'<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static"><Period><AdaptationSet>'
+        f'<Representation id="0" mimeType="video/mp4"><BaseURL>{canary}</BaseURL></Representation></AdaptationSet>'
+        f"</Period></MPD>"
+    ).encode()
     sdp = b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 9 RTP/AVP 96\n"
     return {
-        "hls": hls, "hls in ftyp": b"\0\0\0\x18ftypisom" + bytes(12) + hls, "hls in ebml": b"\x1aE\xdf\xa3" + hls,
-        "hls in avi": b"RIFF\xff\0\0\0AVI " + hls, "hls behind id3": b"ID3\4\0\0\0\0\0\0" + hls,
-        "hls in ogg": b"OggS" + hls, "hls in wav": b"RIFF\xff\0\0\0WAVE" + hls, "hls in flac": b"fLaC" + hls,
-        "concat": concat, "concat in mp4": b"\0\0\0\x08free" + concat, "dash": dash, "sdp": sdp,
-        "imf": dash.replace(b"MPD", b"AssetMap"), "subfile": f"subfile,,start,0,end,9,,:{secret}".encode(),
-        "m3u": canary.encode(), "asx": f'<asx><entry><ref href="{canary}"/></entry></asx>'.encode(),
-        "sub": f"{{1}}{{2}}{secret}".encode(), "rtsp": f"[Reference]\nRef1={canary}\n".encode(),
+        "hls": hls,
+        "hls in ftyp": b"\0\0\0\x18ftypisom" + bytes(12) + hls,
+        "hls in ebml": b"\x1aE\xdf\xa3" + hls,
+        "hls in avi": b"RIFF\xff\0\0\0AVI " + hls,
+        "hls behind id3": b"ID3\4\0\0\0\0\0\0" + hls,
+        "hls in ogg": b"OggS" + hls,
+        "hls in wav": b"RIFF\xff\0\0\0WAVE" + hls,
+        "hls in flac": b"fLaC" + hls,
+        "concat": concat,
+        "concat in mp4": b"\0\0\0\x08free" + concat,
+        "dash": dash,
+        "sdp": sdp,
+        "imf": dash.replace(b"MPD", b"AssetMap"),
+        "subfile": f"subfile,,start,0,end,9,,:{secret}".encode(),
+        "m3u": canary.encode(),
+        "asx": f'<asx><entry><ref href="{canary}"/></entry></asx>'.encode(),
+        "sub": f"{{1}}{{2}}{secret}".encode(),
+        "rtsp": f"[Reference]\nRef1={canary}\n".encode(),
     }
 
 
@@ -51,8 +64,9 @@ def alias(path: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["video", "audio"])
-async def test_playlists_are_refused_and_nothing_is_opened(kind: str, canary: Canary, tmp_path: Path,
-                                                           loader: MediaLoader) -> None:
+async def test_playlists_are_refused_and_nothing_is_opened(
+    kind: str, canary: Canary, tmp_path: Path, loader: MediaLoader
+) -> None:
     secret = tmp_path / "secret.mp4"
     secret.write_bytes(video())
     for name, payload in playlists(f"http://127.0.0.1:{canary.port}/a.ts", str(secret)).items():
@@ -64,8 +78,9 @@ async def test_playlists_are_refused_and_nothing_is_opened(kind: str, canary: Ca
 
 
 @pytest.mark.parametrize("make", [outside_mp4, lambda target: outside_mp4(alias(target), b"alis")])
-async def test_references_out_of_an_mp4_are_not_followed(make: object, canary: Canary, tmp_path: Path,
-                                                         loader: MediaLoader) -> None:
+async def test_references_out_of_an_mp4_are_not_followed(
+    make: object, canary: Canary, tmp_path: Path, loader: MediaLoader
+) -> None:
     """The frames of another file never come out, even though they lie at the very same offsets."""
     secret = tmp_path / "secret.mp4"
     secret.write_bytes(video())
@@ -97,9 +112,13 @@ def test_each_lock_holds_alone(name: str, canary: Canary, tmp_path: Path) -> Non
 
 async def test_rare_codecs_are_refused(loader: MediaLoader) -> None:
     """S16: JPEG 2000 and others in an ordinary container."""
-    for codec, container, pixels in (("jpeg2000", "mp4", "yuv420p"), ("jpeg2000", "matroska", "yuv420p"),
-                                     ("msmpeg4v3", "avi", "yuv420p"), ("ffv1", "matroska", "yuv420p"),
-                                     ("png", "mov", "rgb24")):
+    for codec, container, pixels in (
+        ("jpeg2000", "mp4", "yuv420p"),
+        ("jpeg2000", "matroska", "yuv420p"),
+        ("msmpeg4v3", "avi", "yuv420p"),
+        ("ffv1", "matroska", "yuv420p"),
+        ("png", "mov", "rgb24"),
+    ):
         payload = video(codec, container, pixel_format=pixels, frames=3)
         error = await refusal(load(loader, data_url(payload, "video/mp4"), "video"))
         assert error.code == "unsupported_video_media_type"
@@ -117,19 +136,21 @@ def test_nothing_is_imported_after_the_door_is_closed(tmp_path: Path) -> None:
     """PyAV and soxr import all they need at the start."""
     (tmp_path / "v").write_bytes(video(turn=90))
     (tmp_path / "a").write_bytes(sound(tone(1, 44100), 44100, "aac", "mp4", "fltp"))
-    script = ("import sys\nfrom pathlib import Path\nfrom sensorium.media.decoders import decoders_for\n"
-              "from sensorium.media.source import Refusal\n"
-              "decoders, folder = decoders_for('stream'), Path(sys.argv[1])\n"
-              "video, audio = (folder / 'v').read_bytes(), (folder / 'a').read_bytes()\n"
-              "before = set(sys.modules)\n"
-              "job = dict(demuxer='mov', max_side=99, max_frames=9, max_pixels=9999, sampling={}, sample_rate=16000,"
-              " max_seconds=9)\n"
-              "for op, payload in (('video_info', video), ('video', video), ('audio_info', audio), ('audio', audio),"
-              " ('audio', video), ('video', audio), ('video', video[:900])):\n"
-              "    try: print(op, sum(piece.size for piece in decoders[op](payload, job).pieces))\n"
-              "    except Refusal as refused: print(op, refused.problem)\n"
-              "print([m for m in ('httpx', 'ssl', 'asyncio', 'torch', 'PIL.Image') if m in sys.modules])\n"
-              "print(set(sys.modules) - before)")
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom sensorium.media.decoders import decoders_for\n"
+        "from sensorium.media.source import Refusal\n"
+        "decoders, folder = decoders_for('stream'), Path(sys.argv[1])\n"
+        "video, audio = (folder / 'v').read_bytes(), (folder / 'a').read_bytes()\n"
+        "before = set(sys.modules)\n"
+        "job = dict(demuxer='mov', max_side=99, max_frames=9, max_pixels=9999, sampling={}, sample_rate=16000,"
+        " max_seconds=9)\n"
+        "for op, payload in (('video_info', video), ('video', video), ('audio_info', audio), ('audio', audio),"
+        " ('audio', video), ('video', audio), ('video', video[:900])):\n"
+        "    try: print(op, sum(piece.size for piece in decoders[op](payload, job).pieces))\n"
+        "    except Refusal as refused: print(op, refused.problem)\n"
+        "print([m for m in ('httpx', 'ssl', 'asyncio', 'torch', 'PIL.Image') if m in sys.modules])\n"
+        "print(set(sys.modules) - before)"
+    )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-2:] == ["[]", "set()"], done.stdout
 

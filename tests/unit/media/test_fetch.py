@@ -26,8 +26,12 @@ from sensorium.types import Modality
 PUBLIC = "93.184.215.14"
 
 
-def make_loader(*allowed: str, addresses: dict[str, list[list[str]]] | None = None,
-                transport: httpx.AsyncBaseTransport | None = None, **limits: float) -> MediaLoader:
+def make_loader(
+    *allowed: str,
+    addresses: dict[str, list[list[str]]] | None = None,
+    transport: httpx.AsyncBaseTransport | None = None,
+    **limits: float,
+) -> MediaLoader:
     """`addresses`: host -> the answers to its successive look-ups; the last one stays."""
     answers = {host: list(lists) for host, lists in (addresses or {}).items()}
 
@@ -36,8 +40,13 @@ def make_loader(*allowed: str, addresses: dict[str, list[list[str]]] | None = No
             raise OSError
         return answers[host].pop(0) if len(answers[host]) > 1 else answers[host][0]
 
-    return MediaLoader(Limits(**limits), allowed_domains=allowed, workers=1,  # type: ignore[arg-type]
-                       resolve=resolve if addresses is not None else None, transport=transport)
+    return MediaLoader(
+        Limits(**limits),
+        allowed_domains=allowed,
+        workers=1,  # type: ignore[arg-type]
+        resolve=resolve if addresses is not None else None,
+        transport=transport,
+    )
 
 
 async def fetch(loader: MediaLoader, url: str, kind: Modality = "image") -> bytes:
@@ -68,17 +77,50 @@ def redirect(location: str, status: int = 302) -> httpx.Response:
     return httpx.Response(status, headers={"location": location})
 
 
-LOOPBACK_HOSTS = ["127.0.0.1", "localhost", "[::1]", "0.0.0.0", "2130706433", "0x7f.1", "127.1", "0", "[::]",
-                  "[::ffff:127.0.0.1]", "[64:ff9b::7f00:1]", "[2002:7f00:1::]", "017700000001", "LOCALHOST.",
-                  "[::7f00:1]", "[::ffff:0:127.0.0.1]", "[::ffff:0:7f00:1]"]
-INTERNAL_HOSTS = ["169.254.169.254", "100.100.100.200", "10.0.0.1", "[fd00::1]", "[fe80::1]", "168.63.129.16",
-                  "192.168.1.1", "172.16.0.1", "224.0.0.1", "[ff02::1]", "[fec0::1]", "255.255.255.255", "192.0.0.8",
-                  "no-such-host.invalid", "[64:ff9b::a9fe:a9fe]", "[64:ff9b:1::a9fe:a9fe]", "[2001:0:7f00:1::1]"]
+LOOPBACK_HOSTS = [
+    "127.0.0.1",
+    "localhost",
+    "[::1]",
+    "0.0.0.0",
+    "2130706433",
+    "0x7f.1",
+    "127.1",
+    "0",
+    "[::]",
+    "[::ffff:127.0.0.1]",
+    "[64:ff9b::7f00:1]",
+    "[2002:7f00:1::]",
+    "017700000001",
+    "LOCALHOST.",
+    "[::7f00:1]",
+    "[::ffff:0:127.0.0.1]",
+    "[::ffff:0:7f00:1]",
+]
+INTERNAL_HOSTS = [
+    "169.254.169.254",
+    "100.100.100.200",
+    "10.0.0.1",
+    "[fd00::1]",
+    "[fe80::1]",
+    "168.63.129.16",
+    "192.168.1.1",
+    "172.16.0.1",
+    "224.0.0.1",
+    "[ff02::1]",
+    "[fec0::1]",
+    "255.255.255.255",
+    "192.0.0.8",
+    "no-such-host.invalid",
+    "[64:ff9b::a9fe:a9fe]",
+    "[64:ff9b:1::a9fe:a9fe]",
+    "[2001:0:7f00:1::1]",
+]
 
 
 @pytest.mark.parametrize("host", LOOPBACK_HOSTS)
-async def test_loopback_is_refused_and_never_connected(host: str, canary: Canary,
-                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_loopback_is_refused_and_never_connected(
+    host: str, canary: Canary, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """S1, with any port let through so that the address check alone decides."""
     monkeypatch.setattr(AllowedHosts, "admits", lambda self, host, port: True)
     error = await refusal(fetch(make_loader(), f"http://{host}:{canary.port}/a.png"))
@@ -98,8 +140,10 @@ async def test_every_refused_address_gets_the_same_words() -> None:
     assert len(texts) == 1
 
 
-@pytest.mark.parametrize("url", ["http://good.example:8080/", "https://good.example:22/", "http://good.example:0/",
-                                 "http://good.example:99999/"])
+@pytest.mark.parametrize(
+    "url",
+    ["http://good.example:8080/", "https://good.example:22/", "http://good.example:0/", "http://good.example:99999/"],
+)
 async def test_ports(url: str) -> None:
     recorder = Recorder()
     error = await refusal(fetch(make_loader(addresses={"good.example": [[PUBLIC]]}, transport=recorder), url))
@@ -107,43 +151,107 @@ async def test_ports(url: str) -> None:
     assert not recorder.requests
 
 
-@pytest.mark.parametrize("text, public", [
-    ("8.8.8.8", True), ("2001:4860:4860::8888", True), ("64:ff9b::808:808", True), ("::ffff:8.8.8.8", True),
-    ("64:ff9b::a9fe:a9fe", False), ("64:ff9b:1::1", False), ("2002:7f00:1::", False), ("2002:808:808::", False),
-    ("::127.0.0.1", False), ("fec0::1", False), ("224.0.0.1", False), ("ff02::1", False), ("192.0.0.8", False),
-    ("2001:0:808:808::1", False), ("::", False), ("::1", False), ("100.64.0.1", False), ("198.18.0.1", False),
-    ("240.0.0.1", False), ("2a00:1450:4001::5efe:7f00:1", False), ("2a00:1450:4001::200:5efe:a00:1", False),
-    ("192.88.99.1", False), ("3fff::1", False), ("5f00::1", False), ("2001:db8::1", False),
-    ("::ffff:0:127.0.0.1", False), ("::ffff:0:10.0.0.1", False), ("::ffff:0:a9fe:a9fe", False),
-    ("::ffff:0:8.8.8.8", True), ("::8.8.8.8", True), ("::10.0.0.1", False), ("::ffff:169.254.169.254", False),
-    ("64:ff9b::a00:1", False), ("64:ff9b:1::808:808", False), ("64:ff9b:2::1", False), ("2002:a9fe:a9fe::1", False),
-    ("2001:0:4136:e378:8000:63bf:3fff:fdd2", False), ("2a00:1450:4001::5efe:808:808", False), ("100::1", False),
-    ("100:0:0:1::1", False), ("200::1", False), ("4000::1", False), ("fe00::1", False), ("fc00::1", False),
-    ("fe80::5efe:a9fe:a9fe", False), ("feb0::1", False), ("3fff:fff:ffff::1", False), ("2001:20::1", False),
-    ("2001:db8:ffff::1", False), ("2606:4700::1111", True), ("3ffe::1", True)])
+@pytest.mark.parametrize(
+    "text, public",
+    [
+        ("8.8.8.8", True),
+        ("2001:4860:4860::8888", True),
+        ("64:ff9b::808:808", True),
+        ("::ffff:8.8.8.8", True),
+        ("64:ff9b::a9fe:a9fe", False),
+        ("64:ff9b:1::1", False),
+        ("2002:7f00:1::", False),
+        ("2002:808:808::", False),
+        ("::127.0.0.1", False),
+        ("fec0::1", False),
+        ("224.0.0.1", False),
+        ("ff02::1", False),
+        ("192.0.0.8", False),
+        ("2001:0:808:808::1", False),
+        ("::", False),
+        ("::1", False),
+        ("100.64.0.1", False),
+        ("198.18.0.1", False),
+        ("240.0.0.1", False),
+        ("2a00:1450:4001::5efe:7f00:1", False),
+        ("2a00:1450:4001::200:5efe:a00:1", False),
+        ("192.88.99.1", False),
+        ("3fff::1", False),
+        ("5f00::1", False),
+        ("2001:db8::1", False),
+        ("::ffff:0:127.0.0.1", False),
+        ("::ffff:0:10.0.0.1", False),
+        ("::ffff:0:a9fe:a9fe", False),
+        ("::ffff:0:8.8.8.8", True),
+        ("::8.8.8.8", True),
+        ("::10.0.0.1", False),
+        ("::ffff:169.254.169.254", False),
+        ("64:ff9b::a00:1", False),
+        ("64:ff9b:1::808:808", False),
+        ("64:ff9b:2::1", False),
+        ("2002:a9fe:a9fe::1", False),
+        ("2001:0:4136:e378:8000:63bf:3fff:fdd2", False),
+        ("2a00:1450:4001::5efe:808:808", False),
+        ("100::1", False),
+        ("100:0:0:1::1", False),
+        ("200::1", False),
+        ("4000::1", False),
+        ("fe00::1", False),
+        ("fc00::1", False),
+        ("fe80::5efe:a9fe:a9fe", False),
+        ("feb0::1", False),
+        ("3fff:fff:ffff::1", False),
+        ("2001:20::1", False),
+        ("2001:db8:ffff::1", False),
+        ("2606:4700::1111", True),
+        ("3ffe::1", True),
+    ],
+)
 def test_public_addresses(text: str, public: bool) -> None:
     assert is_public(ipaddress.ip_address(text)) is public
 
 
-@pytest.mark.parametrize("location", ["http://127.0.0.1/", "//127.0.0.1/", "http://[::ffff:7f00:1]/", "http://10.1.2.3/x",
-                                      "http://internal.example/", "file:///etc/passwd", "ftp://good.example/",
-                                      "http://good.example:6379/", "http://u:p@good.example/", "http:\\\\127.0.0.1/"])
+@pytest.mark.parametrize(
+    "location",
+    [
+        "http://127.0.0.1/",
+        "//127.0.0.1/",
+        "http://[::ffff:7f00:1]/",
+        "http://10.1.2.3/x",
+        "http://internal.example/",
+        "file:///etc/passwd",
+        "ftp://good.example/",
+        "http://good.example:6379/",
+        "http://u:p@good.example/",
+        "http:\\\\127.0.0.1/",
+    ],
+)
 @pytest.mark.parametrize("status", [302, 307])
 async def test_redirects_are_checked_like_first_urls(location: str, status: int) -> None:
     """S3."""
     recorder = Recorder({"/a": redirect(location, status)})
-    loader = make_loader(addresses={"good.example": [[PUBLIC]], "127.0.0.1": [["127.0.0.1"]],
-                                    "10.1.2.3": [["10.1.2.3"]], "::ffff:7f00:1": [["::ffff:7f00:1"]],
-                                    "internal.example": [["10.0.0.7"]]},
-                         transport=recorder)
+    loader = make_loader(
+        addresses={
+            "good.example": [[PUBLIC]],
+            "127.0.0.1": [["127.0.0.1"]],
+            "10.1.2.3": [["10.1.2.3"]],
+            "::ffff:7f00:1": [["::ffff:7f00:1"]],
+            "internal.example": [["10.0.0.7"]],
+        },
+        transport=recorder,
+    )
     error = await refusal(fetch(loader, "http://good.example/a"))
     assert error.code == "invalid_image_url"
     assert [request.url.host for request in recorder.requests] == [PUBLIC]
 
 
 async def test_redirects_are_followed_three_times() -> None:
-    hops = {"/0": redirect("/1"), "/1": redirect("2", 307), "/2": redirect("//good.example/3", 308),
-            "/3": redirect("/4", 301)}
+    hops = {
+        "/0": redirect("/1"),
+        "/1": redirect("2", 307),
+        "/2": redirect("//good.example/3", 308),
+        "/3": redirect("/4", 301),
+    }
     addresses = {"good.example": [[PUBLIC]]}
     recorder = Recorder(hops)
     assert await fetch(make_loader(addresses=addresses, transport=recorder), "http://good.example/1") == b"picture"
@@ -156,16 +264,18 @@ async def test_redirects_are_followed_three_times() -> None:
 
 async def test_https_does_not_redirect_to_http() -> None:
     recorder = Recorder({"/a": redirect("http://good.example/b")})
-    error = await refusal(fetch(make_loader(addresses={"good.example": [[PUBLIC]]}, transport=recorder),
-                                "https://good.example/a"))
+    error = await refusal(
+        fetch(make_loader(addresses={"good.example": [[PUBLIC]]}, transport=recorder), "https://good.example/a")
+    )
     assert error.code == "invalid_image_url"
     assert len(recorder.requests) == 1
 
 
 async def test_redirect_circle() -> None:
     recorder = Recorder({"/a": redirect("/b"), "/b": redirect("/a")})
-    error = await refusal(fetch(make_loader(addresses={"good.example": [[PUBLIC]]}, transport=recorder),
-                                "http://good.example/a"))
+    error = await refusal(
+        fetch(make_loader(addresses={"good.example": [[PUBLIC]]}, transport=recorder), "http://good.example/a")
+    )
     assert error.code == "failed_to_download_image"
     assert len(recorder.requests) == 2
 
@@ -187,13 +297,38 @@ async def test_connection_goes_to_the_address_that_was_checked() -> None:
     assert len(recorder.requests) == 1
 
 
-@pytest.mark.parametrize("url", [
-    "http://good.example\\@127.0.0.1/", "http://good.example#@127.0.0.1/", "http://u:p@127.0.0.1/", "http://@127.0.0.1/",
-    "http://127.0.0.1%00.good.example/", "http:/\\127.0.0.1", "http:/127.0.0.1", "http:///127.0.0.1", "http://127.0.0.1\t/",
-    "http://127.0.0.1\n/", "ht\ntp://127.0.0.1/", " http://127.0.0.1/", "http://good.example/%00", "http://[::1/", "http://",
-    "http://good.example:80:80/", "http://good.example:/", "http://good example/", "gopher://127.0.0.1/",
-    "//127.0.0.1/", "127.0.0.1", "", "http://[::1%25eth0]/", "http://\u2460\u2461\u2466.0.0.1/", "http://good.example\uff0f127.0.0.1/",
-    "http://good%2eexample/", "jar:http://127.0.0.1/!/a"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://good.example\\@127.0.0.1/",
+        "http://good.example#@127.0.0.1/",
+        "http://u:p@127.0.0.1/",
+        "http://@127.0.0.1/",
+        "http://127.0.0.1%00.good.example/",
+        "http:/\\127.0.0.1",
+        "http:/127.0.0.1",
+        "http:///127.0.0.1",
+        "http://127.0.0.1\t/",
+        "http://127.0.0.1\n/",
+        "ht\ntp://127.0.0.1/",
+        " http://127.0.0.1/",
+        "http://good.example/%00",
+        "http://[::1/",
+        "http://",
+        "http://good.example:80:80/",
+        "http://good.example:/",
+        "http://good example/",
+        "gopher://127.0.0.1/",
+        "//127.0.0.1/",
+        "127.0.0.1",
+        "",
+        "http://[::1%25eth0]/",
+        "http://\u2460\u2461\u2466.0.0.1/",
+        "http://good.example\uff0f127.0.0.1/",
+        "http://good%2eexample/",
+        "jar:http://127.0.0.1/!/a",
+    ],
+)
 async def test_urls_that_parsers_disagree_on(url: str, canary: Canary, monkeypatch: pytest.MonkeyPatch) -> None:
     """S5."""
     monkeypatch.setattr(AllowedHosts, "admits", lambda self, host, port: True)
@@ -240,8 +375,18 @@ async def test_named_hosts_may_be_private_and_only_they_are_fetched(canary: Cana
 
 async def test_a_named_host_does_not_lead_to_cloud_credentials() -> None:
     recorder = Recorder()
-    for address in ("169.254.169.254", "fe80::1", "0.0.0.0", "224.0.0.1", "::ffff:0:a9fe:a9fe", "64:ff9b::a9fe:a9fe",
-                    "2002:a9fe:a9fe::1", "64:ff9b:1::a9fe:a9fe", "fd00::5efe:a9fe:a9fe", "2001:0:1:2:3:4:5601:5601"):
+    for address in (
+        "169.254.169.254",
+        "fe80::1",
+        "0.0.0.0",
+        "224.0.0.1",
+        "::ffff:0:a9fe:a9fe",
+        "64:ff9b::a9fe:a9fe",
+        "2002:a9fe:a9fe::1",
+        "64:ff9b:1::a9fe:a9fe",
+        "fd00::5efe:a9fe:a9fe",
+        "2001:0:1:2:3:4:5601:5601",
+    ):
         loader = make_loader("files.example", addresses={"files.example": [[address]]}, transport=recorder)
         assert (await refusal(fetch(loader, "http://files.example/"))).code == "invalid_image_url"
     assert not recorder.requests
@@ -305,16 +450,27 @@ async def long_headers(_head: str, writer: asyncio.StreamWriter) -> None:
     writer.write(b"HTTP/1.1 200 OK\r\n" + b"X: " + b"y" * (4 << 20) + b"\r\n\r\n")
 
 
-@pytest.mark.parametrize("answer, code", [
-    (endless, "image_file_too_large"), (dripping, "failed_to_download_image"), (silent, "failed_to_download_image"),
-    (garbage, "failed_to_download_image"), (cut_off, "failed_to_download_image"),
-    (crumbs, "failed_to_download_image"), (long_headers, "failed_to_download_image")])
+@pytest.mark.parametrize(
+    "answer, code",
+    [
+        (endless, "image_file_too_large"),
+        (dripping, "failed_to_download_image"),
+        (silent, "failed_to_download_image"),
+        (garbage, "failed_to_download_image"),
+        (cut_off, "failed_to_download_image"),
+        (crumbs, "failed_to_download_image"),
+        (long_headers, "failed_to_download_image"),
+    ],
+)
 async def test_hostile_servers(answer: object, code: str, canary: Canary) -> None:
     """S8: within the cap and the one deadline over everything."""
     canary.answer = answer  # type: ignore[assignment]
     start = time.monotonic()
-    error = await refusal(fetch(make_loader("127.0.0.1", fetch_timeout_s=0.5, max_image_bytes=1 << 20),
-                                f"http://127.0.0.1:{canary.port}/"))
+    error = await refusal(
+        fetch(
+            make_loader("127.0.0.1", fetch_timeout_s=0.5, max_image_bytes=1 << 20), f"http://127.0.0.1:{canary.port}/"
+        )
+    )
     assert error.code == code
     assert time.monotonic() - start < 1.5  # S8: the deadline and a second
 
@@ -332,8 +488,11 @@ async def hints(_head: str, writer: asyncio.StreamWriter) -> None:
 
 
 async def a_hint(_head: str, writer: asyncio.StreamWriter) -> None:
-    writer.write(b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" * 3
-                 + b"HTTP/1.1 200 OK\r\nContent-Length: 300000\r\n\r\n" + b"x" * 300_000)
+    writer.write(
+        b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" * 3
+        + b"HTTP/1.1 200 OK\r\nContent-Length: 300000\r\n\r\n"
+        + b"x" * 300_000
+    )
 
 
 async def test_interim_responses_without_end_do_not_occupy_the_event_loop(canary: Canary) -> None:
@@ -361,9 +520,14 @@ async def test_ordinary_chunks_are_fine(canary: Canary) -> None:
     assert len(payload) == 3000 * 1024
 
 
-@pytest.mark.parametrize("headers, code", [
-    ("Content-Length: 1073741824\r\n", "image_file_too_large"), ("Content-Length: " + "9" * 300 + "\r\n", None),
-    ("Content-Encoding: gzip\r\nContent-Length: 3\r\n", "failed_to_download_image")])
+@pytest.mark.parametrize(
+    "headers, code",
+    [
+        ("Content-Length: 1073741824\r\n", "image_file_too_large"),
+        ("Content-Length: " + "9" * 300 + "\r\n", None),
+        ("Content-Encoding: gzip\r\nContent-Length: 3\r\n", "failed_to_download_image"),
+    ],
+)
 async def test_declared_sizes_and_encodings(headers: str, code: str | None, canary: Canary) -> None:
     async def answer(_head: str, writer: asyncio.StreamWriter) -> None:
         writer.write(f"HTTP/1.1 200 OK\r\n{headers}\r\nabc".encode())
@@ -403,9 +567,30 @@ async def test_slow_name_server_is_inside_the_deadline() -> None:
 async def test_tls_certificate_is_checked_against_the_name(tmp_path: Path) -> None:
     """The connection goes to an address, the certificate must still be the name's, from a trusted issuer."""
     key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-                    "-keyout", key, "-out", certificate, "-days", "2", "-subj", "/CN=good.example",
-                    "-addext", "subjectAltName=DNS:good.example"], check=True, capture_output=True)
+    subprocess.run(
+        [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:prime256v1",
+            "-nodes",
+            "-keyout",
+            key,
+            "-out",
+            certificate,
+            "-days",
+            "2",
+            "-subj",
+            "/CN=good.example",
+            "-addext",
+            "subjectAltName=DNS:good.example",
+        ],
+        check=True,
+        capture_output=True,
+    )
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
     canary = Canary()

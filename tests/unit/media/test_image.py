@@ -44,8 +44,9 @@ async def test_formats(format: str, loader: MediaLoader) -> None:
         np.testing.assert_array_equal(item.data, np.asarray(reference.convert("RGB")))
 
 
-@pytest.mark.parametrize("width, height", [(20000, 20000), (16384, 16384), (16385, 10), (8000, 5001), (2**31, 2**31),
-                                           (4294967295, 1)])
+@pytest.mark.parametrize(
+    "width, height", [(20000, 20000), (16384, 16384), (16385, 10), (8000, 5001), (2**31, 2**31), (4294967295, 1)]
+)
 async def test_size_comes_before_decoding(width: int, height: int, loader: MediaLoader) -> None:
     """S13: nothing of that size is allocated anywhere."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -54,9 +55,17 @@ async def test_size_comes_before_decoding(width: int, height: int, loader: Media
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 16 * 1024
 
 
-@pytest.mark.parametrize("width, height, code", [(1, 1, "image_too_small"), (1, 4, "image_too_small"),
-                                                 (3, 1, "image_too_small"), (4, 1000, "image_too_large"),
-                                                 (1000, 4, "image_too_large"), (0, 8, "image_too_small")])
+@pytest.mark.parametrize(
+    "width, height, code",
+    [
+        (1, 1, "image_too_small"),
+        (1, 4, "image_too_small"),
+        (3, 1, "image_too_small"),
+        (4, 1000, "image_too_large"),
+        (1000, 4, "image_too_large"),
+        (0, 8, "image_too_small"),
+    ],
+)
 async def test_tiny_and_thin(width: int, height: int, code: str, loader: MediaLoader) -> None:
     """S14."""
     assert (await refusal(load(loader, data_url(png(width, height))))).code == code
@@ -118,8 +127,12 @@ async def test_palettes_and_colour_keys(loader: MediaLoader) -> None:
     red_blue, green_grey = bytes([255, 0, 0, 0, 0, 255]), bytes([0, 255, 0, 128, 128, 128])
     rows = b"".join(b"\0" + row.tobytes() for row in indices)
     keys = set()
-    for palette, alpha, first in ((red_blue, b"", (255, 0, 0)), (green_grey, b"", (0, 255, 0)),
-                                  (red_blue, b"\x00", (255, 255, 255)), (red_blue, b"\x80", (255, 127, 127))):
+    for palette, alpha, first in (
+        (red_blue, b"", (255, 0, 0)),
+        (green_grey, b"", (0, 255, 0)),
+        (red_blue, b"\x00", (255, 255, 255)),
+        (red_blue, b"\x80", (255, 127, 127)),
+    ):
         extra = chunk(b"PLTE", palette) + (chunk(b"tRNS", alpha) if alpha else b"")
         item = await load(loader, data_url(png(8, 8, rows, colour=3, extra=extra)))
         assert np.abs(item.data[0, 0].astype(int) - first).max() <= 1
@@ -176,19 +189,34 @@ OTHERS = {
     "psd": b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 3, 64, 64, 8, 3) + bytes(64),
     "fits.gz": gzip.compress(b"SIMPLE  =                    T" + b" " * 2850),
     "fits": b"SIMPLE  =                    T" + b" " * 2850,
-    "tiff": b"II*\0\x08\0\0\0" + bytes(64), "tiff-be": b"MM\0*\0\0\0\x08" + bytes(64),
+    "tiff": b"II*\0\x08\0\0\0" + bytes(64),
+    "tiff-be": b"MM\0*\0\0\0\x08" + bytes(64),
     "bigtiff": b"II+\0\x08" + bytes(64),
-    "icns": b"icns\0\0\1\0" + bytes(64), "ico": b"\0\0\1\0\1\0" + bytes(64), "wmf": b"\xd7\xcd\xc6\x9a" + bytes(64),
+    "icns": b"icns\0\0\1\0" + bytes(64),
+    "ico": b"\0\0\1\0\1\0" + bytes(64),
+    "wmf": b"\xd7\xcd\xc6\x9a" + bytes(64),
     "emf": b"\1\0\0\0" + bytes(36) + b" EMF" + bytes(64),
     "svg": b'<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]><svg xmlns="http://www.w3.org/2000/svg">&x;</svg>',
-    "pdf": b"%PDF-1.7\n" + bytes(64), "html": b"<!doctype html><html></html>", "elf": b"\x7fELF" + bytes(64),
-    "jp2": b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(64), "j2k": b"\xff\x4f\xff\x51" + bytes(64),
-    "avif": b"\0\0\0\x1cftypavif" + bytes(64), "heic": b"\0\0\0\x18ftypheic" + bytes(64),
+    "pdf": b"%PDF-1.7\n" + bytes(64),
+    "html": b"<!doctype html><html></html>",
+    "elf": b"\x7fELF" + bytes(64),
+    "jp2": b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(64),
+    "j2k": b"\xff\x4f\xff\x51" + bytes(64),
+    "avif": b"\0\0\0\x1cftypavif" + bytes(64),
+    "heic": b"\0\0\0\x18ftypheic" + bytes(64),
     "jxl": b"\xff\x0a" + bytes(64),
-    "mp4": b"\0\0\0\x18ftypisom" + bytes(64), "dds": b"DDS " + bytes(128), "pcx": b"\x0a\5\1\x08" + bytes(128),
-    "ppm": b"P6\n8 8\n255\n" + bytes(192), "tga": bytes(2) + b"\2" + bytes(64), "dib": b"\x28\0\0\0" + bytes(64),
-    "zip": b"PK\3\4" + bytes(64), "text": b"hello", "one byte": b"\xff", "bm": b"BM" + bytes(64),
-    "m3u8": b"#EXTM3U\nfile:///etc/passwd\n", "riff": b"RIFF\0\0\0\0WAVEfmt " + bytes(64),
+    "mp4": b"\0\0\0\x18ftypisom" + bytes(64),
+    "dds": b"DDS " + bytes(128),
+    "pcx": b"\x0a\5\1\x08" + bytes(128),
+    "ppm": b"P6\n8 8\n255\n" + bytes(192),
+    "tga": bytes(2) + b"\2" + bytes(64),
+    "dib": b"\x28\0\0\0" + bytes(64),
+    "zip": b"PK\3\4" + bytes(64),
+    "text": b"hello",
+    "one byte": b"\xff",
+    "bm": b"BM" + bytes(64),
+    "m3u8": b"#EXTM3U\nfile:///etc/passwd\n",
+    "riff": b"RIFF\0\0\0\0WAVEfmt " + bytes(64),
 }
 
 
@@ -213,8 +241,11 @@ def apng_frames(count: int) -> bytes:
     control = struct.pack(">IIIIHHBB", 16, 16, 0, 0, 1, 10, 0, 0)
     extra = chunk(b"acTL", struct.pack(">II", count, 0)) + chunk(b"fcTL", struct.pack(">I", 0) + control)
     payload = png(16, 16, rows, extra=extra)
-    more = b"".join(chunk(b"fcTL", struct.pack(">I", 2 * i - 1) + control) +
-                    chunk(b"fdAT", struct.pack(">I", 2 * i) + zlib.compress(rows)) for i in range(1, count))
+    more = b"".join(
+        chunk(b"fcTL", struct.pack(">I", 2 * i - 1) + control)
+        + chunk(b"fdAT", struct.pack(">I", 2 * i) + zlib.compress(rows))
+        for i in range(1, count)
+    )
     return payload[:-12] + more + payload[-12:]
 
 
@@ -241,8 +272,9 @@ async def test_animations_give_their_first_frame(make: object, loader: MediaLoad
     assert not item.data.any()
 
 
-@pytest.mark.parametrize("kind, prefix", [(b"zTXt", b"Comment\0\0"), (b"iCCP", b"icc\0\0"),
-                                          (b"iTXt", b"Comment\0\1\0\0\0")])
+@pytest.mark.parametrize(
+    "kind, prefix", [(b"zTXt", b"Comment\0\0"), (b"iCCP", b"icc\0\0"), (b"iTXt", b"Comment\0\1\0\0\0")]
+)
 async def test_compressed_chunk_bombs(kind: bytes, prefix: bytes, loader: MediaLoader) -> None:
     """S25."""
     bomb = chunk(kind, prefix + zlib.compress(bytes(60 << 20), 9))
@@ -269,7 +301,7 @@ async def test_truncation_and_bit_flips(loader: MediaLoader) -> None:
     for format in ("JPEG", "PNG", "WEBP", "GIF", "BMP"):
         payload = encoded(photo(48, 32), format)
         for tenth in range(10):
-            cut = data_url(payload[:len(payload) * tenth // 10 or 1])
+            cut = data_url(payload[: len(payload) * tenth // 10 or 1])
             if format == "PNG" and tenth == 9:  # what is missing is not of the pixels
                 np.testing.assert_array_equal((await load(loader, cut)).data, np.asarray(photo(48, 32)))
                 continue
@@ -288,8 +320,10 @@ async def test_truncation_and_bit_flips(loader: MediaLoader) -> None:
 async def test_declared_type_does_not_matter(loader: MediaLoader) -> None:
     """S28: the bytes decide, always."""
     payload = encoded(photo(16, 16), "JPEG")
-    items = [await load(loader, data_url(payload, media_type))
-             for media_type in ("image/png", "image/jpeg", "image/x-nonsense", "application/octet-stream", "")]
+    items = [
+        await load(loader, data_url(payload, media_type))
+        for media_type in ("image/png", "image/jpeg", "image/x-nonsense", "application/octet-stream", "")
+    ]
     assert len({item.key for item in items}) == 1
     item = await loader.decode(await loader.fetch(MediaSource("image", PARAM, data=data_url(payload).split(",")[1])))
     assert item.key == items[0].key
@@ -298,16 +332,28 @@ async def test_declared_type_does_not_matter(loader: MediaLoader) -> None:
 async def test_same_pixels_from_two_formats_have_one_key(loader: MediaLoader) -> None:
     """S72."""
     picture = photo(20, 10)
-    keys = {(await load(loader, data_url(encoded(picture, format, **options)))).key
-            for format, options in (("PNG", {}), ("BMP", {}), ("WEBP", {"lossless": True}))}
+    keys = {
+        (await load(loader, data_url(encoded(picture, format, **options)))).key
+        for format, options in (("PNG", {}), ("BMP", {}), ("WEBP", {"lossless": True}))
+    }
     assert len(keys) == 1
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.sampled_from([b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", b"RIFF\0\0\0\0WEBPVP8X",
-                        b"RIFF\0\0\0\0WEBPVP8 ", b"GIF89a", b"BM" + bytes(12) + b"\x28\0\0\0",
-                        b"\xff\xd8\xff\xe1\0\x22Exif\0\0II*\0"]),
-       st.binary(max_size=300))
+@given(
+    st.sampled_from(
+        [
+            b"\xff\xd8\xff",
+            b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
+            b"RIFF\0\0\0\0WEBPVP8X",
+            b"RIFF\0\0\0\0WEBPVP8 ",
+            b"GIF89a",
+            b"BM" + bytes(12) + b"\x28\0\0\0",
+            b"\xff\xd8\xff\xe1\0\x22Exif\0\0II*\0",
+        ]
+    ),
+    st.binary(max_size=300),
+)
 def test_header_of_anything_is_a_size_or_a_refusal(start: bytes, rest: bytes) -> None:
     try:
         header = read_header(start + rest)
@@ -320,11 +366,15 @@ def test_header_of_anything_is_a_size_or_a_refusal(start: bytes, rest: bytes) ->
 
 def test_header_costs_little_whatever_the_file() -> None:
     """Millions of tiny segments, in each format that has segments."""
-    floods = (b"\xff\xd8" + b"\xff\xe1\0\2" * 4_000_000, b"\xff\xd8" + b"\xff" * 16_000_000,
-              b"\xff\xd8" + b"\xff\0" * 8_000_000, b"\xff\xd8\xff" + bytes(16_000_000),
-              b"\xff\xd8\xff\xe1\0\2" + (bytes(4000) + b"\xff\xe1\0\2") * 4000,
-              png(8, 8, extra=chunk(b"tEXt", b"") * 1_000_000),
-              b"RIFF\0\0\0\0WEBPVP8X\x0a\0\0\0\x08" + bytes(9) + b"ABCD\0\0\0\0" * 2_000_000)
+    floods = (
+        b"\xff\xd8" + b"\xff\xe1\0\2" * 4_000_000,
+        b"\xff\xd8" + b"\xff" * 16_000_000,
+        b"\xff\xd8" + b"\xff\0" * 8_000_000,
+        b"\xff\xd8\xff" + bytes(16_000_000),
+        b"\xff\xd8\xff\xe1\0\2" + (bytes(4000) + b"\xff\xe1\0\2") * 4000,
+        png(8, 8, extra=chunk(b"tEXt", b"") * 1_000_000),
+        b"RIFF\0\0\0\0WEBPVP8X\x0a\0\0\0\x08" + bytes(9) + b"ABCD\0\0\0\0" * 2_000_000,
+    )
     start = time.process_time()
     for flood in floods:
         try:
@@ -338,8 +388,8 @@ def segments_apart(payload: bytes, junk: bytes, *, places: int = 3) -> bytes:
     """The same JPEG with bytes between its first segments."""
     offset, out = 2, payload[:2]
     for _ in range(places):
-        length = 2 + int.from_bytes(payload[offset + 2:offset + 4], "big")
-        out += payload[offset:offset + length] + junk
+        length = 2 + int.from_bytes(payload[offset + 2 : offset + 4], "big")
+        out += payload[offset : offset + length] + junk
         offset += length
     return out + payload[offset:]
 
@@ -360,8 +410,11 @@ async def test_stray_bytes_are_bounded(loader: MediaLoader) -> None:
     assert (await refusal(load(loader, data_url(payload)))).code == "image_parse_error"
 
 
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 100, "subsampling": 0}, {"optimize": True},
-                                     {"restart_marker_blocks": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"progressive": True}, {"quality": 100, "subsampling": 0}, {"optimize": True}, {"restart_marker_blocks": 2}],
+    ids=str,
+)
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 async def test_jpegs_without_their_end(mode: str, options: dict[str, object], loader: MediaLoader) -> None:
     """All pixels are there, so they are shown; one byte of theirs less, and the file is cut off."""
@@ -385,7 +438,7 @@ async def test_a_flat_jpeg_that_is_cut_off(loader: MediaLoader) -> None:
 async def test_a_progressive_jpeg_without_its_last_scans(loader: MediaLoader) -> None:
     """Cut between two scans, with every scan that is there complete."""
     payload = encoded(photo(67, 45), "JPEG", progressive=True)
-    starts = [at for at in range(len(payload)) if payload[at:at + 2] == b"\xff\xda"]
+    starts = [at for at in range(len(payload)) if payload[at : at + 2] == b"\xff\xda"]
     assert len(starts) == 10
     for start in starts[1:]:
         tables = payload.rfind(b"\xff\xc4", 0, start)
@@ -416,8 +469,9 @@ async def test_scans_are_counted_before_decoding(loader: MediaLoader) -> None:
     assert error.code == "video_too_large"
 
 
-@pytest.mark.parametrize("frame", [(0, 0, 65535, 65535), (65535, 65535, 1, 1), (0, 0, 13000, 13000), (0, 0, 0, 0),
-                                   (2, 2, 8, 8)])
+@pytest.mark.parametrize(
+    "frame", [(0, 0, 65535, 65535), (65535, 65535, 1, 1), (0, 0, 13000, 13000), (0, 0, 0, 0), (2, 2, 8, 8)]
+)
 async def test_a_gif_frame_beyond_its_screen(frame: tuple[int, int, int, int], loader: MediaLoader) -> None:
     """35 bytes: the worker outlives them."""
     payload = b"GIF89a" + struct.pack("<HHBBB", 8, 8, 0x80, 0, 0) + bytes(6) + b"," + struct.pack("<HHHHB", *frame, 0)

@@ -19,36 +19,51 @@ PNG = encoded(photo(8, 8))
 TEXT = base64.b64encode(PNG).decode()
 
 
-@pytest.mark.parametrize("url", [
-    f"data:image/png;base64,{TEXT}", f"DATA:image/png;BASE64,{TEXT}", f"data:IMAGE/PNG;base64,{TEXT}",
-    f"data:;base64,{TEXT}", f"data:image/png;charset=utf-8;base64,{TEXT}",
-    f"data:image/png;base64,{quote(TEXT, safe='')}",
-    "data:image/png;base64," + "\n".join(TEXT[i:i + 76] for i in range(0, len(TEXT), 76)),
-    "data:image/png;base64," + "%0D%0A".join(TEXT[i:i + 76] for i in range(0, len(TEXT), 76)),
-    f"data:image/png;base64, {TEXT} \r\n", f"data:application/octet-stream;base64,{TEXT}",
-    f"data:image/svg+xml;base64,{TEXT}"], ids=str)
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"data:image/png;base64,{TEXT}",
+        f"DATA:image/png;BASE64,{TEXT}",
+        f"data:IMAGE/PNG;base64,{TEXT}",
+        f"data:;base64,{TEXT}",
+        f"data:image/png;charset=utf-8;base64,{TEXT}",
+        f"data:image/png;base64,{quote(TEXT, safe='')}",
+        "data:image/png;base64," + "\n".join(TEXT[i : i + 76] for i in range(0, len(TEXT), 76)),
+        "data:image/png;base64," + "%0D%0A".join(TEXT[i : i + 76] for i in range(0, len(TEXT), 76)),
+        f"data:image/png;base64, {TEXT} \r\n",
+        f"data:application/octet-stream;base64,{TEXT}",
+        f"data:image/svg+xml;base64,{TEXT}",
+    ],
+    ids=str,
+)
 async def test_accepted_forms(url: str, loader: MediaLoader) -> None:
     assert (await loader.fetch(MediaSource("image", PARAM, url=url))).payload == PNG
 
 
-@pytest.mark.parametrize("url, code", [
-    (f"data:image/png;base64,{TEXT[:-4]}!!!!", "invalid_base64_image"),
-    (f"data:image/png;base64,{TEXT[:40]}*{TEXT[41:]}", "invalid_base64_image"),
-    (f"data:image/png;base64,{TEXT.rstrip('=')[:-1]}", "invalid_base64_image"),
-    (f"data:image/png;base64,{TEXT}=", "invalid_base64_image"),
-    (f"data:image/png;base64,{TEXT[:8]}===={TEXT[8:]}", "invalid_base64_image"),
-    (f"data:image/png;base64,{TEXT[:8]}ä{TEXT[9:]}", "invalid_base64_image"),
-    ("data:image/png;base64,-_-_", "invalid_base64_image"),
-    ("data:image/png;base64,", "empty_image_file"),
-    ("data:image/png;base64,  \n", "empty_image_file"),
-    ("data:image/png,raw", "invalid_base64_image"),
-    ("data:,", "invalid_base64_image"),
-    (f"data:image/png;base64{TEXT}", "invalid_image_url"),
-    ("data:", "invalid_image_url"), ("data", "invalid_image_url"), (TEXT, "invalid_image_url"),
-    ("data:image/png;" + "x" * 1000 + f";base64,{TEXT}", "invalid_image_url"),
-    (f"data:text/html;base64,{TEXT}", "unsupported_image_media_type"),
-    (f"data:video/mp4;base64,{TEXT}", "unsupported_image_media_type"),
-    ("data:image/png;base64," + base64.b64encode(b"<html>").decode(), "unsupported_image_media_type")])
+@pytest.mark.parametrize(
+    "url, code",
+    [
+        (f"data:image/png;base64,{TEXT[:-4]}!!!!", "invalid_base64_image"),
+        (f"data:image/png;base64,{TEXT[:40]}*{TEXT[41:]}", "invalid_base64_image"),
+        (f"data:image/png;base64,{TEXT.rstrip('=')[:-1]}", "invalid_base64_image"),
+        (f"data:image/png;base64,{TEXT}=", "invalid_base64_image"),
+        (f"data:image/png;base64,{TEXT[:8]}===={TEXT[8:]}", "invalid_base64_image"),
+        (f"data:image/png;base64,{TEXT[:8]}ä{TEXT[9:]}", "invalid_base64_image"),
+        ("data:image/png;base64,-_-_", "invalid_base64_image"),
+        ("data:image/png;base64,", "empty_image_file"),
+        ("data:image/png;base64,  \n", "empty_image_file"),
+        ("data:image/png,raw", "invalid_base64_image"),
+        ("data:,", "invalid_base64_image"),
+        (f"data:image/png;base64{TEXT}", "invalid_image_url"),
+        ("data:", "invalid_image_url"),
+        ("data", "invalid_image_url"),
+        (TEXT, "invalid_image_url"),
+        ("data:image/png;" + "x" * 1000 + f";base64,{TEXT}", "invalid_image_url"),
+        (f"data:text/html;base64,{TEXT}", "unsupported_image_media_type"),
+        (f"data:video/mp4;base64,{TEXT}", "unsupported_image_media_type"),
+        ("data:image/png;base64," + base64.b64encode(b"<html>").decode(), "unsupported_image_media_type"),
+    ],
+)
 async def test_refused_forms(url: str, code: str, loader: MediaLoader) -> None:
     assert (await refusal(load(loader, url))).code == code
 
@@ -56,7 +71,7 @@ async def test_refused_forms(url: str, code: str, loader: MediaLoader) -> None:
 async def test_size_is_known_before_decoding() -> None:
     loader = MediaLoader(Limits(max_image_bytes=3000))
     for payload, whole in ((bytes(3000), True), (bytes(3001), False), (bytes(300_000), False)):
-        for wrap in (str, lambda text: "\n".join(text[i:i + 60] for i in range(0, len(text), 60)), quote):
+        for wrap in (str, lambda text: "\n".join(text[i : i + 60] for i in range(0, len(text), 60)), quote):
             url = "data:image/png;base64," + wrap(base64.b64encode(payload).decode())
             awaitable = loader.fetch(MediaSource("image", PARAM, url=url))
             if whole:
@@ -83,8 +98,16 @@ async def test_declared_types_of_sound(loader: MediaLoader) -> None:
     assert error.code == "unsupported_audio_media_type"
 
 
-@pytest.mark.parametrize("head", ["data:;base64,", "data:audio/wav;base64,", "DATA:audio/wav;BASE64,",
-                                  "data:audio/webm;codecs=opus;base64,", "data:application/octet-stream;base64,"])
+@pytest.mark.parametrize(
+    "head",
+    [
+        "data:;base64,",
+        "data:audio/wav;base64,",
+        "DATA:audio/wav;BASE64,",
+        "data:audio/webm;codecs=opus;base64,",
+        "data:application/octet-stream;base64,",
+    ],
+)
 async def test_data_urls_in_place_of_bare_base64(head: str, loader: MediaLoader) -> None:
     """Many clients write a whole data: URL into `input_audio.data`."""
     payload = wav(bytes(3200))
@@ -93,11 +116,17 @@ async def test_data_urls_in_place_of_bare_base64(head: str, loader: MediaLoader)
         assert (await loader.fetch(MediaSource("audio", PARAM, data=data, format="wav"))).payload == payload
 
 
-@pytest.mark.parametrize("data, code", [
-    (data_url(PNG, "image/png"), "unsupported_audio_media_type"),
-    ("data:audio/wav;base64,!!!!", "invalid_base64_audio"), ("data:audio/wav,raw", "invalid_base64_audio"),
-    ("data:audio/wav;base64", "invalid_audio_url"),
-    ("data:audio/wav;base64,", "empty_audio_file"), ("https://example.org/a.wav", "invalid_base64_audio"),
-    ("file:///etc/passwd", "invalid_base64_audio")])
+@pytest.mark.parametrize(
+    "data, code",
+    [
+        (data_url(PNG, "image/png"), "unsupported_audio_media_type"),
+        ("data:audio/wav;base64,!!!!", "invalid_base64_audio"),
+        ("data:audio/wav,raw", "invalid_base64_audio"),
+        ("data:audio/wav;base64", "invalid_audio_url"),
+        ("data:audio/wav;base64,", "empty_audio_file"),
+        ("https://example.org/a.wav", "invalid_base64_audio"),
+        ("file:///etc/passwd", "invalid_base64_audio"),
+    ],
+)
 async def test_other_urls_are_no_base64(data: str, code: str, loader: MediaLoader) -> None:
     assert (await refusal(loader.fetch(MediaSource("audio", PARAM, data=data)))).code == code

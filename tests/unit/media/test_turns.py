@@ -60,8 +60,11 @@ async def test_a_place_is_held_until_its_thread_is_done() -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from([b"a", b"b", b"c"]), st.integers(0, 3), st.booleans()), max_size=30),
-       st.integers(1, 4), st.integers(1, 3))
+@given(
+    st.lists(st.tuples(st.sampled_from([b"a", b"b", b"c"]), st.integers(0, 3), st.booleans()), max_size=30),
+    st.integers(1, 4),
+    st.integers(1, 3),
+)
 def test_every_place_comes_back(jobs: list[tuple[bytes, int, bool]], size: int, per_tenant: int) -> None:
     async def main() -> None:
         turns, active = Turns(size, per_tenant), []

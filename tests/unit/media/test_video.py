@@ -49,8 +49,18 @@ def numbers(item: MediaItem) -> list[int]:
     return [int(number) for number in nearest]
 
 
-FILES = [("libx264", "mp4"), ("libx264", "mov"), ("libx264", "matroska"), ("libx264", "avi"), ("hevc", "mp4"),
-         ("mpeg4", "avi"), ("mpeg4", "mp4"), ("libvpx", "webm"), ("libvpx-vp9", "webm"), ("libsvtav1", "mp4")]
+FILES = [
+    ("libx264", "mp4"),
+    ("libx264", "mov"),
+    ("libx264", "matroska"),
+    ("libx264", "avi"),
+    ("hevc", "mp4"),
+    ("mpeg4", "avi"),
+    ("mpeg4", "mp4"),
+    ("libvpx", "webm"),
+    ("libvpx-vp9", "webm"),
+    ("libsvtav1", "mp4"),
+]
 QUIET = {"hevc": {"x265-params": "log-level=none"}}
 
 
@@ -68,15 +78,27 @@ async def test_every_frame_of_every_format(codec: str, container: str, loader: M
     assert not item.data.flags.writeable
 
 
-@pytest.mark.parametrize("codec, container, gop", [("libx264", "mp4", 8), ("libx264", "mp4", 250),
-                                                   ("libx264", "matroska", 8), ("libx264", "avi", 8),
-                                                   ("libvpx-vp9", "webm", 8), ("hevc", "mp4", 8)])
+@pytest.mark.parametrize(
+    "codec, container, gop",
+    [
+        ("libx264", "mp4", 8),
+        ("libx264", "mp4", 250),
+        ("libx264", "matroska", 8),
+        ("libx264", "avi", 8),
+        ("libvpx-vp9", "webm", 8),
+        ("hevc", "mp4", 8),
+    ],
+)
 async def test_sampled_frames_are_the_very_frames(codec: str, container: str, gop: int, loader: MediaLoader) -> None:
     """Jumping from key frame to key frame gives what decoding everything gives, B frames and all."""
     payload = video(codec, container, frames=100, gop=gop, **QUIET.get(codec, {}))
-    for sampling in (VideoSampling(num_frames=5), VideoSampling(fps=1.0),
-                     VideoSampling(num_frames=7, placement="centers"), VideoSampling(num_frames=40, placement="starts"),
-                     VideoSampling(fps=2.0, placement="stride")):
+    for sampling in (
+        VideoSampling(num_frames=5),
+        VideoSampling(fps=1.0),
+        VideoSampling(num_frames=7, placement="centers"),
+        VideoSampling(num_frames=40, placement="starts"),
+        VideoSampling(fps=2.0, placement="stride"),
+    ):
         item = await take(loader, payload, sampling)
         expected = sampling.indices(100, 10.0, 128)
         assert numbers(item) == [index % 32 for index in expected]
@@ -100,10 +122,20 @@ def test_sampling_rules() -> None:
     assert VideoSampling(fps=None).indices(10, 1.0, 4) == [0, 3, 6, 9]
 
 
-@given(st.builds(VideoSampling, fps=st.none() | st.floats(0.01, 100), num_frames=st.none() | st.integers(1, 1000),
-                 min_frames=st.integers(1, 64), max_frames=st.none() | st.integers(1, 1000), even=st.booleans(),
-                 placement=st.sampled_from(PLACEMENTS)),
-       st.integers(1, 20_000), st.floats(0.0, 600.0), st.integers(1, 768))
+@given(
+    st.builds(
+        VideoSampling,
+        fps=st.none() | st.floats(0.01, 100),
+        num_frames=st.none() | st.integers(1, 1000),
+        min_frames=st.integers(1, 64),
+        max_frames=st.none() | st.integers(1, 1000),
+        even=st.booleans(),
+        placement=st.sampled_from(PLACEMENTS),
+    ),
+    st.integers(1, 20_000),
+    st.floats(0.0, 600.0),
+    st.integers(1, 768),
+)
 def test_sampling_is_always_within_bounds(sampling: VideoSampling, total: int, duration_s: float, limit: int) -> None:
     indices = sampling.indices(total, duration_s, limit)
     assert 1 <= len(indices) <= min(total, limit, sampling.max_frames or limit)
@@ -129,16 +161,23 @@ async def test_rotation(turn: int, loader: MediaLoader) -> None:
 def corner(height: int = 48, width: int = 64) -> np.ndarray:
     """White where the upper left quarter is, black elsewhere."""
     picture = np.zeros((height, width, 3), np.uint8)
-    picture[:height // 2, :width // 2] = 255
+    picture[: height // 2, : width // 2] = 255
     return picture
 
 
 SHOWN: dict[tuple[float, float, float, float], Callable[[np.ndarray], np.ndarray]] = {
-    (1, 0, 0, 1): lambda p: p, (-1, 0, 0, 1): lambda p: p[:, ::-1], (1, 0, 0, -1): lambda p: p[::-1],
-    (-1, 0, 0, -1): lambda p: p[::-1, ::-1], (0, 1, 1, 0): lambda p: p.transpose(1, 0, 2),
-    (0, 1, -1, 0): lambda p: np.rot90(p, -1), (0, -1, 1, 0): np.rot90,
-    (0, -1, -1, 0): lambda p: np.rot90(p.transpose(1, 0, 2), 2), (0, 0, 0, 0): lambda p: p,
-    (0.9, 0.4, -0.4, 0.9): lambda p: p, (-0.9, 0.3, 0.3, 0.9): lambda p: p[:, ::-1]}
+    (1, 0, 0, 1): lambda p: p,
+    (-1, 0, 0, 1): lambda p: p[:, ::-1],
+    (1, 0, 0, -1): lambda p: p[::-1],
+    (-1, 0, 0, -1): lambda p: p[::-1, ::-1],
+    (0, 1, 1, 0): lambda p: p.transpose(1, 0, 2),
+    (0, 1, -1, 0): lambda p: np.rot90(p, -1),
+    (0, -1, 1, 0): np.rot90,
+    (0, -1, -1, 0): lambda p: np.rot90(p.transpose(1, 0, 2), 2),
+    (0, 0, 0, 0): lambda p: p,
+    (0.9, 0.4, -0.4, 0.9): lambda p: p,
+    (-0.9, 0.3, 0.3, 0.9): lambda p: p[:, ::-1],
+}
 
 
 async def test_all_orientations(loader: MediaLoader) -> None:
@@ -192,8 +231,9 @@ async def test_large_clips_are_scaled_to_the_pixel_limit() -> None:
 
 
 async def test_limits() -> None:
-    loader = MediaLoader(Limits(max_video_seconds=2.0, max_video_side=128, max_video_frames=6, max_video_bytes=100_000),
-                         workers=1)
+    loader = MediaLoader(
+        Limits(max_video_seconds=2.0, max_video_side=128, max_video_frames=6, max_video_bytes=100_000), workers=1
+    )
     assert (await refusal(fetch(loader, video(frames=26)))).code == "video_too_long"
     assert (await refusal(fetch(loader, video(size=(130, 48), frames=2)))).code == "video_too_large"
     assert (await refusal(fetch(loader, video("mpeg4", "avi", size=(2, 48), frames=2)))).code == "video_too_small"
@@ -207,7 +247,7 @@ async def test_damage(loader: MediaLoader) -> None:
     generator = random.Random(1)
     for codec, container in (("libx264", "mp4"), ("libvpx", "webm"), ("mpeg4", "avi")):
         payload = video(codec, container, frames=12)
-        variants = [payload[:len(payload) * tenth // 10 or 1] for tenth in range(10)]
+        variants = [payload[: len(payload) * tenth // 10 or 1] for tenth in range(10)]
         for _ in range(25):
             damaged = bytearray(payload)
             damaged[generator.randrange(len(damaged))] ^= 1 << generator.randrange(8)
@@ -237,18 +277,23 @@ async def test_frame_lists(loader: MediaLoader) -> None:
     assert read_header(frames[0]).upright == (24, 40)
 
 
-@pytest.mark.parametrize("url, code", [
-    ("data:video/jpeg;base64," + "," * 10_000, "video_too_long"),
-    ("data:video/jpeg;base64," + ",".join(["/9j/"] * 129), "video_too_long"),
-    ("data:video/jpeg;base64,", "invalid_base64_video"),
-    ("data:video/jpeg;base64,,", "invalid_base64_video"),
-    ("data:video/jpeg;base64,%%%", "invalid_base64_video"),
-    ("data:video/jpeg;base64,/9j/", "video_parse_error"),
-    (frame_list(encoded(photo(16, 16))), "unsupported_video_media_type"),
-    (frame_list(b"nonsense"), "unsupported_video_media_type"),
-    (frame_list(encoded(photo(16, 16), "JPEG"), encoded(photo(8, 16), "JPEG")), "video_parse_error"),
-    (frame_list(encoded(photo(16, 16), "JPEG"), encoded(photo(16, 16), "JPEG")[:300]), "video_parse_error"),
-    (frame_list(encoded(photo(2, 16), "JPEG")), "video_too_small")], ids=range(11))
+@pytest.mark.parametrize(
+    "url, code",
+    [
+        ("data:video/jpeg;base64," + "," * 10_000, "video_too_long"),
+        ("data:video/jpeg;base64," + ",".join(["/9j/"] * 129), "video_too_long"),
+        ("data:video/jpeg;base64,", "invalid_base64_video"),
+        ("data:video/jpeg;base64,,", "invalid_base64_video"),
+        ("data:video/jpeg;base64,%%%", "invalid_base64_video"),
+        ("data:video/jpeg;base64,/9j/", "video_parse_error"),
+        (frame_list(encoded(photo(16, 16))), "unsupported_video_media_type"),
+        (frame_list(b"nonsense"), "unsupported_video_media_type"),
+        (frame_list(encoded(photo(16, 16), "JPEG"), encoded(photo(8, 16), "JPEG")), "video_parse_error"),
+        (frame_list(encoded(photo(16, 16), "JPEG"), encoded(photo(16, 16), "JPEG")[:300]), "video_parse_error"),
+        (frame_list(encoded(photo(2, 16), "JPEG")), "video_too_small"),
+    ],
+    ids=range(11),
+)
 async def test_bad_frame_lists(url: str, code: str, loader: MediaLoader) -> None:
     """S15: counted before they are split."""
     start = time.process_time()

@@ -83,7 +83,7 @@ async def rogue(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncIterato
 
     def popen(command: list[str], **options: object) -> subprocess.Popen[bytes]:
         at = command.index("-m")
-        return real([*command[:at], str(script), *command[at + 2:]], stderr=subprocess.DEVNULL, **options)  # type: ignore[call-overload,no-any-return]
+        return real([*command[:at], str(script), *command[at + 2 :]], stderr=subprocess.DEVNULL, **options)  # type: ignore[call-overload,no-any-return]
 
     monkeypatch.setattr(process.subprocess, "Popen", popen)
     rogue = WorkerPool("rogue", 1, Bounds(cpu_s=1.0, deadline_s=40.0, memory_bytes=64 << 20, result_bytes=1 << 20))
@@ -284,21 +284,25 @@ def test_nothing_is_imported_after_the_door_is_closed(tmp_path: Path) -> None:
     pictures += [encoded(photo(16, 16), dpi=(72, 72), icc_profile=bytes(200), interlace=1), PICTURE[:400]]
     for number, picture in enumerate(pictures):
         (tmp_path / str(number)).write_bytes(picture)
-    script = ("import sys\nfrom pathlib import Path\nfrom sensorium.media.worker import decoders_for\n"
-              "from sensorium.media.source import Refusal\n"
-              "decode, files = decoders_for('image')['image'], [p.read_bytes() for p in Path(sys.argv[1]).iterdir()]\n"
-              "before = set(sys.modules)\n"
-              "for file in files:\n"
-              "    try: decode(file, {'max_pixels': 10**6})\n"
-              "    except Refusal: pass\n"
-              "print(len(files), set(sys.modules) - before)")
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom sensorium.media.worker import decoders_for\n"
+        "from sensorium.media.source import Refusal\n"
+        "decode, files = decoders_for('image')['image'], [p.read_bytes() for p in Path(sys.argv[1]).iterdir()]\n"
+        "before = set(sys.modules)\n"
+        "for file in files:\n"
+        "    try: decode(file, {'max_pixels': 10**6})\n"
+        "    except Refusal: pass\n"
+        "print(len(files), set(sys.modules) - before)"
+    )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == f"{len(pictures)} set()"
 
 
 def test_worker_imports_only_what_it_needs() -> None:
-    script = ("import sys\nimport sensorium.media.worker as w\nw.decoders_for('image')\n"
-              "print([m for m in ('httpx', 'ssl', 'asyncio', 'torch', 'av', 'pydantic') if m in sys.modules])")
+    script = (
+        "import sys\nimport sensorium.media.worker as w\nw.decoders_for('image')\n"
+        "print([m for m in ('httpx', 'ssl', 'asyncio', 'torch', 'av', 'pydantic') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -311,16 +315,18 @@ def test_unknown_role() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl")
 async def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     """However it ends, and whatever they are doing."""
-    script = ("import asyncio, sys, time\nfrom pathlib import Path\n"
-              "from sensorium.media.pool import Bounds, WorkerPool\n"
-              "async def main():\n"
-              "    workers = WorkerPool('image', 1, Bounds(100.0, 100.0, 1 << 30, 1 << 28))\n"
-              "    job = asyncio.ensure_future(workers.run({'op': 'image', 'max_pixels': 1 << 26},"
-              " Path(sys.argv[1]).read_bytes()))\n"
-              "    while not any(worker.jobs for worker in workers._busy.values()): await asyncio.sleep(0.01)\n"
-              "    print(*workers.pids, flush=True)\n"
-              "    await asyncio.sleep(100)\n"
-              "asyncio.run(main())\n")
+    script = (
+        "import asyncio, sys, time\nfrom pathlib import Path\n"
+        "from sensorium.media.pool import Bounds, WorkerPool\n"
+        "async def main():\n"
+        "    workers = WorkerPool('image', 1, Bounds(100.0, 100.0, 1 << 30, 1 << 28))\n"
+        "    job = asyncio.ensure_future(workers.run({'op': 'image', 'max_pixels': 1 << 26},"
+        " Path(sys.argv[1]).read_bytes()))\n"
+        "    while not any(worker.jobs for worker in workers._busy.values()): await asyncio.sleep(0.01)\n"
+        "    print(*workers.pids, flush=True)\n"
+        "    await asyncio.sleep(100)\n"
+        "asyncio.run(main())\n"
+    )
     (tmp_path / "large.png").write_bytes(encoded(photo(6000, 6000), "PNG", compress_level=1))
     parent = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "large.png")], stdout=subprocess.PIPE)
     assert parent.stdout is not None

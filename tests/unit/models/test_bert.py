@@ -24,8 +24,14 @@ from transformers import (
 from sensorium.checkpoint.configs import open_checkpoint
 from sensorium.errors import CheckpointError
 
-SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
-         "vocab_size": VOCAB, "max_position_embeddings": 40}
+SHAPE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 40,
+}
 LENGTHS = [1, 7, 38, 3]
 
 
@@ -71,8 +77,9 @@ def _renamed(key: str, names: dict[str, str]) -> str:
 
 @torch.inference_mode()
 def test_roberta_positions_start_after_padding(tmp_path: Path) -> None:
-    oracle = save(RobertaModel(RobertaConfig(**SHAPE, type_vocab_size=1, pad_token_id=1), add_pooling_layer=False),
-                  tmp_path)
+    oracle = save(
+        RobertaModel(RobertaConfig(**SHAPE, type_vocab_size=1, pad_token_id=1), add_pooling_layer=False), tmp_path
+    )
     assert open_checkpoint(tmp_path).max_model_len == SHAPE["max_position_embeddings"] - 2
     for ids, states in zip(prompts_of(LENGTHS), run(load(tmp_path), prompts_of(LENGTHS)), strict=True):
         expected = oracle(ids.unsqueeze(0)).last_hidden_state[0]
@@ -86,7 +93,8 @@ def test_classifiers(tmp_path: Path, family: str, labels: int) -> None:
     config_class, model_class = {
         "bert": (BertConfig, BertForSequenceClassification),
         "roberta": (RobertaConfig, RobertaForSequenceClassification),
-        "xlm-roberta": (XLMRobertaConfig, XLMRobertaForSequenceClassification)}[family]
+        "xlm-roberta": (XLMRobertaConfig, XLMRobertaForSequenceClassification),
+    }[family]
     oracle = save(model_class(config_class(**SHAPE, num_labels=labels)), tmp_path)
     model = load(tmp_path)
     assert set(model.poolers) == ({"classify", "score"} if labels == 1 else {"classify"})
@@ -126,9 +134,14 @@ def test_activation_named_by_the_config(tmp_path: Path) -> None:
 def test_embeddings_follow_the_module_files(tmp_path: Path) -> None:
     oracle = save(BertModel(BertConfig(**SHAPE)), tmp_path)
     kinds = ("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")
-    (tmp_path / "modules.json").write_text(json.dumps([
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for i, (kind, path) in enumerate(kinds)]))
+    (tmp_path / "modules.json").write_text(
+        json.dumps(
+            [
+                {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+                for i, (kind, path) in enumerate(kinds)
+            ]
+        )
+    )
     (tmp_path / "1_Pooling").mkdir()
     (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
     (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": 38}')

@@ -72,10 +72,19 @@ def test_vectors_are_those_of_transformers(tmp_path: Path, family: str) -> None:
         assert len(ids) == 1 or float((vector - before).norm()) > 0.01
 
 
-@pytest.mark.parametrize("changes", [
-    {"sliding_window": 3}, {"sliding_window": None},
-    {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1,
-     "layer_types": ["full_attention", "sliding_attention"]}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sliding_window": 3},
+        {"sliding_window": None},
+        {
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "max_window_layers": 1,
+            "layer_types": ["full_attention", "sliding_attention"],
+        },
+    ],
+)
 def test_windows_reach_both_ways(tmp_path: Path, changes: dict[str, Any]) -> None:
     (make_qwen2 if "layer_types" in changes else make_mistral)(tmp_path)
     change_config(tmp_path, is_causal=False, **changes)

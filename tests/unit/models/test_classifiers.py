@@ -29,8 +29,16 @@ from sensorium.models.base import Model
 from sensorium.models.loading import load_model
 from sensorium.types import PoolingParams
 
-SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-         "intermediate_size": 48, "vocab_size": 120, "max_position_embeddings": 64, "pad_token_id": 0}
+SHAPE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 120,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
 CLASSES = {
     "llama": (LlamaConfig, LlamaForSequenceClassification),
     "mistral": (MistralConfig, MistralForSequenceClassification),
@@ -70,8 +78,9 @@ def test_sequence_classification(tmp_path: Path, family: str, labels: int) -> No
     for ids, states in zip(PROMPTS, states_of(model), strict=True):
         with torch.inference_mode():
             expected = oracle(torch.tensor([ids])).logits[0]
-        torch.testing.assert_close(pooled(model, "classify", states, ids, activation=False), expected, atol=1e-5,
-                                   rtol=1e-5)
+        torch.testing.assert_close(
+            pooled(model, "classify", states, ids, activation=False), expected, atol=1e-5, rtol=1e-5
+        )
         scores = expected.sigmoid() if labels == 1 else expected.softmax(-1)
         torch.testing.assert_close(pooled(model, "classify", states, ids), scores, atol=1e-5, rtol=1e-5)
         assert pooled(model, "token_classify", states, ids).shape == (len(ids), labels)
@@ -110,8 +119,12 @@ def reward_checkpoint(folder: Path, architecture: str, labels: int) -> dict[str,
     config["architectures"] = [architecture]
     (folder / "config.json").write_text(json.dumps(config))
     size = config["hidden_size"]
-    head = {"score.0.weight": torch.randn(size, size), "score.0.bias": torch.randn(size),
-            "score.2.weight": torch.randn(labels, size), "score.2.bias": torch.randn(labels)}
+    head = {
+        "score.0.weight": torch.randn(size, size),
+        "score.0.bias": torch.randn(size),
+        "score.2.weight": torch.randn(labels, size),
+        "score.2.bias": torch.randn(labels),
+    }
     write_weights(folder, {**read_weights(folder), **head})
     return head
 
@@ -125,8 +138,9 @@ def test_reward_model_rewards_every_token(tmp_path: Path) -> None:
     head = reward_checkpoint(tmp_path, "Qwen2ForRewardModel", 1)
     model = load(tmp_path)
     for ids, states in zip(PROMPTS, states_of(model), strict=True):
-        torch.testing.assert_close(pooled(model, "token_classify", states, ids), rewards(head, states), atol=1e-5,
-                                   rtol=1e-5)
+        torch.testing.assert_close(
+            pooled(model, "token_classify", states, ids), rewards(head, states), atol=1e-5, rtol=1e-5
+        )
 
 
 def test_process_reward_model_judges_every_step(tmp_path: Path) -> None:

@@ -19,10 +19,21 @@ from sensorium.models.loading import load_model
 
 Make = Callable[..., tuple[PreTrainedModel, Model]]
 
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 64}
-LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.5, 2.0],
-            "long_factor": [1.1, 2.5, 9.0, 20.0], "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.5, 2.0],
+    "long_factor": [1.1, 2.5, 9.0, 20.0],
+    "original_max_position_embeddings": 64,
+}
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 128}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -32,16 +43,38 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3-rope": ("llama", {"rope_parameters": LLAMA3}),
     "linear-rope": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
     "dynamic-rope": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
-    "dynamic-rope-beyond": ("llama", {"max_position_embeddings": 16, "rope_parameters": {
-        "rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}),
+    "dynamic-rope-beyond": (
+        "llama",
+        {"max_position_embeddings": 16, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
+    ),
     "yarn": ("qwen2", {"rope_parameters": YARN}),
-    "yarn-mscale": ("qwen3", {"rope_parameters": {**YARN, "factor": 40.0, "mscale": 0.7, "mscale_all_dim": 1.3,
-                                                  "truncate": False, "beta_fast": 3.0, "beta_slow": 0.2}}),
-    "yarn-attention-factor": ("llama", {"rope_parameters": {**YARN, "attention_factor": 1.4, "beta_fast": 2,
-                                                            "original_max_position_embeddings": 300}}),
+    "yarn-mscale": (
+        "qwen3",
+        {
+            "rope_parameters": {
+                **YARN,
+                "factor": 40.0,
+                "mscale": 0.7,
+                "mscale_all_dim": 1.3,
+                "truncate": False,
+                "beta_fast": 3.0,
+                "beta_slow": 0.2,
+            }
+        },
+    ),
+    "yarn-attention-factor": (
+        "llama",
+        {"rope_parameters": {**YARN, "attention_factor": 1.4, "beta_fast": 2, "original_max_position_embeddings": 300}},
+    ),
     "yarn-original-outside": ("qwen2", {"rope_parameters": YARN, "original_max_position_embeddings": 40}),
-    "yarn-windowed": ("mistral", {"max_position_embeddings": 16, "sliding_window": 16, "rope_parameters": {
-        **YARN, "original_max_position_embeddings": 16}}),
+    "yarn-windowed": (
+        "mistral",
+        {
+            "max_position_embeddings": 16,
+            "sliding_window": 16,
+            "rope_parameters": {**YARN, "original_max_position_embeddings": 16},
+        },
+    ),
     "gelu": ("llama", {"hidden_act": "gelu"}),
     "gelu-new": ("mistral", {"hidden_act": "gelu_new"}),
     "gelu-tanh": ("qwen2", {"hidden_act": "gelu_pytorch_tanh"}),
@@ -59,14 +92,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", {}),
     "phi3-plain": ("phi3", {"rope_parameters": None, "sliding_window": 7, "original_max_position_embeddings": 512}),
     "phi3-attention-factor": ("phi3", {"rope_parameters": {**LONGROPE, "attention_factor": 1.5}}),
-    "phi3-partial": ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
-                                                  "partial_rotary_factor": 0.5}}),
+    "phi3-partial": (
+        "phi3",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    ),
 }
 PROMPT = 21
 
 
-@pytest.fixture(scope="module", params=[(v, layout) for v in VARIANTS for layout in ("hub", "transformers")],
-                ids="-".join)
+@pytest.fixture(
+    scope="module", params=[(v, layout) for v in VARIANTS for layout in ("hub", "transformers")], ids="-".join
+)
 def pair(request: pytest.FixtureRequest, made: Make) -> tuple[PreTrainedModel, Model]:
     variant, layout = request.param
     family, options = VARIANTS[variant]
@@ -79,8 +115,7 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
 
 
 def forget_lengths(oracle: PreTrainedModel) -> None:
-    """Dynamic rope in transformers keeps the frequencies of the longest sequence so far: each call is to be the first.
-    """
+    """Dynamic rope in transformers keeps the frequencies of the longest sequence so far: each call is the first."""
     for module in oracle.modules():
         if getattr(module, "rope_type", None) == "dynamic":
             module.inv_freq, module.max_seq_len_cached = module.original_inv_freq, module.original_max_seq_len
@@ -95,9 +130,10 @@ def oracle_logits(oracle: PreTrainedModel, tokens: list[int]) -> Tensor:
 @torch.no_grad()
 def oracle_greedy(oracle: PreTrainedModel, tokens: list[int], count: int) -> list[int]:
     forget_lengths(oracle)
-    out = oracle.generate(torch.tensor([tokens]), max_new_tokens=count, do_sample=False, eos_token_id=None,
-                          pad_token_id=0)
-    return out[0, len(tokens):].tolist()
+    out = oracle.generate(
+        torch.tensor([tokens]), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    return out[0, len(tokens) :].tolist()
 
 
 def close(got: Tensor, expected: Tensor) -> bool:
@@ -155,8 +191,11 @@ def test_longrope_takes_long_factors_per_sequence(made: Make) -> None:
     logits = driver.logits(hidden).split([50, 20])
     assert close(logits[0], expected[0][30:])
     assert close(logits[1], expected[1])
-    short_only = made("phi3", original_max_position_embeddings=512, rope_parameters={
-        **LONGROPE, "original_max_position_embeddings": 512})[1]
+    short_only = made(
+        "phi3",
+        original_max_position_embeddings=512,
+        rope_parameters={**LONGROPE, "original_max_position_embeddings": 512},
+    )[1]
     assert not close(Driver(short_only).prefill(Sequence(list(long.tokens))), expected[0])
 
 

@@ -19,8 +19,14 @@ from sensorium.engine.loading import Engine, load_engine
 from sensorium.errors import StartupError
 from sensorium.types import PoolingParams
 
-SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
-         "max_position_embeddings": 64, "vocab_size": 50}
+SHAPE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "vocab_size": 50,
+}
 
 
 def load(folder: Path, **options: Any) -> Engine:
@@ -59,8 +65,9 @@ def test_an_encoders_guess_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixt
     load(tmp_path, pooling="cls")
     (tmp_path / "1_Pooling").mkdir()
     write(tmp_path, "1_Pooling/config.json", {"pooling_mode": "mean"})
-    write(tmp_path, "modules.json", [{"type": "st.Transformer", "path": ""}, {"type": "st.Pooling",
-                                                                              "path": "1_Pooling"}])
+    write(
+        tmp_path, "modules.json", [{"type": "st.Transformer", "path": ""}, {"type": "st.Pooling", "path": "1_Pooling"}]
+    )
     load(tmp_path)
     assert "pool" not in caplog.text
 

@@ -37,8 +37,12 @@ class Embedder:
         self.processor: Processor = load_class(FAMILIES[checkpoint.architecture].processor)(checkpoint, tokenizer)
         source = pooling_template_of([NAMES[name]])
         assert source is not None
-        self.template = LocalTemplate(source, tokenizer.with_literals(self.processor.literals, special=True),
-                                     modalities=self.processor.modalities, placeholder=self.processor.placeholder)
+        self.template = LocalTemplate(
+            source,
+            tokenizer.with_literals(self.processor.literals, special=True),
+            modalities=self.processor.modalities,
+            placeholder=self.processor.placeholder,
+        )
 
     def prompt(self, parts: Sequence[MediaPart | TextPart], pictures: Sequence[MediaItem]) -> Prompt:
         text = self.template.render([Message("user", tuple(parts))], add_generation_prompt=False)
@@ -55,7 +59,8 @@ def qwen_state(oracle: PreTrainedModel, prompt: Prompt, pictures: Sequence[Media
     """The last token's state after the last norm."""
     ids = torch.from_numpy(prompt.token_ids).long()[None]
     made = Qwen2VLImageProcessorPil.from_pretrained(folder)(
-        [picture.data for picture in pictures], return_tensors="pt", input_data_format="channels_last")
+        [picture.data for picture in pictures], return_tensors="pt", input_data_format="channels_last"
+    )
     with torch.inference_mode():
         states = oracle.model(input_ids=ids, mm_token_type_ids=(ids == oracle.config.image_token_id).int(), **made)
     state: torch.Tensor = states.last_hidden_state[0, -1]
@@ -72,9 +77,12 @@ def test_dse(pickled: bool, tmp_path: Path) -> None:
     tokenizer = here.processor.tokenizer
     assert tokenizer.decode(prompts[1].token_ids.tolist(), skip_special_tokens=False) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
-        f"{'<|image_pad|>' * 4}<|vision_end|>Query: who?<|im_end|>\n<|im_start|>assistant\n<|endoftext|>")
-    states = [qwen_state(oracle, prompt, pictures, tmp_path)
-              for prompt, (_, pictures) in zip(prompts, (document, query), strict=True)]
+        f"{'<|image_pad|>' * 4}<|vision_end|>Query: who?<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
+    )
+    states = [
+        qwen_state(oracle, prompt, pictures, tmp_path)
+        for prompt, (_, pictures) in zip(prompts, (document, query), strict=True)
+    ]
     for size in (None, 24):
         for ours, state in zip(here.vectors(prompts, size), states, strict=True):
             np.testing.assert_allclose(ours, functional.normalize(state[:size], dim=-1), atol=1e-5)

@@ -48,7 +48,8 @@ def reference_logits(folder: Path) -> Tensor:
     """What transformers makes of the folder's own files."""
     is_text = "vision_config" not in json.loads((folder / "config.json").read_text())
     oracle = (AutoModelForCausalLM if is_text else AutoModelForImageTextToText).from_pretrained(
-        folder, dtype=torch.float32)
+        folder, dtype=torch.float32
+    )
     return oracle.eval()(torch.tensor([PROMPT])).logits[0]
 
 
@@ -61,8 +62,9 @@ def head_of(tensors: dict[str, Tensor]) -> tuple[str, Tensor]:
 
 @pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "bin"])
 @pytest.mark.parametrize("make", [*TEXT_FAMILIES, make_llava, make_qwen2_vl])
-def test_a_stored_head_that_differs_is_kept(make: Make, pickled: bool, tmp_path: Path,
-                                            caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stored_head_that_differs_is_kept(
+    make: Make, pickled: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     # transformers no longer knows the hub's name of LongRoPE.
     oracle = make(tmp_path, "transformers" if make is make_phi3 else "hub", tie_word_embeddings=True)
     tensors = read_weights(tmp_path)
@@ -138,7 +140,8 @@ def test_either_level_ties(make: Make, outer: bool | None, inner: bool | None, t
     config = json.loads((tmp_path / "config.json").read_text())
     config = {k: v for k, v in config.items() if k != "tie_word_embeddings"} | said
     config["text_config"] = {k: v for k, v in config["text_config"].items() if k != "tie_word_embeddings"} | (
-        {"tie_word_embeddings": inner} if inner is not None else {})
+        {"tie_word_embeddings": inner} if inner is not None else {}
+    )
     (tmp_path / "config.json").write_text(json.dumps(config))
     tensors = read_weights(tmp_path)
     tensors.pop(head_of(tensors)[0], None)
@@ -154,8 +157,9 @@ def test_either_level_ties(make: Make, outer: bool | None, inner: bool | None, t
 
 @pytest.mark.parametrize("make", TEXT_FAMILIES)
 @pytest.mark.parametrize("bare", [False, True], ids=["model.", "bare"])
-def test_a_checkpoint_without_a_head_embeds(make: Make, bare: bool, tmp_path: Path,
-                                            caplog: pytest.LogCaptureFixture) -> None:
+def test_a_checkpoint_without_a_head_embeds(
+    make: Make, bare: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     oracle = make(tmp_path)
     strip = "model." if bare else ""
     tensors = {k.removeprefix(strip): v for k, v in read_weights(tmp_path).items() if k != "lm_head.weight"}

@@ -158,8 +158,11 @@ def test_unexpected_and_missing_keys_are_named(folder: Path) -> None:
     del tensors["model.norm.weight"]
     del tensors["model.layers.1.self_attn.k_proj.weight"]
     write_weights(folder, tensors)
-    fails(folder, "unexpected model.layers.0.self_attn.rotary.scale",
-          "missing model.layers.1.self_attn.qkv_proj.weight (k), model.norm.weight")
+    fails(
+        folder,
+        "unexpected model.layers.0.self_attn.rotary.scale",
+        "missing model.layers.1.self_attn.qkv_proj.weight (k), model.norm.weight",
+    )
 
 
 def test_at_most_five_keys_are_named(folder: Path) -> None:
@@ -179,8 +182,15 @@ def test_missing_bias_and_unwanted_bias(tmp_path: Path) -> None:
     fails(tmp_path, "unexpected model.layers.0.self_attn.o_proj.bias", "model.layers.0.self_attn.qkv_proj.bias (q)")
 
 
-@pytest.mark.parametrize("key", ["model.layers.0.self_attn.v_proj.weight", "model.norm.weight", "lm_head.weight",
-                                 "model.layers.1.mlp.down_proj.weight"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.layers.0.self_attn.v_proj.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+        "model.layers.1.mlp.down_proj.weight",
+    ],
+)
 def test_wrong_shape(folder: Path, key: str) -> None:
     tensors = read_weights(folder)
     tensors[key] = torch.zeros(3, *tensors[key].shape[1:])
@@ -201,6 +211,7 @@ def test_duplicate_keys_across_files(folder: Path) -> None:
     write_weights(folder, tensors, shards=2)
     second = folder / "model-00002-of-00002.safetensors"
     from safetensors.torch import load_file, save_file
+
     save_file({**load_file(second), "lm_head.weight": tensors["lm_head.weight"]}, second)
     fails(folder, "lm_head.weight is in model-00001-of-00002.safetensors and again in model-00002")
 
@@ -342,7 +353,8 @@ def test_every_byte_of_a_form_comes_from_the_file(folder: Path, monkeypatch: pyt
 @pytest.mark.parametrize("family", [make_llama, make_qwen2])
 @pytest.mark.parametrize("tied", [False, True])
 def test_mapped_weights_compute_the_same_before_and_after_they_are_packed(
-        tmp_path: Path, family: Callable[..., Any], tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path: Path, family: Callable[..., Any], tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     family(tmp_path, tie_word_embeddings=tied)
     write_weights(tmp_path, {key: tensor.to(torch.bfloat16) for key, tensor in read_weights(tmp_path).items()})
     expected = logits(load(tmp_path, torch.bfloat16))

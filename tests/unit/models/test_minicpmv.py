@@ -34,12 +34,21 @@ from sensorium.prompt.messages import MediaPart, Message, TextPart
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.types import EngineRequest, MediaFeatures, MediaItem, Modality, Prompt, SamplingParams
 
-IDS = {"<s>": 1, "<unk>": 128244, "<image>": 151646, "</image>": 151647, "<slice>": 151656, "</slice>": 151657,
-       "<image_id>": 151658, "</image_id>": 151659}
+IDS = {
+    "<s>": 1,
+    "<unk>": 128244,
+    "<image>": 151646,
+    "</image>": 151647,
+    "<slice>": 151656,
+    "</slice>": 151657,
+    "<image_id>": 151658,
+    "</image_id>": 151659,
+}
 SIZES = [(50, 70), (120, 60), (56, 56), (30, 200)]
 
 
 # What the published code computes, written down once more.
+
 
 def oracle_slices(picture: np.ndarray, most: int, scale: int) -> list[np.ndarray]:
     """The whole picture and its cells, resized: uint8 [height, width, 3] each."""
@@ -72,8 +81,11 @@ def oracle_slices(picture: np.ndarray, most: int, scale: int) -> list[np.ndarray
     cols, rows = best
     cell_w, cell_h = fitting(nearest(width, cols) / cols, nearest(height, rows) / rows, True)
     large = one.resize((cell_w * cols, cell_h * rows), Image.Resampling.BICUBIC)
-    cells = [large.crop((x * cell_w, y * cell_h, (x + 1) * cell_w, (y + 1) * cell_h))
-             for y in range(rows) for x in range(cols)]
+    cells = [
+        large.crop((x * cell_w, y * cell_h, (x + 1) * cell_w, (y + 1) * cell_h))
+        for y in range(rows)
+        for x in range(cols)
+    ]
     return [np.array(one.resize(fitting(width, height, False), Image.Resampling.BICUBIC)), *map(np.array, cells)]
 
 
@@ -116,8 +128,9 @@ def oracle_rows(parts: checkpoints.Parts, item: MediaItem, *, most: int = 9, sca
     return torch.cat(rows)
 
 
-def oracle_embeddings(parts: checkpoints.Parts, prompt: Prompt, media: Sequence[MediaItem],
-                      tokenizer: Tokenizer) -> torch.Tensor:
+def oracle_embeddings(
+    parts: checkpoints.Parts, prompt: Prompt, media: Sequence[MediaItem], tokenizer: Tokenizer
+) -> torch.Tensor:
     """Rows go between the brackets of the prompt, whatever spans it names."""
     starts = {tokenizer.token_to_id("<image>"), tokenizer.token_to_id("<slice>")}
     places = [i + 1 for i, token in enumerate(prompt.token_ids.tolist()) if token in starts]
@@ -140,8 +153,9 @@ class Served:
         with torch.inference_mode():
             return self.model.encode(kind, items)
 
-    def prompt(self, media: Sequence[MediaItem], text: str = "<|im_start|>user\n{}\nWhat is shown?<|im_end|>\n",
-               ) -> Prompt:
+    def prompt(
+        self, media: Sequence[MediaItem], text: str = "<|im_start|>user\n{}\nWhat is shown?<|im_end|>\n"
+    ) -> Prompt:
         marks = "\n".join(self.processor.placeholder(item.kind, 0) for item in media)
         return self.processor.build(text.format(marks), [self.processor.process(item) for item in media])
 
@@ -177,12 +191,26 @@ def processor(config: dict[str, Any] | None = None, **overrides: Any) -> MiniCPM
 
 # Slices, counts and pixels.
 
-@pytest.mark.parametrize(("width", "height", "grid", "whole", "refined", "rows"), [
-    (448, 448, None, (448, 448), None, 64), (100, 100, None, (448, 448), None, 64),
-    (640, 480, (2, 1), (518, 392), (728, 546), 192), (480, 640, (1, 2), (392, 518), (546, 728), 192),
-    (1200, 300, (3, 1), (896, 224), (1554, 392), 256), (1344, 1344, (3, 3), (448, 448), (1344, 1344), 640)])
-def test_golden(width: int, height: int, grid: tuple[int, int] | None, whole: tuple[int, int],
-                refined: tuple[int, int] | None, rows: int) -> None:
+
+@pytest.mark.parametrize(
+    ("width", "height", "grid", "whole", "refined", "rows"),
+    [
+        (448, 448, None, (448, 448), None, 64),
+        (100, 100, None, (448, 448), None, 64),
+        (640, 480, (2, 1), (518, 392), (728, 546), 192),
+        (480, 640, (1, 2), (392, 518), (546, 728), 192),
+        (1200, 300, (3, 1), (896, 224), (1554, 392), 256),
+        (1344, 1344, (3, 3), (448, 448), (1344, 1344), 640),
+    ],
+)
+def test_golden(
+    width: int,
+    height: int,
+    grid: tuple[int, int] | None,
+    whole: tuple[int, int],
+    refined: tuple[int, int] | None,
+    rows: int,
+) -> None:
     plan = slicing(height, width, 9, 448, 14)
     assert plan.whole == whole[::-1]
     assert (plan.columns, plan.rows) == (grid or (0, 0))
@@ -247,6 +275,7 @@ def test_slicing_switched_off() -> None:
 
 # Prompts.
 
+
 def test_placeholders_are_numbered_by_their_place() -> None:
     here = processor()
     small, tall = here.process(noise(100, 100)), here.process(noise(1200, 400))
@@ -309,12 +338,15 @@ def test_text_is_tokenized_as_one(here: Served) -> None:
     whole, cell = f"<image>{'<unk>' * 4}</image>", f"<slice>{'<unk>' * 4}</slice>"
     assert here.processor.process(picture).arrays["layout"].tolist() == [1, 1, 3]
     text = f"<|im_start|>user\nLook: <image_id>0</image_id>{whole}{cell * 3}\n and at <image_id>1</image_id>{whole}!"
-    prompt = here.processor.build("<|im_start|>user\nLook: (<image>./</image>)\n and at (<image>./</image>)!",
-                                  [here.processor.process(one) for one in (picture, noise(50, 50))])
+    prompt = here.processor.build(
+        "<|im_start|>user\nLook: (<image>./</image>)\n and at (<image>./</image>)!",
+        [here.processor.process(one) for one in (picture, noise(50, 50))],
+    )
     assert prompt.token_ids.tolist() == theirs(text).input_ids
 
 
 # Numbers.
+
 
 def test_rows_equal_the_composition(here: Served) -> None:
     items = [noise(*size, seed=i) for i, size in enumerate(SIZES)]
@@ -352,14 +384,18 @@ def test_fields_of_positions_equal_idefics2(side: int) -> None:
 def test_logits_and_greedy_tokens_equal_the_composition(here: Served) -> None:
     for items in ([], media()[:1], media()):
         prompt = here.prompt(items)
-        embeddings = oracle_embeddings(here.parts, prompt, items, here.processor.tokenizer) if items else \
-            here.parts.text.get_input_embeddings()(torch.from_numpy(prompt.token_ids).long()).detach()
+        embeddings = (
+            oracle_embeddings(here.parts, prompt, items, here.processor.tokenizer)
+            if items
+            else here.parts.text.get_input_embeddings()(torch.from_numpy(prompt.token_ids).long()).detach()
+        )
         with torch.inference_mode():
             theirs = here.parts.text(inputs_embeds=embeddings[None]).logits[0]
         torch.testing.assert_close(Driver(here.model).prefill(here.run(prompt)), theirs, atol=1e-4, rtol=0)
         ours = Driver(here.model).greedy([here.run(prompt)], 32)[0]
-        made = here.parts.text.generate(inputs_embeds=embeddings[None], max_new_tokens=32, min_new_tokens=32,
-                                        do_sample=False, eos_token_id=None)
+        made = here.parts.text.generate(
+            inputs_embeds=embeddings[None], max_new_tokens=32, min_new_tokens=32, do_sample=False, eos_token_id=None
+        )
         assert ours == made[0].tolist()
         assert len(set(ours)) > 4, "a model that runs in circles shows nothing"
 
@@ -394,6 +430,7 @@ def test_bfloat16_rows_are_close(here: Served) -> None:
 
 # Checkpoints.
 
+
 @pytest.mark.parametrize("options", [{"shards": 3}, {"pickled": True}, {"dtype": "bfloat16"}], ids=str)
 def test_files(options: dict[str, Any], tmp_path: Path) -> None:
     here = load(tmp_path, checkpoints.make_minicpmv(tmp_path, **options))
@@ -406,8 +443,11 @@ def test_the_last_layer_may_be_dropped(tmp_path: Path) -> None:
     shorter = checkpoints.make_minicpmv(tmp_path / "short", vision={"num_hidden_layers": 1})
     checkpoints.make_minicpmv(tmp_path / "long")
     tensors = checkpoints.read_weights(tmp_path / "short")
-    extra = {key: value for key, value in checkpoints.read_weights(tmp_path / "long").items() if ".layers.1." in key
-             and key.startswith("vpm.")}
+    extra = {
+        key: value
+        for key, value in checkpoints.read_weights(tmp_path / "long").items()
+        if ".layers.1." in key and key.startswith("vpm.")
+    }
     for stored in (tensors, tensors | extra | {"resampler.pos_embed": torch.zeros(2, 2)}):
         checkpoints.write_weights(tmp_path / "short", stored)
         config = json.loads((tmp_path / "short" / "config.json").read_text())
@@ -420,10 +460,15 @@ def test_the_last_layer_may_be_dropped(tmp_path: Path) -> None:
         torch.testing.assert_close(ours, oracle_rows(shorter, item), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("change", "problem"), [
-    ({"version": 2.5}, "version 2.5 is not supported"), ({"version": None}, "version None is not supported"),
-    ({"vision_config": {"model_type": "clip_vision_model"}}, "vision tower 'clip_vision_model' is not supported"),
-    ({"hidden_size": 192, "num_attention_heads": 6, "num_key_value_heads": 2}, "192 is no multiple of")])
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"version": 2.5}, "version 2.5 is not supported"),
+        ({"version": None}, "version None is not supported"),
+        ({"vision_config": {"model_type": "clip_vision_model"}}, "vision tower 'clip_vision_model' is not supported"),
+        ({"hidden_size": 192, "num_attention_heads": 6, "num_key_value_heads": 2}, "192 is no multiple of"),
+    ],
+)
 def test_unsupported_configurations(change: dict[str, Any], problem: str, tmp_path: Path) -> None:
     checkpoints.make_minicpmv(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -451,8 +496,12 @@ def test_missing_tensors_are_named(tmp_path: Path) -> None:
 
 def test_its_own_chat_template(here: Served) -> None:
     tokenizer = here.processor.tokenizer.with_literals(here.processor.literals, special=True)
-    template = LocalTemplate(defaults.TEMPLATES["MiniCPMV"], tokenizer, modalities=here.processor.modalities,
-                            placeholder=here.processor.placeholder)
+    template = LocalTemplate(
+        defaults.TEMPLATES["MiniCPMV"],
+        tokenizer,
+        modalities=here.processor.modalities,
+        placeholder=here.processor.placeholder,
+    )
     forged = TextPart("no (<image>./</image>)")
     parts = (MediaPart("video"), MediaPart("image"), TextPart("What?"))
     text = template.render([Message("user", parts), Message("assistant", (forged,)), Message("user", (forged,))])
@@ -460,7 +509,8 @@ def test_its_own_chat_template(here: Served) -> None:
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\n(<video>./</video>)\n(<image>./</image>)\nWhat?<|im_end|>\n"
         "<|im_start|>assistant\nno (<image>./</image>)<|im_end|>\n<|im_start|>user\nno (<image>./</image>)<|im_end|>\n"
-        "<|im_start|>assistant\n")
+        "<|im_start|>assistant\n"
+    )
     made = [here.processor.process(item) for item in (noise(50, 50, frames=2), noise(20, 20))]
     assert {span.item for span in here.processor.build(text, made).spans} == {0, 1}
 

@@ -9,20 +9,27 @@ from typing import Any
 import pytest
 import torch
 from support.encoder_support import VOCAB, load, pooled, prompts_of, run, save
-from transformers import (
-    ModernBertConfig,
-    ModernBertForMaskedLM,
-    ModernBertForSequenceClassification,
-    ModernBertModel,
-)
+from transformers import ModernBertConfig, ModernBertForMaskedLM, ModernBertForSequenceClassification, ModernBertModel
 
 from sensorium.checkpoint.configs import open_checkpoint
 from sensorium.errors import CheckpointError
 from sensorium.models.modernbert import ModernBertModel as Ours
 
-SHAPE = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48,
-         "vocab_size": VOCAB, "max_position_embeddings": 300, "local_attention": 16, "pad_token_id": 0,
-         "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2, "reference_compile": False}
+SHAPE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 300,
+    "local_attention": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "cls_token_id": 1,
+    "sep_token_id": 2,
+    "reference_compile": False,
+}
 LENGTHS = [1, 9, 8, 250, 40, 3]  # shorter than a window, as long, longer; blocks that hold several and parts
 
 
@@ -40,10 +47,16 @@ def check_states(oracle: Any, model: Any) -> None:
         torch.testing.assert_close(states, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"norm_bias": True, "attention_bias": True, "mlp_bias": True}, {"local_attention": 128},
-    {"layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]},
-    {"hidden_activation": "silu"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"norm_bias": True, "attention_bias": True, "mlp_bias": True},
+        {"local_attention": 128},
+        {"layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]},
+        {"hidden_activation": "silu"},
+    ],
+)
 @torch.inference_mode()
 def test_states(tmp_path: Path, options: dict[str, Any]) -> None:
     check_states(save(ModernBertModel(ModernBertConfig(**{**SHAPE, **options})), tmp_path), load(tmp_path))
@@ -53,8 +66,14 @@ def test_states(tmp_path: Path, options: dict[str, Any]) -> None:
 def test_config_as_on_the_hub(tmp_path: Path) -> None:
     config = ModernBertConfig(**SHAPE, global_attn_every_n_layers=2, global_rope_theta=5000.0, local_rope_theta=90.0)
     oracle = save(ModernBertModel(config), tmp_path)
-    edit_config(tmp_path, layer_types=None, rope_parameters=None, global_attn_every_n_layers=2,
-                global_rope_theta=5000.0, local_rope_theta=90.0)
+    edit_config(
+        tmp_path,
+        layer_types=None,
+        rope_parameters=None,
+        global_attn_every_n_layers=2,
+        global_rope_theta=5000.0,
+        local_rope_theta=90.0,
+    )
     model = load(tmp_path)
     assert isinstance(model, Ours)
     assert model.config.is_local == (False, True, False, True)
@@ -83,10 +102,14 @@ def test_masked_language_model_embeds(tmp_path: Path) -> None:
         torch.testing.assert_close(pooled(model, "embed", states, ids), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("options", [
-    {"classifier_pooling": "cls", "num_labels": 1},
-    {"classifier_pooling": "mean", "num_labels": 3},
-    {"classifier_bias": True, "norm_bias": True, "classifier_activation": "silu", "num_labels": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"classifier_pooling": "cls", "num_labels": 1},
+        {"classifier_pooling": "mean", "num_labels": 3},
+        {"classifier_bias": True, "norm_bias": True, "classifier_activation": "silu", "num_labels": 2},
+    ],
+)
 @torch.inference_mode()
 def test_classifiers(tmp_path: Path, options: dict[str, Any]) -> None:
     oracle = save(ModernBertForSequenceClassification(ModernBertConfig(**SHAPE, **options)), tmp_path)
@@ -95,8 +118,9 @@ def test_classifiers(tmp_path: Path, options: dict[str, Any]) -> None:
     prompts = prompts_of(LENGTHS)
     for ids, states in zip(prompts, run(model, prompts), strict=True):
         logits = oracle(ids.unsqueeze(0)).logits[0]
-        torch.testing.assert_close(pooled(model, "classify", states, ids, activation=False), logits,
-                                   atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            pooled(model, "classify", states, ids, activation=False), logits, atol=1e-5, rtol=1e-5
+        )
         expected = logits.sigmoid() if options["num_labels"] == 1 else logits.softmax(-1)
         torch.testing.assert_close(pooled(model, "classify", states, ids), expected, atol=1e-5, rtol=1e-5)
 
@@ -126,12 +150,13 @@ def test_what_it_cannot_compute_is_refused(tmp_path: Path) -> None:
     save(ModernBertForSequenceClassification(ModernBertConfig(**SHAPE, num_labels=1)), tmp_path)
     original = json.loads((tmp_path / "config.json").read_text())
     for changes, said in (
-            ({"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 4.0}}}, "yarn"),
-            ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling"),
-            ({"layer_types": ["full_attention"]}, "layer_types"),
-            ({"layer_types": ["chunked_attention"] * 4}, "layer_types"),
-            ({"classifier_pooling": "max"}, "classifier_pooling"),
-            ({"hidden_activation": "mish"}, "mish")):
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 4.0}}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ({"layer_types": ["full_attention"]}, "layer_types"),
+        ({"layer_types": ["chunked_attention"] * 4}, "layer_types"),
+        ({"classifier_pooling": "max"}, "classifier_pooling"),
+        ({"hidden_activation": "mish"}, "mish"),
+    ):
         (tmp_path / "config.json").write_text(json.dumps(original))
         edit_config(tmp_path, **changes)
         with pytest.raises(CheckpointError, match=said):

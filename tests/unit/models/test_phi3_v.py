@@ -40,6 +40,7 @@ SIZES = [(50, 70), (200, 60), (56, 56)]
 
 # What the published code computes, written down once more.
 
+
 def oracle_canvas(picture: np.ndarray, num_crops: int, tile: int) -> np.ndarray:
     """uint8 [height, width, 3] -> the padded picture."""
     one = Image.fromarray(picture)
@@ -65,8 +66,9 @@ def oracle_tiles(picture: np.ndarray, num_crops: int, tile: int) -> tuple[torch.
     return torch.cat([whole, torch.stack(crops)]), (high, wide)
 
 
-def oracle_rows(parts: checkpoints.Parts, picture: np.ndarray, *, num_crops: int = 4, tile: int = 56,
-                order: str = "sub_glb") -> torch.Tensor:
+def oracle_rows(
+    parts: checkpoints.Parts, picture: np.ndarray, *, num_crops: int = 4, tile: int = 56, order: str = "sub_glb"
+) -> torch.Tensor:
     tiles, (high, wide) = oracle_tiles(picture, num_crops, tile)
     with torch.inference_mode():
         states = parts.vision(tiles, output_hidden_states=True).hidden_states[-2][:, 1:]
@@ -121,8 +123,9 @@ class Served:
         with torch.inference_mode():
             return self.model.encode("image", items)
 
-    def prompt(self, pictures: Sequence[MediaItem], text: str = "<|user|>\n{}What is shown?<|end|>\n<|assistant|>\n",
-               ) -> Prompt:
+    def prompt(
+        self, pictures: Sequence[MediaItem], text: str = "<|user|>\n{}What is shown?<|end|>\n<|assistant|>\n"
+    ) -> Prompt:
         marks = "".join(f"{self.processor.placeholder('image', i)}\n" for i in range(len(pictures)))
         media = [self.processor.process(picture) for picture in pictures]
         return self.processor.build(text.format(marks), media, add_special_tokens=True)
@@ -159,9 +162,19 @@ def processor(**overrides: Any) -> Phi3VProcessor:
 
 # Counts and pixels.
 
-@pytest.mark.parametrize(("crops", "height", "width", "grid", "tokens"), [
-    (4, 336, 336, (2, 2), 757), (4, 480, 640, (2, 2), 757), (4, 1200, 300, (4, 1), 781), (4, 300, 1200, (1, 4), 745),
-    (16, 336, 336, (4, 4), 2509), (16, 480, 640, (3, 4), 1921), (16, 640, 480, (4, 3), 1933)])
+
+@pytest.mark.parametrize(
+    ("crops", "height", "width", "grid", "tokens"),
+    [
+        (4, 336, 336, (2, 2), 757),
+        (4, 480, 640, (2, 2), 757),
+        (4, 1200, 300, (4, 1), 781),
+        (4, 300, 1200, (1, 4), 745),
+        (16, 336, 336, (4, 4), 2509),
+        (16, 480, 640, (3, 4), 1921),
+        (16, 640, 480, (4, 3), 1933),
+    ],
+)
 def test_golden(crops: int, height: int, width: int, grid: tuple[int, int], tokens: int) -> None:
     here = processor(num_crops=crops)
     assert here.num_tokens("image", height, width) == tokens
@@ -177,8 +190,9 @@ def test_pixels(height: int, width: int, crops: int) -> None:
     config = {"img_processor": {"vision_config": {"image_size": 28, "patch_size": 14}}}
     here = Phi3VProcessor(record(config, FILE), WordTokenizer(TOKENS), {"num_crops": crops})
     item = noise(height, width)
-    if 28 * max(s for s in range(1, 18) if s * math.ceil(s * min(height, width) / max(height, width)) <= crops) \
-            * min(height, width) < max(height, width):
+    if 28 * max(s for s in range(1, 18) if s * math.ceil(s * min(height, width) / max(height, width)) <= crops) * min(
+        height, width
+    ) < max(height, width):
         with pytest.raises(MediaError, match="too narrow"):
             here.process(item)
         return
@@ -214,6 +228,7 @@ def test_num_crops_of_file_operator_and_request() -> None:
 
 # Prompts.
 
+
 def test_every_piece_of_text_begins_anew() -> None:
     here = processor()
     one = here.process(noise(336, 336))
@@ -232,9 +247,17 @@ def test_the_number_selects_the_picture() -> None:
     assert prompt.media == (square, wide)
 
 
-@pytest.mark.parametrize(("text", "count"), [
-    ("<|image_1|>", 0), ("none", 1), ("<|image_2|>", 1), ("<|image_1|><|image_3|>", 2), ("<|image_0|>", 1),
-    ("<|image_1|>", 2)])
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("<|image_1|>", 0),
+        ("none", 1),
+        ("<|image_2|>", 1),
+        ("<|image_1|><|image_3|>", 2),
+        ("<|image_0|>", 1),
+        ("<|image_1|>", 2),
+    ],
+)
 def test_numbers_and_pictures_must_agree(text: str, count: int) -> None:
     here = processor(num_crops=1)
     with pytest.raises(RequestError, match=rf"brings {count} picture") as refused:
@@ -264,6 +287,7 @@ def test_pieces_equal_the_published_processor(here: Served) -> None:
 
 
 # Numbers.
+
 
 def test_rows_equal_the_composition(here: Served) -> None:
     items = pictures()
@@ -341,6 +365,7 @@ def test_bfloat16_rows_are_close(here: Served) -> None:
 
 # Checkpoints.
 
+
 @pytest.mark.parametrize("options", [{"shards": 2}, {"pickled": True}, {"dtype": "bfloat16"}], ids=str)
 def test_files(options: dict[str, Any], tmp_path: Path) -> None:
     here = load(tmp_path, checkpoints.make_phi3_v(tmp_path, **options))
@@ -353,8 +378,11 @@ def test_dialects_of_the_tower(tmp_path: Path) -> None:
     parts = checkpoints.make_phi3_v(tmp_path)
     tensors = checkpoints.read_weights(tmp_path)
     prefix = "model.vision_embed_tokens"
-    tensors = {key.replace("img_processor.vision_model.", "img_processor."): value for key, value in tensors.items()
-               if ".layers.2." not in key and "post_layernorm" not in key}
+    tensors = {
+        key.replace("img_processor.vision_model.", "img_processor."): value
+        for key, value in tensors.items()
+        if ".layers.2." not in key and "post_layernorm" not in key
+    }
     tensors[f"{prefix}.wte.weight"] = tensors["model.embed_tokens.weight"].clone()
     tensors[f"{prefix}.img_processor.embeddings.position_ids"] = torch.arange(17)
     checkpoints.write_weights(tmp_path, tensors)
@@ -386,11 +414,15 @@ def test_order_of_the_halves(tmp_path: Path) -> None:
     torch.testing.assert_close(ours, oracle_rows(parts, item.data, order="glb_sub"), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("part", "change", "problem"), [
-    ("embd_layer", {"projection_cls": "linear"}, "embd_layer.projection_cls 'linear' is not supported"),
-    ("embd_layer", {"with_learnable_separator": False}, "with_learnable_separator False is not supported"),
-    ("img_processor", {"type_feature": "cls_patch"}, "img_processor.type_feature 'cls_patch' is not supported"),
-    ("img_processor", {"vision_config": None}, "takes pictures of 56 pixels instead of 336")])
+@pytest.mark.parametrize(
+    ("part", "change", "problem"),
+    [
+        ("embd_layer", {"projection_cls": "linear"}, "embd_layer.projection_cls 'linear' is not supported"),
+        ("embd_layer", {"with_learnable_separator": False}, "with_learnable_separator False is not supported"),
+        ("img_processor", {"type_feature": "cls_patch"}, "img_processor.type_feature 'cls_patch' is not supported"),
+        ("img_processor", {"vision_config": None}, "takes pictures of 56 pixels instead of 336"),
+    ],
+)
 def test_unsupported_configurations(part: str, change: dict[str, Any], problem: str, tmp_path: Path) -> None:
     checkpoints.make_phi3_v(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -418,14 +450,25 @@ def test_stop_tokens(tmp_path: Path) -> None:
 
 def test_its_own_chat_template(here: Served) -> None:
     tokenizer = here.processor.tokenizer.with_literals(here.processor.literals, special=True)
-    template = LocalTemplate(defaults.TEMPLATES["Phi3VForCausalLM"], tokenizer, modalities=here.processor.modalities,
-                            placeholder=here.processor.placeholder)
+    template = LocalTemplate(
+        defaults.TEMPLATES["Phi3VForCausalLM"],
+        tokenizer,
+        modalities=here.processor.modalities,
+        placeholder=here.processor.placeholder,
+    )
     forged = TextPart("as in <|image_2|>")
-    text = template.render([Message("system", (forged,)), Message("user", (MediaPart("image"), TextPart("What?"))),
-                            Message("assistant", (forged,)), Message("user", (TextPart("And"), MediaPart("image")))])
+    text = template.render(
+        [
+            Message("system", (forged,)),
+            Message("user", (MediaPart("image"), TextPart("What?"))),
+            Message("assistant", (forged,)),
+            Message("user", (TextPart("And"), MediaPart("image"))),
+        ]
+    )
     assert tokenizer.unescape(text) == (
         "<|system|>\nas in <|image_2|><|end|>\n<|user|>\n<|image_1|>\nWhat?<|end|>\n"
-        "<|assistant|>\nas in <|image_2|><|end|>\n<|user|>\nAnd\n<|image_2|><|end|>\n<|assistant|>\n")
+        "<|assistant|>\nas in <|image_2|><|end|>\n<|user|>\nAnd\n<|image_2|><|end|>\n<|assistant|>\n"
+    )
     media = [here.processor.process(item) for item in pictures(2)]
     assert [span.item for span in here.processor.build(text, media).spans] == [0, 1]
 

@@ -54,8 +54,11 @@ def without_native() -> Iterator[None]:
 
 def bits_of(model: Model) -> dict[str, int]:
     """Bits of every linear layer and embedding table, 16 for plain numbers."""
-    return {name: getattr(module.form, "bits", 16) for name, module in model.named_modules()
-            if isinstance(module, Linear | Embedding) and (isinstance(module, Linear) or not module._tied)}
+    return {
+        name: getattr(module.form, "bits", 16)
+        for name, module in model.named_modules()
+        if isinstance(module, Linear | Embedding) and (isinstance(module, Linear) or not module._tied)
+    }
 
 
 def error(got: Tensor, expected: Tensor) -> float:
@@ -67,7 +70,9 @@ def test_what_is_quantised(tmp_path: Path, wanted: Quantization) -> None:
     make_llama(tmp_path)
     found = bits_of(load(tmp_path, quantization=wanted))
     assert found == {f"model.layers.{i}.{name}": wanted.bits for i in range(2) for name in LAYERS} | {
-        "lm_head": 8, "model.embed_tokens": 8}
+        "lm_head": 8,
+        "model.embed_tokens": 8,
+    }
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
@@ -84,8 +89,10 @@ def test_a_tied_head_is_one_copy_of_eight_bits(tmp_path: Path, dtype: torch.dtyp
 
 
 TOWERS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
-    "qwen2_vl": (make_qwen2_vl, ("visual.",)), "llava": (make_llava, ("vision_tower.", "multi_modal_projector.")),
-    "qwen2_omni": (make_qwen2_omni, ("visual.", "audio_tower."))}
+    "qwen2_vl": (make_qwen2_vl, ("visual.",)),
+    "llava": (make_llava, ("vision_tower.", "multi_modal_projector.")),
+    "qwen2_omni": (make_qwen2_omni, ("visual.", "audio_tower.")),
+}
 
 
 @pytest.mark.parametrize("family", TOWERS)
@@ -99,8 +106,15 @@ def test_towers_only_when_asked(tmp_path: Path, family: str) -> None:
     assert {found[name] for name in found.keys() - towers} <= {4, 8}
     model = load(tmp_path, quantization=INT4, quantize_towers=True)
     for name, bits in bits_of(model).items():
-        assert bits == (16 if isinstance(model.get_submodule(name), PatchLinear) else found[name] if found[name] < 16
-                        else 8 if isinstance(model.get_submodule(name), Embedding) else 4), name
+        assert bits == (
+            16
+            if isinstance(model.get_submodule(name), PatchLinear)
+            else found[name]
+            if found[name] < 16
+            else 8
+            if isinstance(model.get_submodule(name), Embedding)
+            else 4
+        ), name
 
 
 @pytest.mark.parametrize("quantization", [INT8, INT4])
@@ -110,8 +124,12 @@ def test_quantised_towers_see_much_the_same(tmp_path: Path, quantization: Quanti
     grid = torch.tensor([1, 8, 8])
     pixels = torch.randn(64, 588, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        plain, less = (load(tmp_path, dtype, quantization, quantize_towers=towers).encode(
-            "image", [{"pixels": pixels, "grid": grid}])[0] for towers in (False, True))
+        plain, less = (
+            load(tmp_path, dtype, quantization, quantize_towers=towers).encode(
+                "image", [{"pixels": pixels, "grid": grid}]
+            )[0]
+            for towers in (False, True)
+        )
     assert 0 < error(less, plain) < (0.03 if quantization is INT8 else 0.25)
 
 
@@ -125,11 +143,17 @@ def test_quantised_decoders_think_much_the_same(tmp_path: Path, quantization: Qu
         assert 0 < error(got, plain) < (0.04 if quantization is INT8 else 0.3)
 
 
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "vocab_size": VOCAB}
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": VOCAB,
+}
 ENCODERS: dict[str, tuple[Any, Any]] = {
     "bert": (BertModel, BertConfig(max_position_embeddings=64, **SIZES)),
-    "modernbert": (ModernBertModel, ModernBertConfig(max_position_embeddings=64, pad_token_id=0, **SIZES))}
+    "modernbert": (ModernBertModel, ModernBertConfig(max_position_embeddings=64, pad_token_id=0, **SIZES)),
+}
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -197,25 +221,50 @@ def test_peak_memory_is_the_quantised_model_and_one_tensor(tmp_path: Path) -> No
     large = tmp_path / "large"
     make_llama(large, hidden_size=64)
     hidden, inner, layers = 1024, 2560, 10
-    shapes = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (hidden, hidden),
-              "self_attn.v_proj": (hidden, hidden), "self_attn.o_proj": (hidden, hidden),
-              "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner),
-              "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}
+    shapes = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (hidden, hidden),
+        "self_attn.v_proj": (hidden, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
     noise = {shape: torch.randn(shape).to(BF16) for shape in set(shapes.values())}
     config = json.loads((large / "config.json").read_text())
     table = torch.randn(config["vocab_size"], hidden).to(BF16)
-    tensors = {"model.embed_tokens.weight": table, "lm_head.weight": table.clone(),
-               "model.norm.weight": table[0].clone()}
+    tensors = {
+        "model.embed_tokens.weight": table,
+        "lm_head.weight": table.clone(),
+        "model.norm.weight": table[0].clone(),
+    }
     for index in range(layers):
         tensors |= {f"model.layers.{index}.{name}.weight": noise[shape].clone() for name, shape in shapes.items()}
     save_file(tensors, large / "model.safetensors")
-    (large / "config.json").write_text(json.dumps({
-        **config, "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "head_dim": 128,
-        "num_attention_heads": 8, "num_key_value_heads": 8, "torch_dtype": "bfloat16"}))
+    (large / "config.json").write_text(
+        json.dumps(
+            {
+                **config,
+                "hidden_size": hidden,
+                "intermediate_size": inner,
+                "num_hidden_layers": layers,
+                "head_dim": 128,
+                "num_attention_heads": 8,
+                "num_key_value_heads": 8,
+                "torch_dtype": "bfloat16",
+            }
+        )
+    )
     stored, largest = sum(t.nbytes for t in tensors.values()), max(t.nbytes for t in tensors.values())
     for bits in (4, 8):
-        done = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path / "small"), str(large), str(bits)],
-                              capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, str(tmp_path / "small"), str(large), str(bits)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         peak, held = map(int, done.stdout.split())
         assert held < stored * (0.29 if bits == 4 else 0.52)
         assert held < peak < held + largest + 48 * 2**20 < stored
@@ -236,9 +285,14 @@ def test_activation_bytes_bounds_what_the_twin_takes(tmp_path: Path) -> None:
 
 
 MODES: dict[str, tuple[torch.dtype, Quantization | None, bool]] = {
-    "fp32": (torch.float32, None, False), "bf16": (BF16, None, False), "bf16-kv8": (BF16, None, True),
-    "int8": (BF16, INT8, False), "int8-kv8": (BF16, INT8, True), "int4": (BF16, INT4, False),
-    "int4-kv8": (BF16, INT4, True)}
+    "fp32": (torch.float32, None, False),
+    "bf16": (BF16, None, False),
+    "bf16-kv8": (BF16, None, True),
+    "int8": (BF16, INT8, False),
+    "int8-kv8": (BF16, INT8, True),
+    "int4": (BF16, INT4, False),
+    "int4-kv8": (BF16, INT4, True),
+}
 
 # Relative errors of all logits. Sums are rounded to bfloat16 in other places, and a rounding that turns over there may
 # move a code by one.
@@ -252,10 +306,15 @@ def random_shape(seed: int) -> tuple[str, dict[str, Any]]:
     head_dim = 2 * pick.randint(2, 33)
     family = pick.choice(["llama", "mistral", "qwen2", "qwen3"])
     return family, {
-        "hidden_size": heads * pick.randint(3, 29), "intermediate_size": pick.randint(5, 300), "head_dim": head_dim,
-        "num_hidden_layers": pick.randint(1, 3), "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+        "hidden_size": heads * pick.randint(3, 29),
+        "intermediate_size": pick.randint(5, 300),
+        "head_dim": head_dim,
+        "num_hidden_layers": pick.randint(1, 3),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
         "tie_word_embeddings": pick.random() < 0.5,
-        **({"sliding_window": pick.randint(1, 30)} if family == "mistral" else {})}
+        **({"sliding_window": pick.randint(1, 30)} if family == "mistral" else {}),
+    }
 
 
 def states_and_logits(model: Model, dtype: torch.dtype, int8_cache: bool, seed: int) -> Tensor:
@@ -264,8 +323,9 @@ def states_and_logits(model: Model, dtype: torch.dtype, int8_cache: bool, seed: 
     driver = Driver(model, dtype=dtype, int8_cache=int8_cache, block_size=pick.randint(1, 19), num_blocks=400)
     sequences = [Sequence([pick.randrange(400) for _ in range(pick.randint(9, 70))]) for _ in range(3)]
     rows = []
-    while work := [(s, min(pick.randint(1, 40), len(s.tokens) - 3 - s.cached)) for s in sequences
-                   if s.cached < len(s.tokens) - 3]:
+    while work := [
+        (s, min(pick.randint(1, 40), len(s.tokens) - 3 - s.cached)) for s in sequences if s.cached < len(s.tokens) - 3
+    ]:
         rows.append(driver.step(work))
     rows += [driver.step([(s, 1) for s in sequences]) for _ in range(3)]
     return driver.logits(torch.cat(rows)).float()
@@ -292,9 +352,16 @@ def test_whole_models_of_random_shapes(tmp_path: Path, seed: int, mode: str) -> 
 def test_no_result_depends_on_the_number_of_threads(tmp_path: Path, mode: str) -> None:
     """Layers wide enough that several threads take part in each."""
     dtype, quantization, int8_cache = MODES.get(mode, (BF16, INT8, False))
-    make_qwen2_vl(tmp_path, text={"hidden_size": 256, "intermediate_size": 640, "num_attention_heads": 4,
-                                  "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]}},
-                  vision={"embed_dim": 128, "num_heads": 4})
+    make_qwen2_vl(
+        tmp_path,
+        text={
+            "hidden_size": 256,
+            "intermediate_size": 640,
+            "num_attention_heads": 4,
+            "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]},
+        },
+        vision={"embed_dim": 128, "num_heads": 4},
+    )
     grid, generator = torch.tensor([1, 16, 16]), torch.Generator().manual_seed(0)
     pixels = torch.randn(256, 588, generator=generator)
     library = native.load()

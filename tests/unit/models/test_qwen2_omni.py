@@ -64,8 +64,13 @@ def published_features(clips: Sequence[MediaItem], chunk_s: int | None = None) -
     """What transformers' processor gives the model: everything padded to `chunk_s` (published: 300), and a mask."""
     longest = max(len(one.data) for one in clips) / RATE
     extractor = WhisperFeatureExtractor(feature_size=128, chunk_length=chunk_s or math.ceil(longest) + 1)
-    made = extractor([one.data for one in clips], sampling_rate=RATE, padding="max_length", return_tensors="pt",
-                     return_attention_mask=True)
+    made = extractor(
+        [one.data for one in clips],
+        sampling_rate=RATE,
+        padding="max_length",
+        return_tensors="pt",
+        return_attention_mask=True,
+    )
     return {"input_features": made["input_features"], "feature_attention_mask": made["attention_mask"]}
 
 
@@ -74,9 +79,20 @@ def oracle_inputs(here: Served, items: Sequence[MediaItem], prompt: Prompt) -> d
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     pictures = [item.data for item in items if item.kind == "image"]
     if pictures:
-        inputs |= Qwen2VLImageProcessorPil(**{k: here.preprocessor[k] for k in (
-            "patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels", "image_mean", "image_std")})(
-            pictures, return_tensors="pt", input_data_format="channels_last")
+        inputs |= Qwen2VLImageProcessorPil(
+            **{
+                k: here.preprocessor[k]
+                for k in (
+                    "patch_size",
+                    "temporal_patch_size",
+                    "merge_size",
+                    "min_pixels",
+                    "max_pixels",
+                    "image_mean",
+                    "image_std",
+                )
+            }
+        )(pictures, return_tensors="pt", input_data_format="channels_last")
     sounds = [item for item in items if item.kind == "audio"]
     if sounds:
         inputs |= published_features(sounds)
@@ -95,11 +111,20 @@ def theirs_of(here: Served, items: Sequence[MediaItem], prompt: Prompt) -> torch
     return logits
 
 
-MIXED = [noise(60, 90, seed=1), sound(2.3), clip(70, 100, 5, 2.7, seed=2), noise(150, 40, seed=4), sound(0.1, seed=1),
-         clip(56, 56, 4, 40.0, seed=3)]
+MIXED = [
+    noise(60, 90, seed=1),
+    sound(2.3),
+    clip(70, 100, 5, 2.7, seed=2),
+    noise(150, 40, seed=4),
+    sound(0.1, seed=1),
+    clip(56, 56, 4, 40.0, seed=3),
+]
 SETS = {
-    "all": MIXED, "pictures": [noise(130, 170), noise(60, 60, seed=2)], "sounds": [sound(0.1), sound(4.5, seed=1)],
-    "videos": [clip(70, 100, 5, 2.7), clip(60, 60, 3, 1.0, seed=1)], "text": [],
+    "all": MIXED,
+    "pictures": [noise(130, 170), noise(60, 60, seed=2)],
+    "sounds": [sound(0.1), sound(4.5, seed=1)],
+    "videos": [clip(70, 100, 5, 2.7), clip(60, 60, 3, 1.0, seed=1)],
+    "text": [],
 }
 
 
@@ -117,8 +142,9 @@ def test_greedy_tokens_equal_transformers(name: str) -> None:
     here, items = served(), SETS[name]
     prompt = here.prompt(items)
     ours = Driver(here.model, num_blocks=1024).greedy([here.run(prompt)], 32)[0]
-    made = here.oracle.generate(**oracle_inputs(here, items, prompt), max_new_tokens=32, min_new_tokens=32,
-                                do_sample=False, eos_token_id=None)
+    made = here.oracle.generate(
+        **oracle_inputs(here, items, prompt), max_new_tokens=32, min_new_tokens=32, do_sample=False, eos_token_id=None
+    )
     assert ours == made[0, len(prompt.token_ids) :].tolist()
     assert len(set(ours)) > 4, "a model that runs in circles shows nothing"
 
@@ -137,17 +163,33 @@ def test_prefill_cut_everywhere_inside_media() -> None:
 
 def test_unequal_requests_together_equal_one_by_one() -> None:
     here = served()
-    prompts = [here.prompt(items, text="a{}" + " word" * i) for i, items in enumerate(
-        [[], [sound(0.3)], [clip(56, 56, 3, 1.5)], [noise(60, 90), sound(1.0, seed=2)], [sound(0.2, seed=3)]])]
+    prompts = [
+        here.prompt(items, text="a{}" + " word" * i)
+        for i, items in enumerate(
+            [[], [sound(0.3)], [clip(56, 56, 3, 1.5)], [noise(60, 90), sound(1.0, seed=2)], [sound(0.2, seed=3)]]
+        )
+    ]
     alone = [Driver(here.model).greedy([here.run(prompt)], 12)[0] for prompt in prompts]
     assert Driver(here.model, num_blocks=1024).greedy([here.run(prompt) for prompt in prompts], 12) == alone
 
 
 # Vision: the windowed tower.
 
-@pytest.mark.parametrize("sizes", [
-    [(56, 56)], [(1, 1)], [(57, 85)], [(300, 60), (60, 300)], [(60, 90), (56, 56), (400, 300)], [(28, 2000)],
-    [(8, 1600)], [(1260, 900)]], ids=str)
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [(56, 56)],
+        [(1, 1)],
+        [(57, 85)],
+        [(300, 60), (60, 300)],
+        [(60, 90), (56, 56), (400, 300)],
+        [(28, 2000)],
+        [(8, 1600)],
+        [(1260, 900)],
+    ],
+    ids=str,
+)
 def test_picture_rows_equal_transformers(sizes: list[tuple[int, int]]) -> None:
     here = served()
     items = [noise(*size, seed=i) for i, size in enumerate(sizes)]
@@ -171,8 +213,9 @@ def test_video_rows_equal_transformers_beside_pictures() -> None:
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
     still = here.processor.process(noise(200, 200, seed=3))
     with torch.inference_mode():
-        both = here.model.encode("image", [{k: torch.from_numpy(v) for k, v in one.arrays.items()}
-                                           for one in (still, prompt.media[0])])
+        both = here.model.encode(
+            "image", [{k: torch.from_numpy(v) for k, v in one.arrays.items()} for one in (still, prompt.media[0])]
+        )
     torch.testing.assert_close(both[1], theirs[0], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(both[0], here.encode([still])[0], atol=1e-5, rtol=1e-5)
 
@@ -199,8 +242,10 @@ def test_a_picture_of_one_window_and_one_of_many_together() -> None:
 
 # Sounds.
 
-@pytest.mark.parametrize(("seconds", "chunk_s"), [
-    (0.1, 2), (0.105, 2), (0.31, 2), (1.0, 2), (1.2345, 2), (2.0, 3), (3.999, 5), (0.25, 300)])
+
+@pytest.mark.parametrize(
+    ("seconds", "chunk_s"), [(0.1, 2), (0.105, 2), (0.31, 2), (1.0, 2), (1.2345, 2), (2.0, 3), (3.999, 5), (0.25, 300)]
+)
 def test_features_equal_transformers(seconds: float, chunk_s: int) -> None:
     item = sound(seconds)
     mel = served().processor.process(item).arrays["mel"]
@@ -263,15 +308,20 @@ def test_counts_of_sounds(samples: int) -> None:
 
 # Positions.
 
+
 @pytest.mark.parametrize("name", [name for name in SETS if name != "text"])
 def test_positions_equal_transformers(name: str) -> None:
     here, items = served(), SETS[name]
     prompt = here.prompt(items)
     inputs = oracle_inputs(here, items, prompt)
     expected, delta = here.oracle.model.get_rope_index(
-        inputs["input_ids"], inputs.get("image_grid_thw"), inputs.get("video_grid_thw"), inputs["attention_mask"],
+        inputs["input_ids"],
+        inputs.get("image_grid_thw"),
+        inputs.get("video_grid_thw"),
+        inputs["attention_mask"],
         audio_seqlens=inputs["feature_attention_mask"].sum(-1) if "feature_attention_mask" in inputs else None,
-        second_per_grids=inputs.get("video_second_per_grid"))
+        second_per_grids=inputs.get("video_second_per_grid"),
+    )
     if name == "sounds":
         assert (prompt.positions, prompt.position_delta, int(delta)) == (None, 0, 0)
         return
@@ -279,9 +329,17 @@ def test_positions_equal_transformers(name: str) -> None:
     assert prompt.position_delta == int(delta)
 
 
-@pytest.mark.parametrize(("frames", "duration_s", "times"), [
-    (20, 10.0, [0, 25, 50, 75, 100, 125, 150, 175, 200, 225]), (4, 1.0, [0, 12]), (4, 2.7, [0, 33]),
-    (6, 0.1, [0, 0, 1]), (3, 3.0, [0, 50]), (6, 600.0, [0, 5000, 10000])])
+@pytest.mark.parametrize(
+    ("frames", "duration_s", "times"),
+    [
+        (20, 10.0, [0, 25, 50, 75, 100, 125, 150, 175, 200, 225]),
+        (4, 1.0, [0, 12]),
+        (4, 2.7, [0, 33]),
+        (6, 0.1, [0, 0, 1]),
+        (3, 3.0, [0, 50]),
+        (6, 600.0, [0, 5000, 10000]),
+    ],
+)
 def test_video_time_in_positions(frames: int, duration_s: float, times: list[int]) -> None:
     here = served()
     prompt = here.prompt([clip(56, 56, frames, duration_s)], text="{}")
@@ -307,6 +365,7 @@ def test_time_is_part_of_the_key() -> None:
 
 # Prompts.
 
+
 def test_expansion_and_sampling() -> None:
     here = served()
     processor = here.processor
@@ -315,36 +374,52 @@ def test_expansion_and_sampling() -> None:
     prompt = here.prompt([sound(0.1), noise(56, 56)], text="{}")
     joint = len(processor.tokenizer.encode(" and "))
     assert prompt.token_ids.tolist() == [
-        ids["<|audio_bos|>"], *[ids["<|AUDIO|>"]] * 2, ids["<|audio_eos|>"], *processor.tokenizer.encode(" and "),
-        ids["<|vision_bos|>"], *[ids["<|IMAGE|>"]] * 4, ids["<|vision_eos|>"]]
+        ids["<|audio_bos|>"],
+        *[ids["<|AUDIO|>"]] * 2,
+        ids["<|audio_eos|>"],
+        *processor.tokenizer.encode(" and "),
+        ids["<|vision_bos|>"],
+        *[ids["<|IMAGE|>"]] * 4,
+        ids["<|vision_eos|>"],
+    ]
     assert [(s.item, s.offset, s.length) for s in prompt.spans] == [(0, 1, 2), (1, 5 + joint, 4)]
 
 
 def test_every_kind_needs_its_placeholder() -> None:
     processor = served().processor
     with pytest.raises(RequestError, match=r"0 audio placeholder\(s\), but the request brings 1 audio"):
-        processor.build(processor.placeholder("image", 0), [processor.process(noise(56, 56)),
-                                                             processor.process(sound(0.1))])
+        processor.build(
+            processor.placeholder("image", 0), [processor.process(noise(56, 56)), processor.process(sound(0.1))]
+        )
     with pytest.raises(MediaError, match="too narrow"):
         processor.num_tokens("video", 4, 1000, 4)
 
 
 def test_chat_without_a_template_of_the_checkpoints_own() -> None:
     processor = served().processor
-    template = LocalTemplate(defaults.TEMPLATES["Qwen2_5OmniModel"], processor.tokenizer,
-                            modalities=processor.modalities, placeholder=processor.placeholder)
+    template = LocalTemplate(
+        defaults.TEMPLATES["Qwen2_5OmniModel"],
+        processor.tokenizer,
+        modalities=processor.modalities,
+        placeholder=processor.placeholder,
+    )
     items = [sound(0.5), noise(60, 90), clip(56, 56, 4, 2.0)]
     parts = [part for item in items for part in (MediaPart(item.kind), TextPart(f"({item.kind}) "))]
     text = template.render([Message("user", tuple(parts))])
-    user = ("<|audio_bos|><|AUDIO|><|audio_eos|>(audio) <|vision_bos|><|IMAGE|><|vision_eos|>(image) "
-            "<|vision_bos|><|VIDEO|><|vision_eos|>(video) ")
-    assert text == ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-                    f"{user}<|im_end|>\n<|im_start|>assistant\n")
+    user = (
+        "<|audio_bos|><|AUDIO|><|audio_eos|>(audio) <|vision_bos|><|IMAGE|><|vision_eos|>(image) "
+        "<|vision_bos|><|VIDEO|><|vision_eos|>(video) "
+    )
+    assert text == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        f"{user}<|im_end|>\n<|im_start|>assistant\n"
+    )
     prompt = processor.build(text, [processor.process(item) for item in items])
     assert [span.item for span in prompt.spans] == [0, 1, 2]
 
 
 # Weights.
+
 
 def in_memory(key: str) -> str:
     """The names that transformers has in memory and that it saves when it is told not to go back."""
@@ -366,8 +441,16 @@ def test_weight_dialects(rename: Callable[[str], str], tmp_path: Path) -> None:
     torch.testing.assert_close(here.model.embed(ids), reference.model.embed(ids), atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("key", ["visual.blocks.1.attn.k.bias", "audio_tower.proj.weight", "visual.merger.ln_q.weight",
-                                 "visual.blocks.0.mlp.up_proj.bias", "lm_head.weight"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "visual.blocks.1.attn.k.bias",
+        "audio_tower.proj.weight",
+        "visual.merger.ln_q.weight",
+        "visual.blocks.0.mlp.up_proj.bias",
+        "lm_head.weight",
+    ],
+)
 def test_missing_and_unexpected_tensors_are_named(key: str, tmp_path: Path) -> None:
     checkpoints.make_qwen2_omni(tmp_path)
     tensors = checkpoints.read_weights(tmp_path)
@@ -391,8 +474,10 @@ def test_the_thinkers_part_of_the_configuration(architecture: str, tmp_path: Pat
     found = open_checkpoint(tmp_path)
     assert (found.architecture, found.dtype) == (architecture, "bfloat16")
     assert found.text is not None and not found.text.tie_word_embeddings
-    assert set(found.stop_token_ids) == {config["thinker_config"]["text_config"]["eos_token_id"],
-                                         config["thinker_config"]["text_config"]["bos_token_id"]}
+    assert set(found.stop_token_ids) == {
+        config["thinker_config"]["text_config"]["eos_token_id"],
+        config["thinker_config"]["text_config"]["bos_token_id"],
+    }
     config["quantization_config"] = {"quant_method": "bitsandbytes"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="bitsandbytes"):

@@ -37,10 +37,21 @@ FAMILIES: dict[str, tuple[Make, Modality, Callable[[], list[Mapping[str, Tensor]
     "omni windows": (checkpoints.make_qwen2_omni, "image", lambda: [qwen(66, 50), qwen(4, 6)]),
     "omni audio": (checkpoints.make_qwen2_omni, "audio", lambda: [{"mel": torch.rand(128, 901)}]),
     "llava": (checkpoints.make_llava, "image", lambda: [{"pixels": torch.rand(3, 28, 28)} for _ in range(300)]),
-    "minicpmv": (checkpoints.make_minicpmv, "image", lambda: [
-        {"patches": torch.randint(0, 256, (1032, 588), dtype=torch.uint8), "grids": torch.tensor([[50, 20], [4, 8]])}]),
-    "phi3_v": (checkpoints.make_phi3_v, "image", lambda: [
-        {"pixels": torch.rand(101, 3, 56, 56), "grid": grid(10, 10)}]),
+    "minicpmv": (
+        checkpoints.make_minicpmv,
+        "image",
+        lambda: [
+            {
+                "patches": torch.randint(0, 256, (1032, 588), dtype=torch.uint8),
+                "grids": torch.tensor([[50, 20], [4, 8]]),
+            }
+        ],
+    ),
+    "phi3_v": (
+        checkpoints.make_phi3_v,
+        "image",
+        lambda: [{"pixels": torch.rand(101, 3, 56, 56), "grid": grid(10, 10)}],
+    ),
     "ultravox": (checkpoints.make_ultravox, "audio", lambda: [{"mel": torch.rand(128, 2050)}]),
 }
 

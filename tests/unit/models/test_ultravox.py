@@ -104,8 +104,10 @@ def test_rows_logits_and_greedy_tokens(tmp_path: Path) -> None:
     processor = processor_of(tmp_path)
     clips = [processor.process(clip(n, n)) for n in (1_600, 17_333, 33_000)]
     rows = model.encode("audio", [{"mel": torch.from_numpy(one.arrays["mel"])} for one in clips])
-    prompts = [processor.build(f"<s>What is{PLACEHOLDER} this?", clips[:1]),
-               processor.build(f"{PLACEHOLDER}{PLACEHOLDER}", clips[1:])]
+    prompts = [
+        processor.build(f"<s>What is{PLACEHOLDER} this?", clips[:1]),
+        processor.build(f"{PLACEHOLDER}{PLACEHOLDER}", clips[1:]),
+    ]
     sequences = []
     for prompt, offset in zip(prompts, (0, 1), strict=True):
         expected = embedded(parts, prompt)
@@ -151,15 +153,20 @@ def test_placeholders_and_clips_must_agree(tmp_path: Path) -> None:
 
 def test_language_weights_of_the_first_repository_win(tmp_path: Path) -> None:
     make_ultravox(tmp_path)
-    own = {"language_model.model.norm.weight": torch.full_like(
-        read_weights(tmp_path / "language")["model.norm.weight"], 3.0)}
+    own = {
+        "language_model.model.norm.weight": torch.full_like(
+            read_weights(tmp_path / "language")["model.norm.weight"], 3.0
+        )
+    }
     write_weights(tmp_path, {**read_weights(tmp_path), **own})
     model = load_model(open_checkpoint(tmp_path, tmp_path / "language"), dtype=torch.float32, device="cpu")
     assert model.model.norm.weight.unique().tolist() == [3.0]
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"projector_act": "relu"}, "projector_act"), ({"num_projector_layers": 2}, "projector layers")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"projector_act": "relu"}, "projector_act"), ({"num_projector_layers": 2}, "projector layers")],
+)
 def test_other_versions_are_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
     make_ultravox(tmp_path, **change)
     with pytest.raises(CheckpointError, match=message):

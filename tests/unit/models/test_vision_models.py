@@ -57,8 +57,11 @@ def pictures(family: str) -> list[MediaItem]:
 
 def oracle_inputs(family: str, here: Served, items: Sequence[MediaItem], token_ids: np.ndarray) -> dict[str, Any]:
     """What transformers' own processor makes of the same pictures."""
-    classes: dict[str, Any] = {"llava": CLIPImageProcessorPil, "llava_next": LlavaNextImageProcessorPil,
-                               "qwen2_vl": Qwen2VLImageProcessorPil}
+    classes: dict[str, Any] = {
+        "llava": CLIPImageProcessorPil,
+        "llava_next": LlavaNextImageProcessorPil,
+        "qwen2_vl": Qwen2VLImageProcessorPil,
+    }
     data = [item.data for item in items]
     made = classes[family](**here.preprocessor)(data, return_tensors="pt", input_data_format="channels_last")
     ids = torch.from_numpy(token_ids).long()[None]
@@ -165,8 +168,7 @@ def test_videos_attend_inside_their_slices() -> None:
     video = here.processor.process(noise(56, 84, frames=4))
     grid = torch.from_numpy(video.arrays["grid"])[None].long()
     with torch.inference_mode():
-        theirs = here.oracle.model.get_video_features(
-            torch.from_numpy(normalised(video.arrays)), grid).pooler_output[0]
+        theirs = here.oracle.model.get_video_features(torch.from_numpy(normalised(video.arrays)), grid).pooler_output[0]
     torch.testing.assert_close(here.encode([video])[0], theirs, atol=1e-5, rtol=1e-4)
     still = here.processor.process(noise(56, 84, seed=3))
     together = here.encode([still, video])
@@ -174,11 +176,18 @@ def test_videos_attend_inside_their_slices() -> None:
     torch.testing.assert_close(together[0], here.encode([still])[0], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("options", [
-    {"vision_feature_layer": -1}, {"vision_feature_layer": 1}, {"vision_feature_layer": [-3, -1]},
-    {"vision_feature_select_strategy": "full"},
-    {"vision_feature_layer": [0, 3], "vision_feature_select_strategy": "full"}, {"multimodal_projector_bias": False},
-], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"vision_feature_layer": -1},
+        {"vision_feature_layer": 1},
+        {"vision_feature_layer": [-3, -1]},
+        {"vision_feature_select_strategy": "full"},
+        {"vision_feature_layer": [0, 3], "vision_feature_select_strategy": "full"},
+        {"multimodal_projector_bias": False},
+    ],
+    ids=str,
+)
 def test_llava_feature_choices(options: dict[str, Any], tmp_path: Path) -> None:
     here = load(tmp_path, checkpoints.make_llava(tmp_path, **options))
     items = pictures("llava")
@@ -191,14 +200,27 @@ def test_llava_feature_choices(options: dict[str, Any], tmp_path: Path) -> None:
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
 
 
-SIGLIP_FILE = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 30, "width": 30}, "crop_size": None,
-               "do_center_crop": None, "image_mean": None, "image_std": None, "resample": None}
+SIGLIP_FILE = {
+    "image_processor_type": "SiglipImageProcessor",
+    "size": {"height": 30, "width": 30},
+    "crop_size": None,
+    "do_center_crop": None,
+    "image_mean": None,
+    "image_std": None,
+    "resample": None,
+}
 
 
 @each_layout
-@pytest.mark.parametrize("options", [
-    {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"},  # llava-interleave
-    {}, {"vision_feature_layer": [0, 2], "vision_feature_select_strategy": "full"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"},  # llava-interleave
+        {},
+        {"vision_feature_layer": [0, 2], "vision_feature_select_strategy": "full"},
+    ],
+    ids=str,
+)
 def test_llava_with_siglip(layout: str, options: dict[str, Any], tmp_path: Path) -> None:
     """Squares of 30 pixels and patches of 14: the last two lines and columns are of no patch."""
     vision = {"model_type": "siglip_vision_model", "image_size": 30}
@@ -207,7 +229,8 @@ def test_llava_with_siglip(layout: str, options: dict[str, Any], tmp_path: Path)
     prompt = here.prompt(items)
     assert [media.num_rows for media in prompt.media] == [4 if "vision_feature_select_strategy" in options else 3] * 3
     pixels = SiglipImageProcessorPil(size={"height": 30, "width": 30})(
-        [item.data for item in items], return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+        [item.data for item in items], return_tensors="pt", input_data_format="channels_last"
+    )["pixel_values"]
     for media, expected in zip(prompt.media, pixels, strict=True):
         np.testing.assert_allclose(media.arrays["pixels"], expected, atol=1e-6)
     ids = torch.from_numpy(prompt.token_ids).long()[None]
@@ -216,10 +239,19 @@ def test_llava_with_siglip(layout: str, options: dict[str, Any], tmp_path: Path)
     torch.testing.assert_close(Driver(here.model).prefill(here.run(prompt), 7), theirs, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("options", [
-    {"vision": {"model_type": "siglip_vision_model"}, "vision_feature_select_strategy": "full"},
-    {"vision": {"model_type": "siglip_vision_model"}, "vision_feature_select_strategy": "full",
-     "vision_feature_layer": [-1, 0]}, {"vision_feature_layer": [-2, 1]}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"vision": {"model_type": "siglip_vision_model"}, "vision_feature_select_strategy": "full"},
+        {
+            "vision": {"model_type": "siglip_vision_model"},
+            "vision_feature_select_strategy": "full",
+            "vision_feature_layer": [-1, 0],
+        },
+        {"vision_feature_layer": [-2, 1]},
+    ],
+    ids=str,
+)
 def test_llava_next_feature_choices(options: dict[str, Any], tmp_path: Path) -> None:
     here = load(tmp_path, checkpoints.make_llava_next(tmp_path, **options))
     items = pictures("llava_next")
@@ -230,6 +262,7 @@ def test_llava_next_feature_choices(options: dict[str, Any], tmp_path: Path) -> 
 
 
 # Weight dialects.
+
 
 def in_memory(key: str) -> str:
     """The names that transformers 4.52 to 4.57 saved, and that it has in memory."""
@@ -248,10 +281,18 @@ def without_inner_name(key: str) -> str:
     return key.replace("vision_tower.vision_model.", "vision_tower.")
 
 
-@pytest.mark.parametrize(("family", "rename"), [
-    ("llava", lambda key: key), ("llava", in_memory), ("llava", without_inner_name),
-    ("llava", lambda key: in_memory(without_inner_name(key))), ("llava_next", in_memory),
-    ("llava_next", lambda key: in_memory(without_inner_name(key))), ("qwen2_vl", qwen_in_memory)])
+@pytest.mark.parametrize(
+    ("family", "rename"),
+    [
+        ("llava", lambda key: key),
+        ("llava", in_memory),
+        ("llava", without_inner_name),
+        ("llava", lambda key: in_memory(without_inner_name(key))),
+        ("llava_next", in_memory),
+        ("llava_next", lambda key: in_memory(without_inner_name(key))),
+        ("qwen2_vl", qwen_in_memory),
+    ],
+)
 def test_weight_dialects(family: str, rename: Callable[[str], str], tmp_path: Path) -> None:
     oracle = MAKERS[family](tmp_path, "hub")
     tensors = {rename(key): value for key, value in checkpoints.read_weights(tmp_path).items()}
@@ -277,10 +318,17 @@ def test_layers_after_the_last_feature_need_not_be_there(tmp_path: Path) -> None
     load_model(open_checkpoint(tmp_path), dtype=torch.float32, device="cpu")
 
 
-@pytest.mark.parametrize(("family", "key"), [
-    ("llava", "multi_modal_projector.linear_2.bias"), ("llava", "vision_tower.vision_model.pre_layrnorm.weight"),
-    ("llava", "vision_tower.vision_model.encoder.layers.1.self_attn.k_proj.weight"), ("llava_next", "image_newline"),
-    ("qwen2_vl", "visual.merger.mlp.2.bias"), ("qwen2_vl", "visual.patch_embed.proj.weight")])
+@pytest.mark.parametrize(
+    ("family", "key"),
+    [
+        ("llava", "multi_modal_projector.linear_2.bias"),
+        ("llava", "vision_tower.vision_model.pre_layrnorm.weight"),
+        ("llava", "vision_tower.vision_model.encoder.layers.1.self_attn.k_proj.weight"),
+        ("llava_next", "image_newline"),
+        ("qwen2_vl", "visual.merger.mlp.2.bias"),
+        ("qwen2_vl", "visual.patch_embed.proj.weight"),
+    ],
+)
 def test_missing_and_unexpected_tensors_are_named(family: str, key: str, tmp_path: Path) -> None:
     MAKERS[family](tmp_path)
     tensors = checkpoints.read_weights(tmp_path)
@@ -295,12 +343,16 @@ def test_missing_and_unexpected_tensors_are_named(family: str, key: str, tmp_pat
         load_model(open_checkpoint(tmp_path), dtype=torch.float32, device="cpu")
 
 
-@pytest.mark.parametrize(("family", "change", "problem"), [
-    ("llava", {"vision_config": {"model_type": "siglip2_vision_model"}}, "siglip2_vision_model' is not supported"),
-    ("llava", {"vision_feature_layer": -9}, "vision_feature_layer"),
-    ("llava", {"projector_hidden_act": "mish"}, "unknown activation 'mish'"),
-    ("llava_next", {"vision_feature_select_strategy": "full"}, "must be 'default' with CLIP"),
-    ("llava_next", {"vision_config": {"model_type": "siglip_vision_model"}}, "'full' with SigLIP")])
+@pytest.mark.parametrize(
+    ("family", "change", "problem"),
+    [
+        ("llava", {"vision_config": {"model_type": "siglip2_vision_model"}}, "siglip2_vision_model' is not supported"),
+        ("llava", {"vision_feature_layer": -9}, "vision_feature_layer"),
+        ("llava", {"projector_hidden_act": "mish"}, "unknown activation 'mish'"),
+        ("llava_next", {"vision_feature_select_strategy": "full"}, "must be 'default' with CLIP"),
+        ("llava_next", {"vision_config": {"model_type": "siglip_vision_model"}}, "'full' with SigLIP"),
+    ],
+)
 def test_unsupported_configurations(family: str, change: dict[str, Any], problem: str, tmp_path: Path) -> None:
     MAKERS[family](tmp_path)
     checkpoint = open_checkpoint(tmp_path)

@@ -11,8 +11,14 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder as HFWhi
 from sensorium.models.layers import Linear
 from sensorium.models.towers.whisper import OmniAudioTower, WhisperConfig, WhisperTower
 
-SHAPE = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "num_mel_bins": 16,
-         "max_source_positions": 50}
+SHAPE = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "num_mel_bins": 16,
+    "max_source_positions": 50,
+}
 
 
 def take(tower: nn.Module, state: dict[str, Tensor]) -> None:

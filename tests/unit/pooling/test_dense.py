@@ -22,8 +22,15 @@ SIZE = 6
 
 def write_modules(folder: Path, *kinds: str, pooling: str = "mean") -> None:
     """Module files with the folders that sentence-transformers gives them; Dense modules have none yet."""
-    modules = [{"idx": i, "name": str(i), "path": "" if kind == "Transformer" else f"{i}_{kind}",
-                "type": f"sentence_transformers.models.{kind}"} for i, kind in enumerate(kinds)]
+    modules = [
+        {
+            "idx": i,
+            "name": str(i),
+            "path": "" if kind == "Transformer" else f"{i}_{kind}",
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for i, kind in enumerate(kinds)
+    ]
     (folder / "modules.json").write_text(json.dumps(modules))
     for module in modules:
         (folder / module["path"]).mkdir(exist_ok=True)  # type: ignore[operator]
@@ -31,12 +38,21 @@ def write_modules(folder: Path, *kinds: str, pooling: str = "mean") -> None:
             (folder / str(module["path"]) / "config.json").write_text(json.dumps({"pooling_mode": pooling}))
 
 
-def write_dense(folder: Path, layer: nn.Linear, *, pickled: bool = False, extra: dict[str, Tensor] | None = None,
-                **settings: Any) -> None:
+def write_dense(
+    folder: Path, layer: nn.Linear, *, pickled: bool = False, extra: dict[str, Tensor] | None = None, **settings: Any
+) -> None:
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({
-        "in_features": layer.in_features, "out_features": layer.out_features, "bias": layer.bias is not None,
-        "activation_function": "torch.nn.modules.activation.Tanh", **settings}))
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "in_features": layer.in_features,
+                "out_features": layer.out_features,
+                "bias": layer.bias is not None,
+                "activation_function": "torch.nn.modules.activation.Tanh",
+                **settings,
+            }
+        )
+    )
     tensors = {f"linear.{key}": value for key, value in layer.state_dict().items()} | (extra or {})
     if pickled:
         torch.save(tensors, folder / "pytorch_model.bin")
@@ -57,8 +73,7 @@ def test_chain(tmp_path: Path, pickled: bool) -> None:
     first, second = nn.Linear(SIZE, 5), nn.Linear(5, 3, bias=False)
     write_modules(tmp_path, "Transformer", "Pooling", "Dense", "Dense", "Normalize")
     write_dense(tmp_path / "2_Dense", first, pickled=pickled)
-    write_dense(tmp_path / "3_Dense", second, pickled=pickled,
-                activation_function="torch.nn.modules.linear.Identity")
+    write_dense(tmp_path / "3_Dense", second, pickled=pickled, activation_function="torch.nn.modules.linear.Identity")
     states = torch.randn(4, SIZE)
     raw = second(torch.tanh(first(states.mean(0))))
     torch.testing.assert_close(embed(tmp_path, states), nn.functional.normalize(raw, dim=0))
@@ -82,8 +97,12 @@ def test_without_an_activation_it_is_a_tanh(tmp_path: Path) -> None:
 def test_residual(tmp_path: Path, out_features: int) -> None:
     layer, across = nn.Linear(SIZE, out_features), torch.randn(out_features, SIZE)
     write_modules(tmp_path, "Transformer", "Pooling", "Dense")
-    write_dense(tmp_path / "2_Dense", layer, use_residual=True,
-                extra=None if out_features == SIZE else {"residual.weight": across})
+    write_dense(
+        tmp_path / "2_Dense",
+        layer,
+        use_residual=True,
+        extra=None if out_features == SIZE else {"residual.weight": across},
+    )
     states = torch.randn(4, SIZE)
     mean = states.mean(0)
     expected = torch.tanh(layer(mean)) + (mean if out_features == SIZE else across @ mean)
@@ -95,7 +114,8 @@ def test_several_poolings_feed_one_layer(tmp_path: Path) -> None:
     layer = nn.Linear(2 * SIZE, 3)
     write_modules(tmp_path, "Transformer", "Pooling", "Dense")
     (tmp_path / "1_Pooling" / "config.json").write_text(
-        json.dumps({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}))
+        json.dumps({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True})
+    )
     write_dense(tmp_path / "2_Dense", layer)
     states = torch.randn(4, SIZE)
     expected = torch.tanh(layer(torch.cat([states.amax(0), states.mean(0)])))  # max stands before mean
@@ -108,9 +128,12 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"2_Dense.*has no weights"):
         embedding_poolers(tmp_path, "cls", SIZE)
     for layer, settings, extra in (
-            (nn.Linear(SIZE + 1, 2), {}, {}), (nn.Linear(SIZE, 2, bias=False), {"bias": True}, {}),
-            (nn.Linear(SIZE, 2), {"bias": False}, {}), (nn.Linear(SIZE, 2), {}, {"other": torch.ones(1)}),
-            (nn.Linear(SIZE, 2), {"use_residual": True}, {})):
+        (nn.Linear(SIZE + 1, 2), {}, {}),
+        (nn.Linear(SIZE, 2, bias=False), {"bias": True}, {}),
+        (nn.Linear(SIZE, 2), {"bias": False}, {}),
+        (nn.Linear(SIZE, 2), {}, {"other": torch.ones(1)}),
+        (nn.Linear(SIZE, 2), {"use_residual": True}, {}),
+    ):
         write_dense(tmp_path / "2_Dense", layer, extra=extra, **settings)
         with pytest.raises(CheckpointError, match="2_Dense: its weights are"):
             embedding_poolers(tmp_path, "cls", SIZE)
@@ -119,9 +142,15 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
         embedding_poolers(tmp_path, "cls", SIZE)
 
 
-@pytest.mark.parametrize("kinds", [
-    ("Transformer", "Dense", "Pooling"), ("Transformer", "Pooling", "Normalize", "Dense"),
-    ("Transformer", "Pooling", "Pooling"), ("Transformer", "Pooling", "Normalize", "Normalize")])
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("Transformer", "Dense", "Pooling"),
+        ("Transformer", "Pooling", "Normalize", "Dense"),
+        ("Transformer", "Pooling", "Pooling"),
+        ("Transformer", "Pooling", "Normalize", "Normalize"),
+    ],
+)
 def test_other_orders_are_refused(tmp_path: Path, kinds: tuple[str, ...]) -> None:
     write_modules(tmp_path, *kinds)
     with pytest.raises(CheckpointError, match=" -> ".join(kinds)):

@@ -13,21 +13,28 @@ from sensorium.pooling.pool import POOLINGS, finish, pool
 
 
 def write(folder: Path, modules: list[tuple[str, str]], pooling: dict[str, object]) -> None:
-    (folder / "modules.json").write_text(json.dumps(
-        [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (kind, path) in enumerate(modules)]))
+    (folder / "modules.json").write_text(
+        json.dumps([{"idx": i, "name": str(i), "path": path, "type": kind} for i, (kind, path) in enumerate(modules)])
+    )
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
 
 
 @pytest.mark.parametrize("package", ["sentence_transformers.models", "sentence_transformers.base.modules.x"])
-@pytest.mark.parametrize(("settings", "kinds"), [
-    ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}, ("mean",)),
-    ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, ("cls", "mean")),
-    ({"pooling_mode": "lasttoken"}, ("last",)),
-])
+@pytest.mark.parametrize(
+    ("settings", "kinds"),
+    [
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}, ("mean",)),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, ("cls", "mean")),
+        ({"pooling_mode": "lasttoken"}, ("last",)),
+    ],
+)
 def test_module_files(tmp_path: Path, package: str, settings: dict[str, object], kinds: tuple[str, ...]) -> None:
-    write(tmp_path, [(f"{package}.Transformer", ""), (f"{package}.Pooling", "1_Pooling"),
-                     (f"{package}.Normalize", "2_Normalize")], settings)
+    write(
+        tmp_path,
+        [(f"{package}.Transformer", ""), (f"{package}.Pooling", "1_Pooling"), (f"{package}.Normalize", "2_Normalize")],
+        settings,
+    )
     (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": 256, "do_lower_case": false}')
     spec = read_pooling(tmp_path, "cls")
     assert spec.kinds == kinds
@@ -67,8 +74,14 @@ def test_activations_are_looked_up_never_imported() -> None:
 
 def test_poolings() -> None:
     hidden = torch.tensor([[1.0, -2.0], [3.0, 4.0], [5.0, 0.0]])
-    expected = {"last": [5.0, 0.0], "cls": [1.0, -2.0], "mean": [3.0, 2 / 3], "max": [5.0, 4.0],
-                "mean_sqrt_len": [9 / 3**0.5, 2 / 3**0.5], "weighted_mean": [(1 + 6 + 15) / 6, (-2 + 8) / 6]}
+    expected = {
+        "last": [5.0, 0.0],
+        "cls": [1.0, -2.0],
+        "mean": [3.0, 2 / 3],
+        "max": [5.0, 4.0],
+        "mean_sqrt_len": [9 / 3**0.5, 2 / 3**0.5],
+        "weighted_mean": [(1 + 6 + 15) / 6, (-2 + 8) / 6],
+    }
     assert set(expected) == set(POOLINGS)
     for kind, values in expected.items():
         torch.testing.assert_close(pool(hidden, (kind,)), torch.tensor(values))  # type: ignore[arg-type]
@@ -92,18 +105,30 @@ def test_a_prompt_takes_no_part() -> None:
     torch.testing.assert_close(pool(hidden, ("mean",), 9), hidden[-1])
 
 
-@pytest.mark.parametrize(("settings", "includes"), [
-    ({"pooling_mode": "mean", "include_prompt": False}, False), ({"pooling_mode": "mean"}, True),
-    ({"pooling_mode_mean_tokens": True, "include_prompt": False}, False),
-    ({"pooling_mode_mean_tokens": True, "include_prompt": True}, True)])
+@pytest.mark.parametrize(
+    ("settings", "includes"),
+    [
+        ({"pooling_mode": "mean", "include_prompt": False}, False),
+        ({"pooling_mode": "mean"}, True),
+        ({"pooling_mode_mean_tokens": True, "include_prompt": False}, False),
+        ({"pooling_mode_mean_tokens": True, "include_prompt": True}, True),
+    ],
+)
 def test_whether_prompts_are_pooled(tmp_path: Path, settings: dict[str, object], includes: bool) -> None:
     write(tmp_path, [("sentence_transformers.models.Pooling", "1_Pooling")], settings)
     assert read_pooling(tmp_path, "cls").include_prompt is includes
 
 
-@pytest.mark.parametrize("settings", [
-    "{", {"prompts": ["a"]}, {"prompts": {"query": 1}}, {"prompts": {"a": "b"}, "default_prompt_name": "c"},
-    {"default_prompt_name": "c"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "{",
+        {"prompts": ["a"]},
+        {"prompts": {"query": 1}},
+        {"prompts": {"a": "b"}, "default_prompt_name": "c"},
+        {"default_prompt_name": "c"},
+    ],
+)
 def test_broken_prompts_are_named(tmp_path: Path, settings: object) -> None:
     text = settings if isinstance(settings, str) else json.dumps(settings)
     (tmp_path / "config_sentence_transformers.json").write_text(text)
@@ -127,14 +152,24 @@ def test_a_guess_is_known_as_one(tmp_path: Path) -> None:
     assert not read_pooling(tmp_path, "cls").is_stated
 
 
-@pytest.mark.parametrize(("settings", "tokenizer", "length"), [
-    ({"max_seq_length": 64}, {"model_max_length": 512}, 64), ({"max_seq_length": 512}, {"model_max_length": 64}, 64),
-    ({}, {"model_max_length": 48}, 48), ({"max_seq_length": None}, {"model_max_length": 48}, 48),
-    ({"max_seq_length": 64}, {}, 64), ({"max_seq_length": 64}, {"model_max_length": 1e30}, 64), ({}, {}, None),
-    ({"processor_kwargs": {"model_max_length": 40}}, {"model_max_length": 48}, 40),
-    ({"tokenizer_args": {"model_max_length": 40}}, {}, 40), ({"max_seq_length": 0}, {"model_max_length": True}, None)])
+@pytest.mark.parametrize(
+    ("settings", "tokenizer", "length"),
+    [
+        ({"max_seq_length": 64}, {"model_max_length": 512}, 64),
+        ({"max_seq_length": 512}, {"model_max_length": 64}, 64),
+        ({}, {"model_max_length": 48}, 48),
+        ({"max_seq_length": None}, {"model_max_length": 48}, 48),
+        ({"max_seq_length": 64}, {}, 64),
+        ({"max_seq_length": 64}, {"model_max_length": 1e30}, 64),
+        ({}, {}, None),
+        ({"processor_kwargs": {"model_max_length": 40}}, {"model_max_length": 48}, 40),
+        ({"tokenizer_args": {"model_max_length": 40}}, {}, 40),
+        ({"max_seq_length": 0}, {"model_max_length": True}, None),
+    ],
+)
 @pytest.mark.parametrize("name", ["sentence_bert_config.json", "sentence_roberta_config.json"])
-def test_the_least_length_that_is_told(tmp_path: Path, settings: dict[str, object], tokenizer: dict[str, object],
-                                       length: int | None, name: str) -> None:
+def test_the_least_length_that_is_told(
+    tmp_path: Path, settings: dict[str, object], tokenizer: dict[str, object], length: int | None, name: str
+) -> None:
     (tmp_path / name).write_text(json.dumps(settings))
     assert stated_max_length(tmp_path, tokenizer) == length

@@ -13,8 +13,15 @@ from sensorium.processors.audio import FRAMES_AT_ONCE, HOP_SAMPLES, log_mel, mel
 def test_equals_the_published_features(num_bins: int, num_samples: int) -> None:
     samples = (np.random.default_rng(num_samples).standard_normal(num_samples) * 0.1).astype(np.float32)
     extractor = WhisperFeatureExtractor(feature_size=num_bins)
-    reference = spectrogram(samples, window_function(400, "hann"), frame_length=400, hop_length=160, power=2.0,
-                            mel_filters=extractor.mel_filters, log_mel="log10")[:, : num_samples // HOP_SAMPLES]
+    reference = spectrogram(
+        samples,
+        window_function(400, "hann"),
+        frame_length=400,
+        hop_length=160,
+        power=2.0,
+        mel_filters=extractor.mel_filters,
+        log_mel="log10",
+    )[:, : num_samples // HOP_SAMPLES]
     reference = (np.maximum(reference, reference.max() - 8.0) + 4.0) / 4.0
     features = log_mel(samples, num_bins)
     assert features.shape == (num_bins, num_samples // HOP_SAMPLES)

@@ -40,9 +40,21 @@ def llava_next(file: dict[str, Any] = NEXT_FILE, image_id: int = 64000, **overri
 
 # Golden tables of models.md.
 
-@pytest.mark.parametrize(("height", "width", "tiles", "tokens"), [
-    (336, 336, 3, 1176), (100, 100, 3, 1176), (480, 640, 5, 2340), (640, 480, 5, 2352), (1200, 300, 4, 1944),
-    (672, 672, 5, 2928), (1, 500, 3, 576), (88, 55, 3, 984), (55, 176, 3, 1360)])  # 15 patches, or 14.99999
+
+@pytest.mark.parametrize(
+    ("height", "width", "tiles", "tokens"),
+    [
+        (336, 336, 3, 1176),
+        (100, 100, 3, 1176),
+        (480, 640, 5, 2340),
+        (640, 480, 5, 2352),
+        (1200, 300, 4, 1944),
+        (672, 672, 5, 2928),
+        (1, 500, 3, 576),
+        (88, 55, 3, 984),
+        (55, 176, 3, 1360),
+    ],
+)  # 15 patches, or 14.99999
 def test_llava_next_golden(height: int, width: int, tiles: int, tokens: int) -> None:
     processor = llava_next()
     assert processor.num_tokens("image", height, width) == tokens
@@ -50,9 +62,19 @@ def test_llava_next_golden(height: int, width: int, tiles: int, tokens: int) -> 
     assert (features.num_rows, len(features.arrays["pixels"])) == (tokens, tiles)
 
 
-@pytest.mark.parametrize(("height", "width", "resized", "tokens"), [
-    (1, 1, (56, 56), 4), (28, 28, (56, 56), 4), (42, 42, (56, 56), 4), (56, 56, (56, 56), 4), (29, 43, (56, 84), 6),
-    (70, 98, (56, 112), 8), (480, 640, (476, 644), 391), (1000, 1000, (1008, 1008), 1296)])
+@pytest.mark.parametrize(
+    ("height", "width", "resized", "tokens"),
+    [
+        (1, 1, (56, 56), 4),
+        (28, 28, (56, 56), 4),
+        (42, 42, (56, 56), 4),
+        (56, 56, (56, 56), 4),
+        (29, 43, (56, 84), 6),
+        (70, 98, (56, 112), 8),
+        (480, 640, (476, 644), 391),
+        (1000, 1000, (1008, 1008), 1296),
+    ],
+)
 def test_qwen2_vl_golden(height: int, width: int, resized: tuple[int, int], tokens: int) -> None:
     processor = qwen()
     assert processor.num_tokens("image", height, width) == tokens
@@ -72,6 +94,7 @@ def test_llava_golden(strategy: str, tokens: int) -> None:
 
 # Pixels.
 
+
 @settings(max_examples=15, deadline=None)
 @given(SIDES, SIDES, st.booleans())
 def test_llava_pixels(height: int, width: int, pads: bool) -> None:
@@ -84,15 +107,18 @@ def test_llava_pixels(height: int, width: int, pads: bool) -> None:
     np.testing.assert_allclose(llava(file, config).process(item).arrays["pixels"], expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("file", [
-    LLAVA_FILE,
-    {**LLAVA_FILE, "size": 336, "crop_size": 336},
-    {**LLAVA_FILE, "size": {"height": 336, "width": 336}, "do_center_crop": False},
-    {**LLAVA_FILE, "resample": 2, "do_normalize": False},
-    {**LLAVA_FILE, "do_resize": False},
-    {**LLAVA_FILE, "size": 200, "do_rescale": False},
-    {**LLAVA_FILE, "rescale_factor": 0.5, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.25, 1.0]},
-])
+@pytest.mark.parametrize(
+    "file",
+    [
+        LLAVA_FILE,
+        {**LLAVA_FILE, "size": 336, "crop_size": 336},
+        {**LLAVA_FILE, "size": {"height": 336, "width": 336}, "do_center_crop": False},
+        {**LLAVA_FILE, "resample": 2, "do_normalize": False},
+        {**LLAVA_FILE, "do_resize": False},
+        {**LLAVA_FILE, "size": 200, "do_rescale": False},
+        {**LLAVA_FILE, "rescale_factor": 0.5, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.25, 1.0]},
+    ],
+)
 @pytest.mark.parametrize("size", [(333, 501), (400, 90)])
 def test_clip_dialects(file: dict[str, Any], size: tuple[int, int]) -> None:
     from transformers import CLIPImageProcessorPil
@@ -155,6 +181,7 @@ def test_video_budget_shrinks_frames() -> None:
 
 # Counts from the size alone.
 
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 900), st.integers(1, 900), st.sampled_from([llava, llava_next, qwen]))
 def test_counts_need_no_pixels(height: int, width: int, family: Any) -> None:
@@ -185,6 +212,7 @@ def test_qwen2_vl_counts_of_extreme_sizes(size: tuple[int, int]) -> None:
 
 
 # Expansion.
+
 
 def test_expansion_in_order_of_appearance() -> None:
     processor = qwen()
@@ -251,6 +279,7 @@ def test_no_image_token_at_all() -> None:
 
 # Settings.
 
+
 def test_settings_of_operator_and_request() -> None:
     processor = qwen(max_pixels=401408)
     assert processor.num_tokens("image", 2000, 2000) <= 512
@@ -260,13 +289,20 @@ def test_settings_of_operator_and_request() -> None:
     assert processor.num_tokens("image", 2000, 2000) > 256, "a request must not change the server's processor"
 
 
-@pytest.mark.parametrize(("overrides", "name", "problem"), [
-    ({"num_crops": 4}, "num_crops", "is not a setting of this model's processor .known: fps, max_frames, max_pixels"),
-    ({"max_pixels": "big"}, "max_pixels", "must be an integer"),
-    ({"max_pixels": True}, "max_pixels", "must be an integer"),
-    ({"min_pixels": 1 << 40}, "min_pixels", "must be an integer"),
-    ({"min_pixels": 10_000, "max_pixels": 5_000}, "max_pixels", "less than min_pixels"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "name", "problem"),
+    [
+        (
+            {"num_crops": 4},
+            "num_crops",
+            "is not a setting of this model's processor .known: fps, max_frames, max_pixels",
+        ),
+        ({"max_pixels": "big"}, "max_pixels", "must be an integer"),
+        ({"max_pixels": True}, "max_pixels", "must be an integer"),
+        ({"min_pixels": 1 << 40}, "min_pixels", "must be an integer"),
+        ({"min_pixels": 10_000, "max_pixels": 5_000}, "max_pixels", "less than min_pixels"),
+    ],
+)
 def test_bad_settings_are_named(overrides: dict[str, Any], name: str, problem: str) -> None:
     with pytest.raises(StartupError, match=f"'{name}' .*{problem}"):
         qwen(**overrides)
@@ -284,26 +320,40 @@ def test_pixel_bounds_in_both_dialects() -> None:
 def test_feature_key_depends_on_content_and_settings() -> None:
     one, other = noise(60, 60, seed=1), noise(60, 60, seed=2)
     keys = {
-        qwen().process(one).key, qwen().process(other).key, qwen(max_pixels=50_000).process(one).key,
-        qwen({**QWEN_FILE, "resample": 2}).process(one).key, llava().process(one).key, llava_next().process(one).key,
-        llava(do_pad=True).process(one).key}
+        qwen().process(one).key,
+        qwen().process(other).key,
+        qwen(max_pixels=50_000).process(one).key,
+        qwen({**QWEN_FILE, "resample": 2}).process(one).key,
+        llava().process(one).key,
+        llava_next().process(one).key,
+        llava(do_pad=True).process(one).key,
+    }
     assert len(keys) == 7
     assert qwen().process(one).key in keys
 
 
-@pytest.mark.parametrize(("make", "file"), [
-    (llava, {**LLAVA_FILE, "crop_size": 224}), (llava, {**LLAVA_FILE, "resample": 99}),
-    (llava, {**LLAVA_FILE, "size": {"width": 3}}), (llava, {**LLAVA_FILE, "image_mean": [0.5]}),
-    (llava, {**LLAVA_FILE, "image_std": [1, 1, 0]}), (llava, {**LLAVA_FILE, "rescale_factor": "x"}),
-    (llava_next, {**NEXT_FILE, "image_grid_pinpoints": [[336, 500]]}), (llava_next, {**NEXT_FILE, "crop_size": 224}),
-    (qwen, {**QWEN_FILE, "max_pixels": "big"}), (qwen, {**CLIP, "size": 7, "patch_size": 14, "max_pixels": 1.5}),
-])
+@pytest.mark.parametrize(
+    ("make", "file"),
+    [
+        (llava, {**LLAVA_FILE, "crop_size": 224}),
+        (llava, {**LLAVA_FILE, "resample": 99}),
+        (llava, {**LLAVA_FILE, "size": {"width": 3}}),
+        (llava, {**LLAVA_FILE, "image_mean": [0.5]}),
+        (llava, {**LLAVA_FILE, "image_std": [1, 1, 0]}),
+        (llava, {**LLAVA_FILE, "rescale_factor": "x"}),
+        (llava_next, {**NEXT_FILE, "image_grid_pinpoints": [[336, 500]]}),
+        (llava_next, {**NEXT_FILE, "crop_size": 224}),
+        (qwen, {**QWEN_FILE, "max_pixels": "big"}),
+        (qwen, {**CLIP, "size": 7, "patch_size": 14, "max_pixels": 1.5}),
+    ],
+)
 def test_bad_preprocessor_files_are_named(make: Any, file: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match=r"preprocessor_config|pinpoints"):
         make(file)
 
 
 # M-RoPE.
+
 
 def test_mrope_equals_transformers_for_pictures() -> None:
     import torch
@@ -333,8 +383,10 @@ def test_mrope_of_long_videos_counts_the_time_axis() -> None:
     assert grid[0] == 25 > max(grid[1:]) // 2
     assert prompt.positions is not None
     start = 3  # a, b, vision_start
-    np.testing.assert_array_equal(prompt.positions[:, start + video.num_rows - 1],
-                                  [start + 24, start + grid[1] // 2 - 1, start + grid[2] // 2 - 1])
+    np.testing.assert_array_equal(
+        prompt.positions[:, start + video.num_rows - 1],
+        [start + 24, start + grid[1] // 2 - 1, start + grid[2] // 2 - 1],
+    )
     assert prompt.positions[:, -2].tolist() == [start + 25] * 3
     assert prompt.position_delta == start + 25 + 2 - len(prompt.token_ids)
 
@@ -345,6 +397,7 @@ def test_text_has_plain_positions() -> None:
 
 
 # Speed.
+
 
 def test_picture_takes_milliseconds() -> None:
     processor, item = qwen(), noise(448, 448)

@@ -43,7 +43,8 @@ def oracle_inputs(here: Served, items: list[MediaItem], prompt: Prompt) -> dict[
     pictures = [item.data for item in items if item.kind == "image"]
     if pictures:
         inputs |= Qwen2VLImageProcessorPil(**here.preprocessor)(
-            pictures, return_tensors="pt", input_data_format="channels_last")
+            pictures, return_tensors="pt", input_data_format="channels_last"
+        )
     videos = [one.arrays for one in prompt.media if one.kind == "video"]
     inputs["pixel_values_videos"] = torch.from_numpy(np.concatenate([normalised(one) for one in videos]))
     inputs["video_grid_thw"] = torch.tensor(np.stack([one["grid"] for one in videos])).long()
@@ -52,12 +53,15 @@ def oracle_inputs(here: Served, items: list[MediaItem], prompt: Prompt) -> dict[
 
 # Which frames.
 
+
 def linspace(total: int, count: int) -> list[int]:
     return [int(i) for i in np.linspace(0, total - 1, count).round()]
 
 
-@pytest.mark.parametrize(("total", "rate", "count"), [
-    (300, 30, 20), (309, 30, 20), (30, 30, 4), (5, 10, 4), (3, 30, 2), (2, 30, 2), (240, 24, 20), (100_000, 25, 128)])
+@pytest.mark.parametrize(
+    ("total", "rate", "count"),
+    [(300, 30, 20), (309, 30, 20), (30, 30, 4), (5, 10, 4), (3, 30, 2), (2, 30, 2), (240, 24, 20), (100_000, 25, 128)],
+)
 def test_frames_as_qwen_vl_utils_takes_them(total: int, rate: float, count: int) -> None:
     assert qwen().video_sampling().indices(total, total / rate, 128) == linspace(total, count)
 
@@ -66,9 +70,20 @@ def test_one_frame_is_a_video() -> None:
     assert qwen().video_sampling().indices(1, 1 / 30, 128) == [0]
 
 
-@pytest.mark.parametrize(("settings", "count"), [
-    ({"fps": 1}, 10), ({"fps": 0.5}, 4), ({"num_frames": 7}, 8), ({"num_frames": 1}, 2), ({"max_frames": 9}, 8),
-    ({"min_frames": 33}, 34), ({"max_frames": 2}, 2), ({"fps": 30, "num_frames": 6}, 6), ({"fps": 1000}, 128)])
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ({"fps": 1}, 10),
+        ({"fps": 0.5}, 4),
+        ({"num_frames": 7}, 8),
+        ({"num_frames": 1}, 2),
+        ({"max_frames": 9}, 8),
+        ({"min_frames": 33}, 34),
+        ({"max_frames": 2}, 2),
+        ({"fps": 30, "num_frames": 6}, 6),
+        ({"fps": 1000}, 128),
+    ],
+)
 def test_sampling_settings(settings: dict[str, Any], count: int) -> None:
     assert qwen(**settings).video_sampling().indices(300, 10.0, 128) == linspace(300, count)
     assert qwen().with_overrides(settings).video_sampling().indices(300, 10.0, 128) == linspace(300, count)
@@ -103,9 +118,16 @@ def load_processor(folder: Path) -> Any:
     return Qwen2VLProcessor(open_checkpoint(folder), Tokenizer.from_folder(folder))
 
 
-@pytest.mark.parametrize(("settings", "name"), [
-    ({"fps": 0}, "fps"), ({"fps": True}, "fps"), ({"num_frames": 0}, "num_frames"),
-    ({"max_frames": "all"}, "max_frames"), ({"min_frames": 20, "max_frames": 10}, "max_frames")])
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"fps": 0}, "fps"),
+        ({"fps": True}, "fps"),
+        ({"num_frames": 0}, "num_frames"),
+        ({"max_frames": "all"}, "max_frames"),
+        ({"min_frames": 20, "max_frames": 10}, "max_frames"),
+    ],
+)
 def test_bad_sampling_settings(settings: dict[str, Any], name: str) -> None:
     with pytest.raises(StartupError, match=f"'{name}'"):
         qwen(**settings)
@@ -116,9 +138,17 @@ def test_bad_sampling_settings(settings: dict[str, Any], name: str) -> None:
 
 # How large.
 
-@pytest.mark.parametrize(("height", "width", "frames", "tokens"), [
-    (64, 64, 4, 2 * 144),  # up to 128 tokens' pixels at least
-    (480, 640, 4, 2 * 391), (1080, 1920, 4, 2 * 720), (1080, 1920, 768, 384 * 12 * 23), (100, 140, 5, 3 * 10 * 14)])
+
+@pytest.mark.parametrize(
+    ("height", "width", "frames", "tokens"),
+    [
+        (64, 64, 4, 2 * 144),  # up to 128 tokens' pixels at least
+        (480, 640, 4, 2 * 391),
+        (1080, 1920, 4, 2 * 720),
+        (1080, 1920, 768, 384 * 12 * 23),
+        (100, 140, 5, 3 * 10 * 14),
+    ],
+)
 def test_size_of_frames(height: int, width: int, frames: int, tokens: int) -> None:
     assert qwen().num_tokens("video", height, width, frames) == tokens
 

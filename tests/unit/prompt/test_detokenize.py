@@ -14,8 +14,12 @@ from sensorium.prompt.detokenize import Detokenizer
 from sensorium.prompt.pieces import TokenBytes
 from sensorium.prompt.tokenizer import Tokenizer
 
-TOKENIZERS = {"byte_level": Tokenizer(byte_level(), {}), "llama": Tokenizer(sentencepiece(), {}),
-              "wordpiece": Tokenizer(wordpiece(), {}), "unigram": Tokenizer(unigram(), {})}
+TOKENIZERS = {
+    "byte_level": Tokenizer(byte_level(), {}),
+    "llama": Tokenizer(sentencepiece(), {}),
+    "wordpiece": Tokenizer(wordpiece(), {}),
+    "unigram": Tokenizer(unigram(), {}),
+}
 FAMILY = "Ein 👩‍👩‍👧‍👦 sagt: naïve 日本語 — ok!"
 QUICK = settings(max_examples=80, deadline=None)
 
@@ -25,7 +29,7 @@ def streamed(tokenizer: Tokenizer, ids: list[int], steps: list[int] | None = Non
     detokenizer = Detokenizer(tokenizer, **options)  # type: ignore[arg-type]
     pieces, at = [], 0
     for step in steps or [1] * len(ids):
-        pieces.append(detokenizer.push(tuple(ids[at:at + step])))
+        pieces.append(detokenizer.push(tuple(ids[at : at + step])))
         at += step
     return [*pieces, detokenizer.push(tuple(ids[at:])), detokenizer.flush()]
 
@@ -79,14 +83,17 @@ def test_stop_strings_cut_at_the_same_place_at_every_token_boundary(name: str, d
     text = data.draw(st.text("abc\n é👧", min_size=1, max_size=20))
     stops = tuple(data.draw(st.lists(st.text("abc\n é👧", min_size=1, max_size=4), min_size=1, max_size=4)))
     include = data.draw(st.booleans())
-    ids = [token for character in text for token in tokenizer.encode("\n" + character)[len(tokenizer.encode("\n")):]] \
-        if data.draw(st.booleans()) else tokenizer.encode(text)
+    ids = (
+        [token for character in text for token in tokenizer.encode("\n" + character)[len(tokenizer.encode("\n")) :]]
+        if data.draw(st.booleans())
+        else tokenizer.encode(text)
+    )
     text = tokenizer.decode(ids)
     detokenizer = Detokenizer(tokenizer, stop=stops, include_stop=include)
     got, at = "", 0
     while at < len(ids):
         step = data.draw(st.integers(1, 5))
-        got += detokenizer.push(tuple(ids[at:at + step]))
+        got += detokenizer.push(tuple(ids[at : at + step]))
         at += step
     got += detokenizer.flush()
     wanted, reason = cut(text, stops, include)
@@ -99,7 +106,7 @@ def cut(text: str, stops: tuple[str, ...], include: bool) -> tuple[str, str | No
         found = [stop for stop in stops if text.endswith(stop, 0, end)]
         if found:
             longest = max(found, key=len)
-            return text[:end if include else end - len(longest)], longest
+            return text[: end if include else end - len(longest)], longest
     return text, None
 
 
@@ -131,7 +138,7 @@ def test_stop_strings_before_min_tokens_do_not_count() -> None:
     for steps in ([1] * 7, [7], [2, 5], [3, 4]):
         detokenizer, at, text = Detokenizer(tokenizer, stop=(".",), min_tokens=3), 0, ""
         for step in steps:
-            text += detokenizer.push(tuple(ids[at:at + step]))
+            text += detokenizer.push(tuple(ids[at : at + step]))
             at += step
         assert (text, detokenizer.stop_reason) == ("a.b", ".")
 
@@ -171,9 +178,12 @@ def test_time_is_linear_in_the_number_of_tokens(name: str, kind: str) -> None:
     special = min(tokenizer.special_ids)
 
     def seconds(count: int) -> float:
-        ids = {"random": [rng.randrange(tokenizer.vocab_size) for _ in range(count)], "special": [special] * count,
-               "half a character": [byte] * count,
-               "stop": [tokenizer.encode("a")[-1]] * count}[kind]
+        ids = {
+            "random": [rng.randrange(tokenizer.vocab_size) for _ in range(count)],
+            "special": [special] * count,
+            "half a character": [byte] * count,
+            "stop": [tokenizer.encode("a")[-1]] * count,
+        }[kind]
         detokenizer = Detokenizer(tokenizer, **options)  # type: ignore[arg-type]
         begin = time.thread_time()
         for token in ids:

@@ -71,16 +71,21 @@ def test_a_broken_character_is_one() -> None:
     tokenizer = Tokenizer(byte_level(), {})
     a, *parts = (tokenizer.raw.token_to_id(name) for name in "aðŁĻĤ")
     end = tokenizer.added_tokens["<|im_end|>"]
-    for ids, wanted in (([parts[0], parts[1], a, a], [0, 0, 1, 2]), ([parts[1], a], [0, 1]),
-                        ([parts[0], parts[0], a], [0, 1, 2]), ([a, end, a], [0, 1, 1]),
-                        ([a, parts[0], end, parts[1], parts[2], parts[3], a], [0, 1, 1, 1, 1, 1, 2])):
+    for ids, wanted in (
+        ([parts[0], parts[1], a, a], [0, 0, 1, 2]),
+        ([parts[1], a], [0, 1]),
+        ([parts[0], parts[0], a], [0, 1, 2]),
+        ([a, end, a], [0, 1, 1]),
+        ([a, parts[0], end, parts[1], parts[2], parts[3], a], [0, 1, 1, 1, 1, 1, 2]),
+    ):
         counted = TextOffsets(tokenizer, skip_special_tokens=True, keep_leading_space=True)
         found = [counted.begin(token_id) for token_id in ids]
         assert found == wanted, ids
         text = Detokenizer(tokenizer, keep_leading_space=True)
         whole = text.push(ids) + text.flush()
         assert [whole[offset] for token_id, offset in zip(ids, found, strict=True) if token_id == a] == (
-            ["a"] * ids.count(a))
+            ["a"] * ids.count(a)
+        )
 
 
 def test_special_tokens_that_are_not_in_the_text_take_no_room() -> None:

@@ -18,12 +18,17 @@ from sensorium.prompt.local import LocalRenderer
 from sensorium.prompt.renderer import RenderPool
 from sensorium.workers import crew
 
-GREETING = ("{{ messages[0].content }}, {{ name | default('you') | tojson }}"
-            "{% if boom %}{{ raise_exception('no') }}{% endif %}")
-LOOPS = ("{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}"
-         "{% endfor %}")
-DOUBLED = ("{% set t = namespace(x='aaaaaaaa') %}{% for i in range(99) %}{% set t.x = t.x ~ t.x %}{% endfor %}"
-           "{{ t.x | length }}")
+GREETING = (
+    "{{ messages[0].content }}, {{ name | default('you') | tojson }}{% if boom %}{{ raise_exception('no') }}{% endif %}"
+)
+LOOPS = (
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}"
+    "{% endfor %}"
+)
+DOUBLED = (
+    "{% set t = namespace(x='aaaaaaaa') %}{% for i in range(99) %}{% set t.x = t.x ~ t.x %}{% endfor %}"
+    "{{ t.x | length }}"
+)
 HOSTILE = {
     "loops": LOOPS,
     "loop that calls": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
@@ -223,8 +228,13 @@ async def test_closing_ends_what_runs() -> None:
 
 def test_filters_that_import_late_work(capfd: pytest.CaptureFixture[str]) -> None:
     pool = RenderPool()
-    for source in ("{{ 'a b' | wordwrap(1) }}", "{{ [1] | pprint }}", "{{ '<b>&amp;</b>' | striptags }}",
-                   "{{ strftime_now('%Y %B %Z') }}", "{{ [3, 1] | sort | join('-') | title }}"):
+    for source in (
+        "{{ 'a b' | wordwrap(1) }}",
+        "{{ [1] | pprint }}",
+        "{{ '<b>&amp;</b>' | striptags }}",
+        "{{ strftime_now('%Y %B %Z') }}",
+        "{{ [3, 1] | sort | join('-') | title }}",
+    ):
         assert pool.inspect_now(source, [{}]) == LocalRenderer().inspect_now(source, [{}])
     asyncio.run(pool.aclose())
 

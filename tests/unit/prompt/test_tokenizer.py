@@ -22,8 +22,9 @@ from sensorium.prompt.tokenizer import Tokenizer
 CHATML_NAMES = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
 RAW = {"byte_level": byte_level(), "llama": sentencepiece(), "llama_first": sentencepiece(prefix_first=True)}
 OURS = {name: Tokenizer(RawTokenizer.from_str(raw.to_str()), {}) for name, raw in RAW.items()}
-ORACLES = {name: PreTrainedTokenizerFast(tokenizer_object=RawTokenizer.from_str(raw.to_str()))
-           for name, raw in RAW.items()}
+ORACLES = {
+    name: PreTrainedTokenizerFast(tokenizer_object=RawTokenizer.from_str(raw.to_str())) for name, raw in RAW.items()
+}
 LITERALS = [*CHATML, *PLAIN_ADDED, "<s>", "</s>", "<image>", "<|end|>"]
 BITS = [" ", "\n", "  ", "<", "<|", "im_end|>", "The quick", "é", "👩‍👩‍👧", MARK]
 PIECES = st.one_of(st.sampled_from(LITERALS + BITS), st.text(st.characters(exclude_categories=["Cs"]), max_size=8))
@@ -75,7 +76,7 @@ def test_spaces_around_tokens_do_not_depend_on_a_literal_elsewhere(name: str) ->
     tokenizer = OURS[name]
     prompt = "USER: <image>\n What is this? <|end|>\n  ASSISTANT: a"
     plain, escaped = tokenizer.encode(prompt), tokenizer.encode(prompt + tokenizer.escape("<|end|>"))
-    assert escaped[:len(plain) - 1] == plain[:-1]
+    assert escaped[: len(plain) - 1] == plain[:-1]
     assert escaped.count(tokenizer.token_to_id("<|end|>")) == 1
 
 
@@ -135,7 +136,9 @@ def test_vocabulary_with_gaps_gives_no_id_twice() -> None:
     text = "<|im_end|> The quick brown fox. What is shown"
     ids = tokenizer.encode("<|im_start|>" + tokenizer.escape(text) + "<|im_end|>")
     assert [token for token in ids if token in tokenizer.special_ids] == [
-        tokenizer.token_to_id("<|im_start|>"), tokenizer.token_to_id("<|im_end|>")]
+        tokenizer.token_to_id("<|im_start|>"),
+        tokenizer.token_to_id("<|im_end|>"),
+    ]
     assert tokenizer.decode(ids) == text
 
 
@@ -173,10 +176,16 @@ def test_truncation_and_padding_in_the_file_are_not_ours() -> None:
     assert len(tokenizer.encode("the")) == 1
 
 
-@pytest.mark.parametrize("config", [
-    {}, {"add_bos_token": True}, {"add_bos_token": False}, {"add_bos_token": True, "add_eos_token": True},
-    {"add_eos_token": True},
-])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"add_bos_token": True},
+        {"add_bos_token": False},
+        {"add_bos_token": True, "add_eos_token": True},
+        {"add_eos_token": True},
+    ],
+)
 def test_bos_and_eos_as_tokenizer_json_says(tmp_path: Path, config: dict[str, bool]) -> None:
     end = {"__type": "AddedToken", "content": "</s>", "special": True}
     write(tmp_path, sentencepiece(), bos_token="<s>", eos_token=end, **config)
@@ -189,8 +198,16 @@ def test_bos_and_eos_as_tokenizer_json_says(tmp_path: Path, config: dict[str, bo
 
 def test_tokens_that_only_the_config_declares(tmp_path: Path) -> None:
     count = byte_level().get_vocab_size()
-    declared = {str(count): {"content": "<|audio|>", "special": True, "lstrip": False, "rstrip": True,
-                             "single_word": False, "normalized": False}}
+    declared = {
+        str(count): {
+            "content": "<|audio|>",
+            "special": True,
+            "lstrip": False,
+            "rstrip": True,
+            "single_word": False,
+            "normalized": False,
+        }
+    }
     write(tmp_path, byte_level(), added_tokens_decoder=declared, bos_token="<|bos|>", extra_special_tokens=["<|x|>"])
     oracle = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     tokenizer = Tokenizer.from_folder(tmp_path)
@@ -255,7 +272,8 @@ def test_bytes_of_a_token() -> None:
 
 @pytest.mark.parametrize("home", ["none", "a file", "read-only"])
 def test_without_a_home_to_keep_it_in_a_tokenizer_is_converted_all_the_same(
-        home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def no_home() -> Path:
         raise RuntimeError("Could not determine home directory.")
 

@@ -75,22 +75,44 @@ class Loader:
 def checkpoint(folder: Path, architecture: str, **changes: Any) -> Checkpoint:
     if architecture == QWEN2_VL:
         tokenizer = byte_level()
-        names = {"image": "<|image_pad|>", "video": "<|video_pad|>", "vision_start": "<|vision_start|>",
-                 "vision_end": "<|vision_end|>"}
+        names = {
+            "image": "<|image_pad|>",
+            "video": "<|video_pad|>",
+            "vision_start": "<|vision_start|>",
+            "vision_end": "<|vision_end|>",
+        }
         config = {f"{name}_token_id": tokenizer.token_to_id(token) for name, token in names.items()}
-        preprocessor = {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "merge_size": 2,
-                        "temporal_patch_size": 2}
+        preprocessor = {
+            "min_pixels": 3136,
+            "max_pixels": 12845056,
+            "patch_size": 14,
+            "merge_size": 2,
+            "temporal_patch_size": 2,
+        }
         write(folder, tokenizer, eos_token="<|im_end|>")
     else:
         tokenizer = sentencepiece()
-        config = {"image_token_index": tokenizer.token_to_id("<image>"),
-                  "vision_config": {"image_size": 28, "patch_size": 14}}
+        config = {
+            "image_token_index": tokenizer.token_to_id("<image>"),
+            "vision_config": {"image_size": 28, "patch_size": 14},
+        }
         preprocessor = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
         write(folder, tokenizer, bos_token="<s>", eos_token="</s>")
     found = Checkpoint(
-        folder=folder, architecture=architecture, config=config, preprocessor=preprocessor, generation={},
-        tokenizer_config={}, chat_template=None, text=None, dtype="float32", max_model_len=500, vocab_size=700,
-        stop_token_ids=(), weight_files=())
+        folder=folder,
+        architecture=architecture,
+        config=config,
+        preprocessor=preprocessor,
+        generation={},
+        tokenizer_config={},
+        chat_template=None,
+        text=None,
+        dtype="float32",
+        max_model_len=500,
+        vocab_size=700,
+        stop_token_ids=(),
+        weight_files=(),
+    )
     return replace(found, **changes)
 
 
@@ -99,11 +121,26 @@ def loader() -> Loader:
     return Loader()
 
 
-def served(folder: Path, loader: Any, architecture: str = QWEN2_VL, *, server: ServerConfig | None = None,
-           limits: Limits | None = None, flag: int | None = None, **changes: Any) -> ServedModel:
-    return ServedModel.open(checkpoint(folder, architecture, **changes), names=("tiny",),
-                            server=server or ServerConfig(), limits=limits or Limits(), loader=loader,
-                            client=Engine(), max_model_len=flag, renderer=LocalRenderer())  # type: ignore[arg-type]
+def served(
+    folder: Path,
+    loader: Any,
+    architecture: str = QWEN2_VL,
+    *,
+    server: ServerConfig | None = None,
+    limits: Limits | None = None,
+    flag: int | None = None,
+    **changes: Any,
+) -> ServedModel:
+    return ServedModel.open(
+        checkpoint(folder, architecture, **changes),
+        names=("tiny",),
+        server=server or ServerConfig(),
+        limits=limits or Limits(),
+        loader=loader,
+        client=Engine(),
+        max_model_len=flag,
+        renderer=LocalRenderer(),
+    )  # type: ignore[arg-type]
 
 
 def user(*parts: str | MediaPart) -> Message:
@@ -111,8 +148,9 @@ def user(*parts: str | MediaPart) -> Message:
 
 
 def images(*urls: str) -> list[MediaSource]:
-    return [MediaSource("image", f"messages[0].content[{place}].image_url.url", url=url)
-            for place, url in enumerate(urls)]
+    return [
+        MediaSource("image", f"messages[0].content[{place}].image_url.url", url=url) for place, url in enumerate(urls)
+    ]
 
 
 IMAGE = MediaPart("image")
@@ -131,9 +169,13 @@ async def test_a_chat_with_pictures_becomes_a_prompt(tmp_path: Path, loader: Loa
     assert pictures(prompt, model) == 12
     assert prompt.positions is not None and prompt.positions.shape == (3, len(prompt.token_ids))
     text = model.tokenizer.decode(prompt.token_ids.tolist(), skip_special_tokens=False)
-    assert text == ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\na<|vision_start|>"
-                    + "<|image_pad|>" * 4 + "<|vision_end|>b<|vision_start|>" + "<|image_pad|>" * 8
-                    + "<|vision_end|><|im_end|>\n<|im_start|>assistant\n")
+    assert text == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\na<|vision_start|>"
+        + "<|image_pad|>" * 4
+        + "<|vision_end|>b<|vision_start|>"
+        + "<|image_pad|>" * 8
+        + "<|vision_end|><|im_end|>\n<|im_start|>assistant\n"
+    )
     assert [one.cached for one in prepared.media] == [False, False]
     assert all(one.fetch_s >= 0 and one.decode_s > 0 and one.process_s > 0 for one in prepared.media)
     assert (await model.chat_prompt(chat, images("56x56 a", "112x56 b"))).spans == prompt.spans
@@ -154,8 +196,16 @@ async def test_bos_that_a_multimodal_template_leaves_to_the_tokenizer(tmp_path: 
 
 
 async def test_the_least_of_all_lengths_counts(tmp_path: Path, loader: Loader) -> None:
-    ready = EngineReady(max_model_len=64, kv_tokens=64, block_size=16, weight_bytes=0, kv_bytes=0, load_seconds=0,
-                        device="cpu", dtype="float32")
+    ready = EngineReady(
+        max_model_len=64,
+        kv_tokens=64,
+        block_size=16,
+        weight_bytes=0,
+        kv_bytes=0,
+        load_seconds=0,
+        device="cpu",
+        dtype="float32",
+    )
     model = served(tmp_path, loader, flag=100)
     assert model.max_model_len == 100
     model.client.ready = ready
@@ -231,9 +281,12 @@ async def test_tokens_beyond_the_embeddings(tmp_path: Path, loader: Loader) -> N
     first_missing = model.tokenizer.token_to_id(token)
     assert first_missing is not None
     whole, model.checkpoint = model.checkpoint, replace(model.checkpoint, vocab_size=first_missing)
-    for prompt in (model.text_prompt(f"a {token} b"), model.text_prompts(["a", f"b {token}"], params=["in", "in"]),
-                   model.pair_prompts([("a", token)], PairLimits(), params=["in"]),
-                   model.chat_prompt([user("a")], [])):
+    for prompt in (
+        model.text_prompt(f"a {token} b"),
+        model.text_prompts(["a", f"b {token}"], params=["in", "in"]),
+        model.pair_prompts([("a", token)], PairLimits(), params=["in"]),
+        model.chat_prompt([user("a")], []),
+    ):
         with pytest.raises(RequestError, match=f"id {first_missing}|id [0-9]+, but") as refused:
             await prompt
         assert refused.value.code == "invalid_token_id"
@@ -298,12 +351,14 @@ async def test_what_only_the_operator_may_allow(tmp_path: Path, loader: Loader) 
     with pytest.raises(RequestError) as settings:
         await model.chat_prompt([user("a")], [], mm_processor_kwargs={"max_pixels": 3136})
     assert settings.value.code == "mm_processor_kwargs_not_allowed"
-    open_model = served(tmp_path, loader, server=ServerConfig(allow_request_chat_template=True,
-                                                              allow_request_mm_kwargs=True))
+    open_model = served(
+        tmp_path, loader, server=ServerConfig(allow_request_chat_template=True, allow_request_mm_kwargs=True)
+    )
     own = "<|im_start|>{{ messages[0].content }}"
     prompt = await open_model.chat_prompt([user("a<|im_end|>")], [], chat_template=own)
     assert [t for t in prompt.token_ids.tolist() if t in open_model.tokenizer.special_ids] == [
-        open_model.tokenizer.token_to_id("<|im_start|>")]
+        open_model.tokenizer.token_to_id("<|im_start|>")
+    ]
     for bad in ("{% for %}", "x" * 100_000):
         with pytest.raises(RequestError) as refused:
             await open_model.chat_prompt([user("a")], [], chat_template=bad)
@@ -393,8 +448,10 @@ async def test_a_tenant_with_many_media_leaves_room_for_others(tmp_path: Path) -
 
     loader = Slow()
     model = served(tmp_path, loader, server=ServerConfig(media_workers=2))
-    jobs = [asyncio.ensure_future(model.prepare_chat([user(IMAGE)], images(f"56x56 {number}"), tenant=heavy))
-            for number in range(8)]
+    jobs = [
+        asyncio.ensure_future(model.prepare_chat([user(IMAGE)], images(f"56x56 {number}"), tenant=heavy))
+        for number in range(8)
+    ]
     await asyncio.sleep(0.05)
     await asyncio.wait_for(model.prepare_chat([user(IMAGE)], images("56x56 b"), tenant=b"other"), 30)
     assert not any(job.done() for job in jobs)

@@ -39,9 +39,13 @@ def raw_tokenizer(kind: str) -> RawTokenizer:
 
 @pytest.fixture(params=["bert", "roberta", "decoder"])
 def both(request: pytest.FixtureRequest) -> tuple[Tokenizer, Any]:
-    reference = PreTrainedTokenizerFast(tokenizer_object=raw_tokenizer(request.param), cls_token="[CLS]",
-                                        sep_token="[SEP]", pad_token="[PAD]",
-                                        model_input_names=["input_ids", "token_type_ids"])
+    reference = PreTrainedTokenizerFast(
+        tokenizer_object=raw_tokenizer(request.param),
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        pad_token="[PAD]",
+        model_input_names=["input_ids", "token_type_ids"],
+    )
     return Tokenizer(raw_tokenizer(request.param), {}), reference
 
 
@@ -54,8 +58,9 @@ def test_texts(both: tuple[Tokenizer, Any], add_special_tokens: bool, side: Any,
     truncation = None if max_tokens is None else Truncation(max_tokens, side)
     found = encode_texts(tokenizer, TEXTS, add_special_tokens=add_special_tokens, truncation=truncation)
     for text, ids in zip(TEXTS, found, strict=True):
-        expected = reference(text, add_special_tokens=add_special_tokens, truncation=max_tokens is not None,
-                             max_length=max_tokens)["input_ids"]
+        expected = reference(
+            text, add_special_tokens=add_special_tokens, truncation=max_tokens is not None, max_length=max_tokens
+        )["input_ids"]
         assert ids.tolist() == expected, text
     again = encode_texts(tokenizer, TEXTS[:1], add_special_tokens=add_special_tokens)
     assert again[0].tolist() == reference(TEXTS[0], add_special_tokens=add_special_tokens)["input_ids"]
@@ -65,8 +70,9 @@ def test_texts(both: tuple[Tokenizer, Any], add_special_tokens: bool, side: Any,
 def test_pairs(both: tuple[Tokenizer, Any], total: int | None) -> None:
     tokenizer, reference = both
     pairs = PAIRS if total is None or total > 7 else [pair for pair in PAIRS if len(pair[0]) < 5]
-    for (query, document), (ids, types) in zip(pairs, encode_pairs(tokenizer, pairs, PairLimits(total=total)),
-                                               strict=True):
+    for (query, document), (ids, types) in zip(
+        pairs, encode_pairs(tokenizer, pairs, PairLimits(total=total)), strict=True
+    ):
         expected = reference(query, document, truncation="only_second" if total else False, max_length=total)
         assert ids.tolist() == expected["input_ids"]
         if tokenizer.raw.post_processor is not None:  # else nothing reads them
@@ -99,7 +105,8 @@ def frame_folder(folder: Path, single: str, **config: Any) -> Tokenizer:
     ids = {token: raw.token_to_id(token) for token in ("<s>", "</s>")}
     if single:
         raw.post_processor = processors.TemplateProcessing(
-            single=single, pair=f"{single} {single.replace('$A', '$B')}", special_tokens=list(ids.items()))
+            single=single, pair=f"{single} {single.replace('$A', '$B')}", special_tokens=list(ids.items())
+        )
     raw.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>", **config}))
     return Tokenizer.from_folder(folder)
@@ -110,22 +117,29 @@ def words(tokenizer: Tokenizer, text: str, **options: Any) -> str:
     return " ".join(str(tokenizer.id_to_token(int(token))) for token in ids)
 
 
-@pytest.mark.parametrize(("single", "flags", "expected"), [
-    ("<s> $A", {"add_eos_token": True}, "<s> a b </s>"),  # e5-mistral
-    ("<s> $A", {"add_bos_token": True, "add_eos_token": True}, "<s> a b </s>"),
-    ("<s> $A </s>", {"add_bos_token": True, "add_eos_token": True}, "<s> a b </s>"),
-    ("", {"add_eos_token": True}, "a b </s>"),
-    ("", {"add_bos_token": True}, "<s> a b"),
-    ("$A </s>", {"add_bos_token": True}, "<s> a b </s>"),
-    ("", {"add_bos_token": True, "add_eos_token": True}, "<s> a b </s>"),
-    ("<s> $A", {"add_bos_token": False, "add_eos_token": True}, "a b </s>"),
-    ("<s> $A </s>", {"add_eos_token": False}, "<s> a b"),
-    ("<s> $A </s>", {"add_bos_token": False, "add_eos_token": False}, "a b"),
-    ("$A </s>", {}, "a b </s>"), ("<s> $A", {}, "<s> a b"), ("", {"add_bos_token": False}, "a b"),
-    ("<s> $A", {"add_eos_token": True, "eos_token": None}, "<s> a b"),
-    ("<s> $A", {"add_eos_token": True, "eos_token": {"content": "</s>", "special": True}}, "<s> a b </s>")])
-def test_flags_of_the_config_frame_whole_texts(tmp_path: Path, single: str, flags: dict[str, Any],
-                                               expected: str) -> None:
+@pytest.mark.parametrize(
+    ("single", "flags", "expected"),
+    [
+        ("<s> $A", {"add_eos_token": True}, "<s> a b </s>"),  # e5-mistral
+        ("<s> $A", {"add_bos_token": True, "add_eos_token": True}, "<s> a b </s>"),
+        ("<s> $A </s>", {"add_bos_token": True, "add_eos_token": True}, "<s> a b </s>"),
+        ("", {"add_eos_token": True}, "a b </s>"),
+        ("", {"add_bos_token": True}, "<s> a b"),
+        ("$A </s>", {"add_bos_token": True}, "<s> a b </s>"),
+        ("", {"add_bos_token": True, "add_eos_token": True}, "<s> a b </s>"),
+        ("<s> $A", {"add_bos_token": False, "add_eos_token": True}, "a b </s>"),
+        ("<s> $A </s>", {"add_eos_token": False}, "<s> a b"),
+        ("<s> $A </s>", {"add_bos_token": False, "add_eos_token": False}, "a b"),
+        ("$A </s>", {}, "a b </s>"),
+        ("<s> $A", {}, "<s> a b"),
+        ("", {"add_bos_token": False}, "a b"),
+        ("<s> $A", {"add_eos_token": True, "eos_token": None}, "<s> a b"),
+        ("<s> $A", {"add_eos_token": True, "eos_token": {"content": "</s>", "special": True}}, "<s> a b </s>"),
+    ],
+)
+def test_flags_of_the_config_frame_whole_texts(
+    tmp_path: Path, single: str, flags: dict[str, Any], expected: str
+) -> None:
     tokenizer = frame_folder(tmp_path, single, tokenizer_class="LlamaTokenizerFast", **flags)
     assert words(tokenizer, "a b") == expected
     assert words(tokenizer, "a b", add_special_tokens=False) == "a b"
@@ -168,11 +182,16 @@ def test_other_classes_never_dropped_tokens(tmp_path: Path) -> None:
 
 def template_of(source: str, *modalities: Modality) -> LocalTemplate:
     raw = raw_tokenizer("decoder")
-    raw.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>", "<|image_pad|>",
-                            "<|vision_end|>"])
+    raw.add_special_tokens(
+        ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]
+    )
     words = {"dse": "<|vision_start|><|image_pad|><|vision_end|>"}
-    return LocalTemplate(source, Tokenizer(raw, {}), modalities=modalities, placeholder=lambda kind, index: (
-        words["dse"] if "vision_start" in source else f"<|image_{index + 1}|>"))
+    return LocalTemplate(
+        source,
+        Tokenizer(raw, {}),
+        modalities=modalities,
+        placeholder=lambda kind, index: words["dse"] if "vision_start" in source else f"<|image_{index + 1}|>",
+    )
 
 
 def user(*parts: TextPart | MediaPart) -> Message:
@@ -185,7 +204,8 @@ def test_templates_of_embedding_models() -> None:
     for generates in (False, True):
         assert dse.render([user(picture, words)], add_generation_prompt=generates) == (
             "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-            "<|vision_start|><|image_pad|><|vision_end|>Query: what?<|im_end|>\n<|im_start|>assistant\n<|endoftext|>")
+            "<|vision_start|><|image_pad|><|vision_end|>Query: what?<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
+        )
     vlm2vec = template_of(POOLING["vlm2vec"], "image")
     assert vlm2vec.render([user(picture, TextPart("Represent it."))]) == "<|image_1|> Represent it."
     assert vlm2vec.render([user(TextPart("Both:"), picture, picture)]) == "Both: <|image_1|> <|image_2|>"

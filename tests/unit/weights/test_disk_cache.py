@@ -51,10 +51,17 @@ def copy_of(folder: Path, cache: Path, quantization: Quantization) -> QuantizedC
     return QuantizedCopy(cache, open_checkpoint(folder).weight_files, [quantization])
 
 
-def load(folder: Path, quantization: Quantization, copy: QuantizedCopy | None = None, *,
-         quantize_towers: bool = False) -> Model:
-    return load_model(open_checkpoint(folder), dtype=BF16, device="cpu", quantization=quantization, copy=copy,
-                      quantize_towers=quantize_towers)
+def load(
+    folder: Path, quantization: Quantization, copy: QuantizedCopy | None = None, *, quantize_towers: bool = False
+) -> Model:
+    return load_model(
+        open_checkpoint(folder),
+        dtype=BF16,
+        device="cpu",
+        quantization=quantization,
+        copy=copy,
+        quantize_towers=quantize_towers,
+    )
 
 
 def logits(model: Model) -> Tensor:
@@ -89,8 +96,12 @@ def refuse(*_: object) -> None:
 @pytest.mark.parametrize("quantization", [INT8, INT4], ids=["int8", "int4"])
 @pytest.mark.parametrize("make", [make_llama, make_qwen2_vl])
 def test_the_next_start_computes_the_same_and_quantises_nothing(
-        tmp_path: Path, cache: Path, make: Callable[..., object], quantization: Quantization,
-        monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path: Path,
+    cache: Path,
+    make: Callable[..., object],
+    quantization: Quantization,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     make(tmp_path)
     first = copy_of(tmp_path, cache, quantization)
     expected = logits(load(tmp_path, quantization, first, quantize_towers=True))
@@ -140,8 +151,9 @@ def test_what_others_may_write_to_is_not_used(folder: Path, cache: Path, of_fold
 
 
 @pytest.mark.parametrize("damage", ["cut", "head", "foreign"])
-def test_a_damaged_copy_costs_one_start(folder: Path, cache: Path, damage: str,
-                                        caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_copy_costs_one_start(
+    folder: Path, cache: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
     expected = logits(load(folder, INT4))
     file = keep(folder, cache, INT4)
     content = file.read_bytes()
@@ -162,8 +174,9 @@ def test_a_damaged_copy_costs_one_start(folder: Path, cache: Path, damage: str,
     assert torch.equal(logits(load(folder, INT4, copy_of(folder, cache, INT4))), expected)
 
 
-def test_a_folder_that_cannot_be_made_costs_only_the_copy(folder: Path, tmp_path: Path,
-                                                          caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_that_cannot_be_made_costs_only_the_copy(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "file").write_text("")
     copy = copy_of(folder, tmp_path / "file" / "cache", INT4)
     load(folder, INT4, copy)
@@ -194,8 +207,9 @@ def test_a_copy_given_up_half_way_leaves_nothing(folder: Path, cache: Path) -> N
 
 
 def test_an_idle_engine_keeps_its_copy(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = EngineConfig(str(folder), dtype="bfloat16", quantization="int4", kv_cache_memory=1 << 20,
-                          quantized_cache=str(cache))
+    config = EngineConfig(
+        str(folder), dtype="bfloat16", quantization="int4", kv_cache_memory=1 << 20, quantized_cache=str(cache)
+    )
     assert not load_engine(config).has_chores  # too small for that to pay
     monkeypatch.setattr(loading, "MAPPED_BYTES", 0)
     assert not load_engine(replace(config, quantized_cache="")).has_chores
@@ -211,7 +225,8 @@ def test_an_idle_engine_keeps_its_copy(folder: Path, cache: Path, monkeypatch: p
 def test_without_kernels_nothing_is_kept(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "MAPPED_BYTES", 0)
     monkeypatch.setattr(kernels, "_native", lambda: None)
-    config = EngineConfig(str(folder), dtype="bfloat16", quantization="int4", kv_cache_memory=1 << 20,
-                          quantized_cache=str(cache))
+    config = EngineConfig(
+        str(folder), dtype="bfloat16", quantization="int4", kv_cache_memory=1 << 20, quantized_cache=str(cache)
+    )
     assert not load_engine(config).has_chores
     assert not cache.exists()

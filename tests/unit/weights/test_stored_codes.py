@@ -45,8 +45,9 @@ Writer = Callable[[Path], dict[str, Tensor]]
 def misnamed(*, second_format: bool = True, **options: Any) -> Writer:
     """GPTQ whose symmetric zeros are of the other format than checkpoint_format says."""
     named = {"checkpoint_format": "gptq" if second_format else "gptq_v2"}
-    return lambda folder: write_gptq(folder, second_format=second_format,
-                                     **{**options, "config": {**named, **options.get("config", {})}})
+    return lambda folder: write_gptq(
+        folder, second_format=second_format, **{**options, "config": {**named, **options.get("config", {})}}
+    )
 
 
 ROWS = Quantization(4, 128)  # what rows with one scale become if they are longer than any kernel's group
@@ -54,50 +55,91 @@ ROWS = Quantization(4, 128)  # what rows with one scale become if they are longe
 LAYOUTS: dict[str, tuple[Writer, Quantization, bool]] = {
     "awq": (write_awq, Quantization(4, 32), True),
     "awq-16": (lambda folder: write_awq(folder, size=16), Quantization(4, 16), True),
-    "awq-w_bit": (lambda folder: write_awq(folder, config={"w_bit": 4, "q_group_size": 32, "version": "GEMM"}),
-                  Quantization(4, 32), True),
+    "awq-w_bit": (
+        lambda folder: write_awq(folder, config={"w_bit": 4, "q_group_size": 32, "version": "GEMM"}),
+        Quantization(4, 32),
+        True,
+    ),
     "awq-rows": (lambda folder: write_awq(folder, size=1 << 20, config={"group_size": -1}), ROWS, True),
     "gptq": (write_gptq, Quantization(4, 32), True),
     "gptq-asymmetric": (lambda folder: write_gptq(folder, symmetric=False), Quantization(4, 32), True),
-    "gptq-v2": (lambda folder: write_gptq(folder, symmetric=False, config={"checkpoint_format": "gptq_v2"}),
-                Quantization(4, 32), True),
-    "auto-round": (lambda folder: write_gptq(folder, config={
-        "quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "data_type": "int",
-        "extra_config": {"lm_head": {"bits": 16, "data_type": "float"}}}), Quantization(4, 32), True),
-    "auto-round-asymmetric": (lambda folder: write_gptq(folder, symmetric=False, config={
-        "quant_method": "intel/auto-round", "backend": "auto_round:gptq"}), Quantization(4, 32), True),
-    "auto-round-awq": (lambda folder: write_awq(folder, config={
-        "quant_method": "auto-round", "packing_format": "auto_round:auto_awq"}), Quantization(4, 32), True),
+    "gptq-v2": (
+        lambda folder: write_gptq(folder, symmetric=False, config={"checkpoint_format": "gptq_v2"}),
+        Quantization(4, 32),
+        True,
+    ),
+    "auto-round": (
+        lambda folder: write_gptq(
+            folder,
+            config={
+                "quant_method": "auto-round",
+                "packing_format": "auto_round:auto_gptq",
+                "data_type": "int",
+                "extra_config": {"lm_head": {"bits": 16, "data_type": "float"}},
+            },
+        ),
+        Quantization(4, 32),
+        True,
+    ),
+    "auto-round-asymmetric": (
+        lambda folder: write_gptq(
+            folder, symmetric=False, config={"quant_method": "intel/auto-round", "backend": "auto_round:gptq"}
+        ),
+        Quantization(4, 32),
+        True,
+    ),
+    "auto-round-awq": (
+        lambda folder: write_awq(
+            folder, config={"quant_method": "auto-round", "packing_format": "auto_round:auto_awq"}
+        ),
+        Quantization(4, 32),
+        True,
+    ),
     "gptq-rows": (lambda folder: write_gptq(folder, size=None), ROWS, True),
     "gptq-own-file": (lambda folder: write_gptq(folder, config_file="quantize_config.json"), Quantization(4, 32), True),
     "gptq-desc_act-in-order": (lambda folder: write_gptq(folder, config={"desc_act": True}), Quantization(4, 32), True),
     "gptq-act-order": (lambda folder: write_gptq(folder, act_order=True), Quantization(8), False),
     "gptq-8": (lambda folder: write_gptq(folder, bits=8, size=None), Quantization(8), True),
     "gptq-8-groups": (lambda folder: write_gptq(folder, bits=8), Quantization(8), False),
-    "gptq-8-asymmetric": (lambda folder: write_gptq(folder, bits=8, size=None, symmetric=False), Quantization(8),
-                          False),
+    "gptq-8-asymmetric": (
+        lambda folder: write_gptq(folder, bits=8, size=None, symmetric=False),
+        Quantization(8),
+        False,
+    ),
     "gptq-misnamed": (misnamed(), Quantization(4, 32), True),
-    "gptq-misnamed-gptqmodel": (misnamed(config={"meta": {"quantizer": ["gptqmodel:5.4.0"]}}), Quantization(4, 32),
-                                True),
+    "gptq-misnamed-gptqmodel": (
+        misnamed(config={"meta": {"quantizer": ["gptqmodel:5.4.0"]}}),
+        Quantization(4, 32),
+        True,
+    ),
     "gptq-misnamed-v2": (misnamed(second_format=False), Quantization(4, 32), True),
     "gptq-misnamed-own-file": (misnamed(config_file="quantize_config.json"), Quantization(4, 32), True),
     "gptq-misnamed-sym-unsaid": (misnamed(config={"sym": None}), Quantization(4, 32), True),
-    "gptq-misnamed-dynamic-sym": (misnamed(config={"sym": False, "dynamic": {"+:.*": {"sym": True}}}),
-                                  Quantization(4, 32), True),
+    "gptq-misnamed-dynamic-sym": (
+        misnamed(config={"sym": False, "dynamic": {"+:.*": {"sym": True}}}),
+        Quantization(4, 32),
+        True,
+    ),
     "gptq-misnamed-rows": (misnamed(size=None), ROWS, True),
     "gptq-misnamed-128": (misnamed(size=128), Quantization(4, 128), True),
     "gptq-misnamed-act-order": (misnamed(act_order=True), Quantization(8), False),
     "gptq-misnamed-8": (misnamed(bits=8, size=None), Quantization(8), True),
     "gptq-misnamed-8-groups": (misnamed(bits=8), Quantization(8), False),
-    "gptq-asymmetric-sym-unsaid": (lambda folder: write_gptq(folder, symmetric=False, config={"sym": None}),
-                                   Quantization(4, 32), True),
+    "gptq-asymmetric-sym-unsaid": (
+        lambda folder: write_gptq(folder, symmetric=False, config={"sym": None}),
+        Quantization(4, 32),
+        True,
+    ),
     "packed": (write_packed, Quantization(4, 32), True),
     "packed-asymmetric": (lambda folder: write_packed(folder, symmetric=False), Quantization(4, 32), True),
     "packed-rows": (lambda folder: write_packed(folder, size=None), ROWS, True),
     "packed-act-order": (lambda folder: write_packed(folder, act_order=True), Quantization(8), False),
     "packed-8": (lambda folder: write_packed(folder, bits=8, size=None), Quantization(8), True),
-    "packed-compression_config": (lambda folder: write_packed(folder, config_key="compression_config"),
-                                  Quantization(4, 32), True),
+    "packed-compression_config": (
+        lambda folder: write_packed(folder, config_key="compression_config"),
+        Quantization(4, 32),
+        True,
+    ),
     "int8": (write_int8, Quantization(8), True),
     "int8-one-scale": (lambda folder: write_int8(folder, strategy="tensor"), Quantization(8), True),
 }
@@ -137,10 +179,12 @@ def test_codes_are_the_checkpoints(written: tuple[Path, Tensor, Any, Any]) -> No
     model = load(folder)
     for index in range(2):
         layer = f"model.layers.{index}."
-        for name, keys in (("self_attn.qkv_proj", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
-                           ("self_attn.o_proj", ["self_attn.o_proj"]),
-                           ("mlp.gate_up_proj", ["mlp.gate_proj", "mlp.up_proj"]),
-                           ("mlp.down_proj", ["mlp.down_proj"])):
+        for name, keys in (
+            ("self_attn.qkv_proj", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
+            ("self_attn.o_proj", ["self_attn.o_proj"]),
+            ("mlp.gate_up_proj", ["mlp.gate_proj", "mlp.up_proj"]),
+            ("mlp.down_proj", ["mlp.down_proj"]),
+        ):
             module = model.get_submodule(layer + name)
             assert isinstance(module, Linear)
             whole = quantization.bits == 8 or (quantization is ROWS and module.in_features <= 256)
@@ -187,8 +231,12 @@ def test_other_families(tmp_path: Path, make: Callable[..., PreTrainedModel], wr
     oracle = make(tmp_path, **options)
     floats = write(tmp_path)
     if make is make_qwen2_vl:
-        floats = {key.replace("model.", "model.language_model.", 1) if not key.startswith("visual.") else
-                  f"model.{key}": value for key, value in floats.items()}
+        floats = {
+            key.replace("model.", "model.language_model.", 1)
+            if not key.startswith("visual.")
+            else f"model.{key}": value
+            for key, value in floats.items()
+        }
     assert error(logits(load(tmp_path)), expected_logits(oracle, floats)) < 0.04
 
 
@@ -203,8 +251,11 @@ def test_layers_that_are_not_quantised_stay_as_they_are(tmp_path: Path) -> None:
         stored[f"{key}.weight"] = floats[f"{key}.weight"] = original[f"{key}.weight"]
     write_weights(tmp_path, stored)
     model = load(tmp_path)
-    plain = {name for name, module in model.named_modules()
-             if isinstance(module, Linear) and not isinstance(module.form, kernels.quantized.QuantizedLinear)}
+    plain = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, Linear) and not isinstance(module.form, kernels.quantized.QuantizedLinear)
+    }
     assert plain == {"model.layers.0.self_attn.qkv_proj", "model.layers.1.mlp.down_proj", "lm_head"}
     rows = model.get_submodule("model.layers.0.self_attn.qkv_proj").form.rows(torch.arange(128))
     assert torch.equal(rows, torch.cat([floats[f"model.layers.0.self_attn.{x}_proj.weight"] for x in "qkv"]))
@@ -254,8 +305,10 @@ def test_layers_with_zeros_of_either_format(tmp_path: Path, caplog: pytest.LogCa
     first = {key: tensor for key, tensor in read_after(write_gptq, tmp_path).items() if "qzeros" in key}
     write_weights(tmp_path, original)
     floats = write_gptq(tmp_path, second_format=True)
-    mixed = {key: first[key] if key in first and ("layers.1" in key or "q_proj" in key) else tensor
-             for key, tensor in read_weights(tmp_path).items()}
+    mixed = {
+        key: first[key] if key in first and ("layers.1" in key or "q_proj" in key) else tensor
+        for key, tensor in read_weights(tmp_path).items()
+    }
     assert len({tuple(mixed[key].unique().tolist()) for key in first}) == 2
     write_weights(tmp_path, mixed)
     assert error(logits(load(tmp_path)), expected_logits(oracle, floats)) < 0.04
@@ -267,21 +320,36 @@ def read_after(write: Writer, folder: Path) -> dict[str, Tensor]:
     return read_weights(folder)
 
 
-@pytest.mark.parametrize(("symmetric", "named", "stored", "zero", "said"), [
-    (False, "gptq", 8, 9, "are all 8 though sym is false. They are read as GPTQ's first format"),
-    (False, "gptq_v2", 7, 7, "are all 7 though sym is false. They are read as GPTQ's second format"),
-    (True, "gptq", 5, 6, "are not the middle code though sym is true. They are read as GPTQ's first format"),
-    (False, "gptq", 7, 8, None),
-    (False, "gptq", 5, 6, None),
-])
-def test_zeros_that_do_not_tell_follow_the_name(tmp_path: Path, caplog: pytest.LogCaptureFixture, symmetric: bool,
-                                                named: str, stored: int, zero: int, said: str | None) -> None:
+@pytest.mark.parametrize(
+    ("symmetric", "named", "stored", "zero", "said"),
+    [
+        (False, "gptq", 8, 9, "are all 8 though sym is false. They are read as GPTQ's first format"),
+        (False, "gptq_v2", 7, 7, "are all 7 though sym is false. They are read as GPTQ's second format"),
+        (True, "gptq", 5, 6, "are not the middle code though sym is true. They are read as GPTQ's first format"),
+        (False, "gptq", 7, 8, None),
+        (False, "gptq", 5, 6, None),
+    ],
+)
+def test_zeros_that_do_not_tell_follow_the_name(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    symmetric: bool,
+    named: str,
+    stored: int,
+    zero: int,
+    said: str | None,
+) -> None:
     make_llama(tmp_path, **SIZES)
     floats = write_gptq(tmp_path, config={"sym": symmetric, "checkpoint_format": named})
     tensors = read_weights(tmp_path)
     fill = sum(stored << 4 * place for place in range(8))
-    write_weights(tmp_path, {key: torch.full_like(tensor, fill - 2**32 if fill >= 2**31 else fill)
-                             if key.endswith("qzeros") else tensor for key, tensor in tensors.items()})
+    write_weights(
+        tmp_path,
+        {
+            key: torch.full_like(tensor, fill - 2**32 if fill >= 2**31 else fill) if key.endswith("qzeros") else tensor
+            for key, tensor in tensors.items()
+        },
+    )
     down = "model.layers.0.mlp.down_proj"
     rows = load(tmp_path).get_submodule(down).form.rows(torch.arange(64))
     scales = tensors[f"{down}.scales"].T.float().repeat_interleave(32, 1)
@@ -319,8 +387,9 @@ def test_where_it_may_be_stated(tmp_path: Path) -> None:
     (tmp_path / "llava" / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="qweight"):
         load(tmp_path / "llava")
-    (tmp_path / "llava" / "quant_config.json").write_text(json.dumps(
-        {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}))
+    (tmp_path / "llava" / "quant_config.json").write_text(
+        json.dumps({"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"})
+    )
     assert torch.equal(logits(load(tmp_path / "llava")), expected)
 
 
@@ -348,41 +417,47 @@ def group_of(**weights: Any) -> dict[str, Any]:
     return compressed_config("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", **weights})
 
 
-@pytest.mark.parametrize(("stated", "said"), [
-    ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quantisation by bitsandbytes"),
-    ({"quant_method": "fp8"}, "quantisation by fp8"),
-    ({"quant_method": "gguf"}, "quantisation by gguf"),
-    ({"quant_method": ["awq"]}, "quantisation by ['awq']"),
-    ({"bits": 4}, "quantisation by None"),
-    ("awq", "quantization_config 'awq'"),
-    ({"quant_method": "awq", "bits": 8}, "awq with bits 8"),
-    ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "awq with version 'gemv'"),
-    ({"quant_method": "awq", "bits": 4, "version": "marlin"}, "awq with version 'marlin'"),
-    ({"quant_method": "awq", "bits": 4, "zero_point": False}, "awq with zero_point False"),
-    ({"quant_method": "awq", "bits": 4, "group_size": 0}, "group_size 0"),
-    ({"quant_method": "gptq", "bits": 3, "group_size": 32}, "gptq with bits 3"),
-    ({"quant_method": "gptq", "bits": 4, "group_size": "all"}, "group_size 'all'"),
-    ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
-    ({"quant_method": "gptq", "bits": 4, "is_marlin_format": True}, "checkpoint_format 'marlin'"),
-    ({"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:llm_compressor"}, "llm_compressor'"),
-    ({"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round"}, "packing_format 'auto_round'"),
-    ({"quant_method": "auto-round", "bits": 2, "packing_format": "auto_round:auto_gptq"}, "gptq with bits 2"),
-    ({"quant_method": "auto-round", "bits": 4, "data_type": "mx_fp"}, "data_type 'mx_fp'"),
-    ({"quant_method": "auto-round", "bits": 4, "extra_config": {"lm_head": {"bits": 8}}}, "extra_config 'lm_head'"),
-    ({"quant_method": "gptq", "bits": 4, "pack_dtype": "int64"}, "pack_dtype 'int64'"),
-    ({"quant_method": "gptq", "bits": 4, "dynamic": {r"+:.*\.18\..*gate.*": {"bits": 8}}}, "single layers"),
-    (compressed_config("float-quantized", {"num_bits": 8, "type": "float"}), "format 'float-quantized'"),
-    (compressed_config("nvfp4-pack-quantized", {"num_bits": 4, "type": "float"}), "format 'nvfp4-pack-quantized'"),
-    (compressed_config("marlin-24", {"num_bits": 4, "type": "int"}), "format 'marlin-24'"),
-    (group_of(num_bits=3), "weights.num_bits 3"),
-    (group_of(type="float"), "weights.type 'float'"),
-    (group_of(strategy="block"), "weights.strategy 'block'"),
-    ({**group_of(), "kv_cache_scheme": {"num_bits": 8, "type": "float"}}, "kv_cache_scheme"),
-    ({**group_of(), "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse weights"),
-    ({**group_of(), "transform_config": {"config_groups": {"R1": {}}}}, "transform_config"),
-    ({**group_of(), "config_groups": {}}, "without config_groups"),
-    (compressed_config("int-quantized", {"num_bits": 8}, {"num_bits": 8, "type": "float"}), "input_activations.type"),
-])
+@pytest.mark.parametrize(
+    ("stated", "said"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quantisation by bitsandbytes"),
+        ({"quant_method": "fp8"}, "quantisation by fp8"),
+        ({"quant_method": "gguf"}, "quantisation by gguf"),
+        ({"quant_method": ["awq"]}, "quantisation by ['awq']"),
+        ({"bits": 4}, "quantisation by None"),
+        ("awq", "quantization_config 'awq'"),
+        ({"quant_method": "awq", "bits": 8}, "awq with bits 8"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "awq with version 'gemv'"),
+        ({"quant_method": "awq", "bits": 4, "version": "marlin"}, "awq with version 'marlin'"),
+        ({"quant_method": "awq", "bits": 4, "zero_point": False}, "awq with zero_point False"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 0}, "group_size 0"),
+        ({"quant_method": "gptq", "bits": 3, "group_size": 32}, "gptq with bits 3"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": "all"}, "group_size 'all'"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
+        ({"quant_method": "gptq", "bits": 4, "is_marlin_format": True}, "checkpoint_format 'marlin'"),
+        ({"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:llm_compressor"}, "llm_compressor'"),
+        ({"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round"}, "packing_format 'auto_round'"),
+        ({"quant_method": "auto-round", "bits": 2, "packing_format": "auto_round:auto_gptq"}, "gptq with bits 2"),
+        ({"quant_method": "auto-round", "bits": 4, "data_type": "mx_fp"}, "data_type 'mx_fp'"),
+        ({"quant_method": "auto-round", "bits": 4, "extra_config": {"lm_head": {"bits": 8}}}, "extra_config 'lm_head'"),
+        ({"quant_method": "gptq", "bits": 4, "pack_dtype": "int64"}, "pack_dtype 'int64'"),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": {r"+:.*\.18\..*gate.*": {"bits": 8}}}, "single layers"),
+        (compressed_config("float-quantized", {"num_bits": 8, "type": "float"}), "format 'float-quantized'"),
+        (compressed_config("nvfp4-pack-quantized", {"num_bits": 4, "type": "float"}), "format 'nvfp4-pack-quantized'"),
+        (compressed_config("marlin-24", {"num_bits": 4, "type": "int"}), "format 'marlin-24'"),
+        (group_of(num_bits=3), "weights.num_bits 3"),
+        (group_of(type="float"), "weights.type 'float'"),
+        (group_of(strategy="block"), "weights.strategy 'block'"),
+        ({**group_of(), "kv_cache_scheme": {"num_bits": 8, "type": "float"}}, "kv_cache_scheme"),
+        ({**group_of(), "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse weights"),
+        ({**group_of(), "transform_config": {"config_groups": {"R1": {}}}}, "transform_config"),
+        ({**group_of(), "config_groups": {}}, "without config_groups"),
+        (
+            compressed_config("int-quantized", {"num_bits": 8}, {"num_bits": 8, "type": "float"}),
+            "input_activations.type",
+        ),
+    ],
+)
 def test_what_is_not_supported_is_named(tmp_path: Path, stated: Any, said: str) -> None:
     make_llama(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -420,26 +495,42 @@ def put(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Te
 Q = "model.layers.0.self_attn.q_proj"
 
 
-@pytest.mark.parametrize(("write", "change", "said"), [
-    (write_gptq, drop(f"{Q}.scales"), f"{Q}.qweight is there without its scales"),
-    (write_gptq, drop(f"{Q}.qweight"), f"{Q}.g_idx"),
-    (write_gptq, put(f"{Q}.g_idx", lambda t: t + 1), f"{Q}.g_idx names groups that are not there"),
-    (write_gptq, put(f"{Q}.g_idx", lambda t: t - 1), f"{Q}.g_idx names groups that are not there"),
-    (write_gptq, put(f"{Q}.qweight", lambda t: t.float()), f"{Q}.qweight in model.safetensors is torch.float32"),
-    (write_gptq, put(f"{Q}.qweight", lambda t: t[:-1]), f"{Q}.weight in model.safetensors has shape [64, 56]"),
-    (write_gptq, put(f"{Q}.qweight", lambda t: t[0]), f"{Q}.qweight in model.safetensors has shape [64]"),
-    (write_gptq, put(f"{Q}.scales", lambda t: t[:-1]), f"{Q}.scales in model.safetensors has shape [1, 64]"),
-    (write_awq, put(f"{Q}.qzeros", lambda t: t[:, 1:]), f"{Q}.qzeros in model.safetensors has shape [2, 7]"),
-    (write_awq, drop(f"{Q}.qzeros"), "without its qzeros"),
-    (write_packed, put(f"{Q}.weight_shape", lambda t: t * 2), "which is no weight of [128, 128]"),
-    (write_packed, put(f"{Q}.weight_scale", lambda t: t[:, :0]), f"{Q}.weight_scale in model.safetensors has shape"),
-    (write_packed, put(f"{Q}.weight_scale", lambda t: t[:5]), f"{Q}.weight_scale in model.safetensors has shape [5"),
-    (write_packed, drop(f"{Q}.weight_shape"), "without its weight_shape"),
-    (write_int8, put(f"{Q}.weight_scale", lambda t: t[:7]), f"{Q}.weight_scale in model.safetensors has shape [7, 1]"),
-    (write_int8, drop(f"{Q}.weight_scale"), f"{Q}.weight in model.safetensors is torch.int8"),
-])
-def test_damaged_layers_are_named(tmp_path: Path, write: Writer, change: Callable[[dict[str, Tensor]], None],
-                                  said: str) -> None:
+@pytest.mark.parametrize(
+    ("write", "change", "said"),
+    [
+        (write_gptq, drop(f"{Q}.scales"), f"{Q}.qweight is there without its scales"),
+        (write_gptq, drop(f"{Q}.qweight"), f"{Q}.g_idx"),
+        (write_gptq, put(f"{Q}.g_idx", lambda t: t + 1), f"{Q}.g_idx names groups that are not there"),
+        (write_gptq, put(f"{Q}.g_idx", lambda t: t - 1), f"{Q}.g_idx names groups that are not there"),
+        (write_gptq, put(f"{Q}.qweight", lambda t: t.float()), f"{Q}.qweight in model.safetensors is torch.float32"),
+        (write_gptq, put(f"{Q}.qweight", lambda t: t[:-1]), f"{Q}.weight in model.safetensors has shape [64, 56]"),
+        (write_gptq, put(f"{Q}.qweight", lambda t: t[0]), f"{Q}.qweight in model.safetensors has shape [64]"),
+        (write_gptq, put(f"{Q}.scales", lambda t: t[:-1]), f"{Q}.scales in model.safetensors has shape [1, 64]"),
+        (write_awq, put(f"{Q}.qzeros", lambda t: t[:, 1:]), f"{Q}.qzeros in model.safetensors has shape [2, 7]"),
+        (write_awq, drop(f"{Q}.qzeros"), "without its qzeros"),
+        (write_packed, put(f"{Q}.weight_shape", lambda t: t * 2), "which is no weight of [128, 128]"),
+        (
+            write_packed,
+            put(f"{Q}.weight_scale", lambda t: t[:, :0]),
+            f"{Q}.weight_scale in model.safetensors has shape",
+        ),
+        (
+            write_packed,
+            put(f"{Q}.weight_scale", lambda t: t[:5]),
+            f"{Q}.weight_scale in model.safetensors has shape [5",
+        ),
+        (write_packed, drop(f"{Q}.weight_shape"), "without its weight_shape"),
+        (
+            write_int8,
+            put(f"{Q}.weight_scale", lambda t: t[:7]),
+            f"{Q}.weight_scale in model.safetensors has shape [7, 1]",
+        ),
+        (write_int8, drop(f"{Q}.weight_scale"), f"{Q}.weight in model.safetensors is torch.int8"),
+    ],
+)
+def test_damaged_layers_are_named(
+    tmp_path: Path, write: Writer, change: Callable[[dict[str, Tensor]], None], said: str
+) -> None:
     make_llama(tmp_path, **SIZES)
     write(tmp_path)
     tensors = read_weights(tmp_path)
@@ -451,10 +542,20 @@ def test_damaged_layers_are_named(tmp_path: Path, write: Writer, change: Callabl
 
 
 CHANGES: list[Callable[[Tensor], Tensor]] = [
-    lambda t: t[:-1], lambda t: t[..., :-1], lambda t: t[:0], lambda t: t.flatten(), lambda t: t[None],
-    lambda t: t.flatten()[0], lambda t: t.T if t.dim() == 2 else t, lambda t: torch.cat([t, t]),
-    lambda t: t.flatten()[:1], lambda t: t.float(), lambda t: t.to(torch.int8), lambda t: t.to(torch.int64) * -7,
-    lambda t: t.to(torch.int32) * 1000]
+    lambda t: t[:-1],
+    lambda t: t[..., :-1],
+    lambda t: t[:0],
+    lambda t: t.flatten(),
+    lambda t: t[None],
+    lambda t: t.flatten()[0],
+    lambda t: t.T if t.dim() == 2 else t,
+    lambda t: torch.cat([t, t]),
+    lambda t: t.flatten()[:1],
+    lambda t: t.float(),
+    lambda t: t.to(torch.int8),
+    lambda t: t.to(torch.int64) * -7,
+    lambda t: t.to(torch.int32) * 1000,
+]
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if "-8" not in name])
@@ -489,5 +590,6 @@ def test_methods_by_name(tmp_path: Path) -> None:
         choose_quantization(EngineConfig("m", quantization="gptq"), stored)
     with pytest.raises(StartupError, match="--quantize-towers goes with"):
         choose_quantization(EngineConfig("m", quantize_towers=True), stored)
-    assert choose_quantization(EngineConfig("m", quantization="int4", quantization_group_size=32),
-                               stored) == Quantization(4, 32)
+    assert choose_quantization(
+        EngineConfig("m", quantization="int4", quantization_group_size=32), stored
+    ) == Quantization(4, 32)

@@ -23,8 +23,9 @@ class Admission:
     A single request larger than the door is let in when nobody else is there, so that it can ever be answered.
     """
 
-    def __init__(self, max_sequences: int, max_prompt_tokens: Callable[[], int],
-                 on_refusal: Callable[[str], None]) -> None:
+    def __init__(
+        self, max_sequences: int, max_prompt_tokens: Callable[[], int], on_refusal: Callable[[str], None]
+    ) -> None:
         self._max_sequences = max_sequences
         self._max_prompt_tokens = max_prompt_tokens  # known once the engine is ready
         self._on_refusal = on_refusal
@@ -63,8 +64,9 @@ class Permit:
     def __enter__(self) -> Permit:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._admission.sequences -= self._sequences
         self._admission.prompt_tokens -= self._prompt_tokens
 
@@ -75,8 +77,12 @@ class PendingBytes:
     `on_empty` is called whenever the last of them is gone, with the bytes of all since the time before.
     """
 
-    def __init__(self, max_bytes: int, on_refusal: Callable[[str], None],
-                 on_empty: Callable[[int], None] = lambda size_bytes: None) -> None:
+    def __init__(
+        self,
+        max_bytes: int,
+        on_refusal: Callable[[str], None],
+        on_empty: Callable[[int], None] = lambda size_bytes: None,
+    ) -> None:
         self._max_bytes = max_bytes
         self._on_refusal = on_refusal
         self._on_empty = on_empty

@@ -41,8 +41,9 @@ class Keys:
             return
         values = call.headers(b"authorization")
         if not values:
-            raise AuthenticationError("An API key is required: send it as `Authorization: Bearer KEY`.",
-                                      code="missing_api_key")
+            raise AuthenticationError(
+                "An API key is required: send it as `Authorization: Bearer KEY`.", code="missing_api_key"
+            )
         if len(values) > 1:
             raise AuthenticationError("There is more than one Authorization header.")
         scheme, _, key = values[0].partition(b" ")

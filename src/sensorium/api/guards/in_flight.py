@@ -78,8 +78,9 @@ class Flight:
         self._watch = asyncio.ensure_future(self._until_gone())
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                        trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._ended = True
         self._watch.cancel()
         self._flights.remove(self)

@@ -37,9 +37,11 @@ class OriginCheck:
     def check(self, call: Call) -> None:
         host = self._host(call)
         if host is not None and self._local_only and _name(host) not in self._names:
-            raise ForbiddenError("This server listens on this machine only and does not answer to the name in Host. "
-                                 "Set --api-key or --host if it is meant to be reached under that name.",
-                                 code="host_not_allowed")
+            raise ForbiddenError(
+                "This server listens on this machine only and does not answer to the name in Host. "
+                "Set --api-key or --host if it is meant to be reached under that name.",
+                code="host_not_allowed",
+            )
         if call.method not in ("GET", "HEAD") and not _same_origin(call, host or ""):
             raise ForbiddenError("Requests from web pages of other origins are refused.", code="origin_not_allowed")
 

@@ -26,7 +26,6 @@ HOTWORDS = "Words that may occur in it: {hotwords}"
 """Models that chat about audio have no other way to be told than in words."""
 
 
-
 def _language(text: str) -> str | None:
     """A language that we know; None where it is left to the model."""
     if text.lower() == "auto":
@@ -71,9 +70,15 @@ class AudioRequest(Body):
     def sampling_body(self) -> SamplingBody:
         """Greedy unless the request says otherwise."""
         return SamplingBody(
-            temperature=0.0 if self.temperature is None else self.temperature, top_p=self.top_p, top_k=self.top_k,
-            min_p=self.min_p, seed=self.seed, presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty, repetition_penalty=self.repetition_penalty)
+            temperature=0.0 if self.temperature is None else self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            seed=self.seed,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+        )
 
     def instruction(self, *, translates: bool) -> str:
         """What the model is told beside the recording."""
@@ -98,8 +103,10 @@ def parse_fields(fields: Mapping[str, list[str]], unknown: UnknownFields) -> Aud
         elif given[0]:
             values[name] = given[0]
     if values.get("response_format") in ("srt", "vtt", "diarized_json"):
-        raise UnsupportedFieldError("`response_format` must be json, text or verbose_json: the model tells neither "
-                                    "times nor speakers.", param="response_format")
+        raise UnsupportedFieldError(
+            "`response_format` must be json, text or verbose_json: the model tells neither times nor speakers.",
+            param="response_format",
+        )
     try:
         request = AudioRequest.model_validate(values)
     except ValidationError as error:

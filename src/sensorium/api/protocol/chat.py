@@ -41,14 +41,22 @@ class TemplateFields:
 
     def check_template(self, server: ServerConfig) -> None:
         if self.chat_template is not None and not server.allow_request_chat_template:
-            raise RequestError("This server does not let requests bring a `chat_template`.", param="chat_template",
-                               code="chat_template_not_allowed")
+            raise RequestError(
+                "This server does not let requests bring a `chat_template`.",
+                param="chat_template",
+                code="chat_template_not_allowed",
+            )
         if self.mm_processor_kwargs and not server.allow_request_mm_kwargs:
-            raise RequestError("This server does not let requests bring `mm_processor_kwargs`.",
-                               param="mm_processor_kwargs", code="mm_processor_kwargs_not_allowed")
+            raise RequestError(
+                "This server does not let requests bring `mm_processor_kwargs`.",
+                param="mm_processor_kwargs",
+                code="mm_processor_kwargs_not_allowed",
+            )
         if self.continue_final_message and self.generates_prompt and self.add_generation_prompt is not None:
-            raise RequestError("`continue_final_message` and `add_generation_prompt` exclude each other.",
-                               param="continue_final_message")
+            raise RequestError(
+                "`continue_final_message` and `add_generation_prompt` exclude each other.",
+                param="continue_final_message",
+            )
 
     @property
     def generates_prompt(self) -> bool:
@@ -65,9 +73,13 @@ class TemplateFields:
 
     def template_options(self) -> dict[str, Any]:
         """The options of `ServedModel.prepare_chat` that these fields are."""
-        return {"add_generation_prompt": self.generates_prompt, "chat_template": self.chat_template,
-                "continue_final_message": bool(self.continue_final_message),
-                "template_kwargs": self.template_variables, "mm_processor_kwargs": self.mm_processor_kwargs}
+        return {
+            "add_generation_prompt": self.generates_prompt,
+            "chat_template": self.chat_template,
+            "continue_final_message": bool(self.continue_final_message),
+            "template_kwargs": self.template_variables,
+            "mm_processor_kwargs": self.mm_processor_kwargs,
+        }
 
 
 class ChatRequest(SamplingBody, TemplateFields):
@@ -102,5 +114,7 @@ class ChatRequest(SamplingBody, TemplateFields):
     def sampling(self, defaults: ModelDefaults, prompt_tokens: int) -> SamplingParams:
         wanted = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return self.sampling_with(
-            defaults, logprobs=(self.top_logprobs or 0) if self.logprobs else None,
-            max_tokens=answer_length(defaults, prompt_tokens, wanted, None, self.choices, "messages"))
+            defaults,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            max_tokens=answer_length(defaults, prompt_tokens, wanted, None, self.choices, "messages"),
+        )

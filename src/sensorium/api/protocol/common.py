@@ -61,8 +61,9 @@ class Body(FailsFast):
         for name, value in (self.model_extra or {}).items():
             if name in self.foreign:
                 if not self.changes_nothing(name, value):
-                    raise UnsupportedFieldError(f"`{name}` is not supported by this server: "
-                                                f"{self.foreign[name].advice}.", param=name)
+                    raise UnsupportedFieldError(
+                        f"`{name}` is not supported by this server: {self.foreign[name].advice}.", param=name
+                    )
             elif name not in IGNORED:
                 unknown.note(name)
 

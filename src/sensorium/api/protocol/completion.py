@@ -32,10 +32,12 @@ def _prompt_form(value: Any) -> str:
 
 
 PromptField = Annotated[
-    Annotated[Text, Tag("<text>")] | Annotated[TokenIds, Tag("<ids>")]
+    Annotated[Text, Tag("<text>")]
+    | Annotated[TokenIds, Tag("<ids>")]
     | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS), Tag("<texts>")]
     | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS), Tag("<many ids>")],
-    Discriminator(_prompt_form)]
+    Discriminator(_prompt_form),
+]
 
 
 class CompletionRequest(SamplingBody):
@@ -75,5 +77,8 @@ class CompletionRequest(SamplingBody):
             raise RequestError(f"`logprobs` x prompt tokens must be at most {MAX_PROMPT_LOGPROBS}.", param="logprobs")
         wanted = 1 if self.max_tokens == 0 else self.max_tokens
         return self.sampling_with(
-            defaults, logprobs=self.logprobs, prompt_logprobs=scored,
-            max_tokens=answer_length(defaults, prompt_tokens, wanted, DEFAULT_MAX_TOKENS, self.choices, "prompt"))
+            defaults,
+            logprobs=self.logprobs,
+            prompt_logprobs=scored,
+            max_tokens=answer_length(defaults, prompt_tokens, wanted, DEFAULT_MAX_TOKENS, self.choices, "prompt"),
+        )

@@ -76,10 +76,14 @@ def _part_kind(value: Any) -> str:
 
 
 Part = Annotated[
-    Annotated[TextContent, Tag("<text>")] | Annotated[ImageContent, Tag("<image_url>")]
-    | Annotated[VideoContent, Tag("<video_url>")] | Annotated[AudioContent, Tag("<audio_url>")]
-    | Annotated[SoundContent, Tag("<input_audio>")] | Annotated[OtherContent, Tag("<other>")],
-    Discriminator(_part_kind)]
+    Annotated[TextContent, Tag("<text>")]
+    | Annotated[ImageContent, Tag("<image_url>")]
+    | Annotated[VideoContent, Tag("<video_url>")]
+    | Annotated[AudioContent, Tag("<audio_url>")]
+    | Annotated[SoundContent, Tag("<input_audio>")]
+    | Annotated[OtherContent, Tag("<other>")],
+    Discriminator(_part_kind),
+]
 
 
 def _content_form(value: Any) -> str:
@@ -88,7 +92,8 @@ def _content_form(value: Any) -> str:
 
 Content = Annotated[
     Annotated[Text, Tag("<string>")] | Annotated[list[Part], Field(max_length=4096), Tag("<parts>")],
-    Discriminator(_content_form)]
+    Discriminator(_content_form),
+]
 
 
 class ChatMessage(Nested):
@@ -117,8 +122,9 @@ class Conversation:
         return "".join(part.text for part in self.messages[-1].content if isinstance(part, TextPart))
 
 
-def conversation(messages: Sequence[ChatMessage], modalities: frozenset[Modality], limits: Limits, *,
-                 where: str = "messages") -> Conversation:
+def conversation(
+    messages: Sequence[ChatMessage], modalities: frozenset[Modality], limits: Limits, *, where: str = "messages"
+) -> Conversation:
     """Check a chat's messages against the limits and the model, and make the project's own types of them."""
     if len(messages) > limits.max_messages:
         raise RequestError(f"`{where}` must have at most {limits.max_messages} entries.", param=where)
@@ -127,15 +133,15 @@ def conversation(messages: Sequence[ChatMessage], modalities: frozenset[Modality
     for index, message in enumerate(messages):
         place = f"{where}[{index}]"
         _check_message(message, place, limits)
-        parts = tuple(_part(part, f"{place}.content[{number}]", modalities, media)
-                      for number, part in enumerate(_parts(message)))
+        parts = tuple(
+            _part(part, f"{place}.content[{number}]", modalities, media) for number, part in enumerate(_parts(message))
+        )
         role = "system" if message.role == "developer" else message.role
         made.append(Message(role, parts, name=message.name or None))
     return Conversation(tuple(made), tuple(media))
 
 
-def message_of_parts(parts: Sequence[Any], where: str, modalities: frozenset[Modality],
-                     limits: Limits) -> Conversation:
+def message_of_parts(parts: Sequence[Any], where: str, modalities: frozenset[Modality], limits: Limits) -> Conversation:
     """Parts without a chat around them, as what a user says."""
     if len(parts) > limits.max_parts:
         raise RequestError(f"`{where}` must have at most {limits.max_parts} parts.", param=where)
@@ -146,13 +152,16 @@ def message_of_parts(parts: Sequence[Any], where: str, modalities: frozenset[Mod
 
 def _check_message(message: ChatMessage, where: str, limits: Limits) -> None:
     if message.tool_calls or message.role in ("tool", "function"):
-        raise UnsupportedFieldError("Tool calls are not supported by this server.",
-                                    param=f"{where}.tool_calls" if message.tool_calls else f"{where}.role")
+        raise UnsupportedFieldError(
+            "Tool calls are not supported by this server.",
+            param=f"{where}.tool_calls" if message.tool_calls else f"{where}.role",
+        )
     if message.function_call:
         raise UnsupportedFieldError("Function calls are not supported by this server.", param=f"{where}.function_call")
     if message.content is None and message.role != "assistant":
-        raise RequestError(f"`{where}.content` is required.", param=f"{where}.content",
-                           code="missing_required_parameter")
+        raise RequestError(
+            f"`{where}.content` is required.", param=f"{where}.content", code="missing_required_parameter"
+        )
     if isinstance(message.content, list) and len(message.content) > limits.max_parts:
         raise RequestError(f"`{where}.content` must have at most {limits.max_parts} parts.", param=f"{where}.content")
 
@@ -178,8 +187,11 @@ def _part(part: Any, where: str, modalities: frozenset[Modality], media: list[Me
             sound = part.input_audio
             source = MediaSource("audio", f"{where}.input_audio.data", data=sound.data, format=sound.format)
             return _medium("audio", source, modalities, media)
-    raise RequestError("A content part must be text, image_url, video_url, audio_url or input_audio.",
-                       param=f"{where}.type", code="unsupported_content_part")
+    raise RequestError(
+        "A content part must be text, image_url, video_url, audio_url or input_audio.",
+        param=f"{where}.type",
+        code="unsupported_content_part",
+    )
 
 
 def _source(kind: Modality, value: str | UrlObject, where: str) -> MediaSource:
@@ -188,11 +200,15 @@ def _source(kind: Modality, value: str | UrlObject, where: str) -> MediaSource:
     return MediaSource(kind, f"{where}.url", url=value.url)
 
 
-def _medium(kind: Modality, source: MediaSource, modalities: frozenset[Modality],
-            media: list[MediaSource]) -> MediaPart:
+def _medium(
+    kind: Modality, source: MediaSource, modalities: frozenset[Modality], media: list[MediaSource]
+) -> MediaPart:
     if kind not in modalities:
         can = " and ".join(("text", *sorted(modalities)))
-        raise RequestError(f"The model does not understand {kind} input; it takes {can}.", param=source.param,
-                           code="unsupported_modality")
+        raise RequestError(
+            f"The model does not understand {kind} input; it takes {can}.",
+            param=source.param,
+            code="unsupported_modality",
+        )
     media.append(source)
     return MediaPart(kind)

@@ -28,15 +28,33 @@ _TABLE = """
     zu Zulu, haw Hawaiian, yue Cantonese, jw Javanese"""
 """The last three are Whisper's."""
 
-LANGUAGES: dict[str, str] = {code: name for code, _, name in (
-    entry.strip().partition(" ") for entry in _TABLE.replace("\n", " ").split(","))}
+LANGUAGES: dict[str, str] = {
+    code: name for code, _, name in (entry.strip().partition(" ") for entry in _TABLE.replace("\n", " ").split(","))
+}
 """Code -> English name."""
 
 _OTHER_NAMES = {
-    "bokmal": "nb", "castilian": "es", "farsi": "fa", "flemish": "nl", "frisian": "fy", "gaelic": "gd", "haitian": "ht",
-    "letzeburgesch": "lb", "mandarin": "zh", "moldavian": "ro", "moldovan": "ro", "myanmar": "my", "nynorsk": "nn",
-    "panjabi": "pa", "pushto": "ps", "sinhalese": "si", "slovene": "sl", "sotho": "st", "uighur": "ug",
-    "valencian": "ca"}
+    "bokmal": "nb",
+    "castilian": "es",
+    "farsi": "fa",
+    "flemish": "nl",
+    "frisian": "fy",
+    "gaelic": "gd",
+    "haitian": "ht",
+    "letzeburgesch": "lb",
+    "mandarin": "zh",
+    "moldavian": "ro",
+    "moldovan": "ro",
+    "myanmar": "my",
+    "nynorsk": "nn",
+    "panjabi": "pa",
+    "pushto": "ps",
+    "sinhalese": "si",
+    "slovene": "sl",
+    "sotho": "st",
+    "uighur": "ug",
+    "valencian": "ca",
+}
 _CODE_OF = {**{name.lower(): code for code, name in reversed(LANGUAGES.items())}, **_OTHER_NAMES}
 _TAG = re.compile(r"([a-z]{2,3})(?:[-_][a-z]{4})?(?:[-_](?:[a-z]{2}|[0-9]{3}))?")
 

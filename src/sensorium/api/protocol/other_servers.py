@@ -60,8 +60,9 @@ EVERYWHERE: Mapping[str, Foreign] = {
     **_fields("prompt_logprobs", (None, False)),
     **_fields("spaces_between_special_tokens", (None, True)),
     **_fields("thinking_token_budget truncate_prompt_tokens truncation_side", (None,)),
-    **_fields("extra_body", advice="it is an argument of OpenAI's Python client: put its entries beside the other "
-                                   "fields"),
+    **_fields(
+        "extra_body", advice="it is an argument of OpenAI's Python client: put its entries beside the other fields"
+    ),
     **_fields("lora lora_path adapter_id", advice="adapters are not offered yet"),
 }
 """Fields that no endpoint has."""
@@ -69,12 +70,19 @@ EVERYWHERE: Mapping[str, Foreign] = {
 ANSWERS: Mapping[str, Foreign] = {
     **EVERYWHERE,
     # llama.cpp, SGLang, Ollama, TGI, TabbyAPI, koboldcpp, text-generation-webui: the form of an answer
-    **_fields("""grammar grammar_string json_schema regex regex_pattern ebnf structural_tag stop_regex format
-        outlines_type""", advice=_UNFORMED),
+    **_fields(
+        """grammar grammar_string json_schema regex regex_pattern ebnf structural_tag stop_regex format
+        outlines_type""",
+        advice=_UNFORMED,
+    ),
     **_fields("options sampling_params parameters generation_config", advice=_UNPACKED),
     # what ours are called there
-    **_called("max_tokens", """n_predict num_predict max_new_tokens max_output_tokens max_tokens_to_sample max_length
-        max_gen_tokens""", -1),
+    **_called(
+        "max_tokens",
+        """n_predict num_predict max_new_tokens max_output_tokens max_tokens_to_sample max_length
+        max_gen_tokens""",
+        -1,
+    ),
     **_called("min_tokens", "min_new_tokens min_length", 0),
     **_called("repetition_penalty", "repeat_penalty rep_pen", 1),
     **_called("seed", "sampling_seed random_seed", -1),
@@ -89,20 +97,30 @@ ANSWERS: Mapping[str, Foreign] = {
     **_fields("system", advice="it is a message with the role `system` here"),
     **_fields("images", advice="pictures are parts of a message's `content` here"),
     # samplers and penalties that are not offered
-    **_fields("""mirostat mirostat_mode dynatemp_range dynamic_temperature dry_multiplier xtc_probability top_a
+    **_fields(
+        """mirostat mirostat_mode dynatemp_range dynamic_temperature dry_multiplier xtc_probability top_a
         epsilon_cutoff eta_cutoff smoothing_factor skew penalty_alpha no_repeat_ngram_size temperature_last
-        negative_prompt""", (*NOTHING, 0)),
+        negative_prompt""",
+        (*NOTHING, 0),
+    ),
     **_fields("top_n_sigma nsigma", (None, -1, 0)),
     **_fields("adaptive_target", (None, -1)),
-    **_fields("typical_p typ_p typical tfs_z tfs guidance_scale cfg_scale encoder_repetition_penalty num_beams "
-              "beam_width", (None, 1)),
+    **_fields(
+        "typical_p typ_p typical tfs_z tfs guidance_scale cfg_scale encoder_repetition_penalty num_beams beam_width",
+        (None, 1),
+    ),
     **_fields("min_keep", (None, 0, 1)),
     **_fields("samplers sampler_priority sampler_order", advice=_FIXED),
-    **_fields("repeat_last_n penalty_last_n rep_pen_range repetition_penalty_range penalty_range", (None, -1),
-              "penalties count the whole text here"),
+    **_fields(
+        "repeat_last_n penalty_last_n rep_pen_range repetition_penalty_range penalty_range",
+        (None, -1),
+        "penalties count the whole text here",
+    ),
     **_fields("penalize_nl", (None, True), "penalties count every token here"),
-    **_fields("custom_logit_processor custom_params logits_processors banned_tokens banned_strings bantokens "
-              "custom_token_bans token_healing input_prefix"),
+    **_fields(
+        "custom_logit_processor custom_params logits_processors banned_tokens banned_strings bantokens "
+        "custom_token_bans token_healing input_prefix"
+    ),
     # what ends an answer, or goes along with it
     **_fields("n_indent t_max_predict_ms", (None, 0, -1)),
     **_fields("return_tokens return_hidden_states return_routed_experts token_ids_logprob search_parameters"),
@@ -112,11 +130,14 @@ ANSWERS: Mapping[str, Foreign] = {
 """Those that no endpoint has which generates text."""
 
 COMPLETIONS: Mapping[str, Foreign] = {
-    **ANSWERS, **_called("max_tokens", "n_predict num_predict max_new_tokens max_output_tokens max_length")}
+    **ANSWERS,
+    **_called("max_tokens", "n_predict num_predict max_new_tokens max_output_tokens max_length"),
+}
 """Here `max_tokens` is 16 by default: -1, for as many as there is room for, asks for something."""
 
-PENALTY_WINDOWS = frozenset({"repeat_last_n", "penalty_last_n", "rep_pen_range", "repetition_penalty_range",
-                             "penalty_range", "penalize_nl"})
+PENALTY_WINDOWS = frozenset(
+    {"repeat_last_n", "penalty_last_n", "rep_pen_range", "repetition_penalty_range", "penalty_range", "penalize_nl"}
+)
 """What these bound may be off; then they change nothing."""
 
 VECTORS: Mapping[str, Foreign] = {
@@ -131,8 +152,9 @@ VECTORS: Mapping[str, Foreign] = {
 }
 """Those that no endpoint has which answers with vectors, classes or scores."""
 UNPROMPTED: Mapping[str, Foreign] = {
-    **VECTORS, **_fields("prompt_name input_type", (None,), "prompts are chosen at /v1/embeddings; a score has a side "
-                                                            "for each")}
+    **VECTORS,
+    **_fields("prompt_name input_type", (None,), "prompts are chosen at /v1/embeddings; a score has a side for each"),
+}
 """And where no prompt is chosen."""
 
 RECORDINGS: Mapping[str, Foreign] = {
@@ -141,8 +163,9 @@ RECORDINGS: Mapping[str, Foreign] = {
     **_fields("include", ([],)),
     **_fields("length_penalty", ("1", "1.0")),
     **_fields("stop grammar suppress_tokens known_speaker_names known_speaker_references", ("", [])),
-    **_fields("timestamp_granularities", ([],), "this model tells no times: leave it out, or send the recording in "
-                                                "pieces"),
+    **_fields(
+        "timestamp_granularities", ([],), "this model tells no times: leave it out, or send the recording in pieces"
+    ),
     **_fields("word_timestamps return_timestamps timestamps", ("false", "False", "0"), "this model tells no times"),
     **_fields("diarize tinydiarize", ("false", "False", "0"), "this model does not tell speakers apart"),
     **_fields("use_beam_search vad_filter", ("false", "False", "0")),
@@ -155,12 +178,14 @@ RECORDINGS: Mapping[str, Foreign] = {
 }
 """Those of the upload form, whose values are text."""
 
-IGNORED = frozenset("""
+IGNORED = frozenset(
+    """
     include_reasoning metadata parallel_tool_calls prompt_cache_key prompt_cache_retention request_id safety_identifier
     service_tier session_id store verbosity
     cache_prompt id_slot n_keep n_discard timings_per_token return_progress response_fields post_sampling_probs
     reasoning_format mirostat_tau mirostat_eta dynatemp_exponent dry_base dry_allowed_length dry_penalty_last_n
     dry_sequence_breakers xtc_threshold smoothing_curve adaptive_decay grammar_lazy grammar_triggers preserved_tokens
     keep_alive num_ctx rid separate_reasoning stream_reasoning details decoder_input_details
-    """.split())
+    """.split()
+)
 """Fields that clients send and that change nothing here; some only say how something is done that was refused."""

@@ -38,10 +38,12 @@ def _input_form(value: Any) -> str:
 
 
 InputField = Annotated[
-    Annotated[Text, Tag("<text>")] | Annotated[TokenIds, Tag("<ids>")]
+    Annotated[Text, Tag("<text>")]
+    | Annotated[TokenIds, Tag("<ids>")]
     | Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS), Tag("<texts>")]
     | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_INPUTS), Tag("<many ids>")],
-    Discriminator(_input_form)]
+    Discriminator(_input_form),
+]
 
 
 def _chat_form(value: Any) -> str:
@@ -51,7 +53,8 @@ def _chat_form(value: Any) -> str:
 ChatsField = Annotated[
     Annotated[Messages, Tag("<one>")]
     | Annotated[list[Messages], Field(min_length=1, max_length=MAX_INPUTS), Tag("<many>")],
-    Discriminator(_chat_form)]
+    Discriminator(_chat_form),
+]
 
 
 class PoolingBody(Body, TemplateFields):
@@ -82,8 +85,10 @@ class PoolingBody(Body, TemplateFields):
             if (self.model_extra or {}).get(name) is not None:
                 raise RequestError(f"`{name}` is now called `use_activation`.", param=name, code="unsupported_field")
         if self.truncate_prompt_tokens == 0:
-            raise RequestError("`truncate_prompt_tokens` must be at least 1, or -1 for as many as the model takes.",
-                               param="truncate_prompt_tokens")
+            raise RequestError(
+                "`truncate_prompt_tokens` must be at least 1, or -1 for as many as the model takes.",
+                param="truncate_prompt_tokens",
+            )
 
     @property
     def generates_prompt(self) -> bool:
@@ -104,8 +109,11 @@ class InputBody(PoolingBody):
         super().check(limits, server)
         if (self.input is None) == (self.messages is None):
             word = "Exactly one" if self.input is not None else "One"
-            raise RequestError(f"{word} of `input` and `messages` is needed.", param="input",
-                               code=None if self.input is not None else "missing_required_parameter")
+            raise RequestError(
+                f"{word} of `input` and `messages` is needed.",
+                param="input",
+                code=None if self.input is not None else "missing_required_parameter",
+            )
         for index, item in enumerate(self._given_inputs()):
             if not item:
                 where = f"input[{index}]" if isinstance(self.input, list) else "input"
@@ -117,8 +125,10 @@ class InputBody(PoolingBody):
             return [*self._given_inputs()]
         chats = self._chats()
         many = len(chats) > 1 or isinstance(self.messages[0], list)
-        return [conversation(chat, modalities, limits, where=f"messages[{index}]" if many else "messages")
-                for index, chat in enumerate(chats)]
+        return [
+            conversation(chat, modalities, limits, where=f"messages[{index}]" if many else "messages")
+            for index, chat in enumerate(chats)
+        ]
 
     @property
     def count(self) -> int:
@@ -174,8 +184,11 @@ class PoolingRequest(PromptedBody):
     def check(self, limits: Limits, server: ServerConfig) -> None:
         super().check(limits, server)
         if self.dimensions is not None:
-            raise RequestError("`dimensions` is not supported here; /v1/embeddings has it.", param="dimensions",
-                               code="unsupported_field")
+            raise RequestError(
+                "`dimensions` is not supported here; /v1/embeddings has it.",
+                param="dimensions",
+                code="unsupported_field",
+            )
 
 
 class ClassifyRequest(InputBody):

@@ -32,7 +32,8 @@ def _one_or_many(value: Any) -> str:
 
 StopField = Annotated[
     Annotated[Stop, Tag("<one>")] | Annotated[list[Stop], Field(max_length=64), Tag("<many>")],
-    Discriminator(_one_or_many)]
+    Discriminator(_one_or_many),
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +50,20 @@ class ModelDefaults:
     repetition_penalty: float = 1.0
 
     @classmethod
-    def of(cls, generation: Mapping[str, Any], *, max_model_len: int, vocab_size: int,
-           stop_token_ids: tuple[int, ...]) -> ModelDefaults:
+    def of(
+        cls, generation: Mapping[str, Any], *, max_model_len: int, vocab_size: int, stop_token_ids: tuple[int, ...]
+    ) -> ModelDefaults:
         """Defaults from `generation_config.json`; what is out of bounds there counts as not said."""
-        return cls(max_model_len=max_model_len, vocab_size=vocab_size, stop_token_ids=stop_token_ids,
-                   temperature=_number(generation, "temperature", 0.0, 2.0, 1.0),
-                   top_p=_number(generation, "top_p", 1e-6, 1.0, 1.0),
-                   top_k=int(_number(generation, "top_k", 0, INT32_MAX, 0)),
-                   min_p=_number(generation, "min_p", 0.0, 1.0, 0.0),
-                   repetition_penalty=_number(generation, "repetition_penalty", MIN_REPETITION_PENALTY, 100.0, 1.0))
+        return cls(
+            max_model_len=max_model_len,
+            vocab_size=vocab_size,
+            stop_token_ids=stop_token_ids,
+            temperature=_number(generation, "temperature", 0.0, 2.0, 1.0),
+            top_p=_number(generation, "top_p", 1e-6, 1.0, 1.0),
+            top_k=int(_number(generation, "top_k", 0, INT32_MAX, 0)),
+            min_p=_number(generation, "min_p", 0.0, 1.0, 0.0),
+            repetition_penalty=_number(generation, "repetition_penalty", MIN_REPETITION_PENALTY, 100.0, 1.0),
+        )
 
 
 def _number(generation: Mapping[str, Any], name: str, low: float, high: float, default: float) -> float:
@@ -92,8 +98,12 @@ class SamplingBody(Body):
     ignore_eos: bool | None = None
     min_tokens: Count | None = None
     n: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
-    logit_bias: Annotated[dict[Annotated[str, Field(max_length=16)], Annotated[float, Field(ge=-100, le=100)]],
-                          Field(max_length=4096)] | None = None
+    logit_bias: (
+        Annotated[
+            dict[Annotated[str, Field(max_length=16)], Annotated[float, Field(ge=-100, le=100)]], Field(max_length=4096)
+        ]
+        | None
+    ) = None
     skip_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -143,34 +153,44 @@ class SamplingBody(Body):
 
     @property
     def runs_usage(self) -> bool:
-        return self.includes_usage and self.stream_options is not None and bool(
-            self.stream_options.continuous_usage_stats)
+        return (
+            self.includes_usage and self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
+        )
 
     @property
     def keeps_special_tokens(self) -> bool:
         return self.skip_special_tokens is False
 
-    def sampling_with(self, defaults: ModelDefaults, *, max_tokens: int, logprobs: int | None,
-                      prompt_logprobs: int | None = None) -> SamplingParams:
+    def sampling_with(
+        self, defaults: ModelDefaults, *, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None = None
+    ) -> SamplingParams:
         """The project's own type, every default resolved and every id checked against the vocabulary."""
         min_tokens = self.min_tokens or 0
         if min_tokens > max_tokens:
-            raise RequestError(f"`min_tokens` ({min_tokens}) must not be greater than the tokens that may be "
-                               f"generated ({max_tokens}).", param="min_tokens")
+            raise RequestError(
+                f"`min_tokens` ({min_tokens}) must not be greater than the tokens that may be "
+                f"generated ({max_tokens}).",
+                param="min_tokens",
+            )
         own_stops = tuple(self.stop_token_ids or ())
         for token in own_stops:
             _check_token(token, defaults.vocab_size, "stop_token_ids")
         return SamplingParams(
-            max_tokens=max_tokens, min_tokens=min_tokens,
+            max_tokens=max_tokens,
+            min_tokens=min_tokens,
             temperature=_temperature(defaults.temperature if self.temperature is None else self.temperature),
             top_p=defaults.top_p if self.top_p is None else self.top_p,
             top_k=defaults.top_k if self.top_k is None else max(0, self.top_k),
             min_p=defaults.min_p if self.min_p is None else self.min_p,
-            presence_penalty=self.presence_penalty or 0.0, frequency_penalty=self.frequency_penalty or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
             repetition_penalty=max(self.repetition_penalty or defaults.repetition_penalty, MIN_REPETITION_PENALTY),
             seed=None if self.seed == -1 else self.seed,
             stop_token_ids=tuple(dict.fromkeys((() if self.ignore_eos else defaults.stop_token_ids) + own_stops)),
-            logprobs=logprobs, prompt_logprobs=prompt_logprobs, logit_bias=self._bias(defaults.vocab_size))
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            logit_bias=self._bias(defaults.vocab_size),
+        )
 
     def _bias(self, vocab_size: int) -> tuple[tuple[int, float], ...]:
         pairs: list[tuple[int, float]] = []
@@ -189,12 +209,14 @@ def _temperature(value: float) -> float:
 
 def _check_token(token: int, vocab_size: int, param: str) -> None:
     if not 0 <= token < vocab_size:
-        raise RequestError(f"`{param}` names token {token}, but the vocabulary has ids 0 to {vocab_size - 1}.",
-                           param=param)
+        raise RequestError(
+            f"`{param}` names token {token}, but the vocabulary has ids 0 to {vocab_size - 1}.", param=param
+        )
 
 
-def answer_length(defaults: ModelDefaults, prompt_tokens: int, wanted: int | None, default: int | None, choices: int,
-                  param: str) -> int:
+def answer_length(
+    defaults: ModelDefaults, prompt_tokens: int, wanted: int | None, default: int | None, choices: int, param: str
+) -> int:
     """How many tokens each of `choices` answers may have. `default` None is the rest of the context.
 
     All answers to a prompt together may be as long as four contexts: a larger `n` x length asks for work that nobody
@@ -203,18 +225,26 @@ def answer_length(defaults: ModelDefaults, prompt_tokens: int, wanted: int | Non
     context = defaults.max_model_len
     rest = context - prompt_tokens
     if rest < 1:
-        raise ContextLengthError(f"The prompt has {prompt_tokens} tokens, but the model's context is {context} tokens, "
-                                 "of which at least one is for the answer. Shorten the prompt.", param=param)
+        raise ContextLengthError(
+            f"The prompt has {prompt_tokens} tokens, but the model's context is {context} tokens, "
+            "of which at least one is for the answer. Shorten the prompt.",
+            param=param,
+        )
     most = max(1, 4 * context // choices)
     if wanted is None:
         return min(rest, most) if default is None else min(rest, most, default)
     if wanted > rest:
-        raise ContextLengthError(f"The prompt has {prompt_tokens} tokens and the answer may have {wanted}, together "
-                                 f"{prompt_tokens + wanted}, but the model's context is {context} tokens. Shorten the "
-                                 "prompt or lower `max_tokens`.", param=param)
+        raise ContextLengthError(
+            f"The prompt has {prompt_tokens} tokens and the answer may have {wanted}, together "
+            f"{prompt_tokens + wanted}, but the model's context is {context} tokens. Shorten the "
+            "prompt or lower `max_tokens`.",
+            param=param,
+        )
     if wanted > most:
-        raise RequestError(f"`n` x `max_tokens` is {choices * wanted} tokens; at most {4 * context} can be asked for "
-                           "at once.", param="n")
+        raise RequestError(
+            f"`n` x `max_tokens` is {choices * wanted} tokens; at most {4 * context} can be asked for at once.",
+            param="n",
+        )
     return wanted
 
 
@@ -223,5 +253,3 @@ def for_choice(params: SamplingParams, index: int) -> SamplingParams:
     if index == 0 or params.seed is None:
         return params
     return dataclasses.replace(params, seed=(params.seed + index + 2**63) % 2**64 - 2**63)
-
-

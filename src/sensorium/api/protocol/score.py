@@ -42,12 +42,16 @@ def _items_form(value: Any) -> str:
 
 Item = Annotated[
     Annotated[Text, Tag("<string>")] | Annotated[PartsItem, Tag("<parts>")] | Annotated[TextItem, Tag("<text>")],
-    Discriminator(_item_form)]
+    Discriminator(_item_form),
+]
 Many = Annotated[list[Item], Field(min_length=1, max_length=MAX_INPUTS)]
 Items = Annotated[
-    Annotated[Text, Tag("<string>")] | Annotated[PartsItem, Tag("<parts>")] | Annotated[TextItem, Tag("<text>")]
+    Annotated[Text, Tag("<string>")]
+    | Annotated[PartsItem, Tag("<parts>")]
+    | Annotated[TextItem, Tag("<text>")]
     | Annotated[Many, Tag("<many>")],
-    Discriminator(_items_form)]
+    Discriminator(_items_form),
+]
 
 
 class ComparingBody(PoolingBody):
@@ -77,19 +81,26 @@ class ScoreRequest(ComparingBody):
         for items, name in zip((left, right), self.names, strict=True):
             check_items(items, name, single=not isinstance(getattr(self, name), list))
         if len(left) != len(right) and len(left) != 1:
-            raise RequestError(f"`{self.names[0]}` has {len(left)} entries and `{self.names[1]}` {len(right)}; they "
-                               "must be 1 and 1, 1 and N or N and N.", param=self.names[0])
+            raise RequestError(
+                f"`{self.names[0]}` has {len(left)} entries and `{self.names[1]}` {len(right)}; they "
+                "must be 1 and 1, 1 and N or N and N.",
+                param=self.names[0],
+            )
 
     @property
     def names(self) -> tuple[str, str]:
         """The fields in which the two sides were given."""
-        given = tuple(name for name in dict.fromkeys(name for pair in _FIELDS for name in pair)
-                      if getattr(self, name) is not None)
+        given = tuple(
+            name for name in dict.fromkeys(name for pair in _FIELDS for name in pair) if getattr(self, name) is not None
+        )
         for pair in _FIELDS:
             if given == pair:
                 return pair
-        raise RequestError("Give two sides to compare: `queries` and `documents` (or `items`), `data_1` and `data_2`, "
-                           "or `text_1` and `text_2`.", param=given[0] if given else "queries")
+        raise RequestError(
+            "Give two sides to compare: `queries` and `documents` (or `items`), `data_1` and `data_2`, "
+            "or `text_1` and `text_2`.",
+            param=given[0] if given else "queries",
+        )
 
     @property
     def sides(self) -> tuple[Sequence[Item], Sequence[Item]]:

@@ -31,8 +31,19 @@ class ClientGone(Exception):
 class Call:
     """One request. `tenant` is set by `auth`: b"" without keys, else a digest that stands for the key."""
 
-    __slots__ = ("method", "note", "path", "receive", "request_id", "scope", "send", "started_s", "status", "streaming",
-                 "tenant")
+    __slots__ = (
+        "method",
+        "note",
+        "path",
+        "receive",
+        "request_id",
+        "scope",
+        "send",
+        "started_s",
+        "status",
+        "streaming",
+        "tenant",
+    )
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, *, root_path: str = "") -> None:
         self.scope = scope
@@ -65,23 +76,52 @@ class Call:
         value = self.header(b"x-request-id")
         return value.decode("ascii") if value is not None and _SANE_ID.fullmatch(value) else ""
 
-    async def respond(self, body: bytes, *, status: int = 200, content_type: bytes = JSON, cache: bytes = b"no-store",
-                      headers: Iterable[Header] = ()) -> None:
+    async def respond(
+        self,
+        body: bytes,
+        *,
+        status: int = 200,
+        content_type: bytes = JSON,
+        cache: bytes = b"no-store",
+        headers: Iterable[Header] = (),
+    ) -> None:
         """The whole answer at once. A 304 has no body, and the length that it would name is another answer's."""
         self.status = status
-        described = () if status == 304 else (
-            (b"content-type", content_type), (b"content-length", str(len(body)).encode()))
-        await self.send({"type": "http.response.start", "status": status, "headers": [
-            *described, (b"x-request-id", self.request_id.encode()), _NOSNIFF, (b"cache-control", cache), *headers]})
+        described = (
+            () if status == 304 else ((b"content-type", content_type), (b"content-length", str(len(body)).encode()))
+        )
+        await self.send(
+            {
+                "type": "http.response.start",
+                "status": status,
+                "headers": [
+                    *described,
+                    (b"x-request-id", self.request_id.encode()),
+                    _NOSNIFF,
+                    (b"cache-control", cache),
+                    *headers,
+                ],
+            }
+        )
         await self.send({"type": "http.response.body", "body": body})
 
     async def start_events(self) -> None:
         """Status 200 and the headers of an event stream; only once the first event is known."""
         self.status = 200
         self.streaming = True
-        await self.send({"type": "http.response.start", "status": 200, "headers": [
-            (b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no"),
-            (b"x-request-id", self.request_id.encode()), _NOSNIFF, (b"cache-control", b"no-store")]})
+        await self.send(
+            {
+                "type": "http.response.start",
+                "status": 200,
+                "headers": [
+                    (b"content-type", b"text/event-stream; charset=utf-8"),
+                    (b"x-accel-buffering", b"no"),
+                    (b"x-request-id", self.request_id.encode()),
+                    _NOSNIFF,
+                    (b"cache-control", b"no-store"),
+                ],
+            }
+        )
 
 
 def _site(host: str) -> bytes:
@@ -97,5 +137,5 @@ def _site(host: str) -> bytes:
 def _below(root_path: str, path: str) -> str:
     """The path below `--root-path`, whether or not the proxy has already cut it off."""
     if root_path and path.startswith(root_path + "/"):
-        return path[len(root_path):]
+        return path[len(root_path) :]
     return path

@@ -20,8 +20,9 @@ _TINY_BYTES = 512
 """Pieces smaller than this count against `max_body_messages`; an ordinary network's packets are larger."""
 
 
-async def read_request(call: Call, model: type[Request], limits: Limits, unknown: UnknownFields,
-                       pending: PendingBody) -> Request:
+async def read_request(
+    call: Call, model: type[Request], limits: Limits, unknown: UnknownFields, pending: PendingBody
+) -> Request:
     """The body of a call as a request model. Its bytes are held of `pending` until the caller releases them."""
     check_json_type(call)
     body, bounds = await read_json(call, limits, pending)
@@ -69,8 +70,14 @@ def declared_length(call: Call) -> int | None:
     return int(value)
 
 
-async def receive_body(receive: Receive, max_bytes: int, limits: Limits, take: Callable[[bytes], None], *,
-                       declared_bytes: int | None = None) -> None:
+async def receive_body(
+    receive: Receive,
+    max_bytes: int,
+    limits: Limits,
+    take: Callable[[bytes], None],
+    *,
+    declared_bytes: int | None = None,
+) -> None:
     """Give every piece of a body to `take`, which may refuse it, as it comes.
 
     Raises the error for the limit that was broken, as soon as it is.

@@ -40,8 +40,13 @@ class Connection(asyncio.Protocol):
 
     limits: Limits
 
-    def __init__(self, config: Config, server_state: ServerState, app_state: dict[str, Any],
-                 _loop: asyncio.AbstractEventLoop | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
         self._app = config.loaded_app
         self._keep_alive_s = config.timeout_keep_alive
         self._server = server_state
@@ -118,7 +123,7 @@ class Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as offer:
-            self._ignore_upgrade(data[offer.args[0]:])
+            self._ignore_upgrade(data[offer.args[0] :])
         except httptools.HttpParserCallbackError as error:
             if not isinstance(error.__context__, _Refused):
                 raise
@@ -178,9 +183,13 @@ class Connection(asyncio.Protocol):
             self._stop(RequestError("The request's target must be a path.", code="invalid_http"))
         version = self._parser.get_http_version()
         exchange = Exchange(
-            self, self._scope(version), keep_alive=version != "1.0" and self._parser.should_keep_alive(),
-            expects_continue=any(name == b"expect" and value.lower() == b"100-continue"
-                                 for name, value in self._headers))
+            self,
+            self._scope(version),
+            keep_alive=version != "1.0" and self._parser.should_keep_alive(),
+            expects_continue=any(
+                name == b"expect" and value.lower() == b"100-continue" for name, value in self._headers
+            ),
+        )
         self._current = exchange
         self._exchanges.append(exchange)
         if len(self._exchanges) == 1:
@@ -215,10 +224,18 @@ class Connection(asyncio.Protocol):
 
     def _scope(self, version: str) -> Scope:
         path, _, query = self._url.partition(b"#")[0].partition(b"?")
-        return {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": version,
-                "method": self._parser.get_method().decode("latin-1"), "scheme": "http", "root_path": "",
-                "path": unquote(path.decode("latin-1")), "raw_path": path, "query_string": query,
-                "headers": self._headers}
+        return {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": version,
+            "method": self._parser.get_method().decode("latin-1"),
+            "scheme": "http",
+            "root_path": "",
+            "path": unquote(path.decode("latin-1")),
+            "raw_path": path,
+            "query_string": query,
+            "headers": self._headers,
+        }
 
     def _ignore_upgrade(self, rest: bytes) -> None:
         """Answer in HTTP/1.1 whoever offers another protocol, as Java's client does with HTTP/2 on every first request.
@@ -242,7 +259,7 @@ class Connection(asyncio.Protocol):
             self._deaf = True
 
     def _take_raw_body(self, data: bytes) -> None:
-        piece = data[:self._raw_body_bytes]
+        piece = data[: self._raw_body_bytes]
         self._raw_body_bytes -= len(piece)
         if piece:
             self.on_body(piece)
@@ -373,8 +390,9 @@ class Connection(asyncio.Protocol):
     def _head_error(self) -> SensoriumError:
         if self._url_bytes > self.limits.max_request_line_bytes:
             return UrlTooLongError(f"The request line is longer than {self.limits.max_request_line_bytes} bytes.")
-        return HeadersTooLargeError(f"The headers are larger than {self.limits.max_header_bytes} bytes or more than "
-                                    f"{self.limits.max_headers}.")
+        return HeadersTooLargeError(
+            f"The headers are larger than {self.limits.max_header_bytes} bytes or more than {self.limits.max_headers}."
+        )
 
     def _stop(self, error: SensoriumError) -> None:
         """Refuse from within the parser, which then looks at nothing more."""
@@ -402,7 +420,15 @@ class Connection(asyncio.Protocol):
     def _write_refusal(self, error: SensoriumError) -> None:
         """Answer at the lowest level and end the connection."""
         body = error_body(error)
-        self.write(b"".join((
-            status_line(error.status), b"content-type: application/json\r\ncontent-length: ",
-            str(len(body)).encode(), b"\r\nconnection: close\r\n\r\n", body)))
+        self.write(
+            b"".join(
+                (
+                    status_line(error.status),
+                    b"content-type: application/json\r\ncontent-length: ",
+                    str(len(body)).encode(),
+                    b"\r\nconnection: close\r\n\r\n",
+                    body,
+                )
+            )
+        )
         self._end_softly()

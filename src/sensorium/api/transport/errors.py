@@ -43,8 +43,9 @@ class ModelNotFoundError(NotFoundError):
 
 def error_body(error: SensoriumError) -> bytes:
     param = error.param if isinstance(error, RequestError) else None
-    return msgspec.json.encode({"error": {"message": error.message, "type": error.type, "param": param,
-                                          "code": error.code}})
+    return msgspec.json.encode(
+        {"error": {"message": error.message, "type": error.type, "param": param, "code": error.code}}
+    )
 
 
 def error_headers(error: SensoriumError) -> list[Header]:

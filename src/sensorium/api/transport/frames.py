@@ -28,11 +28,28 @@ class StreamHead:
 class Frames:
     """Events of one endpoint. `running_usage` is asked for every event if the client wants continuous figures."""
 
-    def __init__(self, head: StreamHead, kind: str, *, open_text: bytes, close_text: bytes, include_usage: bool,
-                 running_usage: Usage | None) -> None:
+    def __init__(
+        self,
+        head: StreamHead,
+        kind: str,
+        *,
+        open_text: bytes,
+        close_text: bytes,
+        include_usage: bool,
+        running_usage: Usage | None,
+    ) -> None:
         """`open_text` and `close_text` stand around the text in a choice: `"delta":{"content":` and `}`."""
-        self._start = (b'data: {"id":' + _encode(head.id) + b',"object":' + _encode(kind) + b',"created":'
-                       + str(head.created).encode() + b',"model":' + _encode(head.model) + b',"choices":[')
+        self._start = (
+            b'data: {"id":'
+            + _encode(head.id)
+            + b',"object":'
+            + _encode(kind)
+            + b',"created":'
+            + str(head.created).encode()
+            + b',"model":'
+            + _encode(head.model)
+            + b',"choices":['
+        )
         self._open_text = open_text
         self._close_text = close_text
         self._null_usage = b',"usage":null' if include_usage else b""
@@ -55,8 +72,16 @@ class Frames:
         """The first event of a chat answer."""
         return self._event(index, b'"delta":{"role":"assistant","content":""}', None, b"null", b"", unsent)
 
-    def finish(self, index: int, text: str, logprobs: dict[str, Any] | None, reason: str, stop_reason: str | int | None,
-               *, empty: bytes | None = None) -> bytes:
+    def finish(
+        self,
+        index: int,
+        text: str,
+        logprobs: dict[str, Any] | None,
+        reason: str,
+        stop_reason: str | int | None,
+        *,
+        empty: bytes | None = None,
+    ) -> bytes:
         """The last event of an answer. `empty` replaces an empty text."""
         body = empty if empty is not None and not text else self._open_text + _encode(text) + self._close_text
         return self._event(index, body, logprobs, _encode(reason), b',"stop_reason":' + _encode(stop_reason))
@@ -65,20 +90,45 @@ class Frames:
         """The event after the last choice, if the client asked for it."""
         return self._start + b'],"usage":' + _encode(usage) + b"}\n\n"
 
-    def _event(self, index: int, body: bytes, logprobs: dict[str, Any] | None, reason: bytes, more: bytes,
-               unsent: int = 0) -> bytes:
+    def _event(
+        self, index: int, body: bytes, logprobs: dict[str, Any] | None, reason: bytes, more: bytes, unsent: int = 0
+    ) -> bytes:
         usage = self._null_usage
         if self._running_usage is not None:
             usage = b',"usage":' + _encode(self._running_usage(unsent))
-        return b"".join((self._choice(index), body, b',"logprobs":', _encode(logprobs), b',"finish_reason":', reason,
-                         more, b"}]", usage, b"}\n\n"))
+        return b"".join(
+            (
+                self._choice(index),
+                body,
+                b',"logprobs":',
+                _encode(logprobs),
+                b',"finish_reason":',
+                reason,
+                more,
+                b"}]",
+                usage,
+                b"}\n\n",
+            )
+        )
 
 
 def chat_frames(head: StreamHead, *, include_usage: bool, running_usage: Usage | None) -> Frames:
-    return Frames(head, "chat.completion.chunk", open_text=b'"delta":{"content":', close_text=b"}",
-                  include_usage=include_usage, running_usage=running_usage)
+    return Frames(
+        head,
+        "chat.completion.chunk",
+        open_text=b'"delta":{"content":',
+        close_text=b"}",
+        include_usage=include_usage,
+        running_usage=running_usage,
+    )
 
 
 def completion_frames(head: StreamHead, *, include_usage: bool, running_usage: Usage | None) -> Frames:
-    return Frames(head, "text_completion", open_text=b'"text":', close_text=b"", include_usage=include_usage,
-                  running_usage=running_usage)
+    return Frames(
+        head,
+        "text_completion",
+        open_text=b'"text":',
+        close_text=b"",
+        include_usage=include_usage,
+        running_usage=running_usage,
+    )

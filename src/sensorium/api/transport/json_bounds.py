@@ -79,12 +79,12 @@ class JsonBounds:
         self._pending.clear()
         self._pending_bytes = 0
         for start in range(0, len(piece), _SCANNED_BYTES):
-            self._scan(piece[start:start + _SCANNED_BYTES])
+            self._scan(piece[start : start + _SCANNED_BYTES])
             self._check()
 
     def _scan(self, piece: bytes) -> None:
         parts = self._unescaped(piece).split(b'"')
-        outside = b"".join(parts[self._in_string::2])
+        outside = b"".join(parts[self._in_string :: 2])
         quotes = len(parts) - 1
         self._in_string ^= bool(quotes % 2)
         self._quotes += quotes
@@ -111,8 +111,10 @@ class JsonBounds:
         return plain
 
     def _check(self) -> None:
-        for count, most, what in ((self.nodes, self._max_nodes, "arrays, objects and keys"),
-                                  (self.values, self._max_values, "values"),
-                                  (self._escapes, _MAX_ESCAPES, "escaped characters")):
+        for count, most, what in (
+            (self.nodes, self._max_nodes, "arrays, objects and keys"),
+            (self.values, self._max_values, "values"),
+            (self._escapes, _MAX_ESCAPES, "escaped characters"),
+        ):
             if count > most:
                 raise TooManyValuesError(f"The body has more than {most} {what}", None)

@@ -71,12 +71,21 @@ class FormReader:
         self._name = ""
         self._content = bytearray()
         self._max_bytes = 0  # of the part; 0 is as many as the body may have
-        self._parser = MultipartParser(boundary, {
-            "on_part_begin": self._begin_part, "on_header_field": self._on_header_name,
-            "on_header_value": self._on_header_value, "on_header_end": self._end_header,
-            "on_headers_finished": self._begin_content, "on_part_data": self._on_content,
-            "on_part_end": self._end_part, "on_end": self._end,
-        }, max_header_count=MAX_HEADERS, max_header_size=MAX_HEADER_BYTES)
+        self._parser = MultipartParser(
+            boundary,
+            {
+                "on_part_begin": self._begin_part,
+                "on_header_field": self._on_header_name,
+                "on_header_value": self._on_header_value,
+                "on_header_end": self._end_header,
+                "on_headers_finished": self._begin_content,
+                "on_part_data": self._on_content,
+                "on_part_end": self._end_part,
+                "on_end": self._end,
+            },
+            max_header_count=MAX_HEADERS,
+            max_header_size=MAX_HEADER_BYTES,
+        )
 
     def feed(self, piece: bytes) -> None:
         try:

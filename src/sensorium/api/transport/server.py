@@ -54,9 +54,20 @@ class HttpServer:
         self._app = app
         self._limits = limits
         self._listener = listener
-        self._uvicorn = _Uvicorn(uvicorn.Config(
-            app, http=Connection.limited(limits), ws="none", lifespan="off", log_config=None, access_log=False,
-            server_header=False, date_header=False, timeout_keep_alive=75, timeout_graceful_shutdown=int(_CLOSE_S)))
+        self._uvicorn = _Uvicorn(
+            uvicorn.Config(
+                app,
+                http=Connection.limited(limits),
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                date_header=False,
+                timeout_keep_alive=75,
+                timeout_graceful_shutdown=int(_CLOSE_S),
+            )
+        )
         self._serving: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
         self._release = unix_socket.remover(listener)
@@ -129,15 +140,27 @@ class _Stop:
         self.first.set()
 
 
-def run(models: Mapping[str, ServedModel], server: ServerConfig, limits: Limits,
-        on_ready: Callable[[str], None], *, listener: socket.socket | None = None) -> int:
+def run(
+    models: Mapping[str, ServedModel],
+    server: ServerConfig,
+    limits: Limits,
+    on_ready: Callable[[str], None],
+    *,
+    listener: socket.socket | None = None,
+) -> int:
     """`serve` in an event loop of its own."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(serve(models, server, limits, on_ready, listener=listener))
 
 
-async def serve(models: Mapping[str, ServedModel], server: ServerConfig, limits: Limits,
-                on_ready: Callable[[str], None], *, listener: socket.socket | None = None) -> int:
+async def serve(
+    models: Mapping[str, ServedModel],
+    server: ServerConfig,
+    limits: Limits,
+    on_ready: Callable[[str], None],
+    *,
+    listener: socket.socket | None = None,
+) -> int:
     """Serve until a signal comes; the process's exit code. `on_ready` is given the base URL once requests are answered.
 
     Raises StartupError if a model cannot be loaded. The engine clients must have been started; whoever made models and

@@ -68,19 +68,45 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 
 class _Linear(ctypes.Structure):
     _fields_: ClassVar = [
-        ("weight", _P), ("scales", _P), ("zeros", _P), ("bias", _P), ("n", _I64), ("k", _I64), ("form", _I32),
+        ("weight", _P),
+        ("scales", _P),
+        ("zeros", _P),
+        ("bias", _P),
+        ("n", _I64),
+        ("k", _I64),
+        ("form", _I32),
         ("group", _I32),
     ]
 
 
 class _Attention(ctypes.Structure):
     _fields_: ClassVar = [
-        ("q", _P), ("out", _P), ("k", _P), ("v", _P), ("q_stride", _I64), ("out_stride", _I64),
-        ("k_block_stride", _I64), ("k_head_stride", _I64), ("k_row_stride", _I64),
-        ("v_block_stride", _I64), ("v_head_stride", _I64), ("v_row_stride", _I64),
-        ("block_tables", _P), ("query_start", _P), ("seq_lens", _P), ("max_blocks", _I64),
-        ("sequences", _I32), ("heads", _I32), ("kv_heads", _I32), ("head_dim", _I32), ("block_size", _I32),
-        ("causal", _I32), ("window", _I32), ("int8", _I32), ("fp32", _I32), ("scale", _F32),
+        ("q", _P),
+        ("out", _P),
+        ("k", _P),
+        ("v", _P),
+        ("q_stride", _I64),
+        ("out_stride", _I64),
+        ("k_block_stride", _I64),
+        ("k_head_stride", _I64),
+        ("k_row_stride", _I64),
+        ("v_block_stride", _I64),
+        ("v_head_stride", _I64),
+        ("v_row_stride", _I64),
+        ("block_tables", _P),
+        ("query_start", _P),
+        ("seq_lens", _P),
+        ("max_blocks", _I64),
+        ("sequences", _I32),
+        ("heads", _I32),
+        ("kv_heads", _I32),
+        ("head_dim", _I32),
+        ("block_size", _I32),
+        ("causal", _I32),
+        ("window", _I32),
+        ("int8", _I32),
+        ("fp32", _I32),
+        ("scale", _F32),
     ]
 
 
@@ -92,24 +118,51 @@ def _packed_like(x: Tensor, dtype: torch.dtype = _BF16) -> bool:
 
 class _DecoderLayer(ctypes.Structure):
     _fields_: ClassVar = [
-        ("input_norm", _P), ("q_norm", _P), ("k_norm", _P), ("post_norm", _P),
-        ("qkv", _P), ("o", _P), ("gate_up", _P), ("down", _P), ("window", _I64),
+        ("input_norm", _P),
+        ("q_norm", _P),
+        ("k_norm", _P),
+        ("post_norm", _P),
+        ("qkv", _P),
+        ("o", _P),
+        ("gate_up", _P),
+        ("down", _P),
+        ("window", _I64),
     ]
 
 
 class _Decoder(ctypes.Structure):
     _fields_: ClassVar = [
-        ("layers", _P), ("final_norm", _P), ("num_layers", _I32), ("heads", _I32), ("kv_heads", _I32),
-        ("head_dim", _I32), ("rotary", _I32), ("block_size", _I32), ("activation", _I32),
-        ("int8_cache", _I32), ("eps", _F32), ("scale", _F32),
+        ("layers", _P),
+        ("final_norm", _P),
+        ("num_layers", _I32),
+        ("heads", _I32),
+        ("kv_heads", _I32),
+        ("head_dim", _I32),
+        ("rotary", _I32),
+        ("block_size", _I32),
+        ("activation", _I32),
+        ("int8_cache", _I32),
+        ("eps", _F32),
+        ("scale", _F32),
     ]
 
 
 class _DecoderStep(ctypes.Structure):
     _fields_: ClassVar = [
-        ("hidden", _P), ("out", _P), ("cos", _P), ("sin", _P), ("caches", _P), ("slots", _P), ("block_tables", _P),
-        ("query_start", _P), ("seq_lens", _P), ("rows", _P), ("tokens", _I64), ("max_blocks", _I64),
-        ("sequences", _I64), ("num_rows", _I64),
+        ("hidden", _P),
+        ("out", _P),
+        ("cos", _P),
+        ("sin", _P),
+        ("caches", _P),
+        ("slots", _P),
+        ("block_tables", _P),
+        ("query_start", _P),
+        ("seq_lens", _P),
+        ("rows", _P),
+        ("tokens", _I64),
+        ("max_blocks", _I64),
+        ("sequences", _I64),
+        ("num_rows", _I64),
     ]
 
 
@@ -169,8 +222,15 @@ class Native:
     def supports(self, x: Tensor) -> bool:
         return x.dtype is _BF16 and x.device.type == "cpu"
 
-    def empty_linear(self, out_features: int, in_features: int, *, dtype: torch.dtype = _BF16,
-                     device: torch.device | None = None, quantization: Quantization | None = None) -> Form:
+    def empty_linear(
+        self,
+        out_features: int,
+        in_features: int,
+        *,
+        dtype: torch.dtype = _BF16,
+        device: torch.device | None = None,
+        quantization: Quantization | None = None,
+    ) -> Form:
         """A form to be filled; `dtype` and `device` are the reference's business."""
         if quantization is None:
             return PackedLinear(self, out_features, in_features)
@@ -181,8 +241,9 @@ class Native:
         """Names the form of quantised weights: those of one layout fit into one another's place."""
         return f"{LAYOUT} {self.isa}"
 
-    def quantized_in_place(self, kept: Mapping[str, Tensor], out_features: int, in_features: int,
-                           quantization: Quantization) -> Form:
+    def quantized_in_place(
+        self, kept: Mapping[str, Tensor], out_features: int, in_features: int, quantization: Quantization
+    ) -> Form:
         """A form over what `QuantizedLinear.parts` gave, where it lies; it must not change while the form lives."""
         return QuantizedLinear(self, out_features, in_features, quantization, kept)
 
@@ -204,8 +265,9 @@ class Native:
         size = x.shape[-1]
         x = x.contiguous()
         out = torch.empty_like(x)
-        self._rms_norm(self._runtime, x.data_ptr(), size, weight.data_ptr(), out.data_ptr(), size, x.numel() // size,
-                       size, eps)
+        self._rms_norm(
+            self._runtime, x.data_ptr(), size, weight.data_ptr(), out.data_ptr(), size, x.numel() // size, size, eps
+        )
         return out
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -215,8 +277,9 @@ class Native:
         size = x.shape[-1]
         out = torch.empty_like(x)
         target = residual.data_ptr()
-        self._add_rms_norm(self._runtime, x.data_ptr(), target, weight.data_ptr(), out.data_ptr(), target,
-                           x.numel() // size, size, eps)
+        self._add_rms_norm(
+            self._runtime, x.data_ptr(), target, weight.data_ptr(), out.data_ptr(), target, x.numel() // size, size, eps
+        )
         return out, residual
 
     def layer_norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -225,8 +288,16 @@ class Native:
             return torch.nn.functional.layer_norm(x, (size,), weight, bias, eps)
         x = x.contiguous()
         out = torch.empty_like(x)
-        self._layer_norm(self._runtime, x.data_ptr(), None if weight is None else weight.data_ptr(),
-                         None if bias is None else bias.data_ptr(), out.data_ptr(), x.numel() // size, size, eps)
+        self._layer_norm(
+            self._runtime,
+            x.data_ptr(),
+            None if weight is None else weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            x.numel() // size,
+            size,
+            eps,
+        )
         return out
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
@@ -237,8 +308,9 @@ class Native:
             return reference.gated(x, activation)
         size = x.shape[-1] // 2
         out = x.new_empty((*x.shape[:-1], size))
-        self._gated(self._runtime, x.data_ptr(), out.data_ptr(), out.numel() // size, size,
-                    ACTIVATIONS.index(activation))
+        self._gated(
+            self._runtime, x.data_ptr(), out.data_ptr(), out.numel() // size, size, ACTIVATIONS.index(activation)
+        )
         return out
 
     def activate(self, x: Tensor, activation: Activation) -> Tensor:
@@ -264,40 +336,95 @@ class Native:
         return q, k
 
     def write_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-        if not (_packed_like(k) and _packed_like(v) and k_cache.dtype is v_cache.dtype and k_cache.dtype in _CACHES
-                and k_cache.is_contiguous() and v_cache.is_contiguous() and slots.is_contiguous()):
+        if not (
+            _packed_like(k)
+            and _packed_like(v)
+            and k_cache.dtype is v_cache.dtype
+            and k_cache.dtype in _CACHES
+            and k_cache.is_contiguous()
+            and v_cache.is_contiguous()
+            and slots.is_contiguous()
+        ):
             reference.write_kv(k, v, k_cache, v_cache, slots)
             return
         _, heads, block_size, _ = k_cache.shape
-        self._write_kv(self._runtime, k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), k_cache.data_ptr(),
-                       v_cache.data_ptr(), slots.data_ptr(), k.shape[0], heads, k.shape[2], block_size,
-                       k_cache.dtype is torch.int8)
+        self._write_kv(
+            self._runtime,
+            k.data_ptr(),
+            k.stride(0),
+            v.data_ptr(),
+            v.stride(0),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            slots.data_ptr(),
+            k.shape[0],
+            heads,
+            k.shape[2],
+            block_size,
+            k_cache.dtype is torch.int8,
+        )
 
-    def paged_attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, context: AttentionContext, scale: float,
-                        sliding_window: int | None = None) -> Tensor:
+    def paged_attention(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        context: AttentionContext,
+        scale: float,
+        sliding_window: int | None = None,
+    ) -> Tensor:
         tokens, heads, head_dim = q.shape
         tables = context.block_tables
         fp32 = self._attends_in_float32(q)
         dtype, caches = (torch.float32, (torch.float32,)) if fp32 else (_BF16, _CACHES)
-        if not (_packed_like(q, dtype) and k_cache.dtype is v_cache.dtype and k_cache.dtype in caches
-                and head_dim % 2 == 0 and k_cache.stride(3) == v_cache.stride(3) == 1 and tables.stride(-1) == 1):
+        if not (
+            _packed_like(q, dtype)
+            and k_cache.dtype is v_cache.dtype
+            and k_cache.dtype in caches
+            and head_dim % 2 == 0
+            and k_cache.stride(3) == v_cache.stride(3) == 1
+            and tables.stride(-1) == 1
+        ):
             return reference.paged_attention(q, k_cache, v_cache, context, scale, sliding_window)
         out = q.new_empty((tokens, heads, head_dim))
         k_strides, v_strides = k_cache.stride(), v_cache.stride()
         arguments = _Attention(
-            q.data_ptr(), out.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), q.stride(0), heads * head_dim,
-            k_strides[0], k_strides[1], k_strides[2], v_strides[0], v_strides[1], v_strides[2],
-            tables.data_ptr(), context.query_start.data_ptr(), context.seq_lens.data_ptr(), tables.stride(0),
-            len(context.query_lens), heads, k_cache.shape[1], head_dim, k_cache.shape[2], 1, sliding_window or 0,
-            k_cache.dtype is torch.int8, fp32, scale)
+            q.data_ptr(),
+            out.data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            q.stride(0),
+            heads * head_dim,
+            k_strides[0],
+            k_strides[1],
+            k_strides[2],
+            v_strides[0],
+            v_strides[1],
+            v_strides[2],
+            tables.data_ptr(),
+            context.query_start.data_ptr(),
+            context.seq_lens.data_ptr(),
+            tables.stride(0),
+            len(context.query_lens),
+            heads,
+            k_cache.shape[1],
+            head_dim,
+            k_cache.shape[2],
+            1,
+            sliding_window or 0,
+            k_cache.dtype is torch.int8,
+            fp32,
+            scale,
+        )
         self._attention(self._runtime, ctypes.addressof(arguments))
         return out
 
     def _attends_in_float32(self, q: Tensor) -> bool:
         return q.dtype is torch.float32 and self.isa != "portable"  # which is a third as fast as torch
 
-    def varlen_attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float,
-                         window: int | None = None) -> Tensor:
+    def varlen_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, window: int | None = None
+    ) -> Tensor:
         if not (self._attends(q, k, v) and window != 0):
             return reference.varlen_attention(q, k, v, lengths, scale, window)
         lens = torch.tensor(lengths, dtype=torch.int32)
@@ -318,20 +445,55 @@ class Native:
         dtype = torch.float32 if self._attends_in_float32(tensors[0]) else _BF16
         return all(_packed_like(t, dtype) for t in tensors) and tensors[0].shape[2] % 2 == 0
 
-    def _both_ways(self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, lens: Tensor, scale: float,
-                   window: int | None = None) -> Tensor:
+    def _both_ways(
+        self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, lens: Tensor, scale: float, window: int | None = None
+    ) -> Tensor:
         """`start` int32 [runs + 1]: where each run's queries begin; `lens` int32 [runs]: its keys."""
         tokens, heads, head_dim = q.shape
         out = q.new_empty((tokens, heads, head_dim))
         arguments = _Attention(
-            q.data_ptr(), out.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0), heads * head_dim,
-            0, head_dim, k.stride(0), 0, head_dim, v.stride(0), None, start.data_ptr(), lens.data_ptr(), 0,
-            len(lens), heads, k.shape[1], head_dim, 1, 0, window or 0, 0, self._attends_in_float32(q), scale)
+            q.data_ptr(),
+            out.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            q.stride(0),
+            heads * head_dim,
+            0,
+            head_dim,
+            k.stride(0),
+            0,
+            head_dim,
+            v.stride(0),
+            None,
+            start.data_ptr(),
+            lens.data_ptr(),
+            0,
+            len(lens),
+            heads,
+            k.shape[1],
+            head_dim,
+            1,
+            0,
+            window or 0,
+            0,
+            self._attends_in_float32(q),
+            scale,
+        )
         self._attention(self._runtime, ctypes.addressof(arguments))
         return out
 
-    def decoder(self, layers: Sequence[DecoderLayerParts], final_norm: Tensor, *, num_heads: int, num_kv_heads: int,
-                head_dim: int, scale: float, eps: float, activation: Activation = "silu") -> NativeDecoder | None:
+    def decoder(
+        self,
+        layers: Sequence[DecoderLayerParts],
+        final_norm: Tensor,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        scale: float,
+        eps: float,
+        activation: Activation = "silu",
+    ) -> NativeDecoder | None:
         """All layers as one call, or None where a part has a form or dtype that needs the kernels one by one."""
         tensors = [final_norm]
         for parts in layers:
@@ -340,16 +502,33 @@ class Native:
                 return None
         if not layers or head_dim % 2 or any(t.dtype is not _BF16 or not t.is_contiguous() for t in tensors):
             return None
-        return NativeDecoder(self, layers, final_norm, _Decoder(
-            None, final_norm.data_ptr(), len(layers), num_heads, num_kv_heads, head_dim, 0, 0,
-            ACTIVATIONS.index(activation), 0, eps, scale))
+        return NativeDecoder(
+            self,
+            layers,
+            final_norm,
+            _Decoder(
+                None,
+                final_norm.data_ptr(),
+                len(layers),
+                num_heads,
+                num_kv_heads,
+                head_dim,
+                0,
+                0,
+                ACTIVATIONS.index(activation),
+                0,
+                eps,
+                scale,
+            ),
+        )
 
 
 class NativeDecoder:
     """A whole decoder's layers and last norm in one call: the same numbers as kernel by kernel, without the Python."""
 
-    def __init__(self, native: Native, layers: Sequence[DecoderLayerParts], final_norm: Tensor,
-                 decoder: _Decoder) -> None:
+    def __init__(
+        self, native: Native, layers: Sequence[DecoderLayerParts], final_norm: Tensor, decoder: _Decoder
+    ) -> None:
         def at(tensor: Tensor | None) -> int | None:
             return None if tensor is None else tensor.data_ptr()
 
@@ -360,17 +539,36 @@ class NativeDecoder:
 
         self._native = native
         self._kept = (list(layers), final_norm)  # the C side has their addresses
-        self._layers = (_DecoderLayer * len(layers))(*(
-            _DecoderLayer(at(p.input_norm), at(p.q_norm), at(p.k_norm), at(p.post_norm), form(p.qkv), form(p.o),
-                          form(p.gate_up), form(p.down), p.sliding_window or 0)
-            for p in layers))
+        self._layers = (_DecoderLayer * len(layers))(
+            *(
+                _DecoderLayer(
+                    at(p.input_norm),
+                    at(p.q_norm),
+                    at(p.k_norm),
+                    at(p.post_norm),
+                    form(p.qkv),
+                    form(p.o),
+                    form(p.gate_up),
+                    form(p.down),
+                    p.sliding_window or 0,
+                )
+                for p in layers
+            )
+        )
         decoder.layers = ctypes.addressof(self._layers)
         self._decoder = decoder
         self._cache: object = None
         self._caches = (_P * (2 * len(layers)))()
 
-    def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: list[tuple[Tensor, Tensor]],
-                 context: AttentionContext, rows: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: list[tuple[Tensor, Tensor]],
+        context: AttentionContext,
+        rows: Tensor | None = None,
+    ) -> Tensor:
         """bf16 [tokens, hidden] -> the normed output of the last layer; cos and sin float32 [tokens, rotated / 2]."""
         if cache is not self._cache:
             self._attach(cache)
@@ -381,10 +579,21 @@ class NativeDecoder:
         out = torch.empty_like(hidden)
         self._decoder.rotary = 2 * cos.shape[1]
         step = _DecoderStep(
-            hidden.data_ptr(), out.data_ptr(), cos.data_ptr(), sin.data_ptr(), ctypes.addressof(self._caches),
-            context.slots.data_ptr(), tables.data_ptr(), context.query_start.data_ptr(), context.seq_lens.data_ptr(),
-            None if rows is None else rows.data_ptr(), hidden.shape[0], tables.stride(0), len(context.query_lens),
-            0 if rows is None else len(rows))
+            hidden.data_ptr(),
+            out.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            ctypes.addressof(self._caches),
+            context.slots.data_ptr(),
+            tables.data_ptr(),
+            context.query_start.data_ptr(),
+            context.seq_lens.data_ptr(),
+            None if rows is None else rows.data_ptr(),
+            hidden.shape[0],
+            tables.stride(0),
+            len(context.query_lens),
+            0 if rows is None else len(rows),
+        )
         native = self._native
         native._decoder(native._runtime, ctypes.addressof(self._decoder), ctypes.addressof(step))
         return out
@@ -392,8 +601,11 @@ class NativeDecoder:
     def _attach(self, cache: list[tuple[Tensor, Tensor]]) -> None:
         flat = [tensor for pair in cache for tensor in pair]
         dtype = flat[0].dtype if flat else None
-        if len(flat) != len(self._caches) or dtype not in _CACHES or \
-                any(t.dtype is not dtype or not t.is_contiguous() for t in flat):
+        if (
+            len(flat) != len(self._caches)
+            or dtype not in _CACHES
+            or any(t.dtype is not dtype or not t.is_contiguous() for t in flat)
+        ):
             raise ValueError("the cache does not fit the decoder: one contiguous bf16 or int8 pair for every layer")
         self._decoder.int8_cache = dtype is torch.int8
         self._caches[:] = [tensor.data_ptr() for tensor in flat]
@@ -433,8 +645,9 @@ class NativeLinear:
             x = x.contiguous()
         y = torch.empty((*shape[:-1], self.out_features), dtype=dtype)
         native = self._native
-        native._linear(native._runtime, self.address, x.data_ptr(), size, x.numel() // size, y.data_ptr(),
-                       dtype is not _BF16)
+        native._linear(
+            native._runtime, self.address, x.data_ptr(), size, x.numel() // size, y.data_ptr(), dtype is not _BF16
+        )
         return y
 
     def _checked(self, first_row: int, rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -459,8 +672,16 @@ class PackedLinear(NativeLinear):
         """Put rows [n, in] at `first_row`; the tensor is not kept."""
         rows = self._checked(first_row, rows, _BF16)
         native = self._native
-        native._pack_bf16(native._runtime, rows.data_ptr(), rows.stride(0), rows.shape[0], first_row, self.out_features,
-                          self.in_features, self._packed.data_ptr())
+        native._pack_bf16(
+            native._runtime,
+            rows.data_ptr(),
+            rows.stride(0),
+            rows.shape[0],
+            first_row,
+            self.out_features,
+            self.in_features,
+            self._packed.data_ptr(),
+        )
 
     def rows(self, ids: Tensor) -> Tensor:
         """Weight rows [n, in] of output indices int64 [n]."""
@@ -471,8 +692,15 @@ def _unpacked(form: NativeLinear, ids: Tensor) -> Tensor:
     ids = ids.contiguous()
     out = torch.empty((ids.numel(), form.in_features), dtype=_BF16)
     native = form._native
-    native._unpack_bf16(native._runtime, form._packed.data_ptr(), form.out_features, form.in_features, ids.data_ptr(),
-                        ids.numel(), out.data_ptr())
+    native._unpack_bf16(
+        native._runtime,
+        form._packed.data_ptr(),
+        form.out_features,
+        form.in_features,
+        ids.data_ptr(),
+        ids.numel(),
+        out.data_ptr(),
+    )
     return out
 
 
@@ -485,8 +713,9 @@ class RowsLinear(NativeLinear):
 
     __slots__ = ("_exceptions", "_parts")
 
-    def __init__(self, native: Native, parts: Sequence[tuple[int, Tensor]], out_features: int,
-                 in_features: int) -> None:
+    def __init__(
+        self, native: Native, parts: Sequence[tuple[int, Tensor]], out_features: int, in_features: int
+    ) -> None:
         self._parts = list(parts)
         self._exceptions: Tensor | None = None  # int64, of compact weights
         at = torch.zeros(out_features, dtype=torch.int64)
@@ -528,8 +757,9 @@ class RowsLinear(NativeLinear):
         packed = torch.empty(panels * size, dtype=torch.uint8)
         self._native._use_large_pages(packed.data_ptr(), packed.nbytes)
         found, counts = torch.empty((panels, room), dtype=torch.int64), torch.empty(panels, dtype=torch.int64)
-        self._native._compact(self._native._runtime, self.address, packed.data_ptr(), room, found.data_ptr(),
-                              counts.data_ptr())
+        self._native._compact(
+            self._native._runtime, self.address, packed.data_ptr(), room, found.data_ptr(), counts.data_ptr()
+        )
         if int(counts.min()) < 0:
             return False
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]) + (panels + 1)
@@ -561,8 +791,14 @@ class QuantizedLinear(NativeLinear):
 
     __slots__ = ("_groups", "_scales", "_zeros", "bits", "group", "mapped_bytes")
 
-    def __init__(self, native: Native, out_features: int, in_features: int, quantization: Quantization,
-                 kept: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        native: Native,
+        out_features: int,
+        in_features: int,
+        quantization: Quantization,
+        kept: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """`kept`: what `parts` of such a form gave, used where it lies; ValueError if it does not fit."""
         bits = quantization.bits
         self.bits, self.group = bits, quantization.group if bits == 4 else -(-in_features // 4) * 4
@@ -643,7 +879,7 @@ def _openmp_paths() -> Iterator[str]:
         maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return
-    paths = {line[line.index("/"):] for line in maps.splitlines() if "/" in line and "omp" in line.rpartition("/")[2]}
+    paths = {line[line.index("/") :] for line in maps.splitlines() if "/" in line and "omp" in line.rpartition("/")[2]}
     yield from sorted(paths, key=lambda path: "/torch" not in path)
 
 

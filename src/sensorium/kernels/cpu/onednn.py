@@ -16,8 +16,13 @@ from torch.nn import functional
 
 MIN_ELEMENTS = 384 * 384  # of a weight: with a smaller one the 12 us that a call costs more are not won back
 
-POST_OPS = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", ""), "silu": ("swish", ""),
-            "tanh": ("tanh", "")}
+POST_OPS = {
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+    "relu": ("relu", ""),
+    "silu": ("swish", ""),
+    "tanh": ("tanh", ""),
+}
 """Our activations -> oneDNN's (name, algorithm)."""
 
 
@@ -28,10 +33,12 @@ def usable() -> bool:
         x, weight, bias = torch.eye(4), torch.arange(32.0).view(8, 4), torch.ones(8)
         packed = _pack(weight)
         plain = functional.linear(x, weight, bias)
-        return bool(torch.allclose(_linear(x, packed, bias), plain) and torch.equal(packed.to_dense(), weight)
-                    and torch.allclose(torch.ops.mkldnn._linear_pointwise.binary(x, plain, packed, bias, "add"),
-                                       plain + plain)
-                    and torch.allclose(_linear(x, packed, bias, "gelu", "none"), functional.gelu(plain)))
+        return bool(
+            torch.allclose(_linear(x, packed, bias), plain)
+            and torch.equal(packed.to_dense(), weight)
+            and torch.allclose(torch.ops.mkldnn._linear_pointwise.binary(x, plain, packed, bias, "add"), plain + plain)
+            and torch.allclose(_linear(x, packed, bias, "gelu", "none"), functional.gelu(plain))
+        )
     except (AttributeError, RuntimeError):
         return False
 
@@ -104,7 +111,8 @@ class OneDnnLinear:
         if self._packed is None:
             return self(x).add_(other)
         out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(
-            x.contiguous(), other.contiguous(), self._packed, self.bias, "add")
+            x.contiguous(), other.contiguous(), self._packed, self.bias, "add"
+        )
         return out
 
     def rows(self, ids: Tensor) -> Tensor:

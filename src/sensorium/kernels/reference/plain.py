@@ -51,8 +51,14 @@ class PlainLinear:
         return functional.embedding(ids, self.weight)
 
 
-def empty_linear(out_features: int, in_features: int, *, dtype: torch.dtype, device: torch.device,
-                 quantization: Quantization | None = None) -> PlainLinear | QuantizedLinear:
+def empty_linear(
+    out_features: int,
+    in_features: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization | None = None,
+) -> PlainLinear | QuantizedLinear:
     if quantization is not None:
         return QuantizedLinear(out_features, in_features, quantization, dtype=dtype, device=device)
     return PlainLinear(torch.empty(out_features, in_features, dtype=dtype, device=device))
@@ -81,7 +87,10 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
     if activation == "gelu_tanh":
         return functional.gelu(x, approximate="tanh")
     functions: dict[str, Callable[[Tensor], Tensor]] = {
-        "silu": functional.silu, "gelu": functional.gelu, "relu": functional.relu, "tanh": torch.tanh,
+        "silu": functional.silu,
+        "gelu": functional.gelu,
+        "relu": functional.relu,
+        "tanh": torch.tanh,
     }
     return functions[activation](x)
 
@@ -136,8 +145,14 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
     v_cache[blocks, :, offsets] = v
 
 
-def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, context: AttentionContext, scale: float,
-                    sliding_window: int | None = None) -> Tensor:
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    context: AttentionContext,
+    scale: float,
+    sliding_window: int | None = None,
+) -> Tensor:
     decodes = context.num_decodes
     if decodes == len(context.query_lens):
         return _decode(q, k_cache, v_cache, context, scale, sliding_window)
@@ -156,8 +171,9 @@ def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, context: Attent
     return out
 
 
-def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, context: AttentionContext, scale: float,
-            sliding_window: int | None) -> Tensor:
+def _decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, context: AttentionContext, scale: float, sliding_window: int | None
+) -> Tensor:
     """One query token per sequence: a padded gather, then the heads of a group are the queries of one attention."""
     count, heads, head_dim = q.shape
     kv_heads = k_cache.shape[1]
@@ -176,8 +192,11 @@ def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, context: AttentionConte
     for i in range(0, count, rows):
         part = slice(i, i + rows)
         keys, values = (_padded(cache, tables[part], mask[part], q.dtype) for cache in (k_cache, v_cache))
-        out.append(functional.scaled_dot_product_attention(
-            grouped[part], keys, values, attn_mask=mask[part, None, None], scale=scale))
+        out.append(
+            functional.scaled_dot_product_attention(
+                grouped[part], keys, values, attn_mask=mask[part, None, None], scale=scale
+            )
+        )
     return (out[0] if len(out) == 1 else torch.cat(out)).reshape(count, heads, head_dim)
 
 
@@ -229,14 +248,18 @@ def _prefill(q: Tensor, keys: Tensor, values: Tensor, scale: float, sliding_wind
         mask = key_position <= position
         if sliding_window is not None:
             mask &= key_position > position - sliding_window
-        pieces.append(functional.scaled_dot_product_attention(
-            piece, keys[:, :, first:last], values[:, :, first:last], attn_mask=mask, scale=scale))
+        pieces.append(
+            functional.scaled_dot_product_attention(
+                piece, keys[:, :, first:last], values[:, :, first:last], attn_mask=mask, scale=scale
+            )
+        )
     out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
     return out.permute(2, 0, 1, 3).reshape(count, heads, head_dim)
 
 
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float,
-                     window: int | None = None) -> Tensor:
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, window: int | None = None
+) -> Tensor:
     if window is not None and max(lengths) > window + 1:
         return _windowed(q, k, v, lengths, scale, window)
     if len(set(lengths)) == 1:  # equal runs: one batch
@@ -254,8 +277,9 @@ def run_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return _both_ways(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), scale).squeeze(0)
 
 
-def first_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float,
-                    window: int | None = None) -> Tensor:
+def first_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, window: int | None = None
+) -> Tensor:
     out = torch.empty_like(q)
     queries = q.unsqueeze(2)  # [runs, heads, 1, head_dim]
     start = 0
@@ -269,8 +293,14 @@ def first_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: 
 
 def _both_ways(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
     """All [runs, tokens, heads, head_dim], several heads of q to one of k and v; mask bool [runs, 1, tokens, keys]"""
-    out = functional.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-                                                  attn_mask=mask, scale=scale, enable_gqa=q.shape[2] != k.shape[2])
+    out = functional.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
     return out.transpose(1, 2)
 
 
@@ -283,11 +313,14 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float,
     size = window_queries(window)
     count = -(-tokens // size)
     end = count * size - tokens  # padding of the last block
-    runs = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32, device=q.device),
-                                   torch.tensor(lengths, device=q.device))
+    runs = torch.repeat_interleave(
+        torch.arange(len(lengths), dtype=torch.int32, device=q.device), torch.tensor(lengths, device=q.device)
+    )
     queries = functional.pad(q, (0, 0, 0, 0, 0, end)).view(count, size, heads, head_dim)
-    keys, values = (functional.pad(x, (0, 0, 0, 0, window, window + end)).unfold(0, size + 2 * window, size)
-                    .permute(0, 3, 1, 2) for x in (k, v))  # [count, size + 2 * window, kv_heads, head_dim], overlapping
+    keys, values = (
+        functional.pad(x, (0, 0, 0, 0, window, window + end)).unfold(0, size + 2 * window, size).permute(0, 3, 1, 2)
+        for x in (k, v)
+    )  # [count, size + 2 * window, kv_heads, head_dim], overlapping
     of_query = functional.pad(runs, (0, end), value=-1).view(count, size, 1)
     of_key = functional.pad(runs, (window, window + end), value=-1).unfold(0, size + 2 * window, size).unsqueeze(1)
     offset = torch.arange(size + 2 * window, device=q.device) - torch.arange(size, device=q.device).unsqueeze(1)

@@ -32,8 +32,9 @@ class Quantization:
 
     def __post_init__(self) -> None:
         if self.bits == 4 and (self.group % 8 or not 8 <= self.group <= 256):
-            raise StartupError(f"there is no kernel for 4-bit weights in groups of {self.group}: it must be a multiple "
-                               "of 8 up to 256")
+            raise StartupError(
+                f"there is no kernel for 4-bit weights in groups of {self.group}: it must be a multiple of 8 up to 256"
+            )
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,14 +112,25 @@ class QuantizedLinear:
 
     __slots__ = ("_bias", "_codes", "_dtype", "_group", "_scales", "_zeros", "bits", "in_features", "out_features")
 
-    def __init__(self, out_features: int, in_features: int, quantization: Quantization, *, dtype: torch.dtype,
-                 device: torch.device) -> None:
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        quantization: Quantization,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         self.out_features, self.in_features, self.bits = out_features, in_features, quantization.bits
         self._group = in_features if self.bits == 8 else quantization.group
         width = in_features if self.bits == 8 else -(-in_features // 2)
         self._codes = torch.zeros(out_features, width, dtype=torch.uint8, device=device)
-        self._scales = torch.zeros(out_features, -(-in_features // self._group), device=device,
-                                   dtype=torch.float32 if self.bits == 8 else torch.float16)
+        self._scales = torch.zeros(
+            out_features,
+            -(-in_features // self._group),
+            device=device,
+            dtype=torch.float32 if self.bits == 8 else torch.float16,
+        )
         self._zeros: Tensor | None = None
         self._bias: Tensor | None = None
         self._dtype = dtype
@@ -132,8 +144,9 @@ class QuantizedLinear:
         step = max(1, PIECE // self.in_features)
         for start in range(0, rows.shape[0], step):
             piece = rows[start : start + step].to(self._codes.device)
-            self.fill_codes(first_row + start,
-                            *(quantize_int8(piece) if self.bits == 8 else quantize_int4(piece, self._group)))
+            self.fill_codes(
+                first_row + start, *(quantize_int8(piece) if self.bits == 8 else quantize_int4(piece, self._group))
+            )
 
     def fill_codes(self, first_row: int, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> None:
         """Put rows that are quantised already at `first_row`: see `QuantizedForm`."""

@@ -61,8 +61,12 @@ class Mlp(nn.Module):
 
 def weights(*modules: nn.Module) -> int:
     """Multiply-adds that these modules' linear layers take for one row."""
-    return sum(layer.in_features * layer.out_features for module in modules for layer in module.modules()
-               if isinstance(layer, Linear))
+    return sum(
+        layer.in_features * layer.out_features
+        for module in modules
+        for layer in module.modules()
+        if isinstance(layer, Linear)
+    )
 
 
 def by_rows(work: Callable[..., Tensor], macs: int, *inputs: Tensor) -> Steps[Tensor]:

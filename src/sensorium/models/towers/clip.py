@@ -52,8 +52,9 @@ class ClipConfig:
     def of(cls, vision: Mapping[str, Any]) -> ClipConfig:
         kind = vision.get("model_type", "clip_vision_model")
         if kind not in TOWERS:
-            raise CheckpointError(f"config.json: vision tower {kind!r} is not supported (supported: "
-                                  f"{', '.join(TOWERS)})")
+            raise CheckpointError(
+                f"config.json: vision tower {kind!r} is not supported (supported: {', '.join(TOWERS)})"
+            )
         names = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "eps": "layer_norm_eps"}
         given = {field: vision.get(names.get(field, field)) for field in cls.__dataclass_fields__}
         return cls(**{**TOWERS[kind], **{field: value for field, value in given.items() if value is not None}})
@@ -81,15 +82,15 @@ class Positions(nn.Module):
 
 
 class ClipEmbeddings(nn.Module):
-    """Pixels [n, 3, side, side] -> [n, positions, hidden]: the class token first, if there is one; positions added.
-    """
+    """Pixels [n, 3, side, side] -> [n, positions, hidden]: the class token first, if there is one; positions added."""
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
         self.patch = config.patch_size
         self.class_embedding = declare(config.hidden_size) if config.has_class_token else None
-        self.patch_embedding = PatchLinear(config.hidden_size, 3, config.patch_size, config.patch_size,
-                                           bias=not config.has_class_token)
+        self.patch_embedding = PatchLinear(
+            config.hidden_size, 3, config.patch_size, config.patch_size, bias=not config.has_class_token
+        )
         self.position_embedding = Positions(config)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -157,8 +158,9 @@ class ClipTower(nn.Module):
             raise CheckpointError(f"config.json: vision_feature_layer {list(states)} of {config.num_layers} layers")
         self.first = 0 if keeps_class_token else 1
         self.embeddings = ClipEmbeddings(config)
-        self.pre_layrnorm = (LayerNorm(config.hidden_size, config.eps) if config.has_class_token
-                             else None)  # the checkpoints' spelling
+        self.pre_layrnorm = (
+            LayerNorm(config.hidden_size, config.eps) if config.has_class_token else None
+        )  # the checkpoints' spelling
         self.encoder = ClipEncoder(config, max(self.states))
 
     @property

@@ -68,17 +68,25 @@ class QwenVitConfig:
         """`vision_config` of Qwen2-VL in either dialect; transformers' defaults. Its `hidden_size` is the output's."""
         given = _Given(vision)
         embed_dim = given.of("embed_dim", 1280)
-        return cls(**given.common(), embed_dim=embed_dim, intermediate_size=int(embed_dim * given.of("mlp_ratio", 4)),
-                   hidden_act=given.of("hidden_act", "quick_gelu"))
+        return cls(
+            **given.common(),
+            embed_dim=embed_dim,
+            intermediate_size=int(embed_dim * given.of("mlp_ratio", 4)),
+            hidden_act=given.of("hidden_act", "quick_gelu"),
+        )
 
     @classmethod
     def windowed(cls, vision: Mapping[str, Any]) -> QwenVitConfig:
         """`vision_config` of the 2.5 generation."""
         given = _Given(vision)
-        return cls(**given.common(), embed_dim=given.of("hidden_size", 1280),
-                   intermediate_size=given.of("intermediate_size", 3420), hidden_act=given.of("hidden_act", "silu"),
-                   window_size=given.of("window_size", 112),
-                   full_attention_layers=tuple(given.of("fullatt_block_indexes", (7, 15, 23, 31))))
+        return cls(
+            **given.common(),
+            embed_dim=given.of("hidden_size", 1280),
+            intermediate_size=given.of("intermediate_size", 3420),
+            hidden_act=given.of("hidden_act", "silu"),
+            window_size=given.of("window_size", 112),
+            full_attention_layers=tuple(given.of("fullatt_block_indexes", (7, 15, 23, 31))),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +98,13 @@ class _Given:
         return default if value is None else value
 
     def common(self) -> dict[str, Any]:
-        return {"depth": self.of("depth", 32), "num_heads": self.of("num_heads", 16),
-                "patch_size": self.of("patch_size", self.of("spatial_patch_size", 14)),
-                "temporal_patch_size": self.of("temporal_patch_size", 2),
-                "spatial_merge_size": self.of("spatial_merge_size", 2)}
+        return {
+            "depth": self.of("depth", 32),
+            "num_heads": self.of("num_heads", 16),
+            "patch_size": self.of("patch_size", self.of("spatial_patch_size", 14)),
+            "temporal_patch_size": self.of("temporal_patch_size", 2),
+            "spatial_merge_size": self.of("spatial_merge_size", 2),
+        }
 
 
 class VisionAttention(nn.Module):
@@ -104,8 +115,9 @@ class VisionAttention(nn.Module):
         self.qkv = QKVLinear(size, num_heads, num_heads, self.head_dim, bias=True)
         self.proj = Linear(size, size, bias=True)
 
-    def forward(self, norm: LayerNorm | RMSNorm, x: Tensor, cos: Tensor, sin: Tensor,
-                lengths: list[int]) -> Steps[Tensor]:
+    def forward(
+        self, norm: LayerNorm | RMSNorm, x: Tensor, cos: Tensor, sin: Tensor, lengths: list[int]
+    ) -> Steps[Tensor]:
         """Of the normed x, without the last product."""
         qkv = yield from by_rows(lambda rows: self.qkv(norm(rows)), weights(self.qkv), x)
         q, k, v = qkv.view(len(x), 3, self.num_heads, self.head_dim).unbind(1)
@@ -169,8 +181,9 @@ class PatchMerger(nn.Module):
         super().__init__()
         self.block = config.embed_dim * config.spatial_merge_size**2
         self.ln_q = norm(config.embed_dim, EPS)
-        self.mlp = nn.ModuleDict({"0": Linear(self.block, self.block, bias=True),
-                                  "2": Linear(self.block, out_features, bias=True)})
+        self.mlp = nn.ModuleDict(
+            {"0": Linear(self.block, self.block, bias=True), "2": Linear(self.block, out_features, bias=True)}
+        )
 
     def forward(self, x: Tensor) -> Steps[Tensor]:
         return (yield from by_rows(self._merged, weights(self.mlp), x.view(-1, self.block)))
@@ -195,8 +208,14 @@ class _Grid:
 class QwenVit(nn.Module):
     """Qwen2-VL's tower."""
 
-    def __init__(self, config: QwenVitConfig, out_features: int, *, norm: Norm = LayerNorm,
-                 mlp: Callable[[int, int, str], nn.Module] = Mlp) -> None:
+    def __init__(
+        self,
+        config: QwenVitConfig,
+        out_features: int,
+        *,
+        norm: Norm = LayerNorm,
+        mlp: Callable[[int, int, str], nn.Module] = Mlp,
+    ) -> None:
         super().__init__()
         self.config = config
         self.patch_embed = PatchEmbed(config)
@@ -227,8 +246,9 @@ class QwenVit(nn.Module):
         dtype = self.merger.ln_q.weight.dtype
         embedded = []
         for part in _alike(slices):
-            embedded.append((yield from by_rows(lambda rows: self.patch_embed(rows.to(dtype)),
-                                                weights(self.patch_embed), part)))
+            embedded.append(
+                (yield from by_rows(lambda rows: self.patch_embed(rows.to(dtype)), weights(self.patch_embed), part))
+            )
         x = embedded[0] if len(embedded) == 1 else torch.cat(embedded)
         grids = [self._grid(size, x.device) for size in sizes]
         cos, sin = torch.cat([grid.cos for grid in grids]), torch.cat([grid.sin for grid in grids])
@@ -240,8 +260,7 @@ class QwenVit(nn.Module):
         rows = yield from self.merger(x)
         return rows if order is None else torch.empty_like(rows).index_copy_(0, order, rows)
 
-    def _layers(self, x: Tensor, cos: Tensor, sin: Tensor, slices: list[int],
-                windows: list[int]) -> Steps[Tensor]:
+    def _layers(self, x: Tensor, cos: Tensor, sin: Tensor, slices: list[int], windows: list[int]) -> Steps[Tensor]:
         for index, block in enumerate(self.blocks):
             is_cut = self.config.window_size and index not in self.config.full_attention_layers
             x = yield from block(x, cos, sin, windows if is_cut else slices)
@@ -253,8 +272,12 @@ class QwenVit(nn.Module):
             return None
         blocks = [h * w // self.config.spatial_merge_size**2 for h, w in sizes]
         first = accumulate(blocks, initial=0)
-        return torch.cat([torch.arange(start, start + count, device=grid.cos.device) if grid.order is None
-                          else grid.order + start for grid, count, start in zip(grids, blocks, first, strict=False)])
+        return torch.cat(
+            [
+                torch.arange(start, start + count, device=grid.cos.device) if grid.order is None else grid.order + start
+                for grid, count, start in zip(grids, blocks, first, strict=False)
+            ]
+        )
 
     def _grid(self, size: Size, device: torch.device) -> _Grid:
         if size in self._grids:

@@ -20,8 +20,14 @@ from sensorium.models.towers.blocks import MAX_ROWS, LayerNorm, PatchLinear
 from sensorium.models.towers.clip import ClipConfig, ClipEncoder
 
 SO400M: Mapping[str, Any] = {  # what configurations may leave out
-    "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
-    "image_size": 980, "patch_size": 14, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 980,
+    "patch_size": 14,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
 }
 MODEL_TYPES = ("siglip_vision_model", "siglip")
 

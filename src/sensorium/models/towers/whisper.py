@@ -105,13 +105,13 @@ class SelfAttention(nn.Module):
         return attended.reshape(len(x), -1)
 
 
-def _attend_to_heard(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float,
-                     heard: list[int]) -> Tensor:
+def _attend_to_heard(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, heard: list[int]) -> Tensor:
     """`varlen_attention` to the first `heard` of each run's keys. The few queries behind them are computed by torch."""
     out = torch.empty_like(q)
     starts = [end - length for end, length in zip(itertools.accumulate(lengths), lengths, strict=True)]
-    kept = torch.cat([torch.arange(start, start + count, device=q.device)
-                      for start, count in zip(starts, heard, strict=True)])
+    kept = torch.cat(
+        [torch.arange(start, start + count, device=q.device) for start, count in zip(starts, heard, strict=True)]
+    )
     out[kept] = kernels.varlen_attention(q[kept], k[kept], v[kept], heard, scale)
     for start, length, count in zip(starts, lengths, heard, strict=True):
         if count < length:
@@ -182,8 +182,13 @@ class WhisperEncoder(nn.Module):
             most = max(1, 2 * group_rows(clips[0]) // length)
             for start in range(0, len(indices), most):
                 group = indices[start : start + most]
-                yield len(group) * length * 3 * self.config.hidden_size * (
-                    self.config.num_mel_bins + self.config.hidden_size // 2)
+                yield (
+                    len(group)
+                    * length
+                    * 3
+                    * self.config.hidden_size
+                    * (self.config.num_mel_bins + self.config.hidden_size // 2)
+                )
                 x = functional.gelu(self.conv1(torch.stack([clips[i] for i in group])))
                 x = functional.gelu(self.conv2(x)).transpose(1, 2)  # [clips, frames / 2, hidden]
                 x = x + self.positions(x.shape[1], x)
