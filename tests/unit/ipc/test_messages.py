@@ -155,13 +155,13 @@ def test_outputs_arrive_however_the_stream_is_cut(
 ) -> None:
     ids, tokens = [one[0] for one in plain], [one[1] for one in plain]
     frame = messages.encode_outputs(ids, tokens, rich)
-    stream = messages.frame(Kind.PONG) + frame + messages.encode_fatal("x" * 50) + frame
+    stream = messages.frame(Kind.BEAT) + frame + messages.encode_fatal("x" * 50) + frame
     reader, arrived, start = FrameReader(), [], 0
     for number in range(len(stream)):
         end = start + cuts[number % len(cuts)]
         arrived += [(kind, bytes(payload)) for kind, payload in reader.feed(stream[start:end])]
         start = end
-    assert [kind for kind, _ in arrived] == [Kind.PONG, Kind.OUTPUTS, Kind.FATAL, Kind.OUTPUTS]
+    assert [kind for kind, _ in arrived] == [Kind.BEAT, Kind.OUTPUTS, Kind.FATAL, Kind.OUTPUTS]
     for index in (1, 3):
         got_ids, got_tokens, got_rich = messages.decode_outputs(memoryview(arrived[index][1]))
         assert (list(got_ids), list(got_tokens)) == (ids, tokens)

@@ -158,7 +158,7 @@ async def test_many_hours_of_silence() -> None:
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     error = await refusal(load(loader, data_url(long, "audio/webm"), "audio"))
     assert error.code == "audio_too_long"
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20  # decoding it takes a minute and more
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 128 * 1024
     await loader.aclose()
 

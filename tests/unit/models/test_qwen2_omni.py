@@ -448,7 +448,7 @@ def test_weight_dialects(rename: Callable[[str], str], tmp_path: Path) -> None:
         "audio_tower.proj.weight",
         "visual.merger.ln_q.weight",
         "visual.blocks.0.mlp.up_proj.bias",
-        "lm_head.weight",
+        "model.norm.weight",
     ],
 )
 def test_missing_and_unexpected_tensors_are_named(key: str, tmp_path: Path) -> None:
