@@ -14,8 +14,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from support import server
+from support.bert import SHAPE, save, write_tokenizer
 from support.checkpoints import make_qwen3
-from test_pooling_serve import SHAPE, save, write_tokenizer
 from transformers import BertConfig, BertModel
 
 TEXTS = ["what is the capital of france ?", "Berlin lies on the Spree.", "a"]

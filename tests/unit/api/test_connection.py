@@ -28,6 +28,7 @@ from support.api_support import (
     speak,
     until,
 )
+from support.connections import slowly
 
 from sensorium.config import Limits
 from sensorium.types import EngineOutput, EngineRequest
@@ -37,7 +38,6 @@ LIMITS = Limits()
 BODY = json.dumps({"prompt": "hi", "max_tokens": 2}).encode()
 STREAM = json.dumps({"messages": [{"role": "user", "content": "hi"}], "stream": True}).encode()
 PLAIN = json.dumps({"messages": [{"role": "user", "content": "hi"}]}).encode()
-slowly = partial(speak, delay_s=0.02)
 
 
 @pytest.fixture(params=[asyncio.DefaultEventLoopPolicy, uvloop.EventLoopPolicy], ids=["asyncio", "uvloop"])

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 from support.api_support import FakeEngine, Served, get, post, request, serving
-from test_transport import flood
+from support.connections import flood
 
 from sensorium.api.protocol.chat import ChatRequest
 from sensorium.api.protocol.completion import CompletionRequest

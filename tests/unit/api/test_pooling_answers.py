@@ -16,10 +16,8 @@ from openai import AsyncOpenAI
 from support.api_support import (
     CONTEXT,
     LEAKS,
-    READY,
     TOKENIZER,
     VOCAB_SIZE,
-    FakeEngine,
     Reply,
     Served,
     get,
@@ -29,6 +27,7 @@ from support.api_support import (
     serving,
     until,
 )
+from support.pooling_engine import ALL, SIZE, engine_of, pool, vector_of
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as RawTokenizer
 
@@ -36,35 +35,9 @@ from sensorium.config import Limits
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.types import EngineOutput, EngineRequest
 
-SIZE = 8
-ALL = ("generate", "embed", "token_embed")
 CLASSIFIER = ("classify", "token_classify", "embed", "token_embed")
 CROSS = ("classify", "score")
 LABELS = {"id2label": {"0": "Default", "1": "Spoiled"}}
-
-
-def vector_of(ids: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Different for every prompt, and not of unit length."""
-    return np.array([len(ids), *(int(ids[i % len(ids)]) + 1 for i in range(SIZE - 1))], np.float32)
-
-
-async def pool(asked: EngineRequest) -> AsyncIterator[EngineOutput]:
-    """What a model would make of a prompt, as far as a test can tell."""
-    params, ids = asked.pooling, asked.prompt.token_ids
-    assert params is not None and asked.sampling is None
-    if params.task in ("token_embed", "token_classify"):
-        vector = np.stack([np.array([i, token], np.float32) for i, token in enumerate(ids)])
-    elif params.task == "classify":
-        vector = np.array([0.25, 0.75] if len(ids) % 2 else [0.75, 0.25], np.float32)
-    elif params.task == "score":
-        vector = np.array([1 / len(ids)], np.float32)
-    else:
-        vector = vector_of(ids)[: params.dimensions]
-    yield EngineOutput(asked.id, finish_reason="stop", vector=vector, cached_tokens=1)
-
-
-def engine_of(*tasks: str, script: Any = pool) -> FakeEngine:
-    return FakeEngine(script=script, ready=dataclasses.replace(READY, tasks=tasks, embedding_size=SIZE))
 
 
 def embedder(**options: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from support.api_support import FakeEngine, Reply, get, post, serving, until
-from test_pooling_answers import ALL, engine_of
+from support.pooling_engine import ALL, engine_of
 
 from sensorium.api.routes import ROUTES
 from sensorium.types import EngineOutput, EngineRequest

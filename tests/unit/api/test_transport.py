@@ -11,7 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from support.api_support import Reply, chat, get, post, raw, read_reply, request, serving
+from support.api_support import chat, get, post, raw, read_reply, request, serving
+from support.connections import flood
 
 from sensorium.api.transport.asgi import ClientGone
 from sensorium.api.transport.body import receive_body
@@ -20,29 +21,6 @@ from sensorium.errors import BodyTooLargeError, RequestTimeoutError
 
 LIMITS = Limits()
 BODY = json.dumps({"prompt": "hi", "max_tokens": 2}).encode()
-
-
-async def flood(port: int, head: bytes, pieces: Iterable[bytes]) -> tuple[Reply | None, int]:
-    """Send for as long as the server takes it; the answer, if one came, and the bytes that were taken."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    answer = asyncio.create_task(read_reply(reader))
-    sent = 0
-    try:
-        writer.write(head)
-        for piece in pieces:
-            writer.write(piece)
-            await writer.drain()
-            sent += len(piece)
-            if answer.done():
-                break
-    except ConnectionError:
-        pass
-    try:
-        return await asyncio.wait_for(answer, 5), sent
-    except (ConnectionError, asyncio.IncompleteReadError):
-        return None, sent
-    finally:
-        writer.close()
 
 
 async def healthy(port: int) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 from support.api_support import FakeEngine, serving, until
-from test_connection import slowly
+from support.connections import slowly
 
 from sensorium.api.transport.server import listen
 from sensorium.config import ServerConfig

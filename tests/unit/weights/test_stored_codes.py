@@ -24,13 +24,13 @@ from support.quantized_checkpoints import compressed_config, write_awq, write_gp
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sensorium import kernels
 from sensorium.checkpoint.configs import open_checkpoint, resolve
 from sensorium.config import EngineConfig
 from sensorium.engine.loading import choose_quantization
 from sensorium.errors import CheckpointError, StartupError
 from sensorium.kernels import Quantization
 from sensorium.kernels.cpu import library as native
+from sensorium.kernels.reference.quantized import QuantizedLinear
 from sensorium.models.base import Model
 from sensorium.models.layers import Linear
 from sensorium.models.loading import load_model, weight_bytes
@@ -254,7 +254,7 @@ def test_layers_that_are_not_quantised_stay_as_they_are(tmp_path: Path) -> None:
     plain = {
         name
         for name, module in model.named_modules()
-        if isinstance(module, Linear) and not isinstance(module.form, kernels.quantized.QuantizedLinear)
+        if isinstance(module, Linear) and not isinstance(module.form, QuantizedLinear)
     }
     assert plain == {"model.layers.0.self_attn.qkv_proj", "model.layers.1.mlp.down_proj", "lm_head"}
     rows = model.get_submodule("model.layers.0.self_attn.qkv_proj").form.rows(torch.arange(128))

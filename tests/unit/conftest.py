@@ -1,3 +1,5 @@
+"""A tiny model that the tests of the engine and of its client share."""
+
 from __future__ import annotations
 
 from pathlib import Path
