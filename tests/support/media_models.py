@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sensorium.checkpoint.configs import open_checkpoint
-from sensorium.checkpoint.families import FAMILIES, load_class
+from sensorium.checkpoint.families import load_class
 from sensorium.models.base import Model
 from sensorium.models.loading import load_model
 from sensorium.processors.base import Processor
@@ -60,5 +60,5 @@ class Served:
 def load(folder: Path, oracle: PreTrainedModel) -> Served:
     checkpoint = open_checkpoint(folder)
     model = load_model(checkpoint, dtype=torch.float32, device="cpu")
-    make = load_class(FAMILIES[checkpoint.architecture].processor)
+    make = load_class(checkpoint.family.processor)
     return Served(oracle, model, make(checkpoint, Tokenizer.from_folder(folder)), checkpoint.preprocessor)

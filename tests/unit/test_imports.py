@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "api": {"serving", "prompt", "media", "ipc", "checkpoint", "system"},
     "serving": {"processors", "prompt", "media", "ipc", "checkpoint"},
     "processors": {"prompt", "media", "checkpoint"},
-    "prompt": {"workers"},
+    "prompt": {"workers", "checkpoint"},
     "media": {"workers"},
     "workers": set(),
     "engine": {"models", "pooling", "weights", "kernels", "ipc", "checkpoint", "system"},

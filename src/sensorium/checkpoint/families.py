@@ -1,4 +1,5 @@
-"""Architecture name -> family: a literal table. Adding a model is a row here, a processor file and a model file.
+"""The registry: architecture name -> family, one row with all of its data. Adding a model is a row here, a processor
+file and a model file; what reads config.json, the prompt or the weights asks the row and compares no names.
 
 Torch-free: classes are named by string and imported by whoever needs them (`load_class`).
 """
@@ -6,10 +7,118 @@ Torch-free: classes are named by string and imported by whoever needs them (`loa
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+from sensorium.checkpoint import chat_templates
+from sensorium.errors import CheckpointError
 from sensorium.types import Modality
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderDefaults:
+    """What a decoder's configs leave out (LLaVA's says little but the vocabulary), and which of their keys count."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int | None  # None: as many as heads
+    max_positions: int
+    rms_norm_eps: float = 1e-6
+    theta: float = 10000.0
+    head_dim: int | None = None  # None: hidden_size / num_heads
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    reads_attention_bias: bool = False  # others have the key `attention_bias` and ignore it
+    reads_mlp_bias: bool = False  # the same of `mlp_bias`
+    is_tied_outside: bool = False  # only the outer config says whether the head is tied: text_config's default is true
+    sliding_window: int | None = None
+    window_is_optional: bool = False  # only with `use_sliding_window`, from layer `max_window_layers` on
+    max_window_layers: int = 28
+
+
+_LLAMA = DecoderDefaults(32000, 4096, 11008, 32, 32, None, 2048, reads_attention_bias=True, reads_mlp_bias=True)
+_MISTRAL = DecoderDefaults(32000, 4096, 14336, 32, 32, 8, 131072, sliding_window=4096)
+_QWEN2 = DecoderDefaults(
+    151936, 4096, 22016, 32, 32, 32, 32768, qkv_bias=True, sliding_window=4096, window_is_optional=True
+)
+_QWEN3 = replace(_QWEN2, head_dim=128, qkv_bias=False, qk_norm=True, reads_attention_bias=True)
+_QWEN2_VL = DecoderDefaults(
+    152064,
+    8192,
+    29568,
+    80,
+    64,
+    8,
+    32768,
+    1e-5,
+    1e6,
+    qkv_bias=True,
+    sliding_window=4096,
+    window_is_optional=True,
+    max_window_layers=80,
+)
+_QWEN2_5_OMNI = DecoderDefaults(
+    152064,
+    3584,
+    18944,
+    28,
+    28,
+    4,
+    32768,
+    1e-6,
+    1e6,
+    qkv_bias=True,
+    is_tied_outside=True,
+    sliding_window=32768,
+    window_is_optional=True,
+)
+_PHI3 = DecoderDefaults(32064, 3072, 8192, 32, 32, None, 4096, rms_norm_eps=1e-5)
+
+DECODERS: Mapping[str, DecoderDefaults] = {
+    "llama": _LLAMA,
+    "mistral": _MISTRAL,
+    "qwen2": _QWEN2,
+    "qwen3": _QWEN3,
+    "phi3": _PHI3,
+    "phi3_v": _PHI3,
+    "minicpmv": _QWEN2,
+    "qwen2_vl": _QWEN2_VL,
+    "qwen2_vl_text": _QWEN2_VL,
+    "qwen2_5_omni_text": _QWEN2_5_OMNI,
+}
+"""By the `model_type` of the decoder's part of config.json, which is not the architecture's: LLaVA has several."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderDefaults:
+    """The position table of an encoder."""
+
+    max_positions: int = 512  # where config.json does not say
+    starts_after_padding: bool = False  # positions begin after the padding id; the rows before are never used
+
+
+_BERT, _ROBERTA, _MODERNBERT = EncoderDefaults(), EncoderDefaults(starts_after_padding=True), EncoderDefaults(8192)
+
+
+@dataclass(frozen=True, slots=True)
+class VisionTower:
+    """Where CLIP-like vision towers differ: defaults of a `vision_config` that leaves keys out."""
+
+    patch_size: int
+    hidden_act: str
+    eps: float
+    has_class_token: bool
+
+
+VISION_TOWERS: Mapping[str, VisionTower] = {
+    "clip_vision_model": VisionTower(32, "quick_gelu", 1e-5, has_class_token=True),
+    "siglip_vision_model": VisionTower(16, "gelu_pytorch_tanh", 1e-6, has_class_token=False),
+}
+"""By the `model_type` of `vision_config`, for the families that may have either (LLaVA)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,43 +128,80 @@ class Family:
     title: str
     model: str
     processor: str
-    modalities: tuple[Modality, ...] = ()
+    modalities: tuple[Modality, ...] = ()  # beside text; the processor class takes the same
     tasks: tuple[str, ...] = ("generate", "embed")
-    is_encoder: bool = False  # no decoder, no KV cache
+    encoder: EncoderDefaults | None = None  # of families without a decoder and a KV cache
+    chat_template: str | None = None  # for checkpoints that bring none
+    text_model_type: str = "llama"  # the key in `DECODERS` of a `text_config` that has no model_type
+    nested_in: str = ""  # config.json's key of the part that is served; a file without that key is the part itself
 
 
 _DECODER = "sensorium.models.decoder:DecoderForCausalLM"
 _TEXT = "sensorium.processors.base:Processor"
-_QWEN_OMNI = Family(
+_BASE_MODEL = Family(
+    "Llama, Mistral, Qwen2, Qwen3, Phi-3 without a head (E5-Mistral, Qwen3-Embedding, …)",
+    "sensorium.models.decoder:DecoderModel",
+    _TEXT,
+    tasks=("embed",),
+)
+_CLASSIFIER = Family(
+    "Llama, Mistral, Qwen2, Qwen3 classifiers",
+    "sensorium.models.classifiers:DecoderForSequenceClassification",
+    _TEXT,
+    tasks=("classify", "embed"),
+)
+_BERT_MODEL = Family(
+    "BERT, RoBERTa, XLM-RoBERTa (all-MiniLM, BGE, E5, …)",
+    "sensorium.models.bert:BertModel",
+    _TEXT,
+    tasks=("embed",),
+    encoder=_BERT,
+)
+_ROBERTA_MODEL = replace(_BERT_MODEL, encoder=_ROBERTA)
+_ROBERTA_CLASSIFIER = Family(
+    "RoBERTa and XLM-RoBERTa classifiers and cross-encoders (BGE reranker)",
+    "sensorium.models.bert:RobertaForSequenceClassification",
+    _TEXT,
+    tasks=("classify", "score"),
+    encoder=_ROBERTA,
+)
+_MODERNBERT_MODEL = Family(
+    "ModernBERT", "sensorium.models.modernbert:ModernBertModel", _TEXT, tasks=("embed",), encoder=_MODERNBERT
+)
+_QWEN_OMNI = Family(  # the part that writes text; the one that speaks is not served
     "Qwen2.5-Omni (thinker)",
     "sensorium.models.qwen2_omni:Qwen2Omni",
     "sensorium.processors.qwen2_omni:Qwen2OmniProcessor",
     ("image", "video", "audio"),
+    chat_template=chat_templates.QWEN2_OMNI,
+    text_model_type="qwen2_5_omni_text",
+    nested_in="thinker_config",
 )
 
-FAMILIES: dict[str, Family] = {
+FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": Family("Llama 2/3, Yi, Vicuna", _DECODER, _TEXT),
     "MistralForCausalLM": Family("Mistral", _DECODER, _TEXT),
     "Qwen2ForCausalLM": Family("Qwen2, Qwen2.5", _DECODER, _TEXT),
     "Qwen3ForCausalLM": Family("Qwen3", _DECODER, _TEXT),
     "Phi3ForCausalLM": Family("Phi-3, Phi-3.5", _DECODER, _TEXT),
-    **dict.fromkeys(
-        ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model", "Phi3Model"),
-        Family(
-            "Llama, Mistral, Qwen2, Qwen3, Phi-3 without a head (E5-Mistral, Qwen3-Embedding, …)",
-            "sensorium.models.decoder:DecoderModel",
-            _TEXT,
-            tasks=("embed",),
-        ),
-    ),
+    "LlamaModel": _BASE_MODEL,
+    "MistralModel": _BASE_MODEL,
+    "Qwen2Model": _BASE_MODEL,
+    "Qwen3Model": _BASE_MODEL,
+    "Phi3Model": _BASE_MODEL,
     "LlavaForConditionalGeneration": Family(
-        "LLaVA-1.5", "sensorium.models.llava:Llava", "sensorium.processors.llava:LlavaProcessor", ("image",)
+        "LLaVA-1.5",
+        "sensorium.models.llava:Llava",
+        "sensorium.processors.llava:LlavaProcessor",
+        ("image",),
+        chat_template=chat_templates.VICUNA_LLAVA,
     ),
     "LlavaNextForConditionalGeneration": Family(
         "LLaVA-NeXT (v1.6)",
         "sensorium.models.llava:LlavaNext",
         "sensorium.processors.llava_next:LlavaNextProcessor",
         ("image",),
+        chat_template=chat_templates.CHATML_LLAVA,
     ),
     "UltravoxModel": Family(
         "Ultravox v0.5",
@@ -68,88 +214,79 @@ FAMILIES: dict[str, Family] = {
         "sensorium.models.phi3_v:Phi3V",
         "sensorium.processors.phi3_v:Phi3VProcessor",
         ("image",),
+        chat_template=chat_templates.PHI3,
     ),
     "MiniCPMV": Family(
         "MiniCPM-V 2.6",
         "sensorium.models.minicpmv:MiniCPMV",
         "sensorium.processors.minicpmv:MiniCPMVProcessor",
         ("image", "video"),
+        chat_template=chat_templates.MINICPMV,
     ),
     "Qwen2VLForConditionalGeneration": Family(
         "Qwen2-VL",
         "sensorium.models.qwen2_vl:Qwen2VL",
         "sensorium.processors.qwen2_vl:Qwen2VLProcessor",
         ("image", "video"),
+        chat_template=chat_templates.QWEN2_VL,
+        text_model_type="qwen2_vl_text",
     ),
-    **dict.fromkeys(
-        (
-            "Qwen2ForSequenceClassification",
-            "Qwen3ForSequenceClassification",
-            "LlamaForSequenceClassification",
-            "MistralForSequenceClassification",
-        ),
-        Family(
-            "Llama, Mistral, Qwen2, Qwen3 classifiers",
-            "sensorium.models.classifiers:DecoderForSequenceClassification",
-            _TEXT,
-            tasks=("classify", "embed"),
-        ),
-    ),
+    "Qwen2ForSequenceClassification": _CLASSIFIER,
+    "Qwen3ForSequenceClassification": _CLASSIFIER,
+    "LlamaForSequenceClassification": _CLASSIFIER,
+    "MistralForSequenceClassification": _CLASSIFIER,
     "Qwen2ForRewardModel": Family(
         "Qwen2.5-Math-RM", "sensorium.models.classifiers:DecoderForRewardModel", _TEXT, tasks=("reward",)
     ),
     "Qwen2ForProcessRewardModel": Family(
         "Qwen2.5-Math-PRM", "sensorium.models.classifiers:DecoderForProcessRewardModel", _TEXT, tasks=("reward",)
     ),
-    **dict.fromkeys(
-        (
-            "BertModel",
-            "BertForMaskedLM",
-            "RobertaModel",
-            "RobertaForMaskedLM",
-            "XLMRobertaModel",
-            "XLMRobertaForMaskedLM",
-        ),
-        Family(
-            "BERT, RoBERTa, XLM-RoBERTa (all-MiniLM, BGE, E5, …)",
-            "sensorium.models.bert:BertModel",
-            _TEXT,
-            tasks=("embed",),
-            is_encoder=True,
-        ),
-    ),
+    "BertModel": _BERT_MODEL,
+    "BertForMaskedLM": _BERT_MODEL,
+    "RobertaModel": _ROBERTA_MODEL,
+    "RobertaForMaskedLM": _ROBERTA_MODEL,
+    "XLMRobertaModel": _ROBERTA_MODEL,
+    "XLMRobertaForMaskedLM": _ROBERTA_MODEL,
     "BertForSequenceClassification": Family(
         "BERT classifiers and cross-encoders",
         "sensorium.models.bert:BertForSequenceClassification",
         _TEXT,
         tasks=("classify", "score"),
-        is_encoder=True,
+        encoder=_BERT,
     ),
-    **dict.fromkeys(
-        ("RobertaForSequenceClassification", "XLMRobertaForSequenceClassification"),
-        Family(
-            "RoBERTa and XLM-RoBERTa classifiers and cross-encoders (BGE reranker)",
-            "sensorium.models.bert:RobertaForSequenceClassification",
-            _TEXT,
-            tasks=("classify", "score"),
-            is_encoder=True,
-        ),
-    ),
-    **dict.fromkeys(
-        ("ModernBertModel", "ModernBertForMaskedLM"),
-        Family("ModernBERT", "sensorium.models.modernbert:ModernBertModel", _TEXT, tasks=("embed",), is_encoder=True),
-    ),
+    "RobertaForSequenceClassification": _ROBERTA_CLASSIFIER,
+    "XLMRobertaForSequenceClassification": _ROBERTA_CLASSIFIER,
+    "ModernBertModel": _MODERNBERT_MODEL,
+    "ModernBertForMaskedLM": _MODERNBERT_MODEL,
     "ModernBertForSequenceClassification": Family(
         "ModernBERT classifiers and cross-encoders",
         "sensorium.models.modernbert:ModernBertForSequenceClassification",
         _TEXT,
         tasks=("classify", "score"),
-        is_encoder=True,
+        encoder=_MODERNBERT,
     ),
     "Qwen2_5OmniModel": _QWEN_OMNI,
     "Qwen2_5OmniForConditionalGeneration": _QWEN_OMNI,
     "Qwen2_5OmniThinkerForConditionalGeneration": _QWEN_OMNI,
 }
+"""By `architectures[0]` of config.json."""
+
+
+def family_of(architecture: str) -> Family:
+    """The architecture's row. CheckpointError if it is not served."""
+    if architecture not in FAMILIES:
+        raise CheckpointError(f"architecture {architecture} is not supported; supported are {', '.join(FAMILIES)}")
+    return FAMILIES[architecture]
+
+
+def vision_tower(vision_config: Mapping[str, Any]) -> VisionTower:
+    """The defaults of a LLaVA-like `vision_config`; without a model_type it is CLIP's. CheckpointError otherwise."""
+    kind = vision_config.get("model_type", "clip_vision_model")
+    if kind not in VISION_TOWERS:
+        raise CheckpointError(
+            f"config.json: vision tower {kind!r} is not supported (supported: {', '.join(VISION_TOWERS)})"
+        )
+    return VISION_TOWERS[kind]
 
 
 def load_class(path: str) -> Any:

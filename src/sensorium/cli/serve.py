@@ -18,8 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sensorium.checkpoint.configs import Checkpoint, open_checkpoint, resolve, text_model_of
-from sensorium.checkpoint.families import FAMILIES, Family
+from sensorium.checkpoint.configs import Checkpoint, open_checkpoint
+from sensorium.checkpoint.hub import resolve, text_model_of
 from sensorium.cli.translate import as_meant, with_sampling_defaults
 from sensorium.config import ServeOptions
 from sensorium.errors import StartupError
@@ -63,7 +63,7 @@ def serve(options: ServeOptions) -> int:
     )
     text_folder = _text_folder(options, folder)
     checkpoint = open_checkpoint(folder, text_folder, options.engine.hf_overrides)
-    options = as_meant(options, folder, _family(checkpoint).modalities)
+    options = as_meant(options, folder, checkpoint.family.modalities)
     checkpoint = replace(with_sampling_defaults(checkpoint, options.server), pooling=options.engine.pooling)
     _check(options, checkpoint)
     with _progress() as show:
@@ -143,16 +143,9 @@ def _text_folder(options: ServeOptions, folder: Path) -> Path | None:
     return resolve(named, None, options.load.download_dir) if named else None
 
 
-def _family(checkpoint: Checkpoint) -> Family:
-    known = FAMILIES.get(checkpoint.architecture)
-    if known is None:
-        raise StartupError(f"{checkpoint.architecture} is not supported; these are: {', '.join(FAMILIES)}")
-    return known
-
-
 def _check(options: ServeOptions, checkpoint: Checkpoint) -> None:
     """Flags that do not go with the checkpoint, told before anything is loaded."""
-    known = _family(checkpoint)
+    known = checkpoint.family
     if options.load.task != "auto" and not TASKS[options.load.task] & set(known.tasks):
         raise StartupError(f"--task {options.load.task}: {known.title} can only {', '.join(known.tasks)}")
     length = options.engine.max_model_len

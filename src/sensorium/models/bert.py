@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from sensorium import kernels
 from sensorium.checkpoint.configs import Checkpoint
+from sensorium.checkpoint.families import EncoderDefaults
 from sensorium.checkpoint.labels import classifier_activation, num_labels
+from sensorium.checkpoint.lengths import first_position
 from sensorium.checkpoint.pooling import PoolingKind
 from sensorium.errors import CheckpointError
 from sensorium.kernels.context import AttentionContext, KVCache, Read
@@ -53,15 +55,13 @@ class EncoderConfig:
     type_vocab_size: int
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> EncoderConfig:
-        roberta = config.get("model_type") in ("roberta", "xlm-roberta")
+    def of(cls, config: Mapping[str, Any], encoder: EncoderDefaults) -> EncoderConfig:
         if config.get("position_embedding_type", "absolute") != "absolute":
             raise CheckpointError("config.json: only absolute position_embedding_type is supported")
         if config.get("is_decoder"):
             raise CheckpointError(
                 "config.json: is_decoder (attention to earlier tokens only) is not supported for encoders"
             )
-        pad = config.get("pad_token_id")
         return cls(
             vocab_size=config["vocab_size"],
             hidden_size=config.get("hidden_size", 768),
@@ -71,7 +71,7 @@ class EncoderConfig:
             hidden_act=config.get("hidden_act", "gelu"),
             layer_norm_eps=config.get("layer_norm_eps", 1e-12),
             positions=config.get("max_position_embeddings", 512),
-            first_position=(1 if pad is None else pad) + 1 if roberta else 0,
+            first_position=first_position(config, encoder),
             type_vocab_size=config.get("type_vocab_size", 2),
         )
 
@@ -172,7 +172,7 @@ class BertModel(EncoderModel):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
-        self.config = EncoderConfig.of(checkpoint.config)
+        self.config = EncoderConfig.of(checkpoint.config, checkpoint.family.encoder or EncoderDefaults())
         self.embeddings = Embeddings(self.config)
         self.encoder = Encoder(self.config)
         self._declare_poolers()

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from sensorium.checkpoint.configs import TextConfig
 from sensorium.checkpoint.labels import classifier_activation, num_labels
+from sensorium.checkpoint.text_config import TextConfig
 from sensorium.errors import CheckpointError
 from sensorium.models.decoder import DecoderModel
 from sensorium.models.layers import Head, Linear

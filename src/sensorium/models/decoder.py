@@ -12,7 +12,8 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from sensorium import kernels
-from sensorium.checkpoint.configs import Checkpoint, TextConfig
+from sensorium.checkpoint.configs import Checkpoint
+from sensorium.checkpoint.text_config import TextConfig
 from sensorium.errors import CheckpointError
 from sensorium.kernels.context import AttentionContext, KVCache, Read
 from sensorium.kernels.reference.plain import GATHER_ELEMENTS, MASK_ELEMENTS

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sensorium import kernels
-from sensorium.checkpoint.configs import ACTIVATIONS
+from sensorium.checkpoint.text_config import ACTIVATIONS
 from sensorium.errors import CheckpointError
 from sensorium.kernels.context import AttentionContext
 

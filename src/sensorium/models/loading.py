@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sensorium.checkpoint.configs import Checkpoint
-from sensorium.checkpoint.families import FAMILIES, load_class
+from sensorium.checkpoint.families import load_class
 from sensorium.errors import CheckpointError
 from sensorium.kernels import KeptForm, LinearForm, Quantization, QuantizedForm
 from sensorium.models.base import Model
@@ -91,7 +91,7 @@ def load_model(
     """
     stored = stored_tensors(checkpoint.weight_files, checkpoint.text_weight_files)
     tensors: Sequence[Stored] = stored if checkpoint.quantization is None else join(stored, checkpoint.quantization)
-    made = load_class(FAMILIES[checkpoint.architecture].model)
+    made = load_class(checkpoint.family.model)
     checkpoint, tensors = resolve_head(checkpoint, made, tensors, dtype)
     with torch.device("meta"):
         model: Model = made(checkpoint)
@@ -121,7 +121,7 @@ def resolve_head(
     left out, so that it takes no memory. Where there is none, stored or tied, the model only embeds.
     """
     text = checkpoint.text
-    if text is None or "generate" not in FAMILIES[checkpoint.architecture].tasks:
+    if text is None or "generate" not in checkpoint.family.tasks:
         return checkpoint, tensors
     rename = _renamer(made)
     places = {rename(tensor.key)[0]: tensor for tensor in tensors}

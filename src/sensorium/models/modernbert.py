@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from sensorium import kernels
-from sensorium.checkpoint.configs import Checkpoint, RopeConfig
+from sensorium.checkpoint.configs import Checkpoint
 from sensorium.checkpoint.labels import num_labels
+from sensorium.checkpoint.text_config import RopeConfig
 from sensorium.errors import CheckpointError
 from sensorium.kernels.context import AttentionContext, KVCache
 from sensorium.kernels.reference.plain import window_queries

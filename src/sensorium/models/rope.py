@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from sensorium.checkpoint.configs import RopeConfig
+from sensorium.checkpoint.text_config import RopeConfig
 
 
 class RotaryEmbedding(nn.Module):

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sensorium.checkpoint.configs import Checkpoint
+from sensorium.checkpoint.families import vision_tower
 from sensorium.errors import CheckpointError
 from sensorium.processors import image
 from sensorium.processors.base import Processor, Setting, boolean
@@ -35,9 +36,9 @@ class ClipGeometry:
         strategy = config.get("vision_feature_select_strategy", "default")
         if strategy not in ("default", "full"):
             raise CheckpointError(f"config.json: vision_feature_select_strategy {strategy!r} is unknown")
-        has_class_token = vision.get("model_type", "clip_vision_model") == "clip_vision_model"
-        patch = vision.get("patch_size", 32 if has_class_token else 16)
-        return cls(vision.get("image_size", 224), patch, has_class_token, strategy == "full")
+        tower = vision_tower(vision)
+        patch = vision.get("patch_size", tower.patch_size)
+        return cls(vision.get("image_size", 224), patch, tower.has_class_token, strategy == "full")
 
     @property
     def side(self) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import PurePath
 
-from sensorium.prompt import defaults
+from sensorium.checkpoint import chat_templates
 
 # The picture comes where its part stands; the state of the end token is the embedding.
 _DSE_QWEN2 = (
@@ -42,7 +42,7 @@ POOLING: dict[str, str] = {"dse-qwen2": _DSE_QWEN2, "vlm2vec": _VLM2VEC}
 """Part of a model's name -> the template for its embeddings."""
 
 NAMED: dict[str, str] = {
-    "llava": defaults.TEMPLATES["LlavaForConditionalGeneration"],
+    "llava": chat_templates.VICUNA_LLAVA,
     "dse_qwen2_vl": _DSE_QWEN2,
     "vlm2vec": _VLM2VEC,
     "vlm2vec_phi3v": _VLM2VEC,

@@ -16,8 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sensorium.checkpoint.chat_templates import CHATML, CHATML_TOKENS
+from sensorium.checkpoint.families import family_of
 from sensorium.errors import RequestError, StartupError
-from sensorium.prompt import builtin, defaults
+from sensorium.prompt import builtin
 from sensorium.prompt.inspection import (
     GLOBALS,
     MAX_SOURCE_CHARS,
@@ -313,10 +315,9 @@ def template_source(
         return _from_flag(flag)
     if checkpoint_template is not None:
         return checkpoint_template
-    if architecture in defaults.TEMPLATES:
-        return defaults.TEMPLATES[architecture]
-    has_chatml = all(token in tokenizer.added_tokens for token in defaults.CHATML_TOKENS)
-    return defaults.CHATML if has_chatml else None
+    if (default := family_of(architecture).chat_template) is not None:
+        return default
+    return CHATML if all(token in tokenizer.added_tokens for token in CHATML_TOKENS) else None
 
 
 def pooling_template_source(flag: str | None, names: Iterable[str]) -> str | None:

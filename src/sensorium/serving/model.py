@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 
 from sensorium.checkpoint.configs import Checkpoint
-from sensorium.checkpoint.families import FAMILIES, load_class
+from sensorium.checkpoint.families import load_class
 from sensorium.checkpoint.labels import label_names
 from sensorium.checkpoint.pooling import read_pooling
 from sensorium.checkpoint.prompts import read_prompts
@@ -175,9 +175,6 @@ class ServedModel:
         renderer: Renderer | None = None,
     ) -> ServedModel:
         """Read what the HTTP process needs of a checkpoint. `max_model_len` and `task` are the flags."""
-        family = FAMILIES.get(checkpoint.architecture)
-        if family is None:
-            raise StartupError(f"The architecture {checkpoint.architecture} is not supported.")
         tokenizer = Tokenizer.from_folder(checkpoint.folder, vocab_size=checkpoint.vocab_size)
         if beyond := [token for token, one in tokenizer.added_tokens.items() if one >= checkpoint.vocab_size]:
             _log.warning(
@@ -186,7 +183,9 @@ class ServedModel:
                 beyond[0],
                 checkpoint.vocab_size,
             )
-        processor: Processor = load_class(family.processor)(checkpoint, tokenizer, dict(server.mm_processor_kwargs))
+        processor: Processor = load_class(checkpoint.family.processor)(
+            checkpoint, tokenizer, dict(server.mm_processor_kwargs)
+        )
         source = template_source(server.chat_template, checkpoint.chat_template, checkpoint.architecture, tokenizer)
         pooled = pooling_template_source(server.chat_template, (*names, *checkpoint.folder.parts[-3:]))
         renderer = renderer or RenderPool()

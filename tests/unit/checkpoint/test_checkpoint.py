@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from support import checkpoints
 
-from sensorium.checkpoint.configs import Checkpoint, RopeConfig, TextConfig, open_checkpoint, resolve
+from sensorium.checkpoint.configs import Checkpoint, open_checkpoint
+from sensorium.checkpoint.hub import resolve
+from sensorium.checkpoint.text_config import RopeConfig, TextConfig
 from sensorium.errors import CheckpointError, StartupError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "llava", "llava_next", "qwen2_vl")
@@ -483,7 +485,8 @@ def test_offline_without_a_copy_is_one_line(tmp_path: Path, monkeypatch: pytest.
 def test_reading_a_checkpoint_needs_no_torch(tmp_path: Path) -> None:
     checkpoints.make_qwen2_vl(tmp_path)
     code = (
-        "import sys; from pathlib import Path; from sensorium.checkpoint.configs import open_checkpoint, resolve;"
+        "import sys; from pathlib import Path; from sensorium.checkpoint.configs import open_checkpoint;"
+        "from sensorium.checkpoint.hub import resolve;"
         f"open_checkpoint(resolve({str(tmp_path)!r}));"
         "sys.exit(bool({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
     )

@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel, Qwen2VLImageProcessorPil
 
 from sensorium.checkpoint.configs import open_checkpoint
-from sensorium.checkpoint.families import FAMILIES, load_class
+from sensorium.checkpoint.families import load_class
 from sensorium.models.base import Model
 from sensorium.models.loading import load_model
 from sensorium.processors.base import Processor
@@ -34,7 +34,7 @@ class Embedder:
         checkpoint = open_checkpoint(folder)
         self.model: Model = load_model(checkpoint, dtype=torch.float32, device="cpu")
         tokenizer = Tokenizer.from_folder(folder)
-        self.processor: Processor = load_class(FAMILIES[checkpoint.architecture].processor)(checkpoint, tokenizer)
+        self.processor: Processor = load_class(checkpoint.family.processor)(checkpoint, tokenizer)
         source = pooling_template_of([NAMES[name]])
         assert source is not None
         self.template = LocalTemplate(

@@ -23,12 +23,12 @@ from support.model_driver import Sequence as Running
 from torch.nn import functional
 
 from sensorium.checkpoint.configs import open_checkpoint
+from sensorium.checkpoint.families import FAMILIES
 from sensorium.errors import CheckpointError, RequestError, StartupError
 from sensorium.models.loading import load_model
 from sensorium.models.minicpmv import MiniCPMV
 from sensorium.models.towers.siglip import PositionTable
 from sensorium.processors.minicpmv import TOKENS, MiniCPMVProcessor, slicing
-from sensorium.prompt import defaults
 from sensorium.prompt.local import LocalTemplate
 from sensorium.prompt.messages import MediaPart, Message, TextPart
 from sensorium.prompt.tokenizer import Tokenizer
@@ -497,7 +497,7 @@ def test_missing_tensors_are_named(tmp_path: Path) -> None:
 def test_its_own_chat_template(here: Served) -> None:
     tokenizer = here.processor.tokenizer.with_literals(here.processor.literals, special=True)
     template = LocalTemplate(
-        defaults.TEMPLATES["MiniCPMV"],
+        FAMILIES["MiniCPMV"].chat_template,
         tokenizer,
         modalities=here.processor.modalities,
         placeholder=here.processor.placeholder,

@@ -23,11 +23,11 @@ from support.model_driver import Sequence as Running
 from torch.nn import functional
 
 from sensorium.checkpoint.configs import open_checkpoint
+from sensorium.checkpoint.families import FAMILIES
 from sensorium.errors import CheckpointError, MediaError, RequestError
 from sensorium.models.loading import load_model
 from sensorium.models.phi3_v import Phi3V
 from sensorium.processors.phi3_v import Phi3VProcessor
-from sensorium.prompt import defaults
 from sensorium.prompt.local import LocalTemplate
 from sensorium.prompt.messages import MediaPart, Message, TextPart
 from sensorium.prompt.tokenizer import Tokenizer
@@ -451,7 +451,7 @@ def test_stop_tokens(tmp_path: Path) -> None:
 def test_its_own_chat_template(here: Served) -> None:
     tokenizer = here.processor.tokenizer.with_literals(here.processor.literals, special=True)
     template = LocalTemplate(
-        defaults.TEMPLATES["Phi3VForCausalLM"],
+        FAMILIES["Phi3VForCausalLM"].chat_template,
         tokenizer,
         modalities=here.processor.modalities,
         placeholder=here.processor.placeholder,

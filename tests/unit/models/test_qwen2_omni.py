@@ -23,11 +23,11 @@ from support.model_driver import Driver
 from transformers import Qwen2VLImageProcessorPil, WhisperFeatureExtractor
 
 from sensorium.checkpoint.configs import open_checkpoint
+from sensorium.checkpoint.families import FAMILIES
 from sensorium.errors import CheckpointError, MediaError, RequestError
 from sensorium.models.loading import load_model
 from sensorium.models.towers.blocks import MAX_ROWS
 from sensorium.processors.qwen2_omni import Qwen2OmniProcessor
-from sensorium.prompt import defaults
 from sensorium.prompt.local import LocalTemplate
 from sensorium.prompt.messages import MediaPart, Message, TextPart
 from sensorium.types import MediaItem, Prompt
@@ -398,7 +398,7 @@ def test_every_kind_needs_its_placeholder() -> None:
 def test_chat_without_a_template_of_the_checkpoints_own() -> None:
     processor = served().processor
     template = LocalTemplate(
-        defaults.TEMPLATES["Qwen2_5OmniModel"],
+        FAMILIES["Qwen2_5OmniModel"].chat_template,
         processor.tokenizer,
         modalities=processor.modalities,
         placeholder=processor.placeholder,

@@ -13,7 +13,8 @@ from support.model_driver import Driver, Sequence
 from torch import Tensor
 from torch.nn import functional
 
-from sensorium.checkpoint.configs import open_checkpoint, text_model_of
+from sensorium.checkpoint.configs import open_checkpoint
+from sensorium.checkpoint.hub import text_model_of
 from sensorium.errors import CheckpointError, RequestError
 from sensorium.models.loading import load_model
 from sensorium.processors.ultravox import PLACEHOLDER, UltravoxProcessor

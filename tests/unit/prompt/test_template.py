@@ -12,8 +12,10 @@ import pytest
 from support.tiny_tokenizers import byte_level, sentencepiece
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from sensorium.checkpoint import chat_templates
+from sensorium.checkpoint.families import FAMILIES
 from sensorium.errors import RequestError, StartupError
-from sensorium.prompt import defaults, sandbox
+from sensorium.prompt import sandbox
 from sensorium.prompt.literals import MARK
 from sensorium.prompt.local import LocalTemplate
 from sensorium.prompt.messages import MediaPart, Message, TextPart
@@ -74,6 +76,7 @@ THINKING = (
     "    {%- if enable_thinking is defined and enable_thinking is false %}\n"
     "        {{- '<think>\\n\\n</think>\\n\\n' }}\n    {%- endif %}\n{%- endif %}"
 )
+DEFAULTS = {name: row.chat_template for name, row in FAMILIES.items() if row.chat_template is not None}
 TEMPLATES = {
     "llava": (LLAVA_HUB, LLAMA),
     "qwen2_vl": (QWEN2_VL_HUB, CHATML),
@@ -81,10 +84,10 @@ TEMPLATES = {
     "llama2": (LLAMA2, LLAMA),
     "llama3": (LLAMA3, LLAMA),
     "thinking": (THINKING, CHATML),
-    "chatml": (defaults.CHATML, CHATML),
-    **{name: (source, CHATML) for name, source in defaults.TEMPLATES.items()},
+    "chatml": (chat_templates.CHATML, CHATML),
+    **{name: (source, CHATML) for name, source in DEFAULTS.items()},
 }
-TAKES_PARTS = {"llava", "qwen2_vl", *(name for name, source in defaults.TEMPLATES.items() if "part['type']" in source)}
+TAKES_PARTS = {"llava", "qwen2_vl", *(name for name, source in DEFAULTS.items() if "part['type']" in source)}
 
 
 def placeholder(kind: Modality, index: int) -> str:
@@ -370,8 +373,8 @@ def test_sources_in_their_order(tmp_path: Path) -> None:
     assert template_source(str(file), "own", qwen2_vl, CHATML) == "from file {{ messages }}"
     assert template_source("{{ literal }}", "own", qwen2_vl, CHATML) == "{{ literal }}"
     assert template_source(None, "own", qwen2_vl, CHATML) == "own"
-    assert template_source(None, None, qwen2_vl, CHATML) == defaults.TEMPLATES[qwen2_vl]
-    assert template_source(None, None, "Qwen2ForCausalLM", CHATML) == defaults.CHATML
+    assert template_source(None, None, qwen2_vl, CHATML) == FAMILIES[qwen2_vl].chat_template
+    assert template_source(None, None, "Qwen2ForCausalLM", CHATML) == chat_templates.CHATML
     assert template_source(None, None, "LlamaForCausalLM", LLAMA) is None
     with pytest.raises(StartupError, match="cannot be read"):
         template_source(str(tmp_path / "none.jinja"), None, qwen2_vl, CHATML)

@@ -24,7 +24,8 @@ from support.quantized_checkpoints import compressed_config, write_awq, write_gp
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sensorium.checkpoint.configs import open_checkpoint, resolve
+from sensorium.checkpoint.configs import open_checkpoint
+from sensorium.checkpoint.hub import resolve
 from sensorium.config import EngineConfig
 from sensorium.engine.loading import choose_quantization
 from sensorium.errors import CheckpointError, StartupError

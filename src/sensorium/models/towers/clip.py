@@ -7,12 +7,13 @@ Activations are flat: [images * positions, hidden]. The layers after the last on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sensorium.checkpoint.families import vision_tower
 from sensorium.errors import CheckpointError
 from sensorium.models.base import Rename, Steps, finished
 from sensorium.models.layers import Linear, QKVLinear, declare
@@ -36,7 +37,7 @@ def clip_map(prefix: str) -> tuple[Rename, ...]:
 
 @dataclass(frozen=True, slots=True)
 class ClipConfig:
-    """`vision_config` of a CLIP-like checkpoint; defaults are transformers' of CLIP, and of SigLIP in `TOWERS`."""
+    """`vision_config` of a CLIP-like checkpoint; defaults are transformers' of CLIP, and of SigLIP in the registry."""
 
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -50,14 +51,11 @@ class ClipConfig:
 
     @classmethod
     def of(cls, vision: Mapping[str, Any]) -> ClipConfig:
-        kind = vision.get("model_type", "clip_vision_model")
-        if kind not in TOWERS:
-            raise CheckpointError(
-                f"config.json: vision tower {kind!r} is not supported (supported: {', '.join(TOWERS)})"
-            )
         names = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "eps": "layer_norm_eps"}
         given = {field: vision.get(names.get(field, field)) for field in cls.__dataclass_fields__}
-        return cls(**{**TOWERS[kind], **{field: value for field, value in given.items() if value is not None}})
+        return cls(
+            **{**asdict(vision_tower(vision)), **{field: value for field, value in given.items() if value is not None}}
+        )
 
     @property
     def num_patches(self) -> int:
@@ -66,13 +64,6 @@ class ClipConfig:
     @property
     def num_positions(self) -> int:
         return self.num_patches + self.has_class_token
-
-
-TOWERS: Mapping[str, Mapping[str, Any]] = {
-    "clip_vision_model": {},
-    "siglip_vision_model": {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "eps": 1e-6, "has_class_token": False},
-}
-"""What can be served, and where its defaults differ from CLIP's."""
 
 
 class Positions(nn.Module):

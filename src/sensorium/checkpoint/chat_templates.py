@@ -1,8 +1,8 @@
-"""Chat templates for checkpoints that bring none: literal data by architecture, and ChatML where its tokens exist."""
+"""Chat templates for checkpoints that bring none: literal data of the registry, and ChatML where its tokens exist."""
 
 from __future__ import annotations
 
-_VICUNA_LLAVA = (
+VICUNA_LLAVA = (
     "{% for message in messages %}"
     "{% if message['role'] != 'system' %}{{ message['role'] | upper + ': ' }}{% endif %}"
     "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
@@ -10,7 +10,7 @@ _VICUNA_LLAVA = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-_CHATML_LLAVA = (
+CHATML_LLAVA = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
@@ -19,7 +19,7 @@ _CHATML_LLAVA = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-_QWEN2_VL = (
+QWEN2_VL = (
     "{% if messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
     "{% endif %}"
@@ -34,7 +34,7 @@ _QWEN2_VL = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-_QWEN2_OMNI = (
+QWEN2_OMNI = (
     "{% if messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
     "{% endif %}"
@@ -50,13 +50,13 @@ _QWEN2_OMNI = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-_PHI3 = (
+PHI3 = (
     "{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
-_MINICPMV = (
+MINICPMV = (
     "{% if messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
     "{% endif %}"
@@ -72,14 +72,4 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-TEMPLATES: dict[str, str] = {
-    "LlavaForConditionalGeneration": _VICUNA_LLAVA,
-    "LlavaNextForConditionalGeneration": _CHATML_LLAVA,
-    "Phi3VForCausalLM": _PHI3,
-    "MiniCPMV": _MINICPMV,
-    "Qwen2VLForConditionalGeneration": _QWEN2_VL,
-    "Qwen2_5OmniModel": _QWEN2_OMNI,
-    "Qwen2_5OmniForConditionalGeneration": _QWEN2_OMNI,
-    "Qwen2_5OmniThinkerForConditionalGeneration": _QWEN2_OMNI,
-}
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")

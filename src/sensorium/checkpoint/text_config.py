@@ -1,0 +1,236 @@
+"""A decoder's shape and rotary positions: both dialects of config.json -> `TextConfig`, every default resolved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sensorium.checkpoint.families import DECODERS, DecoderDefaults, Family
+from sensorium.checkpoint.values import number, numbers, positive_int, unsupported
+from sensorium.errors import CheckpointError
+
+_ROPE_KINDS: Mapping[str, str] = {
+    "default": "default",
+    "mrope": "default",
+    "linear": "linear",
+    "dynamic": "dynamic",
+    "yarn": "yarn",
+    "llama3": "llama3",
+    "longrope": "longrope",
+    "su": "longrope",
+}
+
+ACTIVATIONS: Mapping[str, str] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "tanh": "tanh",
+}
+"""What configurations call an activation -> the kernels' name of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary positions. `kind`: default, linear, dynamic, yarn, llama3 or longrope ("su"); `mrope_section`: M-RoPE."""
+
+    theta: float = 10000.0
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 0
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    attention_factor: float | None = None
+    beta_fast: float = 32.0  # yarn: turns per context above which a frequency is kept, and
+    beta_slow: float = 1.0  # below which it is divided by `factor`
+    mscale: float = 0.0  # yarn: where both are given, they make the attention factor
+    mscale_all_dim: float = 0.0
+    truncate: bool = True  # yarn: whether the border dimensions are whole numbers
+    partial: float = 1.0  # part of head_dim that is rotated
+    mrope_section: tuple[int, ...] = ()  # frequencies per axis (time, height, width), contiguous
+
+
+@dataclass(frozen=True, slots=True)
+class TextConfig:
+    """A Llama-like decoder's shape, every default resolved."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False  # bias of q, k, v
+    output_bias: bool = False  # bias of o_proj
+    mlp_bias: bool = False
+    qk_norm: bool = False  # Qwen3: RMSNorm on every head of q and k
+    sliding_window: int | None = None  # None: full attention
+    hidden_act: str = "silu"  # a name of `ACTIVATIONS`
+    windowed_layers: tuple[int, ...] | None = None  # layers that have the window; None: all
+    is_causal: bool = True  # False: every token sees the whole prompt, and nothing is generated
+    has_head: bool = True  # False: neither stored nor tied, so the model cannot generate
+
+    @property
+    def max_len(self) -> int:
+        """Tokens of the longest sequence."""
+        return _stretched(self.rope, self.max_position_embeddings)
+
+
+def text_part(config: dict[str, Any]) -> dict[str, Any]:
+    """The decoder's part of config.json: nested in multimodal configs, but flat in the hub's Qwen2-VL."""
+    nested = config.get("text_config")
+    return nested if isinstance(nested, dict) else config
+
+
+def read_text_config(config: dict[str, Any], family: Family) -> TextConfig:
+    """The decoder's shape in config.json. CheckpointError names the key that cannot be served."""
+    text = text_part(config)
+    model_type = text.get("model_type", family.text_model_type if text is not config else None)
+    decoder = DECODERS.get(str(model_type))
+    if decoder is None:
+        raise unsupported("text model_type", model_type, DECODERS)
+    activation = str(text.get("hidden_act") or "silu")
+    if activation not in ACTIVATIONS:
+        raise unsupported("hidden_act", activation, ACTIVATIONS)
+    num_heads, num_kv_heads, head_dim = _heads(text, decoder)
+    max_positions = positive_int(text, "max_position_embeddings", decoder.max_positions)
+    num_layers = positive_int(text, "num_hidden_layers", decoder.num_layers)
+    rope = _rope(text, decoder, max_positions, head_dim)
+    window, windowed_layers = _sliding_window(text, decoder, num_layers, _stretched(rope, max_positions))
+    bias = decoder.reads_attention_bias and bool(text.get("attention_bias", False))
+    return TextConfig(
+        model_type=str(model_type),
+        vocab_size=positive_int(text, "vocab_size", decoder.vocab_size),
+        hidden_size=positive_int(text, "hidden_size", decoder.hidden_size),
+        intermediate_size=positive_int(text, "intermediate_size", decoder.intermediate_size),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=max_positions,
+        rms_norm_eps=number(text, "rms_norm_eps", decoder.rms_norm_eps),
+        rope=rope,
+        tie_word_embeddings=_is_tied(config, text, decoder),
+        attention_bias=decoder.qkv_bias or bias,
+        output_bias=bias,
+        mlp_bias=decoder.reads_mlp_bias and bool(text.get("mlp_bias", False)),
+        qk_norm=decoder.qk_norm,
+        sliding_window=window,
+        hidden_act=activation,
+        windowed_layers=windowed_layers,
+        is_causal=_is_causal(text),
+    )
+
+
+def _heads(text: dict[str, Any], decoder: DecoderDefaults) -> tuple[int, int, int]:
+    """(heads, key-value heads, elements of a head)."""
+    hidden_size = positive_int(text, "hidden_size", decoder.hidden_size)
+    num_heads = positive_int(text, "num_attention_heads", decoder.num_heads)
+    num_kv_heads = positive_int(text, "num_key_value_heads", decoder.num_kv_heads or num_heads)
+    head_dim = positive_int(text, "head_dim", decoder.head_dim or hidden_size // num_heads)
+    if num_heads % num_kv_heads:
+        raise CheckpointError(f"config.json: {num_heads} heads do not divide among {num_kv_heads} key-value heads")
+    return num_heads, num_kv_heads, head_dim
+
+
+def _is_causal(text: dict[str, Any]) -> bool:
+    """Embedders on decoders say in one of two ways that their attention goes both ways."""
+    return bool(text.get("is_causal", True)) and text.get("use_bidirectional_attention") is not True
+
+
+def _is_tied(config: dict[str, Any], text: dict[str, Any], decoder: DecoderDefaults) -> bool:
+    """Whether the head's rows are the embeddings'. Of multimodal configs either level may say so, and the other one may
+    hold the default, false. A head that is stored and differs is kept all the same: see `loading.resolve_head`."""
+    levels = (config,) if decoder.is_tied_outside else (config, text)
+    return any(bool(level.get("tie_word_embeddings", False)) for level in levels)
+
+
+def _sliding_window(
+    text: dict[str, Any], decoder: DecoderDefaults, num_layers: int, max_len: int
+) -> tuple[int | None, tuple[int, ...] | None]:
+    """(window, the layers that have it). A window that no sequence outgrows is none."""
+    if decoder.window_is_optional and not text.get("use_sliding_window", False):
+        return None, None
+    if text.get("sliding_window", decoder.sliding_window) is None:  # null is not the default
+        return None, None
+    window = positive_int(text, "sliding_window", decoder.sliding_window)
+    if window >= max_len:
+        return None, None
+    if not decoder.window_is_optional:
+        return window, None
+    kinds = text.get("layer_types")
+    if isinstance(kinds, list) and len(kinds) == num_layers:
+        return window, tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
+    return window, tuple(range(int(number(text, "max_window_layers", decoder.max_window_layers)), num_layers))
+
+
+def _rope(text: dict[str, Any], decoder: DecoderDefaults, max_positions: int, head_dim: int) -> RopeConfig:
+    """Old dialect: rope_theta and rope_scaling{type|rope_type}; new one: rope_parameters with everything."""
+    scaling = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise CheckpointError("config.json: rope_scaling must be an object")
+    name = scaling.get("rope_type") or scaling.get("type") or "default"
+    kind = _ROPE_KINDS.get(str(name))
+    if kind is None:
+        raise unsupported("rope type", name, _ROPE_KINDS)
+    attention_factor = scaling.get("attention_factor")
+    key = "original_max_position_embeddings"  # the outer one counts where both are there, as in transformers
+    original = positive_int(text if text.get(key) else scaling, key, max_positions)
+    rope = RopeConfig(
+        theta=number(scaling, "rope_theta", number(text, "rope_theta", decoder.theta)),
+        kind=kind,
+        factor=number(scaling, "factor", max_positions / original),
+        low_freq_factor=number(scaling, "low_freq_factor", 1.0),
+        high_freq_factor=number(scaling, "high_freq_factor", 4.0),
+        original_max_positions=original,
+        short_factor=numbers(scaling, "short_factor"),
+        long_factor=numbers(scaling, "long_factor"),
+        attention_factor=None if attention_factor is None else number(scaling, "attention_factor", 1.0),
+        beta_fast=number(scaling, "beta_fast", 0.0) or 32.0,
+        beta_slow=number(scaling, "beta_slow", 0.0) or 1.0,
+        mscale=number(scaling, "mscale", 0.0),
+        mscale_all_dim=number(scaling, "mscale_all_dim", 0.0),
+        truncate=bool(scaling.get("truncate", True)),
+        partial=number(scaling, "partial_rotary_factor", number(text, "partial_rotary_factor", 1.0)),
+        mrope_section=tuple(int(x) for x in numbers(scaling, "mrope_section")),
+    )
+    _check_rope(rope, int(head_dim * rope.partial) // 2)
+    return rope
+
+
+def _check_rope(rope: RopeConfig, frequencies: int) -> None:
+    if frequencies <= 0 or rope.theta <= 0 or rope.factor <= 0:
+        raise CheckpointError("config.json: rope theta, factor and rotated dimensions must be positive")
+    if rope.kind == "dynamic" and frequencies < 2:
+        raise CheckpointError("config.json: dynamic rope needs more than two rotated dimensions")
+    if rope.kind == "longrope" and not len(rope.short_factor) == len(rope.long_factor) == frequencies:
+        raise CheckpointError(f"config.json: longrope needs short_factor and long_factor of {frequencies} numbers each")
+    sections = rope.mrope_section
+    if sections and (sum(sections) != frequencies or min(sections) < 0):
+        raise CheckpointError(f"config.json: mrope_section {list(sections)} must add up to {frequencies}")
+
+
+def _stretched(rope: RopeConfig, max_positions: int) -> int:
+    """Tokens of the longest sequence. linear and dynamic stretch the stated positions, yarn the original ones, which
+    may be all that is stated (Qwen2.5's documented setting); the other kinds state the stretched number."""
+    if rope.kind == "linear":
+        return int(max_positions * rope.factor)
+    if rope.kind == "dynamic":
+        return max(max_positions, int(max_positions * rope.factor))
+    if rope.kind == "yarn":
+        return max(max_positions, int(rope.original_max_positions * rope.factor))
+    return max_positions

@@ -1,0 +1,72 @@
+"""Stop tokens, special tokens and the chat template, as a model folder's files have them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from sensorium.checkpoint.values import read_json
+from sensorium.errors import CheckpointError
+
+_STOP_TOKENS = frozenset(
+    {"</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>"}
+)  # special tokens that end a turn or a text in every family that has them; some generation_configs forget them
+
+
+def stop_token_ids(
+    folder: Path, tokenizer_config: dict[str, Any], sources: Iterable[dict[str, Any]], vocab_size: int
+) -> tuple[int, ...]:
+    """The end tokens of the first of `sources` that names any, and every special token of `_STOP_TOKENS`.
+
+    CheckpointError if a source has something else than ids.
+    """
+    stops: list[int] = []
+    for source in sources:
+        value = source.get("eos_token_id")
+        if value is not None:
+            stops = [value] if isinstance(value, int) else list(value)
+            break
+    if not all(isinstance(x, int) for x in stops):
+        raise CheckpointError("eos_token_id must be an integer or a list of integers")
+    stops += [i for i, content in special_tokens(folder, tokenizer_config) if content in _STOP_TOKENS]
+    return tuple(dict.fromkeys(i for i in stops if 0 <= i < vocab_size))
+
+
+def special_tokens(folder: Path, tokenizer_config: dict[str, Any]) -> list[tuple[int, str]]:
+    """(id, text) of the tokens that were added to the vocabulary; [] where no file tells."""
+    decoder = tokenizer_config.get("added_tokens_decoder")
+    if isinstance(decoder, dict):
+        return [(int(i), str(t.get("content"))) for i, t in decoder.items() if i.isdecimal() and isinstance(t, dict)]
+    try:
+        with (folder / "tokenizer.json").open(encoding="utf-8") as file:
+            head = file.read(1 << 20)  # added tokens stand before the vocabulary; the whole file takes long to parse
+    except (OSError, ValueError):
+        return []
+    match = re.search(r'"added_tokens"\s*:\s*(?=\[)', head)
+    if match is None:
+        return []
+    try:
+        tokens, _ = json.JSONDecoder().raw_decode(head, match.end())
+    except ValueError:
+        return []
+    return [(t["id"], t["content"]) for t in tokens if isinstance(t, dict) and {"id", "content"} <= t.keys()]
+
+
+def read_chat_template(folder: Path, tokenizer_config: dict[str, Any]) -> str | None:
+    """chat_template.jinja, chat_template.json's or tokenizer_config.json's (the default one of several), or None."""
+    try:
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'chat_template.jinja'} cannot be read: {error}") from error
+    template = (read_json(folder / "chat_template.json") or {}).get("chat_template")
+    if template is None:
+        template = tokenizer_config.get("chat_template")
+    if isinstance(template, list):  # several named templates
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None

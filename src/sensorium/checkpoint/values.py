@@ -1,0 +1,50 @@
+"""Checked values of a model folder's JSON files. Every error is one line that names the file or the key."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from sensorium.errors import CheckpointError
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The file's object, or None if there is no such file."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return value
+
+
+def unsupported(what: str, value: object, supported: Iterable[str]) -> CheckpointError:
+    return CheckpointError(f"config.json: {what} {value!r} is not supported; supported are {', '.join(supported)}")
+
+
+def positive_int(source: dict[str, Any], key: str, default: int | None) -> int:
+    value = source.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise CheckpointError(f"config.json: {key} must be a positive integer, not {value!r}")
+    return value
+
+
+def number(source: dict[str, Any], key: str, default: float) -> float:
+    value = source.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise CheckpointError(f"config.json: {key} must be a number, not {value!r}")
+    return float(value)
+
+
+def numbers(source: dict[str, Any], key: str) -> tuple[float, ...]:
+    value = source.get(key) or []
+    if not isinstance(value, list) or not all(isinstance(x, int | float) for x in value):
+        raise CheckpointError(f"config.json: {key} must be a list of numbers")
+    return tuple(float(x) for x in value)
