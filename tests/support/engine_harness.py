@@ -49,9 +49,9 @@ class Outbox(Channel):
     def send(self, frame: bytes) -> None:
         for kind, payload in messages.FrameReader().feed(frame):
             if kind == Kind.OUTPUTS:
-                ids, tokens, rich = messages.decode_outputs(payload)
-                self.outputs += [EngineOutput(i, (t,)) for i, t in zip(ids, tokens, strict=True)]
-                self.outputs += rich
+                outputs = messages.decode_outputs(payload)
+                self.outputs += [EngineOutput(i, (t,)) for i, t in zip(outputs.ids, outputs.token_ids, strict=True)]
+                self.outputs += outputs.full
 
 
 @dataclass

@@ -22,7 +22,7 @@ Ints: TypeAlias = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class MediaRows:
+class MediaSlice:
     """Tokens [start, end) of the batch take rows [row, row + end - start) of an item's tower output."""
 
     start: int
@@ -40,7 +40,7 @@ class Batch:
     token_ids: Tensor  # int64 [tokens]
     positions: Tensor  # int64 [tokens], or [axes, tokens] if any sequence needs it
     context: AttentionContext
-    media: list[MediaRows]
+    media: list[MediaSlice]
     sampled: list[Sequence]  # those whose last token is computed here, in order
     sampled_rows: Tensor | None  # int64 [len(sampled)]; None: every token of the batch
     token_types: Tensor | None = None  # int64 [tokens], where any prompt has them
@@ -65,8 +65,8 @@ class BatchBuilder:
         self._block_size = block_size
         self._axes = axes
         self._device = device
-        self._tables = np.zeros((max_num_seqs, max(max_blocks, 1)), np.int32)  # by Sequence.row
-        self._copied: list[list[int]] = [[] for _ in range(max_num_seqs)]  # the block list a row was copied from
+        self._tables = np.zeros((max_num_seqs, max(max_blocks, 1)), np.int32)  # by Sequence.slot
+        self._copied: list[list[int]] = [[] for _ in range(max_num_seqs)]  # the block list of a slot's table
         self._num_copied = [0] * max_num_seqs
         self._has_cache = max_blocks > 0
 
@@ -77,13 +77,13 @@ class BatchBuilder:
 
     def _decodes_only(self, decodes: list[Sequence]) -> Batch:
         count = len(decodes)
-        numbers = np.array([(seq.last_token, seq.num_computed, seq.delta, seq.row) for seq in decodes], np.int64).T
-        token_ids, computed, deltas, rows = numbers
+        numbers = np.array([(seq.last_token, seq.num_computed, seq.delta, seq.slot) for seq in decodes], np.int64).T
+        token_ids, computed, deltas, slots = numbers
         lengths = computed + 1
         positions = computed + deltas
-        tables = self._block_tables(decodes, rows, lengths)
-        blocks = self._tables[rows, computed // self._block_size].astype(np.int64)
-        slots = blocks * self._block_size + computed % self._block_size
+        tables = self._block_tables(decodes, slots, lengths)
+        blocks = self._tables[slots, computed // self._block_size].astype(np.int64)
+        places = blocks * self._block_size + computed % self._block_size
         ones = [1] * count
         context = AttentionContext(
             ones,
@@ -93,7 +93,7 @@ class BatchBuilder:
             self._tensor(np.arange(count + 1, dtype=np.int32)),
             self._tensor(lengths.astype(np.int32)),
             self._tensor(tables),
-            self._tensor(slots),
+            self._tensor(places),
             self._long_context(decodes, ones),
             self._rope_lengths(decodes, lengths, np.ones(count, np.int64)),
         )
@@ -105,20 +105,20 @@ class BatchBuilder:
         query_lens = [1] * len(plan.decodes) + [count for _, count in plan.prefills]
         counts = np.array(query_lens, np.int64)
         computed = np.array([seq.num_computed for seq in sequences], np.int64)
-        rows = np.array([seq.row for seq in sequences], np.int64)
+        slots = np.array([seq.slot for seq in sequences], np.int64)
         lengths = computed + counts
         ends = counts.cumsum()
         starts = (ends - counts).tolist()
         token_ids = np.empty(ends[-1], np.int64)
         pieces = []
-        media: list[MediaRows] = []
+        media: list[MediaSlice] = []
         for seq, count, start in zip(sequences, query_lens, starts, strict=True):
             first, last = seq.num_computed, seq.num_computed + count
             token_ids[start : start + count] = seq.tokens[first:last]
             pieces.append(seq.positions(first, last))
             if seq.item_keys:
-                media.extend(_media_rows(seq, first, last, start - first))
-        tables = self._block_tables(sequences, rows, lengths)
+                media.extend(_media_slices(seq, first, last, start - first))
+        tables = self._block_tables(sequences, slots, lengths)
         is_last = lengths == [seq.num_tokens for seq in sequences]
         context = AttentionContext(
             query_lens,
@@ -128,7 +128,7 @@ class BatchBuilder:
             self._tensor(np.concatenate(([0], ends)).astype(np.int32)),
             self._tensor(lengths.astype(np.int32)),
             self._tensor(tables),
-            self._tensor(self._slots(rows, lengths, counts)),
+            self._tensor(self._cache_places(slots, lengths, counts)),
             self._long_context(sequences, query_lens),
             self._rope_lengths(sequences, lengths, counts),
         )
@@ -145,23 +145,23 @@ class BatchBuilder:
             self._token_types(sequences, query_lens),
         )
 
-    def _slots(self, rows: Ints, lengths: Ints, counts: Ints) -> Ints:
+    def _cache_places(self, slots: Ints, lengths: Ints, counts: Ints) -> Ints:
         """Where each token's keys and values go: block * block_size + offset. [tokens]"""
         ends = counts.cumsum()
         if not self._has_cache:
             return np.zeros(ends[-1], np.int64)
         places = _places(lengths, counts)
-        blocks = self._tables[np.repeat(rows, counts), places // self._block_size].astype(np.int64)
+        blocks = self._tables[np.repeat(slots, counts), places // self._block_size].astype(np.int64)
         return np.asarray(blocks * self._block_size + places % self._block_size)
 
-    def _block_tables(self, sequences: list[Sequence], rows: Ints, lengths: Ints) -> NDArray[np.int32]:
+    def _block_tables(self, sequences: list[Sequence], slots: Ints, lengths: Ints) -> NDArray[np.int32]:
         """int32 [seqs, most blocks]; padding holds any valid block number."""
         if not self._has_cache:
             return np.zeros((len(sequences), 1), np.int32)
         for seq in sequences:
             self._copy_new_blocks(seq)
         width = -(-int(lengths.max()) // self._block_size)
-        return self._tables[rows, :width]
+        return self._tables[slots, :width]
 
     def _long_context(self, sequences: list[Sequence], query_lens: list[int]) -> Tensor | None:
         if not self._marks_long:
@@ -189,12 +189,12 @@ class BatchBuilder:
 
     def _copy_new_blocks(self, seq: Sequence) -> None:
         """Bring the table row of a sequence up to date; usually nothing is new."""
-        row, blocks = seq.row, seq.blocks
-        known = self._num_copied[row] if self._copied[row] is blocks else 0
+        slot, blocks = seq.slot, seq.blocks
+        known = self._num_copied[slot] if self._copied[slot] is blocks else 0
         if len(blocks) != known:
-            self._tables[row, known : len(blocks)] = blocks[known:]
-            self._copied[row] = blocks
-            self._num_copied[row] = len(blocks)
+            self._tables[slot, known : len(blocks)] = blocks[known:]
+            self._copied[slot] = blocks
+            self._num_copied[slot] = len(blocks)
 
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:
         tensor = torch.from_numpy(array)
@@ -215,10 +215,10 @@ def _joined(pieces: list[Positions], axes: int) -> Ints:
     return np.concatenate(wide, axis=1).astype(np.int64, copy=False)
 
 
-def _media_rows(seq: Sequence, first: int, last: int, shift: int) -> list[MediaRows]:
-    """Media rows of tokens [first, last) of a sequence, which stand in the batch at token + shift."""
+def _media_slices(seq: Sequence, first: int, last: int, shift: int) -> list[MediaSlice]:
+    """Tower outputs for tokens [first, last) of a sequence, which stand in the batch at token + shift."""
     out = []
     for span in spans_within(seq, first, last):
         start, end = max(first, span.offset), min(last, span.offset + span.length)
-        out.append(MediaRows(start + shift, end + shift, seq.item_keys[span.item], span.row + start - span.offset))
+        out.append(MediaSlice(start + shift, end + shift, seq.item_keys[span.item], span.row + start - span.offset))
     return out

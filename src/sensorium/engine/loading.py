@@ -64,8 +64,8 @@ class Engine:
     writing: Iterator[None] | None = None  # of a copy of the weights, piece by piece
 
     @property
-    def has_chores(self) -> bool:
-        """Whether there is something to do while nobody asks for anything."""
+    def has_idle_work(self) -> bool:
+        """Whether there is something to do while no request is running."""
         return bool(self.mapped) or self.writing is not None
 
     def work_of(self, plan: Plan) -> float:
@@ -76,7 +76,7 @@ class Engine:
             for seq, count in [*((seq, 1) for seq in plan.decodes), *plan.prefills]
         )
 
-    def do_chore(self) -> None:
+    def idle_work(self) -> None:
         """A little of what makes this start, or the next one, faster."""
         if self.mapped:
             self.pack_some()

@@ -21,13 +21,14 @@ from sensorium.errors import StartupError
 from sensorium.ipc import messages
 from sensorium.ipc.channel import Channel
 from sensorium.ipc.liveness import Pulse
-from sensorium.ipc.messages import Kind, ProtocolError
-from sensorium.types import EngineOutput, EngineRequest, EngineStats
+from sensorium.ipc.messages import Kind, ProtocolError, StepOutputs
+from sensorium.types import EngineOutput, EngineRequest, EngineStats, FinishReason, TokenLogprob
 
 if TYPE_CHECKING:
     from sensorium.engine.loading import Engine
     from sensorium.engine.runner import StepResult
     from sensorium.engine.scheduler import Plan
+    from sensorium.engine.sequence import Sequence
 
 STATS_INTERVAL_S = 0.25
 PROGRESS_INTERVAL_S = 0.05
@@ -55,7 +56,7 @@ class Core:
         self._encoder_seconds = 0.0
         self._stats_due = 0.0
         self._failed_shapes: set[tuple[int, ...]] = set()
-        self._refused: list[EngineOutput] = []
+        self._refused = StepOutputs()
 
     def run(self) -> None:
         while self.turn():
@@ -66,18 +67,18 @@ class Core:
         idle = not self._scheduler.has_work()
         if idle:
             self._send_stats()
-        frames = self._channel.poll(wait=idle and not self._engine.has_chores)
+        frames = self._channel.poll(wait=idle and not self._engine.has_idle_work)
         if idle and not frames:
             self._pulse.begin(slow=True)
-            self._engine.do_chore()
+            self._engine.idle_work()
             self._pulse.end()
         self._pulse.begin()
         for kind, payload in frames:
             if not self._take(kind, payload):
                 return False
         if self._refused:
-            self._send([], [], self._refused)
-            self._refused = []
+            self._send(self._refused)
+            self._refused = StepOutputs()
         if self._scheduler.has_work():
             started = monotonic()
             self._step()
@@ -106,28 +107,27 @@ class Core:
     def _add(self, request: EngineRequest) -> None:
         refusal = self._scheduler.add(request)
         if refusal is not None:
-            self._refused.append(refusal)
+            self._refused.add(refusal)
 
     # One step: schedule, towers, forward and sample, take the results
 
     def _step(self) -> None:
-        early = self._encode()
+        outputs = StepOutputs()
+        self._encode(outputs)
         self._pulse.begin()
-        plan, rich = self._scheduler.schedule()
-        rich += early
+        plan, ended = self._scheduler.schedule()
+        outputs.extend(ended)
         if plan.encode:
             self._runner.encodings.add(plan.encode)
-        ids: list[int] = []
-        token_ids: list[int] = []
         if plan:
             self._pulse.begin(self._engine.work_of(plan))
-            for part, result in self._compute(plan, rich):
-                self._take_results(part, result, ids, token_ids, rich)
+            for part, result in self._compute(plan, outputs):
+                self._take_results(part, result, outputs)
         self._pulse.end()
         self._faults.hit("send")
-        self._send(ids, token_ids, rich)
+        self._send(outputs)
 
-    def _compute(self, plan: Plan, rich: list[EngineOutput]) -> list[tuple[Plan, StepResult]]:
+    def _compute(self, plan: Plan, outputs: StepOutputs) -> list[tuple[Plan, StepResult]]:
         """Run a plan. If that fails, its requests fail; if its shape has failed before, only those that fail alone."""
         try:
             return [(plan, self._runner.run(plan))]
@@ -140,7 +140,7 @@ class Core:
             if len(self._failed_shapes) >= MAX_FAILED_SHAPES:
                 self._failed_shapes.clear()
             self._failed_shapes.add(shape)
-            rich += [self._scheduler.fail(seq, STEP_FAILED) for seq in sequences]
+            outputs.extend(self._scheduler.fail(seq, STEP_FAILED) for seq in sequences)
             return []
         results = []
         for part in plan.singles():
@@ -148,7 +148,7 @@ class Core:
                 results.append((part, self._runner.run(part)))
             except Exception as error:
                 self._raise_if_lost(error)
-                rich += [self._scheduler.fail(seq, STEP_FAILED) for seq in part.sequences()]
+                outputs.extend(self._scheduler.fail(seq, STEP_FAILED) for seq in part.sequences())
         return results
 
     def _raise_if_lost(self, error: Exception) -> None:
@@ -157,19 +157,18 @@ class Core:
         if is_device_lost(error):
             raise error
 
-    def _encode(self) -> list[EngineOutput]:
+    def _encode(self, outputs: StepOutputs) -> None:
         """A little of what the towers have to do."""
         if not self._runner.encodings:
-            return []
+            return
         started = monotonic()
         failed = self._runner.encodings.run(self._pulse.begin)
         self._encoder_seconds += monotonic() - started
-        return self._scheduler.drop_failed_items(failed, MEDIA_FAILED) if failed else []
+        if failed:
+            outputs.extend(self._scheduler.drop_failed_items(failed, MEDIA_FAILED))
 
-    def _take_results(
-        self, plan: Plan, result: StepResult, ids: list[int], token_ids: list[int], rich: list[EngineOutput]
-    ) -> None:
-        """Advance every sequence of a computed plan and add its outputs, as `messages.encode_outputs` takes them."""
+    def _take_results(self, plan: Plan, result: StepResult, outputs: StepOutputs) -> None:
+        """Advance every sequence of a computed plan and add what it gained to `outputs`."""
         scheduler = self._scheduler
         for seq in plan.decodes:
             scheduler.advance(seq, 1)
@@ -179,41 +178,26 @@ class Core:
         failed = set(sampled.failed)
         for i, (seq, token) in enumerate(zip(result.sequences, sampled.token_ids, strict=True)):
             if i in failed:
-                rich.append(scheduler.fail(seq, NOT_FINITE))
+                outputs.add(scheduler.fail(seq, NOT_FINITE))
                 continue
             is_first = seq.num_tokens == seq.num_prompt
             reason = scheduler.append(seq, token)
             if reason is None and not is_first and not sampled.logprobs:
-                ids.append(seq.id)
-                token_ids.append(token)
-                continue
-            logprob = sampled.logprobs.get(i)
-            rich.append(
-                EngineOutput(
-                    seq.id,
-                    (token,),
-                    reason,
-                    token if reason == "stop" else None,
-                    (logprob,) if logprob else (),
-                    tuple(seq.prompt_logprobs) if is_first and len(seq.prompt_logprobs) > 1 else (),
-                    seq.cached_tokens if is_first else 0,
-                )
-            )
+                outputs.add_token(seq.id, token)
+            else:
+                outputs.add(_full_output(seq, token, reason, sampled.logprobs.get(i), is_first=is_first))
         for seq, _ in plan.prefills:
-            if seq.id in result.vectors:
+            vector = result.vectors.get(seq.id)
+            if vector is not None:
                 scheduler.finish(seq)
-                rich.append(
-                    EngineOutput(
-                        seq.id, finish_reason="stop", cached_tokens=seq.cached_tokens, vector=result.vectors[seq.id]
-                    )
-                )
+                outputs.add(EngineOutput(seq.id, finish_reason="stop", cached_tokens=seq.cached_tokens, vector=vector))
 
     # Out
 
-    def _send(self, ids: list[int], token_ids: list[int], rich: list[EngineOutput]) -> None:
-        if ids or rich:
+    def _send(self, outputs: StepOutputs) -> None:
+        if outputs:
             self._pulse.end()
-            self._channel.send(messages.encode_outputs(ids, token_ids, rich))
+            self._channel.send(messages.encode_outputs(outputs))
 
     def _send_stats(self) -> None:
         scheduler, encoder, prefixes = self._scheduler, self._engine.encoder, self._engine.prefixes
@@ -238,6 +222,21 @@ class Core:
             )
         )
         self._stats_due = monotonic() + STATS_INTERVAL_S
+
+
+def _full_output(
+    seq: Sequence, token: int, reason: FinishReason | None, logprob: TokenLogprob | None, *, is_first: bool
+) -> EngineOutput:
+    """A token with all that belongs to it; the first one brings what is known of the prompt."""
+    return EngineOutput(
+        seq.id,
+        (token,),
+        reason,
+        token if reason == "stop" else None,
+        (logprob,) if logprob else (),
+        tuple(seq.prompt_logprobs) if is_first and len(seq.prompt_logprobs) > 1 else (),
+        seq.cached_tokens if is_first else 0,
+    )
 
 
 class _Report:

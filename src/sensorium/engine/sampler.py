@@ -67,7 +67,7 @@ class TokenCounts:
         self._counted = len(outputs)
 
 
-class Row:
+class SamplerState:
     """What the sampler knows of one sequence."""
 
     __slots__ = ("bias_ids", "bias_values", "counts", "greedy", "params", "plain", "seed", "stop_ids")
@@ -96,31 +96,31 @@ class Sampler:
 
     def sample(self, logits: Tensor, sequences: Seq[Sequence]) -> Sampled:
         """logits [rows, vocab], one row for each sequence."""
-        rows = [seq.sampler_row or self._remember(seq, logits.shape[1]) for seq in sequences]
+        states = [seq.sampler_state or self._remember(seq, logits.shape[1]) for seq in sequences]
         logits = logits.float()
-        if all(row.plain for row in rows):
+        if all(state.plain for state in states):
             return _checked(*_argmax(logits), vocab_size=logits.shape[1])
-        edited = _edited(logits, rows, sequences)
+        edited = _edited(logits, states, sequences)
         token_ids, highest = _argmax(edited)
-        random = [i for i, row in enumerate(rows) if not row.greedy]
+        random = [i for i, state in enumerate(states) if not state.greedy]
         if random:
-            usable = edited if len(random) == len(rows) else edited[random]
-            drawn = _draw(usable, [rows[i] for i in random], [sequences[i].num_outputs for i in random])
+            usable = edited if len(random) == len(states) else edited[random]
+            drawn = _draw(usable, [states[i] for i in random], [sequences[i].num_outputs for i in random])
             token_ids[random] = drawn
         sampled = _checked(token_ids, highest, vocab_size=logits.shape[1])
-        wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None and i not in sampled.failed]
+        wanted = [i for i, state in enumerate(states) if state.params.logprobs is not None and i not in sampled.failed]
         if wanted:
             ids = [sampled.token_ids[i] for i in wanted]
-            found = logprobs(logits[wanted], ids, [rows[i].params.logprobs or 0 for i in wanted])
+            found = logprobs(logits[wanted], ids, [states[i].params.logprobs or 0 for i in wanted])
             sampled.logprobs = dict(zip(wanted, found, strict=True))
         return sampled
 
-    def _remember(self, seq: Sequence, vocab_size: int) -> Row:
+    def _remember(self, seq: Sequence, vocab_size: int) -> SamplerState:
         if seq.sampling is None:
             raise ValueError("a pooling request is not sampled")
-        row = Row(seq, seq.sampling, self._seed, vocab_size)
-        seq.sampler_row = row
-        return row
+        state = SamplerState(seq, seq.sampling, self._seed, vocab_size)
+        seq.sampler_state = state
+        return state
 
 
 def logprobs(logits: Tensor, token_ids: list[int], num_top: list[int]) -> list[TokenLogprob]:
@@ -159,20 +159,20 @@ def _checked(token_ids: NDArray[np.int64], highest: NDArray[np.float32], vocab_s
 # Edits of single logits
 
 
-def _edited(logits: Tensor, rows: Seq[Row], sequences: Seq[Sequence]) -> Tensor:
+def _edited(logits: Tensor, states: Seq[SamplerState], sequences: Seq[Sequence]) -> Tensor:
     """Logits with bias, forbidden stop tokens and penalties; the input stays as it is."""
     vocab_size = logits.shape[1]
     added: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
-    penalised: list[tuple[int, Row, TokenCounts]] = []
-    for i, (row, seq) in enumerate(zip(rows, sequences, strict=True)):
+    penalised: list[tuple[int, SamplerState, TokenCounts]] = []
+    for i, (state, seq) in enumerate(zip(states, sequences, strict=True)):
         base = i * vocab_size
-        if len(row.bias_ids):
-            added.append((row.bias_ids + base, row.bias_values))
-        if seq.num_outputs < row.params.min_tokens and len(row.stop_ids):
-            added.append((row.stop_ids + base, np.full(len(row.stop_ids), -np.inf, np.float32)))
-        if row.counts is not None:
-            row.counts.update(seq.tokens[seq.num_prompt : seq.num_tokens])
-            penalised.append((base, row, row.counts))
+        if len(state.bias_ids):
+            added.append((state.bias_ids + base, state.bias_values))
+        if seq.num_outputs < state.params.min_tokens and len(state.stop_ids):
+            added.append((state.stop_ids + base, np.full(len(state.stop_ids), -np.inf, np.float32)))
+        if state.counts is not None:
+            state.counts.update(seq.tokens[seq.num_prompt : seq.num_tokens])
+            penalised.append((base, state, state.counts))
     if not added and not penalised:
         return logits
     edited = logits.clone()
@@ -184,12 +184,12 @@ def _edited(logits: Tensor, rows: Seq[Row], sequences: Seq[Sequence]) -> Tensor:
     return edited
 
 
-def _penalise(flat: Tensor, penalised: list[tuple[int, Row, TokenCounts]]) -> None:
+def _penalise(flat: Tensor, penalised: list[tuple[int, SamplerState, TokenCounts]]) -> None:
     """Repetition over prompt and output, frequency and presence over the output; only the tokens seen are touched."""
     sizes = [counts.size for _, _, counts in penalised]
     places = _on(flat, np.concatenate([counts.ids[: counts.size] + base for base, _, counts in penalised]))
     said = _on(flat, np.concatenate([counts.counts[: counts.size] for _, _, counts in penalised]))
-    params = [row.params for _, row, _ in penalised]
+    params = [state.params for _, state, _ in penalised]
     repetition, frequency, presence = (
         _on(flat, np.repeat(np.array(values, np.float32), sizes))
         for values in (
@@ -211,10 +211,10 @@ def _on(like: Tensor, array: NDArray[np.generic]) -> Tensor:
 # rank plays no part. Row by row on a CPU, where a row stays in its cache; all rows at once elsewhere.
 
 
-def _draw(logits: Tensor, rows: Seq[Row], indices: list[int]) -> NDArray[np.int64]:
+def _draw(logits: Tensor, states: Seq[SamplerState], indices: list[int]) -> NDArray[np.int64]:
     """One token id for each row of float32 logits [rows, vocab]."""
-    uniforms = _uniform([row.seed for row in rows], indices)
-    params = [row.params for row in rows]
+    uniforms = _uniform([state.seed for state in states], indices)
+    params = [state.params for state in states]
     if logits.device.type != "cpu":
         return draw_together(logits, params, uniforms)
     work = np.zeros(-(-logits.shape[1] // CHUNK) * CHUNK, np.float32)

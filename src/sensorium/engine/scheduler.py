@@ -1,8 +1,8 @@
 """Decides what the next step computes: one decode token for every running sequence, then chunks of prompts.
 
 Owns sequences, blocks and pins, and gives everything back the moment a sequence ends. Within a priority tenants take
-turns, and of one tenant the first come is the first served. When blocks run out the youngest sequence of the lowest
-priority starts over later, keeping what it has said.
+turns, and of one tenant the first come is the first served. When blocks run out the most
+recent sequence of the lowest priority is preempted by recomputation; its generated tokens are kept.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Scheduler:
         self._tenants: dict[bytes, _Tenant] = {}  # those who have sequences
         self._arrivals = 0
         self._max_seqs = min(budget.max_num_seqs, budget.max_num_batched_tokens)
-        self._rows = list(range(self._max_seqs - 1, -1, -1))  # free rows of the batch tables
+        self._free_slots = list(range(self._max_seqs - 1, -1, -1))  # of the batch tables
         self._pooling = dict(pooling or {})
 
     @property
@@ -167,7 +167,7 @@ class Scheduler:
                 break
             if all(seq is not planned for planned, _ in plan.prefills):
                 tokens -= self._plan_chunk(plan, seq, tokens)
-        if self.waiting and tokens > 0 and self._rows:
+        if self.waiting and tokens > 0 and self._free_slots:
             self._admit(plan, tokens, self._in_turn(self.waiting))
         return plan, ended
 
@@ -207,7 +207,7 @@ class Scheduler:
         coming = self._coming_keys()
         passed_over = 0
         for seq in waiting:
-            if not self._rows or tokens <= 0 or passed_over > MAX_PASSED_OVER:
+            if not self._free_slots or tokens <= 0 or passed_over > MAX_PASSED_OVER:
                 break
             found = self.prefixes.find(seq)
             key = self.prefixes.next_key(seq, len(found))
@@ -252,7 +252,7 @@ class Scheduler:
 
     def _start(self, seq: Sequence, num_found: int) -> None:
         seq.status = Status.PREFILLING
-        seq.row = self._rows.pop()
+        seq.slot = self._free_slots.pop()
         insort(self.prefilling, seq, key=_order)
         if seq.cached_tokens < 0:
             seq.cached_tokens = num_found * self.budget.block_size
@@ -379,8 +379,8 @@ class Scheduler:
             self.waiting.remove(seq)
             return
         (self.decoding if seq.status is Status.DECODING else self.prefilling).remove(seq)
-        self._rows.append(seq.row)
-        seq.row = -1
+        self._free_slots.append(seq.slot)
+        seq.slot = -1
 
     def _give_back(self, seq: Sequence) -> None:
         for block in reversed(seq.blocks):  # the end of a prefix is forgotten before its beginning

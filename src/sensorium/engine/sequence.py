@@ -52,9 +52,9 @@ class Sequence:
         "prompt_logprobs",
         "request",
         "reuse",
-        "row",
-        "sampler_row",
+        "sampler_state",
         "sampling",
+        "slot",
         "span_offsets",
         "status",
         "stop_ids",
@@ -93,8 +93,8 @@ class Sequence:
         self.reuse = sampling is None or sampling.prompt_logprobs is None
         self.cached_tokens = -1  # unknown until it is scheduled for the first time
         self.is_long = False  # see `Budget.long_context_from`
-        self.row = -1  # of the batch tables while it runs
-        self.sampler_row: Any = None  # the sampler's memory of this sequence
+        self.slot = -1  # of the batch tables while it runs
+        self.sampler_state: Any = None  # a SamplerState, once a token of it was sampled
         self.prompt_logprobs: list[TokenLogprob | None] = [None]
         self.hidden: list[Any] = []  # hidden states of the chunks so far, for pooling
 

@@ -34,7 +34,7 @@ Progress = Callable[[str, float], None]
 MAX_RESTARTS = 3
 RESTART_WINDOW_S = 300.0
 MAX_BUSY_SILENCE_S = 120.0  # of a process that computes or reads, but whose threads do not get to send a beat
-GOODBYE_S = 5.0
+SHUTDOWN_GRACE_S = 5.0  # for a child that was told to stop, before it is killed
 PIECE_BYTES = 256 * 1024  # of a large request, written at once
 STDERR = 2
 BUFFER_BYTES = 1024 * 1024  # in the transport, before writing pauses
@@ -226,10 +226,10 @@ class EngineClient:
         if self._became_ready is not None:
             await self._became_ready.wait()
         if self.ready is None or self.state not in ("ready", "restarting"):
-            raise StartupError(self._fatal or await self._epitaph())
+            raise StartupError(self._fatal or await self._exit_reason())
         return self.ready
 
-    async def _epitaph(self) -> str:
+    async def _exit_reason(self) -> str:
         """How the child ended, for a child that could not say it."""
         await self._reap()
         code = None if self._process is None else self._process.returncode
@@ -309,16 +309,16 @@ class EngineClient:
             raise ProtocolError(f"message of kind {kind}")
 
     def _hand_out(self, payload: memoryview) -> None:
-        ids, token_ids, rich = messages.decode_outputs(payload)
+        outputs = messages.decode_outputs(payload)
         streams = self._streams
-        for request_id, token in zip(ids, token_ids, strict=True):
+        for request_id, token in zip(outputs.ids, outputs.token_ids, strict=True):
             stream = streams.get(request_id)
             if stream is not None:  # else aborted a moment ago
                 stream._items.append(token)
                 waiter = stream._waiter
                 if waiter is not None and not waiter.done():
                     waiter.set_result(None)
-        for output in rich:
+        for output in outputs.full:
             stream = streams.get(output.id)
             if stream is not None:
                 if output.finish_reason is not None:
@@ -419,7 +419,7 @@ _UNAVAILABLE: dict[State, str] = {
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Wait for a child that was told to stop; do not wait for ever."""
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(GOODBYE_S)
+        process.wait(SHUTDOWN_GRACE_S)
         return
     _kill(process)
 
@@ -428,6 +428,6 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     """One that waits for a device that never answers cannot be killed; nobody waits for it."""
     process.kill()
     try:
-        process.wait(GOODBYE_S)
+        process.wait(SHUTDOWN_GRACE_S)
     except subprocess.TimeoutExpired:
         logger.error("the engine process %d cannot be killed: it waits for a device or a file", process.pid)

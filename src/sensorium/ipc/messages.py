@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, TypeAlias, TypeVar
 
@@ -257,30 +258,57 @@ def _arrays(payload: memoryview, start: int, specs: Iterable[_ArraySpec]) -> Ite
 # Outputs
 
 
-def encode_outputs(ids: Sequence[int], token_ids: Sequence[int], rich: Sequence[EngineOutput] = ()) -> bytes:
-    """One step's outputs: request `ids[i]` got the plain token `token_ids[i]`; all that is more than that is `rich`."""
-    count = len(ids)
-    payload = struct.pack(f"<I{count}Q{count}I", count, *ids, *token_ids)
-    if rich:
-        vectors = [np.ascontiguousarray(o.vector, np.float32).tobytes() for o in rich if o.vector is not None]
-        header = _encode([_wire_output(output) for output in rich])
+@dataclass(slots=True)
+class StepOutputs:
+    """What one step gave to its requests: plain tokens in two columns, everything else as full outputs.
+
+    A request that gained several plain tokens stands in the columns as often, in order. Its full output, if it has
+    one too, comes after them.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)  # token_ids[i] is for request ids[i]
+    full: list[EngineOutput] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.ids or self.full)
+
+    def add_token(self, request_id: int, token_id: int) -> None:
+        """One more token, and nothing else to say about it."""
+        self.ids.append(request_id)
+        self.token_ids.append(token_id)
+
+    def add(self, output: EngineOutput) -> None:
+        """An output with more than a token: the first one, an end, logprobs, a vector, an error."""
+        self.full.append(output)
+
+    def extend(self, outputs: Iterable[EngineOutput]) -> None:
+        self.full.extend(outputs)
+
+
+def encode_outputs(outputs: StepOutputs) -> bytes:
+    count, full = len(outputs.ids), outputs.full
+    payload = struct.pack(f"<I{count}Q{count}I", count, *outputs.ids, *outputs.token_ids)
+    if full:
+        vectors = [np.ascontiguousarray(o.vector, np.float32).tobytes() for o in full if o.vector is not None]
+        header = _encode([_wire_output(output) for output in full])
         payload = b"".join((payload, _COUNT.pack(len(header)), header, *vectors))
     return frame(Kind.OUTPUTS, payload)
 
 
-def decode_outputs(payload: memoryview) -> tuple[tuple[int, ...], tuple[int, ...], list[EngineOutput]]:
-    """(ids, token_ids, rich) as given to `encode_outputs`."""
+def decode_outputs(payload: memoryview) -> StepOutputs:
+    """What was given to `encode_outputs`. ProtocolError if the payload is malformed."""
     try:
         count = _COUNT.unpack_from(payload)[0]
         numbers = struct.unpack_from(f"<{count}Q{count}I", payload, 4)
         end = 4 + 12 * count
-        rich = _rich_outputs(payload[end:]) if end < len(payload) else []
+        full = _full_outputs(payload[end:]) if end < len(payload) else []
     except struct.error as error:
         raise ProtocolError(f"malformed outputs: {error}") from None
-    return numbers[:count], numbers[count:], rich
+    return StepOutputs(list(numbers[:count]), list(numbers[count:]), full)
 
 
-def _rich_outputs(payload: memoryview) -> list[EngineOutput]:
+def _full_outputs(payload: memoryview) -> list[EngineOutput]:
     size = _COUNT.unpack_from(payload)[0]
     start = _COUNT.size + size
     outputs = []

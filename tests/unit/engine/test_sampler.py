@@ -95,7 +95,7 @@ def test_every_parameter_as_the_reference_does(batch: list[dict[str, Any]], nois
     assert np.array_equal(logits, before)
     assert not sampled.failed
     for row, seq, token in zip(logits, sequences, sampled.token_ids, strict=True):
-        uniform = float(_uniform([seq.sampler_row.seed], [seq.num_outputs])[0])
+        uniform = float(_uniform([seq.sampler_state.seed], [seq.num_outputs])[0])
         expected, margin = reference_choice(row, seq, uniform)
         assert token == expected or (margin < 1e-5 and reference_probabilities(row, seq)[token] > 0)
 
@@ -283,7 +283,7 @@ def test_counts_follow_the_output() -> None:
         seq.num_tokens = seq.num_prompt + length
         [token] = sampler.sample(logits, [seq]).token_ids
         assert token == reference_probabilities(logits[0].numpy(), seq).argmax()
-    counts = seq.sampler_row.counts
+    counts = seq.sampler_state.counts
     assert counts is not None
     assert counts.counts[: counts.size].sum() == 900
     assert sorted(counts.ids[: counts.size]) == sorted({5, 6, *outputs})

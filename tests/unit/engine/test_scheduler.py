@@ -169,9 +169,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert users == Counter({b: n for b, n in enumerate(scheduler.pool._references) if n})
         pins = Counter(seq.item_keys[item] for seq in self.alive.values() for item in seq.pinned)
         assert pins == Counter({k: e.pins for k, e in scheduler.encoder._entries.items() if e.pins})
-        rows = [seq.row for seq in self.alive.values() if seq.row >= 0]
-        assert len(set(rows)) == len(rows) == scheduler.num_running
-        assert set(rows).isdisjoint(scheduler._rows)
+        slots = [seq.slot for seq in self.alive.values() if seq.slot >= 0]
+        assert len(set(slots)) == len(slots) == scheduler.num_running
+        assert set(slots).isdisjoint(scheduler._free_slots)
         states = {
             Status.WAITING: scheduler.waiting,
             Status.PREFILLING: scheduler.prefilling,

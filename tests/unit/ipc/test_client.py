@@ -388,7 +388,9 @@ asyncio.run(main())
 def test_whoever_was_stopped_itself_kills_no_engine(folder: Path, with_engine: bool) -> None:
     """The HTTP process is stopped for longer than an engine may be silent, or the whole machine is."""
     parent = subprocess.Popen(
-        [sys.executable, "-c", STREAMING, str(folder), str(Path(__file__).parent)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", STREAMING, str(folder), str(Path(__file__).parents[2])],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert parent.stdout is not None
     stopped = [parent.pid, int(parent.stdout.readline())][: 1 + with_engine]

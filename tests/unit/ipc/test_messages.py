@@ -15,7 +15,7 @@ from support.engine_harness import image_request
 
 from sensorium.config import EngineConfig
 from sensorium.ipc import messages
-from sensorium.ipc.messages import FrameReader, Kind, ProtocolError
+from sensorium.ipc.messages import FrameReader, Kind, ProtocolError, StepOutputs
 from sensorium.types import (
     EngineOutput,
     EngineReady,
@@ -151,10 +151,14 @@ Outputs = st.builds(
     st.lists(st.integers(1, 40), min_size=1, max_size=20),
 )
 def test_outputs_arrive_however_the_stream_is_cut(
-    plain: list[tuple[int, int]], rich: list[EngineOutput], cuts: list[int]
+    plain: list[tuple[int, int]], full: list[EngineOutput], cuts: list[int]
 ) -> None:
-    ids, tokens = [one[0] for one in plain], [one[1] for one in plain]
-    frame = messages.encode_outputs(ids, tokens, rich)
+    outputs = StepOutputs()
+    for request_id, token in plain:
+        outputs.add_token(request_id, token)
+    outputs.extend(full)
+    assert bool(outputs) == bool(plain or full)
+    frame = messages.encode_outputs(outputs)
     stream = messages.frame(Kind.BEAT) + frame + messages.encode_fatal("x" * 50) + frame
     reader, arrived, start = FrameReader(), [], 0
     for number in range(len(stream)):
@@ -163,9 +167,9 @@ def test_outputs_arrive_however_the_stream_is_cut(
         start = end
     assert [kind for kind, _ in arrived] == [Kind.BEAT, Kind.OUTPUTS, Kind.FATAL, Kind.OUTPUTS]
     for index in (1, 3):
-        got_ids, got_tokens, got_rich = messages.decode_outputs(memoryview(arrived[index][1]))
-        assert (list(got_ids), list(got_tokens)) == (ids, tokens)
-        assert same(tuple(got_rich), tuple(rich))
+        got = messages.decode_outputs(memoryview(arrived[index][1]))
+        assert list(zip(got.ids, got.token_ids, strict=True)) == plain
+        assert same(tuple(got.full), tuple(full))
     assert messages.decode_fatal(arrived[2][1]) == "x" * 50
 
 

@@ -210,16 +210,16 @@ def test_an_idle_engine_keeps_its_copy(folder: Path, cache: Path, monkeypatch: p
     config = EngineConfig(
         str(folder), dtype="bfloat16", quantization="int4", kv_cache_memory=1 << 20, quantized_cache=str(cache)
     )
-    assert not load_engine(config).has_chores  # too small for that to pay
+    assert not load_engine(config).has_idle_work  # too small for that to pay
     monkeypatch.setattr(loading, "MAPPED_BYTES", 0)
-    assert not load_engine(replace(config, quantized_cache="")).has_chores
+    assert not load_engine(replace(config, quantized_cache="")).has_idle_work
     engine = load_engine(config)
     core = Core(engine, Outbox(), Faults())
-    while engine.has_chores:
+    while engine.has_idle_work:
         core.turn()
     until(lambda: any(cache.glob("*.weights")))
     monkeypatch.setattr(native.QuantizedLinear, "fill", refuse)
-    assert not load_engine(config).has_chores
+    assert not load_engine(config).has_idle_work
 
 
 def test_without_kernels_nothing_is_kept(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,5 +228,5 @@ def test_without_kernels_nothing_is_kept(folder: Path, cache: Path, monkeypatch:
     config = EngineConfig(
         str(folder), dtype="bfloat16", quantization="int4", kv_cache_memory=1 << 20, quantized_cache=str(cache)
     )
-    assert not load_engine(config).has_chores
+    assert not load_engine(config).has_idle_work
     assert not cache.exists()
