@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from sensorium.errors import UnavailableError
+from sensorium.errors import OverloadedError, RateLimitError, UnavailableError
 from sensorium.prompt.inspection import (
     MAX_RENDERED_CHARS,
     Inspection,
@@ -16,12 +16,15 @@ from sensorium.prompt.inspection import (
     TemplateInvalid,
     TemplateRefused,
 )
-from sensorium.workers.crew import Crew, Reply, WorkerLost
+from sensorium.workers.connection import JobFailed, Reply, TurnMissed, Unanswered
+from sensorium.workers.crew import Crew, Size
 from sensorium.workers.frames import JOB, RESULT, bytes_frame, record_frame
 from sensorium.workers.process import WorkerProcess
 
-CPU_S = 1.5  # of one job
-DEADLINE_S = 4.0  # of one job, on a machine that has others to do
+OWN, FOREIGN = Size(2, 8, turn_s=3.0, total_s=4.5), Size(2, 4, turn_s=1.6, total_s=2.2)
+"""Workers for the operator's templates, and for those of requests: of the latter each takes two jobs, one that looks at
+it and one that renders."""
+OWN_CPU_S, FOREIGN_CPU_S = 1.5, 0.5  # of one job
 MEMORY_BYTES = 256 << 20  # beyond what a worker has after its imports
 MAX_REPLY_BYTES = 5 * MAX_RENDERED_CHARS
 INSPECT, RENDER = record_frame(JOB, {"op": "inspect"}), record_frame(JOB, {"op": "render"})
@@ -33,24 +36,18 @@ FAILURES: dict[str, type[Exception]] = {
 
 
 class RenderPool:
-    """Implements `Renderer`. UnavailableError where a worker was stopped or killed from outside."""
+    """Implements `Renderer`. UnavailableError where a worker was stopped or killed from outside, RateLimitError where a
+    key's own jobs left its others no time, OverloadedError where everybody's did."""
 
-    def __init__(
-        self, *, cpu_s: float = CPU_S, deadline_s: float = DEADLINE_S, memory_bytes: int = MEMORY_BYTES
-    ) -> None:
-        def crew(role: str, fewest: int, most: int, patience_s: float | None = None) -> Crew:
-            start = partial(WorkerProcess.start, "sensorium.prompt.render_worker", role, memory_bytes, cpu_s)
-            return Crew(
-                start,
-                deadline_s=deadline_s,
-                max_reply_bytes=MAX_REPLY_BYTES,
-                fewest=fewest,
-                most=most,
-                patience_s=patience_s,
-            )
+    def __init__(self, *, cpu_s: float | None = None, own: Size = OWN, foreign: Size = FOREIGN) -> None:
+        """`cpu_s` of one job, else `OWN_CPU_S` and `FOREIGN_CPU_S`."""
 
-        self._own = crew("operators", 2, 8)
-        self._foreign = crew("foreign", 1, 4, deadline_s)
+        def crew(role: str, size: Size, limit_s: float) -> Crew:
+            start = partial(WorkerProcess.start, "sensorium.prompt.render_worker", role, MEMORY_BYTES, cpu_s or limit_s)
+            return Crew(start, size, max_reply_bytes=MAX_REPLY_BYTES)
+
+        self._own = crew("operators", own, OWN_CPU_S)
+        self._foreign = crew("foreign", foreign, FOREIGN_CPU_S)
 
     @property
     def pids(self) -> list[int]:
@@ -63,21 +60,21 @@ class RenderPool:
     def inspect_now(self, source: str, probes: Sequence[Mapping[str, Any]]) -> Inspection:
         try:
             return _inspection(self._own.ask_now(_frames(INSPECT, source, json.dumps(probes).encode())))
-        except WorkerLost as lost:
-            raise _failure(lost) from None
+        except Unanswered as failure:
+            raise _failure(failure) from None
 
     async def inspect(self, source: str, probes: Sequence[Mapping[str, Any]], tenant: bytes) -> Inspection:
         try:
             return _inspection(await self._foreign.ask(_frames(INSPECT, source, json.dumps(probes).encode()), tenant))
-        except WorkerLost as lost:
-            raise _failure(lost) from None
+        except Unanswered as failure:
+            raise _failure(failure) from None
 
     async def render(self, source: str, variables: bytes, tenant: bytes, *, is_foreign: bool = False) -> str:
         crew = self._foreign if is_foreign else self._own
         try:
             return _text(await crew.ask(_frames(RENDER, source, variables), tenant))
-        except WorkerLost as lost:
-            raise _failure(lost) from None
+        except Unanswered as failure:
+            raise _failure(failure) from None
 
     async def aclose(self) -> None:
         await self._own.aclose()
@@ -101,5 +98,11 @@ def _inspection(reply: Reply) -> Inspection:
     return Inspection(**{name: tuple(values) for name, values in found.items()})
 
 
-def _failure(lost: WorkerLost) -> Exception:
-    return TemplateExhausted() if lost.by_job else UnavailableError("The prompt could not be rendered in time.")
+def _failure(failure: Unanswered) -> Exception:
+    if isinstance(failure, JobFailed):
+        return TemplateExhausted()
+    if isinstance(failure, TurnMissed):
+        if failure.by_key:
+            return RateLimitError("Too many prompts of this key are being rendered: wait for some of their answers.")
+        return OverloadedError("Too many prompts are being rendered.")
+    return UnavailableError("The prompt could not be rendered in time.")

@@ -1,6 +1,7 @@
 """Worker processes that answer short jobs for the event loop: no thread waits for them, and keys are served in turn.
 
 Few are started; more come when none has answered for a moment, so that jobs which take long do not stop the others.
+A job that a worker is free for costs one write and one read: no task and no timer of its own.
 """
 
 from __future__ import annotations
@@ -9,70 +10,55 @@ import asyncio
 import signal
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 from sensorium.errors import ServerError
-from sensorium.workers.frames import HEAD, READY, FrameError
+from sensorium.workers.connection import Connection, Job, JobFailed, Reply, TurnMissed, WorkerLost
+from sensorium.workers.frames import READY, FrameError
 from sensorium.workers.process import START_TIMEOUT_S, WorkerProcess
 
-FIRST_BYTES, PIECE_BYTES = 1 << 14, 1 << 18  # a large buffer costs more than a short job
+TICK_S = 0.05  # between two looks at what waits and runs, while there is any
 STUCK_S = 0.05  # without any reply, after which one more worker is started
 GROWTH_S = 0.3  # between two such starts: a worker imports meanwhile
-START_TRIES = 2
+START_TRIES = 3  # without one that succeeds
+COMPUTING_S = 0.1  # of processor time: more than a good job takes
 EXIT_POLL_S, EXIT_POLLS = 0.005, 100
-Reply = tuple[int, bytes]  # kind and body of a frame
 
 
-class WorkerLost(Exception):
-    """The process did not answer. `by_job`: it ended by what it was doing, and not by a signal or load from outside."""
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How many workers, and how long a job may take from its coming on."""
 
-    def __init__(self, *, by_job: bool) -> None:
-        super().__init__()
-        self.by_job = by_job
-
-
-@dataclass(slots=True)
-class _Job:
-    frames: bytes
-    key: bytes
-    reply: asyncio.Future[Reply]
-    is_retried: bool = False
+    fewest: int  # started at the first job
+    most: int  # when they are stuck; one key holds all but one
+    turn_s: float  # until a worker has it; starting the first one does not count
+    total_s: float  # until it is answered
 
 
 class Crew:
     """`start` makes one process. Used on one event loop, but for `start_early` and `ask_now`, which come before it."""
 
-    def __init__(
-        self,
-        start: Callable[[], WorkerProcess],
-        *,
-        deadline_s: float,
-        max_reply_bytes: int,
-        fewest: int,
-        most: int,
-        patience_s: float | None = None,
-    ) -> None:
-        """`fewest` are started at the first job, up to `most` when they are stuck; one key holds all but one.
-        `patience_s` bounds a job's time in the queue and with a worker, `deadline_s` the latter."""
+    def __init__(self, start: Callable[[], WorkerProcess], size: Size, *, max_reply_bytes: int) -> None:
         self._start = start
-        self._deadline_s = deadline_s
-        self._patience_s = patience_s
+        self._size = size
+        self._share = size.most - 1
         self._max_reply_bytes = max_reply_bytes
-        self._fewest, self._most = fewest, most
-        self._spare: list[WorkerProcess] = []  # started, with no task of its own yet
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._workers: set[WorkerProcess] = set()
-        self._free: list[asyncio.Future[_Job]] = []  # tasks that wait for a job; the last used one is taken first
-        self._waiting: OrderedDict[bytes, deque[_Job]] = OrderedDict()  # by key, the next one's first
+        self._spare: list[WorkerProcess] = []  # started, with no connection yet
+        self._all: set[Connection] = set()
+        self._free: list[Connection] = []  # the last used one is taken first
+        self._waiting: OrderedDict[bytes, deque[Job]] = OrderedDict()  # by key, the next one's first
         self._held: Counter[bytes] = Counter()  # jobs that run, by key
-        self._growth: asyncio.TimerHandle | None = None
-        self._replied_s = 0.0
+        self._tasks: set[asyncio.Task[None]] = set()  # that open connections and bury workers
+        self._tick: asyncio.TimerHandle | None = None
+        self._replied_s = self._grown_s = self._looked_s = self._failed_s = 0.0
+        self._failed_starts = 0
         self._is_closed = False
 
     @property
     def pids(self) -> list[int]:
-        return [worker.process.pid for worker in (*self._spare, *self._workers)]
+        return [worker.process.pid for worker in (*self._spare, *(one.worker for one in self._all))]
 
     def start_early(self) -> None:
         """Start one process; it imports while the caller goes on."""
@@ -83,7 +69,8 @@ class Crew:
         worker = self._spare.pop() if self._spare else self._start()
         try:
             worker.wait_ready()
-            worker.link.set_deadline(self._deadline_s)
+            begun_s = worker.cpu_s() or 0.0
+            worker.link.set_deadline(self._size.total_s)
             worker.link.send(frames)
             kind, length = worker.link.receive_head()
             if length > self._max_reply_bytes:
@@ -92,188 +79,213 @@ class Crew:
             worker.link.fill(memoryview(body))
         except FrameError:
             time.sleep(EXIT_POLL_S)
-            is_hung = worker.process.poll() is None
+            code = worker.process.poll()
+            is_computing = code is None and (worker.cpu_s() or 0.0) - begun_s > COMPUTING_S
             worker.kill()
-            raise WorkerLost(by_job=not is_hung and worker.process.returncode != -signal.SIGKILL) from None
+            raise JobFailed if is_computing or code not in (None, -signal.SIGKILL) else WorkerLost from None
         self._spare.append(worker)
         return kind, bytes(body)
 
     async def ask(self, frames: bytes, key: bytes) -> Reply:
-        """The frame with which a worker answers these frames. WorkerLost if it does not, ServerError if none can be
+        """The frame with which a worker answers these frames. Unanswered if it does not, ServerError if none can be
         started. A job whose worker was killed from outside is tried again, once."""
         if self._is_closed:
             raise ServerError
-        job = _Job(frames, key, asyncio.get_running_loop().create_future())
+        loop = asyncio.get_running_loop()
+        job = Job(frames, key, loop.create_future(), loop.time())
+        while len(self._all) < self._size.fewest and self._hire():
+            pass
         self._put(job)
-        try:
-            async with asyncio.timeout(self._patience_s):
-                return await job.reply
-        except TimeoutError:
-            raise WorkerLost(by_job=False) from None
+        return await job.reply
 
     async def aclose(self) -> None:
         """Kill all; jobs that wait or run fail with ServerError."""
         self._is_closed = True
-        if self._growth is not None:
-            self._growth.cancel()
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._tick is not None:
+            self._tick.cancel()
+        self._fail_waiting()
+        for one in list(self._all):
+            if one.job is not None:
+                one.job.fail(ServerError())
+            one.kill()
+        for _ in range(EXIT_POLLS):
+            if not self._all and not self._tasks:
+                break
+            await asyncio.sleep(EXIT_POLL_S)
         while self._spare:
             self._spare.pop().kill()
 
     # Jobs find workers.
 
-    def _put(self, job: _Job) -> None:
-        while len(self._tasks) < self._fewest:
-            self._hire()
-        while self._free and self._held[job.key] < self._most - 1:
+    def _put(self, job: Job) -> None:
+        while self._free and self._held[job.key] < self._share:
             free = self._free.pop()
-            if not free.done():
-                self._held[job.key] += 1
-                free.set_result(job)
-                return
-        self._waiting.setdefault(job.key, deque()).append(job)
-        if self._growth is None:
-            self._growth = asyncio.get_running_loop().call_later(STUCK_S, self._grow)
+            if free.worker.process.poll() is None:  # else it was killed while it had nothing to do, and is buried soon
+                self._give(free, job)
+                break
+        else:
+            jobs = self._waiting.setdefault(job.key, deque())
+            jobs.appendleft(job) if job.is_retried else jobs.append(job)
+            if not self._all:
+                self._fail_waiting()
+        if self._tick is None:
+            loop = asyncio.get_running_loop()
+            self._looked_s = loop.time()
+            self._tick = loop.call_later(TICK_S, self._look)
 
-    async def _next(self) -> _Job:
+    def _give(self, free: Connection, job: Job) -> None:
+        self._held[job.key] += 1
+        free.send(job)
+
+    def _next(self) -> Job | None:
         for key in list(self._waiting):
-            if self._held[key] >= self._most - 1:
+            if self._held[key] >= self._share:
                 continue
-            jobs = deque(job for job in self._waiting.pop(key) if not job.reply.done())  # others were given up
+            jobs = self._waiting.pop(key)
+            while jobs and jobs[0].reply.done():  # given up
+                jobs.popleft()
             if not jobs:
                 continue
             job = jobs.popleft()
             if jobs:
                 self._waiting[key] = jobs  # behind the other keys
-            self._held[key] += 1
             return job
-        free: asyncio.Future[_Job] = asyncio.get_running_loop().create_future()
-        self._free.append(free)
-        return await free
+        return None
 
-    def _grow(self) -> None:
-        self._growth = None
-        if not self._waiting or self._is_closed:
-            return
-        if time.monotonic() - self._replied_s >= STUCK_S and len(self._tasks) < self._most:
-            self._hire()
-        self._growth = asyncio.get_running_loop().call_later(GROWTH_S, self._grow)
+    def _set_free(self, one: Connection) -> None:
+        job = self._next() if self._waiting else None
+        if job is None:
+            self._free.append(one)
+        else:
+            self._give(one, job)
 
-    def _hire(self) -> None:
-        task = asyncio.get_running_loop().create_task(self._work())
-        self._tasks.add(task)
-        task.add_done_callback(self._dismiss)
-
-    def _dismiss(self, task: asyncio.Task[None]) -> None:
-        """Nobody waits for a task that failed."""
-        self._tasks.discard(task)
-        if not self._tasks:
-            for job in (job for jobs in self._waiting.values() for job in jobs):
-                _fail(job, ServerError())
-            self._waiting.clear()
-
-    def _done(self, job: _Job) -> None:
+    def _done(self, job: Job) -> None:
         self._held[job.key] -= 1
         if not self._held[job.key]:
             del self._held[job.key]
-        self._replied_s = time.monotonic()
+        self._replied_s = asyncio.get_running_loop().time()
 
-    # One worker's task.
+    def _fail_waiting(self) -> None:
+        for jobs in self._waiting.values():
+            for job in jobs:
+                job.fail(ServerError())
+        self._waiting.clear()
 
-    async def _work(self) -> None:
-        while True:
-            worker = await self._started()
-            if worker is None and len(self._tasks) > 1:
-                return
-            if worker is None:  # the last one's start that fails fails a job: no loop that starts processes
-                job = await self._next()
-                self._done(job)
-                _fail(job, ServerError())
-                continue
-            try:
-                while await self._do(worker, await self._next()):
-                    pass
-            finally:
-                self._workers.discard(worker)
-                await _end(worker)
+    # What takes long.
 
-    async def _started(self) -> WorkerProcess | None:
-        for _ in range(START_TRIES):
-            try:
-                worker = self._spare.pop() if self._spare else self._start()
-            except OSError:
-                return None
-            self._workers.add(worker)
-            try:
-                if not worker.is_ready:
-                    worker.is_ready = (await self._receive(worker, START_TIMEOUT_S))[0] == READY
-                return worker
-            except FrameError:
-                pass
-            finally:
-                if not worker.is_ready:
-                    self._workers.discard(worker)
-                    await _end(worker)
-        return None
+    def _look(self) -> None:
+        """Jobs whose time is over end, and workers come where all are stuck."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        are_there = any(one.worker.is_ready for one in self._all)
+        if are_there:
+            self._give_up(now)
+        else:  # time in which there is no worker to be had is nobody's turn
+            for job in (job for jobs in self._waiting.values() for job in jobs):
+                job.since_s += now - self._looked_s
+        self._looked_s = now
+        for one in list(self._all):
+            self._look_at(one, now)
+        is_stuck = self._waiting and are_there and not self._free and now - self._replied_s >= STUCK_S
+        if is_stuck and len(self._all) < self._size.most and now - self._grown_s >= GROWTH_S:
+            self._hire()
+        is_busy = self._waiting or self._held
+        self._tick = loop.call_later(TICK_S, self._look) if is_busy and not self._is_closed else None
 
-    async def _do(self, worker: WorkerProcess, job: _Job) -> bool:
-        """One job; False if the worker is of no more use."""
-        if worker.process.poll() is not None:  # killed while it had nothing to do
-            self._done(job)
-            self._put(job)
-            return False
+    def _look_at(self, one: Connection, now: float) -> None:
+        job = one.job
+        if job is None:
+            if not one.worker.is_ready and now - one.begun_s >= START_TIMEOUT_S:
+                one.kill()
+            return
+        if one.cpu_s is None:
+            one.cpu_s = one.worker.cpu_s()
+        if now - job.since_s >= self._size.total_s:
+            used_s = (one.worker.cpu_s() or 0.0) - (one.cpu_s or 0.0)
+            job.fail(JobFailed() if used_s >= COMPUTING_S else WorkerLost())
+            one.kill()
+
+    def _give_up(self, now: float) -> None:
+        """Jobs that have waited too long for their turn."""
+        counts = self._held + Counter({key: len(jobs) for key, jobs in self._waiting.items()})
+        total = counts.total()
+        for key, jobs in list(self._waiting.items()):
+            while jobs and (jobs[0].reply.done() or now - jobs[0].since_s >= self._size.turn_s):
+                jobs.popleft().fail(TurnMissed(by_key=counts[key] > 1 and 2 * counts[key] > total))
+            if not jobs:
+                del self._waiting[key]
+
+    # Workers come and go.
+
+    def _hire(self) -> bool:
         try:
-            reply = await self._receive(worker, self._deadline_s, job.frames)
-        except FrameError:
-            await self._lost(worker, job)
+            worker = self._spare.pop() if self._spare else self._start()
+        except OSError:
             return False
-        except asyncio.CancelledError:
-            _fail(job, ServerError())
-            raise
-        finally:
-            self._done(job)
-        if not job.reply.done():
-            job.reply.set_result(reply)
+        one = Connection(worker, self._max_reply_bytes, self._received, self._lost)
+        self._all.add(one)
+        self._grown_s = one.begun_s
+        self._in_background(self._open(one))
         return True
 
-    async def _lost(self, worker: WorkerProcess, job: _Job) -> None:
+    async def _open(self, one: Connection) -> None:
+        was_ready = one.worker.is_ready  # its first frame may come before this goes on
+        await one.open()
+        if was_ready and one in self._all:
+            self._set_free(one)
+
+    def _received(self, one: Connection, reply: Reply) -> None:
+        job, one.job = one.job, None
+        if job is not None:
+            self._done(job)
+            if not job.reply.done():
+                job.reply.set_result(reply)
+        elif one.worker.is_ready or reply[0] != READY:
+            one.kill()  # nothing was asked
+            return
+        else:
+            one.worker.is_ready = True
+            self._failed_starts = 0
+        self._set_free(one)
+
+    def _lost(self, one: Connection) -> None:
+        self._all.discard(one)
+        if one in self._free:
+            self._free.remove(one)
+        job, one.job = one.job, None
+        if job is not None:
+            self._done(job)
+        self._in_background(self._bury(one.worker, job))
+        if self._is_closed:
+            return
+        if not one.worker.is_ready and one.begun_s >= self._failed_s:  # several that end together are one failure
+            self._failed_starts += 1
+            self._failed_s = asyncio.get_running_loop().time()
+        can_start = self._failed_starts < START_TRIES
+        if can_start and (self._waiting or len(self._all) < self._size.fewest):
+            self._hire()
+        if not self._all:  # the last one's start that fails fails the jobs: no loop that starts processes
+            self._failed_starts = 0
+            self._fail_waiting()
+
+    async def _bury(self, worker: WorkerProcess, job: Job | None) -> None:
         code = await _exit_code(worker)
-        if code == -signal.SIGKILL and not job.is_retried:
+        worker.process.kill()
+        await _exit_code(worker)
+        if job is None or job.reply.done():
+            return
+        if self._is_closed:
+            job.fail(ServerError())
+        elif code == -signal.SIGKILL and not job.is_retried:
             job.is_retried = True
             self._put(job)
         else:
-            _fail(job, WorkerLost(by_job=code not in (None, -signal.SIGKILL)))
+            job.fail(WorkerLost() if code in (None, -signal.SIGKILL) else JobFailed())
 
-    async def _receive(self, worker: WorkerProcess, deadline_s: float, frames: bytes = b"") -> Reply:
-        """The next frame, after these are sent."""
-        loop, sock = asyncio.get_running_loop(), worker.link.sock
-        sock.setblocking(False)
-        try:
-            async with asyncio.timeout(deadline_s):
-                await loop.sock_sendall(sock, frames)
-                data = bytearray()
-                while len(data) < HEAD.size or len(data) < HEAD.size + self._length(data):
-                    piece = await loop.sock_recv(sock, PIECE_BYTES if data else FIRST_BYTES)
-                    if not piece:
-                        raise FrameError("closed")
-                    data += piece
-        except OSError:  # TimeoutError is one
-            raise FrameError("no answer") from None
-        return data[0], bytes(memoryview(data)[HEAD.size :])
-
-    def _length(self, data: bytearray) -> int:
-        length: int = HEAD.unpack_from(data)[1]
-        if length > self._max_reply_bytes:
-            raise FrameError("reply too long")
-        return length
-
-
-def _fail(job: _Job, error: Exception) -> None:
-    if not job.reply.done():
-        job.reply.set_exception(error)
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
 
 async def _exit_code(worker: WorkerProcess) -> int | None:
@@ -283,9 +295,3 @@ async def _exit_code(worker: WorkerProcess) -> int | None:
             return code
         await asyncio.sleep(EXIT_POLL_S)
     return None
-
-
-async def _end(worker: WorkerProcess) -> None:
-    worker.link.sock.close()
-    worker.process.kill()
-    await _exit_code(worker)

@@ -67,11 +67,20 @@ class WorkerProcess:
 
     def is_stopped(self) -> bool:
         """Whether somebody has sent it SIGSTOP."""
+        stat = self._stat()
+        return bool(stat) and stat[0] in "Tt"
+
+    def cpu_s(self) -> float | None:
+        """Processor time that it has used; None where that is not known."""
+        stat = self._stat()
+        return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK") if stat else None
+
+    def _stat(self) -> list[str]:
+        """The fields of its line from its state on; none if it has ended, or this is no Linux."""
         try:
-            stat = Path(f"/proc/{self.process.pid}/stat").read_text()
-        except OSError:  # it has ended, or this is no Linux
-            return False
-        return stat.rpartition(")")[2].split()[0] in "Tt"
+            return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return []
 
     def check_running(self) -> None:
         if self.is_stopped():
