@@ -89,6 +89,18 @@ class TextConfig:
         """Tokens of the longest sequence."""
         return _stretched(self.rope, self.max_position_embeddings)
 
+    @property
+    def long_context_from(self) -> int | None:
+        """LongRoPE: longer sequences take the long factors, all their tokens. None: there is no such border."""
+        original = self.rope.original_max_positions
+        return original if self.rope.kind == "longrope" and original < self.max_position_embeddings else None
+
+    @property
+    def stretched_from(self) -> int | None:
+        """Dynamic rope: in longer sequences frequencies depend on the length. None: there is no such border."""
+        stated = self.max_position_embeddings
+        return stated if self.rope.kind == "dynamic" and self.max_len > stated else None
+
 
 def text_part(config: dict[str, Any]) -> dict[str, Any]:
     """The decoder's part of config.json: nested in multimodal configs, but flat in the hub's Qwen2-VL."""

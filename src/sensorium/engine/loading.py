@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sensorium import __version__, kernels
 from sensorium.checkpoint.configs import Checkpoint, open_checkpoint
+from sensorium.checkpoint.lengths import context_length
 from sensorium.checkpoint.pooling import PoolingKind, read_pooling, sentence_config
 from sensorium.checkpoint.quantization import StoredQuantization
 from sensorium.config import EngineConfig, MiB
@@ -186,7 +187,7 @@ def build_engine(
     cache_dtype = choose_cache_dtype(config.kv_cache_dtype, dtype, has_cache=has_cache)
     poolers = model.poolers
     tokens = config.max_num_batched_tokens or default_batched_tokens(model, device)
-    wanted = context_length(config, checkpoint)
+    wanted = wanted_length(config, checkpoint)
     num_blocks, max_len, kv_bytes = 0, wanted, 0
     cache = []
     if has_cache:
@@ -251,7 +252,7 @@ def build_engine(
     return Engine(scheduler, runner, prefixes, encoder, ready, mapped_forms(model), work)
 
 
-def context_length(config: EngineConfig, checkpoint: Checkpoint) -> int:
+def wanted_length(config: EngineConfig, checkpoint: Checkpoint) -> int:
     """Tokens of the longest sequence, before memory is looked at."""
     longest, wanted = checkpoint.max_model_len, config.max_model_len
     if wanted is not None and wanted > longest:
@@ -261,7 +262,7 @@ def context_length(config: EngineConfig, checkpoint: Checkpoint) -> int:
             wanted,
             longest,
         )
-    return min(wanted or longest, longest)
+    return context_length(longest, wanted)
 
 
 def mapped_weight_bytes(model: Model) -> int:

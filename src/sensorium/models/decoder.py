@@ -208,10 +208,7 @@ class DecoderModel(Model):
         self.generates = type(self).generates and config.is_causal and config.has_head
         self.model = Decoder(config, self._declare_head(config))
         self.poolers = self._make_poolers()
-        if config.rope.kind == "longrope" and config.rope.original_max_positions < config.max_position_embeddings:
-            self.long_context_from = config.rope.original_max_positions
-        if config.rope.kind == "dynamic" and config.max_len > config.max_position_embeddings:
-            self.stretched_from = config.max_position_embeddings
+        self.long_context_from, self.stretched_from = config.long_context_from, config.stretched_from
 
     def _declare_head(self, config: TextConfig) -> Linear | None:
         """Declare what follows the decoder; returns the linear layer whose rows are also the embedding, if one is."""

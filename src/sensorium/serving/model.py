@@ -20,6 +20,7 @@ import numpy as np
 from sensorium.checkpoint.configs import Checkpoint
 from sensorium.checkpoint.families import load_class
 from sensorium.checkpoint.labels import label_names
+from sensorium.checkpoint.lengths import context_length
 from sensorium.checkpoint.pooling import read_pooling
 from sensorium.checkpoint.prompts import read_prompts
 from sensorium.config import Limits, MiB, ServerConfig
@@ -153,7 +154,7 @@ class ServedModel:
         self._server = server
         self.prompts = read_prompts(checkpoint.folder)
         self._pooling = read_pooling(checkpoint.folder, "cls", checkpoint.pooling)
-        self._configured_len = min(checkpoint.max_model_len, max_model_len or checkpoint.max_model_len)
+        self._wanted_len = max_model_len
         self._features = FeatureCache(FEATURE_CACHE_BYTES)
         self._threads = ThreadPoolExecutor(server.media_workers + 2, thread_name_prefix="prompt")
         self._turns = Turns(server.media_workers + 2, server.media_workers + 1)  # at the threads
@@ -209,7 +210,8 @@ class ServedModel:
     def max_model_len(self) -> int:
         """Tokens of prompt and answer together: the least of checkpoint, flag and what the engine has room for."""
         ready = self.client.ready
-        return self._configured_len if ready is None else min(self._configured_len, ready.max_model_len)
+        capacity = None if ready is None else ready.max_model_len
+        return context_length(self.checkpoint.max_model_len, self._wanted_len, capacity)
 
     # What it can do.
 
