@@ -11,18 +11,23 @@ BIN := $(VENV)/bin
 # What a machine has that can build this: all that tests may find on the PATH of `make test-bare`.
 BARE_TOOLS := git make g++ gcc as ld ar python3 sh bash env cat chmod cp cut date dirname head id install ln ls mkdir \
 	mktemp mv nproc readlink realpath rm rmdir seq sleep sort stat tail tee timeout touch tr uname uniq wc
-SOURCES := pyproject.toml $(wildcard setup.py) $(shell find native -type f 2>/dev/null)
+# torch stays out of the lock file: a build of yours stays, and its CUDA packages are nobody's business here.
+LOCK := $(BIN)/uv pip compile pyproject.toml --quiet --all-extras --universal --python-version 3.11 --no-header \
+	--no-annotate --override tools/lock_overrides.txt
+SOURCES := pyproject.toml requirements.lock $(wildcard setup.py) $(shell find native -type f 2>/dev/null)
 
-.PHONY: help setup serve test test-plain test-bare check bench docs
+.PHONY: help setup serve test test-plain test-bare check check-lock lock bench docs site
 help:
 	@echo "make setup                  install into $(VENV)"
 	@echo "make serve MODEL= ARGS=     serve a model; without MODEL the built-in one"
 	@echo "make test ARGS=             run the tests"
 	@echo "make test-plain ARGS=       run them without the native kernels"
 	@echo "make test-bare ARGS=        run them with nothing on the PATH but git, make, g++, Python and coreutils"
-	@echo "make check                  ruff and mypy"
+	@echo "make check                  format, lint, types, the lock file"
+	@echo "make lock                   write requirements.lock with the newest versions"
 	@echo "make bench ARGS=            load a running server"
 	@echo "make docs                   write the generated tables anew"
+	@echo "make site                   build the documentation as a site in build/site"
 
 setup: $(VENV)/.runtime
 
@@ -49,12 +54,29 @@ test-bare: $(VENV)/.dev
 	env -i PATH="$(CURDIR)/build/bare/bin" HOME="$(CURDIR)/build/bare/home" OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -rs -n $(WORKERS) $(ARGS)
 
-check: $(VENV)/.dev
+check: $(VENV)/.dev check-lock
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	test ! -e .clang-format || $(BIN)/clang-format --dry-run --Werror native/*
 	$(BIN)/mypy
+
+# Current: resolving pyproject.toml again, with the versions that are there preferred, changes nothing.
+check-lock: $(VENV)/.dev
+	@mkdir -p build && cp requirements.lock build/requirements.lock
+	@if $(LOCK) --output-file build/requirements.lock >build/lock.log 2>&1; then \
+		diff -u requirements.lock build/requirements.lock || { echo "requirements.lock: run make lock" >&2; exit 1; }; \
+	elif grep -qE "Failed to fetch|error sending request|Connection|dns error|timed out" build/lock.log; then \
+		echo "requirements.lock is not checked: the package registry cannot be reached" >&2; \
+	else cat build/lock.log >&2; exit 1; fi
+
+lock: $(VENV)/.dev
+	$(LOCK) --upgrade --output-file requirements.lock
 
 docs: $(VENV)/.dev
 	$(BIN)/python tools/generate_docs.py
+
+site: $(VENV)/.docs
+	$(BIN)/zensical build --clean --config-file mkdocs.yml
 
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -65,10 +87,14 @@ $(VENV)/.torch:
 	@touch $@
 
 $(VENV)/.runtime: $(SOURCES) | $(VENV)/.torch
-	$(BIN)/pip install -e .
+	$(BIN)/pip install -c requirements.lock -e .
 	@touch $@
 
 # Holds the runtime too: whoever tests first does not install twice.
 $(VENV)/.dev: $(SOURCES) | $(VENV)/.torch
-	$(BIN)/pip install -e '.[dev]'
+	$(BIN)/pip install -c requirements.lock -e '.[dev]'
+	@touch $(VENV)/.runtime $@
+
+$(VENV)/.docs: $(SOURCES) | $(VENV)/.torch
+	$(BIN)/pip install -c requirements.lock -e '.[docs]'
 	@touch $(VENV)/.runtime $@
