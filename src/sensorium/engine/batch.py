@@ -6,7 +6,7 @@ times, never each token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sensorium.engine.drafts import DraftRows
 from sensorium.engine.scheduler import Plan, spans_within
 from sensorium.engine.sequence import ItemKey, Positions, Sequence
 from sensorium.kernels.context import AttentionContext
@@ -41,8 +42,9 @@ class Batch:
     positions: Tensor  # int64 [tokens], or [axes, tokens] if any sequence needs it
     context: AttentionContext
     media: list[MediaSlice]
-    sampled: list[Sequence]  # those whose last token is computed here, in order
-    sampled_rows: Tensor | None  # int64 [len(sampled)]; None: every token of the batch
+    sampled: list[Sequence]  # those that gain tokens here, in order
+    sampled_rows: Tensor | None  # int64 [len(sampled)], then the rows of drafts; None: every token of the batch
+    drafts: list[DraftRows] = field(default_factory=list)
     token_types: Tensor | None = None  # int64 [tokens], where any prompt has them
 
 
@@ -71,7 +73,7 @@ class BatchBuilder:
         self._has_cache = max_blocks > 0
 
     def build(self, plan: Plan) -> Batch:
-        if not plan.prefills:
+        if not plan.chunks:
             return self._decodes_only(plan.decodes)
         return self._mixed(plan)
 
@@ -102,47 +104,51 @@ class BatchBuilder:
 
     def _mixed(self, plan: Plan) -> Batch:
         sequences = plan.sequences()
-        query_lens = [1] * len(plan.decodes) + [count for _, count in plan.prefills]
+        query_lens = [count for _, count in plan.work]
         counts = np.array(query_lens, np.int64)
-        computed = np.array([seq.num_computed for seq in sequences], np.int64)
-        slots = np.array([seq.slot for seq in sequences], np.int64)
-        lengths = computed + counts
+        lengths = np.array([seq.num_computed for seq in sequences], np.int64) + counts
         ends = counts.cumsum()
-        starts = (ends - counts).tolist()
         token_ids = np.empty(ends[-1], np.int64)
         pieces = []
         media: list[MediaSlice] = []
-        for seq, count, start in zip(sequences, query_lens, starts, strict=True):
+        starts: list[int] = (ends - counts).tolist()
+        for (seq, count), start in zip(plan.work, starts, strict=True):
             first, last = seq.num_computed, seq.num_computed + count
+            if seq.drafts:
+                seq.tokens[seq.num_tokens : last] = seq.drafts
             token_ids[start : start + count] = seq.tokens[first:last]
             pieces.append(seq.positions(first, last))
             if seq.item_keys:
                 media.extend(_media_slices(seq, first, last, start - first))
-        tables = self._block_tables(sequences, slots, lengths)
-        is_last = lengths == [seq.num_tokens for seq in sequences]
-        context = AttentionContext(
-            query_lens,
-            lengths.tolist(),
-            len(plan.decodes),
-            self._block_size,
-            self._tensor(np.concatenate(([0], ends)).astype(np.int32)),
-            self._tensor(lengths.astype(np.int32)),
-            self._tensor(tables),
-            self._tensor(self._cache_places(slots, lengths, counts)),
-            self._long_context(sequences, query_lens),
-            self._rope_lengths(sequences, lengths, counts),
-        )
-        sampled = [seq for seq, last in zip(sequences, is_last.tolist(), strict=True) if last]
+        sampled, rows, drafts = _sampled(plan, starts)
         return Batch(
             sequences,
             starts,
             self._tensor(token_ids),
             self._tensor(_joined(pieces, self._axes)),
-            context,
+            self._context(sequences, len(plan.decodes), lengths, counts),
             media,
             sampled,
-            self._tensor((ends - 1)[is_last]),
+            self._tensor(rows),
+            drafts,
             self._token_types(sequences, query_lens),
+        )
+
+    def _context(self, sequences: list[Sequence], num_decodes: int, lengths: Ints, counts: Ints) -> AttentionContext:
+        slots = np.array([seq.slot for seq in sequences], np.int64)
+        tables = self._block_tables(sequences, slots, lengths)
+        query_lens = counts.tolist()
+        return AttentionContext(
+            query_lens,
+            lengths.tolist(),
+            num_decodes,
+            self._block_size,
+            self._tensor(np.concatenate(([0], counts.cumsum())).astype(np.int32)),
+            self._tensor(lengths.astype(np.int32)),
+            self._tensor(tables),
+            self._tensor(self._cache_places(slots, lengths, counts)),
+            self._long_context(sequences, query_lens),
+            self._rope_lengths(sequences, lengths, counts),
         )
 
     def _cache_places(self, slots: Ints, lengths: Ints, counts: Ints) -> Ints:
@@ -199,6 +205,28 @@ class BatchBuilder:
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)
+
+
+def _sampled(plan: Plan, starts: list[int]) -> tuple[list[Sequence], Ints, list[DraftRows]]:
+    """(sequences that gain tokens, the rows that say them, which of the rows follow drafts)
+
+    The first row of each sequence comes first, in their order; those behind drafts stand after all of them.
+    """
+    sequences: list[Sequence] = []
+    rows: list[int] = []
+    num_decodes = len(plan.decodes)
+    for i, ((seq, count), start) in enumerate(zip(plan.work, starts, strict=True)):
+        if num_decodes <= i < num_decodes + len(plan.drafted):
+            sequences.append(seq)
+            rows.append(start)
+        elif seq.sampling is not None and seq.num_computed + count == seq.num_tokens:
+            sequences.append(seq)
+            rows.append(start + count - 1)
+    drafts = []
+    for i, (_, count) in enumerate(plan.drafted, num_decodes):
+        drafts.append(DraftRows(i, len(rows)))
+        rows.extend(range(starts[i] + 1, starts[i] + count))
+    return sequences, np.array(rows, np.int64), drafts
 
 
 def _places(lengths: Ints, counts: Ints) -> Ints:

@@ -72,10 +72,7 @@ class Engine:
     def work_of(self, plan: Plan) -> float:
         """Multiply-adds of a step, about: of every token with all weights, and of its attention."""
         per_token, per_key = self.work
-        return sum(
-            count * (per_token + per_key * (seq.num_computed + count))
-            for seq, count in [*((seq, 1) for seq in plan.decodes), *plan.prefills]
-        )
+        return sum(count * (per_token + per_key * (seq.num_computed + count)) for seq, count in plan.work)
 
     def idle_work(self) -> None:
         """A little of what makes this start, or the next one, faster."""

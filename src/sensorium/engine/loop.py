@@ -134,7 +134,7 @@ class Core:
         except Exception as error:
             self._raise_if_lost(error)
             logger.error("a step failed: %d decodes, %d prompts", len(plan.decodes), len(plan.prefills), exc_info=error)
-        shape = (len(plan.decodes), *(count for _, count in plan.prefills))
+        shape = (len(plan.decodes), *(count for _, count in plan.chunks))
         sequences = plan.sequences()
         if shape not in self._failed_shapes or len(sequences) == 1:
             if len(self._failed_shapes) >= MAX_FAILED_SHAPES:
@@ -172,25 +172,33 @@ class Core:
         scheduler = self._scheduler
         for seq in plan.decodes:
             scheduler.advance(seq, 1)
+        for seq, _ in plan.drafted:  # `commit` says how many drafts were right
+            scheduler.advance(seq, 1)
         for seq, count in plan.prefills:
             scheduler.advance(seq, count)
-        sampled = result.sampled
-        failed = set(sampled.failed)
-        for i, (seq, token) in enumerate(zip(result.sequences, sampled.token_ids, strict=True)):
-            if i in failed:
+        gained = result.tokens
+        for i, (seq, token_ids) in enumerate(zip(result.sequences, gained.token_ids, strict=True)):
+            if i in gained.failed:
                 outputs.add(scheduler.fail(seq, NOT_FINITE))
-                continue
-            is_first = seq.num_tokens == seq.num_prompt
-            reason = scheduler.append(seq, token)
-            if reason is None and not is_first and not sampled.logprobs:
-                outputs.add_token(seq.id, token)
             else:
-                outputs.add(_full_output(seq, token, reason, sampled.logprobs.get(i), is_first=is_first))
+                self._commit(seq, token_ids, gained.logprobs.get(i), outputs)
         for seq, _ in plan.prefills:
             vector = result.vectors.get(seq.id)
             if vector is not None:
                 scheduler.finish(seq)
                 outputs.add(EngineOutput(seq.id, finish_reason="stop", cached_tokens=seq.cached_tokens, vector=vector))
+
+    def _commit(
+        self, seq: Sequence, token_ids: list[int], logprobs: list[TokenLogprob] | None, outputs: StepOutputs
+    ) -> None:
+        before = seq.num_tokens
+        reason = self._scheduler.commit(seq, token_ids)
+        if reason is None and before > seq.num_prompt and logprobs is None:
+            for token_id in token_ids:
+                outputs.add_token(seq.id, token_id)
+        else:
+            taken = seq.num_tokens - before
+            outputs.add(_full_output(seq, token_ids[:taken], reason, (logprobs or [])[:taken]))
 
     # Out
 
@@ -225,15 +233,16 @@ class Core:
 
 
 def _full_output(
-    seq: Sequence, token: int, reason: FinishReason | None, logprob: TokenLogprob | None, *, is_first: bool
+    seq: Sequence, token_ids: list[int], reason: FinishReason | None, logprobs: list[TokenLogprob]
 ) -> EngineOutput:
-    """A token with all that belongs to it; the first one brings what is known of the prompt."""
+    """Tokens with all that belongs to them; the first ones bring what is known of the prompt."""
+    is_first = seq.num_outputs == len(token_ids)
     return EngineOutput(
         seq.id,
-        (token,),
+        tuple(token_ids),
         reason,
-        token if reason == "stop" else None,
-        (logprob,) if logprob else (),
+        token_ids[-1] if reason == "stop" else None,
+        tuple(logprobs),
         tuple(seq.prompt_logprobs) if is_first and len(seq.prompt_logprobs) > 1 else (),
         seq.cached_tokens if is_first else 0,
     )

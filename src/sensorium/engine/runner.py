@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sensorium.engine.batch import Batch, BatchBuilder
+from sensorium.engine.drafts import Tokens, sample_after_drafts
 from sensorium.engine.encoder_cache import EncoderCache
 from sensorium.engine.encoding import Encodings
 from sensorium.engine.faults import Faults
-from sensorium.engine.sampler import Sampled, Sampler, logprobs
+from sensorium.engine.sampler import Sampler, logprobs
 from sensorium.engine.scheduler import Plan
 from sensorium.engine.sequence import Sequence
 from sensorium.kernels.context import KVCache, Read
@@ -30,10 +31,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class StepResult:
-    """`sequences[i]` belongs to row i of `sampled`; pooled sequences have their vectors by id."""
+    """`sequences[i]` gained `tokens.token_ids[i]`; pooled sequences have their vectors by id."""
 
     sequences: list[Sequence]
-    sampled: Sampled
+    tokens: Tokens
     vectors: dict[int, NDArray[np.float32]] = field(default_factory=dict)
 
 
@@ -73,30 +74,27 @@ class Runner:
         batch.context.read = self._read(plan)
         hidden = self._model.forward(hidden, batch.positions, self._cache, batch.context)
         if batch.sampled_rows is None:
-            return StepResult(batch.sampled, self._sample(hidden, batch.sampled))
+            return StepResult(batch.sampled, self._sample(hidden, batch))
         return self._finish_prefills(plan, batch, hidden)
 
     def _finish_prefills(self, plan: Plan, batch: Batch, hidden: Tensor) -> StepResult:
         vectors: dict[int, NDArray[np.float32]] = {}
-        for (seq, count), start in zip(plan.prefills, batch.starts[len(plan.decodes) :], strict=True):
+        before = len(plan.decodes) + len(plan.drafted)
+        for (seq, count), start in zip(plan.prefills, batch.starts[before:], strict=True):
             if seq.sampling is None:
                 vector = self._pool(seq, hidden[start : start + count])
                 if vector is not None:
                     vectors[seq.id] = vector
             elif seq.sampling.prompt_logprobs is not None:
                 self._add_prompt_logprobs(seq, hidden[start : start + count], seq.sampling.prompt_logprobs)
-        generating = [i for i, seq in enumerate(batch.sampled) if seq.sampling is not None]
-        if not generating:
-            return StepResult([], Sampled([]), vectors)
-        rows = batch.sampled_rows
-        sequences = batch.sampled
-        if rows is not None and len(generating) < len(sequences):
-            rows = rows[generating]
-            sequences = [sequences[i] for i in generating]
-        return StepResult(sequences, self._sample(hidden[rows], sequences), vectors)
+        if not batch.sampled:
+            return StepResult([], Tokens([], {}, set()), vectors)
+        return StepResult(batch.sampled, self._sample(hidden[batch.sampled_rows], batch), vectors)
 
     def _read(self, plan: Plan) -> Read:
         """The least that this step's requests read of what the model can leave away."""
+        if plan.drafted:
+            return "all"
         if self._model.can_read == "first" and not plan.decodes:
             asked = [seq.request.pooling for seq, _ in plan.prefills]
             if all(
@@ -114,10 +112,15 @@ class Runner:
         params = seq.request.pooling
         return params is not None and not self._poolers[params.task].all_tokens
 
-    def _sample(self, hidden: Tensor, sequences: list[Sequence]) -> Sampled:
+    def _sample(self, hidden: Tensor, batch: Batch) -> Tokens:
         logits = self._model.logits(hidden)  # [rows, vocab]
         self._faults.hit("sample")
-        return self._sampler.sample(logits, sequences)
+        sequences = batch.sampled
+        if not batch.drafts:
+            return Tokens.of(self._sampler.sample(logits, sequences))
+        tokens = Tokens.of(self._sampler.sample(logits[: len(sequences)], sequences))
+        sample_after_drafts(self._sampler, logits, sequences, batch.drafts, tokens)
+        return tokens
 
     def _pool(self, seq: Sequence, hidden: Tensor) -> NDArray[np.float32] | None:
         """Keep the hidden states of a chunk; with the last one, the prompt's vector."""

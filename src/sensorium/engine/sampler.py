@@ -94,18 +94,19 @@ class Sampler:
     def __init__(self, seed: int = 0) -> None:
         self._seed = seed
 
-    def sample(self, logits: Tensor, sequences: Seq[Sequence]) -> Sampled:
-        """logits [rows, vocab], one row for each sequence."""
+    def sample(self, logits: Tensor, sequences: Seq[Sequence], ahead: Seq[list[int]] | None = None) -> Sampled:
+        """logits [rows, vocab], one row for each sequence; `ahead`: tokens that each has gained and not yet has."""
         states = [seq.sampler_state or self._remember(seq, logits.shape[1]) for seq in sequences]
         logits = logits.float()
         if all(state.plain for state in states):
             return _checked(*_argmax(logits), vocab_size=logits.shape[1])
-        edited = _edited(logits, states, sequences)
+        edited = _edited(logits, states, sequences, ahead)
         token_ids, highest = _argmax(edited)
         random = [i for i, state in enumerate(states) if not state.greedy]
         if random:
             usable = edited if len(random) == len(states) else edited[random]
-            drawn = _draw(usable, [states[i] for i in random], [sequences[i].num_outputs for i in random])
+            indices = [sequences[i].num_outputs + (len(ahead[i]) if ahead else 0) for i in random]
+            drawn = _draw(usable, [states[i] for i in random], indices)
             token_ids[random] = drawn
         sampled = _checked(token_ids, highest, vocab_size=logits.shape[1])
         wanted = [i for i, state in enumerate(states) if state.params.logprobs is not None and i not in sampled.failed]
@@ -159,19 +160,23 @@ def _checked(token_ids: NDArray[np.int64], highest: NDArray[np.float32], vocab_s
 # Edits of single logits
 
 
-def _edited(logits: Tensor, states: Seq[SamplerState], sequences: Seq[Sequence]) -> Tensor:
+def _edited(
+    logits: Tensor, states: Seq[SamplerState], sequences: Seq[Sequence], ahead: Seq[list[int]] | None
+) -> Tensor:
     """Logits with bias, forbidden stop tokens and penalties; the input stays as it is."""
     vocab_size = logits.shape[1]
     added: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
     penalised: list[tuple[int, SamplerState, TokenCounts]] = []
     for i, (state, seq) in enumerate(zip(states, sequences, strict=True)):
         base = i * vocab_size
+        gained = ahead[i] if ahead else []
         if len(state.bias_ids):
             added.append((state.bias_ids + base, state.bias_values))
-        if seq.num_outputs < state.params.min_tokens and len(state.stop_ids):
+        if seq.num_outputs + len(gained) < state.params.min_tokens and len(state.stop_ids):
             added.append((state.stop_ids + base, np.full(len(state.stop_ids), -np.inf, np.float32)))
         if state.counts is not None:
-            state.counts.update(seq.tokens[seq.num_prompt : seq.num_tokens])
+            outputs = seq.tokens[seq.num_prompt : seq.num_tokens]
+            state.counts.update(np.append(outputs, np.array(gained, np.int32)) if gained else outputs)
             penalised.append((base, state, state.counts))
     if not added and not penalised:
         return logits

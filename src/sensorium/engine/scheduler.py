@@ -8,7 +8,7 @@ recent sequence of the lowest priority is preempted by recomputation; its genera
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import isqrt
 from operator import attrgetter
@@ -25,27 +25,48 @@ MAX_PASSED_OVER = 32  # waiting sequences that may be overtaken in one step whil
 
 LEAST_CHUNK = 64  # tokens of a long prompt's chunk: with fewer a step reads all weights for next to nothing
 
+Propose = Callable[[Sequence, int], list[int]]
+"""(decoding sequence, most tokens) -> a guess at its next tokens, which may be empty."""
+
 _order = attrgetter("order")
 
 
 @dataclass(slots=True)
 class Plan:
-    """One step. `decodes` compute one token each; `prefills` are (sequence, number of tokens)."""
+    """One step. `decodes` compute one token each; the others are (sequence, number of tokens).
+
+    A drafted sequence computes its last token and the drafts after it, at least two tokens.
+    """
 
     decodes: list[Sequence] = field(default_factory=list)
+    drafted: list[tuple[Sequence, int]] = field(default_factory=list)
     prefills: list[tuple[Sequence, int]] = field(default_factory=list)
     encode: dict[ItemKey, MediaFeatures] = field(default_factory=dict)  # what towers are to compute for later ones
     num_pairs: int = 0  # of prompts' tokens and the tokens that each attends to, at most
 
     def __bool__(self) -> bool:
-        return bool(self.decodes or self.prefills)
+        return bool(self.decodes or self.drafted or self.prefills)
+
+    @property
+    def chunks(self) -> list[tuple[Sequence, int]]:
+        """What computes several tokens, or a prompt's."""
+        return [*self.drafted, *self.prefills] if self.drafted else self.prefills
+
+    @property
+    def work(self) -> list[tuple[Sequence, int]]:
+        """(sequence, number of tokens) of the whole step, in the order of the batch."""
+        return [*((seq, 1) for seq in self.decodes), *self.chunks]
 
     def sequences(self) -> list[Sequence]:
-        return [*self.decodes, *(seq for seq, _ in self.prefills)]
+        return [*self.decodes, *(seq for seq, _ in self.chunks)]
 
     def singles(self) -> list[Plan]:
         """The same step, one sequence at a time."""
-        return [*(Plan(decodes=[seq]) for seq in self.decodes), *(Plan(prefills=[one]) for one in self.prefills)]
+        return [
+            *(Plan(decodes=[seq]) for seq in self.decodes),
+            *(Plan(drafted=[one]) for one in self.drafted),
+            *(Plan(prefills=[one]) for one in self.prefills),
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +117,7 @@ class Scheduler:
         self._max_seqs = min(budget.max_num_seqs, budget.max_num_batched_tokens)
         self._free_slots = list(range(self._max_seqs - 1, -1, -1))  # of the batch tables
         self._pooling = dict(pooling or {})
+        self.propose: Propose | None = None  # asked for drafts, if set
 
     @property
     def num_running(self) -> int:
@@ -158,8 +180,11 @@ class Scheduler:
         """The next step, and outputs of sequences that had to end without one."""
         plan = Plan()
         ended = self._secure_decode_blocks() if self.decoding else []
-        plan.decodes = list(self.decoding)
-        tokens = self.budget.max_num_batched_tokens - len(plan.decodes)
+        tokens = self.budget.max_num_batched_tokens - len(self.decoding)
+        if self.propose is None:
+            plan.decodes = list(self.decoding)
+        else:
+            tokens -= self._plan_drafts(plan, self.propose, tokens // 2)  # prompts keep the other half
         if len(self._tenants) > 1 and self.waiting and self.prefilling:
             tokens = self._let_in_first(plan, tokens)
         for seq in self._in_turn(self.prefilling):
@@ -201,6 +226,34 @@ class Scheduler:
         for seq in needy:
             seq.blocks.append(self.pool.allocate())
         return ended
+
+    def _plan_drafts(self, plan: Plan, propose: Propose, tokens: int) -> int:
+        """Plan all decodes, with at most `tokens` drafts between them; returns the number of drafts."""
+        total = 0
+        for seq in self.decoding:
+            most = min(tokens - total, self._most_drafts(seq))
+            seq.drafts = propose(seq, most)[:most] if most > 0 else []
+            if seq.drafts:
+                total += len(seq.drafts)
+                plan.drafted.append((seq, 1 + len(seq.drafts)))
+                self._secure(seq, seq.num_tokens + len(seq.drafts))
+            else:
+                plan.decodes.append(seq)
+        return total
+
+    def _most_drafts(self, seq: Sequence) -> int:
+        """Drafts that may be of use: up to the last token allowed, in free blocks, this side of the long context."""
+        most = seq.max_tokens - seq.num_outputs - 1
+        border = self.budget.long_context_from
+        if border is not None and not seq.is_long:
+            most = min(most, border - seq.num_tokens)
+        room = (len(seq.blocks) + self.pool.num_free) * self.budget.block_size
+        return min(most, room - seq.num_tokens)
+
+    def _secure(self, seq: Sequence, num_tokens: int) -> None:
+        """Blocks for so many tokens; they must be free."""
+        while len(seq.blocks) * self.budget.block_size < num_tokens:
+            seq.blocks.append(self.pool.allocate())
 
     def _admit(self, plan: Plan, tokens: int, waiting: list[Sequence]) -> int:
         """Start waiting sequences as long as seats, blocks and tokens last; returns the tokens left."""
@@ -318,10 +371,9 @@ class Scheduler:
         ]
 
     def advance(self, seq: Sequence, count: int) -> bool:
-        """`count` more tokens of a sequence are computed. True if all are: the step gave it its next token."""
+        """`count` more of a sequence's tokens are computed. True if all are: the step gave it its next tokens."""
         seq.num_computed += count
-        if self.budget.has_cache and seq.num_computed // self.budget.block_size > seq.num_published:
-            self.prefixes.publish(seq)
+        self._publish(seq)
         if seq.pinned:
             self._unpin(seq, seq.num_computed)
         if seq.num_computed < seq.num_tokens:
@@ -332,20 +384,35 @@ class Scheduler:
             seq.status = Status.DECODING
         return True
 
-    def append(self, seq: Sequence, token_id: int) -> FinishReason | None:
-        """The next token of an advanced sequence. It ends here if the token says so or was the last allowed."""
-        seq.append(token_id)
-        if token_id in seq.stop_ids:
+    def _publish(self, seq: Sequence) -> None:
+        if self.budget.has_cache and seq.num_computed // self.budget.block_size > seq.num_published:
+            self.prefixes.publish(seq)
+
+    def commit(self, seq: Sequence, token_ids: Iterable[int]) -> FinishReason | None:
+        """The next tokens of an advanced sequence; all but the last were drafts, so that they are computed already.
+
+        It ends at a token that says so or is the last allowed; those after it are dropped.
+        """
+        reason: FinishReason | None = None
+        for token_id in token_ids:
+            seq.append(token_id)
+            if token_id in seq.stop_ids:
+                reason = "stop"
+            elif seq.num_tokens - seq.num_prompt >= seq.max_tokens:
+                reason = "length"
+            if reason is not None:
+                break
+        if seq.drafts:
+            seq.drafts = []
+            seq.num_computed = seq.num_tokens - 1
+            self._publish(seq)
+        if reason is not None:
             self._end(seq)
-            return "stop"
-        if seq.num_tokens - seq.num_prompt >= seq.max_tokens:
-            self._end(seq)
-            return "length"
-        if not seq.is_long and self._is_long(seq):
+        elif not seq.is_long and self._is_long(seq):
             seq.is_long = True
             seq.block_keys.clear()
             self._requeue(seq)
-        return None
+        return reason
 
     def _is_long(self, seq: Sequence) -> bool:
         border = self.budget.long_context_from
@@ -388,6 +455,7 @@ class Scheduler:
         seq.blocks = []
         seq.num_computed = 0
         seq.num_published = 0
+        seq.drafts = []
         self._unpin(seq, None)
         seq.hidden.clear()
 

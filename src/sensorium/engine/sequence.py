@@ -35,6 +35,7 @@ class Sequence:
         "blocks",
         "cached_tokens",
         "delta",
+        "drafts",
         "hidden",
         "id",
         "is_long",
@@ -79,6 +80,7 @@ class Sequence:
         self.tokens[: self.num_prompt] = prompt.token_ids
         self.last_token = int(prompt.token_ids[-1])
         self.delta = prompt.position_delta
+        self.drafts: list[int] = []  # guessed next tokens, of which the step that computes them keeps what is right
         self.plain_until = _plain_positions(prompt.positions, self.num_prompt)
         self.span_offsets = [span.offset for span in prompt.spans]
         self.item_keys: list[ItemKey] = [(request.salt, medium.key) for medium in prompt.media]

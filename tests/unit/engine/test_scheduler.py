@@ -59,10 +59,18 @@ def compute(scheduler: Scheduler, plan: Plan, token: int = 7, *, encode: bool = 
     for key in plan.encode if encode else ():
         scheduler.encoder.fill(key, key)
     ended = []
+    for seq, count in plan.drafted:
+        assert len(seq.blocks) * BLOCK >= seq.num_computed + count
+        right = next((i for i, draft in enumerate(seq.drafts) if draft != token), len(seq.drafts))
+        assert scheduler.advance(seq, 1)
+        if scheduler.commit(seq, [token] * (right + 1)):
+            ended.append(seq.id)
+        else:
+            assert seq.num_computed == seq.num_tokens - 1 or seq.status is Status.WAITING
     for seq, count in [*((seq, 1) for seq in plan.decodes), *plan.prefills]:
         for span in spans_within(seq, seq.num_computed, seq.num_computed + count):
             assert scheduler.encoder.rows(seq.item_keys[span.item]) is not None
-        if scheduler.advance(seq, count) and scheduler.append(seq, token):
+        if scheduler.advance(seq, count) and scheduler.commit(seq, [token]):
             ended.append(seq.id)
     return ended
 
@@ -82,9 +90,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         rows=st.integers(1, 10),
         encoder_rows=st.integers(1, 12),
         caching=st.booleans(),
+        drafts=st.integers(0, 3),
     )
-    def start(self, **options: Any) -> None:
+    def start(self, drafts: int, **options: Any) -> None:
         self.scheduler = make_scheduler(**options)
+        if drafts:
+            self.scheduler.propose = lambda seq, most: [5] * min(most, drafts)
         self.tokens = options["tokens"]
         self.alive: dict[int, Sequence] = {}
         self.awaited: dict[Any, MediaFeatures] = {}
@@ -138,7 +149,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not ended
         assert plan or plan.encode or self.awaited, "there is work and nothing is done"
         self.awaited |= plan.encode
-        sizes = [1] * len(plan.decodes) + [count for _, count in plan.prefills]
+        sizes = [count for _, count in plan.work]
         assert sum(sizes) <= self.tokens
         assert min(sizes, default=1) > 0
         planned = list(plan.encode.values())
@@ -366,3 +377,45 @@ def test_requests_that_make_no_sense_are_refused(request_: EngineRequest) -> Non
     assert refusal is not None
     assert refusal.finish_reason == "error"
     assert list(scheduler._by_id) == [1]
+
+
+@pytest.mark.parametrize(
+    ("stop", "max_tokens", "committed", "reason", "kept"),
+    [
+        ((), 9, [1, 2, 3], None, [7, 1, 2, 3]),
+        ((2,), 9, [1, 2, 3], "stop", [7, 1, 2]),
+        ((), 3, [1, 2, 3], "length", [7, 1, 2]),
+        ((2,), 3, [1, 2, 3], "stop", [7, 1, 2]),
+        ((1,), 9, [1], "stop", [7, 1]),
+    ],
+)
+def test_a_list_of_tokens_ends_where_one_of_them_ends_it(
+    stop: tuple[int, ...], max_tokens: int, committed: list[int], reason: str | None, kept: list[int]
+) -> None:
+    scheduler = make_scheduler()
+    sampling = SamplingParams(max_tokens, stop_token_ids=stop)
+    scheduler.add(replace(make_request(1, [9] * 3), sampling=sampling))
+    step(scheduler)
+    [seq] = scheduler.decoding
+    scheduler.propose = lambda seq, most: [1, 2]
+    scheduler._most_drafts = lambda seq: 2  # type: ignore[method-assign]
+    scheduler.schedule()
+    scheduler.advance(seq, 1)
+    assert scheduler.commit(seq, committed) == reason
+    assert seq.tokens[seq.num_prompt : seq.num_tokens].tolist() == kept
+    assert scheduler.has_work() == (reason is None)
+    scheduler.check_integrity()
+
+
+def test_drafts_take_no_more_than_they_may() -> None:
+    """Up to the last token allowed, half of what decodes leave of a step, and only blocks that are free."""
+    scheduler = make_scheduler(num_blocks=4, tokens=9)
+    scheduler.add(make_request(1, [1] * 3, 13))
+    step(scheduler)
+    scheduler.propose = lambda seq, most: [7] * 100
+    counts = []
+    while scheduler.has_work():
+        plan = step(scheduler)
+        counts.append([count for _, count in plan.work])
+    assert counts == [[5], [5], [2]]
+    assert scheduler.preemptions == 0
