@@ -10,7 +10,7 @@ import codecs
 from collections.abc import Sequence
 
 from sensorium.prompt.detokenize import Detokenizer
-from sensorium.prompt.tokenizer import Tokenizer
+from sensorium.prompt.tokenizer import Tokenizer, encoded
 
 _Utf8Decoder = codecs.getincrementaldecoder("utf-8")
 _CONTINUATIONS = frozenset(bytes([value]) for value in range(0x80, 0xC0))  # bytes that go on with a character
@@ -84,7 +84,7 @@ def _walked(tokenizer: Tokenizer, token_ids: Sequence[int], text: bytes) -> list
 def _told_by_tokenizer(tokenizer: Tokenizer, token_ids: Sequence[int], text: str) -> list[int] | None:
     """As the tokenizer tells them, which knows what its normalizer did; None if it makes other ids of the text."""
     for add_special_tokens in (True, False):
-        encoding = tokenizer.raw.encode(text, add_special_tokens=add_special_tokens)
+        encoding = encoded(tokenizer.raw, text, add_special_tokens, with_offsets=True)
         if encoding.ids == token_ids:
             return _starts(text, encoding.offsets, encoding.special_tokens_mask)
     return None

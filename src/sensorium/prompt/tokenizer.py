@@ -116,8 +116,7 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids. Text without marks is tokenized in one go, all literals in it being tokens."""
         if MARK not in text:
-            ids: list[int] = self.raw.encode(text, add_special_tokens=add_special_tokens).ids
-            return ids
+            return encoded(self.raw, text, add_special_tokens).ids
         found = self._verbatim.encode(rename_true(text, self._unmarked, self._name_of), add_special_tokens)
         if found is not None:
             return found
@@ -235,7 +234,7 @@ class _VerbatimVocabulary:
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int] | None:
         """Ids of text whose tokens stand under their names; None if plain letters gave a special token."""
-        encoding = self._raw.encode(text, add_special_tokens=add_special_tokens)
+        encoding = encoded(self._raw, text, add_special_tokens)
         in_text = [
             token_id
             for token_id, added in zip(encoding.ids, encoding.special_tokens_mask, strict=True)
@@ -244,6 +243,13 @@ class _VerbatimVocabulary:
         if not self._special.isdisjoint(in_text):
             return None
         return [self._id_of.get(token_id, token_id) for token_id in encoding.ids]
+
+
+def encoded(raw: RawTokenizer, text: str, add_special_tokens: bool, *, with_offsets: bool = False) -> Encoding:
+    """A text as tokens. The library's `encode` would keep every other thread waiting until it is done."""
+    encode = raw.encode_batch if with_offsets else raw.encode_batch_fast
+    (found,) = encode([text], add_special_tokens=add_special_tokens)
+    return found
 
 
 def _read_json(file: Path) -> dict[str, Any]:

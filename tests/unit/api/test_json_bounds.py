@@ -99,7 +99,12 @@ def test_what_is_counted_has_its_limit() -> None:
     with pytest.raises(RequestError, match="400 digits"):
         measured(b"[" + b"1234567890" * 41 + b"]")
     with pytest.raises(RequestError, match="escaped"):
-        measured(b'"' + b"\\n" * (2**24 + 1))
+        measured(b'"' + b"\\n" * (2**22 + 1))
+    with pytest.raises(RequestError, match="digits of numbers"):
+        measured(b"[" + b"1234567890," * (2**24 // 10 + 1), limits=replace(LIMITS, max_json_values=2**24))
+    with pytest.raises(RequestError, match="digits of numbers"):
+        measured(b"[" + (b"1" * 399 + b",") * (2**24 // 399 + 1))
+    measured(b'["' + b"1" * (2**24 + 1) + b'"]')
     measured(b'"' + b"\\u4e2d" * 2**20 + b'"')
 
 

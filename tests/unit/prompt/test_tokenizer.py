@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Callable, Sized
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from sensorium.errors import CheckpointError, RequestError, StartupError
 from sensorium.prompt import convert
 from sensorium.prompt.literals import CUT, MARK, NAME
-from sensorium.prompt.tokenizer import Tokenizer
+from sensorium.prompt.tokenizer import Tokenizer, encoded
 
 CHATML_NAMES = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
 RAW = {"byte_level": byte_level(), "llama": sentencepiece(), "llama_first": sentencepiece(prefix_first=True)}
@@ -255,6 +257,28 @@ def test_threads_do_not_disturb_each_other() -> None:
 
     with ThreadPoolExecutor(4) as threads:
         assert all(threads.map(both, range(400)))
+
+
+@pytest.mark.parametrize("encode", [
+    lambda tokenizer, text: tokenizer.encode(text), lambda tokenizer, text: encoded(tokenizer.raw, text, False),
+    lambda tokenizer, text: encoded(tokenizer.raw, text, False, with_offsets=True)])
+def test_long_texts_are_tokenized_beside_other_threads(encode: Callable[[Tokenizer, str], Sized]) -> None:
+    tokenizer, text = OURS["byte_level"], "你" * 300_000
+    turns, done = 0, threading.Event()
+
+    def others() -> None:
+        nonlocal turns
+        while not done.wait(0.001):
+            turns += 1
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(others)
+        before = turns
+        tokens = encode(tokenizer, text)
+        had = turns - before
+        done.set()
+    assert len(tokens) >= 300_000
+    assert had > 10
 
 
 def test_a_lower_bound_of_tokens_without_tokenizing() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from pydantic_core import from_json
 
-from sensorium.api.protocol.common import MAX_TEXT_CHARS
 from sensorium.config import Limits
 from sensorium.errors import RequestError
 
@@ -17,8 +16,10 @@ _DIGITS_ALIKE = bytes.maketrans(b"123456789", b"0" * 9)
 _MAX_DIGITS = 400
 """Of one number: reading it takes time by the square of its length."""
 _MAX_PARAM_CHARS = 64
-_MAX_ESCAPES = MAX_TEXT_CHARS
-"""In strings: each takes as long as dozens of plain letters."""
+_MAX_DIGITS_TOGETHER = 2**24
+"""Of all numbers: as many as a million token ids can have, and more."""
+_MAX_ESCAPES = 2**22
+"""In strings: each takes as long as dozens of plain letters, and nobody else runs while a body is parsed."""
 _SCANNED_BYTES = 64 * 1024
 _SMALL_BYTES, _SMALL_NODES, _SMALL_VALUES = 256 * 1024, 1024, 16 * 1024
 
@@ -55,7 +56,7 @@ class JsonBounds:
         self._pending_bytes = 0
         self._in_string = False
         self._in_escape = False  # the last byte was a backslash that belongs to the next one
-        self._commas = self._quotes = self._escapes = 0
+        self._commas = self._quotes = self._escapes = self._digits = 0
         self.nodes = self.size_bytes = 0
 
     @property
@@ -88,7 +89,9 @@ class JsonBounds:
         quotes = len(parts) - 1
         self._in_string ^= bool(quotes % 2)
         self._quotes += quotes
-        if b"0" * _MAX_DIGITS in outside.translate(_DIGITS_ALIKE):
+        alike = outside.translate(_DIGITS_ALIKE)
+        self._digits += alike.count(b"0")
+        if b"0" * _MAX_DIGITS in alike:
             raise RequestError(f"The body has a number of more than {_MAX_DIGITS} digits.", code="invalid_json")
         marks = outside.translate(None, _NOT_COUNTED)
         commas = marks.count(b",")
@@ -115,6 +118,7 @@ class JsonBounds:
             (self.nodes, self._max_nodes, "arrays, objects and keys"),
             (self.values, self._max_values, "values"),
             (self._escapes, _MAX_ESCAPES, "escaped characters"),
+            (self._digits, _MAX_DIGITS_TOGETHER, "digits of numbers"),
         ):
             if count > most:
                 raise TooManyValuesError(f"The body has more than {most} {what}", None)
