@@ -259,9 +259,14 @@ def test_threads_do_not_disturb_each_other() -> None:
         assert all(threads.map(both, range(400)))
 
 
-@pytest.mark.parametrize("encode", [
-    lambda tokenizer, text: tokenizer.encode(text), lambda tokenizer, text: encoded(tokenizer.raw, text, False),
-    lambda tokenizer, text: encoded(tokenizer.raw, text, False, with_offsets=True)])
+@pytest.mark.parametrize(
+    "encode",
+    [
+        lambda tokenizer, text: tokenizer.encode(text),
+        lambda tokenizer, text: encoded(tokenizer.raw, text, False),
+        lambda tokenizer, text: encoded(tokenizer.raw, text, False, with_offsets=True),
+    ],
+)
 def test_long_texts_are_tokenized_beside_other_threads(encode: Callable[[Tokenizer, str], Sized]) -> None:
     tokenizer, text = OURS["byte_level"], "你" * 300_000
     turns, done = 0, threading.Event()
