@@ -114,6 +114,12 @@ def test_imports_go_one_way() -> None:
     assert not found
 
 
+def test_serving_knows_neither_http_nor_pydantic() -> None:
+    names = {(file, name.split(".")[0]) for file, tree in TREES.items() for name in imports(tree)}
+    edge = {"pydantic", "pydantic_core", "uvicorn", "starlette", "httptools"}
+    assert not [(file, name) for file, name in names if layer(MODULES[file]) == "serving" and name in edge]
+
+
 def test_folders_are_sorted_from_top_to_bottom() -> None:
     order = [name for name in ALLOWED if name not in LEAVES]
     upward = [(name, other) for name in order for other in ALLOWED[name] if order.index(other) < order.index(name)]

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 from sensorium.api.context import Entry
 from sensorium.api.metrics import ModelMetrics
-from sensorium.api.protocol.sampling import SamplingBody, for_choice
+from sensorium.api.protocol.sampling import SamplingBody
 from sensorium.errors import EngineError, SensoriumError, UnavailableError
 from sensorium.prompt.detokenize import Detokenizer
-from sensorium.serving.model import all_in_order
+from sensorium.serving.concurrency import all_in_order
+from sensorium.serving.defaults import for_choice
 from sensorium.types import EngineOutput, EngineRequest, Prompt, SamplingParams, TokenLogprob
 
 if TYPE_CHECKING:

@@ -34,7 +34,7 @@ async def chat_completions(service: Service, call: Call) -> None:
                 request = request.without_messages()  # media in base64 are not kept while tokens come
                 pending.release()
                 permit.add_prompt_tokens(len(prompt.token_ids))
-                params = request.sampling(entry.defaults(), len(prompt.token_ids))
+                params = request.sampling(entry.model.defaults, len(prompt.token_ids))
                 answers = ask(
                     entry,
                     request,
@@ -51,7 +51,7 @@ async def chat_completions(service: Service, call: Call) -> None:
 async def _prompt(service: Service, call: Call, entry: Entry, request: ChatRequest, salt: bytes) -> tuple[Prompt, str]:
     """The prompt, and what the answer repeats: with `echo`, the assistant's last message that it continues."""
     conversation = request.conversation(entry.model.processor.modalities, service.limits)
-    prepared = await entry.model.prepare_chat(
+    prepared = await entry.model.prompts.prepare_chat(
         conversation.messages,
         conversation.media,
         add_special_tokens=bool(request.add_special_tokens),

@@ -35,7 +35,7 @@ async def completions(service: Service, call: Call) -> None:
                 prompts = await _prompts(entry, request, call.turn)
                 pending.release()
                 permit.add_prompt_tokens(sum(len(prompt.token_ids) for prompt in prompts))
-                defaults = entry.defaults()
+                defaults = entry.model.defaults
                 asked = [(prompt, request.sampling(defaults, len(prompt.token_ids))) for prompt in prompts]
                 salt = service.salts.of(call.tenant, request.cache_salt)
                 answers = ask(entry, request, asked, salt, started_s=call.started_s, continues=True)
@@ -48,7 +48,8 @@ async def _prompts(entry: Entry, request: CompletionRequest, tenant: bytes) -> l
     start_s = time.perf_counter()
     special = request.add_special_tokens is not False
     prompts = [
-        await entry.model.text_prompt(prompt, add_special_tokens=special, tenant=tenant) for prompt in request.prompts
+        await entry.model.prompts.text_prompt(prompt, add_special_tokens=special, tenant=tenant)
+        for prompt in request.prompts
     ]
     entry.metrics.observe_prompt(time.perf_counter() - start_s)
     return prompts

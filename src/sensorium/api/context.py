@@ -17,12 +17,12 @@ from sensorium.api.guards.origin import OriginCheck
 from sensorium.api.metrics import Metrics, ModelMetrics
 from sensorium.api.playground import read_pages
 from sensorium.api.protocol.common import UnknownFields
-from sensorium.api.protocol.sampling import ModelDefaults
 from sensorium.api.transport.asgi import Call
 from sensorium.api.transport.errors import ModelNotFoundError
 from sensorium.config import Limits, ServerConfig
 from sensorium.errors import RequestError, UnavailableError
 from sensorium.serving.model import ServedModel
+from sensorium.serving.tasks import TASKS
 from sensorium.system.heap import Sweeper
 
 if TYPE_CHECKING:
@@ -31,16 +31,6 @@ if TYPE_CHECKING:
 
 POOLING_REQUESTS = 4
 """Of the largest size, that may be computing or waiting."""
-
-TASKS: Mapping[str, str] = {
-    "generate": "generate text (/v1/chat/completions, /v1/completions)",
-    "embed": "embed (/v1/embeddings, /score, /rerank)",
-    "token_embed": "embed tokens (/pooling)",
-    "classify": "classify (/classify)",
-    "token_classify": "classify tokens (/pooling)",
-    "score": "score (/score, /rerank)",
-}
-"""What clients are told that a model can do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +58,6 @@ class Entry:
         can = "; ".join(TASKS[one] for one in self.model.tasks)
         raise RequestError(
             f"The model {self.name!r} does not {wanted} here. It can: {can}.", param=param, code="unsupported_task"
-        )
-
-    def defaults(self) -> ModelDefaults:
-        checkpoint = self.model.checkpoint
-        return ModelDefaults.of(
-            checkpoint.generation,
-            max_model_len=self.model.max_model_len,
-            vocab_size=checkpoint.vocab_size,
-            stop_token_ids=checkpoint.stop_token_ids,
         )
 
 

@@ -15,7 +15,7 @@ from sensorium.types import EngineReady, EngineStats
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
-    from sensorium.serving.model import MediaTiming
+    from sensorium.serving.media import MediaTiming
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 

@@ -20,7 +20,8 @@ from sensorium.api.transport.asgi import Call
 from sensorium.api.transport.body import read_request
 from sensorium.errors import ContextLengthError, EngineError, RequestError, SensoriumError, UnavailableError
 from sensorium.prompt.encode import Truncation
-from sensorium.serving.model import ServedModel, all_in_order
+from sensorium.serving.concurrency import all_in_order
+from sensorium.serving.model import ServedModel
 from sensorium.types import EngineRequest, PoolingParams, PoolingTask, Prompt
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def chosen_prompt(job: Job[PromptedBody], task: PoolingTask) -> str:
         if param is not None:
             raise RequestError(f"`{param}` goes with embeddings; the task here is {task}.", param=param)
         return ""
-    prompt = job.model.prompts.chosen(request.prompt_name, request.input_type)
+    prompt = job.model.instructions.chosen(request.prompt_name, request.input_type)
     if request.has_texts:
         return prompt
     if param is not None and prompt:
@@ -117,7 +118,9 @@ async def pool_inputs(
         inputs = [prompt + text if isinstance(text, str) else text for text in inputs]
         params = replace(
             params,
-            prompt_tokens=job.model.unpooled_tokens(prompt, add_special_tokens=request.add_special_tokens is not False),
+            prompt_tokens=job.model.prompts.unpooled_tokens(
+                prompt, add_special_tokens=request.add_special_tokens is not False
+            ),
         )
     is_list = isinstance(request.input, list) and not isinstance(request.input[0], int)
     places = [f"input[{index}]" if is_list else "input" for index in range(len(inputs))]
@@ -157,7 +160,7 @@ async def make_prompts(
     made: dict[int, Prompt] = {}
     if texts:
         start_s = time.perf_counter()
-        prompts = await job.model.text_prompts(
+        prompts = await job.model.prompts.text_prompts(
             list(texts.values()),
             add_special_tokens=job.request.add_special_tokens is not False,
             truncation=truncation,
@@ -188,7 +191,7 @@ def _check_media(job: Job[PoolingBody], chats: Sequence[Conversation]) -> None:
 
 
 async def _chat_prompt(job: Job[PoolingBody], chat: Conversation, truncation: Truncation | None) -> Prompt:
-    prepared = await job.model.prepare_chat(
+    prepared = await job.model.prompts.prepare_chat(
         chat.messages,
         chat.media,
         add_special_tokens=bool(job.request.add_special_tokens),

@@ -157,7 +157,7 @@ def _texts(side: Side) -> list[str]:
 
 
 async def _compared(job: Job[ComparingBody], left: Side, right: Side) -> Pooled:
-    before = job.model.prompts.of("query"), job.model.prompts.of("document")
+    before = job.model.instructions.of("query"), job.model.instructions.of("document")
     inputs = [
         [_input(job, side, index, prompt) for index in range(len(side.items))]
         for side, prompt in zip((left, right), before, strict=True)
@@ -179,7 +179,7 @@ def _params(job: Job[ComparingBody], given: PooledInput, prompt: str) -> Pooling
     if not isinstance(given, str):
         return PoolingParams("embed")
     add = job.request.add_special_tokens is not False
-    return PoolingParams("embed", prompt_tokens=job.model.unpooled_tokens(prompt, add_special_tokens=add))
+    return PoolingParams("embed", prompt_tokens=job.model.prompts.unpooled_tokens(prompt, add_special_tokens=add))
 
 
 def _input(job: Job[ComparingBody], side: Side, index: int, prompt: str) -> PooledInput:

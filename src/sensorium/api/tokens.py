@@ -36,11 +36,11 @@ async def tokenize(service: Service, call: Call) -> None:
 
 async def _tokens(service: Service, call: Call, model: ServedModel, request: TokenizeRequest) -> list[int]:
     if request.prompt is not None:
-        return await model.encode(
+        return await model.prompts.encode(
             request.prompt, add_special_tokens=request.add_special_tokens is not False, tenant=call.turn
         )
     conversation = request.conversation(model.processor.modalities, service.limits)
-    prompt = await model.chat_prompt(
+    prompt = await model.prompts.chat_prompt(
         conversation.messages,
         conversation.media,
         add_special_tokens=bool(request.add_special_tokens),

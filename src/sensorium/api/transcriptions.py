@@ -12,7 +12,6 @@ import msgspec
 from sensorium.api.answer import Answer, Answers, ask
 from sensorium.api.context import Entry, Service
 from sensorium.api.protocol.audio import AudioRequest, parse_fields
-from sensorium.api.protocol.sampling import answer_length
 from sensorium.api.transport.asgi import Call
 from sensorium.api.transport.frames import Frames, StreamHead
 from sensorium.api.transport.multipart import read_form
@@ -20,7 +19,8 @@ from sensorium.api.transport.sse import EventStream
 from sensorium.errors import RequestError
 from sensorium.media.source import MediaSource
 from sensorium.prompt.messages import MediaPart, Message, TextPart
-from sensorium.serving.model import Prepared
+from sensorium.serving.defaults import completion_length
+from sensorium.serving.prompts import Prepared
 from sensorium.types import SamplingParams
 
 FILE = "file"
@@ -74,7 +74,7 @@ async def _prompt(
     service: Service, call: Call, entry: Entry, request: AudioRequest, file: bytes, translates: bool
 ) -> Prepared:
     message = Message("user", (MediaPart("audio"), TextPart(request.instruction(translates=translates))))
-    prepared = await entry.model.prepare_chat(
+    prepared = await entry.model.prompts.prepare_chat(
         [message], [MediaSource("audio", FILE, payload=file)], tenant=call.turn, salt=service.salts.of(call.tenant)
     )
     entry.metrics.observe_prompt(prepared.text_s, prepared.media)
@@ -82,8 +82,8 @@ async def _prompt(
 
 
 def _sampling(entry: Entry, request: AudioRequest, prompt_tokens: int) -> SamplingParams:
-    defaults = entry.defaults()
-    max_tokens = answer_length(defaults, prompt_tokens, request.max_completion_tokens, None, 1, FILE)
+    defaults = entry.model.defaults
+    max_tokens = completion_length(defaults, prompt_tokens, request.max_completion_tokens, None, 1, FILE)
     return request.sampling_body().sampling_with(defaults, max_tokens=max_tokens, logprobs=None)
 
 

@@ -241,7 +241,7 @@ async def test_leaving_while_the_prompt_is_made_ends_that_too(monkeypatch: pytes
             raise
 
     async with serving() as served:
-        monkeypatch.setattr(served.http._app.service.entries[0].model, "prepare_chat", fetching)
+        monkeypatch.setattr(served.http._app.service.entries[0].model.prompts, "prepare_chat", fetching)
         _, writer = await open_request(served.port)
         await until(lambda: len(served.http._app.service.flights) == 1)
         writer.close()

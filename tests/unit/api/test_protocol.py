@@ -17,7 +17,6 @@ from sensorium.api.protocol.common import Body, UnknownFields
 from sensorium.api.protocol.completion import CompletionRequest
 from sensorium.api.protocol.other_servers import ANSWERS, IGNORED
 from sensorium.api.protocol.pooling import ClassifyRequest, EmbeddingsRequest, PoolingRequest
-from sensorium.api.protocol.sampling import ModelDefaults, for_choice
 from sensorium.api.protocol.score import RerankRequest, ScoreRequest
 from sensorium.api.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from sensorium.api.protocol.validation import parse_json
@@ -25,6 +24,7 @@ from sensorium.api.routes import ROUTES
 from sensorium.config import Limits, ServerConfig
 from sensorium.errors import ContextLengthError, RequestError, UnsupportedFieldError
 from sensorium.prompt.messages import MediaPart, TextPart
+from sensorium.serving.defaults import ModelDefaults, for_choice
 from sensorium.types import SamplingParams
 
 MESSAGES = [{"role": "user", "content": "hi"}]

@@ -9,9 +9,10 @@ from pydantic_core import PydanticCustomError
 
 from sensorium.api.protocol.common import INT32_MAX, Count, Name, Text
 from sensorium.api.protocol.content import Conversation, Messages, conversation
-from sensorium.api.protocol.sampling import ModelDefaults, SamplingBody, answer_length
+from sensorium.api.protocol.sampling import SamplingBody
 from sensorium.config import Limits, ServerConfig
 from sensorium.errors import RequestError
+from sensorium.serving.defaults import ModelDefaults, completion_length
 from sensorium.types import Modality, SamplingParams
 
 
@@ -72,7 +73,7 @@ class TemplateFields:
         return {name: value for name, value in own.items() if value is not None} | (self.chat_template_kwargs or {})
 
     def template_options(self) -> dict[str, Any]:
-        """The options of `ServedModel.prepare_chat` that these fields are."""
+        """The options of `PromptBuilder.prepare_chat` that these fields are."""
         return {
             "add_generation_prompt": self.generates_prompt,
             "chat_template": self.chat_template,
@@ -116,5 +117,5 @@ class ChatRequest(SamplingBody, TemplateFields):
         return self.sampling_with(
             defaults,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
-            max_tokens=answer_length(defaults, prompt_tokens, wanted, None, self.choices, "messages"),
+            max_tokens=completion_length(defaults, prompt_tokens, wanted, None, self.choices, "messages"),
         )

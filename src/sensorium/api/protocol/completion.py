@@ -9,9 +9,10 @@ from pydantic import Discriminator, Field, Tag
 
 from sensorium.api.protocol.common import Count, Text, TokenId
 from sensorium.api.protocol.other_servers import COMPLETIONS, Foreign
-from sensorium.api.protocol.sampling import ModelDefaults, SamplingBody, answer_length
+from sensorium.api.protocol.sampling import SamplingBody
 from sensorium.config import Limits
 from sensorium.errors import RequestError
+from sensorium.serving.defaults import ModelDefaults, completion_length
 from sensorium.types import SamplingParams
 
 MAX_PROMPTS = 1024
@@ -80,5 +81,5 @@ class CompletionRequest(SamplingBody):
             defaults,
             logprobs=self.logprobs,
             prompt_logprobs=scored,
-            max_tokens=answer_length(defaults, prompt_tokens, wanted, DEFAULT_MAX_TOKENS, self.choices, "prompt"),
+            max_tokens=completion_length(defaults, prompt_tokens, wanted, DEFAULT_MAX_TOKENS, self.choices, "prompt"),
         )

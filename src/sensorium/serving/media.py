@@ -1,0 +1,198 @@
+"""Media of a request, from where they come to what an encoder takes: fetch, key, size, count, decode, process.
+
+Cheap checks run before expensive ones: counts before fetching, sizes before decoding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sensorium.config import Limits, MiB, ServerConfig
+from sensorium.errors import MediaError, RequestError, ServerError
+from sensorium.media.loader import MediaLoader
+from sensorium.media.source import MediaSource, RawMedia
+from sensorium.media.turns import Turns
+from sensorium.processors.base import Processor
+from sensorium.prompt.messages import MediaPart, Message
+from sensorium.serving.concurrency import PromptThreads, all_in_order
+from sensorium.types import MediaFeatures, Modality
+
+SHORT_PAYLOAD = 64 * 1024  # bytes that are hashed on the event loop
+FEATURE_CACHE_BYTES = 64 * MiB
+
+
+@dataclass(frozen=True, slots=True)
+class MediaTiming:
+    """How long one media item took, queueing included. A cached one was only fetched."""
+
+    kind: Modality
+    fetch_s: float
+    decode_s: float = 0.0
+    process_s: float = 0.0
+    cached: bool = False
+    duration_s: float = 0.0  # the item's own
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """A media item before it is decoded. `features` are set where the cache has them."""
+
+    raw: RawMedia
+    key: bytes
+    num_tokens: int
+    fetch_s: float
+    features: MediaFeatures | None
+
+
+@dataclass(frozen=True, slots=True)
+class MediaSettings:
+    """What all media of a request have in common."""
+
+    processor: Processor
+    overrides: Mapping[str, Any]  # of the processor, by the request
+    tenant: bytes
+    salt: bytes
+
+
+class MediaPipeline:
+    """One model's way for media. `limits` are the most items of each kind in one request."""
+
+    def __init__(
+        self, loader: MediaLoader, threads: PromptThreads, limits: Mapping[Modality, int], workers: int
+    ) -> None:
+        self.limits = limits
+        self._loader = loader
+        self._threads = threads
+        self._cache = FeatureCache(FEATURE_CACHE_BYTES)
+        # Decoded media are large: no more of them at once than there are workers. One tenant never has all of them.
+        self._decoding = Turns(workers + 1, workers)
+
+    def check(self, messages: Sequence[Message], media: Sequence[MediaSource], modalities: frozenset[Modality]) -> None:
+        places = [part.kind for message in messages for part in message.content if isinstance(part, MediaPart)]
+        if places != [source.kind for source in media]:
+            raise ServerError
+        counts: Counter[Modality] = Counter()
+        for source in media:
+            kind = source.kind
+            if kind not in modalities:
+                raise MediaError(f"This model takes no {kind} input.", param=source.param, code="unsupported_modality")
+            counts[kind] += 1
+            if counts[kind] > self.limits[kind]:
+                raise RequestError(
+                    f"At most {self.limits[kind]} {kind}(s) may be given in one request, but it "
+                    f"has {places.count(kind)}. The operator sets this with --limit-mm-per-prompt.",
+                    param=source.param,
+                    code=f"too_many_{kind}s",
+                )
+
+    async def fetch(self, sources: Sequence[MediaSource], settings: MediaSettings) -> list[Fetched]:
+        """All of them at the same time, each with the tokens that it will take; nothing is decoded yet."""
+        return await all_in_order(self._fetch(source, settings) for source in sources)
+
+    async def process(
+        self, fetched: Sequence[Fetched], settings: MediaSettings
+    ) -> tuple[list[MediaFeatures], list[MediaTiming]]:
+        """What the encoders take of each item, in order. An item that is given twice is decoded once."""
+        first_of = {item.key: item for item in reversed(fetched)}
+        made = await all_in_order(self._process(item, settings) for item in first_of.values())
+        by_key = dict(zip(first_of, made, strict=True))
+        timings = [
+            by_key[item.key][1] if first_of[item.key] is item else MediaTiming(item.raw.kind, item.fetch_s, cached=True)
+            for item in fetched
+        ]
+        return [by_key[item.key][0] for item in fetched], timings
+
+    async def _fetch(self, source: MediaSource, settings: MediaSettings) -> Fetched:
+        begin = time.perf_counter()
+        processor = settings.processor
+        raw = await self._loader.fetch(source, settings.tenant)
+        key = await self._threads.run(
+            len(raw.payload) <= SHORT_PAYLOAD,
+            lambda: feature_key(raw.kind, raw.declared_type, raw.payload, settings.overrides, settings.salt),
+            settings.tenant,
+        )
+        fetch_s = time.perf_counter() - begin
+        features = self._cache.get(key)
+        if features is not None:
+            return Fetched(raw, key, features.num_rows, fetch_s, features)
+        size = self._loader.probe(raw, sampling=processor.video_sampling(), sample_rate=processor.sample_rate)
+        try:
+            count = processor.num_tokens(raw.kind, size.height, size.width, size.frames)
+        except MediaError as error:
+            error.param = error.param or raw.param
+            raise
+        return Fetched(raw, key, count, fetch_s, None)
+
+    async def _process(self, item: Fetched, settings: MediaSettings) -> tuple[MediaFeatures, MediaTiming]:
+        kind, processor = item.raw.kind, settings.processor
+        duration_s = item.raw.info.duration_s if item.raw.info is not None else 0.0
+        if item.features is not None:
+            return item.features, MediaTiming(kind, item.fetch_s, cached=True, duration_s=duration_s)
+        begin = time.perf_counter()
+        async with self._decoding.taken(settings.tenant):
+            decoded = await self._loader.decode(
+                item.raw, sampling=processor.video_sampling(), sample_rate=processor.sample_rate, tenant=settings.tenant
+            )
+            decoded_s = time.perf_counter()
+            features = await self._threads.run(False, lambda: processor.process(decoded), settings.tenant)
+        self._cache.put(item.key, features)
+        return features, MediaTiming(
+            kind, item.fetch_s, decoded_s - begin, time.perf_counter() - decoded_s, duration_s=duration_s
+        )
+
+
+def feature_key(
+    kind: Modality, declared_type: str | None, payload: bytes, settings: Mapping[str, Any], salt: bytes
+) -> bytes:
+    """What a media item's features depend on, each field framed. The declared type decides whether the file is taken.
+    `salt` separates tenants: the time of a response would tell one what another has sent."""
+    fields = [kind, declared_type, settings, len(payload), salt.hex()]
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    digest.update(b"\0")
+    digest.update(payload)
+    return digest.digest()
+
+
+class FeatureCache:
+    """Processed media that were seen lately, so that a conversation that repeats an image does not decode it again.
+
+    Entries are found by `feature_key` and removed by size in bytes, least recently used first. Used on the event loop
+    only.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._entries: OrderedDict[bytes, MediaFeatures] = OrderedDict()
+        self.size_bytes = 0
+
+    def get(self, key: bytes) -> MediaFeatures | None:
+        found = self._entries.get(key)
+        if found is not None:
+            self._entries.move_to_end(key)
+        return found
+
+    def put(self, key: bytes, features: MediaFeatures) -> None:
+        size = _size(features)
+        if key in self._entries or size > self._max_bytes:
+            return
+        self._entries[key] = features
+        self.size_bytes += size
+        while self.size_bytes > self._max_bytes:
+            _, forgotten = self._entries.popitem(last=False)
+            self.size_bytes -= _size(forgotten)
+
+
+def _size(features: MediaFeatures) -> int:
+    return sum(array.nbytes for array in features.arrays.values())
+
+
+def media_limits(server: ServerConfig, limits: Limits) -> dict[Modality, int]:
+    """Media per request: what --limit-mm-per-prompt says of a kind, else the general limit."""
+    general: dict[Modality, int] = {"image": limits.max_images, "video": limits.max_videos, "audio": limits.max_audios}
+    return {kind: server.limit_mm_per_prompt.get(kind, count) for kind, count in general.items()}

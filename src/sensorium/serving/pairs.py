@@ -1,0 +1,112 @@
+"""Two texts as one prompt, for cross-encoders: through a template for pairs, or one put after the other."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from sensorium.errors import ContextLengthError, RequestError
+from sensorium.prompt.encode import PairLimits, Truncation, encode_pairs
+from sensorium.prompt.messages import Message, TextPart
+from sensorium.serving.concurrency import PromptThreads, all_in_order
+from sensorium.serving.lengths import ContextLimit
+from sensorium.serving.prompts import PromptBuilder
+from sensorium.types import Prompt
+
+PAIRS_AT_ONCE = 8  # that are rendered at the same time
+PAIR_SLACK = 64  # tokens by which a pair that was cut may be too long all the same, since texts are cut and not tokens
+PAIR_ATTEMPTS = 4  # to cut it again
+
+
+class PairPrompts:
+    """`system` is the model's default prompt: it stands before the first text, or is the template's system message.
+    `has_types`: the model tells the texts apart by token types."""
+
+    def __init__(
+        self, prompts: PromptBuilder, limit: ContextLimit, threads: PromptThreads, *, system: str, has_types: bool
+    ) -> None:
+        self._prompts = prompts
+        self._limit = limit
+        self._threads = threads
+        self._system = system
+        self._has_types = has_types
+
+    async def templated(
+        self, pairs: Sequence[tuple[str, str]], limits: PairLimits, *, params: Sequence[str], tenant: bytes = b""
+    ) -> list[Prompt]:
+        """Through the template. `params` says where the second text of each pair stands in the request."""
+        found: list[Prompt] = []
+        for start in range(0, len(pairs), PAIRS_AT_ONCE):
+            some = slice(start, start + PAIRS_AT_ONCE)
+            found += await all_in_order(
+                self._templated(query, document, limits, param, tenant)
+                for (query, document), param in zip(pairs[some], params[some], strict=True)
+            )
+        return found
+
+    async def joined(
+        self, pairs: Sequence[tuple[str, str]], limits: PairLimits, *, params: Sequence[str], tenant: bytes = b""
+    ) -> list[Prompt]:
+        """One text after the other. `params` as above."""
+        pairs = [(self._system + query, document) for query, document in pairs]
+
+        def made() -> list[Prompt]:
+            if not limits.shortens_documents:
+                for pair, param in zip(pairs, params, strict=True):
+                    self._limit.check_text(max(pair, key=len), param)
+            rows = encode_pairs(self._prompts.tokenizer, pairs, limits)
+            return [
+                self._prompts.prompt_of_ids(ids, param, types if has_types else None)
+                for (ids, types), param in zip(rows, params, strict=True)
+            ]
+
+        has_types = self._has_types
+        return await self._threads.run(False, made, tenant)
+
+    async def _templated(self, query: str, document: str, limits: PairLimits, param: str, tenant: bytes) -> Prompt:
+        """One pair through the template; the document is cut where the pair is to be, so that the end stays."""
+        query = self._first_tokens(query, limits.max_query_tokens or None)
+        document = self._first_tokens(document, limits.max_document_tokens or None)
+        await asyncio.sleep(0)  # there may be thousands
+        if limits.total is None:
+            return await self._pair(query, document, param, tenant)
+        slack = Truncation(limits.total + PAIR_SLACK)
+        room = limits.total - len((await self._pair(query, "", param, tenant, slack)).token_ids)
+        for _ in range(PAIR_ATTEMPTS):
+            if room < 0:
+                break
+            prompt = await self._pair(query, self._first_tokens(document, room), param, tenant, slack)
+            excess = len(prompt.token_ids) - limits.total
+            if excess <= 0:
+                return prompt
+            room -= excess
+        raise ContextLengthError(
+            f"The query and the template leave no room for a document: the two may have {limits.total} tokens.",
+            param=param,
+        )
+
+    async def _pair(
+        self, query: str, document: str, param: str, tenant: bytes, truncation: Truncation | None = None
+    ) -> Prompt:
+        system = self._system
+        messages = [
+            Message(role, (TextPart(text),))
+            for role, text in (("system", system), ("query", query), ("document", document))
+            if text or role != "system"
+        ]
+        try:
+            prepared = await self._prompts.prepare_chat(
+                messages, (), add_generation_prompt=False, truncation=truncation, tenant=tenant
+            )
+        except RequestError as error:
+            error.param = param
+            raise
+        return prepared.prompt
+
+    def _first_tokens(self, text: str, count: int | None) -> str:
+        """The text of its first tokens; all of it with None."""
+        if count is None:
+            return text
+        text = Truncation(max(count, 1)).shorten(text)
+        ids = self._prompts.tokenizer.encode(self._prompts.tokenizer.escape(text))
+        return text if len(ids) <= count else self._prompts.tokenizer.decode(ids[:count], skip_special_tokens=False)

@@ -1,0 +1,306 @@
+"""Requests in the project's own types -> prompts: templates, tokenization, media, lengths, and what is wrong with them.
+
+Everything that can be the client's fault is found here, and cheap checks run before expensive ones: template and counts
+before fetching, sizes and context before decoding. Nothing that takes long runs on the event loop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sensorium.checkpoint.configs import Checkpoint
+from sensorium.checkpoint.pooling import PoolingSpec
+from sensorium.config import ServerConfig
+from sensorium.errors import RequestError
+from sensorium.media.source import MediaSource
+from sensorium.processors.base import Processor
+from sensorium.prompt.encode import Ids, Truncation, encode_texts
+from sensorium.prompt.messages import Message, TextPart
+from sensorium.prompt.tokenizer import Tokenizer
+from sensorium.serving.concurrency import PromptThreads
+from sensorium.serving.lengths import ContextLimit
+from sensorium.serving.media import Fetched, MediaPipeline, MediaSettings, MediaTiming
+from sensorium.serving.templates import Templates
+from sensorium.types import MediaFeatures, Prompt
+
+SHORT_TEXT = 2000  # characters that are tokenized sooner than a thread takes over
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A prompt and what it cost. `text_s` is rendering and tokenizing."""
+
+    prompt: Prompt
+    text_s: float
+    media: tuple[MediaTiming, ...] = ()
+
+
+class PromptBuilder:
+    """One model's prompts."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        tokenizer: Tokenizer,
+        processor: Processor,
+        *,
+        templates: Templates,
+        media: MediaPipeline,
+        limit: ContextLimit,
+        threads: PromptThreads,
+        server: ServerConfig,
+        pooling: PoolingSpec,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.processor = processor
+        self.vocab_size = checkpoint.vocab_size
+        self._templates = templates
+        self._media = media
+        self._limit = limit
+        self._threads = threads
+        self._server = server
+        self._pooling = pooling
+
+    async def chat_prompt(self, messages: Sequence[Message], media: Sequence[MediaSource], **options: Any) -> Prompt:
+        """`prepare_chat` for who does not count the time."""
+        return (await self.prepare_chat(messages, media, **options)).prompt
+
+    async def prepare_chat(
+        self,
+        messages: Sequence[Message],
+        media: Sequence[MediaSource],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        add_special_tokens: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+        pooled: bool = False,
+        truncation: Truncation | None = None,
+        tenant: bytes = b"",
+        salt: bytes = b"",
+    ) -> Prepared:
+        """Messages and their media, in order of appearance, as one prompt. Tenants take turns where they must wait;
+        processed media are kept for those of the same `salt` only.
+
+        `add_special_tokens` False adds nothing but what the checkpoint's processor would: a BOS that a multimodal
+        model's template leaves to the tokenizer. `pooled`: no completion follows, the prompt itself is looked at.
+        """
+        self._media.check(messages, media, self.processor.modalities)
+        processor = self._processor_for(mm_processor_kwargs or {})
+        template = await self._templates.find(chat_template, tenant, pooled=pooled)
+        begin = time.perf_counter()
+        small = _is_small(messages)
+        variables = await self._threads.run(
+            small,
+            lambda: template.variables(
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                kwargs=template_kwargs,
+            ),
+            tenant,
+        )
+        self._templates.note_unread(template.unread(template_kwargs or {}))
+        text = await self._templates.render(template, variables, tenant, is_foreign=chat_template is not None)
+        if continue_final_message:
+            text = template.cut(text)
+        text_s = time.perf_counter() - begin
+        settings = MediaSettings(processor, mm_processor_kwargs or {}, tenant, salt)
+        fetched = await self._media.fetch(media, settings)
+        await self._check_fits_before_decoding(fetched, text, settings)
+        features, timings = await self._media.process(fetched, settings)
+        begin = time.perf_counter()
+        add = self._adds_special_tokens(text, add_special_tokens)
+        prompt = await self._threads.run(
+            small and len(media) <= 4, lambda: self._build(processor, text, features, add), tenant
+        )
+        text_s += time.perf_counter() - begin
+        if truncation is not None and not prompt.media:
+            prompt = Prompt(truncation.cut(prompt.token_ids))
+        self._limit.check(prompt, "messages")
+        return Prepared(prompt, text_s, tuple(timings))
+
+    async def encode(self, text: str, *, add_special_tokens: bool, tenant: bytes = b"") -> list[int]:
+        """Token ids of a text in which special tokens are tokens."""
+
+        def made() -> list[int]:
+            self._limit.check_text(text, "prompt")
+            return self.tokenizer.encode(self.tokenizer.sanitize(text), add_special_tokens=add_special_tokens)
+
+        return await self._threads.run(len(text) <= SHORT_TEXT, made, tenant)
+
+    async def text_prompt(
+        self, text_or_ids: str | Sequence[int], *, add_special_tokens: bool = True, tenant: bytes = b""
+    ) -> Prompt:
+        """A prompt without messages: text in which special tokens are tokens, or token ids."""
+        if len(text_or_ids) == 0:
+            raise RequestError("The prompt is empty.", param="prompt", code="empty_prompt")
+        if isinstance(text_or_ids, str):
+            text = self.tokenizer.sanitize(text_or_ids)
+            prompt = await self._threads.run(
+                len(text) <= SHORT_TEXT,
+                lambda: self._build(self.processor, text, (), add_special_tokens, param="prompt"),
+                tenant,
+            )
+        else:
+            prompt = self._prompt_of_request_ids(text_or_ids)
+        self._limit.check(prompt, "prompt")
+        return prompt
+
+    async def text_prompts(
+        self,
+        texts: Sequence[str | Sequence[int]],
+        *,
+        add_special_tokens: bool = True,
+        truncation: Truncation | None = None,
+        params: Sequence[str],
+        tenant: bytes = b"",
+    ) -> list[Prompt]:
+        """`text_prompt` of many, either all texts or all token ids, in one go. `params` says where each stands in the
+        request."""
+
+        def made() -> list[Prompt]:
+            rows = self._encoded(texts, add_special_tokens, truncation, params)
+            return [self.prompt_of_ids(row, param) for row, param in zip(rows, params, strict=True)]
+
+        return await self._threads.run(len(texts) == 1 and len(texts[0]) <= SHORT_TEXT, made, tenant)
+
+    def unpooled_tokens(self, prompt: str, *, add_special_tokens: bool) -> int:
+        """Tokens at the beginning that take no part in pooling where this prompt stands before a text and the
+        checkpoint says so: the special tokens before the text are among them, as in sentence-transformers."""
+        if self._pooling.include_prompt or not prompt:
+            return 0
+        ids = self._encoded([prompt], add_special_tokens, None, ["input"])[0]
+        return len(ids) - (len(ids) > 0 and int(ids[-1]) in self.tokenizer.special_ids)
+
+    def _build(
+        self,
+        processor: Processor,
+        text: str,
+        features: Sequence[MediaFeatures],
+        add_special_tokens: bool,
+        param: str = "messages",
+    ) -> Prompt:
+        self._limit.check_text(text, param)
+        try:
+            prompt = processor.build(text, features, add_special_tokens=add_special_tokens)
+        except RequestError as error:
+            error.param = error.param or param
+            raise
+        if len(prompt.token_ids) == 0:
+            raise RequestError("The prompt has no tokens.", param=param, code="empty_prompt")
+        is_text = np.ones(len(prompt.token_ids), bool)
+        for span in prompt.spans:  # their rows come from a tower, whatever the token's number
+            is_text[span.offset : span.offset + span.length] = False
+        self._check_in_table(prompt.token_ids[is_text], param)
+        return prompt
+
+    def _check_in_table(self, ids: Ids, param: str) -> None:
+        """Tokens that a tokenizer knows and the checkpoint has no embedding of are refused, as token ids are."""
+        vocab_size = self.vocab_size
+        if len(ids) and (highest := int(ids.max())) >= vocab_size:
+            raise RequestError(
+                f"The text has the token {self.tokenizer.id_to_token(highest)!r} with the id {highest}, but this model "
+                f"has embeddings of 0 to {vocab_size - 1} only. Leave it out.",
+                param=param,
+                code="invalid_token_id",
+            )
+
+    def _prompt_of_request_ids(self, token_ids: Sequence[int]) -> Prompt:
+        ids = self._checked_ids(token_ids, "prompt")
+        self._check_no_placeholders(ids, "prompt")
+        positions, delta = self.processor.positions(ids, (), ())
+        return Prompt(ids, positions=positions, position_delta=delta)
+
+    def _checked_ids(self, token_ids: Sequence[int], param: str) -> Ids:
+        vocab_size = self.vocab_size
+        if any(isinstance(token_id, bool) or not isinstance(token_id, int) for token_id in token_ids):
+            raise RequestError("Token ids must be integers.", param=param, code="invalid_token_id")
+        if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+            raise RequestError(
+                f"Token ids of this model are 0 to {vocab_size - 1}.", param=param, code="invalid_token_id"
+            )
+        return np.array(token_ids, np.int32)
+
+    def _check_no_placeholders(self, ids: Ids, param: str) -> None:
+        # A family whose placeholder is text fills the rows' places with an ordinary token: that one is nothing special.
+        placeholders = {self.processor.placeholder_id(kind) for kind in self.processor.modalities}
+        placeholders &= self.tokenizer.special_ids | set(self.tokenizer.added_tokens.values())
+        if placeholders and np.isin(ids, list(placeholders)).any():
+            raise RequestError(
+                "The prompt has placeholder tokens of media, but no media. Send media in `messages`.",
+                param=param,
+                code="media_count_mismatch",
+            )
+
+    def _encoded(
+        self,
+        texts: Sequence[str | Sequence[int]],
+        add_special_tokens: bool,
+        truncation: Truncation | None,
+        params: Sequence[str],
+    ) -> list[Ids]:
+        strings = [text for text in texts if isinstance(text, str)]
+        if not strings:
+            rows = [self._checked_ids(ids, param) for ids, param in zip(texts, params, strict=True)]  # type: ignore[arg-type]
+            return rows if truncation is None else [truncation.cut(row) for row in rows]
+        if truncation is None:
+            for text, param in zip(strings, params, strict=True):
+                self._limit.check_text(text, param)
+        if self._pooling.lower_case:
+            strings = [text.lower() for text in strings]
+        return encode_texts(self.tokenizer, strings, add_special_tokens=add_special_tokens, truncation=truncation)
+
+    def prompt_of_ids(self, ids: Ids, param: str, token_types: Ids | None = None) -> Prompt:
+        if len(ids) == 0:
+            raise RequestError("There is a text without tokens.", param=param, code="empty_prompt")
+        self._check_in_table(ids, param)
+        self._check_no_placeholders(ids, param)
+        prompt = Prompt(ids, token_types=token_types)
+        self._limit.check(prompt, param)
+        return prompt
+
+    def _adds_special_tokens(self, text: str, wanted: bool) -> bool:
+        bos = self.tokenizer.bos_token
+        if bos is not None and text.startswith(bos):
+            return False
+        return wanted or bool(self.processor.modalities)
+
+    def _processor_for(self, settings: Mapping[str, Any]) -> Processor:
+        if settings and not self._server.allow_request_mm_kwargs:
+            raise RequestError(
+                "This server takes no mm_processor_kwargs from requests (--allow-request-mm-kwargs).",
+                param="mm_processor_kwargs",
+                code="mm_processor_kwargs_not_allowed",
+            )
+        return self.processor.with_overrides(dict(settings)) if settings else self.processor
+
+    async def _check_fits_before_decoding(self, media: Sequence[Fetched], text: str, settings: MediaSettings) -> None:
+        media_tokens = sum(item.num_tokens for item in media)
+        if media_tokens + len(text.encode()) <= self._limit.max_model_len:
+            return  # no token is shorter than a byte
+        text_tokens = await self._threads.run(
+            len(text) <= SHORT_TEXT, lambda: self._count(text, settings.processor), settings.tenant
+        )
+        if media_tokens + text_tokens > self._limit.max_model_len:
+            raise self._limit.too_long(text_tokens, [(one.raw.kind, one.num_tokens) for one in media], "messages")
+
+    def _count(self, text: str, processor: Processor) -> int:
+        self._limit.check_text(text, "messages")
+        return processor.text_length(text)
+
+
+def _is_small(messages: Sequence[Message]) -> bool:
+    if any(message.extra for message in messages):
+        return False
+    return (
+        sum(len(part.text) for message in messages for part in message.content if isinstance(part, TextPart))
+        <= SHORT_TEXT
+    )

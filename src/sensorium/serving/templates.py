@@ -1,0 +1,96 @@
+"""Chat templates of a served model: the operator's or the checkpoint's, and those that requests bring."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from sensorium.config import ServerConfig
+from sensorium.errors import RequestError, StartupError
+from sensorium.processors.base import Processor
+from sensorium.prompt.inspection import Inspection, Renderer
+from sensorium.prompt.template import ChatTemplate, check_source, compiling, probes_of, rendering
+
+MAX_REQUEST_TEMPLATE = 64 * 1024  # characters
+MAX_UNREAD_NAMES = 256
+_log = logging.getLogger("sensorium")
+
+
+class Templates:
+    """`chat` is None for models that cannot chat until they are given a template. `pooling` is for models that are
+    embedded with other words than they chat with. `renderer` runs the templates."""
+
+    def __init__(
+        self,
+        chat: ChatTemplate | None,
+        pooling: ChatTemplate | None,
+        *,
+        processor: Processor,
+        renderer: Renderer,
+        server: ServerConfig,
+    ) -> None:
+        self.chat = chat
+        self.pooling = pooling or chat
+        self._processor = processor
+        self._renderer = renderer
+        self._server = server
+        self._unread_names: set[str] = set()  # that were told in the log
+
+    async def find(self, source: str | None, tenant: bytes, *, pooled: bool) -> ChatTemplate:
+        """The template of a request: `source` is what it brings, if anything."""
+        if source is None:
+            default = self.pooling if pooled else self.chat
+            if default is None:
+                raise RequestError(
+                    "This model has no chat template. Start the server with --chat-template.",
+                    param="messages",
+                    code="no_chat_template",
+                )
+            return default
+        if not self._server.allow_request_chat_template:
+            raise RequestError(
+                "This server takes no chat_template from requests (--allow-request-chat-template).",
+                param="chat_template",
+                code="chat_template_not_allowed",
+            )
+        if len(source) > MAX_REQUEST_TEMPLATE:
+            raise RequestError(
+                f"chat_template is longer than {MAX_REQUEST_TEMPLATE} characters.", param="chat_template"
+            )
+        probes = probes_of(self._processor.modalities, self._processor.tokenizer)
+        try:
+            with compiling():
+                found = await self._renderer.inspect(source, probes, tenant)
+        except StartupError as error:
+            raise RequestError(error.message, param="chat_template") from None
+        return _chat_template(source, self._processor, found)
+
+    def note_unread(self, names: Iterable[str]) -> None:
+        """Say once per name that the template does not read it; a client must not fill the log or the memory."""
+        for name in names:
+            short = name[:64]
+            if short not in self._unread_names and len(self._unread_names) < MAX_UNREAD_NAMES:
+                self._unread_names.add(short)
+                _log.warning("template variable %r is ignored: the chat template does not read it", short)
+
+    async def render(self, template: ChatTemplate, variables: bytes, tenant: bytes, *, is_foreign: bool) -> str:
+        with rendering():
+            return await self._renderer.render(template.source, variables, tenant, is_foreign=is_foreign)
+
+    async def aclose(self) -> None:
+        await self._renderer.aclose()
+
+
+def opened(source: str, processor: Processor, renderer: Renderer) -> ChatTemplate:
+    """A template of the operator's. StartupError if it is none or takes too much."""
+    check_source(source)
+    with compiling():
+        found = renderer.inspect_now(source, probes_of(processor.modalities, processor.tokenizer))
+    return _chat_template(source, processor, found)
+
+
+def _chat_template(source: str, processor: Processor, inspection: Inspection) -> ChatTemplate:
+    tokenizer = processor.tokenizer.with_literals(processor.literals, special=True)
+    return ChatTemplate(
+        source, tokenizer, inspection, modalities=processor.modalities, placeholder=processor.placeholder
+    )
