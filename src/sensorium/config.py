@@ -86,7 +86,7 @@ class EngineConfig:
     )
     max_model_len: int | None = flag(
         None,
-        "Longest prompt plus answer, such as 32768 or 32K. Default (also auto, -1): "
+        "Longest prompt plus completion, such as 32768 or 32K. Default (also auto, -1): "
         "the checkpoint's, reduced to what the KV cache holds.",
         min=1,
         parse="tokens_or_auto",
@@ -149,14 +149,14 @@ class Limits:
     )
     max_messages: int = flag(1024, "Messages of one chat.", max=8192)
     max_parts: int = flag(256, "Content parts of one message.", max=4096)
-    max_images: int = flag(16, "Pictures of one request.")
+    max_images: int = flag(16, "Images in one request.")
     max_videos: int = flag(2, "Videos of one request.")
-    max_audios: int = flag(2, "Sounds of one request.")
-    max_image_bytes: int = flag(20 * MiB, "Bytes of one picture's file.", parse="size")
-    max_image_pixels: int = flag(40_000_000, "Pixels of one picture.")
-    min_image_side: int = flag(4, "Shortest side of a picture, in pixels.")
-    max_image_side: int = flag(16384, "Longest side of a picture, in pixels.")
-    max_image_aspect: float = flag(200.0, "Longest side of a picture over its shortest.")
+    max_audios: int = flag(2, "Audio items in one request.")
+    max_image_bytes: int = flag(20 * MiB, "Bytes of one image file.", parse="size")
+    max_image_pixels: int = flag(40_000_000, "Pixels of one image.")
+    min_image_side: int = flag(4, "Shortest side of an image, in pixels.")
+    max_image_side: int = flag(16384, "Longest side of an image, in pixels.")
+    max_image_aspect: float = flag(200.0, "Largest ratio of an image's longest side to its shortest.")
     max_video_bytes: int = flag(64 * MiB, "Bytes of one video's file.", parse="size")
     max_video_frames: int = flag(128, "Frames decoded from one video.")
     max_video_seconds: float = flag(600.0, "Duration of one video.")
@@ -164,13 +164,13 @@ class Limits:
         128_000_000, "Pixels of all frames taken from one video together; larger ones are scaled down."
     )
     max_video_side: int = flag(4096, "Longest side of a video, in pixels.")
-    max_audio_bytes: int = flag(25 * MiB, "Bytes of one sound's file.", parse="size")
-    max_audio_seconds: float = flag(600.0, "Duration of one sound.")
+    max_audio_bytes: int = flag(25 * MiB, "Bytes of one audio file.", parse="size")
+    max_audio_seconds: float = flag(600.0, "Duration of one audio item.")
     max_url_length: int = flag(2048, "Characters of an http(s) URL.")
     max_redirects: int = flag(3, "Redirects followed when fetching media, each checked anew.")
     fetch_timeout_s: float = flag(10.0, "Seconds for one media download, redirects included.")
-    decode_timeout_s: float = flag(20.0, "Seconds of decoding one medium.")
-    max_n: int = flag(16, "Answers to one prompt (`n`).")
+    decode_timeout_s: float = flag(20.0, "Longest time to decode one media item, in seconds.")
+    max_n: int = flag(16, "Choices per prompt (`n`).")
     max_stop: int = flag(4, "Stop strings of one request.", max=64)
     max_stop_bytes: int = flag(256, "Bytes of one stop string.", max=4096)
     max_logit_bias: int = flag(300, "Entries of `logit_bias`.", max=4096)
@@ -305,7 +305,7 @@ class ChatConfig:
     model: str | None = flag(None, "Model to talk to. Default: the first that the server lists.")
     api_key: str | None = flag(None, "The server's key; also from SENSORIUM_API_KEY.")
     system: str | None = flag(None, "System prompt.")
-    max_tokens: int = flag(512, "Longest answer, in tokens.", min=1)
+    max_tokens: int = flag(512, "Longest completion, in tokens.", min=1)
     temperature: float | None = flag(None, "Sampling temperature. Default: the model's.")
 
 
@@ -324,14 +324,14 @@ class BenchConfig:
         min=0.001,
     )
     kind: str = flag("text", "What a request carries.", choices=("text", "image"))
-    input_tokens: int = flag(128, "Text tokens of a prompt, about; the picture's come on top.", min=1)
-    output_tokens: int = flag(64, "Tokens of an answer, exactly where the server knows `ignore_eos`.", min=1)
+    input_tokens: int = flag(128, "Text tokens of a prompt, about; image tokens are extra.", min=1)
+    output_tokens: int = flag(64, "Tokens of a completion, exactly where the server knows `ignore_eos`.", min=1)
     image_size: tuple[int, int] = flag(
-        (448, 448), "Width and height of the picture, in pixels, such as 448x448.", parse="extent"
+        (448, 448), "Width and height of the image, in pixels, such as 448x448.", parse="extent"
     )
-    images: int = flag(1, "Pictures in a request of kind image.", min=1)
+    images: int = flag(1, "Images in a request of kind image.", min=1)
     warmup: int = flag(2, "Requests sent before the clock starts.")
     api_key: str | None = flag(None, "The server's key; also from SENSORIUM_API_KEY.")
-    seed: int = flag(0, "Seed of prompts, pictures and arrivals. Use another one for every run on one server.")
+    seed: int = flag(0, "Seed of prompts, images and arrivals. Use another one for every run on one server.")
     timeout_s: float = flag(1200.0, "Seconds after which a request counts as failed.")
     json: str | None = flag(None, "File to write the figures to.")

@@ -4,7 +4,7 @@
     ├── RequestError (400)                the client must change something; `param` names the field
     │   ├── UnsupportedFieldError (400)     a field that clients know and this server does not have
     │   ├── ContextLengthError (400)        prompt or prompt + max_tokens do not fit
-    │   ├── MediaError (400)                a picture, clip or sound was refused; `code` says why
+    │   ├── MediaError (400)                an image, video or audio item was refused; `code` says why
     │   ├── AuthenticationError (401)
     │   ├── ForbiddenError (403)
     │   ├── NotFoundError (404)
@@ -62,7 +62,7 @@ class ContextLengthError(RequestError):
 
 
 class MediaError(RequestError):
-    """`code` is one of OpenAI's image codes (`invalid_image_url`, …) or its twin for video and audio."""
+    """`code` is one of OpenAI's image codes (`invalid_image_url`, …) or the same code for video or audio."""
 
     code = "invalid_image"
 

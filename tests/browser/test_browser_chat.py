@@ -205,7 +205,7 @@ def test_a_refused_file_shows_its_error_and_field_and_can_be_mended(
     page.set_input_files("#file", [files / "it's a dot.png", files / "broken.png"])
     say(page, "What is it?")
     error = page.locator(".turn .error")
-    expect(error).to_contain_text("not a picture")
+    expect(error).to_contain_text("not in a supported image format")
     expect(error.locator("code")).to_have_text("messages[0].content[1].image_url.url")
     expect(page.locator(".medium.refused figcaption")).to_have_text("broken.png")
     say(page, "Never mind.")  # what failed is not told again

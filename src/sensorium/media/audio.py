@@ -1,7 +1,7 @@
-"""Sound file -> mono float32 at the rate that a model wants. Runs in decode workers only.
+"""Audio file -> mono float32 at the rate that a model wants. Runs in decode workers only.
 
 Stereo becomes mono as the mean of left and right (both count the same for a listener); more channels are refused,
-because every way to mix them makes a sound that nobody hears. Samples are counted while they are decoded.
+because every way to mix them makes audio that nobody would hear. Samples are counted while they are decoded.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def decode_audio(payload: bytes, demuxer: Demuxer, sample_rate: int, max_seconds
         for piece in _mono(container, stream, rate):
             count += len(piece)
             if count > (max_seconds + PADDING_S) * rate:
-                raise Refusal("long", f"The {{noun}} is longer than {max_seconds:g} s. Send it in parts.")
+                raise Refusal("long", f"The {{kind}} is longer than {max_seconds:g} s. Send it in parts.")
             pieces.append(resampler.resample_chunk(piece) if resampler else piece)
         if not count:
-            raise Refusal("empty", "The {noun} has no samples.")
+            raise Refusal("empty", "The {kind} has no samples.")
         if resampler:
             pieces.append(resampler.resample_chunk(np.empty(0, np.float32), last=True))
         return np.concatenate(pieces)
@@ -65,17 +65,17 @@ def _checked_rate(stream: Any) -> int:
     context = stream.codec_context
     if not MIN_RATE <= context.sample_rate <= MAX_RATE:
         raise Refusal(
-            "type", f"The {{noun}} has {context.sample_rate} samples a second; {MIN_RATE} to {MAX_RATE} are taken."
+            "type", f"The {{kind}} has {context.sample_rate} samples a second; {MIN_RATE} to {MAX_RATE} are taken."
         )
     if not 1 <= context.layout.nb_channels <= MAX_CHANNELS:
-        raise Refusal("type", f"The {{noun}} has {context.layout.nb_channels} channels; mono and stereo are taken.")
+        raise Refusal("type", f"The {{kind}} has {context.layout.nb_channels} channels; mono and stereo are taken.")
     return int(context.sample_rate)
 
 
 def _mono(container: InputContainer, stream: Any, rate: int) -> Iterator[Samples]:
     for frame in _frames(container, stream):
         if frame.sample_rate != rate or frame.layout.nb_channels > MAX_CHANNELS:
-            raise Refusal("parse", "The {noun} changes its rate or channels on the way, which is not supported.")
+            raise Refusal("parse", "The {kind} changes its rate or channels on the way, which is not supported.")
         samples = _as_float(frame)
         if not np.isfinite(samples).all() or np.abs(samples).max(initial=0) > LOUDEST:
             raise damaged()

@@ -1,4 +1,4 @@
-"""Opening a video or sound with ffmpeg, as little of it as possible. Runs in decode workers only.
+"""Opening a video or audio file with ffmpeg, as little of it as possible. Runs in decode workers only.
 
 Bytes in, one stream out: the demuxer is forced, codecs are on a list, and what else a container names (another file, a
 URL) is behind three locks: the protocol list is empty, nested opens raise, and the process can open nothing.
@@ -64,7 +64,7 @@ AUDIO_CODECS = {
 """Codec -> the one decoder that may be used for it. JPEG 2000 and everything rarer is not there."""
 
 DEMUXER_NAMES: dict[Demuxer, str] = {"mov": "mov,mp4,m4a,3gp,3g2,mj2", "matroska": "matroska,webm"}
-DAMAGED = "The {noun}'s file is damaged or cut off: it cannot be decoded."
+DAMAGED = "The {kind}'s file is damaged or cut off: it cannot be decoded."
 UNREADABLE = (av.error.FFmpegError, OSError, ValueError, EOFError, LookupError, ArithmeticError, MemoryError)
 """What PyAV raises for damaged files."""
 
@@ -109,13 +109,13 @@ def _stream(container: InputContainer, kind: Modality, codecs: dict[str, str]) -
         if not stream.disposition & av.stream.Disposition.attached_pic
     ]
     if not streams:
-        raise Refusal("type", "The file holds no {noun}.")
+        raise Refusal("type", "The file holds no {kind}.")
     stream = streams[0]
     codec = stream.codec_context.codec.canonical_name if stream.codec_context is not None else ""
     if codec not in codecs:
-        raise Refusal("type", f"The {{noun}}'s codec is not one of those served here: {', '.join(_names(kind))}.")
+        raise Refusal("type", f"The {{kind}}'s codec is not one of those served here: {', '.join(_names(kind))}.")
     if stream.codec_context.codec.name != codecs[codec]:
-        raise Refusal("type", "The {noun}'s codec cannot be decoded by this server's ffmpeg.")
+        raise Refusal("type", "The {kind}'s codec cannot be decoded by this server's ffmpeg.")
     stream.codec_context.thread_count = threads_of_decoder()
     return stream
 

@@ -41,11 +41,11 @@ def _image_decoders() -> dict[str, Decoder]:
         return Decoded(shape=pixels.shape, pieces=(pixels,))
 
     def frames(payload: bytes, job: dict[str, Any]) -> Decoded:
-        pictures = frames_of(payload)
-        max_pixels = job["max_pixels"] // len(pictures)
+        images = frames_of(payload)
+        max_pixels = job["max_pixels"] // len(images)
         return Decoded(
-            shape=(len(pictures), job["height"], job["width"], 3),
-            pieces=(decode_image(picture, max_pixels) for picture in pictures),
+            shape=(len(images), job["height"], job["width"], 3),
+            pieces=(decode_image(image, max_pixels) for image in images),
         )
 
     return {"image": image, "frames": frames}
@@ -57,12 +57,12 @@ def _stream_decoders() -> dict[str, Decoder]:
     from sensorium.media.video import decode_video, inspect_video
 
     def video_info(payload: bytes, job: dict[str, Any]) -> Decoded:
-        clip = inspect_video(payload, job["demuxer"], job["max_side"])
-        height, width = clip.upright
-        return Decoded({"frames": clip.frames, "duration_s": clip.duration_s, "height": height, "width": width})
+        info = inspect_video(payload, job["demuxer"], job["max_side"])
+        height, width = info.upright
+        return Decoded({"frames": info.frames, "duration_s": info.duration_s, "height": height, "width": width})
 
     def video(payload: bytes, job: dict[str, Any]) -> Decoded:
-        clip = decode_video(
+        frames = decode_video(
             payload,
             job["demuxer"],
             VideoSampling(**job["sampling"]),
@@ -70,7 +70,7 @@ def _stream_decoders() -> dict[str, Decoder]:
             max_frames=job["max_frames"],
             max_pixels=job["max_pixels"],
         )
-        return Decoded({"timestamps_s": clip.timestamps_s}, clip.shape, pieces=clip.frames)
+        return Decoded({"timestamps_s": frames.timestamps_s}, frames.shape, pieces=frames.frames)
 
     def audio_info(payload: bytes, job: dict[str, Any]) -> Decoded:
         return Decoded({"duration_s": inspect_audio(payload, job["demuxer"]).duration_s})

@@ -1,4 +1,4 @@
-"""The one door out: nothing else in this project opens a connection that a client named.
+"""The only fetcher: nothing else in this project opens a connection that a client named.
 
 A URL is parsed once, by us, and rebuilt from its parts; every address of its host is checked and the connection goes
 to a checked address, so that no second parser and no second name resolution can disagree.
@@ -29,13 +29,13 @@ Resolver = Callable[[str, int, bytes], Awaitable[list[str]]]
 
 REFUSED = (
     "This URL cannot be fetched: its host does not exist, is not a public address, or is not one that the "
-    "operator allowed (--allowed-media-domains). Send the {noun} as a data: URL instead."
+    "operator allowed (--allowed-media-domains). Send the {kind} as a data: URL instead."
 )
 MALFORMED = (
     "This is not a usable URL: write http(s)://host/path without user name, backslashes, spaces or control "
-    "characters, or send the {noun} as a data: URL."
+    "characters, or send the {kind} as a data: URL."
 )
-CONNECTION_FAILED = "The {noun} could not be downloaded: the connection to its host failed."
+CONNECTION_FAILED = "The {kind} could not be downloaded: the connection to its host failed."
 FORBIDDEN = re.compile(r"[\x00-\x20\x7f-\xa0\\\u2028\u2029\ufeff]|%00", re.IGNORECASE)
 URL = re.compile(r"(https?)://([^/?#]+)([^?#]*)(\?[^#]*)?(?:#.*)?", re.IGNORECASE)
 AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?")
@@ -74,7 +74,7 @@ class Fetched:
 def parse_url(url: str, max_length: int) -> Target:
     """The only URL parser. What it does not understand is refused, never repaired."""
     if len(url) > max_length:
-        raise Refusal("url", f"The URL is longer than {max_length} characters. Send the {{noun}} as a data: URL.")
+        raise Refusal("url", f"The URL is longer than {max_length} characters. Send the {{kind}} as a data: URL.")
     if FORBIDDEN.search(url):
         raise Refusal("url", MALFORMED)
     match = URL.fullmatch(url)
@@ -134,7 +134,7 @@ class Fetcher:
             async with self._turns.taken(tenant), asyncio.timeout(self._timeout_s):
                 return await self._follow(target, max_bytes, tenant)
         except TimeoutError:
-            raise Refusal("download", f"The {{noun}} could not be downloaded within {self._timeout_s:g} s.") from None
+            raise Refusal("download", f"The {{kind}} could not be downloaded within {self._timeout_s:g} s.") from None
         except (httpx.HTTPError, httpx.InvalidURL, ssl.SSLError, OSError):
             raise Refusal("download", CONNECTION_FAILED) from None
 
@@ -147,18 +147,18 @@ class Fetcher:
         seen: set[str] = set()
         for _ in range(self._max_redirects + 1):
             if str(target) in seen:
-                raise Refusal("download", "The {noun}'s URL redirects in a circle.")
+                raise Refusal("download", "The {kind}'s URL redirects in a circle.")
             seen.add(str(target))
             async with self._open(target, tenant) as response:
                 if response.status_code not in REDIRECTS:
                     return await self._read(response, max_bytes)
                 target = self._next(target, response.headers.get("location", ""))
-        raise Refusal("url", f"The {{noun}}'s URL redirects more than {self._max_redirects} times.")
+        raise Refusal("url", f"The {{kind}}'s URL redirects more than {self._max_redirects} times.")
 
     def _next(self, origin: Target, location: str) -> Target:
         target = parse_url(urljoin(str(origin), location), self._max_url_length)
         if origin.scheme == "https" and target.scheme == "http":
-            raise Refusal("url", "The {noun}'s URL redirects from https to http, which is not followed.")
+            raise Refusal("url", "The {kind}'s URL redirects from https to http, which is not followed.")
         return target
 
     @asynccontextmanager
@@ -205,13 +205,13 @@ class Fetcher:
         if response.status_code != 200:
             raise Refusal(
                 "download",
-                f"The {{noun}} could not be downloaded: its host answered with status {response.status_code}.",
+                f"The {{kind}} could not be downloaded: its host answered with status {response.status_code}.",
             )
         if response.headers.get("content-encoding", "identity").strip().lower() != "identity":
             raise Refusal(
-                "download", "The {noun} could not be downloaded: its host sent it compressed although asked not to."
+                "download", "The {kind} could not be downloaded: its host sent it compressed although asked not to."
             )
-        too_large = Refusal("file_size", f"The {{noun}}'s file is larger than {size_text(max_bytes)}.")
+        too_large = Refusal("file_size", f"The {{kind}}'s file is larger than {size_text(max_bytes)}.")
         declared = response.headers.get("content-length", "")
         if declared.isascii() and declared.isdigit() and (len(declared) > 18 or int(declared) > max_bytes):
             raise too_large
@@ -222,7 +222,7 @@ class Fetcher:
             if len(payload) > max_bytes:
                 raise too_large
             if pieces > MAX_SMALL_PIECES and len(payload) < SMALL_PIECE_BYTES * pieces:
-                raise Refusal("download", "The {noun} could not be downloaded: its host sends it in too small pieces.")
+                raise Refusal("download", "The {kind} could not be downloaded: its host sends it in too small pieces.")
         return Fetched(bytes(payload), response.headers.get("content-type"))
 
 

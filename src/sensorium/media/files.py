@@ -13,7 +13,7 @@ from sensorium.media.source import Refusal, size_text
 FILE_URL = re.compile(r"file:(?://(?:localhost)?)?(/[^?#]*)", re.IGNORECASE)
 REFUSED = (
     "This file: URL cannot be read: only regular files inside the folder that the operator named with "
-    "--allowed-local-media-path are. Send the {noun} as a data: URL instead."
+    "--allowed-local-media-path are. Send the {kind} as a data: URL instead."
 )
 
 
@@ -37,7 +37,7 @@ class LocalFiles:
         with os.fdopen(descriptor, "rb") as file:
             payload = file.read(max_bytes + 1)
         if len(payload) > max_bytes:
-            raise Refusal("file_size", f"The {{noun}}'s file is larger than {size_text(max_bytes)}.")
+            raise Refusal("file_size", f"The {{kind}}'s file is larger than {size_text(max_bytes)}.")
         return payload
 
     def _inside(self, url: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""`data:video/jpeg;base64,…,…`: a video as a list of JPEG pictures. Frames are counted before anything is split."""
+"""`data:video/jpeg;base64,…,…`: a video as a list of JPEG images. Frames are counted before anything is split."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ LENGTH = struct.Struct("<I")
 
 
 def read_frame_list(text: str, max_frames: int, max_bytes: int) -> bytes:
-    """Base64 pictures joined by commas -> their bytes, each behind its length."""
+    """Base64 images joined by commas -> their bytes, each behind its length."""
     count = text.count(",") + 1
     if count > max_frames:
-        raise Refusal("long", f"The {{noun}} has {count} frames; at most {max_frames} are taken.")
+        raise Refusal("long", f"The {{kind}} has {count} frames; at most {max_frames} are taken.")
     packed, left = [], max_bytes
     for part in text.split(","):
         if not part.strip():
-            raise Refusal("base64", "The {noun}'s frame list has an empty frame.")
+            raise Refusal("base64", "The {kind}'s frame list has an empty frame.")
         frame = decode_base64(part, max(left, 1))
         left -= len(frame)
         if left < 0:
-            raise Refusal("file_size", f"The {{noun}}'s frames are larger than {size_text(max_bytes)} in all.")
+            raise Refusal("file_size", f"The {{kind}}'s frames are larger than {size_text(max_bytes)} in all.")
         packed += [LENGTH.pack(len(frame)), frame]
     return b"".join(packed)
 
@@ -42,7 +42,7 @@ def frame_list_size(packed: bytes) -> tuple[int, int, int]:
     """(frames, height, width), all frames of one size and all of them JPEG."""
     headers = [read_header(frame) for frame in frames_of(packed)]
     if any(header.format != "JPEG" for header in headers):
-        raise Refusal("type", "The {noun}'s frame list must hold JPEG pictures.")
+        raise Refusal("type", "The {kind}'s frame list must hold JPEG images.")
     if len({header.upright for header in headers}) > 1:
-        raise Refusal("parse", "The {noun}'s frames must all have one size.")
+        raise Refusal("parse", "The {kind}'s frames must all have one size.")
     return len(headers), *headers[0].upright

@@ -1,7 +1,7 @@
-"""Format, size and orientation of a picture from its first bytes, in plain Python.
+"""Format, size and orientation of an image from its first bytes, in plain Python.
 
 Runs in the HTTP process, so it decodes nothing, believes no length without a check and takes a bounded number of
-steps. The worker uses the same orientation, so that both agree on the size of the upright picture.
+steps. The worker uses the same orientation, so that both agree on the size of the upright image.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def read_header(payload: bytes) -> ImageHeader:
     readers = {"JPEG": _jpeg, "PNG": _png, "WEBP": _webp, "GIF": _gif, "BMP": _bmp}
     found = image_format(payload)
     if found is None:
-        raise Refusal("type", "This file is not a picture that is served here: send JPEG, PNG, WebP, GIF or BMP.")
+        raise Refusal("type", "This file is not in a supported image format: send JPEG, PNG, WebP, GIF or BMP.")
     header = readers[found](payload)
     if header is None:
         raise Refusal("parse", f"The {found} file is damaged: its header cannot be read.")

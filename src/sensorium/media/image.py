@@ -1,4 +1,4 @@
-"""Picture file -> upright RGB pixels, as a viewer would show it on white paper. Runs in decode workers only.
+"""Image file -> upright RGB pixels, as a viewer would show it on white paper. Runs in decode workers only.
 
 First frame only; alpha, palettes, 16 bits, CMYK and EXIF orientation are resolved here, colour profiles are ignored.
 """
@@ -27,7 +27,7 @@ READERS: dict[ImageFormat, type[ImageFile.ImageFile]] = {
     "GIF": GifImagePlugin.GifImageFile,
     "BMP": BmpImagePlugin.BmpImageFile,
 }
-"""Called directly: `Image.open` also follows a JPEG into the multi-picture format and knows 40 more."""
+"""Called directly: `Image.open` also follows a JPEG into its multi-picture format (MPF) and knows 40 more."""
 
 FLIPS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -92,11 +92,11 @@ def _check_passes(payload: bytes, header: ImageHeader, max_pixels: int) -> None:
 
 
 def _decoded(payload: bytes, header: ImageHeader) -> Pixels:
-    with READERS[header.format](BytesIO(payload)) as picture:
-        if picture.size != (header.width, header.height):
+    with READERS[header.format](BytesIO(payload)) as image:
+        if image.size != (header.width, header.height):
             raise ValueError
-        picture.load()
-        rgb = _to_rgb(picture, header)
+        image.load()
+        rgb = _to_rgb(image, header)
         upright = rgb.transpose(FLIPS[header.orientation]) if header.orientation in FLIPS else rgb
         return np.asarray(upright)
 
@@ -113,16 +113,16 @@ def _without_end(payload: bytes, header: ImageHeader) -> Pixels:
     return first
 
 
-def _to_rgb(picture: Image.Image, header: ImageHeader) -> Image.Image:
-    transparency = picture.info.pop("transparency", None)
-    if picture.mode.startswith("I"):
-        return _from_16_bits(np.asarray(picture), transparency)
-    if _is_colour_key(transparency, picture.mode):
-        picture.info["transparency"] = _scaled_key(transparency, picture.mode, header)
-        return _on_white(picture.convert("RGBA"))
-    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
-        return _on_white(picture.convert("RGBA"))
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+def _to_rgb(image: Image.Image, header: ImageHeader) -> Image.Image:
+    transparency = image.info.pop("transparency", None)
+    if image.mode.startswith("I"):
+        return _from_16_bits(np.asarray(image), transparency)
+    if _is_colour_key(transparency, image.mode):
+        image.info["transparency"] = _scaled_key(transparency, image.mode, header)
+        return _on_white(image.convert("RGBA"))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        return _on_white(image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _is_colour_key(transparency: object, mode: str) -> bool:
@@ -143,9 +143,9 @@ def _scaled_key(key: object, mode: str, header: ImageHeader) -> object:
     return key
 
 
-def _on_white(picture: Image.Image) -> Image.Image:
-    white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-    white.alpha_composite(picture)
+def _on_white(image: Image.Image) -> Image.Image:
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    white.alpha_composite(image)
     return white.convert("RGB")
 
 

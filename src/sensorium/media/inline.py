@@ -15,7 +15,7 @@ MAX_HEAD = 256  # characters before the comma
 DATA_URL = re.compile(r"data:([^,;]*)((?:;[^,;]*)*),", re.IGNORECASE)
 WHITESPACE = re.compile(rb"[ \t\r\n\f]+")
 BAD_BASE64 = (
-    "The {noun} is not valid base64: use the standard alphabet with padding, and write data:<media type>;base64,<data>."
+    "The {kind} is not valid base64: use the standard alphabet with padding, and write data:<media type>;base64,<data>."
 )
 
 
@@ -33,20 +33,22 @@ def is_data_url(text: str) -> bool:
 
 
 def split_data_url(url: str, kind: Modality) -> DataURL:
-    """The declared type must be of the medium's kind (or say nothing); the bytes decide what it really is."""
+    """The declared type must be of the media item's kind (or say nothing); the bytes decide what it really is."""
     match = DATA_URL.match(url[:MAX_HEAD])
     if match is None:
         raise Refusal("url", "This is not a usable data: URL: write data:<media type>;base64,<data>.")
     media_type = match[1].strip().lower()
     if media_type not in ("", "application/octet-stream") and not media_type.startswith(_types_of(kind)):
-        raise Refusal("type", f"The data: URL does not declare a {{noun}}: write data:{kind}/<format>;base64,<data>.")
+        raise Refusal(
+            "type", f"The data: URL does not declare its type as {{kind}}: write data:{kind}/<format>;base64,<data>."
+        )
     if "base64" not in (parameter.strip().lower() for parameter in match[2].split(";")):
         raise Refusal("base64", BAD_BASE64)
     return DataURL(media_type, url[match.end() :])
 
 
 def _types_of(kind: Modality) -> tuple[str, ...]:
-    """Sound comes in video containers too: mp4 and webm are often declared as video, ogg as application."""
+    """Audio comes in video containers too: mp4 and webm are often declared as video, ogg as application."""
     return {
         "image": ("image/",),
         "video": ("video/", "application/mp4"),
@@ -58,15 +60,15 @@ def decode_base64(text: str, max_bytes: int) -> bytes:
     """Standard base64 with padding. ASCII whitespace and percent-encoding are tolerated, nothing else is."""
     significant = len(text) - 2 * text.count("%") - sum(text.count(space) for space in " \t\r\n\f")
     if significant * 3 // 4 - 2 > max_bytes:
-        raise Refusal("file_size", f"The {{noun}}'s file is larger than {size_text(max_bytes)}.")
+        raise Refusal("file_size", f"The {{kind}}'s file is larger than {size_text(max_bytes)}.")
     try:
         payload = _strict(text.encode("ascii"))
     except UnicodeEncodeError:
         raise Refusal("base64", BAD_BASE64) from None
     if len(payload) > max_bytes:
-        raise Refusal("file_size", f"The {{noun}}'s file is larger than {size_text(max_bytes)}.")
+        raise Refusal("file_size", f"The {{kind}}'s file is larger than {size_text(max_bytes)}.")
     if not payload:
-        raise Refusal("empty", "The {noun}'s data is empty.")
+        raise Refusal("empty", "The {kind}'s data is empty.")
     return payload
 
 

@@ -66,11 +66,11 @@ class MediaLoader:
         self._streams = WorkerPool("stream", workers, _stream_bounds(limits))
 
     async def fetch(self, source: MediaSource, tenant: bytes = b"") -> RawMedia:
-        """The file behind a source, whole and within its kind's limit; of a video or sound the packets were counted."""
+        """The file behind a source, whole and within its kind's limit; packets of video and audio were counted."""
         with _refusals(source.kind, source.param):
             payload, declared = await self._read(source, tenant)
             if not payload:
-                raise Refusal("empty", "The {noun}'s file is empty.")
+                raise Refusal("empty", "The {kind}'s file is empty.")
             raw = RawMedia(source.kind, source.param, payload, declared)
             return raw if source.kind == "image" else replace(raw, info=await self._inspect(raw, tenant))
 
@@ -89,10 +89,10 @@ class MediaLoader:
     ) -> MediaItem:
         """Arrays from a worker process; the key is computed here, where no codec has been.
 
-        A sound is mono at `sample_rate`; a video has the frames that `sampling` names, with their times.
+        Audio is mono at `sample_rate`; a video has the frames that `sampling` names, with their times.
         """
         with _refusals(raw.kind, raw.param):
-            shape: tuple[int, ...] = ()  # of a sound only decoding tells
+            shape: tuple[int, ...] = ()  # of audio only decoding tells
             if raw.kind == "image":
                 shape = (*self._checked_header(raw.payload).upright, 3)
                 result = await self._images.run(
@@ -113,7 +113,7 @@ class MediaLoader:
             return await asyncio.to_thread(_as_item, raw, result, shape, sample_rate)
 
     async def warm(self) -> None:
-        """Start a decode worker before the first picture comes."""
+        """Start a decode worker before the first image comes."""
         await self._images.warm()
 
     async def aclose(self) -> None:
@@ -125,7 +125,7 @@ class MediaLoader:
         max_bytes = self._max_bytes(source.kind)
         if source.payload is not None:
             if len(source.payload) > max_bytes:
-                raise Refusal("file_size", f"The {{noun}}'s file is larger than {size_text(max_bytes)}.")
+                raise Refusal("file_size", f"The {{kind}}'s file is larger than {size_text(max_bytes)}.")
             return source.payload, source.format
         url = source.url or (source.data if source.data and is_data_url(source.data) else "")
         scheme = url[:8].partition(":")[0].lower()
@@ -143,7 +143,7 @@ class MediaLoader:
             fetched = await self._fetcher.get(url, max_bytes, tenant)
             # Only a data: URL holds a frame list, whatever a server calls its answer.
             return fetched.payload, None if fetched.content_type == FRAME_LIST_TYPE else fetched.content_type
-        raise Refusal("url", "The {noun} must be an http(s):, data: or (where the operator allows it) file: URL.")
+        raise Refusal("url", "The {kind} must be an http(s):, data: or (where the operator allows it) file: URL.")
 
     def _max_bytes(self, kind: Modality) -> int:
         limits = self._limits
@@ -155,20 +155,20 @@ class MediaLoader:
         if shortest < limits.min_image_side:
             raise Refusal(
                 "small",
-                f"The {{noun}} has {header.width}x{header.height} pixels; each side must have at "
+                f"The {{kind}} has {header.width}x{header.height} pixels; each side must have at "
                 f"least {limits.min_image_side}.",
             )
         if longest > limits.max_image_side or header.width * header.height > limits.max_image_pixels:
             raise Refusal(
                 "large",
-                f"The {{noun}} has {header.width}x{header.height} pixels; at most "
+                f"The {{kind}} has {header.width}x{header.height} pixels; at most "
                 f"{limits.max_image_side} on a side and {limits.max_image_pixels} in all are taken. "
                 "Send a smaller one.",
             )
         if longest > limits.max_image_aspect * shortest:
             raise Refusal(
                 "large",
-                f"The {{noun}} has {header.width}x{header.height} pixels: its longest side may be "
+                f"The {{kind}} has {header.width}x{header.height} pixels: its longest side may be "
                 f"at most {limits.max_image_aspect:g} times its shortest. Crop it.",
             )
         return header
@@ -195,17 +195,17 @@ class MediaLoader:
         limits = self._limits
         max_seconds = limits.max_video_seconds if info.frames else limits.max_audio_seconds
         if info.duration_s > max_seconds + PADDING_S and info.container != "frames":
-            raise Refusal("long", f"The {{noun}} is longer than {max_seconds:g} s. Send it in parts.")
+            raise Refusal("long", f"The {{kind}} is longer than {max_seconds:g} s. Send it in parts.")
         if info.frames and min(info.height, info.width) < limits.min_image_side:
             raise Refusal(
                 "small",
-                f"The {{noun}}'s frames have {info.width}x{info.height} pixels; each side must have "
+                f"The {{kind}}'s frames have {info.width}x{info.height} pixels; each side must have "
                 f"at least {limits.min_image_side}.",
             )
         if info.frames and max(info.height, info.width) > limits.max_video_side:
             raise Refusal(
                 "large",
-                f"The {{noun}}'s frames have {info.width}x{info.height} pixels; at most "
+                f"The {{kind}}'s frames have {info.width}x{info.height} pixels; at most "
                 f"{limits.max_video_side} on a side are taken. Send a smaller one.",
             )
         return info
@@ -216,7 +216,7 @@ class MediaLoader:
             if info.frames * info.height * info.width > limits.max_video_pixels:
                 raise Refusal(
                     "large",
-                    f"The {{noun}}'s frames have more than {limits.max_video_pixels} pixels "
+                    f"The {{kind}}'s frames have more than {limits.max_video_pixels} pixels "
                     "together. Send fewer or smaller ones.",
                 )
             return MediaSize(info.height, info.width, info.frames)
@@ -271,7 +271,7 @@ def _number(record: dict[str, Any], name: str) -> float:
 
 
 def _as_item(raw: RawMedia, result: Result, shape: tuple[int, ...], sample_rate: int) -> MediaItem:
-    """The shape was known before; for a sound (shape ()) only that it is one row."""
+    """The shape was known before; for audio (shape ()) only that it is one row."""
     data, times = result.data, result.record.get("timestamps_s", [])
     if data is None or (data.shape != shape if shape else data.ndim != 1 or not data.size):
         raise Refusal("parse", CRASHED)

@@ -1,4 +1,4 @@
-"""Which container a video or sound is in, by its first bytes. The answer is forced upon ffmpeg, which never guesses.
+"""Which container a video or audio file is in, by its first bytes. ffmpeg is told, and never guesses.
 
 So nothing that names other files (playlists, ffconcat, SDP, DASH, image sequences) is ever parsed.
 """
@@ -27,7 +27,7 @@ def container_of(kind: Modality, payload: bytes) -> Demuxer:
     demuxers, names = WANTED[kind]
     found = _sniff(payload)
     if found not in demuxers:
-        raise Refusal("type", f"This file is not a {{noun}} that is served here: send {names}.")
+        raise Refusal("type", f"This file is not in a supported {{kind}} format: send {names}.")
     return found
 
 

@@ -10,7 +10,7 @@ from sensorium.types import Modality
 
 PADDING_S = 0.5  # beyond a limit on seconds: what encoders put before and behind (8 kHz MP3 and AAC: up to 0.4 s)
 
-CRASHED = "The {noun} could not be decoded: its file is damaged or takes more time or memory than it may."
+CRASHED = "The {kind} could not be decoded: its file is damaged or takes more time or memory than it may."
 
 Problem = Literal["url", "base64", "download", "file_size", "empty", "type", "large", "small", "long", "parse"]
 
@@ -26,13 +26,12 @@ CODES: dict[Problem, str] = {
     "long": "{kind}_too_long",
     "parse": "{kind}_parse_error",
 }
-NOUNS: dict[Modality, str] = {"image": "picture", "video": "video", "audio": "sound"}
 
 
 @dataclass(frozen=True, slots=True)
 class MediaSource:
-    """One medium as a request names or brings it: a URL (http, https, data or file), base64 `data` (`input_audio`), or
-    the file itself as it was uploaded."""
+    """One media item of a request: a URL (http, https, data or file), base64 `data` (`input_audio`), or the file
+    itself as it was uploaded."""
 
     kind: Modality
     param: str  # where it stands in the request: messages[0].content[1].image_url.url
@@ -44,9 +43,9 @@ class MediaSource:
 
 @dataclass(frozen=True, slots=True)
 class StreamInfo:
-    """What a worker read from a video's or sound's packets: counted, not what a header claims. Sizes are upright."""
+    """What a worker counted in the packets of a video or audio file, not what a header claims. Sizes are upright."""
 
-    container: str  # ffmpeg's demuxer, or "frames" for a list of pictures
+    container: str  # ffmpeg's demuxer, or "frames" for a list of images
     duration_s: float
     frames: int = 0
     height: int = 0
@@ -55,7 +54,7 @@ class StreamInfo:
 
 @dataclass(frozen=True, slots=True)
 class RawMedia:
-    """A medium's file as it came, at most as many bytes as its kind may have; `info` for videos and sounds."""
+    """A media item's file as it came, at most as many bytes as its kind may have; `info` for videos and audio."""
 
     kind: Modality
     param: str
@@ -66,7 +65,7 @@ class RawMedia:
 
 @dataclass(frozen=True, slots=True)
 class MediaSize:
-    """What will come out of decoding: upright pixels; `frames` of a video as sampled, of a sound its samples."""
+    """What will come out of decoding: upright pixels; `frames` of a video as sampled, of audio its samples."""
 
     height: int
     width: int
@@ -74,7 +73,7 @@ class MediaSize:
 
 
 class Refusal(Exception):
-    """Internal to this package: why a medium is not taken. `{noun}` in the text becomes picture, video or sound."""
+    """Internal to this package: why a media item is not taken. `{kind}` in the text becomes image, video or audio."""
 
     def __init__(self, problem: Problem, text: str) -> None:
         super().__init__(text)
@@ -83,7 +82,7 @@ class Refusal(Exception):
 
     def as_error(self, kind: Modality, param: str) -> MediaError:
         """The client's view. The text is ours alone: nothing of a library's message or of the file is in it."""
-        text = self.text.replace("{noun}", NOUNS[kind])
+        text = self.text.replace("{kind}", kind)
         return MediaError(text, param=param, code=CODES[self.problem].format(kind=kind))
 
 

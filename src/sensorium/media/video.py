@@ -1,7 +1,7 @@
 """Video file -> the sampled frames, upright RGB. Runs in decode workers only.
 
 Two passes: the packets' timestamps first (cheap, and the only count that is believed), then decoding, from key frame
-to key frame where the wanted frames lie far apart. Frames leave one by one, so that a clip is never whole in here.
+to key frame where the wanted frames lie far apart. Frames leave one by one, so that a video is never whole in here.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Orientation:
 
 
 @dataclass(frozen=True, slots=True)
-class Clip:
+class VideoInfo:
     """What the packets say. `times` are the presentation times of all frames, ascending, in the stream's unit; None
     where the container (AVI) has none that can be trusted and frames are counted instead."""
 
@@ -90,7 +90,7 @@ class Video:
     frames: Iterator[Pixels]
 
 
-def inspect_video(payload: bytes, demuxer: Demuxer, max_side: int) -> Clip:
+def inspect_video(payload: bytes, demuxer: Demuxer, max_side: int) -> VideoInfo:
     """Reads all packets and decodes one frame, which alone tells size and rotation for sure."""
     with opened(payload, "video", demuxer) as (container, stream):
         _check_side(stream.codec_context, max_side)
@@ -106,23 +106,23 @@ def decode_video(
     payload: bytes, demuxer: Demuxer, sampling: VideoSampling, *, max_side: int, max_frames: int, max_pixels: int
 ) -> Video:
     """Which frames and of what size is known at once; the frames are decoded as they are taken."""
-    clip = inspect_video(payload, demuxer, max_side)
-    indices = sampling.indices(clip.frames, clip.duration_s, max_frames)
-    height, width = fitted_size(*clip.upright, len(indices), max_pixels)
-    stored = clip.orientation.size(height, width)
+    info = inspect_video(payload, demuxer, max_side)
+    indices = sampling.indices(info.frames, info.duration_s, max_frames)
+    height, width = fitted_size(*info.upright, len(indices), max_pixels)
+    stored = info.orientation.size(height, width)
     return Video(
         (len(indices), height, width, 3),
-        tuple(clip.time_s(i) for i in indices),
-        _frames(payload, demuxer, clip, indices, stored),
+        tuple(info.time_s(i) for i in indices),
+        _frames(payload, demuxer, info, indices, stored),
     )
 
 
 def _check_side(sized: Any, max_side: int) -> None:
     if max(sized.height, sized.width) > max_side:
-        raise Refusal("large", f"The {{noun}}'s frames may have at most {max_side} pixels on a side.")
+        raise Refusal("large", f"The {{kind}}'s frames may have at most {max_side} pixels on a side.")
 
 
-def _scan(container: InputContainer, stream: Any, demuxer: Demuxer, first: Any) -> Clip:
+def _scan(container: InputContainer, stream: Any, demuxer: Demuxer, first: Any) -> VideoInfo:
     packets = [(packet.pts, packet.is_keyframe) for packet in _packets(container, stream) if not packet.is_discard]
     if not packets:
         raise damaged()
@@ -132,37 +132,37 @@ def _scan(container: InputContainer, stream: Any, demuxer: Demuxer, first: Any) 
     duration_s = len(packets) / rate
     orientation = Orientation.of(first)
     if demuxer == "avi" or len(times) < len(packets):
-        return Clip(len(packets), duration_s, first.height, first.width, orientation, None, [], unit_s)
+        return VideoInfo(len(packets), duration_s, first.height, first.width, orientation, None, [], unit_s)
     if len(times) > 1:
         duration_s = (times[-1] - times[0]) * unit_s * len(times) / (len(times) - 1)
     keys = sorted(pts for pts, is_key in packets if is_key and pts is not None)
-    return Clip(len(times), duration_s, first.height, first.width, orientation, times, keys, unit_s)
+    return VideoInfo(len(times), duration_s, first.height, first.width, orientation, times, keys, unit_s)
 
 
 def _packets(container: InputContainer, stream: Any) -> Iterator[Any]:
     for number, packet in enumerate(container.demux(stream)):
         if number > MAX_PACKETS:
-            raise Refusal("long", "The {noun} has too many frames.")
+            raise Refusal("long", "The {kind} has too many frames.")
         if packet.size:
             yield packet
 
 
 def _frames(
-    payload: bytes, demuxer: Demuxer, clip: Clip, indices: list[int], stored: tuple[int, int]
+    payload: bytes, demuxer: Demuxer, info: VideoInfo, indices: list[int], stored: tuple[int, int]
 ) -> Iterator[Pixels]:
     """The wanted frames in order, at the stored (height, width) and then as they are shown."""
     with opened(payload, "video", demuxer) as (container, stream):
         found = (
             _counted(container, stream, indices)
-            if clip.times is None
-            else (_timed(container, stream, [clip.times[i] for i in indices], clip.keys))
+            if info.times is None
+            else (_timed(container, stream, [info.times[i] for i in indices], info.keys))
         )
         for frame in found:
-            if (frame.height, frame.width) != (clip.height, clip.width):
-                raise Refusal("parse", "The {noun}'s frames change their size, which is not supported.")
+            if (frame.height, frame.width) != (info.height, info.width):
+                raise Refusal("parse", "The {kind}'s frames change their size, which is not supported.")
             small = None if stored == (frame.height, frame.width) else "AREA"
             pixels = frame.to_ndarray(format="rgb24", height=stored[0], width=stored[1], interpolation=small)
-            yield clip.orientation.apply(pixels)
+            yield info.orientation.apply(pixels)
 
 
 def _counted(container: InputContainer, stream: Any, indices: list[int]) -> Iterator[Any]:
@@ -197,7 +197,7 @@ def _timed(container: InputContainer, stream: Any, times: list[int], keys: list[
 
 
 def _decoded(container: InputContainer, stream: Any, wanted: frozenset[int]) -> Iterator[Any]:
-    """The wanted frames and those that others need; the rest, about half of a usual clip, is not decoded at all."""
+    """The wanted frames and those that others need; the rest, about half of a usual video, is not decoded at all."""
     for packet in container.demux(stream):
         stream.codec_context.skip_frame = "DEFAULT" if packet.pts in wanted or packet.pts is None else "NONREF"
         yield from packet.decode()

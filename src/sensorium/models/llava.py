@@ -106,7 +106,7 @@ class LlavaNext(Llava):
         return [self._pack(tiles, item["layout"].tolist()) for tiles, item in zip(parts, items, strict=True)]
 
     def _pack(self, tiles: Tensor, layout: list[int]) -> Tensor:
-        """[tiles, rows, hidden], the whole picture first, and the processor's layout -> the picture's rows."""
+        """[tiles, rows, hidden], the whole image first, and the processor's layout -> the image's rows."""
         grid_h, grid_w, top, lines, left, columns = layout
         hidden, side = tiles.shape[-1], int(tiles.shape[1] ** 0.5)
         grid = tiles[1:].view(grid_h, grid_w, side, side, hidden).permute(0, 2, 1, 3, 4)

@@ -40,25 +40,25 @@ _LAYER = re.compile(r"encoder\.layers\.(\d+)\.")
 
 
 class VisionEmbedding(nn.Module):
-    """Tiles [n, 3, side, side] of each picture, the whole picture first, and their grid -> the picture's rows."""
+    """Tiles [n, 3, side, side] of each image, the whole image first, and their grid -> the image's rows."""
 
     def __init__(self, tower: ClipTower, hidden_size: int, *, global_first: bool) -> None:
         super().__init__()
         block = 4 * tower.config.hidden_size  # two by two patches side by side
         self.img_processor = tower
-        self.glb_GN = declare(1, 1, block)  # between the tiles and the whole picture
+        self.glb_GN = declare(1, 1, block)  # between the tiles and the whole image
         self.sub_GN = declare(1, 1, 1, block)  # ends every line
         self.img_projection = nn.ModuleDict(
             {"0": Linear(block, hidden_size, bias=True), "2": Linear(hidden_size, hidden_size, bias=True)}
         )
         self._global_first = global_first
 
-    def steps(self, pictures: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> Steps[list[Tensor]]:
-        tiles = pictures[0] if len(pictures) == 1 else torch.cat(list(pictures))
+    def steps(self, images: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> Steps[list[Tensor]]:
+        tiles = images[0] if len(images) == 1 else torch.cat(list(images))
         states = []
         for group in torch.split(tiles, self.img_processor.group_size):
             states.append((yield from self.img_processor.steps(group)))
-        features = torch.split(torch.cat(states), list(map(len, pictures)))
+        features = torch.split(torch.cat(states), list(map(len, images)))
         packed = [self._packed(part, grid) for part, grid in zip(features, grids, strict=True)]
         rows = yield from by_rows(self._projected, weights(self.img_projection), torch.cat(packed))
         return separate(rows, [len(part) for part in packed])
@@ -142,7 +142,7 @@ def stored_config(checkpoint: Checkpoint) -> ClipConfig:
     image_size = round((positions - 1) ** 0.5) * patch_size
     if image_size != TILE:
         raise CheckpointError(
-            f"the vision tower takes pictures of {image_size} pixels instead of {TILE}; config.json "
+            f"the vision tower takes images of {image_size} pixels instead of {TILE}; config.json "
             "must say so in img_processor.vision_config"
         )
     return ClipConfig(

@@ -62,8 +62,8 @@ class SettingError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """A run of `count` placeholder tokens that takes the rows of medium `item` from `row` on."""
+class PlaceholderRun:
+    """A run of `count` placeholder tokens that takes the rows of media item `item` from `row` on."""
 
     item: int
     token_id: int
@@ -71,14 +71,14 @@ class Rows:
     row: int = 0
 
 
-Piece = NDArray[np.int32] | Rows
+Piece = NDArray[np.int32] | PlaceholderRun
 
 
 class Processor:
     modalities: ClassVar[frozenset[Modality]] = frozenset()
     settings: ClassVar[Mapping[str, Setting]] = {}  # names of mm_processor_kwargs
     literals: ClassVar[tuple[str, ...]] = ()  # placeholders that are plain text to the tokenizer; escaped in user text
-    sample_rate: ClassVar[int] = 16_000  # Hz, of the sounds that `process` takes
+    sample_rate: ClassVar[int] = 16_000  # Hz, of the audio that `process` takes
 
     def __init__(self, checkpoint: Checkpoint, tokenizer: Tokenizer, overrides: dict[str, Any] | None = None) -> None:
         """`overrides` is `--mm-processor-kwargs`; a key that the family does not know is a StartupError naming it."""
@@ -93,15 +93,15 @@ class Processor:
         """The same processor with a request's `mm_processor_kwargs`; RequestError names an unknown key or bad value."""
         if not overrides:
             return self
-        twin = copy.copy(self)
+        copied = copy.copy(self)
         try:
-            twin._apply({**self.overrides, **overrides})
+            copied._apply({**self.overrides, **overrides})
         except SettingError as error:
             raise RequestError(f"mm_processor_kwargs: {error}.", param=f"mm_processor_kwargs.{error.name}") from None
-        return twin
+        return copied
 
     def placeholder(self, kind: Modality, index: int) -> str:
-        """The text that stands for the index-th (0-based, per kind) medium in a prompt, for string-only templates."""
+        """The placeholder of the index-th (0-based, per kind) media item in a prompt, for string-only templates."""
         raise self._no_such_input(kind)
 
     def placeholder_id(self, kind: Modality) -> int:
@@ -109,14 +109,14 @@ class Processor:
         raise self._no_such_input(kind)
 
     def num_tokens(self, kind: Modality, height: int, width: int, frames: int = 1) -> int:
-        """Prompt tokens that a medium of this size takes, known before it is decoded. MediaError: unusable.
+        """Prompt tokens that a media item of this size takes, known before it is decoded. MediaError: unusable.
 
-        `frames` counts a video's frames as sampled, and a sound's samples.
+        `frames` counts a video's frames as sampled, and an audio item's samples.
         """
         raise self._no_such_input(kind)
 
     def video_sampling(self) -> VideoSampling:
-        """Which frames of a clip are to be decoded."""
+        """Which frames of a video are to be decoded."""
         return VideoSampling()
 
     def process(self, item: MediaItem) -> MediaFeatures:
@@ -149,11 +149,11 @@ class Processor:
         """Resolve what the family needs from config, preprocessor file and `overrides`; called when these change."""
 
     def _marker_id(self, kind: Modality) -> int:
-        """The token id that stands for one medium in tokenized text, before it is expanded."""
+        """The token id that stands for one media item in tokenized text, before it is expanded."""
         return self.placeholder_id(kind)
 
     def _find_marker(self, text: str, fill: int) -> tuple[str, int]:
-        """(text, id) of a medium's marker in prompts: `text` if the tokenizer knows it, else its name for `fill`.
+        """(text, id) of a media item's marker in prompts: `text` if the tokenizer knows it, else its name for `fill`.
 
         Converted tokenizers may give the marker another id than config.json, whose `fill` is what the rows get.
         """
@@ -186,7 +186,7 @@ class Processor:
         return f"{prefix}preprocessor_config.json"
 
     def _feature_key(self, item: MediaItem) -> bytes:
-        """What the tower's output depends on: the medium's content and every setting that may alter its pixels."""
+        """What the tower's output depends on: the media item's content and every setting that may alter its pixels."""
         return hashlib.sha256(item.key + self._identity).digest()
 
     def _assemble(self, pieces: Iterable[Piece], media: Sequence[MediaFeatures]) -> Prompt:
@@ -195,7 +195,7 @@ class Processor:
         spans: list[MediaSpan] = []
         offset = 0
         for piece in pieces:
-            if isinstance(piece, Rows):
+            if isinstance(piece, PlaceholderRun):
                 chunk = np.full(piece.count, piece.token_id, np.int32)
                 spans.append(MediaSpan(piece.item, offset, piece.count, piece.row))
             else:
@@ -207,7 +207,7 @@ class Processor:
         return Prompt(token_ids, tuple(media), tuple(spans), positions, delta)
 
     def _expanded(self, token_ids: NDArray[np.int32], media: Sequence[MediaFeatures]) -> Iterator[Piece]:
-        """Replace the n-th marker of a kind by the rows of the n-th medium of that kind."""
+        """Replace the n-th marker of a kind by the rows of the n-th media item of that kind."""
         kinds = {self._marker_id(kind): kind for kind in self.modalities}
         places = np.flatnonzero(np.isin(token_ids, list(kinds)))
         found = [kinds[int(token_ids[place])] for place in places]
@@ -217,7 +217,7 @@ class Processor:
         for place, kind in zip(places.tolist(), found, strict=True):
             item = next(waiting[kind])
             yield token_ids[start:place]
-            yield Rows(item, self.placeholder_id(kind), media[item].num_rows)
+            yield PlaceholderRun(item, self.placeholder_id(kind), media[item].num_rows)
             start = place + 1
         yield token_ids[start:]
 

@@ -1,4 +1,4 @@
-"""Pixels from bytes for every picture processor: PIL resizing, cropping, and uint8 to normalised float32.
+"""Pixels from bytes for every image processor: PIL resizing, cropping, and uint8 to normalised float32.
 
 Torch-free and without state. The results equal transformers' `…ImageProcessorPil` classes: the same bytes out of PIL,
 and within 1e-6 after rescaling and normalising, which are one multiplication and one addition here.
@@ -96,7 +96,7 @@ def resize(pixels: Pixels, height: int, width: int, resample: Image.Resampling) 
 
 
 def center_crop(pixels: Pixels, height: int, width: int) -> Pixels:
-    """The middle of the picture; where it is smaller than asked, black is added around it."""
+    """The middle of the image; where it is smaller than asked, black is added around it."""
     missing_h, missing_w = max(height - pixels.shape[0], 0), max(width - pixels.shape[1], 0)
     if missing_h or missing_w:
         # transformers gives the odd pixel of a padded side to its beginning.
@@ -107,7 +107,7 @@ def center_crop(pixels: Pixels, height: int, width: int) -> Pixels:
 
 
 def pad_to_square(pixels: Pixels, color: Sequence[int]) -> Pixels:
-    """Bars of `color` on the shorter axis, the smaller half before the picture."""
+    """Bars of `color` on the shorter axis, the smaller half before the image."""
     height, width = pixels.shape[:2]
     side = max(height, width)
     square = np.empty((side, side, 3), np.uint8)

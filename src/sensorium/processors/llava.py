@@ -1,4 +1,4 @@
-"""LLaVA-1.5: every picture becomes one square of the tower's size and as many tokens as the tower has patches.
+"""LLaVA-1.5: every image becomes one square of the tower's size and as many tokens as the tower has patches.
 
 `ClipGeometry` and `image_token` are shared with LLaVA-NeXT.
 """
@@ -52,7 +52,7 @@ class ClipGeometry:
 
 
 def image_token(config: Mapping[str, Any]) -> int:
-    """The id that config.json repeats for every row of a picture."""
+    """The id that config.json repeats for every row of an image."""
     token_id: int = config.get("image_token_index", config.get("image_token_id", 32000))
     return token_id
 
@@ -84,7 +84,7 @@ class LlavaProcessor(Processor):
             self._crop = None
         if (self._crop or self._size) != (side, side):
             raise CheckpointError(
-                f"preprocessor_config.json makes pictures of {self._crop or self._size} pixels, "
+                f"preprocessor_config.json makes images of {self._crop or self._size} pixels, "
                 f"but the vision tower is built for {(side, side)}."
             )
 

@@ -1,6 +1,6 @@
-"""LLaVA-NeXT (v1.6): a picture is seen whole and as tiles of the resolution that fits it best ("anyres").
+"""LLaVA-NeXT (v1.6): an image is seen whole and as tiles of the resolution that fits it best ("anyres").
 
-The tower gets square tiles, the whole picture first, and `layout`, which says how their rows are packed: tiles form a
+The tower gets square tiles, the whole image first, and `layout`, which says how their rows are packed: tiles form a
 grid, the rows and columns that only saw padding are cut off, and a newline row ends every line.
 """
 
@@ -27,7 +27,7 @@ PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))  # tr
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """Where the tiles of one picture come from and which of their patches are kept. Lengths in patches."""
+    """Where the tiles of one image come from and which of their patches are kept. Lengths in patches."""
 
     grid_h: int  # tiles
     grid_w: int
@@ -41,7 +41,7 @@ class Tiling:
 
 
 def pinpoints(value: Any) -> list[tuple[int, int]]:
-    """Setting: the resolutions, [[height, width], …], that a picture may be cut from."""
+    """Setting: the resolutions, [[height, width], …], that an image may be cut from."""
     if not isinstance(value, Sequence) or not 0 < len(value) <= 64:
         raise ValueError("must be a list of 1 to 64 [height, width] pairs")
     for pair in value:
@@ -51,7 +51,7 @@ def pinpoints(value: Any) -> list[tuple[int, int]]:
 
 
 def best_resolution(height: int, width: int, choices: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
-    """The choice that keeps most of the picture's pixels, then wastes least; the first of equals."""
+    """The choice that keeps most of the image's pixels, then wastes least; the first of equals."""
     best, best_score = None, (0, -math.inf)
     for target_h, target_w in choices:
         scale = min(target_w / width, target_h / height)
@@ -63,7 +63,7 @@ def best_resolution(height: int, width: int, choices: Sequence[tuple[int, int]])
 
 
 def fitted_size(height: int, width: int, target: tuple[int, int]) -> tuple[int, int]:
-    """The size of the picture once it fills one axis of `target` with its aspect kept."""
+    """The size of the image once it fills one axis of `target` with its aspect kept."""
     scale_h, scale_w = target[0] / height, target[1] / width
     if scale_w < scale_h:
         return min(math.ceil(height * scale_w), target[0]), target[1]
@@ -124,7 +124,7 @@ class LlavaNextProcessor(Processor):
         best = best_resolution(height, width, self._pinpoints)
         if best is None:
             raise MediaError(
-                f"A picture of {width}x{height} pixels is too narrow for this model.",
+                f"An image of {width}x{height} pixels is too narrow for this model.",
                 param=param or None,
                 code="image_too_small",
             )

@@ -1,6 +1,6 @@
-"""MiniCPM-V 2.6: a picture is seen whole and, if it is large, in slices of its own aspect; 64 rows for each of them.
+"""MiniCPM-V 2.6: an image is seen whole and, if it is large, in slices of its own aspect; 64 rows for each of them.
 
-In the prompt a picture has a number, which counts the prompt's pictures; a video is its frames, one picture after the
+In the prompt an image has a number, which counts the prompt's images; a video is its frames, one image after the
 other, without numbers. Slices travel as bytes: the model normalises them.
 """
 
@@ -22,7 +22,7 @@ from sensorium.checkpoint.configs import Checkpoint
 from sensorium.errors import CheckpointError, StartupError
 from sensorium.media.sampling import VideoSampling
 from sensorium.processors import image
-from sensorium.processors.base import Piece, Processor, Rows, Setting, boolean, integer, number
+from sensorium.processors.base import Piece, PlaceholderRun, Processor, Setting, boolean, integer, number
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.types import MediaFeatures, MediaItem, Modality, Prompt
 
@@ -44,11 +44,11 @@ _TAG = re.compile("(" + "|".join(map(re.escape, TAGS.values())) + ")")
 
 @dataclass(frozen=True, slots=True)
 class Slicing:
-    """How one picture is cut. Sizes are (height, width) in pixels, multiples of the patch."""
+    """How one image is cut. Sizes are (height, width) in pixels, multiples of the patch."""
 
     whole: tuple[int, int]
     slice: tuple[int, int]
-    rows: int = 0  # of slices; none if the picture is only seen whole
+    rows: int = 0  # of slices; none if the image is only seen whole
     columns: int = 0
 
     @property
@@ -57,7 +57,7 @@ class Slicing:
 
 
 def slice_grid(height: int, width: int, max_slices: int, scale: int) -> tuple[int, int] | None:
-    """(rows, columns) whose aspect is nearest to the picture's, of as many slices as it has squares of `scale`."""
+    """(rows, columns) whose aspect is nearest to the image's, of as many slices as it has squares of `scale`."""
     wanted = min(math.ceil(height * width / (scale * scale)), max_slices)
     if wanted <= 1:
         return None
@@ -153,14 +153,14 @@ class MiniCPMVProcessor(Processor):
     def process(self, item: MediaItem) -> MediaFeatures:
         if item.kind not in TAGS:
             return super().process(item)
-        pictures = item.data.astype(np.uint8, copy=False)
-        pictures = pictures if item.kind == "video" else pictures[None]
-        plan = self._slicing(item.kind, pictures.shape[1], pictures.shape[2])
-        slices = [part for picture in pictures for part in self._slices(picture, plan)]
+        frames = item.data.astype(np.uint8, copy=False)
+        frames = frames if item.kind == "video" else frames[None]
+        plan = self._slicing(item.kind, frames.shape[1], frames.shape[2])
+        slices = [part for frame in frames for part in self._slices(frame, plan)]
         arrays: dict[str, NDArray[np.generic]] = {
             "patches": np.concatenate([self._patches(part) for part in slices]),  # uint8 [patches, 3 * patch * patch]
             "grids": np.array([part.shape[:2] for part in slices], np.int32) // self._patch,  # [slices, 2]
-            "layout": np.array([len(pictures), plan.rows, plan.columns], np.int32),
+            "layout": np.array([len(frames), plan.rows, plan.columns], np.int32),
         }
         return MediaFeatures(item.kind, self._feature_key(item), len(slices) * self._rows, arrays)
 
@@ -191,7 +191,7 @@ class MiniCPMVProcessor(Processor):
             yield from self._medium(index, media[index])
 
     def _medium(self, item: int, features: MediaFeatures) -> Iterator[Piece]:
-        """Every frame: the whole picture, then its slices, line by line."""
+        """Every frame: the whole image, then its slices, line by line."""
         frames, rows, columns = features.arrays["layout"].tolist()
         line_end = self._encoded("\n") if rows > 1 else None
         first_rows = itertools.count(0, self._rows)
@@ -205,7 +205,7 @@ class MiniCPMVProcessor(Processor):
 
     def _slot(self, name: str, item: int, row: int) -> Iterator[Piece]:
         yield self._tokens[f"{name}_start"]
-        yield Rows(item, self._fill, self._rows, row)
+        yield PlaceholderRun(item, self._fill, self._rows, row)
         yield self._tokens[f"{name}_end"]
 
     def _encoded(self, text: str, *, add_special_tokens: bool = False) -> NDArray[np.int32]:
@@ -214,12 +214,12 @@ class MiniCPMVProcessor(Processor):
     def _slicing(self, kind: Modality, height: int, width: int) -> Slicing:
         return slicing(height, width, self._most[kind], self._scale, self._patch)
 
-    def _slices(self, picture: NDArray[np.uint8], plan: Slicing) -> Iterator[NDArray[np.uint8]]:
-        yield image.resize(picture, *plan.whole, Resampling.BICUBIC)
+    def _slices(self, frame: NDArray[np.uint8], plan: Slicing) -> Iterator[NDArray[np.uint8]]:
+        yield image.resize(frame, *plan.whole, Resampling.BICUBIC)
         if not plan.rows:
             return
         height, width = plan.slice
-        refined = image.resize(picture, plan.rows * height, plan.columns * width, Resampling.BICUBIC)
+        refined = image.resize(frame, plan.rows * height, plan.columns * width, Resampling.BICUBIC)
         for top, left in itertools.product(range(0, refined.shape[0], height), range(0, refined.shape[1], width)):
             yield refined[top : top + height, left : left + width]
 

@@ -1,7 +1,7 @@
-"""Phi-3-vision and Phi-3.5-vision: a picture is seen whole and in square tiles, as many as fit ("HD transform").
+"""Phi-3-vision and Phi-3.5-vision: an image is seen whole and in square tiles, as many as fit ("HD transform").
 
 `<|image_1|>`, `<|image_2|>`, … are no tokens: the text is split on them and every piece is tokenized for itself, BOS
-included, as the published processor does it. The number, not the place, says which picture stands there.
+included, as the published processor does it. The number, not the place, says which image stands there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from PIL.Image import Resampling
 from sensorium.checkpoint.configs import Checkpoint
 from sensorium.errors import MediaError, RequestError
 from sensorium.processors import image
-from sensorium.processors.base import Piece, Processor, Rows, Setting, integer
+from sensorium.processors.base import Piece, PlaceholderRun, Processor, Setting, integer
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.types import MediaFeatures, MediaItem, Modality, Prompt
 
@@ -33,7 +33,7 @@ _HALF_WAY = (-0.09375, 0.59375, 0.59375, -0.09375)  # cubic convolution, a = -0.
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """What becomes of a picture. The sizes are those of the picture lying down, if it is `upright`."""
+    """What becomes of an image. The sizes are those of the image lying down, if it is `upright`."""
 
     upright: bool  # higher than wide: it is turned for resizing and padding, and then turned back
     height: int  # pixels after resizing
@@ -43,11 +43,11 @@ class Tiling:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of tiles of the picture as it stands."""
+        """Rows and columns of tiles of the image as it stands."""
         return (self.wide, self.high) if self.upright else (self.high, self.wide)
 
     def num_rows(self, side: int) -> int:
-        """Embedding rows with `side` x `side` of them to a tile: tiles, whole picture, separators."""
+        """Embedding rows with `side` x `side` of them to a tile: tiles, whole image, separators."""
         lines = self.grid[0] + 1
         return (self.high * self.wide + 1) * side * side + 1 + lines * side
 
@@ -137,12 +137,12 @@ class Phi3VProcessor(Processor):
         for index, text in enumerate(texts):
             if index:
                 item = numbers[index - 1] - 1
-                yield Rows(item, self._fill, media[item].num_rows)
+                yield PlaceholderRun(item, self._fill, media[item].num_rows)
             ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens or index > 0)
             yield np.array(ids, np.int32)
 
     def _check_numbers(self, numbers: Sequence[int], media: Sequence[MediaFeatures]) -> None:
-        """Every picture has its number, every number its picture; in any order, and more than once if the prompt
+        """Every image has its number, every number its image; in any order, and more than once if the prompt
         wants it."""
         for one in media:
             if one.kind != "image":
@@ -150,8 +150,8 @@ class Phi3VProcessor(Processor):
         if set(numbers) != set(range(1, len(media) + 1)):
             named = ", ".join(str(number) for number in sorted(set(numbers))[:16]) or "none"
             raise RequestError(
-                f"The prompt has placeholders for the pictures {named}, but the request brings "
-                f"{len(media)} picture(s), which are 1 to {len(media)}.",
+                f"The prompt has placeholders for the images {named}, but the request brings "
+                f"{len(media)} image(s), which are 1 to {len(media)}.",
                 code="media_count_mismatch",
             )
 
@@ -159,7 +159,7 @@ class Phi3VProcessor(Processor):
         plan = tiling(height, width, self._num_crops, self._tile)
         if not plan.height:
             raise MediaError(
-                f"A picture of {width}x{height} pixels is too narrow for this model.",
+                f"An image of {width}x{height} pixels is too narrow for this model.",
                 param=param or None,
                 code="image_too_small",
             )

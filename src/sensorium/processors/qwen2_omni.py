@@ -1,7 +1,7 @@
-"""Qwen2.5-Omni's thinker: Qwen2-VL's pictures and videos on a time axis in seconds, and sounds as log-mel features.
+"""Qwen2.5-Omni's thinker: Qwen2-VL's images and videos on a time axis in seconds, and audio as log-mel features.
 
-A sound's rows are counted on like text, 25 to the second; a video's frames lie at 25 positions to the second too. The
-sound track of a video is not heard: send it as a sound.
+Audio rows are counted on like text, 25 to the second; a video's frames lie at 25 positions to the second too. The
+audio track of a video is ignored; send it as a separate audio part.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sensorium.processors.qwen2_vl import FPS, Qwen2VLProcessor
 from sensorium.types import MediaFeatures, MediaItem, Modality
 
 POSITIONS_PER_SECOND = 25
-MIN_FRAMES = 3  # of mel features, for one row; shorter sounds are padded with silence
+MIN_FRAMES = 3  # of mel features, for one row; shorter audio is padded with silence
 
 
 def num_frames(samples: int) -> int:

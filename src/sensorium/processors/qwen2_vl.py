@@ -1,6 +1,6 @@
-"""Qwen2-VL: pictures and videos keep their aspect and become as many tokens as their size asks for, in M-RoPE's axes.
+"""Qwen2-VL: images and videos keep their aspect and become as many tokens as their size asks for, in M-RoPE's axes.
 
-A picture's patches carry their pixels once: the tower repeats them for its second frame. Patches are ordered so that
+An image's patches carry their pixels once: the tower repeats them for its second frame. Patches are ordered so that
 the four that become one token lie together. Frames are chosen and bounded as in qwen-vl-utils.
 """
 
@@ -129,8 +129,8 @@ class Qwen2VLProcessor(Processor):
     def positions(
         self, token_ids: NDArray[np.int32], spans: Sequence[MediaSpan], media: Sequence[MediaFeatures]
     ) -> tuple[NDArray[np.int32] | None, int]:
-        """Text and sounds count on, equally on all axes; the rows of a picture or video take their place in (time,
-        height, width) from there on. What follows goes on after the largest position that the medium used."""
+        """Text and audio count on, equally on all axes; the rows of an image or video take their place in (time,
+        height, width) from there on. What follows goes on after the largest position that the media item used."""
         spans = [span for span in spans if "grid" in media[span.item].arrays]
         if not spans:
             return None, 0
@@ -151,7 +151,7 @@ class Qwen2VLProcessor(Processor):
         return out, position - at
 
     def _times(self, media: MediaFeatures, count: int) -> NDArray[np.int32]:
-        """Positions on the time axis of a medium's frame groups, from 0 on: here they are counted, not timed."""
+        """Positions on the time axis of a media item's frame groups, from 0 on: here they are counted, not timed."""
         return np.arange(count, dtype=np.int32)
 
     def _num_rows(self, grid: tuple[int, int, int]) -> int:
@@ -165,7 +165,7 @@ class Qwen2VLProcessor(Processor):
     def _size(self, kind: Modality, height: int, width: int, frames: int, param: str | None) -> tuple[int, int]:
         if max(height, width) > MAX_ASPECT * min(height, width):
             raise MediaError(
-                f"A picture of {width}x{height} pixels is too narrow for this model, which takes sides of "
+                f"An image of {width}x{height} pixels is too narrow for this model, which takes sides of "
                 f"at most {MAX_ASPECT}:1.",
                 param=param,
                 code="image_too_small",
@@ -205,7 +205,7 @@ class Qwen2VLProcessor(Processor):
         return out.reshape(-1, 3 * depth * patch * patch)
 
     def _pixel_bounds(self, files: Mapping[str, Any], default: tuple[int, int]) -> tuple[int, int]:
-        """Of a picture or frame, in either dialect: by these names, or as the edges of `size`."""
+        """Of an image or frame, in either dialect: by these names, or as the edges of `size`."""
         size = files.get("size")
         edges = size if isinstance(size, Mapping) else {}
         low = self._bound(files, "min_pixels", edges.get("min_pixels", edges.get("shortest_edge", default[0])))

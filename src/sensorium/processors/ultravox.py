@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sensorium.processors.audio import HOP_SAMPLES, SAMPLE_RATE, log_mel
-from sensorium.processors.base import Piece, Processor, Rows
+from sensorium.processors.base import Piece, PlaceholderRun, Processor
 from sensorium.types import MediaFeatures, MediaItem, Modality, Prompt
 
 PLACEHOLDER = "<|audio|>"
@@ -75,6 +75,6 @@ class UltravoxProcessor(Processor):
         self._check_counts(["audio"] * (len(texts) - 1), media)
         for index, text in enumerate(texts):
             if index:
-                yield Rows(index - 1, self.filler, media[index - 1].num_rows)
+                yield PlaceholderRun(index - 1, self.filler, media[index - 1].num_rows)
             ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens and index == 0)
             yield np.array(ids, np.int32)

@@ -9,7 +9,7 @@ from pathlib import PurePath
 
 from sensorium.checkpoint import chat_templates
 
-# The picture comes where its part stands; the state of the end token is the embedding.
+# The image comes where its part stands; the state of the end token is the embedding.
 _DSE_QWEN2 = (
     "{% if messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"

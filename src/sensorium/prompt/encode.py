@@ -105,6 +105,6 @@ def _first(encoding: Any, count: int) -> Any:
     """The beginning of an encoding, which itself is left as it is: several pairs share it."""
     if len(encoding) <= count:
         return encoding
-    twin = type(encoding).merge([encoding])
-    twin.truncate(count)
-    return twin
+    copied = type(encoding).merge([encoding])
+    copied.truncate(count)
+    return copied

@@ -1,6 +1,6 @@
 """Keeps control tokens out of other people's text: `<|im_end|>` typed by a user stays eight letters.
 
-`escape` puts a mark inside every literal found in foreign text, so that the text can go through a chat template without
+`escape` puts a mark inside every literal in untrusted text, so that the text can go through a chat template without
 being taken for the template's own control tokens. Whoever tokenizes the result calls `rename_true`.
 Marks are Unicode noncharacters, which text is not allowed to contain: foreign ones become U+FFFD.
 """
@@ -17,12 +17,12 @@ _FOREIGN_MARKS = re.compile(f"[{MARK}{NAME}{CUT}]")
 
 
 def sanitize(text: str) -> str:
-    """Foreign text without our marks."""
+    """Untrusted text without our marks."""
     return _FOREIGN_MARKS.sub("\ufffd", text) if not text.isascii() else text
 
 
 class Literals:
-    """A set of literals that foreign text must not contain."""
+    """A set of literals that untrusted text must not contain."""
 
     def __init__(self, literals: Iterable[str]) -> None:
         self.all = frozenset(literals) - {""}

@@ -116,8 +116,8 @@ class ChatTemplate:
         kwargs: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> bytes:
-        """What `Renderer.render` takes, foreign text escaped for `Tokenizer.encode`. kwargs that the template does not
-        read are left out."""
+        """What `Renderer.render` takes, untrusted text escaped for `Tokenizer.encode`. kwargs that the template does
+        not read are left out."""
         if continue_final_message and add_generation_prompt:
             raise RequestError(
                 "continue_final_message and add_generation_prompt cannot both be true.", param="continue_final_message"
@@ -210,7 +210,7 @@ class ChatTemplate:
     def _flat(
         self, parts: Sequence[TextPart | MediaPart], escape: Callable[[str], str], seen: Counter[Modality]
     ) -> str:
-        """For templates that know only strings: parts in their order, a medium being its placeholder, line by line."""
+        """For templates that know only strings: parts in order, one a line, a media item as its placeholder."""
         lines = []
         for part in parts:
             if isinstance(part, TextPart):

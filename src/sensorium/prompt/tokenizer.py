@@ -78,12 +78,12 @@ class Tokenizer:
 
     def with_literals(self, literals: Iterable[str], *, special: bool = False) -> Tokenizer:
         """The same tokenizer, whose `escape` also breaks these; `special`: in text of the model's own, too."""
-        twin = copy.copy(self)
+        copied = copy.copy(self)
         literals = frozenset(literals)
-        twin._all = Literals(self._all.all | literals)
+        copied._all = Literals(self._all.all | literals)
         if special:
-            twin._special = Literals(self._special.all | literals)
-        return twin
+            copied._special = Literals(self._special.all | literals)
+        return copied
 
     @property
     def bos_token(self) -> str | None:
@@ -98,7 +98,7 @@ class Tokenizer:
         return self.named_tokens.get("pad_token")
 
     def escape(self, text: str, *, special_only: bool = False) -> str:
-        """Foreign text in a form that `encode` reads as plain text whatever literals it contains.
+        """Untrusted text in a form that `encode` reads as plain text whatever literals it contains.
 
         `special_only` leaves alone the literals that are not special tokens (`<think>`, `<tool_call>`): for text of
         the model's own, where a template looks for them.
@@ -106,7 +106,7 @@ class Tokenizer:
         return (self._special if special_only else self._all).escape(text)
 
     def sanitize(self, text: str) -> str:
-        """Foreign text whose literals shall be tokens, as `encode` takes it."""
+        """Untrusted text whose literals shall be tokens, as `encode` takes it."""
         return sanitize(text)
 
     def unescape(self, text: str) -> str:

@@ -260,7 +260,7 @@ def test_the_number_selects_the_picture() -> None:
 )
 def test_numbers_and_pictures_must_agree(text: str, count: int) -> None:
     here = processor(num_crops=1)
-    with pytest.raises(RequestError, match=rf"brings {count} picture") as refused:
+    with pytest.raises(RequestError, match=rf"brings {count} image") as refused:
         here.build(text, [here.process(noise(20, 20))] * count)
     assert refused.value.code == "media_count_mismatch"
 

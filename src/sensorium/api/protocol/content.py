@@ -112,7 +112,7 @@ Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=8192)]
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What the prompt layer is given: messages with a `MediaPart` wherever the next medium of that kind belongs."""
+    """What the prompt layer is given: messages with a `MediaPart` wherever the next media item of that kind belongs."""
 
     messages: tuple[Message, ...]
     media: tuple[MediaSource, ...]
@@ -173,7 +173,7 @@ def _parts(message: ChatMessage) -> Sequence[Any]:
 
 
 def _part(part: Any, where: str, modalities: frozenset[Modality], media: list[MediaSource]) -> TextPart | MediaPart:
-    """One part; a medium's source is appended to `media`."""
+    """One part; a media item's source is appended to `media`."""
     match part:
         case TextContent():
             return TextPart(part.text)
@@ -184,8 +184,8 @@ def _part(part: Any, where: str, modalities: frozenset[Modality], media: list[Me
         case AudioContent():
             return _medium("audio", _source("audio", part.audio_url, f"{where}.audio_url"), modalities, media)
         case SoundContent():
-            sound = part.input_audio
-            source = MediaSource("audio", f"{where}.input_audio.data", data=sound.data, format=sound.format)
+            audio = part.input_audio
+            source = MediaSource("audio", f"{where}.input_audio.data", data=audio.data, format=audio.format)
             return _medium("audio", source, modalities, media)
     raise RequestError(
         "A content part must be text, image_url, video_url, audio_url or input_audio.",

@@ -95,7 +95,7 @@ ANSWERS: Mapping[str, Foreign] = {
     **_called("top_k", "k", 0, -1),
     **_fields("do_sample", (None, True), "`temperature`: 0 takes the likeliest token"),
     **_fields("system", advice="it is a message with the role `system` here"),
-    **_fields("images", advice="pictures are parts of a message's `content` here"),
+    **_fields("images", advice="images are parts of a message's `content` here"),
     # samplers and penalties that are not offered
     **_fields(
         """mirostat mirostat_mode dynatemp_range dynamic_temperature dry_multiplier xtc_probability top_a

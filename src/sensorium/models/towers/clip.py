@@ -162,13 +162,13 @@ class ClipTower(nn.Module):
 
     @property
     def group_size(self) -> int:
-        """Pictures that are computed at once."""
+        """Images that are computed at once."""
         most = CPU_GROUP_ROWS if self.embeddings.position_embedding.weight.is_cpu else MAX_ROWS
         return max(1, most // self.config.num_positions)
 
     @property
     def num_rows(self) -> int:
-        """Of one picture."""
+        """Of one image."""
         return self.config.num_positions - self.first
 
     def activation_bytes(self, element_size: int) -> int:

@@ -1,6 +1,6 @@
-"""Vision towers of Qwen2-VL and Qwen2.5: patches of pictures and videos of any size, flat, 2-D rotary positions.
+"""Vision towers of Qwen2-VL and Qwen2.5: patches of images and videos of any size, flat, 2-D rotary positions.
 
-Attention stays inside one temporal slice (a picture, or a pair of a video's frames), so slices are what a batch is cut
+Attention stays inside one temporal slice (an image, or a pair of a video's frames), so slices are what a batch is cut
 into. Patches of a slice come ordered by 2x2 blocks; each block becomes one row of the language model.
 """
 
@@ -159,7 +159,7 @@ class VisionBlock(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """[patches, 3 * frames * side * side] -> [patches, embed]. A picture's patches come with one frame, shown twice."""
+    """[patches, 3 * frames * side * side] -> [patches, embed]. An image's patches come with one frame, shown twice."""
 
     def __init__(self, config: QwenVitConfig) -> None:
         super().__init__()
@@ -232,7 +232,7 @@ class QwenVit(nn.Module):
         return int(element_size * (patches * (10 * config.embed_dim + 2 * pixels) + MAX_ROWS * inner))
 
     def steps(self, pixels: Sequence[Tensor], grids: Sequence[tuple[int, int, int]]) -> Steps[list[Tensor]]:
-        """Per medium: patches [frames * lines * columns, …] and their grid -> rows [patches / merge², out_features]."""
+        """Per item: patches [frames * lines * columns, …] and their grid -> rows [patches / merge², out_features]."""
         slices = [part for whole, (_, h, w) in zip(pixels, grids, strict=True) for part in torch.split(whole, h * w)]
         sizes = [(h, w) for t, h, w in grids for _ in range(t)]
         rows = []

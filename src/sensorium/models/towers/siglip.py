@@ -1,4 +1,4 @@
-"""SigLIP's vision tower on pictures of any size (NaViT): slices flat and unpadded, attention inside each of them.
+"""SigLIP's vision tower on images of any size (NaViT): slices flat and unpadded, attention inside each of them.
 
 Source: Dehghani et al. 2023 (Patch n' Pack). A slice's lines and columns are spread over the table of positions that
 the tower was trained with. Layers are CLIP's.
