@@ -47,7 +47,7 @@ class Bench:
             raise SystemExit(f"{folder} has no language model")
         torch.set_num_threads(threads or default_threads(checkpoint))
         wanted = Quantization(8 if quantization == "int8" else 4) if quantization else None
-        model = load_model(checkpoint, dtype=torch.bfloat16, device="cpu", quantization=wanted, in_place=True)
+        model = load_model(checkpoint, dtype=torch.bfloat16, device="cpu", quantization=wanted, memory_mapped=True)
         config = EngineConfig(str(folder), enable_prefix_caching=False)
         self.engine = build_engine(model, checkpoint, config, torch.device("cpu"), torch.bfloat16)
         while self.engine.pack_some():

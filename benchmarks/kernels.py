@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sensorium.kernels import Quantization
+from sensorium.kernels import Quantization, reference
 from sensorium.kernels.context import AttentionContext
-from sensorium.kernels.cpu import library as native
-from sensorium.kernels.reference import plain as reference
+from sensorium.kernels.cpu import native
+from sensorium.kernels.cpu.library import ISAS
 
 BF16 = torch.bfloat16
 COLD_BYTES = 256 << 20  # of weights that one run walks over, so that none stay in the caches
@@ -169,7 +169,7 @@ def main() -> None:
     sections = {"linear": linear, "quantized": quantized, "attention": attention, "small": small}
     parser.add_argument("sections", nargs="*", choices=[*sections, []], help="default: all")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--isa", choices=native.ISAS, help="default: the best of this processor")
+    parser.add_argument("--isa", choices=ISAS, help="default: the best of this processor")
     arguments = parser.parse_args()
     kernels = native.load(arguments.isa)
     print(kernels.describe())

@@ -12,10 +12,10 @@
 
 namespace sensorium::SENSORIUM_ISA {
 
-constexpr int kKeys = 64;             // keys per step
-constexpr int kAttentionRows = 96;    // query rows per tile, about
-constexpr int64_t kSplitKeys = 512;   // keys per part of a split sequence
-constexpr float kMasked = -1e30f;     // finite: infinity minus infinity is not a number
+constexpr int kKeys = 64;            // keys per step
+constexpr int kAttentionRows = 96;   // query rows per tile, about
+constexpr int64_t kSplitKeys = 512;  // keys per part of a split sequence
+constexpr float kMasked = -1e30f;    // finite: infinity minus infinity is not a number
 constexpr float kLog2e = 1.44269504088896f;
 
 struct AttentionTask {
@@ -33,13 +33,13 @@ struct AttentionState {
     float* total;   // [rows]
 };
 
-// Sixty-four keys or values, wherever they lie; null beyond the end.
+// Pointers to 64 keys or values; null beyond the end.
 struct Rows {
     const char* at[kKeys];
     float scale[kKeys];  // int8 only
 };
 
-// Blocks lie anywhere in the cache, so the processor does not see the next rows coming.
+// Blocks may be anywhere in the cache, so the hardware prefetcher cannot predict the next rows.
 static inline void prefetch_rows(const Rows& rows, int first, int count, int row_bytes) {
     for (int i = first; i < first + count; ++i)
         for (int byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(rows.at[i] + byte, 0, 2);
@@ -129,8 +129,8 @@ static inline void find_rows(const Attention& args, const AttentionTask& task, i
     }
 }
 
-// The rows as bf16: as they are, or int8 codes, which bf16 holds exactly, in `wide`, and their scales in `rows`.
-static inline void widen_rows(const Attention& args, Rows& rows, bf16* wide, const bf16** out) {
+// The rows as bf16: as they are, or int8 codes, which bf16 holds exactly, in `wide`; their scales go to `rows`.
+static inline void dequantize_rows(const Attention& args, Rows& rows, bf16* wide, const bf16** out) {
     for (int i = 0; i < kKeys; ++i) {
         out[i] = reinterpret_cast<const bf16*>(rows.at[i]);
         if (!args.int8) continue;
@@ -198,11 +198,12 @@ static void attend(const Attention& args, const AttentionTask& task, AttentionSt
     const int64_t words = dim / Elements::kPerWord;
     const int64_t first_token = args.query_start[task.sequence];
     const int queries = args.query_start[task.sequence + 1] - args.query_start[task.sequence];
-    const size_t q_bytes = align64(size_t(rows) * words * sizeof(Word)), score_bytes = align64(size_t(rows) * kKeys * 4);
+    const size_t q_bytes = align64(size_t(rows) * words * sizeof(Word)),
+                 score_bytes = align64(size_t(rows) * kKeys * 4);
     const size_t k_bytes = size_t(kKeys) * words * 4, v_bytes = size_t(kKeys) * state.dim * sizeof(Element);
     const size_t p_bytes = size_t(rows) * kKeys * sizeof(Weight), wide_bytes = args.int8 ? size_t(kKeys) * dim * 2 : 0;
     char* memory = static_cast<char*>(
-        Scratch<2>::get(q_bytes + score_bytes + k_bytes + v_bytes + p_bytes + wide_bytes));
+        Scratch<Buffer::kAttentionTile>::get(q_bytes + score_bytes + k_bytes + v_bytes + p_bytes + wide_bytes));
     Word* q = reinterpret_cast<Word*>(memory);
     float* scores = reinterpret_cast<float*>(memory + q_bytes);
     uint32_t* keys = reinterpret_cast<uint32_t*>(memory + q_bytes + score_bytes);
@@ -220,7 +221,8 @@ static void attend(const Attention& args, const AttentionTask& task, AttentionSt
                                                       (task.kv_head * group + (first + j) % group) * dim);
         }
         if constexpr (kFloats) {
-            transpose_pairs(source, tiling.size(i), words, reinterpret_cast<uint32_t*>(q + first * words), tiling.size(i));
+            transpose_pairs(source, tiling.size(i), words, reinterpret_cast<uint32_t*>(q + first * words),
+                            tiling.size(i));
         } else {
             const int64_t count = words * tiling.size(i);
             transpose_pairs(source, tiling.size(i), words, raw_pairs(q + first * words, count), tiling.size(i));
@@ -237,12 +239,12 @@ static void attend(const Attention& args, const AttentionTask& task, AttentionSt
         Rows *now = rows_of[step % 2], *next = rows_of[(step + 1) % 2];
         find_rows(args, task, key + kKeys, next[0], next[1]);
         const bf16* plain[kKeys];
-        widen_rows(args, now[0], wide, plain);
+        dequantize_rows(args, now[0], wide, plain);
         for (int lane = 0; lane < kKeys; lane += kLanes) {
             if (next[0].at[lane]) prefetch_rows(next[0], lane, kLanes, row_bytes);
             pack_keys(plain, words, keys, lane);
         }
-        widen_rows(args, now[1], wide, plain);
+        dequantize_rows(args, now[1], wide, plain);
         if (next[1].at[0]) prefetch_rows(next[1], 0, kKeys, row_bytes);
         pack_values(reinterpret_cast<const Element* const*>(plain), dim, values);
         for (int64_t i = 0; i < tiling.count; ++i) {
@@ -265,9 +267,9 @@ static void attend(const Attention& args, const AttentionTask& task, AttentionSt
             const int vectors = state.dim - d > kLanes ? 2 : 1;
             for (int64_t i = 0; i < tiling.count; ++i) {
                 const int64_t first = tiling.start(i);
-                tile_for<Dot, kKeyWords>(tiling.size(i), vectors)(
-                    reinterpret_cast<Word*>(p + first * kKeys), panel, kKeyWords,
-                    state.out + first * state.dim + d, state.dim, true, 0);
+                tile_for<Dot, kKeyWords>(tiling.size(i), vectors)(reinterpret_cast<Word*>(p + first * kKeys), panel,
+                                                                  kKeyWords, state.out + first * state.dim + d,
+                                                                  state.dim, true, 0);
             }
             panel += kKeyWords * vectors * kLanes;
         }
@@ -321,7 +323,8 @@ static void plan_attention(const Attention& args, std::vector<AttentionTask>& ta
             const int tokens = std::min(tile_tokens, queries - token);
             const int own = length - queries + token;  // the place of the first token among the keys
             int begin = 0, end = args.causal ? own + tokens : length;
-            if (args.window) begin = std::max(0, args.causal ? own + 1 - args.window : own - args.window) / kKeys * kKeys;
+            if (args.window)
+                begin = std::max(0, args.causal ? own + 1 - args.window : own - args.window) / kKeys * kKeys;
             if (args.window && !args.causal) end = std::min(length, own + tokens + args.window);
             const bool split = queries <= tile_tokens && end - begin > kSplitKeys;
             const int parts = split ? int(ceil_div(end - begin, kSplitKeys)) : 1;
@@ -349,7 +352,8 @@ static void attention(const Runtime& runtime, const Attention& args) {
         if (task.parts > 1) split_floats += size_t(task.tokens * group) * (dim + 2 * kLanes);
         work += int64_t(std::max(task.tokens * group, 8)) * (task.key_end - task.key) * dim;
     }
-    float* split = split_floats ? static_cast<float*>(Scratch<3>::get(split_floats * 4)) : nullptr;
+    float* split =
+        split_floats ? static_cast<float*>(Scratch<Buffer::kAttentionParts>::get(split_floats * 4)) : nullptr;
     AttentionTask* const task_list = tasks.data();  // thread_local names mean another vector on another thread
     AttentionState* const state_list = states.data();
     for (int64_t i = 0; i < count; ++i)
@@ -366,7 +370,7 @@ static void attention(const Runtime& runtime, const Attention& args) {
             return;
         }
         const int rows = task.tokens * group;
-        float* memory = static_cast<float*>(Scratch<4>::get(size_t(rows) * (dim + 2) * 4));
+        float* memory = static_cast<float*>(Scratch<Buffer::kAttentionState>::get(size_t(rows) * (dim + 2) * 4));
         AttentionState state{rows, dim, memory, memory + int64_t(rows) * dim, memory + int64_t(rows) * (dim + 1)};
         walk(args, task, state);
         store_rows(args, task, state);

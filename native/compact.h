@@ -1,15 +1,14 @@
 // bf16 weights in 12 bits, without loss. Trained weights use few exponents: of the 256 high bytes (sign and all but the
-// last bit of the exponent) sixteen make up nearly all of a panel, so four bits tell which, the low byte stays as it is,
-// and the few weights with another high byte are listed. (That exponents carry little information: "70% Size, 100%
+// last bit of the exponent) sixteen make up nearly all of a panel, so four bits tell which, the low byte stays as it
+// is, and the few weights with another high byte are listed. (That exponents carry little information: "70% Size, 100%
 // Accuracy: Lossless LLM Compression ... (DFloat11)", arXiv 2504.11651, which codes them in variable length; a fixed
 // length is expanded at the memory's pace.)
 //
-// A panel of 32 output columns: 64 bytes of head, the first 16 of them the high bytes that the codes stand for, then 192
-// for every two pairs of k: 64 of codes, low nibbles for the first pair, high nibbles for the second, then 64 of low
-// bytes for either. A pair's 64 weights lie so that interleaving the bytes of each half of every 16 gives them in the
-// order of panels.h.
-// Exceptions: int64 [panels + 1] where each panel's start, in the same array; each is place << 16 | bf16, places
-// counted in bf16 from the start of the expanded panel and ascending.
+// A panel of 32 output columns: 64 bytes of head, the first 16 of them the high bytes that the codes stand for, then
+// 192 for every two pairs of k: 64 of codes, low nibbles for the first pair, high nibbles for the second, then 64 of
+// low bytes for either. A pair's 64 weights are ordered so that interleaving the bytes of each half of every 16 gives
+// them in the order of panels.h. Exceptions: int64 [panels + 1] where each panel's start, in the same array; each is
+// place << 16 | bf16, places counted in bf16 from the start of the expanded panel and ascending.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +21,7 @@ constexpr int64_t kHeadBytes = 64, kTwoPairsBytes = 192, kPairWeights = 2 * kPan
 
 static inline int64_t compact_panel_bytes(int64_t k) { return kHeadBytes + ceil_div(k, 4) * kTwoPairsBytes; }
 
-// Where word i of a pair's 64 lies among its 64 bytes.
+// The place of word i of a pair's 64 among its 64 bytes.
 static inline int compact_place(int i) { return i % 32 / 8 * 16 + i / 32 * 8 + i % 8; }
 
 static inline bf16 compact_word(const uint8_t* head, const uint8_t* from, int pair, int place) {
@@ -96,19 +95,20 @@ static inline void choose_high_bytes(const bf16* words, int64_t count, uint8_t* 
     }
 }
 
-// From weights that stay where they are to `to`, panels of compact_panel_bytes(k). `exceptions` has room for `room` of
+// Copies memory-mapped rows to `to`, in panels of compact_panel_bytes(k). `exceptions` has room for `room` of
 // each panel, counts[panel] says how many there are; -1: too many, the panel is not usable.
 static void compact(const Runtime& runtime, const Linear& rows, uint8_t* to, int64_t room, int64_t* exceptions,
                     int64_t* counts) {
     const int64_t pairs = ceil_div(rows.k, 2), even = ceil_div(pairs, 2) * 2, bytes = compact_panel_bytes(rows.k);
     with_team(runtime, true, [&](const Runtime& team) {
         parallel_for(team, ceil_div(rows.n, kPanel), [&](int64_t panel) {
-            bf16* words = static_cast<bf16*>(Scratch<10>::get(size_t(even * kPairWeights) * sizeof(bf16)));
-            spread_rows<false>(PanelRows(rows, panel), 2, rows.k, 0, pairs, reinterpret_cast<uint32_t*>(words));
+            bf16* words =
+                static_cast<bf16*>(Scratch<Buffer::kWeightPiece>::get(size_t(even * kPairWeights) * sizeof(bf16)));
+            pack_piece<false>(PanelRows(rows, panel), 2, rows.k, 0, pairs, reinterpret_cast<uint32_t*>(words));
             uint8_t* const head = to + panel * bytes;
             std::memset(head, 0, kHeadBytes);
             choose_high_bytes(words, pairs * kPairWeights, head);
-            std::fill(words + pairs * kPairWeights, words + even * kPairWeights, bf16(head[0] << 8));  // nobody reads it
+            std::fill(words + pairs * kPairWeights, words + even * kPairWeights, bf16(head[0] << 8));  // not read
             int64_t count = 0;
             for (int64_t p = 0; p < even; p += 2)
                 compact_two_pairs(head, words + p * kPairWeights, head + kHeadBytes + p / 2 * kTwoPairsBytes,
@@ -149,7 +149,8 @@ struct CompactPanel {
     }
 };
 
-// The first tile of rows is multiplied with weights as they are expanded, and keeps them in `words` if there are others.
+// The first tile of rows is multiplied with weights as they are expanded, and keeps them in `words` if there are
+// others.
 #if defined(SENSORIUM_AVX512)
 template <int MR, bool Keep>
 static void compact_tile(CompactPanel& source, const PairWord* a, int64_t pairs, uint32_t* words, float* c,

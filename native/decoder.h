@@ -8,7 +8,7 @@
 
 namespace sensorium {
 
-// Rows of the MLP that are computed together: its wide activations should not leave the caches.
+// Rows of the MLP that are computed together: its wide activations should stay in the caches.
 constexpr int64_t kMlpRows = 480;
 
 struct DecoderBuffers {
@@ -22,7 +22,7 @@ static inline DecoderBuffers decoder_buffers(const Decoder& d, int64_t tokens) {
     const int64_t sizes[] = {tokens * hidden, tokens * hidden, tokens * qkv, tokens * attended, mlp_rows * wide / 2};
     int64_t total = 0;
     for (int64_t size : sizes) total += (size + 63) & ~int64_t(63);
-    bf16* at = static_cast<bf16*>(Scratch<5>::get(size_t(total) * sizeof(bf16)));
+    bf16* at = static_cast<bf16*>(Scratch<Buffer::kDecoderStates>::get(size_t(total) * sizeof(bf16)));
     bf16* parts[5];
     for (int i = 0; i < 5; ++i) {
         parts[i] = at;
@@ -48,8 +48,8 @@ static inline void decoder_attention(const Runtime& r, const Decoder& d, const D
         });
     kernels.rope(r, q, stride, q, stride, step.cos, step.sin, step.tokens, d.heads, dim, d.rotary);
     kernels.rope(r, k, stride, k, stride, step.cos, step.sin, step.tokens, d.kv_heads, dim, d.rotary);
-    kernels.write_kv(r, k, stride, v, stride, k_cache, v_cache, step.slots, step.tokens, d.kv_heads, dim,
-                     d.block_size, d.int8_cache);
+    kernels.write_kv(r, k, stride, v, stride, k_cache, v_cache, step.slots, step.tokens, d.kv_heads, dim, d.block_size,
+                     d.int8_cache);
     Attention a{};
     a.q = q, a.out = b.attended, a.k = k_cache, a.v = v_cache;
     a.q_stride = stride, a.out_stride = d.heads * dim;

@@ -1,5 +1,5 @@
 // The table of kernels that each instruction set fills in, and the arguments that cross the C boundary.
-// The structs are mirrored field by field in src/sensorium/kernels/native.py; change both together.
+// The structs are mirrored field by field in src/sensorium/kernels/cpu/library.py; change both together.
 #pragma once
 
 #include <cstdint>
@@ -14,22 +14,22 @@ constexpr int kScaleBytes = 4;  // behind each row of an int8 cache
 
 constexpr int kPanel = 32;  // output columns that are stored together
 
-enum WeightForm : int32_t { kBf16 = 0, kInt8 = 1, kInt4 = 2, kRows = 3, kCompact = 4 };
+enum WeightLayout : int32_t { kBf16 = 0, kInt8 = 1, kInt4 = 2, kRows = 3, kCompact = 4 };
 enum Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kQuickGelu = 3, kRelu = 4, kTanh = 5 };
 
 // y [rows, n] = x [rows, k] @ weight.T + bias
 struct Linear {
-    void* weight;  // packed, see panels.h, compact.h and quantized.h; kRows: bf16 const*[n], where each row lies
+    void* weight;  // packed, see panels.h, compact.h and quantized.h; kRows: bf16 const*[n], the address of each row
     void* scales;  // int8: float [n rounded up to panels]; int4: fp16 [panels][groups][32]; kCompact: its exceptions
     const uint8_t* zeros;  // int4: the code of zero, laid out like the scales; null: 8
     const float* bias;     // [n] or null
     int64_t n;
     int64_t k;
-    int32_t form;
+    int32_t layout;
     int32_t group;  // int4: elements of k that share a scale, a multiple of 8
 };
 
-// Attention of queries over keys that lie in a paged cache (block_tables != null) or in one array.
+// Attention of queries over keys in a paged cache (block_tables != null) or in one array.
 struct Attention {
     const void* q;  // token t, head h at q + t * q_stride + h * head_dim
     void* out;      // likewise with out_stride
@@ -81,9 +81,11 @@ struct Kernels {
     void (*pack_bf16)(const Runtime&, const bf16* weight, int64_t stride, int64_t rows, int64_t row_start, int64_t n,
                       int64_t k, bf16* packed);
     void (*unpack_bf16)(const bf16* packed, int64_t n, int64_t k, const int64_t* ids, int64_t count, bf16* out);
-    void (*compact)(const Runtime&, const Linear& rows, uint8_t* to, int64_t room, int64_t* exceptions, int64_t* counts);
+    void (*compact)(const Runtime&, const Linear& rows, uint8_t* to, int64_t room, int64_t* exceptions,
+                    int64_t* counts);
     void (*unpack_compact)(const Linear&, const int64_t* ids, int64_t count, bf16* out);
-    void (*quantize)(const Runtime&, const Linear&, const bf16* weight, int64_t stride, int64_t rows, int64_t row_start);
+    void (*quantize)(const Runtime&, const Linear&, const bf16* weight, int64_t stride, int64_t rows,
+                     int64_t row_start);
     void (*pack_codes)(const Runtime&, const Linear&, const uint8_t* codes, int64_t stride, int64_t rows,
                        int64_t row_start);
     void (*unpack_quantized)(const Linear&, const int64_t* ids, int64_t count, bf16* out);
@@ -106,9 +108,17 @@ struct Kernels {
                      int64_t block_size, int32_t int8);
 };
 
-namespace portable { extern const Kernels kKernels; }
-namespace avx2 { extern const Kernels kKernels; }
-namespace avx512 { extern const Kernels kKernels; }
-namespace avx512_bf16 { extern const Kernels kKernels; }
+namespace portable {
+extern const Kernels kKernels;
+}
+namespace avx2 {
+extern const Kernels kKernels;
+}
+namespace avx512 {
+extern const Kernels kKernels;
+}
+namespace avx512_bf16 {
+extern const Kernels kKernels;
+}
 
 }  // namespace sensorium

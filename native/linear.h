@@ -1,4 +1,4 @@
-// bf16 weights: the product, with weights that are packed (panels.h), lie in rows or are compact (compact.h).
+// bf16 weights: the product, with weights that are packed (panels.h), memory-mapped rows or compact (compact.h).
 #pragma once
 
 #include "compact.h"
@@ -17,7 +17,7 @@ struct RowBlock {
 };
 
 static inline int64_t pairs_per_step(int64_t rows, int64_t pairs) {
-    if (rows <= kTileRows) return pairs;        // one pass over the weights
+    if (rows <= kTileRows) return pairs;      // one pass over the weights
     return rows <= 4 * kTileRows ? 64 : 512;  // a slice of the panel stays in L1, or in L2
 }
 
@@ -28,7 +28,7 @@ static RowBlock pack_block(const Runtime& runtime, const bf16* x, int64_t stride
         block.a = reinterpret_cast<const PairWord*>(x);
         return block;
     }
-    PairWord* a = static_cast<PairWord*>(Scratch<0>::get(size_t(rows * pairs) * sizeof(PairWord)));
+    PairWord* a = static_cast<PairWord*>(Scratch<Buffer::kActivations>::get(size_t(rows * pairs) * sizeof(PairWord)));
     const auto pack = [&](int64_t i) {
         const int64_t first = block.tiling.start(i);
         pack_rows(x, stride, first, block.tiling.size(i), k, a + first * pairs);
@@ -75,26 +75,26 @@ static inline void multiply_panel(const RowBlock& block, const uint32_t* b, int 
     }
 }
 
-// The same with a panel that is packed from its rows on the way, a piece at a time.
+// The same with memory-mapped rows: a panel is packed piece by piece while it is multiplied.
 static inline void multiply_rows(const RowBlock& block, const Linear& w, int64_t panel, float* c) {
     constexpr int64_t kFew = 32;  // pairs at a time of few rows: 4 KB
     const int vectors = panel_vectors(w.n, panel);
     const PanelRows rows(w, panel);
     const bool few = block.tiling.rows <= kTileRows;
     const int64_t step = few ? kFew : block.step;
-    uint32_t* b = static_cast<uint32_t*>(Scratch<10>::get(size_t(step * kPanel) * 4));
+    uint32_t* b = static_cast<uint32_t*>(Scratch<Buffer::kWeightPiece>::get(size_t(step * kPanel) * 4));
     for (int64_t p = 0; p < block.pairs; p += step) {
         const int64_t length = std::min(step, block.pairs - p);
-        (few ? spread_rows<true> : spread_rows<false>)(rows, vectors, w.k, p, length, b);
+        (few ? pack_piece<true> : pack_piece<false>)(rows, vectors, w.k, p, length, b);
         multiply_piece(block, 0, p, length, b, vectors, c, 0);
     }
 }
 
-// And with a compact one. What comes next is fetched while the second tile of rows is multiplied.
+// The same with a compact panel. The next piece is prefetched while the second tile of rows is multiplied.
 static inline void multiply_compact(const RowBlock& block, const Linear& w, int64_t panel, float* c) {
     const int rows = block.tiling.size(0);
     CompactPanel source(w, panel);
-    uint32_t* b = static_cast<uint32_t*>(Scratch<10>::get(size_t((block.step + 1) * kPanel) * 4));
+    uint32_t* b = static_cast<uint32_t*>(Scratch<Buffer::kWeightPiece>::get(size_t((block.step + 1) * kPanel) * 4));
     for (int64_t p = 0; p < block.pairs; p += block.step) {
         const int64_t length = std::min(block.step, block.pairs - p);
         multiply_expanding(source, block.a + p * rows, rows, length, block.tiling.count > 1, b, c, p > 0);
@@ -151,7 +151,8 @@ static inline void over_panels(const Runtime& runtime, const Linear& w, int64_t 
     constexpr int64_t kTaskBytes = 256 << 10, kLeastTasks = 16;
     const int64_t together = out.gated ? 2 : 1, panels = ceil_div(w.n, kPanel) / together;
     const auto finish = [&](int64_t panel) {
-        float* c = static_cast<float*>(Scratch<1>::get(size_t(rows * together) * kPanel * sizeof(float)));
+        float* c =
+            static_cast<float*>(Scratch<Buffer::kProducts>::get(size_t(rows * together) * kPanel * sizeof(float)));
         sums(panel, c);
         if (out.gated) {
             float* up = c + rows * kPanel;
@@ -179,11 +180,11 @@ static void linear_block(const Runtime& runtime, const Linear& w, const bf16* x,
     const int64_t pairs = ceil_div(w.k, 2);
     const uint32_t* weight = static_cast<const uint32_t*>(w.weight);
     const RowBlock block = pack_block(runtime, x + first * stride, stride, rows, w.k);
-    const int64_t panel_bytes = w.form == kCompact ? compact_panel_bytes(w.k) : pairs * kPanel * 4;
+    const int64_t panel_bytes = w.layout == kCompact ? compact_panel_bytes(w.k) : pairs * kPanel * 4;
     over_panels(runtime, w, first, rows, panel_bytes, out, [&](int64_t panel, float* c) {
-        if (w.form == kRows)
+        if (w.layout == kRows)
             multiply_rows(block, w, panel, c);
-        else if (w.form == kCompact)
+        else if (w.layout == kCompact)
             multiply_compact(block, w, panel, c);
         else
             multiply_panel(block, weight + panel * kPanel * pairs, panel_vectors(w.n, panel), c);

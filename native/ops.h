@@ -15,7 +15,9 @@ static inline void over_lanes(int64_t n, const Step& step) {
     if (i < n) step(i, int(n - i));
 }
 
-static inline vf load_lanes(const bf16* p, int lanes) { return lanes == kLanes ? vload_bf16(p) : vload_bf16_n(p, lanes); }
+static inline vf load_lanes(const bf16* p, int lanes) {
+    return lanes == kLanes ? vload_bf16(p) : vload_bf16_n(p, lanes);
+}
 static inline void store_lanes(bf16* p, vf v, int lanes) {
     if (lanes == kLanes)
         vstore_bf16(p, v);
@@ -80,15 +82,20 @@ static void layer_norm(const Runtime& runtime, const bf16* x, const bf16* weight
 
 static inline vf activated(vf x, int32_t activation) {
     switch (activation) {
-        case kSilu: return x * sigmoid(x);
-        case kGelu: return x * vset(0.5f) * (vset(1.0f) + erf(x * vset(0.70710678118655f)));
+        case kSilu:
+            return x * sigmoid(x);
+        case kGelu:
+            return x * vset(0.5f) * (vset(1.0f) + erf(x * vset(0.70710678118655f)));
         case kGeluTanh: {
             const vf inner = x * fma(x * x, vset(0.044715f * 0.7978845608f), vset(0.7978845608f));
             return x * sigmoid(inner + inner);
         }
-        case kQuickGelu: return x * sigmoid(x * vset(1.702f));
-        case kRelu: return vmax(x, vzero());
-        default: return tanh(x);
+        case kQuickGelu:
+            return x * sigmoid(x * vset(1.702f));
+        case kRelu:
+            return vmax(x, vzero());
+        default:
+            return tanh(x);
     }
 }
 
@@ -155,7 +162,8 @@ static void write_kv(const Runtime& runtime, const bf16* k, int64_t k_stride, co
         const int64_t block = slots[token] / block_size, row = slots[token] % block_size;
         for (int64_t head = 0; head < heads; ++head) {
             const size_t to = size_t((block * heads + head) * block_size + row) * row_bytes;
-            const bf16 *k_from = k + token * k_stride + head * head_dim, *v_from = v + token * v_stride + head * head_dim;
+            const bf16 *k_from = k + token * k_stride + head * head_dim,
+                       *v_from = v + token * v_stride + head * head_dim;
             char *k_to = static_cast<char*>(k_cache) + to, *v_to = static_cast<char*>(v_cache) + to;
             if (int8) {
                 quantize_head(k_from, head_dim, reinterpret_cast<int8_t*>(k_to));

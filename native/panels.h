@@ -1,7 +1,7 @@
-// bf16 weights in panels: packed, or packed on the way.
+// bf16 weights in panels: packed once, or while they are multiplied.
 // Packed: panels of 32 output columns (the last one 32 or 16), each [ceil(k / 2)][width][2], padded with zeros. One
-// row of x walks a panel once, in order, which is what memory likes best; many rows walk it out of L2.
-// Weights that stay as a checkpoint's file has them (kRows) are packed on the way, a piece of a panel at a time.
+// row of x walks a panel once, in order, which gives the best memory bandwidth; many rows read it from L2.
+// Memory-mapped rows of a checkpoint file (kRows) are packed piece by piece while they are multiplied.
 #pragma once
 
 #include "kernels.h"
@@ -34,9 +34,8 @@ static void pack_bf16(const Runtime& runtime, const bf16* weight, int64_t stride
                 for (int i = 0; i < count; ++i) out[(k / 2) * width + i] = source[i] ? source[i][k - 1] : 0;
         }
     };
-    with_team(runtime, rows * k > 1 << 16, [&](const Runtime& team) {
-        parallel_for(team, ceil_div(row_end, kPanel) - first_panel, pack);
-    });
+    with_team(runtime, rows * k > 1 << 16,
+              [&](const Runtime& team) { parallel_for(team, ceil_div(row_end, kPanel) - first_panel, pack); });
 }
 
 static void unpack_bf16(const bf16* packed, int64_t n, int64_t k, const int64_t* ids, int64_t count, bf16* out) {
@@ -51,7 +50,7 @@ static void unpack_bf16(const bf16* packed, int64_t n, int64_t k, const int64_t*
     }
 }
 
-// The rows of a panel that stay where they are, null beyond the last; `next` are those to fetch meanwhile.
+// Pointers to the memory-mapped rows of a panel, null beyond the last; `next` are those to prefetch.
 struct PanelRows {
     const bf16* at[kPanel];
     const bf16* next[kPanel];
@@ -68,7 +67,7 @@ struct PanelRows {
 
 // Pairs [p, p + count) of a panel's rows -> [count][vectors * 16], as they would be packed.
 template <bool Fetch>
-static inline void spread_rows(const PanelRows& rows, int vectors, int64_t k, int64_t p, int64_t count, uint32_t* out) {
+static inline void pack_piece(const PanelRows& rows, int vectors, int64_t k, int64_t p, int64_t count, uint32_t* out) {
     const int width = vectors * kLanes;
     for (int64_t at = 0; at < count; at += kLanes, out += kLanes * width) {
         const int64_t some = std::min<int64_t>(kLanes, count - at), pairs = std::min(some, k / 2 - p - at);

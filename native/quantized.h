@@ -18,12 +18,12 @@ struct Codes {
     bool nibbles;
     int64_t k, group, groups;
 
-    explicit Codes(const Linear& w) : nibbles(w.form == kInt4), k(w.k) {
+    explicit Codes(const Linear& w) : nibbles(w.layout == kInt4), k(w.k) {
         group = nibbles ? w.group : ceil_div(k, 4) * 4;
         groups = ceil_div(k, group);
     }
     int64_t padded() const { return group * groups; }
-    int64_t x_words() const { return padded() / 4; }  // of a row of x
+    int64_t x_words() const { return padded() / 4; }                         // of a row of x
     int64_t words() const { return nibbles ? padded() / 8 : padded() / 4; }  // of a column of the weight
     uint8_t nothing() const { return nibbles ? 8 : 128; }  // the code of what is beyond k; x is zero there
 };
@@ -93,7 +93,7 @@ static inline vf scale_int4(const float* w, int count) {
 
 static inline void quantize_int4(const float* w, int64_t k, int64_t group, uint8_t* codes, uint16_t* scales) {
     // One row more than a group has, so that a copy of the last, incomplete group fits behind.
-    float* lanes = static_cast<float*>(Scratch<9>::get(size_t(group) * (kLanes + 1) * sizeof(float)));
+    float* lanes = static_cast<float*>(Scratch<Buffer::kGroupLanes>::get(size_t(group) * (kLanes + 1) * sizeof(float)));
     float* last = lanes + group * kLanes;
     const int64_t groups = ceil_div(k, group);
     for (int64_t first = 0; first < groups; first += kLanes) {
@@ -119,7 +119,8 @@ static inline void quantize_int4(const float* w, int64_t k, int64_t group, uint8
             const bf16* found_rows[kLanes];
             for (int j = 0; j < kLanes; ++j) {
                 found_rows[j] = reinterpret_cast<const bf16*>(found + j * kLanes);
-                if (j < here) vstore(found + j * kLanes, nearest_code(vload(lanes + (i + j) * kLanes), inverse) + vset(8));
+                if (j < here)
+                    vstore(found + j * kLanes, nearest_code(vload(lanes + (i + j) * kLanes), inverse) + vset(8));
             }
             transpose_pairs(found_rows, here, kLanes, reinterpret_cast<uint32_t*>(turned), kLanes);
             for (int g = 0; g < count; ++g) {
@@ -158,7 +159,7 @@ static void pack_columns(const Runtime& runtime, const Linear& w, int64_t rows, 
         const int64_t panel = first_panel + task;
         const int width = panel_vectors(w.n, panel) * kLanes;
         const int64_t stride = (shape.padded() + 63) & ~int64_t(63);
-        uint8_t* memory = static_cast<uint8_t*>(Scratch<6>::get(size_t(stride) * kLanes));
+        uint8_t* memory = static_cast<uint8_t*>(Scratch<Buffer::kCodes>::get(size_t(stride) * kLanes));
         uint32_t* const base = static_cast<uint32_t*>(w.weight) + panel * kPanel * shape.words();
         for (int lane = 0; lane < width; lane += kLanes) {
             const int64_t column = panel * kPanel + lane;
@@ -176,23 +177,23 @@ static void pack_columns(const Runtime& runtime, const Linear& w, int64_t rows, 
             store_codes(shape, codes, count, out, width, reinterpret_cast<uintptr_t>(out) % 64 == 0);
         }
     };
-    with_team(runtime, rows * w.k > 1 << 16, [&](const Runtime& team) {
-        parallel_for(team, ceil_div(row_end, kPanel) - first_panel, pack);
-    });
+    with_team(runtime, rows * w.k > 1 << 16,
+              [&](const Runtime& team) { parallel_for(team, ceil_div(row_end, kPanel) - first_panel, pack); });
 }
 
 static void quantize(const Runtime& runtime, const Linear& w, const bf16* weight, int64_t stride, int64_t rows,
                      int64_t row_start) {
     const Codes shape(w);
     pack_columns(runtime, w, rows, row_start, [&](int64_t row, uint8_t* codes) {
-        float* wide = static_cast<float*>(Scratch<7>::get(size_t(w.k + kLanes) * sizeof(float)));
+        float* wide = static_cast<float*>(Scratch<Buffer::kFloatRow>::get(size_t(w.k + kLanes) * sizeof(float)));
         const bf16* source = weight + (row - row_start) * stride;
         over_lanes(w.k, [&](int64_t i, int lanes) { vstore(wide + i, load_lanes(source + i, lanes)); });
         if (!shape.nibbles) {
             quantize_int8(wide, w.k, codes, static_cast<float*>(w.scales) + row);
             return;
         }
-        uint16_t* scales = static_cast<uint16_t*>(Scratch<8>::get(size_t(shape.groups) * sizeof(uint16_t)));
+        uint16_t* scales =
+            static_cast<uint16_t*>(Scratch<Buffer::kRowScales>::get(size_t(shape.groups) * sizeof(uint16_t)));
         quantize_int4(wide, w.k, shape.group, codes, scales);
         uint16_t* to = static_cast<uint16_t*>(w.scales) + (row / kPanel) * shape.groups * kPanel + row % kPanel;
         for (int64_t g = 0; g < shape.groups; ++g) to[g * kPanel] = scales[g];
@@ -201,9 +202,8 @@ static void quantize(const Runtime& runtime, const Linear& w, const bf16* weight
 
 static void pack_codes(const Runtime& runtime, const Linear& w, const uint8_t* codes, int64_t stride, int64_t rows,
                        int64_t row_start) {
-    pack_columns(runtime, w, rows, row_start, [&](int64_t row, uint8_t* to) {
-        std::memcpy(to, codes + (row - row_start) * stride, size_t(w.k));
-    });
+    pack_columns(runtime, w, rows, row_start,
+                 [&](int64_t row, uint8_t* to) { std::memcpy(to, codes + (row - row_start) * stride, size_t(w.k)); });
 }
 
 static void unpack_quantized(const Linear& w, const int64_t* ids, int64_t count, bf16* out) {
@@ -238,7 +238,7 @@ constexpr int kGroupRows = kTileRows < 6 ? kTileRows : 6;
 // A few values of a row of x that is multiplied with int8 codes may be far larger than all others, and a scale that had
 // to reach them would round the rest to a few steps. They may exceed 127 steps: such a value is 128 * high + low, where
 // low is the byte in its place and high is multiplied on its own.
-constexpr int kOutliers = 2;         // of a row
+constexpr int kOutliers = 2;          // of a row
 constexpr float kWorthwhile = 1.25f;  // how much finer the scale must become by it
 
 struct Outliers {
@@ -249,9 +249,9 @@ struct Outliers {
 
 struct QuantizedRows {
     Tiling tiling;
-    uint32_t* a;   // tiles [words][rows of the tile]
-    float* scale;  // [rows][groups]
-    int32_t* sum;  // [rows][groups], of the steps that x comes to
+    uint32_t* a;         // tiles [words][rows of the tile]
+    float* scale;        // [rows][groups]
+    int32_t* sum;        // [rows][groups], of the steps that x comes to
     Outliers* outliers;  // [rows], int8 only
 };
 
@@ -340,7 +340,7 @@ static QuantizedRows quantize_rows(const Runtime& runtime, const Codes& shape, c
     const int64_t words = shape.x_words();
     const size_t a_bytes = align64(size_t(rows * words) * 4), s_bytes = align64(size_t(rows * shape.groups) * 4);
     const size_t outlier_bytes = shape.nibbles ? 0 : size_t(rows) * sizeof(Outliers);
-    char* memory = static_cast<char*>(Scratch<0>::get(a_bytes + 2 * s_bytes + outlier_bytes));
+    char* memory = static_cast<char*>(Scratch<Buffer::kActivations>::get(a_bytes + 2 * s_bytes + outlier_bytes));
     QuantizedRows out{Tiling(rows, shape.nibbles ? kGroupRows : kTileRows), reinterpret_cast<uint32_t*>(memory),
                       reinterpret_cast<float*>(memory + a_bytes),
                       reinterpret_cast<int32_t*>(memory + a_bytes + s_bytes),
@@ -348,7 +348,7 @@ static QuantizedRows quantize_rows(const Runtime& runtime, const Codes& shape, c
     const auto quantize_tile = [&](int64_t i) {
         const int64_t first = out.tiling.start(i), row_bytes = words * 4 + 64;
         const int size = out.tiling.size(i);
-        int8_t* bytes = static_cast<int8_t*>(Scratch<6>::get(size_t(row_bytes) * size_t(size)));
+        int8_t* bytes = static_cast<int8_t*>(Scratch<Buffer::kCodes>::get(size_t(row_bytes) * size_t(size)));
         const bf16* sources[kTileRows];
         for (int row = 0; row < size; ++row) {
             const int64_t place = (first + row) * shape.groups;
@@ -399,7 +399,7 @@ static void finish_int8(const QuantizedRows& x, const uint32_t* b, const float* 
 
 // int4
 
-// Where a run of groups lies for one panel and one tile of rows.
+// The operands of a run of groups, for one panel and one tile of rows.
 struct GroupRun {
     int64_t groups, words, rows_step;  // words of x in a group; distance of rows in x_scale and x_sum
     const uint16_t* scales;            // [groups][32]
@@ -488,7 +488,8 @@ static inline GroupTile group_tile_for(int rows, int vectors) {
     return vectors == 2 ? pick_group_tile<2>(rows, sizes) : pick_group_tile<1>(rows, sizes);
 }
 
-constexpr int64_t kInt4Step = 2048;  // elements of k that all rows are multiplied with before the next: 34 KB of a panel
+constexpr int64_t kInt4Step =
+    2048;  // elements of k that all rows are multiplied with before the next: 34 KB of a panel
 
 static void multiply_int4(const QuantizedRows& x, const Codes& shape, const Linear& w, int64_t panel, int vectors,
                           float* c) {
@@ -503,9 +504,14 @@ static void multiply_int4(const QuantizedRows& x, const Codes& shape, const Line
         for (int64_t i = 0; i < x.tiling.count; ++i) {
             const int64_t first = x.tiling.start(i);
             const int size = x.tiling.size(i);
-            const GroupRun run{std::min(step, shape.groups - g), group_words, shape.groups, scales + g * kPanel,
-                               zeros ? zeros + g * kPanel : nullptr, x.scale + first * shape.groups + g,
-                               x.sum + first * shape.groups + g, rows <= 4 ? 4096 : 8192};
+            const GroupRun run{std::min(step, shape.groups - g),
+                               group_words,
+                               shape.groups,
+                               scales + g * kPanel,
+                               zeros ? zeros + g * kPanel : nullptr,
+                               x.scale + first * shape.groups + g,
+                               x.sum + first * shape.groups + g,
+                               rows <= 4 ? 4096 : 8192};
             group_tile_for(size, vectors)(run, x.a + first * words + g * group_words * size,
                                           b + g * group_words / 2 * width, c + first * kPanel);
         }

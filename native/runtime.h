@@ -150,9 +150,9 @@ void parallel_for(const Runtime& runtime, int64_t count, const Body& body) {
         if (first == 0 && count <= Team::kMaxTasks)
             runtime.team->loop(count, run, &body);
         else
-            runtime.team->loop(std::min(Team::kMaxTasks, count - first), [](const void* body, int64_t task) {
-                (*static_cast<const decltype(shifted)*>(body))(task);
-            }, &shifted);
+            runtime.team->loop(
+                std::min(Team::kMaxTasks, count - first),
+                [](const void* body, int64_t task) { (*static_cast<const decltype(shifted)*>(body))(task); }, &shifted);
     }
 }
 
@@ -173,8 +173,24 @@ void parallel_rows(const Runtime& runtime, int64_t count, int64_t bytes, const B
     });
 }
 
-// Memory that a thread keeps between calls. One buffer per Tag: nested users take different tags.
-template <int Tag>
+// The buffers that a thread keeps between calls. Code that runs while another buffer is in use takes a different one.
+enum class Buffer {
+    kActivations,     // x of a product, packed or quantised
+    kProducts,        // a panel's sums before they are stored
+    kWeightPiece,     // a piece of a panel, packed or expanded while it is multiplied
+    kGateUp,          // the gate and up products of few rows
+    kCodes,           // int8 or int4 codes before they go to their place in a panel or a tile
+    kFloatRow,        // a weight row in fp32 that is being quantised
+    kRowScales,       // and its int4 scales
+    kGroupLanes,      // sixteen groups of that row, side by side
+    kAttentionTile,   // packed queries, keys, values and scores of one tile
+    kAttentionParts,  // running sums of all parts of split tiles
+    kAttentionState,  // running sums of a tile that is not split
+    kDecoderStates,   // hidden states between the operations of decoder layers
+};
+
+// Memory that a thread keeps between calls, one piece for each buffer.
+template <Buffer>
 struct Scratch {
     void* memory = nullptr;
     size_t size = 0;

@@ -1,4 +1,4 @@
-// The C interface that src/sensorium/kernels/native.py loads with ctypes. No torch, no Python, no OpenMP headers.
+// The C interface that src/sensorium/kernels/cpu/library.py loads with ctypes. No torch, no Python, no OpenMP headers.
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -17,8 +17,7 @@ constexpr int kBest = -1;
 const Kernels* find_kernels(int isa) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                      __builtin_cpu_supports("f16c");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vnni");
@@ -77,7 +76,7 @@ EXPORT void sensorium_unpack_compact(const Runtime* r, const Linear* w, const in
 EXPORT void sensorium_gather_rows(const bf16* const* rows, int64_t k, const int64_t* ids, int64_t count, bf16* out) {
     for (int64_t i = 0; i < count; ++i) std::memcpy(out + i * k, rows[ids[i]], size_t(k) * sizeof(bf16));
 }
-// Rows of bf16 become codes and scales of the linear layer's form, at `row_start`.
+// Rows of bf16 become codes and scales of the linear layer's layout, at `row_start`.
 EXPORT void sensorium_quantize(const Runtime* r, const Linear* w, const bf16* weight, int64_t stride, int64_t rows,
                                int64_t row_start) {
     r->kernels->quantize(*r, *w, weight, stride, rows, row_start);
@@ -115,9 +114,8 @@ EXPORT void sensorium_gated(const Runtime* r, const bf16* gate_up, bf16* y, int6
 EXPORT void sensorium_activate(const Runtime* r, const bf16* x, bf16* y, int64_t count, int32_t activation) {
     r->kernels->activate(*r, x, y, count, activation);
 }
-EXPORT void sensorium_rope(const Runtime* r, const bf16* x, int64_t stride, bf16* y, int64_t y_stride,
-                           const float* cos, const float* sin, int64_t tokens, int64_t heads, int64_t head_dim,
-                           int64_t rotary) {
+EXPORT void sensorium_rope(const Runtime* r, const bf16* x, int64_t stride, bf16* y, int64_t y_stride, const float* cos,
+                           const float* sin, int64_t tokens, int64_t heads, int64_t head_dim, int64_t rotary) {
     r->kernels->rope(*r, x, stride, y, y_stride, cos, sin, tokens, heads, head_dim, rotary);
 }
 EXPORT void sensorium_write_kv(const Runtime* r, const bf16* k, int64_t k_stride, const bf16* v, int64_t v_stride,

@@ -45,7 +45,9 @@ struct DotPairs : FloatSums {
     static vpair weights(const uint32_t* p) { return pload(reinterpret_cast<const bf16*>(p)); }
     static auto broadcast(Word word) { return pbroadcast(word); }
     template <class Broadcast>
-    static vf dot(vf sum, vpair w, Broadcast x) { return dot_pair(sum, w, x); }
+    static vf dot(vf sum, vpair w, Broadcast x) {
+        return dot_pair(sum, w, x);
+    }
 };
 struct DotFloats : FloatSums {
     using Word = float;
@@ -53,7 +55,7 @@ struct DotFloats : FloatSums {
     static vf broadcast(float word) { return vset(word); }
     static vf dot(vf sum, vf w, vf x) { return fma(w, x, sum); }
 };
-struct DotQuads {  // A: four signed bytes, B: four unsigned ones
+struct DotQuads {                             // A: four signed bytes, B: four unsigned ones
     static constexpr bool kUnrolled = false;  // GCC 12 would move most of the sums to memory and back
     using Value = int32_t;
     using Word = uint32_t;
@@ -199,7 +201,8 @@ static inline void finish_words(PairWord* out, int64_t count) {
 #endif
 }
 
-// Packs rows [first, first + count) of x for tile<.., 0>: words [pairs][count]. An odd last element is paired with zero.
+// Packs rows [first, first + count) of x for tile<.., 0>: words [pairs][count]. An odd last element is paired with
+// zero.
 static inline void pack_rows(const bf16* x, int64_t stride, int64_t first, int count, int64_t k, PairWord* words) {
     const int64_t size_words = (k + 1) / 2 * count;
     uint32_t* out = raw_pairs(words, size_words);

@@ -79,8 +79,8 @@ static inline vf vmin(vf a, vf b) { return {_mm512_min_ps(a.v, b.v)}; }
 static inline vf vabs(vf a) { return {_mm512_abs_ps(a.v)}; }
 static inline vf vcopysign(vf magnitude, vf sign) {
     const __m512i bit = _mm512_set1_epi32(int(0x80000000u));
-    return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(bit, _mm512_castps_si512(sign.v),
-                                                           _mm512_castps_si512(magnitude.v), 0xca))};
+    return {_mm512_castsi512_ps(
+        _mm512_ternarylogic_epi32(bit, _mm512_castps_si512(sign.v), _mm512_castps_si512(magnitude.v), 0xca))};
 }
 // Lane i becomes `other` unless first <= index + i < last.
 static inline vf keep_range(vf a, int index, int first, int last, float other) {
@@ -193,7 +193,9 @@ static inline vf vload_s8(const int8_t* p) {
     return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
 }
 // Rounded to nearest and stored as signed bytes; the lanes fit.
-static inline void vstore_s8(int8_t* p, vf a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v))); }
+static inline void vstore_s8(int8_t* p, vf a) {
+    _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
+}
 struct vquad {
     __m512i v;
 };
@@ -220,9 +222,7 @@ static inline void vstore(float* p, vf x) {
     _mm256_storeu_ps(p, x.a);
     _mm256_storeu_ps(p + 8, x.b);
 }
-static inline __m256 widen(__m128i x) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
-}
+static inline __m256 widen(__m128i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
 static inline vf vload_bf16(const bf16* p) {
     return {widen(_mm_loadu_si128((const __m128i*)p)), widen(_mm_loadu_si128((const __m128i*)(p + 8)))};
 }
@@ -311,7 +311,8 @@ static inline vf dot_pair(vf acc, vpair w, vbroadcast x) {
     return acc;
 }
 static inline vf vload_f16(const uint16_t* p) {
-    return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
+    return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
+            _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
 }
 static inline void vstore_f16(uint16_t* p, vf x) {
     _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -363,7 +364,8 @@ static inline vf vload_s8(const int8_t* p) {
 static inline void vstore_s8(int8_t* p, vf x) {
     const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
     const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);
-    _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1)));
+    _mm_storeu_si128((__m128i*)p,
+                     _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1)));
 }
 struct vquad {
     __m256i a, b;
@@ -389,13 +391,17 @@ static inline __m256i dot_quad8(__m256i acc, __m256i w, vquad_broadcast x) {
     const __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(even, x.even), _mm256_madd_epi16(odd, x.odd));
     return _mm256_add_epi32(acc, sum);
 }
-static inline vi dot_quad(vi acc, vquad w, vquad_broadcast x) { return {dot_quad8(acc.a, w.a, x), dot_quad8(acc.b, w.b, x)}; }
+static inline vi dot_quad(vi acc, vquad w, vquad_broadcast x) {
+    return {dot_quad8(acc.a, w.a, x), dot_quad8(acc.b, w.b, x)};
+}
 // Products of nibbles do fit it: two of them are at most 15 * 127 * 2.
 static inline __m256i nibble_broadcast(uint32_t quad) { return _mm256_set1_epi32(int(quad)); }
 static inline __m256i dot_nibbles8(__m256i acc, __m256i w, __m256i x) {
     return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
 }
-static inline vi dot_nibbles(vi acc, vquad w, __m256i x) { return {dot_nibbles8(acc.a, w.a, x), dot_nibbles8(acc.b, w.b, x)}; }
+static inline vi dot_nibbles(vi acc, vquad w, __m256i x) {
+    return {dot_nibbles8(acc.a, w.a, x), dot_nibbles8(acc.b, w.b, x)};
+}
 
 #else
 
@@ -473,7 +479,9 @@ static inline vpair pload(const bf16* p) {
 struct vbroadcast {
     float x0, x1;
 };
-static inline vbroadcast pbroadcast(uint32_t pair) { return {bf16_to_float(bf16(pair)), bf16_to_float(bf16(pair >> 16))}; }
+static inline vbroadcast pbroadcast(uint32_t pair) {
+    return {bf16_to_float(bf16(pair)), bf16_to_float(bf16(pair >> 16))};
+}
 static inline vf dot_pair(vf acc, vpair w, vbroadcast x) { return {acc.v + w.even * x.x0 + w.odd * x.x1}; }
 
 static inline float f16_to_float(uint16_t half) {

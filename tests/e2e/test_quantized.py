@@ -19,7 +19,7 @@ from support.quantized_checkpoints import write_gptq
 import sensorium
 from sensorium.checkpoint.configs import open_checkpoint
 from sensorium.kernels import Quantization
-from sensorium.kernels.cpu import library as native
+from sensorium.kernels.cpu.library import library_path
 from sensorium.models.loading import load_model
 
 SOURCE = Path(sensorium.__file__).parent
@@ -66,7 +66,7 @@ def test_the_same_answers_without_the_native_build(tmp_path: Path, mode: str, pl
             said.append(found.server.text())
     assert answers[0] == answers[1]
     assert len(set(answers[0])) == 3
-    is_slow = [native.library_path() is None, True]
+    is_slow = [library_path() is None, True]
     for text, slow in zip(said, is_slow, strict=True):
         assert text.count("native kernels cannot be used") == slow
         assert text.count("quantised weights of bfloat16 on cpu are computed with torch alone") == (

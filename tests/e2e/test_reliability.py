@@ -22,7 +22,7 @@ from support import checkpoints, pictures
 from support.live import Live, check_error, engine_of, events, live, raw, status_of, until
 
 from sensorium.engine.faults import VARIABLE
-from sensorium.kernels.cpu import library as native
+from sensorium.kernels.cpu import native
 from sensorium.system.processes import family
 
 CHAT = "/v1/chat/completions"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sensorium.checkpoint.configs import open_checkpoint
-from sensorium.kernels.context import AttentionContext, Read
+from sensorium.kernels.context import AttentionContext, NeededStates
 from sensorium.models.base import Model
 from sensorium.models.loading import load_model
 from sensorium.types import PoolingParams, PoolingTask
@@ -32,13 +32,15 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Model:
     return load_model(open_checkpoint(folder), dtype=dtype, device="cpu")
 
 
-def run(model: Model, prompts: list[Tensor], types: list[Tensor] | None = None, *, read: Read = "all") -> list[Tensor]:
+def run(
+    model: Model, prompts: list[Tensor], types: list[Tensor] | None = None, *, needed_states: NeededStates = "all"
+) -> list[Tensor]:
     """The states of each prompt, all computed in one step."""
     lengths = [len(ids) for ids in prompts]
     positions = torch.cat([torch.arange(n) for n in lengths])
     empty = torch.zeros(0, dtype=torch.int32)
     starts = torch.tensor([0, *lengths]).cumsum(0).int()
-    context = AttentionContext(lengths, lengths, 0, 16, starts, empty, empty, empty, read=read)
+    context = AttentionContext(lengths, lengths, 0, 16, starts, empty, empty, empty, needed_states=needed_states)
     with torch.inference_mode():
         hidden = model.embed(torch.cat(prompts), None if types is None else torch.cat(types))
         return list(torch.split(model.forward(hidden, positions, [], context), lengths))

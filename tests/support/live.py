@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from sensorium.kernels.cpu import library as native
+from sensorium.kernels.cpu import native
 from sensorium.system.processes import family, resident_bytes
 from support import server
 

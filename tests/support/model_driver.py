@@ -80,7 +80,7 @@ class Driver:
             rows = torch.cat([self._rows(s, n) for s, n in work])
             positions = torch.cat([self._positions(s, n) for s, n in work], dim=-1)
             hidden = self.model(rows.clone(), positions, self.cache, context)
-            if self.model.can_read == "last":
+            if self.model.partial_states == "last":
                 self._check_last_rows(rows, positions, context, hidden)
         for sequence, count in work:
             sequence.cached += count
@@ -89,7 +89,7 @@ class Driver:
     def _check_last_rows(self, rows: Tensor, positions: Tensor, context: AttentionContext, expected: Tensor) -> None:
         """A step that computes nothing else in its last layer gives the same for each sequence's last token."""
         last = context.query_start[1:].long() - 1
-        context.read = "last"
+        context.needed_states = "last"
         error = (self.model(rows, positions, self.cache, context)[last] - expected[last]).float()
         assert error.norm() <= (1e-4 if expected.dtype == torch.float32 else 0.03) * expected[last].float().norm()
 

@@ -30,9 +30,9 @@ from sensorium.engine.sampler import Sampler
 from sensorium.engine.scheduler import Budget, Plan, Scheduler
 from sensorium.errors import StartupError
 from sensorium.kernels import Quantization
-from sensorium.kernels.cpu.library import QuantizedLinear, RowsLinear
+from sensorium.kernels.cpu.linear import MappedLinear
 from sensorium.kernels.reference import quantized
-from sensorium.kernels.reference.plain import GATHER_ELEMENTS
+from sensorium.kernels.reference.attention import GATHER_ELEMENTS
 from sensorium.models.base import Model
 from sensorium.models.decoder import SelfAttention
 from sensorium.models.layers import Embedding, Linear
@@ -60,7 +60,7 @@ class Engine:
     prefixes: PrefixCache
     encoder: EncoderCache[Tensor]
     ready: EngineReady
-    mapped: list[RowsLinear] = field(default_factory=list)  # still computed with where the page cache has them
+    mapped: list[MappedLinear] = field(default_factory=list)  # memory-mapped, not copied yet
     work: tuple[float, float] = (0.0, 0.0)  # multiply-adds of a token, and for each key that it sees
     writing: Iterator[None] | None = None  # of a copy of the weights, piece by piece
 
@@ -118,7 +118,7 @@ def load_engine(
         device=device,
         quantization=quantization,
         quantize_towers=config.quantize_towers,
-        in_place=config.map_weights,
+        memory_mapped=config.map_weights,
         copy=copy,
         progress=lambda part: report("weights", part),
     )
@@ -246,7 +246,7 @@ def build_engine(
         embedding_size=embedding_size,
     )
     work = (2.0 * ready.weight_bytes, 16.0 * model.num_layers * model.num_kv_heads * model.head_dim)  # not too little
-    return Engine(scheduler, runner, prefixes, encoder, ready, mapped_forms(model), work)
+    return Engine(scheduler, runner, prefixes, encoder, ready, mapped_weights(model), work)
 
 
 def wanted_length(config: EngineConfig, checkpoint: Checkpoint) -> int:
@@ -264,33 +264,33 @@ def wanted_length(config: EngineConfig, checkpoint: Checkpoint) -> int:
 
 def mapped_weight_bytes(model: Model) -> int:
     return sum(
-        module.form.mapped_bytes
+        module.packed.mapped_bytes
         for module in model.modules()
-        if isinstance(module, Linear | Embedding) and isinstance(module.form, RowsLinear | QuantizedLinear)
+        if isinstance(module, Linear | Embedding) and module.packed is not None
     )
 
 
-def mapped_forms(model: Model) -> list[RowsLinear]:
-    """Weights that lie in the page cache, first layers last."""
+def mapped_weights(model: Model) -> list[MappedLinear]:
+    """Memory-mapped weights, first layers last."""
     return [
-        module.form
+        module.packed
         for module in reversed(list(model.modules()))
-        if isinstance(module, Linear) and isinstance(module.form, RowsLinear)
+        if isinstance(module, Linear) and isinstance(module.packed, MappedLinear)
     ]
 
 
 def activation_bytes(model: Model, tokens: int, cache_dtype: torch.dtype) -> int:
-    """The model's own bound, and what the torch twins of the quantised kernels widen to float32 on the way."""
-    widened = [
+    """The model's own bound, and what the reference implementation of quantised kernels dequantises at a time."""
+    dequantised = [
         quantized.activation_bytes(tokens, module.in_features)
         for module in model.modules()
-        if isinstance(module, Linear) and isinstance(module.form, quantized.QuantizedLinear)
+        if isinstance(module, Linear) and isinstance(module.packed, quantized.QuantizedLinear)
     ]
     gathered = 0
     if cache_dtype == torch.int8:
         longest = model.checkpoint.max_model_len * model.num_kv_heads * model.head_dim
         gathered = 5 * max(GATHER_ELEMENTS, longest)  # bytes, and floats of them
-    return model.activation_bytes(tokens) + max(widened, default=0) + gathered
+    return model.activation_bytes(tokens) + max(dequantised, default=0) + gathered
 
 
 def choose_device(wanted: str) -> torch.device:

@@ -19,7 +19,7 @@ from sensorium.engine.faults import Faults
 from sensorium.engine.sampler import Sampler, logprobs
 from sensorium.engine.scheduler import Plan
 from sensorium.engine.sequence import Sequence
-from sensorium.kernels.context import KVCache, Read
+from sensorium.kernels.context import KVCache, NeededStates
 from sensorium.models.base import Model
 from sensorium.pooling.pooler import Pooler
 from sensorium.types import MediaFeatures, PoolingTask
@@ -71,7 +71,7 @@ class Runner:
         for media in batch.media:
             rows = self._encoder.rows(media.key)
             hidden[media.start : media.end] = rows[media.row : media.row + media.end - media.start]
-        batch.context.read = self._read(plan)
+        batch.context.needed_states = self._needed_states(plan)
         hidden = self._model.forward(hidden, batch.positions, self._cache, batch.context)
         if batch.sampled_rows is None:
             return StepResult(batch.sampled, self._sample(hidden, batch))
@@ -91,18 +91,18 @@ class Runner:
             return StepResult([], Tokens([], {}, set()), vectors)
         return StepResult(batch.sampled, self._sample(hidden[batch.sampled_rows], batch), vectors)
 
-    def _read(self, plan: Plan) -> Read:
+    def _needed_states(self, plan: Plan) -> NeededStates:
         """The least that this step's requests read of what the model can leave away."""
         if plan.drafted:
             return "all"
-        if self._model.can_read == "first" and not plan.decodes:
+        if self._model.partial_states == "first" and not plan.decodes:
             asked = [seq.request.pooling for seq, _ in plan.prefills]
             if all(
                 params is not None and self._poolers[params.task].first_only and not params.prompt_tokens
                 for params in asked
             ):
                 return "first"
-        if self._model.can_read == "last" and all(self._reads_last(seq) for seq, _ in plan.prefills):
+        if self._model.partial_states == "last" and all(self._reads_last(seq) for seq, _ in plan.prefills):
             return "last"
         return "all"
 

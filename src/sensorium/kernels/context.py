@@ -11,7 +11,7 @@ KVCache = list[tuple[Tensor, Tensor]]
 """Per layer (keys, values), each [num_blocks, kv_heads, block_size, head_dim]."""
 
 
-Read = Literal["all", "first", "last"]
+NeededStates = Literal["all", "first", "last"]
 
 
 @dataclass(slots=True)
@@ -32,4 +32,4 @@ class AttentionContext:
     slots: Tensor  # int64 [tokens], block * block_size + offset of each token's K and V
     long_context: Tensor | None = None  # bool [tokens], only for models with `long_context_from`; see there
     rope_lengths: Tensor | None = None  # int64 [tokens], only for models with `stretched_from`; see there
-    read: Read = "all"  # whose states are read: all tokens', or each sequence's first or last; see `Model.can_read`
+    needed_states: NeededStates = "all"  # tokens whose states `forward` must compute: all, or one per sequence

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
+from sensorium.kernels.cpu import native
+
 
 def devices() -> Iterator[tuple[str, str]]:
     """(name, value) of each fact."""
@@ -22,7 +24,6 @@ def devices() -> Iterator[tuple[str, str]]:
 
 def _native() -> str:
     try:
-        from sensorium.kernels.cpu import library as native
-    except (ImportError, OSError) as error:
+        return native.load().describe()
+    except (OSError, AttributeError) as error:
         return f"not there, torch computes alone ({error})"
-    return str(native.describe())

@@ -14,7 +14,7 @@ from typing import ClassVar, TypeAlias, TypeVar
 from torch import Tensor, nn
 
 from sensorium.checkpoint.configs import Checkpoint
-from sensorium.kernels.context import AttentionContext, KVCache, Read
+from sensorium.kernels.context import AttentionContext, KVCache, NeededStates
 from sensorium.pooling.pooler import Pooler
 from sensorium.types import Modality, PoolingTask
 
@@ -53,8 +53,8 @@ class Model(nn.Module):
     modalities: ClassVar[frozenset[Modality]] = frozenset()
     weight_prefixes: ClassVar[Mapping[str, str]] = {}  # literal prefix renames, first match wins
     weight_map: ClassVar[tuple[Rename, ...]] = ()  # after the prefixes, first match wins; other keys keep their names
-    core: ClassVar[tuple[str, ...]] = ("",)
-    """Prefixes of the parameters that `--quantization` means; the rest, towers and projectors, need to be asked for."""
+    quantizable: ClassVar[tuple[str, ...]] = ("",)
+    """Prefixes of the parameters that `--quantization` covers; towers and projectors need `--quantize-towers` too."""
     ignored: tuple[str, ...] = ()  # suffixes or prefixes of keys (stored or renamed) that may be there and are not used
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -76,8 +76,9 @@ class Model(nn.Module):
     num_kv_heads: int
     head_dim: int  # shape of the KV cache; num_layers 0 means that there is none
 
-    can_read: ClassVar[Read] = "all"
-    """What else than "all" `AttentionContext.read` may say: `forward` then leaves other rows undefined."""
+    partial_states: ClassVar[NeededStates] = "all"
+    """What `AttentionContext.needed_states` may say beside "all": `forward` then computes the hidden states of these
+    tokens only, and the others are undefined."""
 
     generates: bool = False  # whether it has a language head
     poolers: Mapping[PoolingTask, Pooler] = MappingProxyType({})  # what it can do besides, set by the constructor

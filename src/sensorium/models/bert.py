@@ -19,7 +19,7 @@ from sensorium.checkpoint.labels import classifier_activation, num_labels
 from sensorium.checkpoint.lengths import first_position
 from sensorium.checkpoint.pooling import PoolingKind
 from sensorium.errors import CheckpointError
-from sensorium.kernels.context import AttentionContext, KVCache, Read
+from sensorium.kernels.context import AttentionContext, KVCache, NeededStates
 from sensorium.models.base import Model, Rename
 from sensorium.models.layers import Embedding, Head, Linear, QKVLinear, activation_name
 from sensorium.models.towers.blocks import LayerNorm
@@ -94,7 +94,7 @@ class Output(nn.Module):
         self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        out: Tensor = self.LayerNorm(kernels.linear_add(self.dense.form, x, residual))
+        out: Tensor = self.LayerNorm(self.dense.packed.added(x, residual))
         return out
 
 
@@ -124,7 +124,7 @@ class Intermediate(nn.Module):
         self.activation = activation_name(config.hidden_act)
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.linear_activate(self.dense.form, x, self.activation)
+        return self.dense.packed.activated(x, self.activation)
 
 
 class Layer(nn.Module):
@@ -150,7 +150,7 @@ class EncoderModel(Model):
     """What all encoders share: no KV cache, and poolers in place of a language head."""
 
     num_layers = num_kv_heads = head_dim = 0
-    can_read: ClassVar[Read] = "first"
+    partial_states: ClassVar[NeededStates] = "first"
 
     def _embeds(self, size: int) -> None:
         self.poolers, self.dense = embedding_poolers(self.checkpoint.folder, "cls", size, self.checkpoint.pooling)
@@ -192,7 +192,7 @@ class BertModel(EncoderModel):
         *layers, last = self.encoder.layer
         for layer in layers:
             hidden = layer(hidden, context.query_lens)
-        if context.read == "all":
+        if context.needed_states == "all":
             out: Tensor = last(hidden, context.query_lens)
             return out
         first = context.query_start[:-1].long()

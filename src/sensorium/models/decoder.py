@@ -15,8 +15,8 @@ from sensorium import kernels
 from sensorium.checkpoint.configs import Checkpoint
 from sensorium.checkpoint.text_config import TextConfig
 from sensorium.errors import CheckpointError
-from sensorium.kernels.context import AttentionContext, KVCache, Read
-from sensorium.kernels.reference.plain import GATHER_ELEMENTS, MASK_ELEMENTS
+from sensorium.kernels.context import AttentionContext, KVCache, NeededStates
+from sensorium.kernels.reference.attention import GATHER_ELEMENTS, MASK_ELEMENTS
 from sensorium.models.base import Model, Rename
 from sensorium.models.layers import (
     Attention,
@@ -125,13 +125,13 @@ class DecoderLayer(nn.Module):
         attention, mlp = self.self_attn, self.mlp
         return kernels.DecoderLayerParts(
             input_norm=self.input_layernorm.weight,
-            qkv=attention.qkv_proj.form,
+            qkv=attention.qkv_proj.packed,
             q_norm=None if attention.q_norm is None else attention.q_norm.weight,
             k_norm=None if attention.k_norm is None else attention.k_norm.weight,
-            o=attention.o_proj.form,
+            o=attention.o_proj.packed,
             post_norm=self.post_attention_layernorm.weight,
-            gate_up=mlp.gate_up_proj.form,
-            down=mlp.down_proj.form,
+            gate_up=mlp.gate_up_proj.packed,
+            down=mlp.down_proj.packed,
             sliding_window=attention.attention.sliding_window,
         )
 
@@ -168,7 +168,7 @@ class Decoder(nn.Module):
 
     def forward(self, hidden: Tensor, positions: Tensor, cache: KVCache, context: AttentionContext) -> Tensor:
         cos, sin = self.rotary(positions, context.long_context, context.rope_lengths)
-        is_partial = context.read == "last" and len(context.query_lens) < len(hidden)
+        is_partial = context.needed_states == "last" and len(context.query_lens) < len(hidden)
         rows = context.query_start[1:].long() - 1 if is_partial else None  # all that the last layer has to compute
         if self.stack is not None:
             return self.stack(hidden, cos, sin, cache, context, rows)
@@ -191,8 +191,8 @@ class DecoderModel(Model):
 
     weight_prefixes: ClassVar[Mapping[str, str]] = BARE_PREFIXES
     weight_map: ClassVar[tuple[Rename, ...]] = DECODER_MAP
-    core: ClassVar[tuple[str, ...]] = ("model.", "lm_head.")
-    can_read: ClassVar[Read] = "last"
+    quantizable: ClassVar[tuple[str, ...]] = ("model.", "lm_head.")
+    partial_states: ClassVar[NeededStates] = "last"
     ignored: tuple[str, ...] = (".rotary_emb.inv_freq", "lm_head.")
 
     def __init__(self, checkpoint: Checkpoint) -> None:

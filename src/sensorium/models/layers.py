@@ -1,4 +1,4 @@
-"""The layers that every model is built from. A linear layer holds a form from `kernels`: nobody else knows packing.
+"""The layers that every model is built from. Linear layers hold a packed weight of `kernels`, which knows its layout.
 
 Parameters are declared on the meta device and given their memory by `weights`; nothing here initialises anything.
 """
@@ -30,7 +30,7 @@ def activation_name(name: str) -> kernels.Activation:
 
 
 def at_least(bits: int, wanted: kernels.Quantization | None) -> kernels.Quantization | None:
-    """What is wanted, or int8 where fewer than so many bits are wanted; None where more than 8 are needed."""
+    """`wanted`, raised to at least `bits`; None (not quantised) if `bits` > 8."""
     if wanted is None or wanted.bits >= bits:
         return wanted
     return kernels.Quantization(8) if bits <= 8 else None
@@ -39,7 +39,7 @@ def at_least(bits: int, wanted: kernels.Quantization | None) -> kernels.Quantiza
 class Linear(nn.Module):
     """x [.., in_features] -> [.., out_features]. `shards` names the row ranges that a checkpoint stores separately."""
 
-    form: kernels.LinearForm
+    packed: kernels.PackedWeight
     least_bits: ClassVar[int] = 4  # that it may be quantised to; more than 8: never
 
     def __init__(
@@ -58,45 +58,45 @@ class Linear(nn.Module):
         self.bias: nn.Parameter | None = declare(out_features) if bias else None
 
     def quantization(self, wanted: kernels.Quantization | None) -> kernels.Quantization | None:
-        """The form for this layer where the model is quantised so."""
+        """How this layer is quantised in a model that is quantised as `wanted`."""
         return at_least(self.least_bits, wanted)
 
     def allocate(
         self, dtype: torch.dtype, device: torch.device, quantization: kernels.Quantization | None = None
-    ) -> kernels.LinearForm:
-        """Replace the declared parameters by an empty form, to be filled with `fill` and `set_bias`."""
-        self.form = kernels.empty_linear(
+    ) -> kernels.PackedWeight:
+        """Replace the declared parameters by an unfilled packed weight, to be filled with `fill` and `set_bias`."""
+        self.packed = kernels.empty_linear(
             self.out_features, self.in_features, dtype=dtype, device=device, quantization=quantization
         )
         self.weight = None
         self.bias = None
-        return self.form
+        return self.packed
 
-    def adopt(self, parts: Sequence[tuple[int, Tensor]]) -> kernels.LinearForm | None:
-        """A form over rows that stay where they lie, without its bias; None where the kernels want a copy."""
-        form = kernels.linear_in_place(parts, self.out_features, self.in_features)
-        if form is not None:
-            self.form, self.weight, self.bias = form, None, None
-        return form
+    def map(self, parts: Sequence[tuple[int, Tensor]]) -> kernels.PackedWeight | None:
+        """A weight over memory-mapped rows at (first row, rows), without bias; None where the kernels need a copy."""
+        mapped = kernels.mapped_linear(parts, self.out_features, self.in_features)
+        if mapped is not None:
+            self.packed, self.weight, self.bias = mapped, None, None
+        return mapped
 
-    def restore(self, kept: Mapping[str, Tensor], quantization: kernels.Quantization) -> kernels.QuantizedForm:
-        """A quantised form over memory that was kept, without its bias; ValueError if it is another layer's."""
-        self.form = kernels.quantized_in_place(kept, self.out_features, self.in_features, quantization)
+    def restore(self, kept: Mapping[str, Tensor], quantization: kernels.Quantization) -> kernels.QuantizedWeight:
+        """Wraps `parts()` that the disk cache kept, without a bias; ValueError if their shapes do not fit."""
+        self.packed = kernels.cached_linear(kept, self.out_features, self.in_features, quantization)
         self.weight, self.bias = None, None
-        return self.form
+        return self.packed
 
     def pack(self, weight: Tensor, bias: Tensor | None) -> None:
         """Allocate and fill from tensors at hand; neither is kept."""
-        form = self.allocate(weight.dtype, weight.device)
-        form.fill(0, weight.flatten(1))
-        form.set_bias(bias)
+        packed = self.allocate(weight.dtype, weight.device)
+        packed.fill(0, weight.flatten(1))
+        packed.set_bias(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.form(x)
+        return self.packed(x)
 
     # No hooks are ever used: the module's own call machinery is time per token.
     def __call__(self, *args: Any) -> Any:
-        return self.form(*args)
+        return self.packed(*args)
 
 
 class QKVLinear(Linear):
@@ -144,7 +144,7 @@ class Head(nn.Module):
 class Embedding(nn.Module):
     """Token ids int64 [n] -> rows [n, hidden]; ids outside the table give row 0. Tied: reads the rows of a Linear."""
 
-    form: kernels.LinearForm | None = None  # of a quantised table
+    packed: kernels.PackedWeight | None = None  # of a quantised table
     least_bits: ClassVar[int] = 8
 
     def __init__(self, vocab_size: int, hidden_size: int, tied: Linear | None = None) -> None:
@@ -159,24 +159,24 @@ class Embedding(nn.Module):
 
     def allocate(
         self, dtype: torch.dtype, device: torch.device, quantization: kernels.Quantization | None = None
-    ) -> kernels.LinearForm:
-        """A form in place of the declared parameter, for a quantised table."""
-        self.form = kernels.empty_linear(
+    ) -> kernels.PackedWeight:
+        """Replace the declared parameter by an unfilled packed weight, for a quantised table."""
+        self.packed = kernels.empty_linear(
             self.vocab_size, self.hidden_size, dtype=dtype, device=device, quantization=quantization
         )
         self.weight = None
-        return self.form
+        return self.packed
 
-    def restore(self, kept: Mapping[str, Tensor], quantization: kernels.Quantization) -> kernels.QuantizedForm:
-        """The same over memory that was kept."""
-        self.form = kernels.quantized_in_place(kept, self.vocab_size, self.hidden_size, quantization)
+    def restore(self, kept: Mapping[str, Tensor], quantization: kernels.Quantization) -> kernels.QuantizedWeight:
+        """Wraps `parts()` that the disk cache kept; ValueError if their shapes do not fit."""
+        self.packed = kernels.cached_linear(kept, self.vocab_size, self.hidden_size, quantization)
         self.weight = None
-        return self.form
+        return self.packed
 
     def forward(self, ids: Tensor) -> Tensor:
         ids = torch.where((ids >= 0) & (ids < self.vocab_size), ids, 0)
         if self.weight is None:
-            return (self.form or self._tied[0].form).rows(ids)
+            return (self.packed or self._tied[0].packed).rows(ids)
         return nn.functional.embedding(ids, self.weight)
 
 

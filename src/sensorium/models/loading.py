@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sensorium.checkpoint.configs import Checkpoint
 from sensorium.checkpoint.families import load_class
 from sensorium.errors import CheckpointError
-from sensorium.kernels import KeptForm, LinearForm, Quantization, QuantizedForm
+from sensorium.kernels import CachedWeight, PackedWeight, Quantization, QuantizedWeight
 from sensorium.models.base import Model
 from sensorium.models.layers import Embedding, Linear
 from sensorium.weights.disk_cache import QuantizedCopy
@@ -78,16 +78,16 @@ def load_model(
     device: torch.device | str,
     quantization: Quantization | None = None,
     quantize_towers: bool = False,
-    in_place: bool = False,
+    memory_mapped: bool = False,
     copy: QuantizedCopy | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Model:
     """Build the checkpoint's model on `device` with weights in `dtype`. `progress` hears the part done, from 0 to 1.
 
-    `quantization` is for the linear layers and embeddings of the model's core, and of all of it if the towers are meant
-    too. Without it weights that are stored as codes stay codes. `in_place`: a large model's bf16 weights may stay where
-    the page cache has them; its files must not change then. What `copy` has is not quantised again, what it has not it
-    is given.
+    `quantization` is for the linear layers and embeddings under `Model.quantizable`, and for all others too with
+    `quantize_towers`. Without it weights that are stored as codes stay codes. `memory_mapped`: a large model's bf16
+    weights may be computed from the mapped files, which must not change then. Parameters found in `copy` are reused;
+    newly quantised ones are added to it.
     """
     stored = stored_tensors(checkpoint.weight_files, checkpoint.text_weight_files)
     tensors: Sequence[Stored] = stored if checkpoint.quantization is None else join(stored, checkpoint.quantization)
@@ -104,7 +104,7 @@ def load_model(
         quantize_towers=quantize_towers,
         copy=copy,
         progress=progress,
-        in_place=in_place and sum(tensor.nbytes for tensor in tensors) >= MAPPED_BYTES,
+        memory_mapped=memory_mapped and sum(tensor.nbytes for tensor in tensors) >= MAPPED_BYTES,
     )
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -151,11 +151,11 @@ def _are_equal(one: Stored, other: Stored, dtype: torch.dtype) -> bool:
 
 
 def weight_bytes(model: Model) -> int:
-    """Memory of everything loaded: packed forms and plain parameters."""
+    """Memory of everything loaded: packed weights and plain parameters."""
     packed = sum(
-        module.form.nbytes
+        module.packed.nbytes
         for module in model.modules()
-        if isinstance(module, Linear | Embedding) and module.form is not None
+        if isinstance(module, Linear | Embedding) and module.packed is not None
     )
     return packed + sum(p.nbytes for p in model.parameters())
 
@@ -168,7 +168,7 @@ def fill(
     device: torch.device,
     quantization: Quantization | None = None,
     quantize_towers: bool = False,
-    in_place: bool = False,
+    memory_mapped: bool = False,
     copy: QuantizedCopy | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> None:
@@ -183,15 +183,15 @@ def fill(
                 source.prefetch()
         wanted = None
         if isinstance(module, Linear | Embedding):
-            is_core = next(iter(group.values())).name.startswith(model.core)
-            wanted = module.quantization(quantization if is_core or quantize_towers else None)
-        anew += _fill_module(module, group, dtype, device, wanted, in_place=in_place, copy=copy)
+            is_quantizable = next(iter(group.values())).name.startswith(model.quantizable)
+            wanted = module.quantization(quantization if is_quantizable or quantize_towers else None)
+        anew += _fill_module(module, group, dtype, device, wanted, memory_mapped=memory_mapped, copy=copy)
         done += sum(source.nbytes for source in _sources([(module, group)]))
         if progress is not None:
             progress(done / total)
     if anew:
         logger.warning(
-            "%d layers are stored in a form that no kernel takes (act-order, or 8 bits in groups or with "
+            "%d layers are stored in a layout that no kernel takes (act-order, or 8 bits in groups or with "
             "zero points): they are kept as int8 with one scale per output",
             anew,
         )
@@ -296,7 +296,7 @@ def _fill_module(
     device: torch.device,
     wanted: Quantization | None,
     *,
-    in_place: bool = False,
+    memory_mapped: bool = False,
     copy: QuantizedCopy | None = None,
 ) -> bool:
     """Whether codes of the checkpoint had to be quantised anew, though nobody asked for it."""
@@ -305,41 +305,63 @@ def _fill_module(
         return False
     weight, is_exact, anew = slots["weight"], False, False
     if wanted is None and module.least_bits <= 8:
-        wanted, is_exact = _stored_form(weight)
+        wanted, is_exact = _stored_quantization(weight)
         anew = wanted is not None and not is_exact
-    lying = _lying(weight, dtype, device) if in_place and wanted is None else []
+    mapped = _mapped_rows(weight, dtype, device) if memory_mapped and wanted is None else []
     if wanted is None and isinstance(module, Embedding):
-        if len(lying) == 1:
-            module.weight = nn.Parameter(lying[0][1], requires_grad=False)
+        if len(mapped) == 1:
+            module.weight = nn.Parameter(mapped[0][1], requires_grad=False)
         else:
             _fill_parameters(module, slots, dtype, device)
         return False
-    if is_exact:
-        copy = None  # these codes are on disk already
-    form: LinearForm | None = None
-    if lying and isinstance(module, Linear):
-        form = module.adopt(lying)
-        if form is not None:
+    packed: PackedWeight | None = None
+    if wanted is not None:
+        packed = _quantized(module, weight, wanted, dtype, device, is_exact=is_exact, copy=copy)
+    elif mapped and isinstance(module, Linear):
+        packed = module.map(mapped)
+        if packed is not None:
             _populate(weight)
-    elif wanted is not None and copy is not None:
-        form = _restored(module, weight.name, wanted, copy)
-    if form is None:
-        form = module.allocate(dtype, device, wanted)
-        if wanted is not None and is_exact:
-            _put_codes(cast("QuantizedForm", form), wanted, weight)
-        else:
-            for first, rows in weight.pieces():
-                form.fill(first, rows.flatten(1).to(dtype))
-        if wanted is not None and copy is not None:
-            copy.add(weight.name, cast("KeptForm", form).parts())
+    if packed is None:
+        packed = module.allocate(dtype, device)
+        _fill_rows(packed, weight, dtype)
     if "bias" in slots:
-        form.set_bias(_whole(slots["bias"], dtype, device))
+        packed.set_bias(_whole(slots["bias"], dtype, device))
     return anew
+
+
+def _quantized(
+    module: Linear | Embedding,
+    weight: _Slot,
+    wanted: Quantization,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    is_exact: bool,
+    copy: QuantizedCopy | None,
+) -> PackedWeight:
+    """The quantised weight, without its bias. `is_exact`: its codes are in the checkpoint, so no copy keeps them."""
+    if is_exact:
+        packed = module.allocate(dtype, device, wanted)
+        _put_codes(cast("QuantizedWeight", packed), wanted, weight)
+        return packed
+    restored = None if copy is None else _restored(module, weight.name, wanted, copy)
+    if restored is not None:
+        return restored
+    packed = module.allocate(dtype, device, wanted)
+    _fill_rows(packed, weight, dtype)
+    if copy is not None:
+        copy.add(weight.name, cast("CachedWeight", packed).parts())
+    return packed
+
+
+def _fill_rows(packed: PackedWeight, weight: _Slot, dtype: torch.dtype) -> None:
+    for first, rows in weight.pieces():
+        packed.fill(first, rows.flatten(1).to(dtype))
 
 
 def _restored(
     module: Linear | Embedding, name: str, quantization: Quantization, copy: QuantizedCopy
-) -> QuantizedForm | None:
+) -> QuantizedWeight | None:
     """The parameter as it was quantised at an earlier start."""
     kept = copy.parts(name)
     if kept is None:
@@ -351,8 +373,8 @@ def _restored(
         return None
 
 
-def _lying(weight: _Slot, dtype: torch.dtype, device: torch.device) -> list[tuple[int, Tensor]]:
-    """(first row, rows) of all parts as they lie in the mapped file, where that is how they are wanted."""
+def _mapped_rows(weight: _Slot, dtype: torch.dtype, device: torch.device) -> list[tuple[int, Tensor]]:
+    """(first row, rows) of all parts as memory-mapped tensors; empty if one has another dtype or is not mapped."""
     if device.type != "cpu" or dtype != torch.bfloat16:
         return []
     parts = [
@@ -371,21 +393,21 @@ def _populate(weight: _Slot) -> None:
             source.populate()
 
 
-def _stored_form(weight: _Slot) -> tuple[Quantization | None, bool]:
-    """The form for a weight all of whose parts are stored as codes, and whether it can hold just these."""
+def _stored_quantization(weight: _Slot) -> tuple[Quantization | None, bool]:
+    """(quantisation of a weight all of whose parts are stored as codes, whether it holds just these codes)"""
     codes = [source for source in weight.sources.values() if isinstance(source, StoredCodes)]
     if not codes or len(codes) < len(weight.sources):
         return None, False
-    forms = {source.form() for source in codes}
-    exact = forms.pop() if len(forms) == 1 else None
+    found = {source.quantization() for source in codes}
+    exact = found.pop() if len(found) == 1 else None
     return exact or Quantization(8), exact is not None
 
 
-def _put_codes(form: QuantizedForm, quantization: Quantization, weight: _Slot) -> None:
+def _put_codes(packed: QuantizedWeight, quantization: Quantization, weight: _Slot) -> None:
     parts = [(first, source) for first, source in weight.parts() if isinstance(source, StoredCodes)]
     with_zeros = not all(source.is_symmetric() for _, source in parts)
     for first, source in parts:
-        source.put(form, first, quantization, with_zeros=with_zeros)
+        source.put(packed, first, quantization, with_zeros=with_zeros)
         source.release()
 
 

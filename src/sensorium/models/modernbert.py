@@ -18,7 +18,7 @@ from sensorium.checkpoint.labels import num_labels
 from sensorium.checkpoint.text_config import RopeConfig
 from sensorium.errors import CheckpointError
 from sensorium.kernels.context import AttentionContext, KVCache
-from sensorium.kernels.reference.plain import window_queries
+from sensorium.kernels.reference.attention import window_queries
 from sensorium.models.bert import EncoderModel
 from sensorium.models.layers import Embedding, Head, Linear, activation_name, declare
 from sensorium.models.rope import RotaryEmbedding
@@ -137,7 +137,7 @@ class Attention(nn.Module):
         else:
             attended = kernels.first_attention(q[first], k, v, lengths, self.scale, self.window)
             residual = residual[first]
-        return kernels.linear_add(self.Wo.form, attended.reshape(len(residual), -1), residual)
+        return self.Wo.packed.added(attended.reshape(len(residual), -1), residual)
 
 
 class Mlp(nn.Module):
@@ -148,7 +148,7 @@ class Mlp(nn.Module):
         self.activation = config.activation
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return kernels.linear_add(self.Wo.form, kernels.gated(self.Wi(x), self.activation), residual)
+        return self.Wo.packed.added(kernels.gated(self.Wi(x), self.activation), residual)
 
 
 class Layer(nn.Module):
@@ -196,7 +196,7 @@ class ModernBertModel(EncoderModel):
         for layer in layers:
             hidden = layer(hidden, near if layer.is_local else everywhere, context.query_lens)
         rotation = near if last.is_local else everywhere
-        if context.read == "all":
+        if context.needed_states == "all":
             out: Tensor = self.final_norm(last(hidden, rotation, context.query_lens))
             return out
         first = context.query_start[:-1].long()

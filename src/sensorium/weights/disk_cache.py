@@ -1,9 +1,9 @@
 """Quantised weights kept on disk: what took seconds to make from a large checkpoint is mapped at the next start.
 
 A copy is one file in a folder of the user's own, laid out like a safetensors file whose tensors are the kernels' packed
-forms. Its name says what it was made from: the checkpoint's files with their sizes and times of change, how they were
-quantised, and the kernels' layout. It is written beside, put in its place whole, and never changed; a file that others
-may write to, or that does not fit, is not used.
+weights. Its name says what it was made from: the checkpoint's files with their sizes and times of change, how they were
+quantised, and the kernels' layout. The file is written under a temporary name and renamed
+atomically. It is ignored if other users can write to it or if its shapes differ.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class QuantizedCopy:
         self._is_new = not self._stored
 
     def parts(self, name: str) -> dict[str, Tensor] | None:
-        """The tensors of one parameter's form, in mapped memory; None if the copy does not have it."""
+        """The memory-mapped tensors of one parameter's packed weight; None if the copy does not have it."""
         found = self._stored.pop(name, None)
         if found is None:
             return None
@@ -60,11 +60,11 @@ class QuantizedCopy:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing (more) is to be had from the disk."""
+        """Whether the file has no parameters (left)."""
         return not self._stored
 
     def add(self, name: str, parts: Mapping[str, Tensor]) -> None:
-        """Remember a form that was made anew. Its tensors must not change until they are written."""
+        """Add the tensors of a newly quantised weight. They must not change until they are written."""
         if self._is_new:
             self._made[name] = parts
 
@@ -75,7 +75,7 @@ class QuantizedCopy:
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing had to be made anew."""
+        """Whether nothing was newly quantised."""
         return not self._made
 
     def write(self) -> Iterator[None]:
@@ -129,9 +129,9 @@ class QuantizedCopy:
             if not is_done:
                 os.close(handle)
                 Path(name).unlink(missing_ok=True)
-        threading.Thread(target=self._put_in_place, args=(handle, Path(name)), daemon=True).start()
+        threading.Thread(target=self._rename, args=(handle, Path(name)), daemon=True).start()
 
-    def _put_in_place(self, handle: int, written: Path) -> None:
+    def _rename(self, handle: int, written: Path) -> None:
         """Once it is on the disk; an older copy of the same checkpoint goes."""
         try:
             try:

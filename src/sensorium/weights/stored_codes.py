@@ -1,7 +1,7 @@
 """Quantised linear layers as checkpoints store them: several tensors that make one weight, read as codes or as floats.
 
 AWQ (GEMM) and GPTQ keep `qweight`, `qzeros` and `scales` with the inputs first; compressed-tensors keeps
-`weight_packed` or an int8 `weight` with `weight_scale`, the outputs first. Codes lie in int32 words, low bits first.
+`weight_packed` or an int8 `weight` with `weight_scale`, the outputs first. In int32 words the low bits come first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sensorium.checkpoint.quantization import StoredQuantization
 from sensorium.errors import CheckpointError
-from sensorium.kernels import Quantization, QuantizedForm
+from sensorium.kernels import Quantization, QuantizedWeight
 
 if TYPE_CHECKING:
     from sensorium.weights.tensor_files import StoredTensor
@@ -26,13 +26,13 @@ logger = logging.getLogger(__name__)
 
 PIECE = 4 * 1024 * 1024  # weight elements that are unpacked at once
 WIDE_GROUP = 128  # how the kernels see groups that are too large for them
-AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where each of eight neighbours lies in its word
+AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the place of each of eight neighbours in its word
 
 
 class StoredCodes:
     """A quantised weight [out, in] that is not read yet: w = (code - zero) * scale, in groups along the inputs.
 
-    Stands in for the `StoredTensor` of a float weight: `key` is its name. `kinds` are the parts' types.
+    Takes the place of the `StoredTensor` of a float weight: `key` is its name. `kinds` are the parts' types.
     """
 
     kinds: ClassVar[Mapping[str, tuple[torch.dtype, ...]]]
@@ -71,8 +71,8 @@ class StoredCodes:
             zero = 2 ** (self.bits - 1) if zeros is None else zeros[rows][:, index].float()
             yield rows.start, (self.codes(rows).float() - zero) * scales[rows][:, index]
 
-    def form(self) -> Quantization | None:
-        """The kernels' form that can hold these very codes; None if there is none."""
+    def quantization(self) -> Quantization | None:
+        """The kernels' quantisation that holds these very codes; None if there is none."""
         whole = self.group >= self.shape[1]
         if self.order() is not None:
             return None
@@ -86,8 +86,8 @@ class StoredCodes:
         zeros = self.zeros()
         return zeros is None or bool((zeros == 2 ** (self.bits - 1)).all())
 
-    def put(self, form: QuantizedForm, first_row: int, quantization: Quantization, *, with_zeros: bool) -> None:
-        """Fill rows from `first_row` with these codes, where `quantization` is `form()`."""
+    def put(self, weight: QuantizedWeight, first_row: int, quantization: Quantization, *, with_zeros: bool) -> None:
+        """Fill rows from `first_row` with these codes, where `quantization` is `quantization()`."""
         scales, zeros = self.scales(), self.zeros()
         if self.bits == 4:
             repeats, groups = -(-self.group // quantization.group), -(-self.shape[1] // quantization.group)
@@ -98,7 +98,7 @@ class StoredCodes:
                 else zeros.repeat_interleave(repeats, 1)[:, :groups]
             )
         for rows in self._steps():
-            form.fill_codes(
+            weight.fill_codes(
                 first_row + rows.start,
                 self.codes(rows),
                 scales[rows],
@@ -177,8 +177,8 @@ class AwqCodes(StoredCodes):
 class GptqCodes(StoredCodes):
     """qweight [in * bits / 32, out], qzeros [groups, out * bits / 32], scales [groups, out], g_idx [in].
 
-    The first format stores each zero less one, the second as it is. Not all writers name the right one, but symmetric
-    weights tell: their zeros are the middle code, so that either format is known by what is stored.
+    The first format stores each zero minus one, the second stores it unchanged. Some writers name the wrong format. The
+    zeros of symmetric weights are the middle code, so there the stored value shows which format it is.
     """
 
     kinds: ClassVar = {"qweight": _WORDS, "qzeros": _WORDS, "scales": _SCALES, "g_idx": _INDICES}
@@ -197,14 +197,14 @@ class GptqCodes(StoredCodes):
 
     def zeros(self) -> Tensor | None:
         stored = self._stored_zeros()
-        if self.symmetric is not False and self._lie_around_middle(stored):
+        if self.symmetric is not False and self._are_near_middle(stored):
             return None
         return stored.add(self.zero_offset).bitwise_and(2**self.bits - 1)
 
     def doubt(self) -> str | None:
         """What is odd about the zeros, where config.json alone says which format they have."""
         stored = self._stored_zeros()
-        if self.symmetric and not self._lie_around_middle(stored):
+        if self.symmetric and not self._are_near_middle(stored):
             return "are not the middle code though sym is true"
         middle = 2 ** (self.bits - 1)
         if self.symmetric is False and bool((stored == middle - 1 + self.zero_offset).all()):
@@ -216,7 +216,7 @@ class GptqCodes(StoredCodes):
         words = self._view("qzeros", self.groups, self._words(self.shape[0]))
         return _unpacked(words, self.bits)[:, : self.shape[0]].T
 
-    def _lie_around_middle(self, stored: Tensor) -> bool:
+    def _are_near_middle(self, stored: Tensor) -> bool:
         middle = 2 ** (self.bits - 1)
         return bool(((stored == middle) | (stored == middle - 1)).all())
 

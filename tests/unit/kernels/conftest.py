@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sensorium.kernels.cpu import library as native
-from sensorium.kernels.cpu.library import ISAS, Isa, Native
+from sensorium.kernels.cpu import native
+from sensorium.kernels.cpu.library import ISAS, Isa, library_path
+from sensorium.kernels.cpu.native import Native
 
 
 @pytest.fixture(params=ISAS)
 def kernels(request: pytest.FixtureRequest) -> Native:
     isa: Isa = request.param
-    if native.library_path() is None:
+    if library_path() is None:
         pytest.skip("the native library is not built")
     torch.manual_seed(7)
     try:
@@ -23,7 +24,7 @@ def kernels(request: pytest.FixtureRequest) -> Native:
 
 @pytest.fixture
 def fastest() -> Native:
-    if native.library_path() is None:
+    if library_path() is None:
         pytest.skip("the native library is not built")
     torch.manual_seed(7)
     return native.load()

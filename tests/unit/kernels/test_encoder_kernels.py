@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional
 
 from sensorium import kernels
+from sensorium.kernels import reference
 from sensorium.kernels.cpu import onednn
-from sensorium.kernels.reference import plain as reference
 
 CPU = torch.device("cpu")
 
@@ -36,14 +36,11 @@ def test_onednn_linear(rows: int, has_bias: bool) -> None:
     torch.testing.assert_close(form(x.view(1, rows, 80)), plain.view(1, rows, 96), atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(form(x.t().contiguous().t()), plain, atol=1e-4, rtol=1e-5)
     kept = other.clone()
-    torch.testing.assert_close(kernels.linear_add(form, x, other), plain + other, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(form.added(x, other), plain + other, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(other, kept, atol=0, rtol=0)
     for activation in ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "tanh"):
         torch.testing.assert_close(
-            kernels.linear_activate(form, x, activation),
-            reference.activate(plain.clone(), activation),
-            atol=1e-4,
-            rtol=1e-5,
+            form.activated(x, activation), reference.activate(plain.clone(), activation), atol=1e-4, rtol=1e-5
         )
 
 

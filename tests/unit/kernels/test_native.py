@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sensorium.kernels import Activation, DecoderLayerParts, Quantization
+from sensorium.kernels import Activation, DecoderLayerParts, Quantization, reference
 from sensorium.kernels.context import AttentionContext
-from sensorium.kernels.cpu import library as native
-from sensorium.kernels.cpu.library import ACTIVATIONS, Form, Native, RowsLinear
-from sensorium.kernels.reference import plain as reference
+from sensorium.kernels.cpu import native
+from sensorium.kernels.cpu.library import ACTIVATIONS
+from sensorium.kernels.cpu.linear import MappedLinear, NativeLinear, PackedLinear
+from sensorium.kernels.cpu.native import Native
 
 BF16 = torch.bfloat16
 ROUNDING = 2.0**-8  # of one bf16 result
@@ -34,8 +35,8 @@ def assert_close(got: Tensor, expected: Tensor, *, tolerance: float = 2 * ROUNDI
         assert error.max().item() < tolerance
 
 
-def in_place(kernels: Native, weight: Tensor) -> RowsLinear:
-    return RowsLinear(kernels, [(0, weight)], *weight.shape)
+def in_place(kernels: Native, weight: Tensor) -> MappedLinear:
+    return MappedLinear(kernels, [(0, weight)], *weight.shape)
 
 
 def context_of(query_lens: list[int], context_lens: list[int], block_size: int, num_blocks: int) -> AttentionContext:
@@ -91,7 +92,7 @@ def test_linear_rows_do_not_depend_on_their_neighbours(kernels: Native) -> None:
 
 def test_linear_takes_rows_in_pieces_and_strided(fastest: Native) -> None:
     weight = random_bf16(75, 40)
-    pieces = native.PackedLinear(fastest, 75, 40)
+    pieces = PackedLinear(fastest, 75, 40)
     wide = torch.cat([weight, random_bf16(75, 8)], dim=1)
     for first, last in ((5, 32), (0, 5), (32, 75)):
         pieces.fill(first, wide[first:last, :40])
@@ -248,9 +249,9 @@ def test_varlen_attention(kernels: Native, head_dim: int, lengths: list[int]) ->
     assert_close(got, expected, tolerance=4 * ROUNDING)
 
 
-def gate_up(kernels: Native, wide: int, hidden: int, form: str) -> Form:
+def gate_up(kernels: Native, wide: int, hidden: int, form: str) -> NativeLinear:
     weight = random_bf16(2 * wide, hidden)
-    made: Form
+    made: NativeLinear
     if form in ("rows", "compact"):
         made = in_place(kernels, weight)
     else:
@@ -301,7 +302,9 @@ def test_decoder_is_its_kernels_one_by_one(kernels: Native, qk_norm: bool, int8:
     norm, x = random_bf16(hidden), random_bf16(tokens, hidden)
     angles = torch.randn(tokens, dim // 2)
     cos, sin = angles.cos(), angles.sin()
-    decoder = kernels.decoder(layers, norm, num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, scale=0.2, eps=1e-6)
+    decoder = kernels.decoder_stack(
+        layers, norm, num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, scale=0.2, eps=1e-6
+    )
     assert decoder is not None
     before = x.clone()
     got = decoder(x, cos, sin, cache, context)
@@ -339,7 +342,10 @@ def test_decoder_is_its_kernels_one_by_one(kernels: Native, qk_norm: bool, int8:
 def test_decoder_is_not_made_of_other_parts(fastest: Native) -> None:
     form = fastest.pack_linear(random_bf16(32, 32), None)
     parts = DecoderLayerParts(random_bf16(32), form, None, None, form, random_bf16(32), form, lambda x: x, None)
-    assert fastest.decoder([parts], random_bf16(32), num_heads=1, num_kv_heads=1, head_dim=8, scale=1, eps=1e-6) is None
+    assert (
+        fastest.decoder_stack([parts], random_bf16(32), num_heads=1, num_kv_heads=1, head_dim=8, scale=1, eps=1e-6)
+        is None
+    )
 
 
 def test_results_do_not_depend_on_the_number_of_threads(kernels: Native) -> None:
@@ -391,7 +397,7 @@ def test_results_do_not_depend_on_the_number_of_threads(kernels: Native) -> None
 
 
 def test_other_dtypes_and_layouts_go_to_the_reference(fastest: Native) -> None:
-    assert not fastest.supports(torch.zeros(1))
+    assert not fastest.supports(torch.float32, torch.device("cpu"))
     x, weight = torch.randn(3, 8), torch.randn(8)
     assert torch.equal(fastest.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6))
     q, k = torch.randn(3, 2, 8), torch.randn(3, 1, 8)
@@ -423,11 +429,11 @@ def test_weights_in_place_give_the_numbers_of_packed_ones(kernels: Native, shape
     weight = wide[:, 3 : 3 + k]
     cut = random.Random(n).randrange(n)
     parts = [(0, weight[:cut]), (cut, weight[cut:].clone())]
-    form = kernels.linear_in_place(parts, n, k)
+    form = kernels.mapped_linear(parts, n, k)
     if not kernels.isa.startswith("avx512"):
         assert form is None
         return
-    assert isinstance(form, RowsLinear)
+    assert isinstance(form, MappedLinear)
     bias = random_bf16(n)
     form.set_bias(bias)
     packed = kernels.pack_linear(weight, bias)
@@ -494,4 +500,4 @@ def test_every_row_in_place_has_a_place(fastest: Native) -> None:
     for parts in ([(0, weight[:19])], [(0, weight[:, :7])], [(0, weight.float())]):
         if fastest.isa.startswith("avx512"):
             with pytest.raises(ValueError, match=r"row"):
-                fastest.linear_in_place(parts, 20, 8)
+                fastest.mapped_linear(parts, 20, 8)

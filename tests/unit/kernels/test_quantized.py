@@ -11,9 +11,9 @@ from torch import Tensor
 
 from sensorium import kernels as dispatcher
 from sensorium.errors import StartupError
-from sensorium.kernels import Quantization
-from sensorium.kernels.cpu.library import Native, QuantizedLinear
-from sensorium.kernels.reference import plain as reference
+from sensorium.kernels import Quantization, reference
+from sensorium.kernels.cpu.linear import QuantizedLinear
+from sensorium.kernels.cpu.native import Native
 from sensorium.kernels.reference import quantized
 
 BF16 = torch.bfloat16

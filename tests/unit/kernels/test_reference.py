@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from sensorium.kernels import reference
 from sensorium.kernels.context import AttentionContext
-from sensorium.kernels.reference import plain as reference
+from sensorium.kernels.reference import attention
 
 BLOCK = 4
 
@@ -89,8 +90,8 @@ def test_paged_attention(
 
 
 def test_paged_attention_in_bounded_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "GATHER_ELEMENTS", 2 * 12 * 2 * 8)  # two of the longest sequences at a time
-    monkeypatch.setattr(reference, "MASK_ELEMENTS", 2 * 20)  # two queries at a time
+    monkeypatch.setattr(attention, "GATHER_ELEMENTS", 2 * 12 * 2 * 8)  # two of the longest sequences at a time
+    monkeypatch.setattr(attention, "MASK_ELEMENTS", 2 * 20)  # two queries at a time
     pages = Pages([7, 12, 3, 20, 9], [1, 1, 1, 7, 5], 2, 8, 3)
     for window in (None, 4):
         got = reference.paged_attention(pages.q, pages.k_cache, pages.v_cache, pages.context, 0.3, window)

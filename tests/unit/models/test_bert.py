@@ -54,7 +54,7 @@ def test_first_tokens_alone(tmp_path: Path) -> None:
     """The last layer computes no more than is read of it."""
     oracle = save(BertModel(BertConfig(**SHAPE)), tmp_path)
     prompts = prompts_of(LENGTHS)
-    for ids, states in zip(prompts, run(load(tmp_path), prompts, read="first"), strict=True):
+    for ids, states in zip(prompts, run(load(tmp_path), prompts, needed_states="first"), strict=True):
         expected = oracle(ids.unsqueeze(0)).last_hidden_state[0, 0]
         torch.testing.assert_close(states[0], expected, atol=1e-5, rtol=1e-5)
 

@@ -20,10 +20,10 @@ from torch import Tensor
 from sensorium.checkpoint.configs import open_checkpoint
 from sensorium.config import EngineConfig
 from sensorium.engine.faults import Faults
-from sensorium.engine.loading import load_engine, mapped_forms
+from sensorium.engine.loading import load_engine, mapped_weights
 from sensorium.engine.loop import Core
 from sensorium.errors import CheckpointError
-from sensorium.kernels import _native as _fastest
+from sensorium.kernels.cpu.native import fastest as _fastest
 from sensorium.models import loading as weights
 from sensorium.models.base import Model
 from sensorium.models.layers import Linear
@@ -132,7 +132,7 @@ def test_progress(folder: Path) -> None:
 
 def test_merged_shards_keep_their_order(folder: Path) -> None:
     tensors = read_weights(folder)
-    form = load(folder).get_submodule("model.layers.1.self_attn.qkv_proj").form
+    form = load(folder).get_submodule("model.layers.1.self_attn.qkv_proj").packed
     parts = [tensors[f"model.layers.1.self_attn.{x}_proj.weight"] for x in "qkv"]
     assert torch.equal(form.rows(torch.arange(64)), torch.cat(parts))
 
@@ -346,7 +346,7 @@ def test_every_byte_of_a_form_comes_from_the_file(folder: Path, monkeypatch: pyt
     model = load(folder)
     for module in model.modules():
         if isinstance(module, Linear):
-            assert not module.form.rows(torch.arange(module.out_features)).isnan().any()
+            assert not module.packed.rows(torch.arange(module.out_features)).isnan().any()
     assert not any(p.isnan().any() for p in model.parameters())
 
 
@@ -358,10 +358,10 @@ def test_mapped_weights_compute_the_same_before_and_after_they_are_packed(
     family(tmp_path, tie_word_embeddings=tied)
     write_weights(tmp_path, {key: tensor.to(torch.bfloat16) for key, tensor in read_weights(tmp_path).items()})
     expected = logits(load(tmp_path, torch.bfloat16))
-    assert not mapped_forms(load(tmp_path, torch.bfloat16, in_place=True))  # too small for that to pay
+    assert not mapped_weights(load(tmp_path, torch.bfloat16, memory_mapped=True))  # too small for that to pay
     monkeypatch.setattr(weights, "MAPPED_BYTES", 0)
-    model = load(tmp_path, torch.bfloat16, in_place=True)
-    forms = mapped_forms(model)
+    model = load(tmp_path, torch.bfloat16, memory_mapped=True)
+    forms = mapped_weights(model)
     if (native := _fastest()) is not None and native.isa.startswith("avx512"):
         assert len(forms) == sum(isinstance(module, Linear) for module in model.modules())
     assert torch.equal(logits(model), expected)
@@ -369,7 +369,7 @@ def test_mapped_weights_compute_the_same_before_and_after_they_are_packed(
     for form in forms:
         form.pack()
     assert torch.equal(logits(model), expected)
-    assert not mapped_forms(load(tmp_path, torch.float32, in_place=True))
+    assert not mapped_weights(load(tmp_path, torch.float32, memory_mapped=True))
 
 
 def test_an_idle_engine_packs_what_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

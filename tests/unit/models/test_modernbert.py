@@ -132,7 +132,7 @@ def test_first_tokens_alone(tmp_path: Path, last: str) -> None:
     layers = ["sliding_attention", "full_attention", "sliding_attention", last]
     oracle = save(ModernBertModel(ModernBertConfig(**SHAPE, layer_types=layers)), tmp_path)
     prompts = prompts_of(LENGTHS)
-    for ids, states in zip(prompts, run(load(tmp_path), prompts, read="first"), strict=True):
+    for ids, states in zip(prompts, run(load(tmp_path), prompts, needed_states="first"), strict=True):
         expected = oracle(ids.unsqueeze(0)).last_hidden_state[0, 0]
         torch.testing.assert_close(states[0], expected, atol=1e-5, rtol=1e-5)
 

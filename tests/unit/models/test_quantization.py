@@ -25,8 +25,7 @@ from sensorium import kernels
 from sensorium.checkpoint.configs import open_checkpoint
 from sensorium.engine.loading import activation_bytes
 from sensorium.kernels import Quantization
-from sensorium.kernels.cpu import library as native
-from sensorium.kernels.cpu import onednn
+from sensorium.kernels.cpu import library, linear, native, onednn
 from sensorium.models.base import Model
 from sensorium.models.layers import Embedding, Linear
 from sensorium.models.loading import load_model, weight_bytes
@@ -36,7 +35,7 @@ BF16 = torch.bfloat16
 INT8, INT4 = Quantization(8), Quantization(4, 32)
 LAYERS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 
-needs_native = pytest.mark.skipif(native.library_path() is None, reason="the native library is not built")
+needs_native = pytest.mark.skipif(library.library_path() is None, reason="the native library is not built")
 
 
 def load(folder: Path, dtype: torch.dtype = BF16, quantization: Quantization | None = None, **options: Any) -> Model:
@@ -55,7 +54,7 @@ def without_native() -> Iterator[None]:
 def bits_of(model: Model) -> dict[str, int]:
     """Bits of every linear layer and embedding table, 16 for plain numbers."""
     return {
-        name: getattr(module.form, "bits", 16)
+        name: getattr(module.packed, "bits", 16)
         for name, module in model.named_modules()
         if isinstance(module, Linear | Embedding) and (isinstance(module, Linear) or not module._tied)
     }
@@ -83,7 +82,7 @@ def test_a_tied_head_is_one_copy_of_eight_bits(tmp_path: Path, dtype: torch.dtyp
     assert bits_of(model)["lm_head"] == 8
     assert "model.embed_tokens" not in bits_of(model)
     rows = model.embed(torch.arange(len(head)))
-    assert torch.equal(rows, model.lm_head.form.rows(torch.arange(len(head))))
+    assert torch.equal(rows, model.lm_head.packed.rows(torch.arange(len(head))))
     assert 0 < error(rows, head) < 0.01
     assert torch.equal(model.embed(torch.tensor([-1, 10**6])), rows[[0, 0]])
 
@@ -390,7 +389,7 @@ def test_the_same_greedy_tokens_without_native_code(tmp_path: Path, mode: str) -
         plain = load(tmp_path, dtype, quantization)
         answers = clear_answers(plain, 5, 8, dtype=dtype, int8_cache=int8_cache)
     model = load(tmp_path, dtype, quantization)
-    assert isinstance(model.lm_head.form, native.NativeLinear)
+    assert isinstance(model.lm_head.packed, linear.NativeLinear)
     for prompt, tokens in answers:
         driver = Driver(model, dtype=dtype, int8_cache=int8_cache)
         assert driver.greedy([Sequence(list(prompt))], 8) == [tokens]

@@ -23,13 +23,13 @@ from sensorium.engine.faults import Faults
 from sensorium.engine.loading import load_engine, mapped_weight_bytes
 from sensorium.engine.loop import Core
 from sensorium.kernels import Quantization
-from sensorium.kernels.cpu import library as native
+from sensorium.kernels.cpu import library, linear
 from sensorium.models.base import Model
 from sensorium.models.loading import load_model
 from sensorium.weights import disk_cache as quantized_copy
 from sensorium.weights.disk_cache import QuantizedCopy
 
-pytestmark = pytest.mark.skipif(native.library_path() is None, reason="the native library is not built")
+pytestmark = pytest.mark.skipif(library.library_path() is None, reason="the native library is not built")
 BF16 = torch.bfloat16
 INT8, INT4 = Quantization(8), Quantization(4, 32)
 
@@ -107,7 +107,7 @@ def test_the_next_start_computes_the_same_and_quantises_nothing(
     expected = logits(load(tmp_path, quantization, first, quantize_towers=True))
     written(first)
 
-    monkeypatch.setattr(native.QuantizedLinear, "fill", refuse)
+    monkeypatch.setattr(linear.QuantizedLinear, "fill", refuse)
     second = copy_of(tmp_path, cache, quantization)
     model = load(tmp_path, quantization, second, quantize_towers=True)
     assert second.is_whole
@@ -218,7 +218,7 @@ def test_an_idle_engine_keeps_its_copy(folder: Path, cache: Path, monkeypatch: p
     while engine.has_idle_work:
         core.turn()
     until(lambda: any(cache.glob("*.weights")))
-    monkeypatch.setattr(native.QuantizedLinear, "fill", refuse)
+    monkeypatch.setattr(linear.QuantizedLinear, "fill", refuse)
     assert not load_engine(config).has_idle_work
 
 

@@ -30,7 +30,7 @@ from sensorium.config import EngineConfig
 from sensorium.engine.loading import choose_quantization
 from sensorium.errors import CheckpointError, StartupError
 from sensorium.kernels import Quantization
-from sensorium.kernels.cpu import library as native
+from sensorium.kernels.cpu import library, linear
 from sensorium.kernels.reference.quantized import QuantizedLinear
 from sensorium.models.base import Model
 from sensorium.models.layers import Linear
@@ -189,23 +189,23 @@ def test_codes_are_the_checkpoints(written: tuple[Path, Tensor, Any, Any]) -> No
             module = model.get_submodule(layer + name)
             assert isinstance(module, Linear)
             whole = quantization.bits == 8 or (quantization is ROWS and module.in_features <= 256)
-            assert module.form.bits == quantization.bits
-            assert module.form._group == (module.in_features if whole else quantization.group)
-            rows = module.form.rows(torch.arange(module.out_features))
+            assert module.packed.bits == quantization.bits
+            assert module.packed._group == (module.in_features if whole else quantization.group)
+            rows = module.packed.rows(torch.arange(module.out_features))
             meant = torch.cat([floats[f"{layer}{key}.weight"] for key in keys])
             if exact:
                 torch.testing.assert_close(rows, meant, rtol=1e-6, atol=1e-9)
             else:
                 assert error(rows, meant) < 0.01
-    assert torch.equal(model.lm_head.form.rows(torch.arange(model.lm_head.out_features)), floats["lm_head.weight"])
+    assert torch.equal(model.lm_head.packed.rows(torch.arange(model.lm_head.out_features)), floats["lm_head.weight"])
 
 
-@pytest.mark.skipif(native.library_path() is None, reason="the native library is not built")
+@pytest.mark.skipif(library.library_path() is None, reason="the native library is not built")
 def test_native_codes_are_the_checkpoints(written: tuple[Path, Tensor, Any, Any]) -> None:
     folder, _, floats, (_, exact) = written
     down = load(folder, BF16).get_submodule("model.layers.1.mlp.down_proj")
-    assert isinstance(down.form, native.QuantizedLinear)
-    rows, meant = down.form.rows(torch.arange(64)), floats["model.layers.1.mlp.down_proj.weight"].to(BF16)
+    assert isinstance(down.packed, linear.QuantizedLinear)
+    rows, meant = down.packed.rows(torch.arange(64)), floats["model.layers.1.mlp.down_proj.weight"].to(BF16)
     assert torch.equal(rows, meant) if exact else error(rows, meant) < 0.01
 
 
@@ -255,10 +255,10 @@ def test_layers_that_are_not_quantised_stay_as_they_are(tmp_path: Path) -> None:
     plain = {
         name
         for name, module in model.named_modules()
-        if isinstance(module, Linear) and not isinstance(module.form, QuantizedLinear)
+        if isinstance(module, Linear) and not isinstance(module.packed, QuantizedLinear)
     }
     assert plain == {"model.layers.0.self_attn.qkv_proj", "model.layers.1.mlp.down_proj", "lm_head"}
-    rows = model.get_submodule("model.layers.0.self_attn.qkv_proj").form.rows(torch.arange(128))
+    rows = model.get_submodule("model.layers.0.self_attn.qkv_proj").packed.rows(torch.arange(128))
     assert torch.equal(rows, torch.cat([floats[f"model.layers.0.self_attn.{x}_proj.weight"] for x in "qkv"]))
     assert error(logits(model), expected_logits(oracle, floats)) < 0.04
 
@@ -276,7 +276,7 @@ def test_a_quantised_head(tmp_path: Path) -> None:
     stored |= {key.replace("model.layers.0.x_proj", "lm_head"): part for key, part in read_weights(other).items()}
     write_weights(tmp_path, stored)
     model = load(tmp_path)
-    assert model.lm_head.form.bits == 4
+    assert model.lm_head.packed.bits == 4
     assert error(logits(model), expected_logits(oracle, floats)) < 0.04
 
 
@@ -285,7 +285,7 @@ def test_codes_can_be_quantised_anew(tmp_path: Path, wanted: Quantization) -> No
     oracle = make_llama(tmp_path, **SIZES)
     expected = expected_logits(oracle, write_gptq(tmp_path, act_order=True))
     model = load(tmp_path, quantization=wanted)
-    assert model.get_submodule("model.layers.0.mlp.down_proj").form.bits == wanted.bits
+    assert model.get_submodule("model.layers.0.mlp.down_proj").packed.bits == wanted.bits
     assert error(logits(model), expected) < (0.05 if wanted.bits == 8 else 0.5)
 
 
@@ -352,7 +352,7 @@ def test_zeros_that_do_not_tell_follow_the_name(
         },
     )
     down = "model.layers.0.mlp.down_proj"
-    rows = load(tmp_path).get_submodule(down).form.rows(torch.arange(64))
+    rows = load(tmp_path).get_submodule(down).packed.rows(torch.arange(64))
     scales = tensors[f"{down}.scales"].T.float().repeat_interleave(32, 1)
     torch.testing.assert_close(rows, floats[f"{down}.weight"] + (8 - zero) * scales, rtol=1e-4, atol=1e-6)
     lines = [record.message for record in caplog.records if "zeros" in record.message]
@@ -398,7 +398,7 @@ def test_a_quantised_language_model_from_another_repository(tmp_path: Path) -> N
     make_ultravox(tmp_path, text=SIZES)
     write_gptq(tmp_path / "language")
     model = load_model(open_checkpoint(tmp_path, tmp_path / "language"), dtype=torch.float32, device="cpu")
-    assert model.get_submodule("model.layers.0.mlp.down_proj").form.bits == 4
+    assert model.get_submodule("model.layers.0.mlp.down_proj").packed.bits == 4
     alone = logits(load(tmp_path / "language"))
     assert torch.equal(logits(model), alone)
 

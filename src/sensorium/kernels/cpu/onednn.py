@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sensorium.kernels.backend import Activation
+from sensorium.kernels.reference.norms import activate
+
 MIN_ELEMENTS = 384 * 384  # of a weight: with a smaller one the 12 us that a call costs more are not won back
 
 POST_OPS = {
@@ -59,6 +62,13 @@ def fewest_elements() -> int:
     return 0 if other else MIN_ELEMENTS
 
 
+def suits(out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a weight [out, in] of this kind is computed faster here."""
+    return (
+        dtype == torch.float32 and device.type == "cpu" and out_features * in_features >= fewest_elements() and usable()
+    )
+
+
 def _pack(weight: Tensor) -> Tensor:
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
     return packed
@@ -85,6 +95,10 @@ class OneDnnLinear:
     def nbytes(self) -> int:
         return 4 * self._shape[0] * self._shape[1] + (0 if self.bias is None else self.bias.nbytes)
 
+    @property
+    def mapped_bytes(self) -> int:
+        return 0
+
     def fill(self, first_row: int, rows: Tensor) -> None:
         plain = self._unpacked()
         plain[first_row : first_row + rows.shape[0]].copy_(rows)
@@ -100,10 +114,10 @@ class OneDnnLinear:
             return functional.linear(x, self._unpacked(), self.bias)
         return _linear(x.contiguous(), self._unpacked() if self._packed is None else self._packed, self.bias)
 
-    def activated(self, x: Tensor, activation: str) -> Tensor | None:
-        """The product through an activation, in one call; None where that is not to be had."""
+    def activated(self, x: Tensor, activation: Activation) -> Tensor:
+        """activation(self(x)), in one call if oneDNN has the activation."""
         if self._packed is None or activation not in POST_OPS:
-            return None
+            return activate(self(x), activation)
         return _linear(x.contiguous(), self._packed, self.bias, *POST_OPS[activation])
 
     def added(self, x: Tensor, other: Tensor) -> Tensor:

@@ -1,1 +1,97 @@
-"""The plain torch reference of every kernel."""
+"""The reference implementation of every kernel, a `Backend` in plain torch: the fallback on any device, and what faster
+kernels are tested against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sensorium.kernels.backend import Activation, DecoderLayerParts, Quantization
+from sensorium.kernels.reference.attention import (
+    dequantize_heads,
+    first_attention,
+    paged_attention,
+    quantize_heads,
+    query_step,
+    run_attention,
+    varlen_attention,
+    write_kv,
+)
+from sensorium.kernels.reference.linear import PlainLinear, empty_linear
+from sensorium.kernels.reference.norms import activate, add_rms_norm, gated, layer_norm, rms_norm, rope, silu_mul
+from sensorium.kernels.reference.quantized import QuantizedLinear
+
+__all__ = [
+    "PlainLinear",
+    "QuantizedLinear",
+    "activate",
+    "add_rms_norm",
+    "cached_linear",
+    "decoder_stack",
+    "dequantize_heads",
+    "describe",
+    "empty_linear",
+    "empty_quantized",
+    "first_attention",
+    "gated",
+    "layer_norm",
+    "mapped_linear",
+    "paged_attention",
+    "quantize_heads",
+    "quantized_layout",
+    "query_step",
+    "rms_norm",
+    "rope",
+    "run_attention",
+    "silu_mul",
+    "supports",
+    "varlen_attention",
+    "write_kv",
+]
+
+
+def describe() -> str:
+    return "torch reference kernels"
+
+
+def supports(dtype: torch.dtype, device: torch.device) -> bool:
+    """Every kind that torch computes with."""
+    return True
+
+
+def empty_quantized(
+    out_features: int, in_features: int, quantization: Quantization, *, dtype: torch.dtype, device: torch.device
+) -> QuantizedLinear:
+    """An unfilled quantised weight [out, in]."""
+    return QuantizedLinear(out_features, in_features, quantization, dtype=dtype, device=device)
+
+
+def mapped_linear(parts: Sequence[tuple[int, Tensor]], out_features: int, in_features: int) -> None:
+    """Weights are always copied."""
+
+
+def quantized_layout() -> None:
+    """Its quantised weights are not kept on disk."""
+
+
+def cached_linear(
+    kept: Mapping[str, Tensor], out_features: int, in_features: int, quantization: Quantization
+) -> QuantizedLinear:
+    """Raises ValueError: there is nothing to wrap."""
+    raise ValueError("its layout has no kernels here")
+
+
+def decoder_stack(
+    layers: Sequence[DecoderLayerParts],
+    final_norm: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    scale: float,
+    eps: float,
+    activation: Activation,
+) -> None:
+    """Layers are computed kernel by kernel."""

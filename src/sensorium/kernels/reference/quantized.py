@@ -8,33 +8,17 @@ a scale per row (int8) or per row and group (int4). The outliers of an int8 row 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sensorium.errors import StartupError
+from sensorium.kernels.backend import Activation, Quantization
+from sensorium.kernels.reference.norms import activate
 
 PIECE = 256 * 1024  # weight elements that are wide at once
 OUTLIERS = 2  # values of a row that may be beyond its scale's 127 steps, with int8 weights
 WORTHWHILE = 1.25  # how much finer the scale must become by it
 DIVISORS = (-8.4, -8.0, -7.6, -7.2, -6.8)  # of a group's largest value: the int4 scales that are tried
-
-
-@dataclass(frozen=True, slots=True)
-class Quantization:
-    """The form of a quantised weight. `group`: inputs that share an int4 scale."""
-
-    bits: Literal[4, 8]
-    group: int = 64
-
-    def __post_init__(self) -> None:
-        if self.bits == 4 and (self.group % 8 or not 8 <= self.group <= 256):
-            raise StartupError(
-                f"there is no kernel for 4-bit weights in groups of {self.group}: it must be a multiple of 8 up to 256"
-            )
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,7 +92,7 @@ def _nearest(grouped: Tensor, scale: Tensor) -> Tensor:
 
 
 class QuantizedLinear:
-    """A linear layer's weight as codes, two int4 codes to a byte, with the interface of `native.QuantizedLinear`."""
+    """A linear layer's weight as codes, two int4 codes to a byte, with the methods of the native `QuantizedLinear`."""
 
     __slots__ = ("_bias", "_codes", "_dtype", "_group", "_scales", "_zeros", "bits", "in_features", "out_features")
 
@@ -139,6 +123,10 @@ class QuantizedLinear:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self._codes, self._scales, self._zeros, self._bias) if t is not None)
 
+    @property
+    def mapped_bytes(self) -> int:
+        return 0
+
     def fill(self, first_row: int, rows: Tensor) -> None:
         """Quantise rows [n, in] and put them at `first_row`; the tensor is not kept."""
         step = max(1, PIECE // self.in_features)
@@ -149,7 +137,7 @@ class QuantizedLinear:
             )
 
     def fill_codes(self, first_row: int, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> None:
-        """Put rows that are quantised already at `first_row`: see `QuantizedForm`."""
+        """Put rows that are quantised already at `first_row`: see `QuantizedWeight`."""
         place = slice(first_row, first_row + codes.shape[0])
         if codes.shape[1] != self.in_features or first_row < 0 or place.stop > self.out_features:
             raise ValueError(f"rows {tuple(codes.shape)} do not fit at row {first_row} of {self.out_features}")
@@ -177,6 +165,12 @@ class QuantizedLinear:
             bias = None if self._bias is None else self._bias[rows]
             out[..., rows] = functional.linear(rounded, self._weight(rows), bias)
         return out
+
+    def activated(self, x: Tensor, activation: Activation) -> Tensor:
+        return activate(self(x), activation)
+
+    def added(self, x: Tensor, other: Tensor) -> Tensor:
+        return self(x).add_(other)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Dequantised weight rows [n, in] of output indices int64 [n]."""

@@ -1,124 +1,17 @@
-"""Every kernel in plain torch: the fallback on any device, and what faster kernels are tested against.
-
-Computes in float32 where a sum is taken, returns the input's dtype. Shapes and names are the dispatcher's.
-"""
+"""Attention in plain torch and the KV cache that it reads, int8 rows included."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sensorium.kernels.reference.quantized import Quantization, QuantizedLinear
-
-if TYPE_CHECKING:
-    from sensorium.kernels import Activation
-    from sensorium.kernels.context import AttentionContext
+from sensorium.kernels.context import AttentionContext
 
 QUERY_STEP = 768  # torch computes queries in blocks of one size from so many on
 GATHER_ELEMENTS = 16 * 1024 * 1024  # bound of one padded gather of keys
 SCALE_BYTES = 4  # behind every row of an int8 cache
 MASK_ELEMENTS = 4 * 1024 * 1024  # bound of one prefill mask
-
-
-class PlainLinear:
-    """The unpacked form of a linear layer's weight."""
-
-    __slots__ = ("bias", "weight")
-
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight  # [out, in]
-        self.bias: Tensor | None = None  # [out]
-
-    @property
-    def nbytes(self) -> int:
-        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
-
-    def fill(self, first_row: int, rows: Tensor) -> None:
-        self.weight[first_row : first_row + rows.shape[0]].copy_(rows)
-
-    def set_bias(self, bias: Tensor | None) -> None:
-        self.bias = None if bias is None else bias.to(self.weight, copy=True)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weight, self.bias)
-
-    def rows(self, ids: Tensor) -> Tensor:
-        """Weight rows [n, in] of output indices [n]."""
-        return functional.embedding(ids, self.weight)
-
-
-def empty_linear(
-    out_features: int,
-    in_features: int,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    quantization: Quantization | None = None,
-) -> PlainLinear | QuantizedLinear:
-    if quantization is not None:
-        return QuantizedLinear(out_features, in_features, quantization, dtype=dtype, device=device)
-    return PlainLinear(torch.empty(out_features, in_features, dtype=dtype, device=device))
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    if x.dtype == torch.float32:
-        return functional.rms_norm(x, (x.shape[-1],), weight, eps)
-    wide = x.float()
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
-    return weight * (wide * scale).to(x.dtype)
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    residual = residual + x
-    return rms_norm(residual, weight, eps), residual
-
-
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    return functional.layer_norm(x, (x.shape[-1],), weight, bias, eps)
-
-
-def activate(x: Tensor, activation: Activation) -> Tensor:
-    if activation == "quick_gelu":
-        return (x * 1.702).sigmoid_().mul_(x)
-    if activation == "gelu_tanh":
-        return functional.gelu(x, approximate="tanh")
-    functions: dict[str, Callable[[Tensor], Tensor]] = {
-        "silu": functional.silu,
-        "gelu": functional.gelu,
-        "relu": functional.relu,
-        "tanh": torch.tanh,
-    }
-    return functions[activation](x)
-
-
-def silu_mul(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return functional.silu(gate).mul_(up)
-
-
-def gated(x: Tensor, activation: Activation) -> Tensor:
-    gate, up = x.chunk(2, dim=-1)
-    return activate(gate, activation).mul_(up)
-
-
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # [tokens, 1, rot / 2]
-    return _rotate(q, cos, sin), _rotate(k, cos, sin)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = cos.shape[-1]
-    first, second = x[..., :half], x[..., half : 2 * half]
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    out[..., :half] = first * cos - second * sin
-    out[..., half : 2 * half] = second * cos + first * sin
-    if 2 * half < x.shape[-1]:
-        out[..., 2 * half :] = x[..., 2 * half :]
-    return out
 
 
 def quantize_heads(x: Tensor) -> Tensor:

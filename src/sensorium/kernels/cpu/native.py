@@ -1,0 +1,216 @@
+"""The native CPU kernels as a `Backend`: bf16 in C++, and what they do not take computed by the reference.
+
+`load` gives them; without a C++ compiler at installation, or on another processor, there are none.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sensorium.kernels import reference
+from sensorium.kernels.backend import Activation, DecoderLayerParts, Quantization
+from sensorium.kernels.cpu.attention import AttentionKernels, heads_are_adjacent
+from sensorium.kernels.cpu.decoder import NativeDecoder, can_stack
+from sensorium.kernels.cpu.library import ACTIVATIONS, DecoderArguments, Isa, library_path
+from sensorium.kernels.cpu.linear import MappedLinear, PackedLinear, QuantizedLinear
+
+logger = logging.getLogger(__name__)
+
+LAYOUT = 1  # of quantised weights and how they are rounded: to be raised with every change of either
+_BF16, _CPU = torch.bfloat16, torch.device("cpu")
+
+
+class Native(AttentionKernels):
+    """The library as a `Backend`."""
+
+    def describe(self) -> str:
+        pool = f"{self.threads} threads of torch's pool" if self.pooled else "one thread, torch's pool was not found"
+        return f"native {self.isa} kernels, {pool}"
+
+    def supports(self, dtype: torch.dtype, device: torch.device) -> bool:
+        return dtype is _BF16 and device.type == "cpu"
+
+    def empty_linear(
+        self, out_features: int, in_features: int, *, dtype: torch.dtype = _BF16, device: torch.device = _CPU
+    ) -> PackedLinear:
+        return PackedLinear(self, out_features, in_features)
+
+    def empty_quantized(
+        self,
+        out_features: int,
+        in_features: int,
+        quantization: Quantization,
+        *,
+        dtype: torch.dtype = _BF16,
+        device: torch.device = _CPU,
+    ) -> QuantizedLinear:
+        return QuantizedLinear(self, out_features, in_features, quantization)
+
+    def quantized_layout(self) -> str:
+        return f"{LAYOUT} {self.isa}"
+
+    def cached_linear(
+        self, kept: Mapping[str, Tensor], out_features: int, in_features: int, quantization: Quantization
+    ) -> QuantizedLinear:
+        """Wraps what `QuantizedLinear.parts` gave; it must not change while the weight lives."""
+        return QuantizedLinear(self, out_features, in_features, quantization, kept)
+
+    def mapped_linear(
+        self, parts: Sequence[tuple[int, Tensor]], out_features: int, in_features: int
+    ) -> MappedLinear | None:
+        """The bf16 rows must not change while the weight lives. Without AVX-512 packing each time is too slow."""
+        if not self.isa.startswith("avx512") or any(rows.stride(1) != 1 for _, rows in parts):
+            return None
+        return MappedLinear(self, parts, out_features, in_features)
+
+    def pack_linear(
+        self, weight: Tensor, bias: Tensor | None, *, quantization: Quantization | None = None
+    ) -> PackedLinear | QuantizedLinear:
+        """A weight filled from [out, in] and bias [out]; neither is kept."""
+        size = (weight.shape[0], weight.shape[1])
+        packed = self.empty_linear(*size) if quantization is None else self.empty_quantized(*size, quantization)
+        packed.fill(0, weight)
+        packed.set_bias(bias)
+        return packed
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if x.dtype is not _BF16 or weight.dtype is not _BF16:
+            return reference.rms_norm(x, weight, eps)
+        size = x.shape[-1]
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        self._rms_norm(
+            self._runtime, x.data_ptr(), size, weight.data_ptr(), out.data_ptr(), size, x.numel() // size, size, eps
+        )
+        return out
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """The sum is written into `residual`."""
+        if not (x.dtype is residual.dtype is weight.dtype is _BF16 and x.is_contiguous() and residual.is_contiguous()):
+            return reference.add_rms_norm(x, residual, weight, eps)
+        size = x.shape[-1]
+        out = torch.empty_like(x)
+        target = residual.data_ptr()
+        self._add_rms_norm(
+            self._runtime, x.data_ptr(), target, weight.data_ptr(), out.data_ptr(), target, x.numel() // size, size, eps
+        )
+        return out, residual
+
+    def layer_norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        size = x.shape[-1]
+        if x.dtype is not _BF16 or any(t is not None and t.dtype is not _BF16 for t in (weight, bias)):
+            return torch.nn.functional.layer_norm(x, (size,), weight, bias, eps)
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        self._layer_norm(
+            self._runtime,
+            x.data_ptr(),
+            None if weight is None else weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            x.numel() // size,
+            size,
+            eps,
+        )
+        return out
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        return self.gated(gate_up, "silu")
+
+    def gated(self, x: Tensor, activation: Activation) -> Tensor:
+        if x.dtype is not _BF16 or not x.is_contiguous():
+            return reference.gated(x, activation)
+        size = x.shape[-1] // 2
+        out = x.new_empty((*x.shape[:-1], size))
+        self._gated(
+            self._runtime, x.data_ptr(), out.data_ptr(), out.numel() // size, size, ACTIVATIONS.index(activation)
+        )
+        return out
+
+    def activate(self, x: Tensor, activation: Activation) -> Tensor:
+        """In place where the layout allows it."""
+        if x.dtype is not _BF16:
+            return reference.activate(x, activation)
+        x = x.contiguous()
+        at = x.data_ptr()
+        self._activate(self._runtime, at, at, x.numel(), ACTIVATIONS.index(activation))
+        return x
+
+    def rope(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotates in place."""
+        if not (heads_are_adjacent(q) and heads_are_adjacent(k) and cos.dtype is sin.dtype is torch.float32):
+            return reference.rope(q, k, cos, sin)
+        cos, sin = cos.contiguous(), sin.contiguous()
+        tokens, heads, head_dim = q.shape
+        rotary = 2 * cos.shape[1]
+        c, s = cos.data_ptr(), sin.data_ptr()
+        for x, count in ((q, heads), (k, k.shape[1])):
+            at, stride = x.data_ptr(), x.stride(0)
+            self._rope(self._runtime, at, stride, at, stride, c, s, tokens, count, head_dim, rotary)
+        return q, k
+
+    def decoder_stack(
+        self,
+        layers: Sequence[DecoderLayerParts],
+        final_norm: Tensor,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        scale: float,
+        eps: float,
+        activation: Activation = "silu",
+    ) -> NativeDecoder | None:
+        """None where a part has a layout or dtype that needs the kernels one by one."""
+        if head_dim % 2 or not can_stack(layers, final_norm):
+            return None
+        return NativeDecoder(
+            self,
+            layers,
+            final_norm,
+            DecoderArguments(
+                None,
+                final_norm.data_ptr(),
+                len(layers),
+                num_heads,
+                num_kv_heads,
+                head_dim,
+                0,
+                0,
+                ACTIVATIONS.index(activation),
+                0,
+                eps,
+                scale,
+            ),
+        )
+
+
+@functools.cache
+def load(isa: Isa | None = None, threads: int | None = None) -> Native:
+    """The library with the best instruction set of this processor, or with one that a test asks for. Raises OSError."""
+    path = library_path()
+    if path is None:
+        raise OSError(
+            "the fast CPU kernels were not built, because the package was installed without a C++ compiler; "
+            "install g++ or clang and then the package again (pip install --force-reinstall --no-cache-dir)"
+        )
+    return Native(path, isa, threads)
+
+
+@functools.cache
+def fastest() -> Native | None:
+    """The backend for this processor; None, with one warning, where the library cannot be used."""
+    try:
+        return load()
+    except (OSError, AttributeError) as error:
+        logger.warning("native kernels cannot be used, computing with torch alone (slower): %s", error)
+        return None
+
+
+def available() -> bool:
+    return fastest() is not None
