@@ -420,7 +420,7 @@ def test_order_of_the_halves(tmp_path: Path) -> None:
         ("embd_layer", {"projection_cls": "linear"}, "embd_layer.projection_cls 'linear' is not supported"),
         ("embd_layer", {"with_learnable_separator": False}, "with_learnable_separator False is not supported"),
         ("img_processor", {"type_feature": "cls_patch"}, "img_processor.type_feature 'cls_patch' is not supported"),
-        ("img_processor", {"vision_config": None}, "takes pictures of 56 pixels instead of 336"),
+        ("img_processor", {"vision_config": None}, "takes images of 56 pixels instead of 336"),
     ],
 )
 def test_unsupported_configurations(part: str, change: dict[str, Any], problem: str, tmp_path: Path) -> None:
