@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -131,14 +132,14 @@ async def test_a_worker_that_only_waits_is_ended_and_not_the_files_fault(rogue: 
         await do(rogue, "late refusal")
 
 
-async def busy_pid(workers: WorkerPool) -> int:
-    """The first worker that has a job, once the job has begun."""
-    while not workers._busy:
-        await asyncio.sleep(0.01)
-    worker = next(iter(workers._busy.values()))
-    while not worker.jobs:
-        await asyncio.sleep(0.01)
-    return worker.process.pid
+async def busy_pid(workers: WorkerPool, job: asyncio.Future[Any]) -> int | None:
+    """The first worker that has a job, once the job has begun; None if it was over before anybody looked."""
+    while not job.done():
+        worker = next(iter(workers._busy.values()), None)
+        if worker is not None and worker.jobs:
+            return worker.process.pid
+        await asyncio.sleep(0.001)
+    return None
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV, signal.SIGHUP])
@@ -154,10 +155,12 @@ async def test_a_worker_ended_from_outside_is_not_the_files_fault(when: str, num
         await asyncio.sleep(0.05)
     job = asyncio.ensure_future(workers.run({"op": "image", "max_pixels": 1 << 24}, large))
     if when == "busy":
-        os.kill(await busy_pid(workers), number)
+        while (pid := await busy_pid(workers, job)) is None:  # on a loaded machine it may end unseen
+            job = asyncio.ensure_future(workers.run({"op": "image", "max_pixels": 1 << 24}, large))
+        os.kill(pid, number)
     elif when == "starting":
-        while not workers._busy:
-            await asyncio.sleep(0.01)
+        while not workers._busy and not job.done():
+            await asyncio.sleep(0.001)
         os.kill(next(iter(workers._busy)), number)
     result = await asyncio.wait_for(job, 60)
     assert result.data is not None and result.data.shape == (3000, 4000, 3)
@@ -166,10 +169,12 @@ async def test_a_worker_ended_from_outside_is_not_the_files_fault(when: str, num
 
 async def test_a_second_end_from_outside_is_unavailable(rogue: WorkerPool) -> None:
     job = asyncio.ensure_future(do(rogue, "spin"))
-    first = await busy_pid(rogue)
+    first = await busy_pid(rogue, job)
+    assert first is not None
     os.kill(first, signal.SIGKILL)
-    while (second := await busy_pid(rogue)) == first:
-        await asyncio.sleep(0.01)
+    while (second := await busy_pid(rogue, job)) == first:
+        await asyncio.sleep(0.001)
+    assert second is not None
     os.kill(second, signal.SIGKILL)
     with pytest.raises(UnavailableError):
         await asyncio.wait_for(job, 60)
@@ -344,7 +349,7 @@ async def test_workers_end_with_their_parent(tmp_path: Path) -> None:
 async def test_a_heavy_tenant_leaves_a_worker_to_others(rogue: WorkerPool) -> None:
     """And takes turns with itself only."""
     heavy = [asyncio.ensure_future(rogue.run({"op": "rogue"}, b"spin", b"heavy")) for _ in range(4)]
-    await busy_pid(rogue)
+    assert await busy_pid(rogue, heavy[0]) is not None
     with pytest.raises(Refusal) as caught:
         await rogue.run({"op": "rogue"}, b"late refusal", b"other")
     assert caught.value.problem == "long"
