@@ -57,7 +57,7 @@ test-bare: $(VENV)/.dev
 check: $(VENV)/.dev check-lock
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	test ! -e .clang-format || $(BIN)/clang-format --dry-run --Werror native/*
+	$(BIN)/clang-format --dry-run --Werror native/*
 	$(BIN)/mypy
 
 # Current: resolving pyproject.toml again, with the versions that are there preferred, changes nothing.
