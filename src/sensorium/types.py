@@ -14,6 +14,19 @@ PoolingTask = Literal["embed", "classify", "token_embed", "token_classify", "sco
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """The form that an answer must have, in llguidance's terms.
+
+    `source` is a Lark grammar, a JSON schema as text, or a regular expression that the whole answer matches. It was
+    checked when the request came in. With `after`, a marker such as "</think>", it holds from there on only.
+    """
+
+    kind: Literal["lark", "json", "regex"]
+    source: str
+    after: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to choose tokens, with every default resolved and every bound checked by the API layer.
 
@@ -35,6 +48,7 @@ class SamplingParams:
     logprobs: int | None = None  # alternatives to report beside each sampled token; None is off
     prompt_logprobs: int | None = None  # the same for prompt tokens (completions with echo)
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, bias)
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
