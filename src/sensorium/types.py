@@ -48,6 +48,9 @@ class SamplingParams:
     logprobs: int | None = None  # alternatives to report beside each sampled token; None is off
     prompt_logprobs: int | None = None  # the same for prompt tokens (completions with echo)
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, bias)
+    logprob_token_ids: tuple[int, ...] = ()  # reported beside the alternatives, however unlikely; needs `logprobs`
+    allowed_token_ids: tuple[int, ...] = ()  # nothing else is sampled; () is everything
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences whose last token is not sampled after the others
     grammar: Grammar | None = None
 
 

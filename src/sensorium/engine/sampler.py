@@ -1,6 +1,6 @@
 """Logits -> token ids, for all rows of a step at once.
 
-Order of operations: bias and forbidden stop tokens, penalties, temperature, min_p, top_k, top_p. What a seeded request
+Order of operations: bias and forbidden tokens, penalties, temperature, min_p, top_k, top_p. What a seeded request
 gets depends on its seed, its own logits and the index of the token only: a row is filtered by value, never by rank,
 and takes one number of a counter-based stream, so neither batch mates nor preemption change it. Logprobs are those of
 the raw logits.
@@ -70,24 +70,67 @@ class TokenCounts:
 class SamplerState:
     """What the sampler knows of one sequence."""
 
-    __slots__ = ("bias_ids", "bias_values", "counts", "greedy", "params", "plain", "seed", "stop_ids")
+    __slots__ = (
+        "_allowed",
+        "bad_words",
+        "bias_ids",
+        "bias_values",
+        "counts",
+        "greedy",
+        "others",
+        "params",
+        "plain",
+        "seed",
+        "stop_ids",
+    )
 
     def __init__(self, seq: Sequence, params: SamplingParams, engine_seed: int, vocab_size: int) -> None:
         self.params = params
         biases = [(token, bias) for token, bias in params.logit_bias if 0 <= token < vocab_size]
+        biases += [(word[0], -math.inf) for word in params.bad_words if len(word) == 1]
         self.greedy = params.temperature < COLDEST or params.top_k == 1
         self.stop_ids = np.array([token for token in sorted(seq.stop_ids) if 0 <= token < vocab_size], np.int64)
         self.bias_ids = np.array([token for token, _ in biases], np.int64)
         self.bias_values = np.array([bias for _, bias in biases], np.float32)
+        self.bad_words: dict[int, list[tuple[int, ...]]] = {}  # those of several tokens, by the last but one
+        for word in params.bad_words:
+            if len(word) > 1:
+                self.bad_words.setdefault(word[-2], []).append(word)
+        self.others: Tensor | None = None  # [vocab], the tokens that are not allowed
+        if params.allowed_token_ids:
+            self.others = torch.ones(vocab_size, dtype=torch.bool)
+            self.others[list(params.allowed_token_ids)] = False
+        self._allowed = set(params.allowed_token_ids) - {word[0] for word in params.bad_words if len(word) == 1}
         penalised = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
         self.counts: TokenCounts | None = None
         if penalised:
             prompt = seq.tokens[: seq.num_prompt]
             self.counts = TokenCounts(prompt if params.repetition_penalty != 1 else prompt[:0], vocab_size)
         self.plain = self.greedy and not (
-            penalised or params.logit_bias or params.min_tokens or params.logprobs is not None
+            penalised
+            or params.logit_bias
+            or params.min_tokens
+            or params.logprobs is not None
+            or params.allowed_token_ids
+            or params.bad_words
         )
         self.seed = _seed(params.seed, engine_seed, seq.id)
+
+    def ends_of_bad_words(self, seq: Sequence, gained: list[int]) -> list[int]:
+        """Last tokens of the words whose other tokens the output ends with. None of them where a request leaves only
+        such tokens: it goes on with what it allows."""
+        last = gained[-1] if gained else int(seq.tokens[seq.num_tokens - 1])
+        if last not in self.bad_words:
+            return []
+        longest = max(map(len, self.bad_words[last])) - 1
+        start = max(seq.num_prompt, seq.num_tokens + len(gained) - longest)
+        said = (*seq.tokens[start : seq.num_tokens].tolist(), *gained)
+        ends = {word[-1] for word in self.bad_words[last] if said[-len(word) + 1 :] == word[:-1]}
+        if self.others is not None:
+            is_short = seq.num_outputs + len(gained) < self.params.min_tokens
+            if ends.issuperset(self._allowed.difference(self.stop_ids.tolist() if is_short else ())):
+                return []
+        return sorted(ends)
 
 
 class Sampler:
@@ -112,7 +155,9 @@ class Sampler:
         wanted = [i for i, state in enumerate(states) if state.params.logprobs is not None and i not in sampled.failed]
         if wanted:
             ids = [sampled.token_ids[i] for i in wanted]
-            found = logprobs(logits[wanted], ids, [states[i].params.logprobs or 0 for i in wanted])
+            params = [states[i].params for i in wanted]
+            also = [one.logprob_token_ids for one in params]
+            found = logprobs(logits[wanted], ids, [one.logprobs or 0 for one in params], also)
             sampled.logprobs = dict(zip(wanted, found, strict=True))
         return sampled
 
@@ -124,20 +169,26 @@ class Sampler:
         return state
 
 
-def logprobs(logits: Tensor, token_ids: list[int], num_top: list[int]) -> list[TokenLogprob]:
-    """Log-probabilities of `token_ids` under float32 logits [rows, vocab], and the `num_top[i]` likeliest of row i."""
+def logprobs(
+    logits: Tensor, token_ids: list[int], num_top: list[int], also: Seq[tuple[int, ...]] = ()
+) -> list[TokenLogprob]:
+    """Log-probabilities of `token_ids` under float32 logits [rows, vocab], and the `num_top[i]` likeliest of row i,
+    followed by the tokens `also[i]` that are not among them."""
     scores = torch.log_softmax(logits, dim=-1)
     chosen = scores.gather(1, torch.tensor(token_ids, device=scores.device).unsqueeze(1)).squeeze(1).tolist()
     most = min(max(num_top), scores.shape[1])
-    if not most:
-        return [TokenLogprob(token, value) for token, value in zip(token_ids, chosen, strict=True)]
-    top_values, top_ids = scores.topk(most, dim=-1)
-    return [
-        TokenLogprob(token, value, tuple(zip(ids[:count], values[:count], strict=True)))
-        for token, value, ids, values, count in zip(
-            token_ids, chosen, top_ids.tolist(), top_values.tolist(), num_top, strict=True
-        )
-    ]
+    tops: list[tuple[tuple[int, float], ...]] = [()] * len(token_ids)
+    if most:
+        values, ids = (found.tolist() for found in scores.topk(most, dim=-1))
+        tops = [
+            tuple(zip(row_ids[:count], row[:count], strict=True))
+            for row_ids, row, count in zip(ids, values, num_top, strict=True)
+        ]
+    for row, wanted in enumerate(also):
+        have = {token for token, _ in tops[row]}
+        more = [token for token in wanted if token not in have]
+        tops[row] += tuple(zip(more, scores[row, more].tolist(), strict=True))
+    return [TokenLogprob(*one) for one in zip(token_ids, chosen, tops, strict=True)]
 
 
 def _argmax(logits: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -163,10 +214,11 @@ def _checked(token_ids: NDArray[np.int64], highest: NDArray[np.float32], vocab_s
 def _edited(
     logits: Tensor, states: Seq[SamplerState], sequences: Seq[Sequence], ahead: Seq[list[int]] | None
 ) -> Tensor:
-    """Logits with bias, forbidden stop tokens and penalties; the input stays as it is."""
+    """Logits with bias, forbidden tokens and penalties; the input stays as it is."""
     vocab_size = logits.shape[1]
     added: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
     penalised: list[tuple[int, SamplerState, TokenCounts]] = []
+    narrowed: list[tuple[int, Tensor]] = []
     for i, (state, seq) in enumerate(zip(states, sequences, strict=True)):
         base = i * vocab_size
         gained = ahead[i] if ahead else []
@@ -174,11 +226,15 @@ def _edited(
             added.append((state.bias_ids + base, state.bias_values))
         if seq.num_outputs + len(gained) < state.params.min_tokens and len(state.stop_ids):
             added.append((state.stop_ids + base, np.full(len(state.stop_ids), -np.inf, np.float32)))
+        if state.bad_words and (ends := state.ends_of_bad_words(seq, gained)):
+            added.append((np.array(ends, np.int64) + base, np.full(len(ends), -np.inf, np.float32)))
+        if state.others is not None:
+            narrowed.append((i, state.others))
         if state.counts is not None:
             outputs = seq.tokens[seq.num_prompt : seq.num_tokens]
             state.counts.update(np.append(outputs, np.array(gained, np.int32)) if gained else outputs)
             penalised.append((base, state, state.counts))
-    if not added and not penalised:
+    if not added and not penalised and not narrowed:
         return logits
     edited = logits.clone()
     flat = edited.view(-1)
@@ -186,6 +242,8 @@ def _edited(
         flat[_on(flat, places)] += _on(flat, values)
     if penalised:
         _penalise(flat, penalised)
+    for i, others in narrowed:
+        edited[i].masked_fill_(others.to(edited.device), -torch.inf)
     return edited
 
 

@@ -36,6 +36,11 @@ def reference_probabilities(logits: np.ndarray, seq: Sequence) -> np.ndarray:
         row[token] += bias
     if len(outputs) < params.min_tokens:
         row[list(params.stop_token_ids)] = -np.inf
+    for word in params.bad_words:
+        if tuple(outputs[len(outputs) - len(word) + 1 :]) == word[:-1]:
+            row[word[-1]] = -np.inf
+    if params.allowed_token_ids:
+        row[np.setdiff1d(np.arange(len(row)), params.allowed_token_ids)] = -np.inf
     for token in set(seq.tokens[: seq.num_tokens].tolist()):
         row[token] *= params.repetition_penalty if row[token] < 0 else 1 / params.repetition_penalty
     for token in set(outputs):
@@ -76,6 +81,8 @@ Params = st.fixed_dictionaries(
         "min_tokens": st.sampled_from([0, 3, 30]),
         "stop_token_ids": st.sampled_from([(), (3, 7)]),
         "logit_bias": st.sampled_from([(), ((3, 5.0), (9, -100.0), (11, 2.5))]),
+        "allowed_token_ids": st.sampled_from([(), (3, 7, 11, 250, 299)]),
+        "bad_words": st.sampled_from([(), ((11,), (250,)), ((3, 11), (7, 3, 250), (5, 5), (1, 2, 3, 299))]),
     }
 )
 
@@ -260,6 +267,44 @@ def test_logprobs_are_of_raw_logits() -> None:
     assert [value for _, value in first.top] == pytest.approx(scores[0].topk(5).values.tolist(), abs=1e-5)
     assert sampled.logprobs[1].top == ()
     assert sampled.logprobs[1].token_id == logits[1].argmax().item()
+
+
+def test_logprobs_of_named_tokens_follow_the_likeliest() -> None:
+    logits = torch.randn(2, 500)
+    scores = torch.log_softmax(logits.double(), -1)
+    best = scores[0].topk(2).indices.tolist()
+    named = (499, best[1], 3)
+    seqs = [
+        sequence([1], [], 1, logprobs=2, logprob_token_ids=named),
+        sequence([1], [], 2, logprobs=0, logprob_token_ids=(7,)),
+    ]
+    found = Sampler().sample(logits, seqs).logprobs
+    rest = [token for token in named if token not in best]
+    assert [token for token, _ in found[0].top] == [*best, *rest]
+    assert [value for _, value in found[0].top] == pytest.approx(scores[0, [*best, *rest]].tolist(), abs=1e-5)
+    assert found[1].top == ((7, pytest.approx(scores[1, 7].item(), abs=1e-5)),)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "gained", "expected"),
+    [([], [], 9), ([5], [], 8), ([4, 5], [], 7), ([4], [5], 7), ([], [4, 5], 7), ([4, 5, 6], [], 9)],
+)
+def test_a_bad_word_may_begin_but_not_end(outputs: list[int], gained: list[int], expected: int) -> None:
+    """9 is the likeliest, then 8, 7: (5, 9) and (4, 5, 8) are words that are not to be said. The prompt does not count."""
+    seq = sequence([4, 5], outputs, temperature=0.0, bad_words=((5, 9), (4, 5, 8)))
+    logits = torch.arange(10.0).unsqueeze(0)
+    assert Sampler().sample(logits, [seq], [gained] if gained else None).token_ids == [expected]
+
+
+def test_a_bad_word_gives_way_where_nothing_else_is_allowed() -> None:
+    seq = sequence([1], [5], temperature=0.0, allowed_token_ids=(5, 6), bad_words=((5, 5), (6,)))
+    sampled = Sampler().sample(torch.zeros(1, 10), [seq])
+    assert (sampled.token_ids, sampled.failed) == ([5], [])
+    ended = sequence(
+        [1], [5], temperature=0.0, allowed_token_ids=(5, 6), bad_words=((5, 5),), min_tokens=4, stop_token_ids=(6,)
+    )
+    sampled = Sampler().sample(torch.zeros(1, 10), [ended])
+    assert (sampled.token_ids, sampled.failed) == ([5], [])
 
 
 def test_bfloat16_ties_take_the_first() -> None:
