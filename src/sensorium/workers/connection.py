@@ -35,11 +35,12 @@ class TurnMissed(Unanswered):
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """`since_s` is the loop's time at which it came."""
+    """`came_s` is the loop's time at which it came; `since_s` leaves out time in which all workers were starting."""
 
     frames: bytes
     key: bytes
     reply: asyncio.Future[Reply]
+    came_s: float
     since_s: float
     is_retried: bool = False
 

@@ -22,6 +22,7 @@ from sensorium.workers.process import START_TIMEOUT_S, WorkerProcess
 TICK_S = 0.05  # between two looks at what waits and runs, while there is any
 STUCK_S = 0.05  # without any reply, after which one more worker is started
 GROWTH_S = 0.3  # between two such starts: a worker imports meanwhile
+SLOW_START_S = 3.0  # of all that are there, after which one more is started beside them: they may be stopped
 START_TRIES = 3  # without one that succeeds
 COMPUTING_S = 0.1  # of processor time: more than a good job takes
 EXIT_POLL_S, EXIT_POLLS = 0.005, 100
@@ -33,7 +34,7 @@ class Size:
 
     fewest: int  # started at the first job
     most: int  # when they are stuck; one key holds all but one
-    turn_s: float  # until a worker has it; starting the first one does not count
+    turn_s: float  # until a worker has it; while all are being started it does not count, up to START_TIMEOUT_S
     total_s: float  # until it is answered
 
 
@@ -92,7 +93,7 @@ class Crew:
         if self._is_closed:
             raise ServerError
         loop = asyncio.get_running_loop()
-        job = Job(frames, key, loop.create_future(), loop.time())
+        job = Job(frames, key, loop.create_future(), loop.time(), loop.time())
         while len(self._all) < self._size.fewest and self._hire():
             pass
         self._put(job)
@@ -178,16 +179,13 @@ class Crew:
         loop = asyncio.get_running_loop()
         now = loop.time()
         are_there = any(one.worker.is_ready for one in self._all)
-        if are_there:
-            self._give_up(now)
-        else:  # time in which there is no worker to be had is nobody's turn
-            for job in (job for jobs in self._waiting.values() for job in jobs):
-                job.since_s += now - self._looked_s
+        self._give_up(now) if are_there else self._wait_for_starts(now)
         self._looked_s = now
         for one in list(self._all):
             self._look_at(one, now)
-        is_stuck = self._waiting and are_there and not self._free and now - self._replied_s >= STUCK_S
-        if is_stuck and len(self._all) < self._size.most and now - self._grown_s >= GROWTH_S:
+        is_stuck = self._waiting and not self._free and now - self._replied_s >= STUCK_S
+        pause_s = GROWTH_S if are_there else SLOW_START_S
+        if is_stuck and len(self._all) < self._size.most and now - self._grown_s >= pause_s:
             self._hire()
         is_busy = self._waiting or self._held
         self._tick = loop.call_later(TICK_S, self._look) if is_busy and not self._is_closed else None
@@ -204,6 +202,16 @@ class Crew:
             used_s = (one.worker.cpu_s() or 0.0) - (one.cpu_s or 0.0)
             job.fail(JobFailed() if used_s >= COMPUTING_S else WorkerLost())
             one.kill()
+
+    def _wait_for_starts(self, now: float) -> None:
+        """Jobs that have waited longer than a start may take end; for the others this time does not count."""
+        for key, jobs in list(self._waiting.items()):
+            while jobs and (jobs[0].reply.done() or now - jobs[0].came_s >= START_TIMEOUT_S):
+                jobs.popleft().fail(WorkerLost())
+            for job in jobs:
+                job.since_s += now - self._looked_s
+            if not jobs:
+                del self._waiting[key]
 
     def _give_up(self, now: float) -> None:
         """Jobs that have waited too long for their turn."""

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -17,7 +18,9 @@ from sensorium.errors import OverloadedError, RateLimitError, ServerError, Unava
 from sensorium.prompt.inspection import TemplateExhausted, TemplateFailed, TemplateInvalid, TemplateRefused
 from sensorium.prompt.local import LocalRenderer
 from sensorium.prompt.renderer import RenderPool
+from sensorium.workers import crew
 from sensorium.workers.crew import Crew, Size
+from sensorium.workers.process import WorkerProcess
 
 GREETING = (
     "{{ messages[0].content }}, {{ name | default('you') | tojson }}{% if boom %}{{ raise_exception('no') }}{% endif %}"
@@ -63,7 +66,7 @@ BOMBS = {
 @pytest.fixture
 async def pool() -> AsyncIterator[RenderPool]:
     """With time enough for a loaded machine: loops end by their processor time."""
-    pool = RenderPool(cpu_s=0.4, own=Size(2, 8, turn_s=30, total_s=30), foreign=Size(2, 4, turn_s=30, total_s=30))
+    pool = RenderPool(cpu_s=0.4, own=Size(2, 8, turn_s=90, total_s=90), foreign=Size(2, 4, turn_s=90, total_s=90))
     yield pool
     await pool.aclose()
 
@@ -105,7 +108,7 @@ async def test_hostile_templates_end_while_others_are_served(pool: RenderPool, n
     assert await hello(pool) == 'Grüße 🙂, "you"'
     with pytest.raises(TemplateFailed):
         await bad
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 45  # not by the clock
     assert await hello(pool) == 'Grüße 🙂, "you"'
 
 
@@ -123,7 +126,7 @@ async def test_sources_that_are_no_templates_or_too_deep(name: str) -> None:
         assert pool.inspect_now("{{ a }}", [{"a": 1}]).outputs == ("1",)
     finally:
         await pool.aclose()
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 45
 
 
 async def test_loops_that_fill_every_worker_do_not_stop_the_next_request(pool: RenderPool) -> None:
@@ -162,15 +165,46 @@ async def test_requests_templates_have_processes_of_their_own(pool: RenderPool) 
         assert isinstance(one.exception(), TemplateExhausted)
 
 
-async def test_every_job_ends_in_time_and_its_end_tells_whose_fault_it_is() -> None:
-    """What ran and used its time is at fault, and what came beside too many of the same key."""
-    size = Size(2, 4, turn_s=1.0, total_s=3.0)
-    pool = RenderPool(cpu_s=60, foreign=size)
-    begin = time.monotonic()
+async def test_every_job_ends_in_its_turn_and_its_end_tells_whose_fault_it_is() -> None:
+    """What ran and used its time is at fault, and what came beside too many of the same key. Nobody waits for those who
+    wait: one key has three of four workers, and when they are free again everybody's turn is over."""
+    pool = RenderPool(cpu_s=1.0, foreign=Size(2, 4, turn_s=0.5, total_s=60))
     bad = [pool.inspect(LOOPS, [json.loads(variables())], b"") for _ in range(60)]
-    found = await asyncio.gather(*bad, return_exceptions=True)
-    assert time.monotonic() - begin < 12  # in turn, three at a time, they would take sixty
-    assert {type(one) for one in found} == {TemplateExhausted, RateLimitError}
+    found = Counter(map(type, await asyncio.gather(*bad, return_exceptions=True)))
+    assert set(found) == {TemplateExhausted, RateLimitError}
+    assert found[TemplateExhausted] <= 3
+    await pool.aclose()
+
+
+async def test_a_job_that_computes_when_its_time_is_over_is_at_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crew, "COMPUTING_S", 0.01)  # a loaded machine may give it no more
+    pool = RenderPool(cpu_s=60, foreign=Size(2, 4, turn_s=1.0, total_s=1.5))
+    with pytest.raises(TemplateExhausted):
+        await pool.inspect(LOOPS, [json.loads(variables())], b"")
+    await pool.aclose()
+
+
+async def test_workers_that_hang_while_they_start_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One more is started beside them; with none to be had a job ends as our fault, not as its key's."""
+    monkeypatch.setattr(crew, "SLOW_START_S", 0.2)
+    start, started = WorkerProcess.start, []
+
+    def hang(*arguments: Any) -> WorkerProcess:
+        started.append(start(*arguments))
+        if len(started) <= hanging:
+            os.kill(started[-1].process.pid, signal.SIGSTOP)
+        return started[-1]
+
+    monkeypatch.setattr(WorkerProcess, "start", hang)
+    hanging, pool = 2, RenderPool(own=Size(2, 4, turn_s=30, total_s=30))
+    assert await hello(pool) == 'Grüße 🙂, "you"'
+    assert all(one.process.poll() is None for one in started[:2])  # it did not wait until they were given up
+    await pool.aclose()
+    monkeypatch.setattr(crew, "START_TIMEOUT_S", 0.5)
+    started.clear()
+    hanging, pool = 100, RenderPool(own=Size(2, 4, turn_s=0.1, total_s=0.2))
+    found = await asyncio.gather(*(hello(pool) for _ in range(3)), return_exceptions=True)
+    assert {type(one) for one in found} == {UnavailableError}
     await pool.aclose()
 
 
@@ -231,14 +265,14 @@ async def test_workers_that_cannot_start_are_our_fault() -> None:
 
 
 async def test_closing_ends_what_runs() -> None:
-    pool = RenderPool()
+    pool = RenderPool(cpu_s=60, own=Size(2, 8, turn_s=60, total_s=60))
     await hello(pool)
     bad = asyncio.ensure_future(pool.render(LOOPS, variables(), b""))
     await asyncio.sleep(0.1)
     pids = pool.pids
     begin = time.monotonic()
     await pool.aclose()
-    assert time.monotonic() - begin < 1
+    assert time.monotonic() - begin < 30
     with pytest.raises(ServerError):
         await bad
     for pid in pids:
