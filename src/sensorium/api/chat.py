@@ -4,139 +4,202 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
-from sensorium.api.answer import Answer, Answers, ask
 from sensorium.api.context import Entry, Service
+from sensorium.api.generated import Work, answer_generated, usage_object
+from sensorium.api.guards.admission import PendingBody
 from sensorium.api.logprobs import chat_logprobs
 from sensorium.api.protocol.chat import ChatRequest
-from sensorium.api.transport.asgi import Call
+from sensorium.api.transport import asgi
 from sensorium.api.transport.body import read_request
-from sensorium.api.transport.frames import StreamHead, chat_frames
+from sensorium.api.transport.frames import Frames, StreamHead, chat_frames
 from sensorium.api.transport.sse import EventStream
-from sensorium.types import Prompt
+from sensorium.prompt.formats.base import Arguments, Call, Delta, Reasoning, Text
+from sensorium.serving.generation import Choice, Generation, GenerationRequest, Message
 
 _NO_DELTA = b'"delta":{}'
 
 
-async def chat_completions(service: Service, call: Call) -> None:
-    with service.tenants.enter(call.tenant), service.pending.open() as pending:
+async def chat_completions(service: Service, call: asgi.Call) -> None:
+    async def read(pending: PendingBody) -> ChatCompletion:
         request = await read_request(call, ChatRequest, service.limits, service.unknown, pending)
         request.check(service.limits, service.server)
-        entry = service.entry(request.model)
-        entry.need("generate")
-        with entry.admission.admit(request.choices) as permit:
-            async with service.flight(call):
-                salt = service.salts.of(call.tenant, request.cache_salt)
-                prompt, echoed = await _prompt(service, call, entry, request, salt)
-                request = request.without_messages()  # media in base64 are not kept while tokens come
-                pending.release()
-                permit.add_prompt_tokens(len(prompt.token_ids))
-                params = request.sampling(entry.model.defaults, len(prompt.token_ids))
-                answers = ask(
-                    entry,
-                    request,
-                    [(prompt, params)],
-                    salt,
-                    started_s=call.started_s,
-                    continues=bool(request.continue_final_message),
-                )
-                with answers:
-                    await _answer(service, call, entry, request, echoed, answers)
-                    call.note = f"{answers.prompt_tokens} + {answers.completion_tokens} tokens"
+        return ChatCompletion(request)
+
+    await answer_generated(service, call, read)
 
 
-async def _prompt(service: Service, call: Call, entry: Entry, request: ChatRequest, salt: bytes) -> tuple[Prompt, str]:
-    """The prompt, and what the answer repeats: with `echo`, the assistant's last message that it continues."""
-    conversation = request.conversation(entry.model.processor.modalities, service.limits)
-    prepared = await entry.model.prompts.prepare_chat(
-        conversation.messages,
-        conversation.media,
-        add_special_tokens=bool(request.add_special_tokens),
-        tenant=call.turn,
-        salt=salt,
-        **request.template_options(),
-    )
-    entry.metrics.observe_prompt(prepared.text_s, prepared.media)
-    continues = request.echo and conversation.messages[-1].role == "assistant"
-    return prepared.prompt, conversation.last_text if continues else ""
+class Chat:
+    """A request whose prompt is a conversation. What answers it is its subclass's own."""
 
+    def __init__(self, request: ChatRequest) -> None:
+        self.request = request
+        self.echoed = ""
 
-async def _answer(
-    service: Service, call: Call, entry: Entry, request: ChatRequest, echoed: str, answers: Answers
-) -> None:
-    head = StreamHead("chatcmpl-" + secrets.token_hex(12), int(time.time()), request.model or entry.name)
-    if request.stream:
-        await _stream(service, call, entry, request, answers, head, echoed)
-        return
-    texts = await answers.collect()
-    choices = [
-        _choice(entry, request, answer, echoed + text) for answer, text in zip(answers.answers, texts, strict=True)
-    ]
-    await call.respond(
-        msgspec.json.encode(
-            {
-                "id": head.id,
-                "object": "chat.completion",
-                "created": head.created,
-                "model": head.model,
-                "choices": choices,
-                "usage": answers.usage(),
-                "system_fingerprint": None,
-                "service_tier": None,
-            }
+    @property
+    def model_name(self) -> str | None:
+        return self.request.model
+
+    @property
+    def num_sequences(self) -> int:
+        return self.request.choices
+
+    async def prepare(self, work: Work) -> GenerationRequest:
+        """The prompt. Media in base64 are not kept while tokens come."""
+        request, entry = self.request, work.entry
+        conversation = request.conversation(entry.model.processor.modalities, work.service.limits)
+        salt = work.salt(request.cache_salt)
+        prepared = await entry.model.prompts.prepare_chat(
+            conversation.messages,
+            conversation.media,
+            add_special_tokens=bool(request.add_special_tokens),
+            tenant=work.call.turn,
+            salt=salt,
+            **request.template_options(),
         )
-    )
+        entry.metrics.observe_prompt(prepared.text_s, prepared.media)
+        if request.echo and conversation.messages[-1].role == "assistant":  # the message that is continued
+            self.echoed = conversation.last_text
+        self.request = request.without_messages()
+        params = request.sampling(entry.model.defaults, len(prepared.prompt.token_ids))
+        return request.generation(((prepared.prompt, params),), salt, continues=bool(request.continue_final_message))
 
 
-def _choice(entry: Entry, request: ChatRequest, answer: Answer, text: str) -> dict[str, Any]:
-    message = {"role": "assistant", "content": text, "refusal": None}
-    return {
-        "index": answer.index,
-        "message": message,
-        "logprobs": _logprobs(entry, request, answer),
-        "finish_reason": answer.finish_reason,
-        "stop_reason": answer.stop_reason,
-    }
+class ChatCompletion(Chat):
+    """Answered as OpenAI's chat completions are."""
+
+    async def answer(self, work: Work, generation: Generation) -> None:
+        request, entry = self.request, work.entry
+        head = StreamHead("chatcmpl-" + secrets.token_hex(12), int(time.time()), request.model or entry.name)
+        if request.stream:
+            await self._stream(work, generation, head)
+            return
+        messages = await generation.collect()
+        body = {
+            "id": head.id,
+            "object": "chat.completion",
+            "created": head.created,
+            "model": head.model,
+            "choices": [
+                self._choice(entry, choice, message)
+                for choice, message in zip(generation.choices, messages, strict=True)
+            ],
+            "usage": usage_object(generation.usage()),
+            "system_fingerprint": None,
+            "service_tier": None,
+        }
+        await work.call.respond(msgspec.json.encode(body))
+
+    def _choice(self, entry: Entry, choice: Choice, message: Message) -> dict[str, Any]:
+        return {
+            "index": choice.index,
+            "message": message_object(message, self.echoed),
+            "logprobs": self.logprobs(entry, choice),
+            "finish_reason": self.finish_reason(choice, calls=bool(message.calls)),
+            "stop_reason": choice.stop_reason,
+        }
+
+    def logprobs(self, entry: Entry, choice: Choice) -> dict[str, Any] | None:
+        if not self.request.logprobs:
+            return None
+        return chat_logprobs(entry.model.tokenizer, choice.take_logprobs())
+
+    def finish_reason(self, choice: Choice, *, calls: bool) -> str | None:
+        return "tool_calls" if calls and choice.finish_reason == "stop" else choice.finish_reason
+
+    async def _stream(self, work: Work, generation: Generation, head: StreamHead) -> None:
+        request = self.request
+        frames = chat_frames(
+            head,
+            include_usage=request.includes_usage,
+            running_usage=(lambda unsent: usage_object(generation.usage(), unsent=unsent))
+            if request.runs_usage
+            else None,
+        )
+        writers = [_ChoiceStream(self, work.entry, choice, frames) for choice in generation.choices]
+        async with EventStream(work.call, work.service.limits.keep_alive_comment_s) as events:
+
+            async def emit(choice: Choice, deltas: Sequence[Delta]) -> None:
+                if event := writers[choice.index].events(deltas):
+                    await events.write(event)
+
+            await generation.run(emit)
+            usage = frames.usage(usage_object(generation.usage())) if request.includes_usage else b""
+            await events.end(usage)
 
 
-def _logprobs(entry: Entry, request: ChatRequest, answer: Answer) -> dict[str, Any] | None:
-    if not request.logprobs:
-        return None
-    return chat_logprobs(entry.model.tokenizer, answer.take_logprobs())
+class _ChoiceStream:
+    """One choice's events."""
+
+    def __init__(self, chat: ChatCompletion, entry: Entry, choice: Choice, frames: Frames) -> None:
+        self._chat = chat
+        self._entry = entry
+        self._choice = choice
+        self._frames = frames
+        self._begun = False
+        self._calls = False
+
+    def events(self, deltas: Sequence[Delta]) -> bytes:
+        """For what one engine output added; b"" if there is nothing to say."""
+        choice, frames = self._choice, self._frames
+        events = [] if self._begun else self._begin()
+        ends = choice.finish_reason is not None
+        last = deltas[-1].text if ends and deltas and isinstance(deltas[-1], Text) else ""
+        logprobs = self._chat.logprobs(self._entry, choice) if deltas or ends else None
+        for delta in deltas[:-1] if last else deltas:
+            self._calls |= isinstance(delta, Call)
+            body = delta.text if isinstance(delta, Text) else delta_object(delta)
+            events.append(
+                frames.text(choice.index, body, logprobs)
+                if isinstance(body, str)
+                else frames.delta(choice.index, body, logprobs)
+            )
+            logprobs = None
+        if ends:
+            reason = self._chat.finish_reason(choice, calls=self._calls) or "stop"
+            events.append(frames.finish(choice.index, last, logprobs, reason, choice.stop_reason, empty=_NO_DELTA))
+        return b"".join(events)
+
+    def _begin(self) -> list[bytes]:
+        self._begun = True
+        index, unsent, echoed = self._choice.index, self._choice.num_tokens, self._chat.echoed
+        events = [self._frames.role(index, unsent)]
+        if echoed:
+            events.append(self._frames.text(index, echoed, unsent=unsent))
+        return events
 
 
-async def _stream(
-    service: Service, call: Call, entry: Entry, request: ChatRequest, answers: Answers, head: StreamHead, echoed: str
-) -> None:
-    frames = chat_frames(
-        head, include_usage=request.includes_usage, running_usage=answers.usage_without if request.runs_usage else None
-    )
-    begun: set[int] = set()
-    async with EventStream(call, service.limits.keep_alive_comment_s) as events:
+def message_object(message: Message, echoed: str = "") -> dict[str, Any]:
+    """OpenAI's `message`. Reasoning stands under both names that clients read; `echoed` is before the text."""
+    text = echoed + message.text
+    found: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+    if message.reasoning:
+        found |= {"reasoning": message.reasoning, "reasoning_content": message.reasoning}
+    if message.calls:
+        found["tool_calls"] = [
+            {"id": new_call_id(), "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in message.calls
+        ]
+    if (message.calls or message.reasoning) and not text.strip():
+        found["content"] = None
+    return found
 
-        async def emit(answer: Answer, text: str) -> None:
-            index = answer.index
-            event = b""
-            if index not in begun:
-                begun.add(index)
-                unsent = answer.num_tokens
-                event = frames.role(index, unsent) + (frames.text(index, echoed, unsent=unsent) if echoed else b"")
-            if answer.finish_reason is not None:
-                event += frames.finish(
-                    index,
-                    text,
-                    _logprobs(entry, request, answer),
-                    answer.finish_reason,
-                    answer.stop_reason,
-                    empty=_NO_DELTA,
-                )
-            elif text:
-                event += frames.text(index, text, _logprobs(entry, request, answer))
-            if event:
-                await events.write(event)
 
-        await answers.run(emit)
-        await events.end(frames.usage(answers.usage()) if request.includes_usage else b"")
+def delta_object(delta: Reasoning | Call | Arguments) -> dict[str, Any]:
+    """OpenAI's `delta` of what is not text. A call's name comes once and whole, its arguments in pieces."""
+    match delta:
+        case Reasoning(text):
+            return {"reasoning": text, "reasoning_content": text}
+        case Call(index, name):
+            function = {"name": name, "arguments": ""}
+            return {"tool_calls": [{"index": index, "id": new_call_id(), "type": "function", "function": function}]}
+        case Arguments(index, text):
+            return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+
+
+def new_call_id() -> str:
+    return "call_" + secrets.token_hex(12)

@@ -11,75 +11,80 @@ from typing import Any
 
 import msgspec
 
-from sensorium.api.answer import Answer, Answers, ask
 from sensorium.api.context import Entry, Service
+from sensorium.api.generated import Work, answer_generated, text_of, usage_object
+from sensorium.api.guards.admission import PendingBody
 from sensorium.api.logprobs import CompletionLogprobs, joined
 from sensorium.api.protocol.completion import CompletionRequest
 from sensorium.api.transport.asgi import Call
 from sensorium.api.transport.body import read_request
 from sensorium.api.transport.frames import StreamHead, completion_frames
 from sensorium.api.transport.sse import EventStream
+from sensorium.prompt.formats.base import Delta
 from sensorium.prompt.offsets import prompt_offsets
 from sensorium.prompt.tokenizer import Tokenizer
+from sensorium.serving.generation import Choice, Generation, GenerationRequest
 from sensorium.types import Prompt
 
 
 async def completions(service: Service, call: Call) -> None:
-    with service.tenants.enter(call.tenant), service.pending.open() as pending:
+    async def read(pending: PendingBody) -> _Completion:
         request = await read_request(call, CompletionRequest, service.limits, service.unknown, pending)
         request.check(service.limits)
-        entry = service.entry(request.model)
-        entry.need("generate")
-        with entry.admission.admit(len(request.prompts) * request.choices) as permit:
-            async with service.flight(call):
-                prompts = await _prompts(entry, request, call.turn)
-                pending.release()
-                permit.add_prompt_tokens(sum(len(prompt.token_ids) for prompt in prompts))
-                defaults = entry.model.defaults
-                asked = [(prompt, request.sampling(defaults, len(prompt.token_ids))) for prompt in prompts]
-                salt = service.salts.of(call.tenant, request.cache_salt)
-                answers = ask(entry, request, asked, salt, started_s=call.started_s, continues=True)
-                with answers:
-                    await _answer(service, call, entry, request, answers)
-                    call.note = f"{answers.prompt_tokens} + {answers.completion_tokens} tokens"
+        return _Completion(request)
+
+    await answer_generated(service, call, read)
 
 
-async def _prompts(entry: Entry, request: CompletionRequest, tenant: bytes) -> list[Prompt]:
-    start_s = time.perf_counter()
-    special = request.add_special_tokens is not False
-    prompts = [
-        await entry.model.prompts.text_prompt(prompt, add_special_tokens=special, tenant=tenant)
-        for prompt in request.prompts
-    ]
-    entry.metrics.observe_prompt(time.perf_counter() - start_s)
-    return prompts
+class _Completion:
+    """One request of this endpoint."""
 
+    def __init__(self, request: CompletionRequest) -> None:
+        self._request = request
 
-async def _answer(service: Service, call: Call, entry: Entry, request: CompletionRequest, answers: Answers) -> None:
-    head = StreamHead("cmpl-" + secrets.token_hex(12), int(time.time()), request.model or entry.name)
-    echoes = await _echoes(entry, request, answers.prompts)
-    writers = [
-        _ChoiceWriter(entry, request, answer, answers.prompts[place], echoes[place])
-        for place, answer in ((answer.index // request.choices, answer) for answer in answers.answers)
-    ]
-    if request.stream:
-        await _stream(service, call, request, answers, head, writers)
-        return
-    texts = await answers.collect()
-    choices = [writer.whole(text) for writer, text in zip(writers, texts, strict=True)]
-    await call.respond(
-        msgspec.json.encode(
-            {
-                "id": head.id,
-                "object": "text_completion",
-                "created": head.created,
-                "model": head.model,
-                "choices": choices,
-                "usage": _usage(request, answers),
-                "system_fingerprint": None,
-            }
-        )
-    )
+    @property
+    def model_name(self) -> str | None:
+        return self._request.model
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self._request.prompts) * self._request.choices
+
+    async def prepare(self, work: Work) -> GenerationRequest:
+        request, model = self._request, work.entry.model
+        start_s = time.perf_counter()
+        special = request.add_special_tokens is not False
+        prompts = [
+            await model.prompts.text_prompt(prompt, add_special_tokens=special, tenant=work.call.turn)
+            for prompt in request.prompts
+        ]
+        work.entry.metrics.observe_prompt(time.perf_counter() - start_s)
+        defaults = model.defaults
+        asked = tuple((prompt, request.sampling(defaults, len(prompt.token_ids))) for prompt in prompts)
+        return request.generation(asked, work.salt(request.cache_salt), continues=True)
+
+    async def answer(self, work: Work, generation: Generation) -> None:
+        request, entry = self._request, work.entry
+        head = StreamHead("cmpl-" + secrets.token_hex(12), int(time.time()), request.model or entry.name)
+        echoes = await _echoes(entry, request, [prompt for prompt, _ in generation.request.prompts])
+        writers = [
+            _ChoiceWriter(entry, request, choice, echoes[choice.index // request.choices])
+            for choice in generation.choices
+        ]
+        if request.stream:
+            await _stream(work, request, generation, head, writers)
+            return
+        messages = await generation.collect()
+        body = {
+            "id": head.id,
+            "object": "text_completion",
+            "created": head.created,
+            "model": head.model,
+            "choices": [writer.whole(message.text) for writer, message in zip(writers, messages, strict=True)],
+            "usage": _usage(request, generation),
+            "system_fingerprint": None,
+        }
+        await work.call.respond(msgspec.json.encode(body))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,16 +118,15 @@ def _echo(tokenizer: Tokenizer, text: str | None, token_ids: list[int], *, has_o
     return _Echo(text, prompt_offsets(tokenizer, token_ids, text) if has_offsets else ())
 
 
-def _usage(request: CompletionRequest, answers: Answers) -> dict[str, object]:
-    return answers.usage() if request.generates else answers.usage(completion_tokens=0)
+def _usage(request: CompletionRequest, generation: Generation) -> dict[str, Any]:
+    return usage_object(generation.usage(), generates=request.generates)
 
 
 class _ChoiceWriter:
     """One choice's pieces: the echoed prompt once, then what the model adds, with log-probabilities in step."""
 
-    def __init__(self, entry: Entry, request: CompletionRequest, answer: Answer, prompt: Prompt, echo: _Echo) -> None:
-        self._answer = answer
-        self._prompt = prompt
+    def __init__(self, entry: Entry, request: CompletionRequest, choice: Choice, echo: _Echo) -> None:
+        self._choice = choice
         self._generates = request.generates
         self._echo = echo
         self._echo_due = bool(request.echo)
@@ -137,31 +141,33 @@ class _ChoiceWriter:
 
     def piece(self, text: str) -> tuple[str, dict[str, Any] | None]:
         """What to send for new text."""
-        tokens = self._answer.take_logprobs()
+        tokens = self._choice.take_logprobs()
         if not self._generates:  # the engine always makes one token; nobody asked for it
             text, tokens = "", []
         lists = self._logprobs
-        own = lists.piece(tokens, text, is_last=self._answer.finish_reason is not None) if lists is not None else None
+        own = lists.piece(tokens, text, is_last=self._choice.finish_reason is not None) if lists is not None else None
         if not self._echo_due:
             return text, own
         self._echo_due = False
         if lists is not None and own is not None:
-            own = joined(lists.prompt(self._prompt.token_ids, self._answer.prompt_logprobs, self._echo.offsets), own)
+            own = joined(
+                lists.prompt(self._choice.prompt.token_ids, self._choice.prompt_logprobs, self._echo.offsets), own
+            )
         return self._echo.text + text, own
 
     def whole(self, text: str) -> dict[str, Any]:
         text, logprobs = self.piece(text)
         return {
-            "index": self._answer.index,
+            "index": self._choice.index,
             "text": text,
             "logprobs": logprobs,
             "finish_reason": self.finish_reason,
-            "stop_reason": self._answer.stop_reason,
+            "stop_reason": self._choice.stop_reason,
         }
 
     @property
     def finish_reason(self) -> str | None:
-        return self._answer.finish_reason if self._generates or self._answer.finish_reason is None else "length"
+        return self._choice.finish_reason if self._generates or self._choice.finish_reason is None else "length"
 
     @property
     def due(self) -> bool:
@@ -170,30 +176,25 @@ class _ChoiceWriter:
 
 
 async def _stream(
-    service: Service,
-    call: Call,
-    request: CompletionRequest,
-    answers: Answers,
-    head: StreamHead,
-    writers: Sequence[_ChoiceWriter],
+    work: Work, request: CompletionRequest, generation: Generation, head: StreamHead, writers: Sequence[_ChoiceWriter]
 ) -> None:
     frames = completion_frames(
         head,
         include_usage=request.includes_usage,
-        running_usage=(lambda _: _usage(request, answers)) if request.runs_usage else None,
+        running_usage=(lambda _: _usage(request, generation)) if request.runs_usage else None,
     )
-    async with EventStream(call, service.limits.keep_alive_comment_s) as events:
+    async with EventStream(work.call, work.service.limits.keep_alive_comment_s) as events:
 
-        async def emit(answer: Answer, text: str) -> None:
-            writer = writers[answer.index]
-            if answer.finish_reason is not None:
+        async def emit(choice: Choice, deltas: Sequence[Delta]) -> None:
+            writer, text = writers[choice.index], text_of(deltas)
+            if choice.finish_reason is not None:
                 text, logprobs = writer.piece(text)
                 await events.write(
-                    frames.finish(answer.index, text, logprobs, writer.finish_reason or "length", answer.stop_reason)
+                    frames.finish(choice.index, text, logprobs, writer.finish_reason or "length", choice.stop_reason)
                 )
             elif text or writer.due:
                 text, logprobs = writer.piece(text)
-                await events.write(frames.text(answer.index, text, logprobs))
+                await events.write(frames.text(choice.index, text, logprobs))
 
-        await answers.run(emit)
-        await events.end(frames.usage(_usage(request, answers)) if request.includes_usage else b"")
+        await generation.run(emit)
+        await events.end(frames.usage(_usage(request, generation)) if request.includes_usage else b"")

@@ -160,6 +160,31 @@ class ModelMetrics:
     def refuse(self, reason: str) -> None:
         self.refused[reason] += 1
 
+    def asked(self, choices: int, max_tokens: int) -> None:
+        self.request_n.observe(choices)
+        self.request_max_tokens.observe(max_tokens)
+
+    def first_output(self, wait_s: float) -> None:
+        self.first_token_s.observe(wait_s)
+
+    def generated(self, tokens: int, since_s: float) -> None:
+        self.generation_tokens += tokens  # as they come, so that a throughput over seconds means something
+        if tokens and since_s:
+            self.inter_token_s.observe(since_s / tokens)
+
+    def choice_ended(self, reason: str, tokens: int, decode_s: float) -> None:
+        self.finished[reason] += 1
+        self.request_generation_tokens.observe(tokens)
+        if tokens > 1:
+            self.time_per_token_s.observe(decode_s / (tokens - 1))
+
+    def request_ended(self, prompt_tokens: Iterable[int], cached_tokens: int, seconds: float) -> None:
+        for tokens in prompt_tokens:
+            self.prompt_tokens += tokens
+            self.request_prompt_tokens.observe(tokens)
+        self.cached_tokens += cached_tokens
+        self.request_s.observe(seconds)
+
     def observe_prompt(self, text_s: float, media: Iterable[MediaTiming] = ()) -> None:
         """What making a prompt took; a medium that was cached was only fetched."""
         self.prompt_s.observe(text_s)

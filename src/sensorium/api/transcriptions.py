@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import secrets
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
-from sensorium.api.answer import Answer, Answers, ask
 from sensorium.api.context import Entry, Service
+from sensorium.api.generated import Work, answer_generated, text_of, usage_object
+from sensorium.api.guards.admission import PendingBody
 from sensorium.api.protocol.audio import AudioRequest, parse_fields
 from sensorium.api.transport.asgi import Call
 from sensorium.api.transport.frames import Frames, StreamHead
@@ -18,10 +20,9 @@ from sensorium.api.transport.multipart import read_form
 from sensorium.api.transport.sse import EventStream
 from sensorium.errors import RequestError
 from sensorium.media.source import MediaSource
+from sensorium.prompt.formats.base import Delta
 from sensorium.prompt.messages import MediaPart, Message, TextPart
-from sensorium.serving.defaults import completion_length
-from sensorium.serving.prompts import Prepared
-from sensorium.types import SamplingParams
+from sensorium.serving.generation import Choice, Generation, GenerationRequest
 
 FILE = "file"
 
@@ -35,31 +36,65 @@ async def translations(service: Service, call: Call) -> None:
 
 
 async def _listen(service: Service, call: Call, *, translates: bool) -> None:
-    with service.tenants.enter(call.tenant), service.pending.open() as pending:
+    async def read(pending: PendingBody) -> _Recording:
         form = await read_form(call, service.limits, FILE, pending.add)
         request = parse_fields(form.fields, service.unknown)
         if form.file is None:
             raise RequestError(f"`{FILE}` is required.", param=FILE, code="missing_required_parameter")
-        entry = service.entry(request.model)
-        _check_hears(entry)
-        with entry.admission.admit(1) as permit:
-            async with service.flight(call):
-                prepared = await _prompt(service, call, entry, request, form.file, translates)
-                pending.release()
-                permit.add_prompt_tokens(len(prepared.prompt.token_ids))
-                sampling = request.sampling_body()
-                params = _sampling(entry, request, len(prepared.prompt.token_ids))
-                answers = ask(
-                    entry,
-                    sampling,
-                    [(prepared.prompt, params)],
-                    service.salts.of(call.tenant),
-                    started_s=call.started_s,
-                    continues=False,
-                )
-                with answers:
-                    await _answer(service, call, entry, request, answers, prepared, translates)
-                    call.note = f"{answers.prompt_tokens} + {answers.completion_tokens} tokens"
+        return _Recording(request, form.file, translates)
+
+    await answer_generated(service, call, read)
+
+
+class _Recording:
+    """One request of these endpoints."""
+
+    num_sequences = 1
+
+    def __init__(self, request: AudioRequest, file: bytes, translates: bool) -> None:
+        self._request = request
+        self._file = file
+        self._translates = translates
+        self._duration_s = 0.0
+
+    @property
+    def model_name(self) -> str | None:
+        return self._request.model
+
+    async def prepare(self, work: Work) -> GenerationRequest:
+        request, model, salt = self._request, work.entry.model, work.salt()
+        _check_hears(work.entry)
+        message = Message("user", (MediaPart("audio"), TextPart(request.instruction(translates=self._translates))))
+        source = MediaSource("audio", FILE, payload=self._file)
+        self._file = b""
+        prepared = await model.prompts.prepare_chat([message], [source], tenant=work.call.turn, salt=salt)
+        work.entry.metrics.observe_prompt(prepared.text_s, prepared.media)
+        self._duration_s = prepared.media[0].duration_s
+        params = request.sampling(model.defaults, len(prepared.prompt.token_ids), FILE)
+        return GenerationRequest(((prepared.prompt, params),), salt=salt)
+
+    async def answer(self, work: Work, generation: Generation) -> None:
+        if self._request.stream:
+            await _stream(work, self._request, generation)
+            return
+        text = (await generation.collect())[0].text.strip()
+        if self._request.response_format == "text":
+            await work.call.respond(text.encode() + b"\n", content_type=b"text/plain; charset=utf-8")
+            return
+        await work.call.respond(msgspec.json.encode(self._body(text)))
+
+    def _body(self, text: str) -> dict[str, Any]:
+        request, duration_s = self._request, self._duration_s
+        body: dict[str, Any] = {"text": text, "usage": {"type": "duration", "seconds": math.ceil(duration_s)}}
+        if request.response_format == "verbose_json":
+            body |= {
+                "task": "translate" if self._translates else "transcribe",
+                "language": request.to_language or "en" if self._translates else request.language,
+                "duration": duration_s,
+                "segments": None,
+                "words": None,
+            }
+        return body
 
 
 def _check_hears(entry: Entry) -> None:
@@ -70,55 +105,8 @@ def _check_hears(entry: Entry) -> None:
         )
 
 
-async def _prompt(
-    service: Service, call: Call, entry: Entry, request: AudioRequest, file: bytes, translates: bool
-) -> Prepared:
-    message = Message("user", (MediaPart("audio"), TextPart(request.instruction(translates=translates))))
-    prepared = await entry.model.prompts.prepare_chat(
-        [message], [MediaSource("audio", FILE, payload=file)], tenant=call.turn, salt=service.salts.of(call.tenant)
-    )
-    entry.metrics.observe_prompt(prepared.text_s, prepared.media)
-    return prepared
-
-
-def _sampling(entry: Entry, request: AudioRequest, prompt_tokens: int) -> SamplingParams:
-    defaults = entry.model.defaults
-    max_tokens = completion_length(defaults, prompt_tokens, request.max_completion_tokens, None, 1, FILE)
-    return request.sampling_body().sampling_with(defaults, max_tokens=max_tokens, logprobs=None)
-
-
-async def _answer(
-    service: Service,
-    call: Call,
-    entry: Entry,
-    request: AudioRequest,
-    answers: Answers,
-    prepared: Prepared,
-    translates: bool,
-) -> None:
-    if request.stream:
-        await _stream(service, call, entry, request, answers)
-        return
-    text = (await answers.collect())[0].strip()
-    if request.response_format == "text":
-        await call.respond(text.encode() + b"\n", content_type=b"text/plain; charset=utf-8")
-        return
-    duration_s = prepared.media[0].duration_s
-    body: dict[str, Any] = {"text": text, "usage": {"type": "duration", "seconds": math.ceil(duration_s)}}
-    if request.response_format == "verbose_json":
-        language = request.language if not translates else request.to_language or "en"
-        body |= {
-            "task": "translate" if translates else "transcribe",
-            "language": language,
-            "duration": duration_s,
-            "segments": None,
-            "words": None,
-        }
-    await call.respond(msgspec.json.encode(body))
-
-
-async def _stream(service: Service, call: Call, entry: Entry, request: AudioRequest, answers: Answers) -> None:
-    head = StreamHead("trsc-" + secrets.token_hex(12), int(time.time()), request.model or entry.name)
+async def _stream(work: Work, request: AudioRequest, generation: Generation) -> None:
+    head = StreamHead("trsc-" + secrets.token_hex(12), int(time.time()), request.model or work.entry.name)
     include_usage = bool(request.stream_include_usage)
     runs_usage = include_usage and request.stream_continuous_usage_stats
     frames = Frames(
@@ -127,15 +115,16 @@ async def _stream(service: Service, call: Call, entry: Entry, request: AudioRequ
         open_text=b'"delta":{"content":',
         close_text=b"}",
         include_usage=include_usage,
-        running_usage=answers.usage_without if runs_usage else None,
+        running_usage=(lambda unsent: usage_object(generation.usage(), unsent=unsent)) if runs_usage else None,
     )
-    async with EventStream(call, service.limits.keep_alive_comment_s) as events:
+    async with EventStream(work.call, work.service.limits.keep_alive_comment_s) as events:
 
-        async def emit(answer: Answer, text: str) -> None:
-            if answer.finish_reason is not None:
-                await events.write(frames.finish(answer.index, text, None, answer.finish_reason, answer.stop_reason))
+        async def emit(choice: Choice, deltas: Sequence[Delta]) -> None:
+            text = text_of(deltas)
+            if choice.finish_reason is not None:
+                await events.write(frames.finish(choice.index, text, None, choice.finish_reason, choice.stop_reason))
             elif text:
-                await events.write(frames.text(answer.index, text))
+                await events.write(frames.text(choice.index, text))
 
-        await answers.run(emit)
-        await events.end(frames.usage(answers.usage()) if include_usage else b"")
+        await generation.run(emit)
+        await events.end(frames.usage(usage_object(generation.usage())) if include_usage else b"")

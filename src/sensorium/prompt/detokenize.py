@@ -11,6 +11,7 @@ import codecs
 from collections.abc import Callable, Sequence
 
 from sensorium.prompt.pieces import TokenBytes
+from sensorium.prompt.stop_strings import StopStrings
 from sensorium.prompt.tokenizer import Tokenizer
 
 _Utf8Decoder = codecs.getincrementaldecoder("utf-8")
@@ -34,15 +35,17 @@ class Detokenizer:
         include_stop: bool = False,
         min_tokens: int = 0,
         keep_leading_space: bool = False,
+        kept: frozenset[int] = frozenset(),
     ) -> None:
-        skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        """`kept` are special tokens that are text all the same."""
+        skipped = tokenizer.special_ids - kept if skip_special_tokens else frozenset[int]()
         table = tokenizer.token_bytes
         self._text: _TableText | _WindowText
         if table is not None:
             self._text = _TableText(table, skipped, 0 if keep_leading_space else table.lead)
         else:
             self._text = _WindowText(tokenizer, skipped)
-        self._stops = _StopStrings(stop, include_stop) if stop else None
+        self._stops = StopStrings(stop, include_stop) if stop else None
         self._free_tokens = min_tokens
         # One call per token is spared where there is nothing to look for.
         self.push: Callable[[Sequence[int]], str] = self._push_checked if stop else self._text.push
@@ -129,50 +132,3 @@ class _WindowText:
         new = text[len(self._before) :] if text.startswith(self._before) else alone
         self._before = alone
         return new
-
-
-class _StopStrings:
-    """Passes text on up to the first complete stop string, holding back what may yet become one."""
-
-    __slots__ = ("_held", "_include", "_stops", "found")
-
-    def __init__(self, stops: tuple[str, ...], include: bool) -> None:
-        self._stops = stops
-        self._include = include
-        self._held = ""  # the longest end of the text so far that begins a stop string
-        self.found: str | None = None
-
-    def pass_on(self, new: str) -> str:
-        if self.found is not None or not new:
-            return ""
-        text = self._held + new
-        self.found = self._first_complete(text)
-        if self.found is not None:
-            self._held = ""
-            start = text.index(self.found)
-            return text[: start + len(self.found) if self._include else start]
-        held = self._begun(text)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
-
-    def release(self) -> str:
-        held, self._held = self._held, ""
-        return held
-
-    def _first_complete(self, text: str) -> str | None:
-        starts = [(text.find(stop), stop) for stop in self._stops]
-        ends = [(start + len(stop), start, stop) for start, stop in starts if start >= 0]
-        return min(ends)[2] if ends else None
-
-    def _begun(self, text: str) -> int:
-        """Length of the longest end of `text` that is the beginning of a stop string."""
-        return max(_overlap(text, stop) for stop in self._stops)
-
-
-def _overlap(text: str, stop: str) -> int:
-    at = max(0, len(text) - len(stop) + 1)
-    while (at := text.find(stop[0], at)) >= 0:
-        if stop.startswith(text[at:]):
-            return len(text) - at
-        at += 1
-    return 0

@@ -32,6 +32,7 @@ from sensorium.api.protocol.common import UnknownFields
 from sensorium.config import Limits
 from sensorium.errors import RequestError, UnsupportedFieldError
 from sensorium.processors.ultravox import UltravoxProcessor
+from sensorium.serving.defaults import ModelDefaults
 from sensorium.types import EngineOutput, EngineRequest
 
 BOUNDARY = "x0123456789"
@@ -346,7 +347,9 @@ def test_values_that_change_nothing() -> None:
         "length_penalty": ["1.0"],
         "unknown": ["x"],
     }
-    assert parse_fields(fields, UnknownFields()).sampling_body() == AudioRequest().sampling_body()
+    defaults = ModelDefaults(max_model_len=100, vocab_size=10)
+    given, plain = parse_fields(fields, UnknownFields()), AudioRequest()
+    assert given.sampling(defaults, 1, "file") == plain.sampling(defaults, 1, "file")
 
 
 @pytest.mark.parametrize(

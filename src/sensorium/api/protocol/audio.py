@@ -17,6 +17,8 @@ from sensorium.api.protocol.other_servers import RECORDINGS, Foreign
 from sensorium.api.protocol.sampling import SamplingBody
 from sensorium.api.protocol.validation import request_error
 from sensorium.errors import RequestError, UnsupportedFieldError
+from sensorium.serving.defaults import ModelDefaults, completion_length
+from sensorium.types import SamplingParams
 
 TRANSCRIBE = "Write down what is said in this recording, word for word, and nothing else."
 TRANSLATE = "Write down in {language} what is said in this recording, and nothing else."
@@ -67,9 +69,9 @@ class AudioRequest(Body):
         if self.stream and self.response_format == "verbose_json":
             raise RequestError("`verbose_json` cannot be streamed.", param="response_format")
 
-    def sampling_body(self) -> SamplingBody:
-        """Greedy unless the request says otherwise."""
-        return SamplingBody(
+    def sampling(self, defaults: ModelDefaults, prompt_tokens: int, param: str) -> SamplingParams:
+        """Greedy unless the request says otherwise. `param` is the field that makes the prompt long."""
+        body = SamplingBody(
             temperature=0.0 if self.temperature is None else self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
@@ -79,6 +81,8 @@ class AudioRequest(Body):
             frequency_penalty=self.frequency_penalty,
             repetition_penalty=self.repetition_penalty,
         )
+        max_tokens = completion_length(defaults, prompt_tokens, self.max_completion_tokens, None, 1, param)
+        return body.sampling_with(defaults, max_tokens=max_tokens, logprobs=None)
 
     def instruction(self, *, translates: bool) -> str:
         """What the model is told beside the recording."""

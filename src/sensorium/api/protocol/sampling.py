@@ -15,8 +15,10 @@ from sensorium.api.protocol.common import INT32_MAX, Body, Count, Name, Nested, 
 from sensorium.api.protocol.other_servers import ANSWERS, PENALTY_WINDOWS, Foreign
 from sensorium.config import Limits
 from sensorium.errors import RequestError
+from sensorium.prompt.output import TextOptions
 from sensorium.serving.defaults import MIN_REPETITION_PENALTY, ModelDefaults
-from sensorium.types import SamplingParams
+from sensorium.serving.generation import GenerationRequest
+from sensorium.types import Prompt, SamplingParams
 
 MIN_TEMPERATURE = 0.01
 _TOKEN_KEY = re.compile(r"-?[0-9]{1,10}")
@@ -121,6 +123,24 @@ class SamplingBody(Body):
     @property
     def keeps_special_tokens(self) -> bool:
         return self.skip_special_tokens is False
+
+    def generation(
+        self, prompts: tuple[tuple[Prompt, SamplingParams], ...], salt: bytes, *, continues: bool
+    ) -> GenerationRequest:
+        """What is sent to the engine for these prompts. `continues`: answers go on in the middle of a text."""
+        return GenerationRequest(
+            prompts,
+            TextOptions(
+                stop=self.stop_strings,
+                include_stop=bool(self.include_stop_str_in_output),
+                skip_special_tokens=not self.keeps_special_tokens,
+                continues=continues,
+            ),
+            choices=self.choices,
+            salt=salt,
+            priority=self.priority or 0,
+            stop_token_ids=frozenset(self.stop_token_ids or ()),
+        )
 
     def sampling_with(
         self, defaults: ModelDefaults, *, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None = None

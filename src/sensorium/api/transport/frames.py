@@ -68,6 +68,10 @@ class Frames:
             return b"".join((self._choice(index), self._open_text, _encode(text), self._plain_end))
         return self._event(index, self._open_text + _encode(text) + self._close_text, logprobs, b"null", b"", unsent)
 
+    def delta(self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None) -> bytes:
+        """A piece of a chat answer that is not text."""
+        return self._event(index, b'"delta":' + _encode(delta), logprobs, b"null", b"")
+
     def role(self, index: int, unsent: int) -> bytes:
         """The first event of a chat answer."""
         return self._event(index, b'"delta":{"role":"assistant","content":""}', None, b"null", b"", unsent)

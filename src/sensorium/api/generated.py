@@ -1,0 +1,86 @@
+"""The way of every request that generates: read, admitted, made into prompts, sent to the engine, answered.
+
+An endpoint says what is its own: how its body becomes a `GenerationRequest`, and how an answer is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from sensorium.api.context import Entry, Service
+from sensorium.api.guards.admission import PendingBody
+from sensorium.api.transport.asgi import Call
+from sensorium.prompt.formats.base import Delta, Text
+from sensorium.serving.generation import Generation, GenerationRequest, Usage, generate
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One request on its way, and who does it."""
+
+    service: Service
+    call: Call
+    entry: Entry
+
+    def salt(self, own: str | None = None) -> bytes:
+        """Whose caches it may use. `own` is the request's `cache_salt`."""
+        return self.service.salts.of(self.call.tenant, own)
+
+
+class Endpoint(Protocol):
+    """A body that was read and checked."""
+
+    @property
+    def model_name(self) -> str | None:
+        """The model's name as the client wrote it; None for the default."""
+
+    @property
+    def num_sequences(self) -> int:
+        """What will be computed at a time."""
+
+    async def prepare(self, work: Work) -> GenerationRequest:
+        """Make the prompts. What only they need is let go."""
+
+    async def answer(self, work: Work, generation: Generation) -> None:
+        """Write the answer, whole or as a stream."""
+
+
+async def answer_generated(service: Service, call: Call, read: Callable[[PendingBody], Awaitable[Endpoint]]) -> None:
+    with service.tenants.enter(call.tenant), service.pending.open() as pending:
+        endpoint = await read(pending)
+        entry = service.entry(endpoint.model_name)
+        entry.need("generate")
+        with entry.admission.admit(endpoint.num_sequences) as permit:
+            async with service.flight(call):
+                work = Work(service, call, entry)
+                request = await endpoint.prepare(work)
+                pending.release()
+                permit.add_prompt_tokens(request.prompt_tokens)
+                with generate(entry.model, request, entry.metrics, started_s=call.started_s) as generation:
+                    await endpoint.answer(work, generation)
+                    call.note = f"{generation.prompt_tokens} + {generation.completion_tokens} tokens"
+
+
+def text_of(deltas: Iterable[Delta]) -> str:
+    """Where nothing but text is asked for."""
+    return "".join([delta.text for delta in deltas if isinstance(delta, Text)])
+
+
+def usage_object(usage: Usage, *, unsent: int = 0, generates: bool = True) -> dict[str, Any]:
+    """OpenAI's usage, with what was cached and what was media. `unsent` are tokens that the client does not have yet;
+    without `generates` only the prompt counts."""
+    completion = usage.completion_tokens - unsent if generates else 0
+    found: dict[str, Any] = {
+        "prompt_tokens": usage.prompt_tokens,
+        "total_tokens": usage.prompt_tokens + completion,
+        "completion_tokens": completion,
+        "prompt_tokens_details": {
+            "cached_tokens": usage.cached_tokens,
+            "multimodal_tokens": usage.media_tokens or None,
+        },
+    }
+    if usage.reasoning_tokens:
+        found["completion_tokens_details"] = {"reasoning_tokens": usage.reasoning_tokens}
+    return found
