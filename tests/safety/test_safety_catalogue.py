@@ -619,9 +619,15 @@ BAD_FIELDS: list[Any] = [
     refused({"response_format": {"type": "json_object"}}, "response_format", code="unsupported_field"),
     refused({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     refused({"guided_json": {}}, "guided_json"),
-    refused({"prompt_logprobs": 1}, "prompt_logprobs"),
+    refused({"prompt_logprobs": 21}, "prompt_logprobs"),
+    refused({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
     refused({"suffix": "x"}, "suffix"),
-    refused({"bad_words": ["a"]}, "bad_words"),
+    refused({"bad_words": ["a"] * 257}, "bad_words"),
+    refused({"bad_words": "a"}, "bad_words"),
+    refused({"allowed_token_ids": []}, "allowed_token_ids"),
+    refused({"allowed_token_ids": [2**31]}, None),
+    refused({"logprob_token_ids": [1]}, "logprob_token_ids"),
+    refused({"request_id": "a\r\nb"}, "request_id"),
     *(
         refused({name: value}, name)
         for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")

@@ -12,7 +12,7 @@ import msgspec
 from sensorium.api.context import Entry, Service
 from sensorium.api.generated import Work, answer_generated, usage_object
 from sensorium.api.guards.admission import PendingBody
-from sensorium.api.logprobs import chat_logprobs
+from sensorium.api.logprobs import chat_logprobs, prompt_logprobs
 from sensorium.api.protocol.chat import ChatRequest
 from sensorium.api.transport import asgi
 from sensorium.api.transport.body import read_request
@@ -57,6 +57,9 @@ class Chat:
             conversation.messages,
             conversation.media,
             add_special_tokens=bool(request.add_special_tokens),
+            truncation=entry.model.truncation(
+                request.truncate_prompt_tokens, request.truncation_side, completion=request.length or 1
+            ),
             tenant=work.call.turn,
             salt=salt,
             **request.template_options(),
@@ -74,7 +77,7 @@ class ChatCompletion(Chat):
 
     async def answer(self, work: Work, generation: Generation) -> None:
         request, entry = self.request, work.entry
-        head = StreamHead("chatcmpl-" + secrets.token_hex(12), int(time.time()), request.model or entry.name)
+        head = StreamHead(work.call.answer_id("chatcmpl"), int(time.time()), request.model or entry.name)
         if request.stream:
             await self._stream(work, generation, head)
             return
@@ -89,6 +92,7 @@ class ChatCompletion(Chat):
                 for choice, message in zip(generation.choices, messages, strict=True)
             ],
             "usage": usage_object(generation.usage()),
+            "prompt_logprobs": self._prompt_logprobs(entry, generation.choices[0]),
             "system_fingerprint": None,
             "service_tier": None,
         }
@@ -102,6 +106,11 @@ class ChatCompletion(Chat):
             "finish_reason": self.finish_reason(choice, calls=bool(message.calls)),
             "stop_reason": choice.stop_reason,
         }
+
+    def _prompt_logprobs(self, entry: Entry, choice: Choice) -> list[Any] | None:
+        if self.request.prompt_logprobs is None:
+            return None
+        return prompt_logprobs(entry.model.tokenizer, choice, self.request.prompt_logprobs)
 
     def logprobs(self, entry: Entry, choice: Choice) -> dict[str, Any] | None:
         if not self.request.logprobs:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +13,8 @@ import msgspec
 from sensorium.api.context import Entry, Service
 from sensorium.api.generated import Work, answer_generated, text_of, usage_object
 from sensorium.api.guards.admission import PendingBody
-from sensorium.api.logprobs import CompletionLogprobs, joined
-from sensorium.api.protocol.completion import CompletionRequest
+from sensorium.api.logprobs import CompletionLogprobs, joined, prompt_logprobs
+from sensorium.api.protocol.completion import DEFAULT_MAX_TOKENS, CompletionRequest
 from sensorium.api.transport.asgi import Call
 from sensorium.api.transport.body import read_request
 from sensorium.api.transport.frames import StreamHead, completion_frames
@@ -54,8 +53,13 @@ class _Completion:
         request, model = self._request, work.entry.model
         start_s = time.perf_counter()
         special = request.add_special_tokens is not False
+        truncation = model.truncation(
+            request.truncate_prompt_tokens, request.truncation_side, completion=request.length or DEFAULT_MAX_TOKENS
+        )
         prompts = [
-            await model.prompts.text_prompt(prompt, add_special_tokens=special, tenant=work.call.turn)
+            await model.prompts.text_prompt(
+                prompt, add_special_tokens=special, truncation=truncation, tenant=work.call.turn
+            )
             for prompt in request.prompts
         ]
         work.entry.metrics.observe_prompt(time.perf_counter() - start_s)
@@ -65,7 +69,7 @@ class _Completion:
 
     async def answer(self, work: Work, generation: Generation) -> None:
         request, entry = self._request, work.entry
-        head = StreamHead("cmpl-" + secrets.token_hex(12), int(time.time()), request.model or entry.name)
+        head = StreamHead(work.call.answer_id("cmpl"), int(time.time()), request.model or entry.name)
         echoes = await _echoes(entry, request, [prompt for prompt, _ in generation.request.prompts])
         writers = [
             _ChoiceWriter(entry, request, choice, echoes[choice.index // request.choices])
@@ -103,7 +107,7 @@ async def _echoes(entry: Entry, request: CompletionRequest, prompts: Sequence[Pr
         await asyncio.to_thread(
             _echo,
             entry.model.tokenizer,
-            given if isinstance(given, str) else None,
+            given if isinstance(given, str) and request.truncate_prompt_tokens is None else None,
             prompt.token_ids.tolist(),
             has_offsets=request.logprobs is not None,
         )
@@ -130,6 +134,8 @@ class _ChoiceWriter:
         self._generates = request.generates
         self._echo = echo
         self._echo_due = bool(request.echo)
+        self._tokenizer = entry.model.tokenizer
+        self._num_scores = request.prompt_logprobs  # alternatives to each token of the prompt
         self._logprobs: CompletionLogprobs | None = None
         if request.logprobs is not None:
             self._logprobs = CompletionLogprobs(
@@ -163,6 +169,9 @@ class _ChoiceWriter:
             "logprobs": logprobs,
             "finish_reason": self.finish_reason,
             "stop_reason": self._choice.stop_reason,
+            "prompt_logprobs": None
+            if self._num_scores is None
+            else prompt_logprobs(self._tokenizer, self._choice, self._num_scores),
         }
 
     @property

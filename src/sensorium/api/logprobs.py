@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sensorium.prompt.offsets import TextOffsets
 from sensorium.prompt.tokenizer import Tokenizer
+from sensorium.serving.generation import Choice
 from sensorium.types import TokenLogprob
 
 MIN_LOGPROB = -9999.0
@@ -29,6 +31,33 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: Iterable[TokenLogprob]) -> dict[
 def _entry(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
     text, raw = tokenizer.token_text(token_id)
     return {"token": text, "logprob": max(logprob, MIN_LOGPROB), "bytes": list(raw)}
+
+
+def prompt_logprobs(tokenizer: Tokenizer, choice: Choice, num_top: int) -> list[dict[str, Any] | None]:
+    """vLLM's form: {token id: {logprob, rank, decoded_token}} of each token of a choice's prompt and its `num_top`
+    alternatives (-1: all that there are), null for the first. The rank of a token that is none of the likeliest is
+    null."""
+    return [
+        None if token is None else _ranked(tokenizer, int(token_id), _narrowed(token, num_top))
+        for token_id, token in zip(choice.prompt.token_ids, choice.prompt_logprobs, strict=False)
+    ]
+
+
+def _narrowed(token: TokenLogprob, num_top: int) -> TokenLogprob:
+    return token if num_top < 0 else replace(token, top=token.top[:num_top])
+
+
+def _ranked(tokenizer: Tokenizer, token_id: int, token: TokenLogprob) -> dict[str, Any]:
+    ranks = {top: place + 1 for place, (top, _) in enumerate(token.top)}
+    values = {token_id: token.logprob, **dict(token.top)}
+    return {
+        str(one): {
+            "logprob": max(value, MIN_LOGPROB),
+            "rank": ranks.get(one),
+            "decoded_token": tokenizer.token_text(one)[0],
+        }
+        for one, value in values.items()
+    }
 
 
 class CompletionLogprobs:
@@ -63,7 +92,7 @@ class CompletionLogprobs:
         """The echoed prompt's; its first token has none."""
         lists = _empty_lists()
         for token_id, token, offset in zip(token_ids, tokens, offsets, strict=False):
-            self._add(lists, offset, int(token_id), token)
+            self._add(lists, offset, int(token_id), token and _narrowed(token, self._num_top))
         return lists
 
     def _add(self, lists: dict[str, Any], offset: int, token_id: int, token: TokenLogprob | None) -> None:
@@ -74,9 +103,7 @@ class CompletionLogprobs:
         lists["top_logprobs"].append(None if token is None else self._top(token, text))
 
     def _top(self, token: TokenLogprob, text: str) -> dict[str, float]:
-        top = {
-            self._tokenizer.token_text(other)[0]: max(value, MIN_LOGPROB) for other, value in token.top[: self._num_top]
-        }
+        top = {self._tokenizer.token_text(other)[0]: max(value, MIN_LOGPROB) for other, value in token.top}
         top.setdefault(text, max(token.logprob, MIN_LOGPROB))
         return top
 

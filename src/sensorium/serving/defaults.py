@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sensorium.errors import ContextLengthError, RequestError
+from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.types import SamplingParams
 
 INT32_MAX = 2**31 - 1
@@ -26,10 +27,19 @@ class ModelDefaults:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    max_logprobs: int = 20  # alternatives that are reported beside a token
+    tokenizer: Tokenizer | None = None
 
     @classmethod
     def of(
-        cls, generation: Mapping[str, Any], *, max_model_len: int, vocab_size: int, stop_token_ids: tuple[int, ...]
+        cls,
+        generation: Mapping[str, Any],
+        *,
+        max_model_len: int,
+        vocab_size: int,
+        stop_token_ids: tuple[int, ...],
+        max_logprobs: int = 20,
+        tokenizer: Tokenizer | None = None,
     ) -> ModelDefaults:
         """Defaults from `generation_config.json`; what is out of bounds there counts as not said."""
         return cls(
@@ -41,7 +51,32 @@ class ModelDefaults:
             top_k=int(_number(generation, "top_k", 0, INT32_MAX, 0)),
             min_p=_number(generation, "min_p", 0.0, 1.0, 0.0),
             repetition_penalty=_number(generation, "repetition_penalty", MIN_REPETITION_PENALTY, 100.0, 1.0),
+            max_logprobs=max_logprobs,
+            tokenizer=tokenizer,
         )
+
+    def bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The tokens of words that are not to be said: as a text begins with each, and after a space."""
+        if self.tokenizer is None:
+            return ()
+        forms = [form for word in words for form in dict.fromkeys((word, word.lstrip(), " " + word.lstrip())) if form]
+        found = (
+            tuple(self.tokenizer.encode(self.tokenizer.sanitize(form)))
+            for form in forms
+            if form.strip() or form in words
+        )
+        return tuple(dict.fromkeys(one for one in found if one and max(one) < self.vocab_size))
+
+    def alternatives(self, wanted: int, param: str) -> int:
+        """How many alternatives beside each token are reported; -1 is the whole vocabulary. RequestError beyond the
+        operator's limit."""
+        if wanted == -1 and self.vocab_size > self.max_logprobs:
+            raise RequestError(
+                f"`{param}`: -1 asks for all {self.vocab_size} tokens of the vocabulary, but this server reports at "
+                f"most {self.max_logprobs} (the operator can allow more with --max-logprobs).",
+                param=param,
+            )
+        return self.vocab_size if wanted == -1 else wanted
 
 
 def _number(generation: Mapping[str, Any], name: str, low: float, high: float, default: float) -> float:

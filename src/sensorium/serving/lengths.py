@@ -26,8 +26,9 @@ class ContextLimit:
     def max_model_len(self) -> int:
         return self._max_model_len()
 
-    def truncation(self, wanted: int | None, side: Side | None) -> Truncation | None:
-        """What a request's `truncate_prompt_tokens` means here: -1 is as many as the model takes."""
+    def truncation(self, wanted: int | None, side: Side | None, *, completion: int | None = None) -> Truncation | None:
+        """What a request's `truncate_prompt_tokens` means here: -1 is as many as the model takes, beside the tokens of
+        a completion if one follows (`completion`; its prompt loses its beginning unless the request says otherwise)."""
         if wanted is None:
             return None
         if wanted > self.max_model_len:
@@ -35,8 +36,9 @@ class ContextLimit:
                 f"`truncate_prompt_tokens` is {wanted}, more than this model's context of {self.max_model_len} tokens.",
                 param="truncate_prompt_tokens",
             )
-        default: Side = "left" if self._cuts_left else "right"
-        return Truncation(self.max_model_len if wanted == -1 else wanted, side or default)
+        default: Side = "left" if self._cuts_left or completion is not None else "right"
+        most = max(1, self.max_model_len - (completion or 0))
+        return Truncation(most if wanted == -1 else wanted, side or default)
 
     def check_text(self, text: str, param: str) -> None:
         """Refuse what cannot fit however well it is tokenized: tokenizing ten million characters takes seconds."""

@@ -73,6 +73,7 @@ class ServedModel:
         self.instructions = read_prompts(checkpoint.folder)
         self._pooling = read_pooling(checkpoint.folder, "cls", checkpoint.pooling)
         self._wanted_len = max_model_len
+        self._max_logprobs = limits.max_logprobs
         cuts_left = checkpoint.tokenizer_config.get("truncation_side") == "left"
         self._limit = ContextLimit(tokenizer, lambda: self.max_model_len, cuts_left=cuts_left)
         self._threads = PromptThreads(server.media_workers + 2)
@@ -156,6 +157,8 @@ class ServedModel:
             max_model_len=self.max_model_len,
             vocab_size=self.checkpoint.vocab_size,
             stop_token_ids=self.checkpoint.stop_token_ids,
+            max_logprobs=self._max_logprobs,
+            tokenizer=self.tokenizer,
         )
 
     # What it can do.
@@ -228,9 +231,10 @@ class ServedModel:
 
     # Prompts.
 
-    def truncation(self, wanted: int | None, side: Side | None) -> Truncation | None:
-        """What a request's `truncate_prompt_tokens` means here: -1 is as many as the model takes."""
-        return self._limit.truncation(wanted, side)
+    def truncation(self, wanted: int | None, side: Side | None, *, completion: int | None = None) -> Truncation | None:
+        """What a request's `truncate_prompt_tokens` means here: -1 is as many as the model takes beside `completion`
+        tokens (None: nothing is generated)."""
+        return self._limit.truncation(wanted, side, completion=completion)
 
     async def pair_prompts(
         self, pairs: Sequence[tuple[str, str]], limits: PairLimits, *, params: Sequence[str], tenant: bytes = b""

@@ -114,7 +114,10 @@ class PromptBuilder:
         text_s = time.perf_counter() - begin
         settings = MediaSettings(processor, mm_processor_kwargs or {}, tenant, salt)
         fetched = await self._media.fetch(media, settings)
-        await self._check_fits_before_decoding(fetched, text, settings)
+        if fetched or truncation is None:
+            await self._check_fits_before_decoding(fetched, text, settings)
+        else:
+            text = truncation.shorten(text)
         features, timings = await self._media.process(fetched, settings)
         begin = time.perf_counter()
         add = self._adds_special_tokens(text, add_special_tokens)
@@ -122,8 +125,8 @@ class PromptBuilder:
             small and len(media) <= 4, lambda: self._build(processor, text, features, add), tenant
         )
         text_s += time.perf_counter() - begin
-        if truncation is not None and not prompt.media:
-            prompt = Prompt(truncation.cut(prompt.token_ids))
+        if truncation is not None and len(prompt.token_ids) > truncation.max_tokens:
+            prompt = _cut(prompt, truncation)
         self._limit.check(prompt, "messages")
         return Prepared(prompt, text_s, tuple(timings))
 
@@ -137,13 +140,18 @@ class PromptBuilder:
         return await self._threads.run(len(text) <= SHORT_TEXT, made, tenant)
 
     async def text_prompt(
-        self, text_or_ids: str | Sequence[int], *, add_special_tokens: bool = True, tenant: bytes = b""
+        self,
+        text_or_ids: str | Sequence[int],
+        *,
+        add_special_tokens: bool = True,
+        truncation: Truncation | None = None,
+        tenant: bytes = b"",
     ) -> Prompt:
         """A prompt without messages: text in which special tokens are tokens, or token ids."""
         if len(text_or_ids) == 0:
             raise RequestError("The prompt is empty.", param="prompt", code="empty_prompt")
         if isinstance(text_or_ids, str):
-            text = self.tokenizer.sanitize(text_or_ids)
+            text = self.tokenizer.sanitize(truncation.shorten(text_or_ids) if truncation else text_or_ids)
             prompt = await self._threads.run(
                 len(text) <= SHORT_TEXT,
                 lambda: self._build(self.processor, text, (), add_special_tokens, param="prompt"),
@@ -151,6 +159,8 @@ class PromptBuilder:
             )
         else:
             prompt = self._prompt_of_request_ids(text_or_ids)
+        if truncation is not None and len(prompt.token_ids) > truncation.max_tokens:
+            prompt = _cut(prompt, truncation)
         self._limit.check(prompt, "prompt")
         return prompt
 
@@ -295,6 +305,16 @@ class PromptBuilder:
     def _count(self, text: str, processor: Processor) -> int:
         self._limit.check_text(text, "messages")
         return processor.text_length(text)
+
+
+def _cut(prompt: Prompt, truncation: Truncation) -> Prompt:
+    if prompt.media:
+        raise RequestError(
+            f"The prompt has {len(prompt.token_ids)} tokens. One with media is not cut to `truncate_prompt_tokens`: "
+            "leave the field out, or send less.",
+            param="truncate_prompt_tokens",
+        )
+    return Prompt(truncation.cut(prompt.token_ids))
 
 
 def _is_small(messages: Sequence[Message]) -> bool:

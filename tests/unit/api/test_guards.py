@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from openai import AsyncOpenAI, AuthenticationError
-from support.api_support import Reply, Served, chat, get, post, raw, read_reply, request, serving
+from support.api_support import Reply, Served, chat, events, get, post, raw, read_reply, request, serving
 
 from sensorium.api.app import printable
 from sensorium.api.guards.auth import PUBLIC_PATHS, CacheSalts, Keys
@@ -235,8 +235,7 @@ async def test_root_path_with_and_without_the_proxy_cutting_it(root_path: str) -
 
 
 async def test_request_ids_are_echoed_if_sane(served: Served) -> None:
-    reply = await chat(served.port, request_id="mine")
-    assert re.fullmatch(r"req-[0-9a-f]{24}", reply.headers["x-request-id"])
+    assert re.fullmatch(r"req-[0-9a-f]{24}", (await chat(served.port)).headers["x-request-id"])
     for good in ("abc-1.2_3:4", "x" * 128):
         replies = [
             await post(served.port, "/v1/completions", {"prompt": "a"}, headers={"X-Request-Id": good})
@@ -248,6 +247,23 @@ async def test_request_ids_are_echoed_if_sane(served: Served) -> None:
         reply = await get(served.port, "/v1/models", headers={"X-Request-Id": bad})
         assert reply.status == 200
         assert reply.headers["x-request-id"].startswith("req-")
+
+
+async def test_the_field_request_id_names_the_answer(served: Served) -> None:
+    """Also a refused one; the header is only echoed."""
+    bodies = {
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}]},
+        "/v1/completions": {"prompt": "x"},
+    }
+    for (path, body), prefix in zip(bodies.items(), ("chatcmpl", "cmpl"), strict=True):
+        reply = await post(served.port, path, {**body, "request_id": "mine.1"})
+        assert (reply.json["id"], reply.headers["x-request-id"]) == (f"{prefix}-mine.1", "mine.1")
+        reply = await post(served.port, path, {**body, "request_id": "mine.1"}, headers={"X-Request-Id": "other"})
+        assert (reply.json["id"], reply.headers["x-request-id"]) == (f"{prefix}-mine.1", "other")
+        stream = await post(served.port, path, {**body, "request_id": "mine.2", "stream": True})
+        assert {event["id"] for event in events(stream.body)} == {f"{prefix}-mine.2"}
+        refused = await post(served.port, path, {**body, "request_id": "mine.3", "n": 1000})
+        assert (refused.status, refused.headers["x-request-id"]) == (400, "mine.3")
 
 
 async def test_one_log_line_per_request_with_nothing_of_the_client_raw(caplog: pytest.LogCaptureFixture) -> None:

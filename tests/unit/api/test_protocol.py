@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import time
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from support.api_support import CONTEXT, EOS, LEAKS, VOCAB_SIZE
+from support.api_support import CONTEXT, EOS, LEAKS, TOKENIZER, VOCAB_SIZE
 
 from sensorium.api.protocol.audio import AudioRequest
 from sensorium.api.protocol.chat import ChatRequest
@@ -205,7 +206,6 @@ def test_no_field_is_ours_and_foreign_and_ignored(model: type[Body]) -> None:
         ("samplers", ["top_k"], "in this order"),
         ("mirostat", 2, "leave it out"),
         ("typical_p", 0.9, "leave it out"),
-        ("bad_words", ["x"], "leave it out"),
     ],
 )
 @pytest.mark.parametrize("model", [ChatRequest, CompletionRequest])
@@ -549,6 +549,77 @@ def test_completions_have_their_own_rules() -> None:
     assert refusal(CompletionRequest, {"prompt": ["a"] * 100, "n": 11}).param == "n"
     with pytest.raises(RequestError, match="logprobs"):
         complete(100_000, logprobs=20, echo=True)
+
+
+WORDY = dataclasses.replace(DEFAULTS, tokenizer=TOKENIZER)
+
+
+@pytest.mark.parametrize("ask", [sampling, complete])
+def test_token_ids_reach_the_sampler_once_each(ask: Any) -> None:
+    params = ask(allowed_token_ids=[5, 3, 5], logprobs=True if ask is sampling else 1, logprob_token_ids=[7, 7, 0])
+    assert (params.allowed_token_ids, params.logprob_token_ids) == ((5, 3), (7, 0))
+
+
+@pytest.mark.parametrize("model", [ChatRequest, CompletionRequest])
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"allowed_token_ids": []}, "allowed_token_ids"),
+        ({"allowed_token_ids": [VOCAB_SIZE]}, "allowed_token_ids"),
+        ({"allowed_token_ids": [-1]}, "allowed_token_ids[0]"),
+        ({"allowed_token_ids": ["1"]}, "allowed_token_ids[0]"),
+        ({"allowed_token_ids": [EOS], "min_tokens": 1}, "allowed_token_ids"),
+        ({"allowed_token_ids": TOKENIZER.encode("a"), "bad_words": ["a"]}, "allowed_token_ids"),
+        ({"logprob_token_ids": [3]}, "logprob_token_ids"),
+        ({"logprob_token_ids": [VOCAB_SIZE], "logprobs": 1}, "logprob_token_ids"),
+        ({"logprob_token_ids": [0] * 129, "logprobs": 1}, "logprob_token_ids"),
+        ({"bad_words": "a"}, "bad_words"),
+        ({"bad_words": [""]}, "bad_words[0]"),
+        ({"bad_words": ["a" * 257]}, "bad_words[0]"),
+        ({"bad_words": ["a"] * 257}, "bad_words"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"prompt_logprobs": -2}, "prompt_logprobs"),
+        ({"prompt_logprobs": 1.5}, "prompt_logprobs"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
+        ({"truncation_side": "middle"}, "truncation_side"),
+        ({"request_id": "a b"}, "request_id"),
+        ({"request_id": ""}, "request_id"),
+        ({"request_id": 5}, "request_id"),
+        ({"request_id": "x" * 129}, "request_id"),
+    ],
+)
+def test_fields_of_tokens_are_checked(model: type[Body], fields: dict[str, Any], param: str) -> None:
+    if model is ChatRequest and "logprobs" in fields:
+        fields = {**fields, "logprobs": True}
+    with pytest.raises(RequestError) as caught:
+        request = parse(model, {"messages": MESSAGES, "prompt": "x", **fields})
+        request.check(*((LIMITS, ServerConfig()) if model is ChatRequest else (LIMITS,)))
+        request.sampling(WORDY, 10)
+    assert (caught.value.status, caught.value.param) == (400, param)
+
+
+def test_bad_words_are_their_tokens_alone_and_after_a_space() -> None:
+    params = sampling(defaults=WORDY, bad_words=["ab", " c", "ab", " "])
+    forms = ["ab", " ab", " c", "c", " "]
+    assert params.bad_words == tuple(tuple(TOKENIZER.encode(form)) for form in forms)
+
+
+def test_all_alternatives_where_the_operator_allows_it() -> None:
+    wide = dataclasses.replace(DEFAULTS, max_logprobs=VOCAB_SIZE)
+    asked: dict[str, Any] = {"logprobs": True, "top_logprobs": -1, "max_tokens": 1}
+    assert sampling(defaults=wide, **asked).logprobs == VOCAB_SIZE
+    assert sampling(defaults=wide, prompt_logprobs=-1).prompt_logprobs == VOCAB_SIZE
+    with pytest.raises(RequestError, match="--max-logprobs") as caught:
+        sampling(**asked)
+    assert caught.value.param == "top_logprobs"
+    large = dataclasses.replace(wide, vocab_size=150_000, max_logprobs=150_000)
+    assert sampling(defaults=large, **{**asked, "max_tokens": 3}).logprobs == 150_000
+    with pytest.raises(RequestError, match="max_tokens") as caught:
+        sampling(defaults=large, **{**asked, "max_tokens": 4})
+    assert caught.value.param == "top_logprobs"
 
 
 def test_choices_draw_their_own_numbers() -> None:

@@ -290,7 +290,7 @@ def test_logprobs_of_named_tokens_follow_the_likeliest() -> None:
     [([], [], 9), ([5], [], 8), ([4, 5], [], 7), ([4], [5], 7), ([], [4, 5], 7), ([4, 5, 6], [], 9)],
 )
 def test_a_bad_word_may_begin_but_not_end(outputs: list[int], gained: list[int], expected: int) -> None:
-    """9 is the likeliest, then 8, 7: (5, 9) and (4, 5, 8) are words that are not to be said. The prompt does not count."""
+    """9 is the likeliest, then 8, 7: (5, 9) and (4, 5, 8) are not to be said. The prompt does not count."""
     seq = sequence([4, 5], outputs, temperature=0.0, bad_words=((5, 9), (4, 5, 8)))
     logits = torch.arange(10.0).unsqueeze(0)
     assert Sampler().sample(logits, [seq], [gained] if gained else None).token_ids == [expected]

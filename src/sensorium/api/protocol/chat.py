@@ -7,9 +7,9 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from sensorium.api.protocol.common import INT32_MAX, Count, Name, Text
+from sensorium.api.protocol.common import INT32_MAX, Name, Text
 from sensorium.api.protocol.content import Conversation, Messages, conversation
-from sensorium.api.protocol.sampling import SamplingBody
+from sensorium.api.protocol.sampling import LogprobCount, SamplingBody, check_alternatives, check_answer_size
 from sensorium.config import Limits, ServerConfig
 from sensorium.errors import RequestError
 from sensorium.serving.defaults import ModelDefaults, completion_length
@@ -88,7 +88,7 @@ class ChatRequest(SamplingBody, TemplateFields):
     max_tokens: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Count | None = None
+    top_logprobs: LogprobCount | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template: Text | None = None
@@ -102,20 +102,24 @@ class ChatRequest(SamplingBody, TemplateFields):
         self.check_template(server)
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("`top_logprobs` needs `logprobs`: true.", param="top_logprobs")
-        if (self.top_logprobs or 0) > limits.max_logprobs:
-            raise RequestError(f"`top_logprobs` must be at most {limits.max_logprobs}.", param="top_logprobs")
+        check_alternatives(self.top_logprobs, limits, "top_logprobs")
 
     def conversation(self, modalities: frozenset[Modality], limits: Limits) -> Conversation:
         return conversation(self.messages, modalities, limits)
+
+    @property
+    def length(self) -> int | None:
+        """Tokens that a completion may have, where the request says it."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     def without_messages(self) -> ChatRequest:
         """The same request without what it takes the most memory for."""
         return self.model_copy(update={"messages": []})
 
     def sampling(self, defaults: ModelDefaults, prompt_tokens: int) -> SamplingParams:
-        wanted = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        logprobs = defaults.alternatives(self.top_logprobs or 0, "top_logprobs") if self.logprobs else None
+        max_tokens = completion_length(defaults, prompt_tokens, self.length, None, self.choices, "messages")
+        check_answer_size(logprobs, max_tokens * self.choices, "top_logprobs")
         return self.sampling_with(
-            defaults,
-            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
-            max_tokens=completion_length(defaults, prompt_tokens, wanted, None, self.choices, "messages"),
+            defaults, logprobs=logprobs, prompt_logprobs=self.scored(defaults, prompt_tokens), max_tokens=max_tokens
         )

@@ -21,6 +21,7 @@ log = logging.getLogger("sensorium.api")
 INT32_MAX = 2**31 - 1
 MAX_TEXT_CHARS = 2**24
 
+RequestId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:\-]+$")]
 Name = Annotated[str, Field(max_length=256)]
 Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 Count = Annotated[int, Field(ge=0, le=INT32_MAX)]
@@ -55,6 +56,8 @@ class Body(FailsFast):
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, frozen=True, protected_namespaces=())
     foreign: ClassVar[Mapping[str, Foreign]] = EVERYWHERE
+
+    request_id: RequestId | None = None  # the client's own name of this request
 
     def check_fields(self, unknown: UnknownFields) -> None:
         """Refuse what would silently be missing from the answer; note the rest."""

@@ -9,15 +9,19 @@ from pydantic import Discriminator, Field, Tag
 
 from sensorium.api.protocol.common import Count, Text, TokenId
 from sensorium.api.protocol.other_servers import COMPLETIONS, Foreign
-from sensorium.api.protocol.sampling import SamplingBody
+from sensorium.api.protocol.sampling import (
+    LogprobCount,
+    SamplingBody,
+    check_alternatives,
+    check_answer_size,
+    check_prompt_size,
+)
 from sensorium.config import Limits
 from sensorium.errors import RequestError
 from sensorium.serving.defaults import ModelDefaults, completion_length
 from sensorium.types import SamplingParams
 
 MAX_PROMPTS = 1024
-MAX_PROMPT_LOGPROBS = 500_000
-"""Log-probabilities of prompt tokens that one answer may carry: each is an object in memory and in JSON."""
 DEFAULT_MAX_TOKENS = 16
 
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=2**22)]
@@ -46,12 +50,11 @@ class CompletionRequest(SamplingBody):
 
     prompt: PromptField
     max_tokens: Count | None = None
-    logprobs: Count | None = None
+    logprobs: LogprobCount | None = None
 
     def check(self, limits: Limits) -> None:
         self.check_limits(limits)
-        if (self.logprobs or 0) > limits.max_logprobs:
-            raise RequestError(f"`logprobs` must be at most {limits.max_logprobs}.", param="logprobs")
+        check_alternatives(self.logprobs, limits, "logprobs")
         if self.max_tokens == 0 and not self.echo:
             raise RequestError("`max_tokens` must be at least 1, or 0 together with `echo`.", param="max_tokens")
         if len(self.prompts) * self.choices > MAX_PROMPTS:
@@ -68,18 +71,26 @@ class CompletionRequest(SamplingBody):
         return many
 
     @property
+    def length(self) -> int | None:
+        """Tokens that the engine computes for each choice, where the request says it."""
+        return 1 if self.max_tokens == 0 else self.max_tokens
+
+    @property
     def generates(self) -> bool:
         """`max_tokens` 0 only scores the prompt."""
         return self.max_tokens != 0
 
     def sampling(self, defaults: ModelDefaults, prompt_tokens: int) -> SamplingParams:
-        scored = self.logprobs if self.echo else None
-        if scored is not None and (scored + 1) * prompt_tokens > MAX_PROMPT_LOGPROBS:
-            raise RequestError(f"`logprobs` x prompt tokens must be at most {MAX_PROMPT_LOGPROBS}.", param="logprobs")
-        wanted = 1 if self.max_tokens == 0 else self.max_tokens
+        logprobs = None if self.logprobs is None else defaults.alternatives(self.logprobs, "logprobs")
+        scored = [self.scored(defaults, prompt_tokens)]
+        if self.echo and logprobs is not None:
+            check_prompt_size(logprobs, prompt_tokens, "logprobs")
+            scored.append(logprobs)
+        max_tokens = completion_length(defaults, prompt_tokens, self.length, DEFAULT_MAX_TOKENS, self.choices, "prompt")
+        check_answer_size(logprobs, max_tokens * self.choices, "logprobs")
         return self.sampling_with(
             defaults,
-            logprobs=self.logprobs,
-            prompt_logprobs=scored,
-            max_tokens=completion_length(defaults, prompt_tokens, wanted, DEFAULT_MAX_TOKENS, self.choices, "prompt"),
+            logprobs=logprobs,
+            prompt_logprobs=max((one for one in scored if one is not None), default=None),
+            max_tokens=max_tokens,
         )

@@ -47,8 +47,8 @@ _UNPACKED = "its entries are fields of their own here, beside `messages` or `pro
 _FIXED = "temperature, `top_k`, `top_p` and `min_p` are the samplers here, in this order"
 
 EVERYWHERE: Mapping[str, Foreign] = {
-    **_fields("""allowed_token_ids audio bad_words documents ec_transfer_params functions kv_transfer_params
-        logprob_token_ids media_io_kwargs prediction prompt_embeds repetition_detection return_mm_kwargs
+    **_fields("""audio documents ec_transfer_params functions kv_transfer_params
+        media_io_kwargs prediction prompt_embeds repetition_detection return_mm_kwargs
         return_prompt_text return_token_ids return_token_offsets return_tokens_as_token_ids suffix tools
         use_beam_search vllm_xargs watermarking web_search_options"""),
     **_fields("guided_choice guided_grammar guided_regex structured_outputs", advice=_UNFORMED),
@@ -57,9 +57,8 @@ EVERYWHERE: Mapping[str, Foreign] = {
     **_fields("best_of stream_interval length_penalty", (None, 1)),
     **_fields("function_call tool_choice", (None, "none", "auto")),
     **_fields("modalities", (None, [], ["text"])),
-    **_fields("prompt_logprobs", (None, False)),
     **_fields("spaces_between_special_tokens", (None, True)),
-    **_fields("thinking_token_budget truncate_prompt_tokens truncation_side", (None,)),
+    **_fields("thinking_token_budget", (None,)),
     **_fields(
         "extra_body", advice="it is an argument of OpenAI's Python client: put its entries beside the other fields"
     ),
@@ -141,7 +140,9 @@ PENALTY_WINDOWS = frozenset(
 """What these bound may be off; then they change nothing."""
 
 VECTORS: Mapping[str, Foreign] = {
-    **{name: field for name, field in EVERYWHERE.items() if name not in ("truncate_prompt_tokens", "truncation_side")},
+    **EVERYWHERE,
+    **_fields("allowed_token_ids bad_words logprob_token_ids"),
+    **_fields("prompt_logprobs", (None, False)),
     **_fields("embed_dtype output_dtype embedding_type", (None, "float32", "float"), "vectors are float32 here"),
     **_fields("embedding_types", (None, [], ["float"]), "vectors are float32 here"),
     **_fields("endianness", (None, "native", "little")),
@@ -180,7 +181,7 @@ RECORDINGS: Mapping[str, Foreign] = {
 
 IGNORED = frozenset(
     """
-    include_reasoning metadata parallel_tool_calls prompt_cache_key prompt_cache_retention request_id safety_identifier
+    include_reasoning metadata parallel_tool_calls prompt_cache_key prompt_cache_retention safety_identifier
     service_tier session_id store verbosity
     cache_prompt id_slot n_keep n_discard timings_per_token return_progress response_fields post_sampling_probs
     reasoning_format mirostat_tau mirostat_eta dynatemp_exponent dry_base dry_allowed_length dry_penalty_last_n

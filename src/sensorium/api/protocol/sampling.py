@@ -6,8 +6,8 @@ Null means the default: the checkpoint's `generation_config.json` where it says 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
@@ -21,8 +21,13 @@ from sensorium.serving.generation import GenerationRequest
 from sensorium.types import Prompt, SamplingParams
 
 MIN_TEMPERATURE = 0.01
+MAX_LOGPROBS = 500_000
+"""Log-probabilities of prompt tokens that one answer may carry: each is an object in memory and in JSON."""
+FEW_ALTERNATIVES = 128  # that an answer of any length may have
 _TOKEN_KEY = re.compile(r"-?[0-9]{1,10}")
 
+LogprobCount = Annotated[int, Field(ge=-1, le=INT32_MAX)]
+"""-1 is the whole vocabulary, where the operator lets requests ask for as much."""
 Stop = Annotated[str, Field(min_length=1, max_length=4096)]
 
 
@@ -67,6 +72,12 @@ class SamplingBody(Body):
         ]
         | None
     ) = None
+    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=2**16)] | None = None
+    bad_words: Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=256)] | None = None
+    logprob_token_ids: Annotated[list[TokenId], Field(max_length=128)] | None = None
+    prompt_logprobs: LogprobCount | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=INT32_MAX)] | None = None
+    truncation_side: Literal["left", "right"] | None = None
     skip_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -97,6 +108,16 @@ class SamplingBody(Body):
                 raise RequestError(f"A stop string must have at most {limits.max_stop_bytes} bytes.", param="stop")
         if len(self.logit_bias or ()) > limits.max_logit_bias:
             raise RequestError(f"`logit_bias` must have at most {limits.max_logit_bias} entries.", param="logit_bias")
+        if self.truncate_prompt_tokens == 0:
+            raise RequestError(
+                "`truncate_prompt_tokens` must be at least 1, or -1 for as many as the model takes.",
+                param="truncate_prompt_tokens",
+            )
+        if self.prompt_logprobs is not None and self.stream:
+            raise RequestError(
+                "`prompt_logprobs` is not allowed together with `stream`: true.", param="prompt_logprobs"
+            )
+        check_alternatives(self.prompt_logprobs, limits, "prompt_logprobs")
         if self.stream_options is not None and not self.stream:
             raise RequestError("`stream_options` is only allowed together with `stream`: true.", param="stream_options")
 
@@ -153,9 +174,13 @@ class SamplingBody(Body):
                 f"generated ({max_tokens}).",
                 param="min_tokens",
             )
+        if self.logprob_token_ids and logprobs is None:
+            raise RequestError("`logprob_token_ids` needs `logprobs`.", param="logprob_token_ids")
         own_stops = tuple(self.stop_token_ids or ())
         for token in own_stops:
             _check_token(token, defaults.vocab_size, "stop_token_ids")
+        stop_token_ids = tuple(dict.fromkeys((() if self.ignore_eos else defaults.stop_token_ids) + own_stops))
+        bad_words = defaults.bad_words(self.bad_words or ())
         return SamplingParams(
             max_tokens=max_tokens,
             min_tokens=min_tokens,
@@ -167,11 +192,42 @@ class SamplingBody(Body):
             frequency_penalty=self.frequency_penalty or 0.0,
             repetition_penalty=max(self.repetition_penalty or defaults.repetition_penalty, MIN_REPETITION_PENALTY),
             seed=None if self.seed == -1 else self.seed,
-            stop_token_ids=tuple(dict.fromkeys((() if self.ignore_eos else defaults.stop_token_ids) + own_stops)),
+            stop_token_ids=stop_token_ids,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             logit_bias=self._bias(defaults.vocab_size),
+            logprob_token_ids=self._ids("logprob_token_ids", defaults.vocab_size),
+            allowed_token_ids=self._allowed(defaults, bad_words, stop_token_ids if min_tokens else ()),
+            bad_words=bad_words,
         )
+
+    def scored(self, defaults: ModelDefaults, prompt_tokens: int) -> int | None:
+        """Alternatives to be reported beside each token of the prompt; None: nothing."""
+        if self.prompt_logprobs is None:
+            return None
+        count = defaults.alternatives(self.prompt_logprobs, "prompt_logprobs")
+        check_prompt_size(count, prompt_tokens, "prompt_logprobs")
+        return count
+
+    def _ids(self, name: str, vocab_size: int) -> tuple[int, ...]:
+        """A field's token ids, each once."""
+        ids = tuple(dict.fromkeys(getattr(self, name) or ()))
+        for token in ids:
+            _check_token(token, vocab_size, name)
+        return ids
+
+    def _allowed(
+        self, defaults: ModelDefaults, bad_words: Sequence[tuple[int, ...]], late: Sequence[int]
+    ) -> tuple[int, ...]:
+        """What may be said; `late` not from the start. RequestError if that is nothing."""
+        allowed = self._ids("allowed_token_ids", defaults.vocab_size)
+        if allowed and not set(allowed).difference(late, (word[0] for word in bad_words if len(word) == 1)):
+            raise RequestError(
+                "`allowed_token_ids` leaves nothing to say: all of them are `bad_words`, or end tokens, which "
+                "`min_tokens` keeps back.",
+                param="allowed_token_ids",
+            )
+        return allowed
 
     def _bias(self, vocab_size: int) -> tuple[tuple[int, float], ...]:
         pairs: list[tuple[int, float]] = []
@@ -186,6 +242,26 @@ class SamplingBody(Body):
 def _temperature(value: float) -> float:
     """Between greedy and 0.01 logits overflow without changing the choice. (Very small penalties do the same.)"""
     return MIN_TEMPERATURE if 0.0 < value < MIN_TEMPERATURE else value
+
+
+def check_alternatives(count: int | None, limits: Limits, param: str) -> None:
+    if (count or 0) > limits.max_logprobs:
+        raise RequestError(f"`{param}` must be at most {limits.max_logprobs}.", param=param)
+
+
+def check_answer_size(alternatives: int | None, tokens: int, param: str) -> None:
+    """Many alternatives are for few tokens."""
+    if (alternatives or 0) > FEW_ALTERNATIVES and (alternatives or 0) * tokens > MAX_LOGPROBS:
+        raise RequestError(
+            f"{alternatives} alternatives (`{param}`) beside each of {tokens} tokens are more than the "
+            f"{MAX_LOGPROBS} that one answer may have: lower `max_tokens`.",
+            param=param,
+        )
+
+
+def check_prompt_size(alternatives: int, tokens: int, param: str) -> None:
+    if (alternatives + 1) * tokens > MAX_LOGPROBS:
+        raise RequestError(f"`{param}` x prompt tokens must be at most {MAX_LOGPROBS}.", param=param)
 
 
 def _check_token(token: int, vocab_size: int, param: str) -> None:

@@ -32,6 +32,8 @@ class Call:
     """One request. `tenant` is set by `auth`: b"" without keys, else a digest that stands for the key."""
 
     __slots__ = (
+        "_is_echoed",
+        "_name",
         "method",
         "note",
         "path",
@@ -51,7 +53,10 @@ class Call:
         self.send = send
         self.method: str = scope["method"]
         self.path = _below(root_path, scope["path"])
-        self.request_id = self._echoed_id() or "req-" + secrets.token_hex(12)
+        echoed = self._echoed_id()
+        self.request_id = echoed or "req-" + secrets.token_hex(12)
+        self._is_echoed = bool(echoed)
+        self._name = ""
         self.tenant = b""
         self.started_s = time.perf_counter()
         self.status = 0  # 0: nothing sent yet
@@ -71,6 +76,16 @@ class Call:
 
     def header(self, name: bytes) -> bytes | None:
         return next((value for key, value in self.scope["headers"] if key == name), None)
+
+    def take_name(self, name: str | None) -> None:
+        """The body's `request_id`: part of the answer's id, and without the header X-Request-Id that, too."""
+        self._name = name or ""
+        if name and not self._is_echoed:
+            self.request_id = name
+
+    def answer_id(self, prefix: str) -> str:
+        """An id for what is answered: of the name that the body gives the request, else a random one."""
+        return f"{prefix}-{self._name or secrets.token_hex(12)}"
 
     def _echoed_id(self) -> str:
         value = self.header(b"x-request-id")

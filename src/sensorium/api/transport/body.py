@@ -27,8 +27,11 @@ async def read_request(
     check_json_type(call)
     body, bounds = await read_json(call, limits, pending)
     if bounds.is_small:
-        return parse_json(model, body, unknown)
-    return await pending.in_turn(partial(parse_json, model, body, unknown))
+        request = parse_json(model, body, unknown)
+    else:
+        request = await pending.in_turn(partial(parse_json, model, body, unknown))
+    call.take_name(request.request_id)
+    return request
 
 
 async def read_json(call: Call, limits: Limits, pending: PendingBody) -> tuple[bytearray, JsonBounds]:
