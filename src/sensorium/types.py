@@ -27,6 +27,21 @@ class Grammar:
 
 
 @dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What the engine needs to know of a tokenizer whose tokens have bytes, to hold answers to a grammar.
+
+    `file` is a tokenizer.json and `added` what stands beside its vocabulary: (id, text, whether it is a control token,
+    which no text matches). `ends` are the tokens that end an answer; `lead` is how many spaces the decoder takes from
+    the beginning of a text.
+    """
+
+    file: str
+    added: tuple[tuple[int, str, bool], ...]
+    ends: tuple[int, ...]
+    lead: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to choose tokens, with every default resolved and every bound checked by the API layer.
 

@@ -23,6 +23,7 @@ from sensorium.engine.batch import BatchBuilder
 from sensorium.engine.block_pool import BlockPool
 from sensorium.engine.encoder_cache import EncoderCache
 from sensorium.engine.faults import Faults
+from sensorium.engine.masks import Masks
 from sensorium.engine.memory import available_for_cache, cache_shape, encoder_cache_bytes, make_cache, size_cache
 from sensorium.engine.prefix_cache import PrefixCache
 from sensorium.engine.runner import Runner
@@ -62,6 +63,7 @@ class Engine:
     ready: EngineReady
     mapped: list[MappedLinear] = field(default_factory=list)  # memory-mapped, not copied yet
     work: tuple[float, float] = (0.0, 0.0)  # multiply-adds of a token, and for each key that it sees
+    vocab_size: int = 0  # width of the logits
     writing: Iterator[None] | None = None  # of a copy of the weights, piece by piece
 
     @property
@@ -230,7 +232,9 @@ def build_engine(
         marks_long=model.long_context_from is not None,
         stretched_from=model.stretched_from,
     )
-    runner = Runner(model, cache, builder, Sampler(config.seed), encoder, device, poolers=poolers, faults=faults)
+    masks = Masks(config.max_num_seqs, checkpoint.vocab_size)
+    sampler = Sampler(config.seed, masks)
+    runner = Runner(model, cache, builder, sampler, encoder, device, masks=masks, poolers=poolers, faults=faults)
     tasks = (*(("generate",) if model.generates else ()), *poolers)
     embedding_size = poolers["embed"].size if "embed" in poolers else 0
     ready = EngineReady(
@@ -246,7 +250,7 @@ def build_engine(
         embedding_size=embedding_size,
     )
     work = (2.0 * ready.weight_bytes, 16.0 * model.num_layers * model.num_kv_heads * model.head_dim)  # not too little
-    return Engine(scheduler, runner, prefixes, encoder, ready, mapped_weights(model), work)
+    return Engine(scheduler, runner, prefixes, encoder, ready, mapped_weights(model), work, checkpoint.vocab_size)
 
 
 def wanted_length(config: EngineConfig, checkpoint: Checkpoint) -> int:

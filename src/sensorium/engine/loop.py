@@ -17,6 +17,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from sensorium.engine.faults import VARIABLE, Faults
+from sensorium.engine.grammars import Grammars
 from sensorium.errors import StartupError
 from sensorium.ipc import messages
 from sensorium.ipc.channel import Channel
@@ -25,6 +26,7 @@ from sensorium.ipc.messages import Kind, ProtocolError, StepOutputs
 from sensorium.types import EngineOutput, EngineRequest, EngineStats, FinishReason, TokenLogprob
 
 if TYPE_CHECKING:
+    from sensorium.engine.constraint import Constraint
     from sensorium.engine.loading import Engine
     from sensorium.engine.runner import StepResult
     from sensorium.engine.scheduler import Plan
@@ -55,12 +57,16 @@ class Core:
         self._step_seconds = 0.0
         self._encoder_seconds = 0.0
         self._stats_due = 0.0
+        self._grammars = Grammars(engine.vocab_size, channel.wake)
         self._failed_shapes: set[tuple[int, ...]] = set()
         self._refused = StepOutputs()
 
     def run(self) -> None:
         while self.turn():
             pass
+
+    def has_work(self) -> bool:
+        return self._scheduler.has_work() or self._grammars.num_waiting > 0
 
     def turn(self) -> bool:
         """Messages, then one step. False when the client said goodbye."""
@@ -76,6 +82,7 @@ class Core:
         for kind, payload in frames:
             if not self._take(kind, payload):
                 return False
+        self._add_prepared()
         if self._refused:
             self._send(self._refused)
             self._refused = StepOutputs()
@@ -98,14 +105,34 @@ class Core:
         elif kind == Kind.ABORT:
             for request_id in messages.decode_abort(payload):
                 self._scheduler.abort(request_id)
+                self._grammars.abort(request_id)
+        elif kind == Kind.VOCABULARY:
+            self._grammars.vocabulary = messages.decode_vocabulary(payload)
         elif kind == Kind.SHUTDOWN:
             return False
-        else:
+        elif kind != Kind.WAKE:
             raise ProtocolError(f"message of kind {kind}")
         return True
 
     def _add(self, request: EngineRequest) -> None:
-        refusal = self._scheduler.add(request)
+        grammar = None if request.sampling is None else request.sampling.grammar
+        if grammar is not None:
+            self._grammars.prepare(request, grammar)
+        else:
+            self._queue(request)
+
+    def _add_prepared(self) -> None:
+        """Queue the requests whose grammars are compiled."""
+        if not self._grammars.num_waiting:
+            return
+        for request, prepared in self._grammars.take():
+            if isinstance(prepared, str):
+                self._refused.add(EngineOutput(request.id, finish_reason="error", error=prepared))
+            else:
+                self._queue(request, prepared)
+
+    def _queue(self, request: EngineRequest, constraint: Constraint | None = None) -> None:
+        refusal = self._scheduler.add(request, constraint)
         if refusal is not None:
             self._refused.add(refusal)
 
@@ -179,7 +206,7 @@ class Core:
         gained = result.tokens
         for i, (seq, token_ids) in enumerate(zip(result.sequences, gained.token_ids, strict=True)):
             if i in gained.failed:
-                outputs.add(scheduler.fail(seq, NOT_FINITE))
+                outputs.add(scheduler.fail(seq, (seq.constraint and seq.constraint.error) or NOT_FINITE))
             else:
                 self._commit(seq, token_ids, gained.logprobs.get(i), outputs)
         for seq, _ in plan.prefills:
@@ -214,7 +241,7 @@ class Core:
             messages.encode_stats(
                 EngineStats(
                     running=scheduler.num_running,
-                    waiting=len(scheduler.waiting),
+                    waiting=len(scheduler.waiting) + self._grammars.num_waiting,
                     kv_blocks=scheduler.pool.num_blocks,
                     kv_blocks_free=scheduler.pool.num_free,
                     prefix_queries=prefixes.queries,
@@ -241,7 +268,7 @@ def _full_output(
         seq.id,
         tuple(token_ids),
         reason,
-        token_ids[-1] if reason == "stop" else None,
+        token_ids[-1] if reason == "stop" and token_ids[-1] in seq.stop_ids else None,
         tuple(logprobs),
         tuple(seq.prompt_logprobs) if is_first and len(seq.prompt_logprobs) > 1 else (),
         seq.cached_tokens if is_first else 0,

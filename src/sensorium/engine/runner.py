@@ -16,6 +16,7 @@ from sensorium.engine.drafts import Tokens, sample_after_drafts
 from sensorium.engine.encoder_cache import EncoderCache
 from sensorium.engine.encoding import Encodings
 from sensorium.engine.faults import Faults
+from sensorium.engine.masks import Masks
 from sensorium.engine.sampler import Sampler, logprobs
 from sensorium.engine.scheduler import Plan
 from sensorium.engine.sequence import Sequence
@@ -48,6 +49,7 @@ class Runner:
         encoder: EncoderCache[Tensor],
         device: torch.device,
         *,
+        masks: Masks,
         poolers: Mapping[PoolingTask, Pooler] | None = None,
         faults: Faults | None = None,
     ) -> None:
@@ -55,6 +57,7 @@ class Runner:
         self._cache = cache
         self._builder = builder
         self._sampler = sampler
+        self._masks = masks
         self._encoder = encoder
         self._device = device
         self._poolers = dict(poolers or {})
@@ -67,6 +70,7 @@ class Runner:
     def run(self, plan: Plan) -> StepResult:
         self._faults.hit("step")
         batch = self._builder.build(plan)
+        self._masks.begin(batch.sampled)
         hidden = self._model.embed(batch.token_ids, batch.token_types)  # [tokens, hidden]
         for media in batch.media:
             rows = self._encoder.rows(media.key)

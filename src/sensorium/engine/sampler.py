@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sensorium.engine.masks import Held, Masks
 from sensorium.engine.sequence import Sequence
 from sensorium.types import SamplingParams, TokenLogprob
 
@@ -134,16 +135,26 @@ class SamplerState:
 
 
 class Sampler:
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, masks: Masks | None = None) -> None:
+        """`masks` are of sequences that have a grammar."""
         self._seed = seed
+        self._masks = masks
 
     def sample(self, logits: Tensor, sequences: Seq[Sequence], ahead: Seq[list[int]] | None = None) -> Sampled:
-        """logits [rows, vocab], one row for each sequence; `ahead`: tokens that each has gained and not yet has."""
+        """logits [rows, vocab], one row for each sequence; `ahead`: tokens that each has gained and not yet has.
+
+        Rows of sequences with a grammar may be written to.
+        """
         states = [seq.sampler_state or self._remember(seq, logits.shape[1]) for seq in sequences]
         logits = logits.float()
-        if all(state.plain for state in states):
+        held = _held(sequences, ahead)
+        if not held and all(state.plain for state in states):
             return _checked(*_argmax(logits), vocab_size=logits.shape[1])
         edited = _edited(logits, states, sequences, ahead)
+        if held and self._masks is not None:
+            if edited is logits and any(states[row].params.logprobs is not None for row, *_ in held):
+                edited = logits.clone()
+            self._masks.apply(edited, logits, held)
         token_ids, highest = _argmax(edited)
         random = [i for i, state in enumerate(states) if not state.greedy]
         if random:
@@ -152,6 +163,9 @@ class Sampler:
             drawn = _draw(usable, [states[i] for i in random], indices)
             token_ids[random] = drawn
         sampled = _checked(token_ids, highest, vocab_size=logits.shape[1])
+        for row, constraint, _, index in held:
+            if row not in sampled.failed and not constraint.take(index, sampled.token_ids[row]):
+                sampled.failed.append(row)
         wanted = [i for i, state in enumerate(states) if state.params.logprobs is not None and i not in sampled.failed]
         if wanted:
             ids = [sampled.token_ids[i] for i in wanted]
@@ -209,6 +223,15 @@ def _checked(token_ids: NDArray[np.int64], highest: NDArray[np.float32], vocab_s
 
 
 # Edits of single logits
+
+
+def _held(sequences: Seq[Sequence], ahead: Seq[list[int]] | None) -> list[Held]:
+    """The rows of sequences with a grammar."""
+    return [
+        (row, seq.constraint, seq.slot, seq.num_outputs + (len(ahead[row]) if ahead else 0))
+        for row, seq in enumerate(sequences)
+        if seq.constraint is not None
+    ]
 
 
 def _edited(

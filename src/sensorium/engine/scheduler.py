@@ -16,6 +16,7 @@ from typing import Any
 
 from sensorium.engine.admission import refusal
 from sensorium.engine.block_pool import BlockPool
+from sensorium.engine.constraint import Constraint
 from sensorium.engine.encoder_cache import EncoderCache
 from sensorium.engine.prefix_cache import PrefixCache
 from sensorium.engine.sequence import ItemKey, Sequence, Status
@@ -128,11 +129,13 @@ class Scheduler:
 
     # Requests come and go
 
-    def add(self, request: EngineRequest) -> EngineOutput | None:
-        """Queue a request, or say why it can never run."""
+    def add(self, request: EngineRequest, constraint: Constraint | None = None) -> EngineOutput | None:
+        """Queue a request, or say why it can never run. `constraint` is what its grammar was compiled to."""
         if reason := self._refusal(request):
             return EngineOutput(request.id, finish_reason="error", error=reason)
-        seq = Sequence(request, self._arrivals)
+        seq = Sequence(request, self._arrivals, constraint)
+        if constraint is not None and self.propose is None:
+            self.propose = known_tokens
         seq.is_long = self._is_long(seq)
         if request.pooling is not None:
             seq.reuse = not self._pooling[request.pooling.task]
@@ -391,12 +394,12 @@ class Scheduler:
     def commit(self, seq: Sequence, token_ids: Iterable[int]) -> FinishReason | None:
         """The next tokens of an advanced sequence; all but the last were drafts, so that they are computed already.
 
-        It ends at a token that says so or is the last allowed; those after it are dropped.
+        It ends at a token that says so, completes its grammar or is the last allowed; those after it are dropped.
         """
         reason: FinishReason | None = None
         for token_id in token_ids:
             seq.append(token_id)
-            if token_id in seq.stop_ids:
+            if token_id in seq.stop_ids or (seq.constraint and seq.constraint.is_complete(seq.num_outputs)):
                 reason = "stop"
             elif seq.num_tokens - seq.num_prompt >= seq.max_tokens:
                 reason = "length"
@@ -470,6 +473,11 @@ class Scheduler:
         """Blocks and pins are exactly those that living sequences hold."""
         self.pool.check_integrity()
         self.encoder.check_integrity()
+
+
+def known_tokens(seq: Sequence, most: int) -> list[int]:
+    """The next tokens where a grammar leaves no choice."""
+    return [] if seq.constraint is None else seq.constraint.drafts(seq.num_outputs)[:most]
 
 
 def spans_within(seq: Sequence, start: int, end: int) -> Iterable[MediaSpan]:

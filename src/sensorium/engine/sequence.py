@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from sensorium.engine.constraint import Constraint
 from sensorium.types import EngineRequest, SamplingParams, TokenLogprob
 
 ItemKey = tuple[bytes, bytes]
@@ -34,6 +35,7 @@ class Sequence:
         "block_keys",
         "blocks",
         "cached_tokens",
+        "constraint",
         "delta",
         "drafts",
         "hidden",
@@ -62,7 +64,7 @@ class Sequence:
         "tokens",
     )
 
-    def __init__(self, request: EngineRequest, arrival: int) -> None:
+    def __init__(self, request: EngineRequest, arrival: int, constraint: Constraint | None = None) -> None:
         prompt = request.prompt
         sampling = request.sampling
         self.request = request
@@ -73,6 +75,7 @@ class Sequence:
         self.sampling: SamplingParams | None = sampling
         self.max_tokens = sampling.max_tokens if sampling else 0
         self.stop_ids = frozenset(sampling.stop_token_ids) if sampling else frozenset()
+        self.constraint = constraint  # what holds its output to a grammar
         self.num_prompt = len(prompt.token_ids)
         self.num_tokens = self.num_prompt
         self.num_computed = 0

@@ -63,6 +63,10 @@ class Channel:
             except Empty:
                 return frames
 
+    def wake(self) -> None:
+        """End a wait of `poll`; by any thread."""
+        self._inbox.put((Kind.WAKE, memoryview(b"")))
+
     def send(self, frame: bytes) -> None:
         """By any thread; waits while the other side does not read."""
         try:

@@ -26,7 +26,7 @@ from sensorium.ipc import messages
 from sensorium.ipc.liveness import BEAT_S, WatchedTime
 from sensorium.ipc.messages import Kind, ProtocolError
 from sensorium.system.processes import activity
-from sensorium.types import EngineOutput, EngineReady, EngineRequest, EngineStats
+from sensorium.types import EngineOutput, EngineReady, EngineRequest, EngineStats, Vocabulary
 
 State = Literal["loading", "ready", "restarting", "failed", "closed"]
 Progress = Callable[[str, float], None]
@@ -181,6 +181,7 @@ class EngineClient:
         self.ready: EngineReady | None = None
         self.stats = EngineStats()
         self.state: State = "loading"
+        self.vocabulary: Vocabulary | None = None  # set before the first request with a grammar
         self._on_progress = on_progress
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None  # until an event loop takes it
@@ -300,6 +301,8 @@ class EngineClient:
         elif kind == Kind.READY:
             self.ready = messages.decode_ready(payload)
             self.state = "ready"
+            if self.vocabulary is not None and self._link is not None:
+                self._link.write([messages.encode_vocabulary(self.vocabulary)])
             self._signal_ready()
         elif kind == Kind.FATAL:
             self._fatal = messages.decode_fatal(payload)

@@ -31,6 +31,7 @@ from sensorium.types import (
     Prompt,
     SamplingParams,
     TokenLogprob,
+    Vocabulary,
 )
 
 MAX_FRAME_BYTES = 2 * 1024**3
@@ -49,12 +50,14 @@ class Kind(IntEnum):
     REQUEST = 2
     ABORT = 3
     SHUTDOWN = 4
+    VOCABULARY = 5  # once, before the first request with a grammar
     PROGRESS = 16  # from the engine
     READY = 17
     OUTPUTS = 18
     STATS = 19
     FATAL = 20
     BEAT = 21  # the process runs
+    WAKE = 32  # inside the engine process, never on the wire: something is done that a thread was asked for
 
 
 class ProtocolError(Exception):
@@ -108,6 +111,7 @@ _encode = msgspec.msgpack.Encoder().encode
 _config = msgspec.msgpack.Decoder(EngineConfig)
 _request = msgspec.msgpack.Decoder(_Request)
 _ids = msgspec.msgpack.Decoder(tuple[int, ...])
+_vocabulary = msgspec.msgpack.Decoder(Vocabulary)
 _progress = msgspec.msgpack.Decoder(tuple[str, float])
 _ready = msgspec.msgpack.Decoder(EngineReady)
 _stats = msgspec.msgpack.Decoder(EngineStats)
@@ -133,6 +137,14 @@ def encode_abort(ids: Sequence[int]) -> bytes:
 
 def decode_abort(payload: Buffer) -> tuple[int, ...]:
     return _decoded(_ids.decode, payload)
+
+
+def encode_vocabulary(vocabulary: Vocabulary) -> bytes:
+    return frame(Kind.VOCABULARY, _encode(vocabulary))
+
+
+def decode_vocabulary(payload: Buffer) -> Vocabulary:
+    return _decoded(_vocabulary.decode, payload)
 
 
 def encode_progress(phase: str, fraction: float) -> bytes:

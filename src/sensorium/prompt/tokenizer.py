@@ -21,6 +21,7 @@ from sensorium.errors import CheckpointError, RequestError
 from sensorium.prompt.convert import converted_tokenizer
 from sensorium.prompt.literals import MARK, NAME, Literals, alternatives, rename_true, sanitize
 from sensorium.prompt.pieces import TokenBytes
+from sensorium.types import Vocabulary
 
 _log = logging.getLogger(__name__)
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -40,9 +41,11 @@ class Tokenizer:
         vocab_size: int = 0,
         literals: Iterable[str] = (),
         frame: processors.PostProcessor | None = None,
+        file: Path | None = None,
     ) -> None:
         """`vocab_size` is the model's, which may be padded beyond the tokens that have a text. `frame` gives whole
-        texts, which nothing is to be added to, their special tokens; None: as everywhere else."""
+        texts, which nothing is to be added to, their special tokens; None: as everywhere else. `file` is the
+        tokenizer.json that all comes from."""
         raw.no_truncation()
         raw.no_padding()
         self.raw = raw
@@ -61,6 +64,7 @@ class Tokenizer:
         self._verbatim = _VerbatimVocabulary(raw, added)
         self._longest_token: int | None = None
         self.frame = frame
+        self._file = file
 
     @classmethod
     def from_folder(cls, folder: Path, *, vocab_size: int = 0) -> Tokenizer:
@@ -74,7 +78,7 @@ class Tokenizer:
             raise CheckpointError(f"{file.name} of the model cannot be read: {error}") from error
         named = _named_tokens(config, _read_json(folder / "special_tokens_map.json"))
         _add_declared_tokens(raw, config, named)
-        return cls(raw, named, vocab_size=vocab_size, frame=_configured_frame(raw, config, named))
+        return cls(raw, named, vocab_size=vocab_size, frame=_configured_frame(raw, config, named), file=file)
 
     def with_literals(self, literals: Iterable[str], *, special: bool = False) -> Tokenizer:
         """The same tokenizer, whose `escape` also breaks these; `special`: in text of the model's own, too."""
@@ -84,6 +88,18 @@ class Tokenizer:
         if special:
             copied._special = Literals(self._special.all | literals)
         return copied
+
+    def vocabulary(self, ends: Sequence[int]) -> Vocabulary | None:
+        """What the engine needs to hold answers to a grammar; `ends` are the model's end tokens. None if tokens have no
+        bytes of their own."""
+        if self.token_bytes is None or self._file is None:
+            return None
+        added: dict[int, AddedToken] = self.raw.get_added_tokens_decoder()
+        tokens = [
+            (token_id, token.content, token.special or token.content in self._special.all)
+            for token_id, token in sorted(added.items())
+        ]
+        return Vocabulary(str(self._file), tuple(tokens), tuple(ends), self.token_bytes.lead)
 
     @property
     def bos_token(self) -> str | None:

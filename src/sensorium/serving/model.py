@@ -67,6 +67,7 @@ class ServedModel:
         self.template = template
         self.processor = processor
         self.client = client
+        client.vocabulary = tokenizer.vocabulary(checkpoint.stop_token_ids)
         self.created = int(time.time())
         self._task = task
         self._server = server

@@ -1,0 +1,153 @@
+"""Compiles grammars on a thread, while their requests wait and others are computed, and keeps the latest of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from time import monotonic
+
+import msgspec
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
+
+from sensorium.engine.constraint import Constraint
+from sensorium.types import EngineRequest, Grammar, Vocabulary
+
+MAX_KEPT = 64  # compiled grammars
+MAX_KEPT_CHARS = 4 * 1024**2  # of their sources together
+LIMITS = LLParserLimits(step_lexer_fuel=100_000, verbose_errors=False)
+NO_VOCABULARY = "Structured output is not available for this model's tokenizer."
+NOT_COMPILED = "The grammar of this request is too complex for this model's tokenizer."
+
+logger = logging.getLogger("sensorium.engine")
+
+Prepared = tuple[EngineRequest, "Constraint | str"]
+"""A request and what holds it to its grammar, or why there is none."""
+
+
+class Grammars:
+    """`vocab_size` is the width of the logits. `wake` is called, by the thread, when something is ready to `take`."""
+
+    def __init__(self, vocab_size: int, wake: Callable[[], None]) -> None:
+        self.vocabulary: Vocabulary | None = None
+        self._vocab_size = vocab_size
+        self._wake = wake
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self._done: SimpleQueue[Prepared] = SimpleQueue()
+        self._waiting: dict[int, None] = {}  # ids of requests
+        self._tokenizer: LLTokenizer | None = None  # of the thread, as is what follows
+        self._kept: OrderedDict[tuple[str, str, bool], LLMatcher] = OrderedDict()
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def prepare(self, request: EngineRequest, grammar: Grammar) -> None:
+        """Compile what a request is to be held to."""
+        self._waiting[request.id] = None
+        self._thread.submit(self._prepare, request, grammar).add_done_callback(_log_failure)
+
+    def abort(self, request_id: int) -> None:
+        self._waiting.pop(request_id, None)
+
+    def take(self) -> list[Prepared]:
+        """The requests that are ready, but for those that were aborted."""
+        found: list[Prepared] = []
+        while True:
+            try:
+                request, prepared = self._done.get_nowait()
+            except Empty:
+                return found
+            if self._waiting.pop(request.id, 0) is None:
+                found.append((request, prepared))
+
+    # The thread's part
+
+    def _prepare(self, request: EngineRequest, grammar: Grammar) -> None:
+        prepared: Constraint | str = NOT_COMPILED
+        try:
+            prepared = self._constraint(request, grammar)
+        finally:  # whatever the library raises, the request must not wait for ever
+            self._done.put((request, prepared))
+            self._wake()
+
+    def _constraint(self, request: EngineRequest, grammar: Grammar) -> Constraint | str:
+        vocabulary = self.vocabulary
+        if vocabulary is None:
+            return NO_VOCABULARY
+        if self._tokenizer is None:
+            started = monotonic()
+            self._tokenizer = open_tokenizer(vocabulary, self._vocab_size)
+            logger.info("the tokenizer is ready for grammars after %.1f s", monotonic() - started)
+        matcher = self._matcher(grammar, self._tokenizer, vocabulary.lead)
+        if matcher.is_error():
+            logger.warning("a grammar could not be compiled: %s", matcher.get_error()[:200])
+            return NOT_COMPILED
+        stops = request.sampling.stop_token_ids if request.sampling is not None else ()
+        late_ends = [token for token in vocabulary.ends if token < self._vocab_size and token not in stops]
+        constraint = Constraint(matcher.deep_copy(), self._tokenizer, grammar.after, late_ends)
+        return constraint.error or constraint
+
+    def _matcher(self, grammar: Grammar, tokenizer: LLTokenizer, lead: int) -> LLMatcher:
+        """At its beginning, with the first mask computed once: copies share the automaton that this has built."""
+        key = (grammar.kind, grammar.source, bool(grammar.after))
+        found = self._kept.get(key)
+        if found is not None:
+            self._kept.move_to_end(key)
+            return found
+        matcher = LLMatcher(tokenizer, described(grammar, lead), log_level=0, limits=LIMITS)
+        if not matcher.is_error():
+            matcher.compute_bitmask()
+        self._kept[key] = matcher
+        while len(self._kept) > MAX_KEPT or (len(self._kept) > 1 and self._kept_chars() > MAX_KEPT_CHARS):
+            self._kept.popitem(last=False)
+        return matcher
+
+    def _kept_chars(self) -> int:
+        return sum(len(source) for _, source, _ in self._kept)
+
+
+def _log_failure(done: Future[None]) -> None:
+    if (error := done.exception()) is not None:
+        logger.error("a grammar could not be compiled", exc_info=error)
+
+
+def described(grammar: Grammar, lead: int = 0) -> str:
+    """A grammar as the library reads it. Before what it describes there may be the `lead` spaces that a tokenizer puts
+    before a text, and line breaks behind a marker."""
+    if grammar.kind == "json":
+        form = f'{{"name": "form", "json_schema": {grammar.source}}}'
+    else:
+        lark = grammar.source if grammar.kind == "lark" else f"start: /{regex_to_lark(grammar.source, '')}/"
+        form = json.dumps({"name": "form", "lark_grammar": lark})
+    before = [*(['" "?'] * lead), *(['"\\n"?'] * 2 if grammar.after else [])]
+    if not before:
+        return f'{{"grammars": [{form}]}}'
+    whole = json.dumps({"name": "whole", "lark_grammar": f"start: {' '.join(before)} @form"})
+    return f'{{"grammars": [{whole}, {form}]}}'
+
+
+def open_tokenizer(vocabulary: Vocabulary, vocab_size: int) -> LLTokenizer:
+    """The library's tokenizer. It holds the interpreter's lock for a second where there are 150,000 tokens."""
+    raw = msgspec.json.decode(Path(vocabulary.file).read_bytes(), type=dict[str, msgspec.Raw])
+    added = [
+        {
+            "id": token_id,
+            "content": text,
+            "special": is_special,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+        }
+        for token_id, text, is_special in vocabulary.added
+        if token_id < vocab_size
+    ]
+    nothing = msgspec.Raw(b"null")
+    whole = {**raw, "truncation": nothing, "padding": nothing, "post_processor": nothing, "added_tokens": added}
+    ends = [token for token in vocabulary.ends if token < vocab_size]
+    return LLTokenizer(msgspec.json.encode(whole).decode(), n_vocab=vocab_size, eos_token=ends or None)

@@ -1,0 +1,104 @@
+"""Which tokens grammars allow next: computed on a thread beside the forward pass, applied to the logits behind it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from llguidance import LLExecutor
+from torch import Tensor
+
+from sensorium.engine.constraint import GRAMMAR_FAILED, Constraint
+from sensorium.engine.sequence import Sequence
+
+WORD_BITS = 32
+
+Held: TypeAlias = tuple[int, Constraint, int, int]
+"""(row of the logits, what holds its sequence, the sequence's slot, index of the output token that they are for)"""
+Floats: TypeAlias = Any
+"""float32 numbers: an array on a CPU, where numpy is several times as fast for few of them, elsewhere a tensor."""
+
+
+class Masks:
+    """A row of bits for each slot of a running sequence. Everything but the filling belongs to the step loop."""
+
+    def __init__(self, max_num_seqs: int, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._bits = np.zeros((max_num_seqs, -(-vocab_size // WORD_BITS)), np.uint32)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
+        self._executor: LLExecutor | None = None
+        self._filling: Future[None] | None = None
+        bit = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+        self._weights = np.where(bit, np.float32(0), np.float32(-np.inf))  # [256, 8], of the bits of every byte
+
+    def begin(self, sequences: Iterable[Sequence]) -> None:
+        """Start on the masks of a step: each for the token behind the sequence's drafts, if there is a choice."""
+        self.wait()
+        wanted = [
+            (seq.constraint.matcher, seq.slot)
+            for seq in sequences
+            if seq.constraint is not None and seq.constraint.needs_mask(seq.num_outputs + len(seq.drafts))
+        ]
+        if not wanted:
+            return
+        if self._executor is None:
+            self._executor = LLExecutor(1)
+        rows, words = self._bits.shape
+        self._filling = self._thread.submit(
+            self._executor.unsafe_compute_mask_ptr, wanted, self._bits.ctypes.data, words * self._bits.itemsize, rows
+        )
+
+    def wait(self) -> None:
+        """Until the masks are there."""
+        if self._filling is not None:
+            filling, self._filling = self._filling, None
+            filling.result()
+
+    def apply(self, logits: Tensor, raw: Tensor, held: list[Held]) -> None:
+        """Leave only what grammars allow, in place. `logits` are `raw` with everything else that a request asks for.
+
+        Where that and the grammar leave nothing together, the grammar is kept and the rest is not.
+        """
+        self.wait()
+        chosen = [one for one in held if one[1].needs_mask(one[3])]
+        weights = self._weights_of([slot for _, _, slot, _ in chosen], logits.device)
+        is_edited = logits is not raw
+        rows, raw_rows = (x.numpy() if x.device.type == "cpu" else x for x in (logits, raw))
+        for (row, constraint, _, _), allowed in zip(chosen, weights, strict=True):
+            if constraint.matcher.is_error():
+                constraint.error = GRAMMAR_FAILED
+            else:
+                _hold(rows[row], raw_rows[row], allowed, constraint.late_ends, is_edited=is_edited)
+        for row, constraint, _, index in held:
+            known = constraint.known(index)
+            if known is not None:
+                value = float(raw_rows[row, known])
+                rows[row] = -math.inf
+                rows[row, known] = value
+
+    def _weights_of(self, slots: list[int], device: torch.device) -> Floats:
+        """float32 [slots, vocab]: 0 for what is allowed, minus infinity for all else."""
+        width = 8 * self._bits.itemsize * self._bits.shape[1]
+        found = self._weights.take(self._bits[slots].view(np.uint8), axis=0).reshape(len(slots), width)
+        found = found[:, : self._vocab_size]
+        return found if device.type == "cpu" else torch.from_numpy(found).to(device)
+
+
+def _hold(row: Floats, raw: Floats, allowed: Floats, late_ends: list[int], *, is_edited: bool) -> None:
+    """One row [vocab], in place. `late_ends` are chosen only where the grammar leaves nothing else."""
+    row += allowed
+    if late_ends:
+        kept = row[late_ends]
+        row[late_ends] = -math.inf
+        if _is_empty(row):
+            row[late_ends] = kept
+    if is_edited and _is_empty(row):
+        row[:] = raw + allowed
+
+
+def _is_empty(row: Floats) -> bool:
+    return float(row.max()) == -math.inf
