@@ -244,6 +244,12 @@ class ServerConfig:
         "Sizes to which requests may cut embeddings (`dimensions`); 0 for any. Default: what config.json says.",
         nargs="+",
     )
+    embed_in_chunks: bool = flag(
+        False, "Embed texts that are longer than the context, too: the mean of the vectors of their parts, by length."
+    )
+    max_embed_len: int | None = flag(
+        None, "Longest text that is embedded in chunks. Default: --max-embedding-tokens.", min=1, parse="tokens"
+    )
     shared_prefix_cache: bool = flag(
         False, "Share cached prefixes between API keys (faster, but timing tells who asked what)."
     )

@@ -28,15 +28,15 @@ async def embeddings(service: Service, call: Call) -> None:
 
 def _check_dimensions(entry: Entry, wanted: int | None) -> None:
     """Only vectors of models that were trained for it mean anything when they are cut."""
-    if wanted is None:
-        return
-    sizes = entry.model.matryoshka_sizes
     ready = entry.model.client.ready
     whole = ready.embedding_size if ready is not None else 0
+    if wanted is None or wanted == whole:
+        return
+    sizes = entry.model.matryoshka_sizes
     if sizes is None:
         raise RequestError(
             f"The model {entry.name!r} does not support Matryoshka embeddings; `dimensions` must be "
-            "left out. The operator can allow it with --matryoshka-dimensions.",
+            f"left out or {whole}. The operator can allow it with --matryoshka-dimensions.",
             param="dimensions",
         )
     if sizes and wanted not in sizes:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from sensorium.types import EngineReady, EngineStats
@@ -184,6 +184,17 @@ class ModelMetrics:
             self.request_prompt_tokens.observe(tokens)
         self.cached_tokens += cached_tokens
         self.request_s.observe(seconds)
+
+    def pooled(self, cached_tokens: int) -> None:
+        self.cached_tokens += cached_tokens
+
+    def pooling_ended(self, prompt_tokens: Sequence[int], done: int, failure: str, seconds: float) -> None:
+        self.request_s.observe(seconds)
+        self.finished["stop"] += done
+        self.finished[failure] += len(prompt_tokens) - done
+        for tokens in prompt_tokens:
+            self.prompt_tokens += tokens
+            self.request_prompt_tokens.observe(tokens)
 
     def observe_prompt(self, text_s: float, media: Iterable[MediaTiming] = ()) -> None:
         """What making a prompt took; a medium that was cached was only fetched."""

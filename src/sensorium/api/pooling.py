@@ -7,10 +7,11 @@ import asyncio
 import msgspec
 
 from sensorium.api.context import Entry, Service
-from sensorium.api.pooled import Pooled, chosen_prompt, opened, pool_inputs
+from sensorium.api.pooled import chosen_prompt, opened, pool_inputs, usage_object
 from sensorium.api.protocol.pooling import ClassifyRequest, PoolingRequest
 from sensorium.api.transport.asgi import Call
 from sensorium.api.vectors import LARGE, envelope, respond_vectors
+from sensorium.serving.pooled import Pooled
 from sensorium.types import PoolingParams, PoolingTask
 
 MAX_NUMBERS = 2**23
@@ -57,7 +58,7 @@ async def classify(service: Service, call: Call) -> None:
         pooled = await pool_inputs(job, job.request.params())
         few = sum(vector.size for vector in pooled.vectors) < LARGE
         data = _classes(job.entry, pooled) if few else await asyncio.to_thread(_classes, job.entry, pooled)
-        await call.respond(envelope("classify", job.model_name, data, pooled.usage()))
+        await call.respond(envelope("classify", job.model_name, data, usage_object(pooled)))
 
 
 def _classes(entry: Entry, pooled: Pooled) -> bytes:

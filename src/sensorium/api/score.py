@@ -11,8 +11,7 @@ import msgspec
 import numpy as np
 
 from sensorium.api.context import Service
-from sensorium.api.pooled import Job, Pooled, Vector, check_count, count_tokens, make_prompts, opened, run
-from sensorium.api.protocol.pooling import PooledInput
+from sensorium.api.pooled import Job, opened, usage_object
 from sensorium.api.protocol.score import (
     ComparingBody,
     PartsItem,
@@ -25,6 +24,7 @@ from sensorium.api.transport.asgi import Call
 from sensorium.api.vectors import envelope
 from sensorium.errors import RequestError
 from sensorium.prompt.encode import PairLimits, Truncation
+from sensorium.serving.pooled import Pooled, PooledInput, Vector
 from sensorium.types import PoolingParams
 
 
@@ -58,7 +58,7 @@ async def score(service: Service, call: Call) -> None:
             {"index": index, "object": "score", "score": float(vector[0])}
             for index, vector in enumerate(pooled.vectors)
         ]
-        await call.respond(envelope("score", job.model_name, msgspec.json.encode(rows), pooled.usage()))
+        await call.respond(envelope("score", job.model_name, msgspec.json.encode(rows), usage_object(pooled)))
 
 
 async def rerank(service: Service, call: Call) -> None:
@@ -98,7 +98,7 @@ async def _compare(job: Job[ComparingBody], left: Side, right: Side) -> Pooled:
     """A score, as a vector of one number, for every pair."""
     model = job.model
     if "score" in model.tasks:
-        check_count(job, max(len(left.items), len(right.items)), right.name)
+        job.pooling.check_count(max(len(left.items), len(right.items)), right.name)
         return await _cross_encoded(job, left, right)
     if "classify" in model.all_tasks:
         raise RequestError(
@@ -117,7 +117,7 @@ async def _compare(job: Job[ComparingBody], left: Side, right: Side) -> Pooled:
             param="model",
             code="unsupported_task",
         )
-    check_count(job, len(left.items) + len(right.items), right.name)
+    job.pooling.check_count(len(left.items) + len(right.items), right.name)
     return await _compared(job, left, right)
 
 
@@ -125,17 +125,15 @@ async def _compare(job: Job[ComparingBody], left: Side, right: Side) -> Pooled:
 
 
 async def _cross_encoded(job: Job[ComparingBody], left: Side, right: Side) -> Pooled:
-    model = job.model
     queries, documents = _texts(left), _texts(right)
     pairs = list(zip(_repeated(queries, len(documents)), documents, strict=True))
     places = [right.place(index) for index in range(len(documents))]
     truncation = job.truncation()
     limits = PairLimits(left.max_tokens, right.max_tokens, truncation.max_tokens if truncation is not None else None)
     with job.entry.pooling_admission.admit(len(pairs)) as permit:
-        prompts = await model.pair_prompts(pairs, limits, params=places, tenant=job.call.turn)
-        job.pending.release()
-        permit.add_prompt_tokens(count_tokens(job, prompts))
-        return await run(job, prompts, job.request.params())
+        prompts = await job.pooling.pair_prompts(pairs, limits, places)
+        permit.add_prompt_tokens(job.pooling.count_tokens(prompts))
+        return await job.run(prompts, job.request.params())
 
 
 def _repeated(items: list[Any], count: int) -> list[Any]:
@@ -166,10 +164,10 @@ async def _compared(job: Job[ComparingBody], left: Side, right: Side) -> Pooled:
         prompts = []
         for side, given in zip((left, right), inputs, strict=True):
             places = [side.place(index) for index in range(len(given))]
-            prompts += await make_prompts(job, given, places, _narrower(job.truncation(), side.max_tokens))
-        permit.add_prompt_tokens(count_tokens(job, prompts))
+            prompts += await job.pooling.make_prompts(given, places, _narrower(job.truncation(), side.max_tokens))
+        permit.add_prompt_tokens(job.pooling.count_tokens(prompts))
         params = [_params(job, one, prompt) for given, prompt in zip(inputs, before, strict=True) for one in given]
-        pooled = await run(job, prompts, params)
+        pooled = await job.run(prompts, params)
     queries, documents = pooled.vectors[: len(left.items)], pooled.vectors[len(left.items) :]
     pairs = zip(_repeated(queries, len(documents)), documents, strict=True)
     return replace(pooled, vectors=[cosine(query, document) for query, document in pairs])

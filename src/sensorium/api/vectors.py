@@ -12,9 +12,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from sensorium.api.pooled import Pooled
+from sensorium.api.pooled import usage_object
 from sensorium.api.protocol.pooling import Encoding
 from sensorium.api.transport.asgi import Call
+from sensorium.serving.pooled import Pooled
 
 LARGE = 32 * 1024
 """Numbers from which writing them takes longer than a thread needs to take over."""
@@ -43,7 +44,7 @@ async def respond_vectors(
         )
         return b"[" + b",".join(rows) + b"]"
 
-    await call.respond(envelope(prefix, model, await _written(data, pooled.vectors), pooled.usage()))
+    await call.respond(envelope(prefix, model, await _written(data, pooled.vectors), usage_object(pooled)))
 
 
 async def _written(data: Callable[[], bytes], vectors: Sequence[NDArray[np.float32]]) -> bytes:

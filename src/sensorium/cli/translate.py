@@ -29,14 +29,14 @@ _POOLER_TASKS = {
 }
 _POOLING_NAMES = ("pooling_type", "seq_pooling_type")
 _POOLINGS = {"CLS": "cls", "MEAN": "mean", "LAST": "last"}
-_HARMLESS_IN_POOLER = (("tok_pooling_type", "ALL"), ("enable_chunked_processing", False))
+_CHUNKS = ("enable_chunked_processing", "max_embed_len")
+_HARMLESS_IN_POOLER = (("tok_pooling_type", "ALL"),)
 _SAID_ELSEWHERE = {
     "dimensions": "requests say it",
     "use_activation": "requests say it",
     "normalize": "requests say it: `use_activation`",
     "softmax": "requests say it: `use_activation`",
     "activation": "requests say it: `use_activation`",
-    "max_embed_len": "use --max-model-len",
 }
 _IN_VIDEO = ("num_frames", "fps")
 _HARMLESS_IN_MEDIA: Mapping[str, tuple[Any, ...]] = {
@@ -59,7 +59,7 @@ def as_meant(options: ServeOptions, folder: Path, modalities: Collection[Modalit
         options,
         load=replace(options.load, task=_task(options.load)),
         engine=replace(options.engine, pooling=_pooling(options.engine.pooling, pooler)),
-        server=replace(options.server, mm_processor_kwargs=settings),
+        server=replace(_in_chunks(options.server, pooler), mm_processor_kwargs=settings),
     )
 
 
@@ -106,10 +106,26 @@ def _pooling(pooling: str, pooler: Mapping[str, Any]) -> str:
     return pooling
 
 
+def _in_chunks(server: ServerConfig, pooler: Mapping[str, Any]) -> ServerConfig:
+    """With what --pooler-config says of texts that are longer than the context."""
+    chunked, longest = (pooler.get(name) for name in _CHUNKS)
+    if chunked is not None and not isinstance(chunked, bool):
+        raise StartupError("--pooler-config: enable_chunked_processing must be true or false")
+    if longest is not None and (isinstance(longest, bool) or not isinstance(longest, int) or longest < 1):
+        raise StartupError("--pooler-config: max_embed_len must be a number of tokens")
+    if longest is not None and not (chunked or server.embed_in_chunks):
+        raise StartupError(
+            "--pooler-config: max_embed_len goes with enable_chunked_processing; without it use --max-model-len"
+        )
+    return replace(
+        server, embed_in_chunks=chunked or server.embed_in_chunks, max_embed_len=longest or server.max_embed_len
+    )
+
+
 def _check_pooler(pooler: Mapping[str, Any], folder: Path) -> None:
     """Refuse settings that ask for something else than what happens."""
     for name, value in pooler.items():
-        if name in ("task", *_POOLING_NAMES) or value is None or (name, value) in _HARMLESS_IN_POOLER:
+        if name in ("task", *_POOLING_NAMES, *_CHUNKS) or value is None or (name, value) in _HARMLESS_IN_POOLER:
             continue
         if (
             name in ("normalize", "use_activation")

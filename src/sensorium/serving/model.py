@@ -86,6 +86,7 @@ class ServedModel:
             templates=self._templates,
             media=MediaPipeline(loader, self._threads, media_limits(server, limits), server.media_workers),
             limit=self._limit,
+            chunked_limit=self._chunked_limit(limits) if server.embed_in_chunks else None,
             threads=self._threads,
             server=server,
             pooling=self._pooling,
@@ -162,6 +163,11 @@ class ServedModel:
             tokenizer=self.tokenizer,
         )
 
+    def _chunked_limit(self, limits: Limits) -> ContextLimit:
+        """What is left to a text that is embedded in chunks."""
+        longest = self._server.max_embed_len or limits.max_embedding_tokens
+        return ContextLimit(self.tokenizer, lambda: max(longest, self.max_model_len), cuts_left=False)
+
     # What it can do.
 
     @property
@@ -191,6 +197,11 @@ class ServedModel:
             or is_embedder_name(names)
             or is_embedder_template(self._server.chat_template)
         )
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether embeddings have the length 1 unless a request says otherwise."""
+        return self._pooling.normalize
 
     @property
     def default_pooling_task(self) -> PoolingTask | None:

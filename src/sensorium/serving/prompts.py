@@ -52,6 +52,7 @@ class PromptBuilder:
         templates: Templates,
         media: MediaPipeline,
         limit: ContextLimit,
+        chunked_limit: ContextLimit | None = None,
         threads: PromptThreads,
         server: ServerConfig,
         pooling: PoolingSpec,
@@ -62,6 +63,7 @@ class PromptBuilder:
         self._templates = templates
         self._media = media
         self._limit = limit
+        self._chunked_limit = chunked_limit or limit  # of texts that are embedded
         self._threads = threads
         self._server = server
         self._pooling = pooling
@@ -171,14 +173,16 @@ class PromptBuilder:
         add_special_tokens: bool = True,
         truncation: Truncation | None = None,
         params: Sequence[str],
+        chunked: bool = False,
         tenant: bytes = b"",
     ) -> list[Prompt]:
         """`text_prompt` of many, either all texts or all token ids, in one go. `params` says where each stands in the
-        request."""
+        request. `chunked`: they may be longer than the context, if the operator lets such texts be embedded."""
+        limit = self._chunked_limit if chunked else self._limit
 
         def made() -> list[Prompt]:
-            rows = self._encoded(texts, add_special_tokens, truncation, params)
-            return [self.prompt_of_ids(row, param) for row, param in zip(rows, params, strict=True)]
+            rows = self._encoded(texts, add_special_tokens, truncation, params, limit)
+            return [self.prompt_of_ids(row, param, limit=limit) for row, param in zip(rows, params, strict=True)]
 
         return await self._threads.run(len(texts) == 1 and len(texts[0]) <= SHORT_TEXT, made, tenant)
 
@@ -187,7 +191,7 @@ class PromptBuilder:
         checkpoint says so: the special tokens before the text are among them, as in sentence-transformers."""
         if self._pooling.include_prompt or not prompt:
             return 0
-        ids = self._encoded([prompt], add_special_tokens, None, ["input"])[0]
+        ids = self._encoded([prompt], add_special_tokens, None, ["input"], self._limit)[0]
         return len(ids) - (len(ids) > 0 and int(ids[-1]) in self.tokenizer.special_ids)
 
     def _build(
@@ -256,6 +260,7 @@ class PromptBuilder:
         add_special_tokens: bool,
         truncation: Truncation | None,
         params: Sequence[str],
+        limit: ContextLimit,
     ) -> list[Ids]:
         strings = [text for text in texts if isinstance(text, str)]
         if not strings:
@@ -263,18 +268,20 @@ class PromptBuilder:
             return rows if truncation is None else [truncation.cut(row) for row in rows]
         if truncation is None:
             for text, param in zip(strings, params, strict=True):
-                self._limit.check_text(text, param)
+                limit.check_text(text, param)
         if self._pooling.lower_case:
             strings = [text.lower() for text in strings]
         return encode_texts(self.tokenizer, strings, add_special_tokens=add_special_tokens, truncation=truncation)
 
-    def prompt_of_ids(self, ids: Ids, param: str, token_types: Ids | None = None) -> Prompt:
+    def prompt_of_ids(
+        self, ids: Ids, param: str, token_types: Ids | None = None, *, limit: ContextLimit | None = None
+    ) -> Prompt:
         if len(ids) == 0:
             raise RequestError("There is a text without tokens.", param=param, code="empty_prompt")
         self._check_in_table(ids, param)
         self._check_no_placeholders(ids, param)
         prompt = Prompt(ids, token_types=token_types)
-        self._limit.check(prompt, param)
+        (limit or self._limit).check(prompt, param)
         return prompt
 
     def _adds_special_tokens(self, text: str, wanted: bool) -> bool:

@@ -160,6 +160,9 @@ async def test_parts_of_chats_are_named_in_errors() -> None:
     ("model", "flag", "wanted", "status"),
     [
         ({}, (), 4, 400),
+        ({}, (), SIZE, 200),
+        ({}, (), SIZE + 1, 400),
+        ({"matryoshka_dimensions": [2, 4]}, (), SIZE, 200),
         ({"is_matryoshka": True}, (), 4, 200),
         ({"is_matryoshka": True}, (), SIZE + 1, 400),
         ({"matryoshka_dimensions": [2, 4]}, (), 4, 200),
@@ -180,7 +183,7 @@ async def test_dimensions_only_where_they_mean_something(
         assert len(reply.json["data"][0]["embedding"]) == wanted
     else:
         assert reply.error["param"] == "dimensions"
-    if not model and not flag:
+    if status == 400 and not model and not flag:
         assert "Matryoshka" in reply.error["message"]
 
 
@@ -362,6 +365,43 @@ async def test_long_texts_are_refused_or_cut_as_asked(options: dict[str, Any], t
             assert texts_of(served, BERT)[1] == text
             many = await post(served.port, "/v1/embeddings", {"input": "a" * 3_000_000, **options})
             assert many.status == 200  # what is cut is not tokenized first
+
+
+@pytest.mark.parametrize("activation", [None, False])
+@pytest.mark.parametrize("length", [CONTEXT, CONTEXT + 1, 2 * CONTEXT + 100])
+async def test_long_texts_in_chunks(length: int, activation: bool | None) -> None:
+    ids = (np.arange(length, dtype=np.int32) * 7) % 200
+    chunks = [ids[start : start + CONTEXT] for start in range(0, length, CONTEXT)]
+    mean = sum(len(chunk) * vector_of(chunk).astype(np.float64) for chunk in chunks) / length
+    expected = mean / (np.linalg.norm(mean) if activation is None and len(chunks) > 1 else 1)
+    async with embedder(embed_in_chunks=True) as served:
+        body = {"input": [[5], ids.tolist(), [6]], "use_activation": activation}
+        reply = (await post(served.port, "/v1/embeddings", body)).json
+        prompts = [one.prompt.token_ids.tolist() for one in served.engine.requests]
+    assert prompts == [[5], *(chunk.tolist() for chunk in chunks), [6]]
+    assert reply["data"][1]["embedding"] == pytest.approx(expected, rel=1e-5)
+    assert [row["embedding"] for row in reply["data"][::2]] == [vector_of(np.array([one])).tolist() for one in (5, 6)]
+    assert reply["usage"]["prompt_tokens"] == length + 2
+
+
+async def test_chunks_have_bounds_and_are_for_embeddings() -> None:
+    long = {"input": "a" * (CONTEXT + 1)}
+    async with embedder(embed_in_chunks=True, max_embed_len=1000) as served:
+        assert (await post(served.port, "/v1/embeddings", long)).status == 200
+        assert (await post(served.port, "/pooling", {**long, "task": "embed"})).status == 200
+        cut = await post(served.port, "/v1/embeddings", {**long, "truncate_prompt_tokens": -1})
+        assert cut.json["usage"]["prompt_tokens"] == CONTEXT
+        for path, body in (
+            ("/v1/embeddings", {"input": "a" * 1001}),
+            ("/pooling", {**long, "task": "token_embed"}),
+            ("/v1/embeddings", {"messages": [{"role": "user", "content": long["input"]}]}),
+        ):
+            reply = await post(served.port, path, body)
+            assert (reply.status, reply.error["code"]) == (400, "context_length_exceeded")
+    async with serving(engine_of(*CLASSIFIER), embed_in_chunks=True) as served:
+        assert (await post(served.port, "/classify", long)).status == 400
+    async with embedder() as served:
+        assert (await post(served.port, "/v1/embeddings", long)).error["code"] == "context_length_exceeded"
 
 
 async def test_token_ids_and_chats_are_cut_too() -> None:

@@ -61,7 +61,9 @@ def test_but_not_in_two_at_once(argv: list[str]) -> None:
     [
         {"task": "plugin"},
         {"step_tag_id": 5},
-        {"enable_chunked_processing": True},
+        {"enable_chunked_processing": 1},
+        {"max_embed_len": 1000},
+        {"max_embed_len": -1, "enable_chunked_processing": True},
         {"pooling_type": "STEP"},
         {"pooling_type": 5},
         {"dimensions": 5},
@@ -88,6 +90,18 @@ def test_a_pooler_s_pooling_is_the_flag_s(tmp_path: Path) -> None:
             pooling(folder, pooler)
     with pytest.raises(StartupError, match="contradicts --pooling mean"):
         pooling(DEMO_FOLDER, {"pooling_type": "CLS"}, "--pooling", "mean")
+
+
+def test_a_pooler_s_chunks_are_the_flag_s() -> None:
+    def server(pooler: dict[str, Any], *argv: str) -> tuple[bool, int | None]:
+        argv = ("serve", "m", "--pooler-config", json.dumps(pooler), *argv)
+        found = as_meant(serve_options(parser().read(argv), {}), DEMO_FOLDER, ()).server
+        return found.embed_in_chunks, found.max_embed_len
+
+    assert server({}) == (False, None)
+    assert server({"enable_chunked_processing": True}) == (True, None)
+    assert server({"enable_chunked_processing": True, "max_embed_len": 3_072_000}) == (True, 3_072_000)
+    assert server({}, "--embed-in-chunks", "--max-embed-len", "64K") == (True, 65536)
 
 
 def settings(

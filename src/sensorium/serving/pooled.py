@@ -1,0 +1,267 @@
+"""Many inputs in, vectors out in their order: what every endpoint that pools shares. Knows no JSON.
+
+All prompts of a request are sent to the engine at once. A text longer than the context is embedded in chunks where the
+operator allows it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sensorium.config import Limits
+from sensorium.errors import ContextLengthError, EngineError, RequestError, SensoriumError, UnavailableError
+from sensorium.media.source import MediaSource
+from sensorium.prompt.encode import PairLimits, Truncation
+from sensorium.prompt.messages import Message
+from sensorium.serving.concurrency import all_in_order
+from sensorium.serving.media import MediaTiming
+from sensorium.serving.model import ServedModel
+from sensorium.types import EngineRequest, PoolingParams, Prompt
+
+if TYPE_CHECKING:
+    from sensorium.ipc.client import OutputStream
+
+Vector = NDArray[np.float32]
+
+CHATS_AT_ONCE = 8
+"""Conversations whose media are fetched and decoded at the same time."""
+SUBMITTED_AT_ONCE = 256
+"""Requests that are sent before others have their turn."""
+
+
+class Chat(Protocol):
+    """A conversation as an input: media stand in the order of their places in the messages."""
+
+    @property
+    def messages(self) -> tuple[Message, ...]: ...
+
+    @property
+    def media(self) -> tuple[MediaSource, ...]: ...
+
+
+PooledInput = str | Sequence[int] | Chat
+"""One sequence that is asked for: text, token ids or a chat."""
+
+
+class PoolingObserver(Protocol):
+    """Who counts."""
+
+    def observe_prompt(self, text_s: float, media: Iterable[MediaTiming] = ()) -> None:
+        """Making a prompt (or all texts' prompts) took so long."""
+
+    def pooled(self, cached_tokens: int) -> None:
+        """A vector came; so many tokens of its prompt were cached."""
+
+    def pooling_ended(self, prompt_tokens: Sequence[int], done: int, failure: str, seconds: float) -> None:
+        """With the length of each prompt and how many of them have their vector; the others ended by `failure`, which
+        is abort or error. `seconds` since the request came."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolingOptions:
+    """What all inputs of a request share. `template` are options of `PromptBuilder.prepare_chat`; `add_special_tokens`
+    None adds them to texts and not to chats."""
+
+    tenant: bytes = b""
+    salt: bytes = b""
+    priority: int = 0
+    add_special_tokens: bool | None = None
+    template: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def frames_texts(self) -> bool:
+        return self.add_special_tokens is not False
+
+
+@dataclass(frozen=True, slots=True)
+class Pooled:
+    """The vectors of all prompts: [dim] each, or [tokens, dim] for tasks that look at tokens."""
+
+    vectors: list[Vector]
+    prompt_tokens: int
+
+
+class Pooling:
+    """One request. `started_s` is when it came, on perf_counter's clock. `on_prompts` is called when all prompts are
+    made: what they were made of can go."""
+
+    def __init__(
+        self,
+        model: ServedModel,
+        limits: Limits,
+        options: PoolingOptions,
+        observer: PoolingObserver,
+        *,
+        started_s: float,
+        on_prompts: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.model = model
+        self._limits = limits
+        self._options = options
+        self._observer = observer
+        self._started_s = started_s
+        self._on_prompts = on_prompts
+
+    def check_count(self, count: int, param: str) -> None:
+        """RequestError if there are more inputs than a request may have."""
+        most = self._limits.max_embedding_inputs
+        if count > most:
+            raise RequestError(
+                f"One request may have at most {most} inputs; this has {count}.", param=param, code="too_many_inputs"
+            )
+
+    def count_tokens(self, prompts: Sequence[Prompt], max_tokens: int | None = None) -> int:
+        """Tokens of all prompts together; ContextLengthError above the limit, or above `max_tokens`."""
+        total = sum(len(prompt.token_ids) for prompt in prompts)
+        limit = self._limits.max_embedding_tokens
+        most = limit if max_tokens is None else min(max_tokens, limit)
+        if total > most:
+            raise ContextLengthError(
+                f"The inputs have {total} tokens together; one request may have {most}. Send them in several requests.",
+                param="input",
+            )
+        return total
+
+    async def make_prompts(
+        self,
+        inputs: Sequence[PooledInput],
+        places: Sequence[str],
+        truncation: Truncation | None,
+        *,
+        chunked: bool = False,
+    ) -> list[Prompt]:
+        """A prompt of each input. `places` says where it stands in the request. `chunked`: texts may be longer than
+        the context, if the operator allows it."""
+        texts = {index: given for index, given in enumerate(inputs) if isinstance(given, str | list)}
+        chats: dict[int, Any] = {index: given for index, given in enumerate(inputs) if index not in texts}
+        made: dict[int, Prompt] = {}
+        if texts:
+            start_s = time.perf_counter()
+            prompts = await self.model.prompts.text_prompts(
+                list(texts.values()),
+                add_special_tokens=self._options.frames_texts,
+                truncation=truncation,
+                params=[places[index] for index in texts],
+                chunked=chunked,
+                tenant=self._options.tenant,
+            )
+            made = dict(zip(texts, prompts, strict=True))
+            self._observer.observe_prompt(time.perf_counter() - start_s)
+        self._check_media(list(chats.values()))
+        places_of_chats = list(chats)
+        for start in range(0, len(chats), CHATS_AT_ONCE):
+            group = places_of_chats[start : start + CHATS_AT_ONCE]
+            prompts = await all_in_order(self._chat_prompt(chats[index], truncation) for index in group)
+            made.update(zip(group, prompts, strict=True))
+            self.count_tokens(list(made.values()))
+        self._on_prompts()
+        return [made[index] for index in range(len(inputs))]
+
+    def _check_media(self, chats: Sequence[Chat]) -> None:
+        count, most = sum(len(chat.media) for chat in chats), self._limits.max_embedding_media
+        if len(chats) > 1 and count > most:
+            raise RequestError(
+                f"The inputs have {count} media together; one request may have {most}.",
+                param="messages",
+                code="too_many_media",
+            )
+
+    async def _chat_prompt(self, chat: Chat, truncation: Truncation | None) -> Prompt:
+        prepared = await self.model.prompts.prepare_chat(
+            chat.messages,
+            chat.media,
+            add_special_tokens=bool(self._options.add_special_tokens),
+            pooled=True,
+            truncation=truncation,
+            tenant=self._options.tenant,
+            salt=self._options.salt,
+            **self._options.template,
+        )
+        self._observer.observe_prompt(prepared.text_s, prepared.media)
+        return prepared.prompt
+
+    async def pair_prompts(
+        self, pairs: Sequence[tuple[str, str]], limits: PairLimits, places: Sequence[str]
+    ) -> list[Prompt]:
+        """One prompt of each pair of texts, for cross-encoders. `places` says where its second text stands."""
+        prompts = await self.model.pair_prompts(pairs, limits, params=places, tenant=self._options.tenant)
+        self._on_prompts()
+        return prompts
+
+    async def run(self, prompts: Sequence[Prompt], params: PoolingParams | Sequence[PoolingParams]) -> Pooled:
+        """Have the engine compute the prompts, with the same params or each with its own. If one fails, the request
+        fails; leaving early ends them all."""
+        each = [params] * len(prompts) if isinstance(params, PoolingParams) else params
+        pieces = [self._pieces(prompt, own) for prompt, own in zip(prompts, each, strict=True)]
+        vectors = iter(await self._compute([piece for some in pieces for piece in some]))
+        joined = [
+            self._mean([(next(vectors), len(piece.token_ids)) for piece, _ in some], own)
+            for some, own in zip(pieces, each, strict=True)
+        ]
+        return Pooled(joined, sum(len(prompt.token_ids) for prompt in prompts))
+
+    def _pieces(self, prompt: Prompt, params: PoolingParams) -> list[tuple[Prompt, PoolingParams]]:
+        """What is computed of one prompt: all of it, or a longer text in chunks of the context's length."""
+        ids, size = prompt.token_ids, self.model.max_model_len
+        if len(ids) <= size:
+            return [(prompt, params)]
+        chunks = [Prompt(ids[start : start + size]) for start in range(0, len(ids), size)]
+        prompts_end = min(params.prompt_tokens, size - 1)
+        return [
+            (chunk, replace(params, prompt_tokens=0 if index else prompts_end)) for index, chunk in enumerate(chunks)
+        ]
+
+    def _mean(self, weighted: Sequence[tuple[Vector, int]], params: PoolingParams) -> Vector:
+        """The mean of chunks' vectors by their lengths, as long as the model's vectors are."""
+        if len(weighted) == 1:
+            return weighted[0][0]
+        mean = np.average([vector for vector, _ in weighted], axis=0, weights=[weight for _, weight in weighted])
+        normalize = self.model.normalizes if params.normalize is None else params.normalize
+        length = float(np.linalg.norm(mean)) if normalize else 1.0
+        return (mean / (length or 1.0)).astype(np.float32)
+
+    async def _compute(self, asked: Sequence[tuple[Prompt, PoolingParams]]) -> list[Vector]:
+        client = self.model.client
+        streams: list[OutputStream] = []
+        vectors: list[Vector] = []
+        failure = "abort"
+        options = self._options
+        try:
+            for prompt, params in asked:
+                request = EngineRequest(
+                    client.next_id(), prompt, pooling=params, priority=options.priority, salt=options.salt
+                )
+                streams.append(client.submit(request))
+                if len(streams) % SUBMITTED_AT_ONCE == 0:
+                    await asyncio.sleep(0)
+            for stream in streams:
+                vectors.append(await self._vector(stream))
+        except SensoriumError:
+            failure = "error"
+            raise
+        finally:
+            for stream in streams:
+                stream.abort()
+            lengths = [len(prompt.token_ids) for prompt, _ in asked]
+            self._observer.pooling_ended(lengths, len(vectors), failure, time.perf_counter() - self._started_s)
+        return vectors
+
+    async def _vector(self, stream: OutputStream) -> Vector:
+        async for output in stream:
+            if output.finish_reason == "error":
+                raise EngineError(output.error) if output.error else EngineError()
+            if output.finish_reason == "abort":
+                raise UnavailableError("The request was ended by the server.")
+            if output.vector is not None:
+                self._observer.pooled(output.cached_tokens)
+                if not np.isfinite(output.vector).all():
+                    raise EngineError("The model's output for this request is not a number.")
+                return output.vector
+        raise EngineError
