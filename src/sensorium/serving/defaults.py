@@ -27,6 +27,7 @@ class ModelDefaults:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    max_new_tokens: int | None = None  # of answers whose length is left open; None: the rest of the context
     max_logprobs: int = 20  # alternatives that are reported beside a token
     tokenizer: Tokenizer | None = None
 
@@ -51,6 +52,7 @@ class ModelDefaults:
             top_k=int(_number(generation, "top_k", 0, INT32_MAX, 0)),
             min_p=_number(generation, "min_p", 0.0, 1.0, 0.0),
             repetition_penalty=_number(generation, "repetition_penalty", MIN_REPETITION_PENALTY, 100.0, 1.0),
+            max_new_tokens=int(_number(generation, "max_new_tokens", 1, INT32_MAX, 0)) or None,
             max_logprobs=max_logprobs,
             tokenizer=tokenizer,
         )

@@ -493,6 +493,19 @@ def test_defaults_come_from_the_checkpoint_where_they_are_sensible() -> None:
     assert ModelDefaults.of(odd, **size) == ModelDefaults.of({}, **size)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("told", "length"), [(20, 20), (20.0, 20), (CONTEXT * 2, CONTEXT - 10)])
+def test_a_checkpoint_may_say_how_long_answers_are(told: float, length: int) -> None:
+    """`max_new_tokens` of generation_config.json is the length that a request leaves open, where it fits."""
+    size = {"max_model_len": CONTEXT, "vocab_size": VOCAB_SIZE, "stop_token_ids": (EOS,)}
+    own = ModelDefaults.of({"max_new_tokens": told}, **size)  # type: ignore[arg-type]
+    assert sampling(defaults=own).max_tokens == length
+    assert sampling(defaults=own, max_tokens=30).max_tokens == 30
+    assert AudioRequest().sampling(own, 10, "file").max_tokens == length
+    for odd in (0, -1, None, True, "20", 2**40):
+        own = ModelDefaults.of({"max_new_tokens": odd}, **size)  # type: ignore[arg-type]
+        assert sampling(defaults=own).max_tokens == CONTEXT - 10
+
+
 def test_request_fields_become_sampling_params() -> None:
     found = sampling(
         temperature=0.005,

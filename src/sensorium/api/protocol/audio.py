@@ -81,7 +81,8 @@ class AudioRequest(Body):
             frequency_penalty=self.frequency_penalty,
             repetition_penalty=self.repetition_penalty,
         )
-        max_tokens = completion_length(defaults, prompt_tokens, self.max_completion_tokens, None, 1, param)
+        default = defaults.max_new_tokens
+        max_tokens = completion_length(defaults, prompt_tokens, self.max_completion_tokens, default, 1, param)
         return body.sampling_with(defaults, max_tokens=max_tokens, logprobs=None)
 
     def instruction(self, *, translates: bool) -> str:

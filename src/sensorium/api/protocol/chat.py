@@ -118,7 +118,8 @@ class ChatRequest(SamplingBody, TemplateFields):
 
     def sampling(self, defaults: ModelDefaults, prompt_tokens: int) -> SamplingParams:
         logprobs = defaults.alternatives(self.top_logprobs or 0, "top_logprobs") if self.logprobs else None
-        max_tokens = completion_length(defaults, prompt_tokens, self.length, None, self.choices, "messages")
+        default = defaults.max_new_tokens
+        max_tokens = completion_length(defaults, prompt_tokens, self.length, default, self.choices, "messages")
         check_answer_size(logprobs, max_tokens * self.choices, "top_logprobs")
         return self.sampling_with(
             defaults, logprobs=logprobs, prompt_logprobs=self.scored(defaults, prompt_tokens), max_tokens=max_tokens
