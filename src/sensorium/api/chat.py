@@ -13,6 +13,7 @@ from sensorium.api.context import Entry, Service
 from sensorium.api.generated import Work, answer_generated, usage_object
 from sensorium.api.guards.admission import PendingBody
 from sensorium.api.logprobs import chat_logprobs, prompt_logprobs
+from sensorium.api.output_format import check_tools, with_format
 from sensorium.api.protocol.chat import ChatRequest
 from sensorium.api.transport import asgi
 from sensorium.api.transport.body import read_request
@@ -52,6 +53,7 @@ class Chat:
         """The prompt. Media in base64 are not kept while tokens come."""
         request, entry = self.request, work.entry
         conversation = request.conversation(entry.model.processor.modalities, work.service.limits)
+        check_tools(entry, request, conversation)
         salt = work.salt(request.cache_salt)
         prepared = await entry.model.prompts.prepare_chat(
             conversation.messages,
@@ -62,6 +64,7 @@ class Chat:
             ),
             tenant=work.call.turn,
             salt=salt,
+            tools=request.tool_objects,
             **request.template_options(),
         )
         entry.metrics.observe_prompt(prepared.text_s, prepared.media)
@@ -69,7 +72,8 @@ class Chat:
             self.echoed = conversation.last_text
         self.request = request.without_messages()
         params = request.sampling(entry.model.defaults, len(prepared.prompt.token_ids))
-        return request.generation(((prepared.prompt, params),), salt, continues=bool(request.continue_final_message))
+        asked = request.generation(((prepared.prompt, params),), salt, continues=bool(request.continue_final_message))
+        return with_format(entry.model, request, asked, prepared.tail)
 
 
 class ChatCompletion(Chat):
@@ -118,7 +122,10 @@ class ChatCompletion(Chat):
         return chat_logprobs(entry.model.tokenizer, choice.take_logprobs())
 
     def finish_reason(self, choice: Choice, *, calls: bool) -> str | None:
-        return "tool_calls" if calls and choice.finish_reason == "stop" else choice.finish_reason
+        """As OpenAI says it: a call that the request demanded by name ends with "stop"."""
+        if calls and choice.finish_reason == "stop" and self.request.tool_choice_of().mode != "named":
+            return "tool_calls"
+        return choice.finish_reason
 
     async def _stream(self, work: Work, generation: Generation, head: StreamHead) -> None:
         request = self.request

@@ -6,11 +6,11 @@ import asyncio
 
 import msgspec
 
-from sensorium.api.context import Service
+from sensorium.api.context import Entry, Service
+from sensorium.api.output_format import check_tools
 from sensorium.api.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from sensorium.api.transport.asgi import Call
 from sensorium.api.transport.body import read_request
-from sensorium.serving.model import ServedModel
 
 
 async def tokenize(service: Service, call: Call) -> None:
@@ -20,7 +20,7 @@ async def tokenize(service: Service, call: Call) -> None:
         entry = service.entry(request.model)
         with entry.admission.admit(1):
             async with service.flight(call):
-                tokens = await _tokens(service, call, entry.model, request)
+                tokens = await _tokens(service, call, entry, request)
                 texts = [entry.model.tokenizer.id_to_token(token) for token in tokens]
                 await call.respond(
                     msgspec.json.encode(
@@ -34,18 +34,21 @@ async def tokenize(service: Service, call: Call) -> None:
                 )
 
 
-async def _tokens(service: Service, call: Call, model: ServedModel, request: TokenizeRequest) -> list[int]:
+async def _tokens(service: Service, call: Call, entry: Entry, request: TokenizeRequest) -> list[int]:
+    model = entry.model
     if request.prompt is not None:
         return await model.prompts.encode(
             request.prompt, add_special_tokens=request.add_special_tokens is not False, tenant=call.turn
         )
     conversation = request.conversation(model.processor.modalities, service.limits)
+    check_tools(entry, request, conversation)
     prompt = await model.prompts.chat_prompt(
         conversation.messages,
         conversation.media,
         add_special_tokens=bool(request.add_special_tokens),
         tenant=call.turn,
         salt=service.salts.of(call.tenant),
+        tools=request.tool_objects,
         **request.template_options(),
     )
     tokens: list[int] = prompt.token_ids.tolist()

@@ -19,6 +19,7 @@ from sensorium.media.loader import MediaLoader
 from sensorium.processors.base import Processor
 from sensorium.prompt.builtin import is_embedder_name, is_embedder_template
 from sensorium.prompt.encode import PairLimits, Side, Truncation
+from sensorium.prompt.formats.base import OutputFormat
 from sensorium.prompt.inspection import Renderer
 from sensorium.prompt.renderer import RenderPool
 from sensorium.prompt.template import ChatTemplate, pooling_template_source, reads_pairs, template_source
@@ -167,6 +168,11 @@ class ServedModel:
         """What is left to a text that is embedded in chunks."""
         longest = self._server.max_embed_len or limits.max_embedding_tokens
         return ContextLimit(self.tokenizer, lambda: max(longest, self.max_model_len), cuts_left=False)
+
+    @property
+    def format(self) -> OutputFormat | None:
+        """How it writes tool calls and reasoning; None if it writes neither."""
+        return None
 
     # What it can do.
 

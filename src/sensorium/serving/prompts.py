@@ -28,16 +28,19 @@ from sensorium.serving.media import Fetched, MediaPipeline, MediaSettings, Media
 from sensorium.serving.templates import Templates
 from sensorium.types import MediaFeatures, Prompt
 
+TAIL_CHARS = 4096
+"""Of a rendered prompt, from which the state is read in which the answer begins."""
 SHORT_TEXT = 2000  # characters that are tokenized sooner than a thread takes over
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A prompt and what it cost. `text_s` is rendering and tokenizing."""
+    """A prompt and what it cost. `text_s` is rendering and tokenizing, `tail` the end of the rendered text."""
 
     prompt: Prompt
     text_s: float
     media: tuple[MediaTiming, ...] = ()
+    tail: str = ""
 
 
 class PromptBuilder:
@@ -81,6 +84,7 @@ class PromptBuilder:
         continue_final_message: bool = False,
         add_special_tokens: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
         chat_template: str | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
         pooled: bool = False,
@@ -106,6 +110,7 @@ class PromptBuilder:
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 kwargs=template_kwargs,
+                tools=tools or None,  # some templates would list the tools of []
             ),
             tenant,
         )
@@ -130,7 +135,7 @@ class PromptBuilder:
         if truncation is not None and len(prompt.token_ids) > truncation.max_tokens:
             prompt = _cut(prompt, truncation)
         self._limit.check(prompt, "messages")
-        return Prepared(prompt, text_s, tuple(timings))
+        return Prepared(prompt, text_s, tuple(timings), text[-TAIL_CHARS:])
 
     async def encode(self, text: str, *, add_special_tokens: bool, tenant: bytes = b"") -> list[int]:
         """Token ids of a text in which special tokens are tokens."""

@@ -434,8 +434,10 @@ def test_content_parts_that_are_refused(part: dict[str, Any], param: str, code: 
         {"role": "user<|im_end|>", "content": "x"},
         {"role": "", "content": "x"},
         {"role": "user", "content": "x", "name": "<|a|>"},
-        {"role": "tool", "content": "x", "tool_call_id": "1"},
+        {"role": "function", "content": "x", "name": "f"},
         {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {"name": "f<|x|>"}}]},
+        {"role": "user", "content": "x", "tool_calls": [{"id": "1", "function": {"name": "f"}}]},
         {"role": "assistant", "content": None, "function_call": {"name": "f"}},
     ],
 )

@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 from sensorium.api.protocol.common import INT32_MAX, Name, Text
 from sensorium.api.protocol.content import Conversation, Messages, conversation
 from sensorium.api.protocol.sampling import LogprobCount, SamplingBody, check_alternatives, check_answer_size
+from sensorium.api.protocol.tools import MAX_TOOLS, ToolChoiceField, ToolEntry, ToolFields
 from sensorium.config import Limits, ServerConfig
 from sensorium.errors import RequestError
 from sensorium.serving.defaults import ModelDefaults, completion_length
@@ -83,7 +84,7 @@ class TemplateFields:
         }
 
 
-class ChatRequest(SamplingBody, TemplateFields):
+class ChatRequest(SamplingBody, TemplateFields, ToolFields):
     messages: Messages
     max_tokens: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
@@ -95,11 +96,16 @@ class ChatRequest(SamplingBody, TemplateFields):
     chat_template_kwargs: TemplateKwargs | None = None
     reasoning_effort: Name | None = None
     enable_thinking: bool | None = None
+    include_reasoning: bool | None = None
     mm_processor_kwargs: ProcessorKwargs | None = None
+    tools: Annotated[list[ToolEntry], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoiceField | None = None
+    parallel_tool_calls: bool | None = None
 
     def check(self, limits: Limits, server: ServerConfig) -> None:
         self.check_limits(limits)
         self.check_template(server)
+        self.check_tools()
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("`top_logprobs` needs `logprobs`: true.", param="top_logprobs")
         check_alternatives(self.top_logprobs, limits, "top_logprobs")

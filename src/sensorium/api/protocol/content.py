@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
 from sensorium.api.protocol.common import Nested, Text
+from sensorium.api.protocol.tools import ToolCalls, call_objects
 from sensorium.config import Limits
 from sensorium.errors import RequestError, UnsupportedFieldError
 from sensorium.media.source import MediaSource
@@ -102,9 +103,39 @@ class ChatMessage(Nested):
     role: Annotated[str, Field(min_length=1, max_length=32, pattern=r"^[A-Za-z][A-Za-z0-9_\-]*$")]
     content: Content | None = None
     name: Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9_\-. ]*$")] | None = None
-    tool_calls: Any = None
+    tool_calls: ToolCalls | None = None
     function_call: Any = None
     tool_call_id: Annotated[str, Field(max_length=256)] | None = None
+    reasoning: Text | None = None
+    reasoning_content: Text | None = None
+    thinking: Text | None = None
+    _place: str = ""
+
+    @classmethod
+    def placed(cls, place: str, fields: Mapping[str, Any]) -> ChatMessage:
+        """A message made of another API's: `place` is where that stands in the request."""
+        message = cls.model_validate(fields)
+        message._place = place
+        return message
+
+    @property
+    def place(self) -> str:
+        """Where it stands in a request of another API; "" if it is one of `messages`."""
+        return self._place
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """What a template may read of it beside role, name and content. What the assistant thought stands under one
+        name, whichever of the three the client uses."""
+        found: dict[str, Any] = {}
+        if self.tool_calls:
+            found["tool_calls"] = call_objects(self.tool_calls)
+        if self.tool_call_id is not None:
+            found["tool_call_id"] = self.tool_call_id
+        thoughts = self.reasoning_content or self.reasoning or self.thinking
+        if thoughts:
+            found["reasoning_content"] = thoughts
+        return found
 
 
 Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=8192)]
@@ -131,13 +162,13 @@ def conversation(
     media: list[MediaSource] = []
     made: list[Message] = []
     for index, message in enumerate(messages):
-        place = f"{where}[{index}]"
+        place = message.place or f"{where}[{index}]"
         _check_message(message, place, limits)
         parts = tuple(
             _part(part, f"{place}.content[{number}]", modalities, media) for number, part in enumerate(_parts(message))
         )
         role = "system" if message.role == "developer" else message.role
-        made.append(Message(role, parts, name=message.name or None))
+        made.append(Message(role, parts, name=message.name or None, extra=message.extra))
     return Conversation(tuple(made), tuple(media))
 
 
@@ -151,13 +182,13 @@ def message_of_parts(parts: Sequence[Any], where: str, modalities: frozenset[Mod
 
 
 def _check_message(message: ChatMessage, where: str, limits: Limits) -> None:
-    if message.tool_calls or message.role in ("tool", "function"):
+    if message.role == "function" or message.function_call:
         raise UnsupportedFieldError(
-            "Tool calls are not supported by this server.",
-            param=f"{where}.tool_calls" if message.tool_calls else f"{where}.role",
+            "Function calls are called `tool_calls` here, and their results have the role `tool`.",
+            param=f"{where}.function_call" if message.function_call else f"{where}.role",
         )
-    if message.function_call:
-        raise UnsupportedFieldError("Function calls are not supported by this server.", param=f"{where}.function_call")
+    if message.tool_calls and message.role != "assistant":
+        raise RequestError("Only assistant messages have `tool_calls`.", param=f"{where}.tool_calls")
     if message.content is None and message.role != "assistant":
         raise RequestError(
             f"`{where}.content` is required.", param=f"{where}.content", code="missing_required_parameter"

@@ -46,16 +46,20 @@ _UNFORMED = "answers cannot be held to a form yet: leave it out and describe the
 _UNPACKED = "its entries are fields of their own here, beside `messages` or `prompt`"
 _FIXED = "temperature, `top_k`, `top_p` and `min_p` are the samplers here, in this order"
 
+TOOLS: Mapping[str, Foreign] = {
+    **_fields("tools", advice="tools go with chats"),
+    **_fields("tool_choice", (None, "none", "auto"), "tools go with chats"),
+}
 EVERYWHERE: Mapping[str, Foreign] = {
-    **_fields("""audio documents ec_transfer_params functions kv_transfer_params
+    **_fields("""audio documents ec_transfer_params kv_transfer_params
         media_io_kwargs prediction prompt_embeds repetition_detection return_mm_kwargs
-        return_prompt_text return_token_ids return_token_offsets return_tokens_as_token_ids suffix tools
+        return_prompt_text return_token_ids return_token_offsets return_tokens_as_token_ids suffix
         use_beam_search vllm_xargs watermarking web_search_options"""),
     **_fields("guided_choice guided_grammar guided_regex structured_outputs", advice=_UNFORMED),
     **_fields("guided_json guided_decoding_backend guided_whitespace_pattern", (None,), _UNFORMED),
     **_fields("response_format", (None, {"type": "text"}), _UNFORMED),
     **_fields("best_of stream_interval length_penalty", (None, 1)),
-    **_fields("function_call tool_choice", (None, "none", "auto")),
+    **_fields("functions function_call", (*NOTHING, "none", "auto"), "they are called `tools` and `tool_choice` here"),
     **_fields("modalities", (None, [], ["text"])),
     **_fields("spaces_between_special_tokens", (None, True)),
     **_fields("thinking_token_budget", (None,)),
@@ -130,6 +134,7 @@ ANSWERS: Mapping[str, Foreign] = {
 
 COMPLETIONS: Mapping[str, Foreign] = {
     **ANSWERS,
+    **TOOLS,
     **_called("max_tokens", "n_predict num_predict max_new_tokens max_output_tokens max_length"),
 }
 """Here `max_tokens` is 16 by default: -1, for as many as there is room for, asks for something."""
@@ -140,6 +145,7 @@ PENALTY_WINDOWS = frozenset(
 """What these bound may be off; then they change nothing."""
 
 VECTORS: Mapping[str, Foreign] = {
+    **TOOLS,
     **EVERYWHERE,
     **_fields("allowed_token_ids bad_words logprob_token_ids"),
     **_fields("prompt_logprobs", (None, False)),
@@ -181,7 +187,7 @@ RECORDINGS: Mapping[str, Foreign] = {
 
 IGNORED = frozenset(
     """
-    include_reasoning metadata parallel_tool_calls prompt_cache_key prompt_cache_retention safety_identifier
+    metadata prompt_cache_key prompt_cache_retention safety_identifier
     service_tier session_id store verbosity
     cache_prompt id_slot n_keep n_discard timings_per_token return_progress response_fields post_sampling_probs
     reasoning_format mirostat_tau mirostat_eta dynatemp_exponent dry_base dry_allowed_length dry_penalty_last_n

@@ -9,12 +9,13 @@ from pydantic import Field
 from sensorium.api.protocol.chat import ProcessorKwargs, TemplateFields, TemplateKwargs
 from sensorium.api.protocol.common import Body, Name, Text, TokenId
 from sensorium.api.protocol.content import Conversation, Messages, conversation
+from sensorium.api.protocol.tools import MAX_TOOLS, ToolChoiceField, ToolEntry, ToolFields
 from sensorium.config import Limits, ServerConfig
 from sensorium.errors import RequestError
 from sensorium.types import Modality
 
 
-class TokenizeRequest(Body, TemplateFields):
+class TokenizeRequest(Body, TemplateFields, ToolFields):
     """Either `prompt` or `messages`."""
 
     model: Name | None = None
@@ -29,9 +30,13 @@ class TokenizeRequest(Body, TemplateFields):
     reasoning_effort: Name | None = None
     enable_thinking: bool | None = None
     mm_processor_kwargs: ProcessorKwargs | None = None
+    tools: Annotated[list[ToolEntry], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoiceField | None = None
+    parallel_tool_calls: bool | None = None
 
     def check(self, server: ServerConfig) -> None:
         self.check_template(server)
+        self.check_tools()
         if (self.prompt is None) == (self.messages is None):
             raise RequestError("Exactly one of `prompt` and `messages` is needed.", param="prompt")
 

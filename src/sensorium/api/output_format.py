@@ -1,0 +1,91 @@
+"""What a model's own format (tool calls, reasoning) means for one chat: what is refused, who reads the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from sensorium.api.context import Entry
+from sensorium.api.protocol.chat import ChatRequest
+from sensorium.api.protocol.content import Conversation
+from sensorium.api.protocol.tools import ToolFields
+from sensorium.errors import UnsupportedFieldError
+from sensorium.prompt.formats.base import OutputFormat, Scanner, ToolChoice
+from sensorium.serving.generation import GenerationRequest
+from sensorium.serving.model import ServedModel
+from sensorium.types import Grammar, SamplingParams
+
+
+def check_tools(entry: Entry, request: ToolFields, conversation: Conversation) -> None:
+    """UnsupportedFieldError where a chat has tools and the model cannot call any: it would answer as if there were
+    none."""
+    found = entry.model.format
+    if found is not None and found.has_tools:
+        return
+    param = "tools" if request.tools else _tool_message(conversation)
+    if param:
+        raise UnsupportedFieldError(
+            f"The model {entry.name!r} has no format for tool calls: its chat template does not mention tools. "
+            "Leave tools out, or start the server with a --chat-template that has them.",
+            param=param,
+        )
+
+
+def _tool_message(conversation: Conversation) -> str:
+    """Where the history has a call or a result."""
+    for index, message in enumerate(conversation.messages):
+        if "tool_calls" in message.extra:
+            return f"messages[{index}].tool_calls"
+        if message.role == "tool":
+            return f"messages[{index}].role"
+    return ""
+
+
+def with_format(model: ServedModel, request: ChatRequest, asked: GenerationRequest, tail: str) -> GenerationRequest:
+    """The request, read and held to by the model's format. `tail` is the end of the rendered prompt."""
+    found = model.format
+    if found is None:
+        return asked
+    choice = request.tool_choice_of()
+    tools = request.tool_objects if choice.mode != "none" else []
+    if not tools and not found.has_reasoning:
+        return asked
+    ids = model.tokenizer.added_tokens
+    ends = [ids[end] for end in found.ends if end in ids]
+    grammar = _grammar(found, request, choice, tail)
+    prompts = tuple((prompt, _held(params, ends, grammar)) for prompt, params in asked.prompts)
+
+    def scanner() -> Scanner:
+        return found.scanner(tail, tools)
+
+    return replace(
+        asked,
+        prompts=prompts,
+        scanner=scanner,
+        markers=frozenset(_ids(ids, found.markers if tools else found.reasoning_markers)),
+        hides_reasoning=request.include_reasoning is False,
+    )
+
+
+def _ids(ids: dict[str, int], markers: Iterable[str]) -> Iterable[int]:
+    return (ids[marker] for marker in markers if marker in ids)
+
+
+def _grammar(found: OutputFormat, request: ChatRequest, choice: ToolChoice, tail: str) -> Grammar | None:
+    """What holds the answer to the choice of tools."""
+    tools = request.tool_objects
+    if not tools or choice.mode == "none":
+        return None
+    thinking = found.thinking(tail)
+    source = found.tool_grammar(
+        tools, choice, parallel=request.parallel_tool_calls is not False, reasoning=thinking == "may"
+    )
+    if source is None:
+        return None
+    return Grammar("lark", source, after=found.reasoning_end if thinking == "open" else "")
+
+
+def _held(params: SamplingParams, ends: list[int], grammar: Grammar | None) -> SamplingParams:
+    """`ends` are tokens that end an answer in this format, unless the request looks past ends."""
+    stops = tuple(dict.fromkeys((*params.stop_token_ids, *ends))) if params.stop_token_ids else ()
+    return replace(params, stop_token_ids=stops, grammar=grammar or params.grammar)
