@@ -6,7 +6,8 @@ import logging
 import time
 
 from sensorium.api.context import Service
-from sensorium.api.routes import ROUTES, Route, Router
+from sensorium.api.error_forms import error_form
+from sensorium.api.routes import ROUTES, Route, Router, canonical
 from sensorium.api.transport.asgi import Call, Receive, Scope, Send
 from sensorium.api.transport.errors import errors_answered
 
@@ -31,6 +32,7 @@ class App:
         call = Call(scope, receive, send, root_path=self._root_path)
         route: Route | None = None
         async with errors_answered(call):
+            call.errors = error_form(canonical(call.path))
             self.service.origin.check(call)
             self.service.keys.authenticate(call)
             route = self._router.find(call)

@@ -83,6 +83,13 @@ async def head(served: Served, path: str) -> Reply:
     return reply
 
 
+async def test_a_key_may_come_as_anthropics_clients_send_it() -> None:
+    async with serving(api_key=(KEY,)) as served:
+        assert (await get(served.port, "/v1/models", headers={"X-Api-Key": KEY})).status == 200
+        both = {"X-Api-Key": KEY, "Authorization": "Bearer wrong"}
+        assert (await get(served.port, "/v1/models", headers=both)).status == 401
+
+
 @pytest.mark.parametrize(
     "headers",
     [
@@ -97,7 +104,7 @@ async def head(served: Served, path: str) -> Reply:
         bearer("schlüssel"),
         bearer(KEY, "Basic"),
         bearer(KEY, "bearer\t"),
-        {"X-Api-Key": KEY},
+        {"X-Api-Key": KEY[:-1]},
         bearer(KEY.upper()),
     ],
     ids=range(13),

@@ -39,18 +39,26 @@ class Keys:
         """Set `call.tenant`, or raise. Reads the path that routing reads, never a URL rebuilt from headers."""
         if not self._digests or call.path in PUBLIC_PATHS:
             return
-        values = call.headers(b"authorization")
-        if not values:
-            raise AuthenticationError(
-                "An API key is required: send it as `Authorization: Bearer KEY`.", code="missing_api_key"
-            )
-        if len(values) > 1:
-            raise AuthenticationError("There is more than one Authorization header.")
-        scheme, _, key = values[0].partition(b" ")
-        tenant = self.match(key.strip()) if scheme.lower() == b"bearer" else b""
+        tenant = self.match(_key_of(call))
         if not tenant:
             raise AuthenticationError("The API key is wrong.")
         call.tenant = tenant
+
+
+def _key_of(call: Call) -> bytes:
+    """The key that a call brings: as OpenAI's clients send it, else as Anthropic's do. b"" if it is none."""
+    values = call.headers(b"authorization")
+    others = call.headers(b"x-api-key")
+    if len(values) > 1 or len(others) > 1:
+        raise AuthenticationError("There is more than one API key: send one Authorization or X-Api-Key header.")
+    if not values and not others:
+        raise AuthenticationError(
+            "An API key is required: send it as `Authorization: Bearer KEY`.", code="missing_api_key"
+        )
+    if not values:
+        return others[0].strip()
+    scheme, _, key = values[0].partition(b" ")
+    return key.strip() if scheme.lower() == b"bearer" else b""
 
 
 class CacheSalts:

@@ -11,7 +11,9 @@ import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from typing import Any
+from typing import Any, Protocol
+
+from sensorium.errors import SensoriumError
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -20,6 +22,7 @@ Send = Callable[[Message], Awaitable[None]]
 Header = tuple[bytes, bytes]
 
 JSON = b"application/json"
+EVENTS = b"text/event-stream; charset=utf-8"
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:\-]{1,128}")
 _NOSNIFF: Header = (b"x-content-type-options", b"nosniff")
 
@@ -28,12 +31,27 @@ class ClientGone(Exception):
     """The client closed the connection. Nothing can be answered; whoever works for it stops."""
 
 
+class ErrorForm(Protocol):
+    """How one API writes errors."""
+
+    def body(self, error: SensoriumError, call: Call) -> bytes:
+        """Instead of an answer."""
+
+    def headers(self, call: Call) -> list[Header]:
+        """Beside those that every error has."""
+
+    def event(self, error: SensoriumError, call: Call) -> bytes:
+        """The end of a stream that has begun."""
+
+
 class Call:
-    """One request. `tenant` is set by `auth`: b"" without keys, else a digest that stands for the key."""
+    """One request. `tenant` is set by `auth`: b"" without keys, else a digest that stands for the key. `errors` is how
+    its API writes errors, if not as OpenAI's."""
 
     __slots__ = (
         "_is_echoed",
         "_name",
+        "errors",
         "method",
         "note",
         "path",
@@ -58,6 +76,7 @@ class Call:
         self._is_echoed = bool(echoed)
         self._name = ""
         self.tenant = b""
+        self.errors: ErrorForm | None = None
         self.started_s = time.perf_counter()
         self.status = 0  # 0: nothing sent yet
         self.streaming = False
@@ -120,7 +139,7 @@ class Call:
         )
         await self.send({"type": "http.response.body", "body": body})
 
-    async def start_events(self) -> None:
+    async def start_events(self, content_type: bytes = EVENTS) -> None:
         """Status 200 and the headers of an event stream; only once the first event is known."""
         self.status = 200
         self.streaming = True
@@ -129,7 +148,7 @@ class Call:
                 "type": "http.response.start",
                 "status": 200,
                 "headers": [
-                    (b"content-type", b"text/event-stream; charset=utf-8"),
+                    (b"content-type", content_type),
                     (b"x-accel-buffering", b"no"),
                     (b"x-request-id", self.request_id.encode()),
                     _NOSNIFF,

@@ -1,4 +1,5 @@
-"""The one place that turns an exception into what a client reads: OpenAI's error body, always the same four keys.
+"""The one place that turns an exception into what a client reads: OpenAI's error body, always the same four keys, or
+what the call's `ErrorForm` makes of it.
 
 Only `SensoriumError` carries text for clients; everything else becomes the fixed text of `ServerError`.
 """
@@ -9,6 +10,7 @@ import logging
 import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import msgspec
 
@@ -41,11 +43,30 @@ class ModelNotFoundError(NotFoundError):
     code = "model_not_found"
 
 
-def error_body(error: SensoriumError) -> bytes:
+def error_object(error: SensoriumError) -> dict[str, Any]:
+    """{message, type, param, code}"""
     param = error.param if isinstance(error, RequestError) else None
-    return msgspec.json.encode(
-        {"error": {"message": error.message, "type": error.type, "param": param, "code": error.code}}
-    )
+    return {"message": error.message, "type": error.type, "param": param, "code": error.code}
+
+
+def error_body(error: SensoriumError) -> bytes:
+    return msgspec.json.encode({"error": error_object(error)})
+
+
+class OpenAIErrors:
+    """An `ErrorForm`: OpenAI's object, and in a stream an event of it."""
+
+    def body(self, error: SensoriumError, call: Call) -> bytes:
+        return error_body(error)
+
+    def headers(self, call: Call) -> list[Header]:
+        return []
+
+    def event(self, error: SensoriumError, call: Call) -> bytes:
+        return b"data: " + error_body(error) + b"\n\ndata: [DONE]\n\n"
+
+
+OPENAI = OpenAIErrors()
 
 
 def error_headers(error: SensoriumError) -> list[Header]:
@@ -85,8 +106,9 @@ async def answer_error(call: Call, error: Exception) -> None:
         call.status = call.status or 499
         return
     shown = client_view(error, call)
+    form = call.errors or OPENAI
     if call.streaming:
-        event = b"data: " + error_body(shown) + b"\n\ndata: [DONE]\n\n"
-        await call.send({"type": "http.response.body", "body": event})
+        await call.send({"type": "http.response.body", "body": form.event(shown, call)})
     elif not call.status:
-        await call.respond(error_body(shown), status=shown.status, headers=error_headers(shown))
+        headers = [*error_headers(shown), *form.headers(call)]
+        await call.respond(form.body(shown, call), status=shown.status, headers=headers)

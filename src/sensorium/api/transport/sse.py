@@ -8,19 +8,32 @@ from __future__ import annotations
 import asyncio
 from types import TracebackType
 
-from sensorium.api.transport.asgi import Call
+from sensorium.api.transport.asgi import EVENTS, Call
 
 DONE = b"data: [DONE]\n\n"
 COMMENT = b": keep-alive\n\n"
 
 
 class EventStream:
-    """The body of one streaming answer. Several tasks may write; each `write` is whole events."""
+    """The body of one streaming answer. Several tasks may write; each `write` is whole events.
 
-    def __init__(self, call: Call, keep_alive_s: float) -> None:
+    `done` is the marker after the last one, `comment` what is said in a silence: b"" to say nothing."""
+
+    def __init__(
+        self,
+        call: Call,
+        keep_alive_s: float,
+        *,
+        done: bytes = DONE,
+        comment: bytes = COMMENT,
+        content_type: bytes = EVENTS,
+    ) -> None:
         self._call = call
         self._send = call.send
-        self._keep_alive_s = keep_alive_s
+        self._keep_alive_s = keep_alive_s if comment else 0.0
+        self._done = done
+        self._silence = comment
+        self._content_type = content_type
         self._loop = asyncio.get_running_loop()
         self._written_s = 0.0
         self._starting = asyncio.Lock()
@@ -38,12 +51,12 @@ class EventStream:
         """The last events and the marker after them."""
         if not self.started:
             await self._start()
-        await self._send({"type": "http.response.body", "body": events + DONE})
+        await self._send({"type": "http.response.body", "body": events + self._done})
 
     async def _start(self) -> None:
         async with self._starting:
             if not self.started:
-                await self._call.start_events()
+                await self._call.start_events(self._content_type)
                 self.started = True
                 if self._keep_alive_s > 0:
                     self._timer = self._loop.call_later(self._keep_alive_s, self._tick)
@@ -52,7 +65,7 @@ class EventStream:
         silent_s = self._loop.time() - self._written_s
         if silent_s >= self._keep_alive_s:
             if self._comment is None or self._comment.done():  # else the client does not even read comments
-                self._comment = self._loop.create_task(self.write(COMMENT))
+                self._comment = self._loop.create_task(self.write(self._silence))
             silent_s = 0.0
         self._timer = self._loop.call_later(self._keep_alive_s - silent_s, self._tick)
 
