@@ -6,27 +6,21 @@ from sensorium.api.context import Entry, Service
 from sensorium.api.pooled import chosen_prompt, opened, pool_inputs
 from sensorium.api.protocol.pooling import EmbeddingsRequest
 from sensorium.api.transport.asgi import Call
-from sensorium.api.vectors import respond_vectors
+from sensorium.api.vectors import Kind, respond_vectors
 from sensorium.errors import RequestError
+
+_EMBEDDINGS = Kind("embd", "embedding", "embedding")
 
 
 async def embeddings(service: Service, call: Call) -> None:
     async with opened(service, call, EmbeddingsRequest) as job:
         job.entry.need("embed")
-        _check_dimensions(job.entry, job.request.dimensions)
+        check_dimensions(job.entry, job.request.dimensions)
         pooled = await pool_inputs(job, job.request.params(), prompt=chosen_prompt(job, "embed"))
-        await respond_vectors(
-            call,
-            pooled,
-            prefix="embd",
-            model=job.model_name,
-            kind="embedding",
-            key="embedding",
-            encoding=job.request.encoding_format or "float",
-        )
+        await respond_vectors(call, pooled, _EMBEDDINGS, job.model_name, job.request, job.request.embedding_type)
 
 
-def _check_dimensions(entry: Entry, wanted: int | None) -> None:
+def check_dimensions(entry: Entry, wanted: int | None) -> None:
     """Only vectors of models that were trained for it mean anything when they are cut."""
     ready = entry.model.client.ready
     whole = ready.embedding_size if ready is not None else 0

@@ -41,7 +41,7 @@ class Job(Generic[Request_co]):
         return self.request.model or self.entry.name
 
     def truncation(self) -> Truncation | None:
-        return self.model.truncation(self.request.truncate_prompt_tokens, self.request.truncation_side)
+        return self.model.truncation(self.request.most_tokens, self.request.truncation_side)
 
     async def run(self, prompts: Sequence[Prompt], params: PoolingParams | Sequence[PoolingParams]) -> Pooled:
         """The prompts' vectors, and a word of it in the log."""
@@ -81,7 +81,12 @@ def chosen_prompt(job: Job[PromptedBody], task: PoolingTask) -> str:
         if param is not None:
             raise RequestError(f"`{param}` goes with embeddings; the task here is {task}.", param=param)
         return ""
-    prompt = job.model.instructions.chosen(request.prompt_name, request.input_type)
+    try:
+        prompt = job.model.instructions.chosen(request.prompt_name, request.type_of_texts)
+    except RequestError as error:
+        if param == "task":
+            error.param = param
+        raise
     if request.has_texts:
         return prompt
     if param is not None and prompt:

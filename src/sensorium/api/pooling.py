@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import msgspec
 
 from sensorium.api.context import Entry, Service
 from sensorium.api.pooled import chosen_prompt, opened, pool_inputs, usage_object
 from sensorium.api.protocol.pooling import ClassifyRequest, PoolingRequest
 from sensorium.api.transport.asgi import Call
-from sensorium.api.vectors import LARGE, envelope, respond_vectors
+from sensorium.api.vectors import Kind, envelope, respond_vectors, written_in_time
 from sensorium.serving.pooled import Pooled
 from sensorium.types import PoolingParams, PoolingTask
 
 MAX_NUMBERS = 2**23
 """Of one answer that has a vector for every token: 32 MiB, about 170 MB as JSON."""
+
+
+_POOLING = Kind("pooling", "pooling", "data")
 
 
 async def pooling(service: Service, call: Call) -> None:
@@ -26,15 +27,7 @@ async def pooling(service: Service, call: Call) -> None:
         pooled = await pool_inputs(
             job, _params(task, request), max_tokens=_max_tokens(entry, task), prompt=chosen_prompt(job, task)
         )
-        await respond_vectors(
-            call,
-            pooled,
-            prefix="pooling",
-            model=job.model_name,
-            kind="pooling",
-            key="data",
-            encoding=request.encoding_format or "float",
-        )
+        await respond_vectors(call, pooled, _POOLING, job.model_name, request)
 
 
 def _params(task: PoolingTask, request: PoolingRequest) -> PoolingParams:
@@ -56,9 +49,8 @@ async def classify(service: Service, call: Call) -> None:
     async with opened(service, call, ClassifyRequest) as job:
         job.entry.need("classify")
         pooled = await pool_inputs(job, job.request.params())
-        few = sum(vector.size for vector in pooled.vectors) < LARGE
-        data = _classes(job.entry, pooled) if few else await asyncio.to_thread(_classes, job.entry, pooled)
-        await call.respond(envelope("classify", job.model_name, data, usage_object(pooled)))
+        data = await written_in_time(lambda: _classes(job.entry, pooled), pooled.vectors)
+        await call.respond(envelope(call, "classify", job.model_name, data, usage_object(pooled)))
 
 
 def _classes(entry: Entry, pooled: Pooled) -> bytes:

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from sensorium.api.context import Service
 from sensorium.api.pooled import Job, opened, usage_object
-from sensorium.api.protocol.score import (
-    ComparingBody,
-    PartsItem,
-    RerankRequest,
-    ScoreRequest,
-    as_conversation,
-    plain_text,
-)
+from sensorium.api.protocol.content import Conversation
+from sensorium.api.protocol.score import ComparingBody, RerankRequest, ScoreRequest, is_plain, plain_text
 from sensorium.api.transport.asgi import Call
 from sensorium.api.vectors import envelope
 from sensorium.errors import RequestError
@@ -58,7 +51,7 @@ async def score(service: Service, call: Call) -> None:
             {"index": index, "object": "score", "score": float(vector[0])}
             for index, vector in enumerate(pooled.vectors)
         ]
-        await call.respond(envelope("score", job.model_name, msgspec.json.encode(rows), usage_object(pooled)))
+        await call.respond(envelope(call, "score", job.model_name, msgspec.json.encode(rows), usage_object(pooled)))
 
 
 async def rerank(service: Service, call: Call) -> None:
@@ -83,15 +76,15 @@ async def rerank(service: Service, call: Call) -> None:
         usage = {"prompt_tokens": pooled.prompt_tokens, "total_tokens": pooled.prompt_tokens}
         await call.respond(
             msgspec.json.encode(
-                {"id": "rerank-" + secrets.token_hex(12), "model": job.model_name, "usage": usage, "results": rows}
+                {"id": call.answer_id("rerank"), "model": job.model_name, "usage": usage, "results": rows}
             )
         )
 
 
 def _document(item: Any) -> dict[str, Any]:
-    if isinstance(item, PartsItem):
-        return {"text": None, "multi_modal": item.model_dump(mode="json")}
-    return {"text": plain_text(item), "multi_modal": None}
+    if is_plain(item):
+        return {"text": plain_text(item), "multi_modal": None}
+    return {"text": None, "multi_modal": item.model_dump(mode="json", exclude_none=True)}
 
 
 async def _compare(job: Job[ComparingBody], left: Side, right: Side) -> Pooled:
@@ -183,9 +176,12 @@ def _params(job: Job[ComparingBody], given: PooledInput, prompt: str) -> Pooling
 def _input(job: Job[ComparingBody], side: Side, index: int, prompt: str) -> PooledInput:
     """`prompt` stands before texts."""
     item = side.items[index]
-    if isinstance(item, PartsItem):
-        return as_conversation(item, side.place(index), job.model.processor.modalities, job.service.limits)
-    return prompt + cast(str, plain_text(item))
+    if is_plain(item):
+        return prompt + (plain_text(item) or "")
+    conversation: Conversation = item.conversation(
+        side.place(index), job.model.processor.modalities, job.service.limits
+    )
+    return conversation
 
 
 def _narrower(truncation: Truncation | None, max_tokens: int) -> Truncation | None:

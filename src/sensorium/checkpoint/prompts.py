@@ -18,11 +18,11 @@ from sensorium.errors import CheckpointError, RequestError
 Role = Literal["query", "document"]
 
 _NAMES: Mapping[Role, tuple[str, ...]] = {
-    "query": ("query", "search_query", "question"),
-    "document": ("document", "passage", "corpus", "search_document"),
+    "query": ("query", "search_query", "question", "retrieval.query"),
+    "document": ("document", "passage", "corpus", "search_document", "retrieval.passage"),
 }
 """Names of one thing in different repositories and services, in the order in which they are looked for."""
-_OTHER_TYPES = ("classification", "clustering", "sts", "semantic_similarity")
+_OTHER_TYPES = ("classification", "clustering", "sts", "semantic_similarity", "text-matching", "separation")
 _FILE = "config_sentence_transformers.json"
 
 

@@ -209,15 +209,15 @@ def _part(part: Any, where: str, modalities: frozenset[Modality], media: list[Me
         case TextContent():
             return TextPart(part.text)
         case ImageContent():
-            return _medium("image", _source("image", part.image_url, f"{where}.image_url"), modalities, media)
+            return media_part("image", _source("image", part.image_url, f"{where}.image_url"), modalities, media)
         case VideoContent():
-            return _medium("video", _source("video", part.video_url, f"{where}.video_url"), modalities, media)
+            return media_part("video", _source("video", part.video_url, f"{where}.video_url"), modalities, media)
         case AudioContent():
-            return _medium("audio", _source("audio", part.audio_url, f"{where}.audio_url"), modalities, media)
+            return media_part("audio", _source("audio", part.audio_url, f"{where}.audio_url"), modalities, media)
         case SoundContent():
             audio = part.input_audio
             source = MediaSource("audio", f"{where}.input_audio.data", data=audio.data, format=audio.format)
-            return _medium("audio", source, modalities, media)
+            return media_part("audio", source, modalities, media)
     raise RequestError(
         "A content part must be text, image_url, video_url, audio_url or input_audio.",
         param=f"{where}.type",
@@ -231,7 +231,7 @@ def _source(kind: Modality, value: str | UrlObject, where: str) -> MediaSource:
     return MediaSource(kind, f"{where}.url", url=value.url)
 
 
-def _medium(
+def media_part(
     kind: Modality, source: MediaSource, modalities: frozenset[Modality], media: list[MediaSource]
 ) -> MediaPart:
     if kind not in modalities:

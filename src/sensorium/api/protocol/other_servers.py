@@ -149,9 +149,10 @@ VECTORS: Mapping[str, Foreign] = {
     **EVERYWHERE,
     **_fields("allowed_token_ids bad_words logprob_token_ids"),
     **_fields("prompt_logprobs", (None, False)),
-    **_fields("embed_dtype output_dtype embedding_type", (None, "float32", "float"), "vectors are float32 here"),
-    **_fields("embedding_types", (None, [], ["float"]), "vectors are float32 here"),
-    **_fields("endianness", (None, "native", "little")),
+    **_fields(
+        "output_dtype", (None, "float32", "float"), "vectors are float32; `embedding_type` of /v1/embeddings changes it"
+    ),
+    **_fields("embedding_types", (None, [], ["float"]), "/v2/embed has it, /v1/embeddings one `embedding_type`"),
     **_fields("padding", (None, "do_not_pad")),
     **_fields("embd_normalize", (None, 2), "`use_activation`: false leaves vectors as they are"),
     **_called("dimensions", "output_dimension truncate_dim"),

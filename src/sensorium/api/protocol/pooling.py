@@ -14,6 +14,7 @@ from sensorium.api.protocol.chat import ProcessorKwargs, TemplateFields, Templat
 from sensorium.api.protocol.common import INT32_MAX, Body, Name, Priority, Text
 from sensorium.api.protocol.completion import TokenIds
 from sensorium.api.protocol.content import ChatMessage, Conversation, Messages, conversation
+from sensorium.api.protocol.items import InputItem, is_item
 from sensorium.api.protocol.other_servers import UNPROMPTED, VECTORS, Foreign
 from sensorium.config import Limits, ServerConfig
 from sensorium.errors import RequestError
@@ -23,25 +24,36 @@ from sensorium.types import Modality, PoolingParams
 MAX_INPUTS = 2**16
 """The operator's limit is the one that counts; this only bounds what is parsed."""
 
-Encoding = Literal["float", "base64"]
+Encoding = Literal["float", "base64", "bytes", "bytes_only"]
+NumberType = Literal["float32", "float16", "bfloat16", "fp8_e4m3", "fp8_e5m2"]
+Endianness = Literal["native", "big", "little"]
 PooledInput = str | list[int] | Conversation
 """One sequence that is asked for: text, token ids or a chat."""
 
 
 def _input_form(value: Any) -> str:
     if not isinstance(value, list):
-        return "<text>"
+        return "<item>" if is_item(value) else "<text>"
     first = value[0] if value else None
     if isinstance(first, list):
         return "<many ids>"
+    if is_item(first) or (isinstance(first, str) and any(map(is_item, value))):
+        return "<items>"
     return "<texts>" if first is None or isinstance(first, str) else "<ids>"
 
 
+def _item_form(value: Any) -> str:
+    return "<text>" if isinstance(value, str) else "<item>"
+
+
+TextOrItem = Annotated[Annotated[Text, Tag("<text>")] | Annotated[InputItem, Tag("<item>")], Discriminator(_item_form)]
 InputField = Annotated[
     Annotated[Text, Tag("<text>")]
     | Annotated[TokenIds, Tag("<ids>")]
     | Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS), Tag("<texts>")]
-    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_INPUTS), Tag("<many ids>")],
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_INPUTS), Tag("<many ids>")]
+    | Annotated[InputItem, Tag("<item>")]
+    | Annotated[list[TextOrItem], Field(min_length=1, max_length=MAX_INPUTS), Tag("<items>")],
     Discriminator(_input_form),
 ]
 
@@ -95,6 +107,11 @@ class PoolingBody(Body, TemplateFields):
         """Nothing is to be said after the last message, unless the request wants to pool there."""
         return bool(self.add_generation_prompt)
 
+    @property
+    def most_tokens(self) -> int | None:
+        """To which a prompt is cut; -1 for as many as the model takes."""
+        return self.truncate_prompt_tokens
+
     def side(self, default: Side) -> Side:
         return self.truncation_side or default
 
@@ -115,14 +132,18 @@ class InputBody(PoolingBody):
                 code=None if self.input is not None else "missing_required_parameter",
             )
         for index, item in enumerate(self._given_inputs()):
-            if not item:
+            if not item or (isinstance(item, InputItem) and item.plain == ""):
                 where = f"input[{index}]" if isinstance(self.input, list) else "input"
                 raise RequestError(f"`{where}` must not be empty.", param=where)
 
     def inputs(self, modalities: frozenset[Modality], limits: Limits) -> list[PooledInput]:
         """The sequences in order, checked against the limits and the model."""
         if self.messages is None:
-            return [*self._given_inputs()]
+            is_list = isinstance(self.input, list)
+            return [
+                _pooled(item, f"input[{index}]" if is_list else "input", modalities, limits)
+                for index, item in enumerate(self._given_inputs())
+            ]
         chats = self._chats()
         many = len(chats) > 1 or isinstance(self.messages[0], list)
         return [
@@ -134,11 +155,11 @@ class InputBody(PoolingBody):
     def count(self) -> int:
         return len(self._chats()) if self.messages is not None else len(self._given_inputs())
 
-    def _given_inputs(self) -> list[str] | list[list[int]]:
+    def _given_inputs(self) -> list[str] | list[list[int]] | list[str | InputItem]:
         given: Any = self.input
         if given is None:
             return []
-        if isinstance(given, str) or isinstance(given[0], int):
+        if isinstance(given, str | InputItem) or isinstance(given[0], int):
             return [given]
         many: list[str] | list[list[int]] = given
         return many
@@ -147,6 +168,15 @@ class InputBody(PoolingBody):
         given: Any = self.messages or []
         chats: list[list[ChatMessage]] = given if given and isinstance(given[0], list) else [given]
         return chats
+
+
+def _pooled(
+    item: str | list[int] | InputItem, where: str, modalities: frozenset[Modality], limits: Limits
+) -> PooledInput:
+    """An item of text alone is a text like others."""
+    if not isinstance(item, InputItem):
+        return item
+    return item.conversation(where, modalities, limits) if item.plain is None else item.plain
 
 
 class PromptedBody(InputBody):
@@ -159,8 +189,12 @@ class PromptedBody(InputBody):
 
     @property
     def has_texts(self) -> bool:
-        first = next(iter(self._given_inputs()), None)
-        return isinstance(first, str)
+        return any(isinstance(one, str) or (isinstance(one, InputItem) and one.plain) for one in self._given_inputs())
+
+    @property
+    def type_of_texts(self) -> str | None:
+        """What the texts are, which chooses a prompt."""
+        return self.input_type
 
     @property
     def chooses(self) -> str | None:
@@ -168,16 +202,52 @@ class PromptedBody(InputBody):
         return next((name for name in ("prompt_name", "input_type") if getattr(self, name) is not None), None)
 
 
-class EmbeddingsRequest(PromptedBody):
+class EncodedBody(PromptedBody):
+    """How vectors are written; all but `encoding_format` is about vectors that are bytes."""
+
     encoding_format: Encoding | None = None
+    embed_dtype: NumberType | None = None
+    endianness: Endianness | None = None
+
+
+class EmbeddingsRequest(EncodedBody):
+    """The last four are Jina's."""
+
     dimensions: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
+    embedding_type: Literal["float", "base64", "int8", "uint8", "binary", "ubinary"] | None = None
+    task: Name | None = None
+    normalized: bool | None = None
+    truncate: bool | None = None
+
+    def check(self, limits: Limits, server: ServerConfig) -> None:
+        super().check(limits, server)
+        for ours, theirs in (
+            ("encoding_format", "embedding_type"),
+            ("input_type", "task"),
+            ("use_activation", "normalized"),
+            ("truncate_prompt_tokens", "truncate"),
+        ):
+            if getattr(self, ours) is not None and getattr(self, theirs) is not None:
+                raise RequestError(f"`{theirs}` and `{ours}` say the same; give one of them.", param=theirs)
+
+    @property
+    def chooses(self) -> str | None:
+        return "task" if self.task is not None else super().chooses
+
+    @property
+    def type_of_texts(self) -> str | None:
+        return self.input_type if self.task is None else self.task
+
+    @property
+    def most_tokens(self) -> int | None:
+        return -1 if self.truncate else self.truncate_prompt_tokens
 
     def params(self) -> PoolingParams:
-        return PoolingParams("embed", normalize=self.use_activation, dimensions=self.dimensions)
+        normalize = self.use_activation if self.normalized is None else self.normalized
+        return PoolingParams("embed", normalize=normalize, dimensions=self.dimensions)
 
 
-class PoolingRequest(PromptedBody):
-    encoding_format: Encoding | None = None
+class PoolingRequest(EncodedBody):
     dimensions: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
     task: Literal["embed", "classify", "token_embed", "token_classify"] | None = None
 

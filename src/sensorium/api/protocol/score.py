@@ -7,49 +7,25 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag
 
-from sensorium.api.protocol.common import Count, Nested, Text
-from sensorium.api.protocol.content import Conversation, Part, TextContent, message_of_parts
-from sensorium.api.protocol.pooling import MAX_INPUTS, PoolingBody
+from sensorium.api.protocol.common import Count, Text
+from sensorium.api.protocol.items import InputItem, is_item
+from sensorium.api.protocol.pooling import MAX_INPUTS, PoolingBody, TextOrItem
 from sensorium.config import Limits, ServerConfig
 from sensorium.errors import RequestError
-from sensorium.types import Modality, PoolingParams
+from sensorium.types import PoolingParams
 
 _FIELDS = (("queries", "documents"), ("queries", "items"), ("data_1", "data_2"), ("text_1", "text_2"))
 
 
-class PartsItem(Nested):
-    """Text and media that belong together."""
-
-    content: Annotated[list[Part], Field(min_length=1, max_length=4096)]
-
-
-class TextItem(Nested):
-    """A text as other rerankers' clients write it."""
-
-    text: Text
-
-
-def _item_form(value: Any) -> str:
-    if isinstance(value, str):
-        return "<string>"
-    is_text = isinstance(value, TextItem) or (isinstance(value, dict) and "content" not in value)
-    return "<text>" if is_text else "<parts>"
-
-
 def _items_form(value: Any) -> str:
-    return "<many>" if isinstance(value, list) else _item_form(value)
+    if isinstance(value, list):
+        return "<many>"
+    return "<item>" if is_item(value) else "<text>"
 
 
-Item = Annotated[
-    Annotated[Text, Tag("<string>")] | Annotated[PartsItem, Tag("<parts>")] | Annotated[TextItem, Tag("<text>")],
-    Discriminator(_item_form),
-]
-Many = Annotated[list[Item], Field(min_length=1, max_length=MAX_INPUTS)]
+Many = Annotated[list[TextOrItem], Field(min_length=1, max_length=MAX_INPUTS)]
 Items = Annotated[
-    Annotated[Text, Tag("<string>")]
-    | Annotated[PartsItem, Tag("<parts>")]
-    | Annotated[TextItem, Tag("<text>")]
-    | Annotated[Many, Tag("<many>")],
+    Annotated[Text, Tag("<text>")] | Annotated[InputItem, Tag("<item>")] | Annotated[Many, Tag("<many>")],
     Discriminator(_items_form),
 ]
 
@@ -103,13 +79,13 @@ class ScoreRequest(ComparingBody):
         )
 
     @property
-    def sides(self) -> tuple[Sequence[Item], Sequence[Item]]:
+    def sides(self) -> tuple[Sequence[str | InputItem], Sequence[str | InputItem]]:
         left, right = self.names
         return as_list(getattr(self, left)), as_list(getattr(self, right))
 
 
 class RerankRequest(ComparingBody):
-    query: Item
+    query: TextOrItem
     documents: Many
     top_n: Count | None = None
     return_documents: bool | None = None
@@ -120,7 +96,7 @@ class RerankRequest(ComparingBody):
         check_items(self.documents, "documents")
 
 
-def as_list(given: Any) -> Sequence[Item]:
+def as_list(given: Any) -> Sequence[str | InputItem]:
     return given if isinstance(given, list) else [given]
 
 
@@ -133,15 +109,9 @@ def check_items(items: Sequence[Any], name: str, *, single: bool = False) -> Non
 
 def plain_text(item: Any) -> str | None:
     """An item's text; None if it has media (or parts that we do not have)."""
-    if isinstance(item, str):
-        return item
-    if isinstance(item, TextItem):
-        return item.text
-    if not all(isinstance(part, TextContent) for part in item.content):
-        return None
-    return "\n".join(part.text for part in item.content)
+    return item if isinstance(item, str) else item.plain
 
 
-def as_conversation(item: PartsItem, where: str, modalities: frozenset[Modality], limits: Limits) -> Conversation:
-    """Contents as a user's message, for models that see them through their chat template."""
-    return message_of_parts(item.content, f"{where}.content", modalities, limits)
+def is_plain(item: Any) -> bool:
+    """Is it a text, which stands as it is before the model? The parts of a message go through the chat template."""
+    return isinstance(item, str) or (item.content is None and item.plain is not None)
