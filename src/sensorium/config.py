@@ -145,7 +145,10 @@ class Limits:
     max_upload_bytes: int = flag(32 * MiB, "Bytes of a multipart body; more is 413.", parse="size")
     max_body_messages: int = flag(20_000, "Pieces in which a body may arrive; more is 413.")
     max_pending_bytes: int = flag(
-        384 * MiB, "Bytes of all bodies that are being received or made into prompts; more is 503.", parse="size"
+        384 * MiB,
+        "Bytes of all bodies that are being received or made into prompts, and as many of media fetched for them; more "
+        "is 503. At most eight hundredths of what the machine or a control group leaves beside the model.",
+        parse="size",
     )
     max_messages: int = flag(1024, "Messages of one chat.", max=8192)
     max_parts: int = flag(256, "Content parts of one message.", max=4096)
@@ -169,6 +172,12 @@ class Limits:
     max_url_length: int = flag(2048, "Characters of an http(s) URL.")
     max_redirects: int = flag(3, "Redirects followed when fetching media, each checked anew.")
     fetch_timeout_s: float = flag(10.0, "Seconds for one media download, redirects included.")
+    media_memory: int = flag(
+        4 * GiB,
+        "Bytes that media may take while they are decoded and processed, all together; an item that needs more is "
+        "refused. At most three tenths of what the machine or a control group leaves beside the model.",
+        parse="size",
+    )
     decode_timeout_s: float = flag(20.0, "Longest time to decode one media item, in seconds.")
     max_n: int = flag(16, "Choices per prompt (`n`).")
     max_stop: int = flag(4, "Stop strings of one request.", max=64)

@@ -26,10 +26,13 @@ class Server:
         return self.log.read_text()
 
 
-def start(log: Path, *argv: str, environment: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+def start(
+    log: Path, *argv: str, environment: dict[str, str] | None = None, prefix: tuple[str, ...] = ()
+) -> subprocess.Popen[bytes]:
+    """`prefix` is a command that runs the one behind it."""
     with log.open("wb") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "sensorium", "serve", *argv],
+            [*prefix, sys.executable, "-m", "sensorium", "serve", *argv],
             stdout=output,
             stderr=output,
             env={**os.environ, **(environment or {})},
@@ -50,7 +53,7 @@ def running(
         log, *argv, "--port", "0", "--kv-cache-memory", kv_cache_memory, "--threads", "1", environment=environment
     )
     try:
-        yield Server(process, log, _until_ready(process, log, timeout_s))
+        yield Server(process, log, until_ready(process, log, timeout_s))
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
@@ -61,7 +64,7 @@ def running(
             process.wait()
 
 
-def _until_ready(process: subprocess.Popen[bytes], log: Path, timeout_s: float) -> str:
+def until_ready(process: subprocess.Popen[bytes], log: Path, timeout_s: float) -> str:
     end_s = time.monotonic() + timeout_s
     while time.monotonic() < end_s:
         if match := READY.search(log.read_text()):

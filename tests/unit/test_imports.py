@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "serving": {"processors", "prompt", "media", "ipc", "checkpoint"},
     "processors": {"prompt", "media", "checkpoint"},
     "prompt": {"workers", "checkpoint"},
-    "media": {"workers"},
+    "media": {"workers", "system"},
     "workers": set(),
     "engine": {"models", "pooling", "weights", "kernels", "ipc", "checkpoint", "system"},
     "models": {"pooling", "weights", "kernels", "checkpoint"},

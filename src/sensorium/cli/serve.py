@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING
 
 from sensorium.checkpoint.configs import Checkpoint, open_checkpoint
 from sensorium.checkpoint.hub import resolve, text_model_of
+from sensorium.cli.fit import fitted
 from sensorium.cli.translate import as_meant, with_sampling_defaults
 from sensorium.config import ServeOptions
 from sensorium.errors import StartupError
 from sensorium.ipc.client import EngineClient
 from sensorium.system.malloc import return_large_blocks
+from sensorium.system.memory import free_memory_bytes
 from sensorium.system.processes import family, resident_bytes
 
 if TYPE_CHECKING:
@@ -66,6 +68,7 @@ def serve(options: ServeOptions) -> int:
     options = as_meant(options, folder, checkpoint.family.modalities)
     checkpoint = replace(with_sampling_defaults(checkpoint, options.server), pooling=options.engine.pooling)
     _check(options, checkpoint)
+    options = fitted(options, [folder, *([text_folder] if text_folder else [])], free_memory_bytes())
     with _progress() as show:
         config = replace(options.engine, model=str(folder), text_model=str(text_folder or ""))
         client = EngineClient(config, on_progress=show)

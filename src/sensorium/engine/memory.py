@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +13,7 @@ from sensorium.errors import StartupError
 from sensorium.kernels import cache_width
 from sensorium.kernels.context import KVCache
 from sensorium.models.base import Model
-from sensorium.system import cgroups
+from sensorium.system.memory import free_memory_bytes
 
 CPU_PART = 0.25  # of free memory for the KV cache, where the flag does not say
 ENCODER_PART = 0.125  # of free memory that tower outputs may take, whatever the flag says
@@ -74,14 +72,6 @@ def available_for_cache(
         return int(max(free_memory_bytes() - mapped_bytes, 0) * CPU_PART)
     free, total = torch.cuda.mem_get_info(device)
     return int(total * config.gpu_memory_utilization) - (total - free) - activation_bytes
-
-
-def free_memory_bytes() -> int:
-    """Memory that can still be taken: the machine's, or what the tightest limit around this process leaves."""
-    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    free = int(found[1]) * 1024 if found else 4 * 1024**3
-    allowed = cgroups.free_memory_bytes()
-    return free if allowed is None else min(free, allowed)
 
 
 def encoder_cache_bytes(config: EngineConfig, device: torch.device) -> int:

@@ -26,6 +26,7 @@ MIN_RATE, MAX_RATE, MAX_CHANNELS = 8_000, 192_000, 2
 LOUDEST = 1000.0  # full scale is 1; nothing sane is beyond this
 FULL_SCALE = {"u8": 128.0, "s16": 32768.0, "s32": 2147483648.0}
 MAX_BAD_PACKETS = 16
+BLOCK_SAMPLES = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +44,13 @@ def inspect_audio(payload: bytes, demuxer: Demuxer) -> Track:
         return Track(float(ticks * stream.time_base), rate)
 
 
-def decode_audio(payload: bytes, demuxer: Demuxer, sample_rate: int, max_seconds: float) -> Samples:
-    """float32 [samples]."""
+def decode_audio(payload: bytes, demuxer: Demuxer, sample_rate: int, max_seconds: float) -> list[Samples]:
+    """float32 [samples] in pieces."""
     with opened(payload, "audio", demuxer) as (container, stream):
         rate = _checked_rate(stream)
         resampler = soxr.ResampleStream(rate, sample_rate, 1, dtype="float32") if rate != sample_rate else None
-        pieces, count = [], 0
+        pieces: list[Samples] = []
+        count = 0
         for piece in _mono(container, stream, rate):
             count += len(piece)
             if count > (max_seconds + PADDING_S) * rate:
@@ -58,7 +60,20 @@ def decode_audio(payload: bytes, demuxer: Demuxer, sample_rate: int, max_seconds
             raise Refusal("empty", "The {kind} has no samples.")
         if resampler:
             pieces.append(resampler.resample_chunk(np.empty(0, np.float32), last=True))
-        return np.concatenate(pieces)
+        return pieces
+
+
+def in_blocks(pieces: list[Samples]) -> Iterator[Samples]:
+    """The same samples in blocks of about a megabyte, none of them empty."""
+    block: list[Samples] = []
+    count = 0
+    for number, piece in enumerate(pieces, 1):
+        block.append(piece)
+        count += len(piece)
+        if count and (count >= BLOCK_SAMPLES or number == len(pieces)):
+            yield np.concatenate(block)
+            block.clear()
+            count = 0
 
 
 def _checked_rate(stream: Any) -> int:

@@ -37,27 +37,27 @@ def _image_decoders() -> dict[str, Decoder]:
     from sensorium.media.image import decode_image
 
     def image(payload: bytes, job: dict[str, Any]) -> Decoded:
-        pixels = decode_image(payload, job["max_pixels"])
-        return Decoded(shape=pixels.shape, pieces=(pixels,))
+        found = decode_image(payload, job["max_pixels"])
+        return Decoded(shape=(found.height, found.width, 3), pieces=found.strips)
 
     def frames(payload: bytes, job: dict[str, Any]) -> Decoded:
         images = frames_of(payload)
         max_pixels = job["max_pixels"] // len(images)
         return Decoded(
             shape=(len(images), job["height"], job["width"], 3),
-            pieces=(decode_image(image, max_pixels) for image in images),
+            pieces=(strip for image in images for strip in decode_image(image, max_pixels).strips),
         )
 
     return {"image": image, "frames": frames}
 
 
 def _stream_decoders() -> dict[str, Decoder]:
-    from sensorium.media.audio import decode_audio, inspect_audio
+    from sensorium.media.audio import decode_audio, in_blocks, inspect_audio
     from sensorium.media.sampling import VideoSampling
     from sensorium.media.video import decode_video, inspect_video
 
     def video_info(payload: bytes, job: dict[str, Any]) -> Decoded:
-        info = inspect_video(payload, job["demuxer"], job["max_side"])
+        info = inspect_video(payload, job["demuxer"], job["max_side"], job["max_frame_pixels"])
         height, width = info.upright
         return Decoded({"frames": info.frames, "duration_s": info.duration_s, "height": height, "width": width})
 
@@ -67,6 +67,7 @@ def _stream_decoders() -> dict[str, Decoder]:
             job["demuxer"],
             VideoSampling(**job["sampling"]),
             max_side=job["max_side"],
+            max_frame_pixels=job["max_frame_pixels"],
             max_frames=job["max_frames"],
             max_pixels=job["max_pixels"],
         )
@@ -76,7 +77,7 @@ def _stream_decoders() -> dict[str, Decoder]:
         return Decoded({"duration_s": inspect_audio(payload, job["demuxer"]).duration_s})
 
     def audio(payload: bytes, job: dict[str, Any]) -> Decoded:
-        samples = decode_audio(payload, job["demuxer"], job["sample_rate"], job["max_seconds"])
-        return Decoded(shape=samples.shape, dtype="float32", pieces=(samples,))
+        pieces = decode_audio(payload, job["demuxer"], job["sample_rate"], job["max_seconds"])
+        return Decoded(shape=(sum(map(len, pieces)),), dtype="float32", pieces=in_blocks(pieces))
 
     return {"video_info": video_info, "video": video, "audio_info": audio_info, "audio": audio}

@@ -20,6 +20,7 @@ import httpx
 from sensorium import __version__
 from sensorium.media.address import Address, AllowedHosts, canonical_host
 from sensorium.media.heads import HeadTrace, HeadTransport
+from sensorium.media.held import Take, unbounded
 from sensorium.media.names import SystemResolver
 from sensorium.media.source import Refusal, size_text
 from sensorium.media.turns import Turns
@@ -127,12 +128,12 @@ class Fetcher:
         self._plain = transport or HeadTransport(False)
         self._tls = transport
 
-    async def get(self, url: str, max_bytes: int, tenant: bytes = b"") -> Fetched:
-        """Waiting for the tenant's turn does not count towards the deadline."""
+    async def get(self, url: str, max_bytes: int, tenant: bytes = b"", take: Take = unbounded) -> Fetched:
+        """Waiting for the tenant's turn does not count towards the deadline. `take` is told of every piece."""
         target = parse_url(url, self._max_url_length)
         try:
             async with self._turns.taken(tenant), asyncio.timeout(self._timeout_s):
-                return await self._follow(target, max_bytes, tenant)
+                return await self._follow(target, max_bytes, tenant, take)
         except TimeoutError:
             raise Refusal("download", f"The {{kind}} could not be downloaded within {self._timeout_s:g} s.") from None
         except (httpx.HTTPError, httpx.InvalidURL, ssl.SSLError, OSError):
@@ -143,7 +144,7 @@ class Fetcher:
         if self._tls is not None:
             await self._tls.aclose()
 
-    async def _follow(self, target: Target, max_bytes: int, tenant: bytes) -> Fetched:
+    async def _follow(self, target: Target, max_bytes: int, tenant: bytes, take: Take) -> Fetched:
         seen: set[str] = set()
         for _ in range(self._max_redirects + 1):
             if str(target) in seen:
@@ -151,7 +152,7 @@ class Fetcher:
             seen.add(str(target))
             async with self._open(target, tenant) as response:
                 if response.status_code not in REDIRECTS:
-                    return await self._read(response, max_bytes)
+                    return await self._read(response, max_bytes, take)
                 target = self._next(target, response.headers.get("location", ""))
         raise Refusal("url", f"The {{kind}}'s URL redirects more than {self._max_redirects} times.")
 
@@ -201,7 +202,7 @@ class Fetcher:
             raise Refusal("url", REFUSED)
         return addresses[:MAX_ADDRESSES]
 
-    async def _read(self, response: httpx.Response, max_bytes: int) -> Fetched:
+    async def _read(self, response: httpx.Response, max_bytes: int, take: Take) -> Fetched:
         if response.status_code != 200:
             raise Refusal(
                 "download",
@@ -217,6 +218,7 @@ class Fetcher:
             raise too_large
         payload, pieces = bytearray(), 0
         async for piece in response.aiter_raw():
+            take(len(piece))
             payload += piece
             pieces += 1
             if len(payload) > max_bytes:

@@ -6,7 +6,7 @@ steps. The worker uses the same orientation, so that both agree on the size of t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Literal
 
@@ -28,11 +28,19 @@ class ImageHeader:
     height: int
     orientation: int = 1
     bit_depth: int = 8  # of one sample (PNG)
+    has_scans: bool = False  # a JPEG that comes in several, which keeps all coefficients until its end
 
     @property
     def upright(self) -> tuple[int, int]:
         """(height, width) as a viewer shows it."""
         return (self.width, self.height) if self.orientation >= 5 else (self.height, self.width)
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Of each pixel in the process that decodes, at most."""
+        if self.format == "WEBP":
+            return 20  # the library's canvas, the one before it, and copies of what it shows
+        return 16 if self.has_scans else 8
 
 
 def image_format(payload: bytes) -> ImageFormat | None:
@@ -85,22 +93,21 @@ def exif_orientation(tiff: bytes) -> int:
 
 
 def _jpeg(data: bytes) -> ImageHeader | None:
-    orientation = 1
+    orientation, header, components = 1, None, 0
     for segment in islice(jpeg.segments(data), jpeg.MAX_SEGMENTS):
-        if segment.marker in jpeg.FRAMES:
-            return _jpeg_frame(segment.body, orientation)
+        if segment.marker in jpeg.FRAMES and header is None:
+            if len(segment.body) < 6:
+                return None
+            height, width = int.from_bytes(segment.body[1:3], "big"), int.from_bytes(segment.body[3:5], "big")
+            components = segment.body[5]
+            has_scans = segment.marker not in jpeg.SEQUENTIAL
+            header = ImageHeader("JPEG", width, height, orientation, has_scans=has_scans)
         if segment.marker == jpeg.SCAN:
-            return None
-        if segment.marker == jpeg.EXIF and segment.body.startswith(b"Exif\0\0") and orientation == 1:
+            is_whole = len(segment.body) > 0 and segment.body[0] >= components
+            return header if is_whole or header is None else replace(header, has_scans=True)
+        if segment.marker == jpeg.EXIF and segment.body.startswith(b"Exif\0\0") and orientation == 1 and header is None:
             orientation = exif_orientation(segment.body[6:])
-    return None
-
-
-def _jpeg_frame(body: bytes, orientation: int) -> ImageHeader | None:
-    if len(body) < 6:
-        return None
-    height, width = int.from_bytes(body[1:3], "big"), int.from_bytes(body[3:5], "big")
-    return ImageHeader("JPEG", width, height, orientation)
+    return header
 
 
 def _png(data: bytes) -> ImageHeader | None:

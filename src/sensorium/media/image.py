@@ -1,12 +1,15 @@
 """Image file -> upright RGB pixels, as a viewer would show it on white paper. Runs in decode workers only.
 
 First frame only; alpha, palettes, 16 bits, CMYK and EXIF orientation are resolved here, colour profiles are ignored.
+What was decoded leaves in strips, each of which is converted on its own: the image is in memory once.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from io import BytesIO
 
 import numpy as np
@@ -56,21 +59,32 @@ UNREADABLE = (
 
 MAX_PASSES = 20  # over as many pixels as an image may have; over fewer pixels, more
 FILLERS = (b"", b"\x55" * 64)  # what is put in place of a JPEG's missing end
+STRIP_PIXELS = 1 << 18
+FROM_THE_END = (3, 4, 7, 8)  # orientations whose first row is the stored image's last row or column
 
 Pixels = NDArray[np.uint8]
 
 
-def decode_image(payload: bytes, max_pixels: int) -> Pixels:
-    """uint8 [height, width, 3]. The size was checked against the limits by whoever called; `max_pixels` is that
-    limit, from which follows how often a progressive JPEG may go over how many pixels."""
+@dataclass(frozen=True, slots=True)
+class DecodedImage:
+    """uint8 [height, width, 3], to come in strips of whole rows. A strip may turn out to be damaged: Refusal."""
+
+    height: int
+    width: int
+    strips: Iterator[Pixels]
+
+
+def decode_image(payload: bytes, max_pixels: int) -> DecodedImage:
+    """The size was checked against the limits by whoever called; `max_pixels` is that limit, from which follows how
+    often a progressive JPEG may go over how many pixels."""
     header = read_header(payload)
     _check_passes(payload, header, max_pixels)
-    try:
-        return _decoded(payload, header)
-    except UNREADABLE:
-        if header.format == "JPEG" and jpeg.count_scans(payload).is_whole:
-            return _without_end(payload, header)
-        raise damaged(header) from None
+    image = _loaded_or_none(payload, header)
+    if image is None and header.format == "JPEG" and jpeg.count_scans(payload).is_whole:
+        image = _without_end(payload, header)
+    if image is None:
+        raise damaged(header)
+    return DecodedImage(*header.upright, _strips(image, header))
 
 
 def damaged(header: ImageHeader) -> Refusal:
@@ -91,29 +105,61 @@ def _check_passes(payload: bytes, header: ImageHeader, max_pixels: int) -> None:
         )
 
 
-def _decoded(payload: bytes, header: ImageHeader) -> Pixels:
-    with READERS[header.format](BytesIO(payload)) as image:
-        if image.size != (header.width, header.height):
-            raise ValueError
-        image.load()
-        rgb = _to_rgb(image, header)
-        upright = rgb.transpose(FLIPS[header.orientation]) if header.orientation in FLIPS else rgb
-        return np.asarray(upright)
+def _loaded_or_none(payload: bytes, header: ImageHeader) -> Image.Image | None:
+    """None of a damaged file. Nothing of it stays in memory, as it would with an error that is being handled."""
+    try:
+        return _loaded(payload, header)
+    except UNREADABLE:
+        return None
 
 
-def _without_end(payload: bytes, header: ImageHeader) -> Pixels:
+def _loaded(payload: bytes, header: ImageHeader) -> Image.Image:
+    image = READERS[header.format](BytesIO(payload))
+    if image.size != (header.width, header.height):
+        raise ValueError
+    image.load()
+    return image
+
+
+def _strips(image: Image.Image, header: ImageHeader) -> Iterator[Pixels]:
+    """The upright image from its top on."""
+    flip = FLIPS.get(header.orientation)
+    try:
+        for box in _boxes(header):
+            rgb = _to_rgb(image.crop(box), header)
+            yield np.asarray(rgb if flip is None else rgb.transpose(flip))
+    except UNREADABLE:
+        raise damaged(header) from None
+
+
+def _boxes(header: ImageHeader) -> Iterator[tuple[int, int, int, int]]:
+    """Where the strips of the upright image stand in the stored one: its rows or its columns, from either end."""
+    width, height = header.width, header.height
+    by_columns = header.orientation >= 5
+    length, across = (width, height) if by_columns else (height, width)
+    step = max(STRIP_PIXELS // across, 1)
+    starts = range(0, length, step)
+    for start in starts:
+        begin, end = start, min(start + step, length)
+        if header.orientation in FROM_THE_END:
+            begin, end = length - end, length - begin
+        yield (begin, 0, end, height) if by_columns else (0, begin, width, end)
+
+
+def _without_end(payload: bytes, header: ImageHeader) -> Image.Image:
     """A JPEG that lacks its end marker, whose pixels are all there: whatever follows does not change them. One that is
     cut off elsewhere takes the filler for pixels, and shows it."""
     try:
-        first, second = (_decoded(payload.rstrip(b"\xff") + filler + b"\xff\xd9", header) for filler in FILLERS)
+        first, second = (_loaded(payload.rstrip(b"\xff") + filler + b"\xff\xd9", header) for filler in FILLERS)
     except UNREADABLE:
         raise damaged(header) from None
-    if not np.array_equal(first, second):
+    if not all(map(np.array_equal, _strips(first, header), _strips(second, header))):
         raise damaged(header)
     return first
 
 
 def _to_rgb(image: Image.Image, header: ImageHeader) -> Image.Image:
+    """A part of the image as it looks on white."""
     transparency = image.info.pop("transparency", None)
     if image.mode.startswith("I"):
         return _from_16_bits(np.asarray(image), transparency)

@@ -14,6 +14,7 @@ MAX_STRAY_BYTES = 1 << 20  # between all segments
 MAX_SCANS = 64  # libjpeg writes 10 in colour and 18 for CMYK, mozjpeg about as many
 START, END, SCAN, EXIF = 0xD8, 0xD9, 0xDA, 0xE1
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+SEQUENTIAL = frozenset((0xC0, 0xC1, 0xC9))  # frames that one scan can bring whole
 BARE = frozenset((0x01, START, *range(0xD0, 0xD8)))  # markers without a body
 MARKER = re.compile(rb"\xff([\x01-\xfe])")
 AFTER_SCAN = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")  # restarts belong to the scan

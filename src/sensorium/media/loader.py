@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,23 +18,35 @@ import httpx
 from sensorium.config import Limits
 from sensorium.errors import StartupError
 from sensorium.media.address import AllowedHosts
+from sensorium.media.costs import (
+    Cost,
+    audio_cost,
+    check_image,
+    check_stream,
+    frame_list_cost,
+    image_cost,
+    inspection_cost,
+    most_frame_pixels,
+    most_video_pixels,
+    video_cost,
+)
 from sensorium.media.fetch import Fetcher, Resolver
 from sensorium.media.files import LocalFiles
 from sensorium.media.framelist import MEDIA_TYPE as FRAME_LIST_TYPE
 from sensorium.media.framelist import frame_list_size, read_frame_list
 from sensorium.media.header import ImageHeader, read_header
+from sensorium.media.held import HeldBytes, RequestBytes, Take, unbounded
 from sensorium.media.inline import decode_base64, is_data_url, split_data_url
 from sensorium.media.key import content_key
 from sensorium.media.magic import container_of
 from sensorium.media.pool import Bounds, Result, WorkerPool
 from sensorium.media.sampling import VideoSampling, fitted_size
 from sensorium.media.source import CRASHED, PADDING_S, MediaSize, MediaSource, RawMedia, Refusal, StreamInfo, size_text
+from sensorium.media.turns import Turns
 from sensorium.types import MediaItem, Modality
 
 LARGE_TEXT = 256 * 1024  # base64 characters from which decoding leaves the event loop
-IMAGE_BYTES_PER_PIXEL = 20  # peak of the worst path: CMYK or RGBA, its white sheet, RGB and a turned copy
-VIDEO_BYTES_PER_PIXEL = 48  # 16 reference frames, and some on the way
-SPARE_BYTES = 256 * 1024 * 1024
+SPARE_BYTES = 256 * 1024 * 1024  # of address space, which is more than memory: threads' stacks and arenas
 AS_IS = VideoSampling(fps=None)  # every frame, up to the limit
 SPEECH_RATE = 16_000
 
@@ -53,6 +65,8 @@ class MediaLoader:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._limits = limits
+        self._memory = Turns(limits.media_memory, limits.media_memory)
+        self._held = HeldBytes(limits.max_pending_bytes)
         self._files = _open_root(local_root)
         self._fetcher = Fetcher(
             _parse_domains(allowed_domains),
@@ -65,10 +79,14 @@ class MediaLoader:
         self._images = WorkerPool("image", workers, _image_bounds(limits))
         self._streams = WorkerPool("stream", workers, _stream_bounds(limits))
 
-    async def fetch(self, source: MediaSource, tenant: bytes = b"") -> RawMedia:
+    def holding(self) -> AbstractContextManager[RequestBytes]:
+        """For one request: its `add` counts what `fetch` brings from elsewhere, until the context ends."""
+        return self._held.open()
+
+    async def fetch(self, source: MediaSource, tenant: bytes = b"", take: Take = unbounded) -> RawMedia:
         """The file behind a source, whole and within its kind's limit; packets of video and audio were counted."""
         with _refusals(source.kind, source.param):
-            payload, declared = await self._read(source, tenant)
+            payload, declared = await self._read(source, tenant, take)
             if not payload:
                 raise Refusal("empty", "The {kind}'s file is empty.")
             raw = RawMedia(source.kind, source.param, payload, declared)
@@ -78,11 +96,24 @@ class MediaLoader:
         """The size that `decode` will give, checked against the limits. Quick enough for the event loop."""
         with _refusals(raw.kind, raw.param):
             if raw.kind == "image":
-                return MediaSize(*self._checked_header(raw.payload).upright)
-            info = _info_of(raw)
-            if raw.kind == "audio":
-                return MediaSize(1, 1, max(1, round(info.duration_s * sample_rate)))
-            return self._sampled_size(info, sampling)
+                header = self._checked_header(raw.payload)
+                check_image(header, len(raw.payload), self._limits.media_memory)
+                return MediaSize(*header.upright)
+            size = self._stream_size(raw, sampling, sample_rate)
+            check_stream(_cost(raw, size), self._limits.media_memory)
+            return size
+
+    @asynccontextmanager
+    async def memory(
+        self, raw: RawMedia, *, sampling: VideoSampling = AS_IS, sample_rate: int = SPEECH_RATE, tenant: bytes = b""
+    ) -> AsyncIterator[None]:
+        """The memory that decoding and processing this item may take, as soon as the tenant's turn leaves so much. It
+        was probed before."""
+        with _refusals(raw.kind, raw.param):
+            size = MediaSize(0, 0) if raw.kind == "image" else self._stream_size(raw, sampling, sample_rate)
+            cost = _cost(raw, size)
+        async with self._memory.taken(tenant, min(cost.total, self._limits.media_memory)):
+            yield
 
     async def decode(
         self, raw: RawMedia, *, sampling: VideoSampling = AS_IS, sample_rate: int = SPEECH_RATE, tenant: bytes = b""
@@ -95,9 +126,8 @@ class MediaLoader:
             shape: tuple[int, ...] = ()  # of audio only decoding tells
             if raw.kind == "image":
                 shape = (*self._checked_header(raw.payload).upright, 3)
-                result = await self._images.run(
-                    {"op": "image", "max_pixels": self._limits.max_image_pixels}, raw.payload, tenant
-                )
+                job = {"op": "image", "max_pixels": self._limits.max_image_pixels}
+                result = await self._images.run(_limited(job, _cost(raw, MediaSize(0, 0))), raw.payload, tenant)
             elif raw.kind == "video":
                 size = self._sampled_size(_info_of(raw), sampling)
                 shape = (size.frames, size.height, size.width, 3)
@@ -109,7 +139,8 @@ class MediaLoader:
                     "sample_rate": sample_rate,
                     "max_seconds": self._limits.max_audio_seconds,
                 }
-                result = await self._streams.run(job, raw.payload, tenant)
+                size = self._stream_size(raw, sampling, sample_rate)
+                result = await self._streams.run(_limited(job, _cost(raw, size)), raw.payload, tenant)
             return await asyncio.to_thread(_as_item, raw, result, shape, sample_rate)
 
     async def warm(self) -> None:
@@ -121,7 +152,7 @@ class MediaLoader:
         await self._images.aclose()
         await self._streams.aclose()
 
-    async def _read(self, source: MediaSource, tenant: bytes) -> tuple[bytes, str | None]:
+    async def _read(self, source: MediaSource, tenant: bytes, take: Take) -> tuple[bytes, str | None]:
         max_bytes = self._max_bytes(source.kind)
         if source.payload is not None:
             if len(source.payload) > max_bytes:
@@ -138,9 +169,11 @@ class MediaLoader:
                 return frames, FRAME_LIST_TYPE
             return await _from_base64(parts.text, max_bytes), parts.media_type or None
         if scheme == "file":
-            return await asyncio.to_thread(self._files.read, url, max_bytes), None
+            payload = await asyncio.to_thread(self._files.read, url, max_bytes)
+            take(len(payload))
+            return payload, None
         if scheme in ("http", "https"):
-            fetched = await self._fetcher.get(url, max_bytes, tenant)
+            fetched = await self._fetcher.get(url, max_bytes, tenant, take)
             # Only a data: URL holds a frame list, whatever a server calls its answer.
             return fetched.payload, None if fetched.content_type == FRAME_LIST_TYPE else fetched.content_type
         raise Refusal("url", "The {kind} must be an http(s):, data: or (where the operator allows it) file: URL.")
@@ -179,8 +212,12 @@ class MediaLoader:
             frames, height, width = await asyncio.to_thread(frame_list_size, raw.payload)
             return self._checked_info(StreamInfo("frames", float(frames), frames, height, width))
         demuxer = container_of(raw.kind, raw.payload)
-        job = {"op": f"{raw.kind}_info", "demuxer": demuxer, "max_side": self._limits.max_video_side}
-        record = (await self._streams.run(job, raw.payload, tenant)).record
+        frame_pixels = most_frame_pixels(self._limits) if raw.kind == "video" else 0
+        cost = inspection_cost(len(raw.payload), frame_pixels)
+        check_stream(cost, self._limits.media_memory)
+        job = {"op": f"{raw.kind}_info", "demuxer": demuxer, **self._frame_limits()}
+        async with self._memory.taken(tenant, cost.total):
+            record = (await self._streams.run(_limited(job, cost), raw.payload, tenant)).record
         if raw.kind == "audio":
             info = StreamInfo(demuxer, _number(record, "duration_s"))
         else:
@@ -210,18 +247,26 @@ class MediaLoader:
             )
         return info
 
+    def _frame_limits(self) -> dict[str, int]:
+        return {"max_side": self._limits.max_video_side, "max_frame_pixels": most_frame_pixels(self._limits)}
+
+    def _stream_size(self, raw: RawMedia, sampling: VideoSampling, sample_rate: int) -> MediaSize:
+        info = _info_of(raw)
+        if raw.kind == "audio":
+            return MediaSize(1, 1, max(1, round(info.duration_s * sample_rate)))
+        return self._sampled_size(info, sampling)
+
     def _sampled_size(self, info: StreamInfo, sampling: VideoSampling) -> MediaSize:
-        limits = self._limits
+        max_pixels = most_video_pixels(self._limits)
         if info.container == "frames":
-            if info.frames * info.height * info.width > limits.max_video_pixels:
+            if info.frames * info.height * info.width > max_pixels:
                 raise Refusal(
                     "large",
-                    f"The {{kind}}'s frames have more than {limits.max_video_pixels} pixels "
-                    "together. Send fewer or smaller ones.",
+                    f"The {{kind}}'s frames have more than {max_pixels} pixels together. Send fewer or smaller ones.",
                 )
             return MediaSize(info.height, info.width, info.frames)
-        frames = len(sampling.indices(info.frames, info.duration_s, limits.max_video_frames))
-        return MediaSize(*fitted_size(info.height, info.width, frames, limits.max_video_pixels), frames)
+        frames = len(sampling.indices(info.frames, info.duration_s, self._limits.max_video_frames))
+        return MediaSize(*fitted_size(info.height, info.width, frames, max_pixels), frames)
 
     async def _decode_video(
         self, raw: RawMedia, info: StreamInfo, sampling: VideoSampling, size: MediaSize, tenant: bytes
@@ -229,17 +274,17 @@ class MediaLoader:
         limits = self._limits
         if info.container == "frames":
             job = {"op": "frames", "height": size.height, "width": size.width, "max_pixels": limits.max_video_pixels}
-            result = await self._images.run(job, raw.payload, tenant)
+            result = await self._images.run(_limited(job, _cost(raw, size)), raw.payload, tenant)
             return replace(result, record={"timestamps_s": list(range(size.frames))})  # one a second
         job = {
             "op": "video",
             "demuxer": info.container,
             "sampling": sampling.as_record(),
-            "max_side": limits.max_video_side,
+            **self._frame_limits(),
             "max_frames": limits.max_video_frames,
-            "max_pixels": limits.max_video_pixels,
+            "max_pixels": most_video_pixels(limits),
         }
-        return await self._streams.run(job, raw.payload, tenant)
+        return await self._streams.run(_limited(job, _cost(raw, size)), raw.payload, tenant)
 
 
 @contextmanager
@@ -254,6 +299,22 @@ async def _from_base64(text: str, max_bytes: int) -> bytes:
     if len(text) < LARGE_TEXT:
         return decode_base64(text, max_bytes)
     return await asyncio.to_thread(decode_base64, text, max_bytes)
+
+
+def _cost(raw: RawMedia, size: MediaSize) -> Cost:
+    """`size` is of no account for images, whose header says all."""
+    if raw.kind == "image":
+        return image_cost(read_header(raw.payload), len(raw.payload))
+    info = _info_of(raw)
+    if raw.kind == "audio":
+        return audio_cost(size.frames, len(raw.payload))
+    if info.container == "frames":
+        return frame_list_cost(info, len(raw.payload))
+    return video_cost(info, size, len(raw.payload))
+
+
+def _limited(job: dict[str, Any], cost: Cost) -> dict[str, Any]:
+    return {**job, "memory_bytes": cost.worker + SPARE_BYTES}
 
 
 def _info_of(raw: RawMedia) -> StreamInfo:
@@ -302,9 +363,7 @@ def _image_bounds(limits: Limits) -> Bounds:
         cpu_s=limits.decode_timeout_s,
         deadline_s=_clock_s(limits.decode_timeout_s),
         result_bytes=3 * max(limits.max_image_pixels, limits.max_video_pixels),
-        memory_bytes=IMAGE_BYTES_PER_PIXEL * limits.max_image_pixels
-        + max(limits.max_image_bytes, 2 * limits.max_video_bytes)
-        + SPARE_BYTES,
+        memory_bytes=limits.media_memory + SPARE_BYTES,
     )
 
 
@@ -313,9 +372,7 @@ def _stream_bounds(limits: Limits) -> Bounds:
         cpu_s=limits.decode_timeout_s,
         deadline_s=_clock_s(limits.decode_timeout_s),
         result_bytes=max(3 * limits.max_video_pixels, 4 * int(limits.max_audio_seconds + 1) * 192_000),
-        memory_bytes=VIDEO_BYTES_PER_PIXEL * limits.max_video_side**2
-        + 2 * max(limits.max_video_bytes, limits.max_audio_bytes)
-        + SPARE_BYTES,
+        memory_bytes=limits.media_memory + SPARE_BYTES,
     )
 
 

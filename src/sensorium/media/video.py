@@ -90,23 +90,30 @@ class Video:
     frames: Iterator[Pixels]
 
 
-def inspect_video(payload: bytes, demuxer: Demuxer, max_side: int) -> VideoInfo:
+def inspect_video(payload: bytes, demuxer: Demuxer, max_side: int, max_frame_pixels: int) -> VideoInfo:
     """Reads all packets and decodes one frame, which alone tells size and rotation for sure."""
     with opened(payload, "video", demuxer) as (container, stream):
-        _check_side(stream.codec_context, max_side)
+        _check_size(stream.codec_context, max_side, max_frame_pixels)
         frame = next(container.decode(stream), None)
         if frame is None:
             raise damaged()
-        _check_side(frame, max_side)
+        _check_size(frame, max_side, max_frame_pixels)
     with opened(payload, "video", demuxer) as (container, stream):
         return _scan(container, stream, demuxer, frame)
 
 
 def decode_video(
-    payload: bytes, demuxer: Demuxer, sampling: VideoSampling, *, max_side: int, max_frames: int, max_pixels: int
+    payload: bytes,
+    demuxer: Demuxer,
+    sampling: VideoSampling,
+    *,
+    max_side: int,
+    max_frame_pixels: int,
+    max_frames: int,
+    max_pixels: int,
 ) -> Video:
     """Which frames and of what size is known at once; the frames are decoded as they are taken."""
-    info = inspect_video(payload, demuxer, max_side)
+    info = inspect_video(payload, demuxer, max_side, max_frame_pixels)
     indices = sampling.indices(info.frames, info.duration_s, max_frames)
     height, width = fitted_size(*info.upright, len(indices), max_pixels)
     stored = info.orientation.size(height, width)
@@ -117,9 +124,12 @@ def decode_video(
     )
 
 
-def _check_side(sized: Any, max_side: int) -> None:
-    if max(sized.height, sized.width) > max_side:
-        raise Refusal("large", f"The {{kind}}'s frames may have at most {max_side} pixels on a side.")
+def _check_size(sized: Any, max_side: int, max_pixels: int) -> None:
+    """`max_pixels` are what there is memory for, which may be less than the square."""
+    if max(sized.height, sized.width) > max_side or sized.height * sized.width > max_pixels:
+        raise Refusal(
+            "large", f"The {{kind}}'s frames may have at most {max_side} pixels on a side, and {max_pixels} in all."
+        )
 
 
 def _scan(container: InputContainer, stream: Any, demuxer: Demuxer, first: Any) -> VideoInfo:

@@ -13,7 +13,8 @@ import numpy as np
 
 from sensorium.media.decoders import Decoder, decoders_for
 from sensorium.media.source import CRASHED, Refusal
-from sensorium.workers.child import lock_in, parent_link
+from sensorium.system.malloc import return_large_blocks
+from sensorium.workers.child import limit_memory, lock_in, parent_link
 from sensorium.workers.frames import JOB, READY, REFUSED, RESULT, FrameError, FrameSocket
 
 
@@ -21,20 +22,22 @@ def main(arguments: list[str]) -> None:
     role, memory_bytes, cpu_s = arguments[0], int(arguments[1]), int(arguments[2])
     parent = parent_link()
     decoders = decoders_for(role)
-    lock_in(memory_bytes)
+    return_large_blocks()
+    taken_bytes = lock_in(memory_bytes)
     try:
         parent.send_record(READY, {})
         while True:
-            serve_one(parent, decoders, cpu_s)
+            serve_one(parent, decoders, cpu_s, taken_bytes)
     except FrameError:
         pass  # the parent has closed its end
 
 
-def serve_one(parent: FrameSocket, decoders: dict[str, Decoder], cpu_s: int) -> None:
+def serve_one(parent: FrameSocket, decoders: dict[str, Decoder], cpu_s: int, taken_bytes: int) -> None:
     kind, length = parent.receive_head()
     if kind != JOB:
         raise FrameError("expected a job")
     job = parent.receive_record(length)
+    limit_memory(taken_bytes + job.get("memory_bytes", sys.maxsize - taken_bytes))
     payload = parent.receive_bytes(sys.maxsize)
     # The parent kills a late worker; this tells it from one that was kept from computing.
     used = resource.getrusage(resource.RUSAGE_SELF)

@@ -10,11 +10,13 @@ import json
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from sensorium.config import Limits, MiB, ServerConfig
 from sensorium.errors import MediaError, RequestError, ServerError
+from sensorium.media.held import RequestBytes
 from sensorium.media.loader import MediaLoader
 from sensorium.media.source import MediaSource, RawMedia
 from sensorium.media.turns import Turns
@@ -64,12 +66,17 @@ class MediaPipeline:
     """One model's way for media. `limits` are the most items of each kind in one request."""
 
     def __init__(
-        self, loader: MediaLoader, threads: PromptThreads, limits: Mapping[Modality, int], workers: int
+        self,
+        loader: MediaLoader,
+        threads: PromptThreads,
+        limits: Mapping[Modality, int],
+        workers: int,
+        cache_bytes: int = FEATURE_CACHE_BYTES,
     ) -> None:
         self.limits = limits
         self._loader = loader
         self._threads = threads
-        self._cache = FeatureCache(FEATURE_CACHE_BYTES)
+        self._cache = FeatureCache(cache_bytes)
         # Decoded media are large: no more of them at once than there are workers. One tenant never has all of them.
         self._decoding = Turns(workers + 1, workers)
 
@@ -91,9 +98,13 @@ class MediaPipeline:
                     code=f"too_many_{kind}s",
                 )
 
-    async def fetch(self, sources: Sequence[MediaSource], settings: MediaSettings) -> list[Fetched]:
+    def holding(self) -> AbstractContextManager[RequestBytes]:
+        """What `fetch` counts, until the request's media are processed."""
+        return self._loader.holding()
+
+    async def fetch(self, sources: Sequence[MediaSource], settings: MediaSettings, held: RequestBytes) -> list[Fetched]:
         """All of them at the same time, each with the tokens that it will take; nothing is decoded yet."""
-        return await all_in_order(self._fetch(source, settings) for source in sources)
+        return await all_in_order(self._fetch(source, settings, held) for source in sources)
 
     async def process(
         self, fetched: Sequence[Fetched], settings: MediaSettings
@@ -108,10 +119,10 @@ class MediaPipeline:
         ]
         return [by_key[item.key][0] for item in fetched], timings
 
-    async def _fetch(self, source: MediaSource, settings: MediaSettings) -> Fetched:
+    async def _fetch(self, source: MediaSource, settings: MediaSettings, held: RequestBytes) -> Fetched:
         begin = time.perf_counter()
         processor = settings.processor
-        raw = await self._loader.fetch(source, settings.tenant)
+        raw = await self._loader.fetch(source, settings.tenant, held.add)
         key = await self._threads.run(
             len(raw.payload) <= SHORT_PAYLOAD,
             lambda: feature_key(raw.kind, raw.declared_type, raw.payload, settings.overrides, settings.salt),
@@ -135,10 +146,13 @@ class MediaPipeline:
         if item.features is not None:
             return item.features, MediaTiming(kind, item.fetch_s, cached=True, duration_s=duration_s)
         begin = time.perf_counter()
-        async with self._decoding.taken(settings.tenant):
-            decoded = await self._loader.decode(
-                item.raw, sampling=processor.video_sampling(), sample_rate=processor.sample_rate, tenant=settings.tenant
-            )
+        how: dict[str, Any] = {
+            "sampling": processor.video_sampling(),
+            "sample_rate": processor.sample_rate,
+            "tenant": settings.tenant,
+        }
+        async with self._decoding.taken(settings.tenant), self._loader.memory(item.raw, **how):
+            decoded = await self._loader.decode(item.raw, **how)
             decoded_s = time.perf_counter()
             features = await self._threads.run(False, lambda: processor.process(decoded), settings.tenant)
         self._cache.put(item.key, features)

@@ -27,7 +27,7 @@ from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.serving.concurrency import PromptThreads
 from sensorium.serving.defaults import ModelDefaults
 from sensorium.serving.lengths import ContextLimit
-from sensorium.serving.media import MediaPipeline, media_limits
+from sensorium.serving.media import FEATURE_CACHE_BYTES, MediaPipeline, media_limits
 from sensorium.serving.pairs import PairPrompts
 from sensorium.serving.prompts import PromptBuilder
 from sensorium.serving.tasks import TASKS_OF_FLAG, Task
@@ -85,7 +85,13 @@ class ServedModel:
             tokenizer,
             processor,
             templates=self._templates,
-            media=MediaPipeline(loader, self._threads, media_limits(server, limits), server.media_workers),
+            media=MediaPipeline(
+                loader,
+                self._threads,
+                media_limits(server, limits),
+                server.media_workers,
+                min(FEATURE_CACHE_BYTES, limits.media_memory // 8),
+            ),
             limit=self._limit,
             chunked_limit=self._chunked_limit(limits) if server.embed_in_chunks else None,
             threads=self._threads,

@@ -120,12 +120,12 @@ class PromptBuilder:
             text = template.cut(text)
         text_s = time.perf_counter() - begin
         settings = MediaSettings(processor, mm_processor_kwargs or {}, tenant, salt)
-        fetched = await self._media.fetch(media, settings)
-        if fetched or truncation is None:
-            await self._check_fits_before_decoding(fetched, text, settings)
+        features: list[MediaFeatures] = []
+        timings: list[MediaTiming] = []
+        if media or truncation is None:
+            features, timings = await self._processed(media, text, settings)
         else:
             text = truncation.shorten(text)
-        features, timings = await self._media.process(fetched, settings)
         begin = time.perf_counter()
         add = self._adds_special_tokens(text, add_special_tokens)
         prompt = await self._threads.run(
@@ -303,6 +303,14 @@ class PromptBuilder:
                 code="mm_processor_kwargs_not_allowed",
             )
         return self.processor.with_overrides(dict(settings)) if settings else self.processor
+
+    async def _processed(
+        self, media: Sequence[MediaSource], text: str, settings: MediaSettings
+    ) -> tuple[list[MediaFeatures], list[MediaTiming]]:
+        with self._media.holding() as held:
+            fetched = await self._media.fetch(media, settings, held)
+            await self._check_fits_before_decoding(fetched, text, settings)
+            return await self._media.process(fetched, settings)
 
     async def _check_fits_before_decoding(self, media: Sequence[Fetched], text: str, settings: MediaSettings) -> None:
         media_tokens = sum(item.num_tokens for item in media)

@@ -29,14 +29,23 @@ def parent_link() -> FrameSocket:
     return FrameSocket(socket.socket(fileno=0))
 
 
-def lock_in(memory_bytes: int) -> None:
-    """From here on: no new descriptor (so no file, no connection), no core dump, and at most so much more memory."""
+def lock_in(memory_bytes: int) -> int:
+    """From here on: no new descriptor (so no file, no connection), no core dump, and at most so much more memory.
+    The address space that is taken already, for `limit_memory`."""
     os.closerange(3, 1024)
+    taken_bytes = address_space_bytes()
     if sys.platform == "linux":  # elsewhere address space is not what it says
-        limit = address_space_bytes() + memory_bytes
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        resource.setrlimit(resource.RLIMIT_AS, (taken_bytes + memory_bytes, taken_bytes + memory_bytes))
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    return taken_bytes
+
+
+def limit_memory(limit_bytes: int) -> None:
+    """Address space of the next job, within what this process may have."""
+    if sys.platform == "linux":
+        most = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (min(limit_bytes, most), most))
 
 
 def address_space_bytes() -> int:

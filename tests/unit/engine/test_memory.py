@@ -8,18 +8,13 @@ import pytest
 import torch
 
 from sensorium.config import EngineConfig
-from sensorium.engine import loading, memory
+from sensorium.engine import loading
 from sensorium.engine.loading import choose_cache_dtype, choose_dtype, default_batched_tokens
-from sensorium.engine.memory import (
-    CacheShape,
-    available_for_cache,
-    encoder_cache_bytes,
-    free_memory_bytes,
-    make_cache,
-    size_cache,
-)
+from sensorium.engine.memory import CacheShape, available_for_cache, encoder_cache_bytes, make_cache, size_cache
 from sensorium.errors import StartupError
 from sensorium.models.base import Model
+from sensorium.system import cgroups
+from sensorium.system.memory import free_memory_bytes
 
 SHAPE = CacheShape(num_layers=2, num_kv_heads=2, head_dim=8, block_size=16, dtype=torch.bfloat16)
 BLOCK = SHAPE.block_bytes
@@ -86,13 +81,13 @@ def test_what_does_not_fit_names_the_flag(available: int, max_model_len: int | N
 
 def test_a_quarter_of_what_the_container_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < free_memory_bytes() < 1 << 50
-    monkeypatch.setattr(memory.cgroups, "free_memory_bytes", lambda: 800_000)
+    monkeypatch.setattr(cgroups, "free_memory_bytes", lambda: 800_000)
     cpu = torch.device("cpu")
     assert available_for_cache(EngineConfig("m"), cpu, 0) == 200_000
     assert available_for_cache(EngineConfig("m", kv_cache_memory=7), cpu, 0) == 7
     assert encoder_cache_bytes(EngineConfig("m"), cpu) == 100_000
     assert encoder_cache_bytes(EngineConfig("m", encoder_cache_memory=5), cpu) == 5
-    monkeypatch.setattr(memory.cgroups, "free_memory_bytes", lambda: None)
+    monkeypatch.setattr(cgroups, "free_memory_bytes", lambda: None)
     assert free_memory_bytes() > 1_000_000
 
 

@@ -113,3 +113,23 @@ async def test_slow_names_delay_neither_other_domains_nor_other_tenants(monkeypa
     assert not any(lookup.done() for lookup in (*slow, *other))
     release.set()
     assert len(await asyncio.wait_for(asyncio.gather(*slow, *other), 10)) == 80
+
+
+async def test_turns_of_several_places_wait_for_all_of_them_and_are_not_passed() -> None:
+    turns = Turns(10, 10)
+    await turns.take(b"a", 6)
+    large = asyncio.ensure_future(turns.take(b"b", 8))
+    small = asyncio.ensure_future(turns.take(b"c", 1))
+    await asyncio.sleep(0)
+    assert not large.done() and not small.done()  # who needs little does not pass for ever
+    turns.give_back(b"a", 6)
+    await asyncio.sleep(0)
+    assert large.done() and small.done()
+    with pytest.raises(ValueError):
+        await turns.take(b"a", 11)
+    waiting = [asyncio.ensure_future(turns.take(b"d", places)) for places in (5, 1)]
+    await asyncio.sleep(0)
+    waiting[0].cancel()  # those behind it waited for it alone
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert waiting[1].done() and not waiting[1].cancelled()

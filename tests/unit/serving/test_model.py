@@ -9,8 +9,8 @@ import io
 import threading
 import time
 import weakref
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from support.tiny_tokenizers import byte_level, sentencepiece, write
 from sensorium.checkpoint.configs import Checkpoint
 from sensorium.config import Limits, ServerConfig
 from sensorium.errors import ContextLengthError, MediaError, RequestError, StartupError
+from sensorium.media.held import HeldBytes, RequestBytes, Take, unbounded
 from sensorium.media.loader import MediaLoader
 from sensorium.media.source import MediaSize, MediaSource, RawMedia
 from sensorium.prompt.encode import PairLimits
@@ -54,7 +55,10 @@ class Loader:
         self.wait_s = 0.0
         self.active = self.most_active = 0
 
-    async def fetch(self, source: MediaSource, tenant: bytes = b"") -> RawMedia:
+    def holding(self) -> AbstractContextManager[RequestBytes]:
+        return HeldBytes(1 << 30).open()
+
+    async def fetch(self, source: MediaSource, tenant: bytes = b"", take: Take = unbounded) -> RawMedia:
         self.active += 1
         self.most_active = max(self.active, self.most_active)
         await asyncio.sleep(self.wait_s)
@@ -67,6 +71,10 @@ class Loader:
             raise MediaError("The picture cannot be read.", param=raw.param, code="image_parse_error")
         width, height = raw.payload.split()[0].split(b"x")
         return MediaSize(int(height), int(width))
+
+    @asynccontextmanager
+    async def memory(self, raw: RawMedia, **options: Any) -> AsyncIterator[None]:
+        yield
 
     async def decode(self, raw: RawMedia, **options: Any) -> MediaItem:
         self.decoded.append(raw.payload)

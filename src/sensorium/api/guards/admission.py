@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TypeVar
 
-from sensorium.errors import OverloadedError, RateLimitError
+from sensorium.errors import BodyTooLargeError, OverloadedError, RateLimitError
 
 Result = TypeVar("Result")
 
@@ -97,7 +97,10 @@ class PendingBytes:
     def open(self) -> PendingBody:
         return PendingBody(self)
 
-    def add(self, size_bytes: int) -> None:
+    def add(self, size_bytes: int, held_bytes: int = 0) -> None:
+        """`held_bytes` has the same request already. Alone it would never fit: BodyTooLargeError."""
+        if held_bytes + size_bytes > self._max_bytes:
+            raise BodyTooLargeError(f"The body is larger than {self._max_bytes} bytes.")
         if self.total + size_bytes > self._max_bytes:
             self._on_refusal("memory")
             raise OverloadedError("The server is busy: too many large requests are in progress. Try again later.")
@@ -121,7 +124,7 @@ class PendingBody:
         self._size_bytes = 0
 
     def add(self, size_bytes: int) -> None:
-        self._pending.add(size_bytes)
+        self._pending.add(size_bytes, self._size_bytes)
         self._size_bytes += size_bytes
 
     async def in_turn(self, work: Callable[[], Result]) -> Result:
