@@ -420,7 +420,7 @@ def test_logprobs_and_echo_of_completions(client: OpenAI, demo: Live) -> None:
             },
             "messages[1].content[0].image_url.url",
         ),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
     ],
 )

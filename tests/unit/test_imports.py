@@ -46,7 +46,7 @@ HTTP_SIDE = NEVER_TORCH - {"__main__", "cli"}
 # reads which faults a test wants).
 HAND_ENVIRONMENT_ON = {"workers/process.py", "ipc/client.py", "engine/loop.py", "prompt/convert.py"}
 # Only here may an `except` be broad: where one request's failure must not end the others', where a template's program
-# may raise what it likes, and where the tokenizers library raises nothing more precise.
+# may raise what it likes, and where the tokenizers library or a grammar's converter raises nothing more precise.
 BROAD_EXCEPT = {
     "ipc/channel.py",
     "api/app.py",
@@ -55,6 +55,7 @@ BROAD_EXCEPT = {
     "engine/encoding.py",
     "media/worker.py",
     "prompt/tokenizer.py",
+    "prompt/grammar_check.py",
     "prompt/sandbox.py",
     "prompt/render_worker.py",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -54,6 +55,7 @@ class Chat:
         request, entry = self.request, work.entry
         conversation = request.conversation(entry.model.processor.modalities, work.service.limits)
         check_tools(entry, request, conversation)
+        grammar = await entry.model.grammars.held(request.form(), work.call.turn)
         salt = work.salt(request.cache_salt)
         prepared = await entry.model.prompts.prepare_chat(
             conversation.messages,
@@ -71,9 +73,9 @@ class Chat:
         if request.echo and conversation.messages[-1].role == "assistant":  # the message that is continued
             self.echoed = conversation.last_text
         self.request = request.without_messages()
-        params = request.sampling(entry.model.defaults, len(prepared.prompt.token_ids))
+        params = replace(request.sampling(entry.model.defaults, len(prepared.prompt.token_ids)), grammar=grammar)
         asked = request.generation(((prepared.prompt, params),), salt, continues=bool(request.continue_final_message))
-        return with_format(entry.model, request, asked, prepared.tail)
+        return await with_format(entry.model, request, asked, prepared.tail, work.call.turn)
 
 
 class ChatCompletion(Chat):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -51,6 +51,7 @@ class _Completion:
 
     async def prepare(self, work: Work) -> GenerationRequest:
         request, model = self._request, work.entry.model
+        grammar = await model.grammars.held(request.form(), work.call.turn)
         start_s = time.perf_counter()
         special = request.add_special_tokens is not False
         truncation = model.truncation(
@@ -64,7 +65,8 @@ class _Completion:
         ]
         work.entry.metrics.observe_prompt(time.perf_counter() - start_s)
         defaults = model.defaults
-        asked = tuple((prompt, request.sampling(defaults, len(prompt.token_ids))) for prompt in prompts)
+        params = [replace(request.sampling(defaults, len(prompt.token_ids)), grammar=grammar) for prompt in prompts]
+        asked = tuple(zip(prompts, params, strict=True))
         return request.generation(asked, work.salt(request.cache_salt), continues=True)
 
     async def answer(self, work: Work, generation: Generation) -> None:

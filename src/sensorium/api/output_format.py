@@ -11,6 +11,8 @@ from sensorium.api.protocol.content import Conversation
 from sensorium.api.protocol.tools import ToolFields
 from sensorium.errors import UnsupportedFieldError
 from sensorium.prompt.formats.base import OutputFormat, Scanner, ToolChoice
+from sensorium.prompt.forms import Form
+from sensorium.prompt.grammars import either
 from sensorium.serving.generation import GenerationRequest
 from sensorium.serving.model import ServedModel
 from sensorium.types import Grammar, SamplingParams
@@ -41,7 +43,9 @@ def _tool_message(conversation: Conversation) -> str:
     return ""
 
 
-def with_format(model: ServedModel, request: ChatRequest, asked: GenerationRequest, tail: str) -> GenerationRequest:
+async def with_format(
+    model: ServedModel, request: ChatRequest, asked: GenerationRequest, tail: str, tenant: bytes
+) -> GenerationRequest:
     """The request, read and held to by the model's format. `tail` is the end of the rendered prompt."""
     found = model.format
     if found is None:
@@ -52,8 +56,9 @@ def with_format(model: ServedModel, request: ChatRequest, asked: GenerationReque
         return asked
     ids = model.tokenizer.added_tokens
     ends = [ids[end] for end in found.ends if end in ids]
-    grammar = _grammar(found, request, choice, tail)
-    prompts = tuple((prompt, _held(params, ends, grammar)) for prompt, params in asked.prompts)
+    calls = await _call_grammar(model, found, request, choice, tail, tenant)
+    after = found.reasoning_end if found.thinking(tail) == "open" else ""
+    prompts = tuple((prompt, _held(params, ends, calls, after)) for prompt, params in asked.prompts)
 
     def scanner() -> Scanner:
         return found.scanner(tail, tools)
@@ -71,21 +76,28 @@ def _ids(ids: dict[str, int], markers: Iterable[str]) -> Iterable[int]:
     return (ids[marker] for marker in markers if marker in ids)
 
 
-def _grammar(found: OutputFormat, request: ChatRequest, choice: ToolChoice, tail: str) -> Grammar | None:
-    """What holds the answer to the choice of tools."""
+async def _call_grammar(
+    model: ServedModel, found: OutputFormat, request: ChatRequest, choice: ToolChoice, tail: str, tenant: bytes
+) -> Grammar | None:
+    """What holds the answer to the choice of tools. Beside a form that the answer is to have, that is calls only."""
     tools = request.tool_objects
     if not tools or choice.mode == "none":
         return None
-    thinking = found.thinking(tail)
+    if request.form() is not None:
+        choice = replace(choice, mode="required")
     source = found.tool_grammar(
-        tools, choice, parallel=request.parallel_tool_calls is not False, reasoning=thinking == "may"
+        tools, choice, parallel=request.parallel_tool_calls is not False, reasoning=found.thinking(tail) == "may"
     )
-    if source is None:
-        return None
-    return Grammar("lark", source, after=found.reasoning_end if thinking == "open" else "")
+    return await model.grammars.held(None if source is None else Form("lark", source, "tools"), tenant)
 
 
-def _held(params: SamplingParams, ends: list[int], grammar: Grammar | None) -> SamplingParams:
-    """`ends` are tokens that end an answer in this format, unless the request looks past ends."""
+def _held(params: SamplingParams, ends: list[int], calls: Grammar | None, after: str) -> SamplingParams:
+    """`ends` are tokens that end an answer in this format, unless the request looks past ends. The answer is of its
+    form or calls tools, after its reasoning."""
     stops = tuple(dict.fromkeys((*params.stop_token_ids, *ends))) if params.stop_token_ids else ()
-    return replace(params, stop_token_ids=stops, grammar=grammar or params.grammar)
+    grammar = params.grammar
+    if calls is not None:
+        grammar = calls if grammar is None else either(calls, grammar)
+    if grammar is not None:
+        grammar = replace(grammar, after=after)
+    return replace(params, stop_token_ids=stops, grammar=grammar)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +20,9 @@ from sensorium.types import EngineRequest, Grammar, Vocabulary
 
 MAX_KEPT = 64  # compiled grammars
 MAX_KEPT_CHARS = 4 * 1024**2  # of their sources together
-LIMITS = LLParserLimits(step_lexer_fuel=100_000, verbose_errors=False)
+LIMITS = LLParserLimits(step_lexer_fuel=100_000, max_items_in_row=16_000, verbose_errors=False)
+STACK_BYTES = 64 * 1024**2
+"""Of the compiling thread: eight times what the HTTP process's worker has, where every grammar was compiled first."""
 NO_VOCABULARY = "Structured output is not available for this model's tokenizer."
 NOT_COMPILED = "The grammar of this request is too complex for this model's tokenizer."
 
@@ -49,7 +52,9 @@ class Grammars:
     def prepare(self, request: EngineRequest, grammar: Grammar) -> None:
         """Compile what a request is to be held to."""
         self._waiting[request.id] = None
+        usual = threading.stack_size(STACK_BYTES)  # for the thread that the first request starts
         self._thread.submit(self._prepare, request, grammar).add_done_callback(_log_failure)
+        threading.stack_size(usual)
 
     def abort(self, request_id: int) -> None:
         self._waiting.pop(request_id, None)

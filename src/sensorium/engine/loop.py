@@ -39,6 +39,7 @@ STEP_FAILED = "The engine failed while it computed this request."
 NOT_FINITE = "The model's output for this request is not a number."
 MEDIA_FAILED = "The model failed to encode the media of this request."
 TORCH_ENVIRONMENT = {"MKL_CBWR": "AUTO,STRICT", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
+MASK_ENVIRONMENT = {"RUST_MIN_STACK": str(16 * 1024**2)}  # of the threads that compute grammars' masks
 
 logger = logging.getLogger("sensorium.engine")
 
@@ -343,7 +344,7 @@ def set_torch_environment() -> None:
     others bound what oneDNN keeps of every shape that it has met, up to 1,024 of half a megabyte: a step whose number
     of rows is new takes 0.4 ms longer for each size of weight.
     """
-    for name, value in TORCH_ENVIRONMENT.items():
+    for name, value in (TORCH_ENVIRONMENT | MASK_ENVIRONMENT).items():
         os.environ.setdefault(name, value)
 
 

@@ -20,6 +20,7 @@ from sensorium.processors.base import Processor
 from sensorium.prompt.builtin import is_embedder_name, is_embedder_template
 from sensorium.prompt.encode import PairLimits, Side, Truncation
 from sensorium.prompt.formats.base import OutputFormat
+from sensorium.prompt.grammars import GrammarPool
 from sensorium.prompt.inspection import Renderer
 from sensorium.prompt.renderer import RenderPool
 from sensorium.prompt.template import ChatTemplate, pooling_template_source, reads_pairs, template_source
@@ -69,6 +70,7 @@ class ServedModel:
         self.processor = processor
         self.client = client
         client.vocabulary = tokenizer.vocabulary(checkpoint.stop_token_ids)
+        self.grammars = GrammarPool(client.vocabulary, checkpoint.vocab_size)
         self.created = int(time.time())
         self._task = task
         self._server = server
@@ -270,4 +272,5 @@ class ServedModel:
 
     async def aclose(self) -> None:
         await self._templates.aclose()
+        await self.grammars.aclose()
         self._threads.close()

@@ -42,7 +42,7 @@ def _called(name: str, others: str, *harmless: Any) -> dict[str, Foreign]:
     return _fields(others, (None, *harmless), f"it is called `{name}` here")
 
 
-_UNFORMED = "answers cannot be held to a form yet: leave it out and describe the form in the prompt"
+_FORM = "`response_format` and `structured_outputs` say what form an answer is to have"
 _UNPACKED = "its entries are fields of their own here, beside `messages` or `prompt`"
 _FIXED = "temperature, `top_k`, `top_p` and `min_p` are the samplers here, in this order"
 
@@ -50,14 +50,18 @@ TOOLS: Mapping[str, Foreign] = {
     **_fields("tools", advice="tools go with chats"),
     **_fields("tool_choice", (None, "none", "auto"), "tools go with chats"),
 }
+FORMS: Mapping[str, Foreign] = {
+    **_fields("guided_choice guided_grammar guided_regex structured_outputs", advice="it goes with generated text"),
+    **_fields("guided_json guided_decoding_backend guided_whitespace_pattern", (None,), "it goes with generated text"),
+    **_fields("response_format", (None, {"type": "text"}), "it goes with generated text"),
+}
+"""For endpoints without text that could be held to a form."""
+
 EVERYWHERE: Mapping[str, Foreign] = {
     **_fields("""audio documents ec_transfer_params kv_transfer_params
         media_io_kwargs prediction prompt_embeds repetition_detection return_mm_kwargs
         return_prompt_text return_token_ids return_token_offsets return_tokens_as_token_ids suffix
         use_beam_search vllm_xargs watermarking web_search_options"""),
-    **_fields("guided_choice guided_grammar guided_regex structured_outputs", advice=_UNFORMED),
-    **_fields("guided_json guided_decoding_backend guided_whitespace_pattern", (None,), _UNFORMED),
-    **_fields("response_format", (None, {"type": "text"}), _UNFORMED),
     **_fields("best_of stream_interval length_penalty", (None, 1)),
     **_fields("functions function_call", (*NOTHING, "none", "auto"), "they are called `tools` and `tool_choice` here"),
     **_fields("modalities", (None, [], ["text"])),
@@ -73,11 +77,7 @@ EVERYWHERE: Mapping[str, Foreign] = {
 ANSWERS: Mapping[str, Foreign] = {
     **EVERYWHERE,
     # llama.cpp, SGLang, Ollama, TGI, TabbyAPI, koboldcpp, text-generation-webui: the form of an answer
-    **_fields(
-        """grammar grammar_string json_schema regex regex_pattern ebnf structural_tag stop_regex format
-        outlines_type""",
-        advice=_UNFORMED,
-    ),
+    **_fields("grammar_string regex_pattern structural_tag stop_regex format outlines_type", advice=_FORM),
     **_fields("options sampling_params parameters generation_config", advice=_UNPACKED),
     # what ours are called there
     **_called(
@@ -145,6 +145,7 @@ PENALTY_WINDOWS = frozenset(
 """What these bound may be off; then they change nothing."""
 
 VECTORS: Mapping[str, Foreign] = {
+    **FORMS,
     **TOOLS,
     **EVERYWHERE,
     **_fields("allowed_token_ids bad_words logprob_token_ids"),

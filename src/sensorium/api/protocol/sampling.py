@@ -11,8 +11,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from sensorium.api.protocol.common import INT32_MAX, Body, Count, Name, Nested, Priority, TokenId
+from sensorium.api.protocol.common import INT32_MAX, Count, Name, Nested, Priority, TokenId
 from sensorium.api.protocol.other_servers import ANSWERS, PENALTY_WINDOWS, Foreign
+from sensorium.api.protocol.structured import StructuredBody
 from sensorium.config import Limits
 from sensorium.errors import RequestError
 from sensorium.prompt.output import TextOptions
@@ -46,7 +47,7 @@ class StreamOptions(Nested):
     continuous_usage_stats: bool | None = None  # figures in every event, if there are to be any
 
 
-class SamplingBody(Body):
+class SamplingBody(StructuredBody):
     """Fields of both completion endpoints. Bounds here are absolute; `Limits` narrows them further."""
 
     foreign: ClassVar[Mapping[str, Foreign]] = ANSWERS
@@ -118,6 +119,8 @@ class SamplingBody(Body):
                 "`prompt_logprobs` is not allowed together with `stream`: true.", param="prompt_logprobs"
             )
         check_alternatives(self.prompt_logprobs, limits, "prompt_logprobs")
+        if (form := self.form()) is not None and self.allowed_token_ids:
+            raise RequestError(f"`{form.param}` and `allowed_token_ids` exclude each other.", param="allowed_token_ids")
         if self.stream_options is not None and not self.stream:
             raise RequestError("`stream_options` is only allowed together with `stream`: true.", param="stream_options")
 

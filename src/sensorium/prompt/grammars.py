@@ -1,0 +1,114 @@
+"""From forms that requests ask for to grammars that compile: tried in processes of their own, the latest are kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from dataclasses import asdict
+from functools import partial
+
+from sensorium.errors import OverloadedError, RateLimitError, RequestError, UnavailableError
+from sensorium.prompt.forms import Form
+from sensorium.types import Grammar, Vocabulary
+from sensorium.workers.connection import JobFailed, TurnMissed, Unanswered
+from sensorium.workers.crew import Crew, Size
+from sensorium.workers.frames import JOB, RESULT, bytes_frame, record_frame
+from sensorium.workers.process import WorkerProcess
+
+WORKERS = Size(1, 3, turn_s=5.0, total_s=8.0)
+CPU_S = 4.0  # of one job
+MEMORY_BYTES = 512 << 20  # beyond what a worker has after its imports
+MAX_REPLY_BYTES = 16 << 20
+MAX_KEPT = 256
+MAX_KEPT_CHARS = 4 << 20  # of the grammars that are kept, together
+
+
+class GrammarPool:
+    """Of one model. `vocabulary` is None where its tokens have no bytes: then no answer can be held to a form."""
+
+    def __init__(
+        self, vocabulary: Vocabulary | None, vocab_size: int, *, cpu_s: float = CPU_S, size: Size = WORKERS
+    ) -> None:
+        self._vocabulary = vocabulary
+        self._vocab_size = vocab_size
+        start = partial(WorkerProcess.start, "sensorium.prompt.grammar_worker", MEMORY_BYTES, cpu_s)
+        self._crew = Crew(start, size, max_reply_bytes=MAX_REPLY_BYTES)
+        self._kept: OrderedDict[bytes, Grammar] = OrderedDict()
+        self._kept_chars = 0
+
+    @property
+    def pids(self) -> list[int]:
+        return self._crew.pids
+
+    async def held(self, form: Form | None, tenant: bytes = b"") -> Grammar | None:
+        """`grammar_of` where there is a form."""
+        return None if form is None else await self.grammar_of(form, tenant)
+
+    async def grammar_of(self, form: Form, tenant: bytes = b"") -> Grammar:
+        """A grammar that compiles. RequestError names the field of the form and says what is wrong."""
+        if self._vocabulary is None:
+            raise RequestError("Structured output is not available for this model's tokenizer.", param=form.param)
+        form.check_size()
+        job = json.dumps({"form": asdict(form) | {"param": ""}, "names": self._names(form)}).encode()
+        key = hashlib.sha256(job).digest()
+        found = self._kept.get(key)
+        if found is None:
+            found = await self._compiled(form, job, tenant)
+            self._keep(key, found)
+        self._kept.move_to_end(key)
+        return found
+
+    def _names(self, form: Form) -> dict[str, object]:
+        """The tokens that a grammar names, maybe."""
+        if self._vocabulary is None or form.kind not in ("lark", "grammar") or "<" not in form.source:
+            return {"texts": [], "vocab_size": 0}
+        named = [text for _, text, _ in self._vocabulary.added if text in form.source]
+        return {"texts": named, "vocab_size": self._vocab_size}
+
+    async def _compiled(self, form: Form, job: bytes, tenant: bytes) -> Grammar:
+        try:
+            kind, body = await self._crew.ask(record_frame(JOB, {}) + bytes_frame(job), tenant)
+        except Unanswered as failure:
+            raise _failure(failure, form) from None
+        reply = json.loads(body)
+        if kind == RESULT:
+            return Grammar(reply["kind"], reply["source"])
+        raise _refused(form, form.param + reply["path"], reply["reason"])
+
+    def _keep(self, key: bytes, grammar: Grammar) -> None:
+        if key in self._kept:
+            return
+        self._kept[key] = grammar
+        self._kept_chars += len(grammar.source)
+        while len(self._kept) > MAX_KEPT or (len(self._kept) > 1 and self._kept_chars > MAX_KEPT_CHARS):
+            _, oldest = self._kept.popitem(last=False)
+            self._kept_chars -= len(oldest.source)
+
+    async def aclose(self) -> None:
+        await self._crew.aclose()
+
+
+def either(first: Grammar, second: Grammar) -> Grammar:
+    """What is of one form or the other."""
+    parts = "".join(f"{name}: {_nested(one)}\n" for name, one in (("first", first), ("second", second)))
+    return Grammar("lark", f"start: first | second\n{parts}")
+
+
+def _nested(grammar: Grammar) -> str:
+    return f"%json {grammar.source}" if grammar.kind == "json" else f"%lark {{\n{grammar.source}\n}}"
+
+
+def _refused(form: Form, param: str, reason: str) -> RequestError:
+    code = "invalid_json_schema" if form.kind == "json" else None
+    return RequestError(f"`{param}` {reason}.", param=param, code=code)
+
+
+def _failure(failure: Unanswered, form: Form) -> Exception:
+    if isinstance(failure, JobFailed):
+        return _refused(form, form.param, "is too complex: compiling it takes too much time or memory")
+    if isinstance(failure, TurnMissed):
+        if failure.by_key:
+            return RateLimitError("Too many grammars of this key are being compiled: wait for some of their answers.")
+        return OverloadedError("Too many grammars are being compiled.")
+    return UnavailableError("The grammar could not be compiled in time.")
