@@ -100,7 +100,7 @@ def _operation(route: Route) -> dict[str, Any]:
 def _operation_id(route: Route) -> str:
     """The endpoint's name; where several paths lead to it, with the version that the path names."""
     version = next((part for part in route.path.split("/") if part in ("v1", "v2")), "")
-    several = route.endpoint.__name__ in ("score", "rerank") and version
+    several = route.endpoint.__name__ in ("score", "rerank", "cohere_embed") and version
     return f"{route.endpoint.__name__}_{version}" if several else route.endpoint.__name__
 
 

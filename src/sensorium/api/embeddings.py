@@ -20,7 +20,7 @@ async def embeddings(service: Service, call: Call) -> None:
         await respond_vectors(call, pooled, _EMBEDDINGS, job.model_name, job.request, job.request.embedding_type)
 
 
-def check_dimensions(entry: Entry, wanted: int | None) -> None:
+def check_dimensions(entry: Entry, wanted: int | None, *, param: str = "dimensions") -> None:
     """Only vectors of models that were trained for it mean anything when they are cut."""
     ready = entry.model.client.ready
     whole = ready.embedding_size if ready is not None else 0
@@ -29,13 +29,11 @@ def check_dimensions(entry: Entry, wanted: int | None) -> None:
     sizes = entry.model.matryoshka_sizes
     if sizes is None:
         raise RequestError(
-            f"The model {entry.name!r} does not support Matryoshka embeddings; `dimensions` must be "
+            f"The model {entry.name!r} does not support Matryoshka embeddings; `{param}` must be "
             f"left out or {whole}. The operator can allow it with --matryoshka-dimensions.",
-            param="dimensions",
+            param=param,
         )
     if sizes and wanted not in sizes:
-        raise RequestError(
-            f"`dimensions` must be one of {', '.join(map(str, sizes))} with this model.", param="dimensions"
-        )
+        raise RequestError(f"`{param}` must be one of {', '.join(map(str, sizes))} with this model.", param=param)
     if wanted > whole:
-        raise RequestError(f"`dimensions` must be at most {whole} with this model.", param="dimensions")
+        raise RequestError(f"`{param}` must be at most {whole} with this model.", param="dimensions")

@@ -12,6 +12,7 @@ from sensorium.api.context import Service
 from sensorium.api.embeddings import embeddings
 from sensorium.api.pooling import classify, pooling
 from sensorium.api.score import rerank, score
+from sensorium.api.tei import embed, predict
 from sensorium.api.tokens import detokenize
 from sensorium.api.transcriptions import transcriptions
 from sensorium.api.transport.asgi import Call, Message
@@ -27,6 +28,7 @@ _BY_FIELD: Mapping[str, Endpoint] = {
     "text_1": score,
     "data_1": score,
     "documents": rerank,
+    "texts": rerank,
     "tokens": detokenize,
 }
 _POOLED: Mapping[str, Endpoint] = {"embed": embeddings, "classify": classify}
@@ -60,12 +62,14 @@ def _endpoint(service: Service, fields: Fields | None) -> Endpoint:
     given = {name for name, value in fields.items() if bytes(value) != b"null"}
     if given & {"messages", "input"}:
         return _for_chats_or_inputs(service, fields, given)
+    if "inputs" in given:
+        return predict if "embed" not in service.entries[0].model.tasks else embed
     for name, endpoint in _BY_FIELD.items():
         if name in given:
             return endpoint
     raise RequestError(
         "The body must have the fields of one of the API's requests: `messages`, `prompt`, `input`, "
-        "`query` and `documents`, `text_1` and `text_2`, or `tokens`.",
+        "`inputs`, `query` and `documents`, `text_1` and `text_2`, or `tokens`.",
         param="messages",
         code="missing_required_parameter",
     )

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 from sensorium.api.context import Entry, Service
 from sensorium.api.guards.admission import PendingBody
-from sensorium.api.protocol.pooling import InputBody, PoolingBody, PromptedBody
+from sensorium.api.protocol.pooling import PoolingBody, SequencesBody
 from sensorium.api.transport.asgi import Call
 from sensorium.api.transport.body import read_request
 from sensorium.errors import RequestError
@@ -41,7 +41,10 @@ class Job(Generic[Request_co]):
         return self.request.model or self.entry.name
 
     def truncation(self) -> Truncation | None:
-        return self.model.truncation(self.request.most_tokens, self.request.truncation_side)
+        request, wanted = self.request, self.request.most_tokens
+        if request.is_clipped and wanted is not None:
+            wanted = -1 if wanted > self.model.max_model_len else wanted
+        return self.model.truncation(wanted, request.cut_side)
 
     async def run(self, prompts: Sequence[Prompt], params: PoolingParams | Sequence[PoolingParams]) -> Pooled:
         """The prompts' vectors, and a word of it in the log."""
@@ -74,7 +77,7 @@ def _pooling(service: Service, call: Call, request: PoolingBody, entry: Entry, p
     )
 
 
-def chosen_prompt(job: Job[PromptedBody], task: PoolingTask) -> str:
+def chosen_prompt(job: Job[SequencesBody], task: PoolingTask) -> str:
     """What is to stand before the request's texts: the prompt that it chooses, else the model's default."""
     request, param = job.request, job.request.chooses
     if task not in ("embed", "token_embed"):
@@ -82,7 +85,7 @@ def chosen_prompt(job: Job[PromptedBody], task: PoolingTask) -> str:
             raise RequestError(f"`{param}` goes with embeddings; the task here is {task}.", param=param)
         return ""
     try:
-        prompt = job.model.instructions.chosen(request.prompt_name, request.type_of_texts)
+        prompt = job.model.instructions.chosen(request.name_of_prompt, request.type_of_texts)
     except RequestError as error:
         if param == "task":
             error.param = param
@@ -97,18 +100,17 @@ def chosen_prompt(job: Job[PromptedBody], task: PoolingTask) -> str:
 
 
 async def pool_inputs(
-    job: Job[InputBody], params: PoolingParams, *, max_tokens: int | None = None, prompt: str = ""
+    job: Job[SequencesBody], params: PoolingParams, *, max_tokens: int | None = None, prompt: str = ""
 ) -> Pooled:
-    """Everything between a body of `input` or `messages` and its vectors. `prompt` stands before every text."""
+    """Everything between a body and its vectors. `prompt` stands before every text."""
     request, pooling = job.request, job.pooling
-    pooling.check_count(request.count, "messages" if request.input is None else "input")
+    pooling.check_count(request.count, request.field)
     inputs = request.inputs(job.model.processor.modalities, job.service.limits)
     if prompt:
         inputs = [prompt + text if isinstance(text, str) else text for text in inputs]
         add = request.add_special_tokens is not False
         params = replace(params, prompt_tokens=job.model.prompts.unpooled_tokens(prompt, add_special_tokens=add))
-    is_list = isinstance(request.input, list) and not isinstance(request.input[0], int)
-    places = [f"input[{index}]" if is_list else "input" for index in range(len(inputs))]
+    places = [request.place(index) for index in range(len(inputs))]
     with job.entry.pooling_admission.admit(len(inputs)) as permit:
         prompts = await pooling.make_prompts(inputs, places, job.truncation(), chunked=params.task == "embed")
         permit.add_prompt_tokens(pooling.count_tokens(prompts, max_tokens))

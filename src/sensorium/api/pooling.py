@@ -25,7 +25,7 @@ async def pooling(service: Service, call: Call) -> None:
         task = request.task or entry.model.default_pooling_task or "embed"
         entry.need(task, param="task" if request.task else "model")
         pooled = await pool_inputs(
-            job, _params(task, request), max_tokens=_max_tokens(entry, task), prompt=chosen_prompt(job, task)
+            job, _params(task, request), max_tokens=max_tokens_of(entry, task), prompt=chosen_prompt(job, task)
         )
         await respond_vectors(call, pooled, _POOLING, job.model_name, request)
 
@@ -37,7 +37,8 @@ def _params(task: PoolingTask, request: PoolingRequest) -> PoolingParams:
     return PoolingParams(task, activation=request.use_activation)
 
 
-def _max_tokens(entry: Entry, task: PoolingTask) -> int | None:
+def max_tokens_of(entry: Entry, task: PoolingTask) -> int | None:
+    """Of one request, where every token has a vector; None where the usual limit counts."""
     if task not in ("token_embed", "token_classify"):
         return None
     ready = entry.model.client.ready

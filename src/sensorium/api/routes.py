@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel
 
-from sensorium.api import playground, status
+from sensorium.api import playground, status, tei
 from sensorium.api.chat import chat_completions
+from sensorium.api.cohere import cohere_embed
 from sensorium.api.completions import completions
 from sensorium.api.context import Service
 from sensorium.api.docs_page import docs, openapi
@@ -21,9 +22,11 @@ from sensorium.api.invocations import invocations
 from sensorium.api.pooling import classify, pooling
 from sensorium.api.protocol.audio import AudioRequest
 from sensorium.api.protocol.chat import ChatRequest
+from sensorium.api.protocol.cohere import CohereEmbedRequest
 from sensorium.api.protocol.completion import CompletionRequest
 from sensorium.api.protocol.pooling import ClassifyRequest, EmbeddingsRequest, PoolingRequest
 from sensorium.api.protocol.score import RerankRequest, ScoreRequest
+from sensorium.api.protocol.tei import EmbedRequest, PredictRequest, SimilarityRequest
 from sensorium.api.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from sensorium.api.score import rerank, score
 from sensorium.api.tokens import detokenize, tokenize
@@ -66,6 +69,16 @@ ROUTES: tuple[Route, ...] = (
         Route("POST", path, rerank, "Documents in the order of their relevance to a query.", RerankRequest)
         for path in ("/rerank", "/v1/rerank", "/v2/rerank")
     ),
+    *(
+        Route("POST", path, cohere_embed, "Texts and images as vectors, in Cohere's form.", CohereEmbedRequest)
+        for path in ("/v2/embed", "/v1/embed")
+    ),
+    Route("POST", "/embed", tei.embed, "Texts as vectors, as text-embeddings-inference has it.", EmbedRequest),
+    Route("POST", "/embed_all", tei.embed_all, "A vector for every token, the same way.", EmbedRequest),
+    Route("POST", "/embed_sparse", tei.embed_sparse, "Refused: no model makes sparse vectors.", documented=False),
+    Route("POST", "/predict", tei.predict, "The classes of texts or pairs of texts, the same way.", PredictRequest),
+    Route("POST", "/similarity", tei.similarity, "How alike sentences are, the same way.", SimilarityRequest),
+    Route("GET", "/info", tei.info, "The model and its limits, the same way."),
     Route("POST", "/v1/audio/transcriptions", transcriptions, "What is said in a recording.", AudioRequest, file=FILE),
     Route("POST", "/v1/audio/translations", translations, "The same in another language.", AudioRequest, file=FILE),
     Route("GET", "/v1/models", status.models, "What is served, under which names."),
@@ -80,6 +93,7 @@ ROUTES: tuple[Route, ...] = (
         for method in ("GET", "POST")
     ),
     Route("POST", "/invocations", invocations, "Any of the other requests, told by its fields, as SageMaker sends it."),
+    Route("POST", "/", invocations, "The same, as clients of text-embeddings-inference send it.", documented=False),
     Route("GET", "/load", status.load, "How many requests are being worked on.", needs_engine=False),
     Route(
         "GET",
@@ -146,11 +160,14 @@ def _tail(path: str) -> str:
 
 
 def canonical(path: str) -> str:
-    """/api/v1/models -> /v1/models and /api/v1/tokenize -> /tokenize: some clients' base URL has /api in front."""
-    if not path.startswith("/api/v1/"):
+    """The path in the table: /chat/completions -> /v1/chat/completions, as of a base URL without its /v1, and
+    /api/v1/models -> /v1/models or /api/v1/tokenize -> /tokenize, as of one with /api in front."""
+    if path in _PATHS:
         return path
-    below = path.removeprefix("/api/v1")
-    return below if below in _ROOT_PATHS else "/v1" + below
+    below = path.removeprefix("/api/v1") if path.startswith("/api/v1/") else path
+    versioned = "/v1" + below
+    is_known = versioned in _PATHS or below.startswith("/models/")
+    return versioned if is_known or (below is not path and below not in _PATHS) else below
 
 
-_ROOT_PATHS = frozenset(route.path for route in ROUTES if not route.path.startswith("/v1/") and route.documented)
+_PATHS = frozenset(route.path for route in ROUTES if route.documented)

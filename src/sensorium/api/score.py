@@ -37,7 +37,7 @@ class Side:
 async def score(service: Service, call: Call) -> None:
     async with opened(service, call, ScoreRequest) as job:
         request, names, (left, right) = job.request, job.request.names, job.request.sides
-        pooled = await _compare(
+        pooled = await compare(
             job,
             *(
                 Side(items, name, most or 0, isinstance(getattr(request, name), list))
@@ -57,28 +57,46 @@ async def score(service: Service, call: Call) -> None:
 async def rerank(service: Service, call: Call) -> None:
     async with opened(service, call, RerankRequest) as job:
         request = job.request
-        pooled = await _compare(
+        pooled = await compare(
             job,
             Side([request.query], "query", request.max_tokens_per_query or 0, is_list=False),
-            Side(request.documents, "documents", request.max_tokens_per_doc or 0),
+            Side(request.items, request.items_name, request.max_tokens_per_doc or 0),
         )
         scores = [float(vector[0]) for vector in pooled.vectors]
         best = sorted(range(len(scores)), key=lambda index: -scores[index])[: request.top_n or len(scores)]
-        shown = request.return_documents is not False
-        rows = [
-            {
-                "index": index,
-                **({"document": _document(request.documents[index])} if shown else {}),
-                "relevance_score": scores[index],
-            }
-            for index in best
-        ]
-        usage = {"prompt_tokens": pooled.prompt_tokens, "total_tokens": pooled.prompt_tokens}
-        await call.respond(
-            msgspec.json.encode(
-                {"id": call.answer_id("rerank"), "model": job.model_name, "usage": usage, "results": rows}
-            )
-        )
+        answer = _ranking(job, pooled, scores, best) if request.texts is None else _ranked_texts(request, scores, best)
+        await call.respond(msgspec.json.encode(answer))
+
+
+def _ranking(job: Job[RerankRequest], pooled: Pooled, scores: list[float], best: list[int]) -> dict[str, Any]:
+    """vLLM's, Jina's and Cohere's form; Cohere's second version has `meta`."""
+    request, call = job.request, job.call
+    shown = request.return_documents is not False
+    rows = [
+        {
+            "index": index,
+            **({"document": _document(request.items[index])} if shown else {}),
+            "relevance_score": scores[index],
+        }
+        for index in best
+    ]
+    usage = {"prompt_tokens": pooled.prompt_tokens, "total_tokens": pooled.prompt_tokens}
+    meta = {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}}
+    return {
+        "id": call.answer_id("rerank"),
+        "model": job.model_name,
+        "usage": usage,
+        "results": rows,
+        **({"meta": meta} if call.path == "/v2/rerank" else {}),
+    }
+
+
+def _ranked_texts(request: RerankRequest, scores: list[float], best: list[int]) -> list[dict[str, Any]]:
+    """The form of text-embeddings-inference."""
+    rows = [{"index": index, "score": scores[index]} for index in best]
+    if not request.return_text:
+        return rows
+    return [{**row, "text": plain_text(request.items[index])} for row, index in zip(rows, best, strict=True)]
 
 
 def _document(item: Any) -> dict[str, Any]:
@@ -87,7 +105,7 @@ def _document(item: Any) -> dict[str, Any]:
     return {"text": None, "multi_modal": item.model_dump(mode="json", exclude_none=True)}
 
 
-async def _compare(job: Job[ComparingBody], left: Side, right: Side) -> Pooled:
+async def compare(job: Job[ComparingBody], left: Side, right: Side) -> Pooled:
     """A score, as a vector of one number, for every pair."""
     model = job.model
     if "score" in model.tasks:
@@ -111,7 +129,7 @@ async def _compare(job: Job[ComparingBody], left: Side, right: Side) -> Pooled:
             code="unsupported_task",
         )
     job.pooling.check_count(len(left.items) + len(right.items), right.name)
-    return await _compared(job, left, right)
+    return await _by_angle(job, left, right)
 
 
 # Cross-encoders
@@ -147,7 +165,7 @@ def _texts(side: Side) -> list[str]:
 # Embedders
 
 
-async def _compared(job: Job[ComparingBody], left: Side, right: Side) -> Pooled:
+async def _by_angle(job: Job[ComparingBody], left: Side, right: Side) -> Pooled:
     before = job.model.instructions.of("query"), job.model.instructions.of("document")
     inputs = [
         [_input(job, side, index, prompt) for index in range(len(side.items))]

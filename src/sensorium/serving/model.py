@@ -213,6 +213,11 @@ class ServedModel:
         )
 
     @property
+    def pooling_kinds(self) -> tuple[str, ...]:
+        """Which token states an embedding is made of."""
+        return self._pooling.kinds
+
+    @property
     def normalizes(self) -> bool:
         """Whether embeddings have the length 1 unless a request says otherwise."""
         return self._pooling.normalize

@@ -86,6 +86,7 @@ class Pooled:
 
     vectors: list[Vector]
     prompt_tokens: int
+    media_tokens: int = 0  # of those
 
 
 class Pooling:
@@ -205,7 +206,8 @@ class Pooling:
             self._mean([(next(vectors), len(piece.token_ids)) for piece, _ in some], own)
             for some, own in zip(pieces, each, strict=True)
         ]
-        return Pooled(joined, sum(len(prompt.token_ids) for prompt in prompts))
+        media_tokens = sum(span.length for prompt in prompts for span in prompt.spans)
+        return Pooled(joined, sum(len(prompt.token_ids) for prompt in prompts), media_tokens)
 
     def _pieces(self, prompt: Prompt, params: PoolingParams) -> list[tuple[Prompt, PoolingParams]]:
         """What is computed of one prompt: all of it, or a longer text in chunks of the context's length."""

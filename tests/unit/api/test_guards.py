@@ -14,6 +14,7 @@ from support.api_support import Reply, Served, chat, events, get, post, raw, rea
 
 from sensorium.api.app import printable
 from sensorium.api.guards.auth import PUBLIC_PATHS, CacheSalts, Keys
+from sensorium.api.playground import PAGES
 from sensorium.api.routes import ROUTES, canonical
 
 KEY = "token-abc123"
@@ -67,7 +68,8 @@ async def test_every_path_needs_the_key_but_the_literal_few() -> None:
         for path in sorted(paths):
             for method in METHODS:
                 reply = await raw(served.port, request(method, path)) if method != "HEAD" else await head(served, path)
-                if path.partition("?")[0].partition("#")[0] in public:
+                bare = path.partition("?")[0].partition("#")[0]
+                if bare in public and (bare not in PAGES or method in ("GET", "HEAD")):
                     assert reply.status != 401, (method, path)
                 else:
                     assert reply.status == 401, (method, path)
@@ -229,6 +231,18 @@ def test_every_path_is_there_below_the_old_prefix() -> None:
     assert canonical("/api/v1/tokenize") == "/tokenize"
     assert canonical("/v1/models") == "/v1/models"
     assert canonical("/api/v1/") == "/v1/"
+    assert canonical("/api/v1/embed") == canonical("/v1/embed") == "/v1/embed"
+    assert canonical("/embed") == "/embed"
+
+
+@pytest.mark.parametrize(
+    "route", [route.path for route in ROUTES if route.path.startswith("/v1/") and route.documented]
+)
+def test_every_path_is_there_without_its_version(route: str) -> None:
+    roots = {one.path for one in ROUTES}
+    below = route.removeprefix("/v1")
+    assert canonical(below) == (below if below in roots else route)
+    assert canonical(route) == route
 
 
 @pytest.mark.parametrize("root_path", ["/sens", "/sens/"])

@@ -20,7 +20,6 @@ CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 @pytest.mark.parametrize(
     ("path", "meant"),
     [
-        ("/chat/completions", "/v1/chat/completions"),
         ("/v1/v1/chat/completions", "/v1/chat/completions"),
         ("/openai/v1/chat/completions", "/v1/chat/completions"),
         ("/api/chat/completions", "/v1/chat/completions"),
@@ -28,10 +27,7 @@ CHAT = {"messages": [{"role": "user", "content": "hi"}]}
         ("//v1/chat/completions", "/v1/chat/completions"),
         ("/v1/chat/completions/chat/completions", "/v1/chat/completions"),
         ("/V1/Chat/Completions", "/v1/chat/completions"),
-        ("/completions", "/v1/completions"),
-        ("/embeddings", "/v1/embeddings"),
         ("/v1/v1/embeddings", "/v1/embeddings"),
-        ("/audio/transcriptions", "/v1/audio/transcriptions"),
         ("/v1/tokenize", "/tokenize"),
         ("/v1/pooling", "/pooling"),
         ("/v1/v1/rerank", "/rerank"),
@@ -47,10 +43,20 @@ async def test_a_wrong_base_url_is_told_the_right_one(port: int, path: str, mean
 
 
 async def test_lists_of_models_too_and_nothing_else(port: int) -> None:
-    assert "/v1/models is" in (await get(port, "/models")).error["message"]
+    assert "/v1/models is" in (await get(port, "/openai/models")).error["message"]
     assert "/v1/models/{model} is" in (await get(port, "/v1/v1/models/tiny")).error["message"]
     for path in ("/nothing", "/v1/responses", "/chat", "/" + "a/" * 3000 + "completions"):
         assert (await get(port, path)).error["message"].endswith("GET /docs lists what there is.")
+
+
+async def test_openais_routes_without_their_version(port: int) -> None:
+    assert (await post(port, "/chat/completions", CHAT)).json["object"] == "chat.completion"
+    assert (await post(port, "/completions", {"prompt": "a"})).json["object"] == "text_completion"
+    async with serving(engine_of(*ALL)) as served:
+        assert (await post(served.port, "/embeddings", {"input": "a"})).json["object"] == "list"
+    assert (await get(port, "/models")).json["data"][0]["id"] == "tiny"
+    assert (await get(port, "/models/tiny")).json["id"] == "tiny"
+    assert (await post(port, "/audio/transcriptions", {})).error["code"] != "not_found"
 
 
 async def test_ping_is_health() -> None:

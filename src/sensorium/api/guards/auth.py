@@ -37,12 +37,17 @@ class Keys:
 
     def authenticate(self, call: Call) -> None:
         """Set `call.tenant`, or raise. Reads the path that routing reads, never a URL rebuilt from headers."""
-        if not self._digests or call.path in PUBLIC_PATHS:
+        if not self._digests or _is_public(call):
             return
         tenant = self.match(_key_of(call))
         if not tenant:
             raise AuthenticationError("The API key is wrong.")
         call.tenant = tenant
+
+
+def _is_public(call: Call) -> bool:
+    """Pages are for reading: what is sent to their paths needs a key."""
+    return call.path in PUBLIC_PATHS and (call.path not in PAGES or call.method in ("GET", "HEAD"))
 
 
 def _key_of(call: Call) -> bytes:

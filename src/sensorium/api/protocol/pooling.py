@@ -73,6 +73,8 @@ class PoolingBody(Body, TemplateFields):
     """Fields of every endpoint that answers with vectors, classes or scores."""
 
     foreign: ClassVar[Mapping[str, Foreign]] = UNPROMPTED
+    is_clipped: ClassVar[bool] = False
+    """Whether prompts may be cut to more tokens than the context has, which then is the limit."""
 
     model: Name | None = None
     user: Annotated[str, Field(max_length=1024)] | None = None
@@ -112,12 +114,58 @@ class PoolingBody(Body, TemplateFields):
         """To which a prompt is cut; -1 for as many as the model takes."""
         return self.truncate_prompt_tokens
 
-    def side(self, default: Side) -> Side:
-        return self.truncation_side or default
+    @property
+    def cut_side(self) -> Side | None:
+        return self.truncation_side
 
 
-class InputBody(PoolingBody):
+class SequencesBody(PoolingBody):
+    """Any number of sequences, before whose texts one of the model's prompts may stand."""
+
+    foreign: ClassVar[Mapping[str, Foreign]] = VECTORS
+
+    @property
+    def count(self) -> int:
+        raise NotImplementedError
+
+    def inputs(self, modalities: frozenset[Modality], limits: Limits) -> list[PooledInput]:
+        """The sequences in order, checked against the limits and the model."""
+        raise NotImplementedError
+
+    def place(self, index: int) -> str:
+        """Where a sequence stands in the request."""
+        raise NotImplementedError
+
+    @property
+    def field(self) -> str:
+        """Where all of them stand."""
+        return self.place(0).partition("[")[0]
+
+    @property
+    def has_texts(self) -> bool:
+        return False
+
+    @property
+    def name_of_prompt(self) -> str | None:
+        """The prompt's name, if it is chosen by that."""
+        return None
+
+    @property
+    def type_of_texts(self) -> str | None:
+        """What the texts are, if that chooses the prompt."""
+        return None
+
+    @property
+    def chooses(self) -> str | None:
+        """The field that chooses a prompt, if one does."""
+        return None
+
+
+class InputBody(SequencesBody):
     """One or many sequences: `input` or `messages`."""
+
+    foreign: ClassVar[Mapping[str, Foreign]] = UNPROMPTED
+    input_name: ClassVar[str] = "input"
 
     input: InputField | None = None
     messages: ChatsField | None = None
@@ -127,21 +175,19 @@ class InputBody(PoolingBody):
         if (self.input is None) == (self.messages is None):
             word = "Exactly one" if self.input is not None else "One"
             raise RequestError(
-                f"{word} of `input` and `messages` is needed.",
-                param="input",
+                f"{word} of `{self.input_name}` and `messages` is needed.",
+                param=self.input_name,
                 code=None if self.input is not None else "missing_required_parameter",
             )
         for index, item in enumerate(self._given_inputs()):
             if not item or (isinstance(item, InputItem) and item.plain == ""):
-                where = f"input[{index}]" if isinstance(self.input, list) else "input"
+                where = self.place(index)
                 raise RequestError(f"`{where}` must not be empty.", param=where)
 
     def inputs(self, modalities: frozenset[Modality], limits: Limits) -> list[PooledInput]:
-        """The sequences in order, checked against the limits and the model."""
         if self.messages is None:
-            is_list = isinstance(self.input, list)
             return [
-                _pooled(item, f"input[{index}]" if is_list else "input", modalities, limits)
+                pooled_item(item, self.place(index), modalities, limits)
                 for index, item in enumerate(self._given_inputs())
             ]
         chats = self._chats()
@@ -154,6 +200,12 @@ class InputBody(PoolingBody):
     @property
     def count(self) -> int:
         return len(self._chats()) if self.messages is not None else len(self._given_inputs())
+
+    def place(self, index: int) -> str:
+        if self.input is None:
+            return "messages"
+        is_list = isinstance(self.input, list) and not isinstance(self.input[0], int)
+        return f"{self.input_name}[{index}]" if is_list else self.input_name
 
     def _given_inputs(self) -> list[str] | list[list[int]] | list[str | InputItem]:
         given: Any = self.input
@@ -170,7 +222,7 @@ class InputBody(PoolingBody):
         return chats
 
 
-def _pooled(
+def pooled_item(
     item: str | list[int] | InputItem, where: str, modalities: frozenset[Modality], limits: Limits
 ) -> PooledInput:
     """An item of text alone is a text like others."""
@@ -192,13 +244,15 @@ class PromptedBody(InputBody):
         return any(isinstance(one, str) or (isinstance(one, InputItem) and one.plain) for one in self._given_inputs())
 
     @property
+    def name_of_prompt(self) -> str | None:
+        return self.prompt_name
+
+    @property
     def type_of_texts(self) -> str | None:
-        """What the texts are, which chooses a prompt."""
         return self.input_type
 
     @property
     def chooses(self) -> str | None:
-        """The field that chooses a prompt, if one does."""
         return next((name for name in ("prompt_name", "input_type") if getattr(self, name) is not None), None)
 
 

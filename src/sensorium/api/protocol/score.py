@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
@@ -12,6 +12,7 @@ from sensorium.api.protocol.items import InputItem, is_item
 from sensorium.api.protocol.pooling import MAX_INPUTS, PoolingBody, TextOrItem
 from sensorium.config import Limits, ServerConfig
 from sensorium.errors import RequestError
+from sensorium.prompt.encode import Side
 from sensorium.types import PoolingParams
 
 _FIELDS = (("queries", "documents"), ("queries", "items"), ("data_1", "data_2"), ("text_1", "text_2"))
@@ -85,15 +86,48 @@ class ScoreRequest(ComparingBody):
 
 
 class RerankRequest(ComparingBody):
+    """With `texts` it is text-embeddings-inference's, which has the last four fields."""
+
     query: TextOrItem
-    documents: Many
+    documents: Many | None = None
     top_n: Count | None = None
     return_documents: bool | None = None
+    texts: Many | None = None
+    raw_scores: bool | None = None
+    return_text: bool | None = None
+    truncate: bool | None = None
+    truncation_direction: Literal["Left", "Right", "left", "right"] | None = None
 
     def check(self, limits: Limits, server: ServerConfig) -> None:
         super().check(limits, server)
+        if (self.documents is None) == (self.texts is None):
+            raise RequestError(
+                "`documents` is required." if self.texts is None else "Give `documents` or `texts`, not both.",
+                param="documents",
+                code="missing_required_parameter" if self.texts is None else None,
+            )
         check_items([self.query], "query", single=True)
-        check_items(self.documents, "documents")
+        check_items(self.items, self.items_name)
+
+    @property
+    def items(self) -> Sequence[str | InputItem]:
+        return self.documents or self.texts or ()
+
+    @property
+    def items_name(self) -> str:
+        return "documents" if self.texts is None else "texts"
+
+    @property
+    def most_tokens(self) -> int | None:
+        return -1 if self.truncate else super().most_tokens
+
+    @property
+    def cut_side(self) -> Side | None:
+        direction = (self.truncation_direction or "").lower()
+        return "left" if direction == "left" else "right" if direction else super().cut_side
+
+    def params(self) -> PoolingParams:
+        return PoolingParams("score", activation=False if self.raw_scores else self.use_activation)
 
 
 def as_list(given: Any) -> Sequence[str | InputItem]:
