@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from sensorium.api.context import Entry, Service
-from sensorium.api.generated import Work, answer_generated, usage_object
+from sensorium.api.generated import Work, answer_counted, answer_generated, usage_object
 from sensorium.api.guards.admission import PendingBody
 from sensorium.api.logprobs import chat_logprobs, prompt_logprobs
 from sensorium.api.output_format import check_tools, with_format
@@ -22,17 +22,29 @@ from sensorium.api.transport.frames import Frames, StreamHead, chat_frames
 from sensorium.api.transport.sse import EventStream
 from sensorium.prompt.formats.base import Arguments, Call, Delta, Reasoning, Text
 from sensorium.serving.generation import Choice, Generation, GenerationRequest, Message
+from sensorium.serving.prompts import Prepared
 
 _NO_DELTA = b'"delta":{}'
 
 
 async def chat_completions(service: Service, call: asgi.Call) -> None:
     async def read(pending: PendingBody) -> ChatCompletion:
-        request = await read_request(call, ChatRequest, service.limits, service.unknown, pending)
-        request.check(service.limits, service.server)
-        return ChatCompletion(request)
+        return await _read(service, call, pending)
 
     await answer_generated(service, call, read)
+
+
+async def chat_input_tokens(service: Service, call: asgi.Call) -> None:
+    async def read(pending: PendingBody) -> ChatCompletion:
+        return await _read(service, call, pending)
+
+    await answer_counted(service, call, read, lambda count: {"object": "chat.input_tokens", "input_tokens": count})
+
+
+async def _read(service: Service, call: asgi.Call, pending: PendingBody) -> ChatCompletion:
+    request = await read_request(call, ChatRequest, service.limits, service.unknown, pending)
+    request.check(service.limits, service.server)
+    return ChatCompletion(request)
 
 
 class Chat:
@@ -50,14 +62,14 @@ class Chat:
     def num_sequences(self) -> int:
         return self.request.choices
 
-    async def prepare(self, work: Work) -> GenerationRequest:
-        """The prompt. Media in base64 are not kept while tokens come."""
+    async def prompt(self, work: Work) -> Prepared:
+        """The conversation as the model will read it."""
         request, entry = self.request, work.entry
         conversation = request.conversation(entry.model.processor.modalities, work.service.limits)
         check_tools(entry, request, conversation)
-        grammar = await entry.model.grammars.held(request.form(), work.call.turn)
-        salt = work.salt(request.cache_salt)
-        prepared = await entry.model.prompts.prepare_chat(
+        if request.echo and conversation.messages[-1].role == "assistant":  # the message that is continued
+            self.echoed = conversation.last_text
+        return await entry.model.prompts.prepare_chat(
             conversation.messages,
             conversation.media,
             add_special_tokens=bool(request.add_special_tokens),
@@ -65,16 +77,22 @@ class Chat:
                 request.truncate_prompt_tokens, request.truncation_side, completion=request.length or 1
             ),
             tenant=work.call.turn,
-            salt=salt,
+            salt=work.salt(request.cache_salt),
             tools=request.tool_objects,
             **request.template_options(),
         )
+
+    async def prepare(self, work: Work) -> GenerationRequest:
+        """What is sent to the engine. Media in base64 are not kept while tokens come."""
+        entry = work.entry
+        grammar = await entry.model.grammars.held(self.request.form(), work.call.turn)
+        prepared = await self.prompt(work)
         entry.metrics.observe_prompt(prepared.text_s, prepared.media)
-        if request.echo and conversation.messages[-1].role == "assistant":  # the message that is continued
-            self.echoed = conversation.last_text
-        self.request = request.without_messages()
+        request = self.request = self.request.without_messages()
         params = replace(request.sampling(entry.model.defaults, len(prepared.prompt.token_ids)), grammar=grammar)
-        asked = request.generation(((prepared.prompt, params),), salt, continues=bool(request.continue_final_message))
+        asked = request.generation(
+            ((prepared.prompt, params),), work.salt(request.cache_salt), continues=bool(request.continue_final_message)
+        )
         return await with_format(entry.model, request, asked, prepared.tail, work.call.turn)
 
 

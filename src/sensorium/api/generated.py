@@ -9,11 +9,14 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import msgspec
+
 from sensorium.api.context import Entry, Service
 from sensorium.api.guards.admission import PendingBody
 from sensorium.api.transport.asgi import Call
 from sensorium.prompt.formats.base import Delta, Text
 from sensorium.serving.generation import Generation, GenerationRequest, Usage, generate
+from sensorium.serving.prompts import Prepared
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,12 @@ class Endpoint(Protocol):
         """Write the answer, whole or as a stream."""
 
 
+class PromptedEndpoint(Endpoint, Protocol):
+    """One whose prompt can be looked at alone."""
+
+    async def prompt(self, work: Work) -> Prepared: ...
+
+
 async def answer_generated(service: Service, call: Call, read: Callable[[PendingBody], Awaitable[Endpoint]]) -> None:
     with service.tenants.enter(call.tenant), service.pending.open() as pending:
         endpoint = await read(pending)
@@ -61,6 +70,23 @@ async def answer_generated(service: Service, call: Call, read: Callable[[Pending
                 with generate(entry.model, request, entry.metrics, started_s=call.started_s) as generation:
                     await endpoint.answer(work, generation)
                     call.note = f"{generation.prompt_tokens} + {generation.completion_tokens} tokens"
+
+
+async def answer_counted(
+    service: Service,
+    call: Call,
+    read: Callable[[PendingBody], Awaitable[PromptedEndpoint]],
+    answer: Callable[[int], dict[str, Any]],
+) -> None:
+    """How many tokens a request's prompt has, without computing anything; `answer` makes the body of it."""
+    with service.tenants.enter(call.tenant), service.pending.open() as pending:
+        endpoint = await read(pending)
+        entry = service.entry(endpoint.model_name)
+        entry.need("generate")
+        with entry.admission.admit(1):
+            async with service.flight(call):
+                prepared = await endpoint.prompt(Work(service, call, entry))
+                await call.respond(msgspec.json.encode(answer(len(prepared.prompt.token_ids))))
 
 
 def text_of(deltas: Iterable[Delta]) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel
 
 from sensorium.api import playground, status, tei
-from sensorium.api.chat import chat_completions
+from sensorium.api.chat import chat_completions, chat_input_tokens
 from sensorium.api.cohere import cohere_embed
 from sensorium.api.completions import completions
 from sensorium.api.context import Service
@@ -25,9 +25,11 @@ from sensorium.api.protocol.chat import ChatRequest
 from sensorium.api.protocol.cohere import CohereEmbedRequest
 from sensorium.api.protocol.completion import CompletionRequest
 from sensorium.api.protocol.pooling import ClassifyRequest, EmbeddingsRequest, PoolingRequest
+from sensorium.api.protocol.responses import ResponsesRequest
 from sensorium.api.protocol.score import RerankRequest, ScoreRequest
 from sensorium.api.protocol.tei import EmbedRequest, PredictRequest, SimilarityRequest
 from sensorium.api.protocol.tokenize import DetokenizeRequest, TokenizeRequest
+from sensorium.api.responses import input_tokens, responses
 from sensorium.api.score import rerank, score
 from sensorium.api.tokens import detokenize, tokenize
 from sensorium.api.transcriptions import FILE, transcriptions, translations
@@ -57,6 +59,9 @@ class Route:
 
 ROUTES: tuple[Route, ...] = (
     Route("POST", "/v1/chat/completions", chat_completions, "Answer a chat of text and media.", ChatRequest),
+    Route("POST", "/v1/responses", responses, "Answer a chat as a list of items, stateless.", ResponsesRequest),
+    Route("POST", "/v1/responses/input_tokens", input_tokens, "Tokens of such a request.", ResponsesRequest),
+    Route("POST", "/v1/chat/completions/input_tokens", chat_input_tokens, "Tokens of a chat.", ChatRequest),
     Route("POST", "/v1/completions", completions, "Continue a text.", CompletionRequest),
     Route("POST", "/v1/embeddings", embeddings, "Texts, chats or media as vectors.", EmbeddingsRequest),
     Route("POST", "/pooling", pooling, "What the model makes of a prompt: a vector, or one per token.", PoolingRequest),

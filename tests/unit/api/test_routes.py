@@ -45,7 +45,7 @@ async def test_a_wrong_base_url_is_told_the_right_one(port: int, path: str, mean
 async def test_lists_of_models_too_and_nothing_else(port: int) -> None:
     assert "/v1/models is" in (await get(port, "/openai/models")).error["message"]
     assert "/v1/models/{model} is" in (await get(port, "/v1/v1/models/tiny")).error["message"]
-    for path in ("/nothing", "/v1/responses", "/chat", "/" + "a/" * 3000 + "completions"):
+    for path in ("/nothing", "/v1/nothing", "/chat", "/" + "a/" * 3000 + "completions"):
         assert (await get(port, path)).error["message"].endswith("GET /docs lists what there is.")
 
 

@@ -58,7 +58,7 @@ async def test_long_request_lines(port: int) -> None:
 async def test_a_connection_goes_on_when_the_rest_of_an_unwanted_body_has_come(port: int) -> None:
     """Clients send head and body in two pieces, and the answer to a wrong path may come between them."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    for path in ("/v1/moderations", "/v1/responses"):
+    for path in ("/v1/moderations", "/v1/files"):
         writer.write(request("POST", path, headers={"Content-Length": str(len(BODY))}))
         assert (await read_reply(reader)).status == 404
         await asyncio.sleep(0.05)

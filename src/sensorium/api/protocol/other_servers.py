@@ -139,6 +139,19 @@ COMPLETIONS: Mapping[str, Foreign] = {
 }
 """Here `max_tokens` is 16 by default: -1, for as many as there is room for, asks for something."""
 
+_STATELESS = "responses are not stored here: send the whole conversation in `input`"
+RESPONSES: Mapping[str, Foreign] = {
+    **{name: field for name, field in ANSWERS.items() if name not in ("max_output_tokens", "logprobs")},
+    **_called("max_output_tokens", "max_tokens max_completion_tokens"),
+    **_called("input", "messages"),
+    **_fields("previous_response_id conversation", (None,), _STATELESS),
+    **_fields("background", (None, False), "answers come while the request is open"),
+    **_fields("prompt", (None,), "prompts are not stored here: send `instructions` and `input`"),
+    **_fields("response_format", (None, {"type": "text"}), "it is called `text.format` here"),
+    **_fields("context_management moderation", (None, [], {})),
+}
+"""And where an answer is a list of items."""
+
 PENALTY_WINDOWS = frozenset(
     {"repeat_last_n", "penalty_last_n", "rep_pen_range", "repetition_penalty_range", "penalty_range", "penalize_nl"}
 )
