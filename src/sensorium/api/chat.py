@@ -11,9 +11,9 @@ from typing import Any
 import msgspec
 
 from sensorium.api.context import Entry, Service
-from sensorium.api.generated import Work, answer_counted, answer_generated, usage_object
+from sensorium.api.generated import Work, answer_counted, answer_generated, new_ids, prompt_ids, usage_object
 from sensorium.api.guards.admission import PendingBody
-from sensorium.api.logprobs import chat_logprobs, prompt_logprobs
+from sensorium.api.logprobs import chat_logprobs, prompt_logprobs, token_names
 from sensorium.api.output_format import check_tools, with_format
 from sensorium.api.protocol.chat import ChatRequest
 from sensorium.api.transport import asgi
@@ -117,6 +117,7 @@ class ChatCompletion(Chat):
             ],
             "usage": usage_object(generation.usage()),
             "prompt_logprobs": self._prompt_logprobs(entry, generation.choices[0]),
+            **prompt_ids(generation.choices[0], request),
             "system_fingerprint": None,
             "service_tier": None,
         }
@@ -129,6 +130,7 @@ class ChatCompletion(Chat):
             "logprobs": self.logprobs(entry, choice),
             "finish_reason": self.finish_reason(choice, calls=bool(message.calls)),
             "stop_reason": choice.stop_reason,
+            **new_ids(choice, self.request),
         }
 
     def _prompt_logprobs(self, entry: Entry, choice: Choice) -> list[Any] | None:
@@ -139,7 +141,8 @@ class ChatCompletion(Chat):
     def logprobs(self, entry: Entry, choice: Choice) -> dict[str, Any] | None:
         if not self.request.logprobs:
             return None
-        return chat_logprobs(entry.model.tokenizer, choice.take_logprobs())
+        names = token_names(entry.model.tokenizer, as_ids=self.request.return_tokens_as_token_ids)
+        return chat_logprobs(names, choice.take_logprobs())
 
     def finish_reason(self, choice: Choice, *, calls: bool) -> str | None:
         """As OpenAI says it: a call that the request demanded by name ends with "stop"."""
@@ -186,24 +189,24 @@ class _ChoiceStream:
         ends = choice.finish_reason is not None
         last = deltas[-1].text if ends and deltas and isinstance(deltas[-1], Text) else ""
         logprobs = self._chat.logprobs(self._entry, choice) if deltas or ends else None
+        more = new_ids(choice, self._chat.request) if deltas or ends else {}
         for delta in deltas[:-1] if last else deltas:
             self._calls |= isinstance(delta, Call)
-            body = delta.text if isinstance(delta, Text) else delta_object(delta)
-            events.append(
-                frames.text(choice.index, body, logprobs)
-                if isinstance(body, str)
-                else frames.delta(choice.index, body, logprobs)
-            )
-            logprobs = None
+            if isinstance(delta, Text):
+                events.append(frames.text(choice.index, delta.text, logprobs, more=more))
+            else:
+                events.append(frames.delta(choice.index, delta_object(delta), logprobs, more=more))
+            logprobs, more = None, {}
         if ends:
             reason = self._chat.finish_reason(choice, calls=self._calls) or "stop"
-            events.append(frames.finish(choice.index, last, logprobs, reason, choice.stop_reason, empty=_NO_DELTA))
+            stop = choice.stop_reason
+            events.append(frames.finish(choice.index, last, logprobs, reason, stop, empty=_NO_DELTA, more=more))
         return b"".join(events)
 
     def _begin(self) -> list[bytes]:
         self._begun = True
         index, unsent, echoed = self._choice.index, self._choice.num_tokens, self._chat.echoed
-        events = [self._frames.role(index, unsent)]
+        events = [self._frames.role(index, unsent, beside=prompt_ids(self._choice, self._chat.request))]
         if echoed:
             events.append(self._frames.text(index, echoed, unsent=unsent))
         return events

@@ -11,9 +11,9 @@ from typing import Any
 import msgspec
 
 from sensorium.api.context import Entry, Service
-from sensorium.api.generated import Work, answer_generated, text_of, usage_object
+from sensorium.api.generated import Work, answer_generated, new_ids, prompt_ids, text_of, usage_object
 from sensorium.api.guards.admission import PendingBody
-from sensorium.api.logprobs import CompletionLogprobs, joined, prompt_logprobs
+from sensorium.api.logprobs import CompletionLogprobs, joined, prompt_logprobs, token_names
 from sensorium.api.protocol.completion import DEFAULT_MAX_TOKENS, CompletionRequest
 from sensorium.api.transport.asgi import Call
 from sensorium.api.transport.body import read_request
@@ -133,7 +133,9 @@ class _ChoiceWriter:
 
     def __init__(self, entry: Entry, request: CompletionRequest, choice: Choice, echo: _Echo) -> None:
         self._choice = choice
+        self._request = request
         self._generates = request.generates
+        self._ids_due = True
         self._echo = echo
         self._echo_due = bool(request.echo)
         self._tokenizer = entry.model.tokenizer
@@ -145,6 +147,7 @@ class _ChoiceWriter:
                 request.logprobs,
                 skip_special_tokens=not request.keeps_special_tokens,
                 echoed=len(echo.text),
+                names=token_names(entry.model.tokenizer, as_ids=request.return_tokens_as_token_ids),
             )
 
     def piece(self, text: str) -> tuple[str, dict[str, Any] | None]:
@@ -174,7 +177,14 @@ class _ChoiceWriter:
             "prompt_logprobs": None
             if self._num_scores is None
             else prompt_logprobs(self._tokenizer, self._choice, self._num_scores),
+            **self.ids(),
         }
+
+    def ids(self) -> dict[str, Any]:
+        """Those of new tokens, if they are wanted; with the first, the prompt's."""
+        is_first, self._ids_due = self._ids_due, False
+        prompt = prompt_ids(self._choice, self._request) if is_first else {}
+        return prompt | new_ids(self._choice, self._request)
 
     @property
     def finish_reason(self) -> str | None:
@@ -198,14 +208,15 @@ async def _stream(
 
         async def emit(choice: Choice, deltas: Sequence[Delta]) -> None:
             writer, text = writers[choice.index], text_of(deltas)
-            if choice.finish_reason is not None:
-                text, logprobs = writer.piece(text)
-                await events.write(
-                    frames.finish(choice.index, text, logprobs, writer.finish_reason or "length", choice.stop_reason)
-                )
-            elif text or writer.due:
-                text, logprobs = writer.piece(text)
-                await events.write(frames.text(choice.index, text, logprobs))
+            if choice.finish_reason is None and not text and not writer.due:
+                return
+            text, logprobs = writer.piece(text)
+            more = writer.ids()
+            if choice.finish_reason is None:
+                await events.write(frames.text(choice.index, text, logprobs, more=more))
+                return
+            reason, stop = writer.finish_reason or "length", choice.stop_reason
+            await events.write(frames.finish(choice.index, text, logprobs, reason, stop, more=more))
 
         await generation.run(emit)
         await events.end(frames.usage(_usage(request, generation)) if request.includes_usage else b"")

@@ -13,9 +13,10 @@ import msgspec
 
 from sensorium.api.context import Entry, Service
 from sensorium.api.guards.admission import PendingBody
+from sensorium.api.protocol.sampling import SamplingBody
 from sensorium.api.transport.asgi import Call
 from sensorium.prompt.formats.base import Delta, Text
-from sensorium.serving.generation import Generation, GenerationRequest, Usage, generate
+from sensorium.serving.generation import Choice, Generation, GenerationRequest, Usage, generate
 from sensorium.serving.prompts import Prepared
 
 
@@ -92,6 +93,16 @@ async def answer_counted(
 def text_of(deltas: Iterable[Delta]) -> str:
     """Where nothing but text is asked for."""
     return "".join([delta.text for delta in deltas if isinstance(delta, Text)])
+
+
+def prompt_ids(choice: Choice, request: SamplingBody) -> dict[str, Any]:
+    """The ids of the prompt, where the request wants ids."""
+    return {"prompt_token_ids": choice.prompt.token_ids.tolist()} if request.return_token_ids else {}
+
+
+def new_ids(choice: Choice, request: SamplingBody) -> dict[str, Any]:
+    """The ids of tokens since the last call, where the request wants them."""
+    return {"token_ids": choice.take_token_ids()} if request.return_token_ids else {}
 
 
 def usage_object(usage: Usage, *, unsent: int = 0, generates: bool = True) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,20 +16,31 @@ MIN_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON has no word for."""
 
 
-def chat_logprobs(tokenizer: Tokenizer, tokens: Iterable[TokenLogprob]) -> dict[str, Any]:
+TokenNames = Callable[[int], tuple[str, bytes]]
+"""What a token is called in an answer, and its bytes."""
+
+
+def token_names(tokenizer: Tokenizer, *, as_ids: bool | None = False) -> TokenNames:
+    """By their text; or, since several tokens may have one text, as `token_id:7`."""
+    if not as_ids:
+        return tokenizer.token_text
+    return lambda token_id: (f"token_id:{token_id}", tokenizer.token_text(token_id)[1])
+
+
+def chat_logprobs(names: TokenNames, tokens: Iterable[TokenLogprob]) -> dict[str, Any]:
     """{"content": [{token, logprob, bytes, top_logprobs}]}"""
     content = [
         {
-            **_entry(tokenizer, token.token_id, token.logprob),
-            "top_logprobs": [_entry(tokenizer, top, value) for top, value in token.top],
+            **_entry(names, token.token_id, token.logprob),
+            "top_logprobs": [_entry(names, top, value) for top, value in token.top],
         }
         for token in tokens
     ]
     return {"content": content, "refusal": None}
 
 
-def _entry(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
-    text, raw = tokenizer.token_text(token_id)
+def _entry(names: TokenNames, token_id: int, logprob: float) -> dict[str, Any]:
+    text, raw = names(token_id)
     return {"token": text, "logprob": max(logprob, MIN_LOGPROB), "bytes": list(raw)}
 
 
@@ -68,8 +79,16 @@ class CompletionLogprobs:
     that stand before the model's.
     """
 
-    def __init__(self, tokenizer: Tokenizer, num_top: int, *, skip_special_tokens: bool, echoed: int) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        num_top: int,
+        *,
+        skip_special_tokens: bool,
+        echoed: int,
+        names: TokenNames | None = None,
+    ) -> None:
+        self._names = names or token_names(tokenizer)
         self._num_top = num_top
         self._offsets = TextOffsets(tokenizer, skip_special_tokens=skip_special_tokens, keep_leading_space=True)
         self._echoed = echoed
@@ -96,14 +115,14 @@ class CompletionLogprobs:
         return lists
 
     def _add(self, lists: dict[str, Any], offset: int, token_id: int, token: TokenLogprob | None) -> None:
-        text = self._tokenizer.token_text(token_id)[0]
+        text = self._names(token_id)[0]
         lists["text_offset"].append(offset)
         lists["token_logprobs"].append(None if token is None else max(token.logprob, MIN_LOGPROB))
         lists["tokens"].append(text)
         lists["top_logprobs"].append(None if token is None else self._top(token, text))
 
     def _top(self, token: TokenLogprob, text: str) -> dict[str, float]:
-        top = {self._tokenizer.token_text(other)[0]: max(value, MIN_LOGPROB) for other, value in token.top}
+        top = {self._names(other)[0]: max(value, MIN_LOGPROB) for other, value in token.top}
         top.setdefault(text, max(token.logprob, MIN_LOGPROB))
         return top
 

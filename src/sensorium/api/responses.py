@@ -12,7 +12,7 @@ from sensorium.api.chat import Chat
 from sensorium.api.context import Service
 from sensorium.api.generated import Work, answer_counted, answer_generated
 from sensorium.api.guards.admission import PendingBody
-from sensorium.api.logprobs import chat_logprobs
+from sensorium.api.logprobs import chat_logprobs, token_names
 from sensorium.api.protocol.responses import ResponsesRequest
 from sensorium.api.response_items import ResponseItems
 from sensorium.api.transport.asgi import Call
@@ -128,7 +128,7 @@ class Response(Chat):
         taken = choice.take_logprobs()
         if not any(isinstance(delta, Text) for delta in deltas):
             return []
-        content: list[dict[str, Any]] = chat_logprobs(work.entry.model.tokenizer, taken)["content"]
+        content: list[dict[str, Any]] = chat_logprobs(token_names(work.entry.model.tokenizer), taken)["content"]
         return content
 
     def _object(self, work: Work, generation: Generation, items: ResponseItems) -> dict[str, Any]:

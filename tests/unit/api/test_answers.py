@@ -424,3 +424,22 @@ async def test_an_engine_that_ends_without_a_reason_is_an_error() -> None:
 
     async with serving(FakeEngine(script=silent)) as served:
         assert (await chat(served.port)).status == 500
+
+
+async def test_token_ids_go_with_the_text() -> None:
+    """`return_token_ids`: the prompt's once, the answer's as they come; streamed and plain are equal."""
+    async with serving() as served:
+        for ask, object_of in ((chat, lambda body: body), (complete, lambda body: body["choices"][0])):
+            fields = {"return_token_ids": True, "max_tokens": 100, "logprobs": True if ask is chat else 1}
+            whole = (await ask(served.port, return_tokens_as_token_ids=True, **fields)).json
+            ids = whole["choices"][0]["token_ids"]
+            assert ids == [*TOKENIZER.encode(ANSWER), EOS]
+            assert object_of(whole)["prompt_token_ids"] == served.engine.requests[-1].prompt.token_ids.tolist()
+            logprobs = whole["choices"][0]["logprobs"]
+            named = [one["token"] for one in logprobs["content"]] if ask is chat else logprobs["tokens"]
+            assert named[:2] == [f"token_id:{ids[0]}", f"token_id:{ids[1]}"]
+            streamed = events((await ask(served.port, stream=True, **fields)).body)
+            assert [token for event in streamed for token in event["choices"][0].get("token_ids", [])] == ids
+            assert object_of(streamed[0])["prompt_token_ids"] == object_of(whole)["prompt_token_ids"]
+            assert sum("prompt_token_ids" in object_of(event) for event in streamed) == 1
+            assert "token_ids" not in (await ask(served.port)).json["choices"][0]

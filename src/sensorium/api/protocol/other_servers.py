@@ -60,7 +60,7 @@ FORMS: Mapping[str, Foreign] = {
 EVERYWHERE: Mapping[str, Foreign] = {
     **_fields("""audio documents ec_transfer_params kv_transfer_params
         media_io_kwargs prediction prompt_embeds repetition_detection return_mm_kwargs
-        return_prompt_text return_token_ids return_token_offsets return_tokens_as_token_ids suffix
+        return_prompt_text return_token_offsets suffix
         use_beam_search vllm_xargs watermarking web_search_options"""),
     **_fields("best_of stream_interval length_penalty", (None, 1)),
     **_fields("functions function_call", (*NOTHING, "none", "auto"), "they are called `tools` and `tool_choice` here"),

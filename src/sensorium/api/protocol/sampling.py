@@ -84,6 +84,8 @@ class SamplingBody(StructuredBody):
     stream_options: StreamOptions | None = None
     echo: bool | None = None
     add_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     priority: Priority | None = None
     cache_salt: Annotated[str, Field(max_length=128)] | None = None
     user: Annotated[str, Field(max_length=1024)] | None = None
@@ -164,6 +166,7 @@ class SamplingBody(StructuredBody):
             salt=salt,
             priority=self.priority or 0,
             stop_token_ids=frozenset(self.stop_token_ids or ()),
+            keeps_ids=bool(self.return_token_ids),
         )
 
     def sampling_with(

@@ -62,19 +62,37 @@ class Frames:
             self._choices[index] = self._start + b'{"index":' + str(index).encode() + b","
         return self._choices[index]
 
-    def text(self, index: int, text: str, logprobs: dict[str, Any] | None = None, *, unsent: int = 0) -> bytes:
-        """A piece of an answer. `unsent` tokens are counted already, but come after it."""
-        if logprobs is None and self._running_usage is None:
+    def text(
+        self,
+        index: int,
+        text: str,
+        logprobs: dict[str, Any] | None = None,
+        *,
+        unsent: int = 0,
+        more: dict[str, Any] | None = None,
+    ) -> bytes:
+        """A piece of an answer. `unsent` tokens are counted already, but come after it. `more` are further fields of
+        the choice."""
+        if logprobs is None and self._running_usage is None and not more:
             return b"".join((self._choice(index), self._open_text, _encode(text), self._plain_end))
-        return self._event(index, self._open_text + _encode(text) + self._close_text, logprobs, b"null", b"", unsent)
+        body = self._open_text + _encode(text) + self._close_text
+        return self._event(index, body, logprobs, b"null", _members(more), unsent)
 
-    def delta(self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None) -> bytes:
+    def delta(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        logprobs: dict[str, Any] | None = None,
+        *,
+        more: dict[str, Any] | None = None,
+    ) -> bytes:
         """A piece of a chat answer that is not text."""
-        return self._event(index, b'"delta":' + _encode(delta), logprobs, b"null", b"")
+        return self._event(index, b'"delta":' + _encode(delta), logprobs, b"null", _members(more))
 
-    def role(self, index: int, unsent: int) -> bytes:
-        """The first event of a chat answer."""
-        return self._event(index, b'"delta":{"role":"assistant","content":""}', None, b"null", b"", unsent)
+    def role(self, index: int, unsent: int, *, beside: dict[str, Any] | None = None) -> bytes:
+        """The first event of a chat answer. `beside` are further fields of the event."""
+        body = b'"delta":{"role":"assistant","content":""}'
+        return self._event(index, body, None, b"null", b"", unsent, beside=_members(beside))
 
     def finish(
         self,
@@ -85,17 +103,28 @@ class Frames:
         stop_reason: str | int | None,
         *,
         empty: bytes | None = None,
+        more: dict[str, Any] | None = None,
     ) -> bytes:
         """The last event of an answer. `empty` replaces an empty text."""
         body = empty if empty is not None and not text else self._open_text + _encode(text) + self._close_text
-        return self._event(index, body, logprobs, _encode(reason), b',"stop_reason":' + _encode(stop_reason))
+        return self._event(
+            index, body, logprobs, _encode(reason), _members({"stop_reason": stop_reason, **(more or {})})
+        )
 
     def usage(self, usage: dict[str, object]) -> bytes:
         """The event after the last choice, if the client asked for it."""
         return self._start + b'],"usage":' + _encode(usage) + b"}\n\n"
 
     def _event(
-        self, index: int, body: bytes, logprobs: dict[str, Any] | None, reason: bytes, more: bytes, unsent: int = 0
+        self,
+        index: int,
+        body: bytes,
+        logprobs: dict[str, Any] | None,
+        reason: bytes,
+        more: bytes,
+        unsent: int = 0,
+        *,
+        beside: bytes = b"",
     ) -> bytes:
         usage = self._null_usage
         if self._running_usage is not None:
@@ -110,10 +139,16 @@ class Frames:
                 reason,
                 more,
                 b"}]",
+                beside,
                 usage,
                 b"}\n\n",
             )
         )
+
+
+def _members(fields: dict[str, Any] | None) -> bytes:
+    """Further members of an object that has some already: `,"name":value` each."""
+    return b"," + _encode(fields)[1:-1] if fields else b""
 
 
 def chat_frames(head: StreamHead, *, include_usage: bool, running_usage: Usage | None) -> Frames:
