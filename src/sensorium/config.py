@@ -240,6 +240,16 @@ class ServerConfig:
         "Chat template: a file, the template itself or a name (llava, "
         "vlm2vec_phi3v, dse_qwen2_vl). Default: the checkpoint's.",
     )
+    tool_call_parser: str = flag(
+        "auto",
+        "How the model writes tool calls, in our words or vLLM's, such as hermes, llama3_json or qwen3_coder (docs: "
+        "tools). auto: as its chat template and vocabulary show; none: tools are refused.",
+    )
+    reasoning_parser: str = flag(
+        "auto",
+        "How the model writes its reasoning, such as think, mistral or harmony, or in vLLM's words. auto: as its chat "
+        "template and vocabulary show; none: reasoning is text.",
+    )
     generation_config: str = flag(
         "auto",
         "Where sampling defaults come from. auto: the checkpoint's "

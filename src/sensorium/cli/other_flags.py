@@ -204,6 +204,7 @@ ACCEPTED: Mapping[str, Accepted] = {
         "--speculative-config --speculative-model --num-speculative-tokens --speculative-algorithm",
         "nothing is guessed ahead; answers are the same",
     ),
+    **_all("--enable-auto-tool-choice", "tools work whenever the model's template shows them", "switch"),
     **_all("--chat-template-content-format", "what a template takes is told from the template", values="auto"),
     **_all("--logprobs-mode", "log-probabilities are those of the model", values="raw_logprobs"),
     **_all("--response-role", "answers are the assistant's", values="assistant"),
@@ -214,7 +215,6 @@ ACCEPTED: Mapping[str, Accepted] = {
     **_all("--video-pruning-rate", "every frame that is taken is seen", values="0 0.0"),
 }
 
-_NO_TOOLS = "tool calls are not offered yet, and requests with `tools` are refused; leave it out"
 _NO_ADAPTERS = "LoRA adapters are not offered yet"
 _OWN_TOKENIZER = "the checkpoint's own tokenizer is used; leave it out"
 _PROXY = "put a reverse proxy in front for TLS"
@@ -222,12 +222,11 @@ _SAMPLING = "use --override-generation-config, such as '{\"temperature\": 0.6}'"
 
 REFUSED: Mapping[str, str] = {
     **dict.fromkeys(
-        ("--enable-auto-tool-choice", "--tool-call-parser", "--tool-parser-plugin", "--tool-server"), _NO_TOOLS
+        ("--tool-parser-plugin", "--reasoning-parser-plugin"),
+        "formats are built in: --tool-call-parser and --reasoning-parser name one",
     ),
-    **dict.fromkeys(
-        ("--reasoning-parser", "--reasoning-parser-plugin", "--reasoning-config"),
-        "reasoning is not taken apart from the answer yet; leave it out",
-    ),
+    "--tool-server": "the server runs no tools: it tells the client of the calls",
+    "--reasoning-config": "the chat template and --reasoning-parser say how reasoning is marked",
     **dict.fromkeys(
         (
             "--enable-lora",

@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from sensorium.prompt.inspection import (
 from sensorium.prompt.literals import CUT, escape_deep
 from sensorium.prompt.messages import MediaPart, Message, TextPart
 from sensorium.prompt.tokenizer import Tokenizer
+from sensorium.prompt.tools import ToolStyle, in_style, style_of, tool_probes
 from sensorium.types import Modality
 
 Placeholder = Callable[[Modality, int], str]
@@ -90,6 +92,7 @@ class ChatTemplate:
         placeholder: Placeholder | None = None,
     ) -> None:
         """`inspection` is of the probes of these modalities, in `probes_of`'s order."""
+        modalities = tuple(modalities)
         self.source = source
         self.free_names = frozenset(inspection.free_names)
         control = [token for token in tokenizer.added_tokens if any(token in text for text in inspection.texts)]
@@ -106,6 +109,19 @@ class ChatTemplate:
             for part, output in zip(_parts_of(kind), outputs, strict=False):
                 if placeholder is not None and self.takes_parts and placeholder(kind, 0) in output:
                     self._media_parts.setdefault(kind, part)
+        self.tool_style = self._found_style(modalities, outputs)
+
+    def _found_style(self, modalities: Sequence[Modality], outputs: Iterator[str]) -> ToolStyle:
+        style = style_of(self.source, outputs, takes_strings=self.takes_strings)
+        tried = [(kind, part) for kind in modalities for part in _parts_of(kind)]
+        media = {
+            kind
+            for (kind, part), output in zip(tried, outputs, strict=False)
+            if self._placeholder is not None
+            and self._media_parts.get(kind) == part
+            and self._placeholder(kind, 0) in output
+        }
+        return replace(style, media=frozenset(media))
 
     def variables(
         self,
@@ -117,7 +133,7 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> bytes:
         """What `Renderer.render` takes, untrusted text escaped for `Tokenizer.encode`. kwargs that the template does
-        not read are left out."""
+        not read are left out. `tools` and calls in messages are as OpenAI writes them."""
         if continue_final_message and add_generation_prompt:
             raise RequestError(
                 "continue_final_message and add_generation_prompt cannot both be true.", param="continue_final_message"
@@ -125,18 +141,18 @@ class ChatTemplate:
         if not messages:
             raise RequestError("A chat needs at least one message.", param="messages")
         given = self._checked_kwargs(kwargs or {})
+        messages, tools = in_style(messages, tools, self.tool_style)
         seen: Counter[Modality] = Counter()
         chat = [self._message(message, index, seen) for index, message in enumerate(messages)]
         if continue_final_message:
             chat[-1]["content"] = _with_cut(chat[-1]["content"])
-        escape = self._escape_for("system")
         return json.dumps(
             {
                 "documents": None,
                 **self._tokenizer.named_tokens,
                 **given,
                 "messages": chat,
-                "tools": escape_deep(tools, escape),
+                "tools": escape_deep(tools, self._tokenizer.escape),
                 "add_generation_prompt": add_generation_prompt,
             }
         ).encode()
@@ -229,20 +245,22 @@ class ChatTemplate:
 
 
 def probes_of(modalities: Iterable[Modality], tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """Variables whose rendering tells what a template takes: a string, a text part, each modality's parts."""
+    """Variables whose rendering tells what a template takes: a string, a text part, each modality's parts, tools."""
+    modalities = tuple(modalities)
     text = {"type": "text", "text": _PROBE}
     contents: list[Content] = [_PROBE, [text]]
-    contents += [[part, text] for kind in modalities for part in _parts_of(kind)]
-    return [
+    parts = [part for kind in modalities for part in _parts_of(kind)]
+    contents += [[part, text] for part in parts]
+    chats = [
         {
             "tools": None,
             "documents": None,
-            **tokenizer.named_tokens,
             "add_generation_prompt": True,
             "messages": [{"role": "user", "content": content}],
         }
         for content in contents
     ]
+    return [{**tokenizer.named_tokens, **chat} for chat in (*chats, *tool_probes(parts))]
 
 
 def _parts_of(kind: Modality) -> list[dict[str, Any]]:

@@ -19,7 +19,6 @@ from sensorium.media.loader import MediaLoader
 from sensorium.processors.base import Processor
 from sensorium.prompt.builtin import is_embedder_name, is_embedder_template
 from sensorium.prompt.encode import PairLimits, Side, Truncation
-from sensorium.prompt.formats.base import OutputFormat
 from sensorium.prompt.grammars import GrammarPool
 from sensorium.prompt.inspection import Renderer
 from sensorium.prompt.renderer import RenderPool
@@ -32,7 +31,7 @@ from sensorium.serving.media import FEATURE_CACHE_BYTES, MediaPipeline, media_li
 from sensorium.serving.pairs import PairPrompts
 from sensorium.serving.prompts import PromptBuilder
 from sensorium.serving.tasks import TASKS_OF_FLAG, Task
-from sensorium.serving.templates import Templates, opened
+from sensorium.serving.templates import Templates, format_of, opened
 from sensorium.types import PoolingTask, Prompt
 
 if TYPE_CHECKING:
@@ -42,7 +41,8 @@ _log = logging.getLogger("sensorium")
 
 
 class ServedModel:
-    """Built by `open`. `template` is None for models that cannot chat until they are given one."""
+    """Built by `open`. `template` is None for models that cannot chat until they are given one. `format` is how the
+    model writes tool calls and reasoning; None if it does neither."""
 
     def __init__(
         self,
@@ -81,6 +81,7 @@ class ServedModel:
         cuts_left = checkpoint.tokenizer_config.get("truncation_side") == "left"
         self._limit = ContextLimit(tokenizer, lambda: self.max_model_len, cuts_left=cuts_left)
         self._threads = PromptThreads(server.media_workers + 2)
+        self.format = format_of(template, tokenizer, server)
         self._templates = Templates(template, pooling_template, processor=processor, renderer=renderer, server=server)
         self.prompts = PromptBuilder(
             checkpoint,
@@ -176,11 +177,6 @@ class ServedModel:
         """What is left to a text that is embedded in chunks."""
         longest = self._server.max_embed_len or limits.max_embedding_tokens
         return ContextLimit(self.tokenizer, lambda: max(longest, self.max_model_len), cuts_left=False)
-
-    @property
-    def format(self) -> OutputFormat | None:
-        """How it writes tool calls and reasoning; None if it writes neither."""
-        return None
 
     # What it can do.
 

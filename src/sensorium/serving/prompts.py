@@ -28,14 +28,13 @@ from sensorium.serving.media import Fetched, MediaPipeline, MediaSettings, Media
 from sensorium.serving.templates import Templates
 from sensorium.types import MediaFeatures, Prompt
 
-TAIL_CHARS = 4096
-"""Of a rendered prompt, from which the state is read in which the answer begins."""
 SHORT_TEXT = 2000  # characters that are tokenized sooner than a thread takes over
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A prompt and what it cost. `text_s` is rendering and tokenizing, `tail` the end of the rendered text."""
+    """A prompt and what it cost. `text_s` is rendering and tokenizing. `tail` is its text from the last turn's header
+    on, for `OutputFormat.scanner`."""
 
     prompt: Prompt
     text_s: float
@@ -96,13 +95,14 @@ class PromptBuilder:
         processed media are kept for those of the same `salt` only.
 
         `add_special_tokens` False adds nothing but what the checkpoint's processor would: a BOS that a multimodal
-        model's template leaves to the tokenizer. `pooled`: no completion follows, the prompt itself is looked at.
+        model's template leaves to the tokenizer. `tools` are as OpenAI writes them.
+        `pooled`: no completion follows, the prompt itself is looked at.
         """
         self._media.check(messages, media, self.processor.modalities)
         processor = self._processor_for(mm_processor_kwargs or {})
         template = await self._templates.find(chat_template, tenant, pooled=pooled)
         begin = time.perf_counter()
-        small = _is_small(messages)
+        small = not tools and _is_small(messages)
         variables = await self._threads.run(
             small,
             lambda: template.variables(
@@ -110,7 +110,7 @@ class PromptBuilder:
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 kwargs=template_kwargs,
-                tools=tools or None,  # some templates would list the tools of []
+                tools=tools,
             ),
             tenant,
         )
@@ -135,7 +135,7 @@ class PromptBuilder:
         if truncation is not None and len(prompt.token_ids) > truncation.max_tokens:
             prompt = _cut(prompt, truncation)
         self._limit.check(prompt, "messages")
-        return Prepared(prompt, text_s, tuple(timings), text[-TAIL_CHARS:])
+        return Prepared(prompt, text_s, tuple(timings), template.tool_style.tail(text))
 
     async def encode(self, text: str, *, add_special_tokens: bool, tenant: bytes = b"") -> list[int]:
         """Token ids of a text in which special tokens are tokens."""

@@ -8,8 +8,11 @@ from collections.abc import Iterable
 from sensorium.config import ServerConfig
 from sensorium.errors import RequestError, StartupError
 from sensorium.processors.base import Processor
+from sensorium.prompt.formats.base import OutputFormat
+from sensorium.prompt.formats.detect import Evidence, described, find_format
 from sensorium.prompt.inspection import Inspection, Renderer
 from sensorium.prompt.template import ChatTemplate, check_source, compiling, probes_of, rendering
+from sensorium.prompt.tokenizer import Tokenizer
 
 MAX_REQUEST_TEMPLATE = 64 * 1024  # characters
 MAX_UNREAD_NAMES = 256
@@ -87,6 +90,28 @@ def opened(source: str, processor: Processor, renderer: Renderer) -> ChatTemplat
     with compiling():
         found = renderer.inspect_now(source, probes_of(processor.modalities, processor.tokenizer))
     return _chat_template(source, processor, found)
+
+
+def format_of(template: ChatTemplate | None, tokenizer: Tokenizer, server: ServerConfig) -> OutputFormat | None:
+    """How the model writes calls and reasoning, as its template and vocabulary show it or the flags say. None if it
+    does neither, or has no template. StartupError if a flag names no format."""
+    if template is None:
+        return None
+    style = template.tool_style
+    found = find_format(
+        Evidence(
+            tokens=tokenizer.added_tokens,
+            special=tokenizer.special_ids,
+            source=template.source,
+            written=style.written,
+            shows_tools=style.shows_tools,
+        ),
+        calls=server.tool_call_parser,
+        thinking=server.reasoning_parser,
+    )
+    if found is not None:
+        _log.info("output format: %s", described(found))
+    return found
 
 
 def _chat_template(source: str, processor: Processor, inspection: Inspection) -> ChatTemplate:

@@ -110,12 +110,21 @@ class OutputFormat(Protocol):
     def has_reasoning(self) -> bool: ...
 
     @property
+    def reasoning_start(self) -> str:
+        """What begins reasoning (`<think>`) where the model writes it. "" without reasoning."""
+
+    @property
     def reasoning_end(self) -> str:
-        """What ends reasoning (`</think>`): for `Grammar.after` and thinking_token_budget. "" without reasoning."""
+        """What ends reasoning (`</think>`), so that content comes next: what a thinking_token_budget forces. "" without
+        reasoning."""
 
     def thinking(self, tail: str) -> Thinking:
-        """How an answer after this tail begins. Where "open", `Grammar.after` is `reasoning_end`; where "may", a
-        grammar without reasoning in it forbids thinking."""
+        """How an answer after this tail begins."""
+
+    def grammar_after(self, tail: str) -> str:
+        """`Grammar.after` of a grammar for content: "" where the answer begins with content. Where `thinking` says
+        "may", a model can leave reasoning out; the gate may then open at once if the answer does not begin with
+        `reasoning_start`. Not for `tool_grammar`, which takes `reasoning` instead."""
 
     def scanner(self, tail: str, tools: Sequence[Tool]) -> Scanner:
         """`tail` is the rendered prompt from the last turn's header on, the header included; it says in which state the
@@ -123,5 +132,5 @@ class OutputFormat(Protocol):
 
     def tool_grammar(self, tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool, reasoning: bool) -> str | None:
         """Lark for llguidance that holds an answer to `choice`; None where nothing needs to be held. `reasoning`: the
-        answer may begin with reasoning, which the grammar then lets through; False where an engine's gate waits for
-        its end or there is none."""
+        answer may begin with reasoning (`thinking` does not say "off"): the grammar lets it through, and needs no
+        `Grammar.after`."""

@@ -1,0 +1,225 @@
+"""Values in other notations than JSON -> JSON, written while they come: Python's literals and Gemma's."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+
+from sensorium.prompt.formats.reader import Emit, Reader, Steps, marks
+from sensorium.prompt.formats.typed import escaped
+
+MAX_DEPTH = 48
+_NUMBER = re.compile(r"[+-]?([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,6})?")
+_HEX = re.compile(r"[+-]?0[xX][0-9a-fA-F]{1,256}")
+_JSON_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
+_WORDS = {"True": "true", "False": "false", "None": "null", "true": "true", "false": "false", "null": "null"}
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "0": "\0", "a": "\a", "b": "\b", "f": "\f", "v": "\v", "\n": ""}
+_LONG_ESCAPES = {"x": 2, "u": 4, "U": 8}
+
+
+def scalar(word: str) -> str:
+    """JSON of a word: a number, a truth, nothing; any other word is a string."""
+    if word in _WORDS:
+        return _WORDS[word]
+    if _NUMBER.fullmatch(word) and math.isfinite(float(word.replace("_", ""))):
+        plain = word.replace("_", "").removeprefix("+")
+        if _JSON_NUMBER.fullmatch(plain):
+            return plain
+        is_whole = plain.lstrip("-").isdigit()
+        return (plain.lstrip("-0") or "0") if is_whole and plain[0] != "-" else json.dumps(float(plain))
+    if _HEX.fullmatch(word):
+        return str(int(word, 16))
+    return json.dumps(word, ensure_ascii=False)
+
+
+class Python:
+    """Python's literals: quotes of either kind with escapes, lists, tuples, dicts."""
+
+    def value(self, reader: Reader, emit: Emit, depth: int = 0) -> Steps[bool]:
+        """Read one value; False where it is cut or is no value."""
+        yield from reader.skip_space()
+        char = yield from reader.peek()
+        if not char or depth > MAX_DEPTH:
+            return False
+        if char in "\"'":
+            return (yield from self._strings(reader, emit))
+        if char in "[(":
+            return (yield from self._items(reader, emit, "]" if char == "[" else ")", depth))
+        if char == "{":
+            return (yield from self._members(reader, emit, depth))
+        word = yield from reader.word()
+        if not word:
+            return False
+        if word in ("r", "f", "b", "u") and (yield from reader.peek()) in ('"', "'"):
+            return (yield from self._strings(reader, emit, is_raw=word == "r"))
+        if not (yield from reader.has(1)) and not reader.complete:
+            return False  # more of it may have followed
+        emit(scalar(word))
+        return True
+
+    def _items(self, reader: Reader, emit: Emit, end: str, depth: int) -> Steps[bool]:
+        yield from reader.next()
+        emit("[")
+        is_first = True
+        while True:
+            yield from reader.skip_space()
+            if (yield from reader.accept(end)):
+                emit("]")
+                return True
+            if not is_first:
+                emit(", ")
+            is_first = False
+            if not (yield from self.value(reader, emit, depth + 1)):
+                return False
+            yield from reader.skip_space()
+            if not (yield from reader.accept(",")) and (yield from reader.peek()) != end:
+                return False
+
+    def _members(self, reader: Reader, emit: Emit, depth: int) -> Steps[bool]:
+        yield from reader.next()
+        emit("{")
+        is_first = True
+        while True:
+            yield from reader.skip_space()
+            if (yield from reader.accept("}")):
+                emit("}")
+                return True
+            key: list[str] = []
+            if not (yield from self.value(reader, key.append, depth + 1)):
+                return False
+            yield from reader.skip_space()
+            if not (yield from reader.accept(":")):
+                return False
+            name = "".join(key)
+            name = name if name.startswith('"') else json.dumps(name, ensure_ascii=False)
+            emit(f"{'' if is_first else ', '}{name}: ")
+            is_first = False
+            if not (yield from self.value(reader, emit, depth + 1)):
+                return False
+            yield from reader.skip_space()
+            if not (yield from reader.accept(",")) and (yield from reader.peek()) != "}":
+                return False
+
+    def _strings(self, reader: Reader, emit: Emit, *, is_raw: bool = False) -> Steps[bool]:
+        """A string, or several that stand side by side."""
+        emit('"')
+        while True:
+            if not (yield from self._string(reader, emit, is_raw=is_raw)):
+                return False
+            yield from reader.skip_space()
+            char = yield from reader.peek()
+            if not char or char not in "\"'":
+                emit('"')
+                return True
+
+    def _string(self, reader: Reader, emit: Emit, *, is_raw: bool) -> Steps[bool]:
+        quote = yield from reader.next()
+        if (yield from reader.accept(quote * 2)):
+            quote *= 3
+        inside = marks(quote, "\\")
+        while True:
+            mark = yield from reader.until(inside, lambda piece: emit(escaped(piece)))
+            if mark != "\\":
+                return mark is not None
+            yield from self._escape(reader, emit, is_raw=is_raw)
+
+    def _escape(self, reader: Reader, emit: Emit, *, is_raw: bool) -> Steps[None]:
+        char = yield from reader.next()
+        if is_raw or not char:
+            emit(escaped("\\" + char))
+        elif char in _LONG_ESCAPES:
+            digits = yield from reader.next(_LONG_ESCAPES[char])
+            emit(_character(char, digits))
+        elif char in _ESCAPES:
+            emit(escaped(_ESCAPES[char]))
+        else:
+            emit(escaped(char if char in "\\\"'" else "\\" + char))
+
+
+def _character(kind: str, digits: str) -> str:
+    """A character by its number, as JSON writes it: halves of a pair stay as they are."""
+    try:
+        code = int(digits, 16) if digits.isalnum() else -1
+    except ValueError:
+        code = -1
+    if not 0 <= code <= 0x10FFFF or len(digits) < _LONG_ESCAPES[kind]:
+        return escaped(f"\\{kind}{digits}")
+    return f"\\u{code:04x}" if 0xD800 <= code < 0xE000 else escaped(chr(code))
+
+
+@dataclass(frozen=True, slots=True)
+class Gemma:
+    """Gemma's: keys without quotes, strings between two of the same marker and without escapes, bare words."""
+
+    quote: str
+
+    def value(self, reader: Reader, emit: Emit, depth: int = 0) -> Steps[bool]:
+        yield from reader.skip_space()
+        if depth > MAX_DEPTH:
+            return False
+        if (yield from reader.accept(self.quote)):
+            emit('"')
+            if (yield from reader.until(marks(self.quote), lambda piece: emit(escaped(piece)))) is None:
+                return False
+            emit('"')
+            return True
+        char = yield from reader.peek()
+        if char == "{":
+            return (yield from self.members(reader, emit, depth))
+        if char == "[":
+            return (yield from self._items(reader, emit, depth))
+        held: list[str] = []
+        mark = yield from reader.until(marks(",", "}", "]"), held.append, keep=True)
+        if mark is not None:
+            emit(scalar("".join(held).strip()))
+        return mark is not None
+
+    def members(self, reader: Reader, emit: Emit, depth: int = 0) -> Steps[bool]:
+        """An object; its brace comes next."""
+        yield from reader.next()
+        emit("{")
+        is_first = True
+        while True:
+            yield from reader.skip_space()
+            if (yield from reader.accept("}")):
+                emit("}")
+                return True
+            key = yield from self._key(reader)
+            if key is None:
+                return False
+            emit(f"{'' if is_first else ', '}{json.dumps(key, ensure_ascii=False)}: ")
+            is_first = False
+            if not (yield from self.value(reader, emit, depth + 1)):
+                return False
+            yield from reader.skip_space()
+            if not (yield from reader.accept(",")) and (yield from reader.peek()) != "}":
+                return False
+
+    def _key(self, reader: Reader) -> Steps[str | None]:
+        held: list[str] = []
+        if (yield from reader.accept(self.quote)):
+            if (yield from reader.until(marks(self.quote), held.append)) is None:
+                return None
+            return "".join(held) if (yield from reader.accept(":")) else None
+        mark = yield from reader.until(marks(":", "{", "}", ","), held.append)
+        return "".join(held).strip().strip('"') if mark == ":" else None
+
+    def _items(self, reader: Reader, emit: Emit, depth: int) -> Steps[bool]:
+        yield from reader.next()
+        emit("[")
+        is_first = True
+        while True:
+            yield from reader.skip_space()
+            if (yield from reader.accept("]")):
+                emit("]")
+                return True
+            if not is_first:
+                emit(", ")
+            is_first = False
+            if not (yield from self.value(reader, emit, depth + 1)):
+                return False
+            yield from reader.skip_space()
+            if not (yield from reader.accept(",")) and (yield from reader.peek()) != "]":
+                return False
