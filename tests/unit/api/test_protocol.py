@@ -463,7 +463,7 @@ def test_media_keep_their_place_in_the_conversation() -> None:
         {"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "AA", "format": "wav"}}]},
     ]
     found = chat(messages=messages).conversation(frozenset({"image", "audio"}), LIMITS)
-    assert [message.role for message in found.messages] == ["system", "user", "assistant", "user"]
+    assert [message.role for message in found.messages] == ["developer", "user", "assistant", "user"]
     assert found.messages[1].content == (MediaPart("image"), TextPart("what"), MediaPart("image"))
     assert found.messages[1].name == "ann"
     assert found.messages[2].content == ()

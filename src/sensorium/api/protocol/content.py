@@ -167,8 +167,7 @@ def conversation(
         parts = tuple(
             _part(part, f"{place}.content[{number}]", modalities, media) for number, part in enumerate(_parts(message))
         )
-        role = "system" if message.role == "developer" else message.role
-        made.append(Message(role, parts, name=message.name or None, extra=message.extra))
+        made.append(Message(message.role, parts, name=message.name or None, extra=message.extra))
     return Conversation(tuple(made), tuple(media))
 
 
