@@ -170,6 +170,13 @@ class EngineOutput:
     cached_tokens: int = 0  # prompt tokens served from the prefix cache; set with the first output
     vector: NDArray[np.float32] | None = None  # pooling: [dim] or [tokens, dim]
     error: str = ""
+    queue_s: float = 0.0  # from the request's arrival to its first step; set with the first output
+    prefill_s: float = 0.0  # from there to the first output; set with it
+    preemptions: int = 0  # with the last output
+
+
+STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+"""Bounds of `EngineStats.steps_by_tokens`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +184,8 @@ class EngineStats:
     """Gauges and counters of one engine, sent with its outputs at most a few times a second."""
 
     running: int = 0
-    waiting: int = 0
+    waiting: int = 0  # also those that something else than room holds back
+    deferred: int = 0  # of those: waiting for their grammar
     kv_blocks: int = 0
     kv_blocks_free: int = 0
     prefix_queries: int = 0  # tokens looked up, ever
@@ -189,6 +197,8 @@ class EngineStats:
     preemptions: int = 0
     steps: int = 0
     step_seconds: float = 0.0  # duration of the last step
+    step_tokens: int = 0  # computed in all steps, ever
+    steps_by_tokens: tuple[int, ...] = ()  # steps with at most so many tokens as STEP_TOKENS says; the last: with more
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,6 +67,8 @@ class Result:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     vector: Any = None
+    times: list[tuple[float, float]] = field(default_factory=list)  # (queue_s, prefill_s) of outputs that bring them
+    preemptions: int = 0
 
     def take(self, output: EngineOutput) -> None:
         assert self.reason is None, "an output after the end"
@@ -77,6 +79,9 @@ class Result:
         self.logprobs += output.logprobs
         self.prompt_logprobs = self.prompt_logprobs or output.prompt_logprobs
         self.vector = output.vector
+        if output.queue_s or output.prefill_s:
+            self.times.append((output.queue_s, output.prefill_s))
+        self.preemptions += output.preemptions
 
 
 class Bench:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
-from sensorium.types import EngineReady, EngineStats
+from sensorium.types import STEP_TOKENS, EngineReady, EngineStats, Modality
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -111,6 +111,9 @@ _TOKENS = (
     500_000,
     1_000_000,
 )
+_STAGES = ("fetch", "decode", "process")
+_PREEMPTIONS = (0, 1, 2, 5, 10, 20)
+_REFUSALS = ("queue_full", "queue_full_tokens", "memory", "key_concurrency")
 _CHOICES = (1, 2, 5, 10, 20)
 
 
@@ -153,9 +156,16 @@ class ModelMetrics:
         self.prompt_s = Histogram(_LATENCY_S)
         self.request_prompt_tokens = Histogram(_TOKENS)
         self.request_generation_tokens = Histogram(_TOKENS)
+        self.queue_s = Histogram(_LATENCY_S)
+        self.prefill_s = Histogram(_LATENCY_S)
+        self.decode_s = Histogram(_REQUEST_S)
+        self.inference_s = Histogram(_REQUEST_S)
+        self.request_longest = Histogram(_TOKENS)
+        self.request_computed_tokens = Histogram(_TOKENS)
+        self.request_preemptions = Histogram(_PREEMPTIONS)
         self.request_n = Histogram(_CHOICES)
         self.request_max_tokens = Histogram(_TOKENS)
-        self.media_s: dict[tuple[str, str], Histogram] = {}  # (stage, kind)
+        self.media_s = {(stage, kind): Histogram(_LATENCY_S) for stage in _STAGES for kind in get_args(Modality)}
 
     def refuse(self, reason: str) -> None:
         self.refused[reason] += 1
@@ -164,29 +174,42 @@ class ModelMetrics:
         self.request_n.observe(choices)
         self.request_max_tokens.observe(max_tokens)
 
-    def first_output(self, wait_s: float) -> None:
+    def first_output(self, wait_s: float, queue_s: float, prefill_s: float) -> None:
         self.first_token_s.observe(wait_s)
+        self.queue_s.observe(queue_s)
+        self.prefill_s.observe(prefill_s)
 
     def generated(self, tokens: int, since_s: float) -> None:
         self.generation_tokens += tokens  # as they come, so that a throughput over seconds means something
         if tokens and since_s:
             self.inter_token_s.observe(since_s / tokens)
 
-    def choice_ended(self, reason: str, tokens: int, decode_s: float) -> None:
+    def choice_ended(self, reason: str, tokens: int, *, prefill_s: float, decode_s: float, preemptions: int) -> None:
         self.finished[reason] += 1
         self.request_generation_tokens.observe(tokens)
+        self.request_preemptions.observe(preemptions)
+        if tokens:
+            self.decode_s.observe(decode_s)
+            self.inference_s.observe(prefill_s + decode_s)
         if tokens > 1:
             self.time_per_token_s.observe(decode_s / (tokens - 1))
 
-    def request_ended(self, prompt_tokens: Iterable[int], cached_tokens: int, seconds: float) -> None:
+    def request_ended(
+        self, prompt_tokens: Sequence[int], cached_tokens: int, seconds: float, longest: Iterable[int]
+    ) -> None:
+        self.request_computed_tokens.observe(sum(prompt_tokens) - cached_tokens)
+        for tokens in longest:
+            self.request_longest.observe(tokens)
         for tokens in prompt_tokens:
             self.prompt_tokens += tokens
             self.request_prompt_tokens.observe(tokens)
         self.cached_tokens += cached_tokens
         self.request_s.observe(seconds)
 
-    def pooled(self, cached_tokens: int) -> None:
+    def pooled(self, cached_tokens: int, queue_s: float, prefill_s: float) -> None:
         self.cached_tokens += cached_tokens
+        self.queue_s.observe(queue_s)
+        self.prefill_s.observe(prefill_s)
 
     def pooling_ended(self, prompt_tokens: Sequence[int], done: int, failure: str, seconds: float) -> None:
         self.request_s.observe(seconds)
@@ -200,9 +223,9 @@ class ModelMetrics:
         """What making a prompt took; a medium that was cached was only fetched."""
         self.prompt_s.observe(text_s)
         for timing in media:
-            stages = (("fetch", timing.fetch_s), ("decode", timing.decode_s), ("process", timing.process_s))
-            for stage, seconds in stages[:1] if timing.cached else stages:
-                self.media_s.setdefault((stage, timing.kind), Histogram(_LATENCY_S)).observe(seconds)
+            spent = (timing.fetch_s, timing.decode_s, timing.process_s)
+            for stage, seconds in list(zip(_STAGES, spent, strict=True))[: 1 if timing.cached else None]:
+                self.media_s[stage, timing.kind].observe(seconds)
 
 
 class Metrics:
@@ -275,6 +298,11 @@ class _Page:
     def model(self, name: str, model: ModelMetrics) -> None:
         labels = {"model_name": name, "engine": "0"}
         self.counter("vllm:prompt_tokens", "Prompt tokens of answered requests.", model.prompt_tokens, **labels)
+        for source, count in (
+            ("local_compute", model.prompt_tokens - model.cached_tokens),
+            ("local_cache_hit", model.cached_tokens),
+        ):
+            self.counter("vllm:prompt_tokens_by_source", "The same, by origin.", count, source=source, **labels)
         self.counter("vllm:prompt_tokens_cached", "Prompt tokens found in the cache.", model.cached_tokens, **labels)
         self.counter("vllm:generation_tokens", "Generated tokens.", model.generation_tokens, **labels)
         for reason in ("stop", "length", "abort", "error"):
@@ -285,8 +313,11 @@ class _Page:
                 finished_reason=reason,
                 **labels,
             )
-        for reason, count in model.refused.items():
+        for reason, count in {**dict.fromkeys(_REFUSALS, 0), **model.refused}.items():
             self.counter("vllm:admission_rejections", "Requests refused unseen.", count, reason=reason, **labels)
+        self._histograms(model, labels)
+
+    def _histograms(self, model: ModelMetrics, labels: dict[str, str]) -> None:
         for metric, help_text, histogram in (
             ("vllm:time_to_first_token_seconds", "From a request's arrival to its first token.", model.first_token_s),
             ("vllm:inter_token_latency_seconds", "Between two tokens of one answer.", model.inter_token_s),
@@ -298,6 +329,21 @@ class _Page:
             ("vllm:e2e_request_latency_seconds", "From the request's arrival to its end.", model.request_s),
             ("vllm:request_prompt_tokens", "Prompt tokens per request.", model.request_prompt_tokens),
             ("vllm:request_generation_tokens", "Generated tokens per request.", model.request_generation_tokens),
+            ("vllm:request_queue_time_seconds", "Waiting in the engine before the first step.", model.queue_s),
+            ("vllm:request_prefill_time_seconds", "From the first step to the first token.", model.prefill_s),
+            ("vllm:request_decode_time_seconds", "From the first token to the last.", model.decode_s),
+            ("vllm:request_inference_time_seconds", "From the first step to the last token.", model.inference_s),
+            (
+                "vllm:request_max_num_generation_tokens",
+                "Generated tokens of a prompt's longest choice.",
+                model.request_longest,
+            ),
+            (
+                "vllm:request_prefill_kv_computed_tokens",
+                "Prompt tokens per request that no cache had.",
+                model.request_computed_tokens,
+            ),
+            ("vllm:request_num_preemptions", "How often a choice was put back.", model.request_preemptions),
             ("vllm:request_params_n", "The n of requests.", model.request_n),
             ("vllm:request_params_max_tokens", "The max_tokens of requests.", model.request_max_tokens),
             ("sensorium:prompt_text_seconds", "Template and tokenizer, per request.", model.prompt_s),
@@ -319,6 +365,19 @@ class _Page:
             ("sensorium:engine_step_seconds", "Duration of the latest step.", stats.step_seconds),
         ):
             self.gauge(metric, help_text, gauge, **labels)
+        self._steps(stats, labels)
+        self._counters(stats, labels)
+        if ready is not None:
+            self._ready(ready, labels)
+
+    def _steps(self, stats: EngineStats, labels: dict[str, str]) -> None:
+        for reason, waiting in (("capacity", stats.waiting - stats.deferred), ("deferred", stats.deferred)):
+            self.gauge("vllm:num_requests_waiting_by_reason", "The same, by reason.", waiting, reason=reason, **labels)
+        steps = Histogram(STEP_TOKENS)
+        steps.counts, steps.total = list(stats.steps_by_tokens) or steps.counts, stats.step_tokens
+        self.histogram("vllm:iteration_tokens_total", "Tokens computed per step.", steps, **labels)
+
+    def _counters(self, stats: EngineStats, labels: dict[str, str]) -> None:
         for metric, help_text, count in (
             ("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache.", stats.prefix_queries),
             ("vllm:prefix_cache_hits", "Tokens found in the prefix cache.", stats.prefix_hits),
@@ -329,15 +388,16 @@ class _Page:
             ("sensorium:encoder_seconds", "Time spent in towers.", stats.encoder_seconds),
         ):
             self.counter(metric, help_text, count, **labels)
-        if ready is not None:
-            self.gauge(
-                "vllm:cache_config_info",
-                "The KV cache's configuration.",
-                1,
-                block_size=str(ready.block_size),
-                num_gpu_blocks=str(ready.kv_tokens // max(1, ready.block_size)),
-                **labels,
-            )
-            self.gauge("sensorium:weight_bytes", "Bytes of weights.", ready.weight_bytes, **labels)
-            self.gauge("sensorium:kv_cache_bytes", "Bytes of KV cache.", ready.kv_bytes, **labels)
-            self.gauge("sensorium:load_seconds", "Time to load the model.", ready.load_seconds, **labels)
+
+    def _ready(self, ready: EngineReady, labels: dict[str, str]) -> None:
+        self.gauge(
+            "vllm:cache_config_info",
+            "The KV cache's configuration.",
+            1,
+            block_size=str(ready.block_size),
+            num_gpu_blocks=str(ready.kv_tokens // max(1, ready.block_size)),
+            **labels,
+        )
+        self.gauge("sensorium:weight_bytes", "Bytes of weights.", ready.weight_bytes, **labels)
+        self.gauge("sensorium:kv_cache_bytes", "Bytes of KV cache.", ready.kv_bytes, **labels)
+        self.gauge("sensorium:load_seconds", "Time to load the model.", ready.load_seconds, **labels)

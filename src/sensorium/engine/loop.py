@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+from bisect import bisect_left
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -23,9 +24,12 @@ from sensorium.ipc import messages
 from sensorium.ipc.channel import Channel
 from sensorium.ipc.liveness import Pulse
 from sensorium.ipc.messages import Kind, ProtocolError, StepOutputs
-from sensorium.types import EngineOutput, EngineRequest, EngineStats, FinishReason, TokenLogprob
+from sensorium.types import STEP_TOKENS, EngineOutput, EngineRequest, EngineStats, FinishReason, TokenLogprob
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from sensorium.engine.constraint import Constraint
     from sensorium.engine.loading import Engine
     from sensorium.engine.runner import StepResult
@@ -56,6 +60,8 @@ class Core:
         self._faults = faults
         self._steps = 0
         self._step_seconds = 0.0
+        self._step_tokens = 0
+        self._steps_by_tokens = [0] * (len(STEP_TOKENS) + 1)
         self._encoder_seconds = 0.0
         self._stats_due = 0.0
         self._grammars = Grammars(engine.vocab_size, channel.wake)
@@ -148,12 +154,17 @@ class Core:
         if plan.encode:
             self._runner.encodings.add(plan.encode)
         if plan:
+            self._count(sum(count for _, count in plan.work))
             self._pulse.begin(self._engine.work_of(plan))
             for part, result in self._compute(plan, outputs):
                 self._take_results(part, result, outputs)
         self._pulse.end()
         self._faults.hit("send")
         self._send(outputs)
+
+    def _count(self, tokens: int) -> None:
+        self._step_tokens += tokens
+        self._steps_by_tokens[bisect_left(STEP_TOKENS, tokens)] += 1
 
     def _compute(self, plan: Plan, outputs: StepOutputs) -> list[tuple[Plan, StepResult]]:
         """Run a plan. If that fails, its requests fail; if its shape has failed before, only those that fail alone."""
@@ -214,7 +225,7 @@ class Core:
             vector = result.vectors.get(seq.id)
             if vector is not None:
                 scheduler.finish(seq)
-                outputs.add(EngineOutput(seq.id, finish_reason="stop", cached_tokens=seq.cached_tokens, vector=vector))
+                outputs.add(_full_output(seq, [], "stop", [], vector))
 
     def _commit(
         self, seq: Sequence, token_ids: list[int], logprobs: list[TokenLogprob] | None, outputs: StepOutputs
@@ -243,6 +254,7 @@ class Core:
                 EngineStats(
                     running=scheduler.num_running,
                     waiting=len(scheduler.waiting) + self._grammars.num_waiting,
+                    deferred=self._grammars.num_waiting,
                     kv_blocks=scheduler.pool.num_blocks,
                     kv_blocks_free=scheduler.pool.num_free,
                     prefix_queries=prefixes.queries,
@@ -254,6 +266,8 @@ class Core:
                     preemptions=scheduler.preemptions,
                     steps=self._steps,
                     step_seconds=self._step_seconds,
+                    step_tokens=self._step_tokens,
+                    steps_by_tokens=tuple(self._steps_by_tokens),
                 )
             )
         )
@@ -261,18 +275,26 @@ class Core:
 
 
 def _full_output(
-    seq: Sequence, token_ids: list[int], reason: FinishReason | None, logprobs: list[TokenLogprob]
+    seq: Sequence,
+    token_ids: list[int],
+    reason: FinishReason | None,
+    logprobs: list[TokenLogprob],
+    vector: NDArray[np.float32] | None = None,
 ) -> EngineOutput:
-    """Tokens with all that belongs to them; the first ones bring what is known of the prompt."""
+    """Tokens, or a vector, with all that belongs to them; the first ones bring what is known of the prompt."""
     is_first = seq.num_outputs == len(token_ids)
     return EngineOutput(
         seq.id,
         tuple(token_ids),
         reason,
-        token_ids[-1] if reason == "stop" and token_ids[-1] in seq.stop_ids else None,
+        token_ids[-1] if reason == "stop" and token_ids and token_ids[-1] in seq.stop_ids else None,
         tuple(logprobs),
         tuple(seq.prompt_logprobs) if is_first and len(seq.prompt_logprobs) > 1 else (),
         seq.cached_tokens if is_first else 0,
+        vector,
+        queue_s=seq.started_s - seq.arrived_s if is_first else 0.0,
+        prefill_s=monotonic() - seq.started_s if is_first else 0.0,
+        preemptions=0 if reason is None else seq.num_preemptions,
     )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import isqrt
 from operator import attrgetter
+from time import monotonic
 from typing import Any
 
 from sensorium.engine.admission import refusal
@@ -311,6 +312,7 @@ class Scheduler:
         seq.slot = self._free_slots.pop()
         insort(self.prefilling, seq, key=_order)
         if seq.cached_tokens < 0:
+            seq.started_s = monotonic()
             seq.cached_tokens = num_found * self.budget.block_size
             self.prefixes.count(seq, num_found)
 
@@ -426,6 +428,7 @@ class Scheduler:
     def _preempt(self, seq: Sequence) -> None:
         """Back to the queue: its tokens stay, its cache is computed again (or found) when there is room."""
         self.preemptions += 1
+        seq.num_preemptions += 1
         self._requeue(seq)
 
     def _requeue(self, seq: Sequence) -> None:

@@ -7,6 +7,7 @@ num_computed tokens.
 from __future__ import annotations
 
 from enum import IntEnum
+from time import monotonic
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -32,6 +33,7 @@ class Status(IntEnum):
 class Sequence:
     __slots__ = (
         "arrival",
+        "arrived_s",
         "block_keys",
         "blocks",
         "cached_tokens",
@@ -46,6 +48,7 @@ class Sequence:
         "last_token",
         "max_tokens",
         "num_computed",
+        "num_preemptions",
         "num_prompt",
         "num_published",
         "num_tokens",
@@ -59,6 +62,7 @@ class Sequence:
         "sampling",
         "slot",
         "span_offsets",
+        "started_s",
         "status",
         "stop_ids",
         "tokens",
@@ -70,6 +74,9 @@ class Sequence:
         self.request = request
         self.id = request.id
         self.arrival = arrival
+        self.arrived_s = monotonic()
+        self.started_s = 0.0  # when its first step was planned
+        self.num_preemptions = 0
         self.order = (request.priority, arrival)  # smaller runs first
         self.status = Status.WAITING
         self.sampling: SamplingParams | None = sampling

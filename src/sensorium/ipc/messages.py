@@ -105,6 +105,7 @@ class _Output(msgspec.Struct, array_like=True, frozen=True):
     cached_tokens: int
     vector: tuple[int, ...] | None  # its shape
     error: str
+    times: tuple[float, float, int]  # queue_s, prefill_s, preemptions
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -340,6 +341,7 @@ def _full_outputs(payload: memoryview) -> list[EngineOutput]:
                 wire.cached_tokens,
                 vector,
                 wire.error,
+                *wire.times,
             )
         )
     return outputs
@@ -356,6 +358,7 @@ def _wire_output(output: EngineOutput) -> _Output:
         output.cached_tokens,
         None if output.vector is None else output.vector.shape,
         output.error,
+        (output.queue_s, output.prefill_s, output.preemptions),
     )
 
 

@@ -33,17 +33,19 @@ class GenerationObserver(Protocol):
     def asked(self, choices: int, max_tokens: int) -> None:
         """A prompt was sent with so many choices."""
 
-    def first_output(self, wait_s: float) -> None:
-        """A choice began, so long after its request had come."""
+    def first_output(self, wait_s: float, queue_s: float, prefill_s: float) -> None:
+        """A choice began, so long after its request had come; of that it waited in the engine, and was computed."""
 
     def generated(self, tokens: int, since_s: float) -> None:
         """A choice has new tokens. `since_s` is the time since the ones before, 0 for the first."""
 
-    def choice_ended(self, reason: str, tokens: int, decode_s: float) -> None:
+    def choice_ended(self, reason: str, tokens: int, *, prefill_s: float, decode_s: float, preemptions: int) -> None:
         """`reason` is stop, length, abort or error. `decode_s` is the time from the first token to the last."""
 
-    def request_ended(self, prompt_tokens: Sequence[int], cached_tokens: int, seconds: float) -> None:
-        """With the length of each prompt and the time since the request came."""
+    def request_ended(
+        self, prompt_tokens: Sequence[int], cached_tokens: int, seconds: float, longest: Sequence[int]
+    ) -> None:
+        """With the length of each prompt and of its longest choice, and the time since the request came."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,8 @@ class Choice:
         "last_s",
         "logprobs",
         "num_tokens",
+        "preemptions",
+        "prefill_s",
         "prompt",
         "prompt_logprobs",
         "reasoning_tokens",
@@ -129,6 +133,8 @@ class Choice:
         self.last_s = 0.0
         self.num_tokens = 0
         self.reasoning_tokens = 0
+        self.prefill_s = 0.0
+        self.preemptions = 0
         self.cached_tokens = 0
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
@@ -201,10 +207,12 @@ class Choice:
             self._observer.generated(tokens, now_s - self.last_s)
         else:
             self.first_s = now_s
-            self._observer.first_output(now_s - self.started_s)
+            self._observer.first_output(now_s - self.started_s, output.queue_s, output.prefill_s)
+            self.prefill_s = output.prefill_s
             self._observer.generated(tokens, 0.0)
             self.cached_tokens = output.cached_tokens
             self.prompt_logprobs = output.prompt_logprobs
+        self.preemptions += output.preemptions
         self.last_s = now_s
 
     def take_logprobs(self) -> list[TokenLogprob]:
@@ -293,10 +301,17 @@ class Generation:
         unfinished = "error" if kind is not None and issubclass(kind, SensoriumError) else "abort"
         for choice in self.choices:
             self.observer.choice_ended(
-                choice.finish_reason or unfinished, choice.num_tokens, choice.last_s - choice.first_s
+                choice.finish_reason or unfinished,
+                choice.num_tokens,
+                prefill_s=choice.prefill_s,
+                decode_s=choice.last_s - choice.first_s,
+                preemptions=choice.preemptions,
             )
         lengths = [len(prompt.token_ids) for prompt, _ in self.request.prompts]
-        self.observer.request_ended(lengths, self.cached_tokens, perf_counter() - self.started_s)
+        count = self.request.choices
+        starts = range(0, len(self.choices), count)
+        longest = [max(choice.num_tokens for choice in self.choices[start : start + count]) for start in starts]
+        self.observer.request_ended(lengths, self.cached_tokens, perf_counter() - self.started_s, longest)
 
     async def run(self, emit: Emit) -> None:
         if len(self.choices) == 1:

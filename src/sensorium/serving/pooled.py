@@ -56,8 +56,8 @@ class PoolingObserver(Protocol):
     def observe_prompt(self, text_s: float, media: Iterable[MediaTiming] = ()) -> None:
         """Making a prompt (or all texts' prompts) took so long."""
 
-    def pooled(self, cached_tokens: int) -> None:
-        """A vector came; so many tokens of its prompt were cached."""
+    def pooled(self, cached_tokens: int, queue_s: float, prefill_s: float) -> None:
+        """A vector came; so many tokens of its prompt were cached, so long it waited in the engine and was computed."""
 
     def pooling_ended(self, prompt_tokens: Sequence[int], done: int, failure: str, seconds: float) -> None:
         """With the length of each prompt and how many of them have their vector; the others ended by `failure`, which
@@ -262,7 +262,7 @@ class Pooling:
             if output.finish_reason == "abort":
                 raise UnavailableError("The request was ended by the server.")
             if output.vector is not None:
-                self._observer.pooled(output.cached_tokens)
+                self._observer.pooled(output.cached_tokens, output.queue_s, output.prefill_s)
                 if not np.isfinite(output.vector).all():
                     raise EngineError("The model's output for this request is not a number.")
                 return output.vector

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -386,6 +387,27 @@ def test_prompt_logprobs_are_those_of_the_tokens(model: Model, chunk: int) -> No
         assert [token for token, _ in entry.top] == [token for token, _ in shorter.logprobs[0].top]
         assert entry.top[0][1] == pytest.approx(shorter.logprobs[0].top[0][1], abs=1e-5)
     assert all(one.top[0][0] == one.token_id for one in result.logprobs)
+
+
+def test_times_come_with_the_first_output_and_preemptions_with_the_last(model: Model) -> None:
+    engine = bench(model, max_num_seqs=1)
+    scheduler = engine.engine.scheduler
+
+    def preempt(step: int) -> None:
+        for seq in list(scheduler.decoding) if step in (2, 3) else []:
+            scheduler._preempt(seq)
+
+    begun = time.monotonic()
+    first, second = engine.run(request([1, 2, 3], 4), request([4, 5], 3, logprobs=0), before_step=preempt)
+    whole = time.monotonic() - begun
+    assert [len(one.times) for one in (first, second)] == [1, 1]
+    assert 0 < first.times[0][0] < second.times[0][0] < whole  # the second waited for the first
+    assert 0 < second.times[0][1] < whole
+    assert (first.preemptions, second.preemptions) == (2, 0)
+    plain = bench(model)
+    plain.run(request(random_prompt(1, 20), 4))
+    assert plain.core._step_tokens == 20 + 3
+    assert plain.core._steps_by_tokens[:5] == [3, 0, 0, 1, 0]
 
 
 @pytest.mark.parametrize("chunk", [2048, 9])
