@@ -32,6 +32,18 @@ TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}{% if flavour %}{{ flavour }}{% endif %}"
 )
+TOOL_TEMPLATE = (
+    "{% if tools %}<|start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|end|>\n{% endif %}"
+    "{% for message in messages %}<|start|>{{ message.role }}\n"
+    "{% if message.reasoning_content %}<think>\n{{ message.reasoning_content }}\n</think>\n\n{% endif %}"
+    "{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}\n<tool_call>\n"
+    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}'
+    "\n</tool_call>{% endfor %}"
+    "<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+"""As Hermes and Qwen write: calls between tags, thoughts before the answer."""
 CONTEXT = 512
 ANSWER = "Grüße, world! 🙂 ok"
 # What an answer to a client must never contain (docs: safety).
@@ -191,7 +203,9 @@ def make_model(
     task: str = "auto",
     folder: Path = Path("tiny"),
     pooling: str = "last",
+    source: str = TEMPLATE,
 ) -> ServedModel:
+    """`source` is the chat template."""
     checkpoint = Checkpoint(
         folder=folder,
         architecture="LlamaForCausalLM",
@@ -199,7 +213,7 @@ def make_model(
         preprocessor={},
         generation=dict(generation or {}),
         tokenizer_config={},
-        chat_template=TEMPLATE,
+        chat_template=source,
         text=None,
         dtype="float32",
         max_model_len=CONTEXT,
@@ -210,7 +224,7 @@ def make_model(
     )
     made = processor(checkpoint, tokenizer)
     template = LocalTemplate(
-        TEMPLATE, tokenizer.with_literals(made.literals), modalities=made.modalities, placeholder=made.placeholder
+        source, tokenizer.with_literals(made.literals), modalities=made.modalities, placeholder=made.placeholder
     )
     return ServedModel(
         names=tuple(names),
