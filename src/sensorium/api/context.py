@@ -70,6 +70,7 @@ class Service:
         self.keys = Keys(server.api_key)
         self.origin = OriginCheck(server.host, has_keys=bool(server.api_key), is_unix=server.uds is not None)
         self.salts = CacheSalts(secrets.token_bytes(32), shared=server.shared_prefix_cache)
+        self.signing_key = secrets.token_bytes(32)  # of what clients send back
         self.flights = Flights()
         self.unknown = UnknownFields()
         self.pages = read_pages()

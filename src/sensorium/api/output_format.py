@@ -24,23 +24,13 @@ def check_tools(entry: Entry, request: ToolFields, conversation: Conversation) -
     found = entry.model.format
     if found is not None and found.has_tools:
         return
-    param = "tools" if request.tools else _tool_message(conversation)
+    param = "tools" if request.tools else conversation.tool_place
     if param:
         raise UnsupportedFieldError(
             f"The model {entry.name!r} has no format for tool calls: its chat template does not mention tools. "
             "Leave tools out, or start the server with a --chat-template that has them.",
             param=param,
         )
-
-
-def _tool_message(conversation: Conversation) -> str:
-    """Where the history has a call or a result."""
-    for index, message in enumerate(conversation.messages):
-        if "tool_calls" in message.extra:
-            return f"messages[{index}].tool_calls"
-        if message.role == "tool":
-            return f"messages[{index}].role"
-    return ""
 
 
 async def with_format(

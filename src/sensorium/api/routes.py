@@ -18,12 +18,15 @@ from sensorium.api.completions import completions
 from sensorium.api.context import Service
 from sensorium.api.docs_page import docs, openapi
 from sensorium.api.embeddings import embeddings
+from sensorium.api.error_forms import error_form
 from sensorium.api.invocations import invocations
+from sensorium.api.messages import count_tokens, messages
 from sensorium.api.pooling import classify, pooling
 from sensorium.api.protocol.audio import AudioRequest
 from sensorium.api.protocol.chat import ChatRequest
 from sensorium.api.protocol.cohere import CohereEmbedRequest
 from sensorium.api.protocol.completion import CompletionRequest
+from sensorium.api.protocol.messages import CountTokensRequest, MessagesRequest
 from sensorium.api.protocol.pooling import ClassifyRequest, EmbeddingsRequest, PoolingRequest
 from sensorium.api.protocol.responses import ResponsesRequest
 from sensorium.api.protocol.score import RerankRequest, ScoreRequest
@@ -62,6 +65,8 @@ ROUTES: tuple[Route, ...] = (
     Route("POST", "/v1/responses", responses, "Answer a chat as a list of items, stateless.", ResponsesRequest),
     Route("POST", "/v1/responses/input_tokens", input_tokens, "Tokens of such a request.", ResponsesRequest),
     Route("POST", "/v1/chat/completions/input_tokens", chat_input_tokens, "Tokens of a chat.", ChatRequest),
+    Route("POST", "/v1/messages", messages, "Answer a chat, as Anthropic's API has it.", MessagesRequest),
+    Route("POST", "/v1/messages/count_tokens", count_tokens, "The tokens of such a chat.", CountTokensRequest),
     Route("POST", "/v1/completions", completions, "Continue a text.", CompletionRequest),
     Route("POST", "/v1/embeddings", embeddings, "Texts, chats or media as vectors.", EmbeddingsRequest),
     Route("POST", "/pooling", pooling, "What the model makes of a prompt: a vector, or one per token.", PoolingRequest),
@@ -154,7 +159,8 @@ class Router:
             if meant is None and tail.startswith("models/"):
                 meant = _MODEL_PATH
             if meant is not None:
-                base = "http://HOST:PORT/v1" if meant.startswith("/v1/") else "http://HOST:PORT"
+                is_openai = meant.startswith("/v1/") and error_form(meant) is None
+                base = "http://HOST:PORT/v1" if is_openai else "http://HOST:PORT"
                 return f"{meant} is the path of this endpoint, so the base URL must end as in {base}."
         return "GET /docs lists what there is."
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 import msgspec
 
 from sensorium import __version__
@@ -50,7 +52,8 @@ async def version(service: Service, call: Call) -> None:
 
 async def models(service: Service, call: Call) -> None:
     rows = [_row(entry, name) for entry in service.entries for name in entry.names]
-    await call.respond(msgspec.json.encode({"object": "list", "data": rows}))
+    ends = {"first_id": rows[0]["id"], "last_id": rows[-1]["id"]}
+    await call.respond(msgspec.json.encode({"object": "list", "data": rows, "has_more": False, **ends}))
 
 
 async def model(service: Service, call: Call) -> None:
@@ -60,16 +63,24 @@ async def model(service: Service, call: Call) -> None:
 
 
 def _row(entry: Entry, name: str) -> dict[str, object]:
+    """In OpenAI's words, vLLM's and Anthropic's."""
+    created = entry.model.created
     return {
         "id": name,
         "object": "model",
-        "created": entry.model.created,
+        "created": created,
         "owned_by": "sensorium",
         "root": entry.name,
         "parent": None,
         "max_model_len": entry.model.max_model_len,
         "tasks": list(entry.model.tasks),
         "modalities": ["text", *sorted(entry.model.processor.modalities)],
+        "type": "model",
+        "display_name": name,
+        "created_at": datetime.fromtimestamp(created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "lifecycle": "active",
+        "max_input_tokens": entry.model.max_model_len,
+        "max_tokens": entry.model.max_model_len,
     }
 
 

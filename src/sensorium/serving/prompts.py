@@ -21,6 +21,7 @@ from sensorium.media.source import MediaSource
 from sensorium.processors.base import Processor
 from sensorium.prompt.encode import Ids, Truncation, encode_texts
 from sensorium.prompt.messages import Message, TextPart
+from sensorium.prompt.template import ChatTemplate
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.serving.concurrency import PromptThreads
 from sensorium.serving.lengths import ContextLimit
@@ -100,6 +101,76 @@ class PromptBuilder:
         """
         self._media.check(messages, media, self.processor.modalities)
         processor = self._processor_for(mm_processor_kwargs or {})
+        template, text, text_s = await self._rendered(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            template_kwargs=template_kwargs,
+            tools=tools,
+            chat_template=chat_template,
+            pooled=pooled,
+            tenant=tenant,
+        )
+        settings = MediaSettings(processor, mm_processor_kwargs or {}, tenant, salt)
+        features: list[MediaFeatures] = []
+        timings: list[MediaTiming] = []
+        if media or truncation is None:
+            features, timings = await self._processed(media, text, settings)
+        else:
+            text = truncation.shorten(text)
+        begin = time.perf_counter()
+        add = self._adds_special_tokens(text, add_special_tokens)
+        prompt = await self._threads.run(
+            not tools and _is_small(messages) and len(media) <= 4,
+            lambda: self._build(processor, text, features, add),
+            tenant,
+        )
+        text_s += time.perf_counter() - begin
+        if truncation is not None and len(prompt.token_ids) > truncation.max_tokens:
+            prompt = _cut(prompt, truncation)
+        self._limit.check(prompt, "messages")
+        return Prepared(prompt, text_s, tuple(timings), template.tool_style.tail(text))
+
+    async def count_chat(
+        self,
+        messages: Sequence[Message],
+        media: Sequence[MediaSource],
+        *,
+        add_special_tokens: bool = False,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+        tenant: bytes = b"",
+        salt: bytes = b"",
+        **options: Any,
+    ) -> int:
+        """Tokens of the prompt that `prepare_chat` would make, whether or not they fit. Media are measured, not
+        decoded."""
+        self._media.check(messages, media, self.processor.modalities)
+        processor = self._processor_for(mm_processor_kwargs or {})
+        _, text, _ = await self._rendered(messages, tenant=tenant, **options)
+        settings = MediaSettings(processor, mm_processor_kwargs or {}, tenant, salt)
+        with self._media.holding() as held:
+            media_tokens = sum(item.num_tokens for item in await self._media.fetch(media, settings, held))
+        adds = self._adds_special_tokens(text, add_special_tokens)
+
+        def counted() -> int:
+            special = self.tokenizer.encode("", add_special_tokens=True) if adds else []
+            return self._count(text, processor) + len(special)
+
+        return media_tokens + await self._threads.run(len(text) <= SHORT_TEXT, counted, tenant)
+
+    async def _rendered(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        chat_template: str | None = None,
+        pooled: bool = False,
+        tenant: bytes = b"",
+    ) -> tuple[ChatTemplate, str, float]:
+        """The prompt as text, what has written it, and the seconds that it took."""
         template = await self._templates.find(chat_template, tenant, pooled=pooled)
         begin = time.perf_counter()
         small = not tools and _is_small(messages)
@@ -118,24 +189,7 @@ class PromptBuilder:
         text = await self._templates.render(template, variables, tenant, is_foreign=chat_template is not None)
         if continue_final_message:
             text = template.cut(text)
-        text_s = time.perf_counter() - begin
-        settings = MediaSettings(processor, mm_processor_kwargs or {}, tenant, salt)
-        features: list[MediaFeatures] = []
-        timings: list[MediaTiming] = []
-        if media or truncation is None:
-            features, timings = await self._processed(media, text, settings)
-        else:
-            text = truncation.shorten(text)
-        begin = time.perf_counter()
-        add = self._adds_special_tokens(text, add_special_tokens)
-        prompt = await self._threads.run(
-            small and len(media) <= 4, lambda: self._build(processor, text, features, add), tenant
-        )
-        text_s += time.perf_counter() - begin
-        if truncation is not None and len(prompt.token_ids) > truncation.max_tokens:
-            prompt = _cut(prompt, truncation)
-        self._limit.check(prompt, "messages")
-        return Prepared(prompt, text_s, tuple(timings), template.tool_style.tail(text))
+        return template, text, time.perf_counter() - begin
 
     async def encode(self, text: str, *, add_special_tokens: bool, tenant: bytes = b"") -> list[int]:
         """Token ids of a text in which special tokens are tokens."""

@@ -143,10 +143,12 @@ Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=8192)]
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What the prompt layer is given: messages with a `MediaPart` wherever the next media item of that kind belongs."""
+    """What the prompt layer is given: messages with a `MediaPart` wherever the next media item of that kind belongs.
+    `tool_place` is where the request first has a call or a result; "" without any."""
 
     messages: tuple[Message, ...]
     media: tuple[MediaSource, ...]
+    tool_place: str = ""
 
     @property
     def last_text(self) -> str:
@@ -161,6 +163,7 @@ def conversation(
         raise RequestError(f"`{where}` must have at most {limits.max_messages} entries.", param=where)
     media: list[MediaSource] = []
     made: list[Message] = []
+    tool_place = ""
     for index, message in enumerate(messages):
         place = message.place or f"{where}[{index}]"
         _check_message(message, place, limits)
@@ -168,7 +171,9 @@ def conversation(
             _part(part, f"{place}.content[{number}]", modalities, media) for number, part in enumerate(_parts(message))
         )
         made.append(Message(message.role, parts, name=message.name or None, extra=message.extra))
-    return Conversation(tuple(made), tuple(media))
+        if not tool_place and (message.tool_calls or message.role == "tool"):
+            tool_place = f"{place}.tool_calls" if message.tool_calls else f"{place}.role"
+    return Conversation(tuple(made), tuple(media), tool_place)
 
 
 def message_of_parts(parts: Sequence[Any], where: str, modalities: frozenset[Modality], limits: Limits) -> Conversation:

@@ -200,8 +200,27 @@ RECORDINGS: Mapping[str, Foreign] = {
 }
 """Those of the upload form, whose values are text."""
 
+MESSAGES: Mapping[str, Foreign] = {
+    **EVERYWHERE,
+    **_called("max_tokens", "max_completion_tokens max_output_tokens max_tokens_to_sample"),
+    **_called("stop_sequences", "stop", "", []),
+    **_called("output_config.format", "response_format", {"type": "text"}),
+    **_called("output_config.effort", "reasoning_effort"),
+    **_called("tool_choice.disable_parallel_tool_use", "parallel_tool_calls", True),
+    **_called("messages", "prompt"),
+    **_fields("n", (None, 1), "a message is one answer"),
+    **_fields("mcp_servers", (None, []), "tools are called by the client: describe them in `tools`"),
+    **_fields(
+        """frequency_penalty presence_penalty logprobs logit_bias seed min_p repetition_penalty""",
+        (*NOTHING, 0),
+        "Anthropic's API has no such field; /v1/chat/completions has",
+    ),
+}
+"""Those that Anthropic's Messages API does not have."""
+
 IGNORED = frozenset(
     """
+    container context_management diagnostics inference_geo speed cache_control betas
     metadata prompt_cache_key prompt_cache_retention safety_identifier
     service_tier session_id store verbosity
     cache_prompt id_slot n_keep n_discard timings_per_token return_progress response_fields post_sampling_probs

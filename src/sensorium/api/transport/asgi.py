@@ -38,7 +38,7 @@ class ErrorForm(Protocol):
         """Instead of an answer."""
 
     def headers(self, call: Call) -> list[Header]:
-        """Beside those that every error has."""
+        """Of every answer of the API, beside those that all answers have."""
 
     def event(self, error: SensoriumError, call: Call) -> bytes:
         """The end of a stream that has begun."""
@@ -133,6 +133,7 @@ class Call:
                     (b"x-request-id", self.request_id.encode()),
                     _NOSNIFF,
                     (b"cache-control", cache),
+                    *self._own_headers(),
                     *headers,
                 ],
             }
@@ -153,9 +154,13 @@ class Call:
                     (b"x-request-id", self.request_id.encode()),
                     _NOSNIFF,
                     (b"cache-control", b"no-store"),
+                    *self._own_headers(),
                 ],
             }
         )
+
+    def _own_headers(self) -> list[Header]:
+        return self.errors.headers(self) if self.errors is not None else []
 
 
 def _site(host: str) -> bytes:

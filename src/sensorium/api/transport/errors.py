@@ -110,5 +110,4 @@ async def answer_error(call: Call, error: Exception) -> None:
     if call.streaming:
         await call.send({"type": "http.response.body", "body": form.event(shown, call)})
     elif not call.status:
-        headers = [*error_headers(shown), *form.headers(call)]
-        await call.respond(form.body(shown, call), status=shown.status, headers=headers)
+        await call.respond(form.body(shown, call), status=shown.status, headers=error_headers(shown))

@@ -1,0 +1,84 @@
+"""Anthropic's own client with the built-in model: text, images, streams, counting, JSON, errors."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from support import pictures
+from support.live import Live, live
+
+anthropic = pytest.importorskip("anthropic", reason="the extra `clients` is not installed")
+MODEL = "sensorium-demo"
+PNG = base64.b64encode(pictures.encoded(pictures.photo(84, 56))).decode()
+SEEN: list[Any] = [
+    {
+        "role": "user",
+        "content": [
+            {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PNG}},
+            {"type": "text", "text": "what do you see?"},
+        ],
+    }
+]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    with live(tmp_path_factory.mktemp("demo"), "--api-key", "secret", key="secret") as found:
+        yield found
+
+
+@pytest.fixture
+def client(demo: Live) -> Any:
+    return anthropic.Anthropic(base_url=demo.url, api_key="secret", max_retries=0)
+
+
+@pytest.mark.parametrize("messages", [[{"role": "user", "content": "hello"}], SEEN])
+def test_an_answer_its_stream_and_its_count(client: Any, messages: Any) -> None:
+    fields: Any = {"model": MODEL, "max_tokens": 12, "messages": messages, "extra_body": {"temperature": 0}}
+    whole = client.messages.create(**fields)
+    assert [block.type for block in whole.content] == ["text"]
+    with client.messages.stream(**fields) as stream:
+        assert "".join(stream.text_stream) == whole.content[0].text
+        last = stream.get_final_message()
+    assert (last.stop_reason, last.usage.output_tokens) == (whole.stop_reason, whole.usage.output_tokens)
+    counted = client.messages.count_tokens(model=MODEL, messages=messages)
+    for usage in (whole.usage, last.usage):
+        assert usage.input_tokens + (usage.cache_read_input_tokens or 0) == counted.input_tokens
+
+
+def test_beta_methods_continued_answers_and_json(client: Any) -> None:
+    hello: Any = {"role": "user", "content": "hello"}
+    answer = client.beta.messages.create(
+        model=MODEL, max_tokens=5, messages=[hello, {"role": "assistant", "content": "I see"}]
+    )
+    assert answer.content[0].type == "text"
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
+    held = client.messages.create(
+        model=MODEL,
+        max_tokens=200,
+        messages=[hello],
+        output_config={"format": {"type": "json_schema", "schema": schema}},
+    )
+    assert held.stop_reason == "end_turn"
+    assert json.loads(held.content[0].text)["n"] in (1, 2)
+
+
+def test_errors(demo: Live, client: Any) -> None:
+    hello: Any = [{"role": "user", "content": "hello"}]
+    with pytest.raises(anthropic.AuthenticationError):
+        client.with_options(api_key="other").messages.create(model=MODEL, max_tokens=5, messages=hello)
+    with pytest.raises(anthropic.NotFoundError, match="does not exist"):
+        client.messages.create(model="other", max_tokens=5, messages=hello)
+    with pytest.raises(anthropic.BadRequestError, match=r"messages\[0\].content\[0\].source.data") as refused:
+        broken: Any = [{"role": "user", "content": [{**SEEN[0]["content"][0], "source": {"type": "base64"}}]}]
+        broken[0]["content"][0]["source"] |= {"media_type": "image/png", "data": "AAAA"}
+        client.messages.create(model=MODEL, max_tokens=5, messages=broken)
+    assert refused.value.request_id
+    with pytest.raises(anthropic.BadRequestError, match=r"output_config\.format\.schema"):
+        config: Any = {"format": {"type": "json_schema", "schema": {"type": "banana"}}}
+        client.messages.create(model=MODEL, max_tokens=5, messages=hello, output_config=config)
+    demo.check_unharmed()
