@@ -216,6 +216,13 @@ class ServerConfig:
         "from SENSORIUM_API_KEY (comma-separated).",
         repeat=True,
     )
+    allowed_origins: tuple[str, ...] = flag(
+        (),
+        "Origins of web pages that may call this server from a browser, such as https://chat.example; * for any. "
+        "Default: none but its own.",
+        nargs="+",
+        parse="origins",
+    )
     root_path: str = flag("", "Path under which a reverse proxy serves this server.")
     served_model_name: tuple[str, ...] = flag(
         (), "Name(s) clients call the model by. Default: MODEL as given.", nargs="+"

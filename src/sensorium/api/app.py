@@ -34,11 +34,15 @@ class App:
         async with errors_answered(call):
             call.errors = error_form(canonical(call.path))
             self.service.origin.check(call)
-            self.service.keys.authenticate(call)
-            route = self._router.find(call)
-            if route.needs_engine:
-                self.service.check_ready()
-            await route.endpoint(self.service, call)
+            call.add_headers(self.service.origin.headers(call))
+            if (preflight := self.service.origin.preflight(call)) is not None:
+                await call.respond(b"", status=204, headers=preflight)
+            else:
+                self.service.keys.authenticate(call)
+                route = self._router.find(call)
+                if route.needs_engine:
+                    self.service.check_ready()
+                await route.endpoint(self.service, call)
         self._note(call, route)
 
     def _note(self, call: Call, route: Route | None) -> None:

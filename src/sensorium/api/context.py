@@ -68,7 +68,9 @@ class Service:
         self.server = server
         self.limits = limits
         self.keys = Keys(server.api_key)
-        self.origin = OriginCheck(server.host, has_keys=bool(server.api_key), is_unix=server.uds is not None)
+        self.origin = OriginCheck(
+            server.host, has_keys=bool(server.api_key), is_unix=server.uds is not None, allowed=server.allowed_origins
+        )
         self.salts = CacheSalts(secrets.token_bytes(32), shared=server.shared_prefix_cache)
         self.signing_key = secrets.token_bytes(32)  # of what clients send back
         self.flights = Flights()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import secrets
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +24,8 @@ from sensorium.prompt.messages import MediaPart, Message, TextPart
 from sensorium.serving.generation import Choice, Generation, GenerationRequest
 
 FILE = "file"
+DELTA = "transcript.text.delta"
+DONE = "transcript.text.done"
 
 
 async def transcriptions(service: Service, call: Call) -> None:
@@ -39,6 +40,7 @@ async def _listen(service: Service, call: Call, *, translates: bool) -> None:
     async def read(pending: PendingBody) -> _Recording:
         form = await read_form(call, service.limits, FILE, pending.add)
         request = parse_fields(form.fields, service.unknown)
+        call.take_name(request.request_id)
         if form.file is None:
             raise RequestError(f"`{FILE}` is required.", param=FILE, code="missing_required_parameter")
         return _Recording(request, form.file, translates)
@@ -106,7 +108,9 @@ def _check_hears(entry: Entry) -> None:
 
 
 async def _stream(work: Work, request: AudioRequest, generation: Generation) -> None:
-    head = StreamHead("trsc-" + secrets.token_hex(12), int(time.time()), request.model or work.entry.name)
+    """Events for two kinds of clients in one: vLLM's read `choices`, OpenAI's `type` and `delta`, or `text` at the
+    end."""
+    head = StreamHead(work.call.answer_id("trsc"), int(time.time()), request.model or work.entry.name)
     include_usage = bool(request.stream_include_usage)
     runs_usage = include_usage and request.stream_continuous_usage_stats
     frames = Frames(
@@ -118,13 +122,18 @@ async def _stream(work: Work, request: AudioRequest, generation: Generation) -> 
         running_usage=(lambda unsent: usage_object(generation.usage(), unsent=unsent)) if runs_usage else None,
     )
     async with EventStream(work.call, work.service.limits.keep_alive_comment_s) as events:
+        said: list[str] = []
 
         async def emit(choice: Choice, deltas: Sequence[Delta]) -> None:
-            text = text_of(deltas)
+            text, event = text_of(deltas), b""
+            if text:
+                said.append(text)
+                event = frames.text(choice.index, text, beside={"type": DELTA, "delta": text})
             if choice.finish_reason is not None:
-                await events.write(frames.finish(choice.index, text, None, choice.finish_reason, choice.stop_reason))
-            elif text:
-                await events.write(frames.text(choice.index, text))
+                end = {"type": DONE, "text": "".join(said).strip()}
+                event += frames.finish(choice.index, "", None, choice.finish_reason, choice.stop_reason, beside=end)
+            if event:
+                await events.write(event)
 
         await generation.run(emit)
         await events.end(frames.usage(usage_object(generation.usage())) if include_usage else b"")

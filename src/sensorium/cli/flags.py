@@ -38,6 +38,7 @@ _UNITS = {
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)")
 _MODALITIES = ("image", "video", "audio")
 _TOKENS = {"k": 1000, "m": 1000**2, "g": 1000**3, "K": 1024, "M": 1024**2, "G": 1024**3}
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.\-]*://[^/?#@\s,]+")
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)([kmg])|(\d+)([KMG]?)")
 
 
@@ -83,6 +84,18 @@ def parse_extent(text: str) -> tuple[int, int]:
     return int(width), int(height or width)
 
 
+def parse_origins(text: str) -> str:
+    """`https://a.example`, `*`, or a JSON list of them -> as browsers write them, separated by commas."""
+    try:
+        listed = json.loads(text) if text.lstrip().startswith("[") else text.split(",")
+    except ValueError:
+        listed = [None]
+    origins = [one.strip().lower().rstrip("/") if isinstance(one, str) else "" for one in listed]
+    if not origins or not all(one == "*" or _ORIGIN.fullmatch(one) for one in origins):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an origin; write https://chat.example, with its port if any")
+    return ",".join(origins)
+
+
 def parse_int(text: str) -> int:
     try:
         return int(text)
@@ -118,6 +131,7 @@ def parse_float(text: str) -> float:
 
 _BY_NAME: dict[str, tuple[Callable[[str], Any], str]] = {
     "size": (parse_size, "SIZE"),
+    "origins": (parse_origins, "ORIGIN"),
     "counts": (parse_counts, "COUNTS"),
     "json": (parse_json, "JSON"),
     "extent": (parse_extent, "WxH"),

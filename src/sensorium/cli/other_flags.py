@@ -33,6 +33,7 @@ RENAMED: Mapping[str, tuple[str, ...]] = {
     # text-embeddings-inference
     "--model-id": ("--model",),
     "--hostname": ("--host",),
+    "--cors-allow-origin": ("--allowed-origins",),
     "--uds-path": ("--uds",),
     "--huggingface-hub-cache": ("--download-dir",),
     "--max-client-batch-size": ("--max-embedding-inputs",),
@@ -209,6 +210,8 @@ ACCEPTED: Mapping[str, Accepted] = {
     **_all("--logprobs-mode", "log-probabilities are those of the model", values="raw_logprobs"),
     **_all("--response-role", "answers are the assistant's", values="assistant"),
     **_all("--sampling-defaults", "use --generation-config vllm to leave the checkpoint's own out", values="model"),
+    **_all("--allowed-methods --allowed-headers", "pages of --allowed-origins may use every method and header"),
+    **_all("--allow-credentials", "keys come in a header; cookies are never read", "switch"),
     **_all("--enable-server-load-tracking", "/load always answers", "switch"),
     **_all("--payload-limit", "--max-body-bytes bounds a JSON body"),
     **_all("--auto-truncate", "requests say it: `truncate_prompt_tokens`", "switch"),
@@ -248,10 +251,6 @@ REFUSED: Mapping[str, str] = {
     ),
     **dict.fromkeys(("--temp", "--top-k", "--top-p", "--min-p", "--repeat-penalty"), _SAMPLING),
     **dict.fromkeys(("-n", "--predict", "--n-predict"), "requests say it: `max_tokens`"),
-    **dict.fromkeys(
-        ("--allowed-origins", "--allowed-methods", "--allowed-headers", "--allow-credentials", "--cors-allow-origin"),
-        "pages of other sites may not call this server; put a proxy in front",
-    ),
     **dict.fromkeys(
         ("--rope-scaling", "--rope-theta", "--rope-scale", "--rope-freq-base", "--rope-freq-scale", "--yarn-orig-ctx"),
         "use --hf-overrides, such as '{\"rope_theta\": 1000000}'",

@@ -144,8 +144,27 @@ async def test_streams(clip: bytes) -> None:
         assert found[-2]["choices"][0]["finish_reason"] == "stop"
         assert (found[-1]["choices"], found[-1]["usage"]["completion_tokens"] > 0) == ([], True)
         assert "usage" not in events(plain.body)[-1]
+        named = await upload(served, form(clip, stream="true", request_id="mine"))
+        assert {chunk["id"] for chunk in events(named.body)} == {"trsc-mine"}
         reply = await upload(served, form(clip, stream="1", response_format="verbose_json"))
         assert reply.error["param"] == "response_format"
+
+
+async def test_one_stream_for_both_kinds_of_clients(clip: bytes) -> None:
+    """The loop of OpenAI's documentation, and vLLM's."""
+    async with listening() as served:
+        client = AsyncOpenAI(base_url=f"{served.url}/v1", api_key="x", max_retries=0)
+        stream = await client.audio.transcriptions.create(model="tiny", file=("a.wav", clip), stream=True)
+        found = [event async for event in stream]
+        reply = await upload(served, form(clip, stream="true"))
+    assert {event.type for event in found[:-1]} == {"transcript.text.delta"}
+    assert "".join(event.delta for event in found[:-1]) == ANSWER
+    assert (found[-1].type, found[-1].text) == ("transcript.text.done", ANSWER)
+    chunks = events(reply.body)
+    for chunk in chunks[:-1]:
+        assert chunk["choices"][0]["delta"]["content"] == chunk["delta"]
+        assert chunk["choices"][0]["finish_reason"] is None
+    assert (chunks[-1]["choices"][0]["finish_reason"], chunks[-1]["choices"][0]["delta"]["content"]) == ("stop", "")
 
 
 async def test_models_without_ears(clip: bytes) -> None:

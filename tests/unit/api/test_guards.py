@@ -204,6 +204,44 @@ async def test_preflights_are_not_answered(port: int) -> None:
     assert not any(name.startswith("access-control") for name in reply.headers)
 
 
+PAGE = "https://chat.example"
+
+
+@pytest.mark.parametrize("allowed", [(PAGE,), ("*",), (f"http://other,{PAGE}",)])
+async def test_pages_that_the_operator_names(allowed: tuple[str, ...]) -> None:
+    headers = {"Origin": PAGE, "Sec-Fetch-Site": "cross-site"}
+    asks = {**headers, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization, x-a"}
+    async with serving(api_key=(KEY,), allowed_origins=allowed) as served:
+        asked = await raw(served.port, request("OPTIONS", "/v1/chat/completions", headers=asks))
+        assert (asked.status, asked.body) == (204, b"")
+        assert asked.headers["access-control-allow-origin"] == PAGE
+        assert asked.headers["access-control-allow-headers"] == "authorization, x-a"
+        assert "POST" in asked.headers["access-control-allow-methods"]
+        for more, status in ((bearer(KEY), 200), ({}, 401)):
+            for stream in (False, True):
+                body = {"messages": [{"role": "user", "content": "hi"}], "stream": stream}
+                reply = await post(served.port, "/v1/chat/completions", body, headers={**headers, **more})
+                assert reply.status == status
+                assert reply.headers["access-control-allow-origin"] == PAGE
+                assert "x-request-id" in reply.headers["access-control-expose-headers"]
+                assert reply.headers["vary"] == "Origin"
+        plain = await get(served.port, "/v1/models", headers=bearer(KEY))
+        assert "access-control-allow-origin" not in plain.headers
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "https://chat.example.evil", "null", "http://chat.example"])
+async def test_and_no_others(origin: str) -> None:
+    async with serving(allowed_origins=(PAGE,)) as served:
+        asks = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        for reply in (
+            await raw(served.port, request("OPTIONS", "/v1/completions", headers=asks)),
+            await post(served.port, "/v1/completions", {"prompt": "a"}, headers={"Origin": origin}),
+        ):
+            assert (reply.status, reply.error["code"]) == (403, "origin_not_allowed")
+            assert "--allowed-origins" in reply.error["message"]
+            assert "access-control-allow-origin" not in reply.headers
+
+
 async def test_nothing_and_wrong_methods(port: int) -> None:
     for path in (
         "/nope",

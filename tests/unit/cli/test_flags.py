@@ -290,3 +290,24 @@ def test_help_is_quick_and_light() -> None:
     start_s = time.perf_counter()
     subprocess.run([sys.executable, "-m", "sensorium", "--help"], capture_output=True, check=True)
     assert time.perf_counter() - start_s < 1.0  # 0.06 s on an idle machine; the tests' machine is not idle
+
+
+@pytest.mark.parametrize(
+    ("words", "origins"),
+    [
+        (["https://Chat.example/"], ("https://chat.example",)),
+        (["http://a:3000", "http://b"], ("http://a:3000", "http://b")),
+        (['["http://a", "*"]'], ("http://a,*",)),
+        (["*"], ("*",)),
+    ],
+)
+def test_origins_as_vllm_writes_them_or_plainly(words: list[str], origins: tuple[str, ...]) -> None:
+    found = serve_options(parser().read(["serve", "m", "--allowed-origins", *words]), {})
+    assert found.server.allowed_origins == origins
+
+
+@pytest.mark.parametrize("word", ["chat.example", "http://a/path", "[5]", "[]", "[", ""])
+def test_what_is_no_origin(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parser().read(["serve", "m", "--allowed-origins", word])
+    assert "is not an origin" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import ipaddress
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
 from typing import Any, Protocol
 
 from sensorium.errors import SensoriumError
@@ -96,6 +96,19 @@ class Call:
     def header(self, name: bytes) -> bytes | None:
         return next((value for key, value in self.scope["headers"] if key == name), None)
 
+    def add_headers(self, headers: Sequence[Header]) -> None:
+        """Further headers of whatever is answered."""
+        if not headers:
+            return
+        send = self.send
+
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *headers]
+            await send(message)
+
+        self.send = with_headers
+
     def take_name(self, name: str | None) -> None:
         """The body's `request_id`: part of the answer's id, and without the header X-Request-Id that, too."""
         self._name = name or ""
@@ -119,11 +132,12 @@ class Call:
         cache: bytes = b"no-store",
         headers: Iterable[Header] = (),
     ) -> None:
-        """The whole answer at once. A 304 has no body, and the length that it would name is another answer's."""
+        """The whole answer at once. A 204 or 304 has no body, and the length that it would name is another
+        answer's."""
         self.status = status
-        described = (
-            () if status == 304 else ((b"content-type", content_type), (b"content-length", str(len(body)).encode()))
-        )
+        has_body = status not in (204, 304)
+        length = str(len(body)).encode()
+        described = ((b"content-type", content_type), (b"content-length", length)) if has_body else ()
         await self.send(
             {
                 "type": "http.response.start",

@@ -70,13 +70,14 @@ class Frames:
         *,
         unsent: int = 0,
         more: dict[str, Any] | None = None,
+        beside: dict[str, Any] | None = None,
     ) -> bytes:
         """A piece of an answer. `unsent` tokens are counted already, but come after it. `more` are further fields of
-        the choice."""
-        if logprobs is None and self._running_usage is None and not more:
+        the choice, `beside` of the event."""
+        if logprobs is None and self._running_usage is None and not more and not beside:
             return b"".join((self._choice(index), self._open_text, _encode(text), self._plain_end))
         body = self._open_text + _encode(text) + self._close_text
-        return self._event(index, body, logprobs, b"null", _members(more), unsent)
+        return self._event(index, body, logprobs, b"null", _members(more), unsent, beside=_members(beside))
 
     def delta(
         self,
@@ -104,12 +105,12 @@ class Frames:
         *,
         empty: bytes | None = None,
         more: dict[str, Any] | None = None,
+        beside: dict[str, Any] | None = None,
     ) -> bytes:
-        """The last event of an answer. `empty` replaces an empty text."""
+        """The last event of an answer. `empty` replaces an empty text; `more` and `beside` are as above."""
         body = empty if empty is not None and not text else self._open_text + _encode(text) + self._close_text
-        return self._event(
-            index, body, logprobs, _encode(reason), _members({"stop_reason": stop_reason, **(more or {})})
-        )
+        members = _members({"stop_reason": stop_reason, **(more or {})})
+        return self._event(index, body, logprobs, _encode(reason), members, beside=_members(beside))
 
     def usage(self, usage: dict[str, object]) -> bytes:
         """The event after the last choice, if the client asked for it."""
