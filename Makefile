@@ -8,6 +8,9 @@ TORCH ?= torch==2.13.0
 # Processes that run the tests.
 WORKERS ?= 2
 BIN := $(VENV)/bin
+# Other people's clients and what they pin: an environment of their own.
+CLIENTS := .venv-clients
+NODE_CLIENTS := build/node-clients
 # What a machine has that can build this: all that tests may find on the PATH of `make test-bare`.
 BARE_TOOLS := git make g++ gcc as ld ar python3 sh bash env cat chmod cp cut date dirname head id install ln ls mkdir \
 	mktemp mv nproc readlink realpath rm rmdir seq sleep sort stat tail tee timeout touch tr uname uniq wc
@@ -16,13 +19,14 @@ LOCK := $(BIN)/uv pip compile pyproject.toml --quiet --all-extras --universal --
 	--no-annotate --override tools/lock_overrides.txt
 SOURCES := pyproject.toml requirements.lock $(wildcard setup.py) $(shell find native -type f 2>/dev/null)
 
-.PHONY: help setup serve test test-plain test-bare check check-lock lock bench docs site
+.PHONY: help setup serve test test-plain test-bare test-clients check check-lock lock bench docs site
 help:
 	@echo "make setup                  install into $(VENV)"
 	@echo "make serve MODEL= ARGS=     serve a model; without MODEL the built-in one"
 	@echo "make test ARGS=             run the tests"
 	@echo "make test-plain ARGS=       run them without the native kernels"
 	@echo "make test-bare ARGS=        run them with nothing on the PATH but git, make, g++, Python and coreutils"
+	@echo "make test-clients ARGS=     drive other people's clients against the server"
 	@echo "make check                  format, lint, types, the lock file"
 	@echo "make lock                   write requirements.lock with the newest versions"
 	@echo "make bench ARGS=            load a running server"
@@ -54,6 +58,11 @@ test-bare: $(VENV)/.dev
 	env -i PATH="$(CURDIR)/build/bare/bin" HOME="$(CURDIR)/build/bare/home" OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -rs -n $(WORKERS) $(ARGS)
 
+# Unmodified clients against the HTTP side, over a scripted engine. Those for Node are skipped where npm is not.
+test-clients: $(VENV)/.dev $(CLIENTS)/.done
+	SERVER_PYTHON=$(CURDIR)/$(BIN)/python NODE_CLIENTS=$(CURDIR)/$(NODE_CLIENTS) \
+		$(CLIENTS)/bin/python -m pytest -c tests/clients/pytest.ini -rs tests/clients $(ARGS)
+
 check: $(VENV)/.dev check-lock
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -71,6 +80,8 @@ check-lock: $(VENV)/.dev
 
 lock: $(VENV)/.dev
 	$(LOCK) --upgrade --output-file requirements.lock
+	$(BIN)/uv pip compile tests/clients/requirements.in --quiet --universal --python-version 3.11 --no-header \
+		--no-annotate --upgrade --output-file tests/clients/requirements.lock
 
 docs: $(VENV)/.dev
 	$(BIN)/python tools/generate_docs.py
@@ -98,3 +109,11 @@ $(VENV)/.dev: $(SOURCES) | $(VENV)/.torch
 $(VENV)/.docs: $(SOURCES) | $(VENV)/.torch
 	$(BIN)/pip install -c requirements.lock -e '.[docs]'
 	@touch $(VENV)/.runtime $@
+
+$(CLIENTS)/.done: tests/clients/requirements.lock tests/clients/package.json tests/clients/ai_sdk.mjs
+	test -x $(CLIENTS)/bin/pip || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install -r tests/clients/requirements.lock
+	mkdir -p $(NODE_CLIENTS) && cp tests/clients/package.json tests/clients/ai_sdk.mjs $(NODE_CLIENTS)
+	cd $(NODE_CLIENTS) && { command -v npm >/dev/null && npm install --no-package-lock --no-audit --no-fund; } \
+		|| echo "the clients for Node are left out: there is no npm, or no registry" >&2
+	@touch $@

@@ -204,8 +204,9 @@ def make_model(
     folder: Path = Path("tiny"),
     pooling: str = "last",
     source: str = TEMPLATE,
+    context: int = CONTEXT,
 ) -> ServedModel:
-    """`source` is the chat template."""
+    """`source` is the chat template, `context` the longest prompt and completion together, in tokens."""
     checkpoint = Checkpoint(
         folder=folder,
         architecture="LlamaForCausalLM",
@@ -216,7 +217,7 @@ def make_model(
         chat_template=source,
         text=None,
         dtype="float32",
-        max_model_len=CONTEXT,
+        max_model_len=context,
         vocab_size=VOCAB_SIZE,
         stop_token_ids=(EOS,),
         weight_files=(),

@@ -48,7 +48,8 @@ async def with_format(
     ends = [ids[end] for end in found.ends if end in ids]
     calls = await _call_grammar(model, found, request, choice, tail, tenant)
     after = found.reasoning_end if found.thinking(tail) == "open" else ""
-    prompts = tuple((prompt, _held(params, ends, calls, after)) for prompt, params in asked.prompts)
+    must_call = choice.mode in ("required", "named")
+    prompts = tuple((prompt, _held(params, ends, calls, after, must_call)) for prompt, params in asked.prompts)
 
     def scanner() -> Scanner:
         return found.scanner(tail, tools)
@@ -73,7 +74,7 @@ async def _call_grammar(
     tools = request.tool_objects
     if not tools or choice.mode == "none":
         return None
-    if request.form() is not None:
+    if request.form() is not None and choice.mode == "auto":
         choice = replace(choice, mode="required")
     source = found.tool_grammar(
         tools, choice, parallel=request.parallel_tool_calls is not False, reasoning=found.thinking(tail) == "may"
@@ -81,13 +82,15 @@ async def _call_grammar(
     return await model.grammars.held(None if source is None else Form("lark", source, "tools"), tenant)
 
 
-def _held(params: SamplingParams, ends: list[int], calls: Grammar | None, after: str) -> SamplingParams:
+def _held(
+    params: SamplingParams, ends: list[int], calls: Grammar | None, after: str, must_call: bool
+) -> SamplingParams:
     """`ends` are tokens that end an answer in this format, unless the request looks past ends. The answer is of its
-    form or calls tools, after its reasoning."""
+    form or calls tools, after its reasoning; where it must call, the form has no place in it."""
     stops = tuple(dict.fromkeys((*params.stop_token_ids, *ends))) if params.stop_token_ids else ()
     grammar = params.grammar
     if calls is not None:
-        grammar = calls if grammar is None else either(calls, grammar)
+        grammar = calls if grammar is None or must_call else either(calls, grammar)
     if grammar is not None:
         grammar = replace(grammar, after=after)
     return replace(params, stop_token_ids=stops, grammar=grammar)

@@ -160,14 +160,6 @@ def test_structural_tags_become_a_grammar(order: str) -> None:
         ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),
         ({"json_schema": SCHEMA, "grammar": "root ::= x"}, "grammar"),
         ({"guided_regex": "a", "allowed_token_ids": [1]}, "allowed_token_ids"),
-        (
-            {
-                "response_format": {"type": "json_object"},
-                "tools": [{"type": "function", "function": {"name": "f"}}],
-                "tool_choice": "required",
-            },
-            "tool_choice",
-        ),
         ({"guided_json": {"enum": ["a" * MAX_CHARS["json"]]}}, "guided_json"),
         ({"guided_json": {"enum": list(range(MAX_CHARS["json"]))}}, "guided_json"),
     ],

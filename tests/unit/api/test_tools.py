@@ -169,7 +169,6 @@ async def test_the_history_reaches_the_template(served: Served) -> None:
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": "always"}, "tool_choice"),
         ({"functions": [{"name": "f"}]}, "functions"),
-        ({"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice"),
     ],
 )
 async def test_bad_tools_are_named(served: Served, fields: dict[str, Any], param: str) -> None:

@@ -106,11 +106,6 @@ class ChatRequest(SamplingBody, TemplateFields, ToolFields):
         self.check_limits(limits)
         self.check_template(server)
         self.check_tools()
-        form, choice = self.form(), self.tool_choice_of()
-        if form is not None and choice.mode in ("required", "named"):
-            raise RequestError(
-                f"`{form.param}` goes with tools only where `tool_choice` is auto or none.", param="tool_choice"
-            )
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("`top_logprobs` needs `logprobs`: true.", param="top_logprobs")
         check_alternatives(self.top_logprobs, limits, "top_logprobs")
