@@ -40,6 +40,11 @@ class Constraint:
         """Whether any token may come next, as the marker has not."""
         return bool(self._after)
 
+    @property
+    def is_delicate(self) -> bool:
+        """Whether its mask has to be looked at before it is applied."""
+        return bool(self.late_ends) or self.matcher.is_error()
+
     def needs_mask(self, index: int) -> bool:
         """Whether there is a choice for output token `index`, so that the matcher must say what is allowed."""
         return not self._after and index >= len(self._tokens)

@@ -1,24 +1,32 @@
-"""Which tokens grammars allow next: computed on a thread beside the forward pass, applied to the logits behind it."""
+"""Which tokens grammars allow next: computed beside the forward pass, applied to the logits behind it.
+
+On a thread, where they take longer than handing them to one; else, and that is so in small steps, just before they are
+needed, when an accelerator is still computing.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from time import perf_counter
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from llguidance import LLExecutor
+from llguidance import LLExecutor, LLMatcher
 from torch import Tensor
 
 from sensorium.engine.constraint import GRAMMAR_FAILED, Constraint
 from sensorium.engine.sequence import Sequence
 
 WORD_BITS = 32
+THREAD_S = 0.002  # that masks of a step must take for a thread to pay
 
 Held: TypeAlias = tuple[int, Constraint, int, int]
 """(row of the logits, what holds its sequence, the sequence's slot, index of the output token that they are for)"""
+Wanted: TypeAlias = tuple[LLMatcher, int]
+"""(matcher, slot of its sequence)"""
 Floats: TypeAlias = Any
 """float32 numbers: an array on a CPU, where numpy is several times as fast for few of them, elsewhere a tensor."""
 
@@ -32,31 +40,47 @@ class Masks:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
         self._executor: LLExecutor | None = None
         self._filling: Future[None] | None = None
+        self._wanted: list[Wanted] = []
+        self._seconds = 0.0  # that the last ones took
         bit = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
         self._weights = np.where(bit, np.float32(0), np.float32(-np.inf))  # [256, 8], of the bits of every byte
 
     def begin(self, sequences: Iterable[Sequence]) -> None:
         """Start on the masks of a step: each for the token behind the sequence's drafts, if there is a choice."""
+        self._wanted = []
         self.wait()
-        wanted = [
+        self._wanted = [
             (seq.constraint.matcher, seq.slot)
             for seq in sequences
             if seq.constraint is not None and seq.constraint.needs_mask(seq.num_outputs + len(seq.drafts))
         ]
-        if not wanted:
-            return
-        if self._executor is None:
-            self._executor = LLExecutor(1)
-        rows, words = self._bits.shape
-        self._filling = self._thread.submit(
-            self._executor.unsafe_compute_mask_ptr, wanted, self._bits.ctypes.data, words * self._bits.itemsize, rows
-        )
+        if self._wanted and self._seconds > THREAD_S:
+            self._filling = self._thread.submit(self._fill_beside, self._wanted)
+            self._wanted = []
 
     def wait(self) -> None:
         """Until the masks are there."""
         if self._filling is not None:
             filling, self._filling = self._filling, None
             filling.result()
+        if self._wanted:
+            wanted, self._wanted = self._wanted, []
+            self._fill(wanted)
+
+    def _fill(self, wanted: list[Wanted]) -> None:
+        started = perf_counter()
+        address, size = self._bits.ctypes.data, self._bits.itemsize * self._bits.shape[1]
+        for matcher, slot in wanted:
+            matcher.unsafe_compute_mask_ptr(address + slot * size, size)
+        self._seconds = perf_counter() - started
+
+    def _fill_beside(self, wanted: list[Wanted]) -> None:
+        """The same by another thread, which gives the interpreter's lock back for all of them at once."""
+        started = perf_counter()
+        self._executor = self._executor or LLExecutor(1)
+        rows, words = self._bits.shape
+        self._executor.unsafe_compute_mask_ptr(wanted, self._bits.ctypes.data, words * self._bits.itemsize, rows)
+        self._seconds = perf_counter() - started
 
     def apply(self, logits: Tensor, raw: Tensor, held: list[Held]) -> None:
         """Leave only what grammars allow, in place. `logits` are `raw` with everything else that a request asks for.
@@ -65,14 +89,11 @@ class Masks:
         """
         self.wait()
         chosen = [one for one in held if one[1].needs_mask(one[3])]
-        weights = self._weights_of([slot for _, _, slot, _ in chosen], logits.device)
-        is_edited = logits is not raw
         rows, raw_rows = (x.numpy() if x.device.type == "cpu" else x for x in (logits, raw))
-        for (row, constraint, _, _), allowed in zip(chosen, weights, strict=True):
-            if constraint.matcher.is_error():
-                constraint.error = GRAMMAR_FAILED
-            else:
-                _hold(rows[row], raw_rows[row], allowed, constraint.late_ends, is_edited=is_edited)
+        if chosen:
+            self._apply_masks(rows, raw_rows, chosen, is_edited=logits is not raw)
+        if len(chosen) == len(held):
+            return
         for row, constraint, _, index in held:
             known = constraint.known(index)
             if known is not None:
@@ -80,12 +101,23 @@ class Masks:
                 rows[row] = -math.inf
                 rows[row, known] = value
 
-    def _weights_of(self, slots: list[int], device: torch.device) -> Floats:
+    def _apply_masks(self, rows: Floats, raw: Floats, chosen: list[Held], *, is_edited: bool) -> None:
+        weights = self._weights_of([slot for _, _, slot, _ in chosen], rows)
+        if len(chosen) == len(rows) and not is_edited and not any(one[1].is_delicate for one in chosen):
+            rows += weights  # all rows at once: what small steps have time for
+            return
+        for (row, constraint, _, _), allowed in zip(chosen, weights, strict=True):
+            if constraint.matcher.is_error():
+                constraint.error = GRAMMAR_FAILED
+            else:
+                _hold(rows[row], raw[row], allowed, constraint.late_ends, is_edited=is_edited)
+
+    def _weights_of(self, slots: list[int], like: Floats) -> Floats:
         """float32 [slots, vocab]: 0 for what is allowed, minus infinity for all else."""
         width = 8 * self._bits.itemsize * self._bits.shape[1]
         found = self._weights.take(self._bits[slots].view(np.uint8), axis=0).reshape(len(slots), width)
         found = found[:, : self._vocab_size]
-        return found if device.type == "cpu" else torch.from_numpy(found).to(device)
+        return found if isinstance(like, np.ndarray) else torch.from_numpy(found).to(like.device)
 
 
 def _hold(row: Floats, raw: Floats, allowed: Floats, late_ends: list[int], *, is_edited: bool) -> None:
