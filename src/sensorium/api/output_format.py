@@ -47,9 +47,10 @@ async def with_format(
     ids = model.tokenizer.added_tokens
     ends = [ids[end] for end in found.ends if end in ids]
     calls = await _call_grammar(model, found, request, choice, tail, tenant)
-    after = found.reasoning_end if found.thinking(tail) == "open" else ""
-    must_call = choice.mode in ("required", "named")
-    prompts = tuple((prompt, _held(params, ends, calls, after, must_call)) for prompt, params in asked.prompts)
+    prompts = tuple(
+        (prompt, _held(params, ends, _whole(params.grammar, calls, found, request, tail)))
+        for prompt, params in asked.prompts
+    )
 
     def scanner() -> Scanner:
         return found.scanner(tail, tools)
@@ -77,20 +78,33 @@ async def _call_grammar(
     if request.form() is not None and choice.mode == "auto":
         choice = replace(choice, mode="required")
     source = found.tool_grammar(
-        tools, choice, parallel=request.parallel_tool_calls is not False, reasoning=found.thinking(tail) == "may"
+        tools,
+        choice,
+        parallel=request.parallel_tool_calls is not False,
+        reasoning=found.thinking(tail) != "off",
+        budget=request.thinking_token_budget,
     )
     return await model.grammars.held(None if source is None else Form("lark", source, "tools"), tenant)
 
 
-def _held(
-    params: SamplingParams, ends: list[int], calls: Grammar | None, after: str, must_call: bool
-) -> SamplingParams:
-    """`ends` are tokens that end an answer in this format, unless the request looks past ends. The answer is of its
-    form or calls tools, after its reasoning; where it must call, the form has no place in it."""
-    stops = tuple(dict.fromkeys((*params.stop_token_ids, *ends))) if params.stop_token_ids else ()
-    grammar = params.grammar
+def _whole(
+    form: Grammar | None, calls: Grammar | None, found: OutputFormat, request: ChatRequest, tail: str
+) -> Grammar | None:
+    """The answer is of its form or calls tools, after its reasoning, which may have a budget; where it must call, the
+    form has no place in it."""
+    budget = request.thinking_token_budget
+    if calls is not None and request.tool_choice_of().mode in ("required", "named"):
+        return calls
+    if form is not None:
+        form = found.form_grammar(form, tail, budget=budget)
     if calls is not None:
-        grammar = calls if grammar is None or must_call else either(calls, grammar)
-    if grammar is not None:
-        grammar = replace(grammar, after=after)
+        return calls if form is None else either(calls, form)
+    if form is None and budget is not None and (source := found.budget_grammar(tail, budget)) is not None:
+        return Grammar("lark", source)
+    return form
+
+
+def _held(params: SamplingParams, ends: list[int], grammar: Grammar | None) -> SamplingParams:
+    """`ends` are tokens that end an answer in this format, unless the request looks past ends."""
+    stops = tuple(dict.fromkeys((*params.stop_token_ids, *ends))) if params.stop_token_ids else ()
     return replace(params, stop_token_ids=stops, grammar=grammar)

@@ -91,11 +91,12 @@ class GrammarPool:
 
 def either(first: Grammar, second: Grammar) -> Grammar:
     """What is of one form or the other."""
-    parts = "".join(f"{name}: {_nested(one)}\n" for name, one in (("first", first), ("second", second)))
+    parts = "".join(f"{name}: {nested(one)}\n" for name, one in (("first", first), ("second", second)))
     return Grammar("lark", f"start: first | second\n{parts}")
 
 
-def _nested(grammar: Grammar) -> str:
+def nested(grammar: Grammar) -> str:
+    """A grammar as a part of a rule of Lark."""
     return f"%json {grammar.source}" if grammar.kind == "json" else f"%lark {{\n{grammar.source}\n}}"
 
 

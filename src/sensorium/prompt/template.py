@@ -32,6 +32,7 @@ from sensorium.prompt.inspection import (
 )
 from sensorium.prompt.literals import CUT, escape_deep
 from sensorium.prompt.messages import MediaPart, Message, TextPart
+from sensorium.prompt.thinking import thinking_variables
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.prompt.tools import ToolStyle, in_style, style_of, tool_probes
 from sensorium.types import Modality
@@ -140,7 +141,7 @@ class ChatTemplate:
             )
         if not messages:
             raise RequestError("A chat needs at least one message.", param="messages")
-        given = self._checked_kwargs(kwargs or {})
+        given = self._checked_kwargs(thinking_variables(kwargs or {}, self.free_names, self.source))
         messages, tools = in_style(messages, tools, self.tool_style)
         seen: Counter[Modality] = Counter()
         chat = [self._message(message, index, seen) for index, message in enumerate(messages)]
@@ -169,7 +170,8 @@ class ChatTemplate:
 
     def unread(self, kwargs: Mapping[str, Any]) -> list[str]:
         """Names that mean nothing to this template."""
-        return [name for name in kwargs if name not in self.free_names]
+        told = thinking_variables(kwargs, self.free_names, self.source)
+        return [name for name in told if name not in self.free_names]
 
     def _checked_kwargs(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in kwargs.items():

@@ -11,6 +11,7 @@ from support.tiny_tokenizers import byte_level
 
 from sensorium.prompt.local import LocalTemplate
 from sensorium.prompt.messages import MediaPart, Message, TextPart
+from sensorium.prompt.thinking import thinking_variables
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.types import Modality
 
@@ -198,3 +199,33 @@ def test_the_tail_of_an_answer_that_goes_on() -> None:
     half = Message("assistant", (TextPart("<think>I was"),))
     text = made.render([ASK, half], add_generation_prompt=False, continue_final_message=True)
     assert made.tool_style.tail(text) == "<|im_start|>assistant\n<think>I was"
+
+
+@pytest.mark.parametrize(
+    ("known", "source", "given", "expected"),
+    [
+        ({"enable_thinking"}, "", {"reasoning_effort": "none"}, {"reasoning_effort": "none", "enable_thinking": False}),
+        ({"enable_thinking"}, "", {"reasoning_effort": "low"}, {"reasoning_effort": "low", "enable_thinking": True}),
+        (
+            {"enable_thinking"},
+            "",
+            {"reasoning_effort": "none", "enable_thinking": True},
+            {"reasoning_effort": "none", "enable_thinking": True},
+        ),
+        ({"thinking"}, "", {"enable_thinking": False}, {"thinking": False}),
+        ({"thinking"}, "", {"enable_thinking": False, "thinking": True}, {"enable_thinking": False, "thinking": True}),
+        (set(), "", {"reasoning_effort": "high"}, {"reasoning_effort": "high"}),
+        ({"reasoning_effort"}, "<|channel|><|message|>", {"reasoning_effort": "minimal"}, {"reasoning_effort": "low"}),
+        ({"reasoning_effort"}, "<|channel|><|message|>", {"reasoning_effort": "high"}, {"reasoning_effort": "high"}),
+    ],
+)
+def test_wishes_for_reasoning_in_the_templates_words(
+    known: set[str], source: str, given: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    assert thinking_variables(given, known, source) == expected
+
+
+def test_an_effort_that_the_template_does_not_read_is_no_error() -> None:
+    assert template(tool_templates.HERMES).render([ASK], kwargs={"reasoning_effort": "high"})
+    text = template(tool_templates.QWEN3).render([ASK], kwargs={"reasoning_effort": "none"})
+    assert text.endswith("<think>\n\n</think>\n\n")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from sensorium.api.protocol.common import INT32_MAX, Name, Text
+from sensorium.api.protocol.common import INT32_MAX, Count, Name, Text
 from sensorium.api.protocol.content import Conversation, Messages, conversation
 from sensorium.api.protocol.sampling import LogprobCount, SamplingBody, check_alternatives, check_answer_size
 from sensorium.api.protocol.tools import MAX_TOOLS, ToolChoiceField, ToolEntry, ToolFields
@@ -97,6 +97,7 @@ class ChatRequest(SamplingBody, TemplateFields, ToolFields):
     reasoning_effort: Name | None = None
     enable_thinking: bool | None = None
     include_reasoning: bool | None = None
+    thinking_token_budget: Count | None = None
     mm_processor_kwargs: ProcessorKwargs | None = None
     tools: Annotated[list[ToolEntry], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoiceField | None = None

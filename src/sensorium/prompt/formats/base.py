@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from sensorium.types import Grammar
+
 Tool = Mapping[str, Any]
 """One entry of `tools` as OpenAI writes it: {"type": "function", "function": {"name", "description", "parameters"}}."""
 
@@ -121,16 +123,21 @@ class OutputFormat(Protocol):
     def thinking(self, tail: str) -> Thinking:
         """How an answer after this tail begins."""
 
-    def grammar_after(self, tail: str) -> str:
-        """`Grammar.after` of a grammar for content: "" where the answer begins with content. Where `thinking` says
-        "may", a model can leave reasoning out; the gate may then open at once if the answer does not begin with
-        `reasoning_start`. Not for `tool_grammar`, which takes `reasoning` instead."""
-
     def scanner(self, tail: str, tools: Sequence[Tool]) -> Scanner:
         """`tail` is the rendered prompt from the last turn's header on, the header included; it says in which state the
         answer begins. `tools` () : nothing is a call, all but reasoning is content."""
 
-    def tool_grammar(self, tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool, reasoning: bool) -> str | None:
+    def form_grammar(self, grammar: Grammar, tail: str, *, budget: int | None = None) -> Grammar:
+        """A grammar for content, with the reasoning in front that the answer may begin with and whatever else stands
+        before content in this format."""
+
+    def budget_grammar(self, tail: str, budget: int) -> str | None:
+        """Lark that ends reasoning after so many tokens (thinking_token_budget) and leaves the answer free. None where
+        the answer does not reason, or its end is no token that could be forced."""
+
+    def tool_grammar(
+        self, tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool, reasoning: bool, budget: int | None = None
+    ) -> str | None:
         """Lark for llguidance that holds an answer to `choice`; None where nothing needs to be held. `reasoning`: the
-        answer may begin with reasoning (`thinking` does not say "off"): the grammar lets it through, and needs no
-        `Grammar.after`."""
+        answer may begin with reasoning (`thinking` does not say "off"): the grammar lets it through. `budget`: most
+        tokens of that. RequestError if a strict tool's schema can be held by no grammar."""

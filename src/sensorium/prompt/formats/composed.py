@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from sensorium.prompt.formats.base import Scanner, Thinking, Tool, ToolChoice
-from sensorium.prompt.formats.grammar import choice_grammar
+from sensorium.prompt.formats.grammar import after_reasoning, budget_grammar, choice_grammar
 from sensorium.prompt.formats.reader import Marks, Reader, Steps
 from sensorium.prompt.formats.sink import Sink
 from sensorium.prompt.formats.stream import StreamScanner
 from sensorium.prompt.formats.syntax import Syntax, Tools
+from sensorium.types import Grammar
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,18 +68,33 @@ class ComposedFormat:
         opened, closed = tail.rfind(self.think.start.strip()), tail.rfind(self.think.end)
         return "may" if opened == closed == -1 else "open" if opened > closed else "off"
 
-    def grammar_after(self, tail: str) -> str:
-        return "" if self.thinking(tail) == "off" else self.reasoning_end
-
     def scanner(self, tail: str, tools: Sequence[Tool]) -> Scanner:
         answer = _Answer(self.syntax if tools else None, self.think, Tools(tools))
         return StreamScanner(answer.reasoning_first if self.thinking(tail) == "open" else answer.run)
 
-    def tool_grammar(self, tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool, reasoning: bool) -> str | None:
+    def form_grammar(self, grammar: Grammar, tail: str, *, budget: int | None = None) -> Grammar:
+        thinking = self.thinking(tail)
+        if self.think is None or thinking == "off":
+            return grammar
+        tags = (self.think.start, self.think.end)
+        return after_reasoning(grammar, tags, budget, self.tokens, is_open=thinking == "open")
+
+    def budget_grammar(self, tail: str, budget: int) -> str | None:
+        thinking = self.thinking(tail)
+        if self.think is None or thinking == "off" or self.think.end not in self.tokens:
+            return None
+        tags = (self.think.start, self.think.end)
+        return budget_grammar(tags, budget, self.markers, self.tokens, is_open=thinking == "open")
+
+    def tool_grammar(
+        self, tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool, reasoning: bool, budget: int | None = None
+    ) -> str | None:
         if self.syntax is None:
             return None
         think = None if self.think is None or not reasoning else (self.think.start, self.think.end)
-        return choice_grammar(self.syntax, tools, choice, parallel=parallel, think=think, tokens=self.tokens)
+        return choice_grammar(
+            self.syntax, tools, choice, parallel=parallel, think=think, tokens=self.tokens, budget=budget
+        )
 
 
 class _Answer:

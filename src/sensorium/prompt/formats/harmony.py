@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sensorium.prompt.formats.base import Scanner, Thinking, Tool, ToolChoice
-from sensorium.prompt.formats.grammar import is_strict, one_of
+from sensorium.prompt.formats.grammar import budget_grammar, is_strict, one_of
 from sensorium.prompt.formats.json_calls import read_arguments
 from sensorium.prompt.formats.lark import Rules
 from sensorium.prompt.formats.reader import Marks, Reader, Steps, ignore
 from sensorium.prompt.formats.sink import Sink
 from sensorium.prompt.formats.stream import StreamScanner
 from sensorium.prompt.formats.syntax import Marked, Tools, Wrapping
+from sensorium.prompt.grammars import nested
+from sensorium.types import Grammar
 
 START, CHANNEL, MESSAGE, CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"
 END, CALL, RETURN = "<|end|>", "<|call|>", "<|return|>"
@@ -47,26 +49,43 @@ class Harmony:
             return "may"
         return "open" if _channel_of(header) == "analysis" else "off"
 
-    def grammar_after(self, tail: str) -> str:
-        return "" if self.thinking(tail) == "off" else f"{CHANNEL}final{MESSAGE}"
-
     def scanner(self, tail: str, tools: Sequence[Tool]) -> Scanner:
         begun = tail.rpartition(START)[2].removeprefix("assistant")
         return StreamScanner(_Answer(self.has_tools and bool(tools)).run, begun)
 
-    def tool_grammar(self, tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool, reasoning: bool) -> str | None:
+    def form_grammar(self, grammar: Grammar, tail: str, *, budget: int | None = None) -> Grammar:
+        if self.thinking(tail) != "may":
+            return grammar
+        rules = Rules(self.tokens)
+        head = f"{_others(rules, budget)} {rules.literal(f'{CHANNEL}final{MESSAGE}')}"
+        return Grammar("lark", f"{rules.written(f'{head} form')}\nform: {nested(grammar)}")
+
+    def budget_grammar(self, tail: str, budget: int) -> str | None:
+        thinking = self.thinking(tail)
+        if thinking == "off" or END not in self.tokens:
+            return None
+        tags = (self.reasoning_start, END)
+        return budget_grammar(tags, budget, _ALL, self.tokens, is_open=thinking == "open")
+
+    def tool_grammar(
+        self, tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool, reasoning: bool, budget: int | None = None
+    ) -> str | None:
         allowed = choice.of(tools)
         is_free = not any(map(is_strict, allowed)) and len(allowed) == len(tools)
         if choice.mode == "none" or (choice.mode == "auto" and is_free):
             return None
         rules = Rules(self.tokens)
-        text = rules.text(_ALL)
-        again = rules.literal(f"{END}{START}assistant")
-        other = f'{rules.literal(CHANNEL)} ("analysis" | "commentary") {rules.literal(MESSAGE)} {text} {again}'
         one = one_of(HarmonyCalls(), allowed, rules, lax=choice.mode == "auto")
-        answer = f"{rules.literal(f'{CHANNEL}final{MESSAGE}')} {text}"
+        answer = f"{rules.literal(f'{CHANNEL}final{MESSAGE}')} {rules.text(_ALL)}"
         last = f"({one} | {answer})" if choice.mode == "auto" else one
-        return rules.written(f"({other})* {last}")
+        return rules.written(f"{_others(rules, budget)} {last}")
+
+
+def _others(rules: Rules, budget: int | None) -> str:
+    """Messages before the last: thoughts, of so many tokens each, and what is said in between."""
+    thoughts = f"{rules.literal(f'{CHANNEL}analysis{MESSAGE}')} {rules.text_until(END, budget=budget)}"
+    said = f"{rules.literal(f'{CHANNEL}commentary{MESSAGE}')} {rules.text(_ALL)} {rules.literal(END)}"
+    return f"(({thoughts} | {said}) {rules.literal(f'{START}assistant')})*"
 
 
 class _Answer:

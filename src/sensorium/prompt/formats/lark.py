@@ -53,11 +53,13 @@ class Rules:
         pattern = f"/{_ANY}/" if not spelled else f"/{_ANY}/ & ~/{_ANY}({'|'.join(spelled)}){_ANY}/"
         return self.add("TEXT", pattern)
 
-    def text_until(self, end: str, without: Iterable[str] = ()) -> str:
-        """Any text up to this end, and the end."""
+    def text_until(self, end: str, without: Iterable[str] = (), budget: int | None = None) -> str:
+        """Any text up to this end, and the end. `budget`: most tokens of it, where the end is a token."""
         text = self.text(one for one in without if one not in end)
         token = self._split.search(end)
         if token is not None:  # it ends the text, with whatever stands before it
+            if budget is not None:
+                text = self.add("bounded", text, f"[max_tokens={budget}]") if budget else ""
             return f"{text} {self.literal(end[token.start() :])}"
         return self.add("until", text, f"[suffix={_quoted(end)}]")
 

@@ -176,8 +176,6 @@ def test_how_an_answer_begins_is_read_from_the_prompts_end() -> None:
     assert form.thinking(header) == "may"
     assert form.thinking(f"{header}<think>\n") == "open"
     assert form.thinking(f"{header}<think>\n\n</think>\n\n") == "off"
-    assert form.grammar_after(f"{header}<think>\n") == "</think>"
-    assert form.grammar_after(f"{header}<think>\n\n</think>\n\n") == ""
     assert named("hermes").thinking(header) == "off"
     assert form.scanner(f"{header}<think>\n", ()).in_reasoning
     assert not form.scanner(header, ()).in_reasoning

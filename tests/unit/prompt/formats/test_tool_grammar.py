@@ -8,7 +8,9 @@ import pytest
 from support.grammars import GrammarBench
 from support.output_formats import NAMES, WRITERS, named, read, tool
 
+from sensorium.errors import RequestError
 from sensorium.prompt.formats.base import OutputFormat, ToolChoice
+from sensorium.types import Grammar
 
 WEATHER = {
     "city": {"type": "string"},
@@ -197,3 +199,80 @@ def test_schemas_that_refer_to_themselves_have_bounded_grammars(name: str) -> No
     assert grammar is not None
     assert len(grammar) < 300_000
     assert time.process_time() - begin < 5
+
+
+DIGITS = Grammar("lark", "start: /[0-9]{1,3}/")
+NUMBER = Grammar("json", '{"type": "integer", "minimum": 0, "maximum": 99}')
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("form_grammar", [DIGITS, NUMBER])
+def test_reasoning_stands_before_a_form(special: bool, form_grammar: Grammar) -> None:
+    """Where the prompt opened it, where the model may choose, and not where it was closed."""
+    bench, form = bench_of("hermes", special=special)
+    may = form.form_grammar(form_grammar, "<|im_start|>assistant\n").source
+    assert bench.accepts(may, "<think>\nSo 7.\n</think>\n\n42")
+    assert bench.accepts(may, "42")
+    assert not bench.accepts(may, "<think>So.</think>x")
+    opened = form.form_grammar(form_grammar, "<think>\n").source
+    assert bench.accepts(opened, "So 7.\n</think>42")
+    assert not bench.accepts(opened, "So 7.")
+    assert form.form_grammar(form_grammar, "<think></think>") is form_grammar
+
+
+def test_a_form_in_harmony_is_the_final_message() -> None:
+    bench, form = bench_of("harmony", special=True)
+    grammar = form.form_grammar(NUMBER, "<|start|>assistant").source
+    assert bench.accepts(grammar, "<|channel|>final<|message|>42")
+    assert bench.accepts(
+        grammar, "<|channel|>analysis<|message|>So 7.<|end|><|start|>assistant<|channel|>final<|message|>42"
+    )
+    assert not bench.allows(grammar, "<|channel|>final<|message|>x")
+    assert not bench.allows(grammar, "42")
+
+
+def test_reasoning_ends_with_its_budget() -> None:
+    bench, form = bench_of("hermes", special=True)
+    opened = form.budget_grammar("<think>\n", 3)
+    assert opened is not None
+    for text in ("</think>A.", "abc</think>A<tool_call>b</tool_call>", "a</think>"):
+        assert bench.accepts(opened, text), text
+    assert not bench.allows(opened, "abcd")
+    may = form.budget_grammar("", 3)
+    assert may is not None
+    for text in ("<think>abc</think>A.", "A longer answer."):
+        assert bench.accepts(may, text), text
+    assert not bench.allows(may, "<think>abcd")
+    none = form.budget_grammar("<think>\n", 0)
+    assert none is not None
+    assert bench.accepts(none, "</think>A.")
+    assert not bench.allows(none, "a")
+    assert form.budget_grammar("<think></think>", 3) is None
+    assert named("hermes").budget_grammar("", 3) is None
+    call = WRITERS["hermes"]([("get_time", {})])
+    held = form.tool_grammar(TOOLS, REQUIRED, parallel=True, reasoning=True, budget=3)
+    assert held is not None
+    assert bench.accepts(held, f"<think>abc</think>{call}")
+    assert not bench.allows(held, "<think>abcd")
+    of_form = form.form_grammar(DIGITS, "<think>", budget=3).source
+    assert bench.accepts(of_form, "abc</think>12")
+    assert not bench.allows(of_form, "abcd")
+
+
+def test_a_strict_tool_that_no_grammar_can_hold_is_refused_by_place() -> None:
+    odd = {"a": {"type": "string"}, "b": {"not": {"type": "string"}}}
+    with pytest.raises(RequestError, match=r"'f'.*parameters\.properties\.b.*not") as refused:
+        named("hermes").tool_grammar([tool("f", odd, strict=True)], REQUIRED, parallel=True, reasoning=False)
+    assert (refused.value.param, refused.value.code) == ("tools", "invalid_json_schema")
+    lax = named("hermes").tool_grammar([tool("f", odd)], REQUIRED, parallel=True, reasoning=False)
+    assert lax is not None
+    assert GrammarBench().accepts(lax, WRITERS["hermes"]([("f", {"any": 1})]))
+
+
+def test_formats_of_strings_that_are_not_known_do_not_count() -> None:
+    grammar = written(named("hermes"), REQUIRED)
+    assert grammar
+    phone = tool("f", {"a": {"type": "string", "format": "phone", "title": "A"}}, strict=True)
+    held = named("hermes").tool_grammar([phone], REQUIRED, parallel=True, reasoning=False)
+    assert held is not None
+    assert GrammarBench().accepts(held, WRITERS["hermes"]([("f", {"a": "1"})]))
