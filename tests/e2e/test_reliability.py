@@ -179,7 +179,7 @@ def test_r4_a_killed_engine_comes_back(tmp_path: Path) -> None:
         for future in futures:
             _, text = future.result(30)
             assert events(text)[-1]["error"]["code"] == "unavailable"
-        assert time.monotonic() - begin < 10
+        assert time.monotonic() - begin < 25
         seen = set()
         while (status := server.http.get("/readyz").status_code) != 200:
             seen.add(status)

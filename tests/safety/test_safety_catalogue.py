@@ -150,7 +150,7 @@ def test_s2_private_networks_sound_the_same(demo: Live) -> None:
         )
     ]
     assert len({check_error(reply, code="invalid_image_url", param=URL_PARAM)["message"] for reply in replies}) == 1
-    assert max(reply.elapsed.total_seconds() for reply in replies) < 3
+    assert max(reply.elapsed.total_seconds() for reply in replies) < 8
 
 
 class Web(BaseHTTPRequestHandler):
@@ -323,7 +323,7 @@ def test_s8_downloads_end(fetching: Live, path: str, code: str | None) -> None:
     Web.sent_bytes = 0
     begin = time.monotonic()
     error = check_error(fetching.chat([image(f"{fetching.fields['base']}/{path}")]), code=code, param=URL_PARAM)
-    assert time.monotonic() - begin < 15
+    assert time.monotonic() - begin < 40
     assert "secret" not in error["message"]
     assert Web.sent_bytes < 64 * 2**20  # what was not taken lies in the kernel's buffers
 
@@ -742,7 +742,7 @@ def test_s30_s36_parameters(demo: Live, stream: bool) -> None:
             reply = demo.post(route, data)
             assert reply.status_code == 400, (fields if len(data) < 500 else list(fields), route, reply.text[:300])
             check_error(reply, code=code, param=param)
-            assert time.monotonic() - begin < 5
+            assert time.monotonic() - begin < 20
 
 
 @pytest.mark.parametrize(
@@ -1110,7 +1110,7 @@ def test_s62_slow_clients(demo: Live) -> None:
         while one.recv(4096):
             pass
         one.close()
-    assert time.monotonic() - begin < 12
+    assert time.monotonic() - begin < 25
 
 
 KEY = "token-abc123"

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import base64
 import binascii
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from urllib.parse import unquote_to_bytes
+from urllib.parse import unquote
 
 from sensorium.media.source import Refusal, size_text
 from sensorium.types import Modality
 
 MAX_HEAD = 256  # characters before the comma
 DATA_URL = re.compile(r"data:([^,;]*)((?:;[^,;]*)*),", re.IGNORECASE)
-WHITESPACE = re.compile(rb"[ \t\r\n\f]+")
+WHITESPACE = re.compile(r"[ \t\r\n\f]+")
+QUANTUM = 4  # characters, for three bytes
+PIECE_CHARS = 256 * 1024
 BAD_BASE64 = (
     "The {kind} is not valid base64: use the standard alphabet with padding, and write data:<media type>;base64,<data>."
 )
@@ -61,10 +63,7 @@ def decode_base64(text: str, max_bytes: int) -> bytes:
     significant = len(text) - 2 * text.count("%") - sum(text.count(space) for space in " \t\r\n\f")
     if significant * 3 // 4 - 2 > max_bytes:
         raise Refusal("file_size", f"The {{kind}}'s file is larger than {size_text(max_bytes)}.")
-    try:
-        payload = _strict(text.encode("ascii"))
-    except UnicodeEncodeError:
-        raise Refusal("base64", BAD_BASE64) from None
+    payload = b"".join(_decoded(text))
     if len(payload) > max_bytes:
         raise Refusal("file_size", f"The {{kind}}'s file is larger than {size_text(max_bytes)}.")
     if not payload:
@@ -72,14 +71,42 @@ def decode_base64(text: str, max_bytes: int) -> bytes:
     return payload
 
 
-def _strict(data: bytes) -> bytes:
+def _decoded(text: str) -> Iterator[bytes]:
+    """In pieces, between which other threads run: one conversion holds the interpreter until it is done."""
+    rest, is_over = "", False
+    for piece in _pieces(text):
+        given = rest + piece
+        data = _strict(given)
+        if data is None or is_over:
+            given = _cleaned(given)
+            data = None if "%" in given else _strict(given)
+        if data is None or (is_over and given):
+            raise Refusal("base64", BAD_BASE64)
+        yield data
+        whole = len(given) - len(given) % QUANTUM
+        is_over, rest = is_over or len(data) * QUANTUM < whole * 3, given[whole:]
+    if _cleaned(rest):
+        raise Refusal("base64", BAD_BASE64)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """None of them ends in a percent escape."""
+    start = 0
+    while start < len(text):
+        end = start + PIECE_CHARS
+        if end < len(text):
+            end -= next((back for back in (1, 2) if text[end - back] == "%"), 0)
+        yield text[start:end]
+        start = end
+
+
+def _cleaned(text: str) -> str:
+    return WHITESPACE.sub("", unquote(text, "latin-1") if "%" in text else text)
+
+
+def _strict(text: str) -> bytes | None:
+    """What the whole quanta at its beginning mean; None if there is anything else among them."""
     try:
-        return base64.b64decode(data, validate=True)
-    except binascii.Error:
-        pass
-    if b"%" in data:
-        data = unquote_to_bytes(data)
-    try:
-        return base64.b64decode(WHITESPACE.sub(b"", data), validate=True)
-    except binascii.Error:
-        raise Refusal("base64", BAD_BASE64) from None
+        return binascii.a2b_base64(text[: len(text) - len(text) % QUANTUM], strict_mode=True)
+    except ValueError:
+        return None

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
@@ -45,7 +46,9 @@ from sensorium.media.source import CRASHED, PADDING_S, MediaSize, MediaSource, R
 from sensorium.media.turns import Turns
 from sensorium.types import MediaItem, Modality
 
+T = TypeVar("T")
 LARGE_TEXT = 256 * 1024  # base64 characters from which decoding leaves the event loop
+READERS = 2  # threads for files and base64, which hold the interpreter: more would only keep it from the event loop
 SPARE_BYTES = 256 * 1024 * 1024  # of address space, which is more than memory: threads' stacks and arenas
 AS_IS = VideoSampling(fps=None)  # every frame, up to the limit
 SPEECH_RATE = 16_000
@@ -67,6 +70,8 @@ class MediaLoader:
         self._limits = limits
         self._memory = Turns(limits.media_memory, limits.media_memory)
         self._held = HeldBytes(limits.max_pending_bytes)
+        self._readers = ThreadPoolExecutor(READERS, "media-reader")
+        self._reading = Turns(READERS, READERS - 1)
         self._files = _open_root(local_root)
         self._fetcher = Fetcher(
             _parse_domains(allowed_domains),
@@ -151,6 +156,7 @@ class MediaLoader:
         await self._fetcher.aclose()
         await self._images.aclose()
         await self._streams.aclose()
+        self._readers.shutdown(wait=False, cancel_futures=True)
 
     async def _read(self, source: MediaSource, tenant: bytes, take: Take) -> tuple[bytes, str | None]:
         max_bytes = self._max_bytes(source.kind)
@@ -161,15 +167,16 @@ class MediaLoader:
         url = source.url or (source.data if source.data and is_data_url(source.data) else "")
         scheme = url[:8].partition(":")[0].lower()
         if source.data is not None and not url:
-            return await _from_base64(source.data, max_bytes), source.format
+            return await self._from_base64(source.data, max_bytes, tenant), source.format
         if scheme == "data":
             parts = split_data_url(url, source.kind)
             if source.kind == "video" and parts.media_type == FRAME_LIST_TYPE:
-                frames = await asyncio.to_thread(read_frame_list, parts.text, self._limits.max_video_frames, max_bytes)
+                most = self._limits.max_video_frames
+                frames = await self._in_thread(tenant, lambda: read_frame_list(parts.text, most, max_bytes))
                 return frames, FRAME_LIST_TYPE
-            return await _from_base64(parts.text, max_bytes), parts.media_type or None
+            return await self._from_base64(parts.text, max_bytes, tenant), parts.media_type or None
         if scheme == "file":
-            payload = await asyncio.to_thread(self._files.read, url, max_bytes)
+            payload = await self._in_thread(tenant, lambda: self._files.read(url, max_bytes))
             take(len(payload))
             return payload, None
         if scheme in ("http", "https"):
@@ -177,6 +184,14 @@ class MediaLoader:
             # Only a data: URL holds a frame list, whatever a server calls its answer.
             return fetched.payload, None if fetched.content_type == FRAME_LIST_TYPE else fetched.content_type
         raise Refusal("url", "The {kind} must be an http(s):, data: or (where the operator allows it) file: URL.")
+
+    async def _from_base64(self, text: str, max_bytes: int, tenant: bytes) -> bytes:
+        if len(text) < LARGE_TEXT:
+            return decode_base64(text, max_bytes)
+        return await self._in_thread(tenant, lambda: decode_base64(text, max_bytes))
+
+    async def _in_thread(self, tenant: bytes, work: Callable[[], T]) -> T:
+        return await self._reading.run(self._readers, tenant, work)
 
     def _max_bytes(self, kind: Modality) -> int:
         limits = self._limits
@@ -209,7 +224,7 @@ class MediaLoader:
     async def _inspect(self, raw: RawMedia, tenant: bytes) -> StreamInfo:
         """Count a stream's packets in a worker; its answer is checked like any other input."""
         if raw.declared_type == FRAME_LIST_TYPE:
-            frames, height, width = await asyncio.to_thread(frame_list_size, raw.payload)
+            frames, height, width = await self._in_thread(tenant, lambda: frame_list_size(raw.payload))
             return self._checked_info(StreamInfo("frames", float(frames), frames, height, width))
         demuxer = container_of(raw.kind, raw.payload)
         frame_pixels = most_frame_pixels(self._limits) if raw.kind == "video" else 0
@@ -293,12 +308,6 @@ def _refusals(kind: Modality, param: str) -> Iterator[None]:
         yield
     except Refusal as refusal:
         raise refusal.as_error(kind, param) from None
-
-
-async def _from_base64(text: str, max_bytes: int) -> bytes:
-    if len(text) < LARGE_TEXT:
-        return decode_base64(text, max_bytes)
-    return await asyncio.to_thread(decode_base64, text, max_bytes)
 
 
 def _cost(raw: RawMedia, size: MediaSize) -> Cost:

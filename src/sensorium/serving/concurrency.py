@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from sensorium.media.turns import Turns
 
 T = TypeVar("T")
+LARGE_TEXT = 256 * 1024
 
 
 class PromptThreads:
@@ -19,12 +20,17 @@ class PromptThreads:
         """One tenant never has all `count` of them."""
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="prompt")
         self._turns = Turns(count, count - 1)
+        self._large = Turns(1, 1)
 
-    async def run(self, inline: bool, work: Callable[[], T], tenant: bytes = b"") -> T:
-        """Do the work at once if it is short (`inline`), else in a thread, when it is the tenant's turn."""
+    async def run(self, inline: bool, work: Callable[[], T], tenant: bytes = b"", *, characters: int = 0) -> T:
+        """Do the work at once if it is short (`inline`), else in a thread, when it is the tenant's turn. Texts of many
+        `characters` come one after the other: tokenizing one takes a hundred bytes for each."""
         if inline:
             return work()
-        return await self._turns.run(self._threads, tenant, work)
+        if characters < LARGE_TEXT:
+            return await self._turns.run(self._threads, tenant, work)
+        async with self._large.taken(tenant):
+            return await self._turns.run(self._threads, tenant, work)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -124,6 +124,7 @@ class PromptBuilder:
             not tools and _is_small(messages) and len(media) <= 4,
             lambda: self._build(processor, text, features, add),
             tenant,
+            characters=len(text),
         )
         text_s += time.perf_counter() - begin
         if truncation is not None and len(prompt.token_ids) > truncation.max_tokens:
@@ -198,7 +199,7 @@ class PromptBuilder:
             self._limit.check_text(text, "prompt")
             return self.tokenizer.encode(self.tokenizer.sanitize(text), add_special_tokens=add_special_tokens)
 
-        return await self._threads.run(len(text) <= SHORT_TEXT, made, tenant)
+        return await self._threads.run(len(text) <= SHORT_TEXT, made, tenant, characters=len(text))
 
     async def text_prompt(
         self,
@@ -217,6 +218,7 @@ class PromptBuilder:
                 len(text) <= SHORT_TEXT,
                 lambda: self._build(self.processor, text, (), add_special_tokens, param="prompt"),
                 tenant,
+                characters=len(text),
             )
         else:
             prompt = self._prompt_of_request_ids(text_or_ids)
@@ -243,7 +245,8 @@ class PromptBuilder:
             rows = self._encoded(texts, add_special_tokens, truncation, params, limit)
             return [self.prompt_of_ids(row, param, limit=limit) for row, param in zip(rows, params, strict=True)]
 
-        return await self._threads.run(len(texts) == 1 and len(texts[0]) <= SHORT_TEXT, made, tenant)
+        is_short = len(texts) == 1 and len(texts[0]) <= SHORT_TEXT
+        return await self._threads.run(is_short, made, tenant, characters=sum(map(len, texts)))
 
     def unpooled_tokens(self, prompt: str, *, add_special_tokens: bool) -> int:
         """Tokens at the beginning that take no part in pooling where this prompt stands before a text and the
@@ -371,7 +374,10 @@ class PromptBuilder:
         if media_tokens + len(text.encode()) <= self._limit.max_model_len:
             return  # no token is shorter than a byte
         text_tokens = await self._threads.run(
-            len(text) <= SHORT_TEXT, lambda: self._count(text, settings.processor), settings.tenant
+            len(text) <= SHORT_TEXT,
+            lambda: self._count(text, settings.processor),
+            settings.tenant,
+            characters=len(text),
         )
         if media_tokens + text_tokens > self._limit.max_model_len:
             raise self._limit.too_long(text_tokens, [(one.raw.kind, one.num_tokens) for one in media], "messages")

@@ -151,7 +151,7 @@ async def test_half_a_request_and_an_end_is_nothing() -> None:
             reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
             writer.write(data)
             writer.write_eof()
-            assert b"200" not in await asyncio.wait_for(reader.read(), 5)
+            assert b"200" not in await asyncio.wait_for(reader.read(), 20)
         reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
         writer.write(whole + whole[:-3])
         writer.write_eof()
@@ -176,7 +176,7 @@ async def test_streams_of_old_clients_are_plain() -> None:
         for more in (b"", b"Connection: keep-alive\r\n", b"Expect: 100-continue\r\n"):
             reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
             writer.write(head + more + b"Content-Length: %d\r\n\r\n" % len(STREAM) + STREAM)
-            received = await asyncio.wait_for(reader.read(), 5)
+            received = await asyncio.wait_for(reader.read(), 20)
             lines, _, body = received.partition(b"\r\n\r\n")
             assert lines.startswith(b"HTTP/1.1 200 OK\r\n")
             assert b"connection: close" in lines

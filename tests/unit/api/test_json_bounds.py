@@ -105,6 +105,9 @@ def test_what_is_counted_has_its_limit() -> None:
     with pytest.raises(RequestError, match="digits of numbers"):
         measured(b"[" + (b"1" * 399 + b",") * (2**24 // 399 + 1))
     measured(b'["' + b"1" * (2**24 + 1) + b'"]')
+    measured(b'"' + ("\u4e2d" * (2**24 // 3)).encode() + b'"')
+    with pytest.raises(RequestError, match="outside ASCII"):
+        measured(b'"' + ("\u4e2d" * (2**24 // 3 + 1)).encode() + b'"')
     measured(b'"' + b"\\u4e2d" * 2**20 + b'"')
 
 

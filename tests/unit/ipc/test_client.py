@@ -178,7 +178,7 @@ async def a_lost_engine_is_replaced(client: EngineClient) -> None:
     killed_s = time.monotonic()
     os.kill(pid, signal.SIGKILL)
     results = await asyncio.gather(*(collect(stream) for stream in streams), return_exceptions=True)
-    assert time.monotonic() - killed_s < 5
+    assert time.monotonic() - killed_s < 20
     assert {type(result) for result in results} == {UnavailableError}
     assert client.state == "restarting"
     with pytest.raises(UnavailableError):

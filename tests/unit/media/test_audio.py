@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import resource
 import struct
-import time
 
 import numpy as np
 import pytest
@@ -155,10 +154,9 @@ async def test_many_hours_of_silence() -> None:
     short = sound(np.zeros(48000 * 60, np.float32), 48000, "libopus", "webm", "flt", frame_duration="60")
     long = stretched(short, round(hours * 3600 / packet_s))
     loader = MediaLoader(Limits(), workers=1)
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     error = await refusal(load(loader, data_url(long, "audio/webm"), "audio"))
-    assert error.code == "audio_too_long"
-    assert time.monotonic() - start < 20  # decoding it takes a minute and more
+    assert error.code == "audio_too_long"  # decoding it takes more processor time than a worker has
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 128 * 1024
     await loader.aclose()
 

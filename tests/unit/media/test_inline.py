@@ -11,9 +11,10 @@ from support.media_support import PARAM, load, refusal
 from support.pictures import data_url, encoded, photo
 
 from sensorium.config import Limits
+from sensorium.media import inline
 from sensorium.media.inline import split_data_url
 from sensorium.media.loader import MediaLoader
-from sensorium.media.source import MediaSource
+from sensorium.media.source import MediaSource, Refusal
 
 PNG = encoded(photo(8, 8))
 TEXT = base64.b64encode(PNG).decode()
@@ -66,6 +67,43 @@ async def test_accepted_forms(url: str, loader: MediaLoader) -> None:
 )
 async def test_refused_forms(url: str, code: str, loader: MediaLoader) -> None:
     assert (await refusal(load(loader, url))).code == code
+
+
+def forms(text: str) -> list[str]:
+    """The same in ways that are tolerated; pieces end in all places of a line break, an escape and a quantum."""
+    return [
+        text,
+        " " + text,
+        text + "\r\n",
+        quote(text, safe=""),
+        *("\n".join(text[i : i + width] for i in range(0, len(text), width)) for width in (1, 3, 76)),
+        *("%0D%0A".join(text[i : i + width] for i in range(0, len(text), width)) for width in (2, 75)),
+    ]
+
+
+@pytest.mark.parametrize("chars", [4, 5, 6, 7, 64, 1 << 18])
+def test_base64_is_decoded_in_pieces_of_any_size(chars: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inline, "PIECE_CHARS", chars)
+    for size in (1, 2, 3, 4, 5, 6, 50, 301):
+        payload = bytes(range(251, 251 - size, -1)) if size < 250 else bytes(size)
+        text = base64.b64encode(payload).decode()
+        for form in forms(text):
+            assert inline.decode_base64(form, 1000) == payload
+        for bad in (
+            text + "=",
+            text + "A",
+            text + text if "=" in text else text + "!",
+            text[:-1],
+            "=" + text,
+            text.replace("=", "") + "===",
+            text + "%",
+            text + "%2541",
+            text + "\u00e4",
+            "%25" + text,
+        ):
+            with pytest.raises(Refusal) as refused:
+                inline.decode_base64(bad, 1000)
+            assert refused.value.problem == "base64", bad
 
 
 async def test_size_is_known_before_decoding() -> None:

@@ -227,7 +227,7 @@ async def test_closing_does_not_wait_for_a_stuck_job(rogue: WorkerPool) -> None:
     await asyncio.sleep(0.1)
     start = time.monotonic()
     await rogue.aclose()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
     with pytest.raises(UnavailableError):
         await job
 

@@ -276,11 +276,11 @@ def test_templates_cannot_reach_out(source: str, tmp_path: Path, monkeypatch: py
 def test_templates_end(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """S44: output, products and ranges are bounded. (Requests bring templates only where the operator allows it.)"""
     monkeypatch.setattr(sandbox, "MAX_RENDERED_CHARS", 1 << 18)
-    begin = time.monotonic()
+    begin = time.process_time()
     template = LocalTemplate(source, CHATML)
     with pytest.raises(RequestError):
         template.render([text("user", "Hi")])
-    assert time.monotonic() - begin < 5
+    assert time.process_time() - begin < 5
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from sensorium.config import Limits
 from sensorium.errors import RequestError
 
 _NOT_COUNTED = bytes(set(range(256)) - set(b"[{:,"))
+_ASCII = bytes(range(128))
 _DIGITS_ALIKE = bytes.maketrans(b"123456789", b"0" * 9)
 _MAX_DIGITS = 400
 """Of one number: reading it takes time by the square of its length."""
@@ -20,6 +21,8 @@ _MAX_DIGITS_TOGETHER = 2**24
 """Of all numbers: as many as a million token ids can have, and more."""
 _MAX_ESCAPES = 2**22
 """In strings: each takes as long as dozens of plain letters, and nobody else runs while a body is parsed."""
+_MAX_WIDE_BYTES = 2**24
+"""Outside ASCII: they take four times as long as letters, and five million characters of Chinese are no context."""
 _SCANNED_BYTES = 64 * 1024
 _SMALL_BYTES, _SMALL_NODES, _SMALL_VALUES = 256 * 1024, 1024, 16 * 1024
 
@@ -56,7 +59,7 @@ class JsonBounds:
         self._pending_bytes = 0
         self._in_string = False
         self._in_escape = False  # the last byte was a backslash that belongs to the next one
-        self._commas = self._quotes = self._escapes = self._digits = 0
+        self._commas = self._quotes = self._escapes = self._digits = self._wide = 0
         self.nodes = self.size_bytes = 0
 
     @property
@@ -84,6 +87,8 @@ class JsonBounds:
             self._check()
 
     def _scan(self, piece: bytes) -> None:
+        if not piece.isascii():
+            self._wide += len(piece.translate(None, _ASCII))
         parts = self._unescaped(piece).split(b'"')
         outside = b"".join(parts[self._in_string :: 2])
         quotes = len(parts) - 1
@@ -119,6 +124,7 @@ class JsonBounds:
             (self.values, self._max_values, "values"),
             (self._escapes, _MAX_ESCAPES, "escaped characters"),
             (self._digits, _MAX_DIGITS_TOGETHER, "digits of numbers"),
+            (self._wide, _MAX_WIDE_BYTES, "bytes of text outside ASCII"),
         ):
             if count > most:
                 raise TooManyValuesError(f"The body has more than {most} {what}", None)
