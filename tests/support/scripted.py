@@ -62,10 +62,17 @@ def marked_format(monkeypatch: pytest.MonkeyPatch) -> MarkedFormat:
 
 
 def speaking(
-    *pieces: str | Sequence[Delta], ends: bool = True, fails: bool = False, sees: bool = False, **options: Any
+    *pieces: str | Sequence[Delta],
+    ends: bool = True,
+    fails: bool = False,
+    sees: bool = False,
+    template: str | None = None,
+    **options: Any,
 ) -> AbstractAsyncContextManager[Served]:
     """A server whose model says these pieces. `sees`: it takes images. `options` are those of `serving`."""
-    model = {"processor": Eyes} if sees else {}
+    model: dict[str, Any] = {"processor": Eyes} if sees else {}
+    if template is not None:
+        model["source"] = template
     return serving(FakeEngine(script=says(*pieces, ends=ends, fails=fails)), model=model, **options)
 
 

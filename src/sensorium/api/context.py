@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sensorium.api.routes import Route
 
 
+LATEST = ":latest"
 POOLING_REQUESTS = 4
 """Of the largest size, that may be computing or waiting."""
 
@@ -104,14 +105,13 @@ class Service:
         return Entry(names, model, Admission(running + waiting, max_prompt_tokens, metrics.refuse), metrics, pooling)
 
     def entry(self, name: str | None) -> Entry:
-        """The model of that name; without a name, the first one."""
+        """The model of that name, with or without Ollama's `:latest`; without a name, the first one."""
         if not name:
             return self.entries[0]
-        if name not in self._by_name:
-            raise ModelNotFoundError(
-                f"The model {name!r} does not exist; GET /v1/models lists what does.", param="model"
-            )
-        return self._by_name[name]
+        for known in (name, name.removesuffix(LATEST), f"{name}{LATEST}"):
+            if known in self._by_name:
+                return self._by_name[known]
+        raise ModelNotFoundError(f"The model {name!r} does not exist; GET /v1/models lists what does.", param="model")
 
     @property
     def state(self) -> str:

@@ -98,7 +98,7 @@ class Content:
                 delta = {"type": "signature_delta", "signature": block["signature"]}
                 events.append({"type": "content_block_delta", "index": index, "delta": delta})
             case "tool_use":
-                block["input"] = _input(text, cut=cut)
+                block["input"] = arguments_object(text, cut=cut)
             case _:
                 block |= {"text": text, "citations": None}
         self.blocks.append(block)
@@ -109,7 +109,7 @@ class Content:
         return b64encode(hmac.digest(self._signing_key, thoughts.encode("utf-8", "replace"), "sha256")).decode()
 
 
-def _input(arguments: str, *, cut: bool) -> dict[str, Any]:
+def arguments_object(arguments: str, *, cut: bool) -> dict[str, Any]:
     """What a call is given: always an object, as clients expect."""
     try:
         found = msgspec.json.decode(arguments or "{}")

@@ -91,10 +91,24 @@ def _read(file: Path) -> PageFile:
     return PageFile(body, _TYPES[file.suffix], b'"' + hashlib.sha256(body).hexdigest()[:32].encode() + b'"')
 
 
+_BY_ACCEPT: Header = (b"vary", b"accept")
+_HTML = frozenset({b"text/html", b"application/xhtml+xml", b"text/*", b"*/*"})
+
+
+def _takes_html(call: Call) -> bool:
+    accepted = b",".join(call.headers(b"accept")).lower()
+    return not accepted or any(one.partition(b";")[0].strip() in _HTML for one in accepted.split(b","))
+
+
 async def page(service: Service, call: Call) -> None:
-    """One file, whole: ranges are not offered and a request for one gets everything."""
+    """One file, whole: ranges are not offered and a request for one gets everything. Who does not take HTML looks for
+    Ollama at the root."""
+    if call.path == "/" and not _takes_html(call):
+        await call.respond(b"Ollama is running", content_type=b"text/plain; charset=utf-8", headers=[_BY_ACCEPT])
+        return
     found = service.pages[call.path]
     headers: list[Header] = [
+        *([_BY_ACCEPT] if call.path == "/" else ()),
         (b"etag", found.etag),
         (b"content-security-policy", _POLICY),
         (b"referrer-policy", b"no-referrer"),

@@ -54,10 +54,12 @@ class Job(Generic[Request_co]):
 
 
 @asynccontextmanager
-async def opened(service: Service, call: Call, body: type[Request_co]) -> AsyncIterator[Job[Request_co]]:
-    """The request, read and checked, and its model."""
+async def opened(
+    service: Service, call: Call, body: type[Request_co], *, any_type: bool = False
+) -> AsyncIterator[Job[Request_co]]:
+    """The request, read and checked, and its model. `any_type`: the body is JSON, whatever it is called."""
     with service.tenants.enter(call.tenant), service.pending.open() as pending:
-        request = await read_request(call, body, service.limits, service.unknown, pending)
+        request = await read_request(call, body, service.limits, service.unknown, pending, any_type=any_type)
         request.check(service.limits, service.server)
         entry = service.entry(request.model)
         async with service.flight(call):

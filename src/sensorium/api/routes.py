@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel
 
-from sensorium.api import playground, status, tei
+from sensorium.api import ollama, ollama_models, playground, status, tei
 from sensorium.api.chat import chat_completions, chat_input_tokens
 from sensorium.api.cohere import cohere_embed
 from sensorium.api.completions import completions
 from sensorium.api.context import Service
 from sensorium.api.docs_page import docs, openapi
 from sensorium.api.embeddings import embeddings
-from sensorium.api.error_forms import error_form
+from sensorium.api.error_forms import BLOBS, error_form
 from sensorium.api.invocations import invocations
 from sensorium.api.messages import count_tokens, messages
 from sensorium.api.pooling import classify, pooling
@@ -27,6 +27,13 @@ from sensorium.api.protocol.chat import ChatRequest
 from sensorium.api.protocol.cohere import CohereEmbedRequest
 from sensorium.api.protocol.completion import CompletionRequest
 from sensorium.api.protocol.messages import CountTokensRequest, MessagesRequest
+from sensorium.api.protocol.ollama import (
+    GenerateRequest,
+    OllamaChatRequest,
+    OllamaEmbeddingsRequest,
+    OllamaEmbedRequest,
+    ShowRequest,
+)
 from sensorium.api.protocol.pooling import ClassifyRequest, EmbeddingsRequest, PoolingRequest
 from sensorium.api.protocol.responses import ResponsesRequest
 from sensorium.api.protocol.score import RerankRequest, ScoreRequest
@@ -95,6 +102,22 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/v1/models/{model}", status.model, "One model."),
     Route("POST", "/tokenize", tokenize, "The token ids of a text or a chat.", TokenizeRequest),
     Route("POST", "/detokenize", detokenize, "The text of token ids.", DetokenizeRequest),
+    Route("POST", "/api/chat", ollama.chat, "Answer a chat, as Ollama has it.", OllamaChatRequest),
+    Route("POST", "/api/generate", ollama.generate, "Answer a prompt, as Ollama has it.", GenerateRequest),
+    Route("POST", "/api/embed", ollama.embed_texts, "Texts as vectors, as Ollama has it.", OllamaEmbedRequest),
+    Route("POST", "/api/embeddings", ollama.embed_text, "The same, older.", OllamaEmbeddingsRequest),
+    Route("GET", "/api/tags", ollama_models.tags, "What is served, as Ollama lists it."),
+    Route("GET", "/api/ps", ollama_models.ps, "What is loaded: the same."),
+    Route("POST", "/api/show", ollama_models.show, "One model, as Ollama describes it.", ShowRequest),
+    Route("GET", "/api/version", ollama_models.api_version, "The version of Ollama's API.", needs_engine=False),
+    *(
+        Route(method, path, ollama_models.not_offered, "Not offered.", needs_engine=False, documented=False)
+        for method, path in (
+            *(("POST", f"/api/{name}") for name in ("create", "pull", "push", "copy")),
+            ("DELETE", "/api/delete"),
+            *((method, f"{BLOBS}{{digest}}") for method in ("POST", "GET")),
+        )
+    ),
     Route("GET", "/livez", status.livez, "Does the process answer?", needs_engine=False),
     Route("GET", "/readyz", status.readyz, "Are requests answered?", needs_engine=False),
     Route("GET", "/health", status.health, "Are requests answered? Without a body.", needs_engine=False),
@@ -122,6 +145,7 @@ ROUTES: tuple[Route, ...] = (
     ),
 )
 _MODEL_PATH = "/v1/models/{model}"
+_PATTERNS = {"/v1/models/": _MODEL_PATH, BLOBS: f"{BLOBS}{{digest}}"}
 _MAX_ADVISED_CHARS = 256
 
 
@@ -140,8 +164,9 @@ class Router:
         """The route of a call; also brings `call.path` into its canonical form."""
         path = canonical(call.path)
         methods = self._paths.get(path)
-        if methods is None and path.startswith("/v1/models/") and path != "/v1/models/":
-            methods = self._paths.get(_MODEL_PATH)
+        for start, pattern in _PATTERNS.items():
+            if methods is None and path.startswith(start) and path != start:
+                methods = self._paths.get(pattern)
         if methods is None:
             raise NotFoundError(f"There is nothing at this path; {self._advice(path)}")
         route = methods.get("GET" if call.method == "HEAD" else call.method)

@@ -493,26 +493,23 @@ async def test_tool_choices(marked_format: MarkedFormat) -> None:
         ({"type": "between_tools"}, "True", True),
     ],
 )
-async def test_thinking(
-    marked_format: MarkedFormat, thinking: Any, variable: str, shown: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_thinking(marked_format: MarkedFormat, thinking: Any, variable: str, shown: bool) -> None:
     template = "{% if enable_thinking is defined %}{{ enable_thinking }}{% endif %}{{ reasoning_effort }}"
-    monkeypatch.setattr("support.api_support.TEMPLATE", "{{ messages[0].content }}" + template)
-    async with speaking([Reasoning("Hm."), Text("ok")]) as served:
+    said = [Reasoning("Hm."), Text("ok")]
+    async with speaking(said, template="{{ messages[0].content }}" + template) as served:
         reply = await ask(served, max_tokens=2000, thinking=thinking, output_config={"effort": "xhigh"})
         assert reply.status == 200, reply.body
         assert prompt_of(served.engine.requests[0]) == f"hi{variable}xhigh"
     assert [block["type"] for block in reply.json["content"]] == (["thinking", "text"] if shown else ["text"])
 
 
-async def test_system_messages_come_first_where_the_template_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_system_messages_come_first_where_the_template_wants_it() -> None:
     picky = (
         "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('first') }}{% endif %}"
         "[{{ m.role }}]{{ m.content }}{% endfor %}"
     )
-    monkeypatch.setattr("support.api_support.TEMPLATE", picky)
     late = [*HI, {"role": "system", "content": "now"}, {"role": "user", "content": "ho"}]
-    async with speaking("ok") as served:
+    async with speaking("ok", template=picky) as served:
         assert (await ask(served, system="S", messages=late)).status == 200
         assert prompt_of(served.engine.requests[0]) == "[system]S\nnow[user]hi\nho"
         counted = await ask(served, f"{PATH}/count_tokens", system="S", messages=late)
@@ -520,8 +517,7 @@ async def test_system_messages_come_first_where_the_template_wants_it(monkeypatc
         only = await ask(served, messages=[{"role": "user", "content": "a"}, {"role": "system", "content": "b"}])
         assert only.status == 200
     refusing = "{{ raise_exception('no') if messages[0].role == 'system' else messages[0].content }}"
-    monkeypatch.setattr("support.api_support.TEMPLATE", refusing)
-    async with speaking("ok") as served:
+    async with speaking("ok", template=refusing) as served:
         assert "no" in error_of(await ask(served, system="S", messages=late))["message"]
 
 

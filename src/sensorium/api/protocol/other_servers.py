@@ -119,7 +119,7 @@ ANSWERS: Mapping[str, Foreign] = {
         (None, -1),
         "penalties count the whole text here",
     ),
-    **_fields("penalize_nl", (None, True), "penalties count every token here"),
+    **_fields("penalize_nl penalize_newline", (None, True), "penalties count every token here"),
     **_fields(
         "custom_logit_processor custom_params logits_processors banned_tokens banned_strings bantokens "
         "custom_token_bans token_healing input_prefix"
@@ -152,8 +152,18 @@ RESPONSES: Mapping[str, Foreign] = {
 }
 """And where an answer is a list of items."""
 
+OLLAMA_OPTIONS = frozenset(
+    """
+    num_keep num_ctx num_batch num_gpu main_gpu num_thread num_gqa numa low_vram f16_kv vocab_only use_mmap use_mlock
+    logits_all embedding_only rope_frequency_base rope_frequency_scale mirostat_tau mirostat_eta draft_num_predict
+    """.split()
+)
+"""Options that change nothing here: they say how a machine is used."""
+
 PENALTY_WINDOWS = frozenset(
-    {"repeat_last_n", "penalty_last_n", "rep_pen_range", "repetition_penalty_range", "penalty_range", "penalize_nl"}
+    """
+    repeat_last_n penalty_last_n rep_pen_range repetition_penalty_range penalty_range penalize_nl penalize_newline
+    """.split()
 )
 """What these bound may be off; then they change nothing."""
 

@@ -21,10 +21,18 @@ _TINY_BYTES = 512
 
 
 async def read_request(
-    call: Call, model: type[Request], limits: Limits, unknown: UnknownFields, pending: PendingBody
+    call: Call,
+    model: type[Request],
+    limits: Limits,
+    unknown: UnknownFields,
+    pending: PendingBody,
+    *,
+    any_type: bool = False,
 ) -> Request:
-    """The body of a call as a request model. Its bytes are held of `pending` until the caller releases them."""
-    check_json_type(call)
+    """The body of a call as a request model. Its bytes are held of `pending` until the caller releases them.
+    `any_type`: it is JSON, whatever it is called."""
+    if not any_type:
+        check_json_type(call)
     body, bounds = await read_json(call, limits, pending)
     if bounds.is_small:
         request = parse_json(model, body, unknown)

@@ -29,6 +29,13 @@ class MethodNotAllowedError(RequestError):
         self.allow = allow
 
 
+class NotOfferedError(RequestError):
+    """What the API has, and no server of this kind does."""
+
+    status = 501
+    code = "not_offered"
+
+
 class HeadersTooLargeError(RequestError):
     status = 431
     code = "headers_too_large"
