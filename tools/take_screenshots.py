@@ -1,4 +1,4 @@
-"""Pictures of the playground for docs/images, taken from a running server: python tools/take_screenshots.py [URL].
+"""Screenshots of the playground for docs/images, taken from a running server: python tools/take_screenshots.py [URL].
 
 Needs Playwright (the dev extra), Chromium and a font with Chinese characters (apt-get install chromium
 fonts-wqy-zenhei). Look at them before committing.
@@ -54,7 +54,7 @@ def open_page(browser: Browser, url: str, **options: object) -> Page:
 
 
 def ask(page: Page, words: str = "") -> None:
-    """Ask in words, or about a picture that the page draws."""
+    """Ask in words, or about an image that the page draws."""
     before = page.locator(".turn").count()
     if words:
         page.fill("#text", words)

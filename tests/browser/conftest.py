@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 from support import server
-from support.browser_support import CHROMIUM, FLAGS, KEY, MARKUP, REMEMBER_KEY, OpenPage, Requests, beeps, picture_bytes
+from support.browser_support import CHROMIUM, FLAGS, KEY, MARKUP, REMEMBER_KEY, OpenPage, Requests, beeps, image_bytes
 
 
 @pytest.fixture(scope="session")
@@ -97,12 +97,12 @@ def requests(page: Page) -> Requests:
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A picture, a clip of a square that goes right, three beeps, and files that are none of that."""
+    """An image, a video of a square that goes right, three beeps, and files that are none of that."""
     folder = tmp_path_factory.mktemp("files")
-    (folder / "it's a dot.png").write_bytes(picture_bytes())
-    (folder / "broken.png").write_bytes(b"not a picture at all")
+    (folder / "it's a dot.png").write_bytes(image_bytes())
+    (folder / "broken.png").write_bytes(b"not an image at all")
     (folder / "notes.txt").write_text("words")
-    with av.open(str(folder / "clip.mp4"), "w") as container:
+    with av.open(str(folder / "video.mp4"), "w") as container:
         stream = container.add_stream("mpeg4", rate=10)
         stream.width = stream.height = 160
         stream.codec_context.bit_rate = 1_500_000

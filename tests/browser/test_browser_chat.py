@@ -21,13 +21,13 @@ from support.browser_support import (
     answered,
     change_models,
     events,
-    picture_bytes,
+    image_bytes,
     press,
     say,
 )
 from support.server import Server
 
-PICTURE = "data:image/png;base64," + base64.b64encode(picture_bytes()).decode()
+IMAGE = "data:image/png;base64," + base64.b64encode(image_bytes()).decode()
 
 
 def test_text_gets_a_streamed_answer_with_its_figures(page: Page, requests: Requests) -> None:
@@ -69,8 +69,8 @@ def test_settings_and_history_are_in_the_request(page: Page, requests: Requests)
     assert [message["role"] for message in requests.last["messages"]] == ["system", "user"]
 
 
-def test_a_picture_and_a_clip_by_file(page: Page, requests: Requests, files: Path) -> None:
-    page.set_input_files("#file", [files / "it's a dot.png", files / "clip.mp4"])
+def test_an_image_and_a_video_by_file(page: Page, requests: Requests, files: Path) -> None:
+    page.set_input_files("#file", [files / "it's a dot.png", files / "video.mp4"])
     expect(page.locator("#tray img")).to_have_js_property("naturalWidth", 96)
     expect(page.locator("#tray video")).to_be_visible()
     say(page, "What is it?")
@@ -78,14 +78,14 @@ def test_a_picture_and_a_clip_by_file(page: Page, requests: Requests, files: Pat
     for kind in ("image", "video"):
         tokens = turn.locator(f"[data-stat={kind}]").inner_text()
         assert int(tokens.split()[0]) > 0
-    picture, clip, words = requests.last["messages"][0]["content"]
-    assert picture == {"type": "image_url", "image_url": {"url": PICTURE}}
-    assert clip["video_url"]["url"].startswith("data:video/mp4;base64,")
+    image, video, words = requests.last["messages"][0]["content"]
+    assert image == {"type": "image_url", "image_url": {"url": IMAGE}}
+    assert video["video_url"]["url"].startswith("data:video/mp4;base64,")
     assert words == {"type": "text", "text": "What is it?"}
     assert page.locator("#tray").is_hidden()
 
 
-def test_pictures_by_drop_paste_and_url(page: Page, requests: Requests, elsewhere: str) -> None:
+def test_images_by_drop_paste_and_url(page: Page, requests: Requests, elsewhere: str) -> None:
     drop = page.evaluate_handle(
         """url => {
         const bytes = Uint8Array.from(atob(url.split(',')[1]), (letter) => letter.charCodeAt(0));
@@ -93,7 +93,7 @@ def test_pictures_by_drop_paste_and_url(page: Page, requests: Requests, elsewher
         given.items.add(new File([bytes], 'dropped.png', {type: 'image/png'}));
         return given;
     }""",
-        PICTURE,
+        IMAGE,
     )
     page.dispatch_event("#chat", "dragover", {"dataTransfer": drop})
     expect(page.locator(".drop")).to_be_visible()
@@ -115,14 +115,14 @@ def test_pictures_by_drop_paste_and_url(page: Page, requests: Requests, elsewher
     say(page, "Alike?")
     answered(page)
     urls = [part["image_url"]["url"] for part in requests.last["messages"][0]["content"][:-1]]
-    assert urls == [PICTURE, f"{elsewhere}/it's%20a%20dot.png"]
+    assert urls == [IMAGE, f"{elsewhere}/it's%20a%20dot.png"]
 
 
 def test_the_built_in_model_tells_what_it_is_shown(page: Page, files: Path) -> None:
     for number, (name, question, words) in enumerate(
         (
-            ("it's a dot.png", "Describe this picture.", "red circle"),
-            ("clip.mp4", "What happens in this video?", "blue square moves to the right"),
+            ("it's a dot.png", "Describe this image.", "red circle"),
+            ("video.mp4", "What happens in this video?", "blue square moves to the right"),
             ("beeps.wav", "How many beeps do you hear?", "three"),
         ),
         1,
@@ -162,19 +162,54 @@ def test_a_recording_is_sent_as_wav(open_page: OpenPage) -> None:
     answered(page)
     part = requests.last["messages"][0]["content"][0]
     assert (part["type"], part["input_audio"]["format"]) == ("input_audio", "wav")
-    with wave.open(io.BytesIO(base64.b64decode(part["input_audio"]["data"]))) as sound:
-        assert (sound.getnchannels(), sound.getsampwidth(), sound.getframerate()) == (1, 2, 16_000)
-        assert 0.2 < sound.getnframes() / 16_000 < 5
+    with wave.open(io.BytesIO(base64.b64decode(part["input_audio"]["data"]))) as audio:
+        assert (audio.getnchannels(), audio.getsampwidth(), audio.getframerate()) == (1, 2, 16_000)
+        assert 0.2 < audio.getnframes() / 16_000 < 5
 
 
 def test_what_the_model_does_not_take_is_not_offered(open_page: OpenPage, files: Path) -> None:
     page = open_page(prepare=lambda page: change_models(page, modalities=["text", "image"]))
     expect(page.locator("#attach-camera")).to_be_enabled()
     assert page.locator("#attach-microphone").is_disabled()
-    expect(page.locator("#attach-microphone")).to_have_attribute("aria-label", "This model takes no sounds")
+    expect(page.locator("#attach-microphone")).to_have_attribute("aria-label", "This model takes no audio")
     page.set_input_files("#file", files / "notes.txt")
-    expect(page.locator("#notice")).to_have_text("notes.txt is neither a picture, a clip nor a sound.")
+    expect(page.locator("#notice")).to_have_text("notes.txt is neither an image, a video nor audio.")
     assert page.locator("#tray").is_hidden()
+
+
+def test_every_refused_file_is_named(open_page: OpenPage, files: Path, tmp_path: Path) -> None:
+    page = open_page(
+        prepare=lambda page: change_models(page, modalities=["text", "image"], tasks=["generate", "embed"])
+    )
+    expect(page.locator("#attach-file")).to_be_enabled()
+    image = files / "it's a dot.png"
+    page.set_input_files("#file", [files / "notes.txt", files / "video.mp4", image, files / "beeps.wav"])
+    expect(page.locator("#notice .line")).to_have_text(
+        [
+            "notes.txt is neither an image, a video nor audio.",
+            "video.mp4: this model does not take this kind of input: video.",
+            "beeps.wav: this model does not take this kind of input: audio.",
+        ]
+    )
+    expect(page.locator("#tray figcaption")).to_have_text(["it's a dot.png"])
+    gone = tmp_path / "gone.png"
+    gone.write_bytes(image_bytes())
+    page.evaluate("""() => {
+        const read = FileReader.prototype.readAsDataURL;
+        FileReader.prototype.readAsDataURL = function (file) {
+            if (file.name === 'gone.png') setTimeout(() => this.onerror());
+            else read.call(this, file);
+        };
+    }""")
+    page.set_input_files("#file", [gone, image])
+    expect(page.locator("#notice .line")).to_have_text(["gone.png cannot be read."])
+    expect(page.locator("#tray li")).to_have_count(2)
+    page.click("#tab-compare")
+    page.set_input_files("#compare-file", [files / "notes.txt", image, files / "beeps.wav"])
+    expect(page.locator("#compare-notice .line")).to_have_text(
+        [f"{name}: only images and texts can be compared here." for name in ("notes.txt", "beeps.wav")]
+    )
+    expect(page.locator("#items img")).to_have_count(1)
 
 
 def test_a_stream_can_be_stopped(page: Page, site: Server) -> None:
@@ -207,7 +242,7 @@ def test_a_refused_file_shows_its_error_and_field_and_can_be_mended(
     error = page.locator(".turn .error")
     expect(error).to_contain_text("not in a supported image format")
     expect(error.locator("code")).to_have_text("messages[0].content[1].image_url.url")
-    expect(page.locator(".medium.refused figcaption")).to_have_text("broken.png")
+    expect(page.locator(".media-item.refused figcaption")).to_have_text("broken.png")
     say(page, "Never mind.")  # what failed is not told again
     answered(page, 2)
     assert requests.last["messages"] == [{"role": "user", "content": "Never mind."}]
@@ -243,12 +278,12 @@ def test_nothing_that_comes_from_outside_is_markup(page: Page, tmp_path: Path) -
         f"{MARKUP} <script>window.hacked=1</script>\n\n```html\n{MARKUP}\n```\n\n- {MARKUP}\n- **<b>x</b>** `<i>y</i>`"
     )
     name = tmp_path / "<img src=x onerror=hacked=1>.png"
-    name.write_bytes(picture_bytes())
+    name.write_bytes(image_bytes())
     page.set_input_files("#file", name)
     answer_with(page, events(probe))
     say(page, MARKUP)
     turn = answered(page)
-    assert turn.locator("img").count() == 1  # the attached picture
+    assert turn.locator("img").count() == 1  # the attached image
     assert turn.locator("script, b, i").count() == 0
     expect(turn.locator("pre code")).to_have_text(MARKUP)
     expect(turn.locator("strong")).to_have_text("<b>x</b>")

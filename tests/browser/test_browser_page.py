@@ -41,9 +41,9 @@ def test_the_policy_holds_in_the_browser(browser: Browser, site: Server) -> None
         script.textContent = 'window.hacked = 1';
         const style = document.createElement('style');
         style.textContent = 'body { color: red }';
-        const picture = new Image();
-        picture.src = 'http://127.0.0.2:9/x.png';
-        document.body.append(script, style, picture);
+        const image = new Image();
+        image.src = 'http://127.0.0.2:9/x.png';
+        document.body.append(script, style, image);
         await fetch('http://127.0.0.2:9/').catch(() => 0);
         await new Promise((resolve) => setTimeout(resolve, 100));
         return broken;
@@ -295,7 +295,7 @@ def test_the_request_as_code_runs(open_page: OpenPage, files: Path, language: st
         usage = re.search(r'"prompt_tokens":(\d+)', printed)
         assert usage, printed
         shown = turn.locator("[data-stat=tokens]").inner_text()
-        assert usage[1] == shown.split()[0]  # the very same prompt, picture and all
+        assert usage[1] == shown.split()[0]  # the very same prompt, image and all
 
 
 def test_events_however_they_are_cut(page: Page) -> None:

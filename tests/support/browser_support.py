@@ -93,7 +93,7 @@ def change_models(page: Page, **fields: Any) -> None:
     page.route("**/v1/models", answer)
 
 
-def picture_bytes() -> bytes:
+def image_bytes() -> bytes:
     image = Image.new("RGB", (96, 64), "white")
     ImageDraw.Draw(image).ellipse((20, 10, 60, 50), fill="red")
     buffer = io.BytesIO()

@@ -1,10 +1,9 @@
-// Pictures, clips and sounds on their way into a request: read from files, described, shown small.
+// Images, videos and audio on their way into a request: read from files, described, shown small.
 
 import {el, icon} from "./dom.js";
 import {t, title} from "./i18n.js";
 
 export const KINDS = ["image", "video", "audio"];
-const ICONS = {image: "picture", video: "film", audio: "sound"};
 const TYPES = {
   png: "image/png", jpg: "image/jpeg", jpeg: "image/jpeg", webp: "image/webp", gif: "image/gif", bmp: "image/bmp",
   mp4: "video/mp4", m4v: "video/mp4", mov: "video/quicktime", webm: "video/webm", mkv: "video/x-matroska",
@@ -19,15 +18,31 @@ function typeOf(name, declared) {
   return TYPES[name.split(".").pop().toLowerCase()] ?? "";
 }
 
-/** The kind of medium that a name stands for, or null. */
+/** The kind of media item that a name stands for, or null. */
 export function kindOf(name, declared = "") {
   const kind = typeOf(name, declared).split("/")[0];
   return KINDS.includes(kind) ? kind : null;
 }
 
 /** A file's attachment. Its bytes are read now, so that a file that changes or goes away later does not matter. */
-export async function fromFile(file, name = file.name) {
+async function fromFile(file, name = file.name) {
   return {kind: kindOf(name, file.type), name, type: typeOf(name, file.type), blob: file, base64: await base64(file)};
+}
+
+/**
+ * Gives `add` the attachments of files, one by one. `whyNot(kind, name)` says why a file is not taken, or "".
+ * Resolves to a line for every file that is not taken, or cannot be read (a folder, say).
+ */
+export async function readFiles(files, add, whyNot) {
+  const refused = [];
+  for (const file of files) {
+    const name = file.name || `${t("pasted")}.${file.type.split("/")[1] ?? ""}`;
+    const why = whyNot(kindOf(name, file.type), name);
+    const found = why ? null : await fromFile(file, name).catch(() => null);
+    if (found) add(found);
+    else refused.push(why || t("attach.unreadable", {name}));
+  }
+  return refused;
 }
 
 export function fromUrl(url, kind) {
@@ -54,8 +69,8 @@ function base64(blob) {
 
 /** A small view of an attachment. Media behind URLs are not loaded: the server fetches them, not this page. */
 export function preview(attachment) {
-  const node = el("figure", {class: `medium ${attachment.kind}`, title: attachment.url ?? attachment.name});
-  if (attachment.url) node.append(icon(ICONS[attachment.kind]), el("figcaption", {}, attachment.name));
+  const node = el("figure", {class: `media-item ${attachment.kind}`, title: attachment.url ?? attachment.name});
+  if (attachment.url) node.append(icon(attachment.kind), el("figcaption", {}, attachment.name));
   else node.append(element(attachment), el("figcaption", {}, attachment.name));
   return node;
 }
@@ -65,30 +80,27 @@ function element(attachment) {
   const forget = () => URL.revokeObjectURL(src);
   if (attachment.kind === "image") {
     const node = el("img", {src, alt: attachment.name, on: {load: forget}});
-    node.addEventListener("error", () => { forget(); node.replaceWith(icon("picture")); });
+    node.addEventListener("error", () => { forget(); node.replaceWith(icon("image")); });
     return node;
   }
   return el(attachment.kind, {src, controls: true, preload: "metadata", playsinline: true,
                               "aria-label": attachment.name});
 }
 
-/** The attachments of a message that is being written. `onRefused` is told why one was not taken. */
+/** The attachments of a message that is being written. */
 export class Tray {
-  constructor(list, {takes, onRefused}) {
+  constructor(list, {takes}) {
     this.list = list;
     this.takes = takes;
-    this.onRefused = onRefused;
     this.attachments = [];
   }
 
-  async addFiles(files) {
-    for (const file of files) {
-      const name = file.name || `${t("pasted")}.${file.type.split("/")[1] ?? ""}`;
-      const kind = kindOf(name, file.type);
-      if (kind === null) this.onRefused(t("attach.unknown", {name}));
-      else if (!this.takes(kind)) this.onRefused(t("attach.unsupported", {kind: t(`kind.${kind}`)}));
-      else this.add(await fromFile(file, name));
-    }
+  /** Attaches what can be used of it; says why of each other file. */
+  addFiles(files) {
+    return readFiles(files, (attachment) => this.add(attachment), (kind, name) => {
+      if (kind === null) return t("attach.unknown", {name});
+      return this.takes(kind) ? "" : t("attach.unsupported", {name, kind: t(`kind.${kind}`)});
+    });
   }
 
   add(attachment) {

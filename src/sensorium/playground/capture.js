@@ -27,7 +27,7 @@ export async function record(stream, durationMs) {
   return running.stop();
 }
 
-export const clipFile = (blob, name = `clip-${stamp()}`) =>
+export const videoFile = (blob, name = `video-${stamp()}`) =>
   new File([blob], `${name}.${blob.type.includes("mp4") ? "mp4" : "webm"}`, {type: blob.type.split(";")[0]});
 
 /** A recording from the microphone: `stop` resolves to a WAV file. */
@@ -41,33 +41,33 @@ export async function startMicrophone() {
   }};
 }
 
-/** A picture or a clip from the camera, or null. */
-export async function fromCamera({pictures, clips}) {
+/** An image or a video from the camera, or null. */
+export async function fromCamera({images, videos}) {
   const stream = await navigator.mediaDevices.getUserMedia({video: {width: {ideal: 1280}}});
   const view = byId("camera-view");
-  const clipButton = byId("camera-clip");
-  byId("camera-take").hidden = !pictures;
-  clipButton.hidden = !clips;
-  say(clipButton, "camera.clip");
+  const videoButton = byId("camera-video");
+  byId("camera-take").hidden = !images;
+  videoButton.hidden = !videos;
+  say(videoButton, "camera.video");
   view.srcObject = stream;
   let running = null;
-  let clip = null;
-  const onClip = async () => {
+  let video = null;
+  const onVideo = async () => {
     if (running === null) {
       running = recorder(stream, "video/webm;codecs=vp8");
-      say(clipButton, "camera.clip.stop");
-      clipButton.setAttribute("aria-pressed", "true");
+      say(videoButton, "camera.video.stop");
+      videoButton.setAttribute("aria-pressed", "true");
     } else {
-      clip = clipFile(await running.stop());
+      video = videoFile(await running.stop());
       byId("camera-dialog").close();
     }
   };
-  clipButton.addEventListener("click", onClip);
+  videoButton.addEventListener("click", onVideo);
   try {
-    return await openDialog(byId("camera-dialog"), () => photograph(view)) ?? clip;
+    return await openDialog(byId("camera-dialog"), () => photograph(view)) ?? video;
   } finally {
-    clipButton.removeEventListener("click", onClip);
-    clipButton.setAttribute("aria-pressed", "false");
+    videoButton.removeEventListener("click", onVideo);
+    videoButton.setAttribute("aria-pressed", "false");
     end(stream);
     view.srcObject = null;
   }

@@ -5,7 +5,7 @@ import {Tray, fromUrl, KINDS} from "./attachments.js";
 import {canCapture, fromCamera, startMicrophone} from "./capture.js";
 import {chatBody, history, messagePlace} from "./conversation.js";
 import {askForUrl, showRequest} from "./dialogs.js";
-import {announce, byId, el, icon, notice} from "./dom.js";
+import {announce, byId, el, icon, lines, notice} from "./dom.js";
 import {onLanguage, say, t, title} from "./i18n.js";
 import {Settings} from "./settings.js";
 import {snippets} from "./snippets.js";
@@ -16,9 +16,9 @@ import {TurnView} from "./turn.js";
 const PATH = "v1/chat/completions";
 const SAMPLES = [
   {kind: null, name: "sample.text", icon: "text"},
-  {kind: "image", name: "sample.image", icon: "picture", make: samples.picture},
-  {kind: "video", name: "sample.video", icon: "film", make: samples.clip},
-  {kind: "audio", name: "sample.audio", icon: "sound", make: samples.sound},
+  {kind: "image", name: "sample.image", icon: "image", make: samples.image},
+  {kind: "video", name: "sample.video", icon: "video", make: samples.video},
+  {kind: "audio", name: "sample.audio", icon: "audio", make: samples.audio},
 ];
 
 let turns = [];  // {text, attachments, recipe, answer: {text, state, error, usage, finish, timing}, view}
@@ -28,7 +28,7 @@ let microphone = null;
 const text = byId("text");
 const list = byId("turns");
 const settings = new Settings(byId("settings"));
-const tray = new Tray(byId("tray"), {takes: store.takes, onRefused: (why) => notice(byId("notice"), why)});
+const tray = new Tray(byId("tray"), {takes: store.takes});
 
 export function start() {
   byId("composer").addEventListener("submit", (event) => {
@@ -234,7 +234,7 @@ function showAbilities() {
   able("attach-url", media, "attach.none");
   able("attach-camera", canCapture() && (store.takes("image") || store.takes("video")),
        canCapture() ? "attach.none" : "attach.insecure");
-  able("attach-microphone", canCapture() && store.takes("audio"), canCapture() ? "attach.no.sound" : "attach.insecure");
+  able("attach-microphone", canCapture() && store.takes("audio"), canCapture() ? "attach.no.audio" : "attach.insecure");
   for (const button of byId("samples").children) {
     button.hidden = !canChat || Boolean(button.dataset.kind && !store.takes(button.dataset.kind));
   }
@@ -255,7 +255,7 @@ function showSamples() {
       if (running) return;
       button.disabled = true;
       try {
-        if (make) await tray.addFiles([await make()]);
+        if (make) await attach([await make()]);
         text.value = t(`${name}.question`);
         send();
       } finally {
@@ -281,7 +281,7 @@ function startAttaching() {
     text.focus();
   });
   byId("attach-camera").addEventListener("click", () => capturing(async () => {
-    const file = await fromCamera({pictures: store.takes("image"), clips: store.takes("video")});
+    const file = await fromCamera({images: store.takes("image"), videos: store.takes("video")});
     if (file) await attach([file]);
   }));
   byId("attach-microphone").addEventListener("click", () => capturing(toggleMicrophone));
@@ -293,9 +293,10 @@ function startAttaching() {
   startDropping(byId("chat"));
 }
 
-function attach(files) {
+async function attach(files) {
   notice(byId("notice"));
-  return tray.addFiles(files);
+  const refused = await tray.addFiles(files);
+  if (refused.length) notice(byId("notice"), ...lines(refused));
 }
 
 async function capturing(work) {

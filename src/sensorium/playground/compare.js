@@ -1,10 +1,10 @@
-// The second tab: how alike texts and pictures are, by their embeddings or by the model's scores.
+// The second tab: how alike texts and images are, by their embeddings or by the model's scores.
 
 import * as api from "./api.js";
-import {fromFile, kindOf, preview} from "./attachments.js";
+import {preview, readFiles} from "./attachments.js";
 import {contentParts, inline} from "./conversation.js";
 import {showRequest} from "./dialogs.js";
-import {byId, el, icon, notice} from "./dom.js";
+import {byId, el, icon, lines, notice} from "./dom.js";
 import {number, onLanguage, say, t, title} from "./i18n.js";
 import {spans} from "./render.js";
 import {snippets} from "./snippets.js";
@@ -20,7 +20,7 @@ const how = () => form.elements.how.value;
 export function start() {
   items = ["compare.example.1", "compare.example.2", "compare.example.3"].map((name) => ({text: t(name)}));
   byId("add-text").addEventListener("click", () => add({text: ""}));
-  byId("add-picture").addEventListener("click", () => byId("compare-file").click());
+  byId("add-image").addEventListener("click", () => byId("compare-file").click());
   byId("compare-file").addEventListener("change", async () => {
     await addFiles([...byId("compare-file").files]);
     byId("compare-file").value = "";
@@ -56,11 +56,11 @@ function add(item) {
 }
 
 async function addFiles(files) {
-  for (const file of files) {
-    if (kindOf(file.name, file.type) !== "image") notice(byId("compare-notice"), t("compare.pictures.only"));
-    else if (!store.takes("image")) notice(byId("compare-notice"), t("attach.unsupported", {kind: t("kind.image")}));
-    else add({attachment: await fromFile(file)});
-  }
+  const refused = await readFiles(files, (attachment) => add({attachment}), (kind, name) => {
+    if (kind !== "image") return t("compare.images.only", {name});
+    return store.takes("image") ? "" : t("attach.unsupported", {name, kind: t("kind.image")});
+  });
+  if (refused.length) notice(byId("compare-notice"), ...lines(refused));
 }
 
 function showItems() {
@@ -91,13 +91,13 @@ function showAbilities() {
   for (const choice of form.elements.how) choice.disabled = !can[choice.value];
   if (known && !can[how()]) for (const choice of form.elements.how) choice.checked = can[choice.value];
   byId("compare-run").disabled = !canCompare();
-  byId("add-picture").disabled = !store.takes("image");
+  byId("add-image").disabled = !store.takes("image");
   notice(byId("compare-notice"), known && !canCompare() ? t("compare.cannot", {model: store.get().model}) : "");
 }
 
 // Comparing
 
-/** The body for one of the two ways. Texts alone are sent as they are; with pictures, everything as chats. */
+/** The body for one of the two ways. Texts alone are sent as they are; with images, everything as chats. */
 function body(way, compared, place = inline) {
   const {model} = store.get();
   const content = (item) => contentParts(item.text, item.attachment ? [item.attachment] : [], place);

@@ -1,12 +1,12 @@
 // From what a person said and attached to the body of a request. Pure: no elements, no network.
 
-/** How a medium stands in a body that is sent: its URL, or its bytes. */
+/** How a media item stands in a body that is sent: its URL, or its bytes. */
 export function inline(attachment, form) {
   if (attachment.url) return attachment.url;
   return form === "base64" ? attachment.base64 : `data:${attachment.type};base64,${attachment.base64}`;
 }
 
-/** Content parts, media first. `place(attachment, form)` says how a medium is written down. */
+/** Content parts, media first. `place(attachment, form)` says how a media item is written down. */
 export function contentParts(text, attachments, place = inline) {
   const parts = attachments.map((attachment) => mediaPart(attachment, place));
   if (text) parts.push({type: "text", text});
@@ -15,7 +15,7 @@ export function contentParts(text, attachments, place = inline) {
 
 function mediaPart(attachment, place) {
   if (attachment.kind === "audio" && !attachment.url) {
-    return {type: "input_audio", input_audio: {data: place(attachment, "base64"), format: soundFormat(attachment)}};
+    return {type: "input_audio", input_audio: {data: place(attachment, "base64"), format: audioFormat(attachment)}};
   }
   const type = `${attachment.kind}_url`;
   return {type, [type]: {url: place(attachment, "url")}};
@@ -25,7 +25,7 @@ const FORMATS = {"audio/wav": "wav", "audio/x-wav": "wav", "audio/vnd.wave": "wa
                  "audio/ogg": "ogg", "audio/flac": "flac", "audio/mp4": "m4a", "audio/x-m4a": "m4a",
                  "audio/webm": "webm", "audio/aac": "aac"};
 
-const soundFormat = (attachment) => FORMATS[attachment.type.split(";")[0]] ?? "wav";
+const audioFormat = (attachment) => FORMATS[attachment.type.split(";")[0]] ?? "wav";
 
 /** The body of a chat request. `recipe` is {model, system, sampling, messages: [{role, text, attachments}]}. */
 export function chatBody(recipe, place = inline) {

@@ -35,6 +35,9 @@ export function notice(node, ...content) {
   node.replaceChildren(...(node.hidden ? [] : content));
 }
 
+/** Texts for a notice, each in a line of its own. */
+export const lines = (texts) => texts.map((text) => el("span", {class: "line"}, text));
+
 export async function copy(text) {
   if (navigator.clipboard) return navigator.clipboard.writeText(text);
   // Pages that came over plain http from another machine have no clipboard object.

@@ -1,6 +1,6 @@
-// Things to try for who has nothing at hand: a picture, a clip and a sound made on the spot, a little different each time.
+// Things to try for who has nothing at hand: an image, a video and audio made on the spot, a little different each time.
 
-import {clipFile, record} from "./capture.js";
+import {videoFile, record} from "./capture.js";
 import {encodeWav} from "./wav.js";
 
 const COLORS = ["#d92c2c", "#2563d9", "#1f9d4d", "#e8b500", "#8b3fc7", "#ee7d1a"];
@@ -31,7 +31,7 @@ function canvas() {
 }
 
 /** One or two shapes side by side. */
-export function picture() {
+export function image() {
   const {node, context} = canvas();
   const count = 1 + Math.floor(2 * Math.random());
   const colors = [...COLORS].sort(() => Math.random() - 0.5);
@@ -44,7 +44,7 @@ export function picture() {
 }
 
 /** A shape that moves to one side for two seconds. */
-export async function clip() {
+export async function video() {
   const {node, context, clear} = canvas();
   const [shape, color] = [pick(SHAPES), pick(COLORS)];
   const [dx, dy] = pick([[1, 0], [-1, 0], [0, 1], [0, -1]]);
@@ -59,14 +59,14 @@ export async function clip() {
   };
   frame();
   try {
-    return clipFile(await record(node.captureStream(15), durationMs), "moving");
+    return videoFile(await record(node.captureStream(15), durationMs), "moving");
   } finally {
     running = false;
   }
 }
 
 /** One to four beeps. */
-export function sound() {
+export function audio() {
   const rate = 16_000;
   const count = 1 + Math.floor(4 * Math.random());
   const samples = new Float32Array((0.2 + 0.45 * count) * rate);

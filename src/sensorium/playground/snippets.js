@@ -5,7 +5,7 @@ const CHAT = "v1/chat/completions";
 const OPENAI_FIELDS = new Set(["model", "messages", "temperature", "top_p", "max_tokens", "seed", "stop", "stream",
                                "presence_penalty", "frequency_penalty", "stream_options", "input"]);
 
-/** {curl, python}. `makeBody(place)` builds the body and lets `place` say how a medium is written. */
+/** {curl, python}. `makeBody(place)` builds the body and lets `place` say how a media item is written. */
 export function snippets(path, makeBody, {withKey}) {
   const marks = new Map();  // what stands for a file in the body -> the attachment and its form
   const nonce = [...crypto.getRandomValues(new Uint8Array(8))].map((byte) => byte.toString(16)).join("");
@@ -29,8 +29,8 @@ const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 function asCurl(path, body, marks, withKey) {
   // The body is a here-document that the shell fills with the files, so its own signs are escaped.
   let text = JSON.stringify(body, null, 2).replace(/[\\$`]/g, "\\$&");
-  for (const [mark, medium] of marks) {
-    text = text.replaceAll(mark, () => `${head(medium)}$(base64 < ${quoted(medium.attachment.name)} | tr -d '\\n')`);
+  for (const [mark, item] of marks) {
+    text = text.replaceAll(mark, () => `${head(item)}$(base64 < ${quoted(item.attachment.name)} | tr -d '\\n')`);
   }
   return [`curl -N ${quoted(address(path))} \\`, "  -H 'Content-Type: application/json' \\",
           ...(withKey ? ['  -H "Authorization: Bearer $SENSORIUM_API_KEY" \\'] : []),
@@ -55,9 +55,9 @@ function literal(value, marks, indent) {
   return `${open}\n${rows.map((row) => `${inner}${row},\n`).join("")}${indent}${close}`;
 }
 
-function fileExpression(medium) {
-  const bytes = `encoded(${JSON.stringify(medium.attachment.name)})`;
-  return head(medium) ? `${JSON.stringify(head(medium))} + ${bytes}` : bytes;
+function fileExpression(item) {
+  const bytes = `encoded(${JSON.stringify(item.attachment.name)})`;
+  return head(item) ? `${JSON.stringify(head(item))} + ${bytes}` : bytes;
 }
 
 function asPython(path, body, marks) {

@@ -1,4 +1,4 @@
-// Sound as 16-bit mono WAV, the form that every server reads.
+// Audio as 16-bit mono WAV, the form that every server reads.
 
 const RATE = 16_000;
 
