@@ -1,7 +1,8 @@
 """JSON schemas of requests, made ready to be compiled: what cannot be held to is refused by name, never left out.
 
-What says nothing about the form (titles, defaults, unknown formats) is dropped. Numbers without bounds get some, and
-what may be anything becomes typed alternatives: digits without end are the commonest way for a model to get lost.
+What says nothing about the form (titles, defaults, unknown formats) is dropped. Where a model easily gets lost, less is
+allowed than the schema would: numbers without bounds get some, what may be anything becomes typed alternatives, and
+objects that name their properties have no others unless `additionalProperties` says so.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ UNSUPPORTED = frozenset(
 MAPS = ("properties", "patternProperties", "$defs", "definitions")
 LISTS = ("anyOf", "allOf", "oneOf", "prefixItems")
 SINGLES = ("items", "additionalProperties", "additionalItems")
+COMBINING = frozenset({"$ref", "anyOf", "oneOf", "properties"})
 PLAIN = frozenset(
     """type enum const required minProperties maxProperties minItems maxItems minLength maxLength pattern format
     minimum maximum exclusiveMinimum exclusiveMaximum multipleOf $ref $schema""".split()
@@ -38,7 +40,7 @@ class SchemaRefused(Exception):
 
 
 def ready(schema: Any, *, closed: bool = False) -> dict[str, Any]:
-    """The schema as it is to be compiled. `closed`: objects have no other properties than those named.
+    """The schema as it is to be compiled. `closed`: no object has other properties than those named.
 
     SchemaRefused if it is no schema, or one that cannot be held to. It must be plain JSON.
     """
@@ -46,7 +48,7 @@ def ready(schema: Any, *, closed: bool = False) -> dict[str, Any]:
         schema = {}
     if not isinstance(schema, Mapping):
         raise SchemaRefused("", "must be a JSON schema, an object")
-    made = _Ready(closed).object(schema, "", 0)
+    made = _Ready(closed, narrows=not _composes(schema)).object(schema, "", 0)
     definitions = made.get("$defs")
     made["$defs"] = {**(definitions if isinstance(definitions, dict) else {}), ANY: _anything()}
     return made
@@ -67,8 +69,10 @@ def _anything() -> dict[str, Any]:
 
 
 class _Ready:
-    def __init__(self, closed: bool) -> None:
+    def __init__(self, closed: bool, *, narrows: bool) -> None:
+        """`narrows`: every object is described in one place, and can be closed where that is."""
         self._closed = closed
+        self._narrows = narrows
 
     def schema(self, schema: Any, path: str, depth: int) -> dict[str, Any] | bool:
         """One schema and all inside it."""
@@ -117,7 +121,7 @@ class _Ready:
             made["$ref"] = f"#/$defs/{ANY}"
         types = made.get("type")
         if types == "object" or (isinstance(types, list) and "object" in types) or "properties" in made:
-            if self._closed and "additionalProperties" not in made and "patternProperties" not in made:
+            if self._is_closed(made):
                 made["additionalProperties"] = False
             elif types == "object" and made.keys() == {"type"}:
                 made["additionalProperties"] = {"$ref": f"#/$defs/{ANY}"}
@@ -126,6 +130,34 @@ class _Ready:
         if "oneOf" in made and "anyOf" not in made and _are_exclusive(made["oneOf"]):
             made["anyOf"] = made.pop("oneOf")
         return _bounded(made)
+
+    def _is_closed(self, schema: dict[str, Any]) -> bool:
+        if schema.keys() & {"additionalProperties", "patternProperties"}:
+            return False
+        if self._closed:
+            return True
+        named, required = schema.get("properties"), schema.get("required", [])
+        if not self._narrows or not named or schema.keys() & {"minProperties", "maxProperties"}:
+            return False
+        return isinstance(required, list) and set(map(str, required)) <= set(named)
+
+
+def _composes(schema: Any) -> bool:
+    """Whether anything is described by several schemas together, which must not be closed one by one."""
+    stack = [schema]
+    while stack:
+        one = stack.pop()
+        if isinstance(one, list):
+            stack.extend(one)
+        elif isinstance(one, Mapping):
+            parts = sum(
+                len(value) if key == "allOf" and isinstance(value, list) else key in COMBINING
+                for key, value in one.items()
+            )
+            if parts > 1:
+                return True
+            stack.extend(one.values())
+    return False
 
 
 def _check(schema: Mapping[str, Any], path: str) -> None:

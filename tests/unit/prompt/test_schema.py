@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -30,7 +31,12 @@ def test_what_says_nothing_about_the_form_is_dropped() -> None:
         },
         "required": ["title"],
     }
-    assert made(schema) == {"type": "object", "properties": {"title": {"type": "string"}}, "required": ["title"]}
+    assert made(schema) == {
+        "type": "object",
+        "properties": {"title": {"type": "string"}},
+        "required": ["title"],
+        "additionalProperties": False,
+    }
 
 
 def test_formats_that_can_be_held_to_stay() -> None:
@@ -68,12 +74,32 @@ def test_anything_is_one_of_typed_alternatives() -> None:
     }
 
 
-def test_objects_are_closed_on_request_only() -> None:
-    schema = {"type": "object", "properties": {"a": {"type": "object", "properties": {}}, "b": {"type": "object"}}}
-    assert "additionalProperties" not in made(schema)
-    closed = made(schema, closed=True)
-    assert closed["additionalProperties"] is False
-    assert closed["properties"]["a"]["additionalProperties"] is False
+def test_objects_that_name_their_properties_have_no_others() -> None:
+    inner = {"type": "object", "properties": {"x": {"type": "null"}}}
+    found = made({"type": "object", "properties": {"a": inner, "b": {"type": "object"}}, "required": ["a"]})
+    assert found["additionalProperties"] is False
+    assert found["properties"]["a"]["additionalProperties"] is False
+    assert found["properties"]["b"]["additionalProperties"] == ANYTHING
+    assert made({**inner, "additionalProperties": True})["additionalProperties"] == ANYTHING
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"allOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]},
+        {"properties": {"a": {}}, "anyOf": [{"required": ["a"]}, {"properties": {"b": {}}}]},
+        {"$defs": {"base": {"properties": {"a": {}}}}, "$ref": "#/$defs/base", "properties": {"b": {}}},
+        {"type": "object", "properties": {"a": {}}, "required": ["other"]},
+        {"type": "object", "properties": {"a": {}}, "minProperties": 2},
+    ],
+)
+def test_what_is_described_together_is_not_closed_apart(schema: dict[str, Any]) -> None:
+    assert '"additionalProperties": false' not in json.dumps(made(schema))
+
+
+def test_all_objects_are_closed_on_request() -> None:
+    schema = {"type": "object", "allOf": [{"type": "object"}, {"type": "object", "properties": {}}]}
+    assert json.dumps(made(schema, closed=True)).count('"additionalProperties": false') == 3
     assert made({"type": "object", "additionalProperties": True}, closed=True)["additionalProperties"] == ANYTHING
 
 
