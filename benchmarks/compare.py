@@ -28,6 +28,7 @@ from typing import Any
 
 from sensorium.cli import bench
 from sensorium.cli.client import Endpoint, Remote, RemoteError
+from sensorium.cli.loads import chat_request
 from sensorium.config import BenchConfig
 from sensorium.system.processes import family, resident_bytes
 
@@ -120,7 +121,7 @@ def lists_models(address: str) -> bool:
 def answers(address: str) -> bool:
     async def ask() -> bool:
         async with Remote(Endpoint.parse(address), timeout_s=300) as remote:
-            body = bench.request_body((await remote.models())[0], "hello", 1)
+            body = chat_request((await remote.models())[0], "hello", 1)
             return not (await bench.send(remote, body)).error
 
     return asyncio.run(ask())

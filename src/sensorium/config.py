@@ -355,13 +355,21 @@ class BenchConfig:
         "flight. Replaces --concurrency.",
         min=0.001,
     )
-    kind: str = flag("text", "What a request carries.", choices=("text", "image"))
+    kind: str = flag(
+        "text",
+        "What a request is: a chat of text, or with images, a recording or a clip; a chat that must call a tool or "
+        "answer in JSON; texts to embed; documents to rank.",
+        choices=("text", "image", "audio", "video", "tools", "json", "embeddings", "rerank"),
+    )
     input_tokens: int = flag(128, "Text tokens of a prompt, about; image tokens are extra.", min=1)
     output_tokens: int = flag(64, "Tokens of a completion, exactly where the server knows `ignore_eos`.", min=1)
     image_size: tuple[int, int] = flag(
-        (448, 448), "Width and height of the image, in pixels, such as 448x448.", parse="extent"
+        (448, 448), "Width and height of images and clips, in pixels, such as 448x448.", parse="extent"
     )
     images: int = flag(1, "Images in a request of kind image.", min=1)
+    audio_seconds: float = flag(5.0, "Duration of the recording of kind audio.", min=0.1)
+    frames: int = flag(8, "Frames of the clip of kind video.", min=1)
+    inputs: int = flag(16, "Texts of kind embeddings, or documents of kind rerank, in a request.", min=1)
     warmup: int = flag(2, "Requests sent before the clock starts.")
     api_key: str | None = flag(None, "The server's key; also from SENSORIUM_API_KEY.")
     seed: int = flag(0, "Seed of prompts, images and arrivals. Use another one for every run on one server.")

@@ -25,7 +25,7 @@ from sensorium.processors.base import Processor
 from sensorium.prompt.local import LocalRenderer, LocalTemplate
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.serving.model import ServedModel
-from sensorium.types import EngineOutput, EngineReady, EngineRequest, EngineStats, TokenLogprob
+from sensorium.types import EngineOutput, EngineReady, EngineRequest, EngineStats, FinishReason, TokenLogprob
 
 SPECIAL = ("<|end|>", "<|start|>", "<|stop|>")
 TEMPLATE = (
@@ -90,7 +90,8 @@ async def speak(
     sent = 0
     while sent < len(tokens):
         now: list[int] = []
-        reason = stop = None
+        reason: FinishReason | None = None
+        stop: int | None = None
         for token in tokens[sent : sent + chunk]:
             now.append(token)
             if token in sampling.stop_token_ids and sent + len(now) > sampling.min_tokens:
@@ -105,7 +106,7 @@ async def speak(
             request.id,
             tuple(now),
             finish_reason=reason,
-            stop_token_id=stop,  # type: ignore[arg-type]
+            stop_token_id=stop,
             logprobs=tuple(entry for token in now if (entry := logprobs_of(token, sampling.logprobs))),
             prompt_logprobs=prompt if sent == 0 and sampling.prompt_logprobs is not None else (),
             cached_tokens=3 if sent == 0 else 0,

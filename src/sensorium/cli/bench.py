@@ -1,4 +1,4 @@
-"""`sensorium bench serve`: load any OpenAI-compatible chat endpoint and say how fast it answers.
+"""`sensorium bench serve`: load any OpenAI-compatible server and say how fast it answers.
 
 Closed loop (`--concurrency`) or open loop (`--rate`, Poisson arrivals). Every request is different, so that no cache
 can help. All bodies are made before the clock starts; the client does nothing per token but take the time.
@@ -7,9 +7,7 @@ can help. All bodies are made before the clock starts; the client does nothing p
 from __future__ import annotations
 
 import asyncio
-import base64
 import dataclasses
-import io
 import json
 import random
 import time
@@ -23,40 +21,9 @@ from typing import Any
 import msgspec
 
 from sensorium.cli.client import Endpoint, Remote, RemoteError
+from sensorium.cli.loads import Load, Request
 from sensorium.config import BenchConfig
 from sensorium.errors import StartupError
-
-WORDS = (
-    "river",
-    "stone",
-    "window",
-    "garden",
-    "letter",
-    "morning",
-    "silver",
-    "paper",
-    "bridge",
-    "winter",
-    "corner",
-    "market",
-    "yellow",
-    "engine",
-    "forest",
-    "island",
-    "travel",
-    "number",
-    "simple",
-    "change",
-    "answer",
-    "between",
-    "behind",
-    "around",
-    "follow",
-    "carry",
-    "open",
-    "close",
-    "write",
-)
 
 
 @dataclass(slots=True)
@@ -90,6 +57,11 @@ class Sample:
 class _Delta(msgspec.Struct):
     content: str | None = None
     reasoning_content: str | None = None
+    tool_calls: list[msgspec.Raw] | None = None
+
+    @property
+    def says_something(self) -> bool:
+        return bool(self.content or self.reasoning_content or self.tool_calls)
 
 
 class _Choice(msgspec.Struct):
@@ -112,130 +84,87 @@ class _Chunk(msgspec.Struct):
     error: dict[str, Any] | None = None
 
 
+class _Whole(msgspec.Struct):
+    usage: _Usage
+
+
+_WHOLE = msgspec.json.Decoder(_Whole)
 _CHUNK = msgspec.json.Decoder(_Chunk)
 
 
 # The load
 
 
-class Prompts:
-    """Bodies of chat requests: random words, noise pictures, all from one seed."""
-
-    def __init__(self, config: BenchConfig, model: str, words_per_token: float) -> None:
-        self._config = config
-        self._model = model
-        self._words = max(1, round(config.input_tokens * words_per_token))
-        self._random = random.Random(config.seed)  # noqa: S311  # a load, not a secret
-
-    def body(self) -> bytes:
-        config = self._config
-        content: Any = text(self._random, self._words)
-        if config.kind == "image":
-            pictures = [picture_url(self._random, *config.image_size) for _ in range(config.images)]
-            content = [
-                *({"type": "image_url", "image_url": {"url": url}} for url in pictures),
-                {"type": "text", "text": content},
-            ]
-        return request_body(self._model, content, config.output_tokens)
-
-
-def request_body(model: str, content: Any, output_tokens: int) -> bytes:
-    return msgspec.json.encode(
-        {
-            "model": model,
-            "messages": [{"role": "user", "content": content}],
-            "max_tokens": output_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-    )
-
-
-def text(rng: random.Random, num_words: int) -> str:
-    return " ".join(rng.choice(WORDS) for _ in range(num_words))
-
-
-def picture_url(rng: random.Random, width: int, height: int) -> str:
-    """A JPEG of noise as a data URL."""
-    import numpy as np
-    from PIL import Image
-
-    spread = rng.uniform(20, 120)
-    noise = np.random.default_rng(rng.getrandbits(32)).normal(128, spread, (height, width, 1)).clip(0, 255)
-    buffer = io.BytesIO()
-    Image.fromarray(noise.astype(np.uint8).repeat(3, axis=2)).save(buffer, "JPEG")
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-async def words_per_token(remote: Remote, model: str) -> float:
+async def words_per_token(remote: Remote, load: Load) -> float:
     """How many of our words make a token of this model: two prompts of different length tell it."""
-    rng = random.Random(0)  # noqa: S311
     counts = []
     for num_words in (32, 160):
-        sample = await send(remote, request_body(model, text(rng, num_words), 1))
+        sample = await send(remote, load.probe(num_words))
         if sample.error:
             raise RemoteError(sample.error)
         counts.append(sample.prompt_tokens)
     return 128 / (counts[1] - counts[0]) if counts[1] > counts[0] else 1.0
 
 
-async def send(remote: Remote, body: bytes) -> Sample:
+async def send(remote: Remote, request: Request) -> Sample:
     """Send one request and take the time of everything that comes back. Never raises for what the server does."""
     sample = Sample(start_s=time.perf_counter())
-
-    def on_event(data: bytes) -> None:
-        now = time.perf_counter()
-        chunk = _CHUNK.decode(data)
-        if chunk.error is not None:
-            sample.error = str(chunk.error.get("message", chunk.error))
-        if chunk.usage is not None:
-            sample.prompt_tokens = chunk.usage.prompt_tokens
-            sample.output_tokens = chunk.usage.completion_tokens
-            details = chunk.usage.prompt_tokens_details
-            sample.cached_tokens = (details.cached_tokens if details else None) or 0
-        if chunk.choices and (chunk.choices[0].delta.content or chunk.choices[0].delta.reasoning_content):
-            sample.chunk_times_s.append(now)
-
     try:
-        await remote.stream("/chat/completions", body, on_event)
+        if request.streams:
+            await remote.stream(request.path, request.body, lambda data: _take_event(sample, data))
+        else:
+            sample.prompt_tokens = _WHOLE.decode(await remote.send(request.path, request.body)).usage.prompt_tokens
     except RemoteError as error:
         sample.error = error.message
     except msgspec.DecodeError as error:
-        sample.error = f"a chunk is not as OpenAI's API says: {error}"
+        sample.error = f"an answer is not as OpenAI's API says: {error}"
     sample.end_s = time.perf_counter()
-    sample.output_tokens = sample.output_tokens or len(sample.chunk_times_s)
-    if not sample.error and not sample.output_tokens:
-        sample.error = "an answer without tokens"
+    if request.streams:
+        sample.output_tokens = sample.output_tokens or len(sample.chunk_times_s)
+        if not sample.error and not sample.output_tokens:
+            sample.error = "an answer without tokens"
     return sample
 
 
+def _take_event(sample: Sample, data: bytes) -> None:
+    now = time.perf_counter()
+    chunk = _CHUNK.decode(data)
+    if chunk.error is not None:
+        sample.error = str(chunk.error.get("message", chunk.error))
+    if chunk.usage is not None:
+        sample.prompt_tokens = chunk.usage.prompt_tokens
+        sample.output_tokens = chunk.usage.completion_tokens
+        details = chunk.usage.prompt_tokens_details
+        sample.cached_tokens = (details.cached_tokens if details else None) or 0
+    if chunk.choices and chunk.choices[0].delta.says_something:
+        sample.chunk_times_s.append(now)
+
+
 async def closed_loop(
-    remote: Remote, bodies: Sequence[bytes], concurrency: int, on_sample: Callable[[Sample], None]
+    remote: Remote, requests: Sequence[Request], concurrency: int, on_sample: Callable[[Sample], None]
 ) -> None:
-    queue = iter(bodies)
+    queue = iter(requests)
 
     async def worker() -> None:
-        for body in queue:
-            on_sample(await send(remote, body))
+        for request in queue:
+            on_sample(await send(remote, request))
 
-    await asyncio.gather(*(worker() for _ in range(min(concurrency, len(bodies)))))
+    await asyncio.gather(*(worker() for _ in range(min(concurrency, len(requests)))))
 
 
 async def open_loop(
-    remote: Remote, bodies: Sequence[bytes], rate: float, seed: int, on_sample: Callable[[Sample], None]
+    remote: Remote, requests: Sequence[Request], rate: float, seed: int, on_sample: Callable[[Sample], None]
 ) -> None:
     rng = random.Random(seed)  # noqa: S311
     due_s = time.perf_counter()
 
-    async def one(body: bytes, at_s: float) -> None:
+    async def one(request: Request, at_s: float) -> None:
         await asyncio.sleep(max(0.0, at_s - time.perf_counter()))
-        on_sample(await send(remote, body))
+        on_sample(await send(remote, request))
 
     async with asyncio.TaskGroup() as group:
-        for body in bodies:
-            group.create_task(one(body, due_s))
+        for request in requests:
+            group.create_task(one(request, due_s))
             due_s += rng.expovariate(rate)
 
 
@@ -352,10 +281,10 @@ async def run(config: BenchConfig) -> dict[str, Any]:
     """Warm up, send the load, return the figures."""
     async with Remote(Endpoint.parse(config.base_url, config.api_key), timeout_s=config.timeout_s) as remote:
         model = config.model or (await remote.models())[0]
-        prompts = Prompts(config, model, await words_per_token(remote, model))
-        warmup = [prompts.body() for _ in range(config.warmup)]
-        bodies = [prompts.body() for _ in range(config.requests)]
-        for sample in [await send(remote, body) for body in warmup]:
+        load = Load(config, model, await words_per_token(remote, Load(config, model)))
+        warmup = [load.request() for _ in range(config.warmup)]
+        requests = [load.request() for _ in range(config.requests)]
+        for sample in [await send(remote, request) for request in warmup]:
             if sample.error:
                 raise RemoteError(sample.error)
         samples: list[Sample] = []
@@ -367,9 +296,9 @@ async def run(config: BenchConfig) -> dict[str, Any]:
                 show(sample)
 
             if config.rate:
-                await open_loop(remote, bodies, config.rate, config.seed, on_sample)
+                await open_loop(remote, requests, config.rate, config.seed, on_sample)
             else:
-                await closed_loop(remote, bodies, config.concurrency, on_sample)
+                await closed_loop(remote, requests, config.concurrency, on_sample)
         return report(config, model, samples, time.perf_counter() - start_s)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import mimetypes
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from rich.console import Console
@@ -14,32 +15,44 @@ from rich.console import Console
 from sensorium.cli.client import Endpoint, Remote, RemoteError
 from sensorium.config import ChatConfig
 from sensorium.errors import StartupError
+from sensorium.types import Modality
 
-HELP = "/image PATH attaches a picture to your next message, /clear starts over, /quit ends (so does Ctrl-D)."
+COMMANDS = {
+    "/image PATH": "attach an image to your next message",
+    "/audio PATH": "attach a recording",
+    "/video PATH": "attach a clip",
+    "/clear": "start over",
+    "/help": "list the commands",
+    "/quit": "end, as Ctrl-D does",
+}
+HINT = "/help lists what else you can type."
+_TYPES: Mapping[Modality, str] = {"image": "image/jpeg", "audio": "audio/wav", "video": "video/mp4"}
+"""For files whose name does not tell; the server looks at the bytes."""
 
 
 class Conversation:
-    """The messages so far, and the pictures that wait for the next one."""
+    """The messages so far, and the media that wait for the next one."""
 
     def __init__(self, config: ChatConfig, model: str) -> None:
         self._config = config
         self._model = model
-        self._pictures: list[str] = []
+        self._media: list[dict[str, Any]] = []
         self._messages: list[dict[str, Any]] = []
         self.clear()
 
     def clear(self) -> None:
-        self._pictures = []
+        self._media = []
         self._messages = [{"role": "system", "content": self._config.system}] if self._config.system else []
 
-    def attach(self, path: Path) -> None:
-        kind = mimetypes.guess_type(path.name)[0] or "image/jpeg"
-        self._pictures.append(f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}")
+    def attach(self, kind: Modality, path: Path) -> None:
+        """OSError if the file cannot be read."""
+        named = mimetypes.guess_type(path.name)[0] or _TYPES[kind]
+        url = f"data:{named};base64,{base64.b64encode(path.read_bytes()).decode()}"
+        self._media.append({"type": f"{kind}_url", f"{kind}_url": {"url": url}})
 
     def ask(self, text: str) -> bytes:
         """Take the user's turn; the body of the request for the model's."""
-        parts = [{"type": "image_url", "image_url": {"url": url}} for url in self._pictures]
-        self._pictures = []
+        parts, self._media = self._media, []
         self._messages.append({"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text})
         body = {"model": self._model, "messages": self._messages, "max_tokens": self._config.max_tokens, "stream": True}
         if self._config.temperature is not None:
@@ -68,17 +81,17 @@ async def _chat(config: ChatConfig) -> int:
     async with Remote(Endpoint.parse(config.base_url, config.api_key)) as remote:
         model = config.model or (await remote.models())[0]
         conversation = Conversation(config, model)
-        console.print(f"[bold]{model}[/] at {config.base_url}. {HELP}")
+        console.print(f"[bold]{model}[/] at {config.base_url}. {HINT}")
         while (line := _read(console)) is not None:
             command, _, rest = line.partition(" ")
             if command == "/quit":
                 return 0
             if command == "/clear":
                 conversation.clear()
-            elif command == "/image":
-                _attach(console, conversation, rest)
+            elif command in ("/image", "/audio", "/video"):
+                _attach(console, conversation, cast(Modality, command[1:]), rest)
             elif line.startswith("/"):
-                console.print(HELP)
+                _help(console)
             elif line:
                 await _turn(console, remote, conversation, line)
     return 0
@@ -92,9 +105,17 @@ def _read(console: Console) -> str | None:
         return None
 
 
-def _attach(console: Console, conversation: Conversation, path: str) -> None:
+def _help(console: Console) -> None:
+    for command, meaning in COMMANDS.items():
+        console.print(f"  {command:<12} {meaning}", markup=False)
+
+
+def _attach(console: Console, conversation: Conversation, kind: Modality, path: str) -> None:
+    if not path.strip():
+        console.print(f"/{kind} needs the path of a file", style="red", markup=False)
+        return
     try:
-        conversation.attach(Path(path.strip().strip("'\"")).expanduser())
+        conversation.attach(kind, Path(path.strip().strip("'\"")).expanduser())
     except OSError as error:
         console.print(f"cannot read it: {error.strerror}", style="red", markup=False)
     else:

@@ -166,6 +166,10 @@ class Remote:
     async def post(self, path: str, body: dict[str, Any]) -> Any:
         return msgspec.json.decode(await self._send("POST", path, msgspec.json.encode(body), None))
 
+    async def send(self, path: str, body: bytes) -> bytes:
+        """POST a body that is JSON already; the whole answer."""
+        return await self._send("POST", path, body, None)
+
     async def stream(self, path: str, body: bytes, on_event: OnEvent) -> None:
         """POST `body`; `on_event` gets the data of every event but the closing [DONE], as it arrives."""
         await self._send("POST", path, body, on_event)

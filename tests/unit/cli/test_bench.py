@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import json
+import wave
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 
 from sensorium.cli import bench
 from sensorium.cli.client import Endpoint, Remote, RemoteError
+from sensorium.cli.loads import Load, chat_request
 from sensorium.config import BenchConfig
 from sensorium.errors import StartupError
 
@@ -56,6 +61,11 @@ class FakeServer:
         self.bodies.append(request)
         if self.fail_every and len(self.bodies) % self.fail_every == 0:
             self.plain(writer, 503, {"error": {"message": "too busy"}})
+            return
+        if path in ("/v1/embeddings", "/v1/rerank"):
+            texts = request.get("input") or [request["query"], *request["documents"]]
+            words = sum(len(one.split()) for one in ([texts] if isinstance(texts, str) else texts))
+            self.plain(writer, 200, {"usage": {"prompt_tokens": 3 + 2 * words, "total_tokens": 3 + 2 * words}})
             return
         writer.write(
             b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -188,7 +198,7 @@ async def test_a_connection_that_breaks_is_an_error() -> None:
     server = await asyncio.start_server(cut, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     async with Remote(Endpoint.parse(f"http://127.0.0.1:{port}")) as remote:
-        sample = await bench.send(remote, bench.request_body("m", "hello", 4))
+        sample = await bench.send(remote, chat_request("m", "hello", 4))
         assert "closed before" in sample.error
     server.close()
 
@@ -210,6 +220,54 @@ async def test_the_key_is_sent() -> None:
     async with fake_server() as fake:
         await bench.run(fake.config(api_key="secret", requests=1))
     assert set(fake.keys) == {"Bearer secret"}
+
+
+def requests_of(kind: str, **options: Any) -> list[dict[str, Any]]:
+    load = Load(BenchConfig(kind=kind, image_size=(33, 20), input_tokens=6, **options), "m")
+    return [json.loads(load.request().body) for _ in range(2)]
+
+
+def test_recordings_and_clips_are_files_of_their_kind() -> None:
+    sounds, clips = requests_of("audio", audio_seconds=0.5), requests_of("video", frames=3)
+    for body in sounds:
+        part = body["messages"][0]["content"][0]["input_audio"]
+        with wave.open(io.BytesIO(base64.b64decode(part["data"]))) as file:
+            assert (file.getframerate(), file.getnframes(), part["format"]) == (16_000, 8_000, "wav")
+    for body in clips:
+        url = body["messages"][0]["content"][0]["video_url"]["url"]
+        with av.open(io.BytesIO(base64.b64decode(url.partition(",")[2])), "r") as container:
+            frames = list(container.decode(video=0))
+        assert [(frame.width, frame.height) for frame in frames] == [(32, 20)] * 3
+    for one, other in (sounds, clips):
+        assert one["messages"][0]["content"][1]["type"] == "text"
+        assert one != other
+        assert one["ignore_eos"]
+
+
+def test_tools_and_forms_end_by_themselves() -> None:
+    tools, forms = requests_of("tools")[0], requests_of("json")[0]
+    assert (tools["tools"][0]["function"]["name"], tools["tool_choice"]) == ("get_weather", "required")
+    assert forms["response_format"]["json_schema"]["schema"]["required"] == ["title", "words", "count"]
+    assert "ignore_eos" not in tools and "ignore_eos" not in forms
+
+
+def test_texts_and_documents_come_as_many_as_asked() -> None:
+    texts, ranking = requests_of("embeddings", inputs=5)[0]["input"], requests_of("rerank", inputs=3)[0]
+    assert (len(set(texts)), {len(one.split()) for one in texts}) == (5, {6})
+    assert (len(ranking["documents"]), len(ranking["query"].split())) == (3, 8)
+
+
+@pytest.mark.parametrize("kind", ["embeddings", "rerank"])
+async def test_what_is_not_streamed_is_timed_whole(kind: str) -> None:
+    async with fake_server() as fake:
+        figures = await bench.run(fake.config(kind=kind, inputs=2))
+        sent = fake.bodies[-1]
+    assert (figures["completed"], figures["output_tokens"], figures["errors"]) == (6, 0, {})
+    texts = sent.get("input") or sent["documents"]
+    assert {len(one.split()) for one in texts} == {10}  # two tokens a word
+    assert figures["prompt_tokens"] == 6 * (3 + 2 * (20 if kind == "embeddings" else 28))
+    assert figures["ttft_ms"] == figures["e2e_ms"]
+    assert figures["e2e_ms"]["p50"] > 0
 
 
 async def test_command_writes_json_and_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

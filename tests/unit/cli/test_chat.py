@@ -1,0 +1,76 @@
+"""The terminal chat: what a line makes of the next request."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from support.api_support import ANSWER, serving
+
+from sensorium.cli import chat
+from sensorium.config import ChatConfig
+
+
+def test_media_go_with_the_next_message_in_order(tmp_path: Path) -> None:
+    for name in ("a.png", "b.mp3", "c.webm", "d"):
+        (tmp_path / name).write_bytes(name.encode())
+    conversation = chat.Conversation(ChatConfig(), "m")
+    for kind, name in (("image", "a.png"), ("audio", "b.mp3"), ("video", "c.webm"), ("audio", "d")):
+        conversation.attach(kind, tmp_path / name)  # type: ignore[arg-type]
+    [message] = json.loads(conversation.ask("hi"))["messages"]
+    wanted = (("image", "image/png", b"a.png"), ("audio", "audio/mpeg", b"b.mp3"), ("video", "video/webm", b"c.webm"))
+    assert message["content"] == [
+        *(
+            {"type": f"{kind}_url", f"{kind}_url": {"url": f"data:{named};base64,{base64.b64encode(data).decode()}"}}
+            for kind, named, data in (*wanted, ("audio", "audio/wav", b"d"))
+        ),
+        {"type": "text", "text": "hi"},
+    ]
+    assert json.loads(conversation.ask("again"))["messages"][1]["content"] == "again"
+
+
+async def talk(monkeypatch: pytest.MonkeyPatch, *lines: str) -> list[Any]:
+    """What a user sees who types these lines; returns what the engine was asked."""
+    typed: Iterator[str] = iter(lines)
+
+    def read(console: Console, prompt: str = "") -> str:
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr(Console, "input", read)
+    async with serving() as served:
+        assert await chat._chat(ChatConfig(base_url=served.url, max_tokens=64)) == 0
+        return served.engine.requests
+
+
+async def test_commands_are_listed_and_files_checked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "a b.png").write_bytes(b"x")
+    image = f"/image '{tmp_path}/a b.png'"
+    lines = ("/help", "/nonsense", "/audio", "/video /nowhere/x.mp4", image, "/clear", "hi")
+    asked = await talk(monkeypatch, *lines)
+    shown = capsys.readouterr().out
+    for command in chat.COMMANDS:
+        assert shown.count(f"  {command}") == 2
+    assert "/audio needs the path of a file" in shown
+    assert "cannot read it: No such file" in shown
+    assert "attached; now ask about it" in shown
+    assert ANSWER in shown
+    assert len(asked) == 1
+
+
+async def test_a_refused_message_is_taken_back(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "a.wav").write_bytes(b"x")
+    asked = await talk(monkeypatch, f"/audio {tmp_path}/a.wav", "what is said?", "hi", "/quit", "never")
+    assert "does not understand audio input" in capsys.readouterr().out
+    assert len(asked) == 1
