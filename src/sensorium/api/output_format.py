@@ -81,7 +81,7 @@ async def _call_grammar(
         tools,
         choice,
         parallel=request.parallel_tool_calls is not False,
-        reasoning=found.thinking(tail) != "off",
+        thinking=found.thinking(tail),
         budget=request.thinking_token_budget,
     )
     return await model.grammars.held(None if source is None else Form("lark", source, "tools"), tenant)

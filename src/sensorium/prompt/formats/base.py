@@ -133,11 +133,17 @@ class OutputFormat(Protocol):
 
     def budget_grammar(self, tail: str, budget: int) -> str | None:
         """Lark that ends reasoning after so many tokens (thinking_token_budget) and leaves the answer free. None where
-        the answer does not reason, or its end is no token that could be forced."""
+        the answer does not reason, or its reasoning ends with a sentence."""
 
     def tool_grammar(
-        self, tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool, reasoning: bool, budget: int | None = None
+        self,
+        tools: Sequence[Tool],
+        choice: ToolChoice,
+        *,
+        parallel: bool = True,
+        thinking: Thinking = "off",
+        budget: int | None = None,
     ) -> str | None:
-        """Lark for llguidance that holds an answer to `choice`; None where nothing needs to be held. `reasoning`: the
-        answer may begin with reasoning (`thinking` does not say "off"): the grammar lets it through. `budget`: most
-        tokens of that. RequestError if a strict tool's schema can be held by no grammar."""
+        """Lark for llguidance that holds an answer to `choice`; None where nothing needs to be held. `thinking` is what
+        the method of this name says: reasoning then stands in front, of at most `budget` tokens. RequestError if a
+        strict tool's schema can be held by no grammar."""

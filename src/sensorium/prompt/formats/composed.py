@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from sensorium.prompt.formats.base import Scanner, Thinking, Tool, ToolChoice
-from sensorium.prompt.formats.grammar import after_reasoning, budget_grammar, choice_grammar
+from sensorium.prompt.formats.grammar import Thoughts, after_reasoning, budget_grammar, choice_grammar
 from sensorium.prompt.formats.reader import Marks, Reader, Steps
 from sensorium.prompt.formats.sink import Sink
 from sensorium.prompt.formats.stream import StreamScanner
@@ -73,28 +73,32 @@ class ComposedFormat:
         return StreamScanner(answer.reasoning_first if self.thinking(tail) == "open" else answer.run)
 
     def form_grammar(self, grammar: Grammar, tail: str, *, budget: int | None = None) -> Grammar:
-        thinking = self.thinking(tail)
-        if self.think is None or thinking == "off":
-            return grammar
-        tags = (self.think.start, self.think.end)
-        return after_reasoning(grammar, tags, budget, self.tokens, is_open=thinking == "open")
+        thoughts = self._thoughts(self.thinking(tail), budget)
+        return grammar if thoughts is None else after_reasoning(grammar, thoughts, self.tokens)
 
     def budget_grammar(self, tail: str, budget: int) -> str | None:
-        thinking = self.thinking(tail)
-        if self.think is None or thinking == "off" or self.think.end not in self.tokens:
+        thoughts = self._thoughts(self.thinking(tail), budget)
+        return None if thoughts is None else budget_grammar(thoughts, self.markers, self.tokens)
+
+    def _thoughts(self, thinking: Thinking, budget: int | None) -> Thoughts | None:
+        if self.think is None or thinking == "off":
             return None
-        tags = (self.think.start, self.think.end)
-        return budget_grammar(tags, budget, self.markers, self.tokens, is_open=thinking == "open")
+        bound = None if self.think.is_sentence else budget
+        return Thoughts(self.think.start, self.think.end, thinking == "open", bound)
 
     def tool_grammar(
-        self, tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool, reasoning: bool, budget: int | None = None
+        self,
+        tools: Sequence[Tool],
+        choice: ToolChoice,
+        *,
+        parallel: bool = True,
+        thinking: Thinking = "off",
+        budget: int | None = None,
     ) -> str | None:
         if self.syntax is None:
             return None
-        think = None if self.think is None or not reasoning else (self.think.start, self.think.end)
-        return choice_grammar(
-            self.syntax, tools, choice, parallel=parallel, think=think, tokens=self.tokens, budget=budget
-        )
+        thoughts = self._thoughts(thinking, budget)
+        return choice_grammar(self.syntax, tools, choice, parallel=parallel, thoughts=thoughts, tokens=self.tokens)
 
 
 class _Answer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sensorium.errors import RequestError
@@ -13,8 +14,6 @@ from sensorium.prompt.grammars import nested
 from sensorium.prompt.schema import SchemaRefused, ready
 from sensorium.types import Grammar
 
-Tags = tuple[str, str]
-
 
 def choice_grammar(
     syntax: Syntax,
@@ -22,26 +21,25 @@ def choice_grammar(
     choice: ToolChoice,
     *,
     parallel: bool,
-    think: Tags | None,
+    thoughts: Thoughts | None,
     tokens: Mapping[str, int],
-    budget: int | None = None,
 ) -> str | None:
-    """Lark; None where the answer is free. `think`: the tags between which the answer may begin with reasoning, of at
-    most `budget` tokens.
+    """Lark; None where the answer is free. `thoughts`: the reasoning that it begins with.
 
     "auto" holds an answer only where a tool is strict or not every tool may be called; then the arguments of tools that
     are not strict may be any object. Calls without a marker cannot be told from text, so "auto" leaves them free."""
     allowed = choice.of(tools)
     rules = Rules(tokens)
-    before = _reasoning(rules, think, syntax, budget) if think is not None else ""
+    before = "" if thoughts is None else f"{thoughts.rule(rules)} "
     single = choice.mode == "named" or not parallel
     if choice.mode in ("required", "named"):
         return rules.written(f"{before}{_calls(syntax, allowed, rules, single=single)}")
     needs = any(is_strict(tool) for tool in allowed) or len(allowed) < len(tools)
     marker = marker_of(syntax)
+    without = (*syntax.opens, *(() if thoughts is None else (thoughts.start,)))
     if choice.mode == "none" or not needs or not marker:
         return None
-    return rules.written(f"{before}{_text_and_calls(syntax, allowed, rules, marker, single=single)}")
+    return rules.written(f"{before}{_text_and_calls(syntax, allowed, rules, marker, without, single=single)}")
 
 
 def marker_of(syntax: Syntax) -> str:
@@ -90,43 +88,41 @@ def _calls(syntax: Syntax, tools: Sequence[Tool], rules: Rules, *, single: bool,
     return f"{first}{more} {rules.literal(own.after)}"
 
 
-def _text_and_calls(syntax: Syntax, tools: Sequence[Tool], rules: Rules, marker: str, *, single: bool) -> str:
-    """Free text in which calls may stand: what follows their marker is a call."""
-    text = rules.text_until(marker, syntax.opens)
-    calls = rules.add("calls", _calls(syntax, tools, rules, single=single, after=marker))
-    return f"({text} {calls})" + ("?" if single else "*") + f" {rules.text(syntax.opens)}"
-
-
-def _reasoning(rules: Rules, think: Tags, syntax: Syntax, budget: int | None) -> str:
-    """Reasoning in front that may be left out. Its first tag may stand in the prompt, unless calls have no marker: then
-    it is what tells a thought from a call."""
-    start, end = think
-    tag = rules.literal(start) if not marker_of(syntax) else f"({rules.literal(start)})?"
-    thoughts = f"{tag} {rules.text_until(end, syntax.opens, budget)}"
-    return rules.add("reasoning", f'{thoughts} /[ \\n]{{0,4}}/ | ""') + " "
-
-
-def budget_grammar(
-    think: Tags, budget: int, markers: Iterable[str], tokens: Mapping[str, int], *, is_open: bool
+def _text_and_calls(
+    syntax: Syntax, tools: Sequence[Tool], rules: Rules, marker: str, without: tuple[str, ...], *, single: bool
 ) -> str:
-    """Lark of an answer that is free but for its reasoning, which has at most so many tokens. The end tag is one of
-    `tokens`, the others are those that the rest may have."""
-    start, end = think
-    rules = Rules(tokens)
-    others = [rules.literal(token) for token in markers if token in tokens and token not in start]
-    rest = rules.add("rest", " | ".join([rules.text(), *others]))
-    thoughts = rules.text_until(end, budget=budget)
-    if is_open:
-        return rules.written(f"{thoughts} {rest}*")
-    return rules.written(f"({rules.literal(start)} {thoughts})? {rest}*")
+    """Free text in which calls may stand: what follows their marker is a call. `without`: what the text cannot say."""
+    text = rules.text_until(marker, without)
+    calls = rules.add("calls", _calls(syntax, tools, rules, single=single, after=marker))
+    return f"({text} {calls})" + ("?" if single else "*") + f" {rules.text(without)}"
 
 
-def after_reasoning(
-    grammar: Grammar, think: Tags, budget: int | None, tokens: Mapping[str, int], *, is_open: bool
-) -> Grammar:
-    """A grammar for content with reasoning in front: reasoning that the prompt opened, or that may be left out."""
-    start, end = think
+@dataclass(frozen=True, slots=True)
+class Thoughts:
+    """Reasoning at the beginning of an answer, of at most `budget` tokens. `is_open`: its first tag stands in the
+    prompt; else the model may leave it out."""
+
+    start: str
+    end: str
+    is_open: bool
+    budget: int | None = None
+
+    def rule(self, rules: Rules) -> str:
+        """Lark of it, with the white space behind."""
+        thoughts = f"{rules.text_until(self.end, budget=self.budget)} /[ \\n]{{0,4}}/"
+        return thoughts if self.is_open else f"({rules.literal(self.start)} {thoughts})?"
+
+
+def budget_grammar(thoughts: Thoughts, markers: Iterable[str], tokens: Mapping[str, int]) -> str:
+    """Lark of an answer that is free but for its reasoning's budget. The rest may have any of `markers` but the first
+    tag."""
     rules = Rules(tokens)
-    thoughts = f"{rules.text_until(end, budget=budget)} /[ \\n]{{0,4}}/"
-    head = thoughts if is_open else f"({rules.literal(start)} {thoughts})?"
-    return Grammar("lark", f"{rules.written(f'{head} form')}\nform: {nested(grammar)}")
+    others = [rules.literal(token) for token in markers if token in tokens and token not in thoughts.start]
+    rest = rules.add("rest", " | ".join([rules.text((thoughts.start,)), *others]))
+    return rules.written(f"{thoughts.rule(rules)} {rest}*")
+
+
+def after_reasoning(grammar: Grammar, thoughts: Thoughts, tokens: Mapping[str, int]) -> Grammar:
+    """A grammar for content with reasoning in front."""
+    rules = Rules(tokens)
+    return Grammar("lark", f"{rules.written(f'{thoughts.rule(rules)} form')}\nform: {nested(grammar)}")

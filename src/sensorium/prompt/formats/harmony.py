@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sensorium.prompt.formats.base import Scanner, Thinking, Tool, ToolChoice
-from sensorium.prompt.formats.grammar import budget_grammar, is_strict, one_of
+from sensorium.prompt.formats.grammar import Thoughts, budget_grammar, is_strict, one_of
 from sensorium.prompt.formats.json_calls import read_arguments
 from sensorium.prompt.formats.lark import Rules
 from sensorium.prompt.formats.reader import Marks, Reader, Steps, ignore
@@ -64,11 +64,17 @@ class Harmony:
         thinking = self.thinking(tail)
         if thinking == "off" or END not in self.tokens:
             return None
-        tags = (self.reasoning_start, END)
-        return budget_grammar(tags, budget, _ALL, self.tokens, is_open=thinking == "open")
+        thoughts = Thoughts(self.reasoning_start, END, thinking == "open", budget)
+        return budget_grammar(thoughts, _ALL, self.tokens)
 
     def tool_grammar(
-        self, tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool, reasoning: bool, budget: int | None = None
+        self,
+        tools: Sequence[Tool],
+        choice: ToolChoice,
+        *,
+        parallel: bool = True,
+        thinking: Thinking = "off",
+        budget: int | None = None,
     ) -> str | None:
         allowed = choice.of(tools)
         is_free = not any(map(is_strict, allowed)) and len(allowed) == len(tools)

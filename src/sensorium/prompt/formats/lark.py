@@ -54,14 +54,18 @@ class Rules:
         return self.add("TEXT", pattern)
 
     def text_until(self, end: str, without: Iterable[str] = (), budget: int | None = None) -> str:
-        """Any text up to this end, and the end. `budget`: most tokens of it, where the end is a token."""
+        """Any text up to this end, and the end. `budget`: most tokens of it. Where the end is no token, a text with a
+        budget has none of the end's first letter in it: only so is it over when it must be."""
         text = self.text(one for one in without if one not in end)
         token = self._split.search(end)
         if token is not None:  # it ends the text, with whatever stands before it
             if budget is not None:
                 text = self.add("bounded", text, f"[max_tokens={budget}]") if budget else ""
             return f"{text} {self.literal(end[token.start() :])}"
-        return self.add("until", text, f"[suffix={_quoted(end)}]")
+        if budget is None:
+            return self.add("until", text, f"[suffix={_quoted(end)}]")
+        text = self.add("TEXT", f"/[^{_pattern(end[0])}]*/")
+        return f"{self.add('bounded', text, f'[max_tokens={budget}]') if budget else ''} {self.literal(end)}"
 
     def chain(self, items: Sequence[tuple[str, bool]], separator: str) -> str:
         """These in order, with a separator between two; those that are not required may be missing."""

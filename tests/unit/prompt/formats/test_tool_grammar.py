@@ -9,7 +9,7 @@ from support.grammars import GrammarBench
 from support.output_formats import NAMES, WRITERS, named, read, tool
 
 from sensorium.errors import RequestError
-from sensorium.prompt.formats.base import OutputFormat, ToolChoice
+from sensorium.prompt.formats.base import OutputFormat, Thinking, ToolChoice
 from sensorium.types import Grammar
 
 WEATHER = {
@@ -46,8 +46,8 @@ ROME = {
 REQUIRED = ToolChoice("required")
 
 
-def written(form: OutputFormat, choice: ToolChoice, *, parallel: bool = True, reasoning: bool = False) -> str:
-    found = form.tool_grammar(TOOLS, choice, parallel=parallel, reasoning=reasoning)
+def written(form: OutputFormat, choice: ToolChoice, *, parallel: bool = True, thinking: Thinking = "off") -> str:
+    found = form.tool_grammar(TOOLS, choice, parallel=parallel, thinking=thinking)
     assert found is not None
     return found
 
@@ -110,7 +110,7 @@ def test_named_is_one_call_of_this_tool(name: str, special: bool) -> None:
 @BOTH
 def test_auto_holds_calls_to_strict_tools_and_leaves_text_free(name: str, special: bool) -> None:
     bench, form = bench_of(name, special=special)
-    grammar = form.tool_grammar(TOOLS, ToolChoice("auto"), parallel=True, reasoning=False)
+    grammar = form.tool_grammar(TOOLS, ToolChoice("auto"))
     if name in ("llama_json", "pythonic"):
         assert grammar is None  # nothing tells a call from text
         return
@@ -149,9 +149,9 @@ def test_what_a_grammar_lets_pass_is_read_back(name: str, special: bool) -> None
 def test_auto_is_free_where_no_tool_is_strict() -> None:
     lax = [tool("f"), tool("g")]
     form = named("hermes")
-    assert form.tool_grammar(lax, ToolChoice("auto"), parallel=True, reasoning=False) is None
-    assert form.tool_grammar(lax, ToolChoice("none"), parallel=True, reasoning=False) is None
-    only = form.tool_grammar(lax, ToolChoice("auto", ("f",)), parallel=True, reasoning=False)
+    assert form.tool_grammar(lax, ToolChoice("auto")) is None
+    assert form.tool_grammar(lax, ToolChoice("none")) is None
+    only = form.tool_grammar(lax, ToolChoice("auto", ("f",)))
     bench = GrammarBench()
     assert only is not None
     assert bench.accepts(only, WRITERS["hermes"]([("f", {"a": 1})]))
@@ -159,14 +159,31 @@ def test_auto_is_free_where_no_tool_is_strict() -> None:
 
 
 @pytest.mark.parametrize("special", [False, True])
-def test_reasoning_may_stand_in_front(special: bool) -> None:
+def test_reasoning_stands_in_front_of_calls(special: bool) -> None:
     bench, form = bench_of("hermes", special=special)
     call = WRITERS["hermes"]([("get_time", {})])
-    grammar = written(form, REQUIRED, reasoning=True)
-    for text in (f"<think>\nA?\n</think>\n\n{call}", f"A?</think>{call}", call):
-        assert bench.accepts(grammar, text), text
-    assert not bench.accepts(grammar, f"<think>A?</think>B.{call}")
+    may = written(form, REQUIRED, thinking="may")
+    for text in (f"<think>\nA?\n</think>\n\n{call}", call):
+        assert bench.accepts(may, text), text
+    assert not bench.accepts(may, f"<think>A?</think>B.{call}")
+    assert not bench.accepts(may, f"A?</think>{call}")
+    opened = written(form, REQUIRED, thinking="open")
+    assert bench.accepts(opened, f"A?</think>{call}")
+    assert not bench.accepts(opened, call)
     assert not bench.accepts(written(form, REQUIRED), f"<think>A?</think>{call}")
+    for thinking, before in (("may", "<think>"), ("open", "")):
+        auto = written(form, ToolChoice("auto"), thinking=thinking)
+        assert bench.accepts(auto, f"{before}A?</think>B.\n{call}")
+        assert not bench.accepts(auto, f"{before}A.")
+    assert bench.accepts(written(form, ToolChoice("auto"), thinking="may"), "B.")
+
+
+def test_reasoning_stands_in_front_of_calls_without_a_marker() -> None:
+    bench, form = bench_of("llama_json", special=False)
+    call = WRITERS["llama_json"]([("get_time", {})])
+    assert bench.accepts(written(form, REQUIRED, thinking="may"), f"<think>A?</think>{call}")
+    assert bench.accepts(written(form, REQUIRED, thinking="may"), call)
+    assert bench.accepts(written(form, REQUIRED, thinking="open"), f"A?</think>{call}")
 
 
 def test_harmony_may_think_and_speak_before_it_calls() -> None:
@@ -195,7 +212,7 @@ def test_schemas_that_refer_to_themselves_have_bounded_grammars(name: str) -> No
         "f", {"a": {"$ref": "#/$defs/N"}, "b": {"$ref": "#/$defs/U"}}, schema={"$defs": {"N": node, "U": unions}}
     )
     begin = time.process_time()
-    grammar = named(name).tool_grammar([hostile], REQUIRED, parallel=True, reasoning=False)
+    grammar = named(name).tool_grammar([hostile], REQUIRED)
     assert grammar is not None
     assert len(grammar) < 300_000
     assert time.process_time() - begin < 5
@@ -231,8 +248,9 @@ def test_a_form_in_harmony_is_the_final_message() -> None:
     assert not bench.allows(grammar, "42")
 
 
-def test_reasoning_ends_with_its_budget() -> None:
-    bench, form = bench_of("hermes", special=True)
+@pytest.mark.parametrize("special", [False, True])
+def test_reasoning_ends_with_its_budget(special: bool) -> None:
+    bench, form = bench_of("hermes", special=special)
     opened = form.budget_grammar("<think>\n", 3)
     assert opened is not None
     for text in ("</think>A.", "abc</think>A<tool_call>b</tool_call>", "a</think>"):
@@ -250,7 +268,7 @@ def test_reasoning_ends_with_its_budget() -> None:
     assert form.budget_grammar("<think></think>", 3) is None
     assert named("hermes").budget_grammar("", 3) is None
     call = WRITERS["hermes"]([("get_time", {})])
-    held = form.tool_grammar(TOOLS, REQUIRED, parallel=True, reasoning=True, budget=3)
+    held = form.tool_grammar(TOOLS, REQUIRED, thinking="may", budget=3)
     assert held is not None
     assert bench.accepts(held, f"<think>abc</think>{call}")
     assert not bench.allows(held, "<think>abcd")
@@ -262,9 +280,9 @@ def test_reasoning_ends_with_its_budget() -> None:
 def test_a_strict_tool_that_no_grammar_can_hold_is_refused_by_place() -> None:
     odd = {"a": {"type": "string"}, "b": {"not": {"type": "string"}}}
     with pytest.raises(RequestError, match=r"'f'.*parameters\.properties\.b.*not") as refused:
-        named("hermes").tool_grammar([tool("f", odd, strict=True)], REQUIRED, parallel=True, reasoning=False)
+        named("hermes").tool_grammar([tool("f", odd, strict=True)], REQUIRED)
     assert (refused.value.param, refused.value.code) == ("tools", "invalid_json_schema")
-    lax = named("hermes").tool_grammar([tool("f", odd)], REQUIRED, parallel=True, reasoning=False)
+    lax = named("hermes").tool_grammar([tool("f", odd)], REQUIRED)
     assert lax is not None
     assert GrammarBench().accepts(lax, WRITERS["hermes"]([("f", {"any": 1})]))
 
@@ -273,6 +291,6 @@ def test_formats_of_strings_that_are_not_known_do_not_count() -> None:
     grammar = written(named("hermes"), REQUIRED)
     assert grammar
     phone = tool("f", {"a": {"type": "string", "format": "phone", "title": "A"}}, strict=True)
-    held = named("hermes").tool_grammar([phone], REQUIRED, parallel=True, reasoning=False)
+    held = named("hermes").tool_grammar([phone], REQUIRED)
     assert held is not None
     assert GrammarBench().accepts(held, WRITERS["hermes"]([("f", {"a": "1"})]))
