@@ -7,11 +7,12 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import anthropic
 import pytest
+from anthropic import Anthropic
 from support import pictures
 from support.live import Live, live
 
-anthropic = pytest.importorskip("anthropic", reason="the extra `clients` is not installed")
 MODEL = "sensorium-demo"
 PNG = base64.b64encode(pictures.encoded(pictures.photo(84, 56))).decode()
 SEEN: list[Any] = [
@@ -32,12 +33,12 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 
 
 @pytest.fixture
-def client(demo: Live) -> Any:
-    return anthropic.Anthropic(base_url=demo.url, api_key="secret", max_retries=0)
+def client(demo: Live) -> Anthropic:
+    return Anthropic(base_url=demo.url, api_key="secret", max_retries=0)
 
 
 @pytest.mark.parametrize("messages", [[{"role": "user", "content": "hello"}], SEEN])
-def test_an_answer_its_stream_and_its_count(client: Any, messages: Any) -> None:
+def test_an_answer_its_stream_and_its_count(client: Anthropic, messages: Any) -> None:
     fields: Any = {"model": MODEL, "max_tokens": 12, "messages": messages, "extra_body": {"temperature": 0}}
     whole = client.messages.create(**fields)
     assert [block.type for block in whole.content] == ["text"]
@@ -50,7 +51,7 @@ def test_an_answer_its_stream_and_its_count(client: Any, messages: Any) -> None:
         assert usage.input_tokens + (usage.cache_read_input_tokens or 0) == counted.input_tokens
 
 
-def test_beta_methods_continued_answers_and_json(client: Any) -> None:
+def test_beta_methods_continued_answers_and_json(client: Anthropic) -> None:
     hello: Any = {"role": "user", "content": "hello"}
     answer = client.beta.messages.create(
         model=MODEL, max_tokens=5, messages=[hello, {"role": "assistant", "content": "I see"}]
@@ -67,7 +68,7 @@ def test_beta_methods_continued_answers_and_json(client: Any) -> None:
     assert json.loads(held.content[0].text)["n"] in (1, 2)
 
 
-def test_errors(demo: Live, client: Any) -> None:
+def test_errors(demo: Live, client: Anthropic) -> None:
     hello: Any = [{"role": "user", "content": "hello"}]
     with pytest.raises(anthropic.AuthenticationError):
         client.with_options(api_key="other").messages.create(model=MODEL, max_tokens=5, messages=hello)

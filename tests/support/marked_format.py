@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sensorium.prompt.formats.base import Arguments, Call, Delta, Reasoning, Text, Thinking, Tool, ToolChoice
+from sensorium.types import Grammar
 
 THINK, ANSWER, CALL, WITH, END = "\x01\x02\x03\x04\x05"
 """Thoughts begin; text begins; a call's name begins; its arguments; the call ends."""
@@ -64,7 +65,7 @@ class MarkedScanner:
 
 
 class MarkedFormat:
-    """As an OutputFormat. `choices` keeps what was to be called."""
+    """As an OutputFormat. `choices` keeps what was to be called, `budgets` how long it may think."""
 
     name = "marked"
     markers: tuple[str, ...] = ()
@@ -72,10 +73,12 @@ class MarkedFormat:
     ends: tuple[str, ...] = ()
     has_tools = True
     has_reasoning = True
+    reasoning_start = THINK
     reasoning_end = ANSWER
 
     def __init__(self) -> None:
         self.choices: list[tuple[ToolChoice, bool]] = []
+        self.budgets: list[int | None] = []
 
     def thinking(self, tail: str) -> Thinking:
         return "may"
@@ -83,6 +86,16 @@ class MarkedFormat:
     def scanner(self, tail: str, tools: Sequence[Tool]) -> Any:
         return MarkedScanner()
 
-    def tool_grammar(self, tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool, reasoning: bool) -> str | None:
+    def tool_grammar(
+        self, tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool, reasoning: bool, budget: int | None = None
+    ) -> str | None:
         self.choices.append((choice, parallel))
+        self.budgets.append(budget)
+        return None
+
+    def form_grammar(self, form: Grammar, tail: str, *, budget: int | None = None) -> Grammar:
+        return form
+
+    def budget_grammar(self, tail: str, budget: int) -> str | None:
+        self.budgets.append(budget)
         return None

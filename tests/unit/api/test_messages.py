@@ -7,10 +7,12 @@ import json
 import re
 from typing import Any
 
+import anthropic
 import pytest
+from anthropic import AsyncAnthropic
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.api_support import CONTEXT, LEAKS, FakeEngine, Reply, Served, get, post, request, serving
+from support.api_support import CONTEXT, LEAKS, TOOL_TEMPLATE, FakeEngine, Reply, Served, get, post, request, serving
 from support.api_support import raw as sent
 from support.marked_format import MarkedFormat
 from support.pictures import encoded, photo
@@ -35,10 +37,8 @@ WEATHER = {
 HI: list[Any] = [{"role": "user", "content": "hi"}]
 
 
-def client_of(served: Served, **options: Any) -> Any:
-    """Anthropic's own."""
-    anthropic = pytest.importorskip("anthropic", reason="the extra `clients` is not installed")
-    return anthropic.AsyncAnthropic(base_url=served.url, **{"api_key": "k", "max_retries": 0, **options})
+def client_of(served: Served, **options: Any) -> AsyncAnthropic:
+    return AsyncAnthropic(base_url=served.url, **{"api_key": "k", "max_retries": 0, **options})
 
 
 async def ask(served: Served, path: str = PATH, **fields: Any) -> Reply:
@@ -485,7 +485,7 @@ async def test_tool_choices(marked_format: MarkedFormat) -> None:
 @pytest.mark.parametrize(
     ("thinking", "variable", "shown"),
     [
-        (None, "", True),
+        (None, "True", True),  # an effort asks for thoughts
         ({"type": "disabled"}, "False", True),
         ({"type": "adaptive"}, "True", True),
         ({"type": "adaptive", "display": "omitted"}, "True", False),
@@ -501,6 +501,27 @@ async def test_thinking(marked_format: MarkedFormat, thinking: Any, variable: st
         assert reply.status == 200, reply.body
         assert prompt_of(served.engine.requests[0]) == f"hi{variable}xhigh"
     assert [block["type"] for block in reply.json["content"]] == (["thinking", "text"] if shown else ["text"])
+    assert marked_format.budgets == ([1024] * ((thinking or {}).get("type") == "enabled"))
+
+
+async def test_a_models_own_format_and_the_turn_after_it() -> None:
+    said = "<think>\nRome\n</think>\n\nI look. \n" + (
+        '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+    )
+    async with speaking(*said, template=TOOL_TEMPLATE) as served:
+        whole = (await ask(served, tools=[WEATHER])).json
+        events = events_of((await ask(served, tools=[WEATHER], stream=True)).body)
+        kinds = [(block["type"], _shown(block)) for block in whole["content"]]
+        assert kinds == [("thinking", "Rome"), ("text", "I look."), ("tool_use", {"city": "Rome"})]
+        assert [(block["type"], _shown(block)) for block in read_back(events)] == kinds
+        assert (whole["stop_reason"], events[-2]["delta"]["stop_reason"]) == ("tool_use", "tool_use")
+        result = {"type": "tool_result", "tool_use_id": whole["content"][2]["id"], "content": "sunny"}
+        messages = [*HI, {"role": "assistant", "content": whole["content"]}, {"role": "user", "content": [result]}]
+        reply = await ask(served, tools=[WEATHER], messages=messages)
+        assert reply.status == 200, reply.body
+        prompt = prompt_of(served.engine.requests[-1])
+    for words in ("I look.", "get_weather", "Rome", "<|start|>tool\nsunny"):
+        assert words in prompt
 
 
 async def test_system_messages_come_first_where_the_template_wants_it() -> None:
@@ -720,8 +741,6 @@ async def test_failures_as_the_client_raises_them() -> None:
             client_of(served, api_key="no"),
             client_of(served, api_key=None, auth_token="k"),
         )
-        import anthropic
-
         fields: Any = {"model": "tiny", "max_tokens": 9, "messages": HI}
         with pytest.raises(anthropic.AuthenticationError, match="API key") as refused:
             await bad.messages.create(**fields)

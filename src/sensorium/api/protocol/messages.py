@@ -141,6 +141,7 @@ class CountTokensRequest(Body):
             "parallel_tool_calls": False if self.tool_choice and self.tool_choice.disable_parallel_tool_use else None,
             "enable_thinking": None if thinking is None else thinking.type != "disabled",
             "include_reasoning": False if thinking is not None and thinking.display == "omitted" else None,
+            "thinking_token_budget": thinking.budget_tokens if thinking is not None else None,
             "reasoning_effort": output.effort if output is not None else None,
             "continue_final_message": self.messages[-1].role == "assistant" or None,
             "chat_template_kwargs": self.chat_template_kwargs,
