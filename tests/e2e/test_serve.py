@@ -11,6 +11,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,6 +23,7 @@ import pytest
 from openai import OpenAI
 from PIL import Image
 from support import server
+from support.live import until
 
 from sensorium.system.processes import family
 
@@ -303,6 +306,38 @@ def test_signals_end_it_cleanly_and_whole(tmp_path: Path, number: signal.Signals
             time.sleep(0.05)
         assert not [pid for pid in processes if Path(f"/proc/{pid}/exe").exists()]
         assert "Traceback" not in found.text()
+
+
+def test_a_signal_ends_it_while_templates_run(tmp_path: Path) -> None:
+    """Its own and a request's: loops that say nothing and never end."""
+    loops = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
+    own = "{% if messages[0].content == 'loop' %}" + loops + "{% endif %}{{ messages[0].content }}"
+    argv = ("--chat-template", own, "--allow-request-chat-template", "--drain-timeout-s", "1")
+    with server.running(tmp_path, *argv) as found, ThreadPoolExecutor(4) as threads:
+
+        def ask(content: str, **fields: str) -> None:
+            with suppress(httpx.TransportError):
+                body = {"messages": [{"role": "user", "content": content}], "max_tokens": 1, **fields}
+                httpx.post(f"{found.url}/v1/chat/completions", json=body, timeout=60)
+
+        asked = [threads.submit(ask, "loop"), threads.submit(ask, "hello", chat_template=loops)]
+        deadline_s = time.monotonic() + 30
+        while len(rendering(found.process.pid)) < 2 and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        time.sleep(0.2)  # it imports, and then it has the job
+        processes = family(found.process.pid)
+        found.process.send_signal(signal.SIGTERM)
+        assert found.process.wait(40) == 0
+        for one in asked:
+            one.result(20)
+        until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in processes))
+        assert "Traceback" not in found.text()
+
+
+def rendering(pid: int) -> list[bytes]:
+    """Commands of the server's processes for templates: one for its own, one for those of requests."""
+    lines = {Path(f"/proc/{one}/cmdline").read_bytes() for one in family(pid)}
+    return [line for line in lines if b"render_worker" in line]
 
 
 def test_a_signal_while_loading_ends_it(tmp_path: Path) -> None:
