@@ -39,6 +39,11 @@ class MediaSource:
     data: str | None = None
     format: str | None = None  # what the client says `data` is; bytes decide
     payload: bytes | None = None
+    uuid: str | None = None  # the client's name for it; alone, it stands for what was sent under that name before
+
+    @property
+    def is_named_only(self) -> bool:
+        return self.url is None and self.data is None and self.payload is None
 
 
 @dataclass(frozen=True, slots=True)

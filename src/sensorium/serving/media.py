@@ -27,6 +27,7 @@ from sensorium.types import MediaFeatures, Modality
 
 SHORT_PAYLOAD = 64 * 1024  # bytes that are hashed on the event loop
 FEATURE_CACHE_BYTES = 64 * MiB
+MAX_NAMES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,7 @@ class MediaPipeline:
         self._loader = loader
         self._threads = threads
         self._cache = FeatureCache(cache_bytes)
+        self._names = MediaNames(MAX_NAMES)
         # Decoded media are large: no more of them at once than there are workers. One tenant never has all of them.
         self._decoding = Turns(workers + 1, workers)
 
@@ -104,7 +106,12 @@ class MediaPipeline:
 
     async def fetch(self, sources: Sequence[MediaSource], settings: MediaSettings, held: RequestBytes) -> list[Fetched]:
         """All of them at the same time, each with the tokens that it will take; nothing is decoded yet."""
-        return await all_in_order(self._fetch(source, settings, held) for source in sources)
+        sent = [source for source in sources if not source.is_named_only]
+        found = await all_in_order(self._fetch(source, settings, held) for source in sent)
+        if len(sent) == len(sources):
+            return found
+        here, fetched = {item.key: item for item in found}, iter(found)
+        return [self._named(one, settings, here) if one.is_named_only else next(fetched) for one in sources]
 
     async def process(
         self, fetched: Sequence[Fetched], settings: MediaSettings
@@ -129,6 +136,8 @@ class MediaPipeline:
             settings.tenant,
         )
         fetch_s = time.perf_counter() - begin
+        if source.uuid is not None:
+            self._names.put(_name(source, settings), key)
         features = self._cache.get(key)
         if features is not None:
             return Fetched(raw, key, features.num_rows, fetch_s, features)
@@ -139,6 +148,20 @@ class MediaPipeline:
             error.param = error.param or raw.param
             raise
         return Fetched(raw, key, count, fetch_s, None)
+
+    def _named(self, source: MediaSource, settings: MediaSettings, here: Mapping[bytes, Fetched]) -> Fetched:
+        """What the same tenant sent under this name: in this request, or as long as it is kept."""
+        key = self._names.get(_name(source, settings))
+        if key is not None and key in here:
+            return here[key]
+        features = None if key is None else self._cache.get(key)
+        if key is None or features is None:
+            raise MediaError(
+                f"No {source.kind} is kept under this `uuid`: send it with its content (again).",
+                param=source.param,
+                code="unknown_media_uuid",
+            )
+        return Fetched(RawMedia(source.kind, source.param, b""), key, features.num_rows, 0.0, features)
 
     async def _process(self, item: Fetched, settings: MediaSettings) -> tuple[MediaFeatures, MediaTiming]:
         kind, processor = item.raw.kind, settings.processor
@@ -171,6 +194,32 @@ def feature_key(
     digest.update(b"\0")
     digest.update(payload)
     return digest.digest()
+
+
+def _name(source: MediaSource, settings: MediaSettings) -> bytes:
+    """Stands for a client's name of an item. Names are a tenant's own, even where tenants share caches: a guessed one
+    must not show what another has sent."""
+    fields = [source.kind, source.uuid, settings.overrides, settings.tenant.hex(), settings.salt.hex()]
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).digest()
+
+
+class MediaNames:
+    """Names that clients gave to media -> the `feature_key` of each; the least recently used are forgotten."""
+
+    def __init__(self, max_names: int) -> None:
+        self._max_names = max_names
+        self._keys: OrderedDict[bytes, bytes] = OrderedDict()
+
+    def get(self, name: bytes) -> bytes | None:
+        if name in self._keys:
+            self._keys.move_to_end(name)
+        return self._keys.get(name)
+
+    def put(self, name: bytes, key: bytes) -> None:
+        self._keys[name] = key
+        self._keys.move_to_end(name)
+        if len(self._keys) > self._max_names:
+            self._keys.popitem(last=False)
 
 
 class FeatureCache:

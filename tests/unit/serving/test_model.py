@@ -31,7 +31,7 @@ from sensorium.prompt.local import LocalRenderer
 from sensorium.prompt.messages import MediaPart, Message, TextPart
 from sensorium.serving.concurrency import all_in_order
 from sensorium.serving.lengths import LONG_TEXT
-from sensorium.serving.media import FeatureCache
+from sensorium.serving.media import FeatureCache, MediaNames
 from sensorium.serving.model import ServedModel
 from sensorium.serving.prompts import SHORT_TEXT
 from sensorium.types import EngineReady, MediaFeatures, MediaItem, Prompt
@@ -448,6 +448,44 @@ async def test_tenants_do_not_share_processed_media(tmp_path: Path, loader: Load
         prepared = await model.prompts.prepare_chat([user(IMAGE)], images("112x112 a"), salt=salt)
         assert [one.cached for one in prepared.media] == [cached]
     assert len(loader.decoded) == 3
+
+
+def named(uuid: str, url: str | None = None) -> MediaSource:
+    return MediaSource("image", "messages[0].content[0].uuid", url=url, uuid=uuid)
+
+
+async def test_a_picture_is_named_instead_of_sent_again(tmp_path: Path, loader: Loader) -> None:
+    model = served(tmp_path, loader)
+    prepare = model.prompts.prepare_chat
+    sent = await prepare([user(IMAGE)], [named("u", "112x112 a")], tenant=b"t")
+    again = await prepare([user(IMAGE)], [named("u")], tenant=b"t")
+    assert again.prompt.media[0].key == sent.prompt.media[0].key
+    assert again.prompt.token_ids.tolist() == sent.prompt.token_ids.tolist()
+    assert (loader.fetched, loader.decoded) == (["112x112 a"], [b"112x112 a"])
+    assert [one.cached for one in again.media] == [True]
+    changed = await prepare([user(IMAGE)], [named("u", "112x112 b")], tenant=b"t")  # the content is what counts
+    assert changed.prompt.media[0].key != sent.prompt.media[0].key
+    later = await prepare([user(IMAGE)], [named("u")], tenant=b"t")
+    assert later.prompt.media[0].key == changed.prompt.media[0].key
+    both = await prepare([user(IMAGE), user(IMAGE)], [named("v"), named("v", "56x112 c")], tenant=b"t")
+    assert both.prompt.media[0].key == both.prompt.media[1].key
+
+
+async def test_names_are_a_tenant_s_own_and_not_kept_for_ever(tmp_path: Path, loader: Loader) -> None:
+    """Also without salts, as where keys share caches: a guessed name shows nothing."""
+    model = served(tmp_path, loader)
+    await model.prompts.prepare_chat([user(IMAGE)], [named("u", "112x112 a")], tenant=b"one")
+    for uuid, tenant, salt in (("u", b"two", b""), ("u", b"", b""), ("u", b"one", b"s"), ("w", b"one", b"")):
+        with pytest.raises(MediaError) as unknown:
+            await model.prompts.prepare_chat([user(IMAGE)], [named(uuid)], tenant=tenant, salt=salt)
+        assert (unknown.value.status, unknown.value.code) == (400, "unknown_media_uuid")
+        assert unknown.value.param == "messages[0].content[0].uuid"
+    names = MediaNames(2)
+    for name in (b"a", b"b"):
+        names.put(name, name)
+    names.get(b"a")
+    names.put(b"c", b"c")
+    assert [names.get(name) for name in (b"a", b"b", b"c")] == [b"a", None, b"c"]
 
 
 async def test_a_tenant_with_many_media_leaves_room_for_others(tmp_path: Path) -> None:

@@ -21,12 +21,12 @@ Url = Annotated[str, Field(min_length=1, max_length=2**28)]
 
 
 class UrlObject(Nested):
-    url: Url
+    url: Url | None = None
     detail: Annotated[str, Field(max_length=16)] | None = None
 
 
 class SoundData(Nested):
-    data: Url
+    data: Url | None = None
     format: Annotated[str, Field(max_length=16)] | None = None
 
 
@@ -42,24 +42,30 @@ class TextContent(Nested):
     text: Text
 
 
-class ImageContent(Nested):
+class MediaContent(Nested):
+    """A media item. Under a `uuid` that was sent before it may come without the item."""
+
+    uuid: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+
+
+class ImageContent(MediaContent):
     type: Literal["image_url"]
-    image_url: UrlField
+    image_url: UrlField | None = None
 
 
-class VideoContent(Nested):
+class VideoContent(MediaContent):
     type: Literal["video_url"]
-    video_url: UrlField
+    video_url: UrlField | None = None
 
 
-class AudioContent(Nested):
+class AudioContent(MediaContent):
     type: Literal["audio_url"]
-    audio_url: UrlField
+    audio_url: UrlField | None = None
 
 
-class SoundContent(Nested):
+class SoundContent(MediaContent):
     type: Literal["input_audio"]
-    input_audio: SoundData
+    input_audio: SoundData | None = None
 
 
 class OtherContent(Nested):
@@ -213,15 +219,13 @@ def _part(part: Any, where: str, modalities: frozenset[Modality], media: list[Me
         case TextContent():
             return TextPart(part.text)
         case ImageContent():
-            return media_part("image", _source("image", part.image_url, f"{where}.image_url"), modalities, media)
+            return media_part("image", _source("image", part, part.image_url, where), modalities, media)
         case VideoContent():
-            return media_part("video", _source("video", part.video_url, f"{where}.video_url"), modalities, media)
+            return media_part("video", _source("video", part, part.video_url, where), modalities, media)
         case AudioContent():
-            return media_part("audio", _source("audio", part.audio_url, f"{where}.audio_url"), modalities, media)
+            return media_part("audio", _source("audio", part, part.audio_url, where), modalities, media)
         case SoundContent():
-            audio = part.input_audio
-            source = MediaSource("audio", f"{where}.input_audio.data", data=audio.data, format=audio.format)
-            return media_part("audio", source, modalities, media)
+            return media_part("audio", _source("audio", part, part.input_audio, where), modalities, media)
     raise RequestError(
         "A content part must be text, image_url, video_url, audio_url or input_audio.",
         param=f"{where}.type",
@@ -229,10 +233,26 @@ def _part(part: Any, where: str, modalities: frozenset[Modality], media: list[Me
     )
 
 
-def _source(kind: Modality, value: str | UrlObject, where: str) -> MediaSource:
-    if isinstance(value, str):
-        return MediaSource(kind, where, url=value)
-    return MediaSource(kind, f"{where}.url", url=value.url)
+def _source(kind: Modality, part: MediaContent, value: str | UrlObject | SoundData | None, where: str) -> MediaSource:
+    """Where an item comes from. RequestError if it has neither content nor a name."""
+    field = f"{where}.{part.type}"  # type: ignore[attr-defined]  # every kind of part has one
+    match value:
+        case str():
+            return MediaSource(kind, field, url=value, uuid=part.uuid)
+        case UrlObject(url=str(url)):
+            return MediaSource(kind, f"{field}.url", url=url, uuid=part.uuid)
+        case SoundData(data=str(data)):
+            return MediaSource(kind, f"{field}.data", data=data, format=value.format, uuid=part.uuid)
+    if part.uuid is not None:
+        return MediaSource(kind, f"{where}.uuid", uuid=part.uuid)
+    is_null = value is None and part.type in part.model_fields_set  # type: ignore[attr-defined]
+    if value is not None:
+        field += ".data" if isinstance(value, SoundData) else ".url"
+    raise RequestError(
+        f"`{field}` is required, or a `uuid` under which it was sent before.",
+        param=field,
+        code=None if is_null else "missing_required_parameter",
+    )
 
 
 def media_part(
