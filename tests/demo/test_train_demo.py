@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import batches
 import dialogs
+import evaluation
+import folder
+import functions
 import looks
 import numpy as np
 import pytest
+import records
 import torch
 from batches import IGNORED, Reader, make_batches
 from dialogs import Turn
@@ -24,12 +29,14 @@ from scenes import draw_picture
 from sounds import Speech, make_beeps
 from support import server
 from support.model_driver import Driver, Sequence
+from tokenizers import Tokenizer
 from training import Trained, load_weights, save_weights
 from words import COLOURS, SHAPES, Thing
 
 import sensorium
 from sensorium.checkpoint.configs import open_checkpoint
 from sensorium.models.loading import load_model
+from sensorium.prompt.messages import Message, TextPart
 
 ROOT = Path(__file__).parents[2]
 DEMO = Path(sensorium.__file__).parent / "demo"
@@ -41,22 +48,21 @@ def speech(tmp_path_factory: pytest.TempPathFactory) -> Speech:
 
 
 @pytest.fixture(scope="module")
-def random_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built-in model's files with random weights, norms and biases too."""
-    folder = tmp_path_factory.mktemp("random")
-    for file in DEMO.iterdir():
-        if file.suffix != ".safetensors":
-            shutil.copy(file, folder)
+def random_folder(tmp_path_factory: pytest.TempPathFactory, speech: Speech) -> Path:
+    """The tool's files with random weights, norms and biases too."""
+    made = tmp_path_factory.mktemp("random")
+    old = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
+    folder.write(made, folder.make_tokenizer(list(folder.sentences(speech, 1500)), old))
     torch.manual_seed(0)
-    thinker = Thinker(json.loads((folder / "config.json").read_text()))
+    thinker = Thinker(json.loads((made / "config.json").read_text()))
     for p in thinker.parameters():
         if p.ndim == 1:
             p.data += 0.2 * torch.randn_like(p)
-    save_weights(thinker, folder)
-    return folder
+    save_weights(thinker, made)
+    return made
 
 
-@pytest.mark.parametrize("kind", ["image", "video", "audio", "text"])
+@pytest.mark.parametrize("kind", ["image", "video", "audio", "text", "tools"])
 def test_network_equals_the_served_model(kind: str, random_folder: Path, speech: Speech) -> None:
     reader = Reader(random_folder)
     served = load_model(open_checkpoint(random_folder), dtype=torch.float32, device="cpu")
@@ -170,6 +176,139 @@ def test_beeps_know_which_they_are(speech: Speech) -> None:
     assert make_batches(reader, speech, "audio", 4, "beeps")  # of other sounds there are no looks, or none wrong
 
 
+def test_what_is_copied_stands_where_it_is_looked_for(random_folder: Path, speech: Speech) -> None:
+    """In a call the function's name, the parameters' names and the values: all of the rendered prompt."""
+    reader, rng = Reader(random_folder), random.Random(3)
+    raw, copied = reader.processor.tokenizer.raw, 0
+    for held in (False, True):
+        source = dialogs.Source(rng, speech, held=held)
+        for _ in range(60):
+            dialog = dialogs.examination(source, rng.choice(("tools", "results", "extract")))
+            batch = reader.batch("tools", [dialog], rng)
+            ids = batch.token_ids[0].tolist()
+            places = {look.token: int(look.rows[0][0]) for _, look in batch.looks}
+            for turn in dialog:
+                source_text = turn.question + turn.shown
+                for copy in turn.copies:
+                    if copy.back == 0:
+                        piece = turn.answer[copy.start : copy.end]
+                        assert source_text[copy.source : copy.source + len(piece)] == piece
+            for token, place in places.items():
+                assert place < token  # something that was read before
+                one, other = (raw.decode([ids[at]], skip_special_tokens=False) for at in (token + 1, place))
+                copied += one.strip() == other.strip()
+            assert len(places) == len(batch.looks)
+    assert copied > 600
+
+
+def test_the_template_shows_functions_behind_the_last_question(random_folder: Path) -> None:
+    """Any schema that a client may send; results and calls of the history as the model writes them."""
+    reader = Reader(random_folder)
+    parameters = {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string", "description": "A."},
+            "unit": {"enum": ["celsius", "fahrenheit"]},
+            "days": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
+            "more": {"type": ["string", "null"]},
+        },
+        "required": ["city"],
+    }
+    tools: list[dict[str, Any]] = [
+        {
+            "type": "function",
+            "function": {"name": "get_weather", "description": "Weather. More.", "parameters": parameters},
+        },
+        {"type": "function", "function": {"name": "now"}},
+    ]
+    call = {"id": "call_0", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Zürich"}'}}
+    messages = [
+        Message("user", (TextPart("Hello"),)),
+        Message("assistant", (TextPart("Hello!"),)),
+        Message("user", (TextPart("Weather in Zürich?"),)),
+        Message("assistant", (), extra={"tool_calls": [call]}),
+        Message("tool", (TextPart("sunny"),), extra={"tool_call_id": "call_0"}),
+    ]
+    assert reader.template.render(messages, tools=tools) == (
+        "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"
+        "<|im_start|>user\nWeather in Zürich?\n<tools>\n"
+        "get_weather(city:string,unit?:celsius|fahrenheit,days?:integer,more?:string) Weather\n"
+        "now()\n</tools><|im_end|>\n"
+        '<|im_start|>assistant\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Zürich"}}\n</tool_call>'
+        "<|im_end|>\n<|im_start|>tool\nsunny<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_functions_of_the_examination_are_not_trained() -> None:
+    for one, other in ((functions.FAMILIES, functions.HELD_FAMILIES),):
+        assert not {name for family in one for name in family.names} & {
+            name for family in other for name in family.names
+        }
+        assert not {ask for family in one for ask in family.asks} & {ask for family in one for ask in family.held}
+    assert not set(functions.CITIES) & set(functions.HELD_CITIES)
+    assert not set(functions.PEOPLE) & set(functions.HELD_PEOPLE)
+    assert not set(functions.COMMON) & set(functions.HELD_COMMON)
+    assert not set(functions.THINGS) & set(functions.HELD_THINGS)
+
+
+def test_unknown_words_are_spelt_alike_everywhere(random_folder: Path) -> None:
+    """So that a model can copy any of them: after a space, in quotes, in the middle of a text."""
+    tokenizer = Tokenizer.from_file(str(random_folder / "tokenizer.json"))
+    for word in ("Qwerzblat", "zurhof", "Kjøbmand"):
+        alone, after = (tokenizer.encode(text).tokens for text in (f'"{word}"', f" {word}"))
+        assert [token.removeprefix(folder.SPACE) for token in after] == alone[1:-1]
+        assert len(alone) == len(word.encode()) + 2
+    for text in ("A red circle.", "图片里有一个红色的圆形。", '{"city": "Zürich"}\n</tool_call>', "tab\t 12 x"):
+        assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+
+
+def test_what_a_grammar_writes_is_not_learnt(random_folder: Path) -> None:
+    reader, rng = Reader(random_folder), random.Random(4)
+    picture = draw_picture(rng, things=[Thing("red", "star"), Thing("blue", "circle")])
+    writer = records.Writer()
+    writer.value({"shapes": ["star", "circle"], "count": 2})
+    turn = Turn("schema", "What is this?", writer.text, (picture,), given=writer.given)
+    assert turn.answer == '{"shapes": ["star", "circle"], "count": 2}'
+    given = "".join(turn.answer[start:end] for start, end in turn.given)
+    assert given == '{"shapes": [" ", "count": '
+    (batch,) = [reader.batch("image", [[turn]], rng)]
+    learnt = batch.targets[0][batch.targets[0] != IGNORED].tolist()
+    text = reader.processor.tokenizer.raw.decode(learnt, skip_special_tokens=False)
+    assert "shapes" not in text and "count" not in text
+    assert "star" in text and "circle" in text and text.endswith("2}<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ('{"objects": [{"shape": "star"}, {"shape": "cross"}], "count": 2}', True),
+        ('{"count": 2, "objects": [{"shape": "cross"}, {"shape": "star"}]}', True),
+        ('{"objects": [{"shape": "star"}], "count": 2}', False),
+        ("A star and a cross.", False),
+    ],
+)
+def test_json_is_compared_as_json(answer: str, right: bool) -> None:
+    wanted = '{"objects": [{"shape": "star"}, {"shape": "cross"}], "count": 2}'
+    sample = evaluation.Sample("json", [], wanted, (), schema=records.schema_of(json.loads(wanted)))
+    assert evaluation.is_right(sample, [], answer) is right
+    sample = dataclasses.replace(sample, skill="valid")
+    assert evaluation.is_right(sample, [], answer) is (answer[0] == "{")
+
+
+def test_a_call_is_right_with_its_name_and_arguments(speech: Speech) -> None:
+    sample = evaluation.make_sample(speech, "tools", "call")
+    (call,) = sample.calls
+    function = call["function"]
+    said = {**function, "arguments": function["arguments"].replace(": ", ":")}
+    assert evaluation.is_right(sample, [said], "")
+    assert not evaluation.is_right(sample, [said, said], "")
+    assert not evaluation.is_right(sample, [], sample.answer)
+    assert not evaluation.is_right(sample, [{**said, "name": "other"}], "")
+    for other in ('{"a": 1}', '{"a', ""):
+        assert not evaluation.is_right(sample, [{**said, "arguments": other}], "")
+    assert sample.fields["tools"]
+
+
 @pytest.mark.parametrize(
     ("one", "other", "equal"),
     [
@@ -226,8 +365,8 @@ def test_drawing_is_repeatable() -> None:
     assert len(said) == 1
 
 
-def test_answers_and_nothing_else_are_learnt(speech: Speech) -> None:
-    reader = Reader(DEMO)
+def test_answers_and_nothing_else_are_learnt(random_folder: Path, speech: Speech) -> None:
+    reader = Reader(random_folder)
     for kind in dialogs.MAKERS:
         for batch in make_batches(reader, speech, kind, 4, f"learnt-{kind}"):
             for ids, targets in zip(batch.token_ids, batch.targets, strict=True):

@@ -24,6 +24,9 @@ def main() -> None:
     train.add_argument("--decay", type=int, default=0, help="last steps, in which the rate falls to nothing")
     train.add_argument("--rate", type=float, default=2e-3)
     train.add_argument("--scale", type=float, default=1.0, help="dialogs in a step, as a factor on the usual numbers")
+    train.add_argument("--sizes", default="", help="dialogs in a step by kind, such as tools=24,image=6,drawn=0")
+    train.add_argument("--faster", default="", help="matrices whose names begin so have thrice the rate")
+    train.add_argument("--decoder-only", action="store_true", help="leave the towers as they are")
     train.add_argument("--recordings", type=int, default=260, help="of every spoken word")
     train.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     train.add_argument("--seed", type=int, default=1)
@@ -43,11 +46,8 @@ def main() -> None:
         from training import Plan
         from training import train as run
 
-        usual = Plan(given.steps)
-        sizes = {
-            name: max(1, round(getattr(usual, name) * given.scale))
-            for name in ("images", "videos", "audios", "texts", "drawn", "dialogs_read")
-        }
+        sizes = {kind: max(1, round(size * given.scale)) for kind, size in Plan(given.steps).sizes.items()}
+        sizes |= {kind: int(size) for kind, size in (one.split("=") for one in given.sizes.split(",") if one)}
         run(
             Plan(
                 given.steps,
@@ -56,7 +56,10 @@ def main() -> None:
                 recordings=given.recordings,
                 seed=given.seed,
                 workers=given.workers,
-                **sizes,
+                sizes=sizes,
+                dialogs_read=max(1, round(Plan(0).dialogs_read * given.scale)),
+                decoder_only=given.decoder_only,
+                faster=given.faster,
             ),
             given.out,
             given.work,

@@ -14,7 +14,7 @@ from typing import Any
 
 import dialogs
 import numpy as np
-from looks import Layout, Look, Seen, looks_at_beeps, looks_at_pictures
+from looks import Layout, Look, Seen, looks_at_beeps, looks_at_copies, looks_at_pictures
 from numpy.typing import NDArray
 from scenes import Clip, Picture, Placed, draw_number, draw_picture
 from sounds import RATE, SPOKEN, Sound, Speech
@@ -28,7 +28,6 @@ from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.types import MediaFeatures, MediaItem, Modality, Prompt
 
 IGNORED = -100
-TOGETHER = 12  # dialogs in a batch at least
 WIDE = 0.4  # share of media beyond the examination's ranges
 PLACES = 10  # from one edge of a picture to the other
 RANKS = 6  # of one, two or three things, which one it is
@@ -90,16 +89,17 @@ class Reader:
         return self.processor.process(item)
 
     def batch(self, kind: str, talks: Sequence[dialogs.Dialog], rng: random.Random) -> Batch:
-        prompts, media, labels, looks = [], [], [], []
+        prompts, layouts, media, labels, looks = [], [], [], [], []
         for index, dialog in enumerate(talks):
             own = [medium for turn in dialog for medium in turn.media]
             features = [self.features(medium) for medium in own]
             text = self.rendered(dialog, rng)
             prompts.append(self.processor.build(text, features))
+            layouts.append(self._layout(text, prompts[-1]))
             media += features
             shown = [labels_of(medium, one) for medium, one in zip(own, features, strict=True)]
             labels += shown
-            looks += [(index, look) for look in self._looks(kind, dialog, text, prompts[-1], shown)]
+            looks += [(index, look) for look in self._looks(kind, dialog, layouts[-1], prompts[-1], shown)]
         length = -(-max(len(prompt.token_ids) for prompt in prompts) // 16) * 16
         token_ids = np.full((len(prompts), length), self.pad, np.int64)
         targets = np.full_like(token_ids, IGNORED)
@@ -110,6 +110,7 @@ class Reader:
             token_ids[index, : len(ids)] = ids
             positions[:, index, : len(ids)] = np.arange(len(ids)) if prompt.positions is None else prompt.positions
             self._mark(ids, targets[index])
+            _leave_out(talks[index], layouts[index], targets[index])
             places += [np.arange(span.offset, span.offset + span.length) + index * length for span in prompt.spans]
         batch = Batch(
             kind,
@@ -128,32 +129,37 @@ class Reader:
         messages = [Message("system", (TextPart(rng.choice(PROMPTS)),))] if rng.random() < 0.15 else []
         for turn in dialog:
             media = [MediaPart(kind_of(medium)) for medium in turn.media]
-            messages += [
-                Message("user", (*media, TextPart(turn.question))),
-                Message("assistant", (TextPart(turn.answer),)),
-            ]
-        return self.template.render(messages, add_generation_prompt=False)
+            messages.append(Message(turn.role, (*media, TextPart(turn.question))))
+            if turn.calls:
+                messages.append(Message("assistant", (), extra={"tool_calls": list(turn.calls)}))
+            else:
+                messages.append(Message("assistant", (TextPart(turn.answer),)))
+        tools = [tool for turn in dialog for tool in turn.tools]
+        return self.template.render(messages, add_generation_prompt=False, tools=tools or None)
 
-    def _looks(
-        self,
-        kind: str,
-        dialog: dialogs.Dialog,
-        text: str,
-        prompt: Prompt,
-        shown: Sequence[dict[str, NDArray[np.int64]]],
-    ) -> Iterator[Look]:
+    def _layout(self, text: str, prompt: Prompt) -> Layout:
         offsets = self.processor.tokenizer.raw.encode(text, add_special_tokens=False).offsets
         lengths = {span.offset: span.length for span in prompt.spans}
         places = np.zeros(len(offsets), np.int64)
         for index in range(1, len(offsets)):
             places[index] = places[index - 1] + lengths.get(int(places[index - 1]), 1)
-        layout = Layout(text, np.array([start for start, _ in offsets]), places)
+        return Layout(text, np.array([start for start, _ in offsets]), places)
+
+    def _looks(
+        self,
+        kind: str,
+        dialog: dialogs.Dialog,
+        layout: Layout,
+        prompt: Prompt,
+        shown: Sequence[dict[str, NDArray[np.int64]]],
+    ) -> Iterator[Look]:
+        yield from looks_at_copies(dialog, layout)
         if kind == "audio":
             ((labels, span),) = zip(shown, prompt.spans, strict=True)
             onsets = span.offset + np.flatnonzero(labels["onset"])
-            return looks_at_beeps(dialog, layout, onsets.tolist()) if len(onsets) else iter(())
+            yield from looks_at_beeps(dialog, layout, onsets.tolist()) if len(onsets) else ()
         if kind != "image":
-            return iter(())
+            return
         turns = [number for number, turn in enumerate(dialog) for _ in turn.media]
         seen = [
             Seen(
@@ -165,7 +171,7 @@ class Reader:
             )
             for labels, span, turn in zip(shown, prompt.spans, turns, strict=True)
         ]
-        return looks_at_pictures(dialog, layout, seen)
+        yield from looks_at_pictures(dialog, layout, seen)
 
     def drawn(self, pictures: Sequence[Picture]) -> Batch:
         """Only what the vision tower needs to learn its labels: many pictures at little cost."""
@@ -184,11 +190,26 @@ class Reader:
                 targets[start + width - 1 : end] = ids[start + width : end + 1]
 
 
+def _leave_out(dialog: dialogs.Dialog, layout: Layout, targets: NDArray[np.int64]) -> None:
+    """What a grammar writes is not learnt."""
+    if not any(turn.given for turn in dialog):
+        return
+    for _, answer, turn in layout.turns(dialog):
+        for start, end in turn.given:
+            for token in layout.tokens(answer + start, answer + end):
+                targets[token - 1] = IGNORED
+
+
 def _attach(batch: Batch, media: Sequence[MediaFeatures], labels: Sequence[dict[str, NDArray[np.int64]]]) -> None:
     """Give a batch its media, grouped for the tower, and the labels of their rows."""
     if media:
         batch.groups, batch.rows = (group_sounds if batch.kind == "audio" else group_slices)(media)
-        batch.labels = {name: np.concatenate([one[name] for one in labels]) for name in labels[0]}
+        names = dict.fromkeys(name for one in labels for name in one)
+        nothing = [np.zeros_like(next(iter(one.values()))) for one in labels]  # a clip shows no digits
+        batch.labels = {
+            name: np.concatenate([one.get(name, rest) for one, rest in zip(labels, nothing, strict=True)])
+            for name in names
+        }
 
 
 def kind_of(medium: dialogs.Medium) -> Modality:
@@ -299,22 +320,25 @@ def group_sounds(media: Sequence[MediaFeatures], window: int = 200) -> tuple[lis
     return [{"windows": np.stack(windows), "lengths": np.array(lengths), "clips": clips}], np.arange(total)
 
 
-def make_batches(reader: Reader, speech: Speech, kind: str, size: int, seed: str) -> list[Batch]:
-    """`size` dialogs, the short and the long ones apart; of the kind "drawn", pictures that nobody talks about."""
+def make_batches(
+    reader: Reader, speech: Speech, kind: str, size: int, seed: str, parts: int = 1, part: int = 0
+) -> list[Batch]:
+    """One of `parts` of `size` dialogs, the short and the long ones apart; of the kind "drawn", pictures that nobody
+    talks about."""
+    if kind in MEDIA:  # are dear to draw: each part draws its own
+        seed, size, parts, part = f"{seed}-{part}", (size + part) // parts, 1, 0
     rng = random.Random(seed)
     if kind == "drawn":
-        return [
-            reader.drawn(
-                [
-                    (draw_number if rng.random() < 0.6 else draw_picture)(rng, wide=rng.random() < WIDE)
-                    for _ in range(size)
-                ]
-            )
-        ]
+        draw = (draw_number if rng.random() < 0.6 else draw_picture for _ in range(size))
+        return [reader.drawn([one(rng, wide=rng.random() < WIDE) for one in draw])]
     source = dialogs.Source(rng, speech, wide=WIDE)
     talks = sorted((dialogs.make(source, kind) for _ in range(size)), key=lambda dialog: _weight(kind, dialog))
-    most = math.ceil(size / max(1, size // TOGETHER))
-    return [reader.batch(kind, talks[start : start + most], rng) for start in range(0, size, most)]
+    most = -(-size // parts)
+    chosen = talks[part * most : (part + 1) * most]
+    return [reader.batch(kind, chosen, rng)] if chosen else []
+
+
+MEDIA = ("image", "video", "audio", "drawn")
 
 
 def _weight(kind: str, dialog: dialogs.Dialog) -> float:
@@ -323,4 +347,4 @@ def _weight(kind: str, dialog: dialogs.Dialog) -> float:
     media = [medium for turn in dialog for medium in turn.media]
     if kind == "audio":
         return words + sum(25 * len(sound.samples) / RATE for sound in media)  # type: ignore[union-attr]
-    return words + 16 * len(media)
+    return words + 16 * len(media) + 18 * sum(len(turn.tools) for turn in dialog)

@@ -9,10 +9,13 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from calls import call_turn, no_call_turn, result_turn, tool_dialog, with_tools
+from records import answer_turn, extract_turn, json_turn, schema_turn
 from scenes import Clip, Picture, Placed, draw_clip, draw_number, draw_picture, random_size, random_things
-from sounds import Sound, Speech, make_beeps, make_tone
+from sounds import Sound, make_beeps, make_tone
+from turns import Dialog, Medium, Source, Turn, varied
 from words import (
     CAPITALS,
     CAPITALS_ZH,
@@ -33,36 +36,10 @@ from words import (
     the,
 )
 
-Medium = Picture | Clip | Sound
 FRAMES_A_SECOND = 10  # of a clip as a file
+TRANSCRIBE = "Write down what is said in this recording, word for word, and nothing else."  # as the server asks
+TRANSLATE = "Write down in {language} what is said in this recording, and nothing else."
 NEAR = 0.15  # objects closer than this on an axis are neither left nor right (above nor below) of each other
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """A question with the media that come with it, and its answer."""
-
-    skill: str
-    question: str
-    answer: str
-    media: tuple[Medium, ...] = ()
-
-
-Dialog = list[Turn]
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    rng: random.Random
-    speech: Speech
-    chinese: float = 0.25  # share of the questions
-    wide: float = 0.0  # share of media beyond the examination's ranges of sizes, ways and lengths
-
-    def is_wide(self) -> bool:
-        return self.rng.random() < self.wide
-
-    def language(self) -> Language:
-        return "zh" if self.rng.random() < self.chinese else "en"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +55,6 @@ class _Ask:
         asked, answer = self.chinese if language == "zh" and self.chinese else self.english
         question = source.rng.choice(list(asked))
         return Turn(self.skill, varied(source.rng, question), answer, tuple(media))
-
-
-def varied(rng: random.Random, question: str) -> str:
-    """As people type: without a capital, without a mark at the end."""
-    if rng.random() < 0.12:
-        question = question[0].lower() + question[1:]
-    if rng.random() < 0.12:
-        question = question.rstrip("?.!？。！")
-    return question
 
 
 # Pictures
@@ -409,6 +377,30 @@ def _pair(objects: Sequence[Placed], one: int, other: int) -> list[_Ask]:
 SLOW = ("describe", "describe", "describe", "count", "exists", "relation")  # learnt last, asked more often
 
 
+def json_dialog(source: Source) -> Dialog:
+    """Answers in JSON, asked for or forced, between plain ones."""
+    rng = source.rng
+    picture = draw_picture(rng, wide=source.is_wide())
+    make = (json_turn, schema_turn, schema_turn)
+    first = rng.choice(make)(source, picture, SEE)
+    asks = [ask.turn(source) for ask in by_skill(rng, about_picture(picture), 1)]
+    more = [rng.choice(make)(source, picture, SEE, brings=False)] if rng.random() < 0.5 else []
+    return [first, *(asks if rng.random() < 0.5 else []), *more]
+
+
+def mixed_dialog(source: Source, frames_a_second: float = 0) -> Dialog:
+    """A picture and a clip, one after the other: each is asked about alone."""
+    rng = source.rng
+    picture = draw_picture(rng, count=rng.choice((1, 1, 2)), wide=source.is_wide())
+    seconds = rng.uniform(1.0, 4.0)
+    clip = draw_clip(rng, seconds=seconds, frames=round(seconds * frames_a_second) or 8, wide=source.is_wide())
+    asks = by_skill(rng, [*about_picture(picture), exists(rng, picture)], 1)
+    turns = [asks[0].turn(source, [picture]), rng.choice(about_clip(clip)).turn(source, [clip])]
+    if rng.random() < 0.3:
+        turns.reverse()
+    return [Turn("mixed", turn.question, turn.answer, turn.media) for turn in turns]
+
+
 def picture_dialog(source: Source, first: str = "") -> Dialog:
     """Questions about one picture; only the first brings it, and asks for `first` if the picture answers that. Without
     it one of `SLOW` often comes first; beyond that skills come equally often, whatever their variety."""
@@ -417,7 +409,8 @@ def picture_dialog(source: Source, first: str = "") -> Dialog:
     if not first and rng.random() < 0.75:
         first = rng.choice(SLOW)
     asks = by_skill(rng, [*about_picture(picture), exists(rng, picture)], rng.choice((3, 4, 5, 6)), first)
-    return [ask.turn(source, [picture] if index == 0 else []) for index, ask in enumerate(asks)]
+    turns = [ask.turn(source, [picture] if index == 0 else []) for index, ask in enumerate(asks)]
+    return [with_tools(source, turns[0])] if not source.held and rng.random() < 0.04 else turns
 
 
 def by_skill(rng: random.Random, asks: Sequence[_Ask], count: int, first: str = "") -> list[_Ask]:
@@ -913,6 +906,25 @@ def about_sound(sound: Sound) -> list[_Ask]:
     ]
 
 
+def dictation(sound: Sound) -> _Ask:
+    """As the endpoints for transcriptions and translations ask: the language is that of the answer."""
+    heard = about_sound(sound)[sound.kind == "speech"]  # of speech the word alone
+    (_, answer), (_, answer_zh) = heard.english, heard.chinese or heard.english
+    asks, asks_zh = ["{}", "{}\nIt is spoken in English."], ["{}", "{}\nIt is spoken in Chinese."]
+    to_english = (TRANSCRIBE, TRANSLATE.format(language="English"), "Translate this into English.")
+    to_chinese = (TRANSLATE.format(language="Chinese"), "Translate this into Chinese.")
+    return _Ask(
+        "translation",
+        (tuple(form.format(text) for text in to_english for form in asks), answer),
+        (tuple(form.format(text) for text in to_chinese for form in (*asks, *asks_zh)), answer_zh),
+    )
+
+
+def dictation_turn(source: Source) -> Turn:
+    sound = sound_of(source)
+    return dictation(sound).turn(source, [sound])
+
+
 def sound_of(source: Source, skill: str = "") -> Sound:
     skill = skill or source.rng.choice(("beeps", "beeps", "tone", "speech", "speech"))
     wide = source.is_wide()
@@ -926,6 +938,8 @@ def sound_of(source: Source, skill: str = "") -> Sound:
 def sound_dialog(source: Source, skill: str = "") -> Dialog:
     sound = sound_of(source, skill)
     asks = unique(source.rng.sample(about_sound(sound), 2))
+    if source.rng.random() < 0.3:
+        asks = [dictation(sound), *asks[:1]]
     return [ask.turn(source, [sound] if index == 0 else []) for index, ask in enumerate(asks)]
 
 
@@ -1171,12 +1185,42 @@ def text_dialog(source: Source) -> Dialog:
     return [text_turn(source) for _ in range(source.rng.choice((1, 2, 3, 4)))]
 
 
+def capital_or_talk(source: Source) -> Turn:
+    return source.rng.choice((capital_turn, small_talk_turn, unknown_turn))(source)
+
+
+def functions_dialog(source: Source) -> Dialog:
+    draw = source.rng.random()
+    if draw < 0.1:
+        return [extract_turn(source)]
+    if draw < 0.14:
+        return [answer_turn(source, capital_or_talk(source))]
+    return tool_dialog(source, capital_or_talk)
+
+
+def call_dialog(source: Source) -> Dialog:
+    return [call_turn(source)[0]]
+
+
+def result_dialog(source: Source) -> Dialog:
+    turn, one = call_turn(source)
+    return [turn, result_turn(source, one)]
+
+
 Maker = Callable[[Source], Dialog]
 MAKERS: dict[str, tuple[tuple[Maker, float], ...]] = {  # by the kind of media, so that a batch is of one kind
-    "image": ((picture_dialog, 0.54), (number_dialog, 0.16), (pictures_dialog, 0.18), (followup_dialog, 0.12)),
+    "image": (
+        (picture_dialog, 0.4),
+        (number_dialog, 0.12),
+        (pictures_dialog, 0.14),
+        (followup_dialog, 0.1),
+        (json_dialog, 0.16),
+        (mixed_dialog, 0.08),
+    ),
     "video": ((clip_dialog, 1.0),),
     "audio": ((sound_dialog, 1.0),),
     "text": ((text_dialog, 1.0),),
+    "tools": ((functions_dialog, 1.0),),
 }
 
 
@@ -1195,6 +1239,15 @@ def examination(source: Source, skill: str) -> Dialog:
             dialog = followup_dialog(source)[:3]
         else:
             makers: dict[str, Maker] = {
+                "tools": call_dialog,
+                "results": result_dialog,
+                "no tool": lambda s: [no_call_turn(s, capital_or_talk)],
+                "extract": lambda s: [extract_turn(s)],
+                "json": lambda s: [json_turn(s, draw_picture(s.rng), SEE)],
+                "valid": lambda s: [replace(schema_turn(s, draw_picture(s.rng), SEE), skill="valid")],
+                "schema": lambda s: [schema_turn(s, draw_picture(s.rng), SEE)],
+                "mixed": lambda s: mixed_dialog(s, FRAMES_A_SECOND),
+                "translation": lambda s: [dictation_turn(s)],
                 "pictures": pictures_dialog,
                 "clip": lambda s: clip_dialog(s, FRAMES_A_SECOND),
                 "number": number_dialog,
@@ -1202,7 +1255,8 @@ def examination(source: Source, skill: str) -> Dialog:
                 "text": lambda s: [s.rng.choice((capital_turn, small_talk_turn))(s)],
                 **{name: lambda s, name=name: sound_dialog(s, name) for name in ("beeps", "tone", "speech")},
             }
-            dialog = makers[skill](source)[:1]
+            dialog = makers[skill](source)
+            dialog = dialog if skill in ("results", "mixed") else dialog[:1]
         if dialog[-1].skill == skill:
             return dialog
     raise ValueError(f"no dialog asks for {skill!r}")
@@ -1224,6 +1278,15 @@ SKILLS = (
     "number",
     "speech",
     "followup",
+    "tools",
+    "results",
+    "no tool",
+    "json",
+    "schema",
+    "valid",
+    "extract",
+    "translation",
+    "mixed",
 )
 
 

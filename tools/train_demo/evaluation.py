@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import random
 from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import av
@@ -27,8 +30,9 @@ from rich.progress import track
 from rich.table import Table
 from scenes import Clip, Picture
 from sounds import RATE, Samples, Sound, Speech, wav
+from turns import Turn
 
-WANTED = {"number": 0.85, "speech": 0.85, "followup": 0.85}
+WANTED = {"number": 0.85, "speech": 0.85, "followup": 0.85, "schema": 0.85, "json": 0.85, "valid": 1.0}
 PICTURES = {"png": {}, "jpeg": {"quality": 85}, "webp": {"quality": 85}}
 SOUNDS = {"wav": ("", ""), "mp3": ("libmp3lame", "mp3"), "ogg": ("libopus", "ogg")}
 VIDEOS = {"mp4": ("libx264", "mp4"), "webm": ("libvpx", "webm")}
@@ -40,6 +44,9 @@ class Sample:
     messages: list[dict[str, Any]]
     answer: str
     formats: tuple[str, ...]  # of the media, and "large" where pictures are
+    fields: dict[str, Any] = field(default_factory=dict)  # what else the request has
+    calls: tuple[dict[str, Any], ...] = ()  # that the answer is to make
+    schema: dict[str, Any] | None = None  # that it is to fit
 
 
 def evaluate(base_url: str, count: int, seed: int, skills: list[str], work: Path, into: Path | None, show: int) -> None:
@@ -96,23 +103,88 @@ def evaluate(base_url: str, count: int, seed: int, skills: list[str], work: Path
 
 def examine(client: httpx.Client, speech: Speech, skill: str, seed: str) -> tuple[Sample, str, bool]:
     sample = make_sample(speech, skill, seed)
-    reply = client.post("/v1/chat/completions", json={"messages": sample.messages, "temperature": 0, "max_tokens": 120})
+    body = {"messages": sample.messages, "temperature": 0, "max_tokens": 200, **sample.fields}
+    reply = client.post("/v1/chat/completions", json=body)
     reply.raise_for_status()
-    said = reply.json()["choices"][0]["message"]["content"] or ""
-    return sample, said, facts(said) == facts(sample.answer)
+    message = reply.json()["choices"][0]["message"]
+    calls = [call["function"] for call in message.get("tool_calls") or []]
+    said = json.dumps(calls, ensure_ascii=False) if calls else message["content"] or ""
+    return sample, said, is_right(sample, calls, said)
+
+
+def is_right(sample: Sample, calls: Sequence[dict[str, Any]], said: str) -> bool:
+    """The same call, JSON that fits (and says the same), or a text with the same facts."""
+    if sample.calls:
+        return [_made(call) for call in calls] == [_made(call["function"]) for call in sample.calls]
+    if sample.skill in ("json", "schema", "valid", "extract"):
+        try:
+            found = json.loads(said)
+        except ValueError:
+            return False
+        if sample.skill == "valid":
+            return sample.schema is not None and fits(found, sample.schema)
+        return in_any_order(found) == in_any_order(json.loads(sample.answer))
+    return facts(said) == facts(sample.answer)
+
+
+def _made(call: dict[str, Any]) -> tuple[str, Any]:
+    """The name and the arguments, as text where they are not JSON."""
+    try:
+        return call["name"], json.loads(call["arguments"])
+    except ValueError:
+        return call["name"], call["arguments"]
+
+
+def in_any_order(value: Any) -> Any:
+    """Lists sorted, so that equal ones name the same things."""
+    if isinstance(value, dict):
+        return {key: in_any_order(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return sorted((in_any_order(one) for one in value), key=json.dumps)
+    return value
+
+
+def fits(value: Any, schema: dict[str, Any]) -> bool:
+    """Whether a value has the schema's types and keys; what `records.schema_of` writes is understood."""
+    if schema["type"] == "object":
+        inner = schema["properties"]
+        return isinstance(value, dict) and value.keys() == inner.keys() and all(fits(value[k], inner[k]) for k in inner)
+    if schema["type"] == "array":
+        return isinstance(value, list) and all(fits(one, schema["items"]) for one in value)
+    if isinstance(value, bool):
+        return bool(schema["type"] == "boolean")
+    kinds: dict[str, type | UnionType] = {"integer": int, "number": int | float, "string": str}
+    return schema["type"] in kinds and isinstance(value, kinds[schema["type"]])
 
 
 def make_sample(speech: Speech, skill: str, seed: str) -> Sample:
     rng = random.Random(seed)
-    dialog = dialogs.examination(Source(rng, speech), skill)
+    dialog = dialogs.examination(Source(rng, speech, held=True), skill)
     messages: list[dict[str, Any]] = []
     formats: list[str] = []
     for turn in dialog:
-        parts: list[dict[str, Any]] = [{"type": "text", "text": turn.question}]
-        media = [part_of(rng, medium, formats) for medium in turn.media]
-        messages.append({"role": "user", "content": media + parts if rng.random() < 0.5 else parts + media})
-        messages.append({"role": "assistant", "content": turn.answer})
-    return Sample(skill, messages[:-1], dialog[-1].answer, tuple(dict.fromkeys(formats)))
+        if turn.role == "tool":
+            messages.append({"role": "tool", "tool_call_id": "call_0", "content": turn.question})
+        else:
+            parts: list[dict[str, Any]] = [{"type": "text", "text": turn.question}]
+            media = [part_of(rng, medium, formats) for medium in turn.media]
+            messages.append({"role": "user", "content": media + parts if rng.random() < 0.5 else parts + media})
+        messages.append(_answered(turn))
+    last = dialog[-1]
+    fields: dict[str, Any] = {}
+    if tools := [tool for turn in dialog for tool in turn.tools]:
+        fields["tools"] = tools
+    if last.schema is not None:
+        named = {"name": "answer", "schema": last.schema}
+        fields["response_format"] = {"type": "json_schema", "json_schema": named}
+    return Sample(skill, messages[:-1], last.answer, tuple(dict.fromkeys(formats)), fields, last.calls, last.schema)
+
+
+def _answered(turn: Turn) -> dict[str, Any]:
+    """A turn's answer as a message of the history."""
+    if turn.calls:
+        return {"role": "assistant", "content": None, "tool_calls": list(turn.calls)}
+    return {"role": "assistant", "content": turn.answer}
 
 
 def part_of(rng: random.Random, medium: Medium, formats: list[str]) -> dict[str, Any]:
@@ -177,4 +249,7 @@ def sound(samples: Samples, codec: str, container: str) -> bytes:
 
 
 def last_text(sample: Sample) -> str:
-    return " ".join(part["text"] for part in sample.messages[-1]["content"] if part["type"] == "text")
+    content = sample.messages[-1]["content"]
+    if isinstance(content, str):
+        return content
+    return " ".join(part["text"] for part in content if part["type"] == "text")

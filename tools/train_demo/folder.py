@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+import string
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import dialogs
+import functions
 from sounds import Speech
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from words import CAPITALS
 
-VOCAB_SIZE = 1408
+VOCAB_SIZE = 2048  # at most: of few texts a tokenizer has fewer
 SPECIALS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -29,14 +33,22 @@ SPECIALS = (
     "<|IMAGE|>",
     "<|VIDEO|>",
 )
+MARKERS = ("<tool_call>", "</tool_call>", "<tools>", "</tools>")  # tokens that are text
 
 # Media first, wherever they stand in the message: so small a model learns to look with the question in mind only once.
+# Functions stand behind the last question, so that their names know whether the question speaks of them.
 CHAT_TEMPLATE = """\
+{%- set last = namespace(user=-1) -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'user' -%}
+{%- set last.user = loop.index0 -%}
+{%- endif -%}
+{%- endfor -%}
 {%- for message in messages -%}
 <|im_start|>{{ message['role'] }}
 {% if message['content'] is string -%}
 {{ message['content'] }}
-{%- else -%}
+{%- elif message['content'] -%}
 {%- for part in message['content'] -%}
 {%- if part['type'] in ('image', 'image_url') -%}
 <|vision_bos|><|IMAGE|><|vision_eos|>
@@ -52,6 +64,39 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 {%- endfor -%}
 {%- endif -%}
+{%- if tools and loop.index0 == last.user -%}
+{{ '\\n<tools>\\n' }}
+{%- for tool in tools -%}
+{%- set one = tool.function if tool.function is defined else tool -%}
+{%- set parameters = one.parameters if one.parameters is mapping else {} -%}
+{{ one.name }}(
+{%- for name, given in (parameters.properties or {}).items() -%}
+{{ name }}{{ '' if name in (parameters.required or []) else '?' }}:
+{%- if given is mapping and given.enum -%}
+{{ given.enum | join('|') }}
+{%- elif given is mapping and given.type is string -%}
+{{ given.type }}
+{%- elif given is mapping and given.anyOf and given.anyOf[0].type is string -%}
+{{ given.anyOf[0].type }}
+{%- else -%}
+string
+{%- endif -%}
+{{ '' if loop.last else ',' }}
+{%- endfor -%}
+)
+{%- if one.description %} {{ one.description.strip().split('\\n')[0].split('. ')[0][:80] }}
+{%- endif -%}
+{{ '\\n' }}
+{%- endfor -%}
+</tools>
+{%- endif -%}
+{%- for call in message['tool_calls'] or [] -%}
+{%- set one = call.function if call.function is defined else call -%}
+{{ '\\n' if message['content'] or not loop.first else '' -}}
+<tool_call>
+{"name": "{{ one.name }}", "arguments": {{ one.arguments if one.arguments is string else one.arguments | tojson }}}
+</tool_call>
+{%- endfor -%}
 <|im_end|>
 {% endfor -%}
 {%- if add_generation_prompt -%}
@@ -63,33 +108,74 @@ CHAT_TEMPLATE = """\
 def sentences(speech: Speech, dialogs_read: int) -> Iterator[str]:
     """What the model reads and writes, to train the tokenizer on."""
     source = dialogs.Source(random.Random(1), speech, chinese=0.4)
-    makers = {"image": 0.4, "video": 0.15, "audio": 0.15, "text": 0.3}
+    makers = {"image": 0.35, "video": 0.1, "audio": 0.1, "text": 0.2, "tools": 0.25}
     for _ in range(dialogs_read):
         kind = source.rng.choices(list(makers), list(makers.values()))[0]
         for turn in dialogs.make(source, kind):
-            yield turn.question
+            yield turn.question + turn.shown
             yield turn.answer
 
 
-def make_tokenizer(texts: Iterator[str]) -> Tokenizer:
-    """Byte-level BPE of VOCAB_SIZE ids, digits apart: any text can be written, the model's own words are one token."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+def make_tokenizer(texts: Sequence[str], begin_with: Tokenizer | None = None) -> Tokenizer:
+    """Byte-level, digits apart. What occurs often is one token, letters with and without a space before them; every
+    other word is spelt letter by letter, everywhere alike, so that a model can copy it. What is not of ASCII is merged
+    as `begin_with` does, or as BPE learns from the texts."""
+    old = begin_with or _trained(texts)
+    model = json.loads(old.to_str())["model"]
+    pairs = [pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]]
+    merges = [(f"{SPACE}", letter) for letter in string.ascii_letters]
+    merges += [(one, other) for one, other in pairs if not any(char in string.ascii_letters for char in one + other)]
+    tokens = dict.fromkeys(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    tokens |= dict.fromkeys(one + other for one, other in merges)
+    tokens |= dict.fromkeys(_frequent(old, texts, VOCAB_SIZE - len(SPECIALS) - len(MARKERS) - len(tokens), tokens))
+    vocab = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
+    tokenizer.pre_tokenizer, tokenizer.decoder = _pieces(), decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIALS])
+    tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in MARKERS])
+    if tokenizer.get_vocab_size() > VOCAB_SIZE:
+        raise SystemExit(f"the tokenizer has {tokenizer.get_vocab_size()} ids, more than {VOCAB_SIZE}")
+    return tokenizer
+
+
+SPACE = "\u0120"  # as byte-level vocabularies write it
+
+
+def _pieces() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=VOCAB_SIZE - len(SPECIALS),
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False,
-        ),
+
+
+def _trained(texts: Iterable[str]) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = _pieces()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIALS])
-    if tokenizer.get_vocab_size() != VOCAB_SIZE:
-        raise SystemExit(f"the tokenizer has {tokenizer.get_vocab_size()} ids, not {VOCAB_SIZE}")
+    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
+
+
+def _frequent(old: Tokenizer, texts: Iterable[str], count: int, taken: Container[str]) -> list[str]:
+    """The words to be one token: those that `old` has, then the most frequent, each with and without its space. Names
+    are left to be spelt."""
+    pieces, found = _pieces(), Counter[str]()
+    for text in texts:
+        found.update(piece for piece, _ in pieces.pre_tokenize_str(text))
+    known = old.get_vocab()
+    spelt = {word for name in (*functions.CITIES, *functions.PEOPLE) for word in name.split()} - set(CAPITALS.values())
+    chosen: dict[str, None] = {}
+    for piece in sorted(found, key=lambda piece: (piece not in known, -found[piece], piece)):
+        bare = piece.removeprefix(SPACE)
+        if len(piece) < 2 or bare in spelt or (piece not in known and found[piece] < 3):
+            continue
+        twin = bare if piece != bare else SPACE + bare
+        pair = (piece, twin) if bare.isascii() and bare.isalpha() and len(bare) > 1 else (piece,)
+        chosen |= dict.fromkeys(one for one in pair if one not in taken)
+        if len(chosen) >= count:
+            break
+    return list(chosen)[:count]
 
 
 def config(ids: dict[str, int]) -> dict[str, Any]:
@@ -114,7 +200,7 @@ def config(ids: dict[str, int]) -> dict[str, Any]:
             "vocab_size": VOCAB_SIZE,
             "hidden_size": hidden,
             "intermediate_size": 512,
-            "num_hidden_layers": 5,
+            "num_hidden_layers": 6,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "hidden_act": "silu",
@@ -177,6 +263,7 @@ def write(folder: Path, tokenizer: Tokenizer) -> None:
             "do_sample": False,
             "temperature": 0.0,
             "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]],
+            "max_new_tokens": 512,
             "pad_token_id": ids["<|endoftext|>"],
         },
         "preprocessor_config.json": {

@@ -23,6 +23,7 @@ from words import COLOURS, NUMBERS_ZH, ORDINALS, SHAPES, Thing, plural
 TOLD = {"side": 5, "beside": 4, "upright": 4, "count": 4, "nth": 4, "beep": 6}
 Rows = tuple[NDArray[np.int64], ...]  # of every thing, the tokens that show it
 NAMED, NEXT = 1, 3  # the layers whose first head looks at what is named, and at what is named next
+COPIED = 5  # the layer whose first head looks at what is copied
 NUMBERED = 2  # the layer after which rows know which picture, or which beep, they are of
 
 
@@ -110,9 +111,18 @@ class Layout:
     def token(self, char: int) -> int:
         return int(self.places[self._index(char)])
 
+    def char(self, token: int) -> int:
+        """Where a token of the prompt starts."""
+        return int(self.starts[np.searchsorted(self.places, token)])
+
     def before(self, char: int) -> int:
         """The token from which that of the character follows."""
         return int(self.places[self._index(char) - 1])
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Those that start within these characters."""
+        first, last = (int(np.searchsorted(self.starts, char, side="left")) for char in (start, end))
+        return self.places[first:last].tolist()  # type: ignore[no-any-return]
 
     def _index(self, char: int) -> int:
         return int(np.searchsorted(self.starts, char, side="right")) - 1
@@ -122,7 +132,8 @@ class Layout:
         at = 0
         for turn in dialog:
             question = self.text.index(turn.question, at)
-            answer = self.text.index(turn.answer, question + len(turn.question))
+            head = self.text.index("<|im_start|>assistant\n", question + len(turn.question))
+            answer = self.text.index(turn.answer, head)
             at = answer + len(turn.answer)
             yield question, answer, turn
 
@@ -133,7 +144,7 @@ def looks_at_pictures(dialog: dialogs.Dialog, layout: Layout, pictures: Sequence
             for token in picture.tokens[picture.thing > 0]:
                 yield Look(NUMBERED, int(token), (), {"nth": number})
     for number, (question, answer, turn) in enumerate(layout.turns(dialog)):
-        if turn.skill in ("text", "unknown"):
+        if turn.skill in ("text", "unknown", "mixed"):
             continue
         shown = [picture for picture in pictures if (picture.turn == number if turn.media else picture.turn <= number)]
         asked, named = list(_mentions(turn.question)), list(_mentions(turn.answer))
@@ -141,7 +152,8 @@ def looks_at_pictures(dialog: dialogs.Dialog, layout: Layout, pictures: Sequence
         for mention, rows in zip(asked, about, strict=True):
             if rows:
                 yield Look(NAMED, layout.token(question + mention.end - 1), rows)
-        if not named:  # yes, no, how many, where: that of what is asked about first
+        if not named and turn.skill not in ("json", "schema"):
+            # Yes, no, how many, where: that of what is asked about first.
             rows = about[0] if about else _rows(shown, 0, 0, None) if turn.skill == "count" else ()
             if rows:
                 told = _relation(dialog[: number + 1], asked)
@@ -162,6 +174,19 @@ def looks_at_pictures(dialog: dialogs.Dialog, layout: Layout, pictures: Sequence
                 told = {"count": mention.count} if mention.count == len(rows) else {}
                 for word, start in enumerate(mention.words):
                     yield Look(NEXT, layout.before(answer + start), rows, told if word == 0 else {})
+
+
+def looks_at_copies(dialog: dialogs.Dialog, layout: Layout) -> Iterator[Look]:
+    """Whatever an answer copies: each of its tokens looks at the one like it, and what follows at what follows."""
+    questions = []
+    for question, answer, turn in layout.turns(dialog):
+        questions.append(question)
+        for copy in turn.copies:
+            source = questions[-1 - copy.back] + copy.source
+            for token in layout.tokens(answer + copy.start, answer + copy.end + 1):
+                start = layout.char(token)
+                there = layout.token(source + start - answer - copy.start)
+                yield Look(COPIED, token - 1, (np.array([there]),))
 
 
 def looks_at_beeps(dialog: dialogs.Dialog, layout: Layout, beeps: Sequence[int]) -> Iterator[Look]:

@@ -10,8 +10,8 @@ import json
 import queue
 import signal
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import folder as files
 import numpy as np
 import torch
 from batches import IGNORED, LABELS, Batch
-from looks import TOLD, Look
+from looks import COPIED, TOLD, Look
 from net import Seen, Thinker
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -30,6 +30,10 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional
 
+# Dialogs of each kind in a step; "drawn" are pictures that only the vision tower sees.
+SIZES = {"image": 26, "video": 4, "audio": 6, "text": 2, "tools": 12, "drawn": 28}
+TOGETHER = {"tools": 6, "image": 9, "drawn": 28}  # dialogs in a batch at most
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -37,27 +41,24 @@ class Plan:
     decay: int = 0  # steps of the falling rate; 0: a quarter of all
     warmup: int = 80
     rate: float = 2e-3
-    images: int = 26  # dialogs of each kind in a step
-    videos: int = 4
-    audios: int = 6
-    texts: int = 2
-    drawn: int = 28  # pictures that only the vision tower sees
+    sizes: dict[str, int] = field(default_factory=lambda: dict(SIZES))
     dialogs_read: int = 7500  # by the tokenizer
     recordings: int = 260  # of every word
     seed: int = 1
     workers: int = 2
-    save_every: int = 200
+    save_every: int = 100
     label_weight: float = 0.5
     look_weight: float = 0.3
+    faster: str = ""  # matrices whose names begin so have thrice the rate
+    decoder_only: bool = False  # the towers stay as they are
 
-    def sizes(self) -> dict[str, int]:
-        return {
-            "image": self.images,
-            "video": self.videos,
-            "audio": self.audios,
-            "text": self.texts,
-            "drawn": self.drawn,
-        }
+    def jobs(self) -> list[tuple[str, int, int, int]]:
+        """The parts of a step, the largest first: kind, dialogs, of how many parts which one."""
+        out = []
+        for kind, size in sorted(self.sizes.items(), key=lambda pair: -pair[1]):
+            parts = -(-size // TOGETHER.get(kind, 4))
+            out += [(kind, size, parts, part) for part in range(parts)]
+        return out
 
     def rate_at(self, step: int) -> float:
         decay = self.decay or max(1, self.steps // 4)
@@ -67,19 +68,24 @@ class Plan:
 class Trained(nn.Module):
     """The network with the heads that only training needs: one for every set of labels on a tower's rows."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], *, decoder_only: bool = False) -> None:
+        """`decoder_only`: the towers, and what only they need, are not trained."""
         super().__init__()
+        self.decoder_only = decoder_only
         self.thinker = Thinker(config)
         size = config["text_config"]["hidden_size"]
         self.heads = nn.ModuleDict({name: nn.Linear(size, count) for name, count in LABELS.items()})
         self.found = nn.ModuleDict({name: nn.Linear(size, count) for name, count in FOUND.items()})
+        if decoder_only:
+            for part in (self.thinker.visual, self.thinker.audio_tower, self.heads):
+                part.requires_grad_(False)
 
     def loss(self, batch: Batch, label_weight: float, look_weight: float) -> tuple[Tensor, dict[str, float]]:
         """(loss, what to report: cross-entropy of answers, share of right answer tokens and of right labels, weight
         of the rows that heads should look at)"""
         label_loss, report = torch.zeros(()), {}
         rows = self.rows(batch) if batch.groups else None
-        if rows is not None:
+        if rows is not None and not self.decoder_only:
             for name, labels in batch.labels.items():
                 wanted = torch.from_numpy(labels)
                 guessed = self.heads[name](rows).float()
@@ -128,6 +134,8 @@ class Trained(nn.Module):
             found = seen.weights[of].masked_fill(~there, -torch.inf).logsumexp(-1)
             loss = -((found + shares.reciprocal().log()) * shares).sum() / shares.sum()  # 0 when evenly on all
             report[f"look{layer}"] = float(found.detach().exp().sum() / shares.sum())
+        if layer == COPIED:
+            return 3 * loss
         row_of = {int(place): row for row, place in enumerate(batch.places)}
         length = batch.token_ids.shape[1]
         shown = [
@@ -158,6 +166,10 @@ class Trained(nn.Module):
 
     def rows(self, batch: Batch) -> Tensor:
         """[rows, size] of all media, in the order of the batch's places"""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.decoder_only):
+            return self._rows(batch)
+
+    def _rows(self, batch: Batch) -> Tensor:
         out: list[Tensor] = []
         for group in batch.groups:
             if batch.kind == "audio":
@@ -170,7 +182,7 @@ class Trained(nn.Module):
 
 
 FOUND = {**{name: LABELS[name] for name in ("shape", "colour", "x", "y", "across", "down")}, **TOLD}
-WEIGHTS = {"image": 1.0, "video": 0.4, "audio": 0.5, "text": 0.3, "drawn": 0.7}
+WEIGHTS = {"image": 1.0, "video": 0.4, "audio": 0.5, "text": 0.3, "tools": 1.0, "drawn": 0.7}
 
 
 def train(plan: Plan, out: Path, work: Path, begin_with: Path | None = None) -> None:
@@ -180,16 +192,11 @@ def train(plan: Plan, out: Path, work: Path, begin_with: Path | None = None) -> 
     work.mkdir(parents=True, exist_ok=True)
     speech = Speech(work, plan.recordings, plan.seed)
     if not (work / "tokenizer.json").exists():
-        if begin_with:
-            tokenizer = Tokenizer.from_file(str(begin_with / "tokenizer.json"))
-        else:
-            console.print("tokenizer …")
-            tokenizer = files.make_tokenizer(files.sentences(speech, plan.dialogs_read))
-        files.write(work, tokenizer)
+        files.write(work, _tokenizer(plan, speech, begin_with, console))
     torch.manual_seed(plan.seed)
-    model = Trained(json.loads((work / "config.json").read_text()))
+    model = Trained(json.loads((work / "config.json").read_text()), decoder_only=plan.decoder_only)
     if begin_with and not (work / "state.pt").exists():
-        load_weights(model.thinker, begin_with)
+        load_weights(model.thinker, begin_with, work)
     if not (work / "model.safetensors").exists():
         save_weights(model.thinker, work)  # so that the folder opens like any other
     start = 0
@@ -206,11 +213,22 @@ def train(plan: Plan, out: Path, work: Path, begin_with: Path | None = None) -> 
     console.print(f"written to {out}")
 
 
+def _tokenizer(plan: Plan, speech: Speech, begin_with: Path | None, console: Console) -> Tokenizer:
+    """That of `begin_with` if it knows the markers of calls, or a new one."""
+    old = Tokenizer.from_file(str(begin_with / "tokenizer.json")) if begin_with else None
+    if old is not None and all(old.token_to_id(marker) is not None for marker in files.MARKERS):
+        return old
+    console.print("tokenizer …")
+    return files.make_tokenizer(list(files.sentences(speech, plan.dialogs_read)), old)
+
+
 def _run(plan: Plan, work: Path, model: Trained, start: int, console: Console) -> bool:
     """Whether all steps were done."""
     context = torch.multiprocessing.get_context("spawn")
     gradients = torch.zeros(plan.workers, sum(p.numel() for p in model.parameters())).share_memory_()
-    team = Team(context.Barrier(plan.workers), context.Event(), context.Value("b", 0), context.Queue())
+    team = Team(
+        context.Barrier(plan.workers), context.Event(), context.Value("b", 0), context.Queue(), context.Value("i", 0)
+    )
     workers = [
         context.Process(target=_work, args=(rank, plan, work, model.share_memory(), gradients, start, team))
         for rank in range(plan.workers)
@@ -221,7 +239,7 @@ def _run(plan: Plan, work: Path, model: Trained, start: int, console: Console) -
         signal.signal(number, lambda *_: team.stop.set())
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     means, step = Means(), start
-    with Progress(*columns, console=console) as progress, (work / "log.jsonl").open("a") as log:
+    with Progress(*columns, console=console, refresh_per_second=0.5) as progress, (work / "log.jsonl").open("a") as log:
         bar = progress.add_task("training", total=plan.steps, completed=start)
         while any(worker.is_alive() for worker in workers) or not team.reports.empty():
             try:
@@ -250,6 +268,13 @@ class Team:
     stop: Any  # an event: somebody wants the run to stop
     stopping: Any  # a value: all stop after this step
     reports: Any  # queue of (step, seconds, [(kind, report)]) of the first process
+    jobs: Any  # a value: how many jobs of the step are taken
+
+    def next_job(self) -> int:
+        """Whoever has time takes the next: on a busy machine nobody knows who that will be."""
+        with self.jobs.get_lock():
+            self.jobs.value += 1
+            return int(self.jobs.value) - 1
 
 
 def _work(rank: int, plan: Plan, work: Path, model: Trained, gradients: Tensor, start: int, team: Team) -> None:
@@ -263,42 +288,41 @@ def _work(rank: int, plan: Plan, work: Path, model: Trained, gradients: Tensor, 
     reader, speech = batches.Reader(work), Speech(work, plan.recordings, plan.seed)
     mean = torch.zeros_like(gradients[0])
     views = list(zip(model.parameters(), _views(model, gradients[rank]), _views(model, mean), strict=True))
-    optimizers = make_optimizers(model, rank, plan.workers)
+    optimizers = make_optimizers(model, rank, plan.workers, plan.faster)
     state = work / f"state-{rank}-of-{plan.workers}.pt"
     if start and state.exists():
         for optimizer, kept in zip(optimizers, torch.load(state, weights_only=True), strict=True):
             optimizer.load_state_dict(kept)
+    jobs = plan.jobs()
     began = time.monotonic()
     for step in range(start, plan.steps):
-        given = [
-            batch
-            for kind, size in plan.sizes().items()
-            for batch in batches.make_batches(
-                reader, speech, kind, -(-size // plan.workers), f"{plan.seed}-{step}-{rank}-{kind}"
-            )
-        ]
         gradients[rank].zero_()
         for p, own, _ in views:
-            p.grad = own
+            p.grad = own if p.requires_grad else None
         reports = []
-        for batch in given:
-            with torch.autocast("cpu", torch.bfloat16, enabled=fast_bfloat16()):
-                loss, report = model.loss(batch, plan.label_weight, plan.look_weight)
-            share = sum(other.kind == batch.kind for other in given)
-            (loss * (WEIGHTS[batch.kind] / share)).backward()
-            reports.append((batch.kind, report))
+        while (number := team.next_job()) < len(jobs):
+            kind, size, parts, part = jobs[number]
+            given = batches.make_batches(reader, speech, kind, size, f"{plan.seed}-{step}-{kind}", parts, part)
+            for batch in given:
+                with torch.autocast("cpu", torch.bfloat16, enabled=fast_bfloat16()):
+                    loss, report = model.loss(batch, plan.label_weight, plan.look_weight)
+                if loss.requires_grad:
+                    (loss * (WEIGHTS[kind] / parts / len(given))).backward()
+                reports.append((kind, report))
         if rank == 0:
             team.stopping.value = team.stop.is_set()
         team.barrier.wait()
-        torch.mean(gradients, 0, out=mean)
+        torch.sum(gradients, 0, out=mean)
         mean.mul_(min(1.0, 1.0 / (float(mean.norm()) + 1e-6)))
         for p, _, together in views:
-            p.grad = together
+            p.grad = together if p.requires_grad else None
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = plan.rate_at(step)
             optimizer.step()
         stopping = bool(team.stopping.value)
+        if rank == 0:
+            team.jobs.value = 0
         team.barrier.wait()
         if (step + 1) % plan.save_every == 0 or stopping or step + 1 == plan.steps:
             save(state, [optimizer.state_dict() for optimizer in optimizers])
@@ -350,9 +374,16 @@ class Muon(torch.optim.Optimizer):
     together; scaled to the size of AdamW's steps (Liu et al. 2025)."""
 
     def __init__(
-        self, params: list[nn.Parameter], rate: float, momentum: float = 0.95, weight_decay: float = 0.02
+        self,
+        params: list[nn.Parameter],
+        rate: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.02,
+        factors: Mapping[nn.Parameter, float] | None = None,
     ) -> None:
+        """`factors` are those of the rates of some parameters."""
         super().__init__(params, {"lr": rate, "momentum": momentum, "weight_decay": weight_decay})
+        self.factors = dict(factors or {})
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
@@ -369,7 +400,8 @@ class Muon(torch.optim.Optimizer):
                     updates.append(p.grad.lerp(kept, group["momentum"]))
                 scale = 0.2 * max(shape) ** 0.5 * group["lr"]
                 for p, update in zip(params, orthogonal(torch.stack(updates)), strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-scale)
+                    factor = self.factors.get(p, 1.0)
+                    p.mul_(1 - factor * group["lr"] * group["weight_decay"]).add_(update, alpha=-factor * scale)
 
 
 def orthogonal(x: Tensor) -> Tensor:
@@ -385,14 +417,18 @@ def orthogonal(x: Tensor) -> Tensor:
     return (x.mT if turned else x).float()
 
 
-def make_optimizers(model: Trained, rank: int, workers: int) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for all else: for this process's part of both."""
-    matrices = [p for name, p in model.thinker.named_parameters() if p.ndim == 2 and "embed" not in name]
+def make_optimizers(model: Trained, rank: int, workers: int, faster: str = "") -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for all else: for this process's part of both. Matrices whose names begin
+    with `faster` have thrice the rate."""
+    named = [(name, p) for name, p in model.thinker.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
     matrices.sort(key=lambda p: tuple(p.shape))  # so that every process has some of each shape
     chosen = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
     return [
-        Muon(matrices[rank::workers], 1e-3),
+        Muon(
+            matrices[rank::workers], 1e-3, factors={p: 3.0 for name, p in named if faster and name.startswith(faster)}
+        ),
         torch.optim.AdamW(others[rank::workers], lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
 
@@ -400,10 +436,33 @@ def make_optimizers(model: Trained, rank: int, workers: int) -> list[torch.optim
 UNUSED = "audio_tower.audio_bos_eos_token.weight"  # published files have it; nothing that writes text uses it
 
 
-def load_weights(thinker: Thinker, folder: Path) -> None:
+def load_weights(thinker: Thinker, folder: Path, own: Path | None = None) -> None:
+    """From another folder than one's `own`, also with another vocabulary and fewer layers: tokens that it lacks begin
+    as what they are made of there, or as the same with or without a space; layers that it lacks add nothing."""
     stored = load_file(folder / "model.safetensors")
-    tensors = {name.removeprefix("thinker."): tensor for name, tensor in stored.items()}
-    thinker.load_state_dict({name: tensor.float() for name, tensor in tensors.items() if name != UNUSED})
+    tensors = {name.removeprefix("thinker."): tensor.float() for name, tensor in stored.items() if UNUSED not in name}
+    if own is not None:
+        names = [str(place / "tokenizer.json") for place in (folder, own)]
+        table = tensors["model.embed_tokens.weight"]
+        tensors["model.embed_tokens.weight"] = _carried_over(table, *(Tokenizer.from_file(name) for name in names))
+        for name, p in thinker.named_parameters():
+            ends = name.endswith(("o_proj.weight", "down_proj.weight"))
+            tensors.setdefault(name, torch.zeros_like(p) if ends else p.detach().clone())
+    thinker.load_state_dict(tensors)
+
+
+def _carried_over(table: Tensor, old: Tokenizer, new: Tokenizer) -> Tensor:
+    """[new tokens, size]"""
+    rows = []
+    known = old.get_vocab()
+    for index in range(files.VOCAB_SIZE):
+        token = new.id_to_token(index) or ""
+        bare = token.removeprefix(files.SPACE)
+        same = next((known[one] for one in (token, files.SPACE + token, bare) if one in known), None)
+        text = new.decode([index], skip_special_tokens=False) if token else ""
+        pieces = [same] if same is not None else old.encode(text, add_special_tokens=False).ids
+        rows.append(table[pieces].mean(0) if pieces else table.mean(0))
+    return torch.stack(rows)
 
 
 def save_weights(thinker: Thinker, to: Path) -> None:
