@@ -159,7 +159,8 @@ class ChatCompletion(Chat):
             if request.runs_usage
             else None,
         )
-        writers = [_ChoiceStream(self, work.entry, choice, frames) for choice in generation.choices]
+        is_plain = generation.request.scanner is None and not request.logprobs and not request.return_token_ids
+        writers = [_ChoiceStream(self, work.entry, choice, frames, is_plain=is_plain) for choice in generation.choices]
         async with EventStream(work.call, work.service.limits.keep_alive_comment_s) as events:
 
             async def emit(choice: Choice, deltas: Sequence[Delta]) -> None:
@@ -172,19 +173,22 @@ class ChatCompletion(Chat):
 
 
 class _ChoiceStream:
-    """One choice's events."""
+    """One choice's events. `is_plain`: between the first and the last there is nothing but text."""
 
-    def __init__(self, chat: ChatCompletion, entry: Entry, choice: Choice, frames: Frames) -> None:
+    def __init__(self, chat: ChatCompletion, entry: Entry, choice: Choice, frames: Frames, *, is_plain: bool) -> None:
         self._chat = chat
         self._entry = entry
         self._choice = choice
         self._frames = frames
+        self._is_plain = is_plain
         self._begun = False
         self._calls = False
 
     def events(self, deltas: Sequence[Delta]) -> bytes:
         """For what one engine output added; b"" if there is nothing to say."""
         choice, frames = self._choice, self._frames
+        if self._is_plain and self._begun and choice.finish_reason is None:  # nearly every event
+            return b"".join([frames.text(choice.index, delta.text) for delta in deltas if isinstance(delta, Text)])
         events = [] if self._begun else self._begin()
         ends = choice.finish_reason is not None
         last = deltas[-1].text if ends and deltas and isinstance(deltas[-1], Text) else ""

@@ -49,7 +49,7 @@ class OutputText(Protocol):
 class PlainOutput:
     """The text as it is."""
 
-    __slots__ = ("_detokenizer", "shows_stop")
+    __slots__ = ("_detokenizer", "_push", "shows_stop")
 
     reasons = False
 
@@ -63,9 +63,10 @@ class PlainOutput:
             min_tokens=options.min_tokens,
             keep_leading_space=options.continues,
         )
+        self._push = self._detokenizer.push
 
     def push(self, token_ids: Sequence[int]) -> Sequence[Delta]:
-        text = self._detokenizer.push(token_ids)
+        text = self._push(token_ids)
         return (Text(text),) if text else ()
 
     def finish(self, *, complete: bool) -> Sequence[Delta]:

@@ -85,6 +85,7 @@ class Choice:
 
     __slots__ = (
         "_hides",
+        "_is_plain",
         "_keeps_ids",
         "_observer",
         "_one_by_one",
@@ -125,6 +126,7 @@ class Choice:
         self._own_stops = request.stop_token_ids
         # So that tokens after a stop string are not counted, and each counts where it belongs.
         self._one_by_one = bool(request.text.stop) or request.scanner is not None
+        self._is_plain = not self._one_by_one and not request.keeps_ids
         self._observer = observer
         self._keeps_ids = request.keeps_ids
         self._hides = request.hides_reasoning
@@ -150,6 +152,10 @@ class Choice:
             raise UnavailableError("The request was ended by the server.")
         tokens = output.token_ids
         self._observe(len(tokens), output)
+        if self._is_plain and output.finish_reason is None:  # nearly every token of nearly every answer
+            self.num_tokens += len(tokens)
+            self.logprobs += output.logprobs
+            return self._text.push(tokens)
         if self._one_by_one and len(tokens) > 1:
             return self._take_one_by_one(output)
         return self._take_tokens(tokens, output.logprobs, output)

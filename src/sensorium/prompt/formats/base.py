@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from msgspec import Struct
+
 from sensorium.types import Grammar
 
 Tool = Mapping[str, Any]
@@ -15,30 +17,26 @@ Thinking = Literal["off", "open", "may"]
 """How an answer begins: with content; inside reasoning that the prompt opened; or as the model chooses."""
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
+class Text(Struct, frozen=True):
     """Content. Never empty."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Reasoning:
+class Reasoning(Struct, frozen=True):
     """Thoughts, without their markers. Never empty."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(Struct, frozen=True):
     """A tool call begins; its whole name. Once per index; indices are 0, 1, 2, …"""
 
     index: int
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class Arguments:
+class Arguments(Struct, frozen=True):
     """The next characters of the call's `arguments`, JSON text. Never taken back; joined, they are the final string.
 
     A call whose end was seen has JSON here unless the model wrote something else; one that was cut has what there was.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from sensorium.prompt.formats.base import Arguments, Call, Delta, Reasoning, Text
 from sensorium.prompt.formats.reader import SPACE
