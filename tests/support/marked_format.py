@@ -86,14 +86,12 @@ class MarkedFormat:
     def scanner(self, tail: str, tools: Sequence[Tool]) -> Any:
         return MarkedScanner()
 
-    def tool_grammar(
-        self, tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool, reasoning: bool, budget: int | None = None
-    ) -> str | None:
+    def tool_grammar(self, tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool, **options: Any) -> str | None:
         self.choices.append((choice, parallel))
-        self.budgets.append(budget)
+        self.budgets.append(options.get("budget"))
         return None
 
-    def form_grammar(self, form: Grammar, tail: str, *, budget: int | None = None) -> Grammar:
+    def form_grammar(self, form: Grammar, tail: str, **options: Any) -> Grammar:
         return form
 
     def budget_grammar(self, tail: str, budget: int) -> str | None:

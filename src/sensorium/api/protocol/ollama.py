@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag
 from sensorium.api.protocol.common import INT32_MAX, Body, Name, Nested, Text, TokenId, UnknownFields
 from sensorium.api.protocol.content import Conversation, Url, media_part
 from sensorium.api.protocol.foreign_chat import ForeignChat
-from sensorium.api.protocol.other_servers import ANSWERS, EVERYWHERE, OLLAMA_OPTIONS, PENALTY_WINDOWS, VECTORS, Foreign
+from sensorium.api.protocol.other_servers import ANSWERS, OLLAMA, OLLAMA_OPTIONS, PENALTY_WINDOWS, VECTORS, Foreign
 from sensorium.api.protocol.pooling import InputBody
 from sensorium.api.protocol.sampling import StopField
 from sensorium.api.protocol.structured import json_form
@@ -110,7 +110,7 @@ ThinkField = Annotated[
 class AnsweredBody(Body):
     """What /api/chat and /api/generate share. Answers are streamed unless the request says otherwise."""
 
-    foreign: ClassVar[Mapping[str, Foreign]] = EVERYWHERE
+    foreign: ClassVar[Mapping[str, Foreign]] = OLLAMA
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
     stream: bool | None = None

@@ -152,6 +152,18 @@ RESPONSES: Mapping[str, Foreign] = {
 }
 """And where an answer is a list of items."""
 
+OLLAMA: Mapping[str, Foreign] = {
+    **EVERYWHERE,
+    **_fields(
+        "temperature top_p top_k min_p seed stop num_predict max_tokens repeat_penalty",
+        (None,),
+        "what is sampled how stands in `options`",
+    ),
+    **_fields("logprobs top_logprobs", (None, False, 0), "/v1/chat/completions has it"),
+    **_called("format", "response_format json_schema"),
+    **_called("think", "reasoning_effort enable_thinking"),
+}
+"""Those that Ollama's chats and texts do not have."""
 OLLAMA_OPTIONS = frozenset(
     """
     num_keep num_ctx num_batch num_gpu main_gpu num_thread num_gqa numa low_vram f16_kv vocab_only use_mmap use_mlock
