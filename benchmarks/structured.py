@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
 import statistics
 import time
 from typing import Any
 
-from sensorium.cli.bench import Sample, closed_loop, send, text
+from sensorium.cli.bench import Sample, closed_loop, send
 from sensorium.cli.client import Endpoint, Remote
+from sensorium.cli.loads import Request, chat_request, text
 
 PERSON = {
     "type": "object",
@@ -35,17 +35,15 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-def body(model: str, rng: random.Random, tokens: int, form: dict[str, Any]) -> bytes:
-    message = {"role": "user", "content": text(rng, 12)}
-    fields = {"model": model, "messages": [message], "max_tokens": tokens, "stream": True, "temperature": 1}
-    return json.dumps({**fields, "stream_options": {"include_usage": True}, **form}).encode()
+def request(model: str, rng: random.Random, tokens: int, form: dict[str, Any]) -> Request:
+    return chat_request(model, text(rng, 12), tokens, temperature=1, **form)
 
 
-async def load(remote: Remote, bodies: list[bytes], concurrency: int) -> tuple[float, list[Sample]]:
+async def load(remote: Remote, requests: list[Request], concurrency: int) -> tuple[float, list[Sample]]:
     """(output tokens per second, the samples)"""
     samples: list[Sample] = []
     started = time.perf_counter()
-    await closed_loop(remote, bodies, concurrency, samples.append)
+    await closed_loop(remote, requests, concurrency, samples.append)
     seconds = time.perf_counter() - started
     if failed := [sample.error for sample in samples if sample.error]:
         raise SystemExit(f"{len(failed)} requests failed: {failed[0]}")
@@ -57,8 +55,8 @@ async def throughput(remote: Remote, model: str, found: argparse.Namespace, rng:
     tpots: dict[str, list[float]] = {name: [] for name in FORMS}
     for number in range(found.rounds + 1):
         for name, form in FORMS.items():
-            bodies = [body(model, rng, found.tokens, form) for _ in range(found.requests)]
-            rate, samples = await load(remote, bodies, found.concurrency)
+            requests = [request(model, rng, found.tokens, form) for _ in range(found.requests)]
+            rate, samples = await load(remote, requests, found.concurrency)
             if number:  # the first warms everything
                 rates[name].append(rate)
                 tpots[name] += [sample.tpot_s for sample in samples]
@@ -85,12 +83,12 @@ async def stall(remote: Remote, model: str, found: argparse.Namespace, rng: rand
     for name in ("alone", "beside grammars"):
         gaps: list[float] = []
         for _ in range(found.rounds):
-            bodies = [body(model, rng, found.long, FORMS["none"]) for _ in range(4)]
-            running = [asyncio.ensure_future(send(remote, one)) for one in bodies]
+            requests = [request(model, rng, found.long, FORMS["none"]) for _ in range(4)]
+            running = [asyncio.ensure_future(send(remote, one)) for one in requests]
             await asyncio.sleep(0.2)
             if name != "alone":
                 form = {"guided_grammar": large_grammar(rng)}
-                sample = await send(remote, body(model, rng, 2, form))
+                sample = await send(remote, request(model, rng, 2, form))
                 if sample.error:
                     raise SystemExit(sample.error)
             for sample in await asyncio.gather(*running):

@@ -199,7 +199,7 @@ ACCEPTED: Mapping[str, Accepted] = {
     ),
     **_all(
         """--structured-outputs-config --guided-decoding-backend --grammar-backend""",
-        "answers are not held to a form yet: requests that ask for it are refused",
+        "there is one backend, and every request may ask for a form (docs/structured-output.md)",
     ),
     **_all(
         "--speculative-config --speculative-model --num-speculative-tokens --speculative-algorithm",
