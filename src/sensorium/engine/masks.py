@@ -15,12 +15,14 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from llguidance import LLExecutor, LLMatcher
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sensorium.engine.constraint import GRAMMAR_FAILED, Constraint
 from sensorium.engine.sequence import Sequence
 
 WORD_BITS = 32
+SMALL_VOCABULARY = 8192
 THREAD_S = 0.002  # that masks of a step must take for a thread to pay
 
 Held: TypeAlias = tuple[int, Constraint, int, int]
@@ -44,6 +46,7 @@ class Masks:
         self._seconds = 0.0  # that the last ones took
         bit = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
         self._weights = np.where(bit, np.float32(0), np.float32(-np.inf))  # [256, 8], of the bits of every byte
+        self._work = np.empty((1, 4 * self._bits.shape[1], 8), np.float32)  # a row that stays in a processor's cache
 
     def begin(self, sequences: Iterable[Sequence]) -> None:
         """Start on the masks of a step: each for the token behind the sequence's drafts, if there is a choice."""
@@ -77,7 +80,7 @@ class Masks:
     def _fill_beside(self, wanted: list[Wanted]) -> None:
         """The same by another thread, which gives the interpreter's lock back for all of them at once."""
         started = perf_counter()
-        self._executor = self._executor or LLExecutor(1)
+        self._executor = self._executor or LLExecutor()
         rows, words = self._bits.shape
         self._executor.unsafe_compute_mask_ptr(wanted, self._bits.ctypes.data, words * self._bits.itemsize, rows)
         self._seconds = perf_counter() - started
@@ -102,20 +105,23 @@ class Masks:
                 rows[row, known] = value
 
     def _apply_masks(self, rows: Floats, raw: Floats, chosen: list[Held], *, is_edited: bool) -> None:
-        weights = self._weights_of([slot for _, _, slot, _ in chosen], rows)
-        if len(chosen) == len(rows) and not is_edited and not any(one[1].is_delicate for one in chosen):
-            rows += weights  # all rows at once: what small steps have time for
+        is_small = len(chosen) == len(rows) and self._vocab_size <= SMALL_VOCABULARY and not is_edited
+        if is_small and not any(constraint.is_delicate for _, constraint, _, _ in chosen):
+            slots = [slot for _, _, slot, _ in chosen]
+            rows += self._weights_of(self._bits[slots], rows)  # all at once: what small steps have time for
             return
-        for (row, constraint, _, _), allowed in zip(chosen, weights, strict=True):
+        for row, constraint, slot, _ in chosen:
             if constraint.matcher.is_error():
                 constraint.error = GRAMMAR_FAILED
             else:
+                allowed = self._weights_of(self._bits[slot : slot + 1], rows)[0]
                 _hold(rows[row], raw[row], allowed, constraint.late_ends, is_edited=is_edited)
 
-    def _weights_of(self, slots: list[int], like: Floats) -> Floats:
-        """float32 [slots, vocab]: 0 for what is allowed, minus infinity for all else."""
-        width = 8 * self._bits.itemsize * self._bits.shape[1]
-        found = self._weights.take(self._bits[slots].view(np.uint8), axis=0).reshape(len(slots), width)
+    def _weights_of(self, bits: NDArray[np.uint32], like: Floats) -> Floats:
+        """float32 [rows, vocab]: 0 for what is allowed, minus infinity for all else. One row is overwritten by the next
+        call."""
+        out = self._work if len(bits) == 1 else None
+        found = self._weights.take(bits.view(np.uint8), axis=0, out=out, mode="clip").reshape(len(bits), -1)
         found = found[:, : self._vocab_size]
         return found if isinstance(like, np.ndarray) else torch.from_numpy(found).to(like.device)
 
