@@ -111,3 +111,22 @@ def test_queries_of_a_run_in_parts(length: int, dtype: torch.dtype, monkeypatch:
         assert torch.equal(end.value, expected)
     assert sum(pieces) == sum(2 * 32 * n * n for n in lengths)
     assert len(pieces) >= 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [2, 5])
+def test_heads_of_a_run_in_parts(heads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture so large that the fewest queries which the kernel takes are too many for one piece: 2 s of 3,500 x
+    3,500 pixels in a tower of 1,280."""
+    length = 1300
+    q, k, v = torch.randn(length, 3, heads, 16).to(dtype).unbind(1)
+    expected = kernels.varlen_attention(q, k, v, [length], 0.25)
+    monkeypatch.setattr(blocks, "PIECE_MACS", 2 * 2 * 16 * length * kernels.query_step(q))
+    steps, pieces = blocks.attention(q, k, v, [length], 0.25), []
+    try:
+        while True:
+            pieces.append(next(steps))
+    except StopIteration as end:
+        assert torch.equal(end.value, expected)
+    assert sum(pieces) == 2 * 16 * heads * length**2
+    assert max(pieces) < 2 * blocks.PIECE_MACS  # the last one has what would be too few alone

@@ -111,14 +111,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: fl
 
 
 def _one_run(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> Steps[None]:
+    """Queries come in steps of the kernel's; where one step is too large, a part of the heads at a time."""
     step, macs = kernels.query_step(q), 2 * k.numel()
     most = max(PIECE_MACS // macs // step, 1) * step
+    heads = max(min(PIECE_MACS * q.shape[1] // (most * macs), q.shape[1]), 1)
     starts = list(range(0, len(q), most))
     if len(starts) > 1 and len(q) - starts[-1] < step:
         del starts[-1]  # too few to be computed alone
     for start, end in zip(starts, [*starts[1:], len(q)], strict=True):
-        yield (end - start) * macs
-        out[start:end] = kernels.run_attention(q[start:end], k, v, scale)
+        for first in range(0, q.shape[1], heads):
+            some = slice(first, first + heads)
+            yield (end - start) * 2 * k[:, some].numel()
+            out[start:end, some] = kernels.run_attention(q[start:end, some], k[:, some], v[:, some], scale)
 
 
 def group_rows(x: Tensor) -> int:
