@@ -18,11 +18,27 @@ from support.marked_format import MarkedFormat
 from support.pictures import encoded, photo
 from support.scripted import Eyes, marked_format, prompt_of, says, speaking
 
+from sensorium.api.error_forms import error_form
 from sensorium.api.message_content import Content
 from sensorium.api.protocol.common import UnknownFields
 from sensorium.api.protocol.messages import MessagesRequest
 from sensorium.api.protocol.validation import parse_json
+from sensorium.api.transport.asgi import Call as HttpCall
 from sensorium.config import Limits
+from sensorium.errors import (
+    AuthenticationError,
+    BodyTooLargeError,
+    EngineError,
+    ForbiddenError,
+    NotFoundError,
+    OverloadedError,
+    RateLimitError,
+    RequestError,
+    RequestTimeoutError,
+    SensoriumError,
+    ServerError,
+    UnavailableError,
+)
 from sensorium.prompt.formats.base import Arguments, Call, Delta, Reasoning, Text, ToolChoice
 
 __all__ = ["marked_format"]
@@ -722,6 +738,35 @@ async def test_every_refusal_has_anthropics_form() -> None:
             "overloaded_error",
             True,
         )
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RequestError("no"), "invalid_request_error"),
+        (AuthenticationError("no"), "authentication_error"),
+        (ForbiddenError("no"), "permission_error"),
+        (NotFoundError("no"), "not_found_error"),
+        (RequestTimeoutError("no"), "timeout_error"),
+        (BodyTooLargeError("no"), "request_too_large"),
+        (RateLimitError("no"), "rate_limit_error"),
+        (ServerError("no"), "api_error"),
+        (EngineError("no"), "api_error"),
+        (OverloadedError("no"), "overloaded_error"),
+        (UnavailableError("no"), "overloaded_error"),
+    ],
+)
+def test_every_error_has_anthropics_type(error: SensoriumError, kind: str) -> None:
+    form = error_form("/v1/messages")
+    assert form is not None
+    call = HttpCall({"method": "POST", "path": "/v1/messages", "headers": []}, None, None)  # type: ignore[arg-type]
+    assert json.loads(form.body(error, call)) == {
+        "type": "error",
+        "error": {"type": kind, "message": "no"},
+        "request_id": call.request_id,
+    }
+    [event] = events_of(form.event(error, call))
+    assert event == {"type": "error", "error": {"type": kind, "message": "no"}}
 
 
 async def test_a_failure_before_and_after_the_first_token() -> None:

@@ -1,4 +1,4 @@
-"""Anthropic's own client with the built-in model: text, images, streams, counting, JSON, errors."""
+"""The built-in model through Anthropic's own client (text, images, streams, counting, errors) and Ollama's routes."""
 
 from __future__ import annotations
 
@@ -82,4 +82,23 @@ def test_errors(demo: Live, client: Anthropic) -> None:
     with pytest.raises(anthropic.BadRequestError, match=r"output_config\.format\.schema"):
         config: Any = {"format": {"type": "json_schema", "schema": {"type": "banana"}}}
         client.messages.create(model=MODEL, max_tokens=5, messages=hello, output_config=config)
+    demo.check_unharmed()
+
+
+def test_ollama_answers_as_openai_does(demo: Live) -> None:
+    asked = [{"role": "user", "content": [{"type": "text", "text": "what do you see?"}]}]
+    asked[0]["content"].insert(0, {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}"}})  # type: ignore[attr-defined]
+    wanted = demo.post("/v1/chat/completions", {"messages": asked, "temperature": 0, "max_tokens": 12}).json()
+    text = wanted["choices"][0]["message"]["content"]
+    body = {"model": f"{MODEL}:latest", "options": {"temperature": 0, "num_predict": 12}}
+    chat = {**body, "messages": [{"role": "user", "content": "what do you see?", "images": [PNG]}]}
+    lines = demo.post("/api/chat", chat).text.splitlines()
+    assert "".join(json.loads(line)["message"]["content"] for line in lines) == text
+    whole = demo.post("/api/generate", {**body, "prompt": "what do you see?", "images": [PNG], "stream": False}).json()
+    assert (whole["response"], whole["prompt_eval_count"]) == (text, wanted["usage"]["prompt_tokens"])
+    vectors = demo.post("/api/embed", {"model": MODEL, "input": ["a", "b"]}).json()["embeddings"]
+    assert vectors[0] == demo.post("/v1/embeddings", {"input": "a"}).json()["data"][0]["embedding"]
+    shown = demo.post("/api/show", {"model": MODEL}).json()
+    assert {"completion", "vision", "audio"} <= set(shown["capabilities"])
+    assert demo.post("/api/pull", {"model": MODEL}).status_code == 501
     demo.check_unharmed()
