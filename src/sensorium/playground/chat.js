@@ -1,9 +1,10 @@
 // The chat tab: the composer, the conversation, and the stream that joins them.
 
+import {addChunk, newAnswer} from "./answer.js";
 import * as api from "./api.js";
 import {Tray, fromUrl, KINDS} from "./attachments.js";
 import {canCapture, fromCamera, startMicrophone} from "./capture.js";
-import {chatBody, history, messagePlace} from "./conversation.js";
+import {chatBody, conversation, messagePlace} from "./conversation.js";
 import {askForUrl, showRequest} from "./dialogs.js";
 import {announce, byId, el, icon, lines, notice} from "./dom.js";
 import {onLanguage, say, t, title} from "./i18n.js";
@@ -21,7 +22,7 @@ const SAMPLES = [
   {kind: "audio", name: "sample.audio", icon: "audio", make: samples.audio},
 ];
 
-let turns = [];  // {text, attachments, recipe, answer: {text, state, error, usage, finish, timing}, view}
+let turns = [];  // {text, attachments, results, recipe, answer, view}; `results` instead of a text: of the calls before
 let running = null;  // the AbortController of the answer that is being written
 let microphone = null;
 
@@ -73,18 +74,21 @@ function send() {
 
 function clear() {
   running?.abort();
-  for (const turn of turns) turn.view.node.remove();
-  turns = [];
+  cut(0);
   notice(byId("notice"));
   showState();
   text.focus();
 }
 
+/** Forgets the turns from there on. */
+function cut(at) {
+  for (const turn of turns.splice(at)) turn.view.node.remove();
+}
+
 /** Back into the composer, with everything that came after it gone. */
 function edit(turn) {
   running?.abort();
-  const at = turns.indexOf(turn);
-  for (const later of turns.splice(at)) later.view.node.remove();
+  cut(turns.indexOf(turn));
   text.value = turn.text;
   tray.set(turn.attachments);
   showState();
@@ -94,29 +98,27 @@ function edit(turn) {
 
 // Answering
 
-/** Ask the model for an answer to the last turn; `turn` is new, or is asked once more. */
-async function answer(turn) {
+/** Ask the model for an answer to `turn`, which is new or is asked once more. What came after `before` and it is gone. */
+async function answer(turn, before = turns) {
   notice(byId("notice"));
   settings.clearErrors();
-  let sampling;
+  let fields;
   try {
-    sampling = settings.sampling();
+    fields = settings.fields();
   } catch (error) {
     refuse(turn, error);
     return;
   }
-  const before = turns.indexOf(turn) < 0 ? turns : turns.slice(0, turns.indexOf(turn));
-  turn.recipe = {model: store.get().model, system: settings.system, sampling, messages: [
-    ...history(before), {role: "user", text: turn.text, attachments: turn.attachments}]};
-  turn.answer = {text: "", state: "running", error: null, usage: null, finish: null,
-                 timing: {firstMs: null, perSecond: null}};
+  cut(before.length + (turns.includes(turn) ? 1 : 0));
+  turn.recipe = {model: store.get().model, system: settings.system, fields, messages: conversation([...before, turn])};
+  turn.answer = newAnswer();
   show(turn);
   await run(turn);
 }
 
 /** A setting that cannot be sent: nothing was asked, so the words go back where they came from. */
 function refuse(turn, error) {
-  if (!turns.includes(turn)) {
+  if (!turns.includes(turn) && !turn.results) {
     text.value = turn.text;
     tray.set(turn.attachments);
     grow();
@@ -128,7 +130,7 @@ function refuse(turn, error) {
 function show(turn) {
   if (!turns.includes(turn)) {
     turns.push(turn);
-    turn.view = new TurnView(turn, {edit, again, request});
+    turn.view = new TurnView(turn, {edit, again, request, goOn});
     list.append(turn.view.node);
   }
   turn.view.show();
@@ -151,33 +153,23 @@ async function run(turn) {
   if (running === own) running = null;
   following(() => turn.view.show());
   showState();
-  announce(state.error ? state.error.message : t("answered", {tokens: state.usage?.completion_tokens ?? 0}));
+  announce(ending(state));
 }
 
-/** Chunks that come closer together say how the network joined them, not how fast the model writes. */
-const MEASURABLE_MS = 20;
+function ending({error, calls, usage}) {
+  if (error) return error.message;
+  if (calls.length) return t("called", {names: calls.map(({name}) => name).join(", ")});
+  return t("answered", {tokens: usage?.completion_tokens ?? 0});
+}
 
 /** Read the stream into the turn's answer. The usage comes with every chunk, so that a stopped answer has one too. */
 async function receive(turn, signal) {
-  const {answer: state, view, recipe} = turn;
-  const body = chatBody(recipe);
+  const body = chatBody(turn.recipe);
   body.stream_options.continuous_usage_stats = true;
   const startMs = performance.now();
-  let firstTokens = 0;
   for await (const chunk of api.stream(PATH, body, signal)) {
-    const nowMs = performance.now() - startMs;
-    const [choice] = chunk.choices;
-    state.text += choice?.delta?.content ?? "";
-    state.finish = choice?.finish_reason ?? state.finish;
-    state.usage = chunk.usage ?? state.usage;
-    const tokens = state.usage?.completion_tokens ?? 0;
-    state.timing.firstMs ??= nowMs;
-    if (!firstTokens) {
-      firstTokens = tokens;  // the first event is the role's, before any token
-    } else if (choice && tokens > firstTokens && nowMs - state.timing.firstMs >= MEASURABLE_MS) {
-      state.timing.perSecond = 1000 * (tokens - firstTokens) / (nowMs - state.timing.firstMs);
-    }
-    view.refresh(following);
+    addChunk(turn.answer, chunk, performance.now() - startMs);
+    turn.view.refresh(following);
   }
 }
 
@@ -196,8 +188,14 @@ function fail(turn, error) {
 
 function again(turn) {
   if (running) return;
-  for (const later of turns.splice(turns.indexOf(turn) + 1)) later.view.node.remove();
-  answer(turn);
+  answer(turn, turns.slice(0, turns.indexOf(turn)));
+}
+
+/** Gives the model the results of the calls that it has made. */
+function goOn(turn) {
+  if (running) return;
+  const results = turn.answer.calls.map(({id, result}) => ({callId: id, text: result}));
+  answer({text: "", attachments: [], results}, turns.slice(0, turns.indexOf(turn) + 1));
 }
 
 function request(turn) {

@@ -27,19 +27,44 @@ const FORMATS = {"audio/wav": "wav", "audio/x-wav": "wav", "audio/vnd.wave": "wa
 
 const audioFormat = (attachment) => FORMATS[attachment.type.split(";")[0]] ?? "wav";
 
-/** The body of a chat request. `recipe` is {model, system, sampling, messages: [{role, text, attachments}]}. */
+/** The body of a chat request. `recipe` is {model, system, fields, messages}. */
 export function chatBody(recipe, place = inline) {
-  const messages = recipe.messages.map(({role, text, attachments = []}) => ({
-    role, content: attachments.length ? contentParts(text, attachments, place) : text}));
+  const messages = recipe.messages.map((message) => written(message, place));
   if (recipe.system) messages.unshift({role: "system", content: recipe.system});
-  return {model: recipe.model, messages, ...recipe.sampling, stream: true, stream_options: {include_usage: true}};
+  return {model: recipe.model, messages, ...recipe.fields, stream: true, stream_options: {include_usage: true}};
 }
 
-/** The messages that go before a turn: what was answered, in full or in part, and not what failed. */
-export function history(turns) {
-  return turns.filter((turn) => turn.answer.text).flatMap((turn) => [
-    {role: "user", text: turn.text, attachments: turn.attachments}, {role: "assistant", text: turn.answer.text}]);
+/** A message as the API has it. `message` is {role, text, attachments, reasoning, calls, callId}, all but two optional. */
+function written({role, text, attachments = [], reasoning, calls = [], callId}, place) {
+  const content = attachments.length ? contentParts(text, attachments, place) : text;
+  const message = {role, content: calls.length && !text ? null : content};
+  if (callId !== undefined) message.tool_call_id = callId;
+  if (reasoning) message.reasoning = reasoning;
+  if (calls.length) {
+    message.tool_calls = calls.map((call) => (
+      {id: call.id, type: "function", function: {name: call.name, arguments: call.arguments}}));
+  }
+  return message;
 }
+
+/**
+ * The messages of turns, of which the last is being asked. Before it stands what was answered, in full or in part, and
+ * neither what failed nor calls that got no results.
+ */
+export function conversation(turns) {
+  const kept = [];
+  for (const turn of [...turns].reverse()) {
+    if (!kept.length || turn.answer.text || kept[0].results) kept.unshift(turn);
+  }
+  return kept.flatMap((turn, at) => (at ? [said(kept[at - 1].answer, turn.results), ...asked(turn)] : asked(turn)));
+}
+
+function asked({text, attachments, results}) {
+  if (!results) return [{role: "user", text, attachments}];
+  return results.map((result) => ({role: "tool", ...result}));
+}
+
+const said = ({text, reasoning, calls}, results) => ({role: "assistant", text, reasoning, calls: results ? calls : []});
 
 /** Where `messages[2].content[0].image_url.url` points: [message, part]; null where it names no message. */
 export function messagePlace(param) {

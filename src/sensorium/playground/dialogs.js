@@ -60,10 +60,10 @@ export async function askForUrl(takes) {
 let shownRequest = {};
 let selectForm = null;
 
-/** Shows a request as curl and as Python. */
-export function showRequest({curl, python}) {
+/** Shows a request as curl, Python and JavaScript. */
+export function showRequest({curl, python, javascript}) {
   const code = byId("request-code");
-  shownRequest = {"request-curl": curl, "request-python": python};
+  shownRequest = {"request-curl": curl, "request-python": python, "request-javascript": javascript};
   selectForm ??= tabList(byId("request-dialog").querySelector("[role=tablist]"), (tab) => {
     code.textContent = shownRequest[tab.id];
     code.setAttribute("aria-labelledby", tab.id);

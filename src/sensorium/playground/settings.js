@@ -1,59 +1,68 @@
-// The system prompt and the sampling fields. A field is named as the API names it, so that errors find it.
+// The system prompt and the fields of a request.
 
 import {byId, el, notice} from "./dom.js";
-import {say, t} from "./i18n.js";
+import {EXAMPLE_TOOLS, FORM, SAMPLING, errorPlace, fieldNode, formFields} from "./fields.js";
+import {say} from "./i18n.js";
 import {spans} from "./render.js";
-
-const FIELDS = [
-  {name: "max_tokens", value: "1024", placeholder: ""},
-  {name: "temperature", placeholder: "0 … 2"},
-  {name: "top_p", placeholder: "0 … 1"},
-  {name: "top_k", placeholder: ""},
-  {name: "min_p", placeholder: "0 … 1"},
-  {name: "seed", placeholder: ""},
-  {name: "presence_penalty", placeholder: "−2 … 2"},
-  {name: "frequency_penalty", placeholder: "−2 … 2"},
-  {name: "repetition_penalty", placeholder: "1"},
-  {name: "stop", placeholder: "", text: true},
-];
-
-/** What a person wrote into a field that cannot be sent. */
-export class FieldError extends Error {
-  constructor(param, message) {
-    super(message);
-    this.param = param;
-  }
-}
 
 export class Settings {
   constructor(form) {
     this.form = form;
-    byId("fields").replaceChildren(...FIELDS.map(field));
-    form.addEventListener("input", (event) => mark(event.target, null));
+    byId("fields").replaceChildren(...SAMPLING.map(fieldNode));
+    byId("form-fields").replaceChildren(...FORM.map(fieldNode));
+    this.offerExample();
+    form.addEventListener("input", (event) => {
+      mark(event.target, null);
+      this.showSchema();
+    });
     form.addEventListener("submit", (event) => event.preventDefault());
-    form.addEventListener("reset", () => this.clearErrors());
+    form.addEventListener("reset", () => {
+      this.clearErrors();
+      setTimeout(() => this.showSchema());  // the event comes before the fields change
+    });
+    this.showSchema();
   }
 
   get system() {
     return this.form.elements.system.value.trim();
   }
 
-  /** The sampling fields of a request; empty ones are left to the model. FieldError: not a number. */
-  sampling() {
-    const sampling = {};
-    for (const {name, text} of FIELDS) {
+  /** The fields of a request; empty ones are left to the model. FieldError: what cannot be sent. */
+  fields() {
+    const {schema, ...form} = this.read(FORM.filter(({name}) => name !== "schema" || this.hasSchema));
+    return {...this.read(SAMPLING), ...formFields({...form, schema})};
+  }
+
+  read(fields) {
+    const found = {};
+    for (const {name, read} of fields) {
       const value = this.form.elements[name].value.trim();
-      if (value === "") continue;
-      if (text) sampling[name] = value.split("|");
-      else if (Number.isFinite(Number(value))) sampling[name] = Number(value);
-      else throw new FieldError(name, t("error.number"));
+      if (value !== "") found[name] = read(value, name);
     }
-    return sampling;
+    return found;
+  }
+
+  get hasSchema() {
+    return this.form.elements.response_format.value === "json_schema";
+  }
+
+  showSchema() {
+    this.form.querySelector("[data-field=schema]").hidden = !this.hasSchema;
+  }
+
+  offerExample() {
+    const {tools} = this.form.elements;
+    tools.before(say(el("button", {type: "button", class: "small", id: "example-tools", on: {click: () => {
+      tools.value = EXAMPLE_TOOLS;
+      mark(tools, null);
+      tools.focus();
+    }}}), "settings.tools.example"));
   }
 
   /** Shows an error at the field that it names; false where no field of this form is meant. */
   showError({param, message}) {
-    const input = this.form.elements[(param ?? "").split(/[.[]/)[0]];
+    const [name] = (param ?? "").split(/[.[]/);
+    const input = this.form.elements[name === "response_format" && this.hasSchema ? "schema" : name];
     if (!(input instanceof HTMLElement)) return false;
     mark(input, message);
     input.focus();
@@ -65,16 +74,8 @@ export class Settings {
   }
 }
 
-function field({name, value, placeholder, text}) {
-  const id = `field-${name}`;
-  const input = el("input", {id, name, value, placeholder, autocomplete: "off", inputmode: text ? "text" : "decimal",
-                             "aria-describedby": `${id}-error`});
-  return el("div", {class: "field"}, say(el("label", {for: id}), `settings.${name}`), input,
-            el("p", {id: `${id}-error`, class: "field-error", hidden: true}));
-}
-
 function mark(input, message) {
-  const place = byId(`${input.id}-error`);
+  const place = errorPlace(input);
   if (!place) return;
   if (message) input.setAttribute("aria-invalid", "true");
   else input.removeAttribute("aria-invalid");

@@ -1,11 +1,12 @@
-// A request as a person would write it: curl for a shell, Python for OpenAI's client. Files stand there by name, not
+// A request as a person would write it: curl for a shell, Python and JavaScript for OpenAI's clients. Files stand there by name, not
 // by their bytes; the key never stands there.
 
 const CHAT = "v1/chat/completions";
 const OPENAI_FIELDS = new Set(["model", "messages", "temperature", "top_p", "max_tokens", "seed", "stop", "stream",
-                               "presence_penalty", "frequency_penalty", "stream_options", "input"]);
+                               "presence_penalty", "frequency_penalty", "stream_options", "input", "tools",
+                               "tool_choice", "response_format", "reasoning_effort"]);
 
-/** {curl, python}. `makeBody(place)` builds the body and lets `place` say how a media item is written. */
+/** {curl, python, javascript}. `makeBody(place)` builds the body and lets `place` say how a media item is written. */
 export function snippets(path, makeBody, {withKey}) {
   const marks = new Map();  // what stands for a file in the body -> the attachment and its form
   const nonce = [...crypto.getRandomValues(new Uint8Array(8))].map((byte) => byte.toString(16)).join("");
@@ -16,7 +17,8 @@ export function snippets(path, makeBody, {withKey}) {
     return mark;
   };
   const body = makeBody(place);
-  return {curl: asCurl(path, body, marks, withKey), python: asPython(path, body, marks)};
+  return {curl: asCurl(path, body, marks, withKey), python: asPython(path, body, marks),
+          javascript: asJavaScript(path, body, marks)};
 }
 
 const address = (path) => new URL(path, document.baseURI).href;
@@ -81,12 +83,46 @@ function pythonCall(path, body, marks) {
   if (Object.keys(extra).length) rows.push(`    extra_body=${literal(extra, marks, "    ")},`);
   if (path === CHAT) {
     return ["stream = client.chat.completions.create(", ...rows, ")", "for chunk in stream:",
-            "    if chunk.choices and chunk.choices[0].delta.content:",
-            '        print(chunk.choices[0].delta.content, end="", flush=True)'];
+            "    for choice in chunk.choices:", "        delta = choice.delta",
+            '        print(getattr(delta, "reasoning", None) or delta.content or "", end="", flush=True)',
+            ...(body.tools ? ["        for call in delta.tool_calls or []:",
+                              '            print(call.function.name or "", call.function.arguments or "", flush=True)'] : [])];
   }
   if (path === "v1/embeddings" && body.input) {
     return ["answer = client.embeddings.create(", ...rows, ")", "print([row.embedding for row in answer.data])"];
   }
   const place = JSON.stringify(path.replace(/^v1/, ""));
   return [`answer = client.post(${place}, cast_to=object, body=${literal(body, marks, "")})`, "print(answer)"];
+}
+
+// JavaScript, for Node
+
+function asJavaScript(path, body, marks) {
+  const lines = ['import OpenAI from "openai";'];
+  if (marks.size) {
+    lines.push('import {readFileSync} from "node:fs";', "",
+               'const encoded = (name) => readFileSync(name).toString("base64");');
+  }
+  lines.push("", 'const apiKey = process.env.SENSORIUM_API_KEY ?? "none";',
+             `const client = new OpenAI({baseURL: ${JSON.stringify(address("v1"))}, apiKey});`);
+  let text = JSON.stringify(body, null, 2);
+  for (const [mark, item] of marks) text = text.replaceAll(JSON.stringify(mark), () => fileExpression(item));
+  return [...lines, ...javaScriptCall(path, body, text)].join("\n");
+}
+
+function javaScriptCall(path, body, text) {
+  if (path === CHAT) {
+    return [`const stream = await client.chat.completions.create(${text});`, "for await (const chunk of stream) {",
+            "  for (const {delta} of chunk.choices) {",
+            '    process.stdout.write(delta.reasoning || delta.content || "");',
+            ...(body.tools ? ["    for (const call of delta.tool_calls ?? []) {",
+                              "      console.log(call.function.name ?? \"\", call.function.arguments ?? \"\");", "    }"] : []),
+            "  }", "}"];
+  }
+  if (path === "v1/embeddings" && body.input) {
+    return [`const answer = await client.embeddings.create(${text});`,
+            "console.log(answer.data.map((row) => row.embedding));"];
+  }
+  const place = JSON.stringify(path.replace(/^v1/, ""));
+  return [`const answer = await client.post(${place}, {body: ${text}});`, "console.log(answer);"];
 }

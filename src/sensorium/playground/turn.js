@@ -1,29 +1,33 @@
 // One question and its answer as elements. Knows how they look, not where they come from.
 
 import {preview} from "./attachments.js";
+import {CallsView} from "./calls.js";
 import {el, icon} from "./dom.js";
 import {number, say, title} from "./i18n.js";
+import {ReasoningView} from "./reasoning.js";
 import {renderInto, spans} from "./render.js";
 
 const button = (name, iconName, click) => title(
   el("button", {type: "button", class: "quiet icon-only small", on: {click}}, icon(iconName)), name);
 
 export class TurnView {
-  /** `actions` are {edit, again, request}, called with the turn. */
+  /** `actions` are {edit, again, request, goOn}, called with the turn. */
   constructor(turn, actions) {
     this.turn = turn;
     this.media = turn.attachments.map(preview);
+    this.reasoning = new ReasoningView();
     this.body = el("div", {class: "text"});
+    this.calls = new CallsView(() => actions.goOn(turn));
     this.error = el("div", {class: "error", role: "alert", hidden: true});
     this.stats = el("ul", {class: "stats", hidden: true});
     this.tools = el("div", {class: "row tools", hidden: true}, button("turn.again", "again", () => actions.again(turn)),
                     button("turn.request", "code", () => actions.request(turn)));
-    this.question = el("div", {class: "question"}, say(el("h3", {class: "visually-hidden"}), "turn.you"),
+    this.question = el("div", {class: "question", hidden: Boolean(turn.results)}, say(el("h3", {class: "visually-hidden"}), "turn.you"),
                        ...(this.media.length ? [el("div", {class: "media"}, ...this.media)] : []),
                        ...(turn.text ? [el("p", {class: "text"}, turn.text)] : []),
                        el("div", {class: "row tools"}, button("turn.edit", "edit", () => actions.edit(turn))));
     this.answer = el("div", {class: "answer", "aria-busy": "true"}, say(el("h3", {class: "visually-hidden"}), "turn.model"),
-                     this.body, this.error, this.stats, this.tools);
+                     this.reasoning.node, this.body, this.calls.node, this.error, this.stats, this.tools);
     this.node = el("article", {class: "turn"}, this.question, this.answer);
     this.frame = 0;
   }
@@ -42,7 +46,9 @@ export class TurnView {
     this.answer.classList.toggle("running", running);
     this.answer.setAttribute("aria-busy", String(running));
     this.tools.hidden = running;
-    renderInto(this.body, answer.text);
+    this.reasoning.show(answer);
+    renderInto(this.body, this.turn.recipe.fields.response_format && answer.text ? asCode(answer.text) : answer.text);
+    this.calls.show(answer);
     this.showError();
     this.stats.hidden = running || !answer.usage;
     if (!this.stats.hidden) this.stats.replaceChildren(...facts(answer));
@@ -59,6 +65,9 @@ export class TurnView {
   }
 }
 
+/** JSON is shown as code. No line of it can end this fence. */
+const asCode = (json) => `\`\`\`\`\`\`json\n${json}`;
+
 /** Tokens, times and why it ended, as list items. */
 function facts(answer) {
   const {usage, timing} = answer;
@@ -70,7 +79,7 @@ function facts(answer) {
     ...media.map(([kind, tokens]) => [`stat.${kind}`, {tokens: number(tokens)}]),
     timing.firstMs === null ? null : ["stat.first", {seconds: number(timing.firstMs / 1000, 2)}],
     timing.perSecond === null ? null : ["stat.speed", {speed: number(timing.perSecond, 1)}],
-    ["stop", null, undefined].includes(answer.finish) ? null : [`stat.${answer.finish}`, {}],
+    ["stop", "tool_calls", null, undefined].includes(answer.finish) ? null : [`stat.${answer.finish}`, {}],
   ];
   return rows.filter(Boolean).map(([name, values]) => say(el("li", {data: {stat: name.slice(5)}}), name, values));
 }

@@ -145,7 +145,7 @@ def test_no_script_makes_markup_or_code_of_text(name: str) -> None:
         "setHTMLUnsafe",
     ):
         assert forbidden not in SCRIPTS[name]
-    for imported in re.findall(r'from "([^"]+)"', SCRIPTS[name]):
+    for imported in re.findall(r'^(?:import|export)\b[^;]*?(?:from|import) ?"([^"]+)"', SCRIPTS[name], re.M):
         assert imported.startswith("./")
         assert imported.removeprefix("./") in SCRIPTS
 
