@@ -66,7 +66,6 @@ EVERYWHERE: Mapping[str, Foreign] = {
     **_fields("functions function_call", (*NOTHING, "none", "auto"), "they are called `tools` and `tool_choice` here"),
     **_fields("modalities", (None, [], ["text"])),
     **_fields("spaces_between_special_tokens", (None, True)),
-    **_fields("thinking_token_budget", (None,)),
     **_fields(
         "extra_body", advice="it is an argument of OpenAI's Python client: put its entries beside the other fields"
     ),
@@ -121,12 +120,14 @@ ANSWERS: Mapping[str, Foreign] = {
     ),
     **_fields("penalize_nl penalize_newline", (None, True), "penalties count every token here"),
     **_fields(
-        "custom_logit_processor custom_params logits_processors banned_tokens banned_strings bantokens "
-        "custom_token_bans token_healing input_prefix"
+        "custom_logit_processor custom_params logits_processors banned_tokens bantokens custom_token_bans "
+        "token_healing input_prefix"
     ),
+    **_called("bad_words", "banned_strings", []),
+    **_called("logprob_token_ids", "token_ids_logprob", []),
     # what ends an answer, or goes along with it
     **_fields("n_indent t_max_predict_ms", (None, 0, -1)),
-    **_fields("return_tokens return_hidden_states return_routed_experts token_ids_logprob search_parameters"),
+    **_fields("return_tokens return_hidden_states return_routed_experts search_parameters"),
     **_fields("logprob_start_len", (None, -1)),
     **_fields("safe_prompt raw"),
 }
@@ -135,6 +136,7 @@ ANSWERS: Mapping[str, Foreign] = {
 COMPLETIONS: Mapping[str, Foreign] = {
     **ANSWERS,
     **TOOLS,
+    **_fields("thinking_token_budget", (None,), "it goes with chats"),
     **_called("max_tokens", "n_predict num_predict max_new_tokens max_output_tokens max_length"),
 }
 """Here `max_tokens` is 16 by default: -1, for as many as there is room for, asks for something."""
