@@ -47,6 +47,7 @@ _UNPACKED = "its entries are fields of their own here, beside `messages` or `pro
 _FIXED = "temperature, `top_k`, `top_p` and `min_p` are the samplers here, in this order"
 
 TOOLS: Mapping[str, Foreign] = {
+    **_fields("thinking_token_budget", (None,), "it goes with chats"),
     **_fields("tools", advice="tools go with chats"),
     **_fields("tool_choice", (None, "none", "auto"), "tools go with chats"),
 }
