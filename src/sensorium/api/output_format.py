@@ -11,6 +11,7 @@ from sensorium.api.protocol.content import Conversation
 from sensorium.api.protocol.tools import ToolFields
 from sensorium.errors import UnsupportedFieldError
 from sensorium.prompt.formats.base import OutputFormat, Scanner, ToolChoice
+from sensorium.prompt.formats.stream import FirstCall
 from sensorium.prompt.forms import Form
 from sensorium.prompt.grammars import either
 from sensorium.serving.generation import GenerationRequest
@@ -53,7 +54,8 @@ async def with_format(
     )
 
     def scanner() -> Scanner:
-        return found.scanner(tail, tools)
+        made = found.scanner(tail, tools)
+        return FirstCall(made) if request.parallel_tool_calls is False else made
 
     return replace(
         asked,

@@ -118,15 +118,15 @@ def style_of(source: str, outputs: Iterator[str], *, takes_strings: bool) -> Too
 
 
 def _header(before: str, after: str) -> str:
-    """What a prompt for the assistant's turn has at its end, up to reasoning that is opened there."""
+    """What a prompt for the assistant's turn has at its end, up to a tag of reasoning there."""
     pairs = zip(before, after, strict=False)
     same = next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(before), len(after)))
     token = after.rfind("<", 0, same)
     if token >= 0 and ">" not in after[token:same]:  # two tokens that begin alike
         same = token
     added = after[same:]
-    starts = [at for think in THINKING.values() if (at := added.find(think.start.strip())) >= 0]
-    return added[: min(starts, default=len(added))]
+    tags = [tag for think in THINKING.values() for tag in (think.start.strip(), think.end)]
+    return added[: min((at for tag in tags if (at := added.find(tag)) >= 0), default=len(added))]
 
 
 def _after(output: str, header: str) -> str:

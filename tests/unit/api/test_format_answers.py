@@ -110,6 +110,16 @@ async def test_a_call_that_max_tokens_cuts_ends_with_length() -> None:
     assert (calls[0]["arguments"], reason) == ('{"text": "a}</tool_ca', "length")
 
 
+async def test_one_call_where_no_more_are_wanted() -> None:
+    async with saying(TWO_CALLS) as served:
+        options: dict[str, Any] = {"messages": ASK, "tools": [WEATHER, TIME], "parallel_tool_calls": False}
+        plain = (await chat(served.port, **options)).json["choices"][0]["message"]
+        streamed = events((await chat(served.port, stream=True, **options)).body)
+    _, calls, reason = gathered([event for event in streamed if event != "[DONE]"])
+    assert [call["function"]["name"] for call in plain["tool_calls"]] == ["get_weather"]
+    assert ([call["name"] for call in calls], reason) == (["get_weather"], "tool_calls")
+
+
 async def test_tools_and_history_reach_the_template() -> None:
     messages = [
         *ASK,

@@ -22,6 +22,11 @@ TOOLS = [
         "function": {"name": "get_weather", "description": None, "strict": True, "parameters": {"type": "object"}},
     }
 ]
+SWITCHED = (
+    "{% for message in messages %}<|{{ message.role | capitalize }}|>{{ message.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|Assistant|>{{ '<think>' if thinking else '</think>' }}{% endif %}"
+)
+"""Thinking that is off unless it is asked for."""
 ASK = Message("user", (TextPart("Weather?"),))
 
 
@@ -183,6 +188,9 @@ def test_foreign_words_in_tools_and_results_are_no_tokens() -> None:
             {"kwargs": {"enable_thinking": False}},
             "<|im_start|>assistant\n<think>\n\n</think>\n\n",
         ),
+        (SWITCHED, {}, "<|Assistant|></think>"),
+        (SWITCHED, {"kwargs": {"thinking": True}}, "<|Assistant|><think>"),
+        (SWITCHED, {"kwargs": {"enable_thinking": True}}, "<|Assistant|><think>"),
         (tool_templates.HARMONY, {}, "<|start|>assistant"),
         (tool_templates.PHI4, {}, "<|assistant|>"),
         (tool_templates.MISTRAL, {}, ""),

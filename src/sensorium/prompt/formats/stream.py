@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sensorium.prompt.formats.base import Delta
+from sensorium.prompt.formats.base import Arguments, Call, Delta, Scanner
 from sensorium.prompt.formats.reader import Reader, Steps
 from sensorium.prompt.formats.sink import Sink
 
@@ -42,3 +42,28 @@ class StreamScanner:
     @property
     def in_reasoning(self) -> bool:
         return self._sink.in_reasoning
+
+
+class FirstCall:
+    """A scanner that leaves out every call but the first: `parallel_tool_calls` is false."""
+
+    def __init__(self, scanner: Scanner) -> None:
+        self._scanner = scanner
+
+    def push(self, text: str) -> list[Delta]:
+        return _without_later_calls(self._scanner.push(text))
+
+    def finish(self, *, complete: bool) -> list[Delta]:
+        return _without_later_calls(self._scanner.finish(complete=complete))
+
+    @property
+    def in_call(self) -> bool:
+        return self._scanner.in_call
+
+    @property
+    def in_reasoning(self) -> bool:
+        return self._scanner.in_reasoning
+
+
+def _without_later_calls(deltas: list[Delta]) -> list[Delta]:
+    return [delta for delta in deltas if not isinstance(delta, Call | Arguments) or delta.index == 0]
