@@ -137,7 +137,6 @@ ANSWERS: Mapping[str, Foreign] = {
 COMPLETIONS: Mapping[str, Foreign] = {
     **ANSWERS,
     **TOOLS,
-    **_fields("thinking_token_budget", (None,), "it goes with chats"),
     **_called("max_tokens", "n_predict num_predict max_new_tokens max_output_tokens max_length"),
 }
 """Here `max_tokens` is 16 by default: -1, for as many as there is room for, asks for something."""
