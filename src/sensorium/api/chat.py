@@ -101,7 +101,7 @@ class ChatCompletion(Chat):
 
     async def answer(self, work: Work, generation: Generation) -> None:
         request, entry = self.request, work.entry
-        head = StreamHead(work.call.answer_id("chatcmpl"), int(time.time()), request.model or entry.name)
+        head = StreamHead(work.call.answer_id("chatcmpl-"), int(time.time()), request.model or entry.name)
         if request.stream:
             await self._stream(work, generation, head)
             return

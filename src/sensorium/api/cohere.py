@@ -25,7 +25,7 @@ async def cohere_embed(service: Service, call: Call) -> None:
         forms: list[Form] = list(dict.fromkeys(request.embedding_types or [])) or ["float"]
         embeddings = await written_in_time(lambda: _embeddings(pooled, forms, by_type=by_type), pooled.vectors)
         answer: dict[str, Any] = {
-            "id": call.answer_id("embd"),
+            "id": call.answer_id("embd-"),
             "texts": request.texts or [],
             "embeddings": msgspec.Raw(embeddings),
             "meta": _meta(pooled, version=call.path[2:3]),

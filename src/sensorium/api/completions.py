@@ -71,7 +71,7 @@ class _Completion:
 
     async def answer(self, work: Work, generation: Generation) -> None:
         request, entry = self._request, work.entry
-        head = StreamHead(work.call.answer_id("cmpl"), int(time.time()), request.model or entry.name)
+        head = StreamHead(work.call.answer_id("cmpl-"), int(time.time()), request.model or entry.name)
         echoes = await _echoes(entry, request, [prompt for prompt, _ in generation.request.prompts])
         writers = [
             _ChoiceWriter(entry, request, choice, echoes[choice.index // request.choices])

@@ -56,7 +56,7 @@ class Response(Chat):
     def __init__(self, body: ResponsesRequest, service: Service, call: Call) -> None:
         super().__init__(body.chat(service.limits, service.server, service.unknown))
         self._body = body.model_copy(update={"input": ""})  # media in base64 are not kept
-        self._id = call.answer_id("resp")
+        self._id = call.answer_id("resp_")
         self._created = int(time.time())
 
     async def prepare(self, work: Work) -> GenerationRequest:

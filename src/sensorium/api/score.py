@@ -83,7 +83,7 @@ def _ranking(job: Job[RerankRequest], pooled: Pooled, scores: list[float], best:
     usage = {"prompt_tokens": pooled.prompt_tokens, "total_tokens": pooled.prompt_tokens}
     meta = {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}}
     return {
-        "id": call.answer_id("rerank"),
+        "id": call.answer_id("rerank-"),
         "model": job.model_name,
         "usage": usage,
         "results": rows,

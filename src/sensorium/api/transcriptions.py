@@ -110,7 +110,7 @@ def _check_hears(entry: Entry) -> None:
 async def _stream(work: Work, request: AudioRequest, generation: Generation) -> None:
     """Events for two kinds of clients in one: vLLM's read `choices`, OpenAI's `type` and `delta`, or `text` at the
     end."""
-    head = StreamHead(work.call.answer_id("trsc"), int(time.time()), request.model or work.entry.name)
+    head = StreamHead(work.call.answer_id("trsc-"), int(time.time()), request.model or work.entry.name)
     include_usage = bool(request.stream_include_usage)
     runs_usage = include_usage and request.stream_continuous_usage_stats
     frames = Frames(

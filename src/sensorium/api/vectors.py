@@ -102,7 +102,7 @@ async def _respond_bytes(call: Call, pooled: Pooled, kind: Kind, model: str, bod
         rows.append({**row, "shape": vector.shape})
     headers = []
     if body.encoding_format == "bytes":
-        head = {"id": call.answer_id(kind.prefix), "created": int(time.time()), "model": model}
+        head = {"id": call.answer_id(f"{kind.prefix}-"), "created": int(time.time()), "model": model}
         metadata = json.dumps({**head, "data": rows, "usage": usage_object(pooled)}).encode("ascii")
         if len(metadata) > MAX_METADATA_BYTES:
             raise RequestError(
@@ -128,5 +128,5 @@ async def written_in_time(data: Callable[[], bytes], vectors: Sequence[NDArray[n
 
 def envelope(call: Call, prefix: str, model: str, data: bytes, usage: dict[str, object]) -> bytes:
     """What all lists have around their data."""
-    head = _encode({"id": call.answer_id(prefix), "object": "list", "created": int(time.time()), "model": model})
+    head = _encode({"id": call.answer_id(f"{prefix}-"), "object": "list", "created": int(time.time()), "model": model})
     return head[:-1] + b',"data":' + data + b',"usage":' + _encode(usage) + b"}"

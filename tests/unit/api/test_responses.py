@@ -152,6 +152,7 @@ async def test_the_official_client(served: Served) -> None:
     found = await client.responses.create(
         model="tiny", input="hi", instructions="x", include=["message.output_text.logprobs"], metadata={"a": "b"}
     )
+    assert found.id.startswith("resp_")
     assert (found.output_text, found.status, found.metadata) == (ANSWER, "completed", {"a": "b"})
     usage = found.usage
     assert usage is not None

@@ -116,8 +116,9 @@ class Call:
             self.request_id = name
 
     def answer_id(self, prefix: str) -> str:
-        """An id for what is answered: of the name that the body gives the request, else a random one."""
-        return f"{prefix}-{self._name or secrets.token_hex(12)}"
+        """An id for what is answered, after a prefix with its hyphen or underscore: of the name that the body gives the
+        request, else a random one."""
+        return prefix + (self._name or secrets.token_hex(12))
 
     def _echoed_id(self) -> str:
         value = self.header(b"x-request-id")
