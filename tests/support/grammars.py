@@ -34,7 +34,7 @@ class GrammarBench:
         ids = self._raw.encode(beginning).ids
         return bool(self._matcher(grammar).try_consume_tokens(ids) == len(ids))
 
-    def sampled(self, grammar: str, seed: int, longest: int = 400) -> str | None:
+    def sampled(self, grammar: str, seed: int, longest: int = 250) -> str | None:
         """An answer by chance, drawn to ends and brackets; None if it is not over in so many tokens."""
         matcher, draw = self._matcher(grammar), random.Random(seed)
         ids: list[int] = []

@@ -13,7 +13,7 @@ from support.output_formats import NAMES, WRITERS, named, pieces, read
 
 from sensorium.prompt.formats.catalogue import SYNTAXES
 
-EXAMPLES = settings(max_examples=15, deadline=None)
+EXAMPLES = settings(max_examples=6, deadline=None)
 THINKING = ["none", "think", "mistral", "gemma4", "granite"]
 JUNK = [
     '{"name": "get_weather", "arguments": {"city": "',

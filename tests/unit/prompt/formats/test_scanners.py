@@ -442,7 +442,7 @@ def test_time_grows_with_the_text_alone(name: str, unit: str) -> None:
     form = named(name, "think")
     begin = time.process_time()
     scanner = form.scanner("", TOOLS)
-    for _ in range(3000):
+    for _ in range(1200):
         scanner.push(unit)
     scanner.finish(complete=True)
     assert time.process_time() - begin < 5
