@@ -41,8 +41,8 @@ async def test_every_path_needs_the_key_but_the_literal_few() -> None:
     public |= {
         f"/playground/{name}.js"
         for name in (
-            "api attachments capture chat compare conversation dialogs dom i18n main metrics plot render "
-            "samples server "
+            "answer api attachments calls capture chat compare conversation dialogs dom fields i18n main metrics plot "
+            "reasoning render samples server "
             "settings snippets sse store theme turn wav words"
         ).split()
     }
