@@ -67,8 +67,8 @@ def test_tool_calls_are_shown_as_they_come_and_answered(page: Page) -> None:
     expect(turn.locator(".call .name")).to_have_text("get_weather")
     expect(turn.locator(".call pre")).to_have_text('{"city": "Bo')
     assert turn.locator("[data-i18n='call.send']").is_hidden()
-    feed(page, arguments(0, 'nn"}'), call(1, MARKUP, "call_b"), arguments(1, "{}"), finish="tool_calls")
-    expect(turn.locator(".call pre")).to_have_text(['{"city": "Bonn"}', "{}"])
+    feed(page, arguments(0, 'nn"}'), call(1, MARKUP, "call_b"), arguments(1, MARKUP), finish="tool_calls")
+    expect(turn.locator(".call pre")).to_have_text(['{"city": "Bonn"}', MARKUP])
     expect(turn.locator(".call .name").last).to_have_text(MARKUP)
     expect(page.locator("#announcer")).to_have_text(f"The model calls tools: get_weather, {MARKUP}.")
     turn.locator(".call textarea").first.fill("12 degrees")
@@ -78,7 +78,7 @@ def test_tool_calls_are_shown_as_they_come_and_answered(page: Page) -> None:
     first, second = page.evaluate("window.asked")
     assert first["tools"][0]["function"]["name"] == "get_weather"
     assert first["tool_choice"] == second["tool_choice"] == "auto"
-    made = [("call_a", "get_weather", '{"city": "Bonn"}'), ("call_b", MARKUP, "{}")]
+    made = [("call_a", "get_weather", '{"city": "Bonn"}'), ("call_b", MARKUP, MARKUP)]
     assert second["messages"] == [
         *first["messages"],
         {
@@ -108,6 +108,7 @@ def test_tool_calls_are_shown_as_they_come_and_answered(page: Page) -> None:
     answered(page, 2)
     expect(page.locator(".turn")).to_have_count(2)
     assert page.evaluate("window.asked.at(-1).messages[2].content") == "30 degrees"
+    assert page.locator(".turn img").count() == 0  # what a model calls is text
 
 
 def test_calls_without_results_are_not_told_again(page: Page) -> None:
@@ -224,8 +225,9 @@ class OpenAI:
 
     def create(self, extra_body=None, **body):
         print(json.dumps({**body, **(extra_body or {})}))
-        called = Part(function=Part(name="get_weather", arguments=None))
-        for fields in ({"reasoning": "Hm."}, {"content": "Yes."}, {"tool_calls": [called]}):
+        pieces = (("get_weather", None), (None, '{"a":'), (None, "1}"))
+        calls = [Part(function=Part(name=name, arguments=piece)) for name, piece in pieces]
+        for fields in ({"reasoning": "Hm."}, {"content": "Yes."}, *({"tool_calls": [call]} for call in calls)):
             delta = Part(**{"content": None, "tool_calls": None, **fields})
             yield Part(choices=[Part(delta=delta)])
         yield Part(choices=[])
@@ -234,8 +236,9 @@ JAVASCRIPT_CLIENT = """
 export default class {
     chat = {completions: {create: async (body) => {
         console.log(JSON.stringify(body));
-        const call = {function: {name: "get_weather"}};
-        const deltas = [{reasoning: "Hm."}, {content: "Yes."}, {tool_calls: [call]}];
+        const calls = [{name: "get_weather"}, {arguments: '{"a":'}, {arguments: "1}"}];
+        const deltas = [{reasoning: "Hm."}, {content: "Yes."},
+                        ...calls.map((called) => ({tool_calls: [{function: called}]}))];
         return [...deltas.map((delta) => ({choices: [{delta}]})), {choices: []}];
     }}};
 }
@@ -292,4 +295,4 @@ def test_the_code_of_a_request_says_the_same(page: Page, files: Path, tmp_path: 
     assert body == sent
     assert [message["role"] for message in body["messages"]] == ["user", "assistant", "tool"]
     if language != "curl":
-        assert printed[end:].split() == ["Hm.Yes.get_weather"]
+        assert printed[end:].split() == ["Hm.Yes.", "get_weather", '{"a":1}']

@@ -98,7 +98,7 @@ function edit(turn) {
 
 // Answering
 
-/** Ask the model for an answer to `turn`, which is new or is asked once more. What came after `before` and it is gone. */
+/** Ask for an answer to `turn`, which is new or is asked once more. What came after `before` and it is gone. */
 async function answer(turn, before = turns) {
   notice(byId("notice"));
   settings.clearErrors();

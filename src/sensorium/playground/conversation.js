@@ -34,7 +34,7 @@ export function chatBody(recipe, place = inline) {
   return {model: recipe.model, messages, ...recipe.fields, stream: true, stream_options: {include_usage: true}};
 }
 
-/** A message as the API has it. `message` is {role, text, attachments, reasoning, calls, callId}, all but two optional. */
+/** A message as the API has it. Of {role, text, attachments, reasoning, calls, callId} all but two are optional. */
 function written({role, text, attachments = [], reasoning, calls = [], callId}, place) {
   const content = attachments.length ? contentParts(text, attachments, place) : text;
   const message = {role, content: calls.length && !text ? null : content};

@@ -65,7 +65,8 @@ function tools(value, name) {
 
 function schema(value, name) {
   const found = json(value, name);
-  if (found === null || typeof found !== "object" || Array.isArray(found)) throw new FieldError(name, t("error.schema"));
+  const isObject = found !== null && typeof found === "object" && !Array.isArray(found);
+  if (!isObject) throw new FieldError(name, t("error.schema"));
   return found;
 }
 

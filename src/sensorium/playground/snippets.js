@@ -1,5 +1,5 @@
-// A request as a person would write it: curl for a shell, Python and JavaScript for OpenAI's clients. Files stand there by name, not
-// by their bytes; the key never stands there.
+// A request as a person would write it: curl for a shell, Python and JavaScript for OpenAI's clients. Files stand
+// there by name, not by their bytes; the key never stands there.
 
 const CHAT = "v1/chat/completions";
 const OPENAI_FIELDS = new Set(["model", "messages", "temperature", "top_p", "max_tokens", "seed", "stop", "stream",
@@ -76,6 +76,12 @@ function asPython(path, body, marks) {
   return [...lines, ...pythonCall(path, body, marks)].join("\n");
 }
 
+const PYTHON_CALLS = [
+  "        for call in delta.tool_calls or []:",
+  '            name = f"\\n{call.function.name} " if call.function.name else ""',
+  '            print(name + (call.function.arguments or ""), end="", flush=True)',
+];
+
 function pythonCall(path, body, marks) {
   const named = Object.entries(body).filter(([name]) => OPENAI_FIELDS.has(name));
   const extra = Object.fromEntries(Object.entries(body).filter(([name]) => !OPENAI_FIELDS.has(name)));
@@ -85,8 +91,7 @@ function pythonCall(path, body, marks) {
     return ["stream = client.chat.completions.create(", ...rows, ")", "for chunk in stream:",
             "    for choice in chunk.choices:", "        delta = choice.delta",
             '        print(getattr(delta, "reasoning", None) or delta.content or "", end="", flush=True)',
-            ...(body.tools ? ["        for call in delta.tool_calls or []:",
-                              '            print(call.function.name or "", call.function.arguments or "", flush=True)'] : [])];
+            ...(body.tools ? PYTHON_CALLS : [])];
   }
   if (path === "v1/embeddings" && body.input) {
     return ["answer = client.embeddings.create(", ...rows, ")", "print([row.embedding for row in answer.data])"];
@@ -110,14 +115,18 @@ function asJavaScript(path, body, marks) {
   return [...lines, ...javaScriptCall(path, body, text)].join("\n");
 }
 
+const JAVASCRIPT_CALLS = [
+  "    for (const {function: call} of delta.tool_calls ?? []) {",
+  '      process.stdout.write((call.name ? `\\n${call.name} ` : "") + (call.arguments ?? ""));',
+  "    }",
+];
+
 function javaScriptCall(path, body, text) {
   if (path === CHAT) {
     return [`const stream = await client.chat.completions.create(${text});`, "for await (const chunk of stream) {",
             "  for (const {delta} of chunk.choices) {",
             '    process.stdout.write(delta.reasoning || delta.content || "");',
-            ...(body.tools ? ["    for (const call of delta.tool_calls ?? []) {",
-                              "      console.log(call.function.name ?? \"\", call.function.arguments ?? \"\");", "    }"] : []),
-            "  }", "}"];
+            ...(body.tools ? JAVASCRIPT_CALLS : []), "  }", "}"];
   }
   if (path === "v1/embeddings" && body.input) {
     return [`const answer = await client.embeddings.create(${text});`,
