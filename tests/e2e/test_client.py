@@ -444,7 +444,7 @@ def test_other_errors(client: OpenAI) -> None:
         client.models.retrieve("gpt-4o")
     for call in (
         lambda: client.images.generate(prompt="x", model=MODEL),
-        lambda: client.responses.create(model=MODEL, input="x"),
+        lambda: client.responses.retrieve("resp_1"),
         lambda: client.moderations.create(input="x"),
         client.files.list,
     ):

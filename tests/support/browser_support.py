@@ -56,7 +56,7 @@ def say(page: Page, text: str) -> None:
 def answered(page: Page, number: int = 1) -> Locator:
     """The turn of that number, once its answer has ended well."""
     turn = page.locator(".turn").nth(number - 1)
-    expect(turn.locator("[data-stat=tokens]")).to_be_visible(timeout=20_000)
+    expect(turn.locator("[data-stat=tokens]")).to_be_visible(timeout=60_000)
     expect(turn.locator(".answer")).to_have_attribute("aria-busy", "false")
     return turn
 

@@ -56,6 +56,11 @@ class Turns:
             if not future.cancel():
                 await asyncio.wait([waiting])
             raise
+        finally:
+            del (
+                future,
+                waiting,
+            )  # they keep the error, the error this frame: such a circle would hold the request's media
 
     async def take(self, tenant: bytes, places: int = 1) -> None:
         """Wait for so many places, at most a tenant's. They must be given back."""

@@ -29,6 +29,7 @@ from sensorium.system.processes import resident_bytes
 
 LIMITS = Limits()
 CHAT = '"messages":[{"role":"user","content":"hi"}]'
+OTHER_FORMS = ("/api/", "/v1/messages")
 ENDPOINTS = sorted({route.path for route in ROUTES if route.body is not None and route.file is None})
 
 
@@ -156,7 +157,11 @@ async def test_many_small_values_are_refused_while_they_arrive(port: int, piece:
 async def test_every_endpoint_counts(port: int, path: str) -> None:
     for field in ("messages", "input", "documents", "logit_bias", "metadata", "anything"):
         reply = await post(port, path, b'{"%b":[%b]}' % (field.encode(), b",".join([b"[]"] * 70_000)))
-        assert (reply.status, reply.error["code"], reply.error["param"]) == (400, "too_many_values", field), path
+        assert reply.status == 400, path
+        if path.startswith(OTHER_FORMS):  # their errors have no place for a code or a field
+            assert f"the last of them in `{field}`" in reply.body.decode(), path
+        else:
+            assert (reply.error["code"], reply.error["param"]) == ("too_many_values", field), path
 
 
 async def worst_answer(port: int, work: asyncio.Task[Any]) -> float:

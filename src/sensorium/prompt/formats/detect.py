@@ -191,17 +191,43 @@ def _guesses(evidence: Evidence) -> list[str]:
 
 def _dialect(name: str, written: Sequence[str]) -> str:
     """Of formats that read each other's calls, the one that writes them as the template does."""
-    text = "".join("".join(written).split())
-    if name in ("mistral", "mistral_list"):
-        is_list = "[TOOL_CALLS][" in text and "[TOOL_CALLS][ARGS]" not in text
-        return "mistral_list" if is_list else "mistral" if "[ARGS]" in text else "mistral_v11"
-    if name in ("hermes", "granite") and "<tool_call>[" in text:
-        return "granite"
-    if name in ("deepseek_v3", "deepseek_v31"):
-        return "deepseek_v3" if "```json" in text else "deepseek_v31"
-    if name == "glm" and not any("probe_tool\n" in one for one in written):
-        return "glm47"
-    return name
+    choose = _DIALECTS.get(name)
+    return name if choose is None else choose(name, written)
+
+
+def _mistral(_name: str, written: Sequence[str]) -> str:
+    text = _joined(written)
+    if "[TOOL_CALLS][" in text and "[TOOL_CALLS][ARGS]" not in text:
+        return "mistral_list"
+    return "mistral" if "[ARGS]" in text else "mistral_v11"
+
+
+def _listed(name: str, written: Sequence[str]) -> str:
+    return "granite" if "<tool_call>[" in _joined(written) else name
+
+
+def _deepseek(_name: str, written: Sequence[str]) -> str:
+    return "deepseek_v3" if "```json" in _joined(written) else "deepseek_v31"
+
+
+def _glm(name: str, written: Sequence[str]) -> str:
+    return name if any("probe_tool\n" in one for one in written) else "glm47"
+
+
+def _joined(written: Sequence[str]) -> str:
+    """Everything that was written, without white space."""
+    return "".join("".join(written).split())
+
+
+_DIALECTS: Mapping[str, Callable[[str, Sequence[str]], str]] = {
+    "mistral": _mistral,
+    "mistral_list": _mistral,
+    "hermes": _listed,
+    "granite": _listed,
+    "deepseek_v3": _deepseek,
+    "deepseek_v31": _deepseek,
+    "glm": _glm,
+}
 
 
 # Reasoning.
