@@ -251,7 +251,7 @@ def test_r5_room_for_two_and_a_half(tmp_path: Path) -> None:
 
 def test_a_full_queue_says_so_at_once(tmp_path: Path) -> None:
     with live(tmp_path, "--max-num-seqs", "2", "--max-waiting", "2") as server:
-        futures = together(server, [body(place, max_tokens=2000) for place in range(4)])
+        futures = together(server, [body(place, max_tokens=500) for place in range(4)])
         until(lambda: server.metric("vllm:num_requests_running") + server.metric("vllm:num_requests_waiting") == 4)
         for path, fields in ((CHAT, body()), ("/v1/completions", {"prompt": "a", "n": 2})):
             reply = server.post(path, fields)
@@ -341,7 +341,7 @@ def test_r9_two_hundred_clients_that_leave(demo: Live) -> None:
 
 def test_r13_streams_end_before_the_server_does(tmp_path: Path) -> None:
     with live(tmp_path, "--drain-timeout-s", "120") as server:  # without the native kernels it takes a minute
-        futures = together(server, [body(place, max_tokens=1500) for place in range(STREAMS)])
+        futures = together(server, [body(place, max_tokens=400) for place in range(STREAMS)])
         until(lambda: server.metric("vllm:num_requests_running") == STREAMS)
         server.server.process.send_signal(signal.SIGTERM)
         until(lambda: status_of(raw(server.port, b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n")) == 503)

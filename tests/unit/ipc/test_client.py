@@ -372,7 +372,7 @@ async def main():
     await client.wait_ready()
     pid = client.pid
     for _ in range(2):
-        stream = client.submit(replace(request(random_prompt(1, 20), 1900), id=client.next_id()))
+        stream = client.submit(replace(request(random_prompt(1, 20), 300), id=client.next_id()))
         await anext(stream)
         print(pid, flush=True)
         async for output in stream:
