@@ -5,6 +5,7 @@ import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
 import { generateObject, generateText, stepCountIs, streamText, tool } from "ai";
 import { z } from "zod";
 
+globalThis.AI_SDK_LOG_WARNINGS = false; // it prints them where the checks are printed
 const baseURL = process.env.OPENAI_BASE_URL;
 const TEXT = "Grüße, world! 🙂 ok";
 const openai = createOpenAI({ baseURL, apiKey: "none" });
