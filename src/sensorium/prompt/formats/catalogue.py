@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from sensorium.prompt.formats.composed import Think
 from sensorium.prompt.formats.json_calls import JsonCalls
@@ -14,6 +15,21 @@ from sensorium.prompt.formats.xml_calls import XmlCalls
 
 HARMONY = "harmony"
 _TAGGED = ("<tool_call>", "</tool_call>")
+
+_GLM = XmlCalls(
+    block_start="<tool_call>",
+    block_end="</tool_call>",
+    call_start="",
+    name_end="\n",
+    call_end="</tool_call>",
+    key_start="<arg_key>",
+    key_end="</arg_key>",
+    value_start="<arg_value>",
+    value_end="</arg_value>",
+)
+_DEEPSEEK = SectionCalls(
+    "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
+)
 
 SYNTAXES: Mapping[str, Syntax] = {
     "hermes": JsonCalls(
@@ -45,44 +61,10 @@ SYNTAXES: Mapping[str, Syntax] = {
     ),
     "gemma4": GemmaCalls("<|tool_call>", "<tool_call|>", Gemma('<|"|>')),
     "functiongemma": GemmaCalls("<start_function_call>", "<end_function_call>", Gemma("<escape>")),
-    "glm": XmlCalls(
-        block_start="<tool_call>",
-        block_end="</tool_call>",
-        call_start="",
-        name_end="\n",
-        call_end="</tool_call>",
-        key_start="<arg_key>",
-        key_end="</arg_key>",
-        value_start="<arg_value>",
-        value_end="</arg_value>",
-    ),
-    "glm47": XmlCalls(
-        block_start="<tool_call>",
-        block_end="</tool_call>",
-        call_start="",
-        name_end="",
-        call_end="</tool_call>",
-        key_start="<arg_key>",
-        key_end="</arg_key>",
-        value_start="<arg_value>",
-        value_end="</arg_value>",
-        line="",
-    ),
-    "deepseek_v3": SectionCalls(
-        "<｜tool▁calls▁begin｜>",
-        "<｜tool▁calls▁end｜>",
-        "<｜tool▁call▁begin｜>",
-        "<｜tool▁sep｜>",
-        "<｜tool▁call▁end｜>",
-        is_fenced=True,
-    ),
-    "deepseek_v31": SectionCalls(
-        "<｜tool▁calls▁begin｜>",
-        "<｜tool▁calls▁end｜>",
-        "<｜tool▁call▁begin｜>",
-        "<｜tool▁sep｜>",
-        "<｜tool▁call▁end｜>",
-    ),
+    "glm": _GLM,
+    "glm47": replace(_GLM, name_end="", line=""),
+    "deepseek_v3": replace(_DEEPSEEK, is_fenced=True),
+    "deepseek_v31": _DEEPSEEK,
     "deepseek_dsml": XmlCalls(
         block_start="<｜DSML｜function_calls>",
         block_end="</｜DSML｜function_calls>",

@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from sensorium.prompt.formats.reader import Emit, Reader, Steps, marks
 from sensorium.prompt.formats.typed import escaped
+
+Value = Callable[[Reader, Emit, int], Steps[bool]]
+"""Reads one value at a depth; False where it is cut or is no value."""
+Key = Callable[[Reader, int], Steps[str | None]]
+"""Reads one key, as JSON; None where it is cut or is no key."""
 
 MAX_DEPTH = 48
 _NUMBER = re.compile(r"[+-]?([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,6})?")
@@ -46,9 +52,9 @@ class Python:
         if char in "\"'":
             return (yield from self._strings(reader, emit))
         if char in "[(":
-            return (yield from self._items(reader, emit, "]" if char == "[" else ")", depth))
+            return (yield from _items(self.value, reader, emit, "]" if char == "[" else ")", depth))
         if char == "{":
-            return (yield from self._members(reader, emit, depth))
+            return (yield from _members(self._key, self.value, reader, emit, depth))
         word = yield from reader.word()
         if not word:
             return False
@@ -59,48 +65,15 @@ class Python:
         emit(scalar(word))
         return True
 
-    def _items(self, reader: Reader, emit: Emit, end: str, depth: int) -> Steps[bool]:
-        yield from reader.next()
-        emit("[")
-        is_first = True
-        while True:
-            yield from reader.skip_space()
-            if (yield from reader.accept(end)):
-                emit("]")
-                return True
-            if not is_first:
-                emit(", ")
-            is_first = False
-            if not (yield from self.value(reader, emit, depth + 1)):
-                return False
-            yield from reader.skip_space()
-            if not (yield from reader.accept(",")) and (yield from reader.peek()) != end:
-                return False
-
-    def _members(self, reader: Reader, emit: Emit, depth: int) -> Steps[bool]:
-        yield from reader.next()
-        emit("{")
-        is_first = True
-        while True:
-            yield from reader.skip_space()
-            if (yield from reader.accept("}")):
-                emit("}")
-                return True
-            key: list[str] = []
-            if not (yield from self.value(reader, key.append, depth + 1)):
-                return False
-            yield from reader.skip_space()
-            if not (yield from reader.accept(":")):
-                return False
-            name = "".join(key)
-            name = name if name.startswith('"') else json.dumps(name, ensure_ascii=False)
-            emit(f"{'' if is_first else ', '}{name}: ")
-            is_first = False
-            if not (yield from self.value(reader, emit, depth + 1)):
-                return False
-            yield from reader.skip_space()
-            if not (yield from reader.accept(",")) and (yield from reader.peek()) != "}":
-                return False
+    def _key(self, reader: Reader, depth: int) -> Steps[str | None]:
+        held: list[str] = []
+        if not (yield from self.value(reader, held.append, depth)):
+            return None
+        yield from reader.skip_space()
+        if not (yield from reader.accept(":")):
+            return None
+        name = "".join(held)
+        return name if name.startswith('"') else json.dumps(name, ensure_ascii=False)
 
     def _strings(self, reader: Reader, emit: Emit, *, is_raw: bool = False) -> Steps[bool]:
         """A string, or several that stand side by side."""
@@ -169,7 +142,7 @@ class Gemma:
         if char == "{":
             return (yield from self.members(reader, emit, depth))
         if char == "[":
-            return (yield from self._items(reader, emit, depth))
+            return (yield from _items(self.value, reader, emit, "]", depth))
         held: list[str] = []
         mark = yield from reader.until(marks(",", "}", "]"), held.append, keep=True)
         if mark is not None:
@@ -178,48 +151,61 @@ class Gemma:
 
     def members(self, reader: Reader, emit: Emit, depth: int = 0) -> Steps[bool]:
         """An object; its brace comes next."""
-        yield from reader.next()
-        emit("{")
-        is_first = True
-        while True:
-            yield from reader.skip_space()
-            if (yield from reader.accept("}")):
-                emit("}")
-                return True
-            key = yield from self._key(reader)
-            if key is None:
-                return False
-            emit(f"{'' if is_first else ', '}{json.dumps(key, ensure_ascii=False)}: ")
-            is_first = False
-            if not (yield from self.value(reader, emit, depth + 1)):
-                return False
-            yield from reader.skip_space()
-            if not (yield from reader.accept(",")) and (yield from reader.peek()) != "}":
-                return False
+        return (yield from _members(self._key, self.value, reader, emit, depth))
 
-    def _key(self, reader: Reader) -> Steps[str | None]:
+    def _key(self, reader: Reader, _depth: int) -> Steps[str | None]:
         held: list[str] = []
         if (yield from reader.accept(self.quote)):
             if (yield from reader.until(marks(self.quote), held.append)) is None:
                 return None
-            return "".join(held) if (yield from reader.accept(":")) else None
-        mark = yield from reader.until(marks(":", "{", "}", ","), held.append)
-        return "".join(held).strip().strip('"') if mark == ":" else None
+            name = "".join(held) if (yield from reader.accept(":")) else None
+        else:
+            mark = yield from reader.until(marks(":", "{", "}", ","), held.append)
+            name = "".join(held).strip().strip('"') if mark == ":" else None
+        return None if name is None else json.dumps(name, ensure_ascii=False)
 
-    def _items(self, reader: Reader, emit: Emit, depth: int) -> Steps[bool]:
-        yield from reader.next()
-        emit("[")
-        is_first = True
-        while True:
-            yield from reader.skip_space()
-            if (yield from reader.accept("]")):
-                emit("]")
-                return True
-            if not is_first:
-                emit(", ")
-            is_first = False
-            if not (yield from self.value(reader, emit, depth + 1)):
-                return False
-            yield from reader.skip_space()
-            if not (yield from reader.accept(",")) and (yield from reader.peek()) != "]":
-                return False
+
+def _items(value: Value, reader: Reader, emit: Emit, end: str, depth: int) -> Steps[bool]:
+    """A list up to `end`; its bracket comes next."""
+    yield from reader.next()
+    emit("[")
+    is_first = True
+    while True:
+        yield from reader.skip_space()
+        if (yield from reader.accept(end)):
+            emit("]")
+            return True
+        if not is_first:
+            emit(", ")
+        is_first = False
+        if not (yield from value(reader, emit, depth + 1)):
+            return False
+        if not (yield from _goes_on(reader, end)):
+            return False
+
+
+def _members(key: Key, value: Value, reader: Reader, emit: Emit, depth: int) -> Steps[bool]:
+    """An object; its brace comes next. `key` reads a key and the colon behind it."""
+    yield from reader.next()
+    emit("{")
+    is_first = True
+    while True:
+        yield from reader.skip_space()
+        if (yield from reader.accept("}")):
+            emit("}")
+            return True
+        name = yield from key(reader, depth + 1)
+        if name is None:
+            return False
+        emit(f"{'' if is_first else ', '}{name}: ")
+        is_first = False
+        if not (yield from value(reader, emit, depth + 1)):
+            return False
+        if not (yield from _goes_on(reader, "}")):
+            return False
+
+
+def _goes_on(reader: Reader, end: str) -> Steps[bool]:
+    """Whether a comma or `end` comes next; the comma is taken."""
+    yield from reader.skip_space()
+    return (yield from reader.accept(",")) or (yield from reader.peek()) == end
