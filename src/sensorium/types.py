@@ -18,12 +18,11 @@ class Grammar:
     """The form that an answer must have, in llguidance's terms.
 
     `source` is a Lark grammar, a JSON schema as text, or a regular expression that the whole answer matches. It was
-    checked when the request came in. With `after`, a marker such as "</think>", it holds from there on only.
+    checked when the request came in.
     """
 
     kind: Literal["lark", "json", "regex"]
     source: str
-    after: str = ""
 
 
 @dataclass(frozen=True, slots=True)

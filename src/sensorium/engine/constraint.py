@@ -7,7 +7,7 @@ drafted or not, and again if a step is repeated.
 
 from __future__ import annotations
 
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher
 
 GRAMMAR_FAILED = "The grammar of this request became too complex to go on with."
 
@@ -15,30 +15,19 @@ GRAMMAR_FAILED = "The grammar of this request became too complex to go on with."
 class Constraint:
     """Belongs to one sequence. `error` says why it cannot go on, or is "".
 
-    `matcher` is at its beginning; with `after`, a marker, tokens are free until the text has it. `late_ends` are end
-    tokens of the model that the request does not want to end by: they come only where the grammar leaves nothing else.
+    `matcher` is at its beginning. `late_ends` are end tokens of the model that the request does not want to end by:
+    they come only where the grammar leaves nothing else.
     """
 
-    __slots__ = ("_after", "_stopped", "_tail", "_tokenizer", "_tokens", "error", "late_ends", "matcher")
+    __slots__ = ("_stopped", "_tokens", "error", "late_ends", "matcher")
 
-    def __init__(
-        self, matcher: LLMatcher, tokenizer: LLTokenizer, after: str = "", late_ends: list[int] | None = None
-    ) -> None:
+    def __init__(self, matcher: LLMatcher, late_ends: list[int] | None = None) -> None:
         self.matcher = matcher
         self.late_ends = late_ends or []
         self.error = ""
-        self._tokenizer = tokenizer
         self._tokens: list[int] = []  # of the output, as far as they are known
-        self._after = after.encode()
-        self._tail = b""  # the end of the text, while the marker is awaited
         self._stopped = False
-        if not after:
-            self._look_ahead()
-
-    @property
-    def is_free(self) -> bool:
-        """Whether any token may come next, as the marker has not."""
-        return bool(self._after)
+        self._look_ahead()
 
     @property
     def is_delicate(self) -> bool:
@@ -47,7 +36,7 @@ class Constraint:
 
     def needs_mask(self, index: int) -> bool:
         """Whether there is a choice for output token `index`, so that the matcher must say what is allowed."""
-        return not self._after and index >= len(self._tokens)
+        return index >= len(self._tokens)
 
     def known(self, index: int) -> int | None:
         """Output token `index`, if it is known."""
@@ -67,26 +56,11 @@ class Constraint:
         if index < len(self._tokens):
             return True
         self._tokens.append(token)
-        if self._after:
-            self._watch(token)
-        elif self.matcher.consume_token(token):
+        if self.matcher.consume_token(token):
             self._look_ahead()
         else:
             self.error = GRAMMAR_FAILED
         return not self.error
-
-    def _watch(self, token: int) -> None:
-        """Look for the marker in the text so far."""
-        text = self._tail + self._tokenizer.decode_bytes([token])
-        found = text.find(self._after)
-        if found < 0:
-            self._tail = text[max(0, len(text) - len(self._after) + 1) :]
-            return
-        rest = text[found + len(self._after) :]
-        self._after = b""
-        if rest.strip():  # the token went on behind the marker: so does the grammar, if it can
-            self.matcher.try_consume_tokens(self._tokenizer.tokenize_bytes(rest))
-        self._look_ahead()
 
     def _look_ahead(self) -> None:
         forced = self.matcher.compute_ff_tokens()

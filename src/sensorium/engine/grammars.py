@@ -43,7 +43,7 @@ class Grammars:
         self._done: SimpleQueue[Prepared] = SimpleQueue()
         self._waiting: dict[int, None] = {}  # ids of requests
         self._tokenizer: LLTokenizer | None = None  # of the thread, as is what follows
-        self._kept: OrderedDict[tuple[str, str, bool], LLMatcher] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, str], LLMatcher] = OrderedDict()
 
     @property
     def num_waiting(self) -> int:
@@ -94,12 +94,12 @@ class Grammars:
             return NOT_COMPILED
         stops = request.sampling.stop_token_ids if request.sampling is not None else ()
         late_ends = [token for token in vocabulary.ends if token < self._vocab_size and token not in stops]
-        constraint = Constraint(matcher.deep_copy(), self._tokenizer, grammar.after, late_ends)
+        constraint = Constraint(matcher.deep_copy(), late_ends)
         return constraint.error or constraint
 
     def _matcher(self, grammar: Grammar, tokenizer: LLTokenizer, lead: int) -> LLMatcher:
         """At its beginning, with the first mask computed once: copies share the automaton that this has built."""
-        key = (grammar.kind, grammar.source, bool(grammar.after))
+        key = (grammar.kind, grammar.source)
         found = self._kept.get(key)
         if found is not None:
             self._kept.move_to_end(key)
@@ -113,7 +113,7 @@ class Grammars:
         return matcher
 
     def _kept_chars(self) -> int:
-        return sum(len(source) for _, source, _ in self._kept)
+        return sum(len(source) for _, source in self._kept)
 
 
 def _log_failure(done: Future[None]) -> None:
@@ -123,16 +123,16 @@ def _log_failure(done: Future[None]) -> None:
 
 def described(grammar: Grammar, lead: int = 0) -> str:
     """A grammar as the library reads it. Before what it describes there may be the `lead` spaces that a tokenizer puts
-    before a text, and line breaks behind a marker."""
+    before a text."""
     if grammar.kind == "json":
         form = f'{{"name": "form", "json_schema": {grammar.source}}}'
     else:
         lark = grammar.source if grammar.kind == "lark" else f"start: /{regex_to_lark(grammar.source, '')}/"
         form = json.dumps({"name": "form", "lark_grammar": lark})
-    before = [*(['" "?'] * lead), *(['"\\n"?'] * 2 if grammar.after else [])]
-    if not before:
+    if not lead:
         return f'{{"grammars": [{form}]}}'
-    whole = json.dumps({"name": "whole", "lark_grammar": f"start: {' '.join(before)} @form"})
+    spaces = " ".join(['" "?'] * lead)
+    whole = json.dumps({"name": "whole", "lark_grammar": f"start: {spaces} @form"})
     return f'{{"grammars": [{whole}, {form}]}}'
 
 

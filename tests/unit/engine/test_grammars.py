@@ -172,28 +172,6 @@ def test_a_step_that_fails_is_repeated_with_the_same_tokens(model: Model, tokeni
         check_person(text_of(tokenizer, result))
 
 
-@pytest.mark.parametrize("marker", ["</think>", "Answer:"])
-def test_the_form_begins_behind_a_marker(model: Model, tokenizer: Tokenizer, marker: str) -> None:
-    """The marker may be one token or many; what comes before it is free."""
-    made = held(model, tokenizer)
-    asked = ask(model, Grammar("regex", "[ab]{3}", after=marker), temperature=1)
-    said = iter(tokenizer.encode(f"no form {marker}"))
-    sampler = made.engine.runner._sampler
-    original = sampler.sample
-
-    def says(logits: Any, sequences: Any, ahead: Any = None) -> Any:
-        if (token := next(said, None)) is not None:
-            logits[:] = -100
-            logits[:, token] = 0
-        return original(logits, sequences, ahead)
-
-    sampler.sample = says  # type: ignore[method-assign]
-    (result,) = made.run(asked)
-    before, _, text = tokenizer.decode(result.tokens, skip_special_tokens=False).partition(marker)
-    assert before == "no form "
-    assert re.fullmatch("\n{0,2}[ab]{3}", text)
-
-
 def test_a_grammar_that_fails_on_the_way_ends_its_request_only(
     model: Model, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,7 +82,7 @@ PARAMS = SamplingParams(
     logprobs=0,
     prompt_logprobs=20,
     logit_bias=((5, -100.0), (6, 1.5)),
-    grammar=Grammar("lark", 'start: "a"', after="</think>"),
+    grammar=Grammar("lark", 'start: "a"'),
 )
 
 
