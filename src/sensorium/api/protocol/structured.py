@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
@@ -147,6 +148,11 @@ class StructuredBody(Body):
 
     def form(self) -> Form | None:
         """What the answer is to be held to. RequestError if that is said in two fields, or in a wrong way."""
+        return self.form_of_fields
+
+    @cached_property
+    def form_of_fields(self) -> Form | None:
+        """Made once: a schema is written out for it, and it is asked for wherever a request is looked at."""
         found = list(self._forms())
         if len(found) > 1:
             first, second = (form.param.partition(".")[0] for form in found[:2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
@@ -99,9 +100,9 @@ class ToolFields:
                 return ToolChoice("auto")
         return ToolChoice("none")
 
-    @property
+    @cached_property
     def tool_objects(self) -> list[dict[str, Any]]:
-        """The tools as OpenAI writes them, without what is null."""
+        """The tools as OpenAI writes them, without what is null. Not to be changed: made once for all who ask."""
         return [
             {"type": "function", "function": tool.function.model_dump(exclude_none=True)}
             for tool in self.tools or ()
