@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Field, Tag
 
 from sensorium.api.protocol.common import Nested, Text
 from sensorium.api.protocol.tools import ToolCalls, call_objects
+from sensorium.api.protocol.unions import LIST_OR_TEXT, TEXT_OR_OBJECT, by_type, tags_of
 from sensorium.config import Limits
 from sensorium.errors import RequestError, UnsupportedFieldError
 from sensorium.media.source import MediaSource
@@ -30,11 +31,7 @@ class SoundData(Nested):
     format: Annotated[str, Field(max_length=16)] | None = None
 
 
-def _url_form(value: Any) -> str:
-    return "<string>" if isinstance(value, str) else "<object>"
-
-
-UrlField = Annotated[Annotated[Url, Tag("<string>")] | Annotated[UrlObject, Tag("<object>")], Discriminator(_url_form)]
+UrlField = Annotated[Annotated[Url, Tag("<string>")] | Annotated[UrlObject, Tag("<object>")], TEXT_OR_OBJECT]
 
 
 class TextContent(Nested):
@@ -74,14 +71,6 @@ class OtherContent(Nested):
     type: Annotated[str, Field(max_length=64)]
 
 
-_KINDS = frozenset({"text", "image_url", "video_url", "audio_url", "input_audio"})
-
-
-def _part_kind(value: Any) -> str:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return f"<{kind}>" if isinstance(kind, str) and kind in _KINDS else "<other>"
-
-
 Part = Annotated[
     Annotated[TextContent, Tag("<text>")]
     | Annotated[ImageContent, Tag("<image_url>")]
@@ -89,17 +78,12 @@ Part = Annotated[
     | Annotated[AudioContent, Tag("<audio_url>")]
     | Annotated[SoundContent, Tag("<input_audio>")]
     | Annotated[OtherContent, Tag("<other>")],
-    Discriminator(_part_kind),
+    by_type(tags_of("text image_url video_url audio_url input_audio")),
 ]
 
 
-def _content_form(value: Any) -> str:
-    return "<parts>" if isinstance(value, list) else "<string>"
-
-
 Content = Annotated[
-    Annotated[Text, Tag("<string>")] | Annotated[list[Part], Field(max_length=4096), Tag("<parts>")],
-    Discriminator(_content_form),
+    Annotated[Text, Tag("<string>")] | Annotated[list[Part], Field(max_length=4096), Tag("<list>")], LIST_OR_TEXT
 ]
 
 

@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Field, Tag
 
 from sensorium.api.protocol.common import Name, Nested, Text
 from sensorium.api.protocol.content import Url
 from sensorium.api.protocol.tools import JsonObject, ToolName
+from sensorium.api.protocol.unions import LIST_OR_TEXT, by_type, tags_of
 
 MAX_BLOCKS = 4096
 Kind = Annotated[str, Field(max_length=64)]
-
-
-def _kind_of(value: Any) -> object:
-    return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-
-
-def _one_of(kinds: str) -> Discriminator:
-    """By `type`, which is one of these names, else "<other>"."""
-    known = frozenset(kinds.split())
-
-    def kind(value: Any) -> str:
-        found = _kind_of(value)
-        return f"<{found}>" if isinstance(found, str) and found in known else "<other>"
-
-    return Discriminator(kind)
-
-
-def _text_form(value: Any) -> str:
-    return "<blocks>" if isinstance(value, list) else "<string>"
 
 
 class TextBlock(Nested):
@@ -62,7 +44,7 @@ class Other(Nested):
 
 ImageSource = Annotated[
     Annotated[Base64Source, Tag("<base64>")] | Annotated[UrlSource, Tag("<url>")] | Annotated[Other, Tag("<other>")],
-    _one_of("base64 url"),
+    by_type(tags_of("base64 url")),
 ]
 
 
@@ -73,15 +55,15 @@ class ImageBlock(Nested):
 
 InnerBlock = Annotated[
     Annotated[TextBlock, Tag("<text>")] | Annotated[ImageBlock, Tag("<image>")] | Annotated[Other, Tag("<other>")],
-    _one_of("text image"),
+    by_type(tags_of("text image")),
 ]
 
 
 class ContentSource(Nested):
     type: Literal["content"]
     content: Annotated[
-        Annotated[Text, Tag("<string>")] | Annotated[list[InnerBlock], Field(max_length=MAX_BLOCKS), Tag("<blocks>")],
-        Discriminator(_text_form),
+        Annotated[Text, Tag("<string>")] | Annotated[list[InnerBlock], Field(max_length=MAX_BLOCKS), Tag("<list>")],
+        LIST_OR_TEXT,
     ]
 
 
@@ -91,7 +73,7 @@ class DocumentBlock(Nested):
         Annotated[TextSource, Tag("<text>")]
         | Annotated[ContentSource, Tag("<content>")]
         | Annotated[Other, Tag("<other>")],
-        _one_of("text content"),
+        by_type(tags_of("text content")),
     ]
     title: Name | None = None
     context: Text | None = None
@@ -116,7 +98,7 @@ ResultBlock = Annotated[
     | Annotated[SearchResultBlock, Tag("<search_result>")]
     | Annotated[ToolReferenceBlock, Tag("<tool_reference>")]
     | Annotated[Other, Tag("<other>")],
-    _one_of("text image document search_result tool_reference"),
+    by_type(tags_of("text image document search_result tool_reference")),
 ]
 
 
@@ -133,8 +115,8 @@ class ToolResultBlock(Nested):
     content: (
         Annotated[
             Annotated[Text, Tag("<string>")]
-            | Annotated[list[ResultBlock], Field(max_length=MAX_BLOCKS), Tag("<blocks>")],
-            Discriminator(_text_form),
+            | Annotated[list[ResultBlock], Field(max_length=MAX_BLOCKS), Tag("<list>")],
+            LIST_OR_TEXT,
         ]
         | None
     ) = None
@@ -155,15 +137,14 @@ Block = Annotated[
     | Annotated[ToolResultBlock, Tag("<tool_result>")]
     | Annotated[ThinkingBlock, Tag("<thinking>")]
     | Annotated[Other, Tag("<other>")],
-    _one_of("text image document search_result tool_use tool_result thinking"),
+    by_type(tags_of("text image document search_result tool_use tool_result thinking")),
 ]
 Content = Annotated[
-    Annotated[Text, Tag("<string>")] | Annotated[list[Block], Field(max_length=MAX_BLOCKS), Tag("<blocks>")],
-    Discriminator(_text_form),
+    Annotated[Text, Tag("<string>")] | Annotated[list[Block], Field(max_length=MAX_BLOCKS), Tag("<list>")], LIST_OR_TEXT
 ]
 SystemContent = Annotated[
-    Annotated[Text, Tag("<string>")] | Annotated[list[TextBlock], Field(max_length=MAX_BLOCKS), Tag("<blocks>")],
-    Discriminator(_text_form),
+    Annotated[Text, Tag("<string>")] | Annotated[list[TextBlock], Field(max_length=MAX_BLOCKS), Tag("<list>")],
+    LIST_OR_TEXT,
 ]
 
 

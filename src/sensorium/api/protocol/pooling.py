@@ -16,6 +16,7 @@ from sensorium.api.protocol.completion import TokenIds
 from sensorium.api.protocol.content import ChatMessage, Conversation, Messages, conversation
 from sensorium.api.protocol.items import InputItem, is_item
 from sensorium.api.protocol.other_servers import UNPROMPTED, VECTORS, Foreign
+from sensorium.api.protocol.unions import TEXT_OR_OBJECT
 from sensorium.config import Limits, ServerConfig
 from sensorium.errors import RequestError
 from sensorium.prompt.encode import Side
@@ -42,11 +43,7 @@ def _input_form(value: Any) -> str:
     return "<texts>" if first is None or isinstance(first, str) else "<ids>"
 
 
-def _item_form(value: Any) -> str:
-    return "<text>" if isinstance(value, str) else "<item>"
-
-
-TextOrItem = Annotated[Annotated[Text, Tag("<text>")] | Annotated[InputItem, Tag("<item>")], Discriminator(_item_form)]
+TextOrItem = Annotated[Annotated[Text, Tag("<string>")] | Annotated[InputItem, Tag("<object>")], TEXT_OR_OBJECT]
 InputField = Annotated[
     Annotated[Text, Tag("<text>")]
     | Annotated[TokenIds, Tag("<ids>")]

@@ -16,6 +16,7 @@ from sensorium.api.protocol.content import ChatMessage, SoundData, Url
 from sensorium.api.protocol.other_servers import RESPONSES, Foreign
 from sensorium.api.protocol.sampling import LogprobCount, SamplingBody
 from sensorium.api.protocol.tools import MAX_TOOLS, JsonObject, ToolName
+from sensorium.api.protocol.unions import LIST_OR_TEXT, TEXT_OR_OBJECT, by_type, kind_of
 from sensorium.config import Limits, ServerConfig
 from sensorium.errors import NotFoundError, RequestError, UnsupportedFieldError
 
@@ -66,15 +67,6 @@ _PARTS = {
 }
 
 
-def _kind_of(value: Any) -> Any:
-    return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-
-
-def _part_form(value: Any) -> str:
-    kind = _kind_of(value)
-    return _PARTS.get(kind, "<other>") if isinstance(kind, str) else "<other>"
-
-
 Part = Annotated[
     Annotated[InputText, Tag("<text>")]
     | Annotated[Refusal, Tag("<refusal>")]
@@ -82,17 +74,12 @@ Part = Annotated[
     | Annotated[InputVideo, Tag("<video>")]
     | Annotated[InputAudio, Tag("<audio>")]
     | Annotated[OtherPart, Tag("<other>")],
-    Discriminator(_part_form),
+    by_type(_PARTS),
 ]
 
 
-def _content_form(value: Any) -> str:
-    return "<parts>" if isinstance(value, list) else "<string>"
-
-
 Content = Annotated[
-    Annotated[Text, Tag("<string>")] | Annotated[list[Part], Field(max_length=4096), Tag("<parts>")],
-    Discriminator(_content_form),
+    Annotated[Text, Tag("<string>")] | Annotated[list[Part], Field(max_length=4096), Tag("<list>")], LIST_OR_TEXT
 ]
 Parts = Annotated[list[Part], Field(max_length=4096)]
 
@@ -150,10 +137,8 @@ _HISTORY_ONLY = frozenset(
 
 
 def _item_form(value: Any) -> str:
-    kind = _kind_of(value)
-    if kind is None and (isinstance(value, MessageItem) or (isinstance(value, dict) and "role" in value)):
-        return "<message>"
-    return _ITEMS.get(kind, "<other>") if isinstance(kind, str) else "<other>"
+    is_message = isinstance(value, MessageItem) or (isinstance(value, dict) and "role" in value)
+    return _ITEMS.get(kind_of(value) or ("message" if is_message else ""), "<other>")
 
 
 Item = Annotated[
@@ -167,13 +152,9 @@ Item = Annotated[
 ]
 
 
-def _input_form(value: Any) -> str:
-    return "<items>" if isinstance(value, list) else "<string>"
-
-
 Input = Annotated[
-    Annotated[Text, Tag("<string>")] | Annotated[list[Item], Field(min_length=1, max_length=MAX_ITEMS), Tag("<items>")],
-    Discriminator(_input_form),
+    Annotated[Text, Tag("<string>")] | Annotated[list[Item], Field(min_length=1, max_length=MAX_ITEMS), Tag("<list>")],
+    LIST_OR_TEXT,
 ]
 
 
@@ -198,13 +179,9 @@ class NamedChoice(Nested):
     tools: Annotated[list[InnerTool], Field(max_length=MAX_TOOLS)] | None = None
 
 
-def _choice_form(value: Any) -> str:
-    return "<string>" if isinstance(value, str) else "<object>"
-
-
 Choice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("<string>")] | Annotated[NamedChoice, Tag("<object>")],
-    Discriminator(_choice_form),
+    TEXT_OR_OBJECT,
 ]
 
 

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Field, Tag
 
 from sensorium.api.protocol.common import Body, Name, Nested
+from sensorium.api.protocol.unions import TEXT_OR_OBJECT
 from sensorium.errors import RequestError
 from sensorium.prompt.forms import MAX_CHARS, MAX_WHITESPACE_CHARS, WHITESPACE, Form, FormKind
 from sensorium.prompt.schema import SchemaRefused
@@ -21,13 +22,7 @@ Choices = Annotated[list[Annotated[str, Field(min_length=1, max_length=2**14)]],
 Schema = Annotated[dict[str, Any], Field(max_length=1024)]  # keys of its outermost object
 
 
-def _text_or_object(value: Any) -> str:
-    return "<text>" if isinstance(value, str) else "<object>"
-
-
-SchemaField = Annotated[
-    Annotated[Source, Tag("<text>")] | Annotated[Schema, Tag("<object>")], Discriminator(_text_or_object)
-]
+SchemaField = Annotated[Annotated[Source, Tag("<string>")] | Annotated[Schema, Tag("<object>")], TEXT_OR_OBJECT]
 Whitespace = Annotated[str, Field(min_length=1, max_length=MAX_WHITESPACE_CHARS)]
 
 
@@ -123,9 +118,7 @@ class TypedGrammar(Nested):
         return json_form(value, f"{param}.value")
 
 
-GrammarField = Annotated[
-    Annotated[Source, Tag("<text>")] | Annotated[TypedGrammar, Tag("<object>")], Discriminator(_text_or_object)
-]
+GrammarField = Annotated[Annotated[Source, Tag("<string>")] | Annotated[TypedGrammar, Tag("<object>")], TEXT_OR_OBJECT]
 
 
 class StructuredBody(Body):

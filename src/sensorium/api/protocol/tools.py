@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from sensorium.api.protocol.common import Nested, Text
+from sensorium.api.protocol.unions import kind_of
 from sensorium.errors import RequestError, UnsupportedFieldError
 from sensorium.prompt.formats.base import ToolChoice
 
@@ -55,8 +56,7 @@ class AllowedToolsChoice(Nested):
 def _choice_form(value: Any) -> str:
     if isinstance(value, str):
         return "<string>"
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return "<allowed>" if kind == "allowed_tools" else "<named>"
+    return "<allowed>" if kind_of(value) == "allowed_tools" else "<named>"
 
 
 ToolChoiceField = Annotated[
