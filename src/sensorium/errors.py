@@ -2,6 +2,7 @@
 
     SensoriumError
     ├── RequestError (400)                the client must change something; `param` names the field
+    │   ├── MissingFieldError (400)         a field that must be there
     │   ├── UnsupportedFieldError (400)     a field that clients know and this server does not have
     │   ├── ContextLengthError (400)        prompt or prompt + max_tokens do not fit
     │   ├── MediaError (400)                an image, video or audio item was refused; `code` says why
@@ -51,6 +52,13 @@ class RequestError(SensoriumError):
         self.param = param
         if code is not None:
             self.code = code
+
+
+class MissingFieldError(RequestError):
+    code = "missing_required_parameter"
+
+    def __init__(self, param: str) -> None:
+        super().__init__(f"`{param}` is required.", param=param)
 
 
 class UnsupportedFieldError(RequestError):

@@ -17,7 +17,7 @@ from sensorium.api.protocol.ollama import ShowRequest
 from sensorium.api.transport.asgi import Call
 from sensorium.api.transport.body import read_request
 from sensorium.api.transport.errors import NotOfferedError
-from sensorium.errors import RequestError
+from sensorium.errors import MissingFieldError
 
 VERSION = "0.12.6"
 """Of the Ollama whose routes these are: clients ask what they may use."""
@@ -51,7 +51,7 @@ async def show(service: Service, call: Call) -> None:
         request = await read_request(call, ShowRequest, service.limits, service.unknown, pending, any_type=True)
     name = request.model or request.name
     if not name:
-        raise RequestError("`model` is required.", param="model", code="missing_required_parameter")
+        raise MissingFieldError("model")
     await call.respond(msgspec.json.encode(_shown(service, service.entry(name))))
 
 

@@ -17,7 +17,7 @@ from sensorium.api.transport.asgi import Call
 from sensorium.api.transport.frames import Frames, StreamHead
 from sensorium.api.transport.multipart import read_form
 from sensorium.api.transport.sse import EventStream
-from sensorium.errors import RequestError
+from sensorium.errors import MissingFieldError, RequestError
 from sensorium.media.source import MediaSource
 from sensorium.prompt.formats.base import Delta
 from sensorium.prompt.messages import MediaPart, Message, TextPart
@@ -42,7 +42,7 @@ async def _listen(service: Service, call: Call, *, translates: bool) -> None:
         request = parse_fields(form.fields, service.unknown)
         call.take_name(request.request_id)
         if form.file is None:
-            raise RequestError(f"`{FILE}` is required.", param=FILE, code="missing_required_parameter")
+            raise MissingFieldError(FILE)
         return _Recording(request, form.file, translates)
 
     await answer_generated(service, call, read)

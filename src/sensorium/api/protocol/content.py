@@ -12,7 +12,7 @@ from sensorium.api.protocol.common import Nested, Text
 from sensorium.api.protocol.tools import ToolCalls, call_objects
 from sensorium.api.protocol.unions import LIST_OR_TEXT, TEXT_OR_OBJECT, by_type, tags_of
 from sensorium.config import Limits
-from sensorium.errors import RequestError, UnsupportedFieldError
+from sensorium.errors import MissingFieldError, RequestError, UnsupportedFieldError
 from sensorium.media.source import MediaSource
 from sensorium.prompt.messages import MediaPart, Message, TextPart
 from sensorium.types import Modality
@@ -184,9 +184,7 @@ def _check_message(message: ChatMessage, where: str, limits: Limits) -> None:
     if message.tool_calls and message.role != "assistant":
         raise RequestError("Only assistant messages have `tool_calls`.", param=f"{where}.tool_calls")
     if message.content is None and message.role != "assistant":
-        raise RequestError(
-            f"`{where}.content` is required.", param=f"{where}.content", code="missing_required_parameter"
-        )
+        raise MissingFieldError(f"{where}.content")
     if isinstance(message.content, list) and len(message.content) > limits.max_parts:
         raise RequestError(f"`{where}.content` must have at most {limits.max_parts} parts.", param=f"{where}.content")
 

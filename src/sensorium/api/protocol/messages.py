@@ -27,7 +27,7 @@ from sensorium.api.protocol.tools import (
     ToolName,
 )
 from sensorium.config import Limits
-from sensorium.errors import RequestError, UnsupportedFieldError
+from sensorium.errors import MissingFieldError, RequestError, UnsupportedFieldError
 from sensorium.prompt.forms import Form
 from sensorium.types import Modality
 
@@ -57,9 +57,7 @@ class Tool(Nested):
                 param=f"{where}.type",
             )
         if self.input_schema is None:
-            raise RequestError(
-                f"`{where}.input_schema` is required.", param=f"{where}.input_schema", code="missing_required_parameter"
-            )
+            raise MissingFieldError(f"{where}.input_schema")
         if self.input_schema.get("type", "object") != "object":
             raise RequestError(f"`{where}.input_schema.type` must be object.", param=f"{where}.input_schema.type")
         function = Function(
@@ -183,9 +181,7 @@ class CountTokensRequest(Body):
         if choice.type == "any":
             return "required"
         if choice.name is None:
-            raise RequestError(
-                "`tool_choice.name` is required.", param="tool_choice.name", code="missing_required_parameter"
-            )
+            raise MissingFieldError("tool_choice.name")
         if choice.name not in names:
             raise RequestError(
                 f"`tool_choice` names {choice.name!r}, which is none of `tools`.", param="tool_choice.name"
@@ -218,11 +214,7 @@ class MessagesRequest(CountTokensRequest):
         if thinking is None or thinking.type != "enabled":
             return
         if thinking.budget_tokens is None:
-            raise RequestError(
-                "`thinking.budget_tokens` is required.",
-                param="thinking.budget_tokens",
-                code="missing_required_parameter",
-            )
+            raise MissingFieldError("thinking.budget_tokens")
         if thinking.budget_tokens >= self.max_tokens:
             raise RequestError(
                 f"`thinking.budget_tokens` ({thinking.budget_tokens}) must be less than `max_tokens` "

@@ -18,7 +18,7 @@ from sensorium.api.protocol.sampling import LogprobCount, SamplingBody
 from sensorium.api.protocol.tools import MAX_TOOLS, JsonObject, ToolName
 from sensorium.api.protocol.unions import LIST_OR_TEXT, TEXT_OR_OBJECT, by_type, kind_of
 from sensorium.config import Limits, ServerConfig
-from sensorium.errors import NotFoundError, RequestError, UnsupportedFieldError
+from sensorium.errors import MissingFieldError, NotFoundError, RequestError, UnsupportedFieldError
 
 MAX_ITEMS = 8192
 SEALED = b"\x01"
@@ -297,9 +297,7 @@ class ResponsesRequest(SamplingBody):
         if found.type == "json_object":
             return {"response_format": {"type": "json_object"}}
         if found.schema_ is None:
-            raise RequestError(
-                "`text.format.schema` is required.", param="text.format.schema", code="missing_required_parameter"
-            )
+            raise MissingFieldError("text.format.schema")
         schema = {"name": found.name or "response", "schema": found.schema_, "strict": found.strict}
         return {"response_format": {"type": "json_schema", "json_schema": schema}}
 
@@ -313,8 +311,7 @@ class ResponsesRequest(SamplingBody):
                 found += [_function(one, f"{tool.name}__{one.name}") for one in inner if one.type == "function"]
             elif tool.type in ("function", "custom"):
                 if tool.name is None:
-                    param = f"tools[{index}].name"
-                    raise RequestError(f"`{param}` is required.", param=param, code="missing_required_parameter")
+                    raise MissingFieldError(f"tools[{index}].name")
                 found.append(_function(tool, tool.name))
         return found  # hosted tools are left out: there is nobody here to run them
 

@@ -11,7 +11,7 @@ from pydantic import Field, Tag
 
 from sensorium.api.protocol.common import Body, Name, Nested
 from sensorium.api.protocol.unions import TEXT_OR_OBJECT
-from sensorium.errors import RequestError
+from sensorium.errors import MissingFieldError, RequestError
 from sensorium.prompt.forms import MAX_CHARS, MAX_WHITESPACE_CHARS, WHITESPACE, Form, FormKind
 from sensorium.prompt.schema import SchemaRefused
 from sensorium.prompt.structural import structural_grammar
@@ -56,7 +56,7 @@ class ResponseFormat(Nested):
             return structural_form(tree, param)
         if self.json_schema is None or self.json_schema.schema_ is None:
             where = f"{param}.json_schema" + ("" if self.json_schema is None else ".schema")
-            raise RequestError(f"`{where}` is required.", param=where, code="missing_required_parameter")
+            raise MissingFieldError(where)
         return json_form(self.json_schema.schema_, f"{param}.json_schema.schema")
 
 

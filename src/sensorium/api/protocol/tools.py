@@ -10,7 +10,7 @@ from pydantic import Discriminator, Field, Tag
 
 from sensorium.api.protocol.common import Nested, Text
 from sensorium.api.protocol.unions import kind_of
-from sensorium.errors import RequestError, UnsupportedFieldError
+from sensorium.errors import MissingFieldError, RequestError, UnsupportedFieldError
 from sensorium.prompt.formats.base import ToolChoice
 
 MAX_TOOLS = 512
@@ -115,11 +115,7 @@ class ToolFields:
                 "Tools are functions here: `type` must be function.", param=f"tools[{index}].type"
             )
         if tool.function is None:
-            raise RequestError(
-                f"`tools[{index}].function` is required.",
-                param=f"tools[{index}].function",
-                code="missing_required_parameter",
-            )
+            raise MissingFieldError(f"tools[{index}].function")
         return tool.function.name
 
 
