@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,8 +10,17 @@ from typing import Any
 import msgspec
 
 from sensorium.api.context import Entry, Service
-from sensorium.api.generated import Work, answer_counted, answer_generated, new_ids, prompt_ids, usage_object
+from sensorium.api.generated import (
+    Work,
+    answer_counted,
+    answer_generated,
+    new_ids,
+    prompt_ids,
+    running_usage,
+    usage_object,
+)
 from sensorium.api.guards.admission import PendingBody
+from sensorium.api.ids import new_id
 from sensorium.api.logprobs import chat_logprobs, prompt_logprobs, token_names
 from sensorium.api.output_format import check_tools, with_format
 from sensorium.api.protocol.chat import ChatRequest
@@ -155,9 +163,7 @@ class ChatCompletion(Chat):
         frames = chat_frames(
             head,
             include_usage=request.includes_usage,
-            running_usage=(lambda unsent: usage_object(generation.usage(), unsent=unsent))
-            if request.runs_usage
-            else None,
+            running_usage=running_usage(generation) if request.runs_usage else None,
         )
         is_plain = generation.request.scanner is None and not request.logprobs and not request.return_token_ids
         writers = [_ChoiceStream(self, work.entry, choice, frames, is_plain=is_plain) for choice in generation.choices]
@@ -224,7 +230,7 @@ def message_object(message: Message, echoed: str = "") -> dict[str, Any]:
         found |= {"reasoning": message.reasoning, "reasoning_content": message.reasoning}
     if message.calls:
         found["tool_calls"] = [
-            {"id": new_call_id(), "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            {"id": new_id("call"), "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
             for call in message.calls
         ]
     if (message.calls or message.reasoning) and not text.strip():
@@ -239,10 +245,6 @@ def delta_object(delta: Reasoning | Call | Arguments) -> dict[str, Any]:
             return {"reasoning": text, "reasoning_content": text}
         case Call(index, name):
             function = {"name": name, "arguments": ""}
-            return {"tool_calls": [{"index": index, "id": new_call_id(), "type": "function", "function": function}]}
+            return {"tool_calls": [{"index": index, "id": new_id("call"), "type": "function", "function": function}]}
         case Arguments(index, text):
             return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
-
-
-def new_call_id() -> str:
-    return "call_" + secrets.token_hex(12)

@@ -15,6 +15,7 @@ from sensorium.api.context import Entry, Service
 from sensorium.api.guards.admission import PendingBody
 from sensorium.api.protocol.sampling import SamplingBody
 from sensorium.api.transport.asgi import Call
+from sensorium.api.transport.frames import Usage as RunningUsage
 from sensorium.prompt.formats.base import Delta, Text
 from sensorium.serving.generation import Choice, Generation, GenerationRequest, Usage, generate
 from sensorium.serving.prompts import Prepared
@@ -103,6 +104,11 @@ def prompt_ids(choice: Choice, request: SamplingBody) -> dict[str, Any]:
 def new_ids(choice: Choice, request: SamplingBody) -> dict[str, Any]:
     """The ids of tokens since the last call, where the request wants them."""
     return {"token_ids": choice.take_token_ids()} if request.return_token_ids else {}
+
+
+def running_usage(generation: Generation) -> RunningUsage:
+    """For streams that tell the figures in every event."""
+    return lambda unsent: usage_object(generation.usage(), unsent=unsent)
 
 
 def usage_object(usage: Usage, *, unsent: int = 0, generates: bool = True) -> dict[str, Any]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hmac
-import secrets
 from base64 import b64encode
 from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 
+from sensorium.api.ids import new_id
 from sensorium.prompt.formats.base import Arguments, Call, Delta, Reasoning, Text
 
 Event = dict[str, Any]
@@ -42,7 +42,7 @@ class Content:
                 case Call(_, name):
                     self._close(events)
                     self.has_calls = True
-                    identity = f"toolu_{secrets.token_hex(12)}"
+                    identity = new_id("toolu")
                     self._begin("call", {"type": "tool_use", "id": identity, "name": name, "input": {}}, events)
                 case Arguments(_, text):
                     self._grow("input_json_delta", "partial_json", text, events)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from sensorium.api.foreign import TranslatedChat
 from sensorium.api.foreign import count_tokens as count_prompt
 from sensorium.api.generated import Work, answer_generated
 from sensorium.api.guards.admission import PendingBody
+from sensorium.api.ids import new_id
 from sensorium.api.message_content import Content, Event
 from sensorium.api.protocol.messages import CountTokensRequest, MessagesRequest
 from sensorium.api.transport.asgi import Call
@@ -53,7 +53,7 @@ class MessageAnswer(TranslatedChat):
 
     async def answer(self, work: Work, generation: Generation) -> None:
         content = Content(work.service.signing_key)
-        identity = f"msg_{secrets.token_hex(12)}"
+        identity = new_id("msg")
         if self.request.stream:
             await self._stream(work, generation, content, identity)
             return

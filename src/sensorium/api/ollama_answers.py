@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
+from sensorium.api.ids import new_id
 from sensorium.api.message_content import arguments_object
 from sensorium.prompt.formats.base import Arguments, Call, Delta, Reasoning, Text
 from sensorium.serving.generation import Choice, Generation
@@ -58,7 +58,7 @@ class Pieces:
             return
         arguments = arguments_object("".join(self._arguments), cut=cut)
         function = {"index": self._calls, "name": self._name, "arguments": arguments}
-        calls.append({"id": f"call_{secrets.token_hex(12)}", "function": function})
+        calls.append({"id": new_id("call"), "function": function})
         self._name, self._arguments = "", []
         self._calls += 1
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import secrets
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from sensorium.api.ids import new_id
 from sensorium.api.protocol.responses import Names, ResponsesRequest, sealed
 from sensorium.prompt.formats.base import Arguments, Call, Delta, Reasoning, Text
 
@@ -83,7 +83,7 @@ class _Item:
 
     def __init__(self, index: int, kind: str, fields: dict[str, Any]) -> None:
         self.index = index
-        self.object: dict[str, Any] = {"id": f"{kind}_{secrets.token_hex(12)}", "status": "in_progress", **fields}
+        self.object: dict[str, Any] = {"id": new_id(kind), "status": "in_progress", **fields}
         self._pieces: list[str] = []
 
     def begin(self) -> list[Event]:
@@ -167,7 +167,7 @@ class _ReasoningItem(_Item):
 class _CallItem(_Item):
     def __init__(self, index: int, name: str, names: Names) -> None:
         namespace, own = names.namespaces.get(name, (None, name))
-        fields = {"type": "function_call", "call_id": _call_id(), "name": own, "arguments": ""}
+        fields = {"type": "function_call", "call_id": new_id("call"), "name": own, "arguments": ""}
         if namespace is not None:
             fields["namespace"] = namespace
         super().__init__(index, "fc", fields)
@@ -186,7 +186,9 @@ class _CustomCallItem(_Item):
     """A custom tool takes one text. It is known when the arguments that carry it are."""
 
     def __init__(self, index: int, name: str) -> None:
-        super().__init__(index, "ctc", {"type": "custom_tool_call", "call_id": _call_id(), "name": name, "input": ""})
+        super().__init__(
+            index, "ctc", {"type": "custom_tool_call", "call_id": new_id("call"), "name": name, "input": ""}
+        )
 
     def add(self, text: str, logprobs: Sequence[dict[str, Any]] = ()) -> list[Event]:
         self._pieces.append(text)
@@ -206,10 +208,6 @@ def _input_of(arguments: str) -> str:
         return arguments
     given = value.get("input") if isinstance(value, dict) else None
     return given if isinstance(given, str) else arguments
-
-
-def _call_id() -> str:
-    return "call_" + secrets.token_hex(12)
 
 
 def _text_part(text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:

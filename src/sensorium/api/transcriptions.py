@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from sensorium.api.context import Entry, Service
-from sensorium.api.generated import Work, answer_generated, text_of, usage_object
+from sensorium.api.generated import Work, answer_generated, running_usage, text_of, usage_object
 from sensorium.api.guards.admission import PendingBody
 from sensorium.api.protocol.audio import AudioRequest, parse_fields
 from sensorium.api.transport.asgi import Call
@@ -119,7 +119,7 @@ async def _stream(work: Work, request: AudioRequest, generation: Generation) -> 
         open_text=b'"delta":{"content":',
         close_text=b"}",
         include_usage=include_usage,
-        running_usage=(lambda unsent: usage_object(generation.usage(), unsent=unsent)) if runs_usage else None,
+        running_usage=running_usage(generation) if runs_usage else None,
     )
     async with EventStream(work.call, work.service.limits.keep_alive_comment_s) as events:
         said: list[str] = []

@@ -294,6 +294,7 @@ class Generation:
     request: GenerationRequest
     observer: GenerationObserver
     started_s: float  # when the request came, on perf_counter's clock
+    media_tokens: dict[str, int]  # of the prompts, by modality
     choices: list[Choice] = field(default_factory=list)
 
     def __enter__(self) -> Generation:
@@ -350,17 +351,12 @@ class Generation:
         return sum(choice.num_tokens for choice in self.choices)
 
     def usage(self) -> Usage:
-        media: dict[str, int] = {}
-        for prompt, _ in self.request.prompts:
-            for span in prompt.spans:
-                kind = prompt.media[span.item].kind
-                media[kind] = media.get(kind, 0) + span.length
         return Usage(
             self.prompt_tokens,
             self.completion_tokens,
             self.cached_tokens,
             sum(choice.reasoning_tokens for choice in self.choices),
-            media,
+            self.media_tokens,
         )
 
 
@@ -368,7 +364,7 @@ def generate(
     model: ServedModel, request: GenerationRequest, observer: GenerationObserver, *, started_s: float
 ) -> Generation:
     """Send one engine request per choice, prompt by prompt."""
-    generation = Generation(request, observer, started_s)
+    generation = Generation(request, observer, started_s, _media_tokens(prompt for prompt, _ in request.prompts))
     with ExitStack() as undo:  # a client that is lost half way takes those with it that were sent
         undo.push(generation)
         for prompt, params in request.prompts:
@@ -385,3 +381,12 @@ def generate(
             observer.asked(request.choices, params.max_tokens)
         undo.pop_all()
     return generation
+
+
+def _media_tokens(prompts: Iterable[Prompt]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for prompt in prompts:
+        for span in prompt.spans:
+            kind = prompt.media[span.item].kind
+            found[kind] = found.get(kind, 0) + span.length
+    return found
