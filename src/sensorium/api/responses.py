@@ -207,12 +207,8 @@ class _FailedResponse(OpenAIErrors):
 
 def _here(error: RequestError) -> RequestError:
     """An error about the chat, in this endpoint's words."""
-    param = error.param or ""
-    if param == "messages":
+    if error.param == "messages":
         error.param = "input"
-    elif param.startswith("response_format"):
-        error.param = param.replace("response_format", "text.format").replace(".json_schema", "")
-        error.message = error.message.replace(f"`{param}`", f"`{error.param}`")
     return error
 
 

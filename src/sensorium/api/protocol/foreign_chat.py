@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -22,13 +23,26 @@ class Conversational(Protocol):
         """RequestError, with the client's own name of the field, for what is too much or what the model cannot take."""
 
 
-class ForeignChat(ChatRequest):
-    """`source` has the messages. `most_tokens` is what an answer may have at most; where less fits, it has less. `form`
-    is what the answer is held to."""
+class FormedChat(ChatRequest):
+    """A chat whose answer is held to a form that a field of another API asked for."""
+
+    _form: Form | None = None
+
+    @classmethod
+    def validated(cls, fields: Mapping[str, Any], form: Form | None) -> FormedChat:
+        made = cls.model_validate(fields)
+        made._form = form
+        return made
+
+    def form(self) -> Form | None:
+        return self._form
+
+
+class ForeignChat(FormedChat):
+    """`source` has the messages. `most_tokens` is what an answer may have at most; where less fits, it has less."""
 
     _source: Conversational | None = None
     _most_tokens: int | None = None
-    _form: Form | None = None
     _system_first: bool = False
 
     @classmethod
@@ -41,9 +55,6 @@ class ForeignChat(ChatRequest):
         made._most_tokens = most_tokens
         made._form = form
         return made
-
-    def form(self) -> Form | None:
-        return self._form
 
     def conversation(self, modalities: frozenset[Modality], limits: Limits) -> Conversation:
         if self._source is None:

@@ -149,7 +149,6 @@ RESPONSES: Mapping[str, Foreign] = {
     **_fields("previous_response_id conversation", (None,), _STATELESS),
     **_fields("background", (None, False), "answers come while the request is open"),
     **_fields("prompt", (None,), "prompts are not stored here: send `instructions` and `input`"),
-    **_fields("response_format", (None, {"type": "text"}), "it is called `text.format` here"),
     **_fields("context_management moderation", (None, [], {})),
 }
 """And where an answer is a list of items."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -13,12 +13,15 @@ from pydantic import Discriminator, Field, Tag
 from sensorium.api.protocol.chat import ChatRequest, ProcessorKwargs, TemplateKwargs
 from sensorium.api.protocol.common import INT32_MAX, Name, Nested, Text, UnknownFields
 from sensorium.api.protocol.content import ChatMessage, SoundData, Url
+from sensorium.api.protocol.foreign_chat import FormedChat
 from sensorium.api.protocol.other_servers import RESPONSES, Foreign
 from sensorium.api.protocol.sampling import LogprobCount, SamplingBody
+from sensorium.api.protocol.structured import StructuredBody, json_form
 from sensorium.api.protocol.tools import MAX_TOOLS, JsonObject, ToolName
 from sensorium.api.protocol.unions import LIST_OR_TEXT, TEXT_OR_OBJECT, by_type, kind_of
 from sensorium.config import Limits, ServerConfig
 from sensorium.errors import MissingFieldError, NotFoundError, RequestError, UnsupportedFieldError
+from sensorium.prompt.forms import Form
 
 MAX_ITEMS = 8192
 SEALED = b"\x01"
@@ -204,6 +207,9 @@ class ReasoningSettings(Nested):
     generate_summary: Name | None = None
 
 
+_NOT_CHATS = frozenset({"stream_options", *StructuredBody.model_fields})
+"""Fields of sampling that the chat which is made does not get: its form is made here."""
+
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
 ]
@@ -269,7 +275,7 @@ class ResponsesRequest(SamplingBody):
         if self.choices > 1:
             raise RequestError("`n` must be 1: a response has one answer.", param="n")
         settings = self.reasoning or ReasoningSettings()
-        own = {name: getattr(self, name) for name in SamplingBody.model_fields if name != "stream_options"}
+        own = {name: getattr(self, name) for name in SamplingBody.model_fields if name not in _NOT_CHATS}
         fields: dict[str, Any] = {
             **{name: value for name, value in own.items() if value is not None},
             "messages": self._messages(),
@@ -283,23 +289,22 @@ class ResponsesRequest(SamplingBody):
             "tools": self._tools() or None,
             "tool_choice": self._tool_choice(),
             **({"logprobs": True, "top_logprobs": self.top_logprobs} if self.wants_logprobs else {}),
-            **self._format(),
         }
-        request = ChatRequest.model_validate({name: value for name, value in fields.items() if value is not None})
+        given = {name: value for name, value in fields.items() if value is not None}
+        request = FormedChat.validated(given, self.form())
         request.check_fields(unknown)
         request.check(limits, server)
         return request
 
-    def _format(self) -> dict[str, Any]:
+    def _forms(self) -> Iterator[Form]:
         found = self.text.format if self.text is not None else None
-        if found is None or found.type == "text":
-            return {}
-        if found.type == "json_object":
-            return {"response_format": {"type": "json_object"}}
-        if found.schema_ is None:
-            raise MissingFieldError("text.format.schema")
-        schema = {"name": found.name or "response", "schema": found.schema_, "strict": found.strict}
-        return {"response_format": {"type": "json_schema", "json_schema": schema}}
+        if found is not None and found.type == "json_object":
+            yield json_form({"type": "object"}, "text.format")
+        elif found is not None and found.type == "json_schema":
+            if found.schema_ is None:
+                raise MissingFieldError("text.format.schema")
+            yield json_form(found.schema_, "text.format.schema")
+        yield from super()._forms()
 
     # Tools.
 
