@@ -7,7 +7,10 @@ drafted or not, and again if a step is repeated.
 
 from __future__ import annotations
 
-from llguidance import LLMatcher
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
 GRAMMAR_FAILED = "The grammar of this request became too complex to go on with."
 

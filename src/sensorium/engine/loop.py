@@ -14,23 +14,32 @@ import signal
 import socket
 import sys
 from bisect import bisect_left
+from functools import cached_property
 from time import monotonic
 from typing import TYPE_CHECKING
 
 from sensorium.engine.faults import VARIABLE, Faults
-from sensorium.engine.grammars import Grammars
 from sensorium.errors import StartupError
 from sensorium.ipc import messages
 from sensorium.ipc.channel import Channel
 from sensorium.ipc.liveness import Pulse
 from sensorium.ipc.messages import Kind, ProtocolError, StepOutputs
-from sensorium.types import STEP_TOKENS, EngineOutput, EngineRequest, EngineStats, FinishReason, TokenLogprob
+from sensorium.types import (
+    STEP_TOKENS,
+    EngineOutput,
+    EngineRequest,
+    EngineStats,
+    FinishReason,
+    TokenLogprob,
+    Vocabulary,
+)
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from sensorium.engine.constraint import Constraint
+    from sensorium.engine.grammars import Grammars
     from sensorium.engine.loading import Engine
     from sensorium.engine.runner import StepResult
     from sensorium.engine.scheduler import Plan
@@ -64,16 +73,30 @@ class Core:
         self._steps_by_tokens = [0] * (len(STEP_TOKENS) + 1)
         self._encoder_seconds = 0.0
         self._stats_due = 0.0
-        self._grammars = Grammars(engine.vocab_size, channel.wake)
+        self._vocabulary: Vocabulary | None = None
         self._failed_shapes: set[tuple[int, ...]] = set()
         self._refused = StepOutputs()
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        """With the library, whose import takes a tenth of a second, from the first request that needs it on."""
+        from sensorium.engine.grammars import Grammars
+
+        made = Grammars(self._engine.vocab_size, self._channel.wake)
+        made.vocabulary = self._vocabulary
+        return made
+
+    @property
+    def _num_compiling(self) -> int:
+        """Requests that wait for their grammars."""
+        return self._grammars.num_waiting if "_grammars" in vars(self) else 0
 
     def run(self) -> None:
         while self.turn():
             pass
 
     def has_work(self) -> bool:
-        return self._scheduler.has_work() or self._grammars.num_waiting > 0
+        return self._scheduler.has_work() or self._num_compiling > 0
 
     def turn(self) -> bool:
         """Messages, then one step. False when the client said goodbye."""
@@ -112,9 +135,10 @@ class Core:
         elif kind == Kind.ABORT:
             for request_id in messages.decode_abort(payload):
                 self._scheduler.abort(request_id)
-                self._grammars.abort(request_id)
+                if self._num_compiling:
+                    self._grammars.abort(request_id)
         elif kind == Kind.VOCABULARY:
-            self._grammars.vocabulary = messages.decode_vocabulary(payload)
+            self._vocabulary = messages.decode_vocabulary(payload)
         elif kind == Kind.SHUTDOWN:
             return False
         elif kind != Kind.WAKE:
@@ -130,7 +154,7 @@ class Core:
 
     def _add_prepared(self) -> None:
         """Queue the requests whose grammars are compiled."""
-        if not self._grammars.num_waiting:
+        if not self._num_compiling:
             return
         for request, prepared in self._grammars.take():
             if isinstance(prepared, str):
@@ -253,8 +277,8 @@ class Core:
             messages.encode_stats(
                 EngineStats(
                     running=scheduler.num_running,
-                    waiting=len(scheduler.waiting) + self._grammars.num_waiting,
-                    deferred=self._grammars.num_waiting,
+                    waiting=len(scheduler.waiting) + self._num_compiling,
+                    deferred=self._num_compiling,
                     kv_blocks=scheduler.pool.num_blocks,
                     kv_blocks_free=scheduler.pool.num_free,
                     prefix_queries=prefixes.queries,

@@ -10,16 +10,18 @@ import math
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from time import perf_counter
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
-from llguidance import LLExecutor, LLMatcher
 from numpy.typing import NDArray
 from torch import Tensor
 
 from sensorium.engine.constraint import GRAMMAR_FAILED, Constraint
 from sensorium.engine.sequence import Sequence
+
+if TYPE_CHECKING:
+    from llguidance import LLExecutor, LLMatcher
 
 WORD_BITS = 32
 SMALL_VOCABULARY = 8192
@@ -27,7 +29,7 @@ THREAD_S = 0.002  # that masks of a step must take for a thread to pay
 
 Held: TypeAlias = tuple[int, Constraint, int, int]
 """(row of the logits, what holds its sequence, the sequence's slot, index of the output token that they are for)"""
-Wanted: TypeAlias = tuple[LLMatcher, int]
+Wanted: TypeAlias = "tuple[LLMatcher, int]"
 """(matcher, slot of its sequence)"""
 Floats: TypeAlias = Any
 """float32 numbers: an array on a CPU, where numpy is several times as fast for few of them, elsewhere a tensor."""
@@ -79,6 +81,8 @@ class Masks:
 
     def _fill_beside(self, wanted: list[Wanted]) -> None:
         """The same by another thread, which gives the interpreter's lock back for all of them at once."""
+        from llguidance import LLExecutor
+
         started = perf_counter()
         self._executor = self._executor or LLExecutor()
         rows, words = self._bits.shape
