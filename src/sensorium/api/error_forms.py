@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from sensorium.api.transport.asgi import Call, ErrorForm, Header
+from sensorium.api.transport.sse import named_event
 from sensorium.errors import RequestError, SensoriumError
 
 
@@ -26,7 +27,7 @@ class AnthropicErrors:
         return [(b"request-id", call.request_id.encode())]
 
     def event(self, error: SensoriumError, call: Call) -> bytes:
-        return b"event: error\ndata: " + msgspec.json.encode(self._object(error)) + b"\n\n"
+        return named_event(self._object(error))
 
     def _object(self, error: SensoriumError) -> dict[str, Any]:
         kind = _ANTHROPIC_TYPES.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")

@@ -17,7 +17,7 @@ from sensorium.api.message_content import Content, Event
 from sensorium.api.protocol.messages import CountTokensRequest, MessagesRequest
 from sensorium.api.transport.asgi import Call
 from sensorium.api.transport.body import read_request
-from sensorium.api.transport.sse import EventStream
+from sensorium.api.transport.sse import EventStream, named_event
 from sensorium.prompt.formats.base import Delta
 from sensorium.serving.generation import Choice, Generation, Usage
 
@@ -121,6 +121,4 @@ class MessageAnswer(TranslatedChat):
 
 
 def _written(events: Sequence[Event]) -> bytes:
-    return b"".join(
-        b"event: %b\ndata: %b\n\n" % (event["type"].encode(), msgspec.json.encode(event)) for event in events
-    )
+    return b"".join(map(named_event, events))

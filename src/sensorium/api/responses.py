@@ -18,7 +18,7 @@ from sensorium.api.response_items import ResponseItems
 from sensorium.api.transport.asgi import Call
 from sensorium.api.transport.body import read_request
 from sensorium.api.transport.errors import OpenAIErrors, error_object
-from sensorium.api.transport.sse import EventStream
+from sensorium.api.transport.sse import EventStream, named_event
 from sensorium.errors import ContextLengthError, RequestError, SensoriumError
 from sensorium.prompt.formats.base import Delta, Text
 from sensorium.serving.generation import Choice, Generation, GenerationRequest, Usage
@@ -183,9 +183,7 @@ class _Events:
     def encode(self, events: Sequence[Event]) -> bytes:
         written = []
         for event in events:
-            kind: str = event["type"]
-            body = msgspec.json.encode({**event, "sequence_number": self.count})
-            written.append(b"event: " + kind.encode() + b"\ndata: " + body + b"\n\n")
+            written.append(named_event({**event, "sequence_number": self.count}))
             self.count += 1
         return b"".join(written)
 

@@ -6,12 +6,22 @@ The status line goes out with the first event, so that whatever fails before it 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from types import TracebackType
+from typing import Any
+
+import msgspec
 
 from sensorium.api.transport.asgi import EVENTS, Call
 
 DONE = b"data: [DONE]\n\n"
 COMMENT = b": keep-alive\n\n"
+
+
+def named_event(event: Mapping[str, Any]) -> bytes:
+    """An event that is named by its `type`, for clients that look at the name."""
+    kind: str = event["type"]
+    return b"event: %b\ndata: %b\n\n" % (kind.encode(), msgspec.json.encode(event))
 
 
 class EventStream:
