@@ -177,9 +177,9 @@ def test_r4_a_killed_engine_comes_back(tmp_path: Path) -> None:
         os.kill(server.engine_pid, signal.SIGKILL)
         begin = time.monotonic()
         for future in futures:
-            _, text = future.result(30)
+            _, text = future.result(120)
             assert events(text)[-1]["error"]["code"] == "unavailable"
-        assert time.monotonic() - begin < 25
+        assert time.monotonic() - begin < 90
         seen = set()
         while (status := server.http.get("/readyz").status_code) != 200:
             seen.add(status)
@@ -190,7 +190,7 @@ def test_r4_a_killed_engine_comes_back(tmp_path: Path) -> None:
                     break
                 check_error(reply, status=503, code="unavailable")
             time.sleep(0.05)
-            assert time.monotonic() - begin < 60
+            assert time.monotonic() - begin < 200
         assert seen <= {503}
         assert server.http.get("/readyz").status_code == 200
         assert answers(server)
@@ -213,7 +213,7 @@ def test_an_engine_that_keeps_dying_ends_the_server(tmp_path: Path) -> None:
                 assert reply.status_code == 503, reply.text
             except httpx.TransportError:
                 pass
-            assert time.monotonic() - begin < 120
+            assert time.monotonic() - begin < 400
             time.sleep(0.1)
         assert server.server.process.returncode not in (0, None)
 

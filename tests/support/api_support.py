@@ -300,7 +300,7 @@ class Reply:
         return dict(found["error"])
 
 
-async def raw(port: int, data: bytes, *, timeout_s: float = 5.0, eof: bool = False) -> Reply:
+async def raw(port: int, data: bytes, *, timeout_s: float = 120.0, eof: bool = False) -> Reply:
     """Send bytes as they are and read one answer."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**26)
     try:
@@ -374,7 +374,7 @@ def free_port() -> int:
         return port
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 3.0) -> None:
+async def until(condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
     """Wait for something that must become true soon."""
     async with asyncio.timeout(timeout_s):
         while not condition():

@@ -28,7 +28,7 @@ async def flood(port: int, head: bytes, pieces: Iterable[bytes]) -> tuple[Reply 
     except ConnectionError:
         pass
     try:
-        return await asyncio.wait_for(answer, 5), sent
+        return await asyncio.wait_for(answer, 120), sent
     except (ConnectionError, asyncio.IncompleteReadError):
         return None, sent
     finally:

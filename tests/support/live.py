@@ -108,7 +108,7 @@ def engine_of(pid: int) -> int:
     return found[0]
 
 
-def until(happens: Any, timeout_s: float = 10.0) -> None:
+def until(happens: Any, timeout_s: float = 120.0) -> None:
     end_s = time.monotonic() + timeout_s
     while not happens():
         assert time.monotonic() < end_s, "it did not happen in time"
@@ -126,7 +126,7 @@ def live(
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     with (
         server.running(folder, *argv, **options) as started,
-        httpx.Client(base_url=started.url, headers=headers, timeout=60) as http,
+        httpx.Client(base_url=started.url, headers=headers, timeout=120) as http,
     ):
         found = Live(started, http, engine_of(started.process.pid), key=key)
         if warm:
@@ -182,7 +182,7 @@ class Canary:
         self._socket.close()
 
 
-def raw(port: int, data: bytes, *, timeout_s: float = 20.0) -> bytes:
+def raw(port: int, data: bytes, *, timeout_s: float = 120.0) -> bytes:
     """Send bytes as they are; one whole answer, or what came of it before the other side closed."""
     with socket.create_connection(("127.0.0.1", port), timeout=timeout_s) as connection:
         with suppress(OSError):  # refused before all of it was sent

@@ -43,7 +43,7 @@ def start(
 def running(
     folder: Path,
     *argv: str,
-    timeout_s: float = 90.0,
+    timeout_s: float = 240.0,
     kv_cache_memory: str = "96MiB",
     environment: dict[str, str] | None = None,
 ) -> Iterator[Server]:

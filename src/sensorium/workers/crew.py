@@ -7,6 +7,7 @@ A job that a worker is free for costs one write and one read: no task and no tim
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import time
 from collections import Counter, OrderedDict, deque
@@ -26,6 +27,7 @@ SLOW_START_S = 3.0  # of all that are there, after which one more is started bes
 START_TRIES = 3  # without one that succeeds
 COMPUTING_S = 0.1  # of processor time: more than a good job takes
 EXIT_POLL_S, EXIT_POLLS = 0.005, 100
+_log = logging.getLogger("sensorium")
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +230,8 @@ class Crew:
     def _hire(self) -> bool:
         try:
             worker = self._spare.pop() if self._spare else self._start()
-        except OSError:
+        except OSError as error:
+            _log.warning("A worker cannot be started: %s", error)
             return False
         one = Connection(worker, self._max_reply_bytes, self._received, self._lost)
         self._all.add(one)
@@ -278,6 +281,8 @@ class Crew:
 
     async def _bury(self, worker: WorkerProcess, job: Job | None) -> None:
         code = await _exit_code(worker)
+        if not worker.is_ready and not self._is_closed:
+            _log.warning("A worker ended before it was ready (exit code %s).", code)
         worker.process.kill()
         await _exit_code(worker)
         if job is None or job.reply.done():

@@ -50,7 +50,7 @@ async def replies(reader: asyncio.StreamReader) -> list[Any]:
     found = []
     while True:
         try:
-            found.append(await asyncio.wait_for(read_reply(reader), 10))
+            found.append(await asyncio.wait_for(read_reply(reader), 120))
         except asyncio.IncompleteReadError as error:
             assert not error.partial
             return found
@@ -133,7 +133,7 @@ async def test_who_only_stops_sending_gets_the_answer(data: bytes) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
         writer.write(data)
         writer.write_eof()
-        received = await asyncio.wait_for(reader.read(), 10)
+        received = await asyncio.wait_for(reader.read(), 120)
         if slow:
             received = received.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")
         assert received.startswith(b"HTTP/1.1 200 OK\r\n")
@@ -151,7 +151,7 @@ async def test_half_a_request_and_an_end_is_nothing() -> None:
             reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
             writer.write(data)
             writer.write_eof()
-            assert b"200" not in await asyncio.wait_for(reader.read(), 20)
+            assert b"200" not in await asyncio.wait_for(reader.read(), 120)
         reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
         writer.write(whole + whole[:-3])
         writer.write_eof()
@@ -176,7 +176,7 @@ async def test_streams_of_old_clients_are_plain() -> None:
         for more in (b"", b"Connection: keep-alive\r\n", b"Expect: 100-continue\r\n"):
             reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
             writer.write(head + more + b"Content-Length: %d\r\n\r\n" % len(STREAM) + STREAM)
-            received = await asyncio.wait_for(reader.read(), 20)
+            received = await asyncio.wait_for(reader.read(), 120)
             lines, _, body = received.partition(b"\r\n\r\n")
             assert lines.startswith(b"HTTP/1.1 200 OK\r\n")
             assert b"connection: close" in lines
@@ -197,7 +197,7 @@ async def test_header_and_chunk_floods_stop_at_their_limit() -> None:
             writer.write(flood)
             assert (await get(served.port, "/livez")).status == 200
             writer.close()
-        assert time.process_time() - start_s < 3
+        assert time.process_time() - start_s < 15
 
 
 async def chatty(request: EngineRequest, *, pause_s: float = 0.0) -> AsyncIterator[EngineOutput]:
@@ -219,7 +219,7 @@ async def test_who_does_not_read_is_disconnected() -> None:
     ) as served:
         clients = [unread(served, STREAM) for _ in range(6)]
         await until(lambda: len(served.engine.active) == 6)
-        await until(lambda: not served.engine.active, timeout_s=20)
+        await until(lambda: not served.engine.active, timeout_s=120)
         assert len(served.engine.aborted) == 6
         assert not served.http._uvicorn.server_state.connections
         for client in clients:
@@ -231,8 +231,8 @@ async def test_a_whole_answer_that_nobody_reads_is_thrown_away() -> None:
         prompt = json.dumps({"prompt": "x" * 400, "max_tokens": 1, "echo": True, "n": 16, "logprobs": 20}).encode()
         client = unread(served, prompt, "/v1/completions")
         connections = served.http._uvicorn.server_state.connections
-        await until(lambda: any(connection.output.written > 10**6 for connection in connections), timeout_s=20)
-        await until(lambda: not connections, timeout_s=20)
+        await until(lambda: any(connection.output.written > 10**6 for connection in connections), timeout_s=120)
+        await until(lambda: not connections, timeout_s=120)
         client.close()
         assert (await complete(served.port)).status == 200
 
@@ -259,6 +259,6 @@ async def test_an_idle_reader_of_a_silent_stream_lives() -> None:
         reply = await raw(
             served.port,
             request("POST", "/v1/completions", json.dumps({"prompt": "hi", "max_tokens": 4, "stream": True}).encode()),
-            timeout_s=15,
+            timeout_s=120,
         )
         assert [event["choices"][0]["text"] for event in events(reply.body)] == ["G", "r", "ü"]

