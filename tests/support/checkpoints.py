@@ -30,6 +30,8 @@ from transformers import (
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2VLConfig,
@@ -240,46 +242,77 @@ def make_qwen2_vl(
     preprocessor: dict[str, Any] | None = None,
     **options: Any,
 ) -> PreTrainedModel:
+    vision = {"depth": 2, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2, "initializer_range": 0.1, **(vision or {})}
+    return _make_qwen_vl(
+        path,
+        layout,
+        (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
+        {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, **(text or {})},
+        {**vision, "hidden_size": (text or {}).get("hidden_size", 64)},
+        preprocessor,
+        options,
+    )
+
+
+def make_qwen2_5_vl(
+    path: Path,
+    layout: Layout = "hub",
+    *,
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+    preprocessor: dict[str, Any] | None = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """Windows of 56 pixels (two blocks)."""
+    return _make_qwen_vl(
+        path,
+        layout,
+        (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
+        {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, **(text or {})},
+        {
+            "depth": 3,
+            "hidden_size": 32,
+            "intermediate_size": 52,
+            "num_heads": 2,
+            "window_size": 56,
+            "fullatt_block_indexes": [1],
+            "tokens_per_second": 2,
+            "out_hidden_size": (text or {}).get("hidden_size", 64),
+            **(vision or {}),
+        },
+        preprocessor,
+        options,
+    )
+
+
+def _make_qwen_vl(
+    path: Path,
+    layout: Layout,
+    classes: tuple[Any, Any],
+    text: dict[str, Any],
+    vision: dict[str, Any],
+    preprocessor: dict[str, Any] | None,
+    options: dict[str, Any],
+) -> PreTrainedModel:
+    """What the generations of Qwen-VL have in common; `classes` are transformers' of config and model."""
     ids = write_tokenizer(path, layout, (*CHATML_SPECIALS, *VISION_SPECIALS), QWEN2_VL_TEMPLATE, eos="<|im_end|>")
     write_options, options = _write_options(options)
-    shape = _shape(
-        ids,
-        {
-            "hidden_size": 64,
-            "rope_theta": 1e6,
-            "rms_norm_eps": 1e-6,
-            "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
-            **(text or {}),
-        },
-    )
-    vision = {
-        "depth": 2,
-        "embed_dim": 32,
-        "num_heads": 2,
-        "mlp_ratio": 2,
-        "in_channels": 3,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "initializer_range": 0.1,
-        **(vision or {}),
-    }
-    config = Qwen2VLConfig(
+    shape = _shape(ids, {"hidden_size": 64, "rope_theta": 1e6, "rms_norm_eps": 1e-6, **text})
+    config = classes[0](
         text_config={**shape, "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"]},
-        vision_config={**vision, "hidden_size": shape["hidden_size"]},
+        vision_config={"in_channels": 3, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, **vision},
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"],
-        vision_token_id=ids["<|vision_pad|>"],
         **{"tie_word_embeddings": True, **options},
     )
     _write_json(
         path / "preprocessor_config.json",
         {
             "image_processor_type": "Qwen2VLImageProcessor",
-            "processor_class": "Qwen2VLProcessor",
-            "patch_size": 14,
+            "processor_class": classes[1].__name__.replace("ForConditionalGeneration", "Processor"),
+            "patch_size": vision.get("patch_size", 14),
             "temporal_patch_size": 2,
             "merge_size": 2,
             "min_pixels": 3136,
@@ -289,8 +322,7 @@ def make_qwen2_vl(
             **(preprocessor or {}),
         },
     )
-    model = Qwen2VLForConditionalGeneration(config)
-    return _write(path, layout, model, ids["<|endoftext|>"], ids["<|im_end|>"], **write_options)
+    return _write(path, layout, classes[1](config), ids["<|endoftext|>"], ids["<|im_end|>"], **write_options)
 
 
 def make_qwen2_omni(
@@ -916,12 +948,12 @@ def _hub_key(key: str) -> str:
 def _hub_config(config: dict[str, Any]) -> dict[str, Any]:
     """transformers 5's config.json -> the dialect of published repositories."""
     config = _old_names(config)
-    if config["model_type"] == "qwen2_vl":
+    if config["model_type"] in ("qwen2_vl", "qwen2_5_vl"):
         text = config.pop("text_config")
         vision = config.pop("vision_config")
         vision = {"in_chans" if k == "in_channels" else k: v for k, v in vision.items()}
         vision["spatial_patch_size"] = vision["patch_size"]
-        vision["model_type"] = "qwen2_vl"
+        vision["model_type"] = config["model_type"]
         vision.pop("rope_scaling", None)
         vision.pop("rope_theta", None)
         return {**text, **config, "vision_config": vision}

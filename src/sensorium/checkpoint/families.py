@@ -38,6 +38,7 @@ class DecoderDefaults:
     sliding_window: int | None = None
     window_is_optional: bool = False  # only with `use_sliding_window`, from layer `max_window_layers` on
     max_window_layers: int = 28
+    mrope_section: tuple[int, ...] = ()  # frequencies per axis (time, height, width)
 
 
 _LLAMA = DecoderDefaults(32000, 4096, 11008, 32, 32, None, 2048, reads_attention_bias=True, reads_mlp_bias=True)
@@ -60,6 +61,7 @@ _QWEN2_VL = DecoderDefaults(
     sliding_window=4096,
     window_is_optional=True,
     max_window_layers=80,
+    mrope_section=(16, 24, 24),
 )
 _QWEN2_5_OMNI = DecoderDefaults(
     152064,
@@ -75,6 +77,7 @@ _QWEN2_5_OMNI = DecoderDefaults(
     is_tied_outside=True,
     sliding_window=32768,
     window_is_optional=True,
+    mrope_section=(16, 24, 24),
 )
 _PHI3 = DecoderDefaults(32064, 3072, 8192, 32, 32, None, 4096, rms_norm_eps=1e-5)
 
@@ -88,6 +91,8 @@ DECODERS: Mapping[str, DecoderDefaults] = {
     "minicpmv": _QWEN2,
     "qwen2_vl": _QWEN2_VL,
     "qwen2_vl_text": _QWEN2_VL,
+    "qwen2_5_vl": _QWEN2_VL,
+    "qwen2_5_vl_text": _QWEN2_VL,
     "qwen2_5_omni_text": _QWEN2_5_OMNI,
 }
 """By the `model_type` of the decoder's part of config.json, which is not the architecture's: LLaVA has several."""
@@ -230,6 +235,14 @@ FAMILIES: Mapping[str, Family] = {
         ("image", "video"),
         chat_template=chat_templates.QWEN2_VL,
         text_model_type="qwen2_vl_text",
+    ),
+    "Qwen2_5_VLForConditionalGeneration": Family(
+        "Qwen2.5-VL",
+        "sensorium.models.qwen2_5_vl:Qwen25VL",
+        "sensorium.processors.qwen2_5_vl:Qwen25VLProcessor",
+        ("image", "video"),
+        chat_template=chat_templates.QWEN2_VL,
+        text_model_type="qwen2_5_vl_text",
     ),
     "Qwen2ForSequenceClassification": _CLASSIFIER,
     "Qwen3ForSequenceClassification": _CLASSIFIER,

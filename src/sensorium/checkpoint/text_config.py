@@ -218,7 +218,7 @@ def _rope(text: dict[str, Any], decoder: DecoderDefaults, max_positions: int, he
         mscale_all_dim=number(scaling, "mscale_all_dim", 0.0),
         truncate=bool(scaling.get("truncate", True)),
         partial=number(scaling, "partial_rotary_factor", number(text, "partial_rotary_factor", 1.0)),
-        mrope_section=tuple(int(x) for x in numbers(scaling, "mrope_section")),
+        mrope_section=tuple(int(x) for x in numbers(scaling, "mrope_section")) or decoder.mrope_section,
     )
     _check_rope(rope, int(head_dim * rope.partial) // 2)
     return rope

@@ -1,4 +1,4 @@
-"""Qwen2.5-Omni's thinker: a windowed vision tower, a Whisper-like audio tower, and Qwen2-VL's decoder.
+"""Qwen2.5-Omni's thinker: Qwen2.5-VL and a Whisper-like audio tower.
 
 The parts that speak (talker, token2wav) are not loaded.
 """
@@ -11,15 +11,13 @@ from typing import ClassVar
 from torch import Tensor
 
 from sensorium.checkpoint.configs import Checkpoint
-from sensorium.models.base import Rename, Steps
-from sensorium.models.decoder import DECODER_MAP
-from sensorium.models.qwen2_vl import Qwen2VL
-from sensorium.models.towers.qwen_vit import WINDOWED_VIT_MAP, QwenVit, QwenVitConfig, WindowedQwenVit
+from sensorium.models.base import Steps
+from sensorium.models.qwen2_5_vl import Qwen25VL
 from sensorium.models.towers.whisper import OmniAudioTower
 from sensorium.types import Modality
 
 
-class Qwen2Omni(Qwen2VL):
+class Qwen2Omni(Qwen25VL):
     modalities: ClassVar[frozenset[Modality]] = frozenset({"image", "video", "audio"})
     weight_prefixes: ClassVar[Mapping[str, str]] = {
         "thinker.model.language_model.": "model.",
@@ -30,9 +28,9 @@ class Qwen2Omni(Qwen2VL):
         "model.visual.": "visual.",
         "model.audio_tower.": "audio_tower.",
     }
-    weight_map: ClassVar[tuple[Rename, ...]] = (*DECODER_MAP, *WINDOWED_VIT_MAP)
+    tower_width: ClassVar[int] = 1280
     ignored: tuple[str, ...] = (
-        *Qwen2VL.ignored,
+        *Qwen25VL.ignored,
         "talker.",
         "token2wav.",
         "audio_bos_eos_token.weight",
@@ -43,10 +41,6 @@ class Qwen2Omni(Qwen2VL):
         super().__init__(checkpoint)
         audio = checkpoint.config.get("audio_config") or {}
         self.audio_tower = OmniAudioTower({"output_dim": self.text.hidden_size, **audio})
-
-    def build_vision(self, checkpoint: Checkpoint) -> QwenVit:
-        config = QwenVitConfig.windowed(checkpoint.config.get("vision_config") or {})
-        return WindowedQwenVit(config, self.text.hidden_size)
 
     def encoding(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> Steps[list[Tensor]]:
         if kind == "audio":

@@ -35,11 +35,13 @@ MAKERS: dict[str, Callable[..., PreTrainedModel]] = {
     "llava_next": checkpoints.make_llava_next,
     # A tied head makes random weights repeat their last token for ever, which hides mistakes.
     "qwen2_vl": partial(checkpoints.make_qwen2_vl, tie_word_embeddings=False),
+    "qwen2_5_vl": partial(checkpoints.make_qwen2_5_vl, tie_word_embeddings=False),
 }
 SIZES = {
     "llava": [(50, 70), (28, 28), (90, 31)],
     "llava_next": [(50, 70), (120, 30), (28, 28), (16, 90)],
     "qwen2_vl": [(60, 90), (56, 56), (140, 70)],
+    "qwen2_5_vl": [(60, 90), (56, 56), (60, 140)],
 }
 each_family = pytest.mark.parametrize("family", list(MAKERS))
 each_layout = pytest.mark.parametrize("layout", ["hub", "transformers"])
@@ -57,15 +59,13 @@ def pictures(family: str) -> list[MediaItem]:
 
 def oracle_inputs(family: str, here: Served, items: Sequence[MediaItem], token_ids: np.ndarray) -> dict[str, Any]:
     """What transformers' own processor makes of the same pictures."""
-    classes: dict[str, Any] = {
-        "llava": CLIPImageProcessorPil,
-        "llava_next": LlavaNextImageProcessorPil,
-        "qwen2_vl": Qwen2VLImageProcessorPil,
-    }
+    classes: dict[str, Any] = {"llava": CLIPImageProcessorPil, "llava_next": LlavaNextImageProcessorPil}
     data = [item.data for item in items]
-    made = classes[family](**here.preprocessor)(data, return_tensors="pt", input_data_format="channels_last")
+    made = classes.get(family, Qwen2VLImageProcessorPil)(**here.preprocessor)(
+        data, return_tensors="pt", input_data_format="channels_last"
+    )
     ids = torch.from_numpy(token_ids).long()[None]
-    if family == "qwen2_vl":
+    if family.startswith("qwen"):
         made["mm_token_type_ids"] = (ids == here.oracle.config.image_token_id).int()
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **made}
 
@@ -291,6 +291,7 @@ def without_inner_name(key: str) -> str:
         ("llava_next", in_memory),
         ("llava_next", lambda key: in_memory(without_inner_name(key))),
         ("qwen2_vl", qwen_in_memory),
+        ("qwen2_5_vl", qwen_in_memory),
     ],
 )
 def test_weight_dialects(family: str, rename: Callable[[str], str], tmp_path: Path) -> None:
@@ -327,6 +328,7 @@ def test_layers_after_the_last_feature_need_not_be_there(tmp_path: Path) -> None
         ("llava_next", "image_newline"),
         ("qwen2_vl", "visual.merger.mlp.2.bias"),
         ("qwen2_vl", "visual.patch_embed.proj.weight"),
+        ("qwen2_5_vl", "visual.blocks.0.mlp.up_proj.bias"),
     ],
 )
 def test_missing_and_unexpected_tensors_are_named(family: str, key: str, tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""Qwen2-VL with videos: which frames, how large, and the model's answers against transformers."""
+"""Qwen-VL with videos: which frames, how large, and the model's answers against transformers."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,11 +25,15 @@ from sensorium.types import MediaItem, Prompt
 SMALL = {"size": {"shortest_edge": 56 * 56, "longest_edge": 56 * 140}}  # of a frame
 
 
+MAKERS = {"qwen2_vl": checkpoints.make_qwen2_vl, "qwen2_5_vl": checkpoints.make_qwen2_5_vl}
+each_family = pytest.mark.parametrize("family", list(MAKERS))
+
+
 @cache
-def served() -> Served:
+def served(family: str = "qwen2_vl") -> Served:
     with TemporaryDirectory() as folder:
         path = Path(folder)
-        oracle = checkpoints.make_qwen2_vl(path, tie_word_embeddings=False)
+        oracle = MAKERS[family](path, tie_word_embeddings=False)
         (path / "video_preprocessor_config.json").write_text(json.dumps(SMALL))
         return load(path, oracle)
 
@@ -169,10 +174,17 @@ def test_a_video_and_its_frames_as_pictures_have_other_keys() -> None:
 ITEMS = [noise(60, 90, seed=1), noise(70, 100, frames=5, seed=2), noise(80, 60, frames=2, seed=3)]
 
 
-def test_logits_and_greedy_tokens_equal_transformers() -> None:
-    here = served()
+@each_family
+def test_logits_and_greedy_tokens_equal_transformers(family: str) -> None:
+    """With our positions: transformers' text goes on before the last of Qwen2.5-VL's frames."""
+    here = served(family)
     prompt = here.prompt(ITEMS)
     inputs = oracle_inputs(here, ITEMS, prompt)
+    if family != "qwen2_vl":
+        here.oracle.model.get_rope_index = lambda *_, **__: (
+            torch.from_numpy(prompt.positions).long()[:, None],
+            torch.tensor([[prompt.position_delta]]),
+        )
     with torch.inference_mode():
         theirs = here.oracle(**inputs).logits[0]
     torch.testing.assert_close(Driver(here.model).prefill(here.run(prompt)), theirs, atol=1e-4, rtol=0)
@@ -180,6 +192,19 @@ def test_logits_and_greedy_tokens_equal_transformers() -> None:
     ours = Driver(here.model).greedy([here.run(prompt)], 32)[0]
     assert ours == made[0, len(prompt.token_ids) :].tolist()
     assert len(set(ours)) > 4
+
+
+@pytest.mark.parametrize(
+    ("seconds_per_pair", "times", "next_position"), [(1.0, [2, 4, 6], 7), (0.4, [2, 2, 3], 4), (2.5, [2, 7, 12], 13)]
+)
+def test_qwen2_5_vl_time_in_positions(seconds_per_pair: float, times: list[int], next_position: int) -> None:
+    """Two positions a second after two of text, and what follows goes on after the largest on any axis."""
+    here = served("qwen2_5_vl")
+    video = replace(noise(56, 56, frames=6), duration_s=3 * seconds_per_pair)
+    prompt = here.processor.build("!" + here.processor.placeholder("video", 0), [here.processor.process(video)])
+    assert prompt.positions is not None
+    assert prompt.positions[0, 2:-1].tolist() == [time for time in times for _ in range(4)]
+    assert prompt.positions[:, -1].tolist() == [next_position] * 3
 
 
 def test_long_video_counts_on_after_its_last_frame() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sensorium import kernels
+from sensorium.checkpoint.values import number, unsupported
 from sensorium.errors import CheckpointError
 from sensorium.models.base import Rename, Steps
 from sensorium.models.layers import GateUpLinear, Linear, QKVLinear, RMSNorm
@@ -60,6 +61,7 @@ class QwenVitConfig:
     temporal_patch_size: int
     spatial_merge_size: int
     hidden_act: str
+    theta: float = 10000.0  # of the rotary positions
     window_size: int = 0  # pixels of a window's side; 0: no windows
     full_attention_layers: tuple[int, ...] = ()  # those that no window cuts
 
@@ -76,12 +78,12 @@ class QwenVitConfig:
         )
 
     @classmethod
-    def windowed(cls, vision: Mapping[str, Any]) -> QwenVitConfig:
-        """`vision_config` of the 2.5 generation."""
+    def windowed(cls, vision: Mapping[str, Any], embed_dim: int) -> QwenVitConfig:
+        """`vision_config` of the 2.5 generation. `embed_dim` is where it has no `hidden_size`."""
         given = _Given(vision)
         return cls(
             **given.common(),
-            embed_dim=given.of("hidden_size", 1280),
+            embed_dim=given.of("hidden_size", embed_dim),
             intermediate_size=given.of("intermediate_size", 3420),
             hidden_act=given.of("hidden_act", "silu"),
             window_size=given.of("window_size", 112),
@@ -98,13 +100,22 @@ class _Given:
         return default if value is None else value
 
     def common(self) -> dict[str, Any]:
+        if (channels := self.of("in_channels", self.of("in_chans", 3))) != 3:
+            raise CheckpointError(f"config.json: vision_config has {channels} in_channels, images here have 3")
         return {
             "depth": self.of("depth", 32),
+            "theta": self._theta(),
             "num_heads": self.of("num_heads", 16),
             "patch_size": self.of("patch_size", self.of("spatial_patch_size", 14)),
             "temporal_patch_size": self.of("temporal_patch_size", 2),
             "spatial_merge_size": self.of("spatial_merge_size", 2),
         }
+
+    def _theta(self) -> float:
+        rope = self.of("rope_parameters", {})
+        if (kind := rope.get("rope_type", "axial")) not in ("axial", "default"):
+            raise unsupported("vision_config rope_type", kind, ("axial",))
+        return number(rope, "rope_theta", THETA)
 
 
 class VisionAttention(nn.Module):
@@ -299,7 +310,7 @@ class QwenVit(nn.Module):
         """cos and sin [patches, head_dim / 2] of a slice: half of the frequencies count lines, half columns."""
         merge, quarter = self.config.spatial_merge_size, self.config.embed_dim // self.config.num_heads // 4
         exponents = torch.arange(0, quarter, dtype=torch.float32, device=device) / quarter
-        inv_freq = 1.0 / THETA**exponents
+        inv_freq = 1.0 / self.config.theta**exponents
         place = torch.arange(lines * columns, device=device).view(lines // merge, merge, columns // merge, merge)
         place = place.permute(0, 2, 1, 3).flatten()  # patches in block order
         both = torch.stack([place // columns, place % columns], dim=1)  # [patches, 2]
@@ -319,8 +330,8 @@ class QwenVit(nn.Module):
 
 
 class WindowedQwenVit(QwenVit):
-    """The tower of Qwen2.5-Omni (and Qwen2.5-VL): most layers attend inside windows of `window_size` pixels, RMS norms,
-    gated MLPs."""
+    """The tower of the 2.5 generation: most layers attend inside windows of `window_size` pixels, RMS norms, gated
+    MLPs."""
 
     def __init__(self, config: QwenVitConfig, out_features: int) -> None:
         super().__init__(config, out_features, norm=RMSNorm, mlp=GatedMlp)
