@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sensorium.kernels import cache_width
+from sensorium.engine.memory import CacheLayout
 from sensorium.kernels.context import AttentionContext
 from sensorium.models.base import Model
 
@@ -44,16 +44,12 @@ class Driver:
         self.model = model
         self.block_size = block_size
         cache_dtype = torch.int8 if int8_cache else dtype
-        shape = (num_blocks, model.num_kv_heads, block_size, cache_width(model.head_dim, cache_dtype))
         # NaN shows every read of a slot that nobody wrote; as scales, four bytes of -1 are one.
         unwritten = -1 if int8_cache else torch.nan
-        self.cache = [
-            (
-                torch.full(shape, unwritten, dtype=cache_dtype, device=device),
-                torch.full(shape, unwritten, dtype=cache_dtype, device=device),
-            )
-            for _ in range(model.num_layers)
-        ]
+        layout = CacheLayout(tuple(model.cache_groups()), block_size, cache_dtype)
+        self.cache = layout.make(num_blocks, 0, torch.device(device))
+        for keys, values in self.cache:
+            keys.fill_(unwritten), values.fill_(unwritten)
         self.free = list(range(num_blocks))
         random.Random(0).shuffle(self.free)
         self.device = device

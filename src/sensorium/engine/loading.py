@@ -24,17 +24,19 @@ from sensorium.engine.block_pool import BlockPool
 from sensorium.engine.encoder_cache import EncoderCache
 from sensorium.engine.faults import Faults
 from sensorium.engine.masks import Masks
-from sensorium.engine.memory import available_for_cache, cache_shape, encoder_cache_bytes, make_cache, size_cache
+from sensorium.engine.memory import CacheLayout, CacheSize, available_for_cache, encoder_cache_bytes, size_cache
 from sensorium.engine.prefix_cache import PrefixCache
 from sensorium.engine.runner import Runner
 from sensorium.engine.sampler import Sampler
 from sensorium.engine.scheduler import Budget, Plan, Scheduler
 from sensorium.errors import StartupError
 from sensorium.kernels import Quantization
+from sensorium.kernels.context import KVCache
 from sensorium.kernels.cpu.linear import MappedLinear
 from sensorium.kernels.reference import quantized
 from sensorium.kernels.reference.attention import GATHER_ELEMENTS
 from sensorium.models.base import Model
+from sensorium.models.cache import CacheGroup, paged
 from sensorium.models.decoder import SelfAttention
 from sensorium.models.layers import Embedding, Linear
 from sensorium.models.loading import MAPPED_BYTES, load_model, weight_bytes
@@ -182,21 +184,23 @@ def build_engine(
 ) -> Engine:
     """Everything around a model that is already there."""
     started = monotonic() if started is None else started
-    has_cache = model.num_layers > 0
+    groups = model.cache_groups()
+    has_cache = bool(groups)
     cache_dtype = choose_cache_dtype(config.kv_cache_dtype, dtype, has_cache=has_cache)
     poolers = model.poolers
     tokens = config.max_num_batched_tokens or default_batched_tokens(model, device)
     wanted = wanted_length(config, checkpoint)
-    num_blocks, max_len, kv_bytes = 0, wanted, 0
-    cache = []
+    size, kv_bytes = CacheSize(0, 0, wanted), 0
+    cache: KVCache = []
     if has_cache:
-        shape = cache_shape(model, config.block_size, cache_dtype)
+        layout = CacheLayout(tuple(groups), config.block_size, cache_dtype)
         activations = activation_bytes(model, tokens, cache_dtype) if device.type != "cpu" else 0
         mapped_bytes = mapped_weight_bytes(model)  # the system counts them as free memory
         available = available_for_cache(config, device, activations, mapped_bytes)
-        num_blocks, max_len = size_cache(config, shape, wanted, available)
-        cache = make_cache(shape, num_blocks, device)
-        kv_bytes = num_blocks * shape.block_bytes
+        size = size_cache(config, layout, wanted, available)
+        cache = layout.make(size.num_blocks, size.num_states, device)
+        kv_bytes = size.num_blocks * layout.block_bytes + size.num_states * layout.state_bytes
+    num_blocks, max_len = size.num_blocks, size.max_len
     hidden_size = checkpoint.text.hidden_size if checkpoint.text else 0
     encoder: EncoderCache[Tensor] = EncoderCache(encoder_cache_bytes(config, device), hidden_size * dtype.itemsize)
     pool = BlockPool(num_blocks)
@@ -249,8 +253,14 @@ def build_engine(
         tasks=tasks,
         embedding_size=embedding_size,
     )
-    work = (2.0 * ready.weight_bytes, 16.0 * model.num_layers * model.num_kv_heads * model.head_dim)  # not too little
+    work = (2.0 * ready.weight_bytes, 16.0 * key_elements(groups))  # not too little
     return Engine(scheduler, runner, prefixes, encoder, ready, mapped_weights(model), work, checkpoint.vocab_size)
+
+
+def key_elements(groups: list[CacheGroup]) -> int:
+    """Elements of one token's keys in all layers."""
+    layers = ((len(group.layers) + len(group.shared)) * group.num_kv_heads * group.head_dim for group in paged(groups))
+    return sum(layers)
 
 
 def wanted_length(config: EngineConfig, checkpoint: Checkpoint) -> int:
@@ -292,7 +302,8 @@ def activation_bytes(model: Model, tokens: int, cache_dtype: torch.dtype) -> int
     ]
     gathered = 0
     if cache_dtype == torch.int8:
-        longest = model.checkpoint.max_model_len * model.num_kv_heads * model.head_dim
+        widest = max((group.num_kv_heads * group.head_dim for group in model.cache_groups()), default=0)
+        longest = model.checkpoint.max_model_len * widest
         gathered = 5 * max(GATHER_ELEMENTS, longest)  # bytes, and floats of them
     return model.activation_bytes(tokens) + max(dequantised, default=0) + gathered
 
@@ -364,7 +375,7 @@ def default_batched_tokens(model: Model, device: torch.device) -> int:
 def max_pairs(model: Model, device: torch.device) -> int | None:
     """Pairs of a token and one that it attends to in a step; None where there is no need of a bound. 2048 tokens at the
     end of a long prompt take a small model seconds, for which every other answer would wait."""
-    if device.type != "cpu" or not model.num_layers:
+    if device.type != "cpu" or not model.cache_groups():
         return None
     per_pair = sum(
         2 * layer.attention.num_heads * layer.head_dim for layer in model.modules() if isinstance(layer, SelfAttention)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -12,54 +13,89 @@ from sensorium.config import EngineConfig
 from sensorium.errors import StartupError
 from sensorium.kernels import cache_width
 from sensorium.kernels.context import KVCache
-from sensorium.models.base import Model
+from sensorium.models.cache import CacheGroup, EncoderGroup, PagedGroup
 from sensorium.system.memory import free_memory_bytes
+
+Group = TypeVar("Group", bound=CacheGroup)
 
 CPU_PART = 0.25  # of free memory for the KV cache, where the flag does not say
 ENCODER_PART = 0.125  # of free memory that tower outputs may take, whatever the flag says
 
 
 @dataclass(frozen=True, slots=True)
-class CacheShape:
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
+class CacheLayout:
+    """The cache of a model: a block holds `block_size` tokens of all paged groups, a state one input of an encoder."""
+
+    groups: tuple[CacheGroup, ...]
     block_size: int
     dtype: torch.dtype
 
     @property
-    def row_width(self) -> int:
-        """Elements of one token's keys or values in one head: of int8 the scale's bytes too."""
-        return cache_width(self.head_dim, self.dtype)
+    def block_bytes(self) -> int:
+        return self.block_size * sum(group.token_bytes(self.dtype) for group in self._of(PagedGroup))
 
     @property
-    def block_bytes(self) -> int:
-        """Keys and values of one block in all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.block_size * self.row_width * self.dtype.itemsize
+    def state_bytes(self) -> int:
+        return sum(group.num_positions * group.token_bytes(self.dtype) for group in self._of(EncoderGroup))
+
+    def _of(self, kind: type[Group]) -> list[Group]:
+        return [group for group in self.groups if isinstance(group, kind)]
+
+    def make(self, num_blocks: int, num_states: int, device: torch.device) -> KVCache:
+        """Zeros for every layer, by place; layers that share a cache have the same tensors."""
+        layers: dict[int, tuple[Tensor, Tensor]] = {}
+        for group in self.groups:
+            count, tokens = num_blocks, self.block_size
+            if isinstance(group, EncoderGroup):
+                count, tokens = num_states, group.num_positions
+            size = (count, group.num_kv_heads, tokens, cache_width(group.head_dim, self.dtype))
+            for layer in group.layers:
+                layers[layer] = (_zeros(size, self.dtype, device), _zeros(size, self.dtype, device))
+            for layer, source in group.shared if isinstance(group, PagedGroup) else ():
+                layers[layer] = layers[source]
+        return [layers[place] for place in range(len(layers))]
 
 
-def cache_shape(model: Model, block_size: int, dtype: torch.dtype) -> CacheShape:
-    return CacheShape(model.num_layers, model.num_kv_heads, model.head_dim, block_size, dtype)
+class CacheSize(NamedTuple):
+    num_blocks: int
+    num_states: int  # inputs of the encoder that are kept at the same time; 0 without an encoder group
+    max_len: int  # tokens of the longest sequence
 
 
-def size_cache(config: EngineConfig, shape: CacheShape, wanted_len: int, available_bytes: int) -> tuple[int, int]:
-    """(number of blocks, longest sequence): what fits, and no more than `max_num_seqs` longest sequences can use."""
-    per_sequence = -(-wanted_len // shape.block_size)
-    blocks = min(available_bytes // shape.block_bytes, per_sequence * config.max_num_seqs)
-    capacity = blocks * shape.block_size
-    if capacity < min(wanted_len, shape.block_size):
+def size_cache(config: EngineConfig, layout: CacheLayout, wanted_len: int, available_bytes: int) -> CacheSize:
+    """What fits, and no more than `max_num_seqs` longest sequences can use."""
+    per_sequence = -(-wanted_len // layout.block_size)
+    if layout.state_bytes:
+        return _size_with_states(config, layout, wanted_len, available_bytes)
+    blocks = min(available_bytes // layout.block_bytes, per_sequence * config.max_num_seqs)
+    capacity = blocks * layout.block_size
+    if capacity < min(wanted_len, layout.block_size):
         raise StartupError(
-            f"there is no memory for a KV cache: one block of {shape.block_size} tokens takes "
-            f"{_readable(shape.block_bytes)}, {_readable(max(available_bytes, 0))} can be had "
+            f"there is no memory for a KV cache: one block of {layout.block_size} tokens takes "
+            f"{_readable(layout.block_bytes)}, {_readable(max(available_bytes, 0))} can be had "
             "(--kv-cache-memory or --gpu-memory-utilization sets how much)"
         )
     if capacity < wanted_len and config.max_model_len is not None:
-        needed = _readable(per_sequence * shape.block_bytes)
+        needed = _readable(per_sequence * layout.block_bytes)
         raise StartupError(
             f"--max-model-len {wanted_len} needs {needed} of KV cache, {_readable(available_bytes)} can "
             "be had: lower it, or raise --kv-cache-memory (on a GPU --gpu-memory-utilization)"
         )
-    return blocks, min(wanted_len, capacity)
+    return CacheSize(blocks, 0, min(wanted_len, capacity))
+
+
+def _size_with_states(config: EngineConfig, layout: CacheLayout, wanted_len: int, available_bytes: int) -> CacheSize:
+    """Blocks and states in the proportion that longest sequences with an input each need."""
+    per_sequence = -(-wanted_len // layout.block_size)
+    needed = per_sequence * layout.block_bytes + layout.state_bytes
+    sequences = min(available_bytes // needed, config.max_num_seqs)
+    if sequences < 1:
+        raise StartupError(
+            f"there is no memory for the cache of one sequence: {wanted_len} tokens and an encoder's "
+            f"output take {_readable(needed)}, {_readable(max(available_bytes, 0))} can be had "
+            "(--kv-cache-memory or --gpu-memory-utilization sets how much)"
+        )
+    return CacheSize(sequences * per_sequence, sequences, wanted_len)
 
 
 def available_for_cache(
@@ -79,11 +115,6 @@ def encoder_cache_bytes(config: EngineConfig, device: torch.device) -> int:
     if device.type != "cpu":
         return config.encoder_cache_memory
     return min(config.encoder_cache_memory, int(free_memory_bytes() * ENCODER_PART))
-
-
-def make_cache(shape: CacheShape, num_blocks: int, device: torch.device) -> KVCache:
-    size = (num_blocks, shape.num_kv_heads, shape.block_size, shape.row_width)
-    return [(_zeros(size, shape.dtype, device), _zeros(size, shape.dtype, device)) for _ in range(shape.num_layers)]
 
 
 def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

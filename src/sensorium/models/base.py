@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sensorium.checkpoint.configs import Checkpoint
 from sensorium.kernels.context import AttentionContext, KVCache, NeededStates
+from sensorium.models.cache import CacheGroup
 from sensorium.pooling.pooler import Pooler
 from sensorium.types import Modality, PoolingTask
 
@@ -72,16 +73,16 @@ class Model(nn.Module):
     every token: a prompt's tokens take the prompt's length, each later token the length up to itself, whatever the
     chunks. Cache blocks are never shared between prompts of different lengths beyond the border."""
 
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int  # shape of the KV cache; num_layers 0 means that there is none
-
     partial_states: ClassVar[NeededStates] = "all"
     """What `AttentionContext.needed_states` may say beside "all": `forward` then computes the hidden states of these
     tokens only, and the others are undefined."""
 
     generates: bool = False  # whether it has a language head
     poolers: Mapping[PoolingTask, Pooler] = MappingProxyType({})  # what it can do besides, set by the constructor
+
+    def cache_groups(self) -> list[CacheGroup]:
+        """What the engine is to keep of the tokens of a sequence; nothing where a prompt is computed whole."""
+        return []
 
     def embed(self, token_ids: Tensor, token_types: Tensor | None = None) -> Tensor:
         """Token ids int64 [tokens] -> [tokens, hidden]. Placeholder ids outside the table are looked up as 0.

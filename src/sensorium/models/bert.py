@@ -149,7 +149,6 @@ class Encoder(nn.Module):
 class EncoderModel(Model):
     """What all encoders share: no KV cache, and poolers in place of a language head."""
 
-    num_layers = num_kv_heads = head_dim = 0
     partial_states: ClassVar[NeededStates] = "first"
 
     def _embeds(self, size: int) -> None:

@@ -18,6 +18,7 @@ from sensorium.errors import CheckpointError
 from sensorium.kernels.context import AttentionContext, KVCache, NeededStates
 from sensorium.kernels.reference.attention import GATHER_ELEMENTS, MASK_ELEMENTS
 from sensorium.models.base import Model, Rename
+from sensorium.models.cache import CacheGroup, PagedGroup
 from sensorium.models.layers import (
     Attention,
     Embedding,
@@ -201,10 +202,6 @@ class DecoderModel(Model):
         if config is None:
             raise CheckpointError(f"{checkpoint.architecture} needs a decoder's configuration")
         self.text = config
-        self.num_layers = self.num_kv_heads = self.head_dim = 0  # no cache: what comes later changes what was before
-        if config.is_causal:
-            self.num_layers, self.num_kv_heads = config.num_layers, config.num_kv_heads
-            self.head_dim = config.head_dim
         self.generates = type(self).generates and config.is_causal and config.has_head
         self.model = Decoder(config, self._declare_head(config))
         self.poolers = self._make_poolers()
@@ -220,6 +217,16 @@ class DecoderModel(Model):
             self.checkpoint.folder, "last", self.text.hidden_size, self.checkpoint.pooling
         )
         return poolers
+
+    def cache_groups(self) -> list[CacheGroup]:
+        if not self.text.is_causal:
+            return []  # what comes later changes what was before
+        layers: dict[tuple[int, int, int | None], list[int]] = {}
+        attentions = [module.attention for module in self.model.modules() if isinstance(module, SelfAttention)]
+        for index, attention in enumerate(attentions):
+            shape = (attention.num_kv_heads, attention.head_dim, attention.sliding_window)
+            layers.setdefault(shape, []).append(index)
+        return [PagedGroup(tuple(places), *shape) for shape, places in layers.items()]
 
     def embed(self, token_ids: Tensor, token_types: Tensor | None = None) -> Tensor:
         rows: Tensor = self.model.embed_tokens(token_ids)

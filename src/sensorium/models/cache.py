@@ -1,0 +1,52 @@
+"""What a model keeps of the tokens that it has seen: groups of layers, each with its kind and shape.
+
+A layer is named by its place in the `KVCache` that `Model.forward` is given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sensorium.kernels import cache_width
+
+
+@dataclass(frozen=True, slots=True)
+class CacheGroup:
+    """Layers whose keys and values have one shape. Each kind of cache is a subclass."""
+
+    layers: tuple[int, ...]
+    num_kv_heads: int
+    head_dim: int
+
+    def token_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes that all layers keep of one token (or one row of an encoder)."""
+        width = cache_width(self.head_dim, dtype)
+        return 2 * len(self.layers) * self.num_kv_heads * width * dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class PagedGroup(CacheGroup):
+    """Keys and values of every token, in blocks.
+
+    `sliding_window`: a token at position p sees p - sliding_window + 1 .. p in these layers; None: all before it.
+    `shared`: (layer, the layer of this group whose keys and values it reads); such layers keep none of their own.
+    """
+
+    sliding_window: int | None = None
+    shared: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderGroup(CacheGroup):
+    """Keys and values of an encoder's rows, which the decoder's tokens attend to: `num_positions` of each input.
+
+    They are computed once for an input (`Model.encoder_states`) and kept while any sequence needs them.
+    """
+
+    num_positions: int
+
+
+def paged(groups: list[CacheGroup]) -> list[PagedGroup]:
+    return [group for group in groups if isinstance(group, PagedGroup)]
