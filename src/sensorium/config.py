@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-MiB = 1024 * 1024
-GiB = 1024 * MiB
+from sensorium.units import GiB, MiB
 
 
 def flag(default: Any, help: str, **metadata: Any) -> Any:

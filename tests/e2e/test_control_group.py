@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 from support import pictures, server
 
-from sensorium.config import MiB
+from sensorium.units import MiB
 
 LIMIT = 700 * MiB
 ROOT = Path("/sys/fs/cgroup")

@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from sensorium.checkpoint.weight_files import find_weight_files
-from sensorium.config import Limits, MiB, ServeOptions
+from sensorium.config import Limits, ServeOptions
 from sensorium.errors import CheckpointError
 from sensorium.media.costs import most_pixels
-from sensorium.media.source import size_text
+from sensorium.units import MiB, size_text
 
 BASE_BYTES = 320 * MiB  # of all processes before they do anything
 LEAST_PART = 8  # a part of what is free that is there in any case: weights may lie on a GPU, or come out smaller

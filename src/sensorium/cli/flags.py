@@ -21,35 +21,20 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 from sensorium.cli.other_flags import ACCEPTED, REFUSED, Accepted, in_our_words
+from sensorium.units import LETTERS, parse_size, size_flag
 
 Config = TypeVar("Config")
 
-_UNITS = {
-    "b": 1,
-    "kb": 1000,
-    "mb": 1000**2,
-    "gb": 1000**3,
-    "tb": 1000**4,
-    "kib": 1024,
-    "mib": 1024**2,
-    "gib": 1024**3,
-    "tib": 1024**4,
-}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)")
 _MODALITIES = ("image", "video", "audio")
-_TOKENS = {"k": 1000, "m": 1000**2, "g": 1000**3, "K": 1024, "M": 1024**2, "G": 1024**3}
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.\-]*://[^/?#@\s,]+")
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)([kmg])|(\d+)([KMG]?)")
 
 
-def parse_size(text: str) -> int:
-    """`256MiB`, `4GB` or plain bytes -> bytes. One letter as vLLM reads it: `4g` is decimal, `4G` binary."""
-    match = _SIZE.fullmatch(text.strip())
-    unit = match.group(2) if match else ""
-    scale = _TOKENS.get(unit) or _UNITS.get(unit.lower() or "b") if match else None
-    if match is None or scale is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 256MiB, 4GB or a number of bytes")
-    return int(float(match.group(1)) * scale)
+def parse_bytes(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def parse_json(text: str) -> dict[str, Any]:
@@ -111,7 +96,7 @@ def parse_tokens(text: str) -> int:
             f"{text!r} is not a number of tokens; write 32768, 32K (the same) or 32k (32,000)"
         )
     decimal, small, whole, large = match.groups()
-    return round(float(decimal) * _TOKENS[small]) if small else int(whole) * _TOKENS.get(large, 1)
+    return round(float(decimal) * LETTERS[small]) if small else int(whole) * LETTERS.get(large, 1)
 
 
 def parse_tokens_or_auto(text: str) -> int | None:
@@ -130,7 +115,7 @@ def parse_float(text: str) -> float:
 
 
 _BY_NAME: dict[str, tuple[Callable[[str], Any], str]] = {
-    "size": (parse_size, "SIZE"),
+    "size": (parse_bytes, "SIZE"),
     "origins": (parse_origins, "ORIGIN"),
     "counts": (parse_counts, "COUNTS"),
     "json": (parse_json, "JSON"),
@@ -173,15 +158,7 @@ class Flag:
             return "on" if self.default else "off"
         if isinstance(self.default, tuple):
             return "x".join(map(str, self.default))
-        return size_text(self.default) if self.value == "SIZE" else str(self.default)
-
-
-def size_text(size_bytes: int) -> str:
-    """1048576 -> 1MiB: exact, in the largest binary unit that divides it."""
-    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if size_bytes and size_bytes % 1024**power == 0:
-            return f"{size_bytes // 1024**power}{unit}"
-    return str(size_bytes)
+        return size_flag(self.default) if self.value == "SIZE" else str(self.default)
 
 
 def flags_of(config: type) -> tuple[Flag, ...]:

@@ -8,6 +8,8 @@ import platform
 from collections.abc import Iterator
 from pathlib import Path
 
+from sensorium.units import size_text
+
 PACKAGES = (
     "sensorium",
     "torch",
@@ -59,8 +61,8 @@ def _memory() -> str:
     fields = [_field(Path("/proc/meminfo"), name).removesuffix(" kB") for name in ("MemTotal", "MemAvailable")]
     if not all(field.isdecimal() for field in fields):
         return "unknown"
-    total, available = (int(field) / 2**20 for field in fields)
-    return f"{total:.1f} GiB, {available:.1f} GiB of it available"
+    total, available = (size_text(1024 * int(field)) for field in fields)
+    return f"{total}, {available} of it available"
 
 
 def _field(file: Path, name: str) -> str:

@@ -28,6 +28,7 @@ from sensorium.ipc.client import EngineClient
 from sensorium.system.malloc import return_large_blocks
 from sensorium.system.memory import free_memory_bytes
 from sensorium.system.processes import family, resident_bytes
+from sensorium.units import size_text
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -237,20 +238,11 @@ def _say_ready(options: ServeOptions, client: EngineClient, name: str, url: str,
         ready.device,
         ready.dtype,
         ready.max_model_len,
-        size(ready.weight_bytes),
-        size(ready.kv_bytes),
+        size_text(ready.weight_bytes),
+        size_text(ready.kv_bytes),
         ready.kv_tokens,
-        size(everybody),
-        size(own),
-        size(engine),
-        size(everybody - own - engine),
+        size_text(everybody),
+        size_text(own),
+        size_text(engine),
+        size_text(everybody - own - engine),
     )
-
-
-def size(size_bytes: float) -> str:
-    """1536000 -> 1.5 MB."""
-    for unit in ("B", "kB", "MB"):
-        if abs(size_bytes) < 999.5:
-            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
-        size_bytes /= 1000
-    return f"{size_bytes:.2f} GB"

@@ -18,7 +18,7 @@ from sensorium.checkpoint.configs import Checkpoint, open_checkpoint
 from sensorium.checkpoint.lengths import context_length
 from sensorium.checkpoint.pooling import PoolingKind, read_pooling, sentence_config
 from sensorium.checkpoint.quantization import StoredQuantization
-from sensorium.config import EngineConfig, MiB
+from sensorium.config import EngineConfig
 from sensorium.engine.batch import BatchBuilder
 from sensorium.engine.block_pool import BlockPool
 from sensorium.engine.encoder_cache import EncoderCache
@@ -42,6 +42,7 @@ from sensorium.models.layers import Embedding, Linear
 from sensorium.models.loading import MAPPED_BYTES, load_model, weight_bytes
 from sensorium.system import cgroups
 from sensorium.types import EngineReady
+from sensorium.units import MiB
 from sensorium.weights.disk_cache import QuantizedCopy
 
 SMALL_MODEL_BYTES = 64 * MiB  # of weights: what a core reads in the time that waking another one may take

@@ -15,6 +15,7 @@ from sensorium.kernels import cache_width
 from sensorium.kernels.context import KVCache
 from sensorium.models.cache import CacheGroup, EncoderGroup, PagedGroup
 from sensorium.system.memory import free_memory_bytes
+from sensorium.units import size_text
 
 Group = TypeVar("Group", bound=CacheGroup)
 
@@ -72,13 +73,13 @@ def size_cache(config: EngineConfig, layout: CacheLayout, wanted_len: int, avail
     if capacity < min(wanted_len, layout.block_size):
         raise StartupError(
             f"there is no memory for a KV cache: one block of {layout.block_size} tokens takes "
-            f"{_readable(layout.block_bytes)}, {_readable(max(available_bytes, 0))} can be had "
+            f"{size_text(layout.block_bytes)}, {size_text(max(available_bytes, 0))} can be had "
             "(--kv-cache-memory or --gpu-memory-utilization sets how much)"
         )
     if capacity < wanted_len and config.max_model_len is not None:
-        needed = _readable(per_sequence * layout.block_bytes)
+        needed = size_text(per_sequence * layout.block_bytes)
         raise StartupError(
-            f"--max-model-len {wanted_len} needs {needed} of KV cache, {_readable(available_bytes)} can "
+            f"--max-model-len {wanted_len} needs {needed} of KV cache, {size_text(available_bytes)} can "
             "be had: lower it, or raise --kv-cache-memory (on a GPU --gpu-memory-utilization)"
         )
     return CacheSize(blocks, 0, min(wanted_len, capacity))
@@ -92,7 +93,7 @@ def _size_with_states(config: EngineConfig, layout: CacheLayout, wanted_len: int
     if sequences < 1:
         raise StartupError(
             f"there is no memory for the cache of one sequence: {wanted_len} tokens and an encoder's "
-            f"output take {_readable(needed)}, {_readable(max(available_bytes, 0))} can be had "
+            f"output take {size_text(needed)}, {size_text(max(available_bytes, 0))} can be had "
             "(--kv-cache-memory or --gpu-memory-utilization sets how much)"
         )
     return CacheSize(sequences * per_sequence, sequences, wanted_len)
@@ -123,7 +124,3 @@ def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     # torch.zeros writes to every page; numpy's come zeroed from the kernel when they are first used.
     count = int(np.prod(size))
     return torch.from_numpy(np.zeros(count * dtype.itemsize, np.uint8)).view(dtype).view(size)
-
-
-def _readable(size_bytes: int) -> str:
-    return f"{size_bytes / 1024**3:.2f} GiB" if size_bytes >= 1024**3 else f"{size_bytes / 1024**2:.1f} MiB"

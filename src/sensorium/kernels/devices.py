@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from sensorium.kernels.cpu import native
+from sensorium.units import size_text
 
 
 def devices() -> Iterator[tuple[str, str]]:
@@ -17,7 +18,7 @@ def devices() -> Iterator[tuple[str, str]]:
         yield "gpu", "none that torch can use"
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
-        memory = f"{device.total_memory / 2**30:.1f} GiB"
+        memory = size_text(device.total_memory)
         yield f"gpu {index}", f"{device.name}, {memory}, compute {device.major}.{device.minor}"
     yield "native kernels", _native()
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import isqrt
 
-from sensorium.config import Limits, MiB
+from sensorium.config import Limits
 from sensorium.media.header import ImageHeader
-from sensorium.media.source import MediaSize, Refusal, StreamInfo, size_text
+from sensorium.media.source import MediaSize, Refusal, StreamInfo
+from sensorium.units import MiB, size_text
 
 FIXED_BYTES = 8 * MiB  # whatever the item
 RESULT_BYTES = 3  # of a pixel that has arrived

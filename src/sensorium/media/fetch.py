@@ -22,8 +22,9 @@ from sensorium.media.address import Address, AllowedHosts, canonical_host
 from sensorium.media.heads import HeadTrace, HeadTransport
 from sensorium.media.held import Take, unbounded
 from sensorium.media.names import SystemResolver
-from sensorium.media.source import Refusal, size_text
+from sensorium.media.source import Refusal
 from sensorium.media.turns import Turns
+from sensorium.units import size_text
 
 Resolver = Callable[[str, int, bytes], Awaitable[list[str]]]
 """Host, port, and the tenant who asks -> addresses."""

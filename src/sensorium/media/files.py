@@ -8,7 +8,8 @@ import stat
 from pathlib import Path
 from urllib.parse import unquote
 
-from sensorium.media.source import Refusal, size_text
+from sensorium.media.source import Refusal
+from sensorium.units import size_text
 
 FILE_URL = re.compile(r"file:(?://(?:localhost)?)?(/[^?#]*)", re.IGNORECASE)
 REFUSED = (

@@ -6,7 +6,8 @@ import struct
 
 from sensorium.media.header import read_header
 from sensorium.media.inline import decode_base64
-from sensorium.media.source import Refusal, size_text
+from sensorium.media.source import Refusal
+from sensorium.units import size_text
 
 MEDIA_TYPE = "video/jpeg"
 LENGTH = struct.Struct("<I")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from sensorium.errors import BodyTooLargeError, OverloadedError
-from sensorium.media.source import size_text
+from sensorium.units import size_text
 
 Take = Callable[[int], None]
 """Called with a number of bytes before they are kept; it may refuse them."""

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from urllib.parse import unquote
 
-from sensorium.media.source import Refusal, size_text
+from sensorium.media.source import Refusal
 from sensorium.types import Modality
+from sensorium.units import size_text
 
 MAX_HEAD = 256  # characters before the comma
 DATA_URL = re.compile(r"data:([^,;]*)((?:;[^,;]*)*),", re.IGNORECASE)

@@ -42,9 +42,10 @@ from sensorium.media.key import content_key
 from sensorium.media.magic import container_of
 from sensorium.media.pool import Bounds, Result, WorkerPool
 from sensorium.media.sampling import VideoSampling, fitted_size
-from sensorium.media.source import CRASHED, PADDING_S, MediaSize, MediaSource, RawMedia, Refusal, StreamInfo, size_text
+from sensorium.media.source import CRASHED, PADDING_S, MediaSize, MediaSource, RawMedia, Refusal, StreamInfo
 from sensorium.media.turns import Turns
 from sensorium.types import MediaItem, Modality
+from sensorium.units import size_text
 
 T = TypeVar("T")
 LARGE_TEXT = 256 * 1024  # base64 characters from which decoding leaves the event loop

@@ -89,11 +89,3 @@ class Refusal(Exception):
         """The client's view. The text is ours alone: nothing of a library's message or of the file is in it."""
         text = self.text.replace("{kind}", kind)
         return MediaError(text, param=param, code=CODES[self.problem].format(kind=kind))
-
-
-def size_text(size_bytes: int) -> str:
-    """20971520 -> "20 MiB": sizes as messages and flags write them."""
-    for unit, name in ((1024**3, "GiB"), (1024**2, "MiB"), (1024, "KiB")):
-        if size_bytes >= unit:
-            return f"{size_bytes / unit:.4g} {name}"
-    return f"{size_bytes} bytes"

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from sensorium.config import Limits, MiB, ServerConfig
+from sensorium.config import Limits, ServerConfig
 from sensorium.errors import MediaError, RequestError, ServerError
 from sensorium.media.held import RequestBytes
 from sensorium.media.loader import MediaLoader
@@ -24,6 +24,7 @@ from sensorium.processors.base import Processor
 from sensorium.prompt.messages import MediaPart, Message
 from sensorium.serving.concurrency import PromptThreads, all_in_order
 from sensorium.types import MediaFeatures, Modality
+from sensorium.units import MiB
 
 SHORT_PAYLOAD = 64 * 1024  # bytes that are hashed on the event loop
 FEATURE_CACHE_BYTES = 64 * MiB

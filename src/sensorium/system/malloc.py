@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 
-from sensorium.config import MiB
+from sensorium.units import MiB
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of malloc.h
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from sensorium.config import GiB
 from sensorium.system import cgroups
+from sensorium.units import GiB
 
 
 def free_memory_bytes() -> int:

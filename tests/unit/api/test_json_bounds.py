@@ -23,9 +23,10 @@ from sensorium.api.protocol.score import RerankRequest, ScoreRequest
 from sensorium.api.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from sensorium.api.routes import ROUTES
 from sensorium.api.transport.json_bounds import JsonBounds
-from sensorium.config import Limits, MiB
+from sensorium.config import Limits
 from sensorium.errors import RequestError
 from sensorium.system.processes import resident_bytes
+from sensorium.units import MiB
 
 LIMITS = Limits()
 CHAT = '"messages":[{"role":"user","content":"hi"}]'

@@ -16,8 +16,9 @@ from support.connections import flood
 
 from sensorium.api.transport.asgi import ClientGone
 from sensorium.api.transport.body import receive_body
-from sensorium.config import Limits, MiB
+from sensorium.config import Limits
 from sensorium.errors import BodyTooLargeError, RequestTimeoutError
+from sensorium.units import MiB
 
 LIMITS = Limits()
 BODY = json.dumps({"prompt": "hi", "max_tokens": 2}).encode()

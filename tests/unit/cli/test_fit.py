@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from sensorium.cli.fit import BASE_BYTES, fitted, fitted_limits
-from sensorium.config import EngineConfig, GiB, Limits, LoadConfig, MiB, ServeOptions, ServerConfig
+from sensorium.config import EngineConfig, Limits, LoadConfig, ServeOptions, ServerConfig
+from sensorium.units import GiB, MiB
 
 
 def options(limits: Limits | None = None) -> ServeOptions:

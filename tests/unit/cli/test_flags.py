@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from sensorium.cli.flags import flags_of, size_text
+from sensorium.cli.flags import flags_of
 from sensorium.cli.main import SERVE_GROUPS, parser, serve_options
 from sensorium.cli.other_flags import ACCEPTED, REFUSED, RENAMED
 from sensorium.config import EngineConfig, Limits, ServeOptions, ServerConfig
@@ -277,10 +277,6 @@ def test_help_names_every_flag_in_groups() -> None:
     for title, config in SERVE_GROUPS:
         assert f"\n{title}:\n" in text
         assert all(flag.option in text for flag in flags_of(config))
-
-
-def test_size_text_is_exact() -> None:
-    assert [size_text(n) for n in (0, 1, 1024, 1536, 256 * 1024**2)] == ["0", "1", "1KiB", "1536", "256MiB"]
 
 
 def test_help_is_quick_and_light() -> None:

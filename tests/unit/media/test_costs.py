@@ -14,7 +14,7 @@ from support.clips import sound, tone
 from support.media_support import PARAM, load, refusal
 from support.pictures import data_url, encoded, photo
 
-from sensorium.config import Limits, MiB
+from sensorium.config import Limits
 from sensorium.errors import BodyTooLargeError, OverloadedError
 from sensorium.media.costs import audio_cost, image_cost
 from sensorium.media.header import read_header
@@ -22,6 +22,7 @@ from sensorium.media.held import HeldBytes
 from sensorium.media.loader import MediaLoader
 from sensorium.media.source import MediaSource
 from sensorium.types import MediaItem, Modality
+from sensorium.units import MiB
 
 SIDE = 2000
 
