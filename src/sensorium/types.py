@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 Modality = Literal["image", "video", "audio"]
 FinishReason = Literal["stop", "length", "abort", "error"]
+INT32_MAX = 2**31 - 1
 PoolingTask = Literal["embed", "classify", "token_embed", "token_classify", "score"]
 
 

@@ -10,6 +10,7 @@ from pydantic.json_schema import models_json_schema
 
 from sensorium import __version__
 from sensorium.api.transport.asgi import Call
+from sensorium.types import INT32_MAX
 
 if TYPE_CHECKING:
     from sensorium.api.context import Service
@@ -154,4 +155,4 @@ def _kind(field: dict[str, Any]) -> str:
         return f"array of {_kind(field.get('items', {}))}"
     low = field.get("minimum", field.get("exclusiveMinimum"))
     high = field.get("maximum", field.get("exclusiveMaximum"))
-    return f"{kind} {low} to {high}" if low is not None and high is not None and high < 2**31 - 1 else kind
+    return f"{kind} {low} to {high}" if low is not None and high is not None and high < INT32_MAX else kind

@@ -22,7 +22,7 @@ from sensorium.engine.sequence import Sequence
 from sensorium.types import SamplingParams, TokenLogprob
 
 LIKELY = -8.0  # scaled logits above this usually hold any nucleus (weights above 1/3000 of the highest)
-COLDEST = 1e-5  # temperatures below this are greedy: dividing by them would overflow
+GREEDY_BELOW = 1e-5  # temperatures under this are greedy: dividing by them would overflow
 CHUNK = 128  # vocabulary entries that are summed together before one of the sums is chosen
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -89,7 +89,7 @@ class SamplerState:
         self.params = params
         biases = [(token, bias) for token, bias in params.logit_bias if 0 <= token < vocab_size]
         biases += [(word[0], -math.inf) for word in params.bad_words if len(word) == 1]
-        self.greedy = params.temperature < COLDEST or params.top_k == 1
+        self.greedy = params.temperature < GREEDY_BELOW or params.top_k == 1
         self.stop_ids = np.array([token for token in sorted(seq.stop_ids) if 0 <= token < vocab_size], np.int64)
         self.bias_ids = np.array([token for token, _ in biases], np.int64)
         self.bias_values = np.array([bias for _, bias in biases], np.float32)

@@ -9,9 +9,8 @@ from typing import Any
 
 from sensorium.errors import ContextLengthError, RequestError
 from sensorium.prompt.tokenizer import Tokenizer
-from sensorium.types import SamplingParams
+from sensorium.types import INT32_MAX, SamplingParams
 
-INT32_MAX = 2**31 - 1
 MIN_REPETITION_PENALTY = 0.001
 
 

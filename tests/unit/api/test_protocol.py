@@ -519,7 +519,7 @@ def test_request_fields_become_sampling_params() -> None:
     assert found == SamplingParams(
         max_tokens=8,
         min_tokens=2,
-        temperature=0.01,
+        temperature=0.005,
         top_k=0,
         seed=None,
         stop_token_ids=(EOS, 5),

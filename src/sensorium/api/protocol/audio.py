@@ -11,14 +11,14 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from sensorium.api.protocol.common import INT32_MAX, Body, Name, UnknownFields
+from sensorium.api.protocol.common import Body, Name, UnknownFields
 from sensorium.api.protocol.languages import language_name
 from sensorium.api.protocol.other_servers import RECORDINGS, Foreign
 from sensorium.api.protocol.sampling import SamplingBody
 from sensorium.api.protocol.validation import request_error
 from sensorium.errors import RequestError, UnsupportedFieldError
 from sensorium.serving.defaults import ModelDefaults, completion_length
-from sensorium.types import SamplingParams
+from sensorium.types import INT32_MAX, SamplingParams
 
 TRANSCRIBE = "Write down what is said in this recording, word for word, and nothing else."
 TRANSLATE = "Write down in {language} what is said in this recording, and nothing else."

@@ -7,14 +7,14 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from sensorium.api.protocol.common import INT32_MAX, Count, Name, Text
+from sensorium.api.protocol.common import Count, Name, Text
 from sensorium.api.protocol.content import Conversation, Messages, conversation
 from sensorium.api.protocol.sampling import LogprobCount, SamplingBody, check_alternatives, check_answer_size
 from sensorium.api.protocol.tools import MAX_TOOLS, ToolChoiceField, ToolEntry, ToolFields
 from sensorium.config import Limits, ServerConfig
 from sensorium.errors import RequestError
 from sensorium.serving.defaults import ModelDefaults, completion_length
-from sensorium.types import Modality, SamplingParams
+from sensorium.types import INT32_MAX, Modality, SamplingParams
 
 
 def _scalars(value: dict[str, Any]) -> dict[str, Any]:

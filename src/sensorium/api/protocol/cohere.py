@@ -6,14 +6,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from sensorium.api.protocol.common import INT32_MAX, Name, Text
+from sensorium.api.protocol.common import Name, Text
 from sensorium.api.protocol.content import Url
 from sensorium.api.protocol.items import InputItem
 from sensorium.api.protocol.pooling import MAX_INPUTS, PooledInput, SequencesBody, pooled_item
 from sensorium.config import Limits, ServerConfig
 from sensorium.errors import RequestError
 from sensorium.prompt.encode import Side
-from sensorium.types import Modality, PoolingParams
+from sensorium.types import INT32_MAX, Modality, PoolingParams
 
 EmbeddingType = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
 _FIELDS = ("texts", "images", "inputs")

@@ -15,10 +15,10 @@ from pydantic_core import CoreSchema
 
 from sensorium.api.protocol.other_servers import EVERYWHERE, IGNORED, Foreign
 from sensorium.errors import UnsupportedFieldError
+from sensorium.types import INT32_MAX
 
 log = logging.getLogger("sensorium.api")
 
-INT32_MAX = 2**31 - 1
 MAX_TEXT_CHARS = 2**24
 
 RequestId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:\-]+$")]

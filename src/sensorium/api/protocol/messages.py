@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from sensorium.api.protocol.chat import TemplateKwargs
-from sensorium.api.protocol.common import INT32_MAX, Body, Nested, Text, UnknownFields
+from sensorium.api.protocol.common import Body, Nested, Text, UnknownFields
 from sensorium.api.protocol.content import Conversation
 from sensorium.api.protocol.foreign_chat import ForeignChat
 from sensorium.api.protocol.message_blocks import InputMessage, Kind, SystemContent, ToolUseBlock
@@ -29,7 +29,7 @@ from sensorium.api.protocol.tools import (
 from sensorium.config import Limits
 from sensorium.errors import MissingFieldError, RequestError, UnsupportedFieldError
 from sensorium.prompt.forms import Form
-from sensorium.types import Modality
+from sensorium.types import INT32_MAX, Modality
 
 MAX_STOPS = 16
 MIN_BUDGET_TOKENS = 1024

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag
 
-from sensorium.api.protocol.common import INT32_MAX, Body, Name, Nested, Text, TokenId, UnknownFields
+from sensorium.api.protocol.common import Body, Name, Nested, Text, TokenId, UnknownFields
 from sensorium.api.protocol.content import Conversation, Url, media_part
 from sensorium.api.protocol.foreign_chat import ForeignChat
 from sensorium.api.protocol.other_servers import ANSWERS, OLLAMA, OLLAMA_OPTIONS, PENALTY_WINDOWS, VECTORS, Foreign
@@ -21,7 +21,7 @@ from sensorium.errors import RequestError, UnsupportedFieldError
 from sensorium.media.source import MediaSource
 from sensorium.prompt.forms import Form
 from sensorium.prompt.messages import TextPart
-from sensorium.types import Modality, PoolingParams
+from sensorium.types import INT32_MAX, Modality, PoolingParams
 
 Images = Annotated[list[Url], Field(max_length=4096)]
 

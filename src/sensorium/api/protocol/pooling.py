@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag
 
 from sensorium.api.protocol.chat import ProcessorKwargs, TemplateFields, TemplateKwargs
-from sensorium.api.protocol.common import INT32_MAX, Body, Name, Priority, Text
+from sensorium.api.protocol.common import Body, Name, Priority, Text
 from sensorium.api.protocol.completion import TokenIds
 from sensorium.api.protocol.content import ChatMessage, Conversation, Messages, conversation
 from sensorium.api.protocol.items import InputItem, is_item
@@ -20,7 +20,7 @@ from sensorium.api.protocol.unions import TEXT_OR_OBJECT
 from sensorium.config import Limits, ServerConfig
 from sensorium.errors import RequestError
 from sensorium.prompt.encode import Side
-from sensorium.types import Modality, PoolingParams
+from sensorium.types import INT32_MAX, Modality, PoolingParams
 
 MAX_INPUTS = 2**16
 """The operator's limit is the one that counts; this only bounds what is parsed."""

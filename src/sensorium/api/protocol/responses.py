@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag
 
 from sensorium.api.protocol.chat import ChatRequest, ProcessorKwargs, TemplateKwargs
-from sensorium.api.protocol.common import INT32_MAX, Name, Nested, Text, UnknownFields
+from sensorium.api.protocol.common import Name, Nested, Text, UnknownFields
 from sensorium.api.protocol.content import ChatMessage, SoundData, Url
 from sensorium.api.protocol.foreign_chat import FormedChat
 from sensorium.api.protocol.other_servers import RESPONSES, Foreign
@@ -22,6 +22,7 @@ from sensorium.api.protocol.unions import LIST_OR_TEXT, TEXT_OR_OBJECT, by_type,
 from sensorium.config import Limits, ServerConfig
 from sensorium.errors import MissingFieldError, NotFoundError, RequestError, UnsupportedFieldError
 from sensorium.prompt.forms import Form
+from sensorium.types import INT32_MAX
 
 MAX_ITEMS = 8192
 SEALED = b"\x01"

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from sensorium.api.protocol.common import INT32_MAX, Count, Name, Nested, Priority, TokenId
+from sensorium.api.protocol.common import Count, Name, Nested, Priority, TokenId
 from sensorium.api.protocol.other_servers import ANSWERS, PENALTY_WINDOWS, Foreign
 from sensorium.api.protocol.structured import StructuredBody
 from sensorium.config import Limits
@@ -19,9 +19,8 @@ from sensorium.errors import RequestError
 from sensorium.prompt.output import TextOptions
 from sensorium.serving.defaults import MIN_REPETITION_PENALTY, ModelDefaults
 from sensorium.serving.generation import GenerationRequest
-from sensorium.types import Prompt, SamplingParams
+from sensorium.types import INT32_MAX, Prompt, SamplingParams
 
-MIN_TEMPERATURE = 0.01
 MAX_LOGPROBS = 500_000
 """Log-probabilities of prompt tokens that one answer may carry: each is an object in memory and in JSON."""
 FEW_ALTERNATIVES = 128  # that an answer of any length may have
@@ -190,7 +189,7 @@ class SamplingBody(StructuredBody):
         return SamplingParams(
             max_tokens=max_tokens,
             min_tokens=min_tokens,
-            temperature=_temperature(defaults.temperature if self.temperature is None else self.temperature),
+            temperature=defaults.temperature if self.temperature is None else self.temperature,
             top_p=defaults.top_p if self.top_p is None else self.top_p,
             top_k=defaults.top_k if self.top_k is None else max(0, self.top_k),
             min_p=defaults.min_p if self.min_p is None else self.min_p,
@@ -243,11 +242,6 @@ class SamplingBody(StructuredBody):
             _check_token(int(key), vocab_size, "logit_bias")
             pairs.append((int(key), float(bias)))
         return tuple(pairs)
-
-
-def _temperature(value: float) -> float:
-    """Between greedy and 0.01 logits overflow without changing the choice. (Very small penalties do the same.)"""
-    return MIN_TEMPERATURE if 0.0 < value < MIN_TEMPERATURE else value
 
 
 def check_alternatives(count: int | None, limits: Limits, param: str) -> None:

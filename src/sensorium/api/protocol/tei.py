@@ -7,14 +7,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from sensorium.api.protocol.common import INT32_MAX, Name, Nested, Text
+from sensorium.api.protocol.common import Name, Nested, Text
 from sensorium.api.protocol.other_servers import UNPROMPTED, VECTORS, Foreign
 from sensorium.api.protocol.pooling import MAX_INPUTS, InputBody, InputField, PoolingBody
 from sensorium.api.protocol.score import ComparingBody, check_items
 from sensorium.config import Limits, ServerConfig
 from sensorium.errors import RequestError
 from sensorium.prompt.encode import Side
-from sensorium.types import PoolingParams
+from sensorium.types import INT32_MAX, PoolingParams
 
 Direction = Literal["Left", "Right", "left", "right"]
 _SIDES: Mapping[str, Side] = {"left": "left", "right": "right"}
