@@ -25,6 +25,7 @@ from sensorium.cli.translate import as_meant, with_sampling_defaults
 from sensorium.config import ServeOptions
 from sensorium.errors import StartupError
 from sensorium.ipc.client import EngineClient
+from sensorium.serving.tasks import TASK_FLAGS
 from sensorium.system.malloc import return_large_blocks
 from sensorium.system.memory import free_memory_bytes
 from sensorium.system.processes import family, resident_bytes
@@ -36,16 +37,6 @@ if TYPE_CHECKING:
 DEMO_NAME = "sensorium-demo"
 DEMO_FOLDER = Path(__file__).parents[1] / "demo"
 PHASES = {"imports": "starting the engine", "weights": "loading weights", "cache": "setting up the KV cache"}
-
-TASKS = {
-    "generate": {"generate"},
-    "pooling": {"embed", "classify", "reward", "score"},
-    "embed": {"embed"},
-    "classify": {"classify"},
-    "reward": {"reward", "classify"},
-    "score": {"score", "classify", "embed"},
-}
-"""What --task may mean for a family. Whether one model of it can, is known when it is loaded."""
 
 THREADS_GRACE_S = 3.0
 
@@ -150,7 +141,7 @@ def _text_folder(options: ServeOptions, folder: Path) -> Path | None:
 def _check(options: ServeOptions, checkpoint: Checkpoint) -> None:
     """Flags that do not go with the checkpoint, told before anything is loaded."""
     known = checkpoint.family
-    if options.load.task != "auto" and not TASKS[options.load.task] & set(known.tasks):
+    if not set(TASK_FLAGS[options.load.task].families) & set(known.tasks):
         raise StartupError(f"--task {options.load.task}: {known.title} can only {', '.join(known.tasks)}")
     length = options.engine.max_model_len
     if length is not None and length > checkpoint.max_model_len:

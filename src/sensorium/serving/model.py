@@ -30,7 +30,7 @@ from sensorium.serving.lengths import ContextLimit
 from sensorium.serving.media import FEATURE_CACHE_BYTES, MediaPipeline, media_limits
 from sensorium.serving.pairs import PairPrompts
 from sensorium.serving.prompts import PromptBuilder
-from sensorium.serving.tasks import TASKS_OF_FLAG, Task
+from sensorium.serving.tasks import TASK_FLAGS, Task
 from sensorium.serving.templates import Templates, format_of, opened
 from sensorium.types import PoolingTask, Prompt
 
@@ -192,7 +192,7 @@ class ServedModel:
         can = self.all_tasks
         if self._task == "score" and "embed" in can and "classify" not in can:
             return ("embed",)  # an embedder scores by comparing vectors
-        return tuple(task for task in TASKS_OF_FLAG[self._task] if task in can)
+        return tuple(task for task in TASK_FLAGS[self._task].tasks if task in can)
 
     @property
     def is_embedder(self) -> bool:

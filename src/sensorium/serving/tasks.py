@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from sensorium.types import PoolingTask
@@ -18,13 +19,30 @@ TASKS: Mapping[str, str] = {
 }
 """Each task in the words that clients are told."""
 
-TASKS_OF_FLAG: Mapping[str, tuple[Task, ...]] = {
-    "generate": ("generate",),
-    "embed": ("embed", "token_embed"),
-    "classify": ("classify", "token_classify"),
-    "reward": ("token_classify", "classify"),
-    "score": ("score",),
-    "pooling": ("classify", "token_classify", "score", "embed", "token_embed"),
-    "auto": ("generate", "classify", "token_classify", "score", "embed", "token_embed"),
+
+@dataclass(frozen=True, slots=True)
+class TaskFlag:
+    """A value of --task: what it leaves of what the model can do, and the families (a `Family.tasks`) that may have it.
+
+    Whether one model of a family can, is known when it is loaded. The first of `tasks` that pools is what /pooling does
+    if it is not told.
+    """
+
+    tasks: tuple[Task, ...]
+    families: tuple[str, ...]
+
+
+TASK_FLAGS: Mapping[str, TaskFlag] = {
+    "generate": TaskFlag(("generate",), ("generate",)),
+    "embed": TaskFlag(("embed", "token_embed"), ("embed",)),
+    "classify": TaskFlag(("classify", "token_classify"), ("classify",)),
+    "reward": TaskFlag(("token_classify", "classify"), ("reward", "classify")),
+    "score": TaskFlag(("score",), ("score", "classify", "embed")),
+    "pooling": TaskFlag(
+        ("classify", "token_classify", "score", "embed", "token_embed"), ("embed", "classify", "reward", "score")
+    ),
+    "auto": TaskFlag(
+        ("generate", "classify", "token_classify", "score", "embed", "token_embed"),
+        ("generate", "embed", "classify", "reward", "score"),
+    ),
 }
-"""What --task leaves of what the model can do; the first that pools is what /pooling does if it is not told."""
