@@ -33,5 +33,5 @@ def media_url(place: str, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(Path(place).read_bytes()).decode()}"
 
 
-def picture_url(place: str) -> str:
+def image_url(place: str) -> str:
     return media_url(place, "image/jpeg")

@@ -1,19 +1,19 @@
-"""A picture, a video and a sound in one message, for models that take all of them."""
+"""An image, a video and an audio file in one message, for models that take all of them."""
 
 from connection import arguments, connect, media_url
 
 parser = arguments(__doc__)
-parser.add_argument("--picture")
+parser.add_argument("--image")
 parser.add_argument("--video")
-parser.add_argument("--sound")
+parser.add_argument("--audio")
 parser.add_argument("--question", default="What do these have in common?")
 found = parser.parse_args()
 client, model = connect(found)
 content = []
 for name, place, kind, fallback in (
-    ("Picture", found.picture, "image_url", "image/jpeg"),
+    ("Image", found.image, "image_url", "image/jpeg"),
     ("Video", found.video, "video_url", "video/mp4"),
-    ("Sound", found.sound, "audio_url", "audio/wav"),
+    ("Audio", found.audio, "audio_url", "audio/wav"),
 ):
     if place:
         content += [{"type": "text", "text": f"{name}:"}, {"type": kind, kind: {"url": media_url(place, fallback)}}]

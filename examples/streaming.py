@@ -1,15 +1,15 @@
 """Print an answer while it is written. Uses /api/v1, which is the same as /v1."""
 
-from connection import arguments, connect, picture_url
+from connection import arguments, connect, image_url
 
 parser = arguments(__doc__, path="/api/v1")
-parser.add_argument("--picture")
+parser.add_argument("--image")
 parser.add_argument("--question", default="Describe this to me.")
 found = parser.parse_args()
 client, model = connect(found)
 content = [{"type": "text", "text": found.question}]
-if found.picture:
-    content.append({"type": "image_url", "image_url": {"url": picture_url(found.picture)}})
+if found.image:
+    content.append({"type": "image_url", "image_url": {"url": image_url(found.image)}})
 stream = client.chat.completions.create(
     model=model,
     messages=[{"role": "user", "content": content}],

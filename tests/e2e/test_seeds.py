@@ -73,26 +73,26 @@ def make_dse(path: Path) -> None:
     (path / "video_preprocessor_config.json").write_text('{"size": {"shortest_edge": 3136, "longest_edge": 3136}}')
 
 
-PICTURE, PICTURES = ("one_picture.py", "{web}/duck.jpg"), ("several_pictures.py", "{web}/duck.jpg", "{web}/lion.png")
+PICTURE, PICTURES = ("one_image.py", "{web}/duck.jpg"), ("several_images.py", "{web}/duck.jpg", "{web}/lion.png")
 ROWS = (
     Row(
         "llava-1.5-7b-hf",
         partial(checkpoints.make_llava, **LONG),
         ("--chat-template", "template_llava.jinja"),
-        (("chat_text.py",), PICTURE, ("one_picture.py", "{files}/duck.jpg")),
+        (("chat_text.py",), PICTURE, ("one_image.py", "{files}/duck.jpg")),
     ),
     Row(
         "llava-v1.6-34b-hf",
         partial(checkpoints.make_llava_next, **LONG),
         ("--served-model-name", "llava-v1.6-34b"),
-        (("streaming.py", "--picture", "{files}/lion.png", "--question", "Describe the image to me"),),
+        (("streaming.py", "--image", "{files}/lion.png", "--question", "Describe the image to me"),),
         prefix="/api/v1",
     ),
     Row(
         "VLM2Vec-Full",
         checkpoints.make_phi3_v,
         ("--limit-mm-per-prompt", "image=2", "--max-model-len", "1024"),
-        (PICTURES, ("embeddings.py", "--kind", "vlm2vec", "--picture", "{web}/duck.jpg")),
+        (PICTURES, ("embeddings.py", "--kind", "vlm2vec", "--image", "{web}/duck.jpg")),
     ),
     Row(
         "dse-qwen2-2b-mrl-v1",
@@ -101,7 +101,7 @@ ROWS = (
         (
             ("one_video.py", "{web}/fun.mp4"),
             ("one_video.py", "{files}/fun.mp4"),
-            ("embeddings.py", "--kind", "dse", "--picture", "{web}/duck.jpg"),
+            ("embeddings.py", "--kind", "dse", "--image", "{web}/duck.jpg"),
         ),
     ),
     Row(
@@ -110,7 +110,7 @@ ROWS = (
         ("--dtype", "auto", "--max_model_len", "2048", "--api-key", KEY, "--gpu_memory_utilization", "1"),
         (
             (*PICTURE, "--question", "请描述这张图片", "--stop-token-ids", "<|im_end|>", "<|endoftext|>"),
-            ("one_picture.py", "{files}/lion.png", "--stop-token-ids", "<|im_end|>", "<|endoftext|>"),
+            ("one_image.py", "{files}/lion.png", "--stop-token-ids", "<|im_end|>", "<|endoftext|>"),
         ),
     ),
     Row(
@@ -118,9 +118,9 @@ ROWS = (
         checkpoints.make_ultravox,
         ("--text-model", "{model}/language"),
         (
-            ("one_sound.py", "{files}/call.wav"),
-            ("one_sound.py", "{web}/call.ogg"),
-            ("one_sound.py", "{files}/call.ogg", "--as-url"),
+            ("one_audio.py", "{files}/call.wav"),
+            ("one_audio.py", "{web}/call.ogg"),
+            ("one_audio.py", "{files}/call.ogg", "--as-url"),
             ("transcribe.py", "{files}/call.wav"),
             ("transcribe.py", "{files}/call.ogg", "--translate"),
         ),

@@ -190,8 +190,8 @@ def test_the_engine_is_one_more_process_and_torch_stays_in_it(demo: server.Serve
     "argv",
     [
         ["chat_text.py"],
-        ["one_picture.py", "{pictures}/duck.jpg"],
-        ["several_pictures.py", "{pictures}/duck.jpg", "{pictures}/lion.png"],
+        ["one_image.py", "{pictures}/duck.jpg"],
+        ["several_images.py", "{pictures}/duck.jpg", "{pictures}/lion.png"],
         ["streaming.py"],
     ],
     ids=lambda argv: argv[0],

@@ -61,8 +61,8 @@ def url(path: Path) -> str:
     "argv",
     [
         ["one_video.py", "clip.mp4", "--fps", "1"],
-        ["one_sound.py", "tone.wav"],
-        ["everything.py", "--picture", "noise.png", "--video", "clip.mp4", "--sound", "tone.wav"],
+        ["one_audio.py", "tone.wav"],
+        ["everything.py", "--image", "noise.png", "--video", "clip.mp4", "--audio", "tone.wav"],
     ],
     ids=" ".join,
 )

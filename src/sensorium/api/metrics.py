@@ -220,7 +220,7 @@ class ModelMetrics:
             self.request_prompt_tokens.observe(tokens)
 
     def observe_prompt(self, text_s: float, media: Iterable[MediaTiming] = ()) -> None:
-        """What making a prompt took; a medium that was cached was only fetched."""
+        """What making a prompt took; a media item that was cached was only fetched."""
         self.prompt_s.observe(text_s)
         for timing in media:
             spent = (timing.fetch_s, timing.decode_s, timing.process_s)
@@ -351,7 +351,7 @@ class _Page:
             self.histogram(metric, help_text, histogram, **labels)
         for (stage, kind), histogram in model.media_s.items():
             self.histogram(
-                f"sensorium:media_{stage}_seconds", f"Time to {stage} one medium.", histogram, kind=kind, **labels
+                f"sensorium:media_{stage}_seconds", f"Time to {stage} one media item.", histogram, kind=kind, **labels
             )
 
     def engine(self, name: str, stats: EngineStats, ready: EngineReady | None) -> None:

@@ -103,7 +103,7 @@ def _check_hears(entry: Entry) -> None:
     entry.need("generate")
     if "audio" not in entry.model.processor.modalities:
         raise RequestError(
-            f"The model {entry.name!r} does not understand sound.", param="model", code="unsupported_modality"
+            f"The model {entry.name!r} does not understand audio.", param="model", code="unsupported_modality"
         )
 
 

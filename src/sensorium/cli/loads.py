@@ -107,7 +107,7 @@ class Load:
         return Request(path, msgspec.json.encode({"model": self._model, **fields}), streams=False)
 
     def _image(self) -> dict[str, Any]:
-        return {"type": "image_url", "image_url": {"url": picture_url(self._random, *self._config.image_size)}}
+        return {"type": "image_url", "image_url": {"url": image_url(self._random, *self._config.image_size)}}
 
     def _audio(self) -> dict[str, Any]:
         data = base64.b64encode(recording(self._random, self._config.audio_seconds)).decode()
@@ -136,7 +136,7 @@ def text(rng: random.Random, num_words: int) -> str:
     return " ".join(rng.choice(WORDS) for _ in range(num_words))
 
 
-def picture_url(rng: random.Random, width: int, height: int) -> str:
+def image_url(rng: random.Random, width: int, height: int) -> str:
     """A JPEG of noise as a data URL."""
     import numpy as np
     from PIL import Image

@@ -213,7 +213,7 @@ def _say_ready(options: ServeOptions, client: EngineClient, name: str, url: str,
     if options.model is None:
         log.warning(
             "no model was named: serving the built-in demonstration, which knows drawn shapes, simple "
-            "sounds and a few hundred words"
+            "audio and a few hundred words"
         )
     if (ready := client.ready) is None:
         return

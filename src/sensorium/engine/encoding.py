@@ -1,6 +1,6 @@
 """Media that towers are computing: a piece at a time between the steps of the decoder, tenants in turn.
 
-Time is shared among tenants, not among media: whoever has used least goes on. A small picture does not wait until
+Time is shared among tenants, not among media: whoever has used least goes on. A small image does not wait until
 another tenant's large ones are through.
 """
 
@@ -84,7 +84,7 @@ class Encodings:
         return failed
 
     def _advance(self, tenant: bytes, job: _Job, begin: Callable[[float], None]) -> set[ItemKey]:
-        """One piece. Somebody's picture may break a group: then each goes alone."""
+        """One piece. Somebody's image may break a group: then each goes alone."""
         try:
             if job.steps is None:
                 self._faults.hit("tower")

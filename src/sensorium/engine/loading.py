@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 BATCHED_TOKENS, CPU_BATCHED_TOKENS = 2048, 512  # of one step, unless the operator says otherwise
 STEP_MACS = 2**32  # of prompts' attention in a step on a CPU: a fifth of a second at 20 G a second
 CPU_ENCODER_ROWS = 256
-"""Tower rows of one step on a CPU: about a picture of 448 x 448. More of them together are no faster there, and whoever
+"""Tower rows of one step on a CPU: about an image of 448 x 448. More of them together are no faster there, and whoever
 came first, or is decoding, would wait for all."""
 
 

@@ -93,7 +93,7 @@ class Sequence:
         self.drafts: list[int] = []  # guessed next tokens, of which the step that computes them keeps what is right
         self.plain_until = _plain_positions(prompt.positions, self.num_prompt)
         self.span_offsets = [span.offset for span in prompt.spans]
-        self.item_keys: list[ItemKey] = [(request.salt, medium.key) for medium in prompt.media]
+        self.item_keys: list[ItemKey] = [(request.salt, item.key) for item in prompt.media]
         self.item_ends = [0] * len(prompt.media)  # where an item's last span ends
         for span in prompt.spans:
             self.item_ends[span.item] = max(self.item_ends[span.item], span.offset + span.length)

@@ -77,7 +77,7 @@ class _Media(msgspec.Struct, array_like=True, frozen=True):
 
 
 class _Request(msgspec.Struct, array_like=True, frozen=True):
-    """`arrays` describes: token ids, positions, token types (the last two may be absent), then every medium's."""
+    """`arrays` describes: token ids, positions, token types (the last two may be absent), then every media item's."""
 
     id: int
     sampling: SamplingParams | None
@@ -198,8 +198,8 @@ def encode_request(request: EngineRequest) -> list[Buffer]:
         arrays.append(prompt.positions)
     if prompt.token_types is not None:
         arrays.append(prompt.token_types)
-    for medium in prompt.media:
-        arrays.extend(medium.arrays.values())  # type: ignore[arg-type]  # any of DTYPES
+    for item in prompt.media:
+        arrays.extend(item.arrays.values())  # type: ignore[arg-type]  # any of DTYPES
     if unknown := {array.dtype.name for array in arrays} - DTYPES:
         raise ProtocolError(f"arrays of {', '.join(sorted(unknown))} cannot be sent")
     header = _encode(

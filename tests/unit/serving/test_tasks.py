@@ -9,7 +9,7 @@ from sensorium.serving.tasks import TASK_FLAGS, TASKS
 
 
 def test_every_value_of_the_flag_has_a_row() -> None:
-    flag = next(flag for flag in flags_of(LoadConfig) if flag.name == "task")
+    flag = next(flag for flag in flags_of(LoadConfig) if flag.field == "task")
     assert set(flag.choices or ()) == set(TASK_FLAGS)
 
 

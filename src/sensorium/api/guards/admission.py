@@ -18,9 +18,10 @@ Result = TypeVar("Result")
 
 
 class Admission:
-    """One engine's door: at most `max_sequences` computing or waiting, and `max_prompt_tokens` of prompts with them.
+    """The admission limit of one engine: at most `max_sequences` computing or waiting, and `max_prompt_tokens` of
+    prompts with them.
 
-    A single request larger than the door is let in when nobody else is there, so that it can ever be answered.
+    A single request larger than that is let in when nobody else is there, so that it can ever be answered.
     """
 
     def __init__(

@@ -26,7 +26,7 @@ class UrlObject(Nested):
     detail: Annotated[str, Field(max_length=16)] | None = None
 
 
-class SoundData(Nested):
+class AudioData(Nested):
     data: Url | None = None
     format: Annotated[str, Field(max_length=16)] | None = None
 
@@ -60,9 +60,9 @@ class AudioContent(MediaContent):
     audio_url: UrlField | None = None
 
 
-class SoundContent(MediaContent):
+class InputAudioContent(MediaContent):
     type: Literal["input_audio"]
-    input_audio: SoundData | None = None
+    input_audio: AudioData | None = None
 
 
 class OtherContent(Nested):
@@ -76,7 +76,7 @@ Part = Annotated[
     | Annotated[ImageContent, Tag("<image_url>")]
     | Annotated[VideoContent, Tag("<video_url>")]
     | Annotated[AudioContent, Tag("<audio_url>")]
-    | Annotated[SoundContent, Tag("<input_audio>")]
+    | Annotated[InputAudioContent, Tag("<input_audio>")]
     | Annotated[OtherContent, Tag("<other>")],
     by_type(tags_of("text image_url video_url audio_url input_audio")),
 ]
@@ -206,7 +206,7 @@ def _part(part: Any, where: str, modalities: frozenset[Modality], media: list[Me
             return media_part("video", _source("video", part, part.video_url, where), modalities, media)
         case AudioContent():
             return media_part("audio", _source("audio", part, part.audio_url, where), modalities, media)
-        case SoundContent():
+        case InputAudioContent():
             return media_part("audio", _source("audio", part, part.input_audio, where), modalities, media)
     raise RequestError(
         "A content part must be text, image_url, video_url, audio_url or input_audio.",
@@ -215,7 +215,7 @@ def _part(part: Any, where: str, modalities: frozenset[Modality], media: list[Me
     )
 
 
-def _source(kind: Modality, part: MediaContent, value: str | UrlObject | SoundData | None, where: str) -> MediaSource:
+def _source(kind: Modality, part: MediaContent, value: str | UrlObject | AudioData | None, where: str) -> MediaSource:
     """Where an item comes from. RequestError if it has neither content nor a name."""
     field = f"{where}.{part.type}"  # type: ignore[attr-defined]  # every kind of part has one
     match value:
@@ -223,13 +223,13 @@ def _source(kind: Modality, part: MediaContent, value: str | UrlObject | SoundDa
             return MediaSource(kind, field, url=value, uuid=part.uuid)
         case UrlObject(url=str(url)):
             return MediaSource(kind, f"{field}.url", url=url, uuid=part.uuid)
-        case SoundData(data=str(data)):
+        case AudioData(data=str(data)):
             return MediaSource(kind, f"{field}.data", data=data, format=value.format, uuid=part.uuid)
     if part.uuid is not None:
         return MediaSource(kind, f"{where}.uuid", uuid=part.uuid)
     is_null = value is None and part.type in part.model_fields_set  # type: ignore[attr-defined]
     if value is not None:
-        field += ".data" if isinstance(value, SoundData) else ".url"
+        field += ".data" if isinstance(value, AudioData) else ".url"
     raise RequestError(
         f"`{field}` is required, or a `uuid` under which it was sent before.",
         param=field,

@@ -12,7 +12,7 @@ from pydantic import Discriminator, Field, Tag
 
 from sensorium.api.protocol.chat import ChatRequest, ProcessorKwargs, TemplateKwargs
 from sensorium.api.protocol.common import Name, Nested, Text, UnknownFields
-from sensorium.api.protocol.content import ChatMessage, SoundData, Url
+from sensorium.api.protocol.content import AudioData, ChatMessage, Url
 from sensorium.api.protocol.foreign_chat import FormedChat
 from sensorium.api.protocol.other_servers import RESPONSES, Foreign
 from sensorium.api.protocol.sampling import LogprobCount, SamplingBody
@@ -55,7 +55,7 @@ class InputVideo(Nested):
 
 class InputAudio(Nested):
     type: Literal["input_audio"]
-    input_audio: SoundData
+    input_audio: AudioData
 
 
 class OtherPart(Nested):

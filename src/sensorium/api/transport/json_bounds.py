@@ -1,7 +1,7 @@
 """Counts what a JSON body is made of while it arrives, so that a body of many small values is refused unparsed.
 
 Parsing costs time and memory by the value, not by the byte. What stands inside strings is not counted: a text may be
-full of brackets, and a picture in base64 is one value.
+full of brackets, and an image in base64 is one value.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Ask about one picture, given as a URL or as a file."""
+"""Ask about one image, given as a URL or as a file."""
 
-from connection import arguments, connect, picture_url
+from connection import arguments, connect, image_url
 
 parser = arguments(__doc__)
-parser.add_argument("picture")
-parser.add_argument("--question", default="What is in this picture?")
+parser.add_argument("image")
+parser.add_argument("--question", default="What is in this image?")
 parser.add_argument("--stop-token-ids", type=int, nargs="*", help="tokens that end the answer")
 found = parser.parse_args()
 client, model = connect(found)
@@ -16,7 +16,7 @@ completion = client.chat.completions.create(
             "role": "user",
             "content": [
                 {"type": "text", "text": found.question},
-                {"type": "image_url", "image_url": {"url": picture_url(found.picture)}},
+                {"type": "image_url", "image_url": {"url": image_url(found.image)}},
             ],
         }
     ],
