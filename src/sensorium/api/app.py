@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
-from sensorium.api.context import Service
+from sensorium.api.context import Context
 from sensorium.api.error_forms import error_form
 from sensorium.api.routes import ROUTES, Route, Router, canonical
 from sensorium.api.transport.asgi import Call, Receive, Scope, Send
@@ -19,12 +19,12 @@ _MAX_LOGGED_CHARS = 256
 class App:
     """One server's application. The order of the guards is the order in which things are refused."""
 
-    def __init__(self, service: Service) -> None:
-        self.service = service
-        service.routes = ROUTES
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        context.routes = ROUTES
         self._router = Router()
-        self._log_requests = not service.server.disable_log_requests
-        self._root_path = service.server.root_path.rstrip("/")
+        self._log_requests = not context.server.disable_log_requests
+        self._root_path = context.server.root_path.rstrip("/")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -33,22 +33,22 @@ class App:
         route: Route | None = None
         async with errors_answered(call):
             call.errors = error_form(canonical(call.path))
-            self.service.origin.check(call)
-            call.add_headers(self.service.origin.headers(call))
-            if (preflight := self.service.origin.preflight(call)) is not None:
+            self.context.origin.check(call)
+            call.add_headers(self.context.origin.headers(call))
+            if (preflight := self.context.origin.preflight(call)) is not None:
                 await call.respond(b"", status=204, headers=preflight)
             else:
-                self.service.keys.authenticate(call)
+                self.context.keys.authenticate(call)
                 route = self._router.find(call)
                 if route.needs_engine:
-                    self.service.check_ready()
-                await route.endpoint(self.service, call)
+                    self.context.check_ready()
+                await route.endpoint(self.context, call)
         self._note(call, route)
 
     def _note(self, call: Call, route: Route | None) -> None:
         name = route.path if route is not None else "unknown"
         method = call.method if route is not None else "any"
-        self.service.metrics.responses[(method, name, call.status)] += 1
+        self.context.metrics.responses[(method, name, call.status)] += 1
         if self._log_requests and call.path not in _QUIET:
             log.info(
                 "%s %s %d %.1f ms %s %s",

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from sensorium.api.context import Entry, Service
+from sensorium.api.context import Context, Entry
 from sensorium.api.generated import (
     Work,
     answer_counted,
@@ -35,23 +35,23 @@ from sensorium.serving.prompts import Prepared
 _NO_DELTA = b'"delta":{}'
 
 
-async def chat_completions(service: Service, call: asgi.Call) -> None:
+async def chat_completions(context: Context, call: asgi.Call) -> None:
     async def read(pending: PendingBody) -> ChatCompletion:
-        return await _read(service, call, pending)
+        return await _read(context, call, pending)
 
-    await answer_generated(service, call, read)
+    await answer_generated(context, call, read)
 
 
-async def chat_input_tokens(service: Service, call: asgi.Call) -> None:
+async def chat_input_tokens(context: Context, call: asgi.Call) -> None:
     async def read(pending: PendingBody) -> ChatCompletion:
-        return await _read(service, call, pending)
+        return await _read(context, call, pending)
 
-    await answer_counted(service, call, read, lambda count: {"object": "chat.input_tokens", "input_tokens": count})
+    await answer_counted(context, call, read, lambda count: {"object": "chat.input_tokens", "input_tokens": count})
 
 
-async def _read(service: Service, call: asgi.Call, pending: PendingBody) -> ChatCompletion:
-    request = await read_request(call, ChatRequest, service.limits, service.unknown, pending)
-    request.check(service.limits, service.server)
+async def _read(context: Context, call: asgi.Call, pending: PendingBody) -> ChatCompletion:
+    request = await read_request(call, ChatRequest, context.limits, context.unknown, pending)
+    request.check(context.limits, context.server)
     return ChatCompletion(request)
 
 
@@ -73,7 +73,7 @@ class Chat:
     async def prompt(self, work: Work) -> Prepared:
         """The conversation as the model will read it."""
         request, entry = self.request, work.entry
-        conversation = request.conversation(entry.model.processor.modalities, work.service.limits)
+        conversation = request.conversation(entry.model.processor.modalities, work.context.limits)
         check_tools(entry, request, conversation)
         if request.echo and conversation.messages[-1].role == "assistant":  # the message that is continued
             self.echoed = conversation.last_text
@@ -167,7 +167,7 @@ class ChatCompletion(Chat):
         )
         is_plain = generation.request.scanner is None and not request.logprobs and not request.return_token_ids
         writers = [_ChoiceStream(self, work.entry, choice, frames, is_plain=is_plain) for choice in generation.choices]
-        async with EventStream(work.call, work.service.limits.keep_alive_comment_s) as events:
+        async with EventStream(work.call, work.context.limits.keep_alive_comment_s) as events:
 
             async def emit(choice: Choice, deltas: Sequence[Delta]) -> None:
                 if event := writers[choice.index].events(deltas):

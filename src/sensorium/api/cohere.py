@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from sensorium.api.context import Service
+from sensorium.api.context import Context
 from sensorium.api.embeddings import check_dimensions
 from sensorium.api.pooled import chosen_prompt, opened, pool_inputs
 from sensorium.api.protocol.cohere import CohereEmbedRequest
@@ -15,8 +15,8 @@ from sensorium.api.vectors import Form, vector_json, written_in_time
 from sensorium.serving.pooled import Pooled
 
 
-async def cohere_embed(service: Service, call: Call) -> None:
-    async with opened(service, call, CohereEmbedRequest) as job:
+async def cohere_embed(context: Context, call: Call) -> None:
+    async with opened(context, call, CohereEmbedRequest) as job:
         request = job.request
         job.entry.need("embed")
         check_dimensions(job.entry, request.output_dimension, param="output_dimension")

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from sensorium.api.context import Entry, Service
+from sensorium.api.context import Context, Entry
 from sensorium.api.generated import Work, answer_generated, new_ids, prompt_ids, text_of, usage_object
 from sensorium.api.guards.admission import PendingBody
 from sensorium.api.logprobs import CompletionLogprobs, joined, prompt_logprobs, token_names
@@ -26,13 +26,13 @@ from sensorium.serving.generation import Choice, Generation, GenerationRequest
 from sensorium.types import Prompt
 
 
-async def completions(service: Service, call: Call) -> None:
+async def completions(context: Context, call: Call) -> None:
     async def read(pending: PendingBody) -> _Completion:
-        request = await read_request(call, CompletionRequest, service.limits, service.unknown, pending)
-        request.check(service.limits)
+        request = await read_request(call, CompletionRequest, context.limits, context.unknown, pending)
+        request.check(context.limits)
         return _Completion(request)
 
-    await answer_generated(service, call, read)
+    await answer_generated(context, call, read)
 
 
 class _Completion:
@@ -204,7 +204,7 @@ async def _stream(
         include_usage=request.includes_usage,
         running_usage=(lambda _: _usage(request, generation)) if request.runs_usage else None,
     )
-    async with EventStream(work.call, work.service.limits.keep_alive_comment_s) as events:
+    async with EventStream(work.call, work.context.limits.keep_alive_comment_s) as events:
 
         async def emit(choice: Choice, deltas: Sequence[Delta]) -> None:
             writer, text = writers[choice.index], text_of(deltas)

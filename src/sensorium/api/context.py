@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from sensorium.api.guards.admission import Admission, KeyLimiter, PendingBytes
 from sensorium.api.guards.auth import CacheSalts, Keys
-from sensorium.api.guards.in_flight import Flight, Flights
+from sensorium.api.guards.in_flight import InFlightRequest, InFlightRequests
 from sensorium.api.guards.origin import OriginCheck
 from sensorium.api.metrics import Metrics, ModelMetrics
 from sensorium.api.playground import read_pages
@@ -23,7 +23,7 @@ from sensorium.config import Limits, ServerConfig
 from sensorium.errors import RequestError, UnavailableError
 from sensorium.serving.model import ServedModel
 from sensorium.serving.tasks import TASKS
-from sensorium.system.heap import Sweeper
+from sensorium.system.heap import HeapTrimmer
 
 if TYPE_CHECKING:
     from sensorium.api.routes import Route
@@ -62,7 +62,7 @@ class Entry:
         )
 
 
-class Service:
+class Context:
     """See above. `models` maps every name to its model; the first name is the default for requests that bring none."""
 
     def __init__(self, models: Mapping[str, ServedModel], server: ServerConfig, limits: Limits) -> None:
@@ -74,7 +74,7 @@ class Service:
         )
         self.salts = CacheSalts(secrets.token_bytes(32), shared=server.shared_prefix_cache)
         self.signing_key = secrets.token_bytes(32)  # of what clients send back
-        self.flights = Flights()
+        self.in_flight = InFlightRequests()
         self.unknown = UnknownFields()
         self.pages = read_pages()
         self.routes: Sequence[Route] = ()  # what the application serves, for its description
@@ -85,7 +85,7 @@ class Service:
         self.entries = tuple(self._entry(tuple(own), models[own[0]]) for own in names.values())
         self._by_name = {name: entry for entry in self.entries for name in entry.names}
         self.tenants = KeyLimiter(limits.max_concurrency_per_key, self.entries[0].metrics.refuse)
-        self.pending = PendingBytes(limits.max_pending_bytes, self.entries[0].metrics.refuse, Sweeper().after)
+        self.pending = PendingBytes(limits.max_pending_bytes, self.entries[0].metrics.refuse, HeapTrimmer().after)
 
     def _entry(self, names: tuple[str, ...], model: ServedModel) -> Entry:
         metrics = self.metrics.models[names[0]]
@@ -116,7 +116,7 @@ class Service:
     @property
     def state(self) -> str:
         """ready, or what stands in the way of it."""
-        if self.flights.draining:
+        if self.in_flight.draining:
             return "draining"
         states = (entry.model.client.state for entry in self.entries)
         return next((state for state in states if state != "ready"), "ready")
@@ -132,5 +132,5 @@ class Service:
                 raise UnavailableError("The model is still loading.", retry_after_s=2.0)
         raise UnavailableError("The engine is being restarted.", retry_after_s=5.0)
 
-    def flight(self, call: Call) -> Flight:
-        return self.flights.open(call.receive, self.limits.request_timeout_s)
+    def open_request(self, call: Call) -> InFlightRequest:
+        return self.in_flight.open(call.receive, self.limits.request_timeout_s)

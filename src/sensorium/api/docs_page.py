@@ -13,7 +13,7 @@ from sensorium.api.transport.asgi import Call
 from sensorium.types import INT32_MAX
 
 if TYPE_CHECKING:
-    from sensorium.api.context import Service
+    from sensorium.api.context import Context
     from sensorium.api.routes import Route
 
 _REF = "#/components/schemas/{model}"
@@ -43,20 +43,20 @@ _STYLE = (
 )
 
 
-async def openapi(service: Service, call: Call) -> None:
-    await call.respond(msgspec.json.encode(description(service)))
+async def openapi(context: Context, call: Call) -> None:
+    await call.respond(msgspec.json.encode(description(context)))
 
 
-async def docs(service: Service, call: Call) -> None:
-    await call.respond(page(description(service)).encode(), content_type=b"text/html; charset=utf-8", headers=[_POLICY])
+async def docs(context: Context, call: Call) -> None:
+    await call.respond(page(description(context)).encode(), content_type=b"text/html; charset=utf-8", headers=[_POLICY])
 
 
-def description(service: Service) -> dict[str, Any]:
+def description(context: Context) -> dict[str, Any]:
     """The OpenAPI document."""
-    bodies = [(route.body, "validation") for route in service.routes if route.body is not None]
+    bodies = [(route.body, "validation") for route in context.routes if route.body is not None]
     _, schemas = models_json_schema(bodies, ref_template=_REF)  # type: ignore[arg-type]
     paths: dict[str, dict[str, Any]] = {}
-    for route in (route for route in service.routes if route.documented):
+    for route in (route for route in context.routes if route.documented):
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
     document: dict[str, Any] = {
         "openapi": "3.1.0",
@@ -64,9 +64,9 @@ def description(service: Service) -> dict[str, Any]:
         "paths": paths,
         "components": {"schemas": {**schemas.get("$defs", {}), "Error": _ERROR}},
     }
-    if service.server.root_path:
-        document["servers"] = [{"url": service.server.root_path}]
-    if service.keys:
+    if context.server.root_path:
+        document["servers"] = [{"url": context.server.root_path}]
+    if context.keys:
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"key": []}]
     return document

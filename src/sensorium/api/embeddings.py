@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sensorium.api.context import Entry, Service
+from sensorium.api.context import Context, Entry
 from sensorium.api.pooled import chosen_prompt, opened, pool_inputs
 from sensorium.api.protocol.pooling import EmbeddingsRequest
 from sensorium.api.transport.asgi import Call
@@ -12,8 +12,8 @@ from sensorium.errors import RequestError
 _EMBEDDINGS = Kind("embd", "embedding", "embedding")
 
 
-async def embeddings(service: Service, call: Call) -> None:
-    async with opened(service, call, EmbeddingsRequest) as job:
+async def embeddings(context: Context, call: Call) -> None:
+    async with opened(context, call, EmbeddingsRequest) as job:
         job.entry.need("embed")
         check_dimensions(job.entry, job.request.dimensions)
         pooled = await pool_inputs(job, job.request.params(), prompt=chosen_prompt(job, "embed"))

@@ -37,7 +37,7 @@ async def count_tokens(work: Work, request: ForeignChat) -> int:
 
     async def attempt(request: ForeignChat) -> int:
         model = work.entry.model
-        conversation = request.conversation(model.processor.modalities, work.service.limits)
+        conversation = request.conversation(model.processor.modalities, work.context.limits)
         check_tools(work.entry, request, conversation)
         return await model.prompts.count_chat(
             conversation.messages,
@@ -57,7 +57,7 @@ async def _prepared(work: Work, request: ForeignChat, attempt: Callable[[Foreign
     try:
         return await attempt(request)
     except RequestError as error:
-        conversation = request.conversation(work.entry.model.processor.modalities, work.service.limits)
+        conversation = request.conversation(work.entry.model.processor.modalities, work.context.limits)
         if error.code != "chat_template_refused" or not has_late_system(conversation):
             error.param = "messages" if error.param == "continue_final_message" else error.param
             raise

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from sensorium.api.context import Entry, Service
+from sensorium.api.context import Context, Entry
 from sensorium.api.guards.admission import PendingBody
 from sensorium.api.protocol.sampling import SamplingBody
 from sensorium.api.transport.asgi import Call
@@ -25,13 +25,13 @@ from sensorium.serving.prompts import Prepared
 class Work:
     """One request on its way, and who does it."""
 
-    service: Service
+    context: Context
     call: Call
     entry: Entry
 
     def salt(self, own: str | None = None) -> bytes:
         """Whose caches it may use. `own` is the request's `cache_salt`."""
-        return self.service.salts.of(self.call.tenant, own)
+        return self.context.salts.of(self.call.tenant, own)
 
 
 class Endpoint(Protocol):
@@ -58,14 +58,14 @@ class PromptedEndpoint(Endpoint, Protocol):
     async def prompt(self, work: Work) -> Prepared: ...
 
 
-async def answer_generated(service: Service, call: Call, read: Callable[[PendingBody], Awaitable[Endpoint]]) -> None:
-    with service.tenants.enter(call.tenant), service.pending.open() as pending:
+async def answer_generated(context: Context, call: Call, read: Callable[[PendingBody], Awaitable[Endpoint]]) -> None:
+    with context.tenants.enter(call.tenant), context.pending.open() as pending:
         endpoint = await read(pending)
-        entry = service.entry(endpoint.model_name)
+        entry = context.entry(endpoint.model_name)
         entry.need("generate")
         with entry.admission.admit(endpoint.num_sequences) as permit:
-            async with service.flight(call):
-                work = Work(service, call, entry)
+            async with context.open_request(call):
+                work = Work(context, call, entry)
                 request = await endpoint.prepare(work)
                 pending.release()
                 permit.add_prompt_tokens(request.prompt_tokens)
@@ -75,19 +75,19 @@ async def answer_generated(service: Service, call: Call, read: Callable[[Pending
 
 
 async def answer_counted(
-    service: Service,
+    context: Context,
     call: Call,
     read: Callable[[PendingBody], Awaitable[PromptedEndpoint]],
     answer: Callable[[int], dict[str, Any]],
 ) -> None:
     """How many tokens a request's prompt has, without computing anything; `answer` makes the body of it."""
-    with service.tenants.enter(call.tenant), service.pending.open() as pending:
+    with context.tenants.enter(call.tenant), context.pending.open() as pending:
         endpoint = await read(pending)
-        entry = service.entry(endpoint.model_name)
+        entry = context.entry(endpoint.model_name)
         entry.need("generate")
         with entry.admission.admit(1):
-            async with service.flight(call):
-                prepared = await endpoint.prompt(Work(service, call, entry))
+            async with context.open_request(call):
+                prepared = await endpoint.prompt(Work(context, call, entry))
                 await call.respond(msgspec.json.encode(answer(len(prepared.prompt.token_ids))))
 
 

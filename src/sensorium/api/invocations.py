@@ -8,7 +8,7 @@ import msgspec
 
 from sensorium.api.chat import chat_completions
 from sensorium.api.completions import completions
-from sensorium.api.context import Service
+from sensorium.api.context import Context
 from sensorium.api.embeddings import embeddings
 from sensorium.api.pooling import classify, pooling
 from sensorium.api.score import rerank, score
@@ -19,7 +19,7 @@ from sensorium.api.transport.asgi import Call, Message
 from sensorium.api.transport.body import check_json_type, read_json
 from sensorium.errors import RequestError
 
-Endpoint = Callable[[Service, Call], Awaitable[None]]
+Endpoint = Callable[[Context, Call], Awaitable[None]]
 Fields = Mapping[str, msgspec.Raw]
 
 _BY_FIELD: Mapping[str, Endpoint] = {
@@ -34,18 +34,18 @@ _BY_FIELD: Mapping[str, Endpoint] = {
 _POOLED: Mapping[str, Endpoint] = {"embed": embeddings, "classify": classify}
 
 
-async def invocations(service: Service, call: Call) -> None:
+async def invocations(context: Context, call: Call) -> None:
     """The body is read once here to be looked at, and given to the endpoint that it is for."""
     if (call.header(b"content-type") or b"").lower().startswith(b"multipart/form-data"):
-        await transcriptions(service, call)
+        await transcriptions(context, call)
         return
     check_json_type(call)
-    with service.tenants.enter(call.tenant), service.pending.open() as pending:
-        body, bounds = await read_json(call, service.limits, pending)
+    with context.tenants.enter(call.tenant), context.pending.open() as pending:
+        body, bounds = await read_json(call, context.limits, pending)
         fields = _fields(body) if bounds.is_small else await pending.in_turn(lambda: _fields(body))
-        endpoint = _endpoint(service, fields)
+        endpoint = _endpoint(context, fields)
     call.receive = _Replay(call, bytes(body)).receive
-    await endpoint(service, call)
+    await endpoint(context, call)
 
 
 def _fields(body: bytearray) -> Fields | None:
@@ -56,14 +56,14 @@ def _fields(body: bytearray) -> Fields | None:
         return None
 
 
-def _endpoint(service: Service, fields: Fields | None) -> Endpoint:
+def _endpoint(context: Context, fields: Fields | None) -> Endpoint:
     if fields is None:
         return chat_completions
     given = {name for name, value in fields.items() if bytes(value) != b"null"}
     if given & {"messages", "input"}:
-        return _for_chats_or_inputs(service, fields, given)
+        return _for_chats_or_inputs(context, fields, given)
     if "inputs" in given:
-        return predict if "embed" not in service.entries[0].model.tasks else embed
+        return predict if "embed" not in context.entries[0].model.tasks else embed
     for name, endpoint in _BY_FIELD.items():
         if name in given:
             return endpoint
@@ -75,13 +75,13 @@ def _endpoint(service: Service, fields: Fields | None) -> Endpoint:
     )
 
 
-def _for_chats_or_inputs(service: Service, fields: Fields, given: set[str]) -> Endpoint:
+def _for_chats_or_inputs(context: Context, fields: Fields, given: set[str]) -> Endpoint:
     """Chats are continued by a model that generates, and pooled like other inputs by one that does not."""
     try:
         model = msgspec.json.decode(fields["model"], type=str) if "model" in given else None
     except msgspec.DecodeError:
         model = None
-    tasks = service.entry(model).model.tasks
+    tasks = context.entry(model).model.tasks
     if "messages" in given and "generate" in tasks:
         return chat_completions
     if "task" in given:

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from sensorium.api.context import Service
+from sensorium.api.context import Context
 from sensorium.api.foreign import TranslatedChat
 from sensorium.api.foreign import count_tokens as count_prompt
 from sensorium.api.generated import Work, answer_generated
@@ -24,24 +24,24 @@ from sensorium.serving.generation import Choice, Generation, Usage
 PING = b'event: ping\ndata: {"type": "ping"}\n\n'
 
 
-async def messages(service: Service, call: Call) -> None:
+async def messages(context: Context, call: Call) -> None:
     async def read(pending: PendingBody) -> MessageAnswer:
-        request = await read_request(call, MessagesRequest, service.limits, service.unknown, pending)
-        request.check(service.limits)
+        request = await read_request(call, MessagesRequest, context.limits, context.unknown, pending)
+        request.check(context.limits)
         return MessageAnswer(request)
 
-    await answer_generated(service, call, read)
+    await answer_generated(context, call, read)
 
 
-async def count_tokens(service: Service, call: Call) -> None:
+async def count_tokens(context: Context, call: Call) -> None:
     """Nothing is computed for it, nor decoded: clients ask before every message."""
-    with service.tenants.enter(call.tenant), service.pending.open() as pending:
-        request = await read_request(call, CountTokensRequest, service.limits, service.unknown, pending)
-        request.check(service.limits)
-        entry = service.entry(request.model)
+    with context.tenants.enter(call.tenant), context.pending.open() as pending:
+        request = await read_request(call, CountTokensRequest, context.limits, context.unknown, pending)
+        request.check(context.limits)
+        entry = context.entry(request.model)
         entry.need("generate")
-        async with service.flight(call):
-            tokens = await count_prompt(Work(service, call, entry), request.as_chat())
+        async with context.open_request(call):
+            tokens = await count_prompt(Work(context, call, entry), request.as_chat())
             await call.respond(msgspec.json.encode({"input_tokens": tokens}))
 
 
@@ -52,7 +52,7 @@ class MessageAnswer(TranslatedChat):
         self._max_tokens = request.max_tokens
 
     async def answer(self, work: Work, generation: Generation) -> None:
-        content = Content(work.service.signing_key)
+        content = Content(work.context.signing_key)
         identity = new_id("msg")
         if self.request.stream:
             await self._stream(work, generation, content, identity)
@@ -71,7 +71,7 @@ class MessageAnswer(TranslatedChat):
         await work.call.respond(msgspec.json.encode(found))
 
     async def _stream(self, work: Work, generation: Generation, content: Content, identity: str) -> None:
-        keep_alive_s = work.service.limits.keep_alive_comment_s
+        keep_alive_s = work.context.limits.keep_alive_comment_s
         async with EventStream(work.call, keep_alive_s, done=b"", comment=PING) as stream:
 
             async def emit(choice: Choice, deltas: Sequence[Delta]) -> None:

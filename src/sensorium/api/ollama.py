@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from sensorium.api.context import Service
+from sensorium.api.context import Context
 from sensorium.api.embeddings import check_dimensions
 from sensorium.api.foreign import TranslatedChat
 from sensorium.api.generated import Work, answer_generated
@@ -35,28 +35,28 @@ Line = Callable[[str, dict[str, Any], bool], dict[str, Any]]
 """One object of the answer, of the model's name, what is said, and whether it is the last."""
 
 
-async def chat(service: Service, call: Call) -> None:
+async def chat(context: Context, call: Call) -> None:
     async def read(pending: PendingBody) -> OllamaAnswer:
-        request = await read_request(call, OllamaChatRequest, service.limits, service.unknown, pending, any_type=True)
-        request.check(service.limits, service.unknown)
+        request = await read_request(call, OllamaChatRequest, context.limits, context.unknown, pending, any_type=True)
+        request.check(context.limits, context.unknown)
         if not request.messages:
             raise _OnlyLoads(request)
         return OllamaAnswer(request, request.as_chat(), _chat_line)
 
-    await _answer(service, call, read, _chat_line)
+    await _answer(context, call, read, _chat_line)
 
 
-async def generate(service: Service, call: Call) -> None:
+async def generate(context: Context, call: Call) -> None:
     async def read(pending: PendingBody) -> OllamaAnswer:
-        request = await read_request(call, GenerateRequest, service.limits, service.unknown, pending, any_type=True)
-        request.check(service.limits, service.unknown)
+        request = await read_request(call, GenerateRequest, context.limits, context.unknown, pending, any_type=True)
+        request.check(context.limits, context.unknown)
         if request.loads:
             raise _OnlyLoads(request)
         if request.raw:
             return RawAnswer(request, request.as_chat(), request.prompt or "")
         return OllamaAnswer(request, request.as_chat(), _text_line)
 
-    await _answer(service, call, read, _text_line)
+    await _answer(context, call, read, _text_line)
 
 
 class _OnlyLoads(Exception):
@@ -67,13 +67,13 @@ class _OnlyLoads(Exception):
 
 
 async def _answer(
-    service: Service, call: Call, read: Callable[[PendingBody], Awaitable[OllamaAnswer]], line: Line
+    context: Context, call: Call, read: Callable[[PendingBody], Awaitable[OllamaAnswer]], line: Line
 ) -> None:
     try:
-        await answer_generated(service, call, read)
+        await answer_generated(context, call, read)
     except _OnlyLoads as found:
         request = found.request
-        service.entry(request.model).need("generate")
+        context.entry(request.model).need("generate")
         answer = line(request.model, {"content": ""}, True)
         answer["done_reason"] = "unload" if request.unloads else "load"
         await call.respond(msgspec.json.encode(answer))
@@ -147,17 +147,17 @@ def _is_cut(choice: Choice) -> bool:
     return choice.finish_reason != "stop" or choice.stop_reason is not None
 
 
-async def embed_texts(service: Service, call: Call) -> None:
-    await _embed(service, call, OllamaEmbedRequest, several=True)
+async def embed_texts(context: Context, call: Call) -> None:
+    await _embed(context, call, OllamaEmbedRequest, several=True)
 
 
-async def embed_text(service: Service, call: Call) -> None:
+async def embed_text(context: Context, call: Call) -> None:
     """The older form: one text, one vector."""
-    await _embed(service, call, OllamaEmbeddingsRequest, several=False)
+    await _embed(context, call, OllamaEmbeddingsRequest, several=False)
 
 
-async def _embed(service: Service, call: Call, body: type[OllamaEmbedRequest], *, several: bool) -> None:
-    async with opened(service, call, body, any_type=True) as job:
+async def _embed(context: Context, call: Call, body: type[OllamaEmbedRequest], *, several: bool) -> None:
+    async with opened(context, call, body, any_type=True) as job:
         job.entry.need("embed")
         check_dimensions(job.entry, job.request.dimensions)
         pooled = await pool_inputs(job, job.request.params(), prompt=chosen_prompt(job, "embed"))

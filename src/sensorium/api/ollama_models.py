@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from sensorium import __version__
-from sensorium.api.context import LATEST, Entry, Service
+from sensorium.api.context import LATEST, Context, Entry
 from sensorium.api.protocol.ollama import ShowRequest
 from sensorium.api.transport.asgi import Call
 from sensorium.api.transport.body import read_request
@@ -25,20 +25,20 @@ _FOREVER = timedelta(days=365 * 100)
 _TYPES = {"float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2)}
 
 
-async def api_version(service: Service, call: Call) -> None:
+async def api_version(context: Context, call: Call) -> None:
     await call.respond(msgspec.json.encode({"version": VERSION, "sensorium": __version__}))
 
 
-async def tags(service: Service, call: Call) -> None:
-    rows = [_row(entry, name) for entry in service.entries for name in entry.names]
+async def tags(context: Context, call: Call) -> None:
+    rows = [_row(entry, name) for entry in context.entries for name in entry.names]
     await call.respond(msgspec.json.encode({"models": rows}))
 
 
-async def ps(service: Service, call: Call) -> None:
+async def ps(context: Context, call: Call) -> None:
     """All models are loaded, for as long as the server runs."""
     expires = (datetime.now(UTC) + _FOREVER).isoformat().replace("+00:00", "Z")
     rows = []
-    for entry in service.entries:
+    for entry in context.entries:
         ready = entry.model.client.ready
         size = ready.weight_bytes + ready.kv_bytes if ready is not None and ready.device != "cpu" else 0
         more = {"expires_at": expires, "size_vram": size, "context_length": entry.model.max_model_len}
@@ -46,16 +46,16 @@ async def ps(service: Service, call: Call) -> None:
     await call.respond(msgspec.json.encode({"models": rows}))
 
 
-async def show(service: Service, call: Call) -> None:
-    with service.tenants.enter(call.tenant), service.pending.open() as pending:
-        request = await read_request(call, ShowRequest, service.limits, service.unknown, pending, any_type=True)
+async def show(context: Context, call: Call) -> None:
+    with context.tenants.enter(call.tenant), context.pending.open() as pending:
+        request = await read_request(call, ShowRequest, context.limits, context.unknown, pending, any_type=True)
     name = request.model or request.name
     if not name:
         raise MissingFieldError("model")
-    await call.respond(msgspec.json.encode(_shown(service, service.entry(name))))
+    await call.respond(msgspec.json.encode(_shown(context, context.entry(name))))
 
 
-async def not_offered(service: Service, call: Call) -> None:
+async def not_offered(context: Context, call: Call) -> None:
     raise NotOfferedError(
         "This server does not change the models on its machine: it serves those that it was started with, which GET "
         "/api/tags lists."
@@ -110,7 +110,7 @@ def _parameters(entry: Entry) -> int:
     return ready.weight_bytes // size if ready is not None and size else 0
 
 
-def _shown(service: Service, entry: Entry) -> dict[str, Any]:
+def _shown(context: Context, entry: Entry) -> dict[str, Any]:
     model, family = entry.model, _family(entry)
     text = model.checkpoint.text
     info: dict[str, Any] = {
@@ -121,7 +121,7 @@ def _shown(service: Service, entry: Entry) -> dict[str, Any]:
     }
     if text is not None:
         info |= {f"{family}.embedding_length": text.hidden_size, f"{family}.block_count": text.num_layers}
-    template = model.checkpoint.chat_template if service.server.enable_tokenizer_info_endpoint else None
+    template = model.checkpoint.chat_template if context.server.enable_tokenizer_info_endpoint else None
     return {
         "modelfile": "",
         "parameters": "",

@@ -16,7 +16,7 @@ from sensorium.api.transport.asgi import Call, Header
 from sensorium.errors import StartupError
 
 if TYPE_CHECKING:
-    from sensorium.api.context import Service
+    from sensorium.api.context import Context
 
 _FOLDER = Path(__file__).parents[1] / "playground"
 _TYPES = {
@@ -104,13 +104,13 @@ def _takes_html(call: Call) -> bool:
     return not accepted or any(one.partition(b";")[0].strip() in _HTML for one in accepted.split(b","))
 
 
-async def page(service: Service, call: Call) -> None:
+async def page(context: Context, call: Call) -> None:
     """One file, whole: ranges are not offered and a request for one gets everything. Who does not take HTML looks for
     Ollama at the root."""
     if call.path == "/" and not _takes_html(call):
         await call.respond(b"Ollama is running", content_type=b"text/plain; charset=utf-8", headers=[_BY_ACCEPT])
         return
-    found = service.pages[call.path]
+    found = context.pages[call.path]
     headers: list[Header] = [
         *([_BY_ACCEPT] if call.path == "/" else ()),
         (b"etag", found.etag),

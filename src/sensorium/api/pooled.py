@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
-from sensorium.api.context import Entry, Service
+from sensorium.api.context import Context, Entry
 from sensorium.api.guards.admission import PendingBody
 from sensorium.api.protocol.pooling import PoolingBody, SequencesBody
 from sensorium.api.transport.asgi import Call
@@ -25,7 +25,7 @@ Request_co = TypeVar("Request_co", bound=PoolingBody, covariant=True)
 class Job(Generic[Request_co]):
     """One request with what it needs for as long as it is worked on."""
 
-    service: Service
+    context: Context
     call: Call
     request: Request_co
     entry: Entry
@@ -55,27 +55,27 @@ class Job(Generic[Request_co]):
 
 @asynccontextmanager
 async def opened(
-    service: Service, call: Call, body: type[Request_co], *, any_type: bool = False
+    context: Context, call: Call, body: type[Request_co], *, any_type: bool = False
 ) -> AsyncIterator[Job[Request_co]]:
     """The request, read and checked, and its model. `any_type`: the body is JSON, whatever it is called."""
-    with service.tenants.enter(call.tenant), service.pending.open() as pending:
-        request = await read_request(call, body, service.limits, service.unknown, pending, any_type=any_type)
-        request.check(service.limits, service.server)
-        entry = service.entry(request.model)
-        async with service.flight(call):
-            yield Job(service, call, request, entry, _pooling(service, call, request, entry, pending))
+    with context.tenants.enter(call.tenant), context.pending.open() as pending:
+        request = await read_request(call, body, context.limits, context.unknown, pending, any_type=any_type)
+        request.check(context.limits, context.server)
+        entry = context.entry(request.model)
+        async with context.open_request(call):
+            yield Job(context, call, request, entry, _pooling(context, call, request, entry, pending))
 
 
-def _pooling(service: Service, call: Call, request: PoolingBody, entry: Entry, pending: PendingBody) -> Pooling:
+def _pooling(context: Context, call: Call, request: PoolingBody, entry: Entry, pending: PendingBody) -> Pooling:
     options = PoolingOptions(
         call.turn,
-        service.salts.of(call.tenant, request.cache_salt),
+        context.salts.of(call.tenant, request.cache_salt),
         request.priority or 0,
         request.add_special_tokens,
         request.template_options(),
     )
     return Pooling(
-        entry.model, service.limits, options, entry.metrics, started_s=call.started_s, on_prompts=pending.release
+        entry.model, context.limits, options, entry.metrics, started_s=call.started_s, on_prompts=pending.release
     )
 
 
@@ -107,7 +107,7 @@ async def pool_inputs(
     """Everything between a body and its vectors. `prompt` stands before every text."""
     request, pooling = job.request, job.pooling
     pooling.check_count(request.count, request.field)
-    inputs = request.inputs(job.model.processor.modalities, job.service.limits)
+    inputs = request.inputs(job.model.processor.modalities, job.context.limits)
     if prompt:
         inputs = [prompt + text if isinstance(text, str) else text for text in inputs]
         add = request.add_special_tokens is not False

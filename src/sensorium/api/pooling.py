@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from sensorium.api.context import Entry, Service
+from sensorium.api.context import Context, Entry
 from sensorium.api.pooled import chosen_prompt, opened, pool_inputs, usage_object
 from sensorium.api.protocol.pooling import ClassifyRequest, PoolingRequest
 from sensorium.api.transport.asgi import Call
@@ -19,8 +19,8 @@ MAX_NUMBERS = 2**23
 _POOLING = Kind("pooling", "pooling", "data")
 
 
-async def pooling(service: Service, call: Call) -> None:
-    async with opened(service, call, PoolingRequest) as job:
+async def pooling(context: Context, call: Call) -> None:
+    async with opened(context, call, PoolingRequest) as job:
         request, entry = job.request, job.entry
         task = request.task or entry.model.default_pooling_task or "embed"
         entry.need(task, param="task" if request.task else "model")
@@ -46,8 +46,8 @@ def max_tokens_of(entry: Entry, task: PoolingTask) -> int | None:
     return MAX_NUMBERS // max(1, embedding_size if task == "token_embed" else len(entry.model.labels))
 
 
-async def classify(service: Service, call: Call) -> None:
-    async with opened(service, call, ClassifyRequest) as job:
+async def classify(context: Context, call: Call) -> None:
+    async with opened(context, call, ClassifyRequest) as job:
         job.entry.need("classify")
         pooled = await pool_inputs(job, job.request.params())
         data = await written_in_time(lambda: _classes(job.entry, pooled), pooled.vectors)

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from sensorium.api.chat import Chat
-from sensorium.api.context import Service
+from sensorium.api.context import Context
 from sensorium.api.generated import Work, answer_counted, answer_generated
 from sensorium.api.guards.admission import PendingBody
 from sensorium.api.logprobs import chat_logprobs, token_names
@@ -27,34 +27,34 @@ from sensorium.serving.prompts import Prepared
 Event = dict[str, Any]
 
 
-async def responses(service: Service, call: Call) -> None:
+async def responses(context: Context, call: Call) -> None:
     async def read(pending: PendingBody) -> Response:
-        return await _read(service, call, pending)
+        return await _read(context, call, pending)
 
-    await answer_generated(service, call, read)
+    await answer_generated(context, call, read)
 
 
-async def input_tokens(service: Service, call: Call) -> None:
+async def input_tokens(context: Context, call: Call) -> None:
     async def read(pending: PendingBody) -> Response:
-        return await _read(service, call, pending)
+        return await _read(context, call, pending)
 
     def answer(count: int) -> dict[str, Any]:
         return {"object": "response.input_tokens", "input_tokens": count}
 
-    await answer_counted(service, call, read, answer)
+    await answer_counted(context, call, read, answer)
 
 
-async def _read(service: Service, call: Call, pending: PendingBody) -> Response:
-    body = await read_request(call, ResponsesRequest, service.limits, service.unknown, pending)
-    body.check_limits(service.limits)
-    return Response(body, service, call)
+async def _read(context: Context, call: Call, pending: PendingBody) -> Response:
+    body = await read_request(call, ResponsesRequest, context.limits, context.unknown, pending)
+    body.check_limits(context.limits)
+    return Response(body, context, call)
 
 
 class Response(Chat):
     """One request of this endpoint."""
 
-    def __init__(self, body: ResponsesRequest, service: Service, call: Call) -> None:
-        super().__init__(body.chat(service.limits, service.server, service.unknown))
+    def __init__(self, body: ResponsesRequest, context: Context, call: Call) -> None:
+        super().__init__(body.chat(context.limits, context.server, context.unknown))
         self._body = body.model_copy(update={"input": ""})  # media in base64 are not kept
         self._id = call.answer_id("resp_")
         self._created = int(time.time())
@@ -103,7 +103,7 @@ class Response(Chat):
 
     async def _stream(self, work: Work, generation: Generation, items: ResponseItems) -> None:
         stream = _Events()
-        limits = work.service.limits
+        limits = work.context.limits
         async with EventStream(work.call, limits.keep_alive_comment_s, done=b"") as events:
             begun = self._object(work, generation, items)
             work.call.errors = _FailedResponse(stream, begun)

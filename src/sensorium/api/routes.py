@@ -15,7 +15,7 @@ from sensorium.api import ollama, ollama_models, playground, status, tei
 from sensorium.api.chat import chat_completions, chat_input_tokens
 from sensorium.api.cohere import cohere_embed
 from sensorium.api.completions import completions
-from sensorium.api.context import Service
+from sensorium.api.context import Context
 from sensorium.api.docs_page import docs, openapi
 from sensorium.api.embeddings import embeddings
 from sensorium.api.error_forms import BLOBS, error_form
@@ -47,7 +47,7 @@ from sensorium.api.transport.asgi import Call
 from sensorium.api.transport.errors import MethodNotAllowedError
 from sensorium.errors import NotFoundError
 
-Endpoint = Callable[[Service, Call], Awaitable[None]]
+Endpoint = Callable[[Context, Call], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)

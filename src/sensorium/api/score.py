@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from sensorium.api.context import Service
+from sensorium.api.context import Context
 from sensorium.api.pooled import Job, opened, usage_object
 from sensorium.api.protocol.content import Conversation
 from sensorium.api.protocol.score import ComparingBody, RerankRequest, ScoreRequest, is_plain, plain_text
@@ -34,8 +34,8 @@ class Side:
         return f"{self.name}[{index}]" if self.is_list else self.name
 
 
-async def score(service: Service, call: Call) -> None:
-    async with opened(service, call, ScoreRequest) as job:
+async def score(context: Context, call: Call) -> None:
+    async with opened(context, call, ScoreRequest) as job:
         request, names, (left, right) = job.request, job.request.names, job.request.sides
         pooled = await compare(
             job,
@@ -54,8 +54,8 @@ async def score(service: Service, call: Call) -> None:
         await call.respond(envelope(call, "score", job.model_name, msgspec.json.encode(rows), usage_object(pooled)))
 
 
-async def rerank(service: Service, call: Call) -> None:
-    async with opened(service, call, RerankRequest) as job:
+async def rerank(context: Context, call: Call) -> None:
+    async with opened(context, call, RerankRequest) as job:
         request = job.request
         pooled = await compare(
             job,
@@ -197,7 +197,7 @@ def _input(job: Job[ComparingBody], side: Side, index: int, prompt: str) -> Pool
     if is_plain(item):
         return prompt + (plain_text(item) or "")
     conversation: Conversation = item.conversation(
-        side.place(index), job.model.processor.modalities, job.service.limits
+        side.place(index), job.model.processor.modalities, job.context.limits
     )
     return conversation
 

@@ -7,58 +7,58 @@ from datetime import UTC, datetime
 import msgspec
 
 from sensorium import __version__
-from sensorium.api.context import Entry, Service
+from sensorium.api.context import Context, Entry
 from sensorium.api.metrics import CONTENT_TYPE
 from sensorium.api.transport.asgi import Call
 from sensorium.errors import NotFoundError
 
 
-async def livez(service: Service, call: Call) -> None:
+async def livez(context: Context, call: Call) -> None:
     """The process answers, whatever the model does."""
     await call.respond(b'{"status":"alive"}')
 
 
-async def readyz(service: Service, call: Call) -> None:
+async def readyz(context: Context, call: Call) -> None:
     """Requests are answered: loaded, engine there, not draining."""
-    service.check_ready()
+    context.check_ready()
     await call.respond(b'{"status":"ready"}')
 
 
-async def health(service: Service, call: Call) -> None:
+async def health(context: Context, call: Call) -> None:
     """As other servers have it: an empty 200, or 503."""
-    service.check_ready()
+    context.check_ready()
     await call.respond(b"")
 
 
-async def load(service: Service, call: Call) -> None:
+async def load(context: Context, call: Call) -> None:
     """As vLLM has it: how many requests are being worked on."""
-    await call.respond(msgspec.json.encode({"server_load": len(service.flights)}))
+    await call.respond(msgspec.json.encode({"server_load": len(context.in_flight)}))
 
 
-async def tokenizer_info(service: Service, call: Call) -> None:
+async def tokenizer_info(context: Context, call: Call) -> None:
     """As vLLM has it: tokenizer_config.json with the chat template, of the first model."""
-    if not service.server.enable_tokenizer_info_endpoint:
+    if not context.server.enable_tokenizer_info_endpoint:
         raise NotFoundError(
             "There is nothing at this path; the operator can open it with --enable-tokenizer-info-endpoint."
         )
-    checkpoint = service.entries[0].model.checkpoint
+    checkpoint = context.entries[0].model.checkpoint
     template = {} if checkpoint.chat_template is None else {"chat_template": checkpoint.chat_template}
     await call.respond(msgspec.json.encode({"tokenizer_class": None, **checkpoint.tokenizer_config, **template}))
 
 
-async def version(service: Service, call: Call) -> None:
+async def version(context: Context, call: Call) -> None:
     await call.respond(msgspec.json.encode({"version": __version__}))
 
 
-async def models(service: Service, call: Call) -> None:
-    rows = [_row(entry, name) for entry in service.entries for name in entry.names]
+async def models(context: Context, call: Call) -> None:
+    rows = [_row(entry, name) for entry in context.entries for name in entry.names]
     ends = {"first_id": rows[0]["id"], "last_id": rows[-1]["id"]}
     await call.respond(msgspec.json.encode({"object": "list", "data": rows, "has_more": False, **ends}))
 
 
-async def model(service: Service, call: Call) -> None:
+async def model(context: Context, call: Call) -> None:
     name = call.path.removeprefix("/v1/models/")
-    entry = service.entry(name)
+    entry = context.entry(name)
     await call.respond(msgspec.json.encode(_row(entry, name)))
 
 
@@ -84,6 +84,6 @@ def _row(entry: Entry, name: str) -> dict[str, object]:
     }
 
 
-async def metrics(service: Service, call: Call) -> None:
-    engines = {entry.name: (entry.model.client.stats, entry.model.client.ready) for entry in service.entries}
-    await call.respond(service.metrics.render(engines), content_type=CONTENT_TYPE)
+async def metrics(context: Context, call: Call) -> None:
+    engines = {entry.name: (entry.model.client.stats, entry.model.client.ready) for entry in context.entries}
+    await call.respond(context.metrics.render(engines), content_type=CONTENT_TYPE)

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from sensorium import __version__
-from sensorium.api.context import POOLING_REQUESTS, Entry, Service
+from sensorium.api.context import POOLING_REQUESTS, Context, Entry
 from sensorium.api.embeddings import check_dimensions
 from sensorium.api.pooled import Job, chosen_prompt, opened, pool_inputs
 from sensorium.api.pooling import max_tokens_of
@@ -21,16 +21,16 @@ from sensorium.serving.pooled import Pooled, Vector
 from sensorium.types import PoolingParams
 
 
-async def embed(service: Service, call: Call) -> None:
-    async with opened(service, call, EmbedRequest) as job:
+async def embed(context: Context, call: Call) -> None:
+    async with opened(context, call, EmbedRequest) as job:
         job.entry.need("embed")
         check_dimensions(job.entry, job.request.dimensions)
         await _respond(call, await pool_inputs(job, job.request.params(), prompt=chosen_prompt(job, "embed")))
 
 
-async def embed_all(service: Service, call: Call) -> None:
+async def embed_all(context: Context, call: Call) -> None:
     """A vector for every token."""
-    async with opened(service, call, EmbedRequest) as job:
+    async with opened(context, call, EmbedRequest) as job:
         job.entry.need("token_embed")
         if job.request.dimensions is not None:
             raise RequestError("`dimensions` goes with /embed.", param="dimensions", code="unsupported_field")
@@ -41,16 +41,16 @@ async def embed_all(service: Service, call: Call) -> None:
         )
 
 
-async def embed_sparse(service: Service, call: Call) -> None:
+async def embed_sparse(context: Context, call: Call) -> None:
     raise RequestError(
         "No model here makes sparse vectors. /embed makes dense ones, and /rerank compares texts.",
         code="unsupported_task",
     )
 
 
-async def predict(service: Service, call: Call) -> None:
+async def predict(context: Context, call: Call) -> None:
     """Classes of texts or of pairs, the likeliest first."""
-    async with opened(service, call, PredictRequest) as job:
+    async with opened(context, call, PredictRequest) as job:
         job.entry.need("classify")
         request, labels = job.request, job.model.labels
         pooled = await _predicted(job)
@@ -79,8 +79,8 @@ async def _predicted(job: Job[PredictRequest]) -> Pooled:
         return await job.run(prompts, request.params())
 
 
-async def similarity(service: Service, call: Call) -> None:
-    async with opened(service, call, SimilarityRequest) as job:
+async def similarity(context: Context, call: Call) -> None:
+    async with opened(context, call, SimilarityRequest) as job:
         given = job.request.inputs
         pooled = await compare(
             job,
@@ -90,9 +90,9 @@ async def similarity(service: Service, call: Call) -> None:
         await call.respond(msgspec.json.encode([float(vector[0]) for vector in pooled.vectors]))
 
 
-async def info(service: Service, call: Call) -> None:
-    entry = service.entries[0]
-    ready, limits = entry.model.client.ready, service.limits
+async def info(context: Context, call: Call) -> None:
+    entry = context.entries[0]
+    ready, limits = entry.model.client.ready, context.limits
     await call.respond(
         msgspec.json.encode(
             {
@@ -106,7 +106,7 @@ async def info(service: Service, call: Call) -> None:
                 "max_batch_requests": None,
                 "max_client_batch_size": limits.max_embedding_inputs,
                 "auto_truncate": False,
-                "tokenization_workers": service.server.media_workers,
+                "tokenization_workers": context.server.media_workers,
                 "version": __version__,
             }
         )

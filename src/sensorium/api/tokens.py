@@ -6,21 +6,21 @@ import asyncio
 
 import msgspec
 
-from sensorium.api.context import Entry, Service
+from sensorium.api.context import Context, Entry
 from sensorium.api.output_format import check_tools
 from sensorium.api.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from sensorium.api.transport.asgi import Call
 from sensorium.api.transport.body import read_request
 
 
-async def tokenize(service: Service, call: Call) -> None:
-    with service.tenants.enter(call.tenant), service.pending.open() as pending:
-        request = await read_request(call, TokenizeRequest, service.limits, service.unknown, pending)
-        request.check(service.server)
-        entry = service.entry(request.model)
+async def tokenize(context: Context, call: Call) -> None:
+    with context.tenants.enter(call.tenant), context.pending.open() as pending:
+        request = await read_request(call, TokenizeRequest, context.limits, context.unknown, pending)
+        request.check(context.server)
+        entry = context.entry(request.model)
         with entry.admission.admit(1):
-            async with service.flight(call):
-                tokens = await _tokens(service, call, entry, request)
+            async with context.open_request(call):
+                tokens = await _tokens(context, call, entry, request)
                 texts = [entry.model.tokenizer.id_to_token(token) for token in tokens]
                 await call.respond(
                     msgspec.json.encode(
@@ -34,20 +34,20 @@ async def tokenize(service: Service, call: Call) -> None:
                 )
 
 
-async def _tokens(service: Service, call: Call, entry: Entry, request: TokenizeRequest) -> list[int]:
+async def _tokens(context: Context, call: Call, entry: Entry, request: TokenizeRequest) -> list[int]:
     model = entry.model
     if request.prompt is not None:
         return await model.prompts.encode(
             request.prompt, add_special_tokens=request.add_special_tokens is not False, tenant=call.turn
         )
-    conversation = request.conversation(model.processor.modalities, service.limits)
+    conversation = request.conversation(model.processor.modalities, context.limits)
     check_tools(entry, request, conversation)
     prompt = await model.prompts.chat_prompt(
         conversation.messages,
         conversation.media,
         add_special_tokens=bool(request.add_special_tokens),
         tenant=call.turn,
-        salt=service.salts.of(call.tenant),
+        salt=context.salts.of(call.tenant),
         tools=request.tool_objects,
         **request.template_options(),
     )
@@ -55,11 +55,11 @@ async def _tokens(service: Service, call: Call, entry: Entry, request: TokenizeR
     return tokens
 
 
-async def detokenize(service: Service, call: Call) -> None:
-    with service.tenants.enter(call.tenant), service.pending.open() as pending:
-        request = await read_request(call, DetokenizeRequest, service.limits, service.unknown, pending)
-        entry = service.entry(request.model)
-        async with service.flight(call):
+async def detokenize(context: Context, call: Call) -> None:
+    with context.tenants.enter(call.tenant), context.pending.open() as pending:
+        request = await read_request(call, DetokenizeRequest, context.limits, context.unknown, pending)
+        entry = context.entry(request.model)
+        async with context.open_request(call):
             entry.model.tokenizer.check_ids(request.tokens, param="tokens")
             text = await asyncio.to_thread(entry.model.tokenizer.decode, request.tokens, skip_special_tokens=False)
             await call.respond(msgspec.json.encode({"prompt": text}))

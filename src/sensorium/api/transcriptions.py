@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from sensorium.api.context import Entry, Service
+from sensorium.api.context import Context, Entry
 from sensorium.api.generated import Work, answer_generated, running_usage, text_of, usage_object
 from sensorium.api.guards.admission import PendingBody
 from sensorium.api.protocol.audio import AudioRequest, parse_fields
@@ -28,24 +28,24 @@ DELTA = "transcript.text.delta"
 DONE = "transcript.text.done"
 
 
-async def transcriptions(service: Service, call: Call) -> None:
-    await _listen(service, call, translates=False)
+async def transcriptions(context: Context, call: Call) -> None:
+    await _listen(context, call, translates=False)
 
 
-async def translations(service: Service, call: Call) -> None:
-    await _listen(service, call, translates=True)
+async def translations(context: Context, call: Call) -> None:
+    await _listen(context, call, translates=True)
 
 
-async def _listen(service: Service, call: Call, *, translates: bool) -> None:
+async def _listen(context: Context, call: Call, *, translates: bool) -> None:
     async def read(pending: PendingBody) -> _Recording:
-        form = await read_form(call, service.limits, FILE, pending.add)
-        request = parse_fields(form.fields, service.unknown)
+        form = await read_form(call, context.limits, FILE, pending.add)
+        request = parse_fields(form.fields, context.unknown)
         call.take_name(request.request_id)
         if form.file is None:
             raise MissingFieldError(FILE)
         return _Recording(request, form.file, translates)
 
-    await answer_generated(service, call, read)
+    await answer_generated(context, call, read)
 
 
 class _Recording:
@@ -121,7 +121,7 @@ async def _stream(work: Work, request: AudioRequest, generation: Generation) -> 
         include_usage=include_usage,
         running_usage=running_usage(generation) if runs_usage else None,
     )
-    async with EventStream(work.call, work.service.limits.keep_alive_comment_s) as events:
+    async with EventStream(work.call, work.context.limits.keep_alive_comment_s) as events:
         said: list[str] = []
 
         async def emit(choice: Choice, deltas: Sequence[Delta]) -> None:

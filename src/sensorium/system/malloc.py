@@ -1,4 +1,4 @@
-"""Keeps glibc from keeping what a large request leaves behind. Does nothing where the C library is another.
+"""Tunes glibc malloc so that memory freed after a large request returns to the OS. Does nothing with other C libraries.
 
 Left alone it would come to reuse blocks of up to 32 MiB instead of returning them, in an arena per thread.
 """

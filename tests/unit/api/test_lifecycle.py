@@ -122,9 +122,9 @@ async def test_many_clients_that_leave_take_everything_with_them() -> None:
 
         await asyncio.gather(*(visit() for _ in range(60)))
         await until(lambda: not engine.active)
-        service = served.http._app.service
-        await until(lambda: len(service.flights) == 0)
-        assert (service.entries[0].admission.sequences, service.entries[0].admission.prompt_tokens) == (0, 0)
+        context = served.http._app.context
+        await until(lambda: len(context.in_flight) == 0)
+        assert (context.entries[0].admission.sequences, context.entries[0].admission.prompt_tokens) == (0, 0)
         assert (await complete(served.port, max_tokens=1)).status == 200
 
 
@@ -211,22 +211,22 @@ async def test_all_bodies_together_are_bounded() -> None:
         data = json.dumps({**CHAT, "user": "u", "x": "y" * 200_000}).encode()
         _, writer = await asyncio.open_connection("127.0.0.1", served.port)
         writer.write(request("POST", "/v1/chat/completions", data)[:-10])
-        await until(lambda: served.http._app.service.pending.total > 190_000)
+        await until(lambda: served.http._app.context.pending.total > 190_000)
         reply = await post(served.port, "/v1/chat/completions", data)
         assert (reply.status, reply.error["code"]) == (503, "overloaded")
         assert "retry-after" in reply.headers
         assert (await chat(served.port)).status == 200
         writer.close()
-        await until(lambda: served.http._app.service.pending.total == 0)
+        await until(lambda: served.http._app.context.pending.total == 0)
         assert (await post(served.port, "/v1/chat/completions", data)).status == 200
-        assert served.http._app.service.pending.total == 0
+        assert served.http._app.context.pending.total == 0
 
 
 async def test_bodies_are_not_held_while_tokens_come() -> None:
     async with serving(FakeEngine(script=slowly)) as served:
         running = asyncio.create_task(chat(served.port, max_tokens=10, x="y" * 100_000))
         await until(lambda: len(served.engine.active) == 1)
-        assert served.http._app.service.pending.total == 0
+        assert served.http._app.context.pending.total == 0
         assert (await running).status == 200
 
 
@@ -241,12 +241,12 @@ async def test_leaving_while_the_prompt_is_made_ends_that_too(monkeypatch: pytes
             raise
 
     async with serving() as served:
-        monkeypatch.setattr(served.http._app.service.entries[0].model.prompts, "prepare_chat", fetching)
+        monkeypatch.setattr(served.http._app.context.entries[0].model.prompts, "prepare_chat", fetching)
         _, writer = await open_request(served.port)
-        await until(lambda: len(served.http._app.service.flights) == 1)
+        await until(lambda: len(served.http._app.context.in_flight) == 1)
         writer.close()
         await until(lambda: bool(ended))
-        await until(lambda: served.http._app.service.entries[0].admission.sequences == 0)
+        await until(lambda: served.http._app.context.entries[0].admission.sequences == 0)
         assert not served.engine.requests
 
 

@@ -197,7 +197,7 @@ async def test_nothing_to_say_loads_the_model() -> None:
             assert found.get("response", found.get("message", {}).get("content")) == ""
         assert (await ask(served, messages=[], model="x")).status == 404
         assert served.engine.requests == []
-        assert served.http._app.service.pending.total == 0
+        assert served.http._app.context.pending.total == 0
 
 
 async def test_vectors() -> None:

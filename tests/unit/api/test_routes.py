@@ -117,7 +117,7 @@ async def test_invocations_have_the_same_guards() -> None:
         assert large.status == 200
         form = await invoke(b"--x\r\n", **{"Content-Type": "multipart/form-data; boundary=x"})
         assert form.error["code"] == "invalid_multipart"
-        assert served.http._app.service.pending.total == 0
+        assert served.http._app.context.pending.total == 0
 
 
 async def test_load_counts_requests_in_progress() -> None:

@@ -13,26 +13,26 @@ from sensorium.api.transport.asgi import ClientGone, Receive
 from sensorium.errors import RequestTimeoutError, UnavailableError
 
 
-class Flights:
+class InFlightRequests:
     """Every request in progress; what draining waits for and aborting ends."""
 
     def __init__(self) -> None:
-        self._open: set[Flight] = set()
+        self._open: set[InFlightRequest] = set()
         self.draining = False
         self._empty = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._open)
 
-    def open(self, receive: Receive, timeout_s: float) -> Flight:
-        return Flight(self, receive, timeout_s)
+    def open(self, receive: Receive, timeout_s: float) -> InFlightRequest:
+        return InFlightRequest(self, receive, timeout_s)
 
-    def add(self, flight: Flight) -> None:
-        self._open.add(flight)
+    def add(self, request: InFlightRequest) -> None:
+        self._open.add(request)
         self._empty.clear()
 
-    def remove(self, flight: Flight) -> None:
-        self._open.discard(flight)
+    def remove(self, request: InFlightRequest) -> None:
+        self._open.discard(request)
         if not self._open:
             self._empty.set()
 
@@ -46,17 +46,17 @@ class Flights:
 
     def abort(self) -> None:
         self.draining = True
-        for flight in tuple(self._open):
+        for request in tuple(self._open):
             error = UnavailableError("The server is shutting down.")
             error.code = "server_shutting_down"
-            flight.end(error)
+            request.end(error)
 
 
-class Flight:
+class InFlightRequest:
     """`async with` around a request's work. Whoever reads the body must have read all of it before."""
 
-    def __init__(self, flights: Flights, receive: Receive, timeout_s: float) -> None:
-        self._flights = flights
+    def __init__(self, requests: InFlightRequests, receive: Receive, timeout_s: float) -> None:
+        self._requests = requests
         self._receive = receive
         self._timeout = asyncio.timeout(timeout_s)
         self._reason: Exception = RequestTimeoutError(f"The request took longer than {timeout_s:g} seconds.")
@@ -70,11 +70,11 @@ class Flight:
         self._reason = reason
         self._timeout.reschedule(asyncio.get_running_loop().time())
 
-    async def __aenter__(self) -> Flight:
-        if self._flights.draining:
+    async def __aenter__(self) -> InFlightRequest:
+        if self._requests.draining:
             raise UnavailableError("The server is shutting down.", retry_after_s=10.0)
         await self._timeout.__aenter__()
-        self._flights.add(self)
+        self._requests.add(self)
         self._watch = asyncio.ensure_future(self._until_gone())
         return self
 
@@ -83,7 +83,7 @@ class Flight:
     ) -> None:
         self._ended = True
         self._watch.cancel()
-        self._flights.remove(self)
+        self._requests.remove(self)
         try:
             await self._timeout.__aexit__(kind, error, trace)
         except TimeoutError:

@@ -15,7 +15,7 @@ import uvicorn
 import uvloop
 
 from sensorium.api.app import App
-from sensorium.api.context import Service
+from sensorium.api.context import Context
 from sensorium.api.transport import unix_socket, writing
 from sensorium.api.transport.connection import Connection
 from sensorium.config import Limits, ServerConfig
@@ -31,7 +31,7 @@ _BACKLOG = 2048
 
 def build_app(models: Mapping[str, ServedModel], server: ServerConfig, limits: Limits) -> App:
     """The ASGI application. `models` maps every name to its model; the first is the default."""
-    return App(Service(models, server, limits))
+    return App(Context(models, server, limits))
 
 
 def listen(server: ServerConfig) -> socket.socket:
@@ -88,11 +88,11 @@ class HttpServer:
 
     async def drain(self) -> None:
         """Requests in progress may end; new ones are answered with 503. The port stays open meanwhile."""
-        await self._app.service.flights.drain(self._limits.drain_timeout_s)
+        await self._app.context.in_flight.drain(self._limits.drain_timeout_s)
 
     async def close(self) -> None:
         """End what is left and the port last."""
-        self._app.service.flights.abort()
+        self._app.context.in_flight.abort()
         self._uvicorn.stop()
         if self._serving is not None:
             await self._serving
