@@ -25,6 +25,7 @@ ENDPOINTS = {
     "generate": ("/v1/chat/completions", "/v1/completions"),
     "embed": ("/v1/embeddings",),
     "classify": ("/classify",),
+    "token_classify": ("/pooling",),
     "reward": ("/pooling",),
     "score": ("/score", "/rerank"),
 }

@@ -67,7 +67,7 @@ def open_checkpoint(
     stated = _required(folder, "a model folder")
     architecture = _architecture({**stated, **overrides})
     family = family_of(architecture)
-    config = overridden(_resolved(stated, family, text_folder), overrides, family.nested_in)
+    config = _in_one_dialect(overridden(_resolved(stated, family, text_folder), overrides, family.nested_in), family)
     generation, tokenizer_config = _generation(folder, text_folder), read_json(folder / "tokenizer_config.json") or {}
     text_dict = text_part(config)
     text = None if family.encoder else read_text_config(config, family)
@@ -116,6 +116,12 @@ def _resolved(stated: dict[str, Any], family: Family, text_folder: Path | None) 
     if text_folder is not None:
         config = {**config, "text_config": text_part(_required(text_folder, "a language model's folder"))}
     return config
+
+
+def _in_one_dialect(config: dict[str, Any], family: Family) -> dict[str, Any]:
+    """An encoder's config.json under BERT's names too, where the family has its own."""
+    names = family.encoder.names if family.encoder else {}
+    return {**config, **{name: config[own] for name, own in names.items() if own in config}}
 
 
 def _generation(folder: Path, text_folder: Path | None) -> dict[str, Any]:

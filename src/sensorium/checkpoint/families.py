@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sensorium.checkpoint import chat_templates
@@ -100,13 +100,30 @@ DECODERS: Mapping[str, DecoderDefaults] = {
 
 @dataclass(frozen=True, slots=True)
 class EncoderDefaults:
-    """The position table of an encoder."""
+    """What an encoder's config leaves out, and what it calls differently from BERT's."""
 
-    max_positions: int = 512  # where config.json does not say
+    max_positions: int = 512
     starts_after_padding: bool = False  # positions begin after the padding id; the rows before are never used
+    padding: int | None = None  # that id, whatever the config says; None: the config's, 1 if it does not say
+    num_layers: int = 12
+    type_vocab_size: int = 2
+    names: Mapping[str, str] = field(default_factory=dict)  # BERT's name -> the family's own of it
+    reads_types: bool = True  # whether `type_vocab_size` counts: else there are no token types
 
 
 _BERT, _ROBERTA, _MODERNBERT = EncoderDefaults(), EncoderDefaults(starts_after_padding=True), EncoderDefaults(8192)
+_DISTILBERT = EncoderDefaults(
+    num_layers=6,
+    reads_types=False,
+    names={
+        "hidden_size": "dim",
+        "num_hidden_layers": "n_layers",
+        "num_attention_heads": "n_heads",
+        "intermediate_size": "hidden_dim",
+        "hidden_act": "activation",
+    },
+)
+_MPNET = EncoderDefaults(starts_after_padding=True, padding=1, reads_types=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +180,20 @@ _BERT_MODEL = Family(
     encoder=_BERT,
 )
 _ROBERTA_MODEL = replace(_BERT_MODEL, encoder=_ROBERTA)
+_TOKEN_CLASSIFIER = Family(
+    "BERT, RoBERTa, XLM-RoBERTa, DistilBERT token classifiers",
+    "sensorium.models.bert:BertForTokenClassification",
+    _TEXT,
+    tasks=("token_classify",),
+    encoder=_BERT,
+)
+_ROBERTA_TOKEN_CLASSIFIER = replace(_TOKEN_CLASSIFIER, encoder=_ROBERTA)
+_DISTILBERT_MODEL = Family(
+    "DistilBERT", "sensorium.models.bert:DistilBertModel", _TEXT, tasks=("embed",), encoder=_DISTILBERT
+)
+_MPNET_MODEL = Family(
+    "MPNet (all-mpnet-base-v2, …)", "sensorium.models.mpnet:MPNetModel", _TEXT, tasks=("embed",), encoder=_MPNET
+)
 _ROBERTA_CLASSIFIER = Family(
     "RoBERTa and XLM-RoBERTa classifiers and cross-encoders (BGE reranker)",
     "sensorium.models.bert:RobertaForSequenceClassification",
@@ -269,6 +300,30 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "RobertaForSequenceClassification": _ROBERTA_CLASSIFIER,
     "XLMRobertaForSequenceClassification": _ROBERTA_CLASSIFIER,
+    "BertForTokenClassification": _TOKEN_CLASSIFIER,
+    "RobertaForTokenClassification": _ROBERTA_TOKEN_CLASSIFIER,
+    "XLMRobertaForTokenClassification": _ROBERTA_TOKEN_CLASSIFIER,
+    "DistilBertForTokenClassification": replace(
+        _TOKEN_CLASSIFIER, model="sensorium.models.bert:DistilBertForTokenClassification", encoder=_DISTILBERT
+    ),
+    "DistilBertModel": _DISTILBERT_MODEL,
+    "DistilBertForMaskedLM": _DISTILBERT_MODEL,
+    "DistilBertForSequenceClassification": Family(
+        "DistilBERT classifiers and cross-encoders",
+        "sensorium.models.bert:DistilBertForSequenceClassification",
+        _TEXT,
+        tasks=("classify", "score"),
+        encoder=_DISTILBERT,
+    ),
+    "MPNetModel": _MPNET_MODEL,
+    "MPNetForMaskedLM": _MPNET_MODEL,
+    "MPNetForSequenceClassification": Family(
+        "MPNet classifiers and cross-encoders",
+        "sensorium.models.mpnet:MPNetForSequenceClassification",
+        _TEXT,
+        tasks=("classify", "score"),
+        encoder=_MPNET,
+    ),
     "ModernBertModel": _MODERNBERT_MODEL,
     "ModernBertForMaskedLM": _MODERNBERT_MODEL,
     "ModernBertForSequenceClassification": Family(

@@ -9,7 +9,7 @@ from typing import Any
 from sensorium.checkpoint.families import EncoderDefaults, Family
 from sensorium.checkpoint.pooling import stated_max_length
 from sensorium.checkpoint.text_config import TextConfig
-from sensorium.checkpoint.values import positive_int
+from sensorium.checkpoint.values import count, positive_int
 
 
 def context_length(checkpoint_len: int, wanted: int | None = None, capacity: int | None = None) -> int:
@@ -45,5 +45,10 @@ def first_position(config: Mapping[str, Any], encoder: EncoderDefaults) -> int:
     """The position of a text's first token: 0, or of the RoBERTas the one after the padding id, 1 if not stated."""
     if not encoder.starts_after_padding:
         return 0
-    padding = config.get("pad_token_id")
+    padding = config.get("pad_token_id") if encoder.padding is None else encoder.padding
     return (1 if padding is None else int(padding)) + 1
+
+
+def token_types(config: dict[str, Any], encoder: EncoderDefaults) -> int:
+    """How many segments the encoder tells apart; 0: none."""
+    return count(config, "type_vocab_size", encoder.type_vocab_size) if encoder.reads_types else 0

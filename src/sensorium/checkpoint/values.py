@@ -35,6 +35,11 @@ def positive_int(source: dict[str, Any], key: str, default: int | None) -> int:
     return value
 
 
+def count(source: dict[str, Any], key: str, default: int) -> int:
+    """An integer that may be 0."""
+    return 0 if source.get(key) == 0 else positive_int(source, key, default or None)
+
+
 def number(source: dict[str, Any], key: str, default: float) -> float:
     value = source.get(key)
     value = default if value is None else value

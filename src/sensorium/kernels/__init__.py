@@ -26,7 +26,7 @@ from sensorium.kernels.backend import (
 )
 from sensorium.kernels.cpu import onednn
 from sensorium.kernels.cpu.native import fastest as _native
-from sensorium.kernels.reference.attention import SCALE_BYTES, first_attention
+from sensorium.kernels.reference.attention import SCALE_BYTES, biased_attention, first_attention
 
 if TYPE_CHECKING:
     from sensorium.kernels.context import AttentionContext
@@ -44,6 +44,7 @@ __all__ = [
     "QuantizedWeight",
     "activate",
     "add_rms_norm",
+    "biased_attention",
     "cache_width",
     "cached_linear",
     "decoder_stack",

@@ -19,7 +19,7 @@ from sensorium.checkpoint.text_config import RopeConfig
 from sensorium.errors import CheckpointError
 from sensorium.kernels.context import AttentionContext, KVCache
 from sensorium.kernels.reference.attention import window_queries
-from sensorium.models.bert import EncoderModel
+from sensorium.models.encoder import EncoderModel
 from sensorium.models.layers import Embedding, Head, Linear, activation_name, declare
 from sensorium.models.rope import RotaryEmbedding
 

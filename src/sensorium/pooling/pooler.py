@@ -68,14 +68,18 @@ class TokenPooler:
     all_tokens = True
     first_only = False
 
-    def __init__(self, size: int, *, normalize: bool = False, head: Head | None = None) -> None:
+    def __init__(
+        self, size: int, *, normalize: bool = False, head: Head | None = None, activation: str = "identity"
+    ) -> None:
         self.size = size
         self.normalize = normalize
         self.head = head
+        self.activation = ACTIVATIONS[activation]
 
     def __call__(self, hidden: Tensor, params: PoolingParams, token_ids: NDArray[np.int32]) -> Tensor:
         if self.head is not None:
-            return self.head(hidden).float()
+            logits = self.head(hidden).float()
+            return logits if params.activation is False else self.activation(logits)
         vectors = hidden.float()
         normalize = self.normalize if params.normalize is None else params.normalize
         return functional.normalize(vectors, dim=-1) if normalize else vectors

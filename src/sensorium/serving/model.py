@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from sensorium.checkpoint.configs import Checkpoint
 from sensorium.checkpoint.families import load_class
 from sensorium.checkpoint.labels import label_names
-from sensorium.checkpoint.lengths import context_length
+from sensorium.checkpoint.lengths import context_length, token_types
 from sensorium.checkpoint.pooling import read_pooling
 from sensorium.checkpoint.prompts import read_prompts
 from sensorium.config import Limits, ServerConfig
@@ -101,12 +101,13 @@ class ServedModel:
             server=server,
             pooling=self._pooling,
         )
+        encoder = checkpoint.family.encoder
         self._pairs = PairPrompts(
             self.prompts,
             self._limit,
             self._threads,
             system=self.instructions.default,
-            has_types=checkpoint.config.get("type_vocab_size", 0) > 1,
+            has_types=encoder is not None and token_types(checkpoint.config, encoder) > 1,
         )
 
     @classmethod

@@ -17,6 +17,8 @@ from transformers import (
     ModernBertConfig,
     ModernBertForSequenceClassification,
     ModernBertModel,
+    MPNetConfig,
+    MPNetModel,
 )
 
 from sensorium.checkpoint.configs import open_checkpoint
@@ -56,10 +58,15 @@ def _modern_classifier() -> Any:
     )
 
 
+def _mpnet() -> Any:
+    return MPNetModel(MPNetConfig(**{**SHAPE, "max_position_embeddings": 302}))
+
+
 ORACLES: dict[str, tuple[Callable[[], Any], PoolingTask]] = {
     "bert": (_bert, "embed"),
     "cross-encoder": (_cross_encoder, "score"),
     "modernbert": (_modernbert, "embed"),
+    "mpnet": (_mpnet, "embed"),
     "modern-classifier": (_modern_classifier, "classify"),
 }
 
@@ -107,7 +114,8 @@ def vectors(results: list[Result]) -> list[np.ndarray]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_together_as_alone(folders: Callable[[str], Path], name: str, dtype: torch.dtype) -> None:
     task, model = ORACLES[name][1], load(folders(name), dtype)
-    alone = [vectors(bench(model, max_model_len=300).run(pool(tokens, task)))[0] for tokens in prompts()]
+    one_by_one = bench(model, max_model_len=300)
+    alone = [vectors(one_by_one.run(pool(tokens, task)))[0] for tokens in prompts()]
     tolerance = 1e-5 if dtype is torch.float32 else 1e-2
     for budget in (300, 512, 4096):  # tokens of a step: one or two prompts, all of them
         together = bench(model, max_model_len=300, max_num_batched_tokens=budget, max_num_seqs=8)

@@ -184,6 +184,15 @@ def first_attention(
     return out
 
 
+def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """Of one run: q [queries, heads, head_dim], k and v [keys, heads, head_dim]; `bias` [heads, queries, keys] is added
+    to the scaled scores. -> [queries, heads, head_dim]"""
+    queries, keys, values = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    mask = bias.to(q.dtype).unsqueeze(0)
+    out = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+    return out.squeeze(0).transpose(0, 1)
+
+
 def _both_ways(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
     """All [runs, tokens, heads, head_dim], several heads of q to one of k and v; mask bool [runs, 1, tokens, keys]"""
     out = functional.scaled_dot_product_attention(

@@ -1,0 +1,299 @@
+"""Bidirectional encoders of BERT's kind: post-norm layers over flat runs of tokens, no KV cache. They embed, classify
+and score.
+
+What families differ in is `EncoderConfig`: learnt or rotary positions, biases, a gated MLP. One whose attention is of
+another kind gives its layers another `SelfAttention`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sensorium import kernels
+from sensorium.checkpoint.configs import Checkpoint
+from sensorium.checkpoint.families import EncoderDefaults
+from sensorium.checkpoint.labels import classifier_activation, num_labels
+from sensorium.checkpoint.lengths import first_position, token_types
+from sensorium.checkpoint.pooling import PoolingKind
+from sensorium.checkpoint.text_config import RopeConfig
+from sensorium.checkpoint.values import number, positive_int
+from sensorium.errors import CheckpointError
+from sensorium.kernels.context import AttentionContext, KVCache, NeededStates
+from sensorium.models.base import Model, Rename
+from sensorium.models.layers import Embedding, GateUpLinear, Head, Linear, QKVLinear, activation_name
+from sensorium.models.rope import RotaryEmbedding
+from sensorium.models.towers.blocks import LayerNorm
+from sensorium.pooling.embedding import embedding_poolers
+from sensorium.pooling.pooler import ClassifyPooler, TokenPooler
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderConfig:
+    """`first_position` is 0 for BERT and pad_token_id + 1 for the RoBERTas, whose table has that many rows more."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    hidden_act: str
+    layer_norm_eps: float
+    positions: int  # rows of the table of positions; 0: there is none
+    first_position: int
+    type_vocab_size: int  # 0: there are no token types
+    rope: RopeConfig | None = None
+    attention_bias: bool = True  # of q, k and v
+    output_bias: bool = True  # of the product after the attention
+    mlp_bias: bool = True  # of the first product of the MLP
+    down_bias: bool = True  # of its last
+    is_gated: bool = False  # whether a second projection of the MLP multiplies the activated first one
+
+    @classmethod
+    def of(cls, config: dict[str, Any], encoder: EncoderDefaults) -> EncoderConfig:
+        """BERT's names in config.json; families with other names have a table of them in the registry."""
+        if config.get("position_embedding_type", "absolute") != "absolute":
+            raise CheckpointError("config.json: only absolute position_embedding_type is supported")
+        if config.get("is_decoder"):
+            raise CheckpointError(
+                "config.json: is_decoder (attention to earlier tokens only) is not supported for encoders"
+            )
+        shape = cls(
+            vocab_size=positive_int(config, "vocab_size", None),
+            hidden_size=positive_int(config, "hidden_size", 768),
+            num_layers=positive_int(config, "num_hidden_layers", encoder.num_layers),
+            num_heads=positive_int(config, "num_attention_heads", 12),
+            intermediate_size=positive_int(config, "intermediate_size", 3072),
+            hidden_act=config.get("hidden_act") or "gelu",
+            layer_norm_eps=number(config, "layer_norm_eps", 1e-12),
+            positions=positive_int(config, "max_position_embeddings", encoder.max_positions),
+            first_position=first_position(config, encoder),
+            type_vocab_size=token_types(config, encoder),
+        )
+        if shape.hidden_size % shape.num_heads:
+            raise CheckpointError(
+                f"config.json: hidden_size {shape.hidden_size} is not a multiple of {shape.num_heads} attention heads"
+            )
+        return shape
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What all layers of one step share. `first` are the rows of the runs' first tokens."""
+
+    lengths: list[int]
+    first: Tensor  # int64 [runs]
+    rotation: tuple[Tensor, Tensor] | None = None  # cos and sin, float32 [tokens, head_dim / 2]
+    shared: Sequence[Tensor] = ()  # what a family's own attention needs
+
+
+class Embeddings(nn.Module):
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.word_embeddings = Embedding(config.vocab_size, size)
+        self.position_embeddings = Embedding(config.positions, size) if config.positions else None
+        self.token_type_embeddings = Embedding(config.type_vocab_size, size) if config.type_vocab_size else None
+        self.LayerNorm = LayerNorm(size, config.layer_norm_eps)
+
+    def words(self, token_ids: Tensor, token_types: Tensor | None) -> Tensor:
+        """Without positions. [tokens] -> [tokens, hidden]"""
+        words: Tensor = self.word_embeddings(token_ids)
+        if self.token_type_embeddings is None:
+            return words
+        types = torch.zeros_like(token_ids) if token_types is None else token_types
+        out: Tensor = words + self.token_type_embeddings(types)
+        return out
+
+
+class Output(nn.Module):
+    """Dense, residual, norm: the end of both halves of a layer."""
+
+    def __init__(self, config: EncoderConfig, inner: int, *, bias: bool) -> None:
+        super().__init__()
+        self.dense = Linear(inner, config.hidden_size, bias=bias)
+        self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        out: Tensor = self.LayerNorm(self.dense.packed.added(x, residual))
+        return out
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        heads = config.num_heads
+        self.qkv = QKVLinear(config.hidden_size, heads, heads, self.head_dim, bias=config.attention_bias)
+        self.output = Output(config, config.hidden_size, bias=config.output_bias)
+        self.scale = self.head_dim**-0.5
+
+    def forward(self, x: Tensor, step: Step, *, first_only: bool) -> Tensor:
+        """[tokens, hidden] -> the same, or [runs, hidden] of the runs' first tokens alone"""
+        q, k, v = self.qkv(x).view(len(x), 3, -1, self.head_dim).unbind(1)  # [tokens, heads, head_dim] each
+        if step.rotation is not None:
+            q, k = kernels.rope(q, k, *step.rotation)
+        if first_only:
+            q, x = q[step.first], x[step.first]
+        attended = self.attended(q, k, v, step, first_only=first_only)
+        out: Tensor = self.output(attended.reshape(len(x), -1), x)
+        return out
+
+    def attended(self, q: Tensor, k: Tensor, v: Tensor, step: Step, *, first_only: bool) -> Tensor:
+        """q [tokens, heads, head_dim], or [runs, …] with `first_only` -> the same"""
+        attention = kernels.first_attention if first_only else kernels.varlen_attention
+        return attention(q, k, v, step.lengths, self.scale)
+
+
+class Intermediate(nn.Module):
+    """Gated: the activated gate times the other projection."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        layer = GateUpLinear if config.is_gated else Linear
+        self.dense = layer(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.activation = activation_name(config.hidden_act)
+        self.is_gated = config.is_gated
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_gated:
+            return kernels.gated(self.dense(x), self.activation)
+        return self.dense.packed.activated(x, self.activation)
+
+
+class Layer(nn.Module):
+    attention_class: ClassVar[type[SelfAttention]] = SelfAttention
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.attention = self.attention_class(config)
+        self.intermediate = Intermediate(config)
+        self.output = Output(config, config.intermediate_size, bias=config.down_bias)
+
+    def forward(self, x: Tensor, step: Step, *, first_only: bool = False) -> Tensor:
+        x = self.attention(x, step, first_only=first_only)
+        out: Tensor = self.output(self.intermediate(x), x)
+        return out
+
+
+class Encoder(nn.Module):
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(layers)
+
+
+class ClassHead(nn.Module):
+    """Dense, activation, classes; in float32."""
+
+    def __init__(self, size: int, labels: int, activation: str) -> None:
+        super().__init__()
+        self.dense = Head(size, size, bias=True)
+        self.out = Head(size, labels, bias=True)
+        self.activation = activation_name(activation)
+
+    def forward(self, state: Tensor) -> Tensor:
+        out: Tensor = self.out(kernels.activate(self.dense(state), self.activation))
+        return out
+
+
+class EncoderModel(Model):
+    """What all encoders share: no KV cache, and poolers in place of a language head."""
+
+    partial_states: ClassVar[NeededStates] = "first"
+
+    def _embeds(self, size: int) -> None:
+        self.poolers, self.dense = embedding_poolers(self.checkpoint.folder, "cls", size, self.checkpoint.pooling)
+
+    def _classifies(self, head: Callable[[Tensor], Tensor], kind: PoolingKind = "cls") -> None:
+        config = self.checkpoint.config
+        labels, act = num_labels(config), classifier_activation(self.checkpoint.folder, config)
+        self.poolers = {"classify": ClassifyPooler(kind, head, labels, act)}
+        if labels == 1:
+            self.poolers["score"] = self.poolers["classify"]
+
+    def _labels_tokens(self, head: Callable[[Tensor], Tensor]) -> None:
+        config = self.checkpoint.config
+        labels, act = num_labels(config), classifier_activation(self.checkpoint.folder, config)
+        self.poolers = {"token_classify": TokenPooler(labels, head=head, activation=act)}
+
+
+class PostNormEncoder(EncoderModel):
+    """An encoder of BERT's kind; the plain one is an embedder. Its parameters have BERT's names."""
+
+    layer_class: ClassVar[type[Layer]] = Layer
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint)
+        self.config = self._read(checkpoint.config, checkpoint.family.encoder or EncoderDefaults())
+        self.embeddings = Embeddings(self.config)
+        self.encoder = Encoder([self.layer_class(self.config) for _ in range(self.config.num_layers)])
+        self.rotary = RotaryEmbedding(self.config.rope, self.config.head_dim) if self.config.rope else None
+        self._declare_poolers()
+
+    def _read(self, config: dict[str, Any], encoder: EncoderDefaults) -> EncoderConfig:
+        return EncoderConfig.of(config, encoder)
+
+    def _declare_poolers(self) -> None:
+        self._embeds(self.config.hidden_size)
+
+    def _declare_class_head(self, activation: str) -> None:
+        self.head = ClassHead(self.config.hidden_size, num_labels(self.checkpoint.config), activation)
+        self._classifies(self.head)
+
+    def _declare_token_head(self) -> None:
+        self.classifier = Head(self.config.hidden_size, num_labels(self.checkpoint.config), bias=True)
+        self._labels_tokens(self.classifier)
+
+    def embed(self, token_ids: Tensor, token_types: Tensor | None = None) -> Tensor:
+        """Words and segments; positions are added by `forward`. [tokens] -> [tokens, hidden]"""
+        return self.embeddings.words(token_ids, token_types)
+
+    def forward(self, hidden: Tensor, positions: Tensor, cache: KVCache, context: AttentionContext) -> Tensor:
+        if self.embeddings.position_embeddings is not None:
+            hidden = hidden + self.embeddings.position_embeddings(positions + self.config.first_position)
+        hidden = self.embeddings.LayerNorm(hidden)
+        step = self._step(positions, context)
+        *layers, last = self.encoder.layer
+        for layer in layers:
+            hidden = layer(hidden, step)
+        if context.needed_states == "all":
+            out: Tensor = last(hidden, step)
+            return out
+        return hidden.index_copy_(0, step.first, last(hidden, step, first_only=True))
+
+    def _step(self, positions: Tensor, context: AttentionContext) -> Step:
+        rotation = None if self.rotary is None else self.rotary(positions)
+        return Step(context.query_lens, context.query_start[:-1].long(), rotation)
+
+    def activation_bytes(self, tokens: int) -> int:
+        config, size = self.config, self.embeddings.LayerNorm.weight.element_size()
+        inner = (2 + config.is_gated) * config.intermediate_size
+        return tokens * size * (6 * config.hidden_size + inner)
+
+
+def separate_qkv(query: str, key: str, value: str) -> tuple[Rename, ...]:
+    """Rows of a weight map: the three products of every layer's attention become one. The names are relative to
+    `encoder.layer.{n}`."""
+    target = "encoder.layer.{n}.attention.qkv.{p}"
+    return tuple(
+        Rename(f"encoder.layer.{{n}}.{name}.{{p}}", target, shard)
+        for name, shard in zip((query, key, value), "qkv", strict=True)
+    )
+
+
+def head_map(dense: str, out: str) -> tuple[Rename, ...]:
+    """The same of a classifier's two layers."""
+    return Rename(f"{dense}.{{p}}", "head.dense.{p}"), Rename(f"{out}.{{p}}", "head.out.{p}")
+
+
+def prefixes(*names: str) -> Mapping[str, str]:
+    """Prefixes of an encoder's own tensors in files of models that have more than it."""
+    return {f"{name}.": "" for name in names}
