@@ -6,6 +6,7 @@
     │   ├── UnsupportedFieldError (400)     a field that clients know and this server does not have
     │   ├── ContextLengthError (400)        prompt or prompt + max_tokens do not fit
     │   ├── MediaError (400)                an image, video or audio item was refused; `code` says why
+    │   │   └── UnsupportedModalityError (400)  the model takes no such input
     │   ├── AuthenticationError (401)
     │   ├── ForbiddenError (403)
     │   ├── NotFoundError (404)
@@ -25,6 +26,7 @@ Only these carry text that a client may read. Anything else is answered with `Se
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 
@@ -73,6 +75,16 @@ class MediaError(RequestError):
     """`code` is one of OpenAI's image codes (`invalid_image_url`, …) or the same code for video or audio."""
 
     code = "invalid_image"
+
+
+class UnsupportedModalityError(MediaError):
+    """`takes` are the model's modalities beside text, where the client may be told."""
+
+    code = "unsupported_modality"
+
+    def __init__(self, kind: str, *, param: str | None, takes: Iterable[str] | None = None) -> None:
+        can = "" if takes is None else f"; it takes {' and '.join(('text', *sorted(takes)))}"
+        super().__init__(f"This model takes no {kind} input{can}.", param=param or None)
 
 
 class AuthenticationError(RequestError):

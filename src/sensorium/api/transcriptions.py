@@ -17,7 +17,7 @@ from sensorium.api.transport.asgi import Call
 from sensorium.api.transport.frames import Frames, StreamHead
 from sensorium.api.transport.multipart import read_form
 from sensorium.api.transport.sse import EventStream
-from sensorium.errors import MissingFieldError, RequestError
+from sensorium.errors import MissingFieldError, UnsupportedModalityError
 from sensorium.media.source import MediaSource
 from sensorium.prompt.formats.base import Delta
 from sensorium.prompt.messages import MediaPart, Message, TextPart
@@ -102,9 +102,7 @@ class _Recording:
 def _check_hears(entry: Entry) -> None:
     entry.need("generate")
     if "audio" not in entry.model.processor.modalities:
-        raise RequestError(
-            f"The model {entry.name!r} does not understand audio.", param="model", code="unsupported_modality"
-        )
+        raise UnsupportedModalityError("audio", param="model", takes=entry.model.processor.modalities)
 
 
 async def _stream(work: Work, request: AudioRequest, generation: Generation) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sensorium.checkpoint.configs import Checkpoint
-from sensorium.errors import CheckpointError, MediaError, RequestError, StartupError
+from sensorium.errors import CheckpointError, RequestError, StartupError, UnsupportedModalityError
 from sensorium.media.sampling import VideoSampling
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.types import MediaFeatures, MediaItem, MediaSpan, Modality, Prompt
@@ -102,18 +102,18 @@ class Processor:
 
     def placeholder(self, kind: Modality, index: int) -> str:
         """The placeholder of the index-th (0-based, per kind) media item in a prompt, for string-only templates."""
-        raise self._no_such_input(kind)
+        raise UnsupportedModalityError(kind, param=None)
 
     def placeholder_id(self, kind: Modality) -> int:
         """The token id that is repeated once per embedding row."""
-        raise self._no_such_input(kind)
+        raise UnsupportedModalityError(kind, param=None)
 
     def num_tokens(self, kind: Modality, height: int, width: int, frames: int = 1) -> int:
         """Prompt tokens that a media item of this size takes, known before it is decoded. MediaError: unusable.
 
         `frames` counts a video's frames as sampled, and an audio item's samples.
         """
-        raise self._no_such_input(kind)
+        raise UnsupportedModalityError(kind, param=None)
 
     def video_sampling(self) -> VideoSampling:
         """Which frames of a video are to be decoded."""
@@ -121,7 +121,7 @@ class Processor:
 
     def process(self, item: MediaItem) -> MediaFeatures:
         """Resize, normalise, cut: what the tower eats. Pure; runs in worker threads."""
-        raise self._no_such_input(item.kind, item.param)
+        raise UnsupportedModalityError(item.kind, param=item.param)
 
     def build(self, text: str, media: Sequence[MediaFeatures], *, add_special_tokens: bool = False) -> Prompt:
         """Tokenize rendered text and expand its placeholders to the media's rows, in order of appearance per kind.
@@ -226,16 +226,13 @@ class Processor:
         given = [one.kind for one in media]
         for kind in dict.fromkeys((*given, *found)):
             if kind not in self.modalities:
-                raise self._no_such_input(kind)
+                raise UnsupportedModalityError(kind, param=None)
             if found.count(kind) != given.count(kind):
                 raise RequestError(
                     f"The prompt has {found.count(kind)} {kind} placeholder(s), but the request brings "
                     f"{given.count(kind)} {kind}(s). Each {kind} needs exactly one.",
                     code="media_count_mismatch",
                 )
-
-    def _no_such_input(self, kind: Modality, param: str = "") -> MediaError:
-        return MediaError(f"This model takes no {kind} input.", param=param or None, code="unsupported_modality")
 
     def _apply(self, overrides: Mapping[str, Any]) -> None:
         self.overrides = {name: self._checked(name, value) for name, value in overrides.items()}

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL.Image import Resampling
 
 from sensorium.checkpoint.configs import Checkpoint
-from sensorium.errors import MediaError, RequestError
+from sensorium.errors import MediaError, RequestError, UnsupportedModalityError
 from sensorium.processors import image
 from sensorium.processors.base import Piece, PlaceholderRun, Processor, Setting, integer
 from sensorium.prompt.tokenizer import Tokenizer
@@ -146,7 +146,7 @@ class Phi3VProcessor(Processor):
         wants it."""
         for one in media:
             if one.kind != "image":
-                raise self._no_such_input(one.kind)
+                raise UnsupportedModalityError(one.kind, param=None)
         if set(numbers) != set(range(1, len(media) + 1)):
             named = ", ".join(str(number) for number in sorted(set(numbers))[:16]) or "none"
             raise RequestError(

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from sensorium.errors import UnsupportedModalityError
 from sensorium.processors.audio import HOP_SAMPLES, SAMPLE_RATE, log_mel
 from sensorium.processors.base import Piece, PlaceholderRun, Processor
 from sensorium.types import MediaFeatures, MediaItem, Modality, Prompt
@@ -58,7 +59,7 @@ class UltravoxProcessor(Processor):
 
     def process(self, item: MediaItem) -> MediaFeatures:
         if item.kind != "audio":
-            raise self._no_such_input(item.kind, item.param)
+            raise UnsupportedModalityError(item.kind, param=item.param)
         mel = log_mel(padded(item.data.astype(np.float32, copy=False)), self.num_mel_bins)
         return MediaFeatures("audio", self._feature_key(item), self._num_rows(mel.shape[1]), {"mel": mel})
 

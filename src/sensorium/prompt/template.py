@@ -19,7 +19,7 @@ from typing import Any
 
 from sensorium.checkpoint.chat_templates import CHATML, CHATML_TOKENS
 from sensorium.checkpoint.families import family_of
-from sensorium.errors import RequestError, StartupError
+from sensorium.errors import RequestError, StartupError, UnsupportedModalityError
 from sensorium.prompt import builtin
 from sensorium.prompt.inspection import (
     GLOBALS,
@@ -234,9 +234,7 @@ class ChatTemplate:
             if isinstance(part, TextPart):
                 lines.append(escape(part.text))
             elif self._placeholder is None:
-                raise RequestError(
-                    f"This model takes no {part.kind} input.", param="messages", code="unsupported_modality"
-                )
+                raise UnsupportedModalityError(part.kind, param="messages")
             else:
                 lines.append(self._placeholder(part.kind, seen[part.kind]))
                 seen[part.kind] += 1

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sensorium.config import Limits, ServerConfig
-from sensorium.errors import MediaError, RequestError, ServerError
+from sensorium.errors import MediaError, RequestError, ServerError, UnsupportedModalityError
 from sensorium.media.held import RequestBytes
 from sensorium.media.loader import MediaLoader
 from sensorium.media.source import MediaSource, RawMedia
@@ -91,7 +91,7 @@ class MediaPipeline:
         for source in media:
             kind = source.kind
             if kind not in modalities:
-                raise MediaError(f"This model takes no {kind} input.", param=source.param, code="unsupported_modality")
+                raise UnsupportedModalityError(kind, param=source.param, takes=modalities)
             counts[kind] += 1
             if counts[kind] > self.limits[kind]:
                 raise RequestError(

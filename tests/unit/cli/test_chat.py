@@ -72,5 +72,5 @@ async def test_a_refused_message_is_taken_back(
 ) -> None:
     (tmp_path / "a.wav").write_bytes(b"x")
     asked = await talk(monkeypatch, f"/audio {tmp_path}/a.wav", "what is said?", "hi", "/quit", "never")
-    assert "does not understand audio input" in capsys.readouterr().out
+    assert "takes no audio input" in capsys.readouterr().out
     assert len(asked) == 1

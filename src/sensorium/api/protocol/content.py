@@ -12,7 +12,7 @@ from sensorium.api.protocol.common import Nested, Text
 from sensorium.api.protocol.tools import ToolCalls, call_objects
 from sensorium.api.protocol.unions import LIST_OR_TEXT, TEXT_OR_OBJECT, by_type, tags_of
 from sensorium.config import Limits
-from sensorium.errors import MissingFieldError, RequestError, UnsupportedFieldError
+from sensorium.errors import MissingFieldError, RequestError, UnsupportedFieldError, UnsupportedModalityError
 from sensorium.media.source import MediaSource
 from sensorium.prompt.messages import MediaPart, Message, TextPart
 from sensorium.types import Modality
@@ -241,11 +241,6 @@ def media_part(
     kind: Modality, source: MediaSource, modalities: frozenset[Modality], media: list[MediaSource]
 ) -> MediaPart:
     if kind not in modalities:
-        can = " and ".join(("text", *sorted(modalities)))
-        raise RequestError(
-            f"The model does not understand {kind} input; it takes {can}.",
-            param=source.param,
-            code="unsupported_modality",
-        )
+        raise UnsupportedModalityError(kind, param=source.param, takes=modalities)
     media.append(source)
     return MediaPart(kind)
