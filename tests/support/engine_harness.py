@@ -22,6 +22,7 @@ from sensorium.ipc.channel import Channel
 from sensorium.ipc.liveness import Pulse
 from sensorium.ipc.messages import Kind
 from sensorium.models.base import Model
+from sensorium.models.cache import paged
 from sensorium.types import (
     EngineOutput,
     EngineRequest,
@@ -134,7 +135,7 @@ def bench(model: Model, *, faults: Faults | None = None, kv_tokens: int = 4096, 
     """A fresh engine around a model that is loaded already."""
     options = {"max_num_seqs": 8, "block_size": 16, "max_model_len": min(kv_tokens, 1024), **options}
     checkpoint: Checkpoint = model.checkpoint
-    block_bytes = CacheLayout(tuple(model.cache_groups()), options["block_size"], torch.float32).block_bytes
+    block_bytes = CacheLayout(tuple(paged(model.cache_groups())), options["block_size"], torch.float32).block_bytes
     kv_bytes = kv_tokens // options["block_size"] * block_bytes
     config = EngineConfig(model=str(checkpoint.folder), kv_cache_memory=kv_bytes, **options)
     return Bench(build_engine(model, checkpoint, config, torch.device("cpu"), torch.float32, faults=faults), faults)

@@ -15,6 +15,7 @@ from torch import Tensor
 from sensorium.engine.memory import CacheLayout
 from sensorium.kernels.context import AttentionContext
 from sensorium.models.base import Model
+from sensorium.models.cache import paged
 
 
 @dataclass
@@ -46,8 +47,8 @@ class Driver:
         cache_dtype = torch.int8 if int8_cache else dtype
         # NaN shows every read of a slot that nobody wrote; as scales, four bytes of -1 are one.
         unwritten = -1 if int8_cache else torch.nan
-        layout = CacheLayout(tuple(model.cache_groups()), block_size, cache_dtype)
-        self.cache = layout.make(num_blocks, 0, torch.device(device))
+        layout = CacheLayout(tuple(paged(model.cache_groups())), block_size, cache_dtype)
+        self.cache = layout.make(num_blocks, torch.device(device))
         for keys, values in self.cache:
             keys.fill_(unwritten), values.fill_(unwritten)
         self.free = list(range(num_blocks))

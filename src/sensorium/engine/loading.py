@@ -24,7 +24,7 @@ from sensorium.engine.block_pool import BlockPool
 from sensorium.engine.encoder_cache import EncoderCache
 from sensorium.engine.faults import Faults
 from sensorium.engine.masks import Masks
-from sensorium.engine.memory import CacheLayout, CacheSize, available_for_cache, encoder_cache_bytes, size_cache
+from sensorium.engine.memory import CacheLayout, available_for_cache, encoder_cache_bytes, encoder_row_bytes, size_cache
 from sensorium.engine.prefix_cache import PrefixCache
 from sensorium.engine.runner import Runner
 from sensorium.engine.sampler import Sampler
@@ -191,19 +191,18 @@ def build_engine(
     poolers = model.poolers
     tokens = config.max_num_batched_tokens or default_batched_tokens(model, device)
     wanted = wanted_length(config, checkpoint)
-    size, kv_bytes = CacheSize(0, 0, wanted), 0
+    num_blocks, max_len, kv_bytes = 0, wanted, 0
     cache: KVCache = []
     if has_cache:
-        layout = CacheLayout(tuple(groups), config.block_size, cache_dtype)
+        layout = CacheLayout(tuple(paged(groups)), config.block_size, cache_dtype)
         activations = activation_bytes(model, tokens, cache_dtype) if device.type != "cpu" else 0
         mapped_bytes = mapped_weight_bytes(model)  # the system counts them as free memory
         available = available_for_cache(config, device, activations, mapped_bytes)
-        size = size_cache(config, layout, wanted, available)
-        cache = layout.make(size.num_blocks, size.num_states, device)
-        kv_bytes = size.num_blocks * layout.block_bytes + size.num_states * layout.state_bytes
-    num_blocks, max_len = size.num_blocks, size.max_len
-    hidden_size = checkpoint.text.hidden_size if checkpoint.text else 0
-    encoder: EncoderCache[Tensor] = EncoderCache(encoder_cache_bytes(config, device), hidden_size * dtype.itemsize)
+        num_blocks, max_len = size_cache(config, layout, wanted, available)
+        cache = layout.make(num_blocks, device)
+        kv_bytes = num_blocks * layout.block_bytes
+    row_bytes = encoder_row_bytes(groups, checkpoint.text.hidden_size if checkpoint.text else 0, dtype)
+    encoder: EncoderCache[Tensor] = EncoderCache(encoder_cache_bytes(config, device), row_bytes)
     pool = BlockPool(num_blocks)
     prefixes = PrefixCache(
         pool,

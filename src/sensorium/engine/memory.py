@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,57 +17,37 @@ from sensorium.models.cache import CacheGroup, EncoderGroup, PagedGroup
 from sensorium.system.memory import free_memory_bytes
 from sensorium.units import size_text
 
-Group = TypeVar("Group", bound=CacheGroup)
-
 CPU_PART = 0.25  # of free memory for the KV cache, where the flag does not say
 ENCODER_PART = 0.125  # of free memory that tower outputs may take, whatever the flag says
 
 
 @dataclass(frozen=True, slots=True)
 class CacheLayout:
-    """The cache of a model: a block holds `block_size` tokens of all paged groups, a state one input of an encoder."""
+    """The blocks of a model's paged groups: each holds `block_size` tokens of all of them."""
 
-    groups: tuple[CacheGroup, ...]
+    groups: tuple[PagedGroup, ...]
     block_size: int
     dtype: torch.dtype
 
     @property
     def block_bytes(self) -> int:
-        return self.block_size * sum(group.token_bytes(self.dtype) for group in self._of(PagedGroup))
+        return self.block_size * sum(group.token_bytes(self.dtype) for group in self.groups)
 
-    @property
-    def state_bytes(self) -> int:
-        return sum(group.num_positions * group.token_bytes(self.dtype) for group in self._of(EncoderGroup))
-
-    def _of(self, kind: type[Group]) -> list[Group]:
-        return [group for group in self.groups if isinstance(group, kind)]
-
-    def make(self, num_blocks: int, num_states: int, device: torch.device) -> KVCache:
+    def make(self, num_blocks: int, device: torch.device) -> KVCache:
         """Zeros for every layer, by place; layers that share a cache have the same tensors."""
         layers: dict[int, tuple[Tensor, Tensor]] = {}
         for group in self.groups:
-            count, tokens = num_blocks, self.block_size
-            if isinstance(group, EncoderGroup):
-                count, tokens = num_states, group.num_positions
-            size = (count, group.num_kv_heads, tokens, cache_width(group.head_dim, self.dtype))
+            size = (num_blocks, group.num_kv_heads, self.block_size, cache_width(group.head_dim, self.dtype))
             for layer in group.layers:
                 layers[layer] = (_zeros(size, self.dtype, device), _zeros(size, self.dtype, device))
-            for layer, source in group.shared if isinstance(group, PagedGroup) else ():
+            for layer, source in group.shared:
                 layers[layer] = layers[source]
         return [layers[place] for place in range(len(layers))]
 
 
-class CacheSize(NamedTuple):
-    num_blocks: int
-    num_states: int  # inputs of the encoder that are kept at the same time; 0 without an encoder group
-    max_len: int  # tokens of the longest sequence
-
-
-def size_cache(config: EngineConfig, layout: CacheLayout, wanted_len: int, available_bytes: int) -> CacheSize:
-    """What fits, and no more than `max_num_seqs` longest sequences can use."""
+def size_cache(config: EngineConfig, layout: CacheLayout, wanted_len: int, available_bytes: int) -> tuple[int, int]:
+    """(number of blocks, longest sequence): what fits, and no more than `max_num_seqs` longest sequences can use."""
     per_sequence = -(-wanted_len // layout.block_size)
-    if layout.state_bytes:
-        return _size_with_states(config, layout, wanted_len, available_bytes)
     blocks = min(available_bytes // layout.block_bytes, per_sequence * config.max_num_seqs)
     capacity = blocks * layout.block_size
     if capacity < min(wanted_len, layout.block_size):
@@ -82,21 +62,7 @@ def size_cache(config: EngineConfig, layout: CacheLayout, wanted_len: int, avail
             f"--max-model-len {wanted_len} needs {needed} of KV cache, {size_text(available_bytes)} can "
             "be had: lower it, or raise --kv-cache-memory (on a GPU --gpu-memory-utilization)"
         )
-    return CacheSize(blocks, 0, min(wanted_len, capacity))
-
-
-def _size_with_states(config: EngineConfig, layout: CacheLayout, wanted_len: int, available_bytes: int) -> CacheSize:
-    """Blocks and states in the proportion that longest sequences with an input each need."""
-    per_sequence = -(-wanted_len // layout.block_size)
-    needed = per_sequence * layout.block_bytes + layout.state_bytes
-    sequences = min(available_bytes // needed, config.max_num_seqs)
-    if sequences < 1:
-        raise StartupError(
-            f"there is no memory for the cache of one sequence: {wanted_len} tokens and an encoder's "
-            f"output take {size_text(needed)}, {size_text(max(available_bytes, 0))} can be had "
-            "(--kv-cache-memory or --gpu-memory-utilization sets how much)"
-        )
-    return CacheSize(sequences * per_sequence, sequences, wanted_len)
+    return blocks, min(wanted_len, capacity)
 
 
 def available_for_cache(
@@ -116,6 +82,12 @@ def encoder_cache_bytes(config: EngineConfig, device: torch.device) -> int:
     if device.type != "cpu":
         return config.encoder_cache_memory
     return min(config.encoder_cache_memory, int(free_memory_bytes() * ENCODER_PART))
+
+
+def encoder_row_bytes(groups: Sequence[CacheGroup], hidden_size: int, dtype: torch.dtype) -> int:
+    """Of one row in the encoder cache: a hidden state, or the keys and values that a decoder's layers have of it."""
+    of_layers = sum(group.token_bytes(dtype) for group in groups if isinstance(group, EncoderGroup))
+    return of_layers or hidden_size * dtype.itemsize
 
 
 def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

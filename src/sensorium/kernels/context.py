@@ -8,8 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 KVCache = list[tuple[Tensor, Tensor]]
-"""Per layer (keys, values), each [num_blocks, kv_heads, block_size, head_dim], with the heads of the layer's group; of
-an encoder's group [num_states, kv_heads, positions, head_dim]."""
+"""Per layer (keys, values), each [num_blocks, kv_heads, block_size, head_dim], with the heads of the layer's group."""
 
 
 NeededStates = Literal["all", "first", "last"]

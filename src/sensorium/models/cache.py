@@ -40,12 +40,12 @@ class PagedGroup(CacheGroup):
 
 @dataclass(frozen=True, slots=True)
 class EncoderGroup(CacheGroup):
-    """Keys and values of an encoder's rows, which the decoder's tokens attend to: `num_positions` of each input.
+    """Keys and values of an encoder's rows, which all of a sequence's tokens attend to. Its layers have no place in the
+    `KVCache`, they are numbered by themselves.
 
-    They are computed once for an input (`Model.encoder_states`) and kept while any sequence needs them.
+    `Model.encoding` computes them once for an input: they are the rows that the encoder cache keeps, by content and
+    tenant, as long as a sequence needs them.
     """
-
-    num_positions: int
 
 
 def paged(groups: list[CacheGroup]) -> list[PagedGroup]:

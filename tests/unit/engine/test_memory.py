@@ -10,7 +10,7 @@ import torch
 from sensorium.config import EngineConfig
 from sensorium.engine import loading
 from sensorium.engine.loading import choose_cache_dtype, choose_dtype, default_batched_tokens
-from sensorium.engine.memory import CacheLayout, available_for_cache, encoder_cache_bytes, size_cache
+from sensorium.engine.memory import CacheLayout, available_for_cache, encoder_cache_bytes, encoder_row_bytes, size_cache
 from sensorium.errors import StartupError
 from sensorium.models.base import Model
 from sensorium.models.cache import EncoderGroup, PagedGroup
@@ -22,7 +22,7 @@ BLOCK = LAYOUT.block_bytes
 
 
 def test_bytes_of_a_block() -> None:
-    cache = LAYOUT.make(3, 0, torch.device("cpu"))
+    cache = LAYOUT.make(3, torch.device("cpu"))
     assert [tuple(t.shape) for pair in cache for t in pair] == [(3, 2, 16, 8)] * 4
     assert {t.dtype for pair in cache for t in pair} == {torch.bfloat16}
     assert sum(t.nbytes for pair in cache for t in pair) == 3 * BLOCK
@@ -30,36 +30,22 @@ def test_bytes_of_a_block() -> None:
 
 
 def test_groups_have_shapes_of_their_own() -> None:
-    """Layer 3 reads the keys and values of layer 0, layer 4 those of an encoder."""
-    groups = (
-        PagedGroup((0, 2), 1, 8, sliding_window=32, shared=((3, 0),)),
-        PagedGroup((1,), 2, 16),
-        EncoderGroup((4,), 3, 8, num_positions=5),
-    )
+    """Layer 3 reads the keys and values of layer 0."""
+    groups = (PagedGroup((0, 2), 1, 8, sliding_window=32, shared=((3, 0),)), PagedGroup((1,), 2, 16))
     layout = CacheLayout(groups, block_size=4, dtype=torch.float32)
-    cache = layout.make(7, 2, torch.device("cpu"))
-    assert [tuple(keys.shape) for keys, _ in cache] == [
-        (7, 1, 4, 8),
-        (7, 2, 4, 16),
-        (7, 1, 4, 8),
-        (7, 1, 4, 8),
-        (2, 3, 5, 8),
-    ]
+    cache = layout.make(7, torch.device("cpu"))
+    assert [tuple(keys.shape) for keys, _ in cache] == [(7, 1, 4, 8), (7, 2, 4, 16), (7, 1, 4, 8), (7, 1, 4, 8)]
     assert cache[3] is cache[0]
     assert layout.block_bytes == 4 * 2 * (2 * 8 + 2 * 16) * 4
-    assert layout.state_bytes == 5 * 2 * 3 * 8 * 4
     tensors = {id(t): t for pair in cache for t in pair}.values()
-    assert sum(t.nbytes for t in tensors) == 7 * layout.block_bytes + 2 * layout.state_bytes
+    assert sum(t.nbytes for t in tensors) == 7 * layout.block_bytes
 
 
-def test_as_many_states_as_sequences() -> None:
-    layout = CacheLayout((PagedGroup((0,), 1, 8), EncoderGroup((1,), 1, 8, num_positions=20)), 16, torch.float32)
-    config = EngineConfig("m", max_num_seqs=4)
-    sequence = 2 * layout.block_bytes + layout.state_bytes
-    for times, expected in ((100, (8, 4, 30)), (3, (6, 3, 30)), (1, (2, 1, 30))):
-        assert size_cache(config, layout, 30, times * sequence) == expected
-    with pytest.raises(StartupError, match=r"one sequence: 30 tokens .*--kv-cache-memory"):
-        size_cache(config, layout, 30, sequence - 1)
+def test_rows_of_an_encoder() -> None:
+    """What the decoder's layers know of a row, where they attend to it: keys and values."""
+    own = PagedGroup((0,), 1, 8)
+    assert encoder_row_bytes([own], 32, torch.bfloat16) == 32 * 2
+    assert encoder_row_bytes([own, EncoderGroup((0, 1, 2), 4, 8)], 32, torch.bfloat16) == 2 * 3 * 4 * 8 * 2
 
 
 def test_bytes_hold_nearly_twice_the_blocks() -> None:
@@ -69,9 +55,9 @@ def test_bytes_hold_nearly_twice_the_blocks() -> None:
         narrow = replace(wide, dtype=torch.int8)
         assert narrow.block_bytes * 2 * head_dim == wide.block_bytes * (head_dim + 4)
         config = EngineConfig("m", max_num_seqs=1000)
-        blocks = [size_cache(config, layout, 4096, 100 * 2**20).num_blocks for layout in (wide, narrow)]
+        blocks = [size_cache(config, layout, 4096, 100 * 2**20)[0] for layout in (wide, narrow)]
         assert blocks[1] == 100 * 2**20 // narrow.block_bytes > 1.88 * blocks[0]
-        cache = narrow.make(5, 0, torch.device("cpu"))
+        cache = narrow.make(5, torch.device("cpu"))
         assert {t.dtype for pair in cache for t in pair} == {torch.int8}
         assert sum(t.nbytes for pair in cache for t in pair) == 5 * narrow.block_bytes
 
@@ -96,7 +82,7 @@ def test_type_of_the_cache() -> None:
 )
 def test_what_fits(available: int, max_model_len: int | None, blocks: int, length: int) -> None:
     config = EngineConfig("m", max_num_seqs=4, max_model_len=max_model_len)
-    assert size_cache(config, LAYOUT, max_model_len or 100, available) == (blocks, 0, length)
+    assert size_cache(config, LAYOUT, max_model_len or 100, available) == (blocks, length)
 
 
 @pytest.mark.parametrize(
