@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 Modality = Literal["image", "video", "audio"]
 FinishReason = Literal["stop", "length", "abort", "error"]
 INT32_MAX = 2**31 - 1
-PoolingTask = Literal["embed", "classify", "token_embed", "token_classify", "score"]
+PoolingTask = Literal["embed", "classify", "token_embed", "token_classify", "score", "align"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,22 @@ class Vocabulary:
 
 
 @dataclass(frozen=True, slots=True)
+class SpeechRules:
+    """What the tokens of a transcript keep to (Whisper's rules), beside what is asked of any completion.
+
+    `timestamps` is the id of the first timestamp, 0.00 s; those after it are 0.02 s apart. None: the transcript has no
+    timestamps and no rules for them. Where it has, it begins with one of the first `max_initial`, they come in pairs
+    but for the last, never go back, and one comes wherever all of them together are likelier than any text.
+    """
+
+    end: int  # the end token: ids below it are text
+    never: tuple[int, ...] = ()
+    never_first: tuple[int, ...] = ()
+    timestamps: int | None = None
+    max_initial: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to choose tokens, with every default resolved and every bound checked by the API layer.
 
@@ -67,6 +83,7 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] = ()  # nothing else is sampled; () is everything
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences whose last token is not sampled after the others
     grammar: Grammar | None = None
+    rules: SpeechRules | None = None  # logprobs are then of what they leave
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +139,8 @@ class Prompt:
 
     `positions` is None for 0, 1, 2, …, else int32 [axes, tokens] (M-RoPE). The token that follows the prompt stands
     at position `len(token_ids) + position_delta` on every axis.
+
+    An item that no span names stands beside the tokens: every one of them attends to its rows (encoder-decoders).
     """
 
     token_ids: NDArray[np.int32]  # [tokens]

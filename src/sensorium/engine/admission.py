@@ -13,9 +13,16 @@ from sensorium.types import EngineRequest, Prompt
 
 
 def refusal(
-    request: EngineRequest, *, max_model_len: int, axes: int, generates: bool, pooling: Mapping[str, bool]
+    request: EngineRequest,
+    *,
+    max_model_len: int,
+    axes: int,
+    generates: bool,
+    pooling: Mapping[str, bool],
+    attends_to_media: bool = False,
 ) -> str:
-    """Why the request can never run, or "". `pooling` has the model's pooling tasks, `axes` its position axes."""
+    """Why the request can never run, or "". `pooling` has the model's pooling tasks, `axes` its position axes;
+    `attends_to_media`: see `models.cache`."""
     length = len(request.prompt.token_ids)
     if not length:
         return "The prompt is empty."
@@ -34,6 +41,9 @@ def refusal(
         return f"The prompt has {length} tokens; at most {max_model_len} fit."
     if request.sampling is not None and request.sampling.max_tokens < 1:
         return "max_tokens must be at least 1."
+    beside = len(request.prompt.media) - len({span.item for span in request.prompt.spans})
+    if beside != attends_to_media:
+        return "This model needs one recording." if attends_to_media else "The prompt has no place for its media."
     return "" if _is_consistent(request.prompt, axes) else "The prompt's media and tokens do not belong together."
 
 

@@ -36,7 +36,7 @@ from sensorium.kernels.cpu.linear import MappedLinear
 from sensorium.kernels.reference import quantized
 from sensorium.kernels.reference.attention import GATHER_ELEMENTS
 from sensorium.models.base import Model
-from sensorium.models.cache import CacheGroup, paged
+from sensorium.models.cache import CacheGroup, attends_to_media, paged
 from sensorium.models.decoder import SelfAttention
 from sensorium.models.layers import Embedding, Linear
 from sensorium.models.loading import MAPPED_BYTES, load_model, weight_bytes
@@ -223,6 +223,7 @@ def build_engine(
         axes,
         model.generates,
         model.long_context_from,
+        attends_to_media(groups),
         max_pairs(model, device),
     )
     scheduler = Scheduler(budget, pool, prefixes, encoder, {task: one.all_tokens for task, one in poolers.items()})
@@ -239,7 +240,7 @@ def build_engine(
     masks = Masks(config.max_num_seqs, checkpoint.vocab_size)
     sampler = Sampler(config.seed, masks)
     runner = Runner(model, cache, builder, sampler, encoder, device, masks=masks, poolers=poolers, faults=faults)
-    tasks = (*(("generate",) if model.generates else ()), *poolers)
+    tasks = (*((model.task,) if model.generates else ()), *poolers)
     embedding_size = poolers["embed"].size if "embed" in poolers else 0
     ready = EngineReady(
         max_model_len=max_len,

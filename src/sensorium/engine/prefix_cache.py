@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from bisect import bisect_right
+from collections.abc import Iterable
 from hashlib import sha256
 
 import numpy as np
@@ -20,9 +21,11 @@ _LENGTH = struct.Struct("<I")
 _SPAN = struct.Struct("<IIQI")  # offset in the block, tokens, first row, bytes of the key
 
 
-def root_key(identity: bytes, salt: bytes, *, is_long: bool = False, stretched: int = 0) -> bytes:
+def root_key(
+    identity: bytes, salt: bytes, *, is_long: bool = False, stretched: int = 0, memories: Iterable[bytes] = ()
+) -> bytes:
     """Parent of every first block of one model, tenant and kind of rotary frequencies. `stretched`: the prompt's length
-    where frequencies depend on it."""
+    where frequencies depend on it. `memories`: keys of the media that all tokens attend to."""
     parts = (
         _LENGTH.pack(len(identity)),
         identity,
@@ -30,6 +33,7 @@ def root_key(identity: bytes, salt: bytes, *, is_long: bool = False, stretched: 
         salt,
         bytes([is_long]),
         _LENGTH.pack(stretched),
+        *(part for key in memories for part in (_LENGTH.pack(len(key)), key)),
     )
     return sha256(b"".join(parts)).digest()
 
@@ -107,7 +111,13 @@ class PrefixCache:
         if not keys and index >= 0:
             border = self._stretched_from
             stretched = seq.num_prompt if border is not None and seq.num_prompt > border else 0
-            root = root_key(self._identity, seq.request.salt, is_long=seq.is_long, stretched=stretched)
+            root = root_key(
+                self._identity,
+                seq.request.salt,
+                is_long=seq.is_long,
+                stretched=stretched,
+                memories=[seq.item_keys[item][1] for item in seq.memories],
+            )
             keys.append(self._extend(seq, root, 0))
         while len(keys) <= index:
             keys.append(self._extend(seq, keys[-1], len(keys)))

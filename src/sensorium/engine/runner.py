@@ -22,6 +22,7 @@ from sensorium.engine.scheduler import Plan
 from sensorium.engine.sequence import Sequence
 from sensorium.kernels.context import KVCache, NeededStates
 from sensorium.models.base import Model
+from sensorium.models.cache import attends_to_media
 from sensorium.pooling.pooler import Pooler
 from sensorium.types import MediaFeatures, PoolingTask
 
@@ -54,6 +55,7 @@ class Runner:
         faults: Faults | None = None,
     ) -> None:
         self._model = model
+        self._attends_to_media = attends_to_media(model.cache_groups())
         self._cache = cache
         self._builder = builder
         self._sampler = sampler
@@ -76,6 +78,8 @@ class Runner:
             rows = self._encoder.rows(media.key)
             hidden[media.start : media.end] = rows[media.row : media.row + media.end - media.start]
         batch.context.needed_states = self._needed_states(plan)
+        if self._attends_to_media:
+            self._add_memories(batch)
         hidden = self._model.forward(hidden, batch.positions, self._cache, batch.context)
         if batch.sampled_rows is None:
             return StepResult(batch.sampled, self._sample(hidden, batch))
@@ -84,9 +88,12 @@ class Runner:
     def _finish_prefills(self, plan: Plan, batch: Batch, hidden: Tensor) -> StepResult:
         vectors: dict[int, NDArray[np.float32]] = {}
         before = len(plan.decodes) + len(plan.drafted)
-        for (seq, count), start in zip(plan.prefills, batch.starts[before:], strict=True):
+        for index, ((seq, count), start) in enumerate(zip(plan.prefills, batch.starts[before:], strict=True), before):
             if seq.sampling is None:
-                vector = self._pool(seq, hidden[start : start + count])
+                states = hidden[start : start + count]
+                if layers := batch.context.aligned.get(index):
+                    states = torch.cat(layers).transpose(0, 1).flatten(1)  # [tokens, heads * rows]
+                vector = self._pool(seq, states)
                 if vector is not None:
                     vectors[seq.id] = vector
             elif seq.sampling.prompt_logprobs is not None:
@@ -94,6 +101,14 @@ class Runner:
         if not batch.sampled:
             return StepResult([], Tokens([], {}, set()), vectors)
         return StepResult(batch.sampled, self._sample(hidden[batch.sampled_rows], batch), vectors)
+
+    def _add_memories(self, batch: Batch) -> None:
+        """What the sequences' media are to encoder-decoders, and whose attention to it is asked for."""
+        sequences, context = batch.sequences, batch.context
+        context.memories = [self._encoder.rows(seq.item_keys[item]) for seq in sequences for item in seq.memories]
+        for index, seq in enumerate(sequences):
+            if seq.request.pooling is not None and seq.request.pooling.task == "align":
+                context.aligned[index] = []
 
     def _needed_states(self, plan: Plan) -> NeededStates:
         """The least that this step's requests read of what the model can leave away."""

@@ -1,9 +1,9 @@
 """Logits -> token ids, for all rows of a step at once.
 
-Order of operations: bias and forbidden tokens, penalties, temperature, min_p, top_k, top_p. What a seeded request
-gets depends on its seed, its own logits and the index of the token only: a row is filtered by value, never by rank,
-and takes one number of a counter-based stream, so neither batch mates nor preemption change it. Logprobs are those of
-the raw logits.
+Order of operations: bias and forbidden tokens, penalties, a transcript's rules, temperature, min_p, top_k, top_p. What
+a seeded request gets depends on its seed, its own logits and the index of the token only: a row is filtered by value,
+never by rank, and takes one number of a counter-based stream, so neither batch mates nor preemption change it. Logprobs
+are those of the raw logits, of transcripts of what the rules leave.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sensorium.engine import speech_rules
 from sensorium.engine.masks import Held, Masks
 from sensorium.engine.sequence import Sequence
 from sensorium.types import SamplingParams, TokenLogprob
@@ -114,6 +115,7 @@ class SamplerState:
             or params.logprobs is not None
             or params.allowed_token_ids
             or params.bad_words
+            or params.rules
         )
         self.seed = _seed(params.seed, engine_seed, seq.id)
 
@@ -171,7 +173,8 @@ class Sampler:
             ids = [sampled.token_ids[i] for i in wanted]
             params = [states[i].params for i in wanted]
             also = [one.logprob_token_ids for one in params]
-            found = logprobs(logits[wanted], ids, [one.logprobs or 0 for one in params], also)
+            rows = torch.stack([edited[i] if states[i].params.rules else logits[i] for i in wanted])
+            found = logprobs(rows, ids, [one.logprobs or 0 for one in params], also)
             sampled.logprobs = dict(zip(wanted, found, strict=True))
         return sampled
 
@@ -257,7 +260,8 @@ def _edited(
             outputs = seq.tokens[seq.num_prompt : seq.num_tokens]
             state.counts.update(np.append(outputs, np.array(gained, np.int32)) if gained else outputs)
             penalised.append((base, state, state.counts))
-    if not added and not penalised and not narrowed:
+    ruled = [i for i, state in enumerate(states) if state.params.rules is not None]
+    if not added and not penalised and not narrowed and not ruled:
         return logits
     edited = logits.clone()
     flat = edited.view(-1)
@@ -267,7 +271,15 @@ def _edited(
         _penalise(flat, penalised)
     for i, others in narrowed:
         edited[i].masked_fill_(others.to(edited.device), -torch.inf)
+    for i in ruled:
+        _hold_to_rules(edited[i], states[i].params, sequences[i], ahead[i] if ahead else [])
     return edited
+
+
+def _hold_to_rules(row: Tensor, params: SamplingParams, seq: Sequence, gained: list[int]) -> None:
+    if params.rules is not None:
+        said = seq.tokens[seq.num_prompt : seq.num_tokens].tolist()
+        speech_rules.hold(row, params.rules, [*said, *gained])
 
 
 def _penalise(flat: Tensor, penalised: list[tuple[int, SamplerState, TokenCounts]]) -> None:

@@ -84,6 +84,7 @@ class Budget:
     axes: int = 1  # of positions; 3 for M-RoPE
     generates: bool = True  # whether the model has a language head
     long_context_from: int | None = None  # see `Model`: longer sequences are computed anew, in another way
+    attends_to_media: bool = False  # see `models.cache`
     max_pairs: int | None = None  # of a step's prompt tokens and the tokens that each attends to
 
 
@@ -159,6 +160,7 @@ class Scheduler:
             axes=budget.axes,
             generates=budget.generates,
             pooling=self._pooling,
+            attends_to_media=budget.attends_to_media,
         )
 
     def abort(self, request_id: int) -> bool:
@@ -326,6 +328,8 @@ class Scheduler:
             count = min(count, self._attended(plan, seq, self.budget.max_pairs))
         if seq.item_keys and count:
             count = self._secure_media(plan, seq, count)
+        if seq.memories and count and not self._secure_memories(plan, seq):
+            count = 0
         if count:
             plan.prefills.append((seq, count))
             plan.num_pairs += count * (seq.num_computed + count)
@@ -349,6 +353,13 @@ class Scheduler:
             if not is_pinned:
                 break
         return ready
+
+    def _secure_memories(self, plan: Plan, seq: Sequence) -> bool:
+        """Whether all that each token attends to is there; what is not is pinned or planned."""
+        for item in seq.memories:
+            if item not in seq.pinned and not self._secure_item(plan, seq, item):
+                return False
+        return not any(self.encoder.is_awaited(seq.item_keys[item]) for item in seq.memories)
 
     def _secure_item(self, plan: Plan, seq: Sequence, item: int) -> bool:
         """Hold an item's tower output, or have it computed. False if that must wait."""

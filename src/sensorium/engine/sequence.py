@@ -6,6 +6,7 @@ num_computed tokens.
 
 from __future__ import annotations
 
+import sys
 from enum import IntEnum
 from time import monotonic
 from typing import Any, TypeAlias
@@ -47,6 +48,7 @@ class Sequence:
         "item_keys",
         "last_token",
         "max_tokens",
+        "memories",
         "num_computed",
         "num_preemptions",
         "num_prompt",
@@ -97,6 +99,9 @@ class Sequence:
         self.item_ends = [0] * len(prompt.media)  # where an item's last span ends
         for span in prompt.spans:
             self.item_ends[span.item] = max(self.item_ends[span.item], span.offset + span.length)
+        self.memories = [item for item, end in enumerate(self.item_ends) if not end]  # seen by all tokens, to the end
+        for item in self.memories:
+            self.item_ends[item] = sys.maxsize
         self.pinned: dict[int, None] = {}  # items whose tower outputs are held for this sequence
         self.blocks: list[int] = []
         self.block_keys: list[bytes] = []  # of its full blocks, as far as they were needed

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
@@ -32,4 +33,7 @@ class AttentionContext:
     slots: Tensor  # int64 [tokens], block * block_size + offset of each token's K and V
     long_context: Tensor | None = None  # bool [tokens], only for models with `long_context_from`; see there
     rope_lengths: Tensor | None = None  # int64 [tokens], only for models with `stretched_from`; see there
+    memories: Sequence[Tensor] = ()  # of encoder-decoders: what each sequence's tokens attend to besides, by the model
+    aligned: dict[int, list[Tensor]] = field(default_factory=dict)
+    """Sequences whose attention to their memories is wanted -> per layer, float32 [heads, tokens, rows of memory]."""
     needed_states: NeededStates = "all"  # tokens whose states `forward` must compute: all, or one per sequence

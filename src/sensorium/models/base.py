@@ -78,6 +78,7 @@ class Model(nn.Module):
     tokens only, and the others are undefined."""
 
     generates: bool = False  # whether it has a language head
+    task: ClassVar[str] = "generate"  # what generating is called: "transcribe" of models that do not chat
     poolers: Mapping[PoolingTask, Pooler] = MappingProxyType({})  # what it can do besides, set by the constructor
 
     def cache_groups(self) -> list[CacheGroup]:

@@ -50,3 +50,9 @@ class EncoderGroup(CacheGroup):
 
 def paged(groups: list[CacheGroup]) -> list[PagedGroup]:
     return [group for group in groups if isinstance(group, PagedGroup)]
+
+
+def attends_to_media(groups: list[CacheGroup]) -> bool:
+    """Whether a prompt has one media item beside its tokens, which all attend to its rows in the encoder cache:
+    `AttentionContext.memories` has them, of the shape [num_rows, ...] that the model gave them."""
+    return any(isinstance(group, EncoderGroup) for group in groups)
