@@ -23,6 +23,7 @@ from sensorium.config import BenchConfig, ChatConfig
 ROOT = Path(__file__).parents[1]
 ENDPOINTS = {
     "generate": ("/v1/chat/completions", "/v1/completions"),
+    "transcribe": ("/v1/audio/transcriptions", "/v1/audio/translations"),
     "embed": ("/v1/embeddings",),
     "classify": ("/classify",),
     "token_classify": ("/pooling",),

@@ -27,6 +27,7 @@ class Sequence:
     positions: Tensor | None = None  # [axes, tokens] of the prompt
     position_delta: int = 0
     prompt: int = 0  # tokens that it began with
+    memory: Tensor | None = None  # what an encoder-decoder's tokens attend to besides
 
 
 class Driver:
@@ -129,6 +130,7 @@ class Driver:
             ),
             slots=torch.tensor(slots, device=self.device),
             long_context=None if is_long is None else torch.tensor(is_long, device=self.device),
+            memories=[s.memory for s, _ in work if s.memory is not None],
             rope_lengths=None
             if self.model.stretched_from is None
             else torch.tensor([max(s.prompt, s.cached + i + 1) for s, n in work for i in range(n)], device=self.device),

@@ -39,6 +39,9 @@ class DecoderDefaults:
     window_is_optional: bool = False  # only with `use_sliding_window`, from layer `max_window_layers` on
     max_window_layers: int = 28
     mrope_section: tuple[int, ...] = ()  # frequencies per axis (time, height, width)
+    preset: Mapping[str, Any] = field(default_factory=dict)  # other keys' values where the config does not say
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Keys of this module -> what such configs call them; the keys themselves then mean something else there."""
 
 
 _LLAMA = DecoderDefaults(32000, 4096, 11008, 32, 32, None, 2048, reads_attention_bias=True, reads_mlp_bias=True)
@@ -79,6 +82,25 @@ _QWEN2_5_OMNI = DecoderDefaults(
     window_is_optional=True,
     mrope_section=(16, 24, 24),
 )
+_WHISPER = DecoderDefaults(
+    51865,
+    384,
+    1536,
+    4,
+    6,
+    None,
+    448,
+    preset={"tie_word_embeddings": True, "hidden_act": "gelu"},
+    names={
+        "hidden_size": "d_model",
+        "intermediate_size": "decoder_ffn_dim",
+        "num_hidden_layers": "decoder_layers",
+        "num_attention_heads": "decoder_attention_heads",
+        "num_key_value_heads": "",
+        "max_position_embeddings": "max_target_positions",
+        "hidden_act": "activation_function",
+    },
+)
 _PHI3 = DecoderDefaults(32064, 3072, 8192, 32, 32, None, 4096, rms_norm_eps=1e-5)
 
 DECODERS: Mapping[str, DecoderDefaults] = {
@@ -94,6 +116,7 @@ DECODERS: Mapping[str, DecoderDefaults] = {
     "qwen2_5_vl": _QWEN2_VL,
     "qwen2_5_vl_text": _QWEN2_VL,
     "qwen2_5_omni_text": _QWEN2_5_OMNI,
+    "whisper": _WHISPER,
 }
 """By the `model_type` of the decoder's part of config.json, which is not the architecture's: LLaVA has several."""
 
@@ -332,6 +355,14 @@ FAMILIES: Mapping[str, Family] = {
         _TEXT,
         tasks=("classify", "score"),
         encoder=_MODERNBERT,
+    ),
+    "WhisperForConditionalGeneration": Family(
+        "Whisper (tiny ... large-v3-turbo, distil)",
+        "sensorium.models.whisper:Whisper",
+        "sensorium.processors.whisper:WhisperProcessor",
+        ("audio",),
+        tasks=("transcribe",),
+        text_model_type="whisper",
     ),
     "Qwen2_5OmniModel": _QWEN_OMNI,
     "Qwen2_5OmniForConditionalGeneration": _QWEN_OMNI,

@@ -115,6 +115,7 @@ def read_text_config(config: dict[str, Any], family: Family) -> TextConfig:
     decoder = DECODERS.get(str(model_type))
     if decoder is None:
         raise unsupported("text model_type", model_type, DECODERS)
+    text = {**decoder.preset, **_renamed(text, decoder)}
     activation = str(text.get("hidden_act") or "silu")
     if activation not in ACTIVATIONS:
         raise unsupported("hidden_act", activation, ACTIVATIONS)
@@ -146,6 +147,13 @@ def read_text_config(config: dict[str, Any], family: Family) -> TextConfig:
         windowed_layers=windowed_layers,
         is_causal=_is_causal(text),
     )
+
+
+def _renamed(text: dict[str, Any], decoder: DecoderDefaults) -> dict[str, Any]:
+    """A config that has names of its own, in those of this module."""
+    kept = {key: value for key, value in text.items() if key not in decoder.names}
+    own = {key: text[name] for key, name in decoder.names.items() if name in text}
+    return {**kept, **own}
 
 
 def _heads(text: dict[str, Any], decoder: DecoderDefaults) -> tuple[int, int, int]:

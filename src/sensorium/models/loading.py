@@ -121,7 +121,7 @@ def resolve_head(
     left out, so that it takes no memory. Where there is none, stored or tied, the model only embeds.
     """
     text = checkpoint.text
-    if text is None or "generate" not in checkpoint.family.tasks:
+    if text is None or not {"generate", "transcribe"} & set(checkpoint.family.tasks):
         return checkpoint, tensors
     rename = _renamer(made)
     places = {rename(tensor.key)[0]: tensor for tensor in tensors}

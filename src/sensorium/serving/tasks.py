@@ -8,9 +8,10 @@ from typing import Literal
 
 from sensorium.types import PoolingTask
 
-Task = PoolingTask | Literal["generate"]
+Task = PoolingTask | Literal["generate", "transcribe"]
 TASKS: Mapping[str, str] = {
     "generate": "generate text (/v1/chat/completions, /v1/completions)",
+    "transcribe": "transcribe recordings (/v1/audio/transcriptions, /v1/audio/translations)",
     "embed": "embed (/v1/embeddings, /score, /rerank)",
     "token_embed": "embed tokens (/pooling)",
     "classify": "classify (/classify)",
@@ -33,7 +34,7 @@ class TaskFlag:
 
 
 TASK_FLAGS: Mapping[str, TaskFlag] = {
-    "generate": TaskFlag(("generate",), ("generate",)),
+    "generate": TaskFlag(("generate", "transcribe"), ("generate", "transcribe")),
     "embed": TaskFlag(("embed", "token_embed"), ("embed",)),
     "classify": TaskFlag(("classify", "token_classify"), ("classify",)),
     "reward": TaskFlag(("token_classify", "classify"), ("reward", "classify")),
@@ -42,7 +43,7 @@ TASK_FLAGS: Mapping[str, TaskFlag] = {
         ("classify", "token_classify", "score", "embed", "token_embed"), ("embed", "classify", "reward", "score")
     ),
     "auto": TaskFlag(
-        ("generate", "classify", "token_classify", "score", "embed", "token_embed"),
-        ("generate", "embed", "classify", "reward", "score"),
+        ("generate", "transcribe", "classify", "token_classify", "score", "embed", "token_embed"),
+        ("generate", "transcribe", "embed", "classify", "reward", "score"),
     ),
 }
