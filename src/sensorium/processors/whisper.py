@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from sensorium.checkpoint.configs import Checkpoint
 from sensorium.checkpoint.values import positive_int
-from sensorium.errors import CheckpointError
+from sensorium.errors import CheckpointError, UnsupportedModalityError
 from sensorium.processors.audio import FFT_SAMPLES, HOP_SAMPLES, SAMPLE_RATE, log_mel
 from sensorium.processors.base import Processor
 from sensorium.prompt.tokenizer import Tokenizer
@@ -81,7 +81,7 @@ class WhisperProcessor(Processor):
         self.most_prompt = positive_int(config, "max_target_positions", 448) // 2 - 1
 
     def placeholder(self, kind: Modality, index: int) -> str:
-        raise self._no_such_input(kind)  # there is no chat to put a recording into
+        raise UnsupportedModalityError(kind, param=None)  # there is no chat to put a recording into
 
     def placeholder_id(self, kind: Modality) -> int:
         return -1
@@ -93,7 +93,7 @@ class WhisperProcessor(Processor):
     def process(self, item: MediaItem) -> MediaFeatures:
         """The whole recording: `mel` [bins, frames], and `frames` of them that are its own, int64 [1]."""
         if item.kind != "audio":
-            raise self._no_such_input(item.kind, item.param)
+            raise UnsupportedModalityError(item.kind, param=item.param)
         samples = item.data.astype(np.float32, copy=False)
         short = self.window_frames * HOP_SAMPLES - len(samples)
         mel = log_mel(np.pad(samples, (0, max(short, 0))), self.num_mel_bins)

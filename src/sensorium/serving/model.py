@@ -221,7 +221,7 @@ class ServedModel:
 
     @property
     def default_pooling_task(self) -> PoolingTask | None:
-        return next((task for task in self.tasks if task not in ("generate", "transcribe")), None)
+        return next((task for task in self.tasks if task != "generate" if task != "transcribe"), None)
 
     @property
     def matryoshka_sizes(self) -> tuple[int, ...] | None:
