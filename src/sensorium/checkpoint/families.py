@@ -146,6 +146,19 @@ _DISTILBERT = EncoderDefaults(
         "hidden_act": "activation",
     },
 )
+_NOMIC = EncoderDefaults(
+    2048,
+    names={
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "intermediate_size": "n_inner",
+        "max_position_embeddings": "n_positions",
+        "layer_norm_eps": "layer_norm_epsilon",
+        "hidden_act": "activation_function",
+    },
+)
+_GTE = EncoderDefaults(8192, type_vocab_size=1)
 _MPNET = EncoderDefaults(starts_after_padding=True, padding=1, reads_types=False)
 
 
@@ -216,6 +229,33 @@ _DISTILBERT_MODEL = Family(
 )
 _MPNET_MODEL = Family(
     "MPNet (all-mpnet-base-v2, …)", "sensorium.models.mpnet:MPNetModel", _TEXT, tasks=("embed",), encoder=_MPNET
+)
+_NOMIC_MODEL = Family(
+    "NomicBERT (nomic-embed-text v1, v1.5, v2-moe)",
+    "sensorium.models.nomic_bert:NomicBertModel",
+    _TEXT,
+    tasks=("embed",),
+    encoder=_NOMIC,
+)
+_GTE_MODEL = Family(
+    "GTE (multilingual, en-v1.5), Snowflake Arctic Embed m v2",
+    "sensorium.models.gte:GteModel",
+    _TEXT,
+    tasks=("embed",),
+    encoder=_GTE,
+)
+_GTE_CLASSIFIER = Family(
+    "GTE classifiers and cross-encoders (gte-multilingual-reranker)",
+    "sensorium.models.gte:GteForSequenceClassification",
+    _TEXT,
+    tasks=("classify", "score"),
+    encoder=_GTE,
+)
+_GTE_TOKEN_CLASSIFIER = replace(
+    _TOKEN_CLASSIFIER,
+    title="GTE and NomicBERT token classifiers",
+    model="sensorium.models.gte:GteForTokenClassification",
+    encoder=_GTE,
 )
 _ROBERTA_CLASSIFIER = Family(
     "RoBERTa and XLM-RoBERTa classifiers and cross-encoders (BGE reranker)",
@@ -347,6 +387,29 @@ FAMILIES: Mapping[str, Family] = {
         tasks=("classify", "score"),
         encoder=_MPNET,
     ),
+    "NomicBertModel": _NOMIC_MODEL,
+    "NomicBertForMaskedLM": _NOMIC_MODEL,
+    "NomicBertForPreTraining": _NOMIC_MODEL,
+    "NomicBertForSequenceClassification": Family(
+        "NomicBERT classifiers and cross-encoders",
+        "sensorium.models.nomic_bert:NomicBertForSequenceClassification",
+        _TEXT,
+        tasks=("classify", "score"),
+        encoder=_NOMIC,
+    ),
+    "NomicBertForTokenClassification": replace(
+        _GTE_TOKEN_CLASSIFIER, model="sensorium.models.nomic_bert:NomicBertForTokenClassification", encoder=_NOMIC
+    ),
+    "NewModel": _GTE_MODEL,
+    "GteModel": _GTE_MODEL,
+    "GteNewModel": _GTE_MODEL,
+    "NewForMaskedLM": _GTE_MODEL,
+    "GteForMaskedLM": _GTE_MODEL,
+    "NewForSequenceClassification": _GTE_CLASSIFIER,
+    "GteForSequenceClassification": _GTE_CLASSIFIER,
+    "GteNewForSequenceClassification": _GTE_CLASSIFIER,
+    "NewForTokenClassification": _GTE_TOKEN_CLASSIFIER,
+    "GteForTokenClassification": _GTE_TOKEN_CLASSIFIER,
     "ModernBertModel": _MODERNBERT_MODEL,
     "ModernBertForMaskedLM": _MODERNBERT_MODEL,
     "ModernBertForSequenceClassification": Family(

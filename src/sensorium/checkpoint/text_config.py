@@ -122,7 +122,7 @@ def read_text_config(config: dict[str, Any], family: Family) -> TextConfig:
     num_heads, num_kv_heads, head_dim = _heads(text, decoder)
     max_positions = positive_int(text, "max_position_embeddings", decoder.max_positions)
     num_layers = positive_int(text, "num_hidden_layers", decoder.num_layers)
-    rope = _rope(text, decoder, max_positions, head_dim)
+    rope = read_rope(text, decoder.theta, max_positions, head_dim, decoder.mrope_section)
     window, windowed_layers = _sliding_window(text, decoder, num_layers, _stretched(rope, max_positions))
     bias = decoder.reads_attention_bias and bool(text.get("attention_bias", False))
     return TextConfig(
@@ -198,8 +198,11 @@ def _sliding_window(
     return window, tuple(range(int(number(text, "max_window_layers", decoder.max_window_layers)), num_layers))
 
 
-def _rope(text: dict[str, Any], decoder: DecoderDefaults, max_positions: int, head_dim: int) -> RopeConfig:
-    """Old dialect: rope_theta and rope_scaling{type|rope_type}; new one: rope_parameters with everything."""
+def read_rope(
+    text: dict[str, Any], theta: float, max_positions: int, head_dim: int, mrope_section: tuple[int, ...] = ()
+) -> RopeConfig:
+    """Old dialect: rope_theta and rope_scaling{type|rope_type}; new one: rope_parameters with everything. `theta` and
+    `mrope_section` are the family's own."""
     scaling = text.get("rope_parameters") or text.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
         raise CheckpointError("config.json: rope_scaling must be an object")
@@ -211,7 +214,7 @@ def _rope(text: dict[str, Any], decoder: DecoderDefaults, max_positions: int, he
     key = "original_max_position_embeddings"  # the outer one counts where both are there, as in transformers
     original = positive_int(text if text.get(key) else scaling, key, max_positions)
     rope = RopeConfig(
-        theta=number(scaling, "rope_theta", number(text, "rope_theta", decoder.theta)),
+        theta=number(scaling, "rope_theta", number(text, "rope_theta", theta)),
         kind=kind,
         factor=number(scaling, "factor", max_positions / original),
         low_freq_factor=number(scaling, "low_freq_factor", 1.0),
@@ -226,7 +229,7 @@ def _rope(text: dict[str, Any], decoder: DecoderDefaults, max_positions: int, he
         mscale_all_dim=number(scaling, "mscale_all_dim", 0.0),
         truncate=bool(scaling.get("truncate", True)),
         partial=number(scaling, "partial_rotary_factor", number(text, "partial_rotary_factor", 1.0)),
-        mrope_section=tuple(int(x) for x in numbers(scaling, "mrope_section")) or decoder.mrope_section,
+        mrope_section=tuple(int(x) for x in numbers(scaling, "mrope_section")) or mrope_section,
     )
     _check_rope(rope, int(head_dim * rope.partial) // 2)
     return rope

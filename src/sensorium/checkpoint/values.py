@@ -37,7 +37,9 @@ def positive_int(source: dict[str, Any], key: str, default: int | None) -> int:
 
 def count(source: dict[str, Any], key: str, default: int) -> int:
     """An integer that may be 0."""
-    return 0 if source.get(key) == 0 else positive_int(source, key, default or None)
+    value = source.get(key)
+    value = default if value is None else value
+    return 0 if value == 0 and not isinstance(value, bool) else positive_int(source, key, default)
 
 
 def number(source: dict[str, Any], key: str, default: float) -> float:

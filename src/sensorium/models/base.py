@@ -30,7 +30,7 @@ class Rename:
     """One row of a weight map: checkpoint key pattern -> module parameter.
 
     `{n}`-style fields match one path component (a number) and may be repeated in `target`. `shard` places the tensor in
-    a slice of a merged parameter ("q", "k", "v", "gate", "up" of `layers`).
+    a slice of a merged parameter ("q", "k", "v", "gate", "up" of `layers`); "up+gate" cuts it into equal parts for two.
     """
 
     source: str

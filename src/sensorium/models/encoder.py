@@ -8,7 +8,7 @@ another kind gives its layers another `SelfAttention`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -20,8 +20,8 @@ from sensorium.checkpoint.families import EncoderDefaults
 from sensorium.checkpoint.labels import classifier_activation, num_labels
 from sensorium.checkpoint.lengths import first_position, token_types
 from sensorium.checkpoint.pooling import PoolingKind
-from sensorium.checkpoint.text_config import RopeConfig
-from sensorium.checkpoint.values import number, positive_int
+from sensorium.checkpoint.text_config import RopeConfig, read_rope
+from sensorium.checkpoint.values import number, positive_int, unsupported
 from sensorium.errors import CheckpointError
 from sensorium.kernels.context import AttentionContext, KVCache, NeededStates
 from sensorium.models.base import Model, Rename
@@ -47,6 +47,8 @@ class EncoderConfig:
     first_position: int
     type_vocab_size: int  # 0: there are no token types
     rope: RopeConfig | None = None
+    rope_positions: int = 0  # from which on the dynamic kind stretches
+    head_size: int = 0  # of the attention; 0: hidden_size / num_heads
     attention_bias: bool = True  # of q, k and v
     output_bias: bool = True  # of the product after the attention
     mlp_bias: bool = True  # of the first product of the MLP
@@ -82,7 +84,14 @@ class EncoderConfig:
 
     @property
     def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
+        return self.head_size or self.hidden_size // self.num_heads
+
+    def rotary(self, config: dict[str, Any], theta: float, rope: RopeConfig | None = None) -> EncoderConfig:
+        """With rotary positions in place of a table; `rope` in place of what config.json says of them."""
+        found = rope or read_rope(config, theta, self.positions, self.head_dim)
+        if found.kind == "longrope":
+            raise unsupported("rope type", found.kind, ("default", "linear", "dynamic", "yarn", "llama3"))
+        return replace(self, rope=found, rope_positions=self.rope_positions or self.positions, positions=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +142,7 @@ class SelfAttention(nn.Module):
         self.head_dim = config.head_dim
         heads = config.num_heads
         self.qkv = QKVLinear(config.hidden_size, heads, heads, self.head_dim, bias=config.attention_bias)
-        self.output = Output(config, config.hidden_size, bias=config.output_bias)
+        self.output = Output(config, heads * self.head_dim, bias=config.output_bias)
         self.scale = self.head_dim**-0.5
 
     def forward(self, x: Tensor, step: Step, *, first_only: bool) -> Tensor:
@@ -158,8 +167,8 @@ class Intermediate(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        layer = GateUpLinear if config.is_gated else Linear
-        self.dense = layer(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        linear = GateUpLinear if config.is_gated else Linear
+        self.dense = linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.activation = activation_name(config.hidden_act)
         self.is_gated = config.is_gated
 
@@ -185,7 +194,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    def __init__(self, layers: Sequence[Layer]) -> None:
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()
         self.layer = nn.ModuleList(layers)
 
@@ -234,12 +243,17 @@ class PostNormEncoder(EncoderModel):
         super().__init__(checkpoint)
         self.config = self._read(checkpoint.config, checkpoint.family.encoder or EncoderDefaults())
         self.embeddings = Embeddings(self.config)
-        self.encoder = Encoder([self.layer_class(self.config) for _ in range(self.config.num_layers)])
-        self.rotary = RotaryEmbedding(self.config.rope, self.config.head_dim) if self.config.rope else None
+        self.encoder = Encoder([self._declare_layer(index) for index in range(self.config.num_layers)])
+        self.rotary: RotaryEmbedding | None = None
+        if self.config.rope is not None:
+            self.rotary = RotaryEmbedding(self.config.rope, self.config.head_dim, self.config.rope_positions)
         self._declare_poolers()
 
     def _read(self, config: dict[str, Any], encoder: EncoderDefaults) -> EncoderConfig:
         return EncoderConfig.of(config, encoder)
+
+    def _declare_layer(self, index: int) -> nn.Module:
+        return self.layer_class(self.config)
 
     def _declare_poolers(self) -> None:
         self._embeds(self.config.hidden_size)
@@ -270,8 +284,14 @@ class PostNormEncoder(EncoderModel):
         return hidden.index_copy_(0, step.first, last(hidden, step, first_only=True))
 
     def _step(self, positions: Tensor, context: AttentionContext) -> Step:
-        rotation = None if self.rotary is None else self.rotary(positions)
-        return Step(context.query_lens, context.query_start[:-1].long(), rotation)
+        first = context.query_start[:-1].long()
+        if self.rotary is None:
+            return Step(context.query_lens, first)
+        lengths = None
+        if max(context.query_lens) > self.config.rope_positions:
+            each = torch.tensor(context.query_lens, device=positions.device)
+            lengths = torch.repeat_interleave(each, each)
+        return Step(context.query_lens, first, self.rotary(positions, lengths=lengths))
 
     def activation_bytes(self, tokens: int) -> int:
         config, size = self.config, self.embeddings.LayerNorm.weight.element_size()

@@ -24,7 +24,7 @@ from sensorium.models.base import Model
 from sensorium.models.layers import Embedding, Linear
 from sensorium.weights.disk_cache import QuantizedCopy
 from sensorium.weights.stored_codes import StoredCodes, join
-from sensorium.weights.tensor_files import StoredTensor, stored_tensors
+from sensorium.weights.tensor_files import StoredTensor, part_of, stored_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -206,8 +206,7 @@ def _assign(model: Model, tensors: Sequence[Stored]) -> dict[str, _Slot]:
     rename = _renamer(model)
     is_quantised = model.checkpoint.quantization is not None  # some quantisers give every layer a bias
     unexpected = []
-    for tensor in tensors:
-        target, shard = rename(tensor.key)
+    for tensor, target, shard in _parts(tensors, rename):
         if _is_ignored(tensor.key, model.ignored) or _is_ignored(target, model.ignored):
             continue
         slot = slots.get(model.tied.get(target, target))
@@ -227,6 +226,21 @@ def _assign(model: Model, tensors: Sequence[Stored]) -> dict[str, _Slot]:
         said = [f"{what} {_named(keys)}" for what, keys in (("unexpected", unexpected), ("missing", missing)) if keys]
         raise CheckpointError(f"weights do not fit {model.checkpoint.architecture}: {'; '.join(said)}")
     return slots
+
+
+def _parts(tensors: Sequence[Stored], rename: Callable[[str], tuple[str, str]]) -> Iterator[tuple[Stored, str, str]]:
+    """(tensor, parameter name, shard) of all; one that holds several shards, named "a+b", as its equal parts."""
+    for tensor in tensors:
+        target, shard = rename(tensor.key)
+        names = shard.split("+")
+        if len(names) == 1:
+            yield tensor, target, shard
+            continue
+        rows, rest = divmod(tensor.shape[0], len(names))
+        if isinstance(tensor, StoredCodes) or rest:
+            raise CheckpointError(f"tensor {tensor.key} cannot be cut into {' and '.join(names)}")
+        for index, name in enumerate(names):
+            yield part_of(tensor, index * rows, rows), target, name
 
 
 def _is_zero(tensor: Stored) -> bool:

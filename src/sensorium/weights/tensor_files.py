@@ -65,6 +65,11 @@ class StoredTensor:
             yield start, rows[start : start + step]
 
 
+def part_of(tensor: StoredTensor, first: int, count: int) -> StoredTensor:
+    """Some rows of a tensor as one of their own; giving them back gives all of it back."""
+    return replace(tensor, shape=(count, *tensor.shape[1:]), view=lambda: tensor.view()[first : first + count])
+
+
 def stored_tensors(files: Iterable[Path], text_files: Iterable[Path] = ()) -> list[StoredTensor]:
     """The tensors of all files of one checkpoint; a key that two files have is an error.
 

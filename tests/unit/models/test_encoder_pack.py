@@ -19,9 +19,18 @@ from transformers import (
     DistilBertForSequenceClassification,
     DistilBertForTokenClassification,
     DistilBertModel,
+    GteConfig,
+    GteForMaskedLM,
+    GteForSequenceClassification,
+    GteForTokenClassification,
+    GteModel,
     MPNetConfig,
     MPNetForSequenceClassification,
     MPNetModel,
+    NomicBertConfig,
+    NomicBertForSequenceClassification,
+    NomicBertForTokenClassification,
+    NomicBertModel,
     RobertaConfig,
     RobertaForTokenClassification,
 )
@@ -46,21 +55,43 @@ DISTILBERT = {
 }
 LENGTHS = [1, 7, 150, 3, 40]
 
+
+def rope(kind: str, **parameters: float) -> dict[str, Any]:
+    return {"rope_type": kind, "rope_theta": 10_000.0, **parameters}
+
+
 EMBEDDERS: dict[str, Callable[[], Any]] = {
     "distilbert": lambda: DistilBertModel(DistilBertConfig(**DISTILBERT)),
     "distilbert, relu": lambda: DistilBertModel(DistilBertConfig(**DISTILBERT, activation="relu")),
     "mpnet": lambda: MPNetModel(MPNetConfig(**SHAPE)),
     "mpnet, another padding id": lambda: MPNetModel(MPNetConfig(**{**SHAPE, "pad_token_id": 3})),
     "mpnet, more buckets": lambda: MPNetModel(MPNetConfig(**SHAPE, relative_attention_num_buckets=40)),
+    "nomic": lambda: NomicBertModel(NomicBertConfig(**SHAPE)),
+    "nomic, gelu": lambda: NomicBertModel(NomicBertConfig(**SHAPE, hidden_act="gelu", type_vocab_size=1)),
+    "nomic, wide heads": lambda: NomicBertModel(NomicBertConfig(**SHAPE, head_dim=16)),
+    "nomic, theta": lambda: NomicBertModel(NomicBertConfig(**SHAPE, rope_parameters=rope("default", rope_theta=50.0))),
+    "nomic, dynamic": lambda: NomicBertModel(
+        NomicBertConfig(**{**SHAPE, "max_position_embeddings": 40}, rope_parameters=rope("dynamic", factor=3.0))
+    ),
+    "gte": lambda: GteModel(GteConfig(**SHAPE)),
+    "gte, no token types": lambda: GteModel(GteConfig(**SHAPE, type_vocab_size=0)),
+    "gte, linear": lambda: GteModel(GteConfig(**SHAPE, rope_parameters=rope("linear", factor=2.0))),
+    "gte, yarn": lambda: GteModel(
+        GteConfig(**SHAPE, rope_parameters=rope("yarn", factor=4.0, original_max_position_embeddings=40))
+    ),
 }
 CLASSIFIERS: dict[str, Callable[[int], Any]] = {
     "distilbert": lambda n: DistilBertForSequenceClassification(DistilBertConfig(**DISTILBERT, num_labels=n)),
     "mpnet": lambda n: MPNetForSequenceClassification(MPNetConfig(**SHAPE, num_labels=n)),
+    "nomic": lambda n: NomicBertForSequenceClassification(NomicBertConfig(**SHAPE, num_labels=n)),
+    "gte": lambda n: GteForSequenceClassification(GteConfig(**SHAPE, num_labels=n)),
 }
 TOKEN_CLASSIFIERS: dict[str, Callable[[], Any]] = {
     "bert": lambda: BertForTokenClassification(BertConfig(**SHAPE, num_labels=5)),
     "roberta": lambda: RobertaForTokenClassification(RobertaConfig(**SHAPE, num_labels=5)),
     "distilbert": lambda: DistilBertForTokenClassification(DistilBertConfig(**DISTILBERT, num_labels=5)),
+    "gte": lambda: GteForTokenClassification(GteConfig(**SHAPE, num_labels=5)),
+    "nomic": lambda: NomicBertForTokenClassification(NomicBertConfig(**SHAPE, num_labels=5)),
 }
 
 
@@ -119,7 +150,9 @@ def test_token_classifiers(tmp_path: Path, name: str) -> None:
 
 
 def test_masked_language_models_embed(tmp_path: Path) -> None:
-    check_states(save(DistilBertForMaskedLM(DistilBertConfig(**DISTILBERT)), tmp_path).distilbert, tmp_path)
+    distilbert, gte = tmp_path / "distilbert", tmp_path / "gte"
+    check_states(save(DistilBertForMaskedLM(DistilBertConfig(**DISTILBERT)), distilbert).distilbert, distilbert)
+    check_states(save(GteForMaskedLM(GteConfig(**SHAPE)), gte).gte, gte)
 
 
 def test_prefixed_as_another_model_stores_it(tmp_path: Path) -> None:
@@ -137,6 +170,84 @@ def test_names_of_distilberts_config(tmp_path: Path) -> None:
     check_states(oracle, tmp_path)
 
 
+NOMIC_ON_THE_HUB: dict[str, Any] = {
+    **{"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "n_positions": 160, "vocab_size": VOCAB},
+    **{"activation_function": "swiglu", "layer_norm_epsilon": 1e-12, "rotary_emb_fraction": 1.0},
+    **{"rotary_emb_base": 50, "rotary_emb_interleaved": False, "rotary_emb_scale_base": None},
+    **{"rotary_scaling_factor": None, "qkv_proj_bias": False, "mlp_fc1_bias": False, "mlp_fc2_bias": False},
+    **{"prenorm": False, "parallel_block": False, "use_rms_norm": False, "causal": False, "type_vocab_size": 2},
+    **{"pad_vocab_size_multiple": 8, "max_trained_positions": 40, "architectures": ["NomicBertModel"]},
+}
+
+
+@pytest.mark.parametrize("factor", [None, 3.0])
+def test_nomic_as_on_the_hub(tmp_path: Path, factor: float | None) -> None:
+    """Beyond the positions that it was trained with, too."""
+    parameters = rope("default" if factor is None else "dynamic", rope_theta=50.0, factor=factor or 1.0)
+    config = NomicBertConfig(**{**SHAPE, "max_position_embeddings": 40}, rope_parameters=parameters)
+    oracle = save(NomicBertModel(config), tmp_path)
+    hub = {**NOMIC_ON_THE_HUB, "vocab_size": VOCAB - 5, "rotary_scaling_factor": factor}  # the table is padded
+    (tmp_path / "config.json").write_text(json.dumps(hub))
+    assert open_checkpoint(tmp_path).max_model_len == 160
+    check_states(oracle, tmp_path)
+
+
+@torch.inference_mode()
+def test_experts(tmp_path: Path) -> None:
+    """v2's: of every token's softmax the two largest shares, not made to sum to one. Against all experts computed for
+    every token."""
+    experts, size, inner = 8, 32, 48
+    save(NomicBertModel(NomicBertConfig(**SHAPE, type_vocab_size=1)), tmp_path)
+    weights = {key: value for key, value in read_weights(tmp_path).items() if ".mlp." not in key}
+    for layer in range(2):
+        own = f"encoder.layers.{layer}."
+        weights |= {f"{own}attn.Wqkv.bias": torch.randn(3 * size), f"{own}attn.out_proj.bias": torch.randn(size)}
+    dense, routed = "encoder.layers.0.mlp.", "encoder.layers.1.mlp."
+    weights |= {f"{dense}fc1.weight": torch.randn(inner, size) * 0.3, f"{dense}fc1.bias": torch.randn(inner)}
+    weights |= {f"{dense}fc2.weight": torch.randn(size, inner) * 0.3, f"{dense}fc2.bias": torch.randn(size)}
+    router, bias = torch.randn(experts, size) * 0.3, torch.randn(size)
+    w1, w2 = (torch.randn(experts * inner, size) * 0.3 for _ in range(2))
+    weights |= {f"{routed}router.layer.weight": router, f"{routed}experts.bias": bias}
+    write_weights(tmp_path, {**weights, f"{routed}experts.mlp.w1": w1, f"{routed}experts.mlp.w2": w2})
+    hub = {"activation_function": "gelu", "qkv_proj_bias": True, "mlp_fc1_bias": True, "mlp_fc2_bias": True}
+    hub |= {"num_experts": experts, "moe_top_k": 2, "moe_every_n_layers": 2, "type_vocab_size": 1}
+    (tmp_path / "config.json").write_text(
+        json.dumps({**NOMIC_ON_THE_HUB, **hub, "moe_normalize_expert_weights": False})
+    )
+    model = load(tmp_path)
+    x = torch.randn(50, size)
+    shares = (x @ router.t()).softmax(-1)
+    kept = shares * (shares >= shares.topk(2).values[:, -1:])
+    each = [torch.nn.functional.gelu(x @ a.t()) @ b for a, b in zip(w1.split(inner), w2.split(inner), strict=True)]
+    expected = (kept.t().unsqueeze(-1) * torch.stack(each)).sum(0) + bias
+    torch.testing.assert_close(model.encoder.layer[1].mlp(x), expected, atol=1e-4, rtol=1e-5)
+    prompts = prompts_of(LENGTHS)
+    for ids, states in zip(prompts, run(model, prompts), strict=True):  # together as alone
+        torch.testing.assert_close(states, run(model, [ids])[0], atol=2e-5, rtol=1e-5)
+
+
+def test_gte_as_on_the_hub(tmp_path: Path) -> None:
+    """Separate or joined q, k and v; its own kind of stretched positions, by its formula."""
+    oracle = save(GteModel(GteConfig(**SHAPE, rope_parameters=rope("default", rope_theta=500.0))), tmp_path)
+    factor, dim = 2.0, 8
+    oracle.rotary_emb.inv_freq = (500.0 * factor) ** (-torch.arange(0, dim, 2) / dim) / factor ** (2 / dim)
+    weights = read_weights(tmp_path)
+    assert {key.partition(".")[0] for key in weights} <= {"new", "gte", "embeddings", "encoder"}
+    for key in [key for key in weights if ".attention.qkv_proj." in key]:
+        for name, part in zip("qkv", weights.pop(key).chunk(3), strict=True):
+            weights[key.replace("qkv_proj", f"{name}_proj")] = part.clone()
+    write_weights(tmp_path, weights)
+    edit_config(
+        tmp_path,
+        architectures=["NewModel"],
+        rope_parameters=None,
+        rope_theta=500,
+        rope_scaling={"type": "ntk", "factor": factor},
+        **{"layer_norm_type": "layer_norm", "position_embedding_type": "rope", "logn_attention_scale": False},
+    )
+    check_states(oracle, tmp_path)
+
+
 def test_buckets_of_distances() -> None:
     """Distances and rows as transformers' MPNet has them."""
     rows = {-100: 15, -64: 14, -20: 10, -16: 10, -9: 8, -8: 8, -7: 7, -1: 1, 0: 0, 1: 17, 8: 24, 15: 25, 20: 26}
@@ -144,7 +255,9 @@ def test_buckets_of_distances() -> None:
     assert dict(zip(rows, bucket(torch.tensor(list(rows))).tolist(), strict=True)) == rows
 
 
-@pytest.mark.parametrize(("name", "length"), [("distilbert", 160), ("mpnet", 158), ("mpnet, another padding id", 158)])
+@pytest.mark.parametrize(
+    ("name", "length"), [("distilbert", 160), ("mpnet", 158), ("mpnet, another padding id", 158), ("gte", 160)]
+)
 def test_lengths(tmp_path: Path, name: str, length: int) -> None:
     save(EMBEDDERS[name](), tmp_path)
     assert open_checkpoint(tmp_path).max_model_len == length
@@ -157,6 +270,13 @@ def test_lengths(tmp_path: Path, name: str, length: int) -> None:
         ("mpnet", {"num_attention_heads": 5}, "5 attention heads"),
         ("distilbert", {"dim": "wide"}, "hidden_size"),
         ("distilbert", {"activation": "mish"}, "mish"),
+        ("nomic", {"prenorm": True}, "prenorm"),
+        ("nomic", {"rotary_emb_fraction": 0.0}, "rotary_emb_fraction"),
+        ("nomic", {"activation_function": "glu"}, "glu"),
+        ("nomic", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "longrope"),
+        ("gte", {"position_embedding_type": "absolute"}, "position_embedding_type"),
+        ("gte", {"logn_attention_scale": True}, "logn_attention_scale"),
+        ("gte", {"rope_parameters": None, "rope_scaling": {"type": "ntk", "mixed_b": 0.5}}, "mixed_b"),
     ],
 )
 def test_what_it_cannot_compute_is_refused(tmp_path: Path, name: str, changes: dict[str, Any], said: str) -> None:

@@ -19,7 +19,16 @@ from support.checkpoints import make_llama, make_llava, make_qwen2_omni, make_qw
 from support.encoder_support import VOCAB, pooled, prompts_of, run, save
 from support.model_driver import Driver, Sequence, clear_answers, peak_bytes
 from torch import Tensor
-from transformers import BertConfig, BertModel, ModernBertConfig, ModernBertModel, MPNetConfig, MPNetModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    GteConfig,
+    GteModel,
+    ModernBertConfig,
+    ModernBertModel,
+    MPNetConfig,
+    MPNetModel,
+)
 
 from sensorium import kernels
 from sensorium.checkpoint.configs import open_checkpoint
@@ -151,6 +160,7 @@ SIZES = {
 }
 ENCODERS: dict[str, tuple[Any, Any]] = {
     "bert": (BertModel, BertConfig(max_position_embeddings=64, **SIZES)),
+    "gte": (GteModel, GteConfig(max_position_embeddings=64, **SIZES)),
     "mpnet": (MPNetModel, MPNetConfig(max_position_embeddings=64, **SIZES)),
     "modernbert": (ModernBertModel, ModernBertConfig(max_position_embeddings=64, pad_token_id=0, **SIZES)),
 }
