@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sensorium.cli.fit import BASE_BYTES, fitted, fitted_limits
 from sensorium.config import EngineConfig, Limits, LoadConfig, ServeOptions, ServerConfig
+from sensorium.startup.fit import BASE_BYTES, fitted, fitted_limits
 from sensorium.units import GiB, MiB
 
 

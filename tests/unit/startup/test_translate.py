@@ -11,10 +11,10 @@ import pytest
 
 from sensorium.checkpoint.configs import Checkpoint, open_checkpoint
 from sensorium.cli.main import parser, serve_options
-from sensorium.cli.serve import DEMO_FOLDER
-from sensorium.cli.translate import as_meant, with_sampling_defaults
 from sensorium.config import ServerConfig
 from sensorium.errors import StartupError
+from sensorium.startup.model import DEMO_FOLDER
+from sensorium.startup.translate import as_meant, with_sampling_defaults
 from sensorium.types import Modality
 
 

@@ -1,0 +1,1 @@
+"""From options to a model that answers: what `sensorium serve` and `LLM` have in common."""
