@@ -185,6 +185,12 @@ static inline void softmax_row(const Attention& args, const Rows& k, const Rows&
     state.total[row] += vsum(sum);
 }
 
+// The last key that a causal query may see: `token` is one of the task's, `own` its place among the keys.
+static inline int64_t last_key(const Attention& args, const AttentionTask& task, int token, int64_t own) {
+    if (!args.visible) return own;
+    return args.visible[args.query_start[task.sequence] + task.token + token] - 1;
+}
+
 // Walks the task's keys; leaves sums that are not yet divided by their total in `state`.
 template <class Elements>
 static void attend(const Attention& args, const AttentionTask& task, AttentionState& state) {
@@ -256,8 +262,8 @@ static void attend(const Attention& args, const AttentionTask& task, AttentionSt
         for (int row = 0; row < rows; ++row) {
             const int64_t own = args.seq_lens[task.sequence] - queries + task.token + row / group;
             int64_t first = 0, last = task.key_end;
-            if (args.causal) last = own + 1;
-            if (args.window) first = args.causal ? last - args.window : own - args.window;
+            if (args.window) first = args.causal ? own + 1 - args.window : own - args.window;
+            if (args.causal) last = last_key(args, task, row / group, own) + 1;
             if (args.window && !args.causal) last = own + args.window + 1;
             softmax_row(args, now[0], now[1], scores + row * kKeys, key, first, std::min<int64_t>(last, task.key_end),
                         state, row, p + row * kKeys);
@@ -323,6 +329,8 @@ static void plan_attention(const Attention& args, std::vector<AttentionTask>& ta
             const int tokens = std::min(tile_tokens, queries - token);
             const int own = length - queries + token;  // the place of the first token among the keys
             int begin = 0, end = args.causal ? own + tokens : length;
+            for (int i = 0; args.visible && i < tokens; ++i)
+                end = std::max(end, std::min(args.visible[args.query_start[sequence] + token + i], length));
             if (args.window)
                 begin = std::max(0, args.causal ? own + 1 - args.window : own - args.window) / kKeys * kKeys;
             if (args.window && !args.causal) end = std::min(length, own + tokens + args.window);

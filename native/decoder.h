@@ -43,11 +43,12 @@ static inline void decoder_attention(const Runtime& r, const Decoder& d, const D
         parallel_rows(r, step.tokens, stride * 4, [&](int64_t token) {
             const Runtime alone{1, nullptr, r.kernels, nullptr};
             bf16 *q_row = q + token * stride, *k_row = k + token * stride;
-            kernels.rms_norm(alone, q_row, dim, layer.q_norm, q_row, dim, d.heads, dim, d.eps);
-            kernels.rms_norm(alone, k_row, dim, layer.k_norm, k_row, dim, d.kv_heads, dim, d.eps);
+            kernels.rms_norm(alone, q_row, dim, layer.q_norm, q_row, dim, d.heads, dim, d.eps, d.norm_offset);
+            kernels.rms_norm(alone, k_row, dim, layer.k_norm, k_row, dim, d.kv_heads, dim, d.eps, d.norm_offset);
         });
-    kernels.rope(r, q, stride, q, stride, step.cos, step.sin, step.tokens, d.heads, dim, d.rotary);
-    kernels.rope(r, k, stride, k, stride, step.cos, step.sin, step.tokens, d.kv_heads, dim, d.rotary);
+    const float *cos = step.rotations[2 * layer.rotation], *sin = step.rotations[2 * layer.rotation + 1];
+    kernels.rope(r, q, stride, q, stride, cos, sin, step.tokens, d.heads, dim, d.rotary);
+    kernels.rope(r, k, stride, k, stride, cos, sin, step.tokens, d.kv_heads, dim, d.rotary);
     kernels.write_kv(r, k, stride, v, stride, k_cache, v_cache, step.slots, step.tokens, d.kv_heads, dim, d.block_size,
                      d.int8_cache);
     Attention a{};
@@ -57,6 +58,7 @@ static inline void decoder_attention(const Runtime& r, const Decoder& d, const D
     a.k_head_stride = a.v_head_stride = d.block_size * row;
     a.k_block_stride = a.v_block_stride = d.kv_heads * d.block_size * row;
     a.block_tables = step.block_tables, a.query_start = step.query_start, a.seq_lens = step.seq_lens;
+    a.visible = layer.both_ways ? step.visible : nullptr;
     a.max_blocks = step.max_blocks, a.sequences = int32_t(step.sequences);
     a.heads = d.heads, a.kv_heads = d.kv_heads, a.head_dim = d.head_dim, a.block_size = d.block_size;
     a.causal = 1, a.window = int32_t(layer.window), a.int8 = d.int8_cache, a.scale = d.scale;
@@ -77,15 +79,21 @@ static inline void run_layers(const Runtime& r, const Decoder& d, const DecoderS
     const Kernels& kernels = *r.kernels;
     const int64_t hidden = d.layers[0].qkv->k;
     int64_t tokens = step.tokens;
+    const auto norm = [&](const bf16* in, const bf16* weight, bf16* out) {
+        kernels.rms_norm(r, in, hidden, weight, out, hidden, tokens, hidden, d.eps, d.norm_offset);
+    };
+    const auto add_norm = [&](const bf16* in, bf16* residual, const bf16* weight, bf16* out) {
+        kernels.add_rms_norm(r, in, residual, weight, out, residual, tokens, hidden, d.eps, d.norm_offset);
+    };
     const DecoderBuffers b = decoder_buffers(d, tokens);
     std::memcpy(b.residual, step.hidden, size_t(tokens * hidden) * sizeof(bf16));
     bf16* x = step.out;  // what the last product gave and is not in `residual` yet
     for (int i = 0; i < d.num_layers; ++i) {
         const DecoderLayer& layer = d.layers[i];
         if (i == 0)
-            kernels.rms_norm(r, b.residual, hidden, layer.input_norm, b.normed, hidden, tokens, hidden, d.eps);
+            norm(b.residual, layer.input_norm, b.normed);
         else
-            kernels.add_rms_norm(r, x, b.residual, layer.input_norm, b.normed, b.residual, tokens, hidden, d.eps);
+            add_norm(x, b.residual, layer.input_norm, b.normed);
         kernels.linear(r, *layer.qkv, b.normed, hidden, tokens, b.qkv, 0);
         decoder_attention(r, d, step, i, b);
         if (step.rows && i + 1 == d.num_layers) {
@@ -94,16 +102,17 @@ static inline void run_layers(const Runtime& r, const Decoder& d, const DecoderS
             gather_rows(b.residual, hidden, step.rows, tokens);
         }
         kernels.linear(r, *layer.o, b.attended, layer.o->k, tokens, x, 0);
-        kernels.add_rms_norm(r, x, b.residual, layer.post_norm, b.normed, b.residual, tokens, hidden, d.eps);
+        if (layer.attended_norm) norm(x, layer.attended_norm, x);  // in place: rows are read before they are written
+        add_norm(x, b.residual, layer.mlp_norm, b.normed);
         const int64_t wide = layer.gate_up->n / 2, blocks = (tokens + kMlpRows - 1) / kMlpRows;
         for (int64_t block = 0; block < blocks; ++block) {
             const int64_t first = tokens * block / blocks, rows = tokens * (block + 1) / blocks - first;
             kernels.linear_gated(r, *layer.gate_up, b.normed + first * hidden, hidden, rows, b.gated, d.activation);
             kernels.linear(r, *layer.down, b.gated, wide, rows, x + first * hidden, 0);
         }
+        if (layer.after_norm) norm(x, layer.after_norm, x);
     }
-    // In place: every row is read before it is written.
-    kernels.add_rms_norm(r, x, b.residual, d.final_norm, x, b.residual, tokens, hidden, d.eps);
+    add_norm(x, b.residual, d.final_norm, x);
     if (step.rows) scatter_rows(x, hidden, step.rows, tokens);
 }
 

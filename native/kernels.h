@@ -41,6 +41,7 @@ struct Attention {
     const int32_t* block_tables;  // [sequences, max_blocks]
     const int32_t* query_start;   // [sequences + 1]
     const int32_t* seq_lens;      // [sequences] keys of each sequence
+    const int32_t* visible;       // [tokens] keys that a causal query sees at most, in place of those up to its own; null
     int64_t max_blocks;
     int32_t sequences, heads, kv_heads, head_dim, block_size;
     int32_t causal;  // query i of n sees keys up to seq_len - n + i
@@ -50,28 +51,30 @@ struct Attention {
     float scale;
 };
 
-// One layer of a Llama-like decoder. All norms bf16; q_norm and k_norm may be null.
+// One layer of a Llama-like decoder. All norms bf16; those of q, k and of what `o` and `down` give may be null.
 struct DecoderLayer {
-    const bf16 *input_norm, *q_norm, *k_norm, *post_norm;
+    const bf16 *input_norm, *q_norm, *k_norm, *attended_norm, *mlp_norm, *after_norm;
     const Linear *qkv, *o, *gate_up, *down;
     int64_t window;
+    int32_t both_ways;  // queries see as far as `DecoderStep.visible` says
+    int32_t rotation;   // number of its cos and sin
 };
 
 struct Decoder {
     const DecoderLayer* layers;
     const bf16* final_norm;
     int32_t num_layers, heads, kv_heads, head_dim, rotary, block_size, activation, int8_cache;
-    float eps, scale;
+    float eps, scale, norm_offset;
 };
 
 // What changes from step to step. `hidden` is read; `out` [tokens, hidden_size] gets the normed result.
 struct DecoderStep {
     const bf16* hidden;
     bf16* out;
-    const float *cos, *sin;  // [tokens, rotary / 2]
+    const float* const* rotations;  // cos, sin of each number, [tokens, rotary / 2]
     void* const* caches;     // keys, values of each layer: [blocks, kv_heads, block_size, head_dim]
     const int64_t* slots;
-    const int32_t *block_tables, *query_start, *seq_lens;
+    const int32_t *block_tables, *query_start, *seq_lens, *visible;
     const int64_t* rows;  // ascending: the tokens whose results are wanted, others are undefined; null: all
     int64_t tokens, max_blocks, sequences, num_rows;
 };
@@ -94,9 +97,9 @@ struct Kernels {
                          int32_t activation);
     void (*attention)(const Runtime&, const Attention&);
     void (*rms_norm)(const Runtime&, const bf16* x, int64_t stride, const bf16* weight, bf16* y, int64_t y_stride,
-                     int64_t rows, int64_t n, float eps);
+                     int64_t rows, int64_t n, float eps, float offset);
     void (*add_rms_norm)(const Runtime&, const bf16* x, const bf16* residual, const bf16* weight, bf16* y, bf16* sum,
-                         int64_t rows, int64_t n, float eps);
+                         int64_t rows, int64_t n, float eps, float offset);
     void (*layer_norm)(const Runtime&, const bf16* x, const bf16* weight, const bf16* bias, bf16* y, int64_t rows,
                        int64_t n, float eps);
     void (*gated)(const Runtime&, const bf16* gate_up, bf16* y, int64_t rows, int64_t n, int32_t activation);

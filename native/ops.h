@@ -25,27 +25,28 @@ static inline void store_lanes(bf16* p, vf v, int lanes) {
         vstore_bf16_n(p, v, lanes);
 }
 
-static inline void normalize(const bf16* x, const bf16* weight, bf16* y, int64_t n, float factor) {
-    const vf f = vset(factor);
+static inline void normalize(const bf16* x, const bf16* weight, bf16* y, int64_t n, float factor, float offset) {
+    const vf f = vset(factor), add = vset(offset);
     over_lanes(n, [&](int64_t i, int lanes) {
-        store_lanes(y + i, load_lanes(x + i, lanes) * f * load_lanes(weight + i, lanes), lanes);
+        store_lanes(y + i, load_lanes(x + i, lanes) * f * (load_lanes(weight + i, lanes) + add), lanes);
     });
 }
 
 static void rms_norm(const Runtime& runtime, const bf16* x, int64_t stride, const bf16* weight, bf16* y,
-                     int64_t y_stride, int64_t rows, int64_t n, float eps) {
+                     int64_t y_stride, int64_t rows, int64_t n, float eps, float offset) {
     parallel_rows(runtime, rows, n * 4, [&](int64_t row) {
         vf sum = vzero();
         over_lanes(n, [&](int64_t i, int lanes) {
             const vf v = load_lanes(x + row * stride + i, lanes);
             sum = fma(v, v, sum);
         });
-        normalize(x + row * stride, weight, y + row * y_stride, n, 1.0f / std::sqrt(vsum(sum) / float(n) + eps));
+        const float factor = 1.0f / std::sqrt(vsum(sum) / float(n) + eps);
+        normalize(x + row * stride, weight, y + row * y_stride, n, factor, offset);
     });
 }
 
 static void add_rms_norm(const Runtime& runtime, const bf16* x, const bf16* residual, const bf16* weight, bf16* y,
-                         bf16* total, int64_t rows, int64_t n, float eps) {
+                         bf16* total, int64_t rows, int64_t n, float eps, float offset) {
     parallel_rows(runtime, rows, n * 8, [&](int64_t row) {
         vf sum = vzero();
         over_lanes(n, [&](int64_t i, int lanes) {
@@ -54,7 +55,7 @@ static void add_rms_norm(const Runtime& runtime, const bf16* x, const bf16* resi
             const vf rounded = load_lanes(total + row * n + i, lanes);
             sum = fma(rounded, rounded, sum);
         });
-        normalize(total + row * n, weight, y + row * n, n, 1.0f / std::sqrt(vsum(sum) / float(n) + eps));
+        normalize(total + row * n, weight, y + row * n, n, 1.0f / std::sqrt(vsum(sum) / float(n) + eps), offset);
     });
 }
 

@@ -35,7 +35,7 @@ const Kernels* find_kernels(int isa) {
 
 }  // namespace
 
-EXPORT int32_t sensorium_abi() { return 7; }
+EXPORT int32_t sensorium_abi() { return 8; }
 
 // isa: 0 portable, 1 AVX2 + FMA, 2 AVX-512 with VNNI, 3 the same with BF16, -1 the fastest of these. Null when this
 // processor lacks it.
@@ -96,12 +96,12 @@ EXPORT void sensorium_linear(const Runtime* r, const Linear* w, const bf16* x, i
 }
 EXPORT void sensorium_attention(const Runtime* r, const Attention* args) { r->kernels->attention(*r, *args); }
 EXPORT void sensorium_rms_norm(const Runtime* r, const bf16* x, int64_t stride, const bf16* weight, bf16* y,
-                               int64_t y_stride, int64_t rows, int64_t n, float eps) {
-    r->kernels->rms_norm(*r, x, stride, weight, y, y_stride, rows, n, eps);
+                               int64_t y_stride, int64_t rows, int64_t n, float eps, float offset) {
+    r->kernels->rms_norm(*r, x, stride, weight, y, y_stride, rows, n, eps, offset);
 }
 EXPORT void sensorium_add_rms_norm(const Runtime* r, const bf16* x, const bf16* residual, const bf16* weight, bf16* y,
-                                   bf16* sum, int64_t rows, int64_t n, float eps) {
-    r->kernels->add_rms_norm(*r, x, residual, weight, y, sum, rows, n, eps);
+                                   bf16* sum, int64_t rows, int64_t n, float eps, float offset) {
+    r->kernels->add_rms_norm(*r, x, residual, weight, y, sum, rows, n, eps, offset);
 }
 EXPORT void sensorium_layer_norm(const Runtime* r, const bf16* x, const bf16* weight, const bf16* bias, bf16* y,
                                  int64_t rows, int64_t n, float eps) {

@@ -42,6 +42,16 @@ class DecoderDefaults:
     preset: Mapping[str, Any] = field(default_factory=dict)  # other keys' values where the config does not say
     names: Mapping[str, str] = field(default_factory=dict)
     """Keys of this module -> what such configs call them; the keys themselves then mean something else there."""
+    full_every: int | None = None  # the others have the window, and rotary positions of their own with `local_theta`;
+    local_theta: float | None = None  # `layer_types` or `sliding_window_pattern` may say otherwise
+    window_covers_both_sides: bool = False  # where attention goes both ways: the number is of both sides together
+    media_both_ways: bool = False  # media tokens see all of their item
+    query_scalar: float | None = None  # `query_pre_attn_scalar`, whose root divides scores; None: that of head_dim
+    states_stretched_length: bool = False  # `max_position_embeddings` is after linear scaling
+    norm_offset: float = 0.0
+    has_sublayer_norms: bool = False
+    scales_embeddings: bool = False  # by the root of the hidden size
+    caps_logits: bool = False  # reads `final_logit_softcapping`
 
 
 _LLAMA = DecoderDefaults(32000, 4096, 11008, 32, 32, None, 2048, reads_attention_bias=True, reads_mlp_bias=True)
@@ -102,6 +112,32 @@ _WHISPER = DecoderDefaults(
     },
 )
 _PHI3 = DecoderDefaults(32064, 3072, 8192, 32, 32, None, 4096, rms_norm_eps=1e-5)
+_GEMMA3 = DecoderDefaults(
+    262208,
+    2304,
+    9216,
+    26,
+    8,
+    4,
+    131072,
+    theta=1e6,
+    head_dim=256,
+    qk_norm=True,
+    reads_attention_bias=True,
+    sliding_window=4096,
+    full_every=6,
+    local_theta=1e4,
+    window_covers_both_sides=True,
+    media_both_ways=True,
+    query_scalar=256,
+    states_stretched_length=True,
+    preset={"tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"},
+    names={"hidden_act": "hidden_activation"},
+    norm_offset=1.0,
+    has_sublayer_norms=True,
+    scales_embeddings=True,
+    caps_logits=True,
+)
 
 DECODERS: Mapping[str, DecoderDefaults] = {
     "llama": _LLAMA,
@@ -117,6 +153,7 @@ DECODERS: Mapping[str, DecoderDefaults] = {
     "qwen2_5_vl_text": _QWEN2_VL,
     "qwen2_5_omni_text": _QWEN2_5_OMNI,
     "whisper": _WHISPER,
+    "gemma3_text": _GEMMA3,
 }
 """By the `model_type` of the decoder's part of config.json, which is not the architecture's: LLaVA has several."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sensorium.checkpoint.families import DECODERS, DecoderDefaults, Family
@@ -20,6 +20,8 @@ _ROPE_KINDS: Mapping[str, str] = {
     "longrope": "longrope",
     "su": "longrope",
 }
+
+_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 ACTIVATIONS: Mapping[str, str] = {
     "silu": "silu",
@@ -59,6 +61,17 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """How the tokens of one layer see each other."""
+
+    rope: RopeConfig
+    scale: float  # of a query's product with a key
+    window: int | None = None
+    """Keys that a token sees, its own included; where attention goes both ways, on either side of it. None: all."""
+    media_both_ways: bool = False  # a media item's tokens see all of it, and all before it that the window reaches
+
+
+@dataclass(frozen=True, slots=True)
 class TextConfig:
     """A Llama-like decoder's shape, every default resolved."""
 
@@ -66,28 +79,30 @@ class TextConfig:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     max_position_embeddings: int
     rms_norm_eps: float
-    rope: RopeConfig
+    rope: RopeConfig  # of the layers that see everything, which is what a sequence's length is bounded by
+    max_len: int  # tokens of the longest sequence
+    layers: tuple[AttentionSpec, ...]
     tie_word_embeddings: bool = False
     attention_bias: bool = False  # bias of q, k, v
     output_bias: bool = False  # bias of o_proj
     mlp_bias: bool = False
     qk_norm: bool = False  # Qwen3: RMSNorm on every head of q and k
-    sliding_window: int | None = None  # None: full attention
     hidden_act: str = "silu"  # a name of `ACTIVATIONS`
-    windowed_layers: tuple[int, ...] | None = None  # layers that have the window; None: all
+    norm_offset: float = 0.0  # added to the weights of all norms: Gemma's are stored around 0
+    has_sublayer_norms: bool = False  # Gemma: attention and MLP are normed again before they are added
+    embedding_scale: float = 1.0
+    logit_cap: float | None = None  # logits become cap * tanh(logits / cap)
     is_causal: bool = True  # False: every token sees the whole prompt, and nothing is generated
     has_head: bool = True  # False: neither stored nor tied, so the model cannot generate
 
     @property
-    def max_len(self) -> int:
-        """Tokens of the longest sequence."""
-        return _stretched(self.rope, self.max_position_embeddings)
+    def num_layers(self) -> int:
+        return len(self.layers)
 
     @property
     def long_context_from(self) -> int | None:
@@ -121,30 +136,36 @@ def read_text_config(config: dict[str, Any], family: Family) -> TextConfig:
         raise unsupported("hidden_act", activation, ACTIVATIONS)
     num_heads, num_kv_heads, head_dim = _heads(text, decoder)
     max_positions = positive_int(text, "max_position_embeddings", decoder.max_positions)
-    num_layers = positive_int(text, "num_hidden_layers", decoder.num_layers)
-    rope = read_rope(text, decoder.theta, max_positions, head_dim, decoder.mrope_section)
-    window, windowed_layers = _sliding_window(text, decoder, num_layers, _stretched(rope, max_positions))
+    rope = _rope(text, decoder, "full_attention", decoder.theta, max_positions, head_dim)
+    max_len = max_positions if decoder.states_stretched_length else _stretched(rope, max_positions)
+    layers = _layers(text, decoder, rope, max_len, head_dim)
+    if family.modalities and decoder.media_both_ways:
+        layers = tuple(replace(layer, media_both_ways=True) for layer in layers)
     bias = decoder.reads_attention_bias and bool(text.get("attention_bias", False))
+    hidden_size = positive_int(text, "hidden_size", decoder.hidden_size)
     return TextConfig(
         model_type=str(model_type),
         vocab_size=positive_int(text, "vocab_size", decoder.vocab_size),
-        hidden_size=positive_int(text, "hidden_size", decoder.hidden_size),
+        hidden_size=hidden_size,
         intermediate_size=positive_int(text, "intermediate_size", decoder.intermediate_size),
-        num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         max_position_embeddings=max_positions,
         rms_norm_eps=number(text, "rms_norm_eps", decoder.rms_norm_eps),
         rope=rope,
+        max_len=max_len,
+        layers=layers,
         tie_word_embeddings=_is_tied(config, text, decoder),
         attention_bias=decoder.qkv_bias or bias,
         output_bias=bias,
         mlp_bias=decoder.reads_mlp_bias and bool(text.get("mlp_bias", False)),
         qk_norm=decoder.qk_norm,
-        sliding_window=window,
         hidden_act=activation,
-        windowed_layers=windowed_layers,
+        norm_offset=decoder.norm_offset,
+        has_sublayer_norms=decoder.has_sublayer_norms,
+        embedding_scale=hidden_size**0.5 if decoder.scales_embeddings else 1.0,
+        logit_cap=_logit_cap(text) if decoder.caps_logits else None,
         is_causal=_is_causal(text),
     )
 
@@ -154,6 +175,10 @@ def _renamed(text: dict[str, Any], decoder: DecoderDefaults) -> dict[str, Any]:
     kept = {key: value for key, value in text.items() if key not in decoder.names}
     own = {key: text[name] for key, name in decoder.names.items() if name in text}
     return {**kept, **own}
+
+
+def _logit_cap(text: dict[str, Any]) -> float | None:
+    return None if text.get("final_logit_softcapping") is None else number(text, "final_logit_softcapping", 0.0)
 
 
 def _heads(text: dict[str, Any], decoder: DecoderDefaults) -> tuple[int, int, int]:
@@ -179,23 +204,86 @@ def _is_tied(config: dict[str, Any], text: dict[str, Any], decoder: DecoderDefau
     return any(bool(level.get("tie_word_embeddings", False)) for level in levels)
 
 
-def _sliding_window(
-    text: dict[str, Any], decoder: DecoderDefaults, num_layers: int, max_len: int
-) -> tuple[int | None, tuple[int, ...] | None]:
-    """(window, the layers that have it). A window that no sequence outgrows is none."""
-    if decoder.window_is_optional and not text.get("use_sliding_window", False):
-        return None, None
+def _layers(
+    text: dict[str, Any], decoder: DecoderDefaults, rope: RopeConfig, max_len: int, head_dim: int
+) -> tuple[AttentionSpec, ...]:
+    """How each layer attends. `rope` is that of layers without a window."""
+    num_layers = positive_int(text, "num_hidden_layers", decoder.num_layers)
+    scale = head_dim**-0.5
+    if decoder.query_scalar is not None:
+        scale = number(text, "query_pre_attn_scalar", decoder.query_scalar) ** -0.5
+    full = AttentionSpec(rope, scale)
+    windowed = replace(full, window=_window(text, decoder, max_len))
+    if decoder.local_theta is not None:
+        theta = number(text, "rope_local_base_freq", decoder.local_theta)
+        without = {**text, "rope_theta": None}  # which is the full layers'
+        local = _rope(without, decoder, "sliding_attention", theta, rope.original_max_positions, head_dim)
+        windowed = replace(windowed, rope=local)
+    is_windowed = _windowed_layers(text, decoder, num_layers)
+    return tuple(windowed if is_windowed[index] else full for index in range(num_layers))
+
+
+def _window(text: dict[str, Any], decoder: DecoderDefaults, max_len: int) -> int | None:
+    """The window of layers that have one. One that no sequence outgrows is none."""
     if text.get("sliding_window", decoder.sliding_window) is None:  # null is not the default
-        return None, None
+        return None
     window = positive_int(text, "sliding_window", decoder.sliding_window)
-    if window >= max_len:
-        return None, None
-    if not decoder.window_is_optional:
-        return window, None
+    if decoder.window_covers_both_sides and not _is_causal(text):
+        window //= 2
+    return None if window >= max_len else window
+
+
+def _windowed_layers(text: dict[str, Any], decoder: DecoderDefaults, num_layers: int) -> list[bool]:
+    """Of each layer whether it has the window."""
+    if decoder.window_is_optional and not text.get("use_sliding_window", False):
+        return [False] * num_layers
     kinds = text.get("layer_types")
-    if isinstance(kinds, list) and len(kinds) == num_layers:
-        return window, tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
-    return window, tuple(range(int(number(text, "max_window_layers", decoder.max_window_layers)), num_layers))
+    if decoder.full_every is None and not decoder.window_is_optional:
+        return [True] * num_layers
+    if isinstance(kinds, list) and (decoder.full_every is not None or len(kinds) == num_layers):
+        _check_layer_types(kinds, num_layers)
+        return [kind == "sliding_attention" for kind in kinds]
+    if decoder.full_every is not None:
+        every = positive_int(text, "sliding_window_pattern", decoder.full_every)
+        return [(index + 1) % every != 0 for index in range(num_layers)]
+    first = int(number(text, "max_window_layers", decoder.max_window_layers))
+    return [index >= first for index in range(num_layers)]
+
+
+def _check_layer_types(kinds: list[Any], num_layers: int) -> None:
+    unknown = [kind for kind in kinds if kind not in _LAYER_TYPES]
+    if unknown:
+        raise unsupported("layer type", unknown[0], _LAYER_TYPES)
+    if len(kinds) != num_layers:
+        raise CheckpointError(f"config.json: layer_types names {len(kinds)} layers, num_hidden_layers is {num_layers}")
+
+
+def _rope_settings(text: dict[str, Any], decoder: DecoderDefaults, layer_type: str) -> dict[str, Any]:
+    """What config.json says of rotary positions, of layers of this type where types differ.
+
+    Old dialect: rope_scaling{type|rope_type}, which is of layers without a window; new one: rope_parameters, with an
+    object for each type where they differ.
+    """
+    stated, scaling = text.get("rope_parameters") or {}, text.get("rope_scaling") or {}
+    if not (isinstance(stated, dict) and isinstance(scaling, dict)):
+        raise CheckpointError("config.json: rope_scaling must be an object")
+    if decoder.local_theta is None:
+        return stated or scaling
+    if stated and not stated.keys() & set(_LAYER_TYPES):
+        raise CheckpointError(f"config.json: rope_parameters must have an object for each of {', '.join(_LAYER_TYPES)}")
+    own = stated.get(layer_type) or {}
+    if not isinstance(own, dict):
+        raise CheckpointError(f"config.json: rope_parameters.{layer_type} must be an object")
+    return {**own, **scaling} if layer_type == "full_attention" else own
+
+
+def _rope(
+    text: dict[str, Any], decoder: DecoderDefaults, layer_type: str, theta: float, max_positions: int, head_dim: int
+) -> RopeConfig:
+    """Rotary positions of layers of this type. `theta` counts where the config does not say one."""
+    settings = _rope_settings(text, decoder, layer_type)
+    one_type = {**text, "rope_parameters": settings, "rope_scaling": None}
+    return read_rope(one_type, theta, max_positions, head_dim, decoder.mrope_section)
 
 
 def read_rope(

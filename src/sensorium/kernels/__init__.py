@@ -148,13 +148,13 @@ def pack_linear(weight: Tensor, bias: Tensor | None, *, quantization: Quantizati
     return packed
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return _for(x).rms_norm(x, weight, eps)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    return _for(x).rms_norm(x, weight, eps, offset)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
     """(norm of x + residual, x + residual). The sum may be written into `residual`."""
-    return _for(x).add_rms_norm(x, residual, weight, eps)
+    return _for(x).add_rms_norm(x, residual, weight, eps, offset)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -195,8 +195,9 @@ def paged_attention(
     context: AttentionContext,
     scale: float,
     sliding_window: int | None = None,
+    visible: Tensor | None = None,
 ) -> Tensor:
-    return _attending(q).paged_attention(q, k_cache, v_cache, context, scale, sliding_window)
+    return _attending(q).paged_attention(q, k_cache, v_cache, context, scale, sliding_window, visible)
 
 
 def varlen_attention(
@@ -223,6 +224,7 @@ def decoder_stack(
     scale: float,
     eps: float,
     activation: Activation = "silu",
+    norm_offset: float = 0.0,
 ) -> DecoderStack | None:
     """All layers as one call, the numbers those of kernel by kernel; None where that is not supported."""
     return _for(final_norm).decoder_stack(
@@ -234,4 +236,5 @@ def decoder_stack(
         scale=scale,
         eps=eps,
         activation=activation,
+        norm_offset=norm_offset,
     )

@@ -101,10 +101,14 @@ class DecoderLayerParts:
     q_norm: Tensor | None  # over each head
     k_norm: Tensor | None
     o: PackedWeight
-    post_norm: Tensor
+    mlp_norm: Tensor  # before the MLP
     gate_up: PackedWeight
     down: PackedWeight
     sliding_window: int | None
+    attended_norm: Tensor | None = None  # of what `o` gives, before it is added; after_norm: of what `down` gives
+    after_norm: Tensor | None = None
+    media_both_ways: bool = False  # sees as far as `AttentionContext.visible` says
+    rotation: int = 0  # number of its cos and sin
 
 
 class DecoderStack(Protocol):
@@ -113,13 +117,12 @@ class DecoderStack(Protocol):
     def __call__(
         self,
         hidden: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        rotations: Sequence[tuple[Tensor, Tensor]],
         cache: KVCache,
         context: AttentionContext,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """[tokens, hidden] -> the same after all layers and the last norm.
+        """[tokens, hidden] -> the same after all layers and the last norm. `rotations`: pairs of cos and sin.
 
         `rows` int64 [n], ascending: the tokens whose states are needed, others are undefined.
         """
@@ -178,9 +181,13 @@ class Backend(Protocol):
         """
         ...
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+        """`offset` is added to the weight, without rounding between."""
+        ...
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         """(norm of x + residual, x + residual). The sum may be written into `residual`."""
         ...
 
@@ -214,10 +221,12 @@ class Backend(Protocol):
         context: AttentionContext,
         scale: float,
         sliding_window: int | None = None,
+        visible: Tensor | None = None,
     ) -> Tensor:
         """Causal attention of each sequence's new tokens to its cached ones, their own included; grouped queries.
 
-        With a window, position p sees p - sliding_window + 1 .. p.
+        With a window, position p sees p - sliding_window + 1 .. p. `visible` int32 [tokens]: of its sequence's keys a
+        token sees the first so many instead of those up to its own, the window's lower end staying where it is.
         """
         ...
 
@@ -250,6 +259,7 @@ class Backend(Protocol):
         scale: float,
         eps: float,
         activation: Activation,
+        norm_offset: float,
     ) -> DecoderStack | None:
         """All layers as one call, the numbers those of kernel by kernel; None where that is not supported."""
         ...

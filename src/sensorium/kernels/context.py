@@ -36,4 +36,5 @@ class AttentionContext:
     memories: Sequence[Tensor] = ()  # of encoder-decoders: what each sequence's tokens attend to besides, by the model
     aligned: dict[int, list[Tensor]] = field(default_factory=dict)
     """Sequences whose attention to their memories is wanted -> per layer, float32 [heads, tokens, rows of memory]."""
+    visible: Tensor | None = None  # int32 [tokens], keys that each token may see; None: up to its own
     needed_states: NeededStates = "all"  # tokens whose states `forward` must compute: all, or one per sequence

@@ -73,6 +73,14 @@ class Model(nn.Module):
     every token: a prompt's tokens take the prompt's length, each later token the length up to itself, whatever the
     chunks. Cache blocks are never shared between prompts of different lengths beyond the border."""
 
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int  # shape of the KV cache; num_layers 0 means that there is none
+
+    media_both_ways: bool = False
+    """Tokens of a media item see all of it: the engine computes an item's span whole, in one step, and says in
+    `AttentionContext.visible` how far each token sees."""
+
     partial_states: ClassVar[NeededStates] = "all"
     """What `AttentionContext.needed_states` may say beside "all": `forward` then computes the hidden states of these
     tokens only, and the others are undefined."""

@@ -9,11 +9,12 @@ import functools
 from collections.abc import Mapping
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from sensorium import kernels
 from sensorium.checkpoint.configs import Checkpoint
-from sensorium.checkpoint.text_config import TextConfig
+from sensorium.checkpoint.text_config import AttentionSpec, TextConfig
 from sensorium.errors import CheckpointError
 from sensorium.kernels.context import AttentionContext, KVCache, NeededStates
 from sensorium.kernels.reference.attention import GATHER_ELEMENTS, MASK_ELEMENTS
@@ -47,15 +48,19 @@ DECODER_MAP = (
 )
 
 
+def _norm(config: TextConfig, size: int | None = None) -> RMSNorm:
+    return RMSNorm(size or config.hidden_size, config.rms_norm_eps, config.norm_offset)
+
+
 class SelfAttention(nn.Module):
-    def __init__(self, config: TextConfig, sliding_window: int | None) -> None:
+    def __init__(self, config: TextConfig, spec: AttentionSpec) -> None:
         super().__init__()
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.qkv_proj = QKVLinear(config.hidden_size, heads, kv_heads, head_dim, bias=config.attention_bias)
         self.o_proj = Linear(heads * head_dim, config.hidden_size, bias=config.output_bias)
-        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.attention = Attention(heads, kv_heads, head_dim, sliding_window=sliding_window)
+        self.q_norm = _norm(config, head_dim) if config.qk_norm else None
+        self.k_norm = _norm(config, head_dim) if config.qk_norm else None
+        self.attention = Attention(heads, kv_heads, head_dim, spec)
         self.widths = [heads, kv_heads, kv_heads]
         self.head_dim = head_dim
 
@@ -92,13 +97,17 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: TextConfig, index: int) -> None:
+    """With norms behind attention and MLP (Gemma) `post_attention_layernorm` is one of these two, elsewhere it is the
+    one before the MLP: the names are those of checkpoints."""
+
+    def __init__(self, config: TextConfig, spec: AttentionSpec) -> None:
         super().__init__()
-        windowed = config.windowed_layers is None or index in config.windowed_layers
-        self.self_attn = SelfAttention(config, config.sliding_window if windowed else None)
+        self.self_attn = SelfAttention(config, spec)
         self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = _norm(config)
+        self.post_attention_layernorm = _norm(config)
+        self.pre_feedforward_layernorm = _norm(config) if config.has_sublayer_norms else None
+        self.post_feedforward_layernorm = _norm(config) if config.has_sublayer_norms else None
 
     def forward(
         self,
@@ -119,21 +128,30 @@ class DecoderLayer(nn.Module):
         x = self.self_attn(x, cos, sin, cache, context, rows)
         if rows is not None:
             residual = residual[rows]
-        x, residual = self.post_attention_layernorm.add(x, residual)
-        return self.mlp(x), residual
+        if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:
+            x, residual = self.post_attention_layernorm.add(x, residual)
+            return self.mlp(x), residual
+        x, residual = self.pre_feedforward_layernorm.add(self.post_attention_layernorm(x), residual)
+        return self.post_feedforward_layernorm(self.mlp(x)), residual
 
-    def parts(self) -> kernels.DecoderLayerParts:
-        attention, mlp = self.self_attn, self.mlp
+    def parts(self, rotation: int) -> kernels.DecoderLayerParts:
+        """`rotation`: number of its table of rotary positions."""
+        attention, mlp, spec = self.self_attn, self.mlp, self.self_attn.attention.spec
+        before_mlp, after_mlp = self.pre_feedforward_layernorm, self.post_feedforward_layernorm
         return kernels.DecoderLayerParts(
             input_norm=self.input_layernorm.weight,
             qkv=attention.qkv_proj.packed,
             q_norm=None if attention.q_norm is None else attention.q_norm.weight,
             k_norm=None if attention.k_norm is None else attention.k_norm.weight,
             o=attention.o_proj.packed,
-            post_norm=self.post_attention_layernorm.weight,
+            attended_norm=None if before_mlp is None else self.post_attention_layernorm.weight,
+            mlp_norm=(before_mlp or self.post_attention_layernorm).weight,
             gate_up=mlp.gate_up_proj.packed,
             down=mlp.down_proj.packed,
-            sliding_window=attention.attention.sliding_window,
+            after_norm=None if after_mlp is None else after_mlp.weight,
+            sliding_window=spec.window,
+            media_both_ways=spec.media_both_ways,
+            rotation=rotation,
         )
 
 
@@ -143,9 +161,13 @@ class Decoder(nn.Module):
     def __init__(self, config: TextConfig, tied_head: Linear | None = None) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, tied_head)
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary = RotaryEmbedding(config.rope, config.head_dim, config.max_position_embeddings)
+        self.layers = nn.ModuleList(DecoderLayer(config, spec) for spec in config.layers)
+        self.norm = _norm(config)
+        ropes = list(dict.fromkeys(spec.rope for spec in config.layers))
+        self.rotaries = nn.ModuleList(
+            RotaryEmbedding(rope, config.head_dim, config.max_position_embeddings) for rope in ropes
+        )
+        self.rotation_of = [ropes.index(spec.rope) for spec in config.layers]
         self.is_causal = config.is_causal
         self.activation = activation_name(config.hidden_act)
 
@@ -157,26 +179,28 @@ class Decoder(nn.Module):
         layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
         attention = layers[0].self_attn.attention
         return kernels.decoder_stack(
-            [layer.parts() for layer in layers],
+            [layer.parts(rotation) for layer, rotation in zip(layers, self.rotation_of, strict=True)],
             self.norm.weight,
             num_heads=attention.num_heads,
             num_kv_heads=attention.num_kv_heads,
             head_dim=attention.head_dim,
-            scale=attention.scale,
+            scale=attention.spec.scale,
             eps=self.norm.eps,
+            norm_offset=self.norm.offset,
             activation=self.activation,
         )
 
     def forward(self, hidden: Tensor, positions: Tensor, cache: KVCache, context: AttentionContext) -> Tensor:
-        cos, sin = self.rotary(positions, context.long_context, context.rope_lengths)
+        rotations = [one(positions, context.long_context, context.rope_lengths) for one in self.rotaries]
         is_partial = context.needed_states == "last" and len(context.query_lens) < len(hidden)
         rows = context.query_start[1:].long() - 1 if is_partial else None  # all that the last layer has to compute
         if self.stack is not None:
-            return self.stack(hidden, cos, sin, cache, context, rows)
+            return self.stack(hidden, rotations, cache, context, rows)
         residual: Tensor | None = None
         caches = cache if self.is_causal else [None] * len(self.layers)
         for index, (layer, layer_cache) in enumerate(zip(self.layers, caches, strict=True), 1):
             only = rows if index == len(self.layers) else None
+            cos, sin = rotations[self.rotation_of[index - 1]]
             hidden, residual = layer(hidden, residual, cos, sin, layer_cache, context, only)
         if residual is None:
             return hidden
@@ -206,6 +230,7 @@ class DecoderModel(Model):
         self.model = Decoder(config, self._declare_head(config))
         self.poolers = self._make_poolers()
         self.long_context_from, self.stretched_from = config.long_context_from, config.stretched_from
+        self.media_both_ways = any(spec.media_both_ways for spec in config.layers)
 
     def _declare_head(self, config: TextConfig) -> Linear | None:
         """Declare what follows the decoder; returns the linear layer whose rows are also the embedding, if one is."""
@@ -224,13 +249,15 @@ class DecoderModel(Model):
         layers: dict[tuple[int, int, int | None], list[int]] = {}
         attentions = [module.attention for module in self.model.modules() if isinstance(module, SelfAttention)]
         for index, attention in enumerate(attentions):
-            shape = (attention.num_kv_heads, attention.head_dim, attention.sliding_window)
+            shape = (attention.num_kv_heads, attention.head_dim, attention.spec.window)
             layers.setdefault(shape, []).append(index)
         return [PagedGroup(tuple(places), *shape) for shape, places in layers.items()]
 
     def embed(self, token_ids: Tensor, token_types: Tensor | None = None) -> Tensor:
         rows: Tensor = self.model.embed_tokens(token_ids)
-        return rows
+        scale = self.text.embedding_scale
+        # Rounded to the weights' type first, as the models were trained: in bfloat16 the root of 2560 is 50.5.
+        return rows if scale == 1.0 else rows * torch.tensor(scale, dtype=rows.dtype, device=rows.device)
 
     def forward(self, hidden: Tensor, positions: Tensor, cache: KVCache, context: AttentionContext) -> Tensor:
         if (
@@ -277,4 +304,5 @@ class DecoderForCausalLM(DecoderModel):
 
     def logits(self, hidden: Tensor) -> Tensor:
         out: Tensor = self.lm_head(hidden)
-        return out
+        cap = self.text.logit_cap
+        return out if cap is None else (out / cap).tanh_().mul_(cap)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sensorium import kernels
-from sensorium.checkpoint.text_config import ACTIVATIONS
+from sensorium.checkpoint.text_config import ACTIVATIONS, AttentionSpec
 from sensorium.errors import CheckpointError
 from sensorium.kernels.context import AttentionContext
 
@@ -181,17 +181,20 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float) -> None:
+    """`offset` is added to the weights, which some families store around 0."""
+
+    def __init__(self, size: int, eps: float, offset: float = 0.0) -> None:
         super().__init__()
         self.weight = declare(size)
         self.eps = eps
+        self.offset = offset
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.rms_norm(x, self.weight, self.eps)
+        return kernels.rms_norm(x, self.weight, self.eps, self.offset)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(norm of x + residual, x + residual)"""
-        return kernels.add_rms_norm(x, residual, self.weight, self.eps)
+        return kernels.add_rms_norm(x, residual, self.weight, self.eps, self.offset)
 
 
 class Attention:
@@ -200,31 +203,24 @@ class Attention:
     Without a cache (None) every token of a prompt, which is then computed whole, attends to all of it.
     """
 
-    __slots__ = ("head_dim", "num_heads", "num_kv_heads", "scale", "sliding_window")
+    __slots__ = ("head_dim", "num_heads", "num_kv_heads", "spec")
 
-    def __init__(
-        self,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        *,
-        scale: float | None = None,
-        sliding_window: int | None = None,
-    ) -> None:
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, spec: AttentionSpec) -> None:
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
-        self.scale = head_dim**-0.5 if scale is None else scale
-        self.sliding_window = sliding_window
+        self.spec = spec
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, cache: tuple[Tensor, Tensor] | None, context: AttentionContext
     ) -> Tensor:
         """q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim] -> [tokens, heads * head_dim]"""
+        spec = self.spec
         if cache is None:
-            out = kernels.varlen_attention(q, k, v, context.query_lens, self.scale, self.sliding_window)
+            out = kernels.varlen_attention(q, k, v, context.query_lens, spec.scale, spec.window)
             return out.reshape(out.shape[0], -1)
         k_cache, v_cache = cache
         kernels.write_kv(k, v, k_cache, v_cache, context.slots)
-        out = kernels.paged_attention(q, k_cache, v_cache, context, self.scale, self.sliding_window)
+        visible = context.visible if spec.media_both_ways else None
+        out = kernels.paged_attention(q, k_cache, v_cache, context, spec.scale, spec.window, visible)
         return out.reshape(out.shape[0], -1)

@@ -96,7 +96,7 @@ class DecoderLayer(nn.Module):
         self.act = activation(config.hidden_act)
         self.fc2 = Linear(config.intermediate_size, size, bias=True)
         self.final_layer_norm = LayerNorm(size, LAYER_NORM_EPS)
-        self.attention = Attention(heads, heads, config.head_dim)
+        self.attention = Attention(heads, heads, config.head_dim, config.layers[index])
 
     def forward(self, x: Tensor, cache: tuple[Tensor, Tensor], context: AttentionContext) -> Tensor:
         own, normed = self.self_attn, self.self_attn_layer_norm(x)

@@ -14,7 +14,7 @@ from support import checkpoints
 
 from sensorium.checkpoint.configs import Checkpoint, open_checkpoint
 from sensorium.checkpoint.hub import resolve
-from sensorium.checkpoint.text_config import RopeConfig, TextConfig
+from sensorium.checkpoint.text_config import AttentionSpec, RopeConfig, TextConfig
 from sensorium.errors import CheckpointError, StartupError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "llava", "llava_next", "qwen2_vl")
@@ -161,16 +161,21 @@ def test_llava_15_leaves_out_llamas_defaults(tmp_path: Path) -> None:
         vocab_size=32064,
         hidden_size=4096,
         intermediate_size=11008,
-        num_layers=32,
         num_heads=32,
         num_kv_heads=32,
         head_dim=128,
         max_position_embeddings=4096,
         rms_norm_eps=1e-5,
         rope=RopeConfig(original_max_positions=4096),
+        max_len=4096,
+        layers=(AttentionSpec(RopeConfig(original_max_positions=4096), 128**-0.5),) * 32,
     )
     checkpoint = open_checkpoint(tmp_path)
     assert (checkpoint.dtype, checkpoint.max_model_len, checkpoint.vocab_size) == ("float16", 4096, 32064)
+
+
+def windows(text: TextConfig) -> set[int | None]:
+    return {layer.window for layer in text.layers}
 
 
 def test_llava_next_34b(tmp_path: Path) -> None:
@@ -185,7 +190,7 @@ def test_qwen2_vl_2b_is_flat(tmp_path: Path, kind: dict[str, str]) -> None:
     config = {**QWEN2_VL_2B, "rope_scaling": {**kind, "mrope_section": [16, 24, 24]}}
     text = text_of(tmp_path, config)
     assert text.rope == RopeConfig(theta=1e6, original_max_positions=32768, mrope_section=(16, 24, 24))
-    assert (text.head_dim, text.sliding_window) == (128, None)
+    assert (text.head_dim, windows(text)) == (128, {None})
     assert text.attention_bias
     assert text.tie_word_embeddings
 
@@ -199,21 +204,17 @@ def test_llama_32(tmp_path: Path) -> None:
 def test_phi_35(tmp_path: Path) -> None:
     text = text_of(tmp_path, PHI_35_MINI)
     assert (text.rope.kind, text.rope.factor, text.rope.original_max_positions) == ("longrope", 32.0, 4096)
-    assert text.sliding_window is None  # wider than any sequence
+    assert windows(text) == {None}  # wider than any sequence
     assert text.head_dim == 96
 
 
 def test_defaults_of_families(tmp_path: Path) -> None:
     mistral = text_of(tmp_path, {"architectures": ["MistralForCausalLM"], "model_type": "mistral"})
-    assert (mistral.num_kv_heads, mistral.intermediate_size, mistral.sliding_window) == (8, 14336, 4096)
-    assert (
-        text_of(
-            tmp_path, {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
-        ).sliding_window
-        is None
-    )
+    assert (mistral.num_kv_heads, mistral.intermediate_size, windows(mistral)) == (8, 14336, {4096})
+    unbounded = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
+    assert windows(text_of(tmp_path, unbounded)) == {None}
     qwen3 = text_of(tmp_path, {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"})
-    assert (qwen3.head_dim, qwen3.qk_norm, qwen3.attention_bias, qwen3.sliding_window) == (128, True, False, None)
+    assert (qwen3.head_dim, qwen3.qk_norm, qwen3.attention_bias, windows(qwen3)) == (128, True, False, {None})
     windowed = text_of(
         tmp_path,
         {
@@ -224,7 +225,7 @@ def test_defaults_of_families(tmp_path: Path) -> None:
             "sliding_window": 100,
         },
     )
-    assert (windowed.sliding_window, windowed.windowed_layers) == (100, (28, 29))
+    assert [layer.window for layer in windowed.layers] == [None] * 28 + [100] * 2
     linear = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

@@ -61,6 +61,17 @@ def context_of(query_lens: list[int], context_lens: list[int], block_size: int, 
     )
 
 
+def visible_of(context: AttentionContext, sequence: int, first: int, last: int) -> Tensor:
+    """How far tokens see when those at places [first, last) of one sequence see one another."""
+    pieces = [
+        torch.arange(length - count, length, dtype=torch.int32) + 1
+        for count, length in zip(context.query_lens, context.context_lens, strict=True)
+    ]
+    own = pieces[sequence]
+    own[(own > first) & (own <= last)] = last
+    return torch.cat(pieces)
+
+
 @pytest.mark.parametrize("shape", [(16, 32), (64, 48), (100, 70), (33, 7), (1, 1), (50, 129), (257, 640)])
 @pytest.mark.parametrize("rows", [0, 1, 3, 12, 13, 40])
 def test_linear(kernels: Native, shape: tuple[int, int], rows: int) -> None:
@@ -168,6 +179,20 @@ def test_paged_attention(kernels: Native, head_dim: int, heads: tuple[int, int],
     assert kernels.paged_attention(q.float(), codes, codes, context, scale, window).dtype is torch.float32
 
 
+@pytest.mark.parametrize("window", [None, 5, 70])
+@pytest.mark.parametrize("span", [(20, 148), (30, 31), (60, 150)])
+def test_spans_that_see_all_of_themselves(kernels: Native, window: int | None, span: tuple[int, int]) -> None:
+    context = context_of([1, 17, 130, 40], [700, 49, 150, 64], 16, 80)
+    k_cache, v_cache = random_bf16(80, 2, 16, 32), random_bf16(80, 2, 16, 32)
+    q = random_bf16(188, 6, 32)
+    visible = visible_of(context, 2, *span)
+    got = kernels.paged_attention(q, k_cache, v_cache, context, 0.2, window, visible)
+    wide = q.float(), k_cache.float(), v_cache.float()
+    expected = reference.paged_attention(*wide, context, 0.2, window, visible)
+    assert_close(got, expected, tolerance=4 * ROUNDING)
+    assert_close(kernels.paged_attention(*wide, context, 0.2, window, visible), expected, tolerance=1e-5)
+
+
 def test_paged_attention_other_block_sizes_and_stale_memory(kernels: Native) -> None:
     for block_size in (8, 32, 5):
         context = context_of([1, 1, 9], [3, 90, 30], block_size, 60)
@@ -264,23 +289,29 @@ def gate_up(kernels: Native, wide: int, hidden: int, form: str) -> NativeLinear:
 
 
 @pytest.mark.parametrize(
-    ("qk_norm", "int8", "wide", "form"),
+    ("qk_norm", "int8", "wide", "form", "is_gemma"),
     [
-        (False, False, 80, "packed"),
-        (True, False, 96, "packed"),
-        (False, True, 80, "packed"),
-        (False, False, 96, "rows"),
-        (False, False, 96, "compact"),
-        (False, False, 96, "int8"),
-        (False, False, 96, "int4"),
-        (False, False, 80, "int4"),
+        (False, False, 80, "packed", False),
+        (True, False, 96, "packed", False),
+        (False, True, 80, "packed", False),
+        (False, False, 96, "rows", False),
+        (False, False, 96, "compact", False),
+        (False, False, 96, "int8", False),
+        (False, False, 96, "int4", False),
+        (False, False, 80, "int4", False),
+        (True, False, 80, "packed", True),
+        (True, True, 96, "int4", True),
     ],
 )
-def test_decoder_is_its_kernels_one_by_one(kernels: Native, qk_norm: bool, int8: bool, wide: int, form: str) -> None:
+def test_decoder_is_its_kernels_one_by_one(
+    kernels: Native, qk_norm: bool, int8: bool, wide: int, form: str, is_gemma: bool
+) -> None:
     """`wide` is a multiple of 32, or not: gate and up are multiplied in one then, or one after the other."""
     hidden, heads, kv_heads, dim, tokens = 96, 6, 2, 32, 520
     query_lens, context_lens = [1, 1, 1, 517], [1, 40, 16, 530]
     context = context_of(query_lens, context_lens, 16, 48)
+    if is_gemma:
+        context.visible = visible_of(context, 3, 100, 290)
     cache = [(random_bf16(48, kv_heads, 16, dim), random_bf16(48, kv_heads, 16, dim)) for _ in range(3)]
     if int8:
         cache = [(reference.quantize_heads(k), reference.quantize_heads(v)) for k, v in cache]
@@ -296,44 +327,54 @@ def test_decoder_is_its_kernels_one_by_one(kernels: Native, qk_norm: bool, int8:
             gate_up(kernels, wide, hidden, form),
             kernels.pack_linear(random_bf16(hidden, wide), None),
             20 if i == 1 else None,
+            random_bf16(hidden) if is_gemma else None,
+            random_bf16(hidden) if is_gemma else None,
+            is_gemma,
+            i % 2,
         )
         for i in range(3)
     ]
     norm, x = random_bf16(hidden), random_bf16(tokens, hidden)
-    angles = torch.randn(tokens, dim // 2)
-    cos, sin = angles.cos(), angles.sin()
+    angles = torch.randn(2, tokens, dim // 2)
+    rotations = [(one.cos(), one.sin()) for one in angles]
+    offset = 1.0 if is_gemma else 0.0
     decoder = kernels.decoder_stack(
-        layers, norm, num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, scale=0.2, eps=1e-6
+        layers, norm, num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, scale=0.2, eps=1e-6, norm_offset=offset
     )
     assert decoder is not None
     before = x.clone()
-    got = decoder(x, cos, sin, cache, context)
+    got = decoder(x, rotations, cache, context)
     assert torch.equal(x, before)
 
     residual, out = x.clone(), None
     for parts, (k_cache, v_cache) in zip(layers, twin, strict=True):
         if out is None:
-            normed = kernels.rms_norm(residual, parts.input_norm, 1e-6)
+            normed = kernels.rms_norm(residual, parts.input_norm, 1e-6, offset)
         else:
-            normed, residual = kernels.add_rms_norm(out, residual, parts.input_norm, 1e-6)
+            normed, residual = kernels.add_rms_norm(out, residual, parts.input_norm, 1e-6, offset)
         q, k, v = parts.qkv(normed).view(tokens, -1, dim).split([heads, kv_heads, kv_heads], dim=1)  # type: ignore[operator]
         if parts.q_norm is not None and parts.k_norm is not None:
-            q, k = kernels.rms_norm(q, parts.q_norm, 1e-6), kernels.rms_norm(k, parts.k_norm, 1e-6)
-        q, k = kernels.rope(q, k, cos, sin)
+            q = kernels.rms_norm(q, parts.q_norm, 1e-6, offset)
+            k = kernels.rms_norm(k, parts.k_norm, 1e-6, offset)
+        q, k = kernels.rope(q, k, *rotations[parts.rotation])
         kernels.write_kv(k, v, k_cache, v_cache, context.slots)
-        attended = kernels.paged_attention(q, k_cache, v_cache, context, 0.2, parts.sliding_window)
+        attended = kernels.paged_attention(q, k_cache, v_cache, context, 0.2, parts.sliding_window, context.visible)
         out = parts.o(attended.flatten(1))  # type: ignore[operator]
-        normed, residual = kernels.add_rms_norm(out, residual, parts.post_norm, 1e-6)
+        if parts.attended_norm is not None:
+            out = kernels.rms_norm(out, parts.attended_norm, 1e-6, offset)
+        normed, residual = kernels.add_rms_norm(out, residual, parts.mlp_norm, 1e-6, offset)
         out = parts.down(kernels.silu_mul(parts.gate_up(normed)))  # type: ignore[operator]
+        if parts.after_norm is not None:
+            out = kernels.rms_norm(out, parts.after_norm, 1e-6, offset)
     assert out is not None
-    assert torch.equal(got, kernels.add_rms_norm(out, residual, norm, 1e-6)[0])
+    assert torch.equal(got, kernels.add_rms_norm(out, residual, norm, 1e-6, offset)[0])
     for ours, theirs in zip(cache, twin, strict=True):
         assert torch.equal(ours[0], theirs[0])
         assert torch.equal(ours[1], theirs[1])
     rows = torch.tensor([0, 2, 3, 77, 519])  # all that is read; keys and values are written of every token
     for part in (part for pair in cache for part in pair):
         part[context.slots // 16, :, context.slots % 16] = 0
-    assert torch.equal(decoder(x, cos, sin, cache, context, rows)[rows], got[rows])
+    assert torch.equal(decoder(x, rotations, cache, context, rows)[rows], got[rows])
     for ours, theirs in zip(cache, twin, strict=True):
         assert torch.equal(ours[0], theirs[0])
         assert torch.equal(ours[1], theirs[1])

@@ -59,12 +59,15 @@ class Pages:
         )
         self.q = torch.randn(sum(query_lens), 4, dim, generator=generator)
 
-    def expected(self, scale: float, window: int | None) -> Tensor:
+    def expected(self, scale: float, window: int | None, span: tuple[int, int] = (0, 0)) -> Tensor:
+        """With tokens [first, last) of every sequence that see one another."""
         rows, at = [], 0
         for i, count in enumerate(self.context.query_lens):
             for j in range(count):
                 last = self.context.context_lens[i] - count + j + 1
                 first = 0 if window is None else max(0, last - window)
+                if span[0] < last <= span[1]:
+                    last = span[1]
                 rows.append(softmax_attention(self.q[at], self.k[i][first:last], self.v[i][first:last], scale))
                 at += 1
         return torch.stack(rows)
@@ -87,6 +90,24 @@ def test_paged_attention(
     pages = Pages(lengths, query_lens, kv_heads, 8, num_decodes)
     got = reference.paged_attention(pages.q, pages.k_cache, pages.v_cache, pages.context, 0.3, window)
     assert close(got, pages.expected(0.3, window))
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 6])
+@pytest.mark.parametrize("span", [(2, 9), (0, 6), (6, 7)])
+def test_spans_that_see_all_of_themselves(
+    window: int | None, span: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages = Pages([6, 11, 9], [1, 9, 9], 2, 8, 1)
+    own = torch.cat([torch.tensor([6]), torch.arange(2, 11) + 1, torch.arange(9) + 1]).to(torch.int32)
+    inside = (own > span[0]) & (own <= span[1])
+    inside[0] = False  # it decodes
+    visible = torch.where(inside, torch.tensor(span[1], dtype=torch.int32), own)
+    for elements in (attention.MASK_ELEMENTS, 2 * 11):  # at once, and two queries at a time
+        monkeypatch.setattr(attention, "MASK_ELEMENTS", elements)
+        got = reference.paged_attention(pages.q, pages.k_cache, pages.v_cache, pages.context, 0.3, window, visible)
+        expected = pages.expected(0.3, window, span)
+        assert close(got[1:], expected[1:])
+        assert close(got[:1], pages.expected(0.3, window)[:1])
 
 
 def test_paged_attention_in_bounded_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,9 +65,10 @@ class AttentionKernels(Library):
         context: AttentionContext,
         scale: float,
         sliding_window: int | None = None,
+        visible: Tensor | None = None,
     ) -> Tensor:
         if not self._takes_pages(q, k_cache, v_cache, context):
-            return reference.paged_attention(q, k_cache, v_cache, context, scale, sliding_window)
+            return reference.paged_attention(q, k_cache, v_cache, context, scale, sliding_window, visible)
         tokens, heads, head_dim = q.shape
         tables = context.block_tables
         out = q.new_empty((tokens, heads, head_dim))
@@ -83,6 +84,7 @@ class AttentionKernels(Library):
             tables.data_ptr(),
             context.query_start.data_ptr(),
             context.seq_lens.data_ptr(),
+            None if visible is None else visible.data_ptr(),
             tables.stride(0),
             len(context.query_lens),
             heads,
@@ -157,6 +159,7 @@ class AttentionKernels(Library):
             None,
             start.data_ptr(),
             lens.data_ptr(),
+            None,
             0,
             len(lens),
             heads,

@@ -24,7 +24,8 @@ def can_stack(layers: Sequence[DecoderLayerParts], final_norm: Tensor) -> bool:
     """Whether there are layers, all weights are native ones and all norms contiguous bf16."""
     tensors = [final_norm]
     for parts in layers:
-        tensors += [t for t in (parts.input_norm, parts.q_norm, parts.k_norm, parts.post_norm) if t is not None]
+        norms = (parts.input_norm, parts.q_norm, parts.k_norm, parts.attended_norm, parts.mlp_norm, parts.after_norm)
+        tensors += [norm for norm in norms if norm is not None]
         if not all(isinstance(weight, NativeLinear) for weight in (parts.qkv, parts.o, parts.gate_up, parts.down)):
             return False
     return bool(layers) and all(t.dtype is _BF16 and t.is_contiguous() for t in tensors)
@@ -52,12 +53,16 @@ class NativeDecoder:
                     at(p.input_norm),
                     at(p.q_norm),
                     at(p.k_norm),
-                    at(p.post_norm),
+                    at(p.attended_norm),
+                    at(p.mlp_norm),
+                    at(p.after_norm),
                     address(p.qkv),
                     address(p.o),
                     address(p.gate_up),
                     address(p.down),
                     p.sliding_window or 0,
+                    p.media_both_ways,
+                    p.rotation,
                 )
                 for p in layers
             )
@@ -70,31 +75,33 @@ class NativeDecoder:
     def __call__(
         self,
         hidden: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        rotations: Sequence[tuple[Tensor, Tensor]],
         cache: KVCache,
         context: AttentionContext,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """bf16 [tokens, hidden] -> the normed output of the last layer; cos and sin float32 [tokens, rotated / 2]."""
+        """bf16 [tokens, hidden] -> the normed output of the last layer; cos and sin float32 [tokens, rotated / 2],
+        all pairs of one width."""
         if cache is not self._cache:
             self._attach(cache)
-        if hidden.dtype is not _BF16 or cos.dtype is not torch.float32 or sin.dtype is not torch.float32:
-            raise ValueError(f"expected bfloat16 and float32, got {hidden.dtype}, {cos.dtype} and {sin.dtype}")
-        hidden, cos, sin = hidden.contiguous(), cos.contiguous(), sin.contiguous()
+        turns = [part.contiguous() for pair in rotations for part in pair]
+        if hidden.dtype is not _BF16 or any(part.dtype is not torch.float32 for part in turns):
+            raise ValueError(f"expected bfloat16 and float32, got {hidden.dtype} and {[part.dtype for part in turns]}")
+        hidden = hidden.contiguous()
         tables = context.block_tables
         out = torch.empty_like(hidden)
-        self._decoder.rotary = 2 * cos.shape[1]
+        addresses = (ctypes.c_void_p * len(turns))(*(part.data_ptr() for part in turns))
+        self._decoder.rotary = 2 * turns[0].shape[1]
         step = DecoderStepArguments(
             hidden.data_ptr(),
             out.data_ptr(),
-            cos.data_ptr(),
-            sin.data_ptr(),
+            ctypes.addressof(addresses),
             ctypes.addressof(self._caches),
             context.slots.data_ptr(),
             tables.data_ptr(),
             context.query_start.data_ptr(),
             context.seq_lens.data_ptr(),
+            None if context.visible is None else context.visible.data_ptr(),
             None if rows is None else rows.data_ptr(),
             hidden.shape[0],
             tables.stride(0),

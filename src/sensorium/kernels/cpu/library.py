@@ -19,7 +19,7 @@ from sensorium.kernels.backend import Activation
 
 Isa = Literal["portable", "avx2", "avx512", "avx512_bf16"]
 ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512", "avx512_bf16")  # the index is the C side's number
-ABI = 7
+ABI = 8
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "tanh")
 
 _P, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
@@ -36,8 +36,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "unpack_quantized": (_P, _P, _P, _I64, _P),
     "linear": (_P, _P, _P, _I64, _I64, _P, _I32),
     "attention": (_P, _P),
-    "rms_norm": (_P, _P, _I64, _P, _P, _I64, _I64, _I64, _F32),
-    "add_rms_norm": (_P, _P, _P, _P, _P, _P, _I64, _I64, _F32),
+    "rms_norm": (_P, _P, _I64, _P, _P, _I64, _I64, _I64, _F32, _F32),
+    "add_rms_norm": (_P, _P, _P, _P, _P, _P, _I64, _I64, _F32, _F32),
     "layer_norm": (_P, _P, _P, _P, _P, _I64, _I64, _F32),
     "gated": (_P, _P, _P, _I64, _I64, _I32),
     "activate": (_P, _P, _P, _I64, _I32),
@@ -77,6 +77,7 @@ class AttentionArguments(ctypes.Structure):
         ("block_tables", _P),
         ("query_start", _P),
         ("seq_lens", _P),
+        ("visible", _P),
         ("max_blocks", _I64),
         ("sequences", _I32),
         ("heads", _I32),
@@ -96,12 +97,16 @@ class DecoderLayerArguments(ctypes.Structure):
         ("input_norm", _P),
         ("q_norm", _P),
         ("k_norm", _P),
-        ("post_norm", _P),
+        ("attended_norm", _P),
+        ("mlp_norm", _P),
+        ("after_norm", _P),
         ("qkv", _P),
         ("o", _P),
         ("gate_up", _P),
         ("down", _P),
         ("window", _I64),
+        ("both_ways", _I32),
+        ("rotation", _I32),
     ]
 
 
@@ -119,6 +124,7 @@ class DecoderArguments(ctypes.Structure):
         ("int8_cache", _I32),
         ("eps", _F32),
         ("scale", _F32),
+        ("norm_offset", _F32),
     ]
 
 
@@ -126,13 +132,13 @@ class DecoderStepArguments(ctypes.Structure):
     _fields_: ClassVar = [
         ("hidden", _P),
         ("out", _P),
-        ("cos", _P),
-        ("sin", _P),
+        ("rotations", _P),
         ("caches", _P),
         ("slots", _P),
         ("block_tables", _P),
         ("query_start", _P),
         ("seq_lens", _P),
+        ("visible", _P),
         ("rows", _P),
         ("tokens", _I64),
         ("max_blocks", _I64),

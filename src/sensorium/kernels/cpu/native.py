@@ -78,27 +78,26 @@ class Native(AttentionKernels):
         packed.set_bias(bias)
         return packed
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
         if x.dtype is not _BF16 or weight.dtype is not _BF16:
-            return reference.rms_norm(x, weight, eps)
+            return reference.rms_norm(x, weight, eps, offset)
         size = x.shape[-1]
         x = x.contiguous()
         out = torch.empty_like(x)
-        self._rms_norm(
-            self._runtime, x.data_ptr(), size, weight.data_ptr(), out.data_ptr(), size, x.numel() // size, size, eps
-        )
+        rows, to = x.numel() // size, out.data_ptr()
+        self._rms_norm(self._runtime, x.data_ptr(), size, weight.data_ptr(), to, size, rows, size, eps, offset)
         return out
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         """The sum is written into `residual`."""
         if not (x.dtype is residual.dtype is weight.dtype is _BF16 and x.is_contiguous() and residual.is_contiguous()):
-            return reference.add_rms_norm(x, residual, weight, eps)
+            return reference.add_rms_norm(x, residual, weight, eps, offset)
         size = x.shape[-1]
         out = torch.empty_like(x)
-        target = residual.data_ptr()
-        self._add_rms_norm(
-            self._runtime, x.data_ptr(), target, weight.data_ptr(), out.data_ptr(), target, x.numel() // size, size, eps
-        )
+        sums, to, rows = residual.data_ptr(), out.data_ptr(), x.numel() // size
+        self._add_rms_norm(self._runtime, x.data_ptr(), sums, weight.data_ptr(), to, sums, rows, size, eps, offset)
         return out, residual
 
     def layer_norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -165,6 +164,7 @@ class Native(AttentionKernels):
         scale: float,
         eps: float,
         activation: Activation = "silu",
+        norm_offset: float = 0.0,
     ) -> NativeDecoder | None:
         """None where a part has a layout or dtype that needs the kernels one by one."""
         if head_dim % 2 or not can_stack(layers, final_norm):
@@ -186,6 +186,7 @@ class Native(AttentionKernels):
                 0,
                 eps,
                 scale,
+                norm_offset,
             ),
         )
 

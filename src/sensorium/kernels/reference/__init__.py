@@ -93,5 +93,6 @@ def decoder_stack(
     scale: float,
     eps: float,
     activation: Activation,
+    norm_offset: float,
 ) -> None:
     """Layers are computed kernel by kernel."""

@@ -45,6 +45,7 @@ def paged_attention(
     context: AttentionContext,
     scale: float,
     sliding_window: int | None = None,
+    visible: Tensor | None = None,
 ) -> Tensor:
     decodes = context.num_decodes
     if decodes == len(context.query_lens):
@@ -59,7 +60,8 @@ def paged_attention(
         num_blocks = -(-length // context.block_size)
         table = context.block_tables[index, :num_blocks]
         keys, values = _run(k_cache, table, length, q.dtype), _run(v_cache, table, length, q.dtype)
-        out[start:end] = _prefill(q[start:end], keys, values, scale, sliding_window)
+        seen = None if visible is None else visible[start:end]
+        out[start:end] = _prefill(q[start:end], keys, values, scale, sliding_window, seen)
         start = end
     return out
 
@@ -115,8 +117,11 @@ def _run(cache: Tensor, table: Tensor, length: int, dtype: torch.dtype) -> Tenso
     return dequantize_heads(run, dtype) if cache.dtype == torch.int8 else run
 
 
-def _prefill(q: Tensor, keys: Tensor, values: Tensor, scale: float, sliding_window: int | None) -> Tensor:
-    """The last `q.shape[0]` positions of a run attend to everything before them and to themselves.
+def _prefill(
+    q: Tensor, keys: Tensor, values: Tensor, scale: float, sliding_window: int | None, visible: Tensor | None
+) -> Tensor:
+    """The last `q.shape[0]` positions of a run attend to everything before them and to themselves, or to as many keys
+    as `visible` says of each.
 
     Key heads are expanded by stride only; queries go in pieces so that the mask stays small.
     """
@@ -126,7 +131,7 @@ def _prefill(q: Tensor, keys: Tensor, values: Tensor, scale: float, sliding_wind
     queries = q.view(count, kv_heads, group, head_dim).permute(1, 2, 0, 3)  # [kv_heads, group, count, head_dim]
     keys = keys.expand(kv_heads, group, length, head_dim)
     values = values.expand(kv_heads, group, length, head_dim)
-    if count == length and (sliding_window is None or sliding_window >= length):
+    if visible is None and count == length and (sliding_window is None or sliding_window >= length):
         out = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale)
         return out.permute(2, 0, 1, 3).reshape(count, heads, head_dim)
     rows = max(1, MASK_ELEMENTS // length)
@@ -134,11 +139,11 @@ def _prefill(q: Tensor, keys: Tensor, values: Tensor, scale: float, sliding_wind
     pieces = []
     for i in range(0, count, rows):
         piece = queries[:, :, i : i + rows]
-        last = offset + i + piece.shape[2]
+        last = offset + i + piece.shape[2] if visible is None else length
         first = 0 if sliding_window is None else max(0, offset + i + 1 - sliding_window)
-        position = torch.arange(offset + i, last, device=q.device).unsqueeze(1)
+        position = torch.arange(offset + i, offset + i + piece.shape[2], device=q.device).unsqueeze(1)
         key_position = torch.arange(first, last, device=q.device)
-        mask = key_position <= position
+        mask = key_position < (position + 1 if visible is None else visible[i : i + rows].unsqueeze(1))
         if sliding_window is not None:
             mask &= key_position > position - sliding_window
         pieces.append(

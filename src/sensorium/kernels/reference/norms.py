@@ -11,17 +11,19 @@ from torch.nn import functional
 from sensorium.kernels.backend import Activation
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     if x.dtype == torch.float32:
-        return functional.rms_norm(x, (x.shape[-1],), weight, eps)
+        return functional.rms_norm(x, (x.shape[-1],), weight + offset if offset else weight, eps)
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
+    if offset:
+        return ((wide * scale).mul_(weight.float() + offset)).to(x.dtype)
     return weight * (wide * scale).to(x.dtype)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
     residual = residual + x
-    return rms_norm(residual, weight, eps), residual
+    return rms_norm(residual, weight, eps, offset), residual
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
