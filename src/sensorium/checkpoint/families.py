@@ -195,6 +195,7 @@ _NOMIC = EncoderDefaults(
         "hidden_act": "activation_function",
     },
 )
+_DEBERTA = EncoderDefaults(type_vocab_size=0)
 _GTE = EncoderDefaults(8192, type_vocab_size=1)
 _MPNET = EncoderDefaults(starts_after_padding=True, padding=1, reads_types=False)
 
@@ -266,6 +267,9 @@ _DISTILBERT_MODEL = Family(
 )
 _MPNET_MODEL = Family(
     "MPNet (all-mpnet-base-v2, …)", "sensorium.models.mpnet:MPNetModel", _TEXT, tasks=("embed",), encoder=_MPNET
+)
+_DEBERTA_MODEL = Family(
+    "DeBERTa v2 and v3", "sensorium.models.deberta:DebertaV2Model", _TEXT, tasks=("embed",), encoder=_DEBERTA
 )
 _NOMIC_MODEL = Family(
     "NomicBERT (nomic-embed-text v1, v1.5, v2-moe)",
@@ -423,6 +427,21 @@ FAMILIES: Mapping[str, Family] = {
         _TEXT,
         tasks=("classify", "score"),
         encoder=_MPNET,
+    ),
+    "DebertaV2Model": _DEBERTA_MODEL,
+    "DebertaV2ForMaskedLM": _DEBERTA_MODEL,
+    "DebertaV2ForSequenceClassification": Family(
+        "DeBERTa v2 and v3 classifiers and cross-encoders (mxbai-rerank v1, NLI, prompt guards)",
+        "sensorium.models.deberta:DebertaV2ForSequenceClassification",
+        _TEXT,
+        tasks=("classify", "score"),
+        encoder=_DEBERTA,
+    ),
+    "DebertaV2ForTokenClassification": replace(
+        _TOKEN_CLASSIFIER,
+        title="DeBERTa v2 and v3 token classifiers (PII)",
+        model="sensorium.models.deberta:DebertaV2ForTokenClassification",
+        encoder=_DEBERTA,
     ),
     "NomicBertModel": _NOMIC_MODEL,
     "NomicBertForMaskedLM": _NOMIC_MODEL,

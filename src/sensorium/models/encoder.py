@@ -48,6 +48,7 @@ class EncoderConfig:
     type_vocab_size: int  # 0: there are no token types
     rope: RopeConfig | None = None
     rope_positions: int = 0  # from which on the dynamic kind stretches
+    embedding_size: int = 0  # of the tables, where it is not hidden_size
     head_size: int = 0  # of the attention; 0: hidden_size / num_heads
     attention_bias: bool = True  # of q, k and v
     output_bias: bool = True  # of the product after the attention
@@ -107,14 +108,15 @@ class Step:
 class Embeddings(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        size = config.hidden_size
+        size = config.embedding_size or config.hidden_size
         self.word_embeddings = Embedding(config.vocab_size, size)
         self.position_embeddings = Embedding(config.positions, size) if config.positions else None
         self.token_type_embeddings = Embedding(config.type_vocab_size, size) if config.type_vocab_size else None
-        self.LayerNorm = LayerNorm(size, config.layer_norm_eps)
+        self.embed_proj = None if size == config.hidden_size else Linear(size, config.hidden_size)
+        self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def words(self, token_ids: Tensor, token_types: Tensor | None) -> Tensor:
-        """Without positions. [tokens] -> [tokens, hidden]"""
+        """Without positions. [tokens] -> [tokens, embedding size]"""
         words: Tensor = self.word_embeddings(token_ids)
         if self.token_type_embeddings is None:
             return words
@@ -273,6 +275,8 @@ class PostNormEncoder(EncoderModel):
     def forward(self, hidden: Tensor, positions: Tensor, cache: KVCache, context: AttentionContext) -> Tensor:
         if self.embeddings.position_embeddings is not None:
             hidden = hidden + self.embeddings.position_embeddings(positions + self.config.first_position)
+        if self.embeddings.embed_proj is not None:
+            hidden = self.embeddings.embed_proj(hidden)
         hidden = self.embeddings.LayerNorm(hidden)
         step = self._step(positions, context)
         *layers, last = self.encoder.layer

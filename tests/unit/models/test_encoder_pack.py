@@ -14,6 +14,11 @@ from support.encoder_support import VOCAB, load, pooled, prompts_of, run, save
 from transformers import (
     BertConfig,
     BertForTokenClassification,
+    DebertaV2Config,
+    DebertaV2ForMaskedLM,
+    DebertaV2ForSequenceClassification,
+    DebertaV2ForTokenClassification,
+    DebertaV2Model,
     DistilBertConfig,
     DistilBertForMaskedLM,
     DistilBertForSequenceClassification,
@@ -53,11 +58,20 @@ DISTILBERT = {
     **{"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "vocab_size": VOCAB},
     "max_position_embeddings": 160,
 }
+DEBERTA = {  # v3's
+    **SHAPE,
+    **{"relative_attention": True, "position_buckets": 16, "max_relative_positions": -1, "share_att_key": True},
+    **{"pos_att_type": "p2c|c2p", "norm_rel_ebd": "layer_norm", "position_biased_input": False},
+}
 LENGTHS = [1, 7, 150, 3, 40]
 
 
 def rope(kind: str, **parameters: float) -> dict[str, Any]:
     return {"rope_type": kind, "rope_theta": 10_000.0, **parameters}
+
+
+def deberta(**options: Any) -> Any:
+    return DebertaV2Model(DebertaV2Config(**{**DEBERTA, **options}))
 
 
 EMBEDDERS: dict[str, Callable[[], Any]] = {
@@ -73,6 +87,16 @@ EMBEDDERS: dict[str, Callable[[], Any]] = {
     "nomic, dynamic": lambda: NomicBertModel(
         NomicBertConfig(**{**SHAPE, "max_position_embeddings": 40}, rope_parameters=rope("dynamic", factor=3.0))
     ),
+    "deberta v3": deberta,
+    "deberta v2": lambda: deberta(conv_kernel_size=3, conv_act="gelu", conv_groups=2, type_vocab_size=2),
+    "deberta, its own projections": lambda: deberta(share_att_key=False, position_biased_input=True),
+    "deberta, c2p": lambda: deberta(share_att_key=False, pos_att_type=["c2p"], norm_rel_ebd="none"),
+    "deberta, p2c": lambda: deberta(share_att_key=False, pos_att_type=["p2c"], position_buckets=-1),
+    "deberta, near": lambda: deberta(position_buckets=-1, max_relative_positions=20),
+    "deberta, far beyond the buckets": lambda: deberta(max_relative_positions=30),
+    "deberta, no relative positions": lambda: deberta(relative_attention=False, position_biased_input=True),
+    "deberta, no kind of relative positions": lambda: deberta(pos_att_type=None, position_biased_input=True),
+    "deberta, narrow embeddings": lambda: deberta(embedding_size=24, position_biased_input=True),
     "gte": lambda: GteModel(GteConfig(**SHAPE)),
     "gte, no token types": lambda: GteModel(GteConfig(**SHAPE, type_vocab_size=0)),
     "gte, linear": lambda: GteModel(GteConfig(**SHAPE, rope_parameters=rope("linear", factor=2.0))),
@@ -84,12 +108,17 @@ CLASSIFIERS: dict[str, Callable[[int], Any]] = {
     "distilbert": lambda n: DistilBertForSequenceClassification(DistilBertConfig(**DISTILBERT, num_labels=n)),
     "mpnet": lambda n: MPNetForSequenceClassification(MPNetConfig(**SHAPE, num_labels=n)),
     "nomic": lambda n: NomicBertForSequenceClassification(NomicBertConfig(**SHAPE, num_labels=n)),
+    "deberta": lambda n: DebertaV2ForSequenceClassification(DebertaV2Config(**DEBERTA, num_labels=n)),
+    "deberta, tanh": lambda n: DebertaV2ForSequenceClassification(
+        DebertaV2Config(**DEBERTA, num_labels=n, pooler_hidden_act="tanh")
+    ),
     "gte": lambda n: GteForSequenceClassification(GteConfig(**SHAPE, num_labels=n)),
 }
 TOKEN_CLASSIFIERS: dict[str, Callable[[], Any]] = {
     "bert": lambda: BertForTokenClassification(BertConfig(**SHAPE, num_labels=5)),
     "roberta": lambda: RobertaForTokenClassification(RobertaConfig(**SHAPE, num_labels=5)),
     "distilbert": lambda: DistilBertForTokenClassification(DistilBertConfig(**DISTILBERT, num_labels=5)),
+    "deberta": lambda: DebertaV2ForTokenClassification(DebertaV2Config(**DEBERTA, num_labels=5)),
     "gte": lambda: GteForTokenClassification(GteConfig(**SHAPE, num_labels=5)),
     "nomic": lambda: NomicBertForTokenClassification(NomicBertConfig(**SHAPE, num_labels=5)),
 }
@@ -152,6 +181,7 @@ def test_token_classifiers(tmp_path: Path, name: str) -> None:
 def test_masked_language_models_embed(tmp_path: Path) -> None:
     distilbert, gte = tmp_path / "distilbert", tmp_path / "gte"
     check_states(save(DistilBertForMaskedLM(DistilBertConfig(**DISTILBERT)), distilbert).distilbert, distilbert)
+    check_states(save(DebertaV2ForMaskedLM(DebertaV2Config(**DEBERTA)), tmp_path).deberta, tmp_path)
     check_states(save(GteForMaskedLM(GteConfig(**SHAPE)), gte).gte, gte)
 
 
@@ -274,6 +304,8 @@ def test_lengths(tmp_path: Path, name: str, length: int) -> None:
         ("nomic", {"rotary_emb_fraction": 0.0}, "rotary_emb_fraction"),
         ("nomic", {"activation_function": "glu"}, "glu"),
         ("nomic", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "longrope"),
+        ("deberta v3", {"pos_att_type": "p2c|p2p"}, "pos_att_type"),
+        ("deberta v2", {"conv_groups": 3}, "conv_groups"),
         ("gte", {"position_embedding_type": "absolute"}, "position_embedding_type"),
         ("gte", {"logn_attention_scale": True}, "logn_attention_scale"),
         ("gte", {"rope_parameters": None, "rope_scaling": {"type": "ntk", "mixed_b": 0.5}}, "mixed_b"),

@@ -22,6 +22,8 @@ from torch import Tensor
 from transformers import (
     BertConfig,
     BertModel,
+    DebertaV2Config,
+    DebertaV2Model,
     GteConfig,
     GteModel,
     ModernBertConfig,
@@ -160,6 +162,10 @@ SIZES = {
 }
 ENCODERS: dict[str, tuple[Any, Any]] = {
     "bert": (BertModel, BertConfig(max_position_embeddings=64, **SIZES)),
+    "deberta": (
+        DebertaV2Model,
+        DebertaV2Config(max_position_embeddings=64, relative_attention=True, pos_att_type="c2p|p2c", **SIZES),
+    ),
     "gte": (GteModel, GteConfig(max_position_embeddings=64, **SIZES)),
     "mpnet": (MPNetModel, MPNetConfig(max_position_embeddings=64, **SIZES)),
     "modernbert": (ModernBertModel, ModernBertConfig(max_position_embeddings=64, pad_token_id=0, **SIZES)),
