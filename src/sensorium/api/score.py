@@ -123,8 +123,8 @@ async def compare(job: Job[ComparingBody], left: Side, right: Side) -> Pooled:
         raise RequestError(
             f"The model {job.entry.name!r} generates text, and nothing in its files makes it an embedder or a "
             "reranker: angles between its states are no scores. If it is an embedder, start it with --task embed or "
-            "--pooling last; of a reranker that answers yes or no (Qwen3-Reranker), start the version with a score "
-            "head (seq-cls).",
+            "--pooling last; a reranker that answers yes or no (as Qwen3-Reranker does) with --hf-overrides "
+            """'{"classifier_from_token": ["no", "yes"]}' and the --chat-template of its pairs (say qwen3_reranker).""",
             param="model",
             code="unsupported_task",
         )
@@ -142,7 +142,7 @@ async def _cross_encoded(job: Job[ComparingBody], left: Side, right: Side) -> Po
     truncation = job.truncation()
     limits = PairLimits(left.max_tokens, right.max_tokens, truncation.max_tokens if truncation is not None else None)
     with job.entry.pooling_admission.admit(len(pairs)) as permit:
-        prompts = await job.pooling.pair_prompts(pairs, limits, places)
+        prompts = await job.pooling.pair_prompts(pairs, limits, places, job.request.instruction)
         permit.add_prompt_tokens(job.pooling.count_tokens(prompts))
         return await job.run(prompts, job.request.params())
 
@@ -166,19 +166,20 @@ def _texts(side: Side) -> list[str]:
 
 
 async def _by_angle(job: Job[ComparingBody], left: Side, right: Side) -> Pooled:
-    before = job.model.instructions.of("query"), job.model.instructions.of("document")
+    prompts, wanted = job.model.instructions, job.request.instruction
+    before = prompts.of("query") if wanted is None else prompts.instructed(wanted), prompts.of("document")
     inputs = [
         [_input(job, side, index, prompt) for index in range(len(side.items))]
         for side, prompt in zip((left, right), before, strict=True)
     ]
     with job.entry.pooling_admission.admit(len(left.items) + len(right.items)) as permit:
-        prompts = []
+        made = []
         for side, given in zip((left, right), inputs, strict=True):
             places = [side.place(index) for index in range(len(given))]
-            prompts += await job.pooling.make_prompts(given, places, _narrower(job.truncation(), side.max_tokens))
-        permit.add_prompt_tokens(job.pooling.count_tokens(prompts))
+            made += await job.pooling.make_prompts(given, places, _narrower(job.truncation(), side.max_tokens))
+        permit.add_prompt_tokens(job.pooling.count_tokens(made))
         params = [_params(job, one, prompt) for given, prompt in zip(inputs, before, strict=True) for one in given]
-        pooled = await job.run(prompts, params)
+        pooled = await job.run(made, params)
     queries, documents = pooled.vectors[: len(left.items)], pooled.vectors[len(left.items) :]
     pairs = zip(_repeated(queries, len(documents)), documents, strict=True)
     return replace(pooled, vectors=[cosine(query, document) for query, document in pairs])

@@ -16,7 +16,9 @@ from typing import Any
 from sensorium.checkpoint.families import Family, family_of
 from sensorium.checkpoint.lengths import checkpoint_length
 from sensorium.checkpoint.overrides import overridden
+from sensorium.checkpoint.pair_templates import reads_pairs
 from sensorium.checkpoint.quantization import StoredQuantization, read_quantization
+from sensorium.checkpoint.rerankers import Recipe, ScoreTokens, recipe_of, score_tokens
 from sensorium.checkpoint.text_config import TextConfig, read_text_config, text_part
 from sensorium.checkpoint.tokens import read_chat_template, stop_token_ids
 from sensorium.checkpoint.values import positive_int, read_json, unsupported
@@ -33,7 +35,7 @@ class Checkpoint:
     """One model folder. The raw JSON dictionaries are there for the family's own processor and tower."""
 
     folder: Path
-    architecture: str  # config.json's architectures[0]
+    architecture: str  # config.json's architectures[0]; of a language model that only scores the classifier's
     config: dict[str, Any]  # config.json; of Qwen2.5-Omni the thinker's part
     preprocessor: dict[str, Any]  # preprocessor_config.json (or processor_config.json's image part), {} if absent
     generation: dict[str, Any]  # generation_config.json, {} if absent
@@ -48,6 +50,7 @@ class Checkpoint:
     video_preprocessor: dict[str, Any] = field(default_factory=dict)  # the same for videos, {} if absent
     text_weight_files: tuple[Path, ...] = ()  # of the second repository, whose tensors yield to the first's
     quantization: StoredQuantization | None = None  # how the weights are stored, if not as plain numbers
+    score_tokens: ScoreTokens | None = None  # of a reranker whose score is made of rows of its language head
     pooling: str = "auto"  # --pooling: what the operator says in place of the folder's files
 
     @property
@@ -68,6 +71,11 @@ def open_checkpoint(
     architecture = _architecture({**stated, **overrides})
     family = family_of(architecture)
     config = _in_one_dialect(overridden(_resolved(stated, family, text_folder), overrides, family.nested_in), family)
+    recipe = recipe_of(folder, config)
+    tokens = _score_tokens(folder, config, family, recipe)
+    if tokens is not None:
+        architecture = family.scored_as or architecture
+        family, config = family_of(architecture), _scoring(config, len(tokens.kept))
     generation, tokenizer_config = _generation(folder, text_folder), read_json(folder / "tokenizer_config.json") or {}
     text_dict = text_part(config)
     text = None if family.encoder else read_text_config(config, family)
@@ -79,7 +87,7 @@ def open_checkpoint(
         preprocessor=_preprocessor(folder, "preprocessor_config.json", "image_processor"),
         generation=generation,
         tokenizer_config=tokenizer_config,
-        chat_template=read_chat_template(folder, tokenizer_config),
+        chat_template=_chat_template(folder, tokenizer_config, recipe),
         text=text,
         dtype=_dtype(config, text_dict),
         max_model_len=checkpoint_length(folder, config, family, text, tokenizer_config),
@@ -89,6 +97,7 @@ def open_checkpoint(
         video_preprocessor=_preprocessor(folder, "video_preprocessor_config.json", "video_processor"),
         text_weight_files=find_weight_files(text_folder) if text_folder else (),
         quantization=_quantization(folder, config, text_dict),
+        score_tokens=tokens,
     )
 
 
@@ -104,6 +113,27 @@ def _architecture(config: Mapping[str, Any]) -> str:
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise CheckpointError("config.json names no architecture (`architectures`)")
     return names[0]
+
+
+def _score_tokens(folder: Path, config: Mapping[str, Any], family: Family, recipe: Recipe | None) -> ScoreTokens | None:
+    """A folder that is only known by its name is looked at only if it generates: a converted one has its own head."""
+    generates = "generate" in family.tasks
+    found = score_tokens(folder, config, recipe if generates or "is_original_qwen3_reranker" in config else None)
+    if found is not None and generates and family.scored_as is None:
+        raise CheckpointError(f"{family.title}: scores out of tokens of the language head are not supported")
+    return found
+
+
+def _scoring(config: dict[str, Any], labels: int) -> dict[str, Any]:
+    """The config of a classifier with so many classes, whatever it said of others."""
+    kept = {key: value for key, value in config.items() if key not in ("id2label", "label2id")}
+    return {**kept, "num_labels": labels}
+
+
+def _chat_template(folder: Path, tokenizer_config: dict[str, Any], recipe: Recipe | None) -> str | None:
+    """The folder's; of a known reranker its own for pairs, where the folder has only what the base model left."""
+    found = read_chat_template(folder, tokenizer_config)
+    return found if recipe is None or reads_pairs(found) else recipe.template
 
 
 def _resolved(stated: dict[str, Any], family: Family, text_folder: Path | None) -> dict[str, Any]:

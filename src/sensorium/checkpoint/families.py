@@ -229,6 +229,7 @@ class Family:
     encoder: EncoderDefaults | None = None  # of families without a decoder and a KV cache
     chat_template: str | None = None  # for checkpoints that bring none
     text_model_type: str = "llama"  # the key in `DECODERS` of a `text_config` that has no model_type
+    scored_as: str | None = None  # the architecture of a classifier whose rows are tokens of this one's language head
     nested_in: str = ""  # config.json's key of the part that is served; a file without that key is the part itself
 
 
@@ -241,10 +242,10 @@ _BASE_MODEL = Family(
     tasks=("embed",),
 )
 _CLASSIFIER = Family(
-    "Llama, Mistral, Qwen2, Qwen3 classifiers",
+    "Llama, Mistral, Qwen2, Qwen3, Phi-3 classifiers and rerankers (Qwen3-Reranker, mxbai-rerank-v2)",
     "sensorium.models.classifiers:DecoderForSequenceClassification",
     _TEXT,
-    tasks=("classify", "embed"),
+    tasks=("classify", "score", "embed"),
 )
 _BERT_MODEL = Family(
     "BERT, RoBERTa, XLM-RoBERTa (all-MiniLM, BGE, E5, …)",
@@ -319,11 +320,11 @@ _QWEN_OMNI = Family(  # the part that writes text; the one that speaks is not se
 )
 
 FAMILIES: Mapping[str, Family] = {
-    "LlamaForCausalLM": Family("Llama 2/3, Yi, Vicuna", _DECODER, _TEXT),
-    "MistralForCausalLM": Family("Mistral", _DECODER, _TEXT),
-    "Qwen2ForCausalLM": Family("Qwen2, Qwen2.5", _DECODER, _TEXT),
-    "Qwen3ForCausalLM": Family("Qwen3", _DECODER, _TEXT),
-    "Phi3ForCausalLM": Family("Phi-3, Phi-3.5", _DECODER, _TEXT),
+    "LlamaForCausalLM": Family("Llama 2/3, Yi, Vicuna", _DECODER, _TEXT, scored_as="LlamaForSequenceClassification"),
+    "MistralForCausalLM": Family("Mistral", _DECODER, _TEXT, scored_as="MistralForSequenceClassification"),
+    "Qwen2ForCausalLM": Family("Qwen2, Qwen2.5", _DECODER, _TEXT, scored_as="Qwen2ForSequenceClassification"),
+    "Qwen3ForCausalLM": Family("Qwen3", _DECODER, _TEXT, scored_as="Qwen3ForSequenceClassification"),
+    "Phi3ForCausalLM": Family("Phi-3, Phi-3.5", _DECODER, _TEXT, scored_as="Phi3ForSequenceClassification"),
     "LlamaModel": _BASE_MODEL,
     "MistralModel": _BASE_MODEL,
     "Qwen2Model": _BASE_MODEL,
@@ -383,6 +384,7 @@ FAMILIES: Mapping[str, Family] = {
     "Qwen3ForSequenceClassification": _CLASSIFIER,
     "LlamaForSequenceClassification": _CLASSIFIER,
     "MistralForSequenceClassification": _CLASSIFIER,
+    "Phi3ForSequenceClassification": _CLASSIFIER,
     "Qwen2ForRewardModel": Family(
         "Qwen2.5-Math-RM", "sensorium.models.classifiers:DecoderForRewardModel", _TEXT, tasks=("reward",)
     ),

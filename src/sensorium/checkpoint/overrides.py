@@ -40,6 +40,10 @@ _OVERRIDES = frozenset(
         "problem_type",
         "tie_word_embeddings",
         "quantization_config",
+        "classifier_from_token",
+        "method",
+        "is_original_qwen3_reranker",
+        "use_sep_token",
     }
 )  # config.json may leave them out
 

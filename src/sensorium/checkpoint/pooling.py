@@ -40,7 +40,8 @@ _SENTENCE_CONFIGS = tuple(
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
-_ORDER = ("Transformer", "Pooling", "Dense", "Normalize", "Dropout")  # a Dropout may stand anywhere: it does nothing
+_ORDER = ("Transformer", "Pooling", "Dense", "Normalize", "LogitScore", "Dropout")
+"""A Dropout may stand anywhere: it does nothing. A LogitScore is a reranker's (`rerankers`)."""
 ACTIVATIONS: dict[str, str] = {
     "Identity": "identity",
     "Sigmoid": "sigmoid",

@@ -8,6 +8,7 @@ every text.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ _NAMES: Mapping[Role, tuple[str, ...]] = {
 }
 """Names of one thing in different repositories and services, in the order in which they are looked for."""
 _OTHER_TYPES = ("classification", "clustering", "sts", "semantic_similarity", "text-matching", "separation")
+_INSTRUCT = re.compile(r"(Instruct: ?).*?(\n *Query: ?)", re.DOTALL)
 _FILE = "config_sentence_transformers.json"
 
 
@@ -51,6 +53,19 @@ class TextPrompts:
         """What stands before one side of a comparison; nothing where the model has no prompt for it."""
         found = self._find(_NAMES[role])
         return "" if found is None else found
+
+    def instructed(self, instruction: str) -> str:
+        """What stands before a query where the task is told by the request. RequestError if the model's prompt for
+        queries is not of the kind that tells one."""
+        match = _INSTRUCT.fullmatch(self.of("query"))
+        if match is None:
+            raise RequestError(
+                "`instruction`: this model's queries have no place for one (a prompt of the form 'Instruct: ... "
+                "Query:'). Leave it out, or put it before the query yourself.",
+                param="instruction",
+                code="unsupported_field",
+            )
+        return match[1] + instruction + match[2]
 
     def _named(self, name: str) -> str:
         if name not in self.texts:

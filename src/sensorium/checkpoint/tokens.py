@@ -55,6 +55,28 @@ def special_tokens(folder: Path, tokenizer_config: dict[str, Any]) -> list[tuple
     return [(t["id"], t["content"]) for t in tokens if isinstance(t, dict) and {"id", "content"} <= t.keys()]
 
 
+def token_ids(folder: Path, tokens: Iterable[str]) -> tuple[int, ...]:
+    """The ids of whole tokens of the vocabulary. CheckpointError names one that there is not."""
+    vocabulary = _vocabulary(folder)
+    missing = [token for token in tokens if token not in vocabulary]
+    if missing:
+        raise CheckpointError(f"the tokenizer has no token {missing[0]!r}")
+    return tuple(vocabulary[token] for token in tokens)
+
+
+def _vocabulary(folder: Path) -> dict[str, int]:
+    """tokenizer.json's, with the tokens that were added to it, or vocab.json's."""
+    stated = read_json(folder / "tokenizer.json")
+    if stated is None:
+        return read_json(folder / "vocab.json") or {}
+    model = stated.get("model")
+    pieces: Any = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(pieces, list):  # of a unigram model: each with its score
+        pieces = {piece[0]: index for index, piece in enumerate(pieces)}
+    added = {one["content"]: one["id"] for one in stated.get("added_tokens") or []}
+    return {**(pieces or {}), **added}
+
+
 def read_chat_template(folder: Path, tokenizer_config: dict[str, Any]) -> str | None:
     """chat_template.jinja, chat_template.json's or tokenizer_config.json's (the default one of several), or None."""
     try:

@@ -128,7 +128,7 @@ class LanguageHead(Linear):
 
 
 class Head(nn.Module):
-    """The last layer of a classifier: small, read by people, so computed in float32 whatever the model's type."""
+    """The last layer of a classifier: small, read by people, so kept and computed in float32 whatever the model's."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
         super().__init__()
@@ -137,8 +137,7 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, in] -> float32 [n, out]"""
-        bias = None if self.bias is None else self.bias.float()
-        return nn.functional.linear(x.float(), self.weight.float(), bias)
+        return nn.functional.linear(x.float(), self.weight, self.bias)
 
 
 class Embedding(nn.Module):

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from sensorium.checkpoint.configs import Checkpoint
 from sensorium.checkpoint.families import load_class
+from sensorium.checkpoint.rerankers import ScoreTokens
 from sensorium.errors import CheckpointError
 from sensorium.kernels import CachedWeight, PackedWeight, Quantization, QuantizedWeight
 from sensorium.models.base import Model
-from sensorium.models.layers import Embedding, Linear
+from sensorium.models.layers import Embedding, Head, Linear
 from sensorium.weights.disk_cache import QuantizedCopy
 from sensorium.weights.stored_codes import StoredCodes, join
 from sensorium.weights.tensor_files import StoredTensor, part_of, stored_tensors
@@ -93,6 +94,8 @@ def load_model(
     tensors: Sequence[Stored] = stored if checkpoint.quantization is None else join(stored, checkpoint.quantization)
     made = load_class(checkpoint.family.model)
     checkpoint, tensors = resolve_head(checkpoint, made, tensors, dtype)
+    if checkpoint.score_tokens is not None:
+        tensors = [*tensors, score_rows(checkpoint.score_tokens, checkpoint, made, tensors)]
     with torch.device("meta"):
         model: Model = made(checkpoint)
     fill(
@@ -140,6 +143,45 @@ def resolve_head(
         embeddings.key,
     )
     return replace(checkpoint, text=replace(text, tie_word_embeddings=False)), tensors
+
+
+def score_rows(
+    tokens: ScoreTokens, checkpoint: Checkpoint, made: type[Model], tensors: Sequence[Stored]
+) -> StoredTensor:
+    """`score.weight` of a classifier, float32, out of the rows of the language head that these tokens have."""
+    rename = _renamer(made)
+    places = {rename(tensor.key)[0]: tensor for tensor in tensors}
+    if "score.weight" in places:
+        raise CheckpointError(
+            f"the checkpoint has a score of its own ({places['score.weight'].key}): classifier_from_token must be null"
+        )
+    is_tied = checkpoint.text is not None and checkpoint.text.tie_word_embeddings
+    head = places.get("lm_head.weight") or (places.get("model.embed_tokens.weight") if is_tied else None)
+    if head is None:
+        raise CheckpointError("the checkpoint has no language head (lm_head), whose tokens would make the score")
+    wanted = [*tokens.kept, *([] if tokens.subtracted is None else [tokens.subtracted])]
+    if max(wanted) >= head.shape[0] or min(wanted) < 0:
+        raise CheckpointError(f"the score is made of token {max(wanted)}; the language head has {head.shape[0]} rows")
+    with torch.device("cpu"):
+        found = {
+            one: rows[one - first].float().clone()
+            for first, rows in head.pieces()
+            for one in wanted
+            if first <= one < first + len(rows)
+        }
+        head.release()
+        weight = torch.stack([found[one] for one in tokens.kept])
+        if tokens.subtracted is not None:
+            weight = weight - found[tokens.subtracted]
+    return StoredTensor(
+        "score.weight",
+        head.file,
+        tuple(weight.shape),
+        weight.dtype,
+        view=lambda: weight,
+        prefetch=lambda: None,
+        release=lambda: None,
+    )
 
 
 def _are_equal(one: Stored, other: Stored, dtype: torch.dtype) -> bool:
@@ -315,7 +357,7 @@ def _fill_module(
 ) -> bool:
     """Whether codes of the checkpoint had to be quantised anew, though nobody asked for it."""
     if not isinstance(module, Linear | Embedding):
-        _fill_parameters(module, slots, dtype, device)
+        _fill_parameters(module, slots, torch.float32 if isinstance(module, Head) else dtype, device)
         return False
     weight, is_exact, anew = slots["weight"], False, False
     if wanted is None and module.least_bits <= 8:

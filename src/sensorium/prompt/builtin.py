@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import PurePath
 
-from sensorium.checkpoint import chat_templates
+from sensorium.checkpoint import chat_templates, pair_templates
 
 # The image comes where its part stands; the state of the end token is the embedding.
 _DSE_QWEN2 = (
@@ -46,6 +46,8 @@ NAMED: dict[str, str] = {
     "dse_qwen2_vl": _DSE_QWEN2,
     "vlm2vec": _VLM2VEC,
     "vlm2vec_phi3v": _VLM2VEC,
+    "qwen3_reranker": pair_templates.QWEN3_RERANKER,
+    "mxbai_rerank_v2": pair_templates.MXBAI_RERANK,
 }
 """What --chat-template may name: also as the files that users of other servers know, `template_llava.jinja`."""
 

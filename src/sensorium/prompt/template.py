@@ -343,11 +343,6 @@ def pooling_template_source(flag: str | None, names: Iterable[str]) -> str | Non
     return builtin.pooling_template_of(names) if flag is None else None
 
 
-def reads_pairs(source: str | None) -> bool:
-    """Whether a template is written for a query and a document, each a message of that role: a reranker's."""
-    return source is not None and all(f"'{role}'" in source or f'"{role}"' in source for role in ("query", "document"))
-
-
 def _from_flag(flag: str) -> str:
     """`--chat-template`: what has braces or several lines is the template itself, anything else a file or a name."""
     if any(character in flag for character in "{}\n"):

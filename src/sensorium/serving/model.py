@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from sensorium.checkpoint.configs import Checkpoint
 from sensorium.checkpoint.families import load_class
 from sensorium.checkpoint.labels import label_names
 from sensorium.checkpoint.lengths import context_length, token_types
+from sensorium.checkpoint.pair_templates import reads_instructions, reads_pairs
 from sensorium.checkpoint.pooling import read_pooling
 from sensorium.checkpoint.prompts import read_prompts
 from sensorium.config import Limits, ServerConfig
-from sensorium.errors import StartupError
+from sensorium.errors import RequestError, StartupError
 from sensorium.media.loader import MediaLoader
 from sensorium.processors.base import Processor
 from sensorium.prompt.builtin import is_embedder_name, is_embedder_template
@@ -22,7 +23,7 @@ from sensorium.prompt.encode import PairLimits, Side, Truncation
 from sensorium.prompt.grammars import GrammarPool
 from sensorium.prompt.inspection import Renderer
 from sensorium.prompt.renderer import RenderPool
-from sensorium.prompt.template import ChatTemplate, pooling_template_source, reads_pairs, template_source
+from sensorium.prompt.template import ChatTemplate, pooling_template_source, template_source
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.serving.concurrency import PromptThreads
 from sensorium.serving.defaults import ModelDefaults
@@ -265,14 +266,33 @@ class ServedModel:
         return self._limit.truncation(wanted, side, completion=completion)
 
     async def pair_prompts(
-        self, pairs: Sequence[tuple[str, str]], limits: PairLimits, *, params: Sequence[str], tenant: bytes = b""
+        self,
+        pairs: Sequence[tuple[str, str]],
+        limits: PairLimits,
+        *,
+        params: Sequence[str],
+        tenant: bytes = b"",
+        instruction: str | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[Prompt]:
         """Two texts each as one prompt, for cross-encoders: through the template for pairs, if the model has one.
-        `params` says where the second text of each stands in the request."""
-        make = self._pairs.templated if self.has_pair_template else self._pairs.joined
-        return await make(pairs, limits, params=params, tenant=tenant)
+        `params` says where the second text of each stands in the request; `instruction` is what the template is told of
+        the task. RequestError if it has no place for one."""
+        if self.has_pair_template:
+            if instruction is not None and not (self.template and reads_instructions(self.template.source)):
+                raise _no_place("this model's template for pairs has no place for one (a message of the role system)")
+            return await self._pairs.templated(
+                pairs, limits, params=params, tenant=tenant, instruction=instruction, template_kwargs=template_kwargs
+            )
+        if instruction is not None:
+            raise _no_place("this model reads the two texts and nothing else")
+        return await self._pairs.joined(pairs, limits, params=params, tenant=tenant)
 
     async def aclose(self) -> None:
         await self._templates.aclose()
         await self.grammars.aclose()
         self._threads.close()
+
+
+def _no_place(why: str) -> RequestError:
+    return RequestError(f"`instruction`: {why}. Leave it out.", param="instruction", code="unsupported_field")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from sensorium.errors import ContextLengthError, RequestError
 from sensorium.prompt.encode import PairLimits, Truncation, encode_pairs
@@ -18,9 +20,40 @@ PAIR_SLACK = 64  # tokens by which a pair that was cut may be too long all the s
 PAIR_ATTEMPTS = 4  # to cut it again
 
 
+@dataclass(frozen=True, slots=True)
+class _Rendering:
+    """One request's way from a pair to a prompt, through the template."""
+
+    prompts: PromptBuilder
+    system: str
+    template_kwargs: Mapping[str, Any] | None
+    tenant: bytes
+
+    async def __call__(self, query: str, document: str, param: str, truncation: Truncation | None = None) -> Prompt:
+        messages = [
+            Message(role, (TextPart(text),))
+            for role, text in (("system", self.system), ("query", query), ("document", document))
+            if text or role != "system"
+        ]
+        try:
+            prepared = await self.prompts.prepare_chat(
+                messages,
+                (),
+                add_generation_prompt=False,
+                template_kwargs=self.template_kwargs,
+                truncation=truncation,
+                tenant=self.tenant,
+            )
+        except RequestError as error:
+            error.param = param
+            raise
+        return prepared.prompt
+
+
 class PairPrompts:
-    """`system` is the model's default prompt: it stands before the first text, or is the template's system message.
-    `has_types`: the model tells the texts apart by token types."""
+    """`system` is the model's default prompt: it stands before the first text, or is the template's system message,
+    where a request does not say by its `instruction` what the task is. `has_types`: the model tells the texts apart by
+    token types."""
 
     def __init__(
         self, prompts: PromptBuilder, limit: ContextLimit, threads: PromptThreads, *, system: str, has_types: bool
@@ -32,14 +65,24 @@ class PairPrompts:
         self._has_types = has_types
 
     async def templated(
-        self, pairs: Sequence[tuple[str, str]], limits: PairLimits, *, params: Sequence[str], tenant: bytes = b""
+        self,
+        pairs: Sequence[tuple[str, str]],
+        limits: PairLimits,
+        *,
+        params: Sequence[str],
+        tenant: bytes = b"",
+        instruction: str | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[Prompt]:
         """Through the template. `params` says where the second text of each pair stands in the request."""
+        render = _Rendering(
+            self._prompts, self._system if instruction is None else instruction, template_kwargs, tenant
+        )
         found: list[Prompt] = []
         for start in range(0, len(pairs), PAIRS_AT_ONCE):
             some = slice(start, start + PAIRS_AT_ONCE)
             found += await all_in_order(
-                self._templated(query, document, limits, param, tenant)
+                self._templated(query, document, limits, param, render)
                 for (query, document), param in zip(pairs[some], params[some], strict=True)
             )
         return found
@@ -63,19 +106,19 @@ class PairPrompts:
         has_types = self._has_types
         return await self._threads.run(False, made, tenant)
 
-    async def _templated(self, query: str, document: str, limits: PairLimits, param: str, tenant: bytes) -> Prompt:
+    async def _templated(self, query: str, document: str, limits: PairLimits, param: str, render: _Rendering) -> Prompt:
         """One pair through the template; the document is cut where the pair is to be, so that the end stays."""
         query = self._first_tokens(query, limits.max_query_tokens or None)
         document = self._first_tokens(document, limits.max_document_tokens or None)
         await asyncio.sleep(0)  # there may be thousands
         if limits.total is None:
-            return await self._pair(query, document, param, tenant)
+            return await render(query, document, param)
         slack = Truncation(limits.total + PAIR_SLACK)
-        room = limits.total - len((await self._pair(query, "", param, tenant, slack)).token_ids)
+        room = limits.total - len((await render(query, "", param, slack)).token_ids)
         for _ in range(PAIR_ATTEMPTS):
             if room < 0:
                 break
-            prompt = await self._pair(query, self._first_tokens(document, room), param, tenant, slack)
+            prompt = await render(query, self._first_tokens(document, room), param, slack)
             excess = len(prompt.token_ids) - limits.total
             if excess <= 0:
                 return prompt
@@ -84,24 +127,6 @@ class PairPrompts:
             f"The query and the template leave no room for a document: the two may have {limits.total} tokens.",
             param=param,
         )
-
-    async def _pair(
-        self, query: str, document: str, param: str, tenant: bytes, truncation: Truncation | None = None
-    ) -> Prompt:
-        system = self._system
-        messages = [
-            Message(role, (TextPart(text),))
-            for role, text in (("system", system), ("query", query), ("document", document))
-            if text or role != "system"
-        ]
-        try:
-            prepared = await self._prompts.prepare_chat(
-                messages, (), add_generation_prompt=False, truncation=truncation, tenant=tenant
-            )
-        except RequestError as error:
-            error.param = param
-            raise
-        return prepared.prompt
 
     def _first_tokens(self, text: str, count: int | None) -> str:
         """The text of its first tokens; all of it with None."""

@@ -189,10 +189,21 @@ class Pooling:
         return prepared.prompt
 
     async def pair_prompts(
-        self, pairs: Sequence[tuple[str, str]], limits: PairLimits, places: Sequence[str]
+        self,
+        pairs: Sequence[tuple[str, str]],
+        limits: PairLimits,
+        places: Sequence[str],
+        instruction: str | None = None,
     ) -> list[Prompt]:
         """One prompt of each pair of texts, for cross-encoders. `places` says where its second text stands."""
-        prompts = await self.model.pair_prompts(pairs, limits, params=places, tenant=self._options.tenant)
+        prompts = await self.model.pair_prompts(
+            pairs,
+            limits,
+            params=places,
+            tenant=self._options.tenant,
+            instruction=instruction,
+            template_kwargs=self._options.template.get("template_kwargs"),
+        )
         self._on_prompts()
         return prompts
 

@@ -333,6 +333,23 @@ async def test_a_cross_encoders_default_prompt_stands_before_the_query(tmp_path:
         assert texts_of(served, BERT) == ["[CLS]Q: a[SEP]b[SEP]"]
 
 
+async def test_an_instruction_needs_a_place(tmp_path: Path) -> None:
+    """It takes the task's place in a prompt like Qwen3-Embedding's; elsewhere it is refused, not lost."""
+    body = {"query": "a", "documents": ["b"], "instruction": "Find it."}
+    instruct = {"prompts": {"query": "Instruct: Given a question,\nfind answers\nQuery:", "document": ""}}
+    async with prompted(tmp_path, instruct) as served:
+        assert (await post(served.port, "/rerank", body)).status == 200
+        assert texts_of(served, BERT) == ["[CLS]Instruct: Find it.\nQuery:a[SEP]", "[CLS]b[SEP]"]
+    for maker in (embedder, cross_encoder):
+        async with maker() as served:
+            reply = await post(served.port, "/rerank", body)
+            assert (reply.status, reply.error["param"], "Leave it out" in reply.error["message"]) == (
+                400,
+                "instruction",
+                True,
+            )
+
+
 async def test_other_tasks_take_no_prompt(tmp_path: Path) -> None:
     async with prompted(tmp_path, tasks=CLASSIFIER, config=LABELS) as served:
         assert (await post(served.port, "/classify", {"input": "a"})).status == 200

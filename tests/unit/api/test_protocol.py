@@ -253,7 +253,8 @@ def test_what_only_changes_an_answer_does_not_matter_to_a_vector() -> None:
         ("output_dimension", 8, "`dimensions`"),
         ("embd_normalize", -1, "`use_activation`"),
         ("output_dtype", "int8", "float32"),
-        ("instruction", "x", "leave it out"),
+        ("instruction", "x", "/rerank have it"),
+        ("return_multivector", True, "leave it out"),
     ):
         error = refusal(EmbeddingsRequest, {"input": "x", field: value})
         assert (error.param, words in error.message) == (field, True)

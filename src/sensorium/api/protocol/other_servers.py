@@ -193,7 +193,8 @@ VECTORS: Mapping[str, Foreign] = {
     **_fields("padding", (None, "do_not_pad")),
     **_fields("embd_normalize", (None, 2), "`use_activation`: false leaves vectors as they are"),
     **_called("dimensions", "output_dimension truncate_dim"),
-    **_fields("data instruction late_chunking return_multivector"),
+    **_fields("instruction", (None,), "/score and /rerank have it; elsewhere it stands in the text"),
+    **_fields("data late_chunking return_multivector"),
 }
 """Those that no endpoint has which answers with vectors, classes or scores."""
 UNPROMPTED: Mapping[str, Foreign] = {
@@ -201,6 +202,8 @@ UNPROMPTED: Mapping[str, Foreign] = {
     **_fields("prompt_name input_type", (None,), "prompts are chosen at /v1/embeddings; a score has a side for each"),
 }
 """And where no prompt is chosen."""
+COMPARED: Mapping[str, Foreign] = {name: one for name, one in UNPROMPTED.items() if name != "instruction"}
+"""And where the two sides of a comparison have a task."""
 
 RECORDINGS: Mapping[str, Foreign] = {
     **_fields("best_of beam_size n", (None, "1")),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
 from sensorium.api.protocol.common import Count, Text
 from sensorium.api.protocol.items import InputItem, is_item
+from sensorium.api.protocol.other_servers import COMPARED, Foreign
 from sensorium.api.protocol.pooling import MAX_INPUTS, PoolingBody, TextOrItem
 from sensorium.config import Limits, ServerConfig
 from sensorium.errors import RequestError
@@ -32,8 +33,12 @@ Items = Annotated[
 
 
 class ComparingBody(PoolingBody):
-    """Fields of both endpoints. Limits of tokens cut the texts before they are joined; 0 leaves them whole."""
+    """Fields of both endpoints. Limits of tokens cut the texts before they are joined; 0 leaves them whole.
+    `instruction` tells a model that reads one what makes a document relevant."""
 
+    foreign: ClassVar[Mapping[str, Foreign]] = COMPARED
+
+    instruction: Text | None = None
     max_tokens_per_query: Count | None = None
     max_tokens_per_doc: Count | None = None
 

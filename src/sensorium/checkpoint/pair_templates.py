@@ -1,0 +1,42 @@
+"""Templates of rerankers that are published without one: a query and a document as the model was trained to read them.
+Literal data. Messages have the roles query and document; a system message, if there is one, is the instruction.
+"""
+
+from __future__ import annotations
+
+_PICK = (
+    "{% macro said(role) %}{% for message in messages if message['role'] == role %}{{ message['content'] }}"
+    "{% endfor %}{% endmacro %}"
+    "{% set instruction = said('system') %}{% set query = said('query') %}{% set document = said('document') %}"
+)
+QWEN3_RERANKER = (
+    _PICK + "{{ '<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the "
+    'Instruct provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n\' }}'
+    "{{ '<Instruct>: ' }}"
+    "{{ instruction or 'Given a web search query, retrieve relevant passages that answer the query' }}"
+    "{{ '\n<Query>: ' + query + '\n<Document>: ' + document }}"
+    "{{ '<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n' }}"
+)
+MXBAI_RERANK = (
+    _PICK + "{{ '<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\n' }}"
+    "{% if instruction %}{{ 'instruction: ' + instruction + '\n' }}{% endif %}"
+    "{{ 'query: ' + query + '\ndocument: ' + document }}"
+    "{{ '\nYou are a search relevance expert who evaluates how well documents match search queries. For each "
+    "query-document pair, carefully analyze the semantic relationship between them, then provide your binary relevance "
+    "judgment (0 for not relevant, 1 for relevant).\nRelevance:<|im_end|>\n<|im_start|>assistant\n' }}"
+)
+
+
+def reads_pairs(source: str | None) -> bool:
+    """Whether a template is written for a query and a document, each a message of that role: a reranker's."""
+    return source is not None and _names(source, "query") and _names(source, "document")
+
+
+def reads_instructions(source: str) -> bool:
+    """Whether a template for pairs has a place for what the task is."""
+    return _names(source, "system")
+
+
+def _names(source: str, role: str) -> bool:
+    return f"'{role}'" in source or f'"{role}"' in source
