@@ -206,11 +206,12 @@ def make_model(
     pooling: str = "last",
     source: str = TEMPLATE,
     context: int = CONTEXT,
+    architecture: str = "LlamaForCausalLM",
 ) -> ServedModel:
     """`source` is the chat template, `context` the longest prompt and completion together, in tokens."""
     checkpoint = Checkpoint(
         folder=folder,
-        architecture="LlamaForCausalLM",
+        architecture=architecture,
         config=dict(config or {}),
         preprocessor={},
         generation=dict(generation or {}),

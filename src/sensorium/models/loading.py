@@ -94,8 +94,6 @@ def load_model(
     tensors: Sequence[Stored] = stored if checkpoint.quantization is None else join(stored, checkpoint.quantization)
     made = load_class(checkpoint.family.model)
     checkpoint, tensors = resolve_head(checkpoint, made, tensors, dtype)
-    if checkpoint.score_tokens is not None:
-        tensors = [*tensors, score_rows(checkpoint.score_tokens, checkpoint, made, tensors)]
     with torch.device("meta"):
         model: Model = made(checkpoint)
     fill(
@@ -121,9 +119,12 @@ def resolve_head(
     """What the stored tensors say of the language head, which config.json may tell differently.
 
     A head that is stored and is not the embeddings is kept, tied or not, as transformers does; one that equals them is
-    left out, so that it takes no memory. Where there is none, stored or tied, the model only embeds.
+    left out, so that it takes no memory. Where there is none, stored or tied, the model only embeds. Where only the rows
+    of some tokens are read, they are the head.
     """
     text = checkpoint.text
+    if checkpoint.score_tokens is not None:
+        return checkpoint, [*tensors, score_rows(checkpoint.score_tokens, checkpoint, made, tensors)]
     if text is None or not {"generate", "transcribe"} & set(checkpoint.family.tasks):
         return checkpoint, tensors
     rename = _renamer(made)

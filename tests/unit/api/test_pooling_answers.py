@@ -63,7 +63,11 @@ def bert_tokenizer() -> Tokenizer:
 
 
 BERT = bert_tokenizer()
-CROSS_ENCODER = {"tokenizer": BERT, "config": {"type_vocab_size": 2, "num_labels": 1}}
+CROSS_ENCODER = {
+    "architecture": "BertForSequenceClassification",
+    "tokenizer": BERT,
+    "config": {"type_vocab_size": 2, "num_labels": 1},
+}
 
 
 def texts_of(served: Served, tokenizer: Tokenizer = TOKENIZER) -> list[str]:
