@@ -119,8 +119,8 @@ def resolve_head(
     """What the stored tensors say of the language head, which config.json may tell differently.
 
     A head that is stored and is not the embeddings is kept, tied or not, as transformers does; one that equals them is
-    left out, so that it takes no memory. Where there is none, stored or tied, the model only embeds. Where only the rows
-    of some tokens are read, they are the head.
+    left out, so that it takes no memory. Where there is none, stored or tied, the model only embeds. Where a score is
+    made of some tokens' rows, they are all that is kept.
     """
     text = checkpoint.text
     if checkpoint.score_tokens is not None:
