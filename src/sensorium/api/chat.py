@@ -11,6 +11,7 @@ import msgspec
 
 from sensorium.api.context import Context, Entry
 from sensorium.api.generated import (
+    Asker,
     Work,
     answer_counted,
     answer_generated,
@@ -24,6 +25,7 @@ from sensorium.api.ids import new_id
 from sensorium.api.logprobs import chat_logprobs, prompt_logprobs, token_names
 from sensorium.api.output_format import check_tools, with_format
 from sensorium.api.protocol.chat import ChatRequest
+from sensorium.api.protocol.content import Conversation
 from sensorium.api.transport import asgi
 from sensorium.api.transport.body import read_request
 from sensorium.api.transport.frames import Frames, StreamHead, chat_frames
@@ -70,38 +72,41 @@ class Chat:
     def num_sequences(self) -> int:
         return self.request.choices
 
-    async def prompt(self, work: Work) -> Prepared:
+    def conversation(self, work: Asker) -> Conversation:
+        return self.request.conversation(work.model.processor.modalities, work.limits)
+
+    async def prompt(self, work: Asker) -> Prepared:
         """The conversation as the model will read it."""
-        request, entry = self.request, work.entry
-        conversation = request.conversation(entry.model.processor.modalities, work.context.limits)
-        check_tools(entry, request, conversation)
+        request, model = self.request, work.model
+        conversation = self.conversation(work)
+        check_tools(work, request, conversation)
         if request.echo and conversation.messages[-1].role == "assistant":  # the message that is continued
             self.echoed = conversation.last_text
-        return await entry.model.prompts.prepare_chat(
+        return await model.prompts.prepare_chat(
             conversation.messages,
             conversation.media,
             add_special_tokens=bool(request.add_special_tokens),
-            truncation=entry.model.truncation(
+            truncation=model.truncation(
                 request.truncate_prompt_tokens, request.truncation_side, completion=request.length or 1
             ),
-            tenant=work.call.turn,
+            tenant=work.turn,
             salt=work.salt(request.cache_salt),
             tools=request.tool_objects,
             **request.template_options(),
         )
 
-    async def prepare(self, work: Work) -> GenerationRequest:
+    async def prepare(self, work: Asker) -> GenerationRequest:
         """What is sent to the engine. Media in base64 are not kept while tokens come."""
-        entry = work.entry
-        grammar = await entry.model.grammars.held(self.request.form(), work.call.turn)
+        model = work.model
+        grammar = await model.grammars.held(self.request.form(), work.turn)
         prepared = await self.prompt(work)
-        entry.metrics.observe_prompt(prepared.text_s, prepared.media)
+        work.observer.observe_prompt(prepared.text_s, prepared.media)
         request = self.request = self.request.without_messages()
-        params = replace(request.sampling(entry.model.defaults, len(prepared.prompt.token_ids)), grammar=grammar)
+        params = replace(request.sampling(model.defaults, len(prepared.prompt.token_ids)), grammar=grammar)
         asked = request.generation(
             ((prepared.prompt, params),), work.salt(request.cache_salt), continues=bool(request.continue_final_message)
         )
-        return await with_format(entry.model, request, asked, prepared.tail, work.call.turn)
+        return await with_format(model, request, asked, prepared.tail, work.turn)
 
 
 class ChatCompletion(Chat):

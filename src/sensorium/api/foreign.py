@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from sensorium.api.chat import Chat
-from sensorium.api.generated import Work
+from sensorium.api.generated import Asker
 from sensorium.api.output_format import check_tools
 from sensorium.api.protocol.foreign_chat import ForeignChat
 from sensorium.api.protocol.turns import has_late_system
@@ -23,7 +23,7 @@ class TranslatedChat(Chat):
         super().__init__(request)
         self._asked = request
 
-    async def prompt(self, work: Work) -> Prepared:
+    async def prompt(self, work: Asker) -> Prepared:
         async def attempt(request: ForeignChat) -> Prepared:
             self.request = request
             return await super(TranslatedChat, self).prompt(work)
@@ -32,17 +32,17 @@ class TranslatedChat(Chat):
         return await _prepared(work, asked, attempt)
 
 
-async def count_tokens(work: Work, request: ForeignChat) -> int:
+async def count_tokens(work: Asker, request: ForeignChat) -> int:
     """Tokens of the prompt, however long; media are measured, not decoded."""
 
     async def attempt(request: ForeignChat) -> int:
-        model = work.entry.model
-        conversation = request.conversation(model.processor.modalities, work.context.limits)
-        check_tools(work.entry, request, conversation)
+        model = work.model
+        conversation = request.conversation(model.processor.modalities, work.limits)
+        check_tools(work, request, conversation)
         return await model.prompts.count_chat(
             conversation.messages,
             conversation.media,
-            tenant=work.call.turn,
+            tenant=work.turn,
             salt=work.salt(request.cache_salt),
             tools=request.tool_objects,
             **request.template_options(),
@@ -51,13 +51,13 @@ async def count_tokens(work: Work, request: ForeignChat) -> int:
     return await _prepared(work, request, attempt)
 
 
-async def _prepared(work: Work, request: ForeignChat, attempt: Callable[[ForeignChat], Awaitable[Result]]) -> Result:
+async def _prepared(work: Asker, request: ForeignChat, attempt: Callable[[ForeignChat], Awaitable[Result]]) -> Result:
     """System messages stay where they are if the template takes them there, so that a conversation that goes on finds
     its beginning in the cache; else they are one, at the start."""
     try:
         return await attempt(request)
     except RequestError as error:
-        conversation = request.conversation(work.entry.model.processor.modalities, work.context.limits)
+        conversation = request.conversation(work.model.processor.modalities, work.limits)
         if error.code != "chat_template_refused" or not has_late_system(conversation):
             error.param = "messages" if error.param == "continue_final_message" else error.param
             raise

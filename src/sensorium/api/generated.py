@@ -16,21 +16,66 @@ from sensorium.api.guards.admission import PendingBody
 from sensorium.api.protocol.sampling import SamplingBody
 from sensorium.api.transport.asgi import Call
 from sensorium.api.transport.frames import Usage as RunningUsage
+from sensorium.config import Limits
 from sensorium.prompt.formats.base import Delta, Text
-from sensorium.serving.generation import Choice, Generation, GenerationRequest, Usage, generate
+from sensorium.serving.generation import Choice, Generation, GenerationObserver, GenerationRequest, Usage, generate
+from sensorium.serving.model import ServedModel
 from sensorium.serving.prompts import Prepared
+
+
+class Asker(Protocol):
+    """What making a prompt needs to know of who asks, and whom: a request over HTTP, or a Python program."""
+
+    @property
+    def model(self) -> ServedModel: ...
+
+    @property
+    def name(self) -> str:
+        """The model's, for messages."""
+
+    @property
+    def limits(self) -> Limits: ...
+
+    @property
+    def turn(self) -> bytes:
+        """Who takes turns with others."""
+
+    @property
+    def observer(self) -> GenerationObserver: ...
+
+    def salt(self, own: str | None = None) -> bytes:
+        """Whose caches it may use. `own` is the request's `cache_salt`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One request on its way, and who does it."""
+    """One request over HTTP on its way, and who does it. An `Asker`."""
 
     context: Context
     call: Call
     entry: Entry
 
+    @property
+    def model(self) -> ServedModel:
+        return self.entry.model
+
+    @property
+    def name(self) -> str:
+        return self.entry.name
+
+    @property
+    def limits(self) -> Limits:
+        return self.context.limits
+
+    @property
+    def turn(self) -> bytes:
+        return self.call.turn
+
+    @property
+    def observer(self) -> GenerationObserver:
+        return self.entry.metrics
+
     def salt(self, own: str | None = None) -> bytes:
-        """Whose caches it may use. `own` is the request's `cache_salt`."""
         return self.context.salts.of(self.call.tenant, own)
 
 
@@ -55,7 +100,7 @@ class Endpoint(Protocol):
 class PromptedEndpoint(Endpoint, Protocol):
     """One whose prompt can be looked at alone."""
 
-    async def prompt(self, work: Work) -> Prepared: ...
+    async def prompt(self, work: Asker) -> Prepared: ...
 
 
 async def answer_generated(context: Context, call: Call, read: Callable[[PendingBody], Awaitable[Endpoint]]) -> None:

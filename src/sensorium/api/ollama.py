@@ -12,7 +12,7 @@ import msgspec
 from sensorium.api.context import Context
 from sensorium.api.embeddings import check_dimensions
 from sensorium.api.foreign import TranslatedChat
-from sensorium.api.generated import Work, answer_generated
+from sensorium.api.generated import Asker, Work, answer_generated
 from sensorium.api.guards.admission import PendingBody
 from sensorium.api.ollama_answers import LINES, Pieces, figures, now
 from sensorium.api.pooled import chosen_prompt, opened, pool_inputs
@@ -135,10 +135,10 @@ class RawAnswer(OllamaAnswer):
         super().__init__(request, chat, _text_line)
         self._prompt = prompt
 
-    async def prepare(self, work: Work) -> GenerationRequest:
-        model, request = work.entry.model, self.request
-        grammar = await model.grammars.held(request.form(), work.call.turn)
-        prompt = await model.prompts.text_prompt(self._prompt, tenant=work.call.turn)
+    async def prepare(self, work: Asker) -> GenerationRequest:
+        model, request = work.model, self.request
+        grammar = await model.grammars.held(request.form(), work.turn)
+        prompt = await model.prompts.text_prompt(self._prompt, tenant=work.turn)
         params = replace(request.sampling(model.defaults, len(prompt.token_ids)), grammar=grammar)
         return request.generation(((prompt, params),), work.salt(), continues=True)
 

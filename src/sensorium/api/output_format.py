@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from sensorium.api.context import Entry
+from sensorium.api.generated import Asker
 from sensorium.api.protocol.chat import ChatRequest
 from sensorium.api.protocol.content import Conversation
 from sensorium.api.protocol.tools import ToolFields
@@ -19,16 +19,16 @@ from sensorium.serving.model import ServedModel
 from sensorium.types import Grammar, SamplingParams
 
 
-def check_tools(entry: Entry, request: ToolFields, conversation: Conversation) -> None:
+def check_tools(work: Asker, request: ToolFields, conversation: Conversation) -> None:
     """UnsupportedFieldError where a chat has tools and the model cannot call any: it would answer as if there were
     none."""
-    found = entry.model.format
+    found = work.model.format
     if found is not None and found.has_tools:
         return
     param = "tools" if request.tools else conversation.tool_place
     if param:
         raise UnsupportedFieldError(
-            f"The model {entry.name!r} has no format for tool calls: its chat template does not mention tools. "
+            f"The model {work.name!r} has no format for tool calls: its chat template does not mention tools. "
             "Leave tools out, or start the server with a --chat-template that has them.",
             param=param,
         )

@@ -10,7 +10,7 @@ import msgspec
 
 from sensorium.api.chat import Chat
 from sensorium.api.context import Context
-from sensorium.api.generated import Work, answer_counted, answer_generated
+from sensorium.api.generated import Asker, Work, answer_counted, answer_generated
 from sensorium.api.guards.admission import PendingBody
 from sensorium.api.logprobs import chat_logprobs, token_names
 from sensorium.api.protocol.responses import ResponsesRequest
@@ -59,13 +59,13 @@ class Response(Chat):
         self._id = call.answer_id("resp_")
         self._created = int(time.time())
 
-    async def prepare(self, work: Work) -> GenerationRequest:
+    async def prepare(self, work: Asker) -> GenerationRequest:
         try:
             return await super().prepare(work)
         except RequestError as error:
             raise _here(error) from None
 
-    async def prompt(self, work: Work) -> Prepared:
+    async def prompt(self, work: Asker) -> Prepared:
         """With `truncation` auto, without as many of the oldest turns as do not fit."""
         dropped = 1
         while True:

@@ -6,7 +6,8 @@ import asyncio
 
 import msgspec
 
-from sensorium.api.context import Context, Entry
+from sensorium.api.context import Context
+from sensorium.api.generated import Work
 from sensorium.api.output_format import check_tools
 from sensorium.api.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from sensorium.api.transport.asgi import Call
@@ -20,7 +21,7 @@ async def tokenize(context: Context, call: Call) -> None:
         entry = context.entry(request.model)
         with entry.admission.admit(1):
             async with context.open_request(call):
-                tokens = await _tokens(context, call, entry, request)
+                tokens = await _tokens(Work(context, call, entry), request)
                 texts = [entry.model.tokenizer.id_to_token(token) for token in tokens]
                 await call.respond(
                     msgspec.json.encode(
@@ -34,20 +35,20 @@ async def tokenize(context: Context, call: Call) -> None:
                 )
 
 
-async def _tokens(context: Context, call: Call, entry: Entry, request: TokenizeRequest) -> list[int]:
-    model = entry.model
+async def _tokens(work: Work, request: TokenizeRequest) -> list[int]:
+    model = work.model
     if request.prompt is not None:
         return await model.prompts.encode(
-            request.prompt, add_special_tokens=request.add_special_tokens is not False, tenant=call.turn
+            request.prompt, add_special_tokens=request.add_special_tokens is not False, tenant=work.turn
         )
-    conversation = request.conversation(model.processor.modalities, context.limits)
-    check_tools(entry, request, conversation)
+    conversation = request.conversation(model.processor.modalities, work.limits)
+    check_tools(work, request, conversation)
     prompt = await model.prompts.chat_prompt(
         conversation.messages,
         conversation.media,
         add_special_tokens=bool(request.add_special_tokens),
-        tenant=call.turn,
-        salt=context.salts.of(call.tenant),
+        tenant=work.turn,
+        salt=work.salt(),
         tools=request.tool_objects,
         **request.template_options(),
     )

@@ -18,6 +18,7 @@ from sensorium.prompt.formats.base import Arguments, Call, Delta, Reasoning, Sca
 from sensorium.prompt.output import OutputText, PlainOutput, ScannedOutput, TextOptions
 from sensorium.serving.concurrency import all_in_order
 from sensorium.serving.defaults import for_choice
+from sensorium.serving.media import MediaTiming
 from sensorium.serving.model import ServedModel
 from sensorium.types import EngineOutput, EngineRequest, Prompt, SamplingParams, TokenLogprob
 
@@ -29,6 +30,9 @@ Emit = Callable[["Choice", Sequence[Delta]], Awaitable[None]]
 
 class GenerationObserver(Protocol):
     """Who counts. Called for every engine output: must stay cheap."""
+
+    def observe_prompt(self, text_s: float, media: Iterable[MediaTiming] = ()) -> None:
+        """Making a prompt took so long."""
 
     def asked(self, choices: int, max_tokens: int) -> None:
         """A prompt was sent with so many choices."""
