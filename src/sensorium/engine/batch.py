@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sensorium.engine.drafts import DraftRows
+from sensorium.engine.drafts import DraftRows, is_certain
 from sensorium.engine.scheduler import Plan, spans_within
 from sensorium.engine.sequence import ItemKey, Positions, Sequence
 from sensorium.kernels.context import AttentionContext
@@ -45,6 +45,7 @@ class Batch:
     sampled: list[Sequence]  # those that gain tokens here, in order
     sampled_rows: Tensor | None  # int64 [len(sampled)], then the rows of drafts; None: every token of the batch
     drafts: list[DraftRows] = field(default_factory=list)
+    ahead: list[list[int]] = field(default_factory=list)  # certain drafts of each of `sampled`; none: nobody has any
     token_types: Tensor | None = None  # int64 [tokens], where any prompt has them
 
 
@@ -120,7 +121,7 @@ class BatchBuilder:
             pieces.append(seq.positions(first, last))
             if seq.item_keys:
                 media.extend(_media_slices(seq, first, last, start - first))
-        sampled, rows, drafts = _sampled(plan, starts)
+        sampled, rows, drafts, ahead = _sampled(plan, starts)
         return Batch(
             sequences,
             starts,
@@ -131,6 +132,7 @@ class BatchBuilder:
             sampled,
             self._tensor(rows),
             drafts,
+            ahead,
             self._token_types(sequences, query_lens),
         )
 
@@ -207,26 +209,30 @@ class BatchBuilder:
         return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)
 
 
-def _sampled(plan: Plan, starts: list[int]) -> tuple[list[Sequence], Ints, list[DraftRows]]:
-    """(sequences that gain tokens, the rows that say them, which of the rows follow drafts)
+def _sampled(plan: Plan, starts: list[int]) -> tuple[list[Sequence], Ints, list[DraftRows], list[list[int]]]:
+    """(sequences that gain tokens, the rows that say them, which of the rows follow drafts, `Batch.ahead`)
 
-    The first row of each sequence comes first, in their order; those behind drafts stand after all of them.
+    The first row of each sequence comes first, in their order; those behind drafts stand after all of them. Certain
+    drafts have no rows but the one behind the last of them.
     """
     sequences: list[Sequence] = []
     rows: list[int] = []
-    num_decodes = len(plan.decodes)
-    for i, ((seq, count), start) in enumerate(zip(plan.work, starts, strict=True)):
-        if num_decodes <= i < num_decodes + len(plan.drafted):
-            sequences.append(seq)
-            rows.append(start)
-        elif seq.sampling is not None and seq.num_computed + count == seq.num_tokens:
-            sequences.append(seq)
-            rows.append(start + count - 1)
+    ahead: list[list[int]] = []
+    guessed: list[tuple[int, int]] = []  # (index of the sequence, its first row of the batch)
+    for (seq, count), start in zip(plan.work, starts, strict=True):
+        if not seq.drafts and (seq.sampling is None or seq.num_computed + count < seq.num_tokens):
+            continue
+        certain = seq.drafts if is_certain(seq) else []
+        if len(certain) < len(seq.drafts):
+            guessed.append((len(sequences), start))
+        rows.append(start + count - 1 if certain or not seq.drafts else start)
+        sequences.append(seq)
+        ahead.append(certain)
     drafts = []
-    for i, (_, count) in enumerate(plan.drafted, num_decodes):
-        drafts.append(DraftRows(i, len(rows)))
-        rows.extend(range(starts[i] + 1, starts[i] + count))
-    return sequences, np.array(rows, np.int64), drafts
+    for index, start in guessed:
+        drafts.append(DraftRows(index, len(rows)))
+        rows.extend(range(start + 1, start + 1 + len(sequences[index].drafts)))
+    return sequences, np.array(rows, np.int64), drafts, ahead if any(ahead) else []
 
 
 def _places(lengths: Ints, counts: Ints) -> Ints:

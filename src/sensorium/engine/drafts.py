@@ -1,7 +1,8 @@
 """Drafts: guessed next tokens, computed together with a sequence's last token and kept as far as they are right.
 
 A draft is right if it is the very token that is sampled in its place. So drafts change how many tokens a step gives,
-never which: the sampler takes the same number of a seed's stream for each token as it does one at a time.
+never which: the sampler takes the same number of a seed's stream for each token as it does one at a time. Where a
+grammar leaves no choice but the drafts, only what follows them is sampled.
 """
 
 from __future__ import annotations
@@ -33,10 +34,13 @@ class Tokens:
     failed: set[int]
 
     @classmethod
-    def of(cls, sampled: Sampled) -> Tokens:
-        """One token each."""
+    def of(cls, sampled: Sampled, ahead: Seq[list[int]] = ()) -> Tokens:
+        """One token each, behind what each has `ahead`."""
         logprobs = {index: [one] for index, one in sampled.logprobs.items()}
-        return cls([[token] for token in sampled.token_ids], logprobs, set(sampled.failed))
+        token_ids = [[token] for token in sampled.token_ids]
+        if ahead:
+            token_ids = [[*known, *one] for known, one in zip(ahead, token_ids, strict=True)]
+        return cls(token_ids, logprobs, set(sampled.failed))
 
     def extend(self, indices: Seq[int], sampled: Sampled) -> None:
         """One more token for each of `indices`."""
@@ -45,6 +49,13 @@ class Tokens:
             self.token_ids[index].append(token)
             if row in sampled.logprobs:
                 self.logprobs[index].append(sampled.logprobs[row])
+
+
+def is_certain(seq: Sequence) -> bool:
+    """Whether its drafts are what its grammar leaves, and nobody asks how likely they are: they need no logits."""
+    if seq.constraint is None or seq.sampling is None or seq.sampling.logprobs is not None:
+        return False
+    return seq.constraint.drafts(seq.num_outputs)[: len(seq.drafts)] == seq.drafts
 
 
 def sample_after_drafts(

@@ -109,10 +109,11 @@ class Masks:
                 rows[row, known] = value
 
     def _apply_masks(self, rows: Floats, raw: Floats, chosen: list[Held], *, is_edited: bool) -> None:
-        is_small = len(chosen) == len(rows) and self._vocab_size <= SMALL_VOCABULARY and not is_edited
+        is_small = self._vocab_size <= SMALL_VOCABULARY and not is_edited
         if is_small and not any(constraint.is_delicate for _, constraint, _, _ in chosen):
             slots = [slot for _, _, slot, _ in chosen]
-            rows += self._weights_of(self._bits[slots], rows)  # all at once: what small steps have time for
+            where = slice(None) if len(chosen) == len(rows) else [row for row, _, _, _ in chosen]
+            rows[where] += self._weights_of(self._bits[slots], rows)  # all at once: what small steps have time for
             return
         for row, constraint, slot, _ in chosen:
             if constraint.matcher.is_error():

@@ -135,9 +135,8 @@ class Runner:
         logits = self._model.logits(hidden)  # [rows, vocab]
         self._faults.hit("sample")
         sequences = batch.sampled
-        if not batch.drafts:
-            return Tokens.of(self._sampler.sample(logits, sequences))
-        tokens = Tokens.of(self._sampler.sample(logits[: len(sequences)], sequences))
+        first = logits[: len(sequences)] if batch.drafts else logits
+        tokens = Tokens.of(self._sampler.sample(first, sequences, batch.ahead), batch.ahead)
         sample_after_drafts(self._sampler, logits, sequences, batch.drafts, tokens)
         return tokens
 

@@ -142,7 +142,7 @@ class Sampler:
         self._seed = seed
         self._masks = masks
 
-    def sample(self, logits: Tensor, sequences: Seq[Sequence], ahead: Seq[list[int]] | None = None) -> Sampled:
+    def sample(self, logits: Tensor, sequences: Seq[Sequence], ahead: Seq[list[int]] = ()) -> Sampled:
         """logits [rows, vocab], one row for each sequence; `ahead`: tokens that each has gained and not yet has.
 
         Rows of sequences with a grammar may be written to.
@@ -228,7 +228,7 @@ def _checked(token_ids: NDArray[np.int64], highest: NDArray[np.float32], vocab_s
 # Edits of single logits
 
 
-def _held(sequences: Seq[Sequence], ahead: Seq[list[int]] | None) -> list[Held]:
+def _held(sequences: Seq[Sequence], ahead: Seq[list[int]]) -> list[Held]:
     """The rows of sequences with a grammar."""
     return [
         (row, seq.constraint, seq.slot, seq.num_outputs + (len(ahead[row]) if ahead else 0))
@@ -237,9 +237,7 @@ def _held(sequences: Seq[Sequence], ahead: Seq[list[int]] | None) -> list[Held]:
     ]
 
 
-def _edited(
-    logits: Tensor, states: Seq[SamplerState], sequences: Seq[Sequence], ahead: Seq[list[int]] | None
-) -> Tensor:
+def _edited(logits: Tensor, states: Seq[SamplerState], sequences: Seq[Sequence], ahead: Seq[list[int]]) -> Tensor:
     """Logits with bias, forbidden tokens and penalties; the input stays as it is."""
     vocab_size = logits.shape[1]
     added: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []

@@ -237,8 +237,9 @@ class Scheduler:
         """Plan all decodes, with at most `tokens` drafts between them; returns the number of drafts."""
         total = 0
         for seq in self.decoding:
-            most = min(tokens - total, self._most_drafts(seq))
-            seq.drafts = propose(seq, most)[:most] if most > 0 else []
+            seq.drafts = propose(seq, tokens - total) if total < tokens else []
+            if seq.drafts:
+                seq.drafts = seq.drafts[: max(min(tokens - total, self._most_drafts(seq)), 0)]
             if seq.drafts:
                 total += len(seq.drafts)
                 plan.drafted.append((seq, 1 + len(seq.drafts)))

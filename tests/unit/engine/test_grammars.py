@@ -97,6 +97,26 @@ def test_forced_tokens_come_in_one_step_and_change_nothing(
         )
 
 
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "frequency_penalty": 1.0}, {"temperature": 1.0}])
+def test_forced_tokens_are_not_sampled(model: Model, tokenizer: Tokenizer, sampling: dict[str, Any]) -> None:
+    """Nor are their logits computed; who does not ask for log-probabilities has the same tokens as who does."""
+    asked = held(model, tokenizer).run(*(ask(model, JSON, seed, logprobs=0, **sampling) for seed in range(3)))
+    made = held(model, tokenizer)
+    sampler = made.engine.runner._sampler
+    sample, rows = sampler.sample, []
+
+    def spy(logits: Any, sequences: Any, ahead: Any = ()) -> Any:
+        rows.append((len(logits), len(sequences)))
+        return sample(logits, sequences, ahead)
+
+    sampler.sample = spy  # type: ignore[method-assign]
+    results = made.run(*(ask(model, JSON, seed, **sampling) for seed in range(3)), ask(model, None, 3, 10))
+    assert tokens_of(results[:3]) == tokens_of(asked)
+    assert len(rows) == made.core._steps
+    assert all(num_rows == num_sequences for num_rows, num_sequences in rows)
+    assert sum(num_rows for num_rows, _ in rows) < 0.8 * sum(map(len, tokens_of(results)))
+
+
 def test_an_answer_that_is_whole_ends_at_once_and_names_no_stop_token(model: Model, tokenizer: Tokenizer) -> None:
     (result,) = held(model, tokenizer).run(ask(model, Grammar("regex", "yes|no")))
     assert (result.reason, text_of(tokenizer, result)) in (("stop", "yes"), ("stop", "no"))
