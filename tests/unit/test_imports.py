@@ -64,6 +64,7 @@ BROAD_EXCEPT = {
 # The server renders no template itself: Jinja is for the process that can be killed, and for tools.
 RUNS_TEMPLATES = {"sensorium.prompt.sandbox", "sensorium.prompt.render_worker", "sensorium.prompt.local"}
 UNPICKLERS = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
+MOST_LINES = 40  # of a function, its signature and docstring included
 SAFE_TORCH_LOAD = "weights/tensor_files.py"
 
 
@@ -216,6 +217,17 @@ def test_every_file_says_what_it_is() -> None:
     assert not [file for file, text in docs.items() if not text]
     drawings = {"errors.py"}  # the tree
     assert {file for file, text in docs.items() if len(list(filter(None, text.splitlines()))) > 5} <= drawings
+
+
+def test_functions_fit_on_a_screen() -> None:
+    long = [
+        f"{file}:{node.lineno} {node.name} has {(node.end_lineno or 0) - node.lineno + 1} lines"
+        for file, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (node.end_lineno or 0) - node.lineno >= MOST_LINES
+    ]
+    assert not long
 
 
 def test_dependencies_are_what_is_imported() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import monotonic
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -185,77 +186,110 @@ def build_engine(
 ) -> Engine:
     """Everything around a model that is already there."""
     started = monotonic() if started is None else started
-    groups = model.cache_groups()
-    has_cache = bool(groups)
-    cache_dtype = choose_cache_dtype(config.kv_cache_dtype, dtype, has_cache=has_cache)
-    poolers = model.poolers
+    groups, poolers = model.cache_groups(), model.poolers
     tokens = config.max_num_batched_tokens or default_batched_tokens(model, device)
-    wanted = wanted_length(config, checkpoint)
-    num_blocks, max_len, kv_bytes = 0, wanted, 0
-    cache: KVCache = []
-    if has_cache:
-        layout = CacheLayout(tuple(paged(groups)), config.block_size, cache_dtype)
-        activations = activation_bytes(model, tokens, cache_dtype) if device.type != "cpu" else 0
-        mapped_bytes = mapped_weight_bytes(model)  # the system counts them as free memory
-        available = available_for_cache(config, device, activations, mapped_bytes)
-        num_blocks, max_len = size_cache(config, layout, wanted, available)
-        cache = layout.make(num_blocks, device)
-        kv_bytes = num_blocks * layout.block_bytes
+    cache = _make_cache(model, groups, config, wanted_length(config, checkpoint), tokens, device, dtype)
     row_bytes = encoder_row_bytes(groups, checkpoint.text.hidden_size if checkpoint.text else 0, dtype)
     encoder: EncoderCache[Tensor] = EncoderCache(encoder_cache_bytes(config, device), row_bytes)
-    pool = BlockPool(num_blocks)
+    pool = BlockPool(cache.num_blocks)
     prefixes = PrefixCache(
         pool,
         config.block_size,
         _identity(checkpoint, config, dtype),
-        enabled=config.enable_prefix_caching and has_cache,
+        enabled=config.enable_prefix_caching and bool(cache.layers),
         stretched_from=model.stretched_from,
     )
-    axes = max(1, len(checkpoint.text.rope.mrope_section)) if checkpoint.text else 1
-    rows = CPU_ENCODER_ROWS if device.type == "cpu" else tokens
-    budget = Budget(
+    budget = _budget(model, groups, checkpoint, config, cache, tokens, device)
+    scheduler = Scheduler(budget, pool, prefixes, encoder, {task: one.all_tokens for task, one in poolers.items()})
+    builder = _batch_builder(model, budget, device)
+    masks = Masks(config.max_num_seqs, checkpoint.vocab_size)
+    sampler = Sampler(config.seed, masks)
+    runner = Runner(model, cache.layers, builder, sampler, encoder, device, masks=masks, poolers=poolers, faults=faults)
+    ready = _ready(model, config, cache, device, dtype, started)
+    work = (2.0 * ready.weight_bytes, 16.0 * key_elements(groups))  # not too little
+    return Engine(scheduler, runner, prefixes, encoder, ready, mapped_weights(model), work, checkpoint.vocab_size)
+
+
+def _batch_builder(model: Model, budget: Budget, device: torch.device) -> BatchBuilder:
+    return BatchBuilder(
+        budget.max_num_seqs,
+        -(-budget.max_model_len // budget.block_size) if budget.has_cache else 0,
+        budget.block_size,
+        budget.axes,
+        device,
+        marks_long=model.long_context_from is not None,
+        stretched_from=model.stretched_from,
+    )
+
+
+class _Cache(NamedTuple):
+    layers: KVCache  # empty for models without a cache
+    num_blocks: int
+    max_len: int  # tokens of the longest sequence
+    size_bytes: int
+
+
+def _make_cache(
+    model: Model,
+    groups: list[CacheGroup],
+    config: EngineConfig,
+    wanted: int,
+    tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> _Cache:
+    """For sequences of `wanted` tokens, or as many as there is memory for. `tokens`: of the largest step."""
+    cache_dtype = choose_cache_dtype(config.kv_cache_dtype, dtype, has_cache=bool(groups))
+    if not groups:
+        return _Cache([], 0, wanted, 0)
+    layout = CacheLayout(tuple(paged(groups)), config.block_size, cache_dtype)
+    activations = activation_bytes(model, tokens, cache_dtype) if device.type != "cpu" else 0
+    mapped_bytes = mapped_weight_bytes(model)  # the system counts them as free memory
+    available = available_for_cache(config, device, activations, mapped_bytes)
+    num_blocks, max_len = size_cache(config, layout, wanted, available)
+    return _Cache(layout.make(num_blocks, device), num_blocks, max_len, num_blocks * layout.block_bytes)
+
+
+def _budget(
+    model: Model,
+    groups: list[CacheGroup],
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    cache: _Cache,
+    tokens: int,
+    device: torch.device,
+) -> Budget:
+    return Budget(
         config.max_num_seqs,
         tokens,
-        rows,
-        max_len,
+        CPU_ENCODER_ROWS if device.type == "cpu" else tokens,
+        cache.max_len,
         config.block_size,
-        has_cache,
-        axes,
+        bool(cache.layers),
+        max(1, len(checkpoint.text.rope.mrope_section)) if checkpoint.text else 1,
         model.generates,
         model.long_context_from,
         attends_to_media(groups),
         max_pairs(model, device),
     )
-    scheduler = Scheduler(budget, pool, prefixes, encoder, {task: one.all_tokens for task, one in poolers.items()})
-    max_blocks = -(-max_len // config.block_size) if has_cache else 0
-    builder = BatchBuilder(
-        config.max_num_seqs,
-        max_blocks,
-        config.block_size,
-        axes,
-        device,
-        marks_long=model.long_context_from is not None,
-        stretched_from=model.stretched_from,
-    )
-    masks = Masks(config.max_num_seqs, checkpoint.vocab_size)
-    sampler = Sampler(config.seed, masks)
-    runner = Runner(model, cache, builder, sampler, encoder, device, masks=masks, poolers=poolers, faults=faults)
-    tasks = (*((model.task,) if model.generates else ()), *poolers)
-    embedding_size = poolers["embed"].size if "embed" in poolers else 0
-    ready = EngineReady(
-        max_model_len=max_len,
-        kv_tokens=num_blocks * config.block_size,
+
+
+def _ready(
+    model: Model, config: EngineConfig, cache: _Cache, device: torch.device, dtype: torch.dtype, started: float
+) -> EngineReady:
+    poolers = model.poolers
+    return EngineReady(
+        max_model_len=cache.max_len,
+        kv_tokens=cache.num_blocks * config.block_size,
         block_size=config.block_size,
         weight_bytes=weight_bytes(model),
-        kv_bytes=kv_bytes,
+        kv_bytes=cache.size_bytes,
         load_seconds=monotonic() - started,
         device=device.type,
         dtype=str(dtype).removeprefix("torch."),
-        tasks=tasks,
-        embedding_size=embedding_size,
+        tasks=(*((model.task,) if model.generates else ()), *poolers),
+        embedding_size=poolers["embed"].size if "embed" in poolers else 0,
     )
-    work = (2.0 * ready.weight_bytes, 16.0 * key_elements(groups))  # not too little
-    return Engine(scheduler, runner, prefixes, encoder, ready, mapped_weights(model), work, checkpoint.vocab_size)
 
 
 def key_elements(groups: list[CacheGroup]) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sensorium.engine.constraint import Constraint
-from sensorium.types import EngineRequest, SamplingParams, TokenLogprob
+from sensorium.types import EngineRequest, Prompt, SamplingParams, TokenLogprob
 
 ItemKey = tuple[bytes, bytes]
 """(tenant salt, MediaFeatures.key): tower outputs are shared inside a tenant only, as their timing can be observed."""
@@ -96,12 +96,8 @@ class Sequence:
         self.plain_until = _plain_positions(prompt.positions, self.num_prompt)
         self.span_offsets = [span.offset for span in prompt.spans]
         self.item_keys: list[ItemKey] = [(request.salt, item.key) for item in prompt.media]
-        self.item_ends = [0] * len(prompt.media)  # where an item's last span ends
-        for span in prompt.spans:
-            self.item_ends[span.item] = max(self.item_ends[span.item], span.offset + span.length)
-        self.memories = [item for item, end in enumerate(self.item_ends) if not end]  # seen by all tokens, to the end
-        for item in self.memories:
-            self.item_ends[item] = sys.maxsize
+        self.item_ends = _item_ends(prompt)
+        self.memories = [item for item, end in enumerate(self.item_ends) if end == sys.maxsize]
         self.pinned: dict[int, None] = {}  # items whose tower outputs are held for this sequence
         self.blocks: list[int] = []
         self.block_keys: list[bytes] = []  # of its full blocks, as far as they were needed
@@ -137,6 +133,14 @@ class Sequence:
             return explicit[:, start:end]
         tail: Positions = np.broadcast_to(np.arange(cut, end) + self.delta, (len(explicit), end - cut))
         return np.concatenate((explicit[:, start:cut], tail), axis=1)
+
+
+def _item_ends(prompt: Prompt) -> list[int]:
+    """Where the last span of each media item ends. One without spans is seen by all tokens, to the end."""
+    ends = [0] * len(prompt.media)
+    for span in prompt.spans:
+        ends[span.item] = max(ends[span.item], span.offset + span.length)
+    return [end or sys.maxsize for end in ends]
 
 
 def _plain_positions(positions: NDArray[np.int32] | None, num_prompt: int) -> int:

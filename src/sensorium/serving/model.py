@@ -73,21 +73,35 @@ class ServedModel:
         client.vocabulary = tokenizer.vocabulary(checkpoint.stop_token_ids)
         self.grammars = GrammarPool(client.vocabulary, checkpoint.vocab_size)
         self.created = int(time.time())
-        self._task = task
         self._server = server
         self.instructions = read_prompts(checkpoint.folder)
         self._pooling = read_pooling(checkpoint.folder, "cls", checkpoint.pooling)
-        self._wanted_len = max_model_len
+        self._wanted_len, self._task = max_model_len, task
         self._max_logprobs = limits.max_logprobs
         cuts_left = checkpoint.tokenizer_config.get("truncation_side") == "left"
         self._limit = ContextLimit(tokenizer, lambda: self.max_model_len, cuts_left=cuts_left)
         self._threads = PromptThreads(server.media_workers + 2)
         self.format = format_of(template, tokenizer, server)
         self._templates = Templates(template, pooling_template, processor=processor, renderer=renderer, server=server)
-        self.prompts = PromptBuilder(
-            checkpoint,
-            tokenizer,
-            processor,
+        self.prompts = self._prompt_builder(loader, limits)
+        self._pairs = self._pair_prompts()
+
+    def _pair_prompts(self) -> PairPrompts:
+        encoder = self.checkpoint.family.encoder
+        return PairPrompts(
+            self.prompts,
+            self._limit,
+            self._threads,
+            system=self.instructions.default,
+            has_types=encoder is not None and token_types(self.checkpoint.config, encoder) > 1,
+        )
+
+    def _prompt_builder(self, loader: MediaLoader, limits: Limits) -> PromptBuilder:
+        server = self._server
+        return PromptBuilder(
+            self.checkpoint,
+            self.tokenizer,
+            self.processor,
             templates=self._templates,
             media=MediaPipeline(
                 loader,
@@ -101,14 +115,6 @@ class ServedModel:
             threads=self._threads,
             server=server,
             pooling=self._pooling,
-        )
-        encoder = checkpoint.family.encoder
-        self._pairs = PairPrompts(
-            self.prompts,
-            self._limit,
-            self._threads,
-            system=self.instructions.default,
-            has_types=encoder is not None and token_types(checkpoint.config, encoder) > 1,
         )
 
     @classmethod
@@ -127,13 +133,7 @@ class ServedModel:
     ) -> ServedModel:
         """Read what the HTTP process needs of a checkpoint. `max_model_len` and `task` are the flags."""
         tokenizer = Tokenizer.from_folder(checkpoint.folder, vocab_size=checkpoint.vocab_size)
-        if beyond := [token for token, one in tokenizer.added_tokens.items() if one >= checkpoint.vocab_size]:
-            _log.warning(
-                "the tokenizer has %d tokens (%r, ...) beyond the model's %d embeddings: prompts with them are refused",
-                len(beyond),
-                beyond[0],
-                checkpoint.vocab_size,
-            )
+        _warn_of_tokens_beyond(tokenizer, checkpoint.vocab_size)
         processor: Processor = load_class(checkpoint.family.processor)(
             checkpoint, tokenizer, dict(server.mm_processor_kwargs)
         )
@@ -296,3 +296,13 @@ class ServedModel:
 
 def _no_place(why: str) -> RequestError:
     return RequestError(f"`instruction`: {why}. Leave it out.", param="instruction", code="unsupported_field")
+
+
+def _warn_of_tokens_beyond(tokenizer: Tokenizer, vocab_size: int) -> None:
+    if beyond := [token for token, one in tokenizer.added_tokens.items() if one >= vocab_size]:
+        _log.warning(
+            "the tokenizer has %d tokens (%r, ...) beyond the model's %d embeddings: prompts with them are refused",
+            len(beyond),
+            beyond[0],
+            vocab_size,
+        )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
@@ -41,6 +41,18 @@ class Prepared:
     text_s: float
     media: tuple[MediaTiming, ...] = ()
     tail: str = ""
+
+
+class RenderOptions(TypedDict, total=False):
+    """How a conversation is rendered. `tools` are as OpenAI writes them; `pooled`: no completion follows, the prompt
+    itself is looked at; `chat_template` is the request's own."""
+
+    add_generation_prompt: bool
+    continue_final_message: bool
+    template_kwargs: Mapping[str, Any] | None
+    tools: Sequence[Mapping[str, Any]]
+    chat_template: str | None
+    pooled: bool
 
 
 class PromptBuilder:
@@ -80,37 +92,21 @@ class PromptBuilder:
         messages: Sequence[Message],
         media: Sequence[MediaSource],
         *,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
         add_special_tokens: bool = False,
-        template_kwargs: Mapping[str, Any] | None = None,
-        tools: Sequence[Mapping[str, Any]] = (),
-        chat_template: str | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
-        pooled: bool = False,
         truncation: Truncation | None = None,
         tenant: bytes = b"",
         salt: bytes = b"",
+        **options: Unpack[RenderOptions],
     ) -> Prepared:
         """Messages and their media, in order of appearance, as one prompt. Tenants take turns where they must wait;
         processed media are kept for those of the same `salt` only.
 
-        `add_special_tokens` False adds nothing but what the checkpoint's processor would: a BOS that a multimodal
-        model's template leaves to the tokenizer. `tools` are as OpenAI writes them.
-        `pooled`: no completion follows, the prompt itself is looked at.
+        Without `add_special_tokens` there is only what the checkpoint's processor adds: a multimodal model's BOS.
         """
         self._media.check(messages, media, self.processor.modalities)
         processor = self._processor_for(mm_processor_kwargs or {})
-        template, text, text_s = await self._rendered(
-            messages,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            template_kwargs=template_kwargs,
-            tools=tools,
-            chat_template=chat_template,
-            pooled=pooled,
-            tenant=tenant,
-        )
+        template, text, text_s = await self._rendered(messages, tenant=tenant, **options)
         settings = MediaSettings(processor, mm_processor_kwargs or {}, tenant, salt)
         features: list[MediaFeatures] = []
         timings: list[MediaTiming] = []
@@ -121,7 +117,7 @@ class PromptBuilder:
         begin = time.perf_counter()
         add = self._adds_special_tokens(text, add_special_tokens)
         prompt = await self._threads.run(
-            not tools and _is_small(messages) and len(media) <= 4,
+            not options.get("tools") and _is_small(messages) and len(media) <= 4,
             lambda: self._build(processor, text, features, add),
             tenant,
             characters=len(text),
@@ -141,7 +137,7 @@ class PromptBuilder:
         mm_processor_kwargs: Mapping[str, Any] | None = None,
         tenant: bytes = b"",
         salt: bytes = b"",
-        **options: Any,
+        **options: Unpack[RenderOptions],
     ) -> int:
         """Tokens of the prompt that `prepare_chat` would make, whether or not they fit. Media are measured, not
         decoded."""

@@ -35,16 +35,16 @@ class TaskFlag:
 
 TASK_FLAGS: Mapping[str, TaskFlag] = {
     "generate": TaskFlag(("generate", "transcribe"), ("generate", "transcribe")),
-    "embed": TaskFlag(("embed", "token_embed"), ("embed",)),
+    "embed": TaskFlag(("embed", "token_embed"), ("embed", "token_embed")),
     "classify": TaskFlag(("classify", "token_classify"), ("classify", "token_classify")),
     "reward": TaskFlag(("token_classify", "classify"), ("reward", "classify", "token_classify")),
     "score": TaskFlag(("score",), ("score", "classify", "embed")),
     "pooling": TaskFlag(
         ("classify", "token_classify", "score", "embed", "token_embed"),
-        ("embed", "classify", "token_classify", "reward", "score"),
+        ("embed", "token_embed", "classify", "token_classify", "reward", "score"),
     ),
     "auto": TaskFlag(
         ("generate", "transcribe", "classify", "token_classify", "score", "embed", "token_embed"),
-        ("generate", "transcribe", "embed", "classify", "token_classify", "reward", "score"),
+        ("generate", "transcribe", "embed", "token_embed", "classify", "token_classify", "reward", "score"),
     ),
 }

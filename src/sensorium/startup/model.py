@@ -24,6 +24,7 @@ from sensorium.startup.translate import as_meant, with_sampling_defaults
 from sensorium.system.memory import free_memory_bytes
 
 if TYPE_CHECKING:
+    from sensorium.media.loader import MediaLoader
     from sensorium.serving.model import ServedModel
 
 DEMO_NAME = "sensorium-demo"
@@ -71,6 +72,18 @@ def _check(options: ServeOptions, checkpoint: Checkpoint) -> None:
         raise StartupError(f"--max-model-len {length}: the checkpoint ends at {checkpoint.max_model_len} tokens")
 
 
+def _media_loader(options: ServeOptions) -> MediaLoader:
+    from sensorium.media.loader import MediaLoader
+
+    root = options.server.allowed_local_media_path
+    return MediaLoader(
+        options.limits,
+        allowed_domains=options.server.allowed_media_domains,
+        local_root=Path(root) if root else None,
+        workers=options.server.media_workers,
+    )
+
+
 @asynccontextmanager
 async def opened(starting: Starting) -> AsyncIterator[ServedModel]:
     """The model, whose engine may still be loading. Everything that belongs to it ends with the block."""
@@ -81,16 +94,9 @@ async def opened(starting: Starting) -> AsyncIterator[ServedModel]:
     renderer = RenderPool()
     try:
         renderer.start_early()
-        from sensorium.media.loader import MediaLoader
         from sensorium.serving.model import ServedModel
 
-        root = options.server.allowed_local_media_path
-        loader = MediaLoader(
-            options.limits,
-            allowed_domains=options.server.allowed_media_domains,
-            local_root=Path(root) if root else None,
-            workers=options.server.media_workers,
-        )
+        loader = _media_loader(options)
         model = ServedModel.open(
             starting.checkpoint,
             names=starting.names,

@@ -131,40 +131,52 @@ def _stored(file: Path, memory: mmap.mmap, start: int, key: str, entry: Any) -> 
         raise CheckpointError(f"{file.name}: the header entry of {key} is broken")
     if start + end > size:
         raise CheckpointError(f"{file.name} is cut short: {key} ends at byte {start + end} of {size}")
-    first, last = start + begin, start + end
-
-    def view() -> Tensor:
-        if first == last:
-            return torch.empty(shape, dtype=dtype)
-        if first % dtype.itemsize:
-            return torch.frombuffer(bytearray(memory[first:last]), dtype=dtype).view(shape)
-        return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=first).view(shape)
-
-    def advise(option: int) -> None:
-        page = first - first % mmap.PAGESIZE
-        if last > first:
-            memory.madvise(option, page, last - page)
-
-    def populate() -> None:
-        try:
-            advise(MADV_POPULATE_READ)
-        except OSError:  # a system that does not know it
-            advise(mmap.MADV_WILLNEED)
-
-    return (
-        begin,
-        end,
-        StoredTensor(
-            key,
-            file,
-            shape,
-            dtype,
-            view,
-            prefetch=lambda: advise(mmap.MADV_WILLNEED),
-            release=lambda: advise(mmap.MADV_DONTNEED),
-            populate=None if first % dtype.itemsize else populate,
-        ),
+    place = _Mapped(memory, start + begin, start + end, shape, dtype)
+    tensor = StoredTensor(
+        key,
+        file,
+        shape,
+        dtype,
+        place.view,
+        prefetch=lambda: place.advise(mmap.MADV_WILLNEED),
+        release=lambda: place.advise(mmap.MADV_DONTNEED),
+        populate=place.populate if place.is_aligned else None,
     )
+    return begin, end, tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Mapped:
+    """Bytes `first` to `last` of a mapped file, which are a tensor."""
+
+    memory: mmap.mmap
+    first: int
+    last: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def is_aligned(self) -> bool:
+        return self.first % self.dtype.itemsize == 0
+
+    def view(self) -> Tensor:
+        if self.first == self.last:
+            return torch.empty(self.shape, dtype=self.dtype)
+        if not self.is_aligned:
+            return torch.frombuffer(bytearray(self.memory[self.first : self.last]), dtype=self.dtype).view(self.shape)
+        count = math.prod(self.shape)
+        return torch.frombuffer(self.memory, dtype=self.dtype, count=count, offset=self.first).view(self.shape)
+
+    def advise(self, option: int) -> None:
+        page = self.first - self.first % mmap.PAGESIZE
+        if self.last > self.first:
+            self.memory.madvise(option, page, self.last - page)
+
+    def populate(self) -> None:
+        try:
+            self.advise(MADV_POPULATE_READ)
+        except OSError:  # a system that does not know it
+            self.advise(mmap.MADV_WILLNEED)
 
 
 def _check_overlap(file: Path, tensors: list[tuple[int, int, StoredTensor]]) -> list[StoredTensor]:

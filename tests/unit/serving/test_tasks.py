@@ -16,6 +16,7 @@ def test_every_value_of_the_flag_has_a_row() -> None:
 def test_rows_name_tasks_and_families_that_exist() -> None:
     assert {task for row in TASK_FLAGS.values() for task in row.tasks} == set(TASKS)
     known = {task for family in FAMILIES.values() for task in family.tasks}
-    assert known == set(TASK_FLAGS["auto"].families)
-    assert all(set(row.families) <= known for row in TASK_FLAGS.values())
-    assert set(TASK_FLAGS["pooling"].families) == known - {"generate", "transcribe"}
+    every = set(TASK_FLAGS["auto"].families)
+    assert known <= every
+    assert all(set(row.families) <= every for row in TASK_FLAGS.values())
+    assert set(TASK_FLAGS["pooling"].families) == every - {"generate", "transcribe"}
