@@ -126,14 +126,10 @@ def text_part(config: dict[str, Any]) -> dict[str, Any]:
 def read_text_config(config: dict[str, Any], family: Family) -> TextConfig:
     """The decoder's shape in config.json. CheckpointError names the key that cannot be served."""
     text = text_part(config)
-    model_type = text.get("model_type", family.text_model_type if text is not config else None)
-    decoder = DECODERS.get(str(model_type))
-    if decoder is None:
+    model_type = str(text.get("model_type", family.text_model_type if text is not config else None))
+    if (decoder := DECODERS.get(model_type)) is None:
         raise unsupported("text model_type", model_type, DECODERS)
     text = {**decoder.preset, **_renamed(text, decoder)}
-    activation = str(text.get("hidden_act") or "silu")
-    if activation not in ACTIVATIONS:
-        raise unsupported("hidden_act", activation, ACTIVATIONS)
     num_heads, num_kv_heads, head_dim = _heads(text, decoder)
     max_positions = positive_int(text, "max_position_embeddings", decoder.max_positions)
     rope = _rope(text, decoder, "full_attention", decoder.theta, max_positions, head_dim)
@@ -144,7 +140,7 @@ def read_text_config(config: dict[str, Any], family: Family) -> TextConfig:
     bias = decoder.reads_attention_bias and bool(text.get("attention_bias", False))
     hidden_size = positive_int(text, "hidden_size", decoder.hidden_size)
     return TextConfig(
-        model_type=str(model_type),
+        model_type=model_type,
         vocab_size=positive_int(text, "vocab_size", decoder.vocab_size),
         hidden_size=hidden_size,
         intermediate_size=positive_int(text, "intermediate_size", decoder.intermediate_size),
@@ -161,7 +157,7 @@ def read_text_config(config: dict[str, Any], family: Family) -> TextConfig:
         output_bias=bias,
         mlp_bias=decoder.reads_mlp_bias and bool(text.get("mlp_bias", False)),
         qk_norm=decoder.qk_norm,
-        hidden_act=activation,
+        hidden_act=_activation(text),
         norm_offset=decoder.norm_offset,
         has_sublayer_norms=decoder.has_sublayer_norms,
         embedding_scale=hidden_size**0.5 if decoder.scales_embeddings else 1.0,
@@ -175,6 +171,13 @@ def _renamed(text: dict[str, Any], decoder: DecoderDefaults) -> dict[str, Any]:
     kept = {key: value for key, value in text.items() if key not in decoder.names}
     own = {key: text[name] for key, name in decoder.names.items() if name in text}
     return {**kept, **own}
+
+
+def _activation(text: dict[str, Any]) -> str:
+    activation = str(text.get("hidden_act") or "silu")
+    if activation not in ACTIVATIONS:
+        raise unsupported("hidden_act", activation, ACTIVATIONS)
+    return activation
 
 
 def _logit_cap(text: dict[str, Any]) -> float | None:

@@ -69,9 +69,10 @@ class AttentionKernels(Library):
     ) -> Tensor:
         if not self._takes_pages(q, k_cache, v_cache, context):
             return reference.paged_attention(q, k_cache, v_cache, context, scale, sliding_window, visible)
-        tokens, heads, head_dim = q.shape
+        _, heads, head_dim = q.shape
+        sizes = (heads, k_cache.shape[1], head_dim, k_cache.shape[2])  # of a block: [key-value heads, tokens]
         tables = context.block_tables
-        out = q.new_empty((tokens, heads, head_dim))
+        out = q.new_empty(q.shape)
         arguments = AttentionArguments(
             q.data_ptr(),
             out.data_ptr(),
@@ -87,10 +88,7 @@ class AttentionKernels(Library):
             None if visible is None else visible.data_ptr(),
             tables.stride(0),
             len(context.query_lens),
-            heads,
-            k_cache.shape[1],
-            head_dim,
-            k_cache.shape[2],
+            *sizes,
             1,
             sliding_window or 0,
             k_cache.dtype is torch.int8,
