@@ -134,10 +134,9 @@ def read_text_config(config: dict[str, Any], family: Family) -> TextConfig:
     max_positions = positive_int(text, "max_position_embeddings", decoder.max_positions)
     rope = _rope(text, decoder, "full_attention", decoder.theta, max_positions, head_dim)
     max_len = max_positions if decoder.states_stretched_length else _stretched(rope, max_positions)
-    layers = _layers(text, decoder, rope, max_len, head_dim)
-    if family.modalities and decoder.media_both_ways:
-        layers = tuple(replace(layer, media_both_ways=True) for layer in layers)
-    bias = decoder.reads_attention_bias and bool(text.get("attention_bias", False))
+    both_ways = bool(family.modalities) and decoder.media_both_ways
+    layers = tuple(replace(one, media_both_ways=both_ways) for one in _layers(text, decoder, rope, max_len, head_dim))
+    bias = decoder.reads_attention_bias and bool(text.get("attention_bias"))
     hidden_size = positive_int(text, "hidden_size", decoder.hidden_size)
     return TextConfig(
         model_type=model_type,
