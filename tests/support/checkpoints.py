@@ -38,6 +38,8 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     SiglipVisionConfig,
     WhisperConfig,
 )
@@ -281,6 +283,54 @@ def make_qwen2_5_vl(
             **(vision or {}),
         },
         preprocessor,
+        options,
+    )
+
+
+def make_qwen3_vl(
+    path: Path,
+    layout: Layout = "hub",
+    *,
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+    preprocessor: dict[str, Any] | None = None,
+    video: dict[str, Any] | None = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """A table of 5 x 5 positions; two layers of the tower give rows to the decoder's first two of three."""
+    if video is not None:
+        path.mkdir(parents=True, exist_ok=True)
+        _write_json(path / "video_preprocessor_config.json", video)
+    return _make_qwen_vl(
+        path,
+        layout,
+        (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
+        {
+            "num_hidden_layers": 3,
+            "head_dim": 16,
+            "rope_scaling": {"rope_type": "default", "mrope_section": [3, 3, 2], "mrope_interleaved": True},
+            **(text or {}),
+        },
+        {
+            "depth": 3,
+            "hidden_size": 32,
+            "intermediate_size": 52,
+            "num_heads": 2,
+            "patch_size": 16,
+            "num_position_embeddings": 25,
+            "deepstack_visual_indexes": [0, 2],
+            "out_hidden_size": (text or {}).get("hidden_size", 64),
+            "initializer_range": 0.1,
+            **(vision or {}),
+        },
+        {
+            "size": {"shortest_edge": 4096, "longest_edge": 16777216},
+            "min_pixels": None,
+            "max_pixels": None,
+            "image_mean": [0.5] * 3,
+            "image_std": [0.5] * 3,
+            **(preprocessor or {}),
+        },
         options,
     )
 
@@ -991,7 +1041,9 @@ def _old_names(config: dict[str, Any]) -> dict[str, Any]:
         kind = rope.pop("rope_type", "default")
         if "partial_rotary_factor" in rope:
             config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
-        if "mrope_section" in rope:
+        if "mrope_interleaved" in rope:
+            rope["rope_type"] = kind
+        elif "mrope_section" in rope:
             rope = {"type": "mrope", "mrope_section": rope["mrope_section"]}
         elif kind == "longrope":
             rope = {"type": "su", **{k: v for k, v in rope.items() if k != "original_max_position_embeddings"}}

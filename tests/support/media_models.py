@@ -49,12 +49,23 @@ class Served:
         ids = torch.from_numpy(prompt.token_ids).long()
         rows = self.model.embed(ids).clone()
         encoded = self.encode(prompt.media) if prompt.media else []
+        size = rows.shape[1]
+        deep = rows.new_zeros(len(ids), self.model.deepstack * size)
         for span in prompt.spans:
-            rows[span.offset : span.offset + span.length] = encoded[span.item][span.row : span.row + span.length]
+            found = encoded[span.item][span.row : span.row + span.length]
+            rows[span.offset : span.offset + span.length] = found[:, :size]
+            deep[span.offset : span.offset + span.length] = found[:, size:]
         positions = None if prompt.positions is None else torch.from_numpy(prompt.positions).long()
-        if positions is None and "qwen2_" in type(self.model).__module__:  # a batch has as many axes everywhere
+        text = self.model.checkpoint.text
+        if positions is None and text is not None and text.rope.mrope_section:  # a batch has as many axes everywhere
             positions = torch.arange(len(ids)).expand(3, -1)
-        return Running(ids.tolist(), rows=rows, positions=positions, position_delta=prompt.position_delta)
+        return Running(
+            ids.tolist(),
+            rows=rows,
+            layer_rows=deep.unflatten(1, (-1, size)) if prompt.spans and self.model.deepstack else None,
+            positions=positions,
+            position_delta=prompt.position_delta,
+        )
 
 
 def load(folder: Path, oracle: PreTrainedModel) -> Served:

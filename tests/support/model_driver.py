@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sensorium.engine.memory import CacheLayout
-from sensorium.kernels.context import AttentionContext
+from sensorium.kernels.context import AttentionContext, LayerRows
 from sensorium.models.base import Model
 from sensorium.models.cache import paged
 
@@ -24,6 +24,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     cached: int = 0  # tokens computed
     rows: Tensor | None = None  # embeddings of the prompt, for models with media
+    layer_rows: Tensor | None = None  # [tokens, layers, hidden] of the prompt, added behind the first layers
     positions: Tensor | None = None  # [axes, tokens] of the prompt
     position_delta: int = 0
     prompt: int = 0  # tokens that it began with
@@ -74,6 +75,7 @@ class Driver:
             while len(sequence.blocks) * self.block_size < sequence.cached + count:
                 sequence.blocks.append(self.free.pop())
         context = self._context(work)
+        context.layer_rows = self._layer_rows(work)
         with torch.inference_mode():
             rows = torch.cat([self._rows(s, n) for s, n in work])
             positions = torch.cat([self._positions(s, n) for s, n in work], dim=-1)
@@ -96,6 +98,17 @@ class Driver:
         if sequence.rows is not None and last <= len(sequence.rows):
             return sequence.rows[first:last]
         return self.model.embed(torch.tensor(sequence.tokens[first:last], device=self.device))
+
+    def _layer_rows(self, work: list[tuple[Sequence, int]]) -> LayerRows | None:
+        """Also zeros, of tokens that are text."""
+        values, tokens, start = [], [], 0
+        for sequence, count in work:
+            if sequence.layer_rows is not None:
+                part = sequence.layer_rows[sequence.cached : sequence.cached + count]
+                values.append(part)
+                tokens.append(torch.arange(start, start + len(part), device=self.device))
+            start += count
+        return LayerRows(torch.cat(tokens), torch.cat(values)) if values else None
 
     def _positions(self, sequence: Sequence, count: int) -> Tensor:
         first, last = sequence.cached, sequence.cached + count

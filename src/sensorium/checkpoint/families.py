@@ -52,6 +52,7 @@ class DecoderDefaults:
     has_sublayer_norms: bool = False
     scales_embeddings: bool = False  # by the root of the hidden size
     caps_logits: bool = False  # reads `final_logit_softcapping`
+    mrope_interleaved: bool = False  # axes take turns, frequency by frequency
 
 
 _LLAMA = DecoderDefaults(32000, 4096, 11008, 32, 32, None, 2048, reads_attention_bias=True, reads_mlp_bias=True)
@@ -111,6 +112,22 @@ _WHISPER = DecoderDefaults(
         "hidden_act": "activation_function",
     },
 )
+_QWEN3_VL = DecoderDefaults(
+    151936,
+    4096,
+    22016,
+    32,
+    32,
+    32,
+    128000,
+    theta=5e5,
+    head_dim=128,
+    qk_norm=True,
+    reads_attention_bias=True,
+    window_is_optional=True,
+    mrope_section=(24, 20, 20),
+    mrope_interleaved=True,
+)
 _PHI3 = DecoderDefaults(32064, 3072, 8192, 32, 32, None, 4096, rms_norm_eps=1e-5)
 _GEMMA3 = DecoderDefaults(
     262208,
@@ -154,6 +171,7 @@ DECODERS: Mapping[str, DecoderDefaults] = {
     "qwen2_5_omni_text": _QWEN2_5_OMNI,
     "whisper": _WHISPER,
     "gemma3_text": _GEMMA3,
+    "qwen3_vl_text": _QWEN3_VL,
 }
 """By the `model_type` of the decoder's part of config.json, which is not the architecture's: LLaVA has several."""
 
@@ -379,6 +397,14 @@ FAMILIES: Mapping[str, Family] = {
         ("image", "video"),
         chat_template=chat_templates.QWEN2_VL,
         text_model_type="qwen2_5_vl_text",
+    ),
+    "Qwen3VLForConditionalGeneration": Family(
+        "Qwen3-VL",
+        "sensorium.models.qwen3_vl:Qwen3VL",
+        "sensorium.processors.qwen3_vl:Qwen3VLProcessor",
+        ("image", "video"),
+        chat_template=chat_templates.QWEN3_VL,
+        text_model_type="qwen3_vl_text",
     ),
     "Qwen2ForSequenceClassification": _CLASSIFIER,
     "Qwen3ForSequenceClassification": _CLASSIFIER,

@@ -57,7 +57,8 @@ class RopeConfig:
     mscale_all_dim: float = 0.0
     truncate: bool = True  # yarn: whether the border dimensions are whole numbers
     partial: float = 1.0  # part of head_dim that is rotated
-    mrope_section: tuple[int, ...] = ()  # frequencies per axis (time, height, width), contiguous
+    mrope_section: tuple[int, ...] = ()  # frequencies per axis (time, height, width), contiguous or
+    mrope_interleaved: bool = False  # the axes in turn, what is left over the first one's
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,14 +286,21 @@ def _rope(
     """Rotary positions of layers of this type. `theta` counts where the config does not say one."""
     settings = _rope_settings(text, decoder, layer_type)
     one_type = {**text, "rope_parameters": settings, "rope_scaling": None}
-    return read_rope(one_type, theta, max_positions, head_dim, decoder.mrope_section)
+    sections, interleaved = decoder.mrope_section, decoder.mrope_interleaved
+    return read_rope(one_type, theta, max_positions, head_dim, sections, interleaved=interleaved)
 
 
 def read_rope(
-    text: dict[str, Any], theta: float, max_positions: int, head_dim: int, mrope_section: tuple[int, ...] = ()
+    text: dict[str, Any],
+    theta: float,
+    max_positions: int,
+    head_dim: int,
+    mrope_section: tuple[int, ...] = (),
+    *,
+    interleaved: bool = False,
 ) -> RopeConfig:
     """Old dialect: rope_theta and rope_scaling{type|rope_type}; new one: rope_parameters with everything. `theta` and
-    `mrope_section` are the family's own."""
+    `mrope_section` are the family's own, and whether axes take turns."""
     scaling = text.get("rope_parameters") or text.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
         raise CheckpointError("config.json: rope_scaling must be an object")
@@ -320,6 +328,7 @@ def read_rope(
         truncate=bool(scaling.get("truncate", True)),
         partial=number(scaling, "partial_rotary_factor", number(text, "partial_rotary_factor", 1.0)),
         mrope_section=tuple(int(x) for x in numbers(scaling, "mrope_section")) or mrope_section,
+        mrope_interleaved=interleaved,
     )
     _check_rope(rope, int(head_dim * rope.partial) // 2)
     return rope
@@ -333,7 +342,10 @@ def _check_rope(rope: RopeConfig, frequencies: int) -> None:
     if rope.kind == "longrope" and not len(rope.short_factor) == len(rope.long_factor) == frequencies:
         raise CheckpointError(f"config.json: longrope needs short_factor and long_factor of {frequencies} numbers each")
     sections = rope.mrope_section
-    if sections and (sum(sections) != frequencies or min(sections) < 0):
+    if rope.mrope_interleaved:
+        if len(sections) != 3 or min(sections) < 0:
+            raise CheckpointError(f"config.json: mrope_section {list(sections)} must be three numbers of at least 0")
+    elif sections and (sum(sections) != frequencies or min(sections) < 0):
         raise CheckpointError(f"config.json: mrope_section {list(sections)} must add up to {frequencies}")
 
 

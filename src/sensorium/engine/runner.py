@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sensorium.engine.batch import Batch, BatchBuilder
+from sensorium.engine.batch import Batch, BatchBuilder, MediaSlice
 from sensorium.engine.drafts import Tokens, sample_after_drafts
 from sensorium.engine.encoder_cache import EncoderCache
 from sensorium.engine.encoding import Encodings
@@ -20,7 +20,7 @@ from sensorium.engine.masks import Masks
 from sensorium.engine.sampler import Sampler, logprobs
 from sensorium.engine.scheduler import Plan
 from sensorium.engine.sequence import Sequence
-from sensorium.kernels.context import KVCache, NeededStates
+from sensorium.kernels.context import KVCache, LayerRows, NeededStates
 from sensorium.models.base import Model
 from sensorium.models.cache import attends_to_media
 from sensorium.pooling.pooler import Pooler
@@ -74,9 +74,7 @@ class Runner:
         batch = self._builder.build(plan)
         self._masks.begin(batch.sampled)
         hidden = self._model.embed(batch.token_ids, batch.token_types)  # [tokens, hidden]
-        for media in batch.media:
-            rows = self._encoder.rows(media.key)
-            hidden[media.start : media.end] = rows[media.row : media.row + media.end - media.start]
+        batch.context.layer_rows = self._place_media(batch.media, hidden)
         batch.context.needed_states = self._needed_states(plan)
         if self._attends_to_media:
             self._add_memories(batch)
@@ -84,6 +82,17 @@ class Runner:
         if batch.sampled_rows is None:
             return StepResult(batch.sampled, self._sample(hidden, batch))
         return self._finish_prefills(plan, batch, hidden)
+
+    def _place_media(self, media: list[MediaSlice], hidden: Tensor) -> LayerRows | None:
+        """Write towers' rows into the embeddings [tokens, hidden]; returns what they have for later layers."""
+        size, tokens, values = hidden.shape[1], [], []
+        for one in media:
+            rows = self._encoder.rows(one.key)[one.row : one.row + one.end - one.start]
+            hidden[one.start : one.end] = rows[:, :size]
+            if self._model.deepstack:
+                tokens.append(torch.arange(one.start, one.end, device=self._device))
+                values.append(rows[:, size:].reshape(len(rows), -1, size))
+        return LayerRows(torch.cat(tokens), torch.cat(values)) if tokens else None
 
     def _finish_prefills(self, plan: Plan, batch: Batch, hidden: Tensor) -> StepResult:
         vectors: dict[int, NDArray[np.float32]] = {}

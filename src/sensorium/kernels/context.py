@@ -15,6 +15,14 @@ KVCache = list[tuple[Tensor, Tensor]]
 NeededStates = Literal["all", "first", "last"]
 
 
+@dataclass(frozen=True, slots=True)
+class LayerRows:
+    """What is added to the states of some tokens behind a decoder's first layers: `values[:, k]` behind layer k."""
+
+    tokens: Tensor  # int64 [n], places in the step
+    values: Tensor  # [n, layers, hidden]
+
+
 @dataclass(slots=True)
 class AttentionContext:
     """How the tokens of a step belong to sequences and to cache blocks. Built by `engine.batch`, one per step.
@@ -37,4 +45,5 @@ class AttentionContext:
     aligned: dict[int, list[Tensor]] = field(default_factory=dict)
     """Sequences whose attention to their memories is wanted -> per layer, float32 [heads, tokens, rows of memory]."""
     visible: Tensor | None = None  # int32 [tokens], keys that each token may see; None: up to its own
+    layer_rows: LayerRows | None = None  # only for models with `deepstack`; see there
     needed_states: NeededStates = "all"  # tokens whose states `forward` must compute: all, or one per sequence

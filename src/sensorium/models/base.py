@@ -73,13 +73,13 @@ class Model(nn.Module):
     every token: a prompt's tokens take the prompt's length, each later token the length up to itself, whatever the
     chunks. Cache blocks are never shared between prompts of different lengths beyond the border."""
 
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int  # shape of the KV cache; num_layers 0 means that there is none
-
     media_both_ways: bool = False
     """Tokens of a media item see all of it: the engine computes an item's span whole, in one step, and says in
     `AttentionContext.visible` how far each token sees."""
+
+    deepstack: int = 0
+    """Slices of the hidden size that a row of the tower has behind the token's embedding: the k-th is added to the
+    token's state behind layer k, by way of `AttentionContext.layer_rows`."""
 
     partial_states: ClassVar[NeededStates] = "all"
     """What `AttentionContext.needed_states` may say beside "all": `forward` then computes the hidden states of these
@@ -101,7 +101,7 @@ class Model(nn.Module):
 
     def encoding(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> Steps[list[Tensor]]:
         """Tower: the arrays of each item's MediaFeatures -> rows [num_rows, hidden] per item, in one batch and piece
-        by piece, so that other work can be done between them."""
+        by piece, so that other work can be done between them. With `deepstack` rows are wider."""
         raise NotImplementedError
 
     def encode(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:

@@ -193,8 +193,11 @@ class Decoder(nn.Module):
     def forward(self, hidden: Tensor, positions: Tensor, cache: KVCache, context: AttentionContext) -> Tensor:
         rotations = [one(positions, context.long_context, context.rope_lengths) for one in self.rotaries]
         is_partial = context.needed_states == "last" and len(context.query_lens) < len(hidden)
+        added = context.layer_rows
+        if added is not None and added.values.shape[1] >= len(self.layers):
+            is_partial = False
         rows = context.query_start[1:].long() - 1 if is_partial else None  # all that the last layer has to compute
-        if self.stack is not None:
+        if self.stack is not None and added is None:
             return self.stack(hidden, rotations, cache, context, rows)
         residual: Tensor | None = None
         caches = cache if self.is_causal else [None] * len(self.layers)
@@ -202,6 +205,8 @@ class Decoder(nn.Module):
             only = rows if index == len(self.layers) else None
             cos, sin = rotations[self.rotation_of[index - 1]]
             hidden, residual = layer(hidden, residual, cos, sin, layer_cache, context, only)
+            if added is not None and index <= added.values.shape[1]:
+                hidden.index_add_(0, added.tokens, added.values[:, index - 1])
         if residual is None:
             return hidden
         normed, _ = self.norm.add(hidden, residual)

@@ -50,6 +50,8 @@ class Qwen2VL(DecoderForCausalLM):
     def activation_bytes(self, tokens: int) -> int:
         size = self.model.norm.weight.element_size()
         largest = self.checkpoint.max_model_len * self.visual.config.spatial_merge_size**2
-        if (max_pixels := self.checkpoint.preprocessor.get("max_pixels")) is not None:
+        files = self.checkpoint.preprocessor
+        max_pixels = files.get("max_pixels") or (files.get("size") or {}).get("longest_edge")
+        if max_pixels is not None:
             largest = min(largest, max_pixels // self.visual.config.patch_size**2)
         return max(super().activation_bytes(tokens), self.visual.activation_bytes(size, largest))

@@ -36,13 +36,9 @@ class RotaryEmbedding(nn.Module):
         if config.kind == "longrope":
             long_inv_freq = base / torch.tensor(config.long_factor, device="cpu")
             base = base / torch.tensor(config.short_factor, device="cpu")
-        axes = None
-        if config.mrope_section:
-            sections = torch.tensor(config.mrope_section, device="cpu")
-            axes = torch.repeat_interleave(torch.arange(len(config.mrope_section), device="cpu"), sections)
         self.register_buffer("inv_freq", base, persistent=False)
         self.register_buffer("long_inv_freq", long_inv_freq, persistent=False)
-        self.register_buffer("axes", axes, persistent=False)
+        self.register_buffer("axes", _axes(config, len(base)), persistent=False)
 
     def forward(
         self, positions: Tensor, long_context: Tensor | None = None, lengths: Tensor | None = None
@@ -69,6 +65,17 @@ class RotaryEmbedding(nn.Module):
         longest = lengths.clamp(min=self.max_positions)
         theta = self.config.theta * (factor * longest / self.max_positions - (factor - 1)) ** (dim / (dim - 2))
         return 1.0 / theta.unsqueeze(1) ** _exponents(dim, lengths.device)
+
+
+def _axes(config: RopeConfig, frequencies: int) -> Tensor | None:
+    sections = config.mrope_section
+    if not sections:
+        return None
+    if not config.mrope_interleaved:
+        return torch.repeat_interleave(torch.arange(len(sections), device="cpu"), torch.tensor(sections, device="cpu"))
+    count = len(sections)
+    turns = [(i % count, i // count) for i in range(frequencies)]
+    return torch.tensor([axis if turn < sections[axis] else 0 for axis, turn in turns], device="cpu")
 
 
 def _frequencies(config: RopeConfig, head_dim: int) -> Tensor:

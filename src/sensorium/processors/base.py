@@ -129,6 +129,7 @@ class Processor:
         Raises RequestError when the number of placeholders and of media differ.
         """
         token_ids = np.array(self.tokenizer.encode(text, add_special_tokens=add_special_tokens), np.int32)
+        self._check_counts([kind for _, kind in self._marked(token_ids)], media)
         return self._assemble(self._expanded(token_ids, media), media)
 
     def text_length(self, text: str) -> int:
@@ -207,19 +208,26 @@ class Processor:
         return Prompt(token_ids, tuple(media), tuple(spans), positions, delta)
 
     def _expanded(self, token_ids: NDArray[np.int32], media: Sequence[MediaFeatures]) -> Iterator[Piece]:
-        """Replace the n-th marker of a kind by the rows of the n-th media item of that kind."""
-        kinds = {self._marker_id(kind): kind for kind in self.modalities}
-        places = np.flatnonzero(np.isin(token_ids, list(kinds)))
-        found = [kinds[int(token_ids[place])] for place in places]
-        self._check_counts(found, media)
-        waiting = {kind: iter([i for i, one in enumerate(media) if one.kind == kind]) for kind in self.modalities}
+        """Replace the n-th marker of a kind by the n-th run of rows of that kind."""
+        runs = {kind: iter(self._runs(kind, media)) for kind in self.modalities}
         start = 0
-        for place, kind in zip(places.tolist(), found, strict=True):
-            item = next(waiting[kind])
+        for place, kind in self._marked(token_ids):
             yield token_ids[start:place]
-            yield PlaceholderRun(item, self.placeholder_id(kind), media[item].num_rows)
+            yield next(runs[kind])
             start = place + 1
         yield token_ids[start:]
+
+    def _marked(self, token_ids: NDArray[np.int32]) -> list[tuple[int, Modality]]:
+        """Where media's markers are, and what they stand for."""
+        kinds = {self._marker_id(kind): kind for kind in self.modalities}
+        places = np.flatnonzero(np.isin(token_ids, list(kinds)))
+        return [(place, kinds[int(token_ids[place])]) for place in places.tolist()]
+
+    def _runs(self, kind: Modality, media: Sequence[MediaFeatures]) -> Iterator[PlaceholderRun]:
+        """What takes the places of the markers of a kind, in their order."""
+        for item, one in enumerate(media):
+            if one.kind == kind:
+                yield PlaceholderRun(item, self.placeholder_id(kind), one.num_rows)
 
     def _check_counts(self, found: Sequence[Modality], media: Sequence[MediaFeatures]) -> None:
         """`found`: the kind of every placeholder in the prompt."""

@@ -61,6 +61,7 @@ class Qwen2VLProcessor(Processor):
         "video": ("<|vision_start|>", "<|video_pad|>", "<|vision_end|>"),
     }
     token_ids: ClassVar[Mapping[Modality, int]] = {"image": 151655, "video": 151656}  # where config.json has none
+    fills_groups: ClassVar[bool] = True  # takes no odd number of frames where a longer clip has another one
 
     def __init__(self, checkpoint: Checkpoint, tokenizer: Tokenizer, overrides: dict[str, Any] | None = None) -> None:
         super().__init__(checkpoint, tokenizer, overrides)
@@ -78,13 +79,14 @@ class Qwen2VLProcessor(Processor):
         self._frames = files.get("temporal_patch_size") or vision.get("temporal_patch_size", 2)
         self._merge: int = files.get("merge_size") or vision.get("spatial_merge_size", 2)
         self._factor = self._patch * self._merge
-        self._normalization = image.Normalization.of(files)
+        self._normalizations: dict[Modality, image.Normalization] = {
+            "image": image.Normalization.of(files),
+            "video": self._video_normalization(),
+        }
         self._resample = image.resample_filter(files)
         self._resizes = image.switch(files, "do_resize")
         self._min_pixels, self._max_pixels = self._pixel_bounds(files, (56 * 56, 28 * 28 * 1280))
-        self._video_bounds = self._pixel_bounds(
-            self.checkpoint.video_preprocessor, (VIDEO_MIN_PIXELS, VIDEO_MAX_PIXELS)
-        )
+        self._video_bounds = self._video_pixel_bounds()
         self._sampling = self._video_sampling()
 
     def video_sampling(self) -> VideoSampling:
@@ -121,8 +123,8 @@ class Qwen2VLProcessor(Processor):
         arrays: dict[str, NDArray[np.generic]] = {
             "pixels": self._patches(resized, grid, 1 if item.kind == "image" else self._frames),
             "grid": np.array(grid, np.int32),
-            "scale": self._normalization.scale.reshape(3),
-            "shift": self._normalization.shift.reshape(3),
+            "scale": self._normalizations[item.kind].scale.reshape(3),
+            "shift": self._normalizations[item.kind].shift.reshape(3),
         }
         return MediaFeatures(item.kind, self._feature_key(item), self._num_rows(grid), arrays)
 
@@ -141,8 +143,9 @@ class Qwen2VLProcessor(Processor):
             out[:, at : span.offset] = np.arange(position, position + text)
             at, position = span.offset + span.length, position + text
             t, h, w = (int(n) for n in media[span.item].arrays["grid"])
-            times = self._times(media[span.item], t)  # [t]
-            places = np.indices((t, h // self._merge, w // self._merge), np.int32).reshape(3, -1)
+            times = self._times(media[span.item], t)  # [t], of which the span may have fewer
+            lines, columns = h // self._merge, w // self._merge
+            places = np.indices((span.length // (lines * columns), lines, columns), np.int32).reshape(3, -1)
             places[0] = times[places[0]]
             out[:, span.offset : at] = places + position
             position += int(places.max()) + 1
@@ -153,6 +156,9 @@ class Qwen2VLProcessor(Processor):
     def _times(self, media: MediaFeatures, count: int) -> NDArray[np.int32]:
         """Positions on the time axis of a media item's frame groups, from 0 on: here they are counted, not timed."""
         return np.arange(count, dtype=np.int32)
+
+    def _video_normalization(self) -> image.Normalization:
+        return image.Normalization.of(self.checkpoint.preprocessor)
 
     def _num_rows(self, grid: tuple[int, int, int]) -> int:
         return grid[0] * grid[1] * grid[2] // (self._merge * self._merge)
@@ -178,10 +184,13 @@ class Qwen2VLProcessor(Processor):
                     code="invalid_image",
                 )
             return height, width
-        low, high = self._min_pixels, self._max_pixels
         if kind == "video":
-            low, high = self._video_bounds
-            high = max(min(high, VIDEO_TOTAL_PIXELS * self._frames // frames), min(high, int(low * 1.05)))
+            return self._frame_size(height, width, frames)
+        return smart_resize(height, width, self._factor, self._min_pixels, self._max_pixels)
+
+    def _frame_size(self, height: int, width: int, frames: int) -> tuple[int, int]:
+        low, high = self._video_bounds
+        high = max(min(high, VIDEO_TOTAL_PIXELS * self._frames // frames), min(high, int(low * 1.05)))
         return smart_resize(height, width, self._factor, low, high)
 
     def _patches(
@@ -218,6 +227,9 @@ class Qwen2VLProcessor(Processor):
             raise SettingError("max_pixels", f"is {high}: less than min_pixels or one token's {self._factor**2}")
         return low, high
 
+    def _video_pixel_bounds(self) -> tuple[int, int]:
+        return self._pixel_bounds(self.checkpoint.video_preprocessor, (VIDEO_MIN_PIXELS, VIDEO_MAX_PIXELS))
+
     def _bound(self, files: Mapping[str, Any], name: str, default: Any) -> int:
         value = self._value(files, name, default)
         if not isinstance(value, int):
@@ -225,9 +237,9 @@ class Qwen2VLProcessor(Processor):
         return value
 
     def _video_sampling(self) -> VideoSampling:
-        """2 frames a second, 4 to 768 of them; in groups of as many as the tower takes together. A given number of
-        frames is not bounded."""
-        files, group = self.checkpoint.video_preprocessor, self._frames
+        """2 frames a second, 4 to 768 of them; in groups of as many as the tower takes together, if `fills_groups`. A
+        given number of frames is not bounded."""
+        files, group = self.checkpoint.video_preprocessor, self._frames if self.fills_groups else 1
         if self.overrides.keys() & {"fps", "num_frames"} != {"fps"}:
             wanted = self._value(files, "num_frames", None)
             if wanted is not None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.checkpoints import make_llama
+from support.checkpoints import make_llama, make_qwen3_vl
 from support.engine_harness import Bench, Result, bench, image_request, random_prompt, request, tokens_of
 from torch import Tensor
 
@@ -26,6 +26,14 @@ from sensorium.pooling.pooler import EmbedPooler, TokenPooler
 from sensorium.types import EngineRequest, PoolingParams
 
 LENGTHS = (3, 17, 32, 33, 64, 70, 100, 5)
+
+
+@pytest.fixture(scope="module")
+def deep_model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A tiny Qwen3-VL with Qwen2-VL's patches."""
+    folder = tmp_path_factory.mktemp("qwen3_vl")
+    make_qwen3_vl(folder, text={"max_position_embeddings": 2048}, vision={"patch_size": 14})
+    return load_model(open_checkpoint(folder), dtype=torch.float32, device="cpu")
 
 
 def texts(max_tokens: int = 12, **sampling: Any) -> list[EngineRequest]:
@@ -58,6 +66,21 @@ def solo(model: Model, requests: Sequence[EngineRequest], **options: Any) -> lis
 )
 def test_same_tokens_however_computed(model: Model, chunk: int, caching: bool, preempted: bool, cache: str) -> None:
     """R7: chunked or not, cache cold and warm, preempted or not, alone or in a batch of 8, text and pictures."""
+    check_same_tokens(model, chunk, caching, preempted, cache)
+
+
+def test_rows_for_inner_layers_however_computed(deep_model: Model) -> None:
+    """Deepstack: what the tower has for the decoder's first layers is there for every token that is computed."""
+    check_same_tokens(deep_model, 13, caching=True, preempted=True, cache="auto")
+
+
+def test_rows_for_inner_layers_are_counted(deep_model: Model) -> None:
+    engine = bench(deep_model)
+    engine.run(image_request(1, 2, grid=(8, 8)))
+    assert engine.engine.encoder.size_bytes == 16 * 3 * 64 * 4
+
+
+def check_same_tokens(model: Model, chunk: int, caching: bool, preempted: bool, cache: str) -> None:
     engine = bench(model, max_num_batched_tokens=chunk, enable_prefix_caching=caching, kv_cache_dtype=cache)
     scheduler = engine.engine.scheduler
     requests = mixed(24, logprobs=2)

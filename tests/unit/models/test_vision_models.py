@@ -36,12 +36,14 @@ MAKERS: dict[str, Callable[..., PreTrainedModel]] = {
     # A tied head makes random weights repeat their last token for ever, which hides mistakes.
     "qwen2_vl": partial(checkpoints.make_qwen2_vl, tie_word_embeddings=False),
     "qwen2_5_vl": partial(checkpoints.make_qwen2_5_vl, tie_word_embeddings=False),
+    "qwen3_vl": partial(checkpoints.make_qwen3_vl, tie_word_embeddings=False),
 }
 SIZES = {
     "llava": [(50, 70), (28, 28), (90, 31)],
     "llava_next": [(50, 70), (120, 30), (28, 28), (16, 90)],
     "qwen2_vl": [(60, 90), (56, 56), (140, 70)],
     "qwen2_5_vl": [(60, 90), (56, 56), (60, 140)],
+    "qwen3_vl": [(60, 90), (64, 64), (40, 160)],
 }
 each_family = pytest.mark.parametrize("family", list(MAKERS))
 each_layout = pytest.mark.parametrize("layout", ["hub", "transformers"])
@@ -110,7 +112,9 @@ def test_rows_equal_transformers(family: str) -> None:
     del inputs["input_ids"], inputs["attention_mask"]
     inputs.pop("mm_token_type_ids", None)
     with torch.inference_mode():
-        theirs = here.oracle.model.get_image_features(**inputs).pooler_output
+        found = here.oracle.model.get_image_features(**inputs)
+    slices = [found.pooler_output, *getattr(found, "deepstack_features", [])]  # of each, per image
+    theirs = [torch.cat(parts, dim=1) for parts in zip(*slices, strict=True)]
     for ours, expected, media in zip(here.encode(prompt.media), theirs, prompt.media, strict=True):
         assert len(ours) == media.num_rows
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
@@ -292,6 +296,7 @@ def without_inner_name(key: str) -> str:
         ("llava_next", lambda key: in_memory(without_inner_name(key))),
         ("qwen2_vl", qwen_in_memory),
         ("qwen2_5_vl", qwen_in_memory),
+        ("qwen3_vl", lambda key: key.replace("model.language_model.", "model.").replace("model.visual.", "visual.")),
     ],
 )
 def test_weight_dialects(family: str, rename: Callable[[str], str], tmp_path: Path) -> None:
@@ -329,6 +334,7 @@ def test_layers_after_the_last_feature_need_not_be_there(tmp_path: Path) -> None
         ("qwen2_vl", "visual.merger.mlp.2.bias"),
         ("qwen2_vl", "visual.patch_embed.proj.weight"),
         ("qwen2_5_vl", "visual.blocks.0.mlp.up_proj.bias"),
+        ("qwen3_vl", "model.visual.deepstack_merger_list.1.norm.bias"),
     ],
 )
 def test_missing_and_unexpected_tensors_are_named(family: str, key: str, tmp_path: Path) -> None:

@@ -25,7 +25,11 @@ from sensorium.types import MediaItem, Prompt
 SMALL = {"size": {"shortest_edge": 56 * 56, "longest_edge": 56 * 140}}  # of a frame
 
 
-MAKERS = {"qwen2_vl": checkpoints.make_qwen2_vl, "qwen2_5_vl": checkpoints.make_qwen2_5_vl}
+MAKERS = {
+    "qwen2_vl": checkpoints.make_qwen2_vl,
+    "qwen2_5_vl": checkpoints.make_qwen2_5_vl,
+    "qwen3_vl": checkpoints.make_qwen3_vl,
+}
 each_family = pytest.mark.parametrize("family", list(MAKERS))
 
 
@@ -34,7 +38,8 @@ def served(family: str = "qwen2_vl") -> Served:
     with TemporaryDirectory() as folder:
         path = Path(folder)
         oracle = MAKERS[family](path, tie_word_embeddings=False)
-        (path / "video_preprocessor_config.json").write_text(json.dumps(SMALL))
+        size = SMALL if family != "qwen3_vl" else {"size": {"shortest_edge": 4096, "longest_edge": 24576}}  # of a clip
+        (path / "video_preprocessor_config.json").write_text(json.dumps(size))
         return load(path, oracle)
 
 
@@ -180,7 +185,7 @@ def test_logits_and_greedy_tokens_equal_transformers(family: str) -> None:
     here = served(family)
     prompt = here.prompt(ITEMS)
     inputs = oracle_inputs(here, ITEMS, prompt)
-    if family != "qwen2_vl":
+    if family == "qwen2_5_vl":
         here.oracle.model.get_rope_index = lambda *_, **__: (
             torch.from_numpy(prompt.positions).long()[:, None],
             torch.tensor([[prompt.position_delta]]),
@@ -221,8 +226,9 @@ def test_long_video_counts_on_after_its_last_frame() -> None:
     torch.testing.assert_close(Driver(here.model).prefill(here.run(prompt)), theirs, atol=1e-4, rtol=0)
 
 
-def test_prefill_cut_everywhere_inside_videos() -> None:
-    here = served()
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_prefill_cut_everywhere_inside_videos(family: str) -> None:
+    here = served(family)
     prompt = here.prompt(ITEMS)
     driver = Driver(here.model, num_blocks=4096)
     whole = driver.prefill(here.run(prompt))

@@ -6,6 +6,7 @@ into. Patches of a slice come ordered by 2x2 blocks; each block becomes one row 
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,6 +65,8 @@ class QwenVitConfig:
     theta: float = 10000.0  # of the rotary positions
     window_size: int = 0  # pixels of a window's side; 0: no windows
     full_attention_layers: tuple[int, ...] = ()  # those that no window cuts
+    table_side: int = 0  # of a square table of learned positions; 0: there is none
+    tapped_layers: tuple[int, ...] = ()  # whose outputs are merged for the decoder too, by mergers in this order
 
     @classmethod
     def of(cls, vision: Mapping[str, Any]) -> QwenVitConfig:
@@ -90,6 +93,19 @@ class QwenVitConfig:
             full_attention_layers=tuple(given.of("fullatt_block_indexes", (7, 15, 23, 31))),
         )
 
+    @classmethod
+    def of_qwen3(cls, vision: Mapping[str, Any]) -> QwenVitConfig:
+        """`vision_config` of Qwen3-VL."""
+        given = _Given(vision)
+        return cls(
+            **given.common(depth=27, patch_size=16),
+            embed_dim=given.of("hidden_size", 1152),
+            intermediate_size=given.of("intermediate_size", 4304),
+            hidden_act=given.of("hidden_act", "gelu_pytorch_tanh"),
+            table_side=math.isqrt(given.of("num_position_embeddings", 2304)),
+            tapped_layers=tuple(given.of("deepstack_visual_indexes", (8, 16, 24))),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class _Given:
@@ -99,14 +115,14 @@ class _Given:
         value = self.vision.get(name)
         return default if value is None else value
 
-    def common(self) -> dict[str, Any]:
+    def common(self, depth: int = 32, patch_size: int = 14) -> dict[str, Any]:
         if (channels := self.of("in_channels", self.of("in_chans", 3))) != 3:
             raise CheckpointError(f"config.json: vision_config has {channels} in_channels, images here have 3")
         return {
-            "depth": self.of("depth", 32),
+            "depth": self.of("depth", depth),
             "theta": self._theta(),
             "num_heads": self.of("num_heads", 16),
-            "patch_size": self.of("patch_size", self.of("spatial_patch_size", 14)),
+            "patch_size": self.of("patch_size", self.of("spatial_patch_size", patch_size)),
             "temporal_patch_size": self.of("temporal_patch_size", 2),
             "spatial_merge_size": self.of("spatial_merge_size", 2),
         }
@@ -172,11 +188,11 @@ class VisionBlock(nn.Module):
 class PatchEmbed(nn.Module):
     """[patches, 3 * frames * side * side] -> [patches, embed]. An image's patches come with one frame, shown twice."""
 
-    def __init__(self, config: QwenVitConfig) -> None:
+    def __init__(self, config: QwenVitConfig, *, bias: bool) -> None:
         super().__init__()
         self.frames = config.temporal_patch_size
         self.area = config.patch_size**2
-        self.proj = PatchLinear(config.embed_dim, 3, self.frames, config.patch_size, config.patch_size)
+        self.proj = PatchLinear(config.embed_dim, 3, self.frames, config.patch_size, config.patch_size, bias=bias)
 
     def forward(self, pixels: Tensor) -> Tensor:
         if pixels.shape[1] == 3 * self.area:
@@ -186,12 +202,13 @@ class PatchEmbed(nn.Module):
 
 
 class PatchMerger(nn.Module):
-    """The patches of a block side by side -> one row of the language model."""
+    """The patches of a block side by side -> one row of the language model. Normed are patches or, with `by_blocks`,
+    blocks."""
 
-    def __init__(self, config: QwenVitConfig, out_features: int, norm: Norm) -> None:
+    def __init__(self, config: QwenVitConfig, out_features: int, norm: Norm, *, by_blocks: bool = False) -> None:
         super().__init__()
         self.block = config.embed_dim * config.spatial_merge_size**2
-        self.ln_q = norm(config.embed_dim, EPS)
+        self.ln_q = norm(self.block if by_blocks else config.embed_dim, EPS)
         self.mlp = nn.ModuleDict(
             {"0": Linear(self.block, self.block, bias=True), "2": Linear(self.block, out_features, bias=True)}
         )
@@ -226,10 +243,11 @@ class QwenVit(nn.Module):
         *,
         norm: Norm = LayerNorm,
         mlp: Callable[[int, int, str], nn.Module] = Mlp,
+        patch_bias: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
-        self.patch_embed = PatchEmbed(config)
+        self.patch_embed = PatchEmbed(config, bias=patch_bias)
         self.blocks = nn.ModuleList(VisionBlock(config, norm, mlp) for _ in range(config.depth))
         self.merger = PatchMerger(config, out_features, norm)
         self._grids: OrderedDict[Size, _Grid] = OrderedDict()
@@ -261,21 +279,28 @@ class QwenVit(nn.Module):
                 (yield from by_rows(lambda rows: self.patch_embed(rows.to(dtype)), weights(self.patch_embed), part))
             )
         x = embedded[0] if len(embedded) == 1 else torch.cat(embedded)
+        x = yield from self._placed(x, sizes)
         grids = [self._grid(size, x.device) for size in sizes]
         cos, sin = torch.cat([grid.cos for grid in grids]), torch.cat([grid.sin for grid in grids])
         order = self._order(grids, sizes)
         if order is not None:
             x = x.view(-1, self.merger.block)[order].view(x.shape)
         windows = [run for grid in grids for run in grid.windows]
-        x = yield from self._layers(x, cos, sin, [h * w for h, w in sizes], windows)
-        rows = yield from self.merger(x)
+        rows = yield from self._rows(x, cos, sin, [h * w for h, w in sizes], windows)
         return rows if order is None else torch.empty_like(rows).index_copy_(0, order, rows)
 
-    def _layers(self, x: Tensor, cos: Tensor, sin: Tensor, slices: list[int], windows: list[int]) -> Steps[Tensor]:
+    def _placed(self, x: Tensor, sizes: Sequence[Size]) -> Steps[Tensor]:
+        """Patches that know where they are, where a tower tells them before its first layer."""
+        yield from ()
+        return x
+
+    def _rows(self, x: Tensor, cos: Tensor, sin: Tensor, slices: list[int], windows: list[int]) -> Steps[Tensor]:
+        """Patches [patches, embed] -> rows [blocks, out_features]."""
         for index, block in enumerate(self.blocks):
             is_cut = self.config.window_size and index not in self.config.full_attention_layers
             x = yield from block(x, cos, sin, windows if is_cut else slices)
-        return x
+        rows: Tensor = yield from self.merger(x)
+        return rows
 
     def _order(self, grids: Sequence[_Grid], sizes: Sequence[Size]) -> Tensor | None:
         """The blocks' order for a whole group; None where all stay in their places."""
@@ -308,14 +333,19 @@ class QwenVit(nn.Module):
 
     def _angles(self, lines: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin [patches, head_dim / 2] of a slice: half of the frequencies count lines, half columns."""
-        merge, quarter = self.config.spatial_merge_size, self.config.embed_dim // self.config.num_heads // 4
+        quarter = self.config.embed_dim // self.config.num_heads // 4
         exponents = torch.arange(0, quarter, dtype=torch.float32, device=device) / quarter
         inv_freq = 1.0 / self.config.theta**exponents
-        place = torch.arange(lines * columns, device=device).view(lines // merge, merge, columns // merge, merge)
-        place = place.permute(0, 2, 1, 3).flatten()  # patches in block order
-        both = torch.stack([place // columns, place % columns], dim=1)  # [patches, 2]
-        angles = (both.unsqueeze(-1) * inv_freq).flatten(1)  # [patches, 2 * quarter]
+        places = self._places(lines, columns, device)
+        angles = (places.unsqueeze(-1) * inv_freq).flatten(1)  # [patches, 2 * quarter]
         return angles.cos(), angles.sin()
+
+    def _places(self, lines: int, columns: int, device: torch.device) -> Tensor:
+        """int64 [patches, 2]: line and column of each patch, in block order."""
+        merge = self.config.spatial_merge_size
+        place = torch.arange(lines * columns, device=device).view(lines // merge, merge, columns // merge, merge)
+        place = place.permute(0, 2, 1, 3).flatten()
+        return torch.stack([place // columns, place % columns], dim=1)
 
     def _windows(self, lines: int, columns: int, device: torch.device) -> tuple[list[int], Tensor | None]:
         """(patches of each window, the blocks' order). Windows at the far edges are smaller."""

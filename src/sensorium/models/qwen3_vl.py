@@ -1,0 +1,23 @@
+"""Qwen3-VL (dense): a Qwen3 decoder with three-axis positions, whose first layers take rows of the tower too."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from sensorium.checkpoint.configs import Checkpoint
+from sensorium.models.base import Rename
+from sensorium.models.decoder import DECODER_MAP
+from sensorium.models.qwen2_vl import Qwen2VL
+from sensorium.models.towers.qwen3_vit import QWEN3_VIT_MAP, Qwen3Vit
+from sensorium.models.towers.qwen_vit import QwenVit, QwenVitConfig
+
+
+class Qwen3VL(Qwen2VL):
+    weight_map: ClassVar[tuple[Rename, ...]] = (*DECODER_MAP, *QWEN3_VIT_MAP)
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint)
+        self.deepstack = len(set(self.visual.config.tapped_layers))
+
+    def build_vision(self, checkpoint: Checkpoint) -> QwenVit:
+        return Qwen3Vit(QwenVitConfig.of_qwen3(checkpoint.config.get("vision_config") or {}), self.text.hidden_size)
