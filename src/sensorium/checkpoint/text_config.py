@@ -305,10 +305,8 @@ def read_rope(
     if not isinstance(scaling, dict):
         raise CheckpointError("config.json: rope_scaling must be an object")
     name = scaling.get("rope_type") or scaling.get("type") or "default"
-    kind = _ROPE_KINDS.get(str(name))
-    if kind is None:
+    if (kind := _ROPE_KINDS.get(str(name))) is None:
         raise unsupported("rope type", name, _ROPE_KINDS)
-    attention_factor = scaling.get("attention_factor")
     key = "original_max_position_embeddings"  # the outer one counts where both are there, as in transformers
     original = positive_int(text if text.get(key) else scaling, key, max_positions)
     rope = RopeConfig(
@@ -320,7 +318,7 @@ def read_rope(
         original_max_positions=original,
         short_factor=numbers(scaling, "short_factor"),
         long_factor=numbers(scaling, "long_factor"),
-        attention_factor=None if attention_factor is None else number(scaling, "attention_factor", 1.0),
+        attention_factor=None if scaling.get("attention_factor") is None else number(scaling, "attention_factor", 1.0),
         beta_fast=number(scaling, "beta_fast", 0.0) or 32.0,
         beta_slow=number(scaling, "beta_slow", 0.0) or 1.0,
         mscale=number(scaling, "mscale", 0.0),
