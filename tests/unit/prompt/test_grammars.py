@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
 from collections.abc import AsyncIterator
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ from sensorium.errors import RequestError
 from sensorium.prompt import grammars
 from sensorium.prompt.forms import MAX_CHARS, Form, FormKind
 from sensorium.prompt.grammar_check import Names, checked
+from sensorium.prompt.grammar_worker import NICENESS
 from sensorium.prompt.grammars import GrammarPool, either
 from sensorium.prompt.structural import structural_grammar
 from sensorium.types import Grammar, Vocabulary
@@ -214,6 +216,13 @@ async def test_size_is_known_before_anything_is_done(kind: FormKind) -> None:
     with pytest.raises(RequestError, match="at most"):
         await pool.grammar_of(Form(kind, "a" * (MAX_CHARS[kind] + 1), "field"))
     assert not pool.pids
+
+
+async def test_streams_come_before_compiling(pool: GrammarPool) -> None:
+    await pool.grammar_of(Form("regex", "b", "regex"))
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert pool.pids
+    assert all(os.getpriority(os.PRIO_PROCESS, pid) == min(own + NICENESS, 19) for pid in pool.pids)
 
 
 async def test_what_is_expensive_but_no_harm_compiles(pool: GrammarPool) -> None:
