@@ -10,6 +10,7 @@
     │   ├── AuthenticationError (401)
     │   ├── ForbiddenError (403)
     │   ├── NotFoundError (404)
+    │   │   └── ModelNotFoundError (404)      no model has this name
     │   ├── RequestTimeoutError (408)
     │   ├── BodyTooLargeError (413)
     │   ├── UnsupportedMediaTypeError (415) wrong Content-Type
@@ -103,6 +104,10 @@ class NotFoundError(RequestError):
     status = 404
     type = "not_found_error"
     code = "not_found"
+
+
+class ModelNotFoundError(NotFoundError):
+    code = "model_not_found"
 
 
 class RequestTimeoutError(RequestError):

@@ -41,7 +41,7 @@ class App:
                 self.context.keys.authenticate(call)
                 route = self._router.find(call)
                 if route.needs_engine:
-                    self.context.check_ready()
+                    self.context.catalog.check_any_ready()
                 await route.endpoint(self.context, call)
         self._note(call, route)
 

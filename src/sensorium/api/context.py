@@ -6,7 +6,8 @@ Built once by `server.build_app`; routes receive it and nothing else.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,9 +19,9 @@ from sensorium.api.metrics import Metrics, ModelMetrics
 from sensorium.api.playground import read_pages
 from sensorium.api.protocol.common import UnknownFields
 from sensorium.api.transport.asgi import Call
-from sensorium.api.transport.errors import ModelNotFoundError
 from sensorium.config import Limits, ServerConfig
-from sensorium.errors import RequestError, UnavailableError
+from sensorium.errors import RequestError
+from sensorium.serving.catalog import Catalog, CatalogEntry
 from sensorium.serving.model import ServedModel
 from sensorium.serving.tasks import TASKS
 from sensorium.system.heap import HeapTrimmer
@@ -29,27 +30,33 @@ if TYPE_CHECKING:
     from sensorium.api.routes import Route
 
 
-LATEST = ":latest"
 POOLING_REQUESTS = 4
 """Of the largest size, that may be computing or waiting."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One served model and what the edge keeps about it. `names` are all that clients may use; the first is shown.
+    """One served model and what the edge keeps about it.
 
     Pooled prompts are admitted apart: they are many and short, and none of them holds the engine for long.
     """
 
-    names: tuple[str, ...]
-    model: ServedModel
+    listed: CatalogEntry
     admission: Admission
-    metrics: ModelMetrics
     pooling_admission: Admission
+    metrics: ModelMetrics
+
+    @property
+    def model(self) -> ServedModel:
+        return self.listed.model
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.listed.names
 
     @property
     def name(self) -> str:
-        return self.names[0]
+        return self.listed.name
 
     def need(self, task: str, *, param: str = "model", doing: str | None = None) -> None:
         """RequestError unless the model does this task; `doing` is what the client asked for, if that is another."""
@@ -78,17 +85,15 @@ class Context:
         self.unknown = UnknownFields()
         self.pages = read_pages()
         self.routes: Sequence[Route] = ()  # what the application serves, for its description
-        names: dict[int, list[str]] = {}
-        for name, model in models.items():
-            names.setdefault(id(model), []).append(name)
-        self.metrics = Metrics(own[0] for own in names.values())
-        self.entries = tuple(self._entry(tuple(own), models[own[0]]) for own in names.values())
-        self._by_name = {name: entry for entry in self.entries for name in entry.names}
-        self.tenants = KeyLimiter(limits.max_concurrency_per_key, self.entries[0].metrics.refuse)
-        self.pending = PendingBytes(limits.max_pending_bytes, self.entries[0].metrics.refuse, HeapTrimmer().after)
+        self.catalog = Catalog(models)
+        self.metrics = Metrics(entry.name for entry in self.catalog.entries)
+        self.entries = tuple(self._entry(listed) for listed in self.catalog.entries)
+        self._by_name = {entry.name: entry for entry in self.entries}
+        self.tenants = KeyLimiter(limits.max_concurrency_per_key, self.metrics.refuse)
+        self.pending = PendingBytes(limits.max_pending_bytes, self.metrics.refuse, HeapTrimmer().after)
 
-    def _entry(self, names: tuple[str, ...], model: ServedModel) -> Entry:
-        metrics = self.metrics.models[names[0]]
+    def _entry(self, listed: CatalogEntry) -> Entry:
+        metrics, model = self.metrics.models[listed.name], listed.model
         running = model.client.config.max_num_seqs
         waiting = 4 * running if self.limits.max_waiting is None else self.limits.max_waiting
 
@@ -102,35 +107,27 @@ class Context:
             lambda: POOLING_REQUESTS * limits.max_embedding_tokens,
             metrics.refuse,
         )
-        return Entry(names, model, Admission(running + waiting, max_prompt_tokens, metrics.refuse), metrics, pooling)
+        return Entry(listed, Admission(running + waiting, max_prompt_tokens, metrics.refuse), pooling, metrics)
 
     def entry(self, name: str | None) -> Entry:
-        """The model of that name, with or without Ollama's `:latest`; without a name, the first one."""
-        if not name:
-            return self.entries[0]
-        for known in (name, name.removesuffix(LATEST), f"{name}{LATEST}"):
-            if known in self._by_name:
-                return self._by_name[known]
-        raise ModelNotFoundError(f"The model {name!r} does not exist; GET /v1/models lists what does.", param="model")
+        """The model of that name, to tell what is known of it; see `Catalog.find`."""
+        return self._by_name[self.catalog.find(name).name]
 
-    @property
-    def state(self) -> str:
-        """ready, or what stands in the way of it."""
-        if self.in_flight.draining:
-            return "draining"
-        states = (entry.model.client.state for entry in self.entries)
-        return next((state for state in states if state != "ready"), "ready")
+    @asynccontextmanager
+    async def acquire(self, name: str | None) -> AsyncIterator[Entry]:
+        """The same, ready, for as long as it is worked with; see `Catalog.acquire`."""
+        async with self.catalog.acquire(name) as listed:
+            yield self._by_name[listed.name]
 
-    def check_ready(self) -> None:
-        """Raise unless requests can be answered."""
-        match self.state:
-            case "ready":
-                return
-            case "draining":
-                raise UnavailableError("The server is shutting down.", retry_after_s=10.0)
-            case "loading":
-                raise UnavailableError("The model is still loading.", retry_after_s=2.0)
-        raise UnavailableError("The engine is being restarted.", retry_after_s=5.0)
+    async def drain(self) -> None:
+        """Let nothing new in, and wait for what is there."""
+        self.catalog.drain()
+        await self.in_flight.drain(self.limits.drain_timeout_s)
+
+    def abort(self) -> None:
+        """End what is in flight."""
+        self.catalog.drain()
+        self.in_flight.abort()
 
     def open_request(self, call: Call) -> InFlightRequest:
         return self.in_flight.open(call.receive, self.limits.request_timeout_s)

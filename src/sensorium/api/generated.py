@@ -106,17 +106,17 @@ class PromptedEndpoint(Endpoint, Protocol):
 async def answer_generated(context: Context, call: Call, read: Callable[[PendingBody], Awaitable[Endpoint]]) -> None:
     with context.tenants.enter(call.tenant), context.pending.open() as pending:
         endpoint = await read(pending)
-        entry = context.entry(endpoint.model_name)
-        entry.need("generate")
-        with entry.admission.admit(endpoint.num_sequences) as permit:
-            async with context.open_request(call):
-                work = Work(context, call, entry)
-                request = await endpoint.prepare(work)
-                pending.release()
-                permit.add_prompt_tokens(request.prompt_tokens)
-                with generate(entry.model, request, entry.metrics, started_s=call.started_s) as generation:
-                    await endpoint.answer(work, generation)
-                    call.note = f"{generation.prompt_tokens} + {generation.completion_tokens} tokens"
+        async with context.acquire(endpoint.model_name) as entry:
+            entry.need("generate")
+            with entry.admission.admit(endpoint.num_sequences) as permit:
+                async with context.open_request(call):
+                    work = Work(context, call, entry)
+                    request = await endpoint.prepare(work)
+                    pending.release()
+                    permit.add_prompt_tokens(request.prompt_tokens)
+                    with generate(entry.model, request, entry.metrics, started_s=call.started_s) as generation:
+                        await endpoint.answer(work, generation)
+                        call.note = f"{generation.prompt_tokens} + {generation.completion_tokens} tokens"
 
 
 async def answer_counted(
@@ -128,12 +128,12 @@ async def answer_counted(
     """How many tokens a request's prompt has, without computing anything; `answer` makes the body of it."""
     with context.tenants.enter(call.tenant), context.pending.open() as pending:
         endpoint = await read(pending)
-        entry = context.entry(endpoint.model_name)
-        entry.need("generate")
-        with entry.admission.admit(1):
-            async with context.open_request(call):
-                prepared = await endpoint.prompt(Work(context, call, entry))
-                await call.respond(msgspec.json.encode(answer(len(prepared.prompt.token_ids))))
+        async with context.acquire(endpoint.model_name) as entry:
+            entry.need("generate")
+            with entry.admission.admit(1):
+                async with context.open_request(call):
+                    prepared = await endpoint.prompt(Work(context, call, entry))
+                    await call.respond(msgspec.json.encode(answer(len(prepared.prompt.token_ids))))
 
 
 def text_of(deltas: Iterable[Delta]) -> str:

@@ -38,11 +38,11 @@ async def count_tokens(context: Context, call: Call) -> None:
     with context.tenants.enter(call.tenant), context.pending.open() as pending:
         request = await read_request(call, CountTokensRequest, context.limits, context.unknown, pending)
         request.check(context.limits)
-        entry = context.entry(request.model)
-        entry.need("generate")
-        async with context.open_request(call):
-            tokens = await count_prompt(Work(context, call, entry), request.as_chat())
-            await call.respond(msgspec.json.encode({"input_tokens": tokens}))
+        async with context.acquire(request.model) as entry:
+            entry.need("generate")
+            async with context.open_request(call):
+                tokens = await count_prompt(Work(context, call, entry), request.as_chat())
+                await call.respond(msgspec.json.encode({"input_tokens": tokens}))
 
 
 class MessageAnswer(TranslatedChat):

@@ -8,8 +8,10 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
 
+from sensorium.serving.catalog import ModelState
 from sensorium.types import STEP_TOKENS, EngineReady, EngineStats, Modality
 
 if TYPE_CHECKING:
@@ -113,7 +115,8 @@ _TOKENS = (
 )
 _STAGES = ("fetch", "decode", "process")
 _PREEMPTIONS = (0, 1, 2, 5, 10, 20)
-_REFUSALS = ("queue_full", "queue_full_tokens", "memory", "key_concurrency")
+_REFUSALS = ("queue_full", "queue_full_tokens")
+_SERVER_REFUSALS = ("memory", "key_concurrency")  # before the model's name is read
 _CHOICES = (1, 2, 5, 10, 20)
 
 
@@ -228,14 +231,28 @@ class ModelMetrics:
                 self.media_s[stage, timing.kind].observe(seconds)
 
 
+@dataclass(frozen=True, slots=True)
+class EngineNumbers:
+    """One model's latest gauges."""
+
+    stats: EngineStats
+    ready: EngineReady | None
+    state: ModelState
+    users: int
+
+
 class Metrics:
     """All models' numbers and the HTTP edge's."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.models = {name: ModelMetrics() for name in names}
         self.responses: Counter[tuple[str, str, int]] = Counter()  # (method, route, status)
+        self.refused: Counter[str] = Counter()  # whatever model was meant
 
-    def render(self, engines: Mapping[str, tuple[EngineStats, EngineReady | None]]) -> bytes:
+    def refuse(self, reason: str) -> None:
+        self.refused[reason] += 1
+
+    def render(self, engines: Mapping[str, EngineNumbers]) -> bytes:
         """The page that Prometheus reads. `engines` are the latest gauges, by model name."""
         from prometheus_client import CollectorRegistry, generate_latest
         from prometheus_client.registry import Collector
@@ -250,12 +267,14 @@ class Metrics:
         registry.register(Page())
         return generate_latest(registry)
 
-    def families(self, engines: Mapping[str, tuple[EngineStats, EngineReady | None]]) -> Iterator[Metric]:
+    def families(self, engines: Mapping[str, EngineNumbers]) -> Iterator[Metric]:
         page = _Page()
         for name, model in self.models.items():
             page.model(name, model)
-        for name, (stats, ready) in engines.items():
-            page.engine(name, stats, ready)
+        for name, numbers in engines.items():
+            page.engine(name, numbers.stats, numbers.ready)
+            page.entry(name, numbers)
+        page.refusals({**dict.fromkeys(_SERVER_REFUSALS, 0), **self.refused}, {})
         for (method, route, status), count in self.responses.items():
             page.counter(
                 "http_requests",
@@ -313,9 +332,20 @@ class _Page:
                 finished_reason=reason,
                 **labels,
             )
-        for reason, count in {**dict.fromkeys(_REFUSALS, 0), **model.refused}.items():
-            self.counter("vllm:admission_rejections", "Requests refused unseen.", count, reason=reason, **labels)
+        self.refusals({**dict.fromkeys(_REFUSALS, 0), **model.refused}, labels)
         self._histograms(model, labels)
+
+    def refusals(self, counts: Mapping[str, int], labels: dict[str, str]) -> None:
+        for reason, count in counts.items():
+            self.counter("vllm:admission_rejections", "Requests refused unseen.", count, reason=reason, **labels)
+
+    def entry(self, name: str, numbers: EngineNumbers) -> None:
+        labels = {"model_name": name, "engine": "0"}
+        for state in get_args(ModelState):
+            self.gauge(
+                "sensorium:model_state", "1 for the state it is in.", state == numbers.state, state=state, **labels
+            )
+        self.gauge("sensorium:model_users", "Requests that work with the model.", numbers.users, **labels)
 
     def _histograms(self, model: ModelMetrics, labels: dict[str, str]) -> None:
         for metric, help_text, histogram in (

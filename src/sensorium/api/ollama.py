@@ -73,7 +73,8 @@ async def _answer(
         await answer_generated(context, call, read)
     except _OnlyLoads as found:
         request = found.request
-        context.entry(request.model).need("generate")
+        async with context.acquire(request.model) as entry:
+            entry.need("generate")
         answer = line(request.model, {"content": ""}, True)
         answer["done_reason"] = "unload" if request.unloads else "load"
         await call.respond(msgspec.json.encode(answer))

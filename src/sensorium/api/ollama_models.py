@@ -12,12 +12,13 @@ from typing import Any
 import msgspec
 
 from sensorium import __version__
-from sensorium.api.context import LATEST, Context, Entry
+from sensorium.api.context import Context, Entry
 from sensorium.api.protocol.ollama import ShowRequest
 from sensorium.api.transport.asgi import Call
 from sensorium.api.transport.body import read_request
 from sensorium.api.transport.errors import NotOfferedError
 from sensorium.errors import MissingFieldError
+from sensorium.serving.catalog import LATEST
 
 VERSION = "0.12.6"
 """Of the Ollama whose routes these are: clients ask what they may use."""

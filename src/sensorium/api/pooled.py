@@ -61,8 +61,7 @@ async def opened(
     with context.tenants.enter(call.tenant), context.pending.open() as pending:
         request = await read_request(call, body, context.limits, context.unknown, pending, any_type=any_type)
         request.check(context.limits, context.server)
-        entry = context.entry(request.model)
-        async with context.open_request(call):
+        async with context.acquire(request.model) as entry, context.open_request(call):
             yield Job(context, call, request, entry, _pooling(context, call, request, entry, pending))
 
 

@@ -8,7 +8,7 @@ import msgspec
 
 from sensorium import __version__
 from sensorium.api.context import Context, Entry
-from sensorium.api.metrics import CONTENT_TYPE
+from sensorium.api.metrics import CONTENT_TYPE, EngineNumbers
 from sensorium.api.transport.asgi import Call
 from sensorium.errors import NotFoundError
 
@@ -20,13 +20,13 @@ async def livez(context: Context, call: Call) -> None:
 
 async def readyz(context: Context, call: Call) -> None:
     """Requests are answered: loaded, engine there, not draining."""
-    context.check_ready()
+    context.catalog.check_all_ready()
     await call.respond(b'{"status":"ready"}')
 
 
 async def health(context: Context, call: Call) -> None:
     """As other servers have it: an empty 200, or 503."""
-    context.check_ready()
+    context.catalog.check_all_ready()
     await call.respond(b"")
 
 
@@ -85,5 +85,10 @@ def _row(entry: Entry, name: str) -> dict[str, object]:
 
 
 async def metrics(context: Context, call: Call) -> None:
-    engines = {entry.name: (entry.model.client.stats, entry.model.client.ready) for entry in context.entries}
+    engines = {
+        entry.name: EngineNumbers(
+            entry.model.client.stats, entry.model.client.ready, entry.listed.state, entry.listed.users
+        )
+        for entry in context.entries
+    }
     await call.respond(context.metrics.render(engines), content_type=CONTENT_TYPE)

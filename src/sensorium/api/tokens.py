@@ -18,21 +18,21 @@ async def tokenize(context: Context, call: Call) -> None:
     with context.tenants.enter(call.tenant), context.pending.open() as pending:
         request = await read_request(call, TokenizeRequest, context.limits, context.unknown, pending)
         request.check(context.server)
-        entry = context.entry(request.model)
-        with entry.admission.admit(1):
-            async with context.open_request(call):
-                tokens = await _tokens(Work(context, call, entry), request)
-                texts = [entry.model.tokenizer.id_to_token(token) for token in tokens]
-                await call.respond(
-                    msgspec.json.encode(
-                        {
-                            "count": len(tokens),
-                            "max_model_len": entry.model.max_model_len,
-                            "tokens": tokens,
-                            "token_strs": texts if request.return_token_strs else None,
-                        }
+        async with context.acquire(request.model) as entry:
+            with entry.admission.admit(1):
+                async with context.open_request(call):
+                    tokens = await _tokens(Work(context, call, entry), request)
+                    texts = [entry.model.tokenizer.id_to_token(token) for token in tokens]
+                    await call.respond(
+                        msgspec.json.encode(
+                            {
+                                "count": len(tokens),
+                                "max_model_len": entry.model.max_model_len,
+                                "tokens": tokens,
+                                "token_strs": texts if request.return_token_strs else None,
+                            }
+                        )
                     )
-                )
 
 
 async def _tokens(work: Work, request: TokenizeRequest) -> list[int]:
@@ -59,8 +59,7 @@ async def _tokens(work: Work, request: TokenizeRequest) -> list[int]:
 async def detokenize(context: Context, call: Call) -> None:
     with context.tenants.enter(call.tenant), context.pending.open() as pending:
         request = await read_request(call, DetokenizeRequest, context.limits, context.unknown, pending)
-        entry = context.entry(request.model)
-        async with context.open_request(call):
+        async with context.acquire(request.model) as entry, context.open_request(call):
             entry.model.tokenizer.check_ids(request.tokens, param="tokens")
             text = await asyncio.to_thread(entry.model.tokenizer.decode, request.tokens, skip_special_tokens=False)
             await call.respond(msgspec.json.encode({"prompt": text}))

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from sensorium.api.transport.asgi import Call, ClientGone, Header
-from sensorium.errors import NotFoundError, RequestError, SensoriumError, ServerError
+from sensorium.errors import RequestError, SensoriumError, ServerError
 
 log = logging.getLogger("sensorium.api")
 
@@ -44,10 +44,6 @@ class HeadersTooLargeError(RequestError):
 class UrlTooLongError(RequestError):
     status = 414
     code = "url_too_long"
-
-
-class ModelNotFoundError(NotFoundError):
-    code = "model_not_found"
 
 
 def error_object(error: SensoriumError) -> dict[str, Any]:

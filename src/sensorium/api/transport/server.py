@@ -23,7 +23,6 @@ from sensorium.errors import StartupError
 from sensorium.serving.model import ServedModel
 
 log = logging.getLogger("sensorium.server")
-_WATCH_S = 0.5
 _CLOSE_S = 5.0  # for connections that do not end by themselves after their answers have
 _MAX_FILES = 65536
 _BACKLOG = 2048
@@ -88,11 +87,11 @@ class HttpServer:
 
     async def drain(self) -> None:
         """Requests in progress may end; new ones are answered with 503. The port stays open meanwhile."""
-        await self._app.context.in_flight.drain(self._limits.drain_timeout_s)
+        await self._app.context.drain()
 
     async def close(self) -> None:
         """End what is left and the port last."""
-        self._app.context.in_flight.abort()
+        self._app.context.abort()
         self._uvicorn.stop()
         if self._serving is not None:
             await self._serving
@@ -167,16 +166,18 @@ async def serve(
     clients closes them afterwards.
     """
     _raise_file_limit()
-    http = HttpServer(build_app(models, server, limits), limits, listener or listen(server))
+    app = build_app(models, server, limits)
+    catalog = app.context.catalog
+    http = HttpServer(app, limits, listener or listen(server))
     stop = _Stop(asyncio.Event(), asyncio.Event())
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.on_signal, number)
     await http.start()
     try:
-        if await _unless(stop.first, _all_ready(models)):
+        if await _unless(stop.first, catalog.wait_ready()):
             on_ready(f"unix:{server.uds}" if server.uds is not None else _url(server.host, http.address[1]))
-            if await _unless(stop.first, _failed(models)):
+            if await _unless(stop.first, catalog.wait_failed()):
                 log.error("an engine was lost and could not be started again")
                 return 1
         if not stop.now.is_set():
@@ -197,22 +198,6 @@ async def _unless(event: asyncio.Event, work: Coroutine[None, None, None]) -> bo
     finally:
         task.cancel()
         waiter.cancel()
-
-
-async def _all_ready(models: Mapping[str, ServedModel]) -> None:
-    await asyncio.gather(*(model.client.wait_ready() for model in _distinct(models)))
-    for model in _distinct(models):
-        model.check_task()
-
-
-async def _failed(models: Mapping[str, ServedModel]) -> None:
-    """Returns when an engine is lost for good."""
-    while all(model.client.state not in ("failed", "closed") for model in _distinct(models)):
-        await asyncio.sleep(_WATCH_S)
-
-
-def _distinct(models: Mapping[str, ServedModel]) -> list[ServedModel]:
-    return list({id(model): model for model in models.values()}.values())
 
 
 def _url(host: str, port: int) -> str:
