@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,18 +15,24 @@ import pytest
 import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from openai import OpenAI
+from PIL import Image
 from support import server
 from support.bert import SHAPE, WORDS, save, write_tokenizer
 from support.checkpoints import CHATML_SPECIALS, CHATML_TEMPLATE
 from support.checkpoints import write_tokenizer as write_chat_tokenizer
+from support.image_families import noise
+from tokenizers import Tokenizer, processors
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    CLIPConfig,
+    CLIPModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForSequenceClassification,
 )
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 DOCUMENTS = ["Berlin lies on the Spree.", "Paris is the capital of France.", "Bread is made of flour.", "x " * 12]
 
@@ -114,6 +122,57 @@ def test_a_cross_encoder_reads_both_texts(tmp_path: Path) -> None:
         plain = httpx.post(f"{served.url}/classify", json={"input": query}).json()["data"][0]
         single = oracle(**tokenizer(query, return_tensors="pt")).logits.sigmoid().item()
         assert plain["probs"] == [pytest.approx(single, abs=1e-5)]
+
+
+def image_part(pixels: np.ndarray) -> dict[str, Any]:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+@torch.inference_mode()
+def test_texts_and_images_in_one_space(tmp_path: Path) -> None:
+    """CLIP: each request is a text or an image; scores are the angles between them."""
+    folder = tmp_path / "m"
+    ids = write_chat_tokenizer(folder, "hub", ("<|startoftext|>", "<|endoftext|>"), "", eos="<|endoftext|>")
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>", "model_max_length": 32}')
+    raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    frame = "<|startoftext|> $A <|endoftext|>"
+    raw.post_processor = processors.TemplateProcessing(single=frame, special_tokens=list(ids.items()))
+    raw.save(str(folder / "tokenizer.json"))
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**shape, "vocab_size": 512, "max_position_embeddings": 32, "eos_token_id": ids["<|endoftext|>"]}
+    vision = {**shape, "image_size": 28, "patch_size": 14}
+    oracle = save(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)), folder)
+    pixels = noise(40, 30).data
+    image = image_part(pixels)
+    prepared = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    tensor = torch.tensor(np.asarray(prepared(pixels, input_data_format="channels_last")["pixel_values"]))
+    of_image = torch.nn.functional.normalize(oracle.get_image_features(tensor).pooler_output[0], dim=-1)
+    words = "the cat sits <image>"  # the marker of images is text in a text
+    encoded = torch.tensor([raw.encode(words).ids])
+    of_text = torch.nn.functional.normalize(oracle.get_text_features(encoded).pooler_output[0], dim=-1)
+    (folder / "preprocessor_config.json").write_text('{"size": 28, "crop_size": 28}')
+    with server.running(tmp_path, str(folder)) as served:
+
+        def post(path: str, **body: Any) -> httpx.Response:
+            return httpx.post(served.url + path, json=body, timeout=60)
+
+        def turn(*parts: dict[str, Any]) -> list[dict[str, Any]]:
+            return [{"role": "user", "content": list(parts)}]
+
+        found = post("/v1/embeddings", messages=turn(image)).json()
+        assert "data" in found, found
+        np.testing.assert_allclose(found["data"][0]["embedding"], of_image, atol=1e-5)
+        assert found["usage"]["prompt_tokens"] == 1
+        for body in ({"input": words}, {"messages": turn({"type": "text", "text": words})}):
+            found = post("/v1/embeddings", **body).json()
+            np.testing.assert_allclose(found["data"][0]["embedding"], of_text, atol=1e-5)
+        score = post("/score", text_1=words, text_2={"content": [image]}).json()["data"][0]["score"]
+        assert score == pytest.approx(float(of_image @ of_text), abs=1e-5)
+        both = post("/v1/embeddings", messages=turn(image, {"type": "text", "text": "a cat"}))
+        assert (both.status_code, both.json()["error"]["code"]) == (400, "one_input")
 
 
 # Rerankers on decoders

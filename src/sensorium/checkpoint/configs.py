@@ -79,7 +79,8 @@ def open_checkpoint(
     generation, tokenizer_config = _generation(folder, text_folder), read_json(folder / "tokenizer_config.json") or {}
     text_dict = text_part(config)
     text = None if family.encoder else read_text_config(config, family)
-    vocab_size = text.vocab_size if text else positive_int(text_dict, "vocab_size", None)
+    default_vocab = family.encoder.vocab_size if family.encoder else None
+    vocab_size = text.vocab_size if text else positive_int(text_dict, "vocab_size", default_vocab)
     return Checkpoint(
         folder=folder,
         architecture=architecture,
@@ -149,9 +150,15 @@ def _resolved(stated: dict[str, Any], family: Family, text_folder: Path | None) 
 
 
 def _in_one_dialect(config: dict[str, Any], family: Family) -> dict[str, Any]:
-    """An encoder's config.json under BERT's names too, where the family has its own."""
-    names = family.encoder.names if family.encoder else {}
-    return {**config, **{name: config[own] for name, own in names.items() if own in config}}
+    """An encoder's config.json under BERT's names too, where the family has its own; what CLIP's first dialect says of
+    its towers beside their configs counts."""
+    if family.encoder is None:
+        return config
+    for name in ("text_config", "vision_config"):
+        older = config.get(f"{name}_dict")
+        if isinstance(older, dict):
+            config = {**config, name: {**(config.get(name) or {}), **older}}
+    return {**config, **{name: config[own] for name, own in family.encoder.names.items() if own in config}}
 
 
 def _generation(folder: Path, text_folder: Path | None) -> dict[str, Any]:

@@ -186,6 +186,7 @@ class EncoderDefaults:
     num_layers: int = 12
     type_vocab_size: int = 2
     names: Mapping[str, str] = field(default_factory=dict)  # BERT's name -> the family's own of it
+    vocab_size: int | None = None
     reads_types: bool = True  # whether `type_vocab_size` counts: else there are no token types
 
 
@@ -310,6 +311,21 @@ _GTE_CLASSIFIER = Family(
     _TEXT,
     tasks=("classify", "score"),
     encoder=_GTE,
+)
+_CLIP_MODEL = Family(
+    "CLIP",
+    "sensorium.models.dual:ClipModel",
+    "sensorium.processors.dual:DualProcessor",
+    ("image",),
+    tasks=("embed",),
+    encoder=EncoderDefaults(77, vocab_size=49408),
+    chat_template=chat_templates.TEXT_OR_IMAGE,
+)
+_SIGLIP_MODEL = replace(
+    _CLIP_MODEL,
+    title="SigLIP, SigLIP 2 (images of one size)",
+    model="sensorium.models.dual:SiglipModel",
+    encoder=EncoderDefaults(64, vocab_size=32000),
 )
 _GTE_TOKEN_CLASSIFIER = replace(
     _TOKEN_CLASSIFIER,
@@ -484,6 +500,8 @@ FAMILIES: Mapping[str, Family] = {
     "NomicBertForTokenClassification": replace(
         _GTE_TOKEN_CLASSIFIER, model="sensorium.models.nomic_bert:NomicBertForTokenClassification", encoder=_NOMIC
     ),
+    "CLIPModel": _CLIP_MODEL,
+    "SiglipModel": _SIGLIP_MODEL,
     "NewModel": _GTE_MODEL,
     "GteModel": _GTE_MODEL,
     "GteNewModel": _GTE_MODEL,

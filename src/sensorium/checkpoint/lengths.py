@@ -8,7 +8,7 @@ from typing import Any
 
 from sensorium.checkpoint.families import EncoderDefaults, Family
 from sensorium.checkpoint.pooling import stated_max_length
-from sensorium.checkpoint.text_config import TextConfig
+from sensorium.checkpoint.text_config import TextConfig, text_part
 from sensorium.checkpoint.values import count, positive_int
 
 
@@ -30,7 +30,7 @@ def checkpoint_length(
 
     `text` is None for encoders. CheckpointError if config.json has no usable number.
     """
-    positions = text.max_len if text else encoder_positions(config, family.encoder or EncoderDefaults())
+    positions = text.max_len if text else encoder_positions(text_part(config), family.encoder or EncoderDefaults())
     if text is not None and not (folder / "modules.json").is_file():
         return positions
     return min(positions, stated_max_length(folder, tokenizer_config) or positions)

@@ -189,7 +189,7 @@ def build_engine(
     groups, poolers = model.cache_groups(), model.poolers
     tokens = config.max_num_batched_tokens or default_batched_tokens(model, device)
     cache = _make_cache(model, groups, config, wanted_length(config, checkpoint), tokens, device, dtype)
-    row_width = (1 + model.deepstack) * (checkpoint.text.hidden_size if checkpoint.text else 0)
+    row_width = (1 + model.deepstack) * (checkpoint.text.hidden_size if checkpoint.text else model.row_size)
     row_bytes = encoder_row_bytes(groups, row_width, dtype)
     encoder: EncoderCache[Tensor] = EncoderCache(encoder_cache_bytes(config, device), row_bytes)
     pool = BlockPool(cache.num_blocks)

@@ -81,6 +81,9 @@ class Model(nn.Module):
     """Slices of the hidden size that a row of the tower has behind the token's embedding: the k-th is added to the
     token's state behind layer k, by way of `AttentionContext.layer_rows`."""
 
+    row_size: int = 0
+    """Numbers in a row of a tower, where the checkpoint has no decoder whose hidden states they become."""
+
     partial_states: ClassVar[NeededStates] = "all"
     """What `AttentionContext.needed_states` may say beside "all": `forward` then computes the hidden states of these
     tokens only, and the others are undefined."""

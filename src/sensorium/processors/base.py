@@ -132,6 +132,10 @@ class Processor:
         self._check_counts([kind for _, kind in self._marked(token_ids)], media)
         return self._assemble(self._expanded(token_ids, media), media)
 
+    def cleaned(self, text: str) -> str:
+        """A text as this model's tokenizer is to see it, where its files do not say that."""
+        return text
+
     def text_length(self, text: str) -> int:
         """Tokens of a prompt beside its media's rows, told from its text alone: never more than `build` will make."""
         token_ids = self.tokenizer.encode(text)

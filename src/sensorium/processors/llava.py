@@ -17,6 +17,7 @@ from sensorium.checkpoint.families import vision_tower
 from sensorium.errors import CheckpointError
 from sensorium.processors import image
 from sensorium.processors.base import Processor, Setting, boolean
+from sensorium.processors.square import Square
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.types import MediaFeatures, MediaItem, Modality
 
@@ -69,24 +70,8 @@ class LlavaProcessor(Processor):
     def _configure(self) -> None:
         files = self.checkpoint.preprocessor
         self.geometry = ClipGeometry.of(self.checkpoint.config)
-        side = self.geometry.image_size
-        is_siglip = str(files.get("image_processor_type", "")).startswith("Siglip")  # whose class has other defaults
-        means = (image.HALF, image.HALF) if is_siglip else (image.CLIP_MEAN, image.CLIP_STD)
-        self._normalization = image.Normalization.of(files, *means)
-        self._resample = image.resample_filter(files)
+        self._square = Square.of(files, self.geometry.image_size)
         self._pads = self._setting("do_pad", False)
-        self._pad_color = [int(mean * 255) for mean in files.get("image_mean") or means[0]]
-        # What is left None is not done.
-        self._size = image.size_of(files.get("size") or side, "size") if image.switch(files, "do_resize") else None
-        crop = image.size_of(files.get("crop_size") or side, "crop_size")
-        self._crop: tuple[int, int] | None = (crop, crop) if isinstance(crop, int) else crop
-        if not image.switch(files, "do_center_crop", not is_siglip):
-            self._crop = None
-        if (self._crop or self._size) != (side, side):
-            raise CheckpointError(
-                f"preprocessor_config.json makes images of {self._crop or self._size} pixels, "
-                f"but the vision tower is built for {(side, side)}."
-            )
 
     def placeholder(self, kind: Modality, index: int) -> str:
         return self._text if kind == "image" else super().placeholder(kind, index)
@@ -105,17 +90,9 @@ class LlavaProcessor(Processor):
     def process(self, item: MediaItem) -> MediaFeatures:
         if item.kind != "image":
             return super().process(item)
-        pixels = self._square(item.data.astype(np.uint8, copy=False))
-        rows = self.num_tokens("image", *item.data.shape[:2])
-        arrays: dict[str, NDArray[np.generic]] = {"pixels": image.planes(pixels, self._normalization)}
-        return MediaFeatures("image", self._feature_key(item), rows, arrays)
-
-    def _square(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        pixels = item.data.astype(np.uint8, copy=False)
         if self._pads:
-            pixels = image.pad_to_square(pixels, self._pad_color)
-        if self._size is not None:
-            size = self._size
-            if isinstance(size, int):
-                size = image.shortest_edge_size(pixels.shape[0], pixels.shape[1], size)
-            pixels = image.resize(pixels, *size, self._resample)
-        return image.center_crop(pixels, *self._crop) if self._crop else pixels
+            pixels = image.pad_to_square(pixels, self._square.pad_color)
+        rows = self.num_tokens("image", *item.data.shape[:2])
+        arrays: dict[str, NDArray[np.generic]] = {"pixels": self._square.planes(pixels)}
+        return MediaFeatures("image", self._feature_key(item), rows, arrays)

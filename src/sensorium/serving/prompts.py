@@ -329,6 +329,7 @@ class PromptBuilder:
                 limit.check_text(text, param)
         if self._pooling.lower_case:
             strings = [text.lower() for text in strings]
+        strings = [self.processor.cleaned(text) for text in strings]
         return encode_texts(self.tokenizer, strings, add_special_tokens=add_special_tokens, truncation=truncation)
 
     def prompt_of_ids(

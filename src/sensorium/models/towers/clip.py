@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sensorium import kernels
 from sensorium.checkpoint.families import vision_tower
 from sensorium.errors import CheckpointError
 from sensorium.models.base import Rename, Steps, finished
@@ -48,6 +49,7 @@ class ClipConfig:
     hidden_act: str = "quick_gelu"
     eps: float = 1e-5
     has_class_token: bool = True
+    is_causal: bool = False  # of CLIP's text tower: tokens see those before them
 
     @classmethod
     def of(cls, vision: Mapping[str, Any]) -> ClipConfig:
@@ -103,13 +105,29 @@ class ClipAttention(nn.Module):
         self.head_dim = config.hidden_size // config.num_heads
         self.qkv_proj = QKVLinear(config.hidden_size, config.num_heads, config.num_heads, self.head_dim, bias=True)
         self.out_proj = Linear(config.hidden_size, config.hidden_size, bias=True)
+        self.is_causal = config.is_causal
 
     def forward(self, norm: LayerNorm, x: Tensor, lengths: list[int]) -> Steps[Tensor]:
         """Of the normed x, without the last product."""
         qkv = yield from by_rows(lambda rows: self.qkv_proj(norm(rows)), weights(self.qkv_proj), x)
         q, k, v = qkv.view(len(x), 3, self.num_heads, self.head_dim).unbind(1)
+        if self.is_causal:
+            return _looking_back(q, k, v, lengths, self.head_dim**-0.5).reshape(len(x), -1)
         attended = yield from attention(q, k, v, lengths, self.head_dim**-0.5)
         return attended.reshape(len(x), -1)
+
+
+def _looking_back(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float) -> Tensor:
+    """Attention of short texts, [tokens, heads, head_dim], run by run."""
+    longest = max(lengths)
+    ahead = torch.full((longest, longest), -torch.inf, device=q.device).triu_(1)
+    runs = zip(*(torch.split(x, lengths) for x in (q, k, v)), lengths, strict=True)
+    return torch.cat(
+        [
+            kernels.biased_attention(qs, ks, vs, ahead[:n, :n].expand(q.shape[1], -1, -1), scale)
+            for qs, ks, vs, n in runs
+        ]
+    )
 
 
 class ClipLayer(nn.Module):

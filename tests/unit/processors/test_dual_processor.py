@@ -1,0 +1,89 @@
+"""CLIP's and SigLIP's processor: the reference's pixels, one token per image, a text or one image."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+from support.image_families import CLIP, WordTokenizer, noise, record
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from sensorium.errors import CheckpointError, RequestError, StartupError
+from sensorium.processors.dual import DualProcessor, canonical
+from sensorium.types import MediaFeatures
+
+CLIP_FILE = {**CLIP, "image_processor_type": "CLIPImageProcessor", "size": 224, "crop_size": 224, "resample": 3}
+SIGLIP_FILE = {
+    **{"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "image_processor_type": "SiglipImageProcessor"},
+    **{"size": {"height": 224, "width": 224}, "resample": 3},
+}
+GOLDEN = {  # width and height -> sums of SigLIP's and of CLIP's pixels
+    (16, 16): (-3138.107, 22267.536),
+    (640, 480): (-107.36, 28003.463),
+    (1200, 300): (-79.29, 28289.037),
+}
+
+
+def processor(
+    kind: str, file: dict[str, Any] | None = None, side: int = 224, tokenizer: str = "", **overrides: Any
+) -> DualProcessor:
+    stated = record({"vision_config": {"model_type": f"{kind}_vision_model", "image_size": side}}, file or {})
+    stated = dataclasses.replace(stated, tokenizer_config={"tokenizer_class": tokenizer})
+    return DualProcessor(stated, WordTokenizer({"<s>": 1}), overrides)
+
+
+@pytest.mark.parametrize("size", GOLDEN)
+def test_pixels(size: tuple[int, int]) -> None:
+    width, height = size
+    for kind, file, oracle, expected in (
+        ("siglip", SIGLIP_FILE, SiglipImageProcessorPil(), GOLDEN[size][0]),
+        ("clip", CLIP_FILE, CLIPImageProcessorPil(), GOLDEN[size][1]),
+    ):
+        item = noise(height, width)
+        for stated in (file, None):  # a folder without the file means its class's own numbers
+            features = processor(kind, stated).process(item)
+            assert features.num_rows == processor(kind, stated).num_tokens("image", height, width) == 1
+            theirs = np.asarray(oracle(item.data, input_data_format="channels_last")["pixel_values"][0])
+            np.testing.assert_allclose(features.arrays["pixels"], theirs, atol=1e-6)
+            assert features.arrays["pixels"].sum(dtype=np.float64) == pytest.approx(expected, abs=0.05)
+
+
+def test_a_prompt_is_a_text_or_one_image() -> None:
+    clip = processor("clip")
+    media: list[MediaFeatures] = [clip.process(noise(20, 30, seed=seed)) for seed in range(2)]
+    assert clip.build("ab", [], add_special_tokens=True).token_ids.tolist() == [1, 97, 98]
+    prompt = clip.build(" <image>\n", media[:1], add_special_tokens=True)
+    assert prompt.token_ids.tolist() == [64064]  # behind the vocabulary
+    assert [(span.item, span.offset, span.length) for span in prompt.spans] == [(0, 0, 1)]
+    assert clip.text_length("ab<image>") == 2
+    for text, given, code in (
+        ("<image>a cat", media[:1], "one_input"),
+        ("<image><image>", media, "one_input"),
+        ("<image>", media, "media_count_mismatch"),
+        ("", media[:1], "media_count_mismatch"),
+    ):
+        with pytest.raises(RequestError) as caught:
+            clip.build(text, given, add_special_tokens=True)
+        assert caught.value.code == code
+
+
+def test_texts_of_the_first_siglip_are_made_plain() -> None:
+    """As transformers' tokenizer does in code: neither lower case nor punctuation stand in its files."""
+    text = "A  Photo of\ta CAT, {not} a dog!\u00a0\u2014 'Ünter'"
+    assert canonical(text) == "a photo of a cat not a dog \u2014 ünter"
+    assert processor("siglip", tokenizer="SiglipTokenizer").cleaned("A, b!") == "a b"
+    assert processor("siglip", tokenizer="GemmaTokenizerFast").cleaned("A, b!") == "A, b!"
+    build = processor("siglip", tokenizer="SiglipTokenizerFast").build
+    assert build("A,", [], add_special_tokens=True).token_ids.tolist() == [1, 97]
+
+
+def test_what_it_cannot_serve_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="vision tower 'dinov2'"):
+        DualProcessor(record({"vision_config": {"model_type": "dinov2"}}, {}), WordTokenizer({"<s>": 1}))
+    with pytest.raises(CheckpointError, match="384"):
+        processor("siglip", {**SIGLIP_FILE, "size": {"height": 384, "width": 384}})
+    with pytest.raises(StartupError, match="do_pad"):
+        processor("clip", do_pad=True)
