@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 Modality = Literal["image", "video", "audio"]
 FinishReason = Literal["stop", "length", "abort", "error"]
 INT32_MAX = 2**31 - 1
-PoolingTask = Literal["embed", "classify", "token_embed", "token_classify", "score", "align"]
+PoolingTask = Literal["embed", "classify", "token_embed", "token_classify", "sparse", "score", "align"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +93,11 @@ class PoolingParams:
     dimensions: int | None = None  # Matryoshka: cut before normalising
     activation: bool | None = None  # None: as the model says
     prompt_tokens: int = 0  # at the beginning, not to be pooled
+    also: tuple[PoolingTask, ...] = ()  # what else is made of the same states
+
+    @property
+    def tasks(self) -> tuple[PoolingTask, ...]:
+        return (self.task, *self.also)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,11 +192,12 @@ class EngineOutput:
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()  # with the first token, if asked for
     cached_tokens: int = 0  # prompt tokens served from the prefix cache; set with the first output
-    vector: NDArray[np.float32] | None = None  # pooling: [dim] or [tokens, dim]
+    vector: NDArray[np.float32] | None = None  # pooling: [dim], [tokens, dim], or [entries, 2] of (token id, weight)
     error: str = ""
     queue_s: float = 0.0  # from the request's arrival to its first step; set with the first output
     prefill_s: float = 0.0  # from there to the first output; set with it
     preemptions: int = 0  # with the last output
+    others: tuple[NDArray[np.float32], ...] = ()  # pooling: of `PoolingParams.also`
 
 
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -234,3 +240,4 @@ class EngineReady:
     dtype: str
     tasks: tuple[str, ...] = ("generate",)
     embedding_size: int = 0
+    token_size: int = 0  # of the vector of a token

@@ -69,6 +69,7 @@ class Result:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     vector: Any = None
+    others: tuple[Any, ...] = ()
     times: list[tuple[float, float]] = field(default_factory=list)  # (queue_s, prefill_s) of outputs that bring them
     preemptions: int = 0
 
@@ -80,7 +81,7 @@ class Result:
         self.cached = max(self.cached, output.cached_tokens)
         self.logprobs += output.logprobs
         self.prompt_logprobs = self.prompt_logprobs or output.prompt_logprobs
-        self.vector = output.vector
+        self.vector, self.others = output.vector, output.others
         if output.queue_s or output.prefill_s:
             self.times.append((output.queue_s, output.prefill_s))
         self.preemptions += output.preemptions

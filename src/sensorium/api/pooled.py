@@ -78,12 +78,12 @@ def _pooling(context: Context, call: Call, request: PoolingBody, entry: Entry, p
     )
 
 
-def chosen_prompt(job: Job[SequencesBody], task: PoolingTask) -> str:
+def chosen_prompt(job: Job[SequencesBody], *tasks: PoolingTask) -> str:
     """What is to stand before the request's texts: the prompt that it chooses, else the model's default."""
     request, param = job.request, job.request.chooses
-    if task not in ("embed", "token_embed"):
+    if not {"embed", "token_embed", "sparse"} & set(tasks):
         if param is not None:
-            raise RequestError(f"`{param}` goes with embeddings; the task here is {task}.", param=param)
+            raise RequestError(f"`{param}` goes with embeddings; the task here is {' and '.join(tasks)}.", param=param)
         return ""
     try:
         prompt = job.model.instructions.chosen(request.name_of_prompt, request.type_of_texts)
@@ -113,7 +113,7 @@ async def pool_inputs(
         params = replace(params, prompt_tokens=job.model.prompts.unpooled_tokens(prompt, add_special_tokens=add))
     places = [request.place(index) for index in range(len(inputs))]
     with job.entry.pooling_admission.admit(len(inputs)) as permit:
-        prompts = await pooling.make_prompts(inputs, places, job.truncation(), chunked=params.task == "embed")
+        prompts = await pooling.make_prompts(inputs, places, job.truncation(), chunked=params.tasks == ("embed",))
         permit.add_prompt_tokens(pooling.count_tokens(prompts, max_tokens))
         return await job.run(prompts, params)
 

@@ -92,7 +92,7 @@ ROUTES: tuple[Route, ...] = (
     ),
     Route("POST", "/embed", tei.embed, "Texts as vectors, as text-embeddings-inference has it.", EmbedRequest),
     Route("POST", "/embed_all", tei.embed_all, "A vector for every token, the same way.", EmbedRequest),
-    Route("POST", "/embed_sparse", tei.embed_sparse, "Refused: no model makes sparse vectors.", documented=False),
+    Route("POST", "/embed_sparse", tei.embed_sparse, "Tokens with weights, the same way.", EmbedRequest),
     Route("POST", "/predict", tei.predict, "The classes of texts or pairs of texts, the same way.", PredictRequest),
     Route("POST", "/similarity", tei.similarity, "How alike sentences are, the same way.", SimilarityRequest),
     Route("GET", "/info", tei.info, "The model and its limits, the same way."),

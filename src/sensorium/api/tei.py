@@ -10,7 +10,7 @@ from sensorium import __version__
 from sensorium.api.context import POOLING_REQUESTS, Context, Entry
 from sensorium.api.embeddings import check_dimensions
 from sensorium.api.pooled import Job, chosen_prompt, opened, pool_inputs
-from sensorium.api.pooling import max_tokens_of
+from sensorium.api.pooling import max_tokens_of, task_json
 from sensorium.api.protocol.tei import EmbedRequest, PredictRequest, SimilarityRequest
 from sensorium.api.score import Side, compare
 from sensorium.api.transport.asgi import Call
@@ -42,10 +42,14 @@ async def embed_all(context: Context, call: Call) -> None:
 
 
 async def embed_sparse(context: Context, call: Call) -> None:
-    raise RequestError(
-        "No model here makes sparse vectors. /embed makes dense ones, and /rerank compares texts.",
-        code="unsupported_task",
-    )
+    """Token ids with weights."""
+    async with opened(context, call, EmbedRequest) as job:
+        job.entry.need("sparse")
+        for name in ("dimensions", "normalize"):
+            if getattr(job.request, name) is not None:
+                raise RequestError(f"`{name}` goes with /embed.", param=name, code="unsupported_field")
+        pooled = await pool_inputs(job, PoolingParams("sparse"), prompt=chosen_prompt(job, "sparse"))
+        await call.respond(msgspec.json.encode([task_json("sparse", vector) for vector in pooled.vectors]))
 
 
 async def predict(context: Context, call: Call) -> None:

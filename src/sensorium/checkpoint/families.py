@@ -439,6 +439,7 @@ FAMILIES: Mapping[str, Family] = {
     "RobertaForMaskedLM": _ROBERTA_MODEL,
     "XLMRobertaModel": _ROBERTA_MODEL,
     "XLMRobertaForMaskedLM": _ROBERTA_MODEL,
+    "BgeM3EmbeddingModel": replace(_ROBERTA_MODEL, title="BGE-M3 (dense, sparse and a vector per token)"),
     "BertForSequenceClassification": Family(
         "BERT classifiers and cross-encoders",
         "sensorium.models.bert:BertForSequenceClassification",

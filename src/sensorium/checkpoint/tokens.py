@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,13 @@ def special_tokens(folder: Path, tokenizer_config: dict[str, Any]) -> list[tuple
     except ValueError:
         return []
     return [(t["id"], t["content"]) for t in tokens if isinstance(t, dict) and {"id", "content"} <= t.keys()]
+
+
+def special_token(tokenizer_config: Mapping[str, Any], name: str) -> str | None:
+    """The text of `cls_token` and the like."""
+    value = tokenizer_config.get(f"{name}_token")
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None
 
 
 def token_ids(folder: Path, tokens: Iterable[str]) -> tuple[int, ...]:

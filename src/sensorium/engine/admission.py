@@ -30,8 +30,9 @@ def refusal(
         return "A request either generates or pools."
     if request.sampling is not None and not generates:
         return "This model does not generate text."
-    if request.pooling is not None and request.pooling.task not in pooling:
-        return f"This model does not do the task '{request.pooling.task}'."
+    for task in () if request.pooling is None else request.pooling.tasks:
+        if task not in pooling:
+            return f"This model does not do the task '{task}'."
     if request.sampling is not None and length + request.sampling.max_tokens > max_model_len:
         return (
             f"The prompt has {length} tokens and max_tokens is {request.sampling.max_tokens}; "

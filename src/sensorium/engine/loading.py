@@ -290,6 +290,7 @@ def _ready(
         dtype=str(dtype).removeprefix("torch."),
         tasks=(*((model.task,) if model.generates else ()), *poolers),
         embedding_size=poolers["embed"].size if "embed" in poolers else 0,
+        token_size=poolers["token_embed"].size if "token_embed" in poolers else 0,
     )
 
 

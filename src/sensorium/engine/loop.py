@@ -246,10 +246,10 @@ class Core:
             else:
                 self._commit(seq, token_ids, gained.logprobs.get(i), outputs)
         for seq, _ in plan.prefills:
-            vector = result.vectors.get(seq.id)
-            if vector is not None:
+            vectors = result.vectors.get(seq.id)
+            if vectors is not None:
                 scheduler.finish(seq)
-                outputs.add(_full_output(seq, [], "stop", [], vector))
+                outputs.add(_full_output(seq, [], "stop", [], vectors))
 
     def _commit(
         self, seq: Sequence, token_ids: list[int], logprobs: list[TokenLogprob] | None, outputs: StepOutputs
@@ -303,9 +303,9 @@ def _full_output(
     token_ids: list[int],
     reason: FinishReason | None,
     logprobs: list[TokenLogprob],
-    vector: NDArray[np.float32] | None = None,
+    vectors: list[NDArray[np.float32]] | None = None,
 ) -> EngineOutput:
-    """Tokens, or a vector, with all that belongs to them; the first ones bring what is known of the prompt."""
+    """Tokens, or vectors, with all that belongs to them; the first ones bring what is known of the prompt."""
     is_first = seq.num_outputs == len(token_ids)
     return EngineOutput(
         seq.id,
@@ -315,10 +315,11 @@ def _full_output(
         tuple(logprobs),
         tuple(seq.prompt_logprobs) if is_first and len(seq.prompt_logprobs) > 1 else (),
         seq.cached_tokens if is_first else 0,
-        vector,
+        vectors[0] if vectors else None,
         queue_s=seq.started_s - seq.arrived_s if is_first else 0.0,
         prefill_s=monotonic() - seq.started_s if is_first else 0.0,
         preemptions=0 if reason is None else seq.num_preemptions,
+        others=tuple(vectors[1:]) if vectors else (),
     )
 
 

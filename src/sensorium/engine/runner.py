@@ -33,11 +33,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class StepResult:
-    """`sequences[i]` gained `tokens.token_ids[i]`; pooled sequences have their vectors by id."""
+    """`sequences[i]` gained `tokens.token_ids[i]`; pooled sequences have what each of their
+    tasks made by id."""
 
     sequences: list[Sequence]
     tokens: Tokens
-    vectors: dict[int, NDArray[np.float32]] = field(default_factory=dict)
+    vectors: dict[int, list[NDArray[np.float32]]] = field(default_factory=dict)
 
 
 class Runner:
@@ -95,16 +96,16 @@ class Runner:
         return LayerRows(torch.cat(tokens), torch.cat(values)) if tokens else None
 
     def _finish_prefills(self, plan: Plan, batch: Batch, hidden: Tensor) -> StepResult:
-        vectors: dict[int, NDArray[np.float32]] = {}
+        vectors: dict[int, list[NDArray[np.float32]]] = {}
         before = len(plan.decodes) + len(plan.drafted)
         for index, ((seq, count), start) in enumerate(zip(plan.prefills, batch.starts[before:], strict=True), before):
             if seq.sampling is None:
                 states = hidden[start : start + count]
                 if layers := batch.context.aligned.get(index):
                     states = torch.cat(layers).transpose(0, 1).flatten(1)  # [tokens, heads * rows]
-                vector = self._pool(seq, states)
-                if vector is not None:
-                    vectors[seq.id] = vector
+                pooled = self._pool(seq, states)
+                if pooled:
+                    vectors[seq.id] = pooled
             elif seq.sampling.prompt_logprobs is not None:
                 self._add_prompt_logprobs(seq, hidden[start : start + count], seq.sampling.prompt_logprobs)
         if not batch.sampled:
@@ -126,7 +127,9 @@ class Runner:
         if self._model.partial_states == "first" and not plan.decodes:
             asked = [seq.request.pooling for seq, _ in plan.prefills]
             if all(
-                params is not None and self._poolers[params.task].first_only and not params.prompt_tokens
+                params is not None
+                and not params.prompt_tokens
+                and all(self._poolers[task].first_only for task in params.tasks)
                 for params in asked
             ):
                 return "first"
@@ -138,7 +141,7 @@ class Runner:
         if seq.sampling is not None:
             return seq.sampling.prompt_logprobs is None
         params = seq.request.pooling
-        return params is not None and not self._poolers[params.task].all_tokens
+        return params is not None and not any(self._poolers[task].all_tokens for task in params.tasks)
 
     def _sample(self, hidden: Tensor, batch: Batch) -> Tokens:
         logits = self._model.logits(hidden)  # [rows, vocab]
@@ -149,23 +152,22 @@ class Runner:
         sample_after_drafts(self._sampler, logits, sequences, batch.drafts, tokens)
         return tokens
 
-    def _pool(self, seq: Sequence, hidden: Tensor) -> NDArray[np.float32] | None:
-        """Keep the hidden states of a chunk; with the last one, the prompt's vector."""
+    def _pool(self, seq: Sequence, hidden: Tensor) -> list[NDArray[np.float32]]:
+        """Keep the hidden states of a chunk; with the last one, what each of the request's tasks makes of them."""
         params = seq.request.pooling
         if params is None:
             raise ValueError("neither sampled nor pooled")
-        pooler = self._poolers[params.task]
-        is_last = seq.num_computed + len(hidden) == seq.num_tokens
-        if not is_last:
-            if pooler.all_tokens and sum(map(len, seq.hidden)) == seq.num_computed:  # else kept by a step that failed
+        poolers = [self._poolers[task] for task in params.tasks]
+        needs_all = any(pooler.all_tokens for pooler in poolers)
+        if seq.num_computed + len(hidden) < seq.num_tokens:
+            if needs_all and sum(map(len, seq.hidden)) == seq.num_computed:  # else kept by a step that failed
                 seq.hidden.append(hidden.clone())
-            return None
-        if not pooler.all_tokens:
-            hidden = hidden[-1:]
-        elif seq.hidden:
+            return []
+        if needs_all and seq.hidden:
             hidden = torch.cat([*seq.hidden, hidden])
-        vector: NDArray[np.float32] = pooler(hidden, params, seq.tokens[: seq.num_tokens]).float().cpu().numpy()
-        return vector
+        ids = seq.tokens[: seq.num_tokens]
+        made = [pooler(hidden if pooler.all_tokens else hidden[-1:], params, ids) for pooler in poolers]
+        return [one.float().cpu().numpy() for one in made]
 
     def _add_prompt_logprobs(self, seq: Sequence, hidden: Tensor, num_top: int) -> None:
         """Logprobs of the prompt tokens that follow those of a chunk; a resumed sequence has them already."""

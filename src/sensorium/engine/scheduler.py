@@ -140,7 +140,7 @@ class Scheduler:
             self.propose = known_tokens
         seq.is_long = self._is_long(seq)
         if request.pooling is not None:
-            seq.reuse = not self._pooling[request.pooling.task]
+            seq.reuse = not any(self._pooling[task] for task in request.pooling.tasks)
         self._arrivals += 1
         self._by_id[seq.id] = seq
         if request.salt not in self._tenants:  # whoever comes now has had as much as who had least

@@ -103,7 +103,7 @@ class _Output(msgspec.Struct, array_like=True, frozen=True):
     logprobs: tuple[_Logprob, ...]
     prompt_logprobs: tuple[_Logprob | None, ...]
     cached_tokens: int
-    vector: tuple[int, ...] | None  # its shape
+    vectors: tuple[tuple[int, ...], ...]  # their shapes
     error: str
     times: tuple[float, float, int]  # queue_s, prefill_s, preemptions
 
@@ -303,7 +303,7 @@ def encode_outputs(outputs: StepOutputs) -> bytes:
     count, full = len(outputs.ids), outputs.full
     payload = struct.pack(f"<I{count}Q{count}I", count, *outputs.ids, *outputs.token_ids)
     if full:
-        vectors = [np.ascontiguousarray(o.vector, np.float32).tobytes() for o in full if o.vector is not None]
+        vectors = [np.ascontiguousarray(one, np.float32).tobytes() for output in full for one in _vectors(output)]
         header = _encode([_wire_output(output) for output in full])
         payload = b"".join((payload, _COUNT.pack(len(header)), header, *vectors))
     return frame(Kind.OUTPUTS, payload)
@@ -326,10 +326,10 @@ def _full_outputs(payload: memoryview) -> list[EngineOutput]:
     start = _COUNT.size + size
     outputs = []
     for wire in _decoded(_outputs.decode, payload[_COUNT.size : start]):
-        vector = None
-        if wire.vector is not None:
-            vector = np.frombuffer(payload, np.float32, int(np.prod(wire.vector)), start).reshape(wire.vector).copy()
-            start += vector.nbytes
+        vectors = []
+        for shape in wire.vectors:
+            vectors.append(np.frombuffer(payload, np.float32, int(np.prod(shape)), start).reshape(shape).copy())
+            start += vectors[-1].nbytes
         outputs.append(
             EngineOutput(
                 wire.id,
@@ -339,12 +339,17 @@ def _full_outputs(payload: memoryview) -> list[EngineOutput]:
                 tuple(TokenLogprob(*one) for one in wire.logprobs),
                 tuple(None if one is None else TokenLogprob(*one) for one in wire.prompt_logprobs),
                 wire.cached_tokens,
-                vector,
+                vectors[0] if vectors else None,
                 wire.error,
                 *wire.times,
+                tuple(vectors[1:]),
             )
         )
     return outputs
+
+
+def _vectors(output: EngineOutput) -> tuple[NDArray[np.float32], ...]:
+    return () if output.vector is None else (output.vector, *output.others)
 
 
 def _wire_output(output: EngineOutput) -> _Output:
@@ -356,7 +361,7 @@ def _wire_output(output: EngineOutput) -> _Output:
         tuple((one.token_id, one.logprob, one.top) for one in output.logprobs),
         tuple(None if one is None else (one.token_id, one.logprob, one.top) for one in output.prompt_logprobs),
         output.cached_tokens,
-        None if output.vector is None else output.vector.shape,
+        tuple(one.shape for one in _vectors(output)),
         output.error,
         (output.queue_s, output.prefill_s, output.preemptions),
     )

@@ -28,7 +28,7 @@ from sensorium.models.base import Model, Rename
 from sensorium.models.layers import Embedding, GateUpLinear, Head, Linear, QKVLinear, activation_name
 from sensorium.models.rope import RotaryEmbedding
 from sensorium.models.towers.blocks import LayerNorm
-from sensorium.pooling.embedding import embedding_poolers
+from sensorium.pooling.embedding import embedding_poolers, several_outputs
 from sensorium.pooling.pooler import ClassifyPooler, TokenPooler
 
 
@@ -221,7 +221,10 @@ class EncoderModel(Model):
     partial_states: ClassVar[NeededStates] = "first"
 
     def _embeds(self, size: int) -> None:
-        self.poolers, self.dense = embedding_poolers(self.checkpoint.folder, "cls", size, self.checkpoint.pooling)
+        folder = self.checkpoint.folder
+        poolers, self.dense = embedding_poolers(folder, "cls", size, self.checkpoint.pooling)
+        more, self.more = several_outputs(folder, size, self.checkpoint.tokenizer_config)
+        self.poolers = {**poolers, **more}
 
     def _classifies(self, head: Callable[[Tensor], Tensor], kind: PoolingKind = "cls") -> None:
         config = self.checkpoint.config

@@ -6,44 +6,74 @@ Dense layers stand in files of their own beside the model's weights; they are sm
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sensorium.checkpoint.pooling import DenseSpec, PoolingKind, read_pooling
+from sensorium.checkpoint.tokens import special_token, special_tokens
 from sensorium.errors import CheckpointError
 from sensorium.pooling.pool import ACTIVATIONS
-from sensorium.pooling.pooler import EmbedPooler, Pooler, TokenPooler
+from sensorium.pooling.pooler import EmbedPooler, Pooler, SparsePooler, TokenPooler, VectorsPooler
 from sensorium.types import PoolingTask
 from sensorium.weights.tensor_files import stored_tensors
 
+SPARSE_LINEAR, COLBERT_LINEAR = "sparse_linear.pt", "colbert_linear.pt"
 _FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 class Dense(nn.Module):
-    """One `Dense` module of sentence-transformers. Its tensors are buffers: not part of the model's own weights."""
+    """A linear layer beside the model, as a `Dense` module of sentence-transformers is. Its tensors are buffers: not
+    part of the model's own weights."""
 
     weight: Tensor  # float32 [out, in]
     bias: Tensor | None
     residual: Tensor | None  # [out, in]
 
-    def __init__(self, spec: DenseSpec, in_features: int) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None = None, *, activation: str = "identity", adds_input: bool = False
+    ) -> None:
         super().__init__()
+        self.out_features = weight.shape[0]
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        self.register_buffer("residual", None, persistent=False)
+        self.activation = ACTIVATIONS[activation]
+        self.adds_input = adds_input
+
+    @classmethod
+    def of(cls, spec: DenseSpec, in_features: int) -> Dense:
+        """A module that modules.json names. CheckpointError if its weights do not fit."""
         tensors = _tensors(spec)
-        self.out_features = tensors["linear.weight"].shape[0]
-        shapes: dict[str, tuple[int, ...]] = {"linear.weight": (self.out_features, in_features)}
+        out_features = tensors["linear.weight"].shape[0]
+        shapes: dict[str, tuple[int, ...]] = {"linear.weight": (out_features, in_features)}
         if spec.bias:
-            shapes["linear.bias"] = (self.out_features,)
-        if spec.residual and self.out_features != in_features:
-            shapes["residual.weight"] = (self.out_features, in_features)
+            shapes["linear.bias"] = (out_features,)
+        if spec.residual and out_features != in_features:
+            shapes["residual.weight"] = (out_features, in_features)
         found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         if found != shapes:
             raise CheckpointError(f"{spec.folder.name}: its weights are {found}, the modules before it need {shapes}")
-        self.register_buffer("weight", tensors["linear.weight"], persistent=False)
-        self.register_buffer("bias", tensors.get("linear.bias"), persistent=False)
-        self.register_buffer("residual", tensors.get("residual.weight"), persistent=False)
-        self.activation = ACTIVATIONS[spec.activation]
-        self.adds_input = spec.residual
+        made = cls(
+            tensors["linear.weight"], tensors.get("linear.bias"), activation=spec.activation, adds_input=spec.residual
+        )
+        made.residual = tensors.get("residual.weight")
+        return made
+
+    @classmethod
+    def of_file(cls, file: Path, in_features: int, out_features: int | None = None) -> Dense:
+        """A torch file of one linear layer, with or without a bias."""
+        tensors = _read(file)
+        weight, bias = tensors.get("weight"), tensors.get("bias")
+        fits = weight is not None and weight.dim() == 2 and weight.shape[1] == in_features
+        if weight is None or not fits or weight.shape[0] != (out_features or weight.shape[0]):
+            raise CheckpointError(
+                f"{file.name} is not a linear layer of {in_features} numbers to {out_features or 'some'}"
+            )
+        if set(tensors) - {"weight", "bias"} or (bias is not None and bias.shape != weight.shape[:1]):
+            raise CheckpointError(f"{file.name} has other tensors than a weight and its bias")
+        return cls(weight, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, in] -> float32 [n, out]"""
@@ -54,16 +84,21 @@ class Dense(nn.Module):
         return out + (x if self.residual is None else nn.functional.linear(x, self.residual))
 
 
-def _tensors(spec: DenseSpec) -> dict[str, Tensor]:
+def _read(file: Path) -> dict[str, Tensor]:
     """Copies in float32, on the CPU also while a model is being declared on the meta device."""
-    file = next((spec.folder / name for name in _FILES if (spec.folder / name).is_file()), None)
-    if file is None:
-        raise CheckpointError(f"{spec.folder.name}, which modules.json names, has no weights ({' or '.join(_FILES)})")
+    tensors = {}
     with torch.device("cpu"):
-        tensors = {}
         for stored in stored_tensors([file]):
             tensors[stored.key] = stored.view().to(torch.float32, copy=True)
             stored.release()
+    return tensors
+
+
+def _tensors(spec: DenseSpec) -> dict[str, Tensor]:
+    file = next((spec.folder / name for name in _FILES if (spec.folder / name).is_file()), None)
+    if file is None:
+        raise CheckpointError(f"{spec.folder.name}, which modules.json names, has no weights ({' or '.join(_FILES)})")
+    tensors = _read(file)
     if "linear.weight" not in tensors or tensors["linear.weight"].dim() != 2:
         raise CheckpointError(f"{spec.folder.name}/{file.name} has no matrix linear.weight")
     return tensors
@@ -80,8 +115,30 @@ def embedding_poolers(
     width = size * len(spec.kinds)
     layers = []
     for one in spec.dense:
-        layers.append(Dense(one, width))
+        layers.append(Dense.of(one, width))
         width = layers[-1].out_features
     dense = nn.Sequential(*layers)
-    embed = EmbedPooler(spec.kinds, width, normalize=spec.normalize, head=dense if layers else None)
-    return {"embed": embed, "token_embed": TokenPooler(size, normalize=spec.normalize)}, dense
+    poolers: dict[PoolingTask, Pooler] = {
+        "embed": EmbedPooler(spec.kinds, width, normalize=spec.normalize, head=dense if layers else None),
+        "token_embed": VectorsPooler(size, normalize=spec.normalize),
+    }
+    return poolers, dense
+
+
+def several_outputs(
+    folder: Path, size: int, tokenizer_config: dict[str, Any]
+) -> tuple[dict[PoolingTask, Pooler], nn.Module]:
+    """What BGE-M3's files add to its dense vectors: words with weights, and a vector of every token but the first."""
+    poolers: dict[PoolingTask, Pooler] = {}
+    layers = nn.ModuleDict()
+    if (folder / SPARSE_LINEAR).is_file():
+        layers["sparse"] = weights = Dense.of_file(folder / SPARSE_LINEAR, size, 1)
+        named = (special_token(tokenizer_config, name) for name in ("cls", "eos", "pad", "unk"))
+        texts = {text for text in named if text is not None}
+        dropped = [one for one, text in special_tokens(folder, tokenizer_config) if text in texts]
+        poolers["sparse"] = SparsePooler(weights, dropped)
+        poolers["token_classify"] = TokenPooler(1, head=weights, activation="relu", skip=1, skip_last=1)
+    if (folder / COLBERT_LINEAR).is_file():
+        layers["colbert"] = vectors = Dense.of_file(folder / COLBERT_LINEAR, size)
+        poolers["token_embed"] = VectorsPooler(vectors.out_features, normalize=True, head=vectors, skip=1)
+    return poolers, layers

@@ -6,7 +6,7 @@ false) and calls the pooler once. Results are float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -63,26 +63,63 @@ class EmbedPooler:
 
 
 class TokenPooler:
-    """Every token's vector: the states themselves (normalised), or a head's classes of each."""
+    """Every token's classes, or whatever else a head makes of its state. The first `skip` and the last `skip_last`
+    tokens have none."""
 
     all_tokens = True
     first_only = False
 
     def __init__(
-        self, size: int, *, normalize: bool = False, head: Head | None = None, activation: str = "identity"
+        self, size: int, *, head: Head, activation: str = "identity", skip: int = 0, skip_last: int = 0
     ) -> None:
+        self.size = size
+        self.head = head
+        self.activation = ACTIVATIONS[activation]
+        self.skip, self.skip_last = skip, skip_last
+
+    def __call__(self, hidden: Tensor, params: PoolingParams, token_ids: NDArray[np.int32]) -> Tensor:
+        logits = self.head(hidden[self.skip : len(hidden) - self.skip_last]).float()
+        return logits if params.activation is False else self.activation(logits)
+
+
+class VectorsPooler:
+    """Every token's vector: its state, or what a head makes of it, normalised. The first `skip` tokens have none."""
+
+    all_tokens = True
+    first_only = False
+
+    def __init__(self, size: int, *, normalize: bool, head: Head | None = None, skip: int = 0) -> None:
         self.size = size
         self.normalize = normalize
         self.head = head
-        self.activation = ACTIVATIONS[activation]
+        self.skip = skip
 
     def __call__(self, hidden: Tensor, params: PoolingParams, token_ids: NDArray[np.int32]) -> Tensor:
-        if self.head is not None:
-            logits = self.head(hidden).float()
-            return logits if params.activation is False else self.activation(logits)
-        vectors = hidden.float()
+        vectors = hidden[self.skip :] if self.head is None else self.head(hidden[self.skip :])
         normalize = self.normalize if params.normalize is None else params.normalize
-        return functional.normalize(vectors, dim=-1) if normalize else vectors
+        return functional.normalize(vectors.float(), dim=-1) if normalize else vectors.float()
+
+
+class SparsePooler:
+    """The words of a text with a weight each (BGE-M3): the head's largest number at any of a word's tokens, of those
+    above 0. `dropped` are ids that are no words."""
+
+    all_tokens = True
+    first_only = False
+    size = 2
+
+    def __init__(self, head: Head, dropped: Sequence[int]) -> None:
+        self.head = head
+        self.dropped = np.array(dropped, np.int32)
+
+    def __call__(self, hidden: Tensor, params: PoolingParams, token_ids: NDArray[np.int32]) -> Tensor:
+        """[tokens, hidden] -> [words, 2]: (token id, weight), by id"""
+        words, places = np.unique(token_ids, return_inverse=True)
+        largest = hidden.new_zeros(len(words), dtype=torch.float32)
+        index = torch.from_numpy(places).to(hidden.device)
+        largest = largest.scatter_reduce(0, index, self.head(hidden).float().squeeze(-1), "amax")
+        kept = (largest > 0) & ~torch.from_numpy(np.isin(words, self.dropped)).to(hidden.device)
+        return torch.stack([torch.from_numpy(words).to(largest), largest], 1)[kept]
 
 
 class ClassifyPooler:

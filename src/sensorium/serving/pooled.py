@@ -87,6 +87,7 @@ class Pooled:
     vectors: list[Vector]
     prompt_tokens: int
     media_tokens: int = 0  # of those
+    others: tuple[tuple[Vector, ...], ...] = ()  # of each prompt, what `PoolingParams.also` asked for
 
 
 class Pooling:
@@ -212,13 +213,15 @@ class Pooling:
         fails; leaving early ends them all."""
         each = [params] * len(prompts) if isinstance(params, PoolingParams) else params
         pieces = [self._pieces(prompt, own) for prompt, own in zip(prompts, each, strict=True)]
-        vectors = iter(await self._compute([piece for some in pieces for piece in some]))
+        computed = await self._compute([piece for some in pieces for piece in some])
+        vectors = iter([vector for vector, *_ in computed])
         joined = [
             self._mean([(next(vectors), len(piece.token_ids)) for piece, _ in some], own)
             for some, own in zip(pieces, each, strict=True)
         ]
         media_tokens = sum(span.length for prompt in prompts for span in prompt.spans)
-        return Pooled(joined, sum(len(prompt.token_ids) for prompt in prompts), media_tokens)
+        others = tuple(tuple(more) for _, *more in computed)
+        return Pooled(joined, sum(len(prompt.token_ids) for prompt in prompts), media_tokens, others)
 
     def _pieces(self, prompt: Prompt, params: PoolingParams) -> list[tuple[Prompt, PoolingParams]]:
         """What is computed of one prompt: all of it, or a longer text in chunks of the context's length."""
@@ -240,10 +243,10 @@ class Pooling:
         length = float(np.linalg.norm(mean)) if normalize else 1.0
         return (mean / (length or 1.0)).astype(np.float32)
 
-    async def _compute(self, asked: Sequence[tuple[Prompt, PoolingParams]]) -> list[Vector]:
+    async def _compute(self, asked: Sequence[tuple[Prompt, PoolingParams]]) -> list[tuple[Vector, ...]]:
         client = self.model.client
         streams: list[OutputStream] = []
-        vectors: list[Vector] = []
+        vectors: list[tuple[Vector, ...]] = []
         failure = "abort"
         options = self._options
         try:
@@ -255,7 +258,7 @@ class Pooling:
                 if len(streams) % SUBMITTED_AT_ONCE == 0:
                     await asyncio.sleep(0)
             for stream in streams:
-                vectors.append(await self._vector(stream))
+                vectors.append(await self._vectors(stream))
         except SensoriumError:
             failure = "error"
             raise
@@ -266,7 +269,7 @@ class Pooling:
             self._observer.pooling_ended(lengths, len(vectors), failure, time.perf_counter() - self._started_s)
         return vectors
 
-    async def _vector(self, stream: OutputStream) -> Vector:
+    async def _vectors(self, stream: OutputStream) -> tuple[Vector, ...]:
         async for output in stream:
             if output.finish_reason == "error":
                 raise EngineError(output.error) if output.error else EngineError()
@@ -274,7 +277,8 @@ class Pooling:
                 raise UnavailableError("The request was ended by the server.")
             if output.vector is not None:
                 self._observer.pooled(output.cached_tokens, output.queue_s, output.prefill_s)
-                if not np.isfinite(output.vector).all():
+                vectors = (output.vector, *output.others)
+                if not all(np.isfinite(vector).all() for vector in vectors):
                     raise EngineError("The model's output for this request is not a number.")
-                return output.vector
+                return vectors
         raise EngineError

@@ -14,6 +14,7 @@ TASKS: Mapping[str, str] = {
     "transcribe": "transcribe recordings (/v1/audio/transcriptions, /v1/audio/translations)",
     "embed": "embed (/v1/embeddings, /score, /rerank)",
     "token_embed": "embed tokens (/pooling)",
+    "sparse": "embed sparsely (/pooling, /embed_sparse)",
     "classify": "classify (/classify)",
     "token_classify": "classify tokens (/pooling)",
     "score": "score (/score, /rerank)",
@@ -35,16 +36,16 @@ class TaskFlag:
 
 TASK_FLAGS: Mapping[str, TaskFlag] = {
     "generate": TaskFlag(("generate", "transcribe"), ("generate", "transcribe")),
-    "embed": TaskFlag(("embed", "token_embed"), ("embed", "token_embed")),
+    "embed": TaskFlag(("embed", "token_embed", "sparse", "token_classify"), ("embed", "token_embed")),
     "classify": TaskFlag(("classify", "token_classify"), ("classify", "token_classify")),
     "reward": TaskFlag(("token_classify", "classify"), ("reward", "classify", "token_classify")),
     "score": TaskFlag(("score",), ("score", "classify", "embed")),
     "pooling": TaskFlag(
-        ("classify", "token_classify", "score", "embed", "token_embed"),
+        ("classify", "score", "embed", "token_embed", "sparse", "token_classify"),
         ("embed", "token_embed", "classify", "token_classify", "reward", "score"),
     ),
     "auto": TaskFlag(
-        ("generate", "transcribe", "classify", "token_classify", "score", "embed", "token_embed"),
+        ("generate", "transcribe", "classify", "score", "embed", "token_embed", "sparse", "token_classify"),
         ("generate", "transcribe", "embed", "token_embed", "classify", "token_classify", "reward", "score"),
     ),
 }

@@ -85,7 +85,7 @@ async def test_embed_all_has_a_vector_for_every_token() -> None:
         ("/embed", {"inputs": "a", "dimensions": 3}, "dimensions"),
         ("/embed", {"inputs": "a", "prompt_name": "query"}, "prompt_name"),
         ("/embed_all", {"inputs": "a", "dimensions": SIZE}, "dimensions"),
-        ("/embed_sparse", {"inputs": "a"}, None),
+        ("/embed_sparse", {"inputs": "a"}, "model"),
         ("/predict", {"inputs": "a"}, "model"),
         ("/rerank", {"query": "a"}, "documents"),
         ("/rerank", {"query": "a", "texts": ["b"], "documents": ["b"]}, "documents"),

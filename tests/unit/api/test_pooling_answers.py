@@ -337,6 +337,31 @@ async def test_a_cross_encoders_default_prompt_stands_before_the_query(tmp_path:
         assert texts_of(served, BERT) == ["[CLS]Q: a[SEP]b[SEP]"]
 
 
+async def test_sparse_vectors_and_several_tasks_of_one_pass() -> None:
+    async with serving(engine_of("embed", "sparse"), model={"task": "embed"}) as served:
+        sparse = [{"index": token, "value": 2.0} for token in TOKENIZER.encode("a")]
+        assert (await post(served.port, "/embed_sparse", {"inputs": ["aa"]})).json == [sparse]
+        alone = (await post(served.port, "/pooling", {"input": "aa", "task": "sparse"})).json
+        assert alone["data"] == [{"index": 0, "object": "pooling", "data": sparse}]
+        both = (await post(served.port, "/pooling", {"input": ["aa", "b"], "task": "embed&sparse"})).json["data"]
+        assert [set(row["data"]) for row in both] == [{"embed", "sparse"}] * 2
+        assert both[0]["data"] == {"embed": vector_of(np.array(TOKENIZER.encode("aa"))).tolist(), "sparse": sparse}
+        assert len(served.engine.requests) == 4
+        for field, body in (
+            ("task", {"task": "embed&embed"}),
+            ("task", {"task": "embed&token_embed"}),
+            ("task", {"task": "align"}),
+            ("task", {"task": "embed&"}),
+            ("encoding_format", {"task": "sparse", "encoding_format": "base64"}),
+            ("encoding_format", {"task": "embed&sparse", "encoding_format": "bytes"}),
+        ):
+            reply = await post(served.port, "/pooling", {"input": "a", **body})
+            assert (reply.status, reply.error["param"]) == (400, field)
+        assert (await post(served.port, "/embed_sparse", {"inputs": "a", "normalize": True})).error[
+            "param"
+        ] == "normalize"
+
+
 async def test_an_instruction_needs_a_place(tmp_path: Path) -> None:
     """It takes the task's place in a prompt like Qwen3-Embedding's; elsewhere it is refused, not lost."""
     body = {"query": "a", "documents": ["b"], "instruction": "Find it."}

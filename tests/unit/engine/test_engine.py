@@ -22,7 +22,7 @@ from sensorium.engine.faults import Faults
 from sensorium.engine.loop import MEDIA_FAILED, NOT_FINITE, STEP_FAILED
 from sensorium.models.base import Model
 from sensorium.models.loading import load_model
-from sensorium.pooling.pooler import EmbedPooler, TokenPooler
+from sensorium.pooling.pooler import EmbedPooler, VectorsPooler
 from sensorium.types import EngineRequest, PoolingParams
 
 LENGTHS = (3, 17, 32, 33, 64, 70, 100, 5)
@@ -437,7 +437,7 @@ def test_times_come_with_the_first_output_and_preemptions_with_the_last(model: M
 def test_pooling_runs_beside_generation(model: Model, chunk: int) -> None:
     model.poolers = {
         "embed": EmbedPooler(("last",), 64, normalize=True),  # type: ignore[assignment]
-        "token_embed": TokenPooler(64),
+        "token_embed": VectorsPooler(64, normalize=False),
     }
     try:
         engine = bench(model, max_num_batched_tokens=chunk)

@@ -298,9 +298,12 @@ class EmbeddingsRequest(EncodedBody):
         return PoolingParams("embed", normalize=normalize, dimensions=self.dimensions)
 
 
+POOLING_TASKS = ("embed", "classify", "token_embed", "token_classify", "sparse")
+
+
 class PoolingRequest(EncodedBody):
     dimensions: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
-    task: Literal["embed", "classify", "token_embed", "token_classify"] | None = None
+    task: Name | None = None
 
     def check(self, limits: Limits, server: ServerConfig) -> None:
         super().check(limits, server)
@@ -310,6 +313,21 @@ class PoolingRequest(EncodedBody):
                 param="dimensions",
                 code="unsupported_field",
             )
+        if not set(self.tasks) <= set(POOLING_TASKS) or len(set(self.tasks)) < len(self.tasks):
+            raise RequestError(
+                f"`task` is one of {', '.join(POOLING_TASKS)}, or several of them joined by & (computed in one pass); "
+                f"not {self.task!r}.",
+                param="task",
+            )
+        if (len(self.tasks) > 1 or "sparse" in self.tasks) and self.encoding_format not in (None, "float"):
+            raise RequestError(
+                "`encoding_format` of sparse vectors, and of several tasks at once, is float.", param="encoding_format"
+            )
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """() for the model's own."""
+        return () if self.task is None else tuple(self.task.split("&"))
 
 
 class ClassifyRequest(InputBody):
