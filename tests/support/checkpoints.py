@@ -18,6 +18,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -71,6 +75,14 @@ PHI3_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
+GEMMA_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>"
+    "{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{% if m['content'] is string %}{{ m['content'] | trim }}{% else %}{% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}<start_of_image>{% else %}{{ part['text'] | trim }}{% endif %}"
+    "{% endfor %}{% endif %}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
 LLAVA_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['role'] | upper }}: {% endif %}"
     "{% for part in m['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
@@ -103,6 +115,16 @@ QWEN2_OMNI_TEMPLATE = (
     )
 )
 
+GEMMA_SPECIALS = (
+    "<pad>",
+    "<eos>",
+    "<bos>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<start_of_image>",
+    "<end_of_image>",
+    "<image_soft_token>",
+)
 LLAMA_SPECIALS = ("<unk>", "<s>", "</s>")
 CHATML_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 PHI3_SPECIALS = ("<unk>", "<s>", "</s>", "<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>")
@@ -159,6 +181,68 @@ def make_phi3(path: Path, layout: Layout = "hub", **options: Any) -> PreTrainedM
         **options,
     }
     return _text(path, layout, Phi3ForCausalLM, Phi3Config, ids, "<s>", "<|endoftext|>", options)
+
+
+def make_gemma3_text(path: Path, layout: Layout = "hub", **options: Any) -> PreTrainedModel:
+    """Layers that see six tokens and, every second one, that see all."""
+    ids = write_tokenizer(path, layout, GEMMA_SPECIALS, GEMMA_TEMPLATE, bos="<bos>", eos="<eos>")
+    options = {"pad_token_id": ids["<pad>"], **_gemma3_shape(), **options}
+    return _text(path, layout, Gemma3ForCausalLM, Gemma3TextConfig, ids, "<bos>", "<eos>", options)
+
+
+def _gemma3_shape() -> dict[str, Any]:
+    return {
+        "num_hidden_layers": 3,
+        "head_dim": 16,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "query_pre_attn_scalar": 24,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    }
+
+
+def make_gemma3(
+    path: Path,
+    layout: Layout = "hub",
+    *,
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+    preprocessor: dict[str, Any] | None = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """Images of 30 pixels in patches of 7, of which four are averaged: four rows each, of which the
+    window of most layers reaches three."""
+    ids = write_tokenizer(path, layout, GEMMA_SPECIALS, GEMMA_TEMPLATE, bos="<bos>", eos="<eos>")
+    write_options, options = _write_options(options)
+    config = Gemma3Config(
+        text_config={
+            **_shape(ids, {**_gemma3_shape(), "sliding_window": 3, **(text or {})}),
+            "pad_token_id": ids["<pad>"],
+        },
+        vision_config=_clip({"model_type": "siglip_vision_model", "image_size": 30, "patch_size": 7, **(vision or {})}),
+        boi_token_index=ids["<start_of_image>"],
+        eoi_token_index=ids["<end_of_image>"],
+        image_token_index=ids["<image_soft_token>"],
+        **{"mm_tokens_per_image": 4, **options},
+    )
+    _write_json(
+        path / "preprocessor_config.json",
+        {
+            "image_processor_type": "Gemma3ImageProcessor",
+            "processor_class": "Gemma3Processor",
+            "size": _square(30),
+            "resample": 2,
+            "image_mean": [0.5] * 3,
+            "image_std": [0.5] * 3,
+            "do_pan_and_scan": None,
+            "pan_and_scan_min_crop_size": None,
+            **(preprocessor or {}),
+        },
+    )
+    return _write(path, layout, Gemma3ForConditionalGeneration(config), ids["<bos>"], ids["<eos>"], **write_options)
 
 
 def make_llava(
@@ -981,7 +1065,8 @@ def _randomise(model: PreTrainedModel, seed: int) -> None:
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if name.endswith("weight") and ("norm" in name.lower() or ".ln_" in name):
-            parameter.copy_(1 + 0.2 * noise)
+            is_around_zero = "gemma3" in model.config.model_type and "vision_tower" not in name
+            parameter.copy_((0 if is_around_zero else 1) + 0.2 * noise)
         elif "embed_tokens" in name:
             parameter.copy_(noise * (0.1 if tied else 1.0))  # a tied head would only repeat the last token
         elif parameter.dim() < 2:
@@ -1016,6 +1101,10 @@ def _hub_config(config: dict[str, Any]) -> dict[str, Any]:
             "torch_dtype": config["torch_dtype"],
             "thinker_config": {k: v for k, v in config.items() if k not in ("architectures", "torch_dtype")},
         }
+    if config["model_type"] == "gemma3":  # published ones say little
+        for part, made in (("text_config", Gemma3TextConfig()), ("vision_config", SiglipVisionConfig())):
+            config[part] = _without_defaults(config[part], _old_names(made.to_dict()))
+        return config
     if "text_config" in config:  # what equals Llama's defaults is left out
         config["text_config"] = _without_defaults(config["text_config"], _old_names(LlamaConfig().to_dict()))
         is_clip = config["vision_config"]["model_type"] == "clip_vision_model"
@@ -1035,7 +1124,13 @@ def _old_names(config: dict[str, Any]) -> dict[str, Any]:
     if "dtype" in config:
         config["torch_dtype"] = config.pop("dtype")
     rope = config.pop("rope_parameters", None)
-    if rope is not None:
+    if rope is not None and "full_attention" in rope:  # Gemma 3
+        full, local = rope["full_attention"], rope["sliding_attention"]
+        scaling = {key: value for key, value in full.items() if key != "rope_theta"}
+        config["rope_theta"], config["rope_local_base_freq"] = full["rope_theta"], local["rope_theta"]
+        config["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
+        config["sliding_window_pattern"] = config.pop("layer_types").index("full_attention") + 1
+    elif rope is not None:
         rope = dict(rope)
         config["rope_theta"] = rope.pop("rope_theta", 10000.0)
         kind = rope.pop("rope_type", "default")

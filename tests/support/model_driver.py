@@ -16,6 +16,7 @@ from sensorium.engine.memory import CacheLayout
 from sensorium.kernels.context import AttentionContext, LayerRows
 from sensorium.models.base import Model
 from sensorium.models.cache import paged
+from sensorium.types import MediaSpan
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Sequence:
     positions: Tensor | None = None  # [axes, tokens] of the prompt
     position_delta: int = 0
     prompt: int = 0  # tokens that it began with
+    spans: tuple[MediaSpan, ...] = ()  # of media, for models whose media see all of themselves
     memory: Tensor | None = None  # what an encoder-decoder's tokens attend to besides
 
 
@@ -142,6 +144,7 @@ class Driver:
                 [s.blocks + [0] * (width - len(s.blocks)) for s, _ in work], dtype=torch.int32, device=self.device
             ),
             slots=torch.tensor(slots, device=self.device),
+            visible=self._visible(work) if self.model.media_both_ways else None,
             long_context=None if is_long is None else torch.tensor(is_long, device=self.device),
             memories=[s.memory for s, _ in work if s.memory is not None],
             rope_lengths=None
@@ -149,17 +152,34 @@ class Driver:
             else torch.tensor([max(s.prompt, s.cached + i + 1) for s, n in work for i in range(n)], device=self.device),
         )
 
+    def _visible(self, work: list[tuple[Sequence, int]]) -> Tensor:
+        seen = [
+            next((s.offset + s.length for s in sequence.spans if s.offset <= at < s.offset + s.length), at + 1)
+            for sequence, count in work
+            for at in range(sequence.cached, sequence.cached + count)
+        ]
+        return torch.tensor(seen, dtype=torch.int32, device=self.device)
+
     def logits(self, hidden: Tensor) -> Tensor:
         with torch.inference_mode():
             return self.model.logits(hidden)
 
     def prefill(self, sequence: Sequence, *chunks: int) -> Tensor:
-        """Compute the whole prompt in chunks of these sizes (the rest in one) -> logits [tokens, vocab]."""
+        """Compute the whole prompt in chunks of these sizes (the rest in one) -> logits [tokens, vocab]. Media that see
+        all of themselves are never cut: such a chunk ends before them, or behind them where they are next."""
         pieces = []
-        for count in (*chunks, len(sequence.tokens) - sum(chunks)):
-            if count:
-                pieces.append(self.step([(sequence, count)]))
+        ends = [sum(chunks[: i + 1]) for i in range(len(chunks))]
+        for wanted in (*ends, len(sequence.tokens)):
+            end = self._at_border(sequence, wanted)
+            if end > sequence.cached:
+                pieces.append(self.step([(sequence, end - sequence.cached)]))
         return self.logits(torch.cat(pieces))
+
+    def _at_border(self, sequence: Sequence, end: int) -> int:
+        for span in sequence.spans if self.model.media_both_ways else ():
+            if span.offset < end < span.offset + span.length:
+                return span.offset if span.offset > sequence.cached else span.offset + span.length
+        return end
 
     def greedy(self, sequences: Series[Sequence], count: int) -> list[list[int]]:
         """Prefill all sequences in one step, then decode them together: `count` greedy tokens of each."""

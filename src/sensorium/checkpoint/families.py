@@ -249,6 +249,7 @@ class Family:
     chat_template: str | None = None  # for checkpoints that bring none
     text_model_type: str = "llama"  # the key in `DECODERS` of a `text_config` that has no model_type
     scored_as: str | None = None  # the architecture of a classifier whose rows are tokens of this one's language head
+    overflows_float16: bool = False  # its activations are larger than float16 holds
     nested_in: str = ""  # config.json's key of the part that is served; a file without that key is the part itself
 
 
@@ -364,6 +365,16 @@ FAMILIES: Mapping[str, Family] = {
     "Qwen2Model": _BASE_MODEL,
     "Qwen3Model": _BASE_MODEL,
     "Phi3Model": _BASE_MODEL,
+    "Gemma3ForCausalLM": Family("Gemma 3 270M, 1B", _DECODER, _TEXT, overflows_float16=True),
+    "Gemma3TextModel": Family("EmbeddingGemma", _BASE_MODEL.model, _TEXT, tasks=("embed",), overflows_float16=True),
+    "Gemma3ForConditionalGeneration": Family(
+        "Gemma 3 4B, 12B, 27B",
+        "sensorium.models.gemma3:Gemma3",
+        "sensorium.processors.gemma3:Gemma3Processor",
+        ("image",),
+        text_model_type="gemma3_text",
+        overflows_float16=True,
+    ),
     "LlavaForConditionalGeneration": Family(
         "LLaVA-1.5",
         "sensorium.models.llava:Llava",

@@ -60,10 +60,12 @@ class BatchBuilder:
         *,
         marks_long: bool = False,
         stretched_from: int | None = None,
+        media_both_ways: bool = False,
     ) -> None:
         """`axes` is the number of position axes of the model (1, or 3 for M-RoPE); `marks_long`: it has long rope;
-        `stretched_from`: see `Model`."""
+        `stretched_from`, `media_both_ways`: see `Model`."""
         self._marks_long = marks_long
+        self._media_both_ways = media_both_ways
         self._stretched_from = stretched_from
         self._block_size = block_size
         self._axes = axes
@@ -151,6 +153,7 @@ class BatchBuilder:
             self._tensor(self._cache_places(slots, lengths, counts)),
             self._long_context(sequences, query_lens),
             self._rope_lengths(sequences, lengths, counts),
+            visible=self._visible(sequences, lengths, counts),
         )
 
     def _cache_places(self, slots: Ints, lengths: Ints, counts: Ints) -> Ints:
@@ -184,6 +187,20 @@ class BatchBuilder:
         if np.maximum(prompts, lengths).max() <= self._stretched_from:
             return None
         return self._tensor(np.maximum(np.repeat(prompts, counts), _places(lengths, counts) + 1))
+
+    def _visible(self, sequences: list[Sequence], lengths: Ints, counts: Ints) -> Tensor | None:
+        """Of each token how many keys it sees: all of its media span, up to itself elsewhere. None without such spans.
+        int32 [tokens]"""
+        if not self._media_both_ways or not any(seq.item_keys for seq in sequences):
+            return None
+        seen = _places(lengths, counts) + 1
+        ends = counts.cumsum()
+        for seq, start, count in zip(sequences, (ends - counts).tolist(), counts.tolist(), strict=True):
+            shift = start - seq.num_computed
+            for span in spans_within(seq, seq.num_computed, seq.num_computed + count):
+                first, last = max(span.offset + shift, start), span.offset + span.length
+                seen[first : last + shift] = last
+        return self._tensor(seen.astype(np.int32))
 
     def _token_types(self, sequences: list[Sequence], query_lens: list[int]) -> Tensor | None:
         types = [seq.request.prompt.token_types for seq in sequences]

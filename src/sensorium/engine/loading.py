@@ -115,6 +115,10 @@ def load_engine(
     quantization = choose_quantization(config, checkpoint.quantization)
     is_quantized = quantization is not None or checkpoint.quantization is not None
     dtype = choose_dtype(config.dtype, checkpoint.dtype, device, is_quantized=is_quantized)
+    if dtype == torch.float16 and checkpoint.family.overflows_float16:
+        raise StartupError(
+            f"float16 cannot hold the activations of {checkpoint.architecture}: use --dtype bfloat16 or float32"
+        )
     if device.type == "cpu":
         torch.set_num_threads(config.threads or default_threads(checkpoint))
     copy = None if quantization is None else find_copy(config, checkpoint, quantization, dtype, device)
@@ -220,6 +224,7 @@ def _batch_builder(model: Model, budget: Budget, device: torch.device) -> BatchB
         device,
         marks_long=model.long_context_from is not None,
         stretched_from=model.stretched_from,
+        media_both_ways=model.media_both_ways,
     )
 
 
@@ -272,6 +277,7 @@ def _budget(
         model.long_context_from,
         attends_to_media(groups),
         max_pairs(model, device),
+        model.media_both_ways,
     )
 
 

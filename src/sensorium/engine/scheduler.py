@@ -86,6 +86,7 @@ class Budget:
     long_context_from: int | None = None  # see `Model`: longer sequences are computed anew, in another way
     attends_to_media: bool = False  # see `models.cache`
     max_pairs: int | None = None  # of a step's prompt tokens and the tokens that each attends to
+    media_both_ways: bool = False  # see `Model`: the tokens of a media span are computed in one step
 
 
 @dataclass(slots=True)
@@ -328,6 +329,8 @@ class Scheduler:
         elif self.budget.max_pairs is not None:
             count = min(count, self._attended(plan, seq, self.budget.max_pairs))
         if seq.item_keys and count:
+            if self.budget.media_both_ways:
+                count = _at_span_border(seq, count, most=remaining if not plan.prefills else tokens)
             count = self._secure_media(plan, seq, count)
         if seq.memories and count and not self._secure_memories(plan, seq):
             count = 0
@@ -493,6 +496,20 @@ class Scheduler:
 def known_tokens(seq: Sequence, most: int) -> list[int]:
     """The next tokens where a grammar leaves no choice."""
     return [] if seq.constraint is None else seq.constraint.drafts(seq.num_outputs)[:most]
+
+
+def _at_span_border(seq: Sequence, count: int, most: int) -> int:
+    """The next `count` tokens, or fewer, that end in no media span. A span that is next and is longer is taken whole if
+    `most` allows; else there are none."""
+    end = seq.num_computed + count
+    for span in spans_within(seq, end - 1, end):
+        last = span.offset + span.length
+        if last <= end:
+            return count
+        if span.offset > seq.num_computed:
+            return span.offset - seq.num_computed
+        return last - seq.num_computed if last - seq.num_computed <= most else 0
+    return count
 
 
 def spans_within(seq: Sequence, start: int, end: int) -> Iterable[MediaSpan]:

@@ -89,6 +89,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-half-windowed": ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
     "qwen3": ("qwen3", {}),
     "qwen3-tied": ("qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
+    "gemma3": ("gemma3_text", {}),
+    "gemma3-plain": (
+        "gemma3_text",
+        {
+            "rope_parameters": None,
+            "attention_bias": True,
+            "hidden_activation": "gelu",
+            "final_logit_softcapping": 3.0,
+            "tie_word_embeddings": False,
+        },
+    ),
     "phi3": ("phi3", {}),
     "phi3-plain": ("phi3", {"rope_parameters": None, "sliding_window": 7, "original_max_position_embeddings": 512}),
     "phi3-attention-factor": ("phi3", {"rope_parameters": {**LONGROPE, "attention_factor": 1.5}}),

@@ -18,6 +18,7 @@ from support.media_models import Served, load
 from support.model_driver import Driver
 from transformers import (
     CLIPImageProcessorPil,
+    Gemma3ImageProcessorPil,
     LlavaNextImageProcessorPil,
     PreTrainedModel,
     Qwen2VLImageProcessorPil,
@@ -37,6 +38,7 @@ MAKERS: dict[str, Callable[..., PreTrainedModel]] = {
     "qwen2_vl": partial(checkpoints.make_qwen2_vl, tie_word_embeddings=False),
     "qwen2_5_vl": partial(checkpoints.make_qwen2_5_vl, tie_word_embeddings=False),
     "qwen3_vl": partial(checkpoints.make_qwen3_vl, tie_word_embeddings=False),
+    "gemma3": partial(checkpoints.make_gemma3, tie_word_embeddings=False),
 }
 SIZES = {
     "llava": [(50, 70), (28, 28), (90, 31)],
@@ -44,6 +46,7 @@ SIZES = {
     "qwen2_vl": [(60, 90), (56, 56), (140, 70)],
     "qwen2_5_vl": [(60, 90), (56, 56), (60, 140)],
     "qwen3_vl": [(60, 90), (64, 64), (40, 160)],
+    "gemma3": [(50, 70), (30, 30)],
 }
 each_family = pytest.mark.parametrize("family", list(MAKERS))
 each_layout = pytest.mark.parametrize("layout", ["hub", "transformers"])
@@ -61,7 +64,11 @@ def pictures(family: str) -> list[MediaItem]:
 
 def oracle_inputs(family: str, here: Served, items: Sequence[MediaItem], token_ids: np.ndarray) -> dict[str, Any]:
     """What transformers' own processor makes of the same pictures."""
-    classes: dict[str, Any] = {"llava": CLIPImageProcessorPil, "llava_next": LlavaNextImageProcessorPil}
+    classes: dict[str, Any] = {
+        "llava": CLIPImageProcessorPil,
+        "llava_next": LlavaNextImageProcessorPil,
+        "gemma3": Gemma3ImageProcessorPil,
+    }
     data = [item.data for item in items]
     made = classes.get(family, Qwen2VLImageProcessorPil)(**here.preprocessor)(
         data, return_tensors="pt", input_data_format="channels_last"
@@ -69,6 +76,9 @@ def oracle_inputs(family: str, here: Served, items: Sequence[MediaItem], token_i
     ids = torch.from_numpy(token_ids).long()[None]
     if family.startswith("qwen"):
         made["mm_token_type_ids"] = (ids == here.oracle.config.image_token_id).int()
+    if family == "gemma3":
+        del made["num_crops"]
+        made["token_type_ids"] = (ids == here.oracle.config.image_token_id).int()
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **made}
 
 
@@ -111,6 +121,7 @@ def test_rows_equal_transformers(family: str) -> None:
     inputs = oracle_inputs(family, here, items, prompt.token_ids)
     del inputs["input_ids"], inputs["attention_mask"]
     inputs.pop("mm_token_type_ids", None)
+    inputs.pop("token_type_ids", None)
     with torch.inference_mode():
         found = here.oracle.model.get_image_features(**inputs)
     slices = [found.pooler_output, *getattr(found, "deepstack_features", [])]  # of each, per image

@@ -158,8 +158,11 @@ class ClipTower(nn.Module):
     """pixels [n, 3, side, side] -> [n, positions, hidden * states]; `states` are indices of hidden states, as in
     transformers: 0 is what enters the first layer, i what layer i gives, negative ones count from the end."""
 
-    def __init__(self, config: ClipConfig, states: Sequence[int], *, keeps_class_token: bool) -> None:
-        """Without `keeps_class_token` the first row is left out, whatever it is."""
+    def __init__(
+        self, config: ClipConfig, states: Sequence[int], *, keeps_class_token: bool, ends_with_norm: bool = False
+    ) -> None:
+        """Without `keeps_class_token` the first row is left out, whatever it is. `ends_with_norm`: what is given went
+        through the tower's last norm."""
         super().__init__()
         self.config = config
         self.states = [state if state >= 0 else config.num_layers + 1 + state for state in states]
@@ -171,12 +174,14 @@ class ClipTower(nn.Module):
             LayerNorm(config.hidden_size, config.eps) if config.has_class_token else None
         )  # the checkpoints' spelling
         self.encoder = ClipEncoder(config, max(self.states))
+        self.post_layernorm = LayerNorm(config.hidden_size, config.eps) if ends_with_norm else None
 
     @property
     def unused(self) -> tuple[str, ...]:
         """Names, relative to the tower, that a checkpoint may have and this tower does not need."""
         layers = range(len(self.encoder.layers), self.config.num_layers)
-        return ("post_layernorm.", "head.", *(f"encoder.layers.{index}." for index in layers))
+        norm = () if self.post_layernorm is not None else ("post_layernorm.",)
+        return (*norm, "head.", *(f"encoder.layers.{index}." for index in layers))
 
     @property
     def group_size(self) -> int:
@@ -212,4 +217,6 @@ class ClipTower(nn.Module):
             if index in self.states:
                 kept[index] = x
         rows = x if len(self.states) == 1 else torch.cat([kept[state] for state in self.states], dim=-1)
+        if self.post_layernorm is not None:
+            rows = self.post_layernorm(rows)
         return rows.view(count, positions, -1)[:, self.first :]
