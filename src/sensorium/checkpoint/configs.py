@@ -79,8 +79,7 @@ def open_checkpoint(
     generation, tokenizer_config = _generation(folder, text_folder), read_json(folder / "tokenizer_config.json") or {}
     text_dict = text_part(config)
     text = None if family.encoder else read_text_config(config, family)
-    default_vocab = family.encoder.vocab_size if family.encoder else None
-    vocab_size = text.vocab_size if text else positive_int(text_dict, "vocab_size", default_vocab)
+    vocab_size = text.vocab_size if text else _encoder_vocab_size(text_dict, family)
     return Checkpoint(
         folder=folder,
         architecture=architecture,
@@ -100,6 +99,10 @@ def open_checkpoint(
         quantization=_quantization(folder, config, text_dict),
         score_tokens=tokens,
     )
+
+
+def _encoder_vocab_size(config: dict[str, Any], family: Family) -> int:
+    return positive_int(config, "vocab_size", family.encoder.vocab_size if family.encoder else None)
 
 
 def _required(folder: Path, what: str) -> dict[str, Any]:
