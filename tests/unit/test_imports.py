@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
     "config": {"units"},
     "__main__": {"cli"},
+    "llm": {"cli", "startup", "api", "serving", "prompt", "media"},
     "cli": {"startup", "api", "serving", "prompt", "media", "ipc", "checkpoint", "kernels", "system"},
     "api": {"serving", "prompt", "media", "ipc", "checkpoint", "system"},
     "startup": {"serving", "prompt", "media", "ipc", "checkpoint", "system"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sensorium.api.context import Context, Entry
+from sensorium.api.generated import Asker
 from sensorium.api.pooled import chosen_prompt, opened, pool_inputs
 from sensorium.api.protocol.pooling import EmbeddingsRequest
 from sensorium.api.transport.asgi import Call
@@ -20,7 +21,7 @@ async def embeddings(context: Context, call: Call) -> None:
         await respond_vectors(call, pooled, _EMBEDDINGS, job.model_name, job.request, job.request.embedding_type)
 
 
-def check_dimensions(entry: Entry, wanted: int | None, *, param: str = "dimensions") -> None:
+def check_dimensions(entry: Asker | Entry, wanted: int | None, *, param: str = "dimensions") -> None:
     """Only vectors of models that were trained for it mean anything when they are cut."""
     ready = entry.model.client.ready
     whole = ready.embedding_size if ready is not None else 0

@@ -1,8 +1,9 @@
-"""`data:video/jpeg;base64,…,…`: a video as a list of JPEG images. Frames are counted before anything is split."""
+"""`data:video/jpeg;base64,…,…`: a video as a list of JPEG or PNG images, counted before anything is split."""
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 from sensorium.media.header import read_header
 from sensorium.media.inline import decode_base64
@@ -18,7 +19,7 @@ def read_frame_list(text: str, max_frames: int, max_bytes: int) -> bytes:
     count = text.count(",") + 1
     if count > max_frames:
         raise Refusal("long", f"The {{kind}} has {count} frames; at most {max_frames} are taken.")
-    packed, left = [], max_bytes
+    frames, left = [], max_bytes
     for part in text.split(","):
         if not part.strip():
             raise Refusal("base64", "The {kind}'s frame list has an empty frame.")
@@ -26,8 +27,12 @@ def read_frame_list(text: str, max_frames: int, max_bytes: int) -> bytes:
         left -= len(frame)
         if left < 0:
             raise Refusal("file_size", f"The {{kind}}'s frames are larger than {size_text(max_bytes)} in all.")
-        packed += [LENGTH.pack(len(frame)), frame]
-    return b"".join(packed)
+        frames.append(frame)
+    return pack_frames(frames)
+
+
+def pack_frames(frames: Sequence[bytes]) -> bytes:
+    return b"".join(piece for frame in frames for piece in (LENGTH.pack(len(frame)), frame))
 
 
 def frames_of(packed: bytes) -> list[bytes]:
@@ -40,10 +45,10 @@ def frames_of(packed: bytes) -> list[bytes]:
 
 
 def frame_list_size(packed: bytes) -> tuple[int, int, int]:
-    """(frames, height, width), all frames of one size and all of them JPEG."""
+    """(frames, height, width), all frames of one size and all of them JPEG or PNG."""
     headers = [read_header(frame) for frame in frames_of(packed)]
-    if any(header.format != "JPEG" for header in headers):
-        raise Refusal("type", "The {kind}'s frame list must hold JPEG images.")
+    if any(header.format not in ("JPEG", "PNG") for header in headers):
+        raise Refusal("type", "The {kind}'s frame list must hold JPEG or PNG images.")
     if len({header.upright for header in headers}) > 1:
         raise Refusal("parse", "The {kind}'s frames must all have one size.")
     return len(headers), *headers[0].upright

@@ -87,6 +87,10 @@ class MediaPipeline:
         places = [part.kind for message in messages for part in message.content if isinstance(part, MediaPart)]
         if places != [source.kind for source in media]:
             raise ServerError
+        self.check_counts(media, modalities)
+
+    def check_counts(self, media: Sequence[MediaSource], modalities: frozenset[Modality]) -> None:
+        """RequestError for what the model does not take, and for more than a request may have."""
         counts: Counter[Modality] = Counter()
         for source in media:
             kind = source.kind
@@ -96,7 +100,7 @@ class MediaPipeline:
             if counts[kind] > self.limits[kind]:
                 raise RequestError(
                     f"At most {self.limits[kind]} {kind}(s) may be given in one request, but it "
-                    f"has {places.count(kind)}. The operator sets this with --limit-mm-per-prompt.",
+                    f"has {sum(one.kind == kind for one in media)}. The operator sets this with --limit-mm-per-prompt.",
                     param=source.param,
                     code=f"too_many_{kind}s",
                 )

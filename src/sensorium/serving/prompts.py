@@ -223,6 +223,17 @@ class PromptBuilder:
         self._limit.check(prompt, "prompt")
         return prompt
 
+    async def media_prompt(self, text: str, media: Sequence[MediaSource]) -> Prompt:
+        """`text_prompt` with media, in the order of the model's own placeholders in the text."""
+        self._media.check_counts(media, self.processor.modalities)
+        features, _ = await self._processed(media, text, MediaSettings(self.processor, {}, b"", b""))
+        adds = self._adds_special_tokens(text, True)
+        prompt = await self._threads.run(
+            False, lambda: self._build(self.processor, text, features, adds, param="prompt"), characters=len(text)
+        )
+        self._limit.check(prompt, "prompt")
+        return prompt
+
     async def text_prompts(
         self,
         texts: Sequence[str | Sequence[int]],

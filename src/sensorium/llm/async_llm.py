@@ -1,0 +1,296 @@
+"""One model in this program: its engine in a process of its own, everything else on this event loop."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import msgspec
+
+from sensorium.api.chat import Chat
+from sensorium.api.embeddings import check_dimensions
+from sensorium.api.generated import Asker
+from sensorium.api.protocol.chat import ChatRequest
+from sensorium.api.protocol.common import Body, UnknownFields
+from sensorium.api.protocol.completion import CompletionRequest
+from sensorium.api.protocol.content import Conversation
+from sensorium.api.protocol.pooling import PoolingRequest
+from sensorium.api.protocol.validation import parse_json
+from sensorium.config import Limits, ServeOptions
+from sensorium.errors import RequestError, SensoriumError
+from sensorium.llm.answers import Answers, Unobserved
+from sensorium.llm.inputs import Chat as Messages
+from sensorium.llm.inputs import PooledInput, PromptInput, is_chat, many, parts_of
+from sensorium.llm.media import PythonParts
+from sensorium.llm.options import options_of
+from sensorium.llm.params import PoolingParams, SamplingParams
+from sensorium.llm.results import Classification, Embedding, PooledData, PooledOutput, RequestOutput, Vector
+from sensorium.media.source import MediaSource
+from sensorium.serving.generation import GenerationRequest, generate
+from sensorium.serving.model import ServedModel
+from sensorium.serving.pooled import Pooling, PoolingOptions
+from sensorium.startup.model import Starting, opened, start
+from sensorium.types import PoolingTask, Prompt
+
+Request = TypeVar("Request", bound=Body)
+AT_ONCE = 256
+"""Inputs that are made into prompts and sent before the first is waited for."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Program:
+    """The Asker of this program: nobody else's turns, nobody else's caches."""
+
+    model: ServedModel
+    name: str
+    limits: Limits
+    turn: bytes = b""
+    observer: Unobserved = field(default_factory=Unobserved)
+
+    def salt(self, own: str | None = None) -> bytes:
+        return b"" if own is None else own.encode()
+
+
+class _ProgramChat(Chat):
+    """A chat whose media may be the program's objects."""
+
+    def __init__(self, request: ChatRequest, parts: PythonParts) -> None:
+        super().__init__(request)
+        self._parts = parts
+
+    def conversation(self, work: Asker) -> Conversation:
+        found = super().conversation(work)
+        return replace(found, media=self._parts.with_objects(found.media))
+
+
+class AsyncLLM:
+    """`async with AsyncLLM(model) as llm`. The model is a folder or a hub id; None is the built-in one. Arguments are
+    the flags of `sensorium serve` (max_model_len, quantization, ...), vLLM's names for them among them.
+
+    Requests may run at the same time; the engine computes them together. Errors are SensoriumErrors: StartupError while
+    loading, RequestError (a ValueError of ours, with `param`) for what is wrong with a request.
+    """
+
+    def __init__(self, model: str | None = None, **arguments: Any) -> None:
+        self._options: ServeOptions = options_of(model, arguments)
+        self._stack = AsyncExitStack()
+        self._program: _Program | None = None
+        self._ids = itertools.count()
+        self._unknown = UnknownFields()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def start(self) -> None:
+        """Returns when the model is loaded; StartupError says in one line why it cannot be."""
+        starting: Starting = start(self._options, lambda phase, fraction: None)
+        try:
+            model = await self._stack.enter_async_context(opened(starting))
+            await starting.client.wait_ready()
+            model.check_task()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        self._program = _Program(model, starting.names[0], starting.options.limits)
+
+    async def aclose(self) -> None:
+        """End what runs, and the engine. Nothing happens the second time."""
+        self._program = None
+        await self._stack.aclose()
+
+    @property
+    def model(self) -> ServedModel:
+        return self._opened.model
+
+    @property
+    def _opened(self) -> _Program:
+        if self._program is None:
+            raise SensoriumError("This model is not open: use `async with AsyncLLM(...)`, or start() first.")
+        return self._program
+
+    # Text.
+
+    async def generate(
+        self, prompt: PromptInput, sampling_params: SamplingParams | None = None, *, request_id: str | None = None
+    ) -> AsyncIterator[RequestOutput]:
+        """The answer as it comes: every output has all of it so far, the last one is finished. Leaving ends it."""
+        asked = await self._text_request(prompt, sampling_params)
+        with self._begun(*asked, request_id) as answers:
+            async for output in answers.stream():
+                yield output
+
+    async def complete(
+        self, prompt: PromptInput, sampling_params: SamplingParams | None = None, *, request_id: str | None = None
+    ) -> RequestOutput:
+        """`generate`, whole."""
+        asked = await self._text_request(prompt, sampling_params)
+        with self._begun(*asked, request_id) as answers:
+            return await answers.whole()
+
+    async def chat(
+        self,
+        messages: Messages,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        **fields: Any,
+    ) -> AsyncIterator[RequestOutput]:
+        """An answer to OpenAI's messages, as it comes. Parts may hold the program's own objects: {"type": "image",
+        "image": a PIL image, an array, a path or bytes}, and so for video and audio. `fields` are a request's others,
+        such as tools, tool_choice, chat_template_kwargs, continue_final_message or enable_thinking."""
+        asked = await self._chat_request(messages, sampling_params, fields)
+        with self._begun(asked, None, request_id) as answers:
+            async for output in answers.stream():
+                yield output
+
+    async def complete_chat(
+        self,
+        messages: Messages,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        **fields: Any,
+    ) -> RequestOutput:
+        """`chat`, whole."""
+        asked = await self._chat_request(messages, sampling_params, fields)
+        with self._begun(asked, None, request_id) as answers:
+            return await answers.whole()
+
+    async def _text_request(
+        self, prompt: PromptInput, sampling_params: SamplingParams | None
+    ) -> tuple[GenerationRequest, str | None]:
+        """What is sent to the engine, and the prompt if it is text."""
+        program = self._need("generate")
+        text, media = parts_of(prompt)
+        sampling = sampling_params or SamplingParams()
+        fields = {**sampling.fields_of_request(), "logprobs": sampling.logprobs}
+        request = self._read(CompletionRequest, {"prompt": text, **fields})
+        request.check(program.limits)
+        made = await self._prompt(request, media)
+        grammar = await program.model.grammars.held(request.form(), b"")
+        params = replace(request.sampling(program.model.defaults, len(made.token_ids)), grammar=grammar)
+        asked = request.generation(((made, params),), b"", continues=True)
+        return asked, text if isinstance(text, str) else None
+
+    async def _chat_request(
+        self, messages: Messages, sampling_params: SamplingParams | None, fields: Mapping[str, Any]
+    ) -> GenerationRequest:
+        program = self._need("generate")
+        parts, sampling = PythonParts(), sampling_params or SamplingParams()
+        given = sampling.fields_of_request()
+        if sampling.logprobs is not None:
+            given |= {"logprobs": True, "top_logprobs": sampling.logprobs}
+        request = self._read(ChatRequest, {**given, **fields, "messages": parts.replaced(messages)})
+        request.check(program.limits, self._options.server)
+        return await _ProgramChat(request, parts).prepare(program)
+
+    @contextmanager
+    def _begun(self, asked: GenerationRequest, text: str | None, request_id: str | None) -> Iterator[Answers]:
+        """It ends with the block, whether or not it is whole."""
+        program = self._opened
+        asked = replace(asked, keeps_ids=True)
+        with generate(program.model, asked, program.observer, started_s=perf_counter()) as generation:
+            yield Answers(generation, program.model.tokenizer, request_id or self._name(), text)
+
+    # Vectors.
+
+    async def embed(
+        self, inputs: Sequence[PooledInput] | PooledInput, pooling_params: PoolingParams | None = None
+    ) -> list[PooledOutput[Embedding]]:
+        """A vector of each text, list of token ids or chat (a list of messages)."""
+        own = pooling_params or PoolingParams()
+        check_dimensions(self._opened, own.dimensions)
+        found = await self._pooled(inputs, "embed", own)
+        return [PooledOutput(self._name(), Embedding(vector), ids) for vector, ids in found]
+
+    async def classify(
+        self, inputs: Sequence[PooledInput] | PooledInput, pooling_params: PoolingParams | None = None
+    ) -> list[PooledOutput[Classification]]:
+        labels = self._opened.model.labels
+        found = await self._pooled(inputs, "classify", pooling_params or PoolingParams())
+        return [
+            PooledOutput(self._name(), Classification(probs, dict(enumerate(labels)).get(int(probs.argmax()))), ids)
+            for probs, ids in found
+        ]
+
+    async def encode(
+        self,
+        inputs: Sequence[PooledInput] | PooledInput,
+        pooling_params: PoolingParams | None = None,
+        *,
+        pooling_task: PoolingTask | None = None,
+    ) -> list[PooledOutput[PooledData]]:
+        """What the model makes of its states for a task: embed, classify, token_embed, token_classify; None: the first
+        that it does."""
+        task = pooling_task or self._opened.model.default_pooling_task or "embed"
+        found = await self._pooled(inputs, task, pooling_params or PoolingParams())
+        return [PooledOutput(self._name(), PooledData(data), ids) for data, ids in found]
+
+    async def _pooled(
+        self, inputs: Sequence[PooledInput] | PooledInput, task: PoolingTask, own: PoolingParams
+    ) -> list[tuple[Vector, list[int]]]:
+        """Each input's vector, and its prompt's token ids."""
+        program = self._need(task)
+        model = program.model
+        given = [self._input(one) for one in many(inputs)]
+        prompt = model.instructions.chosen(own.prompt_name, None) if task in ("embed", "token_embed") else ""
+        texts = [prompt + one if isinstance(one, str) else one for one in given]
+        params = own.of(task, model.prompts.unpooled_tokens(prompt, add_special_tokens=True))
+        truncation = model.truncation(own.truncate_prompt_tokens, None)
+        pooling = Pooling(model, program.limits, PoolingOptions(), program.observer, started_s=perf_counter())
+        found: list[tuple[Vector, list[int]]] = []
+        for begin in range(0, len(texts), AT_ONCE):
+            group = texts[begin : begin + AT_ONCE]
+            places = [f"inputs[{begin + index}]" for index in range(len(group))]
+            prompts = await pooling.make_prompts(group, places, truncation, chunked=task == "embed")
+            vectors = (await pooling.run(prompts, params)).vectors
+            found += zip(vectors, (one.token_ids.tolist() for one in prompts), strict=True)
+        return found
+
+    def _input(self, given: PooledInput) -> str | list[int] | Conversation:
+        if isinstance(given, str):
+            return given
+        if not is_chat(given):
+            ids: Any = given
+            return list(ids)
+        parts = PythonParts()
+        request = self._read(PoolingRequest, {"messages": parts.replaced(given)})
+        (found,) = request.inputs(self.model.processor.modalities, self._opened.limits)
+        return replace(found, media=parts.with_objects(found.media)) if isinstance(found, Conversation) else found
+
+    def _name(self) -> str:
+        return f"request-{next(self._ids)}"
+
+    async def _prompt(self, request: CompletionRequest, media: Sequence[MediaSource]) -> Prompt:
+        prompts = self._opened.model.prompts
+        truncation = self._opened.model.truncation(request.truncate_prompt_tokens, None, completion=request.length or 1)
+        (given,) = request.prompts
+        if media and isinstance(given, str):
+            return await prompts.media_prompt(given, media)
+        return await prompts.text_prompt(given, truncation=truncation)
+
+    def _need(self, task: str) -> _Program:
+        program = self._opened
+        if task not in program.model.tasks:
+            can = ", ".join(program.model.tasks)
+            raise RequestError(f"The model {program.name!r} does not {task}. It can: {can}.", code="unsupported_task")
+        return program
+
+    def _read(self, model: type[Request], fields: Mapping[str, Any]) -> Request:
+        """By the rules of a request's body, whose JSON this would be."""
+        try:
+            body = msgspec.json.encode(fields)
+        except (TypeError, ValueError) as error:
+            raise RequestError(f"This cannot be part of a request: {error}.") from None
+        return parse_json(model, body, self._unknown)

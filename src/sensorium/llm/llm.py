@@ -1,0 +1,135 @@
+"""`AsyncLLM` for programs without an event loop: lists in, lists out."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from sensorium.errors import RequestError
+from sensorium.llm.async_llm import AsyncLLM
+from sensorium.llm.inputs import Chat, PooledInput, PromptInput, many_chats, many_prompts
+from sensorium.llm.params import PoolingParams, SamplingParams
+from sensorium.llm.progress import progress
+from sensorium.llm.results import Classification, Embedding, PooledData, PooledOutput, RequestOutput
+from sensorium.types import PoolingTask
+
+T = TypeVar("T")
+Params = SamplingParams | Sequence[SamplingParams] | None
+WAITING = 4
+"""Prompts that are under way for each sequence that the engine computes at a time."""
+
+
+class LLM:
+    """One model: `LLM(model).generate(["Hello"])`. The model is a folder or a hub id; None is the built-in one.
+    Arguments are the flags of `sensorium serve`, vLLM's names for them among them.
+
+    Usable from any thread, as a context manager too; `close` ends the engine, as the program's end does. Errors are
+    SensoriumErrors: StartupError while loading, RequestError for what is wrong with a request.
+    """
+
+    def __init__(self, model: str | None = None, **arguments: Any) -> None:
+        self._llm = AsyncLLM(model, **arguments)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="sensorium", daemon=True)
+        self._thread.start()
+        self._finalizer = weakref.finalize(self, _close, self._llm, self._loop, self._thread)
+        try:
+            self._run(self._llm.start())
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the engine. Nothing happens the second time."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def generate(
+        self, prompts: PromptInput | Sequence[PromptInput], sampling_params: Params = None, *, use_tqdm: bool = True
+    ) -> list[RequestOutput]:
+        """Answers to prompts, in their order; one SamplingParams for all or one for each. `use_tqdm` shows a bar on a
+        terminal."""
+        given = many_prompts(prompts)
+        return self._answers(given, sampling_params, self._llm.complete, use_tqdm)
+
+    def chat(
+        self, messages: Chat | Sequence[Chat], sampling_params: Params = None, *, use_tqdm: bool = True, **fields: Any
+    ) -> list[RequestOutput]:
+        """Answers to one chat or several. See `AsyncLLM.chat`."""
+
+        ask = partial(self._llm.complete_chat, **fields)
+        return self._answers(many_chats(messages), sampling_params, ask, use_tqdm)
+
+    def embed(
+        self, inputs: Sequence[PooledInput] | PooledInput, pooling_params: PoolingParams | None = None
+    ) -> list[PooledOutput[Embedding]]:
+        return self._run(self._llm.embed(inputs, pooling_params))
+
+    def classify(
+        self, inputs: Sequence[PooledInput] | PooledInput, pooling_params: PoolingParams | None = None
+    ) -> list[PooledOutput[Classification]]:
+        return self._run(self._llm.classify(inputs, pooling_params))
+
+    def encode(
+        self,
+        inputs: Sequence[PooledInput] | PooledInput,
+        pooling_params: PoolingParams | None = None,
+        *,
+        pooling_task: PoolingTask | None = None,
+    ) -> list[PooledOutput[PooledData]]:
+        return self._run(self._llm.encode(inputs, pooling_params, pooling_task=pooling_task))
+
+    def _answers(
+        self,
+        given: Sequence[T],
+        params: Params,
+        ask: Callable[[T, SamplingParams | None], Awaitable[RequestOutput]],
+        shows: bool,
+    ) -> list[RequestOutput]:
+        each = [params] * len(given) if params is None or isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(given):
+            raise RequestError(
+                f"There are {len(given)} prompts and {len(each)} sampling_params: give one for all, or one for each.",
+                param="sampling_params",
+            )
+        limit = WAITING * self._llm.model.client.config.max_num_seqs
+
+        async def all_of_them() -> list[RequestOutput]:
+            places = asyncio.Semaphore(limit)
+            with progress(len(given), shown=shows) as advance:
+
+                async def one(prompt: T, own: SamplingParams | None) -> RequestOutput:
+                    async with places:
+                        found = await ask(prompt, own)
+                    advance()
+                    return found
+
+                return list(await asyncio.gather(*map(one, given, each)))
+
+        return self._run(all_of_them())
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        finally:
+            future.cancel()  # Ctrl-C ends what it waited for
+
+
+def _close(llm: AsyncLLM, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    asyncio.run_coroutine_threadsafe(llm.aclose(), loop).result()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
