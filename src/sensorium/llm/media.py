@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from sensorium.errors import RequestError
-from sensorium.media.framelist import MEDIA_TYPE, pack_frames
+from sensorium.media.framelist import LosslessFrames
 from sensorium.media.source import MediaSource
 from sensorium.types import Modality
 
@@ -41,8 +41,7 @@ def source_of(kind: Modality, item: Any, param: str) -> MediaSource:
         if kind == "audio":
             samples, rate = item
             return MediaSource(kind, param, payload=_wav(np.asarray(samples), int(rate)))
-        frames = pack_frames([_png(_image(frame)) for frame in item])
-        return MediaSource(kind, param, payload=frames, format=MEDIA_TYPE)
+        return MediaSource(kind, param, payload=LosslessFrames.of([_png(_image(frame)) for frame in item]))
     except (TypeError, ValueError, KeyError) as error:
         raise RequestError(f"`{param}`: this cannot be read as {kind}: {_FORMS[kind]}.", param=param) from error
 

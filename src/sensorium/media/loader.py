@@ -33,8 +33,7 @@ from sensorium.media.costs import (
 )
 from sensorium.media.fetch import Fetcher, Resolver
 from sensorium.media.files import LocalFiles
-from sensorium.media.framelist import MEDIA_TYPE as FRAME_LIST_TYPE
-from sensorium.media.framelist import frame_list_size, read_frame_list
+from sensorium.media.framelist import MEDIA_TYPE, FrameList, frame_list_size, read_frame_list
 from sensorium.media.header import ImageHeader, read_header
 from sensorium.media.held import HeldBytes, RequestBytes, Take, unbounded
 from sensorium.media.inline import decode_base64, is_data_url, split_data_url
@@ -171,10 +170,10 @@ class MediaLoader:
             return await self._from_base64(source.data, max_bytes, tenant), source.format
         if scheme == "data":
             parts = split_data_url(url, source.kind)
-            if source.kind == "video" and parts.media_type == FRAME_LIST_TYPE:
+            if source.kind == "video" and parts.media_type == MEDIA_TYPE:
                 most = self._limits.max_video_frames
                 frames = await self._in_thread(tenant, lambda: read_frame_list(parts.text, most, max_bytes))
-                return frames, FRAME_LIST_TYPE
+                return frames, MEDIA_TYPE
             return await self._from_base64(parts.text, max_bytes, tenant), parts.media_type or None
         if scheme == "file":
             payload = await self._in_thread(tenant, lambda: self._files.read(url, max_bytes))
@@ -182,8 +181,7 @@ class MediaLoader:
             return payload, None
         if scheme in ("http", "https"):
             fetched = await self._fetcher.get(url, max_bytes, tenant, take)
-            # Only a data: URL holds a frame list, whatever a server calls its answer.
-            return fetched.payload, None if fetched.content_type == FRAME_LIST_TYPE else fetched.content_type
+            return fetched.payload, fetched.content_type
         raise Refusal("url", "The {kind} must be an http(s):, data: or (where the operator allows it) file: URL.")
 
     async def _from_base64(self, text: str, max_bytes: int, tenant: bytes) -> bytes:
@@ -224,8 +222,8 @@ class MediaLoader:
 
     async def _inspect(self, raw: RawMedia, tenant: bytes) -> StreamInfo:
         """Count a stream's packets in a worker; its answer is checked like any other input."""
-        if raw.declared_type == FRAME_LIST_TYPE:
-            frames, height, width = await self._in_thread(tenant, lambda: frame_list_size(raw.payload))
+        if isinstance(packed := raw.payload, FrameList):
+            frames, height, width = await self._in_thread(tenant, lambda: frame_list_size(packed))
             return self._checked_info(StreamInfo("frames", float(frames), frames, height, width))
         demuxer = container_of(raw.kind, raw.payload)
         frame_pixels = most_frame_pixels(self._limits) if raw.kind == "video" else 0

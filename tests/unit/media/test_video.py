@@ -320,3 +320,10 @@ async def test_videos_decode_side_by_side() -> None:
     items = await asyncio.gather(*(take(loader, payload) for payload in payloads))
     assert [len(item.data) for item in items] == list(range(3, 11))
     await loader.aclose()
+
+
+@pytest.mark.parametrize("payload", [b"x", b"\xff\xff\xff\xffabc", b"\1\0\0\0a"])
+async def test_no_name_that_a_client_gives_makes_a_frame_list(payload: bytes, loader: MediaLoader) -> None:
+    data = base64.b64encode(payload).decode()
+    source = MediaSource("audio", PARAM, data=data, format="video/jpeg")
+    assert (await refusal(loader.fetch(source))).code == "unsupported_audio_media_type"
