@@ -38,6 +38,9 @@ def make_whisper(
     }
     model = WhisperForConditionalGeneration(WhisperConfig(**shape)).requires_grad_(False)
     _randomise(model, seed)
+    model.model.decoder.embed_tokens.weight[ids["<|notimestamps|>"] :] *= (
+        0.5  # text is to win over all timestamps together
+    )
     stated = {
         **{f"{name}_token_id": ids["<|endoftext|>"] for name in ("eos", "bos", "pad")},
         "decoder_start_token_id": ids["<|startoftranscript|>"],

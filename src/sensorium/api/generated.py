@@ -107,16 +107,21 @@ async def answer_generated(context: Context, call: Call, read: Callable[[Pending
     with context.tenants.enter(call.tenant), context.pending.open() as pending:
         endpoint = await read(pending)
         async with context.acquire(endpoint.model_name) as entry:
-            entry.need("generate")
-            with entry.admission.admit(endpoint.num_sequences) as permit:
-                async with context.open_request(call):
-                    work = Work(context, call, entry)
-                    request = await endpoint.prepare(work)
-                    pending.release()
-                    permit.add_prompt_tokens(request.prompt_tokens)
-                    with generate(entry.model, request, entry.metrics, started_s=call.started_s) as generation:
-                        await endpoint.answer(work, generation)
-                        call.note = f"{generation.prompt_tokens} + {generation.completion_tokens} tokens"
+            await generate_answer(Work(context, call, entry), endpoint, pending)
+
+
+async def generate_answer(work: Work, endpoint: Endpoint, pending: PendingBody) -> None:
+    """The same of a body that was read already."""
+    call, entry = work.call, work.entry
+    entry.need("generate")
+    with entry.admission.admit(endpoint.num_sequences) as permit:
+        async with work.context.open_request(call):
+            request = await endpoint.prepare(work)
+            pending.release()
+            permit.add_prompt_tokens(request.prompt_tokens)
+            with generate(entry.model, request, entry.metrics, started_s=call.started_s) as generation:
+                await endpoint.answer(work, generation)
+                call.note = f"{generation.prompt_tokens} + {generation.completion_tokens} tokens"
 
 
 async def answer_counted(

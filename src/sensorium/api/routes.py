@@ -39,10 +39,11 @@ from sensorium.api.protocol.responses import ResponsesRequest
 from sensorium.api.protocol.score import RerankRequest, ScoreRequest
 from sensorium.api.protocol.tei import EmbedRequest, PredictRequest, SimilarityRequest
 from sensorium.api.protocol.tokenize import DetokenizeRequest, TokenizeRequest
+from sensorium.api.recordings import FILE
 from sensorium.api.responses import input_tokens, responses
 from sensorium.api.score import rerank, score
 from sensorium.api.tokens import detokenize, tokenize
-from sensorium.api.transcriptions import FILE, transcriptions, translations
+from sensorium.api.transcriptions import transcriptions, translations
 from sensorium.api.transport.asgi import Call
 from sensorium.api.transport.errors import MethodNotAllowedError
 from sensorium.errors import NotFoundError

@@ -1,31 +1,26 @@
-"""POST /v1/audio/transcriptions and /translations: an uploaded recording becomes a chat with a model that hears."""
+"""POST /v1/audio/transcriptions and /translations: an uploaded recording goes to a model that transcribes, or becomes a
+chat with one that hears."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from sensorium.api.context import Context, Entry
-from sensorium.api.generated import Work, answer_generated, running_usage, text_of, usage_object
+from sensorium.api.generated import Work, generate_answer, running_usage, text_of, usage_object
 from sensorium.api.guards.admission import PendingBody
 from sensorium.api.protocol.audio import AudioRequest, parse_fields
+from sensorium.api.recordings import DELTA, DONE, FILE, PLAIN_TEXT, Upload, stream_frames, transcribe
 from sensorium.api.transport.asgi import Call
-from sensorium.api.transport.frames import Frames, StreamHead
 from sensorium.api.transport.multipart import read_form
 from sensorium.api.transport.sse import EventStream
 from sensorium.errors import MissingFieldError, UnsupportedModalityError
-from sensorium.media.source import MediaSource
 from sensorium.prompt.formats.base import Delta
 from sensorium.prompt.messages import MediaPart, Message, TextPart
 from sensorium.serving.generation import Choice, Generation, GenerationRequest
-
-FILE = "file"
-DELTA = "transcript.text.delta"
-DONE = "transcript.text.done"
 
 
 async def transcriptions(context: Context, call: Call) -> None:
@@ -37,26 +32,35 @@ async def translations(context: Context, call: Call) -> None:
 
 
 async def _listen(context: Context, call: Call, *, translates: bool) -> None:
-    async def read(pending: PendingBody) -> _Recording:
-        form = await read_form(call, context.limits, FILE, pending.add)
-        request = parse_fields(form.fields, context.unknown)
-        call.take_name(request.request_id)
-        if form.file is None:
-            raise MissingFieldError(FILE)
-        return _Recording(request, form.file, translates)
+    with context.tenants.enter(call.tenant), context.pending.open() as pending:
+        upload = await _read(context, call, pending, translates=translates)
+        async with context.acquire(upload.request.model) as entry:
+            work = Work(context, call, entry)
+            if "transcribe" in entry.model.tasks:
+                await transcribe(work, upload, pending)
+            else:
+                upload.request.check_for_chat()
+                await generate_answer(work, _Recording(upload), pending)
 
-    await answer_generated(context, call, read)
+
+async def _read(context: Context, call: Call, pending: PendingBody, *, translates: bool) -> Upload:
+    form = await read_form(call, context.limits, FILE, pending.add)
+    request = parse_fields(form.fields, context.unknown)
+    call.take_name(request.request_id)
+    if form.file is None:
+        raise MissingFieldError(FILE)
+    return Upload(request, form.file, translates)
 
 
 class _Recording:
-    """One request of these endpoints."""
+    """One request of these endpoints to a model that chats."""
 
     num_sequences = 1
 
-    def __init__(self, request: AudioRequest, file: bytes, translates: bool) -> None:
-        self._request = request
-        self._file = file
-        self._translates = translates
+    def __init__(self, upload: Upload) -> None:
+        self._upload = upload
+        self._request = upload.request
+        self._translates = upload.translates
         self._duration_s = 0.0
 
     @property
@@ -67,9 +71,9 @@ class _Recording:
         request, model, salt = self._request, work.entry.model, work.salt()
         _check_hears(work.entry)
         message = Message("user", (MediaPart("audio"), TextPart(request.instruction(translates=self._translates))))
-        source = MediaSource("audio", FILE, payload=self._file)
-        self._file = b""
-        prepared = await model.prompts.prepare_chat([message], [source], tenant=work.call.turn, salt=salt)
+        prepared = await model.prompts.prepare_chat(
+            [message], [self._upload.source()], tenant=work.call.turn, salt=salt
+        )
         work.entry.metrics.observe_prompt(prepared.text_s, prepared.media)
         self._duration_s = prepared.media[0].duration_s
         params = request.sampling(model.defaults, len(prepared.prompt.token_ids), FILE)
@@ -81,7 +85,7 @@ class _Recording:
             return
         text = (await generation.collect())[0].text.strip()
         if self._request.response_format == "text":
-            await work.call.respond(text.encode() + b"\n", content_type=b"text/plain; charset=utf-8")
+            await work.call.respond(text.encode() + b"\n", content_type=PLAIN_TEXT)
             return
         await work.call.respond(msgspec.json.encode(self._body(text)))
 
@@ -108,17 +112,7 @@ def _check_hears(entry: Entry) -> None:
 async def _stream(work: Work, request: AudioRequest, generation: Generation) -> None:
     """Events for two kinds of clients in one: vLLM's read `choices`, OpenAI's `type` and `delta`, or `text` at the
     end."""
-    head = StreamHead(work.call.answer_id("trsc-"), int(time.time()), request.model or work.entry.name)
-    include_usage = bool(request.stream_include_usage)
-    runs_usage = include_usage and request.stream_continuous_usage_stats
-    frames = Frames(
-        head,
-        "transcription.chunk",
-        open_text=b'"delta":{"content":',
-        close_text=b"}",
-        include_usage=include_usage,
-        running_usage=running_usage(generation) if runs_usage else None,
-    )
+    frames = stream_frames(work, request, running_usage(generation))
     async with EventStream(work.call, work.context.limits.keep_alive_comment_s) as events:
         said: list[str] = []
 
@@ -134,4 +128,4 @@ async def _stream(work: Work, request: AudioRequest, generation: Generation) -> 
                 await events.write(event)
 
         await generation.run(emit)
-        await events.end(frames.usage(usage_object(generation.usage())) if include_usage else b"")
+        await events.end(frames.usage(usage_object(generation.usage())) if request.stream_include_usage else b"")

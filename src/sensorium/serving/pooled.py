@@ -258,7 +258,7 @@ class Pooling:
                 if len(streams) % SUBMITTED_AT_ONCE == 0:
                     await asyncio.sleep(0)
             for stream in streams:
-                vectors.append(await self._vectors(stream))
+                vectors.append(await vectors_of(stream, self._observer))
         except SensoriumError:
             failure = "error"
             raise
@@ -269,16 +269,18 @@ class Pooling:
             self._observer.pooling_ended(lengths, len(vectors), failure, time.perf_counter() - self._started_s)
         return vectors
 
-    async def _vectors(self, stream: OutputStream) -> tuple[Vector, ...]:
-        async for output in stream:
-            if output.finish_reason == "error":
-                raise EngineError(output.error) if output.error else EngineError()
-            if output.finish_reason == "abort":
-                raise UnavailableError("The request was ended by the server.")
-            if output.vector is not None:
-                self._observer.pooled(output.cached_tokens, output.queue_s, output.prefill_s)
-                vectors = (output.vector, *output.others)
-                if not all(np.isfinite(vector).all() for vector in vectors):
-                    raise EngineError("The model's output for this request is not a number.")
-                return vectors
-        raise EngineError
+
+async def vectors_of(stream: OutputStream, observer: PoolingObserver) -> tuple[Vector, ...]:
+    """The one answer of a request that pools: its vector, and others of the same pass."""
+    async for output in stream:
+        if output.finish_reason == "error":
+            raise EngineError(output.error) if output.error else EngineError()
+        if output.finish_reason == "abort":
+            raise UnavailableError("The request was ended by the server.")
+        if output.vector is not None:
+            observer.pooled(output.cached_tokens, output.queue_s, output.prefill_s)
+            vectors = (output.vector, *output.others)
+            if not all(np.isfinite(vector).all() for vector in vectors):
+                raise EngineError("The model's output for this request is not a number.")
+            return vectors
+    raise EngineError

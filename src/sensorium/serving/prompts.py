@@ -128,6 +128,14 @@ class PromptBuilder:
         self._limit.check(prompt, "messages")
         return Prepared(prompt, text_s, tuple(timings), template.tool_style.tail(text))
 
+    async def media(
+        self, sources: Sequence[MediaSource], *, tenant: bytes = b"", salt: bytes = b""
+    ) -> tuple[list[MediaFeatures], list[MediaTiming]]:
+        """Media that stand in no prompt, as the model's encoder takes them."""
+        settings = MediaSettings(self.processor, {}, tenant, salt)
+        with self._media.holding() as held:
+            return await self._media.process(await self._media.fetch(sources, settings, held), settings)
+
     async def count_chat(
         self,
         messages: Sequence[Message],

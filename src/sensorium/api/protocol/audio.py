@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from sensorium.api.protocol.common import Body, Name, UnknownFields
@@ -26,6 +26,7 @@ SPOKEN = "It is spoken in {language}."
 CONTEXT = "What comes before it: {prompt}"
 HOTWORDS = "Words that may occur in it: {hotwords}"
 """Models that chat about audio have no other way to be told than in words."""
+THRESHOLDS = ("logprob_threshold", "compression_ratio_threshold", "no_speech_threshold")
 
 
 def _language(text: str) -> str | None:
@@ -37,6 +38,11 @@ def _language(text: str) -> str | None:
     return text
 
 
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Granularities = Annotated[list[Literal["segment", "word"]], Field(max_length=8), BeforeValidator(_listed)]
 Language = Annotated[str, Field(min_length=1, max_length=32), AfterValidator(_language)]
 
 
@@ -51,7 +57,11 @@ class AudioRequest(Body):
     to_language: Language | None = None
     prompt: Annotated[str, Field(max_length=8192)] | None = None
     hotwords: Annotated[str, Field(max_length=8192)] | None = None
-    response_format: Literal["json", "text", "verbose_json"] | None = None
+    response_format: Literal["json", "text", "srt", "vtt", "verbose_json"] | None = None
+    timestamp_granularities: Granularities | None = None
+    logprob_threshold: Annotated[float, Field(ge=-1000, le=0)] | None = None
+    compression_ratio_threshold: Annotated[float, Field(ge=0, le=1000)] | None = None
+    no_speech_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
     stream: bool | None = None
     stream_include_usage: bool | None = None
     stream_continuous_usage_stats: bool | None = None
@@ -66,8 +76,28 @@ class AudioRequest(Body):
     max_completion_tokens: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
 
     def check(self) -> None:
-        if self.stream and self.response_format == "verbose_json":
-            raise RequestError("`verbose_json` cannot be streamed.", param="response_format")
+        if self.stream and self.response_format not in (None, "json", "text"):
+            raise RequestError(f"`{self.response_format}` cannot be streamed.", param="response_format")
+        if self.timestamp_granularities and self.response_format != "verbose_json":
+            raise RequestError(
+                "Times are told with `response_format` verbose_json (and in srt and vtt, of segments).",
+                param="timestamp_granularities",
+            )
+
+    def check_for_chat(self) -> None:
+        """What models that chat about a recording cannot do."""
+        if self.response_format in ("srt", "vtt"):
+            raise UnsupportedFieldError(
+                "`response_format` must be json, text or verbose_json: this model tells no times.",
+                param="response_format",
+            )
+        for name in (*THRESHOLDS, "timestamp_granularities"):
+            if getattr(self, name) not in (None, []):
+                raise UnsupportedFieldError(f"Only models that transcribe have `{name}`: leave it out.", param=name)
+
+    @property
+    def granularities(self) -> frozenset[str]:
+        return frozenset(self.timestamp_granularities or ("segment",))
 
     def sampling(self, defaults: ModelDefaults, prompt_tokens: int, param: str) -> SamplingParams:
         """Greedy unless the request says otherwise. `param` is the field that makes the prompt long."""
@@ -102,14 +132,14 @@ def parse_fields(fields: Mapping[str, list[str]], unknown: UnknownFields) -> Aud
     values: dict[str, Any] = {}
     for name, given in fields.items():
         if name.endswith("[]"):
-            values[name.removesuffix("[]")] = given
+            values[name.removesuffix("[]")] = [one for one in given if one]
         elif len(given) > 1:
             raise RequestError(f"`{name}` is given twice.", param=name)
         elif given[0]:
             values[name] = given[0]
-    if values.get("response_format") in ("srt", "vtt", "diarized_json"):
+    if values.get("response_format") == "diarized_json":
         raise UnsupportedFieldError(
-            "`response_format` must be json, text or verbose_json: the model tells neither times nor speakers.",
+            "`response_format` must be json, text, srt, vtt or verbose_json: models here do not tell speakers apart.",
             param="response_format",
         )
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 _TABLE = """
     aa Afar, ab Abkhazian, ae Avestan, af Afrikaans, ak Akan, am Amharic, an Aragonese, ar Arabic, as Assamese,
@@ -55,8 +56,16 @@ _OTHER_NAMES = {
     "uighur": "ug",
     "valencian": "ca",
 }
+_WIDER = {"Norwegian Bokmål": "Norwegian"}
 _CODE_OF = {**{name.lower(): code for code, name in reversed(LANGUAGES.items())}, **_OTHER_NAMES}
 _TAG = re.compile(r"([a-z]{2,3})(?:[-_][a-z]{4})?(?:[-_](?:[a-z]{2}|[0-9]{3}))?")
+
+
+def language_code(text: str, known: Iterable[str]) -> str | None:
+    """Which of the codes that a model knows means this language."""
+    wanted = language_name(text)
+    wanted = _WIDER.get(str(wanted), wanted)
+    return next((code for code in known if language_name(code) == wanted), None)
 
 
 def language_name(text: str) -> str | None:

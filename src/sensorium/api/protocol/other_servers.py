@@ -212,9 +212,10 @@ RECORDINGS: Mapping[str, Foreign] = {
     **_fields("length_penalty", ("1", "1.0")),
     **_fields("stop grammar suppress_tokens known_speaker_names known_speaker_references", ("", [])),
     **_fields(
-        "timestamp_granularities", ([],), "this model tells no times: leave it out, or send the recording in pieces"
+        "word_timestamps return_timestamps timestamps",
+        ("false", "False", "0"),
+        "`timestamp_granularities[]` asks for times, of models that tell them",
     ),
-    **_fields("word_timestamps return_timestamps timestamps", ("false", "False", "0"), "this model tells no times"),
     **_fields("diarize tinydiarize", ("false", "False", "0"), "this model does not tell speakers apart"),
     **_fields("use_beam_search vad_filter", ("false", "False", "0")),
     **_fields("translate", ("false", "False", "0"), "/v1/audio/translations translates"),

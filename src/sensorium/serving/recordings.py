@@ -1,0 +1,53 @@
+"""What a transcription asks of the engine: text of a window, and which part of it each token is about."""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sensorium.serving.generation import GenerationObserver, GenerationRequest, Usage, generate
+from sensorium.serving.model import ServedModel
+from sensorium.serving.pooled import PoolingObserver, vectors_of
+from sensorium.types import EngineRequest, PoolingParams, Prompt, SamplingParams, TokenLogprob
+
+
+class Observer(GenerationObserver, PoolingObserver, Protocol):
+    """Who counts: every window is a request."""
+
+
+class RecordingEngine:
+    """One transcription's way to the engine. `usage` is of all its windows so far."""
+
+    def __init__(self, model: ServedModel, observer: Observer, salt: bytes) -> None:
+        self._model = model
+        self._observer = observer
+        self._salt = salt
+        self._prompt_tokens = self._completion_tokens = self._cached_tokens = 0
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(self._prompt_tokens, self._completion_tokens, self._cached_tokens, 0, {})
+
+    async def say(self, prompt: Prompt, params: SamplingParams) -> tuple[list[int], list[TokenLogprob]]:
+        """Tokens, the end token among them, and what is told of each."""
+        request = GenerationRequest(((prompt, params),), salt=self._salt, keeps_ids=True)
+        with generate(self._model, request, self._observer, started_s=perf_counter()) as generation:
+            await generation.collect()
+            self._prompt_tokens += generation.prompt_tokens
+            self._completion_tokens += generation.completion_tokens
+            self._cached_tokens += generation.cached_tokens
+            choice = generation.choices[0]
+            return choice.take_token_ids(), choice.take_logprobs()
+
+    async def attention(self, prompt: Prompt, params: PoolingParams) -> NDArray[np.float32]:
+        """[tokens, rows of the recording]"""
+        client = self._model.client
+        request = EngineRequest(client.next_id(), prompt, pooling=params, salt=self._salt)
+        stream = client.submit(request)
+        try:
+            return (await vectors_of(stream, self._observer))[0]
+        finally:
+            stream.abort()
