@@ -17,6 +17,7 @@ from sensorium.api.transport.asgi import Call
 from sensorium.api.vectors import envelope
 from sensorium.errors import RequestError
 from sensorium.prompt.encode import PairLimits, Truncation
+from sensorium.serving.pairs import PairSide, Said
 from sensorium.serving.pooled import Pooled, PooledInput, Vector
 from sensorium.types import PoolingParams
 
@@ -136,7 +137,7 @@ async def compare(job: Job[ComparingBody], left: Side, right: Side) -> Pooled:
 
 
 async def _cross_encoded(job: Job[ComparingBody], left: Side, right: Side) -> Pooled:
-    queries, documents = _texts(left), _texts(right)
+    queries, documents = ([_said(job, side, index) for index in range(len(side.items))] for side in (left, right))
     pairs = list(zip(_repeated(queries, len(documents)), documents, strict=True))
     places = [right.place(index) for index in range(len(documents))]
     truncation = job.truncation()
@@ -152,14 +153,16 @@ def _repeated(items: list[Any], count: int) -> list[Any]:
     return items * count if len(items) == 1 else items
 
 
-def _texts(side: Side) -> list[str]:
-    texts = []
-    for index, item in enumerate(side.items):
-        text = plain_text(item)
-        if text is None:
-            raise RequestError("This model compares texts only.", param=side.place(index), code="unsupported_modality")
-        texts.append(text)
-    return texts
+def _said(job: Job[ComparingBody], side: Side, index: int) -> PairSide:
+    """A text, or what has media too where the model takes these and its template says where they stand."""
+    item, place, takes = side.items[index], side.place(index), job.model.processor.modalities
+    text = plain_text(item)
+    if text is not None:
+        return text
+    if not takes or not job.model.has_pair_template:
+        raise RequestError("This model compares texts only.", param=place, code="unsupported_modality")
+    conversation: Conversation = item.conversation(place, takes, job.context.limits)
+    return Said(conversation.messages[0].content, conversation.media)
 
 
 # Embedders

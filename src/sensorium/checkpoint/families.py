@@ -344,6 +344,15 @@ _ROBERTA_CLASSIFIER = Family(
 _MODERNBERT_MODEL = Family(
     "ModernBERT", "sensorium.models.modernbert:ModernBertModel", _TEXT, tasks=("embed",), encoder=_MODERNBERT
 )
+_QWEN3_VL_MODEL = Family(
+    "Qwen3-VL, Qwen3-VL-Embedding",
+    "sensorium.models.qwen3_vl:Qwen3VL",
+    "sensorium.processors.qwen3_vl:Qwen3VLProcessor",
+    ("image", "video"),
+    chat_template=chat_templates.QWEN3_VL,
+    text_model_type="qwen3_vl_text",
+    scored_as="Qwen3VLForSequenceClassification",
+)
 _QWEN_OMNI = Family(  # the part that writes text; the one that speaks is not served
     "Qwen2.5-Omni (thinker)",
     "sensorium.models.qwen2_omni:Qwen2Omni",
@@ -425,13 +434,13 @@ FAMILIES: Mapping[str, Family] = {
         chat_template=chat_templates.QWEN2_VL,
         text_model_type="qwen2_5_vl_text",
     ),
-    "Qwen3VLForConditionalGeneration": Family(
-        "Qwen3-VL",
-        "sensorium.models.qwen3_vl:Qwen3VL",
-        "sensorium.processors.qwen3_vl:Qwen3VLProcessor",
-        ("image", "video"),
-        chat_template=chat_templates.QWEN3_VL,
-        text_model_type="qwen3_vl_text",
+    "Qwen3VLForConditionalGeneration": _QWEN3_VL_MODEL,
+    "Qwen3VLForSequenceClassification": replace(
+        _QWEN3_VL_MODEL,
+        title="Qwen3-VL classifiers and rerankers (Qwen3-VL-Reranker)",
+        model="sensorium.models.qwen3_vl:Qwen3VLForSequenceClassification",
+        tasks=("classify", "score", "embed"),
+        scored_as=None,
     ),
     "Qwen2ForSequenceClassification": _CLASSIFIER,
     "Qwen3ForSequenceClassification": _CLASSIFIER,

@@ -9,13 +9,27 @@ _PICK = (
     "{% endfor %}{% endmacro %}"
     "{% set instruction = said('system') %}{% set query = said('query') %}{% set document = said('document') %}"
 )
-QWEN3_RERANKER = (
-    _PICK + "{{ '<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the "
+_JUDGE = (
+    "{{ '<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the "
     'Instruct provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n\' }}'
     "{{ '<Instruct>: ' }}"
-    "{{ instruction or 'Given a web search query, retrieve relevant passages that answer the query' }}"
+)
+QWEN3_RERANKER = (
+    _PICK + _JUDGE + "{{ instruction or 'Given a web search query, retrieve relevant passages that answer the query' }}"
     "{{ '\n<Query>: ' + query + '\n<Document>: ' + document }}"
     "{{ '<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n' }}"
+)
+# No line break after the instruction; a user's message is a document too, which is how its parts are found out.
+QWEN3_VL_RERANKER = (
+    "{% macro said(roles) %}{% for message in messages if message['role'] in roles %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{% elif part['type'] == 'video' %}{{ '<|vision_start|><|video_pad|><|vision_end|>' }}"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{% endfor %}{% endmacro %}"
+    + _JUDGE
+    + "{{ said(['system']) or 'Given a search query, retrieve relevant candidates that answer the query.' }}"
+    "{{ '<Query>:' + said(['query']) + '\n<Document>:' + said(['document', 'user']) }}"
+    "{{ '<|im_end|>\n<|im_start|>assistant\n' }}"
 )
 MXBAI_RERANK = (
     _PICK + "{{ '<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"

@@ -38,8 +38,10 @@ class Recipe:
 
 
 _QWEN3 = Recipe(("no", "yes"), pair_templates.QWEN3_RERANKER)
+_QWEN3_VL = Recipe(("no", "yes"), pair_templates.QWEN3_VL_RERANKER)
 RECIPES: Mapping[str, Recipe] = {
     "qwen3-reranker": _QWEN3,
+    "qwen3-vl-reranker": _QWEN3_VL,
     "mxbai-rerank-base-v2": Recipe(("0", "1"), pair_templates.MXBAI_RERANK),
     "mxbai-rerank-large-v2": Recipe(("0", "1"), pair_templates.MXBAI_RERANK),
 }
@@ -49,7 +51,7 @@ RECIPES: Mapping[str, Recipe] = {
 def recipe_of(folder: Path, config: Mapping[str, Any]) -> Recipe | None:
     """The recipe of a folder of a known name (also in the hub's cache), or of a config that is said to be Qwen's."""
     if config.get("is_original_qwen3_reranker") is True:
-        return _QWEN3
+        return _QWEN3_VL if "vision_config" in config else _QWEN3
     cached = [part for part in folder.parts[-3:] if part.startswith("models--")]
     names = [name.lower() for name in (folder.name, *cached)]
     return next((recipe for known, recipe in RECIPES.items() if any(known in name for name in names)), None)

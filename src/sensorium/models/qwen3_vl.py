@@ -1,4 +1,7 @@
-"""Qwen3-VL (dense): a Qwen3 decoder with three-axis positions, whose first layers take rows of the tower too."""
+"""Qwen3-VL (dense): a Qwen3 decoder with three-axis positions, whose first layers take rows of the tower too.
+
+With a score in the place of the language head it ranks documents of text, images and videos.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ from typing import ClassVar
 
 from sensorium.checkpoint.configs import Checkpoint
 from sensorium.models.base import Rename
-from sensorium.models.decoder import DECODER_MAP
+from sensorium.models.classifiers import DecoderForSequenceClassification
+from sensorium.models.decoder import DECODER_MAP, DecoderModel
 from sensorium.models.qwen2_vl import Qwen2VL
 from sensorium.models.towers.qwen3_vit import QWEN3_VIT_MAP, Qwen3Vit
 from sensorium.models.towers.qwen_vit import QwenVit, QwenVitConfig
@@ -21,3 +25,8 @@ class Qwen3VL(Qwen2VL):
 
     def build_vision(self, checkpoint: Checkpoint) -> QwenVit:
         return Qwen3Vit(QwenVitConfig.of_qwen3(checkpoint.config.get("vision_config") or {}), self.text.hidden_size)
+
+
+class Qwen3VLForSequenceClassification(DecoderForSequenceClassification, Qwen3VL):
+    generates = False
+    ignored: tuple[str, ...] = DecoderModel.ignored

@@ -38,15 +38,39 @@ _VLM2VEC = (
     "{% endfor %}"
 )
 
-POOLING: dict[str, str] = {"dse-qwen2": _DSE_QWEN2, "vlm2vec": _VLM2VEC}
+# The instruction ends in punctuation; of a message's parts videos come first, then images, then texts.
+_QWEN3_VL_EMBEDDING = (
+    "{% macro of_kind(content, kind) %}{% for part in content if part['type'] == kind %}"
+    "{% if kind == 'text' %}{{ part['text'] }}{% else %}"
+    "{{ '<|vision_start|><|' + kind + '_pad|><|vision_end|>' }}{% endif %}{% endfor %}{% endmacro %}"
+    "{% macro said(content) %}{% if content is string %}{{ content }}{% else %}"
+    "{{ of_kind(content, 'video') + of_kind(content, 'image') + of_kind(content, 'text') }}{% endif %}{% endmacro %}"
+    "{% macro instruction() %}{% for message in messages if message['role'] == 'system' %}"
+    "{{ said(message['content']) }}{% endfor %}{% endmacro %}"
+    """{% set given = instruction() | trim or "Represent the user's input." %}"""
+    "{{ '<|im_start|>system\n' + given }}"
+    """{% if given[-1] not in "!\\"#%&'()*,-./:;?@[]_{}。！？，、；：）」』】》”’…" %}{{ '.' }}{% endif %}"""
+    "{{ '<|im_end|>\n' }}"
+    "{% for message in messages if message['role'] != 'system' %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + (said(message['content']) or 'NULL') + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{{ '<|im_start|>assistant\n' }}"
+)
+
+POOLING: dict[str, str] = {"dse-qwen2": _DSE_QWEN2, "vlm2vec": _VLM2VEC, "qwen3-vl-embedding": _QWEN3_VL_EMBEDDING}
 """Part of a model's name -> the template for its embeddings."""
+
+OF_BARE_TEXTS = frozenset({_QWEN3_VL_EMBEDDING})
+"""Templates that texts without a chat around them go through too, as what a user says."""
 
 NAMED: dict[str, str] = {
     "llava": chat_templates.VICUNA_LLAVA,
     "dse_qwen2_vl": _DSE_QWEN2,
     "vlm2vec": _VLM2VEC,
     "vlm2vec_phi3v": _VLM2VEC,
+    "qwen3_vl_embedding": _QWEN3_VL_EMBEDDING,
     "qwen3_reranker": pair_templates.QWEN3_RERANKER,
+    "qwen3_vl_reranker": pair_templates.QWEN3_VL_RERANKER,
     "mxbai_rerank_v2": pair_templates.MXBAI_RERANK,
 }
 """What --chat-template may name: also as the files that users of other servers know, `template_llava.jinja`."""

@@ -18,7 +18,7 @@ from sensorium.config import Limits, ServerConfig
 from sensorium.errors import RequestError, StartupError
 from sensorium.media.loader import MediaLoader
 from sensorium.processors.base import Processor
-from sensorium.prompt.builtin import is_embedder_name, is_embedder_template
+from sensorium.prompt.builtin import OF_BARE_TEXTS, is_embedder_name, is_embedder_template
 from sensorium.prompt.encode import PairLimits, Side, Truncation
 from sensorium.prompt.grammars import GrammarPool
 from sensorium.prompt.inspection import Renderer
@@ -29,7 +29,7 @@ from sensorium.serving.concurrency import PromptThreads
 from sensorium.serving.defaults import ModelDefaults
 from sensorium.serving.lengths import ContextLimit
 from sensorium.serving.media import FEATURE_CACHE_BYTES, MediaPipeline, media_limits
-from sensorium.serving.pairs import PairPrompts
+from sensorium.serving.pairs import PairPrompts, PairSide
 from sensorium.serving.prompts import PromptBuilder
 from sensorium.serving.tasks import TASK_FLAGS, Task
 from sensorium.serving.templates import Templates, format_of, opened
@@ -211,6 +211,11 @@ class ServedModel:
         )
 
     @property
+    def embeds_texts_as_chats(self) -> bool:
+        template = self._templates.pooling
+        return template is not None and template.source in OF_BARE_TEXTS
+
+    @property
     def pooling_kinds(self) -> tuple[str, ...]:
         """Which token states an embedding is made of."""
         return self._pooling.kinds
@@ -267,26 +272,38 @@ class ServedModel:
 
     async def pair_prompts(
         self,
-        pairs: Sequence[tuple[str, str]],
+        pairs: Sequence[tuple[PairSide, PairSide]],
         limits: PairLimits,
         *,
         params: Sequence[str],
         tenant: bytes = b"",
+        salt: bytes = b"",
         instruction: str | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
     ) -> list[Prompt]:
-        """Two texts each as one prompt, for cross-encoders: through the template for pairs, if the model has one.
-        `params` says where the second text of each stands in the request; `instruction` is what the template is told of
-        the task. RequestError if it has no place for one."""
+        """Two texts each as one prompt, for cross-encoders: through the template for pairs, if the model has one, and
+        then with media too. `params` says where the second text of each stands in the request; `instruction` is what
+        the template is told of the task. RequestError if it has no place for one."""
         if self.has_pair_template:
             if instruction is not None and not (self.template and reads_instructions(self.template.source)):
                 raise _no_place("this model's template for pairs has no place for one (a message of the role system)")
             return await self._pairs.templated(
-                pairs, limits, params=params, tenant=tenant, instruction=instruction, template_kwargs=template_kwargs
+                pairs,
+                limits,
+                params=params,
+                tenant=tenant,
+                salt=salt,
+                instruction=instruction,
+                template_kwargs=template_kwargs,
+                mm_processor_kwargs=mm_processor_kwargs,
             )
         if instruction is not None:
             raise _no_place("this model reads the two texts and nothing else")
-        return await self._pairs.joined(pairs, limits, params=params, tenant=tenant)
+        texts = [(query, document) for query, document in pairs if isinstance(query, str) and isinstance(document, str)]
+        if len(texts) < len(pairs):
+            raise RequestError("This model compares texts only.", param=params[0], code="unsupported_modality")
+        return await self._pairs.joined(texts, limits, params=params, tenant=tenant)
 
     async def aclose(self) -> None:
         await self._templates.aclose()

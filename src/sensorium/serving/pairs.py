@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from sensorium.errors import ContextLengthError, RequestError
+from sensorium.media.source import MediaSource
 from sensorium.prompt.encode import PairLimits, Truncation, encode_pairs
-from sensorium.prompt.messages import Message, TextPart
+from sensorium.prompt.messages import MediaPart, Message, TextPart
 from sensorium.serving.concurrency import PromptThreads, all_in_order
 from sensorium.serving.lengths import ContextLimit
 from sensorium.serving.prompts import PromptBuilder
@@ -21,31 +22,47 @@ PAIR_ATTEMPTS = 4  # to cut it again
 
 
 @dataclass(frozen=True, slots=True)
+class Said:
+    """One side of a pair that is more than a text: its parts in order, and where their media come from."""
+
+    parts: tuple[TextPart | MediaPart, ...]
+    media: tuple[MediaSource, ...]
+
+
+PairSide = str | Said
+
+
+@dataclass(frozen=True, slots=True)
 class _Rendering:
     """One request's way from a pair to a prompt, through the template."""
 
     prompts: PromptBuilder
     system: str
     template_kwargs: Mapping[str, Any] | None
+    mm_processor_kwargs: Mapping[str, Any] | None
     tenant: bytes
+    salt: bytes
 
-    async def __call__(self, query: str, document: str, param: str, truncation: Truncation | None = None) -> Prompt:
-        messages = [
-            Message(role, (TextPart(text),))
-            for role, text in (("system", self.system), ("query", query), ("document", document))
-            if text or role != "system"
-        ]
+    async def __call__(
+        self, query: PairSide, document: PairSide, param: str, truncation: Truncation | None = None
+    ) -> Prompt:
+        sides = (("system", self.system), ("query", query), ("document", document))
+        said = [(role, Said((TextPart(one),), ()) if isinstance(one, str) else one) for role, one in sides]
+        media = [source for _, one in said for source in one.media]
         try:
             prepared = await self.prompts.prepare_chat(
-                messages,
-                (),
+                [Message(role, one.parts) for role, one in said if self.system or role != "system"],
+                media,
                 add_generation_prompt=False,
                 template_kwargs=self.template_kwargs,
+                mm_processor_kwargs=self.mm_processor_kwargs,
                 truncation=truncation,
                 tenant=self.tenant,
+                salt=self.salt,
             )
         except RequestError as error:
-            error.param = param
+            if not media or error.param in (None, "messages"):
+                error.param = param
             raise
         return prepared.prompt
 
@@ -66,18 +83,19 @@ class PairPrompts:
 
     async def templated(
         self,
-        pairs: Sequence[tuple[str, str]],
+        pairs: Sequence[tuple[PairSide, PairSide]],
         limits: PairLimits,
         *,
         params: Sequence[str],
         tenant: bytes = b"",
+        salt: bytes = b"",
         instruction: str | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
     ) -> list[Prompt]:
-        """Through the template. `params` says where the second text of each pair stands in the request."""
-        render = _Rendering(
-            self._prompts, self._system if instruction is None else instruction, template_kwargs, tenant
-        )
+        """Through the template. `params` says where the second side of each pair stands in the request."""
+        system = self._system if instruction is None else instruction
+        render = _Rendering(self._prompts, system, template_kwargs, mm_processor_kwargs, tenant, salt)
         found: list[Prompt] = []
         for start in range(0, len(pairs), PAIRS_AT_ONCE):
             some = slice(start, start + PAIRS_AT_ONCE)
@@ -106,8 +124,19 @@ class PairPrompts:
         has_types = self._has_types
         return await self._threads.run(False, made, tenant)
 
-    async def _templated(self, query: str, document: str, limits: PairLimits, param: str, render: _Rendering) -> Prompt:
-        """One pair through the template; the document is cut where the pair is to be, so that the end stays."""
+    async def _templated(
+        self, query: PairSide, document: PairSide, limits: PairLimits, param: str, render: _Rendering
+    ) -> Prompt:
+        """One pair through the template; the document is cut where the pair is to be, so that the end stays. What has
+        media is not cut."""
+        if isinstance(query, Said) or isinstance(document, Said):
+            if (isinstance(query, Said) and limits.max_query_tokens) or (
+                isinstance(document, Said) and limits.max_document_tokens
+            ):
+                raise RequestError(
+                    "Texts are cut to a number of tokens, what has media is not: leave the limit out.", param=param
+                )
+            return await render(query, document, param, None if limits.total is None else Truncation(limits.total))
         query = self._first_tokens(query, limits.max_query_tokens or None)
         document = self._first_tokens(document, limits.max_document_tokens or None)
         await asyncio.sleep(0)  # there may be thousands

@@ -19,10 +19,11 @@ from sensorium.config import Limits
 from sensorium.errors import ContextLengthError, EngineError, RequestError, SensoriumError, UnavailableError
 from sensorium.media.source import MediaSource
 from sensorium.prompt.encode import PairLimits, Truncation
-from sensorium.prompt.messages import Message
+from sensorium.prompt.messages import Message, TextPart
 from sensorium.serving.concurrency import all_in_order
 from sensorium.serving.media import MediaTiming
 from sensorium.serving.model import ServedModel
+from sensorium.serving.pairs import PairSide, Said
 from sensorium.types import EngineRequest, PoolingParams, Prompt
 
 if TYPE_CHECKING:
@@ -44,6 +45,18 @@ class Chat(Protocol):
 
     @property
     def media(self) -> tuple[MediaSource, ...]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TextChat:
+    """A text as all that a user says."""
+
+    text: str
+    media: tuple[MediaSource, ...] = ()
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        return (Message("user", (TextPart(self.text),)),)
 
 
 PooledInput = str | Sequence[int] | Chat
@@ -141,6 +154,8 @@ class Pooling:
     ) -> list[Prompt]:
         """A prompt of each input. `places` says where it stands in the request. `chunked`: texts may be longer than
         the context, if the operator allows it."""
+        if self.model.embeds_texts_as_chats:
+            inputs = [TextChat(given) if isinstance(given, str) else given for given in inputs]
         texts = {index: given for index, given in enumerate(inputs) if isinstance(given, str | list)}
         chats: dict[int, Any] = {index: given for index, given in enumerate(inputs) if index not in texts}
         made: dict[int, Prompt] = {}
@@ -167,11 +182,14 @@ class Pooling:
         return [made[index] for index in range(len(inputs))]
 
     def _check_media(self, chats: Sequence[Chat]) -> None:
-        count, most = sum(len(chat.media) for chat in chats), self._limits.max_embedding_media
-        if len(chats) > 1 and count > most:
+        if len(chats) > 1:
+            self._check_media_count(sum(len(chat.media) for chat in chats), "messages")
+
+    def _check_media_count(self, count: int, param: str) -> None:
+        if count > (most := self._limits.max_embedding_media):
             raise RequestError(
                 f"The inputs have {count} media together; one request may have {most}.",
-                param="messages",
+                param=param,
                 code="too_many_media",
             )
 
@@ -191,19 +209,23 @@ class Pooling:
 
     async def pair_prompts(
         self,
-        pairs: Sequence[tuple[str, str]],
+        pairs: Sequence[tuple[PairSide, PairSide]],
         limits: PairLimits,
         places: Sequence[str],
         instruction: str | None = None,
     ) -> list[Prompt]:
         """One prompt of each pair of texts, for cross-encoders. `places` says where its second text stands."""
+        media = {id(one) for pair in pairs for side in pair if isinstance(side, Said) for one in side.media}
+        self._check_media_count(len(media), places[0])
         prompts = await self.model.pair_prompts(
             pairs,
             limits,
             params=places,
             tenant=self._options.tenant,
+            salt=self._options.salt,
             instruction=instruction,
             template_kwargs=self._options.template.get("template_kwargs"),
+            mm_processor_kwargs=self._options.template.get("mm_processor_kwargs"),
         )
         self._on_prompts()
         return prompts

@@ -20,7 +20,10 @@ import pytest
 from PIL import Image
 from support.tiny_tokenizers import byte_level, sentencepiece, write
 
+from sensorium.checkpoint import pair_templates
 from sensorium.checkpoint.configs import Checkpoint
+from sensorium.checkpoint.families import FAMILIES
+from sensorium.checkpoint.text_config import read_text_config
 from sensorium.config import Limits, ServerConfig
 from sensorium.errors import ContextLengthError, MediaError, RequestError, StartupError
 from sensorium.media.held import HeldBytes, RequestBytes, Take, unbounded
@@ -33,6 +36,7 @@ from sensorium.serving.concurrency import all_in_order
 from sensorium.serving.lengths import LONG_TEXT
 from sensorium.serving.media import FeatureCache, MediaNames
 from sensorium.serving.model import ServedModel
+from sensorium.serving.pairs import Said
 from sensorium.serving.prompts import SHORT_TEXT
 from sensorium.types import EngineReady, MediaFeatures, MediaItem, Prompt
 
@@ -612,3 +616,29 @@ async def test_a_failure_among_several_keeps_nothing_alive() -> None:
 def _no_warnings(recwarn: pytest.WarningsRecorder) -> Iterator[None]:
     yield
     assert not [one for one in recwarn if issubclass(one.category, ResourceWarning | RuntimeWarning)]
+
+
+async def test_pairs_with_images_go_through_the_template(tmp_path: Path, loader: Loader) -> None:
+    text = read_text_config({"model_type": "qwen2_vl"}, FAMILIES[QWEN2_VL])
+    model = served(tmp_path, loader, chat_template=pair_templates.QWEN3_VL_RERANKER, text=text)
+    model.client.ready = EngineReady(500, 500, 16, 0, 0, 0, "cpu", "float32", ("classify", "score"))  # type: ignore[misc]
+    documents = [
+        Said((IMAGE, TextPart("d")), tuple(images("56x56 a"))),
+        Said((IMAGE, IMAGE), tuple(images("56x56 a", "112x56 b"))),
+    ]
+    pairs = [("q", documents[0]), ("q", documents[1]), ("q", "words")]
+    places = [f"documents[{index}]" for index in range(3)]
+    prompts = await model.pair_prompts(pairs, PairLimits(0, 0, None), params=places)
+    assert [pictures(prompt, model) for prompt in prompts] == [4, 12, 0]
+    end = "<Query>:q\n<Document>:<|vision_start|>" + 4 * "<|image_pad|>" + "<|vision_end|>d<|im_end|>\n"
+    assert model.tokenizer.decode(prompts[0].token_ids.tolist(), skip_special_tokens=False).endswith(
+        f"{end}<|im_start|>assistant\n"
+    )
+    broken = Said((IMAGE,), tuple(images("broken")))
+    with pytest.raises(MediaError) as refused:
+        await model.pair_prompts([("q", broken)], PairLimits(0, 0, None), params=["documents[0]"])
+    assert refused.value.param == "messages[0].content[0].image_url.url"
+    for limits in (PairLimits(0, 5, None), PairLimits(0, 0, 20)):
+        with pytest.raises(RequestError, match=r"is not cut|media is not") as too_long:
+            await model.pair_prompts(pairs[:1], limits, params=places[:1])
+        assert too_long.value.param == ("truncate_prompt_tokens" if limits.total else "documents[0]")
