@@ -95,6 +95,23 @@ class Chat:
             **request.template_options(),
         )
 
+    async def count(self, work: Asker) -> int:
+        """Tokens of the prompt, however many; media are measured, not decoded."""
+        request, model = self.request, work.model
+        if request.truncate_prompt_tokens is not None:
+            return len((await self.prompt(work)).prompt.token_ids)
+        conversation = self.conversation(work)
+        check_tools(work, request, conversation)
+        return await model.prompts.count_chat(
+            conversation.messages,
+            conversation.media,
+            add_special_tokens=bool(request.add_special_tokens),
+            tenant=work.turn,
+            salt=work.salt(request.cache_salt),
+            tools=request.tool_objects,
+            **request.template_options(),
+        )
+
     async def prepare(self, work: Asker) -> GenerationRequest:
         """What is sent to the engine. Media in base64 are not kept while tokens come."""
         model = work.model

@@ -7,7 +7,6 @@ from typing import TypeVar
 
 from sensorium.api.chat import Chat
 from sensorium.api.generated import Asker
-from sensorium.api.output_format import check_tools
 from sensorium.api.protocol.foreign_chat import ForeignChat
 from sensorium.api.protocol.turns import has_late_system
 from sensorium.errors import RequestError
@@ -36,17 +35,7 @@ async def count_tokens(work: Asker, request: ForeignChat) -> int:
     """Tokens of the prompt, however long; media are measured, not decoded."""
 
     async def attempt(request: ForeignChat) -> int:
-        model = work.model
-        conversation = request.conversation(model.processor.modalities, work.limits)
-        check_tools(work, request, conversation)
-        return await model.prompts.count_chat(
-            conversation.messages,
-            conversation.media,
-            tenant=work.turn,
-            salt=work.salt(request.cache_salt),
-            tools=request.tool_objects,
-            **request.template_options(),
-        )
+        return await Chat(request).count(work)
 
     return await _prepared(work, request, attempt)
 

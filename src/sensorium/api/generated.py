@@ -20,7 +20,6 @@ from sensorium.config import Limits
 from sensorium.prompt.formats.base import Delta, Text
 from sensorium.serving.generation import Choice, Generation, GenerationObserver, GenerationRequest, Usage, generate
 from sensorium.serving.model import ServedModel
-from sensorium.serving.prompts import Prepared
 
 
 class Asker(Protocol):
@@ -97,10 +96,11 @@ class Endpoint(Protocol):
         """Write the answer, whole or as a stream."""
 
 
-class PromptedEndpoint(Endpoint, Protocol):
-    """One whose prompt can be looked at alone."""
+class CountedEndpoint(Endpoint, Protocol):
+    """One whose prompt can be counted alone."""
 
-    async def prompt(self, work: Asker) -> Prepared: ...
+    async def count(self, work: Asker) -> int:
+        """Tokens of the prompt, however many; media are measured, not decoded."""
 
 
 async def answer_generated(context: Context, call: Call, read: Callable[[PendingBody], Awaitable[Endpoint]]) -> None:
@@ -127,7 +127,7 @@ async def generate_answer(work: Work, endpoint: Endpoint, pending: PendingBody) 
 async def answer_counted(
     context: Context,
     call: Call,
-    read: Callable[[PendingBody], Awaitable[PromptedEndpoint]],
+    read: Callable[[PendingBody], Awaitable[CountedEndpoint]],
     answer: Callable[[int], dict[str, Any]],
 ) -> None:
     """How many tokens a request's prompt has, without computing anything; `answer` makes the body of it."""
@@ -137,8 +137,8 @@ async def answer_counted(
             entry.need("generate")
             with entry.admission.admit(1):
                 async with context.open_request(call):
-                    prepared = await endpoint.prompt(Work(context, call, entry))
-                    await call.respond(msgspec.json.encode(answer(len(prepared.prompt.token_ids))))
+                    tokens = await endpoint.count(Work(context, call, entry))
+                    await call.respond(msgspec.json.encode(answer(tokens)))
 
 
 def text_of(deltas: Iterable[Delta]) -> str:

@@ -76,6 +76,15 @@ class Response(Chat):
                     raise _here(error) from None
                 dropped *= 2
 
+    async def count(self, work: Asker) -> int:
+        """Of what would be computed: with `truncation` auto, of what is left of it."""
+        if self._body.truncation == "auto":
+            return len((await self.prompt(work)).prompt.token_ids)
+        try:
+            return await super().count(work)
+        except RequestError as error:
+            raise _here(error) from None
+
     def _drop(self, turns: int) -> bool:
         """Take the oldest turns out, but what the system says and the last thing that the user does. False: there are
         none."""

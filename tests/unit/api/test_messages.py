@@ -574,6 +574,14 @@ def test_the_form_of_an_answer() -> None:
         assert (form.kind, form.source, form.param) == ("json", '{"type": "object"}', param)
 
 
+def test_a_form_beside_a_demanded_call_is_taken_as_chats_take_it() -> None:
+    form = {"type": "json_schema", "schema": {"const": 7}}
+    asked = {"model": "m", "max_tokens": 1, "messages": HI, "tools": [WEATHER], "tool_choice": {"type": "any"}}
+    chat = parse_json(MessagesRequest, json.dumps({**asked, "output_format": form}).encode(), UnknownFields()).as_chat()
+    assert chat.form() is not None
+    assert chat.tool_choice_of().mode == "required"
+
+
 def bad(**fields: Any) -> dict[str, Any]:
     return fields
 
@@ -624,14 +632,6 @@ WRONG: list[Any] = [
     (
         bad(output_config={"format": {"type": "json_schema", "schema": {"type": "banana"}}}),
         "output_config.format.schema",
-    ),
-    (
-        bad(
-            tools=[WEATHER],
-            tool_choice={"type": "any"},
-            output_config={"format": {"type": "json_schema", "schema": {}}},
-        ),
-        "tool_choice.type",
     ),
     (
         bad(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import random
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from openai import AsyncOpenAI, BadRequestError
-from support.api_support import ANSWER, TOKENIZER, FakeEngine, Served, post, serving, speak
+from support.api_support import ANSWER, CONTEXT, TOKENIZER, FakeEngine, Served, post, serving, speak
+from support.pictures import encoded, photo
+from support.scripted import Eyes, speaking
 
 from sensorium.api.protocol.common import UnknownFields
 from sensorium.api.protocol.responses import ResponsesRequest, sealed
@@ -220,6 +223,27 @@ async def test_long_conversations_are_cut_by_whole_turns() -> None:
     assert prompt.startswith("<|start|>system\nsys<|end|>\n<|start|>user\n")
     assert "<|start|>user\nlast<|end|>" in prompt
     assert "user\n0 x" not in prompt
+
+
+@pytest.mark.parametrize("route", ["/v1/responses", "/v1/chat/completions"])
+async def test_media_are_measured_and_not_decoded_to_be_counted(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the conversation is."""
+    url = f"data:image/png;base64,{base64.b64encode(encoded(photo(16, 16))).decode()}"
+    texts = {"type": "input_text", "text": "look " * 3}, {"type": "input_image", "image_url": url}
+    body: dict[str, Any] = {"input": [{"role": "user", "content": texts}]}
+    if "chat" in route:
+        texts = {"type": "text", "text": "look " * 3}, {"type": "image_url", "image_url": {"url": url}}
+        body = {"messages": [{"role": "user", "content": texts}]}
+    async with speaking("ok", sees=True) as served:
+        assert (await post(served.port, route, body)).status == 200
+        expected = len(served.engine.requests[0].prompt.token_ids)
+    async with speaking("ok", sees=True) as served:
+        monkeypatch.setattr(Eyes, "process", None)
+        counted = await post(served.port, f"{route}/input_tokens", body)
+        assert (counted.status, counted.json["input_tokens"]) == (200, expected)
+        texts[0]["text"] = "x" * 2 * CONTEXT
+        assert (await post(served.port, f"{route}/input_tokens", body)).json["input_tokens"] > 2 * CONTEXT
+        assert served.engine.requests == []
 
 
 def test_items_are_what_the_events_made() -> None:

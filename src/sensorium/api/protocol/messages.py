@@ -152,10 +152,6 @@ class CountTokensRequest(Body):
         found, where = (config, "output_config.format") if config is not None else (self.output_format, "output_format")
         if found is None:
             return None
-        if self.tool_choice is not None and self.tool_choice.type in ("any", "tool"):
-            raise RequestError(
-                f"`{where}` goes with tools only where `tool_choice` is auto or none.", param="tool_choice.type"
-            )
         return json_form(found.schema_, f"{where}.schema")
 
     def _tools(self) -> list[ToolEntry]:
