@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -16,11 +16,13 @@ from sensorium.api.protocol.languages import language_code, language_name
 from sensorium.api.transport.frames import Frames, StreamHead
 from sensorium.api.transport.frames import Usage as RunningUsage
 from sensorium.api.transport.sse import EventStream
-from sensorium.errors import RequestError, ServerError
+from sensorium.errors import RequestError
 from sensorium.media.source import MediaSource
-from sensorium.processors.whisper import WhisperProcessor
-from sensorium.serving.recordings import RecordingEngine
+from sensorium.serving.recordings import RecordingEngine, processor_of
 from sensorium.serving.transcription import TEMPERATURES, Segment, Thresholds, Transcription, Wish
+
+if TYPE_CHECKING:
+    from sensorium.processors.whisper import WhisperProcessor
 
 FILE = "file"
 DELTA = "transcript.text.delta"
@@ -52,7 +54,7 @@ async def transcribe(work: Work, upload: Upload, pending: PendingBody) -> None:
             entry.metrics.observe_prompt(0.0, timings)
             pending.release()
             engine = RecordingEngine(entry.model, entry.metrics, salt)
-            transcription = Transcription(_processor(work), recording, engine, wish)
+            transcription = Transcription(processor_of(work.entry.model), recording, engine, wish)
             if upload.request.stream:
                 await _stream(work, upload.request, transcription, engine)
             else:
@@ -65,15 +67,8 @@ async def transcribe(work: Work, upload: Upload, pending: PendingBody) -> None:
 # What is asked
 
 
-def _processor(work: Work) -> WhisperProcessor:
-    processor = work.entry.model.processor
-    if not isinstance(processor, WhisperProcessor):
-        raise ServerError
-    return processor
-
-
 def _wish(work: Work, upload: Upload) -> Wish:
-    request, model, processor = upload.request, work.entry.model, _processor(work)
+    request, model, processor = upload.request, work.entry.model, processor_of(work.entry.model)
     language = _language(request, processor)
     if upload.translates:
         _check_translates(request, processor)

@@ -8,10 +8,19 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from sensorium.errors import ServerError
+from sensorium.processors.whisper import WhisperProcessor
 from sensorium.serving.generation import GenerationObserver, GenerationRequest, Usage, generate
 from sensorium.serving.model import ServedModel
 from sensorium.serving.pooled import PoolingObserver, vectors_of
 from sensorium.types import EngineRequest, PoolingParams, Prompt, SamplingParams, TokenLogprob
+
+
+def processor_of(model: ServedModel) -> WhisperProcessor:
+    """Of a model that transcribes."""
+    if not isinstance(model.processor, WhisperProcessor):
+        raise ServerError
+    return model.processor
 
 
 class Observer(GenerationObserver, PoolingObserver, Protocol):
