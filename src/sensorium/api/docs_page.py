@@ -2,36 +2,53 @@
 
 from __future__ import annotations
 
+import asyncio
 import html
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 from pydantic.json_schema import models_json_schema
 
 from sensorium import __version__
+from sensorium.api.error_forms import error_form
 from sensorium.api.transport.asgi import Call
 from sensorium.types import INT32_MAX
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from sensorium.api.answers import Content
     from sensorium.api.context import Context
     from sensorium.api.routes import Route
 
+Schemas = Mapping["type[BaseModel]", dict[str, Any]]
+"""A reference to each model's schema."""
+
+EVENTS, LINES = "text/event-stream", "application/x-ndjson"
 _REF = "#/components/schemas/{model}"
-_ERROR: dict[str, Any] = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": "string"},
-            },
-        }
-    },
+_ID = {"description": "Names the request; as the client sent it, or made here.", "schema": {"type": "string"}}
+_RETRY = {
+    "Retry-After": {"description": "Seconds after which to try again.", "schema": {"type": "integer"}},
+    "Retry-After-Ms": {"description": "The same in milliseconds.", "schema": {"type": "integer"}},
+}
+_STATUSES = {
+    400: "A field is wrong, or the model does not do this: `param` and the message say which and what to change.",
+    401: "No key, or a wrong one.",
+    403: "A browser's page from another site, or a Host that is not this server's.",
+    404: "There is no model of this name.",
+    408: "The body came too slowly, or the request took longer than it may.",
+    413: "The body is too large.",
+    415: "The body is not of the type that this path takes.",
+    429: "The key has too many requests in flight.",
+    431: "The headers are too large; 414 where it is the path.",
+    500: "The server failed.",
+    503: "The model is loading, or there is too much to do.",
+}
+_HEADERS: dict[int, dict[str, Any]] = {
+    401: {"WWW-Authenticate": {"schema": {"type": "string"}}},
+    429: _RETRY,
+    503: _RETRY,
 }
 _POLICY = (b"content-security-policy", b"default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'")
 _STYLE = (
@@ -44,25 +61,28 @@ _STYLE = (
 
 
 async def openapi(context: Context, call: Call) -> None:
-    await call.respond(msgspec.json.encode(description(context)))
+    await call.respond(msgspec.json.encode(await asyncio.to_thread(description, context)))
 
 
 async def docs(context: Context, call: Call) -> None:
-    await call.respond(page(description(context)).encode(), content_type=b"text/html; charset=utf-8", headers=[_POLICY])
+    document = await asyncio.to_thread(description, context)  # half a second
+    await call.respond(page(document).encode(), content_type=b"text/html; charset=utf-8", headers=[_POLICY])
 
 
 def description(context: Context) -> dict[str, Any]:
     """The OpenAPI document."""
-    bodies = [(route.body, "validation") for route in context.routes if route.body is not None]
-    _, schemas = models_json_schema(bodies, ref_template=_REF)  # type: ignore[arg-type]
+    routes = [route for route in context.routes if route.documented]
+    schema_of, schemas = _schemas(routes)
     paths: dict[str, dict[str, Any]] = {}
-    for route in (route for route in context.routes if route.documented):
-        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
+    for route in routes:
+        operation = _operation(route, schema_of)
+        operation["responses"] = _responses(route, schema_of, has_keys=bool(context.keys))
+        paths.setdefault(route.path, {})[route.method.lower()] = operation
     document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "Sensorium", "version": __version__},
         "paths": paths,
-        "components": {"schemas": {**schemas.get("$defs", {}), "Error": _ERROR}},
+        "components": {"schemas": schemas},
     }
     if context.server.root_path:
         document["servers"] = [{"url": context.server.root_path}]
@@ -72,18 +92,70 @@ def description(context: Context) -> dict[str, Any]:
     return document
 
 
-def _operation(route: Route) -> dict[str, Any]:
-    schema = {"$ref": _REF.format(model="Error")}
-    error = {"description": "What was wrong.", "content": {"application/json": {"schema": schema}}}
-    operation: dict[str, Any] = {
-        "summary": route.summary,
-        "operationId": _operation_id(route),
-        "responses": {"200": {"description": "The answer."}, "default": error},
+def _schemas(routes: Sequence[Route]) -> tuple[Schemas, dict[str, Any]]:
+    """References to the schemas of all bodies and answers, and the schemas."""
+    from sensorium.api.answers import ANSWERS, ERRORS
+
+    answers = [form.model for route in routes for form in ANSWERS[route.endpoint.__name__] if form.model is not None]
+    bodies = [route.body for route in routes if route.body is not None]
+    models: list[type[BaseModel]] = list(dict.fromkeys([*bodies, *answers, *ERRORS.values()]))
+    _, schemas = models_json_schema([(model, "validation") for model in models], ref_template=_REF)
+    return {model: {"$ref": _REF.format(model=model.__name__)} for model in models}, schemas.get("$defs", {})
+
+
+def _responses(route: Route, schema_of: Schemas, *, has_keys: bool) -> dict[str, Any]:
+    from sensorium.api.answers import ANSWERS, ERRORS
+
+    form = error_form(route.path)
+    error = schema_of[ERRORS[type(form).__name__ if form is not None else "OpenAIErrors"]]
+    answers = {"200": _answer(ANSWERS[route.endpoint.__name__], schema_of)}
+    return answers | {str(status): _error(status, error) for status in _statuses(route, has_keys=has_keys)}
+
+
+def _answer(forms: Sequence[Content], schema_of: Schemas) -> dict[str, Any]:
+    """The 200, in each of its content types; without any it has no body."""
+    content = {
+        form.media_type: {"schema": schema_of[form.model] if form.model is not None else {"type": "string"}}
+        for form in forms
     }
+    found: dict[str, Any] = {"description": "The answer.", "headers": {"X-Request-Id": _ID}}
+    if content:
+        found["content"] = content
+    if EVENTS in content:
+        found["description"] = "The answer; with `stream` its events, of which the schema is one event's data."
+    if LINES in content:
+        found["description"] = "The answer; with `stream` its lines, of which the schema is one."
+    return found
+
+
+def _error(status: int, schema: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "description": _STATUSES[status],
+        "headers": {"X-Request-Id": _ID, **_HEADERS.get(status, {})},
+        "content": {"application/json": {"schema": schema}},
+    }
+
+
+def _statuses(route: Route, *, has_keys: bool) -> Iterator[int]:
+    """The errors that occur there."""
+    names_model = route.body is not None or "{model}" in route.path or route.endpoint.__name__ == "invocations"
+    answers_unready = route.needs_engine or route.endpoint.__name__ in ("readyz", "health")
+    for status in _STATUSES:
+        if status == 401 and not has_keys:
+            continue
+        if status in (408, 413, 415, 429) and route.method != "POST":
+            continue
+        if (status == 404 and not names_model) or (status == 503 and not answers_unready):
+            continue
+        yield status
+
+
+def _operation(route: Route, schema_of: Schemas) -> dict[str, Any]:
+    operation: dict[str, Any] = {"summary": route.summary, "operationId": _operation_id(route)}
     if "{model}" in route.path:
         operation["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
     if route.body is not None:
-        schema = {"$ref": _REF.format(model=route.body.__name__)}
+        schema = schema_of[route.body]
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
         if route.file is not None:
             upload = {
@@ -95,6 +167,8 @@ def _operation(route: Route) -> dict[str, Any]:
                 "required": True,
                 "content": {"multipart/form-data": {"schema": {"allOf": [schema, upload]}}},
             }
+    elif route.endpoint.__name__ == "invocations":
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}
     return operation
 
 
@@ -129,7 +203,7 @@ def _merged(schema: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
     ]
     return {
         "required": [name for part in parts for name in part.get("required", ())],
-        "properties": {name: field for part in parts for name, field in part["properties"].items()},
+        "properties": {name: field for part in parts for name, field in part.get("properties", {}).items()},
     }
 
 
