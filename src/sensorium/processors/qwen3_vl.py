@@ -51,7 +51,7 @@ class Qwen3VLProcessor(Qwen2VLProcessor):
         if item.kind != "video":
             return features
         times = np.array(item.timestamps_s or [i / FPS for i in range(len(item.data))], np.float64)
-        arrays: dict[str, NDArray[np.generic]] = {**features.arrays, "times": self._group_times(times)}
+        arrays: dict[str, NDArray[np.generic]] = {**features.arrays, "tenths": self._group_tenths(times)}
         return replace(features, arrays=arrays)
 
     def build(self, text: str, media: Sequence[MediaFeatures], *, add_special_tokens: bool = False) -> Prompt:
@@ -70,8 +70,8 @@ class Qwen3VLProcessor(Qwen2VLProcessor):
         waiting = iter(videos)
 
         def groups(_: re.Match[str]) -> str:
-            times = next(waiting).arrays["times"]
-            return "".join(f"<{time:.1f} seconds>{begin}{marker}{end}" for time in times)
+            tenths = next(waiting).arrays["tenths"].tolist()
+            return "".join(f"<{time // 10}.{time % 10} seconds>{begin}{marker}{end}" for time in tenths)
 
         return re.sub(f"{re.escape(begin + marker + end)}|{re.escape(marker)}", groups, text)
 
@@ -81,11 +81,13 @@ class Qwen3VLProcessor(Qwen2VLProcessor):
             for row in range(0, run.count, run.count // groups):
                 yield replace(run, row=row, count=run.count // groups)
 
-    def _group_times(self, times: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Of each group of frames the middle between its first and its last; the clip's last frame fills a group."""
+    def _group_tenths(self, times: NDArray[np.float64]) -> NDArray[np.int32]:
+        """Of each group of frames the middle between its first and its last, in tenths of seconds rounded as they are
+        written; the clip's last frame fills a group."""
         size = self._frames
         filled = np.pad(times, (0, -len(times) % size), mode="edge")
-        return np.asarray((filled[::size] + filled[size - 1 :: size]) / 2)
+        middles = (filled[::size] + filled[size - 1 :: size]) / 2
+        return np.array([int(f"{time:.1f}".replace(".", "")) for time in middles.tolist()], np.int32)
 
     def _video_normalization(self) -> image.Normalization:
         return image.Normalization.of(self.checkpoint.video_preprocessor, image.HALF, image.HALF)

@@ -15,11 +15,12 @@ from support.image_families import QWEN_TOKENS, WordTokenizer, noise, normalised
 from sensorium.checkpoint.configs import open_checkpoint
 from sensorium.checkpoint.text_config import RopeConfig
 from sensorium.errors import CheckpointError, MediaError, RequestError
+from sensorium.ipc import messages
 from sensorium.models.loading import load_model
 from sensorium.models.rope import RotaryEmbedding
 from sensorium.models.towers.qwen3_vit import PositionTable
 from sensorium.processors.qwen3_vl import Qwen3VLProcessor
-from sensorium.types import MediaItem
+from sensorium.types import EngineRequest, MediaItem, SamplingParams
 
 HALF = [0.5, 0.5, 0.5]
 FILE = {
@@ -90,8 +91,8 @@ def test_golden_videos(
     assert taken[: len(indices)] == indices
     groups = (len(taken) + 1) // 2
     assert here._grid("video", *size, len(taken)) == (groups, resized[0] // 16, resized[1] // 16)
-    found = here._group_times(np.array([i / rate for i in taken]))
-    assert len(found) == groups and [f"{time:.1f}" for time in found[: len(times)]] == times
+    found = here._group_tenths(np.array([i / rate for i in taken])).tolist()
+    assert len(found) == groups and [f"{time // 10}.{time % 10}" for time in found[: len(times)]] == times
 
 
 def test_pixels_of_a_frame_may_be_capped() -> None:
@@ -113,7 +114,7 @@ def test_video_pixels_are_those_of_its_frames() -> None:
 
 def test_the_shortest_clip_and_the_narrowest() -> None:
     features = processor().process(clip(1, 2))
-    assert features.arrays["grid"].tolist() == [1, 4, 4] and features.arrays["times"].tolist() == [0.0]
+    assert features.arrays["grid"].tolist() == [1, 4, 4] and features.arrays["tenths"].tolist() == [0]
     with pytest.raises(MediaError, match="too narrow"):
         processor().num_tokens("video", 4, 1000, 4)
 
@@ -140,6 +141,15 @@ def test_times_stand_in_words_before_each_pair_of_frames() -> None:
         *((0, 4, 4 * i) for i in range(4)),
         (1, 64, 0),
     ]
+
+
+def test_a_video_goes_to_the_engine_as_it_is() -> None:
+    here = processor()
+    prompt = here.build(here.placeholder("video", 0), [here.process(clip(4, 2))])
+    sent = b"".join(bytes(piece) for piece in messages.encode_request(EngineRequest(1, prompt, SamplingParams(4))))
+    [(_, payload)] = messages.FrameReader().feed(sent)
+    got = messages.decode_request(payload).prompt
+    assert got.spans == prompt.spans and got.media[0].arrays.keys() == prompt.media[0].arrays.keys()
 
 
 def test_a_marker_without_begin_and_end_and_every_count() -> None:
