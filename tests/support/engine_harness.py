@@ -16,7 +16,6 @@ from sensorium.config import EngineConfig
 from sensorium.engine.faults import Faults
 from sensorium.engine.loading import Engine, build_engine
 from sensorium.engine.loop import Core
-from sensorium.engine.memory import CacheLayout
 from sensorium.ipc import messages
 from sensorium.ipc.channel import Channel
 from sensorium.ipc.liveness import Pulse
@@ -136,8 +135,8 @@ def bench(model: Model, *, faults: Faults | None = None, kv_tokens: int = 4096, 
     """A fresh engine around a model that is loaded already."""
     options = {"max_num_seqs": 8, "block_size": 16, "max_model_len": min(kv_tokens, 1024), **options}
     checkpoint: Checkpoint = model.checkpoint
-    block_bytes = CacheLayout(tuple(paged(model.cache_groups())), options["block_size"], torch.float32).block_bytes
-    kv_bytes = kv_tokens // options["block_size"] * block_bytes
+    token_bytes = sum(group.token_bytes(torch.float32) for group in paged(model.cache_groups()))
+    kv_bytes = kv_tokens // options["block_size"] * options["block_size"] * token_bytes
     config = EngineConfig(model=str(checkpoint.folder), kv_cache_memory=kv_bytes, **options)
     return Bench(build_engine(model, checkpoint, config, torch.device("cpu"), torch.float32, faults=faults), faults)
 

@@ -6,13 +6,13 @@ import itertools
 import random
 from collections.abc import Callable
 from collections.abc import Sequence as Series
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sensorium.engine.memory import CacheLayout
+from sensorium.engine.cache_layout import CacheLayout
 from sensorium.kernels.context import AttentionContext, LayerRows
 from sensorium.models.base import Model
 from sensorium.models.cache import paged
@@ -51,9 +51,10 @@ class Driver:
         cache_dtype = torch.int8 if int8_cache else dtype
         # NaN shows every read of a slot that nobody wrote; as scales, four bytes of -1 are one.
         unwritten = -1 if int8_cache else torch.nan
-        layout = CacheLayout(tuple(paged(model.cache_groups())), block_size, cache_dtype)
+        groups = [replace(group, sliding_window=None) for group in paged(model.cache_groups())]  # one table: no holes
+        layout = CacheLayout.of(groups, block_size, cache_dtype)
         self.cache = layout.make(num_blocks, torch.device(device))
-        for keys, values in self.cache:
+        for keys, values, _ in self.cache:
             keys.fill_(unwritten), values.fill_(unwritten)
         self.free = list(range(num_blocks))
         random.Random(0).shuffle(self.free)

@@ -6,7 +6,7 @@ times, never each token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -61,18 +61,19 @@ class BatchBuilder:
         marks_long: bool = False,
         stretched_from: int | None = None,
         media_both_ways: bool = False,
+        num_tables: int = 1,
     ) -> None:
         """`axes` is the number of position axes of the model (1, or 3 for M-RoPE); `marks_long`: it has long rope;
-        `stretched_from`, `media_both_ways`: see `Model`."""
+        `stretched_from`, `media_both_ways`: see `Model`; `num_tables`: block tables of a sequence."""
         self._marks_long = marks_long
         self._media_both_ways = media_both_ways
         self._stretched_from = stretched_from
         self._block_size = block_size
         self._axes = axes
         self._device = device
-        self._tables = np.zeros((max_num_seqs, max(max_blocks, 1)), np.int32)  # by Sequence.slot
-        self._copied: list[list[int]] = [[] for _ in range(max_num_seqs)]  # the block list of a slot's table
-        self._num_copied = [0] * max_num_seqs
+        self._tables = np.zeros((num_tables, max_num_seqs, max(max_blocks, 1)), np.int32)  # by Sequence.slot
+        self._copied: list[list[list[int]]] = [[] for _ in range(max_num_seqs)]  # the block lists of a slot's tables
+        self._num_copied = [[0] * num_tables for _ in range(max_num_seqs)]
         self._has_cache = max_blocks > 0
 
     def build(self, plan: Plan) -> Batch:
@@ -87,7 +88,7 @@ class BatchBuilder:
         lengths = computed + 1
         positions = computed + deltas
         tables = self._block_tables(decodes, slots, lengths)
-        blocks = self._tables[slots, computed // self._block_size].astype(np.int64)
+        blocks = self._tables[:, slots, computed // self._block_size].astype(np.int64)
         places = blocks * self._block_size + computed % self._block_size
         ones = [1] * count
         context = AttentionContext(
@@ -97,11 +98,12 @@ class BatchBuilder:
             self._block_size,
             self._tensor(np.arange(count + 1, dtype=np.int32)),
             self._tensor(lengths.astype(np.int32)),
-            self._tensor(tables),
-            self._tensor(places),
+            self._tensor(tables[0]),
+            self._tensor(places[0]),
             self._long_context(decodes, ones),
             self._rope_lengths(decodes, lengths, np.ones(count, np.int64)),
         )
+        self._add_tables(context, tables, places)
         inputs = self._tensor(np.ascontiguousarray(token_ids))
         return Batch(decodes, list(range(count)), inputs, self._tensor(positions), context, [], decodes, None)
 
@@ -142,37 +144,47 @@ class BatchBuilder:
         slots = np.array([seq.slot for seq in sequences], np.int64)
         tables = self._block_tables(sequences, slots, lengths)
         query_lens = counts.tolist()
-        return AttentionContext(
+        places = self._cache_places(slots, lengths, counts)
+        context = AttentionContext(
             query_lens,
             lengths.tolist(),
             num_decodes,
             self._block_size,
             self._tensor(np.concatenate(([0], counts.cumsum())).astype(np.int32)),
             self._tensor(lengths.astype(np.int32)),
-            self._tensor(tables),
-            self._tensor(self._cache_places(slots, lengths, counts)),
+            self._tensor(tables[0]),
+            self._tensor(places[0]),
             self._long_context(sequences, query_lens),
             self._rope_lengths(sequences, lengths, counts),
             visible=self._visible(sequences, lengths, counts),
         )
+        self._add_tables(context, tables, places)
+        return context
+
+    def _add_tables(self, context: AttentionContext, tables: NDArray[np.int32], places: Ints) -> None:
+        """Of a sequence's tables those beside the first, with the places of its tokens in their blocks."""
+        for table, places_there in zip(tables[1:], places[1:], strict=True):
+            blocks, slots = self._tensor(table), self._tensor(places_there)
+            context.others.append(replace(context, block_tables=blocks, slots=slots, others=[]))
 
     def _cache_places(self, slots: Ints, lengths: Ints, counts: Ints) -> Ints:
-        """Where each token's keys and values go: block * block_size + offset. [tokens]"""
+        """Where each token's keys and values go: block * block_size + offset. [tables, tokens]"""
         ends = counts.cumsum()
         if not self._has_cache:
-            return np.zeros(ends[-1], np.int64)
+            return np.zeros((1, ends[-1]), np.int64)
         places = _places(lengths, counts)
-        blocks = self._tables[np.repeat(slots, counts), places // self._block_size].astype(np.int64)
+        blocks = self._tables[:, np.repeat(slots, counts), places // self._block_size].astype(np.int64)
         return np.asarray(blocks * self._block_size + places % self._block_size)
 
     def _block_tables(self, sequences: list[Sequence], slots: Ints, lengths: Ints) -> NDArray[np.int32]:
-        """int32 [seqs, most blocks]; padding holds any valid block number."""
+        """int32 [tables, seqs, most blocks]; padding, and where a table has given its block back, holds any valid block
+        number."""
         if not self._has_cache:
-            return np.zeros((len(sequences), 1), np.int32)
+            return np.zeros((1, len(sequences), 1), np.int32)
         for seq in sequences:
             self._copy_new_blocks(seq)
         width = -(-int(lengths.max()) // self._block_size)
-        return self._tables[slots, :width]
+        return self._tables[:, slots, :width]
 
     def _long_context(self, sequences: list[Sequence], query_lens: list[int]) -> Tensor | None:
         if not self._marks_long:
@@ -213,13 +225,16 @@ class BatchBuilder:
         return self._tensor(np.concatenate(pieces).astype(np.int64, copy=False))
 
     def _copy_new_blocks(self, seq: Sequence) -> None:
-        """Bring the table row of a sequence up to date; usually nothing is new."""
-        slot, blocks = seq.slot, seq.blocks
-        known = self._num_copied[slot] if self._copied[slot] is blocks else 0
-        if len(blocks) != known:
-            self._tables[slot, known : len(blocks)] = blocks[known:]
-            self._copied[slot] = blocks
-            self._num_copied[slot] = len(blocks)
+        """Bring the table rows of a sequence up to date; usually nothing is new."""
+        slot, num_copied = seq.slot, self._num_copied[seq.slot]
+        if self._copied[slot] is not seq.blocks:
+            self._copied[slot] = seq.blocks
+            num_copied[:] = [0] * len(num_copied)
+        for table, blocks in enumerate(seq.blocks):
+            known = num_copied[table]
+            if len(blocks) != known:
+                self._tables[table, slot, known : len(blocks)] = blocks[known:]
+                num_copied[table] = len(blocks)
 
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:
         tensor = torch.from_numpy(array)

@@ -22,14 +22,16 @@ from sensorium.checkpoint.quantization import StoredQuantization
 from sensorium.config import EngineConfig
 from sensorium.engine.batch import BatchBuilder
 from sensorium.engine.block_pool import BlockPool
+from sensorium.engine.cache_layout import CacheLayout
 from sensorium.engine.encoder_cache import EncoderCache
 from sensorium.engine.faults import Faults
 from sensorium.engine.masks import Masks
-from sensorium.engine.memory import CacheLayout, available_for_cache, encoder_cache_bytes, encoder_row_bytes, size_cache
+from sensorium.engine.memory import available_for_cache, encoder_cache_bytes, encoder_row_bytes, size_cache
 from sensorium.engine.prefix_cache import PrefixCache
 from sensorium.engine.runner import Runner
 from sensorium.engine.sampler import Sampler
 from sensorium.engine.scheduler import Budget, Plan, Scheduler
+from sensorium.engine.tables import BlockTables
 from sensorium.errors import StartupError
 from sensorium.kernels import Quantization
 from sensorium.kernels.context import KVCache
@@ -197,20 +199,21 @@ def build_engine(
     row_bytes = encoder_row_bytes(groups, row_width, dtype)
     encoder: EncoderCache[Tensor] = EncoderCache(encoder_cache_bytes(config, device), row_bytes)
     pool = BlockPool(cache.num_blocks)
+    budget = _budget(model, groups, checkpoint, config, cache, tokens, device)
     prefixes = PrefixCache(
         pool,
-        config.block_size,
+        budget.tables(),
         _identity(checkpoint, config, dtype),
         enabled=config.enable_prefix_caching and bool(cache.layers),
         stretched_from=model.stretched_from,
     )
-    budget = _budget(model, groups, checkpoint, config, cache, tokens, device)
     scheduler = Scheduler(budget, pool, prefixes, encoder, {task: one.all_tokens for task, one in poolers.items()})
     builder = _batch_builder(model, budget, device)
     masks = Masks(config.max_num_seqs, checkpoint.vocab_size)
     sampler = Sampler(config.seed, masks)
     runner = Runner(model, cache.layers, builder, sampler, encoder, device, masks=masks, poolers=poolers, faults=faults)
-    ready = _ready(model, config, cache, device, dtype, started)
+    kv_tokens = budget.tables().capacity(cache.num_blocks, cache.max_len)
+    ready = _ready(model, config, cache, kv_tokens, device, dtype, started)
     work = (2.0 * ready.weight_bytes, 16.0 * key_elements(groups))  # not too little
     return Engine(scheduler, runner, prefixes, encoder, ready, mapped_weights(model), work, checkpoint.vocab_size)
 
@@ -225,6 +228,7 @@ def _batch_builder(model: Model, budget: Budget, device: torch.device) -> BatchB
         marks_long=model.long_context_from is not None,
         stretched_from=model.stretched_from,
         media_both_ways=model.media_both_ways,
+        num_tables=len(budget.windows),
     )
 
 
@@ -233,6 +237,7 @@ class _Cache(NamedTuple):
     num_blocks: int
     max_len: int  # tokens of the longest sequence
     size_bytes: int
+    windows: tuple[int | None, ...] = (None,)  # of a sequence's block tables
 
 
 def _make_cache(
@@ -248,12 +253,14 @@ def _make_cache(
     cache_dtype = choose_cache_dtype(config.kv_cache_dtype, dtype, has_cache=bool(groups))
     if not groups:
         return _Cache([], 0, wanted, 0)
-    layout = CacheLayout(tuple(paged(groups)), config.block_size, cache_dtype)
+    layout = CacheLayout.of(paged(groups), config.block_size, cache_dtype, max_len=wanted)
+    tables = BlockTables(layout.windows, config.block_size, tokens)
     activations = activation_bytes(model, tokens, cache_dtype) if device.type != "cpu" else 0
     mapped_bytes = mapped_weight_bytes(model)  # the system counts them as free memory
     available = available_for_cache(config, device, activations, mapped_bytes)
-    num_blocks, max_len = size_cache(config, layout, wanted, available)
-    return _Cache(layout.make(num_blocks, device), num_blocks, max_len, num_blocks * layout.block_bytes)
+    num_blocks, max_len = size_cache(config, tables, layout.block_bytes, wanted, available)
+    size_bytes = num_blocks * layout.block_bytes
+    return _Cache(layout.make(num_blocks, device), num_blocks, max_len, size_bytes, layout.windows)
 
 
 def _budget(
@@ -278,16 +285,23 @@ def _budget(
         attends_to_media(groups),
         max_pairs(model, device),
         model.media_both_ways,
+        cache.windows,
     )
 
 
 def _ready(
-    model: Model, config: EngineConfig, cache: _Cache, device: torch.device, dtype: torch.dtype, started: float
+    model: Model,
+    config: EngineConfig,
+    cache: _Cache,
+    kv_tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    started: float,
 ) -> EngineReady:
     poolers = model.poolers
     return EngineReady(
         max_model_len=cache.max_len,
-        kv_tokens=cache.num_blocks * config.block_size,
+        kv_tokens=kv_tokens,
         block_size=config.block_size,
         weight_bytes=weight_bytes(model),
         kv_bytes=cache.size_bytes,

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from sensorium.config import EngineConfig
+from sensorium.engine.tables import BlockTables
 from sensorium.errors import StartupError
-from sensorium.kernels import cache_width
-from sensorium.kernels.context import KVCache
-from sensorium.models.cache import CacheGroup, EncoderGroup, PagedGroup
+from sensorium.models.cache import CacheGroup, EncoderGroup
 from sensorium.system.memory import free_memory_bytes
 from sensorium.units import size_text
 
@@ -21,48 +18,34 @@ CPU_PART = 0.25  # of free memory for the KV cache, where the flag does not say
 ENCODER_PART = 0.125  # of free memory that tower outputs may take, whatever the flag says
 
 
-@dataclass(frozen=True, slots=True)
-class CacheLayout:
-    """The blocks of a model's paged groups: each holds `block_size` tokens of all of them."""
-
-    groups: tuple[PagedGroup, ...]
-    block_size: int
-    dtype: torch.dtype
-
-    @property
-    def block_bytes(self) -> int:
-        return self.block_size * sum(group.token_bytes(self.dtype) for group in self.groups)
-
-    def make(self, num_blocks: int, device: torch.device) -> KVCache:
-        """Zeros for every layer, by place; layers that share a cache have the same tensors."""
-        layers: dict[int, tuple[Tensor, Tensor]] = {}
-        for group in self.groups:
-            size = (num_blocks, group.num_kv_heads, self.block_size, cache_width(group.head_dim, self.dtype))
-            for layer in group.layers:
-                layers[layer] = (_zeros(size, self.dtype, device), _zeros(size, self.dtype, device))
-            for layer, source in group.shared:
-                layers[layer] = layers[source]
-        return [layers[place] for place in range(len(layers))]
-
-
-def size_cache(config: EngineConfig, layout: CacheLayout, wanted_len: int, available_bytes: int) -> tuple[int, int]:
+def size_cache(
+    config: EngineConfig, tables: BlockTables, block_bytes: int, wanted_len: int, available_bytes: int
+) -> tuple[int, int]:
     """(number of blocks, longest sequence): what fits, and no more than `max_num_seqs` longest sequences can use."""
-    per_sequence = -(-wanted_len // layout.block_size)
-    blocks = min(available_bytes // layout.block_bytes, per_sequence * config.max_num_seqs)
-    capacity = blocks * layout.block_size
-    if capacity < min(wanted_len, layout.block_size):
+    per_sequence = tables.needed(wanted_len)
+    blocks = min(available_bytes // block_bytes, per_sequence * config.max_num_seqs)
+    capacity = wanted_len if blocks >= per_sequence else longest_sequence(tables, wanted_len, blocks)
+    if capacity <= 0:
         raise StartupError(
-            f"there is no memory for a KV cache: one block of {layout.block_size} tokens takes "
-            f"{size_text(layout.block_bytes)}, {size_text(max(available_bytes, 0))} can be had "
+            f"there is no memory for a KV cache: one block of {tables.block_size} tokens takes "
+            f"{size_text(tables.needed(1) * block_bytes)}, {size_text(max(available_bytes, 0))} can be had "
             "(--kv-cache-memory or --gpu-memory-utilization sets how much)"
         )
     if capacity < wanted_len and config.max_model_len is not None:
-        needed = size_text(per_sequence * layout.block_bytes)
+        needed = size_text(per_sequence * block_bytes)
         raise StartupError(
             f"--max-model-len {wanted_len} needs {needed} of KV cache, {size_text(available_bytes)} can "
             "be had: lower it, or raise --kv-cache-memory (on a GPU --gpu-memory-utilization)"
         )
-    return blocks, min(wanted_len, capacity)
+    return blocks, capacity
+
+
+def longest_sequence(tables: BlockTables, wanted_len: int, num_blocks: int) -> int:
+    """Tokens, in whole blocks, of a sequence that so many blocks hold."""
+    counts = range(tables.blocks(wanted_len) + 1)
+    return (bisect_right(counts, num_blocks, key=lambda count: tables.needed(count * tables.block_size)) - 1) * (
+        tables.block_size
+    )
 
 
 def available_for_cache(
@@ -88,11 +71,3 @@ def encoder_row_bytes(groups: Sequence[CacheGroup], hidden_size: int, dtype: tor
     """Of one row in the encoder cache: a hidden state, or the keys and values that a decoder's layers have of it."""
     of_layers = sum(group.token_bytes(dtype) for group in groups if isinstance(group, EncoderGroup))
     return of_layers or hidden_size * dtype.itemsize
-
-
-def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if device.type != "cpu":
-        return torch.zeros(size, dtype=dtype, device=device)
-    # torch.zeros writes to every page; numpy's come zeroed from the kernel when they are first used.
-    count = int(np.prod(size))
-    return torch.from_numpy(np.zeros(count * dtype.itemsize, np.uint8)).view(dtype).view(size)

@@ -16,6 +16,7 @@ import numpy as np
 
 from sensorium.engine.block_pool import BlockPool
 from sensorium.engine.sequence import Sequence
+from sensorium.engine.tables import BlockTables
 
 _LENGTH = struct.Struct("<I")
 _SPAN = struct.Struct("<IIQI")  # offset in the block, tokens, first row, bytes of the key
@@ -55,7 +56,7 @@ class PrefixCache:
     def __init__(
         self,
         pool: BlockPool,
-        block_size: int,
+        tables: BlockTables,
         identity: bytes,
         *,
         enabled: bool = True,
@@ -63,23 +64,45 @@ class PrefixCache:
     ) -> None:
         """`stretched_from`: see `Model`."""
         self._pool = pool
-        self._block_size = block_size
+        self._tables = tables
+        self._block_size = tables.block_size
         self._identity = identity
         self._enabled = enabled
         self._stretched_from = stretched_from
         self.queries = 0  # tokens
         self.hits = 0  # tokens
 
-    def find(self, seq: Sequence) -> list[int]:
-        """Leading blocks of `seq` that are in the cache; the last token is always left to compute. Retains nothing."""
-        found: list[int] = []
-        if self._enabled and seq.reuse:
-            for index in range((seq.num_tokens - 1) // self._block_size):
-                block = self._pool.find(self.key(seq, index))
-                if block is None:
-                    break
-                found.append(block)
+    def find(self, seq: Sequence) -> list[list[int]]:
+        """Leading blocks of `seq` that are in the cache, as many of each table; the last token is left to compute.
+        Retains nothing. Of tables with a window only the blocks that the next token sees must be there: those before
+        them are any numbers."""
+        count = (seq.num_tokens - 1) // self._block_size if self._enabled and seq.reuse else 0
+        held: list[list[int | None]] = []
+        for table, window in enumerate(self._tables.windows):
+            held.append(self._held(seq, table, count, leading=window is None))
+            count = min(count, len(held[-1]))
+        while missing := self._last_missing(held, count):
+            count = missing - 1
+        return [[block or 0 for block in blocks[:count]] for blocks in held]
+
+    def _held(self, seq: Sequence, table: int, count: int, *, leading: bool) -> list[int | None]:
+        """The first `count` blocks of a table as far as they are there, with `leading` up to one that is not."""
+        found: list[int | None] = []
+        for index in range(count):
+            block = self._pool.find(_of_table(self.key(seq, index), table))
+            if block is None and leading:
+                break
+            found.append(block)
         return found
+
+    def _last_missing(self, held: list[list[int | None]], count: int) -> int:
+        """Of the blocks that a token after `count` of them sees, one more than the last that is missing; 0: none is."""
+        for window, blocks in zip(self._tables.windows, held, strict=True):
+            first = self._tables.first(window, count * self._block_size)
+            for index in range(count - 1, first - 1, -1):
+                if blocks[index] is None:
+                    return index + 1
+        return 0
 
     def next_key(self, seq: Sequence, index: int) -> bytes | None:
         """Key of block `index` if it is one that `find` could return, else None."""
@@ -97,13 +120,16 @@ class PrefixCache:
         full = seq.num_computed // self._block_size
         if self._enabled:
             for index in range(seq.num_published, full):
-                self._pool.publish(seq.blocks[index], self.key(seq, index))
+                key = self.key(seq, index)
+                for table, blocks in enumerate(seq.blocks):
+                    self._pool.publish(blocks[index], _of_table(key, table))
         seq.num_published = full
 
     def forget(self, seq: Sequence) -> None:
         """Nothing that this sequence used is to be found again: it may hold what a failed step wrote."""
-        for block in seq.blocks:
-            self._pool.forget(block)
+        for blocks, first in zip(seq.blocks, seq.num_released, strict=True):
+            for block in blocks[first:]:
+                self._pool.forget(block)
 
     def key(self, seq: Sequence, index: int) -> bytes:
         """Key of the full block `index`; those before it are computed once and kept."""
@@ -131,6 +157,10 @@ class PrefixCache:
             positions = _positions(seq, start, end)
         spans = _overlaps(seq, start, end) if seq.span_offsets else []
         return block_key(parent, seq.tokens[start:end].astype("<i4", copy=False).tobytes(), spans, positions)
+
+
+def _of_table(key: bytes, table: int) -> bytes:
+    return key + bytes([table]) if table else key
 
 
 def _positions(seq: Sequence, start: int, end: int) -> bytes:

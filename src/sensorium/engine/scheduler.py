@@ -21,9 +21,12 @@ from sensorium.engine.constraint import Constraint
 from sensorium.engine.encoder_cache import EncoderCache
 from sensorium.engine.prefix_cache import PrefixCache
 from sensorium.engine.sequence import ItemKey, Sequence, Status
+from sensorium.engine.tables import KEYS_AT_ONCE, BlockTables
 from sensorium.types import EngineOutput, EngineRequest, FinishReason, MediaFeatures, MediaSpan
 
 MAX_PASSED_OVER = 32  # waiting sequences that may be overtaken in one step while they wait for an equal prefix
+
+NO_ROOM = "A media item of this request does not fit in the KV cache beside the rest of it."
 
 LEAST_CHUNK = 64  # tokens of a long prompt's chunk: with fewer a step reads all weights for next to nothing
 
@@ -87,6 +90,12 @@ class Budget:
     attends_to_media: bool = False  # see `models.cache`
     max_pairs: int | None = None  # of a step's prompt tokens and the tokens that each attends to
     media_both_ways: bool = False  # see `Model`: the tokens of a media span are computed in one step
+    windows: tuple[int | None, ...] = (None,)  # of a sequence's block tables, see `BlockTables`
+    keys_at_once: int = KEYS_AT_ONCE
+
+    def tables(self) -> BlockTables:
+        windows = self.windows if self.has_cache else ()
+        return BlockTables(windows, self.block_size, self.max_num_batched_tokens, self.keys_at_once)
 
 
 @dataclass(slots=True)
@@ -108,6 +117,7 @@ class Scheduler:
     ) -> None:
         """`pooling`: the pooling tasks that the model can do, and whether each needs every token's hidden state."""
         self.budget = budget
+        self.tables = budget.tables()
         self.pool = pool
         self.prefixes = prefixes
         self.encoder = encoder
@@ -122,6 +132,7 @@ class Scheduler:
         self._free_slots = list(range(self._max_seqs - 1, -1, -1))  # of the batch tables
         self._pooling = dict(pooling or {})
         self.propose: Propose | None = None  # asked for drafts, if set
+        self._lacks_blocks = False  # whether a prompt could not go on for want of blocks
 
     @property
     def num_running(self) -> int:
@@ -185,7 +196,20 @@ class Scheduler:
 
     def schedule(self) -> tuple[Plan, list[EngineOutput]]:
         """The next step, and outputs of sequences that had to end without one."""
+        plan, ended = self._plan()
+        for _ in range(self.num_running - 1):  # where all wait for each other's blocks, the last lets go of its own
+            if plan or plan.encode or not self._lacks_blocks:
+                break
+            self._preempt(max(self.prefilling, key=_order))
+            plan, more = self._plan()
+            ended += more
+        if self.num_running == 1 and self._lacks_blocks and not plan and not plan.encode:
+            ended.append(self.fail(self.prefilling[0], NO_ROOM))
+        return plan, ended
+
+    def _plan(self) -> tuple[Plan, list[EngineOutput]]:
         plan = Plan()
+        self._lacks_blocks = False
         ended = self._secure_decode_blocks() if self.decoding else []
         tokens = self.budget.max_num_batched_tokens - len(self.decoding)
         if self.propose is None:
@@ -220,9 +244,9 @@ class Scheduler:
     def _secure_decode_blocks(self) -> list[EngineOutput]:
         """Give a block to every decode that has filled its last one, preempting where there are none left."""
         size = self.budget.block_size
-        needy = [seq for seq in self.decoding if seq.num_computed == len(seq.blocks) * size]
+        needy = [seq for seq in self.decoding if seq.num_computed == len(seq.blocks[0]) * size]
         ended = []
-        while len(needy) > self.pool.num_free:
+        while len(needy) * len(self.tables.windows) > self.pool.num_free:
             victim = max((*self.decoding, *self.prefilling), key=_order)
             if self.num_running == 1:  # alone, and still too large: admission should have seen it
                 self._end(victim)
@@ -231,7 +255,7 @@ class Scheduler:
                 self._preempt(victim)
             needy = [seq for seq in needy if seq.status is Status.DECODING]
         for seq in needy:
-            seq.blocks.append(self.pool.allocate())
+            self._secure(seq, seq.num_computed + 1)
         return ended
 
     def _plan_drafts(self, plan: Plan, propose: Propose, tokens: int) -> int:
@@ -255,13 +279,41 @@ class Scheduler:
         border = self.budget.long_context_from
         if border is not None and not seq.is_long:
             most = min(most, border - seq.num_tokens)
-        room = (len(seq.blocks) + self.pool.num_free) * self.budget.block_size
+        room = (len(seq.blocks[0]) + self.pool.num_free // len(seq.blocks)) * self.budget.block_size
         return min(most, room - seq.num_tokens)
 
     def _secure(self, seq: Sequence, num_tokens: int) -> None:
         """Blocks for so many tokens; they must be free."""
-        while len(seq.blocks) * self.budget.block_size < num_tokens:
-            seq.blocks.append(self.pool.allocate())
+        for blocks in seq.blocks:
+            while len(blocks) * self.budget.block_size < num_tokens:
+                blocks.append(self.pool.allocate())
+
+    def _release_unseen(self, seq: Sequence) -> None:
+        """Give back the blocks that no token from the next one on sees."""
+        for table, window in enumerate(self.tables.windows):
+            first = self.tables.first(window, seq.num_computed)
+            for block in seq.blocks[table][seq.num_released[table] : first]:
+                self.pool.release(block)
+            seq.num_released[table] = max(first, seq.num_released[table])
+
+    def _move_windows(self, seq: Sequence, count: int) -> int:
+        """Let a prompt's windows go on to its next tokens; returns for how many of the next `count` there are blocks.
+
+        It takes no more blocks than it gives back, but those may be others' as well, who keep them; and a media item
+        that is longer than a step takes more.
+        """
+        self._release_unseen(seq)
+        wanted = count
+        for blocks, window in zip(seq.blocks, self.tables.windows, strict=True):
+            end = self.tables.end(window, seq.num_computed, seq.num_tokens)
+            end = max(end, self.tables.blocks(seq.num_computed + wanted))
+            while len(blocks) < end and self.pool.num_free:
+                blocks.append(self.pool.allocate())
+            count = min(count, len(blocks) * self.budget.block_size - seq.num_computed)
+        if count < wanted and self.budget.media_both_ways:
+            count = _at_span_border(seq, count, most=count)
+        self._lacks_blocks |= not count
+        return count
 
     def _admit(self, plan: Plan, tokens: int, waiting: list[Sequence]) -> int:
         """Start waiting sequences as long as seats, blocks and tokens last; returns the tokens left."""
@@ -271,15 +323,16 @@ class Scheduler:
             if not self._free_slots or tokens <= 0 or passed_over > MAX_PASSED_OVER:
                 break
             found = self.prefixes.find(seq)
-            key = self.prefixes.next_key(seq, len(found))
+            num_found = len(found[0]) if found else 0
+            key = self.prefixes.next_key(seq, num_found)
             if key is not None and key in coming:  # another sequence computes this very block now
                 passed_over += 1
                 continue
             if not self._take_blocks(seq, found):
                 break
             if self.budget.has_cache:
-                seq.num_computed = len(found) * self.budget.block_size
-                seq.num_published = len(found)
+                seq.num_computed = num_found * self.budget.block_size
+                seq.num_published = num_found
             chunk = self._plan_chunk(plan, seq, tokens)
             if not chunk and not seq.pinned:
                 self._give_back(seq)
@@ -287,7 +340,7 @@ class Scheduler:
             if key is not None:
                 coming.add(key)
             self.waiting.remove(seq)
-            self._start(seq, len(found))
+            self._start(seq, num_found)
             tokens -= chunk
         return tokens
 
@@ -296,19 +349,25 @@ class Scheduler:
         keys = (self.prefixes.next_key(seq, seq.num_published) for seq in self.prefilling)
         return {key for key in keys if key is not None}
 
-    def _take_blocks(self, seq: Sequence, found: list[int]) -> bool:
-        """Blocks for all tokens so far. One per running sequence stays free: nobody is to be preempted at once."""
+    def _take_blocks(self, seq: Sequence, found: list[list[int]]) -> bool:
+        """Blocks for all tokens so far, of windows for the first of them. One of each table stays free for every
+        running sequence: nobody is to be preempted at once."""
         if not self.budget.has_cache:
             return True
-        total = -(-seq.num_tokens // self.budget.block_size)
-        missing = total - len(found)
-        idle = sum(map(self.pool.is_free, found))
-        spare = self.num_running
-        if self.pool.num_free < missing + idle + spare:
+        computed = len(found[0]) * self.budget.block_size
+        missing = sum(self.tables.end(window, computed, seq.num_tokens) for window in self.tables.windows)
+        missing -= sum(map(len, found))
+        first = [self.tables.first(window, computed) for window in self.tables.windows]
+        seen = [block for blocks, start in zip(found, first, strict=True) for block in blocks[start:]]
+        spare = self.num_running * len(found)
+        if self.pool.num_free < missing + sum(map(self.pool.is_free, seen)) + spare:
             return False
-        for block in found:
+        for block in seen:
             self.pool.retain(block)
-        seq.blocks = found + [self.pool.allocate() for _ in range(missing)]
+        seq.blocks, seq.num_released = found, first
+        for blocks, window in zip(found, self.tables.windows, strict=True):
+            while len(blocks) < self.tables.end(window, computed, seq.num_tokens):
+                blocks.append(self.pool.allocate())
         return True
 
     def _start(self, seq: Sequence, num_found: int) -> None:
@@ -328,9 +387,11 @@ class Scheduler:
             count = remaining if remaining <= tokens or not plan else 0
         elif self.budget.max_pairs is not None:
             count = min(count, self._attended(plan, seq, self.budget.max_pairs))
+        if self.budget.media_both_ways and seq.item_keys and count:
+            count = _at_span_border(seq, count, most=remaining if not plan.prefills else tokens)
+        if self.tables.has_windows and count:
+            count = self._move_windows(seq, count)
         if seq.item_keys and count:
-            if self.budget.media_both_ways:
-                count = _at_span_border(seq, count, most=remaining if not plan.prefills else tokens)
             count = self._secure_media(plan, seq, count)
         if seq.memories and count and not self._secure_memories(plan, seq):
             count = 0
@@ -402,6 +463,8 @@ class Scheduler:
             self.prefilling.remove(seq)
             self.decoding.append(seq)
             seq.status = Status.DECODING
+        if self.tables.has_windows:
+            self._release_unseen(seq)
         return True
 
     def _publish(self, seq: Sequence) -> None:
@@ -426,6 +489,8 @@ class Scheduler:
             seq.drafts = []
             seq.num_computed = seq.num_tokens - 1
             self._publish(seq)
+            if self.tables.has_windows:
+                self._release_unseen(seq)
         if reason is not None:
             self._end(seq)
         elif not seq.is_long and self._is_long(seq):
@@ -471,9 +536,10 @@ class Scheduler:
         seq.slot = -1
 
     def _give_back(self, seq: Sequence) -> None:
-        for block in reversed(seq.blocks):  # the end of a prefix is forgotten before its beginning
-            self.pool.release(block)
-        seq.blocks = []
+        for blocks, first in zip(seq.blocks, seq.num_released, strict=True):
+            for block in reversed(blocks[first:]):  # the end of a prefix is forgotten before its beginning
+                self.pool.release(block)
+        seq.blocks, seq.num_released = [], []
         seq.num_computed = 0
         seq.num_published = 0
         seq.drafts = []

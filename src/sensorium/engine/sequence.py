@@ -53,6 +53,7 @@ class Sequence:
         "num_preemptions",
         "num_prompt",
         "num_published",
+        "num_released",
         "num_tokens",
         "order",
         "pinned",
@@ -99,7 +100,8 @@ class Sequence:
         self.item_ends = _item_ends(prompt)
         self.memories = [item for item, end in enumerate(self.item_ends) if end == sys.maxsize]
         self.pinned: dict[int, None] = {}  # items whose tower outputs are held for this sequence
-        self.blocks: list[int] = []
+        self.blocks: list[list[int]] = []  # while it runs: of each of its tables
+        self.num_released: list[int] = []  # leading blocks of each table that no layer sees any more: not its own now
         self.block_keys: list[bytes] = []  # of its full blocks, as far as they were needed
         self.num_published = 0  # leading blocks that the prefix cache knows
         # May it start from a cached prefix? Prompt logprobs (and some poolings) need every prompt token computed.

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-KVCache = list[tuple[Tensor, Tensor]]
-"""Per layer (keys, values), each [num_blocks, kv_heads, block_size, head_dim], with the heads of the layer's group."""
+
+class LayerCache(NamedTuple):
+    """What one layer keeps: each [num_blocks, kv_heads, block_size, head_dim], with the heads of the layer's group."""
+
+    keys: Tensor
+    values: Tensor
+    table: int = 0  # of a sequence's block tables, the one that says which blocks are the layer's
+
+
+KVCache = list[LayerCache]
 
 
 NeededStates = Literal["all", "first", "last"]
@@ -46,4 +54,9 @@ class AttentionContext:
     """Sequences whose attention to their memories is wanted -> per layer, float32 [heads, tokens, rows of memory]."""
     visible: Tensor | None = None  # int32 [tokens], keys that each token may see; None: up to its own
     layer_rows: LayerRows | None = None  # only for models with `deepstack`; see there
+    others: list[AttentionContext] = field(default_factory=list)  # the same step by the other block tables: 1, 2, …
     needed_states: NeededStates = "all"  # tokens whose states `forward` must compute: all, or one per sequence
+
+    def by_table(self, table: int) -> AttentionContext:
+        """The step as the layers of a block table see it."""
+        return self.others[table - 1] if table else self

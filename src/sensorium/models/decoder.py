@@ -16,7 +16,7 @@ from sensorium import kernels
 from sensorium.checkpoint.configs import Checkpoint
 from sensorium.checkpoint.text_config import AttentionSpec, TextConfig
 from sensorium.errors import CheckpointError
-from sensorium.kernels.context import AttentionContext, KVCache, NeededStates
+from sensorium.kernels.context import AttentionContext, KVCache, LayerCache, NeededStates
 from sensorium.kernels.reference.attention import GATHER_ELEMENTS, MASK_ELEMENTS
 from sensorium.models.base import Model, Rename
 from sensorium.models.cache import CacheGroup, PagedGroup
@@ -69,7 +69,7 @@ class SelfAttention(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        cache: tuple[Tensor, Tensor] | None,
+        cache: LayerCache | None,
         context: AttentionContext,
         rows: Tensor | None = None,
     ) -> Tensor:
@@ -115,7 +115,7 @@ class DecoderLayer(nn.Module):
         residual: Tensor | None,
         cos: Tensor,
         sin: Tensor,
-        cache: tuple[Tensor, Tensor] | None,
+        cache: LayerCache | None,
         context: AttentionContext,
         rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -197,7 +197,7 @@ class Decoder(nn.Module):
         if added is not None and added.values.shape[1] >= len(self.layers):
             is_partial = False
         rows = context.query_start[1:].long() - 1 if is_partial else None  # all that the last layer has to compute
-        if self.stack is not None and added is None:
+        if self.stack is not None and added is None and not context.others:  # it knows one block table
             return self.stack(hidden, rotations, cache, context, rows)
         residual: Tensor | None = None
         caches = cache if self.is_causal else [None] * len(self.layers)

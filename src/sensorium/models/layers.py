@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sensorium import kernels
 from sensorium.checkpoint.text_config import ACTIVATIONS, AttentionSpec
 from sensorium.errors import CheckpointError
-from sensorium.kernels.context import AttentionContext
+from sensorium.kernels.context import AttentionContext, LayerCache
 
 
 def declare(*shape: int) -> nn.Parameter:
@@ -210,16 +210,15 @@ class Attention:
         self.head_dim = head_dim
         self.spec = spec
 
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, cache: tuple[Tensor, Tensor] | None, context: AttentionContext
-    ) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None, context: AttentionContext) -> Tensor:
         """q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim] -> [tokens, heads * head_dim]"""
         spec = self.spec
         if cache is None:
             out = kernels.varlen_attention(q, k, v, context.query_lens, spec.scale, spec.window)
             return out.reshape(out.shape[0], -1)
-        k_cache, v_cache = cache
-        kernels.write_kv(k, v, k_cache, v_cache, context.slots)
+        k_cache, v_cache, table = cache
         visible = context.visible if spec.media_both_ways else None
+        context = context.by_table(table)
+        kernels.write_kv(k, v, k_cache, v_cache, context.slots)
         out = kernels.paged_attention(q, k_cache, v_cache, context, spec.scale, spec.window, visible)
         return out.reshape(out.shape[0], -1)

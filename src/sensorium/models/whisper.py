@@ -17,7 +17,7 @@ from sensorium.checkpoint.configs import Checkpoint
 from sensorium.checkpoint.text_config import TextConfig
 from sensorium.checkpoint.values import positive_int
 from sensorium.errors import CheckpointError
-from sensorium.kernels.context import AttentionContext, KVCache
+from sensorium.kernels.context import AttentionContext, KVCache, LayerCache
 from sensorium.models.base import Model, Steps
 from sensorium.models.cache import CacheGroup, EncoderGroup, PagedGroup
 from sensorium.models.decoder import LOGIT_ROWS
@@ -98,7 +98,7 @@ class DecoderLayer(nn.Module):
         self.final_layer_norm = LayerNorm(size, LAYER_NORM_EPS)
         self.attention = Attention(heads, heads, config.head_dim, config.layers[index])
 
-    def forward(self, x: Tensor, cache: tuple[Tensor, Tensor], context: AttentionContext) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache, context: AttentionContext) -> Tensor:
         own, normed = self.self_attn, self.self_attn_layer_norm(x)
         q, k, v = (own.heads(project, normed) for project in (own.q_proj, own.k_proj, own.v_proj))
         x = x + own.out_proj(self.attention(q, k, v, cache, context))

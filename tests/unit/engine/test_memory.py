@@ -2,43 +2,97 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from sensorium.config import EngineConfig
 from sensorium.engine import loading
+from sensorium.engine.cache_layout import CacheLayout
 from sensorium.engine.loading import choose_cache_dtype, choose_dtype, default_batched_tokens
-from sensorium.engine.memory import CacheLayout, available_for_cache, encoder_cache_bytes, encoder_row_bytes, size_cache
+from sensorium.engine.memory import available_for_cache, encoder_cache_bytes, encoder_row_bytes, size_cache
+from sensorium.engine.tables import BlockTables
 from sensorium.errors import StartupError
 from sensorium.models.base import Model
 from sensorium.models.cache import EncoderGroup, PagedGroup
 from sensorium.system import cgroups
 from sensorium.system.memory import free_memory_bytes
 
-LAYOUT = CacheLayout((PagedGroup((0, 1), num_kv_heads=2, head_dim=8),), block_size=16, dtype=torch.bfloat16)
+LAYOUT = CacheLayout.of([PagedGroup((0, 1), num_kv_heads=2, head_dim=8)], block_size=16, dtype=torch.bfloat16)
+TABLES = BlockTables((None,), 16, 512)
 BLOCK = LAYOUT.block_bytes
 
 
 def test_bytes_of_a_block() -> None:
     cache = LAYOUT.make(3, torch.device("cpu"))
-    assert [tuple(t.shape) for pair in cache for t in pair] == [(3, 2, 16, 8)] * 4
-    assert {t.dtype for pair in cache for t in pair} == {torch.bfloat16}
-    assert sum(t.nbytes for pair in cache for t in pair) == 3 * BLOCK
-    assert not any(t.any() for pair in cache for t in pair)
+    assert [tuple(t.shape) for layer in cache for t in layer[:2]] == [(3, 2, 16, 8)] * 4
+    assert {t.dtype for layer in cache for t in layer[:2]} == {torch.bfloat16}
+    assert sum(t.nbytes for layer in cache for t in layer[:2]) == 3 * BLOCK
+    assert not any(t.any() for layer in cache for t in layer[:2])
 
 
 def test_groups_have_shapes_of_their_own() -> None:
     """Layer 3 reads the keys and values of layer 0."""
-    groups = (PagedGroup((0, 2), 1, 8, sliding_window=32, shared=((3, 0),)), PagedGroup((1,), 2, 16))
-    layout = CacheLayout(groups, block_size=4, dtype=torch.float32)
+    groups = [PagedGroup((0, 2), 1, 8, shared=((3, 0),)), PagedGroup((1,), 2, 16)]
+    layout = CacheLayout.of(groups, block_size=4, dtype=torch.float32)
     cache = layout.make(7, torch.device("cpu"))
-    assert [tuple(keys.shape) for keys, _ in cache] == [(7, 1, 4, 8), (7, 2, 4, 16), (7, 1, 4, 8), (7, 1, 4, 8)]
+    assert [tuple(layer.keys.shape) for layer in cache] == [(7, 1, 4, 8), (7, 2, 4, 16), (7, 1, 4, 8), (7, 1, 4, 8)]
     assert cache[3] is cache[0]
+    assert layout.windows == (None,) and {layer.table for layer in cache} == {0}
     assert layout.block_bytes == 4 * 2 * (2 * 8 + 2 * 16) * 4
-    tensors = {id(t): t for pair in cache for t in pair}.values()
-    assert sum(t.nbytes for t in tensors) == 7 * layout.block_bytes
+    assert sum({id(t): t.nbytes for layer in cache for t in layer[:2]}.values()) == 7 * layout.block_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize(
+    ("full", "windowed", "windows", "num_lanes"),
+    [
+        ((5, 4, 256), (29, 4, 256), (None, *[1024] * 5), 6),  # Gemma 3 4B: two lanes of 36 are empty
+        ((10, 16, 128), (52, 16, 128), (None, *[1024] * 4), 13),  # 27B
+        ((3, 1, 512), (12, 1, 256), (None, 1024, 1024), 3),  # Gemma 4 E2B: two narrow layers to a lane
+        (
+            (10, 4, 512),
+            (50, 16, 256),
+            (None, *[1024] * 5),
+            10,
+        ),  # 31B: two wide ones to a lane, half of a block is empty in their table
+        ((1, 1, 8), (30, 1, 8), (None, *[1024] * 10), 3),
+    ],
+)
+def test_layers_with_windows_have_tables_of_their_own(
+    full: tuple[int, int, int],
+    windowed: tuple[int, int, int],
+    windows: tuple[int | None, ...],
+    num_lanes: int,
+    dtype: torch.dtype,
+) -> None:
+    """(layers, heads, head width) of both kinds. In one block of every table no two layers touch the same numbers."""
+    number = full[0] + windowed[0]
+    groups = [
+        PagedGroup(tuple(range(full[0])), *full[1:]),
+        PagedGroup(tuple(range(full[0], number)), *windowed[1:], sliding_window=1024),
+    ]
+    layout = CacheLayout.of(groups, 2, dtype, max_len=4096)
+    assert (layout.windows, len(layout.lanes)) == (windows, num_lanes)
+    cache = layout.make(len(windows), torch.device("cpu"))
+    for layer in cache:
+        for tensor in layer[:2]:
+            tensor[layer.table] += 1
+    assert all(bool((tensor[layer.table] == 1).all()) for layer in cache for tensor in layer[:2])
+    one = CacheLayout.of(groups, 2, dtype, max_len=1024)  # no sequence is longer than the window
+    assert one.windows == (None,) and len(one.lanes) == number
+
+
+def test_windows_bound_what_a_sequence_takes() -> None:
+    tables = BlockTables((None, 32, 32), 16, step_tokens=64, keys_at_once=1)
+    assert tables.needed(16) == 3
+    assert tables.needed(16 * 100) == 100 + 2 * 7  # 31 tokens before a step of 64: in 7 blocks, wherever they begin
+    config = EngineConfig("m", max_num_seqs=2)
+    assert size_cache(config, tables, 10, 1600, 10**6) == (2 * 114, 1600)
+    assert size_cache(config, tables, 10, 1600, 1139) == (113, 16 * 99)
+    assert size_cache(config, tables, 10, 1600, 50) == (5, 16)
+    with pytest.raises(StartupError, match="no memory for a KV cache"):
+        size_cache(config, tables, 10, 1600, 29)
+    assert (tables.capacity(228, 1600), BlockTables((None,), 16, 64).capacity(7, 100)) == (3200, 112)
 
 
 def test_rows_of_an_encoder() -> None:
@@ -51,15 +105,15 @@ def test_rows_of_an_encoder() -> None:
 def test_bytes_hold_nearly_twice_the_blocks() -> None:
     """A byte each and four for the scale of every row, where there were two bytes each."""
     for head_dim in (64, 128):
-        wide = CacheLayout((PagedGroup((0, 1, 2), 2, head_dim),), block_size=16, dtype=torch.bfloat16)
-        narrow = replace(wide, dtype=torch.int8)
+        wide = CacheLayout.of([PagedGroup((0, 1, 2), 2, head_dim)], block_size=16, dtype=torch.bfloat16)
+        narrow = CacheLayout.of(wide.groups, block_size=16, dtype=torch.int8)
         assert narrow.block_bytes * 2 * head_dim == wide.block_bytes * (head_dim + 4)
         config = EngineConfig("m", max_num_seqs=1000)
-        blocks = [size_cache(config, layout, 4096, 100 * 2**20)[0] for layout in (wide, narrow)]
+        blocks = [size_cache(config, TABLES, layout.block_bytes, 4096, 100 * 2**20)[0] for layout in (wide, narrow)]
         assert blocks[1] == 100 * 2**20 // narrow.block_bytes > 1.88 * blocks[0]
         cache = narrow.make(5, torch.device("cpu"))
-        assert {t.dtype for pair in cache for t in pair} == {torch.int8}
-        assert sum(t.nbytes for pair in cache for t in pair) == 5 * narrow.block_bytes
+        assert {t.dtype for layer in cache for t in layer[:2]} == {torch.int8}
+        assert sum(t.nbytes for layer in cache for t in layer[:2]) == 5 * narrow.block_bytes
 
 
 def test_type_of_the_cache() -> None:
@@ -82,7 +136,7 @@ def test_type_of_the_cache() -> None:
 )
 def test_what_fits(available: int, max_model_len: int | None, blocks: int, length: int) -> None:
     config = EngineConfig("m", max_num_seqs=4, max_model_len=max_model_len)
-    assert size_cache(config, LAYOUT, max_model_len or 100, available) == (blocks, length)
+    assert size_cache(config, TABLES, BLOCK, max_model_len or 100, available) == (blocks, length)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +150,7 @@ def test_what_fits(available: int, max_model_len: int | None, blocks: int, lengt
 def test_what_does_not_fit_names_the_flag(available: int, max_model_len: int | None, named: str) -> None:
     config = EngineConfig("m", max_num_seqs=4, max_model_len=max_model_len)
     with pytest.raises(StartupError, match=named):
-        size_cache(config, LAYOUT, 100, available)
+        size_cache(config, TABLES, BLOCK, 100, available)
 
 
 def test_a_quarter_of_what_the_container_leaves(monkeypatch: pytest.MonkeyPatch) -> None:

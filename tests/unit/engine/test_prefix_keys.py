@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from sensorium.engine.block_pool import BlockPool
 from sensorium.engine.prefix_cache import PrefixCache, block_key, root_key
 from sensorium.engine.sequence import Sequence
+from sensorium.engine.tables import BlockTables
 from sensorium.types import EngineRequest, MediaFeatures, MediaSpan, Prompt, SamplingParams
 
 BLOCK = 8
@@ -34,7 +35,7 @@ def keys(
     seq.is_long = is_long
     for token in outputs:
         seq.append(token)
-    cache = PrefixCache(BlockPool(1), BLOCK, identity)
+    cache = PrefixCache(BlockPool(1), BlockTables((None,), BLOCK, 1), identity)
     return [cache.key(seq, index) for index in range(seq.num_tokens // BLOCK)]
 
 

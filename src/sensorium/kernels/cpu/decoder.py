@@ -113,7 +113,7 @@ class NativeDecoder:
         return out
 
     def _attach(self, cache: KVCache) -> None:
-        flat = [tensor for pair in cache for tensor in pair]
+        flat = [tensor for layer in cache for tensor in (layer.keys, layer.values)]
         dtype = flat[0].dtype if flat else None
         if (
             len(flat) != len(self._caches)
