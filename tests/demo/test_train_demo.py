@@ -251,6 +251,15 @@ def test_functions_of_the_examination_are_not_trained() -> None:
     assert not set(functions.THINGS) & set(functions.HELD_THINGS)
 
 
+def test_parameters_of_a_function_have_names_of_their_own() -> None:
+    """Also where one's other name is what the next is called."""
+    slots = (functions.Slot("id", "code", ("code",)), functions.Slot("code", "word", ()))
+    family = functions.Family(("find",), ("",), slots, ("Find {id} with code {code}.",))
+    for seed in range(20):
+        found = functions._function(random.Random(seed), family, family.asks[0])
+        assert sorted(slot.key for slot in found.slots.values()) == ["code", "id"]
+
+
 def test_unknown_words_are_spelt_alike_everywhere(random_folder: Path) -> None:
     """So that a model can copy any of them: after a space, in quotes, in the middle of a text."""
     tokenizer = Tokenizer.from_file(str(random_folder / "tokenizer.json"))

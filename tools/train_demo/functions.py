@@ -738,8 +738,7 @@ def _function(rng: random.Random, family: Family, ask: str) -> Function:
         if not always and rng.random() < 0.4:
             continue
         name = slot.name(rng) if rng.random() < 0.6 else slot.key
-        if name in slots:
-            name = slot.key
+        name = next(free for free in (name, slot.key, f"{slot.key}_2") if free not in slots)
         slots[name] = slot
         if always or (said and rng.random() < 0.3):
             required.append(name)
