@@ -38,7 +38,7 @@ def served(family: str = "qwen2_vl") -> Served:
     with TemporaryDirectory() as folder:
         path = Path(folder)
         oracle = MAKERS[family](path, tie_word_embeddings=False)
-        size = SMALL if family != "qwen3_vl" else {"size": {"shortest_edge": 4096, "longest_edge": 24576}}  # of a clip
+        size = SMALL if family != "qwen3_vl" else {"size": {"shortest_edge": 4096, "longest_edge": 12288}}  # of a clip
         (path / "video_preprocessor_config.json").write_text(json.dumps(size))
         return load(path, oracle)
 

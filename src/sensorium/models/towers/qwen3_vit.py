@@ -3,6 +3,7 @@ mergers behind some of its layers. What these give is for the decoder's first la
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -27,12 +28,12 @@ QWEN3_VIT_MAP = (
 
 
 class PositionTable(nn.Module):
-    """A square table of learned positions."""
+    """A square table of learned positions; rows that do not fill another line are never read."""
 
-    def __init__(self, side: int, size: int) -> None:
+    def __init__(self, rows: int, size: int) -> None:
         super().__init__()
-        self.side = side
-        self.weight = declare(side * side, size)
+        self.side = math.isqrt(rows)
+        self.weight = declare(rows, size)
 
     def forward(self, places: Tensor, last: Tensor) -> Tensor:
         """Patches' lines and columns and the last ones of their slice (both int64 [patches, 2]) -> float32
@@ -57,7 +58,7 @@ class Qwen3Vit(QwenVit):
         if not all(0 <= layer < config.depth for layer in config.tapped_layers):
             layers = list(config.tapped_layers)
             raise CheckpointError(f"config.json: deepstack_visual_indexes {layers} must be of {config.depth} layers")
-        self.pos_embed = PositionTable(config.table_side, config.embed_dim)
+        self.pos_embed = PositionTable(config.table_rows, config.embed_dim)
         self.deepstack_merger_list = nn.ModuleList(
             PatchMerger(config, out_features, LayerNorm, by_blocks=True) for _ in config.tapped_layers
         )

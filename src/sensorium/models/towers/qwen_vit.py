@@ -6,7 +6,6 @@ into. Patches of a slice come ordered by 2x2 blocks; each block becomes one row 
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,7 +64,7 @@ class QwenVitConfig:
     theta: float = 10000.0  # of the rotary positions
     window_size: int = 0  # pixels of a window's side; 0: no windows
     full_attention_layers: tuple[int, ...] = ()  # those that no window cuts
-    table_side: int = 0  # of a square table of learned positions; 0: there is none
+    table_rows: int = 0  # of a table of learned positions, which is square; 0: there is none
     tapped_layers: tuple[int, ...] = ()  # whose outputs are merged for the decoder too, by mergers in this order
 
     @classmethod
@@ -102,7 +101,7 @@ class QwenVitConfig:
             embed_dim=given.of("hidden_size", 1152),
             intermediate_size=given.of("intermediate_size", 4304),
             hidden_act=given.of("hidden_act", "gelu_pytorch_tanh"),
-            table_side=math.isqrt(given.of("num_position_embeddings", 2304)),
+            table_rows=given.of("num_position_embeddings", 2304),
             tapped_layers=tuple(given.of("deepstack_visual_indexes", (8, 16, 24))),
         )
 
