@@ -132,7 +132,7 @@ class Scheduler:
         self._free_slots = list(range(self._max_seqs - 1, -1, -1))  # of the batch tables
         self._pooling = dict(pooling or {})
         self.propose: Propose | None = None  # asked for drafts, if set
-        self._lacks_blocks = False  # whether a prompt could not go on for want of blocks
+        self._lacking: Sequence | None = None  # what could not go on for want of blocks in this step
 
     @property
     def num_running(self) -> int:
@@ -198,18 +198,19 @@ class Scheduler:
         """The next step, and outputs of sequences that had to end without one."""
         plan, ended = self._plan()
         for _ in range(self.num_running - 1):  # where all wait for each other's blocks, the last lets go of its own
-            if plan or plan.encode or not self._lacks_blocks:
+            if plan or plan.encode or self._lacking is None or self._lacking.status is not Status.PREFILLING:
                 break
             self._preempt(max(self.prefilling, key=_order))
             plan, more = self._plan()
             ended += more
-        if self.num_running == 1 and self._lacks_blocks and not plan and not plan.encode:
-            ended.append(self.fail(self.prefilling[0], NO_ROOM))
+        lacking = None if plan or plan.encode else self._lacking
+        if lacking is not None and self.num_running == (lacking.status is Status.PREFILLING):  # alone
+            ended.append(self.fail(lacking, NO_ROOM))
         return plan, ended
 
     def _plan(self) -> tuple[Plan, list[EngineOutput]]:
         plan = Plan()
-        self._lacks_blocks = False
+        self._lacking = None
         ended = self._secure_decode_blocks() if self.decoding else []
         tokens = self.budget.max_num_batched_tokens - len(self.decoding)
         if self.propose is None:
@@ -312,7 +313,8 @@ class Scheduler:
             count = min(count, len(blocks) * self.budget.block_size - seq.num_computed)
         if count < wanted and self.budget.media_both_ways:
             count = _at_span_border(seq, count, most=count)
-        self._lacks_blocks |= not count
+        if not count:
+            self._lacking = seq
         return count
 
     def _admit(self, plan: Plan, tokens: int, waiting: list[Sequence]) -> int:

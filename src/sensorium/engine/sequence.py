@@ -74,8 +74,7 @@ class Sequence:
     def __init__(self, request: EngineRequest, arrival: int, constraint: Constraint | None = None) -> None:
         prompt = request.prompt
         sampling = request.sampling
-        self.request = request
-        self.id = request.id
+        self.request, self.id = request, request.id
         self.arrival = arrival
         self.arrived_s = monotonic()
         self.started_s = 0.0  # when its first step was planned

@@ -16,7 +16,7 @@ from sensorium.engine.block_pool import BlockPool
 from sensorium.engine.encoder_cache import EncoderCache
 from sensorium.engine.memory import longest_sequence
 from sensorium.engine.prefix_cache import PrefixCache
-from sensorium.engine.scheduler import LEAST_CHUNK, Budget, Plan, Scheduler, spans_within
+from sensorium.engine.scheduler import LEAST_CHUNK, NO_ROOM, Budget, Plan, Scheduler, spans_within
 from sensorium.engine.sequence import Sequence, Status
 from sensorium.types import EngineRequest, MediaFeatures, MediaSpan, PoolingParams, Prompt, SamplingParams
 
@@ -438,3 +438,21 @@ def test_drafts_take_no_more_than_they_may() -> None:
         counts.append([count for _, count in plan.work])
     assert counts == [[5], [5], [2]]
     assert scheduler.preemptions == 0
+
+
+@pytest.mark.parametrize(("num_blocks", "fits"), [(9, False), (12, True)])
+@pytest.mark.parametrize("before", [0, 3])
+def test_a_media_item_longer_than_a_step_has_blocks_or_is_refused(num_blocks: int, fits: bool, before: int) -> None:
+    """Its tokens are computed together, in windows too: those of a lone request must not wait for ever."""
+    scheduler = make_scheduler(
+        num_blocks, tokens=4, rows=32, encoder_rows=32, windows=(None, 4), keys_at_once=1, media_both_ways=True
+    )
+    assert scheduler.add(make_request(1, [5] * (before + 20), 1, media=[(before, 20, "wide")])) is None
+    failed: list[str] = []
+    for _ in range(8):
+        plan, ended = scheduler.schedule()
+        failed += [output.error for output in ended]
+        compute(scheduler, plan)
+    assert failed == ([] if fits else [NO_ROOM])
+    assert not scheduler.has_work()
+    assert scheduler.pool.num_free == num_blocks
