@@ -218,6 +218,25 @@ async def test_size_is_known_before_anything_is_done(kind: FormKind) -> None:
     assert not pool.pids
 
 
+@pytest.mark.parametrize(
+    ("regex", "allowed", "refused"),
+    [
+        (r"\d", "7", "\u0667"),
+        (r"[\d.]", ".", "\U0001ccf8"),
+        (r"\D", "x", "\u0667"),
+        (r"\D", "x", "7"),
+        (r"\\D", "\\D", "x"),
+        (r"\w", "é", "."),
+    ],
+)
+def test_digits_are_those_that_every_client_knows(letters: LLTokenizer, regex: str, allowed: str, refused: str) -> None:
+    _, source = checked(Form("regex", regex, ""), Names())
+    for text, fits in ((allowed, True), (refused, False)):
+        matcher = LLMatcher(letters, json.dumps({"grammars": [{"lark_grammar": source}]}))
+        tokens = list(text.encode())
+        assert (matcher.try_consume_tokens(tokens) == len(tokens)) == fits
+
+
 async def test_streams_come_before_compiling(pool: GrammarPool) -> None:
     await pool.grammar_of(Form("regex", "b", "regex"))
     own = os.getpriority(os.PRIO_PROCESS, 0)
