@@ -168,6 +168,9 @@ class Limits:
     max_video_side: int = flag(4096, "Longest side of a video, in pixels.")
     max_audio_bytes: int = flag(25 * MiB, "Bytes of one audio file.", parse="size")
     max_audio_seconds: float = flag(600.0, "Duration of one audio item.")
+    max_recording_seconds: float = flag(
+        7200.0, "The same of models that transcribe: they take a recording window by window."
+    )
     max_url_length: int = flag(2048, "Characters of an http(s) URL.")
     max_redirects: int = flag(3, "Redirects followed when fetching media, each checked anew.")
     fetch_timeout_s: float = flag(10.0, "Seconds for one media download, redirects included.")

@@ -72,12 +72,14 @@ def _check(options: ServeOptions, checkpoint: Checkpoint) -> None:
         raise StartupError(f"--max-model-len {length}: the checkpoint ends at {checkpoint.max_model_len} tokens")
 
 
-def _media_loader(options: ServeOptions) -> MediaLoader:
+def _media_loader(options: ServeOptions, checkpoint: Checkpoint) -> MediaLoader:
     from sensorium.media.loader import MediaLoader
 
-    root = options.server.allowed_local_media_path
+    root, limits = options.server.allowed_local_media_path, options.limits
+    if "transcribe" in checkpoint.family.tasks:
+        limits = replace(limits, max_audio_seconds=limits.max_recording_seconds)
     return MediaLoader(
-        options.limits,
+        limits,
         allowed_domains=options.server.allowed_media_domains,
         local_root=Path(root) if root else None,
         workers=options.server.media_workers,
@@ -96,7 +98,7 @@ async def opened(starting: Starting) -> AsyncIterator[ServedModel]:
         renderer.start_early()
         from sensorium.serving.model import ServedModel
 
-        loader = _media_loader(options)
+        loader = _media_loader(options, starting.checkpoint)
         model = ServedModel.open(
             starting.checkpoint,
             names=starting.names,

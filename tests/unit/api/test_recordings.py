@@ -19,11 +19,12 @@ from support.whisper import ENGLISH, make_whisper, speech
 from sensorium.api.recordings import srt, vtt
 from sensorium.api.transport.server import HttpServer, build_app, listen
 from sensorium.checkpoint.configs import open_checkpoint
-from sensorium.config import Limits, ServerConfig
+from sensorium.config import EngineConfig, Limits, LoadConfig, ServeOptions, ServerConfig
 from sensorium.media.loader import MediaLoader
 from sensorium.models.loading import load_model
 from sensorium.serving.model import ServedModel
 from sensorium.serving.transcription import Segment
+from sensorium.startup.model import _media_loader
 from sensorium.types import EngineOutput, EngineRequest
 
 BOUNDARY = "x0123456789"
@@ -185,6 +186,13 @@ async def test_english_alone_and_without_heads_that_follow(tmp_path: Path) -> No
         reply = await send(served, language="en", response_format="verbose_json")
         assert reply.json["language"] == "english"
         assert reply.json["words"] is None
+
+
+def test_recordings_may_be_longer_than_what_is_chatted_about(ears: Ears) -> None:
+    options = ServeOptions(None, LoadConfig(), EngineConfig("m"), ServerConfig(), Limits())
+    for family, seconds in (("WhisperForConditionalGeneration", 7200.0), ("UltravoxModel", 600.0)):
+        loader = _media_loader(options, replace(ears.checkpoint, architecture=family))
+        assert loader._limits.max_audio_seconds == seconds
 
 
 def test_subtitles() -> None:
