@@ -115,6 +115,11 @@ class Processor:
         """
         raise UnsupportedModalityError(kind, param=None)
 
+    def prompt_tokens(self, features: MediaFeatures) -> int:
+        """The same of a media item that is processed: exactly, where `num_tokens` may leave out what only its content
+        tells."""
+        return features.num_rows
+
     def video_sampling(self) -> VideoSampling:
         """Which frames of a video are to be decoded."""
         return VideoSampling()

@@ -43,8 +43,29 @@ def clip_resize(
     return new_h, new_w
 
 
+def _words(video: MediaFeatures) -> list[str]:
+    """The time of each group of frames as it stands in the prompt."""
+    return [f"<{tenths // 10}.{tenths % 10} seconds>" for tenths in video.arrays["tenths"].tolist()]
+
+
 class Qwen3VLProcessor(Qwen2VLProcessor):
     fills_groups: ClassVar[bool] = False
+
+    def num_tokens(self, kind: Modality, height: int, width: int, frames: int = 1) -> int:
+        """Of a video with times below ten seconds; each later one may take a token more."""
+        rows = super().num_tokens(kind, height, width, frames)
+        groups = math.ceil(frames / self._frames)
+        return rows if kind == "image" else rows + self._around(["<0.0 seconds>"] * groups)
+
+    def prompt_tokens(self, features: MediaFeatures) -> int:
+        if features.kind == "image":
+            return features.num_rows
+        return features.num_rows + self._around(_words(features))
+
+    def _around(self, times: Sequence[str]) -> int:
+        """Tokens of the times and of begin and end behind each: one pair of these stands in the text already."""
+        lengths = {time: len(self.tokenizer.encode(time)) for time in times}
+        return sum(lengths[time] + 2 for time in times) - 2
 
     def process(self, item: MediaItem) -> MediaFeatures:
         features = super().process(item)
@@ -70,8 +91,7 @@ class Qwen3VLProcessor(Qwen2VLProcessor):
         waiting = iter(videos)
 
         def groups(_: re.Match[str]) -> str:
-            tenths = next(waiting).arrays["tenths"].tolist()
-            return "".join(f"<{time // 10}.{time % 10} seconds>{begin}{marker}{end}" for time in tenths)
+            return "".join(f"{words}{begin}{marker}{end}" for words in _words(next(waiting)))
 
         return re.sub(f"{re.escape(begin + marker + end)}|{re.escape(marker)}", groups, text)
 

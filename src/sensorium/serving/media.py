@@ -145,7 +145,7 @@ class MediaPipeline:
             self._names.put(_name(source, settings), key)
         features = self._cache.get(key)
         if features is not None:
-            return Fetched(raw, key, features.num_rows, fetch_s, features)
+            return Fetched(raw, key, processor.prompt_tokens(features), fetch_s, features)
         size = self._loader.probe(raw, sampling=processor.video_sampling(), sample_rate=processor.sample_rate)
         try:
             count = processor.num_tokens(raw.kind, size.height, size.width, size.frames)
@@ -166,7 +166,8 @@ class MediaPipeline:
                 param=source.param,
                 code="unknown_media_uuid",
             )
-        return Fetched(RawMedia(source.kind, source.param, b""), key, features.num_rows, 0.0, features)
+        count = settings.processor.prompt_tokens(features)
+        return Fetched(RawMedia(source.kind, source.param, b""), key, count, 0.0, features)
 
     async def _process(self, item: Fetched, settings: MediaSettings) -> tuple[MediaFeatures, MediaTiming]:
         kind, processor = item.raw.kind, settings.processor
