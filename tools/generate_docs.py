@@ -25,6 +25,7 @@ ENDPOINTS = {
     "generate": ("/v1/chat/completions", "/v1/completions"),
     "transcribe": ("/v1/audio/transcriptions", "/v1/audio/translations"),
     "embed": ("/v1/embeddings",),
+    "token_embed": ("/pooling", "/score", "/rerank"),
     "classify": ("/classify",),
     "token_classify": ("/pooling",),
     "reward": ("/pooling",),

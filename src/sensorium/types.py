@@ -93,6 +93,7 @@ class PoolingParams:
     dimensions: int | None = None  # Matryoshka: cut before normalising
     activation: bool | None = None  # None: as the model says
     prompt_tokens: int = 0  # at the beginning, not to be pooled
+    unseen_tokens: int = 0  # at the end: they attend to the others, and nobody to them
     also: tuple[PoolingTask, ...] = ()  # what else is made of the same states
 
     @property

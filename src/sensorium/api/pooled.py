@@ -12,10 +12,12 @@ from sensorium.api.guards.admission import PendingBody
 from sensorium.api.protocol.pooling import PoolingBody, SequencesBody
 from sensorium.api.transport.asgi import Call
 from sensorium.api.transport.body import read_request
+from sensorium.checkpoint.prompts import role_of
 from sensorium.errors import RequestError
 from sensorium.prompt.encode import Truncation
+from sensorium.serving.late import LatePrompts
 from sensorium.serving.model import ServedModel
-from sensorium.serving.pooled import Pooled, Pooling, PoolingOptions
+from sensorium.serving.pooled import Pooled, PooledInput, Pooling, PoolingOptions
 from sensorium.types import PoolingParams, PoolingTask, Prompt
 
 Request_co = TypeVar("Request_co", bound=PoolingBody, covariant=True)
@@ -81,6 +83,8 @@ def _pooling(context: Context, call: Call, request: PoolingBody, entry: Entry, p
 def chosen_prompt(job: Job[SequencesBody], *tasks: PoolingTask) -> str:
     """What is to stand before the request's texts: the prompt that it chooses, else the model's default."""
     request, param = job.request, job.request.chooses
+    if job.model.late is not None and tasks == ("token_embed",) and param in (None, "input_type"):
+        return ""  # its texts are written as queries or documents
     if not {"embed", "token_embed", "sparse"} & set(tasks):
         if param is not None:
             raise RequestError(f"`{param}` goes with embeddings; the task here is {' and '.join(tasks)}.", param=param)
@@ -112,10 +116,37 @@ async def pool_inputs(
         add = request.add_special_tokens is not False
         params = replace(params, prompt_tokens=job.model.prompts.unpooled_tokens(prompt, add_special_tokens=add))
     places = [request.place(index) for index in range(len(inputs))]
+    if job.model.late is not None and params.tasks == ("token_embed",):
+        return await _pool_tokens(job, job.model.late, inputs, places, params, max_tokens)
     with job.entry.pooling_admission.admit(len(inputs)) as permit:
         prompts = await pooling.make_prompts(inputs, places, job.truncation(), chunked=params.tasks == ("embed",))
         permit.add_prompt_tokens(pooling.count_tokens(prompts, max_tokens))
         return await job.run(prompts, params)
+
+
+async def _pool_tokens(
+    job: Job[SequencesBody],
+    late: LatePrompts,
+    inputs: Sequence[PooledInput],
+    places: Sequence[str],
+    params: PoolingParams,
+    max_tokens: int | None,
+) -> Pooled:
+    """Vectors as they are compared: of queries if the request says so by its type, else of documents."""
+    wanted = job.request.type_of_texts
+    role = "document" if wanted is None else role_of(wanted)
+    if role is None:
+        raise RequestError(f"This model reads queries and documents; {wanted!r} is neither.", param=job.request.chooses)
+    with job.entry.pooling_admission.admit(len(inputs)) as permit:
+        asked = await job.pooling.late_prompts(late, inputs, places, job.truncation(), role)
+        prompts = [prompt for prompt, _ in asked]
+        permit.add_prompt_tokens(job.pooling.count_tokens(prompts, max_tokens))
+        pooled = await job.run(prompts, [replace(own, normalize=params.normalize) for _, own in asked])
+    kept = [
+        late.counted(vectors, prompt, role) if isinstance(given, str) else vectors
+        for vectors, prompt, given in zip(pooled.vectors, prompts, inputs, strict=True)
+    ]
+    return replace(pooled, vectors=kept)
 
 
 def usage_object(pooled: Pooled) -> dict[str, object]:

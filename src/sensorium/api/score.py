@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,11 +16,13 @@ from sensorium.api.protocol.content import Conversation
 from sensorium.api.protocol.score import ComparingBody, RerankRequest, ScoreRequest, is_plain, plain_text
 from sensorium.api.transport.asgi import Call
 from sensorium.api.vectors import envelope
+from sensorium.checkpoint.prompts import Role
 from sensorium.errors import RequestError
 from sensorium.prompt.encode import PairLimits, Truncation
+from sensorium.serving.late import LatePrompts
 from sensorium.serving.pairs import PairSide, Said
 from sensorium.serving.pooled import Pooled, PooledInput, Vector
-from sensorium.types import PoolingParams
+from sensorium.types import PoolingParams, Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +122,9 @@ async def compare(job: Job[ComparingBody], left: Side, right: Side) -> Pooled:
             param="model",
             code="unsupported_task",
         )
+    if job.model.late is not None:
+        job.pooling.check_count(len(left.items) + len(right.items), right.name)
+        return await _by_tokens(job, job.model.late, left, right)
     job.entry.need("embed", doing="score")
     if not model.is_embedder:
         raise RequestError(
@@ -186,6 +192,36 @@ async def _by_angle(job: Job[ComparingBody], left: Side, right: Side) -> Pooled:
     queries, documents = pooled.vectors[: len(left.items)], pooled.vectors[len(left.items) :]
     pairs = zip(_repeated(queries, len(documents)), documents, strict=True)
     return replace(pooled, vectors=[cosine(query, document) for query, document in pairs])
+
+
+# Late interaction
+
+
+async def _by_tokens(job: Job[ComparingBody], late: LatePrompts, left: Side, right: Side) -> Pooled:
+    job.entry.need("token_embed", doing="score")
+    if job.request.instruction is not None:
+        raise RequestError(
+            "`instruction`: this model's queries have no place for one. Leave it out.",
+            param="instruction",
+            code="unsupported_field",
+        )
+    sides: tuple[tuple[Side, Role], ...] = ((left, "query"), (right, "document"))
+    asked: list[tuple[Prompt, PoolingParams]] = []
+    with job.entry.pooling_admission.admit(len(left.items) + len(right.items)) as permit:
+        for side, role in sides:
+            inputs = [_input(job, side, index, "") for index in range(len(side.items))]
+            places = [side.place(index) for index in range(len(inputs))]
+            truncation = _narrower(job.truncation(), side.max_tokens)
+            asked += await job.pooling.late_prompts(late, inputs, places, truncation, role)
+        prompts, params = [prompt for prompt, _ in asked], [params for _, params in asked]
+        permit.add_prompt_tokens(job.pooling.count_tokens(prompts))
+        pooled = await job.run(prompts, params)
+    roles = [role for side, role in sides for _ in side.items]
+    rows = [late.counted(*one) for one in zip(pooled.vectors, prompts, roles, strict=True)]
+    queries, documents = rows[: len(left.items)], rows[len(left.items) :]
+    pairs = list(zip(_repeated(queries, len(documents)), documents, strict=True))
+    scores = await asyncio.to_thread(lambda: [late.score(*pair) for pair in pairs])
+    return replace(pooled, vectors=[np.array([score], np.float32) for score in scores], others=())
 
 
 def _params(job: Job[ComparingBody], given: PooledInput, prompt: str) -> PoolingParams:

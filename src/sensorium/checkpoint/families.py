@@ -250,6 +250,7 @@ class Family:
     text_model_type: str = "llama"  # the key in `DECODERS` of a `text_config` that has no model_type
     scored_as: str | None = None  # the architecture of a classifier whose rows are tokens of this one's language head
     overflows_float16: bool = False  # its activations are larger than float16 holds
+    is_colbert: bool = False  # whether queries and documents are written as Stanford's ColBERT has them
     nested_in: str = ""  # config.json's key of the part that is served; a file without that key is the part itself
 
 
@@ -459,6 +460,13 @@ FAMILIES: Mapping[str, Family] = {
     "RobertaForMaskedLM": _ROBERTA_MODEL,
     "XLMRobertaModel": _ROBERTA_MODEL,
     "XLMRobertaForMaskedLM": _ROBERTA_MODEL,
+    "HF_ColBERT": replace(
+        _BERT_MODEL,
+        title="ColBERT (colbertv2.0, answerai-colbert-small; GTE-ModernColBERT and others of PyLate by their files)",
+        model="sensorium.models.bert:ColBert",
+        tasks=("token_embed",),
+        is_colbert=True,
+    ),
     "BgeM3EmbeddingModel": replace(_ROBERTA_MODEL, title="BGE-M3 (dense, sparse and a vector per token)"),
     "BertForSequenceClassification": Family(
         "BERT classifiers and cross-encoders",

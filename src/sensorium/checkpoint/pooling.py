@@ -35,13 +35,15 @@ _FLAGS: dict[str, PoolingKind] = {  # in the order in which their vectors are jo
 }
 POOLINGS: tuple[PoolingKind, ...] = get_args(PoolingKind)
 """Values of --pooling beside auto."""
-_SENTENCE = "sentence_embedding"
+_SENTENCE, _TOKENS = "sentence_embedding", "token_embeddings"
 _SENTENCE_CONFIGS = tuple(
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
-_ORDER = ("Transformer", "Pooling", "Dense", "Normalize", "LogitScore", "Dropout")
-"""A Dropout may stand anywhere: it does nothing. A LogitScore is a reranker's (`rerankers`)."""
+_ORDER = ("Transformer", "Pooling", "Dense", "Normalize", "LogitScore", "Dropout", "MultiVectorMask")
+_ANYWHERE = ("Dropout", "MultiVectorMask")
+"""They change no vector. A LogitScore is a reranker's (`rerankers`), a MultiVectorMask says which vectors count
+(`late_interaction`)."""
 ACTIVATIONS: dict[str, str] = {
     "Identity": "identity",
     "Sigmoid": "sigmoid",
@@ -75,6 +77,7 @@ class PoolingSpec:
     lower_case: bool = False
     is_stated: bool = True  # whether the checkpoint or the operator says how to pool
     include_prompt: bool = True  # whether the tokens of a prompt before the text are pooled
+    is_per_token: bool = False  # whether nothing is pooled: every token has its vector (late interaction)
 
 
 def activation_name(path: str) -> str:
@@ -96,19 +99,26 @@ def read_pooling(folder: Path, default: PoolingKind, wanted: str = "auto") -> Po
     kinds: tuple[PoolingKind, ...] | None = None
     dense: list[DenseSpec] = []
     normalize, include_prompt, max_seq_length, lower_case = False, True, None, False
-    for kind, path in _in_order(folder, modules):
+    chain = _in_order(folder, modules)
+    named = {kind for kind, _ in chain}
+    is_per_token = "Pooling" not in named and bool(named & {"Dense", "MultiVectorMask"})
+    for kind, path in chain:
         if kind == "Transformer":
             settings = sentence_config(path) or sentence_config(folder)
             max_seq_length, lower_case = settings.get("max_seq_length"), bool(settings.get("do_lower_case"))
         elif kind == "Pooling":
             kinds, include_prompt = _kinds(path)
         elif kind == "Dense":
-            dense.append(_dense(path))
+            dense.append(_dense(path, _TOKENS if is_per_token else _SENTENCE))
         elif kind == "Normalize":
             normalize = True
-    is_stated = chosen is not None or kinds is not None
+    is_stated = chosen is not None or kinds is not None or is_per_token
+    if is_per_token and "MultiVectorMask" not in named:  # PyLate's, which does that itself
+        normalize = True
     kinds = (chosen,) if chosen is not None else kinds or (default,)
-    return PoolingSpec(kinds, normalize, tuple(dense), max_seq_length, lower_case, is_stated, include_prompt)
+    return PoolingSpec(
+        kinds, normalize, tuple(dense), max_seq_length, lower_case, is_stated, include_prompt, is_per_token
+    )
 
 
 def sentence_config(folder: Path) -> dict[str, Any]:
@@ -146,7 +156,7 @@ def _in_order(folder: Path, modules: Any) -> list[tuple[str, Path]]:
                 f"modules.json names '{name}', which is not supported (supported: {', '.join(_ORDER)})"
             )
         found.append((name.rpartition(".")[2], _inside(folder, str(module.get("path", "")))))
-    kinds = [kind for kind, _ in found if kind != "Dropout"]
+    kinds = [kind for kind, _ in found if kind not in _ANYWHERE]
     repeated = [kind for kind in ("Transformer", "Pooling", "Normalize") if kinds.count(kind) > 1]
     if kinds != sorted(kinds, key=_ORDER.index) or repeated:
         raise CheckpointError(
@@ -154,6 +164,13 @@ def _in_order(folder: Path, modules: Any) -> list[tuple[str, Path]]:
             "(supported: Transformer, Pooling, any number of Dense, Normalize)"
         )
     return found
+
+
+def module_folder(folder: Path, kind: str) -> Path | None:
+    """Of the first module of this kind, if modules.json has one."""
+    modules = _json(folder / "modules.json")
+    found = [] if modules is None else _in_order(folder, modules)
+    return next((path for named, path in found if named == kind), None)
 
 
 def _inside(folder: Path, path: str) -> Path:
@@ -182,12 +199,12 @@ def _kinds(path: Path) -> tuple[tuple[PoolingKind, ...], bool]:
     return kinds, include_prompt
 
 
-def _dense(path: Path) -> DenseSpec:
+def _dense(path: Path, features: str) -> DenseSpec:
     settings = _json(path / "config.json")
     if settings is None:
         raise CheckpointError(f"{path.name}/config.json is missing, though modules.json names it")
     for key in ("module_input_name", "module_output_name"):
-        if settings.get(key) not in (None, _SENTENCE):
+        if settings.get(key) not in (None, features):
             raise CheckpointError(f"{path.name}/config.json: {key} '{settings[key]}' is not supported")
     activation = activation_name(settings.get("activation_function") or "torch.nn.modules.activation.Tanh")
     return DenseSpec(path, activation, bool(settings.get("bias", True)), bool(settings.get("use_residual", False)))

@@ -28,6 +28,12 @@ _INSTRUCT = re.compile(r"(Instruct: ?).*?(\n *Query: ?)", re.DOTALL)
 _FILE = "config_sentence_transformers.json"
 
 
+def role_of(input_type: str | None) -> Role | None:
+    """Which side of a comparison a type of texts is, in any service's words."""
+    wanted = (input_type or "").casefold()
+    return next((role for role, names in _NAMES.items() if wanted in names), None)
+
+
 @dataclass(frozen=True, slots=True)
 class TextPrompts:
     """`texts` by name; `default_name` is one of them or None."""

@@ -77,6 +77,7 @@ class Runner:
         hidden = self._model.embed(batch.token_ids, batch.token_types)  # [tokens, hidden]
         batch.context.layer_rows = self._place_media(batch.media, hidden)
         batch.context.needed_states = self._needed_states(plan)
+        batch.context.unseen = _unseen(batch.sequences)
         if self._attends_to_media:
             self._add_memories(batch)
         hidden = self._model.forward(hidden, batch.positions, self._cache, batch.context)
@@ -186,6 +187,12 @@ class Runner:
         if not array.flags.writeable:
             array = array.copy()
         return torch.from_numpy(array).to(self._device)
+
+
+def _unseen(sequences: list[Sequence]) -> list[int] | None:
+    """Tokens at each sequence's end that nobody attends to; None where there are none."""
+    unseen = [0 if seq.request.pooling is None else seq.request.pooling.unseen_tokens for seq in sequences]
+    return unseen if any(unseen) else None
 
 
 def is_device_lost(error: BaseException) -> bool:

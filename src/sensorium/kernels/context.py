@@ -55,6 +55,7 @@ class AttentionContext:
     visible: Tensor | None = None  # int32 [tokens], keys that each token may see; None: up to its own
     layer_rows: LayerRows | None = None  # only for models with `deepstack`; see there
     others: list[AttentionContext] = field(default_factory=list)  # the same step by the other block tables: 1, 2, …
+    unseen: list[int] | None = None  # tokens at the end of each sequence that nobody attends to; encoders only
     needed_states: NeededStates = "all"  # tokens whose states `forward` must compute: all, or one per sequence
 
     def by_table(self, table: int) -> AttentionContext:

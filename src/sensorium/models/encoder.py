@@ -103,6 +103,7 @@ class Step:
     first: Tensor  # int64 [runs]
     rotation: tuple[Tensor, Tensor] | None = None  # cos and sin, float32 [tokens, head_dim / 2]
     shared: Sequence[Tensor] = ()  # what a family's own attention needs
+    unseen: Sequence[int] | None = None  # of `AttentionContext`
 
 
 class Embeddings(nn.Module):
@@ -138,6 +139,33 @@ class Output(nn.Module):
         return out
 
 
+def seen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: list[int],
+    unseen: Sequence[int] | None,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """`varlen_attention`, where nobody attends to the last `unseen` tokens of a run (what fills up ColBERT's queries).
+
+    q, k, v [tokens, heads, head_dim] -> [tokens, heads, head_dim]
+    """
+    out = kernels.varlen_attention(q, k, v, lengths, scale, window).view(q.shape)
+    start = 0
+    for length, hidden in zip(lengths, unseen or (), strict=False):
+        if hidden:
+            rows, seen = slice(start, start + length), slice(start, start + length - hidden)
+            places = torch.arange(length, device=q.device)
+            near = (places[:, None] - places[None, : length - hidden]).abs() <= (length if window is None else window)
+            queries, keys, values = (x.transpose(0, 1) for x in (q[rows], k[seen], v[seen]))
+            attended = nn.functional.scaled_dot_product_attention(queries, keys, values, near, scale=scale)
+            out[rows] = attended.transpose(0, 1)
+        start += length
+    return out
+
+
 class SelfAttention(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -160,8 +188,9 @@ class SelfAttention(nn.Module):
 
     def attended(self, q: Tensor, k: Tensor, v: Tensor, step: Step, *, first_only: bool) -> Tensor:
         """q [tokens, heads, head_dim], or [runs, …] with `first_only` -> the same"""
-        attention = kernels.first_attention if first_only else kernels.varlen_attention
-        return attention(q, k, v, step.lengths, self.scale)
+        if first_only:
+            return kernels.first_attention(q, k, v, step.lengths, self.scale)
+        return seen_attention(q, k, v, step.lengths, step.unseen, self.scale)
 
 
 class Intermediate(nn.Module):
@@ -293,12 +322,12 @@ class PostNormEncoder(EncoderModel):
     def _step(self, positions: Tensor, context: AttentionContext) -> Step:
         first = context.query_start[:-1].long()
         if self.rotary is None:
-            return Step(context.query_lens, first)
+            return Step(context.query_lens, first, unseen=context.unseen)
         lengths = None
         if max(context.query_lens) > self.config.rope_positions:
             each = torch.tensor(context.query_lens, device=positions.device)
             lengths = torch.repeat_interleave(each, each)
-        return Step(context.query_lens, first, self.rotary(positions, lengths=lengths))
+        return Step(context.query_lens, first, self.rotary(positions, lengths=lengths), unseen=context.unseen)
 
     def activation_bytes(self, tokens: int) -> int:
         config, size = self.config, self.embeddings.LayerNorm.weight.element_size()

@@ -19,7 +19,7 @@ from sensorium.checkpoint.text_config import RopeConfig
 from sensorium.errors import CheckpointError
 from sensorium.kernels.context import AttentionContext, KVCache
 from sensorium.kernels.reference.attention import window_queries
-from sensorium.models.encoder import EncoderModel
+from sensorium.models.encoder import EncoderModel, seen_attention
 from sensorium.models.layers import Embedding, Head, Linear, activation_name, declare
 from sensorium.models.rope import RotaryEmbedding
 
@@ -127,15 +127,15 @@ class Attention(nn.Module):
         self.Wo = Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
 
     def forward(
-        self, x: Tensor, residual: Tensor, rotation: Rotation, lengths: list[int], first: Tensor | None
+        self, x: Tensor, residual: Tensor, rotation: Rotation, context: AttentionContext, first: Tensor | None
     ) -> Tensor:
         """[tokens, hidden] -> the same, or [runs, hidden] of the rows `first` alone"""
         q, k, v = self.Wqkv(x).view(len(x), 3, -1, self.head_dim).unbind(1)  # [tokens, heads, head_dim] each
         q, k = kernels.rope(q, k, rotation.cos, rotation.sin)
         if first is None:
-            attended = kernels.varlen_attention(q, k, v, lengths, self.scale, self.window)
+            attended = seen_attention(q, k, v, context.query_lens, context.unseen, self.scale, self.window)
         else:
-            attended = kernels.first_attention(q[first], k, v, lengths, self.scale, self.window)
+            attended = kernels.first_attention(q[first], k, v, context.query_lens, self.scale, self.window)
             residual = residual[first]
         return self.Wo.packed.added(attended.reshape(len(residual), -1), residual)
 
@@ -160,8 +160,8 @@ class Layer(nn.Module):
         self.mlp_norm = Norm(config)
         self.mlp = Mlp(config)
 
-    def forward(self, x: Tensor, rotation: Rotation, lengths: list[int], first: Tensor | None = None) -> Tensor:
-        x = self.attn(x if self.attn_norm is None else self.attn_norm(x), x, rotation, lengths, first)
+    def forward(self, x: Tensor, rotation: Rotation, context: AttentionContext, first: Tensor | None = None) -> Tensor:
+        x = self.attn(x if self.attn_norm is None else self.attn_norm(x), x, rotation, context, first)
         out: Tensor = self.mlp(self.mlp_norm(x), x)
         return out
 
@@ -194,13 +194,13 @@ class ModernBertModel(EncoderModel):
         everywhere, near = Rotation(*self.global_rotary(positions)), Rotation(*self.local_rotary(positions))
         *layers, last = self.layers
         for layer in layers:
-            hidden = layer(hidden, near if layer.is_local else everywhere, context.query_lens)
+            hidden = layer(hidden, near if layer.is_local else everywhere, context)
         rotation = near if last.is_local else everywhere
         if context.needed_states == "all":
-            out: Tensor = self.final_norm(last(hidden, rotation, context.query_lens))
+            out: Tensor = self.final_norm(last(hidden, rotation, context))
             return out
         first = context.query_start[:-1].long()
-        return hidden.index_copy_(0, first, self.final_norm(last(hidden, rotation, context.query_lens, first)))
+        return hidden.index_copy_(0, first, self.final_norm(last(hidden, rotation, context, first)))
 
     def activation_bytes(self, tokens: int) -> int:
         config, size = self.config, self.final_norm.weight.element_size()

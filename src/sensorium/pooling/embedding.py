@@ -118,6 +118,8 @@ def embedding_poolers(
         layers.append(Dense.of(one, width))
         width = layers[-1].out_features
     dense = nn.Sequential(*layers)
+    if spec.is_per_token:
+        return {"token_embed": VectorsPooler(width, normalize=spec.normalize, head=dense if layers else None)}, dense
     poolers: dict[PoolingTask, Pooler] = {
         "embed": EmbedPooler(spec.kinds, width, normalize=spec.normalize, head=dense if layers else None),
         "token_embed": VectorsPooler(size, normalize=spec.normalize),

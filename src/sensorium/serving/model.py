@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 from sensorium.checkpoint.configs import Checkpoint
 from sensorium.checkpoint.families import load_class
 from sensorium.checkpoint.labels import label_names
+from sensorium.checkpoint.late_interaction import read_late_interaction
 from sensorium.checkpoint.lengths import context_length, token_types
 from sensorium.checkpoint.pair_templates import reads_instructions, reads_pairs
 from sensorium.checkpoint.pooling import read_pooling
 from sensorium.checkpoint.prompts import read_prompts
+from sensorium.checkpoint.tokens import special_token
 from sensorium.config import Limits, ServerConfig
 from sensorium.errors import RequestError, StartupError
 from sensorium.media.loader import MediaLoader
@@ -27,6 +29,7 @@ from sensorium.prompt.template import ChatTemplate, pooling_template_source, tem
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.serving.concurrency import PromptThreads
 from sensorium.serving.defaults import ModelDefaults
+from sensorium.serving.late import LatePrompts
 from sensorium.serving.lengths import ContextLimit
 from sensorium.serving.media import FEATURE_CACHE_BYTES, MediaPipeline, media_limits
 from sensorium.serving.pairs import PairPrompts, PairSide
@@ -85,6 +88,7 @@ class ServedModel:
         self._templates = Templates(template, pooling_template, processor=processor, renderer=renderer, server=server)
         self.prompts = self._prompt_builder(loader, limits)
         self._pairs = self._pair_prompts()
+        self.late = self._late_prompts()
 
     def _pair_prompts(self) -> PairPrompts:
         encoder = self.checkpoint.family.encoder
@@ -95,6 +99,16 @@ class ServedModel:
             system=self.instructions.default,
             has_types=encoder is not None and token_types(self.checkpoint.config, encoder) > 1,
         )
+
+    def _late_prompts(self) -> LatePrompts | None:
+        """How a model of late interaction reads queries and documents; None for others."""
+        checkpoint = self.checkpoint
+        if not self._pooling.is_per_token and checkpoint.family.tasks != ("token_embed",):
+            return None
+        config = checkpoint.tokenizer_config
+        filler = special_token(config, "mask") or special_token(config, "eos")
+        spec = read_late_interaction(checkpoint.folder, is_colbert=checkpoint.family.is_colbert)
+        return LatePrompts(spec, self.prompts, self._limit, self._threads, filler=filler)
 
     def _prompt_builder(self, loader: MediaLoader, limits: Limits) -> PromptBuilder:
         server = self._server
@@ -192,8 +206,8 @@ class ServedModel:
     def tasks(self) -> tuple[Task, ...]:
         """What it does here."""
         can = self.all_tasks
-        if self._task == "score" and "embed" in can and "classify" not in can:
-            return ("embed",)  # an embedder scores by comparing vectors
+        if self._task == "score" and "classify" not in can and {"embed", "token_embed"} & set(can):
+            return ("token_embed",) if self.late else ("embed",)  # an embedder scores by comparing vectors
         return tuple(task for task in TASK_FLAGS[self._task].tasks if task in can)
 
     @property

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from sensorium.checkpoint.prompts import Role
 from sensorium.config import Limits
 from sensorium.errors import ContextLengthError, EngineError, RequestError, SensoriumError, UnavailableError
 from sensorium.media.source import MediaSource
 from sensorium.prompt.encode import PairLimits, Truncation
 from sensorium.prompt.messages import Message, TextPart
 from sensorium.serving.concurrency import all_in_order
+from sensorium.serving.late import LatePrompts
 from sensorium.serving.media import MediaTiming
 from sensorium.serving.model import ServedModel
 from sensorium.serving.pairs import PairSide, Said
@@ -229,6 +231,30 @@ class Pooling:
         )
         self._on_prompts()
         return prompts
+
+    async def late_prompts(
+        self,
+        late: LatePrompts,
+        inputs: Sequence[PooledInput],
+        places: Sequence[str],
+        truncation: Truncation | None,
+        role: Role,
+    ) -> list[tuple[Prompt, PoolingParams]]:
+        """A prompt of each input of a model of late interaction, and how it is pooled: texts as its queries or its
+        documents are written, token ids and chats as they are."""
+        texts = {index: given for index, given in enumerate(inputs) if isinstance(given, str)}
+        written = await late.texts(
+            list(texts.values()),
+            role,
+            most=None if truncation is None else truncation.max_tokens,
+            params=[places[index] for index in texts],
+            tenant=self._options.tenant,
+        )
+        made = dict(zip(texts, written, strict=True))
+        others = [index for index in range(len(inputs)) if index not in texts]
+        prompts = await self.make_prompts([inputs[i] for i in others], [places[i] for i in others], truncation)
+        made.update((i, (prompt, PoolingParams("token_embed"))) for i, prompt in zip(others, prompts, strict=True))
+        return [made[index] for index in range(len(inputs))]
 
     async def run(self, prompts: Sequence[Prompt], params: PoolingParams | Sequence[PoolingParams]) -> Pooled:
         """Have the engine compute the prompts, with the same params or each with its own. If one fails, the request

@@ -39,7 +39,7 @@ TASK_FLAGS: Mapping[str, TaskFlag] = {
     "embed": TaskFlag(("embed", "token_embed", "sparse", "token_classify"), ("embed", "token_embed")),
     "classify": TaskFlag(("classify", "token_classify"), ("classify", "token_classify")),
     "reward": TaskFlag(("token_classify", "classify"), ("reward", "classify", "token_classify")),
-    "score": TaskFlag(("score",), ("score", "classify", "embed")),
+    "score": TaskFlag(("score",), ("score", "classify", "embed", "token_embed")),
     "pooling": TaskFlag(
         ("classify", "score", "embed", "token_embed", "sparse", "token_classify"),
         ("embed", "token_embed", "classify", "token_classify", "reward", "score"),

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import dataclasses
 import json
+import string
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -360,6 +361,43 @@ async def test_sparse_vectors_and_several_tasks_of_one_pass() -> None:
         assert (await post(served.port, "/embed_sparse", {"inputs": "a", "normalize": True})).error[
             "param"
         ] == "normalize"
+
+
+COLBERT = {"architecture": "HF_ColBERT", "tokenizer": BERT, "config": {"architectures": ["HF_ColBERT"]}}
+
+
+async def test_late_interaction_compares_tokens() -> None:
+    def rows(text: str, *, document: bool = False) -> np.ndarray[Any, Any]:
+        ids = BERT.encode(text, add_special_tokens=True)
+        skipped = {BERT.token_to_id(mark) for mark in string.punctuation} if document else set()
+        kept = [i for i, token in enumerate(ids) if token not in skipped]
+        return np.array([[i, ids[i]] for i in kept], np.float32)
+
+    async with serving(engine_of("token_embed"), model=COLBERT) as served:
+        ranked = (await post(served.port, "/rerank", {"query": "q", "documents": ["a?", "zz"]})).json["results"]
+        assert texts_of(served, BERT) == ["[CLS][unused0] q[SEP]", "[CLS][unused1] a?[SEP]", "[CLS][unused1] zz[SEP]"]
+        query = rows("[unused0] q")
+        scores = {
+            index: float((query @ rows(f"[unused1] {text}", document=True).T).max(1).sum())
+            for index, text in enumerate(("a?", "zz"))
+        }
+        assert {row["index"]: row["relevance_score"] for row in ranked} == pytest.approx(scores)
+        scored = (await post(served.port, "/score", {"text_1": ["q", "q"], "text_2": ["a?", "zz"]})).json["data"]
+        assert [row["score"] for row in scored] == pytest.approx([scores[0], scores[1]])
+        for body, prompt, removes in (
+            ({"input": "a?"}, "[unused1] a?", True),
+            ({"input": "a?", "input_type": "query"}, "[unused0] a?", False),
+            ({"input": "a?", "input_type": "passage"}, "[unused1] a?", True),
+        ):
+            data = (await post(served.port, "/pooling", body)).json["data"][0]["data"]
+            assert data == rows(prompt, document=removes).tolist()
+        for path, body, param in (
+            ("/rerank", {"query": "q", "documents": ["a"], "instruction": "x"}, "instruction"),
+            ("/pooling", {"input": "a", "input_type": "clustering"}, "input_type"),
+            ("/v1/embeddings", {"input": "a"}, "model"),
+        ):
+            reply = await post(served.port, path, body)
+            assert (reply.status, reply.error["param"]) == (400, param)
 
 
 async def test_an_instruction_needs_a_place(tmp_path: Path) -> None:
