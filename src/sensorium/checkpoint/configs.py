@@ -20,7 +20,7 @@ from sensorium.checkpoint.pair_templates import reads_pairs
 from sensorium.checkpoint.quantization import StoredQuantization, read_quantization
 from sensorium.checkpoint.rerankers import Recipe, ScoreTokens, recipe_of, score_tokens
 from sensorium.checkpoint.text_config import TextConfig, read_text_config, text_part
-from sensorium.checkpoint.tokens import read_chat_template, stop_token_ids
+from sensorium.checkpoint.tokens import read_chat_templates, stop_token_ids
 from sensorium.checkpoint.values import positive_int, read_json, unsupported
 from sensorium.checkpoint.weight_files import find_weight_files
 from sensorium.errors import CheckpointError
@@ -52,6 +52,11 @@ class Checkpoint:
     quantization: StoredQuantization | None = None  # how the weights are stored, if not as plain numbers
     score_tokens: ScoreTokens | None = None  # of a reranker whose score is made of rows of its language head
     pooling: str = "auto"  # --pooling: what the operator says in place of the folder's files
+
+    @property
+    def tool_template(self) -> str | None:
+        """What chats that have tools are rendered by in place of `chat_template`, if there is such a one."""
+        return read_chat_templates(self.folder, self.tokenizer_config).get("tool_use")
 
     @property
     def family(self) -> Family:
@@ -136,7 +141,7 @@ def _scoring(config: dict[str, Any], labels: int) -> dict[str, Any]:
 
 def _chat_template(folder: Path, tokenizer_config: dict[str, Any], recipe: Recipe | None) -> str | None:
     """The folder's; of a known reranker its own for pairs, where the folder has only what the base model left."""
-    found = read_chat_template(folder, tokenizer_config)
+    found = read_chat_templates(folder, tokenizer_config).get("default")
     return found if recipe is None or reads_pairs(found) else recipe.template
 
 

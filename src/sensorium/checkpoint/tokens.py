@@ -84,18 +84,28 @@ def _vocabulary(folder: Path) -> dict[str, int]:
     return {**(pieces or {}), **added}
 
 
-def read_chat_template(folder: Path, tokenizer_config: dict[str, Any]) -> str | None:
-    """chat_template.jinja, chat_template.json's or tokenizer_config.json's (the default one of several), or None."""
-    try:
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'chat_template.jinja'} cannot be read: {error}") from error
+def read_chat_templates(folder: Path, tokenizer_config: dict[str, Any]) -> dict[str, str]:
+    """By name: "default" is chat_template.jinja, chat_template.json's or tokenizer_config.json's; others ("tool_use")
+    come from a list of these two or from files of their own."""
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     template = (read_json(folder / "chat_template.json") or {}).get("chat_template")
     if template is None:
         template = tokenizer_config.get("chat_template")
-    if isinstance(template, list):  # several named templates
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+    if not isinstance(template, list):
+        template = [{"name": "default", "template": template}]
+    found = {str(one.get("name")): one.get("template") for one in template if isinstance(one, dict)}
+    return {name: text for name, text in found.items() if isinstance(text, str)} | _read_texts(files)
+
+
+def _read_texts(files: dict[str, Path]) -> dict[str, str]:
+    """Of those that are there."""
+    found = {}
+    for name, file in files.items():
+        try:
+            found[name] = file.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
+    return found

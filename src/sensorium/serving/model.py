@@ -63,10 +63,11 @@ class ServedModel:
         limits: Limits,
         max_model_len: int | None = None,
         task: str = "auto",
+        tool_template: ChatTemplate | None = None,
         pooling_template: ChatTemplate | None = None,
     ) -> None:
-        """`pooling_template` is for models that are embedded with other words than they chat with. `renderer` runs
-        the templates; it is closed with this."""
+        """`tool_template` is for chats that have tools, `pooling_template` for models that are embedded with other
+        words than they chat with. `renderer` runs the templates; it is closed with this."""
         self.names = tuple(names)
         self.checkpoint = checkpoint
         self.tokenizer = tokenizer
@@ -84,8 +85,10 @@ class ServedModel:
         cuts_left = checkpoint.tokenizer_config.get("truncation_side") == "left"
         self._limit = ContextLimit(tokenizer, lambda: self.max_model_len, cuts_left=cuts_left)
         self._threads = PromptThreads(server.media_workers + 2)
-        self.format = format_of(template, tokenizer, server)
-        self._templates = Templates(template, pooling_template, processor=processor, renderer=renderer, server=server)
+        self.format = format_of(tool_template or template, tokenizer, server)
+        self._templates = Templates(
+            template, pooling_template, tools=tool_template, processor=processor, renderer=renderer, server=server
+        )
         self.prompts = self._prompt_builder(loader, limits)
         self._pairs = self._pair_prompts()
         self.late = self._late_prompts()
@@ -152,6 +155,7 @@ class ServedModel:
             checkpoint, tokenizer, dict(server.mm_processor_kwargs)
         )
         source = template_source(server.chat_template, checkpoint.chat_template, checkpoint.architecture, tokenizer)
+        of_tools = checkpoint.tool_template if server.chat_template is None else None
         pooled = pooling_template_source(server.chat_template, (*names, *checkpoint.folder.parts[-3:]))
         renderer = renderer or RenderPool()
         return cls(
@@ -167,6 +171,7 @@ class ServedModel:
             max_model_len=max_model_len,
             task=task,
             template=None if source is None else opened(source, processor, renderer),
+            tool_template=None if of_tools is None else opened(of_tools, processor, renderer),
             pooling_template=None if pooled is None else opened(pooled, processor, renderer),
         )
 

@@ -176,7 +176,7 @@ class PromptBuilder:
         tenant: bytes = b"",
     ) -> tuple[ChatTemplate, str, float]:
         """The prompt as text, what has written it, and the seconds that it took."""
-        template = await self._templates.find(chat_template, tenant, pooled=pooled)
+        template = await self._templates.find(chat_template, tenant, pooled=pooled, has_tools=bool(tools))
         begin = time.perf_counter()
         small = not tools and _is_small(messages)
         variables = await self._threads.run(

@@ -20,29 +20,31 @@ _log = logging.getLogger("sensorium")
 
 
 class Templates:
-    """`chat` is None for models that cannot chat until they are given a template. `pooling` is for models that are
-    embedded with other words than they chat with. `renderer` runs the templates."""
+    """`chat` is None for models that cannot chat until they are given a template. `tools` is for chats that have tools,
+    `pooling` for models that are embedded with other words than they chat with. `renderer` runs the templates."""
 
     def __init__(
         self,
         chat: ChatTemplate | None,
         pooling: ChatTemplate | None,
         *,
+        tools: ChatTemplate | None = None,
         processor: Processor,
         renderer: Renderer,
         server: ServerConfig,
     ) -> None:
         self.chat = chat
+        self.tools = tools or chat
         self.pooling = pooling or chat
         self._processor = processor
         self._renderer = renderer
         self._server = server
         self._unread_names: set[str] = set()  # that were told in the log
 
-    async def find(self, source: str | None, tenant: bytes, *, pooled: bool) -> ChatTemplate:
+    async def find(self, source: str | None, tenant: bytes, *, pooled: bool, has_tools: bool = False) -> ChatTemplate:
         """The template of a request: `source` is what it brings, if anything."""
         if source is None:
-            default = self.pooling if pooled else self.chat
+            default = self.pooling if pooled else self.tools if has_tools else self.chat
             if default is None:
                 raise RequestError(
                     "This model has no chat template. Start the server with --chat-template.",

@@ -333,12 +333,17 @@ def test_where_chat_templates_are(tmp_path: Path) -> None:
     assert open_checkpoint(folder).chat_template is None
     write(folder, LLAMA_32_1B, **{"tokenizer_config.json": {"chat_template": named}})
     assert open_checkpoint(folder).chat_template == "listed"
+    assert open_checkpoint(folder).tool_template == "tools"
     write(folder, LLAMA_32_1B, **{"tokenizer_config.json": {"chat_template": "plain"}})
     assert open_checkpoint(folder).chat_template == "plain"
+    assert open_checkpoint(folder).tool_template is None
     write(folder, LLAMA_32_1B, **{"chat_template.json": {"chat_template": "own file"}})
     assert open_checkpoint(folder).chat_template == "own file"
     write(folder, LLAMA_32_1B, **{"chat_template.jinja": "newest"})
     assert open_checkpoint(folder).chat_template == "newest"
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("tools too")
+    assert (open_checkpoint(folder).chat_template, open_checkpoint(folder).tool_template) == ("newest", "tools too")
 
 
 def test_preprocessor_inside_the_processor_file(tmp_path: Path) -> None:

@@ -397,6 +397,21 @@ async def test_template_variables(tmp_path: Path, loader: Loader) -> None:
             await model.prompts.chat_prompt([user("a")], [], template_kwargs=kwargs)
 
 
+async def test_chats_with_tools_have_a_template_of_their_own(tmp_path: Path, loader: Loader) -> None:
+    tools = "{% for tool in tools %}[{{ tool.function.name }}]{% endfor %}{{ messages[0].content }}"
+    own = tmp_path / "additional_chat_templates"
+    own.mkdir()
+    (own / "tool_use.jinja").write_text(tools)
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    model = served(tmp_path, loader)
+    for one, given, text in ((model, [tool], "[f]a"), (model, [], "<|im_start|>")):
+        prompt = await one.prompts.chat_prompt([user("a")], [], tools=given)
+        assert one.tokenizer.decode(prompt.token_ids.tolist(), skip_special_tokens=False).startswith(text)
+    of_operator = served(tmp_path, loader, server=ServerConfig(chat_template="{{ messages[0].content }}!"))
+    prompt = await of_operator.prompts.chat_prompt([user("a")], [], tools=[tool])
+    assert of_operator.tokenizer.decode(prompt.token_ids.tolist()) == "a!"
+
+
 async def test_no_template_is_only_a_chats_problem(tmp_path: Path, loader: Loader) -> None:
     model = served(tmp_path, loader, LLAMA)
     with pytest.raises(RequestError, match="--chat-template"):
