@@ -90,8 +90,7 @@ class ServedModel:
             template, pooling_template, tools=tool_template, processor=processor, renderer=renderer, server=server
         )
         self.prompts = self._prompt_builder(loader, limits)
-        self._pairs = self._pair_prompts()
-        self.late = self._late_prompts()
+        self._pairs, self.late = self._pair_prompts(), self._late_prompts()
 
     def _pair_prompts(self) -> PairPrompts:
         encoder = self.checkpoint.family.encoder
