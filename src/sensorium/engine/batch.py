@@ -33,20 +33,27 @@ class MediaSlice:
 
 
 @dataclass(slots=True)
-class Batch:
-    """What the runner needs for one step. `starts[i]` is where the tokens of `sequences[i]` begin."""
+class StepInput:
+    """What a model computes in one step: tensors, numbers and keys of media, no sequences."""
 
-    sequences: list[Sequence]
-    starts: list[int]
     token_ids: Tensor  # int64 [tokens]
     positions: Tensor  # int64 [tokens], or [axes, tokens] if any sequence needs it
     context: AttentionContext
-    media: list[MediaSlice]
+    media: list[MediaSlice] = field(default_factory=list)
+    sampled_rows: Tensor | None = None  # int64: rows of the tokens to be sampled, then those of drafts; None: all
+    token_types: Tensor | None = None  # int64 [tokens], where any prompt has them
+
+
+@dataclass(slots=True)
+class Batch:
+    """A step and whose it is. `starts[i]` is where the tokens of `sequences[i]` begin."""
+
+    inputs: StepInput
+    sequences: list[Sequence]
+    starts: list[int]
     sampled: list[Sequence]  # those that gain tokens here, in order
-    sampled_rows: Tensor | None  # int64 [len(sampled)], then the rows of drafts; None: every token of the batch
     drafts: list[DraftRows] = field(default_factory=list)
     ahead: list[list[int]] = field(default_factory=list)  # certain drafts of each of `sampled`; none: nobody has any
-    token_types: Tensor | None = None  # int64 [tokens], where any prompt has them
 
 
 class BatchBuilder:
@@ -89,7 +96,7 @@ class BatchBuilder:
         positions = computed + deltas
         tables = self._block_tables(decodes, slots, lengths)
         blocks = self._tables[:, slots, computed // self._block_size].astype(np.int64)
-        places = blocks * self._block_size + computed % self._block_size
+        places = np.ascontiguousarray(blocks * self._block_size + computed % self._block_size)
         ones = [1] * count
         context = AttentionContext(
             ones,
@@ -104,8 +111,8 @@ class BatchBuilder:
             self._rope_lengths(decodes, lengths, np.ones(count, np.int64)),
         )
         self._add_tables(context, tables, places)
-        inputs = self._tensor(np.ascontiguousarray(token_ids))
-        return Batch(decodes, list(range(count)), inputs, self._tensor(positions), context, [], decodes, None)
+        inputs = StepInput(self._tensor(np.ascontiguousarray(token_ids)), self._tensor(positions), context)
+        return Batch(inputs, decodes, list(range(count)), decodes)
 
     def _mixed(self, plan: Plan) -> Batch:
         sequences = plan.sequences()
@@ -126,19 +133,15 @@ class BatchBuilder:
             if seq.item_keys:
                 media.extend(_media_slices(seq, first, last, start - first))
         sampled, rows, drafts, ahead = _sampled(plan, starts)
-        return Batch(
-            sequences,
-            starts,
+        inputs = StepInput(
             self._tensor(token_ids),
             self._tensor(_joined(pieces, self._axes)),
             self._context(sequences, len(plan.decodes), lengths, counts),
             media,
-            sampled,
             self._tensor(rows),
-            drafts,
-            ahead,
             self._token_types(sequences, query_lens),
         )
+        return Batch(inputs, sequences, starts, sampled, drafts, ahead)
 
     def _context(self, sequences: list[Sequence], num_decodes: int, lengths: Ints, counts: Ints) -> AttentionContext:
         slots = np.array([seq.slot for seq in sequences], np.int64)
@@ -174,7 +177,7 @@ class BatchBuilder:
             return np.zeros((1, ends[-1]), np.int64)
         places = _places(lengths, counts)
         blocks = self._tables[:, np.repeat(slots, counts), places // self._block_size].astype(np.int64)
-        return np.asarray(blocks * self._block_size + places % self._block_size)
+        return np.ascontiguousarray(blocks * self._block_size + places % self._block_size)
 
     def _block_tables(self, sequences: list[Sequence], slots: Ints, lengths: Ints) -> NDArray[np.int32]:
         """int32 [tables, seqs, most blocks]; padding, and where a table has given its block back, holds any valid block

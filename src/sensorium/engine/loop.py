@@ -193,7 +193,7 @@ class Core:
     def _compute(self, plan: Plan, outputs: StepOutputs) -> list[tuple[Plan, StepResult]]:
         """Run a plan. If that fails, its requests fail; if its shape has failed before, only those that fail alone."""
         try:
-            return [(plan, self._runner.run(plan))]
+            return [(plan, self._runner.launch(plan).result())]
         except Exception as error:
             self._raise_if_lost(error)
             logger.error("a step failed: %d decodes, %d prompts", len(plan.decodes), len(plan.prefills), exc_info=error)
@@ -208,7 +208,7 @@ class Core:
         results = []
         for part in plan.singles():
             try:
-                results.append((part, self._runner.run(part)))
+                results.append((part, self._runner.launch(part).result()))
             except Exception as error:
                 self._raise_if_lost(error)
                 outputs.extend(self._scheduler.fail(seq, STEP_FAILED) for seq in part.sequences())

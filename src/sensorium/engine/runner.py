@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sensorium.engine.batch import Batch, BatchBuilder, MediaSlice
+from sensorium.engine.batch import Batch, BatchBuilder, MediaSlice, StepInput
 from sensorium.engine.drafts import Tokens, sample_after_drafts
 from sensorium.engine.encoder_cache import EncoderCache
 from sensorium.engine.encoding import Encodings
@@ -39,6 +39,14 @@ class StepResult:
     sequences: list[Sequence]
     tokens: Tokens
     vectors: dict[int, list[NDArray[np.float32]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A step that was launched. Until `result` is called the next may be prepared, but not launched."""
+
+    result: Callable[[], StepResult]
+    """Waits for the step; raises what it failed with."""
 
 
 class Runner:
@@ -69,21 +77,33 @@ class Runner:
 
     # One step
 
-    @torch.inference_mode()
-    def run(self, plan: Plan) -> StepResult:
+    def launch(self, plan: Plan) -> Pending:
+        """Begin to compute a step. An accelerator is at it when this returns, a CPU is through with the layers."""
         self._faults.hit("step")
         batch = self._builder.build(plan)
         self._masks.begin(batch.sampled)
-        hidden = self._model.embed(batch.token_ids, batch.token_types)  # [tokens, hidden]
-        batch.context.layer_rows = self._place_media(batch.media, hidden)
-        batch.context.needed_states = self._needed_states(plan)
-        batch.context.unseen = _unseen(batch.sequences)
+        batch.inputs.context.needed_states = self._needed_states(plan)
+        batch.inputs.context.unseen = _unseen(batch.sequences)
         if self._attends_to_media:
             self._add_memories(batch)
-        hidden = self._model.forward(hidden, batch.positions, self._cache, batch.context)
-        if batch.sampled_rows is None:
+        hidden = self._compute(batch.inputs)
+        return Pending(lambda: self._finish(plan, batch, hidden))
+
+    @torch.inference_mode()
+    def _compute(self, step: StepInput) -> Tensor:
+        """Hidden states of all tokens of a step: [tokens, hidden]."""
+        hidden = self._model.embed(step.token_ids, step.token_types)
+        step.context.layer_rows = self._place_media(step.media, hidden)
+        return self._model.forward(hidden, step.positions, self._cache, step.context)
+
+    @torch.inference_mode()
+    def _finish(self, plan: Plan, batch: Batch, hidden: Tensor) -> StepResult:
+        if batch.inputs.sampled_rows is None:
             return StepResult(batch.sampled, self._sample(hidden, batch))
-        return self._finish_prefills(plan, batch, hidden)
+        vectors = self._finish_prefills(plan, batch, hidden)
+        if not batch.sampled:
+            return StepResult([], Tokens([], {}, set()), vectors)
+        return StepResult(batch.sampled, self._sample(hidden[batch.inputs.sampled_rows], batch), vectors)
 
     def _place_media(self, media: list[MediaSlice], hidden: Tensor) -> LayerRows | None:
         """Write towers' rows into the embeddings [tokens, hidden]; returns what they have for later layers."""
@@ -96,26 +116,25 @@ class Runner:
                 values.append(rows[:, size:].reshape(len(rows), -1, size))
         return LayerRows(torch.cat(tokens), torch.cat(values)) if tokens else None
 
-    def _finish_prefills(self, plan: Plan, batch: Batch, hidden: Tensor) -> StepResult:
+    def _finish_prefills(self, plan: Plan, batch: Batch, hidden: Tensor) -> dict[int, list[NDArray[np.float32]]]:
+        """Logprobs of prompts, and of prompts that are pooled the vectors, by request."""
         vectors: dict[int, list[NDArray[np.float32]]] = {}
         before = len(plan.decodes) + len(plan.drafted)
         for index, ((seq, count), start) in enumerate(zip(plan.prefills, batch.starts[before:], strict=True), before):
             if seq.sampling is None:
                 states = hidden[start : start + count]
-                if layers := batch.context.aligned.get(index):
+                if layers := batch.inputs.context.aligned.get(index):
                     states = torch.cat(layers).transpose(0, 1).flatten(1)  # [tokens, heads * rows]
                 pooled = self._pool(seq, states)
                 if pooled:
                     vectors[seq.id] = pooled
             elif seq.sampling.prompt_logprobs is not None:
                 self._add_prompt_logprobs(seq, hidden[start : start + count], seq.sampling.prompt_logprobs)
-        if not batch.sampled:
-            return StepResult([], Tokens([], {}, set()), vectors)
-        return StepResult(batch.sampled, self._sample(hidden[batch.sampled_rows], batch), vectors)
+        return vectors
 
     def _add_memories(self, batch: Batch) -> None:
         """What the sequences' media are to encoder-decoders, and whose attention to it is asked for."""
-        sequences, context = batch.sequences, batch.context
+        sequences, context = batch.sequences, batch.inputs.context
         context.memories = [self._encoder.rows(seq.item_keys[item]) for seq in sequences for item in seq.memories]
         for index, seq in enumerate(sequences):
             if seq.request.pooling is not None and seq.request.pooling.task == "align":

@@ -33,13 +33,13 @@ def drafted(model: Model, propose: Propose, **options: Any) -> tuple[Bench, list
     engine = bench(model, **options)
     engine.engine.scheduler.propose = propose
     steps: list[list[int]] = []
-    run = engine.engine.runner.run
+    launch = engine.engine.runner.launch
 
     def spy(plan: Any) -> Any:
         steps.append([count for _, count in plan.drafted])
-        return run(plan)
+        return launch(plan)
 
-    engine.engine.runner.run = spy  # type: ignore[method-assign]
+    engine.engine.runner.launch = spy  # type: ignore[method-assign]
     return engine, steps
 
 

@@ -317,14 +317,14 @@ def test_blame_is_narrowed_when_a_step_fails_again(model: Model) -> None:
         return [request(random_prompt(i, 10), 6) for i in range(3)] + [request([77] * 10, 6)]
 
     engine = bench(model, enable_prefix_caching=False)
-    run = engine.engine.runner.run
+    launch = engine.engine.runner.launch
 
     def trip(plan: Any) -> Any:
         if any(seq.tokens[0] == 77 for seq in plan.sequences()):
             raise RuntimeError("poison")
-        return run(plan)
+        return launch(plan)
 
-    engine.engine.runner.run = trip  # type: ignore[method-assign]
+    engine.engine.runner.launch = trip  # type: ignore[method-assign]
     assert {r.reason for r in engine.run(*poisoned())} == {"error"}
     again = engine.run(*poisoned())
     assert [r.reason for r in again] == ["length"] * 3 + ["error"]
@@ -337,11 +337,11 @@ def test_a_row_that_is_not_a_number_fails_alone(model: Model) -> None:
     engine = bench(model)
     sample = engine.engine.runner._sampler.sample
 
-    def spoiled(logits: Tensor, sequences: Any) -> Any:
+    def spoiled(logits: Tensor, sequences: Any, ahead: Any = ()) -> Any:
         for row, seq in enumerate(sequences):
             if seq.id == requests[2].id and seq.num_outputs == 3:
                 logits[row, 100] = float("nan")
-        return sample(logits, sequences)
+        return sample(logits, sequences, ahead)
 
     engine.engine.runner._sampler.sample = spoiled  # type: ignore[method-assign]
     results = engine.run(*requests)
@@ -517,12 +517,12 @@ def test_a_context_beyond_the_checkpoints_is_said(model: Model, caplog: pytest.L
 def test_step_size_never_exceeds_the_budget(model: Model) -> None:
     engine = bench(model, max_num_batched_tokens=24, max_num_seqs=6)
     sizes: list[int] = []
-    run = engine.engine.runner.run
+    launch = engine.engine.runner.launch
 
     def spy(plan: Any) -> Any:
         sizes.append(len(plan.decodes) + sum(count for _, count in plan.prefills))
-        return run(plan)
+        return launch(plan)
 
-    engine.engine.runner.run = spy  # type: ignore[method-assign]
+    engine.engine.runner.launch = spy  # type: ignore[method-assign]
     engine.run(*texts(), *itertools.chain(*(texts() for _ in range(2))))
     assert max(sizes) == 24
