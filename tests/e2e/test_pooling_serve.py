@@ -18,8 +18,9 @@ from openai import OpenAI
 from PIL import Image
 from support import server
 from support.bert import SHAPE, WORDS, save, write_tokenizer
-from support.checkpoints import CHATML_SPECIALS, CHATML_TEMPLATE
+from support.checkpoints import CHATML_SPECIALS, CHATML_TEMPLATE, read_weights, write_weights
 from support.checkpoints import write_tokenizer as write_chat_tokenizer
+from support.encoder_support import load, pooled, run
 from support.image_families import noise
 from tokenizers import Tokenizer, processors
 from transformers import (
@@ -28,6 +29,8 @@ from transformers import (
     BertModel,
     CLIPConfig,
     CLIPModel,
+    JinaEmbeddingsV3Config,
+    JinaEmbeddingsV3Model,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForSequenceClassification,
@@ -122,6 +125,52 @@ def test_a_cross_encoder_reads_both_texts(tmp_path: Path) -> None:
         plain = httpx.post(f"{served.url}/classify", json={"input": query}).json()["data"][0]
         single = oracle(**tokenizer(query, return_tensors="pt")).logits.sigmoid().item()
         assert plain["probs"] == [pytest.approx(single, abs=1e-5)]
+
+
+@torch.inference_mode()
+def test_the_task_chooses_the_adapter(tmp_path: Path) -> None:
+    """jina-embeddings-v3: of the weights and of the text before the input; both sides of a score have theirs."""
+    folder = tmp_path / "m"
+    tokenizer = write_tokenizer(folder)
+    save(JinaEmbeddingsV3Model(JinaEmbeddingsV3Config(vocab_size=len(tokenizer), **SHAPE)), folder)
+    names, rank = ["retrieval.query", "retrieval.passage"], 4
+    stored = {}
+    for key, value in read_weights(folder).items():
+        stem = key.rpartition(".")[0]
+        if value.dim() < 2 or "embeddings" in key:
+            stored[key] = value
+            continue
+        stored[f"{stem}.parametrizations.weight.original"] = value
+        for letter, shape in (("A", (2, rank, value.shape[1])), ("B", (2, value.shape[0], rank))):
+            stored[f"{stem}.parametrizations.weight.0.lora_{letter}"] = torch.randn(shape) * 0.3
+    for table, size in (("word", len(tokenizer)), ("token_type", 1)):
+        stem = f"embeddings.{table}_embeddings.parametrizations.weight"
+        stored[f"{stem}.original"] = stored.pop(f"embeddings.{table}_embeddings.weight")
+        stored |= {f"{stem}.0.lora_A": torch.randn(2, size, rank), f"{stem}.0.lora_B": torch.randn(2, rank, 32) * 0.1}
+    write_weights(folder, stored)
+    config = json.loads((folder / "config.json").read_text())
+    texts = dict(zip(names, ("what is ", "this is "), strict=True))
+    hub = {"architectures": ["XLMRobertaModel"], "position_embedding_type": "rotary", "rope_parameters": None}
+    hub |= {"lora_adaptations": names, "lora_rank": rank, "lora_alpha": 1, "task_instructions": texts}
+    (folder / "config.json").write_text(json.dumps({**config, **hub}))
+    model = load(folder)
+
+    def vector(text: str, adapter: int) -> np.ndarray:
+        ids = torch.tensor(tokenizer(text)["input_ids"])
+        states = run(model, [ids], [torch.full((len(ids),), adapter)])[0]
+        return pooled(model, "embed", states, ids).numpy()
+
+    with server.running(tmp_path, str(folder)) as served:
+
+        def post(path: str, **body: Any) -> Any:
+            return httpx.post(served.url + path, json=body, timeout=60).json()["data"]
+
+        for adapter, name in enumerate((None, *names)):
+            found = post("/v1/embeddings", input=["bread", "the cat"], **({"task": name} if name else {}))
+            for row, text in zip(found, ("bread", "the cat"), strict=True):
+                np.testing.assert_allclose(row["embedding"], vector(texts.get(name, "") + text, adapter), atol=1e-5)
+        score = post("/score", text_1="bread", text_2="flour")[0]["score"]
+        assert score == pytest.approx(float(vector("what is bread", 1) @ vector("this is flour", 2)), abs=1e-5)
 
 
 def image_part(pixels: np.ndarray) -> dict[str, Any]:

@@ -119,7 +119,10 @@ async def pool_inputs(
     if job.model.late is not None and params.tasks == ("token_embed",):
         return await _pool_tokens(job, job.model.late, inputs, places, params, max_tokens)
     with job.entry.pooling_admission.admit(len(inputs)) as permit:
-        prompts = await pooling.make_prompts(inputs, places, job.truncation(), chunked=params.tasks == ("embed",))
+        adapter = job.model.instructions.adapter(request.name_of_prompt, request.type_of_texts)
+        prompts = await pooling.make_prompts(
+            inputs, places, job.truncation(), chunked=params.tasks == ("embed",), adapter=adapter
+        )
         permit.add_prompt_tokens(pooling.count_tokens(prompts, max_tokens))
         return await job.run(prompts, params)
 

@@ -183,9 +183,11 @@ async def _by_angle(job: Job[ComparingBody], left: Side, right: Side) -> Pooled:
     ]
     with job.entry.pooling_admission.admit(len(left.items) + len(right.items)) as permit:
         made = []
-        for side, given in zip((left, right), inputs, strict=True):
+        adapters = prompts.adapter_of("query"), prompts.adapter_of("document")
+        for side, given, adapter in zip((left, right), inputs, adapters, strict=True):
             places = [side.place(index) for index in range(len(given))]
-            made += await job.pooling.make_prompts(given, places, _narrower(job.truncation(), side.max_tokens))
+            truncation = _narrower(job.truncation(), side.max_tokens)
+            made += await job.pooling.make_prompts(given, places, truncation, adapter=adapter)
         permit.add_prompt_tokens(job.pooling.count_tokens(made))
         params = [_params(job, one, prompt) for given, prompt in zip(inputs, before, strict=True) for one in given]
         pooled = await job.run(made, params)

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from sensorium.checkpoint.families import Family, family_of
+from sensorium.checkpoint.families import Family, architecture_of, family_of
 from sensorium.checkpoint.lengths import checkpoint_length
 from sensorium.checkpoint.overrides import overridden
 from sensorium.checkpoint.pair_templates import reads_pairs
@@ -73,7 +73,7 @@ def open_checkpoint(
     place of config.json's (--hf-overrides).
     """
     stated = _required(folder, "a model folder")
-    architecture = _architecture({**stated, **overrides})
+    architecture = architecture_of({**stated, **overrides})
     family = family_of(architecture)
     config = _in_one_dialect(overridden(_resolved(stated, family, text_folder), overrides, family.nested_in), family)
     recipe = recipe_of(folder, config)
@@ -115,13 +115,6 @@ def _required(folder: Path, what: str) -> dict[str, Any]:
     if config is None:
         raise CheckpointError(f"{folder} has no config.json: not {what}")
     return config
-
-
-def _architecture(config: Mapping[str, Any]) -> str:
-    names = config.get("architectures")
-    if not isinstance(names, list) or not names or not isinstance(names[0], str):
-        raise CheckpointError("config.json names no architecture (`architectures`)")
-    return names[0]
 
 
 def _score_tokens(folder: Path, config: Mapping[str, Any], family: Family, recipe: Recipe | None) -> ScoreTokens | None:

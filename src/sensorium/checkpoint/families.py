@@ -215,6 +215,7 @@ _NOMIC = EncoderDefaults(
     },
 )
 _DEBERTA = EncoderDefaults(type_vocab_size=0)
+_JINA_V3 = EncoderDefaults(8194, num_layers=24, type_vocab_size=1)
 _GTE = EncoderDefaults(8192, type_vocab_size=1)
 _MPNET = EncoderDefaults(starts_after_padding=True, padding=1, reads_types=False)
 
@@ -300,6 +301,9 @@ _NOMIC_MODEL = Family(
     tasks=("embed",),
     encoder=_NOMIC,
 )
+_JINA_V3_MODEL = Family(
+    "jina-embeddings-v3", "sensorium.models.jina_v3:JinaV3Model", _TEXT, tasks=("embed",), encoder=_JINA_V3
+)
 _GTE_MODEL = Family(
     "GTE (multilingual, en-v1.5), Snowflake Arctic Embed m v2",
     "sensorium.models.gte:GteModel",
@@ -331,7 +335,7 @@ _SIGLIP_MODEL = replace(
 )
 _GTE_TOKEN_CLASSIFIER = replace(
     _TOKEN_CLASSIFIER,
-    title="GTE and NomicBERT token classifiers",
+    title="GTE, NomicBERT and jina-embeddings-v3 token classifiers",
     model="sensorium.models.gte:GteForTokenClassification",
     encoder=_GTE,
 )
@@ -531,6 +535,18 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "CLIPModel": _CLIP_MODEL,
     "SiglipModel": _SIGLIP_MODEL,
+    "JinaEmbeddingsV3Model": _JINA_V3_MODEL,
+    "JinaEmbeddingsV3ForMaskedLM": _JINA_V3_MODEL,
+    "JinaEmbeddingsV3ForSequenceClassification": Family(
+        "jina-embeddings-v3 classifiers and cross-encoders",
+        "sensorium.models.jina_v3:JinaV3ForSequenceClassification",
+        _TEXT,
+        tasks=("classify", "score"),
+        encoder=_JINA_V3,
+    ),
+    "JinaEmbeddingsV3ForTokenClassification": replace(
+        _GTE_TOKEN_CLASSIFIER, model="sensorium.models.jina_v3:JinaV3ForTokenClassification", encoder=_JINA_V3
+    ),
     "NewModel": _GTE_MODEL,
     "GteModel": _GTE_MODEL,
     "GteNewModel": _GTE_MODEL,
@@ -563,6 +579,23 @@ FAMILIES: Mapping[str, Family] = {
     "Qwen2_5OmniThinkerForConditionalGeneration": _QWEN_OMNI,
 }
 """By `architectures[0]` of config.json."""
+
+
+_ROTARY: Mapping[str, str] = {
+    "XLMRobertaModel": "JinaEmbeddingsV3Model",
+    "XLMRobertaForMaskedLM": "JinaEmbeddingsV3ForMaskedLM",
+}
+"""Published under another model's name: the second one where `position_embedding_type` is "rotary"."""
+
+
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """What config.json describes: architectures[0], or who is published under that name. CheckpointError if it has
+    none."""
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise CheckpointError("config.json names no architecture (`architectures`)")
+    is_rotary = config.get("position_embedding_type") == "rotary"
+    return _ROTARY.get(names[0], names[0]) if is_rotary else names[0]
 
 
 def family_of(architecture: str) -> Family:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from sensorium.errors import CheckpointError, RequestError
@@ -40,6 +41,7 @@ class TextPrompts:
 
     texts: Mapping[str, str] = field(default_factory=dict)
     default_name: str | None = None
+    adapters: tuple[str, ...] = ()  # of the model's weights: some names choose one of them too
 
     @property
     def default(self) -> str:
@@ -59,6 +61,20 @@ class TextPrompts:
         """What stands before one side of a comparison; nothing where the model has no prompt for it."""
         found = self._find(_NAMES[role])
         return "" if found is None else found
+
+    def adapter(self, prompt_name: str | None, input_type: str | None) -> int:
+        """Number of the adapter that `chosen`'s texts are computed with, from 1 on; 0: none."""
+        if input_type is None:
+            return self._adapter((prompt_name or self.default_name or "",))
+        wanted = input_type.casefold()
+        return self._adapter((wanted, *next((names for names in _NAMES.values() if wanted in names), ())))
+
+    def adapter_of(self, role: Role) -> int:
+        """The same for one side of a comparison."""
+        return self._adapter(_NAMES[role])
+
+    def _adapter(self, names: tuple[str, ...]) -> int:
+        return next((self.adapters.index(name) + 1 for name in names if name in self.adapters), 0)
 
     def instructed(self, instruction: str) -> str:
         """What stands before a query where the task is told by the request. RequestError if the model's prompt for
@@ -105,8 +121,25 @@ class TextPrompts:
         return f"It has: {', '.join(self.texts)}."
 
 
-def read_prompts(folder: Path) -> TextPrompts:
-    """The prompts of a model folder. CheckpointError says in one line what is wrong with the file."""
+def adapter_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The adapters of jina-embeddings-v3's weights, in the order in which they are stored; config.json names them."""
+    names = config.get("lora_adaptations") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError("config.json: lora_adaptations must be a list of names")
+    return tuple(names)
+
+
+def read_prompts(folder: Path, config: Mapping[str, Any] = MappingProxyType({})) -> TextPrompts:
+    """The prompts of a model folder, which `config` (config.json) may have too. CheckpointError says in one line what
+    is wrong with the file."""
+    found = _read_file(folder)
+    instructions = config.get("task_instructions")
+    if not found.texts and isinstance(instructions, dict):
+        found = replace(found, texts={str(name): str(text or "") for name, text in instructions.items()})
+    return replace(found, adapters=adapter_names(config))
+
+
+def _read_file(folder: Path) -> TextPrompts:
     path = folder / _FILE
     if not path.is_file():
         return TextPrompts()

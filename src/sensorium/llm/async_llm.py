@@ -246,6 +246,7 @@ class AsyncLLM:
         given = [self._input(one) for one in many(inputs)]
         prompt = model.instructions.chosen(own.prompt_name, None) if task in ("embed", "token_embed") else ""
         texts = [prompt + one if isinstance(one, str) else one for one in given]
+        adapter = model.instructions.adapter(own.prompt_name, None)
         params = own.of(task, model.prompts.unpooled_tokens(prompt, add_special_tokens=True))
         truncation = model.truncation(own.truncate_prompt_tokens, None)
         pooling = Pooling(model, program.limits, PoolingOptions(), program.observer, started_s=perf_counter())
@@ -253,7 +254,7 @@ class AsyncLLM:
         for begin in range(0, len(texts), AT_ONCE):
             group = texts[begin : begin + AT_ONCE]
             places = [f"inputs[{begin + index}]" for index in range(len(group))]
-            prompts = await pooling.make_prompts(group, places, truncation, chunked=task == "embed")
+            prompts = await pooling.make_prompts(group, places, truncation, chunked=task == "embed", adapter=adapter)
             vectors = (await pooling.run(prompts, params)).vectors
             found += zip(vectors, (one.token_ids.tolist() for one in prompts), strict=True)
         return found

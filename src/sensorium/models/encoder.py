@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +95,10 @@ class EncoderConfig:
         return replace(self, rope=found, rope_positions=self.rope_positions or self.positions, positions=0)
 
 
+Groups: TypeAlias = Sequence[tuple[Tensor, int]]
+"""Rows that one adapter is for, int64 [n], and its number."""
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """What all layers of one step share. `first` are the rows of the runs' first tokens."""
@@ -104,6 +108,7 @@ class Step:
     rotation: tuple[Tensor, Tensor] | None = None  # cos and sin, float32 [tokens, head_dim / 2]
     shared: Sequence[Tensor] = ()  # what a family's own attention needs
     unseen: Sequence[int] | None = None  # of `AttentionContext`
+    adapted: tuple[Groups, Groups] = ((), ())  # which tokens, and which runs, have which adapters
 
 
 class Embeddings(nn.Module):
@@ -177,14 +182,20 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, step: Step, *, first_only: bool) -> Tensor:
         """[tokens, hidden] -> the same, or [runs, hidden] of the runs' first tokens alone"""
-        q, k, v = self.qkv(x).view(len(x), 3, -1, self.head_dim).unbind(1)  # [tokens, heads, head_dim] each
+        attended = self.mixed(self.qkv(x), step, first_only=first_only)
+        out: Tensor = self.output(attended, x[step.first] if first_only else x)
+        return out
+
+    def mixed(self, qkv: Tensor, step: Step, *, first_only: bool) -> Tensor:
+        """Queries, keys and values [tokens, 3 * heads * head_dim] -> what is attended to, [tokens, heads * head_dim] or
+        [runs, …]"""
+        q, k, v = qkv.view(len(qkv), 3, -1, self.head_dim).unbind(1)  # [tokens, heads, head_dim] each
         if step.rotation is not None:
             q, k = kernels.rope(q, k, *step.rotation)
         if first_only:
-            q, x = q[step.first], x[step.first]
+            q = q[step.first]
         attended = self.attended(q, k, v, step, first_only=first_only)
-        out: Tensor = self.output(attended.reshape(len(x), -1), x)
-        return out
+        return attended.reshape(len(q), -1)
 
     def attended(self, q: Tensor, k: Tensor, v: Tensor, step: Step, *, first_only: bool) -> Tensor:
         """q [tokens, heads, head_dim], or [runs, …] with `first_only` -> the same"""
@@ -309,8 +320,11 @@ class PostNormEncoder(EncoderModel):
             hidden = hidden + self.embeddings.position_embeddings(positions + self.config.first_position)
         if self.embeddings.embed_proj is not None:
             hidden = self.embeddings.embed_proj(hidden)
+        return self._states(hidden, self._step(positions, context), context)
+
+    def _states(self, hidden: Tensor, step: Step, context: AttentionContext) -> Tensor:
+        """Of embeddings with all that belongs to them, not yet normed."""
         hidden = self.embeddings.LayerNorm(hidden)
-        step = self._step(positions, context)
         *layers, last = self.encoder.layer
         for layer in layers:
             hidden = layer(hidden, step)

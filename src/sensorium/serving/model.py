@@ -78,7 +78,7 @@ class ServedModel:
         self.grammars = GrammarPool(client.vocabulary, checkpoint.vocab_size)
         self.created = int(time.time())
         self._server = server
-        self.instructions = read_prompts(checkpoint.folder)
+        self.instructions = read_prompts(checkpoint.folder, checkpoint.config)
         self._pooling = read_pooling(checkpoint.folder, "cls", checkpoint.pooling)
         self._wanted_len, self._task = max_model_len, task
         self._max_logprobs = limits.max_logprobs

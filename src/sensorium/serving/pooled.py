@@ -153,9 +153,10 @@ class Pooling:
         truncation: Truncation | None,
         *,
         chunked: bool = False,
+        adapter: int = 0,
     ) -> list[Prompt]:
         """A prompt of each input. `places` says where it stands in the request. `chunked`: texts may be longer than
-        the context, if the operator allows it."""
+        the context, if the operator allows it. `adapter`: of the model's weights, 0 for none."""
         if self.model.embeds_texts_as_chats:
             inputs = [TextChat(given) if isinstance(given, str) else given for given in inputs]
         texts = {index: given for index, given in enumerate(inputs) if isinstance(given, str | list)}
@@ -181,7 +182,8 @@ class Pooling:
             made.update(zip(group, prompts, strict=True))
             self.count_tokens(list(made.values()))
         self._on_prompts()
-        return [made[index] for index in range(len(inputs))]
+        prompts = [made[index] for index in range(len(inputs))]
+        return [_with_adapter(prompt, adapter) for prompt in prompts] if adapter else prompts
 
     def _check_media(self, chats: Sequence[Chat]) -> None:
         if len(chats) > 1:
@@ -276,7 +278,11 @@ class Pooling:
         ids, size = prompt.token_ids, self.model.max_model_len
         if len(ids) <= size:
             return [(prompt, params)]
-        chunks = [Prompt(ids[start : start + size]) for start in range(0, len(ids), size)]
+        types = prompt.token_types
+        chunks = [
+            Prompt(ids[start : start + size], token_types=None if types is None else types[start : start + size])
+            for start in range(0, len(ids), size)
+        ]
         prompts_end = min(params.prompt_tokens, size - 1)
         return [
             (chunk, replace(params, prompt_tokens=0 if index else prompts_end)) for index, chunk in enumerate(chunks)
@@ -332,3 +338,8 @@ async def vectors_of(stream: OutputStream, observer: PoolingObserver) -> tuple[V
                 raise EngineError("The model's output for this request is not a number.")
             return vectors
     raise EngineError
+
+
+def _with_adapter(prompt: Prompt, adapter: int) -> Prompt:
+    """Its number is every token's type: models with adapters have no others."""
+    return replace(prompt, token_types=np.full(len(prompt.token_ids), adapter, np.int32))

@@ -29,6 +29,10 @@ from transformers import (
     GteForSequenceClassification,
     GteForTokenClassification,
     GteModel,
+    JinaEmbeddingsV3Config,
+    JinaEmbeddingsV3ForSequenceClassification,
+    JinaEmbeddingsV3ForTokenClassification,
+    JinaEmbeddingsV3Model,
     MPNetConfig,
     MPNetForSequenceClassification,
     MPNetModel,
@@ -97,6 +101,10 @@ EMBEDDERS: dict[str, Callable[[], Any]] = {
     "deberta, no relative positions": lambda: deberta(relative_attention=False, position_biased_input=True),
     "deberta, no kind of relative positions": lambda: deberta(pos_att_type=None, position_biased_input=True),
     "deberta, narrow embeddings": lambda: deberta(embedding_size=24, position_biased_input=True),
+    "jina": lambda: JinaEmbeddingsV3Model(JinaEmbeddingsV3Config(**SHAPE)),
+    "jina, theta": lambda: JinaEmbeddingsV3Model(
+        JinaEmbeddingsV3Config(**SHAPE, rope_parameters=rope("default", rope_theta=77.0))
+    ),
     "gte": lambda: GteModel(GteConfig(**SHAPE)),
     "gte, no token types": lambda: GteModel(GteConfig(**SHAPE, type_vocab_size=0)),
     "gte, linear": lambda: GteModel(GteConfig(**SHAPE, rope_parameters=rope("linear", factor=2.0))),
@@ -112,6 +120,7 @@ CLASSIFIERS: dict[str, Callable[[int], Any]] = {
     "deberta, tanh": lambda n: DebertaV2ForSequenceClassification(
         DebertaV2Config(**DEBERTA, num_labels=n, pooler_hidden_act="tanh")
     ),
+    "jina": lambda n: JinaEmbeddingsV3ForSequenceClassification(JinaEmbeddingsV3Config(**SHAPE, num_labels=n)),
     "gte": lambda n: GteForSequenceClassification(GteConfig(**SHAPE, num_labels=n)),
 }
 TOKEN_CLASSIFIERS: dict[str, Callable[[], Any]] = {
@@ -119,6 +128,7 @@ TOKEN_CLASSIFIERS: dict[str, Callable[[], Any]] = {
     "roberta": lambda: RobertaForTokenClassification(RobertaConfig(**SHAPE, num_labels=5)),
     "distilbert": lambda: DistilBertForTokenClassification(DistilBertConfig(**DISTILBERT, num_labels=5)),
     "deberta": lambda: DebertaV2ForTokenClassification(DebertaV2Config(**DEBERTA, num_labels=5)),
+    "jina": lambda: JinaEmbeddingsV3ForTokenClassification(JinaEmbeddingsV3Config(**SHAPE, num_labels=5)),
     "gte": lambda: GteForTokenClassification(GteConfig(**SHAPE, num_labels=5)),
     "nomic": lambda: NomicBertForTokenClassification(NomicBertConfig(**SHAPE, num_labels=5)),
 }
@@ -276,6 +286,71 @@ def test_gte_as_on_the_hub(tmp_path: Path) -> None:
         **{"layer_norm_type": "layer_norm", "position_embedding_type": "rope", "logn_attention_scale": False},
     )
     check_states(oracle, tmp_path)
+
+
+TASKS = ["retrieval.query", "retrieval.passage", "text-matching"]
+RANK, ALPHA = 4, 3.0
+
+
+def adapted(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same weights as the hub's jina-embeddings-v3 has them, with adapters of every product and table."""
+    made = {}
+    for key, value in weights.items():
+        stem, _, kind = key.rpartition(".")
+        if value.dim() < 2 or kind != "weight":
+            made[f"roberta.{key}"] = value
+            continue
+        shapes = (len(TASKS), RANK, value.shape[1]), (len(TASKS), value.shape[0], RANK)
+        if "embeddings" in key:
+            shapes = (len(TASKS), value.shape[0], RANK), (len(TASKS), RANK, value.shape[1])
+        made[f"roberta.{stem}.parametrizations.weight.original"] = value
+        for name, shape in zip("AB", shapes, strict=True):
+            made[f"roberta.{stem}.parametrizations.weight.0.lora_{name}"] = torch.randn(shape) * 0.3
+    return made
+
+
+def merged(weights: dict[str, torch.Tensor], task: int | None) -> dict[str, torch.Tensor]:
+    """Plain weights with one task's adapters in them, by the published rule."""
+    plain = {}
+    for key, value in weights.items():
+        if ".lora_" in key:
+            continue
+        name = key.removeprefix("roberta.").replace(".parametrizations.weight.original", ".weight")
+        plain[name] = value
+        if key.endswith(".original") and task is not None:
+            a, b = (weights[key.replace("original", f"0.lora_{kind}")][task] for kind in "AB")
+            plain[name] = value + (a @ b if "embeddings" in key else b @ a) * (ALPHA / RANK)
+    return plain
+
+
+@torch.inference_mode()
+def test_adapters_of_jina(tmp_path: Path) -> None:
+    """Each prompt by its own task or by none, all in one step; also where only the first tokens are computed."""
+    save(JinaEmbeddingsV3Model(JinaEmbeddingsV3Config(**SHAPE)), tmp_path)
+    weights = adapted(read_weights(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    write_weights(tmp_path, weights)
+    hub = {"architectures": ["XLMRobertaModel"], "position_embedding_type": "rotary", "rotary_emb_base": 20_000.0}
+    edit_config(tmp_path, rope_parameters=None, **hub, lora_adaptations=TASKS, lora_rank=RANK, lora_alpha=ALPHA)
+    model, prompts = load(tmp_path), prompts_of(LENGTHS)
+    chosen = [None, 0, 2, 1, None]
+    types = [
+        torch.full((len(ids),), 0 if task is None else task + 1) for ids, task in zip(prompts, chosen, strict=True)
+    ]
+    together = run(model, prompts, types), run(model, prompts, types, needed_states="first")
+    for index, (ids, task) in enumerate(zip(prompts, chosen, strict=True)):
+        oracle = JinaEmbeddingsV3Model(JinaEmbeddingsV3Config(**config)).eval()
+        oracle.load_state_dict(_as_loaded(oracle, merged(weights, task), tmp_path / str(index)))
+        expected = oracle(ids.unsqueeze(0)).last_hidden_state[0]
+        torch.testing.assert_close(together[0][index], expected, atol=5e-5, rtol=1e-4)
+        torch.testing.assert_close(together[1][index][0], expected[0], atol=5e-5, rtol=1e-4)
+
+
+def _as_loaded(oracle: Any, weights: dict[str, torch.Tensor], folder: Path) -> Any:
+    """Stored names -> the class's own."""
+    oracle.save_pretrained(folder)
+    write_weights(folder, weights)
+    return type(oracle).from_pretrained(folder).state_dict()
 
 
 def test_buckets_of_distances() -> None:

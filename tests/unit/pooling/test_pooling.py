@@ -136,6 +136,24 @@ def test_broken_prompts_are_named(tmp_path: Path, settings: object) -> None:
         read_prompts(tmp_path)
 
 
+def test_names_choose_adapters(tmp_path: Path) -> None:
+    """jina-embeddings-v3: a prompt's name is that of an adapter too; config.json has both where no other file has."""
+    names = ["retrieval.query", "retrieval.passage", "text-matching"]
+    texts = {"retrieval.query": "Represent the query: ", "retrieval.passage": "Represent the document: "}
+    prompts = read_prompts(tmp_path, {"lora_adaptations": names, "task_instructions": {**texts, "text-matching": ""}})
+    for name, kind, text, adapter in (
+        (None, None, "", 0),
+        ("retrieval.query", None, "Represent the query: ", 1),
+        (None, "search_document", "Represent the document: ", 2),
+        (None, "Text-Matching", "", 3),
+    ):
+        assert (prompts.chosen(name, kind), prompts.adapter(name, kind)) == (text, adapter)
+    assert (prompts.adapter_of("query"), prompts.adapter_of("document")) == (1, 2)
+    assert read_prompts(tmp_path).adapter(None, "query") == 0  # a model without any
+    with pytest.raises(CheckpointError, match="lora_adaptations"):
+        read_prompts(tmp_path, {"lora_adaptations": "text-matching"})
+
+
 @pytest.mark.parametrize("name", POOLINGS)
 def test_the_operators_pooling_wins(tmp_path: Path, name: str) -> None:
     bare = read_pooling(tmp_path, "cls", name)
