@@ -96,32 +96,37 @@ class TableAdapter(nn.Module):
         return out
 
 
+class LayerAdapters(nn.Module):
+    """Of a layer's four products, by their stored names."""
+
+    def __init__(self, config: EncoderConfig, tasks: int, rank: int, scale: float) -> None:
+        super().__init__()
+        size, inner = config.hidden_size, config.intermediate_size
+        self.Wqkv = Adapter(tasks, rank, size, 3 * size, scale)
+        self.out_proj = Adapter(tasks, rank, size, size, scale)
+        self.fc1 = Adapter(tasks, rank, size, inner, scale)
+        self.fc2 = Adapter(tasks, rank, inner, size, scale)
+
+
 class AdaptedLayer(Layer):
     """A layer with adapters of its four products."""
 
     def __init__(self, config: EncoderConfig, tasks: int, rank: int, scale: float) -> None:
         super().__init__(config)
-        size, inner = config.hidden_size, config.intermediate_size
-        shapes = {"Wqkv": (size, 3 * size), "out_proj": (size, size), "fc1": (size, inner), "fc2": (inner, size)}
-        self.adapters = nn.ModuleDict({name: Adapter(tasks, rank, *shape, scale) for name, shape in shapes.items()})
+        self.adapters = LayerAdapters(config, tasks, rank, scale)
 
     def forward(self, x: Tensor, step: Step, *, first_only: bool = False) -> Tensor:
         attention, (of_tokens, of_firsts) = self.attention, step.adapted
-        qkv = self._adapter("Wqkv").add(attention.qkv(x), x, of_tokens)
+        qkv = self.adapters.Wqkv.add(attention.qkv(x), x, of_tokens)
         attended = attention.mixed(qkv, step, first_only=first_only)
         x, groups = (x[step.first], of_firsts) if first_only else (x, of_tokens)
         joined = attention.output.dense.packed.added(attended, x)
-        x = attention.output.LayerNorm(self._adapter("out_proj").add(joined, attended, groups))
-        inner = self._adapter("fc1").add(self.intermediate.dense(x), x, groups)
+        x = attention.output.LayerNorm(self.adapters.out_proj.add(joined, attended, groups))
+        inner = self.adapters.fc1.add(self.intermediate.dense(x), x, groups)
         inner = kernels.activate(inner, self.intermediate.activation)
         joined = self.output.dense.packed.added(inner, x)
-        out: Tensor = self.output.LayerNorm(self._adapter("fc2").add(joined, inner, groups))
+        out: Tensor = self.output.LayerNorm(self.adapters.fc2.add(joined, inner, groups))
         return out
-
-    def _adapter(self, name: str) -> Adapter:
-        found = self.adapters[name]
-        assert isinstance(found, Adapter)  # noqa: S101 - for the type checker
-        return found
 
 
 class JinaV3Model(PostNormEncoder):
