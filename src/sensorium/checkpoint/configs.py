@@ -92,7 +92,7 @@ def open_checkpoint(
         preprocessor=_preprocessor(folder, "preprocessor_config.json", "image_processor"),
         generation=generation,
         tokenizer_config=tokenizer_config,
-        chat_template=_chat_template(folder, tokenizer_config, recipe),
+        chat_template=_chat_template(folder, tokenizer_config, family, recipe),
         text=text,
         dtype=_dtype(config, text_dict),
         max_model_len=checkpoint_length(folder, config, family, text, tokenizer_config),
@@ -132,9 +132,11 @@ def _scoring(config: dict[str, Any], labels: int) -> dict[str, Any]:
     return {**kept, "num_labels": labels}
 
 
-def _chat_template(folder: Path, tokenizer_config: dict[str, Any], recipe: Recipe | None) -> str | None:
+def _chat_template(folder: Path, tokenizer_config: dict[str, Any], family: Family, recipe: Recipe | None) -> str | None:
     """The folder's; of a known reranker its own for pairs, where the folder has only what the base model left."""
     found = read_chat_templates(folder, tokenizer_config).get("default")
+    if family.late is not None and family.chat_template is not None:
+        return family.chat_template  # the base model's is not what its documents are written with
     return found if recipe is None or reads_pairs(found) else recipe.template
 
 
@@ -143,8 +145,9 @@ def _resolved(stated: dict[str, Any], family: Family, text_folder: Path | None) 
     config, nested = stated, stated.get(family.nested_in)
     if isinstance(nested, dict):
         outer = {key: stated[key] for key in _OUTER_KEYS if key in stated}
-        text = nested.get("text_config") or {}
-        config = {**outer, **nested, "text_config": text, "architectures": stated.get("architectures")}
+        config = {**outer, **nested, "architectures": stated.get("architectures")}
+        if "text_config" in nested or "vocab_size" not in nested:
+            config["text_config"] = nested.get("text_config") or {}
     if text_folder is not None:
         config = {**config, "text_config": text_part(_required(text_folder, "a language model's folder"))}
     return config

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sensorium.checkpoint import chat_templates
+from sensorium.checkpoint.late_interaction import LateInteraction, Side
 from sensorium.errors import CheckpointError
 from sensorium.types import Modality
 
@@ -251,6 +252,7 @@ class Family:
     text_model_type: str = "llama"  # the key in `DECODERS` of a `text_config` that has no model_type
     scored_as: str | None = None  # the architecture of a classifier whose rows are tokens of this one's language head
     overflows_float16: bool = False  # its activations are larger than float16 holds
+    late: LateInteraction | None = None  # how queries are written, where no file of the folder tells it
     is_colbert: bool = False  # whether queries and documents are written as Stanford's ColBERT has them
     nested_in: str = ""  # config.json's key of the part that is served; a file without that key is the part itself
 
@@ -358,6 +360,17 @@ _QWEN3_VL_MODEL = Family(
     text_model_type="qwen3_vl_text",
     scored_as="Qwen3VLForSequenceClassification",
 )
+_COLQWEN2 = Family(
+    "ColQwen2 (vectors of page images and of queries)",
+    "sensorium.models.colqwen:ColQwen2",
+    "sensorium.processors.colqwen:ColQwen2Processor",
+    ("image", "video"),
+    tasks=("token_embed",),
+    chat_template=chat_templates.COLQWEN,
+    text_model_type="qwen2_vl_text",
+    nested_in="vlm_config",
+    late=LateInteraction(Side("Query: ", suffix="<|endoftext|>" * 10 + "\n")),
+)
 _QWEN_OMNI = Family(  # the part that writes text; the one that speaks is not served
     "Qwen2.5-Omni (thinker)",
     "sensorium.models.qwen2_omni:Qwen2Omni",
@@ -464,6 +477,20 @@ FAMILIES: Mapping[str, Family] = {
     "RobertaForMaskedLM": _ROBERTA_MODEL,
     "XLMRobertaModel": _ROBERTA_MODEL,
     "XLMRobertaForMaskedLM": _ROBERTA_MODEL,
+    "ColQwen2ForRetrieval": _COLQWEN2,
+    "ColQwen2": replace(
+        _COLQWEN2,
+        processor="sensorium.processors.qwen2_vl:Qwen2VLProcessor",
+        late=LateInteraction(Side(suffix="<|endoftext|>" * 10)),
+    ),
+    "ColQwen2_5": replace(
+        _COLQWEN2,
+        title="ColQwen2.5",
+        model="sensorium.models.colqwen:ColQwen25",
+        processor="sensorium.processors.qwen2_5_vl:Qwen25VLProcessor",
+        text_model_type="qwen2_5_vl_text",
+        late=LateInteraction(Side(suffix="<|endoftext|>" * 10)),
+    ),
     "HF_ColBERT": replace(
         _BERT_MODEL,
         title="ColBERT (colbertv2.0, answerai-colbert-small; GTE-ModernColBERT and others of PyLate by their files)",

@@ -10,12 +10,11 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from sensorium.checkpoint.families import EncoderDefaults
-from sensorium.errors import CheckpointError
 from sensorium.models.base import Rename
 from sensorium.models.encoder import EncoderConfig, PostNormEncoder, head_map, prefixes, separate_qkv
 from sensorium.models.layers import Head
+from sensorium.pooling.embedding import stored_rows
 from sensorium.pooling.pooler import VectorsPooler
-from sensorium.weights.tensor_files import stored_tensors
 
 ENCODER_MAP = (
     Rename("{a}.LayerNorm.gamma", "{a}.LayerNorm.weight"),
@@ -38,16 +37,9 @@ class ColBert(BertModel):
     """A vector of every token, through one linear layer (ColBERT v1 and v2)."""
 
     def _declare_poolers(self) -> None:
-        size = self._stored_size()
+        size = stored_rows(self.checkpoint.weight_files, "linear.weight")
         self.linear = Head(self.config.hidden_size, size, bias=False)
         self.poolers = {"token_embed": VectorsPooler(size, normalize=True, head=self.linear)}
-
-    def _stored_size(self) -> int:
-        """config.json does not say it."""
-        stored = next((one for one in stored_tensors(self.checkpoint.weight_files) if one.key == "linear.weight"), None)
-        if stored is None or len(stored.shape) != 2:
-            raise CheckpointError("the checkpoint has no matrix linear.weight, which makes the vectors of tokens")
-        return stored.shape[0]
 
 
 class BertForSequenceClassification(BertModel):

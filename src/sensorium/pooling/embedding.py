@@ -5,6 +5,7 @@ Dense layers stand in files of their own beside the model's weights; they are sm
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,14 @@ class Dense(nn.Module):
         if not self.adds_input:
             return out
         return out + (x if self.residual is None else nn.functional.linear(x, self.residual))
+
+
+def stored_rows(files: Iterable[Path], *keys: str) -> int:
+    """Rows of the matrix with one of these names, where no config says how many. CheckpointError if there is none."""
+    stored = next((one for one in stored_tensors(files) if one.key in keys and len(one.shape) == 2), None)
+    if stored is None:
+        raise CheckpointError(f"the checkpoint has no matrix {' or '.join(keys)}, which makes the vectors of tokens")
+    return stored.shape[0]
 
 
 def _read(file: Path) -> dict[str, Tensor]:

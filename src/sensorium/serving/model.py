@@ -109,7 +109,9 @@ class ServedModel:
             return None
         config = checkpoint.tokenizer_config
         filler = special_token(config, "mask") or special_token(config, "eos")
-        spec = read_late_interaction(checkpoint.folder, is_colbert=checkpoint.family.is_colbert)
+        spec = checkpoint.family.late or read_late_interaction(
+            checkpoint.folder, is_colbert=checkpoint.family.is_colbert
+        )
         return LatePrompts(spec, self.prompts, self._limit, self._threads, filler=filler)
 
     def _prompt_builder(self, loader: MediaLoader, limits: Limits) -> PromptBuilder:
