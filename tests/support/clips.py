@@ -29,8 +29,9 @@ def video(
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as output:
         stream = output.add_stream(codec, rate=rate)
+        assert isinstance(stream, av.VideoStream)
         stream.width, stream.height = size
-        stream.pix_fmt, stream.options = pixel_format, options
+        stream.pix_fmt, stream.options = pixel_format, dict(options)
         if codec != "libsvtav1":  # has its own idea of rates
             stream.codec_context.bit_rate = 4_000_000
         if gop:
@@ -62,7 +63,8 @@ def sound(
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as output:
         stream = output.add_stream(codec, rate=rate, layout=layout)
-        stream.codec_context.format, stream.options = sample_format, options
+        assert isinstance(stream, av.AudioStream)
+        stream.codec_context.format, stream.options = av.AudioFormat(sample_format), dict(options)
         resampler = av.AudioResampler(format=sample_format, layout=layout, rate=rate)
         step = 4096 if container == "wav" else stream.codec_context.frame_size or 1024
         for start in range(0, channels.shape[1], step):

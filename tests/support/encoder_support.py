@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from sensorium.checkpoint.configs import open_checkpoint
 from sensorium.kernels.context import AttentionContext, NeededStates
@@ -18,7 +19,7 @@ from sensorium.types import PoolingParams, PoolingTask
 VOCAB = 120
 
 
-def save(oracle: nn.Module, folder: Path) -> Any:
+def save(oracle: PreTrainedModel, folder: Path) -> Any:
     """Random weights, large enough that every part of the model shows in its output."""
     torch.manual_seed(0)
     with torch.no_grad():

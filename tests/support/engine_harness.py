@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sensorium.checkpoint.configs import Checkpoint
 from sensorium.config import EngineConfig
@@ -203,7 +204,7 @@ def image_request(
 def picture(seed: int, grid: tuple[int, int]) -> MediaFeatures:
     height, width = grid
     pixels = np.random.default_rng(seed).standard_normal((height * width, 588), np.float32)
-    arrays = {"pixels": pixels, "grid": np.array([1, height, width], np.int64)}
+    arrays: dict[str, NDArray[np.generic]] = {"pixels": pixels, "grid": np.array([1, height, width], np.int64)}
     return MediaFeatures("image", b"picture %d" % seed, height * width // 4, arrays)
 
 
@@ -212,4 +213,5 @@ def tokens_of(results: Iterable[Result]) -> list[list[int]]:
 
 
 def random_prompt(seed: int, length: int) -> list[int]:
-    return np.random.default_rng(seed).integers(10, VOCAB, length).tolist()
+    found: list[int] = np.random.default_rng(seed).integers(10, VOCAB, length).tolist()
+    return found

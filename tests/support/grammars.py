@@ -19,8 +19,8 @@ class GrammarBench:
         self._raw.decoder = decoders.ByteLevel()
         words = list(special)
         self._raw.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in ["<eos>", *words]])
-        self._end = self._raw.token_to_id("<eos>")
-        self.tokens: dict[str, int] = {word: self._raw.token_to_id(word) for word in words}
+        self._end = self._id("<eos>")
+        self.tokens: dict[str, int] = {word: self._id(word) for word in words}
         self._tokenizer = LLTokenizer(self._raw.to_str(), eos_token=self._end)
 
     def accepts(self, grammar: str, text: str) -> bool:
@@ -49,10 +49,15 @@ class GrammarBench:
         assert not matcher.is_error(), matcher.get_error()
         return self._raw.decode(ids, skip_special_tokens=False) if len(ids) < longest else None
 
+    def _id(self, word: str) -> int:
+        found = self._raw.token_to_id(word)
+        assert found is not None
+        return found
+
     def _weight(self, token: int) -> float:
         if token == self._end or token in self.tokens.values():
             return 30
-        text = self._raw.id_to_token(token)
+        text = self._raw.id_to_token(token) or ""
         return 8 if text in '"},])<|' else 1 if text.isascii() else 0.05
 
     def _matcher(self, grammar: str) -> LLMatcher:

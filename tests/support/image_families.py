@@ -6,12 +6,13 @@ import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from sensorium.checkpoint.configs import Checkpoint
 from sensorium.processors.qwen2_vl import Qwen2VLProcessor
+from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.types import MediaItem, Modality
 
 CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
@@ -81,8 +82,9 @@ def noise(height: int, width: int, *, frames: int | None = None, seed: int = 0) 
 def normalised(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     """Qwen's patches as transformers' processors give them: [patches, 3 * depth * patch * patch], float32."""
     pixels = arrays["pixels"].reshape(len(arrays["pixels"]), 3, -1).astype(np.float32)
-    return (pixels * arrays["scale"][:, None] + arrays["shift"][:, None]).reshape(len(pixels), -1)
+    patches: np.ndarray = (pixels * arrays["scale"][:, None] + arrays["shift"][:, None]).reshape(len(pixels), -1)
+    return patches
 
 
 def qwen(file: dict[str, Any] = QWEN_FILE, **overrides: Any) -> Qwen2VLProcessor:
-    return Qwen2VLProcessor(record({}, file), WordTokenizer(QWEN_TOKENS), overrides)
+    return Qwen2VLProcessor(record({}, file), cast(Tokenizer, WordTokenizer(QWEN_TOKENS)), overrides)

@@ -82,7 +82,7 @@ class Driver:
         with torch.inference_mode():
             rows = torch.cat([self._rows(s, n) for s, n in work])
             positions = torch.cat([self._positions(s, n) for s, n in work], dim=-1)
-            hidden = self.model(rows.clone(), positions, self.cache, context)
+            hidden: Tensor = self.model(rows.clone(), positions, self.cache, context)
             if self.model.partial_states == "last":
                 self._check_last_rows(rows, positions, context, hidden)
         for sequence, count in work:

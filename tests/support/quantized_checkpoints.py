@@ -227,7 +227,8 @@ def _write(
     config_file: str = "config.json",
     config_key: str = "quantization_config",
 ) -> dict[str, Tensor]:
-    stored, floats = {}, {}
+    stored: dict[str, Tensor] = {}
+    floats: dict[str, Tensor] = {}
     for key, tensor in read_weights(folder).items():
         if key.endswith("_proj.weight") and ".layers." in key:
             layer = rounded(tensor.float())

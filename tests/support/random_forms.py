@@ -112,9 +112,15 @@ def choice(random: Random, depth: int) -> dict[str, Any]:
                 for tag in tags
             ]
         }
-    inner = {"type": "object", "properties": {"v": schema(random, 0)}, "required": ["v"], "additionalProperties": False}
-    inner["properties"]["next"] = {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}
-    return {"$defs": {"node": inner}, "$ref": "#/$defs/node"} if depth == 3 else inner["properties"]["v"]
+    value = schema(random, 0)
+    following = {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}
+    inner = {
+        "type": "object",
+        "properties": {"v": value, "next": following},
+        "required": ["v"],
+        "additionalProperties": False,
+    }
+    return {"$defs": {"node": inner}, "$ref": "#/$defs/node"} if depth == 3 else value
 
 
 def regex(random: Random, depth: int = 3) -> str:
@@ -165,7 +171,7 @@ def _fits_text(value: str, schema: dict[str, Any]) -> bool:
 
 
 def _fits_number(value: float, schema: dict[str, Any]) -> bool:
-    return (
+    return bool(
         schema.get("minimum", -math.inf) <= value <= schema.get("maximum", math.inf)
         and schema.get("exclusiveMinimum", -math.inf) < value < schema.get("exclusiveMaximum", math.inf)
         and value % schema.get("multipleOf", value or 1) == 0

@@ -12,7 +12,7 @@ import pytest
 from sensorium.errors import EngineError
 from sensorium.processors.base import Processor
 from sensorium.prompt.formats.base import Delta
-from sensorium.types import EngineOutput, EngineRequest, MediaFeatures, MediaItem, Modality
+from sensorium.types import EngineOutput, EngineRequest, FinishReason, MediaFeatures, MediaItem, Modality
 from support.api_support import EOS, STOP, TOKENIZER, FakeEngine, Script, Served, serving
 from support.marked_format import MarkedFormat, marked
 
@@ -44,7 +44,7 @@ def says(*pieces: str | Sequence[Delta], ends: bool = True, fails: bool = False)
     async def script(request: EngineRequest) -> AsyncIterator[EngineOutput]:
         for index, text in enumerate(texts):
             tokens = tuple(TOKENIZER.encode(text))
-            reason = "length" if index == len(texts) - 1 and not ends and not fails else None
+            reason: FinishReason | None = "length" if index == len(texts) - 1 and not ends and not fails else None
             yield EngineOutput(request.id, tokens, finish_reason=reason, cached_tokens=3 if index == 0 else 0)
         if fails:
             raise EngineError

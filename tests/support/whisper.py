@@ -87,6 +87,8 @@ def features(samples: NDArray[np.float32], bins: int = 80) -> torch.Tensor:
     """transformers' log-mel of a recording [1, bins, frames]: of a short one padded, of a long one whole."""
     own = extractor(bins)
     if len(samples) <= WINDOW:
-        return own(samples, sampling_rate=16_000, return_tensors="pt").input_features
+        short: torch.Tensor = own(samples, sampling_rate=16_000, return_tensors="pt").input_features
+        return short
     options: dict[str, Any] = {"truncation": False, "padding": "longest", "return_attention_mask": True}
-    return own(samples, sampling_rate=16_000, return_tensors="pt", **options).input_features
+    whole: torch.Tensor = own(samples, sampling_rate=16_000, return_tensors="pt", **options).input_features
+    return whole

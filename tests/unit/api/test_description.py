@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Any
@@ -46,7 +46,7 @@ SERVERS: dict[str, Server] = {
     "ears": lambda: serving(FakeEngine(), model=EARS),
 }
 # (server, path, bodies): each body once as it is; a GET has none. {model} is the model's name.
-DRIVEN: list[tuple[str, str, list[dict[str, Any] | None]]] = [
+DRIVEN: list[tuple[str, str, Sequence[Mapping[str, Any] | None]]] = [
     (
         "chat",
         "/v1/chat/completions",
@@ -176,7 +176,7 @@ def check(document: dict[str, Any], path: str, reply: Reply) -> None:
     assert media_type not in ("application/json", "text/event-stream") or list(bodies_of(reply, media_type))
 
 
-async def ask(served: Served, path: str, body: dict[str, Any] | None, **headers: str) -> Reply:
+async def ask(served: Served, path: str, body: Mapping[str, Any] | None, **headers: str) -> Reply:
     if body is None:
         return await get(served.port, path, headers=headers)
     return await raw(
