@@ -22,6 +22,10 @@ from transformers import (
     Gemma3ForCausalLM,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
+    Gemma4Config,
+    Gemma4ForCausalLM,
+    Gemma4ForConditionalGeneration,
+    Gemma4TextConfig,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -124,6 +128,10 @@ GEMMA_SPECIALS = (
     "<start_of_image>",
     "<end_of_image>",
     "<image_soft_token>",
+)
+GEMMA4_SPECIALS = (
+    *("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"),
+    *("<|image>", "<|image|>", "<image|>", "<|video|>", "<|audio|>"),
 )
 LLAMA_SPECIALS = ("<unk>", "<s>", "</s>")
 CHATML_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -243,6 +251,80 @@ def make_gemma3(
         },
     )
     return _write(path, layout, Gemma3ForConditionalGeneration(config), ids["<bos>"], ids["<eos>"], **write_options)
+
+
+def make_gemma4_text(path: Path, layout: Layout = "hub", **options: Any) -> PreTrainedModel:
+    """Layers with a window and, of another shape, such that see all, in turn; the last two read the others' keys."""
+    ids = write_tokenizer(path, layout, GEMMA4_SPECIALS, GEMMA_TEMPLATE, bos="<bos>", eos="<eos>")
+    options = {"pad_token_id": ids["<pad>"], **_gemma4_shape(ids), **options}
+    return _text(path, layout, Gemma4ForCausalLM, Gemma4TextConfig, ids, "<bos>", "<eos>", options)
+
+
+def _gemma4_shape(ids: dict[str, int]) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        "sliding_window": 6,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": (max(ids.values()) // 16 + 2) * 16,
+        "final_logit_softcapping": 5.0,
+    }
+
+
+def make_gemma4(
+    path: Path,
+    layout: Layout = "hub",
+    *,
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+    preprocessor: dict[str, Any] | None = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """Patches of two pixels, four of which are a row; bounds of the tower's linear layers; other layers than the
+    published ones' kinds see images both ways."""
+    ids = write_tokenizer(path, layout, GEMMA4_SPECIALS, GEMMA_TEMPLATE, bos="<bos>", eos="<eos>")
+    write_options, options = _write_options(options)
+    shape = {**_gemma4_shape(ids), "sliding_window": 30, "use_bidirectional_attention": "vision", **(text or {})}
+    config = Gemma4Config(
+        text_config={**_shape(ids, shape), "pad_token_id": ids["<pad>"]},
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "patch_size": 2,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 300,
+            "use_clipped_linears": True,
+            "standardize": True,
+            **(vision or {}),
+        },
+        boi_token_id=ids["<|image>"],
+        image_token_id=ids["<|image|>"],
+        eoi_token_id=ids["<image|>"],
+        video_token_id=ids["<|video|>"],
+        audio_token_id=ids["<|audio|>"],
+        **options,
+    )
+    _write_json(
+        path / "preprocessor_config.json",
+        {
+            "image_processor_type": "Gemma4ImageProcessor",
+            "patch_size": 2,
+            "pooling_kernel_size": 2,
+            "max_soft_tokens": 70,
+            **(preprocessor or {}),
+        },
+    )
+    return _write(path, layout, Gemma4ForConditionalGeneration(config), ids["<bos>"], ids["<eos>"], **write_options)
 
 
 def make_llava(
@@ -1067,6 +1149,8 @@ def _randomise(model: PreTrainedModel, seed: int) -> None:
         if name.endswith("weight") and ("norm" in name.lower() or ".ln_" in name):
             is_around_zero = "gemma3" in model.config.model_type and "vision_tower" not in name
             parameter.copy_((0 if is_around_zero else 1) + 0.2 * noise)
+            if "gemma4" in model.config.model_type and ("q_norm" in name or "k_norm" in name):
+                parameter.mul_(0.35)  # scores have no other scale: larger ones would only magnify rounding
         elif "embed_tokens" in name:
             parameter.copy_(noise * (0.1 if tied else 1.0))  # a tied head would only repeat the last token
         elif parameter.dim() < 2:
@@ -1074,6 +1158,13 @@ def _randomise(model: PreTrainedModel, seed: int) -> None:
         else:
             fan_in = parameter[0].numel()
             parameter.copy_(noise * 1.2 / fan_in**0.5)
+    for name, buffer in model.named_buffers():  # Gemma 4 stores some
+        if name.endswith(("_min", "_max")):
+            buffer.fill_(-1.5 if name.endswith("_min") else 1.2)
+        elif name.endswith(("layer_scalar", "std_scale")):
+            buffer.copy_(0.8 + 0.1 * torch.randn(buffer.shape, generator=generator))
+        elif name.endswith("std_bias"):
+            buffer.copy_(torch.randn(buffer.shape, generator=generator))
 
 
 def _hub_key(key: str) -> str:
@@ -1101,6 +1192,8 @@ def _hub_config(config: dict[str, Any]) -> dict[str, Any]:
             "torch_dtype": config["torch_dtype"],
             "thinker_config": {k: v for k, v in config.items() if k not in ("architectures", "torch_dtype")},
         }
+    if config["model_type"] == "gemma4":
+        return config
     if config["model_type"] == "gemma3":  # published ones say little
         for part, made in (("text_config", Gemma3TextConfig()), ("vision_config", SiglipVisionConfig())):
             config[part] = _without_defaults(config[part], _old_names(made.to_dict()))
@@ -1123,6 +1216,11 @@ def _old_names(config: dict[str, Any]) -> dict[str, Any]:
     }
     if "dtype" in config:
         config["torch_dtype"] = config.pop("dtype")
+    if config.get("model_type") == "gemma4_text":  # the hub says the shape of layers without a window once
+        own = next(iter(config.pop("per_layer_config").values()))
+        config["global_head_dim"] = own["head_dim"]
+        config["num_global_key_value_heads"] = own.get("num_key_value_heads")
+        return config
     rope = config.pop("rope_parameters", None)
     if rope is not None and "full_attention" in rope:  # Gemma 3
         full, local = rope["full_attention"], rope["sliding_attention"]

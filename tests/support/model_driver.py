@@ -145,6 +145,7 @@ class Driver:
                 [s.blocks + [0] * (width - len(s.blocks)) for s, _ in work], dtype=torch.int32, device=self.device
             ),
             slots=torch.tensor(slots, device=self.device),
+            token_ids=torch.tensor([t for s, n in work for t in s.tokens[s.cached : s.cached + n]], device=self.device),
             visible=self._visible(work) if self.model.media_both_ways else None,
             long_context=None if is_long is None else torch.tensor(is_long, device=self.device),
             memories=[s.memory for s, _ in work if s.memory is not None],

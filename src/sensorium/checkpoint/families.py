@@ -46,8 +46,10 @@ class DecoderDefaults:
     full_every: int | None = None  # the others have the window, and rotary positions of their own with `local_theta`;
     local_theta: float | None = None  # `layer_types` or `sliding_window_pattern` may say otherwise
     window_covers_both_sides: bool = False  # where attention goes both ways: the number is of both sides together
-    media_both_ways: bool = False  # media tokens see all of their item
+    media_both_ways: bool = False  # media tokens see all of their item, in layers with a window or in all
     query_scalar: float | None = None  # `query_pre_attn_scalar`, whose root divides scores; None: that of head_dim
+    scale: float | None = None  # of scores, where no key says it
+    shapes_differ: bool = False  # layers differ in more than what they see: see `checkpoint.layer_shapes`
     states_stretched_length: bool = False  # `max_position_embeddings` is after linear scaling
     norm_offset: float = 0.0
     has_sublayer_norms: bool = False
@@ -156,6 +158,24 @@ _GEMMA3 = DecoderDefaults(
     scales_embeddings=True,
     caps_logits=True,
 )
+_GEMMA4 = replace(
+    _GEMMA3,
+    vocab_size=262144,
+    num_layers=30,
+    sliding_window=512,
+    media_both_ways=False,
+    query_scalar=None,
+    scale=1.0,
+    shapes_differ=True,
+    norm_offset=0.0,
+    preset={
+        **_GEMMA3.preset,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
+)
 
 DECODERS: Mapping[str, DecoderDefaults] = {
     "llama": _LLAMA,
@@ -172,6 +192,7 @@ DECODERS: Mapping[str, DecoderDefaults] = {
     "qwen2_5_omni_text": _QWEN2_5_OMNI,
     "whisper": _WHISPER,
     "gemma3_text": _GEMMA3,
+    "gemma4_text": _GEMMA4,
     "qwen3_vl_text": _QWEN3_VL,
 }
 """By the `model_type` of the decoder's part of config.json, which is not the architecture's: LLaVA has several."""
@@ -400,6 +421,17 @@ FAMILIES: Mapping[str, Family] = {
         "sensorium.processors.gemma3:Gemma3Processor",
         ("image",),
         text_model_type="gemma3_text",
+        overflows_float16=True,
+    ),
+    "Gemma4ForCausalLM": Family(
+        "Gemma 4 (text)", "sensorium.models.gemma4:Gemma4ForCausalLM", _TEXT, overflows_float16=True
+    ),
+    "Gemma4ForConditionalGeneration": Family(
+        "Gemma 4 E2B, E4B, 31B",
+        "sensorium.models.gemma4:Gemma4",
+        "sensorium.processors.gemma4:Gemma4Processor",
+        ("image",),
+        text_model_type="gemma4_text",
         overflows_float16=True,
     ),
     "LlavaForConditionalGeneration": Family(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ _ROPE_KINDS: Mapping[str, str] = {
     "dynamic": "dynamic",
     "yarn": "yarn",
     "llama3": "llama3",
+    "proportional": "proportional",
     "longrope": "longrope",
     "su": "longrope",
 }
@@ -40,7 +41,8 @@ ACTIVATIONS: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """Rotary positions. `kind`: default, linear, dynamic, yarn, llama3 or longrope ("su"); `mrope_section`: M-RoPE."""
+    """Rotary positions. `kind`: default, linear, dynamic, yarn, llama3, proportional or longrope ("su");
+    `mrope_section`: M-RoPE."""
 
     theta: float = 10000.0
     kind: str = "default"
@@ -70,6 +72,12 @@ class AttentionSpec:
     window: int | None = None
     """Keys that a token sees, its own included; where attention goes both ways, on either side of it. None: all."""
     media_both_ways: bool = False  # a media item's tokens see all of it, and all before it that the window reaches
+    # Where layers differ in shape (Gemma 4); elsewhere 0, and the `TextConfig`'s count.
+    head_dim: int = 0
+    num_kv_heads: int = 0
+    intermediate_size: int = 0
+    source: int | None = None  # the layer whose keys and values it reads; None: its own
+    keys_are_values: bool = False  # one product gives both
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +106,8 @@ class TextConfig:
     has_sublayer_norms: bool = False  # Gemma: attention and MLP are normed again before they are added
     embedding_scale: float = 1.0
     logit_cap: float | None = None  # logits become cap * tanh(logits / cap)
+    layer_embedding_size: int = 0  # Gemma 4: of embeddings that every layer has of its own, in one table
+    layer_vocab_size: int = 0  # rows of that table
     is_causal: bool = True  # False: every token sees the whole prompt, and nothing is generated
     has_head: bool = True  # False: neither stored nor tied, so the model cannot generate
 
@@ -130,19 +140,17 @@ def read_text_config(config: dict[str, Any], family: Family) -> TextConfig:
     model_type = str(text.get("model_type", family.text_model_type if text is not config else None))
     if (decoder := DECODERS.get(model_type)) is None:
         raise unsupported("text model_type", model_type, DECODERS)
-    text = {**decoder.preset, **_renamed(text, decoder)}
+    text = _renamed(text, decoder)
     num_heads, num_kv_heads, head_dim = _heads(text, decoder)
     max_positions = positive_int(text, "max_position_embeddings", decoder.max_positions)
     rope = _rope(text, decoder, "full_attention", decoder.theta, max_positions, head_dim)
     max_len = max_positions if decoder.states_stretched_length else _stretched(rope, max_positions)
-    both_ways = bool(family.modalities) and decoder.media_both_ways
-    layers = tuple(replace(one, media_both_ways=both_ways) for one in _layers(text, decoder, rope, max_len, head_dim))
+    layers = _layers(text, decoder, rope, max_len, head_dim, has_media=bool(family.modalities))
     bias = decoder.reads_attention_bias and bool(text.get("attention_bias"))
-    hidden_size = positive_int(text, "hidden_size", decoder.hidden_size)
     return TextConfig(
         model_type=model_type,
         vocab_size=positive_int(text, "vocab_size", decoder.vocab_size),
-        hidden_size=hidden_size,
+        hidden_size=positive_int(text, "hidden_size", decoder.hidden_size),
         intermediate_size=positive_int(text, "intermediate_size", decoder.intermediate_size),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -160,17 +168,26 @@ def read_text_config(config: dict[str, Any], family: Family) -> TextConfig:
         hidden_act=_activation(text),
         norm_offset=decoder.norm_offset,
         has_sublayer_norms=decoder.has_sublayer_norms,
-        embedding_scale=hidden_size**0.5 if decoder.scales_embeddings else 1.0,
+        embedding_scale=positive_int(text, "hidden_size", decoder.hidden_size) ** (0.5 * decoder.scales_embeddings),
         logit_cap=_logit_cap(text) if decoder.caps_logits else None,
         is_causal=_is_causal(text),
+        layer_embedding_size=_layer_embedding_size(text) if decoder.shapes_differ else 0,
+        layer_vocab_size=positive_int(text, "vocab_size_per_layer_input", decoder.vocab_size),
     )
 
 
+def _layer_embedding_size(text: dict[str, Any]) -> int:
+    """Null and 0 mean that there are no such embeddings."""
+    key = "hidden_size_per_layer_input"
+    return positive_int(text, key, 256) if text.get(key, 256) else 0
+
+
 def _renamed(text: dict[str, Any], decoder: DecoderDefaults) -> dict[str, Any]:
-    """A config that has names of its own, in those of this module."""
+    """A config that has names of its own, in those of this module, with the values of keys that it leaves out."""
     kept = {key: value for key, value in text.items() if key not in decoder.names}
     own = {key: text[name] for key, name in decoder.names.items() if name in text}
-    return {**kept, **own}
+    given = {**kept, **own}
+    return {**given, **{key: value for key, value in decoder.preset.items() if given.get(key) is None}}
 
 
 def _activation(text: dict[str, Any]) -> str:
@@ -197,7 +214,7 @@ def _heads(text: dict[str, Any], decoder: DecoderDefaults) -> tuple[int, int, in
 
 def _is_causal(text: dict[str, Any]) -> bool:
     """Embedders on decoders say in one of two ways that their attention goes both ways."""
-    return bool(text.get("is_causal", True)) and text.get("use_bidirectional_attention") is not True
+    return bool(text.get("is_causal", True)) and text.get("use_bidirectional_attention") not in (True, "all")
 
 
 def _is_tied(config: dict[str, Any], text: dict[str, Any], decoder: DecoderDefaults) -> bool:
@@ -208,11 +225,13 @@ def _is_tied(config: dict[str, Any], text: dict[str, Any], decoder: DecoderDefau
 
 
 def _layers(
-    text: dict[str, Any], decoder: DecoderDefaults, rope: RopeConfig, max_len: int, head_dim: int
+    text: dict[str, Any], decoder: DecoderDefaults, rope: RopeConfig, max_len: int, head_dim: int, *, has_media: bool
 ) -> tuple[AttentionSpec, ...]:
     """How each layer attends. `rope` is that of layers without a window."""
     num_layers = positive_int(text, "num_hidden_layers", decoder.num_layers)
     scale = head_dim**-0.5
+    if decoder.scale is not None:
+        scale = decoder.scale
     if decoder.query_scalar is not None:
         scale = number(text, "query_pre_attn_scalar", decoder.query_scalar) ** -0.5
     full = AttentionSpec(rope, scale)
@@ -222,8 +241,12 @@ def _layers(
         without = {**text, "rope_theta": None}  # which is the full layers'
         local = _rope(without, decoder, "sliding_attention", theta, rope.original_max_positions, head_dim)
         windowed = replace(windowed, rope=local)
-    is_windowed = _windowed_layers(text, decoder, num_layers)
-    return tuple(windowed if is_windowed[index] else full for index in range(num_layers))
+    layers = tuple(windowed if one else full for one in _windowed_layers(text, decoder, num_layers))
+    if decoder.shapes_differ:
+        return _shaped(text, decoder, layers, has_media=has_media)
+    if has_media and decoder.media_both_ways:
+        return tuple(replace(layer, media_both_ways=True) for layer in layers)
+    return layers
 
 
 def _window(text: dict[str, Any], decoder: DecoderDefaults, max_len: int) -> int | None:
@@ -245,12 +268,63 @@ def _windowed_layers(text: dict[str, Any], decoder: DecoderDefaults, num_layers:
         return [True] * num_layers
     if isinstance(kinds, list) and (decoder.full_every is not None or len(kinds) == num_layers):
         _check_layer_types(kinds, num_layers)
-        return [kind == "sliding_attention" for kind in kinds]
+        last = not decoder.shapes_differ and kinds[-1] == "sliding_attention"
+        return [*(kind == "sliding_attention" for kind in kinds[:-1]), last]
     if decoder.full_every is not None:
         every = positive_int(text, "sliding_window_pattern", decoder.full_every)
-        return [(index + 1) % every != 0 for index in range(num_layers)]
+        return [
+            (index + 1) % every != 0 and not (decoder.shapes_differ and index + 1 == num_layers)
+            for index in range(num_layers)
+        ]
     first = int(number(text, "max_window_layers", decoder.max_window_layers))
     return [index >= first for index in range(num_layers)]
+
+
+def _shaped(
+    text: dict[str, Any], decoder: DecoderDefaults, layers: Sequence[AttentionSpec], *, has_media: bool
+) -> tuple[AttentionSpec, ...]:
+    """With each layer's own shape. Layers without a window have heads of their own kind, the last layers read the keys
+    and values of the last one of their kind before them."""
+    if text.get("enable_moe_block"):
+        raise CheckpointError("config.json: experts (enable_moe_block) are not supported")
+    is_windowed = _windowed_layers(text, decoder, len(layers))
+    inner = positive_int(text, "intermediate_size", decoder.intermediate_size)
+    num_own = len(layers) - int(number(text, "num_kv_shared_layers", 0))
+    made = []
+    for index, (layer, windowed) in enumerate(zip(layers, is_windowed, strict=True)):
+        source = None
+        if index >= num_own:
+            source = next((i for i in range(num_own - 1, -1, -1) if is_windowed[i] is windowed), None)
+            if source is None:
+                raise CheckpointError("config.json: num_kv_shared_layers leaves no layer of each kind to read from")
+        _, num_kv_heads, head_dim = _heads({**text, **_layer_heads(text, index, windowed=windowed)}, decoder)
+        own = replace(
+            layer,
+            media_both_ways=has_media and windowed and text.get("use_bidirectional_attention") == "vision",
+            head_dim=head_dim,
+            num_kv_heads=num_kv_heads,
+            intermediate_size=2 * inner if source is not None and text.get("use_double_wide_mlp") else inner,
+            source=source,
+            keys_are_values=bool(text.get("attention_k_eq_v")) and not windowed,
+        )
+        made.append(own)
+    return tuple(made)
+
+
+def _layer_heads(text: dict[str, Any], index: int, *, windowed: bool) -> dict[str, Any]:
+    """The keys of heads that a layer has in place of the config's: in the hub's dialect one shape for all layers
+    without a window, in today's an object for each layer that differs."""
+    stated = text.get("per_layer_config")
+    if stated is None:
+        heads = text.get("num_global_key_value_heads") if text.get("attention_k_eq_v") else None
+        full = {"head_dim": positive_int(text, "global_head_dim", 512), "num_key_value_heads": heads}
+        return {} if windowed else {key: value for key, value in full.items() if value is not None}
+    own = stated.get(str(index), {}) if isinstance(stated, dict) else None
+    if not isinstance(own, dict) or not own.keys() <= {"head_dim", "num_key_value_heads"}:
+        raise CheckpointError(
+            f"config.json: per_layer_config of layer {index} may say head_dim and num_key_value_heads"
+        )
+    return own
 
 
 def _check_layer_types(kinds: list[Any], num_layers: int) -> None:

@@ -94,6 +94,7 @@ class Runner:
         """Hidden states of all tokens of a step: [tokens, hidden]."""
         hidden = self._model.embed(step.token_ids, step.token_types)
         step.context.layer_rows = self._place_media(step.media, hidden)
+        step.context.token_ids = step.token_ids
         return self._model.forward(hidden, step.positions, self._cache, step.context)
 
     @torch.inference_mode()

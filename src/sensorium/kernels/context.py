@@ -52,6 +52,7 @@ class AttentionContext:
     memories: Sequence[Tensor] = ()  # of encoder-decoders: what each sequence's tokens attend to besides, by the model
     aligned: dict[int, list[Tensor]] = field(default_factory=dict)
     """Sequences whose attention to their memories is wanted -> per layer, float32 [heads, tokens, rows of memory]."""
+    token_ids: Tensor | None = None  # int64 [tokens], for models whose inner layers look tokens up
     visible: Tensor | None = None  # int32 [tokens], keys that each token may see; None: up to its own
     layer_rows: LayerRows | None = None  # only for models with `deepstack`; see there
     others: list[AttentionContext] = field(default_factory=list)  # the same step by the other block tables: 1, 2, …

@@ -223,6 +223,7 @@ class DecoderModel(Model):
     weight_map: ClassVar[tuple[Rename, ...]] = DECODER_MAP
     quantizable: ClassVar[tuple[str, ...]] = ("model.", "lm_head.")
     partial_states: ClassVar[NeededStates] = "last"
+    decoder: ClassVar[type[Decoder]] = Decoder
     ignored: tuple[str, ...] = (".rotary_emb.inv_freq", "lm_head.")
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -232,7 +233,7 @@ class DecoderModel(Model):
             raise CheckpointError(f"{checkpoint.architecture} needs a decoder's configuration")
         self.text = config
         self.generates = type(self).generates and config.is_causal and config.has_head
-        self.model = Decoder(config, self._declare_head(config))
+        self.model = self.decoder(config, self._declare_head(config))
         self.poolers = self._make_poolers()
         self.long_context_from, self.stretched_from = config.long_context_from, config.stretched_from
         self.media_both_ways = any(spec.media_both_ways for spec in config.layers)

@@ -475,6 +475,7 @@ def _fill_parameters(module: nn.Module, slots: dict[str, _Slot], dtype: torch.dt
 
 def _whole(slot: _Slot, dtype: torch.dtype, device: torch.device) -> Tensor:
     value = torch.empty(slot.shape, dtype=dtype, device=device)
+    filled = value if value.dim() else value.view(1)
     for first, rows in slot.pieces():
-        value[first : first + rows.shape[0]].copy_(rows)
+        filled[first : first + rows.shape[0]].copy_(rows)
     return value

@@ -1,6 +1,7 @@
 """Rotary position embedding: positions -> cos and sin, computed once per step for all layers.
 
-Kinds: default, linear, dynamic, yarn, llama3, longrope. M-RoPE takes each frequency's position from one axis.
+Kinds: default, linear, dynamic, yarn, llama3, proportional, longrope. M-RoPE takes each frequency's position from one
+axis.
 """
 
 from __future__ import annotations
@@ -79,6 +80,8 @@ def _axes(config: RopeConfig, frequencies: int) -> Tensor | None:
 
 
 def _frequencies(config: RopeConfig, head_dim: int) -> Tensor:
+    if config.kind == "proportional":
+        return _proportional(config, head_dim)
     dim = int(head_dim * config.partial)
     inv_freq = 1.0 / (config.theta ** _exponents(dim, torch.device("cpu")))
     if config.kind == "linear":
@@ -87,6 +90,13 @@ def _frequencies(config: RopeConfig, head_dim: int) -> Tensor:
         return _llama3(inv_freq, config)
     if config.kind == "yarn":
         return _yarn(inv_freq, config, dim)
+    return inv_freq
+
+
+def _proportional(config: RopeConfig, head_dim: int) -> Tensor:
+    """All dimensions take part, most of them with frequency 0: the first ones turn as if they were all."""
+    inv_freq = 1.0 / (config.theta ** _exponents(head_dim, torch.device("cpu"))) / config.factor
+    inv_freq[int(config.partial * head_dim // 2) :] = 0
     return inv_freq
 
 

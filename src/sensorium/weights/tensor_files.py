@@ -60,6 +60,7 @@ class StoredTensor:
     def pieces(self) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows) of the whole tensor: so many that their conversion to another dtype takes little memory."""
         rows = self.view()
+        rows = rows if rows.dim() else rows.view(1)  # of one number
         step = max(1, CONVERT_BYTES * rows.shape[0] // max(1, rows.nbytes))
         for start in range(0, rows.shape[0], step):
             yield start, rows[start : start + step]

@@ -100,6 +100,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": False,
         },
     ),
+    "gemma4": ("gemma4_text", {}),
+    "gemma4-plain": (
+        "gemma4_text",
+        {
+            "attention_k_eq_v": False,
+            "num_kv_shared_layers": 0,
+            "use_double_wide_mlp": False,
+            "hidden_size_per_layer_input": 0,
+            "final_logit_softcapping": None,
+            "tie_word_embeddings": False,
+        },
+    ),
     "phi3": ("phi3", {}),
     "phi3-plain": ("phi3", {"rope_parameters": None, "sliding_window": 7, "original_max_position_embeddings": 512}),
     "phi3-attention-factor": ("phi3", {"rope_parameters": {**LONGROPE, "attention_factor": 1.5}}),
