@@ -70,9 +70,7 @@ class ServedModel:
         words than they chat with. `renderer` runs the templates; it is closed with this."""
         self.names = tuple(names)
         self.checkpoint = checkpoint
-        self.tokenizer = tokenizer
-        self.template = template
-        self.processor = processor
+        self.tokenizer, self.template, self.processor = tokenizer, template, processor
         self.client = client
         client.vocabulary = tokenizer.vocabulary(checkpoint.stop_token_ids)
         self.grammars = GrammarPool(client.vocabulary, checkpoint.vocab_size)
@@ -80,8 +78,7 @@ class ServedModel:
         self._server = server
         self.instructions = read_prompts(checkpoint.folder, checkpoint.config)
         self._pooling = read_pooling(checkpoint.folder, "cls", checkpoint.pooling)
-        self._wanted_len, self._task = max_model_len, task
-        self._max_logprobs = limits.max_logprobs
+        self._wanted_len, self._task, self._max_logprobs = max_model_len, task, limits.max_logprobs
         cuts_left = checkpoint.tokenizer_config.get("truncation_side") == "left"
         self._limit = ContextLimit(tokenizer, lambda: self.max_model_len, cuts_left=cuts_left)
         self._threads = PromptThreads(server.media_workers + 2)
