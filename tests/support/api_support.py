@@ -25,6 +25,7 @@ from sensorium.processors.base import Processor
 from sensorium.prompt.local import LocalRenderer, LocalTemplate
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.serving.model import ServedModel
+from sensorium.serving.templates import OwnTemplates
 from sensorium.types import EngineOutput, EngineReady, EngineRequest, EngineStats, FinishReason, TokenLogprob
 
 SPECIAL = ("<|end|>", "<|start|>", "<|stop|>")
@@ -233,7 +234,7 @@ def make_model(
         names=tuple(names),
         checkpoint=checkpoint,
         tokenizer=tokenizer,
-        template=template,
+        templates=OwnTemplates(template),
         processor=made,
         client=engine,  # type: ignore[arg-type]
         loader=MediaLoader(limits, workers=1),

@@ -25,7 +25,7 @@ from sensorium.prompt.encode import PairLimits, Side, Truncation
 from sensorium.prompt.grammars import GrammarPool
 from sensorium.prompt.inspection import Renderer
 from sensorium.prompt.renderer import RenderPool
-from sensorium.prompt.template import ChatTemplate, pooling_template_source, template_source
+from sensorium.prompt.template import pooling_template_source, template_source
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.serving.concurrency import PromptThreads
 from sensorium.serving.defaults import ModelDefaults
@@ -35,7 +35,7 @@ from sensorium.serving.media import FEATURE_CACHE_BYTES, MediaPipeline, media_li
 from sensorium.serving.pairs import PairPrompts, PairSide
 from sensorium.serving.prompts import PromptBuilder
 from sensorium.serving.tasks import TASK_FLAGS, Task
-from sensorium.serving.templates import Templates, format_of, opened
+from sensorium.serving.templates import OwnTemplates, Templates, format_of, opened
 from sensorium.types import PoolingTask, Prompt
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ _log = logging.getLogger("sensorium")
 
 
 class ServedModel:
-    """Built by `open`. `template` is None for models that cannot chat until they are given one. `format` is how the
-    model writes tool calls and reasoning; None if it does neither."""
+    """Built by `open`. `template`, of chats, is None for models that cannot chat until they are given one. `format` is
+    how the model writes tool calls and reasoning; None if it does neither."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class ServedModel:
         names: Sequence[str],
         checkpoint: Checkpoint,
         tokenizer: Tokenizer,
-        template: ChatTemplate | None,
+        templates: OwnTemplates,
         processor: Processor,
         client: EngineClient,
         loader: MediaLoader,
@@ -63,14 +63,11 @@ class ServedModel:
         limits: Limits,
         max_model_len: int | None = None,
         task: str = "auto",
-        tool_template: ChatTemplate | None = None,
-        pooling_template: ChatTemplate | None = None,
     ) -> None:
-        """`tool_template` is for chats that have tools, `pooling_template` for models that are embedded with other
-        words than they chat with. `renderer` runs the templates; it is closed with this."""
+        """`renderer` runs the templates; it is closed with this."""
         self.names = tuple(names)
         self.checkpoint = checkpoint
-        self.tokenizer, self.template, self.processor = tokenizer, template, processor
+        self.tokenizer, self.template, self.processor = tokenizer, templates.chat, processor
         self.client = client
         client.vocabulary = tokenizer.vocabulary(checkpoint.stop_token_ids)
         self.grammars = GrammarPool(client.vocabulary, checkpoint.vocab_size)
@@ -82,10 +79,8 @@ class ServedModel:
         cuts_left = checkpoint.tokenizer_config.get("truncation_side") == "left"
         self._limit = ContextLimit(tokenizer, lambda: self.max_model_len, cuts_left=cuts_left)
         self._threads = PromptThreads(server.media_workers + 2)
-        self.format = format_of(tool_template or template, tokenizer, server)
-        self._templates = Templates(
-            template, pooling_template, tools=tool_template, processor=processor, renderer=renderer, server=server
-        )
+        self.format = format_of(templates.tools or templates.chat, tokenizer, server)
+        self._templates = Templates(templates, processor=processor, renderer=renderer, server=server)
         self.prompts = self._prompt_builder(loader, limits)
         self._pairs, self.late = self._pair_prompts(), self._late_prompts()
 
@@ -168,9 +163,9 @@ class ServedModel:
             limits=limits,
             max_model_len=max_model_len,
             task=task,
-            template=None if source is None else opened(source, processor, renderer),
-            tool_template=None if of_tools is None else opened(of_tools, processor, renderer),
-            pooling_template=None if pooled is None else opened(pooled, processor, renderer),
+            templates=OwnTemplates(
+                *(None if one is None else opened(one, processor, renderer) for one in (source, of_tools, pooled))
+            ),
         )
 
     @property
@@ -229,7 +224,7 @@ class ServedModel:
 
     @property
     def embeds_texts_as_chats(self) -> bool:
-        template = self._templates.pooling
+        template = self._templates.own.fitting(pooled=True)
         return template is not None and template.source in OF_BARE_TEXTS
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from sensorium.config import ServerConfig
 from sensorium.errors import RequestError, StartupError
@@ -19,23 +20,24 @@ MAX_UNREAD_NAMES = 256
 _log = logging.getLogger("sensorium")
 
 
-class Templates:
-    """`chat` is None for models that cannot chat until they are given a template. `tools` is for chats that have tools,
-    `pooling` for models that are embedded with other words than they chat with. `renderer` runs the templates."""
+@dataclass(frozen=True, slots=True)
+class OwnTemplates:
+    """A model's. `chat` is None if it cannot chat until it is given one. `tools` is for chats that have tools,
+    `pooling` for models that are embedded with other words than they chat with; None: as `chat`."""
 
-    def __init__(
-        self,
-        chat: ChatTemplate | None,
-        pooling: ChatTemplate | None,
-        *,
-        tools: ChatTemplate | None = None,
-        processor: Processor,
-        renderer: Renderer,
-        server: ServerConfig,
-    ) -> None:
-        self.chat = chat
-        self.tools = tools or chat
-        self.pooling = pooling or chat
+    chat: ChatTemplate | None
+    tools: ChatTemplate | None = None
+    pooling: ChatTemplate | None = None
+
+    def fitting(self, *, pooled: bool, has_tools: bool = False) -> ChatTemplate | None:
+        return (self.pooling if pooled else self.tools if has_tools else None) or self.chat
+
+
+class Templates:
+    """`renderer` runs the templates."""
+
+    def __init__(self, own: OwnTemplates, *, processor: Processor, renderer: Renderer, server: ServerConfig) -> None:
+        self.own = own
         self._processor = processor
         self._renderer = renderer
         self._server = server
@@ -44,7 +46,7 @@ class Templates:
     async def find(self, source: str | None, tenant: bytes, *, pooled: bool, has_tools: bool = False) -> ChatTemplate:
         """The template of a request: `source` is what it brings, if anything."""
         if source is None:
-            default = self.pooling if pooled else self.tools if has_tools else self.chat
+            default = self.own.fitting(pooled=pooled, has_tools=has_tools)
             if default is None:
                 raise RequestError(
                     "This model has no chat template. Start the server with --chat-template.",
