@@ -81,10 +81,13 @@ def _gptq(stated: Mapping[str, Any]) -> StoredQuantization:
 
 
 def _auto_round(stated: Mapping[str, Any]) -> StoredQuantization:
-    """AutoRound packs as another method does and says which: "auto_round:auto_gptq", in old versions as `backend`."""
+    """AutoRound packs as another method does and says which: "auto_round:auto_gptq", or the method alone; in old
+    versions as `backend`, which may name a kernel behind it."""
     method = "auto-round"
     packing = str(stated.get("packing_format") or stated.get("backend") or "auto_round:auto_gptq")
-    reader = {"auto_gptq": _gptq, "gptq": _gptq, "auto_awq": _awq, "awq": _awq}.get(packing.partition(":")[2])
+    reader = {"auto_gptq": _gptq, "gptq": _gptq, "auto_awq": _awq, "awq": _awq}.get(
+        packing.removeprefix("auto_round:").partition(":")[0]
+    )
     if reader is None:
         _refuse(f"{method} with packing_format {packing!r}")
     _one_of(method, "data_type", stated.get("data_type") or "int", ("int",))

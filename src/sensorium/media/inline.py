@@ -15,6 +15,7 @@ from sensorium.units import size_text
 MAX_HEAD = 256  # characters before the comma
 DATA_URL = re.compile(r"data:([^,;]*)((?:;[^,;]*)*),", re.IGNORECASE)
 WHITESPACE = re.compile(r"[ \t\r\n\f]+")
+ESCAPED_SPACES = ("%20", "%09", "%0D", "%0d", "%0A", "%0a", "%0C", "%0c")
 QUANTUM = 4  # characters, for three bytes
 PIECE_CHARS = 256 * 1024
 BAD_BASE64 = (
@@ -61,7 +62,9 @@ def _types_of(kind: Modality) -> tuple[str, ...]:
 
 def decode_base64(text: str, max_bytes: int) -> bytes:
     """Standard base64 with padding. ASCII whitespace and percent-encoding are tolerated, nothing else is."""
-    significant = len(text) - 2 * text.count("%") - sum(text.count(space) for space in " \t\r\n\f")
+    significant = len(text) - 2 * text.count("%") - sum(map(text.count, " \t\r\n\f"))
+    if "%" in text:
+        significant -= sum(map(text.count, ESCAPED_SPACES))
     if significant * 3 // 4 - 2 > max_bytes:
         raise Refusal("file_size", f"The {{kind}}'s file is larger than {size_text(max_bytes)}.")
     payload = b"".join(_decoded(text))

@@ -84,15 +84,13 @@ LAYOUTS: dict[str, tuple[Writer, Quantization, bool]] = {
     ),
     "auto-round-asymmetric": (
         lambda folder: write_gptq(
-            folder, symmetric=False, config={"quant_method": "intel/auto-round", "backend": "auto_round:gptq"}
+            folder, symmetric=False, config={"quant_method": "intel/auto-round", "backend": "auto_round:gptq:exllamav2"}
         ),
         Quantization(4, 32),
         True,
     ),
     "auto-round-awq": (
-        lambda folder: write_awq(
-            folder, config={"quant_method": "auto-round", "packing_format": "auto_round:auto_awq"}
-        ),
+        lambda folder: write_awq(folder, config={"quant_method": "auto-round", "packing_format": "auto_awq"}),
         Quantization(4, 32),
         True,
     ),
