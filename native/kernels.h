@@ -41,7 +41,7 @@ struct Attention {
     const int32_t* block_tables;  // [sequences, max_blocks]
     const int32_t* query_start;   // [sequences + 1]
     const int32_t* seq_lens;      // [sequences] keys of each sequence
-    const int32_t* visible;       // [tokens] keys that a causal query sees at most, in place of those up to its own; null
+    const int32_t* visible;  // [tokens] keys that a causal query sees at most, in place of those up to its own; null
     int64_t max_blocks;
     int32_t sequences, heads, kv_heads, head_dim, block_size;
     int32_t causal;  // query i of n sees keys up to seq_len - n + i
@@ -72,7 +72,7 @@ struct DecoderStep {
     const bf16* hidden;
     bf16* out;
     const float* const* rotations;  // cos, sin of each number, [tokens, rotary / 2]
-    void* const* caches;     // keys, values of each layer: [blocks, kv_heads, block_size, head_dim]
+    void* const* caches;            // keys, values of each layer: [blocks, kv_heads, block_size, head_dim]
     const int64_t* slots;
     const int32_t *block_tables, *query_start, *seq_lens, *visible;
     const int64_t* rows;  // ascending: the tokens whose results are wanted, others are undefined; null: all
