@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from support.checkpoints import make_qwen2_vl, read_weights, write_weights
+from support.checkpoints import make_qwen2_5_vl, make_qwen2_vl, read_weights, write_weights
 from support.engine_harness import bench
 from support.image_families import noise
 from transformers import ColQwen2Config, ColQwen2ForRetrieval, Qwen2VLImageProcessorPil
@@ -96,3 +96,29 @@ async def test_pages_and_queries(tmp_path: Path, kind: str) -> None:
             expected = oracle(input_ids=ids, attention_mask=torch.ones_like(ids), **options, **kinds).embeddings[0]
         np.testing.assert_allclose(ours, expected.numpy(), atol=1e-4)
     assert late.score(found[1], found[0]) > 0
+
+
+def test_the_generation_on_qwen2_5_vl(tmp_path: Path) -> None:
+    """colpali-engine's class: the language model's last states through a head of their own, of length 1."""
+    base = make_qwen2_5_vl(tmp_path).eval()
+    head = torch.nn.Linear(base.config.text_config.hidden_size, 24)
+    weights = {name: value for name, value in read_weights(tmp_path).items() if name != "lm_head.weight"}
+    write_weights(tmp_path, weights | {f"custom_text_proj.{name}": value for name, value in head.state_dict().items()})
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace("Qwen2_5_VLForConditionalGeneration", "ColQwen2_5"))
+    checkpoint = open_checkpoint(tmp_path)
+    model = load_model(checkpoint, dtype=torch.float32, device="cpu")
+    processor = load_class(checkpoint.family.processor)(checkpoint, Tokenizer.from_folder(tmp_path))
+    page = noise(90, 130)
+    prompt = processor.build(VISUAL.format("<|image_pad|>"), [processor.process(page)], add_special_tokens=False)
+    asked = EngineRequest(0, prompt, pooling=PoolingParams("token_embed"))
+    (found,) = bench(model, max_num_batched_tokens=20).run(asked)
+    made = Qwen2VLImageProcessorPil.from_pretrained(tmp_path)(
+        [page.data], return_tensors="pt", input_data_format="channels_last"
+    )
+    ids = torch.from_numpy(prompt.token_ids).long()[None]
+    positions = torch.from_numpy(prompt.positions).long()[:, None]
+    with torch.inference_mode():
+        states = base.model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, **made)
+        expected = torch.nn.functional.normalize(head(states.last_hidden_state[0]), dim=-1)
+    np.testing.assert_allclose(found.vector, expected.numpy(), atol=1e-4)
