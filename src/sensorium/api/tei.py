@@ -12,11 +12,12 @@ from sensorium.api.embeddings import check_dimensions
 from sensorium.api.pooled import Job, chosen_prompt, opened, pool_inputs
 from sensorium.api.pooling import max_tokens_of, task_json
 from sensorium.api.protocol.tei import EmbedRequest, PredictRequest, SimilarityRequest
-from sensorium.api.score import Side, compare
+from sensorium.api.score import Comparison, side_of
 from sensorium.api.transport.asgi import Call
 from sensorium.api.vectors import vector_json, written_in_time
 from sensorium.errors import RequestError
 from sensorium.prompt.encode import PairLimits
+from sensorium.serving.comparing import compare
 from sensorium.serving.pooled import Pooled, Vector
 from sensorium.types import PoolingParams
 
@@ -87,9 +88,9 @@ async def similarity(context: Context, call: Call) -> None:
     async with opened(context, call, SimilarityRequest) as job:
         given = job.request.inputs
         pooled = await compare(
-            job,
-            Side([given.source_sentence], "inputs.source_sentence", 0, is_list=False),
-            Side(given.sentences, "inputs.sentences", 0),
+            Comparison(job),
+            side_of(job, [given.source_sentence], "inputs.source_sentence", 0, is_list=False),
+            side_of(job, given.sentences, "inputs.sentences", 0),
         )
         await call.respond(msgspec.json.encode([float(vector[0]) for vector in pooled.vectors]))
 
