@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sensorium.kernels import Activation, DecoderLayerParts, Quantization, reference
-from sensorium.kernels.context import AttentionContext
+from sensorium.kernels.context import AttentionContext, LayerCache
 from sensorium.kernels.cpu import native
 from sensorium.kernels.cpu.library import ACTIVATIONS
 from sensorium.kernels.cpu.linear import MappedLinear, NativeLinear, PackedLinear
@@ -312,10 +312,10 @@ def test_decoder_is_its_kernels_one_by_one(
     context = context_of(query_lens, context_lens, 16, 48)
     if is_gemma:
         context.visible = visible_of(context, 3, 100, 290)
-    cache = [(random_bf16(48, kv_heads, 16, dim), random_bf16(48, kv_heads, 16, dim)) for _ in range(3)]
+    cache = [LayerCache(random_bf16(48, kv_heads, 16, dim), random_bf16(48, kv_heads, 16, dim)) for _ in range(3)]
     if int8:
-        cache = [(reference.quantize_heads(k), reference.quantize_heads(v)) for k, v in cache]
-    twin = [(k.clone(), v.clone()) for k, v in cache]
+        cache = [LayerCache(*map(reference.quantize_heads, layer[:2])) for layer in cache]
+    twin = [(layer.keys.clone(), layer.values.clone()) for layer in cache]
     layers = [
         DecoderLayerParts(
             random_bf16(hidden),
@@ -372,7 +372,7 @@ def test_decoder_is_its_kernels_one_by_one(
         assert torch.equal(ours[0], theirs[0])
         assert torch.equal(ours[1], theirs[1])
     rows = torch.tensor([0, 2, 3, 77, 519])  # all that is read; keys and values are written of every token
-    for part in (part for pair in cache for part in pair):
+    for part in (part for layer in cache for part in (layer.keys, layer.values)):
         part[context.slots // 16, :, context.slots % 16] = 0
     assert torch.equal(decoder(x, rotations, cache, context, rows)[rows], got[rows])
     for ours, theirs in zip(cache, twin, strict=True):
