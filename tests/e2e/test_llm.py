@@ -169,6 +169,26 @@ def test_vectors_are_those_of_http(llm: LLM, http: httpx.Client) -> None:
     assert tokens.outputs.data.shape == (len(tokens.prompt_token_ids), len(raw.outputs.embedding))
 
 
+def test_scores_compare_vectors_and_rank(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="generates text"):
+        llm.score("a", "b")
+    image = {"type": "image", "image": drawing()}
+    with LLM(task="embed", **SIZES) as embedder:
+        texts = ["a red circle", "hello", "a blue star"]
+        vectors = [one.outputs.embedding for one in embedder.embed(texts)]
+        scores = [one.outputs.score for one in embedder.score(texts[0], texts)]
+        np.testing.assert_allclose(scores, [vectors[0] @ vector for vector in vectors], atol=1e-5)
+        assert [one.outputs.score for one in embedder.score(texts, texts)] == pytest.approx([1, 1, 1], abs=1e-5)
+        ranked = embedder.rerank(texts[0], texts, top_n=2)
+        assert [one.relevance_score for one in ranked] == pytest.approx(sorted(scores, reverse=True)[:2], abs=1e-5)
+        assert ranked[0].index == 0
+        assert embedder.score([image], [[image]])[0].outputs.score == pytest.approx(1, abs=1e-5)
+        with pytest.raises(RequestError, match="1 and N"):
+            embedder.score(["a", "b"], ["a", "b", "c"])
+        with pytest.raises(RequestError, match="must not be empty"):
+            embedder.rerank("a", [])
+
+
 async def test_streams_grow_and_end_early() -> None:
     async with AsyncLLM(**SIZES) as llm:
         texts = [one.outputs[0].text async for one in llm.chat([{"role": "user", "content": "Who are you?"}], GREEDY)]

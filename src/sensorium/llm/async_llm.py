@@ -18,19 +18,30 @@ from sensorium.api.generated import Asker
 from sensorium.api.protocol.chat import ChatRequest
 from sensorium.api.protocol.common import Body, UnknownFields
 from sensorium.api.protocol.completion import CompletionRequest
-from sensorium.api.protocol.content import Conversation
+from sensorium.api.protocol.content import Conversation, conversation
 from sensorium.api.protocol.pooling import PoolingRequest
 from sensorium.api.protocol.validation import parse_json
 from sensorium.config import Limits, ServeOptions
 from sensorium.errors import RequestError, SensoriumError
 from sensorium.llm.answers import Answers, Unobserved
+from sensorium.llm.comparing import Compared, ProgramComparison, side_of
 from sensorium.llm.inputs import Chat as Messages
 from sensorium.llm.inputs import PooledInput, PromptInput, is_chat, many, parts_of
 from sensorium.llm.media import PythonParts
 from sensorium.llm.options import options_of
 from sensorium.llm.params import PoolingParams, SamplingParams
-from sensorium.llm.results import Classification, Embedding, PooledData, PooledOutput, RequestOutput, Vector
+from sensorium.llm.results import (
+    Classification,
+    Embedding,
+    PooledData,
+    PooledOutput,
+    Ranked,
+    RequestOutput,
+    Score,
+    Vector,
+)
 from sensorium.media.source import MediaSource
+from sensorium.serving.comparing import Side, compare
 from sensorium.serving.generation import GenerationRequest, generate
 from sensorium.serving.model import ServedModel
 from sensorium.serving.pooled import Pooling, PoolingOptions
@@ -237,6 +248,60 @@ class AsyncLLM:
         found = await self._pooled(inputs, task, pooling_params or PoolingParams())
         return [PooledOutput(self._name(), PooledData(data), ids) for data, ids in found]
 
+    async def score(
+        self,
+        data_1: Compared | Sequence[Compared],
+        data_2: Compared | Sequence[Compared],
+        pooling_params: PoolingParams | None = None,
+        *,
+        instruction: str | None = None,
+    ) -> list[PooledOutput[Score]]:
+        """One score for each pair: 1 and 1, 1 and N, or N and N. A reranker reads both together; of an embedder the
+        vectors are compared."""
+        sides = [side_of(one, name, self._content) for one, name in ((data_1, "data_1"), (data_2, "data_2"))]
+        left, right = sides
+        if len(left.items) not in (1, len(right.items)):
+            raise RequestError(
+                f"`data_1` has {len(left.items)} entries and `data_2` {len(right.items)}; they must be 1 and 1, "
+                "1 and N or N and N.",
+                param="data_1",
+            )
+        found = await self._scores(left, right, pooling_params or PoolingParams(), instruction)
+        return [PooledOutput(self._name(), Score(one), []) for one in found]
+
+    async def rerank(
+        self,
+        query: Compared,
+        documents: Sequence[Compared],
+        pooling_params: PoolingParams | None = None,
+        *,
+        top_n: int | None = None,
+        instruction: str | None = None,
+    ) -> list[Ranked]:
+        """The documents' places and scores, best first."""
+        left, right = side_of(query, "query", self._content), side_of(documents, "documents", self._content)
+        scores = await self._scores(left, right, pooling_params or PoolingParams(), instruction)
+        best = sorted(range(len(scores)), key=lambda index: -scores[index])[:top_n]
+        return [Ranked(index, scores[index]) for index in best]
+
+    async def _scores(self, left: Side, right: Side, own: PoolingParams, instruction: str | None) -> list[float]:
+        program = self._opened
+        model = program.model
+        pooling = Pooling(model, program.limits, PoolingOptions(), program.observer, started_s=perf_counter())
+        comparison = ProgramComparison(
+            model,
+            program.name,
+            pooling,
+            own.of("score", 0),
+            instruction,
+            model.truncation(own.truncate_prompt_tokens, None),
+            self._need,
+        )
+        return [float(vector[0]) for vector in (await compare(comparison, left, right)).vectors]
+
+    def _content(self, parts: Sequence[Mapping[str, Any]]) -> Conversation:
+        return self._conversation([{"role": "user", "content": list(parts)}])
+
     async def _pooled(
         self, inputs: Sequence[PooledInput] | PooledInput, task: PoolingTask, own: PoolingParams
     ) -> list[tuple[Vector, list[int]]]:
@@ -262,13 +327,16 @@ class AsyncLLM:
     def _input(self, given: PooledInput) -> str | list[int] | Conversation:
         if isinstance(given, str):
             return given
-        if not is_chat(given):
-            ids: Any = given
-            return list(ids)
+        if is_chat(given):
+            return self._conversation(given)
+        ids: Any = given
+        return list(ids)
+
+    def _conversation(self, messages: Messages) -> Conversation:
         parts = PythonParts()
-        request = self._read(PoolingRequest, {"messages": parts.replaced(given)})
-        (found,) = request.inputs(self.model.processor.modalities, self._opened.limits)
-        return replace(found, media=parts.with_objects(found.media)) if isinstance(found, Conversation) else found
+        request = self._read(PoolingRequest, {"messages": parts.replaced(messages)})
+        found = conversation(request.chats[0], self.model.processor.modalities, self._opened.limits)
+        return replace(found, media=parts.with_objects(found.media))
 
     def _name(self) -> str:
         return f"request-{next(self._ids)}"

@@ -12,10 +12,11 @@ from typing import Any, Self, TypeVar
 
 from sensorium.errors import RequestError
 from sensorium.llm.async_llm import AsyncLLM
+from sensorium.llm.comparing import Compared
 from sensorium.llm.inputs import Chat, PooledInput, PromptInput, many_chats, many_prompts
 from sensorium.llm.params import PoolingParams, SamplingParams
 from sensorium.llm.progress import progress
-from sensorium.llm.results import Classification, Embedding, PooledData, PooledOutput, RequestOutput
+from sensorium.llm.results import Classification, Embedding, PooledData, PooledOutput, Ranked, RequestOutput, Score
 from sensorium.types import PoolingTask
 
 T = TypeVar("T")
@@ -90,6 +91,29 @@ class LLM:
         pooling_task: PoolingTask | None = None,
     ) -> list[PooledOutput[PooledData]]:
         return self._run(self._llm.encode(inputs, pooling_params, pooling_task=pooling_task))
+
+    def score(
+        self,
+        data_1: Compared | Sequence[Compared],
+        data_2: Compared | Sequence[Compared],
+        pooling_params: PoolingParams | None = None,
+        *,
+        instruction: str | None = None,
+    ) -> list[PooledOutput[Score]]:
+        """One score for each pair. See `AsyncLLM.score`."""
+        return self._run(self._llm.score(data_1, data_2, pooling_params, instruction=instruction))
+
+    def rerank(
+        self,
+        query: Compared,
+        documents: Sequence[Compared],
+        pooling_params: PoolingParams | None = None,
+        *,
+        top_n: int | None = None,
+        instruction: str | None = None,
+    ) -> list[Ranked]:
+        """The documents' places and scores, best first."""
+        return self._run(self._llm.rerank(query, documents, pooling_params, top_n=top_n, instruction=instruction))
 
     def _answers(
         self,

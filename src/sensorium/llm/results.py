@@ -100,10 +100,3 @@ class Ranked:
 
     index: int
     relevance_score: float
-    document: str
-
-
-@dataclass(frozen=True, slots=True)
-class Transcription:
-    text: str
-    duration_s: float

@@ -187,7 +187,7 @@ class InputBody(SequencesBody):
                 pooled_item(item, self.place(index), modalities, limits)
                 for index, item in enumerate(self._given_inputs())
             ]
-        chats = self._chats()
+        chats = self.chats
         many = len(chats) > 1 or isinstance(self.messages[0], list)
         return [
             conversation(chat, modalities, limits, where=f"messages[{index}]" if many else "messages")
@@ -196,7 +196,7 @@ class InputBody(SequencesBody):
 
     @property
     def count(self) -> int:
-        return len(self._chats()) if self.messages is not None else len(self._given_inputs())
+        return len(self.chats) if self.messages is not None else len(self._given_inputs())
 
     def place(self, index: int) -> str:
         if self.input is None:
@@ -213,7 +213,9 @@ class InputBody(SequencesBody):
         many: list[str] | list[list[int]] = given
         return many
 
-    def _chats(self) -> list[list[ChatMessage]]:
+    @property
+    def chats(self) -> list[list[ChatMessage]]:
+        """Of `messages`, one or several."""
         given: Any = self.messages or []
         chats: list[list[ChatMessage]] = given if given and isinstance(given[0], list) else [given]
         return chats
