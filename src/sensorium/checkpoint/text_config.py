@@ -171,15 +171,17 @@ def read_text_config(config: dict[str, Any], family: Family) -> TextConfig:
         embedding_scale=positive_int(text, "hidden_size", decoder.hidden_size) ** (0.5 * decoder.scales_embeddings),
         logit_cap=_logit_cap(text) if decoder.caps_logits else None,
         is_causal=_is_causal(text),
-        layer_embedding_size=_layer_embedding_size(text) if decoder.shapes_differ else 0,
-        layer_vocab_size=positive_int(text, "vocab_size_per_layer_input", decoder.vocab_size),
+        **(_layer_embeddings(text, decoder) if decoder.shapes_differ else {}),
     )
 
 
-def _layer_embedding_size(text: dict[str, Any]) -> int:
-    """Null and 0 mean that there are no such embeddings."""
+def _layer_embeddings(text: dict[str, Any], decoder: DecoderDefaults) -> dict[str, Any]:
+    """The sizes of their table. Null and 0 mean that there are no such embeddings."""
     key = "hidden_size_per_layer_input"
-    return positive_int(text, key, 256) if text.get(key, 256) else 0
+    return {
+        "layer_embedding_size": positive_int(text, key, 256) if text.get(key, 256) else 0,
+        "layer_vocab_size": positive_int(text, "vocab_size_per_layer_input", decoder.vocab_size),
+    }
 
 
 def _renamed(text: dict[str, Any], decoder: DecoderDefaults) -> dict[str, Any]:
