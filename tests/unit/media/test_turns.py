@@ -116,7 +116,7 @@ async def test_slow_names_delay_neither_other_domains_nor_other_tenants(monkeypa
 
 
 async def test_turns_of_several_places_wait_for_all_of_them_and_are_not_passed() -> None:
-    turns = Turns(10, 120)
+    turns = Turns(10, 10)
     await turns.take(b"a", 6)
     large = asyncio.ensure_future(turns.take(b"b", 8))
     small = asyncio.ensure_future(turns.take(b"c", 1))
