@@ -105,7 +105,7 @@ def omni_placeholder(kind: Modality, index: int) -> str:
 def compiled(name: str) -> LocalTemplate:
     source, tokenizer = TEMPLATES[name]
     kinds: tuple[Modality, ...] = ("image",)
-    place = omni_placeholder if "Omni" in name else qwen_placeholder if "wen2" in name else placeholder
+    place = omni_placeholder if "Omni" in name else qwen_placeholder if "wen" in name else placeholder
     return LocalTemplate(source, tokenizer, modalities=kinds, placeholder=place)
 
 
@@ -153,7 +153,7 @@ def test_pictures_stand_where_the_template_puts_them(name: str) -> None:
     ]
     found = compiled(name).render(chat)
     assert found == oracle(name, chat, add_generation_prompt=True)
-    assert found.count("<|IMAGE|>" if "Omni" in name else "<|image_pad|>" if "wen2" in name else "<image>") == 3
+    assert found.count("<|IMAGE|>" if "Omni" in name else "<|image_pad|>" if "wen" in name else "<image>") == 3
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
