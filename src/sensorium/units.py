@@ -41,6 +41,15 @@ def size_text(size_bytes: int) -> str:
     return f"{size_bytes} bytes"
 
 
+def decimal_text(size_bytes: float) -> str:
+    """1536000 -> "1.5 MB": for the log's line of what a server takes, which people and scripts compare with files."""
+    for unit in ("B", "kB", "MB"):
+        if abs(size_bytes) < 999.5:
+            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:.2f} GB"
+
+
 def size_flag(size_bytes: int) -> str:
     """1048576 -> "1MiB": as a flag's value, which `parse_size` reads back exactly."""
     text = size_text(size_bytes).replace(" ", "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sensorium.units import GiB, MiB, parse_size, size_flag, size_text
+from sensorium.units import GiB, MiB, decimal_text, parse_size, size_flag, size_text
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,8 @@ def test_sizes_are_read_with_every_unit(text: str, size_bytes: int) -> None:
 def test_what_is_no_size_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(ValueError, match="write 256MiB, 4GB or a number of bytes"):
         parse_size(text)
+
+
+def test_the_log_s_sizes_are_decimal() -> None:
+    sizes = (0, 999, 1000, 1_536_000, 999_400, 2_000_000_000)
+    assert [decimal_text(size) for size in sizes] == ["0 B", "999 B", "1.0 kB", "1.5 MB", "999.4 kB", "2.00 GB"]

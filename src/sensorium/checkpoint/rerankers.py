@@ -8,16 +8,18 @@ or it is known by its name.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sensorium.checkpoint import pair_templates
-from sensorium.checkpoint.tokens import token_ids
+from sensorium.checkpoint.tokens import has_tokens, token_ids
 from sensorium.checkpoint.values import read_json
 from sensorium.errors import CheckpointError
 
+_log = logging.getLogger("sensorium")
 _DIFFERENCE, _LOGITS = "from_2_way_softmax", "no_post_processing"  # vLLM's words for `method`
 
 
@@ -65,7 +67,7 @@ def score_tokens(folder: Path, config: Mapping[str, Any], recipe: Recipe | None)
     stated = config.get("classifier_from_token")
     if stated is None and (saved := _saved(folder)) is not None:
         return saved
-    if stated is None and recipe is None:
+    if stated is None and (recipe is None or _is_named_only(folder, config, recipe)):
         return None
     words: Any = stated if stated is not None else recipe and recipe.tokens
     if not isinstance(words, list | tuple) or not all(isinstance(one, str) for one in words):
@@ -80,6 +82,18 @@ def score_tokens(folder: Path, config: Mapping[str, Any], recipe: Recipe | None)
         )
     ids = token_ids(folder, words)
     return ScoreTokens(ids[1:], ids[0]) if method == _DIFFERENCE else ScoreTokens(ids)
+
+
+def _is_named_only(folder: Path, config: Mapping[str, Any], recipe: Recipe) -> bool:
+    """Whether nothing but its name makes a folder a reranker: it lacks the tokens, so it is served as what it is."""
+    if config.get("is_original_qwen3_reranker") is True or has_tokens(folder, recipe.tokens):
+        return False
+    _log.warning(
+        "%s is called like a reranker, but its tokenizer has no %s: it is served as a model that generates",
+        folder.name,
+        " or ".join(map(repr, recipe.tokens)),
+    )
+    return True
 
 
 def _saved(folder: Path) -> ScoreTokens | None:

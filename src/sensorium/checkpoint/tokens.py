@@ -62,6 +62,11 @@ def special_token(tokenizer_config: Mapping[str, Any], name: str) -> str | None:
     return text if isinstance(text, str) else None
 
 
+def has_tokens(folder: Path, tokens: Iterable[str]) -> bool:
+    """Whether they are whole tokens of the vocabulary."""
+    return _vocabulary(folder).keys() >= set(tokens)
+
+
 def token_ids(folder: Path, tokens: Iterable[str]) -> tuple[int, ...]:
     """The ids of whole tokens of the vocabulary. CheckpointError names one that there is not."""
     vocabulary = _vocabulary(folder)

@@ -16,7 +16,7 @@ from sensorium.config import ServeOptions
 from sensorium.startup.model import Starting, opened, start
 from sensorium.system.malloc import return_large_blocks
 from sensorium.system.processes import family, resident_bytes
-from sensorium.units import size_text
+from sensorium.units import decimal_text
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -149,11 +149,11 @@ def _say_ready(starting: Starting, url: str, seconds: float) -> None:
         ready.device,
         ready.dtype,
         ready.max_model_len,
-        size_text(ready.weight_bytes),
-        size_text(ready.kv_bytes),
+        decimal_text(ready.weight_bytes),
+        decimal_text(ready.kv_bytes),
         ready.kv_tokens,
-        size_text(everybody),
-        size_text(own),
-        size_text(engine),
-        size_text(everybody - own - engine),
+        decimal_text(everybody),
+        decimal_text(own),
+        decimal_text(engine),
+        decimal_text(everybody - own - engine),
     )

@@ -137,3 +137,13 @@ def test_a_chat_model_of_another_name_stays_one(tmp_path: Path) -> None:
         make_qwen3(tmp_path / name)
         assert open_checkpoint(tmp_path / name).score_tokens is None
         assert load_model(open_checkpoint(tmp_path / name), dtype=torch.float32, device="cpu").generates
+
+
+def test_a_name_alone_makes_no_reranker(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A folder that is called like one and whose tokenizer lacks the words is served as what it is."""
+    folder = tmp_path / "my_Qwen3-Reranker-0.6B"
+    make_qwen3(folder)
+    assert open_checkpoint(folder).score_tokens is None
+    assert "no 'no' or 'yes'" in caplog.text
+    with pytest.raises(CheckpointError, match="no token 'no'"):
+        open_checkpoint(folder, None, AS_VLLM)
