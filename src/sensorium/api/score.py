@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -14,83 +12,67 @@ from sensorium.api.pooled import Job, opened, usage_object
 from sensorium.api.protocol.score import ComparingBody, RerankRequest, ScoreRequest, is_plain, plain_text
 from sensorium.api.transport.asgi import Call
 from sensorium.api.vectors import envelope
-from sensorium.prompt.encode import Truncation
-from sensorium.serving.comparing import Item, Permit, Side, compare
-from sensorium.serving.model import ServedModel
-from sensorium.serving.pooled import Pooled, Pooling
-from sensorium.types import PoolingParams, Prompt
+from sensorium.serving.comparing import Comparison, Item, Side, compare
+from sensorium.serving.pooled import Chat, Pooled
 
 
-def side_of(job: Job[Any], items: Sequence[Any], name: str, max_tokens: int, *, is_list: bool = True) -> Side:
-    """`items` are texts, or contents of text and media; `name` is where they stand in the request."""
+def side_of(
+    items: Sequence[Any], name: str, max_tokens: int, chat: Callable[[Any, str], Chat], *, is_list: bool = True
+) -> Side:
+    """`items` are texts, or contents of text and media; `name` is where they stand in the request. `chat` makes a
+    conversation of a content and its place."""
 
     def item(index: int, given: Any) -> Item:
-        place = f"{name}[{index}]" if is_list else name
         if is_plain(given):
             return Item(plain_text(given) or "")
-        takes = job.model.processor.modalities
-        return Item(plain_text(given), lambda: given.conversation(place, takes, job.context.limits))
+        place = f"{name}[{index}]" if is_list else name
+        return Item(plain_text(given), lambda: chat(given, place))
 
     return Side([item(index, given) for index, given in enumerate(items)], name, max_tokens, is_list)
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """A `Comparer` over HTTP."""
+def sides_of(request: ScoreRequest, chat: Callable[[Any, str], Chat]) -> tuple[Side, Side]:
+    left, right = (
+        side_of(items, name, most or 0, chat, is_list=isinstance(getattr(request, name), list))
+        for items, name, most in zip(
+            request.sides, request.names, (request.max_tokens_per_query, request.max_tokens_per_doc), strict=True
+        )
+    )
+    return left, right
 
-    job: Job[ComparingBody]
 
-    @property
-    def model(self) -> ServedModel:
-        return self.job.model
+def chat_of(job: Job[Any]) -> Callable[[Any, str], Chat]:
+    def chat(item: Any, place: str) -> Chat:
+        made: Chat = item.conversation(place, job.model.processor.modalities, job.context.limits)
+        return made
 
-    @property
-    def name(self) -> str:
-        return self.job.entry.name
+    return chat
 
-    @property
-    def pooling(self) -> Pooling:
-        return self.job.pooling
 
-    @property
-    def params(self) -> PoolingParams:
-        return self.job.request.params()
+def comparison_of(job: Job[ComparingBody]) -> Comparison:
+    request, entry = job.request, job.entry
+    return Comparison(
+        job.model,
+        entry.name,
+        job.pooling,
+        request.params(),
+        request.instruction,
+        job.truncation(),
+        request.add_special_tokens is not False,
+        entry.need,
+        entry.pooling_admission.admit,
+        job.run,
+    )
 
-    @property
-    def instruction(self) -> str | None:
-        return self.job.request.instruction
 
-    @property
-    def truncation(self) -> Truncation | None:
-        return self.job.truncation()
-
-    @property
-    def frames_texts(self) -> bool:
-        return self.job.request.add_special_tokens is not False
-
-    def need(self, task: str, *, doing: str) -> None:
-        self.job.entry.need(task, doing=doing)
-
-    def admit(self, count: int) -> AbstractContextManager[Permit]:
-        return self.job.entry.pooling_admission.admit(count)
-
-    async def run(self, prompts: Sequence[Prompt], params: PoolingParams | Sequence[PoolingParams]) -> Pooled:
-        return await self.job.run(prompts, params)
+def best_first(scores: Sequence[float], count: int | None) -> list[int]:
+    """Where the best stand, `count` of them at the most; None or 0 for all."""
+    return sorted(range(len(scores)), key=lambda index: -scores[index])[: count or len(scores)]
 
 
 async def score(context: Context, call: Call) -> None:
     async with opened(context, call, ScoreRequest) as job:
-        request, names, (left, right) = job.request, job.request.names, job.request.sides
-        pooled = await compare(
-            Comparison(job),
-            *(
-                side_of(job, items, name, most or 0, is_list=isinstance(getattr(request, name), list))
-                for items, name, most in (
-                    (left, names[0], request.max_tokens_per_query),
-                    (right, names[1], request.max_tokens_per_doc),
-                )
-            ),
-        )
+        pooled = await compare(comparison_of(job), *sides_of(job.request, chat_of(job)))
         rows = [
             {"index": index, "object": "score", "score": float(vector[0])}
             for index, vector in enumerate(pooled.vectors)
@@ -100,14 +82,14 @@ async def score(context: Context, call: Call) -> None:
 
 async def rerank(context: Context, call: Call) -> None:
     async with opened(context, call, RerankRequest) as job:
-        request = job.request
+        request, chat = job.request, chat_of(job)
         pooled = await compare(
-            Comparison(job),
-            side_of(job, [request.query], "query", request.max_tokens_per_query or 0, is_list=False),
-            side_of(job, request.items, request.items_name, request.max_tokens_per_doc or 0),
+            comparison_of(job),
+            side_of([request.query], "query", request.max_tokens_per_query or 0, chat, is_list=False),
+            side_of(request.items, request.items_name, request.max_tokens_per_doc or 0, chat),
         )
         scores = [float(vector[0]) for vector in pooled.vectors]
-        best = sorted(range(len(scores)), key=lambda index: -scores[index])[: request.top_n or len(scores)]
+        best = best_first(scores, request.top_n)
         answer = _ranking(job, pooled, scores, best) if request.texts is None else _ranked_texts(request, scores, best)
         await call.respond(msgspec.json.encode(answer))
 

@@ -12,7 +12,7 @@ from sensorium.api.embeddings import check_dimensions
 from sensorium.api.pooled import Job, chosen_prompt, opened, pool_inputs
 from sensorium.api.pooling import max_tokens_of, task_json
 from sensorium.api.protocol.tei import EmbedRequest, PredictRequest, SimilarityRequest
-from sensorium.api.score import Comparison, side_of
+from sensorium.api.score import chat_of, comparison_of, side_of
 from sensorium.api.transport.asgi import Call
 from sensorium.api.vectors import vector_json, written_in_time
 from sensorium.errors import RequestError
@@ -86,11 +86,11 @@ async def _predicted(job: Job[PredictRequest]) -> Pooled:
 
 async def similarity(context: Context, call: Call) -> None:
     async with opened(context, call, SimilarityRequest) as job:
-        given = job.request.inputs
+        given, chat = job.request.inputs, chat_of(job)
         pooled = await compare(
-            Comparison(job),
-            side_of(job, [given.source_sentence], "inputs.source_sentence", 0, is_list=False),
-            side_of(job, given.sentences, "inputs.sentences", 0),
+            comparison_of(job),
+            side_of([given.source_sentence], "inputs.source_sentence", 0, chat, is_list=False),
+            side_of(given.sentences, "inputs.sentences", 0, chat),
         )
         await call.respond(msgspec.json.encode([float(vector[0]) for vector in pooled.vectors]))
 

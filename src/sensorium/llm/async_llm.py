@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from types import TracebackType
@@ -19,14 +19,16 @@ from sensorium.api.protocol.chat import ChatRequest
 from sensorium.api.protocol.common import Body, UnknownFields
 from sensorium.api.protocol.completion import CompletionRequest
 from sensorium.api.protocol.content import Conversation, conversation
+from sensorium.api.protocol.items import InputItem
 from sensorium.api.protocol.pooling import PoolingRequest
+from sensorium.api.protocol.score import ComparingBody, RerankRequest, ScoreRequest
 from sensorium.api.protocol.validation import parse_json
+from sensorium.api.score import best_first, side_of, sides_of
 from sensorium.config import Limits, ServeOptions
 from sensorium.errors import RequestError, SensoriumError
 from sensorium.llm.answers import Answers, Unobserved
-from sensorium.llm.comparing import Compared, ProgramComparison, side_of
 from sensorium.llm.inputs import Chat as Messages
-from sensorium.llm.inputs import PooledInput, PromptInput, is_chat, many, parts_of
+from sensorium.llm.inputs import Compared, PooledInput, PromptInput, is_chat, many, parts_of
 from sensorium.llm.media import PythonParts
 from sensorium.llm.options import options_of
 from sensorium.llm.params import PoolingParams, SamplingParams
@@ -41,7 +43,7 @@ from sensorium.llm.results import (
     Vector,
 )
 from sensorium.media.source import MediaSource
-from sensorium.serving.comparing import Side, compare
+from sensorium.serving.comparing import Comparison, Side, compare
 from sensorium.serving.generation import GenerationRequest, generate
 from sensorium.serving.model import ServedModel
 from sensorium.serving.pooled import Pooling, PoolingOptions
@@ -65,6 +67,12 @@ class _Program:
 
     def salt(self, own: str | None = None) -> bytes:
         return b"" if own is None else own.encode()
+
+
+class _Unlimited:
+    """A permit where nobody is kept out."""
+
+    def add_prompt_tokens(self, count: int) -> None: ...
 
 
 class _ProgramChat(Chat):
@@ -258,15 +266,12 @@ class AsyncLLM:
     ) -> list[PooledOutput[Score]]:
         """One score for each pair: 1 and 1, 1 and N, or N and N. A reranker reads both together; of an embedder the
         vectors are compared."""
-        sides = [side_of(one, name, self._content) for one, name in ((data_1, "data_1"), (data_2, "data_2"))]
-        left, right = sides
-        if len(left.items) not in (1, len(right.items)):
-            raise RequestError(
-                f"`data_1` has {len(left.items)} entries and `data_2` {len(right.items)}; they must be 1 and 1, "
-                "1 and N or N and N.",
-                param="data_1",
-            )
-        found = await self._scores(left, right, pooling_params or PoolingParams(), instruction)
+        parts = PythonParts()
+        request = self._read(
+            ScoreRequest, {"data_1": parts.content(data_1), "data_2": parts.content(data_2), "instruction": instruction}
+        )
+        request.check(self._opened.limits, self._options.server)
+        found = await self._scores(request, sides_of(request, self._chat_of(parts)), pooling_params)
         return [PooledOutput(self._name(), Score(one), []) for one in found]
 
     async def rerank(
@@ -279,28 +284,50 @@ class AsyncLLM:
         instruction: str | None = None,
     ) -> list[Ranked]:
         """The documents' places and scores, best first."""
-        left, right = side_of(query, "query", self._content), side_of(documents, "documents", self._content)
-        scores = await self._scores(left, right, pooling_params or PoolingParams(), instruction)
-        best = sorted(range(len(scores)), key=lambda index: -scores[index])[:top_n]
-        return [Ranked(index, scores[index]) for index in best]
+        parts = PythonParts()
+        if not documents:
+            raise RequestError("`documents` must not be empty.", param="documents")
+        request = self._read(
+            RerankRequest,
+            {"query": parts.content(query), "documents": parts.content(documents), "instruction": instruction},
+        )
+        request.check(self._opened.limits, self._options.server)
+        chat = self._chat_of(parts)
+        sides = side_of([request.query], "query", 0, chat, is_list=False), side_of(request.items, "documents", 0, chat)
+        scores = await self._scores(request, sides, pooling_params)
+        return [Ranked(index, scores[index]) for index in best_first(scores, top_n)]
 
-    async def _scores(self, left: Side, right: Side, own: PoolingParams, instruction: str | None) -> list[float]:
-        program = self._opened
-        model = program.model
-        pooling = Pooling(model, program.limits, PoolingOptions(), program.observer, started_s=perf_counter())
-        comparison = ProgramComparison(
-            model,
+    async def _scores(
+        self, request: ComparingBody, sides: tuple[Side, Side], params: PoolingParams | None
+    ) -> list[float]:
+        program, own = self._opened, params or PoolingParams()
+        pooling = self._pooling()
+        comparison = Comparison(
+            program.model,
             program.name,
             pooling,
             own.of("score", 0),
-            instruction,
-            model.truncation(own.truncate_prompt_tokens, None),
+            request.instruction,
+            program.model.truncation(own.truncate_prompt_tokens, None),
+            True,
             self._need,
+            lambda count: nullcontext(_Unlimited()),
+            pooling.run,
         )
-        return [float(vector[0]) for vector in (await compare(comparison, left, right)).vectors]
+        return [float(vector[0]) for vector in (await compare(comparison, *sides)).vectors]
 
-    def _content(self, parts: Sequence[Mapping[str, Any]]) -> Conversation:
-        return self._conversation([{"role": "user", "content": list(parts)}])
+    def _chat_of(self, parts: PythonParts) -> Callable[[InputItem, str], Conversation]:
+        """Conversations of contents in which there may be the program's objects."""
+
+        def chat(item: InputItem, place: str) -> Conversation:
+            found = item.conversation(place, self.model.processor.modalities, self._opened.limits)
+            return replace(found, media=parts.with_objects(found.media))
+
+        return chat
+
+    def _pooling(self) -> Pooling:
+        program = self._opened
+        return Pooling(program.model, program.limits, PoolingOptions(), program.observer, started_s=perf_counter())
 
     async def _pooled(
         self, inputs: Sequence[PooledInput] | PooledInput, task: PoolingTask, own: PoolingParams
@@ -314,7 +341,7 @@ class AsyncLLM:
         adapter = model.instructions.adapter(own.prompt_name, None)
         params = own.of(task, model.prompts.unpooled_tokens(prompt, add_special_tokens=True))
         truncation = model.truncation(own.truncate_prompt_tokens, None)
-        pooling = Pooling(model, program.limits, PoolingOptions(), program.observer, started_s=perf_counter())
+        pooling = self._pooling()
         found: list[tuple[Vector, list[int]]] = []
         for begin in range(0, len(texts), AT_ONCE):
             group = texts[begin : begin + AT_ONCE]
@@ -349,11 +376,13 @@ class AsyncLLM:
             return await prompts.media_prompt(given, media)
         return await prompts.text_prompt(given, truncation=truncation)
 
-    def _need(self, task: str) -> _Program:
+    def _need(self, task: str, *, doing: str | None = None) -> _Program:
         program = self._opened
         if task not in program.model.tasks:
             can = ", ".join(program.model.tasks)
-            raise RequestError(f"The model {program.name!r} does not {task}. It can: {can}.", code="unsupported_task")
+            raise RequestError(
+                f"The model {program.name!r} does not {doing or task}. It can: {can}.", code="unsupported_task"
+            )
         return program
 
     def _read(self, model: type[Request], fields: Mapping[str, Any]) -> Request:

@@ -16,6 +16,8 @@ PromptInput = str | Sequence[int] | Mapping[str, Any]
 {"prompt_token_ids": [...]}. The text has the model's placeholders where media belong."""
 PooledInput = str | Sequence[int] | Chat
 """Text, token ids or a chat."""
+Compared = str | Sequence[Mapping[str, Any]]
+"""A text, or a user's content: OpenAI's parts, media as the program has them."""
 
 
 def is_chat(given: Any) -> TypeGuard[Chat]:

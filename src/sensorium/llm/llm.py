@@ -12,8 +12,7 @@ from typing import Any, Self, TypeVar
 
 from sensorium.errors import RequestError
 from sensorium.llm.async_llm import AsyncLLM
-from sensorium.llm.comparing import Compared
-from sensorium.llm.inputs import Chat, PooledInput, PromptInput, many_chats, many_prompts
+from sensorium.llm.inputs import Chat, Compared, PooledInput, PromptInput, many_chats, many_prompts
 from sensorium.llm.params import PoolingParams, SamplingParams
 from sensorium.llm.progress import progress
 from sensorium.llm.results import Classification, Embedding, PooledData, PooledOutput, Ranked, RequestOutput, Score

@@ -100,6 +100,14 @@ class PythonParts:
     def replaced(self, messages: Sequence[Any]) -> list[Any]:
         return [self._message(message) for message in messages]
 
+    def content(self, given: Any) -> Any:
+        """A text, the parts of a content, or a list of these, as bodies of comparisons write them."""
+        if isinstance(given, str):
+            return given
+        if given and isinstance(given[0], dict):
+            return {"content": [self._part(part) for part in given]}
+        return [self.content(one) for one in given]
+
     def with_objects(self, media: Sequence[MediaSource]) -> tuple[MediaSource, ...]:
         """The sources, with the objects in the place of those URLs."""
         return tuple(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
@@ -48,42 +48,28 @@ class Permit(Protocol):
     def add_prompt_tokens(self, count: int) -> None: ...
 
 
-class Comparer(Protocol):
-    """Who asks for a comparison."""
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Who asks, and what all pairs share. `name` is the model's, for messages; `params` are those of a cross-encoder's
+    scores; `frames_texts`: texts have special tokens around them.
 
-    @property
-    def model(self) -> ServedModel: ...
+    `need(task, doing=)` raises RequestError unless the model does the task, `admit` lets so many prompts in, `run`
+    computes them.
+    """
 
-    @property
-    def name(self) -> str:
-        """The model's, for messages."""
-
-    @property
-    def pooling(self) -> Pooling: ...
-
-    @property
-    def params(self) -> PoolingParams:
-        """Of a cross-encoder's scores."""
-
-    @property
-    def instruction(self) -> str | None: ...
-
-    @property
-    def truncation(self) -> Truncation | None: ...
-
-    @property
-    def frames_texts(self) -> bool:
-        """Whether texts have special tokens around them."""
-
-    def need(self, task: str, *, doing: str) -> None:
-        """RequestError unless the model does this task."""
-
-    def admit(self, count: int) -> AbstractContextManager[Permit]: ...
-
-    async def run(self, prompts: Sequence[Prompt], params: PoolingParams | Sequence[PoolingParams]) -> Pooled: ...
+    model: ServedModel
+    name: str
+    pooling: Pooling
+    params: PoolingParams
+    instruction: str | None
+    truncation: Truncation | None
+    frames_texts: bool
+    need: Callable[..., object]
+    admit: Callable[[int], AbstractContextManager[Permit]]
+    run: Callable[[Sequence[Prompt], PoolingParams | Sequence[PoolingParams]], Awaitable[Pooled]]
 
 
-async def compare(job: Comparer, left: Side, right: Side) -> Pooled:
+async def compare(job: Comparison, left: Side, right: Side) -> Pooled:
     """A score, as a vector of one number, for every pair."""
     model = job.model
     if "score" in model.tasks:
@@ -115,7 +101,7 @@ async def compare(job: Comparer, left: Side, right: Side) -> Pooled:
 # Cross-encoders
 
 
-async def _cross_encoded(job: Comparer, left: Side, right: Side) -> Pooled:
+async def _cross_encoded(job: Comparison, left: Side, right: Side) -> Pooled:
     queries, documents = ([_said(job, side, index) for index in range(len(side.items))] for side in (left, right))
     pairs = list(zip(_repeated(queries, len(documents)), documents, strict=True))
     places = [right.place(index) for index in range(len(documents))]
@@ -132,7 +118,7 @@ def _repeated(items: list[T], count: int) -> list[T]:
     return items * count if len(items) == 1 else items
 
 
-def _said(job: Comparer, side: Side, index: int) -> PairSide:
+def _said(job: Comparison, side: Side, index: int) -> PairSide:
     """A text, or what has media too where the model takes these and its template says where they stand."""
     item = side.items[index]
     if item.text is not None:
@@ -146,7 +132,7 @@ def _said(job: Comparer, side: Side, index: int) -> PairSide:
 # Embedders
 
 
-async def _by_angle(job: Comparer, left: Side, right: Side) -> Pooled:
+async def _by_angle(job: Comparison, left: Side, right: Side) -> Pooled:
     prompts, wanted = job.model.instructions, job.instruction
     before = prompts.of("query") if wanted is None else prompts.instructed(wanted), prompts.of("document")
     inputs = [[_input(item, prompt) for item in side.items] for side, prompt in zip((left, right), before, strict=True)]
@@ -168,7 +154,7 @@ async def _by_angle(job: Comparer, left: Side, right: Side) -> Pooled:
 # Late interaction
 
 
-async def _by_tokens(job: Comparer, late: LatePrompts, left: Side, right: Side) -> Pooled:
+async def _by_tokens(job: Comparison, late: LatePrompts, left: Side, right: Side) -> Pooled:
     job.need("token_embed", doing="score")
     if job.instruction is not None:
         raise RequestError(
@@ -195,7 +181,7 @@ async def _by_tokens(job: Comparer, late: LatePrompts, left: Side, right: Side) 
     return replace(pooled, vectors=[np.array([score], np.float32) for score in scores], others=())
 
 
-def _params(job: Comparer, given: PooledInput, prompt: str) -> PoolingParams:
+def _params(job: Comparison, given: PooledInput, prompt: str) -> PoolingParams:
     if not isinstance(given, str):
         return PoolingParams("embed")
     unpooled = job.model.prompts.unpooled_tokens(prompt, add_special_tokens=job.frames_texts)
