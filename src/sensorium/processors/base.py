@@ -266,3 +266,22 @@ class Processor:
             return self.settings[name](value)
         except ValueError as error:
             raise SettingError(name, str(error)) from None
+
+
+class ImageProcessor(Processor):
+    """Takes images, each marked by one token in prompts. A family says `_text` and `_marker`, that token, and `_fill`,
+    the id that is repeated once per row."""
+
+    modalities: ClassVar[frozenset[Modality]] = frozenset({"image"})
+    _text: str
+    _marker: int
+    _fill: int
+
+    def placeholder(self, kind: Modality, index: int) -> str:
+        return self._text if kind == "image" else super().placeholder(kind, index)
+
+    def placeholder_id(self, kind: Modality) -> int:
+        return self._fill if kind == "image" else super().placeholder_id(kind)
+
+    def _marker_id(self, kind: Modality) -> int:
+        return self._marker

@@ -18,7 +18,7 @@ from sensorium.checkpoint.families import vision_tower
 from sensorium.checkpoint.values import positive_int
 from sensorium.errors import CheckpointError, RequestError, StartupError
 from sensorium.processors import image
-from sensorium.processors.base import Piece, PlaceholderRun, Processor, Setting, boolean, integer, number
+from sensorium.processors.base import ImageProcessor, Piece, PlaceholderRun, Setting, boolean, integer, number
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.types import MediaFeatures, MediaItem, Modality, Prompt
 
@@ -27,8 +27,7 @@ MAX_CROPS = 16
 IDS = {"boi_token_index": 255_999, "eoi_token_index": 256_000, "image_token_index": 262_144}
 
 
-class Gemma3Processor(Processor):
-    modalities: ClassVar[frozenset[Modality]] = frozenset({"image"})
+class Gemma3Processor(ImageProcessor):
     settings: ClassVar[Mapping[str, Setting]] = {
         "do_pan_and_scan": boolean,
         "pan_and_scan_min_crop_size": integer(1, 65536),
@@ -71,15 +70,6 @@ class Gemma3Processor(Processor):
         self._least: int = self._setting("pan_and_scan_min_crop_size", 256)
         self._most: int = self._setting("pan_and_scan_max_num_crops", 4)
         self._ratio: float = self._setting("pan_and_scan_min_ratio_to_activate", 1.2)
-
-    def placeholder(self, kind: Modality, index: int) -> str:
-        return self._text if kind == "image" else super().placeholder(kind, index)
-
-    def placeholder_id(self, kind: Modality) -> int:
-        return self._fill if kind == "image" else super().placeholder_id(kind)
-
-    def _marker_id(self, kind: Modality) -> int:
-        return self._marker
 
     def num_tokens(self, kind: Modality, height: int, width: int, frames: int = 1) -> int:
         if kind != "image":

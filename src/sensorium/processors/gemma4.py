@@ -13,7 +13,7 @@ from sensorium.checkpoint.configs import Checkpoint
 from sensorium.checkpoint.values import positive_int
 from sensorium.errors import CheckpointError, MediaError, StartupError
 from sensorium.processors import image
-from sensorium.processors.base import Piece, PlaceholderRun, Processor, Setting
+from sensorium.processors.base import ImageProcessor, Piece, PlaceholderRun, Setting
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.types import MediaFeatures, MediaItem, Modality
 
@@ -28,8 +28,7 @@ def budget(value: Any) -> int:
     return int(value)
 
 
-class Gemma4Processor(Processor):
-    modalities: ClassVar[frozenset[Modality]] = frozenset({"image"})
+class Gemma4Processor(ImageProcessor):
     settings: ClassVar[Mapping[str, Setting]] = {"max_soft_tokens": budget}
 
     def __init__(self, checkpoint: Checkpoint, tokenizer: Tokenizer, overrides: dict[str, Any] | None = None) -> None:
@@ -39,6 +38,7 @@ class Gemma4Processor(Processor):
         if missing:
             raise StartupError(f"The tokenizer lacks tokens that config.json names: {', '.join(missing)}.")
         self._begin, self._fill, self._end = ids.values()
+        self._marker = self._fill
         self._text = str(tokenizer.id_to_token(self._fill))
 
     def _configure(self) -> None:
@@ -57,12 +57,6 @@ class Gemma4Processor(Processor):
         self._most: int = self._setting("max_soft_tokens", 280)
         self._resample = image.resample_filter(files)
         self._normalization = image.Normalization.of(files, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-
-    def placeholder(self, kind: Modality, index: int) -> str:
-        return self._text if kind == "image" else super().placeholder(kind, index)
-
-    def placeholder_id(self, kind: Modality) -> int:
-        return self._fill if kind == "image" else super().placeholder_id(kind)
 
     def num_tokens(self, kind: Modality, height: int, width: int, frames: int = 1) -> int:
         if kind != "image":

@@ -16,7 +16,7 @@ from sensorium.checkpoint.configs import Checkpoint
 from sensorium.checkpoint.families import vision_tower
 from sensorium.errors import CheckpointError
 from sensorium.processors import image
-from sensorium.processors.base import Processor, Setting, boolean
+from sensorium.processors.base import ImageProcessor, Setting, boolean
 from sensorium.processors.square import Square
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.types import MediaFeatures, MediaItem, Modality
@@ -58,8 +58,7 @@ def image_token(config: Mapping[str, Any]) -> int:
     return token_id
 
 
-class LlavaProcessor(Processor):
-    modalities: ClassVar[frozenset[Modality]] = frozenset({"image"})
+class LlavaProcessor(ImageProcessor):
     settings: ClassVar[Mapping[str, Setting]] = {"do_pad": boolean}
 
     def __init__(self, checkpoint: Checkpoint, tokenizer: Tokenizer, overrides: dict[str, Any] | None = None) -> None:
@@ -72,15 +71,6 @@ class LlavaProcessor(Processor):
         self.geometry = ClipGeometry.of(self.checkpoint.config)
         self._square = Square.of(files, self.geometry.image_size)
         self._pads = self._setting("do_pad", False)
-
-    def placeholder(self, kind: Modality, index: int) -> str:
-        return self._text if kind == "image" else super().placeholder(kind, index)
-
-    def placeholder_id(self, kind: Modality) -> int:
-        return self._fill if kind == "image" else super().placeholder_id(kind)
-
-    def _marker_id(self, kind: Modality) -> int:
-        return self._marker
 
     def num_tokens(self, kind: Modality, height: int, width: int, frames: int = 1) -> int:
         if kind != "image":

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from sensorium.checkpoint.configs import Checkpoint
 from sensorium.errors import CheckpointError, MediaError
 from sensorium.processors import image
-from sensorium.processors.base import Processor, Setting
+from sensorium.processors.base import ImageProcessor, Setting
 from sensorium.processors.llava import ClipGeometry, image_token
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.types import MediaFeatures, MediaItem, Modality
@@ -70,8 +70,7 @@ def fitted_size(height: int, width: int, target: tuple[int, int]) -> tuple[int, 
     return target[0], min(math.ceil(width * scale_h), target[1])
 
 
-class LlavaNextProcessor(Processor):
-    modalities: ClassVar[frozenset[Modality]] = frozenset({"image"})
+class LlavaNextProcessor(ImageProcessor):
     settings: ClassVar[Mapping[str, Setting]] = {"image_grid_pinpoints": pinpoints}
 
     def __init__(self, checkpoint: Checkpoint, tokenizer: Tokenizer, overrides: dict[str, Any] | None = None) -> None:
@@ -92,15 +91,6 @@ class LlavaNextProcessor(Processor):
                 raise CheckpointError(f"preprocessor_config.json: '{name}' must be the vision tower's {side} pixels")
         if any(height % side or width % side for height, width in self._pinpoints):
             raise CheckpointError(f"image_grid_pinpoints must be multiples of the vision tower's {side} pixels")
-
-    def placeholder(self, kind: Modality, index: int) -> str:
-        return self._text if kind == "image" else super().placeholder(kind, index)
-
-    def placeholder_id(self, kind: Modality) -> int:
-        return self._fill if kind == "image" else super().placeholder_id(kind)
-
-    def _marker_id(self, kind: Modality) -> int:
-        return self._marker
 
     def num_tokens(self, kind: Modality, height: int, width: int, frames: int = 1) -> int:
         if kind != "image":
