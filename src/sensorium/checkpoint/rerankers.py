@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sensorium.checkpoint import pair_templates
-from sensorium.checkpoint.tokens import has_tokens, token_ids
+from sensorium.checkpoint.tokens import read_vocabulary
 from sensorium.checkpoint.values import read_json
 from sensorium.errors import CheckpointError
 
@@ -62,12 +62,13 @@ def recipe_of(folder: Path, config: Mapping[str, Any]) -> Recipe | None:
 def score_tokens(folder: Path, config: Mapping[str, Any], recipe: Recipe | None) -> ScoreTokens | None:
     """The tokens whose logits are the score; None where nothing says that there are any.
 
-    CheckpointError if what is said of them is wrong, or the tokenizer lacks one.
+    CheckpointError if what is said of them is wrong, or the tokenizer lacks one. A folder that is a reranker by nothing
+    but its name, and lacks one, is served as what it is.
     """
     stated = config.get("classifier_from_token")
     if stated is None and (saved := _saved(folder)) is not None:
         return saved
-    if stated is None and (recipe is None or _is_named_only(folder, config, recipe)):
+    if stated is None and recipe is None:
         return None
     words: Any = stated if stated is not None else recipe and recipe.tokens
     if not isinstance(words, list | tuple) or not all(isinstance(one, str) for one in words):
@@ -80,20 +81,19 @@ def score_tokens(folder: Path, config: Mapping[str, Any], recipe: Recipe | None)
             f"classifier_from_token names {len(words)} tokens; {method} needs "
             + ("two: the one that means no, then the one that means yes" if method == _DIFFERENCE else "some")
         )
-    ids = token_ids(folder, words)
+    vocabulary = read_vocabulary(folder)
+    missing = [word for word in words if word not in vocabulary]
+    if missing and stated is None and config.get("is_original_qwen3_reranker") is not True:
+        _log.warning(
+            "%s is called like a reranker, but its tokenizer has no %s: it is served as a model that generates",
+            folder.name,
+            " or ".join(map(repr, words)),
+        )
+        return None
+    if missing:
+        raise CheckpointError(f"the tokenizer has no token {missing[0]!r}")
+    ids = tuple(vocabulary[word] for word in words)
     return ScoreTokens(ids[1:], ids[0]) if method == _DIFFERENCE else ScoreTokens(ids)
-
-
-def _is_named_only(folder: Path, config: Mapping[str, Any], recipe: Recipe) -> bool:
-    """Whether nothing but its name makes a folder a reranker: it lacks the tokens, so it is served as what it is."""
-    if config.get("is_original_qwen3_reranker") is True or has_tokens(folder, recipe.tokens):
-        return False
-    _log.warning(
-        "%s is called like a reranker, but its tokenizer has no %s: it is served as a model that generates",
-        folder.name,
-        " or ".join(map(repr, recipe.tokens)),
-    )
-    return True
 
 
 def _saved(folder: Path) -> ScoreTokens | None:

@@ -62,21 +62,7 @@ def special_token(tokenizer_config: Mapping[str, Any], name: str) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def has_tokens(folder: Path, tokens: Iterable[str]) -> bool:
-    """Whether they are whole tokens of the vocabulary."""
-    return _vocabulary(folder).keys() >= set(tokens)
-
-
-def token_ids(folder: Path, tokens: Iterable[str]) -> tuple[int, ...]:
-    """The ids of whole tokens of the vocabulary. CheckpointError names one that there is not."""
-    vocabulary = _vocabulary(folder)
-    missing = [token for token in tokens if token not in vocabulary]
-    if missing:
-        raise CheckpointError(f"the tokenizer has no token {missing[0]!r}")
-    return tuple(vocabulary[token] for token in tokens)
-
-
-def _vocabulary(folder: Path) -> dict[str, int]:
+def read_vocabulary(folder: Path) -> dict[str, int]:
     """tokenizer.json's, with the tokens that were added to it, or vocab.json's."""
     stated = read_json(folder / "tokenizer.json")
     if stated is None:
