@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from sensorium.checkpoint.configs import Checkpoint
 from sensorium.checkpoint.families import load_class
@@ -32,7 +32,7 @@ from sensorium.serving.defaults import ModelDefaults
 from sensorium.serving.late import LatePrompts
 from sensorium.serving.lengths import ContextLimit
 from sensorium.serving.media import FEATURE_CACHE_BYTES, MediaPipeline, media_limits
-from sensorium.serving.pairs import PairPrompts, PairSide
+from sensorium.serving.pairs import PairOptions, PairPrompts, PairSide
 from sensorium.serving.prompts import PromptBuilder
 from sensorium.serving.tasks import TASK_FLAGS, Task
 from sensorium.serving.templates import OwnTemplates, Templates, format_of, opened
@@ -288,34 +288,22 @@ class ServedModel:
         limits: PairLimits,
         *,
         params: Sequence[str],
-        tenant: bytes = b"",
-        salt: bytes = b"",
-        instruction: str | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
-        mm_processor_kwargs: Mapping[str, Any] | None = None,
+        options: PairOptions | None = None,
     ) -> list[Prompt]:
         """Two texts each as one prompt, for cross-encoders: through the template for pairs, if the model has one, and
-        then with media too. `params` says where the second text of each stands in the request; `instruction` is what
-        the template is told of the task. RequestError if it has no place for one."""
+        then with media too. `params` says where the second text of each stands in the request. RequestError if an
+        instruction has no place."""
+        options = options or PairOptions()
         if self.has_pair_template:
-            if instruction is not None and not (self.template and reads_instructions(self.template.source)):
+            if options.instruction is not None and not (self.template and reads_instructions(self.template.source)):
                 raise _no_place("this model's template for pairs has no place for one (a message of the role system)")
-            return await self._pairs.templated(
-                pairs,
-                limits,
-                params=params,
-                tenant=tenant,
-                salt=salt,
-                instruction=instruction,
-                template_kwargs=template_kwargs,
-                mm_processor_kwargs=mm_processor_kwargs,
-            )
-        if instruction is not None:
+            return await self._pairs.templated(pairs, limits, params=params, options=options)
+        if options.instruction is not None:
             raise _no_place("this model reads the two texts and nothing else")
         texts = [(query, document) for query, document in pairs if isinstance(query, str) and isinstance(document, str)]
         if len(texts) < len(pairs):
             raise RequestError("This model compares texts only.", param=params[0], code="unsupported_modality")
-        return await self._pairs.joined(texts, limits, params=params, tenant=tenant)
+        return await self._pairs.joined(texts, limits, params=params, tenant=options.tenant)
 
     async def aclose(self) -> None:
         await self._templates.aclose()

@@ -33,15 +33,24 @@ PairSide = str | Said
 
 
 @dataclass(frozen=True, slots=True)
+class PairOptions:
+    """What all pairs of a request share. `instruction` is what the template is told of the task; tenant, salt and the
+    last two are as for `PromptBuilder.prepare_chat`."""
+
+    tenant: bytes = b""
+    salt: bytes = b""
+    instruction: str | None = None
+    template_kwargs: Mapping[str, Any] | None = None
+    mm_processor_kwargs: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class _Rendering:
     """One request's way from a pair to a prompt, through the template."""
 
     prompts: PromptBuilder
     system: str
-    template_kwargs: Mapping[str, Any] | None
-    mm_processor_kwargs: Mapping[str, Any] | None
-    tenant: bytes
-    salt: bytes
+    options: PairOptions
 
     async def __call__(
         self, query: PairSide, document: PairSide, param: str, truncation: Truncation | None = None
@@ -54,11 +63,11 @@ class _Rendering:
                 [Message(role, one.parts) for role, one in said if self.system or role != "system"],
                 media,
                 add_generation_prompt=False,
-                template_kwargs=self.template_kwargs,
-                mm_processor_kwargs=self.mm_processor_kwargs,
+                template_kwargs=self.options.template_kwargs,
+                mm_processor_kwargs=self.options.mm_processor_kwargs,
                 truncation=truncation,
-                tenant=self.tenant,
-                salt=self.salt,
+                tenant=self.options.tenant,
+                salt=self.options.salt,
             )
         except RequestError as error:
             if not media or error.param in (None, "messages"):
@@ -87,15 +96,11 @@ class PairPrompts:
         limits: PairLimits,
         *,
         params: Sequence[str],
-        tenant: bytes = b"",
-        salt: bytes = b"",
-        instruction: str | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
-        mm_processor_kwargs: Mapping[str, Any] | None = None,
+        options: PairOptions,
     ) -> list[Prompt]:
         """Through the template. `params` says where the second side of each pair stands in the request."""
-        system = self._system if instruction is None else instruction
-        render = _Rendering(self._prompts, system, template_kwargs, mm_processor_kwargs, tenant, salt)
+        system = self._system if options.instruction is None else options.instruction
+        render = _Rendering(self._prompts, system, options)
         found: list[Prompt] = []
         for start in range(0, len(pairs), PAIRS_AT_ONCE):
             some = slice(start, start + PAIRS_AT_ONCE)

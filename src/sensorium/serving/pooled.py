@@ -25,7 +25,7 @@ from sensorium.serving.concurrency import all_in_order
 from sensorium.serving.late import LatePrompts
 from sensorium.serving.media import MediaTiming
 from sensorium.serving.model import ServedModel
-from sensorium.serving.pairs import PairSide, Said
+from sensorium.serving.pairs import PairOptions, PairSide, Said
 from sensorium.types import EngineRequest, PoolingParams, Prompt
 
 if TYPE_CHECKING:
@@ -221,16 +221,14 @@ class Pooling:
         """One prompt of each pair of texts, for cross-encoders. `places` says where its second text stands."""
         media = {id(one) for pair in pairs for side in pair if isinstance(side, Said) for one in side.media}
         self._check_media_count(len(media), places[0])
-        prompts = await self.model.pair_prompts(
-            pairs,
-            limits,
-            params=places,
-            tenant=self._options.tenant,
-            salt=self._options.salt,
-            instruction=instruction,
-            template_kwargs=self._options.template.get("template_kwargs"),
-            mm_processor_kwargs=self._options.template.get("mm_processor_kwargs"),
+        options = PairOptions(
+            self._options.tenant,
+            self._options.salt,
+            instruction,
+            self._options.template.get("template_kwargs"),
+            self._options.template.get("mm_processor_kwargs"),
         )
+        prompts = await self.model.pair_prompts(pairs, limits, params=places, options=options)
         self._on_prompts()
         return prompts
 
