@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -59,16 +59,17 @@ def _narrowed(token: TokenLogprob, num_top: int) -> TokenLogprob:
 
 
 def _ranked(tokenizer: Tokenizer, token_id: int, token: TokenLogprob) -> dict[str, Any]:
-    ranks = {top: place + 1 for place, (top, _) in enumerate(token.top)}
-    values = {token_id: token.logprob, **dict(token.top)}
     return {
-        str(one): {
-            "logprob": max(value, MIN_LOGPROB),
-            "rank": ranks.get(one),
-            "decoded_token": tokenizer.token_text(one)[0],
-        }
-        for one, value in values.items()
+        str(one): {"logprob": max(value, MIN_LOGPROB), "rank": rank, "decoded_token": tokenizer.token_text(one)[0]}
+        for one, value, rank in ranks(token_id, token)
     }
+
+
+def ranks(token_id: int, token: TokenLogprob) -> Iterator[tuple[int, float, int | None]]:
+    """(id, log-probability, rank from 1) of a token and its alternatives; it has no rank if it is none of these."""
+    places = {top: place + 1 for place, (top, _) in enumerate(token.top)}
+    for one, value in {token_id: token.logprob, **dict(token.top)}.items():
+        yield one, value, places.get(one)
 
 
 class CompletionLogprobs:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import suppress
 
+from sensorium.api.logprobs import ranks
 from sensorium.llm.results import CompletionOutput, Logprob, RequestOutput
 from sensorium.prompt.formats.base import Delta
 from sensorium.prompt.tokenizer import Tokenizer
@@ -120,7 +121,7 @@ class Answers:
 
 
 def ranked(token: TokenLogprob, tokenizer: Tokenizer) -> dict[int, Logprob]:
-    """The chosen token and the alternatives, best first."""
-    ranks = {top: place + 1 for place, (top, _) in enumerate(token.top)}
-    values = {token.token_id: token.logprob, **dict(token.top)}
-    return {one: Logprob(value, ranks.get(one), tokenizer.token_text(one)[0]) for one, value in values.items()}
+    """The chosen token and the alternatives."""
+    return {
+        one: Logprob(value, rank, tokenizer.token_text(one)[0]) for one, value, rank in ranks(token.token_id, token)
+    }
