@@ -83,7 +83,8 @@ class Runner:
         batch = self._builder.build(plan)
         self._masks.begin(batch.sampled)
         batch.inputs.context.needed_states = self._needed_states(plan)
-        batch.inputs.context.unseen = _unseen(batch.sequences)
+        if plan.prefills:  # only they are pooled
+            batch.inputs.context.unseen = _unseen(batch.sequences)
         if self._attends_to_media:
             self._add_memories(batch)
         hidden = self._compute(batch.inputs)
