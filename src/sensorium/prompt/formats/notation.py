@@ -167,41 +167,42 @@ class Gemma:
 
 def _items(value: Value, reader: Reader, emit: Emit, end: str, depth: int) -> Steps[bool]:
     """A list up to `end`; its bracket comes next."""
-    yield from reader.next()
-    emit("[")
-    is_first = True
-    while True:
-        yield from reader.skip_space()
-        if (yield from reader.accept(end)):
-            emit("]")
-            return True
-        if not is_first:
-            emit(", ")
-        is_first = False
-        if not (yield from value(reader, emit, depth + 1)):
-            return False
-        if not (yield from _goes_on(reader, end)):
-            return False
+
+    def item(separator: str) -> Steps[bool]:
+        if separator:
+            emit(separator)
+        return (yield from value(reader, emit, depth + 1))
+
+    return (yield from _series("[]", end, item, reader, emit))
 
 
 def _members(key: Key, value: Value, reader: Reader, emit: Emit, depth: int) -> Steps[bool]:
     """An object; its brace comes next. `key` reads a key and the colon behind it."""
-    yield from reader.next()
-    emit("{")
-    is_first = True
-    while True:
-        yield from reader.skip_space()
-        if (yield from reader.accept("}")):
-            emit("}")
-            return True
+
+    def member(separator: str) -> Steps[bool]:
         name = yield from key(reader, depth + 1)
         if name is None:
             return False
-        emit(f"{'' if is_first else ', '}{name}: ")
-        is_first = False
-        if not (yield from value(reader, emit, depth + 1)):
+        emit(f"{separator}{name}: ")
+        return (yield from value(reader, emit, depth + 1))
+
+    return (yield from _series("{}", "}", member, reader, emit))
+
+
+def _series(brackets: str, end: str, entry: Callable[[str], Steps[bool]], reader: Reader, emit: Emit) -> Steps[bool]:
+    """Entries up to `end`, in JSON's brackets. `entry` reads one and emits it behind a separator."""
+    yield from reader.next()
+    emit(brackets[0])
+    separator = ""
+    while True:
+        yield from reader.skip_space()
+        if (yield from reader.accept(end)):
+            emit(brackets[1])
+            return True
+        if not (yield from entry(separator)):
             return False
-        if not (yield from _goes_on(reader, "}")):
+        separator = ", "
+        if not (yield from _goes_on(reader, end)):
             return False
 
 
