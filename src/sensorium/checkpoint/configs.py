@@ -54,6 +54,13 @@ class Checkpoint:
     pooling: str = "auto"  # --pooling: what the operator says in place of the folder's files
 
     @property
+    def decoder(self) -> TextConfig:
+        """`text`, of models that cannot do without. CheckpointError if there is none."""
+        if self.text is None:
+            raise CheckpointError(f"{self.architecture} needs a decoder's configuration")
+        return self.text
+
+    @property
     def tool_template(self) -> str | None:
         """What chats that have tools are rendered by in place of `chat_template`, if there is such a one."""
         return read_chat_templates(self.folder, self.tokenizer_config).get("tool_use")

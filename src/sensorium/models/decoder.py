@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from sensorium import kernels
 from sensorium.checkpoint.configs import Checkpoint
 from sensorium.checkpoint.text_config import AttentionSpec, TextConfig
-from sensorium.errors import CheckpointError
 from sensorium.kernels.context import AttentionContext, KVCache, LayerCache, NeededStates
 from sensorium.kernels.reference.attention import GATHER_ELEMENTS, MASK_ELEMENTS
 from sensorium.models.base import Model, Rename
@@ -228,10 +227,7 @@ class DecoderModel(Model):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
-        config = checkpoint.text
-        if config is None:
-            raise CheckpointError(f"{checkpoint.architecture} needs a decoder's configuration")
-        self.text = config
+        config = self.text = checkpoint.decoder
         self.generates = type(self).generates and config.is_causal and config.has_head
         self.model = self.decoder(config, self._declare_head(config))
         self.poolers = self._make_poolers()

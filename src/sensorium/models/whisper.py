@@ -139,10 +139,7 @@ class Whisper(Model):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
-        config = checkpoint.text
-        if config is None:
-            raise CheckpointError(f"{checkpoint.architecture} needs a decoder's configuration")
-        self.text = config
+        config = self.text = checkpoint.decoder
         self.num_layers = config.num_layers
         aligned = alignment_heads(checkpoint.generation, config)
         self.lm_head = LanguageHead(config.hidden_size, config.vocab_size)
