@@ -372,9 +372,7 @@ class AsyncLLM:
         prompts = self._opened.model.prompts
         truncation = self._opened.model.truncation(request.truncate_prompt_tokens, None, completion=request.length or 1)
         (given,) = request.prompts
-        if media and isinstance(given, str):
-            return await prompts.media_prompt(given, media)
-        return await prompts.text_prompt(given, truncation=truncation)
+        return await prompts.text_prompt(given, media=media, truncation=truncation)
 
     def _need(self, task: str, *, doing: str | None = None) -> _Program:
         program = self._opened

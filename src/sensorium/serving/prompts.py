@@ -209,14 +209,20 @@ class PromptBuilder:
         self,
         text_or_ids: str | Sequence[int],
         *,
+        media: Sequence[MediaSource] = (),
         add_special_tokens: bool = True,
         truncation: Truncation | None = None,
         tenant: bytes = b"",
     ) -> Prompt:
-        """A prompt without messages: text in which special tokens are tokens, or token ids."""
+        """A prompt without messages: text in which special tokens are tokens, or token ids. `media` go to the text's
+        placeholders, which are the model's own, in order."""
         if len(text_or_ids) == 0:
             raise RequestError("The prompt is empty.", param="prompt", code="empty_prompt")
-        if isinstance(text_or_ids, str):
+        if not isinstance(text_or_ids, str):
+            prompt = self._prompt_of_request_ids(text_or_ids)
+        elif media:
+            prompt = await self._text_with_media(self.tokenizer.sanitize(text_or_ids), media, tenant)
+        else:
             text = self.tokenizer.sanitize(truncation.shorten(text_or_ids) if truncation else text_or_ids)
             prompt = await self._threads.run(
                 len(text) <= SHORT_TEXT,
@@ -224,23 +230,21 @@ class PromptBuilder:
                 tenant,
                 characters=len(text),
             )
-        else:
-            prompt = self._prompt_of_request_ids(text_or_ids)
         if truncation is not None and len(prompt.token_ids) > truncation.max_tokens:
             prompt = _cut(prompt, truncation)
         self._limit.check(prompt, "prompt")
         return prompt
 
-    async def media_prompt(self, text: str, media: Sequence[MediaSource]) -> Prompt:
-        """`text_prompt` with media, in the order of the model's own placeholders in the text."""
+    async def _text_with_media(self, text: str, media: Sequence[MediaSource], tenant: bytes) -> Prompt:
         self._media.check_counts(media, self.processor.modalities)
-        features, _ = await self._processed(media, text, MediaSettings(self.processor, {}, b"", b""))
+        features, _ = await self._processed(media, text, MediaSettings(self.processor, {}, tenant, b""))
         adds = self._adds_special_tokens(text, True)
-        prompt = await self._threads.run(
-            False, lambda: self._build(self.processor, text, features, adds, param="prompt"), characters=len(text)
+        return await self._threads.run(
+            False,
+            lambda: self._build(self.processor, text, features, adds, param="prompt"),
+            tenant,
+            characters=len(text),
         )
-        self._limit.check(prompt, "prompt")
-        return prompt
 
     async def text_prompts(
         self,
