@@ -287,7 +287,14 @@ static void store_rows(const Attention& args, const AttentionTask& task, const A
     for (int row = 0; row < state.rows; ++row) {
         const int64_t token = args.query_start[task.sequence] + task.token + row / group;
         const int64_t at = token * args.out_stride + (task.kv_head * group + row % group) * args.head_dim;
-        const vf inverse = vset(state.total[row] > 0 ? 1.0f / state.total[row] : 0.0f);
+        float total = state.total[row];
+        if (args.sinks) {  // may overflow: then the sink has all of the probability
+            float lanes[kLanes];
+            const float sink = args.sinks[task.kv_head * group + row % group];
+            vstore(lanes, exp2(vset(std::min(sink * kLog2e - state.peak[row], 126.0f))));
+            total += lanes[0];
+        }
+        const vf inverse = vset(total > 0 ? 1.0f / total : 0.0f);
         for (int d = 0; d < args.head_dim; d += kLanes) {
             const vf value = vload(state.out + int64_t(row) * state.dim + d) * inverse;
             const int count = std::min(kLanes, args.head_dim - d);

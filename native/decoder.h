@@ -4,12 +4,10 @@
 
 #include <cstring>
 
+#include "experts.h"
 #include "kernels.h"
 
 namespace sensorium {
-
-// Rows of the MLP that are computed together: its wide activations should stay in the caches.
-constexpr int64_t kMlpRows = 480;
 
 struct DecoderBuffers {
     bf16 *residual, *normed, *qkv, *attended, *gated;
@@ -17,7 +15,10 @@ struct DecoderBuffers {
 
 static inline DecoderBuffers decoder_buffers(const Decoder& d, int64_t tokens) {
     const DecoderLayer& layer = d.layers[0];
-    const int64_t hidden = layer.qkv->k, qkv = layer.qkv->n, attended = layer.o->k, wide = layer.gate_up->n;
+    const int64_t hidden = layer.qkv->k, qkv = layer.qkv->n, attended = layer.o->k;
+    int64_t wide = 0;
+    for (int i = 0; i < d.num_layers; ++i)
+        if (d.layers[i].gate_up) wide = std::max(wide, d.layers[i].gate_up->n);
     const int64_t mlp_rows = std::min(tokens, kMlpRows);
     const int64_t sizes[] = {tokens * hidden, tokens * hidden, tokens * qkv, tokens * attended, mlp_rows * wide / 2};
     int64_t total = 0;
@@ -35,21 +36,27 @@ static inline void decoder_attention(const Runtime& r, const Decoder& d, const D
                                      const DecoderBuffers& b) {
     const Kernels& kernels = *r.kernels;
     const DecoderLayer& layer = d.layers[layer_index];
+    const StepTable& table = step.tables[layer.table];
     const int64_t dim = d.head_dim, stride = layer.qkv->n;
     bf16 *q = b.qkv, *k = q + d.heads * dim, *v = k + d.kv_heads * dim;
     void *k_cache = step.caches[2 * layer_index], *v_cache = step.caches[2 * layer_index + 1];
     const int64_t row = d.int8_cache ? dim + kScaleBytes : dim;
-    if (layer.q_norm)
+    if (layer.q_norm && d.norms_whole_qk) {
+        const int64_t q_size = d.heads * dim, k_size = d.kv_heads * dim;
+        kernels.rms_norm(r, q, stride, layer.q_norm, q, stride, step.tokens, q_size, d.eps, d.norm_offset);
+        kernels.rms_norm(r, k, stride, layer.k_norm, k, stride, step.tokens, k_size, d.eps, d.norm_offset);
+    } else if (layer.q_norm) {
         parallel_rows(r, step.tokens, stride * 4, [&](int64_t token) {
             const Runtime alone{1, nullptr, r.kernels, nullptr};
             bf16 *q_row = q + token * stride, *k_row = k + token * stride;
             kernels.rms_norm(alone, q_row, dim, layer.q_norm, q_row, dim, d.heads, dim, d.eps, d.norm_offset);
             kernels.rms_norm(alone, k_row, dim, layer.k_norm, k_row, dim, d.kv_heads, dim, d.eps, d.norm_offset);
         });
+    }
     const float *cos = step.rotations[2 * layer.rotation], *sin = step.rotations[2 * layer.rotation + 1];
     kernels.rope(r, q, stride, q, stride, cos, sin, step.tokens, d.heads, dim, d.rotary);
     kernels.rope(r, k, stride, k, stride, cos, sin, step.tokens, d.kv_heads, dim, d.rotary);
-    kernels.write_kv(r, k, stride, v, stride, k_cache, v_cache, step.slots, step.tokens, d.kv_heads, dim, d.block_size,
+    kernels.write_kv(r, k, stride, v, stride, k_cache, v_cache, table.slots, step.tokens, d.kv_heads, dim, d.block_size,
                      d.int8_cache);
     Attention a{};
     a.q = q, a.out = b.attended, a.k = k_cache, a.v = v_cache;
@@ -57,9 +64,9 @@ static inline void decoder_attention(const Runtime& r, const Decoder& d, const D
     a.k_row_stride = a.v_row_stride = row;
     a.k_head_stride = a.v_head_stride = d.block_size * row;
     a.k_block_stride = a.v_block_stride = d.kv_heads * d.block_size * row;
-    a.block_tables = step.block_tables, a.query_start = step.query_start, a.seq_lens = step.seq_lens;
-    a.visible = layer.both_ways ? step.visible : nullptr;
-    a.max_blocks = step.max_blocks, a.sequences = int32_t(step.sequences);
+    a.block_tables = table.block_tables, a.query_start = step.query_start, a.seq_lens = step.seq_lens;
+    a.visible = layer.both_ways ? step.visible : nullptr, a.sinks = layer.sinks;
+    a.max_blocks = table.max_blocks, a.sequences = int32_t(step.sequences);
     a.heads = d.heads, a.kv_heads = d.kv_heads, a.head_dim = d.head_dim, a.block_size = d.block_size;
     a.causal = 1, a.window = int32_t(layer.window), a.int8 = d.int8_cache, a.scale = d.scale;
     kernels.attention(r, a);
@@ -104,12 +111,10 @@ static inline void run_layers(const Runtime& r, const Decoder& d, const DecoderS
         kernels.linear(r, *layer.o, b.attended, layer.o->k, tokens, x, 0);
         if (layer.attended_norm) norm(x, layer.attended_norm, x);  // in place: rows are read before they are written
         add_norm(x, b.residual, layer.mlp_norm, b.normed);
-        const int64_t wide = layer.gate_up->n / 2, blocks = (tokens + kMlpRows - 1) / kMlpRows;
-        for (int64_t block = 0; block < blocks; ++block) {
-            const int64_t first = tokens * block / blocks, rows = tokens * (block + 1) / blocks - first;
-            kernels.linear_gated(r, *layer.gate_up, b.normed + first * hidden, hidden, rows, b.gated, d.activation);
-            kernels.linear(r, *layer.down, b.gated, wide, rows, x + first * hidden, 0);
-        }
+        if (layer.routed)
+            run_routed(r, *layer.routed, b.normed, tokens, x);
+        else
+            run_mlp(r, *layer.gate_up, *layer.down, d.activation, b.normed, tokens, b.gated, x);
         if (layer.after_norm) norm(x, layer.after_norm, x);
     }
     add_norm(x, b.residual, d.final_norm, x);
@@ -117,8 +122,8 @@ static inline void run_layers(const Runtime& r, const Decoder& d, const DecoderS
 }
 
 static inline void run_decoder(const Runtime& r, const Decoder& d, const DecoderStep& step) {
-    const DecoderLayer& layer = d.layers[0];
-    const int64_t weights = layer.qkv->n * layer.qkv->k + layer.gate_up->n * layer.gate_up->k;
+    const Linear &qkv = *d.layers[0].qkv, &o = *d.layers[0].o;
+    const int64_t weights = qkv.n * qkv.k + 4 * o.n * o.k;  // of a layer, about
     with_team(r, std::max<int64_t>(step.tokens, 4) * weights > 1 << 20,
               [&](const Runtime& team) { run_layers(team, d, step); });
 }

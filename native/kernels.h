@@ -14,19 +14,37 @@ constexpr int kScaleBytes = 4;  // behind each row of an int8 cache
 
 constexpr int kPanel = 32;  // output columns that are stored together
 
-enum WeightLayout : int32_t { kBf16 = 0, kInt8 = 1, kInt4 = 2, kRows = 3, kCompact = 4 };
-enum Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kQuickGelu = 3, kRelu = 4, kTanh = 5 };
+enum WeightLayout : int32_t { kBf16 = 0, kInt8 = 1, kInt4 = 2, kRows = 3, kCompact = 4, kMxfp4 = 5 };
+enum Activation : int32_t {
+    kSilu = 0,
+    kGelu = 1,
+    kGeluTanh = 2,
+    kQuickGelu = 3,
+    kRelu = 4,
+    kTanh = 5,
+    kClampedSwiglu = 6
+};
 
 // y [rows, n] = x [rows, k] @ weight.T + bias
 struct Linear {
     void* weight;  // packed, see panels.h, compact.h and quantized.h; kRows: bf16 const*[n], the address of each row
-    void* scales;  // int8: float [n rounded up to panels]; int4: fp16 [panels][groups][32]; kCompact: its exceptions
-    const uint8_t* zeros;  // int4: the code of zero, laid out like the scales; null: 8
-    const float* bias;     // [n] or null
+    void* scales;  // int8: float [n rounded up to panels]; int4: fp16 [panels][groups][32]; kCompact: its exceptions;
+                   // kMxfp4: see fp4.h
+    const uint16_t* zeros;  // int4: what the codes are counted from, fp16, laid out like the scales; null: 8
+    const float* bias;      // [n] or null
     int64_t n;
     int64_t k;
     int32_t layout;
     int32_t group;  // int4: elements of k that share a scale, a multiple of 8
+};
+
+// One of several products that are computed together, of few rows.
+struct Product {
+    const Linear* w;
+    const bf16* x;
+    int64_t stride, rows;
+    void* y;
+    int32_t y_fp32;
 };
 
 // Attention of queries over keys in a paged cache (block_tables != null) or in one array.
@@ -42,6 +60,7 @@ struct Attention {
     const int32_t* query_start;   // [sequences + 1]
     const int32_t* seq_lens;      // [sequences] keys of each sequence
     const int32_t* visible;  // [tokens] keys that a causal query sees at most, in place of those up to its own; null
+    const float* sinks;      // [heads] a score that takes part in each row's softmax and has no value; null: none
     int64_t max_blocks;
     int32_t sequences, heads, kv_heads, head_dim, block_size;
     int32_t causal;  // query i of n sees keys up to seq_len - n + i
@@ -51,20 +70,64 @@ struct Attention {
     float scale;
 };
 
+// How a routed layer's tokens choose experts by their logits.
+struct Routing {
+    int32_t experts, per_token;
+    int32_t renormalizes;  // weights of a token's experts add up to 1, before `scale`
+    float scale;
+};
+
+// The MLPs of a routed layer, all of one shape.
+struct Experts {
+    const Linear *const *gate_up, *const *down;
+    int32_t count, activation;
+};
+
+// y[token] = the sum of weights[token][j] * down(gated(gate_up(x[token]))) over its experts chosen[token][j], which are
+// all different, in ascending order.
+struct ExpertStep {
+    const bf16* x;  // [tokens, k of gate_up]
+    bf16* y;        // [tokens, n of down]
+    const int64_t* chosen;
+    const float* weights;
+    int64_t tokens;
+    int32_t per_token;
+};
+
+// What stands in the place of an MLP: a router [experts, hidden], experts, and perhaps one more that all tokens take,
+// whose output the sigmoid of shared_gate [1, hidden] scales.
+struct RoutedMlp {
+    const Experts* experts;
+    const Linear *router, *shared_gate_up, *shared_down, *shared_gate;  // the last three or the last one may be null
+    Routing routing;
+    int32_t activation;  // of the shared one
+};
+
 // One layer of a Llama-like decoder. All norms bf16; those of q, k and of what `o` and `down` give may be null.
 struct DecoderLayer {
     const bf16 *input_norm, *q_norm, *k_norm, *attended_norm, *mlp_norm, *after_norm;
     const Linear *qkv, *o, *gate_up, *down;
+    const RoutedMlp* routed;  // in place of gate_up and down, or null
+    const float* sinks;       // [heads], see Attention, or null
     int64_t window;
     int32_t both_ways;  // queries see as far as `DecoderStep.visible` says
     int32_t rotation;   // number of its cos and sin
+    int32_t table;      // number of the block table that says which blocks are its
 };
 
 struct Decoder {
     const DecoderLayer* layers;
     const bf16* final_norm;
     int32_t num_layers, heads, kv_heads, head_dim, rotary, block_size, activation, int8_cache;
+    int32_t norms_whole_qk;  // q_norm and k_norm are of all heads together
     float eps, scale, norm_offset;
+};
+
+// A step by one of the sequences' block tables.
+struct StepTable {
+    const int64_t* slots;         // block * block_size + offset of each token's keys and values
+    const int32_t* block_tables;  // [sequences, max_blocks]
+    int64_t max_blocks;
 };
 
 // What changes from step to step. `hidden` is read; `out` [tokens, hidden_size] gets the normed result.
@@ -73,10 +136,39 @@ struct DecoderStep {
     bf16* out;
     const float* const* rotations;  // cos, sin of each number, [tokens, rotary / 2]
     void* const* caches;            // keys, values of each layer: [blocks, kv_heads, block_size, head_dim]
-    const int64_t* slots;
-    const int32_t *block_tables, *query_start, *seq_lens, *visible;
+    const StepTable* tables;
+    const int32_t *query_start, *seq_lens, *visible;
     const int64_t* rows;  // ascending: the tokens whose results are wanted, others are undefined; null: all
-    int64_t tokens, max_blocks, sequences, num_rows;
+    int64_t tokens, sequences, num_rows;
+};
+
+// Runs of a step's tokens and the slots of the states before and behind them: `Segments` of kernels/context.py.
+struct StateRuns {
+    const int64_t *lengths, *sources, *targets;
+    int64_t count, singles;
+};
+
+// Of every channel by itself the weighted sum of a token and those before it.
+struct CausalConv {
+    const bf16* x;       // [tokens, channels]
+    const bf16* weight;  // [channels, taps]
+    const bf16* bias;    // [channels] or null
+    bf16* y;             // [tokens, channels], adjacent
+    bf16* states;        // [slots, taps - 1, channels]
+    int64_t stride, channels, taps;
+    int32_t silu;
+    StateRuns runs;
+};
+
+// See `Backend.delta_rule` of kernels/backend.py. Heads are adjacent.
+struct DeltaRule {
+    const bf16 *q, *k;             // [tokens, key_heads, key_dim]
+    const bf16* v;                 // [tokens, value_heads, value_dim]
+    bf16* out;                     // the same
+    const float *decay, *learned;  // [tokens, value_heads]
+    float* states;                 // [slots, value_heads, key_dim, value_dim]
+    int64_t q_stride, k_stride, v_stride, key_heads, value_heads, key_dim, value_dim;
+    StateRuns runs;
 };
 
 struct Kernels {
@@ -93,6 +185,7 @@ struct Kernels {
                        int64_t row_start);
     void (*unpack_quantized)(const Linear&, const int64_t* ids, int64_t count, bf16* out);
     void (*linear)(const Runtime&, const Linear&, const bf16* x, int64_t stride, int64_t rows, void* y, int32_t y_fp32);
+    void (*linear_many)(const Runtime&, const Product* products, int64_t count);
     void (*linear_gated)(const Runtime&, const Linear&, const bf16* x, int64_t stride, int64_t rows, bf16* y,
                          int32_t activation);
     void (*attention)(const Runtime&, const Attention&);
@@ -109,6 +202,17 @@ struct Kernels {
     void (*write_kv)(const Runtime&, const bf16* k, int64_t k_stride, const bf16* v, int64_t v_stride, void* k_cache,
                      void* v_cache, const int64_t* slots, int64_t tokens, int64_t heads, int64_t head_dim,
                      int64_t block_size, int32_t int8);
+    void (*choose)(const Runtime&, const Routing&, const bf16* logits, int64_t tokens, int64_t* chosen, float* weights);
+    void (*add_experts)(const Runtime&, const float* rows, const int64_t* tokens, const float* weights, int64_t count,
+                        int64_t n, float* sums);
+    void (*finish_experts)(const Runtime&, const float* sums, const bf16* shared, const bf16* gates, int64_t tokens,
+                           int64_t n, bf16* y);
+    void (*causal_conv)(const Runtime&, const CausalConv&);
+    void (*delta_rule)(const Runtime&, const DeltaRule&);
+    void (*delta_gates)(const Runtime&, const bf16* gates, const float* rate, const float* bias, int64_t tokens,
+                        int64_t heads, float* decay, float* learned);
+    void (*norm_gated)(const Runtime&, const bf16* x, const bf16* z, int64_t z_stride, const bf16* weight, bf16* y,
+                       int64_t tokens, int64_t heads, int64_t n, float eps);
 };
 
 namespace portable {

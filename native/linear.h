@@ -12,8 +12,8 @@ namespace sensorium::SENSORIUM_ISA {
 // A run of rows that are computed together: x packed into tiles, and how far along k one goes at a time.
 struct RowBlock {
     Tiling tiling;
-    const PairWord* a;
-    int64_t pairs, step;
+    const PairWord* a = nullptr;
+    int64_t pairs = 0, step = 0;
 };
 
 static inline int64_t pairs_per_step(int64_t rows, int64_t pairs) {
@@ -21,14 +21,20 @@ static inline int64_t pairs_per_step(int64_t rows, int64_t pairs) {
     return rows <= 4 * kTileRows ? 64 : 512;  // a slice of the panel stays in L1, or in L2
 }
 
-static RowBlock pack_block(const Runtime& runtime, const bf16* x, int64_t stride, int64_t rows, int64_t k) {
+static inline size_t block_bytes(int64_t rows, int64_t k) {
+    return align64(size_t(rows * ceil_div(k, 2)) * sizeof(PairWord));
+}
+
+// In tiles of at most `height` rows, in `memory` of block_bytes, unless x can stay where it is.
+static RowBlock pack_block(const Runtime& runtime, const bf16* x, int64_t stride, int64_t rows, int64_t k,
+                           int64_t height, char* memory) {
     const int64_t pairs = ceil_div(k, 2);
-    RowBlock block{Tiling(rows), nullptr, pairs, pairs_per_step(rows, pairs)};
+    RowBlock block{Tiling(rows, height), nullptr, pairs, pairs_per_step(rows, pairs)};
     if (sizeof(PairWord) == 4 && rows == 1 && k % 2 == 0 && reinterpret_cast<uintptr_t>(x) % 4 == 0) {
         block.a = reinterpret_cast<const PairWord*>(x);
         return block;
     }
-    PairWord* a = static_cast<PairWord*>(Scratch<Buffer::kActivations>::get(size_t(rows * pairs) * sizeof(PairWord)));
+    PairWord* a = reinterpret_cast<PairWord*>(memory);
     const auto pack = [&](int64_t i) {
         const int64_t first = block.tiling.start(i);
         pack_rows(x, stride, first, block.tiling.size(i), k, a + first * pairs);
@@ -119,12 +125,6 @@ static inline void store_panel(const float* c, const Linear& w, int64_t panel, i
                   out.fp32);
 }
 
-static inline vf rounded(vf x) {
-    bf16 lanes[kLanes];
-    vstore_bf16(lanes, x);
-    return vload_bf16(lanes);
-}
-
 // Rounds in between, as `gated` in ops.h finds a product that was stored.
 static inline void store_gated(const float* gate, const float* up, const Linear& w, int64_t panel, int64_t first,
                                int64_t rows, const Output& out) {
@@ -134,61 +134,10 @@ static inline void store_gated(const float* gate, const float* up, const Linear&
         for (int j = 0; j < kPanel; j += kLanes) {
             vf g = vload(gate + j), u = vload(up + j);
             if (w.bias) g = g + vload(w.bias + column + j), u = u + vload(w.bias + half + column + j);
-            vstore_bf16(y + j, activated(rounded(g), out.activation) * rounded(u));
+            vstore_bf16(y + j, gate_product(rounded(g), rounded(u), out.activation));
         }
-}
-
-// Below this many multiplications waking another thread costs more than it saves.
-static inline bool wants_team(int64_t rows, int64_t n, int64_t k) {
-    return std::max<int64_t>(rows, 4) * n * k > 1 << 20;
-}
-
-// Calls sums(panel, c) for every panel, which leaves the panel's products in c [rows, 32], and stores them from `first`
-// on. With few rows a panel is read in a microsecond or two: several make a task.
-template <class Sums>
-static inline void over_panels(const Runtime& runtime, const Linear& w, int64_t first, int64_t rows,
-                               int64_t panel_bytes, const Output& out, const Sums& sums) {
-    constexpr int64_t kTaskBytes = 256 << 10, kLeastTasks = 16;
-    const int64_t together = out.gated ? 2 : 1, panels = ceil_div(w.n, kPanel) / together;
-    const auto finish = [&](int64_t panel) {
-        float* c =
-            static_cast<float*>(Scratch<Buffer::kProducts>::get(size_t(rows * together) * kPanel * sizeof(float)));
-        sums(panel, c);
-        if (out.gated) {
-            float* up = c + rows * kPanel;
-            sums(panel + panels, up);
-            store_gated(c, up, w, panel, first, rows, out);
-        } else {
-            store_panel(c, w, panel, first, rows, out);
-        }
-    };
-    if (!wants_team(rows, w.n, w.k)) {
-        for (int64_t panel = 0; panel < panels; ++panel) finish(panel);
-        return;
-    }
-    int64_t size = rows <= kTileRows ? std::min(kTaskBytes / panel_bytes, panels / kLeastTasks) : 1;
-    size = std::max<int64_t>(1, size);
-    parallel_for(runtime, ceil_div(panels, size), [&](int64_t task) {
-        for (int64_t panel = task * size; panel < std::min(panels, (task + 1) * size); ++panel) finish(panel);
-    });
 }
 
 constexpr int64_t kLinearRows = 256;  // of a block: with k of 1,536 they stay in 1 MB of L2 from panel to panel
-
-static void linear_block(const Runtime& runtime, const Linear& w, const bf16* x, int64_t stride, int64_t first,
-                         int64_t rows, const Output& out) {
-    const int64_t pairs = ceil_div(w.k, 2);
-    const uint32_t* weight = static_cast<const uint32_t*>(w.weight);
-    const RowBlock block = pack_block(runtime, x + first * stride, stride, rows, w.k);
-    const int64_t panel_bytes = w.layout == kCompact ? compact_panel_bytes(w.k) : pairs * kPanel * 4;
-    over_panels(runtime, w, first, rows, panel_bytes, out, [&](int64_t panel, float* c) {
-        if (w.layout == kRows)
-            multiply_rows(block, w, panel, c);
-        else if (w.layout == kCompact)
-            multiply_compact(block, w, panel, c);
-        else
-            multiply_panel(block, weight + panel * kPanel * pairs, panel_vectors(w.n, panel), c);
-    });
-}
 
 }  // namespace sensorium::SENSORIUM_ISA

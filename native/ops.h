@@ -25,6 +25,12 @@ static inline void store_lanes(bf16* p, vf v, int lanes) {
         vstore_bf16_n(p, v, lanes);
 }
 
+static inline vf rounded(vf x) {
+    bf16 lanes[kLanes];
+    vstore_bf16(lanes, x);
+    return vload_bf16(lanes);
+}
+
 static inline void normalize(const bf16* x, const bf16* weight, bf16* y, int64_t n, float factor, float offset) {
     const vf f = vset(factor), add = vset(offset);
     over_lanes(n, [&](int64_t i, int lanes) {
@@ -100,12 +106,19 @@ static inline vf activated(vf x, int32_t activation) {
     }
 }
 
+// What a gated MLP makes of its two halves. The clamped kind is GPT-OSS's: both at most 7, and one more of the second.
+static inline vf gate_product(vf gate, vf up, int32_t activation) {
+    if (activation != kClampedSwiglu) return activated(gate, activation) * up;
+    const vf limit = vset(7.0f);
+    return activated(vmin(gate, limit), kQuickGelu) * (vmax(vmin(up, limit), vset(-7.0f)) + vset(1.0f));
+}
+
 static void gated(const Runtime& runtime, const bf16* gate_up, bf16* y, int64_t rows, int64_t n, int32_t activation) {
     parallel_rows(runtime, rows, n * 6, [&](int64_t row) {
         const bf16 *gate = gate_up + row * 2 * n, *up = gate + n;
         over_lanes(n, [&](int64_t i, int lanes) {
-            store_lanes(y + row * n + i, activated(load_lanes(gate + i, lanes), activation) * load_lanes(up + i, lanes),
-                        lanes);
+            store_lanes(y + row * n + i,
+                        gate_product(load_lanes(gate + i, lanes), load_lanes(up + i, lanes), activation), lanes);
         });
     });
 }

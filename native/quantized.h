@@ -1,7 +1,8 @@
 // int8 and int4 weights: quantising, packing and the product.
 // Codes are unsigned bytes or nibbles, so that they are the unsigned side of the multiplication; activations become
 // signed bytes. int8: code = w / scale + 128, a scale per output column, and one per row of x, whose outliers take two
-// bytes. int4: code = w / scale + zero, a scale per column and group along k, and one per row and group of x.
+// bytes. int4: code = w / scale + zero, a scale and a zero, which may be no code, per column and group along k, and a
+// scale per row and group of x.
 // Packed in panels like bf16, in words of four bytes of one column: four int8 codes, or eight int4 codes of which the
 // low nibbles are the first four.
 #pragma once
@@ -13,6 +14,8 @@
 #include "ops.h"
 
 namespace sensorium::SENSORIUM_ISA {
+
+constexpr uint16_t kEight = 0x4800;  // in fp16
 
 struct Codes {
     bool nibbles;
@@ -221,11 +224,11 @@ static void unpack_quantized(const Linear& w, const int64_t* ids, int64_t count,
             }
             const int64_t place = (panel * shape.groups + at / shape.group) * kPanel + column;
             const int code = int((words[at / 8 * width] >> (at % 4 * 8 + at % 8 / 4 * 4)) & 15);
-            const int zero = w.zeros ? w.zeros[place] : 8;
-            uint16_t halves[kLanes] = {static_cast<const uint16_t*>(w.scales)[place]};
-            float scales[kLanes];
-            vstore(scales, vload_f16(halves));
-            row[at] = float_to_bf16(float(code - zero) * scales[0]);
+            uint16_t halves[kLanes] = {static_cast<const uint16_t*>(w.scales)[place],
+                                       w.zeros ? w.zeros[place] : kEight};
+            float wide[kLanes];
+            vstore(wide, vload_f16(halves));
+            row[at] = float_to_bf16((float(code) - wide[1]) * wide[0]);
         }
     }
 }
@@ -249,10 +252,10 @@ struct Outliers {
 
 struct QuantizedRows {
     Tiling tiling;
-    uint32_t* a;         // tiles [words][rows of the tile]
-    float* scale;        // [rows][groups]
-    int32_t* sum;        // [rows][groups], of the steps that x comes to
-    Outliers* outliers;  // [rows], int8 only
+    uint32_t* a = nullptr;         // tiles [words][rows of the tile]
+    float* scale = nullptr;        // [rows][groups]
+    int32_t* sum = nullptr;        // [rows][groups], of the steps that x comes to
+    Outliers* outliers = nullptr;  // [rows], int8 only
 };
 
 // The three largest values, lane by lane, then of all lanes.
@@ -335,12 +338,17 @@ static inline void quantize_row(const Codes& shape, const bf16* x, int8_t* out, 
     }
 }
 
+static inline size_t quantized_bytes(const Codes& shape, int64_t rows) {
+    const size_t a_bytes = align64(size_t(rows * shape.x_words()) * 4),
+                 s_bytes = align64(size_t(rows * shape.groups) * 4);
+    return a_bytes + 2 * s_bytes + (shape.nibbles ? 0 : align64(size_t(rows) * sizeof(Outliers)));
+}
+
+// In `memory` of quantized_bytes.
 static QuantizedRows quantize_rows(const Runtime& runtime, const Codes& shape, const bf16* x, int64_t stride,
-                                   int64_t rows) {
+                                   int64_t rows, char* memory) {
     const int64_t words = shape.x_words();
     const size_t a_bytes = align64(size_t(rows * words) * 4), s_bytes = align64(size_t(rows * shape.groups) * 4);
-    const size_t outlier_bytes = shape.nibbles ? 0 : size_t(rows) * sizeof(Outliers);
-    char* memory = static_cast<char*>(Scratch<Buffer::kActivations>::get(a_bytes + 2 * s_bytes + outlier_bytes));
     QuantizedRows out{Tiling(rows, shape.nibbles ? kGroupRows : kTileRows), reinterpret_cast<uint32_t*>(memory),
                       reinterpret_cast<float*>(memory + a_bytes),
                       reinterpret_cast<int32_t*>(memory + a_bytes + s_bytes),
@@ -403,7 +411,7 @@ static void finish_int8(const QuantizedRows& x, const uint32_t* b, const float* 
 struct GroupRun {
     int64_t groups, words, rows_step;  // words of x in a group; distance of rows in x_scale and x_sum
     const uint16_t* scales;            // [groups][32]
-    const uint8_t* zeros;              // [groups][32] or null
+    const uint16_t* zeros;             // [groups][32] or null
     const float* x_scale;
     const int32_t* x_sum;
     int64_t ahead;
@@ -436,12 +444,13 @@ static inline void add_words(vi (&sum)[MR][NV], const uint32_t*& a, const uint32
 
 template <int MR, int NV>
 static inline void add_scaled(vf (&total)[MR][NV], const vi (&sum)[MR][NV], const GroupRun& run, int64_t g) {
+    __builtin_prefetch(run.scales + (g + 12) * kPanel, 0, 3);
     const float* x_scale = run.x_scale + g;
     const int32_t* x_sum = run.x_sum + g;
     SENSORIUM_UNROLL(2)
     for (int j = 0; j < NV; ++j) {
         const vf scale = vload_f16(run.scales + g * kPanel + j * kLanes);
-        const vf zero = run.zeros ? vload_u8(run.zeros + g * kPanel + j * kLanes) : vzero();
+        const vf zero = run.zeros ? vload_f16(run.zeros + g * kPanel + j * kLanes) : vzero();
         SENSORIUM_UNROLL(8)
         for (int i = 0; i < MR; ++i) {
             vf product = to_float(sum[i][j]);
@@ -497,7 +506,7 @@ static void multiply_int4(const QuantizedRows& x, const Codes& shape, const Line
     const int64_t rows = x.tiling.rows, words = shape.x_words(), group_words = shape.group / 4;
     const uint32_t* b = static_cast<const uint32_t*>(w.weight) + panel * kPanel * shape.words();
     const uint16_t* scales = static_cast<const uint16_t*>(w.scales) + panel * shape.groups * kPanel;
-    const uint8_t* zeros = w.zeros ? w.zeros + panel * shape.groups * kPanel : nullptr;
+    const uint16_t* zeros = w.zeros ? w.zeros + panel * shape.groups * kPanel : nullptr;
     std::fill(c, c + rows * kPanel, 0.0f);
     const int64_t step = kInt4Step / shape.group;
     for (int64_t g = 0; g < shape.groups; g += step)
@@ -511,7 +520,7 @@ static void multiply_int4(const QuantizedRows& x, const Codes& shape, const Line
                                zeros ? zeros + g * kPanel : nullptr,
                                x.scale + first * shape.groups + g,
                                x.sum + first * shape.groups + g,
-                               rows <= 4 ? 4096 : 8192};
+                               8192};
             group_tile_for(size, vectors)(run, x.a + first * words + g * group_words * size,
                                           b + g * group_words / 2 * width, c + first * kPanel);
         }
@@ -521,21 +530,15 @@ static void multiply_int4(const QuantizedRows& x, const Codes& shape, const Line
 
 constexpr int64_t kQuantizedRows = 480;  // of a block
 
-static void quantized_block(const Runtime& runtime, const Linear& w, const bf16* x, int64_t stride, int64_t first,
-                            int64_t rows, const Output& out) {
-    const Codes shape(w);
-    const QuantizedRows block = quantize_rows(runtime, shape, x + first * stride, stride, rows);
-    over_panels(runtime, w, first, rows, shape.words() * kPanel * 4, out, [&](int64_t panel, float* c) {
-        const int vectors = panel_vectors(w.n, panel);
-        const int64_t column = panel * kPanel;
-        if (shape.nibbles) {
-            multiply_int4(block, shape, w, panel, vectors, c);
-            return;
-        }
-        const uint32_t* b = static_cast<const uint32_t*>(w.weight) + column * shape.words();
-        multiply_int8(block, shape, b, vectors, reinterpret_cast<int32_t*>(c));
-        finish_int8(block, b, static_cast<const float*>(w.scales) + column, vectors, c);
-    });
+static void multiply_codes(const QuantizedRows& x, const Codes& shape, const Linear& w, int64_t panel, float* c) {
+    const int vectors = panel_vectors(w.n, panel);
+    if (shape.nibbles) {
+        multiply_int4(x, shape, w, panel, vectors, c);
+        return;
+    }
+    const uint32_t* b = static_cast<const uint32_t*>(w.weight) + panel * kPanel * shape.words();
+    multiply_int8(x, shape, b, vectors, reinterpret_cast<int32_t*>(c));
+    finish_int8(x, b, static_cast<const float*>(w.scales) + panel * kPanel, vectors, c);
 }
 
 }  // namespace sensorium::SENSORIUM_ISA

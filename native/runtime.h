@@ -187,6 +187,12 @@ enum class Buffer {
     kAttentionParts,  // running sums of all parts of split tiles
     kAttentionState,  // running sums of a tile that is not split
     kDecoderStates,   // hidden states between the operations of decoder layers
+    kExpertStates,    // some experts' tokens, and what becomes of them
+    kExpertSums,      // what all experts of a layer give its tokens
+    kRouting,         // a router's logits, and what is chosen
+    kStateRows,       // taps of a convolution, or unit queries and keys
+    kStateColumns,    // of a head's memory
+    kShared,          // what a routed layer's shared expert gives
 };
 
 // Memory that a thread keeps between calls, one piece for each buffer.

@@ -4,6 +4,7 @@
 #endif
 
 #include "decoder.h"
+#include "experts.h"
 #include "kernels.h"
 
 using namespace sensorium;
@@ -35,7 +36,7 @@ const Kernels* find_kernels(int isa) {
 
 }  // namespace
 
-EXPORT int32_t sensorium_abi() { return 8; }
+EXPORT int32_t sensorium_abi() { return 15; }
 
 // isa: 0 portable, 1 AVX2 + FMA, 2 AVX-512 with VNNI, 3 the same with BF16, -1 the fastest of these. Null when this
 // processor lacks it.
@@ -126,4 +127,21 @@ EXPORT void sensorium_write_kv(const Runtime* r, const bf16* k, int64_t k_stride
 }
 EXPORT void sensorium_decoder(const Runtime* r, const Decoder* decoder, const DecoderStep* step) {
     run_decoder(*r, *decoder, *step);
+}
+EXPORT void sensorium_experts(const Runtime* r, const Experts* experts, const ExpertStep* step) {
+    run_experts(*r, *experts, *step);
+}
+EXPORT void sensorium_choose(const Runtime* r, const Routing* rules, const bf16* logits, int64_t tokens,
+                             int64_t* chosen, float* weights) {
+    r->kernels->choose(*r, *rules, logits, tokens, chosen, weights);
+}
+EXPORT void sensorium_causal_conv(const Runtime* r, const CausalConv* args) { r->kernels->causal_conv(*r, *args); }
+EXPORT void sensorium_delta_rule(const Runtime* r, const DeltaRule* args) { r->kernels->delta_rule(*r, *args); }
+EXPORT void sensorium_delta_gates(const Runtime* r, const bf16* gates, const float* rate, const float* bias,
+                                  int64_t tokens, int64_t heads, float* decay, float* learned) {
+    r->kernels->delta_gates(*r, gates, rate, bias, tokens, heads, decay, learned);
+}
+EXPORT void sensorium_norm_gated(const Runtime* r, const bf16* x, const bf16* z, int64_t z_stride, const bf16* weight,
+                                 bf16* y, int64_t tokens, int64_t heads, int64_t n, float eps) {
+    r->kernels->norm_gated(*r, x, z, z_stride, weight, y, tokens, heads, n, eps);
 }

@@ -123,7 +123,8 @@ static inline Tile<Dot> tile_for(int rows, int vectors) {
 
 // Cuts `rows` into tiles of nearly equal height.
 struct Tiling {
-    int64_t rows, count;
+    int64_t rows = 0, count = 0;
+    Tiling() = default;
     explicit Tiling(int64_t rows, int64_t height = kTileRows) : rows(rows), count((rows + height - 1) / height) {}
     int64_t start(int64_t i) const { return rows * i / count; }
     int size(int64_t i) const { return int(start(i + 1) - start(i)); }

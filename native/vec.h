@@ -186,9 +186,6 @@ static inline vi times128(vi a) { return {_mm512_slli_epi32(a.v, 7)}; }
 static inline vi iload(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 static inline void istore(int32_t* p, vi a) { _mm512_storeu_si512(p, a.v); }
 static inline vf to_float(vi a) { return {_mm512_cvtepi32_ps(a.v)}; }
-static inline vf vload_u8(const uint8_t* p) {
-    return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)))};
-}
 static inline vf vload_s8(const int8_t* p) {
     return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
 }
@@ -353,10 +350,6 @@ static inline void istore(int32_t* p, vi x) {
     _mm256_storeu_si256((__m256i*)(p + 8), x.b);
 }
 static inline vf to_float(vi x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
-static inline vf vload_u8(const uint8_t* p) {
-    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))),
-            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8))))};
-}
 static inline vf vload_s8(const int8_t* p) {
     return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))),
             _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8))))};
@@ -544,11 +537,6 @@ static inline vi iload(const int32_t* p) {
 }
 static inline void istore(int32_t* p, vi a) { std::memcpy(p, &a.v, 64); }
 static inline vf to_float(vi a) { return {__builtin_convertvector(a.v, f16_t)}; }
-static inline vf vload_u8(const uint8_t* p) {
-    vf out;
-    for (int i = 0; i < 16; ++i) out.v[i] = float(p[i]);
-    return out;
-}
 static inline vf vload_s8(const int8_t* p) {
     vf out;
     for (int i = 0; i < 16; ++i) out.v[i] = float(p[i]);

@@ -6,11 +6,10 @@ AWQ (GEMM) and GPTQ keep `qweight`, `qzeros` and `scales` with the inputs first;
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,14 +17,13 @@ from torch import Tensor
 from sensorium.checkpoint.quantization import StoredQuantization
 from sensorium.errors import CheckpointError
 from sensorium.kernels import Quantization, QuantizedWeight
-
-if TYPE_CHECKING:
-    from sensorium.weights.tensor_files import StoredTensor
-
-logger = logging.getLogger(__name__)
+from sensorium.parallel.ranks import Span
+from sensorium.weights.tensor_files import StoredTensor
 
 PIECE = 4 * 1024 * 1024  # weight elements that are unpacked at once
 WIDE_GROUP = 128  # how the kernels see groups that are too large for them
+MEASURED_ROWS = 256
+MOST_ZERO = 16384.0  # beyond, float16 has steps of sixteen codes
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the place of each of eight neighbours in its word
 
 
@@ -36,6 +34,7 @@ class StoredCodes:
     """
 
     kinds: ClassVar[Mapping[str, tuple[torch.dtype, ...]]]
+    becomes_int8: ClassVar[bool] = True  # where the kernels have no layout for the codes; else they become floats
 
     def __init__(self, base: str, parts: Mapping[str, StoredTensor], stored: StoredQuantization) -> None:
         self.key = f"{base}.weight"
@@ -63,13 +62,12 @@ class StoredCodes:
         for part in self.parts.values():
             part.release()
 
-    def pieces(self) -> Iterator[tuple[int, Tensor]]:
-        """(first row, float32 rows [n, in]) of the whole weight."""
-        scales, zeros, order = self.scales().float(), self.zeros(), self.order()
-        index = torch.arange(self.shape[1]) // self.group if order is None else order
-        for rows in self._steps():
+    def pieces(self, first: int = 0, count: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """(first row, float32 rows [n, in]) of the whole weight, or of so many rows from `first` on."""
+        scales, zeros, index = self.scales().float(), self.zeros(), self._groups_of_inputs()
+        for rows, wanted in self._steps(first, count):
             zero = 2 ** (self.bits - 1) if zeros is None else zeros[rows][:, index].float()
-            yield rows.start, (self.codes(rows).float() - zero) * scales[rows][:, index]
+            yield rows.start + wanted.start, ((self.codes(rows).float() - zero) * scales[rows][:, index])[wanted]
 
     def quantization(self) -> Quantization | None:
         """The kernels' quantisation that holds these very codes; None if there is none."""
@@ -83,37 +81,46 @@ class StoredCodes:
         return Quantization(4, WIDE_GROUP) if whole or self.group % WIDE_GROUP == 0 else None
 
     def is_symmetric(self) -> bool:
+        """Whether all zeros are the kernels' own: the middle code of 4 or 8 bits."""
         zeros = self.zeros()
-        return zeros is None or bool((zeros == 2 ** (self.bits - 1)).all())
+        is_middle = zeros is None or bool((zeros == 2 ** (self.bits - 1)).all())
+        return is_middle and self.bits in (4, 8)
 
-    def put(self, weight: QuantizedWeight, first_row: int, quantization: Quantization, *, with_zeros: bool) -> None:
-        """Fill rows from `first_row` with these codes, where `quantization` is `quantization()`."""
+    def put(self, weight: QuantizedWeight, span: Span, quantization: Quantization, *, with_zeros: bool) -> None:
+        """Fill rows with these codes, where `quantization` is `quantization()`."""
         scales, zeros = self.scales(), self.zeros()
-        if self.bits == 4:
+        if self.bits <= 4:
             repeats, groups = -(-self.group // quantization.group), -(-self.shape[1] // quantization.group)
             scales = scales.repeat_interleave(repeats, 1)[:, :groups]
             zeros = (
-                torch.full_like(scales, 8, dtype=torch.uint8)
+                torch.full_like(scales, 2 ** (self.bits - 1), dtype=torch.uint8)
                 if zeros is None
                 else zeros.repeat_interleave(repeats, 1)[:, :groups]
             )
-        for rows in self._steps():
+        for rows, wanted in self._steps(span.first, span.rows):
             weight.fill_codes(
-                first_row + rows.start,
-                self.codes(rows),
-                scales[rows],
-                zeros[rows] if with_zeros and zeros is not None else None,
+                span.here + rows.start + wanted.start - span.first,
+                self.codes(rows)[wanted],
+                scales[rows][wanted],
+                zeros[rows][wanted] if with_zeros and zeros is not None else None,
             )
 
-    def _steps(self) -> Iterator[slice]:
+    def every(self, first: int, step: int) -> StoredCodes:
+        """The rows first, first + step, .. as a weight of their own."""
+        raise CheckpointError(f"the rows of {self.key} cannot be taken apart")
+
+    def _steps(self, first: int = 0, count: int | None = None) -> Iterator[tuple[slice, slice]]:
+        """(rows to take apart at a time, which start at a multiple of eight; which of them are wanted)"""
+        end = self.shape[0] if count is None else first + count
         step = max(8, PIECE // self.shape[1] // 8 * 8)
-        for start in range(0, self.shape[0], step):
-            yield slice(start, min(start + step, self.shape[0]))
+        for start in range(first // 8 * 8, end, step):
+            stop = min(start + step, -(-end // 8) * 8, self.shape[0])
+            yield slice(start, stop), slice(max(first - start, 0), min(end, stop) - start)
 
     def _view(self, name: str, *shape: int) -> Tensor:
         part = self.parts[name]
         if part.shape != shape:
-            raise _misshapen(part, f"its layer needs {list(shape)}")
+            raise misshapen(part, f"its layer needs {list(shape)}")
         return part.view()
 
     def _words(self, count: int) -> int:
@@ -133,12 +140,16 @@ class StoredCodes:
         raise NotImplementedError
 
     def zeros(self) -> Tensor | None:
-        """uint8 [out, groups]; None: the middle code"""
+        """[out, groups]; None: the middle code"""
         raise NotImplementedError
 
     def order(self) -> Tensor | None:
         """The group of every input, where they do not follow one another."""
         return None
+
+    def _groups_of_inputs(self) -> Tensor:
+        order = self.order()
+        return torch.arange(self.shape[1]) // self.group if order is None else order
 
     def _order(self, name: str) -> Tensor | None:
         if name not in self.parts:
@@ -155,51 +166,95 @@ _INDICES = (torch.int32, torch.int64)
 
 
 class AwqCodes(StoredCodes):
-    """qweight [in, out / 8], qzeros [groups, out / 8], scales [groups, out]; eight neighbours in `AWQ_ORDER`."""
+    """qweight [in, out / 8], qzeros [groups, out / 8], scales [groups, out]; eight neighbours in `AWQ_ORDER`.
+
+    Without qzeros, which only symmetric weights may lack, zeros are the middle code.
+    """
 
     kinds: ClassVar = {"qweight": _WORDS, "qzeros": _WORDS, "scales": _SCALES}
 
     def _measure(self, stored: StoredQuantization) -> tuple[tuple[int, int], int, int]:
-        size, words = _matrix(self.parts["qweight"])
+        size, words = matrix_shape(self.parts["qweight"])
         return (8 * words, size), 4, stored.group or size
 
     def codes(self, rows: slice) -> Tensor:
         words = self._view("qweight", self.shape[1], self.shape[0] // 8)
-        return _in_order(_unpacked(words[:, rows.start // 8 : rows.stop // 8], 4)).T.contiguous()
+        return _in_order(unpacked(words[:, rows.start // 8 : rows.stop // 8], 4)).T.contiguous()
 
     def scales(self) -> Tensor:
         return self._view("scales", self.groups, self.shape[0]).T
 
     def zeros(self) -> Tensor | None:
-        return _in_order(_unpacked(self._view("qzeros", self.groups, self.shape[0] // 8), 4)).T
+        if "qzeros" not in self.parts:
+            if not self.symmetric:
+                raise CheckpointError(f"tensor {self.parts['qweight'].key} is there without its qzeros")
+            return None
+        return _in_order(unpacked(self._view("qzeros", self.groups, self.shape[0] // 8), 4)).T
+
+
+class AwqGemvCodes(StoredCodes):
+    """qweight [out, in / 8], qzeros [out, words], scales [out, 8 * words]; neighbours in order, groups filled up."""
+
+    kinds: ClassVar = {"qweight": _WORDS, "qzeros": _WORDS, "scales": _SCALES}
+
+    def _measure(self, stored: StoredQuantization) -> tuple[tuple[int, int], int, int]:
+        out, words = matrix_shape(self.parts["qweight"])
+        return (out, 8 * words), 4, stored.group or 8 * words
+
+    def codes(self, rows: slice) -> Tensor:
+        return unpacked(self._view("qweight", self.shape[0], self.shape[1] // 8)[rows], 4)
+
+    def scales(self) -> Tensor:
+        return self._filled("scales", 1)[:, : self.groups]
+
+    def zeros(self) -> Tensor | None:
+        return unpacked(self._filled("qzeros", 8), 4)[:, : self.groups]
+
+    def _filled(self, name: str, each: int) -> Tensor:
+        """[out, n], whose n hold `each` groups or more."""
+        out, count = matrix_shape(self.parts[name])
+        if out != self.shape[0] or each * count < self.groups:
+            raise misshapen(self.parts[name], f"its layer needs {[self.shape[0], self.groups]} groups")
+        return self.parts[name].view()
 
 
 class GptqCodes(StoredCodes):
     """qweight [in * bits / 32, out], qzeros [groups, out * bits / 32], scales [groups, out], g_idx [in].
 
     The first format stores each zero minus one, the second stores it unchanged. Some writers name the wrong format. The
-    zeros of symmetric weights are the middle code, so there the stored value shows which format it is.
+    zeros of symmetric weights are the middle code, so there the stored value shows which format it is; of others the
+    codes do (`_settle_zeros`).
     """
 
     kinds: ClassVar = {"qweight": _WORDS, "qzeros": _WORDS, "scales": _SCALES, "g_idx": _INDICES}
 
     def _measure(self, stored: StoredQuantization) -> tuple[tuple[int, int], int, int]:
-        words, size = _matrix(self.parts["qweight"])
+        words, size = matrix_shape(self.parts["qweight"])
         bits = stored.bits[0]
         return (size, words * 32 // bits), bits, stored.group or words * 32 // bits
 
     def codes(self, rows: slice) -> Tensor:
         words = self._view("qweight", self._words(self.shape[1]), self.shape[0])
-        return _unpacked(words[:, rows].T, self.bits)
+        return unpacked(words[:, rows].T, self.bits)
 
     def scales(self) -> Tensor:
         return self._view("scales", self.groups, self.shape[0]).T
 
     def zeros(self) -> Tensor | None:
-        stored = self._stored_zeros()
-        if self.symmetric is not False and self._are_near_middle(stored):
-            return None
-        return stored.add(self.zero_offset).bitwise_and(2**self.bits - 1)
+        return None if self.shows_format() else self._zeros(self.zero_offset)
+
+    def shows_format(self) -> bool:
+        """The zeros are the middle code, whichever format they have."""
+        return self.symmetric is not False and self._are_near_middle(self._stored_zeros())
+
+    def mean(self, zero_offset: int) -> float:
+        """Of the first rows' weights, each in scales of its group, if the zeros lack so much."""
+        rows = slice(0, MEASURED_ROWS)
+        zeros = self._zeros(zero_offset)[rows][:, self._groups_of_inputs()]
+        return float((self.codes(rows).float() - zeros).mean())
+
+    def _zeros(self, offset: int) -> Tensor:
+        return self._stored_zeros().add(offset).bitwise_and(2**self.bits - 1)
 
     def doubt(self) -> str | None:
         """What is odd about the zeros, where config.json alone says which format they have."""
@@ -214,7 +269,7 @@ class GptqCodes(StoredCodes):
     def _stored_zeros(self) -> Tensor:
         """uint8 [out, groups]"""
         words = self._view("qzeros", self.groups, self._words(self.shape[0]))
-        return _unpacked(words, self.bits)[:, : self.shape[0]].T
+        return unpacked(words, self.bits)[:, : self.shape[0]].T
 
     def _are_near_middle(self, stored: Tensor) -> bool:
         middle = 2 ** (self.bits - 1)
@@ -239,15 +294,15 @@ class PackedCodes(StoredCodes):
     }
 
     def _measure(self, stored: StoredQuantization) -> tuple[tuple[int, int], int, int]:
-        out, words = _matrix(self.parts["weight_packed"])
+        out, words = matrix_shape(self.parts["weight_packed"])
         rows, size = self._view("weight_shape", 2).tolist()
         bits = next((bits for bits in stored.bits if -(-size * bits // 32) == words), None)
         if rows != out or size <= 0 or bits is None:
-            raise _misshapen(self.parts["weight_packed"], f"which is no weight of {[rows, size]}")
+            raise misshapen(self.parts["weight_packed"], f"which is no weight of {[rows, size]}")
         return (out, size), bits, _group_of(self.parts["weight_scale"], size)
 
     def codes(self, rows: slice) -> Tensor:
-        return _unpacked(self.parts["weight_packed"].view()[rows], self.bits)[:, : self.shape[1]]
+        return unpacked(self.parts["weight_packed"].view()[rows], self.bits)[:, : self.shape[1]]
 
     def scales(self) -> Tensor:
         return _scales_of(self.parts["weight_scale"], self.shape[0], self.groups)
@@ -256,7 +311,7 @@ class PackedCodes(StoredCodes):
         if "weight_zero_point" not in self.parts:
             return None
         words = self._view("weight_zero_point", self._words(self.shape[0]), self.groups)
-        return _unpacked(words.T, self.bits)[:, : self.shape[0]].T
+        return unpacked(words.T, self.bits)[:, : self.shape[0]].T
 
     def order(self) -> Tensor | None:
         return self._order("weight_g_idx")
@@ -271,7 +326,7 @@ class ByteCodes(StoredCodes):
     kinds: ClassVar = {"weight": (torch.int8,), "weight_scale": _SCALES, "weight_zero_point": (torch.int8,)}
 
     def _measure(self, stored: StoredQuantization) -> tuple[tuple[int, int], int, int]:
-        out, size = _matrix(self.parts["weight"])
+        out, size = matrix_shape(self.parts["weight"])
         return (out, size), 8, _group_of(self.parts["weight_scale"], size)
 
     def codes(self, rows: slice) -> Tensor:
@@ -286,63 +341,40 @@ class ByteCodes(StoredCodes):
         return _unsigned(_scales_of(self.parts["weight_zero_point"], self.shape[0], self.groups))
 
 
-# The tensor that tells a layer's kind by its name, the others that the kind must have, and those that it may have.
-_LAYOUTS: Mapping[str, tuple[tuple[type[StoredCodes], str, tuple[str, ...], tuple[str, ...]], ...]] = {
-    "awq": ((AwqCodes, "qweight", ("qzeros", "scales"), ()),),
-    "gptq": ((GptqCodes, "qweight", ("qzeros", "scales"), ("g_idx",)),),
-    "compressed-tensors": (
-        (PackedCodes, "weight_packed", ("weight_scale", "weight_shape"), ("weight_zero_point", "weight_g_idx")),
-        (ByteCodes, "weight", ("weight_scale",), ("weight_zero_point", "input_scale", "input_zero_point")),
-    ),
-}
+def counted_from_zeros(scales: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """w = scale * code + offset as (code - zero) * scale: float16 scales and zeros, and where a group is one number.
+
+    There the code 1 counts from 0, with the offset as its scale. A zero's rounding moves a weight by 2 ** -11 of the
+    offset.
+    """
+    is_constant = offsets.abs() > MOST_ZERO * scales.abs()
+    zeros = torch.where(is_constant, 0, -offsets / torch.where(is_constant, 1, scales))
+    zeros = torch.where(scales == 0, 0, zeros)
+    return torch.where(is_constant, offsets, scales).half(), zeros.half(), is_constant
 
 
-def join(tensors: Iterable[StoredTensor], stored: StoredQuantization) -> list[StoredTensor | StoredCodes]:
-    """Tensors of a quantised checkpoint, those of a quantised weight joined into one; the others stay as they are."""
-    left = {tensor.key: tensor for tensor in tensors}
-    joined: list[StoredCodes] = []
-    for key in list(left):
-        base, _, suffix = key.rpartition(".")
-        for kind, first, needed, possible in _LAYOUTS[stored.layout]:
-            if suffix != first or (first == "weight" and f"{base}.weight_scale" not in left):
-                continue
-            if missing := [name for name in needed if f"{base}.{name}" not in left]:
-                raise CheckpointError(f"tensor {key} is there without its {', '.join(missing)}")
-            names = [name for name in (first, *needed, *possible) if f"{base}.{name}" in left]
-            joined.append(kind(base, {name: left.pop(f"{base}.{name}") for name in names}, stored))
-    _tell_doubt(joined, stored)
-    return [*left.values(), *joined]
-
-
-def _tell_doubt(joined: list[StoredCodes], stored: StoredQuantization) -> None:
-    """One line for all layers, by the first one."""
-    first = next((codes for codes in joined if isinstance(codes, GptqCodes)), None)
-    doubt = None if first is None else first.doubt()
-    if first is not None and doubt is not None:
-        logger.warning(
-            "%s: the zeros of %s %s. They are read as GPTQ's %s format, as checkpoint_format says; if the "
-            "model answers nonsense, checkpoint_format or sym is wrong",
-            first.file.parent.name,
-            first.key,
-            doubt,
-            "first" if stored.zero_offset else "second",
-        )
-
-
-def _misshapen(part: StoredTensor, but: str) -> CheckpointError:
+def misshapen(part: StoredTensor, but: str) -> CheckpointError:
     return CheckpointError(f"tensor {part.key} in {part.file.name} has shape {list(part.shape)}, {but}")
 
 
-def _matrix(part: StoredTensor) -> tuple[int, int]:
+def matrix_shape(part: StoredTensor) -> tuple[int, int]:
     if len(part.shape) != 2 or not math.prod(part.shape):
-        raise _misshapen(part, "which is no matrix")
+        raise misshapen(part, "which is no matrix")
     return part.shape[0], part.shape[1]
 
 
-def _unpacked(words: Tensor, bits: int) -> Tensor:
-    """int32 [n, m] -> uint8 [n, m * 32 / bits]"""
+def unpacked(words: Tensor, bits: int) -> Tensor:
+    """Words of any size [n, m] -> uint8 codes [n, k]: a row is one stream of bits, the lowest of a word first."""
     octets = words.contiguous().view(torch.uint8)
-    return octets if bits == 8 else torch.stack((octets & 15, octets >> 4), -1).flatten(-2)
+    if bits == 8:
+        return octets
+    if bits == 4:
+        return torch.stack((octets & 15, octets >> 4), -1).flatten(-2)
+    places = torch.arange(8, dtype=torch.uint8)
+    stream = ((octets.unsqueeze(-1) >> places) & 1).flatten(-2)
+    whole = stream.shape[-1] // bits * bits
+    codes = stream[..., :whole].reshape(*stream.shape[:-1], -1, bits)
+    return (codes << places[:bits]).sum(-1, dtype=torch.uint8)
 
 
 def _in_order(codes: Tensor) -> Tensor:
@@ -359,7 +391,7 @@ def _group_of(scales: StoredTensor, size: int) -> int:
     """Inputs that share a scale, by the shape [out, groups], [out], [1] or [] of the scales."""
     groups = scales.shape[1] if len(scales.shape) == 2 else 1
     if len(scales.shape) > 2 or not groups or size % groups:
-        raise _misshapen(scales, f"which does not go with {size} inputs")
+        raise misshapen(scales, f"which does not go with {size} inputs")
     return size // groups
 
 
@@ -367,5 +399,5 @@ def _scales_of(part: StoredTensor, out: int, groups: int) -> Tensor:
     """[out, groups] of what may be one number, or one for every output."""
     value = part.view()
     if value.numel() not in (1, out * groups):
-        raise _misshapen(part, f"its layer needs {[out, groups]}")
+        raise misshapen(part, f"its layer needs {[out, groups]}")
     return value.reshape(1, 1).expand(out, groups) if value.numel() == 1 else value.reshape(out, groups)

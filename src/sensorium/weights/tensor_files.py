@@ -9,7 +9,7 @@ import mmap
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,10 @@ _DTYPES = {
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -52,43 +56,46 @@ class StoredTensor:
     prefetch: Callable[[], None]  # starts reading from the disk
     release: Callable[[], None]  # gives the view's pages back
     populate: Callable[[], None] | None = None  # reads all of it now; None: `view` is no plain mapping of the file
+    cut: Callable[[int, int], StoredTensor] | None = None  # (first, count) -> these rows; None: see `part_of`
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def pieces(self) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows) of the whole tensor: so many that their conversion to another dtype takes little memory."""
+    def pieces(self, first: int = 0, count: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows) of the whole tensor, or of so many rows from `first` on: as many at a time as take little
+        memory when they are converted to another dtype."""
         rows = self.view()
         rows = rows if rows.dim() else rows.view(1)  # of one number
+        end = rows.shape[0] if count is None else first + count
         step = max(1, CONVERT_BYTES * rows.shape[0] // max(1, rows.nbytes))
-        for start in range(0, rows.shape[0], step):
-            yield start, rows[start : start + step]
+        for start in range(first, end, step):
+            yield start, rows[start : min(start + step, end)]
 
 
 def part_of(tensor: StoredTensor, first: int, count: int) -> StoredTensor:
-    """Some rows of a tensor as one of their own; giving them back gives all of it back."""
-    return replace(tensor, shape=(count, *tensor.shape[1:]), view=lambda: tensor.view()[first : first + count])
+    """Some rows of a tensor as one of their own. Of a pickle they are not given back: others may need the rest."""
+    if tensor.cut is not None:
+        return tensor.cut(first, count)
+    rows, shape = slice(first, first + count), (count, *tensor.shape[1:])
+    return replace(tensor, shape=shape, view=lambda: tensor.view()[rows], release=lambda: None)
 
 
-def stored_tensors(files: Iterable[Path], text_files: Iterable[Path] = ()) -> list[StoredTensor]:
-    """The tensors of all files of one checkpoint; a key that two files have is an error.
-
-    `text_files` are a second repository's: their keys get the prefix `language_model.` and yield to the first's.
-    """
-    own = _tensors_of(files)
-    second = [replace(tensor, key=f"language_model.{tensor.key}") for tensor in _tensors_of(text_files).values()]
-    return [*own.values(), *(tensor for tensor in second if tensor.key not in own)]
+def element_of(tensor: StoredTensor, index: int) -> StoredTensor:
+    """tensor[index] as one of its own."""
+    part = part_of(tensor, index, 1)
+    return replace(part, key=f"{tensor.key}[{index}]", shape=part.shape[1:], view=lambda: part.view()[0], cut=None)
 
 
-def _tensors_of(files: Iterable[Path]) -> dict[str, StoredTensor]:
-    found: dict[str, StoredTensor] = {}
-    for file in files:
-        for tensor in read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file):
-            if tensor.key in found:
-                raise CheckpointError(f"{tensor.key} is in {found[tensor.key].file.name} and again in {file.name}")
-            found[tensor.key] = tensor
-    return found
+def transposed(tensor: StoredTensor) -> StoredTensor:
+    """Of a matrix."""
+    return replace(tensor, shape=tensor.shape[::-1], view=lambda: tensor.view().t(), populate=None, cut=None)
+
+
+def every(tensor: StoredTensor, first: int, step: int) -> StoredTensor:
+    """tensor[first::step], of a part of a pickle: the whole one, once given back, is gone."""
+    shape = (len(range(first, tensor.shape[0], step)), *tensor.shape[1:])
+    return replace(tensor, shape=shape, view=lambda: tensor.view()[first::step], populate=None, cut=None)
 
 
 def read_safetensors(file: Path) -> list[StoredTensor]:
@@ -132,18 +139,29 @@ def _stored(file: Path, memory: mmap.mmap, start: int, key: str, entry: Any) -> 
         raise CheckpointError(f"{file.name}: the header entry of {key} is broken")
     if start + end > size:
         raise CheckpointError(f"{file.name} is cut short: {key} ends at byte {start + end} of {size}")
-    place = _Mapped(memory, start + begin, start + end, shape, dtype)
-    tensor = StoredTensor(
+    return begin, end, mapped_tensor(key, file, memory, start + begin, shape, dtype)
+
+
+def mapped_tensor(
+    key: str, file: Path, memory: mmap.mmap, first: int, shape: tuple[int, ...], dtype: torch.dtype
+) -> StoredTensor:
+    """The bytes from `first` on of a mapped file, whose bounds have been checked, as a tensor."""
+    last = first + math.prod(shape) * dtype.itemsize
+    return _mapped(key, file, _Mapped(memory, first, last, shape, dtype))
+
+
+def _mapped(key: str, file: Path, place: _Mapped) -> StoredTensor:
+    return StoredTensor(
         key,
         file,
-        shape,
-        dtype,
+        place.shape,
+        place.dtype,
         place.view,
         prefetch=lambda: place.advise(mmap.MADV_WILLNEED),
         release=lambda: place.advise(mmap.MADV_DONTNEED),
         populate=place.populate if place.is_aligned else None,
+        cut=lambda first, count: _mapped(key, file, place.rows(first, count)),
     )
-    return begin, end, tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +186,11 @@ class _Mapped:
         count = math.prod(self.shape)
         return torch.frombuffer(self.memory, dtype=self.dtype, count=count, offset=self.first).view(self.shape)
 
+    def rows(self, first: int, count: int) -> _Mapped:
+        size = math.prod(self.shape[1:]) * self.dtype.itemsize
+        start = self.first + first * size
+        return replace(self, first=start, last=start + count * size, shape=(count, *self.shape[1:]))
+
     def advise(self, option: int) -> None:
         page = self.first - self.first % mmap.PAGESIZE
         if self.last > self.first:
@@ -188,7 +211,7 @@ def _check_overlap(file: Path, tensors: list[tuple[int, int, StoredTensor]]) -> 
     return [tensor for _, _, tensor in tensors]
 
 
-def _read_pickle(file: Path) -> list[StoredTensor]:
+def read_pickle(file: Path) -> list[StoredTensor]:
     """A torch file, opened by the loader that builds tensors and nothing else."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))

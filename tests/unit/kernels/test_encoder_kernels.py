@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional
@@ -107,11 +109,9 @@ def test_gated(dtype: torch.dtype) -> None:
     x = torch.randn(5, 48).to(dtype)
     gate, up = x.float().chunk(2, dim=-1)
     tolerance = 1e-6 if dtype is torch.float32 else 2e-2
-    for activation, function in (("gelu", functional.gelu), ("silu", functional.silu)):
+    pairs: Any = (("gelu", functional.gelu), ("silu", functional.silu))
+    for activation, function in pairs:
         torch.testing.assert_close(
-            kernels.gated(x, activation).float(),
-            function(gate) * up,  # type: ignore[arg-type]
-            atol=tolerance,
-            rtol=tolerance,
+            kernels.gated(x, activation).float(), function(gate) * up, atol=tolerance, rtol=tolerance
         )
     torch.testing.assert_close(kernels.silu_mul(x), kernels.gated(x, "silu"))

@@ -5,6 +5,8 @@ The native forms and their torch twin take the same tests.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor
@@ -28,14 +30,14 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     return ((got.float() - expected).norm() / expected.norm()).item() if expected.numel() else 0.0
 
 
-def dequantized(form: QuantizedLinear) -> Tensor:
+def dequantized(form: QuantizedLinear | quantized.QuantizedLinear) -> Tensor:
     return form.rows(torch.arange(form.out_features)).float()
 
 
 @pytest.mark.parametrize(("bits", "group"), [(8, 0), (4, 32), (4, 64), (4, 128)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_product_is_that_of_the_dequantised_weight(
-    kernels: Native, bits: int, group: int, shape: tuple[int, int]
+    kernels: Native, bits: Literal[4, 8], group: int, shape: tuple[int, int]
 ) -> None:
     form = QuantizedLinear(kernels, *shape, Quantization(bits, group))
     form.fill(0, random_bf16(*shape))
@@ -54,7 +56,7 @@ def test_product_is_that_of_the_dequantised_weight(
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_exact_where_integers_are_exact(kernels: Native, bits: int) -> None:
+def test_exact_where_integers_are_exact(kernels: Native, bits: Literal[4, 8]) -> None:
     """With x of -127 .. 127 and scales of one, a product is an integer that float32 holds."""
     out_features, in_features, group = 45, 150, 32
     codes = torch.randint(0, 2**bits, (out_features, in_features), dtype=torch.uint8)
@@ -103,7 +105,7 @@ def with_outliers(rows: int, size: int, *factors: float) -> Tensor:
 def test_outliers_leave_the_other_values_fine(kernels: Native, size: int, factors: tuple[float, ...]) -> None:
     """As the reference has them, in whatever rows they stand; with one or two, the rest keeps its steps."""
     weight = random_bf16(40, size)
-    ours, reference_form = QuantizedLinear(kernels, 40, size, Quantization(8)), twin_of(weight.shape, Quantization(8))
+    ours, reference_form = QuantizedLinear(kernels, 40, size, Quantization(8)), twin_of((40, size), Quantization(8))
     for form in (ours, reference_form):
         form.fill_codes(0, *quantized.quantize_int8(weight))
     x = torch.cat([with_outliers(9, size, *factors), random_bf16(4, size)])
@@ -150,7 +152,7 @@ def test_int4_weights_are_no_worse_than_the_plain_rule(fastest: Native, group: i
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_zeros_outliers_and_large_sums(kernels: Native, bits: int) -> None:
+def test_zeros_outliers_and_large_sums(kernels: Native, bits: Literal[4, 8]) -> None:
     weight = random_bf16(32, 4096)
     weight[3] = 0
     weight[4] = 100
@@ -164,7 +166,7 @@ def test_zeros_outliers_and_large_sums(kernels: Native, bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_results_do_not_depend_on_the_number_of_threads(fastest: Native, bits: int) -> None:
+def test_results_do_not_depend_on_the_number_of_threads(fastest: Native, bits: Literal[4, 8]) -> None:
     weight, x = random_bf16(2000, 640), random_bf16(30, 640)
     threads, results = fastest.threads, []
     try:
@@ -226,11 +228,11 @@ def test_twin_has_the_same_codes_and_products(
 
 
 def codes_of(weight: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes and scales as a checkpoint could bring them, zeros at random."""
+    """Codes and scales as a checkpoint could bring them, zeros at random: a code or, GGUF's and MLX's, any number."""
     if quantization.bits == 8:
         return *quantized.quantize_int8(weight), None
     codes, scales = quantized.quantize_int4(weight, quantization.group)
-    return codes, scales, torch.randint(0, 16, scales.shape, dtype=torch.uint8)
+    return codes, scales, (torch.rand(scales.shape) * 40 - 12).half()
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
@@ -238,7 +240,7 @@ def codes_of(weight: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor
 def test_twin_in_every_dtype(quantization: Quantization, dtype: torch.dtype) -> None:
     torch.manual_seed(3)
     weight = torch.randn(70, 131)
-    form = twin_of(weight.shape, quantization)
+    form = twin_of((70, 131), quantization)
     form.fill(0, weight)
     dequantised = dequantized(form)
     x = torch.randn(2, 9, 131).to(dtype)
@@ -273,7 +275,7 @@ def test_attention_over_an_int8_cache_is_within_two_percent(head_dim: int) -> No
     exact = torch.nn.functional.scaled_dot_product_attention(queries, keys, values)
     rounded = [reference.dequantize_heads(reference.quantize_heads(x), torch.float32) for x in (keys, values)]
     assert max(relative_error(got, x) for got, x in zip(rounded, (keys, values), strict=True)) < 0.007
-    got = torch.nn.functional.scaled_dot_product_attention(queries, *rounded)
+    got = torch.nn.functional.scaled_dot_product_attention(queries, rounded[0], rounded[1])
     assert 0 < relative_error(got, exact) < 0.02
 
 

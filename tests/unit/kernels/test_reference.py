@@ -19,14 +19,17 @@ def close(got: Tensor, expected: Tensor) -> bool:
     return bool(torch.allclose(got, expected, atol=1e-5, rtol=1e-5))
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None = None) -> Tensor:
     """One query [heads, dim] over all of k, v [n, kv_heads, dim]."""
     group = q.shape[0] // k.shape[1]
-    rows = []
+    rows: list[Tensor] = []
     for head in range(q.shape[0]):
         scores = [(q[head] @ k[j, head // group]).item() * scale for j in range(k.shape[0])]
         weights = [math.exp(s - max(scores)) for s in scores]
-        rows.append(sum(w * v[j, head // group] for j, w in enumerate(weights)) / sum(weights))
+        more = 0.0 if sinks is None else math.exp(sinks[head].item() - max(scores))
+        rows.append(
+            torch.stack([w * v[j, head // group] for j, w in enumerate(weights)]).sum(0) / (sum(weights) + more)
+        )
     return torch.stack(rows)
 
 
@@ -59,7 +62,9 @@ class Pages:
         )
         self.q = torch.randn(sum(query_lens), 4, dim, generator=generator)
 
-    def expected(self, scale: float, window: int | None, span: tuple[int, int] = (0, 0)) -> Tensor:
+    def expected(
+        self, scale: float, window: int | None, span: tuple[int, int] = (0, 0), sinks: Tensor | None = None
+    ) -> Tensor:
         """With tokens [first, last) of every sequence that see one another."""
         rows, at = [], 0
         for i, count in enumerate(self.context.query_lens):
@@ -68,7 +73,7 @@ class Pages:
                 first = 0 if window is None else max(0, last - window)
                 if span[0] < last <= span[1]:
                     last = span[1]
-                rows.append(softmax_attention(self.q[at], self.k[i][first:last], self.v[i][first:last], scale))
+                rows.append(softmax_attention(self.q[at], self.k[i][first:last], self.v[i][first:last], scale, sinks))
                 at += 1
         return torch.stack(rows)
 
@@ -108,6 +113,15 @@ def test_spans_that_see_all_of_themselves(
         expected = pages.expected(0.3, window, span)
         assert close(got[1:], expected[1:])
         assert close(got[:1], pages.expected(0.3, window)[:1])
+
+
+@pytest.mark.parametrize("window", [None, 1, 6])
+def test_sinks(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages, sinks = Pages([6, 11, 9], [1, 4, 9], 2, 8, 1), torch.tensor([0.3, -4.0, 2.0, 5.0])
+    for elements in (attention.MASK_ELEMENTS, 2 * 11 * 4):  # at once, and two queries at a time
+        monkeypatch.setattr(attention, "MASK_ELEMENTS", elements)
+        got = reference.paged_attention(pages.q, pages.k_cache, pages.v_cache, pages.context, 0.3, window, None, sinks)
+        assert close(got, pages.expected(0.3, window, sinks=sinks))
 
 
 def test_paged_attention_in_bounded_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,6 @@ from sensorium.kernels import Quantization
 from sensorium.kernels.cpu import library, linear
 from sensorium.models.base import Model
 from sensorium.models.loading import load_model
-from sensorium.weights import disk_cache as quantized_copy
 from sensorium.weights.disk_cache import QuantizedCopy
 
 pytestmark = pytest.mark.skipif(library.library_path() is None, reason="the native library is not built")
@@ -187,7 +187,7 @@ def test_a_folder_that_cannot_be_made_costs_only_the_copy(
 def test_a_disk_that_is_full_costs_only_the_copy(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = copy_of(folder, cache, INT4)
     load(folder, INT4, copy)
-    monkeypatch.setattr(quantized_copy.shutil, "disk_usage", lambda _: _Usage())
+    monkeypatch.setattr("sensorium.weights.disk_cache.shutil.disk_usage", lambda _: _Usage())
     assert list(copy.write()) == []
     assert list(cache.iterdir()) == []
 
@@ -199,7 +199,7 @@ class _Usage:
 def test_a_copy_given_up_half_way_leaves_nothing(folder: Path, cache: Path) -> None:
     copy = copy_of(folder, cache, INT4)
     load(folder, INT4, copy)
-    writing = copy.write()
+    writing: Any = copy.write()
     next(writing)
     assert len(list(cache.iterdir())) == 1
     writing.close()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,8 +20,18 @@ from support.checkpoints import (
     read_weights,
     write_weights,
 )
+from support.decoded_checkpoints import write_bnb4, write_bnb8, write_fp4, write_fp8, write_hqq, write_mlx
 from support.model_driver import Driver, Sequence
-from support.quantized_checkpoints import compressed_config, write_awq, write_gptq, write_int8, write_packed
+from support.quantized_checkpoints import (
+    DAMAGES,
+    Change,
+    compressed_config,
+    write_awq,
+    write_awq_gemv,
+    write_gptq,
+    write_int8,
+    write_packed,
+)
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -37,14 +48,14 @@ from sensorium.models.layers import Linear
 from sensorium.models.loading import load_model, weight_bytes
 
 PROMPT = [5, 300, 7, 42, 11, 17, 230, 8, 77, 19, 3]
-SIZES = {"hidden_size": 64, "intermediate_size": 288}
+SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 288}
 BF16 = torch.bfloat16
 
 Writer = Callable[[Path], dict[str, Tensor]]
 
 
 def misnamed(*, second_format: bool = True, **options: Any) -> Writer:
-    """GPTQ whose symmetric zeros are of the other format than checkpoint_format says."""
+    """GPTQ whose zeros are of the other format than checkpoint_format says."""
     named = {"checkpoint_format": "gptq" if second_format else "gptq_v2"}
     return lambda folder: write_gptq(
         folder, second_format=second_format, **{**options, "config": {**named, **options.get("config", {})}}
@@ -113,6 +124,9 @@ LAYOUTS: dict[str, tuple[Writer, Quantization, bool]] = {
     ),
     "gptq-misnamed-v2": (misnamed(second_format=False), Quantization(4, 32), True),
     "gptq-misnamed-own-file": (misnamed(config_file="quantize_config.json"), Quantization(4, 32), True),
+    "gptq-misnamed-asymmetric": (misnamed(symmetric=False), Quantization(4, 32), True),
+    "gptq-misnamed-asymmetric-v2": (misnamed(symmetric=False, second_format=False), Quantization(4, 32), True),
+    "gptq-misnamed-asymmetric-act-order": (misnamed(symmetric=False, act_order=True), Quantization(8), False),
     "gptq-misnamed-sym-unsaid": (misnamed(config={"sym": None}), Quantization(4, 32), True),
     "gptq-misnamed-dynamic-sym": (
         misnamed(config={"sym": False, "dynamic": {"+:.*": {"sym": True}}}),
@@ -140,6 +154,16 @@ LAYOUTS: dict[str, tuple[Writer, Quantization, bool]] = {
         True,
     ),
     "int8": (write_int8, Quantization(8), True),
+    "awq-gemv": (write_awq_gemv, Quantization(4, 32), True),
+    "gptq-3-asymmetric": (lambda folder: write_gptq(folder, bits=3, symmetric=False), Quantization(4, 32), True),
+    "fp8": (write_fp8, Quantization(8), False),
+    "nvfp4": (write_fp4, Quantization(8), False),
+    "nf4": (write_bnb4, Quantization(8), False),
+    "bnb-int8": (write_bnb8, Quantization(8), True),
+    "mlx": (write_mlx, Quantization(4, 32), False),
+    "mlx-6": (lambda folder: write_mlx(folder, bits=6), Quantization(8), False),
+    "hqq": (write_hqq, Quantization(4, 32), False),  # whose formula rounds to float16
+    "hqq-across": (lambda folder: write_hqq(folder, axis=0), Quantization(8), False),
     "int8-one-scale": (lambda folder: write_int8(folder, strategy="tensor"), Quantization(8), True),
 }
 
@@ -187,15 +211,17 @@ def test_codes_are_the_checkpoints(written: tuple[Path, Tensor, Any, Any]) -> No
             module = model.get_submodule(layer + name)
             assert isinstance(module, Linear)
             whole = quantization.bits == 8 or (quantization is ROWS and module.in_features <= 256)
-            assert module.packed.bits == quantization.bits
-            assert module.packed._group == (module.in_features if whole else quantization.group)
+            packed: Any = module.packed
+            assert packed.bits == quantization.bits
+            assert packed._group == (module.in_features if whole else quantization.group)
             rows = module.packed.rows(torch.arange(module.out_features))
             meant = torch.cat([floats[f"{layer}{key}.weight"] for key in keys])
             if exact:
                 torch.testing.assert_close(rows, meant, rtol=1e-6, atol=1e-9)
             else:
                 assert error(rows, meant) < 0.01
-    assert torch.equal(model.lm_head.packed.rows(torch.arange(model.lm_head.out_features)), floats["lm_head.weight"])
+    head: Any = model.lm_head
+    assert torch.equal(head.packed.rows(torch.arange(head.out_features)), floats["lm_head.weight"])
 
 
 @pytest.mark.skipif(library.library_path() is None, reason="the native library is not built")
@@ -210,7 +236,7 @@ def test_native_codes_are_the_checkpoints(written: tuple[Path, Tensor, Any, Any]
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_the_model_is_the_one_that_the_codes_mean(written: tuple[Path, Tensor, Any, Any], dtype: torch.dtype) -> None:
     folder, expected, _, _ = written
-    assert error(logits(load(folder, dtype), dtype), expected) < 0.04  # activations in eight bits, layer by layer
+    assert error(logits(load(folder, dtype), dtype), expected) < 0.045  # activations in eight bits, layer by layer
 
 
 def test_codes_take_little_memory(tmp_path: Path) -> None:
@@ -256,7 +282,8 @@ def test_layers_that_are_not_quantised_stay_as_they_are(tmp_path: Path) -> None:
         if isinstance(module, Linear) and not isinstance(module.packed, QuantizedLinear)
     }
     assert plain == {"model.layers.0.self_attn.qkv_proj", "model.layers.1.mlp.down_proj", "lm_head"}
-    rows = model.get_submodule("model.layers.0.self_attn.qkv_proj").packed.rows(torch.arange(128))
+    qkv: Any = model.get_submodule("model.layers.0.self_attn.qkv_proj")
+    rows = qkv.packed.rows(torch.arange(128))
     assert torch.equal(rows, torch.cat([floats[f"model.layers.0.self_attn.{x}_proj.weight"] for x in "qkv"]))
     assert error(logits(model), expected_logits(oracle, floats)) < 0.04
 
@@ -274,7 +301,7 @@ def test_a_quantised_head(tmp_path: Path) -> None:
     stored |= {key.replace("model.layers.0.x_proj", "lm_head"): part for key, part in read_weights(other).items()}
     write_weights(tmp_path, stored)
     model = load(tmp_path)
-    assert model.lm_head.packed.bits == 4
+    assert cast(Any, model.lm_head).packed.bits == 4
     assert error(logits(model), expected_logits(oracle, floats)) < 0.04
 
 
@@ -283,7 +310,7 @@ def test_codes_can_be_quantised_anew(tmp_path: Path, wanted: Quantization) -> No
     oracle = make_llama(tmp_path, **SIZES)
     expected = expected_logits(oracle, write_gptq(tmp_path, act_order=True))
     model = load(tmp_path, quantization=wanted)
-    assert model.get_submodule("model.layers.0.mlp.down_proj").packed.bits == wanted.bits
+    assert cast(Any, model.get_submodule("model.layers.0.mlp.down_proj")).packed.bits == wanted.bits
     assert error(logits(model), expected) < (0.05 if wanted.bits == 8 else 0.5)
 
 
@@ -322,14 +349,14 @@ def read_after(write: Writer, folder: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("symmetric", "named", "stored", "zero", "said"),
     [
-        (False, "gptq", 8, 9, "are all 8 though sym is false. They are read as GPTQ's first format"),
-        (False, "gptq_v2", 7, 7, "are all 7 though sym is false. They are read as GPTQ's second format"),
+        (False, "gptq", 8, 8, "checkpoint_format is wrong: the zeros are of GPTQ's second format"),
+        (False, "gptq_v2", 7, 8, "checkpoint_format is wrong: the zeros are of GPTQ's first format"),
         (True, "gptq", 5, 6, "are not the middle code though sym is true. They are read as GPTQ's first format"),
         (False, "gptq", 7, 8, None),
         (False, "gptq", 5, 6, None),
     ],
 )
-def test_zeros_that_do_not_tell_follow_the_name(
+def test_zeros_that_are_all_alike_are_what_the_codes_bear_out_or_the_name_says(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     symmetric: bool,
@@ -350,7 +377,7 @@ def test_zeros_that_do_not_tell_follow_the_name(
         },
     )
     down = "model.layers.0.mlp.down_proj"
-    rows = load(tmp_path).get_submodule(down).packed.rows(torch.arange(64))
+    rows = cast(Any, load(tmp_path).get_submodule(down)).packed.rows(torch.arange(64))
     scales = tensors[f"{down}.scales"].T.float().repeat_interleave(32, 1)
     torch.testing.assert_close(rows, floats[f"{down}.weight"] + (8 - zero) * scales, rtol=1e-4, atol=1e-6)
     lines = [record.message for record in caplog.records if "zeros" in record.message]
@@ -396,7 +423,7 @@ def test_a_quantised_language_model_from_another_repository(tmp_path: Path) -> N
     make_ultravox(tmp_path, text=SIZES)
     write_gptq(tmp_path / "language")
     model = load_model(open_checkpoint(tmp_path, tmp_path / "language"), dtype=torch.float32, device="cpu")
-    assert model.get_submodule("model.layers.0.mlp.down_proj").packed.bits == 4
+    assert cast(Any, model.get_submodule("model.layers.0.mlp.down_proj")).packed.bits == 4
     alone = logits(load(tmp_path / "language"))
     assert torch.equal(logits(model), alone)
 
@@ -419,41 +446,44 @@ def group_of(**weights: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("stated", "said"),
     [
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quantisation by bitsandbytes"),
-        ({"quant_method": "fp8"}, "quantisation by fp8"),
-        ({"quant_method": "gguf"}, "quantisation by gguf"),
+        ({"quant_method": "torchao", "quant_type": "int4wo"}, "quantisation by torchao"),
+        ({"quant_method": "gguf"}, "gguf without its file"),
         ({"quant_method": ["awq"]}, "quantisation by ['awq']"),
         ({"bits": 4}, "quantisation by None"),
+        ({"quant_method": "fp8", "fmt": "e5m2"}, "fp8 with fmt 'e5m2'"),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size [128]"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "modelopt with quant_algo 'W4A8_AWQ'"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "af4"}, "quant_type 'af4'"),
+        ({"bits": 7, "group_size": 64}, "mlx with bits 7"),
+        ({"bits": 4, "group_size": 64, "mode": "other"}, "mlx with mode 'other'"),
+        ({"bits": 4, "group_size": 64, "lm_head": {"mode": "mxfp4"}}, "mode of a single layer 'mxfp4'"),
         ("awq", "quantization_config 'awq'"),
         ({"quant_method": "awq", "bits": 8}, "awq with bits 8"),
-        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "awq with version 'gemv'"),
         ({"quant_method": "awq", "bits": 4, "version": "marlin"}, "awq with version 'marlin'"),
-        ({"quant_method": "awq", "bits": 4, "zero_point": False}, "awq with zero_point False"),
         ({"quant_method": "awq", "bits": 4, "group_size": 0}, "group_size 0"),
-        ({"quant_method": "gptq", "bits": 3, "group_size": 32}, "gptq with bits 3"),
+        ({"quant_method": "gptq", "bits": 5, "group_size": 32}, "gptq with bits 5"),
         ({"quant_method": "gptq", "bits": 4, "group_size": "all"}, "group_size 'all'"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
         ({"quant_method": "gptq", "bits": 4, "is_marlin_format": True}, "checkpoint_format 'marlin'"),
         ({"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:llm_compressor"}, "llm_compressor'"),
         ({"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round"}, "packing_format 'auto_round'"),
-        ({"quant_method": "auto-round", "bits": 2, "packing_format": "auto_round:auto_gptq"}, "gptq with bits 2"),
+        ({"quant_method": "auto-round", "bits": 5, "packing_format": "auto_round:auto_gptq"}, "gptq with bits 5"),
         ({"quant_method": "auto-round", "bits": 4, "data_type": "mx_fp"}, "data_type 'mx_fp'"),
         ({"quant_method": "auto-round", "bits": 4, "extra_config": {"lm_head": {"bits": 8}}}, "extra_config 'lm_head'"),
         ({"quant_method": "gptq", "bits": 4, "pack_dtype": "int64"}, "pack_dtype 'int64'"),
         ({"quant_method": "gptq", "bits": 4, "dynamic": {r"+:.*\.18\..*gate.*": {"bits": 8}}}, "single layers"),
-        (compressed_config("float-quantized", {"num_bits": 8, "type": "float"}), "format 'float-quantized'"),
-        (compressed_config("nvfp4-pack-quantized", {"num_bits": 4, "type": "float"}), "format 'nvfp4-pack-quantized'"),
+        (compressed_config("float-quantized", {"num_bits": 8, "type": "int"}), "format 'float-quantized'"),
+        (compressed_config("mxfp8-quantized", {"num_bits": 8, "type": "float"}), "format 'mxfp8-quantized'"),
         (compressed_config("marlin-24", {"num_bits": 4, "type": "int"}), "format 'marlin-24'"),
         (group_of(num_bits=3), "weights.num_bits 3"),
-        (group_of(type="float"), "weights.type 'float'"),
-        (group_of(strategy="block"), "weights.strategy 'block'"),
-        ({**group_of(), "kv_cache_scheme": {"num_bits": 8, "type": "float"}}, "kv_cache_scheme"),
+        (group_of(type="complex"), "weights.type 'complex'"),
+        (group_of(strategy="all"), "weights.strategy 'all'"),
         ({**group_of(), "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse weights"),
         ({**group_of(), "transform_config": {"config_groups": {"R1": {}}}}, "transform_config"),
         ({**group_of(), "config_groups": {}}, "without config_groups"),
         (
-            compressed_config("int-quantized", {"num_bits": 8}, {"num_bits": 8, "type": "float"}),
-            "input_activations.type",
+            compressed_config("int-quantized", {"num_bits": 8}, {"num_bits": 4, "type": "int"}),
+            "input_activations.num_bits",
         ),
     ],
 )
@@ -465,7 +495,7 @@ def test_what_is_not_supported_is_named(tmp_path: Path, stated: Any, said: str) 
         open_checkpoint(tmp_path)
     message = str(caught.value)
     assert said in message
-    assert "supported are awq (gemm, 4 bits), gptq (4 or 8 bits), compressed-tensors" in message
+    assert "supported are awq (gemm and gemv, 4 bits), gptq (2, 3, 4 or 8 bits), compressed-tensors" in message
     assert "--quantization int8" in message
 
 
@@ -477,10 +507,10 @@ def test_other_files(tmp_path: Path) -> None:
     renamed = (tmp_path / "model.safetensors").rename(tmp_path / "gptq_model-4bit-32g.safetensors")
     assert torch.equal(logits(load(tmp_path)), expected)
     renamed.rename(tmp_path / "model-Q4_0.gguf")
-    with pytest.raises(CheckpointError, match=r"nothing but GGUF weights.*--quantization int4"):
-        open_checkpoint(tmp_path)
-    with pytest.raises(StartupError, match="is a GGUF file"):
+    with pytest.raises(CheckpointError, match=r"model-Q4_0.gguf is not a GGUF file"):
         resolve(str(tmp_path / "model-Q4_0.gguf"))
+    with pytest.raises(StartupError, match="no such file"):
+        resolve(str(tmp_path / "other.gguf"))
 
 
 def drop(name: str) -> Callable[[dict[str, Tensor]], None]:
@@ -540,31 +570,25 @@ def test_damaged_layers_are_named(
     assert said in str(caught.value)
 
 
-CHANGES: list[Callable[[Tensor], Tensor]] = [
-    lambda t: t[:-1],
-    lambda t: t[..., :-1],
-    lambda t: t[:0],
-    lambda t: t.flatten(),
-    lambda t: t[None],
-    lambda t: t.flatten()[0],
-    lambda t: t.T if t.dim() == 2 else t,
-    lambda t: torch.cat([t, t]),
+CHANGES: list[Change] = [
+    *DAMAGES,
     lambda t: t.flatten()[:1],
-    lambda t: t.float(),
-    lambda t: t.to(torch.int8),
     lambda t: t.to(torch.int64) * -7,
     lambda t: t.to(torch.int32) * 1000,
 ]
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "-8" not in name])
+UNDAMAGED = re.compile("-8|misnamed|fp8|nvfp4|nf4|bnb|mlx|hqq")  # like others, or damaged in test_decoded_codes
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if not UNDAMAGED.search(name)])
 def test_no_damage_goes_further_than_an_error(tmp_path: Path, layout: str) -> None:
     """Any part of a layer cut, turned or retyped: refused in one line, or loaded where it still means something."""
     make_llama(tmp_path, **SIZES)
     LAYOUTS[layout][0](tmp_path)
     tensors, refused = read_weights(tmp_path), 0
-    parts = [key for key in tensors if key.startswith("model.layers.0.mlp.down_proj.")]
-    assert len(parts) > 1
+    parts = [key for key, one in tensors.items() if key.startswith("model.layers.0.mlp.down_proj.") and one.dim()]
+    assert parts
     for part in parts:
         for change in CHANGES:
             write_weights(tmp_path, {**tensors, part: change(tensors[part]).contiguous()})

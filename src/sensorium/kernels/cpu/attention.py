@@ -66,9 +66,10 @@ class AttentionKernels(Library):
         scale: float,
         sliding_window: int | None = None,
         visible: Tensor | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         if not self._takes_pages(q, k_cache, v_cache, context):
-            return reference.paged_attention(q, k_cache, v_cache, context, scale, sliding_window, visible)
+            return reference.paged_attention(q, k_cache, v_cache, context, scale, sliding_window, visible, sinks)
         _, heads, head_dim = q.shape
         sizes = (heads, k_cache.shape[1], head_dim, k_cache.shape[2])  # of a block: [key-value heads, tokens]
         tables = context.block_tables
@@ -82,10 +83,8 @@ class AttentionKernels(Library):
             heads * head_dim,
             *k_cache.stride()[:3],
             *v_cache.stride()[:3],
-            tables.data_ptr(),
-            context.query_start.data_ptr(),
-            context.seq_lens.data_ptr(),
-            None if visible is None else visible.data_ptr(),
+            *(t.data_ptr() for t in (tables, context.query_start, context.seq_lens)),
+            *(None if t is None else t.data_ptr() for t in (visible, sinks)),
             tables.stride(0),
             len(context.query_lens),
             *sizes,
@@ -157,6 +156,7 @@ class AttentionKernels(Library):
             None,
             start.data_ptr(),
             lens.data_ptr(),
+            None,
             None,
             0,
             len(lens),

@@ -16,11 +16,12 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from sensorium.kernels.backend import Activation
+from sensorium.kernels.cpu.memory import WeightMemory
 
 Isa = Literal["portable", "avx2", "avx512", "avx512_bf16"]
 ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512", "avx512_bf16")  # the index is the C side's number
-ABI = 8
-ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "tanh")
+ABI = 15
+ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "tanh", "clamped_swiglu")
 
 _P, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
@@ -43,6 +44,12 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "activate": (_P, _P, _P, _I64, _I32),
     "rope": (_P, _P, _I64, _P, _I64, _P, _P, _I64, _I64, _I64, _I64),
     "decoder": (_P, _P, _P),
+    "experts": (_P, _P, _P),
+    "causal_conv": (_P, _P),
+    "delta_rule": (_P, _P),
+    "delta_gates": (_P, _P, _P, _P, _I64, _I64, _P, _P),
+    "norm_gated": (_P, _P, _P, _I64, _P, _P, _I64, _I64, _I64, _F32),
+    "choose": (_P, _P, _P, _I64, _P, _P),
     "write_kv": (_P, _P, _I64, _P, _I64, _P, _P, _P, _I64, _I64, _I64, _I64, _I32),
 }
 
@@ -78,6 +85,7 @@ class AttentionArguments(ctypes.Structure):
         ("query_start", _P),
         ("seq_lens", _P),
         ("visible", _P),
+        ("sinks", _P),
         ("max_blocks", _I64),
         ("sequences", _I32),
         ("heads", _I32),
@@ -89,6 +97,69 @@ class AttentionArguments(ctypes.Structure):
         ("int8", _I32),
         ("fp32", _I32),
         ("scale", _F32),
+    ]
+
+
+class ExpertsArguments(ctypes.Structure):
+    _fields_: ClassVar = [("gate_up", _P), ("down", _P), ("count", _I32), ("activation", _I32)]
+
+
+class ExpertStepArguments(ctypes.Structure):
+    _fields_: ClassVar = [("x", _P), ("y", _P), ("chosen", _P), ("weights", _P), ("tokens", _I64), ("per_token", _I32)]
+
+
+class RoutingArguments(ctypes.Structure):
+    _fields_: ClassVar = [("experts", _I32), ("per_token", _I32), ("renormalizes", _I32), ("scale", _F32)]
+
+
+class RoutedArguments(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("experts", _P),
+        ("router", _P),
+        ("shared_gate_up", _P),
+        ("shared_down", _P),
+        ("shared_gate", _P),
+        ("routing", RoutingArguments),
+        ("activation", _I32),
+    ]
+
+
+class StateRunsArguments(ctypes.Structure):
+    _fields_: ClassVar = [("lengths", _P), ("sources", _P), ("targets", _P), ("count", _I64), ("singles", _I64)]
+
+
+class CausalConvArguments(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("x", _P),
+        ("weight", _P),
+        ("bias", _P),
+        ("y", _P),
+        ("states", _P),
+        ("stride", _I64),
+        ("channels", _I64),
+        ("taps", _I64),
+        ("silu", _I32),
+        ("runs", StateRunsArguments),
+    ]
+
+
+class DeltaRuleArguments(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("q", _P),
+        ("k", _P),
+        ("v", _P),
+        ("out", _P),
+        ("decay", _P),
+        ("learned", _P),
+        ("states", _P),
+        ("q_stride", _I64),
+        ("k_stride", _I64),
+        ("v_stride", _I64),
+        ("key_heads", _I64),
+        ("value_heads", _I64),
+        ("key_dim", _I64),
+        ("value_dim", _I64),
+        ("runs", StateRunsArguments),
     ]
 
 
@@ -104,9 +175,12 @@ class DecoderLayerArguments(ctypes.Structure):
         ("o", _P),
         ("gate_up", _P),
         ("down", _P),
+        ("routed", _P),
+        ("sinks", _P),
         ("window", _I64),
         ("both_ways", _I32),
         ("rotation", _I32),
+        ("table", _I32),
     ]
 
 
@@ -122,10 +196,15 @@ class DecoderArguments(ctypes.Structure):
         ("block_size", _I32),
         ("activation", _I32),
         ("int8_cache", _I32),
+        ("norms_whole_qk", _I32),
         ("eps", _F32),
         ("scale", _F32),
         ("norm_offset", _F32),
     ]
+
+
+class StepTableArguments(ctypes.Structure):
+    _fields_: ClassVar = [("slots", _P), ("block_tables", _P), ("max_blocks", _I64)]
 
 
 class DecoderStepArguments(ctypes.Structure):
@@ -134,14 +213,12 @@ class DecoderStepArguments(ctypes.Structure):
         ("out", _P),
         ("rotations", _P),
         ("caches", _P),
-        ("slots", _P),
-        ("block_tables", _P),
+        ("tables", _P),
         ("query_start", _P),
         ("seq_lens", _P),
         ("visible", _P),
         ("rows", _P),
         ("tokens", _I64),
-        ("max_blocks", _I64),
         ("sequences", _I64),
         ("num_rows", _I64),
     ]
@@ -173,6 +250,12 @@ class Library:
     _activate: Callable[..., None]
     _rope: Callable[..., None]
     _decoder: Callable[..., None]
+    _experts: Callable[..., None]
+    _choose: Callable[..., None]
+    _causal_conv: Callable[..., None]
+    _delta_rule: Callable[..., None]
+    _delta_gates: Callable[..., None]
+    _norm_gated: Callable[..., None]
     _write_kv: Callable[..., None]
 
     def __init__(self, path: Path, isa: Isa | None, threads: int | None) -> None:
@@ -194,6 +277,7 @@ class Library:
             raise OSError(f"there are no {isa} kernels for this processor")
         self.isa = self._library.sensorium_isa(self._runtime).decode()
         self.pooled = fork is not None
+        self.memory = WeightMemory(self._use_large_pages)
 
     def set_threads(self, threads: int) -> None:
         self.threads = threads

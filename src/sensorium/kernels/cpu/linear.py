@@ -1,8 +1,10 @@
-"""Linear layers' weights in the layouts of the native kernels: packed or memory-mapped bf16, int8 and int4 codes."""
+"""Linear layers' weights in the layouts of the native kernels: packed or memory-mapped bf16, int8, int4 and mxfp4
+codes."""
 
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,23 +15,24 @@ from sensorium.kernels.cpu.library import ACTIVATIONS, Library, LinearArguments
 
 PANEL = 32  # output columns that are stored together, kPanel of native/kernels.h
 LANES = 16
+FP4_GROUP = 32  # inputs of mxfp4 that share a scale
 COMPACT_HEAD, COMPACT_FOUR = 64, 192  # bytes of a compact panel: at its start, and for every four inputs
 EXCEPTIONS = 256  # one weight in so many of a panel may have an unusual exponent
 _BF16 = torch.bfloat16
-_LAYOUT_BF16, _LAYOUT_INT8, _LAYOUT_INT4, _LAYOUT_ROWS, _LAYOUT_COMPACT = 0, 1, 2, 3, 4  # WeightLayout of kernels.h
+_LAYOUT_BF16, _LAYOUT_INT8, _LAYOUT_INT4, _LAYOUT_ROWS, _LAYOUT_COMPACT, _LAYOUT_MXFP4 = range(6)  # of kernels.h
 
 
 class NativeLinear:
     """A linear layer's weight in panels that the kernels read, made for `fill` to stream rows into."""
 
-    __slots__ = ("_arguments", "_bias", "_library", "_packed", "address", "in_features", "out_features")
+    __slots__ = ("_arguments", "_bias", "_library", "_memory", "_packed", "address", "in_features", "out_features")
 
     def __init__(self, library: Library, out_features: int, in_features: int, packed: Tensor, layout: int) -> None:
         self._library = library
         self.out_features, self.in_features = out_features, in_features
         self._packed = packed
+        self._memory: Tensor | None = None  # that the packed weight is in
         self._bias: Tensor | None = None
-        library._use_large_pages(packed.data_ptr(), packed.nbytes)
         self._arguments = LinearArguments(packed.data_ptr(), None, None, None, out_features, in_features, layout, 0)
         self.address = ctypes.addressof(self._arguments)
 
@@ -87,8 +90,9 @@ class PackedLinear(NativeLinear):
 
     def __init__(self, library: Library, out_features: int, in_features: int) -> None:
         columns = -(-out_features // LANES) * LANES
-        packed = torch.empty(columns * (in_features + in_features % 2), dtype=_BF16)
-        super().__init__(library, out_features, in_features, packed, _LAYOUT_BF16)
+        packed, memory = library.memory.take(2 * columns * (in_features + in_features % 2))
+        super().__init__(library, out_features, in_features, packed.view(_BF16), _LAYOUT_BF16)
+        self._memory = memory
 
     def fill(self, first_row: int, rows: Tensor) -> None:
         """Put rows [n, in] at `first_row`; the tensor is not kept."""
@@ -168,7 +172,7 @@ class MappedLinear(NativeLinear):
             for first, rows in self._parts:
                 packed.fill(first, rows)
             self._arguments.weight, self._arguments.layout = packed._packed.data_ptr(), _LAYOUT_BF16
-            self._packed = packed._packed
+            self._packed, self._memory = packed._packed, packed._memory
         self._parts = []
 
     def _compact(self) -> bool:
@@ -176,8 +180,7 @@ class MappedLinear(NativeLinear):
         panels = -(-self.out_features // PANEL)
         room = PANEL + max(PANEL, self.in_features * PANEL // EXCEPTIONS)  # the first for what pads an odd size
         size = COMPACT_HEAD + -(-self.in_features // 4) * COMPACT_FOUR
-        packed = torch.empty(panels * size, dtype=torch.uint8)
-        self._library._use_large_pages(packed.data_ptr(), packed.nbytes)
+        packed, memory = self._library.memory.take(panels * size)
         found, counts = torch.empty((panels, room), dtype=torch.int64), torch.empty(panels, dtype=torch.int64)
         self._library._compact(
             self._library._runtime, self.address, packed.data_ptr(), room, found.data_ptr(), counts.data_ptr()
@@ -186,7 +189,7 @@ class MappedLinear(NativeLinear):
             return False
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]) + (panels + 1)
         self._exceptions = torch.cat([starts, found[torch.arange(room) < counts[:, None]]])
-        self._packed = packed
+        self._packed, self._memory = packed, memory
         self._arguments.weight, self._arguments.scales = packed.data_ptr(), self._exceptions.data_ptr()
         self._arguments.layout = _LAYOUT_COMPACT
         return True
@@ -229,14 +232,18 @@ class QuantizedLinear(NativeLinear):
         size = columns * self._groups * self.group * bits // 8
         shape = (-(-out_features // PANEL), self._groups, PANEL)
         dtype = torch.float16 if bits == 4 else torch.float32
+        memory = None
         if kept is None:
-            packed, scales = torch.empty(size, dtype=torch.uint8), torch.zeros(shape, dtype=dtype)
+            # Together: the scales of one weight are fewer than a page.
+            scale_bytes = math.prod(shape) * dtype.itemsize
+            both, memory = library.memory.take(-(-size // 64) * 64 + scale_bytes)
+            packed, scales = both[:size], both[len(both) - scale_bytes :].view(dtype).view(shape).zero_()
         else:
             packed, scales = kept["packed"], kept["scales"]
             if packed.shape != (size,) or scales.shape != shape or (packed.dtype, scales.dtype) != (torch.uint8, dtype):
                 raise ValueError(f"weights of another layout: {tuple(packed.shape)} with scales {tuple(scales.shape)}")
         super().__init__(library, out_features, in_features, packed, _LAYOUT_INT4 if bits == 4 else _LAYOUT_INT8)
-        self._scales = scales
+        self._scales, self._memory = scales, memory
         self._zeros: Tensor | None = None
         self._mapped_bytes = 0 if kept is None else packed.nbytes + scales.nbytes
         self._arguments.scales = self._scales.data_ptr()
@@ -270,9 +277,9 @@ class QuantizedLinear(NativeLinear):
             if self.bits != 4:
                 raise ValueError("int8 weights have no zero points")
             if self._zeros is None:
-                self._zeros = torch.full(self._scales.shape, 8, dtype=torch.uint8)
+                self._zeros = torch.full(self._scales.shape, 8, dtype=torch.float16)
                 self._arguments.zeros = self._zeros.data_ptr()
-            self._zeros[panels, :, columns] = zeros.to(torch.uint8)
+            self._zeros[panels, :, columns] = zeros.to(torch.float16)
         library = self._library
         library._pack_codes(
             library._runtime, self.address, codes.data_ptr(), codes.stride(0), codes.shape[0], first_row
@@ -280,8 +287,55 @@ class QuantizedLinear(NativeLinear):
 
     def rows(self, ids: Tensor) -> Tensor:
         """Dequantised weight rows [n, in] of output indices int64 [n]."""
-        ids = ids.contiguous()
-        out = torch.empty((ids.numel(), self.in_features), dtype=_BF16)
+        return _dequantized(self, ids)
+
+
+class Fp4Linear(NativeLinear):
+    """mxfp4 weights as they are stored: codes of E2M1, a power of two for every 32 inputs. Activations stay bf16.
+
+    ValueError if the inputs are no whole groups.
+    """
+
+    __slots__ = ("_scales",)
+
+    def __init__(self, library: Library, out_features: int, in_features: int) -> None:
+        if in_features % FP4_GROUP:
+            raise ValueError(f"mxfp4 weights of {in_features} inputs: they must be a multiple of {FP4_GROUP}")
+        panels, groups = -(-out_features // PANEL), in_features // FP4_GROUP
+        size, scale_bytes = panels * PANEL * in_features // 2, panels * groups * PANEL
+        both, memory = library.memory.take(size + scale_bytes)
+        super().__init__(library, out_features, in_features, both[:size], _LAYOUT_MXFP4)
+        self._memory = memory
+        self._scales = both[size:].view(panels, groups, PANEL).zero_()
+        self._arguments.scales, self._arguments.group = self._scales.data_ptr(), FP4_GROUP
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + self._scales.nbytes
+
+    def fill(self, first_row: int, rows: Tensor) -> None:
+        raise TypeError("mxfp4 weights are filled with codes as they are stored")
+
+    def fill_codes(self, first_row: int, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> None:
+        """Put rows at `first_row`: see `QuantizedWeight`."""
+        if zeros is not None:
+            raise ValueError("mxfp4 weights have no zero points")
+        codes = self._checked(first_row, codes, torch.uint8)
+        places = torch.arange(first_row, first_row + codes.shape[0])
+        self._scales[places // PANEL, :, places % PANEL] = scales
         library = self._library
-        library._unpack_quantized(library._runtime, self.address, ids.data_ptr(), ids.numel(), out.data_ptr())
-        return out
+        library._pack_codes(
+            library._runtime, self.address, codes.data_ptr(), codes.stride(0), codes.shape[0], first_row
+        )
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Weight rows [n, in] of output indices int64 [n]."""
+        return _dequantized(self, ids)
+
+
+def _dequantized(weight: NativeLinear, ids: Tensor) -> Tensor:
+    ids = ids.contiguous()
+    out = torch.empty((ids.numel(), weight.in_features), dtype=_BF16)
+    library = weight._library
+    library._unpack_quantized(library._runtime, weight.address, ids.data_ptr(), ids.numel(), out.data_ptr())
+    return out

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
 from collections.abc import Mapping, Sequence
@@ -13,11 +14,13 @@ import torch
 from torch import Tensor
 
 from sensorium.kernels import reference
-from sensorium.kernels.backend import Activation, DecoderLayerParts, Quantization
+from sensorium.kernels.backend import Activation, DecoderLayerParts, Draws, PackedWeight, Quantization
 from sensorium.kernels.cpu.attention import AttentionKernels, heads_are_adjacent
 from sensorium.kernels.cpu.decoder import NativeDecoder, can_stack
-from sensorium.kernels.cpu.library import ACTIVATIONS, DecoderArguments, Isa, library_path
-from sensorium.kernels.cpu.linear import MappedLinear, PackedLinear, QuantizedLinear
+from sensorium.kernels.cpu.experts import NativeExperts
+from sensorium.kernels.cpu.library import ACTIVATIONS, DecoderArguments, Isa, RoutingArguments, library_path
+from sensorium.kernels.cpu.linear import Fp4Linear, MappedLinear, NativeLinear, PackedLinear, QuantizedLinear
+from sensorium.kernels.cpu.states import StateKernels
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +28,7 @@ LAYOUT = 1  # of quantised weights and how they are rounded: to be raised with e
 _BF16, _CPU = torch.bfloat16, torch.device("cpu")
 
 
-class Native(AttentionKernels):
+class Native(AttentionKernels, StateKernels):
     """The library as a `Backend`."""
 
     def describe(self) -> str:
@@ -48,7 +51,9 @@ class Native(AttentionKernels):
         *,
         dtype: torch.dtype = _BF16,
         device: torch.device = _CPU,
-    ) -> QuantizedLinear:
+    ) -> QuantizedLinear | Fp4Linear:
+        if quantization.floats:
+            return Fp4Linear(self, out_features, in_features)
         return QuantizedLinear(self, out_features, in_features, quantization)
 
     def quantized_layout(self) -> str:
@@ -70,7 +75,7 @@ class Native(AttentionKernels):
 
     def pack_linear(
         self, weight: Tensor, bias: Tensor | None, *, quantization: Quantization | None = None
-    ) -> PackedLinear | QuantizedLinear:
+    ) -> PackedLinear | QuantizedLinear | Fp4Linear:
         """A weight filled from [out, in] and bias [out]; neither is kept."""
         size = (weight.shape[0], weight.shape[1])
         packed = self.empty_linear(*size) if quantization is None else self.empty_quantized(*size, quantization)
@@ -153,6 +158,28 @@ class Native(AttentionKernels):
             self._rope(self._runtime, at, stride, at, stride, c, s, tokens, count, head_dim, rotary)
         return q, k
 
+    def experts(
+        self, gate_up: Sequence[PackedWeight], down: Sequence[PackedWeight], activation: Activation
+    ) -> NativeExperts | None:
+        ours = [[one for one in part if isinstance(one, NativeLinear)] for part in (gate_up, down)]
+        if any(len(part) < len(gate_up) for part in ours):
+            return None
+        return NativeExperts(self, ours[0], ours[1], activation)
+
+    def draw(self, logits: Tensor, draws: Draws) -> None:
+        """The sampler draws by itself, in numpy."""
+
+    def choose(self, logits: Tensor, per_token: int, *, renormalizes: bool, scale: float) -> tuple[Tensor, Tensor]:
+        if logits.dtype is not _BF16 or per_token > logits.shape[1]:
+            return reference.choose(logits, per_token, renormalizes=renormalizes, scale=scale)
+        logits = logits.contiguous()
+        tokens, experts = logits.shape
+        chosen, weights = torch.empty(tokens, per_token, dtype=torch.int64), torch.empty(tokens, per_token)
+        rules = RoutingArguments(experts, per_token, renormalizes, scale)
+        at = ctypes.addressof(rules)
+        self._choose(self._runtime, at, logits.data_ptr(), tokens, chosen.data_ptr(), weights.data_ptr())
+        return chosen, weights
+
     def decoder_stack(
         self,
         layers: Sequence[DecoderLayerParts],
@@ -165,6 +192,7 @@ class Native(AttentionKernels):
         eps: float,
         activation: Activation = "silu",
         norm_offset: float = 0.0,
+        norms_whole_qk: bool = False,
     ) -> NativeDecoder | None:
         """None where a part has a layout or dtype that needs the kernels one by one."""
         if head_dim % 2 or not can_stack(layers, final_norm):
@@ -184,6 +212,7 @@ class Native(AttentionKernels):
                 0,
                 ACTIVATIONS.index(activation),
                 0,
+                norms_whole_qk,
                 eps,
                 scale,
                 norm_offset,

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sensorium.kernels.backend import Activation, DecoderLayerParts, Quantization
+from sensorium.kernels.backend import Activation, DecoderLayerParts, Draws, Quantization
 from sensorium.kernels.reference.attention import (
     dequantize_heads,
     first_attention,
@@ -19,25 +19,37 @@ from sensorium.kernels.reference.attention import (
     varlen_attention,
     write_kv,
 )
+from sensorium.kernels.reference.experts import PlainExperts, choose, experts
+from sensorium.kernels.reference.fp4 import Fp4Linear
 from sensorium.kernels.reference.linear import PlainLinear, empty_linear
 from sensorium.kernels.reference.norms import activate, add_rms_norm, gated, layer_norm, rms_norm, rope, silu_mul
 from sensorium.kernels.reference.quantized import QuantizedLinear
+from sensorium.kernels.reference.states import causal_conv, delta_gates, delta_rule, norm_gated
 
 __all__ = [
+    "Fp4Linear",
+    "PlainExperts",
     "PlainLinear",
     "QuantizedLinear",
     "activate",
     "add_rms_norm",
     "cached_linear",
+    "causal_conv",
+    "choose",
     "decoder_stack",
+    "delta_gates",
+    "delta_rule",
     "dequantize_heads",
     "describe",
+    "draw",
     "empty_linear",
     "empty_quantized",
+    "experts",
     "first_attention",
     "gated",
     "layer_norm",
     "mapped_linear",
+    "norm_gated",
     "paged_attention",
     "quantize_heads",
     "quantized_layout",
@@ -65,7 +77,8 @@ def empty_quantized(
     out_features: int, in_features: int, quantization: Quantization, *, dtype: torch.dtype, device: torch.device
 ) -> QuantizedLinear:
     """An unfilled quantised weight [out, in]."""
-    return QuantizedLinear(out_features, in_features, quantization, dtype=dtype, device=device)
+    made = Fp4Linear if quantization.floats else QuantizedLinear
+    return made(out_features, in_features, quantization, dtype=dtype, device=device)
 
 
 def mapped_linear(parts: Sequence[tuple[int, Tensor]], out_features: int, in_features: int) -> None:
@@ -83,6 +96,10 @@ def cached_linear(
     raise ValueError("its layout has no kernels here")
 
 
+def draw(logits: Tensor, draws: Draws) -> None:
+    """The sampler draws by itself."""
+
+
 def decoder_stack(
     layers: Sequence[DecoderLayerParts],
     final_norm: Tensor,
@@ -94,5 +111,6 @@ def decoder_stack(
     eps: float,
     activation: Activation,
     norm_offset: float,
+    norms_whole_qk: bool,
 ) -> None:
     """Layers are computed kernel by kernel."""

@@ -46,13 +46,14 @@ def paged_attention(
     scale: float,
     sliding_window: int | None = None,
     visible: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     decodes = context.num_decodes
     if decodes == len(context.query_lens):
-        return _decode(q, k_cache, v_cache, context, scale, sliding_window)
+        return _decode(q, k_cache, v_cache, context, scale, sliding_window, sinks)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if decodes:
-        out[:decodes] = _decode(q[:decodes], k_cache, v_cache, context, scale, sliding_window)
+        out[:decodes] = _decode(q[:decodes], k_cache, v_cache, context, scale, sliding_window, sinks)
     start = decodes
     for index in range(decodes, len(context.query_lens)):
         end = start + context.query_lens[index]
@@ -61,13 +62,29 @@ def paged_attention(
         table = context.block_tables[index, :num_blocks]
         keys, values = _run(k_cache, table, length, q.dtype), _run(v_cache, table, length, q.dtype)
         seen = None if visible is None else visible[start:end]
-        out[start:end] = _prefill(q[start:end], keys, values, scale, sliding_window, seen)
+        out[start:end] = _prefill(q[start:end], keys, values, scale, sliding_window, seen, sinks)
         start = end
     return out
 
 
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, sinks: Tensor | None) -> Tensor:
+    """`mask` bool, `sinks` [.., queries or 1, 1] for q [.., queries, head_dim]: the score of one more key without a
+    value."""
+    if sinks is not None:
+        scores = q.new_zeros((*q.shape[:-1], mask.shape[-1])).masked_fill_(~mask, -torch.inf)
+        mask = torch.cat([scores, sinks.to(q.dtype).expand(*q.shape[:-1], 1)], -1)
+        k, v = functional.pad(k, (0, 0, 0, 1)), functional.pad(v, (0, 0, 0, 1))
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
 def _decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, context: AttentionContext, scale: float, sliding_window: int | None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    context: AttentionContext,
+    scale: float,
+    sliding_window: int | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """One query token per sequence: a padded gather, then the heads of a group are the queries of one attention."""
     count, heads, head_dim = q.shape
@@ -83,15 +100,12 @@ def _decode(
     if sliding_window is not None:
         mask &= position >= lengths - sliding_window
     grouped = q.reshape(count, kv_heads, heads // kv_heads, head_dim)
+    sinks = None if sinks is None else sinks.view(kv_heads, heads // kv_heads, 1)
     out = []
     for i in range(0, count, rows):
         part = slice(i, i + rows)
         keys, values = (_padded(cache, tables[part], mask[part], q.dtype) for cache in (k_cache, v_cache))
-        out.append(
-            functional.scaled_dot_product_attention(
-                grouped[part], keys, values, attn_mask=mask[part, None, None], scale=scale
-            )
-        )
+        out.append(_attend(grouped[part], keys, values, mask[part, None, None], scale, sinks))
     return (out[0] if len(out) == 1 else torch.cat(out)).reshape(count, heads, head_dim)
 
 
@@ -118,7 +132,13 @@ def _run(cache: Tensor, table: Tensor, length: int, dtype: torch.dtype) -> Tenso
 
 
 def _prefill(
-    q: Tensor, keys: Tensor, values: Tensor, scale: float, sliding_window: int | None, visible: Tensor | None
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    sliding_window: int | None,
+    visible: Tensor | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """The last `q.shape[0]` positions of a run attend to everything before them and to themselves, or to as many keys
     as `visible` says of each.
@@ -131,10 +151,12 @@ def _prefill(
     queries = q.view(count, kv_heads, group, head_dim).permute(1, 2, 0, 3)  # [kv_heads, group, count, head_dim]
     keys = keys.expand(kv_heads, group, length, head_dim)
     values = values.expand(kv_heads, group, length, head_dim)
-    if visible is None and count == length and (sliding_window is None or sliding_window >= length):
+    is_whole = count == length and (sliding_window is None or sliding_window >= length)
+    if is_whole and visible is None and sinks is None:
         out = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale)
         return out.permute(2, 0, 1, 3).reshape(count, heads, head_dim)
-    rows = max(1, MASK_ELEMENTS // length)
+    rows = max(1, MASK_ELEMENTS // (length if sinks is None else length * heads))
+    sinks = None if sinks is None else sinks.view(kv_heads, group, 1, 1)
     offset = length - count
     pieces = []
     for i in range(0, count, rows):
@@ -146,11 +168,7 @@ def _prefill(
         mask = key_position < (position + 1 if visible is None else visible[i : i + rows].unsqueeze(1))
         if sliding_window is not None:
             mask &= key_position > position - sliding_window
-        pieces.append(
-            functional.scaled_dot_product_attention(
-                piece, keys[:, :, first:last], values[:, :, first:last], attn_mask=mask, scale=scale
-            )
-        )
+        pieces.append(_attend(piece, keys[:, :, first:last], values[:, :, first:last], mask, scale, sinks))
     out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
     return out.permute(2, 0, 1, 3).reshape(count, heads, head_dim)
 

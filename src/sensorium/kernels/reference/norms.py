@@ -51,6 +51,8 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 def gated(x: Tensor, activation: Activation) -> Tensor:
     gate, up = x.chunk(2, dim=-1)
+    if activation == "clamped_swiglu":
+        return activate(gate.clamp(max=7.0), "quick_gelu").mul_(up.clamp(-7.0, 7.0).add_(1))
     return activate(gate, activation).mul_(up)
 
 

@@ -1,9 +1,9 @@
 """int8 and int4 weights in plain torch, on any device: the reference for the native kernels, with the same rounding.
 
 Codes are unsigned: w = (code - 128) * scale for int8, a scale per output; w = (code - zero) * scale for int4, a scale
-and a zero (8 unless said otherwise) per output and group of inputs. Activations become signed bytes on the way in, with
-a scale per row (int8) or per row and group (int4). The outliers of an int8 row take two bytes each: see
-`round_activations`.
+and a zero (8 unless said otherwise; it need not be a code) per output and group of inputs. Activations become signed
+bytes on the way in, with a scale per row (int8) or per row and group (int4). The outliers of an int8 row take two bytes
+each: see `round_activations`.
 """
 
 from __future__ import annotations
@@ -91,6 +91,14 @@ def _nearest(grouped: Tensor, scale: Tensor) -> Tensor:
     return (grouped * inverse).round_().clamp_(-8, 7)
 
 
+def quantized_bytes(out_features: int, in_features: int, quantization: Quantization) -> int:
+    """Of a weight's codes and scales."""
+    if quantization.bits == 8:
+        return out_features * (in_features + torch.float32.itemsize)
+    groups = -(-in_features // quantization.group)
+    return out_features * (-(-in_features // 2) + groups * torch.float16.itemsize)
+
+
 class QuantizedLinear:
     """A linear layer's weight as codes, two int4 codes to a byte, with the methods of the native `QuantizedLinear`."""
 
@@ -145,19 +153,25 @@ class QuantizedLinear:
             if self.bits != 4:
                 raise ValueError("int8 weights have no zero points")
             if self._zeros is None:
-                self._zeros = torch.full(self._scales.shape, 8, dtype=torch.uint8, device=self._scales.device)
+                self._zeros = torch.full_like(self._scales, 8)
             self._zeros[place].copy_(zeros)
-        if self.bits == 4:
-            even = functional.pad(codes, (0, codes.shape[1] % 2))
-            codes = even[:, ::2] | (even[:, 1::2] << 4)
-        self._codes[place].copy_(codes)
+        self._codes[place].copy_(codes if self.bits == 8 else self._pack(codes))
         self._scales[place].copy_(scales)
+
+    def _pack(self, codes: Tensor) -> Tensor:
+        """int4 codes [n, in] -> two to a byte"""
+        even = functional.pad(codes, (0, codes.shape[1] % 2))
+        return even[:, ::2] | (even[:, 1::2] << 4)
+
+    def _unpack(self, packed: Tensor) -> Tensor:
+        """The other way."""
+        return torch.stack((packed & 15, packed >> 4), -1).flatten(1)[:, : self.in_features]
 
     def set_bias(self, bias: Tensor | None) -> None:
         self._bias = None if bias is None else bias.to(self._codes.device, torch.float32, copy=True)
 
     def __call__(self, x: Tensor) -> Tensor:
-        rounded = round_activations(x, self._group, outliers=OUTLIERS if self.bits == 8 else 0)
+        rounded = self._rounded(x)
         out = x.new_empty((*x.shape[:-1], self.out_features))
         step = max(1, PIECE // self.in_features)
         for start in range(0, self.out_features, step):
@@ -165,6 +179,10 @@ class QuantizedLinear:
             bias = None if self._bias is None else self._bias[rows]
             out[..., rows] = functional.linear(rounded, self._weight(rows), bias)
         return out
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        """float32, what of x is multiplied"""
+        return round_activations(x, self._group, outliers=OUTLIERS if self.bits == 8 else 0)
 
     def activated(self, x: Tensor, activation: Activation) -> Tensor:
         return activate(self(x), activation)
@@ -181,7 +199,6 @@ class QuantizedLinear:
         codes = self._codes[rows]
         if self.bits == 8:
             return (codes.float() - 128) * self._scales[rows]
-        codes = torch.stack((codes & 15, codes >> 4), -1).flatten(1)[:, : self.in_features]
-        wide = _grouped(codes.float(), self._group)
+        wide = _grouped(self._unpack(codes).float(), self._group)
         zeros = 8 if self._zeros is None else self._zeros[rows].float().unsqueeze(2)
         return ((wide - zeros) * self._scales[rows].float().unsqueeze(2)).flatten(1)[:, : self.in_features]

@@ -1,0 +1,230 @@
+"""The tensors of GGUF files under the names, and with the contents, that checkpoints have."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sensorium.checkpoint.gguf_file import BlockType, GgufFile, GgufTensor, read_gguf
+from sensorium.checkpoint.gguf_metadata import Metadata
+from sensorium.checkpoint.gguf_names import (
+    CONFIG_TENSORS,
+    GgufArchitecture,
+    checkpoint_name,
+    gguf_architecture,
+    layer_of,
+    permuted_heads,
+)
+from sensorium.checkpoint.gguf_tower_configs import swaps_products, tower_layers
+from sensorium.checkpoint.gguf_towers import GgufTower, frame_of, is_tower, tower_name, tower_of
+from sensorium.checkpoint.quantization import StoredQuantization
+from sensorium.errors import CheckpointError
+from sensorium.kernels import Quantization
+from sensorium.weights.decoded_codes import DecodedCodes
+from sensorium.weights.gguf_blocks import DECODERS, LINES, half, nibbles
+from sensorium.weights.stored_codes import counted_from_zeros
+from sensorium.weights.tensor_files import StoredTensor, element_of, mapped_tensor
+
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_STORED = StoredQuantization("gguf", ())
+_CONVOLUTIONS = ("conv1d.weight", ".conv.conv.weight")  # each channel by itself, over one dimension
+_ROWS = ("shared_expert_gate.weight", "token_type_embeddings.weight")  # matrices that may have one row
+
+
+class BlockCodes(DecodedCodes):
+    """A weight in GGUF's blocks, rows uint8 [out, bytes]. Q4_0, Q4_1 and Q4_K are int4 in groups of 32."""
+
+    kinds: ClassVar = {"blocks": (torch.uint8,)}
+
+    def __init__(self, key: str, rows: StoredTensor, block: BlockType) -> None:
+        self.block = block
+        super().__init__(key.removesuffix(".weight"), {"blocks": rows}, _STORED)
+        self.key = key
+
+    def _measure(self, stored: StoredQuantization) -> tuple[tuple[int, int], int, int]:
+        out, nbytes = self.parts["blocks"].shape
+        return (out, nbytes // self.block.nbytes * self.block.weights), 4, 32
+
+    def decoded(self, rows: slice) -> Tensor:
+        return DECODERS[self.block.name](self._blocks(rows)).view(-1, self.shape[1])
+
+    def quantization(self) -> Quantization | None:
+        return Quantization(4, 32) if self.block.name == "Q4_0" or self.block.name in LINES else None
+
+    def codes(self, rows: slice) -> Tensor:
+        blocks = self._blocks(rows)
+        if self.block.name == "Q4_0":
+            return nibbles(blocks[:, 2:]).view(-1, self.shape[1])
+        codes, scales, offsets = LINES[self.block.name](blocks)
+        _, _, is_constant = counted_from_zeros(scales, offsets)
+        return codes.view(-1, 32).masked_fill(is_constant.view(-1, 1), 1).view(-1, self.shape[1])
+
+    def scales(self) -> Tensor:
+        if self.block.name == "Q4_0":
+            return half(self._blocks(slice(None))[:, :2]).view(-1, self.shape[1] // 32).half()
+        return self._lines()[0]
+
+    def zeros(self) -> Tensor | None:
+        return None if self.block.name == "Q4_0" else self._lines()[1]
+
+    def _lines(self) -> tuple[Tensor, Tensor]:
+        """Scales and zeros, float16 [out, groups of 32]"""
+        found = [counted_from_zeros(*LINES[self.block.name](self._blocks(rows))[1:])[:2] for rows, _ in self._steps()]
+        scales, zeros = (torch.cat(one).view(self.shape[0], -1) for one in zip(*found, strict=True))
+        return scales, zeros
+
+    def _blocks(self, rows: slice) -> Tensor:
+        return self.parts["blocks"].view()[rows].reshape(-1, self.block.nbytes)
+
+
+def read_gguf_tensors(parts: Sequence[Path]) -> list[StoredTensor | BlockCodes]:
+    """Those of all parts of a model, of which the first has the metadata. What predicts several tokens is left out."""
+    files = [read_gguf(part) for part in parts]
+    towers = [file for file in files if is_tower(file)]
+    meta = Metadata(tuple(file for file in files if file not in towers))
+    architecture, layers = gguf_architecture(meta.all), meta.layers
+    found: list[StoredTensor | BlockCodes] = []
+    for file in meta.files:
+        memory = _memory(file)
+        for tensor in file.tensors:
+            if tensor.name not in CONFIG_TENSORS and (layer_of(tensor.name) or 0) < layers:
+                found += _elements(_changed(_mapped(file, memory, tensor), tensor, meta, architecture), tensor.kind)
+    return [*found, *(one for tower in towers for one in read_tower(tower))]
+
+
+def _memory(file: GgufFile) -> mmap.mmap:
+    with file.path.open("rb") as opened:
+        # Private and writable only because torch wants writable memory; nobody writes.
+        return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def read_tower(file: GgufFile) -> Iterator[StoredTensor | BlockCodes]:
+    """The tensors of a projector's file, under the names of checkpoints."""
+    meta, memory = Metadata((file,)), _memory(file)
+    row, swaps = tower_of(meta), swaps_products(meta)
+    tapped = [i for i, one in enumerate(meta.flags("vision.is_deepstack_layers", tower_layers(meta)) or []) if one]
+    frames: dict[str, dict[int, StoredTensor]] = {}
+    for tensor in file.tensors:
+        if tensor.name.startswith(row.ignored or "\n"):
+            continue
+        name, frame = frame_of(_swapped(tensor.name) if swaps else tensor.name)
+        key = tower_name(name, row, tapped)
+        mapped = replace(_mapped(file, memory, tensor), key=key)
+        if frame is not None or f"{name}.1" in meta.tensors:
+            frames.setdefault(key, {})[frame or 0] = mapped
+        else:
+            yield _codes(_of_tower(mapped, name, meta, row), tensor.kind)
+    yield from (_together(key, parts) for key, parts in frames.items())
+
+
+def _swapped(name: str) -> str:
+    """Of an old file, in which the products of an MLP have each other's names."""
+    other = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
+    return ".".join(other.get(one, one) for one in name.split("."))
+
+
+def _of_tower(tensor: StoredTensor, name: str, meta: Metadata, row: GgufTower) -> StoredTensor:
+    if tensor.key.startswith("vision_model.embeddings.") and not tensor.key.endswith((".weight", ".bias")):
+        return _reshaped(tensor, (1,) * (3 - len(tensor.shape)) + tensor.shape)
+    if row.permutes_heads and name.split(".")[-2] in ("attn_q", "attn_k"):
+        return _with(tensor, _unpermuted(tensor, meta.get("vision.attention.head_count")))
+    offset = row.norm_offset.get(tensor.key)
+    return tensor if offset is None else _with(tensor, lambda rows: rows.float() - offset)
+
+
+def _together(key: str, parts: dict[int, StoredTensor]) -> StoredTensor:
+    """A convolution over frames out of one for each frame, [outputs, channels, height, width]."""
+    first, frames = parts.get(0), [parts[index] for index in sorted(parts)]
+    if first is None or len({(one.shape, one.dtype) for one in frames}) > 1 or len(first.shape) != 4:
+        raise CheckpointError(f"{frames[0].file.name}: the frames of {key} do not go together")
+    shape = (*first.shape[:2], len(frames), *first.shape[2:])
+
+    def release() -> None:
+        for one in frames:
+            one.release()
+
+    return replace(
+        first,
+        shape=shape,
+        view=lambda: torch.stack([one.view() for one in frames], 2),
+        release=release,
+        populate=None,
+        cut=None,
+    )
+
+
+def _mapped(file: GgufFile, memory: mmap.mmap, tensor: GgufTensor) -> StoredTensor:
+    """As the file has it; of blocks their bytes, a row of weights a row of bytes."""
+    kind, shape = tensor.kind, tensor.shape
+    if kind.name in _PLAIN:
+        return mapped_tensor(tensor.name, file.path, memory, tensor.offset, shape, _PLAIN[kind.name])
+    shape = (*shape[:-1], shape[-1] // kind.weights * kind.nbytes)
+    return mapped_tensor(tensor.name, file.path, memory, tensor.offset, shape, torch.uint8)
+
+
+def _elements(tensor: StoredTensor, kind: BlockType) -> Iterator[StoredTensor | BlockCodes]:
+    """The tensor, or each expert's of one that holds those of all."""
+    if "{}" not in tensor.key:
+        yield _codes(tensor, kind)
+        return
+    if len(tensor.shape) not in (2, 3):
+        raise CheckpointError(f"{tensor.file.name}: {tensor.key.format('N')} is not stored for each expert")
+    for index in range(tensor.shape[0]):
+        yield _codes(replace(element_of(tensor, index), key=tensor.key.format(index)), kind)
+
+
+def _codes(tensor: StoredTensor, kind: BlockType) -> StoredTensor | BlockCodes:
+    if kind.name in _PLAIN:
+        return tensor
+    if len(tensor.shape) != 2:
+        raise CheckpointError(f"{tensor.file.name}: {tensor.key} is no matrix, but stored as {kind.name}")
+    return BlockCodes(tensor.key, tensor, kind)
+
+
+def _changed(tensor: StoredTensor, stored: GgufTensor, meta: Metadata, architecture: GgufArchitecture) -> StoredTensor:
+    """Under its checkpoint's name, with the contents and the shape that it has there."""
+    key = checkpoint_name(stored.name, architecture)
+    tensor = _reshaped(replace(tensor, key=key), _shape(key, tensor.shape))
+    which = permuted_heads(stored.name, architecture)
+    if which is not None:
+        heads = meta.get("attention.head_count")
+        return _with(tensor, _unpermuted(tensor, heads if which == "q" else meta.get("attention.head_count_kv", heads)))
+    if key.endswith("A_log"):
+        return _with(tensor, lambda rates: rates.float().neg().log())
+    if architecture.norm_offset and key.endswith("norm.weight") and not key.endswith(architecture.plain_norms or "\n"):
+        return _with(tensor, lambda rows: rows.float() - architecture.norm_offset)
+    return tensor
+
+
+def _shape(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """What the checkpoint has: llama.cpp drops dimensions of one element that come last in its order."""
+    if "{}" in key:
+        return shape
+    if key.endswith(_CONVOLUTIONS):
+        return (shape[0], 1, *shape[1:]) if len(shape) == 2 else shape
+    bare = shape[1:] if len(shape) > 1 and set(shape[:-1]) == {1} else shape
+    return (1, *bare) if key.endswith(_ROWS) and len(bare) == 1 else bare
+
+
+def _reshaped(tensor: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:
+    if shape == tensor.shape:
+        return tensor
+    return replace(tensor, shape=shape, view=lambda: tensor.view().view(shape), cut=None)
+
+
+def _with(tensor: StoredTensor, change: Callable[[Tensor], Tensor]) -> StoredTensor:
+    """With other contents than the file has, so that it is no plain mapping of it."""
+    return replace(tensor, view=lambda: change(tensor.view()), populate=None, cut=None)
+
+
+def _unpermuted(tensor: StoredTensor, heads: object) -> Callable[[Tensor], Tensor]:
+    """The rows of each head in halves again: row 2 i + s of the file is row s * half + i."""
+    if not isinstance(heads, int) or heads <= 0 or tensor.shape[0] % (2 * heads):
+        raise CheckpointError(f"{tensor.file.name}: {tensor.shape[0]} rows do not divide among {heads} heads")
+    return lambda rows: rows.view(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)

@@ -1,0 +1,239 @@
+"""Norms, activations, rotation, the writing of the cache, and a decoder's layers that are made of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.triton_interpreter import assert_close
+from torch import Tensor
+
+from sensorium.kernels import Activation, DecoderLayerParts, reference
+from sensorium.kernels.context import AttentionContext, LayerCache
+from sensorium.kernels.cuda import CudaBackend
+from sensorium.kernels.cuda import norms as cuda_norms
+from sensorium.kernels.cuda import rope as cuda_rope
+
+CUDA = CudaBackend()
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("shape", [(3, 64), (2, 5, 33), (1, 3000)])
+def test_rms_norm(shape: tuple[int, ...], offset: float, dtype: torch.dtype) -> None:
+    x, weight = torch.randn(shape).to(dtype), torch.randn(shape[-1]).to(dtype)
+    assert_close(CUDA.rms_norm(x, weight, 1e-6, offset), reference.rms_norm(x, weight, 1e-6, offset))
+
+
+def test_rms_norm_of_rows_that_are_not_adjacent() -> None:
+    x, weight = torch.randn(4, 80)[:, :33], torch.randn(33)
+    assert_close(CUDA.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6))
+    assert_close(CUDA.rms_norm(x.t(), weight[:4], 1e-6), reference.rms_norm(x.t(), weight[:4], 1e-6))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_add_rms_norm(offset: float, dtype: torch.dtype) -> None:
+    x, residual, weight = (torch.randn(size).to(dtype) for size in ((5, 48), (5, 48), (48,)))
+    expected = reference.add_rms_norm(x, residual, weight, 1e-5, offset)
+    got = CUDA.add_rms_norm(x, residual.clone(), weight, 1e-5, offset)
+    for one, other in zip(got, expected, strict=True):
+        assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", [*cuda_norms.PLAIN, "clamped_swiglu"])
+def test_gated(activation: Activation, dtype: torch.dtype) -> None:
+    x = (4 * torch.randn(3, 2 * 37)).to(dtype)
+    assert_close(CUDA.gated(x, activation), reference.gated(x, activation), 4)
+
+
+@pytest.mark.parametrize("activation", cuda_norms.PLAIN)
+def test_activate(activation: Activation) -> None:
+    x = 3 * torch.randn(2, 700)
+    assert_close(CUDA.activate(x.clone(), activation), reference.activate(x, activation), 2)
+    huge = torch.tensor([[-1e4, -100.0, 0.0, 100.0, 1e4]])
+    assert_close(CUDA.activate(huge.clone(), activation), reference.activate(huge, activation))
+
+
+def turns(tokens: int, half: int) -> tuple[Tensor, Tensor]:
+    angles = 10 * torch.randn(tokens, half)
+    return angles.cos(), angles.sin()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "rotated"), [(8, 8), (64, 64), (80, 32), (96, 96), (12, 4)])
+def test_rope(head_dim: int, rotated: int, dtype: torch.dtype) -> None:
+    heads = torch.randn(3, 9, head_dim).to(dtype)
+    q, k = heads[:, :5], heads[:, 5:7]
+    cos, sin = turns(3, rotated // 2)
+    expected = reference.rope(q, k, cos, sin)
+    before = heads[:, 7:].clone()
+    got = CUDA.rope(q, k, cos, sin)
+    for one, other in zip(got, expected, strict=True):
+        assert_close(one, other)
+    assert torch.equal(heads[:, 7:], before)
+
+
+def test_rope_without_keys() -> None:
+    q = torch.randn(2, 3, 16)
+    cos, sin = turns(2, 8)
+    expected, _ = reference.rope(q, q[:, :0], cos, sin)
+    assert_close(CUDA.rope(q, q[:, :0], cos, sin)[0], expected)
+
+
+def scales_of(cache: Tensor) -> Tensor:
+    """The float32 behind the codes of each row."""
+    return cache[..., -4:].contiguous().view(torch.float32)
+
+
+class Cache:
+    """The same two caches twice, NaN all over, and where three tokens go."""
+
+    def __init__(self, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+        width = head_dim + 4 if dtype == torch.int8 else head_dim
+        self.own, self.expected = (
+            [torch.zeros(4, kv_heads, 8, width, dtype=torch.uint8).sub_(1).repeat(1, 1, 1, dtype.itemsize).view(dtype)
+             for _ in range(2)]
+            for _ in range(2)
+        )  # fmt: skip
+        self.slots = torch.tensor([25, 3, 14])
+
+    def check(self) -> None:
+        within = {2: 2e-2}.get(self.own[0].dtype.itemsize, 1e-5)
+        pairs = list(zip(self.own, self.expected, strict=True))
+        if self.own[0].dtype == torch.int8:
+            for own, expected in pairs:
+                codes = (own[..., :-4].int() - expected[..., :-4].int()).abs()
+                assert codes.max() <= 1
+                assert codes.count_nonzero() <= codes.numel() // 100
+            pairs = [(scales_of(own), scales_of(expected)) for own, expected in pairs]
+        for own, expected in pairs:
+            untouched = expected.float().isnan()
+            assert torch.equal(untouched, own.float().isnan())
+            kept = [x.float()[~untouched] for x in (own, expected)]
+            torch.testing.assert_close(*kept, atol=within, rtol=within)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cache_dtype"),
+    [(one, one) for one in DTYPES] + [(torch.float32, torch.int8), (torch.bfloat16, torch.int8)],
+)
+@pytest.mark.parametrize(("kv_heads", "head_dim"), [(1, 80), (3, 32)])
+def test_write_kv(kv_heads: int, head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
+    cache = Cache(kv_heads, head_dim, cache_dtype)
+    k, v = torch.randn(3, 2 * kv_heads, head_dim).to(dtype).chunk(2, dim=1)
+    v[1] = 0  # a row without a scale
+    reference.write_kv(k, v, cache.expected[0], cache.expected[1], cache.slots)
+    CUDA.write_kv(k, v, cache.own[0], cache.own[1], cache.slots)
+    cache.check()
+
+
+def test_write_kv_in_fp8() -> None:
+    cache = Cache(2, 16, torch.float8_e4m3fn)
+    k, v = 300 * torch.randn(2, 3, 2, 16)
+    for rows, into in zip((k, v), cache.expected, strict=True):
+        for row, slot in zip(rows, cache.slots.tolist(), strict=True):
+            into[slot // 8, :, slot % 8] = row.clamp(-448, 448).to(torch.float8_e4m3fn)
+    CUDA.write_kv(k, v, cache.own[0], cache.own[1], cache.slots)
+    for own, expected in zip(cache.own, cache.expected, strict=True):
+        torch.testing.assert_close(own.float(), expected.float(), rtol=0.07, atol=1e-2, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cache_dtype"),
+    [(torch.float32, torch.float32), (torch.float16, torch.float16), (torch.bfloat16, torch.bfloat16),
+     (torch.float32, torch.int8)],
+)  # fmt: skip
+@pytest.mark.parametrize(("head_dim", "rotated", "offset"), [(32, 32, 0.0), (80, 20, 1.0), (24, 24, None)])
+def test_norms_rotation_and_cache_in_one(
+    head_dim: int, rotated: int, offset: float | None, dtype: torch.dtype, cache_dtype: torch.dtype
+) -> None:
+    cache = Cache(2, head_dim, cache_dtype)
+    heads = torch.randn(3, 7 + 4, head_dim).to(dtype)
+    q, k, v = torch.split(heads, [7, 2, 2], dim=1)
+    cos, sin = turns(3, rotated // 2)
+    norms = None if offset is None else (torch.randn(head_dim).to(dtype), torch.randn(head_dim).to(dtype))
+    wanted_q, wanted_k = q.contiguous(), k.contiguous()
+    if norms is not None:
+        wanted_q, wanted_k = (
+            reference.rms_norm(x, w, 1e-6, offset or 0.0) for x, w in zip((wanted_q, wanted_k), norms, strict=True)
+        )
+    wanted_q, wanted_k = reference.rope(wanted_q, wanted_k, cos, sin)
+    reference.write_kv(wanted_k, v, cache.expected[0], cache.expected[1], cache.slots)
+    cuda_rope.rotate_and_write(
+        q, k, v, cos, sin, norms, 1e-6, offset or 0.0, LayerCache(cache.own[0], cache.own[1]), cache.slots
+    )
+    assert_close(q, wanted_q)
+    cache.check()
+
+
+def layer(hidden: int, heads: int, kv_heads: int, head_dim: int, *, sublayers: bool) -> DecoderLayerParts:
+    def linear(out: int, of: int) -> reference.PlainLinear:
+        return reference.PlainLinear(torch.randn(out, of) * of**-0.5)
+
+    def norm(size: int) -> Tensor:
+        return 1 + 0.1 * torch.randn(size)
+
+    return DecoderLayerParts(
+        input_norm=norm(hidden),
+        qkv=linear((heads + 2 * kv_heads) * head_dim, hidden),
+        q_norm=norm(head_dim) if sublayers else None,
+        k_norm=norm(head_dim) if sublayers else None,
+        o=linear(hidden, heads * head_dim),
+        mlp_norm=norm(hidden),
+        gate_up=linear(48, hidden),
+        down=linear(hidden, 24),
+        sliding_window=2 if sublayers else None,
+        attended_norm=norm(hidden) if sublayers else None,
+        after_norm=norm(hidden) if sublayers else None,
+    )
+
+
+def by_reference(
+    layers: list[DecoderLayerParts], norm: Tensor, x: Tensor, turn: tuple[Tensor, Tensor], caches: list[LayerCache],
+    context: AttentionContext, widths: list[int],
+) -> Tensor:  # fmt: skip
+    """Layers of head_dim 8 in torch."""
+    for parts, cache in zip(layers, caches, strict=True):
+        heads = parts.qkv(reference.rms_norm(x, parts.input_norm, 1e-6)).view(len(x), -1, 8)
+        q, k, v = torch.split(heads, widths, dim=1)
+        if parts.q_norm is not None and parts.k_norm is not None:
+            q, k = reference.rms_norm(q, parts.q_norm, 1e-6), reference.rms_norm(k, parts.k_norm, 1e-6)
+        q, k = reference.rope(q, k, *turn)
+        reference.write_kv(k, v, cache.keys, cache.values, context.slots)
+        out = reference.paged_attention(q, cache.keys, cache.values, context, 0.3, parts.sliding_window)
+        out = parts.o(out.flatten(1))
+        x = x + (out if parts.attended_norm is None else reference.rms_norm(out, parts.attended_norm, 1e-6))
+        assert parts.down is not None and parts.gate_up is not None
+        out = parts.down(reference.gated(parts.gate_up(reference.rms_norm(x, parts.mlp_norm, 1e-6)), "silu"))
+        x = x + (out if parts.after_norm is None else reference.rms_norm(out, parts.after_norm, 1e-6))
+    return reference.rms_norm(x, norm, 1e-6)
+
+
+@pytest.mark.parametrize("sublayers", [False, True])
+def test_layers_of_a_decoder(sublayers: bool) -> None:
+    layers, norm = [layer(20, 3, 1, 8, sublayers=sublayers) for _ in range(2)], torch.randn(20)
+    tables = torch.tensor([[3, 0], [1, 2]], dtype=torch.int32)
+    context = AttentionContext(
+        [1, 3], [1, 3], 1, 8, torch.tensor([0, 1, 4], dtype=torch.int32), torch.tensor([1, 3], dtype=torch.int32),
+        tables, torch.tensor([24, 8, 9, 10]),
+    )  # fmt: skip
+    own, other = (
+        [LayerCache(torch.full((4, 1, 8, 8), torch.nan), torch.full((4, 1, 8, 8), torch.nan)) for _ in layers]
+        for _ in range(2)
+    )
+    caches: Any = own
+    hidden, turn = torch.randn(4, 20), turns(4, 4)
+    stack = CUDA.decoder_stack(
+        layers, norm, num_heads=3, num_kv_heads=1, head_dim=8, scale=0.3, eps=1e-6, activation="silu", norm_offset=0.0
+    )
+    assert stack is not None
+    before = hidden.clone()
+    expected = by_reference(layers, norm, hidden, turn, other, context, [3, 1, 1])
+    assert_close(stack(hidden, [turn], caches, context), expected, 10)
+    assert torch.equal(hidden, before)
+    some = torch.tensor([0, 3])
+    assert_close(stack(hidden, [turn], caches, context, some)[some], expected[some], 10)
