@@ -40,15 +40,19 @@ class Nobody(Channel):
 
 
 class Bench:
-    def __init__(self, folder: Path, quantization: str | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, quantization: str | None = None, threads: int | None = None, *, speculative_tokens: int = 0
+    ) -> None:
         checkpoint = open_checkpoint(folder, None)
         text = checkpoint.text
         if text is None:
             raise SystemExit(f"{folder} has no language model")
         torch.set_num_threads(threads or default_threads(checkpoint))
         wanted = Quantization(8 if quantization == "int8" else 4) if quantization else None
-        model = load_model(checkpoint, dtype=torch.bfloat16, device="cpu", quantization=wanted, memory_mapped=True)
-        config = EngineConfig(str(folder), enable_prefix_caching=False)
+        self.model = model = load_model(
+            checkpoint, dtype=torch.bfloat16, device="cpu", quantization=wanted, memory_mapped=True
+        )
+        config = EngineConfig(str(folder), enable_prefix_caching=False, speculative_tokens=speculative_tokens)
         self.engine = build_engine(model, checkpoint, config, torch.device("cpu"), torch.bfloat16)
         while self.engine.pack_some():
             pass

@@ -1,13 +1,14 @@
 """A plan as arrays: every token of the step in one row, decodes first, then prompt chunks; no padding.
 
-The arrays of a step live in buffers that are used again by the next one. Vectorised: Python touches each sequence a few
+What steps of the same decoding sequences have in common is made once. Vectorised: Python touches each sequence a few
 times, never each token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import NamedTuple, NoReturn, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -17,9 +18,16 @@ from torch import Tensor
 from sensorium.engine.drafts import DraftRows, is_certain
 from sensorium.engine.scheduler import Plan, spans_within
 from sensorium.engine.sequence import ItemKey, Positions, Sequence
-from sensorium.kernels.context import AttentionContext
+from sensorium.engine.staging import Staging
+from sensorium.engine.state_slots import segments_of
+from sensorium.engine.table_rows import TableRows
+from sensorium.kernels.context import AttentionContext, Segments
 
 Ints: TypeAlias = NDArray[np.int64]
+Number = TypeVar("Number", bound=np.generic)
+NO_TOKENS = torch.empty(0, dtype=torch.int64, device="cpu")
+NO_TABLES = torch.empty((0, 0), dtype=torch.int32, device="cpu")
+MAX_DECODES = 256  # sequences that padding may make of a step of fewer
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +50,7 @@ class StepInput:
     media: list[MediaSlice] = field(default_factory=list)
     sampled_rows: Tensor | None = None  # int64: rows of the tokens to be sampled, then those of drafts; None: all
     token_types: Tensor | None = None  # int64 [tokens], where any prompt has them
+    table_rows: Tensor | None = None  # int64 [seqs]: their rows of the device's block tables, see `gather_tables`
 
 
 @dataclass(slots=True)
@@ -54,6 +63,57 @@ class Batch:
     sampled: list[Sequence]  # those that gain tokens here, in order
     drafts: list[DraftRows] = field(default_factory=list)
     ahead: list[list[int]] = field(default_factory=list)  # certain drafts of each of `sampled`; none: nobody has any
+    padded: int | None = None  # sequences that it was made of: more than there are, where a graph computes them
+
+
+class Unknown(list[int]):
+    """Numbers that differ from replay to replay of what is captured."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__([0] * count)
+
+    def __iter__(self) -> NoReturn:
+        raise ValueError("what a graph holds does not depend on the lengths that its sequences have")
+
+    def __getitem__(self, index: object) -> NoReturn:
+        self.__iter__()
+
+
+class Spare(NamedTuple):
+    """What no sequence has: a block of the cache and a slot of states."""
+
+    block: int
+    state: int
+
+
+@dataclass(slots=True)
+class _Decoding:
+    """What stays the same as long as the same sequences decode, in step after step."""
+
+    sequences: list[Sequence]
+    slots: Ints
+    deltas: Positions
+    starts: list[int]
+    ones: list[int]
+    query_start: Tensor = NO_TOKENS
+    tables: list[Tensor] = field(default_factory=list)  # int32 [seqs, most blocks], until one has a new block
+
+    @classmethod
+    def of(cls, decodes: list[Sequence]) -> _Decoding:
+        count = len(decodes)
+        return cls(
+            decodes,
+            np.array([seq.slot for seq in decodes], np.int64),
+            _whole_or_single(np.array([seq.delta for seq in decodes] or [0])[:count]),
+            list(range(count)),
+            [1] * count,
+        )
+
+    def starts_of(self, every: Tensor, size: int) -> Tensor:
+        """`query_start` of so many sequences, of all numbers in a row."""
+        if len(self.query_start) != size + 1:
+            self.query_start = every[: size + 1]
+        return self.query_start
 
 
 class BatchBuilder:
@@ -69,50 +129,124 @@ class BatchBuilder:
         stretched_from: int | None = None,
         media_both_ways: bool = False,
         num_tables: int = 1,
+        has_states: bool = False,
+        staging: Staging | None = None,
+        spare: Spare | None = None,
     ) -> None:
         """`axes` is the number of position axes of the model (1, or 3 for M-RoPE); `marks_long`: it has long rope;
-        `stretched_from`, `media_both_ways`: see `Model`; `num_tables`: block tables of a sequence."""
+        `stretched_from`, `media_both_ways`: see `Model`; `num_tables`: block tables of a sequence; `has_states`: layers
+        keep some. With `staging` arrays go to the device together: `send`. `spare`: where padding writes."""
+        self._staging = staging
+        self._spare = spare or Spare(0, 0)
+        self.pads_to: Callable[[list[Sequence]], int | None] = lambda decodes: None  # how many rows they get
+        self._has_states = has_states
         self._marks_long = marks_long
         self._media_both_ways = media_both_ways
         self._stretched_from = stretched_from
         self._block_size = block_size
         self._axes = axes
-        self._device = device
-        self._tables = np.zeros((num_tables, max_num_seqs, max(max_blocks, 1)), np.int32)  # by Sequence.slot
-        self._copied: list[list[list[int]]] = [[] for _ in range(max_num_seqs)]  # the block lists of a slot's tables
-        self._num_copied = [[0] * num_tables for _ in range(max_num_seqs)]
+        self._tables = TableRows(num_tables, max_num_seqs, max_blocks, staging)
+        self._longest = max_blocks * block_size
         self._has_cache = max_blocks > 0
+        self._every = torch.arange(max(max_num_seqs, MAX_DECODES) + 1, dtype=torch.int32, device=device)
+        self._decoding: _Decoding | None = None  # of the last step, if it had only decodes
 
     def build(self, plan: Plan) -> Batch:
-        if not plan.chunks:
-            return self._decodes_only(plan.decodes)
-        return self._mixed(plan)
+        if plan.chunks:
+            self._begin()
+            self._decoding = None
+            return self._mixed(plan)
+        batch = self._decodes_only(plan.decodes, 0)
+        self.add_tokens(batch)
+        return batch
 
-    def _decodes_only(self, decodes: list[Sequence]) -> Batch:
-        count = len(decodes)
-        numbers = np.array([(seq.last_token, seq.num_computed, seq.delta, seq.slot) for seq in decodes], np.int64).T
-        token_ids, computed, deltas, slots = numbers
-        lengths = computed + 1
-        positions = computed + deltas
-        tables = self._block_tables(decodes, slots, lengths)
-        blocks = self._tables[:, slots, computed // self._block_size].astype(np.int64)
-        places = np.ascontiguousarray(blocks * self._block_size + computed % self._block_size)
-        ones = [1] * count
+    def prepare(self, decodes: list[Sequence]) -> Batch:
+        """The step after one that gives each of the sequences a token, without these tokens: `add_tokens` adds them.
+        They must have their blocks."""
+        return self._decodes_only(decodes, 1)
+
+    def add_tokens(self, batch: Batch) -> None:
+        """The last token of each sequence to a batch of decodes, and its state."""
+        size = batch.padded or len(batch.sequences)
+        token_ids = np.array([seq.last_token for seq in batch.sequences], np.int64)
+        batch.inputs.token_ids = self._tensor(_padded(token_ids, size, 0))
+        batch.inputs.context.segments = self._segments(batch.sequences, len(batch.sequences), size)
+
+    def blank(self, size: int) -> StepInput:
+        """A step of `size` decodes of nobody: the places that steps padded to it have, and lists that do for all of
+        them. It is on the device."""
+        batch = self._decodes_only([], 0, size)
+        self.add_tokens(batch)
+        self.send()
+        inputs = batch.inputs
+        lengths = [self._longest] * size if self._every.device.type == "cpu" else Unknown(size)
+        for context in (inputs.context, *inputs.context.others):
+            context.query_lens, context.context_lens, context.num_decodes = [1] * size, lengths, size
+        return inputs
+
+    def send(self) -> None:
+        """What a step needs to the device, where it is another one, in one copy."""
+        if self._staging is not None:
+            self._tables.put_news()
+            self._staging.send()
+            self._tables.take_news()
+
+    def gather_tables(self, inputs: StepInput) -> None:
+        """The block tables of a step's sequences, from those that the device has."""
+        if inputs.table_rows is not None:
+            context = inputs.context
+            tables = self._tables.gathered(inputs.table_rows)
+            for one, table in zip((context, *context.others), tables, strict=True):
+                one.block_tables = table
+
+    def _begin(self) -> None:
+        if self._staging is not None:
+            self._staging.begin()
+
+    def _decodes_only(self, decodes: list[Sequence], more: int, padded: int | None = None) -> Batch:
+        """A step that computes the last token of each sequence, once it has so many `more` than now."""
+        self._begin()
+        padded = padded or self.pads_to(decodes)
+        size = padded or len(decodes)
+        same = self._decoding
+        is_new = same is None or same.sequences != decodes
+        if same is None or is_new:
+            same = self._decoding = _Decoding.of(decodes)
+        lens = [seq.num_tokens + more for seq in decodes]
+        lengths = np.array(lens, np.int64)
+        computed = lengths - 1
+        blocks, offsets = np.divmod(computed, self._block_size)
+        if is_new or not offsets.all():
+            self._update_tables(same, [0] * len(decodes) if is_new else offsets.tolist(), max(lens, default=1))
+        places = np.multiply(self._tables.host[:, same.slots, blocks], self._block_size, dtype=np.int64)
+        places += offsets
+        places = _padded(places, size, self._spare.block * self._block_size)
         context = AttentionContext(
-            ones,
-            lengths.tolist(),
-            count,
+            same.ones,
+            lens,
+            len(decodes),
             self._block_size,
-            self._tensor(np.arange(count + 1, dtype=np.int32)),
-            self._tensor(lengths.astype(np.int32)),
-            self._tensor(tables[0]),
+            same.starts_of(self._every, size),
+            self._tensor(_padded(lengths.astype(np.int32), size, 0)),
+            same.tables[0],
             self._tensor(places[0]),
-            self._long_context(decodes, ones),
-            self._rope_lengths(decodes, lengths, np.ones(count, np.int64)),
+            self._long_context(decodes, same.ones, size),
+            self._rope_lengths(decodes, lengths, np.ones_like(lengths), size),
         )
-        self._add_tables(context, tables, places)
-        inputs = StepInput(self._tensor(np.ascontiguousarray(token_ids)), self._tensor(positions), context)
-        return Batch(inputs, decodes, list(range(count)), decodes)
+        self._add_tables(context, same.tables, places)
+        positions = self._tensor(_whole_or_single(_padded(computed + same.deltas, size, 0)))
+        inputs = StepInput(NO_TOKENS, positions, context, table_rows=self._table_rows(_padded(same.slots, size, 0)))
+        return Batch(inputs, decodes, same.starts, decodes, padded=padded)
+
+    def _update_tables(self, same: _Decoding, offsets: list[int], longest: int) -> None:
+        """Those of sequences whose next token is the first one of a block."""
+        for seq, offset in zip(same.sequences, offsets, strict=True):
+            if not offset:
+                self._tables.follow(seq)
+        same.tables = self._block_tables(same.slots, longest)
+
+    def _table_rows(self, slots: Ints) -> Tensor | None:
+        return None if self._staging is None or not self._has_cache else self._tensor(slots)
 
     def _mixed(self, plan: Plan) -> Batch:
         sequences = plan.sequences()
@@ -140,12 +274,15 @@ class BatchBuilder:
             media,
             self._tensor(rows),
             self._token_types(sequences, query_lens),
+            self._table_rows(np.array([seq.slot for seq in sequences], np.int64)),
         )
         return Batch(inputs, sequences, starts, sampled, drafts, ahead)
 
     def _context(self, sequences: list[Sequence], num_decodes: int, lengths: Ints, counts: Ints) -> AttentionContext:
         slots = np.array([seq.slot for seq in sequences], np.int64)
-        tables = self._block_tables(sequences, slots, lengths)
+        for seq in sequences if self._has_cache else ():
+            self._tables.follow(seq)
+        tables = self._block_tables(slots, int(lengths.max()))
         query_lens = counts.tolist()
         places = self._cache_places(slots, lengths, counts)
         context = AttentionContext(
@@ -155,19 +292,32 @@ class BatchBuilder:
             self._block_size,
             self._tensor(np.concatenate(([0], counts.cumsum())).astype(np.int32)),
             self._tensor(lengths.astype(np.int32)),
-            self._tensor(tables[0]),
+            tables[0],
             self._tensor(places[0]),
             self._long_context(sequences, query_lens),
             self._rope_lengths(sequences, lengths, counts),
             visible=self._visible(sequences, lengths, counts),
+            segments=self._segments(sequences, num_decodes, 0),
         )
         self._add_tables(context, tables, places)
         return context
 
-    def _add_tables(self, context: AttentionContext, tables: NDArray[np.int32], places: Ints) -> None:
+    def _segments(self, sequences: list[Sequence], num_decodes: int, size: int) -> Segments | None:
+        """Of at least `size` runs: those added change a state that nobody has."""
+        if not self._has_states:
+            return None
+        lengths, slots = segments_of(sequences)
+        missing = max(size - len(lengths), 0)
+        if missing:
+            lengths += [1] * missing
+            slots = np.concatenate([slots, np.array([[0], [self._spare.state]]).repeat(missing, 1)], 1)
+        sources, targets = self._tensor(slots)
+        return Segments(lengths, num_decodes + missing, sources, targets)
+
+    def _add_tables(self, context: AttentionContext, tables: list[Tensor], places: Ints) -> None:
         """Of a sequence's tables those beside the first, with the places of its tokens in their blocks."""
-        for table, places_there in zip(tables[1:], places[1:], strict=True):
-            blocks, slots = self._tensor(table), self._tensor(places_there)
+        for blocks, places_there in zip(tables[1:], places[1:], strict=True):
+            slots = self._tensor(places_there)
             context.others.append(replace(context, block_tables=blocks, slots=slots, others=[]))
 
     def _cache_places(self, slots: Ints, lengths: Ints, counts: Ints) -> Ints:
@@ -176,32 +326,32 @@ class BatchBuilder:
         if not self._has_cache:
             return np.zeros((1, ends[-1]), np.int64)
         places = _places(lengths, counts)
-        blocks = self._tables[:, np.repeat(slots, counts), places // self._block_size].astype(np.int64)
+        blocks = self._tables.host[:, np.repeat(slots, counts), places // self._block_size].astype(np.int64)
         return np.ascontiguousarray(blocks * self._block_size + places % self._block_size)
 
-    def _block_tables(self, sequences: list[Sequence], slots: Ints, lengths: Ints) -> NDArray[np.int32]:
-        """int32 [tables, seqs, most blocks]; padding, and where a table has given its block back, holds any valid block
-        number."""
+    def _block_tables(self, slots: Ints, longest: int) -> list[Tensor]:
+        """int32 [seqs, most blocks] of each table; none yet where the device gathers them."""
         if not self._has_cache:
-            return np.zeros((1, len(sequences), 1), np.int32)
-        for seq in sequences:
-            self._copy_new_blocks(seq)
-        width = -(-int(lengths.max()) // self._block_size)
-        return self._tables[:, slots, :width]
+            return [self._tensor(np.zeros((len(slots), 1), np.int32))]
+        if self._staging is not None:
+            return [NO_TABLES] * len(self._tables.host)
+        return [self._tensor(table) for table in self._tables.of(slots, -(-longest // self._block_size))]
 
-    def _long_context(self, sequences: list[Sequence], query_lens: list[int]) -> Tensor | None:
+    def _long_context(self, sequences: list[Sequence], query_lens: list[int], size: int = 0) -> Tensor | None:
         if not self._marks_long:
             return None
-        return self._tensor(np.repeat(np.array([seq.is_long for seq in sequences]), query_lens))
+        marks = np.repeat(np.array([seq.is_long for seq in sequences], np.bool_), query_lens)
+        return self._tensor(_padded(marks, max(size, len(marks)), False))
 
-    def _rope_lengths(self, sequences: list[Sequence], lengths: Ints, counts: Ints) -> Tensor | None:
+    def _rope_lengths(self, sequences: list[Sequence], lengths: Ints, counts: Ints, size: int = 0) -> Tensor | None:
         """Of each token, the length that its frequencies are made for: the prompt's, or what ends with the token."""
         if self._stretched_from is None:
             return None
         prompts = np.array([seq.num_prompt for seq in sequences], np.int64)
-        if np.maximum(prompts, lengths).max() <= self._stretched_from:
+        if np.maximum(prompts, lengths).max(initial=0) <= self._stretched_from:
             return None
-        return self._tensor(np.maximum(np.repeat(prompts, counts), _places(lengths, counts) + 1))
+        found = np.maximum(np.repeat(prompts, counts), _places(lengths, counts) + 1)
+        return self._tensor(_padded(found, max(size, len(found)), 1))
 
     def _visible(self, sequences: list[Sequence], lengths: Ints, counts: Ints) -> Tensor | None:
         """Of each token how many keys it sees: all of its media span, up to itself elsewhere. None without such spans.
@@ -227,21 +377,8 @@ class BatchBuilder:
         ]
         return self._tensor(np.concatenate(pieces).astype(np.int64, copy=False))
 
-    def _copy_new_blocks(self, seq: Sequence) -> None:
-        """Bring the table rows of a sequence up to date; usually nothing is new."""
-        slot, num_copied = seq.slot, self._num_copied[seq.slot]
-        if self._copied[slot] is not seq.blocks:
-            self._copied[slot] = seq.blocks
-            num_copied[:] = [0] * len(num_copied)
-        for table, blocks in enumerate(seq.blocks):
-            known = num_copied[table]
-            if len(blocks) != known:
-                self._tables[table, slot, known : len(blocks)] = blocks[known:]
-                num_copied[table] = len(blocks)
-
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)
+        return torch.from_numpy(array) if self._staging is None else self._staging.put(array)
 
 
 def _sampled(plan: Plan, starts: list[int]) -> tuple[list[Sequence], Ints, list[DraftRows], list[list[int]]]:
@@ -276,12 +413,25 @@ def _places(lengths: Ints, counts: Ints) -> Ints:
     return np.asarray(np.arange(ends[-1]) + np.repeat(lengths - ends, counts))
 
 
-def _joined(pieces: list[Positions], axes: int) -> Ints:
+def _padded(array: NDArray[Number], size: int, value: int) -> NDArray[Number]:
+    """[.., n] -> [.., size]"""
+    missing = size - array.shape[-1]
+    if not missing:
+        return array
+    return np.concatenate([array, np.full((*array.shape[:-1], missing), value, array.dtype)], -1)
+
+
+def _joined(pieces: list[Positions], axes: int) -> Positions:
     """Positions of all sequences: one axis if that says everything, else all."""
     if all(piece.ndim == 1 for piece in pieces):
-        return np.concatenate(pieces).astype(np.int64, copy=False)
+        return _whole_or_single(np.concatenate(pieces))
     wide = [np.broadcast_to(piece, (axes, piece.shape[-1])) for piece in pieces]
-    return np.concatenate(wide, axis=1).astype(np.int64, copy=False)
+    return _whole_or_single(np.concatenate(wide, axis=1))
+
+
+def _whole_or_single(positions: Positions) -> Positions:
+    """int64, or float32 where any of them may be no whole number: it holds all that a context has."""
+    return positions.astype(np.float32 if positions.dtype.kind == "f" else np.int64, copy=False)
 
 
 def _media_slices(seq: Sequence, first: int, last: int, shift: int) -> list[MediaSlice]:

@@ -75,6 +75,8 @@ class BlockPool:
         if key is not None:
             del self._by_key[key]
             self._keys[block] = None
+            if block in self._free:
+                self._free.move_to_end(block, last=False)
 
     def check_integrity(self) -> None:
         """Every block in exactly one state, every key pointing both ways."""

@@ -7,7 +7,7 @@ there is one table; else each table has layers of one window, as many as the lan
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from sensorium.kernels import cache_width
-from sensorium.kernels.context import KVCache, LayerCache
-from sensorium.models.cache import PagedGroup
+from sensorium.kernels.context import KVCache, LayerCache, StateCache
+from sensorium.models.cache import PagedGroup, StateGroup
 
 MAX_TABLES = 16  # of a model with several windows: each is a little work for every sequence and step
 MAX_WASTE = 0.1  # part of a block that no layer uses, where fewer tables are to be had for it
@@ -57,7 +57,7 @@ class CacheLayout:
     def block_bytes(self) -> int:
         return 2 * self.block_size * sum(self.lanes) * self.dtype.itemsize
 
-    def make(self, num_blocks: int, device: torch.device) -> KVCache:
+    def make(self, num_blocks: int, device: torch.device) -> dict[int, LayerCache]:
         """Zeros for every layer, by place; layers that share a cache have the same tensors."""
         shapes = [(num_blocks, self.block_size * width) for width in self.lanes]
         lanes = [(_zeros(shape, self.dtype, device), _zeros(shape, self.dtype, device)) for shape in shapes]
@@ -69,12 +69,29 @@ class CacheLayout:
                 layers[layer] = LayerCache(keys, values, place.table)
             for layer, source in group.shared:
                 layers[layer] = layers[source]
-        return [layers[number] for number in range(len(layers))]
+        return layers
 
     def _of_layer(self, lane: Tensor, group: PagedGroup, offset: int) -> Tensor:
         shape = (group.num_kv_heads, self.block_size, cache_width(group.head_dim, self.dtype))
         part = lane.narrow(1, offset * self.block_size, shape[0] * shape[1] * shape[2])
         return part.view(len(lane), *shape)
+
+
+def make_states(
+    groups: Sequence[StateGroup], num_slots: int, dtype: torch.dtype, device: torch.device
+) -> dict[int, StateCache]:
+    """Zeros for every layer, by place."""
+    return {
+        layer: StateCache(tuple(_zeros((num_slots, *part.shape), part.dtype or dtype, device) for part in group.parts))
+        for group in groups
+        for layer in group.layers
+    }
+
+
+def by_place(*layers: Mapping[int, LayerCache | StateCache]) -> KVCache:
+    """What all layers keep, as a model is given it."""
+    made = {number: one for part in layers for number, one in part.items()}
+    return [made[number] for number in range(len(made))]
 
 
 def _arranged(

@@ -1,13 +1,14 @@
 """Media that towers are computing: a piece at a time between the steps of the decoder, tenants in turn.
 
 Time is shared among tenants, not among media: whoever has used least goes on. A small image does not wait until
-another tenant's large ones are through.
+another tenant's large ones are through. Nor do tokens of tenants who have nothing here: towers take no more time than
+steps with such tokens do.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from time import monotonic
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from sensorium.engine.encoder_cache import EncoderCache
 from sensorium.engine.faults import Faults
-from sensorium.engine.sequence import ItemKey
+from sensorium.engine.sequence import ItemKey, Wanted
 from sensorium.models.base import Model, Steps
 from sensorium.types import MediaFeatures, Modality
 
@@ -53,14 +54,16 @@ class Encodings:
         self._faults = faults
         self._jobs: dict[bytes, list[_Job]] = {}  # by tenant
         self._used_s: dict[bytes, float] = {}  # of the tenants that have jobs
+        self._owed_s = 0.0  # to tenants that have none
+        self._ran_s = 0.0  # since the last step
 
     def __bool__(self) -> bool:
         return bool(self._jobs)
 
-    def add(self, items: Mapping[ItemKey, MediaFeatures]) -> None:
+    def add(self, items: Mapping[ItemKey, Wanted]) -> None:
         jobs: dict[tuple[bytes, Modality], _Job] = {}
-        for key, features in items.items():
-            jobs.setdefault((key[0], features.kind), _Job(features.kind, {})).items[key] = features
+        for key, (turn, features) in items.items():
+            jobs.setdefault((turn, features.kind), _Job(features.kind, {})).items[key] = features
         for (tenant, _), job in jobs.items():
             if tenant not in self._jobs:
                 self._used_s[tenant] = min(self._used_s.values(), default=0.0)
@@ -70,6 +73,8 @@ class Encodings:
     def run(self, begin: Callable[[float], None]) -> set[ItemKey]:
         """Compute for about `SLICE_S`; `begin` hears of every piece's multiply-adds. Returns items that failed."""
         failed: set[ItemKey] = set()
+        if self._owed_s > 0:
+            return failed
         now = started = monotonic()
         while self._jobs and now - started < SLICE_S:
             tenant = min(self._jobs, key=self._used_s.__getitem__)
@@ -81,7 +86,14 @@ class Encodings:
             before, now = now, monotonic()
             if tenant in self._used_s:
                 self._used_s[tenant] += now - before
+        self._ran_s = now - started
         return failed
+
+    def step_took(self, turns: Iterable[bytes], seconds: float) -> None:
+        """A step for these tenants was computed."""
+        has_others = any(turn not in self._jobs for turn in turns)
+        self._owed_s = max(self._owed_s + self._ran_s - seconds, 0.0) if has_others else 0.0
+        self._ran_s = 0.0
 
     def _advance(self, tenant: bytes, job: _Job, begin: Callable[[float], None]) -> set[ItemKey]:
         """One piece. Somebody's image may break a group: then each goes alone."""
@@ -106,7 +118,7 @@ class Encodings:
         if len(job.items) == 1:
             return set(job.items)
         for key, features in job.items.items():
-            self.add({key: features})
+            self.add({key: Wanted(tenant, features)})
         return set()
 
     def _fill(self, job: _Job, outputs: list[Tensor]) -> Exception | None:

@@ -19,30 +19,41 @@ from sensorium.checkpoint.configs import Checkpoint, open_checkpoint
 from sensorium.checkpoint.lengths import context_length
 from sensorium.checkpoint.pooling import PoolingKind, read_pooling, sentence_config
 from sensorium.checkpoint.quantization import StoredQuantization
+from sensorium.checkpoint.ranks import FLAG, check_ranks
 from sensorium.config import EngineConfig
-from sensorium.engine.batch import BatchBuilder
+from sensorium.engine.adapters import Adapters
+from sensorium.engine.batch import BatchBuilder, Spare
 from sensorium.engine.block_pool import BlockPool
-from sensorium.engine.cache_layout import CacheLayout
+from sensorium.engine.cache_layout import CacheLayout, by_place, make_states
 from sensorium.engine.encoder_cache import EncoderCache
 from sensorium.engine.faults import Faults
+from sensorium.engine.graphs import Capture, CudaCapture, Graphs
+from sensorium.engine.leader import Leader
+from sensorium.engine.lookup import PromptLookup
 from sensorium.engine.masks import Masks
-from sensorium.engine.memory import available_for_cache, encoder_cache_bytes, encoder_row_bytes, size_cache
+from sensorium.engine.memory import available_for_cache, encoder_cache_bytes, encoder_row_bytes, size_cache, size_states
 from sensorium.engine.prefix_cache import PrefixCache
 from sensorium.engine.runner import Runner
 from sensorium.engine.sampler import Sampler
 from sensorium.engine.scheduler import Budget, Plan, Scheduler
+from sensorium.engine.staging import Staging, staging_bytes
+from sensorium.engine.state_slots import StateSlots
 from sensorium.engine.tables import BlockTables
+from sensorium.engine.warming import Warming
 from sensorium.errors import StartupError
+from sensorium.ipc.ranks import CacheSize
 from sensorium.kernels import Quantization
 from sensorium.kernels.context import KVCache
 from sensorium.kernels.cpu.linear import MappedLinear
+from sensorium.kernels.gpu import begin, gpu_kernels
 from sensorium.kernels.reference import quantized
 from sensorium.kernels.reference.attention import GATHER_ELEMENTS
 from sensorium.models.base import Model
-from sensorium.models.cache import CacheGroup, attends_to_media, paged
+from sensorium.models.cache import CacheGroup, KeyValueGroup, attends_to_media, paged, states
 from sensorium.models.decoder import SelfAttention
-from sensorium.models.layers import Embedding, Linear
-from sensorium.models.loading import MAPPED_BYTES, load_model, weight_bytes
+from sensorium.models.layers import Linear
+from sensorium.models.loading import MAPPED_BYTES, load_model, packed_weights, weight_bytes
+from sensorium.parallel.ranks import Ranks
 from sensorium.system import cgroups
 from sensorium.types import EngineReady
 from sensorium.units import MiB
@@ -67,15 +78,19 @@ class Engine:
     prefixes: PrefixCache
     encoder: EncoderCache[Tensor]
     ready: EngineReady
+    adapters: Adapters
     mapped: list[MappedLinear] = field(default_factory=list)  # memory-mapped, not copied yet
     work: tuple[float, float] = (0.0, 0.0)  # multiply-adds of a token, and for each key that it sees
     vocab_size: int = 0  # width of the logits
+    lookup: PromptLookup | None = None
     writing: Iterator[None] | None = None  # of a copy of the weights, piece by piece
+    warming: Warming | None = None  # of kernels that are being compiled
+    captures: bool = False  # whether graphs are made of decodes, as soon as there is time
 
     @property
     def has_idle_work(self) -> bool:
         """Whether there is something to do while no request is running."""
-        return bool(self.mapped) or self.writing is not None
+        return bool(self.mapped) or self.writing is not None or (self.captures and self.runner.can_capture)
 
     def work_of(self, plan: Plan) -> float:
         """Multiply-adds of a step, about: of every token with all weights, and of its attention."""
@@ -86,8 +101,23 @@ class Engine:
         """A little of what makes this start, or the next one, faster."""
         if self.mapped:
             self.pack_some()
+        elif self.captures and self.runner.can_capture:
+            self.runner.capture_one()
         elif self.writing is not None and next(self.writing, self) is self:
             self.writing = None
+
+    def take_kernels(self) -> None:
+        """Between two steps: go on with the kernels that another process has compiled, if it has."""
+        if self.warming is None or not self.warming.is_over:
+            return
+        warming, self.warming = self.warming, None
+        if warming.has_succeeded:
+            gpu_kernels().switch()
+            logger.info("decoders compute with %s", gpu_kernels().current.describe())
+            self.runner.forget_kernels()
+            self.captures = warming.can_capture
+        if self.captures:
+            self.runner.capture_one()
 
     def pack_some(self) -> bool:
         """Give one layer's weights the layout that computes fastest. False when all have it."""
@@ -101,19 +131,69 @@ class Engine:
         return True
 
 
+def opened(config: EngineConfig) -> Checkpoint:
+    """What `config.model` is."""
+    text_model = Path(config.text_model) if config.text_model else None
+    return replace(open_checkpoint(Path(config.model), text_model, config.hf_overrides), pooling=config.pooling)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedPart:
+    """A model with its weights, or the part of it that a rank has."""
+
+    model: Model
+    checkpoint: Checkpoint
+    device: torch.device
+    dtype: torch.dtype
+    copy: QuantizedCopy | None  # to be written, if it is not whole
+
+
 def load_engine(
-    config: EngineConfig, *, progress: Callable[[str, float], None] | None = None, faults: Faults | None = None
+    config: EngineConfig,
+    *,
+    progress: Callable[[str, float], None] | None = None,
+    faults: Faults | None = None,
+    leader: Leader | None = None,
 ) -> Engine:
-    """Load `config.model` and size everything around it. StartupError says in one line what is wrong."""
+    """Load `config.model` and size everything around it; `leader` tells the other ranks of its steps. StartupError says
+    in one line what is wrong."""
     started = monotonic()
     report = progress or (lambda phase, fraction: None)
     if faults is not None:
         faults.hit("load")
-    checkpoint = open_checkpoint(
-        Path(config.model), Path(config.text_model) if config.text_model else None, config.hf_overrides
+    part = load_part(config, ranks=None if leader is None else leader.ranks, report=report)
+    device = part.device
+    check_pooling(part.model, part.checkpoint)
+    report("cache", 0.0)
+    compiles = device.type != "cpu" and gpu_kernels().is_compiling
+    engine = build_engine(
+        part.model,
+        part.checkpoint,
+        config,
+        device,
+        part.dtype,
+        started=started,
+        faults=faults,
+        capture=CudaCapture() if compiles else None,
+        leader=leader,
     )
-    checkpoint = replace(checkpoint, pooling=config.pooling)
-    device = choose_device(config.device)
+    engine.warming = warming_of(engine, config, device) if compiles else None
+    if part.copy is not None and not part.copy.is_whole:
+        engine.writing = part.copy.write()
+    report("cache", 1.0)
+    return engine
+
+
+def load_part(
+    config: EngineConfig,
+    *,
+    ranks: Ranks | None = None,
+    report: Callable[[str, float], None] = lambda phase, fraction: None,
+) -> LoadedPart:
+    """The weights, on the device that they are computed on. StartupError says in one line what is wrong."""
+    checkpoint = opened(config)
+    check_ranks(checkpoint, 1 if ranks is None else ranks.size)
+    device = choose_device(config.device, ranks)
     quantization = choose_quantization(config, checkpoint.quantization)
     is_quantized = quantization is not None or checkpoint.quantization is not None
     dtype = choose_dtype(config.dtype, checkpoint.dtype, device, is_quantized=is_quantized)
@@ -122,8 +202,11 @@ def load_engine(
             f"float16 cannot hold the activations of {checkpoint.architecture}: use --dtype bfloat16 or float32"
         )
     if device.type == "cpu":
-        torch.set_num_threads(config.threads or default_threads(checkpoint))
-    copy = None if quantization is None else find_copy(config, checkpoint, quantization, dtype, device)
+        own = default_threads(checkpoint) // (1 if ranks is None else ranks.size)
+        torch.set_num_threads(config.threads or max(own, 1))
+    copy = None if quantization is None else find_copy(config, checkpoint, quantization, dtype, device, ranks)
+    if device.type != "cpu" and ranks is None:  # which would not switch together
+        begin(device)
     model = load_model(
         checkpoint,
         dtype=dtype,
@@ -133,14 +216,16 @@ def load_engine(
         memory_mapped=config.map_weights,
         copy=copy,
         progress=lambda part: report("weights", part),
+        ranks=ranks,
     )
-    check_pooling(model, checkpoint)
-    report("cache", 0.0)
-    engine = build_engine(model, checkpoint, config, device, dtype, started=started, faults=faults)
-    if copy is not None and not copy.is_whole:
-        engine.writing = copy.write()
-    report("cache", 1.0)
-    return engine
+    return LoadedPart(model, checkpoint, device, dtype, copy)
+
+
+def warming_of(engine: Engine, config: EngineConfig, device: torch.device) -> Warming:
+    """What compiles an engine's kernels; it is not started."""
+    major, minor = torch.cuda.get_device_capability(device)
+    ready = engine.ready
+    return Warming(config, 10 * major + minor, ready.dtype, ready.kv_bytes, ready.max_model_len)
 
 
 def check_pooling(model: Model, checkpoint: Checkpoint) -> None:
@@ -164,14 +249,21 @@ def check_pooling(model: Model, checkpoint: Checkpoint) -> None:
 
 
 def find_copy(
-    config: EngineConfig, checkpoint: Checkpoint, quantization: Quantization, dtype: torch.dtype, device: torch.device
+    config: EngineConfig,
+    checkpoint: Checkpoint,
+    quantization: Quantization,
+    dtype: torch.dtype,
+    device: torch.device,
+    ranks: Ranks | None = None,
 ) -> QuantizedCopy | None:
     """Where a large checkpoint's quantised weights are kept between starts, if they are."""
     files = [*checkpoint.weight_files, *checkpoint.text_weight_files]
     layout = kernels.quantized_layout(dtype, device)
     if not config.quantized_cache or layout is None or sum(file.stat().st_size for file in files) < MAPPED_BYTES:
         return None
-    made_how = (__version__, layout, quantization, config.quantize_towers, checkpoint.architecture)
+    made_how: tuple[object, ...] = (__version__, layout, quantization, config.quantize_towers, checkpoint.architecture)
+    if ranks is not None:
+        made_how = (*made_how, ranks.rank, ranks.size)
     try:
         folder = Path(config.quantized_cache).expanduser()
         return QuantizedCopy(folder, [checkpoint.folder / "config.json", *files], made_how)
@@ -189,36 +281,82 @@ def build_engine(
     *,
     started: float | None = None,
     faults: Faults | None = None,
+    capture: Capture | None = None,
+    leader: Leader | None = None,
 ) -> Engine:
-    """Everything around a model that is already there."""
+    """Everything around a model that is already there, or around rank 0's part of it. With `capture` decodes become
+    graphs."""
     started = monotonic() if started is None else started
     groups, poolers = model.cache_groups(), model.poolers
     tokens = config.max_num_batched_tokens or default_batched_tokens(model, device)
-    cache = _make_cache(model, groups, config, wanted_length(config, checkpoint), tokens, device, dtype)
-    row_width = (1 + model.deepstack) * (checkpoint.text.hidden_size if checkpoint.text else model.row_size)
-    row_bytes = encoder_row_bytes(groups, row_width, dtype)
-    encoder: EncoderCache[Tensor] = EncoderCache(encoder_cache_bytes(config, device), row_bytes)
-    pool = BlockPool(cache.num_blocks)
+    part = LoadedPart(model, checkpoint, device, dtype, None)
+    is_staged = leader is None and (device.type != "cpu" or capture is not None)  # else steps are sent from the CPU
+    cache = _make_cache(part, config, tokens, int(is_staged), leader)
+    encoder = _encoder_cache(model, groups, config, device, dtype)
     budget = _budget(model, groups, checkpoint, config, cache, tokens, device)
     prefixes = PrefixCache(
-        pool,
+        BlockPool(cache.num_blocks),
         budget.tables(),
         _identity(checkpoint, config, dtype),
         enabled=config.enable_prefix_caching and bool(cache.layers),
         stretched_from=model.stretched_from,
+        states=StateSlots(cache.num_slots) if cache.num_slots else None,
     )
-    scheduler = Scheduler(budget, pool, prefixes, encoder, {task: one.all_tokens for task, one in poolers.items()})
-    builder = _batch_builder(model, budget, device)
-    masks = Masks(config.max_num_seqs, checkpoint.vocab_size)
-    sampler = Sampler(config.seed, masks)
-    runner = Runner(model, cache.layers, builder, sampler, encoder, device, masks=masks, poolers=poolers, faults=faults)
+    lookup = _make_lookup(model, config, cache)
+    tasks: dict[str, bool] = {task: one.all_tokens for task, one in poolers.items()}
+    scheduler = Scheduler(budget, prefixes.pool, prefixes, encoder, tasks, lookup)
+    runner = _make_runner(part, config, cache, budget, encoder, capture, faults, leader, is_staged=is_staged)
     kv_tokens = budget.tables().capacity(cache.num_blocks, cache.max_len)
-    ready = _ready(model, config, cache, kv_tokens, device, dtype, started)
+    ready = _ready(part, config, cache, kv_tokens, started)
     work = (2.0 * ready.weight_bytes, 16.0 * key_elements(groups))  # not too little
-    return Engine(scheduler, runner, prefixes, encoder, ready, mapped_weights(model), work, checkpoint.vocab_size)
+    adapters, mapped = Adapters(model, dtype, device, is_shared=leader is not None), mapped_weights(model)
+    return Engine(scheduler, runner, prefixes, encoder, ready, adapters, mapped, work, checkpoint.vocab_size, lookup)
 
 
-def _batch_builder(model: Model, budget: Budget, device: torch.device) -> BatchBuilder:
+def _make_runner(
+    part: LoadedPart,
+    config: EngineConfig,
+    cache: _Cache,
+    budget: Budget,
+    encoder: EncoderCache[Tensor],
+    capture: Capture | None,
+    faults: Faults | None,
+    leader: Leader | None,
+    *,
+    is_staged: bool,
+) -> Runner:
+    model, device, vocab_size, graphs = part.model, part.device, part.checkpoint.vocab_size, None
+    if capture is not None and model.generates and cache.layers:
+        graphs = Graphs(config.max_num_seqs, vocab_size, device, capture)
+    spare = Spare(cache.num_blocks, cache.num_slots) if is_staged else None
+    builder = _batch_builder(model, budget, device if leader is None else torch.device("cpu"), spare)
+    masks = Masks(config.max_num_seqs, vocab_size)
+    return Runner(
+        model,
+        cache.layers,
+        builder,
+        Sampler(config.seed, masks),
+        encoder,
+        device,
+        masks=masks,
+        poolers=model.poolers,
+        faults=faults,
+        graphs=graphs,
+        leader=leader,
+    )
+
+
+def _encoder_cache(
+    model: Model, groups: list[CacheGroup], config: EngineConfig, device: torch.device, dtype: torch.dtype
+) -> EncoderCache[Tensor]:
+    text = model.checkpoint.text
+    row_width = (1 + model.deepstack) * (text.hidden_size if text else model.row_size)
+    return EncoderCache(encoder_cache_bytes(config, device), encoder_row_bytes(groups, row_width, dtype))
+
+
+def _batch_builder(model: Model, budget: Budget, device: torch.device, spare: Spare | None) -> BatchBuilder:
+    """Arrays go to the device together where there is something spare for their padding."""
+    capacity = staging_bytes(budget.max_num_batched_tokens, budget.max_num_seqs, len(budget.windows), budget.axes)
     return BatchBuilder(
         budget.max_num_seqs,
         -(-budget.max_model_len // budget.block_size) if budget.has_cache else 0,
@@ -229,7 +367,20 @@ def _batch_builder(model: Model, budget: Budget, device: torch.device) -> BatchB
         stretched_from=model.stretched_from,
         media_both_ways=model.media_both_ways,
         num_tables=len(budget.windows),
+        has_states=bool(states(model.cache_groups())),
+        staging=None if spare is None else Staging(capacity, device),
+        spare=spare,
     )
+
+
+def _make_lookup(model: Model, config: EngineConfig, cache: _Cache) -> PromptLookup | None:
+    """None with states: one that a wrong guess has changed could not be taken back."""
+    if not config.speculative_tokens or not model.generates:
+        return None
+    if cache.num_slots:
+        logger.info("--speculative-tokens: nothing is guessed, because layers of this model keep states")
+        return None
+    return PromptLookup(config.speculative_tokens)
 
 
 class _Cache(NamedTuple):
@@ -238,29 +389,58 @@ class _Cache(NamedTuple):
     max_len: int  # tokens of the longest sequence
     size_bytes: int
     windows: tuple[int | None, ...] = (None,)  # of a sequence's block tables
+    num_slots: int = 0  # of states
+    followers_bytes: tuple[int, ...] = ()  # of the weights of ranks 1 and up
 
 
-def _make_cache(
-    model: Model,
-    groups: list[CacheGroup],
-    config: EngineConfig,
-    wanted: int,
-    tokens: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> _Cache:
-    """For sequences of `wanted` tokens, or as many as there is memory for. `tokens`: of the largest step."""
-    cache_dtype = choose_cache_dtype(config.kv_cache_dtype, dtype, has_cache=bool(groups))
+def _make_cache(part: LoadedPart, config: EngineConfig, tokens: int, spare: int, leader: Leader | None) -> _Cache:
+    """For sequences as long as there is memory for. `tokens`: of the largest step; `spare`: blocks and slots of states
+    beside those that sequences get."""
+    groups = part.model.cache_groups()
+    wanted = wanted_length(config, part.checkpoint)
+    cache_dtype = choose_cache_dtype(config.kv_cache_dtype, part.dtype, has_cache=bool(groups))
+    followers = [] if leader is None else leader.loaded()
+    followers_bytes = tuple(one.weight_bytes for one in followers)
     if not groups:
-        return _Cache([], 0, wanted, 0)
+        if leader is not None:
+            leader.meet(part.device, CacheSize(0, 0))
+        return _Cache([], 0, wanted, 0, followers_bytes=followers_bytes)
     layout = CacheLayout.of(paged(groups), config.block_size, cache_dtype, max_len=wanted)
     tables = BlockTables(layout.windows, config.block_size, tokens)
+    rooms = [room_of_rank(part, config, None if leader is None else leader.ranks, tokens)]
+    available = min(rooms + [one.available_bytes for one in followers])
+    slot_bytes = sum(group.slot_bytes(part.dtype) for group in states(groups))
+    num_slots = size_states(config, tables, layout.block_bytes, slot_bytes, wanted, available)
+    state_bytes = num_slots * slot_bytes
+    num_blocks, max_len = size_cache(config, tables, layout.block_bytes, wanted, available - state_bytes)
+    size = CacheSize(num_blocks + spare, num_slots + spare)
+    layers = cache_of_rank(part, config, size)
+    if leader is not None:
+        leader.meet(part.device, size)
+    size_bytes = num_blocks * layout.block_bytes + state_bytes
+    return _Cache(layers, num_blocks, max_len, size_bytes, layout.windows, num_slots, followers_bytes)
+
+
+def room_of_rank(part: LoadedPart, config: EngineConfig, ranks: Ranks | None, tokens: int | None = None) -> int:
+    """Bytes of KV cache that there is memory for, where the weights are. `tokens`: of the largest step."""
+    model, device = part.model, part.device
+    cache_dtype = choose_cache_dtype(config.kv_cache_dtype, part.dtype, has_cache=bool(model.cache_groups()))
+    tokens = tokens or config.max_num_batched_tokens or default_batched_tokens(model, device)
     activations = activation_bytes(model, tokens, cache_dtype) if device.type != "cpu" else 0
     mapped_bytes = mapped_weight_bytes(model)  # the system counts them as free memory
-    available = available_for_cache(config, device, activations, mapped_bytes)
-    num_blocks, max_len = size_cache(config, tables, layout.block_bytes, wanted, available)
-    size_bytes = num_blocks * layout.block_bytes
-    return _Cache(layout.make(num_blocks, device), num_blocks, max_len, size_bytes, layout.windows)
+    return available_for_cache(config, device, activations, mapped_bytes, 1 if ranks is None else ranks.size)
+
+
+def cache_of_rank(part: LoadedPart, config: EngineConfig, size: CacheSize) -> KVCache:
+    """What all layers keep, with the heads that are here; empty where they keep nothing."""
+    groups = part.model.cache_groups()
+    if not groups:
+        return []
+    cache_dtype = choose_cache_dtype(config.kv_cache_dtype, part.dtype, has_cache=True)
+    wanted = wanted_length(config, part.checkpoint)
+    layout = CacheLayout.of(paged(groups), config.block_size, cache_dtype, max_len=wanted)
+    made = make_states(states(groups), size.num_slots, part.dtype, part.device)
+    return by_place(layout.make(size.num_blocks, part.device), made)
 
 
 def _budget(
@@ -289,28 +469,21 @@ def _budget(
     )
 
 
-def _ready(
-    model: Model,
-    config: EngineConfig,
-    cache: _Cache,
-    kv_tokens: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    started: float,
-) -> EngineReady:
-    poolers = model.poolers
+def _ready(part: LoadedPart, config: EngineConfig, cache: _Cache, kv_tokens: int, started: float) -> EngineReady:
+    poolers, weights = part.model.poolers, (weight_bytes(part.model), *cache.followers_bytes)
     return EngineReady(
         max_model_len=cache.max_len,
         kv_tokens=kv_tokens,
         block_size=config.block_size,
-        weight_bytes=weight_bytes(model),
-        kv_bytes=cache.size_bytes,
+        weight_bytes=sum(weights),
+        kv_bytes=cache.size_bytes * len(weights),
         load_seconds=monotonic() - started,
-        device=device.type,
-        dtype=str(dtype).removeprefix("torch."),
-        tasks=(*((model.task,) if model.generates else ()), *poolers),
+        device=part.device.type,
+        dtype=str(part.dtype).removeprefix("torch."),
+        tasks=(*((part.model.task,) if part.model.generates else ()), *poolers),
         embedding_size=poolers["embed"].size if "embed" in poolers else 0,
         token_size=poolers["token_embed"].size if "token_embed" in poolers else 0,
+        rank_weight_bytes=weights,
     )
 
 
@@ -334,20 +507,12 @@ def wanted_length(config: EngineConfig, checkpoint: Checkpoint) -> int:
 
 
 def mapped_weight_bytes(model: Model) -> int:
-    return sum(
-        module.packed.mapped_bytes
-        for module in model.modules()
-        if isinstance(module, Linear | Embedding) and module.packed is not None
-    )
+    return sum(weight.mapped_bytes for weight in packed_weights(model))
 
 
 def mapped_weights(model: Model) -> list[MappedLinear]:
     """Memory-mapped weights, first layers last."""
-    return [
-        module.packed
-        for module in reversed(list(model.modules()))
-        if isinstance(module, Linear) and isinstance(module.packed, MappedLinear)
-    ]
+    return [weight for weight in reversed(list(packed_weights(model))) if isinstance(weight, MappedLinear)]
 
 
 def activation_bytes(model: Model, tokens: int, cache_dtype: torch.dtype) -> int:
@@ -355,21 +520,28 @@ def activation_bytes(model: Model, tokens: int, cache_dtype: torch.dtype) -> int
     dequantised = [
         quantized.activation_bytes(tokens, module.in_features)
         for module in model.modules()
-        if isinstance(module, Linear) and isinstance(module.packed, quantized.QuantizedLinear)
+        if isinstance(module, Linear) and isinstance(getattr(module, "packed", None), quantized.QuantizedLinear)
     ]
     gathered = 0
     if cache_dtype == torch.int8:
-        widest = max((group.num_kv_heads * group.head_dim for group in model.cache_groups()), default=0)
+        groups = [group for group in model.cache_groups() if isinstance(group, KeyValueGroup)]
+        widest = max((group.num_kv_heads * group.head_dim for group in groups), default=0)
         longest = model.checkpoint.max_model_len * widest
         gathered = 5 * max(GATHER_ELEMENTS, longest)  # bytes, and floats of them
     return model.activation_bytes(tokens) + max(dequantised, default=0) + gathered
 
 
-def choose_device(wanted: str) -> torch.device:
+def choose_device(wanted: str, ranks: Ranks | None = None) -> torch.device:
+    """Every rank has a GPU of its own."""
     if wanted == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        if ranks is None:
+            return torch.device("cuda")
+        if ranks.size > torch.cuda.device_count():
+            raise StartupError(f"{FLAG} {ranks.size}: torch sees {torch.cuda.device_count()} CUDA devices")
+        torch.cuda.set_device(ranks.rank)
+        return torch.device("cuda", ranks.rank)
     if wanted == "cuda":
         raise StartupError("--device cuda: torch sees no CUDA device (use --device cpu or auto)")
     return torch.device("cpu")

@@ -22,8 +22,9 @@ from sensorium.engine.faults import VARIABLE, Faults
 from sensorium.errors import StartupError
 from sensorium.ipc import messages
 from sensorium.ipc.channel import Channel
-from sensorium.ipc.liveness import Pulse
+from sensorium.ipc.liveness import BEAT_S, Pulse
 from sensorium.ipc.messages import Kind, ProtocolError, StepOutputs
+from sensorium.system.collector import no_collection
 from sensorium.types import (
     STEP_TOKENS,
     EngineOutput,
@@ -38,17 +39,21 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from sensorium.config import EngineConfig
     from sensorium.engine.constraint import Constraint
     from sensorium.engine.grammars import Grammars
+    from sensorium.engine.leader import Leader
     from sensorium.engine.loading import Engine
     from sensorium.engine.runner import StepResult
     from sensorium.engine.scheduler import Plan
     from sensorium.engine.sequence import Sequence
+    from sensorium.models.adapters import Adapter
 
 STATS_INTERVAL_S = 0.25
 PROGRESS_INTERVAL_S = 0.05
 MAX_FAILED_SHAPES = 256
 STEP_FAILED = "The engine failed while it computed this request."
+NO_ADAPTER = "The adapter of this request is not loaded."
 NOT_FINITE = "The model's output for this request is not a number."
 MEDIA_FAILED = "The model failed to encode the media of this request."
 TORCH_ENVIRONMENT = {"MKL_CBWR": "AUTO,STRICT", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
@@ -76,6 +81,7 @@ class Core:
         self._vocabulary: Vocabulary | None = None
         self._failed_shapes: set[tuple[int, ...]] = set()
         self._refused = StepOutputs()
+        self._adapters: dict[int, Adapter] = {}  # of requests that are not with the scheduler yet
 
     @cached_property
     def _grammars(self) -> Grammars:
@@ -92,6 +98,8 @@ class Core:
         return self._grammars.num_waiting if "_grammars" in vars(self) else 0
 
     def run(self) -> None:
+        if self._engine.warming is not None:
+            self._engine.warming.start(self._channel.wake)
         while self.turn():
             pass
 
@@ -103,6 +111,7 @@ class Core:
         idle = not self._scheduler.has_work()
         if idle:
             self._send_stats()
+        self._engine.take_kernels()
         frames = self._channel.poll(wait=idle and not self._engine.has_idle_work)
         if idle and not frames:
             self._pulse.begin(slow=True)
@@ -135,8 +144,13 @@ class Core:
         elif kind == Kind.ABORT:
             for request_id in messages.decode_abort(payload):
                 self._scheduler.abort(request_id)
+                self._adapters.pop(request_id, None)
                 if self._num_compiling:
                     self._grammars.abort(request_id)
+        elif kind == Kind.LOAD_ADAPTER:
+            self._load_adapter(*messages.decode_adapter(payload))
+        elif kind == Kind.UNLOAD_ADAPTER:
+            self._engine.adapters.unload(messages.decode_unload_adapter(payload))
         elif kind == Kind.VOCABULARY:
             self._vocabulary = messages.decode_vocabulary(payload)
         elif kind == Kind.SHUTDOWN:
@@ -145,7 +159,19 @@ class Core:
             raise ProtocolError(f"message of kind {kind}")
         return True
 
+    def _load_adapter(self, number: int, folder: str) -> None:
+        self._pulse.begin(slow=True)
+        error = self._engine.adapters.load(number, folder)
+        self._pulse.end()
+        self._channel.send(messages.encode_adapter(number, error))
+
     def _add(self, request: EngineRequest) -> None:
+        if request.adapter:
+            adapter = self._engine.adapters.find(request.adapter)
+            if adapter is None:
+                self._refused.add(EngineOutput(request.id, finish_reason="error", error=NO_ADAPTER))
+                return
+            self._adapters[request.id] = adapter
         grammar = None if request.sampling is None else request.sampling.grammar
         if grammar is not None:
             self._grammars.prepare(request, grammar)
@@ -158,12 +184,13 @@ class Core:
             return
         for request, prepared in self._grammars.take():
             if isinstance(prepared, str):
+                self._adapters.pop(request.id, None)
                 self._refused.add(EngineOutput(request.id, finish_reason="error", error=prepared))
             else:
                 self._queue(request, prepared)
 
     def _queue(self, request: EngineRequest, constraint: Constraint | None = None) -> None:
-        refusal = self._scheduler.add(request, constraint)
+        refusal = self._scheduler.add(request, constraint, self._adapters.pop(request.id, None))
         if refusal is not None:
             self._refused.add(refusal)
 
@@ -174,14 +201,23 @@ class Core:
         self._encode(outputs)
         self._pulse.begin()
         plan, ended = self._scheduler.schedule()
+        computed_s = 0.0
         outputs.extend(ended)
         if plan.encode:
             self._runner.encodings.add(plan.encode)
         if plan:
             self._count(sum(count for _, count in plan.work))
             self._pulse.begin(self._engine.work_of(plan))
-            for part, result in self._compute(plan, outputs):
+            started = monotonic()
+            with self._runner.computing():
+                parts = self._compute(plan, outputs)
+            if self._engine.lookup is not None:
+                self._engine.lookup.observe(plan, monotonic() - started)
+            for part, result in parts:
                 self._take_results(part, result, outputs)
+            computed_s = monotonic() - started
+        if self._runner.encodings:
+            self._runner.encodings.step_took({seq.request.turn for seq in plan.sequences()}, computed_s)
         self._pulse.end()
         self._faults.hit("send")
         self._send(outputs)
@@ -193,7 +229,10 @@ class Core:
     def _compute(self, plan: Plan, outputs: StepOutputs) -> list[tuple[Plan, StepResult]]:
         """Run a plan. If that fails, its requests fail; if its shape has failed before, only those that fail alone."""
         try:
-            return [(plan, self._runner.launch(plan).result())]
+            pending = self._runner.launch(plan)
+            if self._runner.overlaps and (coming := self._scheduler.foreseen(plan)):
+                self._runner.prepare(coming)
+            return [(plan, pending.result())]
         except Exception as error:
             self._raise_if_lost(error)
             logger.error("a step failed: %d decodes, %d prompts", len(plan.decodes), len(plan.prefills), exc_info=error)
@@ -217,7 +256,7 @@ class Core:
     def _raise_if_lost(self, error: Exception) -> None:
         from sensorium.engine.runner import is_device_lost
 
-        if is_device_lost(error):
+        if is_device_lost(error) or self._runner.is_torn:
             raise error
 
     def _encode(self, outputs: StepOutputs) -> None:
@@ -272,6 +311,7 @@ class Core:
 
     def _send_stats(self) -> None:
         scheduler, encoder, prefixes = self._scheduler, self._engine.encoder, self._engine.prefixes
+        lookup = self._engine.lookup
         self._pulse.end()
         self._channel.send(
             messages.encode_stats(
@@ -292,6 +332,9 @@ class Core:
                     step_seconds=self._step_seconds,
                     step_tokens=self._step_tokens,
                     steps_by_tokens=tuple(self._steps_by_tokens),
+                    drafts=lookup.num_drafts if lookup else 0,
+                    draft_tokens=lookup.num_draft_tokens if lookup else 0,
+                    accepted_tokens=lookup.num_accepted_tokens if lookup else 0,
                 )
             )
         )
@@ -307,13 +350,14 @@ def _full_output(
 ) -> EngineOutput:
     """Tokens, or vectors, with all that belongs to them; the first ones bring what is known of the prompt."""
     is_first = seq.num_outputs == len(token_ids)
+    scores_prompt = seq.sampling is not None and seq.sampling.prompt_logprobs is not None
     return EngineOutput(
         seq.id,
         tuple(token_ids),
         reason,
         token_ids[-1] if reason == "stop" and token_ids and token_ids[-1] in seq.stop_ids else None,
         tuple(logprobs),
-        tuple(seq.prompt_logprobs) if is_first and len(seq.prompt_logprobs) > 1 else (),
+        tuple(seq.prompt_logprobs) if is_first and scores_prompt else (),
         seq.cached_tokens if is_first else 0,
         vectors[0] if vectors else None,
         queue_s=seq.started_s - seq.arrived_s if is_first else 0.0,
@@ -347,14 +391,44 @@ def serve(sock: socket.socket, faults: Faults) -> int:
         raise ProtocolError("the first message is not the configuration")
     config = messages.decode_config(payload)
     channel.start()
-    pulse = Pulse(channel.beat, config.hang_after_s)
+    leader = None
+    if config.tensor_parallel_size > 1:
+        leader = _lead(config, channel)
+    pulse = Pulse(channel.beat, config.hang_after_s) if leader is None else _pulse_of(leader, channel, config)
     pulse.start()
+    try:
+        return _load_and_run(config, channel, pulse, faults, leader)
+    finally:
+        if leader is not None:
+            leader.close()
+
+
+def _lead(config: EngineConfig, channel: Channel) -> Leader:
+    """With the followers started, which import what they need while this process does."""
+    from sensorium.engine.leader import Leader, start_followers
+
+    followers = [(one.socket, one.process.pid) for one in start_followers(config.tensor_parallel_size)]
+    return Leader(config, followers, tell=lambda text: channel.send(messages.encode_lost(text)))
+
+
+def _pulse_of(leader: Leader, channel: Channel, config: EngineConfig) -> Pulse:
+    """Followers are looked at with every beat, and given up before this process gives up itself."""
+
+    def beat() -> None:
+        channel.beat()
+        leader.look()
+
+    return Pulse(beat, config.hang_after_s + 3 * BEAT_S, leader.blame_hanging)
+
+
+def _load_and_run(config: EngineConfig, channel: Channel, pulse: Pulse, faults: Faults, leader: Leader | None) -> int:
     report = _Report(channel, pulse)
     report("imports", 0.0)
     try:
-        from sensorium.engine.loading import load_engine  # imports torch: the client hears of us before that
+        with no_collection():
+            from sensorium.engine.loading import load_engine  # imports torch: the client hears of us before that
 
-        engine = load_engine(config, progress=report, faults=faults)
+        engine = load_engine(config, progress=report, faults=faults, leader=leader)
     except StartupError as error:
         channel.send(messages.encode_fatal(error.message))
         return 2
@@ -363,10 +437,10 @@ def serve(sock: socket.socket, faults: Faults) -> int:
         return 2
     except Exception as error:
         logger.exception("the model could not be loaded")
-        channel.send(messages.encode_fatal(f"the model could not be loaded: {_described(error)}"))
+        channel.send(messages.encode_fatal(f"the model could not be loaded: {described(error)}"))
         return 1
     gc.collect()
-    gc.freeze()  # what is loaded stays: no collection looks at it again
+    gc.freeze()  # what is loaded stays, as what is imported does
     pulse.end()
     channel.send(messages.encode_ready(engine.ready))
     core = Core(engine, channel, faults, pulse)
@@ -374,12 +448,14 @@ def serve(sock: socket.socket, faults: Faults) -> int:
         core.run()
     except Exception as error:
         logger.exception("the engine cannot go on")
-        channel.send(messages.encode_fatal(f"the engine stopped: {_described(error)}"))
+        if leader is not None:
+            leader.blame_failed()
+        channel.send(messages.encode_fatal(f"the engine stopped: {described(error)}"))
         return 1
     return 0
 
 
-def _described(error: BaseException) -> str:
+def described(error: BaseException) -> str:
     """One line for the operator."""
     return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 

@@ -15,6 +15,9 @@ from sensorium.system.memory import free_memory_bytes
 from sensorium.units import size_text
 
 CPU_PART = 0.25  # of free memory for the KV cache, where the flag does not say
+STATES_PART = 0.5  # of the cache's memory that states may take
+SNAPSHOT_TOKENS = 128  # for so many tokens of keys and values there is one snapshot of states
+LEAST_SLOTS = 3  # of states: see `StateSlots`
 ENCODER_PART = 0.125  # of free memory that tower outputs may take, whatever the flag says
 
 
@@ -40,6 +43,25 @@ def size_cache(
     return blocks, capacity
 
 
+def size_states(
+    config: EngineConfig, tables: BlockTables, block_bytes: int, slot_bytes: int, wanted_len: int, available_bytes: int
+) -> int:
+    """Slots of states: two for each sequence that runs, and snapshots in proportion to the tokens whose keys and values
+    the rest of the memory holds; 0 without states. Snapshots and then sequences are given up where states would take
+    more than their part, or not leave --max-model-len what it needs."""
+    if not slot_bytes:
+        return 0
+    running = 1 + 2 * config.max_num_seqs
+    per_sequence = tables.needed(wanted_len) * block_bytes
+    per_token = per_sequence / wanted_len + slot_bytes / SNAPSHOT_TOKENS
+    tokens = min((available_bytes - running * slot_bytes) / per_token, config.max_num_seqs * wanted_len)
+    most = STATES_PART * available_bytes
+    if config.max_model_len is not None:
+        most = min(most, available_bytes - per_sequence)
+    wanted = running + max(round(tokens / SNAPSHOT_TOKENS), 0)
+    return max(min(wanted, int(most / slot_bytes)), LEAST_SLOTS)
+
+
 def longest_sequence(tables: BlockTables, wanted_len: int, num_blocks: int) -> int:
     """Tokens, in whole blocks, of a sequence that so many blocks hold."""
     counts = range(tables.blocks(wanted_len) + 1)
@@ -49,13 +71,13 @@ def longest_sequence(tables: BlockTables, wanted_len: int, num_blocks: int) -> i
 
 
 def available_for_cache(
-    config: EngineConfig, device: torch.device, activation_bytes: int, mapped_bytes: int = 0
+    config: EngineConfig, device: torch.device, activation_bytes: int, mapped_bytes: int = 0, num_ranks: int = 1
 ) -> int:
-    """Bytes that the KV cache may take, now that the weights are loaded."""
+    """Bytes that the KV cache may take, now that the weights are loaded; of several ranks, each rank's."""
     if config.kv_cache_memory is not None:
         return config.kv_cache_memory
     if device.type == "cpu":
-        return int(max(free_memory_bytes() - mapped_bytes, 0) * CPU_PART)
+        return int(max(free_memory_bytes() - mapped_bytes, 0) * CPU_PART) // num_ranks
     free, total = torch.cuda.mem_get_info(device)
     return int(total * config.gpu_memory_utilization) - (total - free) - activation_bytes
 

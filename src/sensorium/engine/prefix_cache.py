@@ -16,6 +16,7 @@ import numpy as np
 
 from sensorium.engine.block_pool import BlockPool
 from sensorium.engine.sequence import Sequence
+from sensorium.engine.state_slots import ZERO_SLOT, StateSlots
 from sensorium.engine.tables import BlockTables
 
 _LENGTH = struct.Struct("<I")
@@ -23,10 +24,17 @@ _SPAN = struct.Struct("<IIQI")  # offset in the block, tokens, first row, bytes 
 
 
 def root_key(
-    identity: bytes, salt: bytes, *, is_long: bool = False, stretched: int = 0, memories: Iterable[bytes] = ()
+    identity: bytes,
+    salt: bytes,
+    *,
+    is_long: bool = False,
+    stretched: int = 0,
+    memories: Iterable[bytes] = (),
+    adapter: bytes = b"",
 ) -> bytes:
     """Parent of every first block of one model, tenant and kind of rotary frequencies. `stretched`: the prompt's length
-    where frequencies depend on it. `memories`: keys of the media that all tokens attend to."""
+    where frequencies depend on it. `memories`: keys of the media that all tokens attend to. `adapter`: digest of
+    what the layers are adapted by."""
     parts = (
         _LENGTH.pack(len(identity)),
         identity,
@@ -34,6 +42,8 @@ def root_key(
         salt,
         bytes([is_long]),
         _LENGTH.pack(stretched),
+        _LENGTH.pack(len(adapter)),
+        adapter,
         *(part for key in memories for part in (_LENGTH.pack(len(key)), key)),
     )
     return sha256(b"".join(parts)).digest()
@@ -61,9 +71,11 @@ class PrefixCache:
         *,
         enabled: bool = True,
         stretched_from: int | None = None,
+        states: StateSlots | None = None,
     ) -> None:
-        """`stretched_from`: see `Model`."""
-        self._pool = pool
+        """`stretched_from`: see `Model`; `states`: of models whose layers keep some."""
+        self.pool = pool
+        self.states = states
         self._tables = tables
         self._block_size = tables.block_size
         self._identity = identity
@@ -75,13 +87,14 @@ class PrefixCache:
     def find(self, seq: Sequence) -> list[list[int]]:
         """Leading blocks of `seq` that are in the cache, as many of each table; the last token is left to compute.
         Retains nothing. Of tables with a window only the blocks that the next token sees must be there: those before
-        them are any numbers."""
+        them are any numbers. Layers with states must have a snapshot after the last of them."""
         count = (seq.num_tokens - 1) // self._block_size if self._enabled and seq.reuse else 0
         held: list[list[int | None]] = []
         for table, window in enumerate(self._tables.windows):
             held.append(self._held(seq, table, count, leading=window is None))
             count = min(count, len(held[-1]))
-        while missing := self._last_missing(held, count):
+        seq.branch = count * self._block_size
+        while missing := self._last_missing(held, count) or self._last_without_state(seq, count):
             count = missing - 1
         return [[block or 0 for block in blocks[:count]] for blocks in held]
 
@@ -89,7 +102,7 @@ class PrefixCache:
         """The first `count` blocks of a table as far as they are there, with `leading` up to one that is not."""
         found: list[int | None] = []
         for index in range(count):
-            block = self._pool.find(_of_table(self.key(seq, index), table))
+            block = self.pool.find(_of_table(self.key(seq, index), table))
             if block is None and leading:
                 break
             found.append(block)
@@ -103,6 +116,41 @@ class PrefixCache:
                 if blocks[index] is None:
                     return index + 1
         return 0
+
+    def _last_without_state(self, seq: Sequence, count: int) -> int:
+        """`count` where there is no snapshot after so many blocks, else 0."""
+        return 0 if self.states is None or not count or self.state_after(seq, count) else count
+
+    def state_after(self, seq: Sequence, count: int) -> int:
+        """Slot of the snapshot after so many blocks; that of zeros after none, and where there is no snapshot."""
+        if self.states is None or not count:
+            return ZERO_SLOT
+        return self.states.find(self.key(seq, count - 1)) or ZERO_SLOT
+
+    def snapshots(self, seq: Sequence, count: int) -> list[int]:
+        """Places between the next `count` tokens where a snapshot is of use: at the last border of blocks, and where
+        other prompts went on differently."""
+        if self.states is None or not self._enabled:
+            return []
+        start, end = seq.num_computed, seq.num_computed + count
+        places = {min(end, seq.num_tokens - 1) // self._block_size * self._block_size, seq.branch}
+        return sorted(
+            place for place in places if start < place < end and not self.state_after(seq, place // self._block_size)
+        )
+
+    def advance_state(self, seq: Sequence) -> None:
+        """A step of a model with states is computed: `seq` has another state, and its snapshots can be found."""
+        if self.states is not None:
+            self.states.advance(seq, lambda place, slot: self._publish_state(seq, place, slot))
+
+    def _publish_state(self, seq: Sequence, place: int, slot: int) -> None:
+        if self.states is None or not self._enabled or place % self._block_size:
+            return
+        key = self.key(seq, place // self._block_size - 1)
+        self.states.pool.publish(slot, key)
+        if place > seq.num_prompt:  # of a completion only the last one is kept
+            self.states.forget(seq.snapshot)
+            seq.snapshot = key
 
     def next_key(self, seq: Sequence, index: int) -> bytes | None:
         """Key of block `index` if it is one that `find` could return, else None."""
@@ -122,14 +170,17 @@ class PrefixCache:
             for index in range(seq.num_published, full):
                 key = self.key(seq, index)
                 for table, blocks in enumerate(seq.blocks):
-                    self._pool.publish(blocks[index], _of_table(key, table))
+                    self.pool.publish(blocks[index], _of_table(key, table))
         seq.num_published = full
 
     def forget(self, seq: Sequence) -> None:
         """Nothing that this sequence used is to be found again: it may hold what a failed step wrote."""
         for blocks, first in zip(seq.blocks, seq.num_released, strict=True):
             for block in blocks[first:]:
-                self._pool.forget(block)
+                self.pool.forget(block)
+        if self.states is not None:
+            for key in seq.block_keys:
+                self.states.forget(key)
 
     def key(self, seq: Sequence, index: int) -> bytes:
         """Key of the full block `index`; those before it are computed once and kept."""
@@ -143,6 +194,7 @@ class PrefixCache:
                 is_long=seq.is_long,
                 stretched=stretched,
                 memories=[seq.item_keys[item][1] for item in seq.memories],
+                adapter=b"" if seq.adapter is None else seq.adapter.digest,
             )
             keys.append(self._extend(seq, root, 0))
         while len(keys) <= index:
@@ -168,8 +220,8 @@ def _positions(seq: Sequence, start: int, end: int) -> bytes:
     positions = seq.positions(start, end)
     explicit = seq.request.prompt.positions
     if explicit is not None:
-        return np.broadcast_to(positions, (len(explicit), end - start)).astype("<i4").tobytes()
-    return positions.astype("<i4").tobytes()
+        positions = np.broadcast_to(positions, (len(explicit), end - start))
+    return positions.astype("<i4" if (positions == np.rint(positions)).all() else "<f4").tobytes()
 
 
 def _overlaps(seq: Sequence, start: int, end: int) -> list[tuple[int, int, int, bytes]]:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sensorium import kernels
 from sensorium.engine import speech_rules
 from sensorium.engine.masks import Held, Masks
 from sensorium.engine.sequence import Sequence
@@ -25,6 +27,8 @@ from sensorium.types import SamplingParams, TokenLogprob
 LIKELY = -8.0  # scaled logits above this usually hold any nucleus (weights above 1/3000 of the highest)
 GREEDY_BELOW = 1e-5  # temperatures under this are greedy: dividing by them would overflow
 CHUNK = 128  # vocabulary entries that are summed together before one of the sums is chosen
+
+_is_plain = attrgetter("plain")
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_A = np.uint64(0xBF58476D1CE4E5B9)
@@ -108,8 +112,9 @@ class SamplerState:
         if penalised:
             prompt = seq.tokens[: seq.num_prompt]
             self.counts = TokenCounts(prompt if params.repetition_penalty != 1 else prompt[:0], vocab_size)
-        self.plain = self.greedy and not (
+        self.plain = self.greedy and not (  # its token is that of the highest logit, and there is nothing else to do
             penalised
+            or seq.constraint
             or params.logit_bias
             or params.min_tokens
             or params.logprobs is not None
@@ -149,9 +154,9 @@ class Sampler:
         """
         states = [seq.sampler_state or self._remember(seq, logits.shape[1]) for seq in sequences]
         logits = logits.float()
+        if all(map(_is_plain, states)):
+            return _checked(*_argmax(logits))
         held = _held(sequences, ahead)
-        if not held and all(state.plain for state in states):
-            return _checked(*_argmax(logits), vocab_size=logits.shape[1])
         edited = _edited(logits, states, sequences, ahead)
         if held and self._masks is not None:
             if edited is logits and any(states[row].params.logprobs is not None for row, *_ in held):
@@ -164,7 +169,8 @@ class Sampler:
             indices = [sequences[i].num_outputs + (len(ahead[i]) if ahead else 0) for i in random]
             drawn = _draw(usable, [states[i] for i in random], indices)
             token_ids[random] = drawn
-        sampled = _checked(token_ids, highest, vocab_size=logits.shape[1])
+            highest[random] = np.where((drawn >= 0) & (drawn < logits.shape[1]), highest[random], np.nan)
+        sampled = _checked(token_ids, highest)
         for row, constraint, _, index in held:
             if row not in sampled.failed and not constraint.take(index, sampled.token_ids[row]):
                 sampled.failed.append(row)
@@ -218,11 +224,11 @@ def _argmax(logits: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     return ids.cpu().numpy(), highest.cpu().numpy()
 
 
-def _checked(token_ids: NDArray[np.int64], highest: NDArray[np.float32], vocab_size: int) -> Sampled:
-    good = np.isfinite(highest) & (token_ids >= 0) & (token_ids < vocab_size)
-    if good.all():
+def _checked(token_ids: NDArray[np.int64], highest: NDArray[np.float32]) -> Sampled:
+    values = highest.tolist()
+    if math.isfinite(sum(values)):  # in float64, where numbers of float32 do not overflow
         return Sampled(token_ids.tolist())
-    return Sampled(token_ids.tolist(), np.flatnonzero(~good).tolist())
+    return Sampled(token_ids.tolist(), [row for row, value in enumerate(values) if not math.isfinite(value)])
 
 
 # Edits of single logits
@@ -309,8 +315,11 @@ def _on(like: Tensor, array: NDArray[np.generic]) -> Tensor:
 
 def _draw(logits: Tensor, states: Seq[SamplerState], indices: list[int]) -> NDArray[np.int64]:
     """One token id for each row of float32 logits [rows, vocab]."""
-    uniforms = _uniform([state.seed for state in states], indices)
-    params = [state.params for state in states]
+    seeds, params = [state.seed for state in states], [state.params for state in states]
+    if logits.device.type != "cpu" and (drawn := kernels.draw(logits, draws_of(seeds, indices, params))) is not None:
+        token_ids: NDArray[np.int64] = drawn.cpu().numpy()
+        return token_ids
+    uniforms = _uniform(seeds, indices)
     if logits.device.type != "cpu":
         return draw_together(logits, params, uniforms)
     work = np.zeros(-(-logits.shape[1] // CHUNK) * CHUNK, np.float32)
@@ -320,6 +329,18 @@ def _draw(logits: Tensor, states: Seq[SamplerState], indices: list[int]) -> NDAr
             for row, one, uniform in zip(logits.numpy(), params, uniforms.tolist(), strict=True)
         ],
         np.int64,
+    )
+
+
+def draws_of(seeds: list[int], indices: list[int], params: Seq[SamplingParams]) -> kernels.Draws:
+    """What a kernel has to know."""
+    return kernels.Draws(
+        np.array(seeds, np.uint64),
+        np.array(indices, np.uint64),
+        np.array([one.top_p for one in params], np.float64),
+        np.array([one.temperature for one in params], np.float32),
+        np.array([math.log(one.min_p) if one.min_p else -math.inf for one in params], np.float32),
+        np.array([one.top_k for one in params], np.int32),
     )
 
 

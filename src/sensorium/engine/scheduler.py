@@ -1,28 +1,31 @@
 """Decides what the next step computes: one decode token for every running sequence, then chunks of prompts.
 
-Owns sequences, blocks and pins, and gives everything back the moment a sequence ends. Within a priority tenants take
-turns, and of one tenant the first come is the first served. When blocks run out the most
-recent sequence of the lowest priority is preempted by recomputation; its generated tokens are kept.
+Owns sequences, blocks and pins, and gives everything back the moment a sequence ends. Tenants take turns; of one tenant
+priority decides, and then the first come is the first served. When blocks run out, the tenant that holds most of them
+has its most recent sequence of the lowest priority preempted by recomputation; generated tokens are kept. The same
+happens where a tenant that has nothing running would have to wait until others end who hold more than their share.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import isqrt
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from time import monotonic
-from typing import Any
+from typing import Any, Protocol
 
 from sensorium.engine.admission import refusal
 from sensorium.engine.block_pool import BlockPool
 from sensorium.engine.constraint import Constraint
 from sensorium.engine.encoder_cache import EncoderCache
 from sensorium.engine.prefix_cache import PrefixCache
-from sensorium.engine.sequence import ItemKey, Sequence, Status
+from sensorium.engine.sequence import ItemKey, Sequence, Status, Wanted
 from sensorium.engine.tables import KEYS_AT_ONCE, BlockTables
-from sensorium.types import EngineOutput, EngineRequest, FinishReason, MediaFeatures, MediaSpan
+from sensorium.models.adapters import Adapter
+from sensorium.types import EngineOutput, EngineRequest, FinishReason, MediaSpan
 
 MAX_PASSED_OVER = 32  # waiting sequences that may be overtaken in one step while they wait for an equal prefix
 
@@ -36,6 +39,19 @@ Propose = Callable[[Sequence, int], list[int]]
 _order = attrgetter("order")
 
 
+class Lookup(Protocol):
+    """Guesses what sequences say next (`lookup.PromptLookup`)."""
+
+    def begin(self, num_decoding: int) -> None:
+        """A step is planned in which so many sequences decode."""
+
+    def propose(self, seq: Sequence, most: int) -> list[int]:
+        """See `Propose`."""
+
+    def learn(self, seq: Sequence, drafted: int, right: int) -> None:
+        """So many of a sequence's drafts were right."""
+
+
 @dataclass(slots=True)
 class Plan:
     """One step. `decodes` compute one token each; the others are (sequence, number of tokens).
@@ -46,7 +62,7 @@ class Plan:
     decodes: list[Sequence] = field(default_factory=list)
     drafted: list[tuple[Sequence, int]] = field(default_factory=list)
     prefills: list[tuple[Sequence, int]] = field(default_factory=list)
-    encode: dict[ItemKey, MediaFeatures] = field(default_factory=dict)  # what towers are to compute for later ones
+    encode: dict[ItemKey, Wanted] = field(default_factory=dict)  # what towers are to compute for later ones
     num_pairs: int = 0  # of prompts' tokens and the tokens that each attends to, at most
 
     def __bool__(self) -> bool:
@@ -104,6 +120,7 @@ class _Tenant:
 
     prompt_tokens: int
     sequences: int = 0
+    num_running: int = 0
 
 
 class Scheduler:
@@ -114,10 +131,14 @@ class Scheduler:
         prefixes: PrefixCache,
         encoder: EncoderCache[Any],
         pooling: Mapping[str, bool] | None = None,
+        lookup: Lookup | None = None,
     ) -> None:
-        """`pooling`: the pooling tasks that the model can do, and whether each needs every token's hidden state."""
+        """`pooling`: the pooling tasks that the model can do, and whether each needs every token's hidden state.
+        `lookup` guesses tokens."""
         self.budget = budget
         self.tables = budget.tables()
+        self._has_windows = self.tables.has_windows
+        self._has_states = prefixes.states is not None
         self.pool = pool
         self.prefixes = prefixes
         self.encoder = encoder
@@ -129,9 +150,12 @@ class Scheduler:
         self._tenants: dict[bytes, _Tenant] = {}  # those who have sequences
         self._arrivals = 0
         self._max_seqs = min(budget.max_num_seqs, budget.max_num_batched_tokens)
+        if prefixes.states is not None:
+            self._max_seqs = min(self._max_seqs, prefixes.states.max_running)
         self._free_slots = list(range(self._max_seqs - 1, -1, -1))  # of the batch tables
         self._pooling = dict(pooling or {})
-        self.propose: Propose | None = None  # asked for drafts, if set
+        self._lookup = lookup
+        self.propose: Propose | None = None if lookup is None else lookup.propose  # asked for drafts, if set
         self._lacking: Sequence | None = None  # what could not go on for want of blocks in this step
 
     @property
@@ -143,11 +167,14 @@ class Scheduler:
 
     # Requests come and go
 
-    def add(self, request: EngineRequest, constraint: Constraint | None = None) -> EngineOutput | None:
+    def add(
+        self, request: EngineRequest, constraint: Constraint | None = None, adapter: Adapter | None = None
+    ) -> EngineOutput | None:
         """Queue a request, or say why it can never run. `constraint` is what its grammar was compiled to."""
         if reason := self._refusal(request):
             return EngineOutput(request.id, finish_reason="error", error=reason)
         seq = Sequence(request, self._arrivals, constraint)
+        seq.adapter = adapter
         if constraint is not None and self.propose is None:
             self.propose = known_tokens
         seq.is_long = self._is_long(seq)
@@ -155,10 +182,10 @@ class Scheduler:
             seq.reuse = not any(self._pooling[task] for task in request.pooling.tasks)
         self._arrivals += 1
         self._by_id[seq.id] = seq
-        if request.salt not in self._tenants:  # whoever comes now has had as much as who had least
+        if request.turn not in self._tenants:  # whoever comes now has had as much as who had least
             least = min((one.prompt_tokens for one in self._tenants.values()), default=0)
-            self._tenants[request.salt] = _Tenant(least)
-        self._tenants[request.salt].sequences += 1
+            self._tenants[request.turn] = _Tenant(least)
+        self._tenants[request.turn].sequences += 1
         insort(self.waiting, seq, key=_order)
         return None
 
@@ -206,11 +233,37 @@ class Scheduler:
         lacking = None if plan or plan.encode else self._lacking
         if lacking is not None and self.num_running == (lacking.status is Status.PREFILLING):  # alone
             ended.append(self.fail(lacking, NO_ROOM))
+        if self.prefixes.states is not None:
+            self.prefixes.states.prepare((seq, count, self.prefixes.snapshots(seq, count)) for seq, count in plan.work)
         return plan, ended
+
+    def foreseen(self, plan: Plan) -> list[Sequence]:
+        """What decodes in the step after `plan`, which is being computed, if each of its sequences gets one token, none
+        ends, and nobody comes. They have blocks for it. [] where that will not be so, or is not all of that step."""
+        coming = [*plan.decodes, *(seq for seq, _ in plan.prefills)]
+        if self.waiting or plan.drafted or len(coming) != self.num_running:
+            return []
+        border = self.budget.long_context_from
+        for seq, count in plan.work:
+            if (
+                seq.num_computed + count < seq.num_tokens
+                or seq.num_outputs + 1 >= seq.max_tokens
+                or (border is not None and not seq.is_long and seq.num_tokens >= border)
+            ):
+                return []
+        size, num_tables = self.budget.block_size, len(self.tables.windows)
+        needy = [seq for seq in coming if any(len(blocks) * size <= seq.num_tokens for blocks in seq.blocks)]
+        if len(needy) * num_tables > self.pool.num_free:
+            return []
+        for seq in needy:
+            self._secure(seq, seq.num_tokens + 1)
+        return coming
 
     def _plan(self) -> tuple[Plan, list[EngineOutput]]:
         plan = Plan()
         self._lacking = None
+        if len(self._tenants) > 1 and self.waiting:
+            self._make_room()
         ended = self._secure_decode_blocks() if self.decoding else []
         tokens = self.budget.max_num_batched_tokens - len(self.decoding)
         if self.propose is None:
@@ -229,13 +282,57 @@ class Scheduler:
         return plan, ended
 
     def _in_turn(self, sequences: list[Sequence]) -> list[Sequence]:
-        """By priority, then those first whose tenant has had fewest prompt tokens computed, then by arrival."""
+        """Those first whose tenant has had fewest prompt tokens computed, and of equals who has nothing running; of one
+        tenant by priority, which is a client's word, and arrival."""
         if len(self._tenants) <= 1:
             return list(sequences)
         return sorted(sequences, key=self._turn)
 
-    def _turn(self, seq: Sequence) -> tuple[int, int, int]:
-        return seq.request.priority, self._tenants[seq.request.salt].prompt_tokens, seq.arrival
+    def _turn(self, seq: Sequence) -> tuple[int, bool, int, int]:
+        tenant = self._tenants[seq.request.turn]
+        return tenant.prompt_tokens, tenant.num_running > 0, *seq.order
+
+    def _make_room(self) -> None:
+        """Preempt for the first sequence of every tenant that has none running, as long as it is within its share."""
+        first = {
+            seq.request.turn: seq for seq in reversed(self.waiting) if not self._tenants[seq.request.turn].num_running
+        }
+        for seq in first.values():
+            if self._blocks_wanted(seq) * len(self._tenants) > self.pool.num_blocks:
+                continue
+            while not self._has_place(seq) and (victim := self._greediest()) is not None:
+                self._preempt(victim)
+
+    def _has_place(self, seq: Sequence) -> bool:
+        spare = self.num_running * len(self.tables.windows)
+        return bool(self._free_slots) and self.pool.num_free >= self._blocks_wanted(seq) + spare
+
+    def _blocks_wanted(self, seq: Sequence) -> int:
+        """Of a waiting sequence, if none of them is found."""
+        if not self.budget.has_cache:
+            return 0
+        return sum(self.tables.end(window, 0, seq.num_tokens) for window in self.tables.windows)
+
+    def _held(self) -> Counter[bytes]:
+        """Blocks of each tenant; shared ones count for each sequence."""
+        held: Counter[bytes] = Counter()
+        for seq in (*self.decoding, *self.prefilling):
+            held[seq.request.turn] += sum(map(len, seq.blocks)) - sum(seq.num_released)
+        return held
+
+    def _greediest(self) -> Sequence | None:
+        """The last sequence of the tenant with most blocks (or seats) if that is more than its share; never its only
+        one."""
+        held, share = self._held(), 1 / len(self._tenants)
+        for turn, blocks in held.most_common():
+            running = self._tenants[turn].num_running
+            is_greedy = blocks > share * self.pool.num_blocks or running > share * self._max_seqs
+            if is_greedy and running > 1:
+                return self._last_of(turn)
+        return None
+
+    def _last_of(self, turn: bytes) -> Sequence:
+        return max((seq for seq in (*self.decoding, *self.prefilling) if seq.request.turn == turn), key=_order)
 
     def _let_in_first(self, plan: Plan, tokens: int) -> int:
         """Start waiting sequences whose turn comes before that of all running prompts; returns the tokens left."""
@@ -248,7 +345,7 @@ class Scheduler:
         needy = [seq for seq in self.decoding if seq.num_computed == len(seq.blocks[0]) * size]
         ended = []
         while len(needy) * len(self.tables.windows) > self.pool.num_free:
-            victim = max((*self.decoding, *self.prefilling), key=_order)
+            victim = self._last_of(max(self._held().items(), key=itemgetter(1))[0])
             if self.num_running == 1:  # alone, and still too large: admission should have seen it
                 self._end(victim)
                 ended.append(EngineOutput(victim.id, finish_reason="length"))
@@ -262,6 +359,8 @@ class Scheduler:
     def _plan_drafts(self, plan: Plan, propose: Propose, tokens: int) -> int:
         """Plan all decodes, with at most `tokens` drafts between them; returns the number of drafts."""
         total = 0
+        if self._lookup is not None:
+            self._lookup.begin(len(self.decoding))
         for seq in self.decoding:
             seq.drafts = propose(seq, tokens - total) if total < tokens else []
             if seq.drafts:
@@ -318,10 +417,13 @@ class Scheduler:
         return count
 
     def _admit(self, plan: Plan, tokens: int, waiting: list[Sequence]) -> int:
-        """Start waiting sequences as long as seats, blocks and tokens last; returns the tokens left."""
+        """Start waiting sequences as long as seats, blocks and tokens last; returns the tokens left.
+
+        Where a tenant's next one does not fit, others go on within their share, for as long as it is theirs."""
         coming = self._coming_keys()
         passed_over = 0
-        for seq in waiting:
+        stuck: dict[bytes, Sequence] = {}
+        for seq in self._able(waiting, stuck):
             if not self._free_slots or tokens <= 0 or passed_over > MAX_PASSED_OVER:
                 break
             found = self.prefixes.find(seq)
@@ -331,20 +433,48 @@ class Scheduler:
                 passed_over += 1
                 continue
             if not self._take_blocks(seq, found):
-                break
+                stuck[seq.request.turn] = seq
+                continue
             if self.budget.has_cache:
                 seq.num_computed = num_found * self.budget.block_size
                 seq.num_published = num_found
+            if self.prefixes.states is not None:
+                self.prefixes.states.start(seq, self.prefixes.state_after(seq, num_found))
             chunk = self._plan_chunk(plan, seq, tokens)
             if not chunk and not seq.pinned:
                 self._give_back(seq)
-                break
+                if not seq.item_keys:
+                    break
+                stuck[seq.request.turn] = seq
+                continue
+            for other in stuck.values():
+                other.passed_tokens += seq.num_tokens
             if key is not None:
                 coming.add(key)
             self.waiting.remove(seq)
             self._start(seq, num_found)
             tokens -= chunk
         return tokens
+
+    def _able(self, waiting: list[Sequence], stuck: dict[bytes, Sequence]) -> Iterator[Sequence]:
+        """Those that do not come after one which is, or may not pass one which is, `stuck` by the time they are met."""
+        for seq in waiting:
+            if len(stuck) == len(self._tenants):
+                return
+            if seq.request.turn in stuck:
+                continue
+            if stuck and not self._may_pass(seq, stuck):
+                stuck[seq.request.turn] = seq
+                continue
+            yield seq
+
+    def _may_pass(self, seq: Sequence, stuck: Mapping[bytes, Sequence]) -> bool:
+        """Whether it may start before other tenants' sequences that do not fit: within its tenant's share, and past one
+        that has nothing running only until those that passed have had as many tokens."""
+        held = self._held()[seq.request.turn] + self._blocks_wanted(seq)
+        return held * len(self._tenants) <= self.pool.num_blocks and all(
+            self._tenants[turn].num_running or other.passed_tokens < other.num_tokens for turn, other in stuck.items()
+        )
 
     def _coming_keys(self) -> set[bytes]:
         """The next blocks that running prefills will fill."""
@@ -375,6 +505,7 @@ class Scheduler:
     def _start(self, seq: Sequence, num_found: int) -> None:
         seq.status = Status.PREFILLING
         seq.slot = self._free_slots.pop()
+        self._tenants[seq.request.turn].num_running += 1
         insort(self.prefilling, seq, key=_order)
         if seq.cached_tokens < 0:
             seq.started_s = monotonic()
@@ -391,7 +522,7 @@ class Scheduler:
             count = min(count, self._attended(plan, seq, self.budget.max_pairs))
         if self.budget.media_both_ways and seq.item_keys and count:
             count = _at_span_border(seq, count, most=remaining if not plan.prefills else tokens)
-        if self.tables.has_windows and count:
+        if self._has_windows and count:
             count = self._move_windows(seq, count)
         if seq.item_keys and count:
             count = self._secure_media(plan, seq, count)
@@ -400,7 +531,7 @@ class Scheduler:
         if count:
             plan.prefills.append((seq, count))
             plan.num_pairs += count * (seq.num_computed + count)
-            self._tenants[seq.request.salt].prompt_tokens += count
+            self._tenants[seq.request.turn].prompt_tokens += count
         return count
 
     def _attended(self, plan: Plan, seq: Sequence, max_pairs: int) -> int:
@@ -433,12 +564,12 @@ class Scheduler:
         key = seq.item_keys[item]
         if not self.encoder.pin(key):
             features = seq.request.prompt.media[item]
-            planned = sum(one.num_rows for one in plan.encode.values())
+            planned = sum(one.features.num_rows for one in plan.encode.values())
             if plan.encode and planned + features.num_rows > self.budget.max_encoder_rows:
                 return False
-            if not self.encoder.reserve(key, features.num_rows):
+            if not self.encoder.reserve(key, features.num_rows, seq.request.turn):
                 return False
-            plan.encode[key] = features
+            plan.encode[key] = Wanted(seq.request.turn, features)
         seq.pinned[item] = None
         return True
 
@@ -455,17 +586,20 @@ class Scheduler:
 
     def advance(self, seq: Sequence, count: int) -> bool:
         """`count` more of a sequence's tokens are computed. True if all are: the step gave it its next tokens."""
-        seq.num_computed += count
-        self._publish(seq)
+        computed = seq.num_computed = seq.num_computed + count
+        if computed >= (seq.num_published + 1) * self.budget.block_size:
+            self._publish(seq)
+        if self._has_states and not seq.drafts:
+            self.prefixes.advance_state(seq)
         if seq.pinned:
-            self._unpin(seq, seq.num_computed)
-        if seq.num_computed < seq.num_tokens:
+            self._unpin(seq, computed)
+        if computed < seq.num_tokens:
             return False
         if seq.status is Status.PREFILLING:
             self.prefilling.remove(seq)
             self.decoding.append(seq)
             seq.status = Status.DECODING
-        if self.tables.has_windows:
+        if self._has_windows:
             self._release_unseen(seq)
         return True
 
@@ -479,6 +613,7 @@ class Scheduler:
         It ends at a token that says so, completes its grammar or is the last allowed; those after it are dropped.
         """
         reason: FinishReason | None = None
+        before = seq.num_tokens
         for token_id in token_ids:
             seq.append(token_id)
             if token_id in seq.stop_ids or (seq.constraint and seq.constraint.is_complete(seq.num_outputs)):
@@ -487,19 +622,32 @@ class Scheduler:
                 reason = "length"
             if reason is not None:
                 break
-        if seq.drafts:
-            seq.drafts = []
-            seq.num_computed = seq.num_tokens - 1
-            self._publish(seq)
-            if self.tables.has_windows:
-                self._release_unseen(seq)
+        has_state = not seq.drafts or self._take_drafts(seq, seq.num_tokens - before - 1)
         if reason is not None:
             self._end(seq)
+        elif not has_state:
+            self._requeue(seq)
         elif not seq.is_long and self._is_long(seq):
             seq.is_long = True
             seq.block_keys.clear()
             self._requeue(seq)
         return reason
+
+    def _take_drafts(self, seq: Sequence, right: int) -> bool:
+        """So many of a sequence's drafts were right. False where a state is of all of them, and not of those alone."""
+        if self._lookup is not None:
+            self._lookup.learn(seq, len(seq.drafts), right)
+        is_whole = right == len(seq.drafts)
+        seq.drafts = []
+        seq.num_computed = seq.num_tokens - 1
+        self._publish(seq)
+        if self._has_windows:
+            self._release_unseen(seq)
+        if not self._has_states:
+            return True
+        if is_whole:
+            self.prefixes.advance_state(seq)
+        return is_whole
 
     def _is_long(self, seq: Sequence) -> bool:
         border = self.budget.long_context_from
@@ -521,11 +669,11 @@ class Scheduler:
 
     def _end(self, seq: Sequence) -> None:
         del self._by_id[seq.id]
-        tenant = self._tenants[seq.request.salt]
+        self._leave(seq)
+        tenant = self._tenants[seq.request.turn]
         tenant.sequences -= 1
         if not tenant.sequences:
-            del self._tenants[seq.request.salt]
-        self._leave(seq)
+            del self._tenants[seq.request.turn]
         self._give_back(seq)
         seq.status = Status.DONE
 
@@ -535,12 +683,15 @@ class Scheduler:
             return
         (self.decoding if seq.status is Status.DECODING else self.prefilling).remove(seq)
         self._free_slots.append(seq.slot)
+        self._tenants[seq.request.turn].num_running -= 1
         seq.slot = -1
 
     def _give_back(self, seq: Sequence) -> None:
         for blocks, first in zip(seq.blocks, seq.num_released, strict=True):
             for block in reversed(blocks[first:]):  # the end of a prefix is forgotten before its beginning
                 self.pool.release(block)
+        if self.prefixes.states is not None:
+            self.prefixes.states.give_back(seq)
         seq.blocks, seq.num_released = [], []
         seq.num_computed = 0
         seq.num_published = 0
@@ -558,6 +709,8 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Blocks and pins are exactly those that living sequences hold."""
         self.pool.check_integrity()
+        if self.prefixes.states is not None:
+            self.prefixes.states.pool.check_integrity()
         self.encoder.check_integrity()
 
 

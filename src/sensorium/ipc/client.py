@@ -23,9 +23,9 @@ from typing import Literal
 from sensorium.config import EngineConfig
 from sensorium.errors import StartupError, UnavailableError
 from sensorium.ipc import messages
-from sensorium.ipc.liveness import BEAT_S, WatchedTime
+from sensorium.ipc.liveness import BEAT_S, Silence
 from sensorium.ipc.messages import Kind, ProtocolError
-from sensorium.system.processes import activity
+from sensorium.ipc.transfers import Outgoing
 from sensorium.types import EngineOutput, EngineReady, EngineRequest, EngineStats, Vocabulary
 
 State = Literal["loading", "ready", "restarting", "failed", "closed"]
@@ -33,9 +33,7 @@ Progress = Callable[[str, float], None]
 
 MAX_RESTARTS = 3
 RESTART_WINDOW_S = 300.0
-MAX_BUSY_SILENCE_S = 120.0  # of a process that computes or reads, but whose threads do not get to send a beat
 SHUTDOWN_GRACE_S = 5.0  # for a child that was told to stop, before it is killed
-PIECE_BYTES = 256 * 1024  # of a large request, written at once
 STDERR = 2
 BUFFER_BYTES = 1024 * 1024  # in the transport, before writing pauses
 
@@ -120,13 +118,13 @@ class OutputStream:
 
 
 class _Link(asyncio.Protocol):
-    """One child's connection. Writes large requests piece by piece, so that they never pile up in the transport."""
+    """One child's connection. Writes no more at a time than the transport takes."""
 
     def __init__(self, owner: EngineClient) -> None:
         self._owner = owner
         self._reader = messages.FrameReader()
         self._transport: asyncio.Transport | None = None
-        self._pending: deque[messages.Buffer] = deque()
+        self._pending = Outgoing()
         self._paused = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -155,18 +153,30 @@ class _Link(asyncio.Protocol):
         self._paused = False
         self._flush()
 
-    def write(self, pieces: list[messages.Buffer]) -> None:
-        if len(pieces) == 1 and not self._pending and not self._paused and self._transport is not None:
-            self._transport.write(pieces[0])
+    def write(self, frame: messages.Buffer) -> None:
+        if not self._pending and not self._paused and self._transport is not None:
+            self._transport.write(frame)
             return
-        for piece in pieces:
-            view = memoryview(piece)
-            self._pending.extend(view[i : i + PIECE_BYTES] for i in range(0, len(view), PIECE_BYTES))
+        self._pending.add(frame)
         self._flush()
+
+    def request(self, request: EngineRequest, pieces: list[messages.Buffer]) -> None:
+        if len(pieces) == 1:
+            self.write(pieces[0])
+            return
+        self._pending.add_request(request.id, pieces, request.turn)
+        self._flush()
+
+    def abort(self, request_id: int) -> None:
+        if self._pending.take_back(request_id):
+            self._flush()
+        else:
+            self.write(messages.encode_abort([request_id]))
 
     def _flush(self) -> None:
         while self._pending and not self._paused and self._transport is not None:
-            self._transport.write(self._pending.popleft())
+            for piece in self._pending.next():
+                self._transport.write(piece)
 
     def close(self) -> None:
         if self._transport is not None:
@@ -188,11 +198,13 @@ class EngineClient:
         self._link: _Link | None = None
         self._streams: dict[int, OutputStream] = {}
         self._ids = itertools.count(1)
+        self._adapters: dict[int, str] = {}  # folders of those that are loaded, by number
+        self._awaited: dict[int, asyncio.Future[str]] = {}  # adapters that are being loaded
         self._fatal = ""
+        self._lost_rank = ""  # and why, of the child that is ending
         self._became_ready: asyncio.Event | None = None
         self._restarts: deque[float] = deque()
-        self._silence = WatchedTime(BEAT_S)
-        self._activity = 0  # of the child, when it was last looked at
+        self._silence = Silence(config.hang_after_s)
         self._hung = False  # the child that is being replaced
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -238,6 +250,30 @@ class EngineClient:
             return "the engine process was killed while it was loading (out of memory?)"
         return f"the engine process ended while it was loading (exit code {code})"
 
+    async def load_adapter(self, number: int, folder: str) -> None:
+        """Until requests may name it. StartupError says in one line why it cannot be loaded; UnavailableError when
+        there is no engine."""
+        if self.state != "ready" or self._link is None:
+            raise UnavailableError(_UNAVAILABLE[self.state])
+        answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._awaited[number] = answer
+        self._link.write(messages.encode_load_adapter(number, folder))
+        try:
+            if error := await answer:
+                raise StartupError(error)
+        except asyncio.CancelledError:  # nobody will ask for it, and nobody would unload it
+            if self._link is not None:
+                self._link.write(messages.encode_unload_adapter(number))
+            raise
+        finally:
+            del self._awaited[number]
+        self._adapters[number] = folder
+
+    def unload_adapter(self, number: int) -> None:
+        """Sequences that have it keep it."""
+        if self._adapters.pop(number, None) is not None and self._link is not None:
+            self._link.write(messages.encode_unload_adapter(number))
+
     def submit(self, request: EngineRequest) -> OutputStream:
         """Send a request. UnavailableError when there is no engine to compute it."""
         if self.state != "ready" or self._link is None:
@@ -245,7 +281,7 @@ class EngineClient:
         stream = OutputStream(self, request.id)
         pieces = messages.encode_request(request)
         self._streams[request.id] = stream
-        self._link.write(pieces)
+        self._link.request(request, pieces)
         return stream
 
     async def aclose(self) -> None:
@@ -258,7 +294,7 @@ class EngineClient:
         for task in self._tasks:
             task.cancel()
         if self._link is not None:
-            self._link.write([messages.frame(Kind.SHUTDOWN)])
+            self._link.write(messages.frame(Kind.SHUTDOWN))
         if self._socket is not None:
             self._socket.close()
         process = self._process
@@ -278,7 +314,9 @@ class EngineClient:
         if self._became_ready is None:
             self._became_ready = asyncio.Event()
         self._heard()
-        _, self._link = await loop.create_unix_connection(lambda: _Link(self), sock=sock)
+        # Before the connection is made: a child that is ready already is heard before this goes on.
+        self._link = link = _Link(self)
+        await loop.create_unix_connection(lambda: link, sock=sock)
         if not self._tasks:
             self._spawn(self._watch())
 
@@ -288,7 +326,7 @@ class EngineClient:
         task.add_done_callback(self._tasks.discard)
 
     def _heard(self) -> None:
-        self._silence.reset()
+        self._silence.heard()
 
     def _receive(self, kind: int, payload: memoryview) -> None:
         if kind == Kind.OUTPUTS:
@@ -298,18 +336,34 @@ class EngineClient:
         elif kind == Kind.PROGRESS:
             if self._on_progress is not None:
                 self._on_progress(*messages.decode_progress(payload))
-        elif kind == Kind.READY:
+        elif kind == Kind.READY and self.state != "closed":  # else it had been loading when it was told to end
             self.ready = messages.decode_ready(payload)
             self.state = "ready"
             if self.vocabulary is not None and self._link is not None:
-                self._link.write([messages.encode_vocabulary(self.vocabulary)])
+                self._link.write(messages.encode_vocabulary(self.vocabulary))
+            for number, folder in self._adapters.items():  # of the child before this one
+                if self._link is not None:
+                    self._link.write(messages.encode_load_adapter(number, folder))
             self._signal_ready()
+        elif kind == Kind.ADAPTER:
+            self._adapter_loaded(*messages.decode_adapter(payload))
         elif kind == Kind.FATAL:
             self._fatal = messages.decode_fatal(payload)
             if self.ready is not None:  # before that, `wait_ready` raises it
                 logger.error("engine: %s", self._fatal)
-        elif kind != Kind.BEAT:
+        elif kind == Kind.LOST:
+            self._lost_rank = messages.decode_lost(payload)
+            self._fatal = self._fatal or self._lost_rank
+            logger.error("engine: %s", self._lost_rank)
+        elif kind not in (Kind.BEAT, Kind.READY):
             raise ProtocolError(f"message of kind {kind}")
+
+    def _adapter_loaded(self, number: int, error: str) -> None:
+        answer = self._awaited.get(number)
+        if answer is not None and not answer.done():
+            answer.set_result(error)
+        elif error:
+            logger.error("engine: an adapter is lost: %s", error)
 
     def _hand_out(self, payload: memoryview) -> None:
         outputs = messages.decode_outputs(payload)
@@ -331,7 +385,7 @@ class EngineClient:
 
     def _abort(self, request_id: int) -> None:
         if self._streams.pop(request_id, None) is not None and self._link is not None:
-            self._link.write([messages.encode_abort([request_id])])
+            self._link.abort(request_id)
 
     # Loss and restart
 
@@ -340,7 +394,9 @@ class EngineClient:
             return
         self._link = None
         hung, self._hung = self._hung, False
-        self._fail_all(UnavailableError("The engine was lost while it computed this request; it is being replaced."))
+        why, self._lost_rank = f" ({self._lost_rank})" if self._lost_rank else "", ""
+        error = f"The engine was lost while it computed this request{why}; it is being replaced."
+        self._fail_all(UnavailableError(error))
         now = monotonic()
         while self._restarts and now - self._restarts[0] > RESTART_WINDOW_S:
             self._restarts.popleft()
@@ -377,20 +433,10 @@ class EngineClient:
         """Replace a child that gives no sign of life, whether it has work or not, is ready or still loading."""
         while True:
             await asyncio.sleep(min(BEAT_S, self.config.hang_after_s / 4))
-            silence_s = self._silence.look()
-            if self._link is None or silence_s <= BEAT_S:
-                continue
-            if self._is_active() and silence_s <= MAX_BUSY_SILENCE_S:
-                continue
-            if silence_s > self.config.hang_after_s:
+            silence_s = self._silence.too_long_s(self.pid)
+            if self._link is not None and silence_s is not None:
                 logger.error("the engine process has given no sign of life for %.0f s: it is replaced", silence_s)
                 self._replace()
-
-    def _is_active(self) -> bool:
-        """Whether the child has computed or read anything since the last look."""
-        before = self._activity
-        self._activity = 0 if self._process is None else activity(self._process.pid)
-        return self._activity != before
 
     def _replace(self) -> None:
         """Break with the child now: one that cannot even be killed must not keep its requests waiting."""
@@ -404,6 +450,9 @@ class EngineClient:
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream._fail(error)
+        for answer in self._awaited.values():
+            if not answer.done():
+                answer.set_exception(error)
 
     def _signal_ready(self) -> None:
         if self._became_ready is not None:

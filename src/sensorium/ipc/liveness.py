@@ -17,7 +17,10 @@ from collections import deque
 from collections.abc import Callable
 from time import monotonic
 
+from sensorium.system.processes import activity
+
 BEAT_S = 1.0
+MAX_BUSY_SILENCE_S = 120.0
 FACTOR = 20  # times the 99th percentile of like work counts as hung
 SLOW_FACTOR = 30  # times the least bound for what reads and writes files
 UNMEASURED_PACE_S = 1e-9  # per multiply-add, a fifth as fast as the slowest processors that serve
@@ -47,6 +50,29 @@ class WatchedTime:
         self._seconds += min(now - self._looked_s, self._most_s)
         self._looked_s = now
         return self._seconds
+
+
+class Silence:
+    """How long another process has given no sign of life. One that computes or reads, but whose threads do not get to
+    say so, is given more time."""
+
+    def __init__(self, hang_after_s: float) -> None:
+        self._hang_after_s = hang_after_s
+        self._spent = WatchedTime(BEAT_S)
+        self._activity = 0  # of the process, when it was last looked at
+
+    def heard(self) -> None:
+        self._spent.reset()
+
+    def too_long_s(self, pid: int | None) -> float | None:
+        """Seconds since it was heard, where they are too many. Ask about every `BEAT_S`."""
+        seconds = self._spent.look()
+        if seconds <= BEAT_S:
+            return None
+        before, self._activity = self._activity, 0 if pid is None else activity(pid)
+        if self._activity != before and seconds <= MAX_BUSY_SILENCE_S:
+            return None
+        return seconds if seconds > self._hang_after_s else None
 
 
 class StepTimes:
@@ -81,9 +107,10 @@ class Pulse:
     The main loop says `begin` before every piece and `end` when it is about to wait for the other process.
     """
 
-    def __init__(self, beat: Callable[[], None], least_s: float) -> None:
-        """A piece of work may take `least_s` in any case."""
+    def __init__(self, beat: Callable[[], None], least_s: float, blame: Callable[[], None] | None = None) -> None:
+        """A piece of work may take `least_s` in any case. `blame` ends the process if somebody else is why it hangs."""
         self._beat = beat
+        self._blame = blame
         self._least_s = least_s
         self._times = StepTimes()
         self._piece: tuple[float, float, bool] | None = None  # (when it began, work, slow)
@@ -100,6 +127,11 @@ class Pulse:
         piece, self._piece = self._piece, None
         if piece is not None and piece[1]:
             self._times.add(piece[1], monotonic() - piece[0])
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the main loop is in a piece of work."""
+        return self._piece is not None
 
     def bound_s(self, work: float, *, slow: bool = False) -> float:
         """How long a piece may take before the loop counts as hung."""
@@ -119,6 +151,8 @@ class Pulse:
             elif piece is not None:
                 seconds, bound_s = spent.look(), self.bound_s(piece[1], slow=piece[2])
                 if seconds > bound_s:
+                    if self._blame is not None:
+                        self._blame()
                     _give_up(seconds, bound_s)
 
 

@@ -40,6 +40,8 @@ DTYPES = frozenset({"uint8", "int32", "int64", "float16", "float32"})  # that an
 
 _HEAD = struct.Struct("<IB")
 _COUNT = struct.Struct("<I")
+_ID = struct.Struct("<Q")
+_BEGIN = struct.Struct("<QI")
 
 T = TypeVar("T")
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -51,12 +53,24 @@ class Kind(IntEnum):
     ABORT = 3
     SHUTDOWN = 4
     VOCABULARY = 5  # once, before the first request with a grammar
+    BEGIN = 6  # of a large request, whose payload comes in parts
+    PART = 7
+    DROP = 8  # what has arrived of it: the rest does not come
+    LOAD_ADAPTER = 9  # before the first request with it
+    UNLOAD_ADAPTER = 10
     PROGRESS = 16  # from the engine
     READY = 17
     OUTPUTS = 18
     STATS = 19
     FATAL = 20
     BEAT = 21  # the process runs
+    ADAPTER = 22  # one was loaded, or could not be
+    LOST = 23  # a rank, and with it the engine; from the engine or from a follower to rank 0
+    RANK = 24  # to a follower, once: which rank it is
+    LOADED = 25  # from a follower: what it has and could have
+    CACHE = 26  # to a follower, once: the cache that all ranks have
+    STEP = 27
+    LOGITS = 28  # of the last step
     WAKE = 32  # inside the engine process, never on the wire: something is done that a thread was asked for
 
 
@@ -64,7 +78,9 @@ class ProtocolError(Exception):
     """The other process sent what it must not; the connection cannot go on."""
 
 
-class _ArraySpec(msgspec.Struct, array_like=True, frozen=True):
+class ArraySpec(msgspec.Struct, array_like=True, frozen=True):
+    """An array that follows its message's header."""
+
     dtype: str
     shape: tuple[int, ...]
 
@@ -84,12 +100,14 @@ class _Request(msgspec.Struct, array_like=True, frozen=True):
     pooling: PoolingParams | None
     priority: int
     salt: bytes
-    position_delta: int
+    turn: bytes
+    position_delta: int | float
     has_positions: bool
     has_token_types: bool
     spans: tuple[tuple[int, int, int, int], ...]
     media: tuple[_Media, ...]
-    arrays: tuple[_ArraySpec, ...]
+    arrays: tuple[ArraySpec, ...]
+    adapter: int = 0
 
 
 _Logprob: TypeAlias = tuple[int, float, tuple[tuple[int, float], ...]]
@@ -114,6 +132,8 @@ _request = msgspec.msgpack.Decoder(_Request)
 _ids = msgspec.msgpack.Decoder(tuple[int, ...])
 _vocabulary = msgspec.msgpack.Decoder(Vocabulary)
 _progress = msgspec.msgpack.Decoder(tuple[str, float])
+_named = msgspec.msgpack.Decoder(tuple[int, str])
+_number = msgspec.msgpack.Decoder(int)
 _ready = msgspec.msgpack.Decoder(EngineReady)
 _stats = msgspec.msgpack.Decoder(EngineStats)
 _outputs = msgspec.msgpack.Decoder(list[_Output])
@@ -129,7 +149,7 @@ def encode_config(config: EngineConfig) -> bytes:
 
 
 def decode_config(payload: Buffer) -> EngineConfig:
-    return _decoded(_config.decode, payload)
+    return decoded(_config.decode, payload)
 
 
 def encode_abort(ids: Sequence[int]) -> bytes:
@@ -137,7 +157,42 @@ def encode_abort(ids: Sequence[int]) -> bytes:
 
 
 def decode_abort(payload: Buffer) -> tuple[int, ...]:
-    return _decoded(_ids.decode, payload)
+    return decoded(_ids.decode, payload)
+
+
+def encode_begin(request_id: int, size: int) -> bytes:
+    return frame(Kind.BEGIN, _BEGIN.pack(request_id, size))
+
+
+def decode_begin(payload: Buffer) -> tuple[int, int]:
+    """(request, bytes of its payload)"""
+    request_id, size = _unpacked(_BEGIN, payload)
+    check_frame_size(size)
+    return request_id, size
+
+
+def part_head(request_id: int, size: int) -> bytes:
+    """What stands before a part of so many bytes."""
+    return _HEAD.pack(_ID.size + size, Kind.PART) + _ID.pack(request_id)
+
+
+def parse_part_head(head: Buffer) -> int:
+    """The request that a part belongs to, of its frame's first PART_HEAD_BYTES."""
+    return int(_unpacked(_ID, head)[0])
+
+
+def encode_drop(request_id: int) -> bytes:
+    return frame(Kind.DROP, _ID.pack(request_id))
+
+
+def decode_drop(payload: Buffer) -> int:
+    return int(_unpacked(_ID, payload)[0])
+
+
+def _unpacked(form: struct.Struct, payload: Buffer) -> tuple[Any, ...]:
+    if len(payload) != form.size:
+        raise ProtocolError(f"{len(payload)} bytes instead of {form.size}")
+    return form.unpack(payload)
 
 
 def encode_vocabulary(vocabulary: Vocabulary) -> bytes:
@@ -145,7 +200,30 @@ def encode_vocabulary(vocabulary: Vocabulary) -> bytes:
 
 
 def decode_vocabulary(payload: Buffer) -> Vocabulary:
-    return _decoded(_vocabulary.decode, payload)
+    return decoded(_vocabulary.decode, payload)
+
+
+def encode_load_adapter(number: int, folder: str) -> bytes:
+    """`number` is what requests will call it by; never used again, so that nothing is mistaken for what replaces it."""
+    return frame(Kind.LOAD_ADAPTER, _encode((number, folder)))
+
+
+def encode_unload_adapter(number: int) -> bytes:
+    return frame(Kind.UNLOAD_ADAPTER, _encode(number))
+
+
+def decode_unload_adapter(payload: Buffer) -> int:
+    return decoded(_number.decode, payload)
+
+
+def encode_adapter(number: int, error: str) -> bytes:
+    """`error` says in one line why it could not be loaded; "": it is."""
+    return frame(Kind.ADAPTER, _encode((number, error)))
+
+
+def decode_adapter(payload: Buffer) -> tuple[int, str]:
+    """Of either message: the number, and the folder or the error."""
+    return decoded(_named.decode, payload)
 
 
 def encode_progress(phase: str, fraction: float) -> bytes:
@@ -153,7 +231,7 @@ def encode_progress(phase: str, fraction: float) -> bytes:
 
 
 def decode_progress(payload: Buffer) -> tuple[str, float]:
-    return _decoded(_progress.decode, payload)
+    return decoded(_progress.decode, payload)
 
 
 def encode_ready(ready: EngineReady) -> bytes:
@@ -161,7 +239,7 @@ def encode_ready(ready: EngineReady) -> bytes:
 
 
 def decode_ready(payload: Buffer) -> EngineReady:
-    return _decoded(_ready.decode, payload)
+    return decoded(_ready.decode, payload)
 
 
 def encode_stats(stats: EngineStats) -> bytes:
@@ -169,7 +247,7 @@ def encode_stats(stats: EngineStats) -> bytes:
 
 
 def decode_stats(payload: Buffer) -> EngineStats:
-    return _decoded(_stats.decode, payload)
+    return decoded(_stats.decode, payload)
 
 
 def encode_fatal(reason: str) -> bytes:
@@ -177,10 +255,18 @@ def encode_fatal(reason: str) -> bytes:
 
 
 def decode_fatal(payload: Buffer) -> str:
-    return _decoded(_text.decode, payload)
+    return decoded(_text.decode, payload)
 
 
-def _decoded(decode: Callable[[Buffer], T], payload: Buffer) -> T:
+def encode_lost(reason: str) -> bytes:
+    return frame(Kind.LOST, _encode(reason))
+
+
+def decode_lost(payload: Buffer) -> str:
+    return decoded(_text.decode, payload)
+
+
+def decoded(decode: Callable[[Buffer], T], payload: Buffer) -> T:
     try:
         return decode(payload)
     except (msgspec.MsgspecError, ValueError) as error:  # a ValueError where text is not UTF-8
@@ -193,15 +279,10 @@ def _decoded(decode: Callable[[Buffer], T], payload: Buffer) -> T:
 def encode_request(request: EngineRequest) -> list[Buffer]:
     """The frame in pieces: one head, then the arrays where they lie (or a copy, if they are not contiguous)."""
     prompt = request.prompt
-    arrays = [prompt.token_ids]
-    if prompt.positions is not None:
-        arrays.append(prompt.positions)
-    if prompt.token_types is not None:
-        arrays.append(prompt.token_types)
+    of_tokens = (prompt.token_ids, prompt.positions, prompt.token_types)
+    arrays = [array for array in of_tokens if array is not None]
     for item in prompt.media:
-        arrays.extend(item.arrays.values())  # type: ignore[arg-type]  # any of DTYPES
-    if unknown := {array.dtype.name for array in arrays} - DTYPES:
-        raise ProtocolError(f"arrays of {', '.join(sorted(unknown))} cannot be sent")
+        arrays.extend(item.arrays.values())  # any of DTYPES
     header = _encode(
         _Request(
             request.id,
@@ -209,14 +290,28 @@ def encode_request(request: EngineRequest) -> list[Buffer]:
             request.pooling,
             request.priority,
             request.salt,
+            request.turn,
             prompt.position_delta,
             prompt.positions is not None,
             prompt.token_types is not None,
             tuple((s.item, s.offset, s.length, s.row) for s in prompt.spans),
             tuple(_Media(m.kind, m.key, m.num_rows, tuple(m.arrays)) for m in prompt.media),
-            tuple(_ArraySpec(a.dtype.name, a.shape) for a in arrays),
+            specs_of(arrays),
+            request.adapter,
         )
     )
+    return with_arrays(Kind.REQUEST, header, arrays)
+
+
+def specs_of(arrays: Sequence[NDArray[Any]]) -> tuple[ArraySpec, ...]:
+    """What a header says of the arrays behind it. ProtocolError for types that have no place on the wire."""
+    if unknown := {array.dtype.name for array in arrays} - DTYPES:
+        raise ProtocolError(f"arrays of {', '.join(sorted(unknown))} cannot be sent")
+    return tuple(ArraySpec(array.dtype.name, array.shape) for array in arrays)
+
+
+def with_arrays(kind: Kind, header: bytes, arrays: Sequence[NDArray[Any]]) -> list[Buffer]:
+    """A frame in pieces: its head and header, then the arrays where they lie."""
     pieces: list[Buffer] = [_COUNT.pack(len(header)) + header]
     size = len(pieces[0])
     for array in arrays:
@@ -225,8 +320,8 @@ def encode_request(request: EngineRequest) -> list[Buffer]:
         pieces.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         size += padding + array.nbytes
     if size > MAX_FRAME_BYTES:
-        raise ProtocolError(f"a request of {size} bytes is larger than a frame may be")
-    pieces[0] = _HEAD.pack(size, Kind.REQUEST) + pieces[0]
+        raise ProtocolError(f"a message of {size} bytes is larger than a frame may be")
+    pieces[0] = _HEAD.pack(size, kind) + pieces[0]
     if size <= 1 << 16:
         return [b"".join(pieces)]
     return pieces
@@ -234,11 +329,8 @@ def encode_request(request: EngineRequest) -> list[Buffer]:
 
 def decode_request(payload: memoryview) -> EngineRequest:
     """The arrays are views of `payload`, which must not be written to again."""
-    if len(payload) < _COUNT.size:
-        raise ProtocolError("a request without header")
-    header_size = _COUNT.unpack_from(payload)[0]
-    wire = _decoded(_request.decode, payload[_COUNT.size : _COUNT.size + header_size])
-    arrays = iter(_arrays(payload, _COUNT.size + header_size, wire.arrays))
+    wire, start = with_header(_request.decode, payload)
+    arrays = iter(arrays_of(payload, start, wire.arrays))
     expected = 1 + wire.has_positions + wire.has_token_types + sum(len(m.names) for m in wire.media)
     if len(wire.arrays) != expected:
         raise ProtocolError(f"a request with {len(wire.arrays)} arrays instead of {expected}")
@@ -250,10 +342,21 @@ def decode_request(payload: memoryview) -> EngineRequest:
     )
     spans = tuple(MediaSpan(*span) for span in wire.spans)
     prompt = Prompt(token_ids, media, spans, positions, wire.position_delta, token_types)
-    return EngineRequest(wire.id, prompt, wire.sampling, wire.pooling, wire.priority, wire.salt)
+    return EngineRequest(
+        wire.id, prompt, wire.sampling, wire.pooling, wire.priority, wire.salt, wire.turn, wire.adapter
+    )
 
 
-def _arrays(payload: memoryview, start: int, specs: Iterable[_ArraySpec]) -> Iterable[NDArray[Any]]:
+def with_header(decode: Callable[[Buffer], T], payload: memoryview) -> tuple[T, int]:
+    """(the header, where its arrays begin)"""
+    if len(payload) < _COUNT.size:
+        raise ProtocolError("a message without header")
+    end = _COUNT.size + _COUNT.unpack_from(payload)[0]
+    return decoded(decode, payload[_COUNT.size : end]), end
+
+
+def arrays_of(payload: memoryview, start: int, specs: Iterable[ArraySpec]) -> Iterable[NDArray[Any]]:
+    """Views of the payload, whose header ends at `start`."""
     for spec in specs:
         if spec.dtype not in DTYPES or any(side < 0 for side in spec.shape):
             raise ProtocolError(f"an array of {spec.dtype} {spec.shape}")
@@ -325,7 +428,7 @@ def _full_outputs(payload: memoryview) -> list[EngineOutput]:
     size = _COUNT.unpack_from(payload)[0]
     start = _COUNT.size + size
     outputs = []
-    for wire in _decoded(_outputs.decode, payload[_COUNT.size : start]):
+    for wire in decoded(_outputs.decode, payload[_COUNT.size : start]):
         vectors = []
         for shape in wire.vectors:
             vectors.append(np.frombuffer(payload, np.float32, int(np.prod(shape)), start).reshape(shape).copy())
@@ -421,3 +524,4 @@ def parse_head(head: Buffer) -> tuple[int, int]:
 
 
 HEAD_BYTES = _HEAD.size
+PART_HEAD_BYTES = _ID.size  # of a part's payload

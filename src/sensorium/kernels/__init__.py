@@ -20,16 +20,21 @@ from sensorium.kernels.backend import (
     CachedWeight,
     DecoderLayerParts,
     DecoderStack,
+    Draws,
+    Experts,
     PackedWeight,
     Quantization,
     QuantizedWeight,
+    RoutedParts,
 )
 from sensorium.kernels.cpu import onednn
+from sensorium.kernels.cpu.linear import NativeLinear
 from sensorium.kernels.cpu.native import fastest as _native
+from sensorium.kernels.gpu import gpu_kernels
 from sensorium.kernels.reference.attention import SCALE_BYTES, biased_attention, first_attention
 
 if TYPE_CHECKING:
-    from sensorium.kernels.context import AttentionContext
+    from sensorium.kernels.context import AttentionContext, Segments
 
 logger = logging.getLogger(__name__)
 
@@ -39,24 +44,35 @@ __all__ = [
     "CachedWeight",
     "DecoderLayerParts",
     "DecoderStack",
+    "Draws",
+    "Experts",
     "PackedWeight",
     "Quantization",
     "QuantizedWeight",
+    "RoutedParts",
     "activate",
     "add_rms_norm",
     "biased_attention",
     "cache_width",
     "cached_linear",
+    "causal_conv",
+    "choose",
     "decoder_stack",
+    "delta_gates",
+    "delta_rule",
     "describe",
+    "draw",
     "empty_linear",
     "empty_quantized",
+    "experts",
     "first_attention",
     "gated",
     "layer_norm",
     "mapped_linear",
+    "norm_gated",
     "pack_linear",
     "paged_attention",
+    "partial",
     "quantized_layout",
     "query_step",
     "rms_norm",
@@ -72,19 +88,22 @@ _REFERENCE: Backend = reference
 
 def _for(x: Tensor) -> Backend:
     """What computes on tensors like this one."""
-    native = _native() if x.is_cpu else None
-    return native if native is not None and native.supports(x.dtype, x.device) else _REFERENCE
+    if x.is_cpu:
+        native = _native()
+        return native if native is not None and native.supports(x.dtype, x.device) else _REFERENCE
+    current = gpu_kernels().current
+    return current if current.supports(x.dtype, x.device) else _REFERENCE
 
 
 def _attending(q: Tensor) -> Backend:
     """What computes attention: native code takes float32 too, and itself leaves to the reference what it does not."""
-    return (_native() if q.is_cpu else None) or _REFERENCE
+    return (_native() or _REFERENCE) if q.is_cpu else _for(q)
 
 
 def _for_weights(dtype: torch.dtype, device: torch.device) -> Backend:
     """What computes with weights of this kind."""
-    native = _native()
-    return native if native is not None and native.supports(dtype, device) else _REFERENCE
+    backend = gpu_kernels().weights if device.type == "cuda" else _native()
+    return backend if backend is not None and backend.supports(dtype, device) else _REFERENCE
 
 
 def describe() -> str:
@@ -148,6 +167,11 @@ def pack_linear(weight: Tensor, bias: Tensor | None, *, quantization: Quantizati
     return packed
 
 
+def partial(weight: PackedWeight, x: Tensor) -> Tensor:
+    """weight(x), to be added to products of other inputs: float32 where the kernel can, [.., in] -> [.., out]"""
+    return weight(x, torch.float32) if isinstance(weight, NativeLinear) else weight(x)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     return _for(x).rms_norm(x, weight, eps, offset)
 
@@ -196,8 +220,9 @@ def paged_attention(
     scale: float,
     sliding_window: int | None = None,
     visible: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    return _attending(q).paged_attention(q, k_cache, v_cache, context, scale, sliding_window, visible)
+    return _attending(q).paged_attention(q, k_cache, v_cache, context, scale, sliding_window, visible, sinks)
 
 
 def varlen_attention(
@@ -214,6 +239,41 @@ def run_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return _attending(q).run_attention(q, k, v, scale)
 
 
+def experts(gate_up: Sequence[PackedWeight], down: Sequence[PackedWeight], activation: Activation) -> Experts:
+    """The MLPs of a routed layer, each two weights."""
+    backend = gpu_kernels().current if gpu_kernels().is_switched else _native() or _REFERENCE
+    made = backend.experts(gate_up, down, activation)
+    return reference.experts(gate_up, down, activation) if made is None else made
+
+
+def choose(logits: Tensor, per_token: int, *, renormalizes: bool, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    return _for(logits).choose(logits, per_token, renormalizes=renormalizes, scale=scale)
+
+
+def draw(logits: Tensor, draws: Draws) -> Tensor | None:
+    return _for(logits).draw(logits, draws)
+
+
+def causal_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, states: Tensor, segments: Segments, *, silu: bool = False
+) -> Tensor:
+    return _for(x).causal_conv(x, weight, bias, states, segments, silu=silu)
+
+
+def delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, learned: Tensor, states: Tensor, segments: Segments
+) -> Tensor:
+    return _for(v).delta_rule(q, k, v, decay, learned, states, segments)
+
+
+def delta_gates(gates: Tensor, rate: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return _for(gates).delta_gates(gates, rate, bias)
+
+
+def norm_gated(x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _for(x).norm_gated(x, z, weight, eps)
+
+
 def decoder_stack(
     layers: Sequence[DecoderLayerParts],
     final_norm: Tensor,
@@ -225,6 +285,7 @@ def decoder_stack(
     eps: float,
     activation: Activation = "silu",
     norm_offset: float = 0.0,
+    norms_whole_qk: bool = False,
 ) -> DecoderStack | None:
     """All layers as one call, the numbers those of kernel by kernel; None where that is not supported."""
     return _for(final_norm).decoder_stack(
@@ -237,4 +298,5 @@ def decoder_stack(
         eps=eps,
         activation=activation,
         norm_offset=norm_offset,
+        norms_whole_qk=norms_whole_qk,
     )

@@ -11,25 +11,34 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sensorium.errors import StartupError
 
 if TYPE_CHECKING:
-    from sensorium.kernels.context import AttentionContext, KVCache
+    from sensorium.kernels.context import AttentionContext, KVCache, Segments
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "tanh"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "tanh", "clamped_swiglu"]
+"""The last one is only `gated`: GPT-OSS's product of a gate of at most 7 and an up of -7 to 7, plus 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """How a weight is quantised. `group`: inputs that share an int4 scale."""
+    """How a weight is quantised. `group`: inputs that share an int4 scale.
+
+    `floats`: mxfp4, codes of four bits that are E2M1 numbers, in groups of 32 whose scales are powers of two. Such
+    codes are taken as they are stored; floats are not quantised so."""
 
     bits: Literal[4, 8]
     group: int = 64
+    floats: bool = False
 
     def __post_init__(self) -> None:
+        if self.floats and (self.bits, self.group) != (4, 32):
+            raise StartupError(f"mxfp4 weights have 4 bits in groups of 32, not {self.bits} in groups of {self.group}")
         if self.bits == 4 and (self.group % 8 or not 8 <= self.group <= 256):
             raise StartupError(
                 f"there is no kernel for 4-bit weights in groups of {self.group}: it must be a multiple of 8 up to 256"
@@ -78,8 +87,9 @@ class QuantizedWeight(PackedWeight, Protocol):
     def fill_codes(self, first_row: int, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> None:
         """Copy rows that are quantised already to `first_row`.
 
-        `codes` uint8 [n, in]: 0 to 15 (int4), or the signed value + 128 (int8). `scales` [n, groups]. `zeros` uint8
-        [n, groups]: the code that means zero (int4, default 8); all rows of a layer have them or none.
+        `codes` uint8 [n, in]: 0 to 15 (int4), the signed value + 128 (int8), or E2M1 (mxfp4: the sign is the highest of
+        four bits). `scales` [n, groups], of mxfp4 uint8, the exponent of two plus 127. `zeros`
+        [n, groups]: what int4 codes are counted from, kept as float16 (default 8); all rows have them or none.
         """
         ...
 
@@ -93,6 +103,21 @@ class CachedWeight(QuantizedWeight, Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class RoutedParts:
+    """What stands in the place of an MLP: a router [experts, hidden], experts of which each token takes `per_token`,
+    and perhaps one more that all tokens take, scaled by the sigmoid of `shared_gate` [1, hidden] if there is one."""
+
+    router: PackedWeight
+    experts: Experts
+    per_token: int
+    renormalizes: bool  # see `Backend.choose`
+    scale: float
+    shared_gate_up: PackedWeight | None = None
+    shared_down: PackedWeight | None = None
+    shared_gate: PackedWeight | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderLayerParts:
     """What one Llama-like decoder layer is made of: weights of norms and of linear layers."""
 
@@ -102,13 +127,15 @@ class DecoderLayerParts:
     k_norm: Tensor | None
     o: PackedWeight
     mlp_norm: Tensor  # before the MLP
-    gate_up: PackedWeight
-    down: PackedWeight
+    gate_up: PackedWeight | None  # None of a layer that routes
+    down: PackedWeight | None
     sliding_window: int | None
     attended_norm: Tensor | None = None  # of what `o` gives, before it is added; after_norm: of what `down` gives
     after_norm: Tensor | None = None
     media_both_ways: bool = False  # sees as far as `AttentionContext.visible` says
     rotation: int = 0  # number of its cos and sin
+    routed: RoutedParts | None = None
+    sinks: Tensor | None = None  # float32 [heads], see `Backend.paged_attention`
 
 
 class DecoderStack(Protocol):
@@ -126,6 +153,30 @@ class DecoderStack(Protocol):
 
         `rows` int64 [n], ascending: the tokens whose states are needed, others are undefined.
         """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """How the tokens of rows are drawn: arrays [rows]. A row takes one number of a counter-based stream."""
+
+    seeds: NDArray[np.uint64]
+    indices: NDArray[np.uint64]  # of the token in its output
+    top_p: NDArray[np.float64]  # 1: all
+    temperature: NDArray[np.float32]
+    least: NDArray[np.float32]  # the logarithm of min_p; minus infinity: all
+    top_k: NDArray[np.int32]  # 0: all
+
+
+class Experts(Protocol):
+    """The MLPs of a routed layer."""
+
+    def __call__(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """x [tokens, hidden]; chosen int64 [tokens, k], the experts of each token, all different; weights float32
+        [tokens, k] -> the weighted sum of what they give [tokens, hidden], experts in ascending order.
+
+        Only the weights of chosen experts are read. A token's result does not depend on the other tokens, as far as
+        products of rows do not."""
         ...
 
 
@@ -222,11 +273,13 @@ class Backend(Protocol):
         scale: float,
         sliding_window: int | None = None,
         visible: Tensor | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Causal attention of each sequence's new tokens to its cached ones, their own included; grouped queries.
 
         With a window, position p sees p - sliding_window + 1 .. p. `visible` int32 [tokens]: of its sequence's keys a
         token sees the first so many instead of those up to its own, the window's lower end staying where it is.
+        `sinks` float32 [heads]: a score that takes part in each query's softmax, and has no value.
         """
         ...
 
@@ -248,6 +301,52 @@ class Backend(Protocol):
         its tokens. The numbers are those of all queries at once, to the last bit."""
         ...
 
+    def experts(
+        self, gate_up: Sequence[PackedWeight], down: Sequence[PackedWeight], activation: Activation
+    ) -> Experts | None:
+        """Of each expert, gate and up [2 * inner, hidden] and down [hidden, inner]; None where a weight has a layout
+        that is not taken."""
+        ...
+
+    def choose(self, logits: Tensor, per_token: int, *, renormalizes: bool, scale: float) -> tuple[Tensor, Tensor]:
+        """Router logits [tokens, experts] -> (the experts with the largest ones int64, their weights float32), [tokens,
+        per_token] each. Of equal logits the first counts as larger. Weights are the softmax over all experts, with
+        `renormalizes` over those that are chosen, times `scale`."""
+        ...
+
+    def draw(self, logits: Tensor, draws: Draws) -> Tensor | None:
+        """float32 logits [rows, vocab] -> token ids int64 [rows], with the meaning of `engine.sampler`; None where
+        there is no kernel for it. A row that has no highest finite logit gets any token."""
+        ...
+
+    def causal_conv(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, states: Tensor, segments: Segments, *, silu: bool = False
+    ) -> Tensor:
+        """Of every channel by itself the weighted sum of a token and those before it in its sequence, and of that, with
+        `silu`, the activation. x [tokens, channels]; weight [channels, taps], the last tap is the token's own; bias
+        [channels]; states [slots, taps - 1, channels], the last rows of x before a run -> [tokens, channels]"""
+        ...
+
+    def delta_rule(
+        self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, learned: Tensor, states: Tensor, segments: Segments
+    ) -> Tensor:
+        """Of each head a memory M [key_dim, value_dim], which every token changes and then reads: M fades to
+        e^decay M, learns k (learned (v - M^T k))^T and gives M^T q. q and k [tokens, key_heads, key_dim] are first made
+        of length one, q then divided by the root of it; v [tokens, value_heads, value_dim]; each key head serves as
+        many value heads next to each other; decay and learned float32 [tokens, value_heads]; states float32 [slots,
+        value_heads, key_dim, value_dim] -> what is read [tokens, value_heads, value_dim]"""
+        ...
+
+    def delta_gates(self, gates: Tensor, rate: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """gates [tokens, 2 * heads], what each head learns with before what it keeps; rate and bias float32 [heads] ->
+        (-e^rate softplus(kept + bias), sigmoid(learned)), float32 [tokens, heads]: `decay` and `learned` of
+        `delta_rule`"""
+        ...
+
+    def norm_gated(self, x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [tokens, heads, n], each head normed by itself; z [tokens, heads * n] -> silu(z) * norm(x), like z"""
+        ...
+
     def decoder_stack(
         self,
         layers: Sequence[DecoderLayerParts],
@@ -260,6 +359,7 @@ class Backend(Protocol):
         eps: float,
         activation: Activation,
         norm_offset: float,
+        norms_whole_qk: bool,
     ) -> DecoderStack | None:
         """All layers as one call, the numbers those of kernel by kernel; None where that is not supported."""
         ...

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class LayerCache(NamedTuple):
@@ -17,7 +17,14 @@ class LayerCache(NamedTuple):
     table: int = 0  # of a sequence's block tables, the one that says which blocks are the layer's
 
 
-KVCache = list[LayerCache]
+class StateCache(NamedTuple):
+    """What one layer keeps in place of keys and values: a state of fixed size, each part [slots, ...], the state of a
+    sequence after one of its tokens in one slot. Slot 0 holds zeros: the state before any token."""
+
+    parts: tuple[Tensor, ...]
+
+
+KVCache = list[LayerCache | StateCache]
 
 
 NeededStates = Literal["all", "first", "last"]
@@ -29,6 +36,25 @@ class LayerRows:
 
     tokens: Tensor  # int64 [n], places in the step
     values: Tensor  # [n, layers, hidden]
+
+
+class Additions(Protocol):
+    """What adapters of some of a step's tokens add to linear layers (`models.adapters`)."""
+
+    def add(self, module: nn.Module, out: Tensor, x: Tensor) -> None:
+        """To `out` = module(x) of all tokens of the step, in place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """A step as layers with states see it: runs of consecutive tokens, each of one sequence. The state in slot
+    `sources[i]` goes before run i, and what it then is goes to slot `targets[i]`, which no run of the step reads but
+    later ones of the same sequence. So a step that failed can be repeated."""
+
+    lengths: list[int]  # tokens of each run; they are the step's tokens in their order
+    num_singles: int  # leading runs of one token each, of as many sequences
+    sources: Tensor  # int64 [runs]
+    targets: Tensor  # int64 [runs]
 
 
 @dataclass(slots=True)
@@ -52,12 +78,22 @@ class AttentionContext:
     memories: Sequence[Tensor] = ()  # of encoder-decoders: what each sequence's tokens attend to besides, by the model
     aligned: dict[int, list[Tensor]] = field(default_factory=dict)
     """Sequences whose attention to their memories is wanted -> per layer, float32 [heads, tokens, rows of memory]."""
+    query_scales: Tensor | None = None  # [tokens, 1, 1], of queries whose positions say how large they are
     token_ids: Tensor | None = None  # int64 [tokens], for models whose inner layers look tokens up
     visible: Tensor | None = None  # int32 [tokens], keys that each token may see; None: up to its own
     layer_rows: LayerRows | None = None  # only for models with `deepstack`; see there
     others: list[AttentionContext] = field(default_factory=list)  # the same step by the other block tables: 1, 2, …
     unseen: list[int] | None = None  # tokens at the end of each sequence that nobody attends to; encoders only
+    adapters: Additions | None = None  # where any sequence has one
+    segments: Segments | None = None  # only for models with states
     needed_states: NeededStates = "all"  # tokens whose states `forward` must compute: all, or one per sequence
+
+    @property
+    def runs(self) -> Segments:
+        """`segments`, of layers that cannot do without."""
+        if self.segments is None:
+            raise ValueError("the batch does not say which states its tokens go on from")
+        return self.segments
 
     def by_table(self, table: int) -> AttentionContext:
         """The step as the layers of a block table see it."""

@@ -10,6 +10,7 @@ from sensorium.engine import encoding
 from sensorium.engine.encoder_cache import EncoderCache
 from sensorium.engine.encoding import Encodings
 from sensorium.engine.faults import Faults
+from sensorium.engine.sequence import Wanted
 from sensorium.types import MediaFeatures
 
 
@@ -38,8 +39,8 @@ def test_a_small_item_does_not_wait_for_another_tenants_large_ones(monkeypatch: 
 
     def add(tenant: bytes, name: str) -> None:
         item = MediaFeatures("image", name.encode(), 1)
-        cache.reserve((tenant, item.key), 1)
-        queue.add({(tenant, item.key): item})
+        cache.reserve((tenant, item.key), 1, tenant)
+        queue.add({(tenant, item.key): Wanted(tenant, item)})
 
     for index in range(6):
         add(b"a", f"{index}-20")
@@ -58,3 +59,25 @@ def test_a_small_item_does_not_wait_for_another_tenants_large_ones(monkeypatch: 
     assert not queue
     assert len(tower.done) == before  # whoever wanted them has left
     assert set(begun) == {1}
+
+
+def test_towers_take_no_more_time_than_steps_of_who_has_no_media(monkeypatch: pytest.MonkeyPatch) -> None:
+    tower = Tower(monkeypatch)
+    cache: EncoderCache[Any] = EncoderCache(100, 1)
+    queue = Encodings(tower, cache, lambda one: {"name": one.key.decode()}, lambda error: False, Faults())  # type: ignore
+    item = MediaFeatures("image", b"a-90", 1)
+    cache.reserve((b"", item.key), 1, b"a")
+    queue.add({(b"", item.key): Wanted(b"a", item)})
+
+    def pieces(turns: set[bytes], seconds: float, steps: int) -> int:
+        before = len(tower.done)
+        for _ in range(steps):
+            queue.run(lambda macs: None)
+            queue.step_took(turns, seconds)
+        return len(tower.done) - before
+
+    pieces(set(), 0.0, 1)  # the first one begins the tower
+    assert pieces({b"a"}, 0.1, 10) == 10
+    assert pieces(set(), 0.0, 10) == 10
+    assert pieces({b"a", b"b"}, 0.1, 33) in (3, 4)
+    assert pieces({b"b"}, 2.0, 10) == 10

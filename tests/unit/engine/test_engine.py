@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.checkpoints import make_llama, make_qwen3_vl
+from support.checkpoints import make_llama, make_qwen3_vl_moe
 from support.engine_harness import Bench, Result, bench, image_request, random_prompt, request, tokens_of
 from torch import Tensor
 
@@ -30,9 +30,9 @@ LENGTHS = (3, 17, 32, 33, 64, 70, 100, 5)
 
 @pytest.fixture(scope="module")
 def deep_model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    """A tiny Qwen3-VL with Qwen2-VL's patches."""
-    folder = tmp_path_factory.mktemp("qwen3_vl")
-    make_qwen3_vl(folder, text={"max_position_embeddings": 2048}, vision={"patch_size": 14})
+    """A tiny Qwen3-VL with experts and Qwen2-VL's patches."""
+    folder = tmp_path_factory.mktemp("qwen3_vl_moe")
+    make_qwen3_vl_moe(folder, text={"max_position_embeddings": 2048}, vision={"patch_size": 14})
     return load_model(open_checkpoint(folder), dtype=torch.float32, device="cpu")
 
 
@@ -70,7 +70,8 @@ def test_same_tokens_however_computed(model: Model, chunk: int, caching: bool, p
 
 
 def test_rows_for_inner_layers_however_computed(deep_model: Model) -> None:
-    """Deepstack: what the tower has for the decoder's first layers is there for every token that is computed."""
+    """Deepstack: what the tower has for the decoder's first layers is there for every token that is computed. And
+    experts: a token's do not depend on who else is in the step."""
     check_same_tokens(deep_model, 13, caching=True, preempted=True, cache="auto")
 
 
@@ -121,7 +122,7 @@ def test_prefill_cut_at_every_place_of_a_picture(model: Model) -> None:
         seq = engine.engine.scheduler.waiting[0]
         plan_chunk = engine.engine.scheduler._plan_chunk
         engine.engine.scheduler._plan_chunk = (  # type: ignore[method-assign]
-            lambda plan, s, tokens, c=cut, f=plan_chunk: f(
+            lambda plan, s, tokens, c=cut, f=plan_chunk: f(  # type: ignore[misc]
                 plan, s, min(tokens, c - s.num_computed) if s.num_computed < c else tokens
             )
         )
@@ -178,10 +179,12 @@ def test_conversation_reuses_prompt_picture_and_answer(model: Model) -> None:
     prompt = first.prompt
     length = len(prompt.token_ids) + len(answer.tokens)
     tail = np.arange(len(prompt.token_ids), length + 5) + prompt.position_delta
+    positions = prompt.positions
+    assert positions is not None
     longer = replace(
         prompt,
         token_ids=np.concatenate((prompt.token_ids, answer.tokens, [50, 51, 52, 53, 54])).astype(np.int32),
-        positions=np.concatenate((prompt.positions, tail[None].repeat(3, 0)), axis=1).astype(np.int32),
+        positions=np.concatenate((positions, tail[None].repeat(3, 0)), axis=1).astype(np.int32),
     )
     second = replace(first, id=first.id + 500_000, prompt=longer)
     expected = solo(model, [second])[0].tokens
@@ -410,6 +413,8 @@ def test_prompt_logprobs_are_those_of_the_tokens(model: Model, chunk: int) -> No
         assert [token for token, _ in entry.top] == [token for token, _ in shorter.logprobs[0].top]
         assert entry.top[0][1] == pytest.approx(shorter.logprobs[0].top[0][1], abs=1e-5)
     assert all(one.top[0][0] == one.token_id for one in result.logprobs)
+    [lone] = bench(model).run(request(prompt[:1], 2, prompt_logprobs=2))
+    assert list(lone.prompt_logprobs) == [None]
 
 
 def test_times_come_with_the_first_output_and_preemptions_with_the_last(model: Model) -> None:
@@ -436,7 +441,7 @@ def test_times_come_with_the_first_output_and_preemptions_with_the_last(model: M
 @pytest.mark.parametrize("chunk", [2048, 9])
 def test_pooling_runs_beside_generation(model: Model, chunk: int) -> None:
     model.poolers = {
-        "embed": EmbedPooler(("last",), 64, normalize=True),  # type: ignore[assignment]
+        "embed": EmbedPooler(("last",), 64, normalize=True),
         "token_embed": VectorsPooler(64, normalize=False),
     }
     try:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from llguidance import LLMatcher, LLParserLimits
 from support import tiny_tokenizers
 from support.engine_harness import Bench, Result, bench, random_prompt, request, tokens_of
+from support.tiny_tokenizers import id_of
 
 from sensorium.engine import grammars
 from sensorium.engine.constraint import GRAMMAR_FAILED
@@ -63,7 +66,7 @@ def check_person(text: str) -> None:
 def test_every_answer_has_the_form_and_others_are_as_without(model: Model, tokenizer: Tokenizer) -> None:
     free = [ask(model, None, seed, 20, temperature=seed % 2) for seed in range(4)]
     alone = tokens_of(held(model, tokenizer).run(*free))
-    mixed = held(model, tokenizer)
+    mixed = held(model, tokenizer, speculative_tokens=16)
     people = [ask(model, JSON, seed, temperature=seed % 3 / 2) for seed in range(6)]
     short = [ask(model, Grammar("regex", "[ab]{2,3}c?"), seed, temperature=1) for seed in range(6)]
     again = [ask(model, None, seed, 20, temperature=seed % 2) for seed in range(4)]
@@ -183,7 +186,7 @@ def test_a_step_that_fails_is_repeated_with_the_same_tokens(model: Model, tokeni
             raise RuntimeError("a fault behind the sampler")
         return found
 
-    sampler.sample = failing  # type: ignore[method-assign]
+    sampler.sample = failing  # type: ignore[method-assign, assignment]
     made.core._failed_shapes.update({(n,) for n in range(9)})  # as if it had failed before: each is tried alone
     made.engine.scheduler.propose = lambda seq, most: []
     results = made.run(*[ask(model, JSON, seed, temperature=1) for seed in range(2)])
@@ -195,7 +198,7 @@ def test_a_step_that_fails_is_repeated_with_the_same_tokens(model: Model, tokeni
 def test_a_grammar_that_fails_on_the_way_ends_its_request_only(
     model: Model, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grammars, "LIMITS", grammars.LLParserLimits(max_items_in_row=80, verbose_errors=False))
+    monkeypatch.setattr(grammars, "LIMITS", LLParserLimits(max_items_in_row=80, verbose_errors=False))
     made = held(model, tokenizer)
     hostile = ask(
         model, Grammar("lark", 'start: s "b"\ns: s s | s s s | "a" |'), max_tokens=200, logit_bias=((64, 90.0),)
@@ -237,14 +240,20 @@ def test_a_grammar_is_compiled_once_and_few_are_kept(
     made = held(model, tokenizer)
     monkeypatch.setattr(grammars, "MAX_KEPT", 3)
     compiled = []
-    original = grammars.LLMatcher
-    monkeypatch.setattr(grammars, "LLMatcher", lambda *args, **named: compiled.append(1) or original(*args, **named))
+
+    def counted(*args: Any, **named: Any) -> LLMatcher:
+        compiled.append(1)
+        return LLMatcher(*args, **named)
+
+    monkeypatch.setattr(grammars, "LLMatcher", counted)
     made.run(*[ask(model, JSON, seed, temperature=1) for seed in range(4)])
     assert len(compiled) == 1
     made.run(*[ask(model, Grammar("regex", f"a{number}")) for number in range(9)])
     assert len(made.core._grammars._kept) == 3
     made.run(ask(model, JSON))
     assert len(compiled) == 11
+    made.run(*[replace(ask(model, JSON), salt=b"another tenant's") for _ in range(2)])
+    assert len(compiled) == 12
 
 
 def test_control_tokens_are_never_text(model: Model, tokenizer: Tokenizer) -> None:
@@ -260,10 +269,10 @@ def test_control_tokens_are_never_text(model: Model, tokenizer: Tokenizer) -> No
 def test_a_decoder_that_takes_a_space_gets_one(tmp_path: Path) -> None:
     """Of SentencePiece's kind: the first token of an answer usually brings a space that nobody sees."""
     own = Tokenizer.from_folder(tiny_tokenizers.write(tmp_path, tiny_tokenizers.sentencepiece(), eos_token="</s>"))
-    vocabulary = own.vocabulary([own.token_to_id("</s>")])
+    vocabulary = own.vocabulary([id_of(own, "</s>")])
     assert vocabulary is not None and vocabulary.lead == 1
     library = grammars.open_tokenizer(vocabulary, own.vocab_size)
-    matcher = grammars.LLMatcher(library, grammars.described(Grammar("regex", "[a-z]{3}"), vocabulary.lead))
-    assert matcher.validate_tokens([own.token_to_id("▁"), own.token_to_id("t")]) == 2
-    assert matcher.validate_tokens([own.token_to_id("t"), own.token_to_id("h")]) == 2
-    assert matcher.validate_tokens([own.token_to_id("▁")] * 2) == 1
+    matcher = LLMatcher(library, grammars.described(Grammar("regex", "[a-z]{3}"), vocabulary.lead))
+    assert matcher.validate_tokens([id_of(own, "▁"), id_of(own, "t")]) == 2
+    assert matcher.validate_tokens([id_of(own, "t"), id_of(own, "h")]) == 2
+    assert matcher.validate_tokens([id_of(own, "▁")] * 2) == 1

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 
 from sensorium.config import EngineConfig
 from sensorium.engine import loading
-from sensorium.engine.cache_layout import CacheLayout
+from sensorium.engine.cache_layout import CacheLayout, by_place
 from sensorium.engine.loading import choose_cache_dtype, choose_dtype, default_batched_tokens
 from sensorium.engine.memory import available_for_cache, encoder_cache_bytes, encoder_row_bytes, size_cache
 from sensorium.engine.tables import BlockTables
 from sensorium.errors import StartupError
+from sensorium.kernels.context import LayerCache
 from sensorium.models.base import Model
 from sensorium.models.cache import EncoderGroup, PagedGroup
 from sensorium.system import cgroups
@@ -22,8 +25,12 @@ TABLES = BlockTables((None,), 16, 512)
 BLOCK = LAYOUT.block_bytes
 
 
+def layers_of(made: Mapping[int, LayerCache]) -> list[LayerCache]:
+    return [layer for layer in by_place(made) if isinstance(layer, LayerCache)]  # all of them
+
+
 def test_bytes_of_a_block() -> None:
-    cache = LAYOUT.make(3, torch.device("cpu"))
+    cache = layers_of(LAYOUT.make(3, torch.device("cpu")))
     assert [tuple(t.shape) for layer in cache for t in layer[:2]] == [(3, 2, 16, 8)] * 4
     assert {t.dtype for layer in cache for t in layer[:2]} == {torch.bfloat16}
     assert sum(t.nbytes for layer in cache for t in layer[:2]) == 3 * BLOCK
@@ -34,7 +41,7 @@ def test_groups_have_shapes_of_their_own() -> None:
     """Layer 3 reads the keys and values of layer 0."""
     groups = [PagedGroup((0, 2), 1, 8, shared=((3, 0),)), PagedGroup((1,), 2, 16)]
     layout = CacheLayout.of(groups, block_size=4, dtype=torch.float32)
-    cache = layout.make(7, torch.device("cpu"))
+    cache = layers_of(layout.make(7, torch.device("cpu")))
     assert [tuple(layer.keys.shape) for layer in cache] == [(7, 1, 4, 8), (7, 2, 4, 16), (7, 1, 4, 8), (7, 1, 4, 8)]
     assert cache[3] is cache[0]
     assert layout.windows == (None,) and {layer.table for layer in cache} == {0}
@@ -73,7 +80,7 @@ def test_layers_with_windows_have_tables_of_their_own(
     ]
     layout = CacheLayout.of(groups, 2, dtype, max_len=4096)
     assert (layout.windows, len(layout.lanes)) == (windows, num_lanes)
-    cache = layout.make(len(windows), torch.device("cpu"))
+    cache = layers_of(layout.make(len(windows), torch.device("cpu")))
     for layer in cache:
         for tensor in layer[:2]:
             tensor[layer.table] += 1
@@ -111,7 +118,7 @@ def test_bytes_hold_nearly_twice_the_blocks() -> None:
         config = EngineConfig("m", max_num_seqs=1000)
         blocks = [size_cache(config, TABLES, layout.block_bytes, 4096, 100 * 2**20)[0] for layout in (wide, narrow)]
         assert blocks[1] == 100 * 2**20 // narrow.block_bytes > 1.88 * blocks[0]
-        cache = narrow.make(5, torch.device("cpu"))
+        cache = layers_of(narrow.make(5, torch.device("cpu")))
         assert {t.dtype for layer in cache for t in layer[:2]} == {torch.int8}
         assert sum(t.nbytes for layer in cache for t in layer[:2]) == 5 * narrow.block_bytes
 
@@ -166,9 +173,9 @@ def test_a_quarter_of_what_the_container_leaves(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_threads_are_no_more_than_the_cores_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading.os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
     for allowed, expected in ((None, 8), (1, 1), (3, 3), (64, 8)):
-        monkeypatch.setattr(loading.cgroups, "cores", lambda allowed=allowed: allowed)
+        monkeypatch.setattr(cgroups, "cores", lambda allowed=allowed: allowed)
         assert loading.usable_cores() == expected
 
 

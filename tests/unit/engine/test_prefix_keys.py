@@ -85,7 +85,7 @@ def test_no_process_has_keys_of_its_own() -> None:
     "other", [{"salt": b"other"}, {"identity": b"other"}, {"salt": b"", "identity": b"modeltenant"}, {"is_long": True}]
 )
 def test_model_tenant_and_rope_are_part_of_every_key(other: dict[str, Any]) -> None:
-    base = {"salt": b"tenant", "identity": b"model"}
+    base: dict[str, Any] = {"salt": b"tenant", "identity": b"model"}
     assert not set(keys(prompt(), **base)) & set(keys(prompt(), **{**base, **other}))
 
 

@@ -108,5 +108,6 @@ def test_random_regexes(model: Model, tokenizer: Tokenizer) -> None:
 def test_the_check_of_answers_finds_what_does_not_fit() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer", "minimum": 3}}, "required": ["a"]}
     assert random_forms.fits({"a": 3, "b": None}, schema, schema)
-    for value in ({}, {"a": 2}, {"a": 3.5}, {"a": True}, [], None):
+    wrong: list[Any] = [{}, {"a": 2}, {"a": 3.5}, {"a": True}, [], None]
+    for value in wrong:
         assert not random_forms.fits(value, schema, schema)

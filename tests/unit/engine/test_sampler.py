@@ -215,12 +215,16 @@ def test_both_ways_to_filter_agree(noise: int, spread: float, ties: bool, batch:
         assert differing == 0 or (not ties and differing == 1)  # sums are rounded in another order
 
 
+def _is_random(params: Any) -> bool:
+    return bool(params["temperature"] > 1e-5)
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     st.integers(0, 2**31),
     st.sampled_from([0.3, 2.0, 10.0]),
     st.sampled_from([100, 128, 500, 1000]),
-    st.lists(Params.filter(lambda one: one["temperature"] > 1e-5), min_size=1, max_size=4),
+    st.lists(Params.filter(_is_random), min_size=1, max_size=4),
 )
 def test_both_ways_to_draw_agree(noise: int, spread: float, vocab: int, batch: list[dict[str, Any]]) -> None:
     """All rows at once, as on a GPU, and row by row."""
@@ -293,7 +297,7 @@ def test_a_bad_word_may_begin_but_not_end(outputs: list[int], gained: list[int],
     """9 is the likeliest, then 8, 7: (5, 9) and (4, 5, 8) are not to be said. The prompt does not count."""
     seq = sequence([4, 5], outputs, temperature=0.0, bad_words=((5, 9), (4, 5, 8)))
     logits = torch.arange(10.0).unsqueeze(0)
-    assert Sampler().sample(logits, [seq], [gained] if gained else None).token_ids == [expected]
+    assert Sampler().sample(logits, [seq], [gained] if gained else []).token_ids == [expected]
 
 
 def test_a_bad_word_gives_way_where_nothing_else_is_allowed() -> None:
@@ -319,7 +323,12 @@ def test_counts_follow_the_output() -> None:
     """Penalties see every token once, also when there are more than memory was reserved for at first."""
     rng = np.random.default_rng(0)
     logits = torch.from_numpy(rng.standard_normal((1, 2000)).astype(np.float32))
-    options = {"temperature": 0.0, "frequency_penalty": 0.5, "presence_penalty": 0.1, "repetition_penalty": 1.1}
+    options: dict[str, Any] = {
+        "temperature": 0.0,
+        "frequency_penalty": 0.5,
+        "presence_penalty": 0.1,
+        "repetition_penalty": 1.1,
+    }
     outputs = rng.integers(0, 2000, 900).tolist()
     seq = sequence([5, 5, 6], outputs, **options)
     seq.num_tokens = seq.num_prompt

@@ -16,6 +16,7 @@ from support.model_driver import Sequence as Run
 from sensorium.checkpoint.configs import open_checkpoint
 from sensorium.engine.prefix_cache import _of_table
 from sensorium.engine.sequence import Sequence as Planned
+from sensorium.kernels.context import LayerCache
 from sensorium.models.base import Model
 from sensorium.models.loading import load_model
 
@@ -48,6 +49,7 @@ def poison_free_blocks(engine: Bench) -> None:
     pool, cache = engine.engine.scheduler.pool, engine.engine.runner._cache
     free = [block for block in range(pool.num_blocks) if pool.is_free(block) and pool._keys[block] is None]
     for layer in cache:
+        assert isinstance(layer, LayerCache)
         nothing = -1 if layer.keys.dtype == torch.int8 else torch.nan  # four bytes of -1 are no number either
         layer.keys[free] = layer.values[free] = nothing
 

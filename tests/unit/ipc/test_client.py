@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,17 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
+from support.adapters import make_adapter
 from support.engine_harness import bench, image_request, random_prompt, request, tokens_of
 
 from sensorium.config import EngineConfig
 from sensorium.engine.faults import VARIABLE
-from sensorium.engine.loop import STEP_FAILED
+from sensorium.engine.loop import NO_ADAPTER, STEP_FAILED
 from sensorium.errors import StartupError, UnavailableError
 from sensorium.ipc import client as client_module
+from sensorium.ipc import messages
 from sensorium.ipc.client import EngineClient, OutputStream
 from sensorium.ipc.liveness import HUNG
 from sensorium.models.base import Model
-from sensorium.types import EngineOutput, EngineRequest
+from sensorium.types import EngineOutput, EngineReady, EngineRequest, Vocabulary
 
 
 @pytest.fixture(autouse=True)
@@ -104,9 +108,10 @@ async def test_life_of_an_engine(folder: Path, model: Model) -> None:
     with pytest.raises(UnavailableError):
         client.submit(endless())
     client.start()
-    assert client.state == "loading"
+    states = [client.state]
     ready = await client.wait_ready()
-    assert client.state == "ready"
+    states.append(client.state)
+    assert states == ["loading", "ready"]
     assert client.ready == ready
     assert (ready.device, ready.dtype, ready.max_model_len) == ("cpu", "float32", 2048)
     assert "generate" in ready.tasks
@@ -285,6 +290,19 @@ async def test_a_start_that_hangs_ends(folder: Path, monkeypatch: pytest.MonkeyP
         await client.aclose()
 
 
+async def test_an_engine_that_says_that_it_is_ready_while_it_is_ended_is_not_started_again(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(folder) as client:
+        ready = client.ready
+        assert ready is not None
+        closing = asyncio.ensure_future(client.aclose())
+        await until(lambda: client.state == "closed")
+        client._receive(messages.Kind.READY, memoryview(messages.encode_ready(ready))[5:])
+        await closing
+        assert (client.state, list(client._restarts), caplog.text) == ("closed", [], "")
+
+
 async def test_three_losses_are_enough(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that is lost again and again is not started for ever; the fourth loss is the last."""
     starts: list[float] = []
@@ -401,3 +419,56 @@ def test_whoever_was_stopped_itself_kills_no_engine(folder: Path, with_engine: b
         os.kill(pid, signal.SIGCONT)
     out, _ = parent.communicate(timeout=100)
     assert out.splitlines()[-1] == "length True ready 0"
+
+
+async def test_adapters_of_an_engine_and_of_the_one_after_it(folder: Path, model: Model, tmp_path: Path) -> None:
+    """Loaded while it computes, refused in one line, there again after the engine was lost."""
+    one, broken = (make_adapter(tmp_path / name, folder, within="model.layers.") for name in ("one", "broken"))
+    (broken / "adapter_config.json").write_text("{}")
+    made = bench(model)
+    assert made.engine.adapters.load(7, str(one)) == ""
+    asked = [replace(request(random_prompt(1, 20), 8), adapter=adapter) for adapter in (7, 0)]
+    expected = tokens_of(made.run(*asked))
+    assert expected[0] != expected[1]
+    async with running(folder) as client:
+        busy = client.submit(endless())
+        await client.load_adapter(7, str(one))
+        with pytest.raises(StartupError, match="r must be a positive whole number"):
+            await client.load_adapter(8, str(broken))
+        given_up = asyncio.create_task(client.load_adapter(9, str(one)))
+        await asyncio.sleep(0)
+        given_up.cancel()
+        await asyncio.wait([given_up])
+        _, lost = await collect(client.submit(replace(request(random_prompt(1, 20), 8), adapter=9)))
+        assert (lost.error, given_up.cancelled()) == (NO_ADAPTER, True)
+        assert [(await collect(client.submit(again)))[0] for again in asked] == expected
+        assert client.pid is not None
+        os.kill(client.pid, signal.SIGKILL)
+        with pytest.raises(UnavailableError):
+            await collect(busy)
+        await until(lambda: client.state == "ready")
+        assert [(await collect(client.submit(again)))[0] for again in asked] == expected
+        client.unload_adapter(7)
+        _, last = await collect(client.submit(asked[0]))
+        assert (last.finish_reason, last.error) == ("error", NO_ADAPTER)
+
+
+def test_an_engine_that_is_ready_before_it_is_heard_gets_the_vocabulary() -> None:
+    """In uvloop, where what has been sent already is read before the connection's maker goes on."""
+    ours, theirs = socket.socketpair()
+    ready = EngineReady(512, 512, 16, 1, 1, 0.1, "cpu", "float32")
+
+    async def attach() -> bytes:
+        client = EngineClient(EngineConfig(""))
+        client.vocabulary = Vocabulary("tokenizer.json", (), ())
+        ours.setblocking(False)
+        client._socket = ours
+        theirs.sendall(messages.encode_ready(ready))
+        await client.wait_ready()
+        theirs.settimeout(60)
+        sent = await asyncio.to_thread(theirs.recv, 4096)
+        await client.aclose()
+        return sent
+
+    with theirs, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        assert runner.run(attach()).startswith(messages.encode_vocabulary(Vocabulary("tokenizer.json", (), ())))

@@ -1,0 +1,130 @@
+"""The layers of a decoder by these kernels: ten launches a layer of a decode step, products included."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sensorium.kernels import reference
+from sensorium.kernels.backend import Activation, DecoderLayerParts, PackedWeight
+from sensorium.kernels.context import AttentionContext, KVCache, LayerCache
+from sensorium.kernels.cuda.attention import paged_attention, refusal
+from sensorium.kernels.cuda.norms import add_rms_norm, gated, rms_norm
+from sensorium.kernels.cuda.rope import can_rotate, can_write, rotate_and_write
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderShape:
+    """What all layers have in common."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    eps: float
+    activation: Activation
+    norm_offset: float
+    norms_whole_qk: bool = False
+
+
+class CudaDecoder:
+    """See `DecoderStack`."""
+
+    __slots__ = ("_final_norm", "_layers", "_shape", "_widths")
+
+    def __init__(self, layers: Sequence[DecoderLayerParts], final_norm: Tensor, shape: DecoderShape) -> None:
+        self._layers, self._final_norm, self._shape = list(layers), final_norm, shape
+        self._widths = [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads]
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        rotations: Sequence[tuple[Tensor, Tensor]],
+        cache: KVCache,
+        context: AttentionContext,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Raises ValueError where the cache is of a kind that the kernels do not write."""
+        eps, offset, last = self._shape.eps, self._shape.norm_offset, self._layers[-1]
+        residual = hidden.clone()  # norms add to it in place
+        x = rms_norm(hidden, self._layers[0].input_norm, eps, offset)
+        for index, (layer, own) in enumerate(zip(self._layers, cache, strict=True)):
+            if index:
+                x, residual = add_rms_norm(x, residual, layer.input_norm, eps, offset)
+            x = self._attended(layer, x, rotations[layer.rotation], own, context)
+            if layer is last and rows is not None:
+                x, residual = x[rows], residual[rows]
+            x = layer.o(x)
+            if layer.attended_norm is not None:
+                x = rms_norm(x, layer.attended_norm, eps, offset)
+            x, residual = add_rms_norm(x, residual, layer.mlp_norm, eps, offset)
+            x = self._mixed(layer, x)
+            if layer.after_norm is not None:
+                x = rms_norm(x, layer.after_norm, eps, offset)
+        normed, _ = add_rms_norm(x, residual, self._final_norm, eps, offset)
+        return normed if rows is None else torch.empty_like(hidden).index_copy_(0, rows, normed)
+
+    def _mixed(self, layer: DecoderLayerParts, x: Tensor) -> Tensor:
+        """What the MLP, or what stands in its place, makes of states [tokens, hidden]."""
+        routed = layer.routed
+        if routed is None:
+            return self._mlp(layer.gate_up, layer.down, x)
+        chosen, weights = reference.choose(
+            routed.router(x), routed.per_token, renormalizes=routed.renormalizes, scale=routed.scale
+        )
+        out = routed.experts(x, chosen, weights)
+        if routed.shared_gate_up is None:
+            return out
+        shared = self._mlp(routed.shared_gate_up, routed.shared_down, x)
+        if routed.shared_gate is not None:
+            shared = shared.mul_(routed.shared_gate(x).sigmoid_())
+        return out.add_(shared)
+
+    def _mlp(self, gate_up: PackedWeight | None, down: PackedWeight | None, x: Tensor) -> Tensor:
+        if gate_up is None or down is None:
+            raise ValueError("a layer has neither an MLP nor experts")
+        return down(gated(gate_up(x), self._shape.activation))
+
+    def _attended(
+        self,
+        layer: DecoderLayerParts,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        cache: object,
+        context: AttentionContext,
+    ) -> Tensor:
+        """[tokens, hidden] -> [tokens, heads * head_dim]"""
+        if not isinstance(cache, LayerCache):
+            raise ValueError("a layer of attention was given a cache without keys")
+        shape = self._shape
+        q, k, v = torch.split(layer.qkv(x).view(x.shape[0], -1, shape.head_dim), self._widths, dim=1)
+        own = context.by_table(cache.table)
+        reason = refusal(q, cache.keys, cache.values)
+        if reason is not None or not can_rotate(q, k, *rotation) or not can_write(k, v, cache.keys, cache.values):
+            raise ValueError(f"no kernel for {reason or 'such a cache'}")
+        norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
+        rotate_and_write(q, k, v, *rotation, norms, shape.eps, shape.norm_offset, cache, own.slots)
+        visible = context.visible if layer.media_both_ways else None
+        out = paged_attention(q, cache.keys, cache.values, own, shape.scale, layer.sliding_window, visible, layer.sinks)
+        return out.view(x.shape[0], -1)
+
+
+def can_stack(layers: Sequence[DecoderLayerParts], final_norm: Tensor, shape: DecoderShape) -> bool:
+    """Whether the kernels take such layers, with a cache of any kind."""
+    norms = [
+        norm
+        for one in layers
+        for norm in (one.input_norm, one.q_norm, one.k_norm, one.attended_norm, one.mlp_norm, one.after_norm)
+        if norm is not None
+    ]
+    return (
+        bool(layers)
+        and shape.head_dim % 4 == 0
+        and shape.num_heads % shape.num_kv_heads == 0
+        and all(norm.dtype is final_norm.dtype and norm.is_contiguous() for norm in norms)
+        and all((one.q_norm is None) == (one.k_norm is None) for one in layers)
+        and (not shape.norms_whole_qk or layers[0].q_norm is None)
+    )

@@ -1,0 +1,226 @@
+"""Attention over the paged cache in Triton: one query token per sequence in fixed splits, and runs of them in tiles.
+
+The heads of a group are rows of one product, so that each key is read once for all of them. What must not be seen is
+not loaded: a slot may hold the NaN of a sequence that had the block before.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+SPLITS = 16  # of a decoding sequence's keys: as many for every length, so that batch mates change nothing
+NO_WINDOW = 2**30
+LOG2_E = math.log2(math.e)
+LEAST_DIM = 16  # of a product's sides
+
+
+@triton.jit
+def load_rows(cache, at, seen, dtype: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows [n, BLOCK_D] of a cache from the elements `at` [n] on; zeros where not `seen` and behind D."""
+    dims = tl.arange(0, BLOCK_D)
+    mask = seen[:, None]
+    if D != BLOCK_D:
+        mask = mask & (dims < D)[None, :]
+    rows = tl.load(cache + at[:, None] + dims[None, :], mask=mask, other=0.0)
+    if rows.dtype != dtype:
+        rows = rows.to(tl.float32).to(dtype)
+    return rows
+
+
+@triton.jit
+def load_scales(cache, at, seen, D: tl.constexpr):
+    """The float32 scales behind the D codes of rows of an int8 cache."""
+    return tl.load((cache + at + D).to(tl.pointer_type(tl.float32)), mask=seen, other=0.0)
+
+
+@triton.jit
+def score(q, k_cache, at, seen, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, IS_INT8: tl.constexpr):
+    """Scaled scores float32 [rows, keys] in powers of two."""
+    k = load_rows(k_cache, at, seen, q.dtype, D, BLOCK_D)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    if IS_INT8:
+        scores *= load_scales(k_cache, at, seen, D)[None, :]
+    return scores
+
+
+@triton.jit
+def add_values(
+    acc, weights, v_cache, at, seen, D: tl.constexpr, BLOCK_D: tl.constexpr, IS_INT8: tl.constexpr, dtype: tl.constexpr
+):
+    """acc + weights [rows, keys] x values"""
+    if IS_INT8:
+        weights *= load_scales(v_cache, at, seen, D)[None, :]
+    v = load_rows(v_cache, at, seen, dtype, D, BLOCK_D)
+    return tl.dot(weights.to(dtype), v, acc, input_precision="ieee")
+
+
+@triton.jit
+def places(tables, pos, seen, block_stride, PAGE: tl.constexpr, ROW: tl.constexpr):
+    """Where the rows of positions `pos` begin in a cache, without the head's part."""
+    block = tl.load(tables + pos // PAGE, mask=seen, other=0).to(tl.int64)
+    return block * block_stride + (pos % PAGE) * ROW
+
+
+@triton.jit
+def span(length, window, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(first position seen, positions of a split) of a sequence's last token"""
+    lower = tl.maximum(length - window, 0)
+    size = tl.cdiv(tl.cdiv(length - lower, SPLITS), BLOCK_N) * BLOCK_N
+    return lower, tl.maximum(size, 1)
+
+
+@triton.jit(do_not_specialize=["window", "table_stride"], do_not_specialize_on_alignment=["tables", "lengths"])
+def decode_split(
+    q, k_cache, v_cache, tables, lengths, partial, tops, totals, scale, window, table_stride, q_stride, q_head,
+    k_block, k_head, v_block, v_head, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, ROW: tl.constexpr, SPLITS: tl.constexpr,
+    IS_INT8: tl.constexpr,
+):  # fmt: skip
+    """One split of one sequence's keys for the heads of one group -> unnormalised values, highest score, sum."""
+    seq, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    length = tl.load(lengths + seq)
+    lower, size = span(length, window, SPLITS, BLOCK_N)
+    first = lower + split * size
+    last = tl.minimum(first + size, length)
+    rows, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    if first < last:
+        heads = kv_head * GROUP + rows
+        keep = (rows < GROUP)[:, None] & (dims < D)[None, :]
+        query = tl.load(q + seq * q_stride + heads[:, None] * q_head + dims[None, :], mask=keep, other=0)
+        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for start in range(first, last, BLOCK_N):
+            pos = start + tl.arange(0, BLOCK_N)
+            seen = pos < last
+            at = places(tables + seq * table_stride, pos, seen, k_block, PAGE, ROW) + kv_head * k_head
+            scores = score(query, k_cache, at, seen, scale, D, BLOCK_D, IS_INT8)
+            scores = tl.where(seen[None, :], scores, float("-inf"))
+            higher = tl.maximum(top, tl.max(scores, 1))
+            weights = tl.exp2(scores - higher[:, None])
+            fade = tl.exp2(top - higher)
+            total = total * fade + tl.sum(weights, 1)
+            at = places(tables + seq * table_stride, pos, seen, v_block, PAGE, ROW) + kv_head * v_head
+            acc = add_values(acc * fade[:, None], weights, v_cache, at, seen, D, BLOCK_D, IS_INT8, query.dtype)
+            top = higher
+        store_split(partial, tops, totals, acc, top, total, seq, heads, rows, split, GROUP, D, BLOCK_D, SPLITS)
+
+
+@triton.jit
+def store_split(
+    partial, tops, totals, acc, top, total, seq, heads, rows, split, GROUP: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Of one split, into [seqs, heads, splits] and [seqs, heads, splits, D]."""
+    dims = tl.arange(0, BLOCK_D)
+    place = (seq * tl.num_programs(1) * GROUP + heads) * SPLITS + split
+    tl.store(tops + place, top, mask=rows < GROUP)
+    tl.store(totals + place, total, mask=rows < GROUP)
+    keep = (rows < GROUP)[:, None] & (dims < D)[None, :]
+    tl.store(partial + place[:, None] * D + dims[None, :], acc, mask=keep)
+
+
+@triton.jit(do_not_specialize=["window"], do_not_specialize_on_alignment=["lengths", "sinks"])
+def decode_merge(
+    partial, tops, totals, sinks, lengths, out, window, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, HAS_SINKS: tl.constexpr, LOG2_E: tl.constexpr,
+):  # fmt: skip
+    """The splits of one head of one sequence -> its attention. A row of no keys gets zeros."""
+    seq, head = tl.program_id(0), tl.program_id(1)
+    length = tl.load(lengths + seq)
+    lower, size = span(length, window, SPLITS, BLOCK_N)
+    splits, dims = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
+    used = splits < tl.cdiv(length - lower, size)
+    row = seq * tl.num_programs(1) + head
+    top = tl.load(tops + row * SPLITS + splits, mask=used, other=float("-inf"))
+    total = tl.load(totals + row * SPLITS + splits, mask=used, other=0.0)
+    highest = tl.maximum(tl.max(top, 0), -1e30)
+    if HAS_SINKS:
+        sink = tl.load(sinks + head) * LOG2_E
+        highest = tl.maximum(highest, sink)
+    share = tl.exp2(top - highest)
+    whole = tl.sum(total * share, 0)
+    if HAS_SINKS:
+        whole += tl.exp2(sink - highest)
+    keep = used[:, None] & (dims < D)[None, :]
+    parts = tl.load(partial + (row * SPLITS + splits)[:, None] * D + dims[None, :], mask=keep, other=0.0)
+    merged = tl.sum(parts * share[:, None], 0) / tl.maximum(whole, 1e-30)
+    tl.store(out + row * D + dims, merged.to(out.dtype.element_ty), mask=dims < D)
+
+
+@triton.jit
+def queries(token, count, length, visible, HAS_VISIBLE: tl.constexpr):
+    """(position, keys before which it sees) of tokens of a run"""
+    position = length - count + token
+    if HAS_VISIBLE:
+        return position, tl.load(visible + token, mask=token < count, other=0)
+    else:
+        return position, tl.where(token < count, position + 1, 0)
+
+
+@triton.jit(
+    do_not_specialize=["skipped", "window", "table_stride"],
+    do_not_specialize_on_alignment=["tables", "lengths", "starts", "visible", "sinks"],
+)
+def prefill(
+    q, k_cache, v_cache, tables, lengths, starts, visible, sinks, out, skipped, scale, window, table_stride, q_stride,
+    q_head, k_block, k_head, v_block, v_head, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, ROW: tl.constexpr, IS_INT8: tl.constexpr,
+    HAS_VISIBLE: tl.constexpr, HAS_SINKS: tl.constexpr, LOG2_E: tl.constexpr,
+):  # fmt: skip
+    """A tile of one run's queries, (token, head of the group) by (token, head), against the keys that it sees."""
+    seq, kv_head = skipped + tl.program_id(2), tl.program_id(1)
+    start, length = tl.load(starts + seq), tl.load(lengths + seq)
+    count = tl.load(starts + seq + 1) - start
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if tl.program_id(0) * BLOCK_M < count * GROUP:
+        token, head, dims = row // GROUP, kv_head * GROUP + row % GROUP, tl.arange(0, BLOCK_D)
+        keep = (token < count)[:, None] & (dims < D)[None, :]
+        at = (start + token).to(tl.int64)[:, None] * q_stride + head[:, None] * q_head + dims[None, :]
+        query = tl.load(q + at, mask=keep, other=0)
+        position, end = queries(token, count, length, visible + start, HAS_VISIBLE)
+        lowest = tl.maximum(tl.min(position, 0) - window + 1, 0)
+        top, total, acc = attend(
+            query, k_cache + kv_head * k_head, v_cache + kv_head * v_head, tables + seq * table_stride, position, end,
+            lowest, scale, window, k_block, v_block, D, BLOCK_D, BLOCK_M, BLOCK_N, PAGE, ROW, IS_INT8,
+        )  # fmt: skip
+        if HAS_SINKS:
+            sink = tl.load(sinks + head) * LOG2_E
+            highest = tl.maximum(top, sink)
+            total = total * tl.exp2(top - highest) + tl.exp2(sink - highest)
+            acc *= tl.exp2(top - highest)[:, None]
+        acc /= tl.maximum(total, 1e-30)[:, None]
+        heads = tl.num_programs(1) * GROUP
+        at = ((start + token).to(tl.int64) * heads + head)[:, None] * D + dims[None, :]
+        tl.store(out + at, acc.to(out.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def attend(
+    query, k_cache, v_cache, table, position, end, lowest, scale, window, k_block, v_block, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, ROW: tl.constexpr,
+    IS_INT8: tl.constexpr,
+):  # fmt: skip
+    """(highest scores, sums, values times weights) of queries that see keys (position - window, end)"""
+    top = tl.full([BLOCK_M], -1e30, tl.float32)  # of a row that has seen nothing yet
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    last = tl.max(end, 0)
+    for first in range(lowest, last, BLOCK_N):
+        pos = first + tl.arange(0, BLOCK_N)
+        loaded = pos < last
+        at = places(table, pos, loaded, k_block, PAGE, ROW)
+        scores = score(query, k_cache, at, loaded, scale, D, BLOCK_D, IS_INT8)
+        seen = (pos[None, :] < end[:, None]) & (pos[None, :] > position[:, None] - window)
+        scores = tl.where(seen, scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.exp2(scores - higher[:, None])
+        fade = tl.exp2(top - higher)
+        total = total * fade + tl.sum(weights, 1)
+        at = places(table, pos, loaded, v_block, PAGE, ROW)
+        acc = add_values(acc * fade[:, None], weights, v_cache, at, loaded, D, BLOCK_D, IS_INT8, query.dtype)
+        top = higher
+    return top, total, acc

@@ -1,0 +1,88 @@
+"""The experts of a routed layer: rows sorted by expert, in tiles of which each belongs to one expert.
+
+Weights are where the table of addresses says. Which expert a tile belongs to is found from the tiles' counts on the
+device.
+"""
+
+import triton
+import triton.language as tl
+
+from sensorium.kernels.cuda.device.norms import gated_product
+
+
+@triton.jit
+def tile_of(tile_ends, starts, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(expert, sorted rows of this tile, end of the expert's rows); expert EXPERTS: there is nothing to do"""
+    tile, experts = tl.program_id(0), tl.arange(0, BLOCK_E)
+    ends = tl.load(tile_ends + experts, mask=experts < EXPERTS, other=2**30)
+    expert = tl.sum((ends <= tile).to(tl.int32), 0)
+    before = tl.max(tl.where(ends <= tile, ends, 0), 0)
+    known = expert < EXPERTS
+    start, end = tl.load(starts + expert, mask=known, other=0), tl.load(starts + expert + 1, mask=known, other=0)
+    return expert, start + (tile - before).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M), end
+
+
+@triton.jit
+def weight_tile(weight, row, rows, at, size):
+    """[BLOCK_N, BLOCK_K] of a weight [rows, size]"""
+    mask = (row < rows)[:, None] & (at < size)[None, :]
+    return tl.load(weight + row.to(tl.int64)[:, None] * size + at[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def address_of(table, expert, dtype: tl.constexpr):
+    return tl.multiple_of(tl.load(table + expert).to(tl.pointer_type(dtype)), 16)
+
+
+@triton.jit
+def gate_and_up(
+    x, order, starts, tile_ends, weights, biases, out, inner, size, CHOSEN: tl.constexpr, EXPERTS: tl.constexpr,
+    BLOCK_E: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """x [tokens, size] -> activation(gate) * up [sorted rows, inner]"""
+    expert, place, end = tile_of(tile_ends, starts, EXPERTS, BLOCK_E, BLOCK_M)
+    if expert < EXPERTS:
+        token = tl.load(order + place, mask=place < end, other=0) // CHOSEN
+        column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        weight = address_of(weights, expert, x.dtype.element_ty)
+        gate, up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start in range(0, size, BLOCK_K):
+            at = start + tl.arange(0, BLOCK_K)
+            mask = (place < end)[:, None] & (at < size)[None, :]
+            some = tl.load(x + token[:, None] * size + at[None, :], mask=mask, other=0.0)
+            gate = tl.dot(some, tl.trans(weight_tile(weight, column, inner, at, size)), gate, input_precision="ieee")
+            part = weight_tile(weight + inner.to(tl.int64) * size, column, inner, at, size)
+            up = tl.dot(some, tl.trans(part), up, input_precision="ieee")
+        if HAS_BIAS:
+            bias = address_of(biases, expert, x.dtype.element_ty)
+            gate += tl.load(bias + column, mask=column < inner, other=0.0).to(tl.float32)[None, :]
+            up += tl.load(bias + inner + column, mask=column < inner, other=0.0).to(tl.float32)[None, :]
+        made = gated_product(gate, up, ACTIVATION).to(out.dtype.element_ty)
+        mask = (place < end)[:, None] & (column < inner)[None, :]
+        tl.store(out + place[:, None] * inner + column[None, :], made, mask=mask)
+
+
+@triton.jit
+def down_product(
+    x, order, starts, tile_ends, weights, biases, shares, out, size, inner, EXPERTS: tl.constexpr,
+    BLOCK_E: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """x [sorted rows, inner] -> float32 [tokens * chosen, size], times the experts' shares"""
+    expert, place, end = tile_of(tile_ends, starts, EXPERTS, BLOCK_E, BLOCK_M)
+    if expert < EXPERTS:
+        pair = tl.load(order + place, mask=place < end, other=0)
+        column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        weight = address_of(weights, expert, x.dtype.element_ty)
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start in range(0, inner, BLOCK_K):
+            at = start + tl.arange(0, BLOCK_K)
+            mask = (place < end)[:, None] & (at < inner)[None, :]
+            some = tl.load(x + place[:, None] * inner + at[None, :], mask=mask, other=0.0)
+            acc = tl.dot(some, tl.trans(weight_tile(weight, column, size, at, inner)), acc, input_precision="ieee")
+        if HAS_BIAS:
+            bias = address_of(biases, expert, x.dtype.element_ty)
+            acc += tl.load(bias + column, mask=column < size, other=0.0).to(tl.float32)[None, :]
+        acc *= tl.load(shares + pair, mask=place < end, other=0.0)[:, None]
+        mask = (place < end)[:, None] & (column < size)[None, :]
+        tl.store(out + pair[:, None] * size + column[None, :], acc, mask=mask)

@@ -1,0 +1,93 @@
+"""Norms and activations: a row is read once, sums are float32, results are rounded where the reference rounds."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def normed(wide, weight, scale, offset, dtype: tl.constexpr, HAS_OFFSET: tl.constexpr):
+    """float32 numbers times their scale, and times the weight; rounded to `dtype` between the two, as models are
+    trained, but where an offset is added to the weight."""
+    if HAS_OFFSET:
+        return wide * scale * (weight + offset)
+    return (wide * scale).to(dtype).to(tl.float32) * weight
+
+
+@triton.jit
+def rms_norm(
+    x, residual, weight, out, total, eps, offset, stride, size, BLOCK: tl.constexpr, ADDS: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+):  # fmt: skip
+    """Of one row, or of its sum with the residual's, which goes to `total`."""
+    row, dims = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    keep = dims < size
+    dtype: tl.constexpr = out.dtype.element_ty
+    wide = tl.load(x + row * stride + dims, mask=keep, other=0.0).to(tl.float32)
+    if ADDS:
+        wide += tl.load(residual + row * size + dims, mask=keep, other=0.0).to(tl.float32)
+        rounded = wide.to(dtype)
+        tl.store(total + row * size + dims, rounded, mask=keep)
+        wide = rounded.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, 0) / size + eps)
+    factor = tl.load(weight + dims, mask=keep, other=0.0).to(tl.float32)
+    tl.store(out + row * size + dims, normed(wide, factor, scale, offset, dtype, HAS_OFFSET).to(dtype), mask=keep)
+
+
+@triton.jit
+def sigmoid(x):
+    small = tl.exp(-tl.abs(x))
+    return tl.where(x < 0.0, small, 1.0) / (1.0 + small)
+
+
+@triton.jit
+def tanh(x):
+    small = tl.exp(-2.0 * tl.abs(x))
+    return tl.where(x < 0.0, small - 1.0, 1.0 - small) / (1.0 + small)
+
+
+@triton.jit
+def activated(x, ACTIVATION: tl.constexpr):
+    """Of float32 numbers."""
+    if ACTIVATION == "silu":
+        return x * sigmoid(x)
+    elif ACTIVATION == "quick_gelu":
+        return x * sigmoid(1.702 * x)
+    elif ACTIVATION == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        return 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+    elif ACTIVATION == "relu":
+        return tl.where(x < 0.0, 0.0, x)
+    else:
+        tl.static_assert(ACTIVATION == "tanh")
+        return tanh(x)
+
+
+@triton.jit
+def gated_product(gate, up, ACTIVATION: tl.constexpr):
+    """activation(gate) * up of float32 numbers."""
+    if ACTIVATION == "clamped_swiglu":
+        gate = tl.where(gate > 7.0, 7.0, gate)
+        up = tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up))
+        return gate * sigmoid(1.702 * gate) * (up + 1.0)
+    else:
+        return activated(gate, ACTIVATION) * up
+
+
+@triton.jit
+def gated(x, out, size, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr):
+    """[rows, 2 * size], gates first -> [rows, size]"""
+    row, dims = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    keep = dims < size
+    at = x + row * size * 2 + dims
+    gate = tl.load(at, mask=keep, other=0.0).to(tl.float32)
+    up = tl.load(at + size, mask=keep, other=0.0).to(tl.float32)
+    tl.store(out + row * size + dims, gated_product(gate, up, ACTIVATION).to(out.dtype.element_ty), mask=keep)
+
+
+@triton.jit(do_not_specialize=["count"])
+def activate(x, out, count, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr):
+    """Elementwise, of `count` numbers one behind the other."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    wide = tl.load(x + at, mask=at < count, other=0.0).to(tl.float32)
+    tl.store(out + at, activated(wide, ACTIVATION).to(out.dtype.element_ty), mask=at < count)

@@ -1,0 +1,86 @@
+"""Weights in codes on NVIDIA GPUs: few rows are multiplied from the codes themselves, many by cuBLAS."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sensorium.kernels.backend import Quantization
+from sensorium.kernels.cuda.device import linear as device
+from sensorium.kernels.cuda.launch import FLOATS, launch
+from sensorium.kernels.gpu import gpu_kernels
+from sensorium.kernels.reference import QuantizedLinear
+
+GROUPS = (32, 64, 128, 256)
+FROM_CODES = 128  # rows that are: above, the matrix units wait for the codes
+DEQUANTIZED = 16 * 1024 * 1024  # weights that are numbers at once
+COLUMNS = 64
+
+
+class CudaQuantizedLinear(QuantizedLinear):
+    """Codes as the reference has them, but an int4 group's halves share bytes, so that both are read in one piece.
+    Activations are not rounded."""
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        quantization: Quantization,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__(out_features, in_features, quantization, dtype=dtype, device=device)
+        if self.bits == 4:
+            width = self._scales.shape[1] * self._group // 2
+            self._codes = torch.zeros(out_features, width, dtype=torch.uint8, device=device)
+
+    def _pack(self, codes: Tensor) -> Tensor:
+        padded = functional.pad(codes, (0, 2 * self._codes.shape[1] - codes.shape[1]))
+        first, second = padded.view(len(codes), -1, 2, self._group // 2).unbind(2)
+        return (first | (second << 4)).flatten(1)
+
+    def _unpack(self, packed: Tensor) -> Tensor:
+        halves = packed.view(len(packed), -1, 1, self._group // 2)
+        return torch.cat((halves & 15, halves >> 4), 2).flatten(1)[:, : self.in_features]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        out = torch.empty((len(rows), self.out_features), dtype=x.dtype, device=x.device)
+        if len(rows) <= FROM_CODES and not gpu_kernels().is_compiling:
+            self._multiply(rows, out)
+        else:
+            self._multiply_many(rows, out)
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def _multiply(self, rows: Tensor, out: Tensor) -> None:
+        count, size = rows.shape
+        tile = 16 if count <= 16 else 64
+        grid = (-(-count // tile), -(-self.out_features // COLUMNS))
+        bias = self._scales if self._bias is None else self._bias
+        options: dict[str, Any] = {"HAS_BIAS": self._bias is not None, "BLOCK_M": tile, "BLOCK_N": COLUMNS}
+        sizes = (count, self.out_features, size, rows.stride(0))
+        if self.bits == 8:
+            launch(device.int8_product, grid, rows, self._codes, self._scales, bias, out, *sizes, BLOCK_K=128,
+                   num_warps=4, num_stages=3, **options)  # fmt: skip
+            return
+        zeros = self._scales if self._zeros is None else self._zeros
+        launch(device.int4_product, grid, rows, self._codes, self._scales, zeros, bias, out, *sizes,
+               HAS_ZEROS=self._zeros is not None, GROUP=self._group, num_warps=4, num_stages=3, **options)  # fmt: skip
+
+    def _multiply_many(self, rows: Tensor, out: Tensor) -> None:
+        step = max(1, DEQUANTIZED // self.in_features)
+        for start in range(0, self.out_features, step):
+            some = slice(start, start + step)
+            bias = None if self._bias is None else self._bias[some].to(rows.dtype)
+            out[:, some] = functional.linear(rows, self._weight(some).to(rows.dtype), bias)
+
+
+def suits(quantization: Quantization, dtype: torch.dtype) -> bool:
+    """Whether there is a kernel for such a weight."""
+    return dtype in FLOATS and not quantization.floats and (quantization.bits == 8 or quantization.group in GROUPS)

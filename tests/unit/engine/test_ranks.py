@@ -1,0 +1,192 @@
+"""One engine over several ranks, over gloo: the tokens of one process, whatever is scheduled; ranks that are lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support import checkpoints
+from support.engine_harness import Result, image_request, random_prompt, request
+from support.ranks import ANSWER_S, Crew
+
+from sensorium.config import EngineConfig
+from sensorium.engine.batch import StepInput
+from sensorium.engine.leader import Leader
+from sensorium.engine.step_messages import frame_of, step_of
+from sensorium.ipc import messages
+from sensorium.ipc import ranks as wire
+from sensorium.ipc.messages import HEAD_BYTES, Kind
+from sensorium.kernels.context import AttentionContext, Segments
+from sensorium.types import EngineRequest
+
+BLOCK_BYTES = 2 * 2 * 2 * 16 * 8 * 4  # layers, keys and values, heads, tokens, head_dim, float32
+
+
+@pytest.fixture(scope="module")
+def crew() -> Iterator[Crew]:
+    torch.set_num_threads(1)
+    with Crew() as found:
+        yield found
+
+
+def chats() -> list[EngineRequest]:
+    """Equal beginnings, seeds, log-probabilities of outputs and of a prompt."""
+    shared = random_prompt(40, 35)
+    return [
+        *(request(shared + random_prompt(i, 3 + 7 * i), 40) for i in range(4)),
+        request(random_prompt(7, 50), 20, temperature=0.9, seed=11, logprobs=2),
+        request(random_prompt(8, 30), 4, prompt_logprobs=1),
+    ]
+
+
+def answers(results: list[Result]) -> list[Any]:
+    """All that says which tokens were chosen; log-probabilities are compared by their tokens."""
+    return [(one.tokens, one.reason, one.error, [top.token_id for top in one.logprobs]) for one in results]
+
+
+def run(crew: Crew, folder: Path, requests: list[EngineRequest], size: int, **options: Any) -> tuple[Any, int, int]:
+    """(what was answered to all, one after the other and together; preemptions; cached tokens)"""
+    with crew.engine(folder, size, **options) as bench:
+        first = bench.run(requests[0])
+        results = [*first, *bench.run(*requests[1:])]
+        assert len(bench.engine.ready.rank_weight_bytes) == size
+        return answers(results), bench.engine.scheduler.preemptions, sum(one.cached for one in results)
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (checkpoints.make_llama, {"kv_cache_memory": 10 * BLOCK_BYTES, "max_model_len": 128}),
+        (checkpoints.make_qwen3_moe, {"max_num_batched_tokens": 16, "kv_cache_dtype": "int8"}),
+        (checkpoints.make_llama, {"quantization": "int8", "dtype": "bfloat16", "speculative_tokens": 4}),
+    ],
+    ids=["few blocks", "chunks", "drafts"],
+)
+def test_two_ranks_answer_as_one(crew: Crew, tmp_path: Path, make: Any, options: dict[str, Any]) -> None:
+    make(tmp_path)
+    requests = chats()
+    expected, _, cached = run(crew, tmp_path, requests, 1, **options)
+    has_little = "kv_cache_memory" in options
+    halved = {"kv_cache_memory": options["kv_cache_memory"] // 2} if has_little else {}  # a rank has half of the heads
+    found, preempted, cached_too = run(crew, tmp_path, requests, 2, **{**options, **halved})
+    assert found == expected
+    assert cached_too == cached
+    assert not crew.lost
+    assert preempted if has_little else cached
+
+
+def test_media_are_rank_0s(crew: Crew, folder: Path) -> None:
+    """Its towers' rows reach the others, also those of an image in pieces."""
+    requests = [image_request(1, 12), image_request(1, 12), image_request(2, 12, images=2)]
+    found = [run(crew, folder, requests, size, max_num_batched_tokens=24)[0] for size in (1, 2)]
+    assert found[0] == found[1]
+
+
+class Lost:
+    """What a leader does about ranks that it loses, and its followers' ends of their sockets."""
+
+    def __init__(self, pid: int | None = None, size: int = 2, hang_after_s: float = 0.1) -> None:
+        pairs = [socket.socketpair() for _ in range(size - 1)]
+        self.theirs = [theirs for _, theirs in pairs]
+        self.told: list[str] = []
+        self.codes: list[int] = []
+        self.ended = threading.Event()
+        config = EngineConfig(model="", hang_after_s=hang_after_s)
+        self.leader = Leader(config, [(ours, pid) for ours, _ in pairs], tell=self.told.append, end=self._end)
+
+    def _end(self, code: int) -> None:
+        self.codes.append(code)
+        self.ended.set()
+
+    def wait(self) -> list[str]:
+        assert self.ended.wait(ANSWER_S)
+        return self.told
+
+
+@contextmanager
+def child() -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_follower_that_ends_takes_the_engine_along_and_is_named() -> None:
+    lost = Lost(size=3)
+    lost.theirs[1].close()
+    assert lost.wait() == ["rank 2 of 3 has ended"]
+    assert lost.codes and lost.codes[0]
+
+
+def test_what_a_follower_says_of_its_end_is_told() -> None:
+    lost = Lost()
+    lost.theirs[0].sendall(messages.encode_lost("failed: RuntimeError: out of memory"))
+    lost.theirs[0].close()
+    assert lost.wait() == ["rank 1 of 2 failed: RuntimeError: out of memory"]
+
+
+def test_a_stopped_follower_is_named_and_killed() -> None:
+    with child() as process:
+        os.kill(process.pid, signal.SIGSTOP)
+        lost = Lost(process.pid)
+        while not lost.ended.wait(0.05):
+            lost.leader.look()
+        assert lost.told[0].startswith("rank 1 of 2 has given no sign of life for ")
+        assert process.wait(ANSWER_S) == -signal.SIGKILL
+
+
+def test_who_works_while_the_others_wait_is_blamed_for_a_step_that_hangs() -> None:
+    lost = Lost(size=3)
+    lost.theirs[0].sendall(wire.encode_beat(works=False))
+    lost.theirs[1].sendall(wire.encode_beat(works=True))
+    while not lost.ended.wait(0.05):
+        lost.leader.blame_hanging()
+    assert lost.told == ["rank 2 of 3 hangs in a step"]
+
+
+def test_nobody_is_blamed_for_the_end_of_all() -> None:
+    with child() as process:
+        lost = Lost(process.pid)
+        lost.leader.close()
+        assert process.wait(ANSWER_S) == -signal.SIGKILL
+        lost.theirs[0].close()
+        lost.leader.look()
+    assert not lost.told and not lost.codes
+
+
+def test_a_follower_gets_the_steps_input() -> None:
+    ids, places = torch.arange(5), torch.arange(5) + 32
+    table = torch.tensor([[2, 0], [4, 1]], dtype=torch.int32)
+    marks, seen = torch.tensor([True, False, True, False, True]), torch.arange(5, dtype=torch.int32)
+    context = AttentionContext(
+        [1, 4], [20, 4], 1, 16, torch.tensor([0, 1, 5]), torch.tensor([20, 4]), table, places, marks, visible=seen
+    )
+    context.others.append(AttentionContext([1, 4], [20, 4], 1, 16, ids, ids, table + 1, places + 1))
+    context.segments = Segments([1, 4], 1, torch.tensor([3, 0]), torch.tensor([5, 6]))
+    context.needed_states = "last"
+    frame = frame_of(StepInput(ids, torch.stack([ids] * 3), context))
+    assert messages.parse_head(frame[:HEAD_BYTES])[1] == Kind.STEP
+    step = step_of(memoryview(frame)[HEAD_BYTES:]).inputs
+    found, runs = step.context, step.context.runs
+    assert (found.query_lens, found.context_lens, found.num_decodes, found.block_size) == ([1, 4], [20, 4], 1, 16)
+    assert (found.needed_states, runs.lengths, runs.num_singles) == ("last", [1, 4], 1)
+    pairs = [(step.token_ids, ids), (step.positions, torch.stack([ids] * 3)), (found.block_tables, table)]
+    pairs += [(found.by_table(1).block_tables, table + 1), (found.by_table(1).slots, places + 1), (found.slots, places)]
+    pairs += [(runs.sources, torch.tensor([3, 0])), (runs.targets, torch.tensor([5, 6]))]
+    assert found.long_context is not None and found.visible is not None
+    pairs += [(found.long_context, marks), (found.visible, seen)]
+    assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in pairs)
+    assert np.array_equal(wire.decode_logits(wire.encode_logits(np.array([1, 4]))[HEAD_BYTES:]), [1, 4])  # type: ignore[arg-type]
