@@ -1,4 +1,4 @@
-"""Write the parts of the documentation that would rot: the tables of flags and of models.
+"""Write the parts of the documentation that would rot: the tables of flags and of models, the page of models.
 
     python tools/generate_docs.py [--check]
 
@@ -13,12 +13,25 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from model_page import section
+
 from sensorium.api.routes import ROUTES
 from sensorium.checkpoint.families import FAMILIES, Family
 from sensorium.cli.flags import Flag, flags_of
 from sensorium.cli.main import SERVE_GROUPS
 from sensorium.cli.other_flags import ACCEPTED, REFUSED, RENAMED
-from sensorium.config import BenchConfig, ChatConfig
+from sensorium.config import (
+    BatchConfig,
+    BenchConfig,
+    ChatConfig,
+    DeployConfig,
+    ListConfig,
+    ModelBenchConfig,
+    PsConfig,
+    PullConfig,
+    StatusConfig,
+    StopConfig,
+)
 
 ROOT = Path(__file__).parents[1]
 ENDPOINTS = {
@@ -61,7 +74,18 @@ def cell(text: str) -> str:
 
 def all_flags() -> str:
     groups: list[tuple[str, type]] = [(f"serve: {title.lower()}", config) for title, config in SERVE_GROUPS]
-    groups += [("bench serve", BenchConfig), ("chat", ChatConfig)]
+    groups += [
+        ("run-batch", BatchConfig),
+        ("deploy ray", DeployConfig),
+        ("status", StatusConfig),
+        ("bench serve", BenchConfig),
+        ("bench throughput, latency, startup", ModelBenchConfig),
+        ("chat", ChatConfig),
+        ("list", ListConfig),
+        ("pull", PullConfig),
+        ("ps", PsConfig),
+        ("stop", StopConfig),
+    ]
     return "\n\n".join([*(f"## {title}\n\n{flag_table(config)}" for title, config in groups), others()])
 
 
@@ -82,12 +106,24 @@ def others() -> str:
 def model_table() -> str:
     """One row per title that something can be asked of; a family may be written by several architecture names."""
     rows = ["| model | `architectures` | takes | answers at |", "|---|---|---|---|"]
-    for title in dict.fromkeys(family.title for family in FAMILIES.values()):
-        names = [name for name, family in FAMILIES.items() if family.title == title]
+    for title, names in titles().items():
         family = FAMILIES[names[0]]
         if answers := code(endpoints(family)):
             rows.append(f"| {title} | {code(names)} | {', '.join(('text', *family.modalities))} | {answers} |")
     return "\n".join(rows)
+
+
+def model_page() -> str:
+    """Of every row what it takes, its memory and its flags."""
+    return "\n\n".join(section(title, names, endpoints(FAMILIES[names[0]])) for title, names in titles().items())
+
+
+def titles() -> dict[str, list[str]]:
+    """The registry's titles, and the architectures that have each."""
+    found: dict[str, list[str]] = {}
+    for name, family in FAMILIES.items():
+        found.setdefault(family.title, []).append(name)
+    return found
 
 
 def endpoints(family: Family) -> list[str]:
@@ -103,6 +139,7 @@ def code(words: Iterable[str]) -> str:
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "flags": ("docs/flags.md", all_flags),
     "models": ("README.md", model_table),
+    "shapes": ("docs/models.md", model_page),
 }
 
 

@@ -19,11 +19,12 @@ from tokenizers import Tokenizer as RawTokenizer
 from sensorium.api.transport.server import HttpServer, build_app, listen
 from sensorium.checkpoint.configs import Checkpoint
 from sensorium.config import EngineConfig, Limits, ServerConfig
-from sensorium.errors import UnavailableError
+from sensorium.errors import StartupError, UnavailableError
 from sensorium.media.loader import MediaLoader
 from sensorium.processors.base import Processor
 from sensorium.prompt.local import LocalRenderer, LocalTemplate
 from sensorium.prompt.tokenizer import Tokenizer
+from sensorium.serving.catalog import Catalog
 from sensorium.serving.model import ServedModel
 from sensorium.serving.templates import OwnTemplates
 from sensorium.types import EngineOutput, EngineReady, EngineRequest, EngineStats, FinishReason, TokenLogprob
@@ -174,6 +175,15 @@ class FakeEngine:
     active: set[int] = field(default_factory=set)
     aborted: list[int] = field(default_factory=list)
     loaded: asyncio.Event = field(default_factory=asyncio.Event)
+    adapters: dict[int, str] = field(default_factory=dict)  # folders; one that is called "broken" is refused
+
+    async def load_adapter(self, number: int, folder: str) -> None:
+        if Path(folder).name == "broken":
+            raise StartupError("it is broken")
+        self.adapters[number] = folder
+
+    def unload_adapter(self, number: int) -> None:
+        self.adapters.pop(number, None)
 
     def next_id(self) -> int:
         return len(self.requests)
@@ -221,7 +231,7 @@ def make_model(
         text=None,
         dtype="float32",
         max_model_len=context,
-        vocab_size=VOCAB_SIZE,
+        vocab_size=tokenizer.vocab_size,
         stop_token_ids=(EOS,),
         weight_files=(),
         pooling=pooling,
@@ -273,7 +283,7 @@ async def serving(
     config = ServerConfig(port=0, **server)
     limits = limits or Limits()
     made = make_model(engine, config, limits, names=names, generation=generation, **(model or {}))
-    http = HttpServer(build_app(dict.fromkeys(made.names, made), config, limits), limits, listen(config))
+    http = HttpServer(build_app(Catalog.of(dict.fromkeys(made.names, made)), config, limits), limits, listen(config))
     await http.start()
     try:
         yield Served(http, engine, http.address[1])

@@ -27,14 +27,26 @@ from transformers import (
     Gemma4ForConditionalGeneration,
     Gemma4TextConfig,
     GenerationConfig,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    Ministral3Config,
+    Ministral3ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
@@ -42,12 +54,24 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3_5Config,
+    Qwen3_5ForCausalLM,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     SiglipVisionConfig,
     WhisperConfig,
 )
@@ -56,6 +80,8 @@ from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransfo
 from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniThinkerConfig
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniThinkerForConditionalGeneration
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from support.tiny_tokenizers import id_of
 
 Layout = Literal["hub", "transformers"]
 
@@ -119,6 +145,10 @@ QWEN2_OMNI_TEMPLATE = (
     )
 )
 
+GROWING = {
+    **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8},
+    **{"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5},
+}
 GEMMA_SPECIALS = (
     "<pad>",
     "<eos>",
@@ -162,6 +192,27 @@ def make_mistral(path: Path, layout: Layout = "hub", **options: Any) -> PreTrain
     return _text(path, layout, MistralForCausalLM, MistralConfig, ids, "<s>", "</s>", options)
 
 
+def make_ministral3(path: Path, layout: Layout = "hub", **options: Any) -> PreTrainedModel:
+    """Queries grow at every eighth token."""
+    ids = write_tokenizer(path, layout, LLAMA_SPECIALS, LLAMA_TEMPLATE, bos="<s>", eos="</s>")
+    options = {"head_dim": 12, "rope_parameters": GROWING, **options}
+    return _text(path, layout, Ministral3ForCausalLM, Ministral3Config, ids, "<s>", "</s>", options)
+
+
+def make_lfm2(path: Path, layout: Layout = "hub", **options: Any) -> PreTrainedModel:
+    """Layers with a short convolution, and after every second one of them a layer that attends."""
+    ids = write_tokenizer(path, layout, CHATML_SPECIALS, CHATML_TEMPLATE, bos="<|endoftext|>", eos="<|im_end|>")
+    kinds = ["conv", "full_attention", "conv"]
+    options = {
+        "num_hidden_layers": 3,
+        "layer_types": kinds,
+        "intermediate_size": 80,
+        "block_multiple_of": 16,
+        **options,
+    }
+    return _text(path, layout, Lfm2ForCausalLM, Lfm2Config, ids, "<|endoftext|>", "<|im_end|>", options)
+
+
 def make_qwen2(path: Path, layout: Layout = "hub", **options: Any) -> PreTrainedModel:
     ids = write_tokenizer(path, layout, CHATML_SPECIALS, CHATML_TEMPLATE, eos="<|im_end|>")
     return _text(path, layout, Qwen2ForCausalLM, Qwen2Config, ids, "<|endoftext|>", "<|im_end|>", options)
@@ -171,6 +222,61 @@ def make_qwen3(path: Path, layout: Layout = "hub", **options: Any) -> PreTrained
     ids = write_tokenizer(path, layout, CHATML_SPECIALS, CHATML_TEMPLATE, eos="<|im_end|>")
     options = {"head_dim": 16, **options}
     return _text(path, layout, Qwen3ForCausalLM, Qwen3Config, ids, "<|endoftext|>", "<|im_end|>", options)
+
+
+def make_qwen3_moe(path: Path, layout: Layout = "hub", **options: Any) -> PreTrainedModel:
+    """Six experts, of which a token takes two; a layer without in the middle."""
+    ids = write_tokenizer(path, layout, CHATML_SPECIALS, CHATML_TEMPLATE, eos="<|im_end|>")
+    shape = {"num_hidden_layers": 3, "mlp_only_layers": [1], "num_experts": 6, "moe_intermediate_size": 20}
+    options = {"head_dim": 16, **shape, "num_experts_per_tok": 2, "norm_topk_prob": True, **options}
+    return _text(path, layout, Qwen3MoeForCausalLM, Qwen3MoeConfig, ids, "<|endoftext|>", "<|im_end|>", options)
+
+
+def make_qwen2_moe(path: Path, layout: Layout = "hub", **options: Any) -> PreTrainedModel:
+    """With an expert that all tokens take."""
+    ids = write_tokenizer(path, layout, CHATML_SPECIALS, CHATML_TEMPLATE, eos="<|im_end|>")
+    shape = {"num_experts": 5, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 28}
+    options = {**shape, "num_experts_per_tok": 3, **options}
+    return _text(path, layout, Qwen2MoeForCausalLM, Qwen2MoeConfig, ids, "<|endoftext|>", "<|im_end|>", options)
+
+
+def make_mixtral(path: Path, layout: Layout = "hub", **options: Any) -> PreTrainedModel:
+    ids = write_tokenizer(path, layout, LLAMA_SPECIALS, LLAMA_TEMPLATE, bos="<s>", eos="</s>")
+    options = {"num_local_experts": 4, "num_experts_per_tok": 2, **options}
+    return _text(path, layout, MixtralForCausalLM, MixtralConfig, ids, "<s>", "</s>", options)
+
+
+def make_olmoe(path: Path, layout: Layout = "hub", **options: Any) -> PreTrainedModel:
+    ids = write_tokenizer(path, layout, CHATML_SPECIALS, CHATML_TEMPLATE, eos="<|im_end|>")
+    options = {"num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 20, **options}
+    return _text(path, layout, OlmoeForCausalLM, OlmoeConfig, ids, "<|endoftext|>", "<|im_end|>", options)
+
+
+def make_gpt_oss(path: Path, layout: Layout = "hub", **options: Any) -> PreTrainedModel:
+    """Square experts, as the published ones are; a window of six tokens in every second layer; YaRN."""
+    ids = write_tokenizer(path, layout, CHATML_SPECIALS, CHATML_TEMPLATE, eos="<|im_end|>")
+    options = {
+        "num_hidden_layers": 3,
+        "head_dim": 16,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "sliding_window": 6,
+        **options,
+    }
+    return _text(path, layout, GptOssForCausalLM, GptOssConfig, ids, "<|endoftext|>", "<|im_end|>", options)
+
+
+def make_glm4_moe(path: Path, layout: Layout = "hub", **options: Any) -> PreTrainedModel:
+    """Eight experts in four groups; a layer without in front."""
+    ids = write_tokenizer(path, layout, CHATML_SPECIALS, CHATML_TEMPLATE, eos="<|im_end|>")
+    routing = {"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3, "n_shared_experts": 2}
+    options = {
+        **{"num_hidden_layers": 3, "head_dim": 16, "moe_intermediate_size": 20, "routed_scaling_factor": 1.7},
+        **{"use_qk_norm": True, "attention_bias": True, **routing, **options},
+    }
+    return _text(path, layout, Glm4MoeForCausalLM, Glm4MoeConfig, ids, "<|endoftext|>", "<|im_end|>", options)
 
 
 def make_phi3(path: Path, layout: Layout = "hub", **options: Any) -> PreTrainedModel:
@@ -453,6 +559,27 @@ def make_qwen2_5_vl(
     )
 
 
+QWEN3_PREPROCESSOR = {
+    "size": {"shortest_edge": 4096, "longest_edge": 16777216},
+    "min_pixels": None,
+    "max_pixels": None,
+    "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3,
+}
+
+
+def _qwen3_vision(text: dict[str, Any] | None) -> dict[str, Any]:
+    return {
+        "hidden_size": 32,
+        "intermediate_size": 52,
+        "num_heads": 2,
+        "patch_size": 16,
+        "num_position_embeddings": 25,
+        "out_hidden_size": (text or {}).get("hidden_size", 64),
+        "initializer_range": 0.1,
+    }
+
+
 def make_qwen3_vl(
     path: Path,
     layout: Layout = "hub",
@@ -463,42 +590,91 @@ def make_qwen3_vl(
     video: dict[str, Any] | None = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """A table of 5 x 5 positions; two layers of the tower give rows to the decoder's first two of three."""
+    """A table of 5 x 5 positions; two layers of the tower give rows to the decoder's first two of three. With experts
+    in `text` it is the family's mixture."""
     if video is not None:
         path.mkdir(parents=True, exist_ok=True)
         _write_json(path / "video_preprocessor_config.json", video)
     return _make_qwen_vl(
         path,
         layout,
-        (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
+        (Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration)
+        if "num_experts" in (text or {})
+        else (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
         {
             "num_hidden_layers": 3,
             "head_dim": 16,
             "rope_scaling": {"rope_type": "default", "mrope_section": [3, 3, 2], "mrope_interleaved": True},
             **(text or {}),
         },
-        {
-            "depth": 3,
-            "hidden_size": 32,
-            "intermediate_size": 52,
-            "num_heads": 2,
-            "patch_size": 16,
-            "num_position_embeddings": 25,
-            "deepstack_visual_indexes": [0, 2],
-            "out_hidden_size": (text or {}).get("hidden_size", 64),
-            "initializer_range": 0.1,
-            **(vision or {}),
-        },
-        {
-            "size": {"shortest_edge": 4096, "longest_edge": 16777216},
-            "min_pixels": None,
-            "max_pixels": None,
-            "image_mean": [0.5] * 3,
-            "image_std": [0.5] * 3,
-            **(preprocessor or {}),
-        },
+        {**_qwen3_vision(text), "depth": 3, "deepstack_visual_indexes": [0, 2], **(vision or {})},
+        {**QWEN3_PREPROCESSOR, **(preprocessor or {})},
         options,
     )
+
+
+def _qwen3_5_shape() -> dict[str, Any]:
+    return {
+        "num_hidden_layers": 3,
+        "head_dim": 32,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 12,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [3, 3, 2],
+            "mrope_interleaved": True,
+        },
+    }
+
+
+def make_qwen3_5_text(path: Path, layout: Layout = "hub", **options: Any) -> PreTrainedModel:
+    """Two layers with a gated delta net, and one whose attention has a gate."""
+    ids = write_tokenizer(path, layout, CHATML_SPECIALS, CHATML_TEMPLATE, bos="<|endoftext|>", eos="<|im_end|>")
+    options = {**_qwen3_5_shape(), **options}
+    return _text(path, layout, Qwen3_5ForCausalLM, Qwen3_5TextConfig, ids, "<|endoftext|>", "<|im_end|>", options)
+
+
+def make_qwen3_5(
+    path: Path,
+    layout: Layout = "hub",
+    *,
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+    preprocessor: dict[str, Any] | None = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """Qwen3-VL's tower, whose rows reach no inner layer. With experts in `text` it is the family's mixture."""
+    return _make_qwen_vl(
+        path,
+        layout,
+        (Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration)
+        if "num_experts" in (text or {})
+        else (Qwen3_5Config, Qwen3_5ForConditionalGeneration),
+        {**_qwen3_5_shape(), **(text or {})},
+        {**_qwen3_vision(text), "depth": 2, **(vision or {})},
+        {**QWEN3_PREPROCESSOR, **(preprocessor or {})},
+        options,
+    )
+
+
+def make_qwen3_5_moe(
+    path: Path, layout: Layout = "hub", *, text: dict[str, Any] | None = None, **options: Any
+) -> PreTrainedModel:
+    shape = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+    return make_qwen3_5(path, layout, text={**shape, "shared_expert_intermediate_size": 28, **(text or {})}, **options)
+
+
+def make_qwen3_vl_moe(
+    path: Path, layout: Layout = "hub", *, text: dict[str, Any] | None = None, **options: Any
+) -> PreTrainedModel:
+    """Its experts are published with the inputs first."""
+    shape = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+    return make_qwen3_vl(path, layout, text={**shape, **(text or {})}, **options)
 
 
 def _make_qwen_vl(
@@ -751,12 +927,19 @@ def make_minicpmv(
     """MiniCPM-V 2.6: slices of about 56 x 56 pixels, four rows each, and a table of ten by ten positions."""
     ids = write_tokenizer(path, layout, (*CHATML_SPECIALS, *MINICPMV_SPECIALS), CHATML_TEMPLATE, eos="<|im_end|>")
     write_options, options = _write_options(options)
-    language = Qwen2ForCausalLM(
-        Qwen2Config(
+    version = options.pop("version", 2.6)
+    decoder, shape = {
+        2.6: (Qwen2ForCausalLM, Qwen2Config),
+        4.0: (LlamaForCausalLM, LlamaConfig),
+        4.5: (Qwen3ForCausalLM, Qwen3Config),
+    }[version]
+    language = decoder(
+        shape(
             **_shape(
                 ids,
                 {
                     "hidden_size": 256,
+                    "head_dim": 64,
                     "rope_theta": 1e6,
                     "rms_norm_eps": 1e-6,
                     "tie_word_embeddings": False,
@@ -802,7 +985,7 @@ def make_minicpmv(
         {
             "architectures": ["MiniCPMV"],
             "model_type": "minicpmv",
-            "version": 2.6,
+            "version": version,
             "batch_vision_input": True,
             "drop_vision_last_layer": False,
             "image_size": 56,
@@ -923,7 +1106,7 @@ def write_tokenizer(
     )
     tokenizer.train_from_iterator(CORPUS.splitlines(), trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
-    ids = {token: tokenizer.token_to_id(token) for token in specials}
+    ids = {token: id_of(tokenizer, token) for token in specials}
     if bos is not None:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ids[bos])]
@@ -1087,6 +1270,8 @@ def _write(
         config = json.loads((path / "config.json").read_text())
         _write_json(path / "config.json", _hub_config(config))
         tensors = {_hub_key(key): tensor for key, tensor in tensors.items()}
+        if config["model_type"] == "qwen3_vl_moe":
+            tensors = {k: t.transpose(1, 2) if ".mlp.experts." in k else t for k, t in tensors.items()}
         if config["model_type"] == "qwen2_5_omni_thinker":
             tensors = {f"thinker.{key}": tensor for key, tensor in tensors.items()}
             tensors |= {f"{part}.embed.weight": torch.zeros(2, 2) for part in ("talker", "token2wav")}
@@ -1148,6 +1333,8 @@ def _randomise(model: PreTrainedModel, seed: int) -> None:
         noise = torch.randn(parameter.shape, generator=generator)
         if name.endswith("weight") and ("norm" in name.lower() or ".ln_" in name):
             is_around_zero = "gemma3" in model.config.model_type and "vision_tower" not in name
+            if "qwen3_5" in model.config.model_type:
+                is_around_zero = "visual" not in name and "linear_attn" not in name
             parameter.copy_((0 if is_around_zero else 1) + 0.2 * noise)
             if "gemma4" in model.config.model_type and ("q_norm" in name or "k_norm" in name):
                 parameter.mul_(0.35)  # scores have no other scale: larger ones would only magnify rounding
@@ -1158,17 +1345,23 @@ def _randomise(model: PreTrainedModel, seed: int) -> None:
         else:
             fan_in = parameter[0].numel()
             parameter.copy_(noise * 1.2 / fan_in**0.5)
+            if ".experts." in name and model.config.model_type == "gpt_oss":
+                factor = 3 if "gate_up" in name else 0.3  # so that some gates are clamped
+                parameter.mul_(factor * (fan_in**0.25 if parameter.dim() > 2 else 1))
     for name, buffer in model.named_buffers():  # Gemma 4 stores some
         if name.endswith(("_min", "_max")):
             buffer.fill_(-1.5 if name.endswith("_min") else 1.2)
         elif name.endswith(("layer_scalar", "std_scale")):
             buffer.copy_(0.8 + 0.1 * torch.randn(buffer.shape, generator=generator))
+        elif name.endswith("e_score_correction_bias"):
+            buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
         elif name.endswith("std_bias"):
             buffer.copy_(torch.randn(buffer.shape, generator=generator))
 
 
 def _hub_key(key: str) -> str:
-    return key.replace("vision_tower.", "vision_tower.vision_model.", 1) if key.startswith("vision_tower.") else key
+    is_clip = key.startswith(("vision_tower.e", "vision_tower.p")) and "patch_conv" not in key
+    return key.replace("vision_tower.", "vision_tower.vision_model.", 1) if is_clip else key
 
 
 def _hub_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -1192,7 +1385,18 @@ def _hub_config(config: dict[str, Any]) -> dict[str, Any]:
             "torch_dtype": config["torch_dtype"],
             "thinker_config": {k: v for k, v in config.items() if k not in ("architectures", "torch_dtype")},
         }
-    if config["model_type"] == "gemma4":
+    if config["model_type"] == "qwen2_audio":  # published ones say little
+        config["text_config"] = _without_defaults(config["text_config"], _old_names(Qwen2Config().to_dict()))
+    if "audio_config" in config and "vision_config" not in config:
+        return config
+    if config["model_type"] == "gemma4" or config.get("vision_config", {}).get("model_type") == "pixtral":
+        return config
+    if config["model_type"] == "lfm2":
+        kinds = config.pop("layer_types")
+        config["full_attn_idxs"] = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
+        config["block_ff_dim"] = config.pop("intermediate_size")
+        config["intermediate_size"] = 7  # which is not read
+        config["tie_embedding"] = config.pop("tie_word_embeddings")
         return config
     if config["model_type"] == "gemma3":  # published ones say little
         for part, made in (("text_config", Gemma3TextConfig()), ("vision_config", SiglipVisionConfig())):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,12 +18,13 @@ from sensorium.config import EngineConfig
 from sensorium.engine.faults import Faults
 from sensorium.engine.loading import Engine, build_engine
 from sensorium.engine.loop import Core
+from sensorium.engine.memory import SNAPSHOT_TOKENS
 from sensorium.ipc import messages
 from sensorium.ipc.channel import Channel
 from sensorium.ipc.liveness import Pulse
 from sensorium.ipc.messages import Kind
 from sensorium.models.base import Model
-from sensorium.models.cache import paged
+from sensorium.models.cache import paged, states
 from sensorium.types import (
     EngineOutput,
     EngineRequest,
@@ -35,6 +37,10 @@ from sensorium.types import (
 )
 
 VOCAB = 400  # token ids that tests use
+OVERLAP = "SENSORIUM_TEST_OVERLAP"  # 1: steps are prepared as they are for an accelerator, in all engines of the tests
+GRAPHS = (
+    "SENSORIUM_TEST_GRAPHS"  # 1: decodes are replayed as graphs, as an accelerator does, in all engines of the tests
+)
 IMAGE_TOKEN = 5  # any id: the rows of the tower replace it
 
 _ids = itertools.count(1)
@@ -128,18 +134,58 @@ class Bench:
         scheduler = self.engine.scheduler
         scheduler.check_integrity()
         assert scheduler.pool.num_free == scheduler.pool.num_blocks
+        if scheduler.prefixes.states is not None:
+            assert scheduler.prefixes.states.pool.num_free == scheduler.prefixes.states.pool.num_blocks - 1
         assert self.engine.encoder.pinned_bytes == 0
         assert not scheduler.num_running and not scheduler.waiting
 
 
-def bench(model: Model, *, faults: Faults | None = None, kv_tokens: int = 4096, **options: Any) -> Bench:
-    """A fresh engine around a model that is loaded already."""
-    options = {"max_num_seqs": 8, "block_size": 16, "max_model_len": min(kv_tokens, 1024), **options}
+class Replayed:
+    """The twin of an accelerator's graphs: what a function launches is the function, called again over the same
+    memory. `captured` and `replays` count."""
+
+    def __init__(self) -> None:
+        self.captured = self.replays = 0
+
+    def __call__(self, compute: Callable[[], None]) -> Callable[[], None]:
+        self.captured += 1
+
+        def replay() -> None:
+            self.replays += 1
+            compute()
+
+        return replay
+
+
+def bench(
+    model: Model,
+    *,
+    faults: Faults | None = None,
+    kv_tokens: int = 4096,
+    capture: Replayed | None = None,
+    **options: Any,
+) -> Bench:
+    """A fresh engine around a model that is loaded already. With `capture` its decodes are graphs."""
+    if os.environ.get(GRAPHS) == "1":
+        capture = capture or Replayed()
+    options = {
+        "max_num_seqs": 8,
+        "block_size": 16,
+        "max_model_len": min(kv_tokens, 1024),
+        "speculative_tokens": 0,  # so that steps can be counted
+        **options,
+    }
     checkpoint: Checkpoint = model.checkpoint
     token_bytes = sum(group.token_bytes(torch.float32) for group in paged(model.cache_groups()))
-    kv_bytes = kv_tokens // options["block_size"] * options["block_size"] * token_bytes
+    slot_bytes = sum(group.slot_bytes(torch.float32) for group in states(model.cache_groups()))
+    slots = 1 + 2 * options["max_num_seqs"] + kv_tokens // SNAPSHOT_TOKENS
+    kv_bytes = kv_tokens // options["block_size"] * options["block_size"] * token_bytes + slots * slot_bytes
     config = EngineConfig(model=str(checkpoint.folder), kv_cache_memory=kv_bytes, **options)
-    return Bench(build_engine(model, checkpoint, config, torch.device("cpu"), torch.float32, faults=faults), faults)
+    engine = build_engine(model, checkpoint, config, torch.device("cpu"), torch.float32, faults=faults, capture=capture)
+    while engine.runner.can_capture:
+        engine.runner.capture_one()
+    engine.runner.overlaps = os.environ.get(OVERLAP) == "1"
+    return Bench(engine, faults)
 
 
 def request(

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sensorium.checkpoint.configs import Checkpoint
 from sensorium.processors.qwen2_vl import Qwen2VLProcessor
 from sensorium.prompt.tokenizer import Tokenizer
-from sensorium.types import MediaItem, Modality
+from sensorium.types import MediaFeatures, MediaItem, Modality
 
 CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 QWEN_FILE = {
@@ -53,6 +54,11 @@ class WordTokenizer:
         return next((token for token, one in self.special.items() if one == token_id), None)
 
 
+def word_tokenizer(special: dict[str, int]) -> Tokenizer:
+    """What a processor asks a tokenizer for is all that it has."""
+    return cast(Tokenizer, WordTokenizer(special))
+
+
 def record(config: dict[str, Any], preprocessor: dict[str, Any]) -> Checkpoint:
     return Checkpoint(
         folder=Path(),
@@ -69,6 +75,10 @@ def record(config: dict[str, Any], preprocessor: dict[str, Any]) -> Checkpoint:
         stop_token_ids=(),
         weight_files=(),
     )
+
+
+def pixels_of(features: MediaFeatures) -> NDArray[np.float32]:
+    return features.arrays["pixels"].astype(np.float32, copy=False)
 
 
 def noise(height: int, width: int, *, frames: int | None = None, seed: int = 0) -> MediaItem:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,9 @@ class Served:
         for span in prompt.spans:
             found = encoded[span.item][span.row : span.row + span.length]
             rows[span.offset : span.offset + span.length] = found[:, :size]
-            deep[span.offset : span.offset + span.length] = found[:, size:]
-        positions = None if prompt.positions is None else torch.from_numpy(prompt.positions).long()
+            if found.shape[1] > size:  # audio has rows for the first layer only
+                deep[span.offset : span.offset + span.length] = found[:, size:]
+        positions = None if prompt.positions is None else torch.from_numpy(prompt.positions)
         text = self.model.checkpoint.text
         if positions is None and text is not None and text.rope.mrope_section:  # a batch has as many axes everywhere
             positions = torch.arange(len(ids)).expand(3, -1)
@@ -67,6 +68,11 @@ class Served:
             position_delta=prompt.position_delta,
             spans=tuple(prompt.spans),
         )
+
+
+def again(run: Running) -> Running:
+    """The same prompt, nothing of which is computed yet; its media are not encoded anew."""
+    return replace(run, tokens=list(run.tokens), blocks=[], cached=0, state=0)
 
 
 def load(folder: Path, oracle: PreTrainedModel) -> Served:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sensorium.engine.cache_layout import CacheLayout
-from sensorium.kernels.context import AttentionContext, LayerRows
+from sensorium.engine.cache_layout import CacheLayout, by_place, make_states
+from sensorium.kernels.context import AttentionContext, LayerRows, Segments
 from sensorium.models.base import Model
-from sensorium.models.cache import paged
+from sensorium.models.cache import paged, states
 from sensorium.types import MediaSpan
 
 
@@ -27,10 +27,11 @@ class Sequence:
     rows: Tensor | None = None  # embeddings of the prompt, for models with media
     layer_rows: Tensor | None = None  # [tokens, layers, hidden] of the prompt, added behind the first layers
     positions: Tensor | None = None  # [axes, tokens] of the prompt
-    position_delta: int = 0
+    position_delta: int | float = 0
     prompt: int = 0  # tokens that it began with
     spans: tuple[MediaSpan, ...] = ()  # of media, for models whose media see all of themselves
     memory: Tensor | None = None  # what an encoder-decoder's tokens attend to besides
+    state: int = 0  # slot of its layers' states
 
 
 class Driver:
@@ -53,10 +54,15 @@ class Driver:
         unwritten = -1 if int8_cache else torch.nan
         groups = [replace(group, sliding_window=None) for group in paged(model.cache_groups())]  # one table: no holes
         layout = CacheLayout.of(groups, block_size, cache_dtype)
-        self.cache = layout.make(num_blocks, torch.device(device))
-        for keys, values, _ in self.cache:
+        attending = layout.make(num_blocks, torch.device(device))
+        for keys, values, _ in attending.values():
             keys.fill_(unwritten), values.fill_(unwritten)
-        self.free = list(range(num_blocks))
+        keeping = make_states(states(model.cache_groups()), num_blocks, dtype, torch.device(device))
+        for layer in keeping.values():
+            for part in layer.parts:
+                part[1:] = torch.nan
+        self.cache = by_place(attending, keeping)
+        self.free, self.free_states = list(range(num_blocks)), list(range(1, num_blocks))
         random.Random(0).shuffle(self.free)
         self.device = device
 
@@ -78,6 +84,8 @@ class Driver:
             while len(sequence.blocks) * self.block_size < sequence.cached + count:
                 sequence.blocks.append(self.free.pop())
         context = self._context(work)
+        targets = [self.free_states.pop() for _ in work]
+        context.segments = self._segments(work, targets)
         context.layer_rows = self._layer_rows(work)
         with torch.inference_mode():
             rows = torch.cat([self._rows(s, n) for s, n in work])
@@ -85,9 +93,20 @@ class Driver:
             hidden: Tensor = self.model(rows.clone(), positions, self.cache, context)
             if self.model.partial_states == "last":
                 self._check_last_rows(rows, positions, context, hidden)
-        for sequence, count in work:
+        for (sequence, count), target in zip(work, targets, strict=True):
             sequence.cached += count
+            if sequence.state:
+                self.free_states.append(sequence.state)
+            sequence.state = target
         return hidden
+
+    def _segments(self, work: list[tuple[Sequence, int]], targets: list[int]) -> Segments:
+        return Segments(
+            [count for _, count in work],
+            sum(self._is_decode(sequence, count) for sequence, count in work),
+            torch.tensor([sequence.state for sequence, _ in work], device=self.device),
+            torch.tensor(targets, device=self.device),
+        )
 
     def _check_last_rows(self, rows: Tensor, positions: Tensor, context: AttentionContext, expected: Tensor) -> None:
         """A step that computes nothing else in its last layer gives the same for each sequence's last token."""

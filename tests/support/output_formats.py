@@ -130,6 +130,52 @@ def _hermes(calls: Calls) -> str:
     return "\n".join(f"<tool_call>\n{one}\n</tool_call>" for one in _objects(calls))
 
 
+def _seed_oss(calls: Calls) -> str:
+    return "\n".join(
+        f"<seed:tool_call>\n<function={name}>\n"
+        + "".join(f"<parameter={key}>{_raw(value)}</parameter>\n" for key, value in arguments.items())
+        + "</function>\n</seed:tool_call>"
+        for name, arguments in calls
+    )
+
+
+def _invokes(calls: Calls, invoke: str, parameter: str, line: str = "", before: str = "", after: str = "") -> list[str]:
+    """Tags with the names in attributes; `before` and `after` each call."""
+    return [
+        f'{before}<{invoke} name="{name}">{line}'
+        + "".join(f'<{parameter} name="{key}">{_raw(value)}</{parameter}>{line}' for key, value in arguments.items())
+        + f"</{invoke}>{after}"
+        for name, arguments in calls
+    ]
+
+
+def _step3(calls: Calls) -> str:
+    before, after = "<｜tool_call_begin｜>function<｜tool_sep｜>", "<｜tool_call_end｜>"
+    written = _invokes(calls, "steptml:invoke", "steptml:parameter", before=before, after=after)
+    return f"<｜tool_calls_begin｜>{''.join(written)}<｜tool_calls_end｜>"
+
+
+def _hunyuan_v3(calls: Calls) -> str:
+    written = "\n".join(
+        f"<tool_call>{name}<tool_sep>\n"
+        + "".join(
+            f"<arg_key>{key}</arg_key>\n<arg_value>{_raw(value)}</arg_value>\n" for key, value in arguments.items()
+        )
+        + "</tool_call>"
+        for name, arguments in calls
+    )
+    return f"<tool_calls>\n{written}\n</tool_calls>"
+
+
+def _cohere(calls: Calls) -> str:
+    written = (
+        compact({"tool_call_id": str(index), "tool_name": name, "parameters": arguments})
+        for index, (name, arguments) in enumerate(calls)
+    )
+    listed = ",\n    ".join(written)
+    return f"<|START_ACTION|>[\n    {listed}\n]<|END_ACTION|>"
+
+
 def _qwen_xml(calls: Calls) -> str:
     return "\n".join(
         f"<tool_call>\n<function={name}>\n"
@@ -206,6 +252,12 @@ def _harmony(calls: Calls) -> str:
 WRITERS: Mapping[str, Callable[[Calls], str]] = {
     "hermes": _hermes,
     "qwen_xml": _qwen_xml,
+    "seed_oss": _seed_oss,
+    "minimax_m2": lambda calls: (
+        "<minimax:tool_call>\n" + "\n".join(_invokes(calls, "invoke", "parameter", "\n")) + "\n</minimax:tool_call>"
+    ),
+    "minicpm5": lambda calls: "".join(_invokes(calls, "function", "param")),
+    "step3": _step3,
     "llama_json": lambda calls: "; ".join(_objects(calls, "parameters")),
     "pythonic": _pythonic,
     "llama4_pythonic": lambda calls: f"<|python_start|>{_pythonic(calls)}<|python_end|>",
@@ -214,15 +266,23 @@ WRITERS: Mapping[str, Callable[[Calls], str]] = {
     "mistral_list": lambda calls: f"[TOOL_CALLS] [{', '.join(_objects(calls))}]",
     "phi4_functools": lambda calls: f"functools[{', '.join(_objects(calls))}]",
     "phi4": lambda calls: f"<|tool_call|>[{', '.join(_objects(calls))}]<|/tool_call|>",
+    "gemma3": lambda calls: f"```tool_code\n{_pythonic(calls)}\n```",
     "gemma4": lambda calls: _gemma_calls(calls, "<|tool_call>", "<tool_call|>", '<|"|>'),
     "functiongemma": lambda calls: _gemma_calls(calls, "<start_function_call>", "<end_function_call>", "<escape>"),
     "glm": lambda calls: _glm(calls, "\n"),
     "glm47": lambda calls: _glm(calls, ""),
+    "hunyuan_v3": _hunyuan_v3,
     "deepseek_v3": lambda calls: _deepseek(calls, is_fenced=True),
     "deepseek_v31": lambda calls: _deepseek(calls, is_fenced=False),
     "deepseek_dsml": _dsml,
     "granite": lambda calls: f"<tool_call>[{', '.join(_objects(calls))}]",
     "granite_token": lambda calls: f"<|tool_call|>[{', '.join(_objects(calls))}]",
+    "granite_20b": lambda calls: "\n".join(f"<function_call> {one}" for one in _objects(calls)),
+    "hunyuan": lambda calls: f"<tool_calls>[{', '.join(_objects(calls))}]</tool_calls>",
+    "step3_vl": lambda calls: f"<tool_calls>\n{_hermes(calls)}\n</tool_calls>",
+    "longcat": lambda calls: _hermes(calls).replace("tool_call>", "longcat_tool_call>"),
+    "nemotron": lambda calls: f"<TOOLCALL>[{', '.join(_objects(calls))}]</TOOLCALL>",
+    "cohere": _cohere,
     "kimi": _kimi,
     "internlm": lambda calls: "\n".join(
         f"<|action_start|><|plugin|>\n{one}<|action_end|>" for one in _objects(calls, "parameters")

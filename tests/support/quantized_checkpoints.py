@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,20 @@ from torch import Tensor
 from support.checkpoints import read_weights, write_weights
 
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight neighbours each nibble of a word holds, lowest first
+
+Change = Callable[[Tensor], Tensor]
+DAMAGES: tuple[Change, ...] = (  # to any part of a layer
+    lambda t: t[:-1],
+    lambda t: t[..., :-1],
+    lambda t: t[:0],
+    lambda t: t.flatten(),
+    lambda t: t[None],
+    lambda t: t.flatten()[0],
+    lambda t: t.T if t.dim() == 2 else t,
+    lambda t: torch.cat([t, t]),
+    lambda t: t.float(),
+    lambda t: t.to(torch.int8),
+)
 
 
 @dataclass
@@ -29,6 +44,7 @@ class Layer:
     scales: Tensor
     zeros: Tensor
     group: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)  # as they are stored
 
     def weight(self) -> Tensor:
         return (self.codes - self.zeros[:, self.group]) * self.scales.float()[:, self.group]
@@ -57,18 +73,19 @@ def quantise(weight: Tensor, bits: int, size: int | None, *, symmetric: bool = T
 
 
 def words(numbers: Tensor, bits: int, columns: tuple[int, ...] | None = None) -> Tensor:
-    """[n, m] from 0 up -> int32 [n, m * bits / 32], the first number of a word in its lowest bits."""
-    count = 32 // bits
-    columns = columns or tuple(range(count))
+    """[n, m] from 0 up -> int32 [n, m * bits / 32]: a row is one stream of bits, the first number in the lowest.
+
+    `columns`: which of neighbours each place holds, lowest first.
+    """
     rows = []
-    for numbers_of_row in numbers.tolist():
-        row = numbers_of_row + [0] * (-len(numbers_of_row) % count)
-        packed = []
-        for start in range(0, len(row), count):
-            word = sum(row[start + column] << bits * place for place, column in enumerate(columns))
-            packed.append(word - 2**32 if word >= 2**31 else word)
-        rows.append(packed)
-    return torch.tensor(rows, dtype=torch.int32)
+    order = columns or (0,)
+    for row in numbers.tolist():
+        filled = row + [0] * (-len(row) % len(order))
+        places = [i - i % len(order) + order[i % len(order)] for i in range(len(filled))]
+        stream = sum(filled[place] << bits * index for index, place in enumerate(places))
+        octets = stream.to_bytes(-(-len(filled) * bits // 32) * 4, "little")
+        rows.append(torch.frombuffer(bytearray(octets), dtype=torch.int32))
+    return torch.stack(rows)
 
 
 def write_awq(folder: Path, *, size: int = 32, config: dict[str, Any] | None = None) -> dict[str, Tensor]:
@@ -85,6 +102,18 @@ def write_awq(folder: Path, *, size: int = 32, config: dict[str, Any] | None = N
         pack,
         {"quant_method": "awq", "bits": 4, "group_size": size, "zero_point": True, "version": "gemm", **(config or {})},
     )
+
+
+def write_awq_gemv(folder: Path, *, size: int = 32) -> dict[str, Tensor]:
+    """Outputs first, neighbours in order; groups are filled up to a multiple of eight."""
+
+    def pack(layer: Layer) -> dict[str, Tensor]:
+        spare = -layer.scales.shape[1] % 8
+        scales, zeros = (torch.nn.functional.pad(one, (0, spare)) for one in (layer.scales, layer.zeros))
+        return {"qweight": words(layer.codes, 4), "qzeros": words(zeros, 4), "scales": scales}
+
+    stated = {"quant_method": "awq", "bits": 4, "group_size": size, "zero_point": True, "version": "gemv"}
+    return _write(folder, lambda weight: quantise(weight, 4, size, symmetric=False), pack, stated)
 
 
 def write_gptq(
@@ -204,6 +233,29 @@ def write_int8(folder: Path, *, strategy: str = "channel", config: dict[str, Any
     )
 
 
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def write_mxfp4(folder: Path) -> None:
+    """GPT-OSS's experts, rounded to E2M1 in blocks of 32 inputs whose scales are powers of two, as they are published.
+
+    The scales are such that the largest values of some blocks are cut at 6 steps."""
+    tensors = read_weights(folder)
+    values = torch.tensor([*E2M1, *(-value for value in E2M1)])
+    for key in [key for key in tensors if key.endswith((".experts.gate_up_proj", ".experts.down_proj"))]:
+        blocks = tensors.pop(key).float().transpose(1, 2).unflatten(2, (-1, 32))  # [experts, outputs, groups, 32]
+        exponents = (blocks.abs().amax(3) / 5).log2().round()
+        steps = blocks / 2 ** exponents.unsqueeze(3)
+        codes = (steps.unsqueeze(4) - values).abs().argmin(4).to(torch.uint8)
+        tensors[f"{key}_blocks"] = codes[..., ::2] | codes[..., 1::2] << 4
+        tensors[f"{key}_scales"] = (exponents + 127).to(torch.uint8)
+    write_weights(folder, tensors)
+    config = json.loads((folder / "config.json").read_text())
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    stated = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": stated}))
+
+
 def compressed_config(
     layout: str, weights: dict[str, Any], inputs: dict[str, Any] | None = None, **more: Any
 ) -> dict[str, Any]:
@@ -223,17 +275,34 @@ def _write(
     folder: Path,
     rounded: Callable[[Tensor], Layer],
     pack: Callable[[Layer], dict[str, Tensor]],
+    *args: Any,
+    **more: Any,
+) -> dict[str, Tensor]:
+    def encode(weight: Tensor) -> Any:
+        layer = rounded(weight)
+        layer.parts = pack(layer)
+        return layer
+
+    return write_layers(folder, encode, *args, **more)
+
+
+def write_layers(
+    folder: Path,
+    encode: Callable[..., Any],
     stated: dict[str, Any],
     config_file: str = "config.json",
     config_key: str = "quantization_config",
+    extra: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    stored: dict[str, Tensor] = {}
+    """`encode` gives of a matrix (and its name, if it takes two arguments) what has `parts` and `weight()`."""
+    stored: dict[str, Tensor] = dict(extra or {})
     floats: dict[str, Tensor] = {}
+    takes_name = len(signature(encode).parameters) == 2
     for key, tensor in read_weights(folder).items():
         if key.endswith("_proj.weight") and ".layers." in key:
-            layer = rounded(tensor.float())
+            layer = encode(tensor.float(), key) if takes_name else encode(tensor.float())
             floats[key] = layer.weight()
-            stored |= {f"{key.removesuffix('weight')}{name}": part for name, part in pack(layer).items()}
+            stored |= {f"{key.removesuffix('weight')}{name}": part for name, part in layer.parts.items()}
         else:
             floats[key] = stored[key] = tensor
     write_weights(folder, stored)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -24,6 +24,16 @@ CHATML = [
     "<|video_pad|>",
 ]
 PLAIN_ADDED = ["<think>", "</think>", "<tool_call>"]
+
+
+class HasIds(Protocol):
+    def token_to_id(self, token: str) -> int | None: ...
+
+
+def id_of(tokenizer: HasIds, token: str) -> int:
+    found = tokenizer.token_to_id(token)
+    assert found is not None, token
+    return found
 
 
 def byte_level() -> Tokenizer:

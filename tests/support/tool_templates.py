@@ -103,6 +103,42 @@ PHI4 = (
     "{% else %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}"
 )
+KIMI = (
+    "{% if tools %}<|im_system|>tool_declare<|im_middle|>{{ tools | tojson }}<|im_end|>{% endif %}"
+    "{% for message in messages %}<|im_{{ message.role }}|>{{ message.role }}<|im_middle|>{{ message.content }}"
+    "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_assistant|>assistant<|im_middle|>{% endif %}"
+)
+GEMMA3 = (
+    "{% set begun = namespace(system='') %}{% if messages[0].role == 'system' %}"
+    "{% set begun.system = messages[0].content ~ '\n\n' %}{% set messages = messages[1:] %}{% endif %}"
+    "{% for message in messages %}{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "<start_of_turn>{{ 'model' if message.role == 'assistant' else message.role }}\n"
+    "{{ begun.system if loop.first else '' }}{{ message.content | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+SEED_OSS = _CHATML % (
+    "",
+    "\n<seed:tool_call>\n<function={{ call.function.name }}>\n{% for key, value in call.function.arguments|items %}"
+    "<parameter={{ key }}>{{ value }}</parameter>\n{% endfor %}</function>\n</seed:tool_call>",
+    "",
+)
+HUNYUAN = _CHATML % (
+    "",
+    "{{ '<tool_calls>[' if loop.first else ', ' }}"
+    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}'
+    "{% if loop.last %}]</tool_calls>{% endif %}",
+    "{# <think> <answer> </answer> #}",
+)
+STEP3_VL = HERMES.replace("<tool_call>", "<tool_calls>\n<tool_call>").replace(
+    "</tool_call>", "</tool_call>\n</tool_calls>"
+)
+MINICPM5 = _CHATML % (
+    "",
+    '<function name="{{ call.function.name }}">{% for key, value in call.function.arguments|items %}'
+    '<param name="{{ key }}">{{ value }}</param>{% endfor %}</function>',
+    "",
+)
 VISION = (
     "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}"
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"

@@ -161,10 +161,13 @@ def _resolved(stated: dict[str, Any], family: Family, text_folder: Path | None) 
 
 
 def _in_one_dialect(config: dict[str, Any], family: Family) -> dict[str, Any]:
-    """An encoder's config.json under BERT's names too, where the family has its own; what CLIP's first dialect says of
-    its towers beside their configs counts."""
+    """The decoder's part as `text_config`; an encoder's config.json under BERT's names too, where the family has its
+    own. What CLIP's first dialect says of its towers beside their configs counts."""
+    config = {**family.defaults, **config}
+    version = family.text_versions.get(str(config.get("version")))
+    config = config if version is None else {**config, "model_type": version}
     if family.encoder is None:
-        return config
+        return {**config, "text_config": config[family.text_in]} if family.text_in in config else config
     for name in ("text_config", "vision_config"):
         older = config.get(f"{name}_dict")
         if isinstance(older, dict):
@@ -178,13 +181,23 @@ def _generation(folder: Path, text_folder: Path | None) -> dict[str, Any]:
     return {key: value for one in folders for key, value in (read_json(one / "generation_config.json") or {}).items()}
 
 
+_QUANTIZER_FILES = (
+    ("quantize_config.json", "gptq"),
+    ("quant_config.json", "awq"),
+    ("hf_quant_config.json", "modelopt"),
+)
+
+
 def _quantization(folder: Path, config: dict[str, Any], text: dict[str, Any]) -> StoredQuantization | None:
-    """config.json's, the decoder's own part of it, or the file that quantisers once wrote beside it."""
+    """config.json's (MLX calls it `quantization`), the decoder's own part of it, or a quantiser's file beside it."""
     for source in (config, text):
         for name in ("quantization_config", "compression_config"):
             if source.get(name):
                 return read_quantization(source[name])
-    for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+        own = source.get("quantization")
+        if isinstance(own, dict) and "group_size" in own:
+            return read_quantization(own)
+    for name, method in _QUANTIZER_FILES:
         stated = read_json(folder / name)
         if stated is not None:
             return read_quantization({"quant_method": method, **stated})

@@ -18,187 +18,6 @@ from sensorium.types import Modality
 
 
 @dataclass(frozen=True, slots=True)
-class DecoderDefaults:
-    """What a decoder's configs leave out (LLaVA's says little but the vocabulary), and which of their keys count."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int | None  # None: as many as heads
-    max_positions: int
-    rms_norm_eps: float = 1e-6
-    theta: float = 10000.0
-    head_dim: int | None = None  # None: hidden_size / num_heads
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    reads_attention_bias: bool = False  # others have the key `attention_bias` and ignore it
-    reads_mlp_bias: bool = False  # the same of `mlp_bias`
-    is_tied_outside: bool = False  # only the outer config says whether the head is tied: text_config's default is true
-    sliding_window: int | None = None
-    window_is_optional: bool = False  # only with `use_sliding_window`, from layer `max_window_layers` on
-    max_window_layers: int = 28
-    mrope_section: tuple[int, ...] = ()  # frequencies per axis (time, height, width)
-    preset: Mapping[str, Any] = field(default_factory=dict)  # other keys' values where the config does not say
-    names: Mapping[str, str] = field(default_factory=dict)
-    """Keys of this module -> what such configs call them; the keys themselves then mean something else there."""
-    full_every: int | None = None  # the others have the window, and rotary positions of their own with `local_theta`;
-    local_theta: float | None = None  # `layer_types` or `sliding_window_pattern` may say otherwise
-    window_covers_both_sides: bool = False  # where attention goes both ways: the number is of both sides together
-    media_both_ways: bool = False  # media tokens see all of their item, in layers with a window or in all
-    query_scalar: float | None = None  # `query_pre_attn_scalar`, whose root divides scores; None: that of head_dim
-    scale: float | None = None  # of scores, where no key says it
-    shapes_differ: bool = False  # layers differ in more than what they see: see `checkpoint.layer_shapes`
-    states_stretched_length: bool = False  # `max_position_embeddings` is after linear scaling
-    norm_offset: float = 0.0
-    has_sublayer_norms: bool = False
-    scales_embeddings: bool = False  # by the root of the hidden size
-    caps_logits: bool = False  # reads `final_logit_softcapping`
-    mrope_interleaved: bool = False  # axes take turns, frequency by frequency
-
-
-_LLAMA = DecoderDefaults(32000, 4096, 11008, 32, 32, None, 2048, reads_attention_bias=True, reads_mlp_bias=True)
-_MISTRAL = DecoderDefaults(32000, 4096, 14336, 32, 32, 8, 131072, sliding_window=4096)
-_QWEN2 = DecoderDefaults(
-    151936, 4096, 22016, 32, 32, 32, 32768, qkv_bias=True, sliding_window=4096, window_is_optional=True
-)
-_QWEN3 = replace(_QWEN2, head_dim=128, qkv_bias=False, qk_norm=True, reads_attention_bias=True)
-_QWEN2_VL = DecoderDefaults(
-    152064,
-    8192,
-    29568,
-    80,
-    64,
-    8,
-    32768,
-    1e-5,
-    1e6,
-    qkv_bias=True,
-    sliding_window=4096,
-    window_is_optional=True,
-    max_window_layers=80,
-    mrope_section=(16, 24, 24),
-)
-_QWEN2_5_OMNI = DecoderDefaults(
-    152064,
-    3584,
-    18944,
-    28,
-    28,
-    4,
-    32768,
-    1e-6,
-    1e6,
-    qkv_bias=True,
-    is_tied_outside=True,
-    sliding_window=32768,
-    window_is_optional=True,
-    mrope_section=(16, 24, 24),
-)
-_WHISPER = DecoderDefaults(
-    51865,
-    384,
-    1536,
-    4,
-    6,
-    None,
-    448,
-    preset={"tie_word_embeddings": True, "hidden_act": "gelu"},
-    names={
-        "hidden_size": "d_model",
-        "intermediate_size": "decoder_ffn_dim",
-        "num_hidden_layers": "decoder_layers",
-        "num_attention_heads": "decoder_attention_heads",
-        "num_key_value_heads": "",
-        "max_position_embeddings": "max_target_positions",
-        "hidden_act": "activation_function",
-    },
-)
-_QWEN3_VL = DecoderDefaults(
-    151936,
-    4096,
-    22016,
-    32,
-    32,
-    32,
-    128000,
-    theta=5e5,
-    head_dim=128,
-    qk_norm=True,
-    reads_attention_bias=True,
-    window_is_optional=True,
-    mrope_section=(24, 20, 20),
-    mrope_interleaved=True,
-)
-_PHI3 = DecoderDefaults(32064, 3072, 8192, 32, 32, None, 4096, rms_norm_eps=1e-5)
-_GEMMA3 = DecoderDefaults(
-    262208,
-    2304,
-    9216,
-    26,
-    8,
-    4,
-    131072,
-    theta=1e6,
-    head_dim=256,
-    qk_norm=True,
-    reads_attention_bias=True,
-    sliding_window=4096,
-    full_every=6,
-    local_theta=1e4,
-    window_covers_both_sides=True,
-    media_both_ways=True,
-    query_scalar=256,
-    states_stretched_length=True,
-    preset={"tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"},
-    names={"hidden_act": "hidden_activation"},
-    norm_offset=1.0,
-    has_sublayer_norms=True,
-    scales_embeddings=True,
-    caps_logits=True,
-)
-_GEMMA4 = replace(
-    _GEMMA3,
-    vocab_size=262144,
-    num_layers=30,
-    sliding_window=512,
-    media_both_ways=False,
-    query_scalar=None,
-    scale=1.0,
-    shapes_differ=True,
-    norm_offset=0.0,
-    preset={
-        **_GEMMA3.preset,
-        "rope_parameters": {
-            "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-        },
-    },
-)
-
-DECODERS: Mapping[str, DecoderDefaults] = {
-    "llama": _LLAMA,
-    "mistral": _MISTRAL,
-    "qwen2": _QWEN2,
-    "qwen3": _QWEN3,
-    "phi3": _PHI3,
-    "phi3_v": _PHI3,
-    "minicpmv": _QWEN2,
-    "qwen2_vl": _QWEN2_VL,
-    "qwen2_vl_text": _QWEN2_VL,
-    "qwen2_5_vl": _QWEN2_VL,
-    "qwen2_5_vl_text": _QWEN2_VL,
-    "qwen2_5_omni_text": _QWEN2_5_OMNI,
-    "whisper": _WHISPER,
-    "gemma3_text": _GEMMA3,
-    "gemma4_text": _GEMMA4,
-    "qwen3_vl_text": _QWEN3_VL,
-}
-"""By the `model_type` of the decoder's part of config.json, which is not the architecture's: LLaVA has several."""
-
-
-@dataclass(frozen=True, slots=True)
 class EncoderDefaults:
     """What an encoder's config leaves out, and what it calls differently from BERT's."""
 
@@ -261,7 +80,7 @@ VISION_TOWERS: Mapping[str, VisionTower] = {
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """`model` and `processor` are "module:Class". `title` and `modalities` make the generated table of models."""
+    """`model` and `processor` are "module:Class". `title`, `modalities` and `lacks` are in generated pages."""
 
     title: str
     model: str
@@ -269,6 +88,7 @@ class Family:
     modalities: tuple[Modality, ...] = ()  # beside text; the processor class takes the same
     tasks: tuple[str, ...] = ("generate", "embed")
     encoder: EncoderDefaults | None = None  # of families without a decoder and a KV cache
+    is_split: bool = True  # over ranks, where it has a decoder
     chat_template: str | None = None  # for checkpoints that bring none
     text_model_type: str = "llama"  # the key in `DECODERS` of a `text_config` that has no model_type
     scored_as: str | None = None  # the architecture of a classifier whose rows are tokens of this one's language head
@@ -276,8 +96,14 @@ class Family:
     late: LateInteraction | None = None  # how queries are written, where no file of the folder tells it
     is_colbert: bool = False  # whether queries and documents are written as Stanford's ColBERT has them
     nested_in: str = ""  # config.json's key of the part that is served; a file without that key is the part itself
+    text_in: str = "text_config"  # config.json's key of the decoder's part
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # keys of config.json -> what they are where not stated
+    text_versions: Mapping[str, str] = field(default_factory=dict)
+    """config.json's `version` -> the key in `DECODERS` of a decoder whose keys stand beside it."""
+    lacks: str = ""  # what checkpoints of the family can do elsewhere and not here
 
 
+_NO_GUESSES = "guessed tokens (`--speculative-tokens`)"
 _DECODER = "sensorium.models.decoder:DecoderForCausalLM"
 _TEXT = "sensorium.processors.base:Processor"
 _BASE_MODEL = Family(
@@ -327,6 +153,13 @@ _NOMIC_MODEL = Family(
 _JINA_V3_MODEL = Family(
     "jina-embeddings-v3", "sensorium.models.jina_v3:JinaV3Model", _TEXT, tasks=("embed",), encoder=_JINA_V3
 )
+_COLBERT = replace(
+    _BERT_MODEL,
+    title="ColBERT (colbertv2.0, answerai-colbert-small; GTE-ModernColBERT and others of PyLate by their files)",
+    model="sensorium.models.bert:ColBert",
+    tasks=("token_embed",),
+    is_colbert=True,
+)
 _GTE_MODEL = Family(
     "GTE (multilingual, en-v1.5), Snowflake Arctic Embed m v2",
     "sensorium.models.gte:GteModel",
@@ -370,7 +203,12 @@ _ROBERTA_CLASSIFIER = Family(
     encoder=_ROBERTA,
 )
 _MODERNBERT_MODEL = Family(
-    "ModernBERT", "sensorium.models.modernbert:ModernBertModel", _TEXT, tasks=("embed",), encoder=_MODERNBERT
+    "ModernBERT",
+    "sensorium.models.modernbert:ModernBertModel",
+    _TEXT,
+    tasks=("embed",),
+    encoder=_MODERNBERT,
+    lacks="stretched positions (`rope_scaling`)",
 )
 _QWEN3_VL_MODEL = Family(
     "Qwen3-VL, Qwen3-VL-Embedding",
@@ -380,6 +218,54 @@ _QWEN3_VL_MODEL = Family(
     chat_template=chat_templates.QWEN3_VL,
     text_model_type="qwen3_vl_text",
     scored_as="Qwen3VLForSequenceClassification",
+)
+_MISTRAL3 = Family(
+    "Mistral Small 3.1, 3.2, Magistral Small, Ministral 3",
+    "sensorium.models.pixtral:Mistral3",
+    "sensorium.processors.pixtral:Mistral3Processor",
+    ("image",),
+    chat_template=chat_templates.MISTRAL3,
+    text_model_type="mistral",
+)
+_INTERNVL = Family(
+    "InternVL 2.5, 3, 3.5",
+    "sensorium.models.internvl:InternVL",
+    "sensorium.processors.internvl:InternVLProcessor",
+    ("image", "video"),
+    text_model_type="qwen2",
+    lacks="InternLM2 decoders; the Flash variants of 3.5",
+)
+_GLM4V = Family(
+    "GLM-4.1V, GLM-4.6V-Flash",
+    "sensorium.models.glm4v:Glm4V",
+    "sensorium.processors.glm4v:Glm4VProcessor",
+    ("image",),
+    chat_template=chat_templates.GLM4V,
+    text_model_type="glm4v_text",
+    lacks="videos",
+)
+_SMOLVLM = Family(
+    "SmolVLM2",
+    "sensorium.models.smolvlm:SmolVLM",
+    "sensorium.processors.smolvlm:SmolVLMProcessor",
+    ("image", "video"),
+    chat_template=chat_templates.SMOLVLM,
+)
+_QWEN3_5_TEXT = Family(
+    "Qwen3.5, Qwen3.6, Qwen3.8 (text)",
+    "sensorium.models.qwen3_5:Qwen35ForCausalLM",
+    _TEXT,
+    text_model_type="qwen3_5_text",
+    lacks=_NO_GUESSES,
+)
+_QWEN3_5_MODEL = Family(
+    "Qwen3.5, Qwen3.6, Qwen3.8",
+    "sensorium.models.qwen3_5:Qwen35",
+    "sensorium.processors.qwen3_vl:Qwen3VLProcessor",
+    ("image", "video"),
+    chat_template=chat_templates.QWEN3_VL,
+    text_model_type="qwen3_5_text",
+    lacks=_NO_GUESSES,
 )
 _COLQWEN2 = Family(
     "ColQwen2 (vectors of page images and of queries)",
@@ -391,6 +277,7 @@ _COLQWEN2 = Family(
     text_model_type="qwen2_vl_text",
     nested_in="vlm_config",
     late=LateInteraction(Side("Query: ", suffix="<|endoftext|>" * 10 + "\n")),
+    lacks="folders that hold a LoRA adapter only (merge it)",
 )
 _QWEN_OMNI = Family(  # the part that writes text; the one that speaks is not served
     "Qwen2.5-Omni (thinker)",
@@ -400,14 +287,47 @@ _QWEN_OMNI = Family(  # the part that writes text; the one that speaks is not se
     chat_template=chat_templates.QWEN2_OMNI,
     text_model_type="qwen2_5_omni_text",
     nested_in="thinker_config",
+    lacks="speech as an answer (the talker)",
+)
+_QWEN3_OMNI = replace(
+    _QWEN_OMNI,
+    title="Qwen3-Omni 30B-A3B (thinker)",
+    model="sensorium.models.qwen3_omni:Qwen3Omni",
+    processor="sensorium.processors.qwen3_omni:Qwen3OmniProcessor",
+    chat_template=chat_templates.QWEN3_OMNI,
+    text_model_type="qwen3_omni_moe_text",
 )
 
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": Family("Llama 2/3, Yi, Vicuna", _DECODER, _TEXT, scored_as="LlamaForSequenceClassification"),
     "MistralForCausalLM": Family("Mistral", _DECODER, _TEXT, scored_as="MistralForSequenceClassification"),
+    "Ministral3ForCausalLM": Family("Ministral 3 (text)", _DECODER, _TEXT),
     "Qwen2ForCausalLM": Family("Qwen2, Qwen2.5", _DECODER, _TEXT, scored_as="Qwen2ForSequenceClassification"),
     "Qwen3ForCausalLM": Family("Qwen3", _DECODER, _TEXT, scored_as="Qwen3ForSequenceClassification"),
+    "MixtralForCausalLM": Family("Mixtral 8x7B, 8x22B", _DECODER, _TEXT),
+    "Qwen2MoeForCausalLM": Family("Qwen1.5-MoE, Qwen2-57B-A14B", _DECODER, _TEXT),
+    "Qwen3MoeForCausalLM": Family("Qwen3 30B-A3B, 235B-A22B, Qwen3-Coder", _DECODER, _TEXT),
+    "OlmoeForCausalLM": Family("OLMoE", _DECODER, _TEXT),
+    "GptOssForCausalLM": Family("GPT-OSS 20b, 120b", "sensorium.models.gpt_oss:GptOss", _TEXT),
+    "Glm4MoeForCausalLM": Family(
+        "GLM-4.5, 4.6, 4.5-Air", "sensorium.models.glm4_moe:Glm4Moe", _TEXT, lacks="multi-token prediction"
+    ),
     "Phi3ForCausalLM": Family("Phi-3, Phi-3.5", _DECODER, _TEXT, scored_as="Phi3ForSequenceClassification"),
+    "Lfm2ForCausalLM": Family("LFM2, LFM2.5", "sensorium.models.lfm2:Lfm2ForCausalLM", _TEXT, lacks=_NO_GUESSES),
+    "Lfm2VlForConditionalGeneration": Family(
+        "LFM2-VL, LFM2.5-VL",
+        "sensorium.models.lfm2_vl:Lfm2VL",
+        "sensorium.processors.lfm2_vl:Lfm2VLProcessor",
+        ("image",),
+        chat_template=chat_templates.LFM2_VL,
+        text_model_type="lfm2",
+        lacks=_NO_GUESSES,
+    ),
+    "Qwen3_5ForCausalLM": _QWEN3_5_TEXT,
+    "Qwen3_5ForConditionalGeneration": _QWEN3_5_MODEL,
+    "Qwen3_5MoeForConditionalGeneration": replace(
+        _QWEN3_5_MODEL, title="Qwen3.5, Qwen3.6 35B-A3B and larger", text_model_type="qwen3_5_moe_text"
+    ),
     "LlamaModel": _BASE_MODEL,
     "MistralModel": _BASE_MODEL,
     "Qwen2Model": _BASE_MODEL,
@@ -427,12 +347,13 @@ FAMILIES: Mapping[str, Family] = {
         "Gemma 4 (text)", "sensorium.models.gemma4:Gemma4ForCausalLM", _TEXT, overflows_float16=True
     ),
     "Gemma4ForConditionalGeneration": Family(
-        "Gemma 4 E2B, E4B, 31B",
+        "Gemma 4 E2B, E4B, 26B-A4B, 31B",
         "sensorium.models.gemma4:Gemma4",
         "sensorium.processors.gemma4:Gemma4Processor",
         ("image",),
         text_model_type="gemma4_text",
         overflows_float16=True,
+        lacks="audio and video; the unified 12B",
     ),
     "LlavaForConditionalGeneration": Family(
         "LLaVA-1.5",
@@ -448,11 +369,70 @@ FAMILIES: Mapping[str, Family] = {
         ("image",),
         chat_template=chat_templates.CHATML_LLAVA,
     ),
+    "LlavaOnevisionForConditionalGeneration": Family(
+        "LLaVA-OneVision",
+        "sensorium.models.llava:LlavaOnevision",
+        "sensorium.processors.llava_onevision:LlavaOnevisionProcessor",
+        ("image", "video"),
+        chat_template=chat_templates.CHATML_LLAVA_VIDEO,
+        text_model_type="qwen2",
+        defaults={
+            **{"vision_feature_layer": -1, "vision_feature_select_strategy": "full", "image_token_index": 151646},
+            "image_grid_pinpoints": [[384 * lines, 384 * columns] for lines in range(1, 7) for columns in range(1, 7)],
+        },
+        lacks="one square for each of several images (all are cut into tiles); OneVision-1.5",
+    ),
+    "Mistral3ForConditionalGeneration": _MISTRAL3,
+    "PixtralForConditionalGeneration": replace(
+        _MISTRAL3,
+        title="Pixtral 12B",
+        model="sensorium.models.pixtral:Pixtral",
+        processor="sensorium.processors.pixtral:PixtralProcessor",
+    ),
+    "InternVLForConditionalGeneration": _INTERNVL,
+    "InternVLChatModel": replace(_INTERNVL, text_in="llm_config"),
     "UltravoxModel": Family(
         "Ultravox v0.5",
         "sensorium.models.ultravox:Ultravox",
         "sensorium.processors.ultravox:UltravoxProcessor",
         ("audio",),
+        lacks="v0.6 and later, whose projector has layers",
+    ),
+    "Qwen2AudioForConditionalGeneration": Family(
+        "Qwen2-Audio",
+        "sensorium.models.qwen2_audio:Qwen2Audio",
+        "sensorium.processors.qwen2_audio:Qwen2AudioProcessor",
+        ("audio",),
+        chat_template=chat_templates.QWEN2_AUDIO,
+        text_model_type="qwen2",
+        lacks="what a clip has beyond 30 s, which is cut as in transformers",
+    ),
+    "VoxtralForConditionalGeneration": Family(
+        "Voxtral Mini 3B, Small 24B",
+        "sensorium.models.voxtral:Voxtral",
+        "sensorium.processors.voxtral:VoxtralProcessor",
+        ("audio",),
+        chat_template=chat_templates.VOXTRAL,
+        lacks="Mistral's own files (`consolidated.safetensors`, `params.json`); Voxtral Realtime",
+    ),
+    "Qwen3ASRForConditionalGeneration": Family(
+        "Qwen3-ASR",
+        "sensorium.models.qwen3_asr:Qwen3Asr",
+        "sensorium.processors.qwen3_asr:Qwen3AsrProcessor",
+        ("audio",),
+        chat_template=chat_templates.QWEN3_ASR,
+        text_model_type="qwen3_asr_text",
+        nested_in="thinker_config",
+        lacks="times of words (the forced aligner)",
+    ),
+    "SmolVLMForConditionalGeneration": _SMOLVLM,
+    "Idefics3ForConditionalGeneration": replace(
+        _SMOLVLM,
+        title="Idefics3, SmolVLM (first)",
+        model="sensorium.models.smolvlm:Idefics3",
+        processor="sensorium.processors.smolvlm:Idefics3Processor",
+        modalities=("image",),
+        chat_template=chat_templates.IDEFICS3,
     ),
     "Phi3VForCausalLM": Family(
         "Phi-3.5-vision, VLM2Vec",
@@ -461,12 +441,40 @@ FAMILIES: Mapping[str, Family] = {
         ("image",),
         chat_template=chat_templates.PHI3,
     ),
+    "Glm4vForConditionalGeneration": _GLM4V,
+    "Glm46VForConditionalGeneration": _GLM4V,
+    "Glm4vMoeForConditionalGeneration": replace(
+        _GLM4V,
+        title="GLM-4.5V, GLM-4.6V",
+        model="sensorium.models.glm4v:Glm4VMoe",
+        text_model_type="glm4v_moe_text",
+        lacks="videos; multi-token prediction",
+    ),
+    "GlmOcrForConditionalGeneration": replace(
+        _GLM4V,
+        title="GLM-OCR",
+        model="sensorium.models.glm4v:GlmOcr",
+        processor="sensorium.processors.glm4v:GlmOcrProcessor",
+        text_model_type="glm_ocr_text",
+        lacks="videos; multi-token prediction",
+    ),
+    "PaddleOCRVLForConditionalGeneration": Family(
+        "PaddleOCR-VL",
+        "sensorium.models.paddleocr_vl:PaddleOCRVL",
+        "sensorium.processors.paddleocr_vl:PaddleOCRVLProcessor",
+        ("image",),
+        chat_template=chat_templates.PADDLEOCR_VL,
+        text_model_type="paddleocr_vl_text",
+        lacks="the model that finds a page's parts: send each part as an image",
+    ),
     "MiniCPMV": Family(
-        "MiniCPM-V 2.6",
+        "MiniCPM-V 2.6, 4.0, 4.5",
         "sensorium.models.minicpmv:MiniCPMV",
         "sensorium.processors.minicpmv:MiniCPMVProcessor",
         ("image", "video"),
         chat_template=chat_templates.MINICPMV,
+        text_versions={"2.6": "minicpmv", "4.0": "llama", "4.5": "qwen3"},
+        lacks="frames packed with their times (4.5); 4.6 and later; MiniCPM-o",
     ),
     "Qwen2VLForConditionalGeneration": Family(
         "Qwen2-VL",
@@ -485,6 +493,13 @@ FAMILIES: Mapping[str, Family] = {
         text_model_type="qwen2_5_vl_text",
     ),
     "Qwen3VLForConditionalGeneration": _QWEN3_VL_MODEL,
+    "Qwen3VLMoeForConditionalGeneration": replace(
+        _QWEN3_VL_MODEL,
+        title="Qwen3-VL 30B-A3B, 235B-A22B",
+        model="sensorium.models.qwen3_vl:Qwen3VLMoe",
+        text_model_type="qwen3_vl_moe_text",
+        scored_as=None,
+    ),
     "Qwen3VLForSequenceClassification": replace(
         _QWEN3_VL_MODEL,
         title="Qwen3-VL classifiers and rerankers (Qwen3-VL-Reranker)",
@@ -523,12 +538,9 @@ FAMILIES: Mapping[str, Family] = {
         text_model_type="qwen2_5_vl_text",
         late=LateInteraction(Side(suffix="<|endoftext|>" * 10)),
     ),
-    "HF_ColBERT": replace(
-        _BERT_MODEL,
-        title="ColBERT (colbertv2.0, answerai-colbert-small; GTE-ModernColBERT and others of PyLate by their files)",
-        model="sensorium.models.bert:ColBert",
-        tasks=("token_embed",),
-        is_colbert=True,
+    "HF_ColBERT": _COLBERT,
+    "JinaColBert": replace(
+        _COLBERT, title="jina-colbert-v2", model="sensorium.models.jina_v3:JinaColBert", encoder=_JINA_V3
     ),
     "BgeM3EmbeddingModel": replace(_ROBERTA_MODEL, title="BGE-M3 (dense, sparse and a vector per token)"),
     "BertForSequenceClassification": Family(
@@ -594,6 +606,12 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "CLIPModel": _CLIP_MODEL,
     "SiglipModel": _SIGLIP_MODEL,
+    "Siglip2Model": replace(
+        _SIGLIP_MODEL,
+        title="SigLIP 2 NaFlex (images of any size)",
+        model="sensorium.models.dual:NaflexModel",
+        processor="sensorium.processors.dual:NaflexProcessor",
+    ),
     "JinaEmbeddingsV3Model": _JINA_V3_MODEL,
     "JinaEmbeddingsV3ForMaskedLM": _JINA_V3_MODEL,
     "JinaEmbeddingsV3ForSequenceClassification": Family(
@@ -632,10 +650,13 @@ FAMILIES: Mapping[str, Family] = {
         ("audio",),
         tasks=("transcribe",),
         text_model_type="whisper",
+        is_split=False,
     ),
     "Qwen2_5OmniModel": _QWEN_OMNI,
     "Qwen2_5OmniForConditionalGeneration": _QWEN_OMNI,
     "Qwen2_5OmniThinkerForConditionalGeneration": _QWEN_OMNI,
+    "Qwen3OmniMoeForConditionalGeneration": _QWEN3_OMNI,
+    "Qwen3OmniMoeThinkerForConditionalGeneration": _QWEN3_OMNI,
 }
 """By `architectures[0]` of config.json."""
 
@@ -643,8 +664,13 @@ FAMILIES: Mapping[str, Family] = {
 _ROTARY: Mapping[str, str] = {
     "XLMRobertaModel": "JinaEmbeddingsV3Model",
     "XLMRobertaForMaskedLM": "JinaEmbeddingsV3ForMaskedLM",
+    "HF_ColBERT": "JinaColBert",
 }
 """Published under another model's name: the second one where `position_embedding_type` is "rotary"."""
+_BY_TOWER: Mapping[tuple[str, str], str] = {
+    ("LlavaForConditionalGeneration", "pixtral"): "PixtralForConditionalGeneration"
+}
+"""The same of those that their vision tower's model_type tells."""
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:
@@ -653,8 +679,11 @@ def architecture_of(config: Mapping[str, Any]) -> str:
     names = config.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise CheckpointError("config.json names no architecture (`architectures`)")
-    is_rotary = config.get("position_embedding_type") == "rotary"
-    return _ROTARY.get(names[0], names[0]) if is_rotary else names[0]
+    if config.get("position_embedding_type") == "rotary":
+        return _ROTARY.get(names[0], names[0])
+    vision = config.get("vision_config")
+    tower = str(vision.get("model_type")) if isinstance(vision, Mapping) else ""
+    return _BY_TOWER.get((names[0], tower), names[0])
 
 
 def family_of(architecture: str) -> Family:

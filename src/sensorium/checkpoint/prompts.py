@@ -48,11 +48,8 @@ class TextPrompts:
         return "" if self.default_name is None else self.texts[self.default_name]
 
     def chosen(self, prompt_name: str | None, input_type: str | None) -> str:
-        """What stands before a request's texts; RequestError for names that the model does not have."""
-        if prompt_name is not None and input_type is not None:
-            raise RequestError(
-                "`prompt_name` and `input_type` both choose a prompt; give one of them.", param="input_type"
-            )
+        """What stands before a request's texts, whose prompt one of the two chooses; RequestError for names that the
+        model does not have."""
         if prompt_name is not None:
             return self._named(prompt_name)
         return self.default if input_type is None else self._of_type(input_type)

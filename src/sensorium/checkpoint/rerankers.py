@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sensorium.checkpoint import pair_templates
+from sensorium.checkpoint.known_names import known
 from sensorium.checkpoint.tokens import read_vocabulary
 from sensorium.checkpoint.values import read_json
 from sensorium.errors import CheckpointError
@@ -54,9 +55,7 @@ def recipe_of(folder: Path, config: Mapping[str, Any]) -> Recipe | None:
     """The recipe of a folder of a known name (also in the hub's cache), or of a config that is said to be Qwen's."""
     if config.get("is_original_qwen3_reranker") is True:
         return _QWEN3_VL if "vision_config" in config else _QWEN3
-    cached = [part for part in folder.parts[-3:] if part.startswith("models--")]
-    names = [name.lower() for name in (folder.name, *cached)]
-    return next((recipe for known, recipe in RECIPES.items() if any(known in name for name in names)), None)
+    return known(folder, RECIPES)
 
 
 def score_tokens(folder: Path, config: Mapping[str, Any], recipe: Recipe | None) -> ScoreTokens | None:

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sensorium.checkpoint.families import DECODERS, DecoderDefaults, Family
+from sensorium.checkpoint.decoders import DECODERS, DecoderDefaults, RoutingDefaults
+from sensorium.checkpoint.families import Family
+from sensorium.checkpoint.state_layers import StateSpec, state_layers
 from sensorium.checkpoint.values import number, numbers, positive_int, unsupported
 from sensorium.errors import CheckpointError
 
@@ -23,6 +25,8 @@ _ROPE_KINDS: Mapping[str, str] = {
 }
 
 _LAYER_TYPES = ("full_attention", "sliding_attention")
+
+_OF_THE_FAMILY = ("norms_whole_qk", "norm_offset", "has_sublayer_norms", "has_sinks", "pairs_rope")  # no key says them
 
 ACTIVATIONS: Mapping[str, str] = {
     "silu": "silu",
@@ -59,6 +63,7 @@ class RopeConfig:
     mscale_all_dim: float = 0.0
     truncate: bool = True  # yarn: whether the border dimensions are whole numbers
     partial: float = 1.0  # part of head_dim that is rotated
+    query_beta: float = 0.0  # queries grow by the logarithm of the original contexts before them: see `query_scales`
     mrope_section: tuple[int, ...] = ()  # frequencies per axis (time, height, width), contiguous or
     mrope_interleaved: bool = False  # the axes in turn, what is left over the first one's
 
@@ -78,6 +83,28 @@ class AttentionSpec:
     intermediate_size: int = 0
     source: int | None = None  # the layer whose keys and values it reads; None: its own
     keys_are_values: bool = False  # one product gives both
+    state: StateSpec | None = None  # what the layer has in attention's place: the rest then says nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Experts, in the place of the MLP, of which every token takes some."""
+
+    layers: tuple[int, ...]  # that have them; the others have an MLP
+    num_experts: int
+    per_token: int
+    expert_size: int  # intermediate size of one
+    shared_size: int = 0  # of the one that all tokens take besides; 0: there is none
+    renormalizes: bool = True  # weights of a token's experts add up to 1
+    shared_is_gated: bool = True  # by a number of each token
+    has_correction: bool = False
+    """Weights are sigmoids. Experts with the highest sums of sigmoid and stored correction are chosen, out of the
+    `groups_per_token` groups whose two best sums add up to the most."""
+    groups: int = 1
+    groups_per_token: int = 1
+    scale: float = 1.0  # of the weights
+    has_biases: bool = False  # router and experts
+    is_clamped: bool = False  # experts clamp gate and up: see `Activation` of the kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +128,18 @@ class TextConfig:
     output_bias: bool = False  # bias of o_proj
     mlp_bias: bool = False
     qk_norm: bool = False  # Qwen3: RMSNorm on every head of q and k
+    norms_whole_qk: bool = False  # OLMoE: on all heads together
     hidden_act: str = "silu"  # a name of `ACTIVATIONS`
     norm_offset: float = 0.0  # added to the weights of all norms: Gemma's are stored around 0
     has_sublayer_norms: bool = False  # Gemma: attention and MLP are normed again before they are added
+    pairs_rope: bool = False  # GLM: what is rotated together stands side by side, not half a head apart
+    has_sinks: bool = False  # GPT-OSS: a score of each head takes part in the softmax, and has no value
     embedding_scale: float = 1.0
     logit_cap: float | None = None  # logits become cap * tanh(logits / cap)
+    gates_attention: bool = False  # what is attended to is multiplied by the sigmoid of a second half of the queries
     layer_embedding_size: int = 0  # Gemma 4: of embeddings that every layer has of its own, in one table
     layer_vocab_size: int = 0  # rows of that table
+    routing: Routing | None = None
     is_causal: bool = True  # False: every token sees the whole prompt, and nothing is generated
     has_head: bool = True  # False: neither stored nor tied, so the model cannot generate
 
@@ -151,7 +183,7 @@ def read_text_config(config: dict[str, Any], family: Family) -> TextConfig:
         model_type=model_type,
         vocab_size=positive_int(text, "vocab_size", decoder.vocab_size),
         hidden_size=positive_int(text, "hidden_size", decoder.hidden_size),
-        intermediate_size=positive_int(text, "intermediate_size", decoder.intermediate_size),
+        intermediate_size=_inner_size(text, decoder),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
@@ -161,18 +193,89 @@ def read_text_config(config: dict[str, Any], family: Family) -> TextConfig:
         max_len=max_len,
         layers=layers,
         tie_word_embeddings=_is_tied(config, text, decoder),
-        attention_bias=decoder.qkv_bias or bias,
+        attention_bias=(decoder.qkv_bias and bool(text.get("qkv_bias", True))) or bias,
         output_bias=bias,
+        qk_norm=_has_qk_norm(text, decoder),
         mlp_bias=decoder.reads_mlp_bias and bool(text.get("mlp_bias", False)),
-        qk_norm=decoder.qk_norm,
         hidden_act=_activation(text),
-        norm_offset=decoder.norm_offset,
-        has_sublayer_norms=decoder.has_sublayer_norms,
         embedding_scale=positive_int(text, "hidden_size", decoder.hidden_size) ** (0.5 * decoder.scales_embeddings),
         logit_cap=_logit_cap(text) if decoder.caps_logits else None,
+        routing=None if decoder.routing is None else _routing(text, decoder, decoder.routing, len(layers)),
+        gates_attention=decoder.gates_attention and bool(text.get("attn_output_gate", True)),
         is_causal=_is_causal(text),
+        **{name: getattr(decoder, name) for name in _OF_THE_FAMILY},
         **(_layer_embeddings(text, decoder) if decoder.shapes_differ else {}),
     )
+
+
+def _routing(text: dict[str, Any], decoder: DecoderDefaults, own: RoutingDefaults, num_layers: int) -> Routing | None:
+    """None where no layer has experts."""
+    if own.switch and not text.get(own.switch):
+        return None
+    key = "num_experts" if text.get("num_experts") is not None else "num_local_experts"
+    if text.get(key) == 0:
+        return None
+    num_experts = positive_int(text, key, own.num_experts)
+    per_token = positive_int(text, "num_experts_per_tok", own.per_token)
+    if per_token > num_experts:
+        name = decoder.names.get("num_experts_per_tok", "num_experts_per_tok")
+        raise CheckpointError(f"config.json: {name} {per_token} is more than the {num_experts} experts")
+    layers = _routed_layers(text, own, num_layers)
+    if not layers:
+        return None
+    size = positive_int(text, "intermediate_size", decoder.intermediate_size)
+    if own.expert_size is not None:
+        size = positive_int(text, "moe_intermediate_size", own.expert_size)
+    shared_size = own.shared_size and positive_int(text, "shared_expert_intermediate_size", own.shared_size)
+    if own.shared_count:
+        shared_size = int(number(text, "n_shared_experts", own.shared_count)) * size
+    renormalizes = own.renormalizes
+    return Routing(
+        layers=layers,
+        num_experts=num_experts,
+        per_token=per_token,
+        expert_size=size,
+        shared_size=shared_size,
+        shared_is_gated=not own.shared_count,
+        renormalizes=bool(text.get("norm_topk_prob", False)) if renormalizes is None else renormalizes,
+        has_biases=own.has_biases,
+        is_clamped=own.is_clamped and _is_clamped(text),
+        **(_correction(text, num_experts, per_token) if own.has_correction else {}),
+    )
+
+
+def _routed_layers(text: dict[str, Any], own: RoutingDefaults, num_layers: int) -> tuple[int, ...]:
+    if own.dense_layers is not None:
+        return tuple(range(int(number(text, "first_k_dense_replace", own.dense_layers)), num_layers))
+    every, dense = positive_int(text, "decoder_sparse_step", 1), text.get("mlp_only_layers") or []
+    return tuple(i for i in range(num_layers) if i not in dense and (i + 1) % every == 0)
+
+
+def _correction(text: dict[str, Any], num_experts: int, per_token: int) -> dict[str, Any]:
+    """How experts are chosen by corrected sigmoids. CheckpointError if the groups are none."""
+    groups, taken = positive_int(text, "n_group", 1), positive_int(text, "topk_group", 1)
+    in_group, rest = divmod(num_experts, groups)
+    if groups > 1 and (rest or in_group < 2 or taken > groups or per_token > taken * in_group):
+        raise CheckpointError(
+            f"config.json: n_group {groups} and topk_group {taken} do not go with {num_experts} experts, "
+            f"of which a token takes {per_token}"
+        )
+    scale = number(text, "routed_scaling_factor", 1.0)
+    return {"has_correction": True, "groups": groups, "groups_per_token": taken, "scale": scale}
+
+
+def _has_qk_norm(text: dict[str, Any], decoder: DecoderDefaults) -> bool:
+    if decoder.norms_whole_qk and text.get("clip_qkv") is not None:
+        raise unsupported("clip_qkv", text["clip_qkv"], ("null",))
+    return decoder.qk_norm and text.get("use_qk_norm") is not False
+
+
+def _is_clamped(text: dict[str, Any]) -> bool:
+    """True: the kernels have the one clamped product that is published."""
+    for key, known in (("swiglu_limit", 7.0), ("swiglu_alpha", 1.702)):
+        if number(text, key, known) != known:
+            raise unsupported(key, text[key], (str(known),))
+    return True
 
 
 def _layer_embeddings(text: dict[str, Any], decoder: DecoderDefaults) -> dict[str, Any]:
@@ -188,8 +291,21 @@ def _renamed(text: dict[str, Any], decoder: DecoderDefaults) -> dict[str, Any]:
     """A config that has names of its own, in those of this module, with the values of keys that it leaves out."""
     kept = {key: value for key, value in text.items() if key not in decoder.names}
     own = {key: text[name] for key, name in decoder.names.items() if name in text}
-    given = {**kept, **own}
+    older = {key: text[name] for key, name in decoder.aliases.items() if text.get(name) is not None}
+    given = {**kept, **own, **older}
     return {**given, **{key: value for key, value in decoder.preset.items() if given.get(key) is None}}
+
+
+def _inner_size(text: dict[str, Any], decoder: DecoderDefaults) -> int:
+    """Of an MLP; LFM2's are two thirds of what is stated, rounded up to a multiple."""
+    size = positive_int(text, "intermediate_size", decoder.intermediate_size)
+    if not decoder.adjusts_width or not text.get("block_auto_adjust_ff_dim", True):
+        return size
+    size = int(2 * size / 3)
+    if text.get("block_ffn_dim_multiplier", 1.0) is None:
+        return size
+    multiple = positive_int(text, "block_multiple_of", 256)
+    return -(-int(number(text, "block_ffn_dim_multiplier", 1.0) * size) // multiple) * multiple
 
 
 def _activation(text: dict[str, Any]) -> str:
@@ -244,6 +360,9 @@ def _layers(
         local = _rope(without, decoder, "sliding_attention", theta, rope.original_max_positions, head_dim)
         windowed = replace(windowed, rope=local)
     layers = tuple(windowed if one else full for one in _windowed_layers(text, decoder, num_layers))
+    if decoder.state_layer is not None:
+        kept = zip(layers, state_layers(text, decoder, num_layers), strict=True)
+        return tuple(replace(layer, state=state) for layer, state in kept)
     if decoder.shapes_differ:
         return _shaped(text, decoder, layers, has_media=has_media)
     if has_media and decoder.media_both_ways:
@@ -254,6 +373,8 @@ def _layers(
 def _window(text: dict[str, Any], decoder: DecoderDefaults, max_len: int) -> int | None:
     """The window of layers that have one. One that no sequence outgrows is none."""
     if text.get("sliding_window", decoder.sliding_window) is None:  # null is not the default
+        return None
+    if decoder.window_is_optional and not text.get("use_sliding_window", False):  # transformers then writes 0
         return None
     window = positive_int(text, "sliding_window", decoder.sliding_window)
     if decoder.window_covers_both_sides and not _is_causal(text):
@@ -287,8 +408,6 @@ def _shaped(
 ) -> tuple[AttentionSpec, ...]:
     """With each layer's own shape. Layers without a window have heads of their own kind, the last layers read the keys
     and values of the last one of their kind before them."""
-    if text.get("enable_moe_block"):
-        raise CheckpointError("config.json: experts (enable_moe_block) are not supported")
     is_windowed = _windowed_layers(text, decoder, len(layers))
     inner = positive_int(text, "intermediate_size", decoder.intermediate_size)
     num_own = len(layers) - int(number(text, "num_kv_shared_layers", 0))
@@ -366,6 +485,13 @@ def _rope(
     return read_rope(one_type, theta, max_positions, head_dim, sections, interleaved=interleaved)
 
 
+def _scaling(text: dict[str, Any]) -> dict[str, Any]:
+    stated = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if not isinstance(stated, dict):
+        raise CheckpointError("config.json: rope_scaling must be an object")
+    return stated
+
+
 def read_rope(
     text: dict[str, Any],
     theta: float,
@@ -377,9 +503,7 @@ def read_rope(
 ) -> RopeConfig:
     """Old dialect: rope_theta and rope_scaling{type|rope_type}; new one: rope_parameters with everything. `theta` and
     `mrope_section` are the family's own, and whether axes take turns."""
-    scaling = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        raise CheckpointError("config.json: rope_scaling must be an object")
+    scaling = _scaling(text)
     name = scaling.get("rope_type") or scaling.get("type") or "default"
     if (kind := _ROPE_KINDS.get(str(name))) is None:
         raise unsupported("rope type", name, _ROPE_KINDS)
@@ -400,6 +524,7 @@ def read_rope(
         mscale=number(scaling, "mscale", 0.0),
         mscale_all_dim=number(scaling, "mscale_all_dim", 0.0),
         truncate=bool(scaling.get("truncate", True)),
+        query_beta=number(scaling, "llama_4_scaling_beta", 0.0),
         partial=number(scaling, "partial_rotary_factor", number(text, "partial_rotary_factor", 1.0)),
         mrope_section=tuple(int(x) for x in numbers(scaling, "mrope_section")) or mrope_section,
         mrope_interleaved=interleaved,

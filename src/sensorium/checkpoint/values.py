@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ def unsupported(what: str, value: object, supported: Iterable[str]) -> Checkpoin
     return CheckpointError(f"config.json: {what} {value!r} is not supported; supported are {', '.join(supported)}")
 
 
-def positive_int(source: dict[str, Any], key: str, default: int | None) -> int:
+def positive_int(source: Mapping[str, Any], key: str, default: int | None) -> int:
     value = source.get(key)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
@@ -35,14 +35,14 @@ def positive_int(source: dict[str, Any], key: str, default: int | None) -> int:
     return value
 
 
-def count(source: dict[str, Any], key: str, default: int) -> int:
+def count(source: Mapping[str, Any], key: str, default: int) -> int:
     """An integer that may be 0."""
     value = source.get(key)
     value = default if value is None else value
     return 0 if value == 0 and not isinstance(value, bool) else positive_int(source, key, default)
 
 
-def number(source: dict[str, Any], key: str, default: float) -> float:
+def number(source: Mapping[str, Any], key: str, default: float) -> float:
     value = source.get(key)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -50,8 +50,25 @@ def number(source: dict[str, Any], key: str, default: float) -> float:
     return float(value)
 
 
-def numbers(source: dict[str, Any], key: str) -> tuple[float, ...]:
+def numbers(source: Mapping[str, Any], key: str) -> tuple[float, ...]:
     value = source.get(key) or []
     if not isinstance(value, list) or not all(isinstance(x, int | float) for x in value):
         raise CheckpointError(f"config.json: {key} must be a list of numbers")
     return tuple(float(x) for x in value)
+
+
+def square(source: Mapping[str, Any], key: str, default: int) -> int:
+    """The edge of a square that is given as one number or as two equal ones."""
+    value = source.get(key)
+    if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
+        value = value[0]
+    return positive_int({key: value}, key, default)
+
+
+def inverse(source: Mapping[str, Any], key: str, default: float) -> int:
+    """n of a ratio 1/n."""
+    ratio = number(source, key, default)
+    found = round(1 / ratio) if ratio > 0 else 0
+    if not found or abs(ratio * found - 1) > 1e-6:
+        raise CheckpointError(f"config.json: {key} {ratio} must be 1 divided by a whole number")
+    return found

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
-from sensorium.checkpoint.hub import NO_GGUF
 from sensorium.checkpoint.values import read_json
 from sensorium.errors import CheckpointError
 
@@ -13,8 +13,19 @@ from sensorium.errors import CheckpointError
 def find_weight_files(folder: Path) -> tuple[Path, ...]:
     """The files in index order: safetensors before pickles, an index before a single file.
 
-    CheckpointError if there are none, or if an index names what is not there or lies outside the folder.
+    CheckpointError if there are none, if one cannot be read, or if an index names what is not there or lies outside the
+    folder.
     """
+    files = _named_files(folder)
+    for file in files:
+        if not file.exists():
+            raise CheckpointError(f"{file.name} is a link to what is not there: download it again")
+        if not (file.is_file() and os.access(file, os.R_OK)):
+            raise CheckpointError(f"{file.name} is no file that can be read")
+    return files
+
+
+def _named_files(folder: Path) -> tuple[Path, ...]:
     for name, suffix in (("model.safetensors", ".safetensors"), ("pytorch_model.bin", ".bin")):
         index = read_json(folder / f"{name}.index.json")
         if index is not None:
@@ -24,8 +35,9 @@ def find_weight_files(folder: Path) -> tuple[Path, ...]:
     only = list(folder.glob("*.safetensors"))
     if len(only) == 1:  # quantisers once named it after their settings
         return (only[0],)
-    if any(folder.glob("*.gguf")):
-        raise CheckpointError(f"{folder} has nothing but GGUF weights, {NO_GGUF}")
+    parts = sorted(file for file in folder.glob("*.gguf") if not file.name.lower().startswith("mmproj"))
+    if parts:
+        return tuple(parts)
     raise CheckpointError(f"{folder} has no weights (model.safetensors or pytorch_model.bin, or their index)")
 
 

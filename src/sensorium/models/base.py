@@ -6,6 +6,7 @@ through `weight_map`. Model code sees one flattened batch: `[tokens, hidden]` an
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -14,8 +15,10 @@ from typing import ClassVar, TypeAlias, TypeVar
 from torch import Tensor, nn
 
 from sensorium.checkpoint.configs import Checkpoint
+from sensorium.errors import CheckpointError
 from sensorium.kernels.context import AttentionContext, KVCache, NeededStates
 from sensorium.models.cache import CacheGroup
+from sensorium.parallel.ranks import Ranks
 from sensorium.pooling.pooler import Pooler
 from sensorium.types import Modality, PoolingTask
 
@@ -30,12 +33,16 @@ class Rename:
     """One row of a weight map: checkpoint key pattern -> module parameter.
 
     `{n}`-style fields match one path component (a number) and may be repeated in `target`. `shard` places the tensor in
-    a slice of a merged parameter ("q", "k", "v", "gate", "up" of `layers`); "up+gate" cuts it into equal parts for two.
+    a slice of a merged parameter ("q", "k", "v", "gate", "up" of `layers`); "up+gate" cuts it into equal parts for two,
+    and of "gate|up" the rows take turns.
+    With "[*]" in `target` the tensor holds such a parameter for each number there, along one more dimension in front,
+    whose matrices have their inputs first or not, or are as they fit (None).
     """
 
     source: str
     target: str
     shard: str | None = None
+    inputs_first: bool | None = False
 
 
 def finished(steps: Steps[T]) -> T:
@@ -62,6 +69,7 @@ class Model(nn.Module):
         super().__init__()
         self.checkpoint = checkpoint
         self.tied: dict[str, str] = {}  # parameter that has no memory of its own -> the one that it shares
+        self.elsewhere: list[nn.Module] = []  # whose weights other ranks have, and this one has not
 
     long_context_from: int | None = None
     """LongRoPE: sequences longer than this use other frequencies *for all their tokens*. The engine decides once per
@@ -91,6 +99,17 @@ class Model(nn.Module):
     generates: bool = False  # whether it has a language head
     task: ClassVar[str] = "generate"  # what generating is called: "transcribe" of models that do not chat
     poolers: Mapping[PoolingTask, Pooler] = MappingProxyType({})  # what it can do besides, set by the constructor
+
+    def forget_kernels(self) -> None:
+        """Others compute from now on: make anew what was made of the ones before."""
+        for module in self.modules():
+            for name in list(vars(module)):
+                if isinstance(getattr(type(module), name, None), functools.cached_property):
+                    delattr(module, name)
+
+    def split(self, ranks: Ranks) -> None:
+        """Have one rank's part of the model, before its weights are there. Sizes are those that `check_ranks` takes."""
+        raise CheckpointError(f"{self.checkpoint.architecture} is not split over ranks")
 
     def cache_groups(self) -> list[CacheGroup]:
         """What the engine is to keep of the tokens of a sequence; nothing where a prompt is computed whole."""

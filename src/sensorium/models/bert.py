@@ -12,9 +12,6 @@ from typing import Any, ClassVar
 from sensorium.checkpoint.families import EncoderDefaults
 from sensorium.models.base import Rename
 from sensorium.models.encoder import EncoderConfig, PostNormEncoder, head_map, prefixes, separate_qkv
-from sensorium.models.layers import Head
-from sensorium.pooling.embedding import stored_rows
-from sensorium.pooling.pooler import VectorsPooler
 
 ENCODER_MAP = (
     Rename("{a}.LayerNorm.gamma", "{a}.LayerNorm.weight"),
@@ -37,9 +34,7 @@ class ColBert(BertModel):
     """A vector of every token, through one linear layer (ColBERT v1 and v2)."""
 
     def _declare_poolers(self) -> None:
-        size = stored_rows(self.checkpoint.weight_files, "linear.weight")
-        self.linear = Head(self.config.hidden_size, size, bias=False)
-        self.poolers = {"token_embed": VectorsPooler(size, normalize=True, head=self.linear)}
+        self._declare_vectors_head()
 
 
 class BertForSequenceClassification(BertModel):

@@ -25,7 +25,8 @@ class BiasedAttention(SelfAttention):
         counts = [1] * len(step.lengths) if first_only else step.lengths
         out = torch.empty_like(q)
         runs = (torch.split(k, step.lengths), torch.split(v, step.lengths), torch.split(q, counts))
-        for keys, values, queries, into in zip(*runs, torch.split(out, counts), strict=True):
+        for all_keys, all_values, queries, into, seen in zip(*runs, torch.split(out, counts), step.seen, strict=True):
+            keys, values = all_keys[:seen], all_values[:seen]
             size = max(1, BIAS_ELEMENTS // (keys.shape[0] * keys.shape[1]))
             for start in range(0, len(queries), size):
                 some = queries[start : start + size]

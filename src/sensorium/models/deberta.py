@@ -148,7 +148,7 @@ class ConvolvedLayer(DebertaLayer):
         self.conv_norm = LayerNorm(size, config.layer_norm_eps)
 
     def forward(self, x: Tensor, step: Step, *, first_only: bool = False) -> Tensor:
-        added = self.conv(x, step.lengths)
+        added = self.conv(x, step)
         out = super().forward(x, step, first_only=first_only)
         normed: Tensor = self.conv_norm(out + (added[step.first] if first_only else added))
         return normed
@@ -168,15 +168,21 @@ class Convolution(nn.Module):
         self.groups = groups
         self.activation = activation_name(act)
 
-    def forward(self, x: Tensor, lengths: list[int]) -> Tensor:
-        """[tokens, hidden] -> the same"""
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        """[tokens, hidden] -> the same. Tokens that are seen have zeros in place of unseen ones."""
         out = torch.empty_like(x)
-        for run, into in zip(torch.split(x, lengths), torch.split(out, lengths), strict=True):
-            wide = functional.conv1d(
-                run.t().unsqueeze(0), self.weight, self.bias, padding=self.weight.shape[2] // 2, groups=self.groups
-            )
-            into.copy_(wide.squeeze(0).t())
+        runs = torch.split(x, step.lengths), torch.split(out, step.lengths)
+        for run, into, seen in zip(*runs, step.seen, strict=True):
+            into.copy_(self._convolved(run))
+            if seen < len(run):
+                into[:seen].copy_(self._convolved(run[:seen]))
         return kernels.activate(out, self.activation)
+
+    def _convolved(self, run: Tensor) -> Tensor:
+        wide = functional.conv1d(
+            run.t().unsqueeze(0), self.weight, self.bias, padding=self.weight.shape[2] // 2, groups=self.groups
+        )
+        return wide.squeeze(0).t()
 
 
 class DebertaV2Model(BiasedEncoder):

@@ -7,29 +7,37 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import ClassVar
+from dataclasses import replace
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from sensorium import kernels
 from sensorium.checkpoint.configs import Checkpoint
+from sensorium.checkpoint.state_layers import DeltaNetSpec
 from sensorium.checkpoint.text_config import AttentionSpec, TextConfig
 from sensorium.kernels.context import AttentionContext, KVCache, LayerCache, NeededStates
 from sensorium.kernels.reference.attention import GATHER_ELEMENTS, MASK_ELEMENTS
 from sensorium.models.base import Model, Rename
-from sensorium.models.cache import CacheGroup, PagedGroup
+from sensorium.models.cache import CacheGroup, PagedGroup, StateGroup, StatePart
+from sensorium.models.delta_net import DeltaNet
+from sensorium.models.experts import EXPERT_MAP, RoutedMLP, routed_elements
 from sensorium.models.layers import (
+    MLP,
     Attention,
     Embedding,
-    GateUpLinear,
     LanguageHead,
     Linear,
     QKVLinear,
     RMSNorm,
+    SplitInputs,
     activation_name,
+    declare,
 )
-from sensorium.models.rope import RotaryEmbedding
+from sensorium.models.rope import RotaryEmbedding, query_scales
+from sensorium.models.short_conv import ShortConv, StateMixer
+from sensorium.parallel.ranks import Ranks
 from sensorium.pooling.embedding import embedding_poolers
 from sensorium.pooling.pooler import Pooler
 from sensorium.types import PoolingTask
@@ -44,7 +52,14 @@ DECODER_MAP = (
     Rename("model.layers.{n}.self_attn.v_proj.{p}", "model.layers.{n}.self_attn.qkv_proj.{p}", "v"),
     Rename("model.layers.{n}.mlp.gate_proj.{p}", "model.layers.{n}.mlp.gate_up_proj.{p}", "gate"),
     Rename("model.layers.{n}.mlp.up_proj.{p}", "model.layers.{n}.mlp.gate_up_proj.{p}", "up"),
+    *EXPERT_MAP,
 )
+
+
+@functools.cache
+def rounded(number: float, dtype: torch.dtype) -> float:
+    """As a tensor of this type holds it."""
+    return torch.tensor(number, dtype=dtype, device="cpu").item()
 
 
 def _norm(config: TextConfig, size: int | None = None) -> RMSNorm:
@@ -55,13 +70,45 @@ class SelfAttention(nn.Module):
     def __init__(self, config: TextConfig, spec: AttentionSpec) -> None:
         super().__init__()
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.qkv_proj = QKVLinear(config.hidden_size, heads, kv_heads, head_dim, bias=config.attention_bias)
+        q_heads = 2 * heads if config.gates_attention else heads  # each query has its gate behind it
+        self.qkv_proj = QKVLinear(config.hidden_size, q_heads, kv_heads, head_dim, bias=config.attention_bias)
         self.o_proj = Linear(heads * head_dim, config.hidden_size, bias=config.output_bias)
-        self.q_norm = _norm(config, head_dim) if config.qk_norm else None
-        self.k_norm = _norm(config, head_dim) if config.qk_norm else None
+        self.norms_whole = config.norms_whole_qk
+        q_size, k_size = (heads * head_dim, kv_heads * head_dim) if self.norms_whole else (head_dim, head_dim)
+        self.q_norm = _norm(config, q_size) if config.qk_norm else None
+        self.k_norm = _norm(config, k_size) if config.qk_norm else None
+        self.sinks = declare(heads) if config.has_sinks else None
         self.attention = Attention(heads, kv_heads, head_dim, spec)
-        self.widths = [heads, kv_heads, kv_heads]
+        self.widths = [q_heads, kv_heads, kv_heads]
+        self.is_gated = config.gates_attention
+        self.is_paired = config.pairs_rope
         self.head_dim = head_dim
+        self.heads = slice(None)  # which of the model's are here
+
+    def split(self, ranks: Ranks) -> None:
+        """Have some of the heads; all of them where a norm needs them together."""
+        if self.norms_whole:
+            return
+        first, heads = ranks.part(self.attention.num_heads)
+        first_kv, kv_heads = ranks.part_or_copy(self.attention.num_kv_heads)
+        size, each = self.head_dim, self.head_dim * (1 + self.is_gated)
+        kv = first_kv * size, kv_heads * size
+        self.qkv_proj.keep(q=(first * each, heads * each), k=kv, v=kv)
+        self.o_proj = SplitInputs(self.o_proj, ranks, first * size, heads * size)
+        self.attention = Attention(heads, kv_heads, size, self.attention.spec)
+        self.widths = [heads * (1 + self.is_gated), kv_heads, kv_heads]
+        self.heads = slice(first, first + heads)
+
+    def _normed(self, states: Tensor, norm: RMSNorm) -> Tensor:
+        """[tokens, heads, head_dim], each head on its own or all together."""
+        states = states.contiguous()
+        normed: Tensor = norm(states.flatten(1) if self.norms_whole else states)
+        return normed.view(states.shape)
+
+    @functools.cached_property
+    def sink_scores(self) -> Tensor | None:
+        """float32 [heads], once the weights are there."""
+        return None if self.sinks is None else self.sinks[self.heads].float()
 
     def forward(
         self,
@@ -73,36 +120,60 @@ class SelfAttention(nn.Module):
         rows: Tensor | None = None,
     ) -> Tensor:
         """Of the tokens `rows` int64 [n], or of all."""
-        heads = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)  # [tokens, heads + 2 * kv_heads, head_dim]
-        q, k, v = heads.split(self.widths, dim=1)
+        adapters = context.adapters
+        qkv: Tensor = self.qkv_proj.adapted(x, adapters)
+        heads = qkv.view(x.shape[0], -1, self.head_dim)  # [tokens, heads + 2 * kv_heads, head_dim]
+        q, k, v = torch.split(heads, self.widths, dim=1)
+        gates = q[:, 1::2] if self.is_gated else None
+        if gates is not None:
+            q = q[:, ::2]
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q.contiguous()), self.k_norm(k.contiguous())
+            q, k = (self._normed(states, norm) for states, norm in ((q, self.q_norm), (k, self.k_norm)))
+        if self.is_paired:
+            q, k = (_parted(states, cos.shape[1]) for states in (q, k))
         q, k = kernels.rope(q, k, cos, sin)
-        attended = self.attention(q, k, v, cache, context)
-        out: Tensor = self.o_proj(attended if rows is None else attended[rows])
-        return out
+        if context.query_scales is not None:
+            q = q * context.query_scales.to(q.dtype)
+        attended = self.attention(q, k, v, cache, context, self.sink_scores)
+        if gates is not None:
+            attended *= gates.flatten(1).sigmoid()
+        return self.o_proj.adapted(attended if rows is None else attended[rows], adapters)
 
 
-class MLP(nn.Module):
-    def __init__(self, config: TextConfig) -> None:
-        super().__init__()
-        self.gate_up_proj = GateUpLinear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.activation = activation_name(config.hidden_act)
+def _parted(states: Tensor, pairs: int) -> Tensor:
+    """[tokens, heads, head_dim], whose first dimensions are rotated in pairs, with the first of each pair before the
+    second ones. Products of queries and keys do not change by it."""
+    rotated = states[..., : 2 * pairs].reshape(*states.shape[:-1], pairs, 2).transpose(-1, -2).flatten(-2)
+    return torch.cat([rotated, states[..., 2 * pairs :]], dim=-1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(kernels.gated(self.gate_up_proj(x), self.activation))
-        return out
+
+Mixer: TypeAlias = SelfAttention | StateMixer
+"""What mixes the tokens of a layer."""
+
+
+def make_mixer(config: TextConfig, spec: AttentionSpec) -> Mixer:
+    if isinstance(spec.state, DeltaNetSpec):
+        return DeltaNet(config.hidden_size, spec.state, config.rms_norm_eps)
+    return SelfAttention(config, spec) if spec.state is None else ShortConv(config.hidden_size, spec.state)
+
+
+def make_mlp(config: TextConfig, index: int) -> MLP | RoutedMLP:
+    """Of layer `index`."""
+    if config.routing is not None and index in config.routing.layers:
+        return RoutedMLP(config, config.routing)
+    return MLP(config.hidden_size, config.intermediate_size, config.hidden_act, bias=config.mlp_bias)
 
 
 class DecoderLayer(nn.Module):
-    """With norms behind attention and MLP (Gemma) `post_attention_layernorm` is one of these two, elsewhere it is the
+    """`self_attn` mixes tokens; of some layers it is none (`AttentionSpec.state`).
+
+    With norms behind attention and MLP (Gemma) `post_attention_layernorm` is one of these two, elsewhere it is the
     one before the MLP: the names are those of checkpoints."""
 
-    def __init__(self, config: TextConfig, spec: AttentionSpec) -> None:
+    def __init__(self, config: TextConfig, spec: AttentionSpec, mlp: MLP | RoutedMLP) -> None:
         super().__init__()
-        self.self_attn = SelfAttention(config, spec)
-        self.mlp = MLP(config)
+        self.self_attn = make_mixer(config, spec)
+        self.mlp = mlp
         self.input_layernorm = _norm(config)
         self.post_attention_layernorm = _norm(config)
         self.pre_feedforward_layernorm = _norm(config) if config.has_sublayer_norms else None
@@ -129,13 +200,25 @@ class DecoderLayer(nn.Module):
             residual = residual[rows]
         if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:
             x, residual = self.post_attention_layernorm.add(x, residual)
-            return self.mlp(x), residual
+            return self.mlp(x, context.adapters), residual
         x, residual = self.pre_feedforward_layernorm.add(self.post_attention_layernorm(x), residual)
-        return self.post_feedforward_layernorm(self.mlp(x)), residual
+        return self.post_feedforward_layernorm(self.mlp(x, context.adapters)), residual
 
-    def parts(self, rotation: int) -> kernels.DecoderLayerParts:
-        """`rotation`: number of its table of rotary positions."""
-        attention, mlp, spec = self.self_attn, self.mlp, self.self_attn.attention.spec
+    def split(self, ranks: Ranks) -> list[nn.Module]:
+        """Have a part of it, but of a mixer with a state all; returns the modules that are other ranks' alone."""
+        if isinstance(self.self_attn, SelfAttention):
+            self.self_attn.split(ranks)
+        return self.mlp.split(ranks)
+
+    def parts(self, rotation: int) -> kernels.DecoderLayerParts | None:
+        """`rotation`: number of its table of rotary positions. None of a layer that the stack does not know."""
+        attention, mlp = self.self_attn, self.mlp
+        if not isinstance(attention, SelfAttention) or attention.is_gated or attention.is_paired:
+            return None
+        routed = mlp.parts() if isinstance(mlp, RoutedMLP) else None
+        if isinstance(mlp, RoutedMLP) and routed is None:
+            return None
+        spec = attention.attention.spec
         before_mlp, after_mlp = self.pre_feedforward_layernorm, self.post_feedforward_layernorm
         return kernels.DecoderLayerParts(
             input_norm=self.input_layernorm.weight,
@@ -145,12 +228,14 @@ class DecoderLayer(nn.Module):
             o=attention.o_proj.packed,
             attended_norm=None if before_mlp is None else self.post_attention_layernorm.weight,
             mlp_norm=(before_mlp or self.post_attention_layernorm).weight,
-            gate_up=mlp.gate_up_proj.packed,
-            down=mlp.down_proj.packed,
+            gate_up=mlp.gate_up_proj.packed if isinstance(mlp, MLP) else None,
+            down=mlp.down_proj.packed if isinstance(mlp, MLP) else None,
             after_norm=None if after_mlp is None else after_mlp.weight,
             sliding_window=spec.window,
             media_both_ways=spec.media_both_ways,
             rotation=rotation,
+            routed=routed,
+            sinks=attention.sink_scores,
         )
 
 
@@ -160,33 +245,48 @@ class Decoder(nn.Module):
     def __init__(self, config: TextConfig, tied_head: Linear | None = None) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, tied_head)
-        self.layers = nn.ModuleList(DecoderLayer(config, spec) for spec in config.layers)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, spec, make_mlp(config, index)) for index, spec in enumerate(config.layers)
+        )
         self.norm = _norm(config)
         ropes = list(dict.fromkeys(spec.rope for spec in config.layers))
         self.rotaries = nn.ModuleList(
             RotaryEmbedding(rope, config.head_dim, config.max_position_embeddings) for rope in ropes
         )
         self.rotation_of = [ropes.index(spec.rope) for spec in config.layers]
+        self.shape = {"num_heads": config.num_heads, "num_kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
+        self.scale = config.layers[0].scale
+        self.rope = config.rope
         self.is_causal = config.is_causal
+        self.is_split = False
         self.activation = activation_name(config.hidden_act)
+        self.norms_whole_qk = config.norms_whole_qk
+
+    def split(self, ranks: Ranks) -> list[nn.Module]:
+        """Have a part of every layer and of the table; returns the modules that are other ranks' alone."""
+        self.is_split = True
+        self.embed_tokens.split(ranks)
+        return [module for layer in self.layers if isinstance(layer, DecoderLayer) for module in layer.split(ranks)]
 
     @functools.cached_property
     def stack(self) -> kernels.DecoderStack | None:
-        """The layers as one call, once their weights are there."""
-        if not self.is_causal:
+        """The layers as one call, once their weights are there; None where sums of all ranks stand between them."""
+        if not self.is_causal or self.is_split:
             return None
         layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
-        attention = layers[0].self_attn.attention
+        found = [layer.parts(rotation) for layer, rotation in zip(layers, self.rotation_of, strict=True)]
+        parts = [one for one in found if one is not None]
+        if len(parts) < len(found):
+            return None
         return kernels.decoder_stack(
-            [layer.parts(rotation) for layer, rotation in zip(layers, self.rotation_of, strict=True)],
+            parts,
             self.norm.weight,
-            num_heads=attention.num_heads,
-            num_kv_heads=attention.num_kv_heads,
-            head_dim=attention.head_dim,
-            scale=attention.spec.scale,
+            **self.shape,
+            scale=self.scale,
             eps=self.norm.eps,
             norm_offset=self.norm.offset,
             activation=self.activation,
+            norms_whole_qk=self.norms_whole_qk,
         )
 
     def forward(self, hidden: Tensor, positions: Tensor, cache: KVCache, context: AttentionContext) -> Tensor:
@@ -196,7 +296,11 @@ class Decoder(nn.Module):
         if added is not None and added.values.shape[1] >= len(self.layers):
             is_partial = False
         rows = context.query_start[1:].long() - 1 if is_partial else None  # all that the last layer has to compute
-        if self.stack is not None and added is None and not context.others:  # it knows one block table
+        longest = max(context.context_lens) if self.rope.query_beta else 0  # which a graph does not know
+        scales = query_scales(self.rope, positions, longest)
+        if scales is not None:
+            context = replace(context, query_scales=scales.view(-1, 1, 1))
+        elif added is None and context.adapters is None and self.stack is not None:
             return self.stack(hidden, rotations, cache, context, rows)
         residual: Tensor | None = None
         caches = cache if self.is_causal else [None] * len(self.layers)
@@ -249,17 +353,34 @@ class DecoderModel(Model):
         if not self.text.is_causal:
             return []  # what comes later changes what was before
         layers: dict[tuple[int, int, int | None], list[int]] = {}
-        attentions = [module.attention for module in self.model.modules() if isinstance(module, SelfAttention)]
-        for index, attention in enumerate(attentions):
-            shape = (attention.num_kv_heads, attention.head_dim, attention.spec.window)
-            layers.setdefault(shape, []).append(index)
-        return [PagedGroup(tuple(places), *shape) for shape, places in layers.items()]
+        states: dict[tuple[StatePart, ...], list[int]] = {}
+        for index, layer in enumerate(self.model.layers):
+            mixer = layer.self_attn
+            if isinstance(mixer, SelfAttention):
+                attention = mixer.attention
+                shape = (attention.num_kv_heads, attention.head_dim, attention.spec.window)
+                layers.setdefault(shape, []).append(index)
+            elif isinstance(mixer, StateMixer):
+                states.setdefault(mixer.state_parts, []).append(index)
+        return [
+            *(PagedGroup(tuple(places), *shape) for shape, places in layers.items()),
+            *(StateGroup(tuple(places), parts) for parts, places in states.items()),
+        ]
+
+    def split(self, ranks: Ranks) -> None:
+        """What stands beside the decoder, towers and scores, is rank 0's."""
+        self.elsewhere = self.model.split(ranks)
+        for name, module in self.named_children():
+            if isinstance(module, LanguageHead):
+                module.split(ranks)
+            elif ranks.rank and name != "model":
+                self.elsewhere.append(module)
 
     def embed(self, token_ids: Tensor, token_types: Tensor | None = None) -> Tensor:
         rows: Tensor = self.model.embed_tokens(token_ids)
         scale = self.text.embedding_scale
         # Rounded to the weights' type first, as the models were trained: in bfloat16 the root of 2560 is 50.5.
-        return rows if scale == 1.0 else rows * torch.tensor(scale, dtype=rows.dtype, device=rows.device)
+        return rows if scale == 1.0 else rows * rounded(scale, rows.dtype)
 
     def forward(self, hidden: Tensor, positions: Tensor, cache: KVCache, context: AttentionContext) -> Tensor:
         if (
@@ -279,10 +400,17 @@ class DecoderModel(Model):
 
     def activation_bytes(self, tokens: int) -> int:
         config, size = self.text, self.model.norm.weight.element_size()
-        rotated = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        q_heads = config.num_heads * (1 + config.gates_attention)
+        rotated = (q_heads + 2 * config.num_kv_heads) * config.head_dim
         attention = 2 * rotated + config.num_heads * config.head_dim
         mlp = 3 * config.intermediate_size
-        per_token = size * (4 * config.hidden_size + max(attention, mlp)) + 16 * config.head_dim
+        if config.routing is not None:
+            mlp = max(mlp, routed_elements(config, config.routing))
+        mixers = (layer.self_attn for layer in self.model.layers)
+        states = [one.token_bytes(size) for one in mixers if isinstance(one, StateMixer)]
+        per_token = (
+            size * (4 * config.hidden_size + max(attention, mlp)) + 16 * config.head_dim + max(states, default=0)
+        )
         longest = config.max_len * config.num_kv_heads * config.head_dim
         gathered = 2 * 2 * max(GATHER_ELEMENTS, longest) * size + 5 * MASK_ELEMENTS  # of keys and values, and the masks
         logits = min(tokens, LOGIT_ROWS) * config.vocab_size * (size + 4)

@@ -23,8 +23,9 @@ from sensorium.errors import CheckpointError
 from sensorium.kernels.context import AttentionContext, KVCache
 from sensorium.models.base import Model, Rename, Steps, finished
 from sensorium.models.layers import Embedding, Linear, QKVLinear, declare
-from sensorium.models.towers.blocks import LayerNorm, Mlp, separate
+from sensorium.models.towers.blocks import LayerNorm, Mlp, normalised, separate
 from sensorium.models.towers.clip import ClipConfig, ClipEncoder, ClipTower, clip_map
+from sensorium.models.towers.siglip import Grid, SiglipTower, encoded_slices, grids_of, naflex_config
 from sensorium.pooling.pooler import EmbedPooler
 from sensorium.types import Modality, PoolingParams
 
@@ -62,19 +63,20 @@ class DualModel(Model):
         *clip_map("text_model"),
         *clip_map("vision_model"),
         Rename("text_model.embeddings.{a}.{p}", "text_model.{a}.{p}"),
-        Rename("vision_model.post_layernorm.{p}", "post_layernorm.{p}"),
     )
     ignored: tuple[str, ...] = ("position_ids", "logit_scale", "logit_bias")
     size: int
+    vision_model: Any  # a tower, by what `_tower` makes
 
     def __init__(self, checkpoint: Checkpoint, text: ClipConfig, positions: int) -> None:
         super().__init__(checkpoint)
         if checkpoint.pooling != "auto":
             raise CheckpointError("--pooling: CLIP and SigLIP have a pooling of their own")
-        vision = ClipConfig.of(checkpoint.config.get("vision_config") or {})
         self.text_model = TextTower(text, checkpoint.vocab_size, positions)
-        self.vision_model = ClipTower(vision, [-1], keeps_class_token=True)
-        self.post_layernorm = LayerNorm(vision.hidden_size, vision.eps)
+        self.vision_model = self._tower(checkpoint.config.get("vision_config") or {})
+
+    def _tower(self, vision: Mapping[str, Any]) -> nn.Module:
+        return ClipTower(ClipConfig.of(vision), [-1], keeps_class_token=True, ends_with_norm=True)
 
     def _gives(self, pooler: EmbedPooler) -> None:
         self.size = pooler.size
@@ -121,9 +123,10 @@ class DualModel(Model):
         raise NotImplementedError
 
     def activation_bytes(self, tokens: int) -> int:
-        config, size = self.text_model.config, self.post_layernorm.weight.element_size()
+        config, size = self.text_model.config, self.text_model.final_layer_norm.weight.element_size()
         text = tokens * size * (9 * config.hidden_size + 3 * config.intermediate_size + 2 * self.row_size)
-        return max(text, self.vision_model.activation_bytes(size))
+        tower: int = self.vision_model.activation_bytes(size)
+        return max(text, tower)
 
 
 class ClipPooler(EmbedPooler):
@@ -153,7 +156,7 @@ class ClipModel(DualModel):
         self._gives(ClipPooler(size, count(text, "eos_token_id", 49407)))
 
     def _image_vectors(self, states: Tensor) -> Tensor:
-        out: Tensor = self.visual_projection(self.post_layernorm(states[:, 0].contiguous()))
+        out: Tensor = self.visual_projection(states[:, 0].contiguous())
         return out
 
     def _text_vectors(self, rows: Tensor, positions: Tensor, lengths: list[int]) -> Tensor:
@@ -174,13 +177,13 @@ class AttentionPool(nn.Module):
         self.mlp = Mlp(size, config.intermediate_size, config.hidden_act)
         self.head_dim = size // heads
 
-    def forward(self, rows: Tensor) -> Tensor:
-        """[images, rows, hidden] -> [images, hidden]"""
-        images, length, size = rows.shape
-        projected = self.in_proj(torch.cat([self.probe[0].to(rows.dtype), rows.reshape(-1, size)]))
+    def forward(self, rows: Tensor, lengths: list[int]) -> Tensor:
+        """Rows [rows, hidden] of images that have so many -> [images, hidden]"""
+        images, size = len(lengths), rows.shape[1]
+        projected = self.in_proj(torch.cat([self.probe[0].to(rows.dtype), rows]))
         q, k, v = projected.view(len(projected), 3, -1, self.head_dim).unbind(1)
         queries = q[:1].expand(images, -1, -1).contiguous()
-        seen = kernels.first_attention(queries, k[1:], v[1:], [length] * images, self.head_dim**-0.5)
+        seen = kernels.first_attention(queries, k[1:], v[1:], lengths, self.head_dim**-0.5)
         x = self.out_proj(seen.reshape(images, size))
         out: Tensor = x + self.mlp(self.layernorm(x))
         return out
@@ -219,7 +222,7 @@ class SiglipModel(DualModel):
         self._gives(EmbedPooler(("last",), size, normalize=True))
 
     def _image_vectors(self, states: Tensor) -> Tensor:
-        out: Tensor = self.head(self.post_layernorm(states))
+        out: Tensor = self.head(states.flatten(0, 1), [states.shape[1]] * len(states))
         return out
 
     def _text_vectors(self, rows: Tensor, positions: Tensor, lengths: list[int]) -> Tensor:
@@ -234,6 +237,23 @@ class SiglipModel(DualModel):
         states = self.text_model(padded, places, [self.length] * len(lengths))
         vectors = self.text_head(states[self.length - 1 :: self.length])
         return torch.repeat_interleave(vectors, torch.tensor(lengths, device=device), dim=0)
+
+
+class NaflexModel(SiglipModel):
+    """SigLIP 2 whose images keep their aspect: `pixels` of an image are its patches."""
+
+    def _tower(self, vision: Mapping[str, Any]) -> nn.Module:
+        config = naflex_config(vision)
+        return SiglipTower(config, config.num_layers, is_naflex=True)
+
+    def encoding(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> Steps[list[Tensor]]:
+        dtype = self.text_model.final_layer_norm.weight.dtype
+        patches = [normalised(item, dtype) for item in items]
+        return (yield from encoded_slices(patches, [*map(grids_of, items)], self._encode, lambda _: 1))
+
+    def _encode(self, patches: Tensor, grids: Sequence[Grid]) -> Steps[Tensor]:
+        states = yield from self.vision_model.steps(patches, grids)
+        return self._wide(self.head(states, [lines * columns for lines, columns in grids]), last=1.0)
 
 
 def _text_config(text: Mapping[str, Any], tower: str, defaults: Mapping[str, Any]) -> ClipConfig:

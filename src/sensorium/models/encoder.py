@@ -28,8 +28,8 @@ from sensorium.models.base import Model, Rename
 from sensorium.models.layers import Embedding, GateUpLinear, Head, Linear, QKVLinear, activation_name
 from sensorium.models.rope import RotaryEmbedding
 from sensorium.models.towers.blocks import LayerNorm
-from sensorium.pooling.embedding import embedding_poolers, several_outputs
-from sensorium.pooling.pooler import ClassifyPooler, TokenPooler
+from sensorium.pooling.embedding import embedding_poolers, several_outputs, stored_rows
+from sensorium.pooling.pooler import ClassifyPooler, TokenPooler, VectorsPooler
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +109,12 @@ class Step:
     shared: Sequence[Tensor] = ()  # what a family's own attention needs
     unseen: Sequence[int] | None = None  # of `AttentionContext`
     adapted: tuple[Groups, Groups] = ((), ())  # which tokens, and which runs, have which adapters
+
+    @property
+    def seen(self) -> list[int]:
+        """Of each run, how many tokens the others attend to: all but those at its end that are unseen."""
+        hidden = self.unseen or [0] * len(self.lengths)
+        return [length - none for length, none in zip(self.lengths, hidden, strict=True)]
 
 
 class Embeddings(nn.Module):
@@ -310,6 +316,12 @@ class PostNormEncoder(EncoderModel):
     def _declare_token_head(self) -> None:
         self.classifier = Head(self.config.hidden_size, num_labels(self.checkpoint.config), bias=True)
         self._labels_tokens(self.classifier)
+
+    def _declare_vectors_head(self) -> None:
+        """ColBERT's: a vector of every token, through one linear layer."""
+        size = stored_rows(self.checkpoint.weight_files, "linear.weight")
+        self.linear = Head(self.config.hidden_size, size, bias=False)
+        self.poolers = {"token_embed": VectorsPooler(size, normalize=True, head=self.linear)}
 
     def embed(self, token_ids: Tensor, token_types: Tensor | None = None) -> Tensor:
         """Words and segments; positions are added by `forward`. [tokens] -> [tokens, hidden]"""

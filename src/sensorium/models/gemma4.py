@@ -1,13 +1,13 @@
 """Gemma 4: layers of two shapes, the last of which read other layers' keys and values; small embeddings of each token
 for each layer; images of any size.
 
-A layer's shape is in its `AttentionSpec`. Experts (26B) are not served, nor are videos and audio.
+A layer's shape is in its `AttentionSpec`. Videos and audio are not served.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -15,17 +15,19 @@ from torch import Tensor, nn
 
 from sensorium import kernels
 from sensorium.checkpoint.configs import Checkpoint
-from sensorium.checkpoint.text_config import AttentionSpec, TextConfig
+from sensorium.checkpoint.text_config import AttentionSpec, Routing, TextConfig
 from sensorium.checkpoint.values import positive_int
 from sensorium.errors import CheckpointError
 from sensorium.kernels.context import AttentionContext, KVCache, LayerCache, NeededStates
 from sensorium.models.base import Rename, Steps
 from sensorium.models.cache import CacheGroup, PagedGroup
-from sensorium.models.decoder import DECODER_MAP, MLP, Decoder, DecoderForCausalLM
-from sensorium.models.layers import Embedding, Linear, RMSNorm, activation_name, declare
+from sensorium.models.decoder import DECODER_MAP, Decoder, DecoderForCausalLM, rounded
+from sensorium.models.experts import choose, experts_elsewhere, group_experts, make_experts
+from sensorium.models.layers import MLP, Embedding, Linear, RMSNorm, SmallLinear, SplitInputs, activation_name, declare
 from sensorium.models.rope import RotaryEmbedding
 from sensorium.models.towers.blocks import groups, separate
 from sensorium.models.towers.gemma4_vit import Gemma4VisionTower, PlainNorm
+from sensorium.parallel.ranks import Ranks
 from sensorium.types import Modality
 
 MEDIA_IDS = {"image_token_id": 258880, "video_token_id": 258884, "audio_token_id": 258881}
@@ -38,6 +40,7 @@ class Gemma4Attention(nn.Module):
         super().__init__()
         size, head_dim, bias = config.hidden_size, spec.head_dim, config.attention_bias
         self.spec = spec
+        self.num_heads, self.num_kv_heads = config.num_heads, spec.num_kv_heads
         self.q_proj = Linear(size, config.num_heads * head_dim, bias=bias)
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
         self.o_proj = Linear(config.num_heads * head_dim, size, bias=bias)
@@ -46,6 +49,18 @@ class Gemma4Attention(nn.Module):
             self.v_proj = None if spec.keys_are_values else Linear(size, spec.num_kv_heads * head_dim, bias=bias)
             self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
             self.v_norm = PlainNorm(head_dim, config.rms_norm_eps)
+
+    def split(self, ranks: Ranks) -> None:
+        """Have some of the heads."""
+        first, heads = ranks.part(self.num_heads)
+        first_kv, kv_heads = ranks.part_or_copy(self.num_kv_heads)
+        size = self.spec.head_dim
+        self.q_proj.keep_rows(first * size, heads * size)
+        self.o_proj = SplitInputs(self.o_proj, ranks, first * size, heads * size)
+        for layer in (self.k_proj, self.v_proj) if self.spec.source is None else ():
+            if layer is not None:
+                layer.keep_rows(first_kv * size, kv_heads * size)
+        self.num_heads, self.num_kv_heads = heads, kv_heads
 
     def forward(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: LayerCache, context: AttentionContext
@@ -71,23 +86,56 @@ class Gemma4Attention(nn.Module):
         return rows.view(rows.shape[0], -1, self.spec.head_dim)
 
 
+class Gemma4Router(nn.Module):
+    """Chooses experts by states that are normed on their own."""
+
+    def __init__(self, config: TextConfig, routing: Routing) -> None:
+        super().__init__()
+        self.routing = routing
+        self.norm = PlainNorm(config.hidden_size, config.rms_norm_eps)
+        self.proj = SmallLinear(config.hidden_size, routing.num_experts)
+        self.scale = declare(config.hidden_size)
+        self.per_expert_scale = declare(routing.num_experts)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What `choose` gives, each expert's weight times its scale."""
+        chosen, weights = choose(self.proj(self.norm(x) * self.scale * x.shape[1] ** -0.5), self.routing)
+        return chosen, weights * self.per_expert_scale.float()[chosen]
+
+
 class Gemma4Layer(nn.Module):
+    """Where there are experts, they stand beside the MLP."""
+
     def __init__(self, config: TextConfig, spec: AttentionSpec) -> None:
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = Gemma4Attention(config, spec)
-        self.mlp = MLP(replace(config, intermediate_size=spec.intermediate_size))
+        self.mlp = MLP(size, spec.intermediate_size, config.hidden_act, bias=config.mlp_bias)
         self.input_layernorm = RMSNorm(size, eps)
         self.post_attention_layernorm = RMSNorm(size, eps)
         self.pre_feedforward_layernorm = RMSNorm(size, eps)
         self.post_feedforward_layernorm = RMSNorm(size, eps)
         self.layer_scalar = declare(1)
         self.activation = activation_name(config.hidden_act)
+        self.router = None if config.routing is None else Gemma4Router(config, config.routing)
+        if config.routing is not None:
+            self.experts = make_experts(config, config.routing)
+            self.pre_feedforward_layernorm_2 = RMSNorm(size, eps)
+            self.post_feedforward_layernorm_1 = RMSNorm(size, eps)
+            self.post_feedforward_layernorm_2 = RMSNorm(size, eps)
+        self.ranks: Ranks | None = None
         self.has_own_rows = bool(config.layer_embedding_size)
         if self.has_own_rows:
             self.per_layer_input_gate = Linear(size, config.layer_embedding_size)
             self.per_layer_projection = Linear(config.layer_embedding_size, size)
             self.post_per_layer_input_norm = RMSNorm(size, eps)
+
+    def split(self, ranks: Ranks) -> list[nn.Module]:
+        """Have a part of it; returns the modules that are other ranks' alone."""
+        self.ranks = ranks
+        self.self_attn.split(ranks)
+        self.mlp.split(ranks)
+        return [] if self.router is None else experts_elsewhere(self.experts, ranks)
 
     def forward(
         self,
@@ -100,14 +148,29 @@ class Gemma4Layer(nn.Module):
         """`own_rows` [tokens, size]: this layer's embeddings of the tokens."""
         attended = self.self_attn(self.input_layernorm(x), rotation, cache, context)
         x = x + self.post_attention_layernorm(attended)
-        x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        x = x + self.post_feedforward_layernorm(self._inner(x))
         if own_rows is not None:
             gate = kernels.activate(self.per_layer_input_gate(x), self.activation)
             x = x + self.post_per_layer_input_norm(self.per_layer_projection(gate * own_rows))
         return x.mul_(self.layer_scalar)
 
+    @functools.cached_property
+    def together(self) -> kernels.Experts:
+        return group_experts(self.experts, self.activation, self.ranks)
+
+    def _inner(self, x: Tensor) -> Tensor:
+        """MLP and experts."""
+        inner: Tensor = self.mlp(self.pre_feedforward_layernorm(x))
+        if self.router is None:
+            return inner
+        routed = self.together(self.pre_feedforward_layernorm_2(x), *self.router(x))
+        out: Tensor = self.post_feedforward_layernorm_1(inner) + self.post_feedforward_layernorm_2(routed)
+        return out
+
 
 class Gemma4Decoder(Decoder):
+    media_ids: Tensor
+
     def __init__(self, config: TextConfig, tied_head: Linear | None = None) -> None:
         nn.Module.__init__(self)
         size, own = config.hidden_size, config.layer_embedding_size
@@ -118,11 +181,18 @@ class Gemma4Decoder(Decoder):
         self.rotaries = nn.ModuleList(RotaryEmbedding(*table, config.max_position_embeddings) for table in tables)
         self.rotation_of = [tables.index((spec.rope, spec.head_dim)) for spec in config.layers]
         self.size, self.own_size = size, own
-        self.pad_id, self.media_ids = 0, torch.empty(0, dtype=torch.int64, device="cpu")
+        self.pad_id = 0
+        self.register_buffer("media_ids", torch.empty(0, dtype=torch.int64, device="cpu"), persistent=False)
         if own:
             self.embed_tokens_per_layer = Embedding(config.layer_vocab_size, config.num_layers * own)
             self.per_layer_model_projection = Linear(size, config.num_layers * own)
             self.per_layer_projection_norm = RMSNorm(own, config.rms_norm_eps)
+
+    def split(self, ranks: Ranks) -> list[nn.Module]:
+        self.embed_tokens.split(ranks)
+        if self.own_size:
+            self.embed_tokens_per_layer.split(ranks)
+        return [module for layer in self.layers if isinstance(layer, Gemma4Layer) for module in layer.split(ranks)]
 
     def forward(self, hidden: Tensor, positions: Tensor, cache: KVCache, context: AttentionContext) -> Tensor:
         rotations = [one(positions, context.long_context, context.rope_lengths) for one in self.rotaries]
@@ -138,9 +208,9 @@ class Gemma4Decoder(Decoder):
         ids = context.token_ids
         if ids is None:
             raise ValueError("the batch does not say its tokens, which Gemma 4's layers look up")
-        ids = torch.where(torch.isin(ids, self.media_ids.to(ids.device)), self.pad_id, ids)
+        ids = torch.where(torch.isin(ids, self.media_ids), self.pad_id, ids)
         table = self.embed_tokens_per_layer(ids)
-        table = table * torch.tensor(self.own_size**0.5, dtype=table.dtype, device=table.device)
+        table = table * rounded(self.own_size**0.5, table.dtype)
         shape = (len(ids), len(self.layers), self.own_size)
         projected = self.per_layer_model_projection(hidden) * self.size**-0.5
         rows: Tensor = (self.per_layer_projection_norm(projected.view(shape)) + table.view(shape)) * 2**-0.5
@@ -149,7 +219,13 @@ class Gemma4Decoder(Decoder):
 
 class Gemma4ForCausalLM(DecoderForCausalLM):
     weight_prefixes: ClassVar[Mapping[str, str]] = {"model.language_model.": "model."}
-    weight_map: ClassVar[tuple[Rename, ...]] = tuple(row for row in DECODER_MAP if ".mlp." in row.source)
+    weight_map: ClassVar[tuple[Rename, ...]] = (
+        *(row for row in DECODER_MAP if ".mlp." in row.source),
+        *(
+            Rename(f"model.layers.{{n}}.experts.{name}", f"model.layers.{{n}}.experts.[*].{name}.weight")
+            for name in ("gate_up_proj", "down_proj")
+        ),
+    )
     partial_states: ClassVar[NeededStates] = "all"
     decoder: ClassVar[type[Decoder]] = Gemma4Decoder
     model: Gemma4Decoder
@@ -168,8 +244,10 @@ class Gemma4ForCausalLM(DecoderForCausalLM):
 
     def cache_groups(self) -> list[CacheGroup]:
         shapes: dict[tuple[int, int, int | None], tuple[list[int], list[tuple[int, int]]]] = {}
-        for index, spec in enumerate(self.text.layers):
-            own, shared = shapes.setdefault((spec.num_kv_heads, spec.head_dim, spec.window), ([], []))
+        attentions = [layer.self_attn for layer in self.model.layers if isinstance(layer, Gemma4Layer)]
+        for index, (spec, attention) in enumerate(zip(self.text.layers, attentions, strict=True)):
+            heads = attention.num_kv_heads
+            own, shared = shapes.setdefault((heads, spec.head_dim, spec.window), ([], []))
             if spec.source is None:
                 own.append(index)
             else:
@@ -180,8 +258,9 @@ class Gemma4ForCausalLM(DecoderForCausalLM):
         ]
 
     def activation_bytes(self, tokens: int) -> int:
-        own = 4 * self.text.num_layers * self.text.layer_embedding_size * self.model.norm.weight.element_size()
-        return super().activation_bytes(tokens) + tokens * own
+        own = 4 * self.text.num_layers * self.text.layer_embedding_size
+        beside = 0 if self.text.routing is None else 4 * self.text.hidden_size  # the MLP's states, while experts work
+        return super().activation_bytes(tokens) + tokens * (own + beside) * self.model.norm.weight.element_size()
 
 
 class Gemma4(Gemma4ForCausalLM):

@@ -130,6 +130,7 @@ class AdaptedLayer(Layer):
 
 
 class JinaV3Model(PostNormEncoder):
+    theta: ClassVar[float] = THETA  # of rotary positions, where config.json does not say it
     weight_prefixes: ClassVar[Mapping[str, str]] = prefixes("roberta")
     weight_map: ClassVar[tuple[Rename, ...]] = (
         Rename("emb_ln.{p}", "embeddings.LayerNorm.{p}"),
@@ -153,8 +154,8 @@ class JinaV3Model(PostNormEncoder):
     def _read(self, config: dict[str, Any], encoder: EncoderDefaults) -> EncoderConfig:
         plain = {"layer_norm_eps": 1e-5, **config, "position_embedding_type": "absolute"}
         base = config.get("rotary_emb_base")
-        rope = None if base is None else RopeConfig(number(config, "rotary_emb_base", THETA))
-        return EncoderConfig.of(plain, encoder).rotary(config, THETA, rope)
+        rope = None if base is None else RopeConfig(number(config, "rotary_emb_base", self.theta))
+        return EncoderConfig.of(plain, encoder).rotary(config, self.theta, rope)
 
     def _declare_layer(self, index: int) -> nn.Module:
         if not self.tasks:
@@ -187,6 +188,15 @@ def _groups(chosen: Tensor) -> Groups:
     """By task, from 1 on -> rows and the adapter's number, from 0 on."""
     tasks = sorted(set(chosen.tolist()) - {0})
     return [(torch.nonzero(chosen == task).squeeze(1), task - 1) for task in tasks]
+
+
+class JinaColBert(JinaV3Model):
+    """jina-colbert-v2 (Jha et al. 2024): the same encoder before ColBERT's linear layer."""
+
+    theta: ClassVar[float] = 10_000.0
+
+    def _declare_poolers(self) -> None:
+        self._declare_vectors_head()
 
 
 class JinaV3ForSequenceClassification(JinaV3Model):

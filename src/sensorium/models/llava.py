@@ -1,19 +1,21 @@
-"""LLaVA-1.5 and LLaVA-NeXT: CLIP or SigLIP, a two-layer projector, and a Llama-like decoder."""
+"""LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision: CLIP or SigLIP, a two-layer projector, and a Llama-like decoder."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional
 
 from sensorium.checkpoint.configs import Checkpoint
 from sensorium.errors import CheckpointError
 from sensorium.models.base import Rename, Steps
 from sensorium.models.decoder import DECODER_MAP, DecoderForCausalLM
-from sensorium.models.layers import Linear, declare
-from sensorium.models.towers.blocks import activation, separate, weights
+from sensorium.models.layers import declare
+from sensorium.models.towers.blocks import Projector, separate, weights
 from sensorium.models.towers.clip import ClipConfig, ClipTower, clip_map
 from sensorium.types import Modality
 
@@ -25,19 +27,6 @@ CLIP_LARGE = {
     "image_size": 336,
     "patch_size": 14,
 }  # meant where config.json has no vision_config at all
-
-
-class Projector(nn.Module):
-    def __init__(self, in_features: int, out_features: int, config: Mapping[str, Any]) -> None:
-        super().__init__()
-        bias = config.get("multimodal_projector_bias", True)
-        self.linear_1 = Linear(in_features, out_features, bias=bias)
-        self.act = activation(config.get("projector_hidden_act", "gelu"))
-        self.linear_2 = Linear(out_features, out_features, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.linear_2(self.act(self.linear_1(x)))
-        return out
 
 
 class Llava(DecoderForCausalLM):
@@ -58,14 +47,20 @@ class Llava(DecoderForCausalLM):
         super().__init__(checkpoint)
         config = checkpoint.config
         layers = config.get("vision_feature_layer", -2)
-        states = [layers] if isinstance(layers, int) else list(layers)
+        states = layers if isinstance(layers, list) else [layers]
         self.vision_tower = ClipTower(
             ClipConfig.of(config.get("vision_config") or CLIP_LARGE),
             states,
             keeps_class_token=config.get("vision_feature_select_strategy", "default") == "full",
         )
         tower_size = self.vision_tower.config.hidden_size * len(states)
-        self.multi_modal_projector = Projector(tower_size, self.text.hidden_size, config)
+        self.multi_modal_projector = Projector(
+            tower_size,
+            self.text.hidden_size,
+            self.text.hidden_size,
+            config.get("projector_hidden_act", "gelu"),
+            bias=config.get("multimodal_projector_bias", True),
+        )
         unused = [f"vision_tower.{name}" for name in self.vision_tower.unused]
         self.ignored = (*self.ignored, ".embeddings.position_ids", *unused)
 
@@ -107,9 +102,33 @@ class LlavaNext(Llava):
 
     def _pack(self, tiles: Tensor, layout: list[int]) -> Tensor:
         """[tiles, rows, hidden], the whole image first, and the processor's layout -> the image's rows."""
-        grid_h, grid_w, top, lines, left, columns = layout
+        grid_h, grid_w, top, lines, left, columns, *size = layout
         hidden, side = tiles.shape[-1], int(tiles.shape[1] ** 0.5)
         grid = tiles[1:].view(grid_h, grid_w, side, side, hidden).permute(0, 2, 1, 3, 4)
         grid = grid.reshape(grid_h * side, grid_w * side, hidden)[top : top + lines, left : left + columns]
-        ended = torch.cat([grid, self.image_newline.expand(lines, 1, hidden)], dim=1)
+        if size != [lines, columns]:
+            grid = resampled(grid[None], *size)[0]
+        ended = torch.cat([grid, self.image_newline.expand(len(grid), 1, hidden)], dim=1)
         return torch.cat([tiles[0], ended.flatten(0, 1)])
+
+
+class LlavaOnevision(LlavaNext):
+    modalities = frozenset({"image", "video"})
+
+    def encoding(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> Steps[list[Tensor]]:
+        """Of a video `pixels` [frames, 3, side, side]: a frame's rows become a quarter of them."""
+        if kind != "video":
+            return (yield from super().encoding(kind, items))
+        pixels = [item["pixels"] for item in items]
+        features = yield from self._features(pixels[0] if len(items) == 1 else torch.cat(pixels))
+        frames, rows, hidden = features.shape
+        side = math.isqrt(rows)
+        smaller = resampled(features.view(frames, side, side, hidden), *[math.ceil(side / 2)] * 2)
+        parts = torch.split(smaller.flatten(1, 2), [len(one) for one in pixels])
+        return [torch.cat([part.flatten(0, 1), self.image_newline[None]]) for part in parts]
+
+
+def resampled(grids: Tensor, lines: int, columns: int) -> Tensor:
+    """[n, any, any, hidden] -> [n, lines, columns, hidden], between the nearest rows."""
+    moved = functional.interpolate(grids.permute(0, 3, 1, 2), [lines, columns], mode="bilinear")
+    return moved.permute(0, 2, 3, 1)

@@ -21,11 +21,15 @@ from sensorium.checkpoint.families import load_class
 from sensorium.checkpoint.rerankers import ScoreTokens
 from sensorium.errors import CheckpointError
 from sensorium.kernels import CachedWeight, PackedWeight, Quantization, QuantizedWeight
+from sensorium.kernels.reference.quantized import quantized_bytes
 from sensorium.models.base import Model
-from sensorium.models.layers import Embedding, Head, Linear
+from sensorium.models.layers import Embedding, Exact, Linear
+from sensorium.parallel.ranks import Ranks, Span
+from sensorium.weights.checkpoint_files import stored_tensors
 from sensorium.weights.disk_cache import QuantizedCopy
-from sensorium.weights.stored_codes import StoredCodes, join
-from sensorium.weights.tensor_files import StoredTensor, part_of, stored_tensors
+from sensorium.weights.joining import join
+from sensorium.weights.stored_codes import StoredCodes
+from sensorium.weights.tensor_files import StoredTensor, element_of, every, part_of, transposed
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +39,7 @@ MAPPED_BYTES = 512 * 1024 * 1024  # of a checkpoint; packing a smaller one takes
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 Stored = StoredTensor | StoredCodes
+Renamer = Callable[[str], tuple[str, str, bool | None]]
 
 
 @dataclass(slots=True)
@@ -48,21 +53,44 @@ class _Slot:
     sources: dict[str, Stored]
 
     def shards(self) -> dict[str, tuple[int, int]]:
+        """(first row, rows) of each in the whole parameter, of which a rank may have some rows."""
         return self.module.shards if isinstance(self.module, Linear) else {}
+
+    def stored_shape(self, shard: str) -> tuple[int, ...]:
+        """Of what fills it, or this shard of it."""
+        whole = self.shape
+        if isinstance(self.module, Linear | Embedding) and self.module.is_split:
+            whole = self.module.whole[: len(whole)]
+        return (self.shards()[shard][1], *whole[1:]) if shard else whole
+
+    def spans(self, first: int, count: int) -> list[Span]:
+        """Which rows are to be here of a stored tensor that has `count` of the whole parameter, from `first` on."""
+        if not (isinstance(self.module, Linear | Embedding) and self.module.is_split):
+            return [Span(first, 0, count)]
+        found = []
+        for here, start, rows in self.module.spans:
+            low, high = max(start, first), min(start + rows, first + count)
+            if low < high:
+                found.append(Span(here + low - start, low - first, high - low))
+        return found
 
     def holder(self, shard: str) -> Stored | None:
         """What already fills this shard ("": any part of the parameter)."""
         return next((s for name, s in self.sources.items() if not name or not shard or name == shard), None)
 
-    def parts(self) -> list[tuple[int, Stored]]:
-        """(first row, tensor) of everything that fills the parameter."""
-        return [(self.shards()[name][0] if name else 0, source) for name, source in self.sources.items()]
+    def parts(self) -> Iterator[tuple[Stored, list[Span]]]:
+        """Everything that fills the parameter, and which rows of it."""
+        for name, source in self.sources.items():
+            shape = self.stored_shape(name)
+            yield source, self.spans(self.shards()[name][0] if name else 0, shape[0] if shape else 1)
 
     def pieces(self) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows) of all parts, each given back when the next one is asked for."""
-        for first, source in self.parts():
-            for start, rows in source.pieces():
-                yield first + start, rows
+        columns = self.module.columns if isinstance(self.module, Linear) and len(self.shape) == 2 else slice(None)
+        for source, spans in self.parts():
+            for here, first, count in spans:
+                for start, rows in source.pieces(first, count):
+                    yield here + start - first, rows if columns == slice(None) else rows[:, columns]
             source.release()
 
     def missing(self) -> list[str]:
@@ -82,13 +110,14 @@ def load_model(
     memory_mapped: bool = False,
     copy: QuantizedCopy | None = None,
     progress: Callable[[float], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> Model:
     """Build the checkpoint's model on `device` with weights in `dtype`. `progress` hears the part done, from 0 to 1.
 
     `quantization` is for the linear layers and embeddings under `Model.quantizable`, and for all others too with
     `quantize_towers`. Without it weights that are stored as codes stay codes. `memory_mapped`: a large model's bf16
     weights may be computed from the mapped files, which must not change then. Parameters found in `copy` are reused;
-    newly quantised ones are added to it.
+    newly quantised ones are added to it. `ranks`: the part of one of them is loaded.
     """
     stored = stored_tensors(checkpoint.weight_files, checkpoint.text_weight_files)
     tensors: Sequence[Stored] = stored if checkpoint.quantization is None else join(stored, checkpoint.quantization)
@@ -96,6 +125,8 @@ def load_model(
     checkpoint, tensors = resolve_head(checkpoint, made, tensors, dtype)
     with torch.device("meta"):
         model: Model = made(checkpoint)
+        if ranks is not None:
+            model.split(ranks)
     fill(
         model,
         tensors,
@@ -105,12 +136,16 @@ def load_model(
         quantize_towers=quantize_towers,
         copy=copy,
         progress=progress,
-        memory_mapped=memory_mapped and sum(tensor.nbytes for tensor in tensors) >= MAPPED_BYTES,
+        memory_mapped=memory_mapped and ranks is None and sum(tensor.nbytes for tensor in tensors) >= MAPPED_BYTES,
     )
+    _place_buffers(model, device)
+    return model.eval()
+
+
+def _place_buffers(model: Model, device: torch.device | str) -> None:
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
-    return model.eval()
 
 
 def resolve_head(
@@ -127,7 +162,7 @@ def resolve_head(
         return checkpoint, [*tensors, score_rows(checkpoint.score_tokens, checkpoint, made, tensors)]
     if text is None or not {"generate", "transcribe"} & set(checkpoint.family.tasks):
         return checkpoint, tensors
-    rename = _renamer(made)
+    rename = renamer(made)
     places = {rename(tensor.key)[0]: tensor for tensor in tensors}
     head, embeddings = places.get("lm_head.weight"), places.get("model.embed_tokens.weight")
     if head is None and not text.tie_word_embeddings:
@@ -150,7 +185,7 @@ def score_rows(
     tokens: ScoreTokens, checkpoint: Checkpoint, made: type[Model], tensors: Sequence[Stored]
 ) -> StoredTensor:
     """`score.weight` of a classifier, float32, out of the rows of the language head that these tokens have."""
-    rename = _renamer(made)
+    rename = renamer(made)
     places = {rename(tensor.key)[0]: tensor for tensor in tensors}
     if "score.weight" in places:
         raise CheckpointError(
@@ -195,12 +230,33 @@ def _are_equal(one: Stored, other: Stored, dtype: torch.dtype) -> bool:
 
 def weight_bytes(model: Model) -> int:
     """Memory of everything loaded: packed weights and plain parameters."""
-    packed = sum(
-        module.packed.nbytes
-        for module in model.modules()
-        if isinstance(module, Linear | Embedding) and module.packed is not None
-    )
-    return packed + sum(p.nbytes for p in model.parameters())
+    packed = sum(weight.nbytes for weight in packed_weights(model))
+    return packed + sum(p.nbytes for p in model.parameters() if not p.is_meta)  # else another rank's
+
+
+def packed_weights(model: Model) -> Iterator[PackedWeight]:
+    """Those that are here, and not another rank's."""
+    for module in model.modules():
+        packed = getattr(module, "packed", None) if isinstance(module, Linear | Embedding) else None
+        if packed is not None:
+            yield packed
+
+
+def declared_bytes(model: Model, dtype: torch.dtype, quantization: Quantization | None = None) -> int:
+    """What `weight_bytes` will be of a model that has no weights yet, kernels' padding aside; towers as stored."""
+    total = 0
+    for path, module in model.named_modules():
+        wanted = None
+        if isinstance(module, Linear | Embedding) and f"{path}.".startswith(model.quantizable):
+            wanted = module.quantization(quantization)
+        for name, parameter in module.named_parameters(recurse=False):
+            if wanted is not None and name == "weight":
+                outputs, inputs = parameter.shape
+                total += quantized_bytes(outputs, inputs, wanted)
+            else:
+                is_float32 = isinstance(module, Exact) or wanted is not None  # a quantised layer's bias
+                total += parameter.numel() * (torch.float32 if is_float32 else dtype).itemsize
+    return total
 
 
 def fill(
@@ -217,6 +273,8 @@ def fill(
 ) -> None:
     """Give every declared parameter its memory and contents."""
     slots = _assign(model, tensors)
+    absent = {id(module) for one in model.elsewhere for module in one.modules()}
+    slots = {name: slot for name, slot in slots.items() if id(slot.module) not in absent}
     total = sum(s.nbytes for slot in slots.values() for s in slot.sources.values()) or 1
     done = anew = 0
     groups = _by_module(slots)
@@ -234,8 +292,8 @@ def fill(
             progress(done / total)
     if anew:
         logger.warning(
-            "%d layers are stored in a layout that no kernel takes (act-order, or 8 bits in groups or with "
-            "zero points): they are kept as int8 with one scale per output",
+            "%d layers are stored in a layout that no kernel takes (fp8, fp4, nf4, act-order, 5 to 8 bits in groups or "
+            "with zero points): they are kept as int8 with one scale per output",
             anew,
         )
 
@@ -246,18 +304,21 @@ def _assign(model: Model, tensors: Sequence[Stored]) -> dict[str, _Slot]:
         for attribute, parameter in module.named_parameters(recurse=False):
             name = f"{path}.{attribute}" if path else attribute
             slots[name] = _Slot(name, module, attribute, tuple(parameter.shape), {})
-    rename = _renamer(model)
+    rename = renamer(model)
     is_quantised = model.checkpoint.quantization is not None  # some quantisers give every layer a bias
     unexpected = []
-    for tensor, target, shard in _parts(tensors, rename):
-        if _is_ignored(tensor.key, model.ignored) or _is_ignored(target, model.ignored):
+    for stored, target, shard, turn in _parts(tensors, rename):
+        if _is_ignored(stored.key, model.ignored) or _is_ignored(target, model.ignored):
             continue
+        tensor = stored
         slot = slots.get(model.tied.get(target, target))
         if slot is None or (shard and shard not in slot.shards()):
             is_spare = tensor.key.endswith(".bias") and (is_quantised or target == "lm_head.bias")
             if not (is_spare and _is_zero(tensor)):
                 unexpected.append(tensor.key)
             continue
+        if turn is not False and isinstance(tensor, StoredTensor) and len(tensor.shape) == 2:
+            tensor = _outputs_first(slot, shard, tensor, turn)
         _check(slot, shard, tensor)
         other = slot.holder(shard)
         if other is None or target in model.tied:  # a tied head may be stored too; the embedding counts
@@ -271,19 +332,53 @@ def _assign(model: Model, tensors: Sequence[Stored]) -> dict[str, _Slot]:
     return slots
 
 
-def _parts(tensors: Sequence[Stored], rename: Callable[[str], tuple[str, str]]) -> Iterator[tuple[Stored, str, str]]:
-    """(tensor, parameter name, shard) of all; one that holds several shards, named "a+b", as its equal parts."""
+def _parts(tensors: Sequence[Stored], rename: Renamer) -> Iterator[tuple[Stored, str, str, bool | None]]:
+    """(tensor, parameter name, shard, `Rename.inputs_first`) of all; one that holds several parameters as one for each,
+    one that holds several shards, named "a+b" or "a|b", as its parts."""
     for tensor in tensors:
-        target, shard = rename(tensor.key)
-        names = shard.split("+")
-        if len(names) == 1:
-            yield tensor, target, shard
-            continue
-        rows, rest = divmod(tensor.shape[0], len(names))
-        if isinstance(tensor, StoredCodes) or rest:
-            raise CheckpointError(f"tensor {tensor.key} cannot be cut into {' and '.join(names)}")
-        for index, name in enumerate(names):
-            yield part_of(tensor, index * rows, rows), target, name
+        target, shard, turn = rename(tensor.key)
+        for element, place in _elements(tensor, target):
+            for part, name, inputs_first in _shards(element, shard, turn):
+                yield part, place, name, inputs_first
+
+
+def _elements(tensor: Stored, target: str) -> Iterator[tuple[Stored, str]]:
+    """(tensor, parameter name) of each parameter that one tensor holds."""
+    if "[*]" not in target or not isinstance(tensor, StoredTensor) or len(tensor.shape) < 2:
+        yield tensor, target
+        return
+    for index in range(tensor.shape[0]):
+        yield element_of(tensor, index), target.replace("[*]", str(index))
+
+
+def _shards(tensor: Stored, shard: str, turn: bool | None) -> Iterator[tuple[Stored, str, bool | None]]:
+    """(tensor, shard, `Rename.inputs_first`) of each part of one tensor."""
+    takes_turns = "|" in shard
+    names = shard.split("|" if takes_turns else "+")
+    if len(names) == 1:
+        yield tensor, shard, turn
+        return
+    if turn and isinstance(tensor, StoredTensor):
+        tensor, turn = transposed(tensor), False
+    rows, rest = divmod(tensor.shape[0], len(names))
+    if rest or not (isinstance(tensor, StoredTensor) or takes_turns):
+        raise CheckpointError(f"tensor {tensor.key} cannot be cut into {' and '.join(names)}")
+    for index, name in enumerate(names):
+        if isinstance(tensor, StoredCodes):
+            yield tensor.every(index, len(names)), name, turn
+        elif takes_turns:
+            yield every(tensor, index, len(names)), name, turn
+        else:
+            yield part_of(tensor, index * rows, rows), name, turn
+
+
+def _outputs_first(slot: _Slot, shard: str, tensor: StoredTensor, turn: bool | None) -> StoredTensor:
+    expected = slot.stored_shape(shard)
+    if turn is None and expected[0] == expected[1]:
+        raise CheckpointError(
+            f"tensor {tensor.key} in {tensor.file.name} is square: its inputs may come first or last, and nothing tells"
+        )
+    return transposed(tensor) if turn or tensor.shape == expected[::-1] else tensor
 
 
 def _is_zero(tensor: Stored) -> bool:
@@ -298,7 +393,7 @@ def _named(keys: list[str]) -> str:
 
 
 def _check(slot: _Slot, shard: str, tensor: Stored) -> None:
-    expected = (slot.shards()[shard][1], *slot.shape[1:]) if shard else slot.shape
+    expected = slot.stored_shape(shard)
     if tensor.shape != expected:
         raise CheckpointError(
             f"tensor {tensor.key} in {tensor.file.name} has shape {list(tensor.shape)}, "
@@ -314,23 +409,23 @@ def _is_ignored(key: str, patterns: tuple[str, ...]) -> bool:
     return any(key.endswith(p) or key.startswith(p) for p in patterns)
 
 
-def _renamer(model: Model | type[Model]) -> Callable[[str], tuple[str, str]]:
-    """Checkpoint key -> (parameter name, shard or "")."""
+def renamer(model: Model | type[Model]) -> Renamer:
+    """Checkpoint key -> (parameter name, shard or "", `Rename.inputs_first`)."""
     rows = []
     for row in model.weight_map:
         pattern = re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>[^.]+)", re.escape(row.source))
-        rows.append((re.compile(pattern), row.target, row.shard or ""))
+        rows.append((re.compile(pattern), row.target, row.shard or "", row.inputs_first))
 
-    def rename(key: str) -> tuple[str, str]:
+    def rename(key: str) -> tuple[str, str, bool | None]:
         for old, new in model.weight_prefixes.items():
             if key.startswith(old):
                 key = new + key[len(old) :]
                 break
-        for pattern, target, shard in rows:
+        for pattern, target, shard, inputs_first in rows:
             match = pattern.fullmatch(key)
             if match is not None:
-                return target.format(**match.groupdict()), shard
-        return key, ""
+                return target.format(**match.groupdict()), shard, inputs_first
+        return key, "", False
 
     return rename
 
@@ -358,12 +453,14 @@ def _fill_module(
 ) -> bool:
     """Whether codes of the checkpoint had to be quantised anew, though nobody asked for it."""
     if not isinstance(module, Linear | Embedding):
-        _fill_parameters(module, slots, torch.float32 if isinstance(module, Head) else dtype, device)
+        _fill_parameters(module, slots, torch.float32 if isinstance(module, Exact) else dtype, device)
         return False
     weight, is_exact, anew = slots["weight"], False, False
     if wanted is None and module.least_bits <= 8:
-        wanted, is_exact = _stored_quantization(weight)
+        wanted, is_exact = _computed_as(weight, device)
         anew = wanted is not None and not is_exact
+    module.settle(wanted)
+    bias = None if getattr(module, "bias", None) is None else slots["bias"]  # another rank may be the one to add it
     mapped = _mapped_rows(weight, dtype, device) if memory_mapped and wanted is None else []
     if wanted is None and isinstance(module, Embedding):
         if len(mapped) == 1:
@@ -381,8 +478,8 @@ def _fill_module(
     if packed is None:
         packed = module.allocate(dtype, device)
         _fill_rows(packed, weight, dtype)
-    if "bias" in slots:
-        packed.set_bias(_whole(slots["bias"], dtype, device))
+    if bias is not None:
+        packed.set_bias(_whole(bias, dtype, device))
     return anew
 
 
@@ -435,8 +532,8 @@ def _mapped_rows(weight: _Slot, dtype: torch.dtype, device: torch.device) -> lis
     if device.type != "cpu" or dtype != torch.bfloat16:
         return []
     parts = [
-        (first, source)
-        for first, source in weight.parts()
+        (spans[0].here, source)
+        for source, spans in weight.parts()
         if isinstance(source, StoredTensor) and source.dtype == dtype and source.populate is not None
     ]
     if len(parts) < len(weight.sources):
@@ -457,14 +554,25 @@ def _stored_quantization(weight: _Slot) -> tuple[Quantization | None, bool]:
         return None, False
     found = {source.quantization() for source in codes}
     exact = found.pop() if len(found) == 1 else None
+    if exact is None and not all(source.becomes_int8 for source in codes):
+        return None, False
     return exact or Quantization(8), exact is not None
 
 
+def _computed_as(weight: _Slot, device: torch.device) -> tuple[Quantization | None, bool]:
+    """`_stored_quantization`, where the device has a kernel for it."""
+    found, is_exact = _stored_quantization(weight)
+    if found is not None and found.floats and device.type != "cpu":
+        return None, is_exact  # bf16 holds them exactly
+    return found, is_exact
+
+
 def _put_codes(packed: QuantizedWeight, quantization: Quantization, weight: _Slot) -> None:
-    parts = [(first, source) for first, source in weight.parts() if isinstance(source, StoredCodes)]
-    with_zeros = not all(source.is_symmetric() for _, source in parts)
-    for first, source in parts:
-        source.put(packed, first, quantization, with_zeros=with_zeros)
+    parts = [(source, spans) for source, spans in weight.parts() if isinstance(source, StoredCodes)]
+    with_zeros = not all(source.is_symmetric() for source, _ in parts)
+    for source, spans in parts:
+        for span in spans:
+            source.put(packed, span, quantization, with_zeros=with_zeros)
         source.release()
 
 
@@ -474,7 +582,9 @@ def _fill_parameters(module: nn.Module, slots: dict[str, _Slot], dtype: torch.dt
 
 
 def _whole(slot: _Slot, dtype: torch.dtype, device: torch.device) -> Tensor:
-    value = torch.empty(slot.shape, dtype=dtype, device=device)
+    """A parameter; of a linear layer the bias, whose rows are those of the weight."""
+    shape = (slot.module.out_features,) if isinstance(slot.module, Linear) else slot.shape
+    value = torch.empty(shape, dtype=dtype, device=device)
     filled = value if value.dim() else value.view(1)
     for first, rows in slot.pieces():
         filled[first : first + rows.shape[0]].copy_(rows)

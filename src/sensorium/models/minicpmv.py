@@ -1,4 +1,5 @@
-"""MiniCPM-V 2.6: SigLIP on slices of any size, a resampler that makes 64 rows of each, and a Qwen2 decoder.
+"""MiniCPM-V 2.6, 4.0 and 4.5: SigLIP on slices of any size, a resampler that makes 64 rows of each, and a Qwen2, Llama
+or Qwen3 decoder.
 
 Source of the resampler: Bai et al. 2023 (Qwen-VL), with positions of the slice's own grid.
 """
@@ -18,12 +19,11 @@ from sensorium.errors import CheckpointError
 from sensorium.models.base import Rename, Steps
 from sensorium.models.decoder import DECODER_MAP, DecoderForCausalLM
 from sensorium.models.layers import Linear, declare
-from sensorium.models.towers.blocks import MAX_ROWS, LayerNorm, group_rows, groups, separate
+from sensorium.models.towers.blocks import MAX_ROWS, LayerNorm
 from sensorium.models.towers.clip import clip_map
-from sensorium.models.towers.siglip import SiglipTower, siglip_config
+from sensorium.models.towers.siglip import SiglipTower, encoded_slices, grids_of, siglip_config
 from sensorium.types import Modality
 
-VERSION = "2.6"
 EPS = 1e-6
 HEAD_DIM = 128
 THETA = 10000.0
@@ -107,9 +107,11 @@ class MiniCPMV(DecoderForCausalLM):
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
         config, size = checkpoint.config, self.text.hidden_size
-        if str(config.get("version")) != VERSION:
+        versions = checkpoint.family.text_versions
+        if str(config.get("version")) not in versions:
             raise CheckpointError(
-                f"config.json: MiniCPM-V version {config.get('version')} is not supported (supported: {VERSION})"
+                f"config.json: MiniCPM-V version {config.get('version')} is not supported "
+                f"(supported: {', '.join(versions)})"
             )
         if size % HEAD_DIM:
             raise CheckpointError(f"config.json: hidden_size {size} is no multiple of the resampler's {HEAD_DIM}")
@@ -126,26 +128,16 @@ class MiniCPMV(DecoderForCausalLM):
         self.register_buffer("pixel_shift", (-mean / std).unsqueeze(1), persistent=False)
 
     def encoding(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> Steps[list[Tensor]]:
-        grids = [[(int(lines), int(columns)) for lines, columns in item["grids"].tolist()] for item in items]
-        every = [grid for one in grids for grid in one]
-        lengths = [lines * columns for lines, columns in every]
-        slices = [
-            part
-            for item, one in zip(items, grids, strict=True)
-            for part in torch.split(item["patches"], [lines * columns for lines, columns in one])
-        ]
-        rows = []
-        for group in groups(lengths, group_rows(slices[0])):
-            rows.append((yield from self._encode(torch.cat(slices[group]), every[group])))
-        return separate(torch.cat(rows).flatten(0, 1), [len(one) * self.num_queries for one in grids])
+        patches = [item["patches"] for item in items]
+        return (yield from encoded_slices(patches, [*map(grids_of, items)], self._encode, lambda _: self.num_queries))
 
     def _encode(self, patches: Tensor, grids: Sequence[tuple[int, int]]) -> Steps[Tensor]:
-        """uint8 [patches, 3 * side * side] -> [slices, queries, hidden]"""
+        """uint8 [patches, 3 * side * side] -> [slices * queries, hidden]"""
         yield patches.numel()
         pixels = patches.view(len(patches), 3, -1).float().mul_(self.pixel_scale).add_(self.pixel_shift)
         states = yield from self.vpm.steps(pixels.flatten(1), grids)
         yield len(states) * self.text.hidden_size * (states.shape[1] + 2 * self.text.hidden_size)
-        out: Tensor = self.resampler(states, grids)
+        out: Tensor = self.resampler(states, grids).flatten(0, 1)
         return out
 
     def activation_bytes(self, tokens: int) -> int:

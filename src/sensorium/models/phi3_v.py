@@ -22,7 +22,7 @@ from sensorium.models.layers import Linear, declare
 from sensorium.models.towers.blocks import MAX_ROWS, by_rows, separate, weights
 from sensorium.models.towers.clip import ClipConfig, ClipTower, clip_map
 from sensorium.types import Modality
-from sensorium.weights.tensor_files import stored_tensors
+from sensorium.weights.checkpoint_files import plain_tensors
 
 TILE = 336  # pixels, what the processor cuts where config.json says nothing
 HEAD_DIM = 64  # of every CLIP tower
@@ -129,7 +129,7 @@ def stored_config(checkpoint: Checkpoint) -> ClipConfig:
     """The tower as the shapes of its tensors have it; heads are 64 wide in every CLIP."""
     shapes = {
         _PREFIX.sub("", tensor.key): tensor.shape
-        for tensor in stored_tensors(checkpoint.weight_files)
+        for tensor in plain_tensors(checkpoint.weight_files)
         if _PREFIX.match(tensor.key)
     }
     try:

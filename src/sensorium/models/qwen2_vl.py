@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from sensorium.checkpoint.configs import Checkpoint
-from sensorium.models.base import Steps
-from sensorium.models.decoder import DecoderForCausalLM
-from sensorium.models.towers.blocks import MAX_ROWS
-from sensorium.models.towers.qwen_vit import QwenVit, QwenVitConfig
+from sensorium.models.base import Rename, Steps
+from sensorium.models.decoder import DECODER_MAP, DecoderForCausalLM
+from sensorium.models.towers.blocks import normalised
+from sensorium.models.towers.qwen_vit import QWEN_VIT_MAP, QwenVit, QwenVitConfig
 from sensorium.types import Modality
 
 
 class Qwen2VL(DecoderForCausalLM):
     modalities: ClassVar[frozenset[Modality]] = frozenset({"image", "video"})
     weight_prefixes: ClassVar[Mapping[str, str]] = {"model.language_model.": "model.", "model.visual.": "visual."}
+    weight_map: ClassVar[tuple[Rename, ...]] = (*DECODER_MAP, *QWEN_VIT_MAP)
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
@@ -32,26 +32,18 @@ class Qwen2VL(DecoderForCausalLM):
         pixels = []
         for item in items:
             yield item["pixels"].numel()
-            pixels.append(self._pixels(item))
+            pixels.append(normalised(item, self.model.norm.weight.dtype))
         return (yield from self.visual.steps(pixels, grids))
-
-    def _pixels(self, item: Mapping[str, Tensor]) -> Tensor:
-        """Patches [n, 3 * …], normalised in float32 and then in the weights' type; a piece at a time."""
-        pixels, dtype = item["pixels"], self.model.norm.weight.dtype
-        if "scale" not in item:
-            return pixels.to(dtype)
-        out = torch.empty(pixels.shape, dtype=dtype, device=pixels.device)
-        scale, shift = item["scale"].unsqueeze(1), item["shift"].unsqueeze(1)
-        for rows, into in zip(torch.split(pixels, MAX_ROWS), torch.split(out, MAX_ROWS), strict=True):
-            channels = rows.view(len(rows), 3, -1).to(torch.float32, copy=True)
-            into.view(channels.shape).copy_(channels.mul_(scale).add_(shift))
-        return out
 
     def activation_bytes(self, tokens: int) -> int:
         size = self.model.norm.weight.element_size()
         largest = self.checkpoint.max_model_len * self.visual.config.spatial_merge_size**2
-        files = self.checkpoint.preprocessor
-        max_pixels = files.get("max_pixels") or (files.get("size") or {}).get("longest_edge")
-        if max_pixels is not None:
+        if (max_pixels := self._max_pixels()) is not None:
             largest = min(largest, max_pixels // self.visual.config.patch_size**2)
         return max(super().activation_bytes(tokens), self.visual.activation_bytes(size, largest))
+
+    def _max_pixels(self) -> int | None:
+        """Of an image as the tower gets it, if there is a bound beside that of the prompt."""
+        files = self.checkpoint.preprocessor
+        most: int | None = files.get("max_pixels") or (files.get("size") or {}).get("longest_edge")
+        return most

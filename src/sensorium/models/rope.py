@@ -49,13 +49,12 @@ class RotaryEmbedding(nn.Module):
             inv_freq = self._stretched(lengths)
         if long_context is not None and self.long_inv_freq is not None:
             inv_freq = torch.where(long_context.unsqueeze(1), self.long_inv_freq, inv_freq)  # [tokens, rotated / 2]
-        wide = positions.float()
-        if wide.dim() == 1:
-            angles = wide.unsqueeze(1) * inv_freq
+        if positions.dim() == 1:
+            angles = positions.unsqueeze(1) * inv_freq  # in float32
         elif self.axes is None:
-            angles = wide[0].unsqueeze(1) * inv_freq
+            angles = positions[0].unsqueeze(1) * inv_freq
         else:
-            angles = wide.index_select(0, self.axes).t() * inv_freq
+            angles = positions.index_select(0, self.axes).t() * inv_freq
         if self.scale == 1.0:
             return angles.cos(), angles.sin()
         return angles.cos().mul_(self.scale), angles.sin().mul_(self.scale)
@@ -68,12 +67,22 @@ class RotaryEmbedding(nn.Module):
         return 1.0 / theta.unsqueeze(1) ** _exponents(dim, lengths.device)
 
 
+def query_scales(config: RopeConfig, positions: Tensor, length: int) -> Tensor | None:
+    """float32 [tokens]: what each token's queries are multiplied by, which is more than 1 once the positions that the
+    model was first trained with are over. None: none of the sequences, the longest of which has `length` tokens, is so
+    long. Source: Llama 4's attention temperature."""
+    original = config.original_max_positions
+    if not config.query_beta or length <= original:
+        return None
+    return 1 + config.query_beta * torch.log1p(torch.div(positions, original, rounding_mode="floor").float())
+
+
 def _axes(config: RopeConfig, frequencies: int) -> Tensor | None:
     sections = config.mrope_section
     if not sections:
         return None
     if not config.mrope_interleaved:
-        return torch.repeat_interleave(torch.arange(len(sections), device="cpu"), torch.tensor(sections, device="cpu"))
+        return torch.tensor([axis for axis, size in enumerate(sections) for _ in range(size)], device="cpu")
     count = len(sections)
     turns = [(i % count, i // count) for i in range(frequencies)]
     return torch.tensor([axis if turn < sections[axis] else 0 for axis, turn in turns], device="cpu")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,9 @@ from torch.nn import functional
 
 from sensorium.checkpoint.configs import Checkpoint
 from sensorium.errors import CheckpointError
-from sensorium.models.base import Rename, Steps
-from sensorium.models.decoder import DECODER_MAP, DecoderForCausalLM
+from sensorium.models.base import Steps
 from sensorium.models.layers import Linear, RMSNorm
+from sensorium.models.speech import SpeechDecoder
 from sensorium.models.towers.whisper import WhisperConfig, WhisperTower
 from sensorium.types import Modality
 
@@ -47,18 +47,11 @@ class Projector(nn.Module):
         return out if self.ln_post is None else self.ln_post.forward(out)
 
 
-class Ultravox(DecoderForCausalLM):
-    modalities: ClassVar[frozenset[Modality]] = frozenset({"audio"})
-    weight_prefixes: ClassVar[Mapping[str, str]] = {
-        "language_model.model.": "model.",
-        "language_model.lm_head.": "lm_head.",
-    }
-    weight_map: ClassVar[tuple[Rename, ...]] = DECODER_MAP
-
+class Ultravox(SpeechDecoder):
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
         audio = WhisperConfig.of(checkpoint.config.get("audio_config") or {})
-        self.audio_tower = WhisperTower(audio)
+        self.audio_tower: WhisperTower = WhisperTower(audio)
         self.multi_modal_projector = Projector(audio.hidden_size, self.text.hidden_size, checkpoint.config)
 
     def encoding(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> Steps[list[Tensor]]:
@@ -78,7 +71,3 @@ class Ultravox(DecoderForCausalLM):
         per_row = 2 * self.multi_modal_projector.stack
         wanted = min(-(-chunk.shape[1] // per_row) * per_row, chunk_frames)
         return functional.pad(chunk, (0, wanted - chunk.shape[1]))
-
-    def activation_bytes(self, tokens: int) -> int:
-        size = self.model.norm.weight.element_size()
-        return max(super().activation_bytes(tokens), self.audio_tower.activation_bytes(size))

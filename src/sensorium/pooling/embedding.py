@@ -18,7 +18,7 @@ from sensorium.errors import CheckpointError
 from sensorium.pooling.pool import ACTIVATIONS
 from sensorium.pooling.pooler import EmbedPooler, Pooler, SparsePooler, TokenPooler, VectorsPooler
 from sensorium.types import PoolingTask
-from sensorium.weights.tensor_files import stored_tensors
+from sensorium.weights.checkpoint_files import plain_tensors
 
 SPARSE_LINEAR, COLBERT_LINEAR = "sparse_linear.pt", "colbert_linear.pt"
 _FILES = ("model.safetensors", "pytorch_model.bin")
@@ -87,7 +87,7 @@ class Dense(nn.Module):
 
 def stored_rows(files: Iterable[Path], *keys: str) -> int:
     """Rows of the matrix with one of these names, where no config says how many. CheckpointError if there is none."""
-    stored = next((one for one in stored_tensors(files) if one.key in keys and len(one.shape) == 2), None)
+    stored = next((one for one in plain_tensors(files) if one.key in keys and len(one.shape) == 2), None)
     if stored is None:
         raise CheckpointError(f"the checkpoint has no matrix {' or '.join(keys)}, which makes the vectors of tokens")
     return stored.shape[0]
@@ -97,7 +97,7 @@ def _read(file: Path) -> dict[str, Tensor]:
     """Copies in float32, on the CPU also while a model is being declared on the meta device."""
     tensors = {}
     with torch.device("cpu"):
-        for stored in stored_tensors([file]):
+        for stored in plain_tensors([file]):
             tensors[stored.key] = stored.view().to(torch.float32, copy=True)
             stored.release()
     return tensors

@@ -79,6 +79,8 @@ class Processor:
     settings: ClassVar[Mapping[str, Setting]] = {}  # names of mm_processor_kwargs
     literals: ClassVar[tuple[str, ...]] = ()  # placeholders that are plain text to the tokenizer; escaped in user text
     sample_rate: ClassVar[int] = 16_000  # Hz, of the audio that `process` takes
+    takes_recordings: ClassVar[bool] = False  # audio may be as long as recordings that are transcribed
+    longest_audio_s: float | None = None  # of a recording, beyond which it is cut; None: all of it is heard
 
     def __init__(self, checkpoint: Checkpoint, tokenizer: Tokenizer, overrides: dict[str, Any] | None = None) -> None:
         """`overrides` is `--mm-processor-kwargs`; a key that the family does not know is a StartupError naming it."""
@@ -149,8 +151,8 @@ class Processor:
 
     def positions(
         self, token_ids: NDArray[np.int32], spans: Sequence[MediaSpan], media: Sequence[MediaFeatures]
-    ) -> tuple[NDArray[np.int32] | None, int]:
-        """(positions int32 [axes, tokens] or None for 0, 1, 2, …, position_delta); see `types.Prompt`."""
+    ) -> tuple[NDArray[np.int32] | NDArray[np.float32] | None, int | float]:
+        """(positions [axes, tokens] or None for 0, 1, 2, …, position_delta); see `types.Prompt`."""
         return None, 0
 
     # What families build on.
@@ -268,20 +270,23 @@ class Processor:
             raise SettingError(name, str(error)) from None
 
 
-class ImageProcessor(Processor):
-    """Takes images, each marked by one token in prompts. A family says `_text` and `_marker`, that token, and `_fill`,
-    the id that is repeated once per row."""
+class MarkedProcessor(Processor):
+    """Takes one kind of media, each item marked by one token in prompts. A family says `_text`, which stands for an
+    item in texts, `_marker`, the token of it that is replaced, and `_fill`, the id that is repeated once per row."""
 
-    modalities: ClassVar[frozenset[Modality]] = frozenset({"image"})
     _text: str
     _marker: int
     _fill: int
 
     def placeholder(self, kind: Modality, index: int) -> str:
-        return self._text if kind == "image" else super().placeholder(kind, index)
+        return self._text if kind in self.modalities else super().placeholder(kind, index)
 
     def placeholder_id(self, kind: Modality) -> int:
-        return self._fill if kind == "image" else super().placeholder_id(kind)
+        return self._fill if kind in self.modalities else super().placeholder_id(kind)
 
     def _marker_id(self, kind: Modality) -> int:
         return self._marker
+
+
+class ImageProcessor(MarkedProcessor):
+    modalities: ClassVar[frozenset[Modality]] = frozenset({"image"})

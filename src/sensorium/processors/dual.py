@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import re
 import string
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL.Image import Resampling
 
 from sensorium.checkpoint.families import vision_tower
-from sensorium.errors import RequestError
-from sensorium.processors.base import PlaceholderRun, Processor
+from sensorium.checkpoint.values import square
+from sensorium.errors import CheckpointError, RequestError
+from sensorium.processors import image
+from sensorium.processors.base import PlaceholderRun, Processor, Setting, integer
 from sensorium.processors.square import Square
 from sensorium.types import MediaFeatures, MediaItem, Modality, Prompt
 
 PLACEHOLDER = "<image>"
+MAX_PATCHES = 1 << 14  # of a setting
+SCALE_STEP = 1e-5
 CANONICAL = "SiglipTokenizer"
 """The class of tokenizers whose texts are made plain by code, not by tokenizer.json."""
 
@@ -26,12 +32,13 @@ class DualProcessor(Processor):
     literals: ClassVar[tuple[str, ...]] = (PLACEHOLDER,)
 
     def _configure(self) -> None:
-        vision = self.checkpoint.config.get("vision_config") or {}
-        tower = vision_tower(vision)
-        side = vision.get("image_size") or 224
         named = str(self.checkpoint.tokenizer_config.get("tokenizer_class", ""))
         self._is_canonical = named.removesuffix("Fast") == CANONICAL
-        self._square = Square.of(self.checkpoint.preprocessor, side, is_siglip=not tower.has_class_token)
+        self._configure_images(self.checkpoint.config.get("vision_config") or {})
+
+    def _configure_images(self, vision: dict[str, Any]) -> None:
+        side, is_siglip = vision.get("image_size") or 224, not vision_tower(vision).has_class_token
+        self._square = Square.of(self.checkpoint.preprocessor, side, is_siglip=is_siglip)
 
     def placeholder(self, kind: Modality, index: int) -> str:
         return PLACEHOLDER if kind == "image" else super().placeholder(kind, index)
@@ -46,9 +53,10 @@ class DualProcessor(Processor):
     def process(self, item: MediaItem) -> MediaFeatures:
         if item.kind != "image":
             return super().process(item)
-        pixels = self._square.planes(item.data.astype(np.uint8, copy=False))
-        arrays: dict[str, NDArray[np.generic]] = {"pixels": pixels}
-        return MediaFeatures("image", self._feature_key(item), 1, arrays)
+        return MediaFeatures("image", self._feature_key(item), 1, self._arrays(item.data.astype(np.uint8, copy=False)))
+
+    def _arrays(self, pixels: image.Pixels) -> dict[str, NDArray[np.generic]]:
+        return {"pixels": self._square.planes(pixels)}
 
     def build(self, text: str, media: Sequence[MediaFeatures], *, add_special_tokens: bool = False) -> Prompt:
         if not media:
@@ -68,6 +76,46 @@ class DualProcessor(Processor):
 
     def text_length(self, text: str) -> int:
         return len(self.tokenizer.encode(self.cleaned(text.replace(PLACEHOLDER, ""))))
+
+
+class NaflexProcessor(DualProcessor):
+    """An image keeps its aspect and becomes at most so many patches."""
+
+    settings: ClassVar[Mapping[str, Setting]] = {"max_num_patches": integer(1, MAX_PATCHES)}
+
+    def _configure_images(self, vision: dict[str, Any]) -> None:
+        files = self.checkpoint.preprocessor
+        self._patch = square(vision, "patch_size", 16)
+        if files.get("patch_size", self._patch) != self._patch:
+            raise CheckpointError("preprocessor_config.json: 'patch_size' is not config.json's")
+        self._most: int = self._setting("max_num_patches", 256)
+        self._resample = image.resample_filter(files, Resampling.BILINEAR)
+        self._normalization = image.Normalization.of(files, image.HALF, image.HALF)
+
+    def _arrays(self, pixels: image.Pixels) -> dict[str, NDArray[np.generic]]:
+        height, width = pixels.shape[:2]
+        lines, columns = naflex_grid(height, width, self._patch, self._most)
+        resized = image.resize(pixels, lines * self._patch, columns * self._patch, self._resample)
+        return {
+            "pixels": image.patches([resized], (1, lines, columns), self._patch, 1),
+            "grids": np.array([[lines, columns]], np.int32),
+            "scale": self._normalization.scale.reshape(3),
+            "shift": self._normalization.shift.reshape(3),
+        }
+
+
+def naflex_grid(height: int, width: int, patch: int, most: int) -> tuple[int, int]:
+    """(lines, columns) of patches at the largest scale that has no more than `most`, found by halving."""
+
+    def grid(scale: float) -> tuple[int, int]:
+        return max(math.ceil(height * scale / patch), 1), max(math.ceil(width * scale / patch), 1)
+
+    low, high = SCALE_STEP / 10, 100.0
+    while high - low >= SCALE_STEP:
+        middle = (low + high) / 2
+        lines, columns = grid(middle)
+        low, high = (middle, high) if lines * columns <= most else (low, middle)
+    return grid(low)
 
 
 def canonical(text: str) -> str:

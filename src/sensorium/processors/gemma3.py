@@ -7,7 +7,7 @@ join those beside them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,18 +16,19 @@ from numpy.typing import NDArray
 from sensorium.checkpoint.configs import Checkpoint
 from sensorium.checkpoint.families import vision_tower
 from sensorium.checkpoint.values import positive_int
-from sensorium.errors import CheckpointError, RequestError, StartupError
+from sensorium.errors import CheckpointError, StartupError
 from sensorium.processors import image
-from sensorium.processors.base import ImageProcessor, Piece, PlaceholderRun, Setting, boolean, integer, number
+from sensorium.processors.base import ImageProcessor, Setting, boolean, integer, number
+from sensorium.processors.shown import ShownProcessor
 from sensorium.prompt.tokenizer import Tokenizer
-from sensorium.types import MediaFeatures, MediaItem, Modality, Prompt
+from sensorium.types import MediaFeatures, MediaItem, Modality
 
 BILINEAR = 2  # PIL's number
 MAX_CROPS = 16
 IDS = {"boi_token_index": 255_999, "eoi_token_index": 256_000, "image_token_index": 262_144}
 
 
-class Gemma3Processor(ImageProcessor):
+class Gemma3Processor(ShownProcessor, ImageProcessor):
     settings: ClassVar[Mapping[str, Setting]] = {
         "do_pan_and_scan": boolean,
         "pan_and_scan_min_crop_size": integer(1, 65536),
@@ -108,35 +109,15 @@ class Gemma3Processor(ImageProcessor):
             return 0, 0
         return (1, count) if width >= height else (count, 1)
 
-    def build(self, text: str, media: Sequence[MediaFeatures], *, add_special_tokens: bool = False) -> Prompt:
-        pieces = text.split(self._text)
-        self._check_counts(["image"] * (len(pieces) - 1), media)
-        shown = [self._shown(one.num_rows // self._rows - 1) for one in media]
-        whole = pieces[0] + "".join(a + b for a, b in zip(shown, pieces[1:], strict=True))
-        token_ids = np.array(self.tokenizer.encode(whole, add_special_tokens=add_special_tokens), np.int32)
-        return self._assemble(self._filled(token_ids, media), media)
-
-    def _shown(self, crops: int) -> str:
-        """The text that stands for an image with so many crops."""
+    def _shown(self, media: MediaFeatures) -> str:
+        crops = media.num_rows // self._rows - 1
         if not crops:
             return self._around
         more = " ".join([self._around] * crops)
         return f"Here is the original image {self._around} and here are some crops to help you see better {more}"
 
-    def _filled(self, token_ids: NDArray[np.int32], media: Sequence[MediaFeatures]) -> Iterator[Piece]:
-        """Every soft token becomes the rows of the next square."""
-        squares = [(item, row) for item, one in enumerate(media) for row in range(0, one.num_rows, self._rows)]
-        places = np.flatnonzero(token_ids == self._fill).tolist()
-        if len(places) != len(squares):
-            raise RequestError(
-                f"The prompt's text holds {self._soft}, which only images may bring.", code="media_count_mismatch"
-            )
-        start = 0
-        for place, (item, row) in zip(places, squares, strict=True):
-            yield token_ids[start:place]
-            yield PlaceholderRun(item, self._fill, self._rows, row)
-            start = place + 1
-        yield token_ids[start:]
+    def _counts(self, media: MediaFeatures) -> list[int]:
+        return [self._rows] * (media.num_rows // self._rows)
 
 
 def rows_of(patches: int, tokens: int) -> int:

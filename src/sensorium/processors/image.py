@@ -7,7 +7,7 @@ and within 1e-6 after rescaling and normalising, which are one multiplication an
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -21,6 +21,7 @@ Pixels = NDArray[np.uint8]  # [height, width, 3]
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 HALF = (0.5, 0.5, 0.5)  # SigLIP's mean and deviation
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+BLOCK_BYTES = 1 << 18  # of sums while bytes are resized: what a core's cache holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +59,13 @@ def switch(preprocessor: Mapping[str, Any], name: str, default: bool = True) -> 
     return default if value is None else bool(value)
 
 
-def resample_filter(preprocessor: Mapping[str, Any]) -> Image.Resampling:
-    """The file's `resample` (PIL's number); bicubic where it does not say."""
+def resample_filter(
+    preprocessor: Mapping[str, Any], default: Image.Resampling = Image.Resampling.BICUBIC
+) -> Image.Resampling:
+    """The file's `resample` (PIL's number); `default` where it does not say."""
     code = preprocessor.get("resample")
     try:
-        return Image.Resampling.BICUBIC if code is None else Image.Resampling(code)
+        return default if code is None else Image.Resampling(code)
     except ValueError:
         raise CheckpointError(f"preprocessor_config.json: 'resample' {code!r} is not a filter of PIL's") from None
 
@@ -95,6 +98,48 @@ def resize(pixels: Pixels, height: int, width: int, resample: Image.Resampling) 
     return np.asarray(Image.fromarray(pixels).resize((width, height), resample))
 
 
+def resize_bytes(pixels: Pixels, height: int, width: int, resample: Image.Resampling) -> Pixels:
+    """As torch resizes bytes, which families do that have no processor on PIL: its bilinear weights have 16 bits, so
+    that some bytes are one more or less than PIL's. Other filters are PIL's."""
+    if resample is not Image.Resampling.BILINEAR:
+        return resize(pixels, height, width, resample)
+    stretched = _stretched(_stretched(pixels.transpose(1, 0, 2), width).transpose(1, 0, 2), height)
+    return np.ascontiguousarray(stretched)
+
+
+def _stretched(pixels: Pixels, size: int) -> Pixels:
+    """Along the first axis, a block of lines at a time."""
+    lines = len(pixels)
+    if lines == size:
+        return pixels
+    pixels = np.ascontiguousarray(pixels)
+    first, weights, precision = _bilinear_weights(lines, size)
+    out = np.empty((size, *pixels.shape[1:]), np.uint8)
+    block = max(BLOCK_BYTES // (4 * pixels[0].size), 1)
+    for start in range(0, size, block):
+        places = first[start : start + block]
+        total = np.full((len(places), *pixels.shape[1:]), 1 << (precision - 1), np.int32)
+        for tap, weight in enumerate(weights[:, start : start + block, None, None]):
+            total += pixels[np.minimum(places + tap, lines - 1)] * weight
+        out[start : start + block] = np.minimum(total >> precision, 255)
+    return out
+
+
+def _bilinear_weights(lines: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.int32], int]:
+    """(first line that each of `size` lines sees, weights [taps, size] of it and those after it, bits of a weight)."""
+    scale = lines / size
+    reach = max(scale, 1.0)
+    centers = scale * (np.arange(size) + 0.5)
+    first = np.maximum((centers - reach + 0.5).astype(np.int64), 0)
+    seen = np.minimum((centers + reach + 0.5).astype(np.int64), lines) - first
+    taps = np.arange(seen.max())[:, None]
+    distances = np.abs((taps + first - centers + 0.5) / reach)
+    weights = np.where(taps < seen, np.maximum(1 - distances, 0), 0)
+    weights /= weights.sum(0)
+    precision = next((bits for bits in range(22) if int(0.5 + weights.max() * (1 << (bits + 1))) >= 1 << 15), 22)
+    return first, (weights * (1 << precision) + 0.5).astype(np.int32), precision
+
+
 def center_crop(pixels: Pixels, height: int, width: int) -> Pixels:
     """The middle of the image; where it is smaller than asked, black is added around it."""
     missing_h, missing_w = max(height - pixels.shape[0], 0), max(width - pixels.shape[1], 0)
@@ -123,6 +168,27 @@ def planes(pixels: Pixels, normalization: Normalization) -> NDArray[np.float32]:
     out[...] = pixels.transpose(2, 0, 1)
     normalization.apply(out)
     return out
+
+
+def patches(
+    frames: Iterable[Pixels], grid: tuple[int, int, int], side: int, merge: int, depth: int = 1
+) -> NDArray[np.uint8]:
+    """[patches, 3 * depth * side * side] in the order of blocks of merge x merge; `depth` frames to a patch, the last
+    frame is repeated to fill it. `grid` counts (frame groups, lines, columns).
+
+    In bytes, which the engine normalises: a quarter of the memory while a request waits, and to hand over.
+    """
+    groups, lines, columns = grid
+    shape = (lines // merge, merge, side, columns // merge, merge, side, 3)
+    out = np.empty((groups, lines * columns, 3, depth, side * side), np.uint8)
+    index = 0
+    for index, frame in enumerate(frames):
+        # [lines, columns, merge, merge, 3, side, side]
+        cut = frame.reshape(shape).transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, side * side)
+        out[index // depth, :, :, index % depth] = cut
+    last = index % depth
+    out[-1, :, :, last + 1 :] = out[-1, :, :, last : last + 1]
+    return out.reshape(-1, 3 * depth * side * side)
 
 
 def _is_side(value: Any) -> TypeGuard[int]:

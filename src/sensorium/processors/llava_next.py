@@ -35,9 +35,19 @@ class Tiling:
     lines: int
     left: int
     columns: int
+    kept_lines: int | None = None  # of the grid once it is made smaller; None: it is not
+    kept_columns: int | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Lines and columns of rows."""
+        if self.kept_lines is None or self.kept_columns is None:
+            return self.lines, self.columns
+        return self.kept_lines, self.kept_columns
 
     def num_rows(self, side: int) -> int:
-        return side * side + self.lines * (self.columns + 1)
+        lines, columns = self.size
+        return side * side + lines * (columns + 1)
 
 
 def pinpoints(value: Any) -> list[tuple[int, int]]:
@@ -103,7 +113,7 @@ class LlavaNextProcessor(ImageProcessor):
         pixels = item.data.astype(np.uint8, copy=False)
         height, width = pixels.shape[:2]
         tiling = self._tiling(height, width, item.param)
-        layout = [tiling.grid_h, tiling.grid_w, tiling.top, tiling.lines, tiling.left, tiling.columns]
+        layout = [tiling.grid_h, tiling.grid_w, tiling.top, tiling.lines, tiling.left, tiling.columns, *tiling.size]
         arrays: dict[str, NDArray[np.generic]] = {
             "pixels": self._tiles(pixels, tiling),  # [tiles, 3, side, side]
             "layout": np.array(layout, np.int32),

@@ -1,4 +1,5 @@
-"""MiniCPM-V 2.6: an image is seen whole and, if it is large, in slices of its own aspect; 64 rows for each of them.
+"""MiniCPM-V 2.6, 4.0 and 4.5: an image is seen whole and, if it is large, in slices of its own aspect; 64 rows for
+each of them.
 
 In the prompt an image has a number, which counts the prompt's images; a video is its frames, one image after the
 other, without numbers. Slices travel as bytes: the model normalises them.
@@ -226,6 +227,4 @@ class MiniCPMVProcessor(Processor):
     def _patches(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """[height, width, 3] -> [patches, 3 * patch * patch]"""
         patch = self._patch
-        lines, columns = pixels.shape[0] // patch, pixels.shape[1] // patch
-        cut = pixels.reshape(lines, patch, columns, patch, 3).transpose(0, 2, 4, 1, 3)
-        return cut.reshape(lines * columns, 3 * patch * patch)
+        return image.patches([pixels], (1, pixels.shape[0] // patch, pixels.shape[1] // patch), patch, 1)

@@ -7,7 +7,7 @@ the four that become one token lie together. Frames are chosen and bounded as in
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -30,10 +30,14 @@ VIDEO_MAX_PIXELS = 768 * 28 * 28
 VIDEO_TOTAL_PIXELS = int(128_000 * 28 * 28 * 0.9)
 
 
-def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The nearest multiples of `factor` whose area lies within the bounds, with the aspect kept as well as may be."""
-    # A very short side rounds to nothing here and so takes the second branch: transformers' rule.
-    new_h, new_w = round(height / factor) * factor, round(width / factor) * factor
+def smart_resize(
+    height: int, width: int, factor: int, min_pixels: int, max_pixels: int, *, least: int = 0
+) -> tuple[int, int]:
+    """The nearest multiples of `factor`, `least` or more, whose area lies within the bounds, with the aspect kept as
+    well as may be."""
+    # A very short side rounds to nothing here and so, if that is not too little, takes the second branch:
+    # transformers' rule.
+    new_h, new_w = (max(round(side / factor) * factor, least) for side in (height, width))
     if new_h * new_w > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
         return (
@@ -61,6 +65,7 @@ class Qwen2VLProcessor(Processor):
         "video": ("<|vision_start|>", "<|video_pad|>", "<|vision_end|>"),
     }
     token_ids: ClassVar[Mapping[Modality, int]] = {"image": 151655, "video": 151656}  # where config.json has none
+    pixel_bounds: ClassVar[tuple[int, int]] = (56 * 56, 28 * 28 * 1280)  # of an image, where no file says them
     fills_groups: ClassVar[bool] = True  # takes no odd number of frames where a longer clip has another one
 
     def __init__(self, checkpoint: Checkpoint, tokenizer: Tokenizer, overrides: dict[str, Any] | None = None) -> None:
@@ -85,7 +90,7 @@ class Qwen2VLProcessor(Processor):
         }
         self._resample = image.resample_filter(files)
         self._resizes = image.switch(files, "do_resize")
-        self._min_pixels, self._max_pixels = self._pixel_bounds(files, (56 * 56, 28 * 28 * 1280))
+        self._min_pixels, self._max_pixels = self._pixel_bounds(files, self.pixel_bounds)
         self._video_bounds = self._video_pixel_bounds()
         self._sampling = self._video_sampling()
 
@@ -121,7 +126,9 @@ class Qwen2VLProcessor(Processor):
         height, width = grid[1] * self._patch, grid[2] * self._patch
         resized = (image.resize(frame, height, width, self._resample) for frame in frames)
         arrays: dict[str, NDArray[np.generic]] = {
-            "pixels": self._patches(resized, grid, 1 if item.kind == "image" else self._frames),
+            "pixels": image.patches(
+                resized, grid, self._patch, self._merge, 1 if item.kind == "image" else self._frames
+            ),
             "grid": np.array(grid, np.int32),
             "scale": self._normalizations[item.kind].scale.reshape(3),
             "shift": self._normalizations[item.kind].shift.reshape(3),
@@ -130,7 +137,7 @@ class Qwen2VLProcessor(Processor):
 
     def positions(
         self, token_ids: NDArray[np.int32], spans: Sequence[MediaSpan], media: Sequence[MediaFeatures]
-    ) -> tuple[NDArray[np.int32] | None, int]:
+    ) -> tuple[NDArray[np.int32] | NDArray[np.float32] | None, int | float]:
         """Text and audio count on, equally on all axes; the rows of an image or video take their place in (time,
         height, width) from there on. What follows goes on after the largest position that the media item used."""
         spans = [span for span in spans if "grid" in media[span.item].arrays]
@@ -186,32 +193,15 @@ class Qwen2VLProcessor(Processor):
             return height, width
         if kind == "video":
             return self._frame_size(height, width, frames)
+        return self._image_size(height, width)
+
+    def _image_size(self, height: int, width: int) -> tuple[int, int]:
         return smart_resize(height, width, self._factor, self._min_pixels, self._max_pixels)
 
     def _frame_size(self, height: int, width: int, frames: int) -> tuple[int, int]:
         low, high = self._video_bounds
         high = max(min(high, VIDEO_TOTAL_PIXELS * self._frames // frames), min(high, int(low * 1.05)))
         return smart_resize(height, width, self._factor, low, high)
-
-    def _patches(
-        self, frames: Iterable[NDArray[np.uint8]], grid: tuple[int, int, int], depth: int
-    ) -> NDArray[np.uint8]:
-        """[patches, 3 * depth * patch * patch], `depth` frames to a patch; the last frame is repeated to fill it.
-
-        In bytes, which the engine normalises: a quarter of the memory while a request waits, and to hand over.
-        """
-        groups, lines, columns = grid
-        merge, patch = self._merge, self._patch
-        shape = (lines // merge, merge, patch, columns // merge, merge, patch, 3)
-        out = np.empty((groups, lines * columns, 3, depth, patch * patch), np.uint8)
-        index = 0
-        for index, frame in enumerate(frames):
-            # [lines, columns, merge, merge, 3, patch, patch]
-            cut = frame.reshape(shape).transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, patch * patch)
-            out[index // depth, :, :, index % depth] = cut
-        last = index % depth
-        out[-1, :, :, last + 1 :] = out[-1, :, :, last : last + 1]
-        return out.reshape(-1, 3 * depth * patch * patch)
 
     def _pixel_bounds(self, files: Mapping[str, Any], default: tuple[int, int]) -> tuple[int, int]:
         """Of an image or frame, in either dialect: by these names, or as the edges of `size`."""

@@ -68,6 +68,7 @@ class SpeechTokens:
 class WhisperProcessor(Processor):
     modalities: ClassVar[frozenset[Modality]] = frozenset({"audio"})
     sample_rate: ClassVar[int] = SAMPLE_RATE
+    takes_recordings: ClassVar[bool] = True
 
     def _configure(self) -> None:
         config, stated = self.checkpoint.config, self.checkpoint.preprocessor

@@ -15,6 +15,7 @@ from support import checkpoints
 from sensorium.checkpoint.configs import Checkpoint, open_checkpoint
 from sensorium.checkpoint.hub import resolve
 from sensorium.checkpoint.text_config import AttentionSpec, RopeConfig, TextConfig
+from sensorium.checkpoint.weight_files import find_weight_files
 from sensorium.errors import CheckpointError, StartupError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "llava", "llava_next", "qwen2_vl")
@@ -276,10 +277,11 @@ def test_overrides_go_where_the_decoder_s_part_is(tmp_path: Path) -> None:
         "model_type": "qwen2_5_omni",
         "thinker_config": {"text_config": {"vocab_size": 1000}},
     }
-    for overrides in (
+    more: tuple[dict[str, Any], ...] = (
         {"max_position_embeddings": 99},
         {"thinker_config": {"text_config": {"max_position_embeddings": 99}}},
-    ):
+    )
+    for overrides in more:
         assert overridden(tmp_path, omni, overrides).max_model_len == 99
 
 
@@ -385,7 +387,7 @@ def changed(**changes: Any) -> dict[str, Any]:
         (changed(rope_scaling={"type": "longrope", "short_factor": [1], "long_factor": [1]}), "of 32 numbers each"),
         (changed(rope_theta=-1), "must be positive"),
         (changed(eos_token_id=["</s>"]), "eos_token_id"),
-        (changed(quantization_config={"quant_method": "bitsandbytes"}), "quantisation by bitsandbytes"),
+        (changed(quantization_config={"quant_method": "aqlm"}), "quantisation by aqlm"),
     ],
 )
 def test_bad_configs(tmp_path: Path, config: dict[str, Any], said: str) -> None:
@@ -468,15 +470,19 @@ def test_pickled_weights_come_from_the_same_commit(tmp_path: Path, monkeypatch: 
     folder, calls = tmp_path / ("c" * 40), []
     folder.mkdir()
 
-    def snapshot_download(model: str, **options: Any) -> str:
+    def snapshot_download(**options: Any) -> Any:
         calls.append(options)
-        return str(folder)
+        return [] if options.get("dry_run") else str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert resolve("org/model", "v2") == folder
-    assert [call["revision"] for call in calls] == ["v2", "c" * 40]
-    assert not any(pattern.endswith(".bin") for pattern in calls[0]["allow_patterns"])
-    assert "pytorch_model*.bin" in calls[1]["allow_patterns"]
+    for asks in (
+        [call for call in calls if call.get("local_files_only")],
+        [call for call in calls if call.get("local_files_only") is False],
+    ):
+        assert [call["revision"] for call in asks] == ["v2", "c" * 40]
+        assert not any(pattern.endswith(".bin") for pattern in asks[0]["allow_patterns"])
+        assert "pytorch_model*.bin" in asks[1]["allow_patterns"]
 
 
 def test_offline_without_a_copy_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -497,3 +503,15 @@ def test_reading_a_checkpoint_needs_no_torch(tmp_path: Path) -> None:
         "sys.exit(bool({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_weight_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    """A hub's folder whose blobs are gone, and a folder in a file's place."""
+    file = tmp_path / "model.safetensors"
+    file.symlink_to(tmp_path / "gone")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is a link to what is not there"):
+        find_weight_files(tmp_path)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is no file"):
+        find_weight_files(tmp_path)

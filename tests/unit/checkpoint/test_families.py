@@ -8,10 +8,12 @@ import re
 from pathlib import Path
 
 import pytest
+from support.families import MAKERS
 
 import sensorium
 from sensorium.checkpoint.configs import open_checkpoint
-from sensorium.checkpoint.families import DECODERS, FAMILIES, VISION_TOWERS, family_of, load_class
+from sensorium.checkpoint.decoders import DECODERS
+from sensorium.checkpoint.families import FAMILIES, VISION_TOWERS, family_of, load_class
 from sensorium.errors import CheckpointError
 
 SOURCE = Path(sensorium.__file__).parent
@@ -26,6 +28,11 @@ def test_a_row_agrees_with_its_classes(name: str) -> None:
     assert row.text_model_type in DECODERS
     assert len(set(row.tasks)) == len(row.tasks) > 0
     assert row.encoder is None or "generate" not in row.tasks
+
+
+def test_every_decoder_class_has_a_maker_for_the_tests_of_all_families() -> None:
+    made = {FAMILIES[name].model for name in MAKERS}
+    assert {row.model for row in FAMILIES.values() if "generate" in row.tasks} <= made
 
 
 def test_nothing_but_the_registry_compares_names() -> None:

@@ -45,7 +45,8 @@ def vectors_of(engine: Engine, prompts: list[list[int]], task: Any = "embed") ->
     while engine.scheduler.has_work():
         plan, ended = engine.scheduler.schedule()
         assert plan and not ended
-        result = engine.runner.launch(plan).result()
+        with engine.runner.computing():
+            result = engine.runner.launch(plan).result()
         found |= {number: torch.from_numpy(vector) for number, [vector] in result.vectors.items()}
         for seq, count in plan.prefills:
             if engine.scheduler.advance(seq, count):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -109,7 +109,7 @@ def test_the_true_last_token_counts_also_if_it_is_the_padding(tmp_path: Path) ->
     model = load(tmp_path)
     ids = [5, 9, 0]
     states = Driver(model).step([(Sequence(list(ids)), 3)])
-    direct = torch.nn.functional.linear(states[-1], model.score.weight)
+    direct = torch.nn.functional.linear(states[-1], cast(Any, model.score).weight)
     torch.testing.assert_close(pooled(model, "classify", states, ids, activation=False), direct)
 
 

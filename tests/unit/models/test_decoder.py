@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from sensorium.checkpoint.configs import open_checkpoint
 from sensorium.models.base import Model
 from sensorium.models.loading import load_model
+from sensorium.models.rope import RotaryEmbedding, query_scales
 
 Make = Callable[..., tuple[PreTrainedModel, Model]]
 
@@ -89,6 +91,29 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-half-windowed": ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
     "qwen3": ("qwen3", {}),
     "qwen3-tied": ("qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
+    "qwen3-moe": ("qwen3_moe", {}),
+    "qwen2-moe": ("qwen2_moe", {"qkv_bias": False, "decoder_sparse_step": 2}),
+    "ministral3": ("ministral3", {}),
+    "mixtral": ("mixtral", {"sliding_window": 7}),
+    "gpt-oss": ("gpt_oss", {"seed": 1}),  # no two experts so near that rounding to bfloat16 chooses
+    "gpt-oss-plain": (
+        "gpt_oss",
+        {
+            "intermediate_size": 40,
+            "attention_bias": False,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+        },
+    ),
+    "olmoe": ("olmoe", {}),
+    "glm4-moe": ("glm4_moe", {"seed": 1}),
+    "glm4-moe-plain": (
+        "glm4_moe",
+        {
+            **{"n_group": 1, "topk_group": 1, "first_k_dense_replace": 2, "n_shared_experts": 1, "seed": 1},
+            **{"use_qk_norm": False, "attention_bias": False, "norm_topk_prob": False, "routed_scaling_factor": 1.0},
+        },
+    ),
     "gemma3": ("gemma3_text", {}),
     "gemma3-plain": (
         "gemma3_text",
@@ -110,6 +135,41 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "hidden_size_per_layer_input": 0,
             "final_logit_softcapping": None,
             "tie_word_embeddings": False,
+        },
+    ),
+    "gemma4-moe": (
+        "gemma4_text",
+        {
+            "num_kv_shared_layers": 0,
+            "use_double_wide_mlp": False,
+            "hidden_size_per_layer_input": 0,
+            "enable_moe_block": True,
+            "num_experts": 5,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 20,
+        },
+    ),
+    "qwen3.5": ("qwen3_5_text", {}),
+    "qwen3.5-plain": (
+        "qwen3_5_text",
+        {
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "linear_conv_kernel_dim": 2,
+            "linear_num_key_heads": 4,
+            "num_hidden_layers": 2,
+            "layer_types": ["full_attention", "linear_attention"],
+        },
+    ),
+    "lfm2": ("lfm2", {}),
+    "lfm2-plain": (
+        "lfm2",
+        {
+            "conv_L_cache": 5,
+            "conv_bias": True,
+            "tie_word_embeddings": False,
+            "block_auto_adjust_ff_dim": False,
+            "layer_types": ["full_attention", "conv", "full_attention"],
         },
     ),
     "phi3": ("phi3", {}),
@@ -231,6 +291,21 @@ def test_longrope_needs_to_be_told(made: Make) -> None:
         model(model.embed(torch.tensor(prompt_of(80))), torch.arange(80), driver.cache, context)
 
 
+def test_goldens_of_growing_queries(tmp_path: Path) -> None:
+    """Class defaults; the last numbers of a long and of a short batch."""
+    config = {"architectures": ["Ministral3ForCausalLM"], "model_type": "ministral3"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").touch()
+    text = open_checkpoint(tmp_path).decoder
+    rope = RotaryEmbedding(text.rope, 16)
+    wanted = torch.tensor([1, 0.177828, 0.0316228, 0.0038661, 0.000375, 1.11142e-5, 1.97642e-6, 3.51463e-7])
+    torch.testing.assert_close(rope.inv_freq, wanted, atol=0, rtol=1e-4)
+    assert (rope.scale, text.max_len, text.layers[0].window) == (1.0, 262144, None)
+    scales = query_scales(text.rope, torch.tensor([0, 16383, 16384, 100_000]), 100_001)
+    torch.testing.assert_close(scales, torch.tensor([1, 1, 1.069315, 1.194591]))
+    assert query_scales(text.rope, torch.tensor([16383]), 16384) is None
+
+
 def test_mrope_positions(made: Make) -> None:
     """Text decoder of Qwen2-VL with positions that differ by axis."""
     oracle, model = made("qwen2_vl")
@@ -249,12 +324,13 @@ def test_embedding_of_ids_outside_the_table(made: Make) -> None:
     for options in ({}, {"tie_word_embeddings": True}):
         _, model = made("llama", **options)
         rows = model.embed(torch.tensor([-3, 5, 10**6]))
-        assert torch.equal(rows[0], rows[2])
-        assert torch.equal(rows[[0, 1]], model.embed(torch.tensor([0, 5])))
+        assert torch.equal(rows, model.embed(torch.tensor([0, 5, cast(Any, model.text).vocab_size - 1])))
 
 
-def test_activation_bytes_bounds_what_a_step_allocates(made: Make) -> None:
-    _, model = made("llama", hidden_size=256, intermediate_size=1024, num_attention_heads=8)
+@pytest.mark.parametrize("family", ["llama", "lfm2", "qwen3_5_text"])
+def test_activation_bytes_bounds_what_a_step_allocates(made: Make, family: str) -> None:
+    wide = {"linear_num_value_heads": 16, "linear_key_head_dim": 32} if family == "qwen3_5_text" else {}
+    _, model = made(family, hidden_size=256, intermediate_size=1024, num_attention_heads=8, **wide)
     tokens = prompt_of(400)
     driver = Driver(model, num_blocks=128)
     peak = peak_bytes(lambda: driver.prefill(Sequence(tokens)))
@@ -271,5 +347,6 @@ def test_bfloat16_stays_close(variant: str, tmp_path: Path) -> None:
     expected = oracle_logits(oracle, tokens)
     for chunks in ((), (1,), (8,), (17, 1, 1, 1)):
         got = Driver(model, dtype=torch.bfloat16).prefill(Sequence(tokens), *chunks).float()
-        assert torch.nn.functional.cosine_similarity(got, expected).min() > 0.998
+        least = 0.99 if family.startswith("qwen3_5") else 0.998  # the delta rule enlarges what is rounded
+        assert torch.nn.functional.cosine_similarity(got, expected).min() > least
         assert (got - expected).abs().mean() < 0.03 * expected.std()

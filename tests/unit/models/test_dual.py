@@ -13,11 +13,13 @@ import torch
 from support.checkpoints import read_weights, write_weights
 from support.encoder_support import load, save
 from support.engine_harness import bench
-from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
+from support.image_families import noise, normalised, record, word_tokenizer
+from transformers import CLIPConfig, CLIPModel, Siglip2Config, Siglip2Model, SiglipConfig, SiglipModel
 
 from sensorium.checkpoint.configs import open_checkpoint
 from sensorium.errors import CheckpointError
 from sensorium.models.base import Model
+from sensorium.processors.dual import NaflexProcessor
 from sensorium.types import EngineRequest, MediaFeatures, MediaSpan, PoolingParams, Prompt
 
 VOCAB, END = 90, 89
@@ -52,6 +54,13 @@ def siglip(**text: Any) -> Any:
     return SiglipModel(SiglipConfig(text_config={**TEXT, "projection_size": 40, **text}, vision_config=VISION))
 
 
+NAFLEX = {**{key: value for key, value in VISION.items() if key != "image_size"}, "num_patches": 16}
+
+
+def naflex() -> Any:
+    return Siglip2Model(Siglip2Config(text_config={**TEXT, "projection_size": 40}, vision_config=NAFLEX))
+
+
 ORACLES: dict[str, Callable[[], Any]] = {
     "clip": clip,
     "clip, an old end token": lambda: clip({"eos_token_id": 2}),
@@ -74,7 +83,9 @@ def pixels_of(seed: int) -> np.ndarray:
 def vector_of(oracle: Any, ids: torch.Tensor | None, pixels: np.ndarray | None) -> torch.Tensor:
     if pixels is not None:
         found = oracle.get_image_features(torch.from_numpy(pixels).unsqueeze(0))
-    elif isinstance(oracle, SiglipModel):
+    elif ids is None:
+        raise ValueError("neither a text nor an image")
+    elif isinstance(oracle, SiglipModel | Siglip2Model):
         padded = torch.full((1, TEXT["max_position_embeddings"]), 1)
         padded[0, : len(ids)] = ids
         found = oracle.get_text_features(padded)
@@ -90,8 +101,8 @@ def text_request(ids: torch.Tensor) -> EngineRequest:
     return EngineRequest(next(_ids), Prompt(ids.numpy().astype(np.int32)), None, PoolingParams("embed"))
 
 
-def image_request(seed: int) -> EngineRequest:
-    media = MediaFeatures("image", b"image %d" % seed, 1, {"pixels": pixels_of(seed)})
+def image_request(seed: int, media: MediaFeatures | None = None) -> EngineRequest:
+    media = media or MediaFeatures("image", b"image %d" % seed, 1, {"pixels": pixels_of(seed)})
     prompt = Prompt(np.array([VOCAB], np.int32), (media,), (MediaSpan(0, 0, 1),))
     return EngineRequest(next(_ids), prompt, None, PoolingParams("embed"))
 
@@ -114,6 +125,33 @@ def check(oracle: Any, model: Model, tolerance: float = 1e-5) -> None:
 @pytest.mark.parametrize("name", ORACLES)
 def test_vectors(tmp_path: Path, name: str) -> None:
     check(save(ORACLES[name](), tmp_path), load(tmp_path))
+
+
+def test_naflex(tmp_path: Path) -> None:
+    """Images of different sizes in one step, beside texts."""
+    oracle, model = save(naflex(), tmp_path), load(tmp_path)
+    processor = NaflexProcessor(
+        record(model.checkpoint.config, {}), word_tokenizer({"<s>": 1}), {"max_num_patches": 20}
+    )
+    images = [processor.process(noise(*size, seed=i)) for i, size in enumerate(((30, 60), (7, 7), (90, 20)))]
+    requests = [image_request(0, image) for image in images]
+    requests[1:1] = [text_request(ids) for ids in texts_of()]
+    results = bench(model, max_model_len=20).run(*requests)
+    expected = [naflex_vector(oracle, image) for image in images]
+    expected[1:1] = [vector_of(oracle, ids, None) for ids in texts_of()]
+    for result, vector in zip(results, expected, strict=True):
+        np.testing.assert_allclose(result.vector, vector, atol=1e-5)
+
+
+@torch.inference_mode()
+def naflex_vector(oracle: Any, image: MediaFeatures) -> torch.Tensor:
+    patches = normalised(image.arrays).reshape(len(image.arrays["pixels"]), 3, -1).transpose(0, 2, 1)
+    found = oracle.get_image_features(
+        torch.from_numpy(patches.reshape(1, len(patches), -1)),
+        pixel_attention_mask=torch.ones(1, len(patches), dtype=torch.int32),
+        spatial_shapes=torch.from_numpy(image.arrays["grids"]).long(),
+    )
+    return torch.nn.functional.normalize(getattr(found, "pooler_output", found)[0], dim=-1)
 
 
 def test_padding_is_the_tokenizers(tmp_path: Path) -> None:

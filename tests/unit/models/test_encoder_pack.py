@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -260,7 +260,7 @@ def test_experts(tmp_path: Path) -> None:
     kept = shares * (shares >= shares.topk(2).values[:, -1:])
     each = [torch.nn.functional.gelu(x @ a.t()) @ b for a, b in zip(w1.split(inner), w2.split(inner), strict=True)]
     expected = (kept.t().unsqueeze(-1) * torch.stack(each)).sum(0) + bias
-    torch.testing.assert_close(model.encoder.layer[1].mlp(x), expected, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(cast(Any, model.encoder).layer[1].mlp(x), expected, atol=1e-4, rtol=1e-5)
     prompts = prompts_of(LENGTHS)
     for ids, states in zip(prompts, run(model, prompts), strict=True):  # together as alone
         torch.testing.assert_close(states, run(model, [ids])[0], atol=2e-5, rtol=1e-5)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from support.checkpoints import make_gemma3, make_gemma3_text
 from support.engine_harness import bench
-from support.image_families import WordTokenizer, noise, record
+from support.image_families import noise, record, word_tokenizer
 from support.media_models import Served, load
 from support.model_driver import Driver
 from transformers import AutoModel, Gemma3ImageProcessorPil
@@ -132,7 +132,7 @@ def test_crops_follow_the_image(served: Served) -> None:
     [(16, 16, 1, -50871.884), (640, 480, 3, -1594.556), (1200, 300, 5, -1337.923), (333, 777, 3, -2656.226)],
 )
 def test_goldens_of_the_published_size(width: int, height: int, squares: int, total: float) -> None:
-    processor = Gemma3Processor(record(FOUR_B, PUBLISHED), WordTokenizer(IDS))
+    processor = Gemma3Processor(record(FOUR_B, PUBLISHED), word_tokenizer(IDS))
     item = noise(height, width)
     media = processor.process(item)
     assert (media.num_rows, processor.num_tokens("image", height, width)) == (256, 256)
@@ -152,7 +152,7 @@ def test_what_cannot_be_is_named(served: Served, tmp_path: Path) -> None:
         (FOUR_B, {**PUBLISHED, "size": {"height": 448, "width": 448}}, "896"),
     ):
         with pytest.raises(CheckpointError, match=said):
-            Gemma3Processor(record(config, file), WordTokenizer(IDS))
+            Gemma3Processor(record(config, file), word_tokenizer(IDS))
     make_gemma3_text(tmp_path)
     with pytest.raises(StartupError, match="float16"):
         load_engine(EngineConfig(str(tmp_path), dtype="float16", kv_cache_memory=1 << 20))
@@ -199,7 +199,8 @@ def test_embedding_gemma(tmp_path: Path, window: int, layout: Any) -> None:
         asked = EngineRequest(number, Prompt(np.array(ids, np.int32)), pooling=PoolingParams("embed"))
         assert engine.scheduler.add(asked) is None
     plan, _ = engine.scheduler.schedule()
-    vectors = engine.runner.launch(plan).result().vectors
+    with engine.runner.computing():
+        vectors = engine.runner.launch(plan).result().vectors
     for number, ids in enumerate(prompts):
         with torch.inference_mode():
             mean = oracle(torch.tensor([ids])).last_hidden_state[0].mean(0)

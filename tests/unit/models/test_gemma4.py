@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.checkpoints import make_gemma4, make_gemma4_text
 from support.engine_harness import bench
-from support.image_families import WordTokenizer, noise, record
+from support.image_families import noise, record, word_tokenizer
 from support.media_models import load
 from support.model_driver import Driver
 
@@ -50,7 +50,7 @@ E2B: dict[str, Any] = {
     ],
 )
 def test_goldens(width: int, height: int, most: int, size: tuple[int, int], rows: int, total: float | None) -> None:
-    processor = Gemma4Processor(record({}, {"max_soft_tokens": most}), WordTokenizer(IDS))
+    processor = Gemma4Processor(record({}, {"max_soft_tokens": most}), word_tokenizer(IDS))
     assert processor.num_tokens("image", height, width) == rows
     if total is not None:
         media = processor.process(noise(height, width))
@@ -120,13 +120,13 @@ def test_published_shapes(tmp_path: Path) -> None:
 
 def test_what_is_not_served_is_named(tmp_path: Path) -> None:
     for change, said in (
-        ({"enable_moe_block": True}, "enable_moe_block"),
+        ({"enable_moe_block": True, "num_experts": 4, "top_k_experts": 5}, "top_k_experts 5"),
         ({"num_kv_shared_layers": 35}, "num_kv_shared_layers"),
         ({"per_layer_config": {"0": {"hidden_size": 3}}}, "per_layer_config of layer 0"),
     ):
         with pytest.raises(CheckpointError, match=said):
             read(tmp_path, {**E2B, **change})
-    processor = Gemma4Processor(record({}, {}), WordTokenizer(IDS))
+    processor = Gemma4Processor(record({}, {}), word_tokenizer(IDS))
     with pytest.raises(RequestError, match="max_soft_tokens"):
         processor.with_overrides({"max_soft_tokens": 100})
     make_gemma4_text(tmp_path / "both", use_bidirectional_attention="all")

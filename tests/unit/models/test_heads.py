@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -115,7 +116,7 @@ def test_heads_are_compared_in_the_dtype_that_is_served(tmp_path: Path) -> None:
 
 
 def test_a_quantised_head_beside_tied_embeddings(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 96}
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96}
     make_llama(tmp_path, tie_word_embeddings=True, **sizes)
     write_gptq(tmp_path)
     stored = read_weights(tmp_path)

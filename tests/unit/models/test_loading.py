@@ -26,7 +26,7 @@ from sensorium.errors import CheckpointError
 from sensorium.kernels.cpu.native import fastest as _fastest
 from sensorium.models import loading as weights
 from sensorium.models.base import Model
-from sensorium.models.layers import Linear
+from sensorium.models.layers import Linear, declare
 from sensorium.models.loading import load_model, weight_bytes
 
 PROMPT = [5, 300, 7, 42, 11]
@@ -132,7 +132,7 @@ def test_progress(folder: Path) -> None:
 
 def test_merged_shards_keep_their_order(folder: Path) -> None:
     tensors = read_weights(folder)
-    form = load(folder).get_submodule("model.layers.1.self_attn.qkv_proj").packed
+    form: Any = load(folder).get_submodule("model.layers.1.self_attn.qkv_proj").packed
     parts = [tensors[f"model.layers.1.self_attn.{x}_proj.weight"] for x in "qkv"]
     assert torch.equal(form.rows(torch.arange(64)), torch.cat(parts))
 
@@ -384,3 +384,9 @@ def test_an_idle_engine_packs_what_is_mapped(tmp_path: Path, monkeypatch: pytest
         core.turn()
     assert not two.mapped
     assert not two.pack_some()
+
+
+@pytest.mark.parametrize("shape", [(2**40, 2**40), (2**70, 3), (-1, 3), (2**62,)])
+def test_a_weight_that_no_memory_holds_is_named(shape: tuple[int, ...]) -> None:
+    with pytest.raises(CheckpointError, match=f"a weight of {' x '.join(map(str, shape))}"):
+        declare(*shape)

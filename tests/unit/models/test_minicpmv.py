@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from support import checkpoints
 from support.engine_harness import bench
-from support.image_families import WordTokenizer, noise, record
+from support.image_families import noise, record, word_tokenizer
 from support.model_driver import Driver
 from support.model_driver import Sequence as Running
 from torch.nn import functional
@@ -186,7 +186,7 @@ def media() -> list[MediaItem]:
 
 
 def processor(config: dict[str, Any] | None = None, **overrides: Any) -> MiniCPMVProcessor:
-    return MiniCPMVProcessor(record(config or {}, {}), WordTokenizer(IDS), overrides)
+    return MiniCPMVProcessor(record(config or {}, {}), word_tokenizer(IDS), overrides)
 
 
 # Slices, counts and pixels.
@@ -269,7 +269,7 @@ def test_frames_are_taken_once_a_second_and_thinned_evenly() -> None:
 
 
 def test_slicing_switched_off() -> None:
-    here = MiniCPMVProcessor(record({}, {"slice_mode": False}), WordTokenizer(IDS))
+    here = MiniCPMVProcessor(record({}, {"slice_mode": False}), word_tokenizer(IDS))
     assert here.num_tokens("image", 1344, 1344) == 64
 
 
@@ -400,6 +400,13 @@ def test_logits_and_greedy_tokens_equal_the_composition(here: Served) -> None:
         assert len(set(ours)) > 4, "a model that runs in circles shows nothing"
 
 
+@pytest.mark.parametrize("version", [4.0, 4.5])
+def test_later_versions_have_other_decoders(version: float, tmp_path: Path) -> None:
+    test_logits_and_greedy_tokens_equal_the_composition(
+        load(tmp_path, checkpoints.make_minicpmv(tmp_path, version=version))
+    )
+
+
 def test_prefill_cut_everywhere_inside_media(here: Served) -> None:
     prompt = here.prompt(media())
     driver = Driver(here.model, num_blocks=8192)
@@ -479,9 +486,9 @@ def test_unsupported_configurations(change: dict[str, Any], problem: str, tmp_pa
 
 def test_files_that_do_not_fit_together() -> None:
     with pytest.raises(CheckpointError, match="image_feature_size"):
-        MiniCPMVProcessor(record({"query_num": 64}, {"image_feature_size": 32}), WordTokenizer(IDS))
+        MiniCPMVProcessor(record({"query_num": 64}, {"image_feature_size": 32}), word_tokenizer(IDS))
     with pytest.raises(StartupError, match=r"lacks tokens .* <slice>, </slice>"):
-        MiniCPMVProcessor(record({}, {}), WordTokenizer({k: v for k, v in IDS.items() if "slice" not in k}))
+        MiniCPMVProcessor(record({}, {}), word_tokenizer({k: v for k, v in IDS.items() if "slice" not in k}))
     assert set(TOKENS.values()) == set(IDS) - {"<s>"}
 
 
@@ -497,7 +504,7 @@ def test_missing_tensors_are_named(tmp_path: Path) -> None:
 def test_its_own_chat_template(here: Served) -> None:
     tokenizer = here.processor.tokenizer.with_literals(here.processor.literals, special=True)
     template = LocalTemplate(
-        FAMILIES["MiniCPMV"].chat_template,
+        FAMILIES["MiniCPMV"].chat_template or "",
         tokenizer,
         modalities=here.processor.modalities,
         placeholder=here.processor.placeholder,

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from support import checkpoints
 from support.engine_harness import bench
-from support.image_families import CLIP, WordTokenizer, noise, record
+from support.image_families import CLIP, noise, record, word_tokenizer
 from support.model_driver import Driver
 from support.model_driver import Sequence as Running
 from torch.nn import functional
@@ -157,7 +157,7 @@ def pictures(count: int = 3) -> list[MediaItem]:
 
 
 def processor(**overrides: Any) -> Phi3VProcessor:
-    return Phi3VProcessor(record({}, FILE), WordTokenizer(TOKENS), overrides)
+    return Phi3VProcessor(record({}, FILE), word_tokenizer(TOKENS), overrides)
 
 
 # Counts and pixels.
@@ -188,7 +188,7 @@ def test_golden(crops: int, height: int, width: int, grid: tuple[int, int], toke
 @given(st.integers(1, 400), st.integers(1, 400), st.integers(1, 17))
 def test_pixels(height: int, width: int, crops: int) -> None:
     config = {"img_processor": {"vision_config": {"image_size": 28, "patch_size": 14}}}
-    here = Phi3VProcessor(record(config, FILE), WordTokenizer(TOKENS), {"num_crops": crops})
+    here = Phi3VProcessor(record(config, FILE), word_tokenizer(TOKENS), {"num_crops": crops})
     item = noise(height, width)
     if 28 * max(s for s in range(1, 18) if s * math.ceil(s * min(height, width) / max(height, width)) <= crops) * min(
         height, width
@@ -217,7 +217,7 @@ def test_too_narrow_pictures_are_refused() -> None:
 
 
 def test_num_crops_of_file_operator_and_request() -> None:
-    assert Phi3VProcessor(record({}, CLIP), WordTokenizer(TOKENS)).num_tokens("image", 300, 300) == 2 * 144 + 1 + 24
+    assert Phi3VProcessor(record({}, CLIP), word_tokenizer(TOKENS)).num_tokens("image", 300, 300) == 2 * 144 + 1 + 24
     here = processor()
     assert here.with_overrides({"num_crops": 16}).num_tokens("image", 336, 336) == 2509
     assert here.num_tokens("image", 336, 336) == 757
@@ -451,7 +451,7 @@ def test_stop_tokens(tmp_path: Path) -> None:
 def test_its_own_chat_template(here: Served) -> None:
     tokenizer = here.processor.tokenizer.with_literals(here.processor.literals, special=True)
     template = LocalTemplate(
-        FAMILIES["Phi3VForCausalLM"].chat_template,
+        FAMILIES["Phi3VForCausalLM"].chat_template or "",
         tokenizer,
         modalities=here.processor.modalities,
         placeholder=here.processor.placeholder,

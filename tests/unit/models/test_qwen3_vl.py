@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support import checkpoints
-from support.image_families import QWEN_TOKENS, WordTokenizer, noise, normalised, record
+from support.image_families import QWEN_TOKENS, noise, normalised, record, word_tokenizer
 
 from sensorium.checkpoint.configs import open_checkpoint
 from sensorium.checkpoint.text_config import RopeConfig
@@ -38,7 +38,7 @@ START, END, IMAGE, VIDEO = (
 
 
 def processor(video: dict[str, Any] = VIDEO_FILE, **overrides: Any) -> Qwen3VLProcessor:
-    return Qwen3VLProcessor(replace(record({}, FILE), video_preprocessor=video), WordTokenizer(QWEN_TOKENS), overrides)
+    return Qwen3VLProcessor(replace(record({}, FILE), video_preprocessor=video), word_tokenizer(QWEN_TOKENS), overrides)
 
 
 def clip(frames: int, rate: float, height: int = 64, width: int = 64, seed: int = 0) -> MediaItem:

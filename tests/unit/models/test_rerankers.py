@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -95,7 +95,7 @@ def test_several_tokens_are_classes_and_stay_float32(tmp_path: Path) -> None:
     model = load_model(open_checkpoint(tmp_path, overrides=overrides), dtype=torch.bfloat16, device="cpu")
     assert "score" not in model.poolers
     rows = oracle.lm_head.weight[[vocabulary[word] for word in ("no", "0", "yes")]]
-    torch.testing.assert_close(model.score.weight, rows, atol=0, rtol=0)
+    torch.testing.assert_close(cast(Any, model.score).weight, rows, atol=0, rtol=0)
 
 
 def test_a_converted_reranker_has_its_own_score_and_the_known_template(tmp_path: Path) -> None:
@@ -108,7 +108,8 @@ def test_a_converted_reranker_has_its_own_score_and_the_known_template(tmp_path:
     write_weights(folder, {**read_weights(folder), "score.weight": score})
     checkpoint = open_checkpoint(folder)
     assert checkpoint.score_tokens is None and reads_pairs(checkpoint.chat_template)
-    torch.testing.assert_close(load_model(checkpoint, dtype=torch.float32, device="cpu").score.weight, score)
+    model: Any = load_model(checkpoint, dtype=torch.float32, device="cpu")
+    torch.testing.assert_close(model.score.weight, score)
     words_of(folder)
     with pytest.raises(CheckpointError, match="a score of its own"):
         load_model(open_checkpoint(folder, overrides=AS_VLLM), dtype=torch.float32, device="cpu")

@@ -13,17 +13,32 @@ import numpy as np
 import pytest
 import torch
 from support import checkpoints
+from support.engine_harness import bench, request, tokens_of
+from support.glm4v import make_glm4v, make_glm4v_moe, make_glm_ocr
 from support.image_families import noise, normalised
+from support.internvl import make_internvl
+from support.lfm2_vl import make_lfm2_vl, padded_inputs
+from support.llava_onevision import make_llava_onevision
 from support.media_models import Served, load
 from support.model_driver import Driver
+from support.paddleocr_vl import make_paddleocr_vl
+from support.pixtral import make_mistral3, make_pixtral
+from support.smolvlm import make_idefics3, make_smolvlm
 from transformers import (
     CLIPImageProcessorPil,
     Gemma3ImageProcessorPil,
     Gemma4ImageProcessorPil,
+    Glm4vImageProcessorPil,
+    GotOcr2ImageProcessorPil,
+    Idefics3ImageProcessorPil,
     LlavaNextImageProcessorPil,
+    LlavaOnevisionImageProcessorPil,
+    PaddleOCRVLImageProcessorPil,
+    PixtralImageProcessorPil,
     PreTrainedModel,
     Qwen2VLImageProcessorPil,
     SiglipImageProcessorPil,
+    SmolVLMImageProcessorPil,
 )
 
 from sensorium.checkpoint.configs import open_checkpoint
@@ -39,8 +54,22 @@ MAKERS: dict[str, Callable[..., PreTrainedModel]] = {
     "qwen2_vl": partial(checkpoints.make_qwen2_vl, tie_word_embeddings=False),
     "qwen2_5_vl": partial(checkpoints.make_qwen2_5_vl, tie_word_embeddings=False),
     "qwen3_vl": partial(checkpoints.make_qwen3_vl, tie_word_embeddings=False),
+    "qwen3_vl_moe": partial(checkpoints.make_qwen3_vl_moe, tie_word_embeddings=False),
+    "qwen3_5": partial(checkpoints.make_qwen3_5, tie_word_embeddings=False),
+    "qwen3_5_moe": partial(checkpoints.make_qwen3_5_moe, tie_word_embeddings=False, seed=1),  # transformers' rounding
     "gemma3": partial(checkpoints.make_gemma3, tie_word_embeddings=False),
     "gemma4": partial(checkpoints.make_gemma4, seed=1),  # whose answers do not run in circles
+    "mistral3": make_mistral3,
+    "pixtral": make_pixtral,
+    "internvl": make_internvl,
+    "lfm2_vl": make_lfm2_vl,
+    "smolvlm": make_smolvlm,
+    "paddleocr_vl": make_paddleocr_vl,
+    "glm4v": make_glm4v,
+    "glm4v_moe": partial(make_glm4v_moe, seed=1),
+    "glm_ocr": make_glm_ocr,
+    "llava_onevision": make_llava_onevision,
+    "idefics3": make_idefics3,
 }
 SIZES = {
     "llava": [(50, 70), (28, 28), (90, 31)],
@@ -48,11 +77,27 @@ SIZES = {
     "qwen2_vl": [(60, 90), (56, 56), (140, 70)],
     "qwen2_5_vl": [(60, 90), (56, 56), (60, 140)],
     "qwen3_vl": [(60, 90), (64, 64), (40, 160)],
+    "qwen3_vl_moe": [(60, 90), (40, 160)],
+    "qwen3_5": [(60, 90), (40, 160)],
+    "qwen3_5_moe": [(60, 90)],
     "gemma3": [(50, 70), (30, 30)],
     "gemma4": [(50, 70), (30, 9)],
+    "mistral3": [(50, 70), (200, 100), (10, 10), (9, 300)],
+    "pixtral": [(50, 70), (200, 100), (10, 10)],
+    "internvl": [(50, 70), (200, 60), (10, 10)],
+    "llava_onevision": [(50, 70), (28, 28), (14, 90)],
+    "glm4v": [(50, 70), (28, 28), (9, 90)],
+    "glm4v_moe": [(50, 70)],
+    "glm_ocr": [(50, 70), (20, 30)],
+    "paddleocr_vl": [(50, 70), (9, 60)],
+    "smolvlm": [(50, 70), (10, 10), (90, 20)],
+    "idefics3": [(50, 70)],
+    "lfm2_vl": [(24, 48), (60, 30), (10, 10), (8, 90)],
 }
 each_family = pytest.mark.parametrize("family", list(MAKERS))
-each_decoder = pytest.mark.parametrize("family", [family for family in MAKERS if family != "qwen2_5_vl"])
+each_decoder = pytest.mark.parametrize(
+    "family", [family for family in MAKERS if family not in ("qwen2_5_vl", "pixtral", "idefics3")]
+)
 """Without what differs from another family in its tower alone."""
 each_layout = pytest.mark.parametrize("layout", ["hub", "transformers"])
 
@@ -74,14 +119,28 @@ def oracle_inputs(family: str, here: Served, items: Sequence[MediaItem], token_i
         "llava_next": LlavaNextImageProcessorPil,
         "gemma3": Gemma3ImageProcessorPil,
         "gemma4": Gemma4ImageProcessorPil,
+        "llava_onevision": LlavaOnevisionImageProcessorPil,
+        **dict.fromkeys(("glm4v", "glm4v_moe", "glm_ocr"), Glm4vImageProcessorPil),
+        "paddleocr_vl": PaddleOCRVLImageProcessorPil,
+        "smolvlm": SmolVLMImageProcessorPil,
+        "idefics3": Idefics3ImageProcessorPil,
+        "mistral3": PixtralImageProcessorPil,
+        "pixtral": PixtralImageProcessorPil,
+        "internvl": partial(GotOcr2ImageProcessorPil, crop_to_patches=True, max_patches=4),
     }
     data = [item.data for item in items]
+    ids = torch.from_numpy(token_ids).long()[None]
+    if family == "lfm2_vl":
+        made = padded_inputs([here.processor.process(item) for item in items])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **made}
     made = classes.get(family, Qwen2VLImageProcessorPil)(**here.preprocessor)(
         data, return_tensors="pt", input_data_format="channels_last"
     )
-    ids = torch.from_numpy(token_ids).long()[None]
-    if family.startswith("qwen"):
+    made.pop("video_sampling", None)
+    if family.startswith(("qwen", "glm", "paddle")):
         made["mm_token_type_ids"] = (ids == here.oracle.config.image_token_id).int()
+    if family == "internvl":
+        del made["num_patches"]
     if family == "gemma4":
         del made["num_soft_tokens_per_image"]
         made["mm_token_type_ids"] = (ids == here.oracle.config.image_token_id).int()
@@ -134,10 +193,10 @@ def test_rows_equal_transformers(family: str) -> None:
     with torch.inference_mode():
         found = here.oracle.model.get_image_features(**inputs)
     slices = [found.pooler_output, *getattr(found, "deepstack_features", [])]  # of each, per image
-    theirs = [torch.cat(parts, dim=1) for parts in zip(*slices, strict=True)]
-    for ours, expected, media in zip(here.encode(prompt.media), theirs, prompt.media, strict=True):
-        assert len(ours) == media.num_rows
-        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+    theirs = torch.cat([torch.cat(parts, dim=1) for parts in zip(*slices, strict=True)])
+    ours = here.encode(prompt.media)
+    assert [len(rows) for rows in ours] == [media.num_rows for media in prompt.media]
+    torch.testing.assert_close(torch.cat(ours), theirs, atol=1e-5, rtol=1e-4)
 
 
 @each_decoder
@@ -160,6 +219,28 @@ def test_unequal_requests_together_equal_one_by_one(family: str) -> None:
     alone = [Driver(here.model).greedy([here.run(prompt)], 12)[0] for prompt in prompts]
     together = Driver(here.model, num_blocks=1024).greedy([here.run(prompt) for prompt in prompts], 12)
     assert together == alone
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "gemma3", "mistral3", "lfm2_vl", "smolvlm", "llava_onevision", "glm4v"])
+def test_engine_cold_warm_and_preempted(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small steps cut pictures; whoever is preempted, or finds its prompt in the cache, gets the same tokens."""
+    here = served(family)
+    items = [noise(*size, seed=3 + i) for i, size in enumerate(SIZES[family])]
+    prompts = [here.prompt(items[: i + 1], text="{}" + " word" * i) for i in range(3)]
+    wanted = [Driver(here.model, num_blocks=1024).greedy([here.run(prompt)], 8)[0] for prompt in prompts]
+    monkeypatch.setattr(here.model, "checkpoint", replace(here.model.checkpoint, weight_files=()))  # they are gone
+    engine = bench(here.model, max_num_batched_tokens=48, max_model_len=512, block_size=4)
+    scheduler = engine.engine.scheduler
+
+    def disturb(step: int) -> None:
+        if step % 7 == 6 and scheduler.num_running > 1:
+            scheduler._preempt((scheduler.decoding or scheduler.prefilling)[0])
+
+    for _ in range(2):
+        results = engine.run(*(replace(request([], 8), prompt=prompt) for prompt in prompts), before_step=disturb)
+        assert tokens_of(results) == wanted
+    assert scheduler.preemptions > 0
+    assert any(result.cached for result in results)
 
 
 @each_family
@@ -198,6 +279,16 @@ def test_videos_attend_inside_their_slices() -> None:
     together = here.encode([still, video])
     torch.testing.assert_close(together[1], theirs, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(together[0], here.encode([still])[0], atol=1e-5, rtol=1e-5)
+
+
+def test_frames_of_onevision() -> None:
+    """Rows of two clips together are those of transformers; each ends with a row of its own."""
+    here = served("llava_onevision")
+    videos = [here.processor.process(noise(30, 40, frames=count)) for count in (3, 1)]
+    for ours, video in zip(here.encode(videos), videos, strict=True):
+        with torch.inference_mode():
+            theirs = here.oracle.model.get_video_features(torch.from_numpy(video.arrays["pixels"])[None]).pooler_output
+        torch.testing.assert_close(ours, theirs[0], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +336,7 @@ SIGLIP_FILE = {
     ],
     ids=str,
 )
-def test_llava_with_siglip(layout: str, options: dict[str, Any], tmp_path: Path) -> None:
+def test_llava_with_siglip(layout: checkpoints.Layout, options: dict[str, Any], tmp_path: Path) -> None:
     """Squares of 30 pixels and patches of 14: the last two lines and columns are of no patch."""
     vision = {"model_type": "siglip_vision_model", "image_size": 30}
     here = load(tmp_path, checkpoints.make_llava(tmp_path, layout, vision=vision, preprocessor=SIGLIP_FILE, **options))
@@ -317,6 +408,7 @@ def without_inner_name(key: str) -> str:
         ("qwen2_vl", qwen_in_memory),
         ("qwen2_5_vl", qwen_in_memory),
         ("qwen3_vl", lambda key: key.replace("model.language_model.", "model.").replace("model.visual.", "visual.")),
+        ("mistral3", in_memory),
     ],
 )
 def test_weight_dialects(family: str, rename: Callable[[str], str], tmp_path: Path) -> None:
@@ -333,6 +425,34 @@ def test_weight_dialects(family: str, rename: Callable[[str], str], tmp_path: Pa
         torch.testing.assert_close(ours, expected, atol=0, rtol=0)
     ids = torch.arange(20)
     torch.testing.assert_close(here.model.embed(ids), reference.model.embed(ids), atol=0, rtol=0)
+
+
+OF_6B = {"use_qk_norm": True, "norm_type": "rms_norm", "attention_bias": False}
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("mistral3", {"vision_feature_layer": -2, "projector_hidden_act": "silu"}),
+        ("mistral3", {"ministral3": True}),
+        ("internvl", {"vision": OF_6B, "qwen3": True}),
+        ("internvl", {"vision": {"use_mean_pooling": False}}),
+        ("lfm2_vl", {"projector_use_layernorm": False, "projector_bias": False, "vision": {"num_patches": 25}}),
+        ("lfm2_vl", {"tie_word_embeddings": True}),
+        ("internvl", {"vision_feature_layer": -2}),
+    ],
+    ids=str,
+)
+@each_layout
+def test_tower_choices(family: str, options: dict[str, Any], layout: str, tmp_path: Path) -> None:
+    if layout == "hub" and "vision" not in options and family == "internvl":
+        return  # which has another name there
+    here, items = load(tmp_path, MAKERS[family](tmp_path, layout, **options)), pictures(family)
+    prompt = here.prompt(items)
+    ours = Driver(here.model).prefill(here.run(prompt))
+    with torch.inference_mode():
+        theirs = here.oracle(**oracle_inputs(family, here, items, prompt.token_ids)).logits[0]
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
 def test_layers_after_the_last_feature_need_not_be_there(tmp_path: Path) -> None:
@@ -355,6 +475,7 @@ def test_layers_after_the_last_feature_need_not_be_there(tmp_path: Path) -> None
         ("qwen2_vl", "visual.patch_embed.proj.weight"),
         ("qwen2_5_vl", "visual.blocks.0.mlp.up_proj.bias"),
         ("qwen3_vl", "model.visual.deepstack_merger_list.1.norm.bias"),
+        ("mistral3", "multi_modal_projector.patch_merger.merging_layer.weight"),
     ],
 )
 def test_missing_and_unexpected_tensors_are_named(family: str, key: str, tmp_path: Path) -> None:
@@ -379,6 +500,13 @@ def test_missing_and_unexpected_tensors_are_named(family: str, key: str, tmp_pat
         ("llava", {"projector_hidden_act": "mish"}, "unknown activation 'mish'"),
         ("llava_next", {"vision_feature_select_strategy": "full"}, "must be 'default' with CLIP"),
         ("llava_next", {"vision_config": {"model_type": "siglip_vision_model"}}, "'full' with SigLIP"),
+        ("mistral3", {"vision_feature_layer": [-1, -2]}, "must be one number"),
+        ("pixtral", {"vision_feature_select_strategy": "default"}, "must be 'full'"),
+        ("lfm2_vl", {"vision_config": {"model_type": "siglip_vision_model"}}, "supported: siglip2_vision_model"),
+        ("lfm2_vl", {"vision_config": {"num_patches": 250}}, "num_patches 250"),
+        ("internvl", {"ps_version": "v1"}, "ps_version 'v1'"),
+        ("internvl", {"downsample_ratio": 0.3}, "must be 1 divided by a whole number"),
+        ("internvl", {"select_layer": -9}, "vision_feature_layer -9 of 2"),
     ],
 )
 def test_unsupported_configurations(family: str, change: dict[str, Any], problem: str, tmp_path: Path) -> None:

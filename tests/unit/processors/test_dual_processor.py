@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.image_families import CLIP, WordTokenizer, noise, record
+from support.image_families import CLIP, noise, normalised, pixels_of, record, word_tokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
 from sensorium.errors import CheckpointError, RequestError, StartupError
-from sensorium.processors.dual import DualProcessor, canonical
+from sensorium.processors.dual import DualProcessor, NaflexProcessor, canonical
 from sensorium.types import MediaFeatures
 
 CLIP_FILE = {**CLIP, "image_processor_type": "CLIPImageProcessor", "size": 224, "crop_size": 224, "resample": 3}
@@ -32,7 +33,7 @@ def processor(
 ) -> DualProcessor:
     stated = record({"vision_config": {"model_type": f"{kind}_vision_model", "image_size": side}}, file or {})
     stated = dataclasses.replace(stated, tokenizer_config={"tokenizer_class": tokenizer})
-    return DualProcessor(stated, WordTokenizer({"<s>": 1}), overrides)
+    return DualProcessor(stated, word_tokenizer({"<s>": 1}), overrides)
 
 
 @pytest.mark.parametrize("size", GOLDEN)
@@ -47,8 +48,34 @@ def test_pixels(size: tuple[int, int]) -> None:
             features = processor(kind, stated).process(item)
             assert features.num_rows == processor(kind, stated).num_tokens("image", height, width) == 1
             theirs = np.asarray(oracle(item.data, input_data_format="channels_last")["pixel_values"][0])
-            np.testing.assert_allclose(features.arrays["pixels"], theirs, atol=1e-6)
+            np.testing.assert_allclose(pixels_of(features), theirs, atol=1e-6)
             assert features.arrays["pixels"].sum(dtype=np.float64) == pytest.approx(expected, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "grid", "total"),
+    [
+        (16, 16, (16, 16), -4124.984),
+        (336, 336, (16, 16), -350.567),
+        (640, 480, (14, 18), -121.163),
+        (2000, 50, (3, 85), -456.081),
+        (333, 777, (24, 10), -197.783),
+        (1280, 720, (12, 21), -58.386),
+    ],
+)
+def test_naflex(width: int, height: int, grid: tuple[int, int], total: float) -> None:
+    """Golden grids and sums; pixels as transformers has them."""
+    item = noise(height, width)
+    naflex = NaflexProcessor(record({"vision_config": {}}, {}), word_tokenizer({"<s>": 1}))
+    made = naflex.process(item)
+    assert (made.num_rows, made.arrays["grids"].tolist()) == (1, [list(grid)])
+    ours = normalised(made.arrays)
+    assert ours.sum(dtype=np.float64) == pytest.approx(total, abs=0.1)
+    theirs = Siglip2ImageProcessorPil()(item.data, input_data_format="channels_last")["pixel_values"][0]
+    ours = ours.reshape(len(ours), 3, -1).transpose(0, 2, 1).reshape(len(ours), -1)
+    np.testing.assert_allclose(ours, theirs[: len(ours)], atol=1e-6)
+    few = naflex.with_overrides({"max_num_patches": 64}).process(item)
+    assert few.arrays["grids"].prod() <= 64
 
 
 def test_a_prompt_is_a_text_or_one_image() -> None:
@@ -82,7 +109,7 @@ def test_texts_of_the_first_siglip_are_made_plain() -> None:
 
 def test_what_it_cannot_serve_is_refused() -> None:
     with pytest.raises(CheckpointError, match="vision tower 'dinov2'"):
-        DualProcessor(record({"vision_config": {"model_type": "dinov2"}}, {}), WordTokenizer({"<s>": 1}))
+        DualProcessor(record({"vision_config": {"model_type": "dinov2"}}, {}), word_tokenizer({"<s>": 1}))
     with pytest.raises(CheckpointError, match="384"):
         processor("siglip", {**SIGLIP_FILE, "size": {"height": 384, "width": 384}})
     with pytest.raises(StartupError, match="do_pad"):

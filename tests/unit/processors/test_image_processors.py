@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.image_families import CLIP, QWEN_FILE, WordTokenizer, noise, normalised, qwen, record
+from PIL import Image
+from support.image_families import CLIP, QWEN_FILE, noise, normalised, pixels_of, qwen, record, word_tokenizer
 
 from sensorium.errors import CheckpointError, MediaError, RequestError, StartupError
 from sensorium.processors import image
@@ -31,11 +32,11 @@ SIDES = st.integers(4, 700)
 
 
 def llava(file: dict[str, Any] = LLAVA_FILE, config: dict[str, Any] = LLAVA_CONFIG, **overrides: Any) -> LlavaProcessor:
-    return LlavaProcessor(record(config, file), WordTokenizer({"<s>": 1, "<image>": 32000}), overrides)
+    return LlavaProcessor(record(config, file), word_tokenizer({"<s>": 1, "<image>": 32000}), overrides)
 
 
 def llava_next(file: dict[str, Any] = NEXT_FILE, image_id: int = 64000, **overrides: Any) -> LlavaNextProcessor:
-    return LlavaNextProcessor(record(NEXT_CONFIG, file), WordTokenizer({"<s>": 1, "<image>": image_id}), overrides)
+    return LlavaNextProcessor(record(NEXT_CONFIG, file), word_tokenizer({"<s>": 1, "<image>": image_id}), overrides)
 
 
 # Golden tables of models.md.
@@ -104,7 +105,7 @@ def test_llava_pixels(height: int, width: int, pads: bool) -> None:
     config = {**LLAVA_CONFIG, "vision_config": {"image_size": 56, "patch_size": 14}}
     item = noise(height, width)
     expected = LlavaImageProcessorPil(**file)(item.data, input_data_format="channels_last")["pixel_values"][0]
-    np.testing.assert_allclose(llava(file, config).process(item).arrays["pixels"], expected, atol=1e-6)
+    np.testing.assert_allclose(pixels_of(llava(file, config).process(item)), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +126,7 @@ def test_clip_dialects(file: dict[str, Any], size: tuple[int, int]) -> None:
 
     item = noise(*size)
     expected = CLIPImageProcessorPil(**file)(item.data, input_data_format="channels_last")["pixel_values"][0]
-    np.testing.assert_allclose(llava(file).process(item).arrays["pixels"], expected, atol=1e-6, rtol=1e-6)
+    np.testing.assert_allclose(pixels_of(llava(file).process(item)), expected, atol=1e-6, rtol=1e-6)
 
 
 @settings(max_examples=12, deadline=None)
@@ -136,14 +137,14 @@ def test_llava_next_pixels(height: int, width: int) -> None:
     points = [[28 * h // 336, 28 * w // 336] for h, w in PINPOINTS]
     file = {**CLIP, "size": {"shortest_edge": 28}, "crop_size": 28, "image_grid_pinpoints": points}
     config = {**NEXT_CONFIG, "vision_config": {"image_size": 28, "patch_size": 14}}
-    processor = LlavaNextProcessor(record(config, file), WordTokenizer({"<s>": 1, "<image>": 64000}))
+    processor = LlavaNextProcessor(record(config, file), word_tokenizer({"<s>": 1, "<image>": 64000}))
     item = noise(height, width)
     if best_resolution(height, width, processor._pinpoints) is None:
         with pytest.raises(MediaError):
             processor.process(item)
         return
     expected = LlavaNextImageProcessorPil(**file)(item.data, input_data_format="channels_last")
-    np.testing.assert_allclose(processor.process(item).arrays["pixels"], expected["pixel_values"][0], atol=1e-6)
+    np.testing.assert_allclose(pixels_of(processor.process(item)), expected["pixel_values"][0], atol=1e-6)
 
 
 @settings(max_examples=15, deadline=None)
@@ -256,7 +257,7 @@ def test_expansion_is_linear_in_pictures() -> None:  # S35
 
 
 def test_text_model_takes_no_pictures() -> None:
-    processor = Processor(record({}, {}), WordTokenizer({"<s>": 1}))
+    processor = Processor(record({}, {}), word_tokenizer({"<s>": 1}))
     assert processor.build("hi", []).positions is None
     with pytest.raises(MediaError, match="takes no image input"):
         processor.process(noise(8, 8))
@@ -274,7 +275,7 @@ def test_config_wins_over_the_tokenizers_image_token(caplog: pytest.LogCaptureFi
 
 def test_no_image_token_at_all() -> None:
     with pytest.raises(StartupError, match="neither the token '<image>'"):
-        LlavaProcessor(record(LLAVA_CONFIG, LLAVA_FILE), WordTokenizer({"<s>": 1}))
+        LlavaProcessor(record(LLAVA_CONFIG, LLAVA_FILE), word_tokenizer({"<s>": 1}))
 
 
 # Settings.
@@ -410,5 +411,5 @@ def test_picture_takes_milliseconds() -> None:
 
 
 def test_equal_size_is_not_resampled() -> None:
-    pixels = noise(20, 30).data
-    assert image.resize(pixels, 20, 30, image.Image.Resampling.BICUBIC) is pixels
+    pixels = noise(20, 30).data.astype(np.uint8, copy=False)
+    assert image.resize(pixels, 20, 30, Image.Resampling.BICUBIC) is pixels

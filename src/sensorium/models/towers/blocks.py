@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from sensorium import kernels
+from sensorium.errors import CheckpointError
 from sensorium.models.base import Steps
 from sensorium.models.layers import Linear, activation_name, declare
 
@@ -34,6 +35,48 @@ class PatchLinear(Linear):
         self.weight = declare(out_features, *kernel)
 
 
+def square_patches(pixels: Tensor, side: int) -> Tensor:
+    """[n, 3, height, width] -> [n, patches, 3 * side * side], line by line; what is left at the right and below is cut
+    off: 384 pixels are 27 patches of 14, and 6 more."""
+    count, channels, height, width = pixels.shape
+    lines, columns = height // side, width // side
+    cut = pixels[:, :, : lines * side, : columns * side].reshape(count, channels, lines, side, columns, side)
+    return cut.permute(0, 2, 4, 1, 3, 5).reshape(count, lines * columns, -1)
+
+
+def merged_blocks(states: Tensor, lines: int, columns: int, merge: int) -> Tensor:
+    """[n, lines * columns, size] -> [n, blocks, merge * merge * size]: the cells of a block side by side, line by
+    line; so are the blocks."""
+    count, _, size = states.shape
+    blocks = states.reshape(count, lines // merge, merge, columns // merge, merge, size).transpose(2, 3)
+    return blocks.reshape(count, -1, merge * merge * size)
+
+
+def normalised(item: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """An item's patches `pixels` [n, 3 * …], normalised by its `scale` and `shift` [3] in float32 and then in the
+    weights' type; a piece at a time."""
+    pixels = item["pixels"]
+    if "scale" not in item:
+        return pixels.to(dtype)
+    out = torch.empty(pixels.shape, dtype=dtype, device=pixels.device)
+    scale, shift = item["scale"].unsqueeze(1), item["shift"].unsqueeze(1)
+    for rows, into in zip(torch.split(pixels, MAX_ROWS), torch.split(out, MAX_ROWS), strict=True):
+        channels = rows.view(len(rows), 3, -1).to(torch.float32, copy=True)
+        into.view(channels.shape).copy_(channels.mul_(scale).add_(shift))
+    return out
+
+
+def hidden_state(stated: object, layers: int) -> int:
+    """`vision_feature_layer` -> the layers before that hidden state, counted as in transformers: 0 is what enters the
+    first layer, i what layer i gives, negative ones count from the end. CheckpointError if there is none."""
+    if not isinstance(stated, int):
+        raise CheckpointError(f"config.json: vision_feature_layer must be one number, not {stated!r}")
+    state = stated if stated >= 0 else layers + 1 + stated
+    if not 0 <= state <= layers:
+        raise CheckpointError(f"config.json: vision_feature_layer {stated} of {layers} layers")
+    return state
+
+
 class LayerNorm(nn.Module):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -56,6 +99,23 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.fc2(self.act(self.fc1(x)))
+        return out
+
+
+class Projector(nn.Module):
+    """Two linear layers, behind a norm if `eps` is given: what makes rows of a language model out of a tower's."""
+
+    def __init__(
+        self, in_features: int, inner: int, out_features: int, act: str, *, bias: bool = True, eps: float | None = None
+    ) -> None:
+        super().__init__()
+        self.layer_norm = None if eps is None else LayerNorm(in_features, eps)
+        self.linear_1 = Linear(in_features, inner, bias=bias)
+        self.act = activation(act)
+        self.linear_2 = Linear(inner, out_features, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear_2(self.act(self.linear_1(x if self.layer_norm is None else self.layer_norm(x))))
         return out
 
 

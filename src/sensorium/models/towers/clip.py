@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from sensorium import kernels
 from sensorium.checkpoint.families import vision_tower
-from sensorium.errors import CheckpointError
 from sensorium.models.base import Rename, Steps, finished
 from sensorium.models.layers import Linear, QKVLinear, declare
 from sensorium.models.towers.blocks import (
@@ -26,6 +25,8 @@ from sensorium.models.towers.blocks import (
     PatchLinear,
     attention,
     by_rows,
+    hidden_state,
+    square_patches,
     weights,
 )
 
@@ -87,13 +88,9 @@ class ClipEmbeddings(nn.Module):
         self.position_embedding = Positions(config)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        count, _, height, width = pixels.shape
-        patch, lines, columns = self.patch, height // self.patch, width // self.patch
-        pixels = pixels[:, :, : lines * patch, : columns * patch]  # 384 pixels are 27 patches of 14, and 6 more
-        cut = pixels.reshape(count, 3, lines, patch, columns, patch).permute(0, 2, 4, 1, 3, 5)
-        rows: Tensor = self.patch_embedding(cut.reshape(count, lines * columns, -1))
+        rows: Tensor = self.patch_embedding(square_patches(pixels, self.patch))
         if self.class_embedding is not None:
-            rows = torch.cat([self.class_embedding.expand(count, 1, -1), rows], dim=1)
+            rows = torch.cat([self.class_embedding.expand(len(pixels), 1, -1), rows], dim=1)
         rows += self.position_embedding.weight
         return rows
 
@@ -155,8 +152,7 @@ class ClipEncoder(nn.Module):
 
 
 class ClipTower(nn.Module):
-    """pixels [n, 3, side, side] -> [n, positions, hidden * states]; `states` are indices of hidden states, as in
-    transformers: 0 is what enters the first layer, i what layer i gives, negative ones count from the end."""
+    """pixels [n, 3, side, side] -> [n, positions, hidden * states]; `states` as `blocks.hidden_state` reads them."""
 
     def __init__(
         self, config: ClipConfig, states: Sequence[int], *, keeps_class_token: bool, ends_with_norm: bool = False
@@ -165,9 +161,7 @@ class ClipTower(nn.Module):
         through the tower's last norm."""
         super().__init__()
         self.config = config
-        self.states = [state if state >= 0 else config.num_layers + 1 + state for state in states]
-        if not all(0 <= state <= config.num_layers for state in self.states):
-            raise CheckpointError(f"config.json: vision_feature_layer {list(states)} of {config.num_layers} layers")
+        self.states = [hidden_state(state, config.num_layers) for state in states]
         self.first = 0 if keeps_class_token else 1
         self.embeddings = ClipEmbeddings(config)
         self.pre_layrnorm = (

@@ -13,9 +13,10 @@ from sensorium.errors import CheckpointError
 from sensorium.models.base import Rename, Steps
 from sensorium.models.layers import declare
 from sensorium.models.towers.blocks import LayerNorm, by_rows
-from sensorium.models.towers.qwen_vit import PatchMerger, QwenVit, QwenVitConfig, Size
+from sensorium.models.towers.qwen_vit import QWEN_VIT_MAP, PatchMerger, QwenVit, QwenVitConfig, Size
 
 QWEN3_VIT_MAP = (
+    *QWEN_VIT_MAP,
     Rename("visual.blocks.{n}.mlp.linear_fc1.{p}", "visual.blocks.{n}.mlp.fc1.{p}"),
     Rename("visual.blocks.{n}.mlp.linear_fc2.{p}", "visual.blocks.{n}.mlp.fc2.{p}"),
     Rename("visual.merger.norm.{p}", "visual.merger.ln_q.{p}"),

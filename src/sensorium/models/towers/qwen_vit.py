@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sensorium import kernels
-from sensorium.checkpoint.values import number, unsupported
+from sensorium.checkpoint.values import number, square, unsupported
 from sensorium.errors import CheckpointError
 from sensorium.models.base import Rename, Steps
-from sensorium.models.layers import GateUpLinear, Linear, QKVLinear, RMSNorm
+from sensorium.models.layers import MLP, Linear, QKVLinear, RMSNorm
 from sensorium.models.towers.blocks import (
     MAX_ROWS,
     LayerNorm,
@@ -37,10 +38,12 @@ from sensorium.models.towers.blocks import (
 CACHED_GRIDS = 32
 EPS = 1e-6
 THETA = 10000.0
+QWEN_VIT_MAP = tuple(
+    Rename(f"visual.blocks.{{n}}.attn.{part}.{{p}}", "visual.blocks.{n}.attn.qkv.{p}", part) for part in "qkv"
+)
+"""Of products that are stored apart, as Qwen2.5-Omni has them, and GGUF files of any."""
 WINDOWED_VIT_MAP = (
-    Rename("visual.blocks.{n}.attn.q.{p}", "visual.blocks.{n}.attn.qkv.{p}", "q"),
-    Rename("visual.blocks.{n}.attn.k.{p}", "visual.blocks.{n}.attn.qkv.{p}", "k"),
-    Rename("visual.blocks.{n}.attn.v.{p}", "visual.blocks.{n}.attn.qkv.{p}", "v"),
+    *QWEN_VIT_MAP,
     Rename("visual.blocks.{n}.mlp.gate_proj.{p}", "visual.blocks.{n}.mlp.gate_up_proj.{p}", "gate"),
     Rename("visual.blocks.{n}.mlp.up_proj.{p}", "visual.blocks.{n}.mlp.gate_up_proj.{p}", "up"),
 )
@@ -66,6 +69,9 @@ class QwenVitConfig:
     full_attention_layers: tuple[int, ...] = ()  # those that no window cuts
     table_rows: int = 0  # of a table of learned positions, which is square; 0: there is none
     tapped_layers: tuple[int, ...] = ()  # whose outputs are merged for the decoder too, by mergers in this order
+    bias: bool = True  # of the layers' products
+    eps: float = EPS
+    qk_norm: bool = False  # of every head
 
     @classmethod
     def of(cls, vision: Mapping[str, Any]) -> QwenVitConfig:
@@ -105,6 +111,24 @@ class QwenVitConfig:
             tapped_layers=tuple(given.of("deepstack_visual_indexes", (8, 16, 24))),
         )
 
+    @classmethod
+    def of_glm(cls, vision: Mapping[str, Any], *, is_ocr: bool) -> tuple[QwenVitConfig, int, int]:
+        """(`vision_config` of GLM-4.1V or GLM-OCR, numbers in a row, inner size of the MLP that makes it)."""
+        given = _Given(vision)
+        out, inner = given.of("out_hidden_size", 1536 if is_ocr else 4096), given.of("intermediate_size", 4096)
+        shape = given.common(depth=24)
+        config = cls(
+            **{**shape, "num_heads": given.of("num_heads", 16 if is_ocr else 12)},
+            embed_dim=given.of("hidden_size", 1024 if is_ocr else 1536),
+            intermediate_size=inner if is_ocr else out,
+            hidden_act=given.of("hidden_act", "silu"),
+            table_rows=0 if is_ocr else (square(vision, "image_size", 336) // shape["patch_size"]) ** 2,
+            bias=given.of("attention_bias", is_ocr),
+            eps=given.of("rms_norm_eps", 1e-5),
+            qk_norm=is_ocr,
+        )
+        return config, out, 3 * out if is_ocr else given.of("intermediate_size", 13696)
+
 
 @dataclass(frozen=True, slots=True)
 class _Given:
@@ -119,27 +143,32 @@ class _Given:
             raise CheckpointError(f"config.json: vision_config has {channels} in_channels, images here have 3")
         return {
             "depth": self.of("depth", depth),
-            "theta": self._theta(),
+            "theta": axial_theta(self.vision),
             "num_heads": self.of("num_heads", 16),
             "patch_size": self.of("patch_size", self.of("spatial_patch_size", patch_size)),
             "temporal_patch_size": self.of("temporal_patch_size", 2),
             "spatial_merge_size": self.of("spatial_merge_size", 2),
         }
 
-    def _theta(self) -> float:
-        rope = self.of("rope_parameters", {})
-        if (kind := rope.get("rope_type", "axial")) not in ("axial", "default"):
-            raise unsupported("vision_config rope_type", kind, ("axial",))
-        return number(rope, "rope_theta", THETA)
+
+def axial_theta(vision: Mapping[str, Any], default: float = THETA) -> float:
+    """Of the rotary positions of `vision_config`. CheckpointError if they are of another kind."""
+    rope = vision.get("rope_parameters") or {}
+    if (kind := rope.get("rope_type", "axial")) not in ("axial", "default"):
+        raise unsupported("vision_config rope_type", kind, ("axial",))
+    return number(rope, "rope_theta", default)
 
 
 class VisionAttention(nn.Module):
-    def __init__(self, size: int, num_heads: int) -> None:
+    def __init__(self, config: QwenVitConfig) -> None:
         super().__init__()
+        size, num_heads = config.embed_dim, config.num_heads
         self.num_heads = num_heads
         self.head_dim = size // num_heads
-        self.qkv = QKVLinear(size, num_heads, num_heads, self.head_dim, bias=True)
-        self.proj = Linear(size, size, bias=True)
+        self.qkv = QKVLinear(size, num_heads, num_heads, self.head_dim, bias=config.bias)
+        self.proj = Linear(size, size, bias=config.bias)
+        self.q_norm = RMSNorm(self.head_dim, config.eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.eps) if config.qk_norm else None
 
     def forward(
         self, norm: LayerNorm | RMSNorm, x: Tensor, cos: Tensor, sin: Tensor, lengths: list[int]
@@ -147,31 +176,20 @@ class VisionAttention(nn.Module):
         """Of the normed x, without the last product."""
         qkv = yield from by_rows(lambda rows: self.qkv(norm(rows)), weights(self.qkv), x)
         q, k, v = qkv.view(len(x), 3, self.num_heads, self.head_dim).unbind(1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q.contiguous()), self.k_norm(k.contiguous())
         q, k = kernels.rope(q, k, cos, sin)
         attended = yield from attention(q, k, v, lengths, self.head_dim**-0.5)
         return attended.reshape(len(x), -1)
-
-
-class GatedMlp(nn.Module):
-    def __init__(self, size: int, inner: int, act: str) -> None:
-        super().__init__()
-        if act != "silu":
-            raise CheckpointError(f"config.json: vision hidden_act {act!r} is not supported (silu is)")
-        self.gate_up_proj = GateUpLinear(size, inner, bias=True)
-        self.down_proj = Linear(inner, size, bias=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(kernels.silu_mul(self.gate_up_proj(x)))
-        return out
 
 
 class VisionBlock(nn.Module):
     def __init__(self, config: QwenVitConfig, norm: Norm, mlp: Callable[[int, int, str], nn.Module]) -> None:
         super().__init__()
         size = config.embed_dim
-        self.norm1 = norm(size, EPS)
-        self.norm2 = norm(size, EPS)
-        self.attn = VisionAttention(size, config.num_heads)
+        self.norm1 = norm(size, config.eps)
+        self.norm2 = norm(size, config.eps)
+        self.attn = VisionAttention(config)
         self.mlp = mlp(size, config.intermediate_size, config.hidden_act)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: list[int]) -> Steps[Tensor]:
@@ -191,16 +209,26 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.frames = config.temporal_patch_size
         self.area = config.patch_size**2
-        self.proj = PatchLinear(config.embed_dim, 3, self.frames, config.patch_size, config.patch_size, bias=bias)
+        frames = () if self.frames == 1 else (self.frames,)  # a tower of images alone has no axis for them
+        self.proj = PatchLinear(config.embed_dim, 3, *frames, config.patch_size, config.patch_size, bias=bias)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        if pixels.shape[1] == 3 * self.area:
+        if pixels.shape[1] < 3 * self.frames * self.area:
             pixels = pixels.view(-1, 3, 1, self.area).expand(-1, 3, self.frames, self.area).reshape(len(pixels), -1)
         out: Tensor = self.proj(pixels)
         return out
 
 
-class PatchMerger(nn.Module):
+class Merger(nn.Module):
+    """What makes rows of the language model, in steps, of patches [patches, embed]."""
+
+    block: int  # elements of the patches that become one row
+
+    def forward(self, x: Tensor) -> Steps[Tensor]:
+        raise NotImplementedError
+
+
+class PatchMerger(Merger):
     """The patches of a block side by side -> one row of the language model. Normed are patches or, with `by_blocks`,
     blocks."""
 
@@ -243,12 +271,13 @@ class QwenVit(nn.Module):
         norm: Norm = LayerNorm,
         mlp: Callable[[int, int, str], nn.Module] = Mlp,
         patch_bias: bool = False,
+        merger: Merger | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.patch_embed = PatchEmbed(config, bias=patch_bias)
         self.blocks = nn.ModuleList(VisionBlock(config, norm, mlp) for _ in range(config.depth))
-        self.merger = PatchMerger(config, out_features, norm)
+        self.merger = merger or PatchMerger(config, out_features, norm)
         self._grids: OrderedDict[Size, _Grid] = OrderedDict()
 
     def activation_bytes(self, element_size: int, largest_slice: int) -> int:
@@ -260,7 +289,8 @@ class QwenVit(nn.Module):
         return int(element_size * (patches * (10 * config.embed_dim + 2 * pixels) + MAX_ROWS * inner))
 
     def steps(self, pixels: Sequence[Tensor], grids: Sequence[tuple[int, int, int]]) -> Steps[list[Tensor]]:
-        """Per item: patches [frames * lines * columns, …] and their grid -> rows [patches / merge², out_features]."""
+        """Per item: patches [frames * lines * columns, …], of the weights' type, and their grid -> rows
+        [patches / merge², out_features]."""
         slices = [part for whole, (_, h, w) in zip(pixels, grids, strict=True) for part in torch.split(whole, h * w)]
         sizes = [(h, w) for t, h, w in grids for _ in range(t)]
         rows = []
@@ -271,12 +301,9 @@ class QwenVit(nn.Module):
 
     def _encode(self, slices: Sequence[Tensor], sizes: Sequence[Size]) -> Steps[Tensor]:
         """Of one group -> [blocks, out_features], in the order in which the blocks came."""
-        dtype = self.merger.ln_q.weight.dtype
         embedded = []
         for part in _alike(slices):
-            embedded.append(
-                (yield from by_rows(lambda rows: self.patch_embed(rows.to(dtype)), weights(self.patch_embed), part))
-            )
+            embedded.append((yield from by_rows(self.patch_embed, weights(self.patch_embed), part)))
         x = embedded[0] if len(embedded) == 1 else torch.cat(embedded)
         x = yield from self._placed(x, sizes)
         grids = [self._grid(size, x.device) for size in sizes]
@@ -363,7 +390,7 @@ class WindowedQwenVit(QwenVit):
     MLPs."""
 
     def __init__(self, config: QwenVitConfig, out_features: int) -> None:
-        super().__init__(config, out_features, norm=RMSNorm, mlp=GatedMlp)
+        super().__init__(config, out_features, norm=RMSNorm, mlp=partial(MLP, bias=True))
 
 
 def _alike(slices: Sequence[Tensor]) -> list[Tensor]:

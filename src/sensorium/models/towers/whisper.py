@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,11 +44,12 @@ class WhisperConfig:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> WhisperConfig:
+        """Under Whisper's names, or those that transformers gives Voxtral's tower."""
         return cls(
-            hidden_size=config.get("d_model", 1280),
+            hidden_size=config.get("d_model", config.get("hidden_size", 1280)),
             num_layers=config.get("encoder_layers", config.get("num_hidden_layers", 32)),
-            num_heads=config.get("encoder_attention_heads", 20),
-            intermediate_size=config.get("encoder_ffn_dim", 5120),
+            num_heads=config.get("encoder_attention_heads", config.get("num_attention_heads", 20)),
+            intermediate_size=config.get("encoder_ffn_dim", config.get("intermediate_size", 5120)),
             num_mel_bins=config.get("num_mel_bins", 128),
             max_positions=config.get("max_source_positions", 1500),
             activation=config.get("activation_function", "gelu"),
@@ -84,11 +85,11 @@ class Conv1d(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, size: int, num_heads: int) -> None:
+    def __init__(self, size: int, num_heads: int, key_bias: bool) -> None:
         super().__init__()
         self.head_dim = size // num_heads
         self.q_proj = Linear(size, size, bias=True)
-        self.k_proj = Linear(size, size)  # Whisper's keys have no bias
+        self.k_proj = Linear(size, size, bias=key_bias)
         self.v_proj = Linear(size, size, bias=True)
         self.out_proj = Linear(size, size, bias=True)
 
@@ -127,9 +128,9 @@ def _attend_to_heard(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale:
 
 
 class WhisperLayer(nn.Module):
-    def __init__(self, config: WhisperConfig) -> None:
+    def __init__(self, config: WhisperConfig, key_bias: bool) -> None:
         super().__init__()
-        self.self_attn = SelfAttention(config.hidden_size, config.num_heads)
+        self.self_attn = SelfAttention(config.hidden_size, config.num_heads, key_bias)
         self.self_attn_layer_norm = LayerNorm(config.hidden_size, LAYER_NORM_EPS)
         self.fc1 = Linear(config.hidden_size, config.intermediate_size, bias=True)
         self.act = activation(config.activation)
@@ -147,15 +148,42 @@ class WhisperLayer(nn.Module):
         return out
 
 
-class WhisperEncoder(nn.Module):
-    """Convolutions, positions and layers. Subclasses say where the positions come from and what follows the layers."""
+class AudioEncoder(nn.Module):
+    """Layers over runs of states that do not see each other. Subclasses make the states and say what follows."""
+
+    key_bias: ClassVar[bool] = False  # whether keys have a bias, as queries and values have
 
     def __init__(self, config: WhisperConfig) -> None:
         super().__init__()
         self.config = config
+        self.layers = nn.ModuleList(WhisperLayer(config, self.key_bias) for _ in range(config.num_layers))
+
+    def attend(self, embedded: list[Tensor], heard: Sequence[int] | None = None) -> Steps[list[Tensor]]:
+        """[n, hidden] each -> the same behind the layers. Of each run the first `heard` states are seen, None: all."""
+        if not embedded:
+            return []
+        lengths = [len(x) for x in embedded]
+        seen = lengths if heard is None else list(heard)
+        out: list[Tensor] = []
+        for group in groups(lengths, group_rows(embedded[0])):
+            x, runs = torch.cat(embedded[group]), lengths[group]
+            for layer in self.layers:
+                x = yield from layer(x, runs, seen[group])
+            out.extend(torch.split(x, runs))
+        return out
+
+    def activation_bytes(self, element_size: int) -> int:
+        """Of one group of clips in one layer."""
+        return MAX_ROWS * element_size * (6 * self.config.hidden_size + 2 * self.config.intermediate_size)
+
+
+class WhisperEncoder(AudioEncoder):
+    """Convolutions over time, positions and layers. Subclasses say where the positions come from."""
+
+    def __init__(self, config: WhisperConfig) -> None:
+        super().__init__(config)
         self.conv1 = Conv1d(config.num_mel_bins, config.hidden_size, stride=1)
         self.conv2 = Conv1d(config.hidden_size, config.hidden_size, stride=2)
-        self.layers = nn.ModuleList(WhisperLayer(config) for _ in range(config.num_layers))
 
     def positions(self, length: int, like: Tensor) -> Tensor:
         raise NotImplementedError
@@ -166,15 +194,8 @@ class WhisperEncoder(nn.Module):
         Of a clip that is padded, `frames` says how many of its own are there: nothing attends to what comes behind.
         """
         embedded = yield from self._convolve(clips)
-        lengths = [len(x) for x in embedded]
-        heard = lengths if frames is None else [frames_after_convolutions(count) for count in frames]
-        out: list[Tensor] = []
-        for group in groups(lengths, group_rows(clips[0])):
-            x, runs = torch.cat(embedded[group]), lengths[group]
-            for layer in self.layers:
-                x = yield from layer(x, runs, heard[group])
-            out.extend(torch.split(x, runs))
-        return out
+        heard = None if frames is None else [frames_after_convolutions(count) for count in frames]
+        return (yield from self.attend(embedded, heard))
 
     def _convolve(self, clips: Sequence[Tensor]) -> Steps[list[Tensor]]:
         """[bins, frames] each -> [frames / 2, hidden] each. Clips of one length, as windows are, go together."""
@@ -199,10 +220,6 @@ class WhisperEncoder(nn.Module):
                 for i, states in zip(group, x, strict=True):
                     out[i] = states
         return out
-
-    def activation_bytes(self, element_size: int) -> int:
-        """Of one group of clips in one layer."""
-        return MAX_ROWS * element_size * (6 * self.config.hidden_size + 2 * self.config.intermediate_size)
 
 
 class Positions(nn.Module):
@@ -229,6 +246,25 @@ class WhisperTower(WhisperEncoder):
     def steps(self, clips: Sequence[Tensor], frames: Sequence[int] | None = None) -> Steps[list[Tensor]]:
         states = yield from self.states(clips, frames)
         return [self.layer_norm(x) for x in states]
+
+
+def pair_means(x: Tensor) -> Tensor:
+    """[n, size] -> [n // 2, size]; an odd state at the end is left out."""
+    pairs = len(x) // 2
+    return (x[0 : 2 * pairs : 2] + x[1 : 2 * pairs : 2]) / 2
+
+
+class PooledWhisperTower(WhisperTower):
+    """Qwen2-Audio's: nothing of a clip's padding is attended to, and pairs of states are averaged before the norm."""
+
+    def steps(self, clips: Sequence[Tensor], frames: Sequence[int] | None = None) -> Steps[list[Tensor]]:
+        """[bins, window] each -> [frames_after_convolutions(frames) // 2, hidden] each."""
+        frames = frames or [clip.shape[1] for clip in clips]
+        # The last state sees two frames of the padding.
+        heard = [clip[:, : count + 2] for clip, count in zip(clips, frames, strict=True)]
+        states = yield from self.states(heard, frames)
+        kept = [x[: frames_after_convolutions(count)] for x, count in zip(states, frames, strict=True)]
+        return [self.layer_norm(pair_means(x)) for x in kept]
 
 
 class OmniAudioTower(WhisperEncoder):
@@ -259,7 +295,5 @@ class OmniAudioTower(WhisperEncoder):
         return out
 
     def _finish(self, x: Tensor) -> Tensor:
-        pairs = len(x) // 2
-        averaged = (x[0 : 2 * pairs : 2] + x[1 : 2 * pairs : 2]) / 2
-        out: Tensor = self.proj(self.ln_post(averaged))
+        out: Tensor = self.proj(self.ln_post(pair_means(x)))
         return out

@@ -1,0 +1,133 @@
+"""GGUF's metadata -> the configs that a checkpoint's folder would have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from sensorium.checkpoint.gguf_decoders import decoder_config
+from sensorium.checkpoint.gguf_file import GgufFile, GgufTensor
+from sensorium.checkpoint.gguf_metadata import Metadata
+from sensorium.checkpoint.gguf_names import GgufArchitecture, gguf_architecture
+from sensorium.checkpoint.gguf_towers import tower_config
+from sensorium.errors import CheckpointError
+
+_POOLINGS = {1: "mean", 2: "cls", 3: "lasttoken"}
+_EXACT_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "Q4_0": 0.5625, "Q4_1": 0.625, "Q4_K": 0.625}  # of a weight
+_SAMPLING = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
+
+
+def served_architecture(meta: Metadata) -> GgufArchitecture:
+    """CheckpointError if the first file is no model of a family that is served."""
+    kind = meta.all.get("general.type", "model")
+    if kind != "model":
+        raise CheckpointError(f"{meta.name} is a GGUF file of type {str(kind)[:80]!r}, not a model")
+    found = gguf_architecture(meta.all)
+    if meta.has("vision.block_count"):
+        raise CheckpointError(
+            f"{meta.name} holds a vision tower in Ollama's own layout, which is not supported: take a GGUF file "
+            "of llama.cpp's converter"
+        )
+    return found
+
+
+def config_of(files: tuple[GgufFile, ...], tower: GgufFile | None = None) -> dict[str, Any]:
+    """config.json, of a model with the tower if there is one."""
+    meta = Metadata(files)
+    if tower is None:
+        return _text_config(meta)
+    whole = Metadata((tower,))
+    config = tower_config(meta, whole, _text_config(meta, has_tower=True))
+    if any(tensor.kind.weights > 1 for tensor in whole.tensors.values()):
+        part = memory_part([*meta.tensors.values(), *whole.tensors.values()])
+        config["quantization_config"] = {"quant_method": "gguf", "memory_part": part}
+    return config
+
+
+def _text_config(meta: Metadata, *, has_tower: bool = False) -> dict[str, Any]:
+    architecture, tensors = served_architecture(meta), meta.tensors
+    if "token_embd.weight" not in tensors:
+        raise CheckpointError(f"{meta.name} has no token_embd.weight: it holds no model's weights")
+    is_encoder, layers = architecture.model_type == "bert", meta.layers
+    pooled = pooling_of(meta) is not None and architecture.base is not None
+    config = {
+        "architectures": [architecture.base if pooled else architecture.architecture],
+        "model_type": architecture.model_type,
+        "vocab_size": tensors["token_embd.weight"].shape[0],
+        "hidden_size": meta.number("embedding_length"),
+        "intermediate_size": _inner_size(meta),
+        "num_hidden_layers": layers,
+        "num_attention_heads": meta.number("attention.head_count"),
+        "max_position_embeddings": meta.number("context_length"),
+        "torch_dtype": _dtype(tensors),
+    }
+    own = _bert_config(meta, tensors) if is_encoder else decoder_config(meta, has_tower=has_tower)
+    quantised = any(tensor.kind.weights > 1 for tensor in tensors.values())
+    if quantised:
+        own["quantization_config"] = {"quant_method": "gguf", "memory_part": memory_part(tensors.values())}
+    return {key: value for key, value in {**config, **own}.items() if value is not None}
+
+
+def _inner_size(meta: Metadata) -> int:
+    """Of an MLP, the first layer's; where all layers have experts, of one of them."""
+    if not meta.has("feed_forward_length") and meta.has("expert_feed_forward_length"):
+        size: int = meta.number("expert_feed_forward_length")
+        return size
+    return int(meta.numbers("feed_forward_length", meta.layers)[0])
+
+
+def pooling_of(meta: Metadata) -> str | None:
+    """How embeddings are pooled, by sentence-transformers' name; None: not said, so the model generates."""
+    kind = meta.get("pooling_type")
+    if kind == 4:
+        raise CheckpointError(f"{meta.name} is a reranker ({meta.prefix}.pooling_type 4), not supported as GGUF")
+    return _POOLINGS.get(kind) if isinstance(kind, int) else None
+
+
+def memory_part(tensors: Any) -> float:
+    """Bytes in memory for a byte of the file: blocks that no kernel takes become int8."""
+    found = list(tensors)
+    stored = sum(tensor.nbytes for tensor in found)
+    kept = sum(math.prod(tensor.shape) * min(_EXACT_BYTES.get(tensor.kind.name, 1), 2) for tensor in found)
+    return float(round(kept / max(stored, 1), 3))
+
+
+def kept_as(kind: str) -> str:
+    """What weights of a block type become while loading."""
+    if kind in ("F32", "F16", "BF16"):
+        return "plain numbers"
+    return "int4 in groups of 32, code for code" if kind in _EXACT_BYTES else "int8 with one scale per output"
+
+
+def generation_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """generation_config.json: end tokens and, in newer files, how to sample."""
+    ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    found: dict[str, Any] = {
+        name: metadata[f"general.sampling.{key}"]
+        for key, name in _SAMPLING.items()
+        if f"general.sampling.{key}" in metadata
+    }
+    stops = list(dict.fromkeys(one for one in ends if isinstance(one, int)))
+    return {**found, "eos_token_id": stops} if stops else found
+
+
+def _dtype(tensors: Mapping[str, GgufTensor]) -> str:
+    """That of the largest plain tensors, where all matrices are plain; else what codes are computed in."""
+    kinds = {tensor.kind.name for tensor in tensors.values() if len(tensor.shape) > 1}
+    return {frozenset({"F32"}): "float32", frozenset({"F16"}): "float16"}.get(frozenset(kinds), "bfloat16")
+
+
+def _bert_config(meta: Metadata, tensors: Mapping[str, GgufTensor]) -> dict[str, Any]:
+    types = tensors.get("token_types.weight")
+    return {
+        "layer_norm_eps": meta.number("attention.layer_norm_epsilon"),
+        "hidden_act": "gelu",
+        "type_vocab_size": 0 if types is None else types.shape[0],
+    }

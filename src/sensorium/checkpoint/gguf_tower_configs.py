@@ -1,0 +1,245 @@
+"""config.json and preprocessor_config.json of towers in GGUF: what their metadata says, in each family's words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from sensorium.checkpoint.gguf_metadata import Metadata
+from sensorium.errors import CheckpointError
+
+_LAYER = re.compile(r"([va])\.blk\.(\d{1,4})\..+")
+PLACES: Mapping[str, str] = {"mlp": "<image>", "gemma3": "<image_soft_token>"}
+"""Of projector types, the token that takes an image's place, where text models' files may lack it."""
+
+
+def tower_layers(tower: Metadata, kind: str = "v") -> int:
+    """By the tensors: LLaVA's files leave out a last layer that is not used, and may count it."""
+    found = {int(match[2]) for match in map(_LAYER.fullmatch, tower.tensors) if match is not None and match[1] == kind}
+    if not found or len(found) != max(found) + 1:
+        raise CheckpointError(f"{tower.name} lacks layers of the tower: it has {len(found)}")
+    return len(found)
+
+
+def swaps_products(tower: Metadata) -> bool:
+    """Whether both products of an MLP have the other one's name, as in old files: told by their shapes."""
+    up, size = tower.tensors.get("v.blk.0.ffn_up.weight"), tower.get("vision.embedding_length")
+    return up is not None and up.shape[0] == size and up.shape[1] != size
+
+
+def _vision(tower: Metadata) -> dict[str, Any]:
+    up = tower.tensors.get("v.blk.0.ffn_up.weight")
+    size = tower.number("vision.embedding_length")
+    inner = max(up.shape) if up is not None and len(up.shape) == 2 else tower.number("vision.feed_forward_length")
+    return {
+        "hidden_size": size,
+        "intermediate_size": inner,
+        "num_hidden_layers": tower_layers(tower),
+        "num_attention_heads": tower.number("vision.attention.head_count"),
+        "image_size": tower.number("vision.image_size"),
+        "patch_size": tower.number("vision.patch_size"),
+        "layer_norm_eps": tower.number("vision.attention.layer_norm_epsilon"),
+        "hidden_act": _act(tower),
+    }
+
+
+def _act(tower: Metadata) -> str:
+    if tower.get("use_silu"):
+        return "silu"
+    return "gelu" if tower.get("use_gelu") else "quick_gelu"
+
+
+def normalisation(tower: Metadata) -> dict[str, Any]:
+    """preprocessor_config.json's mean and deviation."""
+    found = {}
+    for name in ("image_mean", "image_std"):
+        value = tower.get(f"vision.{name}")
+        if isinstance(value, np.ndarray) and len(value) == 3:
+            found[name] = [float(one) for one in value.tolist()]
+    return found
+
+
+def _token(text: Metadata, token: str) -> int | None:
+    """Its id; None if the file has no such token."""
+    tokens = text.all.get("tokenizer.ggml.tokens")
+    return tokens.index(token) if isinstance(tokens, list) and token in tokens else None
+
+
+def missing_token(text: Metadata, projector: str) -> tuple[str, int] | None:
+    """The token that takes an image's place, and its id behind all others, where the text model's file lacks it."""
+    place = PLACES.get(projector)
+    if place is None or _token(text, place) is not None:
+        return None
+    tokens = text.all.get("tokenizer.ggml.tokens")
+    return place, len(tokens) if isinstance(tokens, list) else 0
+
+
+def _media_token(text: Metadata, projector: str) -> int:
+    missing = missing_token(text, projector)
+    found = _token(text, PLACES[projector]) if missing is None else missing[1]
+    return found or 0
+
+
+def _named(text: Metadata, tokens: Mapping[str, str]) -> dict[str, int]:
+    """Ids that config.json has by these names; CheckpointError if the text model has no such token."""
+    found = {name: _token(text, token) for name, token in tokens.items()}
+    missing = [tokens[name] for name, one in found.items() if one is None]
+    if missing:
+        raise CheckpointError(f"{text.name} has no token {missing[0]}, whose place an image takes")
+    return {name: one for name, one in found.items() if one is not None}
+
+
+def _qwen(text: Metadata, tower: Metadata) -> dict[str, Any]:
+    """What all generations have."""
+    vision = _vision(tower)
+    own = {
+        "depth": vision["num_hidden_layers"],
+        "num_heads": vision["num_attention_heads"],
+        "patch_size": vision["patch_size"],
+        "spatial_merge_size": tower.number("vision.spatial_merge_size", 2),
+        "temporal_patch_size": 2,
+        "in_channels": 3,
+    }
+    tokens = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
+    edges = {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
+    return {**_named(text, {**tokens, **edges}), "vision_config": own}
+
+
+def qwen2(text: Metadata, tower: Metadata) -> dict[str, Any]:
+    vision, config = _vision(tower), _qwen(text, tower)
+    config["vision_config"] |= {
+        "embed_dim": vision["hidden_size"],
+        "mlp_ratio": vision["intermediate_size"] / max(vision["hidden_size"], 1),
+        "hidden_size": text.number("embedding_length"),
+        "hidden_act": vision["hidden_act"],
+    }
+    return config
+
+
+def qwen2_5(text: Metadata, tower: Metadata) -> dict[str, Any]:
+    """The window is not stored: it is 112 pixels in all published models."""
+    vision, config = _vision(tower), _qwen(text, tower)
+    every = tower.number("vision.n_wa_pattern", 8)
+    whole = tower.get("vision.wa_layer_indexes")
+    config["vision_config"] |= {
+        **{name: vision[name] for name in ("hidden_size", "intermediate_size", "hidden_act")},
+        "out_hidden_size": text.number("embedding_length"),
+        "window_size": tower.number("vision.window_size", 8 * vision["patch_size"]),
+        "fullatt_block_indexes": whole.tolist()
+        if isinstance(whole, np.ndarray)
+        else [one for one in range(vision["num_hidden_layers"]) if (one + 1) % max(every, 1) == 0],
+    }
+    return config
+
+
+def qwen3(text: Metadata, tower: Metadata) -> dict[str, Any]:
+    vision, config = _vision(tower), _qwen(text, tower)
+    tapped = tower.flags("vision.is_deepstack_layers", vision["num_hidden_layers"]) or []
+    table = tower.tensors.get("v.position_embd.weight")
+    if table is None:
+        raise CheckpointError(f"{tower.name} has no v.position_embd.weight")
+    config["vision_config"] |= {
+        **{name: vision[name] for name in ("hidden_size", "intermediate_size")},
+        "hidden_act": "gelu_pytorch_tanh",
+        "out_hidden_size": text.number("embedding_length"),
+        "num_position_embeddings": table.shape[0],
+        "deepstack_visual_indexes": [layer for layer, one in enumerate(tapped) if one],
+    }
+    return config
+
+
+def _pixels(tower: Metadata, patch: int, low: int, high: int) -> dict[str, Any]:
+    """Bounds of an image, which only newer files have."""
+    return {
+        **normalisation(tower),
+        "patch_size": patch,
+        "temporal_patch_size": 2,
+        "merge_size": tower.number("vision.spatial_merge_size", 2),
+        "min_pixels": tower.number("vision.image_min_pixels", low),
+        "max_pixels": tower.number("vision.image_max_pixels", high),
+    }
+
+
+def qwen2_pixels(tower: Metadata) -> dict[str, Any]:
+    return _pixels(tower, tower.number("vision.patch_size"), 56 * 56, 28 * 28 * 16384)
+
+
+def qwen3_pixels(tower: Metadata) -> dict[str, Any]:
+    return _pixels(tower, tower.number("vision.patch_size"), 256 * 256, 4096 * 4096)
+
+
+def llava(text: Metadata, tower: Metadata) -> dict[str, Any]:
+    """Layers behind the one that is used are left out of the file."""
+    vision, layers = _vision(tower), tower.get("vision.feature_layer")
+    has_class = "v.class_embd" in tower.tensors or "v.class_embd.weight" in tower.tensors
+    used = [-1] if not isinstance(layers, np.ndarray) else layers.tolist()
+    if "v.image_newline" in tower.tensors or isinstance(tower.get("vision.image_grid_pinpoints"), np.ndarray):
+        raise CheckpointError(f"{tower.name} is LLaVA-NeXT's, which is not supported as GGUF: serve its checkpoint")
+    return {
+        "image_token_index": _media_token(text, "mlp"),
+        "vision_config": {"model_type": "clip_vision_model" if has_class else "siglip_vision_model", **vision},
+        "vision_feature_layer": used[0] if len(used) == 1 else used,
+        "vision_feature_select_strategy": "default" if has_class else "full",
+        "projector_hidden_act": "gelu",
+    }
+
+
+def llava_pixels(tower: Metadata) -> dict[str, Any]:
+    side = tower.number("vision.image_size")
+    size = {"crop_size": {"height": side, "width": side}, "size": {"shortest_edge": side}}
+    return {**normalisation(tower), **size, "do_center_crop": True, "resample": 3}
+
+
+def gemma3(text: Metadata, tower: Metadata) -> dict[str, Any]:
+    vision = {**_vision(tower), "model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh"}
+    side = vision["image_size"] // vision["patch_size"] // tower.number("vision.projector.scale_factor", 4)
+    return {
+        **_named(text, {"boi_token_index": "<start_of_image>", "eoi_token_index": "<end_of_image>"}),
+        "image_token_index": _media_token(text, "gemma3"),
+        "mm_tokens_per_image": side**2,
+        "vision_config": vision,
+    }
+
+
+def pixtral(text: Metadata, tower: Metadata) -> dict[str, Any]:
+    """Mistral 3's has a layer that merges patches; Pixtral 12B's has none."""
+    merges = "mm.patch_merger.weight" in tower.tensors
+    vision = {**_vision(tower), "model_type": "pixtral", "rope_theta": tower.all.get("clip.rope.freq_base", 10000.0)}
+    return {
+        **_named(text, {"image_token_index": "[IMG]"}),
+        "architecture": "Mistral3ForConditionalGeneration" if merges else "PixtralForConditionalGeneration",
+        "spatial_merge_size": tower.number("vision.spatial_merge_size", 1),
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": "mm.1.bias" in tower.tensors,
+        "vision_config": vision,
+    }
+
+
+def pixtral_pixels(tower: Metadata) -> dict[str, Any]:
+    patch = tower.number("vision.patch_size")
+    edge = {"size": {"longest_edge": tower.number("vision.image_size")}, "resample": 3}
+    return {**normalisation(tower), **edge, "patch_size": {"height": patch, "width": patch}}
+
+
+def intern(text: Metadata, tower: Metadata) -> dict[str, Any]:
+    has_norms = "v.blk.0.attn_q_norm.weight" in tower.tensors
+    vision = {
+        **_vision(tower),
+        "norm_type": "layer_norm" if "v.blk.0.ln1.bias" in tower.tensors else "rms_norm",
+        "qk_normalization": has_norms,
+        "qkv_bias": "v.blk.0.attn_q.bias" in tower.tensors,
+        "use_mean_pooling": True,
+    }
+    return {
+        **_named(text, {"image_token_id": "<IMG_CONTEXT>"}),
+        "downsample_ratio": 1 / tower.number("vision.projector.scale_factor", 2),
+        "select_layer": -1,
+        "min_dynamic_patch": tower.number("vision.preproc_min_tiles", 1),
+        "max_dynamic_patch": tower.number("vision.preproc_max_tiles", 12),
+        "vision_config": vision,
+    }

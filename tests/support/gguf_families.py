@@ -1,0 +1,134 @@
+"""Tiny checkpoints as llama.cpp's converter writes them.
+
+`gguf_families.json` has, of each, the metadata and the names that llama.cpp's converter (of llama-cpp-python 0.3.36)
+wrote for the tiny checkpoint of that name, and of each name the parameter (and the shard of it) that it was read as
+when the converter's own file gave the logits of the checkpoint. So no test asks this project's table what is right.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sensorium.checkpoint.configs import open_checkpoint
+from sensorium.checkpoint.families import load_class
+from sensorium.models.layers import Linear
+from sensorium.models.loading import _assign
+from sensorium.weights.checkpoint_files import stored_tensors
+from support.gguf_writer import container, encoded
+
+FAMILIES: Mapping[str, Any] = json.loads((Path(__file__).parent / "gguf_families.json").read_text())
+
+
+class Parameters:
+    """Of a checkpoint's folder, by name, whatever its files call them."""
+
+    def __init__(self, folder: Path) -> None:
+        checkpoint = open_checkpoint(folder)
+        with torch.device("meta"):
+            self.model = load_class(checkpoint.family.model)(checkpoint)
+        slots = _assign(self.model, stored_tensors(checkpoint.weight_files))
+        self.found = {
+            name: torch.cat([rows.float() for _, rows in sorted(slot.pieces(), key=lambda piece: piece[0])])
+            for name, slot in slots.items()
+        }
+
+    def get(self, place: str) -> Tensor:
+        """ "name" or "name shard"; with "{}" of every expert, in one tensor."""
+        if "{}" in place:
+            return torch.stack([self.get(place.replace("{}", str(index))) for index in range(self._experts(place))])
+        name, _, shard = place.partition(" ")
+        if not shard:
+            return self.found[self.model.tied.get(name, name)]
+        module = self.model.get_submodule(name.rpartition(".")[0])
+        assert isinstance(module, Linear)
+        first, rows = module.shards[shard]
+        return self.found[name][first : first + rows]
+
+    def _experts(self, place: str) -> int:
+        before, after = place.split(" ", maxsplit=1)[0].split("{}")
+        return sum(name.startswith(before) and name.endswith(after) for name in self.found)
+
+
+def write_family(folder: Path, file: Path, family: str, tokenizer: Mapping[str, Any], kind: str = "F32") -> None:
+    """The tiny checkpoint `family` in `folder`, its matrices as `kind`."""
+    stated, parameters = FAMILIES[family], Parameters(folder)
+    metadata: dict[str, Any] = {**stated["metadata"], **tokenizer}
+    places = dict(stated["outer"])
+    for layers, names in stated["layers"].items():
+        for layer in layers.split(" "):
+            places |= {f"blk.{layer}.{one}": f"model.layers.{layer}.{stated['blocks'][one]}" for one in names.split()}
+    numbers = {name: torch.tensor(values) for name, values in stated["numbers"].items()}
+    tensors = {name: _as_written(name, parameters.get(place), metadata) for name, place in places.items()}
+    stored = {}
+    for name, tensor in {**numbers, **tensors}.items():
+        is_matrix = tensor.dim() > 1 and name.endswith(".weight") and tensor.shape[-1] % 32 == 0
+        own = kind if is_matrix and "norm" not in name else "F32"
+        stored[name] = (own, tuple(tensor.shape), encoded(tensor, own))
+    file.write_bytes(container(metadata, stored))
+
+
+def write_tower(folder: Path, file: Path, family: str, kind: str = "F32", **more: Any) -> None:
+    """The tower of the tiny checkpoint `family` in `folder`, its matrices as `kind`. `more`: of the metadata."""
+    tower, parameters = FAMILIES[family]["tower"], Parameters(folder)
+    places = dict(tower["outer"])
+    for layer in range(tower["layers"]):
+        places |= {f"v.blk.{layer}.{own}": one.replace("{}", str(layer)) for own, one in tower["blocks"].items()}
+    metadata = {**tower["metadata"], **more}
+    tensors = {}
+    for name, place in places.items():
+        whole, _, frame = place.partition("@")
+        tensor = _as_in_tower(name, parameters.get(whole), metadata)
+        tensor = tensor[:, :, int(frame)].contiguous() if frame else tensor
+        own = kind if tensor.dim() == 2 and name.endswith(".weight") and tensor.shape[-1] % 32 == 0 else "F32"
+        tensors[name] = (own, tuple(tensor.shape), encoded(tensor, own))
+    file.write_bytes(container(metadata, tensors))
+
+
+def _as_in_tower(name: str, tensor: Tensor, metadata: Mapping[str, Any]) -> Tensor:
+    if metadata["clip.projector_type"] == "pixtral" and name.split(".")[-2] in ("attn_q", "attn_k"):
+        heads = metadata["clip.vision.attention.head_count"]
+        return tensor.view(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+    if name == "mm.soft_emb_norm.weight":
+        return tensor + 1
+    if name == "v.class_embd":
+        return tensor.flatten()
+    return tensor.squeeze(0) if name.startswith("v.position_embd") else tensor
+
+
+def _as_written(name: str, tensor: Tensor, metadata: Mapping[str, Any]) -> Tensor:
+    """What the converter makes of the contents."""
+    kind = metadata["general.architecture"]
+    heads = metadata[f"{kind}.attention.head_count"]
+    kv_heads = metadata.get(f"{kind}.attention.head_count_kv", heads)
+    own = name.split(".")[2] if name.startswith("blk.") else name
+    if kind in ("llama", "mistral3") and own in ("attn_q", "attn_k"):
+        count = heads if own == "attn_q" else kv_heads
+        return tensor.view(count, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+    if kind.startswith("qwen35"):
+        tensor = _delta_net(own, tensor, metadata, kind)
+    if kind.startswith(("gemma3", "qwen35")) and name.endswith("norm.weight") and own != "ssm_norm":
+        return tensor + 1
+    return tensor.squeeze(1) if own in ("ssm_conv1d", "shortconv") and tensor.dim() == 3 else tensor
+
+
+def _delta_net(own: str, tensor: Tensor, metadata: Mapping[str, Any], kind: str) -> Tensor:
+    """Value heads of all key heads in turn."""
+    keys, values = metadata[f"{kind}.ssm.group_count"], metadata[f"{kind}.ssm.time_step_rank"]
+    key_rows = 2 * keys * metadata[f"{kind}.ssm.state_size"]
+
+    def in_turn(rows: Tensor) -> Tensor:
+        return rows.reshape(keys, values // keys, -1, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
+
+    if own in ("attn_qkv", "ssm_conv1d"):
+        return torch.cat([tensor[:key_rows], in_turn(tensor[key_rows:])])
+    if own in ("attn_gate", "ssm_alpha", "ssm_beta", "ssm_dt"):
+        return in_turn(tensor)
+    if own == "ssm_a":
+        return -in_turn(tensor).exp()
+    return in_turn(tensor.t()).t().contiguous() if own == "ssm_out" else tensor
