@@ -19,7 +19,7 @@ LOCK := $(BIN)/uv pip compile pyproject.toml --quiet --all-extras --universal --
 	--no-annotate --override tools/lock_overrides.txt
 SOURCES := pyproject.toml requirements.lock $(wildcard setup.py) $(shell find native -type f 2>/dev/null)
 
-.PHONY: help setup serve test test-plain test-bare test-clients check check-lock lock bench docs site
+.PHONY: help setup serve test test-plain test-bare test-clients test-ray check check-lock lock bench docs site
 help:
 	@echo "make setup                  install into $(VENV)"
 	@echo "make serve MODEL= ARGS=     serve a model; without MODEL the built-in one"
@@ -27,6 +27,7 @@ help:
 	@echo "make test-plain ARGS=       run them without the native kernels"
 	@echo "make test-bare ARGS=        run them with nothing on the PATH but git, make, g++, Python and coreutils"
 	@echo "make test-clients ARGS=     drive other people's clients against the server"
+	@echo "make test-ray ARGS=         drive replicas on a Ray cluster that is started for it"
 	@echo "make check                  format, lint, types, the lock file"
 	@echo "make lock                   write requirements.lock with the newest versions"
 	@echo "make bench ARGS=            load a running server"
@@ -62,6 +63,11 @@ test-bare: $(VENV)/.dev
 test-clients: $(VENV)/.dev $(CLIENTS)/.done
 	SERVER_PYTHON=$(CURDIR)/$(BIN)/python NODE_CLIENTS=$(CURDIR)/$(NODE_CLIENTS) \
 		$(CLIENTS)/bin/python -m pytest -c tests/clients/pytest.ini -rs tests/clients $(ARGS)
+
+# Replicas on a real Ray cluster on this machine: an extra of 80 MB that the other tests do without.
+test-ray: $(VENV)/.dev
+	$(BIN)/python -c 'import ray' 2>/dev/null || $(BIN)/pip install -c requirements.lock -e '.[dev,ray]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs tests/cluster $(ARGS)
 
 check: $(VENV)/.dev check-lock
 	$(BIN)/ruff format --check .

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sensorium.llm.async_llm import AsyncLLM
     from sensorium.llm.llm import LLM
-    from sensorium.llm.params import PoolingParams, SamplingParams
+    from sensorium.llm.params import LoRARequest, PoolingParams, SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "AsyncLLM", "PoolingParams", "SamplingParams", "__version__"]
+__all__ = ["LLM", "AsyncLLM", "LoRARequest", "PoolingParams", "SamplingParams", "__version__"]
 
-_HOMES = {"LLM": "llm.llm", "AsyncLLM": "llm.async_llm", "SamplingParams": "llm.params", "PoolingParams": "llm.params"}
+_PARAMS = ("SamplingParams", "PoolingParams", "LoRARequest")
+_HOMES = {"LLM": "llm.llm", "AsyncLLM": "llm.async_llm", **dict.fromkeys(_PARAMS, "llm.params")}
 
 
 def __getattr__(name: str) -> object:

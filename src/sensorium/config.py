@@ -12,6 +12,12 @@ from typing import Any
 
 from sensorium.units import GiB, MiB
 
+MAX_SPECULATIVE_TOKENS = 64
+_BASE_URL = (
+    "Address of the server, with or without /v1. Default: the only one that runs here, else http://127.0.0.1:8000."
+)
+PROMPT_MEMORY_BYTES = 5 * GiB  # of workers that render templates and compile grammars, where there is enough
+
 
 def flag(default: Any, help: str, **metadata: Any) -> Any:
     """A dataclass field that becomes a command-line flag. Mutable defaults are given as a callable."""
@@ -53,8 +59,11 @@ class EngineConfig:
         "Weights of linear layers and embeddings. auto: as the checkpoint has them; int8, "
         "int4: quantised while loading, the head and embeddings to int8 in any case; a "
         "method's name: the checkpoint must be stored so.",
-        choices=("auto", "int8", "int4", "awq", "gptq", "compressed-tensors"),
-        synonyms={"none": "auto", "awq_marlin": "awq", "gptq_marlin": "gptq"},
+        choices=(
+            *("auto", "int8", "int4", "awq", "gptq", "compressed-tensors", "mxfp4", "gguf"),
+            *("fp8", "modelopt", "bitsandbytes", "mlx", "hqq"),
+        ),
+        synonyms={"none": "auto", "awq_marlin": "awq", "gptq_marlin": "gptq", "fbgemm_fp8": "fp8"},
     )
     quantization_group_size: int = flag(
         64, "Weights that share a scale with --quantization int4; a multiple of 8.", min=32, max=128
@@ -106,7 +115,10 @@ class EngineConfig:
         0.9, "Part of the GPU's memory that weights, activations and KV cache may take.", min=0.01, max=1
     )
     kv_cache_memory: int | None = flag(
-        None, "Bytes of KV cache, such as 4GB or 512MiB. Default on a CPU: a quarter of free memory.", parse="size"
+        None,
+        "Bytes of KV cache, such as 4GB or 512MiB; of a split model, each rank's. Default on a CPU: a quarter of "
+        "free memory.",
+        parse="size",
     )
     block_size: int = flag(16, "Tokens in a KV-cache block; the unit of prefix reuse.", min=1, max=256)
     enable_prefix_caching: bool = flag(True, "Reuse the KV cache of equal beginnings of prompts (media included).")
@@ -114,6 +126,12 @@ class EngineConfig:
         256 * MiB,
         "Bytes of tower outputs kept for media that come again; on a CPU at most an eighth of free memory.",
         parse="size",
+    )
+    speculative_tokens: int = flag(
+        16,
+        "Most tokens of a step that are guessed of one answer, where its last ones stood in its prompt, or in itself, "
+        "before. Changes no token; guesses as long as it is faster. 0: never.",
+        max=MAX_SPECULATIVE_TOKENS,
     )
     seed: int = flag(0, "Seed of requests that bring none.")
     hang_after_s: float = flag(
@@ -123,7 +141,12 @@ class EngineConfig:
         min=0.1,
     )
     threads: int | None = flag(
-        None, "CPU threads of the engine. Default: all cores; one for a model under 64 MiB.", min=1
+        None,
+        "CPU threads of the engine, or of each rank. Default: all cores, shared out; one for a model under 64 MiB.",
+        min=1,
+    )
+    tensor_parallel_size: int = flag(
+        1, "Devices that one model is split over, each computed by a process, a rank (docs: scaling).", min=1, max=64
     )
 
 
@@ -169,7 +192,7 @@ class Limits:
     max_audio_bytes: int = flag(25 * MiB, "Bytes of one audio file.", parse="size")
     max_audio_seconds: float = flag(600.0, "Duration of one audio item.")
     max_recording_seconds: float = flag(
-        7200.0, "The same of models that transcribe: they take a recording window by window."
+        7200.0, "The same of models that transcribe: Whisper window by window, others as far as the context reaches."
     )
     max_url_length: int = flag(2048, "Characters of an http(s) URL.")
     max_redirects: int = flag(3, "Redirects followed when fetching media, each checked anew.")
@@ -178,6 +201,13 @@ class Limits:
         4 * GiB,
         "Bytes that media may take while they are decoded and processed, all together; an item that needs more is "
         "refused. At most three tenths of what the machine or a control group leaves beside the model.",
+        parse="size",
+    )
+    prompt_memory: int = flag(
+        PROMPT_MEMORY_BYTES,
+        "Bytes that the processes which render chat templates and compile grammars may take for their jobs, all "
+        "together: where it is less each gets less, or fewer of them run. At most eight hundredths of what the machine "
+        "or a control group leaves beside the model, but enough for two of each kind.",
         parse="size",
     )
     decode_timeout_s: float = flag(20.0, "Longest time to decode one media item, in seconds.")
@@ -207,6 +237,15 @@ class ServerConfig:
 
     host: str = flag("127.0.0.1", "Address to listen on; 0.0.0.0 for every interface.")
     port: int = flag(8000, "Port to listen on; 0 for any free one.", max=65535)
+    metrics_port: int | None = flag(
+        None,
+        "Port of its own for /metrics and the health paths, where they need no key and nothing else answers; 0 for any "
+        "free one. For scrapers that send no key.",
+        max=65535,
+    )
+    metrics_host: str = flag(
+        "127.0.0.1", "Address of --metrics-port. Whoever reaches it reads figures and the names of models."
+    )
     uds: str | None = flag(
         None,
         "Listen on a Unix socket of this path instead of host and port. The umask says who "
@@ -218,6 +257,24 @@ class ServerConfig:
         "from SENSORIUM_API_KEY (comma-separated).",
         repeat=True,
     )
+    operator_key: tuple[str, ...] = flag(
+        (),
+        "Key of those who may change what is served (/v1/models/load and /unload); good for everything else, too. "
+        "Repeatable; also from SENSORIUM_OPERATOR_KEY (comma-separated). Without any key: whoever is on this machine.",
+        repeat=True,
+    )
+    models_dir: str | None = flag(
+        None,
+        "Folder whose checkpoints are served as well, each by its path in there (of Ollama's store by its name:tag), "
+        "loaded at its first request.",
+    )
+    memory: int | None = flag(
+        None,
+        "Bytes that the engines of all models may take together; the model that was used longest ago makes room. "
+        "Default with several models: what is free when the server starts; on a GPU --gpu-memory-utilization of it.",
+        parse="size",
+    )
+    load_wait_s: float = flag(300.0, "Seconds that a request waits for its model to be loaded; later is 503.")
     allowed_origins: tuple[str, ...] = flag(
         (),
         "Origins of web pages that may call this server from a browser, such as https://chat.example; * for any. "
@@ -290,12 +347,22 @@ class ServerConfig:
 class LoadConfig:
     """Where the checkpoint comes from."""
 
+    lazy: bool = flag(False, "Load the model at its first request, not when the server starts.")
+    idle_unload_s: float | None = flag(
+        None, "Seconds without a request after which the model's memory is given back. Default: it stays."
+    )
+    pinned: bool = flag(False, "Never unload the model, not even where another one needs its memory.")
     revision: str | None = flag(None, "Branch, tag or commit of a hub repository.")
     download_dir: str | None = flag(None, "Where hub files are kept. Default: the hub's cache.")
     text_model: str | None = flag(
         None,
         "Language model of a checkpoint that has none of its own (Ultravox): a folder "
         "or a hub id. Default: the one that the checkpoint names.",
+    )
+    mmproj: str | None = flag(
+        None,
+        "GGUF file with the model's tower (a projector of llama.cpp). Default: the only mmproj*.gguf beside the "
+        "model's file.",
     )
     trust_remote_code: bool = flag(False, "Accepted for compatibility. Remote code is never run and never needed.")
     task: str = flag(
@@ -317,6 +384,19 @@ class LoadConfig:
         "JSON of vLLM's settings of a pooling model: `pooling_type` and `task` are those of --pooling and --task.",
         parse="json",
     )
+    lora: tuple[str, ...] = flag(
+        (),
+        "LoRA adapter(s) of the model as PEFT saves them, NAME=PATH, a folder or a hub id. Requests ask for NAME as "
+        "their model.",
+        nargs="+",
+        parse="adapter",
+    )
+    speculative_config: dict[str, Any] = flag(
+        dict,
+        "JSON of vLLM's settings of guessed tokens: with the method ngram `num_speculative_tokens` is "
+        "--speculative-tokens.",
+        parse="json",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,10 +412,35 @@ class ServeOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class ServePlan:
+    """What one server serves. `common` has what is the server's: where it listens, limits, memory."""
+
+    common: ServeOptions
+    models: tuple[ServeOptions, ...]  # those that are named; `common.server.models_dir` may have more
+
+
+@dataclass(frozen=True, slots=True)
+class BatchConfig:
+    """A file of requests to answer."""
+
+    input_file: str = flag("", "File or http(s) URL of requests, an object {custom_id, method, url, body} a line.")
+    output_file: str = flag(
+        "", "File for the answers, in the order of the requests. FILE.journal beside it has those that are there."
+    )
+    url: str | None = flag(
+        None, "Address of a server that answers, such as http://127.0.0.1:8000. Default: MODEL is loaded for it."
+    )
+    concurrency: int | None = flag(
+        None, "Most requests under way. Default: twice what the engines compute at a time; 64 of a server.", min=1
+    )
+    overwrite: bool = flag(False, "Replace an output file that is there.")
+
+
+@dataclass(frozen=True, slots=True)
 class ChatConfig:
     """A terminal chat with a running server."""
 
-    base_url: str = flag("http://127.0.0.1:8000", "Address of the server, with or without /v1.")
+    base_url: str = flag("", _BASE_URL)
     model: str | None = flag(None, "Model to talk to. Default: the first that the server lists.")
     api_key: str | None = flag(None, "The server's key; also from SENSORIUM_API_KEY.")
     system: str | None = flag(None, "System prompt.")
@@ -344,19 +449,97 @@ class ChatConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class BenchConfig:
-    """One load on one server."""
+class ListConfig:
+    """Models on this machine."""
 
-    base_url: str = flag("http://127.0.0.1:8000", "Address of the server, with or without /v1.")
-    model: str | None = flag(None, "Model to ask for. Default: the first that the server lists.")
-    requests: int = flag(64, "Requests to send.", min=1)
-    concurrency: int = flag(8, "Closed loop: requests in flight at any time.", min=1)
-    rate: float | None = flag(
-        None,
-        "Open loop: requests a second, arriving at random (Poisson), however many are in "
-        "flight. Replaces --concurrency.",
-        min=0.001,
+    download_dir: str | None = flag(None, "Where hub files are kept. Default: the hub's cache.")
+    models_dir: str | None = flag(
+        None, "List the checkpoints of this folder instead, as serve --models-dir finds them."
     )
+
+
+@dataclass(frozen=True, slots=True)
+class PullConfig:
+    """A model that is fetched."""
+
+    revision: str | None = flag(None, "Branch, tag or commit of a hub repository.")
+    download_dir: str | None = flag(None, "Where hub files are kept. Default: the hub's cache.")
+
+
+@dataclass(frozen=True, slots=True)
+class PsConfig:
+    """What runs on this machine."""
+
+    api_key: str | None = flag(None, "The servers' key, to be told of their models; also from SENSORIUM_API_KEY.")
+
+
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    """How many replicas there may be."""
+
+    least: int
+    most: int
+
+    def __str__(self) -> str:
+        return str(self.least) if self.least == self.most else f"{self.least}..{self.most}"
+
+
+RAY_ADDRESS = "Address of the Ray cluster, HOST:6379. auto: the one that RAY_ADDRESS names, else this machine's."
+
+
+@dataclass(frozen=True, slots=True)
+class DeployConfig:
+    """Replicas of a server, on the machines of a Ray cluster."""
+
+    replicas: Replicas = flag(
+        lambda: Replicas(1, 1),
+        "Replicas of each model: 2, or 1..8 to start and end them by the requests in flight.",
+        parse="replicas",
+    )
+    target_requests: int | None = flag(
+        None,
+        "Requests in flight of each replica that are aimed at: with more of them another replica is started. Default: "
+        "six tenths of --max-num-seqs.",
+        min=1,
+    )
+    gpus_per_replica: float | None = flag(
+        None,
+        "GPUs that Ray gives a replica. Default: --tensor-parallel-size where there are some, unless --device is cpu.",
+    )
+    cpus_per_replica: float = flag(
+        1.0, "CPU cores that Ray keeps for a replica, and threads of an engine that has no GPU.", min=0.1
+    )
+    scale_up_s: float = flag(10.0, "Seconds of too many requests until a replica is started.")
+    scale_down_s: float = flag(300.0, "Seconds of too few requests until a replica is ended.")
+    proxies: str = flag(
+        "every",
+        "Machines on which Ray listens at --host and --port: every one that has replicas, or the head node alone.",
+        choices=("every", "head"),
+    )
+    app: str = flag("sensorium", "Name of the application at Ray Serve. One of that name is replaced.")
+    delete: bool = flag(False, "End the application --app instead; its replicas finish their requests.")
+    ray_address: str = flag("auto", RAY_ADDRESS)
+
+
+@dataclass(frozen=True, slots=True)
+class StatusConfig(PsConfig):
+    """What runs on this machine, and on the machines of a Ray cluster."""
+
+    ray_address: str = flag("auto", RAY_ADDRESS)
+
+
+@dataclass(frozen=True, slots=True)
+class StopConfig:
+    """Servers that are to end."""
+
+    all: bool = flag(False, "Stop all servers of this user.")
+    timeout_s: float = flag(60.0, "Seconds to wait for each, which finishes requests first.")
+
+
+@dataclass(frozen=True, slots=True)
+class RequestShape:
+    """What the requests of a load look like."""
+
     kind: str = flag(
         "text",
         "What a request is: a chat of text, or with images, a recording or a clip; a chat that must call a tool or "
@@ -372,8 +555,34 @@ class BenchConfig:
     audio_seconds: float = flag(5.0, "Duration of the recording of kind audio.", min=0.1)
     frames: int = flag(8, "Frames of the clip of kind video.", min=1)
     inputs: int = flag(16, "Texts of kind embeddings, or documents of kind rerank, in a request.", min=1)
+
+
+@dataclass(frozen=True, slots=True)
+class BenchConfig(RequestShape):
+    """One load on one server."""
+
+    base_url: str = flag("", _BASE_URL)
+    model: str | None = flag(None, "Model to ask for. Default: the first that the server lists.")
+    requests: int = flag(64, "Requests to send.", min=1)
+    concurrency: int = flag(8, "Closed loop: requests in flight at any time.", min=1)
+    rate: float | None = flag(
+        None,
+        "Open loop: requests a second, arriving at random (Poisson), however many are in "
+        "flight. Replaces --concurrency.",
+        min=0.001,
+    )
     warmup: int = flag(2, "Requests sent before the clock starts.")
     api_key: str | None = flag(None, "The server's key; also from SENSORIUM_API_KEY.")
     seed: int = flag(0, "Seed of prompts, images and arrivals. Use another one for every run on one server.")
     timeout_s: float = flag(1200.0, "Seconds after which a request counts as failed.")
+    json: str | None = flag(None, "File to write the figures to.")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelBenchConfig(RequestShape):
+    """One measurement of a model without a server."""
+
+    requests: int = flag(256, "throughput: requests, all at once.", min=1)
+    together: int = flag(1, "latency: requests that are sent together.", min=1)
+    iterations: int = flag(10, "latency, startup: how often it is done.", min=1)
     json: str | None = flag(None, "File to write the figures to.")

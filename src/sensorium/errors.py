@@ -68,6 +68,14 @@ class UnsupportedFieldError(RequestError):
     code = "unsupported_field"
 
 
+class NotAllowedError(RequestError):
+    """A field that the server takes from requests only where its operator says so with `allowed_by`, a flag."""
+
+    def __init__(self, field: str, allowed_by: str) -> None:
+        message = f"This server takes no `{field}` from requests: leave it out, or start the server with {allowed_by}."
+        super().__init__(message, param=field, code=f"{field}_not_allowed")
+
+
 class ContextLengthError(RequestError):
     code = "context_length_exceeded"
 

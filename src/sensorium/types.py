@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,7 +111,7 @@ class MediaItem:
     """
 
     kind: Modality
-    data: NDArray[np.generic]
+    data: NDArray[Any]
     key: bytes
     param: str = ""  # where it stands in the request, for error messages
     sample_rate: int = 0  # audio, Hz
@@ -126,7 +126,7 @@ class MediaFeatures:
     kind: Modality
     key: bytes
     num_rows: int  # embedding rows that the tower will return
-    arrays: dict[str, NDArray[np.generic]] = field(default_factory=dict)
+    arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +143,8 @@ class MediaSpan:
 class Prompt:
     """Token ids with every placeholder expanded; spans are sorted by offset and do not overlap.
 
-    `positions` is None for 0, 1, 2, …, else int32 [axes, tokens] (M-RoPE). The token that follows the prompt stands
-    at position `len(token_ids) + position_delta` on every axis.
+    `positions` is None for 0, 1, 2, …, else int32 [axes, tokens] (M-RoPE), or float32 where a video's times are no
+    whole numbers. The token that follows the prompt stands at position `len(token_ids) + position_delta` on every axis.
 
     An item that no span names stands beside the tokens: every one of them attends to its rows (encoder-decoders).
     """
@@ -152,14 +152,17 @@ class Prompt:
     token_ids: NDArray[np.int32]  # [tokens]
     media: tuple[MediaFeatures, ...] = ()
     spans: tuple[MediaSpan, ...] = ()
-    positions: NDArray[np.int32] | None = None
-    position_delta: int = 0
+    positions: NDArray[np.int32] | NDArray[np.float32] | None = None
+    position_delta: int | float = 0
     token_types: NDArray[np.int32] | None = None  # [tokens], segment ids of BERT pairs
 
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """One sequence for the engine; exactly one of `sampling` and `pooling` is set. `salt` separates cache tenants."""
+    """One sequence for the engine; exactly one of `sampling` and `pooling` is set.
+
+    `salt` says whose caches it uses, `turn` who takes turns with others.
+    """
 
     id: int
     prompt: Prompt
@@ -167,6 +170,8 @@ class EngineRequest:
     pooling: PoolingParams | None = None
     priority: int = 0  # lower runs first
     salt: bytes = b""
+    turn: bytes = b""
+    adapter: int = 0  # number of a LoRA adapter that was loaded before; 0: none
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +230,9 @@ class EngineStats:
     step_seconds: float = 0.0  # duration of the last step
     step_tokens: int = 0  # computed in all steps, ever
     steps_by_tokens: tuple[int, ...] = ()  # steps with at most so many tokens as STEP_TOKENS says; the last: with more
+    drafts: int = 0  # guesses at a sequence's next tokens, ever
+    draft_tokens: int = 0  # tokens of them
+    accepted_tokens: int = 0  # those that were right
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,3 +250,4 @@ class EngineReady:
     tasks: tuple[str, ...] = ("generate",)
     embedding_size: int = 0
     token_size: int = 0  # of the vector of a token
+    rank_weight_bytes: tuple[int, ...] = ()  # of each rank that has a part of the model; the caches are of one size

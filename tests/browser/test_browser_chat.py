@@ -7,6 +7,7 @@ import io
 import json
 import re
 import wave
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -218,7 +219,8 @@ def test_a_stream_can_be_stopped(page: Page, site: Server) -> None:
         route.continue_(post_data=json.dumps({**body, "min_tokens": 20_000, "max_tokens": 20_000}))
 
     page.route(CHAT, endless)
-    for number, stop in enumerate((lambda: page.click("#stop"), lambda: page.press("#text", "Escape")), 1):
+    ways: tuple[Callable[[], None], ...] = (lambda: page.click("#stop"), lambda: page.press("#text", "Escape"))
+    for number, stop in enumerate(ways, 1):
         say(page, "Tell me a very long story.")
         text = page.locator(".answer > .text").nth(number - 1)
         expect(text).to_have_text(re.compile(r".{40}", re.S))

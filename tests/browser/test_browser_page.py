@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, Route, expect
@@ -33,6 +34,7 @@ def test_light_and_only_from_here(open_page: OpenPage, site: Server) -> None:
 def test_the_policy_holds_in_the_browser(browser: Browser, site: Server) -> None:
     page = browser.new_page(base_url=site.url)
     response = page.goto("/")
+    assert response is not None
     assert "default-src 'none'" in response.headers["content-security-policy"]
     broken = page.evaluate("""async () => {
         const broken = [];
@@ -250,10 +252,47 @@ def test_the_server_tab_lives(page: Page) -> None:
     page.evaluate("""() => fetch('v1/chat/completions', {method: 'POST', headers: {
         'Content-Type': 'application/json', Authorization: 'Bearer ' + sessionStorage.getItem('sensorium-key')},
         body: JSON.stringify({messages: [{role: 'user', content: 'hi'}], max_tokens: 16, ignore_eos: true})})""")
-    expect(page.locator(".plot")).to_have_count(6)
+    expect(page.locator("#plots .plot")).to_have_count(6)
     for plot in (0, 3, 4):  # tokens generated, time to the first, time between
-        expect(page.locator(".plot").nth(plot).locator("polyline").first).to_be_attached()
-        expect(page.locator(".plot").nth(plot).locator("svg")).to_have_attribute("aria-label", re.compile(r"\d"))
+        expect(page.locator("#plots .plot").nth(plot).locator("polyline").first).to_be_attached()
+        expect(page.locator("#plots .plot").nth(plot).locator("svg")).to_have_attribute("aria-label", re.compile(r"\d"))
+    expect(page.locator("#memory-plot svg")).to_have_attribute("aria-label", re.compile(r"Memory by model: \d"))
+
+
+def test_models_are_loaded_and_unloaded_by_hand(open_page: OpenPage) -> None:
+    rows = [
+        {"id": name, "root": name, "state": state, "tasks": ["generate"], "modalities": ["text"], "max_model_len": 64}
+        for name, state in (("one", "ready"), ("two", "unloaded"), ("three", "failed"))
+    ]
+    rows[0]["memory"] = {"weights": 1, "kv_cache": 2, "resident": 300_000_000}
+    asked: list[dict[str, str]] = []
+
+    def do(route: Route) -> None:
+        body: Any = route.request.post_data_json
+        asked.append({**body, "path": route.request.url.rpartition("/")[2]})
+        if body["model"] == "three":
+            route.fulfill(status=503, json={"error": {"message": "The model 'three' cannot be loaded: no weights"}})
+            return
+        row = next(row for row in rows if row["id"] == body["model"])
+        row["state"] = "ready" if asked[-1]["path"] == "load" else "unloaded"
+        route.fulfill(json=row)
+
+    def prepare(page: Page) -> None:
+        page.route("**/v1/models", lambda route: route.fulfill(json={"data": rows}))
+        page.route("**/v1/models/*load", do)
+
+    page = open_page(prepare=prepare)
+    page.click("#tab-server")
+    cells = {name: page.locator(f"#models [data-model='{name}'] td") for name in ("one", "two", "three")}
+    expect(cells["one"].nth(1)).to_have_text("300.0 MB")
+    expect(cells["two"].nth(0)).to_have_text("not loaded")
+    page.click("#models [data-model='two'] button")
+    expect(cells["two"].nth(0)).to_have_text("ready")
+    page.click("#models [data-model='one'] button")
+    expect(cells["one"].nth(0)).to_have_text("not loaded")
+    page.click("#models [data-model='three'] button")
+    expect(page.locator("#models-notice")).to_have_text("The model 'three' cannot be loaded: no weights")
+    assert [(one["path"], one["model"]) for one in asked] == [("load", "two"), ("unload", "one"), ("load", "three")]
 
 
 def run(code: str, folder: Path, *command: str) -> str:

@@ -38,7 +38,7 @@ FEED = """async (text) => {
 
 def feed(page: Page, *deltas: dict[str, Any], finish: str | None = None) -> None:
     """Lets these deltas come, and the end of the stream if there is a `finish`."""
-    choices = [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
+    choices: list[dict[str, Any]] = [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
     if finish:
         choices.append({"index": 0, "delta": {}, "finish_reason": finish})
     usage = {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}
@@ -160,7 +160,7 @@ def test_answers_in_json(page: Page, requests: Requests) -> None:
     assert page.locator("[name=schema]").is_hidden()
     page.fill("[name=max_tokens]", "400")  # white space counts
     page.select_option("[name=response_format]", "json_schema")
-    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    schema: dict[str, Any] = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
     schema["additionalProperties"] = False
     page.fill("[name=schema]", json.dumps(schema))
     say(page, "Is a circle round?")

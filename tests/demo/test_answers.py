@@ -7,7 +7,7 @@ import base64
 import io
 import random
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import dialogs
 import evaluation
@@ -92,7 +92,7 @@ def picture(
 def ask(openai: OpenAI, question: str, *media: dict[str, Any], **options: Any) -> str:
     """As the tutorials do: the words first, no sampling settings."""
     content = [{"type": "text", "text": question}, *media] if media else question
-    done = openai.chat.completions.create(
+    done = cast(Any, openai).chat.completions.create(
         model=openai.models.list().data[0].id,
         max_completion_tokens=64,
         messages=[{"role": "user", "content": content}],
@@ -160,7 +160,7 @@ def test_the_answer_follows_the_conversation(openai: OpenAI) -> None:
     for question, word in ((None, "circle"), ("What colour is it?", "red")):
         if question:
             messages.append({"role": "user", "content": question})
-        done = openai.chat.completions.create(model=model, messages=messages)
+        done = cast(Any, openai).chat.completions.create(model=model, messages=messages)
         said = done.choices[0].message.content or ""
         assert word in said.lower()
         messages.append({"role": "assistant", "content": said})

@@ -101,7 +101,7 @@ def _shown(batch: batches.Batch) -> dict[int, Thing]:
 
 def _before(reader: Reader, batch: batches.Batch, look: looks.Look) -> str:
     ids = batch.token_ids[0, : look.token + 1].tolist()
-    return reader.processor.tokenizer.raw.decode(ids, skip_special_tokens=False)
+    return str(reader.processor.tokenizer.raw.decode(ids, skip_special_tokens=False))
 
 
 def test_looks_lead_to_the_rows_of_the_thing() -> None:

@@ -230,7 +230,7 @@ def test_penalties_and_filters(client: OpenAI) -> None:
 
 
 def test_seeds(client: OpenAI) -> None:
-    fields = {"temperature": 2, "max_tokens": 48}
+    fields: dict[str, Any] = {"temperature": 2, "max_tokens": 48}
     with ThreadPoolExecutor(6) as threads:
         found = list(threads.map(lambda seed: say(chat(client, seed=seed, **fields)), [1, 2, 1, 2, 1, 2]))
     assert len(set(found)) == 2
@@ -344,10 +344,8 @@ def test_completions_of_many_prompts(client: OpenAI) -> None:
         complete(client, one).choices[0].text for one in ids
     ]
     assert complete(client).usage.completion_tokens == 12
-    assert (
-        client.completions.create(model=MODEL, prompt="hello", extra_body={"ignore_eos": True}).usage.completion_tokens
-        == 16
-    )
+    usage = client.completions.create(model=MODEL, prompt="hello", extra_body={"ignore_eos": True}).usage
+    assert usage is not None and usage.completion_tokens == 16
 
 
 def test_logprobs_and_echo_of_completions(client: OpenAI, demo: Live) -> None:
@@ -461,7 +459,7 @@ def test_models(client: OpenAI) -> None:
     assert [one.id for one in listed] == [MODEL]
     one = client.models.retrieve(MODEL)
     assert one == listed[0]
-    assert one.model_extra["max_model_len"] == 32768
+    assert one.model_extra is not None and one.model_extra["max_model_len"] == 32768
     assert one.created > 1.6e9
 
 

@@ -50,7 +50,7 @@ def made(name: str) -> Group:
     if (ROOT / "memory").is_dir():
         own = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if ":memory:" in line)
         group = Group((ROOT / "memory" / own.split(":")[2].lstrip("/") / name, ROOT / "cpu" / name))
-        settings = (("memory.limit_in_bytes", LIMIT), ("cpu.cfs_quota_us", 100_000))
+        settings: tuple[tuple[str, object], ...] = (("memory.limit_in_bytes", LIMIT), ("cpu.cfs_quota_us", 100_000))
     else:
         with suppress(OSError):
             (ROOT / "cgroup.subtree_control").write_text("+memory +cpu")
@@ -113,10 +113,28 @@ def attack() -> list[dict[str, Any]]:
     return [*parts, {"type": "video_url", "video_url": {"url": "data:video/jpeg;base64," + frames}}]
 
 
-def test_large_media_at_once_end_nothing(group: Group, tmp_path: Path) -> None:
+GREEDY_TEMPLATES = (
+    "{% set a = namespace(s='x' * 999) %}{% for i in range(40) %}{% set a.s = a.s ~ a.s %}{% endfor %}{{ a.s }}",
+    "{% set a = [] %}{% for i in range(90000) %}{% set _ = a.append('x' * 2000 ~ i) %}{% endfor %}{{ a | length }}",
+    "{{ '%99999999d' | format(1) }}",
+)
+GREEDY_GRAMMAR = (
+    "root ::= r0\n" + "".join(f'r{i} ::= r{i + 1} "x" | (r{i + 1})\n' for i in range(3000)) + 'r3000 ::= "a"'
+)
+
+
+def greedy_prompts() -> list[dict[str, Any]]:
+    """Templates and grammars that take all the memory or time they get, four of each at a time."""
+    templates = [{"chat_template": template} for template in GREEDY_TEMPLATES * 4]
+    return [*templates, *[{"structured_outputs": {"grammar": GREEDY_GRAMMAR}}] * 4]
+
+
+def test_all_at_once_ends_nothing(group: Group, tmp_path: Path) -> None:
+    """Large media, and then templates and grammars as well."""
     parts = attack()
     enter = "".join(f"echo $$ > {folder}/cgroup.procs; " for folder in group.folders)
-    process = server.start(tmp_path / "log", "--port", "0", prefix=("sh", "-c", enter + 'exec "$@"', "sh"))
+    flags = ("--port", "0", "--allow-request-chat-template")
+    process = server.start(tmp_path / "log", *flags, prefix=("sh", "-c", enter + 'exec "$@"', "sh"))
     try:
         url = server.until_ready(process, tmp_path / "log", 120.0)
         with httpx.Client(base_url=url, timeout=300) as http, ThreadPoolExecutor(len(parts)) as threads:
@@ -128,6 +146,10 @@ def test_large_media_at_once_end_nothing(group: Group, tmp_path: Path) -> None:
             found = Counter(threads.map(ask, parts))
             assert group.kills == 0
             assert set(found) <= {200} | REFUSALS, found
+            greedy = [{"messages": [{"role": "user", "content": "hi"}], **fields} for fields in greedy_prompts()]
+            found = Counter(threads.map(lambda body: http.post(CHAT, json=body).status_code, greedy))
+            assert group.kills == 0
+            assert set(found) <= REFUSALS, found
             assert ask(parts[0]) == ask(parts[6]) == 200  # alone they fit
             assert ask(parts[12]) == 400  # 40 megapixels never do
             assert ask(part("image", pictures.encoded(pictures.photo(80, 80), "PNG"), "image/png")) == 200

@@ -152,13 +152,13 @@ class Bench:
 
 def media_token_of(oracle: Oracle) -> int:
     config = oracle.model.config
-    return getattr(config, "image_token_id", getattr(config, "image_token_index", -1))
+    return int(getattr(config, "image_token_id", getattr(config, "image_token_index", -1)))
 
 
 def kv_bytes(model: PreTrainedModel, tokens: int) -> int:
-    text = model.config.get_text_config()
+    text: Any = model.config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return tokens * 2 * text.num_hidden_layers * text.num_key_value_heads * head * 4
+    return int(tokens * 2 * text.num_hidden_layers * text.num_key_value_heads * head * 4)
 
 
 @pytest.fixture(

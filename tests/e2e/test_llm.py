@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import itertools
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +14,27 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
 from support import server
+from support.adapters import make_adapter, merge
+from support.bert import make_colbert
+from support.checkpoints import make_llama
+from support.engine_harness import bench
+from support.whisper import make_whisper, speech
 
 import sensorium
-from sensorium import LLM, AsyncLLM, PoolingParams, SamplingParams
+from sensorium import LLM, AsyncLLM, LoRARequest, PoolingParams, SamplingParams, types
+from sensorium.api.transport.server import build_app
+from sensorium.checkpoint.configs import open_checkpoint
+from sensorium.cli.batch import form_of
+from sensorium.cli.in_process import AppCaller
+from sensorium.config import Limits, ServerConfig
 from sensorium.errors import RequestError, SensoriumError, StartupError
+from sensorium.llm.results import Transcript
+from sensorium.models.loading import load_model
+from sensorium.serving.catalog import Catalog
+from sensorium.types import EngineRequest, Prompt
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
 SIZES: dict[str, Any] = {"kv_cache_memory": "96MiB", "threads": 1}
@@ -126,7 +142,7 @@ def test_frames_are_a_video(llm: LLM) -> None:
 
 
 def test_prompts_are_answered_in_order_each_with_its_params(llm: LLM, http: httpx.Client) -> None:
-    prompts = ["hello", [5, 6, 7], {"prompt": "a red"}, {"prompt_token_ids": [9, 8]}]
+    prompts: list[Any] = ["hello", [5, 6, 7], {"prompt": "a red"}, {"prompt_token_ids": [9, 8]}]
     params = [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for count in (1, 2, 3, 4)]
     found = llm.generate(prompts, params)
     assert [len(one.outputs[0].token_ids) for one in found] == [1, 2, 3, 4]
@@ -169,6 +185,26 @@ def test_vectors_are_those_of_http(llm: LLM, http: httpx.Client) -> None:
     assert tokens.outputs.data.shape == (len(tokens.prompt_token_ids), len(raw.outputs.embedding))
 
 
+def test_tokens_of_late_interaction_are_those_that_are_compared(tmp_path: Path) -> None:
+    """Each side with its own mark and length; a document's punctuation is left out, as over HTTP."""
+    make_colbert(tmp_path)
+    queries, documents = ["paris ?", "bread"], ["Paris, the capital of France.", "bread . , flour ?"]
+    with LLM(str(tmp_path), threads=1) as llm:
+        sides = [
+            [one.outputs.data for one in llm.encode(texts, PoolingParams(input_type=kind), pooling_task="token_embed")]
+            for texts, kind in ((queries, "query"), (documents, "document"))
+        ]
+        assert [len(vectors) for vectors in sides[0]] == [16, 16]  # filled up to the length of queries
+        (unsaid,) = llm.encode(documents[1], pooling_task="token_embed")
+        np.testing.assert_allclose(unsaid.outputs.data, sides[1][1], atol=1e-6)
+        assert len(unsaid.outputs.data) == len(unsaid.prompt_token_ids) - 3
+        scores = [one.outputs.score for one in llm.score(queries, documents)]
+        wanted = [(query @ document.T).max(1).sum() for query, document in zip(*sides, strict=True)]
+        np.testing.assert_allclose(scores, wanted, rtol=1e-4)
+        with pytest.raises(RequestError, match="neither"):
+            llm.encode("a", PoolingParams(input_type="clustering"), pooling_task="token_embed")
+
+
 def test_scores_compare_vectors_and_rank(llm: LLM) -> None:
     with pytest.raises(RequestError, match="generates text"):
         llm.score("a", "b")
@@ -191,7 +227,12 @@ def test_scores_compare_vectors_and_rank(llm: LLM) -> None:
 
 async def test_streams_grow_and_end_early() -> None:
     async with AsyncLLM(**SIZES) as llm:
-        texts = [one.outputs[0].text async for one in llm.chat([{"role": "user", "content": "Who are you?"}], GREEDY)]
+        question: list[Any] = [{"role": "user", "content": "Who are you?"}]
+        texts: list[str] = []
+        for _ in range(20):  # a reader that gets no time sees an answer at once
+            texts = [one.outputs[0].text async for one in llm.chat(question, GREEDY)]
+            if len(texts) > 2:
+                break
         assert len(texts) > 2
         assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
         stream = llm.generate("hello", SamplingParams(max_tokens=500, ignore_eos=True))
@@ -205,6 +246,53 @@ async def test_streams_grow_and_end_early() -> None:
         os.kill(pid, 0)
     with pytest.raises(SensoriumError, match="not open"):
         await llm.complete("hello")
+
+
+TRANSCRIPTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("transcriptions", {}),
+    ("transcriptions", {"response_format": "verbose_json", "timestamp_granularities": ["word", "segment"]}),
+    ("transcriptions", {"response_format": "srt", "language": "de", "prompt": "before"}),
+    ("translations", {"response_format": "verbose_json", "temperature": 0.3, "seed": 4}),
+)
+
+
+async def test_transcripts_are_those_of_http(tmp_path: Path) -> None:
+    """The same model behind the application: a file there, a file and the program's samples here."""
+    make_whisper(tmp_path / "ears", seed=6, generation={"max_new_tokens": 12})
+    samples = speech(2.513, 3)
+    async with AsyncLLM(str(tmp_path / "ears"), **SIZES, dtype="float32") as llm:
+        app = AppCaller(build_app(Catalog.of({"ears": llm.model}), ServerConfig(), Limits()))
+        for name, fields in TRANSCRIPTS:
+            reply = await app(f"/v1/audio/{name}", *form_of(fields, wav(samples)))
+            asked = {"translates": name == "translations", **fields}
+            found = await llm.transcribe(wav(samples), **asked)
+            check_transcript(found, reply.body, fields.get("response_format", "json"))
+            assert round((await llm.transcribe((samples, 16_000), **asked)).duration_s, 3) == 2.513
+        with pytest.raises(RequestError, match="`language`"):
+            await llm.transcribe(wav(samples), language="xx")
+
+
+def check_transcript(found: Transcript, body: bytes, form: str) -> None:
+    assert found.text
+    if form == "srt":
+        assert found.text == body.decode()
+        return
+    expected = json.loads(body)
+    assert found.text == expected["text"]
+    if form == "verbose_json":
+        assert [one.tokens for one in found.segments] == [tuple(one["tokens"]) for one in expected["segments"]]
+        words = [(one.text.strip(), one.start_s, one.end_s) for one in found.words]
+        assert words == [(one["word"], one["start"], one["end"]) for one in expected["words"] or ()]
+
+
+def test_a_chat_model_that_hears_transcribes(llm: LLM, http: httpx.Client) -> None:
+    found = llm.transcribe([wav(tone()), wav(tone()[:8000])], language="en")
+    for one, samples in zip(found, (tone(), tone()[:8000]), strict=True):
+        reply = http.post("/v1/audio/transcriptions", files={"file": wav(samples)}, data={"language": "en"}).json()
+        assert (one.text, one.language) == (reply["text"], "en")
+    assert [one.duration_s for one in found] == [1.0, 0.5]
+    with pytest.raises(RequestError, match="tells no times"):
+        llm.transcribe(wav(tone()), response_format="srt")
 
 
 def test_what_is_wrong_is_told_as_ours(llm: LLM) -> None:
@@ -231,6 +319,45 @@ def test_what_is_wrong_is_told_as_ours(llm: LLM) -> None:
         with pytest.raises(StartupError, match=words):
             LLM(**arguments)
     assert llm.generate("hello", GREEDY)[0].finished
+
+
+def said_by(folder: Path, prompts: list[list[int]], count: int) -> list[list[int]]:
+    """Greedy tokens of a checkpoint, each prompt alone."""
+    model = load_model(open_checkpoint(folder), dtype=torch.float32, device="cpu")
+    params = types.SamplingParams(max_tokens=count, temperature=0.0)
+    made = bench(model, max_model_len=64)
+    asked = [EngineRequest(number, Prompt(np.array(ids, np.int32)), params) for number, ids in enumerate(prompts)]
+    return [made.run(one)[0].tokens for one in asked]
+
+
+def test_adapters_by_name_and_by_path(tmp_path: Path) -> None:
+    """Each says what its merged model says; one that is loaded on the way stays, one in its place is another."""
+    base = tmp_path / "base"
+    make_llama(base)
+    one, two = (make_adapter(tmp_path / name, base, seed=seed) for name, seed in (("one", 1), ("two", 2)))
+    merged = [merge(base, folder, tmp_path / f"m{place}", {"": 2.0}) for place, folder in enumerate((one, two))]
+    prompts, greedy = [[5, 9, 11], [7, 3]], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+
+    def ids(llm: LLM, adapter: LoRARequest | None = None) -> list[list[int]]:
+        answers = llm.generate(prompts, greedy, lora_request=adapter)
+        return [answer.outputs[0].token_ids for answer in answers]
+
+    expected = [said_by(folder, prompts, 8) for folder in merged]
+    with LLM(str(base), dtype="float32", lora=[f"first={one}"], **SIZES) as llm:
+        plain = ids(llm)
+        assert ids(llm, LoRARequest("first")) == expected[0] != plain
+        assert ids(llm, LoRARequest("second", 2, str(two))) == expected[1] != expected[0]
+        assert ids(llm, LoRARequest("second")) == expected[1]
+        vectors = [
+            llm.embed([prompts[0]], lora_request=one)[0].outputs.embedding for one in (None, LoRARequest("second"))
+        ]
+        assert abs(vectors[0] - vectors[1]).max() > 0.01
+        assert ids(llm, LoRARequest("first", 1, str(two))) == expected[1]
+        assert ids(llm) == plain
+        with pytest.raises(RequestError, match="'third' does not exist"):
+            llm.generate("a", lora_request=LoRARequest("third"))
+        with pytest.raises(RequestError, match="adapter third: "):
+            llm.generate("a", lora_request=LoRARequest("third", 3, str(base)))
 
 
 def test_the_package_names_them_and_loads_nothing_heavy() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,9 +51,9 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
         yield client
 
 
-def embed(client: OpenAI, texts: list[str], **options: object) -> np.ndarray:
+def embed(client: OpenAI, texts: list[str], **options: Any) -> np.ndarray:
     model = client.models.list().data[0].id
-    answer = client.embeddings.create(model=model, input=texts, **options)  # type: ignore[call-overload]
+    answer = client.embeddings.create(model=model, input=texts, **options)
     return np.array([one.embedding for one in answer.data], np.float32)
 
 

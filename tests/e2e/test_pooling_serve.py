@@ -150,7 +150,11 @@ def test_the_task_chooses_the_adapter(tmp_path: Path) -> None:
     write_weights(folder, stored)
     config = json.loads((folder / "config.json").read_text())
     texts = dict(zip(names, ("what is ", "this is "), strict=True))
-    hub = {"architectures": ["XLMRobertaModel"], "position_embedding_type": "rotary", "rope_parameters": None}
+    hub: dict[str, Any] = {
+        "architectures": ["XLMRobertaModel"],
+        "position_embedding_type": "rotary",
+        "rope_parameters": None,
+    }
     hub |= {"lora_adaptations": names, "lora_rank": rank, "lora_alpha": 1, "task_instructions": texts}
     (folder / "config.json").write_text(json.dumps({**config, **hub}))
     model = load(folder)
@@ -168,7 +172,9 @@ def test_the_task_chooses_the_adapter(tmp_path: Path) -> None:
         for adapter, name in enumerate((None, *names)):
             found = post("/v1/embeddings", input=["bread", "the cat"], **({"task": name} if name else {}))
             for row, text in zip(found, ("bread", "the cat"), strict=True):
-                np.testing.assert_allclose(row["embedding"], vector(texts.get(name, "") + text, adapter), atol=1e-5)
+                np.testing.assert_allclose(
+                    row["embedding"], vector(texts.get(name or "", "") + text, adapter), atol=1e-5
+                )
         score = post("/score", text_1="bread", text_2="flour")[0]["score"]
         assert score == pytest.approx(float(vector("what is bread", 1) @ vector("this is flour", 2)), abs=1e-5)
 

@@ -204,6 +204,32 @@ def test_r4_a_killed_engine_comes_back(tmp_path: Path) -> None:
         ]
 
 
+def test_a_killed_rank_is_named_and_all_come_back(tmp_path: Path) -> None:
+    with live(tmp_path, "--tensor-parallel-size", "2", tracebacks=True) as server:
+        alone, follower = answers(server), follower_of(server.engine_pid)
+        assert server.metric("sensorium:rank_weight_bytes", rank="1") > 0
+        futures = together(server, [body(place, max_tokens=20_000) for place in range(STREAMS)])
+        until(lambda: server.metric("vllm:num_requests_running") == STREAMS)
+        os.kill(follower, signal.SIGKILL)
+        for future in futures:
+            error = events(future.result(120)[1])[-1]["error"]
+            assert error["code"] == "unavailable"
+            assert "rank 1 of 2 has ended" in error["message"]
+        until(lambda: server.http.get("/readyz").status_code == 200)
+        assert "rank 1 of 2 has ended" in server.server.text()
+        assert answers(server) == alone
+
+        engine = engine_of(server.server.process.pid)
+        follower = follower_of(engine)
+        os.kill(follower, signal.SIGSTOP)  # it hears no end of file, and must go nevertheless
+        os.kill(engine, signal.SIGKILL)
+        until(lambda: not Path(f"/proc/{follower}/exe").exists())
+
+
+def follower_of(engine_pid: int) -> int:
+    return next(one for one in family(engine_pid) if b"engine.follower" in Path(f"/proc/{one}/cmdline").read_bytes())
+
+
 def test_an_engine_that_keeps_dying_ends_the_server(tmp_path: Path) -> None:
     with faulty(tmp_path, "step:exit:*") as server:
         begin = time.monotonic()

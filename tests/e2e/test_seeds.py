@@ -33,7 +33,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 KEY = "token-abc123"
 OPEN = ("--allowed-media-domains", "127.0.0.1", "--trust-remote-code")
 ELSEWHERE = {"type": "image_url", "image_url": {"url": "http://169.254.169.254/latest/meta-data/"}}
-LONG = {"text": {"max_position_embeddings": 2048}}
+LONG: dict[str, Any] = {"text": {"max_position_embeddings": 2048}}
 
 
 @dataclass(frozen=True)

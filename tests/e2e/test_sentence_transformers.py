@@ -35,7 +35,7 @@ def saved(model: Path, folder: Path, mode: Any, *, include_prompt: bool) -> Sent
 
 def check(served: server.Server, oracle: SentenceTransformer) -> None:
     for choice in ({}, {"prompt_name": "query"}, {"prompt_name": "document"}, {"prompt_name": "passage"}):
-        expected = oracle.encode(TEXTS, batch_size=1, **choice)  # type: ignore[arg-type]
+        expected = oracle.encode(TEXTS, batch_size=1, **choice)
         reply = httpx.post(f"{served.url}/v1/embeddings", json={"input": TEXTS, "use_activation": False, **choice})
         found = [row["embedding"] for row in reply.json()["data"]]
         np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -16,7 +16,7 @@ from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -93,7 +93,7 @@ def content(chat: str, pictures: str) -> Any:
 
 @pytest.mark.parametrize("chat", CHATS)
 def test_chats_of_the_tutorials(client: OpenAI, pictures: str, chat: str) -> None:
-    request = {
+    request: Any = {
         "model": client.models.list().data[0].id,
         "max_completion_tokens": 16,
         "temperature": 0,
@@ -112,7 +112,7 @@ def test_chats_of_the_tutorials(client: OpenAI, pictures: str, chat: str) -> Non
 
 
 def test_stop_token_ids_of_the_tutorials(client: OpenAI, pictures: str) -> None:
-    completion = client.chat.completions.create(
+    completion = cast(Any, client).chat.completions.create(
         model=client.models.list().data[0].id,
         messages=[{"role": "user", "content": content("one picture", pictures)}],
         extra_body={"stop_token_ids": [5, 6]},
@@ -124,7 +124,7 @@ def test_stop_token_ids_of_the_tutorials(client: OpenAI, pictures: str) -> None:
 def test_old_prefix_serves_too(demo: server.Server, client: OpenAI) -> None:
     other = OpenAI(base_url=f"{demo.url}/api/v1", api_key="dummy_key", max_retries=0)
     model = other.models.list().data[0].id
-    stream = other.chat.completions.create(
+    stream = cast(Any, other).chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": [text("Describe the image to me"), picture(inline())]}],
         max_tokens=8,
@@ -149,7 +149,7 @@ def test_many_at_once_answer_as_one_by_one(client: OpenAI, pictures: str) -> Non
     model = client.models.list().data[0].id
 
     def ask(chat: str, results: list[str], place: int) -> None:
-        completion = client.chat.completions.create(
+        completion = cast(Any, client).chat.completions.create(
             model=model,
             messages=[{"role": "user", "content": content(chat, pictures)}],
             max_tokens=12,
@@ -358,7 +358,7 @@ def test_a_pasted_command_means_what_it_meant(tmp_path: Path) -> None:
         tmp_path,
         "--dtype",
         "float",
-        "--tensor-parallel-size",
+        "--pipeline-parallel-size",
         "1",
         "--enforce-eager",
         "-O3",
@@ -374,7 +374,7 @@ def test_a_pasted_command_means_what_it_meant(tmp_path: Path) -> None:
         "generate",
     ) as found:
         log = found.text()
-        for flag in ("--tensor-parallel-size", "--enforce-eager", "-O", "--swap-space"):
+        for flag in ("--pipeline-parallel-size", "--enforce-eager", "-O", "--swap-space"):
             assert f"{flag} changes nothing here" in log
         assert "in float32, up to 640 tokens" in log  # the engine's word
         with httpx.Client(base_url=found.url, timeout=60) as http:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def client(served: server.Server) -> Iterator[OpenAI]:
 
 
 def ask(client: OpenAI, *parts: dict[str, Any], **options: Any) -> Any:
-    return client.chat.completions.create(
+    return cast(Any, client).chat.completions.create(
         model=client.models.list().data[0].id,
         messages=[{"role": "user", "content": list(parts)}],
         **{"max_tokens": 8, "temperature": 0, "extra_body": {"ignore_eos": True}, **options},

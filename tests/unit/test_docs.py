@@ -46,6 +46,25 @@ def test_no_path_of_a_machine_is_committed() -> None:
     assert not found
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("Llama-3.1-8B", 8_030_261_248),
+        ("Qwen2.5-7B", 7_615_616_512),
+        ("Qwen3-0.6B", 596_049_920),
+        ("Qwen3-30B-A3B", 30_532_122_624),
+        ("Mixtral-8x7B", 46_702_792_704),
+        ("Gemma-3-1B", 999_885_952),
+        ("Qwen2-VL-2B", 2_208_985_600),
+        ("clip-vit-base-patch32", 151_277_312),
+        ("whisper-small", 241_734_912),
+    ],
+)
+def test_sizes_have_the_published_number_of_parameters(name: str, parameters: int) -> None:
+    (row,) = re.findall(rf"^\| {re.escape(name)} \| ([\d,]+) M \|", (ROOT / "docs" / "models.md").read_text(), re.M)
+    assert int(row.replace(",", "")) == round(parameters / 1e6)
+
+
 def test_every_flag_is_documented() -> None:
     text = (ROOT / "docs" / "flags.md").read_text()
     assert "| `--max-model-len` |" in text

@@ -23,7 +23,8 @@ LEAVES = {"__init__", "types", "errors", "config", "units"}
 ALLOWED: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
     "config": {"units"},
-    "__main__": {"cli"},
+    "__main__": {"cli", "cluster"},
+    "cluster": {"cli", "startup", "api", "serving", "system"},
     "llm": {"cli", "startup", "api", "serving", "prompt", "media"},
     "cli": {"startup", "api", "serving", "prompt", "media", "ipc", "checkpoint", "kernels", "system"},
     "api": {"serving", "prompt", "media", "ipc", "checkpoint", "system"},
@@ -33,27 +34,37 @@ ALLOWED: dict[str, set[str]] = {
     "prompt": {"workers", "checkpoint"},
     "media": {"workers", "system"},
     "workers": set(),
-    "engine": {"models", "pooling", "weights", "kernels", "ipc", "checkpoint", "system"},
-    "models": {"pooling", "weights", "kernels", "checkpoint"},
+    "engine": {"models", "pooling", "weights", "kernels", "parallel", "ipc", "checkpoint", "system"},
+    "models": {"pooling", "weights", "kernels", "parallel", "checkpoint"},
     "pooling": {"weights", "kernels", "checkpoint"},
-    "weights": {"kernels", "checkpoint"},
+    "weights": {"kernels", "parallel", "checkpoint"},
     "kernels": set(),
+    "parallel": set(),
     "ipc": {"system"},
     "checkpoint": set(),
     "system": set(),
 }
-NEVER_TORCH = set(ALLOWED) - {"kernels", "weights", "models", "pooling", "engine"}
+NEVER_TORCH = set(ALLOWED) - {"kernels", "parallel", "weights", "models", "pooling", "engine"}
+# Of an extra that the tests do not need; nothing of ours imports these modules.
+NEEDS_RAY = {"sensorium.cluster.sessions"}
 HTTP_SIDE = NEVER_TORCH - {"__main__", "cli"}
 
 # No settings there: they hand the environment on to the processes that they start, or are such a process (the engine
 # reads which faults a test wants).
-HAND_ENVIRONMENT_ON = {"workers/process.py", "ipc/client.py", "engine/loop.py", "prompt/convert.py"}
+HAND_ENVIRONMENT_ON = {
+    "workers/process.py",
+    "ipc/client.py",
+    "engine/loop.py",
+    "engine/warming.py",
+    "prompt/convert.py",
+}
 # Only here may an `except` be broad: where one request's failure must not end the others', where a template's program
 # may raise what it likes, and where the tokenizers library or a grammar's converter raises nothing more precise.
 BROAD_EXCEPT = {
     "ipc/channel.py",
     "api/app.py",
     "api/transport/errors.py",
+    "engine/follower.py",
     "engine/loop.py",
     "engine/encoding.py",
     "media/worker.py",
@@ -157,7 +168,7 @@ def test_no_torch_outside_the_engine() -> None:
 @pytest.mark.parametrize("layers", [{"__init__"}, {"cli"}, HTTP_SIDE], ids=["package", "cli", "http"])
 def test_the_http_process_loads_neither_torch_nor_transformers_nor_jinja(layers: set[str]) -> None:
     names = {f"sensorium.{name}".removesuffix(".__init__") for name in PACKAGES if layer(name) in layers}
-    names -= RUNS_TEMPLATES
+    names -= RUNS_TEMPLATES | NEEDS_RAY
     code = f"import sys, {', '.join(sorted(names))}; print(*{{'torch', 'transformers', 'jinja2'}} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
@@ -235,5 +246,5 @@ def test_dependencies_are_what_is_imported() -> None:
     project = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text())["project"]
     declared = {re.split(r"[><=~;! ]", text)[0].replace("-", "_") for text in project["dependencies"]}
     imported = {name.split(".")[0] for tree in TREES.values() for name in imports(tree)} - set(sys.stdlib_module_names)
-    optional = {"sensorium", "transformers"}
+    optional = {"ray", "sensorium", "transformers", "triton"}
     assert {{"PIL": "pillow", "pydantic_core": "pydantic"}.get(name, name) for name in imported - optional} == declared

@@ -365,22 +365,40 @@ class TranscriptionEvent(Open):
     choices: list[dict[str, Any]]
 
 
+class ModelLoading(Answer):
+    phase: str
+    progress: float
+
+
+class ModelMemory(Answer):
+    """Bytes."""
+
+    weights: int
+    kv_cache: int
+    resident: int
+
+
 class ModelRow(Answer):
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
     root: str
-    parent: None
-    max_model_len: int
+    parent: str | None
+    max_model_len: int | None
     tasks: list[str]
     modalities: list[str]
+    state: str
+    error: str | None
+    loading: ModelLoading | None
+    memory: ModelMemory | None
+    adapters: list[str]
     type: Literal["model"]
     display_name: str
     created_at: str
     lifecycle: str
-    max_input_tokens: int
-    max_tokens: int
+    max_input_tokens: int | None
+    max_tokens: int | None
 
 
 class ModelsAnswer(Answer):
@@ -678,6 +696,10 @@ ANSWERS: dict[str, tuple[Content, ...]] = {
     "translations": _TRANSCRIPTION,
     "models": _json(ModelsAnswer),
     "model": _json(ModelRow),
+    "load_model": _json(ModelRow),
+    "unload_model": _json(ModelRow),
+    "load_adapter": (_TEXT,),
+    "unload_adapter": (_TEXT,),
     "tokenize": _json(TokenizeAnswer),
     "detokenize": _json(DetokenizeAnswer),
     "chat": _lines(OllamaChatAnswer),

@@ -7,24 +7,38 @@ import time
 
 from sensorium.api.context import Context
 from sensorium.api.error_forms import error_form
+from sensorium.api.guards.auth import Keys
+from sensorium.api.guards.origin import OriginCheck
 from sensorium.api.routes import ROUTES, Route, Router, canonical
 from sensorium.api.transport.asgi import Call, Receive, Scope, Send
 from sensorium.api.transport.errors import errors_answered
 
 log = logging.getLogger("sensorium.access")
-_QUIET = frozenset({"/livez", "/readyz", "/health", "/metrics"})
+METRICS_PATHS = frozenset({"/livez", "/readyz", "/health", "/metrics"})
 _MAX_LOGGED_CHARS = 256
 
 
 class App:
-    """One server's application. The order of the guards is the order in which things are refused."""
+    """One listener's application. The order of the guards is the order in which things are refused."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, routes: tuple[Route, ...], keys: Keys, origin: OriginCheck) -> None:
         self.context = context
-        context.routes = ROUTES
-        self._router = Router()
+        self._router = Router(routes)
+        self._keys, self._origin = keys, origin
         self._log_requests = not context.server.disable_log_requests
         self._root_path = context.server.root_path.rstrip("/")
+
+    @classmethod
+    def of(cls, context: Context, routes: tuple[Route, ...] = ROUTES) -> App:
+        """Everything that a server answers."""
+        context.routes = routes
+        return cls(context, routes, context.keys, context.origin)
+
+    @classmethod
+    def of_metrics(cls, context: Context) -> App:
+        """What --metrics-port answers: figures and health, to anybody who reaches it."""
+        routes = tuple(route for route in ROUTES if route.path in METRICS_PATHS)
+        return cls(context, routes, Keys(()), OriginCheck(context.server.metrics_host, has_keys=False))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -33,13 +47,15 @@ class App:
         route: Route | None = None
         async with errors_answered(call):
             call.errors = error_form(canonical(call.path))
-            self.context.origin.check(call)
-            call.add_headers(self.context.origin.headers(call))
-            if (preflight := self.context.origin.preflight(call)) is not None:
+            self._origin.check(call)
+            call.add_headers(self._origin.headers(call))
+            if (preflight := self._origin.preflight(call)) is not None:
                 await call.respond(b"", status=204, headers=preflight)
             else:
-                self.context.keys.authenticate(call)
+                self._keys.authenticate(call)
                 route = self._router.find(call)
+                if route.is_operators:
+                    self._keys.check_operator(call)
                 if route.needs_engine:
                     self.context.catalog.check_any_ready()
                 await route.endpoint(self.context, call)
@@ -49,7 +65,7 @@ class App:
         name = route.path if route is not None else "unknown"
         method = call.method if route is not None else "any"
         self.context.metrics.responses[(method, name, call.status)] += 1
-        if self._log_requests and call.path not in _QUIET:
+        if self._log_requests and call.path not in METRICS_PATHS:
             log.info(
                 "%s %s %d %.1f ms %s %s",
                 call.method,

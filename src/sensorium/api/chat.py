@@ -121,7 +121,7 @@ class Chat:
         request = self.request = self.request.without_messages()
         params = replace(request.sampling(model.defaults, len(prepared.prompt.token_ids)), grammar=grammar)
         asked = request.generation(
-            ((prepared.prompt, params),), work.salt(request.cache_salt), continues=bool(request.continue_final_message)
+            ((prepared.prompt, params),), work.salt(request.cache_salt), continues=request.continues
         )
         return await with_format(model, request, asked, prepared.tail, work.turn)
 
@@ -158,7 +158,7 @@ class ChatCompletion(Chat):
             "index": choice.index,
             "message": message_object(message, self.echoed),
             "logprobs": self.logprobs(entry, choice),
-            "finish_reason": self.finish_reason(choice, calls=bool(message.calls)),
+            "finish_reason": choice.reason(calls=bool(message.calls)),
             "stop_reason": choice.stop_reason,
             **new_ids(choice, self.request),
         }
@@ -173,12 +173,6 @@ class ChatCompletion(Chat):
             return None
         names = token_names(entry.model.tokenizer, as_ids=self.request.return_tokens_as_token_ids)
         return chat_logprobs(names, choice.take_logprobs())
-
-    def finish_reason(self, choice: Choice, *, calls: bool) -> str | None:
-        """As OpenAI says it: a call that the request demanded by name ends with "stop"."""
-        if calls and choice.finish_reason == "stop" and self.request.tool_choice_of().mode != "named":
-            return "tool_calls"
-        return choice.finish_reason
 
     async def _stream(self, work: Work, generation: Generation, head: StreamHead) -> None:
         request = self.request
@@ -230,7 +224,7 @@ class _ChoiceStream:
                 events.append(frames.delta(choice.index, delta_object(delta), logprobs, more=more))
             logprobs, more = None, {}
         if ends:
-            reason = self._chat.finish_reason(choice, calls=self._calls) or "stop"
+            reason = choice.reason(calls=self._calls) or "stop"
             stop = choice.stop_reason
             events.append(frames.finish(choice.index, last, logprobs, reason, stop, empty=_NO_DELTA, more=more))
         return b"".join(events)

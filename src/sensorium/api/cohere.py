@@ -8,7 +8,7 @@ import msgspec
 
 from sensorium.api.context import Context
 from sensorium.api.embeddings import check_dimensions
-from sensorium.api.pooled import chosen_prompt, opened, pool_inputs
+from sensorium.api.pooled import opened, pool_inputs
 from sensorium.api.protocol.cohere import CohereEmbedRequest
 from sensorium.api.transport.asgi import Call
 from sensorium.api.vectors import Form, vector_json, written_in_time
@@ -16,11 +16,11 @@ from sensorium.serving.pooled import Pooled
 
 
 async def cohere_embed(context: Context, call: Call) -> None:
-    async with opened(context, call, CohereEmbedRequest) as job:
+    async with opened(context, call, CohereEmbedRequest, "embed") as job:
         request = job.request
         job.entry.need("embed")
         check_dimensions(job.entry, request.output_dimension, param="output_dimension")
-        pooled = await pool_inputs(job, request.params(), prompt=chosen_prompt(job, "embed"))
+        pooled = await pool_inputs(job, request.params())
         by_type = bool(request.embedding_types) or call.path == "/v2/embed"
         forms: list[Form] = list(dict.fromkeys(request.embedding_types or [])) or ["float"]
         embeddings = await written_in_time(lambda: _embeddings(pooled, forms, by_type=by_type), pooled.vectors)

@@ -5,10 +5,11 @@ Built once by `server.build_app`; routes receive it and nothing else.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sensorium.api.guards.admission import Admission, KeyLimiter, PendingBytes
@@ -21,6 +22,7 @@ from sensorium.api.protocol.common import UnknownFields
 from sensorium.api.transport.asgi import Call
 from sensorium.config import Limits, ServerConfig
 from sensorium.errors import RequestError
+from sensorium.serving.adapters import ServedAdapter
 from sensorium.serving.catalog import Catalog, CatalogEntry
 from sensorium.serving.model import ServedModel
 from sensorium.serving.tasks import TASKS
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from sensorium.api.routes import Route
 
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 POOLING_REQUESTS = 4
 """Of the largest size, that may be computing or waiting."""
 
@@ -45,6 +48,7 @@ class Entry:
     admission: Admission
     pooling_admission: Admission
     metrics: ModelMetrics
+    adapter: ServedAdapter | None = None  # of the model, that the request named
 
     @property
     def model(self) -> ServedModel:
@@ -56,7 +60,11 @@ class Entry:
 
     @property
     def name(self) -> str:
-        return self.listed.name
+        return self.listed.name if self.adapter is None else self.adapter.name
+
+    @property
+    def adapter_number(self) -> int:
+        return 0 if self.adapter is None else self.adapter.number
 
     def need(self, task: str, *, param: str = "model", doing: str | None = None) -> None:
         """RequestError unless the model does this task; `doing` is what the client asked for, if that is another."""
@@ -70,12 +78,13 @@ class Entry:
 
 
 class Context:
-    """See above. `models` maps every name to its model; the first name is the default for requests that bring none."""
+    """See above."""
 
-    def __init__(self, models: Mapping[str, ServedModel], server: ServerConfig, limits: Limits) -> None:
+    def __init__(self, catalog: Catalog, server: ServerConfig, limits: Limits) -> None:
         self.server = server
         self.limits = limits
-        self.keys = Keys(server.api_key)
+        is_local = server.uds is not None or server.host in LOOPBACK
+        self.keys = Keys(server.api_key, server.operator_key, is_local=is_local)
         self.origin = OriginCheck(
             server.host, has_keys=bool(server.api_key), is_unix=server.uds is not None, allowed=server.allowed_origins
         )
@@ -85,20 +94,19 @@ class Context:
         self.unknown = UnknownFields()
         self.pages = read_pages()
         self.routes: Sequence[Route] = ()  # what the application serves, for its description
-        self.catalog = Catalog(models)
+        self.descriptions: asyncio.Future[tuple[bytes, bytes]] | None = None  # once they were asked for
+        self.catalog = catalog
         self.metrics = Metrics(entry.name for entry in self.catalog.entries)
-        self.entries = tuple(self._entry(listed) for listed in self.catalog.entries)
-        self._by_name = {entry.name: entry for entry in self.entries}
+        self._by_name = {listed.name: self._entry(listed) for listed in self.catalog.entries}
         self.tenants = KeyLimiter(limits.max_concurrency_per_key, self.metrics.refuse)
         self.pending = PendingBytes(limits.max_pending_bytes, self.metrics.refuse, HeapTrimmer().after)
 
     def _entry(self, listed: CatalogEntry) -> Entry:
-        metrics, model = self.metrics.models[listed.name], listed.model
-        running = model.client.config.max_num_seqs
+        metrics, running = self.metrics.models[listed.name], listed.max_num_seqs
         waiting = 4 * running if self.limits.max_waiting is None else self.limits.max_waiting
 
         def max_prompt_tokens() -> int:
-            ready = model.client.ready
+            ready = listed.model.client.ready
             return 5 * max(ready.kv_tokens, ready.max_model_len) if ready is not None else 0
 
         limits = self.limits
@@ -109,15 +117,20 @@ class Context:
         )
         return Entry(listed, Admission(running + waiting, max_prompt_tokens, metrics.refuse), pooling, metrics)
 
-    def entry(self, name: str | None) -> Entry:
-        """The model of that name, to tell what is known of it; see `Catalog.find`."""
-        return self._by_name[self.catalog.find(name).name]
+    def at_the_edge(self, name: str) -> Entry:
+        """What is kept here about the model of that name, its first."""
+        return self._by_name[name]
 
     @asynccontextmanager
-    async def acquire(self, name: str | None) -> AsyncIterator[Entry]:
-        """The same, ready, for as long as it is worked with; see `Catalog.acquire`."""
-        async with self.catalog.acquire(name) as listed:
-            yield self._by_name[listed.name]
+    async def acquire(self, name: str | None, *tasks: str) -> AsyncIterator[Entry]:
+        """The model, ready, for as long as it is worked with; see `Catalog.acquire`."""
+        async with self.catalog.acquire(name, *tasks) as listed:
+            entry, adapter = self.at_the_edge(listed.name), listed.adapter_of(name)
+            if adapter is None:
+                yield entry
+                return
+            with listed.adapters.use(adapter, lambda: listed.client):
+                yield replace(entry, adapter=adapter)
 
     async def drain(self) -> None:
         """Let nothing new in, and wait for what is there."""

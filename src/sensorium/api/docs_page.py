@@ -35,7 +35,7 @@ _RETRY = {
 _STATUSES = {
     400: "A field is wrong, or the model does not do this: `param` and the message say which and what to change.",
     401: "No key, or a wrong one.",
-    403: "A browser's page from another site, or a Host that is not this server's.",
+    403: "A browser's page from another site, a Host that is not this server's, or a key that is no operator's.",
     404: "There is no model of this name.",
     408: "The body came too slowly, or the request took longer than it may.",
     413: "The body is too large.",
@@ -61,12 +61,23 @@ _STYLE = (
 
 
 async def openapi(context: Context, call: Call) -> None:
-    await call.respond(msgspec.json.encode(await asyncio.to_thread(description, context)))
+    await call.respond((await _descriptions(context))[0])
 
 
 async def docs(context: Context, call: Call) -> None:
-    document = await asyncio.to_thread(description, context)  # half a second
-    await call.respond(page(document).encode(), content_type=b"text/html; charset=utf-8", headers=[_POLICY])
+    await call.respond((await _descriptions(context))[1], content_type=b"text/html; charset=utf-8", headers=[_POLICY])
+
+
+async def _descriptions(context: Context) -> tuple[bytes, bytes]:
+    """The document and the page. They take half a second, once."""
+
+    def made() -> tuple[bytes, bytes]:
+        document = description(context)
+        return msgspec.json.encode(document), page(document).encode()
+
+    if context.descriptions is None:
+        context.descriptions = asyncio.ensure_future(asyncio.to_thread(made))
+    return await asyncio.shield(context.descriptions)
 
 
 def description(context: Context) -> dict[str, Any]:
@@ -139,7 +150,7 @@ def _error(status: int, schema: dict[str, Any]) -> dict[str, Any]:
 def _statuses(route: Route, *, has_keys: bool) -> Iterator[int]:
     """The errors that occur there."""
     names_model = route.body is not None or "{model}" in route.path or route.endpoint.__name__ == "invocations"
-    answers_unready = route.needs_engine or route.endpoint.__name__ in ("readyz", "health")
+    answers_unready = route.needs_engine or route.is_operators or route.endpoint.__name__ in ("readyz", "health")
     for status in _STATUSES:
         if status == 401 and not has_keys:
             continue

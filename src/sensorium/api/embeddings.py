@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sensorium.api.context import Context, Entry
 from sensorium.api.generated import Asker
-from sensorium.api.pooled import chosen_prompt, opened, pool_inputs
+from sensorium.api.pooled import opened, pool_inputs
 from sensorium.api.protocol.pooling import EmbeddingsRequest
 from sensorium.api.transport.asgi import Call
 from sensorium.api.vectors import Kind, respond_vectors
@@ -14,10 +14,10 @@ _EMBEDDINGS = Kind("embd", "embedding", "embedding")
 
 
 async def embeddings(context: Context, call: Call) -> None:
-    async with opened(context, call, EmbeddingsRequest) as job:
+    async with opened(context, call, EmbeddingsRequest, "embed") as job:
         job.entry.need("embed")
         check_dimensions(job.entry, job.request.dimensions)
-        pooled = await pool_inputs(job, job.request.params(), prompt=chosen_prompt(job, "embed"))
+        pooled = await pool_inputs(job, job.request.params())
         await respond_vectors(call, pooled, _EMBEDDINGS, job.model_name, job.request, job.request.embedding_type)
 
 

@@ -6,7 +6,7 @@ An endpoint says what is its own: how its body becomes a `GenerationRequest`, an
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import msgspec
@@ -18,8 +18,9 @@ from sensorium.api.transport.asgi import Call
 from sensorium.api.transport.frames import Usage as RunningUsage
 from sensorium.config import Limits
 from sensorium.prompt.formats.base import Delta, Text
-from sensorium.serving.generation import Choice, Generation, GenerationObserver, GenerationRequest, Usage, generate
+from sensorium.serving.generation import Choice, Generation, GenerationRequest, Usage, generate
 from sensorium.serving.model import ServedModel
+from sensorium.serving.recordings import Observer
 
 
 class Asker(Protocol):
@@ -40,7 +41,7 @@ class Asker(Protocol):
         """Who takes turns with others."""
 
     @property
-    def observer(self) -> GenerationObserver: ...
+    def observer(self) -> Observer: ...
 
     def salt(self, own: str | None = None) -> bytes:
         """Whose caches it may use. `own` is the request's `cache_salt`."""
@@ -71,7 +72,7 @@ class Work:
         return self.call.turn
 
     @property
-    def observer(self) -> GenerationObserver:
+    def observer(self) -> Observer:
         return self.entry.metrics
 
     def salt(self, own: str | None = None) -> bytes:
@@ -106,7 +107,7 @@ class CountedEndpoint(Endpoint, Protocol):
 async def answer_generated(context: Context, call: Call, read: Callable[[PendingBody], Awaitable[Endpoint]]) -> None:
     with context.tenants.enter(call.tenant), context.pending.open() as pending:
         endpoint = await read(pending)
-        async with context.acquire(endpoint.model_name) as entry:
+        async with context.acquire(endpoint.model_name, "generate") as entry:
             await generate_answer(Work(context, call, entry), endpoint, pending)
 
 
@@ -119,7 +120,9 @@ async def generate_answer(work: Work, endpoint: Endpoint, pending: PendingBody) 
             request = await endpoint.prepare(work)
             pending.release()
             permit.add_prompt_tokens(request.prompt_tokens)
-            with generate(entry.model, request, entry.metrics, started_s=call.started_s) as generation:
+            request = replace(request, adapter=entry.adapter_number)
+            generating = generate(entry.model, request, entry.metrics, started_s=call.started_s, turn=work.turn)
+            with generating as generation:
                 await endpoint.answer(work, generation)
                 call.note = f"{generation.prompt_tokens} + {generation.completion_tokens} tokens"
 
@@ -133,7 +136,7 @@ async def answer_counted(
     """How many tokens a request's prompt has, without computing anything; `answer` makes the body of it."""
     with context.tenants.enter(call.tenant), context.pending.open() as pending:
         endpoint = await read(pending)
-        async with context.acquire(endpoint.model_name) as entry:
+        async with context.acquire(endpoint.model_name, "generate") as entry:
             entry.need("generate")
             with entry.admission.admit(1):
                 async with context.open_request(call):

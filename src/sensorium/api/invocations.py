@@ -63,7 +63,7 @@ def _endpoint(context: Context, fields: Fields | None) -> Endpoint:
     if given & {"messages", "input"}:
         return _for_chats_or_inputs(context, fields, given)
     if "inputs" in given:
-        return predict if "embed" not in context.entries[0].model.tasks else embed
+        return embed if "embed" in context.catalog.find(None, "embed").tasks else predict
     for name, endpoint in _BY_FIELD.items():
         if name in given:
             return endpoint
@@ -81,7 +81,7 @@ def _for_chats_or_inputs(context: Context, fields: Fields, given: set[str]) -> E
         model = msgspec.json.decode(fields["model"], type=str) if "model" in given else None
     except msgspec.DecodeError:
         model = None
-    tasks = context.entry(model).model.tasks
+    tasks = context.catalog.find(model).tasks
     if "messages" in given and "generate" in tasks:
         return chat_completions
     if "task" in given:

@@ -38,7 +38,7 @@ async def count_tokens(context: Context, call: Call) -> None:
     with context.tenants.enter(call.tenant), context.pending.open() as pending:
         request = await read_request(call, CountTokensRequest, context.limits, context.unknown, pending)
         request.check(context.limits)
-        async with context.acquire(request.model) as entry:
+        async with context.acquire(request.model, "generate") as entry:
             entry.need("generate")
             async with context.open_request(call):
                 tokens = await count_prompt(Work(context, call, entry), request.as_chat())

@@ -5,6 +5,7 @@ Names are vLLM's where the meaning is the same, so that dashboards keep working;
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -239,6 +240,9 @@ class EngineNumbers:
     ready: EngineReady | None
     state: ModelState
     users: int
+    resident_bytes: int
+    adapters: tuple[str, ...] = ()  # in use
+    loaded_adapters: int = 0
 
 
 class Metrics:
@@ -345,7 +349,17 @@ class _Page:
             self.gauge(
                 "sensorium:model_state", "1 for the state it is in.", state == numbers.state, state=state, **labels
             )
+        self.gauge(
+            "vllm:lora_requests_info",
+            "When this was read; the labels say which adapters are in use.",
+            time.time(),
+            running_lora_adapters=",".join(numbers.adapters),
+            waiting_lora_adapters="",
+            max_lora=str(numbers.loaded_adapters),  # all of them may run in one step
+            **labels,
+        )
         self.gauge("sensorium:model_users", "Requests that work with the model.", numbers.users, **labels)
+        self.gauge("sensorium:model_resident_bytes", "Memory of its process.", numbers.resident_bytes, **labels)
 
     def _histograms(self, model: ModelMetrics, labels: dict[str, str]) -> None:
         for metric, help_text, histogram in (
@@ -413,6 +427,9 @@ class _Page:
             ("vllm:prefix_cache_hits", "Tokens found in the prefix cache.", stats.prefix_hits),
             ("vllm:mm_cache_queries", "Media looked up in the encoder cache.", stats.encoder_queries),
             ("vllm:mm_cache_hits", "Media found in the encoder cache.", stats.encoder_hits),
+            ("vllm:spec_decode_num_drafts", "Guesses at a sequence's next tokens.", stats.drafts),
+            ("vllm:spec_decode_num_draft_tokens", "Tokens of the guesses.", stats.draft_tokens),
+            ("vllm:spec_decode_num_accepted_tokens", "Guessed tokens that were right.", stats.accepted_tokens),
             ("vllm:num_preemptions", "Sequences put back to be computed again.", stats.preemptions),
             ("sensorium:engine_steps", "Steps of the engine.", stats.steps),
             ("sensorium:encoder_seconds", "Time spent in towers.", stats.encoder_seconds),
@@ -429,5 +446,7 @@ class _Page:
             **labels,
         )
         self.gauge("sensorium:weight_bytes", "Bytes of weights.", ready.weight_bytes, **labels)
+        for rank, weights in enumerate(ready.rank_weight_bytes):
+            self.gauge("sensorium:rank_weight_bytes", "Bytes of weights, by rank.", weights, rank=str(rank), **labels)
         self.gauge("sensorium:kv_cache_bytes", "Bytes of KV cache.", ready.kv_bytes, **labels)
         self.gauge("sensorium:load_seconds", "Time to load the model.", ready.load_seconds, **labels)

@@ -14,8 +14,9 @@ from sensorium.api.embeddings import check_dimensions
 from sensorium.api.foreign import TranslatedChat
 from sensorium.api.generated import Asker, Work, answer_generated
 from sensorium.api.guards.admission import PendingBody
+from sensorium.api.logprobs import chat_logprobs, token_names
 from sensorium.api.ollama_answers import LINES, Pieces, figures, now
-from sensorium.api.pooled import chosen_prompt, opened, pool_inputs
+from sensorium.api.pooled import opened, pool_inputs
 from sensorium.api.protocol.foreign_chat import ForeignChat
 from sensorium.api.protocol.ollama import (
     AnsweredBody,
@@ -23,6 +24,7 @@ from sensorium.api.protocol.ollama import (
     OllamaChatRequest,
     OllamaEmbeddingsRequest,
     OllamaEmbedRequest,
+    kept_s,
 )
 from sensorium.api.transport.asgi import Call
 from sensorium.api.transport.body import read_request
@@ -39,6 +41,7 @@ async def chat(context: Context, call: Call) -> None:
     async def read(pending: PendingBody) -> OllamaAnswer:
         request = await read_request(call, OllamaChatRequest, context.limits, context.unknown, pending, any_type=True)
         request.check(context.limits, context.unknown)
+        _keep(context, request)
         if not request.messages:
             raise _OnlyLoads(request)
         return OllamaAnswer(request, request.as_chat(), _chat_line)
@@ -50,6 +53,7 @@ async def generate(context: Context, call: Call) -> None:
     async def read(pending: PendingBody) -> OllamaAnswer:
         request = await read_request(call, GenerateRequest, context.limits, context.unknown, pending, any_type=True)
         request.check(context.limits, context.unknown)
+        _keep(context, request)
         if request.loads:
             raise _OnlyLoads(request)
         if request.raw:
@@ -66,6 +70,12 @@ class _OnlyLoads(Exception):
         self.request = request
 
 
+def _keep(context: Context, request: AnsweredBody | OllamaEmbedRequest) -> None:
+    """What the request says of how long its model stays after it."""
+    if (seconds := kept_s(request.keep_alive)) is not None and request.model:
+        context.catalog.keep(context.catalog.find(request.model), seconds)
+
+
 async def _answer(
     context: Context, call: Call, read: Callable[[PendingBody], Awaitable[OllamaAnswer]], line: Line
 ) -> None:
@@ -73,8 +83,9 @@ async def _answer(
         await answer_generated(context, call, read)
     except _OnlyLoads as found:
         request = found.request
-        async with context.acquire(request.model) as entry:
-            entry.need("generate")
+        if not (request.unloads and context.catalog.forget(context.catalog.find(request.model))):
+            async with context.acquire(request.model) as entry:
+                entry.need("generate")
         answer = line(request.model, {"content": ""}, True)
         answer["done_reason"] = "unload" if request.unloads else "load"
         await call.respond(msgspec.json.encode(answer))
@@ -108,7 +119,7 @@ class OllamaAnswer(TranslatedChat):
         await generation.run(keep)
         choice = generation.choices[0]
         said = Pieces().take(deltas, ends=True, cut=_is_cut(choice))
-        found = self._line(self._model, said, True) | figures(generation, choice)
+        found = self._line(self._model, said, True) | self._logprobs(work, choice) | figures(generation, choice)
         await work.call.respond(msgspec.json.encode(found))
 
     async def _stream(self, work: Work, generation: Generation) -> None:
@@ -120,13 +131,22 @@ class OllamaAnswer(TranslatedChat):
 
             async def write(said: dict[str, Any]) -> None:
                 if any(said.values()):
-                    await lines.write(msgspec.json.encode(self._line(self._model, said, False)) + b"\n")
+                    line = self._line(self._model, said, False) | self._logprobs(work, generation.choices[0])
+                    await lines.write(msgspec.json.encode(line) + b"\n")
 
             await generation.run(emit)
             choice = generation.choices[0]
             await write(pieces.take((), ends=True, cut=_is_cut(choice)))
             last = self._line(self._model, {"content": ""}, True) | figures(generation, choice)
+            last |= self._logprobs(work, choice)
             await lines.end(msgspec.json.encode(last) + b"\n")
+
+    def _logprobs(self, work: Work, choice: Choice) -> dict[str, Any]:
+        """Of the tokens since the last line, where they are wanted."""
+        if not self.request.logprobs:
+            return {}
+        tokens = choice.take_logprobs()
+        return {"logprobs": chat_logprobs(token_names(work.model.tokenizer), tokens)["content"]} if tokens else {}
 
 
 class RawAnswer(OllamaAnswer):
@@ -158,10 +178,11 @@ async def embed_text(context: Context, call: Call) -> None:
 
 
 async def _embed(context: Context, call: Call, body: type[OllamaEmbedRequest], *, several: bool) -> None:
-    async with opened(context, call, body, any_type=True) as job:
+    async with opened(context, call, body, "embed", any_type=True) as job:
         job.entry.need("embed")
+        _keep(context, job.request)
         check_dimensions(job.entry, job.request.dimensions)
-        pooled = await pool_inputs(job, job.request.params(), prompt=chosen_prompt(job, "embed"))
+        pooled = await pool_inputs(job, job.request.params())
 
         def written() -> bytes:
             return b",".join(vector_json(vector, "float") for vector in pooled.vectors)

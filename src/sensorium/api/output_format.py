@@ -63,6 +63,7 @@ async def with_format(
         scanner=scanner,
         markers=frozenset(_ids(ids, found.markers if tools else found.reasoning_markers)),
         hides_reasoning=request.include_reasoning is False,
+        call_reason="stop" if choice.mode == "named" else "tool_calls",  # as OpenAI says it
     )
 
 

@@ -40,6 +40,7 @@ _MODULES = (
     "i18n",
     "main",
     "metrics",
+    "models",
     "plot",
     "reasoning",
     "render",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from sensorium.api.context import Context, Entry
@@ -12,13 +12,11 @@ from sensorium.api.guards.admission import PendingBody
 from sensorium.api.protocol.pooling import PoolingBody, SequencesBody
 from sensorium.api.transport.asgi import Call
 from sensorium.api.transport.body import read_request
-from sensorium.checkpoint.prompts import role_of
-from sensorium.errors import RequestError
 from sensorium.prompt.encode import Truncation
-from sensorium.serving.late import LatePrompts
 from sensorium.serving.model import ServedModel
-from sensorium.serving.pooled import Pooled, PooledInput, Pooling, PoolingOptions
-from sensorium.types import PoolingParams, PoolingTask, Prompt
+from sensorium.serving.pooled import Pooled, Pooling, PoolingOptions
+from sensorium.serving.sequences import PromptChoice, Sequences, pool
+from sensorium.types import PoolingParams, Prompt
 
 Request_co = TypeVar("Request_co", bound=PoolingBody, covariant=True)
 
@@ -57,13 +55,14 @@ class Job(Generic[Request_co]):
 
 @asynccontextmanager
 async def opened(
-    context: Context, call: Call, body: type[Request_co], *, any_type: bool = False
+    context: Context, call: Call, body: type[Request_co], *tasks: str, any_type: bool = False
 ) -> AsyncIterator[Job[Request_co]]:
-    """The request, read and checked, and its model. `any_type`: the body is JSON, whatever it is called."""
+    """The request, read and checked, and its model; if it names none, one that does the first of `tasks` that any does.
+    `any_type`: the body is JSON, whatever it is called."""
     with context.tenants.enter(call.tenant), context.pending.open() as pending:
         request = await read_request(call, body, context.limits, context.unknown, pending, any_type=any_type)
         request.check(context.limits, context.server)
-        async with context.acquire(request.model) as entry, context.open_request(call):
+        async with context.acquire(request.model, *tasks) as entry, context.open_request(call):
             yield Job(context, call, request, entry, _pooling(context, call, request, entry, pending))
 
 
@@ -73,6 +72,7 @@ def _pooling(context: Context, call: Call, request: PoolingBody, entry: Entry, p
         context.salts.of(call.tenant, request.cache_salt),
         request.priority or 0,
         request.add_special_tokens,
+        entry.adapter_number,
         request.template_options(),
     )
     return Pooling(
@@ -80,76 +80,25 @@ def _pooling(context: Context, call: Call, request: PoolingBody, entry: Entry, p
     )
 
 
-def chosen_prompt(job: Job[SequencesBody], *tasks: PoolingTask) -> str:
-    """What is to stand before the request's texts: the prompt that it chooses, else the model's default."""
-    request, param = job.request, job.request.chooses
-    if job.model.late is not None and tasks == ("token_embed",) and param in (None, "input_type"):
-        return ""  # its texts are written as queries or documents
-    if not {"embed", "token_embed", "sparse"} & set(tasks):
-        if param is not None:
-            raise RequestError(f"`{param}` goes with embeddings; the task here is {' and '.join(tasks)}.", param=param)
-        return ""
-    try:
-        prompt = job.model.instructions.chosen(request.name_of_prompt, request.type_of_texts)
-    except RequestError as error:
-        if param == "task":
-            error.param = param
-        raise
-    if request.has_texts:
-        return prompt
-    if param is not None and prompt:
-        raise RequestError(
-            f"`{param}` puts a prompt before texts, but the request has token ids or messages.", param=param
-        )
-    return ""
-
-
-async def pool_inputs(
-    job: Job[SequencesBody], params: PoolingParams, *, max_tokens: int | None = None, prompt: str = ""
-) -> Pooled:
-    """Everything between a body and its vectors. `prompt` stands before every text."""
-    request, pooling = job.request, job.pooling
-    pooling.check_count(request.count, request.field)
+async def pool_inputs(job: Job[SequencesBody], params: PoolingParams, *, max_tokens: int | None = None) -> Pooled:
+    """Everything between a body and its vectors."""
+    request, entry = job.request, job.entry
+    job.pooling.check_count(request.count, request.field)
     inputs = request.inputs(job.model.processor.modalities, job.context.limits)
-    if prompt:
-        inputs = [prompt + text if isinstance(text, str) else text for text in inputs]
-        add = request.add_special_tokens is not False
-        params = replace(params, prompt_tokens=job.model.prompts.unpooled_tokens(prompt, add_special_tokens=add))
-    places = [request.place(index) for index in range(len(inputs))]
-    if job.model.late is not None and params.tasks == ("token_embed",):
-        return await _pool_tokens(job, job.model.late, inputs, places, params, max_tokens)
-    with job.entry.pooling_admission.admit(len(inputs)) as permit:
-        adapter = job.model.instructions.adapter(request.name_of_prompt, request.type_of_texts)
-        prompts = await pooling.make_prompts(
-            inputs, places, job.truncation(), chunked=params.tasks == ("embed",), adapter=adapter
+    pooled, _ = await pool(
+        Sequences(
+            job.pooling,
+            inputs,
+            [request.place(index) for index in range(len(inputs))],
+            params,
+            PromptChoice(request.name_of_prompt, request.type_of_texts, request.chooses),
+            job.truncation(),
+            entry.pooling_admission.admit,
+            job.run,
+            max_tokens,
         )
-        permit.add_prompt_tokens(pooling.count_tokens(prompts, max_tokens))
-        return await job.run(prompts, params)
-
-
-async def _pool_tokens(
-    job: Job[SequencesBody],
-    late: LatePrompts,
-    inputs: Sequence[PooledInput],
-    places: Sequence[str],
-    params: PoolingParams,
-    max_tokens: int | None,
-) -> Pooled:
-    """Vectors as they are compared: of queries if the request says so by its type, else of documents."""
-    wanted = job.request.type_of_texts
-    role = "document" if wanted is None else role_of(wanted)
-    if role is None:
-        raise RequestError(f"This model reads queries and documents; {wanted!r} is neither.", param=job.request.chooses)
-    with job.entry.pooling_admission.admit(len(inputs)) as permit:
-        asked = await job.pooling.late_prompts(late, inputs, places, job.truncation(), role)
-        prompts = [prompt for prompt, _ in asked]
-        permit.add_prompt_tokens(job.pooling.count_tokens(prompts, max_tokens))
-        pooled = await job.run(prompts, [replace(own, normalize=params.normalize) for _, own in asked])
-    kept = [
-        late.counted(vectors, prompt, role) if isinstance(given, str) else vectors
-        for vectors, prompt, given in zip(pooled.vectors, prompts, inputs, strict=True)
-    ]
-    return replace(pooled, vectors=kept)
+    )
+    return pooled
 
 
 def usage_object(pooled: Pooled) -> dict[str, object]:

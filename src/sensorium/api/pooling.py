@@ -8,7 +8,7 @@ from typing import get_args
 import msgspec
 
 from sensorium.api.context import Context, Entry
-from sensorium.api.pooled import Job, chosen_prompt, opened, pool_inputs, usage_object
+from sensorium.api.pooled import Job, opened, pool_inputs, usage_object
 from sensorium.api.protocol.pooling import ClassifyRequest, PoolingRequest
 from sensorium.api.transport.asgi import Call
 from sensorium.api.vectors import Kind, envelope, respond_vectors, vector_json, written_in_time
@@ -28,9 +28,9 @@ async def pooling(context: Context, call: Call) -> None:
         tasks = _tasks(job)
         for task in tasks:
             entry.need(task, param="task" if request.task else "model")
-        params, prompt = _params(tasks, request), chosen_prompt(job, *tasks)
+        params = _params(tasks, request)
         most = min((most for task in tasks if (most := max_tokens_of(entry, task)) is not None), default=None)
-        pooled = await pool_inputs(job, params, max_tokens=most, prompt=prompt)
+        pooled = await pool_inputs(job, params, max_tokens=most)
         if len(tasks) == 1 and tasks[0] != "sparse":
             await respond_vectors(call, pooled, _POOLING, job.model_name, request)
             return
@@ -79,7 +79,7 @@ def max_tokens_of(entry: Entry, task: PoolingTask) -> int | None:
 
 
 async def classify(context: Context, call: Call) -> None:
-    async with opened(context, call, ClassifyRequest) as job:
+    async with opened(context, call, ClassifyRequest, "classify") as job:
         job.entry.need("classify")
         pooled = await pool_inputs(job, job.request.params())
         data = await written_in_time(lambda: _classes(job.entry, pooled), pooled.vectors)

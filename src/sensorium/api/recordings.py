@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from sensorium.api.generated import Work, usage_object
+from sensorium.api.generated import Asker, Work, usage_object
 from sensorium.api.guards.admission import PendingBody
 from sensorium.api.protocol.audio import THRESHOLDS, AudioRequest
 from sensorium.api.protocol.languages import language_code, language_name
@@ -18,6 +19,7 @@ from sensorium.api.transport.frames import Usage as RunningUsage
 from sensorium.api.transport.sse import EventStream
 from sensorium.errors import RequestError
 from sensorium.media.source import MediaSource
+from sensorium.serving.model import ServedModel
 from sensorium.serving.recordings import RecordingEngine, processor_of
 from sensorium.serving.transcription import TEMPERATURES, Segment, Thresholds, Transcription, Wish
 
@@ -31,45 +33,57 @@ PLAIN_TEXT = b"text/plain; charset=utf-8"
 
 
 class Upload:
-    """One request of these endpoints."""
+    """One request of these endpoints, or of a program."""
 
-    def __init__(self, request: AudioRequest, file: bytes, translates: bool) -> None:
+    def __init__(self, request: AudioRequest, source: MediaSource, *, translates: bool) -> None:
         self.request = request
         self.translates = translates
-        self._file = file
+        self._source: MediaSource | None = source
 
-    def source(self) -> MediaSource:
-        """The file, once: it is not kept."""
-        file, self._file = self._file, b""
-        return MediaSource("audio", FILE, payload=file)
+    def take_source(self) -> MediaSource:
+        """The recording, once: its file is not kept."""
+        source, self._source = self._source, None
+        return source or MediaSource("audio", FILE)
+
+
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """A recording that a model transcribes. `duration_s` is all of it."""
+
+    transcription: Transcription
+    engine: RecordingEngine
+    duration_s: float
+
+
+async def listen(work: Asker, upload: Upload) -> Listening:
+    """Decode a recording; what is said in it is not asked yet."""
+    wish, salt, processor = _wish(work.model, upload), work.salt(), processor_of(work.model)
+    (recording,), timings = await work.model.prompts.media([upload.take_source()], tenant=work.turn, salt=salt)
+    work.observer.observe_prompt(0.0, timings)
+    engine = RecordingEngine(work.model, work.observer, salt, work.turn)
+    return Listening(Transcription(processor, recording, engine, wish), engine, timings[0].duration_s)
 
 
 async def transcribe(work: Work, upload: Upload, pending: PendingBody) -> None:
-    call, entry = work.call, work.entry
-    with entry.admission.admit(1):
-        async with work.context.open_request(call):
-            wish = _wish(work, upload)
-            salt = work.salt()
-            (recording,), timings = await entry.model.prompts.media([upload.source()], tenant=call.turn, salt=salt)
-            entry.metrics.observe_prompt(0.0, timings)
+    with work.entry.admission.admit(1):
+        async with work.context.open_request(work.call):
+            listening = await listen(work, upload)
             pending.release()
-            engine = RecordingEngine(entry.model, entry.metrics, salt)
-            transcription = Transcription(processor_of(work.entry.model), recording, engine, wish)
+            transcription, engine = listening.transcription, listening.engine
             if upload.request.stream:
                 await _stream(work, upload.request, transcription, engine)
             else:
                 segments = [one async for one in transcription.segments()]
-                duration_s = timings[0].duration_s
-                await _respond(work, upload, segments, transcription.language or "en", duration_s)
-            call.note = f"{engine.usage.prompt_tokens} + {engine.usage.completion_tokens} tokens"
+                await _respond(work, upload, segments, transcription.language or "en", listening.duration_s)
+            work.call.note = f"{engine.usage.prompt_tokens} + {engine.usage.completion_tokens} tokens"
 
 
 # What is asked
 
 
-def _wish(work: Work, upload: Upload) -> Wish:
-    request, model, processor = upload.request, work.entry.model, processor_of(work.entry.model)
-    language = _language(request, processor)
+def _wish(model: ServedModel, upload: Upload) -> Wish:
+    request, processor = upload.request, processor_of(model)
+    language = spoken_language(request, tuple(processor.speech.languages) or ("en",))
     if upload.translates:
         _check_translates(request, processor)
     generation, tells = model.checkpoint.generation, request.response_format in ("verbose_json", "srt", "vtt")
@@ -79,13 +93,12 @@ def _wish(work: Work, upload: Upload) -> Wish:
             "This model does not tell when words are said (its generation_config.json has no alignment_heads).",
             param="timestamp_granularities",
         )
-    said = " ".join(text.strip() for text in (request.hotwords, request.prompt) if text)
     limits = (request.max_completion_tokens, generation.get("max_new_tokens"), generation.get("max_length"))
     return Wish(
         "translate" if upload.translates else "transcribe",
         request.sampling(model.defaults, 1, FILE),
         language,
-        tuple(processor.previous_ids(said)),
+        tuple(processor.previous_ids(request.context())),
         timestamps=tells,
         words=words,
         tells_silence=request.response_format == "verbose_json",
@@ -97,11 +110,10 @@ def _wish(work: Work, upload: Upload) -> Wish:
     )
 
 
-def _language(request: AudioRequest, processor: WhisperProcessor) -> str | None:
-    """The code of what is spoken; None where the model is to find out."""
+def spoken_language(request: AudioRequest, known: Sequence[str]) -> str | None:
+    """The code of what is spoken; None where the model is to find out. RequestError for one that it does not know."""
     if request.language is None:
         return None
-    known = processor.speech.languages or ("en",)
     code = language_code(request.language, known)
     if code is None:
         raise RequestError(
@@ -132,9 +144,9 @@ def _thresholds(request: AudioRequest, stated: Thresholds) -> Thresholds:
 
 
 async def _respond(work: Work, upload: Upload, segments: Sequence[Segment], language: str, duration_s: float) -> None:
-    form, text = upload.request.response_format, _text(segments)
+    form, text = upload.request.response_format, text_of_segments(segments, upload.request.response_format)
     if form in ("text", "srt", "vtt"):
-        plain = {"text": lambda: text + "\n", "srt": lambda: srt(segments), "vtt": lambda: vtt(segments)}[form]()
+        plain = text + "\n" if form == "text" else text
         await work.call.respond(
             plain.encode(), content_type=b"text/vtt; charset=utf-8" if form == "vtt" else PLAIN_TEXT
         )
@@ -157,7 +169,10 @@ async def _respond(work: Work, upload: Upload, segments: Sequence[Segment], lang
     await work.call.respond(msgspec.json.encode(body))
 
 
-def _text(segments: Sequence[Segment]) -> str:
+def text_of_segments(segments: Sequence[Segment], form: str | None) -> str:
+    """All that was said, as subtitles where the form is srt or vtt."""
+    if form in ("srt", "vtt"):
+        return srt(segments) if form == "srt" else vtt(segments)
     return "".join(one.text for one in segments).strip()
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel
 
-from sensorium.api import ollama, ollama_models, playground, status, tei
+from sensorium.api import adapters, catalog, ollama, ollama_models, playground, status, tei
 from sensorium.api.chat import chat_completions, chat_input_tokens
 from sensorium.api.cohere import cohere_embed
 from sensorium.api.completions import completions
@@ -27,6 +27,7 @@ from sensorium.api.protocol.chat import ChatRequest
 from sensorium.api.protocol.cohere import CohereEmbedRequest
 from sensorium.api.protocol.completion import CompletionRequest
 from sensorium.api.protocol.messages import CountTokensRequest, MessagesRequest
+from sensorium.api.protocol.models import LoadAdapter, NamedModel, UnloadAdapter
 from sensorium.api.protocol.ollama import (
     GenerateRequest,
     OllamaChatRequest,
@@ -55,7 +56,7 @@ Endpoint = Callable[[Context, Call], Awaitable[None]]
 class Route:
     """`body` is the request model of a POST route. `needs_engine`: answered with 503 until the model is there.
 
-    `documented`: part of the API, and so of its description.
+    `documented`: part of the API, and so of its description. `is_operators`: it changes what is served.
     """
 
     method: str
@@ -66,6 +67,7 @@ class Route:
     file: str | None = None  # the body is a form with a file of this name, not JSON
     needs_engine: bool = True
     documented: bool = True
+    is_operators: bool = False
 
 
 ROUTES: tuple[Route, ...] = (
@@ -99,8 +101,22 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/info", tei.info, "The model and its limits, the same way."),
     Route("POST", "/v1/audio/transcriptions", transcriptions, "What is said in a recording.", AudioRequest, file=FILE),
     Route("POST", "/v1/audio/translations", translations, "The same in another language.", AudioRequest, file=FILE),
-    Route("GET", "/v1/models", status.models, "What is served, under which names."),
-    Route("GET", "/v1/models/{model}", status.model, "One model."),
+    Route("GET", "/v1/models", catalog.models, "What is served, under which names."),
+    Route("GET", "/v1/models/{model}", catalog.model, "One model."),
+    *(
+        Route("POST", f"/v1/models/{word}", endpoint, summary, NamedModel, needs_engine=False, is_operators=True)
+        for word, endpoint, summary in (
+            ("load", catalog.load_model, "Load a model. For an operator's key."),
+            ("unload", catalog.unload_model, "Give a model's memory back. For an operator's key."),
+        )
+    ),
+    *(
+        Route("POST", f"/v1/{word}_lora_adapter", endpoint, summary, body, needs_engine=False, is_operators=True)
+        for word, endpoint, summary, body in (
+            ("load", adapters.load_adapter, "Load a LoRA adapter. For an operator's key.", LoadAdapter),
+            ("unload", adapters.unload_adapter, "Forget a LoRA adapter. For an operator's key.", UnloadAdapter),
+        )
+    ),
     Route("POST", "/tokenize", tokenize, "The token ids of a text or a chat.", TokenizeRequest),
     Route("POST", "/detokenize", detokenize, "The text of token ids.", DetokenizeRequest),
     Route("POST", "/api/chat", ollama.chat, "Answer a chat, as Ollama has it.", OllamaChatRequest),

@@ -15,6 +15,9 @@ from sensorium.api.vectors import envelope
 from sensorium.serving.comparing import Comparison, Item, Side, compare
 from sensorium.serving.pooled import Chat, Pooled
 
+COMPARING = ("score", "token_embed", "embed")
+"""Tasks of models that compare, the most apt first."""
+
 
 def side_of(
     items: Sequence[Any], name: str, max_tokens: int, chat: Callable[[Any, str], Chat], *, is_list: bool = True
@@ -71,7 +74,7 @@ def best_first(scores: Sequence[float], count: int | None) -> list[int]:
 
 
 async def score(context: Context, call: Call) -> None:
-    async with opened(context, call, ScoreRequest) as job:
+    async with opened(context, call, ScoreRequest, *COMPARING) as job:
         pooled = await compare(comparison_of(job), *sides_of(job.request, chat_of(job)))
         rows = [
             {"index": index, "object": "score", "score": float(vector[0])}
@@ -81,7 +84,7 @@ async def score(context: Context, call: Call) -> None:
 
 
 async def rerank(context: Context, call: Call) -> None:
-    async with opened(context, call, RerankRequest) as job:
+    async with opened(context, call, RerankRequest, *COMPARING) as job:
         request, chat = job.request, chat_of(job)
         pooled = await compare(
             comparison_of(job),

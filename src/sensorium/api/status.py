@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-
 import msgspec
 
 from sensorium import __version__
-from sensorium.api.context import Context, Entry
+from sensorium.api.catalog import memory_of
+from sensorium.api.context import Context
 from sensorium.api.metrics import CONTENT_TYPE, EngineNumbers
 from sensorium.api.transport.asgi import Call
-from sensorium.errors import NotFoundError
+from sensorium.errors import NotFoundError, UnavailableError
+from sensorium.types import EngineStats
 
 
 async def livez(context: Context, call: Call) -> None:
@@ -41,7 +41,9 @@ async def tokenizer_info(context: Context, call: Call) -> None:
         raise NotFoundError(
             "There is nothing at this path; the operator can open it with --enable-tokenizer-info-endpoint."
         )
-    checkpoint = context.entries[0].model.checkpoint
+    checkpoint = context.catalog.entries[0].checkpoint
+    if checkpoint is None:
+        raise UnavailableError("The model is not there yet.")
     template = {} if checkpoint.chat_template is None else {"chat_template": checkpoint.chat_template}
     await call.respond(msgspec.json.encode({"tokenizer_class": None, **checkpoint.tokenizer_config, **template}))
 
@@ -50,45 +52,22 @@ async def version(context: Context, call: Call) -> None:
     await call.respond(msgspec.json.encode({"version": __version__}))
 
 
-async def models(context: Context, call: Call) -> None:
-    rows = [_row(entry, name) for entry in context.entries for name in entry.names]
-    ends = {"first_id": rows[0]["id"], "last_id": rows[-1]["id"]}
-    await call.respond(msgspec.json.encode({"object": "list", "data": rows, "has_more": False, **ends}))
-
-
-async def model(context: Context, call: Call) -> None:
-    name = call.path.removeprefix("/v1/models/")
-    entry = context.entry(name)
-    await call.respond(msgspec.json.encode(_row(entry, name)))
-
-
-def _row(entry: Entry, name: str) -> dict[str, object]:
-    """In OpenAI's words, vLLM's and Anthropic's."""
-    created = entry.model.created
-    return {
-        "id": name,
-        "object": "model",
-        "created": created,
-        "owned_by": "sensorium",
-        "root": entry.name,
-        "parent": None,
-        "max_model_len": entry.model.max_model_len,
-        "tasks": list(entry.model.tasks),
-        "modalities": ["text", *sorted(entry.model.processor.modalities)],
-        "type": "model",
-        "display_name": name,
-        "created_at": datetime.fromtimestamp(created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "lifecycle": "active",
-        "max_input_tokens": entry.model.max_model_len,
-        "max_tokens": entry.model.max_model_len,
-    }
-
-
 async def metrics(context: Context, call: Call) -> None:
-    engines = {
-        entry.name: EngineNumbers(
-            entry.model.client.stats, entry.model.client.ready, entry.listed.state, entry.listed.users
+    await call.respond(context.metrics.render(engine_numbers(context)), content_type=CONTENT_TYPE)
+
+
+def engine_numbers(context: Context) -> dict[str, EngineNumbers]:
+    """The latest gauges of every model."""
+    engines = {}
+    for listed in context.catalog.entries:
+        client = listed.client
+        engines[listed.name] = EngineNumbers(
+            EngineStats() if client is None else client.stats,
+            None if client is None else client.ready,
+            listed.state,
+            listed.users,
+            memory_of(listed).get("resident", 0),
+            tuple(one.name for one in listed.adapters.listed if one.users),
+            len(listed.adapters.listed),
         )
-        for entry in context.entries
-    }
-    await call.respond(context.metrics.render(engines), content_type=CONTENT_TYPE)
+    return engines

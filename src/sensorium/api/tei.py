@@ -9,7 +9,7 @@ import msgspec
 from sensorium import __version__
 from sensorium.api.context import POOLING_REQUESTS, Context, Entry
 from sensorium.api.embeddings import check_dimensions
-from sensorium.api.pooled import Job, chosen_prompt, opened, pool_inputs
+from sensorium.api.pooled import Job, opened, pool_inputs
 from sensorium.api.pooling import max_tokens_of, task_json
 from sensorium.api.protocol.tei import EmbedRequest, PredictRequest, SimilarityRequest
 from sensorium.api.score import chat_of, comparison_of, side_of
@@ -23,39 +23,36 @@ from sensorium.types import PoolingParams
 
 
 async def embed(context: Context, call: Call) -> None:
-    async with opened(context, call, EmbedRequest) as job:
+    async with opened(context, call, EmbedRequest, "embed") as job:
         job.entry.need("embed")
         check_dimensions(job.entry, job.request.dimensions)
-        await _respond(call, await pool_inputs(job, job.request.params(), prompt=chosen_prompt(job, "embed")))
+        await _respond(call, await pool_inputs(job, job.request.params()))
 
 
 async def embed_all(context: Context, call: Call) -> None:
     """A vector for every token."""
-    async with opened(context, call, EmbedRequest) as job:
+    async with opened(context, call, EmbedRequest, "token_embed") as job:
         job.entry.need("token_embed")
         if job.request.dimensions is not None:
             raise RequestError("`dimensions` goes with /embed.", param="dimensions", code="unsupported_field")
         params = PoolingParams("token_embed", normalize=job.request.normalize)
-        prompt = chosen_prompt(job, "token_embed")
-        await _respond(
-            call, await pool_inputs(job, params, max_tokens=max_tokens_of(job.entry, "token_embed"), prompt=prompt)
-        )
+        await _respond(call, await pool_inputs(job, params, max_tokens=max_tokens_of(job.entry, "token_embed")))
 
 
 async def embed_sparse(context: Context, call: Call) -> None:
     """Token ids with weights."""
-    async with opened(context, call, EmbedRequest) as job:
+    async with opened(context, call, EmbedRequest, "sparse") as job:
         job.entry.need("sparse")
         for name in ("dimensions", "normalize"):
             if getattr(job.request, name) is not None:
                 raise RequestError(f"`{name}` goes with /embed.", param=name, code="unsupported_field")
-        pooled = await pool_inputs(job, PoolingParams("sparse"), prompt=chosen_prompt(job, "sparse"))
+        pooled = await pool_inputs(job, PoolingParams("sparse"))
         await call.respond(msgspec.json.encode([task_json("sparse", vector) for vector in pooled.vectors]))
 
 
 async def predict(context: Context, call: Call) -> None:
     """Classes of texts or of pairs, the likeliest first."""
-    async with opened(context, call, PredictRequest) as job:
+    async with opened(context, call, PredictRequest, "classify") as job:
         job.entry.need("classify")
         request, labels = job.request, job.model.labels
         pooled = await _predicted(job)
@@ -85,7 +82,7 @@ async def _predicted(job: Job[PredictRequest]) -> Pooled:
 
 
 async def similarity(context: Context, call: Call) -> None:
-    async with opened(context, call, SimilarityRequest) as job:
+    async with opened(context, call, SimilarityRequest, "embed") as job:
         given, chat = job.request.inputs, chat_of(job)
         pooled = await compare(
             comparison_of(job),
@@ -96,26 +93,24 @@ async def similarity(context: Context, call: Call) -> None:
 
 
 async def info(context: Context, call: Call) -> None:
-    entry = context.entries[0]
-    ready, limits = entry.model.client.ready, context.limits
-    await call.respond(
-        msgspec.json.encode(
-            {
-                "model_id": entry.name,
-                "model_sha": None,
-                "model_dtype": ready.dtype if ready is not None else None,
-                "model_type": _model_type(entry),
-                "max_concurrent_requests": POOLING_REQUESTS * limits.max_embedding_inputs,
-                "max_input_length": entry.model.max_model_len,
-                "max_batch_tokens": limits.max_embedding_tokens,
-                "max_batch_requests": None,
-                "max_client_batch_size": limits.max_embedding_inputs,
-                "auto_truncate": False,
-                "tokenization_workers": context.server.media_workers,
-                "version": __version__,
-            }
-        )
-    )
+    """Of the first model that such a server would have."""
+    async with context.acquire(None, "embed", "score", "classify") as entry:
+        ready, limits = entry.model.client.ready, context.limits
+        found = {
+            "model_id": entry.name,
+            "model_sha": None,
+            "model_dtype": ready.dtype if ready is not None else None,
+            "model_type": _model_type(entry),
+            "max_concurrent_requests": POOLING_REQUESTS * limits.max_embedding_inputs,
+            "max_input_length": entry.model.max_model_len,
+            "max_batch_tokens": limits.max_embedding_tokens,
+            "max_batch_requests": None,
+            "max_client_batch_size": limits.max_embedding_inputs,
+            "auto_truncate": False,
+            "tokenization_workers": context.server.media_workers,
+            "version": __version__,
+        }
+    await call.respond(msgspec.json.encode(found))
 
 
 def _model_type(entry: Entry) -> dict[str, Any]:

@@ -12,16 +12,16 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
-from sensorium.cli.client import Endpoint, Remote, RemoteError
+from sensorium.cli.client import Endpoint, OnEvent, Remote, RemoteError
 from sensorium.cli.loads import Load, Request
+from sensorium.cli.progress import counting
 from sensorium.config import BenchConfig
 from sensorium.errors import StartupError
 
@@ -95,7 +95,16 @@ _CHUNK = msgspec.json.Decoder(_Chunk)
 # The load
 
 
-async def words_per_token(remote: Remote, load: Load) -> float:
+class Server(Protocol):
+    """Whoever answers requests."""
+
+    async def send(self, path: str, body: bytes) -> bytes:
+        """The whole answer. RemoteError if it is an error."""
+
+    async def stream(self, path: str, body: bytes, on_event: OnEvent) -> None: ...
+
+
+async def words_per_token(remote: Server, load: Load) -> float:
     """How many of our words make a token of this model: two prompts of different length tell it."""
     counts = []
     for num_words in (32, 160):
@@ -106,14 +115,15 @@ async def words_per_token(remote: Remote, load: Load) -> float:
     return 128 / (counts[1] - counts[0]) if counts[1] > counts[0] else 1.0
 
 
-async def send(remote: Remote, request: Request) -> Sample:
+async def send(remote: Server, request: Request) -> Sample:
     """Send one request and take the time of everything that comes back. Never raises for what the server does."""
     sample = Sample(start_s=time.perf_counter())
     try:
         if request.streams:
             await remote.stream(request.path, request.body, lambda data: _take_event(sample, data))
         else:
-            sample.prompt_tokens = _WHOLE.decode(await remote.send(request.path, request.body)).usage.prompt_tokens
+            usage = _WHOLE.decode(await remote.send(request.path, request.body)).usage
+            sample.prompt_tokens, sample.output_tokens = usage.prompt_tokens, usage.completion_tokens
     except RemoteError as error:
         sample.error = error.message
     except msgspec.DecodeError as error:
@@ -141,7 +151,7 @@ def _take_event(sample: Sample, data: bytes) -> None:
 
 
 async def closed_loop(
-    remote: Remote, requests: Sequence[Request], concurrency: int, on_sample: Callable[[Sample], None]
+    remote: Server, requests: Sequence[Request], concurrency: int, on_sample: Callable[[Sample], None]
 ) -> None:
     queue = iter(requests)
 
@@ -199,7 +209,7 @@ def report(config: BenchConfig, model: str, samples: Sequence[Sample], wall_s: f
         "load": {**load, "model": model},
         "wall_s": round(wall_s, 4),
         "completed": len(good),
-        "errors": dict(Counter(sample.error for sample in samples if sample.error).most_common()),
+        "errors": errors_of(samples),
         "prompt_tokens": prompt,
         "cached_tokens": sum(s.cached_tokens for s in good),
         "output_tokens": output,
@@ -211,6 +221,11 @@ def report(config: BenchConfig, model: str, samples: Sequence[Sample], wall_s: f
         "itl_ms": spread_ms([gap for s in good for gap in s.gaps_s]),
         "e2e_ms": spread_ms([s.end_s - s.start_s for s in good]),
     }
+
+
+def errors_of(samples: Sequence[Sample]) -> dict[str, int]:
+    """How often each was met."""
+    return dict(Counter(sample.error for sample in samples if sample.error).most_common())
 
 
 def print_report(figures: dict[str, Any]) -> None:
@@ -245,43 +260,11 @@ def print_report(figures: dict[str, Any]) -> None:
 # The run
 
 
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[Sample], None]]:
-    """A live bar on stderr where that is a terminal; nothing elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    start_s = time.perf_counter()
-    failed = tokens = 0
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[speed]}"),
-        console=console,
-        refresh_per_second=4,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as bar:
-        task = bar.add_task("requests", total=total, speed="")
-
-        def show(sample: Sample) -> None:
-            nonlocal failed, tokens
-            failed += bool(sample.error)
-            tokens += sample.output_tokens
-            speed = f"{tokens / (time.perf_counter() - start_s):.1f} tok/s" + (f", {failed} failed" if failed else "")
-            bar.update(task, advance=1, speed=speed)
-
-        yield show
-
-
 async def run(config: BenchConfig) -> dict[str, Any]:
     """Warm up, send the load, return the figures."""
     async with Remote(Endpoint.parse(config.base_url, config.api_key), timeout_s=config.timeout_s) as remote:
         model = config.model or (await remote.models())[0]
-        load = Load(config, model, await words_per_token(remote, Load(config, model)))
+        load = Load(config, model, await words_per_token(remote, Load(config, model)), seed=config.seed)
         warmup = [load.request() for _ in range(config.warmup)]
         requests = [load.request() for _ in range(config.requests)]
         for sample in [await send(remote, request) for request in warmup]:
@@ -289,11 +272,11 @@ async def run(config: BenchConfig) -> dict[str, Any]:
                 raise RemoteError(sample.error)
         samples: list[Sample] = []
         start_s = time.perf_counter()
-        with _progress(config.requests) as show:
+        with counting(config.requests) as count:
 
             def on_sample(sample: Sample) -> None:
                 samples.append(sample)
-                show(sample)
+                count(tokens=sample.output_tokens, failed=bool(sample.error))
 
             if config.rate:
                 await open_loop(remote, requests, config.rate, config.seed, on_sample)
@@ -305,7 +288,7 @@ async def run(config: BenchConfig) -> dict[str, Any]:
 def bench(config: BenchConfig) -> int:
     """The command: exit code 0 when every request was answered, 1 otherwise."""
     try:
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
             figures = runner.run(run(config))
     except RemoteError as error:
         raise StartupError(f"{config.base_url}: {error.message}") from None
@@ -315,7 +298,7 @@ def bench(config: BenchConfig) -> int:
     return 1 if figures["errors"] else 0
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     try:
         import uvloop
     except ImportError:  # not made for Windows

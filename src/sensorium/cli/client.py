@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,6 +19,7 @@ import msgspec
 from sensorium.errors import SensoriumError
 
 OnEvent = Callable[[bytes], None]
+JSON_BODY: Mapping[str, str] = {"Content-Type": "application/json"}
 
 
 class RemoteError(SensoriumError):
@@ -27,6 +28,31 @@ class RemoteError(SensoriumError):
     def __init__(self, message: str, *, status: int = 0) -> None:
         super().__init__(message)
         self.remote_status = status
+
+
+class UnreachableError(RemoteError):
+    """There is nobody at that address."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What an endpoint said, whatever the status."""
+
+    status: int
+    headers: dict[bytes, bytes]  # names in lower case
+    body: bytes
+
+    @property
+    def content_type(self) -> str:
+        """Without its parameters."""
+        return self.headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
+
+    @property
+    def is_stream(self) -> bool:
+        return self.content_type in STREAMS
+
+
+STREAMS = ("text/event-stream", "application/x-ndjson")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +76,16 @@ class Endpoint:
         prefix = path if path.endswith("/v1") else path + "/v1"
         return cls(parts.hostname, parts.port or (443 if tls else 80), tls, prefix, api_key)
 
-    def head(self, method: str, path: str, size_bytes: int) -> bytes:
+    def head(self, method: str, path: str, size_bytes: int, more: Mapping[str, str] = JSON_BODY) -> bytes:
+        """`path` from the host's root; `more` are further headers."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         lines = [
-            f"{method} {self.prefix}{path} HTTP/1.1",
+            f"{method} {path} HTTP/1.1",
             f"Host: {host}:{self.port}",
             f"Content-Length: {size_bytes}",
-            "Content-Type: application/json",
             "Accept: */*",
             "User-Agent: sensorium",
+            *(f"{name}: {value}" for name, value in more.items()),
         ]
         if self.api_key:
             lines.append(f"Authorization: Bearer {self.api_key}")
@@ -71,20 +98,21 @@ class _Connection(asyncio.Protocol):
     def __init__(self) -> None:
         self.transport: asyncio.Transport | None = None
         self.reusable = False
-        self.status = 0
-        self._done: asyncio.Future[bytes] | None = None
+        self._headers: dict[bytes, bytes] = {}
+        self._done: asyncio.Future[Answer] | None = None
         self._on_event: OnEvent | None = None
         self._is_stream = False
         self._body = bytearray()
         self._parser: Any = None
 
-    async def exchange(self, request: bytes, on_event: OnEvent | None) -> bytes:
-        """Send a request; events go to `on_event`, any other body is returned."""
+    async def exchange(self, request: bytes, on_event: OnEvent | None) -> Answer:
+        """Send a request; events go to `on_event`, any other body is the answer's."""
         if self.transport is None:
             raise RemoteError("not connected")
         self._done = asyncio.get_running_loop().create_future()
         self._on_event, self._is_stream, self.reusable = on_event, False, False
         self._body.clear()
+        self._headers = {}
         self._parser = httptools.HttpResponseParser(self)
         self.transport.write(request)
         return await self._done
@@ -113,11 +141,9 @@ class _Connection(asyncio.Protocol):
     # httptools' side
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers[name.lower()] = value
         if name.lower() == b"content-type" and value.startswith(b"text/event-stream"):
             self._is_stream = self._on_event is not None
-
-    def on_headers_complete(self) -> None:
-        self.status = self._parser.get_status_code()
 
     def on_body(self, chunk: bytes) -> None:
         self._body += chunk
@@ -127,7 +153,7 @@ class _Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         self.reusable = self._parser.should_keep_alive()
         if self._done is not None and not self._done.done():
-            self._done.set_result(bytes(self._body))
+            self._done.set_result(Answer(self._parser.get_status_code(), self._headers, bytes(self._body)))
 
     def _cut_events(self) -> None:
         if b"\r" in self._body:
@@ -161,6 +187,7 @@ class Remote:
             connection.close()
 
     async def get(self, path: str) -> Any:
+        """`path` is below the API's root, as of all methods but `ask`."""
         return msgspec.json.decode(await self._send("GET", path, b"", None))
 
     async def post(self, path: str, body: dict[str, Any]) -> Any:
@@ -178,11 +205,23 @@ class Remote:
         answer = await self.get("/models")
         return [row["id"] for row in answer["data"]]
 
+    async def ask(self, path: str, headers: Mapping[str, str], body: bytes) -> Answer:
+        """POST to a path from the server's own root; the answer as it comes. RemoteError if there is none."""
+        root = self.endpoint.prefix.removesuffix("/v1")
+        return await self._exchange(self.endpoint.head("POST", root + path, len(body), headers) + body, None)
+
     async def _send(self, method: str, path: str, body: bytes, on_event: OnEvent | None) -> bytes:
+        head = self.endpoint.head(method, self.endpoint.prefix + path, len(body))
+        answer = await self._exchange(head + body, on_event)
+        if answer.status != 200:
+            raise RemoteError(message_of(answer), status=answer.status)
+        return answer.body
+
+    async def _exchange(self, request: bytes, on_event: OnEvent | None) -> Answer:
         connection = await self._connection()
         try:
             async with asyncio.timeout(self._timeout_s):
-                answer = await connection.exchange(self.endpoint.head(method, path, len(body)) + body, on_event)
+                return await connection.exchange(request, on_event)
         except TimeoutError:
             raise RemoteError(f"no complete answer within {self._timeout_s:g} s") from None
         finally:
@@ -190,9 +229,6 @@ class Remote:
                 self._idle.append(connection)
             else:
                 connection.close()
-        if connection.status != 200:
-            raise RemoteError(_message(answer, connection.status), status=connection.status)
-        return answer
 
     async def _connection(self) -> _Connection:
         while self._idle:
@@ -206,13 +242,14 @@ class Remote:
             )
         except OSError as error:
             where = f"{self.endpoint.host}:{self.endpoint.port}"
-            raise RemoteError(f"cannot connect to {where}: {error.strerror or error}") from None
+            raise UnreachableError(f"cannot connect to {where}: {error.strerror or error}") from None
         return connection
 
 
-def _message(answer: bytes, status: int) -> str:
+def message_of(answer: Answer) -> str:
+    """What an answer that is an error says, in one line."""
     try:
-        detail = msgspec.json.decode(answer)["error"]["message"]
+        detail = msgspec.json.decode(answer.body)["error"]["message"]
     except (msgspec.DecodeError, KeyError, TypeError):
-        detail = answer[:200].decode("utf-8", "replace")
-    return f"{status}: {detail}"
+        detail = answer.body[:200].decode("utf-8", "replace")
+    return f"{answer.status}: {detail}"

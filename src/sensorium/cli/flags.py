@@ -16,17 +16,19 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 from sensorium.cli.other_flags import ACCEPTED, REFUSED, Accepted, in_our_words
+from sensorium.config import Replicas
 from sensorium.units import LETTERS, parse_size, size_flag
 
 Config = TypeVar("Config")
 
 _MODALITIES = ("image", "video", "audio")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.\-]*://[^/?#@\s,]+")
+_REPLICAS = re.compile(r"(\d{1,5})(?:\.\.(\d{1,5}))?")
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)([kmg])|(\d+)([KMG]?)")
 
 
@@ -81,6 +83,26 @@ def parse_origins(text: str) -> str:
     return ",".join(origins)
 
 
+def parse_adapter(text: str) -> str:
+    """`NAME=PATH`, or vLLM's JSON of `name` and `path` -> NAME=PATH."""
+    name, _, path = text.partition("=")
+    if text.lstrip().startswith("{"):
+        said = parse_json(text)
+        name, path = str(said.get("name") or ""), str(said.get("path") or "")
+    if not name.strip() or not path.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is no adapter; write NAME=PATH")
+    return f"{name.strip()}={path.strip()}"
+
+
+def parse_replicas(text: str) -> Replicas:
+    """`2` or `1..8`."""
+    match = _REPLICAS.fullmatch(text.strip())
+    least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 0 <= least <= most or most < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of replicas; write 2, or 1..8")
+    return Replicas(least, most)
+
+
 def parse_int(text: str) -> int:
     try:
         return int(text)
@@ -117,6 +139,8 @@ def parse_float(text: str) -> float:
 _BY_NAME: dict[str, tuple[Callable[[str], Any], str]] = {
     "size": (parse_bytes, "SIZE"),
     "origins": (parse_origins, "ORIGIN"),
+    "adapter": (parse_adapter, "NAME=PATH"),
+    "replicas": (parse_replicas, "N..N"),
     "counts": (parse_counts, "COUNTS"),
     "json": (parse_json, "JSON"),
     "extent": (parse_extent, "WxH"),
@@ -231,7 +255,7 @@ class Parser(argparse.ArgumentParser):
     def read(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse a command line written with dashes or underscores; what is left over is an error with advice."""
         words = dashes(argv)
-        found, extras = self.parse_known_args(in_our_words(words) if words[:1] == ["serve"] else words)
+        found, extras = self.parse_known_args(in_our_words(words) if _has_models(words) else words)
         if extras:
             command = getattr(found, "parser", self)
             command.error(command.unknown(extras[0]))
@@ -277,6 +301,7 @@ class _Accept(argparse.Action):
         namespace.notes = [*getattr(namespace, "notes", ()), note]
 
 
+NO_SHORT_NAMES: Mapping[str, str] = {}
 _NARGS: Mapping[str, Any] = {"switch": 0, "value": None, "values": "+", "optional": "?"}
 
 
@@ -294,6 +319,13 @@ class _Help(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=34, width=110)
 
 
+def _has_models(words: Sequence[str]) -> bool:
+    """Whether the command takes serve's flags, and so those of other servers."""
+    if list(words[:1]) in (["serve"], ["run-batch"]) or list(words[:2]) == ["deploy", "ray"]:
+        return True
+    return list(words[:1]) == ["bench"] and words[1:2] != ["serve"]
+
+
 def dashes(argv: Iterable[str]) -> list[str]:
     """`--max_model_len=8` -> `--max-model-len=8`; values stay as they are."""
     result: list[str] = []
@@ -305,8 +337,11 @@ def dashes(argv: Iterable[str]) -> list[str]:
     return result
 
 
-def add_flags(parser: argparse.ArgumentParser, title: str, config: type) -> None:
-    """Add a group of flags. Only flags that were given appear in the namespace, so defaults stay the dataclass's."""
+def add_flags(
+    parser: argparse.ArgumentParser, title: str, config: type, short: Mapping[str, str] = NO_SHORT_NAMES
+) -> None:
+    """Add a group of flags. Only flags that were given appear in the namespace, so defaults stay the dataclass's.
+    `short` has a second name of some fields' flags."""
     group = parser.add_argument_group(title)
     for flag in flags_of(config):
         text = flag.help.replace("%", "%%")
@@ -325,7 +360,7 @@ def add_flags(parser: argparse.ArgumentParser, title: str, config: type) -> None
         if flag.many:
             more = {"action": "extend", "nargs": "+"}
         group.add_argument(
-            flag.option,
+            *filter(None, (short.get(flag.field), flag.option)),
             dest=flag.field,
             type=flag.parse,
             choices=flag.choices or None,
@@ -341,3 +376,21 @@ def build(config: type[Config], found: argparse.Namespace, **fixed: Any) -> Conf
     given = {flag.field: getattr(found, flag.field) for flag in flags_of(config) if hasattr(found, flag.field)}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     return config(**{**given, **fixed})
+
+
+def words_of(name: str, value: Any) -> Iterator[str]:
+    """The words of a command line that set one flag to a value as JSON, TOML or Python has it."""
+    flag = f"--{name.replace('_', '-')}"
+    match value:
+        case None:
+            return
+        case True:
+            yield flag
+        case False:
+            yield f"--no-{flag.removeprefix('--')}"
+        case dict():
+            yield from (flag, json.dumps(value))
+        case list() | tuple():
+            yield from (flag, *map(str, value))
+        case _:
+            yield from (flag, str(value))

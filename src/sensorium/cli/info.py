@@ -1,4 +1,7 @@
-"""`sensorium info`: what this machine and this install have, for bug reports. Imports torch, unlike other commands."""
+"""`sensorium info`: what this machine and this install have, for bug reports; what a model is, and a GGUF file holds.
+
+Imports torch, unlike other commands.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,9 @@ import platform
 from collections.abc import Iterator
 from pathlib import Path
 
+from sensorium.checkpoint.gguf import SUFFIX, describe
+from sensorium.checkpoint.gguf_config import kept_as
+from sensorium.cli.models import find_checkpoint, memory_rows, model_rows
 from sensorium.units import size_text
 
 PACKAGES = (
@@ -28,11 +34,39 @@ PACKAGES = (
 )
 
 
-def info() -> int:
-    """Print it; the exit code is 0."""
-    for name, value in rows():
+def info(model: str | None = None) -> int:
+    """Print it; the exit code is 0. CheckpointError if the model is none that is served."""
+    for name, value in rows() if model is None else rows_of(model):
         print(f"{name:<16} {value}")
     return 0
+
+
+def rows_of(model: str) -> Iterator[tuple[str, str]]:
+    """What a model is, from its configs and the sizes of its files: weights are not loaded."""
+    if Path(model).suffix == SUFFIX:
+        yield from file_rows(Path(model))
+        yield from list(memory_rows(find_checkpoint(model)))
+        return
+    checkpoint = find_checkpoint(model)
+    yield from model_rows(checkpoint)
+    yield from memory_rows(checkpoint)
+
+
+def file_rows(path: Path) -> Iterator[tuple[str, str]]:
+    """What a GGUF file, or the set that it is part of, has and what is made of it."""
+    from sensorium.kernels import describe as kernels  # imports torch
+
+    found = describe(path)
+    yield "format", f"GGUF, {size_text(found.file_bytes)}" + (f" in {found.parts} files" if found.parts > 1 else "")
+    yield "architecture", found.architecture
+    yield "weights", f"{found.weights / 1e6:,.1f} million, {found.bits_per_weight:.2f} bits each"
+    for kind, count in found.types.items():
+        yield f"  {kind}", f"{100 * count / found.weights:.1f} %, {kept_as(kind)}"
+    yield "in memory", f"{size_text(found.memory_bytes)} of weights, besides the KV cache"
+    if found.tower is not None:
+        yield "tower", f"{found.tower.name} beside it, {size_text(found.tower.stat().st_size)}, is loaded too"
+    yield "context", f"{found.context_length} tokens"
+    yield "kernels", kernels()
 
 
 def rows() -> Iterator[tuple[str, str]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from sensorium.config import BenchConfig
+from sensorium.config import RequestShape
 
 WORDS = (
     "river stone window garden letter morning silver paper bridge winter corner market yellow engine forest island "
@@ -60,11 +60,11 @@ class Request:
 class Load:
     """Makes requests of the configured kind; no two are the same. `words_per_token` is the model's."""
 
-    def __init__(self, config: BenchConfig, model: str, words_per_token: float = 1.0) -> None:
+    def __init__(self, config: RequestShape, model: str, words_per_token: float = 1.0, *, seed: int = 0) -> None:
         self._config = config
         self._model = model
         self._words = max(1, round(config.input_tokens * words_per_token))
-        self._random = random.Random(config.seed)  # noqa: S311  # a load, not a secret
+        self._random = random.Random(seed)  # noqa: S311  # a load, not a secret
         self._makers: Mapping[str, Callable[[], Request]] = {
             "text": lambda: self._chat([]),
             "image": lambda: self._chat([self._image() for _ in range(config.images)]),

@@ -6,9 +6,10 @@ change answers, open or close something, or promise what is not there; the sente
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 RENAMED: Mapping[str, tuple[str, ...]] = {
     # vLLM
@@ -19,9 +20,16 @@ RENAMED: Mapping[str, tuple[str, ...]] = {
     "--enable-log-requests": ("--no-disable-log-requests",),
     "--disable-uvicorn-access-log": ("--disable-log-requests",),
     "--override-pooler-config": ("--pooler-config",),
+    "--num-speculative-tokens": ("--speculative-tokens",),
+    "--lora-modules": ("--lora",),
+    "-tp": ("--tensor-parallel-size",),
     "-q": ("--quantization",),
     # SGLang
+    "--tp": ("--tensor-parallel-size",),
+    "--tp-size": ("--tensor-parallel-size",),
     "--model-path": ("--model",),
+    "--lora-paths": ("--lora",),
+    "--speculative-num-draft-tokens": ("--speculative-tokens",),
     "--context-length": ("--max-model-len",),
     "--mem-fraction-static": ("--gpu-memory-utilization",),
     "--max-running-requests": ("--max-num-seqs",),
@@ -47,6 +55,9 @@ RENAMED: Mapping[str, tuple[str, ...]] = {
     "-np": ("--max-num-seqs",),
     "--parallel": ("--max-num-seqs",),
     "-s": ("--seed",),
+    "--draft": ("--speculative-tokens",),
+    "--draft-n": ("--speculative-tokens",),
+    "--draft-max": ("--speculative-tokens",),
     "-a": ("--served-model-name",),
     "--alias": ("--served-model-name",),
     "--chat-template-file": ("--chat-template",),
@@ -73,7 +84,10 @@ def _all(names: str, why: str, takes: Arity = "value", values: str | None = None
     return dict.fromkeys(names.split(), Accepted(why, takes, None if values is None else tuple(values.split())))
 
 
-_ONE_DEVICE = "a model is not split over devices or machines; start several servers behind a proxy instead"
+_ONE_DEVICE = (
+    "a model is split over the devices of one machine by --tensor-parallel-size alone; for more, start several servers "
+    "behind a proxy"
+)
 _NOTHING_COMPILED = "nothing is compiled or captured at start"
 _KERNELS = "kernels are chosen by what the processor has"
 _CHUNKED = "prefill is always chunked; --max-num-batched-tokens sets the size"
@@ -85,9 +99,9 @@ _LOG = "the log is on stderr; --disable-log-requests quietens it, /metrics has t
 
 ACCEPTED: Mapping[str, Accepted] = {
     **_all(
-        """--tensor-parallel-size -tp --tp --tp-size --pipeline-parallel-size -pp --pp --pp-size
-        --data-parallel-size -dp --dp --dp-size --decode-context-parallel-size -dcp --prefill-context-parallel-size
-        -pcp --ep-size --nnodes --api-server-count -asc""",
+        """--pipeline-parallel-size -pp --pp --pp-size --data-parallel-size -dp --dp --dp-size
+        --decode-context-parallel-size -dcp --prefill-context-parallel-size -pcp --ep-size --nnodes
+        --api-server-count -asc""",
         _ONE_DEVICE,
         values="1",
     ),
@@ -155,8 +169,8 @@ ACCEPTED: Mapping[str, Accepted] = {
     ),
     **_all(
         "--load-format",
-        "safetensors and pytorch_model.bin are told apart by name; others are not read",
-        values="auto safetensors pt hf npcache fastsafetensors runai_streamer",
+        "safetensors, pytorch_model.bin and GGUF are told apart by the files; others are not read",
+        values="auto safetensors pt hf npcache fastsafetensors runai_streamer gguf",
     ),
     **_all("--config-format", "config.json is what is read", values="auto hf"),
     **_all(
@@ -201,11 +215,21 @@ ACCEPTED: Mapping[str, Accepted] = {
         """--structured-outputs-config --guided-decoding-backend --grammar-backend""",
         "there is one backend, and every request may ask for a form (docs/structured-output.md)",
     ),
+    **_all("--speculative-algorithm", "tokens are guessed from the prompt; answers are the same", values="ngram"),
+    **_all("--speculative-model", "tokens are guessed from the prompt; answers are the same", values="[ngram] ngram"),
     **_all(
-        "--speculative-config --speculative-model --num-speculative-tokens --speculative-algorithm",
-        "nothing is guessed ahead; answers are the same",
+        "--ngram-prompt-lookup-max --ngram-prompt-lookup-min --speculative-disable-by-batch-size",
+        "how guesses are found and when they pay is measured",
     ),
+    **_all("--enable-lora", "adapters need no preparation", "switch"),
+    **_all(
+        """--max-loras --max-lora-rank --max-cpu-loras --lora-dtype --max-loras-per-batch --max-loaded-loras
+        --lora-extra-vocab-size --lora-backend --lora-eviction-policy""",
+        "any number of adapters of any rank is loaded and computed together",
+    ),
+    **_all("--lora-target-modules", "an adapter's files say which layers it adapts", "values"),
     **_all("--enable-auto-tool-choice", "tools work whenever the model's template shows them", "switch"),
+    **_all("--enable-reasoning", "reasoning is told apart whenever the model's template shows it", "switch"),
     **_all("--chat-template-content-format", "what a template takes is told from the template", values="auto"),
     **_all("--logprobs-mode", "log-probabilities are those of the model", values="raw_logprobs"),
     **_all("--response-role", "answers are the assistant's", values="assistant"),
@@ -218,7 +242,7 @@ ACCEPTED: Mapping[str, Accepted] = {
     **_all("--video-pruning-rate", "every frame that is taken is seen", values="0 0.0"),
 }
 
-_NO_ADAPTERS = "LoRA adapters are not offered yet"
+_NO_DRAFTS = "tokens are guessed from the prompt (--speculative-tokens), not by a second model; leave it out"
 _OWN_TOKENIZER = "the checkpoint's own tokenizer is used; leave it out"
 _PROXY = "put a reverse proxy in front for TLS"
 _SAMPLING = "use --override-generation-config, such as '{\"temperature\": 0.6}'"
@@ -230,17 +254,11 @@ REFUSED: Mapping[str, str] = {
     ),
     "--tool-server": "the server runs no tools: it tells the client of the calls",
     "--reasoning-config": "the chat template and --reasoning-parser say how reasoning is marked",
+    "--default-mm-loras": "requests name their adapter as their model",
+    "--lora-scaled": "lora_alpha in adapter_config.json says how much an adapter counts",
+    "--fully-sharded-loras": "a model is not split over devices or machines",
     **dict.fromkeys(
-        (
-            "--enable-lora",
-            "--lora-modules",
-            "--lora-paths",
-            "--lora",
-            "--max-loras",
-            "--max-lora-rank",
-            "--default-mm-loras",
-        ),
-        _NO_ADAPTERS,
+        ("--draft-model", "--model-draft", "-md", "--speculative-draft-model-path", "--speculative-draft"), _NO_DRAFTS
     ),
     **dict.fromkeys(
         ("--tokenizer", "--tokenizer-path", "--tokenizer-revision", "--skip-tokenizer-init"), _OWN_TOKENIZER
@@ -279,17 +297,41 @@ REFUSED: Mapping[str, str] = {
     "--return-tokens-as-token-ids": "tokens are shown as text; leave it out",
     "--completion-template": "a completion's prompt is taken as it is",
     "--hf-config-path": "config.json is the checkpoint's own; use --hf-overrides",
-    "--mmproj": "checkpoints are folders of safetensors, with their towers",
     "--headless": "start several servers behind a proxy instead",
-    "--config": "write the flags out; YAML files are not read",
 }
 
 
 def in_our_words(argv: Sequence[str]) -> list[str]:
-    """The same command line with our names for `RENAMED` flags; values stay as they are."""
+    """The same command line with our names for `RENAMED` flags; values stay as they are. vLLM's `--flag.key value`
+    become one flag with an object."""
     words: list[str] = []
-    for word in argv:
+    for word in _joined(argv):
         name, equals, value = word.partition("=")
         ours = RENAMED.get(name)
         words += [word] if ours is None else [*ours[:-1], ours[-1] + equals + value]
     return words
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    words: list[str] = []
+    objects: dict[str, dict[str, Any]] = {}
+    rest = iter(argv)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        flag, *path = name.split(".")
+        if not (flag.startswith("--") and all(path) and path):
+            words.append(word)
+            continue
+        place = objects.setdefault(flag, {})
+        for key in path[:-1]:
+            place = place.setdefault(key, {})
+        place[path[-1]] = _value(value if equals else next(rest, ""))
+    return [*words, *(word for flag, found in objects.items() for word in (flag, json.dumps(found)))]
+
+
+def _value(text: str) -> Any:
+    """JSON, or the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

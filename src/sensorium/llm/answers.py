@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import suppress
 
 from sensorium.api.logprobs import ranks
@@ -56,13 +56,12 @@ class _Answer:
 
     def output(self) -> CompletionOutput:
         choice, message = self._choice, Message.of(self._deltas)
-        reason = choice.finish_reason
         scored = self._logprobs
         return CompletionOutput(
             choice.index,
             message.text,
             list(self._token_ids),
-            "tool_calls" if message.calls and reason == "stop" else reason,
+            choice.reason(calls=bool(message.calls)),
             choice.stop_reason,
             [ranked(one, self._tokenizer) for one in scored] or None,
             sum(one.logprob for one in scored) if scored else None,
@@ -86,7 +85,7 @@ class Answers:
         await self._generation.run(self._take)
         return self._output(finished=True)
 
-    async def stream(self) -> AsyncIterator[RequestOutput]:
+    async def stream(self) -> AsyncGenerator[RequestOutput, None]:
         """What came between two looks is one output."""
         running = asyncio.ensure_future(self._generation.run(self._take))
         running.add_done_callback(lambda _: self._changed.set())

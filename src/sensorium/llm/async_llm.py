@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, contextmanager, nullcontext
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from types import TracebackType
@@ -15,6 +15,7 @@ import msgspec
 from sensorium.api.chat import Chat
 from sensorium.api.embeddings import check_dimensions
 from sensorium.api.generated import Asker
+from sensorium.api.protocol.audio import AudioRequest
 from sensorium.api.protocol.chat import ChatRequest
 from sensorium.api.protocol.common import Body, UnknownFields
 from sensorium.api.protocol.completion import CompletionRequest
@@ -23,15 +24,17 @@ from sensorium.api.protocol.items import InputItem
 from sensorium.api.protocol.pooling import PoolingRequest
 from sensorium.api.protocol.score import ComparingBody, RerankRequest, ScoreRequest
 from sensorium.api.protocol.validation import parse_json
+from sensorium.api.recordings import Upload
 from sensorium.api.score import best_first, side_of, sides_of
 from sensorium.config import Limits, ServeOptions
 from sensorium.errors import RequestError, SensoriumError
 from sensorium.llm.answers import Answers, Unobserved
 from sensorium.llm.inputs import Chat as Messages
 from sensorium.llm.inputs import Compared, PooledInput, PromptInput, is_chat, many, parts_of
-from sensorium.llm.media import PythonParts
+from sensorium.llm.media import PythonParts, source_of
 from sensorium.llm.options import options_of
-from sensorium.llm.params import PoolingParams, SamplingParams
+from sensorium.llm.params import LoRARequest, PoolingParams, SamplingParams
+from sensorium.llm.recordings import Recording, transcript
 from sensorium.llm.results import (
     Classification,
     Embedding,
@@ -40,15 +43,18 @@ from sensorium.llm.results import (
     Ranked,
     RequestOutput,
     Score,
+    Transcript,
     Vector,
 )
 from sensorium.media.source import MediaSource
+from sensorium.serving.adapters import AdapterTable
 from sensorium.serving.comparing import Comparison, Side, compare
 from sensorium.serving.generation import GenerationRequest, generate
 from sensorium.serving.model import ServedModel
-from sensorium.serving.pooled import Pooling, PoolingOptions
-from sensorium.startup.model import Starting, opened, start
-from sensorium.types import PoolingTask, Prompt
+from sensorium.serving.pooled import Permit, Pooling, PoolingOptions
+from sensorium.serving.sequences import Sequences, pool
+from sensorium.startup.model import Starting, adapters_of, media_loader, opened, start
+from sensorium.types import INT32_MAX, PoolingTask, Prompt
 
 Request = TypeVar("Request", bound=Body)
 AT_ONCE = 256
@@ -75,6 +81,10 @@ class _Unlimited:
     def add_prompt_tokens(self, count: int) -> None: ...
 
 
+def _unlimited(count: int) -> AbstractContextManager[Permit]:
+    return nullcontext(_Unlimited())
+
+
 class _ProgramChat(Chat):
     """A chat whose media may be the program's objects."""
 
@@ -99,6 +109,7 @@ class AsyncLLM:
         self._options: ServeOptions = options_of(model, arguments)
         self._stack = AsyncExitStack()
         self._program: _Program | None = None
+        self._adapters = AdapterTable()
         self._ids = itertools.count()
         self._unknown = UnknownFields()
 
@@ -114,10 +125,14 @@ class AsyncLLM:
     async def start(self) -> None:
         """Returns when the model is loaded; StartupError says in one line why it cannot be."""
         starting: Starting = start(self._options, lambda phase, fraction: None)
+        loader = media_loader(starting.options)
+        self._stack.push_async_callback(loader.aclose)
         try:
-            model = await self._stack.enter_async_context(opened(starting))
+            model = await self._stack.enter_async_context(opened(starting, loader))
             await starting.client.wait_ready()
             model.check_task()
+            self._adapters = AdapterTable(adapters_of(self._options.load), self._options.load.download_dir)
+            await self._adapters.load_all(starting.client)
         except BaseException:
             await self._stack.aclose()
             raise
@@ -141,20 +156,31 @@ class AsyncLLM:
     # Text.
 
     async def generate(
-        self, prompt: PromptInput, sampling_params: SamplingParams | None = None, *, request_id: str | None = None
-    ) -> AsyncIterator[RequestOutput]:
-        """The answer as it comes: every output has all of it so far, the last one is finished. Leaving ends it."""
+        self,
+        prompt: PromptInput,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        lora_request: LoRARequest | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """The answer as it comes: every output has all of it so far, the last one is finished. Leaving ends it.
+        `lora_request` is an adapter of the model, one of `lora` (of this object) by its name, or another one."""
         asked = await self._text_request(prompt, sampling_params)
-        with self._begun(*asked, request_id) as answers:
+        async with self._begun(*asked, request_id, lora_request) as answers:
             async for output in answers.stream():
                 yield output
 
     async def complete(
-        self, prompt: PromptInput, sampling_params: SamplingParams | None = None, *, request_id: str | None = None
+        self,
+        prompt: PromptInput,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        lora_request: LoRARequest | None = None,
     ) -> RequestOutput:
         """`generate`, whole."""
         asked = await self._text_request(prompt, sampling_params)
-        with self._begun(*asked, request_id) as answers:
+        async with self._begun(*asked, request_id, lora_request) as answers:
             return await answers.whole()
 
     async def chat(
@@ -163,13 +189,14 @@ class AsyncLLM:
         sampling_params: SamplingParams | None = None,
         *,
         request_id: str | None = None,
+        lora_request: LoRARequest | None = None,
         **fields: Any,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """An answer to OpenAI's messages, as it comes. Parts may hold the program's own objects: {"type": "image",
         "image": a PIL image, an array, a path or bytes}, and so for video and audio. `fields` are a request's others,
         such as tools, tool_choice, chat_template_kwargs, continue_final_message or enable_thinking."""
         asked = await self._chat_request(messages, sampling_params, fields)
-        with self._begun(asked, None, request_id) as answers:
+        async with self._begun(asked, None, request_id, lora_request) as answers:
             async for output in answers.stream():
                 yield output
 
@@ -179,11 +206,12 @@ class AsyncLLM:
         sampling_params: SamplingParams | None = None,
         *,
         request_id: str | None = None,
+        lora_request: LoRARequest | None = None,
         **fields: Any,
     ) -> RequestOutput:
         """`chat`, whole."""
         asked = await self._chat_request(messages, sampling_params, fields)
-        with self._begun(asked, None, request_id) as answers:
+        async with self._begun(asked, None, request_id, lora_request) as answers:
             return await answers.whole()
 
     async def _text_request(
@@ -214,30 +242,74 @@ class AsyncLLM:
         request.check(program.limits, self._options.server)
         return await _ProgramChat(request, parts).prepare(program)
 
-    @contextmanager
-    def _begun(self, asked: GenerationRequest, text: str | None, request_id: str | None) -> Iterator[Answers]:
+    @asynccontextmanager
+    async def _begun(
+        self, asked: GenerationRequest, text: str | None, request_id: str | None, lora_request: LoRARequest | None
+    ) -> AsyncIterator[Answers]:
         """It ends with the block, whether or not it is whole."""
         program = self._opened
-        asked = replace(asked, keeps_ids=True)
-        with generate(program.model, asked, program.observer, started_s=perf_counter()) as generation:
-            yield Answers(generation, program.model.tokenizer, request_id or self._name(), text)
+        async with self._adapter(lora_request) as adapter:
+            asked = replace(asked, keeps_ids=True, adapter=adapter)
+            with generate(program.model, asked, program.observer, started_s=perf_counter()) as generation:
+                yield Answers(generation, program.model.tokenizer, request_id or self._name(), text)
+
+    @asynccontextmanager
+    async def _adapter(self, asked: LoRARequest | None) -> AsyncIterator[int]:
+        """The engine's number of an adapter that was loaded, now if need be; 0 for none."""
+        if asked is None:
+            yield 0
+            return
+        client, table = self.model.client, self._adapters
+        found = table.find(asked.lora_name)
+        if found is None or (asked.lora_path and found.path != asked.lora_path):
+            if not asked.lora_path:
+                raise RequestError(
+                    f"The adapter {asked.lora_name!r} does not exist; `lora_path` says where it is.",
+                    param="lora_request",
+                )
+            found = await table.ensure(client, asked.lora_name, asked.lora_path)
+        with table.use(found, lambda: client):
+            yield found.number
+
+    async def transcribe(
+        self, recording: Recording, *, translates: bool = False, request_id: str | None = None, **fields: Any
+    ) -> Transcript:
+        """What is said in a recording. `fields` are those of /v1/audio/transcriptions: language, prompt, temperature,
+        response_format ("verbose_json" for times, "srt" or "vtt" for a text of subtitles), timestamp_granularities
+        (["word"]), ... `translates`: into English, as /v1/audio/translations has it."""
+        if "transcribe" not in self.model.tasks:
+            self._need("generate", doing="transcribe")
+        request = self._read(AudioRequest, fields)
+        request.check()
+        if request.stream:
+            raise RequestError("A transcript comes whole: leave `stream` out.", param="stream")
+        upload = Upload(request, source_of("audio", recording, "recording"), translates=translates)
+        return await transcript(self._opened, upload, request_id or self._name())
 
     # Vectors.
 
     async def embed(
-        self, inputs: Sequence[PooledInput] | PooledInput, pooling_params: PoolingParams | None = None
+        self,
+        inputs: Sequence[PooledInput] | PooledInput,
+        pooling_params: PoolingParams | None = None,
+        *,
+        lora_request: LoRARequest | None = None,
     ) -> list[PooledOutput[Embedding]]:
         """A vector of each text, list of token ids or chat (a list of messages)."""
         own = pooling_params or PoolingParams()
         check_dimensions(self._opened, own.dimensions)
-        found = await self._pooled(inputs, "embed", own)
+        found = await self._pooled(inputs, "embed", own, lora_request)
         return [PooledOutput(self._name(), Embedding(vector), ids) for vector, ids in found]
 
     async def classify(
-        self, inputs: Sequence[PooledInput] | PooledInput, pooling_params: PoolingParams | None = None
+        self,
+        inputs: Sequence[PooledInput] | PooledInput,
+        pooling_params: PoolingParams | None = None,
+        *,
+        lora_request: LoRARequest | None = None,
     ) -> list[PooledOutput[Classification]]:
         labels = self._opened.model.labels
-        found = await self._pooled(inputs, "classify", pooling_params or PoolingParams())
+        found = await self._pooled(inputs, "classify", pooling_params or PoolingParams(), lora_request)
         return [
             PooledOutput(self._name(), Classification(probs, dict(enumerate(labels)).get(int(probs.argmax()))), ids)
             for probs, ids in found
@@ -249,11 +321,12 @@ class AsyncLLM:
         pooling_params: PoolingParams | None = None,
         *,
         pooling_task: PoolingTask | None = None,
+        lora_request: LoRARequest | None = None,
     ) -> list[PooledOutput[PooledData]]:
         """What the model makes of its states for a task: embed, classify, token_embed, token_classify; None: the first
         that it does."""
         task = pooling_task or self._opened.model.default_pooling_task or "embed"
-        found = await self._pooled(inputs, task, pooling_params or PoolingParams())
+        found = await self._pooled(inputs, task, pooling_params or PoolingParams(), lora_request)
         return [PooledOutput(self._name(), PooledData(data), ids) for data, ids in found]
 
     async def score(
@@ -306,12 +379,12 @@ class AsyncLLM:
             program.model,
             program.name,
             pooling,
-            own.of("score", 0),
+            own.of("score"),
             request.instruction,
             program.model.truncation(own.truncate_prompt_tokens, None),
             True,
             self._need,
-            lambda count: nullcontext(_Unlimited()),
+            _unlimited,
             pooling.run,
         )
         return [float(vector[0]) for vector in (await compare(comparison, *sides)).vectors]
@@ -325,30 +398,44 @@ class AsyncLLM:
 
         return chat
 
-    def _pooling(self) -> Pooling:
+    def _pooling(self, adapter: int = 0) -> Pooling:
+        """With as many inputs as the program likes: it asks itself."""
         program = self._opened
-        return Pooling(program.model, program.limits, PoolingOptions(), program.observer, started_s=perf_counter())
+        limits = replace(
+            program.limits,
+            max_embedding_inputs=INT32_MAX,
+            max_embedding_tokens=INT32_MAX,
+            max_embedding_media=INT32_MAX,
+        )
+        return Pooling(
+            program.model, limits, PoolingOptions(adapter=adapter), program.observer, started_s=perf_counter()
+        )
 
     async def _pooled(
-        self, inputs: Sequence[PooledInput] | PooledInput, task: PoolingTask, own: PoolingParams
+        self,
+        inputs: Sequence[PooledInput] | PooledInput,
+        task: PoolingTask,
+        own: PoolingParams,
+        lora_request: LoRARequest | None,
     ) -> list[tuple[Vector, list[int]]]:
         """Each input's vector, and its prompt's token ids."""
-        program = self._need(task)
-        model = program.model
+        self._need(task)
         given = [self._input(one) for one in many(inputs)]
-        prompt = model.instructions.chosen(own.prompt_name, None) if task in ("embed", "token_embed") else ""
-        texts = [prompt + one if isinstance(one, str) else one for one in given]
-        adapter = model.instructions.adapter(own.prompt_name, None)
-        params = own.of(task, model.prompts.unpooled_tokens(prompt, add_special_tokens=True))
-        truncation = model.truncation(own.truncate_prompt_tokens, None)
-        pooling = self._pooling()
+        async with self._adapter(lora_request) as adapter:
+            return await self._pooled_by(self._pooling(adapter), given, task, own)
+
+    async def _pooled_by(
+        self, pooling: Pooling, given: Sequence[str | list[int] | Conversation], task: PoolingTask, own: PoolingParams
+    ) -> list[tuple[Vector, list[int]]]:
+        choice, truncation = own.choice(), self.model.truncation(own.truncate_prompt_tokens, None)
         found: list[tuple[Vector, list[int]]] = []
-        for begin in range(0, len(texts), AT_ONCE):
-            group = texts[begin : begin + AT_ONCE]
+        for begin in range(0, len(given), AT_ONCE):
+            group = given[begin : begin + AT_ONCE]
             places = [f"inputs[{begin + index}]" for index in range(len(group))]
-            prompts = await pooling.make_prompts(group, places, truncation, chunked=task == "embed", adapter=adapter)
-            vectors = (await pooling.run(prompts, params)).vectors
-            found += zip(vectors, (one.token_ids.tolist() for one in prompts), strict=True)
+            pooled, prompts = await pool(
+                Sequences(pooling, group, places, own.of(task), choice, truncation, _unlimited, pooling.run)
+            )
+            found += zip(pooled.vectors, (one.token_ids.tolist() for one in prompts), strict=True)
         return found
 
     def _input(self, given: PooledInput) -> str | list[int] | Conversation:

@@ -13,13 +13,26 @@ from typing import Any, Self, TypeVar
 from sensorium.errors import RequestError
 from sensorium.llm.async_llm import AsyncLLM
 from sensorium.llm.inputs import Chat, Compared, PooledInput, PromptInput, many_chats, many_prompts
-from sensorium.llm.params import PoolingParams, SamplingParams
+from sensorium.llm.params import LoRARequest, PoolingParams, SamplingParams
 from sensorium.llm.progress import progress
-from sensorium.llm.results import Classification, Embedding, PooledData, PooledOutput, Ranked, RequestOutput, Score
+from sensorium.llm.recordings import Recording, many_recordings
+from sensorium.llm.results import (
+    Classification,
+    Embedding,
+    PooledData,
+    PooledOutput,
+    Ranked,
+    RequestOutput,
+    Score,
+    Transcript,
+)
 from sensorium.types import PoolingTask
 
 T = TypeVar("T")
+R = TypeVar("R")
 Params = SamplingParams | Sequence[SamplingParams] | None
+MAX_NUM_SEQS = 256
+"""Where nothing is said: lists of prompts want throughput, where a server's clients want their next token."""
 WAITING = 4
 """Prompts that are under way for each sequence that the engine computes at a time."""
 
@@ -33,7 +46,7 @@ class LLM:
     """
 
     def __init__(self, model: str | None = None, **arguments: Any) -> None:
-        self._llm = AsyncLLM(model, **arguments)
+        self._llm = AsyncLLM(model, **{"max_num_seqs": MAX_NUM_SEQS, **arguments})
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sensorium", daemon=True)
         self._thread.start()
@@ -57,12 +70,18 @@ class LLM:
         self.close()
 
     def generate(
-        self, prompts: PromptInput | Sequence[PromptInput], sampling_params: Params = None, *, use_tqdm: bool = True
+        self,
+        prompts: PromptInput | Sequence[PromptInput],
+        sampling_params: Params = None,
+        *,
+        use_tqdm: bool = True,
+        lora_request: LoRARequest | None = None,
     ) -> list[RequestOutput]:
         """Answers to prompts, in their order; one SamplingParams for all or one for each. `use_tqdm` shows a bar on a
-        terminal."""
+        terminal. `lora_request`: see `AsyncLLM.generate`."""
         given = many_prompts(prompts)
-        return self._answers(given, sampling_params, self._llm.complete, use_tqdm)
+        ask = partial(self._llm.complete, lora_request=lora_request)
+        return self._answers(given, sampling_params, ask, use_tqdm)
 
     def chat(
         self, messages: Chat | Sequence[Chat], sampling_params: Params = None, *, use_tqdm: bool = True, **fields: Any
@@ -72,15 +91,35 @@ class LLM:
         ask = partial(self._llm.complete_chat, **fields)
         return self._answers(many_chats(messages), sampling_params, ask, use_tqdm)
 
+    def transcribe(
+        self,
+        recordings: Recording | Sequence[Recording],
+        *,
+        translates: bool = False,
+        use_tqdm: bool = True,
+        **fields: Any,
+    ) -> list[Transcript]:
+        """What is said in one recording or a list of them. See `AsyncLLM.transcribe`."""
+        ask = partial(self._llm.transcribe, translates=translates, **fields)
+        return self._each(many_recordings(recordings), ask, use_tqdm)
+
     def embed(
-        self, inputs: Sequence[PooledInput] | PooledInput, pooling_params: PoolingParams | None = None
+        self,
+        inputs: Sequence[PooledInput] | PooledInput,
+        pooling_params: PoolingParams | None = None,
+        *,
+        lora_request: LoRARequest | None = None,
     ) -> list[PooledOutput[Embedding]]:
-        return self._run(self._llm.embed(inputs, pooling_params))
+        return self._run(self._llm.embed(inputs, pooling_params, lora_request=lora_request))
 
     def classify(
-        self, inputs: Sequence[PooledInput] | PooledInput, pooling_params: PoolingParams | None = None
+        self,
+        inputs: Sequence[PooledInput] | PooledInput,
+        pooling_params: PoolingParams | None = None,
+        *,
+        lora_request: LoRARequest | None = None,
     ) -> list[PooledOutput[Classification]]:
-        return self._run(self._llm.classify(inputs, pooling_params))
+        return self._run(self._llm.classify(inputs, pooling_params, lora_request=lora_request))
 
     def encode(
         self,
@@ -88,8 +127,10 @@ class LLM:
         pooling_params: PoolingParams | None = None,
         *,
         pooling_task: PoolingTask | None = None,
+        lora_request: LoRARequest | None = None,
     ) -> list[PooledOutput[PooledData]]:
-        return self._run(self._llm.encode(inputs, pooling_params, pooling_task=pooling_task))
+        found = self._llm.encode(inputs, pooling_params, pooling_task=pooling_task, lora_request=lora_request)
+        return self._run(found)
 
     def score(
         self,
@@ -127,19 +168,23 @@ class LLM:
                 f"There are {len(given)} prompts and {len(each)} sampling_params: give one for all, or one for each.",
                 param="sampling_params",
             )
+        return self._each(list(zip(given, each, strict=True)), lambda pair: ask(*pair), shows)
+
+    def _each(self, given: Sequence[T], ask: Callable[[T], Awaitable[R]], shows: bool) -> list[R]:
+        """The answers to all, in their order; as many at a time as the engine takes."""
         limit = WAITING * self._llm.model.client.config.max_num_seqs
 
-        async def all_of_them() -> list[RequestOutput]:
+        async def all_of_them() -> list[R]:
             places = asyncio.Semaphore(limit)
             with progress(len(given), shown=shows) as advance:
 
-                async def one(prompt: T, own: SamplingParams | None) -> RequestOutput:
+                async def one(asked: T) -> R:
                     async with places:
-                        found = await ask(prompt, own)
+                        found = await ask(asked)
                     advance()
                     return found
 
-                return list(await asyncio.gather(*map(one, given, each)))
+                return list(await asyncio.gather(*map(one, given)))
 
         return self._run(all_of_them())
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from sensorium import types
+from sensorium.serving.sequences import PromptChoice
 from sensorium.types import PoolingTask
 
 _SAID_DIFFERENTLY = frozenset({"logprobs", "logit_bias"})
@@ -55,21 +56,36 @@ class SamplingParams:
         return {name: value for name, value in found.items() if value is not None}
 
 
+@dataclass(frozen=True, slots=True)
+class LoRARequest:
+    """A LoRA adapter by its name; `lora_path`, a folder as PEFT saves it or a hub id, is loaded where the name is new.
+    `lora_int_id` is taken as vLLM has it, and means nothing here: a name is one adapter."""
+
+    lora_name: str
+    lora_int_id: int = 0
+    lora_path: str = ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolingParams:
     """`dimensions` cuts embeddings of models that were trained for it. `use_activation`: normalise embeddings, or make
     probabilities of a classifier's numbers; None: as the model says. `prompt_name` chooses one of the prompts that the
-    model's files have (sentence-transformers'), which stands before texts."""
+    model's files have (sentence-transformers'), which stands before texts; `input_type` chooses it by what the texts
+    are (query, document, ...), and how a model of late interaction writes them."""
 
     dimensions: int | None = None
     use_activation: bool | None = None
     prompt_name: str | None = None
+    input_type: str | None = None
     truncate_prompt_tokens: int | None = None
 
-    def of(self, task: PoolingTask, prompt_tokens: int) -> types.PoolingParams:
+    def of(self, task: PoolingTask) -> types.PoolingParams:
         """For the engine. An embedding's activation is its normalisation."""
         if task in ("embed", "token_embed"):
-            return types.PoolingParams(
-                task, normalize=self.use_activation, dimensions=self.dimensions, prompt_tokens=prompt_tokens
-            )
+            return types.PoolingParams(task, normalize=self.use_activation, dimensions=self.dimensions)
         return types.PoolingParams(task, activation=self.use_activation)
+
+    def choice(self) -> PromptChoice:
+        """RequestError if two fields choose a prompt."""
+        param = next((name for name in ("prompt_name", "input_type") if getattr(self, name) is not None), None)
+        return PromptChoice(self.prompt_name, self.input_type, param)

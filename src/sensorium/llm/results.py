@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sensorium.serving.generation import ToolCall
+from sensorium.serving.transcription import Segment
+from sensorium.serving.words import Word
 
 Vector = NDArray[np.float32]
 T = TypeVar("T")
@@ -92,6 +94,19 @@ class PooledData:
     """[size], or [tokens, size] for tasks that look at tokens."""
 
     data: Vector
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """What is said in one recording. `language` is a code of ISO 639-1; None where the model was not told and does not
+    tell. `segments` have start_s, end_s, text and tokens; `words`, if asked for, text, start_s and end_s."""
+
+    request_id: str
+    text: str
+    language: str | None
+    duration_s: float
+    segments: list[Segment] = field(default_factory=list)
+    words: list[Word] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

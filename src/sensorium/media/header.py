@@ -100,14 +100,15 @@ def _jpeg(data: bytes) -> ImageHeader | None:
                 return None
             height, width = int.from_bytes(segment.body[1:3], "big"), int.from_bytes(segment.body[3:5], "big")
             components = segment.body[5]
-            has_scans = segment.marker not in jpeg.SEQUENTIAL
-            header = ImageHeader("JPEG", width, height, orientation, has_scans=has_scans)
+            header = ImageHeader("JPEG", width, height, has_scans=segment.marker not in jpeg.SEQUENTIAL)
         if segment.marker == jpeg.SCAN:
             is_whole = len(segment.body) > 0 and segment.body[0] >= components
-            return header if is_whole or header is None else replace(header, has_scans=True)
-        if segment.marker == jpeg.EXIF and segment.body.startswith(b"Exif\0\0") and orientation == 1 and header is None:
+            if header is not None and not is_whole:
+                header = replace(header, has_scans=True)
+            break
+        if segment.marker == jpeg.EXIF and segment.body.startswith(b"Exif\0\0") and orientation == 1:
             orientation = exif_orientation(segment.body[6:])
-    return header
+    return None if header is None else replace(header, orientation=orientation)
 
 
 def _png(data: bytes) -> ImageHeader | None:

@@ -6,6 +6,7 @@ Three steps, so that a caller can check counts in between: `fetch` the file, `pr
 from __future__ import annotations
 
 import asyncio
+import copy
 import math
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -83,6 +84,8 @@ class MediaLoader:
         )
         self._images = WorkerPool("image", workers, _image_bounds(limits))
         self._streams = WorkerPool("stream", workers, _stream_bounds(limits))
+        self._workers = workers
+        self._recordings: MediaLoader | None = None
 
     def holding(self) -> AbstractContextManager[RequestBytes]:
         """For one request: its `add` counts what `fetch` brings from elsewhere, until the context ends."""
@@ -152,10 +155,21 @@ class MediaLoader:
         """Start a decode worker before the first image comes."""
         await self._images.warm()
 
+    def of_recordings(self) -> MediaLoader:
+        """This one for models that take a recording window by window: memory, turns and workers of images are shared,
+        recordings may be longer. It is closed with this one."""
+        if self._recordings is None:
+            own = self._recordings = copy.copy(self)
+            own._limits = replace(self._limits, max_audio_seconds=self._limits.max_recording_seconds)
+            own._streams = WorkerPool("stream", self._workers, _stream_bounds(own._limits))
+        return self._recordings
+
     async def aclose(self) -> None:
         await self._fetcher.aclose()
         await self._images.aclose()
         await self._streams.aclose()
+        if self._recordings is not None:
+            await self._recordings._streams.aclose()
         self._readers.shutdown(wait=False, cancel_futures=True)
 
     async def _read(self, source: MediaSource, tenant: bytes, take: Take) -> tuple[bytes, str | None]:
@@ -167,6 +181,8 @@ class MediaLoader:
         url = source.url or (source.data if source.data and is_data_url(source.data) else "")
         scheme = url[:8].partition(":")[0].lower()
         if source.data is not None and not url:
+            if source.data[:8].lower().startswith(("http:", "https:")):
+                raise Refusal("base64", "The {kind} is base64 here; a URL goes into a part of the type {kind}_url.")
             return await self._from_base64(source.data, max_bytes, tenant), source.format
         if scheme == "data":
             parts = split_data_url(url, source.kind)
@@ -182,7 +198,11 @@ class MediaLoader:
         if scheme in ("http", "https"):
             fetched = await self._fetcher.get(url, max_bytes, tenant, take)
             return fetched.payload, fetched.content_type
-        raise Refusal("url", "The {kind} must be an http(s):, data: or (where the operator allows it) file: URL.")
+        raise Refusal(
+            "url",
+            "The {kind} must be an http(s):, data: or (where the operator allows it) file: URL; base64 "
+            "is written data:<media type>;base64,<data>.",
+        )
 
     async def _from_base64(self, text: str, max_bytes: int, tenant: bytes) -> bytes:
         if len(text) < LARGE_TEXT:

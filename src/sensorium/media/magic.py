@@ -34,6 +34,8 @@ def container_of(kind: Modality, payload: bytes) -> Demuxer:
 def _sniff(payload: bytes) -> Demuxer | None:
     if payload[:4] == b"RIFF":
         return {b"AVI ": "avi", b"WAVE": "wav"}.get(payload[8:12])  # type: ignore[return-value]
+    if payload[:4] == b"RF64":  # a WAV whose sizes have 64 bits
+        return "wav" if payload[8:12] == b"WAVE" else None
     if payload[:4] == b"FORM":
         return "aiff" if payload[8:12] in (b"AIFF", b"AIFC") else None
     for magic, demuxer in ((b"\x1aE\xdf\xa3", "matroska"), (b"fLaC", "flac"), (b"OggS", "ogg")):

@@ -6,8 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Placement = Literal["ends", "starts", "centers", "stride"]
-PLACEMENTS: tuple[Placement, ...] = ("ends", "starts", "centers", "stride")
+import numpy as np
+
+Placement = Literal["ends", "starts", "centers", "stride", "floors"]
+PLACEMENTS: tuple[Placement, ...] = ("ends", "starts", "centers", "stride", "floors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +17,8 @@ class VideoSampling:
     """How many frames (`num_frames`, or `fps` times the duration, within the bounds) and where they lie.
 
     ends: evenly from the first to the last frame; starts: at the beginning of equal parts; centers: in their middle;
-    stride: every n-th frame, n the clip's rate over `fps`, thinned to `max_frames` at the centers of equal parts.
+    stride: every n-th frame, n the clip's rate over `fps`, thinned to `max_frames` at the centers of equal parts;
+    floors: as ends, but rounded down, and the number of frames to the nearest.
     """
 
     fps: float | None = 2.0
@@ -24,6 +27,7 @@ class VideoSampling:
     max_frames: int | None = None
     even: bool = False  # an even number of frames, for towers that take them in pairs
     placement: Placement = "ends"
+    skip_s: float = 0.0  # floors: left out at both ends of clips that have more seconds besides than frames
 
     def indices(self, total: int, duration_s: float, limit: int) -> list[int]:
         """Ascending, distinct numbers of the frames to take out of `total`; at most `limit`, at least one."""
@@ -32,12 +36,23 @@ class VideoSampling:
             step = max(1, round(total / max(duration_s, 1e-6) / self.fps))
             every = range(0, total, step)
             return self._pairs([every[i] for i in _centers(len(every), min(len(every), most))])
+        if self.placement == "floors":
+            return self._floors(total, duration_s, most)
         count = self._count(total, duration_s, most)
         if self.placement == "ends":
             return sorted({round(i * (total - 1) / max(count - 1, 1)) for i in range(count)})
         if self.placement == "starts":
             return [i * total // count for i in range(count)]
         return _centers(total, count)
+
+    def _floors(self, total: int, duration_s: float, most: int) -> list[int]:
+        """Source: SmolVLM's processor."""
+        fps, first, last = self.fps or 1.0, 0, total - 1
+        count = max(1, min(self.num_frames or round(fps * duration_s), most))
+        if self.skip_s and duration_s - 2 * self.skip_s > (self.max_frames or most) * fps:
+            skipped = self.skip_s * total / duration_s
+            first, last = int(skipped), min(int(total - skipped), last)
+        return self._pairs(sorted({*np.linspace(first, last, count, dtype=int).tolist()}))
 
     def _count(self, total: int, duration_s: float, most: int) -> int:
         wanted: float = total

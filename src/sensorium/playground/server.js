@@ -4,17 +4,13 @@ import * as api from "./api.js";
 import {byId, el, notice} from "./dom.js";
 import {number, onLanguage, say, t} from "./i18n.js";
 import {parse, Reading} from "./metrics.js";
+import * as models from "./models.js";
+import {bytes} from "./models.js";
 import {createPlot} from "./plot.js";
 import * as store from "./store.js";
 
 const INTERVAL_MS = 2000;
 
-const bytes = (value) => {
-  if (!Number.isFinite(value)) return "–";
-  const units = ["B", "kB", "MB", "GB", "TB"];
-  const power = Math.min(units.length - 1, Math.max(0, Math.floor(Math.log10(value || 1) / 3)));
-  return `${number(value / 1000 ** power, power > 2 ? 2 : power ? 1 : 0)} ${units[power]}`;
-};
 const count = (value) => (Number.isFinite(value) ? number(value) : "–");
 const percent = (value) => (Number.isFinite(value) ? `${number(100 * value, value > 0 && value < 0.1 ? 1 : 0)} %` : "–");
 const seconds = (value) => (value >= 1 ? `${number(value, 2)} s` : `${number(1000 * value, value < 0.01 ? 1 : 0)} ms`);
@@ -43,12 +39,13 @@ let version = "";
 export function start() {
   store.watch(({model}) => {
     if (model !== latest?.shown) restart();
-    showModels();
+    models.show();
   });
   onLanguage(() => {
     showFacts();
-    showModels();
+    models.show();
     for (const plot of plots) plot.show();
+    models.showPlot();
   });
   document.addEventListener("visibilitychange", () => look(!byId("server").hidden));
 }
@@ -71,6 +68,7 @@ async function tick(first) {
     version ||= await api.version({quiet: !first});
     const text = await api.metrics({quiet: !first});
     take(parse(text));
+    await models.refresh();
     notice(byId("server-notice"));
     byId("docs-link").hidden = Boolean(api.key.get());  // a link cannot bring the key
   } catch (error) {
@@ -88,8 +86,9 @@ function take(families) {
   latest = new Reading(families, root, performance.now());
   latest.shown = model;
   if (earlier) plots.forEach((plot, place) => plot.push(PLOTS[place][3](latest, earlier)));
+  models.pushMemory(families);
   showFacts();
-  showModels();
+  models.show();
 }
 
 function showFacts() {
@@ -111,14 +110,4 @@ function showFacts() {
   ];
   byId("facts").replaceChildren(...rows.map(([name, shown]) =>
     el("div", {data: {fact: name}}, say(el("dt"), name), el("dd", {}, shown))));
-}
-
-function showModels() {
-  const head = ["models.name", "models.context", "models.input", "models.tasks"];
-  byId("models").replaceChildren(
-    el("thead", {}, el("tr", {}, ...head.map((name) => say(el("th", {scope: "col"}), name)))),
-    el("tbody", {}, ...store.get().models.map((model) => el("tr", {}, el("th", {scope: "row"}, model.id),
-      el("td", {}, count(model.max_model_len)),
-      el("td", {}, (model.modalities ?? []).map((kind) => t(`kind.${kind}`)).join(", ")),
-      el("td", {}, (model.tasks ?? []).join(", "))))));
 }

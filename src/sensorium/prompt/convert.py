@@ -1,4 +1,5 @@
-"""Makes a tokenizer.json for repositories that have none, through transformers in a process of its own.
+"""Makes a tokenizer.json for repositories that have none, through transformers in a process of its own. Mistral's
+tekken.json needs no transformers.
 
 The result is kept in a cache folder under a hash of the files it came from, or in a temporary one where there is no
 home or nothing can be written to it. transformers is an optional extra and is
@@ -7,18 +8,17 @@ never imported into the server.
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import importlib.util
-import logging
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from sensorium.checkpoint.own_cache import own_cache, writable
 from sensorium.errors import CheckpointError, StartupError
+from sensorium.prompt import tekken
 
 _SOURCES = (
     "*.model",
@@ -26,12 +26,12 @@ _SOURCES = (
     "vocab*",
     "merges.txt",
     "tokenizer*",
+    "tekken.json",
     "added_tokens.json",
     "special_tokens_map.json",
     "config.json",
 )
 _TIMEOUT_S = 180
-_log = logging.getLogger("sensorium")
 
 
 def converted_tokenizer(folder: Path, cache: Path | None = None) -> Path:
@@ -39,17 +39,17 @@ def converted_tokenizer(folder: Path, cache: Path | None = None) -> Path:
     sources = _sources(folder)
     if not any(file.name not in ("config.json", "tokenizer_config.json") for file in sources):
         raise CheckpointError(f"{folder} has no tokenizer: neither tokenizer.json nor a vocabulary to make it of.")
-    cache = cache or _own_cache()
+    cache = cache or own_cache("tokenizers")
     name = f"{_digest(sources)}.json"
     if cache is not None and (cache / name).is_file():
         return cache / name
-    if importlib.util.find_spec("transformers") is None:
+    if not (folder / tekken.FILE).is_file() and importlib.util.find_spec("transformers") is None:
         raise StartupError(
             "The model has no tokenizer.json. Its tokenizer can be converted once the extra is "
             "installed: pip install 'sensorium[convert]'"
         )
     try:
-        cache = _writable(cache)
+        cache = writable(cache, "the converted tokenizer")
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             made = Path(scratch) / "tokenizer.json"
             _convert(folder, made)
@@ -57,31 +57,6 @@ def converted_tokenizer(folder: Path, cache: Path | None = None) -> Path:
     except OSError as error:
         raise StartupError(f"The converted tokenizer cannot be written: {error.strerror}") from None
     return cache / name
-
-
-def _own_cache() -> Path | None:
-    try:
-        return Path.home() / ".cache" / "sensorium" / "tokenizers"
-    except RuntimeError:  # neither HOME nor an entry in passwd
-        return None
-
-
-def _writable(cache: Path | None) -> Path:
-    """This folder, made if need be, or a temporary one for as long as this process lives."""
-    try:
-        if cache is not None:
-            cache.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=cache).close()
-            return cache
-    except OSError:
-        pass
-    _log.warning(
-        "the converted tokenizer is not kept: %s",
-        "there is no home folder" if cache is None else f"{cache} cannot be written to",
-    )
-    scratch = Path(tempfile.mkdtemp(prefix="sensorium-"))
-    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-    return scratch
 
 
 def _sources(folder: Path) -> list[Path]:
@@ -112,6 +87,10 @@ def _convert(folder: Path, target: Path) -> None:
 
 def main(folder: str, target: str) -> None:
     """The child's part."""
+    own = Path(folder) / tekken.FILE
+    if own.is_file():
+        tekken.tekken_tokenizer(own).save(target)
+        return
     os.environ["HF_HUB_OFFLINE"] = "1"
     from transformers import AutoTokenizer
 

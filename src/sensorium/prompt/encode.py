@@ -1,6 +1,7 @@
 """Texts and pairs of texts as token ids for models that pool, truncated where the client asks for it.
 
-A truncated text keeps the special tokens around it. Of a pair only the second text is shortened to make it fit.
+A truncated text keeps the special tokens around it. Of a pair the longer text is shortened to make it fit, as
+transformers and sentence-transformers do.
 """
 
 from __future__ import annotations
@@ -53,10 +54,10 @@ class PairLimits:
         return bool(self.max_document_tokens) or self.total is not None
 
     def shorten(self, query: str, document: str) -> tuple[str, str]:
-        if self.max_query_tokens:
-            query = Truncation(self.max_query_tokens).shorten(query)
-        if self.shortens_documents:
-            document = Truncation(self.max_document_tokens or self.total or 0).shorten(document)
+        if query_tokens := self.max_query_tokens or self.total:
+            query = Truncation(query_tokens).shorten(query)
+        if document_tokens := self.max_document_tokens or self.total:
+            document = Truncation(document_tokens).shorten(document)
         return query, document
 
 
@@ -91,14 +92,25 @@ def _joined(tokenizer: Tokenizer, query: Any, document: Any, limits: PairLimits,
     first = min(len(query), limits.max_query_tokens or len(query))
     second = min(len(document), limits.max_document_tokens or len(document))
     if limits.total is not None:
-        second = min(second, limits.total - num_special - first)
-        if second < 0:
+        room = limits.total - num_special
+        if room < 0:
             raise ContextLengthError(
-                f"The query alone has {first} tokens, which leaves no room for a document: the "
-                f"two may have {limits.total} with {num_special} special tokens."
+                f"A pair has {num_special} special tokens, which do not fit into the {limits.total} that it may have."
             )
+        first, second = longest_first(first, second, room)
     joined = tokenizer.framed(_first(query, first), _first(document, second))
     return np.array(joined.ids, np.int32), np.array(joined.type_ids, np.int32)
+
+
+def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
+    """How many tokens are kept of each of two texts: the longer one is cut, beyond half of `room` both are."""
+    if first + second <= room:
+        return first, second
+    if first > second:
+        return longest_first(second, first, room)[::-1]
+    if 2 * first <= room:
+        return first, room - first
+    return room // 2, room - room // 2
 
 
 def _first(encoding: Any, count: int) -> Any:

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from dataclasses import asdict
 from functools import partial
 
+from sensorium.config import PROMPT_MEMORY_BYTES
 from sensorium.errors import OverloadedError, RateLimitError, RequestError, UnavailableError
 from sensorium.prompt.forms import Form
 from sensorium.types import Grammar, Vocabulary
@@ -19,6 +20,8 @@ from sensorium.workers.process import WorkerProcess
 WORKERS = Size(1, 3, turn_s=5.0, total_s=8.0)
 CPU_S = 4.0  # of one job
 MEMORY_BYTES = 512 << 20  # beyond what a worker has after its imports
+LEAST_MEMORY_BYTES = 32 << 20
+PART = 0.35  # of the memory for prompts; the rest is for templates
 MAX_REPLY_BYTES = 16 << 20
 MAX_KEPT = 256
 MAX_KEPT_CHARS = 4 << 20  # of the grammars that are kept, together
@@ -28,11 +31,19 @@ class GrammarPool:
     """Of one model. `vocabulary` is None where its tokens have no bytes: then no answer can be held to a form."""
 
     def __init__(
-        self, vocabulary: Vocabulary | None, vocab_size: int, *, cpu_s: float = CPU_S, size: Size = WORKERS
+        self,
+        vocabulary: Vocabulary | None,
+        vocab_size: int,
+        *,
+        cpu_s: float = CPU_S,
+        size: Size = WORKERS,
+        memory_bytes: int = PROMPT_MEMORY_BYTES,
     ) -> None:
+        """`memory_bytes` are the flag --prompt-memory."""
         self._vocabulary = vocabulary
         self._vocab_size = vocab_size
-        start = partial(WorkerProcess.start, "sensorium.prompt.grammar_worker", MEMORY_BYTES, cpu_s)
+        size, each = size.within(int(PART * memory_bytes), MEMORY_BYTES, LEAST_MEMORY_BYTES)
+        start = partial(WorkerProcess.start, "sensorium.prompt.grammar_worker", each, cpu_s)
         self._crew = Crew(start, size, max_reply_bytes=MAX_REPLY_BYTES)
         self._kept: OrderedDict[bytes, Grammar] = OrderedDict()
         self._kept_chars = 0
@@ -46,12 +57,14 @@ class GrammarPool:
         return None if form is None else await self.grammar_of(form, tenant)
 
     async def grammar_of(self, form: Form, tenant: bytes = b"") -> Grammar:
-        """A grammar that compiles. RequestError names the field of the form and says what is wrong."""
+        """A grammar that compiles. RequestError names the field of the form and says what is wrong.
+
+        What is kept is a tenant's own: the time would tell which forms another one asks for."""
         if self._vocabulary is None:
             raise RequestError("Structured output is not available for this model's tokenizer.", param=form.param)
         form.check_size()
         job = json.dumps({"form": asdict(form) | {"param": ""}, "names": self._names(form)}).encode()
-        key = hashlib.sha256(job).digest()
+        key = hashlib.sha256(len(tenant).to_bytes(4, "big") + tenant + job).digest()
         found = self._kept.get(key)
         if found is None:
             found = await self._compiled(form, job, tenant)

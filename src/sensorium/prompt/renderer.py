@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from sensorium.config import PROMPT_MEMORY_BYTES
 from sensorium.errors import OverloadedError, RateLimitError, UnavailableError
 from sensorium.prompt.inspection import (
     MAX_RENDERED_CHARS,
@@ -26,6 +27,8 @@ OWN, FOREIGN = Size(2, 8, turn_s=3.0, total_s=4.5), Size(2, 4, turn_s=1.6, total
 it and one that renders."""
 OWN_CPU_S, FOREIGN_CPU_S = 1.5, 0.5  # of one job
 MEMORY_BYTES = 256 << 20  # beyond what a worker has after its imports
+LEAST_MEMORY_BYTES = 24 << 20  # enough for a prompt of four million characters
+OWN_PART, FOREIGN_PART = 0.45, 0.2  # of the memory for prompts; the rest is for grammars
 MAX_REPLY_BYTES = 5 * MAX_RENDERED_CHARS
 INSPECT, RENDER = record_frame(JOB, {"op": "inspect"}), record_frame(JOB, {"op": "render"})
 FAILURES: dict[str, type[Exception]] = {
@@ -39,15 +42,23 @@ class RenderPool:
     """Implements `Renderer`. UnavailableError where a worker was stopped or killed from outside, RateLimitError where a
     key's own jobs left its others no time, OverloadedError where everybody's did."""
 
-    def __init__(self, *, cpu_s: float | None = None, own: Size = OWN, foreign: Size = FOREIGN) -> None:
-        """`cpu_s` of one job, else `OWN_CPU_S` and `FOREIGN_CPU_S`."""
+    def __init__(
+        self,
+        *,
+        cpu_s: float | None = None,
+        own: Size = OWN,
+        foreign: Size = FOREIGN,
+        memory_bytes: int = PROMPT_MEMORY_BYTES,
+    ) -> None:
+        """`cpu_s` of one job, else `OWN_CPU_S` and `FOREIGN_CPU_S`; `memory_bytes` are the flag --prompt-memory."""
 
-        def crew(role: str, size: Size, limit_s: float) -> Crew:
-            start = partial(WorkerProcess.start, "sensorium.prompt.render_worker", role, MEMORY_BYTES, cpu_s or limit_s)
+        def crew(role: str, size: Size, part: float, limit_s: float) -> Crew:
+            size, each = size.within(int(part * memory_bytes), MEMORY_BYTES, LEAST_MEMORY_BYTES)
+            start = partial(WorkerProcess.start, "sensorium.prompt.render_worker", role, each, cpu_s or limit_s)
             return Crew(start, size, max_reply_bytes=MAX_REPLY_BYTES)
 
-        self._own = crew("operators", own, OWN_CPU_S)
-        self._foreign = crew("foreign", foreign, FOREIGN_CPU_S)
+        self._own = crew("operators", own, OWN_PART, OWN_CPU_S)
+        self._foreign = crew("foreign", foreign, FOREIGN_PART, FOREIGN_CPU_S)
 
     @property
     def pids(self) -> list[int]:

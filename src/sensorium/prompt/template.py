@@ -96,8 +96,6 @@ class ChatTemplate:
         modalities = tuple(modalities)
         self.source = source
         self.free_names = frozenset(inspection.free_names)
-        control = [token for token in tokenizer.added_tokens if any(token in text for text in inspection.texts)]
-        self._tokenizer = tokenizer.with_literals(control)
         self._placeholder = placeholder
         outputs = iter(inspection.outputs)
         self.takes_strings = _echoes(next(outputs))
@@ -111,6 +109,10 @@ class ChatTemplate:
                 if placeholder is not None and self.takes_parts and placeholder(kind, 0) in output:
                     self._media_parts.setdefault(kind, part)
         self.tool_style = self._found_style(modalities, outputs)
+        told = self.tool_style.told
+        texts = (*inspection.texts, *(() if told is None else told.marks))
+        control = [token for token in tokenizer.added_tokens if any(token in text for text in texts)]
+        self._tokenizer = tokenizer.with_literals(control)
 
     def _found_style(self, modalities: Sequence[Modality], outputs: Iterator[str]) -> ToolStyle:
         style = style_of(self.source, outputs, takes_strings=self.takes_strings)
@@ -206,6 +208,9 @@ class ChatTemplate:
             found["name"] = escape(message.name)
         found["role"] = message.role
         found["content"] = self._content(message.content, escape, seen)
+        told, calls = self.tool_style.told, found.get("tool_calls")
+        if told is not None and calls:
+            found["content"] = _with_text(found["content"], told.calls(calls))
         return found
 
     def _content(
@@ -311,6 +316,14 @@ def compiling() -> Iterator[None]:
 def check_source(source: str) -> None:
     if len(source) > MAX_SOURCE_CHARS:
         raise StartupError(f"The chat template is longer than {MAX_SOURCE_CHARS} characters.")
+
+
+def _with_text(content: Content, text: str) -> Content:
+    """Content with a text on a line of its own behind it."""
+    if isinstance(content, str):
+        return f"{content}\n{text}" if content else text
+    said = [part for part in content if part.get("text") != ""]
+    return [*said, {"type": "text", "text": f"\n{text}" if said else text}]
 
 
 def _with_cut(content: Content) -> Content:

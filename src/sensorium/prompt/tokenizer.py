@@ -7,12 +7,15 @@ them changes after construction but caches.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import logging
 import re
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from tokenizers import AddedToken, Encoding, processors
 from tokenizers import Tokenizer as RawTokenizer
@@ -25,6 +28,7 @@ from sensorium.types import Vocabulary
 
 _log = logging.getLogger(__name__)
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 _FLAGS_DECIDE = ("Llama", "CodeLlama", "Gemma", "Cohere", "GPTNeoX")  # what `add_bos_token` and its like are law for
 _WORST_CHARS_PER_TOKEN = 16  # at least this many are assumed before a text is called too long unread
@@ -65,13 +69,29 @@ class Tokenizer:
         self._longest_token: int | None = None
         self.frame = frame
         self._file = file
+        self._shared: Tokenizer | None = None  # held by those that have its parts, so that others find it
 
     @classmethod
     def from_folder(cls, folder: Path, *, vocab_size: int = 0) -> Tokenizer:
-        config = _read_json(folder / "tokenizer_config.json")
+        """That of a model's folder. Models whose files say the same share one: an embedder and its reranker often do,
+        and one takes up to some hundred megabytes."""
         file = folder / "tokenizer.json"
         if not file.is_file():
             file = converted_tokenizer(folder)
+        key = _digest((file, *(folder / name for name in _CONFIGS)), vocab_size)
+        with (
+            _READING
+        ):  # models that are loaded at the same time find each other's; reading holds the interpreter anyway
+            shared = _READ.get(key)
+            if shared is None:
+                shared = _READ[key] = cls._of_files(folder, file, vocab_size)
+        own = copy.copy(shared)
+        own._file, own._shared = file, shared
+        return own
+
+    @classmethod
+    def _of_files(cls, folder: Path, file: Path, vocab_size: int) -> Tokenizer:
+        config = _read_json(folder / "tokenizer_config.json")
         try:
             raw = RawTokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing narrower
@@ -87,6 +107,16 @@ class Tokenizer:
         copied._all = Literals(self._all.all | literals)
         if special:
             copied._special = Literals(self._special.all | literals)
+        return copied
+
+    def ending_with(self, token: str) -> Tokenizer:
+        """The same tokenizer with this token behind every whole text; itself if it is there, or no token of its."""
+        token_id = self.token_to_id(token)
+        begin, end = _around(self.framed(self.raw.encode("a", add_special_tokens=False)))
+        if token_id is None or end[-1:] == [token_id]:
+            return self
+        copied = copy.copy(self)
+        copied.frame = _frame(self.raw, begin, [*end, token_id])
         return copied
 
     def vocabulary(self, ends: Sequence[int]) -> Vocabulary | None:
@@ -202,6 +232,11 @@ class Tokenizer:
         return self._verbatim.names[literal]
 
 
+_READ: WeakValueDictionary[bytes, Tokenizer] = WeakValueDictionary()
+"""Those that a model has, by what their files say."""
+_READING = threading.Lock()
+
+
 class _VerbatimVocabulary:
     """The same model whose added tokens are only found under names that no text can contain.
 
@@ -268,6 +303,14 @@ def encoded(raw: RawTokenizer, text: str, add_special_tokens: bool, *, with_offs
     return found
 
 
+def _digest(files: Iterable[Path], vocab_size: int) -> bytes:
+    """Of what the files say; of one that is not there, that."""
+    found = hashlib.sha256(str(vocab_size).encode())
+    for file in files:
+        found.update(hashlib.sha256(file.read_bytes() if file.is_file() else b"").digest())
+    return found.digest()
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_bytes())
@@ -303,19 +346,26 @@ def _configured_frame(
         return None
     raw.no_truncation()
     raw.no_padding()
-    probe = raw.encode("a")
-    is_added = probe.special_tokens_mask
-    before = is_added.index(0) if 0 in is_added else len(is_added)
-    after = is_added[::-1].index(0) if 0 in is_added else 0
-    begin, end = probe.ids[:before], probe.ids[len(probe.ids) - after :]
+    begin, end = _around(raw.encode("a"))
     decide = str(config.get("tokenizer_class") or "").removesuffix("Fast").removesuffix("Tokenizer") in _FLAGS_DECIDE
     new_begin = _flagged(begin, 0, config.get("add_bos_token"), raw.token_to_id(named.get("bos_token", "")), decide)
     new_end = _flagged(end, -1, config.get("add_eos_token"), raw.token_to_id(named.get("eos_token", "")), decide)
-    if (new_begin, new_end) == (begin, end):
-        return None
-    parts = [("begin", new_begin), ("end", new_end)]
+    return None if (new_begin, new_end) == (begin, end) else _frame(raw, new_begin, new_end)
+
+
+def _around(text: Encoding) -> tuple[list[int], list[int]]:
+    """The special tokens before and behind a text that has no others."""
+    is_added = text.special_tokens_mask
+    before = is_added.index(0) if 0 in is_added else len(is_added)
+    after = is_added[::-1].index(0) if 0 in is_added else 0
+    return text.ids[:before], text.ids[len(text.ids) - after :]
+
+
+def _frame(raw: RawTokenizer, begin: list[int], end: list[int]) -> processors.PostProcessor:
+    """What puts these tokens before and behind a text, or each text of a pair."""
+    parts = [("begin", begin), ("end", end)]
     special = [{"id": name, "ids": ids, "tokens": [str(raw.id_to_token(i)) for i in ids]} for name, ids in parts if ids]
-    first, last = ("begin" if new_begin else ""), ("end" if new_end else "")
+    first, last = ("begin" if begin else ""), ("end" if end else "")
     template = [
         [piece for piece in (first and f"{first}:{side}", f"${'AB'[side]}:{side}", last and f"{last}:{side}") if piece]
         for side in (0, 1)

@@ -12,6 +12,7 @@ from typing import Any
 from sensorium.prompt.formats.catalogue import THINKING
 from sensorium.prompt.formats.detect import PROBE_ARGUMENTS, PROBE_TOOL
 from sensorium.prompt.messages import MediaPart, Message, TextPart
+from sensorium.prompt.told import Told, told_for
 from sensorium.types import Modality
 
 PROBE = "Probe7f3a"
@@ -27,13 +28,15 @@ _REASONING = ("reasoning_content", "reasoning", "thinking")
 class ToolStyle:
     """What a template does with tools.
 
-    `shows_tools`: it tells the model of them; `in_system`: only as JSON text in the system message. `as_text`: it wants
-    a call's arguments as JSON text. `short_ids`: ids of calls have nine letters and digits. `media`: what it takes in
-    a tool's result. `header`: how the assistant's turn begins. `written`: what it makes of a call.
+    `shows_tools`: it tells the model of them; `in_system`: only as JSON text in the system message. `told`: what says
+    for it what it leaves out. `as_text`: it wants a call's arguments as JSON text. `short_ids`: ids of calls have nine
+    letters and digits. `media`: what it takes in a tool's result. `header`: how the assistant's turn begins.
+    `written`: what it makes of a call, or what is written for it.
     """
 
     shows_tools: bool = False
     in_system: bool = False
+    told: Told | None = None
     as_text: bool = False
     short_ids: bool = False
     media: frozenset[Modality] = frozenset()
@@ -106,14 +109,19 @@ def style_of(source: str, outputs: Iterator[str], *, takes_strings: bool) -> Too
     name = str(PROBE_TOOL["function"]["name"])
     header = _header(before, after)
     only_text = (name not in as_object and name in as_text) or "{'place'" in as_object
+    shows, calls = name in shown or name in in_system, _after(as_text if only_text else as_object, header)
+    told = told_for(source, shows_tools=shows, writes_calls=name in calls)
+    if told is not None:
+        calls = told.calls(_calling(PROBE_ARGUMENTS)["tool_calls"])
     return ToolStyle(
-        shows_tools=name in shown or name in in_system,
+        shows_tools=shows or (told is not None and told.tools is not None),
         in_system=name not in shown and name in in_system,
+        told=told,
         as_text=only_text,
         short_ids=bool(as_object) and not long_id,
         knows_developer="developer" in source,
         header=header,
-        written=(_after(as_text if only_text else as_object, header),),
+        written=(calls,),
     )
 
 
@@ -148,6 +156,8 @@ def in_style(
         messages, shown = _with_tools_in_system(messages, shown), None
     if any(message.extra or message.role in ("tool", "developer") for message in messages):
         messages = _Chat(style).of(messages)
+    if shown is not None and style.told is not None and style.told.tools is not None:
+        messages, shown = _with_text_in_front(messages, style.told.tools(shown)), None
     return messages, shown
 
 
@@ -165,6 +175,13 @@ def _with_tools_in_system(messages: Sequence[Message], tools: list[dict[str, Any
     return [Message("system", (TextPart(""),), extra={"tools": text}), *messages]
 
 
+def _with_text_in_front(messages: Sequence[Message], text: str) -> list[Message]:
+    """Behind the system message's text, or before all others."""
+    first = messages[0]
+    texts = (*first.content, TextPart(text)) if first.role == "system" else (TextPart(f"{text}\n"), *first.content)
+    return [replace(first, content=_one_text(texts)), *messages[1:]]
+
+
 class _Chat:
     """Messages on their way into one template's form."""
 
@@ -179,7 +196,9 @@ class _Chat:
             if message.role != "tool":
                 made += self._moved_media()
             made.append(self._made(message))
-        return [*made, *self._moved_media()]
+        made += self._moved_media()
+        told = self._style.told
+        return _joined(made) if told is not None and told.result_role == "user" else made
 
     def _moved_media(self) -> list[Message]:
         moved, self._moved = self._moved, []
@@ -217,6 +236,10 @@ class _Chat:
         name = message.name or self._names.get(call_id)
         media = [part for part in message.content if isinstance(part, MediaPart)]
         texts = [part.text for part in message.content if isinstance(part, TextPart)]
+        if (told := self._style.told) is not None:
+            said = TextPart(told.result % "\n".join(texts))
+            self._moved += media
+            return Message(told.result_role, (said,), name, {} if told.result_role == "user" else extra)
         if media and all(part.kind in self._style.media for part in media):
             return replace(message, name=name, extra=extra)
         self._moved += media
@@ -227,6 +250,28 @@ class _Chat:
             return call_id
         digest = hashlib.sha256(call_id.encode("utf-8", "surrogatepass")).digest()
         return "".join(_ALPHABET[byte % len(_ALPHABET)] for byte in digest[:SHORT_ID])
+
+
+def _joined(messages: Sequence[Message]) -> list[Message]:
+    """What users say in a row as one message: turns alternate."""
+    made: list[Message] = []
+    for message in messages:
+        if made and made[-1].role == message.role == "user":
+            made[-1] = replace(made[-1], content=_one_text((*made[-1].content, *message.content)))
+        else:
+            made.append(message)
+    return made
+
+
+def _one_text(parts: Sequence[TextPart | MediaPart]) -> tuple[TextPart | MediaPart, ...]:
+    """Neighbouring texts as one."""
+    made: list[TextPart | MediaPart] = []
+    for part in parts:
+        if made and isinstance(made[-1], TextPart) and isinstance(part, TextPart):
+            made[-1] = TextPart(f"{made[-1].text}\n{part.text}")
+        else:
+            made.append(part)
+    return tuple(made)
 
 
 def parsed(arguments: object) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from sensorium.prompt.encode import PairLimits, Truncation
 from sensorium.serving.late import LatePrompts
 from sensorium.serving.model import ServedModel
 from sensorium.serving.pairs import PairSide, Said
-from sensorium.serving.pooled import Chat, Pooled, PooledInput, Pooling, Vector
+from sensorium.serving.pooled import Chat, Permit, Pooled, PooledInput, Pooling, Vector
 from sensorium.types import PoolingParams, Prompt
 
 T = TypeVar("T")
@@ -42,10 +42,6 @@ class Side:
 
     def place(self, index: int) -> str:
         return f"{self.name}[{index}]" if self.is_list else self.name
-
-
-class Permit(Protocol):
-    def add_prompt_tokens(self, count: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

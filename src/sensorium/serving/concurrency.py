@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -42,13 +42,14 @@ async def all_in_order(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     try:
         return list(await asyncio.gather(*tasks))
     except BaseException:
-        await _end(tasks)
+        await ended(tasks)
         raise
     finally:
         tasks.clear()  # a task keeps its error, the error this frame: such a circle would hold the request's media
 
 
-async def _end(tasks: Sequence[asyncio.Future[Any]]) -> None:
+async def ended(tasks: Iterable[asyncio.Future[Any]]) -> None:
+    """Cancels what is not done yet and waits for it; errors are dropped."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

@@ -6,7 +6,7 @@ calls), counts its tokens and knows how it ended. Nothing here knows HTTP.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from time import perf_counter
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from sensorium.errors import EngineError, SensoriumError, UnavailableError
 from sensorium.prompt.formats.base import Arguments, Call, Delta, Reasoning, Scanner, Text
 from sensorium.prompt.output import OutputText, PlainOutput, ScannedOutput, TextOptions
+from sensorium.serving.beams import Beams, BeamSearch, Outputs
 from sensorium.serving.concurrency import all_in_order
 from sensorium.serving.defaults import for_choice
 from sensorium.serving.media import MediaTiming
@@ -59,7 +60,8 @@ class GenerationRequest:
     `stop_token_ids` are those that the request itself named: only these are told as the reason of a stop. `scanner`
     makes a reader of the model's format for each choice; without one, everything is text. `markers` are the ids of
     special tokens which it has to see. `hides_reasoning`: the client does not want it, nor anything about its tokens.
-    `keeps_ids`: the ids of tokens are wanted too.
+    `keeps_ids`: the ids of tokens are wanted too. `call_reason`: why an answer ends that calls tools. `beams`: the
+    choices are searched for together, and each comes whole.
     """
 
     prompts: tuple[tuple[Prompt, SamplingParams], ...]
@@ -72,6 +74,9 @@ class GenerationRequest:
     markers: frozenset[int] = frozenset()
     hides_reasoning: bool = False
     keeps_ids: bool = False
+    call_reason: str = "tool_calls"
+    adapter: int = 0
+    beams: Beams | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -88,6 +93,7 @@ class Choice:
     """One answer to one prompt. `take` is called once per engine output and must stay cheap."""
 
     __slots__ = (
+        "_call_reason",
         "_hides",
         "_is_plain",
         "_keeps_ids",
@@ -117,7 +123,7 @@ class Choice:
         self,
         index: int,
         prompt: Prompt,
-        stream: OutputStream,
+        stream: Outputs,
         text: OutputText,
         request: GenerationRequest,
         observer: GenerationObserver,
@@ -134,6 +140,7 @@ class Choice:
         self._observer = observer
         self._keeps_ids = request.keeps_ids
         self._hides = request.hides_reasoning
+        self._call_reason = request.call_reason
         self.started_s = started_s
         self.first_s = 0.0
         self.last_s = 0.0
@@ -147,6 +154,10 @@ class Choice:
         self.token_ids: list[int] = []  # not yet reported, if they are wanted
         self.logprobs: list[TokenLogprob] = []  # not yet reported
         self.prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+
+    def reason(self, *, calls: bool) -> str | None:
+        """Why it ended, as clients are told; `calls`: it has some."""
+        return self._call_reason if calls and self.finish_reason == "stop" else self.finish_reason
 
     def take(self, output: EngineOutput) -> Sequence[Delta]:
         """What an output adds. Sets `finish_reason` when it was the last one."""
@@ -365,26 +376,47 @@ class Generation:
 
 
 def generate(
-    model: ServedModel, request: GenerationRequest, observer: GenerationObserver, *, started_s: float
+    model: ServedModel, request: GenerationRequest, observer: GenerationObserver, *, started_s: float, turn: bytes = b""
 ) -> Generation:
-    """Send one engine request per choice, prompt by prompt."""
+    """Send one engine request per choice, prompt by prompt. `turn` says who takes turns with others."""
     generation = Generation(request, observer, started_s, _media_tokens(prompt for prompt, _ in request.prompts))
     with ExitStack() as undo:  # a client that is lost half way takes those with it that were sent
         undo.push(generation)
         for prompt, params in request.prompts:
-            for number in range(request.choices):
-                own = for_choice(params, number)
-                stream = model.client.submit(
-                    EngineRequest(
-                        model.client.next_id(), prompt, sampling=own, priority=request.priority, salt=request.salt
-                    )
-                )
+            for own, stream in _sent(model, request, prompt, params, turn):
                 text = request.output_text(model, own)
                 index = len(generation.choices)
                 generation.choices.append(Choice(index, prompt, stream, text, request, observer, started_s))
             observer.asked(request.choices, params.max_tokens)
         undo.pop_all()
     return generation
+
+
+def _sent(
+    model: ServedModel, request: GenerationRequest, prompt: Prompt, params: SamplingParams, turn: bytes
+) -> Iterator[tuple[SamplingParams, Outputs]]:
+    """The choices of a prompt, sent one after the other: how each is sampled, and what comes of it."""
+
+    def ask(asked: Prompt, own: SamplingParams) -> OutputStream:
+        return model.client.submit(
+            EngineRequest(
+                model.client.next_id(),
+                asked,
+                sampling=own,
+                priority=request.priority,
+                salt=request.salt,
+                turn=turn,
+                adapter=request.adapter,
+            )
+        )
+
+    if request.beams is not None:
+        for found in BeamSearch(request.beams, prompt, params, ask).streams:
+            yield params, found
+        return
+    for number in range(request.choices):
+        own = for_choice(params, number)
+        yield own, ask(prompt, own)
 
 
 def _media_tokens(prompts: Iterable[Prompt]) -> dict[str, int]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from sensorium.checkpoint.configs import Checkpoint
 from sensorium.checkpoint.families import load_class
+from sensorium.checkpoint.known_names import known_embedder
 from sensorium.checkpoint.labels import label_names
 from sensorium.checkpoint.late_interaction import read_late_interaction
 from sensorium.checkpoint.lengths import context_length, token_types
@@ -70,16 +71,17 @@ class ServedModel:
         self.tokenizer, self.template, self.processor = tokenizer, templates.chat, processor
         self.client = client
         client.vocabulary = tokenizer.vocabulary(checkpoint.stop_token_ids)
-        self.grammars = GrammarPool(client.vocabulary, checkpoint.vocab_size)
+        self.grammars = GrammarPool(client.vocabulary, checkpoint.vocab_size, memory_bytes=limits.prompt_memory)
         self.created = int(time.time())
         self._server = server
         self.instructions = read_prompts(checkpoint.folder, checkpoint.config)
         self._pooling = read_pooling(checkpoint.folder, "cls", checkpoint.pooling)
-        self._wanted_len, self._task, self._max_logprobs = max_model_len, task, limits.max_logprobs
+        self._wanted_len, self.task, self._max_logprobs = max_model_len, task, limits.max_logprobs
         cuts_left = checkpoint.tokenizer_config.get("truncation_side") == "left"
         self._limit = ContextLimit(tokenizer, lambda: self.max_model_len, cuts_left=cuts_left)
         self._threads = PromptThreads(server.media_workers + 2)
-        self.format = format_of(templates.tools or templates.chat, tokenizer, server)
+        declared = checkpoint.tokenizer_config.get("response_template")
+        self.format = format_of(templates.tools or templates.chat, tokenizer, server, declared)
         self._templates = Templates(templates, processor=processor, renderer=renderer, server=server)
         self.prompts = self._prompt_builder(loader, limits)
         self._pairs, self.late = self._pair_prompts(), self._late_prompts()
@@ -142,15 +144,14 @@ class ServedModel:
         renderer: Renderer | None = None,
     ) -> ServedModel:
         """Read what the HTTP process needs of a checkpoint. `max_model_len` and `task` are the flags."""
-        tokenizer = Tokenizer.from_folder(checkpoint.folder, vocab_size=checkpoint.vocab_size)
-        _warn_of_tokens_beyond(tokenizer, checkpoint.vocab_size)
+        tokenizer = _open_tokenizer(checkpoint)
         processor: Processor = load_class(checkpoint.family.processor)(
             checkpoint, tokenizer, dict(server.mm_processor_kwargs)
         )
         source = template_source(server.chat_template, checkpoint.chat_template, checkpoint.architecture, tokenizer)
         of_tools = checkpoint.tool_template if server.chat_template is None else None
         pooled = pooling_template_source(server.chat_template, (*names, *checkpoint.folder.parts[-3:]))
-        renderer = renderer or RenderPool()
+        renderer = renderer or RenderPool(memory_bytes=limits.prompt_memory)
         return cls(
             names=names,
             checkpoint=checkpoint,
@@ -204,9 +205,9 @@ class ServedModel:
     def tasks(self) -> tuple[Task, ...]:
         """What it does here."""
         can = self.all_tasks
-        if self._task == "score" and "classify" not in can and {"embed", "token_embed"} & set(can):
+        if self.task == "score" and "classify" not in can and {"embed", "token_embed"} & set(can):
             return ("token_embed",) if self.late else ("embed",)  # an embedder scores by comparing vectors
-        return tuple(task for task in TASK_FLAGS[self._task].tasks if task in can)
+        return tuple(task for task in TASK_FLAGS[self.task].tasks if task in can)
 
     @property
     def is_embedder(self) -> bool:
@@ -217,7 +218,7 @@ class ServedModel:
         return (
             "generate" not in self.all_tasks
             or self._pooling.is_stated
-            or self._task == "embed"
+            or self.task == "embed"
             or is_embedder_name(names)
             or is_embedder_template(self._server.chat_template)
         )
@@ -250,7 +251,7 @@ class ServedModel:
         listed = config.get("matryoshka_dimensions")
         if isinstance(listed, list) and listed:
             return tuple(size for size in listed if isinstance(size, int))
-        return () if config.get("is_matryoshka") is True else None
+        return () if config.get("is_matryoshka") is True else known_embedder(self.checkpoint.folder).sizes
 
     @property
     def labels(self) -> list[str]:
@@ -260,7 +261,7 @@ class ServedModel:
     def check_task(self) -> None:
         """StartupError if --task leaves nothing; only once the engine is ready."""
         if not self.tasks:
-            raise StartupError(f"--task {self._task}: this model can only {', '.join(self.all_tasks)}")
+            raise StartupError(f"--task {self.task}: this model can only {', '.join(self.all_tasks)}")
         if "score" in self.tasks and self.checkpoint.text is not None and not self.has_pair_template:
             _log.warning(
                 "this reranker has no template for pairs: the query and the document are put one after the "
@@ -313,6 +314,13 @@ class ServedModel:
 
 def _no_place(why: str) -> RequestError:
     return RequestError(f"`instruction`: {why}. Leave it out.", param="instruction", code="unsupported_field")
+
+
+def _open_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    tokenizer = Tokenizer.from_folder(checkpoint.folder, vocab_size=checkpoint.vocab_size)
+    _warn_of_tokens_beyond(tokenizer, checkpoint.vocab_size)
+    end = known_embedder(checkpoint.folder).end
+    return tokenizer if end is None else tokenizer.ending_with(end)
 
 
 def _warn_of_tokens_beyond(tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -79,6 +79,12 @@ class PoolingObserver(Protocol):
         is abort or error. `seconds` since the request came."""
 
 
+class Permit(Protocol):
+    """Room for a request's prompts, whose tokens are told when they are known."""
+
+    def add_prompt_tokens(self, count: int) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class PoolingOptions:
     """What all inputs of a request share. `template` are options of `PromptBuilder.prepare_chat`; `add_special_tokens`
@@ -88,6 +94,7 @@ class PoolingOptions:
     salt: bytes = b""
     priority: int = 0
     add_special_tokens: bool | None = None
+    adapter: int = 0
     template: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -125,6 +132,11 @@ class Pooling:
         self._observer = observer
         self._started_s = started_s
         self._on_prompts = on_prompts
+
+    @property
+    def frames_texts(self) -> bool:
+        """Texts have special tokens around them."""
+        return self._options.frames_texts
 
     def check_count(self, count: int, param: str) -> None:
         """RequestError if there are more inputs than a request may have."""
@@ -166,7 +178,7 @@ class Pooling:
             start_s = time.perf_counter()
             prompts = await self.model.prompts.text_prompts(
                 list(texts.values()),
-                add_special_tokens=self._options.frames_texts,
+                add_special_tokens=self.frames_texts,
                 truncation=truncation,
                 params=[places[index] for index in texts],
                 chunked=chunked,
@@ -304,7 +316,13 @@ class Pooling:
         try:
             for prompt, params in asked:
                 request = EngineRequest(
-                    client.next_id(), prompt, pooling=params, priority=options.priority, salt=options.salt
+                    client.next_id(),
+                    prompt,
+                    pooling=params,
+                    priority=options.priority,
+                    salt=options.salt,
+                    turn=options.tenant,
+                    adapter=options.adapter,
                 )
                 streams.append(client.submit(request))
                 if len(streams) % SUBMITTED_AT_ONCE == 0:

@@ -16,7 +16,7 @@ import numpy as np
 from sensorium.checkpoint.configs import Checkpoint
 from sensorium.checkpoint.pooling import PoolingSpec
 from sensorium.config import ServerConfig
-from sensorium.errors import RequestError
+from sensorium.errors import NotAllowedError, RequestError
 from sensorium.media.source import MediaSource
 from sensorium.processors.base import Processor
 from sensorium.prompt.encode import Ids, Truncation, encode_texts
@@ -104,7 +104,7 @@ class PromptBuilder:
 
         Without `add_special_tokens` there is only what the checkpoint's processor adds: a multimodal model's BOS.
         """
-        self._media.check(messages, media, self.processor.modalities)
+        self._check_parts(messages, media, is_cut=truncation is not None)
         processor = self._processor_for(mm_processor_kwargs or {})
         template, text, text_s = await self._rendered(messages, tenant=tenant, **options)
         settings = MediaSettings(processor, mm_processor_kwargs or {}, tenant, salt)
@@ -127,6 +127,15 @@ class PromptBuilder:
             prompt = _cut(prompt, truncation)
         self._limit.check(prompt, "messages")
         return Prepared(prompt, text_s, tuple(timings), template.tool_style.tail(text))
+
+    def _check_parts(self, messages: Sequence[Message], media: Sequence[MediaSource], *, is_cut: bool) -> None:
+        """Refuse too many media, and texts that no template makes short: escaping and rendering ten million characters
+        hold others for long."""
+        self._media.check(messages, media, self.processor.modalities)
+        for message in messages:
+            for part in message.content:
+                if isinstance(part, TextPart) and not is_cut:
+                    self._limit.check_text(part.text, "messages")
 
     async def media(
         self, sources: Sequence[MediaSource], *, tenant: bytes = b"", salt: bytes = b""
@@ -221,7 +230,8 @@ class PromptBuilder:
         if not isinstance(text_or_ids, str):
             prompt = self._prompt_of_request_ids(text_or_ids)
         elif media:
-            prompt = await self._text_with_media(self.tokenizer.sanitize(text_or_ids), media, tenant)
+            text = self.tokenizer.sanitize(text_or_ids)
+            prompt = (await self.prepare_text(text, media, tenant=tenant)).prompt
         else:
             text = self.tokenizer.sanitize(truncation.shorten(text_or_ids) if truncation else text_or_ids)
             prompt = await self._threads.run(
@@ -235,16 +245,18 @@ class PromptBuilder:
         self._limit.check(prompt, "prompt")
         return prompt
 
-    async def _text_with_media(self, text: str, media: Sequence[MediaSource], tenant: bytes) -> Prompt:
+    async def prepare_text(
+        self, text: str, media: Sequence[MediaSource], *, tenant: bytes = b"", salt: bytes = b"", param: str = "prompt"
+    ) -> Prepared:
+        """A text with the model's own placeholders of `media`, in order, as a prompt, whether or not it fits."""
         self._media.check_counts(media, self.processor.modalities)
-        features, _ = await self._processed(media, text, MediaSettings(self.processor, {}, tenant, b""))
+        features, timings = await self._processed(media, text, MediaSettings(self.processor, {}, tenant, salt))
         adds = self._adds_special_tokens(text, True)
-        return await self._threads.run(
-            False,
-            lambda: self._build(self.processor, text, features, adds, param="prompt"),
-            tenant,
-            characters=len(text),
+        begin = time.perf_counter()
+        prompt = await self._threads.run(
+            False, lambda: self._build(self.processor, text, features, adds, param=param), tenant, characters=len(text)
         )
+        return Prepared(prompt, time.perf_counter() - begin, tuple(timings))
 
     async def text_prompts(
         self,
@@ -374,11 +386,7 @@ class PromptBuilder:
 
     def _processor_for(self, settings: Mapping[str, Any]) -> Processor:
         if settings and not self._server.allow_request_mm_kwargs:
-            raise RequestError(
-                "This server takes no mm_processor_kwargs from requests (--allow-request-mm-kwargs).",
-                param="mm_processor_kwargs",
-                code="mm_processor_kwargs_not_allowed",
-            )
+            raise NotAllowedError("mm_processor_kwargs", "--allow-request-mm-kwargs")
         return self.processor.with_overrides(dict(settings)) if settings else self.processor
 
     async def _processed(

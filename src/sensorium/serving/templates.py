@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sensorium.config import ServerConfig
-from sensorium.errors import RequestError, StartupError
+from sensorium.errors import NotAllowedError, RequestError, StartupError
 from sensorium.processors.base import Processor
 from sensorium.prompt.formats.base import OutputFormat
 from sensorium.prompt.formats.detect import Evidence, described, find_format
@@ -55,11 +55,7 @@ class Templates:
                 )
             return default
         if not self._server.allow_request_chat_template:
-            raise RequestError(
-                "This server takes no chat_template from requests (--allow-request-chat-template).",
-                param="chat_template",
-                code="chat_template_not_allowed",
-            )
+            raise NotAllowedError("chat_template", "--allow-request-chat-template")
         if len(source) > MAX_REQUEST_TEMPLATE:
             raise RequestError(
                 f"chat_template is longer than {MAX_REQUEST_TEMPLATE} characters.", param="chat_template"
@@ -96,9 +92,12 @@ def opened(source: str, processor: Processor, renderer: Renderer) -> ChatTemplat
     return _chat_template(source, processor, found)
 
 
-def format_of(template: ChatTemplate | None, tokenizer: Tokenizer, server: ServerConfig) -> OutputFormat | None:
-    """How the model writes calls and reasoning, as its template and vocabulary show it or the flags say. None if it
-    does neither, or has no template. StartupError if a flag names no format."""
+def format_of(
+    template: ChatTemplate | None, tokenizer: Tokenizer, server: ServerConfig, response_template: object = None
+) -> OutputFormat | None:
+    """How the model writes calls and reasoning, as its template and vocabulary show it, the flags say, or the
+    checkpoint's `response_template`. None if it does neither, or has no template. StartupError if a flag names no
+    format."""
     if template is None:
         return None
     style = template.tool_style
@@ -109,6 +108,7 @@ def format_of(template: ChatTemplate | None, tokenizer: Tokenizer, server: Serve
             source=template.source,
             written=style.written,
             shows_tools=style.shows_tools,
+            response_template=response_template,
         ),
         calls=server.tool_call_parser,
         thinking=server.reasoning_parser,

@@ -1,4 +1,5 @@
-"""A recording as text, window by window: each begins where the last timestamp of the one before says.
+"""A recording as text, window by window: each begins where the last timestamp of the one before says. Where none are
+asked for, several windows are computed together.
 
 Source: the long-form algorithm of Whisper's paper (section 4.5) as transformers' `generate` has it. A window whose text
 is too regular or too unlikely is said again at higher temperatures; what the model takes for silence says nothing.
@@ -6,8 +7,10 @@ is too regular or too unlikely is said again at higher temperatures; what the mo
 
 from __future__ import annotations
 
+import asyncio
 import math
 import zlib
+from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
@@ -16,11 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sensorium.processors.whisper import SECONDS_OF_TIMESTAMP, WhisperProcessor
+from sensorium.serving.concurrency import ended
 from sensorium.serving.words import WITHOUT_SPACES, Word, token_ends, words_of
 from sensorium.types import MediaFeatures, PoolingParams, Prompt, SamplingParams, TokenLogprob
 
 FRAMES_OF_ROW = 2
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+WINDOWS_AHEAD = 4
+"""Windows that are computed together where none depends on the one before: decoding reads the weights once for all."""
 CONDITIONS_BELOW = 0.5  # temperature of a window whose text the next one may be told
 
 
@@ -173,25 +179,40 @@ class Transcription:
         self.language = wish.language
 
     async def segments(self) -> AsyncIterator[Segment]:
-        frames, seek = int(self._recording.arrays["frames"][0]), 0
+        frames, step, seek = int(self._recording.arrays["frames"][0]), self._processor.window_frames, 0
+        ahead = 1 if self._wish.timestamps or self._wish.conditions else WINDOWS_AHEAD
         await self._detect()
-        while seek < frames:
-            size = min(frames - seek, self._processor.window_frames)
-            window, previous = self._processor.window(self._recording, seek), self._previous()
-            attempt = await self._attempt(window, seek, previous)
-            if attempt is None:
-                seek += size
-                continue
-            parts, offset = cut(attempt.tokens, self._tokens.first_timestamp, size)
-            if not self._wish.timestamps:
-                parts = [Part(0, len(attempt.tokens), 0.0, size // FRAMES_OF_ROW * SECONDS_OF_TIMESTAMP)]
-            times = await self._times(window, previous, attempt, size) if self._wish.words else []
-            for part in parts:
-                segment = await self._segment(window, seek, previous, attempt, part, times)
-                if segment.text.strip():
+        begun: deque[asyncio.Future[tuple[list[Segment], int]]] = deque()  # the windows from `seek` on
+        try:
+            while seek < frames:
+                while len(begun) < ahead and seek + len(begun) * step < frames:
+                    begun.append(asyncio.ensure_future(self._window(seek + len(begun) * step, frames)))
+                said, offset = await begun[0]
+                begun.popleft()
+                for segment in said:
                     yield segment
-            self._remember(attempt, parts)
-            seek += offset
+                seek += offset
+                if offset < step:  # a timestamp says where the next one begins, though none were asked for
+                    await ended(begun)
+                    begun.clear()
+        finally:
+            await ended(begun)
+            begun.clear()  # a task keeps its error, the error this frame
+
+    async def _window(self, seek: int, frames: int) -> tuple[list[Segment], int]:
+        """What is said in the window that begins at frame `seek` of `frames`, and where the next one begins then."""
+        size = min(frames - seek, self._processor.window_frames)
+        window, previous = self._processor.window(self._recording, seek), self._previous()
+        attempt = await self._attempt(window, seek, previous)
+        if attempt is None:
+            return [], size
+        parts, offset = cut(attempt.tokens, self._tokens.first_timestamp, size)
+        if not self._wish.timestamps:
+            parts = [Part(0, len(attempt.tokens), 0.0, size // FRAMES_OF_ROW * SECONDS_OF_TIMESTAMP)]
+        times = await self._times(window, previous, attempt, size) if self._wish.words else []
+        found = [await self._segment(window, seek, previous, attempt, part, times) for part in parts]
+        self._remember(attempt, parts)
+        return [segment for segment in found if segment.text.strip()], offset
 
     # What the model is asked
 

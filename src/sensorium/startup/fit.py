@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sensorium.checkpoint.configs import Checkpoint
 from sensorium.checkpoint.weight_files import find_weight_files
-from sensorium.config import Limits, ServeOptions
+from sensorium.config import EngineConfig, Limits, ServeOptions
 from sensorium.errors import CheckpointError
 from sensorium.media.costs import most_pixels
 from sensorium.units import MiB, size_text
@@ -20,15 +21,42 @@ from sensorium.units import MiB, size_text
 BASE_BYTES = 320 * MiB  # of all processes before they do anything
 LEAST_PART = 8  # a part of what is free that is there in any case: weights may lie on a GPU, or come out smaller
 MEDIA_PART, BODIES_PART = 0.3, 0.08  # of what is left; a body is there about three times while it is taken apart
+PROMPTS_PART = 0.08
 LEAST_MEDIA_BYTES, LEAST_BODIES_BYTES = 48 * MiB, 8 * MiB
 BYTES_PER_WORKER = 256 * MiB  # of memory for media, from which a second decoder is worth its own
+
+ENGINE_BASE_BYTES = 320 * MiB  # of an engine's process before it has weights
+CACHE_PART, LEAST_CACHE_BYTES = 4, 64 * MiB  # a part of what is left is the KV cache
+ENCODED_PART = 8
+_TYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_QUANTIZED_BYTES = {"int8": 1.1, "int4": 0.65}
 
 log = logging.getLogger("sensorium")
 
 
-def fitted(options: ServeOptions, folders: Iterable[Path], free_bytes: int) -> ServeOptions:
-    """The same options with limits that `free_bytes` hold beside the models in `folders`."""
-    spare = max(free_bytes - BASE_BYTES - _weights_bytes(folders), free_bytes // LEAST_PART)
+@dataclass(frozen=True, slots=True)
+class EnginePlan:
+    """`engine` with caches sized for a share of memory, and what it takes in all; of that the KV cache."""
+
+    engine: EngineConfig
+    weight_bytes: int
+    engine_bytes: int
+    cache_bytes: int
+
+
+def budget_of(free_bytes: int) -> int:
+    """What the engines of several models may take of free memory: it leaves the rest what it needs to do anything."""
+    return max(free_bytes - BASE_BYTES - free_bytes // LEAST_PART, free_bytes // 2)
+
+
+def fitted(
+    options: ServeOptions, folders: Iterable[Path], free_bytes: int, engines_bytes: int | None = None
+) -> ServeOptions:
+    """The same options with limits that `free_bytes` hold beside the models in `folders`, or beside `engines_bytes`
+    where that is said."""
+    weights = (file for folder in folders for file in find_weight_files(folder))
+    taken = _files_bytes(weights) if engines_bytes is None else engines_bytes
+    spare = max(free_bytes - BASE_BYTES - taken, free_bytes // LEAST_PART)
     limits = fitted_limits(options.limits, spare)
     workers = min(options.server.media_workers, max(limits.media_memory // BYTES_PER_WORKER, 1))
     if limits != options.limits:
@@ -48,6 +76,7 @@ def fitted_limits(limits: Limits, spare_bytes: int) -> Limits:
     return replace(
         limits,
         media_memory=media,
+        prompt_memory=min(limits.prompt_memory, int(PROMPTS_PART * spare_bytes)),
         max_pending_bytes=bodies,
         max_body_bytes=min(limits.max_body_bytes, bodies),
         max_upload_bytes=min(limits.max_upload_bytes, bodies),
@@ -58,8 +87,48 @@ def fitted_limits(limits: Limits, spare_bytes: int) -> Limits:
     )
 
 
-def _weights_bytes(folders: Iterable[Path]) -> int:
+def engine_plan(
+    engine: EngineConfig, checkpoint: Checkpoint, budget_bytes: int | None, adapter_bytes: int = 0
+) -> EnginePlan:
+    """What a model's engine will take of the memory that all share. Without a budget the engine decides when its
+    weights are there; with one its caches are sized here, so that it is known before it is started. `adapter_bytes`:
+    of the adapters that it has from the start, which count as weights."""
+    files = (*checkpoint.weight_files, *checkpoint.text_weight_files)
+    weights = int(_files_bytes(files) * _weights_part(engine, checkpoint)) + adapter_bytes
+    ranks = engine.tensor_parallel_size  # each has its part of weights and cache, in a process of its own
+    base = ranks * ENGINE_BASE_BYTES
+    if budget_bytes is None:
+        return EnginePlan(engine, weights, weights + base, 0)
+    spare = max(budget_bytes - weights - base, 0)
+    stated = 0 if checkpoint.family.encoder is not None else engine.kv_cache_memory
+    cache = ranks * stated if stated is not None else max(spare // CACHE_PART, LEAST_CACHE_BYTES)
+    has_media = bool(checkpoint.family.modalities)
+    encoded = min(engine.encoder_cache_memory, max(spare // ENCODED_PART, 1)) if has_media else 0
+    engine = replace(
+        engine,
+        kv_cache_memory=cache // ranks or engine.kv_cache_memory,
+        encoder_cache_memory=encoded or engine.encoder_cache_memory,
+    )
+    return EnginePlan(engine, weights, weights + base + cache + encoded, cache)
+
+
+def adapter_files_bytes(paths: Iterable[str]) -> int:
+    """Of the adapters in these folders; what is still to be fetched is not known."""
+    return sum(_files_bytes(Path(path).glob("*.safetensors")) for path in paths)
+
+
+def _weights_part(engine: EngineConfig, checkpoint: Checkpoint) -> float:
+    """Bytes in memory for a byte of the files."""
+    stored = _TYPE_BYTES.get(checkpoint.dtype, 2)
+    if checkpoint.quantization is not None:
+        return checkpoint.quantization.memory_part
+    if engine.quantization in _QUANTIZED_BYTES:
+        return _QUANTIZED_BYTES[engine.quantization] / stored
+    return _TYPE_BYTES.get(engine.dtype, stored) / stored
+
+
+def _files_bytes(files: Iterable[Path]) -> int:
     try:
-        return sum(file.stat().st_size for folder in folders for file in find_weight_files(folder))
+        return sum(file.stat().st_size for file in files)
     except (CheckpointError, OSError):  # the engine says what is wrong with them
         return 0

@@ -13,10 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sensorium.checkpoint.adapters import read_adapter_config
 from sensorium.checkpoint.configs import Checkpoint, open_checkpoint
+from sensorium.checkpoint.families import load_class
 from sensorium.checkpoint.hub import resolve, text_model_of
-from sensorium.config import ServeOptions
-from sensorium.errors import StartupError
+from sensorium.checkpoint.ranks import FLAG, check_ranks
+from sensorium.config import LoadConfig, ServeOptions
+from sensorium.errors import CheckpointError, StartupError
 from sensorium.ipc.client import EngineClient, Progress
 from sensorium.serving.tasks import TASK_FLAGS
 from sensorium.startup.fit import fitted
@@ -25,6 +28,7 @@ from sensorium.system.memory import free_memory_bytes
 
 if TYPE_CHECKING:
     from sensorium.media.loader import MediaLoader
+    from sensorium.prompt.renderer import RenderPool
     from sensorium.serving.model import ServedModel
 
 DEMO_NAME = "sensorium-demo"
@@ -32,9 +36,17 @@ DEMO_FOLDER = Path(__file__).parents[1] / "demo"
 
 
 @dataclass(frozen=True, slots=True)
+class Found:
+    """A checkpoint that was found, read and checked. `options` are as they are meant."""
+
+    options: ServeOptions
+    checkpoint: Checkpoint
+    folders: tuple[Path, ...]  # the model's, and that of its language model where it is a repository of its own
+
+
+@dataclass(frozen=True, slots=True)
 class Starting:
-    """A checkpoint that was read and checked, and its engine process, which loads it. `options` are as they are meant
-    and as they fit this machine."""
+    """The same with its engine process, which loads it."""
 
     options: ServeOptions
     checkpoint: Checkpoint
@@ -42,24 +54,55 @@ class Starting:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return self.options.server.served_model_name or (self.options.model or DEMO_NAME,)
+        return names_of(self.options)
 
 
-def start(options: ServeOptions, on_progress: Progress) -> Starting:
-    """Find the model, check the options against it and start its engine process. Needs no event loop."""
+def names_of(options: ServeOptions) -> tuple[str, ...]:
+    """What clients call the model."""
+    return options.server.served_model_name or (options.model or DEMO_NAME,)
+
+
+def adapters_of(load: LoadConfig) -> list[tuple[str, str]]:
+    """(name, folder or hub id) of each --lora."""
+    return [(name, path) for name, _, path in (one.partition("=") for one in load.lora)]
+
+
+def find(options: ServeOptions, *, fetch: bool = True, on_progress: Progress | None = None) -> Found:
+    """Find the model and check the options against it. Without `fetch` only on this machine."""
+
+    def fetching(fraction: float) -> None:
+        if on_progress is not None:
+            on_progress("fetching", fraction)
+
     load = options.load
-    folder = DEMO_FOLDER if options.model is None else resolve(options.model, load.revision, load.download_dir)
+    folder = DEMO_FOLDER
+    if options.model is not None and options.model != DEMO_NAME:
+        where = load.revision, load.download_dir
+        folder = resolve(options.model, *where, fetch=fetch, on_progress=fetching, mmproj=load.mmproj)
+    elif load.mmproj is not None:
+        raise StartupError(f"--mmproj goes with a GGUF file, and {DEMO_NAME} is none")
     named = load.text_model or text_model_of(folder)  # where the language model is a repository of its own
-    text_folder = resolve(named, None, load.download_dir) if named else None
+    text_folder = resolve(named, None, load.download_dir, fetch=fetch, on_progress=fetching) if named else None
     checkpoint = open_checkpoint(folder, text_folder, options.engine.hf_overrides)
     options = as_meant(options, folder, checkpoint.family.modalities)
     checkpoint = replace(with_sampling_defaults(checkpoint, options.server), pooling=options.engine.pooling)
     _check(options, checkpoint)
-    options = fitted(options, [folder, *([text_folder] if text_folder else [])], free_memory_bytes())
     engine = replace(options.engine, model=str(folder), text_model=str(text_folder or ""))
-    client = EngineClient(engine, on_progress=on_progress)
+    folders = (folder, *([text_folder] if text_folder else []))
+    return Found(replace(options, engine=engine), checkpoint, folders)
+
+
+def launch(found: Found, on_progress: Progress) -> Starting:
+    """Start its engine process. Needs no event loop."""
+    client = EngineClient(found.options.engine, on_progress=on_progress)
     client.start()
-    return Starting(replace(options, engine=engine), checkpoint, client)
+    return Starting(found.options, found.checkpoint, client)
+
+
+def start(options: ServeOptions, on_progress: Progress) -> Starting:
+    """The only model of a program: found, with limits that fit this machine, its engine started."""
+    found = find(options, on_progress=on_progress)
+    return launch(replace(found, options=fitted(found.options, found.folders, free_memory_bytes())), on_progress)
 
 
 def _check(options: ServeOptions, checkpoint: Checkpoint) -> None:
@@ -67,19 +110,27 @@ def _check(options: ServeOptions, checkpoint: Checkpoint) -> None:
     known = checkpoint.family
     if not set(TASK_FLAGS[options.load.task].families) & set(known.tasks):
         raise StartupError(f"--task {options.load.task}: {known.title} can only {', '.join(known.tasks)}")
+    check_ranks(checkpoint, options.engine.tensor_parallel_size)
+    if options.engine.tensor_parallel_size > 1 and options.load.lora:
+        raise StartupError(f"--lora: a model that is split over devices ({FLAG}) takes no LoRA adapters")
+    for name, path in adapters_of(options.load):
+        if Path(path).is_dir():  # else it is looked for when the model is loaded
+            try:
+                read_adapter_config(Path(path))
+            except CheckpointError as error:
+                raise StartupError(f"--lora {name}: {error.message}") from None
     length = options.engine.max_model_len
     if length is not None and length > checkpoint.max_model_len:
         raise StartupError(f"--max-model-len {length}: the checkpoint ends at {checkpoint.max_model_len} tokens")
 
 
-def _media_loader(options: ServeOptions, checkpoint: Checkpoint) -> MediaLoader:
+def media_loader(options: ServeOptions) -> MediaLoader:
+    """One for all models of a server."""
     from sensorium.media.loader import MediaLoader
 
-    root, limits = options.server.allowed_local_media_path, options.limits
-    if "transcribe" in checkpoint.family.tasks:
-        limits = replace(limits, max_audio_seconds=limits.max_recording_seconds)
+    root = options.server.allowed_local_media_path
     return MediaLoader(
-        limits,
+        options.limits,
         allowed_domains=options.server.allowed_media_domains,
         local_root=Path(root) if root else None,
         workers=options.server.media_workers,
@@ -87,29 +138,18 @@ def _media_loader(options: ServeOptions, checkpoint: Checkpoint) -> MediaLoader:
 
 
 @asynccontextmanager
-async def opened(starting: Starting) -> AsyncIterator[ServedModel]:
-    """The model, whose engine may still be loading. Everything that belongs to it ends with the block."""
+async def opened(starting: Starting, loader: MediaLoader) -> AsyncIterator[ServedModel]:
+    """The model, whose engine may still be loading. Everything that belongs to it alone ends with the block."""
     # Imported only now: the engine is loading meanwhile, and so does the process that renders templates.
     from sensorium.prompt.renderer import RenderPool
 
-    options, client = starting.options, starting.client
-    renderer = RenderPool()
+    client = starting.client
+    renderer = RenderPool(memory_bytes=starting.options.limits.prompt_memory)
     try:
-        renderer.start_early()
-        from sensorium.serving.model import ServedModel
-
-        loader = _media_loader(options, starting.checkpoint)
-        model = ServedModel.open(
-            starting.checkpoint,
-            names=starting.names,
-            server=options.server,
-            limits=options.limits,
-            loader=loader,
-            client=client,
-            max_model_len=options.engine.max_model_len,
-            task=options.load.task,
-            renderer=renderer,
-        )
+        if starting.checkpoint.chat_template is not None:
+            renderer.start_early()  # else it is started when a template turns up
+        # Tokenizers are read and templates looked at in a thread: other models' answers are being written.
+        model = await asyncio.to_thread(_served, starting, loader, renderer)
         warming = asyncio.create_task(loader.warm()) if model.processor.modalities else None
         try:
             yield model
@@ -117,7 +157,27 @@ async def opened(starting: Starting) -> AsyncIterator[ServedModel]:
             if warming is not None:
                 warming.cancel()
             await model.aclose()
-            await loader.aclose()
     finally:
-        await renderer.aclose()
-        await client.aclose()
+        try:
+            await renderer.aclose()
+        finally:
+            await client.aclose()
+
+
+def _served(starting: Starting, loader: MediaLoader, renderer: RenderPool) -> ServedModel:
+    from sensorium.serving.model import ServedModel
+
+    options = starting.options
+    if load_class(starting.checkpoint.family.processor).takes_recordings:
+        loader = loader.of_recordings()
+    return ServedModel.open(
+        starting.checkpoint,
+        names=starting.names,
+        server=options.server,
+        limits=options.limits,
+        loader=loader,
+        client=starting.client,
+        max_model_len=options.engine.max_model_len,
+        task=options.load.task,
+        renderer=renderer,
+    )

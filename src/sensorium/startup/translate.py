@@ -13,7 +13,7 @@ from typing import Any
 
 from sensorium.checkpoint.configs import Checkpoint
 from sensorium.checkpoint.pooling import read_pooling
-from sensorium.config import LoadConfig, ServeOptions, ServerConfig
+from sensorium.config import MAX_SPECULATIVE_TOKENS, LoadConfig, ServeOptions, ServerConfig
 from sensorium.errors import StartupError
 from sensorium.types import Modality
 
@@ -38,6 +38,10 @@ _SAID_ELSEWHERE = {
     "softmax": "requests say it: `use_activation`",
     "activation": "requests say it: `use_activation`",
 }
+_OF_GUESSES = {
+    *("method", "model", "num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min"),
+    *("disable_by_batch_size", "speculative_disable_by_batch_size"),
+}
 _IN_VIDEO = ("num_frames", "fps")
 _HARMLESS_IN_MEDIA: Mapping[str, tuple[Any, ...]] = {
     "image_mode": ("RGB",),
@@ -55,12 +59,33 @@ def as_meant(options: ServeOptions, folder: Path, modalities: Collection[Modalit
     settings = _processor_settings(options.server, "video" in modalities)
     pooler = options.load.pooler_config
     _check_pooler(pooler, folder)
+    guessed = _speculative_tokens(options.load.speculative_config, options.engine.speculative_tokens)
     return replace(
         options,
         load=replace(options.load, task=_task(options.load)),
-        engine=replace(options.engine, pooling=_pooling(options.engine.pooling, pooler)),
+        engine=replace(options.engine, pooling=_pooling(options.engine.pooling, pooler), speculative_tokens=guessed),
         server=replace(_in_chunks(options.server, pooler), mm_processor_kwargs=settings),
     )
+
+
+def _speculative_tokens(config: Mapping[str, Any], default: int) -> int:
+    """What --speculative-config says of --speculative-tokens. How guesses are found and when they pay is measured."""
+    if not config:
+        return default
+    method, draft = config.get("method", "ngram"), config.get("model")
+    if method != "ngram" or draft not in (None, "ngram", "[ngram]"):
+        raise StartupError(
+            f"--speculative-config: {draft or method} is not offered; tokens are guessed from the prompt "
+            '({"method": "ngram"}), not by another model'
+        )
+    if unknown := config.keys() - _OF_GUESSES:
+        raise StartupError(f"--speculative-config: {min(unknown)} is not known; leave it out")
+    count = config.get("num_speculative_tokens", default)
+    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MAX_SPECULATIVE_TOKENS:
+        raise StartupError(
+            f"--speculative-config: num_speculative_tokens must be a number from 0 to {MAX_SPECULATIVE_TOKENS}"
+        )
+    return count
 
 
 def _task(load: LoadConfig) -> str:

@@ -12,7 +12,7 @@ import signal
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sensorium.errors import ServerError
@@ -38,6 +38,15 @@ class Size:
     most: int  # when they are stuck; one key holds all but one
     turn_s: float  # until a worker has it; while all are being started it does not count, up to START_TIMEOUT_S
     total_s: float  # until it is answered
+
+    def within(self, memory_bytes: int, worker_bytes: int, least_bytes: int) -> tuple[Size, int]:
+        """As many workers as `memory_bytes` hold at `least_bytes`, but two (a key leaves one to others), and what each
+        may take then, `worker_bytes` at the most."""
+        most = min(self.most, max(memory_bytes // least_bytes, 2))
+        return (
+            replace(self, fewest=min(self.fewest, most - 1), most=most),
+            min(worker_bytes, max(memory_bytes // most, least_bytes)),
+        )
 
 
 class Crew:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import openai
 import pytest
@@ -49,15 +49,15 @@ def test_chat(served: Served, prefix: str) -> None:
     assert answer.object == "chat.completion"
     assert answer.model == "tiny"
     assert choice.logprobs is None
-    assert choice.model_extra["stop_reason"] is None
-    usage = answer.usage
+    assert choice.model_extra is not None and choice.model_extra["stop_reason"] is None
+    usage: Any = answer.usage
     assert (usage.prompt_tokens, usage.completion_tokens) == (PROMPT_TOKENS, ANSWER_TOKENS)
     assert usage.total_tokens == PROMPT_TOKENS + ANSWER_TOKENS
     assert usage.prompt_tokens_details.cached_tokens == 3
 
 
 def test_chat_streamed(client: OpenAI) -> None:
-    chunks = list(client.chat.completions.create(model="tiny", messages=USER, stream=True))  # type: ignore[arg-type]
+    chunks = list(cast(Any, client).chat.completions.create(model="tiny", messages=USER, stream=True))
     assert chunks[0].choices[0].delta.role == "assistant"
     assert chunks[0].choices[0].delta.content == ""
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == ANSWER
@@ -71,7 +71,8 @@ def test_chat_streamed(client: OpenAI) -> None:
 def test_completion_and_its_stream(client: OpenAI) -> None:
     answer = client.completions.create(model="tiny", prompt="hi", max_tokens=8)
     assert (answer.choices[0].text, answer.choices[0].finish_reason) == (ANSWER.encode()[:8].decode(), "length")
-    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (2, 8)
+    usage = answer.usage
+    assert usage and (usage.prompt_tokens, usage.completion_tokens) == (2, 8)
     chunks = list(client.completions.create(model="tiny", prompt="hi", max_tokens=8, stream=True))
     assert "".join(chunk.choices[0].text for chunk in chunks) == answer.choices[0].text
     assert chunks[-1].choices[0].finish_reason == "length"
@@ -79,7 +80,8 @@ def test_completion_and_its_stream(client: OpenAI) -> None:
 
 
 def test_completion_has_sixteen_tokens_unless_told(client: OpenAI) -> None:
-    assert client.completions.create(model="tiny", prompt="hi").usage.completion_tokens == 16
+    usage = client.completions.create(model="tiny", prompt="hi").usage
+    assert usage and usage.completion_tokens == 16
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -146,9 +148,7 @@ async def test_ignore_eos_goes_on_to_the_end() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_many_answers(client: OpenAI, stream: bool) -> None:
-    answer = client.chat.completions.create(  # type: ignore[call-overload]
-        model="tiny", messages=USER, n=3, stream=stream
-    )
+    answer: Any = cast(Any, client).chat.completions.create(model="tiny", messages=USER, n=3, stream=stream)
     if stream:
         texts = dict.fromkeys(range(3), "")
         for chunk in answer:
@@ -165,15 +165,16 @@ def test_many_answers(client: OpenAI, stream: bool) -> None:
 def test_many_prompts(client: OpenAI) -> None:
     answer = client.completions.create(model="tiny", prompt=["a", "bc"], n=2, max_tokens=1, echo=True)
     assert [choice.text for choice in answer.choices] == ["aG", "aG", "bcG", "bcG"]
-    assert answer.usage.prompt_tokens == 3
-    assert answer.usage.prompt_tokens_details.cached_tokens == 6
+    usage: Any = answer.usage
+    assert usage.prompt_tokens == 3
+    assert usage.prompt_tokens_details.cached_tokens == 6
     ids = client.completions.create(model="tiny", prompt=[[5, 6], [7]], max_tokens=1)
     assert [choice.index for choice in ids.choices] == [0, 1]
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_chat_logprobs(client: OpenAI, stream: bool) -> None:
-    answer = client.chat.completions.create(  # type: ignore[call-overload]
+    answer: Any = cast(Any, client).chat.completions.create(
         model="tiny", messages=USER, logprobs=True, top_logprobs=2, stream=stream
     )
     if stream:
@@ -184,6 +185,7 @@ def test_chat_logprobs(client: OpenAI, stream: bool) -> None:
     assert bytes(byte for entry in entries[:-1] for byte in entry.bytes).decode() == ANSWER
     assert entries[-1].token == "<|end|>"
     token = TOKENIZER.token_to_id("G")
+    assert token is not None
     assert (entries[0].token, entries[0].logprob, len(entries[0].top_logprobs)) == ("G", -token / 100, 2)
 
 
@@ -252,6 +254,16 @@ async def test_scoring_a_prompt_generates_nothing(served: Served, stream: bool) 
     assert (choice["text"], choice["finish_reason"]) == ("abc", "length")
     assert len(choice["logprobs"]["tokens"]) == 3
     assert chunks[-1]["usage"]["completion_tokens"] == 0
+
+
+async def test_a_last_message_with_prefix_is_continued(served: Served) -> None:
+    """As clients of Mistral and DeepSeek say it."""
+    prefix = {"role": "assistant", "content": "So: ", "prefix": True}
+    reply = await chat(served.port, messages=[*USER, prefix])
+    assert reply.json["choices"][0]["message"]["content"] == ANSWER
+    assert TOKENIZER.decode(served.engine.requests[-1].prompt.token_ids.tolist()).endswith("assistant\nSo: ")
+    await chat(served.port, messages=[prefix, *USER])
+    assert not TOKENIZER.decode(served.engine.requests[-1].prompt.token_ids.tolist()).endswith("So: ")
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -361,7 +373,8 @@ async def test_models_by_name() -> None:
     async with serving(names=("tiny", "org/alias")) as served:
         client = AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
         assert [model.id async for model in client.models.list()] == ["tiny", "org/alias"]
-        assert (await client.models.retrieve("org/alias")).model_extra["max_model_len"] == CONTEXT
+        alias = await client.models.retrieve("org/alias")
+        assert alias.model_extra is not None and alias.model_extra["max_model_len"] == CONTEXT
         for name in ("org/alias", "", None):
             reply = await chat(served.port, model=name)
             assert reply.json["model"] == (name or "tiny")

@@ -159,7 +159,7 @@ async def test_one_stream_for_both_kinds_of_clients(clip: bytes) -> None:
     async with listening() as served:
         client = AsyncOpenAI(base_url=f"{served.url}/v1", api_key="x", max_retries=0)
         stream = await client.audio.transcriptions.create(model="tiny", file=("a.wav", clip), stream=True)
-        found = [event async for event in stream]
+        found: list[Any] = [event async for event in stream]
         reply = await upload(served, form(clip, stream="true"))
     assert {event.type for event in found[:-1]} == {"transcript.text.delta"}
     assert "".join(event.delta for event in found[:-1]) == ANSWER

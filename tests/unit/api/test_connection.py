@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import uvloop
@@ -231,7 +231,7 @@ async def test_a_whole_answer_that_nobody_reads_is_thrown_away() -> None:
         prompt = json.dumps({"prompt": "x" * 400, "max_tokens": 1, "echo": True, "n": 16, "logprobs": 20}).encode()
         client = unread(served, prompt, "/v1/completions")
         connections = served.http._uvicorn.server_state.connections
-        await until(lambda: any(connection.output.written > 10**6 for connection in connections), timeout_s=120)
+        await until(lambda: any(cast(Any, one).output.written > 10**6 for one in connections), timeout_s=120)
         await until(lambda: not connections, timeout_s=120)
         client.close()
         assert (await complete(served.port)).status == 200

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import openai
 import pytest
@@ -35,9 +36,11 @@ from support.api_support import (
     until,
 )
 
+from sensorium.api import docs_page
 from sensorium.api.transport.server import listen, serve
 from sensorium.config import Limits, ServerConfig
 from sensorium.errors import StartupError, UnavailableError
+from sensorium.serving.catalog import Catalog
 from sensorium.types import EngineOutput, EngineReady, EngineRequest
 
 LIMITS = Limits()
@@ -124,7 +127,8 @@ async def test_many_clients_that_leave_take_everything_with_them() -> None:
         await until(lambda: not engine.active)
         context = served.http._app.context
         await until(lambda: len(context.in_flight) == 0)
-        assert (context.entries[0].admission.sequences, context.entries[0].admission.prompt_tokens) == (0, 0)
+        admission = context.at_the_edge("tiny").admission
+        assert (admission.sequences, admission.prompt_tokens) == (0, 0)
         assert (await complete(served.port, max_tokens=1)).status == 200
 
 
@@ -241,12 +245,12 @@ async def test_leaving_while_the_prompt_is_made_ends_that_too(monkeypatch: pytes
             raise
 
     async with serving() as served:
-        monkeypatch.setattr(served.http._app.context.entries[0].model.prompts, "prepare_chat", fetching)
+        monkeypatch.setattr(served.http._app.context.catalog.find(None).model.prompts, "prepare_chat", fetching)
         _, writer = await open_request(served.port)
         await until(lambda: len(served.http._app.context.in_flight) == 1)
         writer.close()
         await until(lambda: bool(ended))
-        await until(lambda: served.http._app.context.entries[0].admission.sequences == 0)
+        await until(lambda: served.http._app.context.at_the_edge("tiny").admission.sequences == 0)
         assert not served.engine.requests
 
 
@@ -364,7 +368,9 @@ async def run_serve(engine: FakeEngine, port: int) -> tuple[asyncio.Task[int], l
     config, limits = ServerConfig(port=port), replace(LIMITS, drain_timeout_s=1.0)
     model = make_model(engine, config, limits)
     urls: list[str] = []
-    return asyncio.create_task(serve({"tiny": model}, config, limits, urls.append, listener=listen(config))), urls
+    return asyncio.create_task(
+        serve(Catalog.of({"tiny": model}), config, limits, urls.append, listener=listen(config))
+    ), urls
 
 
 async def test_sigterm_drains_and_exits_with_zero() -> None:
@@ -442,6 +448,38 @@ def test_a_taken_port_is_a_startup_error() -> None:
     first.close()
 
 
+async def test_a_taken_metrics_port_is_a_startup_error_too() -> None:
+    taken = listen(ServerConfig(port=0))
+    config = ServerConfig(port=0, metrics_port=taken.getsockname()[1])
+    model = make_model(FakeEngine(), config, LIMITS)
+    with pytest.raises(StartupError, match=str(config.metrics_port)):
+        await serve(Catalog.of({"tiny": model}), config, LIMITS, lambda url: None)
+    taken.close()
+
+
+async def test_the_metrics_port_answers_figures_and_health_without_a_key_and_nothing_else() -> None:
+    port, metrics_port = free_port(), free_port()
+    config = ServerConfig(port=port, metrics_port=metrics_port, api_key=("secret",))
+    model, urls = make_model(FakeEngine(), config, LIMITS), []  # type: ignore[var-annotated]
+    task = asyncio.create_task(serve(Catalog.of({"tiny": model}), config, LIMITS, urls.append))
+    await until(lambda: bool(urls))
+    try:
+        assert (await get(port, "/metrics")).status == 401
+        for path in ("/metrics", "/livez", "/readyz", "/health"):
+            assert (await get(metrics_port, path)).status == 200
+        for path in ("/v1/models", "/version", "/docs", "/openapi.json", "/", "/load", "/tokenizer_info"):
+            assert (await get(metrics_port, path)).status == 404
+        assert (await chat(metrics_port)).status == 404
+        assert (await post(metrics_port, "/v1/models/unload", {"model": "tiny"})).status == 404
+        foreign = b"GET /metrics HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n"
+        assert (await raw(metrics_port, foreign)).status == 403
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await asyncio.wait_for(task, 120) == 0
+    with pytest.raises(OSError):
+        await get(metrics_port, "/metrics")
+
+
 async def test_the_metrics_page() -> None:
     async with serving() as served:
         await chat(served.port, n=2)
@@ -466,7 +504,10 @@ async def test_the_metrics_page() -> None:
 async def test_the_description() -> None:
     async with serving(api_key=("k",), root_path="/x") as served:
         headers = {"Authorization": "Bearer k"}
-        document = (await get(served.port, "/openapi.json", headers=headers)).json
+        with patch.object(docs_page, "description", wraps=docs_page.description) as made:
+            replies = await asyncio.gather(*(get(served.port, "/openapi.json", headers=headers) for _ in range(4)))
+        assert made.call_count == 1  # it takes half a second
+        document = replies[0].json
         assert document["openapi"] == "3.1.0"
         assert document["servers"] == [{"url": "/x"}]
         references = {part.split('"')[0] for part in json.dumps(document).split('"#/components/schemas/')[1:]}

@@ -175,7 +175,12 @@ async def test_golden_an_image_in_a_result_and_a_stop_sequence(marked_format: Ma
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_the_official_client(marked_format: MarkedFormat, stream: bool) -> None:
-    said = [Reasoning("Hm."), Text("I look.\n"), Call(0, "get_weather"), Arguments(0, '{"city": "Zürich"}')]
+    said: list[Delta] = [
+        Reasoning("Hm."),
+        Text("I look.\n"),
+        Call(0, "get_weather"),
+        Arguments(0, '{"city": "Zürich"}'),
+    ]
     async with speaking(said, [Call(1, "get_weather"), Arguments(1, "{}")]) as served:
         fields: Any = {"model": "tiny", "max_tokens": 100, "messages": HI, "tools": [WEATHER]}
         client = client_of(served)
@@ -279,7 +284,7 @@ def read_back(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 is_open = True
             case "content_block_delta":
                 assert is_open and event["index"] == len(blocks) - 1
-                kind, text = [*event["delta"].values()]
+                kind, text = event["delta"].values()
                 field = {"text_delta": "text", "thinking_delta": "thinking", "signature_delta": "signature"}.get(kind)
                 blocks[-1][field or "json"] += text
             case "content_block_stop":
@@ -515,7 +520,7 @@ async def test_tool_choices(marked_format: MarkedFormat) -> None:
 )
 async def test_thinking(marked_format: MarkedFormat, thinking: Any, variable: str, shown: bool) -> None:
     template = "{% if enable_thinking is defined %}{{ enable_thinking }}{% endif %}{{ reasoning_effort }}"
-    said = [Reasoning("Hm."), Text("ok")]
+    said: list[Delta] = [Reasoning("Hm."), Text("ok")]
     async with speaking(said, template="{{ messages[0].content }}" + template) as served:
         reply = await ask(served, max_tokens=2000, thinking=thinking, output_config={"effort": "xhigh"})
         assert reply.status == 200, reply.body

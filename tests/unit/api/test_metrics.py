@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from support.api_support import FakeEngine, chat, complete, get, post, serving, speak
 from support.pooling_engine import ALL, engine_of
 
+from sensorium.api.app import App
+from sensorium.api.transport.server import HttpServer, listen
+from sensorium.config import ServerConfig
+from sensorium.serving.adapters import ServedAdapter
 from sensorium.types import STEP_TOKENS, EngineOutput, EngineRequest, EngineStats
 
 DASHBOARD = Path(__file__).parents[3] / "deploy" / "grafana-dashboard.json"
@@ -34,6 +40,7 @@ VLLM = """
     vllm:time_to_first_token_seconds_bucket vllm:time_to_first_token_seconds_sum vllm:time_to_first_token_seconds_count
     vllm:cache_config_info vllm:mm_cache_hits_total vllm:mm_cache_queries_total vllm:admission_rejections_total
     vllm:request_num_preemptions_bucket vllm:request_prefill_kv_computed_tokens_bucket
+    vllm:spec_decode_num_drafts_total vllm:spec_decode_num_draft_tokens_total vllm:spec_decode_num_accepted_tokens_total
 """.split()
 
 
@@ -114,7 +121,7 @@ async def test_times_and_lengths_are_counted_once() -> None:
 
 async def test_the_engine_s_counts_are_shown() -> None:
     steps = (0, 2, 3, *[0] * (len(STEP_TOKENS) - 3), 1)
-    stats = EngineStats(waiting=5, deferred=2, step_tokens=99, steps_by_tokens=steps, preemptions=7)
+    stats = EngineStats(waiting=5, deferred=2, step_tokens=99, steps_by_tokens=steps, preemptions=7, accepted_tokens=5)
     async with serving(FakeEngine(stats=stats)) as served:
         found = await samples(served.port)
     assert found["vllm:num_requests_waiting"][""] == 5
@@ -125,6 +132,7 @@ async def test_the_engine_s_counts_are_shown() -> None:
         buckets[f"le={bound}.0"] if f"le={bound}.0" in buckets else buckets[f"le={bound}"] for bound in (1, 8, 16)
     ] == [0, 2, 5]
     assert found["vllm:num_preemptions_total"][""] == 7
+    assert found["vllm:spec_decode_num_accepted_tokens_total"][""] == 5
 
 
 async def test_pooling_is_timed_too() -> None:
@@ -133,3 +141,60 @@ async def test_pooling_is_timed_too() -> None:
         found = await samples(served.port)
     assert found["vllm:request_queue_time_seconds_count"][""] == 2
     assert found["vllm:request_success_total"]["finished_reason=stop"] == 2
+
+
+# What the endpoint picker of Kubernetes' Gateway API reads of a pod (model server protocol, proposal 003 of the
+# inference extension): by signal the metric, and the label that has it where it is not the value.
+PICKER = {
+    "queued": ("vllm:num_requests_waiting", None),
+    "running": ("vllm:num_requests_running", None),
+    "kv_cache": ("vllm:kv_cache_usage_perc", None),
+    "block_size": ("vllm:cache_config_info", "block_size"),
+    "blocks": ("vllm:cache_config_info", "num_gpu_blocks"),
+    "max_adapters": ("vllm:lora_requests_info", "max_lora"),
+    "running_adapters": ("vllm:lora_requests_info", "running_lora_adapters"),
+    "waiting_adapters": ("vllm:lora_requests_info", "waiting_lora_adapters"),
+}
+
+
+def picked(page: str) -> dict[str, str]:
+    """The picker's view: of each metric the sample with the largest value, as of lora_requests_info the newest."""
+    best = {
+        family.name: max(family.samples, key=lambda sample: sample.value)
+        for family in text_string_to_metric_families(page)
+        if family.name in {name for name, _ in PICKER.values()} and family.type == "gauge"
+    }
+    return {
+        signal: str(best[name].value) if label is None else best[name].labels[label]
+        for signal, (name, label) in PICKER.items()
+    }
+
+
+async def test_an_endpoint_picker_reads_every_signal_while_a_key_is_set() -> None:
+    async with serving(api_key=("secret",)) as served:
+        served.engine.stats = replace(served.engine.stats, waiting=2)
+        context = served.http._app.context
+        adapters = context.catalog.entries[0].adapters
+        adapters._by_name = {name: ServedAdapter(name, name) for name in ("law", "tales", "verse")}
+        app = App.of_metrics(context)
+        metrics = HttpServer(app, context.limits, listen(ServerConfig(port=0)))
+        await metrics.start()
+        with ExitStack() as stack:
+            for name in ("law", "verse"):
+                stack.enter_context(adapters.use(adapters._by_name[name], lambda: None))
+            reply = await get(metrics.address[1], "/metrics")
+        await metrics.close()
+        assert (await get(served.port, "/metrics")).status == 401
+    assert reply.status == 200
+    ready = served.engine.ready
+    assert ready is not None
+    assert picked(reply.body.decode()) == {
+        "queued": "2.0",
+        "running": "1.0",
+        "kv_cache": "0.6",
+        "block_size": str(ready.block_size),
+        "blocks": str(ready.kv_tokens // ready.block_size),
+        "max_adapters": "3",
+        "running_adapters": "law,verse",
+        "waiting_adapters": "",
+    }

@@ -48,7 +48,7 @@ def error_of(reply: Reply) -> str:
 
 
 async def test_chats_are_streamed_by_default(marked_format: MarkedFormat) -> None:
-    said = [Reasoning("Hm."), Text("I look. "), Call(0, "get_weather"), Arguments(0, '{"city": "Zürich"}')]
+    said: list[Delta] = [Reasoning("Hm."), Text("I look. "), Call(0, "get_weather"), Arguments(0, '{"city": "Zürich"}')]
     async with speaking(said, [Call(1, "get_weather"), Arguments(1, "{}"), Text("so")]) as served:
         lines = lines_of(await ask(served, tools=[WEATHER]))
         whole = (await ask(served, tools=[WEATHER], stream=False)).json
@@ -175,6 +175,29 @@ async def test_options() -> None:
         assert asked.sampling.max_tokens == CONTEXT - len(asked.prompt.token_ids)
 
 
+async def test_an_answer_has_what_the_checkpoint_says_or_all_that_fits() -> None:
+    async with serving(generation={"max_new_tokens": 9}) as served:
+        for options, most in (({}, 9), ({"num_predict": -1}, None), ({"num_predict": -2}, None)):
+            await ask(served, options=options)
+            asked = served.engine.requests[-1]
+            assert asked.sampling is not None
+            assert asked.sampling.max_tokens == (most or CONTEXT - len(asked.prompt.token_ids))
+
+
+async def test_log_probabilities(served: Served) -> None:
+    """As /v1/chat/completions has them, and streamed the same."""
+    [expected] = (
+        await post(served.port, "/v1/chat/completions", {"messages": HI, "logprobs": True, "top_logprobs": 2})
+    ).json["choices"]
+    for path in ("/api/chat", "/api/generate"):
+        whole = (await ask(served, path, logprobs=True, top_logprobs=2, stream=False)).json
+        assert whole["logprobs"] == expected["logprobs"]["content"]
+        lines = lines_of(await ask(served, path, logprobs=True, top_logprobs=2))
+        assert [one for line in lines for one in line.get("logprobs", ())] == whole["logprobs"]
+    plain = (await ask(served, logprobs=True, stream=False)).json["logprobs"]
+    assert all(one["top_logprobs"] == [] for one in plain)
+
+
 @pytest.mark.parametrize(("think", "wanted"), [(None, ""), (True, "True"), (False, "False"), ("high", "Truehigh")])
 async def test_thinking(think: Any, wanted: str) -> None:
     template = "{{ messages[0].content }}{{ enable_thinking }}{{ reasoning_effort }}"
@@ -221,8 +244,8 @@ async def test_vectors() -> None:
         ):
             reply = await post(served.port, "/api/embed", body)
             assert (reply.status, named in error_of(reply)) == (400, True)
-        for body in ({"model": "tiny"}, {"model": "tiny", "prompt": ["a"]}):
-            reply = await post(served.port, "/api/embeddings", body)
+        for old in ({"model": "tiny"}, {"model": "tiny", "prompt": ["a"]}):
+            reply = await post(served.port, "/api/embeddings", old)
             assert (reply.status, "prompt" in error_of(reply)) == (400, True)
 
 
@@ -297,7 +320,8 @@ WRONG: list[Any] = [
     ("/api/chat", {"options": {"repeat_last_n": 64, "repeat_penalty": 1.1}}, "options.repeat_last_n"),
     ("/api/chat", {"options": []}, "options"),
     ("/api/chat", {"temperature": 0.5}, "options"),
-    ("/api/chat", {"logprobs": True}, "logprobs"),
+    ("/api/chat", {"top_logprobs": 2}, "top_logprobs"),
+    ("/api/chat", {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ("/api/chat", {"response_format": {"type": "json_object"}}, "format"),
     ("/api/generate", {"suffix": "x"}, "suffix"),
     ("/api/generate", {"template": "{{ .Prompt }}"}, "template"),

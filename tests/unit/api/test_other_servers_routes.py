@@ -112,7 +112,8 @@ async def test_predict() -> None:
         assert texts_of(served)[-1] == "abc"
         params = served.engine.requests[-1].pooling
         assert params is not None and params.activation is False
-        for inputs in ([["a"], ["a", "b"]], [], [[""]], [["a", "b", "c"]], [[]]):
+        refused: tuple[list[list[str]], ...] = ([["a"], ["a", "b"]], [], [[""]], [["a", "b", "c"]], [[]])
+        for inputs in refused:
             reply = await post(served.port, "/predict", {"inputs": inputs})
             assert (reply.status, reply.error["param"].partition("[")[0]) == (400, "inputs"), inputs
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import time
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from pydantic import BaseModel
@@ -16,7 +16,7 @@ from sensorium.api.protocol.audio import AudioRequest
 from sensorium.api.protocol.chat import ChatRequest
 from sensorium.api.protocol.common import Body, UnknownFields
 from sensorium.api.protocol.completion import CompletionRequest
-from sensorium.api.protocol.other_servers import ANSWERS, IGNORED
+from sensorium.api.protocol.other_servers import ANSWERS, CHATS, IGNORED
 from sensorium.api.protocol.pooling import ClassifyRequest, EmbeddingsRequest, PoolingRequest
 from sensorium.api.protocol.score import RerankRequest, ScoreRequest
 from sensorium.api.protocol.tokenize import DetokenizeRequest, TokenizeRequest
@@ -122,7 +122,7 @@ def test_bad_values_name_their_field(field: str, values: list[Any]) -> None:
 
 @pytest.mark.parametrize("field", [name for name in ChatRequest.model_fields if name != "messages"])
 def test_null_means_the_default(field: str) -> None:
-    assert sampling(**{field: None}) == sampling()
+    assert sampling(**cast(Any, {field: None})) == sampling()
 
 
 def test_product_of_n_and_length_is_bounded() -> None:
@@ -136,26 +136,78 @@ def test_product_of_n_and_length_is_bounded() -> None:
 def test_known_but_unsupported_fields_are_refused_by_name(field: str) -> None:
     for value in ANSWERS[field].harmless:
         chat(**{field: value})
-    value: Any = next(value for value in ({"a": 1}, [{"a": 1}], "x", 5, True) if not ANSWERS[field].allows(value))
+    value = next(value for value in ({"a": 1}, [{"a": 1}], "x", 5, True) if not ANSWERS[field].allows(value))
     error = refusal(ChatRequest, {"messages": MESSAGES, "presence_penalty": 0.5, field: value})
     assert isinstance(error, UnsupportedFieldError)
     assert error.param == field
     assert field in error.message
 
 
-def test_fields_of_the_wire_format_are_all_known() -> None:
-    """Everything in the tables of vLLM's extra parameters is a field, refused by name, or ignored on purpose."""
-    table = """use_beam_search top_k min_p repetition_penalty length_penalty stop_token_ids include_stop_str_in_output
-        ignore_eos min_tokens skip_special_tokens spaces_between_special_tokens truncate_prompt_tokens truncation_side
-        prompt_logprobs logprob_token_ids allowed_token_ids bad_words echo add_generation_prompt continue_final_message
-        add_special_tokens documents chat_template chat_template_kwargs media_io_kwargs mm_processor_kwargs
-        structured_outputs priority request_id session_id return_tokens_as_token_ids return_token_ids return_prompt_text
-        cache_salt kv_transfer_params ec_transfer_params vllm_xargs repetition_detection thinking_token_budget
-        include_reasoning stream_interval watermarking return_token_offsets return_mm_kwargs tools tool_choice
-        response_format reasoning_effort best_of suffix prompt_embeds guided_json guided_regex guided_choice
-        guided_grammar"""
-    known = set(ChatRequest.model_fields) | set(CompletionRequest.model_fields) | set(ANSWERS) | IGNORED
-    assert set(table.split()) <= known
+ANSWERED = """model frequency_penalty presence_penalty logit_bias logprobs max_tokens n seed stop stream stream_options
+    temperature top_p user use_beam_search top_k min_p repetition_penalty length_penalty stop_token_ids
+    include_stop_str_in_output ignore_eos min_tokens skip_special_tokens truncate_prompt_tokens truncation_side
+    prompt_logprobs logprob_token_ids allowed_token_ids bad_words echo add_special_tokens structured_outputs
+    response_format priority request_id return_tokens_as_token_ids return_token_ids cache_salt"""
+NOT_ANSWERED = """spaces_between_special_tokens kv_transfer_params ec_transfer_params vllm_xargs repetition_detection
+    stream_interval watermarking return_token_offsets"""
+POOLED = "model user truncate_prompt_tokens truncation_side request_id priority mm_processor_kwargs cache_salt"
+TEXTS = f"""{POOLED} input messages add_special_tokens add_generation_prompt continue_final_message chat_template
+    chat_template_kwargs"""
+VECTORS = f"{TEXTS} encoding_format embed_dtype endianness dimensions use_activation"
+COMPARED = f"""{POOLED} documents max_tokens_per_query max_tokens_per_doc instruction chat_template chat_template_kwargs
+    use_activation"""
+PUBLISHED: dict[type[Body], tuple[str, str, str]] = {
+    ChatRequest: (
+        f"""{ANSWERED} messages max_completion_tokens top_logprobs tools tool_choice parallel_tool_calls
+        reasoning_effort include_reasoning thinking_token_budget add_generation_prompt continue_final_message
+        chat_template chat_template_kwargs mm_processor_kwargs""",
+        "session_id service_tier store metadata verbosity safety_identifier prompt_cache_key",
+        f"""{NOT_ANSWERED} documents media_io_kwargs return_prompt_text return_mm_kwargs modalities audio prediction
+        web_search_options functions function_call""",
+    ),
+    CompletionRequest: (
+        f"{ANSWERED} prompt",
+        "session_id",
+        f"{NOT_ANSWERED} thinking_token_budget prompt_embeds suffix best_of",
+    ),
+    EmbeddingsRequest: (VECTORS, "", "padding media_io_kwargs"),
+    PoolingRequest: (f"{VECTORS} task", "", "padding media_io_kwargs data"),
+    ClassifyRequest: (f"{TEXTS} use_activation", "", "padding media_io_kwargs"),
+    ScoreRequest: (f"{COMPARED} queries items data_1 data_2 text_1 text_2", "", "padding media_io_kwargs"),
+    RerankRequest: (f"{COMPARED} query top_n", "", "padding media_io_kwargs"),
+    AudioRequest: (
+        """model language prompt hotwords response_format timestamp_granularities stream stream_include_usage
+        stream_continuous_usage_stats to_language temperature top_p top_k min_p seed frequency_penalty presence_penalty
+        repetition_penalty max_completion_tokens""",
+        "",
+        "use_beam_search n length_penalty include_stop_str_in_output vllm_xargs",
+    ),
+    TokenizeRequest: (
+        """model prompt messages tools add_special_tokens return_token_strs add_generation_prompt
+        continue_final_message chat_template chat_template_kwargs mm_processor_kwargs""",
+        "",
+        "media_io_kwargs",
+    ),
+    DetokenizeRequest: ("model tokens", "", ""),
+}
+"""Body -> the fields of vLLM's published protocol that are done, those without effect, and those that are refused."""
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_fields_of_the_published_protocol(model: type[Body], caplog: pytest.LogCaptureFixture) -> None:
+    done, ignored, refused = (set(names.split()) for names in PUBLISHED[model])
+    assert done <= set(model.model_fields)
+    assert ignored <= IGNORED
+    assert refused <= set(model.foreign)
+    unchecked = model.model_construct(None, **dict.fromkeys(ignored, "a"))
+    with caplog.at_level(logging.WARNING):
+        unchecked.check_fields(UnknownFields())
+    assert caplog.text == ""
+    for name in refused:
+        own = model.model_construct(None, **{name: {"a": 1}})
+        with pytest.raises(UnsupportedFieldError, match=f"`{name}` is not supported by this server: .+") as caught:
+            own.check_fields(UnknownFields())
+        assert caught.value.param == name
 
 
 @pytest.mark.parametrize(
@@ -199,6 +251,14 @@ def test_no_field_is_ours_and_foreign_and_ignored(model: type[Body]) -> None:
         ("samplers", ["top_k"], "in this order"),
         ("mirostat", 2, "leave it out"),
         ("typical_p", 0.9, "leave it out"),
+        ("response_schema", {"type": "object"}, "`response_format`"),
+        ("choice", ["a"], "`structured_outputs`"),
+        ("template", "{{ 1 }}", "`chat_template`"),
+        ("input_ids", [1], "`prompt`"),
+        ("image_data", ["x"], "`content`"),
+        ("thinking_budget", 5, "`thinking_token_budget`"),
+        ("separate_reasoning", False, "told apart"),
+        ("top_n_tokens", 2, "`logprobs`"),
     ],
 )
 @pytest.mark.parametrize("model", [ChatRequest, CompletionRequest])
@@ -208,6 +268,17 @@ def test_what_other_servers_call_it_is_refused_with_our_name(
     error = refusal(model, {"messages": MESSAGES, "prompt": "x", field: value})
     assert (error.status, error.param) == (400, field)
     assert ours in error.message
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "ours"),
+    [("thinking", {"type": "disabled"}, "`enable_thinking`"), ("reasoning", {"effort": "low"}, "`reasoning_effort`")],
+)
+def test_wishes_for_reasoning_in_others_words_are_refused(field: str, value: Any, ours: str) -> None:
+    error = refusal(ChatRequest, {"messages": MESSAGES, field: value})
+    assert (error.param, ours in error.message) == (field, True)
+    for nothing in CHATS[field].harmless:
+        chat(**{field: nothing})
 
 
 def test_what_llama_cpp_s_page_always_sends_is_taken(caplog: pytest.LogCaptureFixture) -> None:
@@ -255,6 +326,7 @@ def test_what_only_changes_an_answer_does_not_matter_to_a_vector() -> None:
         ("output_dtype", "int8", "float32"),
         ("instruction", "x", "/rerank have it"),
         ("return_multivector", True, "leave it out"),
+        ("parameters", {"normalize": False}, "fields of their own"),
     ):
         error = refusal(EmbeddingsRequest, {"input": "x", field: value})
         assert (error.param, words in error.message) == (field, True)
@@ -284,15 +356,18 @@ def walk(schema: Any, path: str, found: list[str]) -> None:
     """Collect every part of a JSON schema that has no bounds."""
     if not isinstance(schema, dict):
         return
-    kind = schema.get("type")
-    bounded = {
+    kind = str(schema.get("type"))
+    bounded: dict[str, tuple[str, ...]] = {
         "integer": ("minimum", "exclusiveMinimum"),
         "number": ("minimum", "exclusiveMinimum"),
         "string": ("maxLength",),
         "array": ("maxItems",),
         "object": ("maxProperties", "properties"),
     }
-    closed = {"integer": ("maximum", "exclusiveMaximum"), "number": ("maximum", "exclusiveMaximum")}
+    closed: dict[str, tuple[str, ...]] = {
+        "integer": ("maximum", "exclusiveMaximum"),
+        "number": ("maximum", "exclusiveMaximum"),
+    }
     if "const" not in schema and "enum" not in schema:
         for table in (bounded, closed):
             if kind in table and not any(name in schema for name in table[kind]):
@@ -637,6 +712,19 @@ def test_choices_draw_their_own_numbers() -> None:
     assert for_choice(sampling(n=2), 1).seed is None
 
 
+def test_a_seed_under_mistrals_name() -> None:
+    assert [sampling(random_seed=3).seed, sampling(random_seed=3, seed=4).seed, sampling(seed=-1).seed] == [3, 4, None]
+
+
+def test_any_is_mistrals_word_for_required() -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert (
+        chat(tools=tools, tool_choice="any").tool_choice_of()
+        == chat(tools=tools, tool_choice="required").tool_choice_of()
+    )
+    assert refusal(ChatRequest, {"messages": MESSAGES, "tool_choice": "any"}).param == "tool_choice"
+
+
 def test_a_message_is_continued_instead_of_answered() -> None:
     assert chat().generates_prompt
     assert not chat(continue_final_message=True).generates_prompt
@@ -647,12 +735,14 @@ def test_a_message_is_continued_instead_of_answered() -> None:
 
 
 def test_template_and_processor_are_closed_to_requests() -> None:
-    for field, value, code in (
-        ("chat_template", "x", "chat_template_not_allowed"),
-        ("mm_processor_kwargs", {"a": 1}, "mm_processor_kwargs_not_allowed"),
+    for field, value, flag in (
+        ("chat_template", "x", "--allow-request-chat-template"),
+        ("mm_processor_kwargs", {"a": 1}, "--allow-request-mm-kwargs"),
     ):
         for model in (ChatRequest, TokenizeRequest):
-            assert refusal(model, {"messages": MESSAGES, field: value}).code == code
+            error = refusal(model, {"messages": MESSAGES, field: value})
+            assert (error.param, error.code) == (field, f"{field}_not_allowed")
+            assert f"`{field}`" in error.message and flag in error.message
     parse(ChatRequest, {"messages": MESSAGES, "chat_template": "x"}).check(
         LIMITS, ServerConfig(allow_request_chat_template=True)
     )

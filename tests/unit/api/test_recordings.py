@@ -22,9 +22,10 @@ from sensorium.checkpoint.configs import open_checkpoint
 from sensorium.config import EngineConfig, Limits, LoadConfig, ServeOptions, ServerConfig
 from sensorium.media.loader import MediaLoader
 from sensorium.models.loading import load_model
+from sensorium.serving.catalog import Catalog
 from sensorium.serving.model import ServedModel
 from sensorium.serving.transcription import Segment
-from sensorium.startup.model import _media_loader
+from sensorium.startup.model import media_loader
 from sensorium.types import EngineOutput, EngineRequest
 
 BOUNDARY = "x0123456789"
@@ -62,7 +63,7 @@ class Ears:
             loader=loader,
             client=engine,  # type: ignore[arg-type]
         )
-        http = HttpServer(build_app({"ears": made}, config, limits), limits, listen(config))
+        http = HttpServer(build_app(Catalog.of({"ears": made}), config, limits), limits, listen(config))
         await http.start()
         try:
             yield Served(http, engine, http.address[1])
@@ -188,11 +189,12 @@ async def test_english_alone_and_without_heads_that_follow(tmp_path: Path) -> No
         assert reply.json["words"] is None
 
 
-def test_recordings_may_be_longer_than_what_is_chatted_about(ears: Ears) -> None:
-    options = ServeOptions(None, LoadConfig(), EngineConfig("m"), ServerConfig(), Limits())
-    for family, seconds in (("WhisperForConditionalGeneration", 7200.0), ("UltravoxModel", 600.0)):
-        loader = _media_loader(options, replace(ears.checkpoint, architecture=family))
-        assert loader._limits.max_audio_seconds == seconds
+async def test_recordings_may_be_longer_than_what_is_chatted_about() -> None:
+    loader = media_loader(ServeOptions(None, LoadConfig(), EngineConfig("m"), ServerConfig(), Limits()))
+    assert loader._limits.max_audio_seconds == 600.0
+    longer = loader.of_recordings()
+    assert longer is loader.of_recordings() and longer._limits.max_audio_seconds == 7200.0
+    assert longer._images is loader._images and longer._streams is not loader._streams
 
 
 def test_subtitles() -> None:

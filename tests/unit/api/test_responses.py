@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import random
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from openai import AsyncOpenAI, BadRequestError
@@ -161,8 +161,8 @@ async def test_the_official_client(served: Served) -> None:
     assert usage is not None
     assert usage.total_tokens == usage.input_tokens + usage.output_tokens
     assert usage.input_tokens_details.cached_tokens == 3
-    logprobs = found.output[0].content[0].logprobs  # type: ignore[union-attr]
-    assert logprobs and logprobs[0].logprob <= 0  # type: ignore[union-attr]
+    logprobs = cast(Any, found.output[0]).content[0].logprobs
+    assert logprobs and logprobs[0].logprob <= 0
     cut = await client.responses.create(model="tiny", input="hi", max_output_tokens=3)
     assert (cut.status, cut.output[0].status) == ("incomplete", "incomplete")  # type: ignore[union-attr]
     assert cut.incomplete_details is not None and cut.incomplete_details.reason == "max_output_tokens"
@@ -229,7 +229,7 @@ async def test_long_conversations_are_cut_by_whole_turns() -> None:
 async def test_media_are_measured_and_not_decoded_to_be_counted(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long the conversation is."""
     url = f"data:image/png;base64,{base64.b64encode(encoded(photo(16, 16))).decode()}"
-    texts = {"type": "input_text", "text": "look " * 3}, {"type": "input_image", "image_url": url}
+    texts: Any = {"type": "input_text", "text": "look " * 3}, {"type": "input_image", "image_url": url}
     body: dict[str, Any] = {"input": [{"role": "user", "content": texts}]}
     if "chat" in route:
         texts = {"type": "text", "text": "look " * 3}, {"type": "image_url", "image_url": {"url": url}}

@@ -129,6 +129,10 @@ def test_structural_tags_become_a_grammar(order: str) -> None:
         ({"response_format": {}}, "response_format.type"),
         ({"response_format": "json"}, "response_format"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_object", "json_schema": {"schema": {}}}}, "response_format.json_schema"),
+        ({"response_format": {"type": "text", "schema": SCHEMA}}, "response_format.schema"),
+        ({"json_schema": {"name": "n", "schema": SCHEMA}}, "json_schema"),
+        ({"guided_json": {"schema": SCHEMA, "strict": True}}, "guided_json"),
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.schema"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": "x"}}},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from support.api_support import CONTEXT, TOKENIZER, VOCAB_SIZE, Served, chat, complete, serving
+from support.api_support import CONTEXT, TOKENIZER, VOCAB_SIZE, Served, chat, complete, events, serving
 
 from sensorium.config import Limits
 
@@ -70,6 +70,25 @@ def entries(ids: list[int], top: int) -> list[Any]:
             }
         )
     return [None, *rows]
+
+
+async def test_answers_that_are_searched_for_together(served: Served) -> None:
+    """The scripted engine finds token t with log-probability -t / 100, so the likeliest answer has zeros only."""
+    fields = {"prompt": "hi", "max_tokens": 3, "use_beam_search": True, "n": 3, "logprobs": 1, "return_token_ids": True}
+    reply = await complete(served.port, **fields)
+    choices = reply.json["choices"]
+    assert choices[0]["token_ids"] == [0, 0, 0]
+    assert [sum(choice["logprobs"]["token_logprobs"]) for choice in choices] == pytest.approx([0, -0.01, -0.01])
+    assert {choice["finish_reason"] for choice in choices} == {"length"}
+    assert reply.json["usage"]["completion_tokens"] == 9
+    streamed = events((await complete(served.port, **fields, stream=True)).body)
+    for index, choice in enumerate(choices):
+        own = [one["choices"][0] for one in streamed if one["choices"] and one["choices"][0]["index"] == index]
+        assert "".join(one["text"] for one in own) == choice["text"]
+    chatted = await chat(served.port, use_beam_search=True, n=2, max_tokens=2, length_penalty=0.5, early_stopping=True)
+    assert len(chatted.json["choices"]) == 2
+    refused = await chat(served.port, use_beam_search=True, repetition_penalty=1.2)
+    assert (refused.status, refused.error["param"]) == (400, "use_beam_search")
 
 
 async def test_log_probabilities_of_prompts() -> None:

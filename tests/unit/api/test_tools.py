@@ -192,7 +192,7 @@ async def test_the_official_client_streams_and_responds(served: Served) -> None:
     called = final.choices[0].message.tool_calls
     assert called is not None
     assert json.loads(called[0].function.arguments) == ARGUMENTS
-    flat = [{"type": "function", "strict": None, **tool["function"]} for tool in TOOLS]
+    flat: Any = [{"type": "function", "strict": None, **tool["function"]} for tool in TOOLS]
     async with client.responses.stream(model="tiny", input="hi", tools=flat) as items:
         response = await items.get_final_response()
     assert [item.type for item in response.output] == ["reasoning", "message", "function_call", "function_call"]

@@ -104,7 +104,7 @@ async def test_tasks_of_jina_choose_prompts(
 
 
 async def test_what_says_the_same_excludes_each_other() -> None:
-    pairs = {
+    pairs: dict[str, dict[str, Any]] = {
         "task": {"input_type": "query", "task": "retrieval.query"},
         "normalized": {"use_activation": True, "normalized": True},
         "truncate": {"truncate": True, "truncate_prompt_tokens": 5},

@@ -118,7 +118,7 @@ def test_a_model_swallowed_by_a_list_is_noticed(capsys: pytest.CaptureFixture[st
         (["--max-modl-len", "4"], "did you mean --max-model-len?"),
         (["--zzzzzz"], "unknown flag --zzzzzz"),
         (["--max-num"], "unknown flag --max-num"),  # no abbreviations: they would change meaning with new flags
-        (["a", "b"], "unexpected argument 'b'"),
+        (["a", "--seed", "1", "b"], "unexpected argument 'b'"),
         (["m", "-n", "4"], "requests say it"),  # not a beginning of -ngl
         (["m", "-x"], "unknown flag -x"),
         (["--port", "x"], "not a whole number"),
@@ -240,6 +240,10 @@ def test_flags_of_others_are_not_ours() -> None:
         (["m", "--no-enable-log-requests"], ["m", "--disable-log-requests"]),
         (["m", "--enable-log-requests"], ["m", "--no-disable-log-requests"]),
         (["m", "--kv-cache-memory-bytes", "4G"], ["m", "--kv-cache-memory", "4GiB"]),
+        (
+            ["m", "--limit-mm-per-prompt.image", "3", "--hf-overrides.a.b=x", "--hf-overrides.a.c", "[1]"],
+            ["m", "--limit-mm-per-prompt", '{"image": 3}', "--hf-overrides", '{"a": {"b": "x", "c": [1]}}'],
+        ),
         (["m", "--device", "gpu", "-q", "gptq_marlin"], ["m", "--device", "cuda", "--quantization", "gptq"]),
     ],
 )

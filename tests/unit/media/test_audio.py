@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import resource
 import struct
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,6 +82,13 @@ async def test_samples_are_exact_without_resampling(
     samples = tone(0.3, 16000)
     item = await hear(loader, sound(samples, 16000, codec, "wav", sample_format))
     np.testing.assert_allclose(item.data, samples, atol=step)
+
+
+async def test_wav_with_sizes_of_64_bits(loader: MediaLoader) -> None:
+    """RF64, as broadcasters' recorders write it."""
+    samples = tone(0.3, 16000)
+    item = await hear(loader, sound(samples, 16000, "pcm_s16le", "wav", "s16", rf64="always"))
+    np.testing.assert_allclose(item.data, samples, atol=2**-15)
 
 
 @pytest.mark.parametrize("rate", [8000, 22050, 44100, 48000, 96000])
@@ -167,14 +175,14 @@ def stretched(webm: bytes, packets: int) -> bytes:
 
     import av
 
-    with av.open(io.BytesIO(webm)) as source:
+    with av.open(io.BytesIO(webm), "r") as source:
         stream = source.streams.audio[0]
         packet = [bytes(packet) for packet in source.demux(stream) if packet.size][5]
         buffer = io.BytesIO()
         with av.open(buffer, "w", format="matroska") as output:
             out = output.add_stream_from_template(stream)
             for number in range(packets):
-                copy = av.Packet(packet)
+                copy: Any = av.Packet(packet)
                 copy.stream, copy.time_base = out, stream.time_base
                 copy.pts = copy.dts = number * 60
                 copy.duration = 60

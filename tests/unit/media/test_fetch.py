@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -30,7 +31,7 @@ def make_loader(
     *allowed: str,
     addresses: dict[str, list[list[str]]] | None = None,
     transport: httpx.AsyncBaseTransport | None = None,
-    **limits: float,
+    **limits: Any,
 ) -> MediaLoader:
     """`addresses`: host -> the answers to its successive look-ups; the last one stays."""
     answers = {host: list(lists) for host, lists in (addresses or {}).items()}
@@ -43,7 +44,7 @@ def make_loader(
     return MediaLoader(
         Limits(**limits),
         allowed_domains=allowed,
-        workers=1,  # type: ignore[arg-type]
+        workers=1,
         resolve=resolve if addresses is not None else None,
         transport=transport,
     )
@@ -133,7 +134,9 @@ async def test_every_refused_address_gets_the_same_words() -> None:
     texts = set()
     for host in LOOPBACK_HOSTS + INTERNAL_HOSTS:
         recorder = Recorder()
-        addresses = {} if host == "no-such-host.invalid" else None  # the system's resolver knows the numeric ones
+        addresses: dict[str, list[list[str]]] | None = (
+            {} if host == "no-such-host.invalid" else None
+        )  # the system's resolver knows the numeric ones
         error = await refusal(fetch(make_loader(addresses=addresses, transport=recorder), f"http://{host}/"))
         texts.add((error.message, error.code))
         assert not recorder.requests
@@ -502,7 +505,7 @@ async def test_interim_responses_without_end_do_not_occupy_the_event_loop(canary
     assert error.code == "failed_to_download_image"
     assert time.process_time() - start < 3  # 5 without a bound
     canary.answer = a_hint
-    fetcher = Fetcher(AllowedHosts.parse(["127.0.0.1"]), timeout_s=5, max_redirects=0, max_url_length=100)
+    fetcher = Fetcher(AllowedHosts.parse(("127.0.0.1",)), timeout_s=5, max_redirects=0, max_url_length=100)
     found = await fetcher.get(f"http://127.0.0.1:{canary.port}/", 10**6)
     assert found.payload == b"x" * 300_000
     await fetcher.aclose()

@@ -105,6 +105,17 @@ async def test_orientation(orientation: int, format: str, loader: MediaLoader) -
     np.testing.assert_array_equal((await load(loader, data_url(payload))).data, reference)
 
 
+async def test_orientation_behind_a_jpegs_frame(loader: MediaLoader) -> None:
+    """The EXIF segment may stand anywhere before the scan."""
+    payload = encoded(photo(40, 24), "JPEG", exif=b"Exif\0\0" + exif(6))
+    at, scan = payload.index(b"\xff\xe1"), payload.index(b"\xff\xda")
+    end = at + 2 + int.from_bytes(payload[at + 2 : at + 4], "big")
+    moved = payload[:at] + payload[end:scan] + payload[at:end] + payload[scan:]
+    assert loader.probe(raw(moved)) == MediaSize(40, 24)
+    wanted = (await load(loader, data_url(payload))).data
+    np.testing.assert_array_equal((await load(loader, data_url(moved))).data, wanted)
+
+
 async def test_alpha_is_paper_white(loader: MediaLoader) -> None:
     """S19: RGBA, LA and palette alpha, against the arithmetic."""
     colours = np.asarray(photo(16, 12))

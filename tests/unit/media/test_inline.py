@@ -168,3 +168,10 @@ async def test_data_urls_in_place_of_bare_base64(head: str, loader: MediaLoader)
 )
 async def test_other_urls_are_no_base64(data: str, code: str, loader: MediaLoader) -> None:
     assert (await refusal(loader.fetch(MediaSource("audio", PARAM, data=data)))).code == code
+
+
+async def test_the_refusal_says_how_it_is_written(loader: MediaLoader) -> None:
+    error = await refusal(loader.fetch(MediaSource("audio", PARAM, data="https://example.org/a.wav")))
+    assert "audio_url" in error.message
+    error = await refusal(loader.fetch(MediaSource("image", PARAM, url=TEXT)))
+    assert "data:<media type>;base64," in error.message

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sensorium.media import names
 from sensorium.media.names import SystemResolver
 from sensorium.media.turns import Turns
 
@@ -101,7 +100,7 @@ async def test_slow_names_delay_neither_other_domains_nor_other_tenants(monkeypa
             raise socket.gaierror
         return [(0, 0, 0, "", ("203.0.113.7", port))]
 
-    monkeypatch.setattr(names.socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr("sensorium.media.names.socket.getaddrinfo", getaddrinfo)
     resolver = SystemResolver()
     slow = [asyncio.ensure_future(resolver.addresses(f"{number}.slow.example", 80, b"a")) for number in range(40)]
     other = [asyncio.ensure_future(resolver.addresses(f"a.{number}slow.example", 80, b"b")) for number in range(40)]

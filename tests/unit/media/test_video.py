@@ -7,6 +7,7 @@ import random
 import struct
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ FILES = [
     ("libvpx-vp9", "webm"),
     ("libsvtav1", "mp4"),
 ]
-QUIET = {"hevc": {"x265-params": "log-level=none"}}
+QUIET: dict[str, Any] = {"hevc": {"x265-params": "log-level=none"}}
 
 
 @pytest.mark.parametrize("codec, container", FILES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -178,15 +179,15 @@ def test_time_is_linear_in_the_number_of_tokens(name: str, kind: str) -> None:
     special = min(tokenizer.special_ids)
 
     def seconds(count: int) -> float:
-        ids = {
+        choices: dict[str, list[Any]] = {
             "random": [rng.randrange(tokenizer.vocab_size) for _ in range(count)],
             "special": [special] * count,
             "half a character": [byte] * count,
             "stop": [tokenizer.encode("a")[-1]] * count,
-        }[kind]
+        }
         detokenizer = Detokenizer(tokenizer, **options)  # type: ignore[arg-type]
         begin = time.thread_time()
-        for token in ids:
+        for token in choices[kind]:
             detokenizer.push((token,))
         return time.thread_time() - begin
 

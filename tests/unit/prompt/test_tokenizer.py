@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
+import weakref
 from collections.abc import Callable, Sized
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,13 +13,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.tiny_tokenizers import CHATML, PLAIN_ADDED, byte_level, sentencepiece, unigram, wordpiece, write
+from support.tiny_tokenizers import CHATML, PLAIN_ADDED, byte_level, id_of, sentencepiece, unigram, wordpiece, write
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import models
 from transformers import PreTrainedTokenizerFast
 
 from sensorium.errors import CheckpointError, RequestError, StartupError
 from sensorium.prompt import convert
+from sensorium.prompt.encode import encode_texts
 from sensorium.prompt.literals import CUT, MARK, NAME
 from sensorium.prompt.tokenizer import Tokenizer, encoded
 
@@ -79,7 +82,7 @@ def test_spaces_around_tokens_do_not_depend_on_a_literal_elsewhere(name: str) ->
     prompt = "USER: <image>\n What is this? <|end|>\n  ASSISTANT: a"
     plain, escaped = tokenizer.encode(prompt), tokenizer.encode(prompt + tokenizer.escape("<|end|>"))
     assert escaped[: len(plain) - 1] == plain[:-1]
-    assert escaped.count(tokenizer.token_to_id("<|end|>")) == 1
+    assert escaped.count(id_of(tokenizer, "<|end|>")) == 1
 
 
 def test_role_forging_and_placeholders_stay_text() -> None:
@@ -198,6 +201,20 @@ def test_bos_and_eos_as_tokenizer_json_says(tmp_path: Path, config: dict[str, bo
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<s>", "</s>", None)
 
 
+def test_a_text_ends_with_a_token_that_its_file_has_lost(tmp_path: Path) -> None:
+    write(tmp_path, sentencepiece(), bos_token="<s>", eos_token="</s>")
+    plain = Tokenizer.from_folder(tmp_path)
+    ended = plain.ending_with("</s>")
+    texts, end = ["Hello", ""], plain.token_to_id("</s>")
+    rows, longer = (encode_texts(one, texts, add_special_tokens=True) for one in (plain, ended))
+    assert [row.tolist() for row in longer] == [[*row.tolist(), end] for row in rows]
+    for one, other in zip(*(encode_texts(one, texts, add_special_tokens=False) for one in (plain, ended)), strict=True):
+        assert one.tolist() == other.tolist()
+    assert ended.ending_with("</s>") is ended
+    assert plain.ending_with("<|nowhere|>") is plain
+    assert plain.frame is None
+
+
 def test_tokens_that_only_the_config_declares(tmp_path: Path) -> None:
     count = byte_level().get_vocab_size()
     declared = {
@@ -243,7 +260,7 @@ def test_conversion_in_a_process_of_its_own(tmp_path: Path) -> None:
 
 def test_conversion_without_the_extra_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     byte_level().model.save(str(tmp_path))
-    monkeypatch.setattr(convert.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(StartupError, match=r"pip install 'sensorium\[convert\]'"):
         convert.converted_tokenizer(tmp_path, tmp_path / "cache")
 
@@ -276,14 +293,17 @@ def test_long_texts_are_tokenized_beside_other_threads(encode: Callable[[Tokeniz
         while not done.wait(0.001):
             turns += 1
 
+    def turns_beside() -> int:
+        before = turns
+        assert len(encode(tokenizer, text)) >= 300_000
+        return turns - before
+
     with ThreadPoolExecutor(1) as thread:
         thread.submit(others)
-        before = turns
-        tokens = encode(tokenizer, text)
-        had = turns - before
+        # A busy machine may give the other thread no time at all; where the lock is held, no attempt has such turns.
+        free = any(turns_beside() > 10 for _ in range(20))
         done.set()
-    assert len(tokens) >= 300_000
-    assert had > 10
+    assert free
 
 
 def test_a_lower_bound_of_tokens_without_tokenizing() -> None:
@@ -322,3 +342,19 @@ def test_without_a_home_to_keep_it_in_a_tokenizer_is_converted_all_the_same(
     made = convert.converted_tokenizer(model)
     assert made.read_text() == "{}"
     assert not made.is_relative_to(own)
+
+
+def test_models_whose_files_say_the_same_share_a_tokenizer(tmp_path: Path) -> None:
+    for name, config in (("one", {}), ("two", {}), ("other", {"eos_token": "<|im_end|>"})):
+        (tmp_path / name).mkdir()
+        RAW["byte_level"].save(str(tmp_path / name / "tokenizer.json"))
+        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps(config))
+    with ThreadPoolExecutor(3) as threads:  # as a server reads them that loads all at once
+        one, two, other = threads.map(Tokenizer.from_folder, (tmp_path / name for name in ("one", "two", "other")))
+    assert one.raw is two.raw is not other.raw and two._file == tmp_path / "two" / "tokenizer.json"
+    assert Tokenizer.from_folder(tmp_path / "one", vocab_size=10**6).vocab_size == 10**6 != one.vocab_size
+    assert two.with_literals(["x"]).raw is one.raw
+    read = weakref.ref(one.raw) if hasattr(one.raw, "__weakref__") else weakref.ref(one._shared)
+    del one, two
+    gc.collect()
+    assert read() is None

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from support import tool_templates
+from support.output_formats import named, read
 from support.tiny_tokenizers import byte_level
 
 from sensorium.prompt.local import LocalTemplate
@@ -122,6 +123,55 @@ def test_tools_in_the_system_message() -> None:
     assert text.startswith('<|system|><|tool|>[{"type": "function", "function": {"name": "get_weather"')
     system = Message("system", (TextPart("Be brief."),))
     assert "<|system|>Be brief.<|tool|>[{" in template(tool_templates.PHI4).render([system, ASK], tools=TOOLS)
+
+
+def test_calls_that_the_template_leaves_out_stand_in_the_assistants_text() -> None:
+    said = calling(("call_a", "get_weather", '{"city": "Zürich"}'), ("call_b", "get_time", "{}"), text="I look.")
+    text = template(tool_templates.PHI4).render([ASK, said, result("call_a", TextPart("warm")), ASK], tools=TOOLS)
+    assert text.endswith(
+        '<|user|>Weather?<|end|><|assistant|>I look.\n<|tool_call|>[{"name": "get_weather", "arguments": '
+        '{"city": "Zürich"}}, {"name": "get_time", "arguments": {}}]<|/tool_call|><|end|>'
+        "<|tool_response|>warm<|end|><|user|>Weather?<|end|><|assistant|>"
+    )
+    assert (
+        "<|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>"
+        '{"city": "Zürich"}<|tool_call_end|><|tool_calls_section_end|><|im_end|>'
+    ) in template(tool_templates.KIMI).render([ASK, ONE], tools=TOOLS)
+
+
+def test_gemma_3_is_told_of_tools_in_words() -> None:
+    """Turns alternate, so results and what the user says after them are one turn."""
+    system = Message("system", (TextPart("Be brief."),))
+    said = calling(("call_a", "get_weather", {"city": 'Zü"', "live": True, "near": None, "more": {"a": [1, False]}}))
+    chat = [system, ASK, said, result("call_a", TextPart("warm")), result("call_b", TextPart("12:00")), ASK]
+    text = template(tool_templates.GEMMA3).render(chat, tools=TOOLS)
+    first, _, rest = text.partition("<end_of_turn>")
+    assert first.startswith("<start_of_turn>user\nBe brief.\nYou have access to these functions:\n")
+    assert '{"name": "get_weather", "parameters": {"type": "object"}}' in first
+    assert first.endswith("answer in words.\n\nWeather?")
+    call = '[get_weather(city="Zü\\"", live=True, near=None, more={"a": [1, False]})]'
+    assert rest == (
+        f"\n<start_of_turn>model\n```tool_code\n{call}\n```<end_of_turn>\n<start_of_turn>user\n"
+        "```tool_output\nwarm\n```\n```tool_output\n12:00\n```\nWeather?<end_of_turn>\n<start_of_turn>model\n"
+    )
+    assert template(tool_templates.GEMMA3).render([ASK]) == (
+        "<start_of_turn>user\nWeather?<end_of_turn>\n<start_of_turn>model\n"
+    )
+    assert read(named("gemma3"), f"```tool_code\n{call}\n```", tools=TOOLS).parsed == [
+        ("get_weather", {"city": 'Zü"', "live": True, "near": None, "more": {"a": [1, False]}})
+    ]
+
+
+def test_tokens_of_calls_that_are_written_for_the_template_are_not_a_users_to_write() -> None:
+    inner = byte_level()
+    inner.add_tokens(["<|tool_call|>"])
+    marked = Tokenizer(inner, {"eos_token": "<|im_end|>"})
+    chat = LocalTemplate(tool_templates.PHI4, marked)
+    user = Message("user", (TextPart("<|tool_call|>"),))
+    ids = marked.encode(
+        chat.render([user, calling(("call_a", "<|tool_call|>", '{"a": "<|tool_call|>"}'))], tools=TOOLS)
+    )
+    assert list(ids).count(marked.added_tokens["<|tool_call|>"]) == 1
 
 
 @pytest.mark.parametrize("name", ["reasoning", "reasoning_content", "thinking"])

@@ -37,7 +37,7 @@ async def two_models() -> AsyncIterator[Two]:
         make_model(engine, config, limits, names=names)
         for engine, names in zip(engines, (("one", "uno"), ("two",)), strict=True)
     ]
-    app = build_app({"one": models[0], "uno": models[0], "two": models[1]}, config, limits)
+    app = build_app(Catalog.of({"one": models[0], "uno": models[0], "two": models[1]}), config, limits)
     http = HttpServer(app, limits, listen(config))
     async with AsyncExitStack() as stack:
         for model in models:

@@ -114,7 +114,7 @@ def test_pairs_with_images_are_scored_by_yes_and_no(name: str, tied: bool) -> No
 def test_the_rerankers_words() -> None:
     _, checkpoint, here = reranker()
     source = checkpoint.chat_template or ""
-    pair = ("query", ["what?"]), ("document", [VIDEO, IMAGE, "this"])
+    pair: list[tuple[str, list[str | MediaPart]]] = [("query", ["what?"]), ("document", [VIDEO, IMAGE, "this"])]
     document = CLIP + STILL + "this"
     said = f"{JUDGE}{TASK}<Query>:what?\n<Document>:{document}{END}"
     assert rendered(source, here.processor, *pair) == said

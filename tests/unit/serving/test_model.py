@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -29,9 +30,10 @@ from sensorium.errors import ContextLengthError, MediaError, RequestError, Start
 from sensorium.media.held import HeldBytes, RequestBytes, Take, unbounded
 from sensorium.media.loader import MediaLoader
 from sensorium.media.source import MediaSize, MediaSource, RawMedia
-from sensorium.prompt.encode import PairLimits
+from sensorium.prompt.encode import PairLimits, Truncation
 from sensorium.prompt.local import LocalRenderer
 from sensorium.prompt.messages import MediaPart, Message, TextPart
+from sensorium.prompt.template import ChatTemplate
 from sensorium.serving.concurrency import all_in_order
 from sensorium.serving.lengths import LONG_TEXT
 from sensorium.serving.media import FeatureCache, MediaNames
@@ -96,8 +98,8 @@ def checkpoint(folder: Path, architecture: str, **changes: Any) -> Checkpoint:
             "vision_start": "<|vision_start|>",
             "vision_end": "<|vision_end|>",
         }
-        config = {f"{name}_token_id": tokenizer.token_to_id(token) for name, token in names.items()}
-        preprocessor = {
+        config: dict[str, Any] = {f"{name}_token_id": tokenizer.token_to_id(token) for name, token in names.items()}
+        preprocessor: dict[str, Any] = {
             "min_pixels": 3136,
             "max_pixels": 12845056,
             "patch_size": 14,
@@ -152,10 +154,10 @@ def served(
         server=server or ServerConfig(),
         limits=limits or Limits(),
         loader=loader,
-        client=Engine(),
+        client=Engine(),  # type: ignore[arg-type]
         max_model_len=flag,
         renderer=LocalRenderer(),
-    )  # type: ignore[arg-type]
+    )
 
 
 def user(*parts: str | MediaPart) -> Message:
@@ -173,6 +175,25 @@ IMAGE = MediaPart("image")
 
 def pictures(prompt: Prompt, model: ServedModel) -> int:
     return int((prompt.token_ids == model.processor.placeholder_id("image")).sum())
+
+
+@pytest.mark.parametrize(
+    "name", ["Qwen3-Embedding-0.6B", "models--Qwen--Qwen3-Embedding-4B/snapshots/0a1b", "Qwen3-4B"]
+)
+async def test_texts_of_a_known_embedder_end_with_its_token(tmp_path: Path, loader: Loader, name: str) -> None:
+    """Also where a copy of its tokenizer.json says nothing of it, and where they are cut."""
+    (tmp_path / name).mkdir(parents=True)
+    model = served(tmp_path / name, loader)
+    end = model.tokenizer.token_to_id("<|endoftext|>")
+    prompts = [
+        prompt
+        for truncation in (None, Truncation(4), Truncation(4, "left"))
+        for prompt in await model.prompts.text_prompts(
+            ["a", "one two three four"], add_special_tokens=True, truncation=truncation, params=["input"] * 2
+        )
+    ]
+    assert [prompt.token_ids[-1] == end for prompt in prompts] == ["Embedding" in name] * 6
+    assert [len(prompt.token_ids) for prompt in prompts[3::2]] == [4, 4]
 
 
 async def test_a_chat_with_pictures_becomes_a_prompt(tmp_path: Path, loader: Loader) -> None:
@@ -268,10 +289,19 @@ async def test_prompts_longer_than_the_context(tmp_path: Path, loader: Loader) -
     assert time.process_time() - begin < 10
 
 
+async def test_a_chat_too_long_is_refused_before_its_template_is_rendered(tmp_path: Path, loader: Loader) -> None:
+    model = served(tmp_path, loader)
+    with patch.object(ChatTemplate, "variables", side_effect=AssertionError) as made:
+        with pytest.raises(ContextLengthError, match="is at least"):
+            await model.prompts.chat_prompt([user("x"), user("x" * (LONG_TEXT * 8))], [])
+        assert not made.called
+
+
 async def test_empty_prompts(tmp_path: Path, loader: Loader) -> None:
     """S37."""
     model = served(tmp_path, loader)
-    for empty in ("", []):
+    nothing: list[Any] = ["", []]
+    for empty in nothing:
         with pytest.raises(RequestError) as refused:
             await model.prompts.text_prompt(empty)
         assert refused.value.param == "prompt"
@@ -392,7 +422,8 @@ async def test_what_only_the_operator_may_allow(tmp_path: Path, loader: Loader) 
 async def test_template_variables(tmp_path: Path, loader: Loader) -> None:
     """S45."""
     model = served(tmp_path, loader)
-    for kwargs in ({"tokenize": True}, {"messages": []}, {"x": {"y": 1}}):
+    wrong: list[dict[str, Any]] = [{"tokenize": True}, {"messages": []}, {"x": {"y": 1}}]
+    for kwargs in wrong:
         with pytest.raises(RequestError):
             await model.prompts.chat_prompt([user("a")], [], template_kwargs=kwargs)
 
@@ -636,12 +667,12 @@ def _no_warnings(recwarn: pytest.WarningsRecorder) -> Iterator[None]:
 async def test_pairs_with_images_go_through_the_template(tmp_path: Path, loader: Loader) -> None:
     text = read_text_config({"model_type": "qwen2_vl"}, FAMILIES[QWEN2_VL])
     model = served(tmp_path, loader, chat_template=pair_templates.QWEN3_VL_RERANKER, text=text)
-    model.client.ready = EngineReady(500, 500, 16, 0, 0, 0, "cpu", "float32", ("classify", "score"))  # type: ignore[misc]
+    model.client.ready = EngineReady(500, 500, 16, 0, 0, 0, "cpu", "float32", ("classify", "score"))
     documents = [
         Said((IMAGE, TextPart("d")), tuple(images("56x56 a"))),
         Said((IMAGE, IMAGE), tuple(images("56x56 a", "112x56 b"))),
     ]
-    pairs = [("q", documents[0]), ("q", documents[1]), ("q", "words")]
+    pairs: list[tuple[str | Said, str | Said]] = [("q", documents[0]), ("q", documents[1]), ("q", "words")]
     places = [f"documents[{index}]" for index in range(3)]
     prompts = await model.pair_prompts(pairs, PairLimits(0, 0, None), params=places)
     assert [pictures(prompt, model) for prompt in prompts] == [4, 12, 0]

@@ -66,14 +66,14 @@ def test_texts(both: tuple[Tokenizer, Any], add_special_tokens: bool, side: Any,
     assert again[0].tolist() == reference(TEXTS[0], add_special_tokens=add_special_tokens)["input_ids"]
 
 
-@pytest.mark.parametrize("total", [None, 7, 11, 100])
+@pytest.mark.parametrize("total", [None, 4, 5, 7, 8, 11, 100])
 def test_pairs(both: tuple[Tokenizer, Any], total: int | None) -> None:
     tokenizer, reference = both
-    pairs = PAIRS if total is None or total > 7 else [pair for pair in PAIRS if len(pair[0]) < 5]
+    pairs = [*PAIRS, *((document, query) for query, document in PAIRS)]
     for (query, document), (ids, types) in zip(
         pairs, encode_pairs(tokenizer, pairs, PairLimits(total=total)), strict=True
     ):
-        expected = reference(query, document, truncation="only_second" if total else False, max_length=total)
+        expected = reference(query, document, truncation=bool(total), max_length=total)
         assert ids.tolist() == expected["input_ids"]
         if tokenizer.raw.post_processor is not None:  # else nothing reads them
             assert types.tolist() == expected["token_type_ids"]
@@ -84,8 +84,8 @@ def test_parts_of_pairs_are_cut_each_for_itself() -> None:
     limits = PairLimits(max_query_tokens=1, max_document_tokens=2)
     found = [ids.tolist() for ids, _ in encode_pairs(tokenizer, [("a b", "c d e"), ("c d e", "a b")], limits)]
     assert found == [[2, 4, 3, 6, 7, 3], [2, 6, 3, 4, 5, 3]]  # the same text on both sides keeps both lengths
-    with pytest.raises(ContextLengthError, match="leaves no room"):
-        encode_pairs(tokenizer, [("a b c d e", "f")], PairLimits(total=7))
+    with pytest.raises(ContextLengthError, match="3 special tokens, which do not fit into the 2"):
+        encode_pairs(tokenizer, [("a b c d e", "f")], PairLimits(total=2))
 
 
 def test_the_far_end_of_a_long_text_is_not_looked_at() -> None:

@@ -125,6 +125,62 @@ def test_a_short_one_without_timestamps(made: Made) -> None:
     assert (found[0].start_s, found[0].end_s) == (0.0, 0.7)
 
 
+@pytest.mark.parametrize(
+    ("wish", "together"), [({"timestamps": False}, 4), ({"timestamps": False, "conditions": True}, 1), ({}, 1)]
+)
+def test_windows_that_depend_on_none_are_computed_together(
+    wish: dict[str, Any], together: int, made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And say what they say one after the other."""
+    samples, running, most = speech(5.3, 5), 0, 0
+    plain = made.say
+
+    async def say(prompt: Prompt, params: SamplingParams) -> tuple[list[int], list[TokenLogprob]]:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        found = await plain(prompt, params)
+        running -= 1
+        return found
+
+    monkeypatch.setattr(made, "say", say)
+    found = made.ours(samples, **wish)
+    assert most == together and running == 0
+    monkeypatch.setattr("sensorium.serving.transcription.WINDOWS_AHEAD", 1)
+    again = made.ours(samples, **wish)
+    assert [(one.seek, one.end_s, one.tokens) for one in again] == [(one.seek, one.end_s, one.tokens) for one in found]
+    assert len(found) > 4
+
+
+def test_who_stops_listening_stops_the_windows_ahead(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, cancelled = made.say, 0
+
+    async def say(prompt: Prompt, params: SamplingParams) -> tuple[list[int], list[TokenLogprob]]:
+        nonlocal cancelled
+        if len(made.asked) == 1:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                cancelled += 1
+                raise
+        return await plain(prompt, params)
+
+    monkeypatch.setattr(made, "say", say)
+
+    async def first() -> Segment:
+        segments = made.transcription(speech(5.3, 5), timestamps=False).segments()
+        try:
+            return await anext(segments)
+        finally:
+            await segments.aclose()  # type: ignore[attr-defined]
+
+    made.asked.clear()
+    assert asyncio.run(first()).text
+    assert cancelled == 3
+
+
 @pytest.mark.parametrize("conditions", [False, True])
 def test_a_text_before_the_recording(conditions: bool, made: Made) -> None:
     samples, previous = speech(1.4, 3), made.processor.previous_ids("a cat and a dog")

@@ -42,11 +42,12 @@ def test_a_control_group_of_700_mib(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("free", [0, 100 * MiB, 350 * MiB, 700 * MiB, GiB, 2 * GiB, 4 * GiB, 16 * GiB, 100 * GiB])
 def test_all_that_is_promised_fits(tmp_path: Path, free: int) -> None:
-    """Media, three times the bodies and what the engine's caches take (3/8 of what they find): together no more than
-    there is, but for what the smallest server needs to do anything."""
+    """Media, prompts, three times the bodies and what the engine's caches take (3/8 of what they find): together no
+    more than there is, but for what the smallest server needs to do anything."""
     found = fitted(options(), [model(tmp_path, 14 * MiB)], free)
     spare = free - BASE_BYTES - 14 * MiB
-    taken = found.limits.media_memory + 3 * found.limits.max_pending_bytes + 3 / 8 * spare
+    limits = found.limits
+    taken = limits.media_memory + limits.prompt_memory + 3 * limits.max_pending_bytes + 3 / 8 * spare
     assert taken <= max(spare, 0) or free <= 350 * MiB
     assert found.limits.max_pending_bytes >= 8 * MiB and found.limits.media_memory >= 48 * MiB
     assert found.limits.max_body_bytes <= found.limits.max_pending_bytes

@@ -161,3 +161,21 @@ def test_sampling_defaults(demo: Checkpoint, tmp_path: Path) -> None:
             generation(override_generation_config=bad)
     with pytest.raises(StartupError, match=r"generation_config\.json"):
         generation(generation_config=str(tmp_path / "none"))
+
+
+def test_guessed_tokens_in_vllm_s_words() -> None:
+    def most(config: dict[str, Any], *argv: str) -> int:
+        argv = ("serve", "m", "--speculative-config", json.dumps(config), *argv)
+        return as_meant(serve_options(parser().read(argv), {}), DEMO_FOLDER, ()).engine.speculative_tokens
+
+    assert most({}) == 16
+    assert most({"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4}) == 5
+    assert most({"model": "[ngram]"}, "--num-speculative-tokens", "0") == 0
+    for config, said in (
+        ({"method": "eagle3"}, "eagle3 is not offered"),
+        ({"model": "tiny/draft"}, "tiny/draft is not offered"),
+        ({"method": "ngram", "num_speculative_tokens": 900}, "from 0 to 64"),
+        ({"method": "ngram", "tree": 1}, "tree is not known"),
+    ):
+        with pytest.raises(StartupError, match=said):
+            most(config)

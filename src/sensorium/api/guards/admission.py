@@ -6,15 +6,18 @@ Everything counted here is given back when the request ends, however it ends. Wh
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import TypeVar
 
 from sensorium.errors import BodyTooLargeError, OverloadedError, RateLimitError
 
 Result = TypeVar("Result")
+MAX_REST_S = 0.2
 
 
 class Admission:
@@ -89,11 +92,24 @@ class PendingBytes:
         self._on_empty = on_empty
         self._since_empty = 0
         self._parser = ThreadPoolExecutor(1, "parser")
+        self._rests_until = 0.0  # of the thread's
         self.total = 0
 
     async def in_turn(self, work: Callable[[], Result]) -> Result:
-        """Do the work on a body off the event loop, one body at a time: what it takes for a moment is taken once."""
-        return await asyncio.get_running_loop().run_in_executor(self._parser, work)
+        """Do the work on a body off the event loop, one body at a time: what it takes for a moment is taken once.
+
+        Parsing holds the interpreter's lock until it is done. Between two bodies the event loop has it for as long as
+        the first one took, so that a request which it turns to several times waits once."""
+        return await asyncio.get_running_loop().run_in_executor(self._parser, partial(self._after_rest, work))
+
+    def _after_rest(self, work: Callable[[], Result]) -> Result:
+        time.sleep(max(self._rests_until - time.monotonic(), 0.0))
+        begun = time.monotonic()
+        try:
+            return work()
+        finally:
+            now = time.monotonic()
+            self._rests_until = now + min(now - begun, MAX_REST_S)
 
     def open(self) -> PendingBody:
         return PendingBody(self)

@@ -11,29 +11,37 @@ from collections.abc import Iterable
 
 from sensorium.api.playground import PAGES
 from sensorium.api.transport.asgi import Call
-from sensorium.errors import AuthenticationError
+from sensorium.errors import AuthenticationError, ForbiddenError
 
 PUBLIC_PATHS = frozenset({"/livez", "/readyz", "/health", "/ping", *PAGES})
 """Reachable without a key: the process's health and the static page, which knows nothing."""
 
 
 class Keys:
-    """The configured API keys; without any, everybody is let in."""
+    """The configured API keys; without any, everybody is let in. An operator's key is a key for everything."""
 
-    def __init__(self, keys: Iterable[str]) -> None:
-        self._digests = tuple(hashlib.sha256(key.encode()).digest() for key in keys)
+    def __init__(self, keys: Iterable[str], operators: Iterable[str] = (), *, is_local: bool = True) -> None:
+        """`is_local`: only this machine can reach the server."""
+        users = _digests(keys)
+        self._operators = _digests(operators)
+        self._digests = (*users, *self._operators) if users else ()
+        self._is_local = is_local
 
     def __bool__(self) -> bool:
         return bool(self._digests)
 
     def match(self, key: bytes) -> bytes:
         """The digest of the configured key that this is, else b"". Looks at all keys, found or not."""
-        given = hashlib.sha256(key).digest()
-        found = b""
-        for digest in self._digests:
-            if hmac.compare_digest(digest, given):
-                found = digest
-        return found
+        return _match(key, self._digests)
+
+    def check_operator(self, call: Call) -> None:
+        """ForbiddenError unless the call may change what is served: by an operator's key or, where no keys are
+        configured at all, from this machine."""
+        if self._operators:
+            if not _match(_key_of(call), self._operators):
+                raise ForbiddenError("This is for an operator's key (--operator-key).")
+        elif self._digests or not self._is_local:
+            raise ForbiddenError("This is for an operator's key, and the server has none: --operator-key sets one.")
 
     def authenticate(self, call: Call) -> None:
         """Set `call.tenant`, or raise. Reads the path that routing reads, never a URL rebuilt from headers."""
@@ -43,6 +51,19 @@ class Keys:
         if not tenant:
             raise AuthenticationError("The API key is wrong.")
         call.tenant = tenant
+
+
+def _digests(keys: Iterable[str]) -> tuple[bytes, ...]:
+    return tuple(hashlib.sha256(key.encode()).digest() for key in keys)
+
+
+def _match(key: bytes, digests: Iterable[bytes]) -> bytes:
+    given = hashlib.sha256(key).digest()
+    found = b""
+    for digest in digests:
+        if hmac.compare_digest(digest, given):
+            found = digest
+    return found
 
 
 def _is_public(call: Call) -> bool:

@@ -99,8 +99,11 @@ class AudioRequest(Body):
     def granularities(self) -> frozenset[str]:
         return frozenset(self.timestamp_granularities or ("segment",))
 
-    def sampling(self, defaults: ModelDefaults, prompt_tokens: int, param: str) -> SamplingParams:
-        """Greedy unless the request says otherwise. `param` is the field that makes the prompt long."""
+    def sampling(
+        self, defaults: ModelDefaults, prompt_tokens: int, param: str, *, is_open: bool = False
+    ) -> SamplingParams:
+        """Greedy unless the request says otherwise. `param` is the field that makes the prompt long; `is_open`: the
+        completion may be as long as the context, whatever the checkpoint says of chats."""
         body = SamplingBody(
             temperature=0.0 if self.temperature is None else self.temperature,
             top_p=self.top_p,
@@ -111,9 +114,13 @@ class AudioRequest(Body):
             frequency_penalty=self.frequency_penalty,
             repetition_penalty=self.repetition_penalty,
         )
-        default = defaults.max_new_tokens
+        default = None if is_open else defaults.max_new_tokens
         max_tokens = completion_length(defaults, prompt_tokens, self.max_completion_tokens, default, 1, param)
         return body.sampling_with(defaults, max_tokens=max_tokens, logprobs=None)
+
+    def context(self) -> str:
+        """What comes before the recording and which words may be in it, for a model that has a place for that."""
+        return " ".join(text.strip() for text in (self.hotwords, self.prompt) if text)
 
     def instruction(self, *, translates: bool) -> str:
         """What the model is told beside the recording."""

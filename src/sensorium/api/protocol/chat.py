@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from sensorium.api.protocol.common import Count, Name, Text
 from sensorium.api.protocol.content import Conversation, Messages, conversation
+from sensorium.api.protocol.other_servers import CHATS, Foreign
 from sensorium.api.protocol.sampling import LogprobCount, SamplingBody, check_alternatives, check_answer_size
 from sensorium.api.protocol.tools import MAX_TOOLS, ToolChoiceField, ToolEntry, ToolFields
 from sensorium.config import Limits, ServerConfig
-from sensorium.errors import RequestError
+from sensorium.errors import NotAllowedError, RequestError
 from sensorium.serving.defaults import ModelDefaults, completion_length
 from sensorium.types import INT32_MAX, Modality, SamplingParams
 
@@ -43,28 +45,25 @@ class TemplateFields:
 
     def check_template(self, server: ServerConfig) -> None:
         if self.chat_template is not None and not server.allow_request_chat_template:
-            raise RequestError(
-                "This server does not let requests bring a `chat_template`.",
-                param="chat_template",
-                code="chat_template_not_allowed",
-            )
+            raise NotAllowedError("chat_template", "--allow-request-chat-template")
         if self.mm_processor_kwargs and not server.allow_request_mm_kwargs:
-            raise RequestError(
-                "This server does not let requests bring `mm_processor_kwargs`.",
-                param="mm_processor_kwargs",
-                code="mm_processor_kwargs_not_allowed",
-            )
-        if self.continue_final_message and self.generates_prompt and self.add_generation_prompt is not None:
+            raise NotAllowedError("mm_processor_kwargs", "--allow-request-mm-kwargs")
+        if self.continues and self.generates_prompt and self.add_generation_prompt is not None:
             raise RequestError(
                 "`continue_final_message` and `add_generation_prompt` exclude each other.",
                 param="continue_final_message",
             )
 
     @property
+    def continues(self) -> bool:
+        """Does the answer go on where the last message ends?"""
+        return bool(self.continue_final_message)
+
+    @property
     def generates_prompt(self) -> bool:
         """Does the assistant's turn begin after the last message? By default, unless that message is continued."""
         if self.add_generation_prompt is None:
-            return not self.continue_final_message
+            return not self.continues
         return self.add_generation_prompt
 
     @property
@@ -78,13 +77,15 @@ class TemplateFields:
         return {
             "add_generation_prompt": self.generates_prompt,
             "chat_template": self.chat_template,
-            "continue_final_message": bool(self.continue_final_message),
+            "continue_final_message": self.continues,
             "template_kwargs": self.template_variables,
             "mm_processor_kwargs": self.mm_processor_kwargs,
         }
 
 
 class ChatRequest(SamplingBody, TemplateFields, ToolFields):
+    foreign: ClassVar[Mapping[str, Foreign]] = CHATS
+
     messages: Messages
     max_tokens: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
@@ -115,13 +116,18 @@ class ChatRequest(SamplingBody, TemplateFields, ToolFields):
         return conversation(self.messages, modalities, limits)
 
     @property
+    def continues(self) -> bool:
+        last = self.messages[-1] if self.messages else None
+        return super().continues or (last is not None and last.role == "assistant" and bool(last.prefix))
+
+    @property
     def length(self) -> int | None:
         """Tokens that a completion may have, where the request says it."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     def without_messages(self) -> ChatRequest:
         """The same request without what it takes the most memory for."""
-        return self.model_copy(update={"messages": []})
+        return self.model_copy(update={"messages": [], "continue_final_message": self.continues or None})
 
     def sampling(self, defaults: ModelDefaults, prompt_tokens: int) -> SamplingParams:
         logprobs = defaults.alternatives(self.top_logprobs or 0, "top_logprobs") if self.logprobs else None

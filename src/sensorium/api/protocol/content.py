@@ -99,6 +99,7 @@ class ChatMessage(Nested):
     reasoning: Text | None = None
     reasoning_content: Text | None = None
     thinking: Text | None = None
+    prefix: bool | None = None  # Mistral's and DeepSeek's: the answer goes on where this last message ends
     _place: str = ""
 
     @classmethod

@@ -26,8 +26,8 @@ _TABLE = """
     sv Swedish, sw Swahili, ta Tamil, te Telugu, tg Tajik, th Thai, ti Tigrinya, tk Turkmen, tl Tagalog, tn Tswana,
     to Tongan, tr Turkish, ts Tsonga, tt Tatar, tw Twi, ty Tahitian, ug Uyghur, uk Ukrainian, ur Urdu, uz Uzbek,
     ve Venda, vi Vietnamese, vo Volapük, wa Walloon, wo Wolof, xh Xhosa, yi Yiddish, yo Yoruba, za Zhuang, zh Chinese,
-    zu Zulu, haw Hawaiian, yue Cantonese, jw Javanese"""
-"""The last three are Whisper's."""
+    zu Zulu, haw Hawaiian, yue Cantonese, jw Javanese, fil Filipino"""
+"""The last four are those of models that transcribe."""
 
 LANGUAGES: dict[str, str] = {
     code: name for code, _, name in (entry.strip().partition(" ") for entry in _TABLE.replace("\n", " ").split(","))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -10,9 +12,17 @@ from pydantic import ConfigDict, Discriminator, Field, Tag
 from sensorium.api.protocol.common import Body, Name, Nested, Text, TokenId, UnknownFields
 from sensorium.api.protocol.content import Conversation, Url, media_part
 from sensorium.api.protocol.foreign_chat import ForeignChat
-from sensorium.api.protocol.other_servers import ANSWERS, OLLAMA, OLLAMA_OPTIONS, PENALTY_WINDOWS, VECTORS, Foreign
+from sensorium.api.protocol.other_servers import (
+    ANSWERS,
+    BEAMS,
+    OLLAMA,
+    OLLAMA_OPTIONS,
+    PENALTY_WINDOWS,
+    VECTORS,
+    Foreign,
+)
 from sensorium.api.protocol.pooling import InputBody
-from sensorium.api.protocol.sampling import StopField
+from sensorium.api.protocol.sampling import StopField, check_alternatives
 from sensorium.api.protocol.structured import json_form
 from sensorium.api.protocol.tools import MAX_TOOLS, Function, JsonObject, ToolEntry, ToolName
 from sensorium.api.protocol.turns import Part, Turns
@@ -24,6 +34,10 @@ from sensorium.prompt.messages import TextPart
 from sensorium.types import INT32_MAX, Modality, PoolingParams
 
 Images = Annotated[list[Url], Field(max_length=4096)]
+
+
+_UNITS_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_DURATION = r"[0-9.]+(ns|us|µs|ms|s|m|h)"
 
 
 class Options(Nested):
@@ -51,12 +65,14 @@ class Options(Nested):
         if any(len(stop.encode()) > limits.max_stop_bytes for stop in stops):
             raise RequestError(f"A stop string must have at most {limits.max_stop_bytes} bytes.", param="options.stop")
         if self.num_predict == 0:
-            raise RequestError("`options.num_predict` must be at least 1, or -1.", param="options.num_predict")
+            raise RequestError(
+                "`options.num_predict` must be at least 1, or -1 or -2 for all that fits.", param="options.num_predict"
+            )
         for name, value in (self.model_extra or {}).items():
             self._check_other(name, value, unknown)
 
     def _check_other(self, name: str, value: Any, unknown: UnknownFields) -> None:
-        foreign = ANSWERS.get(name)
+        foreign = ANSWERS.get(name) or BEAMS.get(name)
         if foreign is None:
             if name not in OLLAMA_OPTIONS:
                 unknown.note(f"options.{name}")
@@ -75,6 +91,11 @@ class Options(Nested):
             return []
         return [self.stop] if isinstance(self.stop, str) else list(self.stop)
 
+    @property
+    def most_tokens(self) -> int | None:
+        """-1 and -2 are as many as the context has room for. None: as the checkpoint says, else the same."""
+        return INT32_MAX if self.num_predict in (-1, -2) else self.num_predict
+
     def fields(self) -> dict[str, Any]:
         """As a chat completion has them."""
         return {
@@ -88,6 +109,21 @@ class Options(Nested):
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
         }
+
+
+def kept_s(keep_alive: Any) -> float | None:
+    """How long a model is to stay: seconds, or a duration as Go writes it (10m, 1h30m, 0, -1). Infinite if negative;
+    None if nothing is said."""
+    text = str(keep_alive).strip() if isinstance(keep_alive, str | int | float) else ""
+    sign, text = text.startswith("-"), text.removeprefix("-")
+    if not re.fullmatch(rf"[0-9.]+|({_DURATION})+", text):
+        return None
+    try:
+        parts = [(float(number), unit) for number, unit in re.findall(r"([0-9.]+)([a-zµ]*)", text)]
+    except ValueError:
+        return None
+    seconds = sum(number * _UNITS_S[unit or "s"] for number, unit in parts)
+    return math.inf if sign and seconds else seconds
 
 
 def _form_kind(value: Any) -> str:
@@ -117,11 +153,16 @@ class AnsweredBody(Body):
     format: FormatField | None = None
     options: Options | None = None
     think: ThinkField | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     keep_alive: Any = None
 
     def check(self, limits: Limits, unknown: UnknownFields) -> None:
         if self.options is not None:
             self.options.check(limits, unknown)
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("`top_logprobs` needs `logprobs`: true.", param="top_logprobs")
+        check_alternatives(self.top_logprobs, limits, "top_logprobs")
 
     @property
     def streams(self) -> bool:
@@ -129,8 +170,8 @@ class AnsweredBody(Body):
 
     @property
     def unloads(self) -> bool:
-        """Asked to forget the model, which stays here all the same."""
-        return self.keep_alive in (0, "0", "0s")
+        """Asked to forget the model."""
+        return kept_s(self.keep_alive) == 0
 
     def _form(self) -> Form | None:
         if not self.format:
@@ -139,13 +180,14 @@ class AnsweredBody(Body):
 
     def _fields(self) -> dict[str, Any]:
         options = self.options or Options()
-        wanted = options.num_predict or 0
         return {
             **options.fields(),
             "model": self.model,
             "stream": self.streams,
-            "most_tokens": wanted if wanted > 0 else None,
+            "most_tokens": options.most_tokens,
             "form": self._form(),
+            "logprobs": self.logprobs,
+            "top_logprobs": self.top_logprobs,
             "enable_thinking": None if self.think is None else bool(self.think),
             "reasoning_effort": self.think if isinstance(self.think, str) else None,
         }

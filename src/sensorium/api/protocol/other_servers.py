@@ -61,23 +61,32 @@ FORMS: Mapping[str, Foreign] = {
 EVERYWHERE: Mapping[str, Foreign] = {
     **_fields("""audio documents ec_transfer_params kv_transfer_params
         media_io_kwargs prediction prompt_embeds repetition_detection return_mm_kwargs
-        return_prompt_text return_token_offsets suffix
-        use_beam_search vllm_xargs watermarking web_search_options"""),
-    **_fields("best_of stream_interval length_penalty", (None, 1)),
+        return_prompt_text return_token_offsets suffix vllm_xargs watermarking web_search_options"""),
+    **_fields("best_of stream_interval", (None, 1)),
     **_fields("functions function_call", (*NOTHING, "none", "auto"), "they are called `tools` and `tool_choice` here"),
     **_fields("modalities", (None, [], ["text"])),
     **_fields("spaces_between_special_tokens", (None, True)),
     **_fields(
         "extra_body", advice="it is an argument of OpenAI's Python client: put its entries beside the other fields"
     ),
-    **_fields("lora lora_path adapter_id", advice="adapters are not offered yet"),
+    **_fields("lora lora_path adapter_id", advice="an adapter is asked for by its name, as the `model`"),
 }
 """Fields that no endpoint has."""
+BEAMS: Mapping[str, Foreign] = {
+    **_fields("use_beam_search early_stopping", advice="/v1/chat/completions and /v1/completions have it"),
+    **_fields("length_penalty", (None, 1), "/v1/chat/completions and /v1/completions have it"),
+}
+"""Those of a search for answers, where an endpoint has none."""
 
 ANSWERS: Mapping[str, Foreign] = {
     **EVERYWHERE,
-    # llama.cpp, SGLang, Ollama, TGI, TabbyAPI, koboldcpp, text-generation-webui: the form of an answer
-    **_fields("grammar_string regex_pattern structural_tag stop_regex format outlines_type", advice=_FORM),
+    # llama.cpp, SGLang, Ollama, TGI, TabbyAPI, koboldcpp, text-generation-webui, Gemini: the form of an answer
+    **_fields(
+        """grammar_string regex_pattern structural_tag stop_regex format outlines_type schema response_schema
+        output_schema output_format json_object choice""",
+        advice=_FORM,
+    ),
+    **_fields("responseSchema response_mime_type", (*NOTHING, "text/plain"), _FORM),
     **_fields("options sampling_params parameters generation_config", advice=_UNPACKED),
     # what ours are called there
     **_called(
@@ -88,17 +97,25 @@ ANSWERS: Mapping[str, Foreign] = {
     ),
     **_called("min_tokens", "min_new_tokens min_length", 0),
     **_called("repetition_penalty", "repeat_penalty rep_pen", 1),
-    **_called("seed", "sampling_seed random_seed", -1),
+    **_called("seed", "sampling_seed", -1),
     **_called("stop", "stop_sequences stop_sequence stopping_strings stop_words", "", []),
-    **_called("logprobs", "n_probs return_logprob top_logprobs_num", 0, False),
+    **_called("logprobs", "n_probs return_logprob top_logprobs_num top_n_tokens", 0, False),
     **_called("ignore_eos", "ban_eos_token", False),
     **_called("include_stop_str_in_output", "no_stop_trim", False),
     **_called("echo", "return_full_text", False),
+    **_called("chat_template", "template", ""),
+    **_called("thinking_token_budget", "thinking_budget reasoning_budget reasoning_budget_tokens", -1),
     **_called("top_p", "p", 1),
     **_called("top_k", "k", 0, -1),
     **_fields("do_sample", (None, True), "`temperature`: 0 takes the likeliest token"),
     **_fields("system", advice="it is a message with the role `system` here"),
-    **_fields("images", advice="images are parts of a message's `content` here"),
+    **_fields(
+        """images image_data video_data audio_data image_urls multi_modal_data multimodal_data mm_data""",
+        advice="media are parts of a message's `content` here",
+    ),
+    # how reasoning and calls are told apart from the rest
+    **_fields("separate_reasoning parse_tool_calls", (None, True), "the answer's parts are always told apart here"),
+    **_fields("thinking_forced_open", advice="the template says whether an answer begins with reasoning"),
     # samplers and penalties that are not offered
     **_fields(
         """mirostat mirostat_mode dynatemp_range dynamic_temperature dry_multiplier xtc_probability top_a
@@ -115,7 +132,8 @@ ANSWERS: Mapping[str, Foreign] = {
     **_fields("min_keep", (None, 0, 1)),
     **_fields("samplers sampler_priority sampler_order", advice=_FIXED),
     **_fields(
-        "repeat_last_n penalty_last_n rep_pen_range repetition_penalty_range penalty_range",
+        """repeat_last_n penalty_last_n rep_pen_range repetition_penalty_range repetition_context_size
+        penalty_range""",
         (None, -1),
         "penalties count the whole text here",
     ),
@@ -130,14 +148,23 @@ ANSWERS: Mapping[str, Foreign] = {
     **_fields("n_indent t_max_predict_ms", (None, 0, -1)),
     **_fields("return_tokens return_hidden_states return_routed_experts search_parameters"),
     **_fields("logprob_start_len", (None, -1)),
-    **_fields("safe_prompt raw"),
+    **_fields("safe_prompt raw watermark"),
 }
 """Those that no endpoint has which generates text."""
+_THOUGHTS = "`enable_thinking`, `reasoning_effort`, `thinking_token_budget` and `include_reasoning` say it here"
+CHATS: Mapping[str, Foreign] = {
+    **ANSWERS,
+    **_fields("input_ids prompt_token_ids", advice="/v1/completions takes token ids, as its `prompt`"),
+    **_fields("thinking", (None, {"type": "enabled"}, {"type": "auto"}), _THOUGHTS),
+    **_fields("reasoning", (None, {}, {"enabled": True}, {"exclude": False}), _THOUGHTS),
+}
+"""Those that chats do not have."""
 
 COMPLETIONS: Mapping[str, Foreign] = {
     **ANSWERS,
     **TOOLS,
     **_called("max_tokens", "n_predict num_predict max_new_tokens max_output_tokens max_length"),
+    **_called("prompt", "input_ids prompt_token_ids"),
 }
 """Here `max_tokens` is 16 by default: -1, for as many as there is room for, asks for something."""
 
@@ -155,12 +182,12 @@ RESPONSES: Mapping[str, Foreign] = {
 
 OLLAMA: Mapping[str, Foreign] = {
     **EVERYWHERE,
+    **BEAMS,
     **_fields(
         "temperature top_p top_k min_p seed stop num_predict max_tokens repeat_penalty",
         (None,),
         "what is sampled how stands in `options`",
     ),
-    **_fields("logprobs top_logprobs", (None, False, 0), "/v1/chat/completions has it"),
     **_called("format", "response_format json_schema"),
     **_called("think", "reasoning_effort enable_thinking"),
 }
@@ -175,7 +202,8 @@ OLLAMA_OPTIONS = frozenset(
 
 PENALTY_WINDOWS = frozenset(
     """
-    repeat_last_n penalty_last_n rep_pen_range repetition_penalty_range penalty_range penalize_nl penalize_newline
+    repeat_last_n penalty_last_n rep_pen_range repetition_penalty_range repetition_context_size penalty_range
+    penalize_nl penalize_newline
     """.split()
 )
 """What these bound may be off; then they change nothing."""
@@ -184,12 +212,14 @@ VECTORS: Mapping[str, Foreign] = {
     **FORMS,
     **TOOLS,
     **EVERYWHERE,
+    **BEAMS,
     **_fields("allowed_token_ids bad_words logprob_token_ids"),
     **_fields("prompt_logprobs", (None, False)),
     **_fields(
         "output_dtype", (None, "float32", "float"), "vectors are float32; `embedding_type` of /v1/embeddings changes it"
     ),
     **_fields("embedding_types", (None, [], ["float"]), "/v2/embed has it, /v1/embeddings one `embedding_type`"),
+    **_fields("parameters", advice="its entries are fields of their own here, beside the inputs"),
     **_fields("padding", (None, "do_not_pad")),
     **_fields("embd_normalize", (None, 2), "`use_activation`: false leaves vectors as they are"),
     **_called("dimensions", "output_dimension truncate_dim"),
@@ -216,8 +246,9 @@ RECORDINGS: Mapping[str, Foreign] = {
         ("false", "False", "0"),
         "`timestamp_granularities[]` asks for times, of models that tell them",
     ),
+    **_fields("offset_t duration clip_timestamps", ("", "0"), "the whole file is heard: send the part that counts"),
     **_fields("diarize tinydiarize", ("false", "False", "0"), "this model does not tell speakers apart"),
-    **_fields("use_beam_search vad_filter", ("false", "False", "0")),
+    **_fields("use_beam_search include_stop_str_in_output vad_filter", ("false", "False", "0")),
     **_fields("translate", ("false", "False", "0"), "/v1/audio/translations translates"),
     **_fields("task", ("transcribe",), "/v1/audio/translations translates"),
     **_called("prompt", "initial_prompt"),
@@ -229,6 +260,7 @@ RECORDINGS: Mapping[str, Foreign] = {
 
 MESSAGES: Mapping[str, Foreign] = {
     **EVERYWHERE,
+    **BEAMS,
     **_called("max_tokens", "max_completion_tokens max_output_tokens max_tokens_to_sample"),
     **_called("stop_sequences", "stop", "", []),
     **_called("output_config.format", "response_format", {"type": "text"}),
@@ -253,7 +285,7 @@ IGNORED = frozenset(
     cache_prompt id_slot n_keep n_discard timings_per_token return_progress response_fields post_sampling_probs
     reasoning_format mirostat_tau mirostat_eta dynatemp_exponent dry_base dry_allowed_length dry_penalty_last_n
     dry_sequence_breakers xtc_threshold smoothing_curve adaptive_decay grammar_lazy grammar_triggers preserved_tokens
-    keep_alive num_ctx rid separate_reasoning stream_reasoning details decoder_input_details
+    keep_alive num_ctx rid stream_reasoning details decoder_input_details
     """.split()
 )
 """Fields that clients send and that change nothing here; some only say how something is done that was refused."""

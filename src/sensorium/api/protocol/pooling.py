@@ -139,10 +139,6 @@ class SequencesBody(PoolingBody):
         return self.place(0).partition("[")[0]
 
     @property
-    def has_texts(self) -> bool:
-        return False
-
-    @property
     def name_of_prompt(self) -> str | None:
         """The prompt's name, if it is chosen by that."""
         return None
@@ -237,10 +233,6 @@ class PromptedBody(InputBody):
 
     prompt_name: Name | None = None
     input_type: Name | None = None
-
-    @property
-    def has_texts(self) -> bool:
-        return any(isinstance(one, str) or (isinstance(one, InputItem) and one.plain) for one in self._given_inputs())
 
     @property
     def name_of_prompt(self) -> str | None:

@@ -17,6 +17,7 @@ from sensorium.api.protocol.structured import StructuredBody
 from sensorium.config import Limits
 from sensorium.errors import RequestError
 from sensorium.prompt.output import TextOptions
+from sensorium.serving.beams import Beams
 from sensorium.serving.defaults import MIN_REPETITION_PENALTY, ModelDefaults
 from sensorium.serving.generation import GenerationRequest
 from sensorium.types import INT32_MAX, Prompt, SamplingParams
@@ -60,6 +61,7 @@ class SamplingBody(StructuredBody):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    random_seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None  # Mistral's clients have no other
     stop: StopField | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=256)] | None = None
     include_stop_str_in_output: bool | None = None
@@ -83,6 +85,9 @@ class SamplingBody(StructuredBody):
     stream_options: StreamOptions | None = None
     echo: bool | None = None
     add_special_tokens: bool | None = None
+    use_beam_search: bool | None = None  # `n` answers are searched for together
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = None
+    early_stopping: bool | Literal["never"] | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     priority: Priority | None = None
@@ -122,8 +127,29 @@ class SamplingBody(StructuredBody):
         check_alternatives(self.prompt_logprobs, limits, "prompt_logprobs")
         if (form := self.form()) is not None and self.allowed_token_ids:
             raise RequestError(f"`{form.param}` and `allowed_token_ids` exclude each other.", param="allowed_token_ids")
+        self._check_beams()
         if self.stream_options is not None and not self.stream:
             raise RequestError("`stream_options` is only allowed together with `stream`: true.", param="stream_options")
+
+    def _check_beams(self) -> None:
+        if not self.use_beam_search:
+            for name in ("length_penalty", "early_stopping"):
+                if getattr(self, name) not in (None, 1, False):
+                    raise RequestError(f"`{name}` needs `use_beam_search`: true.", param=name)
+            return
+        for name in ("logit_bias", "bad_words", "allowed_token_ids", "logprob_token_ids"):
+            if getattr(self, name):
+                raise RequestError(f"`{name}` and `use_beam_search` exclude each other.", param=name)
+        if self.penalizes:
+            raise RequestError("Penalties and `use_beam_search` exclude each other.", param="use_beam_search")
+
+    @property
+    def beams(self) -> Beams | None:
+        """How to search for the choices together; None where each is sampled alone."""
+        if not self.use_beam_search:
+            return None
+        penalty = 1.0 if self.length_penalty is None else self.length_penalty
+        return Beams(self.choices, penalty, self.early_stopping or False)
 
     @property
     def choices(self) -> int:
@@ -166,6 +192,7 @@ class SamplingBody(StructuredBody):
             priority=self.priority or 0,
             stop_token_ids=frozenset(self.stop_token_ids or ()),
             keeps_ids=bool(self.return_token_ids),
+            beams=self.beams,
         )
 
     def sampling_with(
@@ -196,7 +223,7 @@ class SamplingBody(StructuredBody):
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             repetition_penalty=max(self.repetition_penalty or defaults.repetition_penalty, MIN_REPETITION_PENALTY),
-            seed=None if self.seed == -1 else self.seed,
+            seed=self._seed,
             stop_token_ids=stop_token_ids,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
@@ -205,6 +232,11 @@ class SamplingBody(StructuredBody):
             allowed_token_ids=self._allowed(defaults, bad_words, stop_token_ids if min_tokens else ()),
             bad_words=bad_words,
         )
+
+    @property
+    def _seed(self) -> int | None:
+        seed = self.random_seed if self.seed is None else self.seed
+        return None if seed == -1 else seed
 
     def scored(self, defaults: ModelDefaults, prompt_tokens: int) -> int | None:
         """Alternatives to be reported beside each token of the prompt; None: nothing."""

@@ -44,6 +44,10 @@ class ResponseFormat(Nested):
     triggers: Annotated[list[Name], Field(max_length=128)] | None = None
 
     def form(self, param: str) -> Form | None:
+        schemas = (("json_schema", self.json_schema), ("schema", self.schema_ if self.type == "text" else None))
+        for name, value in schemas if self.type in ("text", "json_object") else ():
+            if value is not None:
+                raise RequestError(f"`{param}.{name}` goes with the type json_schema.", param=f"{param}.{name}")
         if self.type == "text":
             return None
         if self.type == "json_object":
@@ -173,8 +177,14 @@ class StructuredBody(Body):
                 yield text_form("grammar", grammar, name)
 
 
+_WRAPPING = frozenset({"name", "description", "strict", "schema"})
+
+
 def json_form(schema: dict[str, Any] | str, param: str, whitespace: str = WHITESPACE, *, closed: bool = False) -> Form:
-    """A JSON schema, as an object or as its text."""
+    """A JSON schema, as an object or as its text. RequestError for one in the wrapping of OpenAI's `json_schema`: none
+    of its names is a keyword, so it would allow everything."""
+    if isinstance(schema, dict) and isinstance(schema.get("schema"), dict) and schema.keys() <= _WRAPPING:
+        raise RequestError(f"`{param}` is a schema here: send what its `schema` has.", param=param)
     source = schema if isinstance(schema, str) else _text(schema, param)
     if not source.strip():
         raise RequestError(f"`{param}` must not be empty.", param=param)

@@ -45,10 +45,6 @@ class EmbedRequest(TruncatedBody, InputBody):
     dimensions: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
 
     @property
-    def has_texts(self) -> bool:
-        return any(isinstance(one, str) for one in self._given_inputs())
-
-    @property
     def name_of_prompt(self) -> str | None:
         return self.prompt_name
 

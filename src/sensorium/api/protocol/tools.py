@@ -60,7 +60,7 @@ def _choice_form(value: Any) -> str:
 
 
 ToolChoiceField = Annotated[
-    Annotated[Literal["none", "auto", "required"], Tag("<string>")]
+    Annotated[Literal["none", "auto", "required", "any"], Tag("<string>")]
     | Annotated[AllowedToolsChoice, Tag("<allowed>")]
     | Annotated[NamedTool, Tag("<named>")],
     Discriminator(_choice_form),
@@ -96,6 +96,8 @@ class ToolFields:
                 return ToolChoice(allowed.mode, tuple(tool.function.name for tool in allowed.tools))
             case "auto" | "required" if self.tools:
                 return ToolChoice(self.tool_choice)
+            case "any" if self.tools:  # Mistral's word
+                return ToolChoice("required")
             case None if self.tools:
                 return ToolChoice("auto")
         return ToolChoice("none")

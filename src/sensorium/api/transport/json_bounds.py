@@ -6,8 +6,6 @@ full of brackets, and an image in base64 is one value.
 
 from __future__ import annotations
 
-from pydantic_core import from_json
-
 from sensorium.config import Limits
 from sensorium.errors import RequestError
 
@@ -17,6 +15,7 @@ _DIGITS_ALIKE = bytes.maketrans(b"123456789", b"0" * 9)
 _MAX_DIGITS = 400
 """Of one number: reading it takes time by the square of its length."""
 _MAX_PARAM_CHARS = 64
+_MAX_KEY_BYTES = 4 * _MAX_PARAM_CHARS
 _MAX_DIGITS_TOGETHER = 2**24
 """Of all numbers: as many as a million token ids can have, and more."""
 _MAX_ESCAPES = 2**22
@@ -37,12 +36,69 @@ class TooManyValuesError(RequestError):
 
     def placed(self, body: bytes | bytearray) -> TooManyValuesError:
         """The same with the field in which the body, which ends there, has broken the limit."""
-        try:
-            begun = from_json(bytes(body), allow_partial=True)
-        except ValueError:
-            return self
-        names = [*begun][-1:] if isinstance(begun, dict) else []
-        return TooManyValuesError(self._finding, names[0][:_MAX_PARAM_CHARS] if names else None)
+        return TooManyValuesError(self._finding, last_field(body))
+
+
+def last_field(body: bytes | bytearray) -> str | None:
+    """The outermost object's last key in a body's beginning. Parsing it would take nobody knows what, and hold the
+    interpreter's lock meanwhile."""
+    strings = _Strings()
+    depth, text, found = 0, b"", b""
+    for start in range(0, len(body), _SCANNED_BYTES):
+        parts = strings.split(bytes(body[start : start + _SCANNED_BYTES]))
+        outside = parts[strings.begins_inside :: 2]
+        inside = parts[not strings.begins_inside :: 2]
+        if strings.begins_inside:
+            inside[0] = (text + inside[0])[:_MAX_KEY_BYTES]
+        elif inside:
+            inside.insert(0, text)  # so that each stands before what is outside after it
+        else:
+            inside = [text]
+        together = b"".join(outside)
+        if b":" in together:
+            for string, part in zip(inside, outside, strict=False):
+                if depth == 1 and part.lstrip()[:1] == b":":
+                    found = string
+                depth += _deeper(part)
+        else:
+            depth += _deeper(together)
+        text = inside[-1][:_MAX_KEY_BYTES]
+    return found.decode(errors="replace")[:_MAX_PARAM_CHARS] or None
+
+
+def _deeper(outside: bytes) -> int:
+    return outside.count(b"{") + outside.count(b"[") - outside.count(b"}") - outside.count(b"]")
+
+
+class _Strings:
+    """Tells what of a body that comes in pieces is inside strings."""
+
+    def __init__(self) -> None:
+        self.begins_inside = False  # the piece that was split last
+        self.escapes = 0  # so far
+        self._is_inside = False
+        self._in_escape = False  # the last byte was a backslash that belongs to the next one
+
+    def split(self, piece: bytes) -> list[bytes]:
+        """What is outside and inside strings, in turn, without escaped quotes and backslashes."""
+        parts = self._unescaped(piece).split(b'"')
+        self.begins_inside = self._is_inside
+        self._is_inside ^= len(parts) % 2 == 0
+        return parts
+
+    def _unescaped(self, piece: bytes) -> bytes:
+        if self._in_escape:
+            piece = piece[1:]
+        self._in_escape = False
+        if b"\\" not in piece:
+            return piece
+        if (len(piece) - len(piece.rstrip(b"\\"))) % 2:
+            self._in_escape = True
+            self.escapes += 1
+            piece = piece[:-1]
+        plain = piece.replace(b"\\\\", b"").replace(b'\\"', b"")
+        self.escapes += (len(piece) - len(plain)) // 2 + plain.count(b"\\")
+        return plain
 
 
 class JsonBounds:
@@ -57,9 +113,8 @@ class JsonBounds:
         self._max_values = max(limits.max_json_values, 2 * limits.max_embedding_tokens)
         self._pending: list[bytes] = []  # pieces too small to be worth a scan of their own
         self._pending_bytes = 0
-        self._in_string = False
-        self._in_escape = False  # the last byte was a backslash that belongs to the next one
-        self._commas = self._quotes = self._escapes = self._digits = self._wide = 0
+        self._strings = _Strings()
+        self._commas = self._quotes = self._digits = self._wide = 0
         self.nodes = self.size_bytes = 0
 
     @property
@@ -89,11 +144,9 @@ class JsonBounds:
     def _scan(self, piece: bytes) -> None:
         if not piece.isascii():
             self._wide += len(piece.translate(None, _ASCII))
-        parts = self._unescaped(piece).split(b'"')
-        outside = b"".join(parts[self._in_string :: 2])
-        quotes = len(parts) - 1
-        self._in_string ^= bool(quotes % 2)
-        self._quotes += quotes
+        parts = self._strings.split(piece)
+        outside = b"".join(parts[self._strings.begins_inside :: 2])
+        self._quotes += len(parts) - 1
         alike = outside.translate(_DIGITS_ALIKE)
         self._digits += alike.count(b"0")
         if b"0" * _MAX_DIGITS in alike:
@@ -103,26 +156,11 @@ class JsonBounds:
         self._commas += commas
         self.nodes += len(marks) - commas
 
-    def _unescaped(self, piece: bytes) -> bytes:
-        """The piece without escaped quotes and backslashes."""
-        if self._in_escape:
-            piece = piece[1:]
-        self._in_escape = False
-        if b"\\" not in piece:
-            return piece
-        if (len(piece) - len(piece.rstrip(b"\\"))) % 2:
-            self._in_escape = True
-            self._escapes += 1
-            piece = piece[:-1]
-        plain = piece.replace(b"\\\\", b"").replace(b'\\"', b"")
-        self._escapes += (len(piece) - len(plain)) // 2 + plain.count(b"\\")
-        return plain
-
     def _check(self) -> None:
         for count, most, what in (
             (self.nodes, self._max_nodes, "arrays, objects and keys"),
             (self.values, self._max_values, "values"),
-            (self._escapes, _MAX_ESCAPES, "escaped characters"),
+            (self._strings.escapes, _MAX_ESCAPES, "escaped characters"),
             (self._digits, _MAX_DIGITS_TOGETHER, "digits of numbers"),
             (self._wide, _MAX_WIDE_BYTES, "bytes of text outside ASCII"),
         ):

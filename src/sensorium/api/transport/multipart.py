@@ -35,7 +35,7 @@ class Form:
 
 async def read_form(call: Call, limits: Limits, file_name: str, on_bytes: Callable[[int], None]) -> Form:
     """The form of a call, whose one file is the field `file_name`."""
-    reader = FormReader(_boundary(call), file_name)
+    reader = FormReader(boundary_of(call), file_name)
 
     def take(piece: bytes) -> None:
         on_bytes(len(piece))
@@ -45,7 +45,8 @@ async def read_form(call: Call, limits: Limits, file_name: str, on_bytes: Callab
     return reader.finish()
 
 
-def _boundary(call: Call) -> bytes:
+def boundary_of(call: Call) -> bytes:
+    """The boundary that a call names; RequestError unless its body is a form."""
     values = call.headers(b"content-type")
     kind, options = parse_options_header(values[0] if len(values) == 1 else b"")
     boundary = options.get(b"boundary", b"")

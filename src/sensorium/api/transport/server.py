@@ -8,11 +8,10 @@ import logging
 import resource
 import signal
 import socket
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
 
 import uvicorn
-import uvloop
 
 from sensorium.api.app import App
 from sensorium.api.context import Context
@@ -20,7 +19,7 @@ from sensorium.api.transport import unix_socket, writing
 from sensorium.api.transport.connection import Connection
 from sensorium.config import Limits, ServerConfig
 from sensorium.errors import StartupError
-from sensorium.serving.model import ServedModel
+from sensorium.serving.catalog import Catalog
 
 log = logging.getLogger("sensorium.server")
 _CLOSE_S = 5.0  # for connections that do not end by themselves after their answers have
@@ -28,20 +27,24 @@ _MAX_FILES = 65536
 _BACKLOG = 2048
 
 
-def build_app(models: Mapping[str, ServedModel], server: ServerConfig, limits: Limits) -> App:
-    """The ASGI application. `models` maps every name to its model; the first is the default."""
-    return App(Context(models, server, limits))
+def build_app(catalog: Catalog, server: ServerConfig, limits: Limits) -> App:
+    """The ASGI application."""
+    return App.of(Context(catalog, server, limits))
 
 
 def listen(server: ServerConfig) -> socket.socket:
     """The listening socket, so that a taken port is found before anything is loaded."""
     if server.uds is not None:
         return unix_socket.listen(server.uds, _BACKLOG)
-    family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
+    return _listen(server.host, server.port)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener = socket.create_server((server.host, server.port), family=family, backlog=_BACKLOG)
+        listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except OSError as error:
-        raise StartupError(f"Cannot listen on {server.host} port {server.port}: {error.strerror}.") from None
+        raise StartupError(f"Cannot listen on {host} port {port}: {error.strerror}.") from None
     writing.prepare(listener)
     return listener
 
@@ -52,7 +55,7 @@ class HttpServer:
     def __init__(self, app: App, limits: Limits, listener: socket.socket) -> None:
         self._app = app
         self._limits = limits
-        self._listener = listener
+        self.listener = listener
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
                 app,
@@ -74,12 +77,12 @@ class HttpServer:
     @property
     def address(self) -> tuple[str, int]:
         """Host and port; a Unix socket's path and 0."""
-        name = self._listener.getsockname()
+        name = self.listener.getsockname()
         return (name, 0) if isinstance(name, str) else (name[0], name[1])
 
     async def start(self) -> None:
         self._watching = asyncio.create_task(writing.watch(lambda: self._uvicorn.connections))
-        self._serving = asyncio.create_task(self._uvicorn.serve(sockets=[self._listener]))
+        self._serving = asyncio.create_task(self._uvicorn.serve(sockets=[self.listener]))
         while not self._uvicorn.started and not self._serving.done():
             await asyncio.sleep(0.001)
         if self._serving.done():
@@ -139,21 +142,8 @@ class _Stop:
         self.first.set()
 
 
-def run(
-    models: Mapping[str, ServedModel],
-    server: ServerConfig,
-    limits: Limits,
-    on_ready: Callable[[str], None],
-    *,
-    listener: socket.socket | None = None,
-) -> int:
-    """`serve` in an event loop of its own."""
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(serve(models, server, limits, on_ready, listener=listener))
-
-
 async def serve(
-    models: Mapping[str, ServedModel],
+    catalog: Catalog,
     server: ServerConfig,
     limits: Limits,
     on_ready: Callable[[str], None],
@@ -162,21 +152,21 @@ async def serve(
 ) -> int:
     """Serve until a signal comes; the process's exit code. `on_ready` is given the base URL once requests are answered.
 
-    Raises StartupError if a model cannot be loaded. The engine clients must have been started; whoever made models and
-    clients closes them afterwards.
+    Raises StartupError if no model can be loaded. Whoever made the catalogue closes it afterwards.
     """
     _raise_file_limit()
-    app = build_app(models, server, limits)
-    catalog = app.context.catalog
+    app = build_app(catalog, server, limits)
     http = HttpServer(app, limits, listener or listen(server))
     stop = _Stop(asyncio.Event(), asyncio.Event())
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.on_signal, number)
     await http.start()
+    metrics = None
     try:
-        if await _unless(stop.first, catalog.wait_ready()):
-            on_ready(f"unix:{server.uds}" if server.uds is not None else _url(server.host, http.address[1]))
+        metrics = await _start_metrics(app.context)
+        if await _unless(stop.first, catalog.start()):
+            on_ready(url_of(http.listener, server))
             if await _unless(stop.first, catalog.wait_failed()):
                 log.error("an engine was lost and could not be started again")
                 return 1
@@ -185,6 +175,19 @@ async def serve(
         return stop.exit_code
     finally:
         await http.close()
+        if metrics is not None:
+            await metrics.close()
+
+
+async def _start_metrics(context: Context) -> HttpServer | None:
+    """What listens on --metrics-port; it answers while requests are drained, too."""
+    host, port = context.server.metrics_host, context.server.metrics_port
+    if port is None:
+        return None
+    metrics = HttpServer(App.of_metrics(context), context.limits, _listen(host, port))
+    await metrics.start()
+    log.info("metrics and health without a key at %s", _url(host, metrics.listener))
+    return metrics
 
 
 async def _unless(event: asyncio.Event, work: Coroutine[None, None, None]) -> bool:
@@ -200,7 +203,15 @@ async def _unless(event: asyncio.Event, work: Coroutine[None, None, None]) -> bo
         waiter.cancel()
 
 
-def _url(host: str, port: int) -> str:
+def url_of(listener: socket.socket, server: ServerConfig) -> str:
+    """Its address as clients of this machine write it; unix:PATH of a Unix socket."""
+    if server.uds is not None:
+        return f"unix:{server.uds}"
+    return _url(server.host, listener)
+
+
+def _url(host: str, listener: socket.socket) -> str:
+    port = listener.getsockname()[1]
     shown = {"0.0.0.0": "localhost", "::": "localhost"}.get(host, host)  # noqa: S104 - names what is bound, binds nothing
     return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
 

@@ -17,11 +17,13 @@ from sensorium.types import Grammar
 
 @dataclass(frozen=True, slots=True)
 class Think:
-    """What reasoning stands between. `is_sentence`: plain words, which count at the beginning of an answer only."""
+    """What reasoning stands between. `is_sentence`: plain words, which count at the beginning of an answer only.
+    `frame`: what content stands between, where the model marks it, too."""
 
     start: str
     end: str
     is_sentence: bool = False
+    frame: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class ComposedFormat:
     def reasoning_markers(self) -> tuple[str, ...]:
         if self.think is None:
             return ()
-        own = (self.think.start.strip(), self.think.end)
+        own = (self.think.start.strip(), self.think.end, *self.think.frame)
         return (*own, *(token for token in self.tokens if any(token in mark for mark in own)))
 
     @property
@@ -84,7 +86,7 @@ class ComposedFormat:
         if self.think is None or thinking == "off":
             return None
         bound = None if self.think.is_sentence else budget
-        return Thoughts(self.think.start, self.think.end, thinking == "open", bound)
+        return Thoughts(self.think.start, self.think.end, thinking == "open", bound, "".join(self.think.frame[:1]))
 
     def tool_grammar(
         self,
@@ -110,7 +112,7 @@ class _Answer:
         self._tools = tools
         self._opens = () if syntax is None else syntax.opens
         closes = () if syntax is None else syntax.closes
-        tags = () if think is None or think.is_sentence else (think.start, think.end)
+        tags = () if think is None or think.is_sentence else (think.start, think.end, *think.frame)
         self._in_content = Marks((*self._opens, *closes, *tags))
         self._in_thoughts = Marks((*self._opens, *(() if think is None else (think.end,))))
 
@@ -150,7 +152,11 @@ class _Answer:
     def _read_mark(self, reader: Reader, sink: Sink, mark: str) -> Steps[None]:
         if self._think is not None and mark == self._think.start:
             sink.begin_reasoning()
+        elif self._think is not None and mark in self._think.frame:
+            sink.begin_message()
         elif self._syntax is not None and mark in self._opens:
             sink.begin_call()
             yield from self._syntax.read(reader, sink, self._tools, mark)
             sink.end_call()
+        else:
+            sink.end_alone()

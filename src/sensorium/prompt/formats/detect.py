@@ -10,10 +10,14 @@ from dataclasses import dataclass
 from sensorium.errors import StartupError
 from sensorium.prompt.formats.base import Arguments, Call, OutputFormat, Tool
 from sensorium.prompt.formats.catalogue import CALL_NAMES, ENDS, HARMONY, SYNTAXES, THINKING, THINKING_NAMES
-from sensorium.prompt.formats.composed import ComposedFormat
+from sensorium.prompt.formats.composed import ComposedFormat, Think
+from sensorium.prompt.formats.declared import declared_calls, declared_thinking
 from sensorium.prompt.formats.harmony import Harmony
+from sensorium.prompt.formats.syntax import Syntax
 
 AUTO, OFF = "auto", "none"
+DECLARED = "response_template"
+"""Names what the checkpoint itself says, where nothing that is known does."""
 _log = logging.getLogger("sensorium")
 
 
@@ -21,13 +25,15 @@ _log = logging.getLogger("sensorium")
 class Evidence:
     """What a format is found from. `tokens`: added tokens with their ids; `special`: ids of those that no text can
     spell. `source`: the chat template. `written`: what it makes of an assistant's calls, from the assistant's header
-    on, for each form of arguments it may want; "" where it fails. `shows_tools`: it tells the model of tools."""
+    on, for each form of arguments it may want; "" where it fails. `shows_tools`: it tells the model of tools.
+    `response_template`: what tokenizer_config.json has under this name."""
 
     tokens: Mapping[str, int]
     special: frozenset[int] = frozenset()
     source: str = ""
     written: tuple[str, ...] = ()
     shows_tools: bool = False
+    response_template: object = None
 
 
 PROBE_TOOL: Tool = {
@@ -67,6 +73,11 @@ def find_format(evidence: Evidence, *, calls: str = AUTO, thinking: str = AUTO) 
         known = OFF
     if thoughts == AUTO:
         thoughts = known if known == HARMONY else _found_thinking(evidence)
+    if DECLARED in (known, thoughts):
+        syntax = declared_calls(evidence.response_template) if known == DECLARED else SYNTAXES.get(known)
+        think = declared_thinking(evidence.response_template) if thoughts == DECLARED else THINKING.get(thoughts)
+        name = known if known != OFF else thoughts
+        return _composed(name, syntax, think, ENDS.get(known, ()), evidence.tokens, evidence.special)
     return assembled(known, thoughts, evidence.tokens, evidence.special)
 
 
@@ -80,10 +91,20 @@ def assembled(
     if calls == thinking == OFF:
         return None
     name = calls if calls != OFF else thinking
-    syntax, think = SYNTAXES.get(calls), THINKING.get(thinking)
+    return _composed(name, SYNTAXES.get(calls), THINKING.get(thinking), ENDS.get(calls, ()), tokens, special)
+
+
+def _composed(
+    name: str,
+    syntax: Syntax | None,
+    think: Think | None,
+    ends: Iterable[str],
+    tokens: Mapping[str, int],
+    special: frozenset[int],
+) -> ComposedFormat:
     whole = ComposedFormat(name, syntax, think)
-    ends = tuple(end for end in ENDS.get(calls, ()) if end in tokens)
-    return ComposedFormat(name, syntax, think, ends, _only(whole.markers, tokens, special))
+    known = tuple(end for end in ends if end in tokens)
+    return ComposedFormat(name, syntax, think, known, _only(whole.markers, tokens, special))
 
 
 def described(format_: OutputFormat) -> str:
@@ -131,9 +152,10 @@ def _found_calls(evidence: Evidence) -> str:
         return OFF
     written = [text for text in evidence.written if _has_call(text)]
     guesses = _guesses(evidence)
+    declared = declared_calls(evidence.response_template)
     if not written:
-        if guesses:
-            return guesses[0]
+        if guesses or declared is not None:
+            return guesses[0] if guesses else DECLARED
         _log.warning(
             "the chat template shows tools, but not how calls are written, so tools are refused: "
             "--tool-call-parser names the format"
@@ -143,6 +165,8 @@ def _found_calls(evidence: Evidence) -> str:
         found = assembled(name, OFF, {})
         if found is not None and any(reads_back(found, text) for text in written):
             return _dialect(name, written)
+    if declared is not None and any(reads_back(ComposedFormat(DECLARED, declared), text) for text in written):
+        return DECLARED
     _log.warning("calls as the chat template writes them cannot be read, so tools are refused: --tool-call-parser")
     return OFF
 
@@ -151,42 +175,60 @@ def _has_call(written: str) -> bool:
     return str(PROBE_TOOL["function"]["name"]) in written
 
 
+_SIGNS: Sequence[tuple[str, tuple[tuple[str, ...], ...]]] = (
+    (HARMONY, (("<|channel|>",), ("<|message|>",))),
+    ("gemma4", (("<|tool_call>call:", '<|"|>'),)),
+    ("functiongemma", (("<start_function_call>",),)),
+    ("gemma3", (("<start_of_turn>",),)),
+    ("deepseek_dsml", (("｜DSML｜",),)),
+    ("deepseek_v3", (("<｜tool▁calls▁begin｜>",), ("```json",))),
+    ("deepseek_v31", (("<｜tool▁calls▁begin｜>",),)),
+    ("hunyuan_v3", (("<arg_key>",), ("<tool_sep>",))),
+    ("glm", (("<arg_key>",),)),
+    ("minimax_m2", (("<minimax:tool_call>",),)),
+    ("seed_oss", (("<seed:tool_call>",),)),
+    ("step3", (("<steptml:invoke",),)),
+    ("minicpm5", (('<function name="',), ('<param name="',))),
+    ("qwen_xml", (("<function=",), ("<parameter=",))),
+    ("mistral", (("[TOOL_CALLS]",), ("[ARGS]",))),
+    ("mistral_list", (("[TOOL_CALLS]",),)),
+    ("kimi", (("<|tool_call_begin|>",),)),
+    ("cohere", (("<|START_ACTION|>",),)),
+    ("longcat", (("<longcat_tool_call>",),)),
+    ("nemotron", (("<TOOLCALL>",),)),
+    ("granite_20b", (("<function_call>",),)),
+    ("lfm2", (("<|tool_call_start|>",),)),
+    ("internlm", (("<|action_start|>",),)),
+    ("phi4_functools", (("functools[",),)),
+    ("phi4", (("<|tool|>",), ("<|tool_call|>",))),
+    ("granite_token", (("<|tool_call|>",),)),
+    ("llama4_pythonic", (("<|python_start|>",),)),
+    ("llama_json", (('"parameters": ',), ("<|python_tag|>", "ipython"))),
+    ("hunyuan", (("<tool_calls>",),)),
+    ("hermes", (("<tool_call>",),)),
+)
+"""Format -> what gives it away, in the order in which they are tried: one of the first in the template's source, and
+one of each of the others there or in the vocabulary."""
+_TOKENS: Sequence[tuple[str, str]] = (
+    ("kimi", "<|tool_call_begin|>"),
+    ("mistral_list", "[TOOL_CALLS]"),
+    ("gemma4", "<|tool_call>"),
+    ("hermes", "<tool_call>"),
+    ("llama_json", "<|python_tag|>"),
+)
+"""The same where only the vocabulary says it."""
+
+
 def _guesses(evidence: Evidence) -> list[str]:
     """Names in the order in which they are tried: what the template's source says, then the vocabulary."""
-    source, tokens = evidence.source, evidence.tokens
 
-    def both(*texts: str) -> Callable[[], bool]:
-        return lambda: all(text in source for text in texts)
+    def holds(first: Sequence[str], *others: Sequence[str]) -> bool:
+        return any(text in evidence.source for text in first) and all(
+            any(text in evidence.source or text in evidence.tokens for text in other) for other in others
+        )
 
-    def any_of(*texts: str) -> Callable[[], bool]:
-        return lambda: any(text in source for text in texts)
-
-    rules: list[tuple[str, Callable[[], bool]]] = [
-        (HARMONY, both("<|channel|>", "<|message|>")),
-        ("gemma4", any_of("<|tool_call>call:", '<|"|>')),
-        ("functiongemma", both("<start_function_call>")),
-        ("deepseek_dsml", both("｜DSML｜")),
-        ("deepseek_v3", both("<｜tool▁calls▁begin｜>", "```json")),
-        ("deepseek_v31", both("<｜tool▁calls▁begin｜>")),
-        ("glm", both("<arg_key>")),
-        ("qwen_xml", both("<function=", "<parameter=")),
-        ("mistral", lambda: "[TOOL_CALLS]" in source and ("[ARGS]" in source or "[ARGS]" in tokens)),
-        ("mistral_list", both("[TOOL_CALLS]")),
-        ("kimi", both("<|tool_call_begin|>")),
-        ("lfm2", both("<|tool_call_start|>")),
-        ("internlm", both("<|action_start|>")),
-        ("phi4_functools", both("functools[")),
-        ("phi4", lambda: "<|tool|>" in source and ("<|tool_call|>" in source or "<|tool_call|>" in tokens)),
-        ("granite_token", both("<|tool_call|>")),
-        ("llama4_pythonic", any_of("<|python_start|>")),
-        ("llama_json", lambda: '"parameters": ' in source and any_of("<|python_tag|>", "ipython")()),
-        ("hermes", both("<tool_call>")),
-        ("mistral_list", lambda: "[TOOL_CALLS]" in tokens),
-        ("gemma4", lambda: "<|tool_call>" in tokens),
-        ("hermes", lambda: "<tool_call>" in tokens),
-        ("llama_json", lambda: "<|python_tag|>" in tokens),
-    ]
-    return [name for name, holds in rules if holds()]
+    said = [name for name, signs in _SIGNS if holds(*signs)]
+    return said + [name for name, token in _TOKENS if token in evidence.tokens]
 
 
 def _dialect(name: str, written: Sequence[str]) -> str:
@@ -200,6 +242,10 @@ def _mistral(_name: str, written: Sequence[str]) -> str:
     if "[TOOL_CALLS][" in text and "[TOOL_CALLS][ARGS]" not in text:
         return "mistral_list"
     return "mistral" if "[ARGS]" in text else "mistral_v11"
+
+
+def _wrapped(_name: str, written: Sequence[str]) -> str:
+    return "hunyuan" if "<tool_calls>[" in _joined(written) else "step3_vl"
 
 
 def _listed(name: str, written: Sequence[str]) -> str:
@@ -222,6 +268,7 @@ def _joined(written: Sequence[str]) -> str:
 _DIALECTS: Mapping[str, Callable[[str, Sequence[str]], str]] = {
     "mistral": _mistral,
     "mistral_list": _mistral,
+    "hunyuan": _wrapped,
     "hermes": _listed,
     "granite": _listed,
     "deepseek_v3": _deepseek,
@@ -234,9 +281,18 @@ _DIALECTS: Mapping[str, Callable[[str, Sequence[str]], str]] = {
 
 
 def _found_thinking(evidence: Evidence) -> str:
+    """Of those between the same tags, the one that marks content as the checkpoint does."""
+    found = [name for name, think in THINKING.items() if _is_shown(think.start.strip(), think.end, evidence)]
+    framed = [name for name in found if _frame_is_shown(THINKING[name].frame, evidence)]
+    plain = [name for name in found if not THINKING[name].frame]
+    declared = [DECLARED] if declared_thinking(evidence.response_template) is not None else []
+    return [*framed, *plain, *found, *declared, OFF][0]
+
+
+def _is_shown(start: str, end: str, evidence: Evidence) -> bool:
     source, tokens = evidence.source, evidence.tokens
-    for name, think in THINKING.items():
-        start = think.start.strip()
-        if start in source or think.end in source or (start in tokens and think.end in tokens):
-            return name
-    return OFF
+    return start in source or end in source or (start in tokens and end in tokens)
+
+
+def _frame_is_shown(frame: Sequence[str], evidence: Evidence) -> bool:
+    return bool(frame) and all(mark in evidence.source or mark in evidence.tokens for mark in frame)

@@ -100,12 +100,13 @@ def _text_and_calls(
 @dataclass(frozen=True, slots=True)
 class Thoughts:
     """Reasoning at the beginning of an answer, of at most `budget` tokens. `is_open`: its first tag stands in the
-    prompt; else the model may leave it out."""
+    prompt; else the model may leave it out. `frame`: what may stand before content."""
 
     start: str
     end: str
     is_open: bool
     budget: int | None = None
+    frame: str = ""
 
     def rule(self, rules: Rules) -> str:
         """Lark of it, with the white space behind."""
@@ -125,4 +126,5 @@ def budget_grammar(thoughts: Thoughts, markers: Iterable[str], tokens: Mapping[s
 def after_reasoning(grammar: Grammar, thoughts: Thoughts, tokens: Mapping[str, int]) -> Grammar:
     """A grammar for content with reasoning in front."""
     rules = Rules(tokens)
-    return Grammar("lark", f"{rules.written(f'{thoughts.rule(rules)} form')}\nform: {nested(grammar)}")
+    frame = f" ({rules.literal(thoughts.frame)} /[ \\n]{{0,4}}/)?" if thoughts.frame else ""
+    return Grammar("lark", f"{rules.written(f'{thoughts.rule(rules)}{frame} form')}\nform: {nested(grammar)}")

@@ -13,7 +13,7 @@ from sensorium.prompt.formats.reader import Emit, Reader, Steps, ignore
 from sensorium.prompt.formats.sink import Sink
 from sensorium.prompt.formats.syntax import NO_WRAPPING, Tools, Wrapping
 
-NAME_KEYS = frozenset({"name", "function"})
+NAME_KEYS = frozenset({"name", "function", "tool_name"})
 ARGUMENT_KEYS = frozenset({"arguments", "parameters"})
 _SHORT = 80  # characters of a key or name that may begin a call without a marker
 _SHORT_SPACE = 8
@@ -22,7 +22,7 @@ _SHORT_SPACE = 8
 @dataclass(frozen=True, slots=True)
 class JsonCalls:
     """`lead`: what may stand between the marker and the JSON. `is_bare`: an answer that begins with a call needs no
-    marker."""
+    marker. `id_key`: under which the model numbers its calls; "" where it does not."""
 
     opens: tuple[str, ...]
     closes: tuple[str, ...] = ()
@@ -30,6 +30,8 @@ class JsonCalls:
     lead: tuple[str, ...] = ()
     is_bare: bool = False
     argument_key: str = "arguments"
+    name_key: str = "name"
+    id_key: str = ""
 
     @property
     def inner(self) -> tuple[str, ...]:
@@ -51,17 +53,45 @@ class JsonCalls:
         if not self.is_bare:
             return False
         reader.record()
-        is_call = yield from _begins_call(reader, tools)
+        is_call = yield from self.begins_call(reader, tools)
         reader.unread(reader.recorded())
         if is_call:
             sink.begin_call()
             yield from self.read(reader, sink, tools, "")
         return is_call
 
+    def begins_call(self, reader: Reader, tools: Tools) -> Steps[bool]:
+        """Whether a JSON text is a call and not an answer in JSON: it has a name and then arguments, or only the name
+        of a tool. Reads a bounded piece."""
+        if not (yield from reader.skip_space(_SHORT_SPACE)):
+            return False
+        yield from reader.accept("[")
+        if not ((yield from reader.skip_space(_SHORT_SPACE)) and (yield from reader.accept("{"))):
+            return False
+        name = ""
+        for _ in range(3):
+            key: list[str] = []
+            if not (yield from _short_string(reader, key)) or not (yield from reader.accept(":")):
+                return False
+            word = text_of("".join(key))
+            if word in ARGUMENT_KEYS:
+                return bool(name)
+            value: list[str] = []
+            if word not in {"type", "id", *NAME_KEYS} or not (yield from _short_string(reader, value)):
+                return False
+            name = text_of("".join(value)) if word in NAME_KEYS else name
+            if not (yield from reader.accept(",")):
+                return name in tools and (yield from reader.peek()) == "}"
+        return False
+
     def call_rule(self, tool: Tool, schema: Mapping[str, Any], rules: Rules) -> str:
         name = json.dumps(tool["function"]["name"], ensure_ascii=False)
-        head = rules.literal(f'{{"name": {name}, "{self.argument_key}": ')
-        return f"{head} {rules.json(schema)} {rules.literal('}')}"
+        head = rules.literal(f'"{self.name_key}": {name}, "{self.argument_key}": ')
+        if self.id_key:
+            number = rules.add("number", "/[0-9]{1,3}/")
+            before, after = rules.literal(f'"{self.id_key}": "'), rules.literal('", ')
+            head = f"{before} {number} {after} {head}"
+        return f"{rules.literal('{')} {head} {rules.json(schema)} {rules.literal('}')}"
 
 
 def read_calls(reader: Reader, sink: Sink, stops: tuple[str, ...], *, is_array: bool) -> Steps[None]:
@@ -169,31 +199,6 @@ def text_of(written: str) -> str:
     except ValueError:
         found = None
     return found if isinstance(found, str) else written.strip('"')
-
-
-def _begins_call(reader: Reader, tools: Tools) -> Steps[bool]:
-    """Whether a JSON text is a call and not an answer in JSON: it has a name and then arguments, or only the name of a
-    tool. Reads a bounded piece."""
-    if not (yield from reader.skip_space(_SHORT_SPACE)):
-        return False
-    yield from reader.accept("[")
-    if not ((yield from reader.skip_space(_SHORT_SPACE)) and (yield from reader.accept("{"))):
-        return False
-    name = ""
-    for _ in range(3):
-        key: list[str] = []
-        if not (yield from _short_string(reader, key)) or not (yield from reader.accept(":")):
-            return False
-        word = text_of("".join(key))
-        if word in ARGUMENT_KEYS:
-            return bool(name)
-        value: list[str] = []
-        if word not in {"type", "id", *NAME_KEYS} or not (yield from _short_string(reader, value)):
-            return False
-        name = text_of("".join(value)) if word in NAME_KEYS else name
-        if not (yield from reader.accept(",")):
-            return name in tools and (yield from reader.peek()) == "}"
-    return False
 
 
 def _short_string(reader: Reader, into: list[str]) -> Steps[bool]:

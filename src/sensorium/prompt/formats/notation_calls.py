@@ -37,7 +37,7 @@ class PythonicCalls:
         if (yield from reader.peek()) == "{":
             yield from read_calls(reader, sink, (*self.opens, *self.closes), is_array=False)
         else:
-            while (yield from self._read_call(reader, sink)):
+            while (yield from self.read_call(reader, sink)):
                 yield from reader.skip_space()
                 if not (yield from reader.accept(",")):
                     break
@@ -47,7 +47,7 @@ class PythonicCalls:
         yield from reader.skip_space()
         yield from reader.accept_any(self.closes)
 
-    def _read_call(self, reader: Reader, sink: Sink) -> Steps[bool]:
+    def read_call(self, reader: Reader, sink: Sink) -> Steps[bool]:
         """One call; False if it is cut or none."""
         reader.record()
         name = yield from reader.word()
@@ -88,14 +88,14 @@ class PythonicCalls:
         if not self.is_bare:
             return False
         reader.record()
-        is_call = yield from self._begins_call(reader, tools)
+        is_call = yield from self.begins_call(reader, tools)
         reader.unread(reader.recorded())
         if is_call:
             sink.begin_call()
             yield from self.read(reader, sink, tools, "")
         return is_call
 
-    def _begins_call(self, reader: Reader, tools: Tools) -> Steps[bool]:
+    def begins_call(self, reader: Reader, tools: Tools) -> Steps[bool]:
         """Whether a list comes that begins with a call with keywords, or with a tool's call without any."""
         if not (yield from reader.skip_space(_SHORT_SPACE)) or not (yield from reader.accept("[")):
             return False

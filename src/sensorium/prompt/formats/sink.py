@@ -78,6 +78,10 @@ class Sink:
         self.in_call = False
         self._content.after_call()
 
+    def end_alone(self) -> None:
+        """A marker that ends what nothing began. Between calls the white space before it goes with it."""
+        self._content.drop_owed()
+
     def finish(self, *, complete: bool) -> None:
         """The end of the answer."""
         if complete:
@@ -138,6 +142,11 @@ class _Trimmed:
     def drop(self) -> None:
         """A marker follows."""
         self._held = ""
+
+    def drop_owed(self) -> None:
+        """A marker follows a call."""
+        if self._owed:
+            self._held = ""
 
     def after_call(self) -> None:
         self._held = ""

@@ -1,4 +1,5 @@
-"""Calls written as tags, arguments as raw text between them: Qwen3-Coder and 3.5, GLM, DeepSeek's DSML."""
+"""Calls written as tags, arguments as raw text between them: Qwen3-Coder and 3.5, GLM, DeepSeek's DSML, MiniMax, Step3,
+MiniCPM5, Seed-OSS, Hunyuan 3."""
 
 from __future__ import annotations
 
@@ -18,8 +19,9 @@ from sensorium.prompt.formats.typed import escaped, property_schema, typed, type
 
 @dataclass(frozen=True)
 class XmlCalls(Marked):
-    """Literals of the tags: `block` may hold several calls or, where `call_start` is "", is one. `value_start` is ""
-    where the value follows the key's tag at once. `flag`: what stands between a key and whether it is a string."""
+    """Literals of the tags: `block` may hold several calls or, where `call_start` is "", is one; "" where there is
+    none. `value_start` is "" where the value follows the key's tag at once. `flag`: what stands between a key and
+    whether it is a string. `lead` and `trail`: what stands around each call."""
 
     block_start: str
     block_end: str
@@ -34,18 +36,22 @@ class XmlCalls(Marked):
     flag: str = ""
     line: str = "\n"  # between tags, where the model writes it
     is_block_of_many: bool = False  # one block around all calls, not one around each
+    lead: tuple[str, ...] = ()
+    trail: tuple[str, ...] = ()
+    cdata: tuple[str, str] = ("", "")  # a value may stand between these
 
     @cached_property
     def opens(self) -> tuple[str, ...]:
-        return tuple(filter(None, (self.block_start, self.call_start)))
+        return tuple(filter(None, (self.block_start, *self.lead[:1], self.call_start)))
 
     @cached_property
     def closes(self) -> tuple[str, ...]:
-        return tuple(filter(None, dict.fromkeys((self.block_end, self.call_end))))
+        return tuple(filter(None, dict.fromkeys((self.block_end, self.call_end, *self.trail))))
 
     @property
     def inner(self) -> tuple[str, ...]:
-        return tuple(filter(None, (self.key_start, self.key_end, self.value_start, self.value_end)))
+        own = (self.key_start, self.key_end, self.value_start, self.value_end, *self.lead, *self.cdata)
+        return tuple(text for text in own if text and not text.isalnum())
 
     @cached_property
     def _tags(self) -> tuple[str, ...]:
@@ -53,14 +59,14 @@ class XmlCalls(Marked):
         return tuple(dict.fromkeys((*self.opens, *self.closes, self.key_start)))
 
     def read(self, reader: Reader, sink: Sink, tools: Tools, marker: str) -> Steps[None]:
-        if marker == self.block_start and self.call_start:
+        if marker != self.call_start and self.call_start:
             yield from reader.skip_space()
             if (yield from reader.peek()) == "{":  # as its elder siblings wrote
                 yield from read_calls(reader, sink, (*self.opens, *self.closes), is_array=False)
                 yield from reader.skip_space()
                 yield from reader.accept_any(self.closes)
                 return
-            if not (yield from reader.accept(self.call_start)):
+            if not (yield from self._accept_call(reader)):
                 return
         while True:
             end = yield from self._read_call(reader, sink, tools)
@@ -68,9 +74,16 @@ class XmlCalls(Marked):
                 return
             if self.block_end == self.call_end:
                 return
-            yield from reader.skip_space()
-            if (yield from reader.accept(self.block_end)) or not (yield from reader.accept(self.call_start)):
+            yield from _skip(reader, self.trail)
+            if (self.block_end and (yield from reader.accept(self.block_end))) or not (
+                yield from self._accept_call(reader)
+            ):
                 return
+
+    def _accept_call(self, reader: Reader) -> Steps[bool]:
+        """Read a call's first tag, with what leads to it, if it comes next."""
+        yield from _skip(reader, self.lead)
+        return (yield from reader.accept(self.call_start))
 
     def _read_call(self, reader: Reader, sink: Sink, tools: Tools) -> Steps[str | None]:
         """A call from its name on; the tag that ended it, which is read if it is the call's or the block's end."""
@@ -118,6 +131,9 @@ class XmlCalls(Marked):
 
     def _read_value(self, reader: Reader, arguments: _Arguments, types: frozenset[str]) -> Steps[None]:
         is_string = types == {"string"}
+        ends = marks(self.value_end, *self._tags)
+        if self.cdata[0] and (yield from reader.accept(self.cdata[0])):
+            ends = marks(self.cdata[1])
         held: list[str] = []
         emit: Emit = arguments.string if is_string else held.append
         emit = _Padded(emit).push if self.is_padded else emit
@@ -125,8 +141,11 @@ class XmlCalls(Marked):
             arguments.open_string()
         elif types & {"object", "array"}:
             yield from self._read_json(reader, emit)
-        tag = yield from reader.until(marks(self.value_end, *self._tags), emit, keep=True)
-        if tag == self.value_end:
+        tag = yield from reader.until(ends, emit, keep=True)
+        if tag is not None and tag == self.cdata[1]:
+            yield from reader.accept(tag)
+            yield from reader.accept(self.value_end)
+        elif tag == self.value_end:
             yield from reader.accept(tag)
         if is_string:
             if tag is not None or reader.complete:
@@ -147,13 +166,14 @@ class XmlCalls(Marked):
     def wrapping(self) -> Wrapping:
         if not self.call_start:
             return Wrapping(each_before=self.block_start, each_after=self.call_end, between=self.line)
+        before, after = "".join(self.lead) + self.call_start, self.call_end + "".join(self.trail)
         if self.is_block_of_many:
-            return Wrapping(
-                self.block_start + self.line, self.call_start, self.call_end, self.line, self.line + self.block_end
-            )
+            return Wrapping(self.block_start + self.line, before, after, self.line, self.line + self.block_end)
+        if not self.block_start:
+            return Wrapping(each_before=before, each_after=after, between=self.line)
         return Wrapping(
-            each_before=f"{self.block_start}{self.line}{self.call_start}",
-            each_after=f"{self.call_end}{self.line}{self.block_end}",
+            each_before=f"{self.block_start}{self.line}{before}",
+            each_after=f"{after}{self.line}{self.block_end}",
             between=self.line,
         )
 
@@ -197,6 +217,14 @@ class XmlCalls(Marked):
         head = rules.literal(f"{flag}{self.key_end}{self._before_value}{pad}")
         end = f"{pad}{self.value_end}{self.line}"
         return f"{rules.literal(self.key_start)} {key} {head} {rules.text_until(end, (*self._tags, self.value_end))}"
+
+
+def _skip(reader: Reader, texts: tuple[str, ...]) -> Steps[None]:
+    """Read white space and these texts in their order, as far as they come."""
+    yield from reader.skip_space()
+    for text in texts:
+        yield from reader.accept(text)
+        yield from reader.skip_space()
 
 
 class _Arguments:

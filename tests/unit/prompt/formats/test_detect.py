@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 from support import tool_templates
+from support.output_formats import read
 from support.tiny_tokenizers import byte_level
 
 from sensorium.errors import StartupError
@@ -17,10 +19,12 @@ from sensorium.prompt.tokenizer import Tokenizer
 CHATML = Tokenizer(byte_level(), {"eos_token": "<|im_end|>"})
 
 
-def found(source: str, tokens: dict[str, int] | None = None, **flags: str) -> OutputFormat | None:
+def found(
+    source: str, tokens: dict[str, int] | None = None, declared: object = None, **flags: str
+) -> OutputFormat | None:
     style = LocalTemplate(source, CHATML).tool_style
-    evidence = Evidence(tokens or {}, frozenset((tokens or {}).values()), source, style.written, style.shows_tools)
-    return find_format(evidence, **flags)
+    special = frozenset((tokens or {}).values())
+    return find_format(Evidence(tokens or {}, special, source, style.written, style.shows_tools, declared), **flags)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +41,13 @@ def found(source: str, tokens: dict[str, int] | None = None, **flags: str) -> Ou
         ("GEMMA4", "gemma4", True),
         ("HARMONY", "harmony", True),
         ("VISION", "hermes", False),
+        ("GEMMA3", "gemma3", False),
+        ("PHI4", "phi4", False),
+        ("KIMI", "kimi", False),
+        ("SEED_OSS", "seed_oss", False),
+        ("HUNYUAN", "hunyuan", True),
+        ("STEP3_VL", "step3_vl", False),
+        ("MINICPM5", "minicpm5", False),
     ],
 )
 def test_a_template_shows_its_format(template: str, name: str, reasons: bool) -> None:
@@ -67,10 +78,24 @@ def test_a_format_that_no_rule_names_is_found_by_trying() -> None:
 
 
 def test_the_vocabulary_says_it_where_the_template_writes_no_calls() -> None:
-    form = found(tool_templates.PHI4, {"<|tool_call|>": 5, "<|/tool_call|>": 6, "<|tool|>": 7})
-    assert form is not None
-    assert form.name == "phi4"
-    assert {"<|tool_call|>", "<|/tool_call|>"} <= set(form.markers)
+    source = tool_templates.KIMI.replace("<|im_middle|>", "")
+    assert found(source) is None
+    assert (form := found(source, {"<tool_call>": 5})) is not None
+    assert form.name == "hermes"
+    assert "<tool_call>" in form.markers
+
+
+def test_what_content_stands_between_is_told_by_the_template_or_the_vocabulary() -> None:
+    """Two families with one pair of tags around their thoughts."""
+    tags = {"<think>": 1, "</think>": 2}
+    plain, marked = (
+        found(tool_templates.HERMES, tags),
+        found(tool_templates.HERMES, {**tags, "<response>": 3, "</response>": 4}),
+    )
+    assert plain is not None
+    assert marked is not None
+    assert "<response>" not in plain.markers
+    assert "<response>" in marked.reasoning_markers
 
 
 def test_no_tools_in_the_template_no_tools_at_all() -> None:
@@ -121,3 +146,70 @@ def test_tokens_are_those_that_markers_are_made_of() -> None:
     assert form.ends == ()
     assert (form := found(tool_templates.GEMMA4, {"<|tool_response>": 1})) is not None
     assert form.ends == ("<|tool_response>",)
+
+
+CALLS: dict[str, Any] = {"open": "<do>", "close": "</do>", "repeats": True, "content": "json"}
+CONTENT: dict[str, Any] = {"close": "<|im_end|>", "content": "text"}
+NAMED = {"type": "function", "function": {"name": "{content.name}", "arguments": "{content.parameters}"}}
+LISTED = {"type": "function", "function": {"name": "{name}", "arguments": "{arguments}"}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        (
+            {"tool_calls": {**CALLS, "transform": {"type": "function", "function": "{content}"}}},
+            '<mull>Hm.</mull>I look.<do>{"name": "probe_tool", "arguments": {"place": "a"}}</do>',
+        ),
+        (
+            {"tool_calls": {**CALLS, "transform": NAMED}},
+            '<do>{"name": "probe_tool", "parameters": {"place": "b"}}</do>\n<do>{"name": "f", "parameters": {}}</do>',
+        ),
+        (
+            {"tool_calls": {**CALLS, "repeats": False, "transform": LISTED, "transform_each": True}},
+            '<do>[{"name": "probe_tool", "arguments": {"place": "b"}}, {"name": "f", "arguments": {"a": [1]}}]</do>',
+        ),
+        (
+            {
+                "tool_calls": {
+                    **CALLS,
+                    "repeats": False,
+                    "content": "python-call-list",
+                    "transform": LISTED,
+                    "transform_each": True,
+                }
+            },
+            '<mull>Hm.</mull><do>[probe_tool(place="b", count=3), f()]</do>',
+        ),
+        ({"content": {"open": "<say>", "close": "</say>"}}, "<mull>Hm.</mull>\n<say>\nYes.\n</say>"),
+    ],
+)
+def test_what_the_checkpoint_declares_is_read_as_transformers_reads_it(fields: dict[str, Any], text: str) -> None:
+    from transformers.utils.chat_parsing import parse_response
+
+    thinking = {"open": "<mull>", "close": "</mull>", "content": "text"}
+    template = {
+        "start_anchor": "<|im_start|>assistant\n",
+        "fields": {"thinking": thinking, "content": CONTENT, **fields},
+    }
+    form = found(tool_templates.KIMI.replace("<|im_middle|>", ""), declared=template)
+    assert form is not None
+    assert (form.name, form.has_reasoning) == ("response_template", True)
+    expected = parse_response(f"{text}<|im_end|>", template, prefix="")
+    calls = [(one["function"]["name"], one["function"]["arguments"]) for one in expected.get("tool_calls", [])]
+    for pieces in (text, list(text)):
+        whole = read(form, pieces)
+        assert (whole.reasoning, whole.text.strip()) == (expected.get("thinking", ""), expected.get("content", ""))
+        assert whole.parsed == calls
+
+
+def test_what_a_checkpoint_declares_counts_where_nothing_else_is_known() -> None:
+    template = {"fields": {"tool_calls": CALLS, "content": CONTENT}}
+    assert (form := found(tool_templates.HERMES, declared=template)) is not None
+    assert form.name == "hermes"
+    odd = tool_templates.HERMES.replace("<tool_call>", "<do>").replace("</tool_call>", "</do>")
+    assert found(odd) is None
+    assert (form := found(odd, declared=template)) is not None
+    assert form.name == "response_template"
+    for field in ({**CALLS, "open": None, "open_pattern": "<do>"}, {**CALLS, "transform": {"function": {}}}, "x", None):
+        assert found(odd, declared={"fields": {"tool_calls": field}}) is None

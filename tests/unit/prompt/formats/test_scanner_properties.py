@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from support.output_formats import NAMES, WRITERS, named, pieces, read
 
 from sensorium.prompt.formats.catalogue import SYNTAXES
+from sensorium.prompt.formats.xml_calls import XmlCalls
 
 EXAMPLES = settings(max_examples=6, deadline=None)
-THINKING = ["none", "think", "mistral", "gemma4", "granite"]
+THINKING = ["none", "think", "mistral", "gemma4", "granite", "cohere"]
 JUNK = [
     '{"name": "get_weather", "arguments": {"city": "',
     '"}}',
@@ -107,9 +108,9 @@ def arguments(strings: st.SearchStrategy[str]) -> st.SearchStrategy[dict[str, An
 def test_calls_that_a_model_writes_come_back(name: str, data: st.DataObject) -> None:
     """Between text, in pieces. Raw values have no way to write their own end."""
     form = named(name)
-    is_raw = name in ("qwen_xml", "glm", "glm47", "deepseek_dsml", "gemma4", "functiongemma")
+    is_raw = name in ("gemma4", "functiongemma") or isinstance(SYNTAXES.get(name), XmlCalls)
     strings = TEXTS.map(lambda text: re.sub(r"[<｜\n\r]", "", text)) if is_raw else TEXTS
-    calls = data.draw(
+    calls: list[Any] = data.draw(
         st.lists(
             st.one_of(st.tuples(st.just("get_weather"), arguments(strings)), st.just(("get_time", {}))),
             min_size=1,

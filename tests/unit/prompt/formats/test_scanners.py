@@ -53,7 +53,7 @@ def test_a_marker_is_all_that_text_waits_for(name: str) -> None:
     scanner = form.scanner("", TOOLS)
     sent = 0
     for at, letter in enumerate(text, 1):
-        sent += sum(len(delta.text) for delta in scanner.push(letter))  # type: ignore[union-attr]
+        sent += sum(len(delta.text) for delta in scanner.push(letter))  # type: ignore[union-attr, misc]
         assert at - sent <= longest
 
 
@@ -452,3 +452,51 @@ def test_arguments_are_utf_8_and_not_escaped() -> None:
     found = read(named("qwen_xml"), '<function=get_weather><parameter=city>Zü"r\\ich\t😀</parameter></function>')
     assert found.calls == [("get_weather", '{"city": "Zü\\"r\\\\ich\\t😀"}')]
     assert json.loads(found.calls[0][1]) == {"city": 'Zü"r\\ich\t😀'}
+
+
+@pytest.mark.parametrize(
+    ("thinking", "text"),
+    [
+        ("ernie", "<think>\nHm.\n</think>\n\n\n<response>\nYes.\n</response>\n"),
+        ("hunyuan", "<think>\nHm.\n</think>\n<answer>\nYes.\n</answer>"),
+        ("cohere", "<|START_THINKING|>Hm.<|END_THINKING|><|START_RESPONSE|>Yes.<|END_RESPONSE|>"),
+    ],
+)
+def test_what_content_stands_between_is_no_content(thinking: str, text: str) -> None:
+    found = read(named("hermes", thinking), text)
+    assert (found.reasoning, found.text.rstrip()) == ("Hm.", "Yes.")
+    assert read(named("hermes", thinking), list(text)) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            '```tool_code\nprint(get_weather(city="Rome"))\nget_time()\n```',
+            [("get_weather", {"city": "Rome"}), ("get_time", {})],
+        ),
+        ('```tool_code\nget_weather(city="Rome", days=2)\n```', [("get_weather", {"city": "Rome", "days": 2})]),
+        ('```python\n[get_weather(city="a```b")]\n```', [("get_weather", {"city": "a```b"})]),
+        ('```json\n{"name": "get_weather", "parameters": {"city": "Rome"}}\n```', [("get_weather", {"city": "Rome"})]),
+        ('{"name": "get_weather", "parameters": {"city": "Rome"}}', [("get_weather", {"city": "Rome"})]),
+        ('[get_weather(city="Rome")]', [("get_weather", {"city": "Rome"})]),
+    ],
+)
+def test_gemma_3_writes_calls_in_blocks_of_code(text: str, expected: list[tuple[str, object]]) -> None:
+    for pieces in (text, list(text)):
+        found = read(named("gemma3"), pieces)
+        assert (found.parsed, found.text) == (expected, "")
+
+
+@pytest.mark.parametrize(
+    "text", ['```python\nprint("hi")\n```\nSo.', '```json\n{"name": "Ann"}\n```', "```\n[1, 2]\n```"]
+)
+def test_other_code_of_gemma_3_is_text(text: str) -> None:
+    assert read(named("gemma3"), list(text)) == Read(text)
+
+
+def test_a_value_may_stand_in_character_data() -> None:
+    city, days = '<param name="city"><![CDATA[a </param> <b>]]></param>', '<param name="days">2</param>'
+    text = f'<function name="get_weather">{city}{days}</function>'
+    for pieces in (text, list(text)):
+        assert read(named("minicpm5"), pieces).parsed == [("get_weather", {"city": "a </param> <b>", "days": 2})]

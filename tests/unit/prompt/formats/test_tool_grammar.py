@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any, Literal
 
 import pytest
 from support.grammars import GrammarBench
@@ -71,7 +72,12 @@ def test_required_lets_calls_pass_as_models_write_them(name: str, special: bool)
     bench, form = bench_of(name, special=special)
     grammar = written(form, REQUIRED)
     end = "<|call|>" if name == "harmony" else ""
-    for calls in ([("get_weather", ROME)], [("get_weather", {"city": "", "unit": "F"})], [("get_time", {})]):
+    right: list[list[tuple[str, Any]]] = [
+        [("get_weather", ROME)],
+        [("get_weather", {"city": "", "unit": "F"})],
+        [("get_time", {})],
+    ]
+    for calls in right:
         assert bench.accepts(grammar, WRITERS[name](calls) + end), calls
     if name != "harmony":
         assert bench.accepts(grammar, WRITERS[name]([("get_time", {}), ("get_weather", ROME)]))
@@ -82,14 +88,15 @@ def test_required_refuses_anything_else(name: str, special: bool) -> None:
     bench, form = bench_of(name, special=special)
     grammar = written(form, REQUIRED)
     assert not bench.allows(grammar, "It is sunny.")
-    for calls in (
+    wrong: list[list[tuple[str, Any]]] = [
         [("get_whether", {})],
         [("get_weather", {"city": "Rome", "unit": "K"})],
         [("get_weather", {"unit": "C"})],
         [("get_weather", {"city": "Rome", "days": 99, "unit": "C"})],
         [("get_weather", {"city": "Rome", "unit": "C", "other": 1})],
         [("get_time", {"zone": "CET"})],
-    ):
+    ]
+    for calls in wrong:
         assert not bench.accepts(grammar, WRITERS[name](calls) + "<|call|>" * (name == "harmony")), calls
 
 
@@ -170,7 +177,8 @@ def test_reasoning_stands_in_front_of_calls(special: bool) -> None:
     assert bench.accepts(opened, f"A?</think>{call}")
     assert not bench.accepts(opened, call)
     assert not bench.accepts(written(form, REQUIRED), f"<think>A?</think>{call}")
-    for thinking, before in (("may", "<think>"), ("open", "")):
+    cases: list[tuple[Literal["may", "open"], str]] = [("may", "<think>"), ("open", "")]
+    for thinking, before in cases:
         auto = written(form, ToolChoice("auto"), thinking=thinking)
         assert bench.accepts(auto, f"{before}A?</think>B.\n{call}")
         assert not bench.accepts(auto, f"{before}A.")
