@@ -8,6 +8,7 @@ TORCH ?= torch==2.13.0
 # Processes that run the tests.
 WORKERS ?= 2
 BIN := $(VENV)/bin
+RUN_TESTS = $(BIN)/python tools/run_tests.py -rs -n $(WORKERS)
 # Other people's clients and what they pin: an environment of their own.
 CLIENTS := .venv-clients
 NODE_CLIENTS := build/node-clients
@@ -43,13 +44,13 @@ bench: $(VENV)/.runtime
 	@exec $(BIN)/sensorium bench serve $(ARGS)
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -n $(WORKERS) $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN_TESTS) $(ARGS)
 
 # The same where the package was installed without a compiler.
 test-plain: $(VENV)/.dev
 	rm -rf build/plain && mkdir -p build/plain && cp -r src pyproject.toml build/plain
 	rm -f build/plain/src/sensorium/kernels/cpu/_native*
-	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/build/plain/src $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/build/plain/src $(RUN_TESTS) $(ARGS)
 
 # The same on a fresh machine: no browser, no other program, no variable of anybody's.
 test-bare: $(VENV)/.dev
@@ -57,7 +58,7 @@ test-bare: $(VENV)/.dev
 	for tool in $(BARE_TOOLS); do for folder in $$(echo "$$PATH" | tr : ' '); do \
 		if [ -x "$$folder/$$tool" ]; then ln -s "$$folder/$$tool" build/bare/bin/$$tool; break; fi; done; done
 	env -i PATH="$(CURDIR)/build/bare/bin" HOME="$(CURDIR)/build/bare/home" OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest -rs -n $(WORKERS) $(ARGS)
+		$(RUN_TESTS) $(ARGS)
 
 # Unmodified clients against the HTTP side, over a scripted engine. Those for Node are skipped where npm is not.
 test-clients: $(VENV)/.dev $(CLIENTS)/.done

@@ -66,14 +66,7 @@ def resident_bytes(pid: int, name: str) -> int:
 
 
 async def growth(loader: MediaLoader, pids: list[int], url: str, kind: Modality) -> tuple[int, MediaItem]:
-    """By how much the worker that decoded it has grown at most; the least of two times, since pages of its program that
-    the system had taken away come back with the first."""
-    first, _ = await growth_once(loader, pids, url, kind)
-    again, item = await growth_once(loader, pids, url, kind)
-    return min(first, again), item
-
-
-async def growth_once(loader: MediaLoader, pids: list[int], url: str, kind: Modality) -> tuple[int, MediaItem]:
+    """By how much the worker that decoded it has grown at most."""
     for pid in pids:
         Path(f"/proc/{pid}/clear_refs").write_text("5")  # the high-water mark starts anew
     before = {pid: resident_bytes(pid, "VmRSS") for pid in pids}
@@ -86,17 +79,20 @@ async def test_a_worker_takes_no_more_than_its_header_says(name: str, loader: Me
     payload = FILES[name]()
     await load(loader, data_url(encoded(photo(8, 8), "PNG")))
     pids = loader._images.pids
-    grown, item = await growth(loader, pids, data_url(payload), "image")
+    first, item = await growth(loader, pids, data_url(payload), "image")
+    again, _ = await growth(loader, pids, data_url(payload), "image")
     assert item.data.shape == (SIDE, SIDE, 3)
     assert loader._images.pids == pids
-    assert SIDE * SIDE < grown <= image_cost(read_header(payload), len(payload)).worker
+    assert first > SIDE * SIDE  # the second may find memory that the worker still holds
+    # Pages of its program that the system had taken away come back with the first.
+    assert min(first, again) <= image_cost(read_header(payload), len(payload)).worker
 
 
 async def test_audio_takes_no_more_than_it_says(loader: MediaLoader) -> None:
     payload = sound(tone(60.0, 16000), 16000)
     await load(loader, data_url(sound(tone(0.5, 16000), 16000), "audio/wav"), "audio")
-    first, item = await growth_once(loader, loader._streams.pids, data_url(payload, "audio/wav"), "audio")
-    again, _ = await growth_once(loader, loader._streams.pids, data_url(payload, "audio/wav"), "audio")
+    first, item = await growth(loader, loader._streams.pids, data_url(payload, "audio/wav"), "audio")
+    again, _ = await growth(loader, loader._streams.pids, data_url(payload, "audio/wav"), "audio")
     assert len(item.data) == 60 * 16000
     assert first > 4 * 60 * 16000
     assert min(first, again) <= audio_cost(60 * 16000, len(payload)).worker
