@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import signal
 import time
 from collections import Counter, OrderedDict, deque
@@ -78,7 +79,13 @@ class Crew:
 
     def ask_now(self, frames: bytes) -> Reply:
         """`ask` before there is a loop."""
-        worker = self._spare.pop() if self._spare else self._start()
+        try:
+            return self._asked_now(frames)
+        except WorkerLost:
+            return self._asked_now(frames)
+
+    def _asked_now(self, frames: bytes) -> Reply:
+        worker, begun_s = self._spare.pop() if self._spare else self._start(), math.inf
         try:
             worker.wait_ready()
             begun_s = worker.cpu_s() or 0.0
@@ -100,7 +107,7 @@ class Crew:
 
     async def ask(self, frames: bytes, key: bytes) -> Reply:
         """The frame with which a worker answers these frames. Unanswered if it does not, ServerError if none can be
-        started. A job whose worker was killed from outside is tried again, once."""
+        started. A job whose worker was killed or stopped from outside is tried again, once."""
         if self._is_closed:
             raise ServerError
         loop = asyncio.get_running_loop()
@@ -202,6 +209,9 @@ class Crew:
         self._tick = loop.call_later(TICK_S, self._look) if is_busy and not self._is_closed else None
 
     def _look_at(self, one: Connection, now: float) -> None:
+        if one.worker.is_stopped():  # one with nothing to do, too: it would get the next job
+            one.kill()
+            return
         job = one.job
         if job is None:
             if not one.worker.is_ready and now - one.begun_s >= START_TIMEOUT_S:

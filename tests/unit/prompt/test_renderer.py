@@ -253,18 +253,27 @@ async def test_a_worker_that_is_killed_from_outside_costs_nobody_a_request(pool:
         assert await hello(pool) == 'Grüße 🙂, "you"'
 
 
-async def test_a_stopped_worker_is_no_fault_of_the_request() -> None:
-    pool = RenderPool(own=Size(2, 8, turn_s=2, total_s=3))
+async def test_stopped_workers_are_replaced_before_a_jobs_time_is_over(pool: RenderPool) -> None:
+    """All of them: the job's own, and those that would get it next. This pool gives a job 90 seconds."""
     await hello(pool)
-    await asyncio.sleep(0.5)
-    for pid in pool.pids:
-        os.kill(pid, signal.SIGSTOP)
-    with pytest.raises(UnavailableError):
-        await hello(pool)
-    await asyncio.sleep(0)
+    for _ in range(2):
+        stopped = pool.pids
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        async with asyncio.timeout(80):
+            assert await hello(pool) == 'Grüße 🙂, "you"'
+        assert not set(stopped) & set(pool.pids)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+async def test_a_template_is_looked_at_whatever_happens_to_the_first_worker(number: signal.Signals) -> None:
+    pool = RenderPool()
+    pool.start_early()
+    (first,) = pool.pids
+    os.kill(first, number)
+    assert pool.inspect_now("{{ a }}", [{"a": 1}]).outputs == ("1",)
+    assert first not in pool.pids
     await pool.aclose()
-    with pytest.raises(ServerError):
-        await hello(pool)
 
 
 async def test_a_request_that_is_given_up_leaves_its_worker_in_step(pool: RenderPool) -> None:
