@@ -17,6 +17,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 
 from sensorium.api.transport.server import HttpServer, build_app, listen
+from sensorium.checkpoint.adapters import adapter_bytes
 from sensorium.checkpoint.configs import Checkpoint
 from sensorium.config import EngineConfig, Limits, ServerConfig
 from sensorium.errors import StartupError, UnavailableError
@@ -177,10 +178,12 @@ class FakeEngine:
     loaded: asyncio.Event = field(default_factory=asyncio.Event)
     adapters: dict[int, str] = field(default_factory=dict)  # folders; one that is called "broken" is refused
 
-    async def load_adapter(self, number: int, folder: str) -> None:
+    async def load_adapter(self, number: int, folder: str) -> int:
+        """One takes twice the memory of its file."""
         if Path(folder).name == "broken":
             raise StartupError("it is broken")
         self.adapters[number] = folder
+        return 2 * adapter_bytes(Path(folder))
 
     def unload_adapter(self, number: int) -> None:
         self.adapters.pop(number, None)

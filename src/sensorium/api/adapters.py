@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from sensorium.api.context import Context
 from sensorium.api.protocol.models import LoadAdapter, UnloadAdapter
 from sensorium.api.transport.asgi import Call
@@ -20,7 +22,9 @@ async def load_adapter(context: Context, call: Call) -> None:
         owner = context.catalog.owner(name)
         if owner is not None and (owner is not listed or name in listed.names):
             raise RequestError(f"A model, or another model's adapter, is called {name!r}.", param="lora_name")
-        await listed.adapters.add(entry.model.client, name, request.lora_path, replaces=request.load_inplace)
+        room = partial(context.catalog.residents.make_room, listed)
+        path, replaces = request.lora_path, request.load_inplace
+        await listed.adapters.add(entry.model.client, name, path, replaces=replaces, make_room=room)
     await call.respond(f"Success: LoRA adapter '{name}' added successfully.".encode(), content_type=TEXT)
 
 

@@ -375,6 +375,7 @@ class ModelMemory(Answer):
 
     weights: int
     kv_cache: int
+    adapters: int
     resident: int
 
 

@@ -51,13 +51,18 @@ async def _named(context: Context, call: Call) -> str:
 
 
 def memory_of(entry: CatalogEntry) -> dict[str, int]:
-    """Bytes that a model takes: its weights, its KV cache, and what its engine's process has in memory."""
+    """Bytes that a model takes: weights, KV cache, adapters, and what its engine's process has in memory."""
     served = entry.served
     if served is None or served.client.ready is None:
         return {}
     ready, pid = served.client.ready, getattr(served.client, "pid", None)
     resident = rss_bytes(pid) if pid is not None else 0
-    return {"weights": ready.weight_bytes, "kv_cache": ready.kv_bytes, "resident": resident}
+    return {
+        "weights": ready.weight_bytes,
+        "kv_cache": ready.kv_bytes,
+        "adapters": entry.adapters.nbytes,
+        "resident": resident,
+    }
 
 
 def _row(entry: CatalogEntry, name: str) -> dict[str, object]:

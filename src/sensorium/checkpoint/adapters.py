@@ -68,6 +68,14 @@ class AdapterConfig:
         return names is None or any(module == name or module.endswith(f".{name}") for name in names)
 
 
+def adapter_bytes(folder: Path) -> int:
+    """Of the file of its tensors; 0 where there is none: whoever loads it says what is wrong."""
+    try:
+        return (folder / WEIGHTS_FILE).stat().st_size
+    except OSError:
+        return 0
+
+
 def read_adapter_config(folder: Path) -> AdapterConfig:
     """CheckpointError says in one line what is wrong, or not served."""
     config = read_json(folder / CONFIG_FILE)

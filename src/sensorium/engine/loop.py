@@ -148,7 +148,7 @@ class Core:
                 if self._num_compiling:
                     self._grammars.abort(request_id)
         elif kind == Kind.LOAD_ADAPTER:
-            self._load_adapter(*messages.decode_adapter(payload))
+            self._load_adapter(*messages.decode_load_adapter(payload))
         elif kind == Kind.UNLOAD_ADAPTER:
             self._engine.adapters.unload(messages.decode_unload_adapter(payload))
         elif kind == Kind.VOCABULARY:
@@ -163,7 +163,8 @@ class Core:
         self._pulse.begin(slow=True)
         error = self._engine.adapters.load(number, folder)
         self._pulse.end()
-        self._channel.send(messages.encode_adapter(number, error))
+        loaded = self._engine.adapters.find(number)
+        self._channel.send(messages.encode_adapter(number, error, 0 if loaded is None else loaded.nbytes))
 
     def _add(self, request: EngineRequest) -> None:
         if request.adapter:

@@ -199,7 +199,7 @@ class EngineClient:
         self._streams: dict[int, OutputStream] = {}
         self._ids = itertools.count(1)
         self._adapters: dict[int, str] = {}  # folders of those that are loaded, by number
-        self._awaited: dict[int, asyncio.Future[str]] = {}  # adapters that are being loaded
+        self._awaited: dict[int, asyncio.Future[tuple[str, int]]] = {}  # adapters that are being loaded
         self._fatal = ""
         self._lost_rank = ""  # and why, of the child that is ending
         self._became_ready: asyncio.Event | None = None
@@ -250,16 +250,17 @@ class EngineClient:
             return "the engine process was killed while it was loading (out of memory?)"
         return f"the engine process ended while it was loading (exit code {code})"
 
-    async def load_adapter(self, number: int, folder: str) -> None:
-        """Until requests may name it. StartupError says in one line why it cannot be loaded; UnavailableError when
-        there is no engine."""
+    async def load_adapter(self, number: int, folder: str) -> int:
+        """Until requests may name it: the bytes of memory that it takes. StartupError says in one line why it cannot
+        be loaded; UnavailableError when there is no engine."""
         if self.state != "ready" or self._link is None:
             raise UnavailableError(_UNAVAILABLE[self.state])
-        answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[tuple[str, int]] = asyncio.get_running_loop().create_future()
         self._awaited[number] = answer
         self._link.write(messages.encode_load_adapter(number, folder))
         try:
-            if error := await answer:
+            error, nbytes = await answer
+            if error:
                 raise StartupError(error)
         except asyncio.CancelledError:  # nobody will ask for it, and nobody would unload it
             if self._link is not None:
@@ -268,6 +269,7 @@ class EngineClient:
         finally:
             del self._awaited[number]
         self._adapters[number] = folder
+        return nbytes
 
     def unload_adapter(self, number: int) -> None:
         """Sequences that have it keep it."""
@@ -358,10 +360,10 @@ class EngineClient:
         elif kind not in (Kind.BEAT, Kind.READY):
             raise ProtocolError(f"message of kind {kind}")
 
-    def _adapter_loaded(self, number: int, error: str) -> None:
+    def _adapter_loaded(self, number: int, error: str, nbytes: int) -> None:
         answer = self._awaited.get(number)
         if answer is not None and not answer.done():
-            answer.set_result(error)
+            answer.set_result((error, nbytes))
         elif error:
             logger.error("engine: an adapter is lost: %s", error)
 

@@ -133,6 +133,7 @@ _ids = msgspec.msgpack.Decoder(tuple[int, ...])
 _vocabulary = msgspec.msgpack.Decoder(Vocabulary)
 _progress = msgspec.msgpack.Decoder(tuple[str, float])
 _named = msgspec.msgpack.Decoder(tuple[int, str])
+_answer = msgspec.msgpack.Decoder(tuple[int, str, int])
 _number = msgspec.msgpack.Decoder(int)
 _ready = msgspec.msgpack.Decoder(EngineReady)
 _stats = msgspec.msgpack.Decoder(EngineStats)
@@ -208,6 +209,10 @@ def encode_load_adapter(number: int, folder: str) -> bytes:
     return frame(Kind.LOAD_ADAPTER, _encode((number, folder)))
 
 
+def decode_load_adapter(payload: Buffer) -> tuple[int, str]:
+    return decoded(_named.decode, payload)
+
+
 def encode_unload_adapter(number: int) -> bytes:
     return frame(Kind.UNLOAD_ADAPTER, _encode(number))
 
@@ -216,14 +221,13 @@ def decode_unload_adapter(payload: Buffer) -> int:
     return decoded(_number.decode, payload)
 
 
-def encode_adapter(number: int, error: str) -> bytes:
-    """`error` says in one line why it could not be loaded; "": it is."""
-    return frame(Kind.ADAPTER, _encode((number, error)))
+def encode_adapter(number: int, error: str, nbytes: int) -> bytes:
+    """`error` says in one line why it could not be loaded; "": it is, and takes `nbytes` of memory."""
+    return frame(Kind.ADAPTER, _encode((number, error, nbytes)))
 
 
-def decode_adapter(payload: Buffer) -> tuple[int, str]:
-    """Of either message: the number, and the folder or the error."""
-    return decoded(_named.decode, payload)
+def decode_adapter(payload: Buffer) -> tuple[int, str, int]:
+    return decoded(_answer.decode, payload)
 
 
 def encode_progress(phase: str, fraction: float) -> bytes:

@@ -9,35 +9,48 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sensorium.checkpoint.adapters import adapter_bytes
 from sensorium.checkpoint.hub import resolve
 from sensorium.errors import RequestError, StartupError
 
 if TYPE_CHECKING:
     from sensorium.ipc.client import EngineClient
 
+MakeRoom = Callable[[int], Awaitable[None]]
+"""Until so many bytes more are there for the model's adapters; an error says why there cannot be."""
+
 _numbers = itertools.count(1)
+
+
+async def _unbounded(nbytes: int) -> None:
+    pass
 
 
 @dataclass(slots=True, eq=False)
 class ServedAdapter:
-    """`path` is as the operator wrote it: a folder or a hub id."""
+    """`path` is as the operator wrote it: a folder or a hub id. `nbytes` are of its file, and of memory once an engine
+    has it."""
 
     name: str
     path: str
     number: int = field(default_factory=lambda: next(_numbers))
     users: int = 0
     created: int = field(default_factory=lambda: int(time.time()))
+    folder: Path | None = None
+    nbytes: int = 0
 
 
 class AdapterTable:
     def __init__(self, given: Iterable[tuple[str, str]] = (), download_dir: str | None = None) -> None:
         """`given`: (name, path) of those that are there from the start."""
         self._by_name = {name: ServedAdapter(name, path) for name, path in given}
+        self._held = set(self._by_name.values())  # by the engine, while there is one: those in use without a name, too
         self._download_dir = download_dir
         self._changing = asyncio.Lock()
 
@@ -49,35 +62,50 @@ class AdapterTable:
     def names(self) -> tuple[str, ...]:
         return tuple(self._by_name)
 
+    @property
+    def nbytes(self) -> int:
+        """What they take of an engine's memory, or will when it has them; 0 of those that were not found yet."""
+        return sum(adapter.nbytes for adapter in self._held)
+
     def find(self, name: str) -> ServedAdapter | None:
         return self._by_name.get(name)
+
+    async def find_all(self) -> None:
+        """Their folders, fetched if need be, so that `nbytes` is known before there is an engine. StartupError if one
+        cannot be had."""
+        for adapter in self.listed:
+            await self._find(adapter)
 
     async def load_all(self, client: EngineClient) -> None:
         """Into an engine that has none. StartupError says of the first that cannot be loaded why."""
         for adapter in self.listed:
-            await self._load(client, adapter)
+            adapter.nbytes = await self._load(client, adapter)
 
     async def ensure(self, client: EngineClient, name: str, path: str) -> ServedAdapter:
         """The adapter of this name that was read from this path, loaded if need be. RequestError if it cannot be."""
         async with self._changing:
             found = self._by_name.get(name)
             if found is None or found.path != path:
-                found = await self._put(client, name, path)
+                found = await self._put(client, name, path, _unbounded)
             return found
 
-    async def add(self, client: EngineClient, name: str, path: str, *, replaces: bool) -> None:
-        """Load one more, or one in another's place. RequestError if it cannot be; then nothing has changed."""
+    async def add(
+        self, client: EngineClient, name: str, path: str, *, replaces: bool, make_room: MakeRoom = _unbounded
+    ) -> None:
+        """Load one more, or one in another's place, which is there until the new one is. RequestError if it cannot be,
+        or what `make_room` raises; then nothing has changed."""
         async with self._changing:
             if name in self._by_name and not replaces:
                 raise RequestError(
                     f"The adapter {name!r} is loaded already; `load_inplace` replaces it.", param="lora_name"
                 )
-            await self._put(client, name, path)
+            await self._put(client, name, path, make_room)
 
-    async def _put(self, client: EngineClient, name: str, path: str) -> ServedAdapter:
+    async def _put(self, client: EngineClient, name: str, path: str, make_room: MakeRoom) -> ServedAdapter:
         adapter = ServedAdapter(name, path)
         try:
-            await self._load(client, adapter)
+            await self._find(adapter)
+            await self._load_within(client, adapter, make_room)
         except StartupError as error:
             raise RequestError(error.message, param="lora_path") from None
         before = self._by_name.get(name)
@@ -86,11 +114,22 @@ class AdapterTable:
             self._leave(client, before)
         return adapter
 
+    async def _load_within(self, client: EngineClient, adapter: ServedAdapter, make_room: MakeRoom) -> None:
+        """Room for its file first, then for what it has come to: another type, matrices that layers share."""
+        await make_room(adapter.nbytes)
+        self._held.add(adapter)
+        try:
+            nbytes = await self._load(client, adapter)
+            if nbytes > adapter.nbytes:
+                await make_room(nbytes - adapter.nbytes)
+            adapter.nbytes = nbytes
+        except BaseException:
+            self._leave(client, adapter)
+            raise
+
     def remove(self, client: EngineClient | None, name: str) -> None:
         """Those who have it keep it until they are done."""
-        adapter = self._by_name.pop(name)
-        if client is not None:
-            self._leave(client, adapter)
+        self._leave(client, self._by_name.pop(name))
 
     @contextmanager
     def use(self, adapter: ServedAdapter, client: Callable[[], EngineClient | None]) -> Iterator[None]:
@@ -100,17 +139,25 @@ class AdapterTable:
             yield
         finally:
             adapter.users -= 1
-            engine = client()
-            if engine is not None and self._by_name.get(adapter.name) is not adapter:
-                self._leave(engine, adapter)
+            if self._by_name.get(adapter.name) is not adapter:
+                self._leave(client(), adapter)
 
-    async def _load(self, client: EngineClient, adapter: ServedAdapter) -> None:
-        folder = await asyncio.to_thread(resolve, adapter.path, None, self._download_dir)
+    async def _find(self, adapter: ServedAdapter) -> None:
+        adapter.folder = await asyncio.to_thread(resolve, adapter.path, None, self._download_dir)
+        adapter.nbytes = adapter.nbytes or adapter_bytes(adapter.folder)
+
+    async def _load(self, client: EngineClient, adapter: ServedAdapter) -> int:
+        """What it takes there."""
+        if adapter.folder is None:
+            await self._find(adapter)
         try:
-            await client.load_adapter(adapter.number, str(folder))
+            return await client.load_adapter(adapter.number, str(adapter.folder))
         except StartupError as error:
             raise StartupError(f"adapter {adapter.name}: {error.message}") from None
 
-    def _leave(self, client: EngineClient, adapter: ServedAdapter) -> None:
-        if not adapter.users:
+    def _leave(self, client: EngineClient | None, adapter: ServedAdapter) -> None:
+        if adapter.users:
+            return
+        self._held.discard(adapter)
+        if client is not None:
             client.unload_adapter(adapter.number)

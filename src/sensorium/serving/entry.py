@@ -128,13 +128,18 @@ class CatalogEntry:
         self.idle_s = self.keeping.idle_unload_s
         self.progress: tuple[str, float] = ("", 0.0)
         self.failure = ""
-        self.reserved_bytes = 0
+        self.reserved_bytes = 0  # for its engine, without adapters
         self.stage: Literal["loading", "unloading"] | None = None
         self.is_draining = False
         self.is_leaving = False  # takes nobody in, so that it can be unloaded
         self.stack = AsyncExitStack()
         self.outline = source.outline if source is not None else _outline_of(served)
         """What is known of it, loaded or not; None before a repository's files are there."""
+
+    @property
+    def taken_bytes(self) -> int:
+        """Of the memory that all models share."""
+        return self.reserved_bytes + self.adapters.nbytes if self.reserved_bytes else 0
 
     @property
     def name(self) -> str:

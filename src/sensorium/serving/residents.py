@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from time import monotonic
 from typing import Any
 
-from sensorium.errors import SensoriumError, StartupError
+from sensorium.errors import RequestError, SensoriumError, StartupError, UnavailableError
 from sensorium.serving.entry import USED_LATELY_S, CatalogEntry
 from sensorium.units import size_text
 
@@ -52,7 +52,7 @@ class Residents:
 
     @property
     def taken_bytes(self) -> int:
-        return sum(entry.reserved_bytes for entry in self._entries)
+        return sum(entry.taken_bytes for entry in self._entries)
 
     # Loading
 
@@ -97,6 +97,7 @@ class Residents:
 
         await entry.close()  # of an engine that was lost
         outline = entry.outline = await entry.source.find(on_progress)
+        await entry.adapters.find_all()
         if not await self._has_room(entry, outline.engine_bytes, may_evict):
             return False
         entry.served = await entry.stack.enter_async_context(entry.source.open(on_progress))
@@ -114,11 +115,14 @@ class Residents:
 
     # Room
 
-    async def _has_room(self, entry: CatalogEntry, wanted: int, may_evict: bool) -> bool:
+    async def _has_room(self, entry: CatalogEntry, engine_bytes: int, may_evict: bool) -> bool:
         """Reserve its memory, after unloading others if that is allowed. StartupError if that would not do."""
         async with self._room:
             try:
-                while (budget := self.budget_bytes) is not None and self.taken_bytes + wanted > budget:
+                while (budget := self.budget_bytes) is not None:
+                    wanted = engine_bytes + entry.adapters.nbytes
+                    if self.taken_bytes + wanted <= budget:
+                        break
                     if wanted > budget:
                         raise StartupError(
                             f"it takes about {size_text(wanted)}, and all models together may take "
@@ -127,16 +131,43 @@ class Residents:
                     if not may_evict or not entry.waiting:  # nobody wants it any more: others keep their memory
                         return False
                     await self._shrink(entry)
-                entry.reserved_bytes = wanted
+                entry.reserved_bytes = engine_bytes
                 return True
             finally:
                 for one in self._entries:
                     one.is_leaving = False
                 self.changed.fire()
 
+    async def make_room(self, entry: CatalogEntry, nbytes: int) -> None:
+        """For an adapter of a model that is in use: idle models make room, if that is enough. RequestError if the
+        memory would not do whatever is unloaded, UnavailableError if others use it."""
+        while (budget := self.budget_bytes) is not None and self.taken_bytes + nbytes > budget:
+            idle = [one for one in self._unloadable() if one is not entry and not self._is_busy(one)]
+            if self.taken_bytes - sum(one.taken_bytes for one in idle) + nbytes > budget:
+                raise self._no_room_beside(entry, nbytes, budget)
+            victim = min(idle, key=lambda one: one.used_s)
+            if (stays_s := victim.stays_s()) > 0:
+                await self._wait(min(stays_s, USED_LATELY_S))
+            else:
+                _log.info("%s is unloaded to make room for an adapter of %s", victim.name, entry.name)
+                await self.unload(victim)
+
+    def _no_room_beside(self, entry: CatalogEntry, nbytes: int, budget: int) -> SensoriumError:
+        staying = sum(one.taken_bytes for one in self._entries if one is entry or one.keeping.pinned)
+        message = (
+            f"the adapter takes about {size_text(nbytes)}, and all models together may take {size_text(budget)} "
+            f"(--memory), of which {entry.name!r} and models that stay (pinned) have {size_text(staying)}"
+        )
+        if staying + nbytes > budget:
+            return RequestError(f"{message}: unload another adapter", param="lora_path", code="memory")
+        return UnavailableError(f"{message}; the rest is in use", retry_after_s=5.0)
+
+    def _unloadable(self) -> list[CatalogEntry]:
+        return [one for one in self._entries if one.stage is None and one.served and not one.keeping.pinned]
+
     async def _shrink(self, comer: CatalogEntry) -> None:
         """One step towards more room: unload a model, or wait until one can be."""
-        loaded = [one for one in self._entries if one.stage is None and one.served and not one.keeping.pinned]
+        loaded = self._unloadable()
         victim = min(loaded, key=lambda one: (self._is_busy(one), one.used_s), default=None)
         if victim is None and not any(one.stage for one in self._entries if one is not comer):
             raise StartupError(

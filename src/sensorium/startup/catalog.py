@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sensorium.checkpoint.adapters import adapter_bytes
 from sensorium.checkpoint.ollama import is_ollama_store, ollama_models
 from sensorium.config import ServeOptions, ServePlan
 from sensorium.errors import StartupError
-from sensorium.startup.fit import EnginePlan, adapter_files_bytes, budget_of, engine_plan, fitted
+from sensorium.startup.fit import EnginePlan, budget_of, engine_plan, fitted
 from sensorium.startup.model import Found, Starting, adapters_of, find, launch, media_loader, names_of, opened
 from sensorium.system.gpu import gpu_memory_bytes
 from sensorium.system.memory import free_memory_bytes
@@ -58,7 +59,7 @@ class ModelSource:
         """Find its files and check the options against them. StartupError if there is no such model."""
         if self._known is None:
             found = find(self.options, fetch=fetch, on_progress=on_progress)
-            adapters = adapter_files_bytes(path for _, path in adapters_of(found.options.load))
+            adapters = sum(adapter_bytes(Path(path)) for _, path in adapters_of(found.options.load))
             plan = engine_plan(found.options.engine, found.checkpoint, self._budget_bytes, adapters)
             self._known = replace(found, options=replace(found.options, engine=plan.engine)), plan
         return self._known

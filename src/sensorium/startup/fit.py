@@ -92,14 +92,14 @@ def engine_plan(
 ) -> EnginePlan:
     """What a model's engine will take of the memory that all share. Without a budget the engine decides when its
     weights are there; with one its caches are sized here, so that it is known before it is started. `adapter_bytes`:
-    of the adapters that it has from the start, which count as weights."""
+    of the adapters that it has from the start. They leave less for caches; what they take is counted with them."""
     files = (*checkpoint.weight_files, *checkpoint.text_weight_files)
-    weights = int(_files_bytes(files) * _weights_part(engine, checkpoint)) + adapter_bytes
+    weights = int(_files_bytes(files) * _weights_part(engine, checkpoint))
     ranks = engine.tensor_parallel_size  # each has its part of weights and cache, in a process of its own
     base = ranks * ENGINE_BASE_BYTES
     if budget_bytes is None:
         return EnginePlan(engine, weights, weights + base, 0)
-    spare = max(budget_bytes - weights - base, 0)
+    spare = max(budget_bytes - weights - base - adapter_bytes, 0)
     stated = 0 if checkpoint.family.encoder is not None else engine.kv_cache_memory
     cache = ranks * stated if stated is not None else max(spare // CACHE_PART, LEAST_CACHE_BYTES)
     has_media = bool(checkpoint.family.modalities)
@@ -110,11 +110,6 @@ def engine_plan(
         encoder_cache_memory=encoded or engine.encoder_cache_memory,
     )
     return EnginePlan(engine, weights, weights + base + cache + encoded, cache)
-
-
-def adapter_files_bytes(paths: Iterable[str]) -> int:
-    """Of the adapters in these folders; what is still to be fetched is not known."""
-    return sum(_files_bytes(Path(path).glob("*.safetensors")) for path in paths)
 
 
 def _weights_part(engine: EngineConfig, checkpoint: Checkpoint) -> float:

@@ -432,7 +432,7 @@ async def test_adapters_of_an_engine_and_of_the_one_after_it(folder: Path, model
     assert expected[0] != expected[1]
     async with running(folder) as client:
         busy = client.submit(endless())
-        await client.load_adapter(7, str(one))
+        assert await client.load_adapter(7, str(one)) == made.engine.adapters.find(7).nbytes > 0  # type: ignore[union-attr]
         with pytest.raises(StartupError, match="r must be a positive whole number"):
             await client.load_adapter(8, str(broken))
         given_up = asyncio.create_task(client.load_adapter(9, str(one)))

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from support.api_support import READY, FakeEngine, Reply, chat, get, make_model,
 
 from sensorium.api.protocol.ollama import kept_s
 from sensorium.api.transport.server import HttpServer, build_app, listen
+from sensorium.checkpoint.adapters import WEIGHTS_FILE
 from sensorium.config import Limits, ServerConfig
 from sensorium.errors import StartupError, UnavailableError
 from sensorium.serving import entry as entry_module
@@ -302,6 +304,54 @@ async def test_operators_load_and_unload() -> None:
         reply = await post(port, "/v1/models/load", {"model": "a"}, headers=boss)
         assert (reply.status, "retry-after" in reply.headers) == (503, True)
         assert row_of(await get(port, "/v1/models", headers=user), "a")["error"] == "no"
+
+
+def adapter_file(folder: Path, nbytes: int) -> Path:
+    folder.mkdir()
+    (folder / WEIGHTS_FILE).write_bytes(bytes(nbytes))
+    return folder
+
+
+async def load_adapter(port: int, path: Path) -> Reply:
+    body = {"lora_name": path.name, "lora_path": str(path), "base_model_name": "a"}
+    return await post(port, "/v1/load_lora_adapter", body)
+
+
+async def test_adapters_take_of_the_memory_of_all_models(tmp_path: Path) -> None:
+    """An idle model makes room for one, and one that goes gives it back. This engine holds a file's bytes twice."""
+    catalog, sources = catalog_of("ab", budget=250)
+    for source in sources:
+        source.size = 100
+    taken = lambda: catalog.residents.taken_bytes  # noqa: E731
+    async with server(catalog) as port:
+        await use(catalog, "b")
+        assert (await load_adapter(port, adapter_file(tmp_path / "x", 20))).status == 200
+        assert (taken(), states(catalog)) == (240, "ready ready")
+        assert row_of(await get(port, "/v1/models"), "a")["memory"]["adapters"] == 40  # type: ignore[index]
+        assert (await load_adapter(port, adapter_file(tmp_path / "y", 20))).status == 200
+        assert (taken(), states(catalog)) == (180, "ready unloaded")
+        assert (await post(port, "/v1/unload_lora_adapter", {"lora_name": "y"})).status == 200
+        assert taken() == 140
+        await catalog.unload(catalog.find("a"))
+        assert taken() == 0
+        assert (await chat(port, model="x")).status == 200  # it comes back with its base
+        assert taken() == 140
+    assert sources[0].engines[-1].adapters == {catalog.entries[0].adapters.listed[0].number: str(tmp_path / "x")}
+
+
+@pytest.mark.parametrize(("nbytes", "status"), [(200, 400), (60, 503), (40, 503)])
+async def test_an_adapter_that_does_not_fit_changes_nothing(tmp_path: Path, nbytes: int, status: int) -> None:
+    """One that never will, one for which a model in use would have to go, and for what one takes beyond its file."""
+    catalog, (source, _) = catalog_of("ab", budget=250)
+    for one in catalog.entries:
+        one.source.size = 100  # type: ignore[union-attr]
+    async with server(catalog) as port, catalog.acquire("b"):
+        reply = await load_adapter(port, adapter_file(tmp_path / "x", nbytes))
+        assert (reply.status, "--memory" in reply.error["message"]) == (status, True)
+        assert ("retry-after" in reply.headers) == (status == 503)
+        assert (catalog.residents.taken_bytes, states(catalog)) == (200, "ready ready")
+        assert not catalog.entries[0].adapters.listed and not source.engines[0].adapters
+        assert (await chat(port, model="x")).status == 404
 
 
 async def test_without_an_operators_key_this_machine_may_and_nobody_with_a_users_key() -> None:
