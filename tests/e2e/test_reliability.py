@@ -226,6 +226,21 @@ def test_a_killed_rank_is_named_and_all_come_back(tmp_path: Path) -> None:
         until(lambda: not Path(f"/proc/{follower}/exe").exists())
 
 
+def test_a_stopped_rank_is_named_and_all_come_back(tmp_path: Path) -> None:
+    with live(tmp_path, "--tensor-parallel-size", "2", "--hang-after-s", "5") as server:
+        alone, follower = answers(server), follower_of(server.engine_pid)
+        futures = together(server, [body(place, max_tokens=20_000) for place in range(STREAMS)])
+        until(lambda: server.metric("vllm:num_requests_running") == STREAMS)
+        os.kill(follower, signal.SIGSTOP)
+        for future in futures:
+            error = events(future.result(120)[1])[-1]["error"]
+            assert error["code"] == "unavailable"
+            assert "rank 1 of 2 has given no sign of life" in error["message"]
+        until(lambda: server.http.get("/readyz").status_code == 200)
+        assert not Path(f"/proc/{follower}/exe").exists()
+        assert answers(server) == alone
+
+
 def follower_of(engine_pid: int) -> int:
     return next(one for one in family(engine_pid) if b"engine.follower" in Path(f"/proc/{one}/cmdline").read_bytes())
 

@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from sensorium.config import EngineConfig
@@ -28,6 +29,7 @@ from sensorium.ipc.messages import Kind, ProtocolError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sensorium.engine.adapters import Adapters
     from sensorium.engine.loading import LoadedPart
     from sensorium.kernels.context import KVCache
     from sensorium.parallel.ranks import Ranks
@@ -41,12 +43,15 @@ logger = logging.getLogger("sensorium.engine")
 class Follower:
     """What a rank beside 0 does with a message."""
 
-    def __init__(self, part: LoadedPart, cache: KVCache, ranks: Ranks) -> None:
+    def __init__(
+        self, part: LoadedPart, cache: KVCache, ranks: Ranks, adapters: Adapters, send: Callable[[bytes], object]
+    ) -> None:
         self._part = part
         self._model = part.model
         self._cache = cache
         self._ranks = ranks
         self._hidden: Tensor | None = None  # of the last step
+        self._adapters, self._send = adapters, send
 
     def take(self, kind: int, payload: memoryview) -> bool:
         """False when there is nothing more to come."""
@@ -54,6 +59,12 @@ class Follower:
             self._step(payload)
         elif kind == Kind.LOGITS:
             self._logits(payload)
+        elif kind == Kind.LOAD_ADAPTER:
+            number, folder = messages.decode_load_adapter(payload)
+            error = self._adapters.load(number, folder)
+            self._send(messages.encode_adapter(number, error, self._adapters.nbytes(number)))
+        elif kind == Kind.UNLOAD_ADAPTER:
+            self._adapters.unload(messages.decode_unload_adapter(payload))
         elif kind == Kind.SHUTDOWN:
             return False
         else:
@@ -64,6 +75,8 @@ class Follower:
         from sensorium.engine.step_messages import moved, share_media, step_of
 
         found = step_of(payload)
+        if found.adapters:
+            found.inputs.context.adapters = self._adapters.of_step(found.adapters)
         step = moved(found.inputs, self._part.device)
         hidden = self._model.embed(step.token_ids, step.token_types)
         if found.num_media_tokens:
@@ -121,6 +134,7 @@ def _follow(channel: Channel, config: EngineConfig, ranks: Ranks, store: str, pu
 
     import torch
 
+    from sensorium.engine.adapters import Adapters
     from sensorium.engine.loading import cache_of_rank, load_part, room_of_rank
     from sensorium.models.loading import weight_bytes
 
@@ -137,12 +151,13 @@ def _follow(channel: Channel, config: EngineConfig, ranks: Ranks, store: str, pu
     pulse.begin(slow=True)
     cache = cache_of_rank(part, config, wire.decode_cache(payload))
     ranks.connect(Path(store), part.device)
-    follower = Follower(part, cache, ranks)
+    adapters = Adapters(part.model, part.dtype, part.device)
+    follower = Follower(part, cache, ranks, adapters, channel.send)
     with torch.inference_mode():
         while True:
             pulse.end()
             for kind, payload in frames or channel.poll(wait=True):
-                pulse.begin()
+                pulse.begin(slow=kind == Kind.LOAD_ADAPTER)
                 if not follower.take(kind, payload):
                     return
             frames = []

@@ -52,6 +52,7 @@ class FollowerLink(Channel):
         self.pid = pid
         self.works = False  # it is in a step, and not waiting for others
         self.loaded: SimpleQueue[wire.Loaded] = SimpleQueue()
+        self.adapters: SimpleQueue[tuple[str, int]] = SimpleQueue()  # why one could not be loaded, or "", and its bytes
         self._silence = Silence(hang_after_s)
         self._lost = lost
         self._why = "has ended"
@@ -62,6 +63,8 @@ class FollowerLink(Channel):
             self.works = bytes(payload) == b"\1"
         elif kind == Kind.LOADED:
             self.loaded.put(wire.decode_loaded(payload))
+        elif kind == Kind.ADAPTER:
+            self.adapters.put(messages.decode_adapter(payload)[1:])
         elif kind == Kind.LOST:
             self._why = messages.decode_lost(payload)
         else:
@@ -177,6 +180,10 @@ class Leader:
     def loaded(self) -> list[wire.Loaded]:
         """Of ranks 1 and up, once all have their weights."""
         return [link.loaded.get() for link in self._links]
+
+    def adapters_loaded(self) -> list[tuple[str, int]]:
+        """What ranks 1 and up say of the adapter that they were told to load: why they cannot, or "", and its bytes."""
+        return [link.adapters.get() for link in self._links]
 
     @cached_property
     def ranks(self) -> Ranks:

@@ -309,7 +309,7 @@ def build_engine(
     kv_tokens = budget.tables().capacity(cache.num_blocks, cache.max_len)
     ready = _ready(part, config, cache, kv_tokens, started)
     work = (2.0 * ready.weight_bytes, 16.0 * key_elements(groups))  # not too little
-    adapters, mapped = Adapters(model, dtype, device, is_shared=leader is not None), mapped_weights(model)
+    adapters, mapped = Adapters(model, dtype, device, leader), mapped_weights(model)
     return Engine(scheduler, runner, prefixes, encoder, ready, adapters, mapped, work, checkpoint.vocab_size, lookup)
 
 

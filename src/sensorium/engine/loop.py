@@ -163,8 +163,7 @@ class Core:
         self._pulse.begin(slow=True)
         error = self._engine.adapters.load(number, folder)
         self._pulse.end()
-        loaded = self._engine.adapters.find(number)
-        self._channel.send(messages.encode_adapter(number, error, 0 if loaded is None else loaded.nbytes))
+        self._channel.send(messages.encode_adapter(number, error, self._engine.adapters.nbytes(number)))
 
     def _add(self, request: EngineRequest) -> None:
         if request.adapter:

@@ -105,7 +105,9 @@ class Runner:
         batch = self._batch(plan)
         self._masks.begin(batch.sampled)
         context = batch.inputs.context
-        context.adapters = adapters = self._adapters(batch)
+        adapters = self._adapters(batch)
+        if adapters is not None:  # the other ranks are told from the CPU
+            context.adapters = adapters if self._leader is not None else adapters.moved(self._device)
         if plan.prefills:
             context.unseen = _unseen(batch.sequences)  # only they are pooled
         if adapters is None:
@@ -264,10 +266,7 @@ class Runner:
             if seq.adapter is not None:
                 rows.setdefault(seq.adapter, []).extend(range(start, end))
         return StepAdapters(
-            [
-                (one, None if len(own) == ends[-1] else self._tensor(np.array(own, np.int64)))
-                for one, own in rows.items()
-            ]
+            [(one, None if len(own) == ends[-1] else torch.tensor(own, dtype=torch.int64)) for one, own in rows.items()]
         )
 
     def _needed_states(self, plan: Plan) -> NeededStates:

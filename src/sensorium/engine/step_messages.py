@@ -23,12 +23,13 @@ class FollowedStep(NamedTuple):
 
     inputs: StepInput  # without media
     num_media_tokens: int
+    adapters: dict[int, Tensor | None]  # tokens of each, by its number; None: all
 
 
 def frame_of(step: StepInput) -> bytes:
     """Of a step whose tensors are on the CPU."""
     context = step.context
-    if context.adapters is not None or context.memories or context.aligned:
+    if context.memories or context.aligned:
         raise ValueError("the step has what ranks do not share")
     tensors = {"token_ids": step.token_ids, "positions": step.positions, "token_types": step.token_types}
     tensors |= {"query_start": context.query_start, "seq_lens": context.seq_lens}
@@ -39,6 +40,8 @@ def frame_of(step: StepInput) -> bytes:
     segments = context.segments
     if segments is not None:
         tensors |= {"sources": segments.sources, "targets": segments.targets}
+    adapters = {} if context.adapters is None else context.adapters.rows()
+    tensors |= {f"adapter.{number}": rows for number, rows in adapters.items()}
     plan = StepPlan(
         context.query_lens,
         context.context_lens,
@@ -49,6 +52,7 @@ def frame_of(step: StepInput) -> bytes:
         None if segments is None else (segments.lengths, segments.num_singles),
         1 + len(context.others),
         sum(one.end - one.start for one in step.media),
+        tuple(adapters),
     )
     return encode_step(plan, {name: _array(one) for name, one in tensors.items() if one is not None})
 
@@ -81,7 +85,8 @@ def step_of(payload: memoryview) -> FollowedStep:
         blocks, slots = tensors[f"block_tables.{number}"], tensors[f"slots.{number}"]
         context.others.append(replace(context, block_tables=blocks, slots=slots, others=[]))
     step = StepInput(tensors["token_ids"], tensors["positions"], context, token_types=tensors.get("token_types"))
-    return FollowedStep(step, plan.num_media_tokens)
+    adapters = {number: tensors.get(f"adapter.{number}") for number in plan.adapters}
+    return FollowedStep(step, plan.num_media_tokens, adapters)
 
 
 def _tensors(arrays: Arrays) -> dict[str, Tensor]:
@@ -103,7 +108,8 @@ def moved(step: StepInput, device: torch.device) -> StepInput:
         if segments is not None:
             segments = replace(segments, sources=segments.sources.to(device), targets=segments.targets.to(device))
         others = [context_on(other) for other in one.others]
-        return replace(one, **found, segments=segments, others=others)  # type: ignore[arg-type]
+        adapters = None if one.adapters is None else one.adapters.moved(device)
+        return replace(one, **found, segments=segments, others=others, adapters=adapters)  # type: ignore[arg-type]
 
     names = ("token_ids", "positions", "sampled_rows", "token_types")
     tensors = {name: on(getattr(step, name)) for name in names}

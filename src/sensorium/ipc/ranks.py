@@ -52,6 +52,7 @@ class StepPlan(msgspec.Struct, array_like=True, frozen=True):
     segments: tuple[list[int], int] | None  # lengths of runs, and how many of one token there are
     num_tables: int
     num_media_tokens: int  # whose embeddings are rank 0's to say
+    adapters: tuple[int, ...] = ()  # numbers
     names: tuple[str, ...] = ()
     arrays: tuple[ArraySpec, ...] = ()
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 
@@ -43,6 +44,12 @@ class Additions(Protocol):
 
     def add(self, module: nn.Module, out: Tensor, x: Tensor) -> None:
         """To `out` = module(x) of all tokens of the step, in place."""
+
+    def rows(self) -> Mapping[int, Tensor | None]:
+        """int64 [n], the tokens of each adapter by its number; None: all of them."""
+
+    def moved(self, device: torch.device) -> Additions:
+        """The same on a device."""
 
 
 @dataclass(frozen=True, slots=True)

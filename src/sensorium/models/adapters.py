@@ -6,7 +6,7 @@ y = W x becomes y = W x + B A x for the tokens of an adapter's sequences, whatev
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -20,6 +20,7 @@ from sensorium.models.base import Model
 from sensorium.models.decoder import DecoderLayer, SelfAttention
 from sensorium.models.layers import MLP, Linear
 from sensorium.models.loading import renamer
+from sensorium.parallel.ranks import Span
 from sensorium.weights.tensor_files import StoredTensor, read_safetensors
 
 PREFIX = "base_model.model."
@@ -36,7 +37,8 @@ _NAMED = {
 
 @dataclass(frozen=True, slots=True)
 class Addition:
-    """What one adapter adds to one linear layer: x -> wide[k] (narrow x) for rows [first, first + n) of its output."""
+    """What one adapter adds to one linear layer: x -> wide[k] (narrow x) for rows [first, first + n) of its output; to
+    a layer that is split over ranks, this rank's part of that."""
 
     narrow: Tensor  # [ranks of all parts, in]
     parts: list[tuple[int, Tensor]]  # (first row, wide [n, rank]), in the order of their ranks
@@ -46,12 +48,13 @@ class Addition:
         return self.narrow.nbytes + sum(wide.nbytes for _, wide in self.parts)
 
     def add(self, out: Tensor, x: Tensor, rows: Tensor | None) -> None:
-        """To `out` [n, out] of x [n, in], in place; `rows` int64 are the adapter's, None: all."""
+        """To `out` [n, out] of x [n, in], in place; `rows` int64 are the adapter's, None: all. `out` may be float32, to
+        be added up with what other ranks have."""
         inner = (x if rows is None else x[rows]) @ self.narrow.t()
         start = 0
         for first, wide in self.parts:
             columns = out[:, first : first + len(wide)]
-            added = inner[:, start : start + wide.shape[1]] @ wide.t()
+            added = (inner[:, start : start + wide.shape[1]] @ wide.t()).to(out.dtype)
             start += wide.shape[1]
             if rows is None:
                 columns += added
@@ -59,10 +62,11 @@ class Addition:
                 columns.index_add_(0, rows, added)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Adapter:
     """`digest` is of its files: what is computed with it depends on nothing else of it."""
 
+    number: int  # by which requests, and the ranks of a model, call it
     digest: bytes
     additions: Mapping[nn.Module, Addition]
 
@@ -76,6 +80,15 @@ class StepAdapters:
     """The adapters of a step, each with its tokens: int64 [n], or None for all of them."""
 
     groups: Sequence[tuple[Adapter, Tensor | None]]
+
+    def rows(self) -> dict[int, Tensor | None]:
+        """By the adapters' numbers."""
+        return {adapter.number: rows for adapter, rows in self.groups}
+
+    def moved(self, device: torch.device) -> StepAdapters:
+        """The same with the tokens' numbers on a device."""
+        moved = [(one, None if rows is None else rows.to(device, non_blocking=True)) for one, rows in self.groups]
+        return StepAdapters(moved)
 
     def add(self, module: nn.Module, out: Tensor, x: Tensor) -> None:
         """What they add to `out` = module(x), in place."""
@@ -112,7 +125,9 @@ class _Pair:
         return self.stored[part]
 
 
-def load_adapter(model: Model, folder: Path, *, dtype: torch.dtype, device: torch.device | str) -> Adapter:
+def load_adapter(
+    model: Model, folder: Path, number: int = 0, *, dtype: torch.dtype, device: torch.device | str
+) -> Adapter:
     """Read and check everything. CheckpointError says in one line what is wrong, or not served."""
     layers = adaptable(model)
     if not layers:
@@ -136,7 +151,7 @@ def load_adapter(model: Model, folder: Path, *, dtype: torch.dtype, device: torc
         additions: dict[nn.Module, Addition] = {
             layers[place]: _addition(layers[place], own, config, dtype, device) for place, own in placed.items()
         }
-    return Adapter(_digest(folder), additions)
+    return Adapter(number, _digest(folder), additions)
 
 
 def _digest(folder: Path) -> bytes:
@@ -188,16 +203,26 @@ def _addition(
 ) -> Addition:
     narrow, parts = [], []
     for pair in pairs:
-        spans = [layer.shards[shard] for shard in pair.shards] or [(0, layer.out_features)]
-        rank, outputs = config.rank_of(pair.module), sum(rows for _, rows in spans)
-        inner = _matrix(pair, "A", (rank, layer.in_features))
+        adapted = [layer.shards[shard] for shard in pair.shards] or [(0, layer.whole[0])]
+        rank, outputs = config.rank_of(pair.module), sum(rows for _, rows in adapted)
+        inner = _matrix(pair, "A", (rank, layer.whole[1]))[:, layer.columns]
         outer = _matrix(pair, "B", (outputs, rank)) * config.scale_of(pair.module)
         start = 0
-        for first, rows in spans:
-            narrow.append(inner.to(dtype))
-            parts.append((first, outer[start : start + rows].to(device, dtype).contiguous()))
+        for first, rows in adapted:
+            for here, at, count in _here(layer, first, rows):
+                narrow.append(inner.to(dtype))
+                begin = start + at - first
+                parts.append((here, outer[begin : begin + count].to(device, dtype).contiguous()))
             start += rows
     return Addition(torch.cat(narrow).to(device).contiguous(), parts)
+
+
+def _here(layer: Linear, first: int, rows: int) -> Iterator[Span]:
+    """Which of rows [first, first + rows) of the whole weight the layer has, and where."""
+    for span in layer.spans:
+        begin, end = max(first, span.first), min(first + rows, span.first + span.rows)
+        if begin < end:
+            yield Span(span.here + begin - span.first, begin, end - begin)
 
 
 def _matrix(pair: _Pair, part: str, shape: tuple[int, int]) -> Tensor:

@@ -162,16 +162,16 @@ class SplitInputs(Linear):
             self.bias = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.joins:
-            return self.ranks.join(self.packed(self.ranks.join(x)))
-        return self.ranks.sum(kernels.partial(self.packed, x)).to(x.dtype)
+        return self.adapted(x, None)
 
     forward = __call__
 
     def adapted(self, x: Tensor, adapters: Additions | None) -> Tensor:
+        joined = self.ranks.join(x) if self.joins else x
+        out: Tensor = self.packed(joined) if self.joins else kernels.partial(self.packed, joined)
         if adapters is not None:
-            raise ValueError("adapters are not shared among ranks")
-        return self(x)
+            adapters.add(self, out, joined)  # what is linear may be added before the parts are
+        return self.ranks.join(out) if self.joins else self.ranks.sum(out).to(x.dtype)
 
 
 class QKVLinear(Linear):

@@ -17,7 +17,7 @@ from sensorium.checkpoint.adapters import read_adapter_config
 from sensorium.checkpoint.configs import Checkpoint, open_checkpoint
 from sensorium.checkpoint.families import load_class
 from sensorium.checkpoint.hub import resolve, text_model_of
-from sensorium.checkpoint.ranks import FLAG, check_ranks
+from sensorium.checkpoint.ranks import check_ranks
 from sensorium.config import LoadConfig, ServeOptions
 from sensorium.errors import CheckpointError, StartupError
 from sensorium.ipc.client import EngineClient, Progress
@@ -111,8 +111,6 @@ def _check(options: ServeOptions, checkpoint: Checkpoint) -> None:
     if not set(TASK_FLAGS[options.load.task].families) & set(known.tasks):
         raise StartupError(f"--task {options.load.task}: {known.title} can only {', '.join(known.tasks)}")
     check_ranks(checkpoint, options.engine.tensor_parallel_size)
-    if options.engine.tensor_parallel_size > 1 and options.load.lora:
-        raise StartupError(f"--lora: a model that is split over devices ({FLAG}) takes no LoRA adapters")
     for name, path in adapters_of(options.load):
         if Path(path).is_dir():  # else it is looked for when the model is loaded
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,13 @@ import numpy as np
 import pytest
 import torch
 from support import checkpoints
+from support.adapters import make_adapter
 from support.engine_harness import Result, image_request, random_prompt, request
 from support.ranks import ANSWER_S, Crew
 
+from sensorium.checkpoint.configs import open_checkpoint
 from sensorium.config import EngineConfig
+from sensorium.engine.adapters import Adapters
 from sensorium.engine.batch import StepInput
 from sensorium.engine.leader import Leader
 from sensorium.engine.step_messages import frame_of, step_of
@@ -28,6 +33,7 @@ from sensorium.ipc import messages
 from sensorium.ipc import ranks as wire
 from sensorium.ipc.messages import HEAD_BYTES, Kind
 from sensorium.kernels.context import AttentionContext, Segments
+from sensorium.models.loading import load_model
 from sensorium.types import EngineRequest
 
 BLOCK_BYTES = 2 * 2 * 2 * 16 * 8 * 4  # layers, keys and values, heads, tokens, head_dim, float32
@@ -91,6 +97,81 @@ def test_media_are_rank_0s(crew: Crew, folder: Path) -> None:
     requests = [image_request(1, 12), image_request(1, 12), image_request(2, 12, images=2)]
     found = [run(crew, folder, requests, size, max_num_batched_tokens=24)[0] for size in (1, 2)]
     assert found[0] == found[1]
+
+
+def test_four_ranks_with_fewer_heads_of_keys(crew: Crew, tmp_path: Path) -> None:
+    """Llama has two, so that two ranks each have a copy of one; Qwen2-VL and a mixture likewise in test_split."""
+    checkpoints.make_llama(tmp_path)
+    few = {"max_model_len": 128, "max_num_batched_tokens": 16}
+    requests = chats()[:4]
+    expected, _, cached = run(crew, tmp_path, requests, 1, kv_cache_memory=10 * BLOCK_BYTES, **few)
+    found, preempted, cached_too = run(crew, tmp_path, requests, 4, kv_cache_memory=5 * BLOCK_BYTES, **few)
+    assert found == expected and not crew.lost
+    assert preempted and cached == cached_too
+
+
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [(2, {}), (4, {"max_num_batched_tokens": 16}), (2, {"quantization": "int8", "dtype": "bfloat16"})],
+    ids=["float32", "four ranks", "int8"],
+)
+def test_adapters_are_split_with_their_layers(crew: Crew, tmp_path: Path, size: int, options: dict[str, Any]) -> None:
+    """Two in a batch with their base; what is unloaded answers the requests that have it."""
+    checkpoints.make_llama(tmp_path / "base")
+    folders = [make_adapter(tmp_path / f"{seed}", tmp_path / "base", seed=seed, rank=2 + seed) for seed in (1, 2)]
+    requests = [replace(request(random_prompt(i % 4, 9 + 3 * i), 8), adapter=i % 3) for i in range(9)]
+    answered = []
+    for ranks in (1, size):
+        with crew.engine(tmp_path / "base", ranks, **options) as bench:
+            adapters = bench.engine.adapters
+            assert [adapters.load(number, str(folder)) for number, folder in enumerate(folders, 1)] == ["", ""]
+            answered.append(answers(bench.run(*requests)))
+            later = [replace(one, id=one.id + 500) for one in requests]
+            bench.add(*later)
+            adapters.unload(1)
+            bench.run()
+            assert answers([bench.results[one.id] for one in later]) == answered[-1]
+            assert "adapter_config.json" in adapters.load(3, str(tmp_path / "base")) and adapters.find(3) is None
+            assert adapters.load(4, str(folders[0])) == ""
+            again = [replace(one, id=one.id + 1000, adapter=4) for one in requests if one.adapter == 1]
+            assert answers(bench.run(*again)) == answered[-1][1::3]
+    assert answered[0] == answered[1]
+    assert not crew.lost
+
+
+class Told:
+    """A leader whose followers load everything but what is named so."""
+
+    def __init__(self, refusal: str = "") -> None:
+        self.refusal = refusal
+        self.frames: list[bytes] = []
+
+    def send(self, frame: bytes) -> None:
+        self.frames.append(frame)
+
+    def adapters_loaded(self) -> list[tuple[str, int]]:
+        return [("", 1000), (self.refusal, 0)]
+
+
+def test_other_ranks_drop_an_adapter_when_nobody_has_it_any_more(tmp_path: Path) -> None:
+    checkpoints.make_llama(tmp_path / "base")
+    model = load_model(open_checkpoint(tmp_path / "base"), dtype=torch.float32, device="cpu")
+    folder = str(make_adapter(tmp_path / "adapter", tmp_path / "base"))
+    told: Any = Told()
+    adapters = Adapters(model, torch.float32, torch.device("cpu"), told)
+    load, unload = messages.encode_load_adapter(1, folder), messages.encode_unload_adapter(1)
+    assert adapters.load(1, folder) == "" and told.frames == [load]
+    held = adapters.find(1)
+    assert held is not None and adapters.nbytes(1) == held.nbytes + 1000
+    adapters.unload(1)
+    gc.collect()
+    assert adapters.nbytes(1) == 0 and told.frames == [load]
+    del held
+    assert told.frames == [load, unload]
+
+    told.frames, told.refusal = [], "rank 2 has no memory"
+    assert adapters.load(1, folder) == told.refusal
+    assert adapters.find(1) is None and told.frames == [load, unload]
 
 
 class Lost:
