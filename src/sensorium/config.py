@@ -33,6 +33,7 @@ class EngineConfig:
 
     model: str  # resolved local folder
     text_model: str = ""  # resolved folder of the language model, where the checkpoint has none of its own
+    draft_model: str = ""  # resolved folder of the model that guesses tokens, if there is one
     dtype: str = flag(
         "auto",
         "Weights' and computation's type. auto: as the checkpoint says, bfloat16 on a CPU for "

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from sensorium.checkpoint.configs import Checkpoint
 from sensorium.config import EngineConfig
 from sensorium.engine.faults import Faults
-from sensorium.engine.loading import Engine, build_engine
+from sensorium.engine.loading import Engine, LoadedPart, build_engine
 from sensorium.engine.loop import Core
 from sensorium.engine.memory import SNAPSHOT_TOKENS
 from sensorium.ipc import messages
@@ -137,6 +137,7 @@ class Bench:
         if scheduler.prefixes.states is not None:
             assert scheduler.prefixes.states.pool.num_free == scheduler.prefixes.states.pool.num_blocks - 1
         assert self.engine.encoder.pinned_bytes == 0
+        assert self.engine.drafting is None or self.engine.drafting.is_idle
         assert not scheduler.num_running and not scheduler.waiting
 
 
@@ -163,9 +164,10 @@ def bench(
     faults: Faults | None = None,
     kv_tokens: int = 4096,
     capture: Replayed | None = None,
+    draft: Model | None = None,
     **options: Any,
 ) -> Bench:
-    """A fresh engine around a model that is loaded already. With `capture` its decodes are graphs."""
+    """A fresh engine around a model that is loaded already. With `capture` its decodes are graphs; `draft` guesses."""
     if os.environ.get(GRAPHS) == "1":
         capture = capture or Replayed()
     options = {
@@ -180,8 +182,12 @@ def bench(
     slot_bytes = sum(group.slot_bytes(torch.float32) for group in states(model.cache_groups()))
     slots = 1 + 2 * options["max_num_seqs"] + kv_tokens // SNAPSHOT_TOKENS
     kv_bytes = kv_tokens // options["block_size"] * options["block_size"] * token_bytes + slots * slot_bytes
+    cpu = torch.device("cpu")
+    part = None if draft is None else LoadedPart(draft, draft.checkpoint, cpu, torch.float32, None)
+    if draft is not None:
+        kv_bytes += kv_tokens * sum(group.token_bytes(torch.float32) for group in paged(draft.cache_groups()))
     config = EngineConfig(model=str(checkpoint.folder), kv_cache_memory=kv_bytes, **options)
-    engine = build_engine(model, checkpoint, config, torch.device("cpu"), torch.float32, faults=faults, capture=capture)
+    engine = build_engine(model, checkpoint, config, cpu, torch.float32, faults=faults, capture=capture, draft=part)
     while engine.runner.can_capture:
         engine.runner.capture_one()
     engine.runner.overlaps = os.environ.get(OVERLAP) == "1"

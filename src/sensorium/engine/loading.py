@@ -25,6 +25,8 @@ from sensorium.engine.adapters import Adapters
 from sensorium.engine.batch import BatchBuilder, Spare
 from sensorium.engine.block_pool import BlockPool
 from sensorium.engine.cache_layout import CacheLayout, by_place, make_states
+from sensorium.engine.draft_model import DraftModel
+from sensorium.engine.drafting import Drafting
 from sensorium.engine.encoder_cache import EncoderCache
 from sensorium.engine.faults import Faults
 from sensorium.engine.graphs import Capture, CudaCapture, Graphs
@@ -40,7 +42,7 @@ from sensorium.engine.staging import Staging, staging_bytes
 from sensorium.engine.state_slots import StateSlots
 from sensorium.engine.tables import BlockTables
 from sensorium.engine.warming import Warming
-from sensorium.errors import StartupError
+from sensorium.errors import CheckpointError, StartupError
 from sensorium.ipc.ranks import CacheSize
 from sensorium.kernels import Quantization
 from sensorium.kernels.context import KVCache
@@ -59,6 +61,7 @@ from sensorium.types import EngineReady
 from sensorium.units import MiB
 from sensorium.weights.disk_cache import QuantizedCopy
 
+DRAFT_FLAG = "--draft-model"
 SMALL_MODEL_BYTES = 64 * MiB  # of weights: what a core reads in the time that waking another one may take
 
 logger = logging.getLogger(__name__)
@@ -79,10 +82,11 @@ class Engine:
     encoder: EncoderCache[Tensor]
     ready: EngineReady
     adapters: Adapters
-    mapped: list[MappedLinear] = field(default_factory=list)  # memory-mapped, not copied yet
+    mapped: list[MappedLinear] = field(default_factory=list)  # memory-mapped, not copied yet; the draft model's, too
     work: tuple[float, float] = (0.0, 0.0)  # multiply-adds of a token, and for each key that it sees
     vocab_size: int = 0  # width of the logits
     lookup: PromptLookup | None = None
+    drafting: Drafting | None = None  # `lookup`, where a draft model is behind it
     writing: Iterator[None] | None = None  # of a copy of the weights, piece by piece
     warming: Warming | None = None  # of kernels that are being compiled
     captures: bool = False  # whether graphs are made of decodes, as soon as there is time
@@ -161,6 +165,7 @@ def load_engine(
     report = progress or (lambda phase, fraction: None)
     if faults is not None:
         faults.hit("load")
+    draft = load_draft(config) if config.draft_model else None  # first: threads are as the model itself needs them
     part = load_part(config, ranks=None if leader is None else leader.ranks, report=report)
     device = part.device
     check_pooling(part.model, part.checkpoint)
@@ -176,6 +181,7 @@ def load_engine(
         faults=faults,
         capture=CudaCapture() if compiles else None,
         leader=leader,
+        draft=draft,
     )
     engine.warming = warming_of(engine, config, device) if compiles else None
     if part.copy is not None and not part.copy.is_whole:
@@ -219,6 +225,25 @@ def load_part(
         ranks=ranks,
     )
     return LoadedPart(model, checkpoint, device, dtype, copy)
+
+
+def load_draft(config: EngineConfig) -> LoadedPart:
+    """The draft model, with weights and cache of the same kind. StartupError names the flag."""
+    stored = open_checkpoint(Path(config.draft_model), None).quantization
+    own = replace(
+        config,
+        model=config.draft_model,
+        text_model="",
+        hf_overrides={},
+        pooling="auto",
+        quantize_towers=False,
+        quantized_cache="",
+        quantization=config.quantization if stored is None and config.quantization in ("int8", "int4") else "auto",
+    )
+    try:
+        return load_part(own)
+    except (CheckpointError, StartupError) as error:
+        raise StartupError(f"{DRAFT_FLAG} {config.draft_model}: {error.message}") from None
 
 
 def warming_of(engine: Engine, config: EngineConfig, device: torch.device) -> Warming:
@@ -283,34 +308,44 @@ def build_engine(
     faults: Faults | None = None,
     capture: Capture | None = None,
     leader: Leader | None = None,
+    draft: LoadedPart | None = None,
 ) -> Engine:
     """Everything around a model that is already there, or around rank 0's part of it. With `capture` decodes become
-    graphs."""
+    graphs; `draft` guesses tokens."""
     started = monotonic() if started is None else started
     groups, poolers = model.cache_groups(), model.poolers
     tokens = config.max_num_batched_tokens or default_batched_tokens(model, device)
     part = LoadedPart(model, checkpoint, device, dtype, None)
+    if draft is not None:
+        _check_draft(part, draft, config)
     is_staged = leader is None and (device.type != "cpu" or capture is not None)  # else steps are sent from the CPU
-    cache = _make_cache(part, config, tokens, int(is_staged), leader)
+    cache = _make_cache(part, config, tokens, int(is_staged), leader, draft)
     encoder = _encoder_cache(model, groups, config, device, dtype)
     budget = _budget(model, groups, checkpoint, config, cache, tokens, device)
-    prefixes = PrefixCache(
-        BlockPool(cache.num_blocks),
-        budget.tables(),
-        _identity(checkpoint, config, dtype),
-        enabled=config.enable_prefix_caching and bool(cache.layers),
-        stretched_from=model.stretched_from,
-        states=StateSlots(cache.num_slots) if cache.num_slots else None,
-    )
-    lookup = _make_lookup(model, config, cache)
+    prefixes = _prefix_cache(part, config, cache, budget)
+    drafting = None if draft is None else _make_drafting(part, draft, config, cache, tokens, faults)
+    lookup = drafting or _make_lookup(model, config, cache)
     tasks: dict[str, bool] = {task: one.all_tokens for task, one in poolers.items()}
     scheduler = Scheduler(budget, prefixes.pool, prefixes, encoder, tasks, lookup)
     runner = _make_runner(part, config, cache, budget, encoder, capture, faults, leader, is_staged=is_staged)
     kv_tokens = budget.tables().capacity(cache.num_blocks, cache.max_len)
-    ready = _ready(part, config, cache, kv_tokens, started)
+    ready = _ready(part, config, cache, kv_tokens, started, draft)
     work = (2.0 * ready.weight_bytes, 16.0 * key_elements(groups))  # not too little
     adapters, mapped = Adapters(model, dtype, device, leader), mapped_weights(model)
-    return Engine(scheduler, runner, prefixes, encoder, ready, adapters, mapped, work, checkpoint.vocab_size, lookup)
+    mapped += [] if draft is None else mapped_weights(draft.model)
+    vocab_size = checkpoint.vocab_size
+    return Engine(scheduler, runner, prefixes, encoder, ready, adapters, mapped, work, vocab_size, lookup, drafting)
+
+
+def _prefix_cache(part: LoadedPart, config: EngineConfig, cache: _Cache, budget: Budget) -> PrefixCache:
+    return PrefixCache(
+        BlockPool(cache.num_blocks),
+        budget.tables(),
+        _identity(part.checkpoint, config, part.dtype),
+        enabled=config.enable_prefix_caching and bool(cache.layers),
+        stretched_from=part.model.stretched_from,
+        states=StateSlots(cache.num_slots) if cache.num_slots else None,
+    )
 
 
 def _make_runner(
@@ -383,6 +418,57 @@ def _make_lookup(model: Model, config: EngineConfig, cache: _Cache) -> PromptLoo
     return PromptLookup(config.speculative_tokens)
 
 
+def _check_draft(part: LoadedPart, draft: LoadedPart, config: EngineConfig) -> None:
+    """StartupError says in one line why the one model cannot guess for the other."""
+    groups, own = part.model.cache_groups(), draft.model.cache_groups()
+    if part.device.type != "cpu":
+        raise StartupError(f"{DRAFT_FLAG} computes on a CPU only: leave it out, or use --device cpu")
+    if not part.model.generates or attends_to_media(groups):
+        raise StartupError(f"{DRAFT_FLAG} guesses text: {part.checkpoint.architecture} writes none of its own")
+    if states(groups):
+        raise StartupError(
+            f"{DRAFT_FLAG}: nothing is guessed for {part.checkpoint.architecture}, whose layers keep states that a "
+            "wrong guess would change"
+        )
+    if not draft.model.generates or not own or states(own) or attends_to_media(own):
+        raise StartupError(
+            f"{DRAFT_FLAG} {config.draft_model}: {draft.checkpoint.architecture} cannot guess; a language model can, "
+            "all of whose layers keep keys and values"
+        )
+
+
+def _make_drafting(
+    part: LoadedPart, draft: LoadedPart, config: EngineConfig, cache: _Cache, tokens: int, faults: Faults | None
+) -> Drafting:
+    """A draft model with a cache of its own, for as many tokens as the model's."""
+    own = _make_draft_cache(draft, config, cache, tokens)
+    budget = _budget(draft.model, draft.model.cache_groups(), draft.checkpoint, config, own, tokens, draft.device)
+    model = DraftModel(
+        draft.model,
+        own.layers,
+        _batch_builder(draft.model, budget, draft.device, None),
+        _prefix_cache(draft, config, own, budget),
+        Sampler(config.seed),
+        budget,
+        part.checkpoint.vocab_size,
+        faults,
+    )
+    return Drafting(config.speculative_tokens, model, tokens)
+
+
+def _make_draft_cache(draft: LoadedPart, config: EngineConfig, cache: _Cache, tokens: int) -> _Cache:
+    """In the memory that the model's cache has left for it. It gives back nothing that windows have passed: guesses are
+    taken back."""
+    longest = min(draft.checkpoint.max_model_len, draft.model.long_context_from or cache.max_len, cache.max_len)
+    cache_dtype = choose_cache_dtype(config.kv_cache_dtype, draft.dtype, has_cache=True)
+    layout = CacheLayout.of(paged(draft.model.cache_groups()), config.block_size, cache_dtype, max_len=longest)
+    tables = BlockTables(layout.windows, config.block_size, tokens)
+    most = config.max_num_seqs * tables.blocks(longest) * len(layout.windows)
+    num_blocks = min(cache.draft_bytes // layout.block_bytes, most)
+    layers = by_place(layout.make(num_blocks, draft.device))
+    return _Cache(layers, num_blocks, longest, num_blocks * layout.block_bytes, layout.windows)
+
+
 class _Cache(NamedTuple):
     layers: KVCache  # empty for models without a cache
     num_blocks: int
@@ -391,11 +477,14 @@ class _Cache(NamedTuple):
     windows: tuple[int | None, ...] = (None,)  # of a sequence's block tables
     num_slots: int = 0  # of states
     followers_bytes: tuple[int, ...] = ()  # of the weights of ranks 1 and up
+    draft_bytes: int = 0  # that are left for a draft model's cache
 
 
-def _make_cache(part: LoadedPart, config: EngineConfig, tokens: int, spare: int, leader: Leader | None) -> _Cache:
+def _make_cache(
+    part: LoadedPart, config: EngineConfig, tokens: int, spare: int, leader: Leader | None, draft: LoadedPart | None
+) -> _Cache:
     """For sequences as long as there is memory for. `tokens`: of the largest step; `spare`: blocks and slots of states
-    beside those that sequences get."""
+    beside those that sequences get; `draft` has a cache of as many tokens in the same memory."""
     groups = part.model.cache_groups()
     wanted = wanted_length(config, part.checkpoint)
     cache_dtype = choose_cache_dtype(config.kv_cache_dtype, part.dtype, has_cache=bool(groups))
@@ -409,6 +498,8 @@ def _make_cache(part: LoadedPart, config: EngineConfig, tokens: int, spare: int,
     tables = BlockTables(layout.windows, config.block_size, tokens)
     rooms = [room_of_rank(part, config, None if leader is None else leader.ranks, tokens)]
     available = min(rooms + [one.available_bytes for one in followers])
+    draft_bytes = 0 if draft is None else int(available * _draft_share(part, draft, config))
+    available -= draft_bytes
     slot_bytes = sum(group.slot_bytes(part.dtype) for group in states(groups))
     num_slots = size_states(config, tables, layout.block_bytes, slot_bytes, wanted, available)
     state_bytes = num_slots * slot_bytes
@@ -418,7 +509,18 @@ def _make_cache(part: LoadedPart, config: EngineConfig, tokens: int, spare: int,
     if leader is not None:
         leader.meet(part.device, size)
     size_bytes = num_blocks * layout.block_bytes + state_bytes
-    return _Cache(layers, num_blocks, max_len, size_bytes, layout.windows, num_slots, followers_bytes)
+    return _Cache(layers, num_blocks, max_len, size_bytes, layout.windows, num_slots, followers_bytes, draft_bytes)
+
+
+def _draft_share(part: LoadedPart, draft: LoadedPart, config: EngineConfig) -> float:
+    """Which part of the cache's memory a draft model needs for as many tokens as the model has."""
+    own, whole = (_token_bytes(one, config) for one in (draft, part))
+    return own / (own + whole)
+
+
+def _token_bytes(part: LoadedPart, config: EngineConfig) -> int:
+    dtype = choose_cache_dtype(config.kv_cache_dtype, part.dtype, has_cache=True)
+    return sum(group.token_bytes(dtype) for group in paged(part.model.cache_groups()))
 
 
 def room_of_rank(part: LoadedPart, config: EngineConfig, ranks: Ranks | None, tokens: int | None = None) -> int:
@@ -469,14 +571,17 @@ def _budget(
     )
 
 
-def _ready(part: LoadedPart, config: EngineConfig, cache: _Cache, kv_tokens: int, started: float) -> EngineReady:
+def _ready(
+    part: LoadedPart, config: EngineConfig, cache: _Cache, kv_tokens: int, started: float, draft: LoadedPart | None
+) -> EngineReady:
     poolers, weights = part.model.poolers, (weight_bytes(part.model), *cache.followers_bytes)
+    draft_bytes = 0 if draft is None else weight_bytes(draft.model)
     return EngineReady(
         max_model_len=cache.max_len,
         kv_tokens=kv_tokens,
         block_size=config.block_size,
-        weight_bytes=sum(weights),
-        kv_bytes=cache.size_bytes * len(weights),
+        weight_bytes=sum(weights) + draft_bytes,
+        kv_bytes=cache.size_bytes * len(weights) + cache.draft_bytes,
         load_seconds=monotonic() - started,
         device=part.device.type,
         dtype=str(part.dtype).removeprefix("torch."),

@@ -65,23 +65,27 @@ class StepTimes:
 
     def observe(self, rows: int, seconds: float, *, drafted: bool) -> None:
         """The first step of a kind is not counted: kernels prepare for shapes that are new."""
-        size = _size_class(rows)
+        size = size_class(rows)
         if (drafted, size) not in self._seen:
             self._seen.add((drafted, size))
             return
         known = self._seconds[drafted].get(size, seconds)
         self._seconds[drafted][size] = known + (seconds - known) * (0.5 if seconds < known else 0.1)
 
+    def plain(self, sequences: int) -> float | None:
+        """Seconds of a step of so many sequences without drafts, if that is known."""
+        return self._seconds[False].get(size_class(sequences))
+
     def between_looks(self, sequences: int) -> int:
         """Tokens after which a sequence may be looked at again, so that looks take a small share of a step."""
-        plain = self._seconds[False].get(_size_class(sequences))
+        plain = self.plain(sequences)
         return 1 if plain is None else min(math.ceil(LOOK_S * sequences / (LOOK_SHARE * plain)), MAX_IDLE)
 
     def ratio(self, sequences: int, rows: int) -> float:
         """How many times as long a step of `rows` with drafts takes as one of so many sequences without. 1 where that
         is not known: it is found out."""
-        plain = self._seconds[False].get(_size_class(sequences))
-        size = _size_class(rows)
+        plain = self.plain(sequences)
+        size = size_class(rows)
         with_drafts = self._seconds[True]
         drafted = with_drafts.get(size) or max((s for one, s in with_drafts.items() if one < size), default=None)
         return 1.0 if plain is None or drafted is None else max(drafted / plain, 1.0)
@@ -90,12 +94,12 @@ class StepTimes:
         """A step with so many rows is not taken because of its time."""
         with_drafts = self._seconds[True]
         for size in with_drafts:
-            if size <= _size_class(rows):
+            if size <= size_class(rows):
                 with_drafts[size] *= FORGET
 
 
-def _size_class(rows: int) -> int:
-    """Two classes for each doubling."""
+def size_class(rows: int) -> int:
+    """Of steps that take about as long: two classes for each doubling."""
     return round(2 * math.log2(rows)) if rows > 4 else rows - 1
 
 
@@ -165,9 +169,15 @@ class PromptLookup:
         if seq.guesses is None:  # its grammar's
             return
         seq.guesses.learn(drafted, right, seq.num_outputs)
+        self._count(drafted, right)
+
+    def _count(self, drafted: int, right: int) -> None:
         self.num_drafts += 1
         self.num_draft_tokens += drafted
         self.num_accepted_tokens += right
+
+    def forget(self, seq: Sequence) -> None:
+        """A sequence ends, or gives its cache back."""
 
     def observe(self, plan: Plan, seconds: float) -> None:
         """A step took so long."""

@@ -199,6 +199,7 @@ class Core:
     def _step(self) -> None:
         outputs = StepOutputs()
         self._encode(outputs)
+        self._guess()
         self._pulse.begin()
         plan, ended = self._scheduler.schedule()
         computed_s = 0.0
@@ -258,6 +259,20 @@ class Core:
 
         if is_device_lost(error) or self._runner.is_torn:
             raise error
+
+    def _guess(self) -> None:
+        """What the draft model says of the sequences that decode. If it fails they go on without it."""
+        drafting = self._engine.drafting
+        if drafting is None or not self._scheduler.decoding:
+            return
+        self._pulse.begin()
+        try:
+            with self._runner.computing():
+                drafting.think(self._scheduler.decoding)
+        except Exception as error:
+            self._raise_if_lost(error)
+            logger.error("the draft model failed, and is not asked again", exc_info=error)
+            drafting.give_up()
 
     def _encode(self, outputs: StepOutputs) -> None:
         """A little of what the towers have to do."""

@@ -47,21 +47,22 @@ class Sampled:
 class TokenCounts:
     """Which tokens a sequence has seen and how often it has said them, for penalties."""
 
-    __slots__ = ("_counted", "_places", "counts", "ids", "size")
+    __slots__ = ("_num_seen", "_places", "_said", "counts", "ids", "size")
 
     def __init__(self, prompt: NDArray[np.int32], vocab_size: int) -> None:
         """Placeholders of media may lie outside the vocabulary; they have no logit."""
         seen = np.unique(prompt[prompt < vocab_size])
-        self.size = len(seen)
+        self.size = self._num_seen = len(seen)
         self.ids = np.empty(len(seen) + 256, np.int64)
         self.ids[: self.size] = seen
         self.counts = np.zeros(len(self.ids), np.float32)  # in the output
         self._places = {int(token): place for place, token in enumerate(seen)}
-        self._counted = 0
+        self._said: list[int] = []  # what was counted
 
     def update(self, outputs: NDArray[np.int32]) -> None:
         """`outputs` is the whole output so far; what was counted before is not counted again."""
-        for token in outputs[self._counted :].tolist():
+        news: list[int] = outputs[len(self._said) :].tolist()
+        for token in news:
             place = self._places.setdefault(token, self.size)
             if place == self.size:
                 if place == len(self.ids):
@@ -70,7 +71,17 @@ class TokenCounts:
                 self.ids[place] = token
                 self.size += 1
             self.counts[place] += 1
-        self._counted = len(outputs)
+        self._said += news
+
+    def take_back(self, count: int) -> None:
+        """Only the first `count` tokens of the output were said."""
+        while len(self._said) > count:
+            token = self._said.pop()
+            place = self._places[token]
+            self.counts[place] -= 1
+            if not self.counts[place] and place >= self._num_seen:  # the last that came is the first that goes
+                self.size -= 1
+                del self._places[token]
 
 
 class SamplerState:

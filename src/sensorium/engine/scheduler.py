@@ -40,7 +40,7 @@ _order = attrgetter("order")
 
 
 class Lookup(Protocol):
-    """Guesses what sequences say next (`lookup.PromptLookup`)."""
+    """Guesses what sequences say next (`lookup.PromptLookup`, `drafting.Drafting`)."""
 
     def begin(self, num_decoding: int) -> None:
         """A step is planned in which so many sequences decode."""
@@ -50,6 +50,9 @@ class Lookup(Protocol):
 
     def learn(self, seq: Sequence, drafted: int, right: int) -> None:
         """So many of a sequence's drafts were right."""
+
+    def forget(self, seq: Sequence) -> None:
+        """A sequence ends, or gives its cache back."""
 
 
 @dataclass(slots=True)
@@ -692,6 +695,8 @@ class Scheduler:
                 self.pool.release(block)
         if self.prefixes.states is not None:
             self.prefixes.states.give_back(seq)
+        if self._lookup is not None:
+            self._lookup.forget(seq)
         seq.blocks, seq.num_released = [], []
         seq.num_computed = 0
         seq.num_published = 0
