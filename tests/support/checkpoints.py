@@ -1320,8 +1320,13 @@ def _noise(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     for key, shape in shapes.items():
         noise = torch.randn(shape, generator=generator)
         is_norm = key.startswith("ln_") and key.endswith("weight")
-        made[key] = 1 + 0.2 * noise if is_norm else noise * (0.2 if len(shape) == 1 else 1.2 / shape[-1] ** 0.5)
+        made[key] = 1 + _evenly(noise) if is_norm else noise * (0.2 if len(shape) == 1 else 1.2 / shape[-1] ** 0.5)
     return made
+
+
+def _evenly(noise: torch.Tensor) -> torch.Tensor:
+    """Of a normal distribution -> evenly in -0.5 … 0.5, so that norms differ from one and zero by much."""
+    return torch.erf(noise / 2**0.5) / 2
 
 
 @torch.no_grad()
@@ -1335,7 +1340,7 @@ def _randomise(model: PreTrainedModel, seed: int) -> None:
             is_around_zero = "gemma3" in model.config.model_type and "vision_tower" not in name
             if "qwen3_5" in model.config.model_type:
                 is_around_zero = "visual" not in name and "linear_attn" not in name
-            parameter.copy_((0 if is_around_zero else 1) + 0.2 * noise)
+            parameter.copy_((0 if is_around_zero else 1) + _evenly(noise))
             if "gemma4" in model.config.model_type and ("q_norm" in name or "k_norm" in name):
                 parameter.mul_(0.35)  # scores have no other scale: larger ones would only magnify rounding
         elif "embed_tokens" in name:

@@ -16,7 +16,7 @@ from sensorium.models.base import Model
 from sensorium.serving.beams import Beams, BeamSearch
 from sensorium.types import EngineOutput, EngineRequest, Grammar, Prompt, SamplingParams
 
-PROMPT = random_prompt(3, 21)
+PROMPT = random_prompt(6, 21)
 TOKENS = 9
 PAD = 1
 

