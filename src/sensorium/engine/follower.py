@@ -107,7 +107,10 @@ def serve(channel: Channel) -> int:
         pulse = Pulse(lambda: channel.send(_beat(pulse, ranks)), PATIENCE * config.hang_after_s)
         pulse.begin(slow=True)
         pulse.start()
-        _follow(channel, config, ranks, me.store, pulse)
+        try:
+            _follow(channel, config, ranks, me.store, pulse)
+        finally:
+            pulse.stop()
     except StartupError as error:
         channel.send(messages.encode_lost(f"could not load its part: {error.message}"))
         return 2

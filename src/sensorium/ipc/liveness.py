@@ -12,7 +12,6 @@ import faulthandler
 import logging
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from time import monotonic
@@ -114,9 +113,14 @@ class Pulse:
         self._least_s = least_s
         self._times = StepTimes()
         self._piece: tuple[float, float, bool] | None = None  # (when it began, work, slow)
+        self._is_stopped = threading.Event()
 
     def start(self) -> None:
         threading.Thread(target=self._run, name="engine-pulse", daemon=True).start()
+
+    def stop(self) -> None:
+        """The main loop is through; its process may have other things to do."""
+        self._is_stopped.set()
 
     def begin(self, work: float = 0.0, *, slow: bool = False) -> None:
         """A piece of about `work` multiply-adds begins, and the one before it is done. `slow`: it waits for files."""
@@ -141,8 +145,7 @@ class Pulse:
     def _run(self) -> None:
         spent = WatchedTime(BEAT_S)
         watched = None
-        while True:
-            time.sleep(min(BEAT_S, self._least_s / 4))
+        while not self._is_stopped.wait(min(BEAT_S, self._least_s / 4)):
             self._beat()
             piece = self._piece
             if piece is not watched:

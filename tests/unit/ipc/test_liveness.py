@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -74,3 +75,18 @@ def test_a_process_that_computes_shows_it_and_a_stopped_one_does_not() -> None:
         child.kill()
         child.wait()
     assert activity(child.pid) == 0
+
+
+def test_nobody_watches_a_loop_that_is_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ended within a piece of work, and its process goes on to other things."""
+    monkeypatch.setattr(liveness, "BEAT_S", 0.01)
+    heard = threading.Event()
+    pulse = Pulse(heard.set, 100.0)
+    before = set(threading.enumerate())
+    pulse.start()
+    (thread,) = set(threading.enumerate()) - before
+    pulse.begin()
+    assert heard.wait(120)
+    pulse.stop()
+    thread.join(120)
+    assert not thread.is_alive()
