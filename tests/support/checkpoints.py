@@ -113,6 +113,9 @@ GEMMA_TEMPLATE = (
     "{% endfor %}{% endif %}<end_of_turn>\n{% endfor %}"
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
+GEMMA4_TEMPLATE = GEMMA_TEMPLATE.replace(
+    "{% if part['type'] == 'image' %}<start_of_image>", "{% if part['type'] != 'text' %}<|{{ part['type'] }}|>"
+)
 LLAVA_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['role'] | upper }}: {% endif %}"
     "{% for part in m['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
@@ -161,7 +164,7 @@ GEMMA_SPECIALS = (
 )
 GEMMA4_SPECIALS = (
     *("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"),
-    *("<|image>", "<|image|>", "<image|>", "<|video|>", "<|audio|>"),
+    *("<|image>", "<|image|>", "<image|>", "<|video|>", "<|audio>", "<|audio|>", "<audio|>"),
 )
 LLAMA_SPECIALS = ("<unk>", "<s>", "</s>")
 CHATML_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -361,7 +364,7 @@ def make_gemma3(
 
 def make_gemma4_text(path: Path, layout: Layout = "hub", **options: Any) -> PreTrainedModel:
     """Layers with a window and, of another shape, such that see all, in turn; the last two read the others' keys."""
-    ids = write_tokenizer(path, layout, GEMMA4_SPECIALS, GEMMA_TEMPLATE, bos="<bos>", eos="<eos>")
+    ids = write_tokenizer(path, layout, GEMMA4_SPECIALS, GEMMA4_TEMPLATE, bos="<bos>", eos="<eos>")
     options = {"pad_token_id": ids["<pad>"], **_gemma4_shape(ids), **options}
     return _text(path, layout, Gemma4ForCausalLM, Gemma4TextConfig, ids, "<bos>", "<eos>", options)
 
@@ -383,18 +386,25 @@ def _gemma4_shape(ids: dict[str, int]) -> dict[str, Any]:
     }
 
 
+GEMMA4_AUDIO = {
+    **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "output_proj_dims": 24},
+    **{"subsampling_conv_channels": [8, 6], "attention_chunk_size": 3, "attention_context_left": 4},
+}
+
+
 def make_gemma4(
     path: Path,
     layout: Layout = "hub",
     *,
     text: dict[str, Any] | None = None,
     vision: dict[str, Any] | None = None,
+    audio: dict[str, Any] | None = None,
     preprocessor: dict[str, Any] | None = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """Patches of two pixels, four of which are a row; bounds of the tower's linear layers; other layers than the
-    published ones' kinds see images both ways."""
-    ids = write_tokenizer(path, layout, GEMMA4_SPECIALS, GEMMA_TEMPLATE, bos="<bos>", eos="<eos>")
+    """Patches of two pixels, four of which are a row; bounds of the towers' linear layers; other layers than the
+    published ones' kinds see images both ways. Eight mel bins, of which two are left."""
+    ids = write_tokenizer(path, layout, GEMMA4_SPECIALS, GEMMA4_TEMPLATE, bos="<bos>", eos="<eos>")
     write_options, options = _write_options(options)
     shape = {**_gemma4_shape(ids), "sliding_window": 30, "use_bidirectional_attention": "vision", **(text or {})}
     config = Gemma4Config(
@@ -413,6 +423,9 @@ def make_gemma4(
             "standardize": True,
             **(vision or {}),
         },
+        audio_config={**GEMMA4_AUDIO, **(audio or {})},
+        boa_token_id=ids["<|audio>"],
+        eoa_token_index=ids["<audio|>"],
         boi_token_id=ids["<|image>"],
         image_token_id=ids["<|image|>"],
         eoi_token_id=ids["<image|>"],
@@ -430,6 +443,7 @@ def make_gemma4(
             **(preprocessor or {}),
         },
     )
+    _write_json(path / "processor_config.json", {"feature_extractor": {"feature_size": 8}})
     return _write(path, layout, Gemma4ForConditionalGeneration(config), ids["<bos>"], ids["<eos>"], **write_options)
 
 

@@ -66,7 +66,7 @@ class Served:
             layer_rows=deep.unflatten(1, (-1, size)) if prompt.spans and self.model.deepstack else None,
             positions=positions,
             position_delta=prompt.position_delta,
-            spans=tuple(prompt.spans),
+            spans=tuple(span for span in prompt.spans if prompt.media[span.item].kind != "audio"),
         )
 
 

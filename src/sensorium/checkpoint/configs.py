@@ -48,6 +48,9 @@ class Checkpoint:
     stop_token_ids: tuple[int, ...]  # generation_config's eos, else config's, and what the family adds
     weight_files: tuple[Path, ...]  # *.safetensors or pytorch_model*.bin, in index order
     video_preprocessor: dict[str, Any] = field(default_factory=dict)  # the same for videos, {} if absent
+    audio_preprocessor: dict[str, Any] = field(
+        default_factory=dict
+    )  # the same for audio, in processor_config.json alone
     text_weight_files: tuple[Path, ...] = ()  # of the second repository, whose tensors yield to the first's
     quantization: StoredQuantization | None = None  # how the weights are stored, if not as plain numbers
     score_tokens: ScoreTokens | None = None  # of a reranker whose score is made of rows of its language head
@@ -96,7 +99,6 @@ def open_checkpoint(
         folder=folder,
         architecture=architecture,
         config=config,
-        preprocessor=_preprocessor(folder, "preprocessor_config.json", "image_processor"),
         generation=generation,
         tokenizer_config=tokenizer_config,
         chat_template=_chat_template(folder, tokenizer_config, family, recipe),
@@ -106,7 +108,7 @@ def open_checkpoint(
         vocab_size=vocab_size,
         stop_token_ids=stop_token_ids(folder, tokenizer_config, (generation, config, text_dict), vocab_size),
         weight_files=find_weight_files(folder),
-        video_preprocessor=_preprocessor(folder, "video_preprocessor_config.json", "video_processor"),
+        **_preprocessors(folder),
         text_weight_files=find_weight_files(text_folder) if text_folder else (),
         quantization=_quantization(folder, config, text_dict),
         score_tokens=tokens,
@@ -215,8 +217,16 @@ def _dtype(config: dict[str, Any], text: dict[str, Any]) -> str:
     return "float32"
 
 
-def _preprocessor(folder: Path, name: str, part: str) -> dict[str, Any]:
+def _preprocessors(folder: Path) -> dict[str, Any]:
+    return {
+        "preprocessor": _preprocessor(folder, "preprocessor_config.json", "image_processor"),
+        "video_preprocessor": _preprocessor(folder, "video_preprocessor_config.json", "video_processor"),
+        "audio_preprocessor": _preprocessor(folder, None, "feature_extractor"),
+    }
+
+
+def _preprocessor(folder: Path, name: str | None, part: str) -> dict[str, Any]:
     """A preprocessor's own file, else its part of processor_config.json, else {}."""
-    own = read_json(folder / name)
+    own = None if name is None else read_json(folder / name)
     nested = (read_json(folder / "processor_config.json") or {}).get(part) if own is None else own
     return nested if isinstance(nested, dict) else {}

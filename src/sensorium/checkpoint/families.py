@@ -350,10 +350,10 @@ FAMILIES: Mapping[str, Family] = {
         "Gemma 4 E2B, E4B, 26B-A4B, 31B",
         "sensorium.models.gemma4:Gemma4",
         "sensorium.processors.gemma4:Gemma4Processor",
-        ("image",),
+        ("image", "video", "audio"),
         text_model_type="gemma4_text",
         overflows_float16=True,
-        lacks="audio and video; the unified 12B",
+        lacks="the unified 12B",
     ),
     "LlavaForConditionalGeneration": Family(
         "LLaVA-1.5",

@@ -354,15 +354,17 @@ class BatchBuilder:
         return self._tensor(_padded(found, max(size, len(found)), 1))
 
     def _visible(self, sequences: list[Sequence], lengths: Ints, counts: Ints) -> Tensor | None:
-        """Of each token how many keys it sees: all of its media span, up to itself elsewhere. None without such spans.
-        int32 [tokens]"""
+        """Of each token how many keys it sees: all of its media span, up to itself elsewhere and in audio. None without
+        media. int32 [tokens]"""
         if not self._media_both_ways or not any(seq.item_keys for seq in sequences):
             return None
         seen = _places(lengths, counts) + 1
         ends = counts.cumsum()
         for seq, start, count in zip(sequences, (ends - counts).tolist(), counts.tolist(), strict=True):
-            shift = start - seq.num_computed
+            shift, media = start - seq.num_computed, seq.request.prompt.media
             for span in spans_within(seq, seq.num_computed, seq.num_computed + count):
+                if media[span.item].kind == "audio":
+                    continue
                 first, last = max(span.offset + shift, start), span.offset + span.length
                 seen[first : last + shift] = last
         return self._tensor(seen.astype(np.int32))

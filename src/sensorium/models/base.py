@@ -82,7 +82,7 @@ class Model(nn.Module):
     chunks. Cache blocks are never shared between prompts of different lengths beyond the border."""
 
     media_both_ways: bool = False
-    """Tokens of a media item see all of it: the engine computes an item's span whole, in one step, and says in
+    """Tokens of an image or frame see all of it: the engine computes an item's span whole, in one step, and says in
     `AttentionContext.visible` how far each token sees."""
 
     deepstack: int = 0

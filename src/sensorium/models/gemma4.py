@@ -1,12 +1,13 @@
 """Gemma 4: layers of two shapes, the last of which read other layers' keys and values; small embeddings of each token
-for each layer; images of any size.
+for each layer; images and frames of any size, and audio.
 
-A layer's shape is in its `AttentionSpec`. Videos and audio are not served.
+A layer's shape is in its `AttentionSpec`.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -23,10 +24,21 @@ from sensorium.models.base import Rename, Steps
 from sensorium.models.cache import CacheGroup, PagedGroup
 from sensorium.models.decoder import DECODER_MAP, Decoder, DecoderForCausalLM, rounded
 from sensorium.models.experts import choose, experts_elsewhere, group_experts, make_experts
-from sensorium.models.layers import MLP, Embedding, Linear, RMSNorm, SmallLinear, SplitInputs, activation_name, declare
+from sensorium.models.layers import (
+    MLP,
+    Embedding,
+    Linear,
+    PlainNorm,
+    RMSNorm,
+    SmallLinear,
+    SplitInputs,
+    activation_name,
+    declare,
+)
 from sensorium.models.rope import RotaryEmbedding
 from sensorium.models.towers.blocks import groups, separate
-from sensorium.models.towers.gemma4_vit import Gemma4VisionTower, PlainNorm
+from sensorium.models.towers.conformer import Conformer
+from sensorium.models.towers.gemma4_vit import Gemma4VisionTower
 from sensorium.parallel.ranks import Ranks
 from sensorium.types import Modality
 
@@ -263,36 +275,68 @@ class Gemma4ForCausalLM(DecoderForCausalLM):
         return super().activation_bytes(tokens) + tokens * (own + beside) * self.model.norm.weight.element_size()
 
 
+class SoftEmbedder(nn.Module):
+    """Rows of a tower -> rows of the decoder."""
+
+    def __init__(self, inputs: int, outputs: int, eps: float) -> None:
+        super().__init__()
+        self.norm = PlainNorm(inputs, eps)
+        self.embedding_projection = Linear(inputs, outputs)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        out: Tensor = self.embedding_projection(self.norm(rows))
+        return out
+
+
 class Gemma4(Gemma4ForCausalLM):
-    modalities: ClassVar[frozenset[Modality]] = frozenset({"image"})
+    """The larger ones have no audio tower."""
+
+    modalities: ClassVar[frozenset[Modality]] = frozenset({"image", "video", "audio"})
     weight_prefixes: ClassVar[Mapping[str, str]] = {
         "model.language_model.": "model.",
-        "model.vision_tower.": "vision_tower.",
-        "model.embed_vision.embedding_projection.": "vision_projection.",
+        **{f"model.{name}.": f"{name}." for name in ("vision_tower", "audio_tower", "embed_vision", "embed_audio")},
     }
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
-        vision = checkpoint.config.get("vision_config")
+        vision, audio = (checkpoint.config.get(f"{kind}_config") for kind in ("vision", "audio"))
         if not isinstance(vision, dict):
             raise CheckpointError("config.json: a Gemma 4 without vision_config is not supported")
+        size = self.text.hidden_size
         self.vision_tower = Gemma4VisionTower(vision)
-        self.vision_norm = PlainNorm(self.vision_tower.size, self.vision_tower.eps)
-        self.vision_projection = Linear(self.vision_tower.size, self.text.hidden_size)
-        self.ignored = (*self.ignored, "model.audio_tower.", "model.embed_audio.", "vision_tower.encoder.rotary_emb.")
+        self.embed_vision = SoftEmbedder(self.vision_tower.size, size, self.vision_tower.eps)
+        self.audio_tower = Conformer(audio) if audio else None
+        if self.audio_tower is not None:
+            self.embed_audio = SoftEmbedder(self.audio_tower.config.output_size, size, self.audio_tower.config.eps)
+        self.ignored = (*self.ignored, "vision_tower.encoder.rotary_emb.")
 
     def encoding(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> Steps[list[Tensor]]:
-        """`pixels` [patches, 3 * side * side] from 0 to 1 and `grid` (lines, columns) of each image."""
-        grids = [tuple(item["grid"].tolist()) for item in items]
-        kernel = self.vision_tower.kernel
+        """`mel` [frames, bins] of each recording; of each image or video `pixels` [patches, 3 * side * side] from 0 to
+        1 and `grid`: its frames, and the lines and columns of their patches."""
+        if kind != "audio":
+            return (yield from self._seen(items))
+        if self.audio_tower is None:
+            raise ValueError("this checkpoint has no audio tower")
+        dtype = self.model.norm.weight.dtype
+        heard = yield from self.audio_tower.steps([item["mel"].to(dtype) for item in items])
+        return [self.embed_audio(rows) for rows in heard]
+
+    def _seen(self, items: Sequence[Mapping[str, Tensor]]) -> Steps[list[Tensor]]:
+        grids = [item["grid"].tolist() for item in items]
+        sizes = [(lines, columns) for frames, lines, columns in grids for _ in range(frames)]
+        patches = [lines * columns for lines, columns in sizes]
+        pixels = torch.split(torch.cat([item["pixels"] for item in items]), patches)
         rows: list[Tensor] = []
-        for part in groups([lines * columns for lines, columns in grids], self.vision_tower.group_rows):
-            states = yield from self.vision_tower.steps([item["pixels"] for item in items[part]], grids[part])
+        for part in groups(patches, self.vision_tower.group_rows):
+            states = yield from self.vision_tower.steps(pixels[part], sizes[part])
             yield states.numel() * self.text.hidden_size
-            projected = self.vision_projection(self.vision_norm(states))
-            rows += separate(projected, [lines * columns // kernel**2 for lines, columns in grids[part]])
-        return rows
+            rows.append(self.embed_vision(states))
+        cells = self.vision_tower.kernel**2
+        return separate(torch.cat(rows), [math.prod(grid) // cells for grid in grids])
 
     def activation_bytes(self, tokens: int) -> int:
         size = self.model.norm.weight.element_size()
-        return max(super().activation_bytes(tokens), self.vision_tower.activation_bytes(size))
+        towers = self.vision_tower.activation_bytes(size)
+        if self.audio_tower is not None:
+            towers = max(towers, self.audio_tower.activation_bytes(size))
+        return max(super().activation_bytes(tokens), towers)

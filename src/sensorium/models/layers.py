@@ -342,6 +342,20 @@ class RMSNorm(nn.Module):
         return kernels.add_rms_norm(x, residual, self.weight, self.eps, self.offset)
 
 
+class PlainNorm(nn.Module):
+    """RMSNorm without weights."""
+
+    ones: Tensor
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.register_buffer("ones", torch.ones(size, device="cpu"), persistent=False)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.rms_norm(x, self.ones.to(x.dtype), self.eps)
+
+
 class Attention:
     """Paged attention of one decoder layer: writes the new keys and values, then attends. Has no parameters.
 

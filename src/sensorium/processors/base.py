@@ -75,7 +75,7 @@ Piece = NDArray[np.int32] | PlaceholderRun
 
 
 class Processor:
-    modalities: ClassVar[frozenset[Modality]] = frozenset()
+    modalities: frozenset[Modality] = frozenset()
     settings: ClassVar[Mapping[str, Setting]] = {}  # names of mm_processor_kwargs
     literals: ClassVar[tuple[str, ...]] = ()  # placeholders that are plain text to the tokenizer; escaped in user text
     sample_rate: ClassVar[int] = 16_000  # Hz, of the audio that `process` takes
@@ -289,4 +289,4 @@ class MarkedProcessor(Processor):
 
 
 class ImageProcessor(MarkedProcessor):
-    modalities: ClassVar[frozenset[Modality]] = frozenset({"image"})
+    modalities: frozenset[Modality] = frozenset({"image"})

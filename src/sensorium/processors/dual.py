@@ -28,7 +28,7 @@ CANONICAL = "SiglipTokenizer"
 
 
 class DualProcessor(Processor):
-    modalities: ClassVar[frozenset[Modality]] = frozenset({"image"})
+    modalities: frozenset[Modality] = frozenset({"image"})
     literals: ClassVar[tuple[str, ...]] = (PLACEHOLDER,)
 
     def _configure(self) -> None:

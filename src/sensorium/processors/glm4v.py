@@ -12,7 +12,7 @@ from sensorium.types import Modality
 
 
 class Glm4VProcessor(Qwen2VLProcessor):
-    modalities: ClassVar[frozenset[Modality]] = frozenset({"image"})
+    modalities: frozenset[Modality] = frozenset({"image"})
     settings: ClassVar[Mapping[str, Setting]] = {
         name: Qwen2VLProcessor.settings[name] for name in ("min_pixels", "max_pixels")
     }

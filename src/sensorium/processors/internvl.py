@@ -36,7 +36,7 @@ def best_grid(height: int, width: int, side: int, fewest: int, most: int) -> tup
 
 
 class InternVLProcessor(NamedProcessor):
-    modalities: ClassVar[frozenset[Modality]] = frozenset({"image", "video"})
+    modalities: frozenset[Modality] = frozenset({"image", "video"})
     literals: ClassVar[tuple[str, ...]] = ("<video>",)
     settings: ClassVar[Mapping[str, Setting]] = {
         "crop_to_patches": boolean,
@@ -83,17 +83,10 @@ class InternVLProcessor(NamedProcessor):
 
     def num_tokens(self, kind: Modality, height: int, width: int, frames: int = 1) -> int:
         if kind == "video":
-            return frames * self._rows + self._text_tokens(frames)
+            return frames * self._rows + self._text_tokens(self._numbered(frames))
         if kind != "image":
             return super().num_tokens(kind, height, width, frames)
         return len(list(self._squares_of(height, width))) * self._rows + 2
-
-    def prompt_tokens(self, features: MediaFeatures) -> int:
-        squares = features.num_rows // self._rows
-        return features.num_rows + (2 if features.kind == "image" else self._text_tokens(squares))
-
-    def _text_tokens(self, frames: int) -> int:
-        return len(self.tokenizer.encode(self._numbered(frames))) - frames
 
     def _squares_of(self, height: int, width: int) -> Iterator[tuple[int, int] | None]:
         """Place in the grid of each square, and None of the whole image."""

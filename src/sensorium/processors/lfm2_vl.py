@@ -24,7 +24,7 @@ MAX_TOKENS = 1 << 14
 
 
 class Lfm2VLProcessor(NamedProcessor):
-    modalities: ClassVar[frozenset[Modality]] = frozenset({"image"})
+    modalities: frozenset[Modality] = frozenset({"image"})
     settings: ClassVar[Mapping[str, Setting]] = {
         "do_image_splitting": boolean,
         "min_tiles": integer(1, MAX_TILES),
@@ -70,10 +70,7 @@ class Lfm2VLProcessor(NamedProcessor):
         if not rows or self._has_whole:
             whole = self._whole_size(height, width)
             rows += whole[0] * whole[1] // self._step**2
-        return rows + self._text_tokens(lines, columns)
-
-    def prompt_tokens(self, features: MediaFeatures) -> int:
-        return features.num_rows + self._text_tokens(*self._layout(features))
+        return rows + self._text_tokens(self._text(lines, columns))
 
     def process(self, item: MediaItem) -> MediaFeatures:
         if item.kind != "image":
@@ -137,7 +134,3 @@ class Lfm2VLProcessor(NamedProcessor):
         if not parts or self._has_whole:
             parts.append(f"{'<|img_thumbnail|>' if parts else ''}{self._soft}")
         return f"<|image_start|>{''.join(parts)}<|image_end|>"
-
-    def _text_tokens(self, lines: int, columns: int) -> int:
-        text = self._text(lines, columns)
-        return len(self.tokenizer.encode(text)) - text.count(self._soft)

@@ -24,7 +24,7 @@ PREFIX = "anyres_max_"
 
 
 class LlavaOnevisionProcessor(LlavaNextProcessor):
-    modalities: ClassVar[frozenset[Modality]] = frozenset({"image", "video"})
+    modalities: frozenset[Modality] = frozenset({"image", "video"})
     settings: ClassVar[Mapping[str, Setting]] = {
         **LlavaNextProcessor.settings,
         "num_frames": integer(1, 512),

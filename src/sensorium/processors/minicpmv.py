@@ -92,7 +92,7 @@ def _nearest(length: float, step: int) -> int:
 
 
 class MiniCPMVProcessor(Processor):
-    modalities: ClassVar[frozenset[Modality]] = frozenset({"image", "video"})
+    modalities: frozenset[Modality] = frozenset({"image", "video"})
     settings: ClassVar[Mapping[str, Setting]] = {
         "max_slice_nums": integer(1, MAX_SLICES),
         "video_max_slice_nums": integer(1, MAX_SLICES),

@@ -11,7 +11,7 @@ from sensorium.types import Modality
 
 
 class PaddleOCRVLProcessor(Qwen2VLProcessor):
-    modalities: ClassVar[frozenset[Modality]] = frozenset({"image"})
+    modalities: frozenset[Modality] = frozenset({"image"})
     settings: ClassVar[Mapping[str, Setting]] = {
         name: Qwen2VLProcessor.settings[name] for name in ("min_pixels", "max_pixels")
     }

@@ -83,7 +83,7 @@ def _thinned(planes: NDArray[np.float32], axis: int, side: int) -> NDArray[np.fl
 
 
 class Phi3VProcessor(Processor):
-    modalities: ClassVar[frozenset[Modality]] = frozenset({"image"})
+    modalities: frozenset[Modality] = frozenset({"image"})
     settings: ClassVar[Mapping[str, Setting]] = {"num_crops": integer(1, MAX_CROPS)}
     literals: ClassVar[tuple[str, ...]] = ("<|image_",)
 

@@ -31,7 +31,7 @@ def num_rows(frames: int) -> int:
 
 
 class Qwen2OmniProcessor(Qwen25VLProcessor):
-    modalities: ClassVar[frozenset[Modality]] = frozenset({"image", "video", "audio"})
+    modalities: frozenset[Modality] = frozenset({"image", "video", "audio"})
     marks: ClassVar[Mapping[Modality, tuple[str, str, str]]] = {
         "image": ("<|vision_bos|>", "<|IMAGE|>", "<|vision_eos|>"),
         "video": ("<|vision_bos|>", "<|VIDEO|>", "<|vision_eos|>"),

@@ -51,7 +51,7 @@ def smart_resize(
 
 
 class Qwen2VLProcessor(Processor):
-    modalities: ClassVar[frozenset[Modality]] = frozenset({"image", "video"})
+    modalities: frozenset[Modality] = frozenset({"image", "video"})
     settings: ClassVar[Mapping[str, Setting]] = {
         "min_pixels": integer(1, MAX_PIXELS),
         "max_pixels": integer(1, MAX_PIXELS),

@@ -18,10 +18,7 @@ from sensorium.types import MediaFeatures, Prompt
 
 
 class ShownProcessor(Processor):
-    """A family says `_soft` and `_fill`, text and id of the token whose places rows take, and what is below."""
-
-    _soft: str
-    _fill: int
+    """A family says `placeholder_id` of each kind, the soft token whose places its rows take, and what is below."""
 
     def _shown(self, media: MediaFeatures) -> str:
         """The text that takes the place of the media item's marker."""
@@ -30,6 +27,17 @@ class ShownProcessor(Processor):
     def _counts(self, media: MediaFeatures) -> list[int]:
         """Rows that each soft token of this text stands for."""
         raise NotImplementedError
+
+    def prompt_tokens(self, features: MediaFeatures) -> int:
+        return features.num_rows + self._text_tokens(self._shown(features))
+
+    def _text_tokens(self, shown: str) -> int:
+        """Without the soft ones."""
+        soft = self._soft_ids()
+        return sum(token_id not in soft for token_id in self.tokenizer.encode(shown))
+
+    def _soft_ids(self) -> set[int]:
+        return {self.placeholder_id(kind) for kind in self.modalities}
 
     def build(self, text: str, media: Sequence[MediaFeatures], *, add_special_tokens: bool = False) -> Prompt:
         kinds = {self.placeholder(kind, 0): kind for kind in self.modalities}
@@ -50,12 +58,14 @@ class ShownProcessor(Processor):
         for item in order:
             row = 0
             for count in self._counts(media[item]):
-                runs.append(PlaceholderRun(item, self._fill, count, row))
+                runs.append(PlaceholderRun(item, self.placeholder_id(media[item].kind), count, row))
                 row += count
-        places = np.flatnonzero(token_ids == self._fill).tolist()
-        if len(places) != len(runs):
+        soft = self._soft_ids()
+        places = np.flatnonzero(np.isin(token_ids, list(soft))).tolist()
+        if token_ids[places].tolist() != [run.token_id for run in runs]:
+            names = ", ".join(str(self.tokenizer.id_to_token(one)) for one in sorted(soft))
             raise RequestError(
-                f"The prompt's text holds {self._soft}, which only media may bring.", code="media_count_mismatch"
+                f"The prompt's text holds {names}, which only media may bring.", code="media_count_mismatch"
             )
         start = 0
         for place, run in zip(places, runs, strict=True):
@@ -66,7 +76,11 @@ class ShownProcessor(Processor):
 
 
 class NamedProcessor(ShownProcessor):
-    """The same where the family's `_soft` is a token of every such tokenizer. StartupError where it is missing."""
+    """The same where the family's only soft token, `_soft`, is one of every such tokenizer, and `_fill` its id.
+    StartupError where it is missing."""
+
+    _soft: str
+    _fill: int
 
     def __init__(self, checkpoint: Checkpoint, tokenizer: Tokenizer, overrides: dict[str, Any] | None = None) -> None:
         super().__init__(checkpoint, tokenizer, overrides)

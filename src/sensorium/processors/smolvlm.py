@@ -51,7 +51,7 @@ def enlarged(height: int, width: int, edge: int) -> tuple[int, int]:
 
 
 class SmolVLMProcessor(NamedProcessor):
-    modalities: ClassVar[frozenset[Modality]] = frozenset({"image", "video"})
+    modalities: frozenset[Modality] = frozenset({"image", "video"})
     literals: ClassVar[tuple[str, ...]] = ("<video>",)
     settings: ClassVar[Mapping[str, Setting]] = {
         "do_image_splitting": boolean,
@@ -106,12 +106,6 @@ class SmolVLMProcessor(NamedProcessor):
             return frames * self._rows + self._text_tokens(self._timed([0] * frames, 0))
         lines, columns = self._grid(height, width)
         return (lines * columns + 1) * self._rows + self._text_tokens(self._tiled(lines, columns))
-
-    def prompt_tokens(self, features: MediaFeatures) -> int:
-        return features.num_rows + self._text_tokens(self._shown(features))
-
-    def _text_tokens(self, text: str) -> int:
-        return len(self.tokenizer.encode(text)) - text.count(self._soft)
 
     def process(self, item: MediaItem) -> MediaFeatures:
         if item.kind not in self.modalities:

@@ -17,7 +17,7 @@ from sensorium.types import MediaFeatures, MediaItem, Modality
 class SpeechProcessor(MarkedProcessor):
     """A family says its marks, the id where config.json has none, how many rows a recording is, and its features."""
 
-    modalities: ClassVar[frozenset[Modality]] = frozenset({"audio"})
+    modalities: frozenset[Modality] = frozenset({"audio"})
     sample_rate: ClassVar[int] = SAMPLE_RATE
     marks: ClassVar[tuple[str, str, str]]  # what stands before the marker, the marker, what stands behind it
     token_id: ClassVar[int]

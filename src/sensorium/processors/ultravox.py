@@ -33,7 +33,7 @@ def chunk_lengths(frames: int, chunk_frames: int = CHUNK_FRAMES) -> list[int]:
 
 
 class UltravoxProcessor(Processor):
-    modalities: ClassVar[frozenset[Modality]] = frozenset({"audio"})
+    modalities: frozenset[Modality] = frozenset({"audio"})
     literals: ClassVar[tuple[str, ...]] = (PLACEHOLDER,)
     sample_rate: ClassVar[int] = SAMPLE_RATE
 

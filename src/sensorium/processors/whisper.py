@@ -66,7 +66,7 @@ class SpeechTokens:
 
 
 class WhisperProcessor(Processor):
-    modalities: ClassVar[frozenset[Modality]] = frozenset({"audio"})
+    modalities: frozenset[Modality] = frozenset({"audio"})
     sample_rate: ClassVar[int] = SAMPLE_RATE
     takes_recordings: ClassVar[bool] = True
 

@@ -51,10 +51,10 @@ E2B: dict[str, Any] = {
 )
 def test_goldens(width: int, height: int, most: int, size: tuple[int, int], rows: int, total: float | None) -> None:
     processor = Gemma4Processor(record({}, {"max_soft_tokens": most}), word_tokenizer(IDS))
-    assert processor.num_tokens("image", height, width) == rows
+    assert processor.num_tokens("image", height, width) == rows + 2
     if total is not None:
         media = processor.process(noise(height, width))
-        assert media.arrays["grid"].tolist() == [size[1] // 16, size[0] // 16]
+        assert media.arrays["grid"].tolist() == [1, size[1] // 16, size[0] // 16]
         assert media.num_rows == rows
         assert media.arrays["pixels"].astype(np.float64).sum() == pytest.approx(total, abs=0.5)
         prompt = processor.build("a<|image|>b", [media])

@@ -377,7 +377,7 @@ def test_mrope_equals_transformers_for_pictures() -> None:
 
 def test_mrope_of_long_videos_counts_the_time_axis() -> None:
     processor = qwen()
-    processor.modalities = frozenset({"image", "video"})  # type: ignore[misc]
+    processor.modalities = frozenset({"image", "video"})
     video = processor.process(noise(28, 28, frames=50))
     prompt = processor.build(f"ab{processor.placeholder('video', 0)}c", [video])
     grid = [int(n) for n in video.arrays["grid"]]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from sensorium import kernels
 from sensorium.errors import CheckpointError
@@ -78,14 +79,48 @@ def hidden_state(stated: object, layers: int) -> int:
 
 
 class LayerNorm(nn.Module):
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, *, bias: bool = True) -> None:
         super().__init__()
         self.weight = declare(size)
-        self.bias = declare(size)
+        self.bias = declare(size) if bias else None
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class ClippedLinear(nn.Module):
+    """A linear layer whose input and output are held within the checkpoint's bounds, where it has such."""
+
+    def __init__(self, in_features: int, out_features: int, *, has_bounds: bool) -> None:
+        super().__init__()
+        self.linear = Linear(in_features, out_features)
+        self.has_bounds = has_bounds
+        if has_bounds:
+            self.input_min, self.input_max, self.output_min, self.output_max = (declare() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.has_bounds:
+            plain: Tensor = self.linear(x)
+            return plain
+        bounded: Tensor = self.linear(x.clamp(self.input_min, self.input_max))
+        return bounded.clamp(self.output_min, self.output_max)
+
+
+class Conv2d(nn.Module):
+    """Kernel 3, stride 2, padding 1, on planes [n, channels, height, width]."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = declare(out_channels, in_channels, 3, 3)
+        self.bias = declare(out_channels) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_cpu:
+            return functional.conv2d(x, self.weight, self.bias, stride=2, padding=1)
+        # In float32, as the convolutions of Whisper's tower are.
+        weight, bias = self.weight.float(), None if self.bias is None else self.bias.float()
+        return functional.conv2d(x.float(), weight, bias, stride=2, padding=1).to(x.dtype)
 
 
 class Mlp(nn.Module):

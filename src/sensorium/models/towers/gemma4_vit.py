@@ -13,43 +13,11 @@ from sensorium import kernels
 from sensorium.checkpoint.values import number, positive_int
 from sensorium.errors import CheckpointError
 from sensorium.models.base import Steps
-from sensorium.models.layers import Linear, RMSNorm, activation_name, declare
-from sensorium.models.towers.blocks import CPU_GROUP_ROWS, MAX_ROWS, attention, by_rows, weights
+from sensorium.models.layers import Linear, PlainNorm, RMSNorm, activation_name, declare
+from sensorium.models.towers.blocks import CPU_GROUP_ROWS, MAX_ROWS, ClippedLinear, attention, by_rows, weights
 
 Rotation = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(cos, sin) of columns and of lines, float32 [patches, head_dim / 4]."""
-
-
-class PlainNorm(nn.Module):
-    """RMSNorm without weights."""
-
-    ones: Tensor
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.register_buffer("ones", torch.ones(size, device="cpu"), persistent=False)
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return kernels.rms_norm(x, self.ones.to(x.dtype), self.eps)
-
-
-class ClippedLinear(nn.Module):
-    """A linear layer whose input and output are held within the checkpoint's bounds, where it has such."""
-
-    def __init__(self, in_features: int, out_features: int, *, has_bounds: bool) -> None:
-        super().__init__()
-        self.linear = Linear(in_features, out_features)
-        self.has_bounds = has_bounds
-        if has_bounds:
-            self.input_min, self.input_max, self.output_min, self.output_max = (declare() for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.has_bounds:
-            plain: Tensor = self.linear(x)
-            return plain
-        bounded: Tensor = self.linear(x.clamp(self.input_min, self.input_max))
-        return bounded.clamp(self.output_min, self.output_max)
 
 
 class VisionLayer(nn.Module):

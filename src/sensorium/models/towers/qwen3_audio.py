@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from sensorium.checkpoint.values import positive_int
 from sensorium.errors import CheckpointError
 from sensorium.models.base import Steps, finished
-from sensorium.models.layers import Linear, declare
-from sensorium.models.towers.blocks import PIECE_MACS, LayerNorm, activation, by_rows, weights
+from sensorium.models.layers import Linear
+from sensorium.models.towers.blocks import PIECE_MACS, Conv2d, LayerNorm, activation, by_rows, weights
 from sensorium.models.towers.whisper import LAYER_NORM_EPS, AudioEncoder, WhisperConfig, sinusoids
 
 CONVOLUTIONS = 3
@@ -26,22 +26,6 @@ def rows_of_chunk(frames: int) -> int:
     for _ in range(CONVOLUTIONS):
         frames = (frames - 1) // 2 + 1
     return frames
-
-
-class Conv2d(nn.Module):
-    """Kernel 3, stride 2, padding 1, on planes [chunks, channels, bins, frames]."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.weight = declare(out_channels, in_channels, 3, 3)
-        self.bias = declare(out_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not x.is_cpu:
-            return functional.conv2d(x, self.weight, self.bias, stride=2, padding=1)
-        # In float32, as the convolutions of Whisper's tower are.
-        weight, bias = self.weight.float(), self.bias.float()
-        return functional.conv2d(x.float(), weight, bias, stride=2, padding=1).to(x.dtype)
 
 
 class Qwen3AudioTower(AudioEncoder):
@@ -107,7 +91,7 @@ class Qwen3AudioTower(AudioEncoder):
 
     def _chunk_macs(self, frames: int) -> int:
         """Multiply-adds of a chunk's convolutions, nearly all of them the second's and third's."""
-        channels, places = len(self.conv2d1.bias), self.config.num_mel_bins * frames
+        channels, places = len(self.conv2d1.weight), self.config.num_mel_bins * frames
         return 9 * channels * (places // 4 + channels * (places // 16 + places // 64))
 
     def _finish(self, x: Tensor) -> Tensor:
@@ -116,6 +100,6 @@ class Qwen3AudioTower(AudioEncoder):
 
     def activation_bytes(self, element_size: int) -> int:
         """Of one group of windows in one layer, or of one group of chunks behind the first convolution."""
-        plane = len(self.conv2d1.bias) * self.config.num_mel_bins * self.chunk // 4
+        plane = len(self.conv2d1.weight) * self.config.num_mel_bins * self.chunk // 4
         most = max(1, min(MAX_CHUNKS, PIECE_MACS // self._chunk_macs(self.chunk)))
         return max(super().activation_bytes(element_size), 3 * most * plane * max(element_size, 4))
