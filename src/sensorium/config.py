@@ -13,6 +13,7 @@ from typing import Any
 from sensorium.units import GiB, MiB
 
 MAX_SPECULATIVE_TOKENS = 64
+DRAFT_FLAG = "--draft-model"
 _BASE_URL = (
     "Address of the server, with or without /v1. Default: the only one that runs here, else http://127.0.0.1:8000."
 )
@@ -131,7 +132,7 @@ class EngineConfig:
     speculative_tokens: int = flag(
         16,
         "Most tokens of a step that are guessed of one answer, where its last ones stood in its prompt, or in itself, "
-        "before. Changes no token; guesses as long as it is faster. 0: never.",
+        "before, or by --draft-model. Changes no token; guesses as long as it is faster. 0: never.",
         max=MAX_SPECULATIVE_TOKENS,
     )
     seed: int = flag(0, "Seed of requests that bring none.")
@@ -360,6 +361,11 @@ class LoadConfig:
         "Language model of a checkpoint that has none of its own (Ultravox): a folder "
         "or a hub id. Default: the one that the checkpoint names.",
     )
+    draft_model: str | None = flag(
+        None,
+        "Smaller model with the same vocabulary that guesses tokens where nothing stood before: a folder, a GGUF file "
+        "or a hub id (docs: speculation). CPU only. Default: none.",
+    )
     mmproj: str | None = flag(
         None,
         "GGUF file with the model's tower (a projector of llama.cpp). Default: the only mmproj*.gguf beside the "
@@ -394,8 +400,8 @@ class LoadConfig:
     )
     speculative_config: dict[str, Any] = flag(
         dict,
-        "JSON of vLLM's settings of guessed tokens: with the method ngram `num_speculative_tokens` is "
-        "--speculative-tokens.",
+        "JSON of vLLM's settings of guessed tokens: `num_speculative_tokens` is --speculative-tokens, `model` is "
+        "--draft-model; the methods are ngram and draft_model.",
         parse="json",
     )
 

@@ -364,3 +364,18 @@ def test_the_package_names_them_and_loads_nothing_heavy() -> None:
     assert {"LLM", "AsyncLLM", "SamplingParams", "PoolingParams"} <= set(sensorium.__all__)
     with pytest.raises(AttributeError):
         sensorium.Nothing  # noqa: B018
+
+
+def test_a_draft_model_changes_no_answer(llm: LLM) -> None:
+    prompts = ["The sea is", "Once upon a time"]
+    with LLM(draft_model="sensorium-demo", **SIZES) as drafted:
+        for params in (GREEDY, SamplingParams(temperature=1, seed=3, max_tokens=24)):
+            expected, found = (
+                [one.outputs[0].token_ids for one in each.generate(prompts, params)] for each in (llm, drafted)
+            )
+            assert found == expected
+        ready, alone = drafted._llm.model.client.ready, llm._llm.model.client.ready
+        assert ready is not None
+        assert alone is not None
+        assert ready.weight_bytes == 2 * alone.weight_bytes
+        assert ready.kv_tokens < alone.kv_tokens

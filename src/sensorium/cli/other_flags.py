@@ -30,6 +30,8 @@ RENAMED: Mapping[str, tuple[str, ...]] = {
     "--model-path": ("--model",),
     "--lora-paths": ("--lora",),
     "--speculative-num-draft-tokens": ("--speculative-tokens",),
+    "--speculative-draft-model-path": ("--draft-model",),
+    "--speculative-draft": ("--draft-model",),
     "--context-length": ("--max-model-len",),
     "--mem-fraction-static": ("--gpu-memory-utilization",),
     "--max-running-requests": ("--max-num-seqs",),
@@ -58,6 +60,10 @@ RENAMED: Mapping[str, tuple[str, ...]] = {
     "--draft": ("--speculative-tokens",),
     "--draft-n": ("--speculative-tokens",),
     "--draft-max": ("--speculative-tokens",),
+    "--model-draft": ("--draft-model",),
+    "-md": ("--draft-model",),
+    "-hfd": ("--draft-model",),
+    "--hf-repo-draft": ("--draft-model",),
     "-a": ("--served-model-name",),
     "--alias": ("--served-model-name",),
     "--chat-template-file": ("--chat-template",),
@@ -95,6 +101,7 @@ _CACHE = "what does not fit the KV cache is computed again, not moved"
 _MEDIA = "media are cached within the memory that --encoder-cache-memory says"
 _LOADING = "weights are mapped and read as they come"
 _SCHEDULE = "requests are scheduled by priority and arrival, within --max-num-seqs and --max-num-batched-tokens"
+_GUESSES = "tokens are guessed from the prompt, and by --draft-model; answers are the same"
 _LOG = "the log is on stderr; --disable-log-requests quietens it, /metrics has the figures"
 
 ACCEPTED: Mapping[str, Accepted] = {
@@ -215,8 +222,8 @@ ACCEPTED: Mapping[str, Accepted] = {
         """--structured-outputs-config --guided-decoding-backend --grammar-backend""",
         "there is one backend, and every request may ask for a form (docs/structured-output.md)",
     ),
-    **_all("--speculative-algorithm", "tokens are guessed from the prompt; answers are the same", values="ngram"),
-    **_all("--speculative-model", "tokens are guessed from the prompt; answers are the same", values="[ngram] ngram"),
+    **_all("--speculative-algorithm", _GUESSES, values="ngram standalone"),
+    **_all("--speculative-model", _GUESSES, values="[ngram] ngram"),
     **_all(
         "--ngram-prompt-lookup-max --ngram-prompt-lookup-min --speculative-disable-by-batch-size",
         "how guesses are found and when they pay is measured",
@@ -242,7 +249,6 @@ ACCEPTED: Mapping[str, Accepted] = {
     **_all("--video-pruning-rate", "every frame that is taken is seen", values="0 0.0"),
 }
 
-_NO_DRAFTS = "tokens are guessed from the prompt (--speculative-tokens), not by a second model; leave it out"
 _OWN_TOKENIZER = "the checkpoint's own tokenizer is used; leave it out"
 _PROXY = "put a reverse proxy in front for TLS"
 _SAMPLING = "use --override-generation-config, such as '{\"temperature\": 0.6}'"
@@ -257,9 +263,6 @@ REFUSED: Mapping[str, str] = {
     "--default-mm-loras": "requests name their adapter as their model",
     "--lora-scaled": "lora_alpha in adapter_config.json says how much an adapter counts",
     "--fully-sharded-loras": "a model is not split over devices or machines",
-    **dict.fromkeys(
-        ("--draft-model", "--model-draft", "-md", "--speculative-draft-model-path", "--speculative-draft"), _NO_DRAFTS
-    ),
     **dict.fromkeys(
         ("--tokenizer", "--tokenizer-path", "--tokenizer-revision", "--skip-tokenizer-init"), _OWN_TOKENIZER
     ),

@@ -20,7 +20,7 @@ from sensorium.checkpoint.lengths import context_length
 from sensorium.checkpoint.pooling import PoolingKind, read_pooling, sentence_config
 from sensorium.checkpoint.quantization import StoredQuantization
 from sensorium.checkpoint.ranks import FLAG, check_ranks
-from sensorium.config import EngineConfig
+from sensorium.config import DRAFT_FLAG, EngineConfig
 from sensorium.engine.adapters import Adapters
 from sensorium.engine.batch import BatchBuilder, Spare
 from sensorium.engine.block_pool import BlockPool
@@ -61,7 +61,6 @@ from sensorium.types import EngineReady
 from sensorium.units import MiB
 from sensorium.weights.disk_cache import QuantizedCopy
 
-DRAFT_FLAG = "--draft-model"
 SMALL_MODEL_BYTES = 64 * MiB  # of weights: what a core reads in the time that waking another one may take
 
 logger = logging.getLogger(__name__)
@@ -229,6 +228,8 @@ def load_part(
 
 def load_draft(config: EngineConfig) -> LoadedPart:
     """The draft model, with weights and cache of the same kind. StartupError names the flag."""
+    if choose_device(config.device).type != "cpu":
+        raise StartupError(f"{DRAFT_FLAG} is offered on a CPU only: leave it out, or use --device cpu")
     stored = open_checkpoint(Path(config.draft_model), None).quantization
     own = replace(
         config,
@@ -421,8 +422,6 @@ def _make_lookup(model: Model, config: EngineConfig, cache: _Cache) -> PromptLoo
 def _check_draft(part: LoadedPart, draft: LoadedPart, config: EngineConfig) -> None:
     """StartupError says in one line why the one model cannot guess for the other."""
     groups, own = part.model.cache_groups(), draft.model.cache_groups()
-    if part.device.type != "cpu":
-        raise StartupError(f"{DRAFT_FLAG} computes on a CPU only: leave it out, or use --device cpu")
     if not part.model.generates or attends_to_media(groups):
         raise StartupError(f"{DRAFT_FLAG} guesses text: {part.checkpoint.architecture} writes none of its own")
     if states(groups):

@@ -60,7 +60,7 @@ class ModelSource:
         if self._known is None:
             found = find(self.options, fetch=fetch, on_progress=on_progress)
             adapters = sum(adapter_bytes(Path(path)) for _, path in adapters_of(found.options.load))
-            plan = engine_plan(found.options.engine, found.checkpoint, self._budget_bytes, adapters)
+            plan = engine_plan(found.options.engine, found.checkpoint, self._budget_bytes, adapters, found.draft)
             self._known = replace(found, options=replace(found.options, engine=plan.engine)), plan
         return self._known
 

@@ -88,13 +88,17 @@ def fitted_limits(limits: Limits, spare_bytes: int) -> Limits:
 
 
 def engine_plan(
-    engine: EngineConfig, checkpoint: Checkpoint, budget_bytes: int | None, adapter_bytes: int = 0
+    engine: EngineConfig,
+    checkpoint: Checkpoint,
+    budget_bytes: int | None,
+    adapter_bytes: int = 0,
+    draft: Checkpoint | None = None,
 ) -> EnginePlan:
     """What a model's engine will take of the memory that all share. Without a budget the engine decides when its
     weights are there; with one its caches are sized here, so that it is known before it is started. `adapter_bytes`:
-    of the adapters that it has from the start. They leave less for caches; what they take is counted with them."""
-    files = (*checkpoint.weight_files, *checkpoint.text_weight_files)
-    weights = int(_files_bytes(files) * _weights_part(engine, checkpoint))
+    of the adapters that it has from the start. They leave less for caches; what they take is counted with them.
+    `draft`: the model that guesses for it, in the same process and cache memory."""
+    weights = _weight_bytes(engine, checkpoint) + (0 if draft is None else _weight_bytes(engine, draft))
     ranks = engine.tensor_parallel_size  # each has its part of weights and cache, in a process of its own
     base = ranks * ENGINE_BASE_BYTES
     if budget_bytes is None:
@@ -110,6 +114,12 @@ def engine_plan(
         encoder_cache_memory=encoded or engine.encoder_cache_memory,
     )
     return EnginePlan(engine, weights, weights + base + cache + encoded, cache)
+
+
+def _weight_bytes(engine: EngineConfig, checkpoint: Checkpoint) -> int:
+    """In memory."""
+    files = (*checkpoint.weight_files, *checkpoint.text_weight_files)
+    return int(_files_bytes(files) * _weights_part(engine, checkpoint))
 
 
 def _weights_part(engine: EngineConfig, checkpoint: Checkpoint) -> float:

@@ -22,6 +22,7 @@ from sensorium.config import LoadConfig, ServeOptions
 from sensorium.errors import CheckpointError, StartupError
 from sensorium.ipc.client import EngineClient, Progress
 from sensorium.serving.tasks import TASK_FLAGS
+from sensorium.startup.drafts import open_draft
 from sensorium.startup.fit import fitted
 from sensorium.startup.translate import as_meant, with_sampling_defaults
 from sensorium.system.memory import free_memory_bytes
@@ -41,7 +42,8 @@ class Found:
 
     options: ServeOptions
     checkpoint: Checkpoint
-    folders: tuple[Path, ...]  # the model's, and that of its language model where it is a repository of its own
+    folders: tuple[Path, ...]  # the model's, those of a language model that is a repository of its own and of `draft`
+    draft: Checkpoint | None = None  # the model that guesses for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +89,18 @@ def find(options: ServeOptions, *, fetch: bool = True, on_progress: Progress | N
     options = as_meant(options, folder, checkpoint.family.modalities)
     checkpoint = replace(with_sampling_defaults(checkpoint, options.server), pooling=options.engine.pooling)
     _check(options, checkpoint)
-    engine = replace(options.engine, model=str(folder), text_model=str(text_folder or ""))
-    folders = (folder, *([text_folder] if text_folder else []))
-    return Found(replace(options, engine=engine), checkpoint, folders)
+    draft_folder, draft, named = None, None, options.load.draft_model
+    if named is not None:
+        own = named == DEMO_NAME
+        draft_folder = (
+            DEMO_FOLDER if own else resolve(named, None, load.download_dir, fetch=fetch, on_progress=fetching)
+        )
+        draft = open_draft(named, draft_folder, checkpoint, options.engine)
+    engine = replace(
+        options.engine, model=str(folder), text_model=str(text_folder or ""), draft_model=str(draft_folder or "")
+    )
+    folders = tuple(one for one in (folder, text_folder, draft_folder) if one is not None)
+    return Found(replace(options, engine=engine), checkpoint, folders, draft)
 
 
 def launch(found: Found, on_progress: Progress) -> Starting:

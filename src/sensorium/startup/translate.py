@@ -13,7 +13,7 @@ from typing import Any
 
 from sensorium.checkpoint.configs import Checkpoint
 from sensorium.checkpoint.pooling import read_pooling
-from sensorium.config import MAX_SPECULATIVE_TOKENS, LoadConfig, ServeOptions, ServerConfig
+from sensorium.config import DRAFT_FLAG, MAX_SPECULATIVE_TOKENS, LoadConfig, ServeOptions, ServerConfig
 from sensorium.errors import StartupError
 from sensorium.types import Modality
 
@@ -42,6 +42,7 @@ _OF_GUESSES = {
     *("method", "model", "num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min"),
     *("disable_by_batch_size", "speculative_disable_by_batch_size"),
 }
+_LOOKUPS = (None, "ngram", "[ngram]")  # what vLLM has called prompt look-up in the place of a model
 _IN_VIDEO = ("num_frames", "fps")
 _HARMLESS_IN_MEDIA: Mapping[str, tuple[Any, ...]] = {
     "image_mode": ("RGB",),
@@ -59,33 +60,37 @@ def as_meant(options: ServeOptions, folder: Path, modalities: Collection[Modalit
     settings = _processor_settings(options.server, "video" in modalities)
     pooler = options.load.pooler_config
     _check_pooler(pooler, folder)
-    guessed = _speculative_tokens(options.load.speculative_config, options.engine.speculative_tokens)
+    draft, guessed = _guesses(options.load, options.engine.speculative_tokens)
     return replace(
         options,
-        load=replace(options.load, task=_task(options.load)),
+        load=replace(options.load, task=_task(options.load), draft_model=draft),
         engine=replace(options.engine, pooling=_pooling(options.engine.pooling, pooler), speculative_tokens=guessed),
         server=replace(_in_chunks(options.server, pooler), mm_processor_kwargs=settings),
     )
 
 
-def _speculative_tokens(config: Mapping[str, Any], default: int) -> int:
-    """What --speculative-config says of --speculative-tokens. How guesses are found and when they pay is measured."""
-    if not config:
-        return default
-    method, draft = config.get("method", "ngram"), config.get("model")
-    if method != "ngram" or draft not in (None, "ngram", "[ngram]"):
+def _guesses(load: LoadConfig, default: int) -> tuple[str | None, int]:
+    """(draft model, most tokens), as --speculative-config says it too. How guesses are found and when they pay is
+    measured."""
+    config = load.speculative_config
+    named = config.get("model")
+    draft = None if named in _LOOKUPS else named
+    method = config.get("method", "ngram" if draft is None else "draft_model")
+    if method not in ("ngram", "draft_model") or (method == "ngram") != (draft is None):
         raise StartupError(
-            f"--speculative-config: {draft or method} is not offered; tokens are guessed from the prompt "
-            '({"method": "ngram"}), not by another model'
+            f"--speculative-config: {draft or method} is not offered as it stands; tokens are guessed from the prompt "
+            '({"method": "ngram"}), or by a draft model ({"method": "draft_model", "model": "folder or hub id"})'
         )
     if unknown := config.keys() - _OF_GUESSES:
         raise StartupError(f"--speculative-config: {min(unknown)} is not known; leave it out")
+    if draft is not None and load.draft_model not in (None, draft):
+        raise StartupError(f"--speculative-config names the model {draft}, and {DRAFT_FLAG} {load.draft_model}")
     count = config.get("num_speculative_tokens", default)
     if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MAX_SPECULATIVE_TOKENS:
         raise StartupError(
             f"--speculative-config: num_speculative_tokens must be a number from 0 to {MAX_SPECULATIVE_TOKENS}"
         )
-    return count
+    return load.draft_model or draft, count
 
 
 def _task(load: LoadConfig) -> str:

@@ -164,18 +164,25 @@ def test_sampling_defaults(demo: Checkpoint, tmp_path: Path) -> None:
 
 
 def test_guessed_tokens_in_vllm_s_words() -> None:
-    def most(config: dict[str, Any], *argv: str) -> int:
+    def guesses(config: dict[str, Any], *argv: str) -> tuple[str | None, int]:
         argv = ("serve", "m", "--speculative-config", json.dumps(config), *argv)
-        return as_meant(serve_options(parser().read(argv), {}), DEMO_FOLDER, ()).engine.speculative_tokens
+        found = as_meant(serve_options(parser().read(argv), {}), DEMO_FOLDER, ())
+        return found.load.draft_model, found.engine.speculative_tokens
 
-    assert most({}) == 16
-    assert most({"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4}) == 5
-    assert most({"model": "[ngram]"}, "--num-speculative-tokens", "0") == 0
+    assert guesses({}) == (None, 16)
+    assert guesses({}, "--draft-model", "tiny/draft") == ("tiny/draft", 16)
+    assert guesses({"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4}) == (None, 5)
+    assert guesses({"model": "[ngram]"}, "--num-speculative-tokens", "0") == (None, 0)
+    assert guesses({"model": "tiny/draft", "num_speculative_tokens": 4}) == ("tiny/draft", 4)
+    assert guesses({"method": "draft_model", "model": "tiny/draft"}, "-md", "tiny/draft") == ("tiny/draft", 16)
     for config, said in (
         ({"method": "eagle3"}, "eagle3 is not offered"),
-        ({"model": "tiny/draft"}, "tiny/draft is not offered"),
+        ({"method": "eagle", "model": "tiny/head"}, "tiny/head is not offered"),
+        ({"method": "draft_model"}, "draft_model is not offered"),
         ({"method": "ngram", "num_speculative_tokens": 900}, "from 0 to 64"),
         ({"method": "ngram", "tree": 1}, "tree is not known"),
     ):
         with pytest.raises(StartupError, match=said):
-            most(config)
+            guesses(config)
+    with pytest.raises(StartupError, match="names the model a, and --draft-model b"):
+        guesses({"model": "a"}, "--draft-model", "b")
