@@ -103,6 +103,11 @@ SMOLVLM = {
         "scale_factor": 3,
     },
 }
+GEMMA = {"2B": decoder(2048, 16384, 18, 8, 1, 256000), "7B": decoder(3072, 24576, 28, 16, 16, 256000)}
+COLPALI = {
+    "text_config": {**GEMMA["2B"], "vocab_size": 257216, "model_type": "gemma"},
+    "vision_config": {**SO400M, "image_size": 448},
+}
 GEMMA3_1B = decoder(1152, 6912, 26, 4, 1, 262144, head_dim=256, sliding_window=512)
 GEMMA3_270M = decoder(640, 2048, 18, 4, 1, 262144, head_dim=256, sliding_window=512)
 EMBEDDING_GEMMA = decoder(
@@ -360,6 +365,7 @@ PUBLISHED: Mapping[str, Mapping[str, Config]] = {
     "Phi3ForCausalLM": {"Phi-3.5-mini": PHI3_MINI, "Phi-3-medium": decoder(5120, 17920, 40, 40, 10, 32064)},
     "Qwen3Model": sizes("Qwen3-Embedding", some(QWEN3, "0.6B", "4B", "8B")),
     "MistralModel": {"E5-Mistral-7B": {**MISTRAL_7B, "vocab_size": 32000}},
+    "GemmaForCausalLM": {**sizes("Gemma", GEMMA), "bge-reranker-v2-gemma": GEMMA["2B"]},
     "Gemma3ForCausalLM": {"Gemma-3-270M": GEMMA3_270M, "Gemma-3-1B": GEMMA3_1B},
     "Gemma3TextModel": {"EmbeddingGemma-300M": EMBEDDING_GEMMA},
     "Gemma3ForConditionalGeneration": {
@@ -474,6 +480,7 @@ PUBLISHED: Mapping[str, Mapping[str, Config]] = {
     "Qwen2ForProcessRewardModel": sizes("Qwen2.5-Math-PRM", some(QWEN2, "7B"), num_labels=2),
     "BertModel": {"all-MiniLM-L6-v2": MINILM, "bge-base-en-v1.5": BERT_BASE, "bge-large-en-v1.5": BERT_LARGE},
     "XLMRobertaModel": {"multilingual-e5-base": XLM_R_BASE},
+    "ColPaliForRetrieval": {"colpali-v1.3-hf": {"vlm_config": COLPALI}},
     "ColQwen2": {"ColQwen2-v1.0": QWEN2_VL_2B},
     "ColQwen2_5": {"ColQwen2.5-v0.2": QWEN25_VL_3B},
     "HF_ColBERT": {"colbertv2.0": BERT_BASE},
@@ -543,6 +550,7 @@ MODEL_TYPES: Mapping[str, str] = {
     "Glm4MoeForCausalLM": "glm4_moe",
     "Qwen3_5ForCausalLM": "qwen3_5_text",
     "Phi3ForCausalLM": "phi3",
+    "GemmaForCausalLM": "gemma",
     "Gemma3ForCausalLM": "gemma3_text",
     "Gemma3TextModel": "gemma3_text",
     "Gemma4ForCausalLM": "gemma4_text",
@@ -557,6 +565,7 @@ MODEL_TYPES: Mapping[str, str] = {
 }
 """`model_type`, of architectures whose decoder stands in config.json itself."""
 TENSORS: Mapping[str, Mapping[str, tuple[int, ...]]] = {
+    "ColPaliForRetrieval": {"embedding_proj_layer.weight": (128, 1)},
     "ColQwen2": COL_HEAD,
     "ColQwen2_5": COL_HEAD,
     "HF_ColBERT": {"linear.weight": (128, 768)},

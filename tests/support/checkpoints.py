@@ -26,6 +26,8 @@ from transformers import (
     Gemma4ForCausalLM,
     Gemma4ForConditionalGeneration,
     Gemma4TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
     GenerationConfig,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
@@ -298,6 +300,14 @@ def make_phi3(path: Path, layout: Layout = "hub", **options: Any) -> PreTrainedM
         **options,
     }
     return _text(path, layout, Phi3ForCausalLM, Phi3Config, ids, "<s>", "<|endoftext|>", options)
+
+
+def make_gemma(path: Path, layout: Layout = "hub", **options: Any) -> PreTrainedModel:
+    """One head of keys and values, as in the small one."""
+    ids = write_tokenizer(path, layout, GEMMA_SPECIALS, GEMMA_TEMPLATE, bos="<bos>", eos="<eos>")
+    options = {"pad_token_id": ids["<pad>"], "head_dim": 16, "num_key_value_heads": 1, **options}
+    options = {"tie_word_embeddings": False, **options}  # a tied head would only repeat the last token
+    return _text(path, layout, GemmaForCausalLM, GemmaConfig, ids, "<bos>", "<eos>", options)
 
 
 def make_gemma3_text(path: Path, layout: Layout = "hub", **options: Any) -> PreTrainedModel:
@@ -1351,7 +1361,8 @@ def _randomise(model: PreTrainedModel, seed: int) -> None:
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if name.endswith("weight") and ("norm" in name.lower() or ".ln_" in name):
-            is_around_zero = "gemma3" in model.config.model_type and "vision_tower" not in name
+            kind = model.config.model_type
+            is_around_zero = ("gemma3" in kind or kind in ("gemma", "colpali")) and "vision_tower" not in name
             if "qwen3_5" in model.config.model_type:
                 is_around_zero = "visual" not in name and "linear_attn" not in name
             parameter.copy_((0 if is_around_zero else 1) + _evenly(noise))

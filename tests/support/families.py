@@ -22,6 +22,7 @@ MAKERS: Mapping[str, str] = {
     "Qwen3_5ForConditionalGeneration": "qwen3_5",
     "Qwen3_5MoeForConditionalGeneration": "qwen3_5_moe",
     "Phi3ForCausalLM": "phi3",
+    "GemmaForCausalLM": "gemma",
     "Gemma3ForCausalLM": "gemma3_text",
     "Gemma3ForConditionalGeneration": "gemma3",
     "Gemma4ForCausalLM": "gemma4_text",

@@ -320,6 +320,21 @@ _QWEN3_OMNI_MOE = replace(
     routing=RoutingDefaults(128, 8, 768),
 )
 _PHI3 = DecoderDefaults(32064, 3072, 8192, 32, 32, None, 4096, rms_norm_eps=1e-5)
+_GEMMA = DecoderDefaults(
+    256000,
+    3072,
+    24576,
+    28,
+    16,
+    16,
+    8192,
+    head_dim=256,
+    reads_attention_bias=True,
+    preset={"tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"},
+    names={"hidden_act": "hidden_activation"},  # the first configs say "gelu" and mean its approximation
+    norm_offset=1.0,
+    scales_embeddings=True,
+)
 _GEMMA3 = DecoderDefaults(
     262208,
     2304,
@@ -436,6 +451,7 @@ DECODERS: Mapping[str, DecoderDefaults] = {
     "qwen2_5_vl_text": _QWEN2_VL,
     "qwen2_5_omni_text": _QWEN2_5_OMNI,
     "whisper": _WHISPER,
+    "gemma": _GEMMA,
     "gemma3_text": _GEMMA3,
     "gemma4_text": _GEMMA4,
     "lfm2": _LFM2,

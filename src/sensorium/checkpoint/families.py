@@ -107,13 +107,13 @@ _NO_GUESSES = "guessed tokens (`--speculative-tokens`)"
 _DECODER = "sensorium.models.decoder:DecoderForCausalLM"
 _TEXT = "sensorium.processors.base:Processor"
 _BASE_MODEL = Family(
-    "Llama, Mistral, Qwen2, Qwen3, Phi-3 without a head (E5-Mistral, Qwen3-Embedding, …)",
+    "Llama, Mistral, Qwen2, Qwen3, Phi-3, Gemma without a head (E5-Mistral, Qwen3-Embedding, …)",
     "sensorium.models.decoder:DecoderModel",
     _TEXT,
     tasks=("embed",),
 )
 _CLASSIFIER = Family(
-    "Llama, Mistral, Qwen2, Qwen3, Phi-3 classifiers and rerankers (Qwen3-Reranker, mxbai-rerank-v2)",
+    "Llama, Mistral, Qwen2, Qwen3, Phi-3, Gemma classifiers and rerankers (Qwen3-Reranker, mxbai-rerank-v2)",
     "sensorium.models.classifiers:DecoderForSequenceClassification",
     _TEXT,
     tasks=("classify", "score", "embed"),
@@ -279,6 +279,19 @@ _COLQWEN2 = Family(
     late=LateInteraction(Side("Query: ", suffix="<|endoftext|>" * 10 + "\n")),
     lacks="folders that hold a LoRA adapter only (merge it)",
 )
+_COLPALI = Family(
+    "ColPali (vectors of page images and of queries)",
+    "sensorium.models.paligemma:ColPali",
+    "sensorium.processors.llava:LlavaProcessor",
+    ("image",),
+    tasks=("token_embed",),
+    chat_template=chat_templates.COLPALI,
+    text_model_type="gemma",
+    nested_in="vlm_config",
+    late=LateInteraction(Side("Question: ", suffix="<pad>" * 10 + "\n"), first="<bos>"),
+    defaults={"vision_feature_select_strategy": "full", "image_token_index": 257152, "is_causal": False},
+    lacks="folders that hold a LoRA adapter only (merge it); a PaliGemma 2 inside",
+)
 _QWEN_OMNI = Family(  # the part that writes text; the one that speaks is not served
     "Qwen2.5-Omni (thinker)",
     "sensorium.models.qwen2_omni:Qwen2Omni",
@@ -333,6 +346,10 @@ FAMILIES: Mapping[str, Family] = {
     "Qwen2Model": _BASE_MODEL,
     "Qwen3Model": _BASE_MODEL,
     "Phi3Model": _BASE_MODEL,
+    "GemmaModel": _BASE_MODEL,
+    "GemmaForCausalLM": Family(
+        "Gemma (first), bge-reranker-v2-gemma", _DECODER, _TEXT, scored_as="GemmaForSequenceClassification"
+    ),
     "Gemma3ForCausalLM": Family("Gemma 3 270M, 1B", _DECODER, _TEXT, overflows_float16=True),
     "Gemma3TextModel": Family("EmbeddingGemma", _BASE_MODEL.model, _TEXT, tasks=("embed",), overflows_float16=True),
     "Gemma3ForConditionalGeneration": Family(
@@ -512,6 +529,7 @@ FAMILIES: Mapping[str, Family] = {
     "LlamaForSequenceClassification": _CLASSIFIER,
     "MistralForSequenceClassification": _CLASSIFIER,
     "Phi3ForSequenceClassification": _CLASSIFIER,
+    "GemmaForSequenceClassification": _CLASSIFIER,
     "Qwen2ForRewardModel": Family(
         "Qwen2.5-Math-RM", "sensorium.models.classifiers:DecoderForRewardModel", _TEXT, tasks=("reward",)
     ),
@@ -538,6 +556,8 @@ FAMILIES: Mapping[str, Family] = {
         text_model_type="qwen2_5_vl_text",
         late=LateInteraction(Side(suffix="<|endoftext|>" * 10)),
     ),
+    "ColPaliForRetrieval": _COLPALI,
+    "ColPali": _COLPALI,
     "HF_ColBERT": _COLBERT,
     "JinaColBert": replace(
         _COLBERT, title="jina-colbert-v2", model="sensorium.models.jina_v3:JinaColBert", encoder=_JINA_V3

@@ -57,6 +57,7 @@ class LateInteraction:
     query: Side = Side()
     document: Side = Side()
     expansion: Expansion | None = None  # of queries
+    first: str = ""  # a token that texts begin with, also where the tokenizer does not put it there
     is_mean: bool = False  # whether a score is the mean over the query's tokens, not the sum
 
 
@@ -123,7 +124,7 @@ def _pylate(settings: dict[str, Any]) -> LateInteraction:
             skipped=tuple(string.punctuation if skipped is None else skipped),
         ),
         expansion,
-        _is_mean(settings),
+        is_mean=_is_mean(settings),
     )
 
 
@@ -144,7 +145,7 @@ def _sentence_transformers(folder: Path, settings: dict[str, Any]) -> LateIntera
         )
         for role in ("query", "document")
     )
-    return LateInteraction(query, document, _expansion(own.get("query_expansion")), _is_mean(settings))
+    return LateInteraction(query, document, _expansion(own.get("query_expansion")), is_mean=_is_mean(settings))
 
 
 def _expansion(stated: Any) -> Expansion | None:

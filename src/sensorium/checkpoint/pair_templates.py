@@ -41,6 +41,12 @@ MXBAI_RERANK = (
     "judgment (0 for not relevant, 1 for relevant).\nRelevance:<|im_end|>\n<|im_start|>assistant\n' }}"
 )
 
+BGE_GEMMA = (
+    _PICK + "{{ bos_token + 'A: ' + query + '\nB: ' + document + '\n' }}"
+    "{{ instruction or 'Given a query A and a passage B, determine whether the passage contains an answer to the query "
+    "by providing a prediction of either \\'Yes\\' or \\'No\\'.' }}"
+)
+
 
 def reads_pairs(source: str | None) -> bool:
     """Whether a template is written for a query and a document, each a message of that role: a reranker's."""

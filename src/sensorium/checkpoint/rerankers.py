@@ -34,7 +34,8 @@ class ScoreTokens:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How a published family of rerankers is read. `tokens`: the one that means no, the one that means yes."""
+    """How a published family of rerankers is read. `tokens`: the one that means no, if its
+    logit counts, and the one that means yes."""
 
     tokens: tuple[str, ...]
     template: str
@@ -45,6 +46,7 @@ _QWEN3_VL = Recipe(("no", "yes"), pair_templates.QWEN3_VL_RERANKER)
 RECIPES: Mapping[str, Recipe] = {
     "qwen3-reranker": _QWEN3,
     "qwen3-vl-reranker": _QWEN3_VL,
+    "bge-reranker-v2-gemma": Recipe(("Yes",), pair_templates.BGE_GEMMA),
     "mxbai-rerank-base-v2": Recipe(("0", "1"), pair_templates.MXBAI_RERANK),
     "mxbai-rerank-large-v2": Recipe(("0", "1"), pair_templates.MXBAI_RERANK),
 }

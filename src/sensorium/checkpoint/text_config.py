@@ -202,7 +202,7 @@ def read_text_config(config: dict[str, Any], family: Family) -> TextConfig:
         logit_cap=_logit_cap(text) if decoder.caps_logits else None,
         routing=None if decoder.routing is None else _routing(text, decoder, decoder.routing, len(layers)),
         gates_attention=decoder.gates_attention and bool(text.get("attn_output_gate", True)),
-        is_causal=_is_causal(text),
+        is_causal=_is_causal(text) and bool(config.get("is_causal", True)),
         **{name: getattr(decoder, name) for name in _OF_THE_FAMILY},
         **(_layer_embeddings(text, decoder) if decoder.shapes_differ else {}),
     )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from sensorium.checkpoint.configs import Checkpoint
@@ -45,7 +45,12 @@ class Llava(DecoderForCausalLM):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
-        config = checkpoint.config
+        self._declare_media(checkpoint.config)
+        unused = [f"vision_tower.{name}" for name in self.vision_tower.unused]
+        self.ignored = (*self.ignored, ".embeddings.position_ids", *unused)
+
+    def _declare_media(self, config: Mapping[str, Any]) -> None:
+        """The tower, and what makes the decoder's rows of its states."""
         layers = config.get("vision_feature_layer", -2)
         states = layers if isinstance(layers, list) else [layers]
         self.vision_tower = ClipTower(
@@ -54,15 +59,13 @@ class Llava(DecoderForCausalLM):
             keeps_class_token=config.get("vision_feature_select_strategy", "default") == "full",
         )
         tower_size = self.vision_tower.config.hidden_size * len(states)
-        self.multi_modal_projector = Projector(
+        self.multi_modal_projector: nn.Module = Projector(
             tower_size,
             self.text.hidden_size,
             self.text.hidden_size,
             config.get("projector_hidden_act", "gelu"),
             bias=config.get("multimodal_projector_bias", True),
         )
-        unused = [f"vision_tower.{name}" for name in self.vision_tower.unused]
-        self.ignored = (*self.ignored, ".embeddings.position_ids", *unused)
 
     def encoding(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> Steps[list[Tensor]]:
         rows = yield from self._features(torch.stack([item["pixels"] for item in items]))

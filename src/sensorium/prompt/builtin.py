@@ -72,6 +72,7 @@ NAMED: dict[str, str] = {
     "qwen3_reranker": pair_templates.QWEN3_RERANKER,
     "qwen3_vl_reranker": pair_templates.QWEN3_VL_RERANKER,
     "mxbai_rerank_v2": pair_templates.MXBAI_RERANK,
+    "bge_reranker_v2_gemma": pair_templates.BGE_GEMMA,
 }
 """What --chat-template may name: also as the files that users of other servers know, `template_llava.jinja`."""
 

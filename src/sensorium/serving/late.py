@@ -98,7 +98,10 @@ class LatePrompts:
         inner = tokenizer.raw.encode_batch_fast(["a"], add_special_tokens=False)[0]
         whole = list(tokenizer.framed(inner).ids)
         start = next(i for i in range(len(whole)) if whole[i : i + len(inner.ids)] == list(inner.ids))
-        return whole[:start], whole[start + len(inner.ids) :]
+        before, first = whole[:start], tokenizer.token_to_id(self.spec.first) if self.spec.first else None
+        if first is not None and before[:1] != [first]:
+            before = [first, *before]
+        return before, whole[start + len(inner.ids) :]
 
     @cached_property
     def _markers(self) -> dict[Role, tuple[list[int], str]]:

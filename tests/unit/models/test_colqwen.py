@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,17 +11,14 @@ import torch
 from support.checkpoints import make_qwen2_5_vl, make_qwen2_vl, read_weights, write_weights
 from support.engine_harness import bench
 from support.image_families import noise
+from support.late_interaction import late_prompts, page_prompt
 from transformers import ColQwen2Config, ColQwen2ForRetrieval, Qwen2VLImageProcessorPil
 
 from sensorium.checkpoint.configs import open_checkpoint
 from sensorium.checkpoint.families import load_class
 from sensorium.models.loading import load_model
-from sensorium.prompt.local import LocalTemplate
-from sensorium.prompt.messages import MediaPart, Message
 from sensorium.prompt.tokenizer import Tokenizer
-from sensorium.serving.concurrency import PromptThreads
-from sensorium.serving.late import LatePrompts
-from sensorium.types import EngineRequest, PoolingParams, Prompt
+from sensorium.types import EngineRequest, PoolingParams
 
 VISUAL = "<|im_start|>user\n<|vision_start|>{}<|vision_end|>Describe the image.<|im_end|><|endoftext|>"
 
@@ -54,27 +50,12 @@ async def test_pages_and_queries(tmp_path: Path, kind: str) -> None:
     model = load_model(checkpoint, dtype=torch.float32, device="cpu")
     tokenizer = Tokenizer.from_folder(tmp_path)
     processor = load_class(checkpoint.family.processor)(checkpoint, tokenizer)
-    assert checkpoint.chat_template is not None and checkpoint.family.late is not None
-    template = LocalTemplate(
-        checkpoint.chat_template,
-        tokenizer.with_literals(processor.literals, special=True),
-        modalities=processor.modalities,
-        placeholder=processor.placeholder,
-    )
     page = noise(90, 130)
-    text = template.render([Message("user", (MediaPart("image"),))], add_generation_prompt=False)
-    document = processor.build(text, [processor.process(page)], add_special_tokens=False)
+    document = page_prompt(checkpoint, processor, page)
     rows = document.spans[0].length
     decoded = tokenizer.decode(document.token_ids.tolist(), skip_special_tokens=False)
     assert decoded == VISUAL.format("<|image_pad|>" * rows)
-    prompts = SimpleNamespace(tokenizer=tokenizer, prompt_of_ids=lambda ids, param: Prompt(ids))
-    late = LatePrompts(
-        checkpoint.family.late,
-        cast("Any", prompts),
-        cast("Any", SimpleNamespace(max_model_len=500)),
-        PromptThreads(2),
-        filler=None,
-    )
+    late = late_prompts(checkpoint, processor)
     query = (await late.texts(["What is shown in this image?"], "query", most=None, params=["q"]))[0][0]
     begin, end = ("Query: ", "\n") if kind == "hf" else ("", "")
     assert tokenizer.decode(query.token_ids.tolist(), skip_special_tokens=False) == (

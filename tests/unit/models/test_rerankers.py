@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from support.checkpoints import make_llama, make_phi3, make_qwen2, make_qwen3, read_weights, write_weights
+from support.checkpoints import make_gemma, make_llama, make_phi3, make_qwen2, make_qwen3, read_weights, write_weights
 from support.model_driver import Driver, Sequence
 from tokenizers import AddedToken, Tokenizer
 
@@ -17,6 +17,9 @@ from sensorium.checkpoint.configs import open_checkpoint
 from sensorium.checkpoint.pair_templates import reads_pairs
 from sensorium.errors import CheckpointError
 from sensorium.models.loading import load_model
+from sensorium.prompt.local import LocalTemplate
+from sensorium.prompt.messages import Message, TextPart
+from sensorium.prompt.tokenizer import Tokenizer as HubTokenizer
 from sensorium.types import PoolingParams
 
 WORDS = ("no", "yes", "0", "1", "Yes")
@@ -25,7 +28,7 @@ AS_VLLM = {
     "classifier_from_token": ["no", "yes"],
     "is_original_qwen3_reranker": True,
 }
-MAKERS = {"llama": make_llama, "phi3": make_phi3, "qwen2": make_qwen2, "qwen3": make_qwen3}
+MAKERS = {"gemma": make_gemma, "llama": make_llama, "phi3": make_phi3, "qwen2": make_qwen2, "qwen3": make_qwen3}
 
 
 def words_of(folder: Path) -> dict[str, int]:
@@ -54,6 +57,7 @@ def logit_score(folder: Path, yes: int, no: int | None) -> None:
         ("qwen3", "models--Qwen--Qwen3-Reranker-8B/snapshots/0a1b", False, {}, ("yes", "no")),
         ("qwen3", "m", True, {}, ("yes", "no")),
         ("qwen2", "mxbai-rerank-large-v2", False, {}, ("1", "0")),
+        ("gemma", "bge-reranker-v2-gemma", False, {}, ("Yes", None)),
         ("qwen2", "m", False, {"classifier_from_token": ["0", "1"], "method": "from_2_way_softmax"}, ("1", "0")),
         ("llama", "m", False, {"classifier_from_token": ["Yes"]}, ("Yes", None)),
         ("phi3", "m", False, {"classifier_from_token": ["Yes"], "method": "no_post_processing"}, ("Yes", None)),
@@ -85,6 +89,23 @@ def test_scores_are_made_of_logits(
         params = PoolingParams("score", activation=activation)
         found = model.poolers["score"](state, params, np.array(ids, np.int32))
         torch.testing.assert_close(found, wanted.reshape(1), atol=1e-5, rtol=1e-5)
+
+
+def test_pairs_of_bge_reranker_v2_gemma(tmp_path: Path) -> None:
+    """As FlagEmbedding puts them together: the beginning, query, line break, document, line break, prompt."""
+    folder = tmp_path / "bge-reranker-v2-gemma"
+    make_gemma(folder)
+    words_of(folder)
+    template = LocalTemplate(open_checkpoint(folder).chat_template or "", HubTokenizer.from_folder(folder))
+    pair = [Message("query", (TextPart("how?"),)), Message("document", (TextPart("so."),))]
+    asked = (
+        "Given a query A and a passage B, determine whether the passage contains an answer to the query by providing "
+    )
+    assert template.render(pair, add_generation_prompt=False) == (
+        f"<bos>A: how?\nB: so.\n{asked}a prediction of either 'Yes' or 'No'."
+    )
+    told = [Message("system", (TextPart("Same?"),)), *pair]
+    assert template.render(told, add_generation_prompt=False) == "<bos>A: how?\nB: so.\nSame?"
 
 
 @torch.inference_mode()
