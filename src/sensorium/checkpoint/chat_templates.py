@@ -166,6 +166,7 @@ GLM4V = (
     "{{ '<|' + message['role'] + '|>\n' }}"
     "{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}{{ '<|begin_of_image|><|image|><|end_of_image|>' }}"
+    "{% elif part['type'] == 'video' %}{{ '<|begin_of_video|><|video|><|end_of_video|>' }}"
     "{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}"
     "{% endfor %}"

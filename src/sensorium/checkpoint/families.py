@@ -239,10 +239,9 @@ _GLM4V = Family(
     "GLM-4.1V, GLM-4.6V-Flash",
     "sensorium.models.glm4v:Glm4V",
     "sensorium.processors.glm4v:Glm4VProcessor",
-    ("image",),
+    ("image", "video"),
     chat_template=chat_templates.GLM4V,
     text_model_type="glm4v_text",
-    lacks="videos",
 )
 _SMOLVLM = Family(
     "SmolVLM2",
@@ -465,7 +464,7 @@ FAMILIES: Mapping[str, Family] = {
         title="GLM-4.5V, GLM-4.6V",
         model="sensorium.models.glm4v:Glm4VMoe",
         text_model_type="glm4v_moe_text",
-        lacks="videos; multi-token prediction",
+        lacks="multi-token prediction",
     ),
     "GlmOcrForConditionalGeneration": replace(
         _GLM4V,
@@ -473,7 +472,7 @@ FAMILIES: Mapping[str, Family] = {
         model="sensorium.models.glm4v:GlmOcr",
         processor="sensorium.processors.glm4v:GlmOcrProcessor",
         text_model_type="glm_ocr_text",
-        lacks="videos; multi-token prediction",
+        lacks="multi-token prediction",
     ),
     "PaddleOCRVLForConditionalGeneration": Family(
         "PaddleOCR-VL",

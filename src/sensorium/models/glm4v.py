@@ -19,7 +19,6 @@ from sensorium.models.qwen2_vl import Qwen2VL
 from sensorium.models.towers.blocks import LayerNorm, PatchLinear, by_rows, weights
 from sensorium.models.towers.qwen3_vit import PositionTable
 from sensorium.models.towers.qwen_vit import WINDOWED_VIT_MAP, Merger, QwenVit, QwenVitConfig, Size
-from sensorium.types import Modality
 
 NORM_EPS = 1e-5  # of the merger's norm: torch's own
 _LAYER = "model.layers.{n}."
@@ -92,7 +91,6 @@ class GlmVit(QwenVit):
 
 
 class Glm4V(Qwen2VL):
-    modalities: ClassVar[frozenset[Modality]] = frozenset({"image"})
     weight_map: ClassVar[tuple[Rename, ...]] = (*SUBLAYER_MAP, *DECODER_MAP, *GLM_VIT_MAP)
     is_ocr: ClassVar[bool] = False
 

@@ -12,6 +12,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from sensorium.checkpoint.configs import Checkpoint
 from sensorium.errors import CheckpointError
 from sensorium.processors import image
 from sensorium.processors.base import PlaceholderRun
@@ -41,6 +42,17 @@ def clip_resize(
         grow = math.sqrt(low / (frames * height * width))
         return math.ceil(height * grow / factor) * factor, math.ceil(width * grow / factor) * factor
     return new_h, new_w
+
+
+def clip_bounds(checkpoint: Checkpoint, low: int, high: int) -> tuple[int, int]:
+    """Pixels of all frames together, by the edges of `size`; these where the checkpoint has no file that says it."""
+    size = checkpoint.video_preprocessor.get("size")
+    if size is None:
+        return low, high
+    least, most = (size.get(edge) if isinstance(size, dict) else None for edge in ("shortest_edge", "longest_edge"))
+    if not (isinstance(least, int) and isinstance(most, int) and 0 < least <= most):
+        raise CheckpointError(f"video_preprocessor_config.json: 'size' is {size!r}, which has no pixel bounds")
+    return least, most
 
 
 def _words(video: MediaFeatures) -> list[str]:
@@ -114,13 +126,7 @@ class Qwen3VLProcessor(Qwen2VLProcessor):
 
     def _video_pixel_bounds(self) -> tuple[int, int]:
         """Of all frames together, as the checkpoint's file says: settings are of a frame."""
-        size = self.checkpoint.video_preprocessor.get("size")
-        if size is None:
-            return CLIP_MIN_PIXELS, CLIP_MAX_PIXELS
-        low, high = (size.get(edge) if isinstance(size, dict) else None for edge in ("shortest_edge", "longest_edge"))
-        if not (isinstance(low, int) and isinstance(high, int) and 0 < low <= high):
-            raise CheckpointError(f"video_preprocessor_config.json: 'size' is {size!r}, which has no pixel bounds")
-        return low, high
+        return clip_bounds(self.checkpoint, CLIP_MIN_PIXELS, CLIP_MAX_PIXELS)
 
     def _frame_size(self, height: int, width: int, frames: int) -> tuple[int, int]:
         low, high = self._video_bounds

@@ -14,11 +14,15 @@ from sensorium.checkpoint.configs import Checkpoint
 from sensorium.errors import RequestError, StartupError
 from sensorium.processors.base import Piece, PlaceholderRun, Processor
 from sensorium.prompt.tokenizer import Tokenizer
-from sensorium.types import MediaFeatures, Prompt
+from sensorium.types import MediaFeatures, Modality, Prompt
 
 
 class ShownProcessor(Processor):
     """A family says `placeholder_id` of each kind, the soft token whose places its rows take, and what is below."""
+
+    def _mark(self, kind: Modality) -> str:
+        """What in the prompt is replaced by a media item's text."""
+        return self.placeholder(kind, 0)
 
     def _shown(self, media: MediaFeatures) -> str:
         """The text that takes the place of the media item's marker."""
@@ -40,7 +44,7 @@ class ShownProcessor(Processor):
         return {self.placeholder_id(kind) for kind in self.modalities}
 
     def build(self, text: str, media: Sequence[MediaFeatures], *, add_special_tokens: bool = False) -> Prompt:
-        kinds = {self.placeholder(kind, 0): kind for kind in self.modalities}
+        kinds = {self._mark(kind): kind for kind in self.modalities}
         pieces = re.split("(" + "|".join(map(re.escape, kinds)) + ")", text)
         found = [kinds[marker] for marker in pieces[1::2]]
         self._check_counts(found, media)
