@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from sensorium.config import EngineConfig
+from sensorium.engine.drawing import draw_together
 from sensorium.engine.graphs import CudaCapture
 from sensorium.engine.loading import Engine, build_engine, choose_quantization, opened
-from sensorium.engine.sampler import draw_together
 from sensorium.kernels.context import AttentionContext
 from sensorium.kernels.gpu import gpu_kernels, refusal
 from sensorium.models.loading import load_model

@@ -1,4 +1,5 @@
-"""Which tokens grammars allow next: computed beside the forward pass, applied to the logits behind it.
+"""Which tokens grammars allow next: computed beside the forward pass, applied to the logits behind it, by numpy on a
+CPU and by a kernel (`MaskTable`) elsewhere.
 
 On a thread, where they take longer than handing them to one; else, and that is so in small steps, just before they are
 needed, when an accelerator is still computing.
@@ -7,15 +8,13 @@ needed, when an accelerator is still computing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from sensorium.engine.constraint import GRAMMAR_FAILED, Constraint
 from sensorium.engine.sequence import Sequence
@@ -31,8 +30,27 @@ Held: TypeAlias = tuple[int, Constraint, int, int]
 """(row of the logits, what holds its sequence, the sequence's slot, index of the output token that they are for)"""
 Wanted: TypeAlias = "tuple[LLMatcher, int]"
 """(matcher, slot of its sequence)"""
-Floats: TypeAlias = Any
-"""float32 numbers: an array on a CPU, where numpy is several times as fast for few of them, elsewhere a tensor."""
+Floats: TypeAlias = NDArray[np.float32]
+
+
+class MaskTable:
+    """Masks for a kernel, see `Edits`: which tokens each row of a step's logits is left."""
+
+    __slots__ = ("_words", "bits", "held", "narrowed", "strict")
+
+    def __init__(self, rows: int, vocab_size: int) -> None:
+        self.bits: list[NDArray[np.uint32]] = []
+        self._words = -(-vocab_size // WORD_BITS)
+        self.narrowed, self.held, self.strict = (np.full(rows, -1, np.int32) for _ in range(3))
+
+    def add(self, bits: NDArray[np.uint32]) -> int:
+        """The number of a mask [words]."""
+        self.bits.append(bits)
+        return len(self.bits) - 1
+
+    def stacked(self) -> NDArray[np.uint32]:
+        """[masks, words]"""
+        return np.stack(self.bits) if self.bits else np.empty((0, self._words), np.uint32)
 
 
 class Masks:
@@ -89,22 +107,37 @@ class Masks:
         self._executor.unsafe_compute_mask_ptr(wanted, self._bits.ctypes.data, words * self._bits.itemsize, rows)
         self._seconds = perf_counter() - started
 
-    def apply(self, logits: Tensor, raw: Tensor, held: list[Held]) -> None:
-        """Leave only what grammars allow, in place. `logits` are `raw` with everything else that a request asks for.
+    def tell(self, table: MaskTable, held: list[Held]) -> None:
+        """Put masks for these rows into a table for kernels."""
+        self.wait()
+        for row, constraint, slot, index in held:
+            known = constraint.known(index)
+            if known is not None:
+                table.held[row] = table.strict[row] = table.add(mask_of((known,), self._vocab_size))
+            elif constraint.matcher.is_error():
+                constraint.error = GRAMMAR_FAILED
+            else:
+                table.held[row] = table.strict[row] = table.add(self._bits[slot])
+                if constraint.late_ends:
+                    without = ~mask_of(constraint.late_ends, self._vocab_size)
+                    table.strict[row] = table.add(self._bits[slot] & without)
+
+    def apply(self, rows: Floats, raw: Floats, held: list[Held], *, is_edited: bool) -> None:
+        """Of logits [rows, vocab] leave only what grammars allow, in place, on a CPU, where numpy is several times as
+        fast as torch for few numbers. They are `raw` with, where `is_edited`, everything else that requests ask for.
 
         Where that and the grammar leave nothing together, the grammar is kept and the rest is not.
         """
         self.wait()
         chosen = [one for one in held if one[1].needs_mask(one[3])]
-        rows, raw_rows = (x.numpy() if x.device.type == "cpu" else x for x in (logits, raw))
         if chosen:
-            self._apply_masks(rows, raw_rows, chosen, is_edited=logits is not raw)
+            self._apply_masks(rows, raw, chosen, is_edited=is_edited)
         if len(chosen) == len(held):
             return
         for row, constraint, _, index in held:
             known = constraint.known(index)
             if known is not None:
-                value = float(raw_rows[row, known])
+                value = float(raw[row, known])
                 rows[row] = -math.inf
                 rows[row, known] = value
 
@@ -113,22 +146,29 @@ class Masks:
         if is_small and not any(constraint.is_delicate for _, constraint, _, _ in chosen):
             slots = [slot for _, _, slot, _ in chosen]
             where = slice(None) if len(chosen) == len(rows) else [row for row, _, _, _ in chosen]
-            rows[where] += self._weights_of(self._bits[slots], rows)  # all at once: what small steps have time for
+            rows[where] += self._weights_of(self._bits[slots])  # all at once: what small steps have time for
             return
         for row, constraint, slot, _ in chosen:
             if constraint.matcher.is_error():
                 constraint.error = GRAMMAR_FAILED
             else:
-                allowed = self._weights_of(self._bits[slot : slot + 1], rows)[0]
+                allowed = self._weights_of(self._bits[slot : slot + 1])[0]
                 _hold(rows[row], raw[row], allowed, constraint.late_ends, is_edited=is_edited)
 
-    def _weights_of(self, bits: NDArray[np.uint32], like: Floats) -> Floats:
+    def _weights_of(self, bits: NDArray[np.uint32]) -> Floats:
         """float32 [rows, vocab]: 0 for what is allowed, minus infinity for all else. One row is overwritten by the next
         call."""
         out = self._work if len(bits) == 1 else None
         found = self._weights.take(bits.view(np.uint8), axis=0, out=out, mode="clip").reshape(len(bits), -1)
-        found = found[:, : self._vocab_size]
-        return found if isinstance(like, np.ndarray) else torch.from_numpy(found).to(like.device)
+        return found[:, : self._vocab_size]
+
+
+def mask_of(tokens: Collection[int], vocab_size: int) -> NDArray[np.uint32]:
+    """[words], the bits of these tokens"""
+    found = np.zeros(-(-vocab_size // WORD_BITS), np.uint32)
+    at = np.fromiter(tokens, np.int64, len(tokens))
+    np.bitwise_or.at(found, at // WORD_BITS, np.left_shift(np.uint32(1), (at % WORD_BITS).astype(np.uint32)))
+    return found
 
 
 def _hold(row: Floats, raw: Floats, allowed: Floats, late_ends: list[int], *, is_edited: bool) -> None:

@@ -19,8 +19,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from sensorium import kernels
 from sensorium.config import EngineConfig
+from sensorium.engine.drawing import draws_of
 from sensorium.engine.loading import Engine, build_engine, choose_quantization, opened
-from sensorium.engine.sampler import draws_of
 from sensorium.engine.warming import NOT_CAPTURED
 from sensorium.ipc import messages
 from sensorium.ipc.messages import FrameReader, Kind, ProtocolError
@@ -69,7 +69,9 @@ def rehearse(engine: Engine) -> bool:
             runner.launch(plan)
         scheduler.abort(number)
     draws = draws_of([0, 0], [0, 0], [SamplingParams(max_tokens=1)] * 2)
-    kernels.draw(torch.empty((2, engine.vocab_size), dtype=torch.float32, device=GPU), draws)
+    logits = torch.empty((2, engine.vocab_size), dtype=torch.float32, device=GPU)
+    kernels.draw(logits, draws)
+    kernels.edit(logits, logits, kernels.Edits.none(*logits.shape))
     return runner.captures_all
 
 

@@ -118,13 +118,31 @@ class Runner:
             self._tell(self._leader, batch)
         self._builder.send()
         logits = self._replayed(batch)
-        if logits is not None:
-            return Pending(lambda: StepResult(batch.sampled, self._sample(logits, batch)))
-        hidden = self._compute(batch.inputs)
-        self.is_torn = self.is_torn and bool(batch.sampled)  # then all have its logits to compute
-        if batch.padded is not None:
-            hidden = hidden[: len(batch.sequences)]
-        return Pending(lambda: self._finish(plan, batch, hidden))
+        if logits is None:
+            hidden = self._compute(batch.inputs)
+            self.is_torn = self.is_torn and bool(batch.sampled)  # then all have its logits to compute
+            if batch.padded is not None:
+                hidden = hidden[: len(batch.sequences)]
+            if not self._samples_early(plan, batch):
+                return Pending(lambda: self._finish(plan, batch, hidden))
+            rows = batch.inputs.sampled_rows
+            logits = self._logits(hidden if rows is None else hidden[rows])
+        elif not self._samples_early(plan, batch):
+            return Pending(lambda: self._sample(logits, batch))
+        return self._sampling(logits, batch)
+
+    def _samples_early(self, plan: Plan, batch: Batch) -> bool:
+        """Whether all of a step can be launched at once: on an accelerator, where no host has work in between."""
+        if not self.overlaps or self._leader is not None or batch.drafts or not batch.sampled:
+            return False
+        if any(seq.sampling is None or seq.sampling.prompt_logprobs is not None for seq, _ in plan.prefills):
+            return False
+        return not batch.ahead and not any(seq.constraint for seq in batch.sampled)
+
+    def _sampling(self, logits: Tensor, batch: Batch) -> Pending:
+        self._faults.hit("sample")
+        finish = self._sampler.start(logits, batch.sampled)
+        return Pending(lambda: StepResult(batch.sampled, Tokens.of(finish())))
 
     def _padding(self, decodes: list[Sequence]) -> int | None:
         """How many sequences the graph of these decodes has; None where none computes them."""
@@ -208,12 +226,12 @@ class Runner:
     def _finish(self, plan: Plan, batch: Batch, hidden: Tensor) -> StepResult:
         rows = batch.inputs.sampled_rows
         if rows is None:
-            return StepResult(batch.sampled, self._sample(self._logits(hidden), batch))
+            return self._sample(self._logits(hidden), batch)
         logits = self._logits(hidden[rows]) if batch.sampled else None
         vectors = self._finish_prefills(plan, batch, hidden)
         if logits is None:
             return StepResult([], Tokens([], {}, set()), vectors)
-        return StepResult(batch.sampled, self._sample(logits, batch), vectors)
+        return self._sample(logits, batch, vectors)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """[rows, vocab]; all ranks compute them."""
@@ -292,14 +310,16 @@ class Runner:
         params = seq.request.pooling
         return params is not None and not any(self._poolers[task].all_tokens for task in params.tasks)
 
-    def _sample(self, logits: Tensor, batch: Batch) -> Tokens:
+    def _sample(
+        self, logits: Tensor, batch: Batch, vectors: dict[int, list[NDArray[np.float32]]] | None = None
+    ) -> StepResult:
         """Of logits [rows, vocab], in the order of `StepInput.sampled_rows`."""
         self._faults.hit("sample")
         sequences = batch.sampled
         first = logits[: len(sequences)] if batch.drafts else logits
         tokens = Tokens.of(self._sampler.sample(first, sequences, batch.ahead), batch.ahead)
         sample_after_drafts(self._sampler, logits, sequences, batch.drafts, tokens)
-        return tokens
+        return StepResult(sequences, tokens, vectors or {})
 
     def _pool(self, seq: Sequence, hidden: Tensor) -> list[NDArray[np.float32]]:
         """Keep the hidden states of a chunk; with the last one, what each of the request's tasks makes of them."""

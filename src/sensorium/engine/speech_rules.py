@@ -16,10 +16,14 @@ from torch import Tensor
 from sensorium.types import SpeechRules
 
 
+def forbidden(rules: SpeechRules, vocab_size: int, *, is_first: bool) -> list[int]:
+    """Single tokens that never come, or not as the first one."""
+    return [token for token in (*rules.never, *(rules.never_first if is_first else ())) if 0 <= token < vocab_size]
+
+
 def hold(row: Tensor, rules: SpeechRules, said: Sequence[int]) -> None:
-    """Leave only what may follow `said`, in place. row: float32 [vocab]."""
-    never = [token for token in (*rules.never, *(() if said else rules.never_first)) if 0 <= token < len(row)]
-    row[never] = -math.inf
+    """Of tokens that are not `forbidden` leave only what may follow `said`, in place. row: float32 [vocab], of which
+    nothing is read."""
     first = rules.timestamps
     if first is None or first >= len(row):
         return
@@ -30,8 +34,7 @@ def hold(row: Tensor, rules: SpeechRules, said: Sequence[int]) -> None:
         row[:first] = -math.inf
         if rules.max_initial is not None:
             row[first + rules.max_initial + 1 :] = -math.inf
-    if torch.logsumexp(row[first:], dim=0) > row[:first].max():
-        row[:first] = -math.inf
+    row[:first].masked_fill_(torch.logsumexp(row[first:], dim=0) > row[:first].max(), -math.inf)
 
 
 def _forbid_by_pairs(row: Tensor, rules: SpeechRules, first: int, said: Sequence[int]) -> int:

@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sensorium.kernels.transfers import host_bytes, is_asynchronous
+
 ALIGNMENT = 64  # bytes: wide loads, and whole cache lines of the host
 MAX_VIEWS = 4096  # that are kept: of the same place and shape they come again in every step
 
@@ -27,9 +29,9 @@ class Staging:
     def __init__(self, capacity: int, device: torch.device) -> None:
         """`capacity` bytes; what does not fit is copied by itself."""
         self._device = device
-        self._is_asynchronous = device.type == "cuda" and torch.cuda.is_available()
+        self._is_asynchronous = is_asynchronous(device)
         self._target = torch.zeros(capacity, dtype=torch.uint8, device=device)
-        self._arrays = [_host_bytes(capacity, is_pinned=self._is_asynchronous) for _ in range(2)]
+        self._arrays = [host_bytes(capacity, is_pinned=self._is_asynchronous) for _ in range(2)]
         self._sources = [torch.from_numpy(array) for array in self._arrays]
         self._waits: list[Wait | None] = [None, None]
         self._turn = 0
@@ -93,10 +95,3 @@ def staging_bytes(tokens: int, sequences: int, tables: int, axes: int) -> int:
     per_token = 4 + axes + tables
     per_sequence = 24 + 4 * tables
     return 8 * (tokens * per_token + sequences * per_sequence) + 2 * 12 * 4096 + ALIGNMENT * 64
-
-
-def _host_bytes(count: int, *, is_pinned: bool) -> NDArray[np.uint8]:
-    if is_pinned:
-        pinned: NDArray[np.uint8] = torch.empty(count, dtype=torch.uint8, pin_memory=True).numpy()
-        return pinned  # which keeps the tensor's memory
-    return np.empty(count, np.uint8)

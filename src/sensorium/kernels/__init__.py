@@ -21,6 +21,7 @@ from sensorium.kernels.backend import (
     DecoderLayerParts,
     DecoderStack,
     Draws,
+    Edits,
     Experts,
     PackedWeight,
     Quantization,
@@ -45,6 +46,7 @@ __all__ = [
     "DecoderLayerParts",
     "DecoderStack",
     "Draws",
+    "Edits",
     "Experts",
     "PackedWeight",
     "Quantization",
@@ -62,6 +64,7 @@ __all__ = [
     "delta_rule",
     "describe",
     "draw",
+    "edit",
     "empty_linear",
     "empty_quantized",
     "experts",
@@ -250,7 +253,11 @@ def choose(logits: Tensor, per_token: int, *, renormalizes: bool, scale: float =
     return _for(logits).choose(logits, per_token, renormalizes=renormalizes, scale=scale)
 
 
-def draw(logits: Tensor, draws: Draws) -> Tensor | None:
+def edit(logits: Tensor, raw: Tensor, edits: Edits) -> None:
+    _for(logits).edit(logits, raw, edits)
+
+
+def draw(logits: Tensor, draws: Draws) -> tuple[Tensor, Tensor] | None:
     return _for(logits).draw(logits, draws)
 
 

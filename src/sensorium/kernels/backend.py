@@ -8,7 +8,7 @@ views of one fused projection; cos and sin float32 [tokens, rotated / 2], half-r
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
@@ -163,9 +163,52 @@ class Draws:
     seeds: NDArray[np.uint64]
     indices: NDArray[np.uint64]  # of the token in its output
     top_p: NDArray[np.float64]  # 1: all
-    temperature: NDArray[np.float32]
+    temperature: NDArray[np.float32]  # 0 or less: the token of the highest logit
     least: NDArray[np.float32]  # the logarithm of min_p; minus infinity: all
     top_k: NDArray[np.int32]  # 0: all
+
+
+@dataclass(frozen=True, slots=True)
+class Edits:
+    """What requests ask of the logits of rows: biases, then penalties, then a mask, then a grammar's.
+
+    Row i's part of a list is [starts[i], starts[i + 1]); there a token stands once. A mask is a row of bits, those of
+    the first 32 tokens in the first number, the first token's the lowest.
+    """
+
+    bias_starts: NDArray[np.int32]  # [rows + 1]
+    biased: NDArray[np.int32]  # [n], tokens
+    biases: NDArray[np.float32]  # [n], added; minus infinity forbids
+    seen_starts: NDArray[np.int32]  # [rows + 1]
+    seen: NDArray[np.int32]  # [m], tokens of prompt and output
+    said: NDArray[np.float32]  # [m], how often each stands in the output
+    repetition: NDArray[np.float32]  # [rows], over what was seen; 1: none
+    frequency: NDArray[np.float32]  # [rows], for each time a token was said
+    presence: NDArray[np.float32]  # [rows], for tokens that were said
+    masks: NDArray[np.uint32]  # [masks, words]
+    narrowed: NDArray[np.int32]  # [rows], the mask of tokens that the request allows; -1: all
+    held: NDArray[np.int32]  # [rows], the mask of what the grammar allows; -1: there is none
+    strict: NDArray[np.int32]  # [rows], the one that goes before it, with less; as `held` where there is none
+
+    @classmethod
+    def none(cls, rows: int, vocab_size: int) -> Edits:
+        """Nothing is asked for."""
+        starts, empty = np.zeros(rows + 1, np.int32), np.empty(0, np.int32)
+        zeros, unmasked = np.zeros(rows, np.float32), np.full(rows, -1, np.int32)
+        masks = np.empty((0, -(-vocab_size // 32)), np.uint32)
+        none = empty.view(np.float32)
+        return cls(
+            starts, empty, none, starts, empty, none, zeros + 1, zeros, zeros, masks, unmasked, unmasked, unmasked
+        )
+
+    @property
+    def has_lists(self) -> bool:
+        """Whether there is anything but masks."""
+        return len(self.biased) + len(self.seen) > 0
+
+    def arrays(self) -> list[NDArray[np.generic]]:
+        """In the order of the fields."""
+        return [getattr(self, field.name) for field in fields(self)]
 
 
 class Experts(Protocol):
@@ -314,9 +357,19 @@ class Backend(Protocol):
         `renormalizes` over those that are chosen, times `scale`."""
         ...
 
-    def draw(self, logits: Tensor, draws: Draws) -> Tensor | None:
-        """float32 logits [rows, vocab] -> token ids int64 [rows], with the meaning of `engine.sampler`; None where
-        there is no kernel for it. A row that has no highest finite logit gets any token."""
+    def edit(self, logits: Tensor, raw: Tensor, edits: Edits) -> None:
+        """Float32 logits [rows, vocab], in place. `raw` are the same numbers, which stay, or `logits` itself where
+        grammars are all that is asked for.
+
+        Of a grammar's two masks the first counts that leaves a row any token. Where none does, the row's raw logits
+        are held to the grammar, and all else is given up. Nothing is read from the device.
+        """
+        ...
+
+    def draw(self, logits: Tensor, draws: Draws) -> tuple[Tensor, Tensor] | None:
+        """float32 logits [rows, vocab] -> (token ids int64 [rows], highest logits float32 [rows]), with the meaning of
+        `engine.sampler`; None where there is no kernel for it. A row that has no highest finite logit gets any token.
+        Nothing is read from the device."""
         ...
 
     def causal_conv(

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sensorium.engine.sampler import CHUNK, Sampler, _thresholds, _uniform, draw_one, draw_together, row_threshold
+from sensorium.engine.drawing import CHUNK, _thresholds, draw_one, draw_together, draws_of, row_threshold, uniforms_of
+from sensorium.engine.sampler import Sampler
 from sensorium.engine.sequence import Sequence
 from sensorium.types import EngineRequest, Prompt, SamplingParams
 
@@ -87,9 +88,17 @@ Params = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=120, deadline=None)
-@given(st.lists(Params, min_size=1, max_size=6), st.integers(0, 2**31), st.sampled_from([0.5, 3.0, 12.0]))
-def test_every_parameter_as_the_reference_does(batch: list[dict[str, Any]], noise: int, spread: float) -> None:
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@settings(max_examples=80, deadline=None)
+@given(
+    batch=st.lists(Params, min_size=1, max_size=6),
+    noise=st.integers(0, 2**31),
+    spread=st.sampled_from([0.5, 3.0, 12.0]),
+)
+def test_every_parameter_as_the_reference_does(
+    kind: str, batch: list[dict[str, Any]], noise: int, spread: float
+) -> None:
+    """By numpy, as on a CPU, and by kernels, as elsewhere."""
     rng = np.random.default_rng(noise)
     vocab = 300
     logits = (rng.standard_normal((len(batch), vocab)) * spread).astype(np.float32)
@@ -98,17 +107,18 @@ def test_every_parameter_as_the_reference_does(batch: list[dict[str, Any]], nois
         for i, params in enumerate(batch)
     ]
     before = logits.copy()
-    sampled = Sampler(seed=5).sample(torch.from_numpy(logits), sequences)
+    sampled = Sampler(seed=5, device=torch.device(kind)).sample(torch.from_numpy(logits), sequences)
     assert np.array_equal(logits, before)
     assert not sampled.failed
     for row, seq, token in zip(logits, sequences, sampled.token_ids, strict=True):
-        uniform = float(_uniform([seq.sampler_state.seed], [seq.num_outputs])[0])
+        uniform = float(uniforms_of([seq.sampler_state.seed], [seq.num_outputs])[0])
         expected, margin = reference_choice(row, seq, uniform)
         assert token == expected or (margin < 1e-5 and reference_probabilities(row, seq)[token] > 0)
 
 
+@pytest.mark.parametrize("device", [torch.device("cpu"), torch.device("cuda")])
 @pytest.mark.parametrize("vocab", VOCABS)
-def test_ids_are_always_in_range(vocab: int) -> None:
+def test_ids_are_always_in_range(vocab: int, device: torch.device) -> None:
     """S40: tails of probability 0, rows of -inf or NaN, and one possible token at either end."""
     logits = torch.randn(7, vocab)
     logits[0, vocab // 2 :] = -torch.inf
@@ -128,7 +138,8 @@ def test_ids_are_always_in_range(vocab: int) -> None:
         {"temperature": 2.0, "min_p": 0.1, "logprobs": 2},
     ):
         for seed in range(5):
-            sampled = Sampler().sample(logits.clone(), [sequence([1], [], i, seed=seed, **sampling) for i in range(7)])
+            seqs = [sequence([1], [], i, seed=seed, **sampling) for i in range(7)]
+            sampled = Sampler(device=device).sample(logits.clone(), seqs)
             assert all(0 <= token < vocab for token in sampled.token_ids)
             assert sampled.failed == [1, 2, 3, 6]
             assert sampled.token_ids[0] < vocab // 2
@@ -191,11 +202,11 @@ def test_draws_follow_the_distribution(sampling: dict[str, Any]) -> None:
 
 
 def test_uniform_numbers_are_uniform_and_below_one() -> None:
-    numbers = _uniform([7] * 20_000, list(range(20_000)))
+    numbers = uniforms_of([7] * 20_000, list(range(20_000)))
     assert 0 <= numbers.min() < 0.001
     assert 0.999 < numbers.max() < 1
     assert np.abs(np.histogram(numbers, 10, (0, 1))[0] - 2000).max() < 200
-    assert len(np.unique(_uniform(list(range(5000)), [0] * 5000))) > 4990
+    assert len(np.unique(uniforms_of(list(range(5000)), [0] * 5000))) > 4990
 
 
 @settings(max_examples=100, deadline=None)
@@ -208,7 +219,9 @@ def test_both_ways_to_filter_agree(noise: int, spread: float, ties: bool, batch:
     scaled = (np.round(logits) if ties else logits).astype(np.float32)
     scaled -= scaled.max(axis=1, keepdims=True)
     params = [SamplingParams(1, **one) for one in batch]
-    by_sorting = _thresholds(torch.from_numpy(scaled), params).numpy()
+    of = draws_of([0] * len(params), [0] * len(params), params)
+    columns = [torch.from_numpy(column) for column in (of.least, of.top_k, of.top_p)]
+    by_sorting = _thresholds(torch.from_numpy(scaled), *columns).numpy()
     for row, one, threshold in zip(scaled, params, by_sorting, strict=True):
         mine = np.float32(row_threshold(row, one))
         differing = int(((row >= mine) != (row >= threshold)).sum())
@@ -233,7 +246,7 @@ def test_both_ways_to_draw_agree(noise: int, spread: float, vocab: int, batch: l
     logits[:, rng.integers(0, vocab, vocab // 2)] = -np.inf
     params = [SamplingParams(1, **one) for one in batch]
     uniforms = rng.random(len(batch))
-    together = draw_together(torch.from_numpy(logits), params, uniforms)
+    together = draw_together(torch.from_numpy(logits), params, uniforms).tolist()
     work = np.zeros(-(-vocab // CHUNK) * CHUNK, np.float32)
     for row, one, uniform, token in zip(logits, params, uniforms, together, strict=True):
         mine = draw_one(row, one, uniform, work)
@@ -254,14 +267,15 @@ def test_the_ends_of_the_interval_are_possible_tokens(uniform: float) -> None:
         assert draw_together(torch.from_numpy(row[None]), [params], np.array([uniform])) == expected
 
 
-def test_logprobs_are_of_raw_logits() -> None:
+@pytest.mark.parametrize("device", [torch.device("cpu"), torch.device("cuda")])
+def test_logprobs_are_of_raw_logits(device: torch.device) -> None:
     logits = torch.randn(3, 500)
     seqs = [
         sequence([1], [], 1, temperature=0.3, logprobs=5, logit_bias=((7, 100.0),)),
         sequence([1], [], 2, temperature=0.0, logprobs=0),
         sequence([1], [], 3, temperature=1.0),
     ]
-    sampled = Sampler().sample(logits, seqs)
+    sampled = Sampler(device=device).sample(logits, seqs)
     scores = torch.log_softmax(logits.double(), -1)
     assert set(sampled.logprobs) == {0, 1}
     first = sampled.logprobs[0]
@@ -273,7 +287,8 @@ def test_logprobs_are_of_raw_logits() -> None:
     assert sampled.logprobs[1].token_id == logits[1].argmax().item()
 
 
-def test_logprobs_of_named_tokens_follow_the_likeliest() -> None:
+@pytest.mark.parametrize("device", [torch.device("cpu"), torch.device("cuda")])
+def test_logprobs_of_named_tokens_follow_the_likeliest(device: torch.device) -> None:
     logits = torch.randn(2, 500)
     scores = torch.log_softmax(logits.double(), -1)
     best = scores[0].topk(2).indices.tolist()
@@ -282,7 +297,7 @@ def test_logprobs_of_named_tokens_follow_the_likeliest() -> None:
         sequence([1], [], 1, logprobs=2, logprob_token_ids=named),
         sequence([1], [], 2, logprobs=0, logprob_token_ids=(7,)),
     ]
-    found = Sampler().sample(logits, seqs).logprobs
+    found = Sampler(device=device).sample(logits, seqs).logprobs
     rest = [token for token in named if token not in best]
     assert [token for token, _ in found[0].top] == [*best, *rest]
     assert [value for _, value in found[0].top] == pytest.approx(scores[0, [*best, *rest]].tolist(), abs=1e-5)

@@ -166,6 +166,8 @@ class Native(AttentionKernels, StateKernels):
             return None
         return NativeExperts(self, ours[0], ours[1], activation)
 
+    edit = staticmethod(reference.edit)
+
     def draw(self, logits: Tensor, draws: Draws) -> None:
         """The sampler draws by itself, in numpy."""
 

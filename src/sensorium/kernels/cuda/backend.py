@@ -11,9 +11,10 @@ import triton
 from torch import Tensor
 
 from sensorium.kernels import reference
-from sensorium.kernels.backend import Activation, DecoderLayerParts, Draws, Experts, PackedWeight, Quantization
+from sensorium.kernels.backend import Activation, DecoderLayerParts, Draws, Edits, Experts, PackedWeight, Quantization
 from sensorium.kernels.context import AttentionContext
 from sensorium.kernels.cuda import attention, norms
+from sensorium.kernels.cuda import logits as logits_kernel
 from sensorium.kernels.cuda import rope as rotation
 from sensorium.kernels.cuda.decoder import CudaDecoder, DecoderShape, can_stack
 from sensorium.kernels.cuda.experts import CudaExperts, plain
@@ -120,10 +121,14 @@ class CudaBackend:
             return reference.experts(gate_up, down, activation)
         return CudaExperts(first, second, activation)
 
-    def draw(self, logits: Tensor, draws: Draws) -> Tensor | None:
+    def edit(self, logits: Tensor, raw: Tensor, edits: Edits) -> None:
+        takes = logits.dtype is raw.dtype is torch.float32 and logits.stride(1) == raw.stride(1) == 1
+        (logits_kernel.edit if takes else reference.edit)(logits, raw, edits)
+
+    def draw(self, logits: Tensor, draws: Draws) -> tuple[Tensor, Tensor] | None:
         if logits.dtype is not torch.float32 or logits.stride(1) != 1:
             return None
-        return sample(logits, on_device(draws, logits.device))[0]
+        return sample(logits, on_device(draws, logits.device))
 
     def decoder_stack(
         self,

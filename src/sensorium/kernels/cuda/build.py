@@ -15,17 +15,16 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sensorium.kernels.backend import Activation, DecoderLayerParts, Quantization
+from sensorium.kernels.backend import Activation, DecoderLayerParts, Draws, Edits, Quantization
 from sensorium.kernels.context import AttentionContext, LayerCache
 from sensorium.kernels.cuda.backend import CudaBackend
 from sensorium.kernels.cuda.compiling import Usage, compiled, compiling_for, usage
 from sensorium.kernels.cuda.device import attention, experts, linear, logits, norms, rope, sampling
-from sensorium.kernels.cuda.logits import Edits, edit
-from sensorium.kernels.cuda.sampling import Choices, sample
 from sensorium.kernels.reference import PlainLinear
 
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "int8", "float8_e4m3fn")}
@@ -100,7 +99,7 @@ def functions() -> list[Any]:
 
 def compile_shape(shape: Shape, arch: int) -> None:
     """Every kernel that a decoder of this shape starts, into Triton's cache."""
-    with FakeTensorMode(), compiling_for(arch):
+    with FakeTensorMode(allow_non_fake_inputs=True), compiling_for(arch):
         for tokens in RUNS:
             _step(shape, [tokens], 0)
         _step(shape, [1, 1], 2)
@@ -186,19 +185,10 @@ def _products(shape: Shape, bits: int) -> None:
 
 
 def _sample(rows: int, vocab: int) -> None:
-    def column(dtype: torch.dtype) -> Tensor:
-        return _empty(rows, dtype=dtype)
-
-    choices = Choices(
-        column(torch.int64), column(torch.int64), column(torch.float32), column(torch.int32), column(torch.float64),
-        column(torch.float32),
-    )  # fmt: skip
-    row_logits = _empty(rows, vocab, dtype=torch.float32)
-    sample(row_logits, choices)
-    lists = [_empty(rows, dtype=one) for one in (torch.int32, torch.int32, torch.float32) * 2]
-    lists += [column(torch.float32) for _ in range(3)]
-    lists += [_empty(rows, -(-vocab // 32), dtype=torch.int32), column(torch.int32)]
-    edit(row_logits, Edits(*lists))
+    whole, half, large = np.zeros(rows, np.int32), np.zeros(rows, np.float32), np.zeros(rows, np.uint64)
+    logits = _empty(rows, vocab, dtype=torch.float32)
+    CudaBackend().edit(logits, logits, Edits.none(rows, vocab))
+    CudaBackend().draw(logits, Draws(large, large, np.zeros(rows, np.float64), half, half, whole))
 
 
 def _empty(*sizes: int, dtype: torch.dtype) -> Tensor:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from sensorium.kernels.backend import Draws
 from sensorium.kernels.cuda.device import sampling as device
 from sensorium.kernels.cuda.launch import launch, power_of_two
+from sensorium.kernels.transfers import to_device
 
 ROOM = 4096  # likely logits of a row that are looked at alone
 BLOCK = 1024
@@ -32,14 +30,8 @@ class Choices:
 
 def on_device(draws: Draws, device: torch.device) -> Choices:
     """In one copy."""
-    columns: list[NDArray[Any]] = [draws.seeds, draws.indices, draws.top_p, draws.temperature, draws.least, draws.top_k]
-    packed = torch.from_numpy(np.concatenate([column.view(np.uint8) for column in columns])).to(device)
-    types = (torch.int64, torch.int64, torch.float64, torch.float32, torch.float32, torch.int32)
-    parts, start = [], 0
-    for column, dtype in zip(columns, types, strict=True):
-        parts.append(packed.narrow(0, start, column.nbytes).view(dtype))
-        start += column.nbytes
-    return Choices(parts[0], parts[1], temperature=parts[3], top_k=parts[5], top_p=parts[2], least=parts[4])
+    columns = (draws.seeds, draws.indices, draws.temperature, draws.top_k, draws.top_p, draws.least)
+    return Choices(*to_device(columns, device))
 
 
 def sample(logits: Tensor, choices: Choices) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from sensorium.kernels.reference.attention import (
 from sensorium.kernels.reference.experts import PlainExperts, choose, experts
 from sensorium.kernels.reference.fp4 import Fp4Linear
 from sensorium.kernels.reference.linear import PlainLinear, empty_linear
+from sensorium.kernels.reference.logits import edit
 from sensorium.kernels.reference.norms import activate, add_rms_norm, gated, layer_norm, rms_norm, rope, silu_mul
 from sensorium.kernels.reference.quantized import QuantizedLinear
 from sensorium.kernels.reference.states import causal_conv, delta_gates, delta_rule, norm_gated
@@ -42,6 +43,7 @@ __all__ = [
     "dequantize_heads",
     "describe",
     "draw",
+    "edit",
     "empty_linear",
     "empty_quantized",
     "experts",

@@ -145,7 +145,7 @@ def draw(row, size, highest, temperature, limit, number, BLOCKS: tl.constexpr, B
     return chosen * BLOCK + tl.minimum(place, tl.max(tl.where(weight > 0.0, inside, 0), 0))
 
 
-@triton.jit(do_not_specialize_on_alignment=["seeds", "indices", "temperatures", "top_ks", "top_ps", "leasts"])
+@triton.jit
 def sample(
     logits, kept, seeds, indices, temperatures, top_ks, top_ps, leasts, tokens, highests, stride, size,
     BLOCKS: tl.constexpr, BLOCK: tl.constexpr, ROOM: tl.constexpr,

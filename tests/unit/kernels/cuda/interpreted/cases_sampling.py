@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sensorium.engine.sampler import CHUNK, _uniform, draw_one, draws_of
+from sensorium.engine.drawing import CHUNK, draw_one, draws_of, uniforms_of
 from sensorium.kernels.cuda import CudaBackend, sampling
 from sensorium.kernels.cuda.sampling import Choices
 from sensorium.types import SamplingParams
@@ -42,7 +42,7 @@ def choices_of(kinds: list[dict[str, float]], seeds: list[int], indices: list[in
 
 
 def by_cpu(logits: Tensor, kinds: list[dict[str, float]], seeds: list[int], indices: list[int]) -> list[int]:
-    uniforms = _uniform(seeds, indices).tolist()
+    uniforms = uniforms_of(seeds, indices).tolist()
     work = np.zeros(-(-logits.shape[1] // CHUNK) * CHUNK, np.float32)
     return [
         draw_one(row, SamplingParams(1, **kind), number, work)  # type: ignore[arg-type]
@@ -120,4 +120,4 @@ def test_draws_of_requests() -> None:
     params = [SamplingParams(1, **kind) for kind in KINDS]  # type: ignore[arg-type]
     drawn = CudaBackend().draw(logits, draws_of(seeds, indices, params))
     assert drawn is not None
-    assert drawn.tolist() == by_cpu(logits, KINDS, seeds, indices)
+    assert drawn[0].tolist() == by_cpu(logits, KINDS, seeds, indices)
