@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from sensorium.engine.scheduler import Plan
 from sensorium.engine.sequence import Sequence
 from sensorium.engine.step_messages import frame_of, moved, share_media
 from sensorium.kernels.context import KVCache, LayerRows, NeededStates
+from sensorium.kernels.transfers import to_device
 from sensorium.models.adapters import Adapter, StepAdapters
 from sensorium.models.base import Model
 from sensorium.models.cache import attends_to_media
@@ -105,9 +107,7 @@ class Runner:
         batch = self._batch(plan)
         self._masks.begin(batch.sampled)
         context = batch.inputs.context
-        adapters = self._adapters(batch)
-        if adapters is not None:  # the other ranks are told from the CPU
-            context.adapters = adapters if self._leader is not None else adapters.moved(self._device)
+        context.adapters = adapters = self._adapters(batch)
         if plan.prefills:
             context.unseen = _unseen(batch.sequences)  # only they are pooled
         if adapters is None:
@@ -146,7 +146,10 @@ class Runner:
 
     def _padding(self, decodes: list[Sequence]) -> int | None:
         """How many sequences the graph of these decodes has; None where none computes them."""
-        if self._graphs is None or self._attends_to_media or any(map(_adapter, decodes)):
+        if self._graphs is None or self._attends_to_media:
+            return None
+        if any(map(_adapter, decodes)):
+            _say_uncaptured()
             return None
         return self._graphs.padded(len(decodes))
 
@@ -275,7 +278,7 @@ class Runner:
                 context.aligned[index] = []
 
     def _adapters(self, batch: Batch) -> StepAdapters | None:
-        """Which tokens of the step are whose."""
+        """Which tokens of the step are whose; the other ranks are told from the CPU."""
         if not any(map(_adapter, batch.sequences)):
             return None
         rows: dict[Adapter, list[int]] = {}
@@ -283,9 +286,10 @@ class Runner:
         for seq, start, end in zip(batch.sequences, batch.starts, ends, strict=True):
             if seq.adapter is not None:
                 rows.setdefault(seq.adapter, []).extend(range(start, end))
-        return StepAdapters(
-            [(one, None if len(own) == ends[-1] else torch.tensor(own, dtype=torch.int64)) for one, own in rows.items()]
-        )
+        parts = {one: np.array(own, np.int64) for one, own in rows.items() if len(own) < ends[-1]}
+        there = to_device(list(parts.values()), self._device if self._leader is None else torch.device("cpu"))
+        own_rows = dict(zip(parts, there, strict=True))
+        return StepAdapters([(one, own_rows.get(one)) for one in rows])
 
     def _needed_states(self, plan: Plan) -> NeededStates:
         """The least that this step's requests read of what the model can leave away."""
@@ -366,6 +370,11 @@ def _unseen(sequences: list[Sequence]) -> list[int] | None:
     """Tokens at each sequence's end that nobody attends to; None where there are none."""
     unseen = [0 if seq.request.pooling is None else seq.request.pooling.unseen_tokens for seq in sequences]
     return unseen if any(unseen) else None
+
+
+@functools.cache
+def _say_uncaptured() -> None:
+    logger.warning("steps with LoRA adapters are not replayed as graphs: who has which adapter changes what they start")
 
 
 def is_device_lost(error: BaseException) -> bool:

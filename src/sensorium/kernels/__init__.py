@@ -23,10 +23,12 @@ from sensorium.kernels.backend import (
     Draws,
     Edits,
     Experts,
+    LowRank,
     PackedWeight,
     Quantization,
     QuantizedWeight,
     RoutedParts,
+    TokenGroups,
 )
 from sensorium.kernels.cpu import onednn
 from sensorium.kernels.cpu.linear import NativeLinear
@@ -48,11 +50,14 @@ __all__ = [
     "Draws",
     "Edits",
     "Experts",
+    "LowRank",
     "PackedWeight",
     "Quantization",
     "QuantizedWeight",
     "RoutedParts",
+    "TokenGroups",
     "activate",
+    "add_low_rank",
     "add_rms_norm",
     "biased_attention",
     "cache_width",
@@ -251,6 +256,10 @@ def experts(gate_up: Sequence[PackedWeight], down: Sequence[PackedWeight], activ
 
 def choose(logits: Tensor, per_token: int, *, renormalizes: bool, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     return _for(logits).choose(logits, per_token, renormalizes=renormalizes, scale=scale)
+
+
+def add_low_rank(out: Tensor, x: Tensor, additions: Sequence[LowRank | None], groups: TokenGroups) -> None:
+    _for(x).add_low_rank(out, x, additions, groups)
 
 
 def edit(logits: Tensor, raw: Tensor, edits: Edits) -> None:

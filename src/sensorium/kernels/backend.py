@@ -169,6 +169,30 @@ class Draws:
 
 
 @dataclass(frozen=True, slots=True)
+class LowRank:
+    """What one adapter adds to one linear layer: x -> wide[k] (narrow x) for rows [first, first + n) of its output; to
+    a layer that is split over ranks, this rank's part of that."""
+
+    narrow: Tensor  # [ranks of all parts, in]
+    parts: list[tuple[int, Tensor]]  # (first row, wide [n, rank]), in the order of their ranks
+
+    @property
+    def nbytes(self) -> int:
+        return self.narrow.nbytes + sum(wide.nbytes for _, wide in self.parts)
+
+
+class TokenGroups:
+    """A step's tokens by adapter, for all of its layers."""
+
+    __slots__ = ("rows", "tiles")
+
+    def __init__(self, rows: Sequence[Tensor | None]) -> None:
+        """Of each adapter its tokens, int64 [n], none in two of them; None: all of them."""
+        self.rows = rows
+        self.tiles: tuple[Tensor, Tensor, int] | None = None  # what kernels make of them
+
+
+@dataclass(frozen=True, slots=True)
 class Edits:
     """What requests ask of the logits of rows: biases, then penalties, then a mask, then a grammar's.
 
@@ -355,6 +379,11 @@ class Backend(Protocol):
         """Router logits [tokens, experts] -> (the experts with the largest ones int64, their weights float32), [tokens,
         per_token] each. Of equal logits the first counts as larger. Weights are the softmax over all experts, with
         `renormalizes` over those that are chosen, times `scale`."""
+        ...
+
+    def add_low_rank(self, out: Tensor, x: Tensor, additions: Sequence[LowRank | None], groups: TokenGroups) -> None:
+        """To `out` [tokens, out], the product of x [tokens, in], in place what each group's adapter adds for its
+        tokens; None: nothing. `out` may be float32, to be added up with what other ranks have."""
         ...
 
     def edit(self, logits: Tensor, raw: Tensor, edits: Edits) -> None:

@@ -14,8 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from sensorium import kernels
 from sensorium.checkpoint.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, read_adapter_config
 from sensorium.errors import CheckpointError
+from sensorium.kernels import LowRank
 from sensorium.models.base import Model
 from sensorium.models.decoder import DecoderLayer, SelfAttention
 from sensorium.models.layers import MLP, Linear
@@ -35,51 +37,27 @@ _NAMED = {
 """What is in a key -> what it is, of keys that are refused."""
 
 
-@dataclass(frozen=True, slots=True)
-class Addition:
-    """What one adapter adds to one linear layer: x -> wide[k] (narrow x) for rows [first, first + n) of its output; to
-    a layer that is split over ranks, this rank's part of that."""
-
-    narrow: Tensor  # [ranks of all parts, in]
-    parts: list[tuple[int, Tensor]]  # (first row, wide [n, rank]), in the order of their ranks
-
-    @property
-    def nbytes(self) -> int:
-        return self.narrow.nbytes + sum(wide.nbytes for _, wide in self.parts)
-
-    def add(self, out: Tensor, x: Tensor, rows: Tensor | None) -> None:
-        """To `out` [n, out] of x [n, in], in place; `rows` int64 are the adapter's, None: all. `out` may be float32, to
-        be added up with what other ranks have."""
-        inner = (x if rows is None else x[rows]) @ self.narrow.t()
-        start = 0
-        for first, wide in self.parts:
-            columns = out[:, first : first + len(wide)]
-            added = (inner[:, start : start + wide.shape[1]] @ wide.t()).to(out.dtype)
-            start += wide.shape[1]
-            if rows is None:
-                columns += added
-            else:
-                columns.index_add_(0, rows, added)
-
-
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Adapter:
     """`digest` is of its files: what is computed with it depends on nothing else of it."""
 
     number: int  # by which requests, and the ranks of a model, call it
     digest: bytes
-    additions: Mapping[nn.Module, Addition]
+    additions: Mapping[nn.Module, LowRank]
 
     @property
     def nbytes(self) -> int:
         return sum(one.nbytes for one in self.additions.values())
 
 
-@dataclass(frozen=True, slots=True)
 class StepAdapters:
     """The adapters of a step, each with its tokens: int64 [n], or None for all of them."""
 
-    groups: Sequence[tuple[Adapter, Tensor | None]]
+    __slots__ = ("_tokens", "groups")
+
+    def __init__(self, groups: Sequence[tuple[Adapter, Tensor | None]]) -> None:
+        self.groups = groups
+        self._tokens = kernels.TokenGroups([rows for _, rows in groups])
 
     def rows(self) -> dict[int, Tensor | None]:
         """By the adapters' numbers."""
@@ -92,10 +70,7 @@ class StepAdapters:
 
     def add(self, module: nn.Module, out: Tensor, x: Tensor) -> None:
         """What they add to `out` = module(x), in place."""
-        for adapter, rows in self.groups:
-            addition = adapter.additions.get(module)
-            if addition is not None:
-                addition.add(out, x, rows)
+        kernels.add_low_rank(out, x, [adapter.additions.get(module) for adapter, _ in self.groups], self._tokens)
 
 
 def adaptable(model: Model) -> dict[str, Linear]:
@@ -148,7 +123,7 @@ def load_adapter(
         placed.setdefault(pair.place, []).append(pair)
     _check_complete(config, pairs, placed, layers)
     with torch.no_grad():
-        additions: dict[nn.Module, Addition] = {
+        additions: dict[nn.Module, LowRank] = {
             layers[place]: _addition(layers[place], own, config, dtype, device) for place, own in placed.items()
         }
     return Adapter(number, _digest(folder), additions)
@@ -200,7 +175,7 @@ def _check_complete(
 
 def _addition(
     layer: Linear, pairs: Sequence[_Pair], config: AdapterConfig, dtype: torch.dtype, device: torch.device | str
-) -> Addition:
+) -> LowRank:
     narrow, parts = [], []
     for pair in pairs:
         adapted = [layer.shards[shard] for shard in pair.shards] or [(0, layer.whole[0])]
@@ -214,7 +189,7 @@ def _addition(
                 begin = start + at - first
                 parts.append((here, outer[begin : begin + count].to(device, dtype).contiguous()))
             start += rows
-    return Addition(torch.cat(narrow).to(device).contiguous(), parts)
+    return LowRank(torch.cat(narrow).to(device).contiguous(), parts)
 
 
 def _here(layer: Linear, first: int, rows: int) -> Iterator[Span]:

@@ -7,6 +7,7 @@ One copy brings a step's arrays, one takes back what was sampled: that is the on
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ import torch
 from support import fake_cuda
 from support.engine_harness import Bench, random_prompt, request
 from support.families import MAKERS, maker_of
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 from sensorium.config import EngineConfig
 from sensorium.engine import rehearsal
+from sensorium.kernels import LowRank
 from sensorium.kernels.gpu import gpu_kernels
 from sensorium.kernels.transfers import Fetch
+from sensorium.models.adapters import Adapter, adaptable
 from sensorium.types import SpeechRules
 
 LAUNCHES = {"reference": 70, "triton": 10}
@@ -130,6 +134,34 @@ def test_sampling_waits_once(tmp_path: Path, kernels: str) -> None:
             assert len(traffic.to_device) == 4 if kernels == "triton" else 5  # the reference draws some rows alone
     assert [engine.core._scheduler.num_running, engine.core._scheduler.preemptions] == [4, 0]
     assert (traffic.launched["edit"], traffic.launched["sample"]) == ((1, 1) if kernels == "triton" else (0, 0))
+
+
+def test_adapters_wait_for_nothing(tmp_path: Path, kernels: str) -> None:
+    """Two of different ranks and a sequence without: two launches a layer for all, in steps that are no graphs."""
+    maker_of("qwen2")(tmp_path)
+    with rehearsal.absent_gpu():
+        engine = made("qwen2", tmp_path)
+        layers = adaptable(engine.engine.runner._model)
+        for number, rank in ((1, 8), (2, 33)):
+            additions: dict[nn.Module, LowRank] = {
+                one: LowRank(absent(rank, one.in_features), [(0, absent(one.out_features, rank))])
+                for one in layers.values()
+            }
+            engine.engine.adapters._loaded[number] = Adapter(number, b"", additions)
+        engine.engine.runner.capture_one()
+        for seed, adapter in enumerate((0, 1, 2)):
+            engine.core._add(replace(request(random_prompt(seed, 20 + seed), 5), adapter=adapter))
+        for _ in range(3):
+            with fake_cuda.Traffic() as traffic:
+                engine.core._step()
+            assert traffic.to_host == ["copy_"]
+    expected = len(layers) if kernels == "triton" else 0
+    assert (traffic.launched["narrow_product"], traffic.launched["add_wide_product"]) == (expected, expected)
+    assert traffic.launched["index_add_"] == (0 if kernels == "triton" else 2 * len(layers))
+
+
+def absent(*sizes: int) -> Tensor:
+    return torch.empty(sizes, dtype=torch.bfloat16, device=rehearsal.GPU)
 
 
 def test_what_waits_is_told(tmp_path: Path, guard: None) -> None:

@@ -167,6 +167,7 @@ class Native(AttentionKernels, StateKernels):
         return NativeExperts(self, ours[0], ours[1], activation)
 
     edit = staticmethod(reference.edit)
+    add_low_rank = staticmethod(reference.add_low_rank)
 
     def draw(self, logits: Tensor, draws: Draws) -> None:
         """The sampler draws by itself, in numpy."""

@@ -11,9 +11,19 @@ import triton
 from torch import Tensor
 
 from sensorium.kernels import reference
-from sensorium.kernels.backend import Activation, DecoderLayerParts, Draws, Edits, Experts, PackedWeight, Quantization
+from sensorium.kernels.backend import (
+    Activation,
+    DecoderLayerParts,
+    Draws,
+    Edits,
+    Experts,
+    LowRank,
+    PackedWeight,
+    Quantization,
+    TokenGroups,
+)
 from sensorium.kernels.context import AttentionContext
-from sensorium.kernels.cuda import attention, norms
+from sensorium.kernels.cuda import adapters, attention, norms
 from sensorium.kernels.cuda import logits as logits_kernel
 from sensorium.kernels.cuda import rope as rotation
 from sensorium.kernels.cuda.decoder import CudaDecoder, DecoderShape, can_stack
@@ -28,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 class CudaBackend:
     """Every method takes what the reference takes, on any device that Triton compiles for (or in its interpreter)."""
+
+    def __init__(self) -> None:
+        self._tables: dict[tuple[int, ...], Tensor] = {}
 
     def describe(self) -> str:
         return f"Triton {triton.__version__} kernels"
@@ -120,6 +133,14 @@ class CudaBackend:
             say_left_to_reference("experts whose weights are not plain")
             return reference.experts(gate_up, down, activation)
         return CudaExperts(first, second, activation)
+
+    def add_low_rank(self, out: Tensor, x: Tensor, additions: Sequence[LowRank | None], groups: TokenGroups) -> None:
+        if not any(additions):
+            return
+        if adapters.takes(out, x, additions):
+            adapters.add_low_rank(out, x, additions, groups, self._tables)
+        else:
+            reference.add_low_rank(out, x, additions, groups)
 
     def edit(self, logits: Tensor, raw: Tensor, edits: Edits) -> None:
         takes = logits.dtype is raw.dtype is torch.float32 and logits.stride(1) == raw.stride(1) == 1

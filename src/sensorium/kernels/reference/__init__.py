@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sensorium.kernels.backend import Activation, DecoderLayerParts, Draws, Quantization
+from sensorium.kernels.reference.adapters import add_low_rank
 from sensorium.kernels.reference.attention import (
     dequantize_heads,
     first_attention,
@@ -33,6 +34,7 @@ __all__ = [
     "PlainLinear",
     "QuantizedLinear",
     "activate",
+    "add_low_rank",
     "add_rms_norm",
     "cached_linear",
     "causal_conv",
