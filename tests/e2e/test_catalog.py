@@ -102,7 +102,7 @@ def test_an_engine_that_dies_touches_no_other(served: server.Server) -> None:
     before = set(family(pid))
     do(url, "load", "chat")
     (engine,) = (
-        one for one in set(family(pid)) - before if b"engine.loop" in Path(f"/proc/{one}/cmdline").read_bytes()
+        one for one in set(family(pid)) - before if b"sensorium.engine" in Path(f"/proc/{one}/cmdline").read_bytes()
     )
     os.kill(engine, signal.SIGKILL)
     until(lambda: states(url)["chat"] != "ready")

@@ -55,6 +55,7 @@ HAND_ENVIRONMENT_ON = {
     "workers/process.py",
     "ipc/client.py",
     "engine/loop.py",
+    "engine/nursery.py",
     "engine/warming.py",
     "prompt/convert.py",
 }
@@ -66,6 +67,7 @@ BROAD_EXCEPT = {
     "api/transport/errors.py",
     "engine/follower.py",
     "engine/loop.py",
+    "engine/nursery.py",
     "engine/encoding.py",
     "media/worker.py",
     "prompt/tokenizer.py",

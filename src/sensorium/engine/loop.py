@@ -486,17 +486,25 @@ def set_torch_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--fd", type=int, required=True, help="inherited socket to the server")
-    arguments = parser.parse_args()
+def prepare_process() -> None:
+    """What is to be so before anything is imported."""
     # The parent decides when this process ends; signals to the whole group or service are the parent's to answer.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s engine: %(message)s", stream=sys.stderr)
     set_torch_environment()
-    faults = Faults(os.environ.get(VARIABLE, ""))
-    return serve(socket.socket(fileno=arguments.fd), faults)
+
+
+def serve_at(sock: socket.socket) -> int:
+    return serve(sock, Faults(os.environ.get(VARIABLE, "")))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--fd", type=int, required=True, help="inherited socket to the server")
+    arguments = parser.parse_args()
+    prepare_process()
+    return serve_at(socket.socket(fileno=arguments.fd))
 
 
 if __name__ == "__main__":

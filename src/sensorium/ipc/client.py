@@ -25,16 +25,17 @@ from sensorium.errors import StartupError, UnavailableError
 from sensorium.ipc import messages
 from sensorium.ipc.liveness import BEAT_S, Silence
 from sensorium.ipc.messages import Kind, ProtocolError
+from sensorium.ipc.nursery import STDERR, ForkedProcess, Nursery
 from sensorium.ipc.transfers import Outgoing
 from sensorium.types import EngineOutput, EngineReady, EngineRequest, EngineStats, Vocabulary
 
 State = Literal["loading", "ready", "restarting", "failed", "closed"]
 Progress = Callable[[str, float], None]
+Child = subprocess.Popen[bytes] | ForkedProcess
 
 MAX_RESTARTS = 3
 RESTART_WINDOW_S = 300.0
 SHUTDOWN_GRACE_S = 5.0  # for a child that was told to stop, before it is killed
-STDERR = 2
 BUFFER_BYTES = 1024 * 1024  # in the transport, before writing pauses
 
 logger = logging.getLogger(__name__)
@@ -186,14 +187,18 @@ class _Link(asyncio.Protocol):
 class EngineClient:
     """One engine process. Everything but `start` belongs to one event loop."""
 
-    def __init__(self, config: EngineConfig, *, on_progress: Progress | None = None) -> None:
+    def __init__(
+        self, config: EngineConfig, *, on_progress: Progress | None = None, nursery: Nursery | None = None
+    ) -> None:
+        """With a `nursery` the child shares what it imports with other engines."""
+        self._nursery = nursery
         self.config = config
         self.ready: EngineReady | None = None
         self.stats = EngineStats()
         self.state: State = "loading"
         self.vocabulary: Vocabulary | None = None  # set before the first request with a grammar
         self._on_progress = on_progress
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Child | None = None
         self._socket: socket.socket | None = None  # until an event loop takes it
         self._link: _Link | None = None
         self._streams: dict[int, OutputStream] = {}
@@ -219,13 +224,7 @@ class EngineClient:
         """Start the child at once; needs no event loop and imports nothing heavy."""
         ours, theirs = socket.socketpair()
         with theirs:
-            # -P: nothing in the current folder takes the place of a module.
-            command = [sys.executable, "-P", "-m", "sensorium.engine.loop", "--fd", str(theirs.fileno())]
-            # Its own session: Ctrl-C is for this process, which lets running requests finish first.
-            # What it prints is never part of this process's output.
-            self._process = subprocess.Popen(
-                command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, stdout=STDERR, start_new_session=True
-            )
+            self._process = _started(theirs) if self._nursery is None else self._nursery.spawn(theirs)
         ours.sendall(messages.encode_config(self.config))  # fits into the socket's buffer
         ours.setblocking(False)
         self._socket = ours
@@ -470,7 +469,17 @@ _UNAVAILABLE: dict[State, str] = {
 }
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _started(theirs: socket.socket) -> Child:
+    # -P: nothing in the current folder takes the place of a module.
+    command = [sys.executable, "-P", "-m", "sensorium.engine.loop", "--fd", str(theirs.fileno())]
+    # Its own session: Ctrl-C is for this process, which lets running requests finish first.
+    # What it prints is never part of this process's output.
+    return subprocess.Popen(
+        command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, stdout=STDERR, start_new_session=True
+    )
+
+
+def _end(process: Child) -> None:
     """Wait for a child that was told to stop; do not wait for ever."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(SHUTDOWN_GRACE_S)
@@ -478,10 +487,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     _kill(process)
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
+def _kill(process: Child) -> None:
     """One that waits for a device that never answers cannot be killed; nobody waits for it."""
     process.kill()
     try:
         process.wait(SHUTDOWN_GRACE_S)
     except subprocess.TimeoutExpired:
-        logger.error("the engine process %d cannot be killed: it waits for a device or a file", process.pid)
+        logger.error("the engine process %s cannot be killed: it waits for a device or a file", process.pid)

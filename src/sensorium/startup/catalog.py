@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -14,9 +15,11 @@ from sensorium.checkpoint.adapters import adapter_bytes
 from sensorium.checkpoint.ollama import is_ollama_store, ollama_models
 from sensorium.config import ServeOptions, ServePlan
 from sensorium.errors import StartupError
+from sensorium.ipc.nursery import Nursery
 from sensorium.startup.fit import EnginePlan, budget_of, engine_plan, fitted
 from sensorium.startup.model import Found, Starting, adapters_of, find, launch, media_loader, names_of, opened
 from sensorium.system.gpu import gpu_memory_bytes
+from sensorium.system.malloc import trim
 from sensorium.system.memory import free_memory_bytes
 
 if TYPE_CHECKING:
@@ -35,8 +38,10 @@ class ModelSource:
 
     loader: MediaLoader  # of all models; there before the first is opened
 
-    def __init__(self, options: ServeOptions, budget_bytes: int | None) -> None:
+    def __init__(self, options: ServeOptions, budget_bytes: int | None, nursery: Nursery | None = None) -> None:
+        """`nursery` is where the engines of all models come from, if there are several."""
         self.options = options
+        self._nursery = nursery
         self.names = names_of(options)
         self._budget_bytes = budget_bytes
         self._known: tuple[Found, EnginePlan] | None = None
@@ -68,7 +73,7 @@ class ModelSource:
         """Start its engine now; `open` goes on from there."""
         found, _ = self.look(fetch=True)
         self._on_progress = on_progress
-        self._starting = starting = launch(found, self._tell)
+        self._starting = starting = launch(found, self._tell, self._nursery)
         return starting
 
     def _tell(self, phase: str, fraction: float) -> None:
@@ -94,6 +99,8 @@ class ModelSource:
         self._starting = None
         async with opened(starting, self.loader) as model:
             yield model
+        del model
+        await asyncio.to_thread(trim)
 
     async def aclose(self) -> None:
         """End an engine that was started and never opened."""
@@ -132,7 +139,8 @@ def prepare(plan: ServePlan, on_progress: Progress) -> Prepared:
     only one cannot be served."""
     models = (*plan.models, *_models_of_folder(plan.common))
     budget = _budget_bytes(plan.common, models)
-    sources = tuple(ModelSource(_kept(options, len(models)), budget) for options in models)
+    nursery = _nursery(plan.common, len(models))
+    sources = tuple(ModelSource(_kept(options, len(models)), budget, nursery) for options in models)
     _check_names(sources)
     for source in sources:
         _look(source, on_progress, is_alone=len(sources) == 1)
@@ -215,6 +223,11 @@ def _budget_bytes(common: ServeOptions, models: Sequence[ServeOptions]) -> int |
         return None
     gpu = gpu_memory_bytes() if _is_on_gpu(common) else None
     return budget_of(free_memory_bytes()) if gpu is None else int(gpu * common.engine.gpu_memory_utilization)
+
+
+def _nursery(common: ServeOptions, count: int) -> Nursery | None:
+    """Several engines share what they import; not on a GPU, whose libraries do not all bear to be forked."""
+    return Nursery() if count > 1 and sys.platform == "linux" and not _is_on_gpu(common) else None
 
 
 def _is_on_gpu(common: ServeOptions) -> bool:

@@ -21,10 +21,12 @@ from sensorium.checkpoint.ranks import check_ranks
 from sensorium.config import LoadConfig, ServeOptions
 from sensorium.errors import CheckpointError, StartupError
 from sensorium.ipc.client import EngineClient, Progress
+from sensorium.ipc.nursery import Nursery
 from sensorium.serving.tasks import TASK_FLAGS
 from sensorium.startup.drafts import open_draft
 from sensorium.startup.fit import fitted
 from sensorium.startup.translate import as_meant, with_sampling_defaults
+from sensorium.system.malloc import trim
 from sensorium.system.memory import free_memory_bytes
 
 if TYPE_CHECKING:
@@ -103,9 +105,9 @@ def find(options: ServeOptions, *, fetch: bool = True, on_progress: Progress | N
     return Found(replace(options, engine=engine), checkpoint, folders, draft)
 
 
-def launch(found: Found, on_progress: Progress) -> Starting:
+def launch(found: Found, on_progress: Progress, nursery: Nursery | None = None) -> Starting:
     """Start its engine process. Needs no event loop."""
-    client = EngineClient(found.options.engine, on_progress=on_progress)
+    client = EngineClient(found.options.engine, on_progress=on_progress, nursery=nursery)
     client.start()
     return Starting(found.options, found.checkpoint, client)
 
@@ -179,7 +181,7 @@ def _served(starting: Starting, loader: MediaLoader, renderer: RenderPool) -> Se
     options = starting.options
     if load_class(starting.checkpoint.family.processor).takes_recordings:
         loader = loader.of_recordings()
-    return ServedModel.open(
+    model = ServedModel.open(
         starting.checkpoint,
         names=starting.names,
         server=options.server,
@@ -190,3 +192,5 @@ def _served(starting: Starting, loader: MediaLoader, renderer: RenderPool) -> Se
         task=options.load.task,
         renderer=renderer,
     )
+    trim()  # reading a vocabulary leaves as much again
+    return model
