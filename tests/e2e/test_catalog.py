@@ -96,6 +96,32 @@ def test_models_take_turns_under_a_budget_and_leave_nothing(served: server.Serve
     until(lambda: count_descriptors(pid) <= descriptors)  # the last connections are being closed
 
 
+def held(pid: int) -> tuple[list[int], int]:
+    """The processes of a server, and the descriptors of all of them."""
+    pids = sorted(family(pid))
+    return pids, sum(map(count_descriptors, pids))
+
+
+def test_ten_loads_and_unloads_leave_no_process_and_no_descriptor(served: server.Server) -> None:
+    """Beside a model that stays, with whose engine the others share what they import."""
+    url, pid = served.url, served.process.pid
+    do(url, "load", "embedder")
+    before: tuple[list[int], int] = ([], 0)
+    for cycle in range(6):
+        for model, path, body in (
+            ("chat", "completions", {"prompt": "a", "max_tokens": 2}),
+            ("reranker", "rerank", {"query": "a", "documents": ["b"]}),
+        ):
+            assert do(url, "load", model).json()["state"] == "ready"
+            assert httpx.post(f"{url}/v1/{path}", json={"model": model, **body}, timeout=120).status_code == 200
+            assert do(url, "unload", model).json()["state"] == "unloaded"
+        if cycle == 0:
+            before = held(pid)
+    forked = [one for one in before[0] if b"sensorium.engine.nursery" in Path(f"/proc/{one}/cmdline").read_bytes()]
+    assert len(forked) == 2  # the engine that stays, and who forks
+    until(lambda: held(pid)[0] == before[0] and held(pid)[1] <= before[1])
+
+
 def test_an_engine_that_dies_touches_no_other(served: server.Server) -> None:
     url, pid = served.url, served.process.pid
     do(url, "load", "embedder")
