@@ -26,7 +26,7 @@ def filled(weight: torch.Tensor, bias: torch.Tensor | None) -> onednn.OneDnnLine
 
 
 @pytest.mark.skipif(not onednn.usable(), reason="this torch has no oneDNN operators")
-@pytest.mark.parametrize("rows", [1, 7, 300])
+@pytest.mark.parametrize("rows", [1, 7, 13, 300])  # the last two are padded
 @pytest.mark.parametrize("has_bias", [True, False])
 @torch.inference_mode()
 def test_onednn_linear(rows: int, has_bias: bool) -> None:
@@ -44,6 +44,26 @@ def test_onednn_linear(rows: int, has_bias: bool) -> None:
         torch.testing.assert_close(
             form.activated(x, activation), reference.activate(plain.clone(), activation), atol=1e-4, rtol=1e-5
         )
+
+
+@pytest.mark.skipif(not onednn.usable(), reason="this torch has no oneDNN operators")
+@pytest.mark.parametrize(("elements", "most"), [(96 * 80, 8 + 7 + 2), (96 * 80 - 1, 100)])
+@torch.inference_mode()
+def test_few_numbers_of_rows_reach_small_weights(elements: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each one that is new costs more than the rows."""
+    form = filled(torch.randn(96, 80), None)
+    met: set[int] = set()
+    linear = onednn._linear
+
+    def spy(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        met.add(len(x))
+        return linear(x, *rest)
+
+    monkeypatch.setattr(onednn, "_linear", spy)
+    monkeypatch.setattr(onednn, "SMALL_ELEMENTS", elements)
+    for rows in range(1, 101):
+        assert len(form(torch.randn(rows, 80))) == rows
+    assert len(met) == most
 
 
 @pytest.mark.skipif(not onednn.usable(), reason="this torch has no oneDNN operators")

@@ -19,6 +19,10 @@ from sensorium.kernels.reference.norms import activate
 
 MIN_ELEMENTS = 384 * 384  # of a weight: with a smaller one the 12 us that a call costs more are not won back
 
+SMALL_ELEMENTS = 512 * 512
+"""Of a weight for which a few rows more cost less than a number of rows that is new: oneDNN then makes a kernel, for
+0.45 ms, and keeps the latest few. Steps with prompts or drafts have another number of rows nearly every time."""
+
 POST_OPS = {
     "gelu": ("gelu", "none"),
     "gelu_tanh": ("gelu", "tanh"),
@@ -79,6 +83,12 @@ def _linear(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str = "n
     return out
 
 
+def _padded_rows(rows: int) -> int:
+    """As many rows or some more, so that few numbers of rows are met."""
+    step = 1 if rows <= 8 else 8 if rows <= 64 else 32
+    return -(-rows // step) * step
+
+
 class OneDnnLinear:
     """A float32 weight in oneDNN's own layout. Packed when the last row has come; plain again if rows are read back."""
 
@@ -112,22 +122,35 @@ class OneDnnLinear:
     def __call__(self, x: Tensor) -> Tensor:
         if self._packed is None and fewest_elements():
             return functional.linear(x, self._unpacked(), self.bias)
-        return _linear(x.contiguous(), self._unpacked() if self._packed is None else self._packed, self.bias)
+        return self._product(x, self._unpacked() if self._packed is None else self._packed)
 
     def activated(self, x: Tensor, activation: Activation) -> Tensor:
         """activation(self(x)), in one call if oneDNN has the activation."""
         if self._packed is None or activation not in POST_OPS:
             return activate(self(x), activation)
-        return _linear(x.contiguous(), self._packed, self.bias, *POST_OPS[activation])
+        return self._product(x, self._packed, *POST_OPS[activation])
 
     def added(self, x: Tensor, other: Tensor) -> Tensor:
         """The product plus `other` [.., out]."""
-        if self._packed is None:
+        if self._packed is None or self._missing_rows(x):
             return self(x).add_(other)
         out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(
             x.contiguous(), other.contiguous(), self._packed, self.bias, "add"
         )
         return out
+
+    def _product(self, x: Tensor, weight: Tensor, activation: str = "none", algorithm: str = "") -> Tensor:
+        missing = self._missing_rows(x)
+        if not missing:
+            return _linear(x.contiguous(), weight, self.bias, activation, algorithm)
+        padded = torch.cat((x, x.new_zeros(missing, x.shape[1])))
+        return _linear(padded, weight, self.bias, activation, algorithm)[: len(x)]
+
+    def _missing_rows(self, x: Tensor) -> int:
+        """Rows that `x` is padded by."""
+        if x.dim() != 2 or self._shape[0] * self._shape[1] > SMALL_ELEMENTS:
+            return 0
+        return _padded_rows(len(x)) - len(x)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Weight rows [n, in] of output indices [n]."""
