@@ -69,6 +69,6 @@ class Constraint:
         forced = self.matcher.compute_ff_tokens()
         if forced and self.matcher.consume_tokens(forced):
             self._tokens += forced
-        if self.matcher.is_error():
-            self.error = GRAMMAR_FAILED
         self._stopped = self.matcher.is_stopped()
+        if self._stopped and self.matcher.is_error():  # a failed one has stopped, too
+            self.error = GRAMMAR_FAILED
