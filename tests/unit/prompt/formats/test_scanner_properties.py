@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.output_formats import NAMES, WRITERS, named, pieces, read
 
-from sensorium.prompt.formats.catalogue import SYNTAXES
+from sensorium.prompt.formats.catalogue import SYNTAXES, THINKING
 from sensorium.prompt.formats.xml_calls import XmlCalls
 
 EXAMPLES = settings(max_examples=6, deadline=None)
-THINKING = ["none", "think", "mistral", "gemma4", "granite", "cohere"]
+WAYS_TO_THINK = ["none", *THINKING]
 JUNK = [
     '{"name": "get_weather", "arguments": {"city": "',
     '"}}',
@@ -64,7 +64,7 @@ def soup(name: str, thinking: str) -> st.SearchStrategy[str]:
 
 @pytest.mark.parametrize("name", NAMES)
 @EXAMPLES
-@given(data=st.data(), thinking=st.sampled_from(THINKING), complete=st.booleans())
+@given(data=st.data(), thinking=st.sampled_from(WAYS_TO_THINK), complete=st.booleans())
 def test_the_answer_does_not_depend_on_its_pieces(
     name: str, data: st.DataObject, thinking: str, complete: bool
 ) -> None:
