@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
+    from sensorium.engine.matchers import NativeMatcher
+
 GRAMMAR_FAILED = "The grammar of this request became too complex to go on with."
 
 
@@ -24,7 +26,7 @@ class Constraint:
 
     __slots__ = ("_stopped", "_tokens", "error", "late_ends", "matcher")
 
-    def __init__(self, matcher: LLMatcher, late_ends: list[int] | None = None) -> None:
+    def __init__(self, matcher: LLMatcher | NativeMatcher, late_ends: list[int] | None = None) -> None:
         self.matcher = matcher
         self.late_ends = late_ends or []
         self.error = ""

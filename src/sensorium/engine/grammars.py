@@ -8,14 +8,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from time import monotonic
 
-import msgspec
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 
 from sensorium.engine.constraint import Constraint
+from sensorium.engine.matchers import NativeMatcher, NativeTokenizer, library
+from sensorium.engine.spelling import Speller, ends_within, plain_tokenizer
 from sensorium.types import EngineRequest, Grammar, Vocabulary
 
 MAX_KEPT = 64  # compiled grammars
@@ -23,11 +23,14 @@ MAX_KEPT_CHARS = 4 * 1024**2  # of their sources together
 LIMITS = LLParserLimits(step_lexer_fuel=100_000, max_items_in_row=16_000, verbose_errors=False)
 STACK_BYTES = 64 * 1024**2
 """Of the compiling thread: eight times what the HTTP process's worker has, where every grammar was compiled first."""
+SMALL_VOCABULARY = 4096
+"""Tokens whose table the library builds in 30 ms: nobody shall wait longer for the interpreter's lock."""
 NO_VOCABULARY = "Structured output is not available for this model's tokenizer."
 NOT_COMPILED = "The grammar of this request is too complex for this model's tokenizer."
 
 logger = logging.getLogger("sensorium.engine")
 
+Tokenizer = LLTokenizer | NativeTokenizer
 Prepared = tuple[EngineRequest, "Constraint | str"]
 """A request and what holds it to its grammar, or why there is none."""
 
@@ -42,8 +45,11 @@ class Grammars:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._done: SimpleQueue[Prepared] = SimpleQueue()
         self._waiting: dict[int, None] = {}  # ids of requests
-        self._tokenizer: LLTokenizer | None = None  # of the thread, as is what follows
-        self._kept: OrderedDict[tuple[bytes, str, str], LLMatcher] = OrderedDict()  # by salt, kind and source
+        self._tokenizer: Tokenizer | None = None  # of the thread, as is what follows
+        self._speller: Speller | None = None
+        self._kept: OrderedDict[tuple[bytes, str, str], LLMatcher | NativeMatcher] = (
+            OrderedDict()
+        )  # by salt, kind and source
 
     @property
     def num_waiting(self) -> int:
@@ -55,6 +61,12 @@ class Grammars:
         usual = threading.stack_size(STACK_BYTES)  # for the thread that the first request starts
         self._thread.submit(self._prepare, request, grammar).add_done_callback(_log_failure)
         threading.stack_size(usual)
+
+    def close(self) -> None:
+        """End the process that large vocabularies have."""
+        if self._speller is not None:
+            speller, self._speller = self._speller, None
+            speller.close()
 
     def abort(self, request_id: int) -> None:
         self._waiting.pop(request_id, None)
@@ -86,7 +98,7 @@ class Grammars:
             return NO_VOCABULARY
         if self._tokenizer is None:
             started = monotonic()
-            self._tokenizer = open_tokenizer(vocabulary, self._vocab_size)
+            self._tokenizer = self.open(vocabulary)
             logger.info("the tokenizer is ready for grammars after %.1f s", monotonic() - started)
         matcher = self._matcher(grammar, request.salt, self._tokenizer, vocabulary.lead)
         if matcher.is_error():
@@ -97,14 +109,26 @@ class Grammars:
         constraint = Constraint(matcher.deep_copy(), late_ends)
         return constraint.error or constraint
 
-    def _matcher(self, grammar: Grammar, salt: bytes, tokenizer: LLTokenizer, lead: int) -> LLMatcher:
+    def open(self, vocabulary: Vocabulary) -> Tokenizer:
+        """A large one is opened by a process of its own, and built here without the interpreter's lock."""
+        native, ends = library(), ends_within(vocabulary, self._vocab_size)
+        if native is not None and ends and self._vocab_size > SMALL_VOCABULARY:
+            self._speller = Speller(vocabulary, self._vocab_size)
+            try:
+                return NativeTokenizer(native, self._speller.table(), ends, self._speller.spelled)
+            except (OSError, ValueError) as error:
+                logger.warning("a grammar's tokenizer is built in the engine, where answers wait for it: %s", error)
+                self.close()
+        return open_tokenizer(vocabulary, self._vocab_size)
+
+    def _matcher(self, grammar: Grammar, salt: bytes, tokenizer: Tokenizer, lead: int) -> LLMatcher | NativeMatcher:
         """At its beginning, with the first mask computed once: copies share the automaton that this has built."""
         key = (salt, grammar.kind, grammar.source)
         found = self._kept.get(key)
         if found is not None:
             self._kept.move_to_end(key)
             return found
-        matcher = LLMatcher(tokenizer, described(grammar, lead), log_level=0, limits=LIMITS)
+        matcher = matcher_of(tokenizer, described(grammar, lead))
         if not matcher.is_error():
             matcher.compute_bitmask()
         self._kept[key] = matcher
@@ -139,23 +163,11 @@ def described(grammar: Grammar, lead: int = 0) -> str:
 def open_tokenizer(vocabulary: Vocabulary, vocab_size: int) -> LLTokenizer:
     """The library's tokenizer, in two steps: each holds the interpreter's lock, for 0.9 and 0.5 s of a processor where
     there are 150,000 tokens, and others run between them."""
-    raw = msgspec.json.decode(Path(vocabulary.file).read_bytes(), type=dict[str, msgspec.Raw])
-    added = [
-        {
-            "id": token_id,
-            "content": text,
-            "special": is_special,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-        }
-        for token_id, text, is_special in vocabulary.added
-        if token_id < vocab_size
-    ]
-    nothing = msgspec.Raw(b"null")
-    whole = {**raw, "truncation": nothing, "padding": nothing, "post_processor": nothing, "added_tokens": added}
-    ends = [token for token in vocabulary.ends if token < vocab_size]
-    text = msgspec.json.encode(whole).decode()
-    plain = LLTokenizer(text, n_vocab=vocab_size, eos_token=ends or None, slices=[])
-    return plain.with_slices(LLTokenizer.general_slices())
+    return plain_tokenizer(vocabulary, vocab_size).with_slices(LLTokenizer.general_slices())
+
+
+def matcher_of(tokenizer: Tokenizer, grammar: str) -> LLMatcher | NativeMatcher:
+    """At the beginning of a grammar that is `described`."""
+    if isinstance(tokenizer, NativeTokenizer):
+        return tokenizer.matcher(grammar, LIMITS)
+    return LLMatcher(tokenizer, grammar, log_level=0, limits=LIMITS)

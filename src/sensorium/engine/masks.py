@@ -22,13 +22,15 @@ from sensorium.engine.sequence import Sequence
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher
 
+    from sensorium.engine.matchers import NativeMatcher
+
 WORD_BITS = 32
 SMALL_VOCABULARY = 8192
 THREAD_S = 0.002  # that masks of a step must take for a thread to pay
 
 Held: TypeAlias = tuple[int, Constraint, int, int]
 """(row of the logits, what holds its sequence, the sequence's slot, index of the output token that they are for)"""
-Wanted: TypeAlias = "tuple[LLMatcher, int]"
+Wanted: TypeAlias = "tuple[LLMatcher | NativeMatcher, int]"
 """(matcher, slot of its sequence)"""
 Floats: TypeAlias = NDArray[np.float32]
 
@@ -99,12 +101,16 @@ class Masks:
 
     def _fill_beside(self, wanted: list[Wanted]) -> None:
         """The same by another thread, which gives the interpreter's lock back for all of them at once."""
-        from llguidance import LLExecutor
+        from llguidance import LLExecutor, LLMatcher
 
+        known = [(matcher, slot) for matcher, slot in wanted if isinstance(matcher, LLMatcher)]
+        if len(known) < len(wanted):  # the executor does not take the other kind
+            self._fill(wanted)
+            return
         started = perf_counter()
         self._executor = self._executor or LLExecutor()
         rows, words = self._bits.shape
-        self._executor.unsafe_compute_mask_ptr(wanted, self._bits.ctypes.data, words * self._bits.itemsize, rows)
+        self._executor.unsafe_compute_mask_ptr(known, self._bits.ctypes.data, words * self._bits.itemsize, rows)
         self._seconds = perf_counter() - started
 
     def tell(self, table: MaskTable, held: list[Held]) -> None:

@@ -1,0 +1,162 @@
+"""The grammar library through its C interface, with a tokenizer in another process: the same as its Python classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+from llguidance import LLMatcher, LLTokenizer
+from support import tiny_tokenizers
+from support.engine_harness import Result, bench, random_prompt, request, tokens_of
+from support.tiny_tokenizers import id_of
+
+from sensorium.engine import grammars, spelling
+from sensorium.engine.matchers import NativeMatcher, NativeTokenizer, library
+from sensorium.models.base import Model
+from sensorium.prompt.tokenizer import Tokenizer
+from sensorium.types import Grammar, Vocabulary
+
+pytestmark = pytest.mark.skipif(library() is None, reason="this llguidance has no C interface that is known")
+
+SCHEMA = (
+    '{"type": "object", "properties": {"the name": {"type": "string", "maxLength": 9}, "a colour": {"enum": ["red", '
+    '"green"]}, "size": {"type": "integer", "minimum": 0, "maximum": 150}}, "required": ["the name", "a colour"], '
+    '"additionalProperties": false, "x-guidance": {"whitespace_flexible": false}}'
+)
+GRAMMARS = [
+    Grammar("json", SCHEMA),
+    Grammar("regex", "(the same beginning|the same end), [0-9]{3} times[a-zü ]{0,5}"),
+    Grammar("lark", 'start: (A | "b")+\nA: /[a-z ,]{3,9}/'),
+]
+
+
+@pytest.fixture(scope="module")
+def vocabulary(folder: Path, model: Model) -> Vocabulary:
+    found = Tokenizer.from_folder(folder, vocab_size=model.checkpoint.vocab_size).vocabulary(
+        model.checkpoint.stop_token_ids
+    )
+    assert found is not None
+    return found
+
+
+def opened(vocabulary: Vocabulary, vocab_size: int) -> tuple[NativeTokenizer, spelling.Speller]:
+    native, speller = library(), spelling.Speller(vocabulary, vocab_size)
+    assert native is not None
+    ends = spelling.ends_within(vocabulary, vocab_size)
+    return NativeTokenizer(native, speller.table(), ends, speller.spelled), speller
+
+
+@pytest.fixture(scope="module")
+def native(vocabulary: Vocabulary, model: Model) -> Iterator[NativeTokenizer]:
+    made, speller = opened(vocabulary, model.checkpoint.vocab_size)
+    yield made
+    speller.close()
+
+
+@pytest.fixture(scope="module")
+def plain(vocabulary: Vocabulary, model: Model) -> LLTokenizer:
+    return grammars.open_tokenizer(vocabulary, model.checkpoint.vocab_size)
+
+
+def walk(one: NativeMatcher, other: LLMatcher, seed: int) -> list[int]:
+    """A random answer of which both say the same at each token."""
+    random, said = Random(seed), list[int]()
+    while len(said) < 60:
+        forced = one.compute_ff_tokens()
+        assert forced == other.compute_ff_tokens()
+        if forced:
+            assert one.consume_tokens(forced) and other.consume_tokens(forced)
+            said += forced
+        assert (one.is_stopped(), one.is_error()) == (other.is_stopped(), other.is_error())
+        if one.is_stopped():
+            break
+        mask = one.compute_bitmask()
+        assert other.compute_bitmask()[: len(mask)] == mask
+        allowed = np.flatnonzero(np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little"))
+        said.append(int(random.choice(allowed)))
+        assert one.consume_token(said[-1]) and other.consume_token(said[-1])
+        if random.random() < 0.2:
+            one = one.deep_copy()
+    return said
+
+
+@pytest.mark.parametrize("grammar", GRAMMARS, ids=lambda grammar: grammar.kind)
+def test_it_says_what_the_python_classes_say(native: NativeTokenizer, plain: LLTokenizer, grammar: Grammar) -> None:
+    text = grammars.described(grammar)
+    answers = [
+        walk(native.matcher(text, grammars.LIMITS), LLMatcher(plain, text, log_level=0, limits=grammars.LIMITS), seed)
+        for seed in range(6)
+    ]
+    assert len(set(map(tuple, answers))) > 1
+    whole = native.matcher(text, grammars.LIMITS)
+    assert whole.validate_tokens(answers[0]) == len(answers[0])
+    assert whole.validate_tokens([0, *answers[0]]) == 0
+
+
+def test_what_is_no_grammar_and_tokens_that_do_not_fit_are_errors(native: NativeTokenizer) -> None:
+    bad = native.matcher(grammars.described(Grammar("lark", "start: (")), grammars.LIMITS)
+    assert bad.is_error() and bad.get_error()
+    good = native.matcher(grammars.described(GRAMMARS[1]), grammars.LIMITS)
+    assert good.get_error() == ""
+    assert not good.consume_token(0)
+    assert good.is_error() and good.is_stopped()
+
+
+def test_sentencepiece_tokens_have_their_spaces(tmp_path: Path) -> None:
+    own = Tokenizer.from_folder(tiny_tokenizers.write(tmp_path, tiny_tokenizers.sentencepiece(), eos_token="</s>"))
+    vocabulary = own.vocabulary([id_of(own, "</s>")])
+    assert vocabulary is not None
+    made, speller = opened(vocabulary, own.vocab_size)
+    plain = grammars.open_tokenizer(vocabulary, own.vocab_size)
+    text = grammars.described(Grammar("regex", "(one of these|one of those) [a-z ]{3,9}"), vocabulary.lead)
+    for seed in range(4):
+        walk(made.matcher(text, grammars.LIMITS), LLMatcher(plain, text), seed)
+    speller.close()
+
+
+def answers(model: Model, vocabulary: Vocabulary, lose_after: int = 0) -> tuple[list[Result], Any]:
+    """After so many requests the process is lost."""
+    made = bench(model)
+    held = made.core._grammars
+    held.vocabulary = vocabulary
+    asked = [
+        request(random_prompt(seed, 20), 60, grammar=GRAMMARS[seed % 3], seed=seed, temperature=1, stop_token_ids=())
+        for seed in range(6)
+    ]
+    results = made.run(*asked[:lose_after])
+    if lose_after:
+        assert held._speller is not None
+        held._speller._process.kill()
+    results += made.run(*asked[lose_after:])
+    held.close()
+    return results, held._tokenizer
+
+
+def test_large_vocabularies_go_through_it_and_answers_are_the_same(
+    model: Model, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, kind = answers(model, vocabulary)
+    assert isinstance(kind, LLTokenizer)
+    monkeypatch.setattr(grammars, "SMALL_VOCABULARY", 0)
+    for lose_after in (0, 1):
+        large, kind = answers(model, vocabulary, lose_after)
+        assert isinstance(kind, NativeTokenizer)
+        assert tokens_of(large) == tokens_of(small)
+
+
+@pytest.mark.parametrize("missing", ["interface", "process"])
+def test_where_it_cannot_be_had_the_engine_opens_the_tokenizer(
+    model: Model, vocabulary: Vocabulary, missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammars, "SMALL_VOCABULARY", 0)
+    if missing == "interface":
+        monkeypatch.setattr(grammars, "library", lambda: None)
+    else:
+        monkeypatch.setattr("sys.executable", "/bin/true")
+    results, kind = answers(model, vocabulary)
+    assert isinstance(kind, LLTokenizer)
+    assert not any(result.error for result in results)
