@@ -7,7 +7,6 @@ notes how late it wakes up; and alone, for what the machine does to it anyway. S
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import threading
 import time
@@ -17,7 +16,6 @@ from pathlib import Path
 from sensorium.checkpoint.configs import open_checkpoint
 from sensorium.engine import grammars
 from sensorium.prompt.tokenizer import Tokenizer
-from sensorium.system.processes import rss_bytes
 from sensorium.types import Vocabulary
 
 NAP_S = 0.001
@@ -62,12 +60,11 @@ def main() -> None:
     if vocabulary is None:
         sys.exit("The tokens of this checkpoint have no bytes of their own.")
     for name, act in ways(vocabulary, checkpoint.vocab_size).items():
-        before, started, cpu = rss_bytes(os.getpid()), time.perf_counter(), time.process_time()
+        started, cpu = time.perf_counter(), time.process_time()
         longest = gaps(act)
         print(
             f"{name:20} {time.perf_counter() - started:6.2f} s, {time.process_time() - cpu:5.2f} s of a processor, "
-            f"longest gaps {', '.join(f'{1000 * gap:.1f}' for gap in longest[:3])} ms, "
-            f"{(rss_bytes(os.getpid()) - before) / 2**20:+.0f} MiB"
+            f"longest gaps {', '.join(f'{1000 * gap:.1f}' for gap in longest[:3])} ms"
         )
 
 
