@@ -56,7 +56,7 @@ def checked(form: Form, names: Names) -> tuple[str, str]:
     except RecursionError:
         raise FormRefused("", "is nested too deeply") from None
     part = f'{{"json_schema": {source}}}' if kind == "json" else json.dumps({"lark_grammar": source})
-    matcher = LLMatcher(_tokenizer(names), f'{{"grammars": [{part}]}}', log_level=0, limits=LIMITS)
+    matcher = LLMatcher(byte_tokenizer(names), f'{{"grammars": [{part}]}}', log_level=0, limits=LIMITS)
     if not matcher.is_error():
         matcher.compute_bitmask()
         matcher.compute_ff_tokens()
@@ -119,7 +119,7 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _tokenizer(names: Names) -> LLTokenizer:
+def byte_tokenizer(names: Names) -> LLTokenizer:
     """One token for each byte and one for each that a grammar may name; ids up to the model's last are there."""
     tokens = [bytes([value]) for value in range(NUM_BYTES)] + [b"<end>"]
     special = [NUM_BYTES]

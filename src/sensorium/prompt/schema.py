@@ -24,10 +24,12 @@ MAPS = ("properties", "patternProperties", "$defs", "definitions")
 LISTS = ("anyOf", "allOf", "oneOf", "prefixItems")
 SINGLES = ("items", "additionalProperties", "additionalItems")
 COMBINING = frozenset({"$ref", "anyOf", "oneOf", "properties"})
-PLAIN = frozenset(
-    """type enum const required minProperties maxProperties minItems maxItems minLength maxLength pattern format
-    minimum maximum exclusiveMinimum exclusiveMaximum multipleOf $ref $schema""".split()
+COUNTS = frozenset("minProperties maxProperties minItems maxItems minLength maxLength".split())
+PLAIN = COUNTS | frozenset(
+    """type enum const required pattern format minimum maximum exclusiveMinimum exclusiveMaximum multipleOf $ref
+    $schema""".split()
 )
+"""Keywords that are taken as they are."""
 
 
 class SchemaRefused(Exception):
@@ -96,6 +98,8 @@ class _Ready:
                 made[key] = list(self._list(value, f"{path}.{key}", depth))
             elif key in SINGLES:
                 made[key] = self.schema(value, f"{path}.{key}", depth + 1)
+            elif key in COUNTS and isinstance(value, float) and value.is_integer():
+                made[key] = int(value)  # 2.0 is the same number, which the library takes for another
             elif key in PLAIN or (isinstance(value, dict) and key not in ("x-guidance", "default", "discriminator")):
                 made[key] = value  # a reference may lead into an object that is no keyword
         return self._finished(made, path, depth)

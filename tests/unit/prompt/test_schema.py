@@ -39,6 +39,14 @@ def test_what_says_nothing_about_the_form_is_dropped() -> None:
     }
 
 
+def test_counts_may_be_written_with_a_point() -> None:
+    """2.0 is the number 2 in JSON; 2.5 is no count, which the compiler says."""
+    found = made({"type": "string", "minLength": 2.0, "maxLength": 4, "minimum": 2.0})
+    assert (found["minLength"], type(found["minLength"]), found["maxLength"]) == (2, int, 4)
+    assert type(found["minimum"]) is float
+    assert made({"maxItems": 2.5})["maxItems"] == 2.5
+
+
 def test_formats_that_can_be_held_to_stay() -> None:
     assert made({"type": "string", "format": "date-time"}) == {"type": "string", "format": "date-time"}
 
