@@ -64,6 +64,7 @@ class DecoderDefaults:
     scales_embeddings: bool = False  # by the root of the hidden size
     caps_logits: bool = False  # reads `final_logit_softcapping`
     mrope_interleaved: bool = False  # axes take turns, frequency by frequency
+    norms_values: bool = False  # heads of values, as those of keys are
     pairs_rope: bool = False  # rotated together are neighbours
     has_sinks: bool = False  # a score of each head takes part in the softmax
     routing: RoutingDefaults | None = None
@@ -371,6 +372,7 @@ _GEMMA4 = replace(
     scale=1.0,
     shapes_differ=True,
     norm_offset=0.0,
+    norms_values=True,
     names={**_GEMMA3.names, "num_experts_per_tok": "top_k_experts"},
     routing=RoutingDefaults(128, 8, 704, renormalizes=True, switch="enable_moe_block"),
     preset={

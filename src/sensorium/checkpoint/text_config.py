@@ -26,7 +26,8 @@ _ROPE_KINDS: Mapping[str, str] = {
 
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
-_OF_THE_FAMILY = ("norms_whole_qk", "norm_offset", "has_sublayer_norms", "has_sinks", "pairs_rope")  # no key says them
+# No key says them:
+_OF_THE_FAMILY = ("norms_whole_qk", "norm_offset", "has_sublayer_norms", "has_sinks", "pairs_rope", "norms_values")
 
 ACTIVATIONS: Mapping[str, str] = {
     "silu": "silu",
@@ -131,6 +132,7 @@ class TextConfig:
     norms_whole_qk: bool = False  # OLMoE: on all heads together
     hidden_act: str = "silu"  # a name of `ACTIVATIONS`
     norm_offset: float = 0.0  # added to the weights of all norms: Gemma's are stored around 0
+    norms_values: bool = False  # Gemma 4: on every head, without weights
     has_sublayer_norms: bool = False  # Gemma: attention and MLP are normed again before they are added
     pairs_rope: bool = False  # GLM: what is rotated together stands side by side, not half a head apart
     has_sinks: bool = False  # GPT-OSS: a score of each head takes part in the softmax, and has no value

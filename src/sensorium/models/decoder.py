@@ -6,7 +6,7 @@ What differs between them (biases, norms of q and k, window, rope, tied head) is
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, TypeAlias
 
@@ -29,6 +29,7 @@ from sensorium.models.layers import (
     Embedding,
     LanguageHead,
     Linear,
+    PlainNorm,
     QKVLinear,
     RMSNorm,
     SplitInputs,
@@ -67,19 +68,26 @@ def _norm(config: TextConfig, size: int | None = None) -> RMSNorm:
 
 
 class SelfAttention(nn.Module):
+    """Of a layer that reads another one's keys and values, queries alone."""
+
     def __init__(self, config: TextConfig, spec: AttentionSpec) -> None:
         super().__init__()
-        heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        heads, head_dim = config.num_heads, spec.head_dim or config.head_dim
+        kv_heads = spec.num_kv_heads or config.num_kv_heads
         q_heads = 2 * heads if config.gates_attention else heads  # each query has its gate behind it
-        self.qkv_proj = QKVLinear(config.hidden_size, q_heads, kv_heads, head_dim, bias=config.attention_bias)
+        self.kinds = "q" if spec.source is not None else "qk" if spec.keys_are_values else "qkv"
+        self.qkv_proj = QKVLinear(
+            config.hidden_size, q_heads, kv_heads, head_dim, bias=config.attention_bias, kinds=self.kinds
+        )
         self.o_proj = Linear(heads * head_dim, config.hidden_size, bias=config.output_bias)
         self.norms_whole = config.norms_whole_qk
         q_size, k_size = (heads * head_dim, kv_heads * head_dim) if self.norms_whole else (head_dim, head_dim)
         self.q_norm = _norm(config, q_size) if config.qk_norm else None
-        self.k_norm = _norm(config, k_size) if config.qk_norm else None
+        self.k_norm = _norm(config, k_size) if config.qk_norm and spec.source is None else None
+        self.v_norm = PlainNorm(head_dim, config.rms_norm_eps) if config.norms_values else None
         self.sinks = declare(heads) if config.has_sinks else None
         self.attention = Attention(heads, kv_heads, head_dim, spec)
-        self.widths = [q_heads, kv_heads, kv_heads]
+        self.widths = [q_heads, kv_heads, kv_heads][: len(self.kinds)]
         self.is_gated = config.gates_attention
         self.is_paired = config.pairs_rope
         self.head_dim = head_dim
@@ -93,11 +101,18 @@ class SelfAttention(nn.Module):
         first_kv, kv_heads = ranks.part_or_copy(self.attention.num_kv_heads)
         size, each = self.head_dim, self.head_dim * (1 + self.is_gated)
         kv = first_kv * size, kv_heads * size
-        self.qkv_proj.keep(q=(first * each, heads * each), k=kv, v=kv)
+        parts = {"q": (first * each, heads * each), "k": kv, "v": kv}
+        self.qkv_proj.keep(**{kind: parts[kind] for kind in self.kinds})
         self.o_proj = SplitInputs(self.o_proj, ranks, first * size, heads * size)
         self.attention = Attention(heads, kv_heads, size, self.attention.spec)
-        self.widths = [heads * (1 + self.is_gated), kv_heads, kv_heads]
+        self.widths = [heads * (1 + self.is_gated), kv_heads, kv_heads][: len(self.kinds)]
         self.heads = slice(first, first + heads)
+
+    def _separate(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values; none of those that the layer has not."""
+        q, *rest = parts
+        k = rest[0] if rest else q[:, :0]
+        return q, k, rest[1] if len(rest) > 1 else k
 
     def _normed(self, states: Tensor, norm: RMSNorm) -> Tensor:
         """[tokens, heads, head_dim], each head on its own or all together."""
@@ -123,12 +138,16 @@ class SelfAttention(nn.Module):
         adapters = context.adapters
         qkv: Tensor = self.qkv_proj.adapted(x, adapters)
         heads = qkv.view(x.shape[0], -1, self.head_dim)  # [tokens, heads + 2 * kv_heads, head_dim]
-        q, k, v = torch.split(heads, self.widths, dim=1)
+        q, k, v = self._separate(torch.split(heads, self.widths, dim=1))
         gates = q[:, 1::2] if self.is_gated else None
         if gates is not None:
             q = q[:, ::2]
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = (self._normed(states, norm) for states, norm in ((q, self.q_norm), (k, self.k_norm)))
+        if self.v_norm is not None:
+            v = self.v_norm(v.contiguous())  # before keys that are values are rotated in place
+        q, k = (
+            states if norm is None else self._normed(states, norm)
+            for states, norm in ((q, self.q_norm), (k, self.k_norm))
+        )
         if self.is_paired:
             q, k = (_parted(states, cos.shape[1]) for states in (q, k))
         q, k = kernels.rope(q, k, cos, sin)
@@ -353,17 +372,22 @@ class DecoderModel(Model):
         if not self.text.is_causal:
             return []  # what comes later changes what was before
         layers: dict[tuple[int, int, int | None], list[int]] = {}
+        shared: dict[tuple[int, int, int | None], list[tuple[int, int]]] = {}
         states: dict[tuple[StatePart, ...], list[int]] = {}
         for index, layer in enumerate(self.model.layers):
             mixer = layer.self_attn
             if isinstance(mixer, SelfAttention):
                 attention = mixer.attention
                 shape = (attention.num_kv_heads, attention.head_dim, attention.spec.window)
-                layers.setdefault(shape, []).append(index)
+                layers.setdefault(shape, [])
+                if attention.spec.source is None:
+                    layers[shape].append(index)
+                else:
+                    shared.setdefault(shape, []).append((index, attention.spec.source))
             elif isinstance(mixer, StateMixer):
                 states.setdefault(mixer.state_parts, []).append(index)
         return [
-            *(PagedGroup(tuple(places), *shape) for shape, places in layers.items()),
+            *(PagedGroup(tuple(own), *shape, tuple(shared.get(shape, ()))) for shape, own in layers.items()),
             *(StateGroup(tuple(places), parts) for parts, places in states.items()),
         ]
 

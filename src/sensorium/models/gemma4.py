@@ -21,20 +21,9 @@ from sensorium.checkpoint.values import positive_int
 from sensorium.errors import CheckpointError
 from sensorium.kernels.context import AttentionContext, KVCache, LayerCache, NeededStates
 from sensorium.models.base import Rename, Steps
-from sensorium.models.cache import CacheGroup, PagedGroup
-from sensorium.models.decoder import DECODER_MAP, Decoder, DecoderForCausalLM, rounded
+from sensorium.models.decoder import DECODER_MAP, Decoder, DecoderForCausalLM, SelfAttention, rounded
 from sensorium.models.experts import choose, experts_elsewhere, group_experts, make_experts
-from sensorium.models.layers import (
-    MLP,
-    Embedding,
-    Linear,
-    PlainNorm,
-    RMSNorm,
-    SmallLinear,
-    SplitInputs,
-    activation_name,
-    declare,
-)
+from sensorium.models.layers import MLP, Embedding, Linear, PlainNorm, RMSNorm, SmallLinear, activation_name, declare
 from sensorium.models.rope import RotaryEmbedding
 from sensorium.models.towers.blocks import groups, separate
 from sensorium.models.towers.conformer import Conformer
@@ -43,59 +32,6 @@ from sensorium.parallel.ranks import Ranks
 from sensorium.types import Modality
 
 MEDIA_IDS = {"image_token_id": 258880, "video_token_id": 258884, "audio_token_id": 258881}
-
-
-class Gemma4Attention(nn.Module):
-    """Values are normed like keys, without weights; they may be the keys before their norm, or another layer's."""
-
-    def __init__(self, config: TextConfig, spec: AttentionSpec) -> None:
-        super().__init__()
-        size, head_dim, bias = config.hidden_size, spec.head_dim, config.attention_bias
-        self.spec = spec
-        self.num_heads, self.num_kv_heads = config.num_heads, spec.num_kv_heads
-        self.q_proj = Linear(size, config.num_heads * head_dim, bias=bias)
-        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
-        self.o_proj = Linear(config.num_heads * head_dim, size, bias=bias)
-        if spec.source is None:
-            self.k_proj = Linear(size, spec.num_kv_heads * head_dim, bias=bias)
-            self.v_proj = None if spec.keys_are_values else Linear(size, spec.num_kv_heads * head_dim, bias=bias)
-            self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
-            self.v_norm = PlainNorm(head_dim, config.rms_norm_eps)
-
-    def split(self, ranks: Ranks) -> None:
-        """Have some of the heads."""
-        first, heads = ranks.part(self.num_heads)
-        first_kv, kv_heads = ranks.part_or_copy(self.num_kv_heads)
-        size = self.spec.head_dim
-        self.q_proj.keep_rows(first * size, heads * size)
-        self.o_proj = SplitInputs(self.o_proj, ranks, first * size, heads * size)
-        for layer in (self.k_proj, self.v_proj) if self.spec.source is None else ():
-            if layer is not None:
-                layer.keep_rows(first_kv * size, kv_heads * size)
-        self.num_heads, self.num_kv_heads = heads, kv_heads
-
-    def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: LayerCache, context: AttentionContext
-    ) -> Tensor:
-        spec = self.spec
-        k_cache, v_cache, table = cache
-        context = context.by_table(table)
-        q = self.q_norm(self._heads(self.q_proj(x)))
-        if spec.source is None:
-            keys = self._heads(self.k_proj(x))
-            values = keys if self.v_proj is None else self._heads(self.v_proj(x))
-            v = self.v_norm(values)  # before the keys are rotated in place
-            q, k = kernels.rope(q, self.k_norm(keys), *rotation)
-            kernels.write_kv(k, v, k_cache, v_cache, context.slots)
-        else:
-            q, _ = kernels.rope(q, q[:, :0], *rotation)
-        visible = context.visible if spec.media_both_ways else None
-        attended = kernels.paged_attention(q, k_cache, v_cache, context, spec.scale, spec.window, visible)
-        out: Tensor = self.o_proj(attended.flatten(1))
-        return out
-
-    def _heads(self, rows: Tensor) -> Tensor:
-        return rows.view(rows.shape[0], -1, self.spec.head_dim)
 
 
 class Gemma4Router(nn.Module):
@@ -121,7 +57,7 @@ class Gemma4Layer(nn.Module):
     def __init__(self, config: TextConfig, spec: AttentionSpec) -> None:
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
-        self.self_attn = Gemma4Attention(config, spec)
+        self.self_attn = SelfAttention(config, spec)
         self.mlp = MLP(size, spec.intermediate_size, config.hidden_act, bias=config.mlp_bias)
         self.input_layernorm = RMSNorm(size, eps)
         self.post_attention_layernorm = RMSNorm(size, eps)
@@ -158,7 +94,7 @@ class Gemma4Layer(nn.Module):
         context: AttentionContext,
     ) -> Tensor:
         """`own_rows` [tokens, size]: this layer's embeddings of the tokens."""
-        attended = self.self_attn(self.input_layernorm(x), rotation, cache, context)
+        attended = self.self_attn(self.input_layernorm(x), *rotation, cache, context)
         x = x + self.post_attention_layernorm(attended)
         x = x + self.post_feedforward_layernorm(self._inner(x))
         if own_rows is not None:
@@ -232,7 +168,7 @@ class Gemma4Decoder(Decoder):
 class Gemma4ForCausalLM(DecoderForCausalLM):
     weight_prefixes: ClassVar[Mapping[str, str]] = {"model.language_model.": "model."}
     weight_map: ClassVar[tuple[Rename, ...]] = (
-        *(row for row in DECODER_MAP if ".mlp." in row.source),
+        *DECODER_MAP,
         *(
             Rename(f"model.layers.{{n}}.experts.{name}", f"model.layers.{{n}}.experts.[*].{name}.weight")
             for name in ("gate_up_proj", "down_proj")
@@ -251,23 +187,8 @@ class Gemma4ForCausalLM(DecoderForCausalLM):
         self.model.media_ids = torch.tensor(ids, device="cpu")
         self.model.pad_id = text.get("pad_token_id") or 0
         shared = [i for i, spec in enumerate(self.text.layers) if spec.source is not None]
-        unused = [f"model.layers.{i}.self_attn.{part}" for i in shared for part in ("k_proj.", "v_proj.", "k_norm.")]
-        self.ignored = (*self.ignored, *unused)
-
-    def cache_groups(self) -> list[CacheGroup]:
-        shapes: dict[tuple[int, int, int | None], tuple[list[int], list[tuple[int, int]]]] = {}
-        attentions = [layer.self_attn for layer in self.model.layers if isinstance(layer, Gemma4Layer)]
-        for index, (spec, attention) in enumerate(zip(self.text.layers, attentions, strict=True)):
-            heads = attention.num_kv_heads
-            own, shared = shapes.setdefault((heads, spec.head_dim, spec.window), ([], []))
-            if spec.source is None:
-                own.append(index)
-            else:
-                shared.append((index, spec.source))
-        return [
-            PagedGroup(tuple(own), heads, head_dim, window, tuple(shared))
-            for (heads, head_dim, window), (own, shared) in shapes.items()
-        ]
+        names = [f"{part}.{kind}" for part in ("k_proj", "v_proj", "k_norm") for kind in ("weight", "bias")]
+        self.ignored = (*self.ignored, *(f".layers.{i}.self_attn.{name}" for i in shared for name in names))
 
     def activation_bytes(self, tokens: int) -> int:
         own = 4 * self.text.num_layers * self.text.layer_embedding_size

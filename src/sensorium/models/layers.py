@@ -175,13 +175,23 @@ class SplitInputs(Linear):
 
 
 class QKVLinear(Linear):
-    """Queries, keys and values of one attention in one product: [.., (heads + 2 * kv_heads) * head_dim]."""
+    """Queries, keys and values of one attention in one product: [.., (heads + 2 * kv_heads) * head_dim]; fewer where
+    `kinds` leaves some out."""
 
     def __init__(
-        self, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, *, bias: bool = False
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        bias: bool = False,
+        kinds: str = "qkv",
     ) -> None:
         q, kv = num_heads * head_dim, num_kv_heads * head_dim
-        super().__init__(hidden_size, q + 2 * kv, bias=bias, shards={"q": (0, q), "k": (q, kv), "v": (q + kv, kv)})
+        starts = {"q": (0, q), "k": (q, kv), "v": (q + kv, kv)}
+        shards = {kind: starts[kind] for kind in kinds}
+        super().__init__(hidden_size, sum(rows for _, rows in shards.values()), bias=bias, shards=shards)
 
 
 class GateUpLinear(Linear):
@@ -357,7 +367,8 @@ class PlainNorm(nn.Module):
 
 
 class Attention:
-    """Paged attention of one decoder layer: writes the new keys and values, then attends. Has no parameters.
+    """Paged attention of one decoder layer: writes the new keys and values, unless it reads another layer's, then
+    attends. Has no parameters.
 
     Without a cache (None) every token of a prompt, which is then computed whole, attends to all of it.
     """
@@ -389,6 +400,7 @@ class Attention:
         k_cache, v_cache, table = cache
         visible = context.visible if spec.media_both_ways else None
         context = context.by_table(table)
-        kernels.write_kv(k, v, k_cache, v_cache, context.slots)
+        if spec.source is None:
+            kernels.write_kv(k, v, k_cache, v_cache, context.slots)
         out = kernels.paged_attention(q, k_cache, v_cache, context, spec.scale, spec.window, visible, sinks)
         return out.reshape(out.shape[0], -1)
