@@ -1,11 +1,12 @@
 """What stands before replicas costs: time per request and tokens a second, of several addresses in turn.
 
-    python benchmarks/routing.py http://127.0.0.1:8000 http://127.0.0.1:8123 [--rounds 5] [--json FILE]
+    python benchmarks/routing.py http://127.0.0.1:8000 http://127.0.0.1:8123 [--rounds 5] [--plain] [--json FILE]
 
 The first address is what the others are compared with: a server asked directly, or one replica. Small requests go one
-after the other over one connection (GET /livez: the router's share, nothing is computed); streams go --clients at a
-time. Rounds of the addresses alternate, so that a busy machine is as busy for each; figures are medians of the rounds,
-and their ratios are what to keep.
+after the other over one connection (GET /livez: the router's share, nothing is computed); answers of --tokens go
+--clients at a time, as streams, or whole with --plain: a stream of a tiny model measures who carries its tokens, whole
+answers measure who computes them. Rounds of the addresses alternate, so that a busy machine is as busy for each;
+figures are medians of the rounds, and their ratios are what to keep.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import json
 import time
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import httpx
 
 SMALL = 100  # requests of a round
-TOKENS = 64  # of a stream
 
 
 async def small_s(url: str, headers: dict[str, str]) -> float:
@@ -34,15 +35,23 @@ async def small_s(url: str, headers: dict[str, str]) -> float:
     return median(taken)
 
 
-async def tokens_a_second(url: str, headers: dict[str, str], clients: int, requests: int) -> float:
-    """Of `clients` that ask for one stream after the other."""
+class Load(NamedTuple):
+    """`clients` ask for one answer of `tokens` after the other, until there were `requests`."""
+
+    clients: int
+    requests: int
+    tokens: int
+    is_plain: bool
+
+
+async def tokens_a_second(url: str, headers: dict[str, str], load: Load) -> float:
     body = {
         "messages": [{"role": "user", "content": "tell me about a red circle"}],
-        "max_tokens": TOKENS,
+        "max_tokens": load.tokens,
         "ignore_eos": True,
-        "stream": True,
+        "stream": not load.is_plain,
     }
-    left = list(range(requests))
+    left = list(range(load.requests))
 
     async def client(http: httpx.AsyncClient) -> None:
         while left:
@@ -52,23 +61,21 @@ async def tokens_a_second(url: str, headers: dict[str, str], clients: int, reque
                     pass
                 reply.raise_for_status()
 
-    limits = httpx.Limits(max_connections=clients)
+    limits = httpx.Limits(max_connections=load.clients)
     async with httpx.AsyncClient(timeout=600, headers=headers, limits=limits) as http:
         start = time.perf_counter()
-        await asyncio.gather(*(client(http) for _ in range(clients)))
-    return requests * TOKENS / (time.perf_counter() - start)
+        await asyncio.gather(*(client(http) for _ in range(load.clients)))
+    return load.requests * load.tokens / (time.perf_counter() - start)
 
 
-async def measure(
-    urls: list[str], headers: dict[str, str], rounds: int, clients: int, requests: int
-) -> list[dict[str, float | str]]:
+async def measure(urls: list[str], headers: dict[str, str], rounds: int, load: Load) -> list[dict[str, float | str]]:
     small: dict[str, list[float]] = {url: [] for url in urls}
     rates: dict[str, list[float]] = {url: [] for url in urls}
     for _ in range(rounds):
         for url in urls:
             small[url].append(await small_s(url, headers))
         for url in urls:
-            rates[url].append(await tokens_a_second(url, headers, clients, requests))
+            rates[url].append(await tokens_a_second(url, headers, load))
     first = urls[0]
     return [
         {
@@ -89,10 +96,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=64, help="of an answer")
+    parser.add_argument("--plain", action="store_true", help="whole answers instead of streams")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     headers = {"Authorization": f"Bearer {given.api_key}"} if given.api_key else {}
-    found = asyncio.run(measure(given.urls, headers, given.rounds, given.clients, given.requests))
+    load = Load(given.clients, given.requests, given.tokens, given.plain)
+    found = asyncio.run(measure(given.urls, headers, given.rounds, load))
     for row in found:
         print(
             f"{row['url']:32} small {row['small_ms']:6.2f} ms ({row['added_ms']:+.2f}), {row['tokens_s']:8.0f} tok/s, "
