@@ -115,7 +115,7 @@ class ForkedProcess:
         if self._engine is None:
             self._nursery.give_up(
                 self._maker
-            )  # it is stopped, or does not get on: nothing else would end this one's start
+            )  # stopped, or it does not get on: nothing else would end this one's start
         elif self._handle >= 0:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._handle, signal.SIGKILL)
@@ -125,7 +125,7 @@ class ForkedProcess:
         if not self._lock.acquire(blocking=timeout != 0.0):
             return  # another thread waits for its end
         try:
-            while self.returncode is None and select.select([self._news], [], [], timeout)[0]:
+            while self.returncode is None and _is_readable(self._news.fileno(), timeout):
                 data = self._news.recv(NUMBER.size)
                 if len(data) < NUMBER.size:
                     self._lost(timeout)
@@ -142,7 +142,7 @@ class ForkedProcess:
 
     def _lost(self, timeout: float | None) -> None:
         """Who forked it is gone, so that nobody tells how it ends."""
-        if self._handle < 0 or select.select([self._handle], [], [], timeout)[0]:
+        if self._handle < 0 or _is_readable(self._handle, timeout):
             self._end(self._maker.poll() or -signal.SIGKILL)
 
     def _end(self, code: int) -> None:
@@ -152,3 +152,10 @@ class ForkedProcess:
             os.close(self._handle)
             self._handle = -1
         self._nursery._ended(self)
+
+
+def _is_readable(descriptor: int, timeout: float | None) -> bool:
+    """Within so many seconds. Not `select`, which knows no number above 1023: each connection takes one."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(None if timeout is None else 1000 * timeout))

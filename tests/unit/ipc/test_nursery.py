@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -110,3 +112,22 @@ def test_one_that_is_not_forked_yet_can_be_killed(theirs: socket.socket) -> None
     assert following.pid != stuck.pid
     following.kill()
     following.wait(120)
+
+
+@pytest.fixture
+def many_files() -> Iterator[int]:
+    """A number that descriptors may have beyond those that `select` knows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2048:
+        pytest.skip("this process may not have so many files open")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    yield 1500
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_server_with_a_thousand_connections_hears_of_its_engines(theirs: socket.socket, many_files: int) -> None:
+    engine = Nursery().spawn(theirs)
+    with engine._news as low:
+        engine._news = socket.socket(fileno=fcntl.fcntl(low, fcntl.F_DUPFD, many_files))
+    engine.kill()
+    assert engine.wait(120) == -signal.SIGKILL
