@@ -9,9 +9,11 @@ Medians of CUDA events around many repetitions. Each command takes less than ten
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -82,28 +84,30 @@ def products(rate: float) -> Iterator[Row]:
 
 
 def attention(rate: float) -> Iterator[Row]:
-    """Decodes over a paged cache in bfloat16."""
+    """Decodes of bfloat16 over a paged cache of each type."""
     for name, (heads, kv_heads, size) in HEADS.items():
-        for batch in (1, 32, 256):
-            for length in (1024, 8192):
-                pages = -(-length // 16)
-                keys, values = (
-                    torch.randn(batch * pages, kv_heads, 16, size, dtype=torch.bfloat16, device=GPU) for _ in range(2)
-                )
-                tables = torch.randperm(batch * pages, device=GPU).view(batch, pages).int()
-                ones, lengths = [1] * batch, [length] * batch
-                starts = torch.arange(batch + 1, dtype=torch.int32, device=GPU)
-                seq_lens = torch.full((batch,), length, dtype=torch.int32, device=GPU)
-                slots = torch.zeros(batch, dtype=torch.int64, device=GPU)
-                context = AttentionContext(ones, lengths, batch, 16, starts, seq_lens, tables, slots)
-                q = torch.randn(batch, heads, size, dtype=torch.bfloat16, device=GPU)
-                arguments = (q, keys, values, context, size**-0.5)
-                took = seconds(lambda arguments=arguments: gpu_kernels().current.paged_attention(*arguments))
-                yield {
-                    "what": f"decode attention {name} batch {batch} context {length}",
-                    "us": took * 1e6,
-                    "share of copy rate": (keys.nbytes + values.nbytes) / took / rate,
-                }
+        for batch, length, dtype in itertools.product(
+            (1, 32, 256), (1024, 8192), (torch.bfloat16, torch.float8_e4m3fn)
+        ):
+            pages = -(-length // 16)
+            keys, values = (
+                torch.randn(batch * pages, kv_heads, 16, size, dtype=torch.bfloat16, device=GPU).to(dtype)
+                for _ in range(2)
+            )
+            tables = torch.randperm(batch * pages, device=GPU).view(batch, pages).int()
+            ones, lengths = [1] * batch, [length] * batch
+            starts = torch.arange(batch + 1, dtype=torch.int32, device=GPU)
+            seq_lens = torch.full((batch,), length, dtype=torch.int32, device=GPU)
+            slots = torch.zeros(batch, dtype=torch.int64, device=GPU)
+            context = AttentionContext(ones, lengths, batch, 16, starts, seq_lens, tables, slots)
+            q = torch.randn(batch, heads, size, dtype=torch.bfloat16, device=GPU)
+            arguments = (q, keys, values, context, size**-0.5)
+            took = seconds(partial(gpu_kernels().current.paged_attention, *arguments))
+            yield {
+                "what": f"decode attention {name} batch {batch} context {length} {dtype}".replace("torch.", ""),
+                "us": took * 1e6,
+                "share of copy rate": (keys.nbytes + values.nbytes) / took / rate,
+            }
 
 
 def gaps() -> Iterator[Row]:

@@ -91,8 +91,10 @@ class EngineConfig:
     )
     kv_cache_dtype: str = flag(
         "auto",
-        "Type of cached keys and values. auto: the computation's; int8: a byte each, with a scale per token and head.",
-        choices=("auto", "int8"),
+        "Type of cached keys and values. auto: the computation's; int8: a byte each, with a scale per token and head; "
+        "fp8: e4m3 numbers without scales, on a GPU.",
+        choices=("auto", "int8", "fp8"),
+        synonyms={"fp8_e4m3": "fp8", "fp8_e4m3fn": "fp8"},
     )
     max_model_len: int | None = flag(
         None,

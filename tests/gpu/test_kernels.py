@@ -43,6 +43,7 @@ def context_of(lengths: list[int], queries: list[int], decodes: int, device: tor
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_fp8", [False, True])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=len)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "window"), [(12, 2, 128, None), (4, 4, 80, 24), (7, 1, 64, 1)]
@@ -50,6 +51,7 @@ def context_of(lengths: list[int], queries: list[int], decodes: int, device: tor
 def test_paged_attention(
     card: torch.device,
     dtype: torch.dtype,
+    is_fp8: bool,
     lengths: list[int],
     heads: int,
     kv_heads: int,
@@ -73,9 +75,29 @@ def test_paged_attention(
                 for place in range(0, length, 16):
                     block = cache[int(context.block_tables[row, place // 16])]
                     block[:, : min(16, length - place)] = torch.randn_like(block[:, : min(16, length - place)])
+        if is_fp8:
+            caches = [cache.to(torch.float8_e4m3fn) for cache in caches]
         q = torch.randn(sum(queries), heads, head_dim, dtype=dtype, device=card)
         arguments = (q, *caches, context, head_dim**-0.5, window)
         check(CudaBackend().paged_attention(*arguments), reference.paged_attention(*arguments))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_written_fp8_rows(card: torch.device, dtype: torch.dtype) -> None:
+    """Byte for byte."""
+    from sensorium.kernels.cuda import CudaBackend
+
+    torch.manual_seed(4)
+    k, v = (20 * torch.randn(40, 4, 128, dtype=dtype, device=card) for _ in range(2))
+    caches = [
+        [torch.zeros(4, 4, 16, 128, dtype=torch.uint8, device=card).view(torch.float8_e4m3fn) for _ in range(2)]
+        for _ in range(2)
+    ]
+    slots = torch.randperm(64, device=card)[:40]
+    CudaBackend().write_kv(k, v, caches[0][0], caches[0][1], slots)
+    reference.write_kv(k, v, caches[1][0], caches[1][1], slots)
+    for own, expected in zip(*caches, strict=True):
+        assert torch.equal(own.view(torch.uint8), expected.view(torch.uint8))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -49,7 +49,7 @@ from sensorium.kernels.context import KVCache
 from sensorium.kernels.cpu.linear import MappedLinear
 from sensorium.kernels.gpu import begin, gpu_kernels
 from sensorium.kernels.reference import quantized
-from sensorium.kernels.reference.attention import GATHER_ELEMENTS
+from sensorium.kernels.reference.attention import FP8, GATHER_ELEMENTS
 from sensorium.models.base import Model
 from sensorium.models.cache import CacheGroup, KeyValueGroup, attends_to_media, paged, states
 from sensorium.models.decoder import SelfAttention
@@ -459,7 +459,7 @@ def _make_draft_cache(draft: LoadedPart, config: EngineConfig, cache: _Cache, to
     """In the memory that the model's cache has left for it. It gives back nothing that windows have passed: guesses are
     taken back."""
     longest = min(draft.checkpoint.max_model_len, draft.model.long_context_from or cache.max_len, cache.max_len)
-    cache_dtype = choose_cache_dtype(config.kv_cache_dtype, draft.dtype, has_cache=True)
+    cache_dtype = choose_cache_dtype(config.kv_cache_dtype, draft.dtype, draft.device, has_cache=True)
     layout = CacheLayout.of(paged(draft.model.cache_groups()), config.block_size, cache_dtype, max_len=longest)
     tables = BlockTables(layout.windows, config.block_size, tokens)
     most = config.max_num_seqs * tables.blocks(longest) * len(layout.windows)
@@ -486,7 +486,7 @@ def _make_cache(
     beside those that sequences get; `draft` has a cache of as many tokens in the same memory."""
     groups = part.model.cache_groups()
     wanted = wanted_length(config, part.checkpoint)
-    cache_dtype = choose_cache_dtype(config.kv_cache_dtype, part.dtype, has_cache=bool(groups))
+    cache_dtype = choose_cache_dtype(config.kv_cache_dtype, part.dtype, part.device, has_cache=bool(groups))
     followers = [] if leader is None else leader.loaded()
     followers_bytes = tuple(one.weight_bytes for one in followers)
     if not groups:
@@ -518,14 +518,16 @@ def _draft_share(part: LoadedPart, draft: LoadedPart, config: EngineConfig) -> f
 
 
 def _token_bytes(part: LoadedPart, config: EngineConfig) -> int:
-    dtype = choose_cache_dtype(config.kv_cache_dtype, part.dtype, has_cache=True)
+    dtype = choose_cache_dtype(config.kv_cache_dtype, part.dtype, part.device, has_cache=True)
     return sum(group.token_bytes(dtype) for group in paged(part.model.cache_groups()))
 
 
 def room_of_rank(part: LoadedPart, config: EngineConfig, ranks: Ranks | None, tokens: int | None = None) -> int:
     """Bytes of KV cache that there is memory for, where the weights are. `tokens`: of the largest step."""
     model, device = part.model, part.device
-    cache_dtype = choose_cache_dtype(config.kv_cache_dtype, part.dtype, has_cache=bool(model.cache_groups()))
+    cache_dtype = choose_cache_dtype(
+        config.kv_cache_dtype, part.dtype, part.device, has_cache=bool(model.cache_groups())
+    )
     tokens = tokens or config.max_num_batched_tokens or default_batched_tokens(model, device)
     activations = activation_bytes(model, tokens, cache_dtype) if device.type != "cpu" else 0
     mapped_bytes = mapped_weight_bytes(model)  # the system counts them as free memory
@@ -537,7 +539,7 @@ def cache_of_rank(part: LoadedPart, config: EngineConfig, size: CacheSize) -> KV
     groups = part.model.cache_groups()
     if not groups:
         return []
-    cache_dtype = choose_cache_dtype(config.kv_cache_dtype, part.dtype, has_cache=True)
+    cache_dtype = choose_cache_dtype(config.kv_cache_dtype, part.dtype, part.device, has_cache=True)
     wanted = wanted_length(config, part.checkpoint)
     layout = CacheLayout.of(paged(groups), config.block_size, cache_dtype, max_len=wanted)
     made = make_states(states(groups), size.num_slots, part.dtype, part.device)
@@ -627,7 +629,7 @@ def activation_bytes(model: Model, tokens: int, cache_dtype: torch.dtype) -> int
         if isinstance(module, Linear) and isinstance(getattr(module, "packed", None), quantized.QuantizedLinear)
     ]
     gathered = 0
-    if cache_dtype == torch.int8:
+    if cache_dtype.itemsize == 1:
         groups = [group for group in model.cache_groups() if isinstance(group, KeyValueGroup)]
         widest = max((group.num_kv_heads * group.head_dim for group in groups), default=0)
         longest = model.checkpoint.max_model_len * widest
@@ -667,12 +669,16 @@ def choose_quantization(config: EngineConfig, stored: StoredQuantization | None)
     return None
 
 
-def choose_cache_dtype(wanted: str, dtype: torch.dtype, *, has_cache: bool) -> torch.dtype:
+def choose_cache_dtype(wanted: str, dtype: torch.dtype, device: torch.device, *, has_cache: bool) -> torch.dtype:
     if wanted == "auto":
         return dtype
     if not has_cache:
         raise StartupError(f"--kv-cache-dtype {wanted}: an encoder has no KV cache")
-    return torch.int8
+    if wanted == "fp8" and device.type == "cpu":
+        raise StartupError(
+            "--kv-cache-dtype fp8: a CPU has no kernels for it; int8 takes as little there and is nearer"
+        )
+    return FP8 if wanted == "fp8" else torch.int8
 
 
 def choose_dtype(wanted: str, stored: str, device: torch.device, *, is_quantized: bool = False) -> torch.dtype:

@@ -140,7 +140,7 @@ def _named(tensors: Iterable[StoredTensor | StoredCodes]) -> dict[str, StoredTen
 
 
 def _without_cache_scales(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Scales of an fp8 cache have no use in one that has its own for every token."""
+    """Scales of an fp8 cache have no use here: an int8 one has its own for every token, an fp8 one has none."""
     kept = {key: tensor for key, tensor in tensors.items() if not _CACHE_SCALE.fullmatch(key)}
     if len(kept) < len(tensors):
         logger.info("%d scales of an fp8 KV cache are passed over", len(tensors) - len(kept))

@@ -129,7 +129,7 @@ def test_a_model_swallowed_by_a_list_is_noticed(capsys: pytest.CaptureFixture[st
         (["--dtype", "int3"], "invalid choice: 'int3'"),
         (["--quantization", "int3"], "invalid choice: 'int3'"),
         (["--quantization-group-size", "16"], "from 32 to 128"),
-        (["--kv-cache-dtype", "fp8"], "invalid choice: 'fp8' (choose from"),
+        (["--kv-cache-dtype", "fp4"], "invalid choice: 'fp4' (choose from"),
         (["--max-images", "-1"], "at least 0"),
         (["--revision"], "expected one argument"),
     ],

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from sensorium.config import EngineConfig
 from sensorium.engine import rehearsal
 from sensorium.kernels import LowRank
+from sensorium.kernels.context import LayerCache
 from sensorium.kernels.gpu import gpu_kernels
 from sensorium.kernels.transfers import Fetch
 from sensorium.models.adapters import Adapter, adaptable
@@ -72,7 +73,7 @@ def kernels(request: pytest.FixtureRequest, guard: None, monkeypatch: pytest.Mon
     gpu_kernels().switch_back()
 
 
-def made(family: str, path: Path) -> Bench:
+def made(family: str, path: Path, **options: Any) -> Bench:
     """In a mode of tensors without numbers."""
     config = EngineConfig(
         model=str(path),
@@ -80,6 +81,7 @@ def made(family: str, path: Path) -> Bench:
         kv_cache_memory=2**22,
         max_num_seqs=4,
         max_model_len=128,
+        **options,
     )
     engine = rehearsal.imagined(config, torch.bfloat16)
     made = Bench(engine)
@@ -162,6 +164,21 @@ def test_adapters_wait_for_nothing(tmp_path: Path, kernels: str) -> None:
 
 def absent(*sizes: int) -> Tensor:
     return torch.empty(sizes, dtype=torch.bfloat16, device=rehearsal.GPU)
+
+
+def test_steps_with_an_fp8_cache(tmp_path: Path, kernels: str) -> None:
+    maker_of("qwen2")(tmp_path)
+    with rehearsal.absent_gpu():
+        engine = made("qwen2", tmp_path, kv_cache_dtype="fp8")
+        engine.core._add(request(random_prompt(1, 20), 4))
+        for _ in range(2):
+            with fake_cuda.Traffic() as traffic:
+                engine.core._step()
+            assert (traffic.to_device, traffic.to_host) == (["copy_"], ["copy_"])
+        cache = engine.engine.runner._cache
+        assert {layer.keys.dtype for layer in cache if isinstance(layer, LayerCache)} == {torch.float8_e4m3fn}
+        if kernels == "triton":
+            assert traffic.launches <= LAUNCHES[kernels] * len(cache) + AROUND
 
 
 def test_what_waits_is_told(tmp_path: Path, guard: None) -> None:

@@ -124,11 +124,15 @@ def test_bytes_hold_nearly_twice_the_blocks() -> None:
 
 
 def test_type_of_the_cache() -> None:
-    assert choose_cache_dtype("auto", torch.float32, has_cache=True) is torch.float32
-    assert choose_cache_dtype("auto", torch.float32, has_cache=False) is torch.float32
-    assert choose_cache_dtype("int8", torch.float32, has_cache=True) is torch.int8
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert choose_cache_dtype("auto", torch.float32, cpu, has_cache=True) is torch.float32
+    assert choose_cache_dtype("auto", torch.float32, cpu, has_cache=False) is torch.float32
+    assert choose_cache_dtype("int8", torch.float32, cpu, has_cache=True) is torch.int8
+    assert choose_cache_dtype("fp8", torch.bfloat16, gpu, has_cache=True) is torch.float8_e4m3fn
     with pytest.raises(StartupError, match="--kv-cache-dtype int8: an encoder has no KV cache"):
-        choose_cache_dtype("int8", torch.float32, has_cache=False)
+        choose_cache_dtype("int8", torch.float32, cpu, has_cache=False)
+    with pytest.raises(StartupError, match="--kv-cache-dtype fp8: a CPU has no kernels for it; int8"):
+        choose_cache_dtype("fp8", torch.bfloat16, cpu, has_cache=True)
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ from sensorium.kernels.cuda.device.attention import (
     decode_split,
     prefill,
 )
-from sensorium.kernels.cuda.launch import FLOATS, capability, launch, power_of_two
-from sensorium.kernels.reference.attention import SCALE_BYTES
+from sensorium.kernels.cuda.launch import FLOATS, capability, has_fp8, launch, octets, power_of_two
+from sensorium.kernels.reference.attention import FP8, SCALE_BYTES
 
-CACHE_TYPES = (*FLOATS, torch.int8, torch.float8_e4m3fn)
+CACHE_TYPES = (*FLOATS, torch.int8, FP8)
 WIDEST = 512  # head size
 STAGE_BYTES = 32 * 1024  # of keys or values in a tile, at most
 
@@ -40,15 +40,17 @@ def decode_tiles(group: int, head_dim: int, dtype: torch.dtype) -> Tiles:
     return Tiles(power_of_two(group, LEAST_DIM), keys, 4, 2)
 
 
-def prefill_tiles(rows: int, head_dim: int, dtype: torch.dtype, *, is_int8: bool) -> Tiles:
+def prefill_tiles(rows: int, head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> Tiles:
     """For up to so many `rows` of queries of one run. Before Hopper products take their sums from the registers of
-    fewer threads, which hold half the keys."""
+    fewer threads, which hold half the keys. Codes need twice the threads where they become numbers in registers."""
     dim = power_of_two(head_dim, LEAST_DIM)
     most = 32 if dim > 256 or (dim > 128 and dtype.itemsize > 2) else 64
     keys = max(16, min(64, STAGE_BYTES // (2 * dim * dtype.itemsize)))
-    if dim == 128 and (is_int8 or capability() < 90):
+    is_old, is_int8 = capability() < 90, cache_dtype == torch.int8
+    if dim == 128 and (is_int8 or is_old):
         keys = min(keys, 32)
-    warps = 8 if dim > 128 or (dim == 128 and is_int8) else 4
+    is_coded = is_int8 or (is_old and cache_dtype.itemsize == 1 and rows > LEAST_DIM)
+    warps = 8 if dim > 128 or (dim == 128 and is_coded) else 4
     return Tiles(most if rows > LEAST_DIM else LEAST_DIM, keys, warps, 2 if dim <= 256 else 1)
 
 
@@ -79,6 +81,8 @@ def paged_attention(
 ) -> Tensor:
     """See `Backend.paged_attention`; of tensors that `refusal` has nothing against. No size of it is read from a
     device: how many programs are started follows from the lists of the context."""
+    if not has_fp8():
+        k_cache, v_cache = octets(k_cache), octets(v_cache)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     decodes, window = context.num_decodes, NO_WINDOW if sliding_window is None else sliding_window
     if decodes:
@@ -134,7 +138,7 @@ def prefill_runs(
     kv_heads, page, row = k_cache.shape[1:]
     decodes, group = context.num_decodes, heads // kv_heads
     rows = max(context.query_lens[decodes:]) * group
-    tiles = prefill_tiles(rows, head_dim, q.dtype, is_int8=k_cache.dtype == torch.int8)
+    tiles = prefill_tiles(rows, head_dim, q.dtype, k_cache.dtype)
     launch(
         prefill, (-(-rows // tiles.queries), kv_heads, len(context.query_lens) - decodes), q, k_cache, v_cache,
         context.block_tables, context.seq_lens, context.query_start, q if visible is None else visible,

@@ -81,6 +81,7 @@ SHAPES = {
     ),
     "qwen3-30b-a3b": Shape(32, 4, 128, 2048, 768, has_qk_norms=True, experts=128, per_token=8),
     "qwen2-7b-int8": Shape(28, 4, 128, 3584, 18944, cache_dtype="int8"),
+    "qwen2-7b-kv-fp8": Shape(28, 4, 128, 3584, 18944, cache_dtype="float8_e4m3fn"),
     "qwen2-7b-w4": Shape(28, 4, 128, 3584, 18944, bits=4, group=128),
     "qwen2-7b-w8": Shape(28, 4, 128, 3584, 18944, bits=8),
 }

@@ -17,6 +17,7 @@ from triton.runtime import driver
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 WIDE = re.compile(r"\b(?:LDG|LDGSTS)\.\S*\.?128\b|\bLDG\S*\.128|\bLDGSTS\S*\.128|\bUTMALDG")
+HALF_WIDE = re.compile(r"\bLDG(?:STS)?\S*\.64\b")
 LOADS = re.compile(r"\bLDG(?:STS)?\b|\bUTMALDG")
 SPILLS = re.compile(r"\b(?:LDL|STL)\b")
 PRODUCTS = re.compile(r"\b(?:HMMA|HGMMA|IMMA|IGMMA|QGMMA|QMMA)\b")
@@ -64,6 +65,7 @@ class Usage:
     spills: int  # instructions that use the stack
     loads: int  # from global memory, in the code
     wide_loads: int  # of them 16 bytes a thread
+    half_wide_loads: int  # 8 bytes a thread
     products: int  # instructions of tensor cores
 
 
@@ -97,6 +99,7 @@ def usage(name: str, arch: int, constants: dict[str, object], kernel: Any) -> Us
         len(SPILLS.findall(code)),
         len(loads),
         sum(bool(WIDE.search(line)) for line in loads),
+        sum(bool(HALF_WIDE.search(line)) for line in loads),
         len(PRODUCTS.findall(code)),
     )
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from triton.runtime import driver
 
@@ -44,6 +45,16 @@ def capability() -> int:
     if triton.knobs.runtime.interpret:
         return 90
     return int(driver.active.get_current_target().arch)
+
+
+def has_fp8() -> bool:
+    """Whether that GPU converts and multiplies e4m3 numbers, which Triton then has as a type."""
+    return capability() >= 89
+
+
+def octets(x: Tensor) -> Tensor:
+    """An fp8 tensor as its bytes, for kernels that read or write these; another one as it is."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 
 def power_of_two(size: int, least: int = 1) -> int:

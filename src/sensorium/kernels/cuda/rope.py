@@ -9,10 +9,11 @@ from torch import Tensor
 
 from sensorium.kernels.context import LayerCache
 from sensorium.kernels.cuda.device import rope as device
-from sensorium.kernels.cuda.launch import FLOATS, launch, power_of_two
+from sensorium.kernels.cuda.launch import FLOATS, launch, octets, power_of_two
+from sensorium.kernels.reference.attention import FP8
 
 TILE = 1024  # numbers of heads that a program holds
-KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
+KINDS = {torch.int8: "int8", FP8: "fp8"}
 
 
 def can_rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
@@ -52,7 +53,8 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
     tokens, kv_heads, head_dim = k.shape
     at_once = _at_once(head_dim, kv_heads)
     launch(
-        device.write_kv, (tokens, -(-kv_heads // at_once)), k, v, k_cache, v_cache, slots, k.stride(0), k.stride(1),
+        device.write_kv, (tokens, -(-kv_heads // at_once)), k, v, octets(k_cache), octets(v_cache), slots, k.stride(0),
+        k.stride(1),
         v.stride(0), v.stride(1), *_strides(k_cache, v_cache), KV_HEADS=kv_heads, D=head_dim,
         BLOCK_D=power_of_two(head_dim), HEADS_AT_ONCE=at_once, num_warps=2, **_page(k_cache),
     )  # fmt: skip
@@ -77,9 +79,9 @@ def rotate_and_write(
     tiles = -(-heads // at_once) + 2 * -(-kv_heads // at_once)
     q_norm, k_norm = norms or (q, k)
     launch(
-        device.rotate_and_write, (q.shape[0], tiles), q, k, v, cos, sin, q_norm, k_norm, cache.keys, cache.values,
-        slots, eps, offset, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        cos.stride(0), *_strides(cache.keys, cache.values), HEADS=heads, KV_HEADS=kv_heads,
+        device.rotate_and_write, (q.shape[0], tiles), q, k, v, cos, sin, q_norm, k_norm, octets(cache.keys),
+        octets(cache.values), slots, eps, offset, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0),
+        v.stride(1), cos.stride(0), *_strides(cache.keys, cache.values), HEADS=heads, KV_HEADS=kv_heads,
         BLOCK_D=power_of_two(head_dim), HAS_NORM=norms is not None, HAS_OFFSET=offset != 0, HEADS_AT_ONCE=at_once,
         num_warps=2, **_sizes(head_dim, cos.shape[1]), **_page(cache.keys),
     )  # fmt: skip

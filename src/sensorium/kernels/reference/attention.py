@@ -1,4 +1,4 @@
-"""Attention in plain torch and the KV cache that it reads, int8 rows included."""
+"""Attention in plain torch and the KV cache that it reads, rows of int8 and of fp8 included."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from sensorium.kernels.context import AttentionContext
 QUERY_STEP = 768  # torch computes queries in blocks of one size from so many on
 GATHER_ELEMENTS = 16 * 1024 * 1024  # bound of one padded gather of keys
 SCALE_BYTES = 4  # behind every row of an int8 cache
+FP8 = torch.float8_e4m3fn
+FP8_MOST = 448.0
 MASK_ELEMENTS = 4 * 1024 * 1024  # bound of one prefill mask
 
 
@@ -28,9 +30,30 @@ def dequantize_heads(rows: Tensor, dtype: torch.dtype) -> Tensor:
     return (rows[..., :-SCALE_BYTES] * scale).to(dtype)
 
 
+def to_fp8(x: Tensor) -> Tensor:
+    """The bytes of the nearest e4m3 numbers; beyond the largest one, of that."""
+    return x.float().clamp(-FP8_MOST, FP8_MOST).to(FP8).view(torch.uint8)
+
+
+def _gathered(cache: Tensor, blocks: Tensor) -> Tensor:
+    """Blocks of a cache. Not every device has the operation for fp8."""
+    if cache.dtype == FP8:
+        return cache.view(torch.uint8).index_select(0, blocks).view(FP8)
+    return cache.index_select(0, blocks)
+
+
+def _as_numbers(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of a cache as numbers of `dtype`, which a cache without codes has."""
+    if rows.dtype == torch.int8:
+        return dequantize_heads(rows, dtype)
+    return rows.to(dtype) if rows.dtype == FP8 else rows
+
+
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     if k_cache.dtype == torch.int8:
         k, v = quantize_heads(k), quantize_heads(v)
+    elif k_cache.dtype == FP8:
+        k, v, k_cache, v_cache = to_fp8(k), to_fp8(v), k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     block_size = k_cache.shape[2]
     blocks = slots.div(block_size, rounding_mode="floor")
     offsets = slots - blocks * block_size
@@ -117,18 +140,16 @@ def _padded(cache: Tensor, tables: Tensor, mask: Tensor, dtype: torch.dtype) -> 
     """
     seqs, num_blocks = tables.shape
     _, kv_heads, block_size, head_dim = cache.shape
-    gathered = cache.index_select(0, tables.reshape(-1)).view(seqs, num_blocks, kv_heads, block_size, head_dim)
-    run = gathered.transpose(1, 2).reshape(seqs, kv_heads, num_blocks * block_size, head_dim)
-    if cache.dtype == torch.int8:
-        run = dequantize_heads(run, dtype)
+    gathered = _gathered(cache, tables.reshape(-1)).view(seqs, num_blocks, kv_heads, block_size, head_dim)
+    run = _as_numbers(gathered.transpose(1, 2).reshape(seqs, kv_heads, num_blocks * block_size, head_dim), dtype)
     return run.masked_fill_(~mask[:, None, :, None], 0)  # all of `run` is a copy
 
 
 def _run(cache: Tensor, table: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     """The cached run of one sequence: [kv_heads, 1, length, head_dim]."""
     _, kv_heads, _, head_dim = cache.shape
-    run = cache.index_select(0, table).transpose(0, 1).reshape(kv_heads, 1, -1, head_dim)[:, :, :length]
-    return dequantize_heads(run, dtype) if cache.dtype == torch.int8 else run
+    run = _gathered(cache, table).transpose(0, 1).reshape(kv_heads, 1, -1, head_dim)[:, :, :length]
+    return _as_numbers(run, dtype)
 
 
 def _prefill(

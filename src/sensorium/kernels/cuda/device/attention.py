@@ -11,6 +11,8 @@ import math
 import triton
 import triton.language as tl
 
+from sensorium.kernels.cuda.device.fp8 import decoded
+
 SPLITS = 16  # of a decoding sequence's keys: as many for every length, so that batch mates change nothing
 NO_WINDOW = 2**30
 LOG2_E = math.log2(math.e)
@@ -25,6 +27,8 @@ def load_rows(cache, at, seen, dtype: tl.constexpr, D: tl.constexpr, BLOCK_D: tl
     if D != BLOCK_D:
         mask = mask & (dims < D)[None, :]
     rows = tl.load(cache + at[:, None] + dims[None, :], mask=mask, other=0.0)
+    if rows.dtype == tl.uint8:
+        rows = decoded(rows)
     if rows.dtype != dtype:
         rows = rows.to(tl.float32).to(dtype)
     return rows

@@ -7,6 +7,7 @@ reference rounds: behind the norm and behind the rotation.
 import triton
 import triton.language as tl
 
+from sensorium.kernels.cuda.device.fp8 import encoded, rounded
 from sensorium.kernels.cuda.device.norms import normed
 
 
@@ -60,21 +61,13 @@ def turned(
 
 
 @triton.jit
-def rounded(x):
-    """To whole numbers of at most 2^22, halves to even ones."""
-    return (x + 12582912.0) - 12582912.0
-
-
-@triton.jit
 def keep_part(cache, at, heads, limit, first, value, scale, KIND: tl.constexpr, size: tl.constexpr,
               BLOCK: tl.constexpr):  # fmt: skip
     if KIND == "int8":
         codes = rounded(value.to(tl.float32) / tl.where(scale > 0.0, scale, 1.0)[:, None])
         put(cache, at, heads, limit, first, codes.to(tl.int8), size, BLOCK)
     elif KIND == "fp8":
-        wide = value.to(tl.float32)
-        wide = tl.where(wide > 448.0, 448.0, tl.where(wide < -448.0, -448.0, wide))
-        put(cache, at, heads, limit, first, wide.to(cache.dtype.element_ty), size, BLOCK)
+        put(cache, at, heads, limit, first, encoded(value.to(tl.float32)), size, BLOCK)
     else:
         put(cache, at, heads, limit, first, value.to(cache.dtype.element_ty), size, BLOCK)
 

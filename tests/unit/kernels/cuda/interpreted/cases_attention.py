@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sensorium.kernels import reference
 from sensorium.kernels.context import AttentionContext
-from sensorium.kernels.cuda import CudaBackend, attention
+from sensorium.kernels.cuda import CudaBackend, attention, launch
 
 CUDA = CudaBackend()
 PAGE = 16
@@ -39,8 +39,8 @@ class Step:
         shape = (len(order) + 1, heads[1], PAGE, width)
         wide = torch.full(shape, torch.nan, dtype=dtype)
         self.caches = [wide.clone(), wide.clone()]
-        if cache_dtype == torch.int8:
-            self.caches = [torch.full(shape, -1, dtype=torch.int8) for _ in range(2)]  # scales of -1 bytes are NaN
+        if cache_dtype.itemsize == 1:  # four bytes of -1 are NaN, as a scale of int8 codes, and one is one of fp8
+            self.caches = [torch.full(shape, -1, dtype=torch.int8).view(cache_dtype) for _ in range(2)]
         for index, (count, length, new) in enumerate(zip(blocks, context_lens, query_lens, strict=True)):
             tables[index, :count] = torch.tensor([order.pop() for _ in range(count)])
             seen = range(0 if window is None else max(0, length - new + 1 - window), length)
@@ -48,8 +48,6 @@ class Step:
             k, v = (torch.randn(len(seen), heads[1], head_dim).to(dtype) for _ in range(2))
             reference.write_kv(k, v, self.caches[0], self.caches[1], kept)
             slots.append(kept[-new:])
-        if cache_dtype == torch.float8_e4m3fn:
-            self.caches = [cache.to(cache_dtype) for cache in self.caches]
         starts = torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32)
         lengths = torch.tensor(context_lens, dtype=torch.int32)
         where = torch.cat(slots)
@@ -63,8 +61,7 @@ class Step:
         assert attention.refusal(self.q, *self.caches) is None
         options = (self.context, self.scale, self.window, visible, sinks)
         got = CUDA.paged_attention(self.q, self.caches[0], self.caches[1], *options)
-        caches = [cache.to(self.q.dtype) if cache.dtype == torch.float8_e4m3fn else cache for cache in self.caches]
-        expected = reference.paged_attention(self.q, caches[0], caches[1], *options)
+        expected = reference.paged_attention(self.q, self.caches[0], self.caches[1], *options)
         assert_close(got, expected, factor)
 
 
@@ -117,9 +114,22 @@ def test_int8_cache(dtype: torch.dtype, window: int | None) -> None:
     step.check(factor=2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_fp8_cache(dtype: torch.dtype) -> None:
+@pytest.fixture(params=[80, 90])
+def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Of a card that knows numbers of e4m3, and of one that does not."""
+    monkeypatch.setattr(launch, "capability", lambda: request.param)
+    return int(request.param)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_fp8_cache(capability: int, dtype: torch.dtype) -> None:
     Step([1, 9], [45, 33], (4, 2), 32, num_decodes=1, dtype=dtype, cache_dtype=torch.float8_e4m3fn).check()
+
+
+@pytest.mark.parametrize(("heads", "head_dim", "window"), [((1, 1), 40, 21), ((7, 1), 64, 7), ((8, 1), 80, None)])
+def test_fp8_cache_of_odd_shapes(capability: int, heads: tuple[int, int], head_dim: int, window: int | None) -> None:
+    step = Step([1, 1, 20], [60, 5, 40], heads, head_dim, num_decodes=2, cache_dtype=torch.float8_e4m3fn, window=window)
+    step.check(sinks=torch.linspace(-1, 3, heads[0]))
 
 
 def test_a_row_of_no_keys_gets_zeros() -> None:
