@@ -25,6 +25,7 @@ from sensorium.config import EngineConfig
 from sensorium.engine.drawing import draw_together
 from sensorium.engine.graphs import CudaCapture
 from sensorium.engine.loading import Engine, build_engine, choose_quantization, opened
+from sensorium.kernels import FP8, Quantization
 from sensorium.kernels.context import AttentionContext
 from sensorium.kernels.gpu import gpu_kernels, refusal
 from sensorium.models.loading import load_model
@@ -83,6 +84,28 @@ def products(rate: float) -> Iterator[Row]:
                 }
 
 
+def products_with_codes(rate: float) -> Iterator[Row]:
+    """The same of a layer's largest product with weights in codes, activations included."""
+    forms = {
+        "int8": Quantization(8),
+        "int4": Quantization(4),
+        "fp8": FP8,
+        "fp8 blocks": Quantization(8, 128, floats=True),
+    }
+    for (name, shapes), (kind, form) in itertools.product(SHAPES.items(), forms.items()):
+        out, size = shapes[2]
+        weight = gpu_kernels().current.empty_quantized(out, size, form, dtype=torch.bfloat16, device=GPU)
+        weight.fill(0, torch.randn(out, size, dtype=torch.bfloat16, device=GPU))
+        for rows in (1, 32, 256, 2048):
+            took = seconds(partial(weight, torch.randn(rows, size, dtype=torch.bfloat16, device=GPU)))
+            yield {
+                "what": f"product {name} {kind} {rows} x {size} x {out}",
+                "us": took * 1e6,
+                "tflops": 2 * rows * size * out / took / 1e12,
+                "share of copy rate": (weight.nbytes + 2 * rows * (size + out)) / took / rate,
+            }
+
+
 def attention(rate: float) -> Iterator[Row]:
     """Decodes of bfloat16 over a paged cache of each type."""
     for name, (heads, kv_heads, size) in HEADS.items():
@@ -139,6 +162,7 @@ def kernels() -> Iterator[Row]:
     rate = copy_rate()
     yield {"what": "copy", "GB/s": rate / 1e9}
     yield from products(rate)
+    yield from products_with_codes(rate)
     yield from attention(rate)
     yield from gaps()
     yield from sampling()
@@ -159,7 +183,7 @@ def loaded(arguments: argparse.Namespace, way: str) -> Engine:
         speculative_tokens=0,
     )
     checkpoint = opened(config)
-    quantization = choose_quantization(config, checkpoint.quantization)
+    quantization = choose_quantization(config, checkpoint.quantization, GPU)
     model = load_model(checkpoint, dtype=torch.bfloat16, device=GPU, quantization=quantization)
     capture = CudaCapture() if way != "eager" else None
     engine = build_engine(model, checkpoint, config, GPU, torch.bfloat16, capture=capture)

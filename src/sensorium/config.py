@@ -59,7 +59,7 @@ class EngineConfig:
     quantization: str = flag(
         "auto",
         "Weights of linear layers and embeddings. auto: as the checkpoint has them; int8, "
-        "int4: quantised while loading, the head and embeddings to int8 in any case; a "
+        "int4 and, on a GPU, fp8: quantised while loading, the head and embeddings to int8 in any case; a "
         "method's name: the checkpoint must be stored so.",
         choices=(
             *("auto", "int8", "int4", "awq", "gptq", "compressed-tensors", "mxfp4", "gguf"),

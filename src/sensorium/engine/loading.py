@@ -49,7 +49,8 @@ from sensorium.kernels.context import KVCache
 from sensorium.kernels.cpu.linear import MappedLinear
 from sensorium.kernels.gpu import begin, gpu_kernels
 from sensorium.kernels.reference import quantized
-from sensorium.kernels.reference.attention import FP8, GATHER_ELEMENTS
+from sensorium.kernels.reference.attention import GATHER_ELEMENTS
+from sensorium.kernels.reference.fp8 import E4M3
 from sensorium.models.base import Model
 from sensorium.models.cache import CacheGroup, KeyValueGroup, attends_to_media, paged, states
 from sensorium.models.decoder import SelfAttention
@@ -199,7 +200,7 @@ def load_part(
     checkpoint = opened(config)
     check_ranks(checkpoint, 1 if ranks is None else ranks.size)
     device = choose_device(config.device, ranks)
-    quantization = choose_quantization(config, checkpoint.quantization)
+    quantization = choose_quantization(config, checkpoint.quantization, device)
     is_quantized = quantization is not None or checkpoint.quantization is not None
     dtype = choose_dtype(config.dtype, checkpoint.dtype, device, is_quantized=is_quantized)
     if dtype == torch.float16 and checkpoint.family.overflows_float16:
@@ -653,9 +654,17 @@ def choose_device(wanted: str, ranks: Ranks | None = None) -> torch.device:
     return torch.device("cpu")
 
 
-def choose_quantization(config: EngineConfig, stored: StoredQuantization | None) -> Quantization | None:
+def choose_quantization(
+    config: EngineConfig, stored: StoredQuantization | None, device: torch.device
+) -> Quantization | None:
     """What to quantise to while loading; None: leave the weights as they are stored."""
     wanted = config.quantization
+    if wanted == "fp8" and stored is None:
+        if device.type == "cpu":
+            raise StartupError(
+                "--quantization fp8: a CPU has no kernels for it; int8 takes as little there and is nearer"
+            )
+        return kernels.FP8
     if wanted in ("int8", "int4"):
         return Quantization(8) if wanted == "int8" else Quantization(4, config.quantization_group_size)
     layout = "plain numbers" if stored is None else stored.layout
@@ -665,7 +674,7 @@ def choose_quantization(config: EngineConfig, stored: StoredQuantization | None)
             "out, or let int8 or int4 quantise them while loading"
         )
     if config.quantize_towers:
-        raise StartupError("--quantize-towers goes with --quantization int8 or int4")
+        raise StartupError("--quantize-towers goes with --quantization int8, int4 or fp8")
     return None
 
 
@@ -678,7 +687,7 @@ def choose_cache_dtype(wanted: str, dtype: torch.dtype, device: torch.device, *,
         raise StartupError(
             "--kv-cache-dtype fp8: a CPU has no kernels for it; int8 takes as little there and is nearer"
         )
-    return FP8 if wanted == "fp8" else torch.int8
+    return E4M3 if wanted == "fp8" else torch.int8
 
 
 def choose_dtype(wanted: str, stored: str, device: torch.device, *, is_quantized: bool = False) -> torch.dtype:

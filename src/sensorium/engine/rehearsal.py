@@ -44,7 +44,7 @@ def absent_gpu() -> Iterator[None]:
 def imagined(config: EngineConfig, dtype: torch.dtype) -> Engine:
     """An engine on a GPU that is not there, in `absent_gpu`. `config.kv_cache_memory` must be given."""
     checkpoint = opened(config)
-    quantization = choose_quantization(config, checkpoint.quantization)
+    quantization = choose_quantization(config, checkpoint.quantization, GPU)
     model = load_model(
         checkpoint, dtype=dtype, device=GPU, quantization=quantization, quantize_towers=config.quantize_towers
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sensorium.kernels import reference
 from sensorium.kernels.backend import (
+    FP8,
     Activation,
     Backend,
     CachedWeight,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 __all__ = [
+    "FP8",
     "Activation",
     "Backend",
     "CachedWeight",
@@ -138,7 +140,8 @@ def empty_linear(
 def empty_quantized(
     out_features: int, in_features: int, quantization: Quantization, *, dtype: torch.dtype, device: torch.device
 ) -> QuantizedWeight:
-    backend = _for_weights(dtype, device)
+    is_fp8_on_cpu = quantization.is_fp8 and device.type == "cpu"
+    backend = _REFERENCE if is_fp8_on_cpu else _for_weights(dtype, device)
     if backend is _REFERENCE:
         _say_slow(f"{dtype} on {device.type}".removeprefix("torch."))
     return backend.empty_quantized(out_features, in_features, quantization, dtype=dtype, device=device)

@@ -27,22 +27,39 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "tanh", 
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """How a weight is quantised. `group`: inputs that share an int4 scale.
+    """How a weight is quantised. `group`: inputs that share a scale of int4 or fp8; 0, of fp8: all.
 
-    `floats`: mxfp4, codes of four bits that are E2M1 numbers, in groups of 32 whose scales are powers of two. Such
-    codes are taken as they are stored; floats are not quantised so."""
+    `floats`: codes are numbers. Of four bits mxfp4, E2M1 in groups of 32 whose scales are powers of two: such codes are
+    taken as they are stored, floats are not quantised so. Of eight bits fp8, which is e4m3."""
 
     bits: Literal[4, 8]
     group: int = 64
     floats: bool = False
 
     def __post_init__(self) -> None:
+        if self.is_fp8:
+            if self.group not in (0, 32, 64, 128, 256):
+                raise StartupError(f"there is no kernel for fp8 weights in groups of {self.group}")
+            return
         if self.floats and (self.bits, self.group) != (4, 32):
             raise StartupError(f"mxfp4 weights have 4 bits in groups of 32, not {self.bits} in groups of {self.group}")
         if self.bits == 4 and (self.group % 8 or not 8 <= self.group <= 256):
             raise StartupError(
                 f"there is no kernel for 4-bit weights in groups of {self.group}: it must be a multiple of 8 up to 256"
             )
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.floats and self.bits == 8
+
+    def scaled_together(self, in_features: int) -> int:
+        """How many of a weight's inputs share a scale."""
+        if self.bits == 8:
+            return self.group if self.is_fp8 and self.group else in_features
+        return self.group
+
+
+FP8 = Quantization(8, 0, floats=True)
 
 
 class PackedWeight(Protocol):
@@ -87,9 +104,10 @@ class QuantizedWeight(PackedWeight, Protocol):
     def fill_codes(self, first_row: int, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> None:
         """Copy rows that are quantised already to `first_row`.
 
-        `codes` uint8 [n, in]: 0 to 15 (int4), the signed value + 128 (int8), or E2M1 (mxfp4: the sign is the highest of
-        four bits). `scales` [n, groups], of mxfp4 uint8, the exponent of two plus 127. `zeros`
-        [n, groups]: what int4 codes are counted from, kept as float16 (default 8); all rows have them or none.
+        `codes` uint8 [n, in]: 0 to 15 (int4), the signed value + 128 (int8), the byte of an e4m3 number (fp8), or E2M1
+        (mxfp4: the sign is the highest of four bits). `scales` [n, groups], of mxfp4 uint8, the exponent of two plus
+        127. `zeros` [n, groups]: what int4 codes are counted from, kept as float16 (default 8); all rows have them or
+        none.
         """
         ...
 

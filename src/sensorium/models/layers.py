@@ -34,8 +34,8 @@ def activation_name(name: str) -> kernels.Activation:
 
 
 def at_least(bits: int, wanted: kernels.Quantization | None) -> kernels.Quantization | None:
-    """`wanted`, raised to at least `bits`; None (not quantised) if `bits` > 8."""
-    if wanted is None or wanted.bits >= bits:
+    """`wanted`, raised to at least `bits`; None (not quantised) if `bits` > 8. int8 is nearer than fp8."""
+    if wanted is None or wanted.bits > bits or (wanted.bits == bits and not wanted.floats):
         return wanted
     return kernels.Quantization(8) if bits <= 8 else None
 

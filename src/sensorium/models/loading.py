@@ -562,9 +562,11 @@ def _stored_quantization(weight: _Slot) -> tuple[Quantization | None, bool]:
 def _computed_as(weight: _Slot, device: torch.device) -> tuple[Quantization | None, bool]:
     """`_stored_quantization`, where the device has a kernel for it."""
     found, is_exact = _stored_quantization(weight)
-    if found is not None and found.floats and device.type != "cpu":
-        return None, is_exact  # bf16 holds them exactly
-    return found, is_exact
+    if found is None or not found.floats or found.is_fp8 == (device.type != "cpu"):
+        return found, is_exact
+    if found.is_fp8:
+        return Quantization(8), False
+    return None, is_exact  # bf16 holds them exactly
 
 
 def _put_codes(packed: QuantizedWeight, quantization: Quantization, weight: _Slot) -> None:

@@ -29,7 +29,7 @@ ENGINE_BASE_BYTES = 320 * MiB  # of an engine's process before it has weights
 CACHE_PART, LEAST_CACHE_BYTES = 4, 64 * MiB  # a part of what is left is the KV cache
 ENCODED_PART = 8
 _TYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_QUANTIZED_BYTES = {"int8": 1.1, "int4": 0.65}
+_QUANTIZED_BYTES = {"int8": 1.1, "fp8": 1.1, "int4": 0.65}
 
 log = logging.getLogger("sensorium")
 

@@ -12,10 +12,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sensorium.checkpoint.quantization import StoredQuantization
 from sensorium.errors import CheckpointError
-from sensorium.kernels import Quantization
+from sensorium.kernels import FP8, Quantization
 from sensorium.weights.gguf_blocks import FP4
 from sensorium.weights.stored_codes import ByteCodes, StoredCodes, counted_from_zeros, matrix_shape, misshapen, unpacked
 from sensorium.weights.tensor_files import StoredTensor, every
@@ -54,7 +55,8 @@ class DecodedCodes(StoredCodes):
 class Fp8Codes(DecodedCodes):
     """weight float8 e4m3 [out, in], weight_scale of the whole, of every output, of groups of inputs or of blocks.
 
-    w = code * scale. Scales of activations are passed over: activations have a scale per token here.
+    w = code * scale. Scales of activations are passed over: activations have a scale per token here. Where a device
+    multiplies e4m3 the codes stay as they are, with the scale of every output and group of inputs.
     """
 
     kinds: ClassVar = {"weight": (_FP8,), "weight_scale": (*_FLOATS, _POWERS)}
@@ -72,15 +74,33 @@ class Fp8Codes(DecodedCodes):
             raise misshapen(scales, f"which does not go with {[out, size]} in blocks of {list(self.block)}")
         return (out, size), 8, self.block[1]
 
-    def decoded(self, rows: slice) -> Tensor:
-        codes = self.parts["weight"].view()[rows].float()
-        if codes.isnan().any():
+    def quantization(self) -> Quantization | None:
+        if self.group >= self.shape[1]:
+            return FP8
+        return Quantization(8, self.group, floats=True) if self.group in (32, 64, 128, 256) else None
+
+    def is_symmetric(self) -> bool:
+        return True
+
+    def zeros(self) -> Tensor | None:
+        return None
+
+    def codes(self, rows: slice) -> Tensor:
+        """The bytes of e4m3 [n, in]"""
+        codes = self.parts["weight"].view()[rows]
+        if not isinstance(codes, FakeTensor) and codes.float().isnan().any():  # a rehearsal's have no numbers
             raise CheckpointError(
                 f"tensor {self.parts['weight'].key} in {self.file.name} has codes that are no numbers"
             )
+        return codes.view(torch.uint8)
+
+    def scales(self) -> Tensor:
         scales = self.parts["weight_scale"].view().float().reshape(-(-self.shape[0] // self.block[0]), -1)
-        own = scales[torch.arange(rows.start, rows.stop) // self.block[0]]
-        return codes * own.repeat_interleave(self.block[1], 1)[:, : self.shape[1]]
+        return scales[torch.arange(self.shape[0]) // self.block[0]]
+
+    def decoded(self, rows: slice) -> Tensor:
+        own = self.scales()[rows]
+        return self.codes(rows).view(_FP8).float() * own.repeat_interleave(self.block[1], 1)[:, : self.shape[1]]
 
 
 class Fp4Codes(DecodedCodes):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from support import fake_cuda
+from support.decoded_checkpoints import write_fp8
 from support.engine_harness import Bench, random_prompt, request
 from support.families import MAKERS, maker_of
 from torch import Tensor, nn
@@ -25,8 +26,10 @@ from sensorium.engine import rehearsal
 from sensorium.kernels import LowRank
 from sensorium.kernels.context import LayerCache
 from sensorium.kernels.gpu import gpu_kernels
+from sensorium.kernels.reference import Fp8Linear
 from sensorium.kernels.transfers import Fetch
 from sensorium.models.adapters import Adapter, adaptable
+from sensorium.models.loading import packed_weights
 from sensorium.types import SpeechRules
 
 LAUNCHES = {"reference": 70, "triton": 10}
@@ -179,6 +182,28 @@ def test_steps_with_an_fp8_cache(tmp_path: Path, kernels: str) -> None:
         assert {layer.keys.dtype for layer in cache if isinstance(layer, LayerCache)} == {torch.float8_e4m3fn}
         if kernels == "triton":
             assert traffic.launches <= LAUNCHES[kernels] * len(cache) + AROUND
+
+
+@pytest.mark.parametrize("is_stored", [False, True], ids=["quantised", "stored"])
+def test_steps_with_fp8_weights(tmp_path: Path, kernels: str, is_stored: bool) -> None:
+    """Of a checkpoint in bfloat16, and of one that has such weights, in blocks."""
+    maker_of("qwen3")(tmp_path)
+    if is_stored:
+        write_fp8(tmp_path)
+    with rehearsal.absent_gpu():
+        engine = made("qwen3", tmp_path, **({} if is_stored else {"quantization": "fp8"}))
+        packed = list(packed_weights(engine.engine.runner._model))
+        assert sum(isinstance(one, Fp8Linear) for one in packed) == 4 * len(engine.engine.runner._cache)
+        engine.core._add(request(random_prompt(1, 20), 4))
+        for _ in range(2):
+            with fake_cuda.Traffic() as traffic:
+                engine.core._step()
+            assert (traffic.to_device, traffic.to_host) == (["copy_"], ["copy_"])
+        if kernels == "triton":
+            codes = 4 * len(engine.engine.runner._cache)  # of activations
+            assert traffic.launched["quantize_rows"] == codes
+            around = AROUND if is_stored else AROUND + 5  # the tokens' rows come from a table of int8
+            assert traffic.launches - codes <= LAUNCHES[kernels] * len(engine.engine.runner._cache) + around
 
 
 def test_what_waits_is_told(tmp_path: Path, guard: None) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sensorium.kernels import reference
 from sensorium.kernels.context import AttentionContext
-from sensorium.kernels.reference import attention
+from sensorium.kernels.reference import attention, fp8
 
 BLOCK = 4
 
@@ -127,14 +127,14 @@ def test_sinks(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cache_of_fp8() -> None:
     """Its numbers are the nearest of e4m3, of at most 448, and attention is that of these numbers."""
     pages = Pages([6, 11, 9], [1, 4, 9], 2, 8, 1)
-    narrow = [torch.full(pages.k_cache.shape, torch.nan).to(attention.FP8) for _ in range(2)]
+    narrow = [torch.full(pages.k_cache.shape, torch.nan).to(fp8.E4M3) for _ in range(2)]
     for i, length in enumerate(pages.context.context_lens):
         slots = torch.tensor(
             [int(pages.context.block_tables[i, p // BLOCK]) * BLOCK + p % BLOCK for p in range(length)]
         )
         pages.k[i][0, 0] *= 1000
         reference.write_kv(pages.k[i], pages.v[i], narrow[0], narrow[1], slots)
-        pages.k[i], pages.v[i] = (x.clamp(-448, 448).to(attention.FP8).float() for x in (pages.k[i], pages.v[i]))
+        pages.k[i], pages.v[i] = (x.clamp(-448, 448).to(fp8.E4M3).float() for x in (pages.k[i], pages.v[i]))
     for window in (None, 3):
         got = reference.paged_attention(pages.q, narrow[0], narrow[1], pages.context, 0.3, window)
         assert close(got, pages.expected(0.3, window))

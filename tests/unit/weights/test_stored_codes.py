@@ -40,16 +40,22 @@ from sensorium.checkpoint.hub import resolve
 from sensorium.config import EngineConfig
 from sensorium.engine.loading import choose_quantization
 from sensorium.errors import CheckpointError, StartupError
-from sensorium.kernels import Quantization
+from sensorium.kernels import FP8, Quantization
 from sensorium.kernels.cpu import library, linear
+from sensorium.kernels.reference.fp8 import Fp8Linear
 from sensorium.kernels.reference.quantized import QuantizedLinear
+from sensorium.models import loading
 from sensorium.models.base import Model
 from sensorium.models.layers import Linear
 from sensorium.models.loading import load_model, weight_bytes
+from sensorium.weights.checkpoint_files import stored_tensors
+from sensorium.weights.decoded_codes import Fp8Codes
+from sensorium.weights.joining import join
 
 PROMPT = [5, 300, 7, 42, 11, 17, 230, 8, 77, 19, 3]
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 288}
 BF16 = torch.bfloat16
+CPU = torch.device("cpu")
 
 Writer = Callable[[Path], dict[str, Tensor]]
 
@@ -600,19 +606,49 @@ def test_no_damage_goes_further_than_an_error(tmp_path: Path, layout: str) -> No
     assert refused > 3 * len(parts)
 
 
+@pytest.mark.parametrize("scheme", ["block", "channel", "tensor"])
+def test_fp8_stays_where_a_device_multiplies_it(tmp_path: Path, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers of the checkpoint, whose scales every output and group of inputs has."""
+    oracle = make_llama(tmp_path, **SIZES)
+    floats = write_fp8(tmp_path, scheme=scheme)
+    monkeypatch.setattr(loading, "_computed_as", lambda weight, device: loading._stored_quantization(weight))
+    model = load(tmp_path)
+    down = model.get_submodule("model.layers.1.mlp.down_proj")
+    assert isinstance(down, Linear)
+    assert isinstance(down.packed, Fp8Linear)
+    rows = down.packed.rows(torch.arange(down.out_features))
+    torch.testing.assert_close(rows, floats["model.layers.1.mlp.down_proj.weight"], rtol=1e-6, atol=0)
+    assert error(logits(model), expected_logits(oracle, floats)) < 0.1  # activations of three bits behind the first
+
+
+def test_an_fp8_checkpoint_on_each_device(tmp_path: Path) -> None:
+    make_llama(tmp_path, **SIZES)
+    write_fp8(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.quantization is not None
+    joined = join(stored_tensors(checkpoint.weight_files), checkpoint.quantization)
+    source = next(one for one in joined if isinstance(one, Fp8Codes))
+    weight = loading._Slot("w", Linear(1, 1), "weight", source.shape, {"": source})
+    assert loading._computed_as(weight, CPU) == (Quantization(8), False)
+    assert loading._computed_as(weight, torch.device("cuda", 0)) == (source.quantization(), True)
+
+
 def test_methods_by_name(tmp_path: Path) -> None:
     """vLLM's users name the method that the checkpoint has."""
     make_llama(tmp_path, **SIZES)
+    with pytest.raises(StartupError, match="--quantization fp8: a CPU has no kernels for it; int8"):
+        choose_quantization(EngineConfig("m", quantization="fp8"), None, CPU)
+    assert choose_quantization(EngineConfig("m", quantization="fp8"), None, torch.device("cuda", 0)) == FP8
     with pytest.raises(StartupError, match="stored as plain numbers"):
-        choose_quantization(EngineConfig("m", quantization="awq"), open_checkpoint(tmp_path).quantization)
+        choose_quantization(EngineConfig("m", quantization="awq"), open_checkpoint(tmp_path).quantization, CPU)
     write_awq(tmp_path)
     stored = open_checkpoint(tmp_path).quantization
-    assert choose_quantization(EngineConfig("m", quantization="awq"), stored) is None
-    assert choose_quantization(EngineConfig("m"), stored) is None
+    assert choose_quantization(EngineConfig("m", quantization="awq"), stored, CPU) is None
+    assert choose_quantization(EngineConfig("m"), stored, CPU) is None
     with pytest.raises(StartupError, match="stored as awq"):
-        choose_quantization(EngineConfig("m", quantization="gptq"), stored)
+        choose_quantization(EngineConfig("m", quantization="gptq"), stored, CPU)
     with pytest.raises(StartupError, match="--quantize-towers goes with"):
-        choose_quantization(EngineConfig("m", quantize_towers=True), stored)
+        choose_quantization(EngineConfig("m", quantize_towers=True), stored, CPU)
     assert choose_quantization(
-        EngineConfig("m", quantization="int4", quantization_group_size=32), stored
+        EngineConfig("m", quantization="int4", quantization_group_size=32), stored, CPU
     ) == Quantization(4, 32)

@@ -18,9 +18,10 @@ from sensorium.kernels.cuda.device.attention import (
     prefill,
 )
 from sensorium.kernels.cuda.launch import FLOATS, capability, has_fp8, launch, octets, power_of_two
-from sensorium.kernels.reference.attention import FP8, SCALE_BYTES
+from sensorium.kernels.reference.attention import SCALE_BYTES
+from sensorium.kernels.reference.fp8 import E4M3
 
-CACHE_TYPES = (*FLOATS, torch.int8, FP8)
+CACHE_TYPES = (*FLOATS, torch.int8, E4M3)
 WIDEST = 512  # head size
 STAGE_BYTES = 32 * 1024  # of keys or values in a tile, at most
 

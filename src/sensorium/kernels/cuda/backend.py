@@ -28,6 +28,7 @@ from sensorium.kernels.cuda import logits as logits_kernel
 from sensorium.kernels.cuda import rope as rotation
 from sensorium.kernels.cuda.decoder import CudaDecoder, DecoderShape, can_stack
 from sensorium.kernels.cuda.experts import CudaExperts, plain
+from sensorium.kernels.cuda.fp8 import CudaFp8Linear
 from sensorium.kernels.cuda.launch import FLOATS
 from sensorium.kernels.cuda.linear import CudaQuantizedLinear, suits
 from sensorium.kernels.cuda.sampling import on_device, sample
@@ -61,7 +62,8 @@ class CudaBackend:
             kind = "mxfp4 weights" if quantization.floats else f"4-bit weights in groups of {quantization.group}"
             say_left_to_reference(kind)
             return reference.empty_quantized(out_features, in_features, quantization, dtype=dtype, device=device)
-        return CudaQuantizedLinear(out_features, in_features, quantization, dtype=dtype, device=device)
+        made = CudaFp8Linear if quantization.is_fp8 else CudaQuantizedLinear
+        return made(out_features, in_features, quantization, dtype=dtype, device=device)
 
     empty_linear = staticmethod(reference.empty_linear)
     mapped_linear = staticmethod(reference.mapped_linear)

@@ -24,7 +24,8 @@ from sensorium.kernels.backend import Activation, DecoderLayerParts, Draws, Edit
 from sensorium.kernels.context import AttentionContext, LayerCache
 from sensorium.kernels.cuda.backend import CudaBackend
 from sensorium.kernels.cuda.compiling import Usage, compiled, compiling_for, usage
-from sensorium.kernels.cuda.device import attention, experts, linear, logits, norms, rope, sampling
+from sensorium.kernels.cuda.device import attention, experts, fp8, linear, logits, norms, rope, sampling
+from sensorium.kernels.cuda.launch import has_fp8
 from sensorium.kernels.reference import PlainLinear
 
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "int8", "float8_e4m3fn")}
@@ -54,7 +55,8 @@ class Shape:
     per_token: int = 1
     has_expert_biases: bool = False
     bits: int | None = None  # of weights in codes, 4 or 8
-    group: int = 64  # inputs that share a scale of 4 bits
+    group: int = 64  # inputs that share a scale of 4 bits, or of fp8 (0: all)
+    floats: bool = False  # of 8 bits: fp8
 
 
 SHAPES = {
@@ -84,6 +86,8 @@ SHAPES = {
     "qwen2-7b-kv-fp8": Shape(28, 4, 128, 3584, 18944, cache_dtype="float8_e4m3fn"),
     "qwen2-7b-w4": Shape(28, 4, 128, 3584, 18944, bits=4, group=128),
     "qwen2-7b-w8": Shape(28, 4, 128, 3584, 18944, bits=8),
+    "qwen2-7b-fp8": Shape(28, 4, 128, 3584, 18944, bits=8, group=0, floats=True),
+    "qwen3-8b-fp8": Shape(32, 8, 128, 4096, 12288, has_qk_norms=True, bits=8, group=128, floats=True),
 }
 """Of decoders that are served. Others are compiled when they are first needed."""
 
@@ -92,7 +96,7 @@ def functions() -> list[Any]:
     """All that is compiled."""
     found = [
         value
-        for module in (attention, experts, linear, logits, norms, rope, sampling)
+        for module in (attention, experts, fp8, linear, logits, norms, rope, sampling)
         for value in vars(module).values()
     ]
     return [*dict.fromkeys(one for one in found if type(one).__name__ == "JITFunction")]
@@ -175,13 +179,14 @@ def compile_experts(shape: Shape, arch: int) -> None:
 
 
 def _products(shape: Shape, bits: int) -> None:
-    dtype, form = DTYPES[shape.dtype], Quantization(8) if bits == 8 else Quantization(4, shape.group)
+    dtype, is_int8 = DTYPES[shape.dtype], bits == 8 and not shape.floats
+    form = Quantization(8) if is_int8 else Quantization(4 if bits == 4 else 8, shape.group, floats=shape.floats)
     for bias in (None, _empty(shape.hidden, dtype=torch.float32)):
         for out, of in ((shape.hidden, shape.hidden), (2 * shape.intermediate, shape.hidden),
                         (shape.hidden, shape.intermediate)):  # fmt: skip
             weight = CudaBackend().empty_quantized(out, of, form, dtype=dtype, device=torch.device("cuda", 0))
             weight.set_bias(bias)
-            for rows in (1, 64):
+            for rows in (1, 64, *RUNS[-1:] * (form.is_fp8 and has_fp8())):
                 weight(_empty(rows, of, dtype=dtype))
 
 

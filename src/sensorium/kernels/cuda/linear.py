@@ -51,11 +51,11 @@ class CudaQuantizedLinear(QuantizedLinear):
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        out = torch.empty((len(rows), self.out_features), dtype=x.dtype, device=x.device)
         if len(rows) <= FROM_CODES and not gpu_kernels().is_compiling:
+            out = torch.empty((len(rows), self.out_features), dtype=x.dtype, device=x.device)
             self._multiply(rows, out)
         else:
-            self._multiply_many(rows, out)
+            out = multiply_as_numbers(self, rows)
         return out.view(*x.shape[:-1], self.out_features)
 
     def _multiply(self, rows: Tensor, out: Tensor) -> None:
@@ -73,14 +73,19 @@ class CudaQuantizedLinear(QuantizedLinear):
         launch(device.int4_product, grid, rows, self._codes, self._scales, zeros, bias, out, *sizes,
                HAS_ZEROS=self._zeros is not None, GROUP=self._group, num_warps=4, num_stages=3, **options)  # fmt: skip
 
-    def _multiply_many(self, rows: Tensor, out: Tensor) -> None:
-        step = max(1, DEQUANTIZED // self.in_features)
-        for start in range(0, self.out_features, step):
-            some = slice(start, start + step)
-            bias = None if self._bias is None else self._bias[some].to(rows.dtype)
-            out[:, some] = functional.linear(rows, self._weight(some).to(rows.dtype), bias)
+
+def multiply_as_numbers(weight: QuantizedLinear, rows: Tensor) -> Tensor:
+    """[n, in] -> [n, out] by cuBLAS, with parts of the weight that become numbers of the type of `rows`."""
+    out = torch.empty((len(rows), weight.out_features), dtype=rows.dtype, device=rows.device)
+    step = max(1, DEQUANTIZED // weight.in_features)
+    for start in range(0, weight.out_features, step):
+        some = slice(start, start + step)
+        bias = None if weight._bias is None else weight._bias[some].to(rows.dtype)
+        out[:, some] = functional.linear(rows, weight._weight(some).to(rows.dtype), bias)
+    return out
 
 
 def suits(quantization: Quantization, dtype: torch.dtype) -> bool:
     """Whether there is a kernel for such a weight."""
-    return dtype in FLOATS and not quantization.floats and (quantization.bits == 8 or quantization.group in GROUPS)
+    takes = not quantization.floats and (quantization.bits == 8 or quantization.group in GROUPS)
+    return dtype in FLOATS and (takes or quantization.is_fp8)

@@ -10,10 +10,10 @@ from torch import Tensor
 from sensorium.kernels.context import LayerCache
 from sensorium.kernels.cuda.device import rope as device
 from sensorium.kernels.cuda.launch import FLOATS, launch, octets, power_of_two
-from sensorium.kernels.reference.attention import FP8
+from sensorium.kernels.reference.fp8 import E4M3
 
 TILE = 1024  # numbers of heads that a program holds
-KINDS = {torch.int8: "int8", FP8: "fp8"}
+KINDS = {torch.int8: "int8", E4M3: "fp8"}
 
 
 def can_rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:

@@ -22,6 +22,7 @@ from sensorium.kernels.reference.attention import (
 )
 from sensorium.kernels.reference.experts import PlainExperts, choose, experts
 from sensorium.kernels.reference.fp4 import Fp4Linear
+from sensorium.kernels.reference.fp8 import Fp8Linear
 from sensorium.kernels.reference.linear import PlainLinear, empty_linear
 from sensorium.kernels.reference.logits import edit
 from sensorium.kernels.reference.norms import activate, add_rms_norm, gated, layer_norm, rms_norm, rope, silu_mul
@@ -30,6 +31,7 @@ from sensorium.kernels.reference.states import causal_conv, delta_gates, delta_r
 
 __all__ = [
     "Fp4Linear",
+    "Fp8Linear",
     "PlainExperts",
     "PlainLinear",
     "QuantizedLinear",
@@ -81,7 +83,9 @@ def empty_quantized(
     out_features: int, in_features: int, quantization: Quantization, *, dtype: torch.dtype, device: torch.device
 ) -> QuantizedLinear:
     """An unfilled quantised weight [out, in]."""
-    made = Fp4Linear if quantization.floats else QuantizedLinear
+    made = QuantizedLinear
+    if quantization.floats:
+        made = Fp8Linear if quantization.is_fp8 else Fp4Linear
     return made(out_features, in_features, quantization, dtype=dtype, device=device)
 
 

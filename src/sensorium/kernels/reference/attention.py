@@ -7,12 +7,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from sensorium.kernels.context import AttentionContext
+from sensorium.kernels.reference.fp8 import E4M3, to_fp8
 
 QUERY_STEP = 768  # torch computes queries in blocks of one size from so many on
 GATHER_ELEMENTS = 16 * 1024 * 1024  # bound of one padded gather of keys
 SCALE_BYTES = 4  # behind every row of an int8 cache
-FP8 = torch.float8_e4m3fn
-FP8_MOST = 448.0
 MASK_ELEMENTS = 4 * 1024 * 1024  # bound of one prefill mask
 
 
@@ -30,15 +29,10 @@ def dequantize_heads(rows: Tensor, dtype: torch.dtype) -> Tensor:
     return (rows[..., :-SCALE_BYTES] * scale).to(dtype)
 
 
-def to_fp8(x: Tensor) -> Tensor:
-    """The bytes of the nearest e4m3 numbers; beyond the largest one, of that."""
-    return x.float().clamp(-FP8_MOST, FP8_MOST).to(FP8).view(torch.uint8)
-
-
 def _gathered(cache: Tensor, blocks: Tensor) -> Tensor:
     """Blocks of a cache. Not every device has the operation for fp8."""
-    if cache.dtype == FP8:
-        return cache.view(torch.uint8).index_select(0, blocks).view(FP8)
+    if cache.dtype == E4M3:
+        return cache.view(torch.uint8).index_select(0, blocks).view(E4M3)
     return cache.index_select(0, blocks)
 
 
@@ -46,13 +40,13 @@ def _as_numbers(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows of a cache as numbers of `dtype`, which a cache without codes has."""
     if rows.dtype == torch.int8:
         return dequantize_heads(rows, dtype)
-    return rows.to(dtype) if rows.dtype == FP8 else rows
+    return rows.to(dtype) if rows.dtype == E4M3 else rows
 
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     if k_cache.dtype == torch.int8:
         k, v = quantize_heads(k), quantize_heads(v)
-    elif k_cache.dtype == FP8:
+    elif k_cache.dtype == E4M3:
         k, v, k_cache, v_cache = to_fp8(k), to_fp8(v), k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     block_size = k_cache.shape[2]
     blocks = slots.div(block_size, rounding_mode="floor")

@@ -35,7 +35,7 @@ def quantize_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     Sixteen codes reach one further down than up, so the value of largest magnitude is given code -8 or less. Some
     smaller scales are tried; the codes of the best one are fitted, found anew and fitted again.
     """
-    grouped = _grouped(weight.float(), group)
+    grouped = in_groups(weight.float(), group)
     top = grouped.gather(2, grouped.abs().argmax(2, keepdim=True))
     best, most = torch.zeros_like(top), torch.zeros_like(top)
     for divisor in DIVISORS:
@@ -61,7 +61,7 @@ def round_activations(x: Tensor, group: int, *, outliers: int = 0) -> Tensor:
     So many `outliers` of a group may have up to 127 * 128 steps of the scale, if that makes it finer by `WORTHWHILE`:
     in a few channels transformers' states are several times, or hundreds of times, as large as in all others.
     """
-    grouped = _grouped(x.float(), group)
+    grouped = in_groups(x.float(), group)
     magnitude = grouped.abs()
     reach = largest = magnitude.amax(-1, keepdim=True)  # what is 127 steps
     if 0 < outliers < group:
@@ -76,7 +76,7 @@ def activation_bytes(tokens: int, in_features: int) -> int:
     return 4 * (4 * tokens * (in_features + 256) + 4 * max(PIECE, in_features) + tokens * (PIECE // in_features + 1))
 
 
-def _grouped(x: Tensor, group: int) -> Tensor:
+def in_groups(x: Tensor, group: int) -> Tensor:
     """[.., in] -> [.., groups, group], zeros behind the last one"""
     padded = functional.pad(x, (0, -x.shape[-1] % group))
     return padded.view(*x.shape[:-1], -1, group)
@@ -93,9 +93,9 @@ def _nearest(grouped: Tensor, scale: Tensor) -> Tensor:
 
 def quantized_bytes(out_features: int, in_features: int, quantization: Quantization) -> int:
     """Of a weight's codes and scales."""
+    groups = -(-in_features // quantization.scaled_together(in_features))
     if quantization.bits == 8:
-        return out_features * (in_features + torch.float32.itemsize)
-    groups = -(-in_features // quantization.group)
+        return out_features * (in_features + groups * torch.float32.itemsize)
     return out_features * (-(-in_features // 2) + groups * torch.float16.itemsize)
 
 
@@ -114,7 +114,7 @@ class QuantizedLinear:
         device: torch.device,
     ) -> None:
         self.out_features, self.in_features, self.bits = out_features, in_features, quantization.bits
-        self._group = in_features if self.bits == 8 else quantization.group
+        self._group = quantization.scaled_together(in_features)
         width = in_features if self.bits == 8 else -(-in_features // 2)
         self._codes = torch.zeros(out_features, width, dtype=torch.uint8, device=device)
         self._scales = torch.zeros(
@@ -139,10 +139,11 @@ class QuantizedLinear:
         """Quantise rows [n, in] and put them at `first_row`; the tensor is not kept."""
         step = max(1, PIECE // self.in_features)
         for start in range(0, rows.shape[0], step):
-            piece = rows[start : start + step].to(self._codes.device)
-            self.fill_codes(
-                first_row + start, *(quantize_int8(piece) if self.bits == 8 else quantize_int4(piece, self._group))
-            )
+            self.fill_codes(first_row + start, *self._quantized(rows[start : start + step].to(self._codes.device)))
+
+    def _quantized(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(codes, scales) of rows [n, in], as `fill_codes` takes them"""
+        return quantize_int8(rows) if self.bits == 8 else quantize_int4(rows, self._group)
 
     def fill_codes(self, first_row: int, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> None:
         """Put rows that are quantised already at `first_row`: see `QuantizedWeight`."""
@@ -151,7 +152,7 @@ class QuantizedLinear:
             raise ValueError(f"rows {tuple(codes.shape)} do not fit at row {first_row} of {self.out_features}")
         if zeros is not None:
             if self.bits != 4:
-                raise ValueError("int8 weights have no zero points")
+                raise ValueError("weights of eight bits have no zero points")
             if self._zeros is None:
                 self._zeros = torch.full_like(self._scales, 8)
             self._zeros[place].copy_(zeros)
@@ -199,6 +200,6 @@ class QuantizedLinear:
         codes = self._codes[rows]
         if self.bits == 8:
             return (codes.float() - 128) * self._scales[rows]
-        wide = _grouped(self._unpack(codes).float(), self._group)
+        wide = in_groups(self._unpack(codes).float(), self._group)
         zeros = 8 if self._zeros is None else self._zeros[rows].float().unsqueeze(2)
         return ((wide - zeros) * self._scales[rows].float().unsqueeze(2)).flatten(1)[:, : self.in_features]

@@ -21,12 +21,22 @@ from sensorium.kernels.cuda.build import SHAPES, Shape
 from sensorium.kernels.cuda.compiling import Usage
 
 SHARED = 99 * 1024  # bytes that a block may have on the smallest of them, sm_89
-WITH_PRODUCTS = {"decode_split", "prefill", "int4_product", "int8_product", "gate_and_up", "down_product"}
+WITH_PRODUCTS = {
+    "decode_split",
+    "prefill",
+    "int4_product",
+    "int8_product",
+    "fp8_product",
+    "gate_and_up",
+    "down_product",
+}
 REGISTERS = {
     "decode_split": 255,
     "prefill": 255,
     "int4_product": 192,
     "int8_product": 192,
+    "fp8_product": 255,
+    "quantize_rows": 96,
     "gate_and_up": 224,
     "down_product": 192,
     "decode_merge": 128,
@@ -49,7 +59,8 @@ def check(one: Usage, shape: Shape) -> None:
     assert one.registers <= REGISTERS.get(one.kernel, 64), one
     assert bool(one.products) == (one.kernel in WITH_PRODUCTS), one
     if one.kernel in WITH_PRODUCTS and shape.cache_dtype not in TOO_NARROW:
-        octets = one.half_wide_loads if shape.cache_dtype == "float8_e4m3fn" else 0  # of eight numbers, like wide ones
+        is_fp8 = shape.floats or shape.cache_dtype == "float8_e4m3fn"
+        octets = one.half_wide_loads if is_fp8 else 0  # of eight numbers, like wide ones of bfloat16
         assert one.wide_loads and one.wide_loads + octets >= one.loads // 2, one
     if one.kernel == "sample":
         assert one.wide_loads, one
@@ -72,15 +83,22 @@ def test_what_kernels_use(name: str, arch: int) -> None:
         check(one, SHAPES[name])
 
 
-@pytest.mark.parametrize(("name", "arch"), [("qwen2-7b-w4", 90), ("qwen2-7b-w4", 80), ("qwen2-7b-w8", 89)])
-def test_what_products_with_codes_use(name: str, arch: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "arch", "kernels"),
+    [("qwen2-7b-w4", 90, {"int4_product"}), ("qwen2-7b-w4", 80, {"int4_product"}),
+     ("qwen2-7b-w8", 89, {"int8_product"}), ("qwen2-7b-fp8", 80, {"fp8_product"}),
+     ("qwen2-7b-fp8", 90, {"quantize_rows"}),
+     ("qwen3-8b-fp8", 89, {"quantize_rows", "fp8_product"}), ("qwen3-8b-fp8", 90, {"quantize_rows", "fp8_product"})],
+)  # fmt: skip
+def test_what_products_with_codes_use(name: str, arch: int, kernels: set[str]) -> None:
+    """Torch's scaled product is what multiplies fp8 with a scale per output, where there is one."""
     shape = SHAPES[name]
     for function in build.functions():
         function.device_caches.pop(arch, None)
     assert shape.bits is not None
     build.compile_products(shape, shape.bits, arch)
     found = build.usages(arch)
-    assert {one.kernel for one in found} == {f"int{shape.bits}_product"}
+    assert {one.kernel for one in found} == kernels
     for one in found:
         check(one, shape)
 
