@@ -55,7 +55,7 @@ HAND_ENVIRONMENT_ON = {
     "workers/process.py",
     "ipc/client.py",
     "engine/loop.py",
-    "engine/nursery.py",
+    "ipc/nursery.py",
     "engine/warming.py",
     "prompt/convert.py",
 }

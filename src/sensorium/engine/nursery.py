@@ -78,7 +78,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fd", type=int, required=True, help="inherited socket to the server")
     arguments = parser.parse_args()
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a process that forks has no other thread
     prepare_process()
     with no_collection():
         import sensorium.engine.loading  # noqa: F401

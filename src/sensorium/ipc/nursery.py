@@ -17,6 +17,8 @@ import threading
 from contextlib import suppress
 
 STDERR = 2
+ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1"}
+"""numpy's library starts its threads when it is imported, and a process that forks should have none but its own."""
 NUMBER = struct.Struct("=i")
 """What the other process writes of each engine: its process id, and how it ended (negative: the signal)."""
 
@@ -55,6 +57,7 @@ class Nursery:
                     stdin=subprocess.DEVNULL,
                     stdout=STDERR,
                     start_new_session=True,
+                    env=ONE_THREAD | os.environ,
                 )
         socket.send_fds(self._socket, [b"\0"], descriptors)
         return self._process

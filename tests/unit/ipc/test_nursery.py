@@ -77,6 +77,7 @@ async def test_engines_of_one_nursery_answer_alike_and_die_alone(folder: Path, m
         assert [await answer(first), await answer(second)] == [expected, expected]
         maker, other = parent(first.pid), second.pid
         assert maker == parent(other) != os.getpid()
+        assert len(list(Path(f"/proc/{maker}/task").iterdir())) == 1
         await lose(first)
         assert (await answer(first), second.pid, parent(first.pid)) == (expected, other, maker)
         os.kill(maker, signal.SIGKILL)  # the next one has another
