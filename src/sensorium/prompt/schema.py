@@ -90,6 +90,11 @@ class _Ready:
 
     def object(self, schema: Mapping[str, Any], path: str, depth: int) -> dict[str, Any]:
         _check(schema, path)
+        base = schema.get("$id", "#") if depth else "#"
+        if not str(base).startswith("#") and _refers(schema):
+            raise SchemaRefused(
+                f"{path}.$id", "is a base for the references inside it: they are followed from the root only"
+            )
         made: dict[str, Any] = {}
         for key, value in schema.items():
             if key in MAPS:
@@ -144,6 +149,20 @@ class _Ready:
         if not self._narrows or not named or schema.keys() & {"minProperties", "maxProperties"}:
             return False
         return isinstance(required, list) and set(map(str, required)) <= set(named)
+
+
+def _refers(schema: Any) -> bool:
+    """Whether there is a reference in it."""
+    stack = [schema]
+    while stack:
+        one = stack.pop()
+        if isinstance(one, list):
+            stack.extend(one)
+        elif isinstance(one, Mapping):
+            if isinstance(one.get("$ref"), str):
+                return True
+            stack.extend(one.values())
+    return False
 
 
 def _composes(schema: Any) -> bool:

@@ -47,6 +47,17 @@ def test_counts_may_be_written_with_a_point() -> None:
     assert made({"maxItems": 2.5})["maxItems"] == 2.5
 
 
+def test_references_are_followed_from_the_root_only() -> None:
+    """Under another `$id` the same reference means another place."""
+    inner = {"$id": "/inner", "properties": {"a": {"$ref": "#/$defs/v"}}, "$defs": {"v": {"type": "null"}}}
+    outer = {"$id": "https://example.com/outer", "properties": {"b": inner}, "$defs": {"v": {"type": "boolean"}}}
+    with pytest.raises(SchemaRefused) as caught:
+        ready(outer)
+    assert (caught.value.path, "reference" in caught.value.reason) == (".properties.b.$id", True)
+    ready(outer | {"properties": {"b": {"$id": "/inner", "type": "null"}, "c": {"$ref": "#/$defs/v"}}})
+    ready(outer | {"properties": {"b": inner | {"$id": "#inner"}}})
+
+
 def test_formats_that_can_be_held_to_stay() -> None:
     assert made({"type": "string", "format": "date-time"}) == {"type": "string", "format": "date-time"}
 
