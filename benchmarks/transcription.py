@@ -34,7 +34,13 @@ from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
 OURS = f"{shlex.quote(sys.executable)} -m sensorium serve {{model}} --port {{port}} --threads {{threads}} {{dtype}}"
 PEER = Path(__file__).with_name("transcription_peer.py")
-SHAPES = {"tiny": (384, 4, 6), "base": (512, 6, 8), "small": (768, 12, 12), "medium": (1024, 24, 16)}
+SHAPES = {
+    "nano": (64, 1, 1),
+    "tiny": (384, 4, 6),
+    "base": (512, 6, 8),
+    "small": (768, 12, 12),
+    "medium": (1024, 24, 16),
+}
 TEXT_TOKENS, RATE, WINDOW_S = 50257, 16_000, 30
 FIRST = 3  # position whose state says a window's first token: behind start, language, task and notimestamps
 LOUDNESS = 400.0  # of positions, beside everything that the random layers add

@@ -82,20 +82,33 @@ def log_mel(samples: NDArray[np.float32], num_bins: int) -> NDArray[np.float32]:
     """Mono 16 kHz samples [n] -> [num_bins, n // HOP_SAMPLES]. `n` must be more than FFT_SAMPLES / 2."""
     if len(samples) <= FFT_SAMPLES // 2:
         raise ValueError(f"a clip needs more than {FFT_SAMPLES // 2} samples")
-    padded = np.pad(samples, FFT_SAMPLES // 2, mode="reflect")
-    frames = np.lib.stride_tricks.sliding_window_view(padded, FFT_SAMPLES)[::HOP_SAMPLES][: len(samples) // HOP_SAMPLES]
     (frequencies, weights, starts), window = _bands("slaney", num_bins), _window()
-    out = np.empty((num_bins, len(frames)), np.float32)
-    for start in range(0, len(frames), FRAMES_AT_ONCE):
+    count = len(samples) // HOP_SAMPLES
+    out = np.empty((num_bins, count), np.float32)
+    for start in range(0, count, FRAMES_AT_ONCE):
+        last = min(start + FRAMES_AT_ONCE, count) - 1
+        heard = _reflected(samples, start * HOP_SAMPLES, last * HOP_SAMPLES + FFT_SAMPLES)
+        frames = np.lib.stride_tricks.sliding_window_view(heard, FFT_SAMPLES)[::HOP_SAMPLES]
         # Rounded to complex64 because the published features are: near silence the rounding is all there is.
-        piece = np.fft.rfft(frames[start : start + FRAMES_AT_ONCE] * window).astype(np.complex64)
+        piece = np.fft.rfft(frames * window).astype(np.complex64)
         power = (np.square(piece.real, dtype=np.float64) + np.square(piece.imag, dtype=np.float64)).T
         mel = np.add.reduceat(power[frequencies] * weights, starts, axis=0)  # [num_bins, frames]
-        out[:, start : start + mel.shape[1]] = np.log10(np.maximum(mel, 1e-10))
+        out[:, start : last + 1] = np.log10(np.maximum(mel, 1e-10))
     np.maximum(out, out.max(initial=-10.0) - DYNAMIC_RANGE, out=out)
     out += 4.0
     out /= 4.0
     return out
+
+
+def _reflected(samples: NDArray[np.float32], first: int, last: int) -> NDArray[np.float32]:
+    """Samples [first, last) of a clip with half a transform of itself, backwards, before and behind it: of an hour no
+    second copy is made."""
+    half, size = FFT_SAMPLES // 2, len(samples)
+    before, behind = samples[half:0:-1], samples[-2 : -half - 2 : -1]
+    within = samples[max(first - half, 0) : max(last - half, 0)]
+    return np.concatenate(
+        [before[first:last], within, behind[max(first - half - size, 0) : max(last - half - size, 0)]]
+    )
 
 
 def short_frames(samples: int) -> int:

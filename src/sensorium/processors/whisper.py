@@ -97,7 +97,7 @@ class WhisperProcessor(Processor):
             raise UnsupportedModalityError(item.kind, param=item.param)
         samples = item.data.astype(np.float32, copy=False)
         short = self.window_frames * HOP_SAMPLES - len(samples)
-        mel = log_mel(np.pad(samples, (0, max(short, 0))), self.num_mel_bins)
+        mel = log_mel(np.pad(samples, (0, short)) if short > 0 else samples, self.num_mel_bins)
         frames = np.array([min(-(-len(samples) // HOP_SAMPLES), mel.shape[1])], np.int64)
         return MediaFeatures("audio", self._feature_key(item), self.num_rows, {"mel": mel, "frames": frames})
 

@@ -38,3 +38,13 @@ def test_silence_and_too_short_clips() -> None:
     assert np.all(log_mel(np.zeros(1600, np.float32), 80) == np.float32(-1.5))
     with pytest.raises(ValueError, match="more than 200 samples"):
         log_mel(np.zeros(200, np.float32), 80)
+
+
+@pytest.mark.parametrize("samples", [201, 399, 560, 1120, 1279, 5000])
+def test_pieces_of_a_transform_do_not_show(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a piece begins or ends, the clip's own samples stand beside it; only its ends are reflected."""
+    clip = np.random.default_rng(samples).standard_normal(samples).astype(np.float32)
+    whole = log_mel(clip, 80)
+    for frames in (1, 2, 7):
+        monkeypatch.setattr("sensorium.processors.audio.FRAMES_AT_ONCE", frames)
+        np.testing.assert_array_equal(log_mel(clip, 80), whole)
