@@ -14,7 +14,7 @@ constexpr int kScaleBytes = 4;  // behind each row of an int8 cache
 
 constexpr int kPanel = 32;  // output columns that are stored together
 
-enum WeightLayout : int32_t { kBf16 = 0, kInt8 = 1, kInt4 = 2, kRows = 3, kCompact = 4, kMxfp4 = 5 };
+enum WeightLayout : int32_t { kBf16 = 0, kInt8 = 1, kInt4 = 2, kRows = 3, kCompact = 4, kMxfp4 = 5, kBlocks = 6 };
 enum Activation : int32_t {
     kSilu = 0,
     kGelu = 1,
@@ -27,7 +27,8 @@ enum Activation : int32_t {
 
 // y [rows, n] = x [rows, k] @ weight.T + bias
 struct Linear {
-    void* weight;  // packed, see panels.h, compact.h and quantized.h; kRows: bf16 const*[n], the address of each row
+    void* weight;  // packed, see panels.h, compact.h and quantized.h; kRows: bf16 const*[n], the address of each row;
+                   // kBlocks: BlockSegment[group]
     void* scales;  // int8: float [n rounded up to panels]; int4: fp16 [panels][groups][32]; kCompact: its exceptions;
                    // kMxfp4: see fp4.h
     const uint16_t* zeros;  // int4: what the codes are counted from, fp16, laid out like the scales; null: 8
@@ -35,7 +36,14 @@ struct Linear {
     int64_t n;
     int64_t k;
     int32_t layout;
-    int32_t group;  // int4: elements of k that share a scale, a multiple of 8
+    int32_t group;  // int4: elements of k that share a scale, a multiple of 8; kBlocks: segments
+};
+
+// Rows of one kind of a weight in blocks, see blocks.h.
+struct BlockSegment {
+    void* data;
+    int64_t first_row, rows, first_panel;
+    int32_t kind;
 };
 
 // One of several products that are computed together, of few rows.
@@ -179,6 +187,7 @@ struct Kernels {
     void (*compact)(const Runtime&, const Linear& rows, uint8_t* to, int64_t room, int64_t* exceptions,
                     int64_t* counts);
     void (*unpack_compact)(const Linear&, const int64_t* ids, int64_t count, bf16* out);
+    int64_t (*block_bytes)(int32_t kind, int64_t rows, int64_t k);
     void (*quantize)(const Runtime&, const Linear&, const bf16* weight, int64_t stride, int64_t rows,
                      int64_t row_start);
     void (*pack_codes)(const Runtime&, const Linear&, const uint8_t* codes, int64_t stride, int64_t rows,

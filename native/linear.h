@@ -108,6 +108,34 @@ static inline void multiply_compact(const RowBlock& block, const Linear& w, int6
     }
 }
 
+// Blocks have segments that each begin with a panel of their own, see blocks.h.
+static inline const BlockSegment* segments_of(const Linear& w) { return static_cast<const BlockSegment*>(w.weight); }
+static inline int64_t panels_of(const BlockSegment& segment) { return ceil_div(segment.rows, kPanel); }
+static inline const BlockSegment& segment_of_panel(const Linear& w, int64_t panel) {
+    const BlockSegment* found = segments_of(w);
+    while (found->first_panel + panels_of(*found) <= panel) ++found;
+    return *found;
+}
+static inline int64_t panel_count(const Linear& w) {
+    if (w.layout != kBlocks) return ceil_div(w.n, kPanel);
+    const BlockSegment& last = segments_of(w)[w.group - 1];
+    return last.first_panel + panels_of(last);
+}
+
+struct PanelColumns {
+    int64_t first;
+    int count;
+};
+static inline PanelColumns columns_of(const Linear& w, int64_t panel) {
+    int64_t start = 0, end = w.n;
+    if (w.layout == kBlocks) {
+        const BlockSegment& segment = segment_of_panel(w, panel);
+        start = segment.first_row, end = start + segment.rows, panel -= segment.first_panel;
+    }
+    const int64_t first = start + panel * kPanel;
+    return {first, int(std::min<int64_t>(kPanel, end - first))};
+}
+
 // Where a product goes: [rows, n], or [rows, n / 2] in bf16, the activation of its first half times its second.
 struct Output {
     void* y;
@@ -118,11 +146,10 @@ struct Output {
 
 static inline void store_panel(const float* c, const Linear& w, int64_t panel, int64_t first, int64_t rows,
                                const Output& out) {
-    const int64_t column = panel * kPanel;
-    const int columns = int(std::min<int64_t>(kPanel, w.n - column));
+    const PanelColumns columns = columns_of(w, panel);
+    const float* bias = w.bias ? w.bias + columns.first : nullptr;
     for (int64_t row = 0; row < rows; ++row)
-        store_row(c + row * kPanel, w.bias ? w.bias + column : nullptr, out.y, (first + row) * w.n + column, columns,
-                  out.fp32);
+        store_row(c + row * kPanel, bias, out.y, (first + row) * w.n + columns.first, columns.count, out.fp32);
 }
 
 // Rounds in between, as `gated` in ops.h finds a product that was stored.

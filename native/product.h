@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "blocks.h"
 #include "fp4.h"
 #include "kernels.h"
 #include "linear.h"
@@ -12,7 +13,7 @@
 
 namespace sensorium::SENSORIUM_ISA {
 
-static inline bool has_codes(const Linear& w) { return w.layout == kInt8 || w.layout == kInt4; }
+static inline bool has_codes(const Linear& w) { return w.layout == kInt8 || w.layout == kInt4 || w.layout == kBlocks; }
 
 // A run of rows, ready to be multiplied, and its part of the tasks.
 struct Operand {
@@ -26,6 +27,7 @@ struct Operand {
 };
 
 static inline int64_t panel_bytes_of(const Linear& w) {
+    if (w.layout == kBlocks) return form_of(segments_of(w)->kind).panel_bytes(w.k);
     if (has_codes(w)) return Codes(w).words() * kPanel * 4;
     if (w.layout == kCompact) return compact_panel_bytes(w.k);
     return w.layout == kMxfp4 ? fp4_panel_bytes(w.k) : ceil_div(w.k, 2) * kPanel * 4;
@@ -38,7 +40,7 @@ static inline size_t operand_bytes(const Linear& w, int64_t rows) {
 // Rows `first` and on of x, in `memory` of operand_bytes.
 static Operand make_operand(const Runtime& runtime, const Linear& w, const bf16* x, int64_t stride, int64_t first,
                             int64_t rows, const Output& out, char* memory) {
-    Operand made{&w, first, rows, out, {}, {}, ceil_div(w.n, kPanel) / (out.gated ? 2 : 1), panel_bytes_of(w)};
+    Operand made{&w, first, rows, out, {}, {}, panel_count(w) / (out.gated ? 2 : 1), panel_bytes_of(w)};
     const bf16* from = x + first * stride;
     if (has_codes(w))
         made.codes = quantize_rows(runtime, Codes(w), from, stride, rows, memory);
@@ -63,6 +65,9 @@ static inline void panel_sums(const Operand& operand, int64_t panel, float* c) {
             break;
         case kMxfp4:
             multiply_fp4(floats, w, panel, c);
+            break;
+        case kBlocks:
+            multiply_blocks(operand.codes, w, panel, c);
             break;
         default:
             multiply_codes(operand.codes, Codes(w), w, panel, c);
@@ -165,7 +170,7 @@ static void linear_many(const Runtime& runtime, const Product* products, int64_t
 // between need not go to memory. Few rows stay in the caches, and read the weights best from first to last.
 static void linear_gated(const Runtime& runtime, const Linear& w, const bf16* x, int64_t stride, int64_t rows, bf16* y,
                          int32_t activation) {
-    if (rows > kTileRows && w.n % (2 * kPanel) == 0) {
+    if (rows > kTileRows && w.n % (2 * kPanel) == 0 && panel_count(w) * kPanel == w.n) {
         multiply(runtime, w, x, stride, rows, Output{y, false, true, activation});
         return;
     }

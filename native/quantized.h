@@ -19,10 +19,13 @@ constexpr uint16_t kEight = 0x4800;  // in fp16
 
 struct Codes {
     bool nibbles;
+    bool grouped;  // x has a scale for every group, not outliers
     int64_t k, group, groups;
+    int64_t sums;  // of x, in a group: over equal parts of it
 
-    explicit Codes(const Linear& w) : nibbles(w.layout == kInt4), k(w.k) {
-        group = nibbles ? w.group : ceil_div(k, 4) * 4;
+    explicit Codes(const Linear& w)
+        : nibbles(w.layout == kInt4), grouped(w.layout != kInt8), k(w.k), sums(w.layout == kBlocks ? 2 : 1) {
+        group = w.layout == kBlocks ? 32 : nibbles ? w.group : ceil_div(k, 4) * 4;
         groups = ceil_div(k, group);
     }
     int64_t padded() const { return group * groups; }
@@ -254,7 +257,7 @@ struct QuantizedRows {
     Tiling tiling;
     uint32_t* a = nullptr;         // tiles [words][rows of the tile]
     float* scale = nullptr;        // [rows][groups]
-    int32_t* sum = nullptr;        // [rows][groups], of the steps that x comes to
+    int32_t* sum = nullptr;        // [rows][groups * sums], of the steps that x comes to
     Outliers* outliers = nullptr;  // [rows], int8 only
 };
 
@@ -332,7 +335,9 @@ static inline void quantize_row(const Codes& shape, const bf16* x, int8_t* out, 
             over_lanes(count, [&](int64_t i, int lanes) { top = vmax(top, vabs(load_lanes(x + first + i, lanes))); });
             reach = vmax_lane(top);
         }
-        quantize_run(x + first, count, reach, out + first, sum + g, outliers);
+        const int64_t part = count / shape.sums;
+        for (int64_t i = 0; i < shape.sums; ++i)
+            quantize_run(x + first + i * part, part, reach, out + first + i * part, sum + g * shape.sums + i, outliers);
         std::memset(out + first + count, 0, size_t(shape.group - count));
         scale[g] = reach / 127.0f;
     }
@@ -341,7 +346,7 @@ static inline void quantize_row(const Codes& shape, const bf16* x, int8_t* out, 
 static inline size_t quantized_bytes(const Codes& shape, int64_t rows) {
     const size_t a_bytes = align64(size_t(rows * shape.x_words()) * 4),
                  s_bytes = align64(size_t(rows * shape.groups) * 4);
-    return a_bytes + 2 * s_bytes + (shape.nibbles ? 0 : align64(size_t(rows) * sizeof(Outliers)));
+    return a_bytes + size_t(1 + shape.sums) * s_bytes + (shape.grouped ? 0 : align64(size_t(rows) * sizeof(Outliers)));
 }
 
 // In `memory` of quantized_bytes.
@@ -349,10 +354,10 @@ static QuantizedRows quantize_rows(const Runtime& runtime, const Codes& shape, c
                                    int64_t rows, char* memory) {
     const int64_t words = shape.x_words();
     const size_t a_bytes = align64(size_t(rows * words) * 4), s_bytes = align64(size_t(rows * shape.groups) * 4);
-    QuantizedRows out{Tiling(rows, shape.nibbles ? kGroupRows : kTileRows), reinterpret_cast<uint32_t*>(memory),
+    QuantizedRows out{Tiling(rows, shape.grouped ? kGroupRows : kTileRows), reinterpret_cast<uint32_t*>(memory),
                       reinterpret_cast<float*>(memory + a_bytes),
                       reinterpret_cast<int32_t*>(memory + a_bytes + s_bytes),
-                      shape.nibbles ? nullptr : reinterpret_cast<Outliers*>(memory + a_bytes + 2 * s_bytes)};
+                      shape.grouped ? nullptr : reinterpret_cast<Outliers*>(memory + a_bytes + 2 * s_bytes)};
     const auto quantize_tile = [&](int64_t i) {
         const int64_t first = out.tiling.start(i), row_bytes = words * 4 + 64;
         const int size = out.tiling.size(i);
@@ -361,7 +366,7 @@ static QuantizedRows quantize_rows(const Runtime& runtime, const Codes& shape, c
         for (int row = 0; row < size; ++row) {
             const int64_t place = (first + row) * shape.groups;
             int8_t* to = size == 1 ? reinterpret_cast<int8_t*>(out.a + first * words) : bytes + row * row_bytes;
-            quantize_row(shape, x + (first + row) * stride, to, out.scale + place, out.sum + place,
+            quantize_row(shape, x + (first + row) * stride, to, out.scale + place, out.sum + place * shape.sums,
                          out.outliers ? out.outliers + first + row : nullptr);
             sources[row] = reinterpret_cast<const bf16*>(to);
         }

@@ -36,7 +36,7 @@ const Kernels* find_kernels(int isa) {
 
 }  // namespace
 
-EXPORT int32_t sensorium_abi() { return 15; }
+EXPORT int32_t sensorium_abi() { return 16; }
 
 // isa: 0 portable, 1 AVX2 + FMA, 2 AVX-512 with VNNI, 3 the same with BF16, -1 the fastest of these. Null when this
 // processor lacks it.
@@ -77,12 +77,17 @@ EXPORT void sensorium_unpack_compact(const Runtime* r, const Linear* w, const in
 EXPORT void sensorium_gather_rows(const bf16* const* rows, int64_t k, const int64_t* ids, int64_t count, bf16* out) {
     for (int64_t i = 0; i < count; ++i) std::memcpy(out + i * k, rows[ids[i]], size_t(k) * sizeof(bf16));
 }
+// Of rows of a kind of blocks, see blocks.h.
+EXPORT int64_t sensorium_block_bytes(const Runtime* r, int32_t kind, int64_t rows, int64_t k) {
+    return r->kernels->block_bytes(kind, rows, k);
+}
 // Rows of bf16 become codes and scales of the linear layer's layout, at `row_start`.
 EXPORT void sensorium_quantize(const Runtime* r, const Linear* w, const bf16* weight, int64_t stride, int64_t rows,
                                int64_t row_start) {
     r->kernels->quantize(*r, *w, weight, stride, rows, row_start);
 }
-// Codes that exist already, one byte each: w + 128 for int8, 0 to 15 for int4. Scales and zeros are the caller's.
+// Codes that exist already, one byte each: w + 128 for int8, 0 to 15 for int4. Scales and zeros are the caller's. Of a
+// weight in blocks rows of them as the file has them, all of one segment.
 EXPORT void sensorium_pack_codes(const Runtime* r, const Linear* w, const uint8_t* codes, int64_t stride, int64_t rows,
                                  int64_t row_start) {
     r->kernels->pack_codes(*r, *w, codes, stride, rows, row_start);

@@ -14,7 +14,22 @@ from sensorium.checkpoint.gguf_towers import tower_config
 from sensorium.errors import CheckpointError
 
 _POOLINGS = {1: "mean", 2: "cls", 3: "lasttoken"}
-_EXACT_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "Q4_0": 0.5625, "Q4_1": 0.625, "Q4_K": 0.625}  # of a weight
+_PLAIN = {"F32": 4, "F16": 2, "BF16": 2}
+_KEPT_BYTES = {  # of a weight in memory: that of the file, but for scales of six bits, which take a byte
+    "Q4_0": 0.5625,
+    "Q4_1": 0.625,
+    "Q5_0": 0.6875,
+    "Q5_1": 0.75,
+    "Q8_0": 1.0625,
+    "Q2_K": 0.640625,  # codes of two and three bits take four
+    "Q3_K": 0.5703125,
+    "Q4_K": 0.578125,
+    "Q5_K": 0.703125,
+    "Q6_K": 0.8203125,
+    "IQ4_NL": 0.5625,
+    "IQ4_XS": 0.5390625,
+    "MXFP4": 0.53125,
+}
 _SAMPLING = {
     "temp": "temperature",
     "top_k": "top_k",
@@ -92,18 +107,21 @@ def pooling_of(meta: Metadata) -> str | None:
 
 
 def memory_part(tensors: Any) -> float:
-    """Bytes in memory for a byte of the file: blocks that no kernel takes become int8."""
+    """Bytes in memory for a byte of the file, on a CPU."""
     found = list(tensors)
     stored = sum(tensor.nbytes for tensor in found)
-    kept = sum(math.prod(tensor.shape) * min(_EXACT_BYTES.get(tensor.kind.name, 1), 2) for tensor in found)
+    kept = sum(math.prod(tensor.shape) * min(kept_bytes(tensor.kind.name), 2) for tensor in found)
     return float(round(kept / max(stored, 1), 3))
 
 
+def kept_bytes(kind: str) -> float:
+    """Of a weight of a block type, on a CPU."""
+    return _PLAIN[kind] if kind in _PLAIN else _KEPT_BYTES[kind]
+
+
 def kept_as(kind: str) -> str:
-    """What weights of a block type become while loading."""
-    if kind in ("F32", "F16", "BF16"):
-        return "plain numbers"
-    return "int4 in groups of 32, code for code" if kind in _EXACT_BYTES else "int8 with one scale per output"
+    """What a CPU computes with, of a block type."""
+    return "plain numbers" if kind in _PLAIN else f"the blocks as they are, {8 * kept_bytes(kind):.4g} bits a weight"
 
 
 def generation_of(metadata: Mapping[str, Any]) -> dict[str, Any]:

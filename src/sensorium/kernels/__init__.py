@@ -18,6 +18,8 @@ from sensorium.kernels.backend import (
     FP8,
     Activation,
     Backend,
+    Blocks,
+    BlockWeight,
     CachedWeight,
     DecoderLayerParts,
     DecoderStack,
@@ -46,6 +48,8 @@ __all__ = [
     "FP8",
     "Activation",
     "Backend",
+    "BlockWeight",
+    "Blocks",
     "CachedWeight",
     "DecoderLayerParts",
     "DecoderStack",
@@ -130,6 +134,9 @@ def empty_linear(
     quantization: Quantization | None = None,
 ) -> PackedWeight:
     """A weight [out, in] in the layout that is best for this dtype and device, to be filled row by row."""
+    if quantization is not None and quantization.blocks:
+        backend = _told(_for_weights(dtype, device), dtype, device)
+        return backend.empty_blocks(out_features, in_features, quantization.blocks, dtype=dtype, device=device)
     if quantization is not None:
         return empty_quantized(out_features, in_features, quantization, dtype=dtype, device=device)
     if onednn.suits(out_features, in_features, dtype, device):
@@ -141,10 +148,15 @@ def empty_quantized(
     out_features: int, in_features: int, quantization: Quantization, *, dtype: torch.dtype, device: torch.device
 ) -> QuantizedWeight:
     is_fp8_on_cpu = quantization.is_fp8 and device.type == "cpu"
-    backend = _REFERENCE if is_fp8_on_cpu else _for_weights(dtype, device)
+    backend = _told(_REFERENCE if is_fp8_on_cpu else _for_weights(dtype, device), dtype, device)
+    return backend.empty_quantized(out_features, in_features, quantization, dtype=dtype, device=device)
+
+
+def _told(backend: Backend, dtype: torch.dtype, device: torch.device) -> Backend:
+    """The same; the log hears of one that is slow."""
     if backend is _REFERENCE:
         _say_slow(f"{dtype} on {device.type}".removeprefix("torch."))
-    return backend.empty_quantized(out_features, in_features, quantization, dtype=dtype, device=device)
+    return backend
 
 
 @functools.cache

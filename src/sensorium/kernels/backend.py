@@ -26,15 +26,51 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "tanh", 
 
 
 @dataclass(frozen=True, slots=True)
+class BlockForm:
+    """A type of GGUF's blocks: so many weights in so many bytes."""
+
+    weights: int
+    nbytes: int
+
+    def row_bytes(self, in_features: int) -> int:
+        """ValueError if the inputs are no whole blocks."""
+        if in_features % self.weights:
+            raise ValueError(f"blocks of {self.weights} weights do not fill rows of {in_features}")
+        return in_features // self.weights * self.nbytes
+
+
+BLOCK_FORMS: Mapping[str, BlockForm] = {
+    "Q4_0": BlockForm(32, 18),
+    "Q4_1": BlockForm(32, 20),
+    "Q5_0": BlockForm(32, 22),
+    "Q5_1": BlockForm(32, 24),
+    "Q8_0": BlockForm(32, 34),
+    "Q2_K": BlockForm(256, 84),
+    "Q3_K": BlockForm(256, 110),
+    "Q4_K": BlockForm(256, 144),
+    "Q5_K": BlockForm(256, 176),
+    "Q6_K": BlockForm(256, 210),
+    "IQ4_NL": BlockForm(32, 18),
+    "IQ4_XS": BlockForm(256, 136),
+}
+"""Those that are multiplied as they are, in the order of native/blocks.h."""
+
+Blocks = tuple[tuple[int, str], ...]
+"""Of a weight in blocks how many rows have which form, one behind the other."""
+
+
+@dataclass(frozen=True, slots=True)
 class Quantization:
     """How a weight is quantised. `group`: inputs that share a scale of int4 or fp8; 0, of fp8: all.
 
     `floats`: codes are numbers. Of four bits mxfp4, E2M1 in groups of 32 whose scales are powers of two: such codes are
-    taken as they are stored, floats are not quantised so. Of eight bits fp8, which is e4m3."""
+    taken as they are stored, floats are not quantised so. Of eight bits fp8, which is e4m3. `blocks`: GGUF's, taken as
+    they are stored; the other fields say nothing then."""
 
     bits: Literal[4, 8]
     group: int = 64
     floats: bool = False
+    blocks: Blocks = ()
 
     def __post_init__(self) -> None:
         if self.is_fp8:
@@ -109,6 +145,14 @@ class QuantizedWeight(PackedWeight, Protocol):
         127. `zeros` [n, groups]: what int4 codes are counted from, kept as float16 (default 8); all rows have them or
         none.
         """
+        ...
+
+
+class BlockWeight(PackedWeight, Protocol):
+    """A weight in blocks, which is not filled by `fill`."""
+
+    def fill_blocks(self, first_row: int, blocks: Tensor) -> None:
+        """Copy rows uint8 [n, bytes of a row], all of one form, to `first_row`."""
         ...
 
 
@@ -296,6 +340,12 @@ class Backend(Protocol):
         device: torch.device,
     ) -> QuantizedWeight:
         """A quantised weight [out, in] to be filled; x and the result have `dtype`."""
+        ...
+
+    def empty_blocks(
+        self, out_features: int, in_features: int, blocks: Blocks, *, dtype: torch.dtype, device: torch.device
+    ) -> BlockWeight:
+        """A weight [out, in] in blocks to be filled; x and the result have `dtype`."""
         ...
 
     def mapped_linear(

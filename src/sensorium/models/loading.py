@@ -20,7 +20,7 @@ from sensorium.checkpoint.configs import Checkpoint
 from sensorium.checkpoint.families import load_class
 from sensorium.checkpoint.rerankers import ScoreTokens
 from sensorium.errors import CheckpointError
-from sensorium.kernels import CachedWeight, PackedWeight, Quantization, QuantizedWeight
+from sensorium.kernels import Blocks, BlockWeight, CachedWeight, PackedWeight, Quantization, QuantizedWeight
 from sensorium.kernels.reference.quantized import quantized_bytes
 from sensorium.models.base import Model
 from sensorium.models.layers import Embedding, Exact, Linear
@@ -459,7 +459,7 @@ def _fill_module(
     if wanted is None and module.least_bits <= 8:
         wanted, is_exact = _computed_as(weight, device)
         anew = wanted is not None and not is_exact
-    module.settle(wanted)
+    wanted = _settled(module, weight, wanted)
     bias = None if getattr(module, "bias", None) is None else slots["bias"]  # another rank may be the one to add it
     mapped = _mapped_rows(weight, dtype, device) if memory_mapped and wanted is None else []
     if wanted is None and isinstance(module, Embedding):
@@ -481,6 +481,12 @@ def _fill_module(
     if bias is not None:
         packed.set_bias(_whole(bias, dtype, device))
     return anew
+
+
+def _settled(module: Linear | Embedding, weight: _Slot, wanted: Quantization | None) -> Quantization | None:
+    """`wanted`, of the rows that the layer then has."""
+    module.settle(wanted)
+    return replace(wanted, blocks=_kept_blocks(weight)) if wanted is not None and wanted.blocks else wanted
 
 
 def _quantized(
@@ -561,6 +567,9 @@ def _stored_quantization(weight: _Slot) -> tuple[Quantization | None, bool]:
 
 def _computed_as(weight: _Slot, device: torch.device) -> tuple[Quantization | None, bool]:
     """`_stored_quantization`, where the device has a kernel for it."""
+    blocks = _kept_blocks(weight) if device.type == "cpu" else ()
+    if blocks:
+        return Quantization(8, blocks=blocks), True
     found, is_exact = _stored_quantization(weight)
     if found is None or not found.floats or found.is_fp8 == (device.type != "cpu"):
         return found, is_exact
@@ -569,7 +578,26 @@ def _computed_as(weight: _Slot, device: torch.device) -> tuple[Quantization | No
     return None, is_exact  # bf16 holds them exactly
 
 
+def _kept_blocks(weight: _Slot) -> Blocks:
+    """Which rows have which form, if all are stored in blocks that are multiplied as they are."""
+    found: list[tuple[int, str]] = []
+    parts = [(span, source) for source, spans in weight.parts() for span in spans]
+    for span, source in sorted(parts, key=lambda part: part[0].here):
+        kind = source.kept_blocks if isinstance(source, StoredCodes) else None
+        if kind is None:
+            return ()
+        before = found.pop()[0] if found and found[-1][1] == kind else 0
+        found.append((before + span.rows, kind))
+    return tuple(found)
+
+
 def _put_codes(packed: QuantizedWeight, quantization: Quantization, weight: _Slot) -> None:
+    if quantization.blocks:
+        for source, spans in weight.parts():
+            for span in spans:
+                cast("StoredCodes", source).put_blocks(cast("BlockWeight", packed), span)
+            source.release()
+        return
     parts = [(source, spans) for source, spans in weight.parts() if isinstance(source, StoredCodes)]
     with_zeros = not all(source.is_symmetric() for source, _ in parts)
     for source, spans in parts:

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from sensorium.checkpoint.quantization import StoredQuantization
 from sensorium.errors import CheckpointError
 from sensorium.kernels import FP8, Quantization
-from sensorium.weights.gguf_blocks import FP4
+from sensorium.kernels.reference.blocks import FP4
 from sensorium.weights.stored_codes import ByteCodes, StoredCodes, counted_from_zeros, matrix_shape, misshapen, unpacked
 from sensorium.weights.tensor_files import StoredTensor, every
 
@@ -142,7 +142,7 @@ class Mxfp4Codes(DecodedCodes):
     """
 
     kinds: ClassVar = {"blocks": (torch.uint8,), "scales": (torch.uint8,)}
-    becomes_int8: ClassVar[bool] = False
+    becomes_int8 = False
 
     def __init__(self, base: str, parts: Mapping[str, StoredTensor], stored: StoredQuantization) -> None:
         super().__init__(base, parts, stored)

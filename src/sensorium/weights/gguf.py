@@ -25,10 +25,12 @@ from sensorium.checkpoint.gguf_tower_configs import swaps_products, tower_layers
 from sensorium.checkpoint.gguf_towers import GgufTower, frame_of, is_tower, tower_name, tower_of
 from sensorium.checkpoint.quantization import StoredQuantization
 from sensorium.errors import CheckpointError
-from sensorium.kernels import Quantization
+from sensorium.kernels import BlockWeight, Quantization
+from sensorium.kernels.backend import BLOCK_FORMS
+from sensorium.kernels.reference.blocks import DECODERS, LINES, half, nibbles
+from sensorium.parallel.ranks import Span
 from sensorium.weights.decoded_codes import DecodedCodes
-from sensorium.weights.gguf_blocks import DECODERS, LINES, half, nibbles
-from sensorium.weights.stored_codes import counted_from_zeros
+from sensorium.weights.stored_codes import PIECE, counted_from_zeros
 from sensorium.weights.tensor_files import StoredTensor, element_of, mapped_tensor
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -38,14 +40,17 @@ _ROWS = ("shared_expert_gate.weight", "token_type_embeddings.weight")  # matrice
 
 
 class BlockCodes(DecodedCodes):
-    """A weight in GGUF's blocks, rows uint8 [out, bytes]. Q4_0, Q4_1 and Q4_K are int4 in groups of 32."""
+    """A weight in GGUF's blocks, rows uint8 [out, bytes].
+
+    A CPU has them as they are. Elsewhere Q4_0, Q4_1 and Q4_K are int4 in groups of 32, others become int8."""
 
     kinds: ClassVar = {"blocks": (torch.uint8,)}
 
     def __init__(self, key: str, rows: StoredTensor, block: BlockType) -> None:
         self.block = block
         super().__init__(key.removesuffix(".weight"), {"blocks": rows}, _STORED)
-        self.key = key
+        self.key, self.becomes_int8 = key, block.name != "MXFP4"
+        self.kept_blocks = block.name if block.name in BLOCK_FORMS else None
 
     def _measure(self, stored: StoredQuantization) -> tuple[tuple[int, int], int, int]:
         out, nbytes = self.parts["blocks"].shape
@@ -55,10 +60,19 @@ class BlockCodes(DecodedCodes):
         return DECODERS[self.block.name](self._blocks(rows)).view(-1, self.shape[1])
 
     def quantization(self) -> Quantization | None:
+        if self.block.name == "MXFP4":
+            return Quantization(4, 32, floats=True)
         return Quantization(4, 32) if self.block.name == "Q4_0" or self.block.name in LINES else None
+
+    def put_blocks(self, weight: BlockWeight, span: Span) -> None:
+        rows, step = self.parts["blocks"].view()[span.first : span.first + span.rows], max(1, PIECE // self.shape[1])
+        for start in range(0, span.rows, step):
+            weight.fill_blocks(span.here + start, rows[start : start + step])
 
     def codes(self, rows: slice) -> Tensor:
         blocks = self._blocks(rows)
+        if self.block.name == "MXFP4":
+            return nibbles(blocks[:, 1:]).view(-1, self.shape[1])
         if self.block.name == "Q4_0":
             return nibbles(blocks[:, 2:]).view(-1, self.shape[1])
         codes, scales, offsets = LINES[self.block.name](blocks)
@@ -66,12 +80,21 @@ class BlockCodes(DecodedCodes):
         return codes.view(-1, 32).masked_fill(is_constant.view(-1, 1), 1).view(-1, self.shape[1])
 
     def scales(self) -> Tensor:
+        if self.block.name == "MXFP4":
+            return self._powers()
         if self.block.name == "Q4_0":
             return half(self._blocks(slice(None))[:, :2]).view(-1, self.shape[1] // 32).half()
         return self._lines()[0]
 
     def zeros(self) -> Tensor | None:
-        return None if self.block.name == "Q4_0" else self._lines()[1]
+        return self._lines()[1] if self.block.name in LINES else None
+
+    def _powers(self) -> Tensor:
+        """uint8 [out, groups of 32], exponents of two plus 127"""
+        powers = self._blocks(slice(None))[:, 0].view(self.shape[0], -1)
+        if bool((powers == 255).any()):
+            raise CheckpointError(f"tensor {self.key} in {self.file.name} has a scale that is no number")
+        return powers
 
     def _lines(self) -> tuple[Tensor, Tensor]:
         """Scales and zeros, float16 [out, groups of 32]"""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sensorium.checkpoint.quantization import StoredQuantization
 from sensorium.errors import CheckpointError
-from sensorium.kernels import Quantization, QuantizedWeight
+from sensorium.kernels import BlockWeight, Quantization, QuantizedWeight
 from sensorium.parallel.ranks import Span
 from sensorium.weights.tensor_files import StoredTensor
 
@@ -34,7 +34,8 @@ class StoredCodes:
     """
 
     kinds: ClassVar[Mapping[str, tuple[torch.dtype, ...]]]
-    becomes_int8: ClassVar[bool] = True  # where the kernels have no layout for the codes; else they become floats
+    becomes_int8 = True  # where the kernels have no layout for the codes; else they become floats
+    kept_blocks: str | None = None  # the form of GGUF's blocks, where the kernels of a CPU multiply them as they are
 
     def __init__(self, base: str, parts: Mapping[str, StoredTensor], stored: StoredQuantization) -> None:
         self.key = f"{base}.weight"
@@ -104,6 +105,10 @@ class StoredCodes:
                 scales[rows][wanted],
                 zeros[rows][wanted] if with_zeros and zeros is not None else None,
             )
+
+    def put_blocks(self, weight: BlockWeight, span: Span) -> None:
+        """Fill rows with `kept_blocks`."""
+        raise TypeError(f"{self.key} is not stored in blocks")
 
     def every(self, first: int, step: int) -> StoredCodes:
         """The rows first, first + step, .. as a weight of their own."""

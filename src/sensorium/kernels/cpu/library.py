@@ -20,7 +20,7 @@ from sensorium.kernels.cpu.memory import WeightMemory
 
 Isa = Literal["portable", "avx2", "avx512", "avx512_bf16"]
 ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512", "avx512_bf16")  # the index is the C side's number
-ABI = 15
+ABI = 16
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "tanh", "clamped_swiglu")
 
 _P, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
@@ -32,6 +32,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "compact": (_P, _P, _P, _I64, _P, _P),
     "unpack_compact": (_P, _P, _P, _I64, _P),
     "gather_rows": (_P, _I64, _P, _I64, _P),
+    "block_bytes": (_P, _I32, _I64, _I64),
     "quantize": (_P, _P, _P, _I64, _I64, _I64),
     "pack_codes": (_P, _P, _P, _I64, _I64, _I64),
     "unpack_quantized": (_P, _P, _P, _I64, _P),
@@ -52,6 +53,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "choose": (_P, _P, _P, _I64, _P, _P),
     "write_kv": (_P, _P, _I64, _P, _I64, _P, _P, _P, _I64, _I64, _I64, _I64, _I32),
 }
+_RETURNS = {"block_bytes": _I64}
 
 
 class LinearArguments(ctypes.Structure):
@@ -65,6 +67,10 @@ class LinearArguments(ctypes.Structure):
         ("layout", _I32),
         ("group", _I32),
     ]
+
+
+class BlockSegmentArguments(ctypes.Structure):
+    _fields_: ClassVar = [("data", _P), ("first_row", _I64), ("rows", _I64), ("first_panel", _I64), ("kind", _I32)]
 
 
 class AttentionArguments(ctypes.Structure):
@@ -238,6 +244,7 @@ class Library:
     _compact: Callable[..., None]
     _unpack_compact: Callable[..., None]
     _gather_rows: Callable[..., None]
+    _block_bytes: Callable[..., int]
     _quantize: Callable[..., None]
     _pack_codes: Callable[..., None]
     _unpack_quantized: Callable[..., None]
@@ -264,7 +271,7 @@ class Library:
             raise OSError(f"{path.name} was built for another version of this package; install the package again")
         for name, arguments in _SIGNATURES.items():
             function = self._library[f"sensorium_{name}"]
-            function.argtypes, function.restype = arguments, None
+            function.argtypes, function.restype = arguments, _RETURNS.get(name)
             setattr(self, f"_{name}", function)
         fork = _torch_fork()
         self.threads = threads or torch.get_num_threads()

@@ -1,5 +1,5 @@
 """Linear layers' weights in the layouts of the native kernels: packed or memory-mapped bf16, int8, int4 and mxfp4
-codes."""
+codes. Blocks of GGUF are in `blocks`."""
 
 from __future__ import annotations
 
@@ -287,7 +287,7 @@ class QuantizedLinear(NativeLinear):
 
     def rows(self, ids: Tensor) -> Tensor:
         """Dequantised weight rows [n, in] of output indices int64 [n]."""
-        return _dequantized(self, ids)
+        return dequantized(self, ids)
 
 
 class Fp4Linear(NativeLinear):
@@ -330,10 +330,11 @@ class Fp4Linear(NativeLinear):
 
     def rows(self, ids: Tensor) -> Tensor:
         """Weight rows [n, in] of output indices int64 [n]."""
-        return _dequantized(self, ids)
+        return dequantized(self, ids)
 
 
-def _dequantized(weight: NativeLinear, ids: Tensor) -> Tensor:
+def dequantized(weight: NativeLinear, ids: Tensor) -> Tensor:
+    """Rows bf16 [n, in] of a weight in codes."""
     ids = ids.contiguous()
     out = torch.empty((ids.numel(), weight.in_features), dtype=_BF16)
     library = weight._library

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from sensorium.kernels import reference
-from sensorium.kernels.backend import Activation, DecoderLayerParts, Draws, PackedWeight, Quantization
+from sensorium.kernels.backend import Activation, Blocks, DecoderLayerParts, Draws, PackedWeight, Quantization
 from sensorium.kernels.cpu.attention import AttentionKernels, heads_are_adjacent
+from sensorium.kernels.cpu.blocks import BlockLinear
 from sensorium.kernels.cpu.decoder import NativeDecoder, can_stack
 from sensorium.kernels.cpu.experts import NativeExperts
 from sensorium.kernels.cpu.library import ACTIVATIONS, DecoderArguments, Isa, RoutingArguments, library_path
@@ -55,6 +56,17 @@ class Native(AttentionKernels, StateKernels):
         if quantization.floats:
             return Fp4Linear(self, out_features, in_features)
         return QuantizedLinear(self, out_features, in_features, quantization)
+
+    def empty_blocks(
+        self,
+        out_features: int,
+        in_features: int,
+        blocks: Blocks,
+        *,
+        dtype: torch.dtype = _BF16,
+        device: torch.device = _CPU,
+    ) -> BlockLinear:
+        return BlockLinear(self, out_features, in_features, blocks)
 
     def quantized_layout(self) -> str:
         return f"{LAYOUT} {self.isa}"

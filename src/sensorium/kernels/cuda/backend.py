@@ -65,6 +65,7 @@ class CudaBackend:
         made = CudaFp8Linear if quantization.is_fp8 else CudaQuantizedLinear
         return made(out_features, in_features, quantization, dtype=dtype, device=device)
 
+    empty_blocks = staticmethod(reference.empty_blocks)
     empty_linear = staticmethod(reference.empty_linear)
     mapped_linear = staticmethod(reference.mapped_linear)
     quantized_layout = staticmethod(reference.quantized_layout)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sensorium.kernels.backend import Activation, DecoderLayerParts, Draws, Quantization
+from sensorium.kernels.backend import Activation, Blocks, DecoderLayerParts, Draws, Quantization
 from sensorium.kernels.reference.adapters import add_low_rank
 from sensorium.kernels.reference.attention import (
     dequantize_heads,
@@ -20,6 +20,7 @@ from sensorium.kernels.reference.attention import (
     varlen_attention,
     write_kv,
 )
+from sensorium.kernels.reference.block_linear import BlockLinear
 from sensorium.kernels.reference.experts import PlainExperts, choose, experts
 from sensorium.kernels.reference.fp4 import Fp4Linear
 from sensorium.kernels.reference.fp8 import Fp8Linear
@@ -30,6 +31,7 @@ from sensorium.kernels.reference.quantized import QuantizedLinear
 from sensorium.kernels.reference.states import causal_conv, delta_gates, delta_rule, norm_gated
 
 __all__ = [
+    "BlockLinear",
     "Fp4Linear",
     "Fp8Linear",
     "PlainExperts",
@@ -48,6 +50,7 @@ __all__ = [
     "describe",
     "draw",
     "edit",
+    "empty_blocks",
     "empty_linear",
     "empty_quantized",
     "experts",
@@ -87,6 +90,13 @@ def empty_quantized(
     if quantization.floats:
         made = Fp8Linear if quantization.is_fp8 else Fp4Linear
     return made(out_features, in_features, quantization, dtype=dtype, device=device)
+
+
+def empty_blocks(
+    out_features: int, in_features: int, blocks: Blocks, *, dtype: torch.dtype, device: torch.device
+) -> BlockLinear:
+    """An unfilled weight [out, in] in blocks."""
+    return BlockLinear(out_features, in_features, blocks, dtype=dtype, device=device)
 
 
 def mapped_linear(parts: Sequence[tuple[int, Tensor]], out_features: int, in_features: int) -> None:
