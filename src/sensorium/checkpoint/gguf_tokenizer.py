@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -111,7 +112,7 @@ def tokenizer_of(file: GgufFile) -> tuple[str, dict[str, Any]]:
     """(tokenizer.json, tokenizer_config.json). CheckpointError if there is no such kind of tokenizer here."""
     stated = file.metadata.get("tokenizer.huggingface.json")
     vocabulary = Vocabulary(file)
-    kinds = {"gpt2": _byte_level, "llama": _sentencepiece, "bert": _wordpiece}
+    kinds = {"gpt2": _byte_level, "llama": _sentencepiece, "gemma4": _sentencepiece, "t5": _unigram, "bert": _wordpiece}
     kind = vocabulary.get("model")
     if not isinstance(kind, str) or kind not in kinds:
         raise CheckpointError(
@@ -131,6 +132,11 @@ def tokenizer_of(file: GgufFile) -> tuple[str, dict[str, Any]]:
 _NAMED: Mapping[str, Mapping[str, tuple[str, int | None]]] = {
     "gpt2": {"bos": ("bos", None), "eos": ("eos", None), "unk": ("unknown", None), "pad": ("padding", None)},
     "llama": {"bos": ("bos", 1), "eos": ("eos", 2), "unk": ("unknown", 0), "pad": ("padding", None)},
+    "gemma4": {"bos": ("bos", None), "eos": ("eos", None), "unk": ("unknown", None), "pad": ("padding", None)},
+    "t5": {
+        **{"bos": ("bos", None), "eos": ("eos", 1), "unk": ("unknown", 2), "pad": ("padding", 0)},
+        **{"cls": ("cls", None), "sep": ("seperator", None), "mask": ("mask", None)},
+    },
     "bert": {
         "cls": ("cls", 101),
         "sep": ("seperator", 102),  # GGUF's spelling
@@ -176,9 +182,11 @@ def _framed(vocabulary: Vocabulary, begin: str | None, end: str | None, otherwis
         return otherwise
     ids = {one: vocabulary.tokens.index(one) for one in (begin, end) if one is not None}
 
+    between = {"bert": None, "t5": end}.get(vocabulary.get("model"), begin)
+
     def side(name: str, kind: int, *, first: bool) -> list[dict[str, Any]]:
-        before = [begin] if begin is not None and (first or vocabulary.get("model") != "bert") else []
-        parts: list[dict[str, Any]] = [{"SpecialToken": {"id": one, "type_id": kind}} for one in before]
+        before = begin if first else between
+        parts: list[dict[str, Any]] = [] if before is None else [{"SpecialToken": {"id": before, "type_id": kind}}]
         parts.append({"Sequence": {"id": name, "type_id": kind}})
         return [*parts, *([] if end is None else [{"SpecialToken": {"id": end, "type_id": kind}}])]
 
@@ -205,20 +213,18 @@ def _edges(vocabulary: Vocabulary, *, bos: bool, eos: bool = False, otherwise: A
 
 def _byte_level(vocabulary: Vocabulary) -> dict[str, Any]:
     """GPT-2's kind: tokens are spelled in an alphabet of bytes, merges are given."""
-    pre, merges = vocabulary.get("pre"), vocabulary.get("merges")
+    pre = vocabulary.get("pre")
     if not isinstance(pre, str) or pre not in _PRE_TOKENIZERS:
         raise CheckpointError(
             f"{vocabulary.name}: the pre-tokenizer {pre!r} ({_PREFIX}pre) is not supported: put the original "
             "tokenizer.json beside the file"
         )
-    if not isinstance(merges, list):
-        raise CheckpointError(f"{vocabulary.name} has no {_PREFIX}merges")
     how = _PRE_TOKENIZERS[pre]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": how.gpt2}
     steps: list[dict[str, Any]] = [
         {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False} for split in how.splits
     ]
-    model = {**_bpe(vocabulary, [pair for merge in merges if (pair := _pair(merge))]), "ignore_merges": how.whole_words}
+    model = {**_bpe(vocabulary, _stored_merges(vocabulary)), "ignore_merges": how.whole_words}
     return _assembled(
         vocabulary,
         model,
@@ -227,6 +233,13 @@ def _byte_level(vocabulary: Vocabulary) -> dict[str, Any]:
         post_processor=_edges(vocabulary, bos=how.bos, otherwise={**byte_level, "use_regex": True}),
         decoder={**byte_level, "use_regex": True},
     )
+
+
+def _stored_merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
+    merges = vocabulary.get("merges")
+    if not isinstance(merges, list):
+        raise CheckpointError(f"{vocabulary.name} has no {_PREFIX}merges")
+    return [pair for merge in merges if (pair := _pair(merge))]
 
 
 def _pair(merge: str) -> tuple[str, str] | None:
@@ -255,7 +268,8 @@ def _bpe(vocabulary: Vocabulary, merges: list[tuple[str, str]], **more: Any) -> 
 
 
 def _sentencepiece(vocabulary: Vocabulary) -> dict[str, Any]:
-    """Llama 2's kind. Spaces are a visible character, what is unknown is bytes."""
+    """Llama 2's kind, and Gemma 4's, which has merges. Spaces are a visible character, what is unknown is bytes."""
+    has_merges = vocabulary.get("model") == "gemma4"
     is_gemma = vocabulary.all.get("general.architecture") in ("gemma", "gemma2", "gemma3", "gemma3n", "gemma-embedding")
     if is_gemma:
         runs = {
@@ -263,7 +277,7 @@ def _sentencepiece(vocabulary: Vocabulary) -> dict[str, Any]:
         }
         for index, token in runs.items():
             vocabulary.tokens[index] = token.replace(" ", _SPACE)
-    prefix = vocabulary.flag("add_space_prefix", default=True)
+    prefix = vocabulary.flag("add_space_prefix", default=not has_merges)
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     steps = [{"type": "Prepend", "prepend": _SPACE}, replace] if prefix else [replace]
     decoding: list[dict[str, Any]] = [
@@ -273,8 +287,8 @@ def _sentencepiece(vocabulary: Vocabulary) -> dict[str, Any]:
     ]
     if prefix:
         decoding.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    unknown = vocabulary.token("unknown", 0)
-    merges = merges_of(vocabulary, by_score=not is_gemma)
+    unknown = vocabulary.token("unknown", None if has_merges else 0)
+    merges = _stored_merges(vocabulary) if has_merges else merges_of(vocabulary, by_score=not is_gemma)
     return _assembled(
         vocabulary,
         _bpe(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True),
@@ -307,6 +321,37 @@ def merges_of(vocabulary: Vocabulary, *, by_score: bool) -> list[tuple[str, str]
         found += [(rank, (vocabulary.tokens[left], vocabulary.tokens[right])) for left, right in sorted(cuts)]
     found.sort(key=lambda one: one[0])
     return [pair for _, pair in found]
+
+
+def _unigram(vocabulary: Vocabulary) -> dict[str, Any]:
+    """XLM-RoBERTa's kind (and T5's): the likeliest tokens of a text. Its normaliser is a table of the file."""
+    scores, table = vocabulary.numbers("scores"), vocabulary.get("precompiled_charsmap")
+    unknown = vocabulary.get("unknown_token_id", 2)
+    if not scores or not isinstance(unknown, int) or not 0 <= unknown < len(scores):
+        raise CheckpointError(f"{vocabulary.name} has no {_PREFIX}scores or no unknown_token_id for them")
+    used = [one for one, kind in zip(scores, vocabulary.types or [_NORMAL], strict=False) if kind != _UNUSED]
+    least = min(used, default=0.0)  # of which what is unknown is rated
+    vocab = [
+        [f"{token} (unused {index})", least]
+        if vocabulary.types and vocabulary.types[index] == _UNUSED
+        else [token, one]
+        for index, (token, one) in enumerate(zip(vocabulary.tokens, scores, strict=True))
+    ]
+    metaspace = {
+        "type": "Metaspace",
+        "replacement": _SPACE,
+        "prepend_scheme": "always" if vocabulary.flag("add_space_prefix", default=True) else "never",
+        "split": True,
+    }
+    packed = base64.b64encode(table.astype(np.uint8).tobytes()).decode() if isinstance(table, np.ndarray) else ""
+    return _assembled(
+        vocabulary,
+        {"type": "Unigram", "unk_id": unknown, "vocab": vocab, "byte_fallback": False},
+        normalizer={"type": "Precompiled", "precompiled_charsmap": packed} if packed else None,
+        pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, metaspace]},
+        post_processor=_edges(vocabulary, bos=True, eos=True),
+        decoder=metaspace,
+    )
 
 
 def _wordpiece(vocabulary: Vocabulary) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import pytest
 from support.gguf_writer import container
 from support.many_texts import many_texts
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import BertTokenizer, GPT2Tokenizer, Qwen2Tokenizer
+from transformers import BertTokenizer, GPT2Tokenizer, Qwen2Tokenizer, XLMRobertaTokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter, generate_merges
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
@@ -138,17 +138,51 @@ def sentencepiece(*, prefix: bool) -> tuple[Tokenizer, list[str]]:
     return made, tokens_of(made)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gemma4"])
 def test_sentencepiece_kind(tmp_path: Path, architecture: str) -> None:
-    """Gemma's runs of spaces are spelled as such, and its scores say nothing of the order."""
-    is_gemma = architecture == "gemma3"
+    """Gemma 3's runs of spaces are spelled as such; Gemma's scores say nothing of the order, and Gemma 4 has merges."""
+    is_gemma, has_merges = architecture != "llama", architecture == "gemma4"
     original, tokens = sentencepiece(prefix=not is_gemma)
     scores = [float(index) if is_gemma else -float(index) for index in range(len(tokens))]
     spelled = [t.replace("▁", " ") if is_gemma and len(t) > 1 and not t.strip("▁") else t for t in tokens]
     assert not is_gemma or "  " in spelled
     ids = {"unknown_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    more = {**ids, "scores": scores, "add_space_prefix": not is_gemma, "add_bos_token": False}
-    assert_same(own(tmp_path, "llama", original, spelled, architecture=architecture, **more), original, TEXTS)
+    more: dict[str, Any] = {**ids, "scores": scores, "add_space_prefix": not is_gemma, "add_bos_token": False}
+    if has_merges:
+        more["merges"] = [" ".join(pair) for pair in json.loads(original.to_str())["model"]["merges"]]
+    kind = "gemma4" if has_merges else "llama"
+    spelled = tokens if has_merges else spelled
+    assert_same(own(tmp_path, kind, original, spelled, architecture=architecture, **more), original, TEXTS)
+
+
+def test_unigram_kind(tmp_path: Path) -> None:
+    """XLM-RoBERTa's: tokens that nobody uses stand last in files, rated worse than anything."""
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    learner = Tokenizer(models.Unigram())
+    learner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    trainer = trainers.UnigramTrainer(vocab_size=1000, special_tokens=special, unk_token="<unk>", show_progress=False)
+    learner.train_from_iterator(TRAINING, trainer)
+    vocab = [(token, score) for token, score in json.loads(learner.to_str())["model"]["vocab"]]
+    original = XLMRobertaTokenizer(vocab=vocab)._tokenizer
+    tokens, scores = (list(part) for part in zip(*vocab, strict=True))
+    unused = ["[PAD1000]", "▁[PAD1001]"]
+    kinds = [2 if token == "<unk>" else CONTROL if token in special else 1 for token in tokens] + [5] * len(unused)
+    more = {f"{name}_token_id": index for name, index in (("bos", 0), ("padding", 1), ("eos", 2), ("unknown", 3))}
+    metadata = {"model": "t5", "tokens": tokens + unused, "scores": scores + [-1e4] * len(unused), "token_type": kinds}
+    keys = {f"tokenizer.ggml.{key}": one for key, one in {**metadata, **more}.items()}
+    (tmp_path / "m.gguf").write_bytes(container({"general.architecture": "bert", **keys}, {}))
+    found = Tokenizer.from_str(tokenizer_of(read_gguf(tmp_path / "m.gguf"))[0])
+    assert_same(found, original, [*TEXTS, "[PAD1000] [PAD1001]"])
+    assert found.encode("a", "b").ids == original.encode("a", "b").ids
+
+
+def test_a_normaliser_of_the_file(tmp_path: Path) -> None:
+    """SentencePiece's table, bytes in GGUF, is text in tokenizer.json."""
+    metadata = {"model": "t5", "tokens": ["a", "<unk>"], "scores": [-1.0, 0.0], "unknown_token_id": 1}
+    keys = {f"tokenizer.ggml.{key}": one for key, one in {**metadata, "precompiled_charsmap": [4, 0, 0, 200]}.items()}
+    (tmp_path / "m.gguf").write_bytes(container({"general.architecture": "bert", **keys}, {}))
+    stated = json.loads(tokenizer_of(read_gguf(tmp_path / "m.gguf"))[0])
+    assert stated["normalizer"] == {"type": "Precompiled", "precompiled_charsmap": "BAAAyA=="}
 
 
 @pytest.mark.parametrize("lower", [True, False])
