@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sensorium.checkpoint.gguf_names import ARCHITECTURES
 
-NUMBERS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "Q6_K": 14, "BF16": 30}
+NUMBERS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "Q4_K": 12, "Q6_K": 14, "BF16": 30}
 EPSILONS = {"layer_norm_rms_epsilon": "rms_norm_eps", "layer_norm_epsilon": "layer_norm_eps"}
 
 
@@ -52,6 +52,8 @@ def encoded(weight: Tensor, kind: str) -> bytes:
     if kind in ("F32", "F16", "BF16"):
         dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]
         return weight.to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
+    if kind in ("Q4_K", "Q6_K"):
+        return {"Q4_K": _q4_k, "Q6_K": _q6_k}[kind](weight.float()).numpy().tobytes()
     groups = weight.float().reshape(-1, 32)
     if kind == "Q4_1":
         low = groups.amin(1, keepdim=True).half()
@@ -68,10 +70,51 @@ def encoded(weight: Tensor, kind: str) -> bytes:
     return torch.cat((scale.view(torch.uint8), codes.view(torch.uint8)), 1).numpy().tobytes()
 
 
+def _halves(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, 1] -> (their float16 bytes [n, 2], what those say); no zero, by which is divided."""
+    kept = numbers.clamp(min=1e-6).half()
+    return kept.view(torch.uint8), kept.float()
+
+
+def _q6_k(weight: Tensor) -> Tensor:
+    """Scales of 16 weights in steps of the block's largest scale / 127."""
+    groups = weight.reshape(-1, 16, 16)
+    scales = groups.abs().amax(2) / 31
+    d_bytes, d = _halves(scales.amax(1, keepdim=True) / 127)
+    steps = (scales / d).round().clamp(1, 127)
+    codes = ((groups / (d * steps).unsqueeze(2)).round().clamp(-32, 31) + 32).to(torch.uint8).view(-1, 2, 4, 32)
+    low, high = codes & 15, codes >> 4
+    ql = torch.stack((low[:, :, 0] | low[:, :, 2] << 4, low[:, :, 1] | low[:, :, 3] << 4), 2).flatten(1)
+    qh = (high[:, :, 0] | high[:, :, 1] << 2 | high[:, :, 2] << 4 | high[:, :, 3] << 6).flatten(1)
+    return torch.cat((ql, qh, steps.to(torch.int8).view(torch.uint8), d_bytes), 1)
+
+
+def _q4_k(weight: Tensor) -> Tensor:
+    """Scales, and what is taken away, of 32 weights in steps of the block's largest / 63."""
+    groups = weight.reshape(-1, 8, 32)
+    least = -groups.amin(2).clamp(max=0)
+    scales = (groups.amax(2) + least).clamp(min=0) / 15
+    d_bytes, d = _halves(scales.amax(1, keepdim=True) / 63)
+    m_bytes, m = _halves(least.amax(1, keepdim=True) / 63)
+    sc, mn = ((one / step).round().clamp(0, 63) for one, step in ((scales, d), (least, m)))
+    codes = ((groups + (m * mn).unsqueeze(2)) / (d * sc.clamp(min=1)).unsqueeze(2)).round().clamp(0, 15)
+    s, o, codes = sc.to(torch.uint8), mn.to(torch.uint8), codes.to(torch.uint8)
+    packed = (s[:, :4] | s[:, 4:] >> 4 << 6, o[:, :4] | o[:, 4:] >> 4 << 6, (s[:, 4:] & 15) | (o[:, 4:] & 15) << 4)
+    return torch.cat((d_bytes, m_bytes, *packed, (codes[:, ::2] | codes[:, 1::2] << 4).flatten(1)), 1)
+
+
 def write_gguf(
-    folder: Path, file: Path, kind: str, tokenizer: Mapping[str, Any], name: str, parts: int = 1, **more: Any
+    folder: Path,
+    file: Path,
+    kind: str | Mapping[str, str],
+    tokenizer: Mapping[str, Any],
+    name: str,
+    parts: int = 1,
+    **more: Any,
 ) -> None:
-    """The checkpoint in `folder`, its matrices as `kind`; in several files where there are `parts`."""
+    """The checkpoint in `folder`, its matrices as `kind`, or as it says by the last part of their names ("": others);
+    in several files where there are `parts`."""
+    kinds = {"": kind} if isinstance(kind, str) else kind
     config = json.loads((folder / "config.json").read_text())
     rope = config.get("rope_parameters") or config
     rope = rope.get("full_attention", rope)
@@ -109,7 +152,7 @@ def write_gguf(
             weight = weight.view(count, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
         is_norm = key.endswith("norm.weight")
         weight = weight.float() + architecture.norm_offset if is_norm else weight.float()
-        stored = kind if weight.dim() > 1 else "F32"
+        stored = kinds.get(own.rpartition(".")[2], kinds[""]) if weight.dim() > 1 else "F32"
         tensors[f"{own}.{part}"] = (stored, tuple(weight.shape), encoded(weight, stored))
     if parts == 1:
         file.write_bytes(container(metadata, tensors))

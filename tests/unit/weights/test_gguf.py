@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support import bert
 from support.checkpoints import make_llama, make_qwen2
 from support.encoder_support import pooled, run
@@ -30,7 +31,7 @@ from sensorium.errors import CheckpointError
 from sensorium.kernels import reference
 from sensorium.kernels.reference import BlockLinear
 from sensorium.kernels.reference.blocks import DECODERS, LINES
-from sensorium.models.loading import load_model
+from sensorium.models.loading import load_model, weight_bytes
 from sensorium.parallel.ranks import Span
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.weights import gguf as gguf_weights
@@ -220,6 +221,31 @@ def test_what_blocks_become(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     assert main(["info", str(file)]) == 0
     said = capsys.readouterr().out
     assert "LlamaForCausalLM" in said and f"the blocks as they are, {told}" in said
+
+
+MIXED = {"": "Q4_K", "attn_v": "Q6_K", "ffn_down": "Q6_K", "token_embd": "Q6_K"}  # what llama-quantize calls Q4_K_M
+
+
+@torch.inference_mode()
+def test_a_mixture_of_blocks(tmp_path: Path) -> None:
+    """Logits are those of the numbers that the blocks say; memory and what a step reads are the file's."""
+    make_llama(tmp_path / "hub", hidden_size=256, intermediate_size=512, head_dim=64)
+    file = tmp_path / "m.gguf"
+    vocabulary = tokenizer_metadata(tmp_path / "hub", "gpt-2")
+    write_gguf(tmp_path / "hub", file, MIXED, vocabulary, "llama")
+    folder = gguf_folder(file, tmp_path / "cache")
+    meant = {one.key: torch.cat([rows for _, rows in one.pieces()]) for one in read_gguf_tensors([file])}
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((tmp_path / "hub" / name).read_bytes())
+    save_file({key: one.contiguous() for key, one in meant.items()}, tmp_path / "model.safetensors")
+    stored = load_file(tmp_path / "hub" / "model.safetensors")
+    assert all((meant[key] - one).norm() < 0.1 * one.norm() for key, one in stored.items())
+    expected = logits(tmp_path)
+    assert (logits(folder) - expected).norm() < 0.02 * expected.norm()
+    model = load_model(open_checkpoint(folder), dtype=torch.bfloat16, device="cpu")
+    found = Driver(model, dtype=torch.bfloat16).prefill(Sequence(PROMPT))
+    assert (found.float() - expected).norm() < 0.03 * expected.norm()
+    assert weight_bytes(model) <= 1.05 * sum(one.nbytes for one in read_gguf_tensors([file]))
 
 
 @pytest.mark.parametrize("kind", LINES)
