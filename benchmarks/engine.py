@@ -10,6 +10,7 @@ import argparse
 import itertools
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from sensorium.checkpoint.configs import open_checkpoint
 from sensorium.config import EngineConfig
 from sensorium.engine.faults import Faults
-from sensorium.engine.loading import build_engine, default_threads
+from sensorium.engine.loading import build_engine, default_threads, load_draft
 from sensorium.engine.loop import Core
 from sensorium.ipc.channel import Channel
 from sensorium.kernels import Quantization
@@ -41,8 +42,15 @@ class Nobody(Channel):
 
 class Bench:
     def __init__(
-        self, folder: Path, quantization: str | None = None, threads: int | None = None, *, speculative_tokens: int = 0
+        self,
+        folder: Path,
+        quantization: str | None = None,
+        threads: int | None = None,
+        *,
+        speculative_tokens: int = 0,
+        draft: Path | None = None,
     ) -> None:
+        """`draft`: a checkpoint whose model guesses tokens."""
         checkpoint = open_checkpoint(folder, None)
         text = checkpoint.text
         if text is None:
@@ -53,7 +61,11 @@ class Bench:
             checkpoint, dtype=torch.bfloat16, device="cpu", quantization=wanted, memory_mapped=True
         )
         config = EngineConfig(str(folder), enable_prefix_caching=False, speculative_tokens=speculative_tokens)
-        self.engine = build_engine(model, checkpoint, config, torch.device("cpu"), torch.bfloat16)
+        cpu, guessing = torch.device("cpu"), None
+        if draft is not None:
+            guessing = load_draft(replace(config, draft_model=str(draft), quantization=quantization or "auto"))
+            torch.set_num_threads(threads or default_threads(checkpoint))
+        self.engine = build_engine(model, checkpoint, config, cpu, torch.bfloat16, draft=guessing)
         while self.engine.pack_some():
             pass
         self.core = Core(self.engine, Nobody(), Faults())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from sensorium.types import EngineRequest, Prompt, SamplingParams
 class Scripted:
     """One engine whose sequences say what `scripts` have for them."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: Bench, clock: Callable[[], float] = time.perf_counter) -> None:
         self.bench = bench
+        self.clock = clock
         self.scripts: dict[int, list[int]] = {}
         self._number = 0
         sampler = bench.engine.runner._sampler
@@ -50,10 +52,10 @@ class Scripted:
         while scheduler.waiting or scheduler.prefilling:
             self.bench.core.turn()
         left = sum(len(script) for _, script in pairs) - sum(seq.num_outputs for seq in scheduler.decoding)
-        start = time.perf_counter()
+        start = self.clock()
         while scheduler.has_work():
             self.bench.core.turn()
-        return left / (time.perf_counter() - start)
+        return left / (self.clock() - start)
 
 
 def pairs(kind: str, count: int, tokens: int, random: np.random.Generator) -> list[tuple[np.ndarray, list[int]]]:

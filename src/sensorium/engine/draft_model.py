@@ -82,8 +82,8 @@ class DraftModel:
             self._drop(request_id)
         self._twins.clear()
 
-    def catch_up(self, sequences: Seq[Sequence], most: int) -> None:
-        """Compute at most so many of the tokens that these are `behind`."""
+    def catch_up(self, sequences: Seq[Sequence], most: int) -> int:
+        """Compute at most so many of the tokens that these are `behind`. Returns how many."""
         work: list[tuple[Sequence, int]] = []
         for seq in sequences:
             twin = self._twins[seq.id]
@@ -91,12 +91,12 @@ class DraftModel:
             if twin is not None and count > 0 and self._secure(twin, twin.num_computed + count):
                 work.append((twin, count))
                 most -= count
-        if not work:
-            return
-        self._forward(self._builder.build(Plan(prefills=work)))
+        if work:
+            self._forward(self._builder.build(Plan(prefills=work)))
         for twin, count in work:
             twin.num_computed += count
             self._prefixes.publish(twin)
+        return sum(count for _, count in work)
 
     def guess(self, asked: Seq[tuple[Sequence, int]]) -> dict[int, list[int]]:
         """At most so many next tokens of each sequence, by request. None that would end it: nothing follows them."""

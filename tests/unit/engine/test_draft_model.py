@@ -270,7 +270,18 @@ def test_guesses_that_are_right_go_on(model: Model) -> None:
     drafting = drafting_of(engine)
     assert drafting.num_accepted_tokens > 120
     assert engine.core._steps + now[0] < 150  # of 200 seconds
-    assert drafting.account.seconds > 5
+    assert drafting.account.steps > 50
+
+
+@pytest.mark.usefixtures("no_lookup")
+def test_a_prompt_that_takes_longer_than_its_answer_gains_is_not_followed(model: Model) -> None:
+    engine, now = timed(model, model, 0.25)
+    drafting = drafting_of(engine)
+    drafting.account.steps, drafting._token_s = 5.0, 0.2  # no trials; 60 seconds for a prompt of 300 tokens
+    engine.run(request(random_prompt(1, 300), 40))
+    assert now == [0.0]
+    engine.run(request(random_prompt(1, 20), 40))
+    assert drafting.num_accepted_tokens > 20
 
 
 def test_a_draft_model_that_fails_is_not_asked_again(model: Model) -> None:
