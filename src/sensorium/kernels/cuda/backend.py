@@ -27,7 +27,7 @@ from sensorium.kernels.cuda import adapters, attention, norms
 from sensorium.kernels.cuda import logits as logits_kernel
 from sensorium.kernels.cuda import rope as rotation
 from sensorium.kernels.cuda.decoder import CudaDecoder, DecoderShape, can_stack
-from sensorium.kernels.cuda.experts import CudaExperts, plain
+from sensorium.kernels.cuda.experts import CudaExperts, choose, plain
 from sensorium.kernels.cuda.fp8 import CudaFp8Linear
 from sensorium.kernels.cuda.launch import FLOATS
 from sensorium.kernels.cuda.linear import CudaQuantizedLinear, suits
@@ -74,7 +74,6 @@ class CudaBackend:
     varlen_attention = staticmethod(reference.varlen_attention)
     query_step = staticmethod(reference.query_step)
     run_attention = staticmethod(reference.run_attention)
-    choose = staticmethod(reference.choose)
     causal_conv = staticmethod(reference.causal_conv)
     delta_rule = staticmethod(reference.delta_rule)
     delta_gates = staticmethod(reference.delta_gates)
@@ -148,6 +147,10 @@ class CudaBackend:
     def edit(self, logits: Tensor, raw: Tensor, edits: Edits) -> None:
         takes = logits.dtype is raw.dtype is torch.float32 and logits.stride(1) == raw.stride(1) == 1
         (logits_kernel.edit if takes else reference.edit)(logits, raw, edits)
+
+    def choose(self, logits: Tensor, per_token: int, *, renormalizes: bool, scale: float) -> tuple[Tensor, Tensor]:
+        takes = logits.dtype in FLOATS and logits.dim() == 2 and logits.stride(1) == 1
+        return (choose if takes else reference.choose)(logits, per_token, renormalizes=renormalizes, scale=scale)
 
     def draw(self, logits: Tensor, draws: Draws) -> tuple[Tensor, Tensor] | None:
         if logits.dtype is not torch.float32 or logits.stride(1) != 1:

@@ -174,8 +174,10 @@ def compile_experts(shape: Shape, arch: int) -> None:
         gate_up = linears(2 * shape.intermediate, shape.hidden)
         routed = CudaBackend().experts(gate_up, linears(shape.hidden, shape.intermediate), shape.activation)
         for tokens in (1, 64 * shape.experts):
-            chosen = _empty(tokens, shape.per_token, dtype=torch.int64)
-            routed(_empty(tokens, shape.hidden, dtype=dtype), chosen, _empty(*chosen.shape, dtype=torch.float32))
+            chosen, weights = CudaBackend().choose(
+                _empty(tokens, shape.experts, dtype=dtype), shape.per_token, renormalizes=True, scale=1.0
+            )
+            routed(_empty(tokens, shape.hidden, dtype=dtype), chosen, weights)
 
 
 def _products(shape: Shape, bits: int) -> None:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sensorium.kernels import reference
 from sensorium.kernels.backend import Activation, DecoderLayerParts, PackedWeight
 from sensorium.kernels.context import AttentionContext, KVCache, LayerCache
 from sensorium.kernels.cuda.attention import paged_attention, refusal
+from sensorium.kernels.cuda.experts import choose
 from sensorium.kernels.cuda.norms import add_rms_norm, gated, rms_norm
 from sensorium.kernels.cuda.rope import can_rotate, can_write, rotate_and_write
 
@@ -72,7 +72,7 @@ class CudaDecoder:
         routed = layer.routed
         if routed is None:
             return self._mlp(layer.gate_up, layer.down, x)
-        chosen, weights = reference.choose(
+        chosen, weights = choose(
             routed.router(x), routed.per_token, renormalizes=routed.renormalizes, scale=routed.scale
         )
         out = routed.experts(x, chosen, weights)

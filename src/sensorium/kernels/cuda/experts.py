@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sensorium.kernels.backend import Activation, PackedWeight
+from sensorium.kernels.cuda.device import experts as device
 from sensorium.kernels.cuda.device.experts import down_product, gate_and_up
 from sensorium.kernels.cuda.launch import FLOATS, launch, power_of_two
 from sensorium.kernels.reference import PlainLinear
@@ -50,6 +51,18 @@ class CudaExperts:
         launch(down_product, (tiles, -(-size // 64)), made, order, starts, tile_ends, second, second_bias, weights, out,
                size, inner, **options)  # fmt: skip
         return out.view(tokens, per_token, size).sum(1).to(x.dtype)
+
+
+def choose(logits: Tensor, per_token: int, *, renormalizes: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """See `Backend.choose`; the logits of a token adjacent."""
+    tokens, count = logits.shape
+    chosen = torch.empty((tokens, per_token), dtype=torch.int64, device=logits.device)
+    weights = torch.empty((tokens, per_token), dtype=torch.float32, device=logits.device)
+    launch(
+        device.choose, (tokens,), logits, chosen, weights, logits.stride(0), count, scale, PER_TOKEN=per_token,
+        BLOCK=power_of_two(count), BLOCK_K=power_of_two(per_token), RENORMALIZES=renormalizes, num_warps=1,
+    )  # fmt: skip
+    return chosen, weights
 
 
 def sorted_rows(chosen: Tensor, count: int, tile: int) -> tuple[Tensor, Tensor, Tensor]:

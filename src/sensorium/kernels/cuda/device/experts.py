@@ -86,3 +86,29 @@ def down_product(
         acc *= tl.load(shares + pair, mask=place < end, other=0.0)[:, None]
         mask = (place < end)[:, None] & (column < size)[None, :]
         tl.store(out + pair[:, None] * size + column[None, :], acc, mask=mask)
+
+
+@triton.jit
+def choose(
+    logits, chosen, weights, stride, count, scale, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr, RENORMALIZES: tl.constexpr,
+):  # fmt: skip
+    """Of one token's logits [count] the largest, one after the other, and their weights."""
+    token, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    left = tl.load(logits + token * stride + at, mask=at < count, other=float("-inf")).to(tl.float32)
+    left = tl.where(at < count, tl.maximum(left, -3e38), left)  # above what is taken, or not there
+    top = tl.max(left, 0)
+    whole = tl.sum(tl.exp(left - top), 0)
+    places = tl.arange(0, BLOCK_K)
+    picks, values = tl.zeros([BLOCK_K], tl.int32), tl.full([BLOCK_K], float("-inf"), tl.float32)
+    for place in range(PER_TOKEN):
+        best = tl.argmax(left, 0)
+        picks = tl.where(places == place, best, picks)
+        values = tl.where(places == place, tl.max(left, 0), values)
+        left = tl.where(at == best, float("-inf"), left)
+    shares = tl.exp(values - top)
+    if RENORMALIZES:
+        whole = tl.sum(shares, 0)
+    keep = places < PER_TOKEN
+    tl.store(chosen + token * PER_TOKEN + places, picks.to(tl.int64), mask=keep)
+    tl.store(weights + token * PER_TOKEN + places, shares / whole * scale, mask=keep)

@@ -44,3 +44,18 @@ def test_experts_that_nobody_chose() -> None:
     x = torch.randn(3, 16)
     expected = reference.experts(gate_up, down, "silu")(x, chosen, weights)
     assert_close(CUDA.experts(gate_up, down, "silu")(x, chosen, weights), expected, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("renormalizes", [False, True])
+@pytest.mark.parametrize(("experts", "per_token"), [(4, 1), (60, 4), (128, 8), (6, 6)])
+def test_choice(experts: int, per_token: int, renormalizes: bool, dtype: torch.dtype) -> None:
+    """Of equal logits the first; of logits of minus infinity those that are left, each once."""
+    logits = torch.randn(5, experts + 3).to(dtype)[:, :experts]
+    logits[1] = 2.0
+    logits[2, 1:] = -torch.inf
+    logits[3] = logits[3].round()
+    chosen, weights = CUDA.choose(logits, per_token, renormalizes=renormalizes, scale=1.5)
+    expected, their_weights = reference.choose(logits, per_token, renormalizes=renormalizes, scale=1.5)
+    assert torch.equal(chosen, expected)
+    assert_close(weights, their_weights)
