@@ -14,6 +14,7 @@ from sensorium.checkpoint.gguf_towers import tower_config
 from sensorium.errors import CheckpointError
 
 _POOLINGS = {1: "mean", 2: "cls", 3: "lasttoken"}
+INT4_BLOCK = "Q4_0"  # that int4 in groups of 32 holds code for code, and multiplies faster than blocks
 _PLAIN = {"F32": 4, "F16": 2, "BF16": 2}
 _KEPT_BYTES = {  # of a weight in memory: that of the file, but for scales of six bits, which take a byte
     "Q4_0": 0.5625,
@@ -121,7 +122,10 @@ def kept_bytes(kind: str) -> float:
 
 def kept_as(kind: str) -> str:
     """What a CPU computes with, of a block type."""
-    return "plain numbers" if kind in _PLAIN else f"the blocks as they are, {8 * kept_bytes(kind):.4g} bits a weight"
+    if kind in _PLAIN:
+        return "plain numbers"
+    what = "int4 in groups of 32, code for code" if kind == INT4_BLOCK else "the blocks as they are"
+    return f"{what}, {8 * kept_bytes(kind):.4g} bits a weight"
 
 
 def generation_of(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sensorium.checkpoint.configs import Checkpoint
 from sensorium.checkpoint.families import load_class
+from sensorium.checkpoint.gguf_config import INT4_BLOCK
 from sensorium.checkpoint.rerankers import ScoreTokens
 from sensorium.errors import CheckpointError
 from sensorium.kernels import Blocks, BlockWeight, CachedWeight, PackedWeight, Quantization, QuantizedWeight
@@ -568,7 +569,7 @@ def _stored_quantization(weight: _Slot) -> tuple[Quantization | None, bool]:
 def _computed_as(weight: _Slot, device: torch.device) -> tuple[Quantization | None, bool]:
     """`_stored_quantization`, where the device has a kernel for it."""
     blocks = _kept_blocks(weight) if device.type == "cpu" else ()
-    if blocks:
+    if blocks and any(form != INT4_BLOCK for _, form in blocks):
         return Quantization(8, blocks=blocks), True
     found, is_exact = _stored_quantization(weight)
     if found is None or not found.floats or found.is_fp8 == (device.type != "cpu"):

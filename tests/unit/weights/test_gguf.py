@@ -206,7 +206,12 @@ def test_bert(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "told"), [("Q4_0", "4.5 bits a weight"), ("Q4_1", "5 bits a weight"), ("Q8_0", "8.5 bits a weight")]
+    ("kind", "told"),
+    [
+        ("Q4_0", "int4 in groups of 32, code for code, 4.5 bits a weight"),
+        ("Q4_1", "the blocks as they are, 5 bits a weight"),
+        ("Q8_0", "the blocks as they are, 8.5 bits a weight"),
+    ],
 )
 def test_what_blocks_become(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, told: str) -> None:
     make_llama(tmp_path / "hub", hidden_size=64, intermediate_size=96)
@@ -217,10 +222,10 @@ def test_what_blocks_become(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     packed = model.get_submodule("model.layers.0.mlp.down_proj").packed
     (stored,) = [one for one in read_gguf_tensors([file]) if one.key == "model.layers.0.mlp.down_proj.weight"]
     meant = torch.cat([rows for _, rows in stored.pieces()])
-    assert isinstance(packed, BlockLinear) and torch.equal(packed.rows(torch.arange(64)), meant)
+    assert isinstance(packed, BlockLinear) == (kind != "Q4_0") and torch.equal(packed.rows(torch.arange(64)), meant)
     assert main(["info", str(file)]) == 0
     said = capsys.readouterr().out
-    assert "LlamaForCausalLM" in said and f"the blocks as they are, {told}" in said
+    assert "LlamaForCausalLM" in said and told in said
 
 
 MIXED = {"": "Q4_K", "attn_v": "Q6_K", "ffn_down": "Q6_K", "token_embd": "Q6_K"}  # what llama-quantize calls Q4_K_M
