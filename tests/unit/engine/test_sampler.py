@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from sensorium.engine.drawing import CHUNK, _thresholds, draw_one, draw_together, draws_of, row_threshold, uniforms_of
 from sensorium.engine.sampler import Sampler
+from sensorium.engine.sampler_state import TokenCounts
 from sensorium.engine.sequence import Sequence
 from sensorium.types import EngineRequest, Prompt, SamplingParams
 
@@ -356,3 +357,17 @@ def test_counts_follow_the_output() -> None:
     assert counts is not None
     assert counts.counts[: counts.size].sum() == 900
     assert sorted(counts.ids[: counts.size]) == sorted({5, 6, *outputs})
+
+
+@given(st.lists(st.integers(0, 9), max_size=30), st.lists(st.integers(0, 9), max_size=30), st.integers(0, 30))
+def test_counts_that_are_taken_back_are_those_of_what_is_left(said: list[int], then: list[int], kept: int) -> None:
+    """Guesses are counted before it is known whether they are said."""
+    prompt = np.array([3, 5, 700], np.int32)
+    counts, fresh = TokenCounts(prompt, 100), TokenCounts(prompt, 100)
+    counts.update(np.array(said, np.int32))
+    counts.take_back(kept)
+    whole = np.array([*said[:kept], *then], np.int32)
+    counts.update(whole)
+    fresh.update(whole)
+    assert counts.ids[: counts.size].tolist() == fresh.ids[: fresh.size].tolist()
+    assert counts.counts[: counts.size].tolist() == fresh.counts[: fresh.size].tolist()
