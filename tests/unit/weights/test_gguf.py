@@ -222,7 +222,8 @@ def test_what_blocks_become(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     packed = model.get_submodule("model.layers.0.mlp.down_proj").packed
     (stored,) = [one for one in read_gguf_tensors([file]) if one.key == "model.layers.0.mlp.down_proj.weight"]
     meant = torch.cat([rows for _, rows in stored.pieces()])
-    assert isinstance(packed, BlockLinear) == (kind != "Q4_0") and torch.equal(packed.rows(torch.arange(64)), meant)
+    assert isinstance(packed, QuantizedLinear) and isinstance(packed, BlockLinear) == (kind != "Q4_0")
+    assert torch.equal(packed.rows(torch.arange(64)), meant)
     assert main(["info", str(file)]) == 0
     said = capsys.readouterr().out
     assert "LlamaForCausalLM" in said and told in said
