@@ -31,6 +31,7 @@ from sensorium.errors import CheckpointError
 from sensorium.kernels import reference
 from sensorium.kernels.reference import BlockLinear
 from sensorium.kernels.reference.blocks import DECODERS, LINES
+from sensorium.kernels.reference.quantized import QuantizedLinear
 from sensorium.models.loading import load_model, weight_bytes
 from sensorium.parallel.ranks import Span
 from sensorium.prompt.tokenizer import Tokenizer
