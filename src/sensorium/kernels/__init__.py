@@ -83,6 +83,7 @@ __all__ = [
     "gated",
     "layer_norm",
     "mapped_linear",
+    "multiplies_fp4",
     "norm_gated",
     "pack_linear",
     "paged_attention",
@@ -157,6 +158,11 @@ def _told(backend: Backend, dtype: torch.dtype, device: torch.device) -> Backend
     if backend is _REFERENCE:
         _say_slow(f"{dtype} on {device.type}".removeprefix("torch."))
     return backend
+
+
+def multiplies_fp4(device: torch.device) -> bool:
+    """Whether mxfp4 codes are multiplied as they are stored: on a CPU, and by the kernels for NVIDIA GPUs."""
+    return device.type == "cpu" or (device.type == "cuda" and gpu_kernels().weights is not _REFERENCE)
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from sensorium import kernels
 from sensorium.checkpoint.configs import Checkpoint
 from sensorium.checkpoint.families import load_class
 from sensorium.checkpoint.gguf_config import INT4_BLOCK
@@ -572,11 +573,11 @@ def _computed_as(weight: _Slot, device: torch.device) -> tuple[Quantization | No
     if blocks and any(form != INT4_BLOCK for _, form in blocks):
         return Quantization(8, blocks=blocks), True
     found, is_exact = _stored_quantization(weight)
-    if found is None or not found.floats or found.is_fp8 == (device.type != "cpu"):
+    if found is None or not found.floats:
         return found, is_exact
     if found.is_fp8:
-        return Quantization(8), False
-    return None, is_exact  # bf16 holds them exactly
+        return (Quantization(8), False) if device.type == "cpu" else (found, is_exact)
+    return (found if kernels.multiplies_fp4(device) else None), is_exact  # bf16 holds them exactly
 
 
 def _kept_blocks(weight: _Slot) -> Blocks:

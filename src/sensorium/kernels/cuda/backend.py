@@ -27,10 +27,10 @@ from sensorium.kernels.cuda import adapters, attention, norms
 from sensorium.kernels.cuda import logits as logits_kernel
 from sensorium.kernels.cuda import rope as rotation
 from sensorium.kernels.cuda.decoder import CudaDecoder, DecoderShape, can_stack
-from sensorium.kernels.cuda.experts import CudaExperts, choose, plain
+from sensorium.kernels.cuda.experts import CudaExperts, choose, readable
 from sensorium.kernels.cuda.fp8 import CudaFp8Linear
 from sensorium.kernels.cuda.launch import FLOATS
-from sensorium.kernels.cuda.linear import CudaQuantizedLinear, suits
+from sensorium.kernels.cuda.linear import CudaFp4Linear, CudaQuantizedLinear, suits
 from sensorium.kernels.cuda.sampling import on_device, sample
 from sensorium.kernels.reference import QuantizedLinear
 
@@ -59,10 +59,9 @@ class CudaBackend:
         device: torch.device,
     ) -> QuantizedLinear:
         if not suits(quantization, dtype):
-            kind = "mxfp4 weights" if quantization.floats else f"4-bit weights in groups of {quantization.group}"
-            say_left_to_reference(kind)
+            say_left_to_reference(f"4-bit weights in groups of {quantization.group}")
             return reference.empty_quantized(out_features, in_features, quantization, dtype=dtype, device=device)
-        made = CudaFp8Linear if quantization.is_fp8 else CudaQuantizedLinear
+        made = CudaFp8Linear if quantization.is_fp8 else CudaFp4Linear if quantization.floats else CudaQuantizedLinear
         return made(out_features, in_features, quantization, dtype=dtype, device=device)
 
     empty_blocks = staticmethod(reference.empty_blocks)
@@ -130,9 +129,9 @@ class CudaBackend:
         (rotation.write_kv if takes else reference.write_kv)(k, v, k_cache, v_cache, slots)
 
     def experts(self, gate_up: Sequence[PackedWeight], down: Sequence[PackedWeight], activation: Activation) -> Experts:
-        first, second = plain(gate_up), plain(down)
-        if first is None or second is None:
-            say_left_to_reference("experts whose weights are not plain")
+        first, second = readable(gate_up), readable(down)
+        if first is None or second is None or first.is_fp4 is not second.is_fp4:
+            say_left_to_reference("experts whose weights are neither plain nor mxfp4")
             return reference.experts(gate_up, down, activation)
         return CudaExperts(first, second, activation)
 

@@ -26,6 +26,7 @@ from sensorium.kernels.cuda.backend import CudaBackend
 from sensorium.kernels.cuda.compiling import Usage, compiled, compiling_for, usage
 from sensorium.kernels.cuda.device import attention, experts, fp8, linear, logits, norms, rope, sampling
 from sensorium.kernels.cuda.launch import has_fp8
+from sensorium.kernels.cuda.linear import CudaFp4Linear
 from sensorium.kernels.reference import PlainLinear
 
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "int8", "float8_e4m3fn")}
@@ -54,6 +55,7 @@ class Shape:
     experts: int = 0  # of a layer that routes, each of `intermediate`
     per_token: int = 1
     has_expert_biases: bool = False
+    fp4_experts: bool = False  # their weights stay mxfp4
     bits: int | None = None  # of weights in codes, 4 or 8
     group: int = 64  # inputs that share a scale of 4 bits, or of fp8 (0: all)
     floats: bool = False  # of 8 bits: fp8
@@ -80,6 +82,7 @@ SHAPES = {
         experts=32,
         per_token=4,
         has_expert_biases=True,
+        fp4_experts=True,
     ),
     "qwen3-30b-a3b": Shape(32, 4, 128, 2048, 768, has_qk_norms=True, experts=128, per_token=8),
     "qwen2-7b-int8": Shape(28, 4, 128, 3584, 18944, cache_dtype="int8"),
@@ -164,8 +167,14 @@ def compile_experts(shape: Shape, arch: int) -> None:
     """For few rows of each and for many."""
     dtype = DTYPES[shape.dtype]
 
-    def linears(out: int, of: int) -> list[PlainLinear]:
-        made = [PlainLinear(_empty(out, of, dtype=dtype)) for _ in range(shape.experts)]
+    def linear(out: int, of: int) -> PlainLinear | CudaFp4Linear:
+        if shape.fp4_experts:
+            form = Quantization(4, 32, floats=True)
+            return CudaFp4Linear(out, of, form, dtype=dtype, device=torch.device("cuda", 0))
+        return PlainLinear(_empty(out, of, dtype=dtype))
+
+    def linears(out: int, of: int) -> list[PlainLinear | CudaFp4Linear]:
+        made = [linear(out, of) for _ in range(shape.experts)]
         for one in made:
             one.set_bias(_empty(out, dtype=dtype) if shape.has_expert_biases else None)
         return made

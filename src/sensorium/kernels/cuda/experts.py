@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,10 +14,27 @@ from sensorium.kernels.backend import Activation, PackedWeight
 from sensorium.kernels.cuda.device import experts as device
 from sensorium.kernels.cuda.device.experts import down_product, gate_and_up
 from sensorium.kernels.cuda.launch import FLOATS, launch, power_of_two
+from sensorium.kernels.cuda.linear import CudaFp4Linear
 from sensorium.kernels.reference import PlainLinear
 
 FEW = 16  # rows of an expert, on average, up to which tiles are small
 ALIGNMENT = 16  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Matrices:
+    """The same weight [rows, size] of every expert."""
+
+    rows: int
+    size: int
+    is_fp4: bool
+    weights: list[Tensor]
+    scales: list[Tensor | None]
+    biases: list[Tensor | None]
+
+    def tables(self) -> list[Tensor]:
+        """Addresses of weights, scales and biases, int64 [experts] each, zeros for what is not there."""
+        return [_addresses(part, self.weights[0].device) for part in (self.weights, self.scales, self.biases)]
 
 
 class CudaExperts:
@@ -24,32 +42,31 @@ class CudaExperts:
 
     __slots__ = ("_activation", "_down", "_gate_up", "_tables")
 
-    def __init__(self, gate_up: Sequence[PlainLinear], down: Sequence[PlainLinear], activation: Activation) -> None:
-        self._gate_up, self._down, self._activation = list(gate_up), list(down), activation
-        where = gate_up[0].weight.device
-        self._tables = [
-            (_addresses([one.weight for one in part], where), _addresses([one.bias for one in part], where))
-            for part in (self._gate_up, self._down)
-        ]
+    def __init__(self, gate_up: Matrices, down: Matrices, activation: Activation) -> None:
+        self._gate_up, self._down, self._activation = gate_up, down, activation
+        self._tables = (gate_up.tables(), down.tables())
 
     def __call__(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         tokens, per_token = chosen.shape
-        size, inner, count = x.shape[1], self._down[0].weight.shape[1], len(self._down)
+        size, inner, count = x.shape[1], self._down.size, len(self._down.weights)
         pairs = tokens * per_token
         tile = 16 if pairs <= FEW * count else 64
         order, starts, tile_ends = sorted_rows(chosen, count, tile)
         made = torch.empty((pairs, inner), dtype=x.dtype, device=x.device)
         out = torch.empty((pairs, size), dtype=torch.float32, device=x.device)
         tiles = min(pairs, pairs // tile + count)  # at most: every expert has one that is not full
-        (first, first_bias), (second, second_bias) = self._tables
+        stages = 4 if self._down.is_fp4 else 3
+        block = 32 if self._down.is_fp4 and tile > 16 else 64
+        first, second = self._tables
         options: dict[str, Any] = {
-            "EXPERTS": count, "BLOCK_E": power_of_two(count), "HAS_BIAS": self._down[0].bias is not None,
-            "BLOCK_M": tile, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3,
+            "EXPERTS": count, "BLOCK_E": power_of_two(count), "HAS_BIAS": self._down.biases[0] is not None,
+            "FP4": self._down.is_fp4, "BLOCK_M": tile, "BLOCK_N": 64, "BLOCK_K": block, "num_warps": 4,
+            "num_stages": stages,
         }  # fmt: skip
-        launch(gate_and_up, (tiles, -(-inner // 64)), x, order, starts, tile_ends, first, first_bias, made, inner,
-               size, CHOSEN=per_token, ACTIVATION=self._activation, **options)  # fmt: skip
-        launch(down_product, (tiles, -(-size // 64)), made, order, starts, tile_ends, second, second_bias, weights, out,
-               size, inner, **options)  # fmt: skip
+        launch(gate_and_up, (tiles, -(-inner // 64)), x, order, starts, tile_ends, *first, made, inner, size,
+               CHOSEN=per_token, ACTIVATION=self._activation, **options)  # fmt: skip
+        launch(down_product, (tiles, -(-size // 64)), made, order, starts, tile_ends, *second, weights, out, size,
+               inner, **options)  # fmt: skip
         return out.view(tokens, per_token, size).sum(1).to(x.dtype)
 
 
@@ -80,19 +97,30 @@ def _addresses(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor
     return torch.tensor(real, dtype=torch.int64, device=device)
 
 
-def plain(weights: Sequence[PackedWeight]) -> list[PlainLinear] | None:
-    """The same, if the kernels read them all: one type of floats, one shape, rows one behind the other."""
-    found = [one for one in weights if isinstance(one, PlainLinear)]
-    if len(found) < len(weights) or not found:
+def readable(weights: Sequence[PackedWeight]) -> Matrices | None:
+    """The same, if the kernels read them all: one type of floats or mxfp4, one shape, rows one behind the other."""
+    plain = [one for one in weights if isinstance(one, PlainLinear)]
+    if plain and len(plain) == len(weights):
+        rows, size = plain[0].weight.shape
+        found = Matrices(
+            rows, size, False, [one.weight for one in plain], [None] * len(plain), [one.bias for one in plain]
+        )
+        return found if found.weights[0].dtype in FLOATS and _are_alike(found) else None
+    codes = [one for one in weights if isinstance(one, CudaFp4Linear)]
+    if not codes or len(codes) < len(weights):
         return None
-    first, has_bias = found[0].weight, found[0].bias is not None
-    if any(
-        one.weight.dtype is not first.dtype
-        or one.weight.shape != first.shape
-        or not one.weight.is_contiguous()
-        or (one.bias is not None) is not has_bias
-        or (not isinstance(one.weight, FakeTensor) and one.weight.data_ptr() % ALIGNMENT)
-        for one in found
-    ):
-        return None
-    return found if first.dtype in FLOATS else None
+    packed, scales, biases = (list(part) for part in zip(*(one.codes for one in codes), strict=True))
+    found = Matrices(codes[0].out_features, codes[0].in_features, True, packed, scales, biases)
+    return found if _are_alike(found) else None
+
+
+def _are_alike(found: Matrices) -> bool:
+    first, has_bias = found.weights[0], found.biases[0] is not None
+    return all(
+        one.dtype is first.dtype
+        and one.shape == first.shape
+        and one.is_contiguous()
+        and (bias is not None) is has_bias
+        and (isinstance(one, FakeTensor) or one.data_ptr() % ALIGNMENT == 0)
+        for one, bias in zip(found.weights, found.biases, strict=True)
+    )

@@ -13,6 +13,7 @@ from sensorium.kernels.cuda.device import linear as device
 from sensorium.kernels.cuda.launch import FLOATS, launch
 from sensorium.kernels.gpu import gpu_kernels
 from sensorium.kernels.reference import QuantizedLinear
+from sensorium.kernels.reference.fp4 import decode
 
 GROUPS = (32, 64, 128, 256)
 FROM_CODES = 128  # rows that are: above, the matrix units wait for the codes
@@ -85,7 +86,43 @@ def multiply_as_numbers(weight: QuantizedLinear, rows: Tensor) -> Tensor:
     return out
 
 
+class CudaFp4Linear(CudaQuantizedLinear):
+    """mxfp4 weights as they are stored, two codes to a byte: a group's halves share bytes."""
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        quantization: Quantization,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__(out_features, in_features, quantization, dtype=dtype, device=device)
+        self._scales = torch.zeros_like(self._scales, dtype=torch.uint8)
+
+    @property
+    def codes(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(codes uint8 [out, in / 2], scales uint8 [out, in / 32], bias float32 [out])"""
+        return self._codes, self._scales, self._bias
+
+    def fill(self, first_row: int, rows: Tensor) -> None:
+        raise TypeError("mxfp4 weights are filled with codes as they are stored")
+
+    def _weight(self, rows: slice | Tensor) -> Tensor:
+        return decode(self._unpack(self._codes[rows]), self._scales[rows])
+
+    def _multiply(self, rows: Tensor, out: Tensor) -> None:
+        count, size = rows.shape
+        tile = 16 if count <= 16 else 64
+        bias = self._scales if self._bias is None else self._bias
+        launch(device.fp4_product, (-(-count // tile), -(-self.out_features // COLUMNS)), rows, self._codes,
+               self._scales, bias, out, count, self.out_features, size, rows.stride(0), HAS_BIAS=self._bias is not None,
+               BLOCK_M=tile, BLOCK_N=COLUMNS, BLOCK_K=64 if tile == 16 else 32, num_warps=4, num_stages=3)  # fmt: skip
+
+
 def suits(quantization: Quantization, dtype: torch.dtype) -> bool:
     """Whether there is a kernel for such a weight."""
-    takes = not quantization.floats and (quantization.bits == 8 or quantization.group in GROUPS)
-    return dtype in FLOATS and (takes or quantization.is_fp8)
+    return dtype in FLOATS and (quantization.bits == 8 or quantization.group in GROUPS)

@@ -7,6 +7,7 @@ device.
 import triton
 import triton.language as tl
 
+from sensorium.kernels.cuda.device.linear import fp4_columns, fp4_tiles
 from sensorium.kernels.cuda.device.norms import gated_product
 
 
@@ -30,32 +31,55 @@ def weight_tile(weight, row, rows, at, size):
 
 
 @triton.jit
+def add_product(
+    acc, x, place, there, weight, scales, row, rows, start, size, FP4: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """Adds x [rows at `place`, size] times a weight [rows, size], for a step of inputs from `start` on."""
+    dtype: tl.constexpr = x.dtype.element_ty
+    if FP4:
+        at = fp4_columns(start // 2 + tl.arange(0, BLOCK_K))
+        low, high = fp4_tiles(weight, scales, row, rows, start // 2, size, dtype, BLOCK_K)
+        acc = tl.dot(state_tile(x, place, there, at, size), tl.trans(low), acc, input_precision="ieee")
+        return tl.dot(state_tile(x, place, there, at + 16, size), tl.trans(high), acc, input_precision="ieee")
+    else:
+        at = start + tl.arange(0, BLOCK_K)
+        some = state_tile(x, place, there, at, size)
+        return tl.dot(some, tl.trans(weight_tile(weight, row, rows, at, size)), acc, input_precision="ieee")
+
+
+@triton.jit
+def state_tile(x, place, there, at, size):
+    """[BLOCK_M, BLOCK_K] of rows that are `there`"""
+    return tl.load(x + place[:, None] * size + at[None, :], mask=there[:, None] & (at < size)[None, :], other=0.0)
+
+
+@triton.jit
 def address_of(table, expert, dtype: tl.constexpr):
     return tl.multiple_of(tl.load(table + expert).to(tl.pointer_type(dtype)), 16)
 
 
 @triton.jit
 def gate_and_up(
-    x, order, starts, tile_ends, weights, biases, out, inner, size, CHOSEN: tl.constexpr, EXPERTS: tl.constexpr,
-    BLOCK_E: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, order, starts, tile_ends, weights, all_scales, biases, out, inner, size, CHOSEN: tl.constexpr,
+    EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, FP4: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """x [tokens, size] -> activation(gate) * up [sorted rows, inner]"""
     expert, place, end = tile_of(tile_ends, starts, EXPERTS, BLOCK_E, BLOCK_M)
     if expert < EXPERTS:
         token = tl.load(order + place, mask=place < end, other=0) // CHOSEN
         column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-        weight = address_of(weights, expert, x.dtype.element_ty)
+        kind: tl.constexpr = tl.uint8 if FP4 else x.dtype.element_ty
+        weight, scales = address_of(weights, expert, kind), address_of(all_scales, expert, tl.uint8)
+        PACKED: tl.constexpr = 2 if FP4 else 1  # numbers in an element
+        second = weight + inner.to(tl.int64) * (size // 32 * 16 if FP4 else size)
+        second_scales = scales + inner.to(tl.int64) * (size // 32)
         gate, up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for start in range(0, size, BLOCK_K):
-            at = start + tl.arange(0, BLOCK_K)
-            mask = (place < end)[:, None] & (at < size)[None, :]
-            some = tl.load(x + token[:, None] * size + at[None, :], mask=mask, other=0.0)
-            gate = tl.dot(some, tl.trans(weight_tile(weight, column, inner, at, size)), gate, input_precision="ieee")
-            part = weight_tile(weight + inner.to(tl.int64) * size, column, inner, at, size)
-            up = tl.dot(some, tl.trans(part), up, input_precision="ieee")
+        for start in range(0, size, PACKED * BLOCK_K):
+            gate = add_product(gate, x, token, place < end, weight, scales, column, inner, start, size, FP4, BLOCK_K)
+            up = add_product(up, x, token, place < end, second, second_scales, column, inner, start, size, FP4, BLOCK_K)
         if HAS_BIAS:
-            bias = address_of(biases, expert, x.dtype.element_ty)
+            bias = address_of(biases, expert, tl.float32 if FP4 else x.dtype.element_ty)
             gate += tl.load(bias + column, mask=column < inner, other=0.0).to(tl.float32)[None, :]
             up += tl.load(bias + inner + column, mask=column < inner, other=0.0).to(tl.float32)[None, :]
         made = gated_product(gate, up, ACTIVATION).to(out.dtype.element_ty)
@@ -65,23 +89,22 @@ def gate_and_up(
 
 @triton.jit
 def down_product(
-    x, order, starts, tile_ends, weights, biases, shares, out, size, inner, EXPERTS: tl.constexpr,
-    BLOCK_E: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, order, starts, tile_ends, weights, all_scales, biases, shares, out, size, inner, EXPERTS: tl.constexpr,
+    BLOCK_E: tl.constexpr, HAS_BIAS: tl.constexpr, FP4: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """x [sorted rows, inner] -> float32 [tokens * chosen, size], times the experts' shares"""
     expert, place, end = tile_of(tile_ends, starts, EXPERTS, BLOCK_E, BLOCK_M)
     if expert < EXPERTS:
         pair = tl.load(order + place, mask=place < end, other=0)
         column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-        weight = address_of(weights, expert, x.dtype.element_ty)
+        kind: tl.constexpr = tl.uint8 if FP4 else x.dtype.element_ty
+        weight, scales = address_of(weights, expert, kind), address_of(all_scales, expert, tl.uint8)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for start in range(0, inner, BLOCK_K):
-            at = start + tl.arange(0, BLOCK_K)
-            mask = (place < end)[:, None] & (at < inner)[None, :]
-            some = tl.load(x + place[:, None] * inner + at[None, :], mask=mask, other=0.0)
-            acc = tl.dot(some, tl.trans(weight_tile(weight, column, size, at, inner)), acc, input_precision="ieee")
+        for start in range(0, inner, 2 * BLOCK_K if FP4 else BLOCK_K):
+            acc = add_product(acc, x, place, place < end, weight, scales, column, size, start, inner, FP4, BLOCK_K)
         if HAS_BIAS:
-            bias = address_of(biases, expert, x.dtype.element_ty)
+            bias = address_of(biases, expert, tl.float32 if FP4 else x.dtype.element_ty)
             acc += tl.load(bias + column, mask=column < size, other=0.0).to(tl.float32)[None, :]
         acc *= tl.load(shares + pair, mask=place < end, other=0.0)[:, None]
         mask = (place < end)[:, None] & (column < size)[None, :]

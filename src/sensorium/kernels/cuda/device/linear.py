@@ -51,6 +51,51 @@ def int4_product(
     finish(acc, out, bias, row, column, rows, columns, HAS_BIAS)
 
 
+@triton.jit
+def fp4_numbers(codes):
+    """float32, a 2^14th of what codes of E2M1 are: their bits are those of a float16 with a larger range"""
+    bits = ((codes & 7).to(tl.int16) << 9) | ((codes & 8).to(tl.int16) << 12)
+    return bits.to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def fp4_tiles(codes, scales, row, rows, start, size, dtype: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Of a weight [rows, size] the numbers [BLOCK_N, BLOCK_K] of the low halves of its bytes from `start` on, and of
+    the high ones. A group of 32 has 16 bytes, its first half in their low halves. Scales are powers of two, up to
+    2^113, so all numbers are exact."""
+    groups = size // 32
+    place, keep = row.to(tl.int64)[:, None], (row < rows)[:, None]
+    byte, group = start + tl.arange(0, BLOCK_K), start // 16 + tl.arange(0, BLOCK_K // 16)
+    packed = tl.load(codes + place * (groups * 16) + byte[None, :], mask=keep & (byte < groups * 16)[None, :], other=0)
+    exponent = tl.load(scales + place * groups + group[None, :], mask=keep & (group < groups)[None, :], other=0)
+    scale = (tl.minimum(exponent.to(tl.int32) + 14, 254) << 23).to(tl.float32, bitcast=True)
+    scale = tl.broadcast_to(scale[:, :, None], (row.shape[0], BLOCK_K // 16, 16)).reshape(row.shape[0], BLOCK_K)
+    return (fp4_numbers(packed & 15) * scale).to(dtype), (fp4_numbers(packed >> 4) * scale).to(dtype)
+
+
+@triton.jit
+def fp4_columns(byte):
+    """Of the inputs that the low halves of bytes are for; those of the high halves come 16 later."""
+    return byte // 16 * 32 + byte % 16
+
+
+@triton.jit(do_not_specialize=["rows"])
+def fp4_product(
+    x, codes, scales, bias, out, rows, columns, size, stride, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Codes [columns, size / 2] and scales [columns, size / 32] of mxfp4."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, size // 2, BLOCK_K):
+        at = fp4_columns(start + tl.arange(0, BLOCK_K))
+        low, high = fp4_tiles(codes, scales, column, columns, start, size, x.dtype.element_ty, BLOCK_K)
+        acc = tl.dot(rows_of(x, row, rows, stride, at, size), tl.trans(low), acc, input_precision="ieee")
+        acc = tl.dot(rows_of(x, row, rows, stride, at + 16, size), tl.trans(high), acc, input_precision="ieee")
+    finish(acc, out, bias, row, column, rows, columns, HAS_BIAS)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def int8_product(
     x, codes, scales, bias, out, rows, columns, size, stride, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr,

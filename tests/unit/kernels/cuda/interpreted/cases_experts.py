@@ -6,9 +6,10 @@ import pytest
 import torch
 from support.triton_interpreter import assert_close
 
-from sensorium.kernels import Activation, reference
+from sensorium.kernels import Activation, Quantization, reference
 from sensorium.kernels.cuda import CudaBackend
 from sensorium.kernels.cuda.experts import CudaExperts
+from sensorium.kernels.cuda.linear import CudaQuantizedLinear
 
 CUDA = CudaBackend()
 
@@ -35,6 +36,36 @@ def test_experts(
     chosen, weights = reference.choose(torch.randn(tokens, experts), per_token, renormalizes=True, scale=1.0)
     expected = reference.experts(gate_up, down, activation)(x, chosen, weights)
     assert_close(made(x, chosen, weights), expected, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "bias"), [(2, False), (40, True)])
+def test_experts_in_mxfp4(tokens: int, bias: bool, dtype: torch.dtype) -> None:
+    """From their codes, against the same numbers."""
+
+    def codes(out: int, of: int) -> CudaQuantizedLinear:
+        made = CUDA.empty_quantized(out, of, Quantization(4, 32, floats=True), dtype=dtype, device=torch.device("cpu"))
+        scales = torch.randint(121, 126, (out, of // 32), dtype=torch.uint8)
+        made.fill_codes(0, torch.randint(0, 16, (out, of), dtype=torch.uint8), scales)
+        made.set_bias(torch.randn(out).to(dtype) if bias else None)
+        assert isinstance(made, CudaQuantizedLinear)
+        return made
+
+    def numbers(one: CudaQuantizedLinear) -> reference.PlainLinear:
+        made = reference.PlainLinear(one._weight(slice(None)))
+        made.set_bias(one._bias)
+        return made
+
+    gate_up, down = [codes(2 * 32, 64) for _ in range(3)], [codes(64, 32) for _ in range(3)]
+    made = CUDA.experts(gate_up, down, "clamped_swiglu")
+    assert isinstance(made, CudaExperts)
+    x = torch.randn(tokens, 64).to(dtype)
+    chosen, weights = reference.choose(torch.randn(tokens, 3), 2, renormalizes=True, scale=1.0)
+    plain = reference.experts([*map(numbers, gate_up)], [*map(numbers, down)], "clamped_swiglu")
+    expected = plain(x.float(), chosen, weights).to(dtype)
+    assert (made(x, chosen, weights).float() - expected.float()).norm() < (
+        1e-2 if dtype is torch.bfloat16 else 1e-5
+    ) * expected.float().norm()
 
 
 def test_experts_that_nobody_chose() -> None:

@@ -12,12 +12,13 @@ from torch.nn import functional
 
 from sensorium.kernels import Quantization, reference
 from sensorium.kernels.cuda import CudaBackend
-from sensorium.kernels.cuda.linear import FROM_CODES, CudaQuantizedLinear
+from sensorium.kernels.cuda.linear import FROM_CODES, CudaFp4Linear, CudaQuantizedLinear
 from sensorium.kernels.reference.quantized import quantize_int4
 
 CUDA = CudaBackend()
 CPU = torch.device("cpu")
 FORMS = [Quantization(8), *(Quantization(4, group) for group in (32, 64, 128))]
+MXFP4 = Quantization(4, 32, floats=True)
 
 
 def make(out: int, of: int, form: Quantization, dtype: torch.dtype, *, zeros: bool = False, bias: bool = False) -> Any:
@@ -38,6 +39,37 @@ def make(out: int, of: int, form: Quantization, dtype: torch.dtype, *, zeros: bo
 def check(made: CudaQuantizedLinear, x: Tensor) -> None:
     weight = made.rows(torch.arange(made.out_features)) if x.dtype == torch.float32 else made._weight(slice(None))
     assert_close(made(x), functional.linear(x.float(), weight.float(), made._bias).to(x.dtype), 3)
+
+
+def stored(out: int, of: int, dtype: torch.dtype, bias: Tensor | None) -> tuple[CudaFp4Linear, reference.Fp4Linear]:
+    """The same codes of mxfp4 for both, filled in parts."""
+    codes = torch.randint(0, 16, (out, of), dtype=torch.uint8)
+    scales = torch.randint(118, 129, (out, of // 32), dtype=torch.uint8)
+    scales[0] = torch.tensor([0, 1, 2])[: of // 32].repeat(of // 32)[: of // 32]  # next to nothing
+    made = CUDA.empty_quantized(out, of, MXFP4, dtype=dtype, device=CPU)
+    plain = reference.Fp4Linear(out, of, MXFP4, dtype=dtype, device=CPU)
+    assert isinstance(made, CudaFp4Linear)
+    for one in (made, plain):
+        one.fill_codes(0, codes[:5], scales[:5])
+        one.fill_codes(5, codes[5:], scales[5:])
+        one.set_bias(bias)
+    return made, plain
+
+
+@pytest.mark.parametrize("rows", [1, 17, FROM_CODES + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_mxfp4(dtype: torch.dtype, rows: int) -> None:
+    made, plain = stored(70, 96, dtype, torch.randn(70) if rows != 17 else None)
+    assert torch.equal(made.rows(torch.tensor([69, 0, 8])), plain.rows(torch.tensor([69, 0, 8])))
+    assert made.nbytes == plain.nbytes
+    x = (torch.randn(rows, 96) / 10).to(dtype)
+    assert_close(made(x), plain(x), 4)
+
+
+def test_every_code_is_exact() -> None:
+    """A row of x that is one at one place reads that column."""
+    made, plain = stored(40, 64, torch.bfloat16, None)
+    assert torch.equal(made(torch.eye(64, dtype=torch.bfloat16)).t()[1:], plain.rows(torch.arange(1, 40)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
