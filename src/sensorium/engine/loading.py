@@ -29,11 +29,18 @@ from sensorium.engine.draft_model import DraftModel
 from sensorium.engine.drafting import Drafting
 from sensorium.engine.encoder_cache import EncoderCache
 from sensorium.engine.faults import Faults
-from sensorium.engine.graphs import Capture, CudaCapture, Graphs
+from sensorium.engine.graphs import Capture, CudaCapture, Graphs, graph_sizes
 from sensorium.engine.leader import Leader
 from sensorium.engine.lookup import PromptLookup
 from sensorium.engine.masks import Masks
-from sensorium.engine.memory import available_for_cache, encoder_cache_bytes, encoder_row_bytes, size_cache, size_states
+from sensorium.engine.memory import (
+    available_for_cache,
+    encoder_cache_bytes,
+    encoder_row_bytes,
+    graph_bytes,
+    size_cache,
+    size_states,
+)
 from sensorium.engine.prefix_cache import PrefixCache
 from sensorium.engine.runner import Runner
 from sensorium.engine.sampler import Sampler
@@ -321,7 +328,8 @@ def build_engine(
     if draft is not None:
         _check_draft(part, draft, config)
     is_staged = leader is None and (device.type != "cpu" or capture is not None)  # else steps are sent from the CPU
-    cache = _make_cache(part, config, tokens, int(is_staged), leader, draft)
+    graph_rows = graph_sizes(config.max_num_seqs)[-1] if capture is not None and model.generates else 0
+    cache = _make_cache(part, config, tokens, int(is_staged), leader, draft, graph_rows)
     encoder = _encoder_cache(model, groups, config, device, dtype)
     budget = _budget(model, groups, checkpoint, config, cache, tokens, device)
     prefixes = _prefix_cache(part, config, cache, budget)
@@ -481,10 +489,17 @@ class _Cache(NamedTuple):
 
 
 def _make_cache(
-    part: LoadedPart, config: EngineConfig, tokens: int, spare: int, leader: Leader | None, draft: LoadedPart | None
+    part: LoadedPart,
+    config: EngineConfig,
+    tokens: int,
+    spare: int,
+    leader: Leader | None,
+    draft: LoadedPart | None,
+    graph_rows: int,
 ) -> _Cache:
     """For sequences as long as there is memory for. `tokens`: of the largest step; `spare`: blocks and slots of states
-    beside those that sequences get; `draft` has a cache of as many tokens in the same memory."""
+    beside those that sequences get; `draft` has a cache of as many tokens in the same memory; `graph_rows`: sequences
+    of the largest graph."""
     groups = part.model.cache_groups()
     wanted = wanted_length(config, part.checkpoint)
     cache_dtype = choose_cache_dtype(config.kv_cache_dtype, part.dtype, part.device, has_cache=bool(groups))
@@ -496,7 +511,7 @@ def _make_cache(
         return _Cache([], 0, wanted, 0, followers_bytes=followers_bytes)
     layout = CacheLayout.of(paged(groups), config.block_size, cache_dtype, max_len=wanted)
     tables = BlockTables(layout.windows, config.block_size, tokens)
-    rooms = [room_of_rank(part, config, None if leader is None else leader.ranks, tokens)]
+    rooms = [room_of_rank(part, config, None if leader is None else leader.ranks, tokens, graph_rows)]
     available = min(rooms + [one.available_bytes for one in followers])
     draft_bytes = 0 if draft is None else int(available * _draft_share(part, draft, config))
     available -= draft_bytes
@@ -523,14 +538,20 @@ def _token_bytes(part: LoadedPart, config: EngineConfig) -> int:
     return sum(group.token_bytes(dtype) for group in paged(part.model.cache_groups()))
 
 
-def room_of_rank(part: LoadedPart, config: EngineConfig, ranks: Ranks | None, tokens: int | None = None) -> int:
-    """Bytes of KV cache that there is memory for, where the weights are. `tokens`: of the largest step."""
+def room_of_rank(
+    part: LoadedPart, config: EngineConfig, ranks: Ranks | None, tokens: int | None = None, graph_rows: int = 0
+) -> int:
+    """Bytes of KV cache that there is memory for, where the weights are. `tokens`: of the largest step; `graph_rows`:
+    sequences of the largest graph."""
     model, device = part.model, part.device
     cache_dtype = choose_cache_dtype(
         config.kv_cache_dtype, part.dtype, part.device, has_cache=bool(model.cache_groups())
     )
     tokens = tokens or config.max_num_batched_tokens or default_batched_tokens(model, device)
     activations = activation_bytes(model, tokens, cache_dtype) if device.type != "cpu" else 0
+    if graph_rows:
+        states_of = [activation_bytes(model, rows, cache_dtype) for rows in (0, graph_rows)]  # kernels gather nothing
+        activations += graph_bytes(graph_rows, part.checkpoint.vocab_size, states_of[1] - states_of[0])
     mapped_bytes = mapped_weight_bytes(model)  # the system counts them as free memory
     return available_for_cache(config, device, activations, mapped_bytes, 1 if ranks is None else ranks.size)
 

@@ -18,6 +18,7 @@ CPU_PART = 0.25  # of free memory for the KV cache, where the flag does not say
 STATES_PART = 0.5  # of the cache's memory that states may take
 SNAPSHOT_TOKENS = 128  # for so many tokens of keys and values there is one snapshot of states
 LEAST_SLOTS = 3  # of states: see `StateSlots`
+WORKSPACES = 64 * 1024 * 1024  # bytes of a GPU that libraries of products keep
 ENCODER_PART = 0.125  # of free memory that tower outputs may take, whatever the flag says
 
 
@@ -79,7 +80,13 @@ def available_for_cache(
     if device.type == "cpu":
         return int(max(free_memory_bytes() - mapped_bytes, 0) * CPU_PART) // num_ranks
     free, total = torch.cuda.mem_get_info(device)
-    return int(total * config.gpu_memory_utilization) - (total - free) - activation_bytes
+    return int(total * config.gpu_memory_utilization) - (total - free) - activation_bytes - WORKSPACES
+
+
+def graph_bytes(rows: int, vocab_size: int, step_bytes: int) -> int:
+    """What graphs of decodes of up to so many sequences keep: float32 logits, which all share, and the memory of the
+    largest, which the others use in turn. `step_bytes`: of the states of such a step."""
+    return 4 * rows * vocab_size + step_bytes if rows else 0
 
 
 def encoder_cache_bytes(config: EngineConfig, device: torch.device) -> int:

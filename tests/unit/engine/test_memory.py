@@ -10,8 +10,8 @@ import torch
 from sensorium.config import EngineConfig
 from sensorium.engine import loading
 from sensorium.engine.cache_layout import CacheLayout, by_place
-from sensorium.engine.loading import choose_cache_dtype, choose_dtype, default_batched_tokens
-from sensorium.engine.memory import available_for_cache, encoder_cache_bytes, encoder_row_bytes, size_cache
+from sensorium.engine.loading import LoadedPart, choose_cache_dtype, choose_dtype, default_batched_tokens, room_of_rank
+from sensorium.engine.memory import WORKSPACES, available_for_cache, encoder_cache_bytes, encoder_row_bytes, size_cache
 from sensorium.engine.tables import BlockTables
 from sensorium.errors import StartupError
 from sensorium.kernels.context import LayerCache
@@ -174,6 +174,18 @@ def test_a_quarter_of_what_the_container_leaves(monkeypatch: pytest.MonkeyPatch)
     assert encoder_cache_bytes(EngineConfig("m", encoder_cache_memory=5), cpu) == 5
     monkeypatch.setattr(cgroups, "free_memory_bytes", lambda: None)
     assert free_memory_bytes() > 1_000_000
+
+
+def test_graphs_and_libraries_have_their_part_of_a_gpu(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (6 * 10**9, 8 * 10**9))
+    config = EngineConfig("m", gpu_memory_utilization=0.75)
+    part = LoadedPart(model, model.checkpoint, torch.device("cuda"), torch.bfloat16, None)
+    assert available_for_cache(config, part.device, 10**9) == 3 * 10**9 - WORKSPACES
+    alone, with_graphs = (room_of_rank(part, config, None, 512, graph_rows=rows) for rows in (0, 64))
+    logits = 4 * 64 * model.checkpoint.vocab_size
+    states = model.activation_bytes(64) - model.activation_bytes(0)
+    assert states > logits
+    assert alone - with_graphs == logits + states
 
 
 def test_threads_are_no_more_than_the_cores_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
