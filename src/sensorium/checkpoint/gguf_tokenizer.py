@@ -16,6 +16,9 @@ from sensorium.errors import CheckpointError
 _PREFIX = "tokenizer.ggml."
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)
 _SPACE = "▁"
+_WITH_RUNS = frozenset(
+    {"gemma", "gemma2", "gemma3", "gemma3n", "gemma-embedding"}
+)  # architectures with runs of spaces as tokens
 _MAX_TOKEN = 1024  # characters of a token that is cut everywhere: the time is their square
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -112,7 +115,7 @@ def tokenizer_of(file: GgufFile) -> tuple[str, dict[str, Any]]:
     """(tokenizer.json, tokenizer_config.json). CheckpointError if there is no such kind of tokenizer here."""
     stated = file.metadata.get("tokenizer.huggingface.json")
     vocabulary = Vocabulary(file)
-    kinds = {"gpt2": _byte_level, "llama": _sentencepiece, "gemma4": _sentencepiece, "t5": _unigram, "bert": _wordpiece}
+    kinds = {"gpt2": _byte_level, "llama": _sentencepiece, "gemma4": _merged, "t5": _unigram, "bert": _wordpiece}
     kind = vocabulary.get("model")
     if not isinstance(kind, str) or kind not in kinds:
         raise CheckpointError(
@@ -267,10 +270,14 @@ def _bpe(vocabulary: Vocabulary, merges: list[tuple[str, str]], **more: Any) -> 
     }
 
 
-def _sentencepiece(vocabulary: Vocabulary) -> dict[str, Any]:
-    """Llama 2's kind, and Gemma 4's, which has merges. Spaces are a visible character, what is unknown is bytes."""
-    has_merges = vocabulary.get("model") == "gemma4"
-    is_gemma = vocabulary.all.get("general.architecture") in ("gemma", "gemma2", "gemma3", "gemma3n", "gemma-embedding")
+def _merged(vocabulary: Vocabulary) -> dict[str, Any]:
+    """Gemma 4's kind."""
+    return _sentencepiece(vocabulary, has_merges=True)
+
+
+def _sentencepiece(vocabulary: Vocabulary, *, has_merges: bool = False) -> dict[str, Any]:
+    """Llama 2's kind, and with merges Gemma 4's. Spaces are a visible character, what is unknown is bytes."""
+    is_gemma = vocabulary.all.get("general.architecture") in _WITH_RUNS
     if is_gemma:
         runs = {
             index: token for index, token in enumerate(vocabulary.tokens) if len(token) > 1 and not token.strip(" ")

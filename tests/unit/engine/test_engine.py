@@ -86,6 +86,7 @@ def check_same_tokens(model: Model, chunk: int, caching: bool, preempted: bool, 
     scheduler = engine.engine.scheduler
     requests = mixed(24, logprobs=2)
     expected = solo(model, requests, kv_cache_dtype=cache)
+    near = 1e-5 if cache == "auto" else 1e-3  # keys that differ in their last bits may get another code
 
     def preempt(step: int) -> None:
         if preempted and step % 7 == 6 and scheduler.num_running > 1:
@@ -97,7 +98,7 @@ def check_same_tokens(model: Model, chunk: int, caching: bool, preempted: bool, 
         assert tokens_of(got) == tokens_of(expected)
         for mine, reference in zip(got, expected, strict=True):
             for a, b in zip(mine.logprobs, reference.logprobs, strict=True):
-                assert a.logprob == pytest.approx(b.logprob, abs=1e-5)
+                assert a.logprob == pytest.approx(b.logprob, abs=near)
                 assert [token for token, _ in a.top] == [token for token, _ in b.top]
         if temperature == "warm" and caching:
             assert all(result.cached for result, length in zip(got, LENGTHS[:4], strict=False) if length > 16)
