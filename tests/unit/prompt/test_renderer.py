@@ -133,8 +133,10 @@ async def test_sources_that_are_no_templates_or_too_deep(name: str) -> None:
 
 
 async def test_loops_that_fill_every_worker_do_not_stop_the_next_request() -> None:
-    """More workers come when those that run are stuck. The loops run so long that a busy machine is in time, too."""
-    pool = RenderPool(cpu_s=100, own=Size(2, 8, turn_s=300, total_s=300), foreign=Size(2, 4, turn_s=90, total_s=90))
+    """More workers come when those that run are stuck. The loops run longer than any machine keeps this process waiting:
+    one was seen to, until loops of 100 s of processor time were over before the request came."""
+    hour_s = 3600.0
+    pool = RenderPool(cpu_s=hour_s, own=Size(2, 8, hour_s, hour_s), foreign=Size(2, 4, hour_s, hour_s))
     await hello(pool)
     bad = [asyncio.ensure_future(pool.render(LOOPS, variables(), b"")) for _ in range(4)]
     await asyncio.sleep(0.01)
