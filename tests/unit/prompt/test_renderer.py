@@ -133,8 +133,8 @@ async def test_sources_that_are_no_templates_or_too_deep(name: str) -> None:
 
 
 async def test_loops_that_fill_every_worker_do_not_stop_the_next_request() -> None:
-    """More workers come when those that run are stuck. The loops run longer than any machine keeps this process waiting:
-    one was seen to, until loops of 100 s of processor time were over before the request came."""
+    """More workers come when those that run are stuck. The loops run longer than a machine keeps this process waiting:
+    one did so until loops of 100 s of processor time were over before the request came."""
     hour_s = 3600.0
     pool = RenderPool(cpu_s=hour_s, own=Size(2, 8, hour_s, hour_s), foreign=Size(2, 4, hour_s, hour_s))
     await hello(pool)
