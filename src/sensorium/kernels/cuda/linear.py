@@ -13,7 +13,7 @@ from sensorium.kernels.cuda.device import linear as device
 from sensorium.kernels.cuda.launch import FLOATS, launch
 from sensorium.kernels.gpu import gpu_kernels
 from sensorium.kernels.reference import QuantizedLinear
-from sensorium.kernels.reference.fp4 import decode
+from sensorium.kernels.reference.fp4 import Fp4Linear
 
 GROUPS = (32, 64, 128, 256)
 FROM_CODES = 128  # rows that are: above, the matrix units wait for the codes
@@ -60,19 +60,26 @@ class CudaQuantizedLinear(QuantizedLinear):
         return out.view(*x.shape[:-1], self.out_features)
 
     def _multiply(self, rows: Tensor, out: Tensor) -> None:
-        count, size = rows.shape
-        tile = 16 if count <= 16 else 64
-        grid = (-(-count // tile), -(-self.out_features // COLUMNS))
-        bias = self._scales if self._bias is None else self._bias
-        options: dict[str, Any] = {"HAS_BIAS": self._bias is not None, "BLOCK_M": tile, "BLOCK_N": COLUMNS}
-        sizes = (count, self.out_features, size, rows.stride(0))
         if self.bits == 8:
-            launch(device.int8_product, grid, rows, self._codes, self._scales, bias, out, *sizes, BLOCK_K=128,
-                   num_warps=4, num_stages=3, **options)  # fmt: skip
+            self._launch(device.int8_product, rows, out, BLOCK_K=128)
             return
         zeros = self._scales if self._zeros is None else self._zeros
-        launch(device.int4_product, grid, rows, self._codes, self._scales, zeros, bias, out, *sizes,
-               HAS_ZEROS=self._zeros is not None, GROUP=self._group, num_warps=4, num_stages=3, **options)  # fmt: skip
+        self._launch(device.int4_product, rows, out, zeros, HAS_ZEROS=self._zeros is not None, GROUP=self._group)
+
+    def _launch(self, kernel: Any, rows: Tensor, out: Tensor, *more: Tensor, **options: Any) -> None:
+        """`more`: what the kernel takes behind codes and scales."""
+        count, size = rows.shape
+        tile = tile_of(count)
+        grid = (-(-count // tile), -(-self.out_features // COLUMNS))
+        bias = self._scales if self._bias is None else self._bias
+        launch(kernel, grid, rows, self._codes, self._scales, *more, bias, out, count, self.out_features, size,
+               rows.stride(0), HAS_BIAS=self._bias is not None, BLOCK_M=tile, BLOCK_N=COLUMNS, num_warps=4,
+               num_stages=3, **options)  # fmt: skip
+
+
+def tile_of(count: int) -> int:
+    """Rows of x that a block has."""
+    return 16 if count <= 16 else 64
 
 
 def multiply_as_numbers(weight: QuantizedLinear, rows: Tensor) -> Tensor:
@@ -86,41 +93,18 @@ def multiply_as_numbers(weight: QuantizedLinear, rows: Tensor) -> Tensor:
     return out
 
 
-class CudaFp4Linear(CudaQuantizedLinear):
+class CudaFp4Linear(CudaQuantizedLinear, Fp4Linear):
     """mxfp4 weights as they are stored, two codes to a byte: a group's halves share bytes."""
 
     __slots__ = ()
-
-    def __init__(
-        self,
-        out_features: int,
-        in_features: int,
-        quantization: Quantization,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        super().__init__(out_features, in_features, quantization, dtype=dtype, device=device)
-        self._scales = torch.zeros_like(self._scales, dtype=torch.uint8)
 
     @property
     def codes(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """(codes uint8 [out, in / 2], scales uint8 [out, in / 32], bias float32 [out])"""
         return self._codes, self._scales, self._bias
 
-    def fill(self, first_row: int, rows: Tensor) -> None:
-        raise TypeError("mxfp4 weights are filled with codes as they are stored")
-
-    def _weight(self, rows: slice | Tensor) -> Tensor:
-        return decode(self._unpack(self._codes[rows]), self._scales[rows])
-
     def _multiply(self, rows: Tensor, out: Tensor) -> None:
-        count, size = rows.shape
-        tile = 16 if count <= 16 else 64
-        bias = self._scales if self._bias is None else self._bias
-        launch(device.fp4_product, (-(-count // tile), -(-self.out_features // COLUMNS)), rows, self._codes,
-               self._scales, bias, out, count, self.out_features, size, rows.stride(0), HAS_BIAS=self._bias is not None,
-               BLOCK_M=tile, BLOCK_N=COLUMNS, BLOCK_K=64 if tile == 16 else 32, num_warps=4, num_stages=3)  # fmt: skip
+        self._launch(device.fp4_product, rows, out, BLOCK_K=64 if tile_of(len(rows)) == 16 else 32)
 
 
 def suits(quantization: Quantization, dtype: torch.dtype) -> bool:

@@ -39,9 +39,7 @@ class Fp4Linear(QuantizedLinear):
         return x.float()
 
     def _weight(self, rows: slice | Tensor) -> Tensor:
-        codes = self._codes[rows]
-        codes = torch.stack((codes & 15, codes >> 4), -1).flatten(1)[:, : self.in_features]
-        return decode(codes, self._scales[rows])
+        return decode(self._unpack(self._codes[rows]), self._scales[rows])
 
 
 def decode(codes: Tensor, scales: Tensor) -> Tensor:
