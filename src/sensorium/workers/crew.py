@@ -143,10 +143,26 @@ class Crew:
                 self._give(free, job)
                 break
         else:
-            jobs = self._waiting.setdefault(job.key, deque())
-            jobs.appendleft(job) if job.is_retried else jobs.append(job)
+            self._waiting.setdefault(job.key, deque()).append(job)
             if not self._all:
                 self._fail_waiting()
+        self._look_soon()
+
+    def _put_again(self, job: Job) -> None:
+        """It waits for a worker that answers, or is ready, from now on. One that has nothing to do may have been killed
+        together with the one that the job had, and still seem to run: a killed process takes a moment to end."""
+        job.is_retried = True
+        self._waiting.setdefault(job.key, deque()).appendleft(job)
+        if all(one.worker.is_ready for one in self._all):  # else one that is being started takes it
+            if len(self._all) < self._size.most:
+                self._hire()
+            elif self._free:
+                self._free.pop().kill()  # another comes in its place
+        if not self._all:
+            self._fail_waiting()
+        self._look_soon()
+
+    def _look_soon(self) -> None:
         if self._tick is None:
             loop = asyncio.get_running_loop()
             self._looked_s = loop.time()
@@ -309,8 +325,7 @@ class Crew:
         if self._is_closed:
             job.fail(ServerError())
         elif code == -signal.SIGKILL and not job.is_retried:
-            job.is_retried = True
-            self._put(job)
+            self._put_again(job)
         else:
             job.fail(WorkerLost() if code in (None, -signal.SIGKILL) else JobFailed())
 

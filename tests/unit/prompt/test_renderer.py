@@ -21,6 +21,7 @@ from sensorium.prompt.local import LocalRenderer
 from sensorium.prompt.renderer import OWN, RenderPool
 from sensorium.units import MiB
 from sensorium.workers import crew
+from sensorium.workers.connection import Connection, Job
 from sensorium.workers.crew import Crew, Size
 from sensorium.workers.frames import FrameSocket
 from sensorium.workers.process import WorkerProcess
@@ -253,6 +254,24 @@ async def test_a_worker_that_is_killed_from_outside_costs_nobody_a_request(pool:
         for pid in pool.pids:
             os.kill(pid, signal.SIGKILL)
         assert await hello(pool) == 'Grüße 🙂, "you"'
+
+
+async def test_a_job_is_not_tried_again_with_a_worker_that_was_killed_too(
+    pool: RenderPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that was killed takes a moment to end, and may get a job meanwhile: here all of them do."""
+    await hello(pool)
+    while len(pool._own._free) < len(pool.pids):
+        await asyncio.sleep(0.01)
+    killed, send = set(pool.pids), Connection.send
+
+    def send_late(one: Connection, job: Job) -> None:
+        if one.worker.process.pid in killed:
+            one.worker.process.kill()
+        send(one, job)
+
+    monkeypatch.setattr(Connection, "send", send_late)
+    assert await hello(pool) == 'Grüße 🙂, "you"'
 
 
 async def test_stopped_workers_are_replaced_before_a_jobs_time_is_over(pool: RenderPool) -> None:
