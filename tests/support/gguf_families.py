@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -55,18 +56,26 @@ class Parameters:
         return sum(name.startswith(before) and name.endswith(after) for name in self.found)
 
 
-def write_family(folder: Path, file: Path, family: str, tokenizer: Mapping[str, Any], kind: str = "F32") -> None:
-    """The tiny checkpoint `family` in `folder`, its matrices as `kind`."""
+def write_family(
+    folder: Path,
+    file: Path,
+    family: str,
+    tokenizer: Mapping[str, Any],
+    kind: str = "F32",
+    more: Mapping[str, Tensor] = MappingProxyType({}),
+) -> None:
+    """The tiny checkpoint `family` in `folder`, its matrices as `kind`, with `more` tensors by their names in GGUF."""
     stated, parameters = FAMILIES[family], Parameters(folder)
     metadata: dict[str, Any] = {**stated["metadata"], **tokenizer}
     places = dict(stated["outer"])
     for layers, names in stated["layers"].items():
         for layer in layers.split(" "):
-            places |= {f"blk.{layer}.{one}": f"model.layers.{layer}.{stated['blocks'][one]}" for one in names.split()}
+            prefix = stated.get("layer", "model.layers.{}.").format(layer)
+            places |= {f"blk.{layer}.{one}": f"{prefix}{stated['blocks'][one]}" for one in names.split()}
     numbers = {name: torch.tensor(values) for name, values in stated["numbers"].items()}
     tensors = {name: _as_written(name, parameters.get(place), metadata) for name, place in places.items()}
     stored = {}
-    for name, tensor in {**numbers, **tensors}.items():
+    for name, tensor in {**numbers, **tensors, **more}.items():
         is_matrix = tensor.dim() > 1 and name.endswith(".weight") and tensor.shape[-1] % 32 == 0
         own = kind if is_matrix and "norm" not in name else "F32"
         stored[name] = (own, tuple(tensor.shape), encoded(tensor, own))
@@ -107,12 +116,14 @@ def _as_written(name: str, tensor: Tensor, metadata: Mapping[str, Any]) -> Tenso
     heads = metadata[f"{kind}.attention.head_count"]
     kv_heads = metadata.get(f"{kind}.attention.head_count_kv", heads)
     own = name.split(".")[2] if name.startswith("blk.") else name
+    if name == "position_embd.weight":  # without RoBERTa's rows before the first position
+        return tensor[-metadata[f"{kind}.context_length"] :].contiguous()
     if kind in ("llama", "mistral3") and own in ("attn_q", "attn_k"):
         count = heads if own == "attn_q" else kv_heads
         return tensor.view(count, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
     if kind.startswith("qwen35"):
         tensor = _delta_net(own, tensor, metadata, kind)
-    if kind.startswith(("gemma3", "qwen35")) and name.endswith("norm.weight") and own != "ssm_norm":
+    if kind.startswith(("gemma3", "gemma-embedding", "qwen35")) and name.endswith("norm.weight") and own != "ssm_norm":
         return tensor + 1
     return tensor.squeeze(1) if own in ("ssm_conv1d", "shortconv") and tensor.dim() == 3 else tensor
 

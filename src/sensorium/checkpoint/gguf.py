@@ -23,10 +23,12 @@ from sensorium import __version__
 from sensorium.checkpoint.gguf_config import config_of, generation_of, memory_part, pooling_of
 from sensorium.checkpoint.gguf_file import GgufFile, read_gguf, read_gguf_set
 from sensorium.checkpoint.gguf_metadata import Metadata
+from sensorium.checkpoint.gguf_names import DENSE_TENSORS
 from sensorium.checkpoint.gguf_tokenizer import chat_templates, tokenizer_of, with_token
 from sensorium.checkpoint.gguf_tower_configs import missing_token
 from sensorium.checkpoint.gguf_towers import goes_with, projector_of, tower_of
 from sensorium.checkpoint.own_cache import own_cache, writable
+from sensorium.checkpoint.pair_templates import template_of_places
 from sensorium.errors import CheckpointError, StartupError
 
 SUFFIX = ".gguf"
@@ -166,8 +168,11 @@ def _contents(files: tuple[GgufFile, ...], tower: GgufFile | None = None) -> dic
     }
     pooling = pooling_of(Metadata(files))
     if pooling is not None:
-        jsons |= _sentence_files(pooling, Metadata(files).number("embedding_length"))
+        jsons |= _sentence_files(pooling, Metadata(files))
     templates = chat_templates(first.metadata)
+    pairs = templates.pop("rerank", None)
+    if pairs is not None and config.get("num_labels"):
+        templates["default"] = template_of_places(pairs)
     if tower is not None:
         row = tower_of(Metadata((tower,)))
         jsons["preprocessor_config.json"] = row.preprocessor(Metadata((tower,)))
@@ -181,16 +186,24 @@ def _contents(files: tuple[GgufFile, ...], tower: GgufFile | None = None) -> dic
     return {**texts, "tokenizer.json": tokenizer}
 
 
-def _sentence_files(pooling: str, size: int) -> dict[str, Any]:
+def _sentence_files(pooling: str, meta: Metadata) -> dict[str, Any]:
     """As sentence-transformers writes them. Vectors are normalised, which GGUF does not say."""
-    kinds = ("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")
+    dense = [(f"{number}_Dense", f"dense_{number}.weight") for number in (2, 3)]
+    denses = [path for path, name in dense if name in meta.tensors]
+    paths = [("Transformer", ""), ("Pooling", "1_Pooling"), *(("Dense", path) for path in denses)]
     modules = [
         {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for index, (kind, path) in enumerate(kinds)
+        for index, (kind, path) in enumerate([*paths, ("Normalize", f"{len(paths)}_Normalize")])
     ]
     flags = {"cls": "cls_token", "mean": "mean_tokens", "lasttoken": "lasttoken"}
     settings = {f"pooling_mode_{flag}": kind == pooling for kind, flag in flags.items()}
-    return {"modules.json": modules, "1_Pooling/config.json": {"word_embedding_dimension": size, **settings}}
+    size = meta.number("embedding_length")
+    linear = {"bias": False, "activation_function": "torch.nn.modules.linear.Identity"}
+    return {
+        "modules.json": modules,
+        "1_Pooling/config.json": {"word_embedding_dimension": size, **settings},
+        **{f"{path}/config.json": linear for path in denses},
+    }
 
 
 def _write(folder: Path, contents: Mapping[str, str], files: tuple[GgufFile, ...], beside: list[Path]) -> None:
@@ -200,4 +213,7 @@ def _write(folder: Path, contents: Mapping[str, str], files: tuple[GgufFile, ...
     for file in beside:
         shutil.copyfile(file, folder / file.name)
     for one in files:
+        for name in DENSE_TENSORS:
+            if any(tensor.name == name for tensor in one.tensors):  # its layer is a module with a file of its own
+                (folder / f"{name[6]}_Dense" / f"{name}{SUFFIX}").symlink_to(one.path)
         (folder / f"{one.path.name.removesuffix(SUFFIX)}{SUFFIX}").symlink_to(one.path)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sensorium.checkpoint.gguf_decoders import decoder_config
+from sensorium.checkpoint.gguf_encoders import class_config, encoder_config
 from sensorium.checkpoint.gguf_file import GgufFile, GgufTensor
 from sensorium.checkpoint.gguf_metadata import Metadata
 from sensorium.checkpoint.gguf_names import GgufArchitecture, gguf_architecture
@@ -14,6 +15,7 @@ from sensorium.checkpoint.gguf_towers import tower_config
 from sensorium.errors import CheckpointError
 
 _POOLINGS = {1: "mean", 2: "cls", 3: "lasttoken"}
+_RANK = 4
 INT4_BLOCK = "Q4_0"  # that int4 in groups of 32 holds code for code, and multiplies faster than blocks
 _PLAIN = {"F32": 4, "F16": 2, "BF16": 2}
 _KEPT_BYTES = {  # of a weight in memory: that of the file, but for scales of six bits, which take a byte
@@ -71,10 +73,9 @@ def _text_config(meta: Metadata, *, has_tower: bool = False) -> dict[str, Any]:
     architecture, tensors = served_architecture(meta), meta.tensors
     if "token_embd.weight" not in tensors:
         raise CheckpointError(f"{meta.name} has no token_embd.weight: it holds no model's weights")
-    is_encoder, layers = architecture.model_type == "bert", meta.layers
-    pooled = pooling_of(meta) is not None and architecture.base is not None
+    encoder, classes, layers = encoder_config(meta), class_config(meta), meta.layers
     config = {
-        "architectures": [architecture.base if pooled else architecture.architecture],
+        "architectures": [_served_as(meta, architecture, has_classes=bool(classes))],
         "model_type": architecture.model_type,
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "hidden_size": meta.number("embedding_length"),
@@ -84,11 +85,23 @@ def _text_config(meta: Metadata, *, has_tower: bool = False) -> dict[str, Any]:
         "max_position_embeddings": meta.number("context_length"),
         "torch_dtype": _dtype(tensors),
     }
-    own = _bert_config(meta, tensors) if is_encoder else decoder_config(meta, has_tower=has_tower)
+    own = {**(decoder_config(meta, has_tower=has_tower) if encoder is None else encoder), **classes}
     quantised = any(tensor.kind.weights > 1 for tensor in tensors.values())
     if quantised:
         own["quantization_config"] = {"quant_method": "gguf", "memory_part": memory_part(tensors.values())}
     return {key: value for key, value in {**config, **own}.items() if value is not None}
+
+
+def _served_as(meta: Metadata, architecture: GgufArchitecture, *, has_classes: bool) -> str:
+    """With classes, with a language head, or with neither."""
+    if has_classes or meta.get("pooling_type") == _RANK:
+        if architecture.classifier is None or not has_classes:
+            what = "has no cls.output.weight" if architecture.classifier else f"is of the architecture {meta.prefix!r}"
+            raise meta.broken(f"a reranker or classifier that {what} is not supported as GGUF: serve its checkpoint")
+        return architecture.classifier
+    if pooling_of(meta) is not None and architecture.base is not None:
+        return architecture.base
+    return architecture.architecture
 
 
 def _inner_size(meta: Metadata) -> int:
@@ -102,8 +115,6 @@ def _inner_size(meta: Metadata) -> int:
 def pooling_of(meta: Metadata) -> str | None:
     """How embeddings are pooled, by sentence-transformers' name; None: not said, so the model generates."""
     kind = meta.get("pooling_type")
-    if kind == 4:
-        raise CheckpointError(f"{meta.name} is a reranker ({meta.prefix}.pooling_type 4), not supported as GGUF")
     return _POOLINGS.get(kind) if isinstance(kind, int) else None
 
 
@@ -144,12 +155,3 @@ def _dtype(tensors: Mapping[str, GgufTensor]) -> str:
     """That of the largest plain tensors, where all matrices are plain; else what codes are computed in."""
     kinds = {tensor.kind.name for tensor in tensors.values() if len(tensor.shape) > 1}
     return {frozenset({"F32"}): "float32", frozenset({"F16"}): "float16"}.get(frozenset(kinds), "bfloat16")
-
-
-def _bert_config(meta: Metadata, tensors: Mapping[str, GgufTensor]) -> dict[str, Any]:
-    types = tensors.get("token_types.weight")
-    return {
-        "layer_norm_eps": meta.number("attention.layer_norm_epsilon"),
-        "hidden_act": "gelu",
-        "type_vocab_size": 0 if types is None else types.shape[0],
-    }

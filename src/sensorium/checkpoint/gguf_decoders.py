@@ -158,6 +158,10 @@ def _gemma3(meta: Metadata, heads: int) -> dict[str, Any]:
     return config
 
 
+def _gemma_embedding(meta: Metadata, heads: int) -> dict[str, Any]:
+    return {**_gemma3(meta, heads), "use_bidirectional_attention": True}
+
+
 def _kinds(flags: list[bool]) -> list[str]:
     return ["sliding_attention" if one else "full_attention" for one in flags]
 
@@ -206,6 +210,7 @@ def _gemma4(meta: Metadata, heads: int) -> dict[str, Any]:
 
 _OWN: Mapping[str, Callable[[Metadata, int], dict[str, Any]]] = {
     "gemma3": _gemma3,
+    "gemma-embedding": _gemma_embedding,
     "gemma4": _gemma4,
     "glm4moe": _glm4,
     "gpt-oss": _gpt_oss,

@@ -70,6 +70,7 @@ _GEMMA4 = {
     "post_ffw_norm_2": "post_feedforward_layernorm_2",
 }
 _DECODER_OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_SCORED_OUTER = {**_DECODER_OUTER, "cls.output": "score"}
 _GEMMA4_OUTER = {
     **_DECODER_OUTER,
     "per_layer_token_embd": "model.embed_tokens_per_layer",
@@ -89,9 +90,38 @@ _BERT_OUTER = {
     "token_types": "embeddings.token_type_embeddings",
     "position_embd": "embeddings.position_embeddings",
     "token_embd_norm": "embeddings.LayerNorm",
+    "cls": "classifier.dense",
+    "cls.output": "classifier.out_proj",
+}
+_NOMIC_BERT = {
+    "attn_qkv": "attn.Wqkv",
+    "attn_output": "attn.out_proj",
+    "attn_output_norm": "norm1",
+    "ffn_up": "mlp.fc11",
+    "ffn_gate": "mlp.fc12",
+    "ffn_down": "mlp.fc2",
+    "layer_output_norm": "norm2",
+}
+_MODERN_BERT = {
+    "attn_norm": "attn_norm",
+    "attn_qkv": "attn.Wqkv",
+    "attn_output": "attn.Wo",
+    "ffn_norm": "mlp_norm",
+    "ffn_up": "mlp.Wi",
+    "ffn_down": "mlp.Wo",
+}
+_MODERN_BERT_OUTER = {
+    "token_embd": "embeddings.tok_embeddings",
+    "token_embd_norm": "embeddings.norm",
+    "output_norm": "final_norm",
+    "cls": "head.dense",
+    "cls.norm": "head.norm",
+    "cls.output": "classifier",
 }
 CONFIG_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Numbers that belong into config.json."""
+DENSE_TENSORS = ("dense_2.weight", "dense_3.weight")
+"""Linear layers behind the pooling, modules of their own in a model folder."""
 _LAYER = re.compile(r"blk\.(\d{1,5})\.(.+)")
 _SUFFIXED = re.compile(r"(.+)\.(weight|bias)")
 _NUMBERED = re.compile(r"(.+)\.(\d{1,4})")
@@ -99,7 +129,8 @@ _NUMBERED = re.compile(r"(.+)\.(\d{1,4})")
 
 @dataclass(frozen=True, slots=True)
 class GgufArchitecture:
-    """`general.architecture`. `model_type` and `architecture` are config.json's; `base` is the one without a head.
+    """`general.architecture`. `model_type` and `architecture` are config.json's; `base` is the one without a head,
+    `classifier` the one with classes or a score.
 
     `blocks` and `outer` are names without their suffix (weight, bias), or whole ones that get none; "{}" is an
     expert's number."""
@@ -107,6 +138,7 @@ class GgufArchitecture:
     architecture: str
     model_type: str
     base: str | None = None
+    classifier: str | None = None
     blocks: Mapping[str, str] = field(default_factory=lambda: _DECODER)
     outer: Mapping[str, str] = field(default_factory=lambda: _DECODER_OUTER)
     layer: str = "model.layers.{}."
@@ -117,12 +149,15 @@ class GgufArchitecture:
 
 _LLAMA = GgufArchitecture("LlamaForCausalLM", "llama", "LlamaModel", permutes_heads=True)
 _QWEN2 = GgufArchitecture("Qwen2ForCausalLM", "qwen2", "Qwen2Model")
-_QWEN3 = GgufArchitecture("Qwen3ForCausalLM", "qwen3", "Qwen3Model")
+_QWEN3 = GgufArchitecture(
+    "Qwen3ForCausalLM", "qwen3", "Qwen3Model", "Qwen3ForSequenceClassification", outer=_SCORED_OUTER
+)
 _ROUTED = {**_DECODER, **_EXPERTS}
 _QWEN3_MOE = GgufArchitecture("Qwen3MoeForCausalLM", "qwen3_moe", blocks=_ROUTED)
 _QWEN3_5 = GgufArchitecture(
     "Qwen3_5ForCausalLM", "qwen3_5_text", blocks=_DELTA_NETS, norm_offset=1.0, plain_norms=("linear_attn.norm.weight",)
 )
+_GEMMA3 = GgufArchitecture("Gemma3ForCausalLM", "gemma3_text", blocks=_SANDWICHED, norm_offset=1.0)
 ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     "llama": _LLAMA,
     "mistral3": replace(_LLAMA, architecture="MistralForCausalLM", model_type="mistral", base="MistralModel"),
@@ -147,10 +182,34 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
         blocks={**_DECODER, **_SHORT_CONVS},
         outer={**_DECODER_OUTER, "token_embd_norm": "model.norm"},
     ),
-    "gemma3": GgufArchitecture("Gemma3ForCausalLM", "gemma3_text", blocks=_SANDWICHED, norm_offset=1.0),
+    "gemma3": _GEMMA3,
+    "gemma-embedding": replace(_GEMMA3, architecture="Gemma3TextModel", base="Gemma3TextModel"),
     "gemma4": GgufArchitecture("Gemma4ForCausalLM", "gemma4_text", blocks=_GEMMA4, outer=_GEMMA4_OUTER),
     "bert": GgufArchitecture(
-        "BertModel", "bert", "BertModel", blocks=_BERT, outer=_BERT_OUTER, layer="encoder.layer.{}."
+        "BertModel",
+        "bert",
+        "BertModel",
+        "RobertaForSequenceClassification",
+        blocks=_BERT,
+        outer=_BERT_OUTER,
+        layer="encoder.layer.{}.",
+    ),
+    "nomic-bert": GgufArchitecture(
+        "NomicBertModel",
+        "nomic_bert",
+        "NomicBertModel",
+        blocks=_NOMIC_BERT,
+        outer={**_BERT_OUTER, "token_embd_norm": "emb_ln"},
+        layer="encoder.layers.{}.",
+    ),
+    "modern-bert": GgufArchitecture(
+        "ModernBertModel",
+        "modernbert",
+        "ModernBertModel",
+        "ModernBertForSequenceClassification",
+        blocks=_MODERN_BERT,
+        outer=_MODERN_BERT_OUTER,
+        layer="layers.{}.",
     ),
 }
 _MIXTRAL = replace(_LLAMA, architecture="MixtralForCausalLM", model_type="mixtral", base=None, blocks=_ROUTED)

@@ -59,8 +59,8 @@ _PRE_TOKENIZERS: Mapping[str, _PreTokenizer] = {
     **dict.fromkeys(("smaug-bpe", "dbrx"), _PreTokenizer((_LLAMA3,))),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "f2llmv2"), _QWEN),
     **dict.fromkeys(("kormo", "megrez"), _PreTokenizer((_QWEN2,))),
-    **dict.fromkeys(("gpt-2", "phi-2", "jais", "trillion", "mellum", "a.x-4.0"), _GPT2),
-    **dict.fromkeys(("mpt", "olmo"), replace(_GPT2, nfc=True)),
+    **dict.fromkeys(("gpt-2", "phi-2", "jais", "trillion", "mellum", "a.x-4.0", "roberta-bpe"), _GPT2),
+    **dict.fromkeys(("mpt", "olmo", "modern-bert"), replace(_GPT2, nfc=True)),
     **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "minimax-m2"), _PreTokenizer((_O200K,))),
     "tekken": _PreTokenizer((_TEKKEN,), whole_words=True, bos=True),
     "command-r": replace(_DIGITS, nfc=True),
@@ -102,8 +102,9 @@ class Vocabulary:
         return found
 
     def token(self, name: str, default: int | None = None) -> str | None:
-        """The text of `bos` and the like."""
-        token_id = self.get(f"{name}_token_id", default)
+        """The text of `bos` and the like. What begins a text may be called `bos` where it is `cls`."""
+        other = self.get("bos_token_id", default) if name == "cls" and default is not None else default
+        token_id = self.get(f"{name}_token_id", other)
         if token_id is None:
             return None
         if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < len(self.tokens):
@@ -133,7 +134,10 @@ def tokenizer_of(file: GgufFile) -> tuple[str, dict[str, Any]]:
 
 
 _NAMED: Mapping[str, Mapping[str, tuple[str, int | None]]] = {
-    "gpt2": {"bos": ("bos", None), "eos": ("eos", None), "unk": ("unknown", None), "pad": ("padding", None)},
+    "gpt2": {
+        **{"bos": ("bos", None), "eos": ("eos", None), "unk": ("unknown", None), "pad": ("padding", None)},
+        **{"cls": ("cls", None), "sep": ("seperator", None), "mask": ("mask", None)},
+    },
     "llama": {"bos": ("bos", 1), "eos": ("eos", 2), "unk": ("unknown", 0), "pad": ("padding", None)},
     "gemma4": {"bos": ("bos", None), "eos": ("eos", None), "unk": ("unknown", None), "pad": ("padding", None)},
     "t5": {
@@ -161,12 +165,13 @@ def chat_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _assembled(vocabulary: Vocabulary, model: dict[str, Any], **parts: Any) -> dict[str, Any]:
+    masked = None if model["type"] == "WordPiece" else vocabulary.get("mask_token_id")  # takes the space before it
     added = [
         {
             "id": token_id,
             "content": vocabulary.tokens[token_id],
             "single_word": False,
-            "lstrip": False,
+            "lstrip": token_id == masked,
             "rstrip": False,
             "normalized": False,
             "special": kind != _USER,
@@ -185,7 +190,9 @@ def _framed(vocabulary: Vocabulary, begin: str | None, end: str | None, otherwis
         return otherwise
     ids = {one: vocabulary.tokens.index(one) for one in (begin, end) if one is not None}
 
-    between = {"bert": None, "t5": end}.get(vocabulary.get("model"), begin)
+    kind = vocabulary.get("model")
+    apart = end if vocabulary.flag("add_sep_token", default=kind == "t5") else None
+    between = begin if end is None else apart
 
     def side(name: str, kind: int, *, first: bool) -> list[dict[str, Any]]:
         before = begin if first else between
@@ -193,7 +200,7 @@ def _framed(vocabulary: Vocabulary, begin: str | None, end: str | None, otherwis
         parts.append({"Sequence": {"id": name, "type_id": kind}})
         return [*parts, *([] if end is None else [{"SpecialToken": {"id": end, "type_id": kind}}])]
 
-    second = 1 if vocabulary.get("model") == "bert" else 0
+    second = 1 if kind == "bert" else 0
     return {
         "type": "TemplateProcessing",
         "single": side("A", 0, first=True),

@@ -4,6 +4,9 @@ Literal data. Messages have the roles query and document; a system message, if t
 
 from __future__ import annotations
 
+import json
+import re
+
 _PICK = (
     "{% macro said(role) %}{% for message in messages if message['role'] == role %}{{ message['content'] }}"
     "{% endfor %}{% endmacro %}"
@@ -46,6 +49,15 @@ BGE_GEMMA = (
     "{{ instruction or 'Given a query A and a passage B, determine whether the passage contains an answer to the query "
     "by providing a prediction of either \\'Yes\\' or \\'No\\'.' }}"
 )
+
+
+def template_of_places(text: str) -> str:
+    """A template in llama.cpp's words, a text with the places {query} and {document}, as one for messages."""
+    pieces = re.split(r"\{(query|document)\}", text)
+    return _PICK + "".join(
+        f"{{{{ {piece if index % 2 else json.dumps(piece, ensure_ascii=False)} }}}}"
+        for index, piece in enumerate(pieces)
+    )
 
 
 def reads_pairs(source: str | None) -> bool:

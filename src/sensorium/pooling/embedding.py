@@ -19,9 +19,11 @@ from sensorium.pooling.pool import ACTIVATIONS
 from sensorium.pooling.pooler import EmbedPooler, Pooler, SparsePooler, TokenPooler, VectorsPooler
 from sensorium.types import PoolingTask
 from sensorium.weights.checkpoint_files import plain_tensors
+from sensorium.weights.gguf import gguf_numbers
 
 SPARSE_LINEAR, COLBERT_LINEAR = "sparse_linear.pt", "colbert_linear.pt"
 _FILES = ("model.safetensors", "pytorch_model.bin")
+_IN_GGUF = "*.weight.gguf"  # the model's file, by the name of the layer's tensor
 
 
 class Dense(nn.Module):
@@ -104,6 +106,9 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 
 def _tensors(spec: DenseSpec) -> dict[str, Tensor]:
+    for named in spec.folder.glob(_IN_GGUF):
+        with torch.device("cpu"):
+            return {"linear.weight": gguf_numbers(named, named.stem)}
     file = next((spec.folder / name for name in _FILES if (spec.folder / name).is_file()), None)
     if file is None:
         raise CheckpointError(f"{spec.folder.name}, which modules.json names, has no weights ({' or '.join(_FILES)})")

@@ -15,6 +15,7 @@ from sensorium.checkpoint.gguf_file import BlockType, GgufFile, GgufTensor, read
 from sensorium.checkpoint.gguf_metadata import Metadata
 from sensorium.checkpoint.gguf_names import (
     CONFIG_TENSORS,
+    DENSE_TENSORS,
     GgufArchitecture,
     checkpoint_name,
     gguf_architecture,
@@ -36,7 +37,14 @@ from sensorium.weights.tensor_files import StoredTensor, element_of, mapped_tens
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _STORED = StoredQuantization("gguf", ())
 _CONVOLUTIONS = ("conv1d.weight", ".conv.conv.weight")  # each channel by itself, over one dimension
-_ROWS = ("shared_expert_gate.weight", "token_type_embeddings.weight")  # matrices that may have one row
+_ELSEWHERE = (*CONFIG_TENSORS, *DENSE_TENSORS)
+_SCORE = "score.weight"
+_ROWS = (
+    "shared_expert_gate.weight",
+    "token_type_embeddings.weight",
+    "classifier.out_proj.weight",
+    "classifier.weight",
+)  # matrices that may have one row
 
 
 class BlockCodes(DecodedCodes):
@@ -116,9 +124,34 @@ def read_gguf_tensors(parts: Sequence[Path]) -> list[StoredTensor | BlockCodes]:
     for file in meta.files:
         memory = _memory(file)
         for tensor in file.tensors:
-            if tensor.name not in CONFIG_TENSORS and (layer_of(tensor.name) or 0) < layers:
+            if tensor.name not in _ELSEWHERE and (layer_of(tensor.name) or 0) < layers:
                 found += _elements(_changed(_mapped(file, memory, tensor), tensor, meta, architecture), tensor.kind)
     return [*found, *(one for tower in towers for one in read_tower(tower))]
+
+
+def gguf_numbers(path: Path, name: str) -> Tensor:
+    """One tensor of a file, float32. CheckpointError if it is not there."""
+    file = read_gguf(path)
+    stored = next((tensor for tensor in file.tensors if tensor.name == name), None)
+    if stored is None:
+        raise CheckpointError(f"{path.name} has no tensor {name}")
+    return _numbers(_mapped(file, _memory(file), stored), stored).view().float().clone()
+
+
+def _numbers(tensor: StoredTensor, stored: GgufTensor) -> StoredTensor:
+    """Blocks as the floats that they stand for."""
+    kind, shape = stored.kind, stored.shape
+    if kind.name in _PLAIN:
+        return tensor
+    decode = DECODERS[kind.name]
+    return replace(
+        tensor,
+        shape=shape,
+        dtype=torch.float32,
+        view=lambda: decode(tensor.view().reshape(-1, kind.nbytes)).view(shape),
+        populate=None,
+        cut=None,
+    )
 
 
 def _memory(file: GgufFile) -> mmap.mmap:
@@ -213,6 +246,8 @@ def _codes(tensor: StoredTensor, kind: BlockType) -> StoredTensor | BlockCodes:
 def _changed(tensor: StoredTensor, stored: GgufTensor, meta: Metadata, architecture: GgufArchitecture) -> StoredTensor:
     """Under its checkpoint's name, with the contents and the shape that it has there."""
     key = checkpoint_name(stored.name, architecture)
+    if key == _SCORE:
+        return replace(_difference(_numbers(tensor, stored)), key=key)
     tensor = _reshaped(replace(tensor, key=key), _shape(key, tensor.shape))
     which = permuted_heads(stored.name, architecture)
     if which is not None:
@@ -223,6 +258,12 @@ def _changed(tensor: StoredTensor, stored: GgufTensor, meta: Metadata, architect
     if architecture.norm_offset and key.endswith("norm.weight") and not key.endswith(architecture.plain_norms or "\n"):
         return _with(tensor, lambda rows: rows.float() - architecture.norm_offset)
     return tensor
+
+
+def _difference(rows: StoredTensor) -> StoredTensor:
+    """Of two rows, the score of the first against the second."""
+    shape = (1, *rows.shape[1:])
+    return replace(_with(rows, lambda two: two[:1].float() - two[1:].float()), shape=shape, dtype=torch.float32)
 
 
 def _shape(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
