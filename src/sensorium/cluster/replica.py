@@ -14,6 +14,7 @@ from sensorium.api.context import Context
 from sensorium.api.metrics import CONTENT_TYPE
 from sensorium.api.routes import ROUTES, Route
 from sensorium.api.transport.asgi import Call, Message, Receive, Scope, Send
+from sensorium.cluster.gathered import Gathered
 from sensorium.config import ServePlan
 from sensorium.errors import ForbiddenError, UnavailableError
 from sensorium.startup.catalog import catalog_of, prepare
@@ -73,8 +74,12 @@ class Replica:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await accept_lifespan(receive, send, self.close)
-        else:
-            await self.app(scope, receive, send)
+            return
+        gathered = Gathered(send)
+        try:
+            await self.app(scope, receive, gathered)
+        finally:
+            gathered.close()
 
     async def answer(self, scope: Scope, body: bytes) -> AsyncIterator[list[Message]]:
         """One request of which everything is there, answered in lots of ASGI messages. It ends when its reader does."""
