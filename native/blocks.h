@@ -26,32 +26,30 @@ struct BlockForm {
     int bits, group, middle;
     bool offsets, table;
 
-    bool has_bytes() const { return inputs > kUnit; }
-    int64_t groups() const { return inputs / group; }
-    int64_t kinds() const { return offsets ? 2 : 1; }
-    int64_t head_bytes() const { return kinds() * kPanel * (2 + (has_bytes() ? groups() : 0)); }
-    int64_t unit_words() const { return bits * kPanel; }
-    int64_t record_bytes() const { return head_bytes() + inputs / kUnit * unit_words() * 4; }
-    int64_t panel_bytes(int64_t k) const { return k / inputs * record_bytes(); }
+    constexpr bool has_bytes() const { return inputs > kUnit; }
+    constexpr int64_t groups() const { return inputs / group; }
+    constexpr int64_t kinds() const { return offsets ? 2 : 1; }
+    constexpr int64_t head_bytes() const { return kinds() * kPanel * (2 + (has_bytes() ? groups() : 0)); }
+    constexpr int64_t unit_words() const { return bits * kPanel; }
+    constexpr int64_t record_bytes() const { return head_bytes() + inputs / kUnit * unit_words() * 4; }
+    constexpr int64_t panel_bytes(int64_t k) const { return k / inputs * record_bytes(); }
 };
 
-static inline const BlockForm& form_of(int32_t kind) {
-    static constexpr BlockForm forms[] = {
-        {32, 18, 4, 32, 8, false, false},     // Q4_0
-        {32, 20, 4, 32, 0, true, false},      // Q4_1
-        {32, 22, 5, 32, 16, false, false},    // Q5_0
-        {32, 24, 5, 32, 0, true, false},      // Q5_1
-        {32, 34, 8, 32, 128, false, false},   // Q8_0
-        {256, 84, 4, 16, 0, true, false},     // Q2_K
-        {256, 110, 4, 16, 4, false, false},   // Q3_K
-        {256, 144, 4, 32, 0, true, false},    // Q4_K
-        {256, 176, 5, 32, 0, true, false},    // Q5_K
-        {256, 210, 6, 16, 32, false, false},  // Q6_K
-        {32, 18, 4, 32, 128, false, true},    // IQ4_NL
-        {256, 136, 4, 32, 128, false, true},  // IQ4_XS
-    };
-    return forms[kind];
-}
+constexpr BlockForm kForms[] = {
+    {32, 18, 4, 32, 8, false, false},     // Q4_0
+    {32, 20, 4, 32, 0, true, false},      // Q4_1
+    {32, 22, 5, 32, 16, false, false},    // Q5_0
+    {32, 24, 5, 32, 0, true, false},      // Q5_1
+    {32, 34, 8, 32, 128, false, false},   // Q8_0
+    {256, 84, 4, 16, 0, true, false},     // Q2_K
+    {256, 110, 4, 16, 4, false, false},   // Q3_K
+    {256, 144, 4, 32, 0, true, false},    // Q4_K
+    {256, 176, 5, 32, 0, true, false},    // Q5_K
+    {256, 210, 6, 16, 32, false, false},  // Q6_K
+    {32, 18, 4, 32, 128, false, true},    // IQ4_NL
+    {256, 136, 4, 32, 128, false, true},  // IQ4_XS
+};
+static inline const BlockForm& form_of(int32_t kind) { return kForms[kind]; }
 
 // The numbers of IQ4's codes, plus 128.
 alignas(16) constexpr uint8_t kIq4[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
@@ -71,37 +69,53 @@ static int64_t block_bytes(int32_t kind, int64_t rows, int64_t k) {
 
 // Packing
 
-// A block of the file, taken apart: codes in the order of the inputs.
+// A block of the file, taken apart: codes in the order of the inputs, four to a word.
 struct LooseBlock {
     uint16_t scale = 0, offset = 0;  // fp16
     int8_t scales[16] = {}, offsets[16] = {};
-    uint8_t codes[256];
+    uint32_t codes[64];
 };
+
+constexpr uint32_t kNibbles = 0x0f0f0f0fu;  // of a word of four bytes
 
 static inline uint16_t load16(const uint8_t* from) {
     uint16_t half;
     std::memcpy(&half, from, 2);
     return half;
 }
+static inline uint32_t load32(const uint8_t* from) {
+    uint32_t word;
+    std::memcpy(&word, from, 4);
+    return word;
+}
 
 // 16 bytes -> 32 codes: low nibbles, then high ones.
-static inline void take_nibbles(const uint8_t* from, uint8_t* codes) {
-    for (int i = 0; i < 16; ++i) codes[i] = from[i] & 15, codes[i + 16] = from[i] >> 4;
+static inline void take_nibbles(const uint8_t* from, uint32_t* codes) {
+    for (int i = 0; i < 4; ++i) {
+        const uint32_t both = load32(from + 4 * i);
+        codes[i] = both & kNibbles, codes[i + 4] = both >> 4 & kNibbles;
+    }
 }
-static inline void add_fifth_bits(const uint8_t* from, uint8_t* codes) {
-    for (int i = 0; i < 32; ++i) codes[i] |= uint8_t((from[i / 8] >> (i % 8) & 1) << 4);
+// Four bytes, a bit for each of 32 codes.
+static inline void add_fifth_bits(const uint8_t* from, uint32_t* codes) {
+    const uint32_t bits = load32(from);
+    for (int i = 0; i < 8; ++i) codes[i] |= ((bits >> (4 * i) & 15) * 0x00204081u & 0x01010101u) << 4;
 }
 // 128 bytes -> 256 codes: of 32 bytes low nibbles, then high ones.
-static inline void take_nibble_runs(const uint8_t* from, uint8_t* codes) {
+static inline void take_nibble_runs(const uint8_t* from, uint32_t* codes) {
     for (int run = 0; run < 4; ++run)
-        for (int i = 0; i < 32; ++i) {
-            codes[64 * run + i] = from[32 * run + i] & 15;
-            codes[64 * run + 32 + i] = from[32 * run + i] >> 4;
+        for (int i = 0; i < 8; ++i) {
+            const uint32_t both = load32(from + 32 * run + 4 * i);
+            codes[16 * run + i] = both & kNibbles, codes[16 * run + 8 + i] = both >> 4 & kNibbles;
         }
 }
 // 64 bytes -> 256 codes of two bits.
-static inline void take_two_bits(const uint8_t* from, uint8_t* codes) {
-    for (int i = 0; i < 256; ++i) codes[i] = from[i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3;
+static inline void take_two_bits(const uint8_t* from, uint32_t* codes) {
+    for (int half = 0; half < 2; ++half)
+        for (int i = 0; i < 8; ++i) {
+            const uint32_t four = load32(from + 32 * half + 4 * i);
+            for (int part = 0; part < 4; ++part) codes[32 * half + 8 * part + i] = four >> (2 * part) & 0x03030303u;
+        }
 }
 // The twelve bytes of Q4_K and Q5_K: scales of six bits, and what is taken away.
 static inline void take_k_scales(const uint8_t* from, LooseBlock& out) {
@@ -119,6 +133,11 @@ static inline void take_q2k(const uint8_t* from, LooseBlock& out) {
     take_two_bits(from + 16, out.codes);
     out.scale = load16(from + 80), out.offset = load16(from + 82);
 }
+// 32 bytes: bit b of byte i is another one, `shift` bits up, of code 32 b + i.
+static inline void add_high_bits(const uint8_t* from, int shift, uint32_t* codes) {
+    for (int bit = 0; bit < 8; ++bit)
+        for (int i = 0; i < 8; ++i) codes[8 * bit + i] |= (load32(from + 4 * i) >> bit & 0x01010101u) << shift;
+}
 static inline void take_q3k(const uint8_t* from, LooseBlock& out) {
     const uint8_t* s = from + 96;
     for (int g = 0; g < 16; ++g) {
@@ -126,16 +145,18 @@ static inline void take_q3k(const uint8_t* from, LooseBlock& out) {
         out.scales[g] = int8_t((low | high << 4) - 32);
     }
     take_two_bits(from + 32, out.codes);
-    for (int i = 0; i < 256; ++i) out.codes[i] |= uint8_t((from[i % 32] >> (i / 32) & 1) << 2);
+    add_high_bits(from, 2, out.codes);
     out.scale = load16(from + 108);
 }
 static inline void take_q6k(const uint8_t* from, LooseBlock& out) {
-    uint8_t high[256];
-    take_two_bits(from + 128, high);
-    for (int i = 0; i < 256; ++i) {
-        const int part = i % 128 / 32, low = from[i / 128 * 64 + part % 2 * 32 + i % 32] >> (part / 2 * 4) & 15;
-        out.codes[i] = uint8_t(low | high[i] << 4);
-    }
+    take_two_bits(from + 128, out.codes);
+    for (int half = 0; half < 2; ++half)
+        for (int part = 0; part < 4; ++part)
+            for (int i = 0; i < 8; ++i) {
+                const uint32_t low = load32(from + 64 * half + part % 2 * 32 + 4 * i) >> (part / 2 * 4) & kNibbles;
+                uint32_t& code = out.codes[32 * half + 8 * part + i];
+                code = low | code << 4;
+            }
     std::memcpy(out.scales, from + 192, 16);
     out.scale = load16(from + 208);
 }
@@ -144,7 +165,7 @@ static inline void take_iq4xs(const uint8_t* from, LooseBlock& out) {
     out.scale = load16(from);
     for (int g = 0; g < 8; ++g) {
         out.scales[g] = int8_t(((from[4 + g / 2] >> (g % 2 * 4) & 15) | (high >> (2 * g) & 3) << 4) - 32);
-        take_nibbles(from + 8 + 16 * g, out.codes + 32 * g);
+        take_nibbles(from + 8 + 16 * g, out.codes + 8 * g);
     }
 }
 
@@ -158,8 +179,7 @@ static inline void take_block(int32_t kind, const uint8_t* from, LooseBlock& out
             return take_k_scales(from, out), take_nibble_runs(from + 16, out.codes);
         case kQ5K:
             take_k_scales(from, out), take_nibble_runs(from + 48, out.codes);
-            for (int i = 0; i < 256; ++i) out.codes[i] |= uint8_t((from[16 + i % 32] >> (i / 32) & 1) << 4);
-            return;
+            return add_high_bits(from + 16, 4, out.codes);
         case kQ6K:
             return take_q6k(from, out);
         case kIq4Xs:
@@ -170,7 +190,7 @@ static inline void take_block(int32_t kind, const uint8_t* from, LooseBlock& out
     if (offsets) out.offset = load16(from + 2);
     const uint8_t* codes = from + (offsets ? 4 : 2);
     if (kind == kQ8_0) {
-        for (int i = 0; i < 32; ++i) out.codes[i] = codes[i] ^ 0x80;
+        for (int i = 0; i < 8; ++i) out.codes[i] = load32(codes + 4 * i) ^ 0x80808080u;
         return;
     }
     const bool fifth = kind == kQ5_0 || kind == kQ5_1;
@@ -178,29 +198,21 @@ static inline void take_block(int32_t kind, const uint8_t* from, LooseBlock& out
     if (fifth) add_fifth_bits(codes, out.codes);
 }
 
-static inline uint32_t four_codes(const uint8_t* codes) {
-    uint32_t quad;
-    std::memcpy(&quad, codes, 4);
-    return quad;
-}
-
 // 32 codes -> the words of one column.
-static inline void put_unit(const BlockForm& form, const uint8_t* codes, uint32_t* words) {
+static inline void put_unit(const BlockForm& form, const uint32_t* codes, uint32_t* words) {
     if (form.bits == 8) {
-        for (int q = 0; q < 8; ++q) words[q * kPanel] = four_codes(codes + 4 * q);
+        for (int q = 0; q < 8; ++q) words[q * kPanel] = codes[q];
         return;
     }
-    for (int w = 0; w < 4; ++w)
-        words[w * kPanel] = (four_codes(codes + 8 * w) & 0x0f0f0f0fu) | (four_codes(codes + 8 * w + 4) & 0x0f0f0f0fu)
-                                                                            << 4;
+    for (int w = 0; w < 4; ++w) words[w * kPanel] = (codes[2 * w] & kNibbles) | (codes[2 * w + 1] & kNibbles) << 4;
     if (form.bits == 5) {
         uint32_t fifth = 0;
-        for (int q = 0; q < 8; ++q) fifth |= (four_codes(codes + 4 * q) >> 4 & 0x01010101u) << q;
+        for (int q = 0; q < 8; ++q) fifth |= (codes[q] >> 4 & 0x01010101u) << q;
         words[4 * kPanel] = fifth;
     }
     for (int half = 0; form.bits == 6 && half < 2; ++half) {
         uint32_t high = 0;
-        for (int q = 0; q < 4; ++q) high |= (four_codes(codes + 16 * half + 4 * q) >> 4 & 0x03030303u) << (2 * q);
+        for (int q = 0; q < 4; ++q) high |= (codes[4 * half + q] >> 4 & 0x03030303u) << (2 * q);
         words[(4 + half) * kPanel] = high;
     }
 }
@@ -218,7 +230,7 @@ static inline void put_block(const BlockForm& form, const LooseBlock& block, int
     }
     uint32_t* words = reinterpret_cast<uint32_t*>(record + form.head_bytes()) + column;
     for (int64_t at = 0; at < form.inputs; at += kUnit, words += form.unit_words())
-        put_unit(form, block.codes + at, words);
+        put_unit(form, block.codes + at / 4, words);
 }
 
 // Rows of the file's blocks, all of one segment; memory of columns beyond a segment's last is zero already.
@@ -296,31 +308,39 @@ struct UnitRun {
     const float* scales;   // [groups][32]
     const float* offsets;  // the same, or null
     const float* x_scale;
+    const float* x_total;
     const int32_t* x_sum;  // [rows][2 * groups_of_x], of 16 inputs each
     int middle;
 };
 
-template <int Bits, bool Table>
+// Word W of a column vector's unit: the codes 8 W to 8 W + 3, and those behind them.
+template <int Bits, bool Table, int W>
+static inline void decode_word(const uint32_t* unit, vquad& first, vquad& second) {
+    const vquad both = qload(unit + W * kPanel);
+    first = qlow(both), second = qhigh(both);
+    if constexpr (Table) first = qlookup(first, kIq4), second = qlookup(second, kIq4);
+    if constexpr (Bits == 5) {
+        const vquad bits = qload(unit + 4 * kPanel);
+        first = qadd_bits<4 - 2 * W>(first, bits, 0x10101010u);
+        second = qadd_bits<3 - 2 * W>(second, bits, 0x10101010u);
+    }
+    if constexpr (Bits == 6) {
+        const vquad bits = qload(unit + (4 + W / 2) * kPanel);
+        first = qadd_bits<4 - W % 2 * 4>(first, bits, 0x30303030u);
+        second = qadd_bits<2 - W % 2 * 4>(second, bits, 0x30303030u);
+    }
+}
+
+template <int Bits, bool Table, int W = 0>
 static inline void expand_unit(const uint32_t* from, uint32_t* out) {
     SENSORIUM_UNROLL(2)
     for (int j = 0; j < kPanel; j += kLanes) {
-        const auto quad = [&](auto which, vquad code) {
-            constexpr int q = decltype(which)::value;
-            if constexpr (Table) code = qlookup(code, kIq4);
-            if constexpr (Bits == 5) code = qadd_bits<4 - q>(code, qload(from + 4 * kPanel + j), 0x10101010u);
-            if constexpr (Bits == 6)
-                code = qadd_bits<4 - q % 4 * 2>(code, qload(from + (4 + q / 4) * kPanel + j), 0x30303030u);
-            qstore(out + q * kPanel + j, code);
-        };
-        const auto word = [&](auto which) {
-            constexpr int w = decltype(which)::value;
-            const vquad both = qload(from + w * kPanel + j);
-            quad(std::integral_constant<int, 2 * w>{}, qlow(both));
-            quad(std::integral_constant<int, 2 * w + 1>{}, qhigh(both));
-        };
-        word(std::integral_constant<int, 0>{}), word(std::integral_constant<int, 1>{});
-        word(std::integral_constant<int, 2>{}), word(std::integral_constant<int, 3>{});
+        vquad first, second;
+        decode_word<Bits, Table, W>(from + j, first, second);
+        qstore(out + 2 * W * kPanel + j, first);
+        qstore(out + (2 * W + 1) * kPanel + j, second);
     }
+    if constexpr (W < 3) expand_unit<Bits, Table, W + 1>(from, out);
 }
 
 static inline void expand_codes_of(const BlockForm& form, const uint32_t* from, uint32_t* out) {
@@ -349,8 +369,8 @@ static inline void expand_scales(const BlockForm& form, const uint8_t* record, i
     }
 }
 
-// Group: inputs that share a scale; Small: codes are less than 64.
-template <int MR, int Group, bool Small>
+// Group: inputs that share a scale; Small: codes are less than 64. What has offsets has its middle at zero.
+template <int MR, int Group, bool Small, bool Offsets>
 static void unit_tile(const UnitRun& run, const uint32_t* a, float* c) {
     constexpr int kGroups = int(kUnit) / Group, kWords = Group / 4;
     vf total[MR][2];
@@ -360,30 +380,23 @@ static void unit_tile(const UnitRun& run, const uint32_t* a, float* c) {
     const float *scales = run.scales, *offsets = run.offsets;
     for (int64_t unit = 0; unit < run.units; ++unit) {
         const uint32_t* b = run.words + unit * run.unit_words;
-        const float* x_scale = run.x_scale + unit;
+        const float *x_scale = run.x_scale + unit, *x_total = run.x_total + unit;
         const int32_t* x_sum = run.x_sum + 2 * unit;
         for (int g = 0; g < kGroups; ++g, scales += kPanel) {
-            int32_t x_sums[MR];
+            const auto x_sum_of = [&](int i) {
+                const int32_t* own = x_sum + i * 2 * run.groups_of_x;
+                return kGroups == 1 ? own[0] + own[1] : own[g];
+            };
             vi sum[MR][2];
             SENSORIUM_UNROLL(8)
             for (int i = 0; i < MR; ++i) {
-                const int32_t* own = x_sum + i * 2 * run.groups_of_x;
-                x_sums[i] = kGroups == 1 ? own[0] + own[1] : own[g];
-                const vi start = iset(-run.middle * x_sums[i]);
+                const vi start = Offsets ? izero() : iset(-run.middle * x_sum_of(i));
                 for (int j = 0; j < 2; ++j) sum[i][j] = start;
             }
             SENSORIUM_UNROLL(2)
             for (int p = 0; p < kWords; ++p, a += MR, b += kPanel) {
                 const vquad w[2] = {qload(b), qload(b + kLanes)};
-                for (int i = 0; i < MR; ++i) {
-                    if constexpr (Small) {
-                        const auto x = nibble_broadcast(a[i]);
-                        for (int j = 0; j < 2; ++j) sum[i][j] = dot_nibbles(sum[i][j], w[j], x);
-                    } else {
-                        const auto x = qbroadcast(a[i]);
-                        for (int j = 0; j < 2; ++j) sum[i][j] = dot_quad(sum[i][j], w[j], x);
-                    }
-                }
+                add_quads<Small>(sum, a, w);
             }
             SENSORIUM_UNROLL(2)
             for (int j = 0; j < 2; ++j) {
@@ -394,13 +407,14 @@ static void unit_tile(const UnitRun& run, const uint32_t* a, float* c) {
                     total[i][j] = fma(to_float(sum[i][j]), scale * own, total[i][j]);
                 }
             }
-            if (!offsets) continue;
+            if constexpr (!Offsets) continue;
             SENSORIUM_UNROLL(2)
             for (int j = 0; j < 2; ++j) {
                 const vf offset = vload(offsets + j * kLanes);
                 SENSORIUM_UNROLL(8)
                 for (int i = 0; i < MR; ++i) {
-                    const vf own = vset(x_scale[i * run.groups_of_x] * float(x_sums[i]));
+                    const vf own = vset(kGroups == 1 ? x_total[i * run.groups_of_x]
+                                                     : x_scale[i * run.groups_of_x] * float(x_sum_of(i)));
                     total[i][j] = fma(offset, own, total[i][j]);
                 }
             }
@@ -414,16 +428,152 @@ static void unit_tile(const UnitRun& run, const uint32_t* a, float* c) {
 
 using UnitTile = void (*)(const UnitRun& run, const uint32_t* a, float* c);
 
-template <int Group, bool Small, int... I>
+template <int Group, bool Small, bool Offsets, int... I>
 static UnitTile pick_unit_tile(int rows, std::integer_sequence<int, I...>) {
-    static constexpr UnitTile table[] = {unit_tile<I + 1, Group, Small>...};
+    static constexpr UnitTile table[] = {unit_tile<I + 1, Group, Small, Offsets>...};
     return table[rows - 1];
 }
 static inline UnitTile unit_tile_for(const BlockForm& form, int rows) {
     constexpr auto sizes = std::make_integer_sequence<int, kGroupRows>{};
-    if (form.group == 16) return pick_unit_tile<16, true>(rows, sizes);
-    return form.bits == 8 || form.table ? pick_unit_tile<32, false>(rows, sizes)
-                                        : pick_unit_tile<32, true>(rows, sizes);
+    if (form.bits == 8 || form.table) return pick_unit_tile<32, false, false>(rows, sizes);
+    if (form.group == 16)
+        return form.offsets ? pick_unit_tile<16, true, true>(rows, sizes)
+                            : pick_unit_tile<16, true, false>(rows, sizes);
+    return form.offsets ? pick_unit_tile<32, true, true>(rows, sizes) : pick_unit_tile<32, true, false>(rows, sizes);
+}
+
+// Few rows: codes are taken apart in registers, in the way from the memory. Of the kinds that models are stored in.
+
+constexpr int32_t kRecordKinds[] = {kQ8_0, kQ4K, kQ5K, kQ6K};
+
+struct RecordRun {
+    int64_t records, groups_of_x;
+    const uint8_t* record;
+    const float *x_scale, *x_total;  // see UnitRun
+    const int32_t* x_sum;
+};
+
+// The words W to End - 1 of a unit, or where codes are bytes all.
+template <int Bits, int W, int End, int MR>
+static inline void add_unit_words(vi (&sum)[MR][2], const uint32_t* a, const uint32_t* unit) {
+    if constexpr (Bits == 8) {
+        for (int q = 0; q < 8; ++q, a += MR, unit += kPanel) {
+            const vquad w[2] = {qload(unit), qload(unit + kLanes)};
+            add_quads<false>(sum, a, w);
+        }
+    } else {
+        vquad first[2], second[2];
+        for (int j = 0; j < 2; ++j) decode_word<Bits, false, W>(unit + j * kLanes, first[j], second[j]);
+        add_quads(sum, a + 2 * W * MR, first);
+        add_quads(sum, a + (2 * W + 1) * MR, second);
+        if constexpr (W + 1 < End) add_unit_words<Bits, W + 1, End>(sum, a, unit);
+    }
+}
+
+// Group G of a unit: `scale` and `offset` of its columns.
+template <int Kind, int G, int MR>
+static inline void add_record_group(vf (&total)[MR][2], const RecordRun& run, int64_t x_group, const uint32_t* a,
+                                    const uint32_t* unit, const vf (&scale)[2], const vf (&offset)[2]) {
+    constexpr int kGroups = int(kUnit / kForms[Kind].group), kWords = 4 / kGroups, kMiddle = kForms[Kind].middle;
+    vi sum[MR][2];
+    SENSORIUM_UNROLL(8)
+    for (int i = 0; i < MR; ++i) {
+        const int32_t* x_sum = run.x_sum + 2 * (i * run.groups_of_x + x_group);
+        const vi start = kMiddle ? iset(-kMiddle * (kGroups == 1 ? x_sum[0] + x_sum[1] : x_sum[G])) : izero();
+        for (int j = 0; j < 2; ++j) sum[i][j] = start;
+    }
+    add_unit_words<kForms[Kind].bits, G * kWords, (G + 1) * kWords>(sum, a, unit);
+    SENSORIUM_UNROLL(2)
+    for (int j = 0; j < 2; ++j) {
+        SENSORIUM_UNROLL(8)
+        for (int i = 0; i < MR; ++i) {
+            const int64_t place = i * run.groups_of_x + x_group;
+            total[i][j] = fma(to_float(sum[i][j]), scale[j] * vset(run.x_scale[place]), total[i][j]);
+            if constexpr (kForms[Kind].offsets) total[i][j] = fma(offset[j], vset(run.x_total[place]), total[i][j]);
+        }
+    }
+}
+
+// The sums are those of unit_tile, to the last bit. One row or two wait for memory: the processor finds the one stream
+// by itself, and goes faster through it when a unit's lines are asked for together. More rows leave time to ask far
+// ahead.
+template <int Kind, int MR>
+static void record_tile(const RecordRun& run, const uint32_t* a, float* c) {
+    constexpr bool kOffsets = kForms[Kind].offsets, kBytes = kForms[Kind].has_bytes();
+    constexpr int64_t kGroups = kUnit / kForms[Kind].group, kAhead = MR <= 2 ? 0 : 8192;
+    vf total[MR][2];
+    SENSORIUM_UNROLL(8)
+    for (int i = 0; i < MR; ++i)
+        for (int j = 0; j < 2; ++j) total[i][j] = vload(c + i * kPanel + j * kLanes);
+    const uint8_t* record = run.record;
+    int64_t x_group = 0;
+    for (int64_t at = 0; at < run.records; ++at, record += kForms[Kind].record_bytes()) {
+        const uint16_t* halves = reinterpret_cast<const uint16_t*>(record);
+        const int8_t* bytes = reinterpret_cast<const int8_t*>(halves + kForms[Kind].kinds() * kPanel);
+        const uint32_t* unit = reinterpret_cast<const uint32_t*>(record + kForms[Kind].head_bytes());
+        for (int64_t line = 0; line < kForms[Kind].head_bytes(); line += 64)
+            __builtin_prefetch(record + kAhead + line, 0, 3);
+        vf whole[2], least[2];
+        for (int j = 0; j < 2; ++j) {
+            whole[j] = vload_f16(halves + j * kLanes);
+            least[j] = kOffsets ? vload_f16(halves + kPanel + j * kLanes) : vzero();
+        }
+        for (int64_t u = 0; u < kForms[Kind].inputs / kUnit; ++u, ++x_group, a += 8 * MR) {
+            for (int64_t line = 0; line < kForms[Kind].unit_words() * 4; line += 64)
+                __builtin_prefetch(reinterpret_cast<const char*>(unit) + kAhead + line, 0, 3);
+            vf scale[kGroups][2], offset[kGroups][2];
+            for (int64_t g = 0; g < kGroups; ++g)
+                for (int j = 0; j < 2; ++j) {
+                    const int8_t* own = bytes + (u * kGroups + g) * kPanel + j * kLanes;
+                    scale[g][j] = kBytes ? whole[j] * vload_s8(own) : whole[j];
+                    offset[g][j] =
+                        kBytes && kOffsets ? least[j] * vload_s8(own + kForms[Kind].groups() * kPanel) : least[j];
+                }
+            add_record_group<Kind, 0>(total, run, x_group, a, unit, scale[0], offset[0]);
+            if constexpr (kGroups == 2) add_record_group<Kind, 1>(total, run, x_group, a, unit, scale[1], offset[1]);
+            unit += kForms[Kind].unit_words();
+        }
+    }
+    SENSORIUM_UNROLL(8)
+    for (int i = 0; i < MR; ++i)
+        for (int j = 0; j < 2; ++j) vstore(c + i * kPanel + j * kLanes, total[i][j]);
+}
+
+using RecordTile = void (*)(const RecordRun& run, const uint32_t* a, float* c);
+
+template <int Kind, int... I>
+static RecordTile pick_record_tile(int rows, std::integer_sequence<int, I...>) {
+    static constexpr RecordTile table[] = {record_tile<kRecordKinds[Kind], I + 1>...};
+    return table[rows - 1];
+}
+// Null: this kind has none.
+static inline RecordTile record_tile_for(int32_t kind, int rows) {
+    constexpr auto sizes = std::make_integer_sequence<int, kRecordRows>{};
+    return kind == kRecordKinds[0]   ? pick_record_tile<0>(rows, sizes)
+           : kind == kRecordKinds[1] ? pick_record_tile<1>(rows, sizes)
+           : kind == kRecordKinds[2] ? pick_record_tile<2>(rows, sizes)
+           : kind == kRecordKinds[3] ? pick_record_tile<3>(rows, sizes)
+                                     : nullptr;
+}
+
+// Some records at a time, so that those of a second tile of rows come out of L1.
+static void multiply_records(const QuantizedRows& x, const Linear& w, const BlockSegment& segment,
+                             const uint8_t* record, float* c) {
+    const BlockForm& form = form_of(segment.kind);
+    const int64_t units = w.k / kUnit, each = form.inputs / kUnit, records = w.k / form.inputs;
+    const int64_t step = x.tiling.count == 1 ? records : std::max<int64_t>(1, kTogetherUnits / each);
+    for (int64_t at = 0; at < records; at += step)
+        for (int64_t i = 0; i < x.tiling.count; ++i) {
+            const int64_t start = x.tiling.start(i), first = start * units + at * each;
+            const int size = x.tiling.size(i);
+            const RecordRun run{std::min(step, records - at),
+                                units,
+                                record + at * form.record_bytes(),
+                                x.scale + first,
+                                x.total + first,
+                                x.sum + 2 * first};
+            record_tile_for(segment.kind, size)(run, x.a + start * w.k / 4 + at * each * 8 * size, c + start * kPanel);
+        }
 }
 
 // One panel against all rows of x; sums in `c` [rows, 32].
@@ -432,6 +582,9 @@ static void multiply_blocks(const QuantizedRows& x, const Linear& w, int64_t pan
     const BlockSegment& segment = segment_of_panel(w, panel);
     const BlockForm& form = form_of(segment.kind);
     const uint8_t* record = panel_of(w, segment, panel - segment.first_panel);
+    std::fill(c, c + x.tiling.rows * kPanel, 0.0f);
+    if (x.tiling.rows <= 2 * kRecordRows && record_tile_for(segment.kind, 1))
+        return multiply_records(x, w, segment, record, c);
     const int64_t units = w.k / kUnit, each = form.inputs / kUnit, groups = kUnit / form.group;
     const bool expands = form.bits < 8;
     const size_t word_bytes = size_t(kTogetherUnits * 8 * kPanel) * sizeof(uint32_t);
@@ -440,7 +593,6 @@ static void multiply_blocks(const QuantizedRows& x, const Linear& w, int64_t pan
         static_cast<char*>(Scratch<Buffer::kWeightPiece>::get(word_bytes + 2 * scale_floats * sizeof(float)));
     uint32_t* words = reinterpret_cast<uint32_t*>(memory);
     float *scales = reinterpret_cast<float*>(memory + word_bytes), *offsets = scales + scale_floats;
-    std::fill(c, c + x.tiling.rows * kPanel, 0.0f);
     for (int64_t unit = 0; unit < units; unit += kTogetherUnits) {
         const int64_t count = std::min(kTogetherUnits, units - unit);
         const uint32_t* first = reinterpret_cast<const uint32_t*>(record + form.head_bytes());
@@ -453,15 +605,16 @@ static void multiply_blocks(const QuantizedRows& x, const Linear& w, int64_t pan
             for (int64_t i = u; expands && i < u + each; ++i, from += form.unit_words())
                 expand_codes_of(form, from, words + i * 8 * kPanel);
         }
-        UnitRun run{count,      expands ? 8 * kPanel : form.record_bytes() / int64_t(sizeof(uint32_t)),
-                    units,      expands ? words : first,
-                    scales,     form.offsets ? offsets : nullptr,
-                    nullptr,    nullptr,
-                    form.middle};
+        UnitRun run{count,   expands ? 8 * kPanel : form.record_bytes() / int64_t(sizeof(uint32_t)),
+                    units,   expands ? words : first,
+                    scales,  form.offsets ? offsets : nullptr,
+                    nullptr, nullptr,
+                    nullptr, form.middle};
         for (int64_t i = 0; i < x.tiling.count; ++i) {
             const int64_t start = x.tiling.start(i);
             const int size = x.tiling.size(i);
-            run.x_scale = x.scale + start * units + unit, run.x_sum = x.sum + 2 * (start * units + unit);
+            run.x_scale = x.scale + start * units + unit, run.x_total = x.total + start * units + unit;
+            run.x_sum = x.sum + 2 * (start * units + unit);
             unit_tile_for(form, size)(run, x.a + start * w.k / 4 + unit * 8 * size, c + start * kPanel);
         }
     }

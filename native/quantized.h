@@ -17,18 +17,37 @@ namespace sensorium::SENSORIUM_ISA {
 
 constexpr uint16_t kEight = 0x4800;  // in fp16
 
+// Rows of a tile that holds two kinds of sums in registers, and of one that takes blocks apart besides, see blocks.h.
+constexpr int kGroupRows = kTileRows < 6 ? kTileRows : 6;
+#if defined(SENSORIUM_AVX512)
+constexpr int kRecordRows = 4;
+#elif defined(SENSORIUM_AVX2)
+constexpr int kRecordRows = 2;
+#else
+constexpr int kRecordRows = 1;  // each size takes long to compile
+#endif
+
 struct Codes {
     bool nibbles;
     bool grouped;  // x has a scale for every group, not outliers
     int64_t k, group, groups;
+    bool blocks;
     int64_t sums;  // of x, in a group: over equal parts of it
 
     explicit Codes(const Linear& w)
-        : nibbles(w.layout == kInt4), grouped(w.layout != kInt8), k(w.k), sums(w.layout == kBlocks ? 2 : 1) {
-        group = w.layout == kBlocks ? 32 : nibbles ? w.group : ceil_div(k, 4) * 4;
+        : nibbles(w.layout == kInt4),
+          grouped(w.layout != kInt8),
+          k(w.k),
+          blocks(w.layout == kBlocks),
+          sums(blocks ? 2 : 1) {
+        group = blocks ? 32 : nibbles ? w.group : ceil_div(k, 4) * 4;
         groups = ceil_div(k, group);
     }
     int64_t padded() const { return group * groups; }
+    int64_t rows_of_tile(int64_t rows) const {
+        if (!grouped) return kTileRows;
+        return blocks && rows <= 2 * kRecordRows ? kRecordRows : kGroupRows;
+    }
     int64_t x_words() const { return padded() / 4; }                         // of a row of x
     int64_t words() const { return nibbles ? padded() / 8 : padded() / 4; }  // of a column of the weight
     uint8_t nothing() const { return nibbles ? 8 : 128; }  // the code of what is beyond k; x is zero there
@@ -238,9 +257,6 @@ static void unpack_quantized(const Linear& w, const int64_t* ids, int64_t count,
 
 // Activations
 
-// Rows of an int4 tile: it holds two kinds of sums in registers.
-constexpr int kGroupRows = kTileRows < 6 ? kTileRows : 6;
-
 // A few values of a row of x that is multiplied with int8 codes may be far larger than all others, and a scale that had
 // to reach them would round the rest to a few steps. They may exceed 127 steps: such a value is 128 * high + low, where
 // low is the byte in its place and high is multiplied on its own.
@@ -258,6 +274,7 @@ struct QuantizedRows {
     uint32_t* a = nullptr;         // tiles [words][rows of the tile]
     float* scale = nullptr;        // [rows][groups]
     int32_t* sum = nullptr;        // [rows][groups * sums], of the steps that x comes to
+    float* total = nullptr;        // [rows][groups], of blocks only: the sum of a group's numbers
     Outliers* outliers = nullptr;  // [rows], int8 only
 };
 
@@ -323,7 +340,7 @@ static inline void quantize_run(const bf16* x, int64_t count, float reach, int8_
 }
 
 static inline void quantize_row(const Codes& shape, const bf16* x, int8_t* out, float* scale, int32_t* sum,
-                                Outliers* outliers) {
+                                float* total, Outliers* outliers) {
     for (int64_t g = 0; g < shape.groups; ++g) {
         const int64_t first = g * shape.group, count = std::min(shape.group, shape.k - first);
         float reach;
@@ -340,13 +357,15 @@ static inline void quantize_row(const Codes& shape, const bf16* x, int8_t* out, 
             quantize_run(x + first + i * part, part, reach, out + first + i * part, sum + g * shape.sums + i, outliers);
         std::memset(out + first + count, 0, size_t(shape.group - count));
         scale[g] = reach / 127.0f;
+        if (total) total[g] = scale[g] * float(sum[2 * g] + sum[2 * g + 1]);
     }
 }
 
 static inline size_t quantized_bytes(const Codes& shape, int64_t rows) {
     const size_t a_bytes = align64(size_t(rows * shape.x_words()) * 4),
                  s_bytes = align64(size_t(rows * shape.groups) * 4);
-    return a_bytes + size_t(1 + shape.sums) * s_bytes + (shape.grouped ? 0 : align64(size_t(rows) * sizeof(Outliers)));
+    return a_bytes + size_t(1 + shape.sums + shape.blocks) * s_bytes +
+           (shape.grouped ? 0 : align64(size_t(rows) * sizeof(Outliers)));
 }
 
 // In `memory` of quantized_bytes.
@@ -354,9 +373,11 @@ static QuantizedRows quantize_rows(const Runtime& runtime, const Codes& shape, c
                                    int64_t rows, char* memory) {
     const int64_t words = shape.x_words();
     const size_t a_bytes = align64(size_t(rows * words) * 4), s_bytes = align64(size_t(rows * shape.groups) * 4);
-    QuantizedRows out{Tiling(rows, shape.grouped ? kGroupRows : kTileRows), reinterpret_cast<uint32_t*>(memory),
+    QuantizedRows out{Tiling(rows, shape.rows_of_tile(rows)),
+                      reinterpret_cast<uint32_t*>(memory),
                       reinterpret_cast<float*>(memory + a_bytes),
                       reinterpret_cast<int32_t*>(memory + a_bytes + s_bytes),
+                      shape.blocks ? reinterpret_cast<float*>(memory + a_bytes + 3 * s_bytes) : nullptr,
                       shape.grouped ? nullptr : reinterpret_cast<Outliers*>(memory + a_bytes + 2 * s_bytes)};
     const auto quantize_tile = [&](int64_t i) {
         const int64_t first = out.tiling.start(i), row_bytes = words * 4 + 64;
@@ -367,7 +388,7 @@ static QuantizedRows quantize_rows(const Runtime& runtime, const Codes& shape, c
             const int64_t place = (first + row) * shape.groups;
             int8_t* to = size == 1 ? reinterpret_cast<int8_t*>(out.a + first * words) : bytes + row * row_bytes;
             quantize_row(shape, x + (first + row) * stride, to, out.scale + place, out.sum + place * shape.sums,
-                         out.outliers ? out.outliers + first + row : nullptr);
+                         out.total ? out.total + place : nullptr, out.outliers ? out.outliers + first + row : nullptr);
             sources[row] = reinterpret_cast<const bf16*>(to);
         }
         if (size > 1) transpose_pairs(sources, size, words, out.a + first * words, size);
@@ -422,11 +443,17 @@ struct GroupRun {
     int64_t ahead;
 };
 
-template <int MR, int NV>
+// Small: codes are less than 64.
+template <bool Small = true, int MR, int NV>
 static inline void add_quads(vi (&sum)[MR][NV], const uint32_t* a, const vquad (&w)[NV]) {
     for (int i = 0; i < MR; ++i) {
-        const auto x = nibble_broadcast(a[i]);
-        for (int j = 0; j < NV; ++j) sum[i][j] = dot_nibbles(sum[i][j], w[j], x);
+        if constexpr (Small) {
+            const auto x = nibble_broadcast(a[i]);
+            for (int j = 0; j < NV; ++j) sum[i][j] = dot_nibbles(sum[i][j], w[j], x);
+        } else {
+            const auto x = qbroadcast(a[i]);
+            for (int j = 0; j < NV; ++j) sum[i][j] = dot_quad(sum[i][j], w[j], x);
+        }
     }
 }
 
