@@ -1,22 +1,26 @@
 """The engine alone, in this process, no HTTP: `python benchmarks/engine.py CHECKPOINT [--quantization int8|int4]`.
 
 Prompts are random token ids, no two alike; answers are greedy and never stop early. Figures are medians, the best run
-in brackets. `Bench` is what benchmarks/decode.py drives beside llama.cpp.
+in brackets. With --lines it is the process that benchmarks/decode.py asks beside llama.cpp's, and prints "ready" once
+it has computed a token: see benchmarks/llamacpp.py for the lines.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import statistics
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from sensorium.checkpoint.configs import open_checkpoint
+from sensorium.cli.models import find_checkpoint
 from sensorium.config import EngineConfig
 from sensorium.engine.faults import Faults
 from sensorium.engine.loading import build_engine, default_threads, load_draft
@@ -24,7 +28,10 @@ from sensorium.engine.loop import Core
 from sensorium.ipc.channel import Channel
 from sensorium.kernels import Quantization
 from sensorium.models.loading import load_model
+from sensorium.system.processes import resident_bytes
 from sensorium.types import EngineRequest, Prompt, SamplingParams
+
+LINES_CACHE = 1 << 30  # bytes
 
 
 class Nobody(Channel):
@@ -49,9 +56,11 @@ class Bench:
         *,
         speculative_tokens: int = 0,
         draft: Path | None = None,
+        cache_bytes: int | None = None,
+        packs: bool = True,
     ) -> None:
-        """`draft`: a checkpoint whose model guesses tokens."""
-        checkpoint = open_checkpoint(folder, None)
+        """`folder`: or a GGUF file. `draft`: a checkpoint whose model guesses tokens."""
+        checkpoint = find_checkpoint(str(folder))
         text = checkpoint.text
         if text is None:
             raise SystemExit(f"{folder} has no language model")
@@ -60,18 +69,25 @@ class Bench:
         self.model = model = load_model(
             checkpoint, dtype=torch.bfloat16, device="cpu", quantization=wanted, memory_mapped=True
         )
-        config = EngineConfig(str(folder), enable_prefix_caching=False, speculative_tokens=speculative_tokens)
+        config = EngineConfig(
+            str(folder), enable_prefix_caching=False, speculative_tokens=speculative_tokens, kv_cache_memory=cache_bytes
+        )
         cpu, guessing = torch.device("cpu"), None
         if draft is not None:
             guessing = load_draft(replace(config, draft_model=str(draft), quantization=quantization or "auto"))
             torch.set_num_threads(threads or default_threads(checkpoint))
         self.engine = build_engine(model, checkpoint, config, cpu, torch.bfloat16, draft=guessing)
-        while self.engine.pack_some():
-            pass
         self.core = Core(self.engine, Nobody(), Faults())
         self._vocab_size = text.vocab_size
         self._random = np.random.default_rng(0)
         self._ids = itertools.count(1)
+        if packs:
+            self.pack()
+
+    def pack(self) -> None:
+        """What a server does while nobody asks."""
+        while self.engine.pack_some():
+            pass
 
     def start(self, sequences: int, prompt_tokens: int, answer_tokens: int) -> float:
         """Seconds until every one of `sequences` prompts has its first token."""
@@ -110,6 +126,21 @@ class Bench:
         return seconds
 
 
+def answer_lines(found: argparse.Namespace) -> None:
+    bench = Bench(found.checkpoint, found.quantization, found.threads, cache_bytes=LINES_CACHE, packs=False)
+    bench.prefill_s(1)
+    print("ready", flush=True)
+    bench.pack()
+    asked: dict[str, Callable[..., float]] = {
+        "prefill": bench.prefill_s,
+        "decode": bench.decode_s,
+        "memory": lambda: float(resident_bytes([os.getpid()])),
+    }
+    for line in sys.stdin:
+        what, *numbers = line.split()
+        print(asked[what](*map(int, numbers)), flush=True)
+
+
 def figure(title: str, work: float, seconds: list[float], unit: str) -> None:
     print(
         f"{title:44s} {work / statistics.median(seconds):9.1f} {unit} ({work / min(seconds):.1f})   "
@@ -127,7 +158,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=32, help="decode steps of a run")
     parser.add_argument("--prefill", type=int, nargs="*", default=[512], help="prompt lengths")
     parser.add_argument("--decode", nargs="*", default=["1:128", "32:128"], help="SEQUENCES:CONTEXT")
+    parser.add_argument("--lines", action="store_true", help="answer the lines of standard input")
     found = parser.parse_args()
+    if found.lines:
+        answer_lines(found)
+        return
     started = time.perf_counter()
     bench = Bench(found.checkpoint, found.quantization, found.threads)
     print(f"loaded in {time.perf_counter() - started:.2f} s, {torch.get_num_threads()} threads")

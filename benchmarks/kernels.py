@@ -1,6 +1,6 @@
-"""Native kernels on the shapes of Qwen2-VL-2B: `python benchmarks/kernels.py [linear quantized attention small]`.
+"""Native kernels on the shapes of Qwen2-VL-2B, beside torch's: `python benchmarks/kernels.py [SECTION ...]`.
 
-Beside torch's, and quantised weights beside those of bf16.
+Quantised weights stand beside those of bf16, GGUF's blocks beside plain reading of as many bytes: the limit of one row.
 
 Contenders take turns, so that a busy machine is unfair to neither; the figures are medians, the best run in brackets.
 """
@@ -20,12 +20,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from sensorium.kernels import Quantization, reference
+from sensorium.kernels.backend import BLOCK_FORMS
 from sensorium.kernels.context import AttentionContext
 from sensorium.kernels.cpu import native
 from sensorium.kernels.cpu.library import ISAS
 
 BF16 = torch.bfloat16
 COLD_BYTES = 256 << 20  # of weights that one run walks over, so that none stay in the caches
+BLOCK_KINDS = ("Q8_0", "Q4_K", "Q5_K", "Q6_K")
 LINEAR_SHAPES = ((17920, 1536), (1536, 8960), (2048, 1536))
 Contender = tuple[str, Callable[[], object]]
 
@@ -100,6 +102,38 @@ def quantized(kernels: native.Native, rounds: int) -> None:
             )
 
 
+def blocks(kernels: native.Native, rounds: int) -> None:
+    out_features, in_features = 2048, 4096
+    for kind in BLOCK_KINDS:
+        form = BLOCK_FORMS[kind]
+        octets = torch.randint(0, 256, (out_features, form.row_bytes(in_features)), dtype=torch.uint8)
+        octets.view(-1, form.nbytes)[:, 1::2] &= 0x3B  # whatever is a scale is a number
+        weights = [
+            kernels.empty_blocks(out_features, in_features, ((out_features, kind),))
+            for _ in range(max(1, COLD_BYTES // octets.nbytes))
+        ]
+        start = time.perf_counter()
+        for weight in weights:
+            weight.fill_blocks(0, octets)
+        packed_s = (time.perf_counter() - start) / len(weights)
+        plain = torch.ones(sum(weight.nbytes for weight in weights) // 4, dtype=torch.float32)
+        print(f"{kind} packed: {1e9 * packed_s / (out_features * in_features):.2f} ns a weight", flush=True)
+        for rows in (1, 2, 4, 8, 480):
+            some = weights if rows <= 8 else weights[:1]
+            x = torch.randn(rows, in_features).to(BF16)
+            contenders: list[Contender] = [("native", lambda x=x, some=some: [weight(x) for weight in some])]
+            if rows == 1:
+                contenders.append(("reading", plain.sum))
+            work = plain.nbytes if rows <= 8 else 2 * rows * out_features * in_features
+            race(
+                f"{kind} {rows} x {in_features} -> {out_features}",
+                contenders,
+                rounds,
+                work=work / 1e9,
+                unit="GB/s  " if rows <= 8 else "GOP/s ",
+            )
+
+
 def attention(kernels: native.Native, rounds: int) -> None:
     heads, kv_heads, dim = 12, 2, 128
     cases = [([1], [128]), ([1], [4096]), ([1] * 8, [512] * 8), ([512], [512]), ([512], [4096])]
@@ -166,7 +200,7 @@ def small(kernels: native.Native, rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sections = {"linear": linear, "quantized": quantized, "attention": attention, "small": small}
+    sections = {"linear": linear, "quantized": quantized, "blocks": blocks, "attention": attention, "small": small}
     parser.add_argument("sections", nargs="*", choices=[*sections, []], help="default: all")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--isa", choices=ISAS, help="default: the best of this processor")
