@@ -34,6 +34,7 @@ from sensorium.engine.leader import Leader
 from sensorium.engine.lookup import PromptLookup
 from sensorium.engine.masks import Masks
 from sensorium.engine.memory import (
+    StepMemory,
     available_for_cache,
     encoder_cache_bytes,
     encoder_row_bytes,
@@ -58,6 +59,7 @@ from sensorium.kernels.gpu import begin, gpu_kernels
 from sensorium.kernels.reference import quantized
 from sensorium.kernels.reference.attention import GATHER_ELEMENTS
 from sensorium.kernels.reference.fp8 import E4M3
+from sensorium.kernels.transfers import is_asynchronous
 from sensorium.models.base import Model
 from sensorium.models.cache import CacheGroup, KeyValueGroup, attends_to_media, paged, states
 from sensorium.models.decoder import SelfAttention
@@ -97,6 +99,7 @@ class Engine:
     writing: Iterator[None] | None = None  # of a copy of the weights, piece by piece
     warming: Warming | None = None  # of kernels that are being compiled
     captures: bool = False  # whether graphs are made of decodes, as soon as there is time
+    step_memory: StepMemory | None = None  # of a GPU, until a large step has shown it
 
     @property
     def has_idle_work(self) -> bool:
@@ -116,6 +119,11 @@ class Engine:
             self.runner.capture_one()
         elif self.writing is not None and next(self.writing, self) is self:
             self.writing = None
+
+    def check_memory(self, tokens: int) -> None:
+        """After a step of so many tokens."""
+        if self.step_memory is not None and self.step_memory.is_known_after(tokens):
+            self.step_memory = None
 
     def take_kernels(self) -> None:
         """Between two steps: go on with the kernels that another process has compiled, if it has."""
@@ -344,7 +352,10 @@ def build_engine(
     adapters, mapped = Adapters(model, dtype, device, leader), mapped_weights(model)
     mapped += [] if draft is None else mapped_weights(draft.model)
     vocab_size = checkpoint.vocab_size
-    return Engine(scheduler, runner, prefixes, encoder, ready, adapters, mapped, work, vocab_size, lookup, drafting)
+    engine = Engine(scheduler, runner, prefixes, encoder, ready, adapters, mapped, work, vocab_size, lookup, drafting)
+    if is_asynchronous(device):
+        engine.step_memory = StepMemory.begin(device, bytes_beside_cache(part, config, tokens, graph_rows), tokens)
+    return engine
 
 
 def _prefix_cache(part: LoadedPart, config: EngineConfig, cache: _Cache, budget: Budget) -> PrefixCache:
@@ -544,16 +555,28 @@ def room_of_rank(
     """Bytes of KV cache that there is memory for, where the weights are. `tokens`: of the largest step; `graph_rows`:
     sequences of the largest graph."""
     model, device = part.model, part.device
+    tokens = tokens or config.max_num_batched_tokens or default_batched_tokens(model, device)
+    taken = bytes_beside_cache(part, config, tokens, graph_rows)
+    mapped_bytes = mapped_weight_bytes(model)  # the system counts them as free memory
+    return available_for_cache(config, device, taken, mapped_bytes, 1 if ranks is None else ranks.size)
+
+
+def bytes_beside_cache(part: LoadedPart, config: EngineConfig, tokens: int, graph_rows: int) -> int:
+    """What steps of so many tokens, graphs of so many sequences and towers' rows take of a GPU; 0 on a CPU, whose cache
+    leaves most of its memory."""
+    model = part.model
+    if part.device.type == "cpu":
+        return 0
     cache_dtype = choose_cache_dtype(
         config.kv_cache_dtype, part.dtype, part.device, has_cache=bool(model.cache_groups())
     )
-    tokens = tokens or config.max_num_batched_tokens or default_batched_tokens(model, device)
-    activations = activation_bytes(model, tokens, cache_dtype) if device.type != "cpu" else 0
+    taken = activation_bytes(model, tokens, cache_dtype)
+    if model.modalities:
+        taken += encoder_cache_bytes(config, part.device)
     if graph_rows:
         states_of = [activation_bytes(model, rows, cache_dtype) for rows in (0, graph_rows)]  # kernels gather nothing
-        activations += graph_bytes(graph_rows, part.checkpoint.vocab_size, states_of[1] - states_of[0])
-    mapped_bytes = mapped_weight_bytes(model)  # the system counts them as free memory
-    return available_for_cache(config, device, activations, mapped_bytes, 1 if ranks is None else ranks.size)
+        taken += graph_bytes(graph_rows, part.checkpoint.vocab_size, states_of[1] - states_of[0])
+    return taken
 
 
 def cache_of_rank(part: LoadedPart, config: EngineConfig, size: CacheSize) -> KVCache:

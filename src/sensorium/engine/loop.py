@@ -217,6 +217,7 @@ class Core:
             for part, result in parts:
                 self._take_results(part, result, outputs)
             computed_s = monotonic() - started
+            self._engine.check_memory(sum(count for _, count in plan.work))
         if self._runner.encodings:
             self._runner.encodings.step_took({seq.request.turn for seq in plan.sequences()}, computed_s)
         self._pulse.end()

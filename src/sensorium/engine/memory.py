@@ -1,9 +1,12 @@
-"""How much memory there is and how many KV-cache blocks it makes: arithmetic, no trial runs."""
+"""How much memory there is and how many KV-cache blocks it makes: arithmetic, no trial runs. On a GPU the first large
+step shows whether the arithmetic was right."""
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -20,6 +23,9 @@ SNAPSHOT_TOKENS = 128  # for so many tokens of keys and values there is one snap
 LEAST_SLOTS = 3  # of states: see `StateSlots`
 WORKSPACES = 64 * 1024 * 1024  # bytes of a GPU that libraries of products keep
 ENCODER_PART = 0.125  # of free memory that tower outputs may take, whatever the flag says
+LARGE_STEP = 0.5  # of the tokens that a step may have, from which on it is a large one
+
+logger = logging.getLogger(__name__)
 
 
 def size_cache(
@@ -87,6 +93,44 @@ def graph_bytes(rows: int, vocab_size: int, step_bytes: int) -> int:
     """What graphs of decodes of up to so many sequences keep: float32 logits, which all share, and the memory of the
     largest, which the others use in turn. `step_bytes`: of the states of such a step."""
     return 4 * rows * vocab_size + step_bytes if rows else 0
+
+
+@dataclass(slots=True)
+class StepMemory:
+    """What a GPU says of the sum that its cache was sized by."""
+
+    device: torch.device
+    allowed_bytes: int  # beside weights and cache
+    most_tokens: int  # of a step
+    kept_bytes: int  # weights and cache
+
+    @classmethod
+    def begin(cls, device: torch.device, allowed_bytes: int, most_tokens: int) -> StepMemory:
+        """From now on: what loading took is not counted."""
+        torch.cuda.reset_peak_memory_stats(device)
+        return cls(device, allowed_bytes, most_tokens, torch.cuda.memory_allocated(device))
+
+    def is_known_after(self, tokens: int) -> bool:
+        """Whether a step of so many tokens was large enough to tell. If it took more than was allowed for, the log
+        says what leaves room for it."""
+        if tokens < LARGE_STEP * self.most_tokens:
+            return False
+        taken = torch.cuda.max_memory_allocated(self.device) - self.kept_bytes
+        if taken <= self.allowed_bytes:
+            logger.info("a step took %s beside weights and cache, of %s allowed for", *self._sizes(taken))
+            return True
+        _, total = torch.cuda.mem_get_info(self.device)
+        logger.warning(
+            "a step of %d tokens took %s beside weights and cache, %s were allowed for: lower "
+            "--gpu-memory-utilization by %.2f or --max-num-batched-tokens if memory runs out",
+            tokens,
+            *self._sizes(taken),
+            -(-100 * (taken - self.allowed_bytes) // total) / 100,
+        )
+        return True
+
+    def _sizes(self, taken: int) -> tuple[str, str]:
+        return size_text(taken), size_text(self.allowed_bytes)
 
 
 def encoder_cache_bytes(config: EngineConfig, device: torch.device) -> int:

@@ -6,12 +6,27 @@ from collections.abc import Mapping
 
 import pytest
 import torch
+from support.engine_harness import bench, random_prompt, request
 
 from sensorium.config import EngineConfig
 from sensorium.engine import loading
 from sensorium.engine.cache_layout import CacheLayout, by_place
-from sensorium.engine.loading import LoadedPart, choose_cache_dtype, choose_dtype, default_batched_tokens, room_of_rank
-from sensorium.engine.memory import WORKSPACES, available_for_cache, encoder_cache_bytes, encoder_row_bytes, size_cache
+from sensorium.engine.loading import (
+    LoadedPart,
+    bytes_beside_cache,
+    choose_cache_dtype,
+    choose_dtype,
+    default_batched_tokens,
+    room_of_rank,
+)
+from sensorium.engine.memory import (
+    WORKSPACES,
+    StepMemory,
+    available_for_cache,
+    encoder_cache_bytes,
+    encoder_row_bytes,
+    size_cache,
+)
 from sensorium.engine.tables import BlockTables
 from sensorium.errors import StartupError
 from sensorium.kernels.context import LayerCache
@@ -186,6 +201,51 @@ def test_graphs_and_libraries_have_their_part_of_a_gpu(model: Model, monkeypatch
     states = model.activation_bytes(64) - model.activation_bytes(0)
     assert states > logits
     assert alone - with_graphs == logits + states
+
+
+def test_rows_of_towers_have_their_part_of_a_gpu(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = LoadedPart(model, model.checkpoint, torch.device("cuda"), torch.bfloat16, None)
+    config = EngineConfig("m", encoder_cache_memory=10**8)
+    monkeypatch.setattr(type(model), "modalities", frozenset())
+    without = bytes_beside_cache(part, config, 512, 0)
+    monkeypatch.setattr(type(model), "modalities", frozenset({"image"}))
+    assert bytes_beside_cache(part, config, 512, 0) == without + 10**8
+
+
+@pytest.mark.parametrize(("took", "level"), [(2**30, "INFO"), (2**30 + 1, "WARNING"), (3 * 2**30, "WARNING")])
+def test_the_first_large_step_shows_what_was_right(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, took: int, level: str
+) -> None:
+    """A card of 16 GiB with 8 GiB of weights and cache, and 1 GiB for all else."""
+    caplog.set_level("INFO")
+    gpu, peaks = torch.device("cuda", 0), [11 * 2**30]
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peaks.pop())
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 8 * 2**30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * 2**30, 16 * 2**30))
+    memory = StepMemory.begin(gpu, 2**30, 2048)
+    assert not peaks  # what loading took at most is forgotten
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 8 * 2**30 + took)
+    assert not memory.is_known_after(1023) and not caplog.records
+    assert memory.is_known_after(1024)
+    [record] = caplog.records
+    assert record.levelname == level
+    if level == "WARNING":
+        part = "0.01" if took == 2**30 + 1 else "0.13"  # of the card, rounded up
+        assert f"--gpu-memory-utilization by {part}" in record.getMessage()
+
+
+def test_it_is_looked_at_once(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = bench(model)
+    asked: list[int] = []
+
+    def known(memory: StepMemory, tokens: int) -> bool:
+        asked.append(tokens)
+        return tokens > 1
+
+    monkeypatch.setattr(StepMemory, "is_known_after", known)
+    engine.engine.step_memory = StepMemory(torch.device("cuda"), 0, 0, 0)
+    engine.run(request(random_prompt(1, 20), 4))
+    assert (asked, engine.engine.step_memory) == ([20], None)
 
 
 def test_threads_are_no_more_than_the_cores_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
