@@ -18,6 +18,7 @@ from sensorium.checkpoint.configs import open_checkpoint
 from sensorium.config import EngineConfig
 from sensorium.engine.graphs import CudaCapture
 from sensorium.engine.loading import build_engine
+from sensorium.kernels import FP8, Quantization
 from sensorium.kernels.gpu import gpu_kernels
 from sensorium.models.loading import load_model
 
@@ -45,13 +46,21 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     gpu_kernels().switch_back()
 
 
-def engine_on(device: torch.device, path: Path, *, captures: bool = False, **options: Any) -> Bench:
+def engine_on(
+    device: torch.device,
+    path: Path,
+    *,
+    captures: bool = False,
+    dtype: torch.dtype = torch.float32,
+    quantization: Quantization | None = None,
+    **options: Any,
+) -> Bench:
     checkpoint = open_checkpoint(path)
-    model = load_model(checkpoint, dtype=torch.float32, device=device)
+    model = load_model(checkpoint, dtype=dtype, device=device, quantization=quantization)
     options = {"kv_cache_memory": 2**24, "max_num_seqs": 8, "max_model_len": 256, "speculative_tokens": 0, **options}
     config = EngineConfig(model=str(path), **options)
     capture = CudaCapture() if captures else None
-    engine = build_engine(model, checkpoint, config, device, torch.float32, capture=capture)
+    engine = build_engine(model, checkpoint, config, device, dtype, capture=capture)
     while captures and engine.runner.can_capture:
         engine.runner.capture_one()
     return Bench(engine)
@@ -71,6 +80,29 @@ def test_tokens_are_those_of_a_cpu(card: torch.device, tmp_path: Path, kernels: 
     expected = tokens_of(engine_on(torch.device("cpu"), tmp_path).run(*asked))
     engine = engine_on(card, tmp_path, captures=kernels == "graphs" and family not in ("qwen2_moe", "gpt_oss"))
     assert tokens_of(engine.run(*asked)) == expected
+
+
+@pytest.mark.parametrize("is_cached", [False, True], ids=["weights", "weights and cache"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_fp8(card: torch.device, tmp_path: Path, family: str, is_cached: bool) -> None:
+    """What the likeliest first tokens are to the kernels, as to torch on the same card: as near as eight bits are."""
+    maker_of(family)(tmp_path)
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "quantization": FP8}
+    options |= {"kv_cache_dtype": "fp8"} if is_cached else {}
+    asked = [request(random_prompt(i, 20 + i), 1, logprobs=5) for i in range(4)]
+    found = []
+    for is_compiled in (False, True):
+        if is_compiled:
+            gpu_kernels().switch()
+        try:
+            results = engine_on(card, tmp_path, **options).run(*asked)
+        finally:
+            gpu_kernels().switch_back()
+        found.append([dict(one.logprobs[0].top) for one in results])
+    for expected, got in zip(*found, strict=True):
+        both = expected.keys() & got.keys()
+        assert len(both) >= 3
+        assert all(abs(expected[one] - got[one]) < 0.2 for one in both)
 
 
 def test_a_launched_step_waits_for_nothing(card: torch.device, tmp_path: Path) -> None:
