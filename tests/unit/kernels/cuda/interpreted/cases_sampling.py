@@ -51,9 +51,9 @@ def by_cpu(logits: Tensor, kinds: list[dict[str, float]], seeds: list[int], indi
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("spread", [1.0, 6.0])
-def test_tokens_are_those_of_a_cpu(kind: dict[str, float], spread: float) -> None:
-    logits = spread * torch.randn(2, 3001)
+def test_tokens_are_those_of_a_cpu(kind: dict[str, float]) -> None:
+    """Of a row whose logits lie close together, and of one whose do not."""
+    logits = torch.tensor([[1.0], [6.0]]) * torch.randn(2, 3001)
     seeds, indices = [2**64 - 1, 12345], [0, 100000]
     kinds = [kind] * 2
     got, highest = sampling.sample(logits, choices_of(kinds, seeds, indices))
