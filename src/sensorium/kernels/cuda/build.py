@@ -20,17 +20,18 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sensorium.kernels.backend import Activation, DecoderLayerParts, Draws, Edits, Quantization
+from sensorium.kernels.backend import Activation, DecoderLayerParts, Draws, Edits, LowRank, Quantization, TokenGroups
 from sensorium.kernels.context import AttentionContext, LayerCache
 from sensorium.kernels.cuda.backend import CudaBackend
 from sensorium.kernels.cuda.compiling import Usage, compiled, compiling_for, usage
-from sensorium.kernels.cuda.device import attention, experts, fp8, linear, logits, norms, rope, sampling
+from sensorium.kernels.cuda.device import adapters, attention, experts, fp8, linear, logits, norms, rope, sampling
 from sensorium.kernels.cuda.launch import has_fp8
 from sensorium.kernels.cuda.linear import CudaFp4Linear
 from sensorium.kernels.reference import PlainLinear
 
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "int8", "float8_e4m3fn")}
 RUNS = (1, 4096)  # tokens of a prompt, for the tiles of each size
+RANKS = (8, 64)  # of adapters, for the tiles of each size
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -99,7 +100,7 @@ def functions() -> list[Any]:
     """All that is compiled."""
     found = [
         value
-        for module in (attention, experts, fp8, linear, logits, norms, rope, sampling)
+        for module in (adapters, attention, experts, fp8, linear, logits, norms, rope, sampling)
         for value in vars(module).values()
     ]
     return [*dict.fromkeys(one for one in found if type(one).__name__ == "JITFunction")]
@@ -189,6 +190,21 @@ def compile_experts(shape: Shape, arch: int) -> None:
             routed(_empty(tokens, shape.hidden, dtype=dtype), chosen, weights)
 
 
+def compile_adapters(shape: Shape, arch: int) -> None:
+    """What adds LoRA adapters to a linear layer, of few and of many tokens, of small and of large ranks."""
+    with FakeTensorMode(allow_non_fake_inputs=True), compiling_for(arch):
+        add_adapters(shape.hidden, DTYPES[shape.dtype])
+
+
+def add_adapters(hidden: int, dtype: torch.dtype) -> None:
+    """The same for whatever is compiled for; tensors that are not there are made."""
+    for rank in RANKS:
+        one = LowRank(_empty(rank, hidden, dtype=dtype), [(0, _empty(hidden, rank, dtype=dtype))])
+        for tokens in RUNS:
+            out, x = _empty(tokens, hidden, dtype=dtype), _empty(tokens, hidden, dtype=dtype)
+            CudaBackend().add_low_rank(out, x, [one], TokenGroups([None]))
+
+
 def _products(shape: Shape, bits: int) -> None:
     dtype, is_int8 = DTYPES[shape.dtype], bits == 8 and not shape.floats
     form = Quantization(8) if is_int8 else Quantization(4 if bits == 4 else 8, shape.group, floats=shape.floats)
@@ -238,6 +254,7 @@ def usages(arch: int) -> list[Usage]:
 def _build(task: tuple[str, Shape, int]) -> tuple[str, int]:
     name, shape, arch = task
     compile_shape(shape, arch)
+    compile_adapters(shape, arch)
     return name, arch
 
 
@@ -259,9 +276,16 @@ def main(arguments: Sequence[str] | None = None) -> Iterator[str]:
     except (ValueError, TypeError, OSError) as error:
         parser.error(str(error))
     tasks = [(name, shape, arch) for arch in archs for name, shape in shapes.items()]
+    if given.jobs == 1:
+        yield from (_said(*_build(task)) for task in tasks)
+        return
     with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
         for name, arch in pool.map(_build, tasks):
-            yield f"compiled {name} for sm_{arch}"
+            yield _said(name, arch)
+
+
+def _said(name: str, arch: int) -> str:
+    return f"compiled {name} for sm_{arch}"
 
 
 if __name__ == "__main__":

@@ -16,11 +16,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-WIDE = re.compile(r"\b(?:LDG|LDGSTS)\.\S*\.?128\b|\bLDG\S*\.128|\bLDGSTS\S*\.128|\bUTMALDG")
-HALF_WIDE = re.compile(r"\bLDG(?:STS)?\S*\.64\b")
-LOADS = re.compile(r"\bLDG(?:STS)?\b|\bUTMALDG")
-SPILLS = re.compile(r"\b(?:LDL|STL)\b")
-PRODUCTS = re.compile(r"\b(?:HMMA|HGMMA|IMMA|IGMMA|QGMMA|QMMA)\b")
+LOAD = re.compile(r"\bld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\s")
+COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global\S* \[[^]]*\], \[[^]]*\], (\w+)")
+BLOCK_COPY = "cp.async.bulk.tensor"
+PRODUCT = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async)\b")
 
 
 class AbsentDevice:
@@ -61,8 +60,7 @@ class Usage:
     warps: int
     registers: int  # of a thread
     shared_bytes: int
-    stack_bytes: int  # of a thread
-    spills: int  # instructions that use the stack
+    stack_bytes: int  # of a thread: what did not find a register is there
     loads: int  # from global memory, in the code
     wide_loads: int  # of them 16 bytes a thread
     half_wide_loads: int  # 8 bytes a thread
@@ -80,14 +78,15 @@ def compiled(functions: list[Any], arch: int) -> Iterator[tuple[str, dict[str, o
 
 
 def usage(name: str, arch: int, constants: dict[str, object], kernel: Any) -> Usage:
-    """Read from the binary by the tools that come with Triton."""
+    """Registers and stack are read from the binary by the tool that comes with Triton, instructions from the assembly
+    that it was made of: to take the binary apart takes as long as to compile."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        resources = _run("cuobjdump", "-res-usage", file.name)
-        code = _run("cuobjdump", "-sass", file.name)
+        resources = tool_output("cuobjdump", "-res-usage", file.name)
     numbers = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", resources)}
-    loads = [line for line in code.splitlines() if LOADS.search(line)]
+    code = kernel.asm["ptx"]
+    widths = [width for line in code.splitlines() if (width := loaded_bytes(line))]
     return Usage(
         name,
         arch,
@@ -95,15 +94,25 @@ def usage(name: str, arch: int, constants: dict[str, object], kernel: Any) -> Us
         kernel.metadata.num_warps,
         numbers["REG"],
         kernel.metadata.shared,
-        numbers["STACK"],
-        len(SPILLS.findall(code)),
-        len(loads),
-        sum(bool(WIDE.search(line)) for line in loads),
-        sum(bool(HALF_WIDE.search(line)) for line in loads),
-        len(PRODUCTS.findall(code)),
+        numbers["STACK"] + numbers["LOCAL"],
+        len(widths),
+        widths.count(16),
+        widths.count(8),
+        len(PRODUCT.findall(code)),
     )
 
 
-def _run(tool: str, *arguments: str) -> str:
+def loaded_bytes(line: str) -> int:
+    """How many a thread loads from global memory by a line of PTX; 0: it is no load."""
+    if BLOCK_COPY in line:
+        return 16  # at least, by one thread for all
+    if load := LOAD.search(line):
+        return int(load[1] or 1) * int(load[2]) // 8
+    copy = COPY.search(line)
+    return int(copy[1], 0) if copy else 0
+
+
+def tool_output(tool: str, *arguments: str) -> str:
+    """Of one of Triton's own tools."""
     command = [str(TOOLS / tool), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, env={"PATH": str(TOOLS)}).stdout

@@ -1,14 +1,14 @@
 """Kernels compiled for GPUs that are not there: registers, shared memory, spills, tensor cores and wide loads.
 
-The commonest shape on three compute capabilities, others on one; `python -m sensorium.kernels.cuda.build` compiles all
-for all.
+The commonest shape on three compute capabilities, others on one; with SENSORIUM_TEST_ALL_CARDS=1 all of these on all,
+which takes some minutes. `python -m sensorium.kernels.cuda.build` compiles every known shape.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,12 +16,15 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not there")
 
-from sensorium.kernels.cuda import build
+from sensorium.kernels.cuda import build, compiling
 from sensorium.kernels.cuda.build import SHAPES, Shape
 from sensorium.kernels.cuda.compiling import Usage
 
 SHARED = 99 * 1024  # bytes that a block may have on the smallest of them, sm_89
+CARDS = (80, 89, 90)
 WITH_PRODUCTS = {
+    "narrow_product",
+    "add_wide_product",
     "decode_split",
     "prefill",
     "int4_product",
@@ -39,10 +42,13 @@ REGISTERS = {
     "quantize_rows": 96,
     "gate_and_up": 224,
     "down_product": 192,
+    "narrow_product": 168,
+    "add_wide_product": 168,
     "decode_merge": 128,
     "sample": 128,
 }
 TOO_NARROW = {"int8"}  # caches whose rows are not of a multiple of 16 bytes
+OF_ANY_RANK = "add_wide_product"  # whose rows are as long as the rank of an adapter, which is not compiled for
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,11 +60,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def check(one: Usage, shape: Shape) -> None:
-    assert one.spills == 0, one
+    assert one.stack_bytes == 0, one
     assert one.shared_bytes <= SHARED, one
     assert one.registers <= (255 if one.constants.get("FP4") else REGISTERS.get(one.kernel, 64)), one
     assert bool(one.products) == (one.kernel in WITH_PRODUCTS), one
-    if one.kernel in WITH_PRODUCTS and shape.cache_dtype not in TOO_NARROW:
+    if one.kernel in WITH_PRODUCTS and one.kernel != OF_ANY_RANK and shape.cache_dtype not in TOO_NARROW:
         is_fp8 = shape.floats or shape.cache_dtype == "float8_e4m3fn"
         octets = one.half_wide_loads if is_fp8 else 0  # of eight numbers, like wide ones of bfloat16
         part = 3 if one.constants.get("FP4") else 2  # scales of codes are few bytes
@@ -69,14 +75,33 @@ def check(one: Usage, shape: Shape) -> None:
         assert one.wide_loads == one.loads, one
 
 
-@pytest.mark.parametrize(
-    ("name", "arch"),
-    [("qwen2-7b", 80), ("qwen2-7b", 89), ("qwen2-7b", 90), ("phi-3", 90), ("gemma3-4b", 89), ("gpt-oss", 90),
-     ("qwen2-7b-int8", 80), ("qwen2-7b-kv-fp8", 80), ("qwen2-7b-kv-fp8", 89), ("qwen2-7b-kv-fp8", 90)],
-)  # fmt: skip
+def on_cards(chosen: dict[str, tuple[int, ...]]) -> list[tuple[str, int]]:
+    every = os.environ.get("SENSORIUM_TEST_ALL_CARDS") == "1"
+    return [(name, arch) for name, cards in chosen.items() for arch in (CARDS if every else cards)]
+
+
+DECODERS = {
+    "qwen2-7b": CARDS,
+    "qwen2-2b": (80,),
+    "qwen3-8b": (80,),
+    "llama-1b": (89,),
+    "phi-3": (90,),
+    "gemma3-4b": (89,),
+    "gpt-oss": (90,),
+    "qwen2-7b-int8": (80,),
+    "qwen2-7b-kv-fp8": CARDS,
+}
+WITH_CODES = {
+    "qwen2-7b-w4": ({"int4_product"}, (80, 90)),
+    "qwen2-7b-w8": ({"int8_product"}, (89,)),
+    "qwen2-7b-fp8": ({"quantize_rows"}, (80, 90)),
+    "qwen3-8b-fp8": ({"quantize_rows", "fp8_product"}, (89, 90)),
+}
+
+
+@pytest.mark.parametrize(("name", "arch"), on_cards(DECODERS))
 def test_what_kernels_use(name: str, arch: int) -> None:
-    for function in build.functions():
-        function.device_caches.pop(arch, None)
+    forget(arch)
     build.compile_shape(SHAPES[name], arch)
     found = build.usages(arch)
     assert {one.kernel for one in found} >= {"decode_split", "decode_merge", "prefill", "rms_norm", "gated"}
@@ -84,36 +109,82 @@ def test_what_kernels_use(name: str, arch: int) -> None:
         check(one, SHAPES[name])
 
 
-@pytest.mark.parametrize(
-    ("name", "arch", "kernels"),
-    [("qwen2-7b-w4", 90, {"int4_product"}), ("qwen2-7b-w4", 80, {"int4_product"}),
-     ("qwen2-7b-w8", 89, {"int8_product"}), ("qwen2-7b-fp8", 80, {"fp8_product"}),
-     ("qwen2-7b-fp8", 90, {"quantize_rows"}),
-     ("qwen3-8b-fp8", 89, {"quantize_rows", "fp8_product"}), ("qwen3-8b-fp8", 90, {"quantize_rows", "fp8_product"})],
-)  # fmt: skip
-def test_what_products_with_codes_use(name: str, arch: int, kernels: set[str]) -> None:
-    """Torch's scaled product is what multiplies fp8 with a scale per output, where there is one."""
-    shape = SHAPES[name]
+def forget(arch: int) -> None:
+    """What this process has compiled; what equals it is found in the folder."""
     for function in build.functions():
         function.device_caches.pop(arch, None)
+
+
+@pytest.mark.parametrize(("name", "arch"), on_cards({name: cards for name, (_, cards) in WITH_CODES.items()}))
+def test_what_products_with_codes_use(name: str, arch: int) -> None:
+    """Torch's scaled product is what multiplies fp8 with a scale per output, where there is one."""
+    shape, (kernels, _) = SHAPES[name], WITH_CODES[name]
+    forget(arch)
     assert shape.bits is not None
     build.compile_products(shape, shape.bits, arch)
     found = build.usages(arch)
-    assert {one.kernel for one in found} == kernels
+    is_without_fp8 = shape.floats and arch < 89  # the bytes are multiplied as numbers then
+    assert {one.kernel for one in found} == ({"fp8_product"} if is_without_fp8 else kernels)
     for one in found:
         check(one, shape)
 
 
-def test_the_command_fills_the_cache(cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "arch"), on_cards({"qwen2-7b": (90,)}))
+def test_what_adapters_use(name: str, arch: int) -> None:
+    shape = SHAPES[name]
+    forget(arch)
+    build.compile_adapters(shape, arch)
+    found = build.usages(arch)
+    assert len(found) == 8  # two kernels of small and large tiles and ranks
+    for one in found:
+        check(one, shape)
+
+
+def test_the_assembly_says_what_the_binary_does(tmp_path: Path) -> None:
+    """Wide loads and products of a kernel, counted in both; taking all of them apart would take as long as compiling
+    them."""
+    forget(90)
+    build.compile_adapters(SHAPES["qwen2-7b"], 90)
+    name, constants, kernel = next(compiling.compiled(build.functions(), 90))
+    binary = tmp_path / "one.cubin"
+    binary.write_bytes(kernel.asm["cubin"])
+    code = compiling.tool_output("cuobjdump", "-sass", str(binary))
+    used = compiling.usage(name, 90, constants, kernel)
+    assert used.wide_loads and re.search(r"\bLDG\S*\.128\b", code)
+    assert used.products and re.search(r"\bHG?MMA\b", code)
+    assert used.stack_bytes == len(re.findall(r"\b(?:LDL|STL)\b", code)) == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "width"),
+    [("@%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];", 16), ("ld.global.b32 { %r1 }, [ %rd1 + 0 ];", 4),
+     ("cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2;", 16), ("ld.shared.v4.b32 {%r1}, [%r2];", 0),
+     ("cp.async.ca.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x8, %r2;", 8), ("cp.async.commit_group;", 0),
+     ("ld.global.L1::evict_last.v2.b32 { %r1, %r2 }, [ %rd1 + 0 ];", 8), ("ld.param.b64 %rd1, [prefill_param_0];", 0)],
+)  # fmt: skip
+def test_widths_of_loads(line: str, width: int) -> None:
+    assert compiling.loaded_bytes(line) == width
+
+
+def test_the_command_fills_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "cache"
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(own))
+    forget(90)
     shapes = tmp_path / "shapes.json"
     shapes.write_text(
         json.dumps({"tiny": {"heads": 2, "kv_heads": 1, "head_dim": 8, "hidden": 32, "intermediate": 48}})
     )
-    command = [sys.executable, "-m", "sensorium.kernels.cuda.build", "--arch", "90", "--shapes", str(shapes)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "compiled tiny for sm_90\n"), done.stderr
-    kept = {file.name.removesuffix(".cubin") for file in cache.rglob("*.cubin")}
-    assert kept >= {"decode_split", "decode_merge", "prefill", "rms_norm", "gated", "rotate_and_write"}
+    assert list(build.main(["--arch", "90", "--shapes", str(shapes)])) == ["compiled tiny for sm_90"]
+    kept = {file.name.removesuffix(".cubin") for file in own.rglob("*.cubin")}
+    assert kept >= {
+        "decode_split",
+        "decode_merge",
+        "prefill",
+        "rms_norm",
+        "gated",
+        "rotate_and_write",
+        "narrow_product",
+    }
 
 
 def test_the_command_refuses_what_it_does_not_know(tmp_path: Path) -> None:
