@@ -44,7 +44,8 @@ class Sequences:
         self._batch.n_tokens = len(tokens)
         if llama_cpp.llama_decode(self._context, self._batch):
             raise SystemExit("llama.cpp computes nothing")
-        llama_cpp.llama_get_logits_ith(self._context, -1)[0]  # waits until they are there
+        if tokens[-1][2]:
+            llama_cpp.llama_get_logits_ith(self._context, -1)[0]  # waits until they are there
 
 
 def main(file: str, threads: int, length: int) -> None:
