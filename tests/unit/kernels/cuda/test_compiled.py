@@ -43,7 +43,7 @@ REGISTERS = {
     "gate_and_up": 224,
     "down_product": 192,
     "narrow_product": 168,
-    "add_wide_product": 168,
+    "add_wide_product": 255,
     "decode_merge": 128,
     "sample": 128,
 }
