@@ -11,25 +11,75 @@ namespace sensorium {
 
 struct DecoderBuffers {
     bf16 *residual, *normed, *qkv, *attended, *gated;
+    bf16* mixed;             // queries without their gates, or what a convolution gives
+    float *decay, *learned;  // of a delta net's heads
+    bf16* gates;             // what these are made of
 };
 
 static inline DecoderBuffers decoder_buffers(const Decoder& d, int64_t tokens) {
-    const DecoderLayer& layer = d.layers[0];
-    const int64_t hidden = layer.qkv->k, qkv = layer.qkv->n, attended = layer.o->k;
-    int64_t wide = 0;
-    for (int i = 0; i < d.num_layers; ++i)
-        if (d.layers[i].gate_up) wide = std::max(wide, d.layers[i].gate_up->n);
-    const int64_t mlp_rows = std::min(tokens, kMlpRows);
-    const int64_t sizes[] = {tokens * hidden, tokens * hidden, tokens * qkv, tokens * attended, mlp_rows * wide / 2};
+    const int64_t hidden = d.layers[0].qkv->k;
+    int64_t qkv = 0, attended = 0, wide = 0, mixed = 0, heads = 0;
+    for (int i = 0; i < d.num_layers; ++i) {
+        const DecoderLayer& layer = d.layers[i];
+        qkv = std::max(qkv, layer.qkv->n), attended = std::max(attended, layer.o->k);
+        if (layer.gate_up) wide = std::max(wide, layer.gate_up->n);
+        if (layer.gated) mixed = std::max(mixed, layer.o->k);
+        if (layer.state && layer.state->gates) {
+            mixed = std::max(mixed, layer.qkv->n - layer.o->k);
+            heads = std::max(heads, layer.state->value_heads);
+        }
+    }
+    const int64_t mlp_rows = std::min(tokens, kMlpRows), floats = 2 * tokens * heads;
+    const int64_t sizes[] = {tokens * hidden, tokens * hidden, tokens * qkv, tokens * attended, mlp_rows * wide / 2,
+                             tokens * mixed,  floats,          floats,       2 * tokens * heads};
+    constexpr int kParts = sizeof(sizes) / sizeof(*sizes);
     int64_t total = 0;
     for (int64_t size : sizes) total += (size + 63) & ~int64_t(63);
     bf16* at = static_cast<bf16*>(Scratch<Buffer::kDecoderStates>::get(size_t(total) * sizeof(bf16)));
-    bf16* parts[5];
-    for (int i = 0; i < 5; ++i) {
+    bf16* parts[kParts];
+    for (int i = 0; i < kParts; ++i) {
         parts[i] = at;
         at += (sizes[i] + 63) & ~int64_t(63);
     }
-    return {parts[0], parts[1], parts[2], parts[3], parts[4]};
+    return {parts[0],
+            parts[1],
+            parts[2],
+            parts[3],
+            parts[4],
+            parts[5],
+            reinterpret_cast<float*>(parts[6]),
+            reinterpret_cast<float*>(parts[7]),
+            parts[8]};
+}
+
+// body(runtime, token) for each token, on one thread each.
+template <class Body>
+static inline void by_token(const Runtime& r, int64_t tokens, int64_t bytes, const Body& body) {
+    parallel_rows(r, tokens, bytes, [&](int64_t token) { body(Runtime{1, nullptr, r.kernels, nullptr}, token); });
+}
+
+// Norms of queries and keys; the queries, where gates stand between them, to a place without these.
+static inline void decoder_norms(const Runtime& r, const Decoder& d, const DecoderLayer& layer, int64_t tokens,
+                                 const bf16* from, bf16* q, int64_t q_stride, bf16* k, int64_t stride) {
+    const Kernels& kernels = *r.kernels;
+    const int64_t dim = d.head_dim, step = layer.gated ? 2 * dim : dim;
+    if (layer.q_norm && d.norms_whole_qk) {
+        const int64_t q_size = d.heads * dim, k_size = d.kv_heads * dim;
+        kernels.rms_norm(r, q, stride, layer.q_norm, q, stride, tokens, q_size, d.eps, d.norm_offset);
+        kernels.rms_norm(r, k, stride, layer.k_norm, k, stride, tokens, k_size, d.eps, d.norm_offset);
+    } else if (layer.q_norm) {
+        by_token(r, tokens, stride * 4, [&](const Runtime& alone, int64_t token) {
+            bf16* k_row = k + token * stride;
+            kernels.rms_norm(alone, from + token * stride, step, layer.q_norm, q + token * q_stride, dim, d.heads, dim,
+                             d.eps, d.norm_offset);
+            kernels.rms_norm(alone, k_row, dim, layer.k_norm, k_row, dim, d.kv_heads, dim, d.eps, d.norm_offset);
+        });
+    } else if (layer.gated) {
+        for (int64_t token = 0; token < tokens; ++token)
+            for (int64_t head = 0; head < d.heads; ++head)
+                std::memcpy(q + token * q_stride + head * dim, from + token * stride + head * step,
+                            size_t(dim) * sizeof(bf16));
+    }
 }
 
 static inline void decoder_attention(const Runtime& r, const Decoder& d, const DecoderStep& step, int layer_index,
@@ -37,30 +87,20 @@ static inline void decoder_attention(const Runtime& r, const Decoder& d, const D
     const Kernels& kernels = *r.kernels;
     const DecoderLayer& layer = d.layers[layer_index];
     const StepTable& table = step.tables[layer.table];
-    const int64_t dim = d.head_dim, stride = layer.qkv->n;
-    bf16 *q = b.qkv, *k = q + d.heads * dim, *v = k + d.kv_heads * dim;
+    const int64_t dim = d.head_dim, stride = layer.qkv->n, size = d.heads * dim;
+    bf16 *q = layer.gated ? b.mixed : b.qkv, *k = b.qkv + (layer.gated ? 2 * size : size), *v = k + d.kv_heads * dim;
+    const int64_t q_stride = layer.gated ? size : stride;
     void *k_cache = step.caches[2 * layer_index], *v_cache = step.caches[2 * layer_index + 1];
     const int64_t row = d.int8_cache ? dim + kScaleBytes : dim;
-    if (layer.q_norm && d.norms_whole_qk) {
-        const int64_t q_size = d.heads * dim, k_size = d.kv_heads * dim;
-        kernels.rms_norm(r, q, stride, layer.q_norm, q, stride, step.tokens, q_size, d.eps, d.norm_offset);
-        kernels.rms_norm(r, k, stride, layer.k_norm, k, stride, step.tokens, k_size, d.eps, d.norm_offset);
-    } else if (layer.q_norm) {
-        parallel_rows(r, step.tokens, stride * 4, [&](int64_t token) {
-            const Runtime alone{1, nullptr, r.kernels, nullptr};
-            bf16 *q_row = q + token * stride, *k_row = k + token * stride;
-            kernels.rms_norm(alone, q_row, dim, layer.q_norm, q_row, dim, d.heads, dim, d.eps, d.norm_offset);
-            kernels.rms_norm(alone, k_row, dim, layer.k_norm, k_row, dim, d.kv_heads, dim, d.eps, d.norm_offset);
-        });
-    }
+    decoder_norms(r, d, layer, step.tokens, b.qkv, q, q_stride, k, stride);
     const float *cos = step.rotations[2 * layer.rotation], *sin = step.rotations[2 * layer.rotation + 1];
-    kernels.rope(r, q, stride, q, stride, cos, sin, step.tokens, d.heads, dim, d.rotary);
+    kernels.rope(r, q, q_stride, q, q_stride, cos, sin, step.tokens, d.heads, dim, d.rotary);
     kernels.rope(r, k, stride, k, stride, cos, sin, step.tokens, d.kv_heads, dim, d.rotary);
     kernels.write_kv(r, k, stride, v, stride, k_cache, v_cache, table.slots, step.tokens, d.kv_heads, dim, d.block_size,
                      d.int8_cache);
     Attention a{};
     a.q = q, a.out = b.attended, a.k = k_cache, a.v = v_cache;
-    a.q_stride = stride, a.out_stride = d.heads * dim;
+    a.q_stride = q_stride, a.out_stride = size;
     a.k_row_stride = a.v_row_stride = row;
     a.k_head_stride = a.v_head_stride = d.block_size * row;
     a.k_block_stride = a.v_block_stride = d.kv_heads * d.block_size * row;
@@ -70,6 +110,49 @@ static inline void decoder_attention(const Runtime& r, const Decoder& d, const D
     a.heads = d.heads, a.kv_heads = d.kv_heads, a.head_dim = d.head_dim, a.block_size = d.block_size;
     a.causal = 1, a.window = int32_t(layer.window), a.int8 = d.int8_cache, a.scale = d.scale;
     kernels.attention(r, a);
+    if (layer.gated)
+        by_token(r, step.tokens, size * 8, [&](const Runtime& alone, int64_t token) {
+            kernels.multiply(alone, b.attended + token * size, dim, b.qkv + token * stride + dim, 2 * dim, d.heads, dim,
+                             1);
+        });
+}
+
+static inline void decoder_conv(const Runtime& r, const DecoderLayer& layer, const DecoderStep& step, bf16* rows,
+                                const DecoderBuffers& b) {
+    const StateMixer& own = *layer.state;
+    const int64_t stride = layer.qkv->n, size = layer.o->k;
+    bf16 *before = b.qkv, *after = before + size, *inner = after + size;
+    r.kernels->multiply(r, before, stride, inner, stride, step.tokens, size, 0);
+    r.kernels->causal_conv(r, {before, own.taps, own.bias, b.attended, rows, stride, size, own.num_taps, 0, step.runs});
+    r.kernels->multiply(r, b.attended, size, after, stride, step.tokens, size, 0);
+}
+
+static inline void decoder_delta_net(const Runtime& r, const DecoderLayer& layer, const DecoderStep& step, bf16* rows,
+                                     float* memory, const DecoderBuffers& b) {
+    const Kernels& kernels = *r.kernels;
+    const StateMixer& own = *layer.state;
+    const int64_t stride = layer.qkv->n, keys = own.key_heads * own.key_dim, channels = stride - layer.o->k;
+    kernels.linear(r, *own.gates, b.normed, own.gates->k, step.tokens, b.gates, 0);
+    kernels.delta_gates(r, b.gates, own.rate, own.rate_bias, step.tokens, own.value_heads, b.decay, b.learned);
+    kernels.causal_conv(r, {b.qkv, own.taps, own.bias, b.mixed, rows, stride, channels, own.num_taps, 1, step.runs});
+    kernels.delta_rule(
+        r, {b.mixed, b.mixed + keys, b.mixed + 2 * keys, b.attended, b.decay, b.learned, memory, channels, channels,
+            channels, own.key_heads, own.value_heads, own.key_dim, own.value_dim, step.runs, own.takes_turns});
+    kernels.norm_gated(r, b.attended, b.qkv + channels, stride, own.norm, b.attended, step.tokens, own.value_heads,
+                       own.value_dim, own.eps);
+}
+
+// What layer `i` makes of b.qkv -> b.attended
+static inline void mix_tokens(const Runtime& r, const Decoder& d, const DecoderStep& step, int i,
+                              const DecoderBuffers& b) {
+    const DecoderLayer& layer = d.layers[i];
+    bf16* rows = static_cast<bf16*>(step.caches[2 * i]);
+    if (!layer.state)
+        decoder_attention(r, d, step, i, b);
+    else if (layer.state->gates)
+        decoder_delta_net(r, layer, step, rows, static_cast<float*>(step.caches[2 * i + 1]), b);
+    else
+        decoder_conv(r, layer, step, rows, b);
 }
 
 // Rows to the front, or from there back to their places; ascending rows never overtake one another.
@@ -102,7 +185,7 @@ static inline void run_layers(const Runtime& r, const Decoder& d, const DecoderS
         else
             add_norm(x, b.residual, layer.input_norm, b.normed);
         kernels.linear(r, *layer.qkv, b.normed, hidden, tokens, b.qkv, 0);
-        decoder_attention(r, d, step, i, b);
+        mix_tokens(r, d, step, i, b);
         if (step.rows && i + 1 == d.num_layers) {
             tokens = step.num_rows;
             gather_rows(b.attended, layer.o->k, step.rows, tokens);

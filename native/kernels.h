@@ -111,14 +111,28 @@ struct RoutedMlp {
     int32_t activation;  // of the shared one
 };
 
+// What mixes a layer's tokens in attention's place, between the projections `qkv` and `o`: a gated delta net, or
+// without `gates` a gated short convolution. See models/delta_net.py and models/short_conv.py.
+struct StateMixer {
+    const bf16 *taps, *bias;        // of the convolution: [channels, num_taps], [channels] or null
+    const Linear* gates;            // [2 * value_heads, hidden]
+    const float *rate, *rate_bias;  // [value_heads]
+    const bf16* norm;               // [value_dim]
+    int64_t num_taps, key_heads, value_heads, key_dim, value_dim;
+    int32_t takes_turns;  // see DeltaRule
+    float eps;
+};
+
 // One layer of a Llama-like decoder. All norms bf16; those of q, k and of what `o` and `down` give may be null.
 struct DecoderLayer {
     const bf16 *input_norm, *q_norm, *k_norm, *attended_norm, *mlp_norm, *after_norm;
     const Linear *qkv, *o, *gate_up, *down;
     const RoutedMlp* routed;  // in place of gate_up and down, or null
+    const StateMixer* state;  // in place of attention, or null
     const float* sinks;       // [heads], see Attention, or null
     int64_t window;
     int32_t both_ways;  // queries see as far as `DecoderStep.visible` says
+    int32_t gated;      // each query has its gate behind it: what it attends to is multiplied by the gate's sigmoid
     int32_t rotation;   // number of its cos and sin
     int32_t table;      // number of the block table that says which blocks are its
 };
@@ -138,22 +152,24 @@ struct StepTable {
     int64_t max_blocks;
 };
 
+// Runs of a step's tokens and the slots of the states before and behind them: `Segments` of kernels/context.py.
+struct StateRuns {
+    const int64_t *lengths, *sources, *targets;
+    int64_t count, singles;
+};
+
 // What changes from step to step. `hidden` is read; `out` [tokens, hidden_size] gets the normed result.
 struct DecoderStep {
     const bf16* hidden;
     bf16* out;
     const float* const* rotations;  // cos, sin of each number, [tokens, rotary / 2]
-    void* const* caches;            // keys, values of each layer: [blocks, kv_heads, block_size, head_dim]
+    void* const* caches;            // keys, values of each layer: [blocks, kv_heads, block_size, head_dim]; of one
+                                    // with a state the convolution's rows and the delta rule's memory, or null
     const StepTable* tables;
     const int32_t *query_start, *seq_lens, *visible;
     const int64_t* rows;  // ascending: the tokens whose results are wanted, others are undefined; null: all
     int64_t tokens, sequences, num_rows;
-};
-
-// Runs of a step's tokens and the slots of the states before and behind them: `Segments` of kernels/context.py.
-struct StateRuns {
-    const int64_t *lengths, *sources, *targets;
-    int64_t count, singles;
+    StateRuns runs;  // where layers have states
 };
 
 // Of every channel by itself the weighted sum of a token and those before it.
@@ -177,6 +193,7 @@ struct DeltaRule {
     float* states;                 // [slots, value_heads, key_dim, value_dim]
     int64_t q_stride, k_stride, v_stride, key_heads, value_heads, key_dim, value_dim;
     StateRuns runs;
+    int32_t takes_turns;  // v, out and the gates have the first value heads of all key heads first; states never
 };
 
 struct Kernels {
@@ -222,6 +239,8 @@ struct Kernels {
                         int64_t heads, float* decay, float* learned);
     void (*norm_gated)(const Runtime&, const bf16* x, const bf16* z, int64_t z_stride, const bf16* weight, bf16* y,
                        int64_t tokens, int64_t heads, int64_t n, float eps);
+    void (*multiply)(const Runtime&, bf16* x, int64_t stride, const bf16* by, int64_t by_stride, int64_t rows,
+                     int64_t n, int32_t by_sigmoid);
 };
 
 namespace portable {

@@ -87,6 +87,18 @@ static void layer_norm(const Runtime& runtime, const bf16* x, const bf16* weight
     });
 }
 
+// x *= by, or the sigmoid of it, rounded as it would be stored.
+static void multiply(const Runtime& runtime, bf16* x, int64_t stride, const bf16* by, int64_t by_stride, int64_t rows,
+                     int64_t n, int32_t by_sigmoid) {
+    parallel_rows(runtime, rows, n * 8, [&](int64_t row) {
+        over_lanes(n, [&](int64_t i, int lanes) {
+            const vf factor = load_lanes(by + row * by_stride + i, lanes);
+            bf16* at = x + row * stride + i;
+            store_lanes(at, load_lanes(at, lanes) * (by_sigmoid ? rounded(sigmoid(factor)) : factor), lanes);
+        });
+    });
+}
+
 static inline vf activated(vf x, int32_t activation) {
     switch (activation) {
         case kSilu:

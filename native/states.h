@@ -145,9 +145,9 @@ static inline LearnToken learn_token_for(int64_t columns) {
 
 // Some tokens of a run as one value head sees them.
 struct HeadRun {
-    const float *q, *k;  // unit vectors [tokens][key_dim]
-    int64_t head, token, tokens;
-    const float* from;  // [key_dim][value_dim]
+    const float *q, *k;           // unit vectors [tokens][key_dim]
+    int64_t head, token, tokens;  // the head's place in v, out and the gates
+    const float* from;            // [key_dim][value_dim]
     float* to;
 };
 
@@ -199,10 +199,11 @@ static inline void learn_run(const DeltaRule& a, int64_t run, int64_t token, int
             unit_row(a.q + row * a.q_stride + at, a.key_dim, scale, q + t * a.key_dim);
             unit_row(a.k + row * a.k_stride + at, a.key_dim, 1, k + t * a.key_dim);
         }
-        for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
+        for (int64_t i = 0; i < group; ++i) {
+            const int64_t head = key_head * group + i, place = a.takes_turns ? i * a.key_heads + key_head : head;
             float* to = a.states + (a.runs.targets[run] * a.value_heads + head) * memory;
             const float* from = a.states + (a.runs.sources[run] * a.value_heads + head) * memory;
-            const HeadRun some{q, k, head, token + first, count, first ? to : from, to};
+            const HeadRun some{q, k, place, token + first, count, first ? to : from, to};
             for (int64_t c = 0; c < a.value_dim; c += kStateVectors * kLanes)
                 learn_columns(a, some, c, std::min<int64_t>(kStateVectors * kLanes, a.value_dim - c));
         }

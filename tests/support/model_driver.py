@@ -16,6 +16,7 @@ from sensorium.engine.cache_layout import CacheLayout, by_place, make_states
 from sensorium.kernels.context import AttentionContext, LayerRows, Segments
 from sensorium.models.base import Model
 from sensorium.models.cache import paged, states
+from sensorium.models.decoder import Decoder
 from sensorium.types import MediaSpan
 
 
@@ -32,6 +33,23 @@ class Sequence:
     spans: tuple[MediaSpan, ...] = ()  # of media, for models whose media see all of themselves
     memory: Tensor | None = None  # what an encoder-decoder's tokens attend to besides
     state: int = 0  # slot of its layers' states
+
+
+def with_and_without_stack(model: Model, prompt: list[int], **options: Any) -> tuple[Tensor, Tensor]:
+    """Hidden states of a prompt in two parts, of another one beside it, and of a decode of both, by one native call for
+    all layers and layer by layer. `options` are the driver's."""
+    decoder = model.get_submodule("model")
+    assert isinstance(decoder, Decoder)
+    stack = decoder.stack
+    assert stack is not None
+    found = []
+    for one in (stack, None):
+        decoder.__dict__["stack"] = one
+        driver, first, second = Driver(model, **options), Sequence(list(prompt)), Sequence(prompt[::-1])
+        steps = [[(first, 20)], [(first, 1), (second, 37)], [(first, 1), (second, 1)]]
+        found.append(torch.cat([driver.step(work) for work in steps]))
+    decoder.__dict__["stack"] = stack
+    return found[0], found[1]
 
 
 class Driver:

@@ -23,6 +23,7 @@ from sensorium.kernels.backend import (
     CachedWeight,
     DecoderLayerParts,
     DecoderStack,
+    DeltaParts,
     Draws,
     Edits,
     Experts,
@@ -31,6 +32,7 @@ from sensorium.kernels.backend import (
     Quantization,
     QuantizedWeight,
     RoutedParts,
+    StateParts,
     TokenGroups,
 )
 from sensorium.kernels.cpu import onednn
@@ -53,6 +55,7 @@ __all__ = [
     "CachedWeight",
     "DecoderLayerParts",
     "DecoderStack",
+    "DeltaParts",
     "Draws",
     "Edits",
     "Experts",
@@ -61,6 +64,7 @@ __all__ = [
     "Quantization",
     "QuantizedWeight",
     "RoutedParts",
+    "StateParts",
     "TokenGroups",
     "activate",
     "add_low_rank",

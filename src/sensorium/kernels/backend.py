@@ -180,8 +180,34 @@ class RoutedParts:
 
 
 @dataclass(frozen=True, slots=True)
+class DeltaParts:
+    """What makes a gated delta net of a convolution, see `Backend.delta_rule`, `delta_gates` and `norm_gated`."""
+
+    gates: PackedWeight  # [2 * value_heads, hidden]
+    rate: Tensor  # float32 [value_heads]; bias: the same
+    bias: Tensor
+    norm: Tensor  # [value_dim]
+    eps: float
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    takes_turns: bool  # the value heads of all key heads in turn, else each key head's together
+
+
+@dataclass(frozen=True, slots=True)
+class StateParts:
+    """What mixes a layer's tokens in attention's place: a gated short convolution, or a gated delta net."""
+
+    taps: Tensor  # [channels, taps]
+    bias: Tensor | None  # [channels]
+    delta: DeltaParts | None
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderLayerParts:
-    """What one Llama-like decoder layer is made of: weights of norms and of linear layers."""
+    """What one Llama-like decoder layer is made of: weights of norms and of linear layers. Where something else mixes
+    its tokens, `qkv` is the projection before that and `o` the one behind it."""
 
     input_norm: Tensor
     qkv: PackedWeight
@@ -198,6 +224,8 @@ class DecoderLayerParts:
     rotation: int = 0  # number of its cos and sin
     routed: RoutedParts | None = None
     sinks: Tensor | None = None  # float32 [heads], see `Backend.paged_attention`
+    is_gated: bool = False  # each query has its gate behind it, by whose sigmoid what it attends to is multiplied
+    state: StateParts | None = None
 
 
 class DecoderStack(Protocol):

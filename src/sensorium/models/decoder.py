@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +125,20 @@ class SelfAttention(nn.Module):
         """float32 [heads], once the weights are there."""
         return None if self.sinks is None else self.sinks[self.heads].float()
 
+    def parts(self) -> dict[str, Any]:
+        """What `kernels.DecoderLayerParts` has of it, by field."""
+        spec = self.attention.spec
+        return {
+            "qkv": self.qkv_proj.packed,
+            "q_norm": None if self.q_norm is None else self.q_norm.weight,
+            "k_norm": None if self.k_norm is None else self.k_norm.weight,
+            "o": self.o_proj.packed,
+            "sliding_window": spec.window,
+            "media_both_ways": spec.media_both_ways,
+            "sinks": self.sink_scores,
+            "is_gated": self.is_gated,
+        }
+
     def forward(
         self,
         x: Tensor,
@@ -231,30 +245,22 @@ class DecoderLayer(nn.Module):
 
     def parts(self, rotation: int) -> kernels.DecoderLayerParts | None:
         """`rotation`: number of its table of rotary positions. None of a layer that the stack does not know."""
-        attention, mlp = self.self_attn, self.mlp
-        if not isinstance(attention, SelfAttention) or attention.is_gated or attention.is_paired:
-            return None
+        mixer, mlp = self.self_attn, self.mlp
         routed = mlp.parts() if isinstance(mlp, RoutedMLP) else None
-        if isinstance(mlp, RoutedMLP) and routed is None:
+        is_known = isinstance(mlp, MLP) or routed is not None
+        if not is_known or (isinstance(mixer, SelfAttention) and mixer.is_paired):
             return None
-        spec = attention.attention.spec
         before_mlp, after_mlp = self.pre_feedforward_layernorm, self.post_feedforward_layernorm
         return kernels.DecoderLayerParts(
             input_norm=self.input_layernorm.weight,
-            qkv=attention.qkv_proj.packed,
-            q_norm=None if attention.q_norm is None else attention.q_norm.weight,
-            k_norm=None if attention.k_norm is None else attention.k_norm.weight,
-            o=attention.o_proj.packed,
             attended_norm=None if before_mlp is None else self.post_attention_layernorm.weight,
             mlp_norm=(before_mlp or self.post_attention_layernorm).weight,
             gate_up=mlp.gate_up_proj.packed if isinstance(mlp, MLP) else None,
             down=mlp.down_proj.packed if isinstance(mlp, MLP) else None,
             after_norm=None if after_mlp is None else after_mlp.weight,
-            sliding_window=spec.window,
-            media_both_ways=spec.media_both_ways,
             rotation=rotation,
             routed=routed,
-            sinks=attention.sink_scores,
+            **mixer.parts(),
         )
 
 

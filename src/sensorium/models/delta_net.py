@@ -35,7 +35,7 @@ class DeltaNet(StateMixer):
         self.norm = RMSNorm(spec.value_dim, eps)
         self.out_proj = Linear(values, hidden_size)
         self.spec = spec
-        self.parts = [keys, keys, values]
+        self.widths = [keys, keys, values]
 
     @property
     def state_parts(self) -> tuple[StatePart, ...]:
@@ -48,6 +48,15 @@ class DeltaNet(StateMixer):
         wide = spec.value_heads * (4 * spec.key_dim + 6 * spec.value_dim)
         return self.conv.token_bytes(size) + 2 * self.in_proj.out_features * size + 4 * wide
 
+    def state_layer(self) -> kernels.StateParts:
+        spec, decay, norm = self.spec, self.decay, self.norm
+        sizes = (spec.key_heads, spec.value_heads, spec.key_dim, spec.value_dim)
+        takes_turns = spec.takes_turns and spec.key_heads != spec.value_heads
+        delta = kernels.DeltaParts(
+            self.gates.packed, decay.rate, decay.bias, norm.weight, norm.eps, *sizes, takes_turns
+        )
+        return kernels.StateParts(self.conv.weight[:, 0], self.conv.bias, delta)
+
     def forward(
         self,
         x: Tensor,
@@ -59,9 +68,9 @@ class DeltaNet(StateMixer):
     ) -> Tensor:
         """Of the tokens `rows` int64 [n], or of all. Positions play no part."""
         spec, (before, memory) = self.spec, cache.parts
-        mixed, z = self.in_proj(x).split([sum(self.parts), self.parts[2]], dim=1)
+        mixed, z = self.in_proj(x).split([sum(self.widths), self.widths[2]], dim=1)
         decay, learned = kernels.delta_gates(self.gates(x), self.decay.rate, self.decay.bias)
-        q, k, v = self.conv(mixed, before, context).split(self.parts, dim=1)
+        q, k, v = self.conv(mixed, before, context).split(self.widths, dim=1)
         q, k = (part.view(len(x), spec.key_heads, spec.key_dim) for part in (q, k))
         v = self._by_keys(v.view(len(x), spec.value_heads, spec.value_dim))
         decay, learned = self._by_keys(decay), self._by_keys(learned)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from sensorium import kernels
@@ -38,6 +40,9 @@ class CausalConv(nn.Module):
 class StateMixer(nn.Module):
     """What mixes the tokens of a layer in attention's place: of the tokens before, a state of fixed size is kept."""
 
+    in_proj: Linear
+    out_proj: Linear
+
     @property
     def state_parts(self) -> tuple[StatePart, ...]:
         raise NotImplementedError
@@ -45,6 +50,21 @@ class StateMixer(nn.Module):
     def token_bytes(self, size: int) -> int:
         """What a token of a step takes at most, with elements of so many bytes."""
         raise NotImplementedError
+
+    def state_layer(self) -> kernels.StateParts:
+        """What stands between `in_proj` and `out_proj`."""
+        raise NotImplementedError
+
+    def parts(self) -> dict[str, Any]:
+        """What `kernels.DecoderLayerParts` has of it, by field."""
+        return {
+            "qkv": self.in_proj.packed,
+            "q_norm": None,
+            "k_norm": None,
+            "o": self.out_proj.packed,
+            "sliding_window": None,
+            "state": self.state_layer(),
+        }
 
 
 class ShortConv(StateMixer):
@@ -63,6 +83,9 @@ class ShortConv(StateMixer):
 
     def token_bytes(self, size: int) -> int:
         return self.conv.token_bytes(size) + 5 * self.out_proj.out_features * size
+
+    def state_layer(self) -> kernels.StateParts:
+        return kernels.StateParts(self.conv.weight[:, 0], self.conv.bias, None)
 
     def forward(
         self,

@@ -22,7 +22,7 @@ from support.checkpoints import (
     read_weights,
     write_weights,
 )
-from support.model_driver import Driver, Sequence, peak_bytes
+from support.model_driver import Driver, Sequence, peak_bytes, with_and_without_stack
 from torch import Tensor
 
 from sensorium.checkpoint.configs import open_checkpoint
@@ -30,7 +30,6 @@ from sensorium.errors import CheckpointError
 from sensorium.kernels import Quantization
 from sensorium.kernels.cpu import library
 from sensorium.models.base import Model
-from sensorium.models.decoder import Decoder
 from sensorium.models.layers import Linear
 from sensorium.models.loading import load_model
 
@@ -78,16 +77,7 @@ def test_one_native_call_is_layer_by_layer(
     """To the last bit: prompts, mixed steps, and where the last layer computes some rows alone."""
     make(tmp_path, dtype="bfloat16")
     model = load(tmp_path, BF16, quantization=quantization)
-    decoder = model.get_submodule("model")
-    assert isinstance(decoder, Decoder)
-    assert decoder.stack is not None
-    stacks, found = [decoder.stack, None], []
-    for stack in stacks:
-        decoder.__dict__["stack"] = stack
-        driver, first, second = Driver(model, dtype=BF16), Sequence(list(PROMPT)), Sequence(list(PROMPT[::-1]))
-        steps = [[(first, 20)], [(first, 1), (second, 37)], [(first, 1), (second, 1)]]
-        found.append(torch.cat([driver.step(work) for work in steps]))
-    assert torch.equal(*found)
+    assert torch.equal(*with_and_without_stack(model, PROMPT, dtype=BF16))
 
 
 def fused(tensors: dict[str, Tensor], *, inputs_first: bool) -> dict[str, Tensor]:

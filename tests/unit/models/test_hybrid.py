@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.checkpoints import make_lfm2
+from support.checkpoints import make_lfm2, make_qwen3_5_moe, make_qwen3_5_text
+from support.model_driver import with_and_without_stack
 
 from sensorium import kernels
 from sensorium.checkpoint.configs import open_checkpoint
 from sensorium.checkpoint.state_layers import DeltaNetSpec, ShortConvSpec
 from sensorium.checkpoint.text_config import TextConfig
 from sensorium.errors import CheckpointError
+from sensorium.kernels import Quantization
 from sensorium.kernels.context import Segments
+from sensorium.kernels.cpu import library
 from sensorium.models.cache import PagedGroup, StateGroup, StatePart
 from sensorium.models.loading import load_model
+
+BF16 = torch.bfloat16
 
 LFM2: dict[str, Any] = {
     "hidden_size": 2048,
@@ -118,6 +124,29 @@ def test_long_runs_of_the_delta_rule() -> None:
         inputs: Any = (*(x[token : token + 1] for x in (q, k, v, decay, learned)), states, step)
         torch.testing.assert_close(kernels.delta_rule(*inputs)[0], once[token], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(states[1], states[3], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(library.library_path() is None, reason="the native library is not built")
+@pytest.mark.parametrize("quantization", [None, Quantization(4, 32)])
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (make_lfm2, {"conv_bias": True}),
+        (make_qwen3_5_text, {}),
+        (make_qwen3_5_text, {"linear_value_heads_take_turns": True}),
+        (make_qwen3_5_moe, {}),
+    ],
+)
+def test_one_native_call_is_layer_by_layer(
+    tmp_path: Path, make: Callable[..., object], options: dict[str, Any], quantization: Quantization | None
+) -> None:
+    """To the last bit, with keys and values of both kinds."""
+    make(tmp_path, dtype="bfloat16", **options)
+    model = load_model(open_checkpoint(tmp_path), dtype=BF16, device="cpu", quantization=quantization)
+    for int8_cache in (False, True):
+        pair = with_and_without_stack(model, [7 * i % 391 for i in range(60)], dtype=BF16, int8_cache=int8_cache)
+        assert pair[0].isfinite().all()
+        assert torch.equal(*pair)
 
 
 def test_what_a_sequence_keeps(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sensorium.kernels.backend import DecoderLayerParts, RoutedParts
-from sensorium.kernels.context import LayerCache
+from sensorium.kernels.backend import DecoderLayerParts, RoutedParts, StateParts
+from sensorium.kernels.context import LayerCache, StateCache
 from sensorium.kernels.cpu.attention import CACHE_DTYPES
 from sensorium.kernels.cpu.experts import NativeExperts
 from sensorium.kernels.cpu.library import (
@@ -20,9 +20,11 @@ from sensorium.kernels.cpu.library import (
     Library,
     RoutedArguments,
     RoutingArguments,
+    StateMixerArguments,
     StepTableArguments,
 )
 from sensorium.kernels.cpu.linear import NativeLinear
+from sensorium.kernels.cpu.states import runs_of
 
 if TYPE_CHECKING:
     from sensorium.kernels.context import AttentionContext, KVCache
@@ -31,24 +33,37 @@ _BF16 = torch.bfloat16
 
 
 def can_stack(layers: Sequence[DecoderLayerParts], final_norm: Tensor) -> bool:
-    """Whether there are layers, all weights are native ones and all norms contiguous bf16."""
-    tensors = [final_norm]
+    """Whether there are layers, one of which attends, all weights are native ones and all others contiguous, bf16 or
+    what is float32 everywhere."""
+    if all(parts.state is not None for parts in layers):
+        return False
+    tensors, floats = [final_norm], list[Tensor]()
     for parts in layers:
-        norms = (parts.input_norm, parts.q_norm, parts.k_norm, parts.attended_norm, parts.mlp_norm, parts.after_norm)
-        tensors += [norm for norm in norms if norm is not None]
+        others = [parts.input_norm, parts.q_norm, parts.k_norm, parts.attended_norm, parts.mlp_norm, parts.after_norm]
+        if parts.state is not None:
+            others += [parts.state.taps, parts.state.bias]
+            if parts.state.delta is not None:
+                others.append(parts.state.delta.norm)
+                floats += [parts.state.delta.rate, parts.state.delta.bias]
+        tensors += [one for one in others if one is not None]
         if not all(isinstance(weight, NativeLinear) for weight in _weights(parts)):
             return False
         if parts.routed is not None and not isinstance(parts.routed.experts, NativeExperts):
             return False
-    return bool(layers) and all(t.dtype is _BF16 and t.is_contiguous() for t in tensors)
+    return all(
+        one.dtype is dtype and one.is_contiguous()
+        for dtype, of_it in ((_BF16, tensors), (torch.float32, floats))
+        for one in of_it
+    )
 
 
 def _weights(parts: DecoderLayerParts) -> list[object]:
-    routed = parts.routed
+    routed, delta = parts.routed, None if parts.state is None else parts.state.delta
+    mixers = [parts.qkv, parts.o, *(() if delta is None else (delta.gates,))]
     if routed is None:
-        return [parts.qkv, parts.o, parts.gate_up, parts.down]
+        return [*mixers, parts.gate_up, parts.down]
     shared = (routed.shared_gate_up, routed.shared_down, routed.shared_gate)
-    return [parts.qkv, parts.o, routed.router, *(one for one in shared if one is not None)]
+    return [*mixers, routed.router, *(one for one in shared if one is not None)]
 
 
 def _at(tensor: Tensor | None) -> int | None:
@@ -75,7 +90,30 @@ def _routed_arguments(routed: RoutedParts, activation: int) -> RoutedArguments:
     )
 
 
-def _layer_arguments(parts: DecoderLayerParts, routed: RoutedArguments | None) -> DecoderLayerArguments:
+def _state_arguments(state: StateParts) -> StateMixerArguments:
+    delta = state.delta
+    if delta is None:
+        return StateMixerArguments(_at(state.taps), _at(state.bias), num_taps=state.taps.shape[1])
+    return StateMixerArguments(
+        _at(state.taps),
+        _at(state.bias),
+        _address(delta.gates),
+        _at(delta.rate),
+        _at(delta.bias),
+        _at(delta.norm),
+        state.taps.shape[1],
+        delta.key_heads,
+        delta.value_heads,
+        delta.key_dim,
+        delta.value_dim,
+        delta.takes_turns,
+        delta.eps,
+    )
+
+
+def _layer_arguments(
+    parts: DecoderLayerParts, routed: RoutedArguments | None, state: StateMixerArguments | None
+) -> DecoderLayerArguments:
     return DecoderLayerArguments(
         _at(parts.input_norm),
         _at(parts.q_norm),
@@ -88,9 +126,11 @@ def _layer_arguments(parts: DecoderLayerParts, routed: RoutedArguments | None) -
         _address(parts.gate_up),
         _address(parts.down),
         None if routed is None else ctypes.addressof(routed),
+        None if state is None else ctypes.addressof(state),
         _at(parts.sinks),
         parts.sliding_window or 0,
         parts.media_both_ways,
+        parts.is_gated,
         parts.rotation,
     )
 
@@ -105,8 +145,10 @@ class NativeDecoder:
         routed = [
             None if parts.routed is None else _routed_arguments(parts.routed, decoder.activation) for parts in layers
         ]
-        self._kept = (list(layers), final_norm, routed)  # the C side has their addresses
-        self._layers = (DecoderLayerArguments * len(layers))(*map(_layer_arguments, layers, routed))
+        states = [None if parts.state is None else _state_arguments(parts.state) for parts in layers]
+        self._kept = (list(layers), final_norm, routed, states)  # the C side has their addresses
+        self._layers = (DecoderLayerArguments * len(layers))(*map(_layer_arguments, layers, routed, states))
+        self._has_states = any(states)
         decoder.layers = ctypes.addressof(self._layers)
         self._decoder = decoder
         self._cache: object = None
@@ -145,8 +187,12 @@ class NativeDecoder:
         step.visible = None if context.visible is None else context.visible.data_ptr()
         step.tokens, step.sequences = hidden.shape[0], len(context.query_lens)
         step.rows, step.num_rows = (None, 0) if rows is None else (rows.data_ptr(), len(rows))
+        lengths = None
+        if self._has_states:
+            step.runs, lengths = runs_of(context.runs)
         library = self._library
         library._decoder(library._runtime, *self._addresses)
+        del lengths
         return out
 
     def _set_rotations(self, turns: list[Tensor]) -> None:
@@ -171,19 +217,20 @@ class NativeDecoder:
 
     def _attach(self, cache: KVCache) -> None:
         layers = [layer for layer in cache if isinstance(layer, LayerCache)]
-        flat = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
-        dtype = flat[0].dtype if flat else None
-        if (
-            len(flat) != len(self._caches)
-            or dtype not in CACHE_DTYPES
-            or any(t.dtype is not dtype or not t.is_contiguous() for t in flat)
-        ):
-            raise ValueError("the cache does not fit the decoder: one contiguous bf16 or int8 pair for every layer")
+        dtype = layers[0].keys.dtype if layers else None
+        if dtype not in CACHE_DTYPES or len(cache) != len(self._layers):
+            raise ValueError("the cache does not fit the decoder: one bf16 or int8 pair for every layer that attends")
+        for number, (arguments, own) in enumerate(zip(self._layers, cache, strict=True)):
+            parts = own.parts if isinstance(own, StateCache) else own[:2]
+            wanted = (_BF16, torch.float32) if isinstance(own, StateCache) else (dtype, dtype)
+            fits = [one.is_contiguous() and one.dtype is kind for one, kind in zip(parts, wanted, strict=False)]
+            if not all(fits) or isinstance(own, StateCache) is not bool(arguments.state):
+                raise ValueError(f"the cache of layer {number} does not fit the decoder: not contiguous, or of a kind")
+            self._caches[2 * number] = parts[0].data_ptr()
+            self._caches[2 * number + 1] = parts[1].data_ptr() if len(parts) > 1 else None
+            arguments.table = own.table if isinstance(own, LayerCache) else 0
         self._decoder.int8_cache = dtype is torch.int8
-        self._caches[:] = [tensor.data_ptr() for tensor in flat]
-        self._decoder.block_size = flat[0].shape[2]
-        for arguments, layer in zip(self._layers, layers, strict=True):
-            arguments.table = layer.table
+        self._decoder.block_size = layers[0].keys.shape[2]
         self._tables = (StepTableArguments * (1 + max(layer.table for layer in layers)))()
         self._step.tables = ctypes.addressof(self._tables)
         self._cache = cache

@@ -20,7 +20,7 @@ from sensorium.kernels.cpu.memory import WeightMemory
 
 Isa = Literal["portable", "avx2", "avx512", "avx512_bf16"]
 ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512", "avx512_bf16")  # the index is the C side's number
-ABI = 16
+ABI = 17
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "tanh", "clamped_swiglu")
 
 _P, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
@@ -166,6 +166,25 @@ class DeltaRuleArguments(ctypes.Structure):
         ("key_dim", _I64),
         ("value_dim", _I64),
         ("runs", StateRunsArguments),
+        ("takes_turns", _I32),
+    ]
+
+
+class StateMixerArguments(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("taps", _P),
+        ("bias", _P),
+        ("gates", _P),
+        ("rate", _P),
+        ("rate_bias", _P),
+        ("norm", _P),
+        ("num_taps", _I64),
+        ("key_heads", _I64),
+        ("value_heads", _I64),
+        ("key_dim", _I64),
+        ("value_dim", _I64),
+        ("takes_turns", _I32),
+        ("eps", _F32),
     ]
 
 
@@ -182,9 +201,11 @@ class DecoderLayerArguments(ctypes.Structure):
         ("gate_up", _P),
         ("down", _P),
         ("routed", _P),
+        ("state", _P),
         ("sinks", _P),
         ("window", _I64),
         ("both_ways", _I32),
+        ("gated", _I32),
         ("rotation", _I32),
         ("table", _I32),
     ]
@@ -227,6 +248,7 @@ class DecoderStepArguments(ctypes.Structure):
         ("tokens", _I64),
         ("sequences", _I64),
         ("num_rows", _I64),
+        ("runs", StateRunsArguments),
     ]
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _BF16 = torch.bfloat16
 
 
-def _runs(segments: Segments) -> tuple[StateRunsArguments, Tensor]:
+def runs_of(segments: Segments) -> tuple[StateRunsArguments, Tensor]:
     """(what the library is told, the lengths, which must be kept as long)"""
     lengths = torch.tensor(segments.lengths, dtype=torch.int64)
     addresses = (one.data_ptr() for one in (lengths, segments.sources, segments.targets))
@@ -38,7 +38,7 @@ class StateKernels(Library):
             return reference.causal_conv(x, weight, bias, states, segments, silu=silu)
         weight = weight.contiguous()
         out = torch.empty(x.shape, dtype=_BF16)
-        runs, _lengths = _runs(segments)
+        runs, _lengths = runs_of(segments)
         arguments = CausalConvArguments(
             x.data_ptr(),
             weight.data_ptr(),
@@ -65,7 +65,7 @@ class StateKernels(Library):
             return reference.delta_rule(q, k, v, decay, learned, states, segments)
         decay, learned = decay.contiguous(), learned.contiguous()
         out = torch.empty(v.shape, dtype=_BF16)
-        runs, _lengths = _runs(segments)
+        runs, _lengths = runs_of(segments)
         arguments = DeltaRuleArguments(
             *(one.data_ptr() for one in (q, k, v, out, decay, learned, states)),
             *(one.stride(0) for one in (q, k, v)),
@@ -74,6 +74,7 @@ class StateKernels(Library):
             k.shape[2],
             v.shape[2],
             runs,
+            0,
         )
         self._delta_rule(self._runtime, ctypes.addressof(arguments))
         return out

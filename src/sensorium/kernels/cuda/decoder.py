@@ -125,6 +125,7 @@ def can_stack(layers: Sequence[DecoderLayerParts], final_norm: Tensor, shape: De
         and shape.head_dim % 4 == 0
         and shape.num_heads % shape.num_kv_heads == 0
         and all(norm.dtype is final_norm.dtype and norm.is_contiguous() for norm in norms)
+        and not any(one.is_gated or one.state for one in layers)
         and all((one.q_norm is None) == (one.k_norm is None) for one in layers)
         and (not shape.norms_whole_qk or layers[0].q_norm is None)
     )
