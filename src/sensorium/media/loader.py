@@ -44,6 +44,7 @@ from sensorium.media.pool import Bounds, Result, WorkerPool
 from sensorium.media.sampling import VideoSampling, fitted_size
 from sensorium.media.source import CRASHED, PADDING_S, MediaSize, MediaSource, RawMedia, Refusal, StreamInfo
 from sensorium.media.turns import Turns
+from sensorium.system.heap import HeapTrimmer
 from sensorium.types import MediaItem, Modality
 from sensorium.units import size_text
 
@@ -70,6 +71,7 @@ class MediaLoader:
     ) -> None:
         self._limits = limits
         self._memory = Turns(limits.media_memory, limits.media_memory)
+        self._trimmer = HeapTrimmer()
         self._held = HeldBytes(limits.max_pending_bytes)
         self._readers = ThreadPoolExecutor(READERS, "media-reader")
         self._reading = Turns(READERS, READERS - 1)
@@ -120,8 +122,11 @@ class MediaLoader:
         with _refusals(raw.kind, raw.param):
             size = MediaSize(0, 0) if raw.kind == "image" else self._stream_size(raw, sampling, sample_rate)
             cost = _cost(raw, size)
-        async with self._memory.taken(tenant, min(cost.total, self._limits.media_memory)):
-            yield
+        try:
+            async with self._memory.taken(tenant, min(cost.total, self._limits.media_memory)):
+                yield
+        finally:
+            self._trimmer.after(cost.total)
 
     async def decode(
         self, raw: RawMedia, *, sampling: VideoSampling = AS_IS, sample_rate: int = SPEECH_RATE, tenant: bytes = b""

@@ -18,8 +18,8 @@ from sensorium.errors import StartupError
 from sensorium.ipc.nursery import Nursery
 from sensorium.startup.fit import EnginePlan, budget_of, engine_plan, fitted
 from sensorium.startup.model import Found, Starting, adapters_of, find, launch, media_loader, names_of, opened
+from sensorium.system.collector import give_back
 from sensorium.system.gpu import gpu_memory_bytes
-from sensorium.system.malloc import trim
 from sensorium.system.memory import free_memory_bytes
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class ModelSource:
         async with opened(starting, self.loader) as model:
             yield model
         del model
-        await asyncio.to_thread(trim)
+        await asyncio.to_thread(give_back)
 
     async def aclose(self) -> None:
         """End an engine that was started and never opened."""

@@ -1,10 +1,12 @@
-"""Python's collector of garbage, while a process starts."""
+"""Python's collector of garbage: not while a process starts, and when something large has ended."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from sensorium.system.malloc import trim
 
 
 @contextmanager
@@ -19,3 +21,10 @@ def no_collection() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def give_back() -> None:
+    """Return to the system what something large has left, now: in it are circles of references, which Python finds when
+    enough others were made, and its memory is torn by what came meanwhile. Takes some tens of milliseconds."""
+    gc.collect()
+    trim()

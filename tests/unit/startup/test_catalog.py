@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -135,3 +139,27 @@ def test_adapters_take_of_the_budget(tmp_path: Path, made: list[str]) -> None:
     plain, adapted = outline(), outline("--lora", f"a={adapter}", "b=some/repository")
     assert adapted.weight_bytes == plain.weight_bytes
     assert 0 <= plain.cache_bytes - adapted.cache_bytes - size // CACHE_PART <= 1
+
+
+async def test_a_model_that_is_unloaded_is_gone_though_its_parts_know_each_other(
+    made: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Model:
+        def __init__(self) -> None:
+            self.whole = self
+
+    @asynccontextmanager
+    async def opened(starting: object, loader: object) -> AsyncIterator[Model]:
+        yield Model()
+
+    monkeypatch.setattr(catalog, "opened", opened)
+    (source,) = prepared("--lazy").sources
+    source.loader = None  # type: ignore[assignment]
+    gc.disable()
+    try:
+        async with source.open(lambda phase, fraction: None) as model:
+            found = weakref.ref(model)
+            del model
+        assert found() is None
+    finally:
+        gc.enable()
