@@ -25,8 +25,8 @@ from sensorium.errors import StartupError, UnavailableError
 from sensorium.ipc import messages
 from sensorium.ipc.liveness import BEAT_S, Silence
 from sensorium.ipc.messages import Kind, ProtocolError
-from sensorium.ipc.nursery import STDERR, ForkedProcess, Nursery
 from sensorium.ipc.transfers import Outgoing
+from sensorium.system.nursery import STDERR, ForkedProcess, Nursery
 from sensorium.types import EngineOutput, EngineReady, EngineRequest, EngineStats, Vocabulary
 
 State = Literal["loading", "ready", "restarting", "failed", "closed"]

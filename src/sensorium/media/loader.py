@@ -45,6 +45,7 @@ from sensorium.media.sampling import VideoSampling, fitted_size
 from sensorium.media.source import CRASHED, PADDING_S, MediaSize, MediaSource, RawMedia, Refusal, StreamInfo
 from sensorium.media.turns import Turns
 from sensorium.system.heap import HeapTrimmer
+from sensorium.system.nursery import Nursery
 from sensorium.types import MediaItem, Modality
 from sensorium.units import size_text
 
@@ -66,6 +67,7 @@ class MediaLoader:
         allowed_domains: tuple[str, ...] = (),
         local_root: Path | None = None,
         workers: int = 2,
+        nursery: Nursery | None = None,
         resolve: Resolver | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
@@ -84,8 +86,8 @@ class MediaLoader:
             resolve=resolve,
             transport=transport,
         )
-        self._images = WorkerPool("image", workers, _image_bounds(limits))
-        self._streams = WorkerPool("stream", workers, _stream_bounds(limits))
+        self._images = WorkerPool("image", workers, _image_bounds(limits), nursery)
+        self._streams = WorkerPool("stream", workers, _stream_bounds(limits), nursery)
         self._workers = workers
         self._recordings: MediaLoader | None = None
 
@@ -166,7 +168,7 @@ class MediaLoader:
         if self._recordings is None:
             own = self._recordings = copy.copy(self)
             own._limits = replace(self._limits, max_audio_seconds=self._limits.max_recording_seconds)
-            own._streams = WorkerPool("stream", self._workers, _stream_bounds(own._limits))
+            own._streams = WorkerPool("stream", self._workers, _stream_bounds(own._limits), self._streams.nursery)
         return self._recordings
 
     async def aclose(self) -> None:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from sensorium.errors import ServerError, UnavailableError
 from sensorium.media.source import CRASHED, Problem, Refusal
 from sensorium.media.turns import Turns
+from sensorium.system.nursery import Nursery
 from sensorium.workers.frames import BYTES, JOB, REFUSED, RESULT, FrameError, Gone, Late, Stopped
 from sensorium.workers.process import DYING_S, WorkerProcess
 
@@ -53,15 +54,16 @@ class Result:
     data: NDArray[np.generic] | None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Worker(WorkerProcess):
     """A process that decodes. In step is one that waits for a job."""
 
     is_in_step: bool = False
 
     @classmethod
-    def spawn(cls, role: str, bounds: Bounds) -> Worker:
-        return cls.start("sensorium.media.worker", role, bounds.memory_bytes, math.ceil(bounds.cpu_s) + 1)
+    def spawn(cls, role: str, bounds: Bounds, nursery: Nursery | None) -> Worker:
+        cpu_s = math.ceil(bounds.cpu_s) + 1
+        return cls.start("sensorium.media.worker", role, bounds.memory_bytes, cpu_s, nursery=nursery)
 
     def run(self, job: dict[str, Any], payload: bytes, bounds: Bounds) -> Result:
         """Raises Refusal for a refused file, FrameError when this worker is of no more use."""
@@ -142,8 +144,9 @@ class WorkerPool:
     role: str
     size: int
     bounds: Bounds
+    nursery: Nursery | None = None  # where they come from; None: each for itself
     _idle: list[Worker] = field(default_factory=list)  # the last used one first, so that few are started
-    _busy: dict[int, Worker] = field(default_factory=dict)  # by pid
+    _busy: set[Worker] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _turns: Turns = field(init=False)
     _threads: ThreadPoolExecutor | None = None
@@ -169,7 +172,7 @@ class WorkerPool:
         with self._lock:
             self._is_closed = True
             workers, self._idle = self._idle, []
-            for worker in self._busy.values():
+            for worker in self._busy:
                 worker.process.kill()  # its thread sees the end and cleans up
         for worker in workers:
             worker.kill()
@@ -179,7 +182,7 @@ class WorkerPool:
     @property
     def pids(self) -> list[int]:
         with self._lock:
-            return [*self._busy, *(worker.process.pid for worker in self._idle)]
+            return [worker.process.pid for worker in (*self._busy, *self._idle)]
 
     def _executor(self) -> ThreadPoolExecutor:
         if self._is_closed:
@@ -213,8 +216,8 @@ class WorkerPool:
         with self._lock:
             if self._is_closed:
                 raise ServerError
-            worker = self._take_idle() or Worker.spawn(self.role, self.bounds)
-            self._busy[worker.process.pid] = worker
+            worker = self._take_idle() or Worker.spawn(self.role, self.bounds, self.nursery)
+            self._busy.add(worker)
         try:
             yield worker
         finally:
@@ -224,7 +227,7 @@ class WorkerPool:
         """Have one more started when one tenant may hold all others."""
         with self._lock:
             if len(self._busy) == self.size and not self._idle and not self._is_closed:
-                self._idle.append(Worker.spawn(self.role, self.bounds))
+                self._idle.append(Worker.spawn(self.role, self.bounds, self.nursery))
 
     def _take_idle(self) -> Worker | None:
         """One that still runs: the system may have killed it while nobody looked."""
@@ -238,8 +241,8 @@ class WorkerPool:
     def _give_back(self, worker: Worker) -> None:
         is_spent = not worker.is_in_step or worker.jobs >= self.bounds.max_jobs
         with self._lock:
-            del self._busy[worker.process.pid]
+            self._busy.discard(worker)
             if not self._is_closed:  # a new one is ready by the time somebody needs it
-                self._idle.append(Worker.spawn(self.role, self.bounds) if is_spent else worker)
+                self._idle.append(Worker.spawn(self.role, self.bounds, self.nursery) if is_spent else worker)
         if is_spent or self._is_closed:
             worker.kill()

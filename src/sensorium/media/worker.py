@@ -18,6 +18,10 @@ from sensorium.workers.child import limit_memory, lock_in, parent_link
 from sensorium.workers.frames import JOB, READY, REFUSED, RESULT, FrameError, FrameSocket
 
 
+def prepare(arguments: list[str]) -> None:
+    decoders_for(arguments[0])
+
+
 def main(arguments: list[str]) -> None:
     role, memory_bytes, cpu_s = arguments[0], int(arguments[1]), int(arguments[2])
     parent = parent_link()

@@ -21,11 +21,15 @@ NICENESS = 5  # a third of the share of a processor that streams have: they go o
 STACK_BYTES = 8 << 20  # less than the engine's thread has, for the same work
 
 
+def prepare(arguments: list[str]) -> None:
+    checked(Form("json", '{"type": "object", "properties": {"a": {"pattern": "b"}}}', ""), Names())
+
+
 def main(arguments: list[str]) -> None:
     memory_bytes, cpu_s = int(arguments[0]), float(arguments[1])
     parent = parent_link()
     os.nice(NICENESS)
-    checked(Form("json", '{"type": "object", "properties": {"a": {"pattern": "b"}}}', ""), Names())
+    prepare(arguments)
     _, most = resource.getrlimit(resource.RLIMIT_STACK)
     if most in (resource.RLIM_INFINITY, -1) or most > STACK_BYTES:
         resource.setrlimit(resource.RLIMIT_STACK, (STACK_BYTES, most))

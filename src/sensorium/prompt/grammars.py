@@ -11,6 +11,7 @@ from functools import partial
 from sensorium.config import PROMPT_MEMORY_BYTES
 from sensorium.errors import OverloadedError, RateLimitError, RequestError, UnavailableError
 from sensorium.prompt.forms import Form
+from sensorium.system.nursery import Nursery
 from sensorium.types import Grammar, Vocabulary
 from sensorium.workers.connection import JobFailed, TurnMissed, Unanswered
 from sensorium.workers.crew import Crew, Size
@@ -38,12 +39,14 @@ class GrammarPool:
         cpu_s: float = CPU_S,
         size: Size = WORKERS,
         memory_bytes: int = PROMPT_MEMORY_BYTES,
+        nursery: Nursery | None = None,
     ) -> None:
-        """`memory_bytes` are the flag --prompt-memory."""
+        """`memory_bytes` are the flag --prompt-memory. `nursery` is where workers come from that share what they
+        import."""
         self._vocabulary = vocabulary
         self._vocab_size = vocab_size
         size, each = size.within(int(PART * memory_bytes), MEMORY_BYTES, LEAST_MEMORY_BYTES)
-        start = partial(WorkerProcess.start, "sensorium.prompt.grammar_worker", each, cpu_s)
+        start = partial(WorkerProcess.start, "sensorium.prompt.grammar_worker", each, cpu_s, nursery=nursery)
         self._crew = Crew(start, size, max_reply_bytes=MAX_REPLY_BYTES)
         self._kept: OrderedDict[bytes, Grammar] = OrderedDict()
         self._kept_chars = 0

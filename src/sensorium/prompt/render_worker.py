@@ -46,12 +46,16 @@ class Templates:
         return sandbox.render(self._compiled(source), variables)
 
 
+def prepare(arguments: list[str]) -> None:
+    for module in IMPORTED_LATE:
+        import_module(module)
+
+
 def main(arguments: list[str]) -> None:
     role, memory_bytes, cpu_s = arguments[0], int(arguments[1]), float(arguments[2])
     parent = parent_link()
+    prepare(arguments)
     templates = Templates(role)
-    for module in IMPORTED_LATE:
-        import_module(module)
     templates.render("{{ strftime_now('%c %Z') }}", {})  # reads the time zone
     lock_in(memory_bytes)
     os.dup2(1, 2)  # nothing that a template brings Python to say reaches the log

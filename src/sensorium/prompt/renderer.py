@@ -17,6 +17,7 @@ from sensorium.prompt.inspection import (
     TemplateInvalid,
     TemplateRefused,
 )
+from sensorium.system.nursery import Nursery
 from sensorium.workers.connection import JobFailed, Reply, TurnMissed, Unanswered
 from sensorium.workers.crew import Crew, Size
 from sensorium.workers.frames import JOB, RESULT, bytes_frame, record_frame
@@ -49,12 +50,15 @@ class RenderPool:
         own: Size = OWN,
         foreign: Size = FOREIGN,
         memory_bytes: int = PROMPT_MEMORY_BYTES,
+        nursery: Nursery | None = None,
     ) -> None:
-        """`cpu_s` of one job, else `OWN_CPU_S` and `FOREIGN_CPU_S`; `memory_bytes` are the flag --prompt-memory."""
+        """`cpu_s` of one job, else `OWN_CPU_S` and `FOREIGN_CPU_S`; `memory_bytes` are the flag --prompt-memory.
+        `nursery` is where workers come from that share what they import."""
 
         def crew(role: str, size: Size, part: float, limit_s: float) -> Crew:
             size, each = size.within(int(part * memory_bytes), MEMORY_BYTES, LEAST_MEMORY_BYTES)
-            start = partial(WorkerProcess.start, "sensorium.prompt.render_worker", role, each, cpu_s or limit_s)
+            arguments = (role, each, cpu_s or limit_s)
+            start = partial(WorkerProcess.start, "sensorium.prompt.render_worker", *arguments, nursery=nursery)
             return Crew(start, size, max_reply_bytes=MAX_REPLY_BYTES)
 
         self._own = crew("operators", own, OWN_PART, OWN_CPU_S)

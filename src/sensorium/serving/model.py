@@ -37,6 +37,7 @@ from sensorium.serving.pairs import PairOptions, PairPrompts, PairSide
 from sensorium.serving.prompts import PromptBuilder
 from sensorium.serving.tasks import TASK_FLAGS, Task
 from sensorium.serving.templates import OwnTemplates, Templates, format_of, opened
+from sensorium.system.nursery import Nursery
 from sensorium.types import PoolingTask, Prompt
 
 if TYPE_CHECKING:
@@ -64,14 +65,17 @@ class ServedModel:
         limits: Limits,
         max_model_len: int | None = None,
         task: str = "auto",
+        nursery: Nursery | None = None,
     ) -> None:
-        """`renderer` runs the templates; it is closed with this."""
+        """`renderer` runs the templates; it is closed with this. `nursery` is where workers for grammars come from."""
         self.names = tuple(names)
         self.checkpoint = checkpoint
         self.tokenizer, self.template, self.processor = tokenizer, templates.chat, processor
         self.client = client
         client.vocabulary = tokenizer.vocabulary(checkpoint.stop_token_ids)
-        self.grammars = GrammarPool(client.vocabulary, checkpoint.vocab_size, memory_bytes=limits.prompt_memory)
+        self.grammars = GrammarPool(
+            client.vocabulary, checkpoint.vocab_size, memory_bytes=limits.prompt_memory, nursery=nursery
+        )
         self.created = int(time.time())
         self._server = server
         self.instructions = read_prompts(checkpoint.folder, checkpoint.config)
@@ -142,6 +146,7 @@ class ServedModel:
         max_model_len: int | None = None,
         task: str = "auto",
         renderer: Renderer | None = None,
+        nursery: Nursery | None = None,
     ) -> ServedModel:
         """Read what the HTTP process needs of a checkpoint. `max_model_len` and `task` are the flags."""
         tokenizer = _open_tokenizer(checkpoint)
@@ -151,7 +156,7 @@ class ServedModel:
         source = template_source(server.chat_template, checkpoint.chat_template, checkpoint.architecture, tokenizer)
         of_tools = checkpoint.tool_template if server.chat_template is None else None
         pooled = pooling_template_source(server.chat_template, (*names, *checkpoint.folder.parts[-3:]))
-        renderer = renderer or RenderPool(memory_bytes=limits.prompt_memory)
+        renderer = renderer or RenderPool(memory_bytes=limits.prompt_memory, nursery=nursery)
         return cls(
             names=names,
             checkpoint=checkpoint,
@@ -164,6 +169,7 @@ class ServedModel:
             limits=limits,
             max_model_len=max_model_len,
             task=task,
+            nursery=nursery,
             templates=OwnTemplates(
                 *(None if one is None else opened(one, processor, renderer) for one in (source, of_tools, pooled))
             ),

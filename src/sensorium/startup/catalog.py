@@ -15,12 +15,14 @@ from sensorium.checkpoint.adapters import adapter_bytes
 from sensorium.checkpoint.ollama import is_ollama_store, ollama_models
 from sensorium.config import ServeOptions, ServePlan
 from sensorium.errors import StartupError
-from sensorium.ipc.nursery import Nursery
+from sensorium.ipc.nursery import engine_nursery
 from sensorium.startup.fit import EnginePlan, budget_of, engine_plan, fitted
 from sensorium.startup.model import Found, Starting, adapters_of, find, launch, media_loader, names_of, opened
 from sensorium.system.collector import give_back
 from sensorium.system.gpu import gpu_memory_bytes
 from sensorium.system.memory import free_memory_bytes
+from sensorium.system.nursery import Nursery
+from sensorium.workers.process import worker_nursery
 
 if TYPE_CHECKING:
     from sensorium.ipc.client import Progress
@@ -33,15 +35,24 @@ CONFIG_FILE = "config.json"
 log = logging.getLogger("sensorium")
 
 
+@dataclass(frozen=True, slots=True)
+class Nurseries:
+    """Where the processes of several models come from, so that they share what they import. Engines do not on a GPU,
+    whose libraries do not all bear to be forked."""
+
+    engines: Nursery | None = None
+    workers: Nursery | None = None
+
+
 class ModelSource:
     """One model of the plan, as often as it is loaded. A `Source` of the catalogue."""
 
     loader: MediaLoader  # of all models; there before the first is opened
 
-    def __init__(self, options: ServeOptions, budget_bytes: int | None, nursery: Nursery | None = None) -> None:
-        """`nursery` is where the engines of all models come from, if there are several."""
+    def __init__(self, options: ServeOptions, budget_bytes: int | None, nurseries: Nurseries | None = None) -> None:
+        """`nurseries` are where the processes of all models come from."""
         self.options = options
-        self._nursery = nursery
+        self._nurseries = nurseries or Nurseries()
         self.names = names_of(options)
         self._budget_bytes = budget_bytes
         self._known: tuple[Found, EnginePlan] | None = None
@@ -73,7 +84,7 @@ class ModelSource:
         """Start its engine now; `open` goes on from there."""
         found, _ = self.look(fetch=True)
         self._on_progress = on_progress
-        self._starting = starting = launch(found, self._tell, self._nursery)
+        self._starting = starting = launch(found, self._tell, self._nurseries.engines)
         return starting
 
     def _tell(self, phase: str, fraction: float) -> None:
@@ -97,7 +108,7 @@ class ModelSource:
         if starting is None:
             starting = await asyncio.to_thread(self.start, on_progress)
         self._starting = None
-        async with opened(starting, self.loader) as model:
+        async with opened(starting, self.loader, self._nurseries.workers) as model:
             yield model
         del model
         await asyncio.to_thread(give_back)
@@ -132,6 +143,7 @@ class Prepared:
     common: ServeOptions
     sources: tuple[ModelSource, ...]
     budget_bytes: int | None
+    nurseries: Nurseries
 
 
 def prepare(plan: ServePlan, on_progress: Progress) -> Prepared:
@@ -139,8 +151,8 @@ def prepare(plan: ServePlan, on_progress: Progress) -> Prepared:
     only one cannot be served."""
     models = (*plan.models, *_models_of_folder(plan.common))
     budget = _budget_bytes(plan.common, models)
-    nursery = _nursery(plan.common, len(models))
-    sources = tuple(ModelSource(_kept(options, len(models)), budget, nursery) for options in models)
+    nurseries = _nurseries(plan.common, len(models))
+    sources = tuple(ModelSource(_kept(options, len(models)), budget, nurseries) for options in models)
     _check_names(sources)
     for source in sources:
         _look(source, on_progress, is_alone=len(sources) == 1)
@@ -151,7 +163,7 @@ def prepare(plan: ServePlan, on_progress: Progress) -> Prepared:
     first = sources[0]
     if first.folders and not first.options.load.lazy:
         first.start(on_progress)
-    return Prepared(common, sources, budget)
+    return Prepared(common, sources, budget, nurseries)
 
 
 def _kept(options: ServeOptions, count: int) -> ServeOptions:
@@ -225,9 +237,10 @@ def _budget_bytes(common: ServeOptions, models: Sequence[ServeOptions]) -> int |
     return budget_of(free_memory_bytes()) if gpu is None else int(gpu * common.engine.gpu_memory_utilization)
 
 
-def _nursery(common: ServeOptions, count: int) -> Nursery | None:
-    """Several engines share what they import; not on a GPU, whose libraries do not all bear to be forked."""
-    return Nursery() if count > 1 and sys.platform == "linux" and not _is_on_gpu(common) else None
+def _nurseries(common: ServeOptions, count: int) -> Nurseries:
+    if count == 1 or sys.platform != "linux":
+        return Nurseries()
+    return Nurseries(None if _is_on_gpu(common) else engine_nursery(), worker_nursery())
 
 
 def _is_on_gpu(common: ServeOptions) -> bool:
@@ -241,7 +254,7 @@ async def catalog_of(prepared: Prepared, show: Callable[[str, str, float], None]
     from sensorium.serving.catalog import Catalog, CatalogEntry
     from sensorium.serving.entry import Keeping
 
-    loader = media_loader(prepared.common)
+    loader = media_loader(prepared.common, prepared.nurseries.workers)
     entries = []
     for source in prepared.sources:
         source.loader, load = loader, source.options.load

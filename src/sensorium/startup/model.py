@@ -21,13 +21,13 @@ from sensorium.checkpoint.ranks import check_ranks
 from sensorium.config import LoadConfig, ServeOptions
 from sensorium.errors import CheckpointError, StartupError
 from sensorium.ipc.client import EngineClient, Progress
-from sensorium.ipc.nursery import Nursery
 from sensorium.serving.tasks import TASK_FLAGS
 from sensorium.startup.drafts import open_draft
 from sensorium.startup.fit import fitted
 from sensorium.startup.translate import as_meant, with_sampling_defaults
 from sensorium.system.malloc import trim
 from sensorium.system.memory import free_memory_bytes
+from sensorium.system.nursery import Nursery
 
 if TYPE_CHECKING:
     from sensorium.media.loader import MediaLoader
@@ -135,7 +135,7 @@ def _check(options: ServeOptions, checkpoint: Checkpoint) -> None:
         raise StartupError(f"--max-model-len {length}: the checkpoint ends at {checkpoint.max_model_len} tokens")
 
 
-def media_loader(options: ServeOptions) -> MediaLoader:
+def media_loader(options: ServeOptions, nursery: Nursery | None = None) -> MediaLoader:
     """One for all models of a server."""
     from sensorium.media.loader import MediaLoader
 
@@ -145,22 +145,24 @@ def media_loader(options: ServeOptions) -> MediaLoader:
         allowed_domains=options.server.allowed_media_domains,
         local_root=Path(root) if root else None,
         workers=options.server.media_workers,
+        nursery=nursery,
     )
 
 
 @asynccontextmanager
-async def opened(starting: Starting, loader: MediaLoader) -> AsyncIterator[ServedModel]:
-    """The model, whose engine may still be loading. Everything that belongs to it alone ends with the block."""
+async def opened(starting: Starting, loader: MediaLoader, nursery: Nursery | None = None) -> AsyncIterator[ServedModel]:
+    """The model, whose engine may still be loading. Everything that belongs to it alone ends with the block. `nursery`
+    is where its workers come from, if several models have them."""
     # Imported only now: the engine is loading meanwhile, and so does the process that renders templates.
     from sensorium.prompt.renderer import RenderPool
 
     client = starting.client
-    renderer = RenderPool(memory_bytes=starting.options.limits.prompt_memory)
+    renderer = RenderPool(memory_bytes=starting.options.limits.prompt_memory, nursery=nursery)
     try:
         if starting.checkpoint.chat_template is not None:
             renderer.start_early()  # else it is started when a template turns up
         # Tokenizers are read and templates looked at in a thread: other models' answers are being written.
-        model = await asyncio.to_thread(_served, starting, loader, renderer)
+        model = await asyncio.to_thread(_served, starting, loader, renderer, nursery)
         warming = asyncio.create_task(loader.warm()) if model.processor.modalities else None
         try:
             yield model
@@ -175,7 +177,7 @@ async def opened(starting: Starting, loader: MediaLoader) -> AsyncIterator[Serve
             await client.aclose()
 
 
-def _served(starting: Starting, loader: MediaLoader, renderer: RenderPool) -> ServedModel:
+def _served(starting: Starting, loader: MediaLoader, renderer: RenderPool, nursery: Nursery | None) -> ServedModel:
     from sensorium.serving.model import ServedModel
 
     options = starting.options
@@ -191,6 +193,7 @@ def _served(starting: Starting, loader: MediaLoader, renderer: RenderPool) -> Se
         max_model_len=options.engine.max_model_len,
         task=options.load.task,
         renderer=renderer,
+        nursery=nursery,
     )
     trim()  # reading a vocabulary leaves as much again
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -11,31 +12,50 @@ from pathlib import Path
 from typing import Self
 
 from sensorium.errors import ServerError
+from sensorium.system.nursery import ForkedProcess, Nursery
 from sensorium.workers.frames import READY, FrameError, FrameSocket, Gone, Stopped
 
 START_TIMEOUT_S = 30.0
 DYING_S = 5.0  # between a socket that closes and the process's end
 ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "VIRTUAL_ENV", "TZ")
 
+PATIENCE_S = 10.0  # for a fork; whoever forks may have to import first
+
+
+def worker_environment() -> dict[str, str]:
+    """What of this process's environment workers see."""
+    environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    return environment | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+def worker_nursery() -> Nursery:
+    """Where the workers of several models come from."""
+    environment = worker_environment()
+    return Nursery("sensorium.workers.nursery", environment, stdout=subprocess.DEVNULL, patience_s=PATIENCE_S)
+
 
 @dataclass(slots=True, eq=False)
 class WorkerProcess:
     """Used by one thread at a time."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | ForkedProcess
     link: FrameSocket
     is_ready: bool = False
     jobs: int = 0
 
     @classmethod
-    def start(cls, module: str, *arguments: object) -> Self:
-        """Returns at once; the child imports meanwhile. It inherits its socket and stderr, nothing else."""
+    def start(cls, module: str, *arguments: object, nursery: Nursery | None = None) -> Self:
+        """Returns at once; the child imports meanwhile. It inherits its socket and stderr, nothing else. With a
+        `nursery` it shares what it imports with other workers."""
+        words = [module, *map(str, arguments)]
         ours, theirs = socket.socketpair()
-        environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
-        environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        command = [sys.executable, "-m", module, *map(str, arguments)]
+        process: subprocess.Popen[bytes] | ForkedProcess
         with theirs:
-            process = subprocess.Popen(command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, env=environment)
+            if nursery is not None:
+                process = nursery.spawn(theirs, json.dumps(words).encode())
+            else:
+                command, environment = [sys.executable, "-m", *words], worker_environment()
+                process = subprocess.Popen(command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, env=environment)
         started = cls(process, FrameSocket(ours))
         started.link.watch = started.check_running
         return started

@@ -20,8 +20,9 @@ from support.live import until
 
 from sensorium.config import EngineConfig
 from sensorium.ipc.client import EngineClient
-from sensorium.ipc.nursery import ForkedProcess, Nursery
+from sensorium.ipc.nursery import engine_nursery
 from sensorium.models.base import Model
+from sensorium.system.nursery import ForkedProcess, Nursery
 from sensorium.system.processes import family
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="engines are forked on Linux only")
@@ -72,7 +73,7 @@ async def test_engines_of_one_nursery_answer_alike_and_die_alone(folder: Path, m
     expected = tokens_of(bench(model).run(request(random_prompt(1, 20), 8)))[0]
     before = set(family(os.getpid()))
     async with AsyncExitStack() as stack:
-        nursery = Nursery()
+        nursery = engine_nursery()
         first, second = [await opened(stack, folder, nursery) for _ in range(2)]
         assert [await answer(first), await answer(second)] == [expected, expected]
         maker, other = parent(first.pid), second.pid
@@ -89,7 +90,7 @@ async def test_engines_of_one_nursery_answer_alike_and_die_alone(folder: Path, m
 
 
 def test_how_an_engine_ended_is_known(theirs: socket.socket) -> None:
-    nursery = Nursery()
+    nursery = engine_nursery()
     engine = nursery.spawn(theirs)
     maker = engine.pid
     until(lambda: engine.pid != maker)
@@ -104,7 +105,7 @@ def test_how_an_engine_ended_is_known(theirs: socket.socket) -> None:
 
 def test_one_that_is_not_forked_yet_can_be_killed(theirs: socket.socket) -> None:
     """Whoever would fork it is stopped: it goes, and the next engine has another one."""
-    nursery = Nursery()
+    nursery = engine_nursery()
     stuck = nursery.spawn(theirs)
     os.kill(stuck.pid, signal.SIGSTOP)
     stuck.kill()
@@ -127,7 +128,7 @@ def many_files() -> Iterator[int]:
 
 
 def test_a_server_with_a_thousand_connections_hears_of_its_engines(theirs: socket.socket, many_files: int) -> None:
-    engine = Nursery().spawn(theirs)
+    engine = engine_nursery().spawn(theirs)
     with engine._news as low:
         engine._news = socket.socket(fileno=fcntl.fcntl(low, fcntl.F_DUPFD, many_files))
     engine.kill()

@@ -135,7 +135,7 @@ async def test_a_worker_that_only_waits_is_ended_and_not_the_files_fault(rogue: 
 async def busy_pid(workers: WorkerPool, job: asyncio.Future[Any]) -> int | None:
     """The first worker that has a job, once the job has begun; None if it was over before anybody looked."""
     while not job.done():
-        worker = next(iter(workers._busy.values()), None)
+        worker = next(iter(workers._busy), None)
         if worker is not None and worker.jobs:
             return worker.process.pid
         await asyncio.sleep(0.001)
@@ -161,7 +161,7 @@ async def test_a_worker_ended_from_outside_is_not_the_files_fault(when: str, num
     elif when == "starting":
         while not workers._busy and not job.done():
             await asyncio.sleep(0.001)
-        os.kill(next(iter(workers._busy)), number)
+        os.kill(next(iter(workers._busy)).process.pid, number)
     result = await asyncio.wait_for(job, 200)
     assert result.data is not None and result.data.shape == (3000, 4000, 3)
     await workers.aclose()
@@ -326,7 +326,7 @@ async def test_workers_end_with_their_parent(tmp_path: Path) -> None:
         "    workers = WorkerPool('image', 1, Bounds(100.0, 100.0, 1 << 30, 1 << 28))\n"
         "    job = asyncio.ensure_future(workers.run({'op': 'image', 'max_pixels': 1 << 26},"
         " Path(sys.argv[1]).read_bytes()))\n"
-        "    while not any(worker.jobs for worker in workers._busy.values()): await asyncio.sleep(0.01)\n"
+        "    while not any(worker.jobs for worker in workers._busy): await asyncio.sleep(0.01)\n"
         "    print(*workers.pids, flush=True)\n"
         "    await asyncio.sleep(100)\n"
         "asyncio.run(main())\n"

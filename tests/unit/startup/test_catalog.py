@@ -149,7 +149,7 @@ async def test_a_model_that_is_unloaded_is_gone_though_its_parts_know_each_other
             self.whole = self
 
     @asynccontextmanager
-    async def opened(starting: object, loader: object) -> AsyncIterator[Model]:
+    async def opened(starting: object, loader: object, nursery: object) -> AsyncIterator[Model]:
         yield Model()
 
     monkeypatch.setattr(catalog, "opened", opened)

@@ -1,0 +1,96 @@
+"""Workers that one process forks: what they import is shared, what they may and how they end is not."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from support.live import until
+from support.pictures import encoded
+
+from sensorium.config import Limits
+from sensorium.media.loader import MediaLoader
+from sensorium.media.source import MediaSource
+from sensorium.prompt.inspection import TemplateExhausted
+from sensorium.prompt.renderer import RenderPool
+from sensorium.system.nursery import Nursery
+from sensorium.system.processes import family
+from sensorium.workers.crew import Size
+from sensorium.workers.process import WorkerProcess, worker_nursery
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
+SECRET = "SENSORIUM_TEST_SECRET"
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.fixture
+def nursery(monkeypatch: pytest.MonkeyPatch) -> Nursery:
+    monkeypatch.setenv(SECRET, "x")
+    return worker_nursery()
+
+
+@pytest.fixture
+async def pool(nursery: Nursery) -> AsyncIterator[RenderPool]:
+    pool = RenderPool(cpu_s=0.2, own=Size(2, 8, turn_s=90, total_s=90), nursery=nursery)
+    before = set(family(os.getpid()))
+    yield pool
+    await pool.aclose()
+    await asyncio.to_thread(until, lambda: set(family(os.getpid())) <= before)  # who forks them is gone, too
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+async def greet(pool: RenderPool, count: int = 4) -> None:
+    async with asyncio.timeout(120):
+        said = [pool.render("hi {{ a }}", b'{"a": "x"}', b"%d" % number) for number in range(count)]
+        assert await asyncio.gather(*said) == ["hi x"] * count
+
+
+async def test_forked_workers_are_as_others_and_share_their_imports(pool: RenderPool) -> None:
+    await greet(pool)
+    await asyncio.to_thread(until, lambda: len({parent(pid) for pid in pool.pids}) == 1)  # all are there
+    first, maker = pool.pids[0], parent(pool.pids[0])
+    assert maker != os.getpid() and len(list(Path(f"/proc/{maker}/task").iterdir())) == 1
+    assert {int(one.name) for one in Path(f"/proc/{first}/fd").iterdir()} == {0, 1, 2}
+    assert SECRET.encode() not in Path(f"/proc/{first}/environ").read_bytes()
+    os.kill(maker, signal.SIGTERM)  # as whoever ends a service sends it to all of its processes
+    os.kill(first, signal.SIGKILL)
+    await greet(pool)
+    with pytest.raises(TemplateExhausted):
+        await pool.render(ENDLESS, b"{}", b"t")
+    os.kill(maker, signal.SIGKILL)
+    await greet(pool)
+
+
+def test_one_that_is_ended_before_it_was_forked_ends_no_other(nursery: Nursery) -> None:
+    nursery.patience_s = 1000.0  # else whoever forks is given up, which a loaded machine may take long to resume
+    arguments = ("sensorium.prompt.render_worker", "operators", 1 << 28, 1.0)
+    first = WorkerProcess.start(*arguments, nursery=nursery)
+    first.wait_ready()
+    maker = parent(first.process.pid)
+    os.kill(maker, signal.SIGSTOP)
+    second = WorkerProcess.start(*arguments, nursery=nursery)
+    second.kill()
+    os.kill(maker, signal.SIGCONT)
+    third = WorkerProcess.start(*arguments, nursery=nursery)
+    third.wait_ready()
+    until(lambda: set(family(maker)) == {maker, first.process.pid, third.process.pid})
+    first.kill()
+    third.kill()
+    until(lambda: not Path(f"/proc/{maker}").exists())
+
+
+async def test_media_are_decoded_by_forked_workers(nursery: Nursery) -> None:
+    loader = MediaLoader(Limits(), workers=1, nursery=nursery)
+    raw = await loader.fetch(MediaSource("image", "", payload=encoded(Image.new("RGB", (40, 30)))))
+    assert (await loader.decode(raw)).data.shape == (30, 40, 3)
+    assert {parent(pid) for pid in loader._images.pids} != {os.getpid()}
+    await loader.aclose()
