@@ -53,6 +53,16 @@ def test_info_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert told["  2 devices"].endswith("and 128 bytes of KV cache a token on each")
     assert "fits here, with 32768 tokens of KV cache and prompts of up to 512" in told["  int8"]
     assert "does not fit here" in dict(models.memory_rows(checkpoint, 330 * MiB))["  as stored"]
+    checkpoints.make_qwen2(tmp_path / "draft", num_hidden_layers=1)
+    draft = open_checkpoint(tmp_path / "draft")
+    both = dict(models.memory_rows(checkpoint, 1000 * MiB, draft))
+    alone, guessing = (models.cache_bytes_per_token(one, "auto") for one in (checkpoint, draft))
+    assert both["KV cache"].startswith(f"{alone + guessing} bytes a token")
+    assert main(["info", str(tmp_path / "model"), "--draft-model", str(tmp_path / "draft")]) == 0
+    assert "draft model      Qwen2, Qwen2.5, 512 tokens" in capsys.readouterr().out
+    assert main(["info", "--draft-model", "demo"]) == 2
+    assert main(["info", str(tmp_path / "model"), "--draft-model", "demo"]) == 2
+    assert "its vocabulary is another one" in capsys.readouterr().err
     for bad, line in (("nowhere/at-all", "not downloaded yet"), (str(tmp_path), "no config.json")):
         assert main(["info", bad]) == 2
         assert line in capsys.readouterr().err

@@ -13,7 +13,9 @@ from pathlib import Path
 
 from sensorium.checkpoint.gguf import SUFFIX, describe
 from sensorium.checkpoint.gguf_config import kept_as
-from sensorium.cli.models import find_checkpoint, memory_rows, model_rows
+from sensorium.cli.models import find_checkpoint, find_draft, memory_rows, model_rows
+from sensorium.config import DRAFT_FLAG
+from sensorium.errors import StartupError
 from sensorium.units import size_text
 
 PACKAGES = (
@@ -34,22 +36,25 @@ PACKAGES = (
 )
 
 
-def info(model: str | None = None) -> int:
-    """Print it; the exit code is 0. CheckpointError if the model is none that is served."""
-    for name, value in rows() if model is None else rows_of(model):
+def info(model: str | None = None, draft: str | None = None) -> int:
+    """Print it; the exit code is 0. CheckpointError if the model is none that is served, StartupError if `draft` cannot
+    guess for it."""
+    if draft is not None and model is None:
+        raise StartupError(f"{DRAFT_FLAG} goes with a model: sensorium info MODEL {DRAFT_FLAG} {draft}")
+    for name, value in rows() if model is None else rows_of(model, draft):
         print(f"{name:<16} {value}")
     return 0
 
 
-def rows_of(model: str) -> Iterator[tuple[str, str]]:
-    """What a model is, from its configs and the sizes of its files: weights are not loaded."""
-    if Path(model).suffix == SUFFIX:
-        yield from file_rows(Path(model))
-        yield from list(memory_rows(find_checkpoint(model)))
-        return
-    checkpoint = find_checkpoint(model)
-    yield from model_rows(checkpoint)
-    yield from memory_rows(checkpoint)
+def rows_of(model: str, draft: str | None = None) -> Iterator[tuple[str, str]]:
+    """What a model is, from its configs and the sizes of its files: weights are not loaded. With the model that guesses
+    for it, what both take."""
+    is_file, checkpoint = Path(model).suffix == SUFFIX, find_checkpoint(model)
+    guessing = None if draft is None else find_draft(draft, checkpoint)
+    yield from file_rows(Path(model)) if is_file else model_rows(checkpoint)
+    if guessing is not None:
+        yield "draft model", f"{guessing.family.title}, {guessing.max_model_len} tokens; its memory is in what follows"
+    yield from memory_rows(checkpoint, draft=guessing)
 
 
 def file_rows(path: Path) -> Iterator[tuple[str, str]]:

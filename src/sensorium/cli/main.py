@@ -98,6 +98,7 @@ def parser() -> Parser:
     told.add_argument(
         "model", nargs="?", metavar="MODEL", help="Folder, GGUF file, hub id or demo. Default: tell of this machine."
     )
+    told.add_argument("--draft-model", metavar="MODEL", help="Of a model that guesses its tokens: both are counted.")
     add_flags(_command(commands, "list", "the models on this machine"), "List", ListConfig)
     pull = _command(commands, "pull", "fetch a model from the hub")
     pull.add_argument("model", metavar="MODEL", help="Hub id.")
@@ -210,7 +211,7 @@ def _stop(found: argparse.Namespace, environment: Mapping[str, str], argv: Seque
 def _info(found: argparse.Namespace, environment: Mapping[str, str], argv: Sequence[str]) -> int:
     from sensorium.cli.info import info
 
-    return info(found.model)
+    return info(found.model, found.draft_model)
 
 
 def _list(found: argparse.Namespace, environment: Mapping[str, str], argv: Sequence[str]) -> int:

@@ -18,6 +18,7 @@ from sensorium.config import EngineConfig, ListConfig, PullConfig
 from sensorium.errors import CheckpointError, StartupError
 from sensorium.serving.tasks import TASKS
 from sensorium.startup.catalog import CONFIG_FILE, folders_of_models
+from sensorium.startup.drafts import open_draft
 from sensorium.startup.fit import CACHE_PART, ENGINE_BASE_BYTES, LEAST_CACHE_BYTES, engine_plan
 from sensorium.startup.model import DEMO_FOLDER
 from sensorium.system.memory import free_memory_bytes
@@ -33,6 +34,11 @@ def find_checkpoint(model: str) -> Checkpoint:
     folder = DEMO_FOLDER if model == "demo" else resolve(model, fetch=False)
     named = text_model_of(folder)
     return open_checkpoint(folder, resolve(named, fetch=False) if named else None)
+
+
+def find_draft(name: str, model: Checkpoint) -> Checkpoint:
+    """A model that guesses for another one. StartupError if it cannot."""
+    return open_draft(name, find_checkpoint(name).folder, model, EngineConfig(""))
 
 
 def model_rows(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
@@ -54,20 +60,25 @@ def _task(name: str) -> str:
     return "token_classify" if name == "reward" else name
 
 
-def memory_rows(checkpoint: Checkpoint, free_bytes: int | None = None) -> Iterator[tuple[str, str]]:
-    """What it takes: its cache for each token, and its weights at each quantisation."""
+def memory_rows(
+    checkpoint: Checkpoint, free_bytes: int | None = None, draft: Checkpoint | None = None
+) -> Iterator[tuple[str, str]]:
+    """What it takes: its cache for each token, and its weights at each quantisation; with those of a model that guesses
+    for it."""
     free = free_memory_bytes() if free_bytes is None else free_bytes
-    token_bytes = cache_bytes_per_token(checkpoint, "auto")
+    both = (checkpoint,) if draft is None else (checkpoint, draft)
+    token_bytes = sum(cache_bytes_per_token(one, "auto") for one in both)
     if token_bytes:
         whole = size_text(token_bytes * checkpoint.max_model_len)
-        small = size_text(cache_bytes_per_token(checkpoint, "int8"))
+        small = size_text(sum(cache_bytes_per_token(one, "int8") for one in both))
         yield "KV cache", f"{size_text(token_bytes)} a token ({small} in int8), {whole} for the whole context"
     yield "free memory", size_text(free)
     for name in QUANTIZATIONS if checkpoint.quantization is None else QUANTIZATIONS[:1]:
-        weights = engine_plan(EngineConfig("", quantization=name), checkpoint, None).weight_bytes
+        weights = engine_plan(EngineConfig("", quantization=name), checkpoint, None, draft=draft).weight_bytes
         title = "as stored" if name == "auto" else name
         yield f"  {title}", f"about {size_text(weights)} of weights: {_fits(checkpoint, weights, token_bytes, free)}"
-    yield from _rank_rows(checkpoint, token_bytes)
+    if draft is None:  # which a model that is shared by devices does without
+        yield from _rank_rows(checkpoint, token_bytes)
 
 
 def _rank_rows(checkpoint: Checkpoint, token_bytes: int) -> Iterator[tuple[str, str]]:
