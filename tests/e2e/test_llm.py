@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -374,6 +375,13 @@ def test_a_draft_model_changes_no_answer(llm: LLM) -> None:
                 [one.outputs[0].token_ids for one in each.generate(prompts, params)] for each in (llm, drafted)
             )
             assert found == expected
+            text = max((one.outputs[0].text for one in llm.generate(prompts, params)), key=len)
+            stop = text[len(text) // 2 :][:3]  # amid what several tokens at once have said
+            for shown in (False, True):
+                stopping = replace(params, stop=stop, include_stop_str_in_output=shown)
+                first, second = (each.generate(prompts, stopping) for each in (llm, drafted))
+                assert [one.outputs for one in second] == [one.outputs for one in first]
+                assert stop in [one.outputs[0].stop_reason for one in first]
         ready, alone = drafted._llm.model.client.ready, llm._llm.model.client.ready
         assert ready is not None
         assert alone is not None
