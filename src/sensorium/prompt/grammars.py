@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 from collections import OrderedDict
@@ -13,7 +14,7 @@ from sensorium.errors import OverloadedError, RateLimitError, RequestError, Unav
 from sensorium.prompt.forms import Form
 from sensorium.system.nursery import Nursery
 from sensorium.types import Grammar, Vocabulary
-from sensorium.workers.connection import JobFailed, TurnMissed, Unanswered
+from sensorium.workers.connection import JobFailed, Reply, TurnMissed, Unanswered
 from sensorium.workers.crew import Crew, Size
 from sensorium.workers.frames import JOB, RESULT, bytes_frame, record_frame
 from sensorium.workers.process import WorkerProcess
@@ -50,6 +51,7 @@ class GrammarPool:
         self._crew = Crew(start, size, max_reply_bytes=MAX_REPLY_BYTES)
         self._kept: OrderedDict[bytes, Grammar] = OrderedDict()
         self._kept_chars = 0
+        self._asking: dict[bytes, asyncio.Future[Reply]] = {}  # jobs that have no answer yet
 
     @property
     def pids(self) -> list[int]:
@@ -70,7 +72,7 @@ class GrammarPool:
         key = hashlib.sha256(len(tenant).to_bytes(4, "big") + tenant + job).digest()
         found = self._kept.get(key)
         if found is None:
-            found = await self._compiled(form, job, tenant)
+            found = await self._compiled(form, job, key, tenant)
             self._keep(key, found)
         self._kept.move_to_end(key)
         return found
@@ -82,15 +84,30 @@ class GrammarPool:
         named = [text for _, text, _ in self._vocabulary.added if text in form.source]
         return {"texts": named, "vocab_size": self._vocab_size}
 
-    async def _compiled(self, form: Form, job: bytes, tenant: bytes) -> Grammar:
+    async def _compiled(self, form: Form, job: bytes, key: bytes, tenant: bytes) -> Grammar:
         try:
-            kind, body = await self._crew.ask(record_frame(JOB, {}) + bytes_frame(job), tenant)
+            kind, body = await self._asked(job, key, tenant)
         except Unanswered as failure:
             raise _failure(failure, form) from None
         reply = json.loads(body)
         if kind == RESULT:
             return Grammar(reply["kind"], reply["source"])
         raise _refused(form, form.param + reply["path"], reply["reason"])
+
+    async def _asked(self, job: bytes, key: bytes, tenant: bytes) -> Reply:
+        """What a worker answers. Requests of a tenant for the same form, as batches have them, are one job: they would
+        take its turns from one another until those that come last miss theirs."""
+        asked = self._asking.get(key)
+        if asked is None:
+            asked = asyncio.ensure_future(self._crew.ask(record_frame(JOB, {}) + bytes_frame(job), tenant))
+            self._asking[key] = asked
+            asked.add_done_callback(lambda task: self._done(key, task))
+        return await asyncio.shield(asked)  # whoever gives up does so for itself
+
+    def _done(self, key: bytes, task: asyncio.Future[Reply]) -> None:
+        del self._asking[key]
+        if not task.cancelled():
+            task.exception()  # if nobody has waited for it, nobody need be told
 
     def _keep(self, key: bytes, grammar: Grammar) -> None:
         if key in self._kept:

@@ -20,6 +20,8 @@ from sensorium.prompt.grammar_worker import NICENESS
 from sensorium.prompt.grammars import GrammarPool, either
 from sensorium.prompt.structural import structural_grammar
 from sensorium.types import Grammar, Vocabulary
+from sensorium.workers.connection import Reply
+from sensorium.workers.frames import RESULT
 
 VOCABULARY = Vocabulary("", ((300, "<|im_end|>", True), (301, "<think>", False)), (300,))
 
@@ -208,6 +210,26 @@ async def test_what_takes_too_long_is_ended(letters: LLTokenizer) -> None:
         assert await pool.grammar_of(Form("regex", "a", "regex"))
     finally:
         await pool.aclose()
+
+
+async def test_requests_for_the_same_form_are_one_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a tenant: how long it takes would tell another one what was asked for. One that gives up ends no other."""
+    pool, asked, is_over = GrammarPool(VOCABULARY, 512), list[bytes](), asyncio.Event()
+
+    async def ask(frames: bytes, tenant: bytes) -> Reply:
+        asked.append(tenant)
+        await is_over.wait()
+        return RESULT, json.dumps({"kind": "lark", "source": "start: /a/"}).encode()
+
+    monkeypatch.setattr(pool._crew, "ask", ask)
+    wanted = [asyncio.ensure_future(pool.grammar_of(Form("regex", "a", "regex"), tenant)) for tenant in (b"1",) * 9]
+    wanted.append(asyncio.ensure_future(pool.grammar_of(Form("regex", "a", "regex"), b"2")))
+    await asyncio.sleep(0)
+    wanted[0].cancel()
+    await asyncio.sleep(0)
+    is_over.set()
+    assert {one.source for one in await asyncio.gather(*wanted[1:])} == {"start: /a/"}
+    assert asked == [b"1", b"2"] and not pool._asking
 
 
 @pytest.mark.parametrize("kind", list(MAX_CHARS))
