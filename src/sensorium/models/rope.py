@@ -54,7 +54,7 @@ class RotaryEmbedding(nn.Module):
         elif self.axes is None:
             angles = positions[0].unsqueeze(1) * inv_freq
         else:
-            angles = positions.index_select(0, self.axes).t() * inv_freq
+            angles = positions.t().index_select(1, self.axes) * inv_freq  # rows one behind the other
         if self.scale == 1.0:
             return angles.cos(), angles.sin()
         return angles.cos().mul_(self.scale), angles.sin().mul_(self.scale)

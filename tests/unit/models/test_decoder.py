@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sensorium.checkpoint.configs import open_checkpoint
+from sensorium.checkpoint.text_config import RopeConfig
 from sensorium.models.base import Model
 from sensorium.models.loading import load_model
 from sensorium.models.rope import RotaryEmbedding, query_scales
@@ -351,3 +352,12 @@ def test_bfloat16_stays_close(variant: str, tmp_path: Path) -> None:
         least = 0.99 if family.startswith("qwen3_5") else 0.998  # the delta rule enlarges what is rounded
         assert torch.nn.functional.cosine_similarity(got, expected).min() > least
         assert (got - expected).abs().mean() < 0.03 * expected.std()
+
+
+@pytest.mark.parametrize("is_interleaved", [False, True])
+def test_angles_of_several_axes_lie_row_by_row(is_interleaved: bool) -> None:
+    """As a GPU's kernels read them: those of images were refused, in steps that have any."""
+    rope = RopeConfig(mrope_section=(2, 1, 1), mrope_interleaved=is_interleaved)
+    positions = torch.arange(15).view(3, 5)
+    for turn in RotaryEmbedding(rope, 8)(positions):
+        assert (turn.shape, turn.stride()) == ((5, 4), (4, 1))
