@@ -692,6 +692,7 @@ async def test_what_a_model_without_tools_or_eyes_refuses() -> None:
     async with serving() as served:
         for fields, named in (
             ({"tools": [WEATHER]}, "tools"),
+            ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),
             ({"messages": history}, "messages[1].content[0]"),
             ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages[0].content[0].source.data"),
         ):

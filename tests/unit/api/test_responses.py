@@ -132,6 +132,7 @@ def test_tools_are_nested_and_named_back() -> None:
         ({"tool_choice": {"type": "web_search"}}, "tool_choice", 400),
         ({"tool_choice": "required"}, "tool_choice", 400),
         ({"tools": [{"type": "function"}]}, "tools[0].name", 400),
+        ({"tools": [{"type": "web_search"}, {"type": "mcp", "server_label": "a"}]}, "tools[0].type", 400),
         ({"tools": [TOOL]}, "tools", 400),
         ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format.schema", 400),
         (

@@ -25,6 +25,7 @@ from sensorium.api.protocol.tools import (
     ToolChoiceField,
     ToolEntry,
     ToolName,
+    hosted_only,
 )
 from sensorium.config import Limits
 from sensorium.errors import MissingFieldError, RequestError, UnsupportedFieldError
@@ -34,7 +35,7 @@ from sensorium.types import INT32_MAX, Modality
 MAX_STOPS = 16
 MIN_BUDGET_TOKENS = 1024
 _DROPPED = ("web_search", "web_fetch", "code_execution", "tool_search_tool")
-"""Tools that Anthropic's servers run: a model without them answers as well as it can."""
+"""Tools that Anthropic's servers run: a model that has others answers as well as it can without them."""
 
 
 class Tool(Nested):
@@ -164,6 +165,8 @@ class CountTokensRequest(Body):
             places[tool.name] = where
             if not tool.is_dropped:
                 found.append(tool.entry(where))
+        if self.tools and not found and (self.tool_choice is None or self.tool_choice.type != "none"):
+            raise hosted_only("tools[0]", self.tools[0].type, "with `input_schema` and without `type`")
         return found
 
     def _tool_choice(self, names: list[str]) -> ToolChoiceField | None:

@@ -17,7 +17,7 @@ from sensorium.api.protocol.foreign_chat import FormedChat
 from sensorium.api.protocol.other_servers import RESPONSES, Foreign
 from sensorium.api.protocol.sampling import LogprobCount, SamplingBody
 from sensorium.api.protocol.structured import StructuredBody, json_form
-from sensorium.api.protocol.tools import MAX_TOOLS, JsonObject, ToolName
+from sensorium.api.protocol.tools import MAX_TOOLS, JsonObject, ToolName, hosted_only
 from sensorium.api.protocol.unions import LIST_OR_TEXT, TEXT_OR_OBJECT, by_type, kind_of
 from sensorium.config import Limits, ServerConfig
 from sensorium.errors import MissingFieldError, NotFoundError, RequestError, UnsupportedFieldError
@@ -319,7 +319,9 @@ class ResponsesRequest(SamplingBody):
                 if tool.name is None:
                     raise MissingFieldError(f"tools[{index}].name")
                 found.append(_function(tool, tool.name))
-        return found  # hosted tools are left out: there is nobody here to run them
+        if self.tools and not found and self.tool_choice != "none":
+            raise hosted_only("tools[0]", self.tools[0].type, "of type function")
+        return found  # hosted tools beside others are left out, as some clients always send them
 
     def _tool_choice(self) -> Any:
         choice = self.tool_choice

@@ -137,6 +137,16 @@ class ToolCallEntry(Nested):
 ToolCalls = Annotated[list[ToolCallEntry], Field(max_length=MAX_TOOLS)]
 
 
+def hosted_only(where: str, kind: str | None, form: str) -> UnsupportedFieldError:
+    """The refusal of a request that has no tools but those that its API's own servers would run. `form`: what a tool
+    of this server's clients looks like."""
+    return UnsupportedFieldError(
+        f"`{where}` is of type {kind!r}, and this server runs no tools itself: describe one that you run as a tool "
+        f"{form}, or leave `tools` out.",
+        param=f"{where}.type",
+    )
+
+
 def call_objects(calls: Sequence[ToolCallEntry]) -> list[dict[str, Any]]:
     """Calls of the history as OpenAI writes them. `arguments` stay as the client sent them: text, or an object."""
     return [
