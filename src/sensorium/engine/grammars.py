@@ -1,4 +1,5 @@
-"""Compiles grammars on a thread, while their requests wait and others are computed, and keeps the latest of them."""
+"""Compiles grammars on a thread, while their requests wait and others are computed, and keeps the latest of them: a
+request whose grammar is kept does not wait."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from time import monotonic
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 
 from sensorium.engine.constraint import Constraint
-from sensorium.engine.matchers import NativeMatcher, NativeTokenizer, library
+from sensorium.engine.matchers import VERSIONS, NativeMatcher, NativeTokenizer, library
 from sensorium.engine.spelling import Speller, ends_within, plain_tokenizer
 from sensorium.types import EngineRequest, Grammar, Vocabulary
 
@@ -25,6 +26,9 @@ STACK_BYTES = 64 * 1024**2
 """Of the compiling thread: eight times what the HTTP process's worker has, where every grammar was compiled first."""
 SMALL_VOCABULARY = 4096
 """Tokens whose table the library builds in 30 ms: nobody shall wait longer for the interpreter's lock."""
+NO_INTERFACE = (
+    "the installed llguidance has no C interface that is known (%s has): answers wait while it opens the tokenizer"
+)
 NO_VOCABULARY = "Structured output is not available for this model's tokenizer."
 NOT_COMPILED = "The grammar of this request is too complex for this model's tokenizer."
 
@@ -33,34 +37,52 @@ logger = logging.getLogger("sensorium.engine")
 Tokenizer = LLTokenizer | NativeTokenizer
 Prepared = tuple[EngineRequest, "Constraint | str"]
 """A request and what holds it to its grammar, or why there is none."""
+Key = tuple[bytes, str, str]
+"""(a request's salt, a grammar's kind and source)"""
+Compiled = LLMatcher | NativeMatcher | str
+"""A grammar at its beginning, or why it has none."""
 
 
 class Grammars:
-    """`vocab_size` is the width of the logits. `wake` is called, by the thread, when something is ready to `take`."""
+    """`vocab_size` is the width of the logits. `wake` is called, by the thread, when something is ready to `take`.
+
+    What the thread does not have to do is done at once: wherever it needs the interpreter's lock it waits for the step
+    loop.
+    """
 
     def __init__(self, vocab_size: int, wake: Callable[[], None]) -> None:
         self.vocabulary: Vocabulary | None = None
         self._vocab_size = vocab_size
         self._wake = wake
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
-        self._done: SimpleQueue[Prepared] = SimpleQueue()
-        self._waiting: dict[int, None] = {}  # ids of requests
-        self._tokenizer: Tokenizer | None = None  # of the thread, as is what follows
+        self._done: SimpleQueue[tuple[Key, Compiled]] = SimpleQueue()
+        self._compiling: dict[Key, list[EngineRequest]] = {}
+        self._waiting: dict[int, None] = {}  # ids of these requests, without those that were aborted
+        self._kept: OrderedDict[Key, Compiled] = OrderedDict()
+        self._tokenizer: Tokenizer | None = None  # of the thread
         self._speller: Speller | None = None
-        self._kept: OrderedDict[tuple[bytes, str, str], LLMatcher | NativeMatcher] = (
-            OrderedDict()
-        )  # by salt, kind and source
 
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 
-    def prepare(self, request: EngineRequest, grammar: Grammar) -> None:
-        """Compile what a request is to be held to."""
+    def prepare(self, request: EngineRequest, grammar: Grammar) -> Constraint | str | None:
+        """What a request is held to, or why it cannot be. None where its grammar has to be compiled: see `take`."""
+        if self.vocabulary is None:
+            return NO_VOCABULARY
+        key = (request.salt, grammar.kind, grammar.source)
+        found = self._kept.get(key)
+        if found is not None:
+            self._kept.move_to_end(key)
+            return self._held(request, found, self.vocabulary)
         self._waiting[request.id] = None
-        usual = threading.stack_size(STACK_BYTES)  # for the thread that the first request starts
-        self._thread.submit(self._prepare, request, grammar).add_done_callback(_log_failure)
-        threading.stack_size(usual)
+        asking = self._compiling.setdefault(key, [])
+        asking.append(request)
+        if len(asking) == 1:
+            usual = threading.stack_size(STACK_BYTES)  # for the thread that the first request starts
+            self._thread.submit(self._prepare, key, grammar, self.vocabulary).add_done_callback(_log_failure)
+            threading.stack_size(usual)
+        return None
 
     def close(self) -> None:
         """End the process that large vocabularies have."""
@@ -74,45 +96,65 @@ class Grammars:
     def take(self) -> list[Prepared]:
         """The requests that are ready, but for those that were aborted."""
         found: list[Prepared] = []
-        while True:
+        while self.vocabulary is not None:
             try:
-                request, prepared = self._done.get_nowait()
+                key, compiled = self._done.get_nowait()
             except Empty:
-                return found
-            if self._waiting.pop(request.id, 0) is None:
-                found.append((request, prepared))
+                break
+            self._keep(key, compiled)
+            for request in self._compiling.pop(key):
+                if self._waiting.pop(request.id, 0) is None:
+                    found.append((request, self._held(request, compiled, self.vocabulary)))
+        return found
+
+    def _held(self, request: EngineRequest, compiled: Compiled, vocabulary: Vocabulary) -> Constraint | str:
+        if isinstance(compiled, str):
+            return compiled
+        stops = request.sampling.stop_token_ids if request.sampling is not None else ()
+        late_ends = [token for token in vocabulary.ends if token < self._vocab_size and token not in stops]
+        constraint = Constraint(compiled.deep_copy(), late_ends)
+        return constraint.error or constraint
+
+    def _keep(self, key: Key, compiled: Compiled) -> None:
+        self._kept[key] = compiled
+        while len(self._kept) > MAX_KEPT or (len(self._kept) > 1 and self._kept_chars() > MAX_KEPT_CHARS):
+            self._kept.popitem(last=False)
+
+    def _kept_chars(self) -> int:
+        return sum(len(source) for _, _, source in self._kept)
 
     # The thread's part
 
-    def _prepare(self, request: EngineRequest, grammar: Grammar) -> None:
-        prepared: Constraint | str = NOT_COMPILED
+    def _prepare(self, key: Key, grammar: Grammar, vocabulary: Vocabulary) -> None:
+        compiled: Compiled = NOT_COMPILED
         try:
-            prepared = self._constraint(request, grammar)
-        finally:  # whatever the library raises, the request must not wait for ever
-            self._done.put((request, prepared))
+            compiled = self._compiled(grammar, vocabulary)
+        finally:  # whatever the library raises, the requests must not wait for ever
+            self._done.put((key, compiled))
             self._wake()
 
-    def _constraint(self, request: EngineRequest, grammar: Grammar) -> Constraint | str:
-        vocabulary = self.vocabulary
-        if vocabulary is None:
-            return NO_VOCABULARY
+    def _compiled(self, grammar: Grammar, vocabulary: Vocabulary) -> Compiled:
+        """At its beginning, with the first mask computed and what it forces spelled once: copies share the automaton
+        that this has built."""
         if self._tokenizer is None:
             started = monotonic()
             self._tokenizer = self.open(vocabulary)
             logger.info("the tokenizer is ready for grammars after %.1f s", monotonic() - started)
-        matcher = self._matcher(grammar, request.salt, self._tokenizer, vocabulary.lead)
+        matcher = matcher_of(self._tokenizer, described(grammar, vocabulary.lead))
+        if not matcher.is_error():
+            matcher.compute_bitmask()
         if matcher.is_error():
             logger.warning("a grammar could not be compiled: %s", matcher.get_error()[:200])
             return NOT_COMPILED
-        stops = request.sampling.stop_token_ids if request.sampling is not None else ()
-        late_ends = [token for token in vocabulary.ends if token < self._vocab_size and token not in stops]
-        constraint = Constraint(matcher.deep_copy(), late_ends)
-        return constraint.error or constraint
+        return Constraint(matcher.deep_copy()).error or matcher
 
     def open(self, vocabulary: Vocabulary) -> Tokenizer:
         """A large one is opened by a process of its own, and built here without the interpreter's lock."""
         native, ends = library(), ends_within(vocabulary, self._vocab_size)
-        if native is not None and ends and self._vocab_size > SMALL_VOCABULARY:
+        is_large = self._vocab_size > SMALL_VOCABULARY
+        if native is None and is_large:
+            logger.warning(NO_INTERFACE, " or ".join(VERSIONS))
+        elif native is not None and ends and is_large:
             self._speller = Speller(vocabulary, self._vocab_size)
             try:
                 return NativeTokenizer(native, self._speller.table(), ends, self._speller.spelled)
@@ -120,24 +162,6 @@ class Grammars:
                 logger.warning("a grammar's tokenizer is built in the engine, where answers wait for it: %s", error)
                 self.close()
         return open_tokenizer(vocabulary, self._vocab_size)
-
-    def _matcher(self, grammar: Grammar, salt: bytes, tokenizer: Tokenizer, lead: int) -> LLMatcher | NativeMatcher:
-        """At its beginning, with the first mask computed once: copies share the automaton that this has built."""
-        key = (salt, grammar.kind, grammar.source)
-        found = self._kept.get(key)
-        if found is not None:
-            self._kept.move_to_end(key)
-            return found
-        matcher = matcher_of(tokenizer, described(grammar, lead))
-        if not matcher.is_error():
-            matcher.compute_bitmask()
-        self._kept[key] = matcher
-        while len(self._kept) > MAX_KEPT or (len(self._kept) > 1 and self._kept_chars() > MAX_KEPT_CHARS):
-            self._kept.popitem(last=False)
-        return matcher
-
-    def _kept_chars(self) -> int:
-        return sum(len(source) for _, _, source in self._kept)
 
 
 def _log_failure(done: Future[None]) -> None:

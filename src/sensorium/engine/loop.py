@@ -173,21 +173,25 @@ class Core:
                 return
             self._adapters[request.id] = adapter
         grammar = None if request.sampling is None else request.sampling.grammar
-        if grammar is not None:
-            self._grammars.prepare(request, grammar)
-        else:
+        if grammar is None:
             self._queue(request)
+        elif (prepared := self._grammars.prepare(request, grammar)) is not None:
+            self._queue_prepared(request, prepared)
 
     def _add_prepared(self) -> None:
         """Queue the requests whose grammars are compiled."""
         if not self._num_compiling:
             return
         for request, prepared in self._grammars.take():
-            if isinstance(prepared, str):
-                self._adapters.pop(request.id, None)
-                self._refused.add(EngineOutput(request.id, finish_reason="error", error=prepared))
-            else:
-                self._queue(request, prepared)
+            self._queue_prepared(request, prepared)
+
+    def _queue_prepared(self, request: EngineRequest, prepared: Constraint | str) -> None:
+        """With what holds it to its grammar, or refused."""
+        if isinstance(prepared, str):
+            self._adapters.pop(request.id, None)
+            self._refused.add(EngineOutput(request.id, finish_reason="error", error=prepared))
+        else:
+            self._queue(request, prepared)
 
     def _queue(self, request: EngineRequest, constraint: Constraint | None = None) -> None:
         refusal = self._scheduler.add(request, constraint, self._adapters.pop(request.id, None))

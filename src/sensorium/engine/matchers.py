@@ -19,7 +19,7 @@ from llguidance import LLParserLimits, _lib
 
 from sensorium.engine.spelling import TokenTable
 
-VERSIONS = ("llguidance@1.9.",)
+VERSIONS = ("1.9",)  # those that pyproject.toml allows
 MAX_FORCED = 4096  # tokens that a grammar forces at once; more come with the next
 ERROR_BYTES = 512
 NO_TOKENS = "a grammar's tokenizer could not be built"
@@ -124,7 +124,7 @@ def library() -> CLibrary | None:
     except (OSError, AttributeError):
         return None
     version: bytes = found.get_version()
-    return found if version.decode().startswith(VERSIONS) else None
+    return found if version.decode().startswith(tuple(f"llguidance@{one}." for one in VERSIONS)) else None
 
 
 class NativeTokenizer:

@@ -24,6 +24,7 @@ from llguidance import LLTokenizer
 from numpy.typing import NDArray
 
 from sensorium.system.malloc import trim
+from sensorium.system.priority import end_first, stand_back
 from sensorium.types import Vocabulary
 
 MAX_KEPT = 4096  # texts
@@ -94,6 +95,7 @@ class Speller:
     def _start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-P", "-m", "sensorium.engine.spelling"]
         made = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        stand_back(made.pid)
         if made.stdin is not None:
             with suppress(OSError):  # who reads from it will see
                 _put(made.stdin, self._wanted)
@@ -165,6 +167,7 @@ def ends_within(vocabulary: Vocabulary, vocab_size: int) -> list[int]:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when it ends
+    end_first()
     with open(0, "rb", buffering=0) as inward, open(1, "wb", buffering=0) as outward:
         first = _get(inward)
         if first is None:

@@ -13,11 +13,11 @@ from typing import Any
 
 from sensorium.prompt.forms import Form
 from sensorium.prompt.grammar_check import FormRefused, Names, checked
+from sensorium.system.priority import stand_back
 from sensorium.workers.child import lock_in, parent_link
 from sensorium.workers.frames import JOB, READY, REFUSED, RESULT, FrameError, FrameSocket, bytes_frame, record_frame
 
 MAX_PAYLOAD_BYTES = 64 << 20  # the parent's word
-NICENESS = 5  # a third of the share of a processor that streams have: they go on beside it, and it ends in time
 STACK_BYTES = 8 << 20  # less than the engine's thread has, for the same work
 
 
@@ -28,7 +28,7 @@ def prepare(arguments: list[str]) -> None:
 def main(arguments: list[str]) -> None:
     memory_bytes, cpu_s = int(arguments[0]), float(arguments[1])
     parent = parent_link()
-    os.nice(NICENESS)
+    stand_back()
     prepare(arguments)
     _, most = resource.getrlimit(resource.RLIMIT_STACK)
     if most in (resource.RLIM_INFINITY, -1) or most > STACK_BYTES:

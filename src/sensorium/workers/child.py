@@ -12,13 +12,12 @@ import resource
 import signal
 import socket
 import sys
-from contextlib import suppress
 from pathlib import Path
 
+from sensorium.system.priority import end_first
 from sensorium.workers.frames import FrameSocket
 
 PR_SET_PDEATHSIG = 1
-ENDED_FIRST = "1000"  # oom_score_adj
 
 
 def parent_link() -> FrameSocket:
@@ -26,8 +25,7 @@ def parent_link() -> FrameSocket:
     and the parent's end, however it comes, is this process's: an idle one sees it at the socket."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
-        with suppress(OSError):  # whoever makes memory run out, this is what can be done without
-            Path("/proc/self/oom_score_adj").write_text(ENDED_FIRST)
+        end_first()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     return FrameSocket(socket.socket(fileno=0))

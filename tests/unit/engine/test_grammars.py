@@ -256,6 +256,16 @@ def test_a_grammar_is_compiled_once_and_few_are_kept(
     assert len(compiled) == 12
 
 
+def test_a_request_whose_grammar_is_kept_waits_for_no_thread(model: Model, tokenizer: Tokenizer) -> None:
+    made = held(model, tokenizer)
+    asked = [ask(model, JSON, temperature=1), ask(model, Grammar("lark", "start: ("))]
+    good, bad = made.run(*asked)
+    made.core._grammars._thread.shutdown()
+    again = made.run(*(replace(one, id=one.id + 10**6) for one in asked))
+    assert good.tokens and bad.error
+    assert [(one.tokens, one.error) for one in again] == [(good.tokens, ""), ([], bad.error)]
+
+
 def test_control_tokens_are_never_text(model: Model, tokenizer: Tokenizer) -> None:
     """Also those that a tokenizer does not flag as special."""
     asked = [ask(model, Grammar("regex", r"(.|\n)*"), seed, 60, temperature=1, stop_token_ids=()) for seed in range(4)]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -14,10 +18,11 @@ from support import tiny_tokenizers
 from support.engine_harness import Result, bench, random_prompt, request, tokens_of
 from support.tiny_tokenizers import id_of
 
-from sensorium.engine import grammars, spelling
+from sensorium.engine import grammars, matchers, spelling
 from sensorium.engine.matchers import NativeMatcher, NativeTokenizer, library
 from sensorium.models.base import Model
 from sensorium.prompt.tokenizer import Tokenizer
+from sensorium.system.priority import ENDED_FIRST, NICENESS
 from sensorium.types import Grammar, Vocabulary
 
 pytestmark = pytest.mark.skipif(library() is None, reason="this llguidance has no C interface that is known")
@@ -150,7 +155,11 @@ def test_large_vocabularies_go_through_it_and_answers_are_the_same(
 
 @pytest.mark.parametrize("missing", ["interface", "process"])
 def test_where_it_cannot_be_had_the_engine_opens_the_tokenizer(
-    model: Model, vocabulary: Vocabulary, missing: str, monkeypatch: pytest.MonkeyPatch
+    model: Model,
+    vocabulary: Vocabulary,
+    missing: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(grammars, "SMALL_VOCABULARY", 0)
     if missing == "interface":
@@ -160,3 +169,19 @@ def test_where_it_cannot_be_had_the_engine_opens_the_tokenizer(
     results, kind = answers(model, vocabulary)
     assert isinstance(kind, LLTokenizer)
     assert not any(result.error for result in results)
+    assert [record.levelno for record in caplog.records if "answers wait" in record.getMessage()] == [logging.WARNING]
+
+
+def test_every_version_that_may_be_installed_is_known() -> None:
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
+    assert "llguidance>=1.9,<1.10" in project["dependencies"]
+    assert matchers.VERSIONS == ("1.9",)
+
+
+def test_the_process_yields_to_streams(vocabulary: Vocabulary, model: Model) -> None:
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    _, speller = opened(vocabulary, model.checkpoint.vocab_size)
+    assert os.getpriority(os.PRIO_PROCESS, speller.pid) == min(own + NICENESS, 19)
+    if sys.platform == "linux":
+        assert Path(f"/proc/{speller.pid}/oom_score_adj").read_text().strip() == ENDED_FIRST
+    speller.close()

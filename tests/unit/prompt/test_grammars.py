@@ -16,9 +16,9 @@ from sensorium.errors import RequestError
 from sensorium.prompt import grammars
 from sensorium.prompt.forms import MAX_CHARS, Form, FormKind
 from sensorium.prompt.grammar_check import Names, checked
-from sensorium.prompt.grammar_worker import NICENESS
 from sensorium.prompt.grammars import GrammarPool, either
 from sensorium.prompt.structural import structural_grammar
+from sensorium.system.priority import NICENESS
 from sensorium.types import Grammar, Vocabulary
 from sensorium.workers.connection import Reply
 from sensorium.workers.frames import RESULT
