@@ -8,6 +8,7 @@ when the converter's own file gave the logits of the checkpoint. So no test asks
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -30,10 +31,11 @@ class Parameters:
     """Of a checkpoint's folder, by name, whatever its files call them."""
 
     def __init__(self, folder: Path) -> None:
-        checkpoint = open_checkpoint(folder)
+        language = folder / "language"  # a repository of its own
+        checkpoint = open_checkpoint(folder, language if language.is_dir() else None)
         with torch.device("meta"):
             self.model = load_class(checkpoint.family.model)(checkpoint)
-        slots = _assign(self.model, stored_tensors(checkpoint.weight_files))
+        slots = _assign(self.model, stored_tensors(checkpoint.weight_files, checkpoint.text_weight_files))
         self.found = {
             name: torch.cat([rows.float() for _, rows in sorted(slot.pieces(), key=lambda piece: piece[0])])
             for name, slot in slots.items()
@@ -86,27 +88,43 @@ def write_tower(folder: Path, file: Path, family: str, kind: str = "F32", **more
     """The tower of the tiny checkpoint `family` in `folder`, its matrices as `kind`. `more`: of the metadata."""
     tower, parameters = FAMILIES[family]["tower"], Parameters(folder)
     places = dict(tower["outer"])
-    for layer in range(tower["layers"]):
-        places |= {f"v.blk.{layer}.{own}": one.replace("{}", str(layer)) for own, one in tower["blocks"].items()}
+    for letter, part in (("v", tower), ("a", tower.get("heard", {"layers": 0}))):
+        for layer in range(part["layers"]):
+            for name, place in part["blocks"].items():
+                places[f"{letter}.blk.{layer}.{name}"] = place.replace("{}", str(layer))
     metadata = {**tower["metadata"], **more}
     tensors = {}
     for name, place in places.items():
-        whole, _, frame = place.partition("@")
+        whole, _, part = place.partition("@")
         tensor = _as_in_tower(name, parameters.get(whole), metadata)
-        tensor = tensor[:, :, int(frame)].contiguous() if frame else tensor
+        if part:  # a frame of a convolution, or a third of what is multiplied at once
+            tensor = tensor[:, :, int(part)].contiguous() if tensor.dim() > 2 else tensor.chunk(3)[int(part)]
         own = kind if tensor.dim() == 2 and name.endswith(".weight") and tensor.shape[-1] % 32 == 0 else "F32"
         tensors[name] = (own, tuple(tensor.shape), encoded(tensor, own))
     file.write_bytes(container(metadata, tensors))
 
 
 def _as_in_tower(name: str, tensor: Tensor, metadata: Mapping[str, Any]) -> Tensor:
-    if metadata["clip.projector_type"] == "pixtral" and name.split(".")[-2] in ("attn_q", "attn_k"):
+    if metadata.get("clip.projector_type") == "pixtral" and name.split(".")[-2] in ("attn_q", "attn_k"):
         heads = metadata["clip.vision.attention.head_count"]
         return tensor.view(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
     if name == "mm.soft_emb_norm.weight":
         return tensor + 1
     if name == "v.class_embd":
         return tensor.flatten()
+    if name == "v.patch_embd.weight" and tensor.dim() == 2:  # a linear layer, as a convolution
+        side = math.isqrt(tensor.shape[1] // 3)
+        return tensor.view(-1, side, side, 3).permute(0, 3, 1, 2).contiguous()
+    if name.startswith("a.conv") and name.endswith(".bias"):
+        return tensor.view(-1, *[1] * (1 + ("2d" in name)))
+    if name.endswith(("_min", "_max")):
+        return tensor.view(1)
+    if name.endswith("per_dim_scale.weight"):
+        return torch.nn.functional.softplus(tensor)
+    if name == "resampler.proj.weight":
+        return tensor.t().contiguous()
+    if name.endswith("conv_dw.weight"):
+        return tensor.squeeze(1)
     return tensor.squeeze(0) if name.startswith("v.position_embd") else tensor
 
 

@@ -10,6 +10,14 @@ VICUNA_LLAVA = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
+MISTRAL_LLAVA = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] != 'assistant' %}{{ '[INST] ' }}{% endif %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{{ eos_token if message['role'] == 'assistant' else ' [/INST]' }}"
+    "{% endfor %}"
+)
 CHATML_LLAVA = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' }}"

@@ -26,7 +26,7 @@ from sensorium.checkpoint.gguf_metadata import Metadata
 from sensorium.checkpoint.gguf_names import DENSE_TENSORS
 from sensorium.checkpoint.gguf_tokenizer import chat_templates, tokenizer_of, with_token
 from sensorium.checkpoint.gguf_tower_configs import missing_token
-from sensorium.checkpoint.gguf_towers import goes_with, projector_of, tower_of
+from sensorium.checkpoint.gguf_towers import goes_with, projector_of, rows_of, template_with_media
 from sensorium.checkpoint.own_cache import own_cache, writable
 from sensorium.checkpoint.pair_templates import template_of_places
 from sensorium.errors import CheckpointError, StartupError
@@ -174,10 +174,14 @@ def _contents(files: tuple[GgufFile, ...], tower: GgufFile | None = None) -> dic
     if pairs is not None and config.get("num_labels"):
         templates["default"] = template_of_places(pairs)
     if tower is not None:
-        row = tower_of(Metadata((tower,)))
-        jsons["preprocessor_config.json"] = row.preprocessor(Metadata((tower,)))
+        rows, whole = rows_of(Metadata((tower,))), Metadata((tower,))
+        jsons["preprocessor_config.json"] = {key: one for row in rows for key, one in row.preprocessor(whole).items()}
         tokenizer = with_token(tokenizer, missing_token(Metadata(files), projector_of(Metadata((tower,)))))
-        templates = {name: one for name, one in templates.items() if row.template or "image" in one}
+        templates = {
+            name: one for name, one in templates.items() if all(row.template or row.medium in one for row in rows)
+        }
+        if (spoken := template_with_media(Metadata(files), config["architectures"][0])) is not None:
+            templates.setdefault("default", spoken)
     texts = {name: json.dumps(value, indent=1) for name, value in jsons.items()}
     for name, template in templates.items():
         if not name.replace("_", "").isalnum():

@@ -204,6 +204,9 @@ def _gemma4(meta: Metadata, heads: int) -> dict[str, Any]:
     }
     if config["enable_moe_block"]:
         config["top_k_experts"] = meta.number("expert_used_count")
+    padding = meta.all.get("tokenizer.ggml.padding_token_id")
+    if isinstance(padding, int):
+        config["pad_token_id"] = padding  # whose small embeddings the tokens of media have
     table = meta.tensors.get("per_layer_token_embd.weight")
     return config if table is None else {**config, "vocab_size_per_layer_input": table.shape[0]}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -83,16 +84,38 @@ def _media_token(text: Metadata, projector: str) -> int:
     return found or 0
 
 
-def _named(text: Metadata, tokens: Mapping[str, str]) -> dict[str, int]:
+def named_tokens(text: Metadata, tokens: Mapping[str, str], what: str = "an image") -> dict[str, int]:
     """Ids that config.json has by these names; CheckpointError if the text model has no such token."""
     found = {name: _token(text, token) for name, token in tokens.items()}
     missing = [tokens[name] for name, one in found.items() if one is None]
     if missing:
-        raise CheckpointError(f"{text.name} has no token {missing[0]}, whose place an image takes")
+        raise CheckpointError(f"{text.name} has no token {missing[0]}, whose place {what} takes")
     return {name: one for name, one in found.items() if one is not None}
 
 
-def _qwen(text: Metadata, tower: Metadata) -> dict[str, Any]:
+def rows_of_tensor(file: Metadata, name: str) -> int:
+    """How many outputs, or rows of a table. CheckpointError if it is not there."""
+    found = file.tensors.get(name)
+    if found is None:
+        raise CheckpointError(f"{file.name} has no {name}")
+    return found.shape[0]
+
+
+_QWEN_TOKENS = {
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+}
+_OMNI_TOKENS = {
+    "image_token_index": "<|IMAGE|>",
+    "video_token_index": "<|VIDEO|>",
+    "vision_start_token_id": "<|vision_bos|>",
+    "vision_end_token_id": "<|vision_eos|>",
+}
+
+
+def _qwen(text: Metadata, tower: Metadata, tokens: Mapping[str, str] = _QWEN_TOKENS) -> dict[str, Any]:
     """What all generations have."""
     vision = _vision(tower)
     own = {
@@ -103,9 +126,7 @@ def _qwen(text: Metadata, tower: Metadata) -> dict[str, Any]:
         "temporal_patch_size": 2,
         "in_channels": 3,
     }
-    tokens = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
-    edges = {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
-    return {**_named(text, {**tokens, **edges}), "vision_config": own}
+    return {**named_tokens(text, tokens), "vision_config": own}
 
 
 def qwen2(text: Metadata, tower: Metadata) -> dict[str, Any]:
@@ -119,9 +140,14 @@ def qwen2(text: Metadata, tower: Metadata) -> dict[str, Any]:
     return config
 
 
-def qwen2_5(text: Metadata, tower: Metadata) -> dict[str, Any]:
+def qwen2_omni(text: Metadata, tower: Metadata) -> dict[str, Any]:
+    """Qwen2.5-VL's tower, other tokens."""
+    return qwen2_5(text, tower, _OMNI_TOKENS)
+
+
+def qwen2_5(text: Metadata, tower: Metadata, tokens: Mapping[str, str] = _QWEN_TOKENS) -> dict[str, Any]:
     """The window is not stored: it is 112 pixels in all published models."""
-    vision, config = _vision(tower), _qwen(text, tower)
+    vision, config = _vision(tower), _qwen(text, tower, tokens)
     every = tower.number("vision.n_wa_pattern", 8)
     whole = tower.get("vision.wa_layer_indexes")
     config["vision_config"] |= {
@@ -176,15 +202,29 @@ def llava(text: Metadata, tower: Metadata) -> dict[str, Any]:
     vision, layers = _vision(tower), tower.get("vision.feature_layer")
     has_class = "v.class_embd" in tower.tensors or "v.class_embd.weight" in tower.tensors
     used = [-1] if not isinstance(layers, np.ndarray) else layers.tolist()
-    if "v.image_newline" in tower.tensors or isinstance(tower.get("vision.image_grid_pinpoints"), np.ndarray):
-        raise CheckpointError(f"{tower.name} is LLaVA-NeXT's, which is not supported as GGUF: serve its checkpoint")
     return {
+        **_tiles(tower),
         "image_token_index": _media_token(text, "mlp"),
         "vision_config": {"model_type": "clip_vision_model" if has_class else "siglip_vision_model", **vision},
         "vision_feature_layer": used[0] if len(used) == 1 else used,
         "vision_feature_select_strategy": "default" if has_class else "full",
         "projector_hidden_act": "gelu",
     }
+
+
+def _tiles(tower: Metadata) -> dict[str, Any]:
+    """LLaVA-NeXT's, which lays tiles on one of several grids; {} of LLaVA-1.5."""
+    sizes, ends_lines = tower.get("vision.image_grid_pinpoints"), any(name in tower.tensors for name in NEWLINES)
+    if not ends_lines and not isinstance(sizes, np.ndarray):
+        return {}
+    if not ends_lines or not isinstance(sizes, np.ndarray) or len(sizes) % 2:
+        raise CheckpointError(f"{tower.name} has a grid of tiles, but not both image_grid_pinpoints and image_newline")
+    grids = sizes.reshape(-1, 2).tolist()
+    return {"architecture": "LlavaNextForConditionalGeneration", "image_grid_pinpoints": grids}
+
+
+NEWLINES = ("model.image_newline", "v.image_newline")
+"""What stands behind each line of LLaVA-NeXT's patches, in older files and in newer ones."""
 
 
 def llava_pixels(tower: Metadata) -> dict[str, Any]:
@@ -197,7 +237,7 @@ def gemma3(text: Metadata, tower: Metadata) -> dict[str, Any]:
     vision = {**_vision(tower), "model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh"}
     side = vision["image_size"] // vision["patch_size"] // tower.number("vision.projector.scale_factor", 4)
     return {
-        **_named(text, {"boi_token_index": "<start_of_image>", "eoi_token_index": "<end_of_image>"}),
+        **named_tokens(text, {"boi_token_index": "<start_of_image>", "eoi_token_index": "<end_of_image>"}),
         "image_token_index": _media_token(text, "gemma3"),
         "mm_tokens_per_image": side**2,
         "vision_config": vision,
@@ -209,7 +249,7 @@ def pixtral(text: Metadata, tower: Metadata) -> dict[str, Any]:
     merges = "mm.patch_merger.weight" in tower.tensors
     vision = {**_vision(tower), "model_type": "pixtral", "rope_theta": tower.all.get("clip.rope.freq_base", 10000.0)}
     return {
-        **_named(text, {"image_token_index": "[IMG]"}),
+        **named_tokens(text, {"image_token_index": "[IMG]"}),
         "architecture": "Mistral3ForConditionalGeneration" if merges else "PixtralForConditionalGeneration",
         "spatial_merge_size": tower.number("vision.spatial_merge_size", 1),
         "vision_feature_layer": -1,
@@ -236,10 +276,99 @@ def intern(text: Metadata, tower: Metadata) -> dict[str, Any]:
         "use_mean_pooling": True,
     }
     return {
-        **_named(text, {"image_token_id": "<IMG_CONTEXT>"}),
+        **named_tokens(text, {"image_token_id": "<IMG_CONTEXT>"}),
         "downsample_ratio": 1 / tower.number("vision.projector.scale_factor", 2),
         "select_layer": -1,
         "min_dynamic_patch": tower.number("vision.preproc_min_tiles", 1),
         "max_dynamic_patch": tower.number("vision.preproc_max_tiles", 12),
         "vision_config": vision,
     }
+
+
+def lfm2(text: Metadata, tower: Metadata) -> dict[str, Any]:
+    """SigLIP 2 on tiles of any size."""
+    return {
+        **named_tokens(text, {"image_token_id": "<image>"}),
+        "downsample_factor": tower.number("vision.projector.scale_factor", 2),
+        "projector_hidden_size": rows_of_tensor(tower, "mm.1.weight"),
+        "projector_hidden_act": "gelu",
+        "projector_bias": "mm.1.bias" in tower.tensors,
+        "projector_use_layernorm": "mm.input_norm.weight" in tower.tensors,
+        "vision_config": {
+            **_vision(tower),
+            "model_type": "siglip2_vision_model",
+            "hidden_act": "gelu_pytorch_tanh",
+            "num_patches": rows_of_tensor(tower, "v.position_embd.weight"),
+        },
+    }
+
+
+def lfm2_pixels(tower: Metadata) -> dict[str, Any]:
+    step = tower.number("vision.projector.scale_factor", 2)
+    return {**normalisation(tower), "encoder_patch_size": tower.number("vision.patch_size"), "downsample_factor": step}
+
+
+_MINICPMV = {"qwen2": ("2.6", (3, 4)), "llama": ("4.0", (5,)), "qwen3": ("4.5", (6, 100045))}
+"""By the text model's architecture: which MiniCPM-V it is, and what `clip.minicpmv_version` calls it."""
+
+
+def minicpmv(text: Metadata, tower: Metadata) -> dict[str, Any]:
+    version, numbers = _MINICPMV[text.prefix]
+    if (stated := tower.get("minicpmv_version")) not in numbers:
+        raise CheckpointError(
+            f"{tower.name}: clip.minicpmv_version {str(stated)[:80]} is not supported with a text model of the "
+            f"architecture {text.prefix!r}"
+        )
+    vision, size = _vision(tower), tower.number("vision.image_size")
+    side = math.isqrt(rows_of_tensor(tower, "v.position_embd.weight"))
+    own = {"image_size": side * vision["patch_size"], "hidden_act": "gelu_pytorch_tanh"}
+    return {
+        "version": version,
+        "query_num": rows_of_tensor(tower, "resampler.query"),
+        "image_size": size,
+        "drop_vision_last_layer": False,
+        "slice_config": {"max_slice_nums": 9, "scale_resolution": size, "patch_size": vision["patch_size"]},
+        "vision_config": {**vision, **own, "model_type": "siglip_vision_model"},
+    }
+
+
+def minicpmv_pixels(tower: Metadata) -> dict[str, Any]:
+    own = {f"norm_{name.removeprefix('image_')}": value for name, value in normalisation(tower).items()}
+    return {**own, "patch_size": tower.number("vision.patch_size")}
+
+
+_GEMMA4_SMALL = (1536, 2560)  # widths of E2B's and E4B's embeddings
+
+
+def gemma4(text: Metadata, tower: Metadata) -> dict[str, Any]:
+    """Three patches become one in each direction, as in all published models: it is not stored. Nor is whether an
+    image's tokens see all of it; E2B's and E4B's do not."""
+    table, key = (tower.tensors.get(name) for name in ("v.position_embd.weight", "v.blk.0.attn_k.weight"))
+    if table is None or key is None or len(table.shape) != 3:
+        raise CheckpointError(f"{tower.name} lacks the tensors of a Gemma 4 tower: v.position_embd, v.blk.0.attn_k")
+    size, heads = tower.number("vision.embedding_length"), tower.number("vision.attention.head_count")
+    tokens = {"image_token_id": "<|image|>", "boi_token_id": "<|image>", "eoi_token_id": "<image|>"}
+    head_dim = rows_of_tensor(tower, "v.blk.0.attn_q.weight") // max(heads, 1)
+    sees_whole = text.number("embedding_length") not in _GEMMA4_SMALL
+    return {
+        **named_tokens(text, {**tokens, "video_token_id": "<|video|>"}),
+        "text_config": {"use_bidirectional_attention": "vision" if sees_whole else None},
+        "vision_config": {
+            "hidden_size": size,
+            "intermediate_size": rows_of_tensor(tower, "v.blk.0.ffn_up.weight"),
+            "num_hidden_layers": tower_layers(tower),
+            "num_attention_heads": heads,
+            "num_key_value_heads": key.shape[0] // max(head_dim, 1),
+            "head_dim": head_dim,
+            "patch_size": tower.number("vision.patch_size"),
+            "position_embedding_size": table.shape[1],
+            "rms_norm_eps": tower.number("vision.attention.layer_norm_epsilon"),
+            "standardize": "v.std_bias" in tower.tensors,
+            "use_clipped_linears": "v.blk.0.attn_q.input_max" in tower.tensors,
+        },
+    }
+
+
+def gemma4_pixels(tower: Metadata) -> dict[str, Any]:
+    """Pixels stay from 0 to 1."""
+    return {"patch_size": tower.number("vision.patch_size")}

@@ -8,8 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
+from sensorium.checkpoint import chat_templates
+from sensorium.checkpoint import gguf_audio_configs as hearing
 from sensorium.checkpoint import gguf_tower_configs as configs
 from sensorium.checkpoint.gguf_file import GgufFile
 from sensorium.checkpoint.gguf_metadata import Metadata
@@ -21,23 +23,33 @@ _MERGER = re.compile(r"v\.deepstack\.(\d{1,4})\.(.+)")
 _SUFFIXED = re.compile(r"(.+)\.(weight|bias)")
 _FRAMES = re.compile(r"(.+\.weight)\.(\d)")  # one of the parts of a convolution over several frames
 _ATTENTION = {f"attn_{one}": one for one in "qkv"}
+_HEARD = ("a.", "mm.a.")  # beginnings of names of towers that hear
+_BOUNDS = ("input_min", "input_max", "output_min", "output_max")
+
+
+Change: TypeAlias = Literal["shifted", "transposed", "unfolded", "softplus", "column"]
+"""Norms with one added; a matrix with inputs first; patches' linear layer as a convolution; softplus taken; a
+convolution over time of each channel by itself without its middle dimension."""
 
 
 @dataclass(frozen=True, slots=True)
 class GgufTower:
     """A projector type. `families` are those of text models: architecture -> (the whole one's, its text model_type);
-    "" is any other's. `blocks` and `outer` are names without suffix, or whole ones."""
+    "" is any other's. `blocks` and `outer` are names without suffix, or whole ones; "name@n" is the n-th part of a
+    tensor. `changes`, by checkpoint's name or its end, is what writers did to contents."""
 
     families: Mapping[str, tuple[str, str]]
     config: Callable[[Metadata, Metadata], dict[str, Any]]  # (text, tower) -> config.json without its text
     layer: str
     blocks: Mapping[str, str]
     outer: Mapping[str, str]
-    preprocessor: Callable[[Metadata], dict[str, Any]]
+    preprocessor: Callable[[Metadata], Mapping[str, Any]]
     ignored: tuple[str, ...] = ()
     permutes_heads: bool = False
-    norm_offset: Mapping[str, float] = field(default_factory=dict)  # what writers added, by checkpoint's name
-    template: bool = True  # whether the file's chat template knows images
+    changes: Mapping[str, Change] = field(default_factory=dict)
+    width: str = ""  # the tensor whose outputs are as wide as the text model; "": `projection_dim` says it
+    template: bool = True  # whether the file's chat template knows the medium, also where it does not name it
+    medium: str = "image"
 
 
 _QWEN_BLOCKS = {
@@ -49,6 +61,7 @@ _QWEN_BLOCKS = {
     "ffn_up": "mlp.fc1",
     "ffn_down": "mlp.fc2",
 }
+_QWEN25_BLOCKS = {**_QWEN_BLOCKS, **{f"ffn_{one}": f"mlp.{one}_proj" for one in ("gate", "up", "down")}}
 _QWEN_OUTER = {
     "v.patch_embd": "visual.patch_embed.proj",
     "v.position_embd": "visual.pos_embed",
@@ -93,35 +106,137 @@ _INTERN_BLOCKS = {
 }
 
 
+_WHISPER_BLOCKS = {
+    **{own: f"self_attn.{one}_proj" for own, one in _ATTENTION.items()},
+    "attn_out": "self_attn.out_proj",
+    "ln1": "self_attn_layer_norm",
+    "ln2": "final_layer_norm",
+    "ffn_up": "fc1",
+    "ffn_down": "fc2",
+}
+_WHISPER_OUTER = {
+    "a.conv1d.1": "audio_tower.conv1",
+    "a.conv1d.2": "audio_tower.conv2",
+    "a.position_embd": "audio_tower.embed_positions",
+    "a.post_ln": "audio_tower.layer_norm",
+}
+_STACKED = {f"mm.a.mlp.{one}": f"multi_modal_projector.linear_{one}" for one in (1, 2)}
+
+
+def _bounded(names: Mapping[str, str]) -> dict[str, str]:
+    """Linear layers whose inputs and outputs have bounds."""
+    bounds = {f"{own}.{one}": f"{name}.{one}" for own, name in names.items() for one in _BOUNDS}
+    return {**{f"{own}.weight": f"{name}.linear.weight" for own, name in names.items()}, **bounds}
+
+
+_GEMMA4_BLOCKS = {
+    **_bounded(
+        {
+            **{own: f"self_attn.{one}_proj" for own, one in _ATTENTION.items()},
+            "attn_out": "self_attn.o_proj",
+            **{f"ffn_{one}": f"mlp.{one}_proj" for one in ("gate", "up", "down")},
+        }
+    ),
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ln1": "input_layernorm",
+    "ln2": "pre_feedforward_layernorm",
+    "attn_post_norm": "post_attention_layernorm",
+    "ffn_post_norm": "post_feedforward_layernorm",
+}
+_CONFORMER_BLOCKS = {
+    **_bounded(
+        {
+            **{own: f"self_attn.{one}_proj" for own, one in _ATTENTION.items()},
+            "attn_out": "self_attn.post",
+            "conv_pw1": "lconv1d.linear_start",
+            "conv_pw2": "lconv1d.linear_end",
+            "ffn_up": "feed_forward1.ffw_layer_1",
+            "ffn_down": "feed_forward1.ffw_layer_2",
+            "ffn_up_1": "feed_forward2.ffw_layer_1",
+            "ffn_down_1": "feed_forward2.ffw_layer_2",
+        }
+    ),
+    "attn_k_rel": "self_attn.relative_k_proj",
+    "per_dim_scale.weight": "self_attn.per_dim_scale",
+    "attn_pre_norm": "norm_pre_attn",
+    "attn_post_norm": "norm_post_attn",
+    "ln2": "norm_out",
+    "ffn_norm": "feed_forward1.pre_layer_norm",
+    "ffn_post_norm": "feed_forward1.post_layer_norm",
+    "ffn_norm_1": "feed_forward2.pre_layer_norm",
+    "ffn_post_norm_1": "feed_forward2.post_layer_norm",
+    "norm_conv": "lconv1d.conv_norm",
+    "conv_norm": "lconv1d.pre_layer_norm",
+    "conv_dw": "lconv1d.depthwise_conv1d",
+}
+
+
 def projector_of(tower: Metadata) -> Any:
+    """Of the tower that sees, else of the one that hears."""
     return tower.get("projector_type") or tower.get("vision.projector_type") or tower.get("audio.projector_type")
 
 
-def tower_of(tower: Metadata) -> GgufTower:
-    """The row of a projector's file. CheckpointError if it is none, or of a type that is not served."""
+def rows_of(tower: Metadata) -> tuple[GgufTower, ...]:
+    """The rows of a projector's file: of the tower that sees, and of the one that hears. CheckpointError if it is no
+    such file, or of a type that is not served."""
     kind = tower.all.get("general.type", "mmproj")
     if tower.prefix != CLIP or kind != "mmproj":
         raise CheckpointError(
             f"{tower.name} is no projector (mmproj) of llama.cpp: its architecture is {_short(tower)}"
         )
+    hears = any(name.startswith(_HEARD) for name in tower.tensors)
+    sees = any(not name.startswith(_HEARD) for name in tower.tensors) or not hears
+    kinds = (("vision", TOWERS, sees), ("audio", HEARING, hears))
+    rows = []
+    for kind, served, is_there in kinds:
+        if is_there:
+            projector = tower.get("projector_type") or tower.get(f"{kind}.projector_type")
+            if not isinstance(projector, str) or projector not in served:
+                raise CheckpointError(
+                    f"{tower.name}: projectors of the type {str(projector)[:80]!r} are not supported; supported are "
+                    f"{', '.join(dict.fromkeys([*TOWERS, *HEARING]))}"
+                )
+            rows.append(served[projector])
     projector = projector_of(tower)
-    if not isinstance(projector, str) or projector not in TOWERS:
-        raise CheckpointError(
-            f"{tower.name}: projectors of the type {str(projector)[:80]!r} are not supported; supported are "
-            f"{', '.join(TOWERS)}"
-        )
     if projector == "qwen2vl_merger" and any(name.endswith("ffn_gate.weight") for name in tower.tensors):
         raise CheckpointError(f"{tower.name} is Qwen2.5-VL's and says that it is Qwen2-VL's: make it anew")
-    return TOWERS[projector]
+    return tuple(rows)
+
+
+def template_with_media(text: Metadata, architecture: str) -> str | None:
+    """Of LLaVA-NeXT, how its text model was spoken to, where no template of the file knows images. None: as the family
+    is in any case."""
+    tokens, own = text.all.get("tokenizer.ggml.tokens"), str(text.all.get("tokenizer.chat_template"))
+    if architecture != "LlavaNextForConditionalGeneration" or not isinstance(tokens, list) or "<|im_start|>" in tokens:
+        return None
+    return chat_templates.MISTRAL_LLAVA if "[INST]" in own else chat_templates.VICUNA_LLAVA
+
+
+def row_of(name: str, rows: Sequence[GgufTower]) -> GgufTower:
+    """That of a tensor."""
+    return rows[-1 if name.startswith(_HEARD) else 0]
 
 
 def goes_with(text: Metadata, tower: Metadata) -> bool:
     """Whether a tower that nobody named is the text model's: its rows are as wide as the embeddings."""
     if not is_tower(tower.files[0]):
         return False
-    row = tower_of(tower)
-    width = tower.get("vision.projection_dim", tower.get("audio.projection_dim"))
-    return (text.prefix in row.families or "" in row.families) and width in (None, text.get("embedding_length"))
+    rows = rows_of(tower)
+    return _goes_with_text(text, rows) and _width(tower, rows) in (None, text.get("embedding_length"))
+
+
+def _goes_with_text(text: Metadata, rows: Sequence[GgufTower]) -> bool:
+    return all(text.prefix in row.families or "" in row.families for row in rows[-1:])
+
+
+def _width(tower: Metadata, rows: Sequence[GgufTower]) -> int | None:
+    """Of the rows that a tower makes; None if the file does not say."""
+    last = tower.tensors.get(rows[0].width)
+    if last is not None:
+        return last.shape[0]
+    stated: int | None = tower.get("vision.projection_dim", tower.get("audio.projection_dim"))
+    return stated
 
 
 def _short(tower: Metadata) -> str:
@@ -130,24 +245,26 @@ def _short(tower: Metadata) -> str:
 
 def tower_config(text: Metadata, tower: Metadata, decoder: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of the whole, whose text model has the config `decoder`."""
-    row = tower_of(tower)
-    if text.prefix not in row.families and "" not in row.families:
+    rows = rows_of(tower)
+    families = rows[-1].families  # of both, the one that hears knows who also sees
+    if not _goes_with_text(text, rows):
         raise CheckpointError(
             f"{tower.name} does not go with a text model of the architecture {text.prefix!r}; it goes with "
-            f"{', '.join(row.families)}"
+            f"{', '.join(families)}"
         )
-    architecture, model_type = row.families.get(text.prefix) or row.families[""]
-    width = tower.number("vision.projection_dim", text.number("embedding_length"))
-    if width != text.number("embedding_length"):
+    architecture, model_type = families.get(text.prefix) or families[""]
+    width = _width(tower, rows)
+    if width not in (None, text.number("embedding_length")):
         raise CheckpointError(
             f"{tower.name} makes rows of {width} numbers, {text.name} takes {text.number('embedding_length')}"
         )
     outer = {
         key: decoder[key] for key in ("torch_dtype", "quantization_config", "tie_word_embeddings") if key in decoder
     }
-    own = row.config(text, tower)
+    own = {key: value for row in rows for key, value in row.config(text, tower).items()}
     config = {**outer, "architectures": [own.pop("architecture", architecture)], **own}
-    return {**config, "text_config": {**decoder, "model_type": model_type or decoder["model_type"]}}
+    inner = {**decoder, **own.get("text_config", {}), "model_type": model_type or decoder["model_type"]}
+    return {**config, "text_config": inner}
 
 
 def tower_name(name: str, row: GgufTower, tapped: Sequence[int] = ()) -> str:
@@ -181,14 +298,21 @@ def is_tower(file: GgufFile) -> bool:
     return file.metadata.get("general.architecture") == CLIP
 
 
+_GEMMA4 = ("Gemma4ForConditionalGeneration", "gemma4_text")
 TOWERS: Mapping[str, GgufTower] = {
     "mlp": GgufTower(
         {"": ("LlavaForConditionalGeneration", "")},
         configs.llava,
         "vision_tower.encoder.layers.{}.",
         _CLIP_BLOCKS,
-        {**_CLIP_OUTER, "mm.0": "multi_modal_projector.linear_1", "mm.2": "multi_modal_projector.linear_2"},
+        {
+            **_CLIP_OUTER,
+            "mm.0": "multi_modal_projector.linear_1",
+            "mm.2": "multi_modal_projector.linear_2",
+            **dict.fromkeys(configs.NEWLINES, "image_newline"),
+        },
         configs.llava_pixels,
+        width="mm.2.weight",
         template=False,
     ),
     "qwen2vl_merger": GgufTower(
@@ -203,7 +327,15 @@ TOWERS: Mapping[str, GgufTower] = {
         {"qwen2vl": ("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl_text")},
         configs.qwen2_5,
         "visual.blocks.{}.",
-        {**_QWEN_BLOCKS, **{f"ffn_{one}": f"mlp.{one}_proj" for one in ("gate", "up", "down")}},
+        _QWEN25_BLOCKS,
+        _QWEN_OUTER,
+        configs.qwen2_pixels,
+    ),
+    "qwen2.5o": GgufTower(
+        {"qwen2vl": ("Qwen2_5OmniThinkerForConditionalGeneration", "qwen2_5_omni_text")},
+        configs.qwen2_omni,
+        "visual.blocks.{}.",
+        _QWEN25_BLOCKS,
         _QWEN_OUTER,
         configs.qwen2_pixels,
     ),
@@ -231,7 +363,7 @@ TOWERS: Mapping[str, GgufTower] = {
             "mm.soft_emb_norm": "multi_modal_projector.mm_soft_emb_norm",
         },
         configs.normalisation,
-        norm_offset={"multi_modal_projector.mm_soft_emb_norm.weight": 1.0},
+        changes={"mm_soft_emb_norm.weight": "shifted"},
     ),
     "pixtral": GgufTower(
         {"": ("Mistral3ForConditionalGeneration", "")},
@@ -265,5 +397,144 @@ TOWERS: Mapping[str, GgufTower] = {
         },
         configs.normalisation,
     ),
+    "lfm2": GgufTower(
+        {"lfm2": ("Lfm2VlForConditionalGeneration", "lfm2")},
+        configs.lfm2,
+        "vision_tower.encoder.layers.{}.",
+        _CLIP_BLOCKS,
+        {
+            **_CLIP_OUTER,
+            "mm.input_norm": "multi_modal_projector.layer_norm",
+            "mm.1": "multi_modal_projector.linear_1",
+            "mm.2": "multi_modal_projector.linear_2",
+        },
+        configs.lfm2_pixels,
+        template=False,
+        changes={"patch_embedding.weight": "unfolded"},
+    ),
+    "resampler": GgufTower(
+        dict.fromkeys(("qwen2", "llama", "qwen3"), ("MiniCPMV", "")),
+        configs.minicpmv,
+        "vpm.encoder.layers.{}.",
+        _CLIP_BLOCKS,
+        {
+            "v.patch_embd": "vpm.embeddings.patch_embedding",
+            "v.position_embd": "vpm.embeddings.position_embedding",
+            "v.post_ln": "vpm.post_layernorm",
+            **{f"resampler.{one}": f"resampler.{one}" for one in ("ln_q", "ln_kv", "ln_post")},
+            **{
+                f"resampler.attn.{one}.{part}": f"resampler.attn.in_proj_{part}@{index}"
+                for index, one in enumerate("qkv")
+                for part in ("weight", "bias")
+            },
+            "resampler.attn.out": "resampler.attn.out_proj",
+            "resampler.kv": "resampler.kv_proj",
+            "resampler.proj.weight": "resampler.proj",
+        },
+        configs.minicpmv_pixels,
+        ignored=("resampler.pos_embed",),
+        changes={"resampler.proj": "transposed"},
+        width="resampler.proj.weight",
+        template=False,
+    ),
+    "gemma4v": GgufTower(
+        {"gemma4": _GEMMA4},
+        configs.gemma4,
+        "vision_tower.encoder.layers.{}.",
+        _GEMMA4_BLOCKS,
+        {
+            "v.patch_embd": "vision_tower.patch_embedder.input_proj",
+            "v.position_embd.weight": "vision_tower.patch_embedder.position_embedding_table",
+            "v.std_bias": "vision_tower.std_bias",
+            "v.std_scale": "vision_tower.std_scale",
+            "mm.input_projection": "embed_vision.embedding_projection",
+        },
+        configs.gemma4_pixels,
+        changes={"input_proj.weight": "unfolded"},
+    ),
 }
-"""By `clip.projector_type`."""
+"""Towers that see, by their `projector_type`."""
+_OMNI_HEARING = {"a.post_ln": "audio_tower.ln_post"}
+HEARING: Mapping[str, GgufTower] = {
+    "ultravox": GgufTower(
+        {"": ("UltravoxModel", "")},
+        hearing.ultravox,
+        "audio_tower.layers.{}.",
+        _WHISPER_BLOCKS,
+        {
+            **_WHISPER_OUTER,
+            **_STACKED,
+            "mm.a.norm_pre": "multi_modal_projector.ln_pre",
+            "mm.a.norm_mid": "multi_modal_projector.ln_mid",
+        },
+        hearing.nothing,
+        medium="audio",
+        width="mm.a.mlp.2.weight",
+    ),
+    "voxtral": GgufTower(
+        {"llama": ("VoxtralForConditionalGeneration", "")},
+        hearing.voxtral,
+        "audio_tower.layers.{}.",
+        _WHISPER_BLOCKS,
+        {**_WHISPER_OUTER, **_STACKED},
+        hearing.nothing,
+        template=False,
+        medium="audio",
+    ),
+    "qwen2a": GgufTower(
+        {"qwen2": ("Qwen2AudioForConditionalGeneration", "qwen2")},
+        hearing.qwen2_audio,
+        "audio_tower.layers.{}.",
+        _WHISPER_BLOCKS,
+        {**_WHISPER_OUTER, "mm.a.fc": "multi_modal_projector.linear"},
+        hearing.nothing,
+        template=False,
+        medium="audio",
+    ),
+    "qwen2.5o": GgufTower(
+        {"qwen2vl": ("Qwen2_5OmniThinkerForConditionalGeneration", "qwen2_5_omni_text")},
+        hearing.qwen2_omni,
+        "audio_tower.layers.{}.",
+        _WHISPER_BLOCKS,
+        {**_WHISPER_OUTER, **_OMNI_HEARING, "mm.a.fc": "audio_tower.proj"},
+        hearing.nothing,
+        medium="audio",
+        ignored=("a.position_embd",),
+    ),
+    "qwen3a": GgufTower(
+        {
+            "qwen3vl": ("Qwen3ASRForConditionalGeneration", "qwen3_asr_text"),
+            "qwen3vlmoe": ("Qwen3OmniMoeThinkerForConditionalGeneration", "qwen3_omni_moe_text"),
+        },
+        hearing.qwen3_audio,
+        "audio_tower.layers.{}.",
+        _WHISPER_BLOCKS,
+        {
+            **_OMNI_HEARING,
+            **{f"a.conv2d.{one}": f"audio_tower.conv2d{one}" for one in (1, 2, 3)},
+            **{f"mm.a.mlp.{one}": f"audio_tower.proj{one}" for one in (1, 2)},
+            "a.conv_out": "audio_tower.conv_out",
+        },
+        hearing.nothing,
+        template=False,
+        medium="audio",
+        ignored=("a.position_embd",),
+    ),
+    "gemma4a": GgufTower(
+        {"gemma4": _GEMMA4},
+        hearing.gemma4,
+        "audio_tower.layers.{}.",
+        _CONFORMER_BLOCKS,
+        {
+            **{f"a.conv1d.{one}": f"audio_tower.subsample_conv_projection.layer{one}.conv" for one in (0, 1)},
+            **{f"a.conv1d.{one}.norm": f"audio_tower.subsample_conv_projection.layer{one}.norm" for one in (0, 1)},
+            "a.input_projection": "audio_tower.subsample_conv_projection.input_proj_linear",
+            "a.pre_encode.out": "audio_tower.output_proj",
+            "mm.a.input_projection": "embed_audio.embedding_projection",
+        },
+        hearing.nothing,
+        medium="audio",
+        changes={"per_dim_scale": "softplus", "depthwise_conv1d.weight": "column"},
+    ),
+}
+"""Towers that hear."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -23,7 +24,7 @@ from sensorium.checkpoint.gguf_names import (
     permuted_heads,
 )
 from sensorium.checkpoint.gguf_tower_configs import swaps_products, tower_layers
-from sensorium.checkpoint.gguf_towers import GgufTower, frame_of, is_tower, tower_name, tower_of
+from sensorium.checkpoint.gguf_towers import Change, GgufTower, frame_of, is_tower, row_of, rows_of, tower_name
 from sensorium.checkpoint.quantization import StoredQuantization
 from sensorium.errors import CheckpointError
 from sensorium.kernels import BlockWeight, Quantization
@@ -37,6 +38,7 @@ from sensorium.weights.tensor_files import StoredTensor, element_of, mapped_tens
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _STORED = StoredQuantization("gguf", ())
 _CONVOLUTIONS = ("conv1d.weight", ".conv.conv.weight")  # each channel by itself, over one dimension
+_BOUNDS = ("input_min", "input_max", "output_min", "output_max")  # of a tower's linear layers: numbers
 _ELSEWHERE = (*CONFIG_TENSORS, *DENSE_TENSORS)
 _SCORE = "score.weight"
 _ROWS = (
@@ -163,20 +165,30 @@ def _memory(file: GgufFile) -> mmap.mmap:
 def read_tower(file: GgufFile) -> Iterator[StoredTensor | BlockCodes]:
     """The tensors of a projector's file, under the names of checkpoints."""
     meta, memory = Metadata((file,)), _memory(file)
-    row, swaps = tower_of(meta), swaps_products(meta)
-    tapped = [i for i, one in enumerate(meta.flags("vision.is_deepstack_layers", tower_layers(meta)) or []) if one]
-    frames: dict[str, dict[int, StoredTensor]] = {}
+    rows, swaps = rows_of(meta), swaps_products(meta)
+    tapped = _tapped(meta)
+    parts: dict[str, dict[int, StoredTensor]] = {}
     for tensor in file.tensors:
+        row = row_of(tensor.name, rows)
         if tensor.name.startswith(row.ignored or "\n"):
             continue
         name, frame = frame_of(_swapped(tensor.name) if swaps else tensor.name)
-        key = tower_name(name, row, tapped)
+        key, _, part = tower_name(name, row, tapped).partition("@")
         mapped = replace(_mapped(file, memory, tensor), key=key)
-        if frame is not None or f"{name}.1" in meta.tensors:
-            frames.setdefault(key, {})[frame or 0] = mapped
+        if part:
+            parts.setdefault(key, {})[int(part)] = _numbers(mapped, tensor)
+        elif frame is not None or f"{name}.1" in meta.tensors:
+            parts.setdefault(key, {})[frame or 0] = mapped
         else:
             yield _codes(_of_tower(mapped, name, meta, row), tensor.kind)
-    yield from (_together(key, parts) for key, parts in frames.items())
+    yield from (_together(key, found) for key, found in parts.items())
+
+
+def _tapped(tower: Metadata) -> list[int]:
+    """Layers of a tower that sees whose states go to the decoder, too."""
+    if not tower.has("vision.is_deepstack_layers"):
+        return []
+    return [i for i, one in enumerate(tower.flags("vision.is_deepstack_layers", tower_layers(tower)) or []) if one]
 
 
 def _swapped(name: str) -> str:
@@ -190,16 +202,44 @@ def _of_tower(tensor: StoredTensor, name: str, meta: Metadata, row: GgufTower) -
         return _reshaped(tensor, (1,) * (3 - len(tensor.shape)) + tensor.shape)
     if row.permutes_heads and name.split(".")[-2] in ("attn_q", "attn_k"):
         return _with(tensor, _unpermuted(tensor, meta.get("vision.attention.head_count")))
-    offset = row.norm_offset.get(tensor.key)
-    return tensor if offset is None else _with(tensor, lambda rows: rows.float() - offset)
+    if tensor.key.endswith(".bias") and len(tensor.shape) > 1:  # of a convolution
+        return _reshaped(tensor, (math.prod(tensor.shape),))
+    if tensor.key.endswith(_BOUNDS):
+        return _reshaped(tensor, ())
+    change = next((one for end, one in row.changes.items() if tensor.key.endswith(end)), None)
+    return tensor if change is None else _undone(tensor, change)
+
+
+def _undone(tensor: StoredTensor, change: Change) -> StoredTensor:
+    """As the checkpoint has it."""
+    shape = tensor.shape
+    if change == "shifted":
+        return _with(tensor, lambda rows: rows.float() - 1)
+    if change == "softplus":
+        return _with(tensor, lambda rows: rows.double().expm1().log())
+    if change == "column":
+        return _reshaped(tensor, (shape[0], 1, *shape[1:]) if len(shape) == 2 else shape)
+    if change == "transposed":
+        return replace(_with(tensor, lambda rows: rows.t().contiguous()), shape=shape[::-1])
+    if len(shape) != 4:
+        return tensor
+    flat = (shape[0], math.prod(shape[1:]))
+    return replace(_with(tensor, lambda rows: rows.permute(0, 2, 3, 1).reshape(flat)), shape=flat)
 
 
 def _together(key: str, parts: dict[int, StoredTensor]) -> StoredTensor:
-    """A convolution over frames out of one for each frame, [outputs, channels, height, width]."""
+    """A convolution over frames out of one for each frame, [outputs, channels, height, width]; of others, the outputs
+    of all parts."""
     first, frames = parts.get(0), [parts[index] for index in sorted(parts)]
-    if first is None or len({(one.shape, one.dtype) for one in frames}) > 1 or len(first.shape) != 4:
-        raise CheckpointError(f"{frames[0].file.name}: the frames of {key} do not go together")
+    if first is None or len({(one.shape, one.dtype) for one in frames}) > 1 or len(frames) != max(parts) + 1:
+        raise CheckpointError(f"{frames[0].file.name}: the parts of {key} do not go together")
+    over_frames = len(first.shape) == 4
     shape = (*first.shape[:2], len(frames), *first.shape[2:])
+    if not over_frames:
+        shape = (len(frames) * first.shape[0], *first.shape[1:])
+
+    def found() -> list[Tensor]:
+        return [one.view() for one in frames]
 
     def release() -> None:
         for one in frames:
@@ -208,7 +248,7 @@ def _together(key: str, parts: dict[int, StoredTensor]) -> StoredTensor:
     return replace(
         first,
         shape=shape,
-        view=lambda: torch.stack([one.view() for one in frames], 2),
+        view=lambda: torch.stack(found(), 2) if over_frames else torch.cat(found()),
         release=release,
         populate=None,
         cut=None,

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from shutil import copyfile
 from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
-from support import checkpoints
+from support import checkpoints, speech
 from support.gguf_families import FAMILIES, write_family, write_tower
 from support.gguf_writer import container, tokenizer_metadata
 from support.image_families import noise
 from support.internvl import make_internvl
+from support.lfm2_vl import make_lfm2_vl
 from support.media_models import Served
 from support.model_driver import Driver
 from support.pixtral import make_mistral3, make_pixtral
@@ -23,18 +27,36 @@ from sensorium.checkpoint.families import load_class
 from sensorium.checkpoint.gguf import gguf_folder
 from sensorium.checkpoint.gguf_file import read_gguf
 from sensorium.checkpoint.gguf_metadata import Metadata
-from sensorium.checkpoint.gguf_towers import tower_of
+from sensorium.checkpoint.gguf_towers import rows_of, template_with_media
 from sensorium.checkpoint.hub import resolve
 from sensorium.cli.info import file_rows
 from sensorium.errors import CheckpointError, StartupError
 from sensorium.models.loading import load_model
+from sensorium.prompt.local import LocalTemplate
+from sensorium.prompt.messages import MediaPart, Message, TextPart
 from sensorium.prompt.tokenizer import Tokenizer
+from sensorium.types import Modality
 
 TOWERS = [name for name, stated in FAMILIES.items() if "tower" in stated]
-OTHERS = {"internvl": make_internvl, "mistral3": make_mistral3, "pixtral": make_pixtral}
+OTHERS: dict[str, Any] = {
+    "internvl": make_internvl,
+    "mistral3": make_mistral3,
+    "pixtral": make_pixtral,
+    "lfm2_vl": make_lfm2_vl,
+    **{name: getattr(speech, f"make_{name}") for name in ("qwen2_audio", "qwen3_asr", "qwen3_omni", "voxtral")},
+}
+BESIDE = ("gemma4", "lfm2_vl", "qwen3_omni")  # whose preprocessor_config.json says what projectors do not
 OPTIONS: dict[str, dict[str, Any]] = {
     "qwen2_vl": {"vision": {"depth": 3}},
     "qwen2_5_vl": {"vision": {"window_size": 112}},
+    "qwen2_omni": {"vision": {"window_size": 112}},
+    "qwen3_omni": {"audio": {"n_window_infer": 800}},
+    "qwen3_asr": {"audio": {"n_window_infer": 800}},
+    "gemma4": {
+        "vision": {"pooling_kernel_size": 3},
+        "preprocessor": {"pooling_kernel_size": 3},
+        "audio": {**{"subsampling_conv_channels": [128, 6], "attention_chunk_size": 12, "attention_context_left": 13}},
+    },
     "internvl": {"vision": {"num_hidden_layers": 4}},
     "gemma3": {
         "vision": {"vision_use_head": False},
@@ -51,33 +73,63 @@ def written(family: str, folder: Path, **more: Any) -> tuple[Path, Path]:
     make = OTHERS.get(family) or getattr(checkpoints, f"make_{family}")
     make(folder / "hub", **OPTIONS.get(family, {}))
     file, tower = folder / "m.gguf", folder / "mmproj-F32.gguf"
-    write_family(folder / "hub", file, family, tokenizer_metadata(folder / "hub", "gpt-2"))
+    words = folder / "hub" / "language" if (folder / "hub" / "language").is_dir() else folder / "hub"
+    write_family(folder / "hub", file, family, tokenizer_metadata(words, "gpt-2"))
     write_tower(folder / "hub", tower, family, **more)
     return file, tower
 
 
-def looked_at(folder: Path) -> tuple[list[np.ndarray[Any, Any]], list[int], torch.Tensor]:
-    """(what two images become, the prompt with both, its logits)"""
-    checkpoint = open_checkpoint(folder)
+def perceived(folder: Path) -> Iterator[tuple[list[np.ndarray[Any, Any]], list[int], torch.Tensor]]:
+    """Of images, and of recordings: (what two become, the prompt with both, its logits)"""
+    language = folder / "language"
+    checkpoint = open_checkpoint(folder, language if language.is_dir() else None)
     model = load_model(checkpoint, dtype=torch.float32, device="cpu")
-    processor = load_class(checkpoint.family.processor)(checkpoint, Tokenizer.from_folder(folder))
-    served = Served(None, model, processor, {})
-    prompt = served.prompt([noise(60, 90), noise(40, 160)], "a {} b")
-    images = [one for image in prompt.media for one in image.arrays.values()]
-    return images, prompt.token_ids.tolist(), Driver(model).prefill(served.run(prompt))
+    processor = load_class(checkpoint.family.processor)(
+        checkpoint, Tokenizer.from_folder(language if language.is_dir() else folder)
+    )
+    served = Served(cast(Any, None), model, processor, {})
+    items = {"image": [noise(60, 90), noise(40, 160)], "audio": [speech.recording(16000), speech.recording(9000, 1)]}
+    for kind, media in items.items():
+        if kind in processor.modalities:
+            prompt = served.prompt(media, "a {} b")
+            arrays = [one for item in prompt.media for one in item.arrays.values()]
+            yield arrays, prompt.token_ids.tolist(), Driver(model).prefill(served.run(prompt))
 
 
 @pytest.mark.parametrize("family", TOWERS)
 def test_a_tower(tmp_path: Path, family: str) -> None:
-    """Found beside the model; images, prompts and logits are those of the folder that both files were made of."""
+    """Found beside the model; media, prompts and logits are those of the folder that both files were made of."""
     file, _ = written(family, tmp_path)
+    if family in BESIDE:
+        copyfile(tmp_path / "hub" / "preprocessor_config.json", tmp_path / "preprocessor_config.json")
+        (tmp_path / "hub" / "processor_config.json").unlink(missing_ok=True)
     folder = gguf_folder(file, tmp_path / "cache")
     assert open_checkpoint(folder).architecture == FAMILIES[family]["tower"]["architecture"]
-    (images, tokens, logits), (own_images, own_tokens, own_logits) = looked_at(tmp_path / "hub"), looked_at(folder)
-    for expected, found in zip(images, own_images, strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-    assert own_tokens == tokens
-    torch.testing.assert_close(own_logits, logits[:, : own_logits.shape[1]], rtol=1e-3, atol=1e-3)
+    expected, found = perceived(tmp_path / "hub"), perceived(folder)
+    for (arrays, tokens, logits), (own_arrays, own_tokens, own_logits) in zip(expected, found, strict=True):
+        for array, own in zip(arrays, own_arrays, strict=True):
+            np.testing.assert_allclose(own, array, rtol=1e-5, atol=1e-5)
+        assert own_tokens == tokens
+        torch.testing.assert_close(own_logits, logits[:, : own_logits.shape[1]], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("own", "said"), [("{{ '[INST] ' }}", "[INST] <image>\nhow? [/INST]"), ("", "USER: <image>\nhow? ASSISTANT:")]
+)
+def test_the_template_of_llava_next_is_its_text_models(tmp_path: Path, own: str, said: str) -> None:
+    file, _ = written("llava_next", tmp_path)
+    vocabulary = read_gguf(file)
+    tokens = [one.replace("<|im_start|>", "<other>") for one in vocabulary.metadata["tokenizer.ggml.tokens"]]
+    text = replace(vocabulary, metadata={"tokenizer.ggml.tokens": tokens, "tokenizer.chat_template": own})
+    template = template_with_media(Metadata((text,)), "LlavaNextForConditionalGeneration")
+    message = Message("user", (MediaPart("image"), TextPart("how?")))
+    tokenizer = Tokenizer.from_folder(tmp_path / "hub")
+
+    def shown(kind: Modality, index: int) -> str:
+        return "<image>"
+
+    assert said in LocalTemplate(template or "", tokenizer, modalities=("image",), placeholder=shown).render([message])
+    assert template_with_media(Metadata((vocabulary,)), "LlavaNextForConditionalGeneration") is None
 
 
 def test_which_tower_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -133,4 +185,4 @@ def test_a_tower_without_a_layer(tmp_path: Path) -> None:
     (tmp_path / "t.gguf").write_bytes(container(metadata, tensors))
     tower = Metadata((read_gguf(tmp_path / "t.gguf"),))
     with pytest.raises(CheckpointError, match="lacks layers"):
-        tower_of(tower).config(tower, tower)
+        rows_of(tower)[0].config(tower, tower)
