@@ -166,6 +166,12 @@ def _kinds(flags: list[bool]) -> list[str]:
     return ["sliding_attention" if one else "full_attention" for one in flags]
 
 
+def _padding(meta: Metadata) -> int | None:
+    """The token whose small embeddings stand in the places of media."""
+    token = meta.all.get("tokenizer.ggml.padding_token_id")
+    return token if isinstance(token, int) else None
+
+
 def _gemma4(meta: Metadata, heads: int) -> dict[str, Any]:
     """Layers without a window have heads of their own size, and frequencies that are stored as a tensor."""
     layers = meta.layers
@@ -191,6 +197,8 @@ def _gemma4(meta: Metadata, heads: int) -> dict[str, Any]:
         "final_logit_softcapping": meta.get("final_logit_softcapping"),
         "hidden_size_per_layer_input": meta.number("embedding_length_per_layer_input", 0),
         "enable_moe_block": bool(meta.get("expert_count")),
+        "top_k_experts": meta.number("expert_used_count") if meta.get("expert_count") else None,
+        "pad_token_id": _padding(meta),
         "partial_rotary_factor": None,
         "rope_scaling": None,
         "rope_parameters": {
@@ -202,11 +210,6 @@ def _gemma4(meta: Metadata, heads: int) -> dict[str, Any]:
             "sliding_attention": {"rope_type": "default", "rope_theta": meta.number("rope.freq_base_swa", 1e4)},
         },
     }
-    if config["enable_moe_block"]:
-        config["top_k_experts"] = meta.number("expert_used_count")
-    padding = meta.all.get("tokenizer.ggml.padding_token_id")
-    if isinstance(padding, int):
-        config["pad_token_id"] = padding  # whose small embeddings the tokens of media have
     table = meta.tensors.get("per_layer_token_embd.weight")
     return config if table is None else {**config, "vocab_size_per_layer_input": table.shape[0]}
 

@@ -281,6 +281,12 @@ def tower_name(name: str, row: GgufTower, tapped: Sequence[int] = ()) -> str:
     return _renamed(name, row.outer) or name
 
 
+def part_of_name(key: str, name: str) -> tuple[str, str]:
+    """(key without the number of its part, that number or ""). A name that is not known, whatever it is, has none."""
+    whole, _, part = key.partition("@")
+    return (key, "") if key == name else (whole, part)
+
+
 def frame_of(name: str) -> tuple[str, int | None]:
     """(name of the whole, number of the part) of a convolution that is stored frame by frame."""
     match = _FRAMES.fullmatch(name)

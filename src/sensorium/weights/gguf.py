@@ -24,7 +24,16 @@ from sensorium.checkpoint.gguf_names import (
     permuted_heads,
 )
 from sensorium.checkpoint.gguf_tower_configs import swaps_products, tower_layers
-from sensorium.checkpoint.gguf_towers import Change, GgufTower, frame_of, is_tower, row_of, rows_of, tower_name
+from sensorium.checkpoint.gguf_towers import (
+    Change,
+    GgufTower,
+    frame_of,
+    is_tower,
+    part_of_name,
+    row_of,
+    rows_of,
+    tower_name,
+)
 from sensorium.checkpoint.quantization import StoredQuantization
 from sensorium.errors import CheckpointError
 from sensorium.kernels import BlockWeight, Quantization
@@ -173,7 +182,7 @@ def read_tower(file: GgufFile) -> Iterator[StoredTensor | BlockCodes]:
         if tensor.name.startswith(row.ignored or "\n"):
             continue
         name, frame = frame_of(_swapped(tensor.name) if swaps else tensor.name)
-        key, _, part = tower_name(name, row, tapped).partition("@")
+        key, part = part_of_name(tower_name(name, row, tapped), name)
         mapped = replace(_mapped(file, memory, tensor), key=key)
         if part:
             parts.setdefault(key, {})[int(part)] = _numbers(mapped, tensor)

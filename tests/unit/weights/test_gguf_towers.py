@@ -27,7 +27,8 @@ from sensorium.checkpoint.families import load_class
 from sensorium.checkpoint.gguf import gguf_folder
 from sensorium.checkpoint.gguf_file import read_gguf
 from sensorium.checkpoint.gguf_metadata import Metadata
-from sensorium.checkpoint.gguf_towers import rows_of, template_with_media
+from sensorium.checkpoint.gguf_towers import TOWERS as PROJECTORS
+from sensorium.checkpoint.gguf_towers import part_of_name, rows_of, template_with_media, tower_name
 from sensorium.checkpoint.hub import resolve
 from sensorium.cli.info import file_rows
 from sensorium.errors import CheckpointError, StartupError
@@ -186,3 +187,9 @@ def test_a_tower_without_a_layer(tmp_path: Path) -> None:
     tower = Metadata((read_gguf(tmp_path / "t.gguf"),))
     with pytest.raises(CheckpointError, match="lacks layers"):
         rows_of(tower)[0].config(tower, tower)
+
+
+def test_a_strange_name_is_no_part_of_a_tensor() -> None:
+    name, strange = "resampler.attn.k.bias", "v@lk.1.attn_q.weight"
+    assert part_of_name(tower_name(name, PROJECTORS["resampler"]), name) == ("resampler.attn.in_proj_bias", "1")
+    assert part_of_name(tower_name(strange, PROJECTORS["resampler"]), strange) == (strange, "")
