@@ -330,7 +330,7 @@ def build_engine(
     """Everything around a model that is already there, or around rank 0's part of it. With `capture` decodes become
     graphs; `draft` guesses tokens."""
     started = monotonic() if started is None else started
-    groups, poolers = model.cache_groups(), model.poolers
+    groups, poolers, vocab_size = model.cache_groups(), model.poolers, checkpoint.vocab_size
     tokens = config.max_num_batched_tokens or default_batched_tokens(model, device)
     part = LoadedPart(model, checkpoint, device, dtype, None)
     if draft is not None:
@@ -346,12 +346,10 @@ def build_engine(
     tasks: dict[str, bool] = {task: one.all_tokens for task, one in poolers.items()}
     scheduler = Scheduler(budget, prefixes.pool, prefixes, encoder, tasks, lookup)
     runner = _make_runner(part, config, cache, budget, encoder, capture, faults, leader, is_staged=is_staged)
-    kv_tokens = budget.tables().capacity(cache.num_blocks, cache.max_len)
-    ready = _ready(part, config, cache, kv_tokens, started, draft)
+    ready = _ready(part, config, cache, budget.tables().capacity(cache.num_blocks, cache.max_len), started, draft)
     work = (2.0 * ready.weight_bytes, 16.0 * key_elements(groups))  # not too little
     adapters, mapped = Adapters(model, dtype, device, leader), mapped_weights(model)
     mapped += [] if draft is None else mapped_weights(draft.model)
-    vocab_size = checkpoint.vocab_size
     engine = Engine(scheduler, runner, prefixes, encoder, ready, adapters, mapped, work, vocab_size, lookup, drafting)
     if is_asynchronous(device):
         engine.step_memory = StepMemory.begin(device, bytes_beside_cache(part, config, tokens, graph_rows), tokens)
