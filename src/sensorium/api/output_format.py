@@ -86,6 +86,7 @@ async def _call_grammar(
         parallel=request.parallel_tool_calls is not False,
         thinking=found.thinking(tail),
         budget=request.thinking_token_budget,
+        held=model.checkpoint.generation.get("strict_tools") is True,
     )
     return await model.grammars.held(None if source is None else Form("lark", source, "tools"), tenant)
 

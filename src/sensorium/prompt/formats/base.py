@@ -141,7 +141,9 @@ class OutputFormat(Protocol):
         parallel: bool = True,
         thinking: Thinking = "off",
         budget: int | None = None,
+        held: bool = False,
     ) -> str | None:
         """Lark for llguidance that holds an answer to `choice`; None where nothing needs to be held. `thinking` is what
-        the method of this name says: reasoning then stands in front, of at most `budget` tokens. RequestError if a
-        strict tool's schema can be held by no grammar."""
+        the method of this name says: reasoning then stands in front, of at most `budget` tokens. `held`: also where the
+        model is free to call, its calls are of the tools and fit them. RequestError if a strict tool's schema can be
+        held by no grammar."""

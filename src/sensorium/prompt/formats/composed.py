@@ -96,11 +96,14 @@ class ComposedFormat:
         parallel: bool = True,
         thinking: Thinking = "off",
         budget: int | None = None,
+        held: bool = False,
     ) -> str | None:
         if self.syntax is None:
             return None
         thoughts = self._thoughts(thinking, budget)
-        return choice_grammar(self.syntax, tools, choice, parallel=parallel, thoughts=thoughts, tokens=self.tokens)
+        return choice_grammar(
+            self.syntax, tools, choice, parallel=parallel, thoughts=thoughts, tokens=self.tokens, held=held
+        )
 
 
 class _Answer:

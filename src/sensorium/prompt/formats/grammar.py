@@ -23,23 +23,27 @@ def choice_grammar(
     parallel: bool,
     thoughts: Thoughts | None,
     tokens: Mapping[str, int],
+    held: bool = False,
 ) -> str | None:
     """Lark; None where the answer is free. `thoughts`: the reasoning that it begins with.
 
     "auto" holds an answer only where a tool is strict or not every tool may be called; then the arguments of tools that
-    are not strict may be any object. Calls without a marker cannot be told from text, so "auto" leaves them free."""
+    are not strict may be any object. `held`: it holds every call, arguments as far as a grammar can. Calls without a
+    marker cannot be told from text, so "auto" leaves them free."""
     allowed = choice.of(tools)
     rules = Rules(tokens)
     before = "" if thoughts is None else f"{thoughts.rule(rules)} "
     single = choice.mode == "named" or not parallel
     if choice.mode in ("required", "named"):
         return rules.written(f"{before}{_calls(syntax, allowed, rules, single=single)}")
-    needs = any(is_strict(tool) for tool in allowed) or len(allowed) < len(tools)
+    needs = held or any(is_strict(tool) for tool in allowed) or len(allowed) < len(tools)
     marker = marker_of(syntax)
     without = (*syntax.opens, *(() if thoughts is None else (thoughts.start,)))
     if choice.mode == "none" or not needs or not marker:
         return None
-    return rules.written(f"{before}{_text_and_calls(syntax, allowed, rules, marker, without, single=single)}")
+    return rules.written(
+        f"{before}{_text_and_calls(syntax, allowed, rules, marker, without, single=single, lax=not held)}"
+    )
 
 
 def marker_of(syntax: Syntax) -> str:
@@ -77,11 +81,13 @@ def object_of(tool: Tool) -> Mapping[str, Any]:
         ) from None
 
 
-def _calls(syntax: Syntax, tools: Sequence[Tool], rules: Rules, *, single: bool, after: str = "") -> str:
-    """One call or several, with all that stands around them. `after`: the marker in front was written already; then
+def _calls(
+    syntax: Syntax, tools: Sequence[Tool], rules: Rules, *, single: bool, after: str = "", lax: bool = False
+) -> str:
+    """One call or several, with all that stands around them. `after`: the marker in front was written already. `lax`:
     only strict tools are held to their schema."""
     own = syntax.wrapping
-    one = one_of(syntax, tools, rules, lax=bool(after))
+    one = one_of(syntax, tools, rules, lax=lax)
     first = f"{rules.literal((own.before + own.each_before).removeprefix(after))} {one} {rules.literal(own.each_after)}"
     again = f"{rules.literal(own.between + own.each_before)} {one} {rules.literal(own.each_after)}"
     more = "" if single else f" ({again})*"
@@ -89,11 +95,18 @@ def _calls(syntax: Syntax, tools: Sequence[Tool], rules: Rules, *, single: bool,
 
 
 def _text_and_calls(
-    syntax: Syntax, tools: Sequence[Tool], rules: Rules, marker: str, without: tuple[str, ...], *, single: bool
+    syntax: Syntax,
+    tools: Sequence[Tool],
+    rules: Rules,
+    marker: str,
+    without: tuple[str, ...],
+    *,
+    single: bool,
+    lax: bool,
 ) -> str:
     """Free text in which calls may stand: what follows their marker is a call. `without`: what the text cannot say."""
     text = rules.text_until(marker, without)
-    calls = rules.add("calls", _calls(syntax, tools, rules, single=single, after=marker))
+    calls = rules.add("calls", _calls(syntax, tools, rules, single=single, after=marker, lax=lax))
     return f"({text} {calls})" + ("?" if single else "*") + f" {rules.text(without)}"
 
 

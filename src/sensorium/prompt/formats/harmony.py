@@ -75,13 +75,14 @@ class Harmony:
         parallel: bool = True,
         thinking: Thinking = "off",
         budget: int | None = None,
+        held: bool = False,
     ) -> str | None:
         allowed = choice.of(tools)
-        is_free = not any(map(is_strict, allowed)) and len(allowed) == len(tools)
+        is_free = not held and not any(map(is_strict, allowed)) and len(allowed) == len(tools)
         if choice.mode == "none" or (choice.mode == "auto" and is_free):
             return None
         rules = Rules(self.tokens)
-        one = one_of(HarmonyCalls(), allowed, rules, lax=choice.mode == "auto")
+        one = one_of(HarmonyCalls(), allowed, rules, lax=choice.mode == "auto" and not held)
         answer = f"{rules.literal(f'{CHANNEL}final{MESSAGE}')} {rules.text(_ALL)}"
         last = f"({one} | {answer})" if choice.mode == "auto" else one
         return rules.written(f"{_others(rules, budget)} {last}")

@@ -164,6 +164,22 @@ def test_auto_is_free_where_no_tool_is_strict() -> None:
     assert not bench.accepts(only, WRITERS["hermes"]([("g", {})]))
 
 
+@BOTH
+def test_auto_holds_every_call_where_the_checkpoint_wishes_so(name: str, special: bool) -> None:
+    """Arguments of tools that are not strict too."""
+    bench, form = bench_of(name, special=special)
+    lax = [tool("f", {"n": {"type": "integer"}}), tool("g")]
+    grammar = form.tool_grammar(lax, ToolChoice("auto"), held=True)
+    if name in ("llama_json", "pythonic"):
+        assert grammar is None
+        return
+    assert grammar is not None
+    end = "<|call|>" if name == "harmony" else ""
+    for call, fits in ((("f", {"n": 3}), True), (("f", {"n": "a"}), False), (("h", {}), False)):
+        assert bench.accepts(grammar, WRITERS[name]([call]) + end) is fits, call
+    assert bench.accepts(grammar, ("<|channel|>final<|message|>" if name == "harmony" else "") + "Hello.")
+
+
 @pytest.mark.parametrize("special", [False, True])
 def test_reasoning_stands_in_front_of_calls(special: bool) -> None:
     bench, form = bench_of("hermes", special=special)
