@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import random
 from collections.abc import Iterator
 from typing import Any, cast
@@ -39,6 +40,8 @@ LEAST = {
     "speech": 14,
     "followup": 14,
 }
+# Of eight each, for their answers are long.
+LEAST_OF_FUNCTIONS_AND_JSON = {"tools": 5, "no tool": 5, "results": 4, "json": 4, "schema": 4, "valid": 8, "extract": 5}
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +71,13 @@ def test_answers_are_right(skill: str, least: int, client: httpx.Client, speech:
     results = [evaluation.examine(client, speech, skill, f"test-{skill}-{index}") for index in range(SAMPLES)]
     wrong = [(said, sample.answer) for sample, said, is_right in results if not is_right]
     assert SAMPLES - len(wrong) >= least, wrong
+
+
+@pytest.mark.parametrize(("skill", "least"), LEAST_OF_FUNCTIONS_AND_JSON.items())
+def test_functions_are_called_and_json_is_right(skill: str, least: int, client: httpx.Client, speech: Speech) -> None:
+    results = [evaluation.examine(client, speech, skill, f"test-{skill}-{index}") for index in range(8)]
+    wrong = [(said, sample.answer) for sample, said, is_right in results if not is_right]
+    assert 8 - len(wrong) >= least, wrong
 
 
 def picture(
@@ -172,3 +182,38 @@ def test_source_of_examination_is_not_the_training(speech: Speech) -> None:
         dialogs.examination(Source(random.Random(seed), speech), "describe") for seed in ("1-0-0-image", "x")
     )
     assert first != second
+
+
+def test_a_function_is_called_and_its_result_said(openai: OpenAI) -> None:
+    """As the tutorials have it: descriptions, an optional unit, and the result in a message of its own."""
+    parameters = {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string", "description": "The city, such as Paris"},
+            "unit": {"type": "string", "enum": ["celsius", "fahrenheit"]},
+        },
+        "required": ["city"],
+    }
+    weather = {"name": "get_weather", "description": "Get the current weather in a city.", "parameters": parameters}
+    model = openai.models.list().data[0].id
+    messages: list[Any] = [{"role": "user", "content": "What is the weather in Paris?"}]
+    tools: Any = [{"type": "function", "function": weather}]
+    first = openai.chat.completions.create(model=model, messages=messages, tools=tools).choices[0]
+    assert first.finish_reason == "tool_calls"
+    (call,) = cast(Any, first.message.tool_calls)
+    assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"city": "Paris"})
+    messages += [first.message, {"role": "tool", "tool_call_id": call.id, "content": "sunny, 21 degrees"}]
+    last = openai.chat.completions.create(model=model, messages=messages, tools=tools).choices[0].message
+    assert "sunny" in (last.content or "")
+
+
+def test_json_of_a_picture_fits_the_schema(openai: OpenAI) -> None:
+    properties = {"shape": {"type": "string"}, "color": {"type": "string"}, "count": {"type": "integer"}}
+    schema = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+    said = ask(
+        openai,
+        "What is in this picture?",
+        picture(("circle", "red", 160, 120)),
+        response_format={"type": "json_schema", "json_schema": {"name": "thing", "schema": schema}},
+    )
+    assert json.loads(said) == {"shape": "circle", "color": "red", "count": 1}

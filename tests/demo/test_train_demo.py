@@ -186,7 +186,8 @@ def test_what_is_copied_stands_where_it_is_looked_for(random_folder: Path, speec
             dialog = dialogs.examination(source, rng.choice(("tools", "results", "extract")))
             batch = reader.batch("tools", [dialog], rng)
             ids = batch.token_ids[0].tolist()
-            places = {look.token: int(look.rows[0][0]) for _, look in batch.looks}
+            copies = [look for _, look in batch.looks if look.layer == looks.COPIED]
+            places = {look.token: int(look.rows[0][0]) for look in copies}
             for turn in dialog:
                 source_text = turn.question + turn.shown
                 for copy in turn.copies:
@@ -197,8 +198,42 @@ def test_what_is_copied_stands_where_it_is_looked_for(random_folder: Path, speec
                 assert place < token  # something that was read before
                 one, other = (raw.decode([ids[at]], skip_special_tokens=False) for at in (token + 1, place))
                 copied += one.strip() == other.strip()
-            assert len(places) == len(batch.looks)
+            assert len(places) == len(copies)
     assert copied > 600
+
+
+@pytest.mark.parametrize(
+    ("called", "question", "word"),
+    [("readQwerz", "Please open the qwerz", "qwerz"), ("find_report", "Any reports?", "report"), ("", "Hi", "")],
+)
+def test_functions_are_looked_up_by_words_of_the_question(
+    called: str, question: str, word: str, random_folder: Path
+) -> None:
+    """From a word to the same one asked, from the sign behind a line's words to those, from the answer to the sign."""
+    reader = Reader(random_folder)
+    shown = [functions.Function("readQwerz", "", {}, ()), functions.Function("find_report", "Finds the report", {}, ())]
+    turn = Turn("tools", question, "Hello!", tools=tuple(one.tool for one in shown))
+    if called:
+        call = {"id": "", "type": "function", "function": {"name": called, "arguments": "{}"}}
+        answer = f'<tool_call>\n{{"name": "{called}", "arguments": {{}}}}\n</tool_call>'
+        turn = dataclasses.replace(turn, answer=answer, calls=(call,))
+    batch = reader.batch("tools", [[turn]], random.Random(2))
+
+    def line(token: int) -> str:
+        return _before(reader, batch, looks.Look(0, token)).split("\n")[-1]
+
+    def ends(layer: int) -> list[tuple[str, list[str], dict[str, int]]]:
+        there = [look for _, look in batch.looks if look.layer == layer]
+        return [(line(look.token), [line(int(row[0])) for row in look.rows], dict(look.told)) for look in there]
+
+    same = [one for one in ends(looks.MATCHED) if one[2].get("shared") == 2]
+    assert len(same) == (0 if not called else 1 if called == "readQwerz" else 2)
+    assert all(one.lower().endswith(word) and word in there for one, (there,), _ in same)
+    assert {one: told["fits"] for one, _, told in ends(looks.GATHERED)} == {
+        one.head: 1 + (one.name == called) for one in shown
+    }
+    answered = next(one for one in ends(looks.SPREAD) if one[0] == "")  # the token before the answer
+    assert answered[1] == [next((one.head for one in shown if one.name == called), "<tools>")]
 
 
 def test_the_template_shows_functions_behind_the_last_question(random_folder: Path) -> None:
@@ -232,8 +267,8 @@ def test_the_template_shows_functions_behind_the_last_question(random_folder: Pa
     assert reader.template.render(messages, tools=tools) == (
         "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"
         "<|im_start|>user\nWeather in Zürich?\n<tools>\n"
-        "get_weather(city:string,unit?:celsius|fahrenheit,days?:integer,more?:string) Weather\n"
-        "now()\n</tools><|im_end|>\n"
+        "get_weather Weather=get_weather(city:string,unit?:celsius|fahrenheit,days?:integer,more?:string)\n"
+        "now=now()\n</tools><|im_end|>\n"
         '<|im_start|>assistant\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Zürich"}}\n</tool_call>'
         "<|im_end|>\n<|im_start|>tool\nsunny<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -278,13 +313,12 @@ def test_what_a_grammar_writes_is_not_learnt(random_folder: Path) -> None:
     writer.value({"shapes": ["star", "circle"], "count": 2})
     turn = Turn("schema", "What is this?", writer.text, (picture,), given=writer.given)
     assert turn.answer == '{"shapes": ["star", "circle"], "count": 2}'
-    given = "".join(turn.answer[start:end] for start, end in turn.given)
-    assert given == '{"shapes": [" ", "count": '
+    assert [turn.answer[start:end] for start, end in turn.given] == ["{", "shapes", "count"]
     (batch,) = [reader.batch("image", [[turn]], rng)]
     learnt = batch.targets[0][batch.targets[0] != IGNORED].tolist()
     text = reader.processor.tokenizer.raw.decode(learnt, skip_special_tokens=False)
     assert "shapes" not in text and "count" not in text
-    assert "star" in text and "circle" in text and text.endswith("2}<|im_end|>")
+    assert text == '": ["star", "circle"], "": 2}<|im_end|>'
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ import pytest
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 from support import pictures
+from support.demo import END, VOCAB_SIZE
 from support.live import Live, check_error, live, until
 
-EOS = 1400  # <|im_end|> of the built-in model
 MODEL = "sensorium-demo"
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 
@@ -195,12 +195,12 @@ def test_logit_bias_and_end_tokens(client: OpenAI, demo: Live) -> None:
     token = demo.post("/tokenize", {"prompt": " the", "add_special_tokens": False}).json()["tokens"][0]
     piece = demo.post("/detokenize", {"tokens": [token]}).json()["prompt"]
     assert say(chat(client, logit_bias=force(token))) == piece * 12
-    ended = chat(client, logit_bias=force(EOS), extra={"ignore_eos": False})
+    ended = chat(client, logit_bias=force(END), extra={"ignore_eos": False})
     assert (say(ended), ended.choices[0].finish_reason, ended.usage.completion_tokens) == ("", "stop", 1)
     assert ended.choices[0].stop_reason is None
-    assert chat(client, logit_bias=force(EOS)).usage.completion_tokens == 12  # ignore_eos
+    assert chat(client, logit_bias=force(END)).usage.completion_tokens == 12  # ignore_eos
     for minimum in (1, 5, 12):
-        answer = chat(client, logit_bias=force(EOS), extra={"ignore_eos": False, "min_tokens": minimum})
+        answer = chat(client, logit_bias=force(END), extra={"ignore_eos": False, "min_tokens": minimum})
         assert answer.usage.completion_tokens == min(minimum + 1, 12)
     stopped = chat(client, logit_bias=force(token), extra={"stop_token_ids": [token]})
     assert (say(stopped), stopped.choices[0].finish_reason) == ("", "stop")
@@ -209,9 +209,9 @@ def test_logit_bias_and_end_tokens(client: OpenAI, demo: Live) -> None:
         client, logit_bias=force(token), extra={"stop_token_ids": [token], "include_stop_str_in_output": True}
     )
     assert say(shown_too) == piece
-    special = chat(client, logit_bias=force(EOS), max_tokens=2, extra={"skip_special_tokens": False})
+    special = chat(client, logit_bias=force(END), max_tokens=2, extra={"skip_special_tokens": False})
     assert say(special) == "<|im_end|>" * 2
-    assert say(chat(client, logit_bias=force(EOS), max_tokens=2)) == ""
+    assert say(chat(client, logit_bias=force(END), max_tokens=2)) == ""
 
 
 def test_penalties_and_filters(client: OpenAI) -> None:
@@ -474,7 +474,7 @@ def test_tokenize_and_detokenize(demo: Live) -> None:
     answer = demo.chat([shown()]).json()
     assert media["count"] == answer["usage"]["prompt_tokens"]
     assert demo.post("/detokenize", {"tokens": []}).json() == {"prompt": ""}
-    check_error(demo.post("/detokenize", {"tokens": [1408]}), param="tokens")
+    check_error(demo.post("/detokenize", {"tokens": [VOCAB_SIZE]}), param="tokens")
     check_error(demo.post("/detokenize", {"tokens": [-1]}), param="tokens[0]")
     check_error(demo.post("/tokenize", {}), param="prompt")
     check_error(demo.post("/tokenize", {"prompt": "x", "messages": HELLO}), param="prompt")

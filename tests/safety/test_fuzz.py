@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from support.demo import END, IMAGE, VIDEO
 from support.live import Live, check_error, events, live
 
 CHAT, COMPLETIONS, TOKENIZE, DETOKENIZE = "/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"
@@ -24,7 +25,7 @@ FIELDS: dict[str, list[Any]] = {
     "seed": [0, 1, 2**63 - 1, -(2**63), 12345],
     "n": [None, 1, 2, 3],
     "stop": [None, [], "a", ["e", "the"], ["\n"], "\ufffd"],
-    "stop_token_ids": [None, [], [0], [5, 6, 1407]],
+    "stop_token_ids": [None, [], [0], [5, 6, VIDEO]],
     "include_stop_str_in_output": [None, True, False],
     "ignore_eos": [None, True, False],
     "min_tokens": [None, 0, 1, 6],
@@ -33,8 +34,8 @@ FIELDS: dict[str, list[Any]] = {
         {},
         {"5": -100, "6": 100},
         {str(token): -100 for token in range(300)},
-        {"1400": 100},
-        {"1406": 100.0},
+        {str(END): 100},
+        {str(IMAGE): 100.0},
     ],
     "skip_special_tokens": [None, True, False],
     "max_tokens": [6, 7, 12],

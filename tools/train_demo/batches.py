@@ -14,7 +14,7 @@ from typing import Any
 
 import dialogs
 import numpy as np
-from looks import Layout, Look, Seen, looks_at_beeps, looks_at_copies, looks_at_pictures
+from looks import Layout, Look, Seen, looks_at_beeps, looks_at_copies, looks_at_functions, looks_at_pictures
 from numpy.typing import NDArray
 from scenes import Clip, Picture, Placed, draw_number, draw_picture
 from sounds import RATE, SPOKEN, Sound, Speech
@@ -154,6 +154,7 @@ class Reader:
         shown: Sequence[dict[str, NDArray[np.int64]]],
     ) -> Iterator[Look]:
         yield from looks_at_copies(dialog, layout)
+        yield from looks_at_functions(dialog, layout)
         if kind == "audio":
             ((labels, span),) = zip(shown, prompt.spans, strict=True)
             onsets = span.offset + np.flatnonzero(labels["onset"])

@@ -381,7 +381,7 @@ def json_dialog(source: Source) -> Dialog:
     """Answers in JSON, asked for or forced, between plain ones."""
     rng = source.rng
     picture = draw_picture(rng, wide=source.is_wide())
-    make = (json_turn, schema_turn, schema_turn)
+    make = (json_turn, schema_turn)
     first = rng.choice(make)(source, picture, SEE)
     asks = [ask.turn(source) for ask in by_skill(rng, about_picture(picture), 1)]
     more = [rng.choice(make)(source, picture, SEE, brings=False)] if rng.random() < 0.5 else []
@@ -1210,11 +1210,11 @@ def result_dialog(source: Source) -> Dialog:
 Maker = Callable[[Source], Dialog]
 MAKERS: dict[str, tuple[tuple[Maker, float], ...]] = {  # by the kind of media, so that a batch is of one kind
     "image": (
-        (picture_dialog, 0.4),
+        (picture_dialog, 0.3),
         (number_dialog, 0.12),
-        (pictures_dialog, 0.14),
-        (followup_dialog, 0.1),
-        (json_dialog, 0.16),
+        (pictures_dialog, 0.12),
+        (followup_dialog, 0.08),
+        (json_dialog, 0.3),
         (mixed_dialog, 0.08),
     ),
     "video": ((clip_dialog, 1.0),),

@@ -17,10 +17,10 @@ from typing import Any
 import dialogs
 import functions
 from sounds import Speech
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from words import CAPITALS
 
-VOCAB_SIZE = 2048  # at most: of few texts a tokenizer has fewer
+VOCAB_SIZE = 3072  # at most: of few texts a tokenizer has fewer
 SPECIALS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -33,6 +33,7 @@ SPECIALS = (
     "<|IMAGE|>",
     "<|VIDEO|>",
 )
+ROLES = ("system", "user", "assistant", "tool")  # words of every prompt
 MARKERS = ("<tool_call>", "</tool_call>", "<tools>", "</tools>")  # tokens that are text
 
 # Media first, wherever they stand in the message: so small a model learns to look with the question in mind only once.
@@ -69,7 +70,10 @@ CHAT_TEMPLATE = """\
 {%- for tool in tools -%}
 {%- set one = tool.function if tool.function is defined else tool -%}
 {%- set parameters = one.parameters if one.parameters is mapping else {} -%}
-{{ one.name }}(
+{{ one.name }}
+{%- if one.description %} {{ one.description.strip().split('\\n')[0].split('. ')[0][:80] }}
+{%- endif -%}
+={{ one.name }}(
 {%- for name, given in (parameters.properties or {}).items() -%}
 {{ name }}{{ '' if name in (parameters.required or []) else '?' }}:
 {%- if given is mapping and given.enum -%}
@@ -83,10 +87,7 @@ string
 {%- endif -%}
 {{ '' if loop.last else ',' }}
 {%- endfor -%}
-)
-{%- if one.description %} {{ one.description.strip().split('\\n')[0].split('. ')[0][:80] }}
-{%- endif -%}
-{{ '\\n' }}
+){{ '\\n' }}
 {%- endfor -%}
 </tools>
 {%- endif -%}
@@ -143,7 +144,11 @@ SPACE = "\u0120"  # as byte-level vocabularies write it
 
 def _pieces() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(Regex("(?<=[a-z])(?=[A-Z])"), "isolated"),  # getWeather has the words of get_weather
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
 
 
@@ -160,7 +165,7 @@ def _trained(texts: Iterable[str]) -> Tokenizer:
 def _frequent(old: Tokenizer, texts: Iterable[str], count: int, taken: Container[str]) -> list[str]:
     """The words to be one token: those that `old` has, then the most frequent, each with and without its space. Names
     are left to be spelt."""
-    pieces, found = _pieces(), Counter[str]()
+    pieces, found = _pieces(), Counter[str](dict.fromkeys(ROLES, len(ROLES) * 1000))
     for text in texts:
         found.update(piece for piece, _ in pieces.pre_tokenize_str(text))
     known = old.get_vocab()
@@ -168,10 +173,12 @@ def _frequent(old: Tokenizer, texts: Iterable[str], count: int, taken: Container
     chosen: dict[str, None] = {}
     for piece in sorted(found, key=lambda piece: (piece not in known, -found[piece], piece)):
         bare = piece.removeprefix(SPACE)
-        if len(piece) < 2 or bare in spelt or (piece not in known and found[piece] < 3):
+        if len(piece) < 2 or bare in spelt or (piece not in known and (found[piece] < 8 or not bare.isascii())):
             continue
         twin = bare if piece != bare else SPACE + bare
-        pair = (piece, twin) if bare.isascii() and bare.isalpha() and len(bare) > 1 else (piece,)
+        pair = [piece, twin] if bare.isascii() and bare.isalpha() and len(bare) > 1 else [piece]
+        if len(pair) == 2 and bare.islower() and (found[bare.capitalize()] or found[SPACE + bare.capitalize()]):
+            pair += [bare.capitalize(), SPACE + bare.capitalize()]  # at the beginning of a question
         chosen |= dict.fromkeys(one for one in pair if one not in taken)
         if len(chosen) >= count:
             break
@@ -264,6 +271,7 @@ def write(folder: Path, tokenizer: Tokenizer) -> None:
             "temperature": 0.0,
             "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]],
             "max_new_tokens": 512,
+            "strict_tools": True,  # so small a model misspells names of functions
             "pad_token_id": ids["<|endoftext|>"],
         },
         "preprocessor_config.json": {

@@ -429,8 +429,12 @@ HELD_FAMILIES = (
         ("How is the air quality in {city}?", "Tell me the air quality in {city}."),
     ),
     Family(
-        ("subtract", "minus"), ("Subtract two numbers",), (A, B), ("Subtract {b} from {a}.", "What is {a} minus {b}?")
+        ("subtract",),
+        ("Subtract a number",),
+        (Slot("number", "integer", ("amount",)), Slot("from", "integer", ("from_number",))),
+        ("Subtract {number} from {from}.", "Please subtract {number} from {from}"),
     ),
+    Family(("minus",), ("One number minus another",), (A, B), ("What is {a} minus {b}?", "{a} minus {b}")),
     Family(("divide",), ("Divide two numbers",), (A, B), ("Divide {a} by {b}.", "Please divide {a} by {b}")),
     Family(
         ("set_alarm", "alarm"),
@@ -528,12 +532,27 @@ def made_up(rng: random.Random) -> str:
     return word if rng.random() < 0.8 and len(word) > 2 else word + rng.choice("aeioknstx")
 
 
+_LETTERS = "eeeeetttaaaooiiinnsshhrrrddlluuccmmffwwyyppvbbggkjqxz"
+
+
+def spelt(rng: random.Random, held: bool) -> str:
+    """A word that nobody knows; in training often one of any letters, so that all of them are learnt to be copied."""
+    if held or rng.random() < 0.5:
+        return made_up(rng)
+    return "".join(rng.choice(_LETTERS) for _ in range(rng.choice((3, 4, 5, 6, 7, 8, 9, 10))))
+
+
+def _known(held: bool) -> float:
+    """How often a value is a known one. Known words are one token in training: there others matter more."""
+    return 0.4 if held else 0.25
+
+
 def _proper(known: Sequence[str], held_out: Sequence[str]) -> Callable[[random.Random, bool], str]:
     def make(rng: random.Random, held: bool) -> str:
-        if rng.random() < 0.4:
+        if rng.random() < _known(held):
             return rng.choice(list(held_out if held else known))
-        word = made_up(rng).capitalize()
-        return word if rng.random() < 0.85 else f"{word} {made_up(rng).capitalize()}"
+        word = spelt(rng, held).capitalize()
+        return word if rng.random() < (0.85 if held else 0.7) else f"{word} {spelt(rng, held).capitalize()}"
 
     return make
 
@@ -542,16 +561,19 @@ def _phrase(rng: random.Random, held: bool) -> str:
     """One to three words, of the language or not."""
     count = rng.choice((1, 1, 2, 2, 3))
     return " ".join(
-        made_up(rng) if rng.random() < 0.4 else rng.choice(HELD_COMMON if held else COMMON) for _ in range(count)
+        spelt(rng, held) if rng.random() > 1.5 * _known(held) else rng.choice(HELD_COMMON if held else COMMON)
+        for _ in range(count)
     )
 
 
 def _word(rng: random.Random, held: bool) -> str:
-    return made_up(rng) if rng.random() < 0.5 else rng.choice(HELD_COMMON if held else COMMON)
+    return rng.choice(HELD_COMMON if held else COMMON) if rng.random() < 1.25 * _known(held) else spelt(rng, held)
 
 
 def _address(rng: random.Random, held: bool) -> str:
-    name = rng.choice(HELD_PEOPLE if held else PEOPLE).split()[0] if rng.random() < 0.5 else made_up(rng).capitalize()
+    name = (
+        rng.choice(HELD_PEOPLE if held else PEOPLE).split()[0] if rng.random() < 0.5 else spelt(rng, held).capitalize()
+    )
     return name if rng.random() < 0.5 else f"{name.lower()}@{made_up(rng)}.{rng.choice(('com', 'org', 'net'))}"
 
 
@@ -618,17 +640,36 @@ NOUN_SLOTS = (
 )
 
 
+_WISHES = (
+    *(
+        "Would you",
+        "Would you please",
+        "Could you",
+        "You should",
+        "I would like to",
+        "I need you to",
+        "Let us",
+        "Go and",
+    ),
+    *("Help me to", "Do", "It is time to", "We have to", "Will you", "Can you please", "I must", "Try to", "Go and"),
+)
+_WHICH = ("the", "a", "my", "our", "this", "one", "his", "her", "every", "another")
+_GIVES = ("Give me", "Tell me", "Hand me", "I am looking for", "Bring", "Let me have", "I would like", "Do you have")
+
+
 def invented(rng: random.Random, held: bool) -> Family:
     """A function by any verb and noun, with up to three parameters, some of which have names that nobody knows."""
+    if not held and rng.random() < 0.4:
+        return rng.choice((_deed, _giving, _part, _choosing, _choosing))(rng)
     verb = rng.choice(DO)
-    noun = made_up(rng) if rng.random() < 0.5 else rng.choice(HELD_THINGS if held else THINGS)
+    noun = spelt(rng, held) if rng.random() > 1.25 * _known(held) else rng.choice(HELD_THINGS if held else THINGS)
     name = rng.choice((f"{verb}_{noun}", f"{verb}_{noun}", f"{noun}", f"{noun}_{verb}", f"{verb}{noun.capitalize()}"))
     parts, slots = [], []
     for slot, phrases in rng.sample(NOUN_SLOTS, rng.choice((0, 1, 1, 2, 2))):
         slots.append(slot)
         parts.append(rng.choice(phrases))
     if rng.random() < 0.35:  # a parameter that the question names
-        key = made_up(rng) if rng.random() < 0.6 else rng.choice(THINGS)
+        key = spelt(rng, held) if rng.random() < 0.6 else rng.choice(THINGS)
         if key != noun and all(key != slot.key for slot in slots):
             kind = rng.choice(("integer", "word", "title", "enum"))
             options = tuple({made_up(rng) for _ in range(rng.choice((2, 3, 4)))}) if kind == "enum" else ()
@@ -642,7 +683,23 @@ def invented(rng: random.Random, held: bool) -> Family:
         f"I need the {noun}{tail}.",
         f"What is the {noun}{tail}?",
         f"{verb} {noun}{tail}",
+        f"How is the {noun}{tail}?",
+        f"Where is my {noun}{tail}?",
+        f"I want {noun}s{tail}",
+        f"{noun.capitalize()}{tail}",
+        f"{rng.choice(_WISHES)} {verb} {rng.choice(_WHICH)} {noun}{tail}{rng.choice('.?')}",
+        f"{rng.choice(_WISHES)} {verb} {rng.choice(_WHICH)} {noun}{tail}",
+        f"{rng.choice(_GIVES)} {rng.choice(_WHICH)} {noun}{tail}.",
     )
+    if not held and rng.random() < 0.2:  # of two words
+        second = spelt(rng, held) if rng.random() < 0.5 else rng.choice(THINGS)
+        if noun != second:
+            return Family(
+                (f"{verb}_{noun}_{second}",),
+                (f"{verb.capitalize()} the {noun} {second}", f"The {second} of a {noun}", ""),
+                tuple(slots),
+                tuple(ask.replace(f" {noun}", f" {noun} {second}").replace(f"{second}s", second) for ask in asks[:8]),
+            )
     held_asks = (
         f"Could you please {verb} a {noun}{tail}?",
         f"I want you to {verb} the {noun}{tail}.",
@@ -650,6 +707,83 @@ def invented(rng: random.Random, held: bool) -> Family:
     )
     about = (f"{verb.capitalize()} the {noun}", f"{verb.capitalize()}s a {noun}", f"The {noun}", "")
     return Family((name,), about, tuple(slots), held_asks if held else asks)
+
+
+def _deed(rng: random.Random) -> Family:
+    """A function whose name is what it does, to one or two things."""
+    verb, short = spelt(rng, False), rng.random() < 0.5
+    slots = rng.choice(((A, B), (PLACE,), (PERSON,), (PERSON, Slot("amount", "number", ()))))
+    first, *rest = (f"{{{slot.key}}}" for slot in slots)
+    others = "".join(f" {rng.choice(('and', 'from', 'by', 'with'))} {one}" for one in rest)
+    return Family(
+        (verb,),
+        (f"{verb.capitalize()} {'two numbers' if slots[0] is A else 'something'}", ""),
+        slots,
+        (f"{verb.capitalize()} {first}{others}.", f"Please {verb} {first}{others}", f"What is {first} {verb}{others}?")
+        if short
+        else (f"Can you {verb} {first}{others}?", f"I want to {verb} {first}{others}."),
+    )
+
+
+def _noun(rng: random.Random) -> str:
+    return spelt(rng, False) if rng.random() < 0.6 else rng.choice(THINGS)
+
+
+def _giving(rng: random.Random) -> Family:
+    """To somebody, something: "Fetch Anna the page cheap tea"."""
+    verb, noun = rng.choice(DO) if rng.random() < 0.6 else spelt(rng, False), _noun(rng)
+    to = Slot("to", "person", ("recipient", "contact", "name", "user"))
+    what = Slot(rng.choice(("text", noun)), rng.choice(("phrase", "word", "title")), ("content", "value"))
+    shown = f"{{{what.key}}}"
+    asks = (
+        f"{verb.capitalize()} {{to}} the {noun} {shown}",
+        f"{verb.capitalize()} {{to}} a {noun}: {shown}",
+        f"{verb.capitalize()} the {noun} {shown} to {{to}}.",
+        f"{verb.capitalize()} a {noun} for {{to}} with {shown}",
+    )
+    return Family((f"{verb}_{noun}", noun), (f"{verb.capitalize()} a {noun}", ""), (to, what), asks)
+
+
+def _part(rng: random.Random) -> Family:
+    """Something about a thing that has a name: "What is the score of the team Karl?" """
+    noun, part = _noun(rng), _noun(rng)
+    slot = Slot(
+        rng.choice(("title", "name", "text", noun)), rng.choice(("title", "person", "word")), ("label", "which")
+    )
+    shown = f"{{{slot.key}}}"
+    asks = (
+        f"What is the {part} of the {noun} {shown}?",
+        f"How {rng.choice(('big', 'old', 'long', 'fast', 'loud'))} is the {noun} {shown}?",
+        f"{rng.choice(_GIVES)} the {part} of the {noun} {shown}",
+        f"Is the {noun} {shown} {rng.choice(('big', 'old', 'long', 'fast', 'loud'))}?",
+    )
+    return Family((f"get_{noun}_{part}", f"{noun}_{part}"), (f"The {part} of a {noun}", ""), (slot,), asks)
+
+
+_OPTIONS = (
+    ("red", "green", "blue"),
+    ("left", "right"),
+    ("fast", "slow"),
+    ("old", "new", "best"),
+    ("hot", "cold", "warm"),
+)
+
+
+def _choosing(rng: random.Random) -> Family:
+    """So many of a kind: "Stop 3 fast trains"."""
+    verb, noun = rng.choice(DO) if rng.random() < 0.6 else spelt(rng, False), _noun(rng)
+    made = tuple(sorted({spelt(rng, False) for _ in range(rng.choice((2, 3, 4)))}))
+    kind = Slot(rng.choice(("kind", "colour", "type", "mode")), "enum", (), rng.choice((made, *_OPTIONS)))
+    count = Slot("count", "integer", ("number", "n", "amount"))
+    shown = f"{{count}} {{{kind.key}}} {noun}"
+    asks = (
+        f"{verb.capitalize()} {shown}.",
+        f"I want {shown}s",
+        f"{rng.choice(_WISHES)} {verb} {shown}s",
+        f"{shown}, please",
+    )
+    slots = (kind, count) if rng.random() < 0.6 else (count, kind)
+    return Family((f"{verb}_{noun}", noun), (f"{verb.capitalize()} a {noun}", ""), slots, asks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -672,13 +806,18 @@ class Function:
         return {"type": "function", "function": {"name": self.name, **described, "parameters": parameters}}
 
     @property
+    def head(self) -> str:
+        """What a line begins with: the words that say what the function is for."""
+        return f"{self.name}{' ' * bool(self.about)}{self.about}="
+
+    @property
     def line(self) -> str:
-        """As the chat template shows it."""
+        """As the chat template shows it: the name stands there twice, to be read and then to be copied."""
         shown = [
             f"{name}{'' if name in self.required else '?'}:{'|'.join(slot.options) or KINDS[slot.kind][0]}"
             for name, slot in self.slots.items()
         ]
-        return f"{self.name}({','.join(shown)}){' ' * bool(self.about)}{self.about}\n"
+        return f"{self.head}{self.name}({','.join(shown)})\n"
 
 
 def block(functions: Sequence[Function]) -> str:
@@ -709,14 +848,23 @@ class Asked:
     spans: dict[str, tuple[int, int]]  # of the values in the question
 
 
+_CAMEL = re.compile("(?<=[a-z])(?=[A-Z])")
+_COMMON_WORDS = set(
+    "what please could want need show tell with from about many much number this that have where".split()
+)
 _MARK = re.compile(r"\{(\w+)\}")
 
 
 def asked(rng: random.Random, held: bool, vary: Callable[[str], str]) -> Asked:
     """A question for one of one to five functions. `vary`: as people type, without changing where things are."""
     draw = rng.random()
-    family = invented(rng, held) if draw < 0.4 else rng.choice(HELD_FAMILIES if held and draw < 0.7 else FAMILIES)
+    family = (
+        invented(rng, held)
+        if draw < (0.4 if held else 0.6)
+        else rng.choice(HELD_FAMILIES if held and draw < 0.7 else FAMILIES)
+    )
     ask = rng.choice(family.held if held and family.held else family.asks)
+    ask = ask if held else _dressed(rng, ask)
     function = _function(rng, family, ask)
     others = _others(rng, held, family, function.name)
     functions = [function, *others]
@@ -726,6 +874,17 @@ def asked(rng: random.Random, held: bool, vary: Callable[[str], str]) -> Asked:
     answer, copies = called(function, values, spans, question, functions)
     arguments = {name: value for name, (value, _) in values.items()}
     return Asked(question, tuple(functions), function, arguments, answer, copies, spans)
+
+
+_BEFORE = tuple("Hi! ,Hello: ,Now: ,Quick: ,One more: ,Would you help me? ,My next question: ,OK: ,So: ".split(","))
+_AFTER = tuple(" Thanks., Thank you!, Be quick., That is all., Do it now., That would help me.".split(","))
+
+
+def _dressed(rng: random.Random, ask: str) -> str:
+    """With words about it that mean nothing: what tells the function are the words that it shares with the question."""
+    before = rng.choice(_BEFORE) if rng.random() < 0.15 else ""
+    after = rng.choice(_AFTER) if rng.random() < 0.15 and ask[-1] in ".?" else ""
+    return f"{before}{ask}{after}"
 
 
 def _function(rng: random.Random, family: Family, ask: str) -> Function:
@@ -750,15 +909,24 @@ def _others(rng: random.Random, held: bool, family: Family, name: str) -> list[F
     """Functions for other things."""
     out: dict[str, Function] = {}
     taken = {family.names, (name,)}
-    for _ in range(rng.choice((0, 0, 0, 1, 1, 2, 3))):
+    for _ in range(rng.choice((0, 0, 0, 1, 1, 2, 3) if held else (0, 0, 1, 1, 2, 3))):
         other = invented(rng, held) if rng.random() < 0.5 else rng.choice(FAMILIES)
         if other.names in taken or set(other.names) & set(family.names):
             continue
+        if other not in FAMILIES and _nouns(other) & _nouns(family):
+            continue  # nobody could choose between finding and reading the same thing
         taken.add(other.names)
         function = _function(rng, other, rng.choice(other.asks))
         if function.name != name:
             out[function.name] = function
     return list(out.values())
+
+
+def _nouns(family: Family) -> set[str]:
+    """The words of names and phrases that are not what invented functions do."""
+    phrases = re.sub(r"\{\w+\}", " ", " ".join((*family.names, *family.asks, *family.held)))
+    words = re.findall("[^\\W_]+", _CAMEL.sub(" ", phrases).lower())
+    return {word for word in words if len(word) > 3} - set(DO) - _COMMON_WORDS
 
 
 def _filled(
@@ -814,13 +982,13 @@ def called(
     """The call as the model writes it, and what of it stands where in the question with the tools behind it."""
     copies = []
     context = question + block(functions)
-    line = context.index("\n" + function.line, len(question)) + 1
+    line = context.index("\n" + function.line, len(question)) + 1 + len(function.head)
     answer = '<tool_call>\n{"name": "'
     copies.append(Copy(len(answer), len(answer) + len(function.name), line))
     answer += f'{function.name}", "arguments": {{'
     at = line + len(function.name) + 1
     shown = {}
-    for part in function.line[len(function.name) + 1 :].split(")")[0].split(","):
+    for part in function.line[len(function.head) + len(function.name) + 1 :].split(")")[0].split(","):
         shown[part.split(":")[0].rstrip("?")] = at
         at += len(part) + 1
     for number, (name, (value, text)) in enumerate(values.items()):

@@ -14,17 +14,27 @@ from dataclasses import dataclass, field
 
 import dialogs
 import numpy as np
+from net import Step
 from numpy.typing import NDArray
 from scenes import Picture
 from words import COLOURS, NUMBERS_ZH, ORDINALS, SHAPES, Thing, plural
 
 # Classes of what a token is to tell; 0 is nothing: the side asked about and where the one thing lies of the other, how
 # many things it looks at, which picture they are in, which beep it is or how many there are.
-TOLD = {"side": 5, "beside": 4, "upright": 4, "count": 4, "nth": 4, "beep": 6}
+# Of a function's words: whether the question says them, and of a line whether it fits.
+TOLD = {"side": 5, "beside": 4, "upright": 4, "count": 4, "nth": 4, "beep": 6, "shared": 3, "fits": 3}
 Rows = tuple[NDArray[np.int64], ...]  # of every thing, the tokens that show it
 NAMED, NEXT = 1, 3  # the layers whose first head looks at what is named, and at what is named next
 COPIED = 5  # the layer whose first head looks at what is copied
 NUMBERED = 2  # the layer after which rows know which picture, or which beep, they are of
+# Of functions. A name is read before it is copied, so that what is copied can know already whether it fits.
+MATCHED = 2  # the layer whose first head looks from a function's words to the same ones in the question
+GATHERED = 3  # that looks from the sign behind a function's words at those that were found
+SPREAD = 4  # that looks from what may be copied to that sign, and from an answer to the sign of the one that fits
+# Words are spelt, so what is alike is told by what stands before it: of dialogs about functions, heads that look back.
+STEPS = (Step(0, 3, 1), Step(0, 2, 2), Step(1, 3, 2))
+CHOICE = 12.0  # one token that chooses stands beside dozens that may be copied
+HEAVY = {MATCHED: 2.0, SPREAD: 3.0, COPIED: 3.0}  # weights of what heads look at, 1 elsewhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +54,7 @@ class Look:
     token: int
     rows: Rows = ()  # to look at; none: anywhere
     told: Mapping[str, int] = field(default_factory=dict)  # what else is to be known then, see TOLD
+    weight: float = 1.0  # beside the others of its layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +163,10 @@ def looks_at_pictures(dialog: dialogs.Dialog, layout: Layout, pictures: Sequence
         for mention, rows in zip(asked, about, strict=True):
             if rows:
                 yield Look(NAMED, layout.token(question + mention.end - 1), rows)
-        if not named and turn.skill not in ("json", "schema"):
+        if turn.skill in ("json", "schema"):
+            yield from _looks_of_records(turn.answer, answer, named, shown, layout)
+            continue
+        if not named:
             # Yes, no, how many, where: that of what is asked about first.
             rows = about[0] if about else _rows(shown, 0, 0, None) if turn.skill == "count" else ()
             if rows:
@@ -176,17 +190,113 @@ def looks_at_pictures(dialog: dialogs.Dialog, layout: Layout, pictures: Sequence
                     yield Look(NEXT, layout.before(answer + start), rows, told if word == 0 else {})
 
 
+def _looks_of_records(
+    text: str, answer: int, named: Sequence[_Mention], shown: Sequence[Seen], layout: Layout
+) -> Iterator[Look]:
+    """Of JSON: a shape and a colour within the same braces are those of one thing, numbers count all."""
+    every = _rows(shown, 0, 0, None)
+    for match in re.finditer(r"(?<=[: ])\d(?=[,}])", text):
+        if every:
+            yield Look(NEXT, layout.before(answer + match.start()), every, {"count": len(every)})
+    for mention in named:
+        colour, shape = mention.colour, mention.shape
+        if not (colour and shape):
+            start, end = text.rfind("{", 0, mention.start), text.find("}", mention.end)
+            close = [one for one in named if start < one.start < end]
+            if len(close) == 2 and sum(bool(one.colour) for one in close) == sum(bool(one.shape) for one in close) == 1:
+                colour, shape = max(one.colour for one in close), max(one.shape for one in close)
+        rows = _rows(shown, colour, shape, None)
+        for start in mention.words:
+            if rows:
+                yield Look(NEXT, layout.before(answer + start), rows)
+
+
 def looks_at_copies(dialog: dialogs.Dialog, layout: Layout) -> Iterator[Look]:
-    """Whatever an answer copies: each of its tokens looks at the one like it, and what follows at what follows."""
+    """Whatever an answer copies: each of its tokens looks at the one like it, and what follows at what follows. What
+    it does not copy looks at the beginning of all."""
     questions = []
     for question, answer, turn in layout.turns(dialog):
         questions.append(question)
+        copied: set[int] = set()
         for copy in turn.copies:
             source = questions[-1 - copy.back] + copy.source
             for token in layout.tokens(answer + copy.start, answer + copy.end + 1):
                 start = layout.char(token)
                 there = layout.token(source + start - answer - copy.start)
+                copied.add(token)
                 yield Look(COPIED, token - 1, (np.array([there]),))
+        if turn.tools or turn.copies:
+            for token in layout.tokens(answer, answer + len(turn.answer)):
+                if token not in copied:
+                    yield Look(COPIED, token - 1, (np.zeros(1, np.int64),), {}, 0.5)
+
+
+_WORD = re.compile("[^\\W\\d_]+?(?=[A-Z](?<=[a-z][A-Z])|[\\W\\d_]|$)")
+_LITTLE = set("a an the in of for to on is it at by from with and or me my i you please what s".split())
+
+
+def looks_at_functions(dialog: dialogs.Dialog, layout: Layout) -> Iterator[Look]:
+    """From every function's words to the question's, from its line's sign to the words that were found there, from what
+    stands behind to the sign, and from the answer to that of the function that fits."""
+    for question, answer, turn in layout.turns(dialog):
+        if not turn.tools:
+            continue
+        nothing = layout.text.index("<tools>\n", question + len(turn.question))
+        at = nothing + len("<tools>\n")
+        none = layout.token(nothing)
+        asked = {
+            match[0].lower(): question + match.start()
+            for match in _WORD.finditer(turn.question)
+            if match[0].lower() not in _LITTLE
+        }
+        called = turn.calls[0]["function"]["name"] if turn.calls else None
+        fitting = none
+        for tool in turn.tools:
+            name = tool["function"]["name"]
+            end = layout.text.index("\n", at)
+            sign = layout.text.index(f"={name}(", at)
+            fits, found = name == called, []
+            for match in _WORD.finditer(layout.text, at, sign):
+                last = layout.token(match.end() - 1)
+                source = _same(match[0].lower(), asked)
+                if source is not None:
+                    found.append(np.array([last]))
+                    yield from _letters(layout, match, source)
+                elif not fits and match[0].lower() not in _LITTLE:
+                    yield Look(MATCHED, last, (np.array([none]),), {"shared": 1})
+            told = {"fits": 1 + fits}
+            token = layout.token(sign)
+            yield Look(GATHERED, token, tuple(found), told)
+            for copied in layout.tokens(sign + 1, end):
+                yield Look(SPREAD, copied, (np.array([token]),), told)
+            if fits:
+                fitting = token
+            at = end + 1
+        told = {"fits": 1 + (called is not None)}
+        yield Look(SPREAD, layout.before(answer), (np.array([fitting]),), told, CHOICE)
+        if called is not None:
+            start = answer + turn.answer.index(called)
+            for token in layout.tokens(start, start + len(called)):
+                yield Look(SPREAD, token - 1, (np.array([fitting]),), told, 2.0)
+
+
+def _same(word: str, asked: Mapping[str, int]) -> range | None:
+    """Where the question says the word, of one or of several, or one that it begins with, such as "remind" of a
+    reminder."""
+    like = (one for one in asked if min(len(one), len(word)) > 4 and (one.startswith(word) or word.startswith(one)))
+    found = next((one for one in (word, f"{word}s", word.removesuffix("s"), *like) if one in asked), None)
+    return None if found is None else range(asked[found], asked[found] + len(found))
+
+
+def _letters(layout: Layout, match: re.Match[str], source: range) -> Iterator[Look]:
+    """Each letter looks at the same one, the first two aside: nothing tells yet which word it will be."""
+    for token in dict.fromkeys(layout.token(char) for char in range(match.start(), match.end())):
+        following = layout.char(token + 1)
+        last = min(following, match.end()) - 1 - match.start()
+        whole = last == len(match[0]) - 1
+        if last >= 2 or whole:
+            there = layout.token(source[min(last, len(source) - 1)])
+            yield Look(MATCHED, token, (np.array([there]),), {"shared": 2} if whole else {})
 
 
 def looks_at_beeps(dialog: dialogs.Dialog, layout: Layout, beeps: Sequence[int]) -> Iterator[Look]:

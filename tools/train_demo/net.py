@@ -7,6 +7,7 @@ need no masks; prompts are padded on the right, where causal attention sees noth
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,14 @@ VISION_THETA = 10000.0
 class Seen(NamedTuple):
     weights: Tensor  # [looks, tokens], logarithms
     states: Tensor  # [looks, size], after the layer
+
+
+class Step(NamedTuple):
+    """A head that looks so many tokens back."""
+
+    layer: int
+    head: int
+    back: int
 
 
 Watched = Mapping[int, tuple[Tensor, Tensor]]  # of a layer: the looks' dialogs and tokens
@@ -206,28 +215,29 @@ class Attention(nn.Module):
         self.k_proj, self.v_proj = (linear(size, self.kv_heads * head, bias=True) for _ in range(2))
         self.o_proj = linear(self.heads * head, size, std=0.3 * size**-0.5)
 
-    def first_head(self, x: Tensor, cos: Tensor, sin: Tensor, dialogs: Tensor, tokens: Tensor) -> Tensor:
-        """Where the first head looks from some tokens: logarithms of the weights, [looks, tokens]."""
-        head = x.shape[-1] // self.heads
-        q, k = (
-            rotate(functional.linear(x, part.weight[:head], part.bias[:head]), cos[:, 0], sin[:, 0])
-            for part in (self.q_proj, self.k_proj)
-        )
-        scores = (k[dialogs] @ q[dialogs, tokens].unsqueeze(-1)).squeeze(-1).float() / head**0.5
-        later = torch.arange(x.shape[1]) > tokens.unsqueeze(1)
-        return scores.masked_fill(later, -torch.inf).log_softmax(-1)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """The result, and the scores [n, heads, tokens, tokens], -inf where a token sees nothing.
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        Written out: for so short prompts it is faster than the fused kernel, whose backward takes thrice as long.
+        """
         n, tokens, _ = x.shape
+        groups = self.heads // self.kv_heads
         q = self.q_proj(x).view(n, tokens, self.heads, -1).transpose(1, 2)
         k, v = (part(x).view(n, tokens, self.kv_heads, -1).transpose(1, 2) for part in (self.k_proj, self.v_proj))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        groups = self.heads // self.kv_heads
-        out = functional.scaled_dot_product_attention(
-            q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), is_causal=True
-        )
-        result: Tensor = self.o_proj(out.transpose(1, 2).reshape(n, tokens, -1))
-        return result
+        q, k = rotate(q * q.shape[-1] ** -0.5, cos, sin), rotate(k, cos, sin)
+        q = q.reshape(n, self.kv_heads, groups * tokens, -1)  # heads that share keys are one
+        scores = (q @ k.mT).view(n, self.heads, tokens, tokens) + later(tokens)
+        weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+        out = weights.view(n, self.kv_heads, groups * tokens, tokens) @ v
+        out = out.view(n, self.heads, tokens, -1).transpose(1, 2).reshape(n, tokens, -1)
+        result: Tensor = self.o_proj(out)
+        return result, scores
+
+
+@functools.cache
+def later(tokens: int) -> Tensor:
+    """[tokens, tokens]: -inf where the one to look at comes later."""
+    return torch.full((tokens, tokens), -torch.inf, dtype=torch.bfloat16).triu(1)
 
 
 class DecoderLayer(nn.Module):
@@ -238,10 +248,11 @@ class DecoderLayer(nn.Module):
         self.mlp = GatedMlp(size, config["intermediate_size"], bias=False)
         self.input_layernorm, self.post_attention_layernorm = RMSNorm(size), RMSNorm(size)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
-        return out
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """The states behind the layer, and its attention's scores."""
+        added, scores = self.self_attn(self.input_layernorm(x), cos, sin)
+        x = x + added
+        return x + self.mlp(self.post_attention_layernorm(x)), scores
 
 
 class Decoder(nn.Module):
@@ -254,22 +265,27 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config["num_hidden_layers"]))
         self.norm = RMSNorm(config["hidden_size"])
 
-    def forward(self, x: Tensor, positions: Tensor, watched: Watched | None = None) -> tuple[Tensor, list[Seen]]:
-        """x [n, tokens, size], positions [3, n, tokens] -> hidden states [n, tokens, size], and of each layer in
-        `watched` what its first head looks at from some tokens."""
+    def forward(
+        self, x: Tensor, positions: Tensor, watched: Watched | None = None, steps: Sequence[Step] = ()
+    ) -> tuple[Tensor, list[Seen], list[Tensor]]:
+        """x [n, tokens, size], positions [3, n, tokens] -> hidden states [n, tokens, size], of each layer in
+        `watched` what its first head looks at from some tokens, and of each of `steps` the logarithms of the weights
+        [n, tokens - back] so far back."""
         half = sum(self.section)
         inv_freq = self.theta ** -(torch.arange(half, dtype=torch.float32) / half)
         axis = torch.repeat_interleave(torch.arange(3), torch.tensor(self.section))
         angles = (positions.float().unsqueeze(-1) * inv_freq)[axis, :, :, torch.arange(half)]  # [half, n, tokens]
         angles = angles.permute(1, 2, 0).unsqueeze(1)
         cos, sin = angles.cos(), angles.sin()
-        seen = []
+        seen, near = [], []
         for index, layer in enumerate(self.layers):
-            before, x = x, layer(x, cos, sin)
+            x, scores = layer(x, cos, sin)
             if watched and index in watched:
-                weights = layer.self_attn.first_head(layer.input_layernorm(before), cos, sin, *watched[index])
-                seen.append(Seen(weights, self.norm(x[watched[index]])))
-        return self.norm(x), seen
+                seen.append(Seen(scores[:, 0][watched[index]].float().log_softmax(-1), self.norm(x[watched[index]])))
+            for step in steps:
+                if step.layer == index:
+                    near.append(scores[:, step.head].float().log_softmax(-1).diagonal(-step.back, 1, 2))
+        return self.norm(x), seen, near
 
 
 class Thinker(nn.Module):

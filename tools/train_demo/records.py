@@ -6,7 +6,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from functions import KINDS, Copy, made_up
@@ -20,6 +20,7 @@ COLOUR = ("color", "colour", "main_color", "shade")
 COUNT = ("count", "number", "total", "amount", "n", "how_many", "number_of_objects", "num_shapes", "quantity")
 TEXT = ("description", "answer", "text", "caption", "summary", "content", "response", "result", "message")
 NAME = ("name", "label", "title", "object")
+NOTHING = ("near", "next", "previous", "parent", "other", "error", "extra", "note", "comment", "child")  # that is there
 LISTS = ("objects", "items", "things", "elements")
 WRAPPERS = ("image", "result", "data", "picture", "output")
 IN_WORDS = (
@@ -35,48 +36,37 @@ IN_WORDS = (
 
 @dataclass
 class Writer:
-    """Writes JSON and remembers which parts of it a grammar would have written."""
+    """Writes JSON and remembers its first brace and the names of its keys, which a grammar would have written.
 
-    compact: bool = False
+    All else is learnt, with one space behind colons and commas: a grammar leaves open whether there is any, and a model
+    that never chose writes what it likes."""
+
     text: str = ""
-    learnt: list[tuple[int, int]] = field(default_factory=list)
+    given: tuple[tuple[int, int], ...] = ((0, 1),)
 
-    def value(self, value: Any, last: str = "") -> None:
-        """`last` follows the value at once: its end has to be learnt too."""
+    def value(self, value: Any) -> None:
         if isinstance(value, dict):
-            self._mapping(value, last)
+            self._mapping(value)
         elif isinstance(value, list):
-            self._sequence(value, last)
+            self._sequence(value)
         else:
-            start = len(self.text) + isinstance(value, str)
             self.text += json.dumps(value, ensure_ascii=False)
-            self.learnt.append((start, len(self.text) + (not isinstance(value, str))))
-            self.text += last
 
-    def _mapping(self, value: dict[str, Any], last: str) -> None:
-        comma, colon = (",", ":") if self.compact else (", ", ": ")
+    def _mapping(self, value: dict[str, Any]) -> None:
         self.text += "{"
         for number, (key, one) in enumerate(value.items()):
-            self.text += f'{comma if number else ""}"{key}"{colon}'
+            self.text += ', "' if number else '"'
+            self.given += ((len(self.text), len(self.text) + len(key)),)
+            self.text += f'{key}": '
             self.value(one)
-        self.text += "}" + last
+        self.text += "}"
 
-    def _sequence(self, value: Sequence[Any], last: str) -> None:
+    def _sequence(self, value: Sequence[Any]) -> None:
         self.text += "["
         for number, one in enumerate(value):
-            self.text += ("," if self.compact else ", ") if number else ""
+            self.text += ", " if number else ""
             self.value(one)
-            self.learnt.append((len(self.text), len(self.text) + 1))  # on or to an end
-        self.text += "]" + last
-
-    @property
-    def given(self) -> tuple[tuple[int, int], ...]:
-        out, at = [], 0
-        for start, end in sorted(self.learnt):
-            if start > at:
-                out.append((at, start))
-            at = max(at, end)
-        return (*out, (at, len(self.text))) if at < len(self.text) else tuple(out)
+        self.text += "]"
 
 
 def plain_record(things: Sequence[Thing]) -> dict[str, Any]:
@@ -94,7 +84,7 @@ def json_turn(source: Source, picture: Picture, asks: Sequence[str], *, brings: 
     question = rng.choice((f"{rng.choice(list(asks))} {words}", f"{words.rstrip('.')}: {rng.choice(list(asks))}"))
     record = plain_record(things)
     copies: list[Copy] = []
-    if rng.random() < 0.35:
+    if rng.random() < (0.35 if source.held else 0.5):
         pairs = [
             _field(rng, things, kind) for kind in rng.sample(("shape", "color", "count", "text"), rng.choice((1, 2, 3)))
         ]
@@ -136,6 +126,14 @@ def _field(rng: random.Random, things: Sequence[Thing], kind: str) -> tuple[str,
     return made_up(rng), rng.choice((whole, len(things)))
 
 
+def _nothing(source: Source) -> dict[str, None]:
+    """In training sometimes a key that nothing is known of."""
+    rng = source.rng
+    if source.held or rng.random() > 0.15:
+        return {}
+    return {rng.choice(NOTHING) if rng.random() < 0.7 else made_up(rng): None}
+
+
 def schema_of(value: Any) -> dict[str, Any]:
     """A schema that the value fits."""
     if isinstance(value, dict):
@@ -147,7 +145,7 @@ def schema_of(value: Any) -> dict[str, Any]:
         }
     if isinstance(value, list):
         return {"type": "array", "items": schema_of(value[0])}
-    return {"type": {bool: "boolean", int: "integer", float: "number", str: "string"}[type(value)]}
+    return {"type": {type(None): "null", bool: "boolean", int: "integer", float: "number", str: "string"}[type(value)]}
 
 
 PICTURE_FIELDS = ("shape", "color", "count", "text", "name", "shapes", "colors", "names", "objects", "flag", "other")
@@ -164,7 +162,8 @@ def schema_turn(source: Source, picture: Picture, asks: Sequence[str], *, brings
         record = {rng.choice(WRAPPERS): record}
     if rng.random() < 0.1:
         record = plain_record(things)  # any object
-    writer = Writer(rng.random() < 0.2)
+    record |= _nothing(source)
+    writer = Writer()
     writer.value(record)
     question = rng.choice(list(asks))
     if rng.random() < 0.3:
@@ -225,7 +224,7 @@ def extract_turn(source: Source) -> Turn:
     if rng.random() < 0.2:
         rng.shuffle(chosen)
     names = {rng.choice(keys[name]): name for name in chosen}
-    writer = Writer(rng.random() < 0.2)
+    writer = Writer()
     record = {key: values[name] for key, name in names.items()}
     writer.value(record)
     copies, at = [], 0
@@ -238,7 +237,8 @@ def extract_turn(source: Source) -> Turn:
 
 def answer_turn(source: Source, turn: Turn) -> Turn:
     """A plain answer as the value of a key, under a grammar."""
-    writer = Writer(source.rng.random() < 0.2)
-    record = {source.rng.choice(("answer", "text", "response", "content", "message", "result")): turn.answer}
+    writer = Writer()
+    key = source.rng.choice(("answer", "text", "response", "content", "message", "result"))
+    record = {key: turn.answer, **_nothing(source)}
     writer.value(record)
     return Turn(turn.skill, turn.question, writer.text, given=writer.given, schema=schema_of(record))

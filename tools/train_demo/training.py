@@ -20,7 +20,7 @@ import folder as files
 import numpy as np
 import torch
 from batches import IGNORED, LABELS, Batch
-from looks import COPIED, TOLD, Look
+from looks import HEAVY, STEPS, TOLD, Look
 from net import Seen, Thinker
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -106,8 +106,13 @@ class Trained(nn.Module):
             layer: (torch.tensor([dialog for dialog, _ in looks]), torch.tensor([look.token for _, look in looks]))
             for layer, looks in by_layer.items()
         }
-        hidden, seen = self.thinker.model(self.embedded(batch, rows), torch.from_numpy(batch.positions), watched)
+        positions, steps = torch.from_numpy(batch.positions), STEPS if batch.kind == "tools" else ()
+        hidden, seen, near = self.thinker.model(self.embedded(batch, rows), positions, watched, steps)
         look_loss = torch.zeros(())
+        for step, weights in zip(steps, near, strict=True):
+            there = weights[positions[0, :, step.back :] >= step.back]  # not what fills a batch up
+            look_loss = look_loss - there.mean()
+            report[f"back{step.layer}{step.head}"] = float(there.detach().exp().mean())
         for looks, one in zip(by_layer.values(), seen, strict=True):
             look_loss = look_loss + self._look_loss(batch, looks, one, report)
         asked = targets != IGNORED
@@ -124,22 +129,27 @@ class Trained(nn.Module):
         """Cross-entropy of where one layer's first head looks, and of what a token then knows of the one thing that it
         looked at: what it is, where, how often."""
         layer = looks[0][1].layer
-        things = [(index, rows, 1 / len(look.rows)) for index, (_, look) in enumerate(looks) for rows in look.rows]
+        things = [
+            (index, rows, 1 / len(look.rows), look.weight)
+            for index, (_, look) in enumerate(looks)
+            for rows in look.rows
+        ]
         loss = torch.zeros(())
         if things:
-            of, shares = torch.tensor([index for index, _, _ in things]), torch.tensor([part for _, _, part in things])
+            of, shares, weights = (torch.tensor([thing[part] for thing in things]) for part in (0, 2, 3))
             there = torch.zeros(len(things), seen.weights.shape[1], dtype=torch.bool)
-            for number, (_, rows, _) in enumerate(things):
+            for number, (_, rows, _, _) in enumerate(things):
                 there[number, torch.from_numpy(rows)] = True
             found = seen.weights[of].masked_fill(~there, -torch.inf).logsumexp(-1)
-            loss = -((found + shares.reciprocal().log()) * shares).sum() / shares.sum()  # 0 when evenly on all
+            evenly = found + shares.reciprocal().log()  # 0 when evenly on all
+            loss = -(evenly * shares * weights).sum() / (shares * weights).sum()
             report[f"look{layer}"] = float(found.detach().exp().sum() / shares.sum())
-        if layer == COPIED:
-            return 3 * loss
-        row_of = {int(place): row for row, place in enumerate(batch.places)}
+        loss = HEAVY.get(layer, 1.0) * loss
+        row_of = {int(place): row for row, place in enumerate(batch.places)} if batch.labels else {}
         length = batch.token_ids.shape[1]
         shown = [
-            [row_of[dialog * length + token] for rows in look.rows for token in rows.tolist()] for dialog, look in looks
+            [row_of[place] for rows in look.rows for place in (dialog * length + rows).tolist() if place in row_of]
+            for dialog, look in looks
         ]
         for name, head in self.found.items():
             if not (name in TOLD or name in batch.labels):
@@ -152,8 +162,10 @@ class Trained(nn.Module):
             known = wanted > 0
             if known.any():
                 guessed = head(seen.states[known]).float()
-                weight = 0.5 if name in TOLD else 0.125
-                loss = loss + weight * functional.cross_entropy(guessed, wanted[known])
+                weight = 2.0 if name == "fits" else 0.5 if name in TOLD else 0.125
+                weights = torch.tensor([look.weight for _, look in looks])[known]
+                apart = functional.cross_entropy(guessed, wanted[known], reduction="none")
+                loss = loss + weight * (apart * weights).sum() / weights.sum()
                 report[f"found{layer}_{name}"] = float((guessed.argmax(-1) == wanted[known]).float().mean())
         return loss
 
@@ -458,7 +470,8 @@ def _carried_over(table: Tensor, old: Tokenizer, new: Tokenizer) -> Tensor:
     for index in range(files.VOCAB_SIZE):
         token = new.id_to_token(index) or ""
         bare = token.removeprefix(files.SPACE)
-        same = next((known[one] for one in (token, files.SPACE + token, bare) if one in known), None)
+        like = (token, files.SPACE + token, bare, files.SPACE + bare.lower(), bare.lower())
+        same = next((known[one] for one in like if one in known), None)
         text = new.decode([index], skip_special_tokens=False) if token else ""
         pieces = [same] if same is not None else old.encode(text, add_special_tokens=False).ids
         rows.append(table[pieces].mean(0) if pieces else table.mean(0))
