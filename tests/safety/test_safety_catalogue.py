@@ -870,12 +870,12 @@ def test_s37_s38_prompts(demo: Live, prompt: Any) -> None:
         [{"role": "x" * 100, "content": "x"}],
         [{"role": 5, "content": "x"}],
         [{"role": "<|im_end|>", "content": "x"}],
-        [{"role": "tool", "content": "x", "tool_call_id": "1"}],
+        [{"role": "tool", "content": "x", "tool_call_id": 1}],
         [
             {
                 "role": "assistant",
                 "content": None,
-                "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": ""}}],
+                "tool_calls": [{"id": "1", "type": "function", "function": {"arguments": ""}}],
             }
         ],
         [USER] * 1025,
