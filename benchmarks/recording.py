@@ -25,7 +25,7 @@ from sensorium.system.processes import family, rss_bytes
 
 SERVE = (
     f"{shlex.quote(sys.executable)} -m sensorium serve {{model}} --port {{port}} --threads {{threads}} "
-    "--dtype float32 --request-timeout-s 7200 --max-audio-bytes 256MiB --max-upload-bytes 256MiB"
+    "--dtype float32 --max-audio-bytes 256MiB --max-upload-bytes 256MiB"
 )
 EVERY_S = 0.1
 MB = 1e6

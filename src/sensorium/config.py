@@ -227,7 +227,11 @@ class Limits:
         None, "Requests that may wait; more are refused with 503. Default: 4 x max-num-seqs."
     )
     max_concurrency_per_key: int = flag(256, "Requests of one API key in flight; more are refused with 429.")
-    request_timeout_s: float = flag(600.0, "Seconds one request may take in all.")
+    request_timeout_s: float = flag(
+        600.0,
+        "Seconds one request may take in all; of a recording that a model transcribes window by window, seconds since "
+        "the last window was done.",
+    )
     write_timeout_s: float = flag(
         45.0, "Seconds for which a client may read nothing of what it is sent; then it is disconnected.", min=1
     )

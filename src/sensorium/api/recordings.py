@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -55,19 +55,19 @@ class Listening:
     duration_s: float
 
 
-async def listen(work: Asker, upload: Upload) -> Listening:
-    """Decode a recording; what is said in it is not asked yet."""
+async def listen(work: Asker, upload: Upload, progressed: Callable[[], None] = lambda: None) -> Listening:
+    """Decode a recording; what is said in it is not asked yet. `progressed` hears of every part that is done then."""
     wish, salt, processor = _wish(work.model, upload), work.salt(), processor_of(work.model)
     (recording,), timings = await work.model.prompts.media([upload.take_source()], tenant=work.turn, salt=salt)
     work.observer.observe_prompt(0.0, timings)
-    engine = RecordingEngine(work.model, work.observer, salt, work.turn)
+    engine = RecordingEngine(work.model, work.observer, salt, work.turn, progressed)
     return Listening(Transcription(processor, recording, engine, wish), engine, timings[0].duration_s)
 
 
 async def transcribe(work: Work, upload: Upload, pending: PendingBody) -> None:
     with work.entry.admission.admit(1):
-        async with work.context.open_request(work.call):
-            listening = await listen(work, upload)
+        async with work.context.open_request(work.call) as in_flight:
+            listening = await listen(work, upload, in_flight.progressed)
             pending.release()
             transcription, engine = listening.transcription, listening.engine
             if upload.request.stream:

@@ -30,6 +30,8 @@ SESSION_HEADER = b"x-session-id"
 LISTS = {"/v1/models": "data", "/api/tags": "models", "/api/ps": "models"}
 """What every model has a part of, and the field that has it."""
 ASKS_ALL = frozenset({"/readyz", "/health", "/ping"})
+RECORDINGS = frozenset({"/v1/audio/transcriptions", "/v1/audio/translations"})
+"""What takes as long as a recording is: only the replica knows that it progresses, and ends it if it does not."""
 _CROSSING = ("type", "http_version", "method", "scheme", "path", "query_string", "headers", "client", "server")
 _MODEL_PATH = "/v1/models/"
 
@@ -86,7 +88,8 @@ class Relay:
             with self._pending.open() as pending:
                 body = await self._body(call, pending)
                 backend = self._find(_model_of(call, route, body))
-                async with self._in_flight.open(call.receive, self._limits.request_timeout_s):
+                most_s = None if canonical(call.path) in RECORDINGS else self._limits.request_timeout_s
+                async with self._in_flight.open(call.receive, most_s):
                     await self._relay(call, backend, bytes(body))
 
     async def _body(self, call: Call, pending: PendingBody) -> bytearray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from time import perf_counter
 from typing import Protocol
 
@@ -40,13 +41,17 @@ class Observer(GenerationObserver, PoolingObserver, Protocol):
 
 
 class RecordingEngine:
-    """One transcription's way to the engine. `usage` is of all its windows so far."""
+    """One transcription's way to the engine. `usage` is of all its windows so far; `progressed` is called when the
+    engine has answered."""
 
-    def __init__(self, model: ServedModel, observer: Observer, salt: bytes, turn: bytes) -> None:
+    def __init__(
+        self, model: ServedModel, observer: Observer, salt: bytes, turn: bytes, progressed: Callable[[], None]
+    ) -> None:
         self._model = model
         self._observer = observer
         self._salt = salt
         self._turn = turn
+        self._progressed = progressed
         self._prompt_tokens = self._completion_tokens = self._cached_tokens = 0
 
     @property
@@ -59,6 +64,7 @@ class RecordingEngine:
         generating = generate(self._model, request, self._observer, started_s=perf_counter(), turn=self._turn)
         with generating as generation:
             await generation.collect()
+            self._progressed()
             self._prompt_tokens += generation.prompt_tokens
             self._completion_tokens += generation.completion_tokens
             self._cached_tokens += generation.cached_tokens
@@ -71,6 +77,8 @@ class RecordingEngine:
         request = EngineRequest(client.next_id(), prompt, pooling=params, salt=self._salt, turn=self._turn)
         stream = client.submit(request)
         try:
-            return (await vectors_of(stream, self._observer))[0]
+            found = (await vectors_of(stream, self._observer))[0]
+            self._progressed()
+            return found
         finally:
             stream.abort()

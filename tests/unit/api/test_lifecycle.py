@@ -37,9 +37,11 @@ from support.api_support import (
 )
 
 from sensorium.api import docs_page
+from sensorium.api.guards.in_flight import InFlightRequests
+from sensorium.api.transport.asgi import Message
 from sensorium.api.transport.server import listen, serve
 from sensorium.config import Limits, ServerConfig
-from sensorium.errors import StartupError, UnavailableError
+from sensorium.errors import RequestTimeoutError, StartupError, UnavailableError
 from sensorium.serving.catalog import Catalog
 from sensorium.types import EngineOutput, EngineReady, EngineRequest
 
@@ -284,6 +286,23 @@ async def test_requests_end_in_time(stream: bool) -> None:
         else:
             assert (reply.status, reply.error["code"]) == (408, "request_timeout")
         assert not served.engine.active
+
+
+async def test_the_time_begins_anew_with_every_part() -> None:
+    async def receive() -> Message:
+        return await asyncio.Future()
+
+    now, limit = asyncio.get_running_loop().time, 1000.0
+    with pytest.raises(RequestTimeoutError, match="A part of the request took longer than 1000 seconds"):
+        async with InFlightRequests().open(receive, limit) as opened:
+            opened._timeout.reschedule(now() + limit / 2)  # half of it has passed
+            opened.progressed()
+            assert (opened._timeout.when() or 0.0) > now() + limit / 2
+            opened._timeout.reschedule(now())
+            await asyncio.Future()
+    async with InFlightRequests().open(receive, None) as endless:
+        endless.progressed()
+        assert endless._timeout.when() is None
 
 
 async def test_silence_is_filled_with_comments() -> None:

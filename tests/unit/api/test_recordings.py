@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from support.clips import sound
 from support.engine_harness import Bench, bench
 from support.whisper import ENGLISH, make_whisper, speech
 
+from sensorium.api.guards.in_flight import InFlightRequest
 from sensorium.api.recordings import srt, vtt
 from sensorium.api.transport.server import HttpServer, build_app, listen
 from sensorium.checkpoint.configs import open_checkpoint
@@ -137,6 +139,14 @@ async def test_what_the_model_is_asked(ears: Ears) -> None:
         tokens = first.prompt.token_ids.tolist()
         assert tokens[0] == 408 and 410 not in tokens[:-1] and 405 in tokens
         assert all(len(one.prompt.media) == 1 for one in asked)
+
+
+@pytest.mark.parametrize("stream", ["false", "true"])
+async def test_every_window_has_the_time_of_a_request(stream: str, ears: Ears) -> None:
+    with patch.object(InFlightRequest, "progressed") as progressed:
+        async with ears.serving() as served:
+            assert (await send(served, language="de", stream=stream)).status == 200
+            assert progressed.call_count == len(served.engine.requests) >= 3
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import httpx
 import pytest
@@ -16,6 +17,7 @@ from support.api_support import FakeEngine, make_model, speak, until
 
 from sensorium.api.app import App
 from sensorium.api.context import Context
+from sensorium.api.guards.in_flight import InFlightRequests
 from sensorium.api.metrics import EngineNumbers, Metrics
 from sensorium.api.transport.asgi import Message, Scope
 from sensorium.cluster.numbers import SEEN, exported, mirrored, page_of, present, read
@@ -131,7 +133,9 @@ async def test_a_session_and_a_form_are_handed_on() -> None:
         async with asking(*models) as http:
             await http.post("/v1/chat/completions", json={"model": "two", **CHAT}, headers={"x-session-id": "s1"})
             form = {"model": (None, "two"), "file": ("a.wav", b"no audio")}
-            reply = await http.post("/v1/audio/transcriptions", files=form)
+            with patch.object(InFlightRequests, "open", autospec=True, side_effect=InFlightRequests.open) as opened:
+                reply = await http.post("/v1/audio/transcriptions", files=form)
+            assert opened.call_args_list[0].args[2] is None  # the replica knows how far it is
     assert models[1][1].sessions == ["s1", ""]
     assert "takes no audio input" in reply.json()["error"]["message"]
 

@@ -24,7 +24,8 @@ class InFlightRequests:
     def __len__(self) -> int:
         return len(self._open)
 
-    def open(self, receive: Receive, timeout_s: float) -> InFlightRequest:
+    def open(self, receive: Receive, timeout_s: float | None) -> InFlightRequest:
+        """`timeout_s` None: as long as it takes."""
         return InFlightRequest(self, receive, timeout_s)
 
     def add(self, request: InFlightRequest) -> None:
@@ -55,11 +56,14 @@ class InFlightRequests:
 class InFlightRequest:
     """`async with` around a request's work. Whoever reads the body must have read all of it before."""
 
-    def __init__(self, requests: InFlightRequests, receive: Receive, timeout_s: float) -> None:
+    def __init__(self, requests: InFlightRequests, receive: Receive, timeout_s: float | None) -> None:
         self._requests = requests
         self._receive = receive
+        self._timeout_s = timeout_s
         self._timeout = asyncio.timeout(timeout_s)
-        self._reason: Exception = RequestTimeoutError(f"The request took longer than {timeout_s:g} seconds.")
+        self._reason: Exception = RequestTimeoutError("The request took too long.")
+        if timeout_s is not None:
+            self._reason = RequestTimeoutError(f"The request took longer than {timeout_s:g} seconds.")
         self._ended = False
 
     def end(self, reason: Exception) -> None:
@@ -69,6 +73,13 @@ class InFlightRequest:
         self._ended = True
         self._reason = reason
         self._timeout.reschedule(asyncio.get_running_loop().time())
+
+    def progressed(self) -> None:
+        """The time that it may take begins anew: for work in parts, of which each has a bound and one is done."""
+        if self._timeout_s is None or self._ended or self._timeout.expired():
+            return
+        self._reason = RequestTimeoutError(f"A part of the request took longer than {self._timeout_s:g} seconds.")
+        self._timeout.reschedule(asyncio.get_running_loop().time() + self._timeout_s)
 
     async def __aenter__(self) -> InFlightRequest:
         if self._requests.draining:
