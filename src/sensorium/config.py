@@ -10,13 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from sensorium.units import GiB, MiB
+from sensorium.units import GiB, MiB, size_text
 
 MAX_SPECULATIVE_TOKENS = 64
 DRAFT_FLAG = "--draft-model"
 _BASE_URL = (
     "Address of the server, with or without /v1. Default: the only one that runs here, else http://127.0.0.1:8000."
 )
+ENCODER_CACHE_BYTES = 256 * MiB  # unless the operator says otherwise
+WINDOWS_TOGETHER = 8
+"""Windows of a recording that are decoded at a time, where none depends on the one before: weights are read once."""
 PROMPT_MEMORY_BYTES = 5 * GiB  # of workers that render templates and compile grammars, where there is enough
 
 
@@ -126,9 +129,11 @@ class EngineConfig:
     )
     block_size: int = flag(16, "Tokens in a KV-cache block; the unit of prefix reuse.", min=1, max=256)
     enable_prefix_caching: bool = flag(True, "Reuse the KV cache of equal beginnings of prompts (media included).")
-    encoder_cache_memory: int = flag(
-        256 * MiB,
-        "Bytes of tower outputs kept for media that come again; on a CPU at most an eighth of free memory.",
+    encoder_cache_memory: int | None = flag(
+        None,
+        f"Bytes of tower outputs: what is in use, and what is kept for media that come again. Default: "
+        f"{size_text(ENCODER_CACHE_BYTES)}, of models that transcribe room for {WINDOWS_TOGETHER} windows. On a CPU at "
+        "most an eighth of free memory.",
         parse="size",
     )
     speculative_tokens: int = flag(

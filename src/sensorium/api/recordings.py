@@ -105,6 +105,7 @@ def _wish(model: ServedModel, upload: Upload) -> Wish:
         temperatures=(request.temperature,) if request.temperature else TEMPERATURES,
         thresholds=_thresholds(request, Thresholds.of(generation)),
         conditions=generation.get("condition_on_prev_tokens") is True,
+        hurries=request.stream is True,
         context=model.max_model_len,
         most_tokens=next((limit for limit in limits if isinstance(limit, int)), None),
     )

@@ -22,6 +22,9 @@ from sensorium.models.base import Model, Steps
 from sensorium.types import MediaFeatures, Modality
 
 SLICE_S = 0.1  # of towers between two steps of the decoder; a piece that has begun is finished
+GATHERING_S = 1.0
+"""The same where sequences attend to what the towers give and nobody else waits: the windows of a recording are soonest
+decoded when all of them are there, as a step takes little longer for eight of them than for one."""
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +49,17 @@ class Encodings:
         to_tensors: Callable[[MediaFeatures], Mapping[str, Tensor]],
         is_lost: Callable[[BaseException], bool],
         faults: Faults,
+        *,
+        gathers: bool = False,
     ) -> None:
+        """`gathers`: sequences attend to the towers' outputs from their first token on."""
         self._model = model
         self._cache = cache
         self._to_tensors = to_tensors
         self._is_lost = is_lost
         self._faults = faults
+        self._gathers = gathers
+        self._is_alone = False  # no token of a tenant who has nothing here was computed in the last step
         self._jobs: dict[bytes, list[_Job]] = {}  # by tenant
         self._used_s: dict[bytes, float] = {}  # of the tenants that have jobs
         self._owed_s = 0.0  # to tenants that have none
@@ -71,12 +79,14 @@ class Encodings:
 
     @torch.inference_mode()
     def run(self, begin: Callable[[float], None]) -> set[ItemKey]:
-        """Compute for about `SLICE_S`; `begin` hears of every piece's multiply-adds. Returns items that failed."""
+        """Compute for about `SLICE_S`, or `GATHERING_S`; `begin` hears of every piece's multiply-adds. Returns items
+        that failed."""
         failed: set[ItemKey] = set()
         if self._owed_s > 0:
             return failed
+        most_s = GATHERING_S if self._gathers and self._is_alone else SLICE_S
         now = started = monotonic()
-        while self._jobs and now - started < SLICE_S:
+        while self._jobs and now - started < most_s:
             tenant = min(self._jobs, key=self._used_s.__getitem__)
             job = self._jobs[tenant][0]
             if not any(self._cache.is_awaited(key) for key in job.items):
@@ -91,8 +101,8 @@ class Encodings:
 
     def step_took(self, turns: Iterable[bytes], seconds: float) -> None:
         """A step for these tenants was computed."""
-        has_others = any(turn not in self._jobs for turn in turns)
-        self._owed_s = max(self._owed_s + self._ran_s - seconds, 0.0) if has_others else 0.0
+        self._is_alone = all(turn in self._jobs for turn in turns)
+        self._owed_s = 0.0 if self._is_alone else max(self._owed_s + self._ran_s - seconds, 0.0)
         self._ran_s = 0.0
 
     def _advance(self, tenant: bytes, job: _Job, begin: Callable[[float], None]) -> set[ItemKey]:

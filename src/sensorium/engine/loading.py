@@ -405,7 +405,8 @@ def _encoder_cache(
 ) -> EncoderCache[Tensor]:
     text = model.checkpoint.text
     row_width = (1 + model.deepstack) * (text.hidden_size if text else model.row_size)
-    return EncoderCache(encoder_cache_bytes(config, device), encoder_row_bytes(groups, row_width, dtype))
+    size = encoder_cache_bytes(config, device, groups, dtype)
+    return EncoderCache(size, encoder_row_bytes(groups, row_width, dtype))
 
 
 def _batch_builder(model: Model, budget: Budget, device: torch.device, spare: Spare | None) -> BatchBuilder:
@@ -570,7 +571,7 @@ def bytes_beside_cache(part: LoadedPart, config: EngineConfig, tokens: int, grap
     )
     taken = activation_bytes(model, tokens, cache_dtype)
     if model.modalities:
-        taken += encoder_cache_bytes(config, part.device)
+        taken += encoder_cache_bytes(config, part.device, model.cache_groups(), part.dtype)
     if graph_rows:
         states_of = [activation_bytes(model, rows, cache_dtype) for rows in (0, graph_rows)]  # kernels gather nothing
         taken += graph_bytes(graph_rows, part.checkpoint.vocab_size, states_of[1] - states_of[0])

@@ -7,10 +7,12 @@ import logging
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 
-from sensorium.config import EngineConfig
+from sensorium.config import ENCODER_CACHE_BYTES, WINDOWS_TOGETHER, EngineConfig
+from sensorium.engine.encoder_cache import OTHERS_PART
 from sensorium.engine.tables import BlockTables
 from sensorium.errors import StartupError
 from sensorium.models.cache import CacheGroup, EncoderGroup
@@ -133,11 +135,16 @@ class StepMemory:
         return size_text(taken), size_text(self.allowed_bytes)
 
 
-def encoder_cache_bytes(config: EngineConfig, device: torch.device) -> int:
-    """What tower outputs may take: as the flag says, or what a small container has room for."""
-    if device.type != "cpu":
-        return config.encoder_cache_memory
-    return min(config.encoder_cache_memory, int(free_memory_bytes() * ENCODER_PART))
+def encoder_cache_bytes(
+    config: EngineConfig, device: torch.device, groups: Sequence[CacheGroup], dtype: torch.dtype
+) -> int:
+    """What tower outputs may take: as the flag says, or what a small container has room for. Of inputs that sequences
+    attend to there are as many as are decoded together, in what the cache leaves to one tenant."""
+    wanted = config.encoder_cache_memory
+    if wanted is None:
+        inputs = sum(group.input_bytes(dtype) for group in groups if isinstance(group, EncoderGroup))
+        wanted = max(ENCODER_CACHE_BYTES, ceil(WINDOWS_TOGETHER * inputs / (1 - OTHERS_PART)))
+    return wanted if device.type != "cpu" else min(wanted, int(free_memory_bytes() * ENCODER_PART))
 
 
 def encoder_row_bytes(groups: Sequence[CacheGroup], hidden_size: int, dtype: torch.dtype) -> int:

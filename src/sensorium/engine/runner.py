@@ -97,7 +97,9 @@ class Runner:
         self._faults = faults or Faults()
         self._prepared: Batch | None = None
         self.overlaps = device.type != "cpu"  # whether there is time for `prepare`: a CPU computes in `launch`
-        self.encodings = Encodings(model, encoder, self._tensors, is_device_lost, self._faults)
+        self.encodings = Encodings(
+            model, encoder, self._tensors, is_device_lost, self._faults, gathers=self._attends_to_media
+        )
 
     # One step
 

@@ -52,8 +52,13 @@ class EncoderGroup(KeyValueGroup):
     `KVCache`, they are numbered by themselves.
 
     `Model.encoding` computes them once for an input: they are the rows that the encoder cache keeps, by content and
-    tenant, as long as a sequence needs them.
+    tenant, as long as a sequence needs them. `num_rows`: of one input, at most.
     """
+
+    num_rows: int
+
+    def input_bytes(self, dtype: torch.dtype) -> int:
+        return self.num_rows * self.token_bytes(dtype)
 
 
 class StatePart(NamedTuple):

@@ -158,7 +158,7 @@ class Whisper(Model):
 
     def cache_groups(self) -> list[CacheGroup]:
         shape = (tuple(range(self.num_layers)), self.text.num_kv_heads, self.text.head_dim)
-        return [PagedGroup(*shape), EncoderGroup(*shape)]
+        return [PagedGroup(*shape), EncoderGroup(*shape, self.encoder.config.max_positions)]
 
     def embed(self, token_ids: Tensor, token_types: Tensor | None = None) -> Tensor:
         rows: Tensor = self.model.embed_tokens(token_ids)

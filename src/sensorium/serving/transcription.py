@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from sensorium.config import WINDOWS_TOGETHER
 from sensorium.processors.whisper import SECONDS_OF_TIMESTAMP, WhisperProcessor
 from sensorium.serving.concurrency import ended
 from sensorium.serving.words import WITHOUT_SPACES, Word, token_ends, words_of
@@ -25,8 +26,6 @@ from sensorium.types import MediaFeatures, PoolingParams, Prompt, SamplingParams
 
 FRAMES_OF_ROW = 2
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-WINDOWS_AHEAD = 4
-"""Windows that are computed together where none depends on the one before: decoding reads the weights once for all."""
 CONDITIONS_BELOW = 0.5  # temperature of a window whose text the next one may be told
 
 
@@ -70,6 +69,7 @@ class Wish:
     temperatures: tuple[float, ...] = TEMPERATURES
     thresholds: Thresholds = field(default_factory=Thresholds)
     conditions: bool = False  # every window is told the text before it
+    hurries: bool = False  # the first text is wanted soon, though all of it takes longer then
     context: int = 448
     most_tokens: int | None = None
 
@@ -180,15 +180,22 @@ class Transcription:
 
     async def segments(self) -> AsyncIterator[Segment]:
         frames, step, seek = int(self._recording.arrays["frames"][0]), self._processor.window_frames, 0
-        ahead = 1 if self._wish.timestamps or self._wish.conditions else WINDOWS_AHEAD
+        most = 1 if self._wish.timestamps or self._wish.conditions else WINDOWS_TOGETHER
+        together = 1 if self._wish.hurries else most
         await self._detect()
         begun: deque[asyncio.Future[tuple[list[Segment], int]]] = deque()  # the windows from `seek` on
         try:
             while seek < frames:
-                while len(begun) < ahead and seek + len(begun) * step < frames:
+                undone = [one for one in begun if not one.done()]
+                while len(undone) < together and len(begun) < 2 * together and seek + len(begun) * step < frames:
                     begun.append(asyncio.ensure_future(self._window(seek + len(begun) * step, frames)))
+                    undone.append(begun[-1])
+                if not begun[0].done():
+                    await asyncio.wait(undone, return_when=asyncio.FIRST_COMPLETED)
+                    continue
                 said, offset = await begun[0]
                 begun.popleft()
+                together = min(2 * together, most)
                 for segment in said:
                     yield segment
                 seek += offset

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sensorium.checkpoint.configs import Checkpoint
 from sensorium.checkpoint.weight_files import find_weight_files
-from sensorium.config import EngineConfig, Limits, ServeOptions
+from sensorium.config import ENCODER_CACHE_BYTES, EngineConfig, Limits, ServeOptions
 from sensorium.errors import CheckpointError
 from sensorium.media.costs import most_pixels
 from sensorium.units import MiB, size_text
@@ -107,7 +107,8 @@ def engine_plan(
     stated = 0 if checkpoint.family.encoder is not None else engine.kv_cache_memory
     cache = ranks * stated if stated is not None else max(spare // CACHE_PART, LEAST_CACHE_BYTES)
     has_media = bool(checkpoint.family.modalities)
-    encoded = min(engine.encoder_cache_memory, max(spare // ENCODED_PART, 1)) if has_media else 0
+    wanted = ENCODER_CACHE_BYTES if engine.encoder_cache_memory is None else engine.encoder_cache_memory
+    encoded = min(wanted, max(spare // ENCODED_PART, 1)) if has_media else 0
     engine = replace(
         engine,
         kv_cache_memory=cache // ranks or engine.kv_cache_memory,

@@ -81,3 +81,29 @@ def test_towers_take_no_more_time_than_steps_of_who_has_no_media(monkeypatch: py
     assert pieces(set(), 0.0, 10) == 10
     assert pieces({b"a", b"b"}, 0.1, 33) in (3, 4)
     assert pieces({b"b"}, 2.0, 10) == 10
+
+
+def test_what_sequences_attend_to_is_gathered_unless_others_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    tower = Tower(monkeypatch)
+    monkeypatch.setattr(encoding, "GATHERING_S", 5.0)
+    cache: EncoderCache[Any] = EncoderCache(100, 1)
+    queue = Encodings(
+        tower,  # type: ignore[arg-type]
+        cache,
+        lambda one: {"name": one.key.decode()},  # type: ignore[dict-item]
+        lambda error: False,
+        Faults(),
+        gathers=True,
+    )
+    item = MediaFeatures("audio", b"a-30", 1)
+    cache.reserve((b"", item.key), 1, b"a")
+    queue.add({(b"", item.key): Wanted(b"a", item)})
+
+    def run(turns: set[bytes]) -> int:
+        before = len(tower.done)
+        queue.run(lambda macs: None)
+        queue.step_took(turns, 100.0)
+        return len(tower.done) - before
+
+    assert run({b"b"}) <= 1  # nobody knows yet who is there
+    assert [run({b"b"}), run(set()), run({b"a"}), run({b"a", b"b"}), run(set())] == [1, 1, 5, 5, 1]

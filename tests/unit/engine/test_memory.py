@@ -8,9 +8,10 @@ import pytest
 import torch
 from support.engine_harness import bench, random_prompt, request
 
-from sensorium.config import EngineConfig
+from sensorium.config import ENCODER_CACHE_BYTES, WINDOWS_TOGETHER, EngineConfig
 from sensorium.engine import loading
 from sensorium.engine.cache_layout import CacheLayout, by_place
+from sensorium.engine.encoder_cache import EncoderCache
 from sensorium.engine.loading import (
     LoadedPart,
     bytes_beside_cache,
@@ -121,7 +122,7 @@ def test_rows_of_an_encoder() -> None:
     """What the decoder's layers know of a row, where they attend to it: keys and values."""
     own = PagedGroup((0,), 1, 8)
     assert encoder_row_bytes([own], 32, torch.bfloat16) == 32 * 2
-    assert encoder_row_bytes([own, EncoderGroup((0, 1, 2), 4, 8)], 32, torch.bfloat16) == 2 * 3 * 4 * 8 * 2
+    assert encoder_row_bytes([own, EncoderGroup((0, 1, 2), 4, 8, 50)], 32, torch.bfloat16) == 2 * 3 * 4 * 8 * 2
 
 
 def test_bytes_hold_nearly_twice_the_blocks() -> None:
@@ -185,10 +186,18 @@ def test_a_quarter_of_what_the_container_leaves(monkeypatch: pytest.MonkeyPatch)
     cpu = torch.device("cpu")
     assert available_for_cache(EngineConfig("m"), cpu, 0) == 200_000
     assert available_for_cache(EngineConfig("m", kv_cache_memory=7), cpu, 0) == 7
-    assert encoder_cache_bytes(EngineConfig("m"), cpu) == 100_000
-    assert encoder_cache_bytes(EngineConfig("m", encoder_cache_memory=5), cpu) == 5
+    assert encoder_cache_bytes(EngineConfig("m"), cpu, [], torch.bfloat16) == 100_000
+    assert encoder_cache_bytes(EngineConfig("m", encoder_cache_memory=5), cpu, [], torch.bfloat16) == 5
     monkeypatch.setattr(cgroups, "free_memory_bytes", lambda: None)
     assert free_memory_bytes() > 1_000_000
+
+
+def test_as_many_windows_as_are_decoded_together_have_room() -> None:
+    group, cuda = EncoderGroup(tuple(range(32)), 20, 64, 1500), torch.device("cuda")  # whisper-large-v3
+    size = encoder_cache_bytes(EngineConfig("m"), cuda, [group], torch.bfloat16)
+    cache: EncoderCache[None] = EncoderCache(size, encoder_row_bytes([group], 1280, torch.bfloat16))
+    assert [cache.reserve((b"", bytes([i])), 1500) for i in range(9)] == [True] * WINDOWS_TOGETHER + [False]
+    assert encoder_cache_bytes(EngineConfig("m"), cuda, [], torch.bfloat16) == ENCODER_CACHE_BYTES
 
 
 def test_graphs_and_libraries_have_their_part_of_a_gpu(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,7 +126,13 @@ def test_a_short_one_without_timestamps(made: Made) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wish", "together"), [({"timestamps": False}, 4), ({"timestamps": False, "conditions": True}, 1), ({}, 1)]
+    ("wish", "together"),
+    [
+        ({"timestamps": False}, 4),
+        ({"timestamps": False, "hurries": True}, 3),  # of six windows one, two, and the others
+        ({"timestamps": False, "conditions": True}, 1),
+        ({}, 1),
+    ],
 )
 def test_windows_that_depend_on_none_are_computed_together(
     wish: dict[str, Any], together: int, made: Made, monkeypatch: pytest.MonkeyPatch
@@ -146,9 +152,10 @@ def test_windows_that_depend_on_none_are_computed_together(
         return found
 
     monkeypatch.setattr(made, "say", say)
+    monkeypatch.setattr("sensorium.serving.transcription.WINDOWS_TOGETHER", 4)
     found = made.ours(samples, **wish)
     assert most == together and running == 0
-    monkeypatch.setattr("sensorium.serving.transcription.WINDOWS_AHEAD", 1)
+    monkeypatch.setattr("sensorium.serving.transcription.WINDOWS_TOGETHER", 1)
     again = made.ours(samples, **wish)
     assert [(one.seek, one.end_s, one.tokens) for one in again] == [(one.seek, one.end_s, one.tokens) for one in found]
     assert len(found) > 4
@@ -178,7 +185,7 @@ def test_who_stops_listening_stops_the_windows_ahead(made: Made, monkeypatch: py
 
     made.asked.clear()
     assert asyncio.run(first()).text
-    assert cancelled == 3
+    assert cancelled == 5
 
 
 @pytest.mark.parametrize("conditions", [False, True])

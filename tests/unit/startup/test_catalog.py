@@ -117,6 +117,7 @@ def test_shares_of_memory() -> None:
     shared = engine_plan(engine, checkpoint, 4 * GiB)
     spare = 4 * GiB - shared.weight_bytes - ENGINE_BASE_BYTES
     assert shared.cache_bytes == shared.engine.kv_cache_memory == spare // 4
+    assert shared.engine.encoder_cache_memory is not None
     assert shared.engine_bytes == 4 * GiB - spare + spare // 4 + shared.engine.encoder_cache_memory
     assert engine_plan(engine, checkpoint, 100 * MiB).cache_bytes == LEAST_CACHE_BYTES
     said = engine_plan(replace(engine, kv_cache_memory=MiB), checkpoint, 4 * GiB)
