@@ -2,9 +2,10 @@
 
     python benchmarks/embeddings.py --st PYTHON --vllm "COMMAND" [--rounds 3] [--dtypes float32 bfloat16]
 
-The checkpoint is made first: bge-base's shape and module files, random weights, a WordPiece vocabulary of made-up
-words. All sides of one type are up at the same time and idle but for the one whose turn it is. Commands may contain
-{model}, {port} and {dtype}. See docs/benchmarks.md.
+The checkpoint is made first: the shape and module files of bge (base, small) or of Qwen3-Embedding (qwen3-0.6b, whose
+vector is the last token's), random weights, a WordPiece vocabulary of made-up words. All sides of one type are up at
+the same time and idle but for the one whose turn it is. Commands may contain {model}, {port} and {dtype}. See
+docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -22,21 +23,16 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
-import torch
 from compare import lists_models, running, until
+from embedding_models import SHAPES, make_checkpoint, words
 from numpy.typing import NDArray
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from sensorium.cli.client import Endpoint, Remote
 
 OURS = f"{shlex.quote(sys.executable)} -m sensorium serve {{model}} --port {{port}} --dtype {{dtype}}"
-SHAPES = {"base": (12, 768, 12, 3072), "small": (12, 384, 12, 1536)}  # layers, hidden, heads, intermediate
-VOCABULARY, POSITIONS = 30522, 512
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 TOKENS = (20, 400)  # of a text, its two special ones included
 PEER = Path(__file__).with_name("embeddings_peer.py")
 
@@ -45,104 +41,12 @@ Side: TypeAlias = Callable[[list[str]], tuple[float, Vectors]]  # texts -> secon
 Peer: TypeAlias = Callable[[list[str], int], tuple[float, Vectors]]  # the same, with a batch size
 
 
-# The checkpoint and the texts
-
-
-def words() -> list[str]:
-    """Made-up words, one token each."""
-    rng = random.Random(1)
-    found: dict[str, None] = {}
-    while len(found) < VOCABULARY - len(SPECIAL):
-        syllables = rng.choice((2, 3, 3, 4))
-        found["".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(syllables))] = None
-    return list(found)
+# The texts
 
 
 def make_texts(count: int, seed: int) -> list[str]:
     rng, vocabulary = random.Random(seed), words()
     return [" ".join(rng.choices(vocabulary, k=rng.randint(*TOKENS) - 2)) for _ in range(count)]
-
-
-def make_checkpoint(folder: Path, shape: str) -> None:
-    layers, hidden, heads, inner = SHAPES[shape]
-    generator = torch.Generator().manual_seed(1)
-
-    def rows(*size: int) -> torch.Tensor:
-        return torch.randn(size, generator=generator) * 0.04
-
-    def norm(name: str) -> dict[str, torch.Tensor]:
-        return {f"{name}.LayerNorm.weight": 1 + rows(hidden), f"{name}.LayerNorm.bias": rows(hidden)}
-
-    tensors = {
-        f"embeddings.{name}_embeddings.weight": rows(size, hidden)
-        for name, size in (("word", VOCABULARY), ("position", POSITIONS), ("token_type", 2))
-    }
-    tensors |= norm("embeddings")
-    for layer in range(layers):
-        at = f"encoder.layer.{layer}"
-        sizes = {f"{at}.attention.self.{name}": (hidden, hidden) for name in ("query", "key", "value")}
-        sizes |= {
-            f"{at}.attention.output.dense": (hidden, hidden),
-            f"{at}.intermediate.dense": (inner, hidden),
-            f"{at}.output.dense": (hidden, inner),
-        }
-        for name, size in sizes.items():
-            tensors |= {f"{name}.weight": rows(*size), f"{name}.bias": rows(size[0])}
-        tensors |= norm(f"{at}.attention.output") | norm(f"{at}.output")
-    tensors |= {"pooler.dense.weight": rows(hidden, hidden), "pooler.dense.bias": rows(hidden)}
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    files: dict[str, Any] = {
-        "config.json": {
-            "architectures": ["BertModel"],
-            "model_type": "bert",
-            "vocab_size": VOCABULARY,
-            "hidden_size": hidden,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "intermediate_size": inner,
-            "hidden_act": "gelu",
-            "layer_norm_eps": 1e-12,
-            "max_position_embeddings": POSITIONS,
-            "type_vocab_size": 2,
-            "pad_token_id": 0,
-            "position_embedding_type": "absolute",
-            "dtype": "float32",
-        },
-        "tokenizer_config.json": {
-            "tokenizer_class": "BertTokenizer",
-            "model_max_length": POSITIONS,
-            "do_lower_case": True,
-            **dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL, strict=True)),
-        },
-        "modules.json": [
-            {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
-            for index, (path, kind) in enumerate(
-                (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
-            )
-        ],
-        "sentence_bert_config.json": {"max_seq_length": POSITIONS, "do_lower_case": True},
-        "1_Pooling/config.json": {
-            "word_embedding_dimension": hidden,
-            "pooling_mode_cls_token": True,
-            "pooling_mode_mean_tokens": False,
-            "pooling_mode_max_tokens": False,
-            "pooling_mode_mean_sqrt_len_tokens": False,
-        },
-    }
-    for name, contents in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(json.dumps(contents, indent=1))
-    vocabulary = {word: index for index, word in enumerate((*SPECIAL, *words()))}
-    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.add_special_tokens(list(SPECIAL))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    ends = (("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
-    tokenizer.post_processor = processors.BertProcessing(*ends)
-    tokenizer.decoder = decoders.WordPiece()
-    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 # The sides

@@ -24,10 +24,12 @@ from transformers import AutoModel, AutoTokenizer
 def plain(folder: Path, texts: list[str]) -> np.ndarray[Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    pooling = json.loads((folder / "1_Pooling" / "config.json").read_text())
+    place = -1 if pooling.get("pooling_mode_lasttoken") else 0
     rows = []
     with torch.inference_mode():
         for text in texts:
-            state = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, 0]
+            state = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, place]
             rows.append(torch.nn.functional.normalize(state, dim=0).numpy())
     return np.stack(rows)
 
