@@ -19,7 +19,7 @@ from sensorium.api.transport.asgi import Call
 from sensorium.api.transport.body import read_request
 from sensorium.api.transport.errors import OpenAIErrors, error_object
 from sensorium.api.transport.sse import EventStream, named_event
-from sensorium.errors import ContextLengthError, RequestError, SensoriumError
+from sensorium.errors import ContextLengthError, NotFoundError, RequestError, SensoriumError
 from sensorium.prompt.formats.base import Delta, Text
 from sensorium.serving.generation import Choice, Generation, GenerationRequest, Usage
 from sensorium.serving.prompts import Prepared
@@ -42,6 +42,10 @@ async def input_tokens(context: Context, call: Call) -> None:
         return {"object": "response.input_tokens", "input_tokens": count}
 
     await answer_counted(context, call, read, answer)
+
+
+async def not_kept(context: Context, call: Call) -> None:
+    raise NotFoundError("Answers are not kept on this server: send what was said before with the next request.")
 
 
 async def _read(context: Context, call: Call, pending: PendingBody) -> Response:

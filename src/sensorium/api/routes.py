@@ -41,7 +41,7 @@ from sensorium.api.protocol.score import RerankRequest, ScoreRequest
 from sensorium.api.protocol.tei import EmbedRequest, PredictRequest, SimilarityRequest
 from sensorium.api.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from sensorium.api.recordings import FILE
-from sensorium.api.responses import input_tokens, responses
+from sensorium.api.responses import input_tokens, not_kept, responses
 from sensorium.api.score import rerank, score
 from sensorium.api.tokens import detokenize, tokenize
 from sensorium.api.transcriptions import transcriptions, translations
@@ -70,11 +70,19 @@ class Route:
     is_operators: bool = False
 
 
+ANSWERS = ("/v1/responses/resp_", "/v1/chat/completions/chatcmpl-")
+"""What the path of an earlier answer begins with, and what is below it."""
+
 ROUTES: tuple[Route, ...] = (
     Route("POST", "/v1/chat/completions", chat_completions, "Answer a chat of text and media.", ChatRequest),
     Route("POST", "/v1/responses", responses, "Answer a chat as a list of items, stateless.", ResponsesRequest),
     Route("POST", "/v1/responses/input_tokens", input_tokens, "Tokens of such a request.", ResponsesRequest),
     Route("POST", "/v1/chat/completions/input_tokens", chat_input_tokens, "Tokens of a chat.", ChatRequest),
+    *(
+        Route(method, f"{start}{{id}}", not_kept, "Not kept.", needs_engine=False, documented=False)
+        for start in ANSWERS
+        for method in ("GET", "POST", "DELETE")
+    ),
     Route("POST", "/v1/messages", messages, "Answer a chat, as Anthropic's API has it.", MessagesRequest),
     Route("POST", "/v1/messages/count_tokens", count_tokens, "The tokens of such a chat.", CountTokensRequest),
     Route("POST", "/v1/completions", completions, "Continue a text.", CompletionRequest),
@@ -162,7 +170,7 @@ ROUTES: tuple[Route, ...] = (
     ),
 )
 _MODEL_PATH = "/v1/models/{model}"
-_PATTERNS = {"/v1/models/": _MODEL_PATH, BLOBS: f"{BLOBS}{{digest}}"}
+_PATTERNS = {"/v1/models/": _MODEL_PATH, BLOBS: f"{BLOBS}{{digest}}", **{start: f"{start}{{id}}" for start in ANSWERS}}
 _MAX_ADVISED_CHARS = 256
 
 

@@ -106,9 +106,35 @@ def test_tools_are_nested_and_named_back() -> None:
     assert (function["name"], function["namespace"], function["arguments"]) == ("read", "files", "{}")
 
 
+def test_a_custom_tools_format_is_held_told_and_shown() -> None:
+    formats = [
+        {"type": "grammar", "syntax": "regex", "definition": "[a-f]+"},
+        {"type": "grammar", "syntax": "lark", "definition": "start: /x+/"},
+        {"type": "text"},
+    ]
+    tools = [
+        {"type": "custom", "name": f"t{index}", "description": "Do it.", "format": one}
+        for index, one in enumerate(formats)
+    ]
+    request = ResponsesRequest.model_validate({"input": "hi", "tools": tools})
+    held, told, free = (
+        tool["function"] for tool in request.chat(Limits(), ServerConfig(), UnknownFields()).tool_objects
+    )
+    assert held["parameters"]["properties"] == {"input": {"type": "string", "pattern": "^(?:[a-f]+)$"}}
+    assert held["strict"] is True
+    assert told["description"] == "Do it.\n\nThe input follows this Lark grammar:\nstart: /x+/"
+    assert free["description"] == "Do it."
+    assert [tool.model_dump(exclude_none=True)["format"] for tool in request.tools or ()] == formats
+
+
 @pytest.mark.parametrize(
     ("body", "param", "status"),
     [
+        (
+            {"tools": [{"type": "custom", "name": "x", "format": {"type": "grammar", "syntax": "lark"}}]},
+            "tools[0].format.definition",
+            400,
+        ),
         ({"previous_response_id": "resp_1"}, "previous_response_id", 400),
         ({"background": True}, "background", 400),
         ({"conversation": "c"}, "conversation", 400),

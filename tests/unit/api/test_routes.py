@@ -50,6 +50,15 @@ async def test_lists_of_models_too_and_nothing_else(port: int) -> None:
         assert (await get(port, path)).error["message"].endswith("GET /docs lists what there is.")
 
 
+@pytest.mark.parametrize(
+    "path", ["/v1/responses/resp_12", "/v1/responses/resp_12/input_items", "/v1/chat/completions/chatcmpl-12"]
+)
+async def test_who_asks_for_an_earlier_answer_is_told_that_none_is_kept(port: int, path: str) -> None:
+    for reply in (await get(port, path), await post(port, path, {})):
+        assert reply.status == 404
+        assert reply.error["message"].startswith("Answers are not kept on this server: send ")
+
+
 async def test_openais_routes_without_their_version(port: int) -> None:
     assert (await post(port, "/chat/completions", CHAT)).json["object"] == "chat.completion"
     assert (await post(port, "/completions", {"prompt": "a"})).json["object"] == "text_completion"

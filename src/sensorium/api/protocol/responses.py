@@ -162,12 +162,21 @@ Input = Annotated[
 ]
 
 
+class ToolFormat(Nested):
+    """Of a custom tool's text. Rules in Lark cannot be held inside of a call's JSON: the model is told them."""
+
+    type: Literal["text", "grammar"]
+    syntax: Literal["lark", "regex"] | None = None
+    definition: Text | None = None
+
+
 class InnerTool(Nested):
     type: Kind
     name: ToolName | None = None
     description: Text | None = None
     parameters: JsonObject | None = None
     strict: bool | None = None
+    format: ToolFormat | None = None
 
 
 class ToolItem(InnerTool):
@@ -318,6 +327,10 @@ class ResponsesRequest(SamplingBody):
             elif tool.type in ("function", "custom"):
                 if tool.name is None:
                     raise MissingFieldError(f"tools[{index}].name")
+                if tool.format is not None and tool.format.type == "grammar":
+                    for field in ("syntax", "definition"):
+                        if getattr(tool.format, field) is None:
+                            raise MissingFieldError(f"tools[{index}].format.{field}")
                 found.append(_function(tool, tool.name))
         if self.tools and not found and self.tool_choice != "none":
             raise hosted_only("tools[0]", self.tools[0].type, "of type function")
@@ -440,11 +453,19 @@ def sealed(reasoning: str) -> str:
 
 
 def _function(tool: InnerTool, name: str) -> dict[str, Any]:
-    """A tool as chats have them. What a custom tool is given is one text."""
-    parameters = tool.parameters
+    """A tool as chats have them. What a custom tool is given is one text, held to its regular expression."""
+    parameters, description, strict = tool.parameters, tool.description, tool.strict
     if tool.type == "custom":
-        parameters = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
-    function = {"name": name, "description": tool.description, "parameters": parameters, "strict": tool.strict}
+        text = {"type": "string"}
+        rules = tool.format.definition if tool.format is not None else None
+        syntax = tool.format.syntax if tool.format is not None else None
+        if rules is not None and syntax == "regex":
+            text, strict = {"type": "string", "pattern": f"^(?:{rules})$"}, True
+        elif rules is not None:
+            description = "\n\n".join(filter(None, (description, f"The input follows this Lark grammar:\n{rules}")))
+        properties = {"input": text}
+        parameters = {"type": "object", "properties": properties, "required": ["input"], "additionalProperties": False}
+    function = {"name": name, "description": description, "parameters": parameters, "strict": strict}
     return {"type": "function", "function": function}
 
 
