@@ -864,7 +864,7 @@ def asked(rng: random.Random, held: bool, vary: Callable[[str], str]) -> Asked:
         else rng.choice(HELD_FAMILIES if held and draw < 0.7 else FAMILIES)
     )
     ask = rng.choice(family.held if held and family.held else family.asks)
-    ask = ask if held else _dressed(rng, ask)
+    ask = ask if held else _dressed(rng, _wished(rng, family, ask))
     function = _function(rng, family, ask)
     others = _others(rng, held, family, function.name)
     functions = [function, *others]
@@ -878,6 +878,23 @@ def asked(rng: random.Random, held: bool, vary: Callable[[str], str]) -> Asked:
 
 _BEFORE = tuple("Hi! ,Hello: ,Now: ,Quick: ,One more: ,Would you help me? ,My next question: ,OK: ,So: ".split(","))
 _AFTER = tuple(" Thanks., Thank you!, Be quick., That is all., Do it now., That would help me.".split(","))
+
+
+_VERBS = frozenset(
+    """add book calculate convert create define email exchange find get give look make multiply play plan put remind
+    reserve roll say schedule search send set show start switch tell throw track translate turn write""".split()
+)
+_ASKING = (*_WISHES, "Please", "Please", "Can you", "Can you", "Could you", "Could you please", "I want you to")
+
+
+def _wished(rng: random.Random, family: Family, ask: str) -> str:
+    """Some of what is asked for with a verb, as a wish: "Play it" as "Can you play it?", but never as a phrase that is
+    held out."""
+    if rng.random() > 0.35 or ask.split(maxsplit=1)[0].lower() not in _VERBS:
+        return ask
+    wish = rng.choice(_ASKING)
+    wished = f"{wish} {ask[0].lower()}{ask[1:].rstrip('.')}{rng.choice('.?') if ask[-1] == '.' else ''}"
+    return ask if wished.lower().rstrip(".?") in {one.lower().rstrip(".?") for one in family.held} else wished
 
 
 def _dressed(rng: random.Random, ask: str) -> str:
