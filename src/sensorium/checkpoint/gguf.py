@@ -180,7 +180,7 @@ def _contents(files: tuple[GgufFile, ...], tower: GgufFile | None = None) -> dic
         templates = {
             name: one for name, one in templates.items() if all(row.template or row.medium in one for row in rows)
         }
-        if (spoken := template_with_media(Metadata(files), config["architectures"][0])) is not None:
+        if (spoken := template_with_media(Metadata(files), config)) is not None:
             templates.setdefault("default", spoken)
     texts = {name: json.dumps(value, indent=1) for name, value in jsons.items()}
     for name, template in templates.items():

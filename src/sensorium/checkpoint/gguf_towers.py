@@ -204,11 +204,11 @@ def rows_of(tower: Metadata) -> tuple[GgufTower, ...]:
     return tuple(rows)
 
 
-def template_with_media(text: Metadata, architecture: str) -> str | None:
-    """Of LLaVA-NeXT, how its text model was spoken to, where no template of the file knows images. None: as the family
-    is in any case."""
+def template_with_media(text: Metadata, config: Mapping[str, Any]) -> str | None:
+    """Of a LLaVA that cuts images into tiles (LLaVA-NeXT), how its text model was spoken to, where no template of the
+    file knows images. None: as the family is in any case."""
     tokens, own = text.all.get("tokenizer.ggml.tokens"), str(text.all.get("tokenizer.chat_template"))
-    if architecture != "LlavaNextForConditionalGeneration" or not isinstance(tokens, list) or "<|im_start|>" in tokens:
+    if "image_grid_pinpoints" not in config or not isinstance(tokens, list) or "<|im_start|>" in tokens:
         return None
     return chat_templates.MISTRAL_LLAVA if "[INST]" in own else chat_templates.VICUNA_LLAVA
 

@@ -215,8 +215,8 @@ async def test_workers_that_hang_while_they_start_are_not_waited_for(monkeypatch
     start = WorkerProcess.start
     started: list[Any] = []
 
-    def hang(*arguments: Any) -> WorkerProcess:
-        started.append(never_ready() if len(started) < hanging else start(*arguments))
+    def hang(*arguments: Any, **more: Any) -> WorkerProcess:
+        started.append(never_ready() if len(started) < hanging else start(*arguments, **more))
         return started[-1]
 
     monkeypatch.setattr(WorkerProcess, "start", hang)

@@ -122,7 +122,8 @@ def test_the_template_of_llava_next_is_its_text_models(tmp_path: Path, own: str,
     vocabulary = read_gguf(file)
     tokens = [one.replace("<|im_start|>", "<other>") for one in vocabulary.metadata["tokenizer.ggml.tokens"]]
     text = replace(vocabulary, metadata={"tokenizer.ggml.tokens": tokens, "tokenizer.chat_template": own})
-    template = template_with_media(Metadata((text,)), "LlavaNextForConditionalGeneration")
+    tiles = {"image_grid_pinpoints": [[336, 672]]}
+    template = template_with_media(Metadata((text,)), tiles)
     message = Message("user", (MediaPart("image"), TextPart("how?")))
     tokenizer = Tokenizer.from_folder(tmp_path / "hub")
 
@@ -130,7 +131,7 @@ def test_the_template_of_llava_next_is_its_text_models(tmp_path: Path, own: str,
         return "<image>"
 
     assert said in LocalTemplate(template or "", tokenizer, modalities=("image",), placeholder=shown).render([message])
-    assert template_with_media(Metadata((vocabulary,)), "LlavaNextForConditionalGeneration") is None
+    assert template_with_media(Metadata((vocabulary,)), tiles) is None
 
 
 def test_which_tower_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
