@@ -178,7 +178,7 @@ def _contents(files: tuple[GgufFile, ...], tower: GgufFile | None = None) -> dic
         jsons["preprocessor_config.json"] = {key: one for row in rows for key, one in row.preprocessor(whole).items()}
         tokenizer = with_token(tokenizer, missing_token(Metadata(files), projector_of(Metadata((tower,)))))
         templates = {
-            name: one for name, one in templates.items() if all(row.template or row.medium in one for row in rows)
+            name: one for name, one in templates.items() if all(row.template or row.modality in one for row in rows)
         }
         if (spoken := template_with_media(Metadata(files), config)) is not None:
             templates.setdefault("default", spoken)

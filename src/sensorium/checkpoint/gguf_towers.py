@@ -48,8 +48,8 @@ class GgufTower:
     permutes_heads: bool = False
     changes: Mapping[str, Change] = field(default_factory=dict)
     width: str = ""  # the tensor whose outputs are as wide as the text model; "": `projection_dim` says it
-    template: bool = True  # whether the file's chat template knows the medium, also where it does not name it
-    medium: str = "image"
+    template: bool = True  # whether the file's chat template knows the modality, also where it does not name it
+    modality: str = "image"
 
 
 _QWEN_BLOCKS = {
@@ -474,7 +474,7 @@ HEARING: Mapping[str, GgufTower] = {
             "mm.a.norm_mid": "multi_modal_projector.ln_mid",
         },
         hearing.nothing,
-        medium="audio",
+        modality="audio",
         width="mm.a.mlp.2.weight",
     ),
     "voxtral": GgufTower(
@@ -485,7 +485,7 @@ HEARING: Mapping[str, GgufTower] = {
         {**_WHISPER_OUTER, **_STACKED},
         hearing.nothing,
         template=False,
-        medium="audio",
+        modality="audio",
     ),
     "qwen2a": GgufTower(
         {"qwen2": ("Qwen2AudioForConditionalGeneration", "qwen2")},
@@ -495,7 +495,7 @@ HEARING: Mapping[str, GgufTower] = {
         {**_WHISPER_OUTER, "mm.a.fc": "multi_modal_projector.linear"},
         hearing.nothing,
         template=False,
-        medium="audio",
+        modality="audio",
     ),
     "qwen2.5o": GgufTower(
         {"qwen2vl": ("Qwen2_5OmniThinkerForConditionalGeneration", "qwen2_5_omni_text")},
@@ -504,7 +504,7 @@ HEARING: Mapping[str, GgufTower] = {
         _WHISPER_BLOCKS,
         {**_WHISPER_OUTER, **_OMNI_HEARING, "mm.a.fc": "audio_tower.proj"},
         hearing.nothing,
-        medium="audio",
+        modality="audio",
         ignored=("a.position_embd",),
     ),
     "qwen3a": GgufTower(
@@ -523,7 +523,7 @@ HEARING: Mapping[str, GgufTower] = {
         },
         hearing.nothing,
         template=False,
-        medium="audio",
+        modality="audio",
         ignored=("a.position_embd",),
     ),
     "gemma4a": GgufTower(
@@ -539,7 +539,7 @@ HEARING: Mapping[str, GgufTower] = {
             "mm.a.input_projection": "embed_audio.embedding_projection",
         },
         hearing.nothing,
-        medium="audio",
+        modality="audio",
         changes={"per_dim_scale": "softplus", "depthwise_conv1d.weight": "column"},
     ),
 }
