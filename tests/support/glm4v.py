@@ -63,7 +63,11 @@ def _make(
         text_config=_shape(ids, {**shape, "pad_token_id": ids["<|endoftext|>"], **options.pop("text", {})}),
         vision_config={
             **{"hidden_size": 32, "depth": 2, "num_heads": 2, "image_size": 42, "patch_size": 7},
-            **{"out_hidden_size": 32, "intermediate_size": 40},
+            **{
+                "out_hidden_size": 32,
+                "intermediate_size": 40,
+                "attention_bias": model is not Glm4vForConditionalGeneration,
+            },
         },
         **{f"{kind}_token_id": ids[f"<|{kind}|>"] for kind in ("image", "video")},
         **{f"{kind}_start_token_id": ids[f"<|begin_of_{kind}|>"] for kind in ("image", "video")},

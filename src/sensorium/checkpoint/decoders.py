@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -45,7 +46,8 @@ class DecoderDefaults:
     reads_mlp_bias: bool = False  # the same of `mlp_bias`
     is_tied_outside: bool = False  # only the outer config says whether the head is tied: text_config's default is true
     sliding_window: int | None = None
-    window_is_optional: bool = False  # only with `use_sliding_window`, from layer `max_window_layers` on
+    window_is_optional: bool = False  # only with `use_sliding_window`, in the layers that `has_window` says
+    has_window: Callable[[int, int], bool] = operator.ge  # of a layer's index and `max_window_layers`
     max_window_layers: int = 28
     mrope_section: tuple[int, ...] = ()  # frequencies per axis (time, height, width)
     preset: Mapping[str, Any] = field(default_factory=dict)  # other keys' values where the config does not say
@@ -117,6 +119,7 @@ _QWEN3_MOE = replace(
     num_layers=24,
     num_kv_heads=4,
     head_dim=None,
+    has_window=lambda _, __: True,
     routing=RoutingDefaults(128, 8, 768),
 )
 _QWEN2_MOE = replace(
@@ -126,6 +129,7 @@ _QWEN2_MOE = replace(
     num_layers=24,
     num_heads=16,
     num_kv_heads=16,
+    has_window=lambda index, end: index % 2 == 0 and index < end,
     routing=RoutingDefaults(60, 4, 1408, shared_size=5632),
 )
 _MIXTRAL = replace(

@@ -402,7 +402,7 @@ def _windowed_layers(text: dict[str, Any], decoder: DecoderDefaults, num_layers:
             for index in range(num_layers)
         ]
     first = int(number(text, "max_window_layers", decoder.max_window_layers))
-    return [index >= first for index in range(num_layers)]
+    return [decoder.has_window(index, first) for index in range(num_layers)]
 
 
 def _shaped(

@@ -93,8 +93,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("gemma", {}),
     "qwen3": ("qwen3", {}),
     "qwen3-tied": ("qwen3", {"tie_word_embeddings": True, "attention_bias": True, "seed": 2}),
-    "qwen3-moe": ("qwen3_moe", {}),
-    "qwen2-moe": ("qwen2_moe", {"qkv_bias": False, "decoder_sparse_step": 2}),
+    "qwen3-moe": ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 6}),  # in every layer
+    "qwen2-moe": (
+        "qwen2_moe",
+        {
+            **{"qkv_bias": False, "decoder_sparse_step": 2, "num_hidden_layers": 4},
+            **{"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},  # in the first alone
+        },
+    ),
     "ministral3": ("ministral3", {}),
     "mixtral": ("mixtral", {"sliding_window": 7}),
     "gpt-oss": ("gpt_oss", {"seed": 3}),  # no two experts so near that rounding to bfloat16 chooses

@@ -69,7 +69,8 @@ class QwenVitConfig:
     full_attention_layers: tuple[int, ...] = ()  # those that no window cuts
     table_rows: int = 0  # of a table of learned positions, which is square; 0: there is none
     tapped_layers: tuple[int, ...] = ()  # whose outputs are merged for the decoder too, by mergers in this order
-    bias: bool = True  # of the layers' products
+    qkv_bias: bool = True
+    bias: bool = True  # of the layers' other products
     eps: float = EPS
     qk_norm: bool = False  # of every head
 
@@ -123,7 +124,8 @@ class QwenVitConfig:
             intermediate_size=inner if is_ocr else out,
             hidden_act=given.of("hidden_act", "silu"),
             table_rows=0 if is_ocr else (square(vision, "image_size", 336) // shape["patch_size"]) ** 2,
-            bias=given.of("attention_bias", is_ocr),
+            qkv_bias=given.of("attention_bias", is_ocr),
+            bias=is_ocr and given.of("attention_bias", True),
             eps=given.of("rms_norm_eps", 1e-5),
             qk_norm=is_ocr,
         )
@@ -165,7 +167,7 @@ class VisionAttention(nn.Module):
         size, num_heads = config.embed_dim, config.num_heads
         self.num_heads = num_heads
         self.head_dim = size // num_heads
-        self.qkv = QKVLinear(size, num_heads, num_heads, self.head_dim, bias=config.bias)
+        self.qkv = QKVLinear(size, num_heads, num_heads, self.head_dim, bias=config.qkv_bias)
         self.proj = Linear(size, size, bias=config.bias)
         self.q_norm = RMSNorm(self.head_dim, config.eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.eps) if config.qk_norm else None
