@@ -207,7 +207,7 @@ class DebertaV2Model(BiasedEncoder):
             if self.relative.is_normed:
                 self.relative_norm = LayerNorm(self.config.hidden_size, self.config.layer_norm_eps)
         else:
-            self.ignored = (*self.ignored, "encoder.LayerNorm.")
+            self.ignored = (*self.ignored, "relative_norm.")
 
     def _read(self, config: dict[str, Any], encoder: EncoderDefaults) -> EncoderConfig:
         shape = EncoderConfig.of({"layer_norm_eps": 1e-7, **config}, encoder)

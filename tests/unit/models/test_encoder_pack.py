@@ -118,7 +118,7 @@ CLASSIFIERS: dict[str, Callable[[int], Any]] = {
     "nomic": lambda n: NomicBertForSequenceClassification(NomicBertConfig(**SHAPE, num_labels=n)),
     "deberta": lambda n: DebertaV2ForSequenceClassification(DebertaV2Config(**DEBERTA, num_labels=n)),
     "deberta, tanh": lambda n: DebertaV2ForSequenceClassification(
-        DebertaV2Config(**DEBERTA, num_labels=n, pooler_hidden_act="tanh")
+        DebertaV2Config(**{**DEBERTA, "relative_attention": False}, num_labels=n, pooler_hidden_act="tanh")
     ),
     "jina": lambda n: JinaEmbeddingsV3ForSequenceClassification(JinaEmbeddingsV3Config(**SHAPE, num_labels=n)),
     "gte": lambda n: GteForSequenceClassification(GteConfig(**SHAPE, num_labels=n)),
