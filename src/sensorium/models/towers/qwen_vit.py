@@ -69,8 +69,8 @@ class QwenVitConfig:
     full_attention_layers: tuple[int, ...] = ()  # those that no window cuts
     table_rows: int = 0  # of a table of learned positions, which is square; 0: there is none
     tapped_layers: tuple[int, ...] = ()  # whose outputs are merged for the decoder too, by mergers in this order
-    qkv_bias: bool = True
-    bias: bool = True  # of the layers' other products
+    bias: bool = True  # of the layers' products
+    qkv_bias: bool = False  # of queries, keys and values in any case
     eps: float = EPS
     qk_norm: bool = False  # of every head
 
@@ -167,7 +167,7 @@ class VisionAttention(nn.Module):
         size, num_heads = config.embed_dim, config.num_heads
         self.num_heads = num_heads
         self.head_dim = size // num_heads
-        self.qkv = QKVLinear(size, num_heads, num_heads, self.head_dim, bias=config.qkv_bias)
+        self.qkv = QKVLinear(size, num_heads, num_heads, self.head_dim, bias=config.bias or config.qkv_bias)
         self.proj = Linear(size, size, bias=config.bias)
         self.q_norm = RMSNorm(self.head_dim, config.eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.eps) if config.qk_norm else None
