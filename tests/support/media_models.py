@@ -42,7 +42,8 @@ class Served:
         for item in items:
             marks.append(self.processor.placeholder(item.kind, seen.count(item.kind)))
             seen.append(item.kind)
-        return self.processor.build(text.format(" and ".join(marks)), [self.processor.process(item) for item in items])
+        processor = self.processor.with_overrides(self.processor.implied(seen))
+        return processor.build(text.format(" and ".join(marks)), [processor.process(item) for item in items])
 
     def run(self, prompt: Prompt) -> Running:
         """The prompt's embeddings with the media's rows in their places, as the engine does it."""

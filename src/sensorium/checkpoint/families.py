@@ -396,7 +396,7 @@ FAMILIES: Mapping[str, Family] = {
             **{"vision_feature_layer": -1, "vision_feature_select_strategy": "full", "image_token_index": 151646},
             "image_grid_pinpoints": [[384 * lines, 384 * columns] for lines in range(1, 7) for columns in range(1, 7)],
         },
-        lacks="one square for each of several images (all are cut into tiles); OneVision-1.5",
+        lacks="OneVision-1.5",
     ),
     "Mistral3ForConditionalGeneration": _MISTRAL3,
     "PixtralForConditionalGeneration": replace(

@@ -118,6 +118,10 @@ class LlavaNext(Llava):
 class LlavaOnevision(LlavaNext):
     modalities = frozenset({"image", "video"})
 
+    def _pack(self, tiles: Tensor, layout: list[int]) -> Tensor:
+        """An image that is not cut ends with one such row."""
+        return torch.cat([tiles[0], self.image_newline[None]]) if len(tiles) == 1 else super()._pack(tiles, layout)
+
     def encoding(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> Steps[list[Tensor]]:
         """Of a video `pixels` [frames, 3, side, side]: a frame's rows become a quarter of them."""
         if kind != "video":

@@ -102,6 +102,10 @@ class Processor:
             raise RequestError(f"mm_processor_kwargs: {error}.", param=f"mm_processor_kwargs.{error.name}") from None
         return copied
 
+    def implied(self, kinds: Sequence[Modality]) -> dict[str, Any]:
+        """Settings that follow from all the media of a prompt, where nobody gives them."""
+        return {}
+
     def placeholder(self, kind: Modality, index: int) -> str:
         """The placeholder of the index-th (0-based, per kind) media item in a prompt, for string-only templates."""
         raise UnsupportedModalityError(kind, param=None)

@@ -53,6 +53,11 @@ class Normalization:
         values += self.shift
 
 
+def mean_color(preprocessor: Mapping[str, Any], mean: Sequence[float] = CLIP_MEAN) -> list[int]:
+    """The file's `image_mean`, of bytes."""
+    return [int(255 * one) for one in _channels(preprocessor, "image_mean", mean)]
+
+
 def switch(preprocessor: Mapping[str, Any], name: str, default: bool = True) -> bool:
     """A `do_…` field; absent and null mean the default."""
     value = preprocessor.get(name)

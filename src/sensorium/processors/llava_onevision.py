@@ -1,9 +1,10 @@
-"""LLaVA-OneVision: LLaVA-NeXT's tiles, made fewer rows where there are many, and videos: a square for each frame."""
+"""LLaVA-OneVision: LLaVA-NeXT's tiles, made fewer rows where there are many; a square for each of several images, and
+for each frame of a video."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -14,19 +15,21 @@ from sensorium.checkpoint.configs import Checkpoint
 from sensorium.checkpoint.values import unsupported
 from sensorium.media.sampling import VideoSampling
 from sensorium.processors import image
-from sensorium.processors.base import Setting, integer, number
+from sensorium.processors.base import Setting, boolean, integer, number
 from sensorium.processors.llava_next import LlavaNextProcessor, Tiling
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.types import MediaFeatures, MediaItem, Modality
 
 NUM_FRAMES = 32  # of the models' evaluation; their files name none
 PREFIX = "anyres_max_"
+SQUARE = Tiling(0, 0, 0, 1, 0, 0)  # the whole image alone, and the row that ends a line
 
 
 class LlavaOnevisionProcessor(LlavaNextProcessor):
     modalities: frozenset[Modality] = frozenset({"image", "video"})
     settings: ClassVar[Mapping[str, Setting]] = {
         **LlavaNextProcessor.settings,
+        "tiles": boolean,
         "num_frames": integer(1, 512),
         "fps": number(0.01, 1000),
     }
@@ -53,6 +56,10 @@ class LlavaOnevisionProcessor(LlavaNextProcessor):
             placement="floors",
         )
 
+    def implied(self, kinds: Sequence[Modality]) -> dict[str, Any]:
+        """Of several images none is cut into tiles."""
+        return {"tiles": False} if kinds.count("image") > 1 and "tiles" not in self.overrides else {}
+
     def video_sampling(self) -> VideoSampling:
         return self._sampling
 
@@ -73,11 +80,25 @@ class LlavaOnevisionProcessor(LlavaNextProcessor):
 
     def _tiling(self, height: int, width: int, param: str = "") -> Tiling:
         """With fewer rows where the grid has more than so many times those of a square."""
+        if not self.overrides.get("tiles", True):
+            return SQUARE
         tiling = super()._tiling(height, width, param)
         shrink = math.sqrt(tiling.lines * tiling.columns / (self._most * self.geometry.side**2))
         if shrink <= 1.1:
             return tiling
         return replace(tiling, kept_lines=int(tiling.lines // shrink), kept_columns=int(tiling.columns // shrink))
+
+    def _tiles(self, pixels: image.Pixels, tiling: Tiling) -> NDArray[np.float32]:
+        """What is not cut is made a square by borders of the mean colour."""
+        if tiling is not SQUARE:
+            return super()._tiles(pixels, tiling)
+        height, width = pixels.shape[:2]
+        longest, side = max(height, width), self.geometry.image_size
+        canvas = np.empty((longest, longest, 3), np.uint8)
+        canvas[:] = image.mean_color(self.checkpoint.preprocessor)
+        top, left = (longest - height) // 2, (longest - width) // 2
+        canvas[top : top + height, left : left + width] = pixels
+        return image.planes(image.resize(canvas, side, side, self._resample), self._normalization)[None]
 
     def process(self, item: MediaItem) -> MediaFeatures:
         if item.kind != "video":

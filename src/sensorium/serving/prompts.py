@@ -105,9 +105,8 @@ class PromptBuilder:
         Without `add_special_tokens` there is only what the checkpoint's processor adds: a multimodal model's BOS.
         """
         self._check_parts(messages, media, is_cut=truncation is not None)
-        processor = self._processor_for(mm_processor_kwargs or {})
+        settings = self._settings(media, mm_processor_kwargs or {}, tenant, salt)
         template, text, text_s = await self._rendered(messages, tenant=tenant, **options)
-        settings = MediaSettings(processor, mm_processor_kwargs or {}, tenant, salt)
         features: list[MediaFeatures] = []
         timings: list[MediaTiming] = []
         if media or truncation is None:
@@ -118,7 +117,7 @@ class PromptBuilder:
         add = self._adds_special_tokens(text, add_special_tokens)
         prompt = await self._threads.run(
             not options.get("tools") and _is_small(messages) and len(media) <= 4,
-            lambda: self._build(processor, text, features, add),
+            lambda: self._build(settings.processor, text, features, add),
             tenant,
             characters=len(text),
         )
@@ -159,16 +158,15 @@ class PromptBuilder:
         """Tokens of the prompt that `prepare_chat` would make, whether or not they fit. Media are measured, not
         decoded."""
         self._media.check(messages, media, self.processor.modalities)
-        processor = self._processor_for(mm_processor_kwargs or {})
+        settings = self._settings(media, mm_processor_kwargs or {}, tenant, salt)
         _, text, _ = await self._rendered(messages, tenant=tenant, **options)
-        settings = MediaSettings(processor, mm_processor_kwargs or {}, tenant, salt)
         with self._media.holding() as held:
             media_tokens = sum(item.num_tokens for item in await self._media.fetch(media, settings, held))
         adds = self._adds_special_tokens(text, add_special_tokens)
 
         def counted() -> int:
             special = self.tokenizer.encode("", add_special_tokens=True) if adds else []
-            return self._count(text, processor) + len(special)
+            return self._count(text, settings.processor) + len(special)
 
         return media_tokens + await self._threads.run(len(text) <= SHORT_TEXT, counted, tenant)
 
@@ -250,7 +248,7 @@ class PromptBuilder:
     ) -> Prepared:
         """A text with the model's own placeholders of `media`, in order, as a prompt, whether or not it fits."""
         self._media.check_counts(media, self.processor.modalities)
-        features, timings = await self._processed(media, text, MediaSettings(self.processor, {}, tenant, salt))
+        features, timings = await self._processed(media, text, self._settings(media, {}, tenant, salt))
         adds = self._adds_special_tokens(text, True)
         begin = time.perf_counter()
         prompt = await self._threads.run(
@@ -384,10 +382,14 @@ class PromptBuilder:
             return False
         return wanted or bool(self.processor.modalities)
 
-    def _processor_for(self, settings: Mapping[str, Any]) -> Processor:
-        if settings and not self._server.allow_request_mm_kwargs:
+    def _settings(
+        self, media: Sequence[MediaSource], given: Mapping[str, Any], tenant: bytes, salt: bytes
+    ) -> MediaSettings:
+        """Of media that stand in one prompt; `given` is the request's `mm_processor_kwargs`."""
+        if given and not self._server.allow_request_mm_kwargs:
             raise NotAllowedError("mm_processor_kwargs", "--allow-request-mm-kwargs")
-        return self.processor.with_overrides(dict(settings)) if settings else self.processor
+        overrides = {**self.processor.implied([source.kind for source in media]), **given}
+        return MediaSettings(self.processor.with_overrides(overrides), overrides, tenant, salt)
 
     async def _processed(
         self, media: Sequence[MediaSource], text: str, settings: MediaSettings

@@ -127,7 +127,9 @@ def oracle_inputs(family: str, here: Served, items: Sequence[MediaItem], token_i
         "pixtral": PixtralImageProcessorPil,
         "internvl": partial(GotOcr2ImageProcessorPil, crop_to_patches=True, max_patches=4),
     }
-    data = [item.data for item in items]
+    data: Any = [item.data for item in items]
+    if family == "llava_onevision":  # of one conversation
+        data = [data]
     ids = torch.from_numpy(token_ids).long()[None]
     if family == "lfm2_vl":
         made = padded_inputs([here.processor.process(item) for item in items])

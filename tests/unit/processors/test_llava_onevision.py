@@ -61,6 +61,23 @@ def test_pixels_equal_transformers(height: int, width: int) -> None:
     np.testing.assert_allclose(pixels_of(made), theirs["pixel_values"][0], atol=1e-5)
 
 
+def test_several_images_are_squares() -> None:
+    items = [noise(60, 33), noise(10, 90), noise(28, 28)]
+    theirs = LlavaOnevisionImageProcessorPil(**FILE)(
+        [[item.data for item in items]], return_tensors="np", input_data_format="channels_last"
+    )
+    alone = onevision(28, FILE)
+    together = alone.with_overrides(alone.implied(["image", "video", "image", "image"]))
+    for item, pixels in zip(items, theirs["pixel_values"], strict=True):
+        made = together.process(item)
+        np.testing.assert_allclose(pixels_of(made), pixels, atol=1e-5)
+        assert made.num_rows == together.num_tokens("image", *item.data.shape[:2]) == 9 + 1
+        assert made.key != alone.process(item).key
+    assert alone.implied(["image", "video"]) == {}
+    assert alone.with_overrides({"tiles": True}).implied(["image", "image"]) == {}
+    assert onevision().with_overrides({"tiles": False}).num_tokens("image", 480, 640) == 730
+
+
 def test_videos() -> None:
     processor = onevision()
     media = [processor.process(noise(24, 32, frames=8)), processor.process(noise(16, 16))]
