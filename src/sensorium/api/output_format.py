@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from sensorium.api.generated import Asker
 from sensorium.api.protocol.chat import ChatRequest
 from sensorium.api.protocol.content import Conversation
 from sensorium.api.protocol.tools import ToolFields
-from sensorium.errors import UnsupportedFieldError
-from sensorium.prompt.formats.base import OutputFormat, Scanner, ToolChoice
+from sensorium.errors import RateLimitError, RequestError, UnsupportedFieldError
+from sensorium.prompt.formats.base import OutputFormat, Scanner, Tool, ToolChoice
+from sensorium.prompt.formats.grammar import arguments_grammar, is_strict, object_of, strict_refused, with_schema
+from sensorium.prompt.formats.lark import ANY_OBJECT
 from sensorium.prompt.formats.stream import FirstCall
 from sensorium.prompt.forms import Form
-from sensorium.prompt.grammars import either
+from sensorium.prompt.grammars import GrammarPool, either
 from sensorium.serving.generation import GenerationRequest
 from sensorium.serving.model import ServedModel
 from sensorium.types import Grammar, SamplingParams
@@ -80,15 +82,49 @@ async def _call_grammar(
         return None
     if request.form() is not None and choice.mode == "auto":
         choice = replace(choice, mode="required")
-    source = found.tool_grammar(
-        tools,
-        choice,
-        parallel=request.parallel_tool_calls is not False,
-        thinking=found.thinking(tail),
-        budget=request.thinking_token_budget,
-        held=model.checkpoint.generation.get("strict_tools") is True,
-    )
-    return await model.grammars.held(None if source is None else Form("lark", source, "tools"), tenant)
+
+    async def held_to(tools: Sequence[Tool]) -> Grammar | None:
+        source = found.tool_grammar(
+            tools,
+            choice,
+            parallel=request.parallel_tool_calls is not False,
+            thinking=found.thinking(tail),
+            budget=request.thinking_token_budget,
+            held=model.checkpoint.generation.get("strict_tools") is True,
+        )
+        return await model.grammars.held(None if source is None else Form("lark", source, "tools"), tenant)
+
+    try:
+        return await held_to(tools)
+    except RateLimitError:
+        raise
+    except RequestError:
+        pass  # some tool's schema does not compile, or all together are too much
+    checked = [await _checked_tool(model.grammars, tool, tenant) for tool in tools]
+    try:
+        return await held_to(checked)
+    except RateLimitError:
+        raise
+    except RequestError:
+        return await held_to([tool if is_strict(tool) else with_schema(tool, ANY_OBJECT) for tool in checked])
+
+
+async def _checked_tool(grammars: GrammarPool, tool: Tool, tenant: bytes) -> Tool:
+    """The tool with parameters that compile. Where they do not, the arguments may be any object, or the tool is strict
+    and this is a RequestError that names it."""
+    refused = ""
+    for loose in (False, True):
+        schema = object_of(tool, loose=loose)
+        try:
+            await grammars.held(Form("lark", arguments_grammar(schema), "parameters"), tenant)
+            return with_schema(tool, schema)
+        except RateLimitError:
+            raise
+        except RequestError as error:
+            refused = error.message
+    if is_strict(tool):
+        raise strict_refused(tool, refused)
+    return with_schema(tool, ANY_OBJECT)
 
 
 def _whole(

@@ -26,6 +26,10 @@ LIMITS = LLParserLimits(
     verbose_errors=False,
 )
 """Below the engine's, which has the same work to do with more tokens."""
+INTERSECTIONS = "intersection stack level exceeded"
+"""What the compiler says of schemas that hold at once and of which two refer to themselves."""
+COMPILING = "failed to compile JSON schema: "
+"""Stands, behind a place in the whole grammar, before what it says of a schema in it."""
 MAX_REASON_CHARS = 200
 NUM_BYTES = 256
 
@@ -49,8 +53,18 @@ class FormRefused(Exception):
 
 def checked(form: Form, names: Names) -> tuple[str, str]:
     """(kind, source) of a `types.Grammar` that compiles and lets something begin. FormRefused if there is none."""
+    kind, source, error = _compiled(form, names)
+    if INTERSECTIONS in error:
+        kind, source, error = _compiled(form, names, loose=True)
+    if error:
+        raise FormRefused("", _reason(form.kind, error))
+    return kind, source
+
+
+def _compiled(form: Form, names: Names, *, loose: bool = False) -> tuple[str, str, str]:
+    """(kind, source, what the compiler says against it)"""
     try:
-        kind, source = _made(form)
+        kind, source = _made(form, loose=loose)
     except SchemaRefused as error:
         raise FormRefused(error.path, error.reason) from None
     except RecursionError:
@@ -60,14 +74,12 @@ def checked(form: Form, names: Names) -> tuple[str, str]:
     if not matcher.is_error():
         matcher.compute_bitmask()
         matcher.compute_ff_tokens()
-    if matcher.is_error():
-        raise FormRefused("", _reason(form.kind, matcher.get_error()))
-    return kind, source
+    return kind, source, matcher.get_error() if matcher.is_error() else ""
 
 
-def _made(form: Form) -> tuple[str, str]:
+def _made(form: Form, *, loose: bool) -> tuple[str, str]:
     if form.kind == "json":
-        schema = ready(_parsed(form.source), closed=form.closed)
+        schema = ready(_parsed(form.source), closed=form.closed, loose=loose)
         return "json", json.dumps({**schema, "x-guidance": _layout(form.whitespace)})
     if form.kind == "regex":
         return "lark", f"start: /{regex_to_lark(_plain_digits(_unanchored(form.source)), 'd')}/"
@@ -150,7 +162,9 @@ def _reason(kind: str, error: str) -> str:
         return "names a token that the vocabulary does not have"
     if "NoExtension" in error or "Unsatisfiable" in error or "unsatisfiable" in error:
         return "cannot be fulfilled: no answer fits it"
-    if any(word in error for word in ("too big", "too large", "fuel", "too many", "too complex", "max is")):
+    if any(
+        word in error for word in ("too big", "too large", "fuel", "too many", "too complex", "max is", INTERSECTIONS)
+    ):
         return "is too complex"
     if "look-ahead" in error:
         return "must not look ahead or behind (`(?=`, `(?!`, `(?<=`, `(?<!`)"
@@ -166,5 +180,5 @@ def _reason(kind: str, error: str) -> str:
 
 
 def _cut(text: str) -> str:
-    line = next(iter(text.strip().splitlines()), "").partition("; following")[0]
+    line = next(iter(text.strip().splitlines()), "").partition("; following")[0].rpartition(COMPILING)[2]
     return "".join(c for c in line if c.isprintable())[:MAX_REASON_CHARS]

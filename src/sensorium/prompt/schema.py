@@ -41,8 +41,10 @@ class SchemaRefused(Exception):
         self.reason = reason
 
 
-def ready(schema: Any, *, closed: bool = False) -> dict[str, Any]:
-    """The schema as it is to be compiled. `closed`: no object has other properties than those named.
+def ready(schema: Any, *, closed: bool = False, loose: bool = False) -> dict[str, Any]:
+    """The schema as it is to be compiled. `closed`: no object has other properties than those named. `loose`: what may
+    be anything stays as it is, for schemas that the typed alternatives cannot be intersected with: they refer to
+    themselves.
 
     SchemaRefused if it is no schema, or one that cannot be held to. It must be plain JSON.
     """
@@ -50,9 +52,10 @@ def ready(schema: Any, *, closed: bool = False) -> dict[str, Any]:
         schema = {}
     if not isinstance(schema, Mapping):
         raise SchemaRefused("", "must be a JSON schema, an object")
-    made = _Ready(closed, narrows=not _composes(schema)).object(schema, "", 0)
-    definitions = made.get("$defs")
-    made["$defs"] = {**(definitions if isinstance(definitions, dict) else {}), ANY: _anything()}
+    made = _Ready(closed, narrows=not _composes(schema), loose=loose).object(schema, "", 0)
+    if not loose:
+        definitions = made.get("$defs")
+        made["$defs"] = {**(definitions if isinstance(definitions, dict) else {}), ANY: _anything()}
     return made
 
 
@@ -71,10 +74,11 @@ def _anything() -> dict[str, Any]:
 
 
 class _Ready:
-    def __init__(self, closed: bool, *, narrows: bool) -> None:
+    def __init__(self, closed: bool, *, narrows: bool, loose: bool) -> None:
         """`narrows`: every object is described in one place, and can be closed where that is."""
         self._closed = closed
         self._narrows = narrows
+        self._loose = loose
 
     def schema(self, schema: Any, path: str, depth: int) -> dict[str, Any] | bool:
         """One schema and all inside it."""
@@ -83,7 +87,7 @@ class _Ready:
         if schema is False:
             return False
         if schema is True:
-            return {"$ref": f"#/$defs/{ANY}"}
+            return True if self._loose else {"$ref": f"#/$defs/{ANY}"}
         if not isinstance(schema, Mapping):
             raise SchemaRefused(path, "must be a JSON schema, an object")
         return self.object(schema, path, depth)
@@ -124,17 +128,18 @@ class _Ready:
     def _finished(self, made: dict[str, Any], path: str, depth: int) -> dict[str, Any]:
         if made.get("format") not in FORMATS:
             made.pop("format", None)
-        if depth and not made:
-            return {"$ref": f"#/$defs/{ANY}"}
-        if not depth and not made.keys() - {"$defs", "definitions", "$schema"}:
-            made["$ref"] = f"#/$defs/{ANY}"
+        if not self._loose:
+            if depth and not made:
+                return {"$ref": f"#/$defs/{ANY}"}
+            if not depth and not made.keys() - {"$defs", "definitions", "$schema"}:
+                made["$ref"] = f"#/$defs/{ANY}"
         types = made.get("type")
         if types == "object" or (isinstance(types, list) and "object" in types) or "properties" in made:
             if self._is_closed(made):
                 made["additionalProperties"] = False
-            elif types == "object" and made.keys() == {"type"}:
+            elif types == "object" and made.keys() == {"type"} and not self._loose:
                 made["additionalProperties"] = {"$ref": f"#/$defs/{ANY}"}
-        if types == "array" and made.keys() == {"type"}:
+        if types == "array" and made.keys() == {"type"} and not self._loose:
             made["items"] = {"$ref": f"#/$defs/{ANY}"}
         if "oneOf" in made and "anyOf" not in made and _are_exclusive(made["oneOf"]):
             made["anyOf"] = made.pop("oneOf")

@@ -16,6 +16,7 @@ from support.api_support import READY, TOKENIZER, FakeEngine, Served, chat, even
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as RawTokenizer
 
+from sensorium.prompt.forms import MAX_CHARS
 from sensorium.prompt.tokenizer import Tokenizer
 
 WEATHER = {
@@ -242,3 +243,56 @@ async def test_a_budget_of_thoughts_becomes_a_grammar(tmp_path: Path) -> None:
         assert (reply.status, reply.error["param"]) == (400, "thinking_token_budget")
     async with saying("B.", tool_templates.NO_TOOLS) as served:
         assert (await chat(served.port, messages=ASK, thinking_token_budget=7)).status == 200
+
+
+NO_GRAMMAR: dict[str, Any] = {
+    "looking ahead": {"type": "string", "pattern": "^(?!x).*$"},
+    "a count beside names that may be left out": {"type": "object", "properties": {"x": {}}, "maxProperties": 1},
+    "patterns that overlap": {"type": "object", "patternProperties": {"a*": {}, "aaa*": {}}},
+    "a reference to nothing": {"$ref": "#/$defs/nothing"},
+    "a keyword": {"not": {}},
+}
+
+
+def with_parameter(schema: Any, *, strict: bool) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": {"a": schema}, "required": ["a"]}
+    return {"type": "function", "function": {"name": "odd", "parameters": parameters, "strict": strict}}
+
+
+@pytest.mark.parametrize("schema", NO_GRAMMAR.values(), ids=NO_GRAMMAR)
+async def test_a_tool_that_no_grammar_holds_stops_no_call_unless_it_is_strict(schema: Any, tmp_path: Path) -> None:
+    async with saying("x", tool_templates.HERMES, with_file(tmp_path)) as served:
+        lax, strict = [
+            await chat(
+                served.port, messages=ASK, tools=[WEATHER, with_parameter(schema, strict=one)], tool_choice="required"
+            )
+            for one in (False, True)
+        ]
+        (asked,) = served.engine.requests
+    assert lax.status == 200, lax.json
+    assert asked.sampling is not None
+    assert asked.sampling.grammar is not None
+    assert '"city"' in asked.sampling.grammar.source  # the other tool is held as ever
+    assert (strict.status, strict.error["param"], strict.error["code"]) == (400, "tools", "invalid_json_schema")
+    assert "'odd'" in strict.error["message"]
+    assert "at 2(" not in strict.error["message"]
+
+
+async def test_parameters_that_hold_at_once_are_held(tmp_path: Path) -> None:
+    tool = with_parameter({"allOf": [{"properties": {"b": {}}}, {"properties": {"b": {}}}]}, strict=True)
+    async with saying("x", tool_templates.HERMES, with_file(tmp_path)) as served:
+        reply = await chat(served.port, messages=ASK, tools=[tool], tool_choice="required")
+    assert reply.status == 200, reply.json
+
+
+async def test_tools_too_large_for_one_grammar_are_called_with_any_object(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MAX_CHARS, "lark", 600)
+    async with saying("x", tool_templates.HERMES, with_file(tmp_path)) as served:
+        reply = await chat(served.port, messages=ASK, tools=[WEATHER], tool_choice="required")
+        (asked,) = served.engine.requests
+    assert reply.status == 200, reply.json
+    assert asked.sampling is not None
+    assert asked.sampling.grammar is not None
+    assert '"city"' not in asked.sampling.grammar.source

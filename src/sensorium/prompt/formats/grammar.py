@@ -65,20 +65,41 @@ def one_of(syntax: Syntax, tools: Sequence[Tool], rules: Rules, *, lax: bool) ->
     return rules.add("one", " | ".join(calls))
 
 
-def object_of(tool: Tool) -> Mapping[str, Any]:
+class CheckedSchema(dict[str, Any]):
+    """A tool's parameters as they compile: not made ready again."""
+
+
+def object_of(tool: Tool, *, loose: bool = False) -> Mapping[str, Any]:
     """The parameters' schema, as it is compiled: arguments are an object, whether it says so or not. What a schema asks
     that no grammar can hold is a RequestError for a strict tool; another's arguments may then be any object."""
+    parameters = parameters_of(tool)
+    if isinstance(parameters, CheckedSchema):
+        return parameters
     try:
-        return ready({"type": "object", **parameters_of(tool)})
+        return ready({"type": "object", **parameters}, loose=loose)
     except SchemaRefused as error:
         if not is_strict(tool):
             return ANY_OBJECT
-        name = tool["function"]["name"]
-        raise RequestError(
-            f"The parameters of the strict tool {name!r} cannot be held to: `parameters{error.path}` {error.reason}.",
-            param="tools",
-            code="invalid_json_schema",
-        ) from None
+        raise strict_refused(tool, f"`parameters{error.path}` {error.reason}.") from None
+
+
+def strict_refused(tool: Tool, reason: str) -> RequestError:
+    return RequestError(
+        f"The parameters of the strict tool {tool['function']['name']!r} cannot be held to: {reason}",
+        param="tools",
+        code="invalid_json_schema",
+    )
+
+
+def arguments_grammar(schema: Mapping[str, Any]) -> str:
+    """A tool's arguments alone, as they stand in the grammar of a call."""
+    rules = Rules({})
+    return rules.written(rules.json(schema))
+
+
+def with_schema(tool: Tool, schema: Mapping[str, Any]) -> Tool:
+    """The tool with parameters that are compiled as they are."""
+    return {**tool, "function": {**tool["function"], "parameters": CheckedSchema(schema)}}
 
 
 def _calls(
