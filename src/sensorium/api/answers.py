@@ -379,7 +379,21 @@ class ModelMemory(Answer):
     resident: int
 
 
+class ModelCapabilities(Answer):
+    """As Mistral's clients read them."""
+
+    completion_chat: bool
+    function_calling: bool
+    reasoning: bool
+    vision: bool
+    audio: bool
+    classification: bool
+
+
 class ModelRow(Answer):
+    """Anthropic's clients, which send `anthropic-version`, get another `type`, and neither `capabilities` nor
+    `max_context_length`."""
+
     id: str
     object: Literal["model"]
     created: int
@@ -394,7 +408,9 @@ class ModelRow(Answer):
     loading: ModelLoading | None
     memory: ModelMemory | None
     adapters: list[str]
-    type: Literal["model"]
+    type: Literal["base", "model"]
+    capabilities: ModelCapabilities | None = None
+    max_context_length: int | None = None
     display_name: str
     created_at: str
     lifecycle: str

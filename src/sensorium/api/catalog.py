@@ -18,14 +18,14 @@ from sensorium.system.processes import rss_bytes
 async def models(context: Context, call: Call) -> None:
     rows = []
     for entry in context.catalog.entries:
-        rows += [_row(entry, name) for name in (*entry.names, *entry.adapters.names)]
+        rows += [_row(entry, name, call) for name in (*entry.names, *entry.adapters.names)]
     ends = {"first_id": rows[0]["id"], "last_id": rows[-1]["id"]}
     await call.respond(msgspec.json.encode({"object": "list", "data": rows, "has_more": False, **ends}))
 
 
 async def model(context: Context, call: Call) -> None:
     name = call.path.removeprefix("/v1/models/")
-    await call.respond(msgspec.json.encode(_row(context.catalog.find(name), name)))
+    await call.respond(msgspec.json.encode(_row(context.catalog.find(name), name, call)))
 
 
 async def load_model(context: Context, call: Call) -> None:
@@ -33,7 +33,7 @@ async def load_model(context: Context, call: Call) -> None:
     name = await _named(context, call)
     entry = context.catalog.find(name)
     await context.catalog.load(entry)
-    await call.respond(msgspec.json.encode(_row(entry, name)))
+    await call.respond(msgspec.json.encode(_row(entry, name, call)))
 
 
 async def unload_model(context: Context, call: Call) -> None:
@@ -42,7 +42,7 @@ async def unload_model(context: Context, call: Call) -> None:
     entry = context.catalog.find(name)
     if not await context.catalog.unload(entry):
         raise RequestError(f"The model {name!r} stays: it is pinned, or it is the server's only one.", param="model")
-    await call.respond(msgspec.json.encode(_row(entry, name)))
+    await call.respond(msgspec.json.encode(_row(entry, name, call)))
 
 
 async def _named(context: Context, call: Call) -> str:
@@ -65,8 +65,9 @@ def memory_of(entry: CatalogEntry) -> dict[str, int]:
     }
 
 
-def _row(entry: CatalogEntry, name: str) -> dict[str, object]:
-    """In OpenAI's words, vLLM's and Anthropic's, and where it stands."""
+def _row(entry: CatalogEntry, name: str, call: Call) -> dict[str, object]:
+    """In OpenAI's words, vLLM's, Anthropic's and Mistral's, and where it stands. The last two want different things of
+    the same name; Anthropic's clients say who they are."""
     state, (phase, fraction) = entry.state, entry.progress
     adapter = entry.adapters.find(name)
     created = entry.created if adapter is None else adapter.created
@@ -85,10 +86,27 @@ def _row(entry: CatalogEntry, name: str) -> dict[str, object]:
         "loading": {"phase": phase, "progress": fraction} if state == "loading" else None,
         "memory": memory_of(entry) or None,
         "adapters": list(entry.adapters.names) if adapter is None else [],
-        "type": "model",
+        **_of_type(entry, call),
         "display_name": name,
         "created_at": datetime.fromtimestamp(created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "lifecycle": "active",
         "max_input_tokens": entry.max_model_len,
         "max_tokens": entry.max_model_len,
     }
+
+
+def _of_type(entry: CatalogEntry, call: Call) -> dict[str, object]:
+    """Mistral's clients drop a model of another type or without these capabilities. What is not known before the model
+    is loaded is false until then."""
+    if call.header(b"anthropic-version"):
+        return {"type": "model"}
+    found = None if entry.served is None else entry.served.format
+    capabilities = {
+        "completion_chat": "generate" in entry.tasks,
+        "function_calling": found is not None and found.has_tools,
+        "reasoning": found is not None and found.has_reasoning,
+        "vision": "image" in entry.modalities,
+        "audio": "audio" in entry.modalities,
+        "classification": "classify" in entry.tasks,
+    }
+    return {"type": "base", "capabilities": capabilities, "max_context_length": entry.max_model_len}

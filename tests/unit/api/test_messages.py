@@ -228,6 +228,10 @@ async def test_the_client_lists_models() -> None:
             "claude-main",
         )
         assert page["data"][0]["created"] == one.created_at.timestamp()
+        for row in page["data"]:  # Mistral's client knows a model by these, and Anthropic's `type` is none of its own
+            assert (row["type"], row["max_context_length"]) == ("base", CONTEXT)
+            assert row["capabilities"]["completion_chat"] is True
+            assert row["capabilities"]["vision"] is False
 
 
 deltas = st.lists(
