@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import base64
+import json
 import random
 from collections.abc import AsyncIterator
 from typing import Any, cast
 
 import pytest
 from openai import AsyncOpenAI, BadRequestError
+from openai.types.responses import ResponseStreamEvent
+from pydantic import TypeAdapter
 from support.api_support import ANSWER, CONTEXT, TOKENIZER, FakeEngine, Served, post, serving, speak
+from support.marked_format import MarkedFormat
 from support.pictures import encoded, photo
-from support.scripted import Eyes, speaking
+from support.scripted import Eyes, marked_format, speaking
 
 from sensorium.api.protocol.common import UnknownFields
 from sensorium.api.protocol.responses import ResponsesRequest, sealed
@@ -20,6 +24,8 @@ from sensorium.config import Limits, ServerConfig
 from sensorium.errors import EngineError, NotFoundError, RequestError
 from sensorium.prompt.formats.base import Arguments, Call, Delta, Reasoning, Text
 from sensorium.types import EngineOutput, EngineRequest
+
+__all__ = ["marked_format"]
 
 ROUTE = "/v1/responses"
 TOOL = {"type": "function", "name": "get_weather", "parameters": {"type": "object", "properties": {}}}
@@ -331,3 +337,102 @@ def check_events(events: list[dict[str, Any]], items: ResponseItems) -> None:
 def test_a_reference_is_not_found() -> None:
     with pytest.raises(NotFoundError):
         messages_of(input=[{"type": "item_reference", "id": "x"}])
+
+
+BRACKETS: dict[
+    str, tuple[str, ...]
+] = {  # what an item's first event opens, its last one closes: the events in between are of its kind
+    "reasoning": ("content_part.added", "reasoning_text.delta", "reasoning_text.done", "content_part.done"),
+    "message": ("content_part.added", "output_text.delta", "output_text.done", "content_part.done"),
+    "function_call": ("function_call_arguments.delta", "function_call_arguments.done"),
+    "custom_tool_call": ("custom_tool_call_input.delta", "custom_tool_call_input.done"),
+}
+CALLS = [
+    {"type": "function", "name": "get_weather", "parameters": {"type": "object", "properties": {}}, "strict": False},
+    {"type": "custom", "name": "patch"},
+]
+ANSWERS: dict[str, tuple[list[Any], dict[str, Any], list[str], str]] = {
+    "text": (["Hello", " you"], {}, ["message"], "completed"),
+    "thought and text": (
+        [[Reasoning("Hm")], [Reasoning("m."), Text("Yes")]],
+        {},
+        ["reasoning", "message"],
+        "completed",
+    ),
+    "text and calls": (
+        [
+            [Text("So")],
+            [Call(0, "get_weather"), Arguments(0, "{"), Arguments(0, "}"), Call(1, "get_weather")],
+            [Arguments(1, "{}")],
+        ],
+        {},
+        ["message", "function_call", "function_call"],
+        "completed",
+    ),
+    "a custom tool": (
+        [[Call(0, "patch"), Arguments(0, '{"input": "a')], [Arguments(0, ' b"}')]],
+        {},
+        ["custom_tool_call"],
+        "completed",
+    ),
+    "nothing": ([], {}, ["message"], "completed"),
+    "a text that is cut": (["Hel", "lo"], {"ends": False}, ["message"], "incomplete"),
+    "a thought that is cut": ([[Reasoning("Hm")]], {"ends": False}, ["reasoning"], "incomplete"),
+    "a call that is cut": (
+        [[Call(0, "get_weather"), Arguments(0, '{"a')]],
+        {"ends": False},
+        ["function_call"],
+        "incomplete",
+    ),
+    "a failure": (["Hel"], {"fails": True}, ["message"], "failed"),
+}
+
+
+@pytest.mark.parametrize(("pieces", "ends", "kinds", "status"), ANSWERS.values(), ids=ANSWERS)
+async def test_every_event_is_whole_and_in_its_place(
+    marked_format: MarkedFormat, pieces: list[Any], ends: dict[str, Any], kinds: list[str], status: str
+) -> None:
+    """By OpenAI's own types, for every kind of item and of end; the last event has what the events before it built."""
+    async with speaking(*pieces, **ends) as served:
+        body = {"model": "tiny", "input": "hi", "stream": True, "tools": CALLS, "metadata": {"a": "b"}}
+        sent = named_events((await post(served.port, ROUTE, body)).body)
+    assert [event["sequence_number"] for event in sent] == list(range(len(sent)))
+    checked: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
+    for event in sent:
+        checked.validate_python(event)
+    names = [event["type"].removeprefix("response.") for event in sent]
+    expected = ["created", "in_progress"]
+    for kind in kinds:
+        opens = [name for name in BRACKETS[kind] if name.endswith("added")]
+        ends_with = [name for name in BRACKETS[kind] if name.endswith("done")]
+        expected += ["output_item.added", *opens, *ends_with, "output_item.done"]
+    deltas = {name for kind in BRACKETS.values() for name in kind if name.endswith("delta")}
+    plain = [name for name in names if name not in deltas]
+    if status == "failed":  # what was open stays so
+        assert plain == ["created", "in_progress", "output_item.added", "content_part.added", "failed"]
+        assert sent[-1]["response"]["error"]["code"] == "server_error"
+        return
+    assert plain == [*expected, status]
+    final = sent[-1]["response"]
+    done = [event["item"] for event in sent if event["type"] == "response.output_item.done"]
+    assert final["output"] == done
+    assert [item["type"] for item in done] == kinds
+    assert done[-1]["status"] == status
+    assert final["incomplete_details"] == ({"reason": "max_output_tokens"} if status == "incomplete" else None)
+    for index, item in enumerate(done):
+        own = [event for event in sent if event.get("item_id") == item["id"]]
+        assert {event["output_index"] for event in own} == {index}
+        built = "".join(event["delta"] for event in own if event["type"].endswith(".delta"))
+        assert built == (item["content"][0]["text"] if "content" in item else item.get("arguments", item.get("input")))
+    assert {response_id for event in sent if (response_id := event.get("response", {}).get("id"))} == {final["id"]}
+
+
+def named_events(body: bytes) -> list[dict[str, Any]]:
+    """Each has the same name on its `event:` line."""
+    found = []
+    for frame in body.decode().strip().split("\n\n"):
+        name, _, data = frame.partition("\n")
+        event = json.loads(data.removeprefix("data: "))
+        assert name == f"event: {event['type']}"
+        found.append(event)
+    return found
