@@ -8,11 +8,13 @@ steps with such tokens do.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sensorium.engine.encoder_cache import EncoderCache
@@ -44,18 +46,16 @@ class Encodings:
 
     def __init__(
         self,
-        model: Model,
+        encode: Callable[[Modality, Sequence[MediaFeatures]], Steps[list[Tensor]]],
         cache: EncoderCache[Tensor],
-        to_tensors: Callable[[MediaFeatures], Mapping[str, Tensor]],
         is_lost: Callable[[BaseException], bool],
         faults: Faults,
         *,
         gathers: bool = False,
     ) -> None:
         """`gathers`: sequences attend to the towers' outputs from their first token on."""
-        self._model = model
+        self._encode = encode
         self._cache = cache
-        self._to_tensors = to_tensors
         self._is_lost = is_lost
         self._faults = faults
         self._gathers = gathers
@@ -110,7 +110,7 @@ class Encodings:
         try:
             if job.steps is None:
                 self._faults.hit("tower")
-                job.steps = self._model.encoding(job.kind, [self._to_tensors(one) for one in job.items.values()])
+                job.steps = self._encode(job.kind, list(job.items.values()))
                 job.macs = next(job.steps)
             begin(job.macs)
             job.macs = next(job.steps)
@@ -146,3 +146,14 @@ class Encodings:
         jobs.remove(job)
         if not jobs:
             del self._jobs[tenant], self._used_s[tenant]
+
+
+def encode_alone(
+    model: Model, device: torch.device, kind: Modality, items: Sequence[MediaFeatures]
+) -> Steps[list[Tensor]]:
+    """`model.encoding` of what requests bring."""
+    return model.encoding(kind, [{name: _tensor(array, device) for name, array in one.arrays.items()} for one in items])
+
+
+def _tensor(array: NDArray[np.generic], device: torch.device) -> Tensor:
+    return torch.from_numpy(array if array.flags.writeable else array.copy()).to(device)

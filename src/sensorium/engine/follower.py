@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import gc
 import logging
 import os
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from sensorium.engine.adapters import Adapters
     from sensorium.engine.loading import LoadedPart
+    from sensorium.engine.shared_towers import FollowedTowers
     from sensorium.kernels.context import KVCache
     from sensorium.parallel.ranks import Ranks
 
@@ -44,7 +46,13 @@ class Follower:
     """What a rank beside 0 does with a message."""
 
     def __init__(
-        self, part: LoadedPart, cache: KVCache, ranks: Ranks, adapters: Adapters, send: Callable[[bytes], object]
+        self,
+        part: LoadedPart,
+        cache: KVCache,
+        ranks: Ranks,
+        adapters: Adapters,
+        towers: FollowedTowers,
+        send: Callable[[bytes], object],
     ) -> None:
         self._part = part
         self._model = part.model
@@ -52,6 +60,7 @@ class Follower:
         self._ranks = ranks
         self._hidden: Tensor | None = None  # of the last step
         self._adapters, self._send = adapters, send
+        self._towers = towers
 
     def take(self, kind: int, payload: memoryview) -> bool:
         """False when there is nothing more to come."""
@@ -59,6 +68,12 @@ class Follower:
             self._step(payload)
         elif kind == Kind.LOGITS:
             self._logits(payload)
+        elif kind == Kind.ENCODE:
+            self._towers.begin(payload)
+        elif kind == Kind.ADVANCE:
+            self._towers.advance(payload)
+        elif kind == Kind.FORGET:
+            self._towers.forget(payload)
         elif kind == Kind.LOAD_ADAPTER:
             number, folder = messages.decode_load_adapter(payload)
             error = self._adapters.load(number, folder)
@@ -138,7 +153,10 @@ def _follow(channel: Channel, config: EngineConfig, ranks: Ranks, store: str, pu
     import torch
 
     from sensorium.engine.adapters import Adapters
+    from sensorium.engine.encoding import encode_alone
     from sensorium.engine.loading import cache_of_rank, load_part, room_of_rank
+    from sensorium.engine.runner import is_device_lost
+    from sensorium.engine.shared_towers import FollowedTowers
     from sensorium.models.loading import weight_bytes
 
     part = load_part(config, ranks=ranks)
@@ -155,7 +173,9 @@ def _follow(channel: Channel, config: EngineConfig, ranks: Ranks, store: str, pu
     cache = cache_of_rank(part, config, wire.decode_cache(payload))
     ranks.connect(Path(store), part.device)
     adapters = Adapters(part.model, part.dtype, part.device)
-    follower = Follower(part, cache, ranks, adapters, channel.send)
+    encode = functools.partial(encode_alone, part.model, part.device)
+    towers = FollowedTowers(encode, is_device_lost, channel.send)
+    follower = Follower(part, cache, ranks, adapters, towers, channel.send)
     with torch.inference_mode():
         while True:
             pulse.end()

@@ -53,6 +53,7 @@ class FollowerLink(Channel):
         self.works = False  # it is in a step, and not waiting for others
         self.loaded: SimpleQueue[wire.Loaded] = SimpleQueue()
         self.adapters: SimpleQueue[tuple[str, int]] = SimpleQueue()  # why one could not be loaded, or "", and its bytes
+        self.encoded: SimpleQueue[wire.Encoded] = SimpleQueue()
         self._silence = Silence(hang_after_s)
         self._lost = lost
         self._why = "has ended"
@@ -65,6 +66,8 @@ class FollowerLink(Channel):
             self.loaded.put(wire.decode_loaded(payload))
         elif kind == Kind.ADAPTER:
             self.adapters.put(messages.decode_adapter(payload)[1:])
+        elif kind == Kind.ENCODED:
+            self.encoded.put(wire.decode_rows(payload))
         elif kind == Kind.LOST:
             self._why = messages.decode_lost(payload)
         else:
@@ -200,6 +203,13 @@ class Leader:
     def send(self, frame: bytes) -> None:
         for link in self._links:
             link.send(frame)
+
+    def send_to(self, rank: int, frame: bytes) -> None:
+        self._links[rank - 1].send(frame)
+
+    def encoded(self, rank: int) -> wire.Encoded:
+        """What a rank's towers say to the last piece that they were told to compute."""
+        return self._links[rank - 1].encoded.get()
 
     def logits(self, rows: NDArray[np.int64] | None) -> None:
         self.send(wire.encode_logits(rows))

@@ -602,7 +602,7 @@ def _budget(
     return Budget(
         config.max_num_seqs,
         tokens,
-        CPU_ENCODER_ROWS if device.type == "cpu" else tokens,
+        (CPU_ENCODER_ROWS if device.type == "cpu" else tokens) * config.tensor_parallel_size,
         cache.max_len,
         config.block_size,
         bool(cache.layers),

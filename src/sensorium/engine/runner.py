@@ -16,7 +16,7 @@ from torch import Tensor
 from sensorium.engine.batch import Batch, BatchBuilder, MediaSlice, StepInput
 from sensorium.engine.drafts import Tokens, sample_after_drafts
 from sensorium.engine.encoder_cache import EncoderCache
-from sensorium.engine.encoding import Encodings
+from sensorium.engine.encoding import Encodings, encode_alone
 from sensorium.engine.faults import Faults
 from sensorium.engine.graphs import Graphs
 from sensorium.engine.leader import Leader
@@ -24,6 +24,7 @@ from sensorium.engine.masks import Masks
 from sensorium.engine.sampler import Sampler, logprobs
 from sensorium.engine.scheduler import Plan
 from sensorium.engine.sequence import Sequence
+from sensorium.engine.shared_towers import Encode, SharedTowers
 from sensorium.engine.step_messages import frame_of, moved, share_media
 from sensorium.kernels.context import KVCache, LayerRows, NeededStates
 from sensorium.kernels.transfers import to_device
@@ -31,7 +32,7 @@ from sensorium.models.adapters import Adapter, StepAdapters
 from sensorium.models.base import Model
 from sensorium.models.cache import attends_to_media
 from sensorium.pooling.pooler import Pooler
-from sensorium.types import MediaFeatures, PoolingTask
+from sensorium.types import PoolingTask
 
 LOGPROB_ROWS = 64  # prompt positions whose logits exist at the same time
 
@@ -97,9 +98,10 @@ class Runner:
         self._faults = faults or Faults()
         self._prepared: Batch | None = None
         self.overlaps = device.type != "cpu"  # whether there is time for `prepare`: a CPU computes in `launch`
-        self.encodings = Encodings(
-            model, encoder, self._tensors, is_device_lost, self._faults, gathers=self._attends_to_media
-        )
+        encode: Encode = functools.partial(encode_alone, model, device)
+        if leader is not None:
+            encode = SharedTowers(encode, leader, device).encoding
+        self.encodings = Encodings(encode, encoder, is_device_lost, self._faults, gathers=self._attends_to_media)
 
     # One step
 
@@ -358,14 +360,6 @@ class Runner:
             logits = self._logits(hidden[start + shift : end + shift]).float()
             targets = seq.tokens[start + 1 : end + 1].tolist()
             seq.prompt_logprobs.extend(logprobs(logits, targets, [num_top] * len(targets)))
-
-    def _tensors(self, features: MediaFeatures) -> dict[str, Tensor]:
-        return {name: self._tensor(array) for name, array in features.arrays.items()}
-
-    def _tensor(self, array: NDArray[np.generic]) -> Tensor:
-        if not array.flags.writeable:
-            array = array.copy()
-        return torch.from_numpy(array).to(self._device)
 
 
 def _unseen(sequences: list[Sequence]) -> list[int] | None:

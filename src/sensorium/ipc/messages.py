@@ -8,7 +8,7 @@ token for many requests, is two packed columns of numbers. Torch-free.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, TypeAlias, TypeVar
@@ -71,7 +71,11 @@ class Kind(IntEnum):
     CACHE = 26  # to a follower, once: the cache that all ranks have
     STEP = 27
     LOGITS = 28  # of the last step
-    WAKE = 32  # inside the engine process, never on the wire: something is done that a thread was asked for
+    ENCODE = 29  # to a follower: media for its towers
+    ADVANCE = 30  # the next piece of them
+    FORGET = 31  # them: nobody waits for them any more
+    ENCODED = 32  # from a follower: a piece, and with the last one all rows
+    WAKE = 33  # inside the engine process, never on the wire: something is done that a thread was asked for
 
 
 class ProtocolError(Exception):
@@ -85,7 +89,7 @@ class ArraySpec(msgspec.Struct, array_like=True, frozen=True):
     shape: tuple[int, ...]
 
 
-class _Media(msgspec.Struct, array_like=True, frozen=True):
+class Media(msgspec.Struct, array_like=True, frozen=True):
     kind: Modality
     key: bytes
     num_rows: int
@@ -105,7 +109,7 @@ class _Request(msgspec.Struct, array_like=True, frozen=True):
     has_positions: bool
     has_token_types: bool
     spans: tuple[tuple[int, int, int, int], ...]
-    media: tuple[_Media, ...]
+    media: tuple[Media, ...]
     arrays: tuple[ArraySpec, ...]
     adapter: int = 0
 
@@ -299,12 +303,23 @@ def encode_request(request: EngineRequest) -> list[Buffer]:
             prompt.positions is not None,
             prompt.token_types is not None,
             tuple((s.item, s.offset, s.length, s.row) for s in prompt.spans),
-            tuple(_Media(m.kind, m.key, m.num_rows, tuple(m.arrays)) for m in prompt.media),
+            tuple(map(media_header, prompt.media)),
             specs_of(arrays),
             request.adapter,
         )
     )
     return with_arrays(Kind.REQUEST, header, arrays)
+
+
+def media_header(one: MediaFeatures) -> Media:
+    """What a header says of a media item whose arrays are sent behind it."""
+    return Media(one.kind, one.key, one.num_rows, tuple(one.arrays))
+
+
+def features_of(media: Iterable[Media], arrays: Iterator[NDArray[Any]]) -> Iterator[MediaFeatures]:
+    """The items again, with their arrays in their order."""
+    for one in media:
+        yield MediaFeatures(one.kind, one.key, one.num_rows, {name: next(arrays) for name in one.names})
 
 
 def specs_of(arrays: Sequence[NDArray[Any]]) -> tuple[ArraySpec, ...]:
@@ -341,9 +356,7 @@ def decode_request(payload: memoryview) -> EngineRequest:
     token_ids = next(arrays)
     positions = next(arrays) if wire.has_positions else None
     token_types = next(arrays) if wire.has_token_types else None
-    media = tuple(
-        MediaFeatures(m.kind, m.key, m.num_rows, {name: next(arrays) for name in m.names}) for m in wire.media
-    )
+    media = tuple(features_of(wire.media, arrays))
     spans = tuple(MediaSpan(*span) for span in wire.spans)
     prompt = Prompt(token_ids, media, spans, positions, wire.position_delta, token_types)
     return EngineRequest(

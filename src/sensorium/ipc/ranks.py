@@ -5,7 +5,8 @@ The frames are those of `messages`. Torch-free.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import msgspec
@@ -13,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sensorium.ipc import messages
-from sensorium.ipc.messages import ArraySpec, Kind
+from sensorium.ipc.messages import ArraySpec, Kind, Media
+from sensorium.types import MediaFeatures, Modality
 
 Arrays: TypeAlias = dict[str, NDArray[Any]]
 
@@ -57,11 +59,40 @@ class StepPlan(msgspec.Struct, array_like=True, frozen=True):
     arrays: tuple[ArraySpec, ...] = ()
 
 
+class _Job(msgspec.Struct, array_like=True, frozen=True):
+    """To a follower: media for its towers. Their arrays follow."""
+
+    number: int
+    kind: Modality
+    media: tuple[Media, ...]
+    arrays: tuple[ArraySpec, ...]
+
+
+class _Piece(msgspec.Struct, array_like=True, frozen=True):
+    macs: int
+    error: str
+    dtype: str
+    arrays: tuple[ArraySpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """From a follower whose towers have come as far as they were told to."""
+
+    macs: int  # multiply-adds of the next piece; 0: there is none
+    error: str = ""  # what they failed with, or ""
+    dtype: str = ""
+    rows: list[NDArray[np.uint8]] = field(default_factory=list)  # of each item, in bytes, once all are computed
+
+
 _encode = msgspec.msgpack.Encoder().encode
 _rank = msgspec.msgpack.Decoder(RankOf)
 _loaded = msgspec.msgpack.Decoder(Loaded)
 _cache = msgspec.msgpack.Decoder(CacheSize)
 _plan = msgspec.msgpack.Decoder(StepPlan)
+_job = msgspec.msgpack.Decoder(_Job)
+_piece = msgspec.msgpack.Decoder(_Piece)
+_number = msgspec.msgpack.Decoder(int)
 
 
 def encode_rank(one: RankOf) -> bytes:
@@ -107,6 +138,41 @@ def encode_logits(rows: NDArray[np.int64] | None) -> bytes:
 
 def decode_logits(payload: messages.Buffer) -> NDArray[np.int64] | None:
     return np.frombuffer(payload, np.int64) if len(payload) else None
+
+
+def encode_media(number: int, kind: Modality, items: Sequence[MediaFeatures]) -> bytes:
+    arrays = [array for one in items for array in one.arrays.values()]
+    header = _encode(_Job(number, kind, tuple(map(messages.media_header, items)), messages.specs_of(arrays)))
+    return b"".join(messages.with_arrays(Kind.ENCODE, header, arrays))
+
+
+def decode_media(payload: memoryview) -> tuple[int, Modality, list[MediaFeatures]]:
+    """The arrays are views of the payload."""
+    job, start = messages.with_header(_job.decode, payload)
+    arrays = iter(messages.arrays_of(payload, start, job.arrays))
+    return job.number, job.kind, list(messages.features_of(job.media, arrays))
+
+
+def encode_advance(number: int) -> bytes:
+    return messages.frame(Kind.ADVANCE, _encode(number))
+
+
+def encode_forget(number: int) -> bytes:
+    return messages.frame(Kind.FORGET, _encode(number))
+
+
+def decode_job(payload: messages.Buffer) -> int:
+    return messages.decoded(_number.decode, payload)
+
+
+def encode_rows(found: Encoded) -> bytes:
+    header = _encode(_Piece(found.macs, found.error, found.dtype, messages.specs_of(found.rows)))
+    return b"".join(messages.with_arrays(Kind.ENCODED, header, found.rows))
+
+
+def decode_rows(payload: memoryview) -> Encoded:
+    piece, start = messages.with_header(_piece.decode, payload)
+    return Encoded(piece.macs, piece.error, piece.dtype, list(messages.arrays_of(payload, start, piece.arrays)))
 
 
 def encode_beat(*, works: bool) -> bytes:

@@ -398,12 +398,12 @@ class DecoderModel(Model):
         ]
 
     def split(self, ranks: Ranks) -> None:
-        """What stands beside the decoder, towers and scores, is rank 0's."""
+        """Beside the decoder, towers are everybody's, and scores rank 0's where there are none."""
         self.elsewhere = self.model.split(ranks)
         for name, module in self.named_children():
             if isinstance(module, LanguageHead):
                 module.split(ranks)
-            elif ranks.rank and name != "model":
+            elif ranks.rank and name != "model" and not self.modalities:
                 self.elsewhere.append(module)
 
     def embed(self, token_ids: Tensor, token_types: Tensor | None = None) -> Tensor:

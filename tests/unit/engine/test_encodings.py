@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -22,9 +23,10 @@ class Tower:
         self.done: list[str] = []
         monkeypatch.setattr(encoding, "monotonic", lambda: self.now)
 
-    def encoding(self, kind: str, items: list[dict[str, Any]]) -> Any:
+    def encoding(self, kind: str, items: Sequence[MediaFeatures]) -> Any:
         for item in items:
-            name, pieces = item["name"], int(item["name"].split("-")[1])
+            name = item.key.decode()
+            pieces = int(name.split("-")[1])
             for _ in range(pieces):
                 yield 1
                 self.now += 1.0
@@ -35,7 +37,7 @@ class Tower:
 def test_a_small_item_does_not_wait_for_another_tenants_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     tower = Tower(monkeypatch)
     cache: EncoderCache[Any] = EncoderCache(100, 1)
-    queue = Encodings(tower, cache, lambda one: {"name": one.key.decode()}, lambda error: False, Faults())  # type: ignore
+    queue = Encodings(tower.encoding, cache, lambda error: False, Faults())
 
     def add(tenant: bytes, name: str) -> None:
         item = MediaFeatures("image", name.encode(), 1)
@@ -64,7 +66,7 @@ def test_a_small_item_does_not_wait_for_another_tenants_large_ones(monkeypatch: 
 def test_towers_take_no_more_time_than_steps_of_who_has_no_media(monkeypatch: pytest.MonkeyPatch) -> None:
     tower = Tower(monkeypatch)
     cache: EncoderCache[Any] = EncoderCache(100, 1)
-    queue = Encodings(tower, cache, lambda one: {"name": one.key.decode()}, lambda error: False, Faults())  # type: ignore
+    queue = Encodings(tower.encoding, cache, lambda error: False, Faults())
     item = MediaFeatures("image", b"a-90", 1)
     cache.reserve((b"", item.key), 1, b"a")
     queue.add({(b"", item.key): Wanted(b"a", item)})
@@ -87,14 +89,7 @@ def test_what_sequences_attend_to_is_gathered_unless_others_wait(monkeypatch: py
     tower = Tower(monkeypatch)
     monkeypatch.setattr(encoding, "GATHERING_S", 5.0)
     cache: EncoderCache[Any] = EncoderCache(100, 1)
-    queue = Encodings(
-        tower,  # type: ignore[arg-type]
-        cache,
-        lambda one: {"name": one.key.decode()},  # type: ignore[dict-item]
-        lambda error: False,
-        Faults(),
-        gathers=True,
-    )
+    queue = Encodings(tower.encoding, cache, lambda error: False, Faults(), gathers=True)
     item = MediaFeatures("audio", b"a-30", 1)
     cache.reserve((b"", item.key), 1, b"a")
     queue.add({(b"", item.key): Wanted(b"a", item)})

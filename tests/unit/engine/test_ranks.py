@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -28,13 +28,15 @@ from sensorium.config import EngineConfig
 from sensorium.engine.adapters import Adapters
 from sensorium.engine.batch import StepInput
 from sensorium.engine.leader import Leader
+from sensorium.engine.shared_towers import FollowedTowers, SharedTowers, shared_out
 from sensorium.engine.step_messages import frame_of, step_of
 from sensorium.ipc import messages
 from sensorium.ipc import ranks as wire
 from sensorium.ipc.messages import HEAD_BYTES, Kind
 from sensorium.kernels.context import AttentionContext, Segments
+from sensorium.models.base import finished
 from sensorium.models.loading import load_model
-from sensorium.types import EngineRequest
+from sensorium.types import EngineRequest, MediaFeatures
 
 BLOCK_BYTES = 2 * 2 * 2 * 16 * 8 * 4  # layers, keys and values, heads, tokens, head_dim, float32
 
@@ -92,11 +94,98 @@ def test_two_ranks_answer_as_one(crew: Crew, tmp_path: Path, make: Any, options:
     assert preempted if has_little else cached
 
 
-def test_media_are_rank_0s(crew: Crew, folder: Path) -> None:
-    """Its towers' rows reach the others, also those of an image in pieces."""
-    requests = [image_request(1, 12), image_request(1, 12), image_request(2, 12, images=2)]
-    found = [run(crew, folder, requests, size, max_num_batched_tokens=24)[0] for size in (1, 2)]
-    assert found[0] == found[1]
+def test_every_rank_encodes_some_of_the_images(crew: Crew, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their rows reach all, also those of an image in chunks."""
+    requests = [
+        image_request(1, 12),
+        image_request(1, 12),
+        image_request(2, 12, images=2),
+        image_request(3, 12, images=3),
+    ]
+    taken: list[tuple[int, int]] = []  # (rank, items that came back at a time)
+    heard = Leader.encoded
+
+    def encoded(self: Leader, rank: int) -> wire.Encoded:
+        answer = heard(self, rank)
+        taken.append((rank, len(answer.rows)))
+        return answer
+
+    monkeypatch.setattr(Leader, "encoded", encoded)
+    for size, tokens in ((2, 24), (4, 512)):
+        expected = run(crew, folder, requests, 1, max_num_batched_tokens=tokens)[0]
+        taken.clear()
+        assert run(crew, folder, requests, size, max_num_batched_tokens=tokens)[0] == expected
+        assert {rank for rank, items in taken if items} == set(range(1, size))
+    assert not crew.lost
+
+
+def test_images_are_shared_out_by_their_rows() -> None:
+    assert shared_out([36], 2) == [[0]]
+    assert shared_out([10, 10, 10], 2) == [[0, 2], [1]]
+    assert shared_out([10, 90, 30, 60], 2) == [[1, 0], [3, 2]]
+    assert shared_out([5, 7], 4) == [[1], [0]]
+
+
+class Follows:
+    """A leader with one follower, whose towers are asked at once. `pieces` of each item, whose rows are its key's."""
+
+    size = 2
+
+    def __init__(self, broken: str = "") -> None:
+        self.answers: list[wire.Encoded] = []
+        self.kinds: list[int] = []
+        self.broken = broken  # the item that a tower fails at
+        self.towers = FollowedTowers(self.encode, lambda error: isinstance(error, MemoryError), self._answer)
+
+    def _answer(self, frame: bytes) -> None:
+        self.answers.append(wire.decode_rows(memoryview(frame)[HEAD_BYTES:]))
+
+    def encode(self, kind: str, items: Sequence[MediaFeatures]) -> Any:
+        for one in items:
+            for _ in range(one.num_rows):
+                yield 10 * one.num_rows
+            if one.key.decode() == self.broken:
+                raise ValueError("a broken image")
+        return [torch.full((one.num_rows, 3), ord(one.key), dtype=torch.bfloat16) for one in items]
+
+    def send_to(self, rank: int, frame: bytes) -> None:
+        kind, payload = messages.parse_head(frame[:HEAD_BYTES])[1], memoryview(frame)[HEAD_BYTES:]
+        self.kinds.append(kind)
+        of_kind = {Kind.ENCODE: "begin", Kind.ADVANCE: "advance", Kind.FORGET: "forget"}
+        getattr(self.towers, of_kind[Kind(kind)])(payload)
+
+    def encoded(self, rank: int) -> wire.Encoded:
+        return self.answers.pop(0)
+
+    def job(self, *rows: int) -> Any:
+        items = [MediaFeatures("image", bytes([97 + i]), count, {}) for i, count in enumerate(rows)]
+        towers = SharedTowers(self.encode, self, torch.device("cpu"))  # type: ignore[arg-type]
+        return towers.encoding("image", items)
+
+
+def test_pieces_of_all_ranks_are_computed_together() -> None:
+    follows = Follows()
+    steps, macs = follows.job(1, 4, 2), []
+    with pytest.raises(StopIteration) as end:
+        while True:
+            macs.append(next(steps))
+    assert macs == [40, 40, 40, 40]  # rank 0 has b, the other one c and a
+    assert [(len(one), int(one[0, 0])) for one in end.value.value] == [(1, 97), (4, 98), (2, 99)]
+    assert all(one.dtype == torch.bfloat16 for one in end.value.value)
+    assert follows.kinds == [Kind.ENCODE, *[Kind.ADVANCE] * 3] and not follows.answers
+
+
+def test_a_tower_that_fails_on_one_rank_leaves_none_behind() -> None:
+    for broken, told in (("c", "rank 1: ValueError: a broken image"), ("d", "a broken image")):
+        follows = Follows(broken)
+        with pytest.raises((RuntimeError, ValueError), match=f"^{told}$"):
+            finished(follows.job(1, 2, 3, 4))
+        assert not follows.answers and not follows.towers._parts
+    follows = Follows()
+    steps = follows.job(3, 3)
+    next(steps)
+    steps.close()  # nobody wants them any more
+    assert follows.kinds == [Kind.ENCODE, Kind.FORGET] and not follows.towers._parts
 
 
 def test_four_ranks_with_fewer_heads_of_keys(crew: Crew, tmp_path: Path) -> None:
