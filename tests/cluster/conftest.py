@@ -54,6 +54,7 @@ class RayCluster:
     port: int
     environment: dict[str, str]
     head: Any
+    deployed: tuple[str, ...] = ()  # with these words
 
     @property
     def url(self) -> str:
@@ -70,10 +71,15 @@ class RayCluster:
         )
 
     def deploy(self, *words: str) -> None:
+        """Where it is not there already: Ray would replace every replica by one like it."""
+        if self.deployed == words:
+            return
         done = self.run("deploy", "ray", *words, "--port", str(self.port), *SMALL)
         assert done.returncode == 0, done.stdout + done.stderr
+        self.deployed = words
 
     def delete(self) -> None:
+        self.deployed = ()
         self.run("deploy", "ray", "--delete")
 
     def replicas(self) -> list[int]:
@@ -136,7 +142,7 @@ def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def pair(cluster: RayCluster) -> RayCluster:
-    """Two replicas of the built-in model; deployed again only where a test before had something else."""
+    """Two replicas of the built-in model."""
     cluster.deploy("--replicas", "2")
     return cluster
 
