@@ -69,6 +69,7 @@ BROAD_EXCEPT = {
     "engine/loop.py",
     "system/parent.py",
     "engine/encoding.py",
+    "engine/shared_towers.py",
     "media/worker.py",
     "prompt/tokenizer.py",
     "prompt/grammar_check.py",
