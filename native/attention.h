@@ -4,6 +4,7 @@
 #pragma once
 
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -14,6 +15,7 @@ namespace sensorium::SENSORIUM_ISA {
 
 constexpr int kKeys = 64;            // keys per step
 constexpr int kAttentionRows = 96;   // query rows per tile, about
+constexpr int kFewRows = 4;          // float32 rows for which keys are not packed
 constexpr int64_t kSplitKeys = 512;  // keys per part of a split sequence
 constexpr float kMasked = -1e30f;    // finite: infinity minus infinity is not a number
 constexpr float kLog2e = 1.44269504088896f;
@@ -191,6 +193,76 @@ static inline int64_t last_key(const Attention& args, const AttentionTask& task,
     return args.visible[args.query_start[task.sequence] + task.token + token] - 1;
 }
 
+// The keys that a row of the task may see: [first, second).
+static inline std::pair<int64_t, int64_t> seen_keys(const Attention& args, const AttentionTask& task, int row) {
+    const int token = row / (args.heads / args.kv_heads);
+    const int queries = args.query_start[task.sequence + 1] - args.query_start[task.sequence];
+    const int64_t own = args.seq_lens[task.sequence] - queries + task.token + token;
+    int64_t first = 0, last = task.key_end;
+    if (args.window) first = args.causal ? own + 1 - args.window : own - args.window;
+    if (args.causal) last = last_key(args, task, token, own) + 1;
+    if (args.window && !args.causal) last = own + args.window + 1;
+    return {first, std::min<int64_t>(last, task.key_end)};
+}
+
+// out [vectors of kLanes] += the weighted sum of the rows, from column d of them; null rows are left out.
+template <int vectors>
+static inline void add_values(const float* p, const Rows& rows, int64_t d, float* out) {
+    vf sum[vectors];
+    for (int j = 0; j < vectors; ++j) sum[j] = vload(out + j * kLanes);
+    for (int i = 0; i < kKeys && rows.at[i]; ++i) {
+        const float* value = reinterpret_cast<const float*>(rows.at[i]) + d;
+        for (int j = 0; j < vectors; ++j) sum[j] = fma(vset(p[i]), vload(value + j * kLanes), sum[j]);
+    }
+    for (int j = 0; j < vectors; ++j) vstore(out + j * kLanes, sum[j]);
+}
+
+// `attend` for few rows of floats: keys and values are read once, where they lie. To pack them for products of so few
+// rows takes longer than the products.
+static void attend_few(const Attention& args, const AttentionTask& task, AttentionState& state) {
+    const int group = args.heads / args.kv_heads, rows = state.rows, dim = args.head_dim;
+    const int whole = dim / kLanes * kLanes, row_bytes = dim * int(sizeof(float));
+    const float* q[kFewRows];
+    for (int row = 0; row < rows; ++row) {
+        const int64_t token = args.query_start[task.sequence] + task.token + row / group;
+        q[row] = static_cast<const float*>(args.q) + token * args.q_stride + (task.kv_head * group + row % group) * dim;
+        state.peak[row] = kMasked, state.total[row] = 0;
+    }
+    std::fill(state.out, state.out + int64_t(rows) * state.dim, 0.0f);
+    alignas(64) float scores[kFewRows][kKeys], p[kFewRows][kKeys];
+    Rows rows_of[2][2];  // this step's and the next one's, keys and values
+    find_rows(args, task, task.key, rows_of[0][0], rows_of[0][1]);
+    for (int64_t key = task.key, step = 0; key < task.key_end; key += kKeys, ++step) {
+        Rows *now = rows_of[step % 2], *next = rows_of[(step + 1) % 2];
+        find_rows(args, task, key + kKeys, next[0], next[1]);
+        for (int i = 0; i < kKeys; ++i) {
+            if (next[0].at[i]) prefetch_rows(next[0], i, 1, row_bytes);
+            const float* one = reinterpret_cast<const float*>(now[0].at[i]);
+            for (int row = 0; row < rows; ++row) {
+                vf sum = vzero();
+                for (int d = 0; one && d < whole; d += kLanes) sum = fma(vload(q[row] + d), vload(one + d), sum);
+                if (one && whole < dim)
+                    sum = fma(vload_n(q[row] + whole, dim - whole), vload_n(one + whole, dim - whole), sum);
+                scores[row][i] = vsum(sum);
+            }
+        }
+        for (int i = 0; i < kKeys && next[1].at[i]; ++i) prefetch_rows(next[1], i, 1, row_bytes);
+        for (int row = 0; row < rows; ++row) {
+            const auto [first, last] = seen_keys(args, task, row);
+            softmax_row(args, now[0], now[1], scores[row], key, first, last, state, row, p[row]);
+            float* out = state.out + int64_t(row) * state.dim;
+            int d = 0;
+            for (; d + 4 * kLanes <= whole; d += 4 * kLanes) add_values<4>(p[row], now[1], d, out + d);
+            for (; d < whole; d += kLanes) add_values<1>(p[row], now[1], d, out + d);
+            if (d == dim) continue;
+            vf sum = vload(out + d);
+            for (int i = 0; i < kKeys && now[1].at[i]; ++i)
+                sum = fma(vset(p[row][i]), vload_n(reinterpret_cast<const float*>(now[1].at[i]) + d, dim - d), sum);
+            vstore(out + d, sum);
+        }
+    }
+}
+
 // Walks the task's keys; leaves sums that are not yet divided by their total in `state`.
 template <class Elements>
 static void attend(const Attention& args, const AttentionTask& task, AttentionState& state) {
@@ -202,8 +274,9 @@ static void attend(const Attention& args, const AttentionTask& task, AttentionSt
     constexpr bool kFloats = Elements::kPerWord == 1;
     constexpr int kKeyWords = kKeys / Elements::kPerWord;
     const int64_t words = dim / Elements::kPerWord;
+    if constexpr (kFloats)
+        if (rows <= kFewRows) return attend_few(args, task, state);
     const int64_t first_token = args.query_start[task.sequence];
-    const int queries = args.query_start[task.sequence + 1] - args.query_start[task.sequence];
     const size_t q_bytes = align64(size_t(rows) * words * sizeof(Word)),
                  score_bytes = align64(size_t(rows) * kKeys * 4);
     const size_t k_bytes = size_t(kKeys) * words * 4, v_bytes = size_t(kKeys) * state.dim * sizeof(Element);
@@ -260,13 +333,8 @@ static void attend(const Attention& args, const AttentionTask& task, AttentionSt
                                                     scores + first * kKeys + panel * kPanel, kKeys, false, 0);
         }
         for (int row = 0; row < rows; ++row) {
-            const int64_t own = args.seq_lens[task.sequence] - queries + task.token + row / group;
-            int64_t first = 0, last = task.key_end;
-            if (args.window) first = args.causal ? own + 1 - args.window : own - args.window;
-            if (args.causal) last = last_key(args, task, row / group, own) + 1;
-            if (args.window && !args.causal) last = own + args.window + 1;
-            softmax_row(args, now[0], now[1], scores + row * kKeys, key, first, std::min<int64_t>(last, task.key_end),
-                        state, row, p + row * kKeys);
+            const auto [first, last] = seen_keys(args, task, row);
+            softmax_row(args, now[0], now[1], scores + row * kKeys, key, first, last, state, row, p + row * kKeys);
         }
         const uint32_t* panel = reinterpret_cast<const uint32_t*>(values);
         for (int d = 0; d < state.dim; d += kPanel) {

@@ -174,13 +174,13 @@ class Whisper(Model):
         return out
 
     def _memory(self, states: Tensor) -> Steps[Tensor]:
-        """[rows, hidden] -> [rows, layers, 2, heads, head_dim], layer by layer in memory."""
-        out = states.new_empty(self.num_layers, 2, len(states), self.text.num_kv_heads, self.text.head_dim)
+        """[rows, hidden] -> [rows, layers, 2, heads, head_dim], in memory head by head, as steps read them."""
+        out = states.new_empty(self.num_layers, 2, self.text.num_kv_heads, len(states), self.text.head_dim)
         for index, attention in enumerate(self.model.cross_attentions()):
             for place, project in enumerate((attention.k_proj, attention.v_proj)):
                 yield len(states) * weights(project)
-                out[index, place] = attention.heads(project, states)
-        return out.permute(2, 0, 1, 3, 4)
+                out[index, place] = attention.heads(project, states).transpose(0, 1)
+        return out.permute(3, 0, 1, 2, 4)
 
     def forward(self, hidden: Tensor, positions: Tensor, cache: KVCache, context: AttentionContext) -> Tensor:
         out: Tensor = self.model(hidden, positions, cache, context)

@@ -282,6 +282,21 @@ def test_float_varlen_attention(kernels: Native, head_dim: int, window: int | No
     assert_close(got, expected, tolerance=1e-5)
 
 
+@pytest.mark.parametrize("queries", [1, 4, 5])
+@pytest.mark.parametrize("head_dim", [2, 54, 64, 72])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_run_attention_of_few_queries(kernels: Native, queries: int, head_dim: int, dtype: torch.dtype) -> None:
+    q = torch.randn(queries, 3, head_dim).to(dtype)
+    for keys in (1, 63, 700):
+        memory = torch.randn(2, 3, keys, head_dim).to(dtype)
+        by_head, by_row = memory.transpose(1, 2), memory.transpose(1, 2).contiguous()  # [keys, heads, head_dim] each
+        got = [kernels.run_attention(q, k, v, head_dim**-0.5) for k, v in (by_head, by_row)]
+        assert torch.equal(*got)
+        wide_k, wide_v = by_row.double()
+        expected = reference.run_attention(q.double(), wide_k, wide_v, head_dim**-0.5)
+        assert_close(got[0], expected, tolerance=1e-5 if dtype is torch.float32 else 4 * ROUNDING)
+
+
 @pytest.mark.parametrize("head_dim", [16, 64, 72, 80])
 @pytest.mark.parametrize("lengths", [[1], [5, 64, 1], [200, 33], [64, 64]])
 def test_varlen_attention(kernels: Native, head_dim: int, lengths: list[int]) -> None:

@@ -132,7 +132,12 @@ class AttentionKernels(Library):
 
     def _attends(self, *tensors: Tensor) -> bool:
         dtype = torch.float32 if self._attends_in_float32(tensors[0]) else _BF16
-        return all(heads_are_adjacent(t, dtype) for t in tensors) and tensors[0].shape[2] % 2 == 0
+        q, *others = tensors
+        return (
+            heads_are_adjacent(q, dtype)
+            and q.shape[2] % 2 == 0
+            and all(t.dtype is dtype and t.stride(2) == 1 for t in others)
+        )
 
     def _both_ways(
         self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, lens: Tensor, scale: float, window: int | None = None
@@ -148,10 +153,10 @@ class AttentionKernels(Library):
             q.stride(0),
             heads * head_dim,
             0,
-            head_dim,
+            k.stride(1),
             k.stride(0),
             0,
-            head_dim,
+            v.stride(1),
             v.stride(0),
             None,
             start.data_ptr(),
