@@ -17,7 +17,9 @@ from sensorium.models.loading import load_model
 from sensorium.processors.base import Processor
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.types import MediaFeatures, MediaItem, Modality, Prompt
+from support.image_families import noise
 from support.model_driver import Sequence as Running
+from support.speech import recording
 
 
 @dataclass
@@ -38,12 +40,7 @@ class Served:
         return [rows[i] for i in range(len(media))]
 
     def prompt(self, items: Sequence[MediaItem], text: str = "USER: look, {} what is shown?") -> Prompt:
-        marks, seen = [], list[Modality]()
-        for item in items:
-            marks.append(self.processor.placeholder(item.kind, seen.count(item.kind)))
-            seen.append(item.kind)
-        processor = self.processor.with_overrides(self.processor.implied(seen))
-        return processor.build(text.format(" and ".join(marks)), [processor.process(item) for item in items])
+        return prompt_of(self.processor, items, text)
 
     def run(self, prompt: Prompt) -> Running:
         """The prompt's embeddings with the media's rows in their places, as the engine does it."""
@@ -69,6 +66,27 @@ class Served:
             position_delta=prompt.position_delta,
             spans=tuple(span for span in prompt.spans if prompt.media[span.item].kind != "audio"),
         )
+
+
+def prompt_of(processor: Processor, items: Sequence[MediaItem], text: str) -> Prompt:
+    """`{}` in the text is where the media stand."""
+    marks, seen = [], list[Modality]()
+    for item in items:
+        marks.append(processor.placeholder(item.kind, seen.count(item.kind)))
+        seen.append(item.kind)
+    processor = processor.with_overrides(processor.implied(seen))
+    return processor.build(text.format(" and ".join(marks)), [processor.process(item) for item in items])
+
+
+def two_of(kind: Modality) -> list[MediaItem]:
+    """Of different sizes; one video."""
+    if kind == "audio":
+        return [recording(9_000, 1), recording(17_001, 2)]
+    sizes = [(50, 70), (90, 31)] if kind == "image" else [(40, 60)]
+    found = [noise(*size, frames=None if kind == "image" else 3, seed=i) for i, size in enumerate(sizes)]
+    if kind == "video":
+        found = [replace(one, timestamps_s=(0.0, 0.5, 1.0), duration_s=1.5) for one in found]
+    return found
 
 
 def again(run: Running) -> Running:

@@ -156,4 +156,6 @@ def encode_alone(
 
 
 def _tensor(array: NDArray[np.generic], device: torch.device) -> Tensor:
-    return torch.from_numpy(array if array.flags.writeable else array.copy()).to(device)
+    """Signed integers say how pixels or samples lie: models read them as numbers, and so they stay here."""
+    there = torch.from_numpy(array if array.flags.writeable else array.copy())
+    return there if array.dtype.kind == "i" else there.to(device)

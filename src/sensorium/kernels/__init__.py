@@ -85,6 +85,7 @@ __all__ = [
     "experts",
     "first_attention",
     "gated",
+    "heard_attention",
     "layer_norm",
     "mapped_linear",
     "multiplies_fp4",
@@ -262,6 +263,10 @@ def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, window: int | None = None
 ) -> Tensor:
     return _attending(q).varlen_attention(q, k, v, lengths, scale, window)
+
+
+def heard_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], heard: list[int], scale: float) -> Tensor:
+    return _attending(q).heard_attention(q, k, v, lengths, heard, scale)
 
 
 def query_step(q: Tensor) -> int:

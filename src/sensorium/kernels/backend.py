@@ -455,6 +455,12 @@ class Backend(Protocol):
         """
         ...
 
+    def heard_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], heard: list[int], scale: float
+    ) -> Tensor:
+        """`varlen_attention` where all of a run see its first `heard` tokens, at least one, and nobody the others."""
+        ...
+
     def query_step(self, q: Tensor) -> int:
         """Queries that `run_attention` takes at a time, or a multiple of it, or all that remain if they are more."""
         ...

@@ -34,6 +34,7 @@ class Qwen2Audio(SpeechDecoder):
     def encoding(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> Steps[list[Tensor]]:
         """`mel` [bins, window] of each clip, of which `frames` are its own."""
         dtype = self.audio_tower.layer_norm.weight.dtype
-        clips, frames = [item["mel"].to(dtype) for item in items], [int(item["frames"]) for item in items]
+        clips = [item["mel"].to(dtype) for item in items]
+        frames: list[int] = [count for item in items for count in item["frames"].tolist()]
         states = yield from self.audio_tower.steps(clips, frames)
         return [self.multi_modal_projector(x) for x in states]

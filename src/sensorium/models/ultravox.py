@@ -57,7 +57,8 @@ class Ultravox(SpeechDecoder):
     def encoding(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> Steps[list[Tensor]]:
         """`mel` [bins, frames] of each clip; chunks of all clips go through the tower in one batch."""
         chunk_frames = 2 * self.audio_tower.config.max_positions
-        chunks = [torch.split(item["mel"], chunk_frames, dim=1) for item in items]
+        dtype = self.audio_tower.layer_norm.weight.dtype
+        chunks = [torch.split(item["mel"].to(dtype), chunk_frames, dim=1) for item in items]
         frames = [chunk.shape[1] for clip in chunks for chunk in clip]
         padded = [
             self._padded(chunk, chunk_frames) if index else chunk for clip in chunks for index, chunk in enumerate(clip)

@@ -14,15 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from support import fake_cuda
 from support.decoded_checkpoints import write_fp8
 from support.engine_harness import Bench, random_prompt, request
 from support.families import MAKERS, maker_of
+from support.media_models import prompt_of, two_of
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DynamicOutputShapeException
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, unset_fake_temporarily
 
+from sensorium.checkpoint.configs import open_checkpoint
+from sensorium.checkpoint.families import FAMILIES, load_class
 from sensorium.config import EngineConfig
-from sensorium.engine import rehearsal
+from sensorium.engine import encoding, rehearsal
 from sensorium.kernels import LowRank
 from sensorium.kernels.context import LayerCache
 from sensorium.kernels.gpu import gpu_kernels
@@ -30,7 +34,8 @@ from sensorium.kernels.reference import Fp8Linear
 from sensorium.kernels.transfers import Fetch
 from sensorium.models.adapters import Adapter, adaptable
 from sensorium.models.loading import packed_weights
-from sensorium.types import SpeechRules
+from sensorium.prompt.tokenizer import Tokenizer
+from sensorium.types import Prompt, SpeechRules
 
 LAUNCHES = {"reference": 70, "triton": 10}
 """Of a decode step, for each layer, of a decoder like Llama; AROUND more for what stands around the layers, the
@@ -42,6 +47,7 @@ LIKE_LLAMA = {
     "mistral", "qwen2", "qwen3", "llava", "llava_next", "pixtral.mistral3", "pixtral.pixtral", "internvl.internvl",
     "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen2_omni", "minicpmv", "ultravox",
 }  # fmt: skip
+MEDIA = {made for name, made in MAKERS.items() if FAMILIES[name].modalities}
 UNCAPTURED = {"ministral3"}  # asks for the longest sequence
 
 
@@ -57,7 +63,22 @@ def zeros(monkeypatch: pytest.MonkeyPatch) -> None:
     def wait(fetch: Fetch) -> list[Any]:
         return [np.zeros(one.shape, str(one.dtype).removeprefix("torch.")) for one in fetch._tensors]
 
+    def tensor(array: NDArray[Any], device: torch.device) -> Tensor:
+        if array.dtype.kind != "i":
+            return torch.empty(array.shape, dtype=getattr(torch, str(array.dtype)), device=rehearsal.GPU)
+        with unset_fake_temporarily():
+            return to_tensor(array, device)
+
+    def tolist(numbers: Tensor) -> Any:
+        if isinstance(numbers, FakeTensor):
+            raise AssertionError("numbers of a device are waited for")
+        with unset_fake_temporarily():
+            return to_list(numbers)
+
+    to_tensor, to_list = encoding._tensor, Tensor.tolist
     monkeypatch.setattr(Fetch, "wait", wait)
+    monkeypatch.setattr(encoding, "_tensor", tensor)  # of media: what stays on the host has numbers
+    monkeypatch.setattr(Tensor, "tolist", tolist)
 
 
 @pytest.fixture(params=["reference", "triton"])
@@ -81,10 +102,7 @@ def made(family: str, path: Path, **options: Any) -> Bench:
     config = EngineConfig(
         model=str(path),
         text_model=str(path / "language") if family == "ultravox" else "",
-        kv_cache_memory=2**22,
-        max_num_seqs=4,
-        max_model_len=128,
-        **options,
+        **{"kv_cache_memory": 2**22, "max_num_seqs": 4, "max_model_len": 128, **options},
     )
     engine = rehearsal.imagined(config, torch.bfloat16)
     made = Bench(engine)
@@ -116,6 +134,35 @@ def test_steps_wait_for_nothing(tmp_path: Path, kernels: str, family: str) -> No
             assert rehearsal.rehearse(engine.engine)
         elif kernels == "reference" or family in UNCAPTURED:
             assert not rehearsal.rehearse(engine.engine)
+
+
+@pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+@pytest.mark.parametrize("family", sorted(MEDIA))
+def test_towers_wait_for_nothing(tmp_path: Path, kernels: str, family: str) -> None:
+    """Of each kind two media of different sizes in one batch, whose runs one call of torch's attends in: only the few
+    queries of MiniCPM-V's resampler are no runs of tokens, and Gemma 4 hears with products of its own."""
+    maker_of(family)(tmp_path)
+    asked = [replace(request([], 1), prompt=prompt) for prompt in prompts_of(family, tmp_path)]
+    with rehearsal.absent_gpu():
+        engine = made(family, tmp_path, max_model_len=4096)
+        for one in asked:
+            engine.add(one)
+            with fake_cuda.Traffic() as traffic:
+                for _ in range(40):
+                    engine.step()
+            assert (engine.results[one.id].reason, engine.results[one.id].error) == ("length", "")
+            assert traffic.to_host == ["copy_"]  # the token
+            is_heard = family == "gemma4" and one.prompt.media[0].kind == "audio"
+            assert traffic.launched["_varlen_attn"] or is_heard
+            assert traffic.launched["scaled_dot_product_attention"] <= 2 * (family == "minicpmv"), traffic.launched
+
+
+def prompts_of(family: str, folder: Path) -> list[Prompt]:
+    """One for each kind of media that the family takes."""
+    checkpoint = open_checkpoint(folder, folder / "language" if family == "ultravox" else None)
+    make = load_class(checkpoint.family.processor)
+    processor = make(checkpoint, Tokenizer.from_folder(folder).with_literals(make.literals))
+    return [prompt_of(processor, two_of(kind), "{}?") for kind in sorted(processor.modalities)]
 
 
 def test_sampling_waits_once(tmp_path: Path, kernels: str) -> None:

@@ -10,17 +10,16 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from support import families, speech
+from support import families
 from support.engine_harness import bench, request, tokens_of
 from support.families import maker_of
-from support.image_families import noise
-from support.media_models import Served, again, load
+from support.media_models import Served, again, load, two_of
 from support.model_driver import Driver, Sequence
 
 from sensorium.checkpoint.families import FAMILIES
 from sensorium.kernels import Quantization
 from sensorium.models.loading import load_model
-from sensorium.types import MediaItem, Modality, Prompt
+from sensorium.types import Prompt
 
 MAKERS = {
     made: partial(maker_of(made), **({"tie_word_embeddings": False} if made in ("qwen2_vl", "gemma3") else {}))
@@ -43,21 +42,11 @@ def served(family: str) -> Served:
     return load(folder, MAKERS[family](folder))
 
 
-def items_of(kind: Modality) -> list[MediaItem]:
-    if kind == "audio":
-        return [speech.recording(9_000, 1), speech.recording(17_001, 2)]
-    sizes = [(50, 70), (90, 31)] if kind == "image" else [(40, 60)]
-    found = [noise(*size, frames=None if kind == "image" else 3, seed=i) for i, size in enumerate(sizes)]
-    if kind == "video":
-        found = [replace(one, timestamps_s=(0.0, 0.5, 1.0), duration_s=1.5) for one in found]
-    return found
-
-
 @cache
 def prompts_of(family: str) -> list[Prompt]:
     """Eight: without media, with some, with the same behind another text, with all that the family takes."""
     here = served(family)
-    every = [item for kind in sorted(here.processor.modalities) for item in items_of(kind)]
+    every = [item for kind in sorted(here.processor.modalities) for item in two_of(kind)]
     chosen = [every[:1], every[1:2], [], every[:1], every, every[:2], [], every[1:2]]
     return [here.prompt(items, text="{}" + " word" * (3 * i) + "?") for i, items in enumerate(chosen)]
 
@@ -97,6 +86,6 @@ def test_quantised_towers_see_much_the_same(family: str) -> None:
     )
     rounded = replace(here, model=less)
     for kind in sorted(here.processor.modalities):
-        media = [here.processor.process(item) for item in items_of(kind)]
+        media = [here.processor.process(item) for item in two_of(kind)]
         for ours, expected in zip(rounded.encode(media), here.encode(media), strict=True):
             assert 0 < (ours - expected).norm() < 0.05 * expected.norm(), kind

@@ -118,6 +118,11 @@ class AttentionKernels(Library):
         torch.cumsum(lens, 0, out=start[1:])
         return self._both_ways(q, k, v, start, lens, scale, window)
 
+    def heard_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], heard: list[int], scale: float
+    ) -> Tensor:
+        return reference.heard_attention(q, k, v, lengths, heard, scale, self.varlen_attention)
+
     def query_step(self, q: Tensor) -> int:
         return QUERY_STEP if self._attends(q) else reference.query_step(q)
 

@@ -23,7 +23,7 @@ from sensorium.kernels.backend import (
     TokenGroups,
 )
 from sensorium.kernels.context import AttentionContext
-from sensorium.kernels.cuda import adapters, attention, norms
+from sensorium.kernels.cuda import adapters, attention, norms, varlen
 from sensorium.kernels.cuda import logits as logits_kernel
 from sensorium.kernels.cuda import rope as rotation
 from sensorium.kernels.cuda.decoder import CudaDecoder, DecoderShape, can_stack
@@ -42,6 +42,7 @@ class CudaBackend:
 
     def __init__(self) -> None:
         self._tables: dict[tuple[int, ...], Tensor] = {}
+        self._starts: varlen.Starts = varlen.Starts()
 
     def describe(self) -> str:
         return f"Triton {triton.__version__} kernels"
@@ -70,7 +71,6 @@ class CudaBackend:
     quantized_layout = staticmethod(reference.quantized_layout)
     cached_linear = staticmethod(reference.cached_linear)
     layer_norm = staticmethod(reference.layer_norm)
-    varlen_attention = staticmethod(reference.varlen_attention)
     query_step = staticmethod(reference.query_step)
     run_attention = staticmethod(reference.run_attention)
     causal_conv = staticmethod(reference.causal_conv)
@@ -95,6 +95,22 @@ class CudaBackend:
             say_left_to_reference(f"attention with {reason}")
             compute = reference.paged_attention
         return compute(q, k_cache, v_cache, context, scale, sliding_window, visible, sinks)
+
+    def varlen_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, window: int | None = None
+    ) -> Tensor:
+        """One call, whatever the lengths; of types and sizes that torch's flash attention has not, run by run."""
+        if not varlen.takes(q, k, v):
+            return reference.varlen_attention(q, k, v, lengths, scale, window)
+        return varlen.varlen_attention(q, k, v, lengths, scale, window, None, self._starts)
+
+    def heard_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], heard: list[int], scale: float
+    ) -> Tensor:
+        if not varlen.takes(q, k, v):
+            return reference.heard_attention(q, k, v, lengths, heard, scale)
+        kept = reference.heard_places(lengths, heard, q.device)
+        return varlen.varlen_attention(q, k[kept], v[kept], lengths, scale, None, heard, self._starts)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
         compute = norms.rms_norm if norms.takes(x, weight) else reference.rms_norm

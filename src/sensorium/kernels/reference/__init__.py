@@ -13,6 +13,8 @@ from sensorium.kernels.reference.adapters import add_low_rank
 from sensorium.kernels.reference.attention import (
     dequantize_heads,
     first_attention,
+    heard_attention,
+    heard_places,
     paged_attention,
     quantize_heads,
     query_step,
@@ -56,6 +58,8 @@ __all__ = [
     "experts",
     "first_attention",
     "gated",
+    "heard_attention",
+    "heard_places",
     "layer_norm",
     "mapped_linear",
     "norm_gated",

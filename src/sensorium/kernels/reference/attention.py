@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -198,6 +201,37 @@ def varlen_attention(
         return _both_ways(q.reshape(shape), k.reshape(shape), v.reshape(shape), scale).reshape(q.shape)
     qs, ks, vs = (torch.split(t.unsqueeze(0), lengths, dim=1) for t in (q, k, v))
     return torch.cat([_both_ways(*run, scale) for run in zip(qs, ks, vs, strict=True)], dim=1).squeeze(0)
+
+
+def heard_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: list[int],
+    heard: list[int],
+    scale: float,
+    attend: Callable[[Tensor, Tensor, Tensor, list[int], float], Tensor] = varlen_attention,
+) -> Tensor:
+    """`attend` computes the queries that are heard, torch the few behind them."""
+    out = torch.empty_like(q)
+    kept = heard_places(lengths, heard, q.device)
+    out[kept] = attend(q[kept], k[kept], v[kept], heard, scale)
+    start = 0
+    for length, count in zip(lengths, heard, strict=True):
+        if count < length:
+            late = slice(start + count, start + length)
+            keys, values = (x[start : start + count].transpose(0, 1) for x in (k, v))
+            attended = functional.scaled_dot_product_attention(q[late].transpose(0, 1), keys, values, scale=scale)
+            out[late] = attended.transpose(0, 1)
+        start += length
+    return out
+
+
+def heard_places(lengths: list[int], heard: list[int], device: torch.device) -> Tensor:
+    """int64, the first `heard` tokens of each run."""
+    starts = accumulate(lengths, initial=0)
+    parts = [torch.arange(start, start + count, device=device) for start, count in zip(starts, heard, strict=False)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def query_step(q: Tensor) -> int:

@@ -65,9 +65,8 @@ class Qwen3Vit(QwenVit):
         )
 
     def _placed(self, x: Tensor, sizes: Sequence[Size]) -> Steps[Tensor]:
-        places = torch.cat([self._places(*size, x.device) for size in sizes])
-        last = torch.tensor(sizes, device=x.device) - 1  # [slices, 2]
-        last = last.repeat_interleave(torch.tensor([h * w for h, w in sizes], device=x.device), dim=0)
+        slices = [self._places(*size, x.device) for size in sizes]
+        places, last = torch.cat(slices), torch.cat([one[-1:].expand_as(one) for one in slices])
 
         def added(rows: Tensor, places: Tensor, last: Tensor) -> Tensor:
             return rows.add(self.pos_embed(places, last).to(rows.dtype))

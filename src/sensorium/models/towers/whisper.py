@@ -5,7 +5,6 @@ Two convolutions over time (the second halves it), positions, pre-norm layers wi
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -106,25 +105,8 @@ class SelfAttention(nn.Module):
             attended = yield from attention(q, k, v, lengths, self.head_dim**-0.5)
         else:
             yield sum(length**2 for length in lengths) * 2 * x.shape[1]
-            attended = _attend_to_heard(q, k, v, lengths, self.head_dim**-0.5, heard)
+            attended = kernels.heard_attention(q, k, v, lengths, heard, self.head_dim**-0.5)
         return attended.reshape(len(x), -1)
-
-
-def _attend_to_heard(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, heard: list[int]) -> Tensor:
-    """`varlen_attention` to the first `heard` of each run's keys. The few queries behind them are computed by torch."""
-    out = torch.empty_like(q)
-    starts = [end - length for end, length in zip(itertools.accumulate(lengths), lengths, strict=True)]
-    kept = torch.cat(
-        [torch.arange(start, start + count, device=q.device) for start, count in zip(starts, heard, strict=True)]
-    )
-    out[kept] = kernels.varlen_attention(q[kept], k[kept], v[kept], heard, scale)
-    for start, length, count in zip(starts, lengths, heard, strict=True):
-        if count < length:
-            late = slice(start + count, start + length)
-            keys, values = (x[start : start + count].transpose(0, 1) for x in (k, v))
-            attended = functional.scaled_dot_product_attention(q[late].transpose(0, 1), keys, values, scale=scale)
-            out[late] = attended.transpose(0, 1)
-    return out
 
 
 class WhisperLayer(nn.Module):
