@@ -7,7 +7,7 @@ views of one fused projection; cos and sin float32 [tokens, rotated / 2], half-r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -169,7 +169,7 @@ class RoutedParts:
     """What stands in the place of an MLP: a router [experts, hidden], experts of which each token takes `per_token`,
     and perhaps one more that all tokens take, scaled by the sigmoid of `shared_gate` [1, hidden] if there is one."""
 
-    router: PackedWeight
+    router: Callable[[Tensor], Tensor]
     experts: Experts
     per_token: int
     renormalizes: bool  # see `Backend.choose`
@@ -177,6 +177,9 @@ class RoutedParts:
     shared_gate_up: PackedWeight | None = None
     shared_down: PackedWeight | None = None
     shared_gate: PackedWeight | None = None
+    correction: Tensor | None = None  # float32 [experts], of sigmoids that choose: see `models.experts.choose`
+    groups: int = 1  # of experts, of which each token takes from the best `groups_per_token`
+    groups_per_token: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +229,7 @@ class DecoderLayerParts:
     sinks: Tensor | None = None  # float32 [heads], see `Backend.paged_attention`
     is_gated: bool = False  # each query has its gate behind it, by whose sigmoid what it attends to is multiplied
     state: StateParts | None = None
+    is_paired: bool = False  # a head's dimensions are rotated in pairs; keys are cached with the first of each in front
 
 
 class DecoderStack(Protocol):

@@ -137,6 +137,7 @@ class SelfAttention(nn.Module):
             "media_both_ways": spec.media_both_ways,
             "sinks": self.sink_scores,
             "is_gated": self.is_gated,
+            "is_paired": self.is_paired,
         }
 
     def forward(
@@ -247,8 +248,7 @@ class DecoderLayer(nn.Module):
         """`rotation`: number of its table of rotary positions. None of a layer that the stack does not know."""
         mixer, mlp = self.self_attn, self.mlp
         routed = mlp.parts() if isinstance(mlp, RoutedMLP) else None
-        is_known = isinstance(mlp, MLP) or routed is not None
-        if not is_known or (isinstance(mixer, SelfAttention) and mixer.is_paired):
+        if not isinstance(mlp, MLP) and routed is None:
             return None
         before_mlp, after_mlp = self.pre_feedforward_layernorm, self.post_feedforward_layernorm
         return kernels.DecoderLayerParts(

@@ -79,13 +79,14 @@ class RoutedMLP(nn.Module):
     def together(self) -> kernels.Experts:
         return group_experts(self.experts, self.activation, self.ranks)
 
-    def parts(self) -> kernels.RoutedParts | None:
-        """None where the router's choices are corrected, which the decoder stack does not know."""
-        if isinstance(self.gate, CorrectedRouter):
-            return None
+    def parts(self) -> kernels.RoutedParts:
         shared, gate = self.shared_expert, self.shared_expert_gate
+        corrected = self.gate if isinstance(self.gate, CorrectedRouter) else None
         return kernels.RoutedParts(
-            router=self.gate.packed,
+            router=self.gate if isinstance(self.gate, CorrectedRouter) else self.gate.packed,
+            correction=None if corrected is None else corrected.e_score_correction_bias,
+            groups=self.routing.groups,
+            groups_per_token=self.routing.groups_per_token,
             experts=self.together,
             per_token=self.routing.per_token,
             renormalizes=self.routing.renormalizes,

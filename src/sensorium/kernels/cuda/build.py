@@ -24,7 +24,18 @@ from sensorium.kernels.backend import Activation, DecoderLayerParts, Draws, Edit
 from sensorium.kernels.context import AttentionContext, LayerCache
 from sensorium.kernels.cuda.backend import CudaBackend
 from sensorium.kernels.cuda.compiling import Usage, compiled, compiling_for, usage
-from sensorium.kernels.cuda.device import adapters, attention, experts, fp8, linear, logits, norms, rope, sampling
+from sensorium.kernels.cuda.device import (
+    adapters,
+    attention,
+    experts,
+    fp8,
+    linear,
+    logits,
+    norms,
+    rope,
+    sampling,
+    states,
+)
 from sensorium.kernels.cuda.launch import has_fp8
 from sensorium.kernels.cuda.linear import CudaFp4Linear
 from sensorium.kernels.reference import PlainLinear
@@ -100,7 +111,7 @@ def functions() -> list[Any]:
     """All that is compiled."""
     found = [
         value
-        for module in (adapters, attention, experts, fp8, linear, logits, norms, rope, sampling)
+        for module in (adapters, attention, experts, fp8, linear, logits, norms, rope, sampling, states)
         for value in vars(module).values()
     ]
     return [*dict.fromkeys(one for one in found if type(one).__name__ == "JITFunction")]

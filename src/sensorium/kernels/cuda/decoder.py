@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sensorium.kernels.backend import Activation, DecoderLayerParts, PackedWeight
-from sensorium.kernels.context import AttentionContext, KVCache, LayerCache
+from sensorium.kernels.backend import Activation, DecoderLayerParts, PackedWeight, StateParts
+from sensorium.kernels.context import AttentionContext, KVCache, LayerCache, StateCache
 from sensorium.kernels.cuda.attention import paged_attention, refusal
-from sensorium.kernels.cuda.experts import choose
+from sensorium.kernels.cuda.experts import CudaExperts, choose
 from sensorium.kernels.cuda.norms import add_rms_norm, gated, rms_norm
 from sensorium.kernels.cuda.rope import can_rotate, can_write, rotate_and_write
+from sensorium.kernels.cuda.states import gate_heads, mixed_tokens
+from sensorium.kernels.cuda.states import takes as takes_state
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,20 +53,20 @@ class CudaDecoder:
         eps, offset, last = self._shape.eps, self._shape.norm_offset, self._layers[-1]
         residual = hidden.clone()  # norms add to it in place
         x = rms_norm(hidden, self._layers[0].input_norm, eps, offset)
+        after: Tensor | None = None  # a norm of what the layer before gave, which goes with the next one
         for index, (layer, own) in enumerate(zip(self._layers, cache, strict=True)):
             if index:
-                x, residual = add_rms_norm(x, residual, layer.input_norm, eps, offset)
-            x = self._attended(layer, x, rotations[layer.rotation], own, context)
+                x, residual = add_rms_norm(x, residual, layer.input_norm, eps, offset, after)
+            if layer.state is None:
+                x = self._attended(layer, x, rotations[layer.rotation], own, context)
+            else:
+                x = self._kept(layer, layer.state, x, own, context)
             if layer is last and rows is not None:
                 x, residual = x[rows], residual[rows]
             x = layer.o(x)
-            if layer.attended_norm is not None:
-                x = rms_norm(x, layer.attended_norm, eps, offset)
-            x, residual = add_rms_norm(x, residual, layer.mlp_norm, eps, offset)
-            x = self._mixed(layer, x)
-            if layer.after_norm is not None:
-                x = rms_norm(x, layer.after_norm, eps, offset)
-        normed, _ = add_rms_norm(x, residual, self._final_norm, eps, offset)
+            x, residual = add_rms_norm(x, residual, layer.mlp_norm, eps, offset, layer.attended_norm)
+            x, after = self._mixed(layer, x), layer.after_norm
+        normed, _ = add_rms_norm(x, residual, self._final_norm, eps, offset, after)
         return normed if rows is None else torch.empty_like(hidden).index_copy_(0, rows, normed)
 
     def _mixed(self, layer: DecoderLayerParts, x: Tensor) -> Tensor:
@@ -73,20 +75,30 @@ class CudaDecoder:
         if routed is None:
             return self._mlp(layer.gate_up, layer.down, x)
         chosen, weights = choose(
-            routed.router(x), routed.per_token, renormalizes=routed.renormalizes, scale=routed.scale
-        )
-        out = routed.experts(x, chosen, weights)
+            routed.router(x), routed.per_token, renormalizes=routed.renormalizes, scale=routed.scale,
+            correction=routed.correction, groups=routed.groups, groups_per_token=routed.groups_per_token,
+        )  # fmt: skip
         if routed.shared_gate_up is None:
-            return out
+            return routed.experts(x, chosen, weights)
         shared = self._mlp(routed.shared_gate_up, routed.shared_down, x)
-        if routed.shared_gate is not None:
-            shared = shared.mul_(routed.shared_gate(x).sigmoid_())
-        return out.add_(shared)
+        gate = None if routed.shared_gate is None else routed.shared_gate(x)
+        if isinstance(routed.experts, CudaExperts):
+            return routed.experts(x, chosen, weights, shared, gate)
+        out = routed.experts(x, chosen, weights)
+        return out.add_(shared if gate is None else shared.mul_(gate.sigmoid_()))
 
     def _mlp(self, gate_up: PackedWeight | None, down: PackedWeight | None, x: Tensor) -> Tensor:
         if gate_up is None or down is None:
             raise ValueError("a layer has neither an MLP nor experts")
         return down(gated(gate_up(x), self._shape.activation))
+
+    def _kept(
+        self, layer: DecoderLayerParts, state: StateParts, x: Tensor, cache: object, context: AttentionContext
+    ) -> Tensor:
+        """Of a layer with a state: [tokens, hidden] -> [tokens, out]"""
+        if not isinstance(cache, StateCache):
+            raise ValueError("a layer with a state was given a cache without one")
+        return mixed_tokens(state, x, layer.qkv(x), cache, context.runs)
 
     def _attended(
         self,
@@ -99,16 +111,30 @@ class CudaDecoder:
         """[tokens, hidden] -> [tokens, heads * head_dim]"""
         if not isinstance(cache, LayerCache):
             raise ValueError("a layer of attention was given a cache without keys")
-        shape = self._shape
-        q, k, v = torch.split(layer.qkv(x).view(x.shape[0], -1, shape.head_dim), self._widths, dim=1)
+        shape, (heads, *others) = self._shape, self._widths
+        widths = [2 * heads if layer.is_gated else heads, *others]
+        q, k, v = torch.split(layer.qkv(x).view(x.shape[0], -1, shape.head_dim), widths, dim=1)
+        gates: Tensor | None = None
+        if layer.is_gated:  # each behind its query
+            q, gates = q.view(len(x), heads, 2, shape.head_dim).unbind(2)
         own = context.by_table(cache.table)
         reason = refusal(q, cache.keys, cache.values)
         if reason is not None or not can_rotate(q, k, *rotation) or not can_write(k, v, cache.keys, cache.values):
             raise ValueError(f"no kernel for {reason or 'such a cache'}")
         norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
-        rotate_and_write(q, k, v, *rotation, norms, shape.eps, shape.norm_offset, cache, own.slots)
+        if norms is not None and shape.norms_whole_qk:
+            q, k = (
+                rms_norm(states.flatten(1), norm, shape.eps, shape.norm_offset).view(states.shape)
+                for states, norm in zip((q, k), norms, strict=True)
+            )
+            norms = None
+        rotate_and_write(
+            q, k, v, *rotation, norms, shape.eps, shape.norm_offset, cache, own.slots, is_paired=layer.is_paired
+        )
         visible = context.visible if layer.media_both_ways else None
         out = paged_attention(q, cache.keys, cache.values, own, shape.scale, layer.sliding_window, visible, layer.sinks)
+        if gates is not None:
+            out = gate_heads(out, gates)
         return out.view(x.shape[0], -1)
 
 
@@ -125,7 +151,6 @@ def can_stack(layers: Sequence[DecoderLayerParts], final_norm: Tensor, shape: De
         and shape.head_dim % 4 == 0
         and shape.num_heads % shape.num_kv_heads == 0
         and all(norm.dtype is final_norm.dtype and norm.is_contiguous() for norm in norms)
-        and not any(one.is_gated or one.state for one in layers)
+        and all(one.state is None or takes_state(one.state) for one in layers)
         and all((one.q_norm is None) == (one.k_norm is None) for one in layers)
-        and (not shape.norms_whole_qk or layers[0].q_norm is None)
     )

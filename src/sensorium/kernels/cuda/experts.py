@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,9 @@ from sensorium.kernels.reference import PlainLinear
 
 FEW = 16  # rows of an expert, on average, up to which tiles are small
 ALIGNMENT = 16  # bytes
+COMPARED = 4096  # pairs of token and expert that are sorted by comparing each with each
+PLACED = 16  # of them by one program
+BLOCK = 1024  # numbers of a program of elementwise work
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,10 @@ class CudaExperts:
         self._gate_up, self._down, self._activation = gate_up, down, activation
         self._tables = (gate_up.tables(), down.tables())
 
-    def __call__(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    def __call__(
+        self, x: Tensor, chosen: Tensor, weights: Tensor, shared: Tensor | None = None, gate: Tensor | None = None
+    ) -> Tensor:
+        """`shared` [tokens, hidden], which is added to the sum, times the sigmoid of `gate` [tokens, 1]."""
         tokens, per_token = chosen.shape
         size, inner, count = x.shape[1], self._down.size, len(self._down.weights)
         pairs = tokens * per_token
@@ -67,17 +74,34 @@ class CudaExperts:
                CHOSEN=per_token, ACTIVATION=self._activation, **options)  # fmt: skip
         launch(down_product, (tiles, -(-size // 64)), made, order, starts, tile_ends, *second, weights, out, size,
                inner, **options)  # fmt: skip
-        return out.view(tokens, per_token, size).sum(1).to(x.dtype)
+        total = torch.empty((tokens, size), dtype=x.dtype, device=x.device)
+        launch(
+            device.add_up, (tokens, -(-size // BLOCK)), out, total if shared is None else shared,
+            total if gate is None else gate, total, size, PER_TOKEN=per_token, HAS_SHARED=shared is not None,
+            HAS_GATE=gate is not None, BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
+        return total
 
 
-def choose(logits: Tensor, per_token: int, *, renormalizes: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """See `Backend.choose`; the logits of a token adjacent."""
+def choose(
+    logits: Tensor,
+    per_token: int,
+    *,
+    renormalizes: bool,
+    scale: float,
+    correction: Tensor | None = None,
+    groups: int = 1,
+    groups_per_token: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """See `Backend.choose`; the logits of a token adjacent. With a `correction`, as `RoutedParts` has it."""
     tokens, count = logits.shape
     chosen = torch.empty((tokens, per_token), dtype=torch.int64, device=logits.device)
     weights = torch.empty((tokens, per_token), dtype=torch.float32, device=logits.device)
     launch(
-        device.choose, (tokens,), logits, chosen, weights, logits.stride(0), count, scale, PER_TOKEN=per_token,
-        BLOCK=power_of_two(count), BLOCK_K=power_of_two(per_token), RENORMALIZES=renormalizes, num_warps=1,
+        device.choose, (tokens,), logits, logits if correction is None else correction, chosen, weights,
+        logits.stride(0), count, scale, PER_TOKEN=per_token, BLOCK=power_of_two(count), BLOCK_K=power_of_two(per_token),
+        RENORMALIZES=renormalizes, CORRECTED=correction is not None, GROUPS=groups, BLOCK_G=power_of_two(groups),
+        GROUPS_TAKEN=groups_per_token, num_warps=1,
     )  # fmt: skip
     return chosen, weights
 
@@ -85,6 +109,15 @@ def choose(logits: Tensor, per_token: int, *, renormalizes: bool, scale: float) 
 def sorted_rows(chosen: Tensor, count: int, tile: int) -> tuple[Tensor, Tensor, Tensor]:
     """Chosen experts [tokens, k] -> (pairs of token and place, sorted by expert, int64; where each expert's begin,
     int64 [count + 1]; number of tiles up to and with each expert's, int64 [count])"""
+    if (pairs := chosen.numel()) <= COMPARED:
+        chosen = chosen.contiguous()
+        empty = functools.partial(torch.empty, dtype=torch.int64, device=chosen.device)
+        order, starts, tile_ends = empty(pairs), empty(count + 1), empty(count)
+        launch(
+            device.arrange, (-(-pairs // PLACED) + 1,), chosen, order, starts, tile_ends, pairs, EXPERTS=count,
+            BLOCK_E=power_of_two(count), BLOCK_M=tile, ROWS=PLACED, BLOCK_P=64, num_warps=4,
+        )  # fmt: skip
+        return order, starts, tile_ends
     ordered, order = chosen.flatten().sort(stable=True)
     starts = torch.searchsorted(ordered, torch.arange(count + 1, device=chosen.device))
     tiles = (starts.diff() + (tile - 1)).div(tile, rounding_mode="floor")

@@ -24,24 +24,29 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     """x [.., size]; see `Backend.rms_norm`."""
     rows = x.view(-1, x.shape[-1]) if x.is_contiguous() or x.dim() == 2 else x.reshape(-1, x.shape[-1])
     out = torch.empty((len(rows), x.shape[-1]), dtype=x.dtype, device=x.device)
-    _start(rows, None, weight, out, eps, offset)
+    _start(rows, None, None, weight, out, eps, offset)
     return out.view(x.shape)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Both contiguous. The sum is written into `residual`."""
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0, first: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Both contiguous. The sum is written into `residual`. `first`: the weight of a norm of `x` before."""
     out = torch.empty_like(x)
-    _start(x.view(-1, x.shape[-1]), residual, weight, out, eps, offset)
+    _start(x.view(-1, x.shape[-1]), residual, first, weight, out, eps, offset)
     return out, residual
 
 
-def _start(rows: Tensor, residual: Tensor | None, weight: Tensor, out: Tensor, eps: float, offset: float) -> None:
+def _start(
+    rows: Tensor, residual: Tensor | None, first: Tensor | None, weight: Tensor, out: Tensor, eps: float, offset: float
+) -> None:
     count, size = rows.shape
     total = out if residual is None else residual
     block = power_of_two(size)
     launch(
-        device.rms_norm, (count,), rows, total, weight, out, total, eps, offset, rows.stride(0), size, BLOCK=block,
-        ADDS=residual is not None, HAS_OFFSET=offset != 0, num_warps=min(16, max(1, block // 1024)),
+        device.rms_norm, (count,), rows, total, weight if first is None else first, weight, out, total, eps, offset,
+        rows.stride(0), size, BLOCK=block, ADDS=residual is not None, IS_NORMED=first is not None,
+        HAS_OFFSET=offset != 0, num_warps=min(16, max(1, block // 1024)),
     )  # fmt: skip
 
 

@@ -71,9 +71,11 @@ def rotate_and_write(
     offset: float,
     cache: LayerCache,
     slots: Tensor,
+    *,
+    is_paired: bool = False,
 ) -> None:
     """Norm (weights [head_dim] of q and k) and rotate q in place; norm and rotate k and write it and v to the cache.
-    k is left as it is."""
+    k is left as it is. `is_paired`: what turns together lies side by side, see `DecoderLayerParts`."""
     heads, kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
     at_once = _at_once(head_dim, kv_heads)
     tiles = -(-heads // at_once) + 2 * -(-kv_heads // at_once)
@@ -82,8 +84,8 @@ def rotate_and_write(
         device.rotate_and_write, (q.shape[0], tiles), q, k, v, cos, sin, q_norm, k_norm, octets(cache.keys),
         octets(cache.values), slots, eps, offset, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0),
         v.stride(1), cos.stride(0), *_strides(cache.keys, cache.values), HEADS=heads, KV_HEADS=kv_heads,
-        BLOCK_D=power_of_two(head_dim), HAS_NORM=norms is not None, HAS_OFFSET=offset != 0, HEADS_AT_ONCE=at_once,
-        num_warps=2, **_sizes(head_dim, cos.shape[1]), **_page(cache.keys),
+        BLOCK_D=power_of_two(head_dim), HAS_NORM=norms is not None, HAS_OFFSET=offset != 0, PAIRED=is_paired,
+        HEADS_AT_ONCE=at_once, num_warps=2, **_sizes(head_dim, cos.shape[1]), **_page(cache.keys),
     )  # fmt: skip
 
 

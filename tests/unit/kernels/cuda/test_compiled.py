@@ -46,6 +46,8 @@ REGISTERS = {
     "add_wide_product": 255,
     "decode_merge": 128,
     "sample": 128,
+    "rms_norm": 96,
+    "arrange": 168,
 }
 TOO_NARROW = {"int8"}  # caches whose rows are not of a multiple of 16 bytes
 OF_ANY_RANK = "add_wide_product"  # whose rows are as long as the rank of an adapter, which is not compiled for

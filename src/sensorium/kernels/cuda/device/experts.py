@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from sensorium.kernels.cuda.device.linear import fp4_columns, fp4_tiles
-from sensorium.kernels.cuda.device.norms import gated_product
+from sensorium.kernels.cuda.device.norms import gated_product, sigmoid
 
 
 @triton.jit
@@ -111,25 +111,109 @@ def down_product(
         tl.store(out + pair[:, None] * size + column[None, :], acc, mask=mask)
 
 
+@triton.jit(do_not_specialize=["pairs"])
+def arrange(
+    chosen, order, starts, tile_ends, pairs, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Chosen experts [pairs] -> their places sorted by expert, the first ones first; where each expert's begin; the
+    tiles up to and with each expert's. Every program places some pairs; the last one counts."""
+    program, some = tl.program_id(0), tl.arange(0, BLOCK_P)
+    if program * ROWS < pairs:
+        own = program * ROWS + tl.arange(0, ROWS)
+        expert = tl.load(chosen + own, mask=own < pairs, other=0)
+        place = tl.zeros([ROWS], tl.int32)
+        for start in range(0, pairs, BLOCK_P):
+            at = start + some
+            other = tl.load(chosen + at, mask=at < pairs, other=EXPERTS)
+            is_before = (other[None, :] == expert[:, None]) & (at[None, :] < own[:, None])
+            place += tl.sum(((other[None, :] < expert[:, None]) | is_before).to(tl.int32), 1)
+        tl.store(order + place, own.to(tl.int64), mask=own < pairs)
+    else:
+        experts = tl.arange(0, BLOCK_E)
+        count, before = tl.zeros([BLOCK_E], tl.int32), tl.zeros([BLOCK_E], tl.int32)
+        for start in range(0, pairs, BLOCK_P):
+            at = start + some
+            other = tl.load(chosen + at, mask=at < pairs, other=BLOCK_E)
+            count += tl.sum((other[None, :] == experts[:, None]).to(tl.int32), 1)
+            before += tl.sum((other[None, :] < experts[:, None]).to(tl.int32), 1)
+        ends = tl.cumsum((count + BLOCK_M - 1) // BLOCK_M, 0)
+        tl.store(tile_ends + experts, ends.to(tl.int64), mask=experts < EXPERTS)
+        tl.store(starts + experts, before.to(tl.int64), mask=experts < EXPERTS)
+        tl.store(starts + EXPERTS, pairs)
+
+
+@triton.jit
+def add_up(
+    parts, shared, gate, out, size, PER_TOKEN: tl.constexpr, HAS_SHARED: tl.constexpr, HAS_GATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """float32 [tokens, PER_TOKEN, size] -> their sum [tokens, size], and what all tokens take besides, which the
+    sigmoid of a number of each token scales."""
+    token, dims = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    keep = dims < size
+    dtype: tl.constexpr = out.dtype.element_ty
+    acc = tl.zeros([BLOCK], tl.float32)
+    for place in range(PER_TOKEN):
+        acc += tl.load(parts + (token * PER_TOKEN + place) * size + dims, mask=keep, other=0.0)
+    if HAS_SHARED:
+        more = tl.load(shared + token * size + dims, mask=keep, other=0.0).to(tl.float32)
+        if HAS_GATE:
+            share = sigmoid(tl.load(gate + token).to(tl.float32)).to(dtype).to(tl.float32)
+            more = (more * share).to(dtype).to(tl.float32)
+        acc = acc.to(dtype).to(tl.float32) + more
+    tl.store(out + token * size + dims, acc.to(dtype), mask=keep)
+
+
+@triton.jit
+def best_groups(left, at, count, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, GROUPS_TAKEN: tl.constexpr):
+    """Far below all others what is not in the groups whose two largest have the largest sums."""
+    group, groups = at // (count // GROUPS), tl.arange(0, BLOCK_G)
+    sums = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    for one in range(GROUPS):
+        own = tl.where(group == one, left, float("-inf"))
+        first, best = tl.max(own, 0), tl.argmax(own, 0)
+        sums = tl.where(groups == one, first + tl.max(tl.where(at == best, float("-inf"), own), 0), sums)
+    inside = group < 0
+    for _ in range(GROUPS_TAKEN):
+        best = tl.argmax(sums, 0)
+        inside = inside | (group == best)
+        sums = tl.where(groups == best, float("-inf"), sums)
+    return tl.where(inside | (left == float("-inf")), left, -3e38)
+
+
 @triton.jit
 def choose(
-    logits, chosen, weights, stride, count, scale, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr, RENORMALIZES: tl.constexpr,
+    logits, correction, chosen, weights, stride, count, scale, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr, RENORMALIZES: tl.constexpr, CORRECTED: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK_G: tl.constexpr, GROUPS_TAKEN: tl.constexpr,
 ):  # fmt: skip
-    """Of one token's logits [count] the largest, one after the other, and their weights."""
+    """Of one token's logits [count] the largest, one after the other, and their weights. CORRECTED: of their sigmoids
+    with the correction, and the weights are the sigmoids without."""
     token, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     left = tl.load(logits + token * stride + at, mask=at < count, other=float("-inf")).to(tl.float32)
     left = tl.where(at < count, tl.maximum(left, -3e38), left)  # above what is taken, or not there
     top = tl.max(left, 0)
     whole = tl.sum(tl.exp(left - top), 0)
+    scores = left
+    if CORRECTED:
+        scores = tl.where(at < count, sigmoid(left), 0.0)
+        more = tl.load(correction + at, mask=at < count, other=0.0).to(tl.float32)
+        left = tl.where(at < count, scores + more, float("-inf"))
+        if GROUPS > 1:
+            left = best_groups(left, at, count, GROUPS, BLOCK_G, GROUPS_TAKEN)
     places = tl.arange(0, BLOCK_K)
     picks, values = tl.zeros([BLOCK_K], tl.int32), tl.full([BLOCK_K], float("-inf"), tl.float32)
     for place in range(PER_TOKEN):
         best = tl.argmax(left, 0)
         picks = tl.where(places == place, best, picks)
-        values = tl.where(places == place, tl.max(left, 0), values)
+        values = tl.where(places == place, tl.max(tl.where(at == best, scores, float("-inf")), 0), values)
         left = tl.where(at == best, float("-inf"), left)
-    shares = tl.exp(values - top)
+    if CORRECTED:
+        shares = tl.where(places < PER_TOKEN, values, 0.0)
+        whole = 1.0
+    else:
+        shares = tl.exp(values - top)
     if RENORMALIZES:
         whole = tl.sum(shares, 0)
     keep = places < PER_TOKEN

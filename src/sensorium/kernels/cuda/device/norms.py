@@ -15,14 +15,19 @@ def normed(wide, weight, scale, offset, dtype: tl.constexpr, HAS_OFFSET: tl.cons
 
 @triton.jit
 def rms_norm(
-    x, residual, weight, out, total, eps, offset, stride, size, BLOCK: tl.constexpr, ADDS: tl.constexpr,
-    HAS_OFFSET: tl.constexpr,
+    x, residual, first, weight, out, total, eps, offset, stride, size, BLOCK: tl.constexpr, ADDS: tl.constexpr,
+    IS_NORMED: tl.constexpr, HAS_OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """Of one row, or of its sum with the residual's, which goes to `total`."""
+    """Of one row, or of its sum with the residual's, which goes to `total`; with `IS_NORMED` the row is normed by the
+    weight `first` before."""
     row, dims = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     keep = dims < size
     dtype: tl.constexpr = out.dtype.element_ty
     wide = tl.load(x + row * stride + dims, mask=keep, other=0.0).to(tl.float32)
+    if IS_NORMED:
+        scale = tl.rsqrt(tl.sum(wide * wide, 0) / size + eps)
+        factor = tl.load(first + dims, mask=keep, other=0.0).to(tl.float32)
+        wide = normed(wide, factor, scale, offset, dtype, HAS_OFFSET).to(dtype).to(tl.float32)
     if ADDS:
         wide += tl.load(residual + row * size + dims, mask=keep, other=0.0).to(tl.float32)
         rounded = wide.to(dtype)

@@ -12,13 +12,13 @@ from sensorium.kernels.cuda.device.norms import normed
 
 
 @triton.jit
-def part(x, at, heads, limit, first, size: tl.constexpr, BLOCK: tl.constexpr):
-    """float32 [heads, BLOCK] of the numbers [first, first + size) of heads that begin at `at`."""
+def part(x, at, heads, limit, first, size: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr = 1):
+    """float32 [heads, BLOCK] of `size` numbers from `first` on, every STEP-th, of heads that begin at `at`."""
     dims = tl.arange(0, BLOCK)
     keep = (heads < limit)[:, None]
     if size != BLOCK:
         keep = keep & (dims < size)[None, :]
-    return tl.load(x + at[:, None] + first + dims[None, :], mask=keep, other=0.0).to(tl.float32)
+    return tl.load(x + at[:, None] + first + dims[None, :] * STEP, mask=keep, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -33,26 +33,30 @@ def put(x, at, heads, limit, first, value, size: tl.constexpr, BLOCK: tl.constex
 
 @triton.jit
 def weigh(value, weight, first, scale, offset, dtype: tl.constexpr, size: tl.constexpr, BLOCK: tl.constexpr,
-          HAS_OFFSET: tl.constexpr):  # fmt: skip
+          HAS_OFFSET: tl.constexpr, STEP: tl.constexpr = 1):  # fmt: skip
     dims = tl.arange(0, BLOCK)
-    factor = tl.load(weight + first + dims, mask=dims < size, other=0.0).to(tl.float32)
+    factor = tl.load(weight + first + dims * STEP, mask=dims < size, other=0.0).to(tl.float32)
     return normed(value, factor[None, :], scale[:, None], offset, dtype, HAS_OFFSET).to(dtype).to(tl.float32)
 
 
 @triton.jit
 def turned(
     x, at, heads, limit, weight, cos, sin, eps, offset, D: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_R: tl.constexpr, HAS_NORM: tl.constexpr, HAS_OFFSET: tl.constexpr,
+    BLOCK_R: tl.constexpr, HAS_NORM: tl.constexpr, HAS_OFFSET: tl.constexpr, PAIRED: tl.constexpr = False,
 ):  # fmt: skip
-    """(first half, second half, rest) of heads, normed and rotated, in the type of `x`."""
+    """(first half, second half, rest) of heads, normed and rotated, in the type of `x`. PAIRED: what turns together
+    lies side by side."""
     dtype: tl.constexpr = x.dtype.element_ty
-    one, two = part(x, at, heads, limit, 0, HALF, BLOCK_H), part(x, at, heads, limit, HALF, HALF, BLOCK_H)
+    STEP: tl.constexpr = 2 if PAIRED else 1
+    SECOND: tl.constexpr = 1 if PAIRED else HALF
+    one = part(x, at, heads, limit, 0, HALF, BLOCK_H, STEP)
+    two = part(x, at, heads, limit, SECOND, HALF, BLOCK_H, STEP)
     rest = part(x, at, heads, limit, 2 * HALF, D - 2 * HALF, BLOCK_R)
     if HAS_NORM:
         squares = tl.sum(one * one, 1) + tl.sum(two * two, 1) + tl.sum(rest * rest, 1)
         scale = tl.rsqrt(squares / D + eps)
-        one = weigh(one, weight, 0, scale, offset, dtype, HALF, BLOCK_H, HAS_OFFSET)
-        two = weigh(two, weight, HALF, scale, offset, dtype, HALF, BLOCK_H, HAS_OFFSET)
+        one = weigh(one, weight, 0, scale, offset, dtype, HALF, BLOCK_H, HAS_OFFSET, STEP)
+        two = weigh(two, weight, SECOND, scale, offset, dtype, HALF, BLOCK_H, HAS_OFFSET, STEP)
         rest = weigh(rest, weight, 2 * HALF, scale, offset, dtype, D - 2 * HALF, BLOCK_R, HAS_OFFSET)
     dims = tl.arange(0, BLOCK_H)
     c = tl.load(cos + dims, mask=dims < HALF, other=0.0)[None, :]
@@ -159,9 +163,10 @@ def rotate_and_write(
     v_stride, v_head, turn_stride, k_block, k_cache_head, v_block, v_cache_head, HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_R: tl.constexpr, PAGE: tl.constexpr, ROW: tl.constexpr, KIND: tl.constexpr, HAS_NORM: tl.constexpr,
-    HAS_OFFSET: tl.constexpr, HEADS_AT_ONCE: tl.constexpr,
+    HAS_OFFSET: tl.constexpr, PAIRED: tl.constexpr, HEADS_AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of q's heads, normed and rotated in place; of k's, which go to the cache; of v's, which only go there."""
+    """Tiles of q's heads, normed and rotated in place; of k's, which go to the cache; of v's, which only go there. Of
+    PAIRED ones the first of each pair then stand before the second ones."""
     token, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     own_cos, own_sin = cos + token * turn_stride, sin + token * turn_stride
     q_tiles: tl.constexpr = (HEADS + HEADS_AT_ONCE - 1) // HEADS_AT_ONCE
@@ -170,14 +175,16 @@ def rotate_and_write(
         heads = heads_of(tile, HEADS_AT_ONCE)
         at = token * q_stride + heads * q_head
         one, two, rest = turned(q, at, heads, HEADS, q_norm, own_cos, own_sin, eps, offset, D, HALF, BLOCK_H, BLOCK_R,
-                                HAS_NORM, HAS_OFFSET)  # fmt: skip
+                                HAS_NORM, HAS_OFFSET, PAIRED)  # fmt: skip
+        if PAIRED:
+            tl.debug_barrier()  # other threads of this block read where this one writes
         put(q, at, heads, HEADS, 0, one, HALF, BLOCK_H)
         put(q, at, heads, HEADS, HALF, two, HALF, BLOCK_H)
         put(q, at, heads, HEADS, 2 * HALF, rest, D - 2 * HALF, BLOCK_R)
     elif tile < q_tiles + k_tiles:
         heads = heads_of(tile - q_tiles, HEADS_AT_ONCE)
         one, two, rest = turned(k, token * k_stride + heads * k_head, heads, KV_HEADS, k_norm, own_cos, own_sin, eps,
-                                offset, D, HALF, BLOCK_H, BLOCK_R, HAS_NORM, HAS_OFFSET)  # fmt: skip
+                                offset, D, HALF, BLOCK_H, BLOCK_R, HAS_NORM, HAS_OFFSET, PAIRED)  # fmt: skip
         at = row_of(slots, token, heads, k_block, k_cache_head, PAGE, ROW)
         keep(k_cache, at, heads, KV_HEADS, one, two, rest, KIND, D, HALF, BLOCK_H, BLOCK_R)
     else:

@@ -6,10 +6,13 @@ import pytest
 import torch
 from support.triton_interpreter import assert_close
 
+from sensorium.checkpoint.text_config import Routing
 from sensorium.kernels import Activation, Quantization, reference
 from sensorium.kernels.cuda import CudaBackend
-from sensorium.kernels.cuda.experts import CudaExperts
+from sensorium.kernels.cuda import experts as cuda_experts
+from sensorium.kernels.cuda.experts import CudaExperts, sorted_rows
 from sensorium.kernels.cuda.linear import CudaQuantizedLinear
+from sensorium.models import experts as models_experts
 
 CUDA = CudaBackend()
 
@@ -36,6 +39,31 @@ def test_experts(
     chosen, weights = reference.choose(torch.randn(tokens, experts), per_token, renormalizes=True, scale=1.0)
     expected = reference.experts(gate_up, down, activation)(x, chosen, weights)
     assert_close(made(x, chosen, weights), expected, 4)
+
+
+@pytest.mark.parametrize("is_gated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_all_tokens_take_besides(dtype: torch.dtype, is_gated: bool) -> None:
+    gate_up, down = [linear(2 * 20, 72, dtype, bias=False) for _ in range(3)], [linear(72, 20, dtype, bias=False)] * 3
+    made = CUDA.experts(gate_up, down, "silu")
+    assert isinstance(made, CudaExperts)
+    x, shared, gate = (torch.randn(3, size).to(dtype) for size in (72, 72, 1))
+    chosen, weights = reference.choose(torch.randn(3, 3), 2, renormalizes=True, scale=1.0)
+    expected = reference.experts(gate_up, down, "silu")(x, chosen, weights)
+    expected += shared * gate.sigmoid() if is_gated else shared
+    assert_close(made(x, chosen, weights, shared, gate if is_gated else None), expected, 4)
+
+
+@pytest.mark.parametrize(("tokens", "experts", "per_token", "tile"), [(1, 4, 2, 16), (40, 6, 2, 16), (70, 60, 4, 64)])
+def test_rows_sorted_by_expert(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, experts: int, per_token: int, tile: int
+) -> None:
+    """By comparing and by torch's sort, which is for many."""
+    chosen = torch.rand(tokens, experts).argsort(1)[:, :per_token].contiguous()
+    compared = sorted_rows(chosen, experts, tile)
+    monkeypatch.setattr(cuda_experts, "COMPARED", 0)
+    for one, other in zip(compared, sorted_rows(chosen, experts, tile), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -88,5 +116,22 @@ def test_choice(experts: int, per_token: int, renormalizes: bool, dtype: torch.d
     logits[3] = logits[3].round()
     chosen, weights = CUDA.choose(logits, per_token, renormalizes=renormalizes, scale=1.5)
     expected, their_weights = reference.choose(logits, per_token, renormalizes=renormalizes, scale=1.5)
+    assert torch.equal(chosen, expected)
+    assert_close(weights, their_weights)
+
+
+@pytest.mark.parametrize("renormalizes", [False, True])
+@pytest.mark.parametrize(("experts", "groups", "taken"), [(6, 1, 1), (60, 4, 2), (128, 8, 3)])
+def test_corrected_choice(experts: int, groups: int, taken: int, renormalizes: bool) -> None:
+    """Of the best groups, as models that correct their sigmoids choose."""
+    logits, correction = torch.randn(5, experts), torch.randn(experts)
+    routing = Routing(
+        num_experts=experts, per_token=3, expert_size=1, layers=frozenset(), renormalizes=renormalizes, scale=1.5,
+        groups=groups, groups_per_token=taken, has_correction=True,
+    )  # fmt: skip
+    expected, their_weights = models_experts.choose(logits, routing, correction)
+    chosen, weights = cuda_experts.choose(
+        logits, 3, renormalizes=renormalizes, scale=1.5, correction=correction, groups=groups, groups_per_token=taken
+    )
     assert torch.equal(chosen, expected)
     assert_close(weights, their_weights)

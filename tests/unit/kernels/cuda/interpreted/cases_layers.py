@@ -46,6 +46,16 @@ def test_add_rms_norm(offset: float, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_a_norm_before_the_sum(offset: float, dtype: torch.dtype) -> None:
+    x, residual, first, weight = (torch.randn(size).to(dtype) for size in ((5, 40), (5, 40), (40,), (40,)))
+    expected = reference.add_rms_norm(reference.rms_norm(x, first, 1e-5, offset), residual, weight, 1e-5, offset)
+    got = cuda_norms.add_rms_norm(x, residual.clone(), weight, 1e-5, offset, first)
+    for one, other in zip(got, expected, strict=True):
+        assert_close(one, other, 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", [*cuda_norms.PLAIN, "clamped_swiglu"])
 def test_gated(activation: Activation, dtype: torch.dtype) -> None:
     x = (4 * torch.randn(3, 2 * 37)).to(dtype)
@@ -188,6 +198,28 @@ def test_norms_rotation_and_cache_in_one(
     reference.write_kv(wanted_k, v, cache.expected[0], cache.expected[1], cache.slots)
     cuda_rope.rotate_and_write(
         q, k, v, cos, sin, norms, 1e-6, offset or 0.0, LayerCache(cache.own[0], cache.own[1]), cache.slots
+    )
+    assert_close(q, wanted_q)
+    cache.check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "rotated", "has_norms"), [(32, 32, True), (24, 12, False), (20, 12, True)])
+def test_rotation_in_pairs(head_dim: int, rotated: int, has_norms: bool, dtype: torch.dtype) -> None:
+    """As the reference does it with the first of each pair in front."""
+    cache, pairs = Cache(2, head_dim, dtype), rotated // 2
+    heads = torch.randn(3, 5 + 4, head_dim).to(dtype)
+    q, k, v = torch.split(heads, [5, 2, 2], dim=1)
+    cos, sin = turns(3, pairs)
+    norms = (torch.randn(head_dim).to(dtype), torch.randn(head_dim).to(dtype)) if has_norms else None
+    wanted = [q.contiguous(), k.contiguous()]
+    if norms is not None:
+        wanted = [reference.rms_norm(x, w, 1e-6) for x, w in zip(wanted, norms, strict=True)]
+    order = [*range(0, rotated, 2), *range(1, rotated, 2), *range(rotated, head_dim)]
+    wanted_q, wanted_k = reference.rope(wanted[0][..., order], wanted[1][..., order], cos, sin)
+    reference.write_kv(wanted_k, v, cache.expected[0], cache.expected[1], cache.slots)
+    cuda_rope.rotate_and_write(
+        q, k, v, cos, sin, norms, 1e-6, 0.0, LayerCache(cache.own[0], cache.own[1]), cache.slots, is_paired=True
     )
     assert_close(q, wanted_q)
     cache.check()
