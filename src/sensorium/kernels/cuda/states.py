@@ -87,7 +87,7 @@ def _run(delta: DeltaParts, mixed: Tensor, gates: Tensor, z: Tensor, memory: Ten
     """The same of any runs of tokens."""
     keys, values = delta.key_heads * delta.key_dim, delta.value_heads * delta.value_dim
     decay, learned = reference.delta_gates(gates, delta.rate, delta.bias)
-    q, k, v = mixed.split([keys, keys, values], dim=1)
+    q, k, v = torch.split(mixed, [keys, keys, values], dim=1)
     q, k = (part.view(len(mixed), delta.key_heads, delta.key_dim) for part in (q, k))
     v = v.view(len(mixed), delta.value_heads, delta.value_dim)
     if delta.takes_turns:

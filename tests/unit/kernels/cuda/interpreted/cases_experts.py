@@ -126,7 +126,7 @@ def test_corrected_choice(experts: int, groups: int, taken: int, renormalizes: b
     """Of the best groups, as models that correct their sigmoids choose."""
     logits, correction = torch.randn(5, experts), torch.randn(experts)
     routing = Routing(
-        num_experts=experts, per_token=3, expert_size=1, layers=frozenset(), renormalizes=renormalizes, scale=1.5,
+        num_experts=experts, per_token=3, expert_size=1, layers=(), renormalizes=renormalizes, scale=1.5,
         groups=groups, groups_per_token=taken, has_correction=True,
     )  # fmt: skip
     expected, their_weights = models_experts.choose(logits, routing, correction)
