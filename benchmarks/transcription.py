@@ -33,6 +33,10 @@ from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtracto
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
 OURS = f"{shlex.quote(sys.executable)} -m sensorium serve {{model}} --port {{port}} --threads {{threads}} {{dtype}}"
+FLAGS = {
+    "float32": "--dtype float32",
+    "int8": "--dtype bfloat16 --quantization int8 --quantize-towers",  # beside float32, torch alone multiplies int8
+}
 PEER = Path(__file__).with_name("transcription_peer.py")
 SHAPES = {
     "nano": (64, 1, 1),
@@ -178,7 +182,7 @@ def main() -> None:
     parser.add_argument("--ours", default=OURS, help="start command of this server")
     parser.add_argument("--peer", metavar="PYTHON", help="a Python that has faster-whisper")
     parser.add_argument("--batches", nargs="+", type=int, default=[0, 8], help="windows at a time; 0: one by one")
-    parser.add_argument("--dtype", choices=("float32", "int8"), default="float32")
+    parser.add_argument("--dtype", choices=FLAGS, default="float32")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--tokens", type=int, default=100, help="that are said in a window of 30 s")
@@ -191,10 +195,7 @@ def main() -> None:
         make_checkpoint(model, found.shape, found.tokens)
         make_recording(recording, found.seconds)
         make_recording(warm, WINDOW_S)
-        dtype = (
-            "--dtype float32" if found.dtype == "float32" else "--dtype float32 --quantization int8 --quantize-towers"
-        )
-        command = found.ours.replace("{threads}", str(found.threads)).replace("{dtype}", dtype)
+        command = found.ours.replace("{threads}", str(found.threads)).replace("{dtype}", FLAGS[found.dtype])
         sides: dict[str, Side] = {"Sensorium": stack.enter_context(served(command, model, temporary / "ours.log"))}
         if found.peer:
             words = [
