@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sensorium.kernels import Quantization, reference
+from sensorium.kernels import MappedBlocks, Quantization, reference
 from sensorium.kernels.backend import BLOCK_FORMS
 from sensorium.kernels.context import AttentionContext
 from sensorium.kernels.cpu import native
@@ -27,7 +27,7 @@ from sensorium.kernels.cpu.library import ISAS
 
 BF16 = torch.bfloat16
 COLD_BYTES = 256 << 20  # of weights that one run walks over, so that none stay in the caches
-BLOCK_KINDS = ("Q8_0", "Q4_K", "Q5_K", "Q6_K")
+BLOCK_KINDS = ("Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 LINEAR_SHAPES = ((17920, 1536), (1536, 8960), (2048, 1536))
 Contender = tuple[str, Callable[[], object]]
 
@@ -117,11 +117,16 @@ def blocks(kernels: native.Native, rounds: int) -> None:
             weight.fill_blocks(0, octets)
         packed_s = (time.perf_counter() - start) / len(weights)
         plain = torch.ones(sum(weight.nbytes for weight in weights) // 4, dtype=torch.float32)
+        parts = [[MappedBlocks(0, kind, octets.clone())] for _ in weights]
+        mapped = [kernels.mapped_blocks(part, out_features, in_features) for part in parts]
         print(f"{kind} packed: {1e9 * packed_s / (out_features * in_features):.2f} ns a weight", flush=True)
         for rows in (1, 2, 4, 8, 480):
             some = weights if rows <= 8 else weights[:1]
             x = torch.randn(rows, in_features).to(BF16)
-            contenders: list[Contender] = [("native", lambda x=x, some=some: [weight(x) for weight in some])]
+            contenders: list[Contender] = [("packed", lambda x=x, some=some: [weight(x) for weight in some])]
+            if mapped[0] is not None:
+                there = mapped[: len(some)]
+                contenders.append(("mapped", lambda x=x, there=there: [weight(x) for weight in there if weight]))
             if rows == 1:
                 contenders.append(("reading", plain.sum))
             work = plain.nbytes if rows <= 8 else 2 * rows * out_features * in_features

@@ -41,9 +41,10 @@ struct Linear {
 
 // Rows of one kind of a weight in blocks, see blocks.h.
 struct BlockSegment {
-    void* data;
+    void* data;  // packed; or uint8_t const*[rows], the address of each row as a file has it, see gather.h
     int64_t first_row, rows, first_panel;
     int32_t kind;
+    int32_t in_file;
 };
 
 // One of several products that are computed together, of few rows.

@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "blocks.h"
+#include "block_product.h"
 #include "fp4.h"
 #include "kernels.h"
 #include "linear.h"

@@ -24,7 +24,7 @@ constexpr int kRecordRows = 4;
 #elif defined(SENSORIUM_AVX2)
 constexpr int kRecordRows = 2;
 #else
-constexpr int kRecordRows = 1;  // each size takes long to compile
+constexpr int kRecordRows = 0;  // none: each size takes long to compile
 #endif
 
 struct Codes {
@@ -477,6 +477,7 @@ static inline void add_words(vi (&sum)[MR][NV], const uint32_t*& a, const uint32
 template <int MR, int NV>
 static inline void add_scaled(vf (&total)[MR][NV], const vi (&sum)[MR][NV], const GroupRun& run, int64_t g) {
     __builtin_prefetch(run.scales + (g + 12) * kPanel, 0, 3);
+    if (run.zeros) __builtin_prefetch(run.zeros + (g + 12) * kPanel, 0, 3);
     const float* x_scale = run.x_scale + g;
     const int32_t* x_sum = run.x_sum + g;
     SENSORIUM_UNROLL(2)

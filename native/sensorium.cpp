@@ -2,6 +2,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include "decoder.h"
 #include "experts.h"
@@ -14,6 +17,17 @@ using namespace sensorium;
 namespace {
 
 constexpr int kBest = -1;
+
+bool is_zen5_or_later() {
+#if defined(__x86_64__)
+    unsigned a, b, c, d;
+    __builtin_cpu_init();
+    if (!__builtin_cpu_is("amd") || !__get_cpuid(1, &a, &b, &c, &d)) return false;
+    return (a >> 8 & 15) + (a >> 20 & 255) >= 0x1a;
+#else
+    return false;
+#endif
+}
 
 const Kernels* find_kernels(int isa) {
 #if defined(__x86_64__)
@@ -36,7 +50,9 @@ const Kernels* find_kernels(int isa) {
 
 }  // namespace
 
-EXPORT int32_t sensorium_abi() { return 17; }
+const int64_t sensorium::kFewRowsAhead = is_zen5_or_later() ? 8192 : 0;
+
+EXPORT int32_t sensorium_abi() { return 18; }
 
 // isa: 0 portable, 1 AVX2 + FMA, 2 AVX-512 with VNNI, 3 the same with BF16, -1 the fastest of these. Null when this
 // processor lacks it.

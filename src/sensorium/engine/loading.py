@@ -54,6 +54,7 @@ from sensorium.errors import CheckpointError, StartupError
 from sensorium.ipc.ranks import CacheSize
 from sensorium.kernels import Quantization
 from sensorium.kernels.context import KVCache
+from sensorium.kernels.cpu.blocks import MappedBlockLinear
 from sensorium.kernels.cpu.linear import MappedLinear
 from sensorium.kernels.gpu import begin, gpu_kernels
 from sensorium.kernels.reference import quantized
@@ -91,7 +92,9 @@ class Engine:
     encoder: EncoderCache[Tensor]
     ready: EngineReady
     adapters: Adapters
-    mapped: list[MappedLinear] = field(default_factory=list)  # memory-mapped, not copied yet; the draft model's, too
+    mapped: list[MappedLinear | MappedBlockLinear] = field(
+        default_factory=list
+    )  # memory-mapped, not copied yet; the draft model's, too
     work: tuple[float, float] = (0.0, 0.0)  # multiply-adds of a token, and for each key that it sees
     vocab_size: int = 0  # width of the logits
     lookup: PromptLookup | None = None
@@ -660,9 +663,13 @@ def mapped_weight_bytes(model: Model) -> int:
     return sum(weight.mapped_bytes for weight in packed_weights(model))
 
 
-def mapped_weights(model: Model) -> list[MappedLinear]:
+def mapped_weights(model: Model) -> list[MappedLinear | MappedBlockLinear]:
     """Memory-mapped weights, first layers last."""
-    return [weight for weight in reversed(list(packed_weights(model))) if isinstance(weight, MappedLinear)]
+    return [
+        weight
+        for weight in reversed(list(packed_weights(model)))
+        if isinstance(weight, MappedLinear | MappedBlockLinear)
+    ]
 
 
 def activation_bytes(model: Model, tokens: int, cache_dtype: torch.dtype) -> int:

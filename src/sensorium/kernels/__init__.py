@@ -28,6 +28,7 @@ from sensorium.kernels.backend import (
     Edits,
     Experts,
     LowRank,
+    MappedBlocks,
     PackedWeight,
     Quantization,
     QuantizedWeight,
@@ -60,6 +61,7 @@ __all__ = [
     "Edits",
     "Experts",
     "LowRank",
+    "MappedBlocks",
     "PackedWeight",
     "Quantization",
     "QuantizedWeight",
@@ -87,6 +89,7 @@ __all__ = [
     "gated",
     "heard_attention",
     "layer_norm",
+    "mapped_blocks",
     "mapped_linear",
     "multiplies_fp4",
     "norm_gated",
@@ -177,6 +180,13 @@ def _say_slow(where: str) -> None:
 
 def mapped_linear(parts: Sequence[tuple[int, Tensor]], out_features: int, in_features: int) -> PackedWeight | None:
     return _for(parts[0][1]).mapped_linear(parts, out_features, in_features)
+
+
+def mapped_blocks(
+    parts: Sequence[MappedBlocks], out_features: int, in_features: int, dtype: torch.dtype
+) -> PackedWeight | None:
+    """For x of this dtype on a CPU."""
+    return _for_weights(dtype, torch.device("cpu")).mapped_blocks(parts, out_features, in_features)
 
 
 def quantized_layout(dtype: torch.dtype, device: torch.device) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -52,11 +52,23 @@ BLOCK_FORMS: Mapping[str, BlockForm] = {
     "Q6_K": BlockForm(256, 210),
     "IQ4_NL": BlockForm(32, 18),
     "IQ4_XS": BlockForm(256, 136),
+    "NF4": BlockForm(32, 18),
+    "FP4": BlockForm(32, 18),
 }
-"""Those that are multiplied as they are, in the order of native/blocks.h."""
+"""Those that are multiplied as they are, in the order of native/blocks.h. The last two are no types of GGUF: codes of
+bitsandbytes with the fields of IQ4_NL, half of a block of 64 each."""
 
 Blocks = tuple[tuple[int, str], ...]
 """Of a weight in blocks how many rows have which form, one behind the other."""
+
+
+class MappedBlocks(NamedTuple):
+    """Rows of a weight, all of one form, where a mapped file has them."""
+
+    first_row: int
+    kind: str
+    rows: Tensor  # uint8 [n, bytes of a row]
+    release: Callable[[], None] = lambda: None  # gives their pages back, once they have been copied
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,6 +396,10 @@ class Backend(Protocol):
         self, parts: Sequence[tuple[int, Tensor]], out_features: int, in_features: int
     ) -> PackedWeight | None:
         """A weight over memory-mapped rows [n, in] at (first row, rows), not copied; None where copying is faster."""
+        ...
+
+    def mapped_blocks(self, parts: Sequence[MappedBlocks], out_features: int, in_features: int) -> PackedWeight | None:
+        """A weight over memory-mapped blocks, not copied; None where copying is faster."""
         ...
 
     def quantized_layout(self) -> str | None:

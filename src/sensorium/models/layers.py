@@ -109,6 +109,13 @@ class Linear(nn.Module):
             self.packed, self.weight, self.bias = mapped, None, None
         return mapped
 
+    def map_blocks(self, parts: Sequence[kernels.MappedBlocks], dtype: torch.dtype) -> kernels.PackedWeight | None:
+        """The same of blocks."""
+        mapped = kernels.mapped_blocks(parts, self.out_features, self.in_features, dtype)
+        if mapped is not None:
+            self.packed, self.weight, self.bias = mapped, None, None
+        return mapped
+
     def restore(self, kept: Mapping[str, Tensor], quantization: kernels.Quantization) -> kernels.QuantizedWeight:
         """Wraps `parts()` that the disk cache kept, without a bias; ValueError if their shapes do not fit."""
         self.packed = kernels.cached_linear(kept, self.out_features, self.in_features, quantization)
@@ -315,6 +322,13 @@ class Embedding(nn.Module):
         )
         self.weight = None
         return self.packed
+
+    def map_blocks(self, parts: Sequence[kernels.MappedBlocks], dtype: torch.dtype) -> kernels.PackedWeight | None:
+        """See `Linear`."""
+        mapped = kernels.mapped_blocks(parts, self.vocab_size, self.hidden_size, dtype)
+        if mapped is not None:
+            self.packed, self.weight = mapped, None
+        return mapped
 
     def restore(self, kept: Mapping[str, Tensor], quantization: kernels.Quantization) -> kernels.QuantizedWeight:
         """Wraps `parts()` that the disk cache kept; ValueError if their shapes do not fit."""

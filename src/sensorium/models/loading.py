@@ -7,6 +7,7 @@ it.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,15 @@ from sensorium.checkpoint.families import load_class
 from sensorium.checkpoint.gguf_config import INT4_BLOCK
 from sensorium.checkpoint.rerankers import ScoreTokens
 from sensorium.errors import CheckpointError
-from sensorium.kernels import Blocks, BlockWeight, CachedWeight, PackedWeight, Quantization, QuantizedWeight
+from sensorium.kernels import (
+    Blocks,
+    BlockWeight,
+    CachedWeight,
+    MappedBlocks,
+    PackedWeight,
+    Quantization,
+    QuantizedWeight,
+)
 from sensorium.kernels.reference.quantized import quantized_bytes
 from sensorium.models.base import Model
 from sensorium.models.layers import Embedding, Exact, Linear
@@ -294,7 +303,7 @@ def fill(
             progress(done / total)
     if anew:
         logger.warning(
-            "%d layers are stored in a layout that no kernel takes (fp8, fp4, nf4, act-order, 5 to 8 bits in groups or "
+            "%d layers are stored in a layout that no kernel takes (fp8, fp4, act-order, 5 to 8 bits in groups or "
             "with zero points): they are kept as int8 with one scale per output",
             anew,
         )
@@ -458,31 +467,38 @@ def _fill_module(
         _fill_parameters(module, slots, torch.float32 if isinstance(module, Exact) else dtype, device)
         return False
     weight, is_exact, anew = slots["weight"], False, False
-    if wanted is None and module.least_bits <= 8:
+    packed: PackedWeight | None = None
+    if memory_mapped and wanted is None and module.least_bits <= 8:
+        packed = _over_mapped_blocks(module, weight, dtype, device)
+    if packed is None and wanted is None and module.least_bits <= 8:
         wanted, is_exact = _computed_as(weight, device)
         anew = wanted is not None and not is_exact
     wanted = _settled(module, weight, wanted)
     bias = None if getattr(module, "bias", None) is None else slots["bias"]  # another rank may be the one to add it
-    mapped = _mapped_rows(weight, dtype, device) if memory_mapped and wanted is None else []
-    if wanted is None and isinstance(module, Embedding):
+    mapped = _mapped_rows(weight, dtype, device) if memory_mapped and wanted is None and packed is None else []
+    if packed is None and wanted is None and isinstance(module, Embedding):
         if len(mapped) == 1:
             module.weight = nn.Parameter(mapped[0][1], requires_grad=False)
         else:
             _fill_parameters(module, slots, dtype, device)
         return False
-    packed: PackedWeight | None = None
     if wanted is not None:
         packed = _quantized(module, weight, wanted, dtype, device, is_exact=is_exact, copy=copy)
     elif mapped and isinstance(module, Linear):
-        packed = module.map(mapped)
-        if packed is not None:
-            _populate(weight)
+        packed = _over_mapped_rows(module, weight, mapped)
     if packed is None:
         packed = module.allocate(dtype, device)
         _fill_rows(packed, weight, dtype)
     if bias is not None:
         packed.set_bias(_whole(bias, dtype, device))
     return anew
+
+
+def _over_mapped_rows(module: Linear, weight: _Slot, rows: list[tuple[int, Tensor]]) -> PackedWeight | None:
+    packed = module.map(rows)
+    if packed is not None:
+        _populate(weight)
+    return packed
 
 
 def _settled(module: Linear | Embedding, weight: _Slot, wanted: Quantization | None) -> Quantization | None:
@@ -591,6 +607,34 @@ def _kept_blocks(weight: _Slot) -> Blocks:
         before = found.pop()[0] if found and found[-1][1] == kind else 0
         found.append((before + span.rows, kind))
     return tuple(found)
+
+
+def _over_mapped_blocks(
+    module: Linear | Embedding, weight: _Slot, dtype: torch.dtype, device: torch.device
+) -> PackedWeight | None:
+    """A weight over blocks where the file has them; None where that is not possible."""
+    if device.type != "cpu":
+        return None
+    codes = [(source, spans) for source, spans in weight.parts() if isinstance(source, StoredCodes)]
+    if len(codes) < len(weight.sources):
+        return None
+    parts: list[MappedBlocks] = []
+    for source, spans in codes:
+        for span in spans:
+            runs = source.mapped(span)
+            if runs is None:
+                return None
+            firsts = itertools.accumulate((len(rows) for rows in runs), initial=span.here)
+            release = source.release
+            parts += [
+                MappedBlocks(first, source.kept_blocks or "", rows, release)
+                for first, rows in zip(firsts, runs, strict=False)
+            ]
+    packed = module.map_blocks(parts, dtype)
+    if packed is not None:
+        for source, _ in codes:
+            source.populate()
+    return packed
 
 
 def _put_codes(packed: QuantizedWeight, quantization: Quantization, weight: _Slot) -> None:

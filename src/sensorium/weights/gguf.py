@@ -42,7 +42,7 @@ from sensorium.kernels.reference.blocks import DECODERS, LINES, half, nibbles
 from sensorium.parallel.ranks import Span
 from sensorium.weights.decoded_codes import DecodedCodes
 from sensorium.weights.stored_codes import PIECE, counted_from_zeros
-from sensorium.weights.tensor_files import StoredTensor, element_of, mapped_tensor
+from sensorium.weights.tensor_files import Runs, StoredTensor, element_of, mapped_tensor
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _STORED = StoredQuantization("gguf", ())
@@ -87,6 +87,18 @@ class BlockCodes(DecodedCodes):
         rows, step = self.parts["blocks"].view()[span.first : span.first + span.rows], max(1, PIECE // self.shape[1])
         for start in range(0, span.rows, step):
             weight.fill_blocks(span.here + start, rows[start : start + step])
+
+    def mapped(self, span: Span) -> list[Tensor] | None:
+        blocks = self.parts["blocks"]
+        if blocks.runs is not None and span.rows == self.shape[0]:
+            return blocks.runs.rows()
+        return None if blocks.populate is None else [blocks.view()[span.first : span.first + span.rows]]
+
+    def populate(self) -> None:
+        blocks = self.parts["blocks"]
+        populate = blocks.populate if blocks.runs is None else blocks.runs.populate
+        if populate is not None:
+            populate()
 
     def codes(self, rows: slice) -> Tensor:
         blocks = self._blocks(rows)
@@ -210,7 +222,7 @@ def _of_tower(tensor: StoredTensor, name: str, meta: Metadata, row: GgufTower) -
     if tensor.key.startswith("vision_model.embeddings.") and not tensor.key.endswith((".weight", ".bias")):
         return _reshaped(tensor, (1,) * (3 - len(tensor.shape)) + tensor.shape)
     if row.permutes_heads and name.split(".")[-2] in ("attn_q", "attn_k"):
-        return _with(tensor, _unpermuted(tensor, meta.get("vision.attention.head_count")))
+        return _unpermuted(tensor, meta.get("vision.attention.head_count"))
     if tensor.key.endswith(".bias") and len(tensor.shape) > 1:  # of a convolution
         return _reshaped(tensor, (math.prod(tensor.shape),))
     if tensor.key.endswith(_BOUNDS):
@@ -301,7 +313,7 @@ def _changed(tensor: StoredTensor, stored: GgufTensor, meta: Metadata, architect
     which = permuted_heads(stored.name, architecture)
     if which is not None:
         heads = meta.get("attention.head_count")
-        return _with(tensor, _unpermuted(tensor, heads if which == "q" else meta.get("attention.head_count_kv", heads)))
+        return _unpermuted(tensor, heads if which == "q" else meta.get("attention.head_count_kv", heads))
     if key.endswith("A_log"):
         return _with(tensor, lambda rates: rates.float().neg().log())
     if architecture.norm_offset and key.endswith("norm.weight") and not key.endswith(architecture.plain_norms or "\n"):
@@ -333,11 +345,18 @@ def _reshaped(tensor: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:
 
 def _with(tensor: StoredTensor, change: Callable[[Tensor], Tensor]) -> StoredTensor:
     """With other contents than the file has, so that it is no plain mapping of it."""
-    return replace(tensor, view=lambda: change(tensor.view()), populate=None, cut=None)
+    return replace(tensor, view=lambda: change(tensor.view()), populate=None, cut=None, runs=None)
 
 
-def _unpermuted(tensor: StoredTensor, heads: object) -> Callable[[Tensor], Tensor]:
+def _unpermuted(tensor: StoredTensor, heads: object) -> StoredTensor:
     """The rows of each head in halves again: row 2 i + s of the file is row s * half + i."""
     if not isinstance(heads, int) or heads <= 0 or tensor.shape[0] % (2 * heads):
         raise CheckpointError(f"{tensor.file.name}: {tensor.shape[0]} rows do not divide among {heads} heads")
-    return lambda rows: rows.view(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+    def halves() -> Tensor:
+        return tensor.view().view(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2)
+
+    runs = None
+    if tensor.populate is not None and len(tensor.shape) == 2:
+        runs = Runs(lambda: [rows for head in halves() for rows in head], tensor.populate)
+    return replace(_with(tensor, lambda _: halves().reshape(tensor.shape)), runs=runs)

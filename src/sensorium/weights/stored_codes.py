@@ -110,6 +110,13 @@ class StoredCodes:
         """Fill rows with `kept_blocks`."""
         raise TypeError(f"{self.key} is not stored in blocks")
 
+    def mapped(self, span: Span) -> list[Tensor] | None:
+        """The same where the mapped file has them, in as many runs; None: they are no plain mapping of it."""
+        return None
+
+    def populate(self) -> None:
+        """Read all of `mapped` now."""
+
     def every(self, first: int, step: int) -> StoredCodes:
         """The rows first, first + step, .. as a weight of their own."""
         raise CheckpointError(f"the rows of {self.key} cannot be taken apart")

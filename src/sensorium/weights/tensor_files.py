@@ -45,6 +45,14 @@ DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
+class Runs:
+    """The rows of a matrix in turn where the mapped file has them, which is in another order."""
+
+    rows: Callable[[], list[Tensor]]
+    populate: Callable[[], None]  # reads all of them now
+
+
+@dataclass(frozen=True, slots=True)
 class StoredTensor:
     """One tensor of a file, not read yet."""
 
@@ -57,6 +65,7 @@ class StoredTensor:
     release: Callable[[], None]  # gives the view's pages back
     populate: Callable[[], None] | None = None  # reads all of it now; None: `view` is no plain mapping of the file
     cut: Callable[[int, int], StoredTensor] | None = None  # (first, count) -> these rows; None: see `part_of`
+    runs: Runs | None = None  # where `view` copies rows into another order
 
     @property
     def nbytes(self) -> int:
@@ -78,7 +87,7 @@ def part_of(tensor: StoredTensor, first: int, count: int) -> StoredTensor:
     if tensor.cut is not None:
         return tensor.cut(first, count)
     rows, shape = slice(first, first + count), (count, *tensor.shape[1:])
-    return replace(tensor, shape=shape, view=lambda: tensor.view()[rows], release=lambda: None)
+    return replace(tensor, shape=shape, view=lambda: tensor.view()[rows], release=lambda: None, runs=None)
 
 
 def element_of(tensor: StoredTensor, index: int) -> StoredTensor:
@@ -89,13 +98,13 @@ def element_of(tensor: StoredTensor, index: int) -> StoredTensor:
 
 def transposed(tensor: StoredTensor) -> StoredTensor:
     """Of a matrix."""
-    return replace(tensor, shape=tensor.shape[::-1], view=lambda: tensor.view().t(), populate=None, cut=None)
+    return replace(tensor, shape=tensor.shape[::-1], view=lambda: tensor.view().t(), populate=None, cut=None, runs=None)
 
 
 def every(tensor: StoredTensor, first: int, step: int) -> StoredTensor:
     """tensor[first::step], of a part of a pickle: the whole one, once given back, is gone."""
     shape = (len(range(first, tensor.shape[0], step)), *tensor.shape[1:])
-    return replace(tensor, shape=shape, view=lambda: tensor.view()[first::step], populate=None, cut=None)
+    return replace(tensor, shape=shape, view=lambda: tensor.view()[first::step], populate=None, cut=None, runs=None)
 
 
 def read_safetensors(file: Path) -> list[StoredTensor]:

@@ -10,14 +10,15 @@ from sensorium import kernels as dispatcher
 from sensorium.checkpoint.gguf_config import kept_bytes
 from sensorium.checkpoint.gguf_file import BLOCK_TYPES
 from sensorium.kernels import Blocks, Quantization, reference
-from sensorium.kernels.backend import BLOCK_FORMS
-from sensorium.kernels.cpu.blocks import BlockLinear
+from sensorium.kernels.backend import BLOCK_FORMS, MappedBlocks
+from sensorium.kernels.cpu.blocks import BlockLinear, MappedBlockLinear
 from sensorium.kernels.cpu.native import Native
 from sensorium.kernels.reference.block_linear import decoded
 from sensorium.kernels.reference.quantized import round_activations
 
 BF16, CPU = torch.bfloat16, torch.device("cpu")
-HALVES = {"Q4_0": (0,), "Q5_0": (0,), "Q8_0": (0,), "IQ4_NL": (0,), "IQ4_XS": (0,), "Q3_K": (108,), "Q6_K": (208,)} | {
+HALVES = {"Q3_K": (108,), "Q6_K": (208,)} | {
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS", "NF4", "FP4"), (0,)),
     "Q2_K": (80, 82),
     **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
 }
@@ -78,6 +79,66 @@ def test_native_is_what_the_blocks_say(kernels: Native, kind: str) -> None:
             check(native, weight, bias, rows)
 
 
+@pytest.mark.parametrize("kind", BLOCK_FORMS)
+def test_mapped_blocks_are_packed_ones(kernels: Native, kind: str) -> None:
+    """To the last bit, in as many rows as either way takes, of rows that lie anywhere and panels that are not whole."""
+    whole = BLOCK_FORMS[kind].weights
+    size, out = 3 * whole, 101
+    octets = random_blocks(kind, out, size)
+    odd = torch.empty(7 + 2 * octets.nbytes, dtype=torch.uint8)[7:].view(out, -1)[:, : octets.shape[1]]  # unaligned
+    odd.copy_(octets)
+    released: list[int] = []
+    parts = [
+        MappedBlocks(0, kind, octets[:40], lambda: released.append(0)),
+        MappedBlocks(40, kind, odd[40:], lambda: released.append(40)),
+    ]
+    mapped, packed = MappedBlockLinear(kernels, out, size, parts), kernels.empty_blocks(out, size, ((out, kind),))
+    packed.fill_blocks(0, octets)
+    ids = torch.tensor([0, 100, 40, 31])
+    assert torch.equal(mapped.rows(ids), packed.rows(ids))
+    assert mapped.mapped_bytes == octets.nbytes
+    for copied in (False, True):
+        for rows in (1, 3, 7, 20):
+            x = torch.randn(rows, size).to(BF16)
+            assert torch.equal(mapped(x, torch.float32), packed(x, torch.float32))
+        assert released == ([0, 40] if copied else [])
+        mapped.pack()
+    octets.zero_(), odd.zero_()
+    assert mapped.mapped_bytes == 0 and mapped.nbytes == packed.nbytes
+    assert torch.equal(mapped(x, torch.float32), packed(x, torch.float32))
+    assert torch.equal(mapped.rows(ids), packed.rows(ids))
+
+
+def test_mapped_blocks_of_several_kinds(fastest: Native) -> None:
+    """Segments change where kinds do; what the kernels do not take at memory's speed is left to be packed."""
+    blocks = ((40, "Q4_K"), (7, "Q6_K"), (33, "Q5_K"), (64, "Q8_0"), (5, "Q4_0"))
+    first, parts, packed = 0, [], fastest.empty_blocks(149, 512, blocks)
+    for rows, kind in blocks:
+        octets = random_blocks(kind, rows, 512)
+        packed.fill_blocks(first, octets)
+        parts.append(MappedBlocks(first, kind, octets))
+        first += rows
+    mapped = fastest.mapped_blocks(parts[::-1], 149, 512)
+    if not fastest.isa.startswith("avx512"):
+        assert mapped is None
+        return
+    assert mapped is not None
+    for count in (1, 8, 30):
+        x = torch.randn(count, 512).to(BF16)
+        assert torch.equal(mapped(x), packed(x))
+    assert fastest.mapped_blocks([MappedBlocks(0, "Q2_K", random_blocks("Q2_K", 8, 512))], 8, 512) is None
+    for broken in (
+        [MappedBlocks(1, "Q8_0", random_blocks("Q8_0", 8, 512))],
+        [MappedBlocks(0, "Q8_0", random_blocks("Q8_0", 9, 512))],
+        [MappedBlocks(0, "Q8_0", random_blocks("Q8_0", 4, 512))],
+        [MappedBlocks(0, "Q8_0", random_blocks("Q8_0", 8, 480))],
+    ):
+        with pytest.raises(ValueError, match=r"rows|blocks of 4 rows"):
+            fastest.mapped_blocks(broken, 8, 512)
+    with pytest.raises(TypeError, match="cannot be filled"):
+        mapped.fill(0, torch.zeros(8, 512))
+
+
 def test_rows_of_several_kinds(kernels: Native) -> None:
     """Each kind with panels of its own, whose last columns are not all there."""
     blocks = ((40, "Q4_K"), (7, "Q6_K"), (33, "Q5_K"), (1, "IQ4_XS"), (64, "Q8_0"))
@@ -122,7 +183,7 @@ def test_results_do_not_depend_on_the_number_of_threads(kernels: Native) -> None
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("kind", BLOCK_FORMS)
+@pytest.mark.parametrize("kind", [kind for kind in BLOCK_FORMS if kind not in ("NF4", "FP4")])  # none of GGUF's
 def test_memory(fastest: Native, kind: str) -> None:
     """That of the file, but for scales of six bits, which take bytes: within 3.2 %, of two and three bits more."""
     stored = next(one for one in BLOCK_TYPES.values() if one.name == kind)

@@ -27,12 +27,15 @@ from sensorium.checkpoint.gguf import describe, gguf_folder, gguf_in
 from sensorium.checkpoint.gguf_file import BLOCK_TYPES, BlockType, read_gguf, read_gguf_set
 from sensorium.checkpoint.gguf_tokenizer import chat_templates, tokenizer_of
 from sensorium.cli.main import main
+from sensorium.engine.loading import mapped_weight_bytes, mapped_weights
 from sensorium.errors import CheckpointError
 from sensorium.kernels import reference
+from sensorium.kernels.cpu.native import fastest
 from sensorium.kernels.reference import BlockLinear
 from sensorium.kernels.reference.blocks import DECODERS, LINES
 from sensorium.kernels.reference.quantized import QuantizedLinear
-from sensorium.models.loading import load_model, weight_bytes
+from sensorium.models import loading
+from sensorium.models.loading import load_model, packed_weights, weight_bytes
 from sensorium.parallel.ranks import Span
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.weights import gguf as gguf_weights
@@ -234,8 +237,9 @@ MIXED = {"": "Q4_K", "attn_v": "Q6_K", "ffn_down": "Q6_K", "token_embd": "Q6_K"}
 
 
 @torch.inference_mode()
-def test_a_mixture_of_blocks(tmp_path: Path) -> None:
-    """Logits are those of the numbers that the blocks say; memory and what a step reads are the file's."""
+def test_a_mixture_of_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits are those of the numbers that the blocks say, and the same bits where the file is not copied; memory and
+    what a step reads are the file's."""
     make_llama(tmp_path / "hub", hidden_size=256, intermediate_size=512, head_dim=64)
     file = tmp_path / "m.gguf"
     vocabulary = tokenizer_metadata(tmp_path / "hub", "gpt-2")
@@ -253,6 +257,19 @@ def test_a_mixture_of_blocks(tmp_path: Path) -> None:
     found = Driver(model, dtype=torch.bfloat16).prefill(Sequence(PROMPT))
     assert (found.float() - expected).norm() < 0.03 * expected.norm()
     assert weight_bytes(model) <= 1.05 * sum(one.nbytes for one in read_gguf_tensors([file]))
+    monkeypatch.setattr(loading, "MAPPED_BYTES", 0)
+    mapped = load_model(open_checkpoint(folder), dtype=torch.bfloat16, device="cpu", memory_mapped=True)
+    assert torch.equal(Driver(mapped, dtype=torch.bfloat16).prefill(Sequence(PROMPT)), found)
+    native = fastest()
+    if native is not None and native.isa.startswith("avx512"):
+        blocks = [one for one in read_gguf_tensors([file]) if isinstance(one, BlockCodes)]
+        assert len(blocks) == 16 and sum(one.mapped_bytes for one in packed_weights(mapped)) == sum(
+            one.nbytes for one in blocks
+        )
+        for weight in mapped_weights(mapped):
+            weight.pack()
+        assert mapped_weight_bytes(mapped) == 0
+        assert torch.equal(Driver(mapped, dtype=torch.bfloat16).prefill(Sequence(PROMPT)), found)
 
 
 @pytest.mark.parametrize("kind", LINES)

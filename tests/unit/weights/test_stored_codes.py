@@ -41,7 +41,8 @@ from sensorium.config import EngineConfig
 from sensorium.engine.loading import choose_quantization
 from sensorium.errors import CheckpointError, StartupError
 from sensorium.kernels import FP8, Quantization
-from sensorium.kernels.cpu import library, linear
+from sensorium.kernels.cpu import blocks, library, linear
+from sensorium.kernels.reference import BlockLinear
 from sensorium.kernels.reference.fp8 import Fp8Linear
 from sensorium.kernels.reference.quantized import QuantizedLinear
 from sensorium.models import loading
@@ -164,7 +165,12 @@ LAYOUTS: dict[str, tuple[Writer, Quantization, bool]] = {
     "gptq-3-asymmetric": (lambda folder: write_gptq(folder, bits=3, symmetric=False), Quantization(4, 32), True),
     "fp8": (write_fp8, Quantization(8), False),
     "nvfp4": (write_fp4, Quantization(8), False),
-    "nf4": (write_bnb4, Quantization(8), False),
+    "nf4": (write_bnb4, Quantization(8, blocks=((0, "NF4"),)), False),
+    "bnb-fp4": (
+        lambda folder: write_bnb4(folder, kind="fp4", nested=True),
+        Quantization(8, blocks=((0, "FP4"),)),
+        False,
+    ),
     "bnb-int8": (write_bnb8, Quantization(8), True),
     "mlx": (write_mlx, Quantization(4, 32), False),
     "mlx-6": (lambda folder: write_mlx(folder, bits=6), Quantization(8), False),
@@ -219,7 +225,9 @@ def test_codes_are_the_checkpoints(written: tuple[Path, Tensor, Any, Any]) -> No
             whole = quantization.bits == 8 or (quantization is ROWS and module.in_features <= 256)
             packed: Any = module.packed
             assert packed.bits == quantization.bits
-            assert packed._group == (module.in_features if whole else quantization.group)
+            assert isinstance(packed, BlockLinear) == bool(quantization.blocks)
+            if not quantization.blocks:
+                assert packed._group == (module.in_features if whole else quantization.group)
             rows = module.packed.rows(torch.arange(module.out_features))
             meant = torch.cat([floats[f"{layer}{key}.weight"] for key in keys])
             if exact:
@@ -232,9 +240,9 @@ def test_codes_are_the_checkpoints(written: tuple[Path, Tensor, Any, Any]) -> No
 
 @pytest.mark.skipif(library.library_path() is None, reason="the native library is not built")
 def test_native_codes_are_the_checkpoints(written: tuple[Path, Tensor, Any, Any]) -> None:
-    folder, _, floats, (_, exact) = written
+    folder, _, floats, (quantization, exact) = written
     down = load(folder, BF16).get_submodule("model.layers.1.mlp.down_proj")
-    assert isinstance(down.packed, linear.QuantizedLinear)
+    assert isinstance(down.packed, blocks.BlockLinear if quantization.blocks else linear.QuantizedLinear)
     rows, meant = down.packed.rows(torch.arange(64)), floats["model.layers.1.mlp.down_proj.weight"].to(BF16)
     assert torch.equal(rows, meant) if exact else error(rows, meant) < 0.01
 

@@ -214,7 +214,7 @@ class QuantizedLinear(NativeLinear):
     row and group (int4).
     """
 
-    __slots__ = ("_groups", "_mapped_bytes", "_scales", "_zeros", "bits", "group")
+    __slots__ = ("_groups", "_mapped_bytes", "_memory_of_zeros", "_scales", "_zeros", "bits", "group")
 
     def __init__(
         self,
@@ -277,7 +277,8 @@ class QuantizedLinear(NativeLinear):
             if self.bits != 4:
                 raise ValueError("int8 weights have no zero points")
             if self._zeros is None:
-                self._zeros = torch.full(self._scales.shape, 8, dtype=torch.float16)
+                octets, self._memory_of_zeros = self._library.memory.take(self._scales.nbytes)
+                self._zeros = octets.view(torch.float16).view(self._scales.shape).fill_(8)
                 self._arguments.zeros = self._zeros.data_ptr()
             self._zeros[panels, :, columns] = zeros.to(torch.float16)
         library = self._library

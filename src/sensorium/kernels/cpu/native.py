@@ -14,9 +14,17 @@ import torch
 from torch import Tensor
 
 from sensorium.kernels import reference
-from sensorium.kernels.backend import Activation, Blocks, DecoderLayerParts, Draws, PackedWeight, Quantization
+from sensorium.kernels.backend import (
+    Activation,
+    Blocks,
+    DecoderLayerParts,
+    Draws,
+    MappedBlocks,
+    PackedWeight,
+    Quantization,
+)
 from sensorium.kernels.cpu.attention import AttentionKernels, heads_are_adjacent
-from sensorium.kernels.cpu.blocks import BlockLinear
+from sensorium.kernels.cpu.blocks import FROM_FILE, BlockLinear, MappedBlockLinear
 from sensorium.kernels.cpu.decoder import NativeDecoder, can_stack
 from sensorium.kernels.cpu.experts import NativeExperts
 from sensorium.kernels.cpu.library import ACTIVATIONS, DecoderArguments, Isa, RoutingArguments, library_path
@@ -84,6 +92,14 @@ class Native(AttentionKernels, StateKernels):
         if not self.isa.startswith("avx512") or any(rows.stride(1) != 1 for _, rows in parts):
             return None
         return MappedLinear(self, parts, out_features, in_features)
+
+    def mapped_blocks(
+        self, parts: Sequence[MappedBlocks], out_features: int, in_features: int
+    ) -> MappedBlockLinear | None:
+        """The blocks must not change while the weight lives."""
+        if not self.isa.startswith("avx512") or any(part.kind not in FROM_FILE for part in parts):
+            return None
+        return MappedBlockLinear(self, out_features, in_features, parts)
 
     def pack_linear(
         self, weight: Tensor, bias: Tensor | None, *, quantization: Quantization | None = None

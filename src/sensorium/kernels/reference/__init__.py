@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sensorium.kernels.backend import Activation, Blocks, DecoderLayerParts, Draws, Quantization
+from sensorium.kernels.backend import Activation, Blocks, DecoderLayerParts, Draws, MappedBlocks, Quantization
 from sensorium.kernels.reference.adapters import add_low_rank
 from sensorium.kernels.reference.attention import (
     dequantize_heads,
@@ -61,6 +61,7 @@ __all__ = [
     "heard_attention",
     "heard_places",
     "layer_norm",
+    "mapped_blocks",
     "mapped_linear",
     "norm_gated",
     "paged_attention",
@@ -105,6 +106,10 @@ def empty_blocks(
 
 def mapped_linear(parts: Sequence[tuple[int, Tensor]], out_features: int, in_features: int) -> None:
     """Weights are always copied."""
+
+
+def mapped_blocks(parts: Sequence[MappedBlocks], out_features: int, in_features: int) -> None:
+    """Likewise."""
 
 
 def quantized_layout() -> None:

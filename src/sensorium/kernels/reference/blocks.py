@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+NF4 = (-112, -78, -59, -44, -32, -21, -10, 0, 9, 18, 28, 38, 49, 63, 81, 112)  # 112 times bitsandbytes' nf4
+BNB_FP4 = (0, 1, 80, 120, 40, 60, 20, 30, 0, -1, -80, -120, -40, -60, -20, -30)  # 120 times its fp4
 FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # twice the values of E2M1
 
 
@@ -117,8 +119,9 @@ def _looked_up(codes: Tensor, table: tuple[int, ...]) -> Tensor:
     return torch.tensor(table, dtype=torch.float32)[codes.long()]
 
 
-def _iq4_nl(blocks: Tensor) -> Tensor:
-    return half(blocks[:, :2]) * _looked_up(nibbles(blocks[:, 2:]), IQ4)
+def _of_table(table: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    """Of blocks of a scale and 32 codes."""
+    return lambda blocks: half(blocks[:, :2]) * _looked_up(nibbles(blocks[:, 2:]), table)
 
 
 def _iq4_xs(blocks: Tensor) -> Tensor:
@@ -158,7 +161,9 @@ DECODERS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
-    "IQ4_NL": _iq4_nl,
+    "IQ4_NL": _of_table(IQ4),
     "IQ4_XS": _iq4_xs,
     "MXFP4": _mxfp4,
+    "NF4": _of_table(NF4),
+    "FP4": _of_table(BNB_FP4),
 }
