@@ -241,8 +241,9 @@ def test_codes_are_the_checkpoints(written: tuple[Path, Tensor, Any, Any]) -> No
 @pytest.mark.skipif(library.library_path() is None, reason="the native library is not built")
 def test_native_codes_are_the_checkpoints(written: tuple[Path, Tensor, Any, Any]) -> None:
     folder, _, floats, (quantization, exact) = written
-    down = load(folder, BF16).get_submodule("model.layers.1.mlp.down_proj")
-    assert isinstance(down.packed, blocks.BlockLinear if quantization.blocks else linear.QuantizedLinear)
+    down: Any = load(folder, BF16).get_submodule("model.layers.1.mlp.down_proj")
+    made: type[Any] = blocks.BlockLinear if quantization.blocks else linear.QuantizedLinear
+    assert type(down.packed) is made
     rows, meant = down.packed.rows(torch.arange(64)), floats["model.layers.1.mlp.down_proj.weight"].to(BF16)
     assert torch.equal(rows, meant) if exact else error(rows, meant) < 0.01
 
