@@ -52,7 +52,7 @@ class Outbox(Channel):
     def __init__(self) -> None:
         self.outputs: list[EngineOutput] = []
 
-    def poll(self, *, wait: bool) -> list[tuple[int, memoryview]]:
+    def poll(self, *, wait: bool, patience_s: float | None = None) -> list[tuple[int, memoryview]]:
         return []
 
     def wake(self) -> None:

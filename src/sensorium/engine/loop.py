@@ -25,6 +25,7 @@ from sensorium.ipc.channel import Channel
 from sensorium.ipc.liveness import BEAT_S, Pulse
 from sensorium.ipc.messages import Kind, ProtocolError, StepOutputs
 from sensorium.system.collector import no_collection
+from sensorium.system.malloc import forget_code, trim
 from sensorium.types import (
     STEP_TOKENS,
     EngineOutput,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
 STATS_INTERVAL_S = 0.25
 PROGRESS_INTERVAL_S = 0.05
+REST_S = 2.0  # without a request; the next one finds a little less in memory
 MAX_FAILED_SHAPES = 256
 STEP_FAILED = "The engine failed while it computed this request."
 NO_ADAPTER = "The adapter of this request is not loaded."
@@ -81,6 +83,7 @@ class Core:
         self._vocabulary: Vocabulary | None = None
         self._failed_shapes: set[tuple[int, ...]] = set()
         self._refused = StepOutputs()
+        self._is_torn = True  # memory, since the last rest
         self._adapters: dict[int, Adapter] = {}  # of requests that are not with the scheduler yet
 
     @cached_property
@@ -112,10 +115,14 @@ class Core:
         if idle:
             self._send_stats()
         self._engine.take_kernels()
-        frames = self._channel.poll(wait=idle and not self._engine.has_idle_work)
+        has_work = self._engine.has_idle_work
+        frames = self._channel.poll(wait=idle and not has_work, patience_s=REST_S if self._is_torn else None)
         if idle and not frames:
             self._pulse.begin(slow=True)
-            self._engine.idle_work()
+            if has_work:
+                self._engine.idle_work()
+            elif self._is_torn:
+                self._rest()
             self._pulse.end()
         self._pulse.begin()
         for kind, payload in frames:
@@ -126,6 +133,7 @@ class Core:
             self._send(self._refused)
             self._refused = StepOutputs()
         if self._scheduler.has_work():
+            self._is_torn = True
             started = monotonic()
             self._step()
             now = monotonic()
@@ -137,6 +145,12 @@ class Core:
                 self._send_stats()
         self._pulse.end()
         return True
+
+    def _rest(self) -> None:
+        """Give back what loading and steps have left: memory that is free in between, and code that ran once."""
+        self._is_torn = False
+        trim()
+        forget_code()
 
     def _take(self, kind: int, payload: memoryview) -> bool:
         if kind == Kind.REQUEST:

@@ -7,6 +7,7 @@ import socket
 
 from sensorium.engine.loop import prepare_process, serve_at
 from sensorium.system.collector import no_collection
+from sensorium.system.malloc import forget_code
 from sensorium.system.parent import Parent
 
 
@@ -17,6 +18,7 @@ def main() -> None:
     prepare_process()
     with no_collection():
         import sensorium.engine.loading  # noqa: F401
+    forget_code()
     Parent(socket.socket(fileno=arguments.fd), lambda order, engine: serve_at(engine)).run()
 
 

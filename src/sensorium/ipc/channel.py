@@ -84,14 +84,16 @@ class Channel:
                 raise EOFError
             filled += count
 
-    def poll(self, *, wait: bool) -> list[tuple[int, memoryview]]:
-        """Frames that have arrived; with `wait` at least one."""
-        frames = [self._inbox.get()] if wait else []
-        while True:
-            try:
+    def poll(self, *, wait: bool, patience_s: float | None = None) -> list[tuple[int, memoryview]]:
+        """Frames that have arrived; with `wait` at least one, or none where it takes longer than `patience_s`."""
+        frames: list[tuple[int, memoryview]] = []
+        try:
+            if wait:
+                frames.append(self._inbox.get(timeout=patience_s))
+            while True:
                 frames.append(self._inbox.get_nowait())
-            except Empty:
-                return frames
+        except Empty:
+            return frames
 
     def wake(self) -> None:
         """End a wait of `poll`; by any thread."""

@@ -21,6 +21,7 @@ from tokenizers import AddedToken, Encoding, processors
 from tokenizers import Tokenizer as RawTokenizer
 
 from sensorium.errors import CheckpointError, RequestError
+from sensorium.prompt.compact import read_tokenizer
 from sensorium.prompt.convert import converted_tokenizer
 from sensorium.prompt.literals import MARK, NAME, Literals, alternatives, rename_true, sanitize
 from sensorium.prompt.pieces import TokenBytes
@@ -93,7 +94,7 @@ class Tokenizer:
     def _of_files(cls, folder: Path, file: Path, vocab_size: int) -> Tokenizer:
         config = _read_json(folder / "tokenizer_config.json")
         try:
-            raw = RawTokenizer.from_file(str(file))
+            raw = read_tokenizer(file)
         except Exception as error:  # the library raises nothing narrower
             raise CheckpointError(f"{file.name} of the model cannot be read: {error}") from error
         named = _named_tokens(config, _read_json(folder / "special_tokens_map.json"))

@@ -6,7 +6,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from sensorium.system.malloc import trim
+from sensorium.system.malloc import forget_code, trim
 
 
 @contextmanager
@@ -28,3 +28,4 @@ def give_back() -> None:
     enough others were made, and its memory is torn by what came meanwhile. Takes some tens of milliseconds."""
     gc.collect()
     trim()
+    forget_code()

@@ -13,6 +13,7 @@ import socket
 from importlib import import_module
 
 from sensorium.system.collector import no_collection
+from sensorium.system.malloc import forget_code
 from sensorium.system.parent import Parent
 
 
@@ -21,6 +22,7 @@ def prepare(order: bytes) -> None:
     module, *arguments = json.loads(order)
     with no_collection():
         import_module(module).prepare(arguments)
+    forget_code()
 
 
 def become(order: bytes, sock: socket.socket) -> int:

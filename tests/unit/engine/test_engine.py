@@ -304,6 +304,21 @@ def test_a_failed_step_fails_its_requests_only(model: Model) -> None:
     assert tokens_of(engine.run(*texts(6))) == tokens_of(solo(model, texts(6)))
 
 
+def test_an_idle_engine_gives_back_memory_once_after_its_steps(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, rests = bench(model), []
+    monkeypatch.setattr("sensorium.engine.loop.trim", lambda: rests.append("trim"))
+    monkeypatch.setattr("sensorium.engine.loop.forget_code", lambda: rests.append("code"))
+    engine.step()
+    assert rests == ["trim", "code"]  # what loading has left
+    engine.step()
+    assert len(rests) == 2
+    engine.run(*texts())
+    assert len(rests) == 2  # not between steps
+    engine.step()
+    engine.step()
+    assert len(rests) == 4
+
+
 def test_nothing_of_a_failed_step_is_reused(model: Model) -> None:
     engine = bench(model, faults=Faults("step:raise:5"))
     prompt = random_prompt(1, 64)
