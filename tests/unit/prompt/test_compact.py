@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from support.tiny_tokenizers import byte_level, sentencepiece, unigram, wordpiece
@@ -37,15 +38,14 @@ def test_it_is_the_librarys_tokenizer(name: str, change: str, tmp_path: Path, mo
     monkeypatch.setattr(compact, "LARGE_BYTES", 0)
     file = tmp_path / "tokenizer.json"
     file.write_text(json.dumps(stated(name, change)))
-    built: list[object] = []
-    real = compact._built
-    monkeypatch.setattr(compact, "_built", lambda *given: built.append(given) or real(*given))
+    build = Mock(wraps=compact._built)
+    monkeypatch.setattr(compact, "_built", build)
     own, other = compact.read_tokenizer(file), RawTokenizer.from_file(str(file))
     assert own.to_str() == other.to_str()
     if change != "dropout":  # which makes tokens random
         text = "The quick <|im_end|> fox <think>\u00e9</think>"
         assert own.encode(text).ids == other.encode(text).ids
-    assert bool(built) == READ_BY_LIBRARY.isdisjoint((name, change))
+    assert build.called == READ_BY_LIBRARY.isdisjoint((name, change))
 
 
 @pytest.mark.parametrize(
