@@ -17,6 +17,7 @@ from sensorium.checkpoint.families import Family, architecture_of, family_of
 from sensorium.checkpoint.lengths import checkpoint_length
 from sensorium.checkpoint.overrides import overridden
 from sensorium.checkpoint.pair_templates import reads_pairs
+from sensorium.checkpoint.pooling import PoolingSpec, read_pooling
 from sensorium.checkpoint.quantization import StoredQuantization, read_quantization
 from sensorium.checkpoint.rerankers import Recipe, ScoreTokens, recipe_of, score_tokens
 from sensorium.checkpoint.text_config import TextConfig, read_text_config, text_part
@@ -72,6 +73,11 @@ class Checkpoint:
     def family(self) -> Family:
         """The registry's row of `architecture`."""
         return family_of(self.architecture)
+
+    @property
+    def embedding(self) -> PoolingSpec:
+        """What embeddings are made of: as --pooling or the files say, else as models of this kind are pooled."""
+        return read_pooling(self.folder, "last" if self.family.encoder is None else "cls", self.pooling)
 
 
 def open_checkpoint(

@@ -17,7 +17,7 @@ from torch import Tensor
 from sensorium import __version__, kernels
 from sensorium.checkpoint.configs import Checkpoint, open_checkpoint
 from sensorium.checkpoint.lengths import context_length
-from sensorium.checkpoint.pooling import PoolingKind, read_pooling, sentence_config
+from sensorium.checkpoint.pooling import sentence_config
 from sensorium.checkpoint.quantization import StoredQuantization
 from sensorium.checkpoint.ranks import FLAG, check_ranks
 from sensorium.config import DRAFT_FLAG, EngineConfig
@@ -277,8 +277,7 @@ def check_pooling(model: Model, checkpoint: Checkpoint) -> None:
     """Say where the pooling of an embedder is a guess. StartupError if --pooling has nothing to pool."""
     if checkpoint.pooling != "auto" and "embed" not in model.poolers:
         raise StartupError(f"--pooling {checkpoint.pooling}: this model makes no embeddings")
-    default: PoolingKind = "last" if checkpoint.text is not None else "cls"
-    spec = read_pooling(checkpoint.folder, default, checkpoint.pooling)
+    spec = checkpoint.embedding
     if "embed" in model.poolers and "classify" not in model.poolers and not model.generates and not spec.is_stated:
         token = "last" if spec.kinds == ("last",) else "first"
         logger.warning(

@@ -14,7 +14,6 @@ from sensorium.checkpoint.labels import label_names
 from sensorium.checkpoint.late_interaction import read_late_interaction
 from sensorium.checkpoint.lengths import context_length, token_types
 from sensorium.checkpoint.pair_templates import reads_instructions, reads_pairs
-from sensorium.checkpoint.pooling import read_pooling
 from sensorium.checkpoint.prompts import read_prompts
 from sensorium.checkpoint.tokens import special_token
 from sensorium.config import Limits, ServerConfig
@@ -79,7 +78,7 @@ class ServedModel:
         self.created = int(time.time())
         self._server = server
         self.instructions = read_prompts(checkpoint.folder, checkpoint.config)
-        self._pooling = read_pooling(checkpoint.folder, "cls", checkpoint.pooling)
+        self._pooling = checkpoint.embedding
         self._wanted_len, self.task, self._max_logprobs = max_model_len, task, limits.max_logprobs
         cuts_left = checkpoint.tokenizer_config.get("truncation_side") == "left"
         self._limit = ContextLimit(tokenizer, lambda: self.max_model_len, cuts_left=cuts_left)

@@ -150,6 +150,21 @@ async def test_info_says_what_the_model_is() -> None:
                 assert found["model_type"][kind] == {**LABELS, "label2id": {"Default": 0, "Spoiled": 1}}
 
 
+@pytest.mark.parametrize(
+    ("architecture", "pooling", "said"),
+    [
+        ("LlamaForCausalLM", "auto", "last"),
+        ("BertModel", "auto", "cls"),
+        ("LlamaForCausalLM", "mean", "mean"),
+        ("BertModel", "mean", "mean"),
+    ],
+)
+async def test_info_says_what_embeddings_are_made_of(architecture: str, pooling: str, said: str) -> None:
+    async with embedder(model={"architecture": architecture, "pooling": pooling}) as served:
+        found = (await get(served.port, "/info")).json
+        assert found["model_type"] == {"embedding": {"pooling": said}}
+
+
 async def test_what_is_sent_to_the_page_s_path_needs_a_key() -> None:
     async with embedder(api_key=("k",)) as served:
         assert (await get(served.port, "/")).status == 200
