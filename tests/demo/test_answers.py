@@ -30,7 +30,7 @@ LEAST = {
     "count": 13,
     "relation": 14,
     "exists": 14,
-    "pictures": 14,
+    "images": 14,
     "clip": 14,
     "beeps": 14,
     "tone": 14,

@@ -128,9 +128,9 @@ def tool_dialog(source: Source, other: Callable[[Source], Turn]) -> Dialog:
     rng = source.rng
     before = [other(source)] if rng.random() < 0.1 else []
     draw = rng.random()
-    if draw < 0.1:
+    if draw < 0.04:
         return [*before, no_call_turn(source, other)]
     turn, one = call_turn(source)
-    if draw < 0.26:
+    if draw < 0.18:
         return [*before, turn, result_turn(source, one)]
     return [*before, turn]

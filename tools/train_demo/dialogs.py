@@ -470,7 +470,7 @@ def about_pictures(pictures: Sequence[Picture]) -> list[_Ask]:
     parts = [f"the {ORDINALS[i]} picture shows {listed(things)}" for i, things in enumerate(shown)]
     parts_zh = [f"第{NUMBERS_ZH[i + 1]}张图片里有{listed(things, 'zh')}" for i, things in enumerate(shown)]
     all_of = _Ask(
-        "pictures",
+        "images",
         (
             (
                 "What do these pictures show?",
@@ -495,7 +495,7 @@ def about_pictures(pictures: Sequence[Picture]) -> list[_Ask]:
         nth, nth_zh = ORDINALS[index], NUMBERS_ZH[index + 1]
         asks.append(
             _Ask(
-                "pictures",
+                "images",
                 (
                     (
                         f"What is in the {nth} picture?",
@@ -516,7 +516,7 @@ def about_pictures(pictures: Sequence[Picture]) -> list[_Ask]:
             if thing not in others:
                 asks.append(
                     _Ask(
-                        "pictures",
+                        "images",
                         (
                             (
                                 f"Which picture shows {a(thing)}?",
@@ -531,7 +531,7 @@ def about_pictures(pictures: Sequence[Picture]) -> list[_Ask]:
         if len(things) == 1:
             asks.append(
                 _Ask(
-                    "pictures",
+                    "images",
                     (
                         (
                             f"What colour is the shape in the {nth} picture?",
@@ -544,7 +544,7 @@ def about_pictures(pictures: Sequence[Picture]) -> list[_Ask]:
             )
             asks.append(
                 _Ask(
-                    "pictures",
+                    "images",
                     (
                         (f"What shape is in the {nth} picture?", f"Which shape does the {nth} image show?"),
                         sentence(f"a {things[0].shape}"),
@@ -554,7 +554,7 @@ def about_pictures(pictures: Sequence[Picture]) -> list[_Ask]:
             )
     asks.append(
         _Ask(
-            "pictures",
+            "images",
             (("How many pictures are there?", "How many images did I send?"), sentence(NUMBERS[len(pictures)])),
             (("有几张图片？",), f"{count_zh(len(pictures))}张。"),
         )
@@ -1248,7 +1248,7 @@ def examination(source: Source, skill: str) -> Dialog:
                 "schema": lambda s: [schema_turn(s, draw_picture(s.rng), SEE)],
                 "mixed": lambda s: mixed_dialog(s, FRAMES_A_SECOND),
                 "translation": lambda s: [dictation_turn(s)],
-                "pictures": pictures_dialog,
+                "images": pictures_dialog,
                 "clip": lambda s: clip_dialog(s, FRAMES_A_SECOND),
                 "number": number_dialog,
                 "unknown": lambda s: [unknown_turn(s)],
@@ -1269,7 +1269,7 @@ SKILLS = (
     "count",
     "relation",
     "exists",
-    "pictures",
+    "images",
     "clip",
     "beeps",
     "tone",

@@ -196,7 +196,7 @@ def part_of(rng: random.Random, medium: Medium, formats: list[str]) -> dict[str,
             pixels = pixels.resize(
                 (round(pixels.width * factor), round(pixels.height * factor)), Image.Resampling.BICUBIC
             )
-            formats.append("large picture")
+            formats.append("large image")
         buffer = io.BytesIO()
         pixels.save(buffer, name, **PICTURES[name])
         formats.append(name)

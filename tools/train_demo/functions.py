@@ -551,15 +551,15 @@ def _proper(known: Sequence[str], held_out: Sequence[str]) -> Callable[[random.R
     def make(rng: random.Random, held: bool) -> str:
         if rng.random() < _known(held):
             return rng.choice(list(held_out if held else known))
-        word = spelt(rng, held).capitalize()
-        return word if rng.random() < (0.85 if held else 0.7) else f"{word} {spelt(rng, held).capitalize()}"
+        count = 1 + (rng.random() > (0.85 if held else 0.65)) + (not held and rng.random() < 0.12)
+        return " ".join(spelt(rng, held).capitalize() for _ in range(count))
 
     return make
 
 
 def _phrase(rng: random.Random, held: bool) -> str:
-    """One to three words, of the language or not."""
-    count = rng.choice((1, 1, 2, 2, 3))
+    """One to three words, of the language or not; in training up to four."""
+    count = rng.choice((1, 1, 2, 2, 3) if held else (1, 2, 2, 3, 3, 4))
     return " ".join(
         spelt(rng, held) if rng.random() > 1.5 * _known(held) else rng.choice(HELD_COMMON if held else COMMON)
         for _ in range(count)
@@ -596,6 +596,13 @@ def _ticker(rng: random.Random, held: bool) -> str:
 
 def _integer(rng: random.Random, held: bool) -> int:
     return rng.randrange(1, rng.choice((10, 30, 100, 100, 1000, 10000)))
+
+
+def _like(rng: random.Random, number: int) -> int:
+    """A number that begins as another does, or has its digits: what is copied must not change over to the other."""
+    digits = str(number)
+    kept = digits[: rng.randrange(1, len(digits) + 1)]
+    return int(rng.choice((kept + str(rng.randrange(100)), kept, "".join(rng.sample(digits, len(digits)))))) or 1
 
 
 def _number(rng: random.Random, held: bool) -> float | int:
@@ -690,6 +697,7 @@ def invented(rng: random.Random, held: bool) -> Family:
         f"{rng.choice(_WISHES)} {verb} {rng.choice(_WHICH)} {noun}{tail}{rng.choice('.?')}",
         f"{rng.choice(_WISHES)} {verb} {rng.choice(_WHICH)} {noun}{tail}",
         f"{rng.choice(_GIVES)} {rng.choice(_WHICH)} {noun}{tail}.",
+        *(f"{_loosely(rng)} {noun}{rng.choice(('', '', 's'))}{tail}{rng.choice(('.', '?', ''))}" for _ in range(5)),
     )
     if not held and rng.random() < 0.2:  # of two words
         second = spelt(rng, held) if rng.random() < 0.5 else rng.choice(THINGS)
@@ -760,12 +768,29 @@ def _part(rng: random.Random) -> Family:
     return Family((f"get_{noun}_{part}", f"{noun}_{part}"), (f"The {part} of a {noun}", ""), (slot,), asks)
 
 
+_LOOSE = tuple(
+    """I you we he she they it want need have like would could should must can will do does did is are was there
+    any some a an the my your our this that more another good new next last please now today here just only also
+    looking for after to in at with about see know get find show hear use try think say help me us him her""".split()
+)
+
+
+def _loosely(rng: random.Random) -> str:
+    """What stands before a function's word, in no order that means anything: the word tells the function, not the
+    phrase around it."""
+    words = [rng.choice(_LOOSE) if rng.random() < 0.9 else spelt(rng, False) for _ in range(rng.randrange(1, 6))]
+    return " ".join(words).capitalize()
+
+
 _OPTIONS = (
     ("red", "green", "blue"),
     ("left", "right"),
     ("fast", "slow"),
     ("old", "new", "best"),
     ("hot", "cold", "warm"),
+    ("small", "large"),
+    ("tiny", "small", "large", "huge"),
+    ("short", "medium", "long"),
 )
 
 
@@ -982,6 +1007,9 @@ def _value(rng: random.Random, held: bool, slot: Slot, taken: set[str]) -> tuple
     """Another one than those taken, with how it is said."""
     while True:
         value = rng.choice(slot.options) if slot.kind == "enum" else KINDS[slot.kind][1](rng, held)
+        before = [int(one) for one in taken if one.isdigit()]
+        if before and isinstance(value, int) and not held and rng.random() < 0.4:
+            value = _like(rng, rng.choice(before))
         if str(value) not in taken:
             break
     if isinstance(value, int) and value < len(NUMBERS) and rng.random() < 0.15:
