@@ -7,6 +7,7 @@ objects that name their properties have no others unless `additionalProperties` 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ UNSUPPORTED = frozenset(
 MAPS = ("properties", "patternProperties", "$defs", "definitions")
 LISTS = ("anyOf", "allOf", "oneOf", "prefixItems")
 SINGLES = ("items", "additionalProperties", "additionalItems")
+_DEFINITION = re.compile(r"#/(\$defs|definitions)/([^/~%]+)")
 COMBINING = frozenset({"$ref", "anyOf", "oneOf", "properties"})
 COUNTS = frozenset("minProperties maxProperties minItems maxItems minLength maxLength".split())
 PLAIN = COUNTS | frozenset(
@@ -52,7 +54,7 @@ def ready(schema: Any, *, closed: bool = False, loose: bool = False) -> dict[str
         schema = {}
     if not isinstance(schema, Mapping):
         raise SchemaRefused("", "must be a JSON schema, an object")
-    made = _Ready(closed, narrows=not _composes(schema), loose=loose).object(schema, "", 0)
+    made = _Ready(schema, closed, narrows=not _composes(schema), loose=loose).object(schema, "", 0)
     if not loose:
         definitions = made.get("$defs")
         made["$defs"] = {**(definitions if isinstance(definitions, dict) else {}), ANY: _anything()}
@@ -74,8 +76,9 @@ def _anything() -> dict[str, Any]:
 
 
 class _Ready:
-    def __init__(self, closed: bool, *, narrows: bool, loose: bool) -> None:
+    def __init__(self, root: Mapping[str, Any], closed: bool, *, narrows: bool, loose: bool) -> None:
         """`narrows`: every object is described in one place, and can be closed where that is."""
+        self._root = root
         self._closed = closed
         self._narrows = narrows
         self._loose = loose
@@ -90,7 +93,22 @@ class _Ready:
             return True if self._loose else {"$ref": f"#/$defs/{ANY}"}
         if not isinstance(schema, Mapping):
             raise SchemaRefused(path, "must be a JSON schema, an object")
-        return self.object(schema, path, depth)
+        made = self.object(schema, path, depth)
+        # The library knows that nothing fits `false`, but not what refers to it.
+        return False if self._fits_nothing(made.get("$ref")) else made
+
+    def _fits_nothing(self, reference: Any) -> bool:
+        """Whether it leads to `false` or to an empty `enum`, by one definition or several."""
+        for _ in range(MAX_DEPTH):
+            place = _DEFINITION.fullmatch(reference) if isinstance(reference, str) else None
+            definitions = self._root.get(place[1]) if place else None
+            if place is None or not isinstance(definitions, Mapping):
+                return False
+            found = definitions.get(place[2])
+            if found is False or (isinstance(found, Mapping) and found.get("enum") == []):
+                return True
+            reference = found.get("$ref") if isinstance(found, Mapping) else None
+        return False
 
     def object(self, schema: Mapping[str, Any], path: str, depth: int) -> dict[str, Any]:
         _check(schema, path)

@@ -26,6 +26,13 @@ from sensorium.workers.frames import RESULT
 VOCABULARY = Vocabulary("", ((300, "<|im_end|>", True), (301, "<think>", False)), (300,))
 
 
+NOTHING = {  # an object has to have what cannot be: only other values fit
+    "$defs": {"no": False, "neither": {"$ref": "#/$defs/no"}},
+    "definitions": {"none": {"enum": []}},
+    "required": ["a"],
+}
+
+
 class Bytes:
     eos_token_id = 256
     bos_token_id = None
@@ -74,6 +81,9 @@ def fits(tokenizer: LLTokenizer, held: Grammar, text: str) -> bool:
         ("json", {"allOf": [{}, {"type": "object"}]}, '{"a": [1]}', "[1]"),
         ("json", {"allOf": [{"properties": {"a": {}}}, {"properties": {"a": {}}}]}, '{"a": {"b": 2}}', '{"a": }'),
         ("json", {"allOf": [{"properties": {"a": True}}, {"required": ["a"]}]}, '{"a": [2]}', "{}"),
+        ("json", NOTHING | {"properties": {"a": {"$ref": "#/$defs/no"}}}, "[1]", '{"a": 1}'),
+        ("json", NOTHING | {"properties": {"a": {"$ref": "#/$defs/neither"}}}, '"x"', '{"a": 1}'),
+        ("json", NOTHING | {"properties": {"a": {"$ref": "#/definitions/none"}}}, "[1]", '{"a": 1}'),
         ("regex", "^[ab]+$", "abab", "abc"),
         ("regex", "a/b\\$", "a/b$", "a/b"),
         ("regex", "(?i)yes", "YES", "no"),
