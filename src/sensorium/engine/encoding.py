@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -30,6 +31,9 @@ decoded when all of them are there, as a step takes little longer for eight of t
 
 logger = logging.getLogger(__name__)
 
+Encode: TypeAlias = Callable[[Modality, Sequence[MediaFeatures]], Steps[list[Tensor]]]
+"""Rows of each item, piece by piece."""
+
 
 @dataclass(slots=True)
 class _Job:
@@ -46,7 +50,7 @@ class Encodings:
 
     def __init__(
         self,
-        encode: Callable[[Modality, Sequence[MediaFeatures]], Steps[list[Tensor]]],
+        encode: Encode,
         cache: EncoderCache[Tensor],
         is_lost: Callable[[BaseException], bool],
         faults: Faults,

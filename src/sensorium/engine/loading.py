@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import monotonic
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -78,6 +78,9 @@ logger = logging.getLogger(__name__)
 BATCHED_TOKENS, CPU_BATCHED_TOKENS = 2048, 512  # of one step, unless the operator says otherwise
 STEP_MACS = 2**32  # of prompts' attention in a step on a CPU: a fifth of a second at 20 G a second
 CPU_ENCODER_ROWS = 256
+
+Mapped: TypeAlias = MappedLinear | MappedBlockLinear
+"""Weights where a mapped file has them, until they are packed."""
 """Tower rows of one step on a CPU: about an image of 448 x 448. More of them together are no faster there, and whoever
 came first, or is decoding, would wait for all."""
 
@@ -92,9 +95,7 @@ class Engine:
     encoder: EncoderCache[Tensor]
     ready: EngineReady
     adapters: Adapters
-    mapped: list[MappedLinear | MappedBlockLinear] = field(
-        default_factory=list
-    )  # memory-mapped, not copied yet; the draft model's, too
+    mapped: list[Mapped] = field(default_factory=list)  # not copied yet; the draft model's, too
     work: tuple[float, float] = (0.0, 0.0)  # multiply-adds of a token, and for each key that it sees
     vocab_size: int = 0  # width of the logits
     lookup: PromptLookup | None = None
@@ -662,13 +663,9 @@ def mapped_weight_bytes(model: Model) -> int:
     return sum(weight.mapped_bytes for weight in packed_weights(model))
 
 
-def mapped_weights(model: Model) -> list[MappedLinear | MappedBlockLinear]:
+def mapped_weights(model: Model) -> list[Mapped]:
     """Memory-mapped weights, first layers last."""
-    return [
-        weight
-        for weight in reversed(list(packed_weights(model)))
-        if isinstance(weight, MappedLinear | MappedBlockLinear)
-    ]
+    return [weight for weight in reversed(list(packed_weights(model))) if isinstance(weight, Mapped)]
 
 
 def activation_bytes(model: Model, tokens: int, cache_dtype: torch.dtype) -> int:

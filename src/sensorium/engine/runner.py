@@ -16,7 +16,7 @@ from torch import Tensor
 from sensorium.engine.batch import Batch, BatchBuilder, MediaSlice, StepInput
 from sensorium.engine.drafts import Tokens, sample_after_drafts
 from sensorium.engine.encoder_cache import EncoderCache
-from sensorium.engine.encoding import Encodings, encode_alone
+from sensorium.engine.encoding import Encode, Encodings, encode_alone
 from sensorium.engine.faults import Faults
 from sensorium.engine.graphs import Graphs
 from sensorium.engine.leader import Leader
@@ -24,7 +24,7 @@ from sensorium.engine.masks import Masks
 from sensorium.engine.sampler import Sampler, logprobs
 from sensorium.engine.scheduler import Plan
 from sensorium.engine.sequence import Sequence
-from sensorium.engine.shared_towers import Encode, SharedTowers
+from sensorium.engine.shared_towers import SharedTowers
 from sensorium.engine.step_messages import frame_of, moved, share_media
 from sensorium.kernels.context import KVCache, LayerRows, NeededStates
 from sensorium.kernels.transfers import to_device

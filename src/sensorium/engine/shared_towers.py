@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sensorium.engine.encoding import Encode
 from sensorium.engine.leader import Leader
 from sensorium.ipc import ranks as wire
 from sensorium.models.base import Steps
 from sensorium.types import MediaFeatures, Modality
-
-Encode: TypeAlias = Callable[[Modality, Sequence[MediaFeatures]], Steps[list[Tensor]]]
-"""Rows of each item, piece by piece."""
 
 _DTYPES = {str(one).removeprefix("torch."): one for one in (torch.float32, torch.bfloat16, torch.float16)}
 

@@ -15,9 +15,8 @@ from sensorium.kernels.cpu.linear import NativeLinear, dequantized
 
 LAYOUT = 6  # of kernels.h
 KINDS = tuple(BLOCK_FORMS)
-FROM_FILE = frozenset(
-    ("Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
-)  # of native/gather.h: taken apart at memory's speed
+FROM_FILE = frozenset("Q4_0 Q8_0 Q4_K Q5_K Q6_K IQ4_NL IQ4_XS".split())
+"""Those of native/gather.h, which are taken apart where the file has them."""
 _PANEL = 32
 
 
