@@ -9,6 +9,7 @@ from torch import Tensor
 from sensorium import kernels
 from sensorium.checkpoint.state_layers import DeltaNetSpec
 from sensorium.kernels.context import AttentionContext, StateCache
+from sensorium.kernels.reference.states import regrouped
 from sensorium.models.cache import StatePart
 from sensorium.models.layers import Exact, Linear, RMSNorm, SmallLinear, declare
 from sensorium.models.short_conv import CausalConv, StateMixer
@@ -91,5 +92,4 @@ class DeltaNet(StateMixer):
     def _regrouped(self, states: Tensor, first: int, second: int) -> Tensor:
         if not self.spec.takes_turns or self.spec.key_heads == self.spec.value_heads:
             return states
-        shape = (len(states), first, second, *states.shape[2:])
-        return states.reshape(shape).transpose(1, 2).reshape(states.shape)
+        return regrouped(states, first, second)

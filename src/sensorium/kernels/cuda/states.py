@@ -10,6 +10,7 @@ from sensorium.kernels.backend import DeltaParts, StateParts
 from sensorium.kernels.context import Segments, StateCache
 from sensorium.kernels.cuda.device import states as device
 from sensorium.kernels.cuda.launch import launch, power_of_two
+from sensorium.kernels.reference.states import regrouped
 
 BLOCK = 1024  # channels of a program
 WIDEST = 128 * 128  # numbers of a head's memory, which one program holds
@@ -91,14 +92,8 @@ def _run(delta: DeltaParts, mixed: Tensor, gates: Tensor, z: Tensor, memory: Ten
     q, k = (part.view(len(mixed), delta.key_heads, delta.key_dim) for part in (q, k))
     v = v.view(len(mixed), delta.value_heads, delta.value_dim)
     if delta.takes_turns:
-        v, decay, learned = (_turned(part, -1, delta.key_heads) for part in (v, decay, learned))
+        v, decay, learned = (regrouped(part, -1, delta.key_heads) for part in (v, decay, learned))
     out = reference.delta_rule(q, k, v, decay, learned, memory, segments)
     if delta.takes_turns:
-        out = _turned(out, delta.key_heads, -1)
+        out = regrouped(out, delta.key_heads, -1)
     return reference.norm_gated(out, z, delta.norm, delta.eps)
-
-
-def _turned(states: Tensor, first: int, second: int) -> Tensor:
-    """[tokens, heads, ..], of a table of first x second heads column by column."""
-    shape = (len(states), first, second, *states.shape[2:])
-    return states.reshape(shape).transpose(1, 2).reshape(states.shape)

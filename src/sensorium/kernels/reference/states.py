@@ -35,6 +35,12 @@ def causal_conv(
     return (functional.silu(out, inplace=True) if silu else out).to(x.dtype)
 
 
+def regrouped(states: Tensor, first: int, second: int) -> Tensor:
+    """[tokens, heads, ..], of a table of first x second heads column by column."""
+    shape = (len(states), first, second, *states.shape[2:])
+    return states.reshape(shape).transpose(1, 2).reshape(states.shape)
+
+
 def delta_rule(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, learned: Tensor, states: Tensor, segments: Segments
 ) -> Tensor:
