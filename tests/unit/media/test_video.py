@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import os
 import random
 import struct
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -65,9 +67,16 @@ FILES = [
 QUIET: dict[str, Any] = {"hevc": {"x265-params": "log-level=none"}}
 
 
+def scheduling() -> int:
+    """The class of this thread's scheduling, which processes started from here inherit."""
+    return os.sched_getscheduler(0) if sys.platform == "linux" else 0
+
+
 @pytest.mark.parametrize("codec, container", FILES)
 async def test_every_frame_of_every_format(codec: str, container: str, loader: MediaLoader) -> None:
+    before = scheduling()
     payload = video(codec, container, **QUIET.get(codec, {}))
+    assert scheduling() == before
     raw = await fetch(loader, payload)
     assert loader.probe(raw, sampling=ALL) == MediaSize(48, 64, 30)
     assert raw.info is not None
