@@ -80,6 +80,10 @@ class ContextLengthError(RequestError):
     code = "context_length_exceeded"
 
 
+class PromptTooLongError(ContextLengthError):
+    """One prompt is longer than it may be; where the request lets the server cut it, it fits."""
+
+
 class MediaError(RequestError):
     """`code` is one of OpenAI's image codes (`invalid_image_url`, …) or the same code for video or audio."""
 

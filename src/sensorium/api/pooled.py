@@ -12,6 +12,7 @@ from sensorium.api.guards.admission import PendingBody
 from sensorium.api.protocol.pooling import PoolingBody, SequencesBody
 from sensorium.api.transport.asgi import Call
 from sensorium.api.transport.body import read_request
+from sensorium.errors import PromptTooLongError
 from sensorium.prompt.encode import Truncation
 from sensorium.serving.model import ServedModel
 from sensorium.serving.pooled import Pooled, Pooling, PoolingOptions
@@ -63,7 +64,12 @@ async def opened(
         request = await read_request(call, body, context.limits, context.unknown, pending, any_type=any_type)
         request.check(context.limits, context.server)
         async with context.acquire(request.model, *tasks) as entry, context.open_request(call):
-            yield Job(context, call, request, entry, _pooling(context, call, request, entry, pending))
+            try:
+                yield Job(context, call, request, entry, _pooling(context, call, request, entry, pending))
+            except PromptTooLongError as error:
+                if request.most_tokens is None:
+                    error.message += f" {request.cut_by} has longer prompts cut."
+                raise
 
 
 def _pooling(context: Context, call: Call, request: PoolingBody, entry: Entry, pending: PendingBody) -> Pooling:

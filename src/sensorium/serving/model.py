@@ -126,7 +126,7 @@ class ServedModel:
                 min(FEATURE_CACHE_BYTES, limits.media_memory // 8),
             ),
             limit=self._limit,
-            chunked_limit=self._chunked_limit(limits) if server.embed_in_chunks else None,
+            embedding_limit=self._embedding_limit(limits),
             threads=self._threads,
             server=server,
             pooling=self._pooling,
@@ -193,10 +193,20 @@ class ServedModel:
             tokenizer=self.tokenizer,
         )
 
-    def _chunked_limit(self, limits: Limits) -> ContextLimit:
-        """What is left to a text that is embedded in chunks."""
+    def _embedding_limit(self, limits: Limits) -> ContextLimit:
+        """Of a text that is embedded, which may be longer than the context where that is done in chunks."""
+        if not self._server.embed_in_chunks:
+            advice = "The operator can have longer texts embedded in chunks: --embed-in-chunks."
+            return ContextLimit(self.tokenizer, lambda: self.max_model_len, cuts_left=False, raised_by=advice)
         longest = self._server.max_embed_len or limits.max_embedding_tokens
-        return ContextLimit(self.tokenizer, lambda: max(longest, self.max_model_len), cuts_left=False)
+        flag = "--max-embed-len" if self._server.max_embed_len else "--max-embedding-tokens"
+        return ContextLimit(
+            self.tokenizer,
+            lambda: max(longest, self.max_model_len),
+            cuts_left=False,
+            name="The longest text that is embedded in chunks",
+            raised_by=f"The operator can allow more: {flag}.",
+        )
 
     # What it can do.
 

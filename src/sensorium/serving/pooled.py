@@ -164,10 +164,10 @@ class Pooling:
         places: Sequence[str],
         truncation: Truncation | None,
         *,
-        chunked: bool = False,
+        embedded: bool = False,
         adapter: int = 0,
     ) -> list[Prompt]:
-        """A prompt of each input. `places` says where it stands in the request. `chunked`: texts may be longer than
+        """A prompt of each input. `places` says where it stands in the request. `embedded`: texts may be longer than
         the context, if the operator allows it. `adapter`: of the model's weights, 0 for none."""
         if self.model.embeds_texts_as_chats:
             inputs = [TextChat(given) if isinstance(given, str) else given for given in inputs]
@@ -181,7 +181,7 @@ class Pooling:
                 add_special_tokens=self.frames_texts,
                 truncation=truncation,
                 params=[places[index] for index in texts],
-                chunked=chunked,
+                embedded=embedded,
                 tenant=self._options.tenant,
             )
             made = dict(zip(texts, prompts, strict=True))

@@ -67,7 +67,7 @@ class PromptBuilder:
         templates: Templates,
         media: MediaPipeline,
         limit: ContextLimit,
-        chunked_limit: ContextLimit | None = None,
+        embedding_limit: ContextLimit | None = None,
         threads: PromptThreads,
         server: ServerConfig,
         pooling: PoolingSpec,
@@ -78,7 +78,7 @@ class PromptBuilder:
         self._templates = templates
         self._media = media
         self._limit = limit
-        self._chunked_limit = chunked_limit or limit  # of texts that are embedded
+        self._embedding_limit = embedding_limit or limit
         self._threads = threads
         self._server = server
         self._pooling = pooling
@@ -263,12 +263,12 @@ class PromptBuilder:
         add_special_tokens: bool = True,
         truncation: Truncation | None = None,
         params: Sequence[str],
-        chunked: bool = False,
+        embedded: bool = False,
         tenant: bytes = b"",
     ) -> list[Prompt]:
         """`text_prompt` of many, either all texts or all token ids, in one go. `params` says where each stands in the
-        request. `chunked`: they may be longer than the context, if the operator lets such texts be embedded."""
-        limit = self._chunked_limit if chunked else self._limit
+        request. `embedded`: they may be longer than the context, if the operator has such texts embedded in chunks."""
+        limit = self._embedding_limit if embedded else self._limit
 
         def made() -> list[Prompt]:
             rows = self._encoded(texts, add_special_tokens, truncation, params, limit)

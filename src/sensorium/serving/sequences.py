@@ -74,7 +74,7 @@ async def pool(job: Sequences) -> tuple[Pooled, list[Prompt]]:
             inputs,
             job.places,
             job.truncation,
-            chunked=params.tasks == ("embed",),
+            embedded=params.tasks == ("embed",),
             adapter=model.instructions.adapter(job.choice.prompt_name, job.choice.input_type),
         )
         permit.add_prompt_tokens(job.pooling.count_tokens(prompts, job.max_tokens))

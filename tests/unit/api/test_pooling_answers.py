@@ -493,6 +493,53 @@ async def test_chunks_have_bounds_and_are_for_embeddings() -> None:
         assert (await post(served.port, "/v1/embeddings", long)).error["code"] == "context_length_exceeded"
 
 
+@pytest.mark.parametrize(
+    ("path", "fields", "cut"),
+    [
+        ("/v1/embeddings", {"input": "LONG"}, {"truncate_prompt_tokens": -1}),
+        ("/pooling", {"input": "LONG", "task": "embed"}, {"truncate_prompt_tokens": -1}),
+        ("/v1/embeddings", {"messages": [{"role": "user", "content": "LONG"}]}, {"truncate_prompt_tokens": -1}),
+        ("/score", {"text_1": "a", "text_2": "LONG"}, {"truncate_prompt_tokens": -1}),
+        ("/rerank", {"query": "a", "texts": ["LONG"]}, {"truncate_prompt_tokens": -1}),
+        ("/embed", {"inputs": "LONG"}, {"truncate": True}),
+        ("/embed_all", {"inputs": "LONG"}, {"truncate": True}),
+        ("/similarity", {"inputs": {"source_sentence": "LONG", "sentences": ["a"]}}, {"truncate_prompt_tokens": -1}),
+        ("/api/embed", {"input": "LONG", "truncate": False}, {"truncate": True}),
+        ("/api/embeddings", {"prompt": "LONG", "truncate": False}, {"truncate": True}),
+        ("/v2/embed", {"texts": ["LONG"], "truncate": "NONE"}, {"truncate": "END"}),
+    ],
+)
+async def test_too_long_inputs_are_told_how_they_are_cut(
+    path: str, fields: dict[str, Any], cut: dict[str, Any]
+) -> None:
+    """The error names the field and the value that mend the request."""
+    body = {"model": "tiny", **json.loads(json.dumps(fields).replace("LONG", "a" * (CONTEXT + 1)))}
+    async with serving(engine_of(*ALL), model={"task": "embed"}) as served:
+        reply = await post(served.port, path, body)
+        said = reply.json["error"]
+        [(name, value)] = cut.items()
+        word = value if isinstance(value, str) else json.dumps(value)
+        assert reply.status == 400 and f"`{name}`: {word} " in (said if isinstance(said, str) else said["message"])
+        assert (await post(served.port, path, {**body, **cut})).status == 200
+
+
+async def test_too_long_inputs_are_told_which_flag_takes_them() -> None:
+    """Where the flag changes it: of texts that are embedded, not of pairs and chats."""
+    long = "a" * (CONTEXT + 1)
+    async with embedder() as served:
+        told = await post(served.port, "/v1/embeddings", {"input": long})
+        assert "--embed-in-chunks" in told.error["message"]
+        for path, body in (
+            ("/v1/embeddings", {"messages": [{"role": "user", "content": long}]}),
+            ("/pooling", {"input": long, "task": "token_embed"}),
+        ):
+            assert "--embed-in-chunks" not in (await post(served.port, path, body)).error["message"]
+    for longest, flag in ((1000, "--max-embed-len"), (None, "--max-embedding-tokens")):
+        async with embedder(embed_in_chunks=True, max_embed_len=longest) as served:
+            told = await post(served.port, "/v1/embeddings", {"input": "a" * 300_001})
+            assert "in chunks is" in told.error["message"] and flag in told.error["message"]
+
+
 async def test_token_ids_and_chats_are_cut_too() -> None:
     async with embedder() as served:
         cut = {"truncate_prompt_tokens": 2}

@@ -23,6 +23,7 @@ class CohereEmbedRequest(SequencesBody):
     """Texts, images, or inputs of both. Longer ones are cut at their end unless `truncate` says otherwise."""
 
     is_clipped: ClassVar[bool] = True
+    cut_by: ClassVar[str] = "`truncate`: END"
 
     texts: Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS)] | None = None
     images: Annotated[list[Url], Field(min_length=1, max_length=MAX_INPUTS)] | None = None

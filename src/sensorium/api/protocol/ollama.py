@@ -339,6 +339,7 @@ class ShowRequest(Body):
 
 class OllamaEmbedRequest(InputBody):
     foreign: ClassVar[Mapping[str, Foreign]] = VECTORS
+    cut_by: ClassVar[str] = "`truncate`: true"
 
     truncate: bool | None = None
     dimensions: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None

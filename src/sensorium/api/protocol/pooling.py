@@ -72,6 +72,8 @@ class PoolingBody(Body, TemplateFields):
     foreign: ClassVar[Mapping[str, Foreign]] = UNPROMPTED
     is_clipped: ClassVar[bool] = False
     """Whether prompts may be cut to more tokens than the context has, which then is the limit."""
+    cut_by: ClassVar[str] = "`truncate_prompt_tokens`: -1"
+    """The field and its value with which a request has its prompts cut to what the model takes, for errors."""
 
     model: Name | None = None
     user: Annotated[str, Field(max_length=1024)] | None = None

@@ -23,6 +23,8 @@ _SIDES: Mapping[str, Side] = {"left": "left", "right": "right"}
 class TruncatedBody(PoolingBody):
     """`truncate` cuts to what the model takes."""
 
+    cut_by: ClassVar[str] = "`truncate`: true"
+
     truncate: bool | None = None
     truncation_direction: Direction | None = None
 
