@@ -18,7 +18,7 @@ async def embeddings(context: Context, call: Call) -> None:
         job.entry.need("embed")
         check_dimensions(job.entry, job.request.dimensions)
         pooled = await pool_inputs(job, job.request.params())
-        await respond_vectors(call, pooled, _EMBEDDINGS, job.model_name, job.request, job.request.embedding_type)
+        await respond_vectors(call, pooled, _EMBEDDINGS, job.model_name, job.request, job.request.form)
 
 
 def check_dimensions(entry: Asker | Entry, wanted: int | None, *, param: str = "dimensions") -> None:

@@ -78,8 +78,11 @@ async def test_embedding_types_of_jina() -> None:
             ("uint8", (codes + 128).tolist()),
             ("base64", base64.b64encode(vector.astype("<f4").tobytes()).decode()),
         ):
-            reply = await post(served.port, "/v1/embeddings", {"input": "a", "embedding_type": form})
-            assert reply.json["data"][0]["embedding"] == wanted, form
+            for given in (form, [form], [form, form]):
+                reply = await post(served.port, "/v1/embeddings", {"input": "a", "embedding_type": given})
+                assert reply.json["data"][0]["embedding"] == wanted, given
+        several = await post(served.port, "/v1/embeddings", {"input": "a", "embedding_type": ["float", "int8"]})
+        assert several.status == 400 and "/v2/embed" in several.error["message"]
 
 
 @pytest.mark.parametrize(

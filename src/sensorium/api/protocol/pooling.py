@@ -6,7 +6,7 @@ Each takes either `input` (texts or token ids) or `messages` (one conversation o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Discriminator, Field, Tag
 
@@ -16,7 +16,7 @@ from sensorium.api.protocol.completion import TokenIds
 from sensorium.api.protocol.content import ChatMessage, Conversation, Messages, conversation
 from sensorium.api.protocol.items import InputItem, is_item
 from sensorium.api.protocol.other_servers import UNPROMPTED, VECTORS, Foreign
-from sensorium.api.protocol.unions import TEXT_OR_OBJECT
+from sensorium.api.protocol.unions import LIST_OR_TEXT, TEXT_OR_OBJECT
 from sensorium.config import Limits, ServerConfig
 from sensorium.errors import RequestError
 from sensorium.prompt.encode import Side
@@ -257,11 +257,20 @@ class EncodedBody(PromptedBody):
     endianness: Endianness | None = None
 
 
+VectorType = Literal["float", "base64", "int8", "uint8", "binary", "ubinary"]
+VectorTypes = Annotated[
+    Annotated[VectorType, Tag("<string>")]
+    | Annotated[list[VectorType], Field(min_length=1, max_length=len(get_args(VectorType))), Tag("<list>")],
+    LIST_OR_TEXT,
+]
+
+
 class EmbeddingsRequest(EncodedBody):
-    """The last four are Jina's."""
+    """The last four are Jina's, whose `embedding_type` may be a list: here of one type, since Jina's description of its
+    API has no answer with several."""
 
     dimensions: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
-    embedding_type: Literal["float", "base64", "int8", "uint8", "binary", "ubinary"] | None = None
+    embedding_type: VectorTypes | None = None
     task: Name | None = None
     normalized: bool | None = None
     truncate: bool | None = None
@@ -276,6 +285,22 @@ class EmbeddingsRequest(EncodedBody):
         ):
             if getattr(self, ours) is not None and getattr(self, theirs) is not None:
                 raise RequestError(f"`{theirs}` and `{ours}` say the same; give one of them.", param=theirs)
+
+        if len(set(self._types)) > 1:
+            raise RequestError(
+                "`embedding_type` is one type at a time here; /v2/embed has several in one answer (`embedding_types`).",
+                param="embedding_type",
+            )
+
+    @property
+    def _types(self) -> list[VectorType]:
+        given = self.embedding_type
+        return given if isinstance(given, list) else [] if given is None else [given]
+
+    @property
+    def form(self) -> VectorType | None:
+        """How vectors are written, where it says so by Jina's name."""
+        return next(iter(self._types), None)
 
     @property
     def chooses(self) -> str | None:
