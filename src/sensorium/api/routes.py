@@ -172,6 +172,28 @@ ROUTES: tuple[Route, ...] = (
 _MODEL_PATH = "/v1/models/{model}"
 _PATTERNS = {"/v1/models/": _MODEL_PATH, BLOBS: f"{BLOBS}{{digest}}", **{start: f"{start}{{id}}" for start in ANSWERS}}
 _MAX_ADVISED_CHARS = 256
+_CHATS = (
+    "chats are answered at /v1/chat/completions (OpenAI's API), /v1/messages (Anthropic's) and /api/chat (Ollama's)."
+)
+_TEXTS = "prompts are continued at /v1/completions (OpenAI's API) and /api/generate (Ollama's)."
+_FILES = "`sensorium run-batch` answers a file of requests, without a server."
+_TEXT_ONLY = "answers here are text, vectors, classes and scores."
+NOT_OFFERED = {
+    **dict.fromkeys(
+        ("v1", "v2"), "it is a base URL, to which clients of OpenAI's API add /chat/completions and others."
+    ),
+    "chat": f"Cohere's chat is not offered: {_CHATS}",
+    "generatecontent": f"Gemini's API is not offered: {_CHATS}",
+    "streamgeneratecontent": f"Gemini's API is not offered: {_CHATS}",
+    "complete": f"this is not offered: {_CHATS}",
+    **dict.fromkeys(("generate", "generate_stream", "completion"), _TEXTS),
+    **dict.fromkeys(("files", "batches"), _FILES),
+    **dict.fromkeys(
+        ("audio/speech", "images/generations", "images/edits", "images/variations", "videos", "moderations"), _TEXT_ONLY
+    ),
+}
+"""Ends of paths that other APIs have and we have not, to what there is instead. They are below a version or below
+nothing; Gemini's stand behind a model's name and a colon."""
 
 
 class Router:
@@ -203,6 +225,9 @@ class Router:
     def _advice(self, path: str) -> str:
         """Where the path was meant to lead, if it ends like one of ours below another base URL, or in another case."""
         parts = [part for part in path[:_MAX_ADVISED_CHARS].lower().split("/") if part]
+        known = NOT_OFFERED.get(_tail("/" + "/".join(parts))) or NOT_OFFERED.get(path.lower().rpartition(":")[2])
+        if known is not None:
+            return known
         for start in range(len(parts)):
             tail = "/".join(parts[start:])
             meant = self._by_tail.get(tail)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from support.api_support import FakeEngine, Reply, get, post, serving, until
 from support.pooling_engine import ALL, engine_of
 
-from sensorium.api.routes import ROUTES
+from sensorium.api.routes import NOT_OFFERED, ROUTES
 from sensorium.types import EngineOutput, EngineRequest
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
@@ -46,8 +47,42 @@ async def test_a_wrong_base_url_is_told_the_right_one(port: int, path: str, mean
 async def test_lists_of_models_too_and_nothing_else(port: int) -> None:
     assert "/v1/models is" in (await get(port, "/openai/models")).error["message"]
     assert "/v1/models/{model} is" in (await get(port, "/v1/v1/models/tiny")).error["message"]
-    for path in ("/nothing", "/v1/nothing", "/chat", "/" + "a/" * 3000 + "completions"):
+    for path in ("/nothing", "/v1/nothing", "/chats", "/" + "a/" * 3000 + "completions"):
         assert (await get(port, path)).error["message"].endswith("GET /docs lists what there is.")
+
+
+@pytest.mark.parametrize(
+    ("path", "instead"),
+    [
+        ("/v2/chat", "/v1/chat/completions"),  # Cohere's
+        ("/v1/chat", "/v1/chat/completions"),
+        ("/v1beta/models/gemini-pro:generateContent", "/v1/chat/completions"),
+        ("/v1beta/models/gemini-pro:streamGenerateContent", "/v1/chat/completions"),
+        ("/v1", "/chat/completions"),
+        ("/v2", "/chat/completions"),
+        ("/v1/complete", "/v1/messages"),
+        ("/generate", "/v1/completions"),
+        ("/generate_stream", "/v1/completions"),
+        ("/completion", "/v1/completions"),
+        ("/v1/files", "run-batch"),
+        ("/v1/batches", "run-batch"),
+        ("/v1/audio/speech", "answers here are text"),
+        ("/v1/images/generations", "answers here are text"),
+    ],
+)
+async def test_paths_of_apis_that_are_not_offered_are_told_what_there_is_instead(
+    port: int, path: str, instead: str
+) -> None:
+    for reply in (await get(port, path), await post(port, path, CHAT)):
+        assert reply.status == 404 and instead in reply.error["message"]
+
+
+def test_what_is_told_is_offered() -> None:
+    """And what is said not to be offered is not."""
+    paths = {route.path for route in ROUTES}
+    for end, advice in NOT_OFFERED.items():
+        assert not {f"/{end}", f"/v1/{end}", f"/v2/{end}"} & paths
+        assert set(re.findall(r"/(?:v1|api)/[a-z/]+", advice)) <= paths
 
 
 @pytest.mark.parametrize(
