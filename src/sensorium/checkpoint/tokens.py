@@ -38,7 +38,7 @@ def stop_token_ids(
 def special_tokens(folder: Path, tokenizer_config: dict[str, Any]) -> list[tuple[int, str]]:
     """(id, text) of the tokens that were added to the vocabulary; [] where no file tells."""
     decoder = tokenizer_config.get("added_tokens_decoder")
-    if isinstance(decoder, dict):
+    if isinstance(decoder, dict) and decoder:
         return [(int(i), str(t.get("content"))) for i, t in decoder.items() if i.isdecimal() and isinstance(t, dict)]
     try:
         with (folder / "tokenizer.json").open(encoding="utf-8") as file:

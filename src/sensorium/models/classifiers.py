@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sensorium.checkpoint.labels import classifier_activation, num_labels
 from sensorium.checkpoint.text_config import TextConfig
+from sensorium.checkpoint.tokens import special_tokens
 from sensorium.errors import CheckpointError
 from sensorium.models.decoder import DecoderModel
 from sensorium.models.layers import Head, Linear
@@ -75,8 +76,8 @@ class DecoderForProcessRewardModel(DecoderForRewardModel):
     labels: ClassVar[int] = 2
 
     def _make_poolers(self) -> Mapping[PoolingTask, Pooler]:
-        added = self.checkpoint.tokenizer_config.get("added_tokens_decoder") or {}
-        ids = [int(i) for i, token in added.items() if isinstance(token, dict) and token.get("content") == STEP_TOKEN]
+        tokens = special_tokens(self.checkpoint.folder, self.checkpoint.tokenizer_config)
+        ids = [i for i, text in tokens if text == STEP_TOKEN]
         if not ids:
-            raise CheckpointError(f"tokenizer_config.json has no token {STEP_TOKEN}, which ends a step of reasoning")
+            raise CheckpointError(f"the tokenizer has no token {STEP_TOKEN}, which ends a step of reasoning")
         return {"token_classify": StepPooler(self.score, self.labels, ids[0])}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sensorium import kernels
 from sensorium.checkpoint.configs import Checkpoint
 from sensorium.checkpoint.text_config import text_part
+from sensorium.checkpoint.tokens import special_token, special_tokens
 from sensorium.checkpoint.values import count, positive_int
 from sensorium.errors import CheckpointError
 from sensorium.kernels.context import AttentionContext, KVCache
@@ -266,9 +267,7 @@ def _padding(checkpoint: Checkpoint) -> tuple[int, bool]:
     """(id of the tokenizer's padding, whether it stands before the text). Its own files say it: config.json has the
     number of the first SigLIP in every later one too."""
     files = checkpoint.tokenizer_config
-    named = files.get("pad_token")
-    token = named.get("content") if isinstance(named, dict) else named
-    added = files.get("added_tokens_decoder") or {}
-    ids = [int(i) for i, one in added.items() if isinstance(one, dict) and one.get("content") == token]
+    token = special_token(files, "pad")
+    ids = [i for i, text in special_tokens(checkpoint.folder, files) if text == token]
     stated = count(text_part(checkpoint.config), "pad_token_id", 1)
     return (ids[0] if ids else stated), files.get("padding_side") == "left"

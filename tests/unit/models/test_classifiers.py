@@ -143,13 +143,18 @@ def test_reward_model_rewards_every_token(tmp_path: Path) -> None:
         )
 
 
-def test_process_reward_model_judges_every_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "tokenizer.json"])
+def test_process_reward_model_judges_every_step(tmp_path: Path, file: str) -> None:
     head = reward_checkpoint(tmp_path, "Qwen2ForProcessRewardModel", 2)
     with pytest.raises(CheckpointError, match="<extra_0>"):
         load(tmp_path)
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    config["added_tokens_decoder"] = {**config.get("added_tokens_decoder", {}), "9": {"content": "<extra_0>"}}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    settings = json.loads((tmp_path / file).read_text())
+    if file == "tokenizer.json":
+        settings["added_tokens"].append({"id": 9, "content": "<extra_0>"})
+        (tmp_path / "tokenizer_config.json").write_text("{}")  # as it is saved today: it tells no ids
+    else:
+        settings["added_tokens_decoder"] = {**settings.get("added_tokens_decoder", {}), "9": {"content": "<extra_0>"}}
+    (tmp_path / file).write_text(json.dumps(settings))
     model = load(tmp_path)
     for ids, states in zip(PROMPTS, states_of(model), strict=True):
         steps = [i for i, token in enumerate(ids) if token == 9]

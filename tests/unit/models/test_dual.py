@@ -154,11 +154,18 @@ def naflex_vector(oracle: Any, image: MediaFeatures) -> torch.Tensor:
     return torch.nn.functional.normalize(getattr(found, "pooler_output", found)[0], dim=-1)
 
 
-def test_padding_is_the_tokenizers(tmp_path: Path) -> None:
-    """config.json of later SigLIPs still has the first one's number."""
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "tokenizer.json"])
+def test_padding_is_the_tokenizers(tmp_path: Path, file: str) -> None:
+    """config.json of later SigLIPs still has the first one's number. Today's folders have the ids in tokenizer.json."""
     oracle = save(siglip(pad_token_id=7), tmp_path)
     added = {"0": {"content": "<pad>"}, "1": {"content": "</s>"}}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": "</s>", "added_tokens_decoder": added}))
+    config: dict[str, Any] = {"pad_token": "</s>"}
+    if file == "tokenizer.json":
+        tokens = [{"id": int(i), **token} for i, token in added.items()]
+        (tmp_path / file).write_text(json.dumps({"added_tokens": tokens}))
+    else:
+        config["added_tokens_decoder"] = added
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     check(oracle, load(tmp_path))
 
 
