@@ -64,14 +64,17 @@ class App:
     def _note(self, call: Call, route: Route | None) -> None:
         name = route.path if route is not None else "unknown"
         method = call.method if route is not None else "any"
-        self.context.metrics.responses[(method, name, call.status)] += 1
-        if self._log_requests and call.path not in METRICS_PATHS:
+        if call.path in METRICS_PATHS:
+            return
+        seconds = time.perf_counter() - call.started_s
+        self.context.metrics.answered(method, name, call.status, seconds)
+        if self._log_requests:
             log.info(
                 "%s %s %d %.1f ms %s %s",
                 call.method,
                 printable(call.path),
                 call.status,
-                1000 * (time.perf_counter() - call.started_s),
+                1000 * seconds,
                 call.request_id,
                 call.note,
             )

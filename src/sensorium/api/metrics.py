@@ -93,6 +93,7 @@ _REQUEST_S = (
     1920.0,
     7680.0,
 )
+_RESPONSE_S = (0.1, 0.5, 1.0, 5.0, 10.0, 60.0, 300.0)
 _TOKENS = (
     1,
     2,
@@ -119,6 +120,8 @@ _PREEMPTIONS = (0, 1, 2, 5, 10, 20)
 _REFUSALS = ("queue_full", "queue_full_tokens")
 _SERVER_REFUSALS = ("memory", "key_concurrency")  # before the model's name is read
 _CHOICES = (1, 2, 5, 10, 20)
+_SLEEP: Mapping[ModelState, str] = {"ready": "awake", "draining": "awake", "unloaded": "discard_all"}
+"""vLLM's word for a model's state. Others have none: to its dashboards, a model without any is down."""
 
 
 class Histogram:
@@ -251,7 +254,13 @@ class Metrics:
     def __init__(self, names: Iterable[str]) -> None:
         self.models = {name: ModelMetrics() for name in names}
         self.responses: Counter[tuple[str, str, int]] = Counter()  # (method, route, status)
+        self.response_s: dict[tuple[str, str], Histogram] = {}  # (method, route)
         self.refused: Counter[str] = Counter()  # whatever model was meant
+
+    def answered(self, method: str, route: str, status: int, seconds: float) -> None:
+        """A request was answered after so long, streams to their end; status 0: the client left before."""
+        self.responses[method, route, status] += 1
+        self.response_s.setdefault((method, route), Histogram(_RESPONSE_S)).observe(seconds)
 
     def refuse(self, reason: str) -> None:
         self.refused[reason] += 1
@@ -282,11 +291,20 @@ class Metrics:
         for (method, route, status), count in self.responses.items():
             page.counter(
                 "http_requests",
-                "Responses by route and status.",
+                "Responses by route and status, but of health and metrics.",
                 count,
                 handler=route,
                 method=method,
-                status=str(status),
+                status=f"{status // 100}xx" if status else "none",  # as vLLM's dashboards ask for it
+                code=str(status),
+            )
+        for (method, route), histogram in self.response_s.items():
+            page.histogram(
+                "http_request_duration_seconds",
+                "From a request's arrival to the end of its response.",
+                histogram,
+                handler=route,
+                method=method,
             )
         yield from page.metrics.values()
 
@@ -349,6 +367,9 @@ class _Page:
             self.gauge(
                 "sensorium:model_state", "1 for the state it is in.", state == numbers.state, state=state, **labels
             )
+        if now := _SLEEP.get(numbers.state):
+            for sleep in ("awake", "weights_offloaded", "discard_all"):
+                self.gauge("vllm:engine_sleep_state", "The same in vLLM's.", sleep == now, sleep_state=sleep, **labels)
         self.gauge(
             "vllm:lora_requests_info",
             "When this was read; the labels say which adapters are in use.",

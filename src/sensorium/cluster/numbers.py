@@ -19,7 +19,7 @@ SEEN = "sensorium:replica_seen_seconds"
 """When a replica last mirrored its figures, by the clock: agents show those of a replica for a while after its end."""
 STALE_S = 45.0
 ASK_TIMEOUT_S = 5.0
-_PREFIXES = {"ray_vllm_": "vllm:", "ray_sensorium_": "sensorium:", "ray_http_requests_": "http_requests_"}
+_PREFIXES = {"ray_vllm_": "vllm:", "ray_sensorium_": "sensorium:", "ray_http_request": "http_request"}
 _LINE = re.compile(r"(?P<name>\w+)\{(?P<labels>.*)\} (?P<value>\S+)")
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 _RAYS = re.compile(r"otel_\w+|Component|SessionName|Version|WorkerId|NodeAddress|engine")

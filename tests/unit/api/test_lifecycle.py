@@ -514,7 +514,7 @@ async def test_the_metrics_page() -> None:
             f"vllm:e2e_request_latency_seconds_count{{{labels}}} 2.0",
             f"vllm:time_to_first_token_seconds_count{{{labels}}} 3.0",
             f"vllm:inter_token_latency_seconds_count{{{labels}}} {2 * (tokens - 1) + 2}.0",
-            'http_requests_total{handler="/v1/chat/completions",method="POST",status="400"} 1.0',
+            'http_requests_total{code="400",handler="/v1/chat/completions",method="POST",status="4xx"} 1.0',
         ):
             assert line in page
         assert "# TYPE vllm:time_to_first_token_seconds histogram" in page

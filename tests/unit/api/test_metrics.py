@@ -15,9 +15,11 @@ from support.api_support import FakeEngine, chat, complete, get, post, serving, 
 from support.pooling_engine import ALL, engine_of
 
 from sensorium.api.app import App
+from sensorium.api.metrics import EngineNumbers, Metrics
 from sensorium.api.transport.server import HttpServer, listen
 from sensorium.config import ServerConfig
 from sensorium.serving.adapters import ServedAdapter
+from sensorium.serving.catalog import ModelState
 from sensorium.types import STEP_TOKENS, EngineOutput, EngineRequest, EngineStats
 
 DASHBOARD = Path(__file__).parents[3] / "deploy" / "grafana-dashboard.json"
@@ -41,7 +43,13 @@ VLLM = """
     vllm:cache_config_info vllm:mm_cache_hits_total vllm:mm_cache_queries_total vllm:admission_rejections_total
     vllm:request_num_preemptions_bucket vllm:request_prefill_kv_computed_tokens_bucket
     vllm:spec_decode_num_drafts_total vllm:spec_decode_num_draft_tokens_total vllm:spec_decode_num_accepted_tokens_total
+    vllm:engine_sleep_state http_requests_total http_request_duration_seconds_sum http_request_duration_seconds_count
 """.split()
+# The goals that they offer: each is looked up as a bucket of that name.
+GOALS = {
+    "vllm:time_to_first_token_seconds_bucket": "0.1 0.25 0.5 0.75 1.0 2.5 5.0 10.0",
+    "vllm:request_time_per_output_token_seconds_bucket": "0.025 0.05 0.075 0.1 0.15 0.2 0.3 0.5",
+}
 
 
 async def samples(port: int) -> dict[str, dict[str, float]]:
@@ -66,6 +74,37 @@ async def test_every_name_is_there_before_the_first_request() -> None:
         await get(served.port, "/version")  # http_requests_total counts what was answered
         found = await samples(served.port)
     assert not (asked | set(VLLM)) - set(found)
+    for name, goals in GOALS.items():
+        assert {f"le={goal}" for goal in goals.split()} <= set(found[name])
+
+
+async def test_responses_are_counted_by_class_and_timed_but_not_probes() -> None:
+    async with serving() as served:
+        await chat(served.port)
+        await chat(served.port, n=0)
+        await chat(served.port, stream=True)
+        for path in ("/livez", "/health", "/metrics"):
+            await get(served.port, path)
+        found = await samples(served.port)
+    of = "handler=/v1/chat/completions,method=POST"
+    classes = {"code=200": "2xx", "code=400": "4xx"}
+    assert found["http_requests_total"] == {
+        f"{code},{of},status={classes[code]}": count for code, count in (("code=200", 2), ("code=400", 1))
+    }
+    assert found["http_request_duration_seconds_count"] == {of: 3}
+    assert found["http_request_duration_seconds_sum"][of] > 0
+
+
+def test_a_model_s_state_in_vllm_s_words() -> None:
+    def awake(state: ModelState) -> dict[str, float]:
+        numbers = EngineNumbers(EngineStats(), None, state, 0, 0)
+        families = {family.name: family for family in Metrics(["m"]).families({"m": numbers})}
+        found = families.get("vllm:engine_sleep_state")
+        return {one.labels["sleep_state"]: float(one.value) for one in found.samples} if found else {}
+
+    assert awake("ready") == awake("draining") == {"awake": 1, "weights_offloaded": 0, "discard_all": 0}
+    assert awake("unloaded") == {"awake": 0, "weights_offloaded": 0, "discard_all": 1}
+    assert awake("failed") == awake("loading") == awake("restarting") == {}
 
 
 def test_the_dashboard_can_be_imported() -> None:

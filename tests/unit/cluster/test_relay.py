@@ -210,14 +210,17 @@ def test_figures_come_back_from_ray_under_our_names() -> None:
 def test_every_figure_is_mirrored_with_labels_that_ray_takes() -> None:
     metrics = Metrics(["m"])
     metrics.models["m"].first_output(1.0, 1.0, 1.0)
-    metrics.responses[("GET", "/livez", 200)] += 1
+    metrics.answered("GET", "/version", 200, 1.0)
     rows = list(mirrored(metrics.families({"m": EngineNumbers(EngineStats(), None, "ready", 0, 0)})))
     labels: dict[str, set[tuple[str, ...]]] = {}
     for name, own, _ in rows:
         assert ":" not in name
         labels.setdefault(name, set()).add(tuple(own))
     assert all(len(kinds) == 1 for kinds in labels.values())
-    for name in ("vllm_num_requests_running", "vllm_time_to_first_token_seconds_bucket", "http_requests_total"):
+    for name in ("vllm_num_requests_running", "vllm_time_to_first_token_seconds_bucket"):
         assert name in labels
+    for name in ("http_requests_total", "http_request_duration_seconds_bucket"):
+        (sample,) = list(read(f'ray_{name}{{handler="/version"}} 1.0'))
+        assert name in labels and sample.name == name
     assert "vllm_request_params_n_bucket" not in labels  # nothing was counted
     assert not list(mirrored([GaugeMetricFamily("empty", "")]))
