@@ -108,6 +108,21 @@ def write_compressed_fp8(folder: Path, *, scheme: str = "channel") -> dict[str, 
     return write_fp8(folder, scheme=scheme, name="weight_scale", dtype=torch.bfloat16, **stated)
 
 
+def write_mxfp8(folder: Path) -> dict[str, Tensor]:
+    """compressed-tensors' mxfp8-quantized: e4m3, and a power of two for 32 inputs as a byte."""
+
+    def encode(weight: Tensor) -> Encoded:
+        grouped = weight.view(len(weight), -1, 32)
+        exponents = (grouped.abs().amax(2) / 448).log2().ceil().clamp(min=-100)
+        scales = 2.0 ** exponents.unsqueeze(2)
+        codes, values = _octets(grouped / scales)
+        parts = {"weight": codes.view(weight.shape), "weight_scale": (exponents + 127).to(torch.uint8)}
+        return Encoded(parts, (values * scales).flatten(1))
+
+    weights = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32}
+    return write_layers(folder, encode, compressed_config("mxfp8-quantized", weights))
+
+
 def write_fp4(folder: Path, *, kind: str = "nvfp4") -> dict[str, Tensor]:
     """`kind`: compressed-tensors' "nvfp4" or "mxfp4", or "modelopt"."""
     group = 32 if kind == "mxfp4" else 16
@@ -165,7 +180,14 @@ def write_bnb4(folder: Path, *, kind: str = "nf4", nested: bool = False) -> dict
         return Encoded({"weight": packed, **{f"weight.{name}": one for name, one in parts.items()}}, floats)
 
     return write_layers(
-        folder, encode, {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": kind}
+        folder,
+        encode,
+        {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": kind,
+            "bnb_4bit_use_double_quant": nested,
+        },
     )
 
 
@@ -246,4 +268,5 @@ def write_hqq(folder: Path, *, bits: int = 4, axis: int = 1, group: int = 32) ->
         }
         return Encoded(parts, ((codes.half() - zeros) * scales).float().view_as(weight))
 
-    return write_layers(folder, encode, {"quant_method": "hqq", "quant_config": {}})
+    stated = {"weight_quant_params": {"nbits": bits, "group_size": group, "axis": axis}}
+    return write_layers(folder, encode, {"quant_method": "hqq", "quant_config": stated})

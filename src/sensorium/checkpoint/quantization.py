@@ -14,17 +14,21 @@ from typing import Any, Literal, NoReturn
 from sensorium.errors import CheckpointError
 
 SUPPORTED = (
-    "awq (gemm and gemv, 4 bits), gptq (2, 3, 4 or 8 bits), compressed-tensors (pack-quantized and int-quantized, 4 "
-    "or 8 bits; float-quantized, nvfp4 and mxfp4), auto-round (packed as auto_gptq or auto_awq), fp8, fbgemm_fp8, "
-    "modelopt (FP8 and NVFP4), bitsandbytes (nf4, fp4, int8), mlx, hqq and mxfp4"
+    "awq (gemm and gemv, 4 bits), gptq (2, 3, 4 or 8 bits), compressed-tensors (pack-quantized and int-quantized, 2 "
+    "to 8 bits; float-quantized, nvfp4, mxfp4 and mxfp8), auto-round (packed as auto_gptq or auto_awq), fp8, "
+    "fbgemm_fp8, modelopt (FP8 and NVFP4), bitsandbytes (nf4, fp4, int8), mlx, hqq and mxfp4"
 )
 _COMPRESSED_FORMATS = {
     "int": ("pack-quantized", "int-quantized", "naive-quantized"),
-    "float": ("float-quantized", "naive-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized"),
+    "float": ("float-quantized", "naive-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"),
 }
+_COMPRESSED_BITS = {"int": (2, 3, 4, 5, 6, 7, 8), "float": (4, 8)}
 _STRATEGIES = ("group", "channel", "tensor", "block", "tensor_group")
 _MODELOPT_FP8 = ("FP8", "FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN")
 _MLX_BITS, _MLX_GROUPS = (2, 3, 4, 5, 6, 8), (16, 32, 64, 128)
+_HQQ_BITS, _GPTQ_BITS = (1, 2, 3, 4, 8), (2, 3, 4, 8)
+_PLAIN_BITS = (16, 32)  # of layers that are left as they are
+_SIZES = ("bits", "group_size")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +63,7 @@ def read_quantization(stated: object) -> StoredQuantization | None:
         "gguf": _gguf,
         "bitsandbytes": _bitsandbytes,
         "mlx": _mlx,
-        "hqq": lambda stated: StoredQuantization("hqq", (), memory_part=1.8),
+        "hqq": _hqq,
         "modelopt": _modelopt,
         **dict.fromkeys(("fp8", "fbgemm_fp8"), _fp8),
         **dict.fromkeys(("auto-round", "auto_round", "intel/auto-round"), _auto_round),
@@ -81,7 +85,8 @@ def _awq(stated: Mapping[str, Any]) -> StoredQuantization:
     version = _one_of("awq", "version", str(stated.get("version", "gemm")).lower(), ("gemm", "gemv"))
     has_zeros = _one_of("awq", "zero_point", stated.get("zero_point", True), (True, False))
     group = _group("awq", stated.get("group_size", stated.get("q_group_size", 128)))
-    return StoredQuantization("awq", (bits,), group, symmetric=not has_zeros, mode=version)
+    part = _part(bits, group, has_zeros=has_zeros)
+    return StoredQuantization("awq", (bits,), group, symmetric=not has_zeros, mode=version, memory_part=part)
 
 
 def _fp8(stated: Mapping[str, Any]) -> StoredQuantization:
@@ -111,11 +116,32 @@ def _modelopt(stated: Mapping[str, Any]) -> StoredQuantization:
 
 
 def _bitsandbytes(stated: Mapping[str, Any]) -> StoredQuantization:
-    """Which layers are nf4, fp4 or int8 their tensors tell."""
+    """Which layers are nf4, fp4 or int8 their tensors tell. A CPU has a float16 scale for 32 weights of 4 bits, the
+    files a float32 one for 64, or a byte where they are nested."""
     if not stated.get("load_in_4bit", stated.get("_load_in_4bit")):
         return StoredQuantization("bitsandbytes", (8,))
     _one_of("bitsandbytes", "bnb_4bit_quant_type", stated.get("bnb_4bit_quant_type", "fp4"), ("nf4", "fp4"))
-    return StoredQuantization("bitsandbytes", (4,), memory_part=1.9)
+    stored = 4 + (8 if stated.get("bnb_4bit_use_double_quant") else 32) / 64
+    return StoredQuantization("bitsandbytes", (4,), memory_part=round((4 + 16 / 32) / stored, 2))
+
+
+def _hqq(stated: Mapping[str, Any]) -> StoredQuantization:
+    """Every setting is a tensor; config.json may tell that of all layers, by which memory is planned."""
+    inner = stated.get("quant_config")
+    own = inner.get("weight_quant_params") if isinstance(inner, dict) else None
+    own = own if isinstance(own, dict) else {}
+    bits, group = own.get("nbits"), own.get("group_size")
+    if bits not in _HQQ_BITS or not isinstance(bits, int) or not isinstance(group, int) or group <= 0:
+        return StoredQuantization("hqq", (), memory_part=1.8)
+    return StoredQuantization("hqq", (), memory_part=_part(bits, group, has_zeros=True, is_int8=own.get("axis") == 0))
+
+
+def _part(bits: int, group: int | None, *, has_zeros: bool, is_int8: bool = False) -> float:
+    """Bytes in memory for a byte of the files, of integers with a scale, and a zero, for every group of inputs: int4
+    with both in float16, or int8 with a scale for every output."""
+    groups = 0.0 if group is None else 1 / group
+    kept = 8 if is_int8 or bits > 4 else 4 + 16 * max(groups, 1 / 128) * (2 if has_zeros else 1)
+    return round(kept / (bits + (16 + bits) * groups), 2)
 
 
 def _mlx(stated: Mapping[str, Any]) -> StoredQuantization:
@@ -127,8 +153,9 @@ def _mlx(stated: Mapping[str, Any]) -> StoredQuantization:
             _one_of("mlx", "mode of a single layer", own.get("mode", mode), (mode,))
             layers[name] = _mlx_size({**stated, **own})
     bits, group = _mlx_size(stated)
-    kept_bits = 4.5 if bits <= 4 and mode == "affine" else 8  # of a weight: int4 with its scales and zeros, or int8
-    part = round(kept_bits / (bits + 0.5), 2)
+    is_int4 = bits <= 4 and mode == "affine"  # whose scales and zeros are float16
+    kept = 4 + 32 / group if is_int4 else 8
+    part = round(kept / (bits + (32 if mode == "affine" else 8) / group), 2)
     return StoredQuantization("mlx", (bits,), group, mode=mode, layers=layers, memory_part=part)
 
 
@@ -138,25 +165,29 @@ def _mlx_size(stated: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _gptq(stated: Mapping[str, Any]) -> StoredQuantization:
-    bits = _one_of("gptq", "bits", stated.get("bits"), (2, 3, 4, 8))
+    """Of single layers' settings only what is not served is looked at: the shapes of a layer's tensors tell them."""
+    bits = _one_of("gptq", "bits", stated.get("bits"), _GPTQ_BITS)
     marlin = "marlin" if stated.get("is_marlin_format") else None
     written = _one_of(
         "gptq", "checkpoint_format", marlin or stated.get("checkpoint_format") or "gptq", ("gptq", "gptq_v2")
     )
     _one_of("gptq", "pack_dtype", stated.get("pack_dtype", "int32"), ("int32",))
     symmetric = stated.get("sym")
-    own = [*(stated.get("dynamic") or {}).values(), *(stated.get("extra_config") or {}).values()]
-    if any(changes.get("sym", symmetric) != symmetric for changes in own if isinstance(changes, dict)):
+    own, others = _layers("gptq", stated, "dynamic"), _layers("gptq", stated, "extra_config")
+    if any(changes.get("sym", symmetric) != symmetric for changes in (*own.values(), *others.values())):
         symmetric = None  # single layers differ
-    for pattern, changes in (stated.get("dynamic") or {}).items():
-        if not str(pattern).startswith("-:") and {"bits", "group_size"} & set(changes or ()):
-            _refuse(f"gptq with other settings for single layers (dynamic {pattern!r})")
+    for name, changes in (*own.items(), *others.items()):
+        if not name.startswith("-:") and changes.get("bits") not in (None, *_PLAIN_BITS):
+            _one_of("gptq", f"bits of {name[:80]!r}", changes["bits"], _GPTQ_BITS)
+    group = _group("gptq", stated.get("group_size", 128))
+    has_zeros = bits < 4 or symmetric is not True
     return StoredQuantization(
         "gptq",
         (bits,),
-        _group("gptq", stated.get("group_size", 128)),
+        group,
         1 if written == "gptq" else 0,
         symmetric if isinstance(symmetric, bool) else None,
+        _part(bits, group, has_zeros=has_zeros, is_int8=bool(stated.get("desc_act")) and group is not None),
     )
 
 
@@ -171,42 +202,63 @@ def _auto_round(stated: Mapping[str, Any]) -> StoredQuantization:
     if reader is None:
         _refuse(f"{method} with packing_format {packing!r}")
     _one_of(method, "data_type", stated.get("data_type") or "int", ("int",))
-    for name, changes in (stated.get("extra_config") or {}).items():
-        own = changes if isinstance(changes, dict) else {}
-        if own.get("bits", 16) < 16 and any(
-            own.get(key, stated.get(key)) != stated.get(key) for key in ("bits", "group_size")
-        ):
-            _refuse(f"{method} with other settings for single layers (extra_config {name!r})")
+    own = [one for one in _layers(method, stated, "extra_config").values() if one.get("bits") not in _PLAIN_BITS]
+    if reader is _awq and any(one.get(key, stated.get(key)) != stated.get(key) for one in own for key in _SIZES):
+        _refuse(f"{method} packed as awq with other settings for single layers (extra_config)")
     return reader(stated)
 
 
 def _compressed(stated: Mapping[str, Any]) -> StoredQuantization:
-    groups = stated.get("config_groups")
-    if not isinstance(groups, dict) or not groups or not all(isinstance(group, dict) for group in groups.values()):
+    """A scheme of the cache alone quantises no weight, nor does a group that has none."""
+    groups = stated.get("config_groups") or ({} if stated.get("kv_cache_scheme") else None)
+    if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
         _refuse("compressed-tensors without config_groups")
     if stated.get("transform_config"):
         _refuse("compressed-tensors with a transform_config")
-    if (stated.get("sparsity_config") or {}).get("format", "dense") != "dense":
+    if _table("compressed-tensors", "sparsity_config", stated.get("sparsity_config")).get("format", "dense") != "dense":
         _refuse("compressed-tensors with sparse weights")
-    found = [_compressed_group(stated, group) for group in groups.values()]
+    found = [_compressed_group(stated, group) for group in groups.values() if group.get("weights")]
     bits = tuple(sorted({bits for bits, _, _ in found}))
-    block = next((block for _, _, block in found if block is not None), None)
-    becomes_int8 = any(kind == "float" and bits == 4 for bits, kind, _ in found)
-    return StoredQuantization("compressed-tensors", bits, block=block, memory_part=1.8 if becomes_int8 else 1.0)
+    block = next((block for _, block, _ in found if block is not None), None)
+    part = max((part for _, _, part in found), default=1.0)
+    return StoredQuantization("compressed-tensors", bits, block=block, memory_part=part)
 
 
-def _compressed_group(stated: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[int, str, tuple[int, int] | None]:
-    """(bits, "int" or "float", FP8's block) of a group of layers. Activations are quantised here in one way only."""
-    method, weights, inputs = "compressed-tensors", group.get("weights") or {}, group.get("input_activations") or {}
+def _compressed_group(stated: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[int, tuple[int, int] | None, float]:
+    """(bits, FP8's block, `memory_part`) of a group of layers. Activations are quantised here in one way only."""
+    method = "compressed-tensors"
+    weights, inputs = (_table(method, name, group.get(name)) for name in ("weights", "input_activations"))
     kind = _one_of(method, "weights.type", weights.get("type", "int"), ("int", "float"))
-    _one_of(method, "format", group.get("format") or stated.get("format"), _COMPRESSED_FORMATS[kind])
-    bits = _one_of(method, "weights.num_bits", weights.get("num_bits"), (4, 8))
+    written = _one_of(method, "format", group.get("format") or stated.get("format"), _COMPRESSED_FORMATS[kind])
+    bits = _one_of(method, "weights.num_bits", weights.get("num_bits"), _COMPRESSED_BITS[kind])
     _one_of(method, "weights.strategy", weights.get("strategy") or "group", _STRATEGIES)
     _one_of(method, "input_activations.type", inputs.get("type", kind), ("int", "float"))
     _one_of(method, "input_activations.num_bits", inputs.get("num_bits", 8), (8,) if kind == "int" else (4, 8))
     if group.get("output_activations"):
         _refuse("compressed-tensors with output_activations")
-    return bits, kind, _block(method, weights.get("block_structure"))
+    size = weights.get("group_size")
+    size = size if type(size) is int and size > 0 else None
+    if kind == "int" and written == "pack-quantized":
+        has_zeros, scattered = bits < 4 or weights.get("symmetric") is False, weights.get("actorder") == "group"
+        part = _part(bits, size, has_zeros=has_zeros, is_int8=scattered)
+    else:
+        part = round(8 / (bits + 8 / (size or 16)), 2) if kind == "float" and bits == 4 else 1.0
+    return bits, _block(method, weights.get("block_structure")), part
+
+
+def _table(method: str, what: str, value: object) -> Mapping[str, Any]:
+    """An object; nothing is an empty one."""
+    if value is not None and not isinstance(value, dict):
+        _refuse(f"{method} with {what} {str(value)[:80]!r}")
+    return value or {}
+
+
+def _layers(method: str, stated: Mapping[str, Any], key: str) -> Mapping[str, Mapping[str, Any]]:
+    """Settings of single layers, by their names or patterns of them."""
+    return {
+        str(name): _table(method, f"{key} {str(name)[:80]!r}", own)
+        for name, own in _table(method, key, stated.get(key)).items()
+    }
 
 
 def _gguf(stated: Mapping[str, Any]) -> StoredQuantization:

@@ -56,11 +56,12 @@ class DecodedCodes(StoredCodes):
 class Fp8Codes(DecodedCodes):
     """weight float8 e4m3 [out, in], weight_scale of the whole, of every output, of groups of inputs or of blocks.
 
-    w = code * scale. Scales of activations are passed over: activations have a scale per token here. Where a device
-    multiplies e4m3 the codes stay as they are, with the scale of every output and group of inputs.
+    w = code * scale. Scales of one byte are powers of two (MXFP8). Scales of activations are passed over: activations
+    have a scale per token here. Where a device multiplies e4m3 the codes stay as they are, with the scale of every
+    output and group of inputs.
     """
 
-    kinds: ClassVar = {"weight": (_FP8,), "weight_scale": (*_FLOATS, _POWERS)}
+    kinds: ClassVar = {"weight": (_FP8,), "weight_scale": (*_FLOATS, _POWERS, torch.uint8)}
 
     def _measure(self, stored: StoredQuantization) -> tuple[tuple[int, int], int, int]:
         out, size = matrix_shape(self.parts["weight"])
@@ -96,7 +97,9 @@ class Fp8Codes(DecodedCodes):
         return codes.view(torch.uint8)
 
     def scales(self) -> Tensor:
-        scales = self.parts["weight_scale"].view().float().reshape(-(-self.shape[0] // self.block[0]), -1)
+        stored = self.parts["weight_scale"].view()
+        scales = stored.view(_POWERS) if stored.dtype == torch.uint8 else stored
+        scales = scales.float().reshape(-(-self.shape[0] // self.block[0]), -1)
         return scales[torch.arange(self.shape[0]) // self.block[0]]
 
     def decoded(self, rows: slice) -> Tensor:

@@ -75,8 +75,8 @@ class StoredCodes:
         whole = self.group >= self.shape[1]
         if self.order() is not None:
             return None
-        if self.bits == 8:
-            return Quantization(8) if whole and self.is_symmetric() else None
+        if self.bits > 4:
+            return Quantization(8) if self.bits == 8 and whole and self.is_symmetric() else None
         if self.group <= 256:
             return Quantization(4, self.group) if self.group % 8 == 0 else None
         return Quantization(4, WIDE_GROUP) if whole or self.group % WIDE_GROUP == 0 else None
@@ -241,9 +241,16 @@ class GptqCodes(StoredCodes):
     kinds: ClassVar = {"qweight": _WORDS, "qzeros": _WORDS, "scales": _SCALES, "g_idx": _INDICES}
 
     def _measure(self, stored: StoredQuantization) -> tuple[tuple[int, int], int, int]:
+        """A layer may have bits and a group of its own, which the shapes of its zeros and scales show."""
         words, size = matrix_shape(self.parts["qweight"])
-        bits = stored.bits[0]
-        return (size, words * 32 // bits), bits, stored.group or words * 32 // bits
+        zeros, scales = (matrix_shape(self.parts[name]) for name in ("qzeros", "scales"))
+        fitting = [bits for bits in (*stored.bits, 2, 3, 4, 8) if zeros[1] == -(-size * bits // 32)]
+        bits = fitting[0] if fitting else stored.bits[0]
+        inputs = words * 32 // bits
+        group = stored.group or inputs
+        if zeros[0] == scales[0] != -(-inputs // group) and inputs % scales[0] == 0:
+            group = inputs // scales[0]
+        return (size, inputs), bits, group
 
     def codes(self, rows: slice) -> Tensor:
         words = self._view("qweight", self._words(self.shape[1]), self.shape[0])
@@ -294,7 +301,8 @@ class GptqCodes(StoredCodes):
 class PackedCodes(StoredCodes):
     """compressed-tensors' pack-quantized: signed codes moved to 0 and up, weight_packed [out, in * bits / 32].
 
-    weight_scale [out, groups]; weight_zero_point [out * bits / 32, groups] is packed along the outputs.
+    weight_scale [out, groups]; weight_zero_point [out * bits / 32, groups] is packed along the outputs. A row is one
+    stream of bits, as the library writes it today; what its older versions made of 3, 5, 6 and 7 bits is refused.
     """
 
     kinds: ClassVar = {

@@ -19,8 +19,9 @@ from support.decoded_checkpoints import (
     write_fp8,
     write_hqq,
     write_mlx,
+    write_mxfp8,
 )
-from support.quantized_checkpoints import DAMAGES, Change, write_awq_gemv, write_gptq
+from support.quantized_checkpoints import DAMAGES, Change, write_awq_gemv, write_gptq, write_packed
 from torch import Tensor
 
 from sensorium.checkpoint.quantization import read_quantization
@@ -46,6 +47,12 @@ LAYOUTS: list[tuple[Writer, dict[str, Any]]] = [
     *((write_hqq, {"bits": bits, "axis": axis}) for bits, axis in ((8, 1), (4, 1), (4, 0), (3, 0), (3, 1), (2, 0))),
     *((write_gptq, {"bits": bits, "symmetric": symmetric}) for bits in (2, 3) for symmetric in (True, False)),
     (write_awq_gemv, {}),
+    (write_mxfp8, {}),
+    *(
+        (write_packed, {"bits": bits, "symmetric": symmetric})
+        for bits in (2, 3, 5, 6, 7)
+        for symmetric in (True, False)
+    ),
 ]
 NAMES = ["-".join([write.__name__, *map(str, options.values())]) for write, options in LAYOUTS]
 
@@ -84,7 +91,7 @@ CHANGES: list[Change] = [*DAMAGES, lambda t: (t.view(torch.uint8) | 255).view(t.
 
 DAMAGED = [
     *("write_fp8-block", "write_fp4-nvfp4", "write_fp4-modelopt", "write_bnb4-nf4-True", "write_bnb8"),
-    *("write_mlx-4", "write_mlx-4-mxfp4", "write_hqq-4-1", "write_awq_gemv"),
+    *("write_mlx-4", "write_mlx-4-mxfp4", "write_hqq-4-1", "write_awq_gemv", "write_mxfp8", "write_packed-3-False"),
 ]
 
 

@@ -52,6 +52,7 @@ from sensorium.models.loading import load_model, weight_bytes
 from sensorium.weights.checkpoint_files import stored_tensors
 from sensorium.weights.decoded_codes import Fp8Codes
 from sensorium.weights.joining import join
+from sensorium.weights.stored_codes import StoredCodes
 
 PROMPT = [5, 300, 7, 42, 11, 17, 230, 8, 77, 19, 3]
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 288}
@@ -160,6 +161,8 @@ LAYOUTS: dict[str, tuple[Writer, Quantization, bool]] = {
         Quantization(4, 32),
         True,
     ),
+    "packed-3": (lambda folder: write_packed(folder, bits=3), Quantization(4, 32), True),
+    "packed-6-asymmetric": (lambda folder: write_packed(folder, bits=6, symmetric=False), Quantization(8), False),
     "int8": (write_int8, Quantization(8), True),
     "awq-gemv": (write_awq_gemv, Quantization(4, 32), True),
     "gptq-3-asymmetric": (lambda folder: write_gptq(folder, bits=3, symmetric=False), Quantization(4, 32), True),
@@ -252,6 +255,67 @@ def test_native_codes_are_the_checkpoints(written: tuple[Path, Tensor, Any, Any]
 def test_the_model_is_the_one_that_the_codes_mean(written: tuple[Path, Tensor, Any, Any], dtype: torch.dtype) -> None:
     folder, expected, _, _ = written
     assert error(logits(load(folder, dtype), dtype), expected) < 0.045  # activations in eight bits, layer by layer
+
+
+UNPLANNED = re.compile(
+    "in-order|misnamed|gemv|unsaid|rows|bnb-fp4"
+)  # what config.json does not tell, or tiny layers fill up
+
+
+@pytest.mark.skipif(library.library_path() is None, reason="the native library is not built")
+def test_the_memory_that_is_planned_is_what_codes_take(written: tuple[Path, Tensor, Any, Any]) -> None:
+    folder = written[0]
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.quantization is not None
+    if UNPLANNED.search(folder.name):
+        return
+    joined = join(stored_tensors(checkpoint.weight_files), checkpoint.quantization)
+    stored = sum(one.nbytes for one in joined if isinstance(one, StoredCodes))
+    layers = load(folder, BF16).get_submodule("model.layers")
+    found = sum(one.packed.nbytes for one in layers.modules() if isinstance(one, Linear))
+    assert found == pytest.approx(checkpoint.quantization.memory_part * stored, rel=0.12)
+
+
+def test_layers_with_bits_and_groups_of_their_own(tmp_path: Path) -> None:
+    """GPTQModel's `dynamic` and AutoRound's `extra_config`: the shapes of a layer's tensors tell them."""
+    oracle = make_llama(tmp_path, **SIZES)
+    original = read_weights(tmp_path)
+    others: dict[str, dict[str, Any]] = {
+        "down_proj": {"bits": 8, "size": None},
+        "o_proj": {"bits": 2, "size": 32},
+        "q_proj": {"size": 64},
+    }
+    stored: dict[str, Tensor] = {}
+    floats = dict(original)
+    for name, options in {"": {}, **others}.items():
+        write_weights(tmp_path, original)
+        own = write_gptq(tmp_path, symmetric=False, **options)
+        keep = [key for key in own if name in key]
+        floats |= {key: own[key] for key in keep}
+        bases = tuple(key.removesuffix("weight") for key in keep)
+        stored = {key: one for key, one in stored.items() if not key.startswith(bases)}
+        stored |= {key: one for key, one in read_weights(tmp_path).items() if key.startswith(bases)}
+    write_weights(tmp_path, stored)
+    config = json.loads((tmp_path / "config.json").read_text())
+    dynamic = {rf"+:.*\.{name}": {"bits": one.get("bits", 4)} for name, one in others.items()}
+    config["quantization_config"] |= {"bits": 4, "group_size": 32, "dynamic": {**dynamic, r"-:.*lm_head": {}}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for module, bits in (("mlp.down_proj", 8), ("self_attn.o_proj", 4), ("mlp.gate_up_proj", 4)):
+        assert cast(Any, load(tmp_path).get_submodule(f"model.layers.1.{module}")).packed.bits == bits
+    assert error(logits(load(tmp_path)), expected_logits(oracle, floats)) < 0.04
+
+
+def test_a_scheme_of_the_cache_alone_quantises_nothing(tmp_path: Path) -> None:
+    make_llama(tmp_path, **SIZES)
+    expected = logits(load(tmp_path))
+    tensors = {**read_weights(tmp_path), "model.layers.0.self_attn.k_scale": torch.ones(1)}
+    write_weights(tmp_path, tensors)
+    stated = compressed_config("dense", {}, kv_cache_scheme={"num_bits": 8, "type": "float"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    for groups in ({}, stated["config_groups"], {"group_0": {"targets": ["LlamaAttention"], "weights": None}}):
+        config["quantization_config"] = {**stated, "config_groups": groups}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert torch.equal(logits(load(tmp_path)), expected)
 
 
 def test_codes_take_little_memory(tmp_path: Path) -> None:
@@ -484,13 +548,26 @@ def group_of(**weights: Any) -> dict[str, Any]:
         ({"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round"}, "packing_format 'auto_round'"),
         ({"quant_method": "auto-round", "bits": 5, "packing_format": "auto_round:auto_gptq"}, "gptq with bits 5"),
         ({"quant_method": "auto-round", "bits": 4, "data_type": "mx_fp"}, "data_type 'mx_fp'"),
-        ({"quant_method": "auto-round", "bits": 4, "extra_config": {"lm_head": {"bits": 8}}}, "extra_config 'lm_head'"),
+        ({"quant_method": "auto-round", "bits": 4, "extra_config": {"lm_head": {"bits": 7}}}, "bits of 'lm_head' 7"),
+        (
+            {"quant_method": "auto-round", "bits": 4, "packing_format": "auto_awq", "extra_config": {"a": {"bits": 8}}},
+            "packed as awq with other settings",
+        ),
+        ({"quant_method": "auto-round", "bits": 4, "extra_config": [4]}, "extra_config '[4]'"),
+        ({"quant_method": "auto-round", "bits": 4, "extra_config": {"a": 4}}, "extra_config 'a' '4'"),
         ({"quant_method": "gptq", "bits": 4, "pack_dtype": "int64"}, "pack_dtype 'int64'"),
-        ({"quant_method": "gptq", "bits": 4, "dynamic": {r"+:.*\.18\..*gate.*": {"bits": 8}}}, "single layers"),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": {r"+:.*\.18\..*gate.*": {"bits": 5}}}, "gate.*' 5"),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": 1}, "gptq with dynamic '1'"),
         (compressed_config("float-quantized", {"num_bits": 8, "type": "int"}), "format 'float-quantized'"),
-        (compressed_config("mxfp8-quantized", {"num_bits": 8, "type": "float"}), "format 'mxfp8-quantized'"),
+        (compressed_config("mxfp6-quantized", {"num_bits": 6, "type": "float"}), "format 'mxfp6-quantized'"),
         (compressed_config("marlin-24", {"num_bits": 4, "type": "int"}), "format 'marlin-24'"),
-        (group_of(num_bits=3), "weights.num_bits 3"),
+        (group_of(num_bits=9), "weights.num_bits 9"),
+        ({**group_of(), "sparsity_config": 1}, "sparsity_config '1'"),
+        ({**group_of(), "config_groups": {"a": {"weights": 4}}}, "weights '4'"),
+        (
+            {**group_of(), "config_groups": {"a": {"weights": {"num_bits": 4}, "input_activations": 1}}},
+            "activations '1'",
+        ),
         (group_of(type="complex"), "weights.type 'complex'"),
         (group_of(strategy="all"), "weights.strategy 'all'"),
         ({**group_of(), "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse weights"),
