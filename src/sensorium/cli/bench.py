@@ -105,14 +105,16 @@ class Server(Protocol):
 
 
 async def words_per_token(remote: Server, load: Load) -> float:
-    """How many of our words make a token of this model: two prompts of different length tell it."""
-    counts = []
-    for num_words in (32, 160):
-        sample = await send(remote, load.probe(num_words))
-        if sample.error:
-            raise RemoteError(sample.error)
-        counts.append(sample.prompt_tokens)
-    return 128 / (counts[1] - counts[0]) if counts[1] > counts[0] else 1.0
+    """How many of our words make a token of this model: two prompts of different length tell it, short ones where a
+    model's context is shorter (CLIP takes 77 tokens)."""
+    error = ""
+    for few, many in ((32, 160), (2, 8)):
+        samples = [await send(remote, load.probe(num_words)) for num_words in (many, few)]
+        error = next((sample.error for sample in samples if sample.error), "")
+        if not error:
+            more = samples[0].prompt_tokens - samples[1].prompt_tokens
+            return (many - few) / more if more > 0 else 1.0
+    raise RemoteError(error)
 
 
 async def send(remote: Server, request: Request) -> Sample:
@@ -237,20 +239,18 @@ def print_report(figures: dict[str, Any]) -> None:
     table = Table(title=f"{load['model']}: {load['kind']}, {load['requests']} requests, {how}", title_justify="left")
     for column in ("milliseconds", "p50", "p90", "p99", "mean", "max"):
         table.add_column(column, justify="left" if column == "milliseconds" else "right")
-    for title, key in (
-        ("time to first token", "ttft_ms"),
-        ("time per output token", "tpot_ms"),
-        ("between chunks", "itl_ms"),
-        ("whole request", "e2e_ms"),
-    ):
+    of_tokens = (("time to first token", "ttft_ms"), ("time per output token", "tpot_ms"), ("between chunks", "itl_ms"))
+    generates = figures["output_tokens"] > 0
+    for title, key in (*(of_tokens if generates else ()), ("whole request", "e2e_ms")):
         table.add_row(title, *(f"{figures[key][name]:.2f}" for name in ("p50", "p90", "p99", "mean", "max")))
     console = Console(highlight=False)
     console.print(table)
+    output = f"{figures['output_tokens_per_s']:.2f} output tok/s, " if generates else ""
+    made = f" ({figures['cached_tokens']} cached), {figures['output_tokens']} output tokens" if generates else ""
     console.print(
-        f"{figures['output_tokens_per_s']:.2f} output tok/s, {figures['total_tokens_per_s']:.1f} total "
-        f"tok/s, {figures['requests_per_s']:.2f} requests/s; {figures['completed']} completed in "
-        f"{figures['wall_s']:.2f} s, {figures['prompt_tokens']} prompt tokens "
-        f"({figures['cached_tokens']} cached), {figures['output_tokens']} output tokens",
+        f"{output}{figures['total_tokens_per_s']:.1f} total tok/s, {figures['requests_per_s']:.2f} requests/s; "
+        f"{figures['completed']} completed in {figures['wall_s']:.2f} s, "
+        f"{figures['prompt_tokens']} prompt tokens{made}",
         soft_wrap=True,
     )
     for message, count in figures["errors"].items():

@@ -35,6 +35,7 @@ class FakeServer:
         self.fail_every = 0
         self.newline = b"\n"
         self.split = False  # cut the stream into single bytes
+        self.context = 10_000  # tokens of a prompt that is pooled
         self.port = 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -65,6 +66,9 @@ class FakeServer:
         if path in ("/v1/embeddings", "/v1/rerank"):
             texts = request.get("input") or [request["query"], *request["documents"]]
             words = sum(len(one.split()) for one in ([texts] if isinstance(texts, str) else texts))
+            if 3 + 2 * words > self.context:
+                self.plain(writer, 400, {"error": {"message": "too long"}})
+                return
             self.plain(writer, 200, {"usage": {"prompt_tokens": 3 + 2 * words, "total_tokens": 3 + 2 * words}})
             return
         writer.write(
@@ -268,6 +272,26 @@ async def test_what_is_not_streamed_is_timed_whole(kind: str) -> None:
     assert figures["prompt_tokens"] == 6 * (3 + 2 * (20 if kind == "embeddings" else 28))
     assert figures["ttft_ms"] == figures["e2e_ms"]
     assert figures["e2e_ms"]["p50"] > 0
+
+
+async def test_short_contexts_are_measured_too() -> None:
+    """CLIP takes 77 tokens: what tells the size of a word must not need more than the load itself."""
+    async with fake_server() as fake:
+        fake.context = 60
+        figures = await bench.run(fake.config(kind="embeddings", inputs=1, input_tokens=40))
+        assert (figures["completed"], len(fake.bodies[-1]["input"][0].split())) == (6, 20)
+        fake.context = 10
+        with pytest.raises(RemoteError, match="too long"):
+            await bench.run(fake.config(kind="embeddings", inputs=1, input_tokens=40))
+
+
+async def test_figures_of_tokens_are_shown_where_there_are_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    async with fake_server() as fake:
+        assert await asyncio.to_thread(bench.bench, fake.config(kind="embeddings")) == 0
+    printed = capsys.readouterr().out
+    assert "whole request" in printed and "requests/s" in printed
+    for word in ("first token", "per output token", "between chunks", "output tok"):
+        assert word not in printed
 
 
 async def test_command_writes_json_and_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
