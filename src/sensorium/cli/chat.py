@@ -27,7 +27,7 @@ COMMANDS = {
 }
 HINT = "/help lists what else you can type."
 _TYPES: Mapping[Modality, str] = {"image": "image/jpeg", "audio": "audio/wav", "video": "video/mp4"}
-"""For files whose name does not tell; the server looks at the bytes."""
+"""For files whose name does not tell, or tells of another kind (a recording in WebM); the server looks at the bytes."""
 
 
 class Conversation:
@@ -46,7 +46,8 @@ class Conversation:
 
     def attach(self, kind: Modality, path: Path) -> None:
         """OSError if the file cannot be read."""
-        named = mimetypes.guess_type(path.name)[0] or _TYPES[kind]
+        guessed = mimetypes.guess_type(path.name)[0] or ""
+        named = guessed if guessed.startswith(f"{kind}/") else _TYPES[kind]
         url = f"data:{named};base64,{base64.b64encode(path.read_bytes()).decode()}"
         self._media.append({"type": f"{kind}_url", f"{kind}_url": {"url": url}})
 
@@ -91,6 +92,8 @@ async def _chat(config: ChatConfig) -> int:
             elif command in ("/image", "/audio", "/video"):
                 _attach(console, conversation, cast(Modality, command[1:]), rest)
             elif line.startswith("/"):
+                if command != "/help":
+                    console.print(f"there is no {command}", style="red", markup=False)
                 _help(console)
             elif line:
                 await _turn(console, remote, conversation, line)

@@ -34,6 +34,25 @@ def test_media_go_with_the_next_message_in_order(tmp_path: Path) -> None:
     assert json.loads(conversation.ask("again"))["messages"][1]["content"] == "again"
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "named"),
+    [
+        ("audio", "recorded.webm", "audio/wav"),
+        ("audio", "clip.mp4", "audio/wav"),
+        ("video", "tune.ogg", "video/mp4"),
+        ("image", "notes.txt", "image/jpeg"),
+        ("image", "a.webp", "image/webp"),
+    ],
+)
+def test_a_file_is_sent_as_what_it_is_said_to_be(kind: Any, name: str, named: str, tmp_path: Path) -> None:
+    """The server refuses a URL of another kind, in words about a URL that nobody typed."""
+    (tmp_path / name).write_bytes(b"x")
+    conversation = chat.Conversation(ChatConfig(), "m")
+    conversation.attach(kind, tmp_path / name)
+    [message] = json.loads(conversation.ask("hi"))["messages"]
+    assert message["content"][0][f"{kind}_url"]["url"].startswith(f"data:{named};")
+
+
 async def talk(monkeypatch: pytest.MonkeyPatch, *lines: str) -> list[Any]:
     """What a user sees who types these lines; returns what the engine was asked."""
     typed: Iterator[str] = iter(lines)
@@ -60,6 +79,7 @@ async def test_commands_are_listed_and_files_checked(
     shown = capsys.readouterr().out
     for command in chat.COMMANDS:
         assert shown.count(f"  {command}") == 2
+    assert "there is no /nonsense" in shown and "there is no /help" not in shown
     assert "/audio needs the path of a file" in shown
     assert "cannot read it: No such file" in shown
     assert "attached; now ask about it" in shown
