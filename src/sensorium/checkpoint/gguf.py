@@ -55,6 +55,7 @@ class GgufDescription:
     file_bytes: int
     weights: int
     types: Mapping[str, int]
+    stored_bytes: int  # of the tensors, with those of the tower
     memory_bytes: int  # of the weights once they are loaded
     context_length: int
     tower: Path | None  # the projector beside it that is taken
@@ -72,16 +73,17 @@ def describe(path: Path) -> GgufDescription:
     types: Counter[str] = Counter()
     for tensor in tensors:
         types[tensor.kind.name] += math.prod(tensor.shape)
-    stored = sum(tensor.nbytes for tensor in tensors)
+    stored, tower = sum(tensor.nbytes for tensor in tensors), _tower(files[0], None)
     return GgufDescription(
         architecture=config["architectures"][0],
         parts=len(files),
         file_bytes=sum(file.path.stat().st_size for file in files),
         weights=sum(types.values()),
         types=dict(types.most_common()),
+        stored_bytes=stored + sum(tensor.nbytes for tensor in (tower.tensors if tower else ())),
         memory_bytes=int(stored * memory_part(tensors)),
         context_length=config["max_position_embeddings"],
-        tower=None if (tower := _tower(files[0], None)) is None else tower.path,
+        tower=None if tower is None else tower.path,
     )
 
 

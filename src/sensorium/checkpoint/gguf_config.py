@@ -131,11 +131,13 @@ def kept_bytes(kind: str) -> float:
     return _PLAIN[kind] if kind in _PLAIN else _KEPT_BYTES[kind]
 
 
-def kept_as(kind: str) -> str:
-    """What a CPU computes with, of a block type."""
+def kept_as(kind: str, *, is_mapped: bool = False) -> str:
+    """What a CPU computes with, of a block type. `is_mapped`: of a file whose blocks are computed with where it has
+    them, and as blocks when they are copied."""
     if kind in _PLAIN:
         return "plain numbers"
-    what = "int4 in groups of 32, code for code" if kind == INT4_BLOCK else "the blocks as they are"
+    is_int4 = kind == INT4_BLOCK and not is_mapped
+    what = "int4 in groups of 32, code for code" if is_int4 else "the blocks as they are"
     return f"{what}, {8 * kept_bytes(kind):.4g} bits a weight"
 
 

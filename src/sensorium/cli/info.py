@@ -59,19 +59,21 @@ def rows_of(model: str, draft: str | None = None) -> Iterator[tuple[str, str]]:
 
 def file_rows(path: Path) -> Iterator[tuple[str, str]]:
     """What a GGUF file, or the set that it is part of, has and what is made of it."""
-    from sensorium.kernels import describe as kernels  # imports torch
+    from sensorium import kernels  # imports torch
 
     found = describe(path)
+    is_large = found.stored_bytes >= kernels.MAPPED_BYTES
     yield "format", f"GGUF, {size_text(found.file_bytes)}" + (f" in {found.parts} files" if found.parts > 1 else "")
     yield "architecture", found.architecture
     yield "weights", f"{found.weights / 1e6:,.1f} million, {found.bits_per_weight:.2f} bits each"
     for kind, count in found.types.items():
-        yield f"  {kind}", f"{100 * count / found.weights:.1f} %, {kept_as(kind)}"
+        is_mapped = is_large and kernels.maps_blocks(kind)
+        yield f"  {kind}", f"{100 * count / found.weights:.1f} %, {kept_as(kind, is_mapped=is_mapped)}"
     yield "in memory", f"{size_text(found.memory_bytes)} of weights, besides the KV cache"
     if found.tower is not None:
         yield "tower", f"{found.tower.name} beside it, {size_text(found.tower.stat().st_size)}, is loaded too"
     yield "context", f"{found.context_length} tokens"
-    yield "kernels", kernels()
+    yield "kernels", kernels.describe()
 
 
 def rows() -> Iterator[tuple[str, str]]:

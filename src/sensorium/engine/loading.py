@@ -52,7 +52,7 @@ from sensorium.engine.tables import BlockTables
 from sensorium.engine.warming import Warming
 from sensorium.errors import CheckpointError, StartupError
 from sensorium.ipc.ranks import CacheSize
-from sensorium.kernels import Quantization
+from sensorium.kernels import MAPPED_BYTES, Quantization
 from sensorium.kernels.context import KVCache
 from sensorium.kernels.cpu.blocks import MappedBlockLinear
 from sensorium.kernels.cpu.linear import MappedLinear
@@ -65,7 +65,7 @@ from sensorium.models.base import Model
 from sensorium.models.cache import CacheGroup, KeyValueGroup, attends_to_media, paged, states
 from sensorium.models.decoder import SelfAttention
 from sensorium.models.layers import Linear
-from sensorium.models.loading import MAPPED_BYTES, load_model, packed_weights, weight_bytes
+from sensorium.models.loading import load_model, packed_weights, weight_bytes
 from sensorium.parallel.ranks import Ranks
 from sensorium.system import cgroups
 from sensorium.types import EngineReady

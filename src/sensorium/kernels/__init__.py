@@ -16,6 +16,7 @@ from torch import Tensor
 from sensorium.kernels import reference
 from sensorium.kernels.backend import (
     FP8,
+    MAPPED_BYTES,
     Activation,
     Backend,
     Blocks,
@@ -49,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 __all__ = [
     "FP8",
+    "MAPPED_BYTES",
     "Activation",
     "Backend",
     "BlockWeight",
@@ -91,6 +93,7 @@ __all__ = [
     "layer_norm",
     "mapped_blocks",
     "mapped_linear",
+    "maps_blocks",
     "multiplies_fp4",
     "norm_gated",
     "pack_linear",
@@ -187,6 +190,11 @@ def mapped_blocks(
 ) -> PackedWeight | None:
     """For x of this dtype on a CPU."""
     return _for_weights(dtype, torch.device("cpu")).mapped_blocks(parts, out_features, in_features)
+
+
+def maps_blocks(kind: str, dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether such blocks of a large file are multiplied where they are mapped, and as such when they are packed."""
+    return _for_weights(dtype, torch.device("cpu")).maps_blocks(kind)
 
 
 def quantized_layout(dtype: torch.dtype, device: torch.device) -> str | None:

@@ -39,6 +39,7 @@ class BlockForm:
         return in_features // self.weights * self.nbytes
 
 
+MAPPED_BYTES = 512 * 1024 * 1024  # of a checkpoint; packing a smaller one takes little time, and it computes faster
 BLOCK_FORMS: Mapping[str, BlockForm] = {
     "Q4_0": BlockForm(32, 18),
     "Q4_1": BlockForm(32, 20),
@@ -400,6 +401,10 @@ class Backend(Protocol):
 
     def mapped_blocks(self, parts: Sequence[MappedBlocks], out_features: int, in_features: int) -> PackedWeight | None:
         """A weight over memory-mapped blocks, not copied; None where copying is faster."""
+        ...
+
+    def maps_blocks(self, kind: str) -> bool:
+        """Whether `mapped_blocks` takes blocks of this form."""
         ...
 
     def quantized_layout(self) -> str | None:

@@ -24,6 +24,7 @@ from sensorium.checkpoint.gguf_config import INT4_BLOCK
 from sensorium.checkpoint.rerankers import ScoreTokens
 from sensorium.errors import CheckpointError
 from sensorium.kernels import (
+    MAPPED_BYTES,
     Blocks,
     BlockWeight,
     CachedWeight,
@@ -45,7 +46,6 @@ from sensorium.weights.tensor_files import StoredTensor, element_of, every, part
 logger = logging.getLogger(__name__)
 
 MAX_NAMED = 5  # keys that one error message names
-MAPPED_BYTES = 512 * 1024 * 1024  # of a checkpoint; packing a smaller one takes little time, and it computes faster
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 

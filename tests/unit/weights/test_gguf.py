@@ -22,6 +22,7 @@ from torch import nn
 from transformers import BertConfig, BertModel
 from transformers.convert_slow_tokenizer import generate_merges
 
+from sensorium import kernels
 from sensorium.checkpoint.configs import open_checkpoint
 from sensorium.checkpoint.gguf import describe, gguf_folder, gguf_in
 from sensorium.checkpoint.gguf_file import BLOCK_TYPES, BlockType, read_gguf, read_gguf_set
@@ -30,6 +31,7 @@ from sensorium.cli.main import main
 from sensorium.engine.loading import mapped_weight_bytes, mapped_weights
 from sensorium.errors import CheckpointError
 from sensorium.kernels import reference
+from sensorium.kernels.cpu.blocks import MappedBlockLinear
 from sensorium.kernels.cpu.native import fastest
 from sensorium.kernels.reference import BlockLinear
 from sensorium.kernels.reference.blocks import DECODERS, LINES
@@ -231,6 +233,27 @@ def test_what_blocks_become(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     assert main(["info", str(file)]) == 0
     said = capsys.readouterr().out
     assert "LlamaForCausalLM" in said and told in said
+
+
+@pytest.mark.skipif(fastest() is None, reason="the native library is not built")
+def test_info_tells_what_a_large_file_becomes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of Q4_0, whose blocks are int4 in a small file alone; by what a load makes of both."""
+    make_llama(tmp_path / "hub", hidden_size=64, intermediate_size=96)
+    file = tmp_path / "m.gguf"
+    write_gguf(tmp_path / "hub", file, "Q4_0", tokenizer_metadata(tmp_path / "hub", "gpt-2"), "llama")
+    checkpoint = open_checkpoint(gguf_folder(file, tmp_path / "cache"))
+    stored = sum(one.nbytes for one in read_gguf_tensors([file]))
+    for least, said in ((stored, "the blocks as they are"), (stored + 1, "int4 in groups of 32")):
+        for module in (kernels, loading):
+            monkeypatch.setattr(module, "MAPPED_BYTES", least)
+        model = load_model(checkpoint, dtype=torch.bfloat16, device="cpu", memory_mapped=True)
+        packed = model.get_submodule("model.layers.0.mlp.down_proj").packed
+        has_blocks = isinstance(packed, MappedBlockLinear)
+        assert has_blocks == (said == "the blocks as they are" and kernels.maps_blocks("Q4_0", torch.bfloat16))
+        assert main(["info", str(file)]) == 0
+        assert (said if has_blocks else "int4 in groups of 32") in capsys.readouterr().out
 
 
 MIXED = {"": "Q4_K", "attn_v": "Q6_K", "ffn_down": "Q6_K", "token_embd": "Q6_K"}  # what llama-quantize calls Q4_K_M

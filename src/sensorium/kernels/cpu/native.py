@@ -97,9 +97,12 @@ class Native(AttentionKernels, StateKernels):
         self, parts: Sequence[MappedBlocks], out_features: int, in_features: int
     ) -> MappedBlockLinear | None:
         """The blocks must not change while the weight lives."""
-        if not self.isa.startswith("avx512") or any(part.kind not in FROM_FILE for part in parts):
+        if not all(self.maps_blocks(part.kind) for part in parts):
             return None
         return MappedBlockLinear(self, out_features, in_features, parts)
+
+    def maps_blocks(self, kind: str) -> bool:
+        return self.isa.startswith("avx512") and kind in FROM_FILE
 
     def pack_linear(
         self, weight: Tensor, bias: Tensor | None, *, quantization: Quantization | None = None

@@ -68,6 +68,7 @@ class CudaBackend:
     empty_blocks = staticmethod(reference.empty_blocks)
     empty_linear = staticmethod(reference.empty_linear)
     mapped_blocks = staticmethod(reference.mapped_blocks)
+    maps_blocks = staticmethod(reference.maps_blocks)
     mapped_linear = staticmethod(reference.mapped_linear)
     quantized_layout = staticmethod(reference.quantized_layout)
     cached_linear = staticmethod(reference.cached_linear)

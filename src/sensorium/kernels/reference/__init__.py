@@ -63,6 +63,7 @@ __all__ = [
     "layer_norm",
     "mapped_blocks",
     "mapped_linear",
+    "maps_blocks",
     "norm_gated",
     "paged_attention",
     "quantize_heads",
@@ -110,6 +111,11 @@ def mapped_linear(parts: Sequence[tuple[int, Tensor]], out_features: int, in_fea
 
 def mapped_blocks(parts: Sequence[MappedBlocks], out_features: int, in_features: int) -> None:
     """Likewise."""
+
+
+def maps_blocks(kind: str) -> bool:
+    """Likewise."""
+    return False
 
 
 def quantized_layout() -> None:
