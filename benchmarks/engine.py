@@ -40,8 +40,11 @@ class Nobody(Channel):
     def __init__(self) -> None:
         self.bytes_sent = 0
 
-    def poll(self, *, wait: bool) -> list[tuple[int, memoryview]]:
+    def poll(self, *, wait: bool, patience_s: float | None = None) -> list[tuple[int, memoryview]]:
         return []
+
+    def wake(self) -> None:
+        pass
 
     def send(self, frame: bytes) -> None:
         self.bytes_sent += len(frame)

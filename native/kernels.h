@@ -79,6 +79,18 @@ struct Attention {
     float scale;
 };
 
+// How tokens of rows of logits are drawn. Of a row the logits that its mask leaves, where there are masks.
+struct Draws {
+    const float* logits;
+    const int64_t* rows;        // [count], of the logits
+    const uint32_t* masks;      // [count, words], or null
+    const float* temperatures;  // [count], 0: the first of the highest logits
+    const double* uniforms;     // [count], in [0, 1)
+    int64_t* tokens;            // [count]; 0 where no logit is finite
+    float* highest;             // [count], of what is left
+    int64_t stride, vocab, words, count;
+};
+
 // How a routed layer's tokens choose experts by their logits.
 struct Routing {
     int32_t experts, per_token;
@@ -242,6 +254,7 @@ struct Kernels {
                        int64_t tokens, int64_t heads, int64_t n, float eps);
     void (*multiply)(const Runtime&, bf16* x, int64_t stride, const bf16* by, int64_t by_stride, int64_t rows,
                      int64_t n, int32_t by_sigmoid);
+    void (*draw)(const Runtime&, const Draws&);
 };
 
 namespace portable {

@@ -196,6 +196,8 @@ enum class Buffer {
     kExpertStates,    // some experts' tokens, and what becomes of them
     kExpertSums,      // what all experts of a layer give its tokens
     kRouting,         // a router's logits, and what is chosen
+    kDrawWeights,     // a row's weights when its token is drawn
+    kDrawSums,        // and their sums up to the end of each chunk
     kStateRows,       // taps of a convolution, or unit queries and keys
     kStateColumns,    // of a head's memory
     kShared,          // what a routed layer's shared expert gives

@@ -52,7 +52,7 @@ const Kernels* find_kernels(int isa) {
 
 const int64_t sensorium::kFewRowsAhead = is_zen5_or_later() ? 8192 : 0;
 
-EXPORT int32_t sensorium_abi() { return 18; }
+EXPORT int32_t sensorium_abi() { return 19; }
 
 // isa: 0 portable, 1 AVX2 + FMA, 2 AVX-512 with VNNI, 3 the same with BF16, -1 the fastest of these. Null when this
 // processor lacks it.
@@ -156,6 +156,7 @@ EXPORT void sensorium_choose(const Runtime* r, const Routing* rules, const bf16*
                              int64_t* chosen, float* weights) {
     r->kernels->choose(*r, *rules, logits, tokens, chosen, weights);
 }
+EXPORT void sensorium_draw(const Runtime* r, const Draws* draws) { r->kernels->draw(*r, *draws); }
 EXPORT void sensorium_causal_conv(const Runtime* r, const CausalConv* args) { r->kernels->causal_conv(*r, *args); }
 EXPORT void sensorium_delta_rule(const Runtime* r, const DeltaRule* args) { r->kernels->delta_rule(*r, *args); }
 EXPORT void sensorium_delta_gates(const Runtime* r, const bf16* gates, const float* rate, const float* bias,

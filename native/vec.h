@@ -90,6 +90,10 @@ static inline vf keep_range(vf a, int index, int first, int last, float other) {
                            _mm512_cmplt_epi32_mask(lane, _mm512_set1_epi32(last));
     return {_mm512_mask_blend_ps(keep, _mm512_set1_ps(other), a.v)};
 }
+// Lane i becomes `other` unless bit i is set.
+static inline vf keep_bits(vf a, uint32_t bits, float other) {
+    return {_mm512_mask_blend_ps(__mmask16(bits), _mm512_set1_ps(other), a.v)};
+}
 // 2 ** n for integral n, zero far below and infinity far above.
 static inline vf scale_by_power(vf a, vf n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 static inline vf vround(vf a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
@@ -271,6 +275,14 @@ static inline __m256 keep_range8(__m256 x, int index, int first, int last, float
 }
 static inline vf keep_range(vf x, int index, int first, int last, float other) {
     return {keep_range8(x.a, index, first, last, other), keep_range8(x.b, index + 8, first, last, other)};
+}
+static inline __m256 keep_bits8(__m256 x, uint32_t bits, float other) {
+    const __m256i own = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i keep = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(bits)), own), own);
+    return _mm256_blendv_ps(_mm256_set1_ps(other), x, _mm256_castsi256_ps(keep));
+}
+static inline vf keep_bits(vf x, uint32_t bits, float other) {
+    return {keep_bits8(x.a, bits, other), keep_bits8(x.b, bits >> 8, other)};
 }
 static inline __m256 scale8(__m256 x, __m256 n) {
     const __m256 low = _mm256_cmp_ps(n, _mm256_set1_ps(-126.0f), _CMP_LT_OQ);
@@ -465,6 +477,11 @@ static inline vf vcopysign(vf magnitude, vf sign) {
 static inline vf keep_range(vf a, int index, int first, int last, float other) {
     for (int i = 0; i < 16; ++i)
         if (index + i < first || index + i >= last) a.v[i] = other;
+    return a;
+}
+static inline vf keep_bits(vf a, uint32_t bits, float other) {
+    for (int i = 0; i < 16; ++i)
+        if (!(bits >> i & 1)) a.v[i] = other;
     return a;
 }
 static inline vf vround(vf a) {

@@ -7,7 +7,13 @@ drafted or not, and again if a step is repeated.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sensorium.kernels.token_bits import mask_of
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -24,24 +30,28 @@ class Constraint:
     they come only where the grammar leaves nothing else.
     """
 
-    __slots__ = ("_stopped", "_tokens", "error", "late_ends", "matcher")
+    __slots__ = ("_allows", "_late_bits", "_stopped", "_tokens", "error", "late_ends", "mask_s", "matcher")
 
     def __init__(self, matcher: LLMatcher | NativeMatcher, late_ends: list[int] | None = None) -> None:
         self.matcher = matcher
         self.late_ends = late_ends or []
         self.error = ""
+        self._allows: Callable[[int], bool] | None = getattr(matcher, "allows", None)  # quicker where there is one
+        self._late_bits: NDArray[np.uint32] | None = None
+        self.mask_s = 0.0  # that the last mask took
         self._tokens: list[int] = []  # of the output, as far as they are known
         self._stopped = False
         self._look_ahead()
 
-    @property
-    def is_delicate(self) -> bool:
-        """Whether its mask has to be looked at before it is applied."""
-        return bool(self.late_ends) or self.matcher.is_error()
-
     def needs_mask(self, index: int) -> bool:
         """Whether there is a choice for output token `index`, so that the matcher must say what is allowed."""
         return index >= len(self._tokens)
+
+    def allows(self, token: int) -> bool:
+        """Whether a token may come next where there is a choice. End tokens that are late count as not allowed."""
+        if token in self.late_ends:
+            return False
+        return self.matcher.validate_tokens([token]) == 1 if self._allows is None else self._allows(token)
 
     def known(self, index: int) -> int | None:
         """Output token `index`, if it is known."""
@@ -66,6 +76,18 @@ class Constraint:
         else:
             self.error = GRAMMAR_FAILED
         return not self.error
+
+    def without_late_ends(self, bits: NDArray[np.uint32], vocab_size: int) -> None:
+        """Of a mask [words], in place."""
+        if self.late_ends:
+            if self._late_bits is None:
+                self._late_bits = ~mask_of(self.late_ends, vocab_size)
+            bits &= self._late_bits
+
+    def look_for_failure(self) -> None:
+        """After a mask was asked for."""
+        if self.matcher.is_error():
+            self.error = GRAMMAR_FAILED
 
     def _look_ahead(self) -> None:
         forced = self.matcher.compute_ff_tokens()

@@ -1,7 +1,8 @@
 """Drawing tokens by inverting the cumulative distribution at a number of [0, 1).
 
 Tokens keep the vocabulary's order, so that rank plays no part: a row is filtered by value and takes one number of a
-counter-based stream. Row by row on a CPU, where a row stays in its cache; all rows at once elsewhere.
+counter-based stream. With a grammar it draws as if there were none, and where what came is forbidden, again among what
+is allowed by a second stream's number: that is the grammar's distribution. Filtered rows have their mask first.
 """
 
 from __future__ import annotations
@@ -15,27 +16,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sensorium import kernels
+from sensorium.kernels.reference.drawing import CHUNK, place_of
 from sensorium.kernels.transfers import to_device
 from sensorium.types import SamplingParams
 
 LIKELY = -8.0  # scaled logits above this usually hold any nucleus (weights above 1/3000 of the highest)
 GREEDY_BELOW = 1e-5  # temperatures under this are greedy: dividing by them would overflow
-CHUNK = 128  # vocabulary entries that are summed together before one of the sums is chosen
 
+_SECOND = 0xA0761D6478BD642F  # any bits
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_A = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_B = np.uint64(0x94D049BB133111EB)
-
-
-def draw_rows(
-    logits: NDArray[np.float32], params: Seq[SamplingParams], uniforms: NDArray[np.float64]
-) -> NDArray[np.int64]:
-    """One token id for each row [rows, vocab], on a CPU."""
-    work = np.zeros(-(-logits.shape[1] // CHUNK) * CHUNK, np.float32)
-    drawn = [
-        draw_one(row, one, number, work) for row, one, number in zip(logits, params, uniforms.tolist(), strict=True)
-    ]
-    return np.array(drawn, np.int64)
 
 
 def draws_of(seeds: list[int], indices: list[int], params: Seq[SamplingParams]) -> kernels.Draws:
@@ -50,35 +41,25 @@ def draws_of(seeds: list[int], indices: list[int], params: Seq[SamplingParams]) 
     )
 
 
-def draw_one(row: NDArray[np.float32], params: SamplingParams, uniform: float, work: NDArray[np.float32]) -> int:
-    """One row [vocab]. `work` is memory for a row, padded with zeros to whole chunks."""
+def is_open(params: SamplingParams) -> bool:
+    """Whether nothing is filtered, so that a token that a grammar allows is no likelier for what it forbids."""
+    return not (params.top_k or params.top_p < 1 or params.min_p) or is_greedy(params)
+
+
+def is_greedy(params: SamplingParams) -> bool:
+    return params.temperature < GREEDY_BELOW or params.top_k == 1
+
+
+def draw_filtered(row: NDArray[np.float32], params: SamplingParams, uniform: float) -> int:
+    """A token of one row [vocab] on a CPU, of those that top_k, top_p and min_p leave."""
     highest = row.max()
     if not np.isfinite(highest):
-        return 0  # this row fails, see `_checked`
-    scaled = work[: len(row)]
-    np.subtract(row, highest, out=scaled)
-    if params.temperature != 1:
-        scaled /= np.float32(params.temperature)
-    if params.top_k or params.top_p < 1 or params.min_p:
-        stay = np.flatnonzero(scaled >= np.float32(row_threshold(scaled, params)))
-        return int(stay[_place(np.exp(scaled[stay]), uniform)])
-    np.exp(scaled, out=scaled)
-    chunks = work.reshape(-1, CHUNK)
-    sums = chunks.sum(axis=1).cumsum(dtype=np.float64)
-    target = uniform * float(sums[-1])
-    chunk = min(int(sums.searchsorted(target, side="right")), len(sums) - 1)
-    before = float(sums[chunk - 1]) if chunk else 0.0
-    return chunk * CHUNK + _place(chunks[chunk], target=target - before)
-
-
-def _place(weights: NDArray[np.float32], uniform: float = 0.0, target: float | None = None) -> int:
-    """First place where the sum of weights passes `target`, or `uniform` of all; never one that weighs nothing."""
-    sums = weights.cumsum(dtype=np.float64)
-    place = int(sums.searchsorted(uniform * sums[-1] if target is None else target, side="right"))
-    if place < len(sums):
-        return place
-    # The chunk's sum was rounded in another order than these.
-    return int(np.flatnonzero(weights)[-1])
+        return 0  # this row fails, see `sampler._checked`
+    scaled = row - highest
+    scaled /= np.float32(params.temperature)
+    stay = np.flatnonzero(scaled >= np.float32(row_threshold(scaled, params)))
+    weights = np.exp(scaled[stay])
+    return int(stay[place_of(weights, uniform * float(weights.sum(dtype=np.float64)))])
 
 
 def draw_together(logits: Tensor, params: Seq[SamplingParams], uniforms: NDArray[np.float64]) -> Tensor:
@@ -164,6 +145,11 @@ def seed_of(requested: int | None, engine_seed: int, request_id: int) -> int:
         return requested & 0xFFFFFFFFFFFFFFFF
     mixed = _mix(np.array([engine_seed & 0xFFFFFFFFFFFFFFFF], np.uint64) * _GOLDEN + np.uint64(request_id))
     return int(mixed[0])
+
+
+def second_seed(seed: int) -> int:
+    """Of the stream that a row takes its number from when it draws again."""
+    return seed ^ _SECOND
 
 
 def uniforms_of(seeds: list[int], indices: list[int]) -> NDArray[np.float64]:

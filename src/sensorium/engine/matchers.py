@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable, Sequence
-from ctypes import POINTER, c_bool, c_char_p, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, byref, c_bool, c_char_p, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
 from typing import Any
 
 import numpy as np
@@ -20,10 +20,12 @@ from llguidance import LLParserLimits, _lib
 from sensorium.engine.spelling import TokenTable
 
 VERSIONS = ("1.9",)  # those that pyproject.toml allows
+FEW_FORCED = 16
 MAX_FORCED = 4096  # tokens that a grammar forces at once; more come with the next
 ERROR_BYTES = 512
 NO_TOKENS = "a grammar's tokenizer could not be built"
 
+_Few, _Many = c_uint32 * FEW_FORCED, c_uint32 * MAX_FORCED
 _Tokenize = ctypes.CFUNCTYPE(c_size_t, c_void_p, c_void_p, c_size_t, c_void_p, c_size_t)
 
 
@@ -217,11 +219,17 @@ class NativeMatcher:
         array = np.array(tokens, np.uint32)
         return max(int(self._library.matcher_validate_tokens(self._address, array.ctypes.data, len(array))), 0)
 
+    def allows(self, token: int) -> bool:
+        """Whether this one may follow."""
+        return bool(self._library.matcher_validate_tokens(self._address, byref(c_uint32(token)), 1) == 1)
+
     def compute_ff_tokens(self) -> list[int]:
-        found = np.empty(MAX_FORCED, np.uint32)
-        count = self._library.matcher_compute_ff_tokens(self._address, found.ctypes.data, len(found))
-        tokens: list[int] = found[: max(count, 0)].tolist()
-        return tokens
+        found = _Few()
+        count = self._library.matcher_compute_ff_tokens(self._address, found, FEW_FORCED)
+        if count == FEW_FORCED:  # there may be more
+            found = _Many()
+            count = self._library.matcher_compute_ff_tokens(self._address, found, MAX_FORCED)
+        return found[:count] if count > 0 else []
 
     def compute_bitmask(self) -> bytes:
         mask = np.zeros(self._tokenizer.num_words, np.uint32)

@@ -109,7 +109,7 @@ class Runner:
         """Begin to compute a step. An accelerator is at it when this returns, a CPU is through with the layers."""
         self._faults.hit("step")
         batch = self._batch(plan)
-        self._masks.begin(batch.sampled)
+        self._masks.begin(batch.sampled, may_ask=self._device.type == "cpu")
         context = batch.inputs.context
         context.adapters = adapters = self._adapters(batch)
         if plan.prefills:

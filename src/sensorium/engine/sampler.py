@@ -20,7 +20,9 @@ from torch import Tensor
 
 from sensorium import kernels
 from sensorium.engine import speech_rules
-from sensorium.engine.drawing import draw_rows, draw_together, draws_of, uniforms_of
+from sensorium.engine.choosing import argmax, choose, choose_held
+from sensorium.engine.constraint import Constraint
+from sensorium.engine.drawing import draw_together, draws_of, second_seed, uniforms_of
 from sensorium.engine.masks import Held, Masks, MaskTable
 from sensorium.engine.sampler_state import SamplerState, edits_of
 from sensorium.engine.sequence import Sequence
@@ -65,12 +67,10 @@ class Sampler:
         states = [seq.sampler_state or self._remember(seq, logits.shape[1]) for seq in sequences]
         logits = logits.float()
         if self._on_cpu and all(map(_is_plain, states)):
-            sampled = _checked(*_argmax(logits.numpy()), logits.shape[1])
+            sampled = _checked(*argmax(logits.numpy()), logits.shape[1])
             return lambda: sampled
         held = _held(sequences, ahead)
-        edited = self._edited(logits, states, sequences, ahead, held)
-        indices = [seq.num_outputs + (len(ahead[i]) if ahead else 0) for i, seq in enumerate(sequences)]
-        ids, highest = (_drawn_on_cpu if self._on_cpu else _drawn)(edited, states, indices)
+        ids, highest, edited = self._chosen(logits, states, sequences, ahead, held)
         wanted = [row for row, state in enumerate(states) if state.params.logprobs is not None]
         scores = _scores(edited, logits, states, wanted, ids) if wanted else None
         fetch = Fetch([ids, *(scores.tensors if scores else ()), highest])
@@ -90,31 +90,42 @@ class Sampler:
 
         return finish
 
-    def _edited(
+    def _chosen(
         self,
         logits: Tensor,
         states: Seq[SamplerState],
         sequences: Seq[Sequence],
         ahead: Seq[list[int]],
         held: list[Held],
-    ) -> Tensor:
-        """Logits with all that is asked of single ones. The input stays as it is, but for rows with a grammar."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(token ids int64, highest logits, logits with all that is asked of single ones). The input stays as it is,
+        but for rows with a grammar."""
         table, masks = MaskTable(*logits.shape), self._masks if held else None
         if masks is not None and not self._on_cpu:
             masks.tell(table, held)
-        num_grammars = len(table.bits)
-        edits = edits_of(states, sequences, ahead, table)
-        ruled = [row for row, state in enumerate(states) if state.params.rules is not None]
-        is_edited = bool(ruled) or (edits is not None and (edits.has_lists or len(table.bits) > num_grammars))
+        wishes = _Wishes(logits, states, sequences, ahead, table)
         tells = any(states[row].params.logprobs is not None for row, *_ in held)
-        edited = logits.clone() if is_edited or tells else logits
-        if edits is not None:
-            kernels.edit(edited, logits, edits)
-        for row in ruled:
-            _hold_to_rules(edited[row], states[row].params, sequences[row], ahead[row] if ahead else [])
-        if masks is not None and self._on_cpu:
-            masks.apply(edited.numpy(), logits.numpy(), held, is_edited=is_edited)
-        return edited
+        indices = [seq.num_outputs + (len(ahead[i]) if ahead else 0) for i, seq in enumerate(sequences)]
+        twice = [] if self._on_cpu else [row for row, one, _, at in held if _draws_twice(states[row], one, at)]
+        first = None
+        if twice:
+            [where] = to_device([np.array(twice, np.int64)], logits.device)
+            free = wishes.granted(logits.clone(), grammars=False)[where]
+            first, _ = _drawn(free, [states[row] for row in twice], [indices[row] for row in twice])
+        found = wishes.granted(logits.clone() if wishes.are_any or tells else logits)
+        if self._on_cpu:
+            array, raw = found.numpy(), logits.numpy()
+            chosen = (
+                choose(array, states, indices)
+                if masks is None
+                else choose_held(array, raw, states, indices, held, masks, is_edited=wishes.are_any)
+            )
+            return torch.from_numpy(chosen[0]), torch.from_numpy(chosen[1]), found
+        ids, highest = _drawn(found, states, indices, twice)
+        if first is not None:
+            is_allowed = found[where].gather(1, first.unsqueeze(1)).squeeze(1) > -torch.inf
+            ids = ids.index_copy(0, where, torch.where(is_allowed, first, ids[where]))
+        return ids, highest, found
 
     def _remember(self, seq: Sequence, vocab_size: int) -> SamplerState:
         if seq.sampling is None:
@@ -122,6 +133,36 @@ class Sampler:
         state = SamplerState(seq, seq.sampling, self._seed, vocab_size)
         seq.sampler_state = state
         return state
+
+
+class _Wishes:
+    """What requests ask of single logits [rows, vocab], and grammars whose masks are in a table."""
+
+    def __init__(
+        self,
+        logits: Tensor,
+        states: Seq[SamplerState],
+        sequences: Seq[Sequence],
+        ahead: Seq[list[int]],
+        table: MaskTable,
+    ) -> None:
+        num_grammars = len(table.bits)
+        self._raw, self._edits = logits, edits_of(states, sequences, ahead, table)
+        self._ruled = [
+            (row, state.params, sequences[row], ahead[row] if ahead else [])
+            for row, state in enumerate(states)
+            if state.params.rules is not None
+        ]
+        has_lists = self._edits is not None and (self._edits.has_lists or len(table.bits) > num_grammars)
+        self.are_any = bool(self._ruled) or has_lists
+
+    def granted(self, rows: Tensor, *, grammars: bool = True) -> Tensor:
+        """In `rows`, which are as the logits are."""
+        if self._edits is not None:
+            kernels.edit(rows, self._raw, self._edits if grammars else self._edits.without_grammars())
+        for row, params, seq, gained in self._ruled:
+            _hold_to_rules(rows[row], params, seq, gained)
+        return rows
 
 
 def _held(sequences: Seq[Sequence], ahead: Seq[list[int]]) -> list[Held]:
@@ -139,35 +180,26 @@ def _hold_to_rules(row: Tensor, params: SamplingParams, seq: Sequence, gained: l
         speech_rules.hold(row, params.rules, [*said, *gained])
 
 
-# Choosing: the first of the highest logits of greedy rows, a draw in all others
+# Choosing on an accelerator; `choosing` does it on a CPU
 
 
-def _argmax(logits: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """(first index of the highest value, that value) of each row; a row with a NaN gives NaN. Ten times as fast as
-    torch's."""
-    token_ids = logits.argmax(axis=1)
-    return token_ids, logits[np.arange(len(logits)), token_ids]
+def _draws_twice(state: SamplerState, constraint: Constraint, index: int) -> bool:
+    """Whether a row draws as if there were no grammar, and again where that comes to nothing."""
+    return state.open and not state.greedy and not constraint.error and constraint.needs_mask(index)
 
 
-def _drawn_on_cpu(logits: Tensor, states: Seq[SamplerState], indices: list[int]) -> tuple[Tensor, Tensor]:
-    """(token ids int64, highest logits float32) of float32 logits [rows, vocab]"""
-    array = logits.numpy()
-    token_ids, highest = _argmax(array)
-    random = [row for row, state in enumerate(states) if not state.greedy]
-    if random:
-        usable = array if len(random) == len(states) else array[random]
-        uniforms = uniforms_of([states[row].seed for row in random], [indices[row] for row in random])
-        token_ids[random] = draw_rows(usable, [states[row].params for row in random], uniforms)
-    return torch.from_numpy(token_ids), torch.from_numpy(highest)
-
-
-def _drawn(logits: Tensor, states: Seq[SamplerState], indices: list[int]) -> tuple[Tensor, Tensor]:
-    """The same on an accelerator, from which nothing is read."""
+def _drawn(
+    logits: Tensor, states: Seq[SamplerState], indices: list[int], again: Seq[int] = ()
+) -> tuple[Tensor, Tensor]:
+    """(token ids int64, highest logits float32) of float32 logits [rows, vocab], of rows `again` by their second
+    numbers. Nothing is read from the device."""
     random = [row for row, state in enumerate(states) if not state.greedy]
     if not random:
         highest, token_ids = logits.max(dim=-1)
         return token_ids, highest
     seeds, params = [state.seed for state in states], [state.params for state in states]
+    for row in again:
+        seeds[row] = second_seed(seeds[row])
     draws = draws_of(seeds, indices, params)
     draws.temperature[[row for row, state in enumerate(states) if state.greedy]] = 0
     found = kernels.draw(logits, draws)

@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sensorium.engine import speech_rules
-from sensorium.engine.drawing import GREEDY_BELOW, seed_of
-from sensorium.engine.masks import MaskTable, mask_of
+from sensorium.engine.drawing import is_greedy, is_open, seed_of
+from sensorium.engine.masks import MaskTable
 from sensorium.engine.sequence import Sequence
 from sensorium.kernels import Edits
+from sensorium.kernels.token_bits import mask_of
 from sensorium.types import SamplingParams
 
 
@@ -68,6 +69,7 @@ class SamplerState:
         "biases",
         "counts",
         "greedy",
+        "open",
         "params",
         "plain",
         "seed",
@@ -79,7 +81,8 @@ class SamplerState:
         self.params = params
         biases = dict(params.logit_bias) | {word[0]: -math.inf for word in params.bad_words if len(word) == 1}
         self.biases = {token: bias for token, bias in biases.items() if 0 <= token < vocab_size}
-        self.greedy = params.temperature < GREEDY_BELOW or params.top_k == 1
+        self.greedy = is_greedy(params)
+        self.open = is_open(params)
         self.stop_ids = [token for token in sorted(seq.stop_ids) if 0 <= token < vocab_size]
         self.bad_words: dict[int, list[tuple[int, ...]]] = {}  # those of several tokens, by the last but one
         for word in params.bad_words:

@@ -10,7 +10,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sensorium.kernels import reference
@@ -83,6 +85,7 @@ __all__ = [
     "delta_rule",
     "describe",
     "draw",
+    "draw_rows",
     "edit",
     "empty_linear",
     "empty_quantized",
@@ -316,6 +319,16 @@ def edit(logits: Tensor, raw: Tensor, edits: Edits) -> None:
 
 def draw(logits: Tensor, draws: Draws) -> tuple[Tensor, Tensor] | None:
     return _for(logits).draw(logits, draws)
+
+
+def draw_rows(
+    logits: NDArray[np.float32],
+    rows: NDArray[np.int64],
+    temperatures: NDArray[np.float32],
+    uniforms: NDArray[np.float64],
+    masks: NDArray[np.uint32] | None = None,
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    return (_native() or _REFERENCE).draw_rows(logits, rows, temperatures, uniforms, masks)
 
 
 def causal_conv(

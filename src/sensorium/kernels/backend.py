@@ -8,7 +8,7 @@ views of one fused projection; cos and sin float32 [tokens, rotated / 2], half-r
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -337,6 +337,9 @@ class Edits:
         """Whether there is anything but masks."""
         return len(self.biased) + len(self.seen) > 0
 
+    def without_grammars(self) -> Edits:
+        return replace(self, held=np.full_like(self.held, -1), strict=np.full_like(self.strict, -1))
+
     def arrays(self) -> list[NDArray[np.generic]]:
         """In the order of the fields."""
         return [getattr(self, field.name) for field in fields(self)]
@@ -526,6 +529,22 @@ class Backend(Protocol):
         """float32 logits [rows, vocab] -> (token ids int64 [rows], highest logits float32 [rows]), with the meaning of
         `engine.sampler`; None where there is no kernel for it. A row that has no highest finite logit gets any token.
         Nothing is read from the device."""
+        ...
+
+    def draw_rows(
+        self,
+        logits: NDArray[np.float32],
+        rows: NDArray[np.int64],
+        temperatures: NDArray[np.float32],
+        uniforms: NDArray[np.float64],
+        masks: NDArray[np.uint32] | None = None,
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """On a CPU: of some `rows` [n] of logits [rows, vocab] the tokens that are drawn [n], and the highest logits
+        [n]. Temperature 0: the first token of the highest logit. Uniforms are numbers in [0, 1).
+
+        Of a row only those tokens count whose bits are set in its mask [n, words]. A row with no finite logit left
+        gets token 0.
+        """
         ...
 
     def causal_conv(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.drawing import FixedMatcher, drawn, held_by
 
-from sensorium.engine.drawing import CHUNK, _thresholds, draw_one, draw_together, draws_of, row_threshold, uniforms_of
+from sensorium.engine.drawing import _thresholds, draw_together, draws_of, row_threshold, uniforms_of
+from sensorium.engine.masks import ASKING_S, Masks
 from sensorium.engine.sampler import Sampler
 from sensorium.engine.sampler_state import TokenCounts
 from sensorium.engine.sequence import Sequence
@@ -248,11 +251,10 @@ def test_both_ways_to_draw_agree(noise: int, spread: float, vocab: int, batch: l
     params = [SamplingParams(1, **one) for one in batch]
     uniforms = rng.random(len(batch))
     together = draw_together(torch.from_numpy(logits), params, uniforms).tolist()
-    work = np.zeros(-(-vocab // CHUNK) * CHUNK, np.float32)
     for row, one, uniform, token in zip(logits, params, uniforms, together, strict=True):
-        mine = draw_one(row, one, uniform, work)
+        mine = drawn(row, one, uniform)
         near = [min(max(uniform + shift, 0), 1 - 2**-32) for shift in (-1e-5, 0, 1e-5)]
-        assert token in [draw_one(row, one, place, work) for place in near]
+        assert token in [drawn(row, one, place) for place in near]
         assert np.isfinite(row[mine])
 
 
@@ -260,11 +262,10 @@ def test_both_ways_to_draw_agree(noise: int, spread: float, vocab: int, batch: l
 def test_the_ends_of_the_interval_are_possible_tokens(uniform: float) -> None:
     row = np.full(1000, -np.inf, np.float32)
     row[[300, 700]] = (-3.0, 0.5)
-    work = np.zeros(1024, np.float32)
     for sampling in ({}, {"top_p": 0.999}, {"top_k": 2}):
         params = SamplingParams(1, **sampling)
         expected = 300 if uniform == 0 else 700
-        assert draw_one(row, params, uniform, work) == expected
+        assert drawn(row, params, uniform) == expected
         assert draw_together(torch.from_numpy(row[None]), [params], np.array([uniform])) == expected
 
 
@@ -371,3 +372,74 @@ def test_counts_that_are_taken_back_are_those_of_what_is_left(said: list[int], t
     fresh.update(whole)
     assert counts.ids[: counts.size].tolist() == fresh.ids[: fresh.size].tolist()
     assert counts.counts[: counts.size].tolist() == fresh.counts[: fresh.size].tolist()
+
+
+# Grammars on a CPU
+
+
+@pytest.mark.parametrize(
+    "sampling", [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 12}, {"temperature": 0.6}]
+)
+def test_a_mask_that_is_asked_for_late_changes_no_token(sampling: dict[str, Any]) -> None:
+    """Whether single tokens were asked about first, or all of the masks were there."""
+    rng, vocab, rows = np.random.default_rng(1), 700, 16
+    allowed = [rng.random(vocab) < share for share in np.linspace(0.02, 0.98, rows)]
+    logits = torch.from_numpy((2 * rng.standard_normal((rows, vocab))).astype(np.float32))
+
+    def tokens(mask_s: float) -> tuple[list[int], int]:
+        masks, matchers = Masks(rows, vocab), [FixedMatcher(one) for one in allowed]
+        sequences = [sequence([1], [], row, seed=row, **sampling) for row in range(rows)]
+        for seq, matcher in zip(sequences, matchers, strict=True):
+            held_by(seq, matcher, slot=seq.id, late_ends=[int(np.flatnonzero(matcher.allowed)[0])])
+            assert seq.constraint is not None
+            seq.constraint.mask_s = mask_s
+        masks.begin(sequences, may_ask=True)
+        sampled = Sampler(0, masks).sample(logits.clone(), sequences)
+        assert not sampled.failed
+        return sampled.token_ids, sum(matcher.masks for matcher in matchers)
+
+    (early, all_masks), (late, few_masks) = tokens(0.0), tokens(2 * ASKING_S)
+    assert early == late
+    assert all(own[token] for own, token in zip(allowed, early, strict=True))
+    assert all_masks == rows
+    assert few_masks < rows if "top_k" not in sampling else few_masks == rows
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.5}, {"top_p": 0.8}, {"top_k": 3}])
+def test_tokens_come_as_often_as_a_grammar_lets_them(sampling: dict[str, Any]) -> None:
+    """The likeliest tokens are forbidden, so that most rows draw twice."""
+    logits = np.array([[3.0, 2.5, 1.0, 0.5, 0.0, -0.5]], np.float32).repeat(4000, axis=0)
+    allowed = np.array([False, True, False, True, True, True])
+    masks, sequences = Masks(len(logits), 6), []
+    for row in range(len(logits)):
+        seq = sequence([1], [], row, seed=row, **{"temperature": 1.0} | sampling)
+        held_by(seq, FixedMatcher(allowed), slot=row)
+        sequences.append(seq)
+    masks.begin(sequences, may_ask=True)
+    found = Sampler(0, masks).sample(torch.from_numpy(logits.copy()), sequences)
+    shares = np.bincount(found.token_ids, minlength=6) / len(logits)
+    expected = reference_probabilities(np.where(allowed, logits[0], -np.inf), sequences[0])
+    assert np.abs(shares - expected).max() < 0.03
+
+
+def test_late_ends_and_other_wishes_give_way_to_a_grammar() -> None:
+    """An end that should not come comes where there is nothing else; so do tokens that a request forbids."""
+    allowed = np.zeros(50, bool)
+    allowed[[7, 9]] = True
+    forbidden = tuple((token, -math.inf) for token in (7, 9))
+    wishes: list[tuple[list[int], dict[str, Any], set[int]]] = [
+        ([9], {}, {7}),
+        ([7, 9], {}, {7, 9}),
+        ([9], {"logit_bias": ((7, -math.inf),)}, {9}),
+        ([], {"logit_bias": forbidden}, {7, 9}),
+    ]
+    for temperature in (0.0, 1.0):
+        masks, sequences = Masks(len(wishes), 50), []
+        for row, (late, sampling, _) in enumerate(wishes):
+            seq = sequence([1], [], row, temperature=temperature, **sampling)
+            held_by(seq, FixedMatcher(allowed), slot=row, late_ends=late)
+            sequences.append(seq)
+        masks.begin(sequences, may_ask=True)
+        found = Sampler(0, masks).sample(torch.randn(len(wishes), 50), sequences)
+        assert not found.failed
+        assert all(token in left for token, (_, _, left) in zip(found.token_ids, wishes, strict=True))

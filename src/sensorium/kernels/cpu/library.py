@@ -20,7 +20,7 @@ from sensorium.kernels.cpu.memory import WeightMemory
 
 Isa = Literal["portable", "avx2", "avx512", "avx512_bf16"]
 ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512", "avx512_bf16")  # the index is the C side's number
-ABI = 18
+ABI = 19
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "tanh", "clamped_swiglu")
 
 _P, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
@@ -51,6 +51,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "delta_gates": (_P, _P, _P, _P, _I64, _I64, _P, _P),
     "norm_gated": (_P, _P, _P, _I64, _P, _P, _I64, _I64, _I64, _F32),
     "choose": (_P, _P, _P, _I64, _P, _P),
+    "draw": (_P, _P),
     "write_kv": (_P, _P, _I64, _P, _I64, _P, _P, _P, _I64, _I64, _I64, _I64, _I32),
 }
 _RETURNS = {"block_bytes": _I64}
@@ -123,6 +124,22 @@ class ExpertStepArguments(ctypes.Structure):
 
 class RoutingArguments(ctypes.Structure):
     _fields_: ClassVar = [("experts", _I32), ("per_token", _I32), ("renormalizes", _I32), ("scale", _F32)]
+
+
+class DrawArguments(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("logits", _P),
+        ("rows", _P),
+        ("masks", _P),
+        ("temperatures", _P),
+        ("uniforms", _P),
+        ("tokens", _P),
+        ("highest", _P),
+        ("stride", _I64),
+        ("vocab", _I64),
+        ("words", _I64),
+        ("count", _I64),
+    ]
 
 
 class RoutedArguments(ctypes.Structure):
@@ -288,6 +305,7 @@ class Library:
     _decoder: Callable[..., None]
     _experts: Callable[..., None]
     _choose: Callable[..., None]
+    _draw: Callable[..., None]
     _causal_conv: Callable[..., None]
     _delta_rule: Callable[..., None]
     _delta_gates: Callable[..., None]

@@ -10,24 +10,25 @@ import functools
 import logging
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sensorium.kernels import reference
-from sensorium.kernels.backend import (
-    Activation,
-    Blocks,
-    DecoderLayerParts,
-    Draws,
-    MappedBlocks,
-    PackedWeight,
-    Quantization,
-)
+from sensorium.kernels.backend import Activation, Blocks, DecoderLayerParts, MappedBlocks, PackedWeight, Quantization
 from sensorium.kernels.cpu.attention import AttentionKernels, heads_are_adjacent
 from sensorium.kernels.cpu.blocks import FROM_FILE, BlockLinear, MappedBlockLinear
 from sensorium.kernels.cpu.decoder import NativeDecoder, can_stack
 from sensorium.kernels.cpu.experts import NativeExperts
-from sensorium.kernels.cpu.library import ACTIVATIONS, DecoderArguments, Isa, RoutingArguments, library_path
+from sensorium.kernels.cpu.library import (
+    ACTIVATIONS,
+    DecoderArguments,
+    DrawArguments,
+    Isa,
+    RoutingArguments,
+    library_path,
+)
 from sensorium.kernels.cpu.linear import Fp4Linear, MappedLinear, NativeLinear, PackedLinear, QuantizedLinear
 from sensorium.kernels.cpu.states import StateKernels
 
@@ -200,8 +201,39 @@ class Native(AttentionKernels, StateKernels):
     edit = staticmethod(reference.edit)
     add_low_rank = staticmethod(reference.add_low_rank)
 
-    def draw(self, logits: Tensor, draws: Draws) -> None:
-        """The sampler draws by itself, in numpy."""
+    draw = staticmethod(reference.draw)
+
+    def draw_rows(
+        self,
+        logits: NDArray[np.float32],
+        rows: NDArray[np.int64],
+        temperatures: NDArray[np.float32],
+        uniforms: NDArray[np.float64],
+        masks: NDArray[np.uint32] | None = None,
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        if logits.strides[1] != logits.itemsize:
+            return reference.draw_rows(logits, rows, temperatures, uniforms, masks)
+        count = len(rows)
+        memory = np.empty((5, count), np.int64)  # one address for all
+        at, line = memory.ctypes.data, 8 * count
+        memory[0] = rows
+        memory[1].view(np.float64)[:] = uniforms
+        memory[2].view(np.float32)[:count] = temperatures
+        arguments = DrawArguments(
+            logits.ctypes.data,
+            at,
+            None if masks is None else masks.ctypes.data,
+            at + 2 * line,
+            at + line,
+            at + 3 * line,
+            at + 4 * line,
+            logits.strides[0] // logits.itemsize,
+            logits.shape[1],
+            0 if masks is None else masks.shape[1],
+            count,
+        )
+        self._draw(self._runtime, ctypes.addressof(arguments))
+        return memory[3], memory[4].view(np.float32)[:count]
 
     def choose(self, logits: Tensor, per_token: int, *, renormalizes: bool, scale: float) -> tuple[Tensor, Tensor]:
         if logits.dtype is not _BF16 or per_token > logits.shape[1]:

@@ -79,6 +79,7 @@ class CudaBackend:
     delta_rule = staticmethod(reference.delta_rule)
     delta_gates = staticmethod(reference.delta_gates)
     norm_gated = staticmethod(reference.norm_gated)
+    draw_rows = staticmethod(reference.draw_rows)
 
     def paged_attention(
         self,

@@ -23,6 +23,7 @@ from sensorium.kernels.reference.attention import (
     write_kv,
 )
 from sensorium.kernels.reference.block_linear import BlockLinear
+from sensorium.kernels.reference.drawing import draw_rows
 from sensorium.kernels.reference.experts import PlainExperts, choose, experts
 from sensorium.kernels.reference.fp4 import Fp4Linear
 from sensorium.kernels.reference.fp8 import Fp8Linear
@@ -51,6 +52,7 @@ __all__ = [
     "dequantize_heads",
     "describe",
     "draw",
+    "draw_rows",
     "edit",
     "empty_blocks",
     "empty_linear",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support.drawing import FixedMatcher, held_by
 from torch import Tensor
 
 from sensorium import kernels
@@ -20,6 +20,7 @@ from sensorium.types import EngineRequest, Prompt, SamplingParams
 
 VOCAB = 1100
 WORDS = -(-VOCAB // 32)
+FREE = 6  # rows that draw without a filter
 RNG = np.random.default_rng(3)
 
 
@@ -88,25 +89,6 @@ def test_rows_without_numbers_stay_so() -> None:
                 numbers(0), numbers(0)), raw)  # fmt: skip
 
 
-class Held:
-    """A constraint that allows even tokens from `first` on; `known` comes without a choice."""
-
-    def __init__(self, first: int, late_ends: list[int], known: int | None = None) -> None:
-        self.first, self.late_ends, self._known = first, late_ends, known
-        self.taken: list[int] = []
-        self.is_delicate, self.matcher = bool(late_ends), SimpleNamespace(is_error=lambda: False)
-
-    def needs_mask(self, index: int) -> bool:
-        return self._known is None
-
-    def known(self, index: int) -> int | None:
-        return self._known
-
-    def take(self, index: int, token: int) -> bool:
-        self.taken.append(token)
-        return True
-
-
 def sampled_by(sampler: Sampler, masks: Masks, logits: Tensor) -> tuple[Sampled, list[list[int]]]:
     wishes: list[dict[str, Any]] = [
         {"temperature": 0.0},
@@ -117,27 +99,33 @@ def sampled_by(sampler: Sampler, masks: Masks, logits: Tensor) -> tuple[Sampled,
         {"temperature": 0.7, "top_k": 5, "seed": 9, "min_tokens": 9, "stop_token_ids": (3, 8)},
         {"temperature": 0.0, "logprobs": 0, "logprob_token_ids": (2, 900)},
         {"temperature": 0.0, "presence_penalty": 1.0},
+        *({"temperature": 1.5, "seed": seed} for seed in range(20, 20 + FREE)),  # some draw twice
     ]
-    held = {1: Held(10, []), 4: Held(20, []), 5: Held(1096, [1096]), 6: Held(0, [], known=77), 7: Held(1098, [1098])}
+    grammars: dict[int, tuple[int, list[int], list[int]]] = {  # the first of the even tokens that are allowed, ...
+        1: (10, [], []), 4: (20, [], []), 5: (1096, [1096], []), 6: (0, [], [77]), 7: (1098, [1098], []),
+        **{row: (4 * row, [], []) for row in range(8, 8 + FREE)},
+    }  # fmt: skip
+    matchers = []
     sequences = []
     for row, wish in enumerate(wishes):
         seq = Sequence(EngineRequest(row, Prompt(np.array([4, 5, 9], np.int32)), SamplingParams(50, **wish)), 0)
         seq.append(5)
-        seq.slot = row
-        seq.constraint = held.get(row)  # type: ignore[assignment]
         sequences.append(seq)
-        if row in held:
-            allowed = np.zeros(32 * WORDS, bool)
-            allowed[held[row].first : VOCAB : 2] = True
-            masks._bits[row] = np.packbits(allowed, bitorder="little").view(np.uint32)
+        if row in grammars:
+            first, late_ends, forced = grammars[row]
+            allowed = np.zeros(VOCAB, bool)
+            allowed[first::2] = True
+            matchers.append(FixedMatcher(allowed, forced))
+            held_by(seq, matchers[-1], row, late_ends)
+    masks.begin(sequences)
     sampled = sampler.sample(logits.clone(), sequences)
-    return sampled, [one.taken for one in held.values()]
+    return sampled, [one.taken for one in matchers]
 
 
 def test_a_sampler_chooses_what_it_does_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits = 3 * torch.randn(8, VOCAB)
+    logits = 3 * torch.randn(8 + FREE, VOCAB)
     logits[5, 1098] = -torch.inf  # the end that should not come is all that is left
-    masks = Masks(8, VOCAB)
+    masks = Masks(8 + FREE, VOCAB)
     expected, expected_taken = sampled_by(Sampler(7, masks), masks, logits)
 
     def cuda(_: Tensor) -> Backend:

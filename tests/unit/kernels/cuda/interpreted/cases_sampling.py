@@ -7,9 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from support.drawing import drawn
 from torch import Tensor
 
-from sensorium.engine.drawing import CHUNK, draw_one, draws_of, uniforms_of
+from sensorium.engine.drawing import draws_of, uniforms_of
 from sensorium.kernels.cuda import CudaBackend, sampling
 from sensorium.kernels.cuda.sampling import Choices
 from sensorium.types import SamplingParams
@@ -43,9 +44,8 @@ def choices_of(kinds: list[dict[str, float]], seeds: list[int], indices: list[in
 
 def by_cpu(logits: Tensor, kinds: list[dict[str, float]], seeds: list[int], indices: list[int]) -> list[int]:
     uniforms = uniforms_of(seeds, indices).tolist()
-    work = np.zeros(-(-logits.shape[1] // CHUNK) * CHUNK, np.float32)
     return [
-        draw_one(row, SamplingParams(1, **kind), number, work)  # type: ignore[arg-type]
+        drawn(row, SamplingParams(1, **kind), number)  # type: ignore[arg-type]
         for row, kind, number in zip(logits.numpy(), kinds, uniforms, strict=True)
     ]
 
