@@ -193,6 +193,7 @@ class RoutedParts:
     correction: Tensor | None = None  # float32 [experts], of sigmoids that choose: see `models.experts.choose`
     groups: int = 1  # of experts, of which each token takes from the best `groups_per_token`
     groups_per_token: int = 1
+    exact_router: Tensor | None = None  # float32 [experts, hidden], the router's weight if it takes states in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +248,9 @@ class DecoderLayerParts:
 
 class DecoderStack(Protocol):
     """All layers of a decoder in one call."""
+
+    scales_queries: bool
+    """Whether it minds `AttentionContext.query_scales`."""
 
     def __call__(
         self,

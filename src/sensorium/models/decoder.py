@@ -321,12 +321,14 @@ class Decoder(nn.Module):
         if added is not None and added.values.shape[1] >= len(self.layers):
             is_partial = False
         rows = context.query_start[1:].long() - 1 if is_partial else None  # all that the last layer has to compute
-        longest = max(context.context_lens) if self.rope.query_beta else 0  # which a graph does not know
+        stack = self.stack if added is None and context.adapters is None else None
+        takes_scales = stack is not None and stack.scales_queries
+        longest = max(context.context_lens) if self.rope.query_beta and not takes_scales else None
         scales = query_scales(self.rope, positions, longest)
         if scales is not None:
             context = replace(context, query_scales=scales.view(-1, 1, 1))
-        elif added is None and context.adapters is None and self.stack is not None:
-            return self.stack(hidden, rotations, cache, context, rows)
+        if stack is not None and (scales is None or takes_scales):
+            return stack(hidden, rotations, cache, context, rows)
         residual: Tensor | None = None
         caches = cache if self.is_causal else [None] * len(self.layers)
         for index, (layer, layer_cache) in enumerate(zip(self.layers, caches, strict=True), 1):

@@ -84,6 +84,7 @@ class RoutedMLP(nn.Module):
         corrected = self.gate if isinstance(self.gate, CorrectedRouter) else None
         return kernels.RoutedParts(
             router=self.gate if isinstance(self.gate, CorrectedRouter) else self.gate.packed,
+            exact_router=None if corrected is None else corrected.weight,
             correction=None if corrected is None else corrected.e_score_correction_bias,
             groups=self.routing.groups,
             groups_per_token=self.routing.groups_per_token,

@@ -67,12 +67,12 @@ class RotaryEmbedding(nn.Module):
         return 1.0 / theta.unsqueeze(1) ** _exponents(dim, lengths.device)
 
 
-def query_scales(config: RopeConfig, positions: Tensor, length: int) -> Tensor | None:
+def query_scales(config: RopeConfig, positions: Tensor, length: int | None) -> Tensor | None:
     """float32 [tokens]: what each token's queries are multiplied by, which is more than 1 once the positions that the
-    model was first trained with are over. None: none of the sequences, the longest of which has `length` tokens, is so
-    long. Source: Llama 4's attention temperature."""
+    model was first trained with are over. None: none of the sequences, the longest of which has `length` tokens (None:
+    nobody knows), is so long. Source: Llama 4's attention temperature."""
     original = config.original_max_positions
-    if not config.query_beta or length <= original:
+    if not config.query_beta or (length is not None and length <= original):
         return None
     return 1 + config.query_beta * torch.log1p(torch.div(positions, original, rounding_mode="floor").float())
 

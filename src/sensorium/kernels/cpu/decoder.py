@@ -138,6 +138,8 @@ def _layer_arguments(
 class NativeDecoder:
     """A whole decoder's layers and last norm in one call: the same numbers as kernel by kernel, without the Python."""
 
+    scales_queries = False
+
     def __init__(
         self, library: Library, layers: Sequence[DecoderLayerParts], final_norm: Tensor, decoder: DecoderArguments
     ) -> None:

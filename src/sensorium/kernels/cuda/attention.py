@@ -6,24 +6,38 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sensorium.kernels.context import AttentionContext
-from sensorium.kernels.cuda.device.attention import (
-    LEAST_DIM,
-    LOG2_E,
-    NO_WINDOW,
-    SPLITS,
-    decode_merge,
-    decode_split,
-    prefill,
-)
+from sensorium.kernels.cuda.device.attention import LEAST_DIM, LOG2_E, NO_WINDOW, SPLITS, decode_split, prefill
 from sensorium.kernels.cuda.launch import FLOATS, capability, has_fp8, launch, octets, power_of_two
+from sensorium.kernels.cuda.states import gate_heads
 from sensorium.kernels.reference.attention import SCALE_BYTES
 from sensorium.kernels.reference.fp8 import E4M3
 
 CACHE_TYPES = (*FLOATS, torch.int8, E4M3)
 WIDEST = 512  # head size
+LEAST_ARRIVALS = 1 << 14  # 256 sequences of 64 heads of keys
 STAGE_BYTES = 32 * 1024  # of keys or values in a tile, at most
+
+
+class Arrivals:
+    """Zeros for programs of one launch that tell each other how many of them are done, and leave zeros behind: they
+    serve all launches of a stream, and stay where graphs know them to be."""
+
+    __slots__ = ("_kept",)
+
+    def __init__(self) -> None:
+        self._kept: dict[object, Tensor] = {}
+
+    def of(self, count: int, like: Tensor) -> Tensor:
+        """int32 [count] or more, on a tensor's device."""
+        place = like.device, id(like.fake_mode) if isinstance(like, FakeTensor) else None
+        kept = self._kept.get(place)
+        if kept is None or len(kept) < count:
+            size = power_of_two(count, LEAST_ARRIVALS)
+            kept = self._kept[place] = torch.zeros(size, dtype=torch.int32, device=like.device)
+        return kept
 
 
 class Tiles(NamedTuple):
@@ -76,20 +90,25 @@ def paged_attention(
     v_cache: Tensor,
     context: AttentionContext,
     scale: float,
+    arrivals: Arrivals,
     sliding_window: int | None = None,
     visible: Tensor | None = None,
     sinks: Tensor | None = None,
+    gates: Tensor | None = None,
 ) -> Tensor:
     """See `Backend.paged_attention`; of tensors that `refusal` has nothing against. No size of it is read from a
-    device: how many programs are started follows from the lists of the context."""
+    device: how many programs are started follows from the lists of the context. By the sigmoid of `gates` [tokens,
+    heads, head_dim], a strided view, the result is multiplied."""
     if not has_fp8():
         k_cache, v_cache = octets(k_cache), octets(v_cache)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     decodes, window = context.num_decodes, NO_WINDOW if sliding_window is None else sliding_window
     if decodes:
-        decode(q, k_cache, v_cache, context, scale, window, sinks, out)
+        decode(q, k_cache, v_cache, context, scale, window, sinks, gates, out, arrivals)
     if len(context.query_lens) > decodes:
         prefill_runs(q, k_cache, v_cache, context, scale, window, visible, sinks, out)
+        if gates is not None:
+            gate_heads(out[decodes:], gates[decodes:])
     return out
 
 
@@ -101,7 +120,9 @@ def decode(
     scale: float,
     window: int,
     sinks: Tensor | None,
+    gates: Tensor | None,
     out: Tensor,
+    arrivals: Arrivals,
 ) -> None:
     """One query token of each of the first sequences."""
     count, (heads, head_dim) = context.num_decodes, q.shape[1:]
@@ -109,17 +130,15 @@ def decode(
     group, tiles = heads // kv_heads, decode_tiles(heads // kv_heads, head_dim, q.dtype)
     partial = torch.empty((count, heads, SPLITS, head_dim), dtype=torch.float32, device=q.device)
     tops, totals = (torch.empty((count, heads, SPLITS), dtype=torch.float32, device=q.device) for _ in range(2))
-    sizes = {"D": head_dim, "BLOCK_D": power_of_two(head_dim, LEAST_DIM), "BLOCK_N": tiles.keys, "SPLITS": SPLITS}
+    gate_strides = (0, 0) if gates is None else gates.stride()[:2]
     launch(
         decode_split, (count, kv_heads, SPLITS), q, k_cache, v_cache, context.block_tables, context.seq_lens, partial,
-        tops, totals, scale * LOG2_E, window, context.block_tables.stride(0), q.stride(0), q.stride(1),
-        k_cache.stride(0), k_cache.stride(1), v_cache.stride(0), v_cache.stride(1), GROUP=group, BLOCK_M=tiles.queries,
-        PAGE=page, ROW=row, IS_INT8=k_cache.dtype == torch.int8, num_warps=tiles.warps, num_stages=tiles.stages,
-        **sizes,
-    )  # fmt: skip
-    launch(
-        decode_merge, (count, heads), partial, tops, totals, tops if sinks is None else sinks, context.seq_lens, out,
-        window, HAS_SINKS=sinks is not None, LOG2_E=LOG2_E, num_warps=2, **sizes,
+        tops, totals, arrivals.of(count * kv_heads, q), tops if sinks is None else sinks,
+        q if gates is None else gates, out, scale * LOG2_E, window, context.block_tables.stride(0), q.stride(0),
+        q.stride(1), k_cache.stride(0), k_cache.stride(1), v_cache.stride(0), v_cache.stride(1), *gate_strides,
+        GROUP=group, D=head_dim, BLOCK_D=power_of_two(head_dim, LEAST_DIM), BLOCK_M=tiles.queries, BLOCK_N=tiles.keys,
+        PAGE=page, ROW=row, SPLITS=SPLITS, IS_INT8=k_cache.dtype == torch.int8, HAS_SINKS=sinks is not None,
+        HAS_GATES=gates is not None, LOG2_E=LOG2_E, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
 
 

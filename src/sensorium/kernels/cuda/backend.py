@@ -43,6 +43,7 @@ class CudaBackend:
     def __init__(self) -> None:
         self._tables: dict[tuple[int, ...], Tensor] = {}
         self._starts: varlen.Starts = varlen.Starts()
+        self._arrivals = attention.Arrivals()
 
     def describe(self) -> str:
         return f"Triton {triton.__version__} kernels"
@@ -93,11 +94,12 @@ class CudaBackend:
         sinks: Tensor | None = None,
     ) -> Tensor:
         reason = attention.refusal(q, k_cache, v_cache)
-        compute = attention.paged_attention
         if reason is not None:
             say_left_to_reference(f"attention with {reason}")
-            compute = reference.paged_attention
-        return compute(q, k_cache, v_cache, context, scale, sliding_window, visible, sinks)
+            return reference.paged_attention(q, k_cache, v_cache, context, scale, sliding_window, visible, sinks)
+        return attention.paged_attention(
+            q, k_cache, v_cache, context, scale, self._arrivals, sliding_window, visible, sinks
+        )
 
     def varlen_attention(
         self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, window: int | None = None
@@ -191,7 +193,7 @@ class CudaBackend:
     ) -> CudaDecoder | None:
         """None where a head's size or what is normed together needs the kernels one by one."""
         shape = DecoderShape(num_heads, num_kv_heads, head_dim, scale, eps, activation, norm_offset, norms_whole_qk)
-        return CudaDecoder(layers, final_norm, shape) if can_stack(layers, final_norm, shape) else None
+        return CudaDecoder(layers, final_norm, shape, self._arrivals) if can_stack(layers, final_norm, shape) else None
 
 
 @functools.cache

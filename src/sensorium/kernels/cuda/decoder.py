@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from sensorium.kernels.backend import Activation, DecoderLayerParts, PackedWeight, StateParts
+from sensorium.kernels.backend import Activation, DecoderLayerParts, PackedWeight, RoutedParts, StateParts
 from sensorium.kernels.context import AttentionContext, KVCache, LayerCache, StateCache
-from sensorium.kernels.cuda.attention import paged_attention, refusal
+from sensorium.kernels.cuda.attention import Arrivals, paged_attention, refusal
 from sensorium.kernels.cuda.experts import CudaExperts, choose
-from sensorium.kernels.cuda.norms import add_rms_norm, gated, rms_norm
+from sensorium.kernels.cuda.norms import Summands, add_rms_norm, gated, rms_norm
 from sensorium.kernels.cuda.rope import can_rotate, can_write, rotate_and_write
-from sensorium.kernels.cuda.states import gate_heads, mixed_tokens
+from sensorium.kernels.cuda.states import mixed_tokens
 from sensorium.kernels.cuda.states import takes as takes_state
+from sensorium.kernels.reference import PlainLinear
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +37,25 @@ class DecoderShape:
 class CudaDecoder:
     """See `DecoderStack`."""
 
-    __slots__ = ("_final_norm", "_layers", "_shape", "_widths")
+    scales_queries = True
 
-    def __init__(self, layers: Sequence[DecoderLayerParts], final_norm: Tensor, shape: DecoderShape) -> None:
-        self._layers, self._final_norm, self._shape = list(layers), final_norm, shape
+    __slots__ = ("_arrivals", "_final_norm", "_joined", "_layers", "_shape", "_widths")
+
+    def __init__(
+        self, layers: Sequence[DecoderLayerParts], final_norm: Tensor, shape: DecoderShape, arrivals: Arrivals
+    ) -> None:
+        self._layers, self._final_norm, self._shape, self._arrivals = list(layers), final_norm, shape, arrivals
         self._widths = [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads]
+        pairs = [
+            *((one.routed.router, one.routed.shared_gate) for one in layers if one.routed is not None),
+            *(
+                (one.qkv, one.state.delta.gates)
+                for one in layers
+                if one.state is not None and one.state.delta is not None
+            ),
+        ]
+        joined = {(id(first), id(second)): _joined(first, second) for first, second in pairs}
+        self._joined = {key: one for key, one in joined.items() if one is not None}
 
     def __call__(
         self,
@@ -53,10 +69,11 @@ class CudaDecoder:
         eps, offset, last = self._shape.eps, self._shape.norm_offset, self._layers[-1]
         residual = hidden.clone()  # norms add to it in place
         x = rms_norm(hidden, self._layers[0].input_norm, eps, offset)
+        made: Tensor | Summands = x
         after: Tensor | None = None  # a norm of what the layer before gave, which goes with the next one
         for index, (layer, own) in enumerate(zip(self._layers, cache, strict=True)):
             if index:
-                x, residual = add_rms_norm(x, residual, layer.input_norm, eps, offset, after)
+                x, residual = add_rms_norm(made, residual, layer.input_norm, eps, offset, after)
             if layer.state is None:
                 x = self._attended(layer, x, rotations[layer.rotation], own, context)
             else:
@@ -64,28 +81,46 @@ class CudaDecoder:
             if layer is last and rows is not None:
                 x, residual = x[rows], residual[rows]
             x = layer.o(x)
-            x, residual = add_rms_norm(x, residual, layer.mlp_norm, eps, offset, layer.attended_norm)
-            x, after = self._mixed(layer, x), layer.after_norm
-        normed, _ = add_rms_norm(x, residual, self._final_norm, eps, offset, after)
+            wide: Tensor | None = None
+            if layer.routed is not None and layer.routed.exact_router is not None:
+                wide = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+            x, residual = add_rms_norm(x, residual, layer.mlp_norm, eps, offset, layer.attended_norm, wide)
+            made, after = self._mixed(layer, x, wide), layer.after_norm
+        normed, _ = add_rms_norm(made, residual, self._final_norm, eps, offset, after)
         return normed if rows is None else torch.empty_like(hidden).index_copy_(0, rows, normed)
 
-    def _mixed(self, layer: DecoderLayerParts, x: Tensor) -> Tensor:
-        """What the MLP, or what stands in its place, makes of states [tokens, hidden]."""
+    def _mixed(self, layer: DecoderLayerParts, x: Tensor, wide: Tensor | None) -> Tensor | Summands:
+        """What the MLP, or what stands in its place, makes of states [tokens, hidden]; `wide`: the same in float32."""
         routed = layer.routed
         if routed is None:
             return self._mlp(layer.gate_up, layer.down, x)
+        logits, gate = self._scores(routed, x, wide)
         chosen, weights = choose(
-            routed.router(x), routed.per_token, renormalizes=routed.renormalizes, scale=routed.scale,
+            logits, routed.per_token, renormalizes=routed.renormalizes, scale=routed.scale,
             correction=routed.correction, groups=routed.groups, groups_per_token=routed.groups_per_token,
         )  # fmt: skip
+        if not isinstance(routed.experts, CudaExperts):
+            out = routed.experts(x, chosen, weights)
+            if routed.shared_gate_up is None:
+                return out
+            shared = self._mlp(routed.shared_gate_up, routed.shared_down, x)
+            return out.add_(shared if gate is None else shared.mul_(gate.sigmoid_()))
+        expert = routed.experts.shareable(routed.shared_gate_up, routed.shared_down)
+        sums = routed.experts.summands(x, chosen, weights, expert)
         if routed.shared_gate_up is None:
-            return routed.experts(x, chosen, weights)
-        shared = self._mlp(routed.shared_gate_up, routed.shared_down, x)
-        gate = None if routed.shared_gate is None else routed.shared_gate(x)
-        if isinstance(routed.experts, CudaExperts):
-            return routed.experts(x, chosen, weights, shared, gate)
-        out = routed.experts(x, chosen, weights)
-        return out.add_(shared if gate is None else shared.mul_(gate.sigmoid_()))
+            return sums
+        return Summands(
+            sums.parts, self._mlp(routed.shared_gate_up, routed.shared_down, x) if expert is None else sums.shared, gate
+        )
+
+    def _scores(self, routed: RoutedParts, x: Tensor, wide: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(logits of the experts, the number [tokens, 1] that scales what all tokens take)"""
+        if wide is not None and routed.exact_router is not None:
+            gate = None if routed.shared_gate is None else routed.shared_gate(x)
+            return functional.linear(wide, routed.exact_router), gate
+        return (
+            (routed.router(x), None) if routed.shared_gate is None else self._both(routed.router, routed.shared_gate, x)
+        )
 
     def _mlp(self, gate_up: PackedWeight | None, down: PackedWeight | None, x: Tensor) -> Tensor:
         if gate_up is None or down is None:
@@ -98,7 +133,19 @@ class CudaDecoder:
         """Of a layer with a state: [tokens, hidden] -> [tokens, out]"""
         if not isinstance(cache, StateCache):
             raise ValueError("a layer with a state was given a cache without one")
-        return mixed_tokens(state, x, layer.qkv(x), cache, context.runs)
+        if state.delta is None:
+            return mixed_tokens(state, layer.qkv(x), None, cache, context.runs)
+        projected, gates = self._both(layer.qkv, state.delta.gates, x)
+        return mixed_tokens(state, projected, gates, cache, context.runs)
+
+    def _both(self, first: Callable[[Tensor], Tensor], second: PackedWeight, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Two products of the same states, which are one where they can be."""
+        joined = self._joined.get((id(first), id(second)))
+        if joined is None:
+            return first(x), second(x)
+        width = joined.weight.shape[0] - second.weight.shape[0] if isinstance(second, PlainLinear) else 0
+        both = joined(x)
+        return both[:, :width], both[:, width:]
 
     def _attended(
         self,
@@ -122,20 +169,28 @@ class CudaDecoder:
         if reason is not None or not can_rotate(q, k, *rotation) or not can_write(k, v, cache.keys, cache.values):
             raise ValueError(f"no kernel for {reason or 'such a cache'}")
         norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
-        if norms is not None and shape.norms_whole_qk:
-            q, k = (
-                rms_norm(states.flatten(1), norm, shape.eps, shape.norm_offset).view(states.shape)
-                for states, norm in zip((q, k), norms, strict=True)
-            )
-            norms = None
-        rotate_and_write(
-            q, k, v, *rotation, norms, shape.eps, shape.norm_offset, cache, own.slots, is_paired=layer.is_paired
-        )
+        scales = None if context.query_scales is None else context.query_scales.flatten()
+        q = rotate_and_write(
+            q, k, v, *rotation, norms, shape.eps, shape.norm_offset, cache, own.slots, is_paired=layer.is_paired,
+            norms_whole=shape.norms_whole_qk and norms is not None, scales=scales,
+        )  # fmt: skip
         visible = context.visible if layer.media_both_ways else None
-        out = paged_attention(q, cache.keys, cache.values, own, shape.scale, layer.sliding_window, visible, layer.sinks)
-        if gates is not None:
-            out = gate_heads(out, gates)
+        out = paged_attention(
+            q, cache.keys, cache.values, own, shape.scale, self._arrivals, layer.sliding_window, visible, layer.sinks,
+            gates,
+        )  # fmt: skip
         return out.view(x.shape[0], -1)
+
+
+def _joined(first: object, second: object) -> PlainLinear | None:
+    """Two weights of the same states as one, if they can be. Both become views of it: there is no other copy."""
+    if not (isinstance(first, PlainLinear) and isinstance(second, PlainLinear)):
+        return None
+    if first.weight.dtype is not second.weight.dtype or not (first.bias is second.bias is None):
+        return None
+    joined = torch.cat([first.weight, second.weight])
+    first.weight, second.weight = joined[: len(first.weight)], joined[len(first.weight) :]
+    return PlainLinear(joined)
 
 
 def can_stack(layers: Sequence[DecoderLayerParts], final_norm: Tensor, shape: DecoderShape) -> bool:

@@ -1,4 +1,5 @@
-"""The experts of a routed layer in Triton: two launches for all of them, and no number read from the device."""
+"""The experts of a routed layer in Triton: two launches for all of them, and one before that orders many pairs of token
+and expert. No number is read from the device."""
 
 from __future__ import annotations
 
@@ -16,10 +17,13 @@ from sensorium.kernels.cuda.device import experts as device
 from sensorium.kernels.cuda.device.experts import down_product, gate_and_up
 from sensorium.kernels.cuda.launch import FLOATS, launch, power_of_two
 from sensorium.kernels.cuda.linear import CudaFp4Linear
+from sensorium.kernels.cuda.norms import Summands
 from sensorium.kernels.reference import PlainLinear
 
 FEW = 16  # rows of an expert, on average, up to which tiles are small
 ALIGNMENT = 16  # bytes
+FOUND = 512  # pairs of token and expert of which each program finds its own
+FEW_FOUND = 64  # of them for which less is compared
 COMPARED = 4096  # pairs of token and expert that are sorted by comparing each with each
 PLACED = 16  # of them by one program
 BLOCK = 1024  # numbers of a program of elementwise work
@@ -41,6 +45,18 @@ class Matrices:
         return [_addresses(part, self.weights[0].device) for part in (self.weights, self.scales, self.biases)]
 
 
+@dataclass(frozen=True, slots=True)
+class SharedExpert:
+    """What all tokens take: gate and up [2 * inner, size] and down [size, inner], of the experts' type."""
+
+    gate_up: Tensor
+    down: Tensor
+
+    @property
+    def inner(self) -> int:
+        return self.down.shape[1]
+
+
 class CudaExperts:
     """See `backend.Experts`. The weights must stay where they are while it lives."""
 
@@ -50,37 +66,71 @@ class CudaExperts:
         self._gate_up, self._down, self._activation = gate_up, down, activation
         self._tables = (gate_up.tables(), down.tables())
 
-    def __call__(
-        self, x: Tensor, chosen: Tensor, weights: Tensor, shared: Tensor | None = None, gate: Tensor | None = None
-    ) -> Tensor:
-        """`shared` [tokens, hidden], which is added to the sum, times the sigmoid of `gate` [tokens, 1]."""
-        tokens, per_token = chosen.shape
-        size, inner, count = x.shape[1], self._down.size, len(self._down.weights)
-        pairs = tokens * per_token
-        tile = 16 if pairs <= FEW * count else 64
-        order, starts, tile_ends = sorted_rows(chosen, count, tile)
-        made = torch.empty((pairs, inner), dtype=x.dtype, device=x.device)
-        out = torch.empty((pairs, size), dtype=torch.float32, device=x.device)
-        tiles = min(pairs, pairs // tile + count)  # at most: every expert has one that is not full
-        stages = 4 if self._down.is_fp4 else 3
-        block = 32 if self._down.is_fp4 and tile > 16 else 64
-        first, second = self._tables
-        options: dict[str, Any] = {
-            "EXPERTS": count, "BLOCK_E": power_of_two(count), "HAS_BIAS": self._down.biases[0] is not None,
-            "FP4": self._down.is_fp4, "BLOCK_M": tile, "BLOCK_N": 64, "BLOCK_K": block, "num_warps": 4,
-            "num_stages": stages,
-        }  # fmt: skip
-        launch(gate_and_up, (tiles, -(-inner // 64)), x, order, starts, tile_ends, *first, made, inner, size,
-               CHOSEN=per_token, ACTIVATION=self._activation, **options)  # fmt: skip
-        launch(down_product, (tiles, -(-size // 64)), made, order, starts, tile_ends, *second, weights, out, size,
-               inner, **options)  # fmt: skip
-        total = torch.empty((tokens, size), dtype=x.dtype, device=x.device)
+    def __call__(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        return add_up(self.summands(x, chosen, weights), x.dtype)
+
+    def summands(
+        self,
+        x: Tensor,
+        chosen: Tensor,
+        weights: Tensor,
+        shared: SharedExpert | None = None,
+        shared_x: Tensor | None = None,
+    ) -> Summands:
+        """What is still to be added up, in two launches and at most one before them. `shared`: what all tokens take of
+        `shared_x`, or of x."""
+        (tokens, per_token), size, inner = chosen.shape, x.shape[1], self._down.size
+        order = order_of(chosen, len(self._down.weights))
+        made = torch.empty((tokens * per_token, inner), dtype=x.dtype, device=x.device)
+        out = torch.empty((tokens, per_token, size), dtype=torch.float32, device=x.device)
+        numbers = tokens * per_token, order.tiles, tokens
+        options = self._options(order) | {"HAS_SHARED": shared is not None}
+        own, widest, more = (made, x, made), inner, 0  # inner states, gate and up, what is given
+        if shared is not None:
+            also = torch.empty((tokens, shared.inner), dtype=x.dtype, device=x.device)
+            own, widest = (also, shared.gate_up, torch.empty_like(x)), max(inner, shared.inner)
+            more = -(-tokens // order.rows)
+        shared_inner = 0 if shared is None else shared.inner
+        given, (first, second) = x if shared_x is None else shared_x, self._tables
         launch(
-            device.add_up, (tokens, -(-size // BLOCK)), out, total if shared is None else shared,
-            total if gate is None else gate, total, size, PER_TOKEN=per_token, HAS_SHARED=shared is not None,
-            HAS_GATE=gate is not None, BLOCK=BLOCK, num_warps=4,
+            gate_and_up, (order.tiles + more, -(-widest // 64)), x, *order.tables, *first, made, inner, size, *numbers,
+            given, own[1], own[0], shared_inner, CHOSEN=per_token, ACTIVATION=self._activation, **options,
         )  # fmt: skip
-        return total
+        launch(
+            down_product, (order.tiles + more, -(-size // 64)), made, *order.tables, *second, weights, out, size, inner,
+            *numbers, own[0], own[1] if shared is None else shared.down, own[2], shared_inner, **options,
+        )  # fmt: skip
+        return Summands(out, None if shared is None else own[2])
+
+    def _options(self, order: Order) -> dict[str, Any]:
+        """What both kernels are compiled for."""
+        count, is_fp4 = len(self._down.weights), self._down.is_fp4
+        return {
+            "EXPERTS": count, "BLOCK_E": power_of_two(count), "HAS_BIAS": self._down.biases[0] is not None,
+            "FP4": is_fp4, "BLOCK_M": order.rows, "BLOCK_N": 64, "BLOCK_K": 32 if is_fp4 and order.rows > 16 else 64,
+            "BLOCK_P": order.compared, "num_warps": 4, "num_stages": 4 if is_fp4 else 3,
+        }  # fmt: skip
+
+    def shareable(self, gate_up: PackedWeight | None, down: PackedWeight | None) -> SharedExpert | None:
+        """An MLP that all tokens take, if these kernels compute it with the experts."""
+        weights = [one.weight for one in (gate_up, down) if isinstance(one, PlainLinear) and one.bias is None]
+        dtype = None if self._down.is_fp4 else self._down.weights[0].dtype
+        if len(weights) < 2 or not all(_is_aligned(one) and one.dtype is dtype for one in weights):
+            return None
+        return SharedExpert(weights[0], weights[1])
+
+
+def add_up(sums: Summands, dtype: torch.dtype) -> Tensor:
+    """[tokens, size]"""
+    tokens, per_token, size = sums.parts.shape
+    total = torch.empty((tokens, size), dtype=dtype, device=sums.parts.device)
+    shared, gate = sums.shared, sums.gate
+    launch(
+        device.add_up, (tokens, -(-size // BLOCK)), sums.parts, total if shared is None else shared,
+        total if gate is None else gate, 0 if gate is None else gate.stride(0), total, size, PER_TOKEN=per_token,
+        HAS_SHARED=shared is not None, HAS_GATE=gate is not None, BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
+    return total
 
 
 def choose(
@@ -106,11 +156,30 @@ def choose(
     return chosen, weights
 
 
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Which pairs of token and expert are computed together."""
+
+    tables: tuple[Tensor, Tensor, Tensor]  # see `sorted_rows`; thrice the chosen experts where each program compares
+    tiles: int  # at most
+    rows: int  # of a tile
+    compared: int  # pairs that a program compares, at most; 0: they are sorted
+
+
+def order_of(chosen: Tensor, count: int) -> Order:
+    """Of `count` experts; chosen int64 [tokens, k]"""
+    pairs, chosen = chosen.numel(), chosen.contiguous()
+    rows = 16 if pairs <= FEW * count else 64
+    if rows == 16 and pairs <= FOUND:
+        return Order((chosen,) * 3, pairs, rows, FEW_FOUND if pairs <= FEW_FOUND else FOUND)
+    tiles = min(pairs, pairs // rows + count)  # every expert has one that is not full
+    return Order(sorted_rows(chosen, count, rows), tiles, rows, 0)
+
+
 def sorted_rows(chosen: Tensor, count: int, tile: int) -> tuple[Tensor, Tensor, Tensor]:
     """Chosen experts [tokens, k] -> (pairs of token and place, sorted by expert, int64; where each expert's begin,
     int64 [count + 1]; number of tiles up to and with each expert's, int64 [count])"""
     if (pairs := chosen.numel()) <= COMPARED:
-        chosen = chosen.contiguous()
         empty = functools.partial(torch.empty, dtype=torch.int64, device=chosen.device)
         order, starts, tile_ends = empty(pairs), empty(count + 1), empty(count)
         launch(
@@ -150,10 +219,11 @@ def readable(weights: Sequence[PackedWeight]) -> Matrices | None:
 def _are_alike(found: Matrices) -> bool:
     first, has_bias = found.weights[0], found.biases[0] is not None
     return all(
-        one.dtype is first.dtype
-        and one.shape == first.shape
-        and one.is_contiguous()
-        and (bias is not None) is has_bias
-        and (isinstance(one, FakeTensor) or one.data_ptr() % ALIGNMENT == 0)
+        one.dtype is first.dtype and one.shape == first.shape and (bias is not None) is has_bias and _is_aligned(one)
         for one, bias in zip(found.weights, found.biases, strict=True)
     )
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    """Whether its rows are adjacent and can be read in wide pieces."""
+    return tensor.is_contiguous() and (isinstance(tensor, FakeTensor) or tensor.data_ptr() % ALIGNMENT == 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -28,25 +30,56 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     return out.view(x.shape)
 
 
+@dataclass(frozen=True, slots=True)
+class Summands:
+    """States that are still to be added up: what each token's experts give, float32 [tokens, experts of a token, size],
+    and what all tokens take besides [tokens, size], times the sigmoid of `gate` [tokens, 1]."""
+
+    parts: Tensor
+    shared: Tensor | None = None
+    gate: Tensor | None = None
+
+
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0, first: Tensor | None = None
+    x: Tensor | Summands,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float = 0.0,
+    first: Tensor | None = None,
+    wide: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Both contiguous. The sum is written into `residual`. `first`: the weight of a norm of `x` before."""
-    out = torch.empty_like(x)
-    _start(x.view(-1, x.shape[-1]), residual, first, weight, out, eps, offset)
+    """Contiguous tensors. The sum is written into `residual`. `first`: the weight of a norm of `x` before. To float32
+    `wide` go the same numbers as to the norm."""
+    out = torch.empty_like(residual)
+    rows = x.view(-1, x.shape[-1]) if isinstance(x, Tensor) else x
+    _start(rows, residual, first, weight, out, eps, offset, wide)
     return out, residual
 
 
 def _start(
-    rows: Tensor, residual: Tensor | None, first: Tensor | None, weight: Tensor, out: Tensor, eps: float, offset: float
+    rows: Tensor | Summands,
+    residual: Tensor | None,
+    first: Tensor | None,
+    weight: Tensor,
+    out: Tensor,
+    eps: float,
+    offset: float,
+    wide: Tensor | None = None,
 ) -> None:
-    count, size = rows.shape
+    size = out.shape[-1]
     total = out if residual is None else residual
     block = power_of_two(size)
+    sums = rows if isinstance(rows, Summands) else Summands(rows)
+    shared, gate = sums.shared, sums.gate
+    per_token = 0 if isinstance(rows, Tensor) else rows.parts.shape[1]
     launch(
-        device.rms_norm, (count,), rows, total, weight if first is None else first, weight, out, total, eps, offset,
-        rows.stride(0), size, BLOCK=block, ADDS=residual is not None, IS_NORMED=first is not None,
-        HAS_OFFSET=offset != 0, num_warps=min(16, max(1, block // 1024)),
+        device.rms_norm, (out.numel() // size,), sums.parts, total, weight if first is None else first, weight, out,
+        total, total if wide is None else wide, total if shared is None else shared, total if gate is None else gate,
+        eps, offset, sums.parts.stride(0), size, 0 if gate is None else gate.stride(0), BLOCK=block,
+        ADDS=residual is not None, IS_NORMED=first is not None, HAS_OFFSET=offset != 0, PARTS=per_token,
+        HAS_SHARED=shared is not None, HAS_GATE=gate is not None, IS_WIDE=wide is not None,
+        num_warps=min(16, max(1, block // 1024)),
     )  # fmt: skip
 
 

@@ -73,20 +73,31 @@ def rotate_and_write(
     slots: Tensor,
     *,
     is_paired: bool = False,
-) -> None:
-    """Norm (weights [head_dim] of q and k) and rotate q in place; norm and rotate k and write it and v to the cache.
-    k is left as it is. `is_paired`: what turns together lies side by side, see `DecoderLayerParts`."""
+    norms_whole: bool = False,
+    norms_values: bool = False,
+    writes: bool = True,
+    scales: Tensor | None = None,
+) -> Tensor:
+    """Norm (weights [head_dim] of q and k) and rotate q; norm and rotate k and write it and v to the cache; returns q,
+    which is rotated in place but where `norms_whole`: all heads of q are normed together, and all of k, each with its
+    own weights. k and v are left as they are. `is_paired`: what turns together lies side by side, see
+    `DecoderLayerParts`. `norms_values`: v without weights. Without `writes` there is only q. `scales` float32 [tokens],
+    of rotated queries."""
     heads, kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
     at_once = _at_once(head_dim, kv_heads)
-    tiles = -(-heads // at_once) + 2 * -(-kv_heads // at_once)
+    tiles = -(-heads // at_once) + 2 * -(-kv_heads // at_once) * writes
     q_norm, k_norm = norms or (q, k)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if norms_whole else q
     launch(
-        device.rotate_and_write, (q.shape[0], tiles), q, k, v, cos, sin, q_norm, k_norm, octets(cache.keys),
-        octets(cache.values), slots, eps, offset, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0),
-        v.stride(1), cos.stride(0), *_strides(cache.keys, cache.values), HEADS=heads, KV_HEADS=kv_heads,
-        BLOCK_D=power_of_two(head_dim), HAS_NORM=norms is not None, HAS_OFFSET=offset != 0, PAIRED=is_paired,
-        HEADS_AT_ONCE=at_once, num_warps=2, **_sizes(head_dim, cos.shape[1]), **_page(cache.keys),
+        device.rotate_and_write, (q.shape[0], tiles), q, k, v, cos, sin, q_norm, k_norm, out, octets(cache.keys),
+        octets(cache.values), slots, cos if scales is None else scales, eps, offset, q.stride(0), q.stride(1),
+        k.stride(0), k.stride(1), v.stride(0), v.stride(1), out.stride(0), out.stride(1), cos.stride(0),
+        *_strides(cache.keys, cache.values), HEADS=heads, KV_HEADS=kv_heads, BLOCK_D=power_of_two(head_dim),
+        HAS_NORM=norms is not None, HAS_OFFSET=offset != 0, PAIRED=is_paired, WHOLE=norms_whole,
+        NORMS_VALUES=norms_values, HAS_SCALES=scales is not None, HEADS_AT_ONCE=at_once, num_warps=2,
+        **_sizes(head_dim, cos.shape[1]), **_page(cache.keys),
     )  # fmt: skip
+    return out
 
 
 def _sizes(head_dim: int, half: int) -> dict[str, int]:

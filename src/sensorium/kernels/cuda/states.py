@@ -24,18 +24,20 @@ def takes(state: StateParts) -> bool:
     )
 
 
-def mixed_tokens(state: StateParts, x: Tensor, projected: Tensor, cache: StateCache, segments: Segments) -> Tensor:
-    """What stands between the two projections of a layer: [tokens, ..] -> [tokens, out]. `x` is what was projected."""
-    delta, is_decode = state.delta, segments.num_singles == len(x)
-    if delta is None:
+def mixed_tokens(
+    state: StateParts, projected: Tensor, gates: Tensor | None, cache: StateCache, segments: Segments
+) -> Tensor:
+    """What stands between the two projections of a layer: [tokens, ..] -> [tokens, out]. `gates`: those of `delta`."""
+    delta, is_decode = state.delta, segments.num_singles == len(projected)
+    if delta is None or gates is None:
         if is_decode:
             return conv_step(state, projected, cache.parts[0], segments, channels=projected.shape[1] // 3)
         before, after, inner = projected.chunk(3, dim=-1)
         conv = reference.causal_conv(before * inner, state.taps, state.bias, cache.parts[0], segments)
         return conv.mul_(after)
     before_states, memory = cache.parts
-    gates, channels = delta.gates(x), len(state.taps)
-    z = projected.narrow(1, channels, projected.shape[1] - channels)
+    channels = len(state.taps)
+    z = projected.narrow(1, channels, delta.value_heads * delta.value_dim)
     if is_decode:
         made = conv_step(state, projected, before_states, segments, channels=channels)
         return delta_step(delta, made, gates, z, memory, segments)

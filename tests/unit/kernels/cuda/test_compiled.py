@@ -44,7 +44,6 @@ REGISTERS = {
     "down_product": 192,
     "narrow_product": 168,
     "add_wide_product": 255,
-    "decode_merge": 128,
     "sample": 128,
     "rms_norm": 96,
     "arrange": 168,
@@ -106,7 +105,7 @@ def test_what_kernels_use(name: str, arch: int) -> None:
     forget(arch)
     build.compile_shape(SHAPES[name], arch)
     found = build.usages(arch)
-    assert {one.kernel for one in found} >= {"decode_split", "decode_merge", "prefill", "rms_norm", "gated"}
+    assert {one.kernel for one in found} >= {"decode_split", "prefill", "rms_norm", "gated"}
     for one in found:
         check(one, SHAPES[name])
 
@@ -178,15 +177,7 @@ def test_the_command_fills_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyP
     )
     assert list(build.main(["--arch", "90", "--shapes", str(shapes)])) == ["compiled tiny for sm_90"]
     kept = {file.name.removesuffix(".cubin") for file in own.rglob("*.cubin")}
-    assert kept >= {
-        "decode_split",
-        "decode_merge",
-        "prefill",
-        "rms_norm",
-        "gated",
-        "rotate_and_write",
-        "narrow_product",
-    }
+    assert kept >= {"decode_split", "prefill", "rms_norm", "gated", "rotate_and_write", "narrow_product"}
 
 
 def test_the_command_refuses_what_it_does_not_know(tmp_path: Path) -> None:

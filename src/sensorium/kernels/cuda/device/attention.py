@@ -12,10 +12,12 @@ import triton
 import triton.language as tl
 
 from sensorium.kernels.cuda.device.fp8 import decoded
+from sensorium.kernels.cuda.device.norms import times_sigmoid
 
 SPLITS = 16  # of a decoding sequence's keys: as many for every length, so that batch mates change nothing
 NO_WINDOW = 2**30
 LOG2_E = math.log2(math.e)
+AT_ONCE = tl.constexpr(8)  # splits whose loads are waited for together
 LEAST_DIM = 16  # of a product's sides
 
 
@@ -76,83 +78,107 @@ def span(length, window, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
     return lower, tl.maximum(size, 1)
 
 
-@triton.jit(do_not_specialize=["window", "table_stride"], do_not_specialize_on_alignment=["tables", "lengths"])
+@triton.jit(
+    do_not_specialize=["window", "table_stride", "gate_stride"],
+    do_not_specialize_on_alignment=["tables", "lengths", "sinks", "arrived"],
+)
 def decode_split(
-    q, k_cache, v_cache, tables, lengths, partial, tops, totals, scale, window, table_stride, q_stride, q_head,
-    k_block, k_head, v_block, v_head, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, ROW: tl.constexpr, SPLITS: tl.constexpr,
-    IS_INT8: tl.constexpr,
+    q, k_cache, v_cache, tables, lengths, partial, tops, totals, arrived, sinks, gates, out, scale, window,
+    table_stride, q_stride, q_head, k_block, k_head, v_block, v_head, gate_stride, gate_head, GROUP: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
+    ROW: tl.constexpr, SPLITS: tl.constexpr, IS_INT8: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_GATES: tl.constexpr,
+    LOG2_E: tl.constexpr,
 ):  # fmt: skip
-    """One split of one sequence's keys for the heads of one group -> unnormalised values, highest score, sum."""
+    """One split of one sequence's keys for the heads of one group -> unnormalised values, highest score, sum. The
+    program that is done last with such heads, whichever it is, makes their attention of all splits, in their order.
+
+    `arrived` int32 counts those that are done, from zero, and is zero again behind the last one."""
     seq, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + seq)
     lower, size = span(length, window, SPLITS, BLOCK_N)
     first = lower + split * size
     last = tl.minimum(first + size, length)
     rows, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    heads = kv_head * GROUP + rows
+    place = (seq * tl.num_programs(1) * GROUP + heads) * SPLITS
+    keep = (rows < GROUP)[:, None] & (dims < D)[None, :]
     if first < last:
-        heads = kv_head * GROUP + rows
-        keep = (rows < GROUP)[:, None] & (dims < D)[None, :]
         query = tl.load(q + seq * q_stride + heads[:, None] * q_head + dims[None, :], mask=keep, other=0)
-        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for start in range(first, last, BLOCK_N):
-            pos = start + tl.arange(0, BLOCK_N)
-            seen = pos < last
-            at = places(tables + seq * table_stride, pos, seen, k_block, PAGE, ROW) + kv_head * k_head
-            scores = score(query, k_cache, at, seen, scale, D, BLOCK_D, IS_INT8)
-            scores = tl.where(seen[None, :], scores, float("-inf"))
-            higher = tl.maximum(top, tl.max(scores, 1))
-            weights = tl.exp2(scores - higher[:, None])
-            fade = tl.exp2(top - higher)
-            total = total * fade + tl.sum(weights, 1)
-            at = places(tables + seq * table_stride, pos, seen, v_block, PAGE, ROW) + kv_head * v_head
-            acc = add_values(acc * fade[:, None], weights, v_cache, at, seen, D, BLOCK_D, IS_INT8, query.dtype)
-            top = higher
-        store_split(partial, tops, totals, acc, top, total, seq, heads, rows, split, GROUP, D, BLOCK_D, SPLITS)
+        top, total, acc = attend_split(
+            query, k_cache + kv_head * k_head, v_cache + kv_head * v_head, tables + seq * table_stride, first, last,
+            scale, k_block, v_block, D, BLOCK_D, BLOCK_M, BLOCK_N, PAGE, ROW, IS_INT8,
+        )  # fmt: skip
+        tl.store(tops + place + split, top, mask=rows < GROUP)
+        tl.store(totals + place + split, total, mask=rows < GROUP)
+        tl.store(partial + (place + split)[:, None] * D + dims[None, :], acc, mask=keep)
+    tl.debug_barrier()  # all threads have stored before one of them says so
+    own = arrived + seq * tl.num_programs(1) + kv_head
+    if tl.atomic_add(own, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
+        tl.store(own, 0)
+        used = tl.cdiv(length - lower, size)
+        merged = merge(partial, tops, totals, sinks, heads, rows < GROUP, place, used, D, BLOCK_D, BLOCK_M, SPLITS,
+                       HAS_SINKS, LOG2_E).to(out.dtype.element_ty)  # fmt: skip
+        if HAS_GATES:
+            at = seq.to(tl.int64) * gate_stride + heads[:, None] * gate_head + dims[None, :]
+            merged = times_sigmoid(merged, tl.load(gates + at, mask=keep, other=0.0))
+        tl.store(out + (place // SPLITS).to(tl.int64)[:, None] * D + dims[None, :], merged, mask=keep)
 
 
 @triton.jit
-def store_split(
-    partial, tops, totals, acc, top, total, seq, heads, rows, split, GROUP: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
+def attend_split(
+    query, k_cache, v_cache, table, first, last, scale, k_block, v_block, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, ROW: tl.constexpr, IS_INT8: tl.constexpr,
 ):  # fmt: skip
-    """Of one split, into [seqs, heads, splits] and [seqs, heads, splits, D]."""
-    dims = tl.arange(0, BLOCK_D)
-    place = (seq * tl.num_programs(1) * GROUP + heads) * SPLITS + split
-    tl.store(tops + place, top, mask=rows < GROUP)
-    tl.store(totals + place, total, mask=rows < GROUP)
-    keep = (rows < GROUP)[:, None] & (dims < D)[None, :]
-    tl.store(partial + place[:, None] * D + dims[None, :], acc, mask=keep)
+    """(highest scores, sums, values times weights) of queries that see keys [first, last), which are some"""
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(first, last, BLOCK_N):
+        pos = start + tl.arange(0, BLOCK_N)
+        seen = pos < last
+        at = places(table, pos, seen, k_block, PAGE, ROW)
+        scores = score(query, k_cache, at, seen, scale, D, BLOCK_D, IS_INT8)
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.exp2(scores - higher[:, None])
+        fade = tl.exp2(top - higher)
+        total = total * fade + tl.sum(weights, 1)
+        at = places(table, pos, seen, v_block, PAGE, ROW)
+        acc = add_values(acc * fade[:, None], weights, v_cache, at, seen, D, BLOCK_D, IS_INT8, query.dtype)
+        top = higher
+    return top, total, acc
 
 
-@triton.jit(do_not_specialize=["window"], do_not_specialize_on_alignment=["lengths", "sinks"])
-def decode_merge(
-    partial, tops, totals, sinks, lengths, out, window, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, HAS_SINKS: tl.constexpr, LOG2_E: tl.constexpr,
+@triton.jit
+def merge(
+    partial, tops, totals, sinks, heads, is_head, place, used, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, SPLITS: tl.constexpr, HAS_SINKS: tl.constexpr, LOG2_E: tl.constexpr,
 ):  # fmt: skip
-    """The splits of one head of one sequence -> its attention. A row of no keys gets zeros."""
-    seq, head = tl.program_id(0), tl.program_id(1)
-    length = tl.load(lengths + seq)
-    lower, size = span(length, window, SPLITS, BLOCK_N)
+    """The first `used` splits of the heads of a group -> float32 [BLOCK_M, BLOCK_D]; zeros of no keys. Other programs
+    have written what is read, so it does not come from this one's own cache."""
     splits, dims = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
-    used = splits < tl.cdiv(length - lower, size)
-    row = seq * tl.num_programs(1) + head
-    top = tl.load(tops + row * SPLITS + splits, mask=used, other=float("-inf"))
-    total = tl.load(totals + row * SPLITS + splits, mask=used, other=0.0)
-    highest = tl.maximum(tl.max(top, 0), -1e30)
+    there = is_head[:, None] & (splits < used)[None, :]
+    at = place[:, None] + splits[None, :]
+    top = tl.load(tops + at, mask=there, other=float("-inf"), cache_modifier=".cg")
+    total = tl.load(totals + at, mask=there, other=0.0, cache_modifier=".cg")
+    highest = tl.maximum(tl.max(top, 1), -1e30)
     if HAS_SINKS:
-        sink = tl.load(sinks + head) * LOG2_E
+        sink = tl.load(sinks + heads, mask=is_head, other=0.0) * LOG2_E
         highest = tl.maximum(highest, sink)
-    share = tl.exp2(top - highest)
-    whole = tl.sum(total * share, 0)
+    whole = tl.sum(total * tl.exp2(top - highest[:, None]), 1)
     if HAS_SINKS:
         whole += tl.exp2(sink - highest)
-    keep = used[:, None] & (dims < D)[None, :]
-    parts = tl.load(partial + (row * SPLITS + splits)[:, None] * D + dims[None, :], mask=keep, other=0.0)
-    merged = tl.sum(parts * share[:, None], 0) / tl.maximum(whole, 1e-30)
-    tl.store(out + row * D + dims, merged.to(out.dtype.element_ty), mask=dims < D)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for first in range(0, used, AT_ONCE):
+        for more in tl.static_range(AT_ONCE):
+            split = first + more + tl.zeros_like(heads)
+            is_used = is_head & (split < used)
+            own = tl.load(tops + place + split, mask=is_used, other=float("-inf"), cache_modifier=".cg")
+            keep = is_used[:, None] & (dims < D)[None, :]
+            part = tl.load(partial + (place + split)[:, None] * D + dims[None, :], mask=keep, other=0.0,
+                           cache_modifier=".cg")  # fmt: skip
+            acc += part * tl.exp2(own - highest)[:, None]
+    return acc / tl.maximum(whole, 1e-30)[:, None]
 
 
 @triton.jit

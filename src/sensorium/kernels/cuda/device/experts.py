@@ -1,18 +1,19 @@
 """The experts of a routed layer: rows sorted by expert, in tiles of which each belongs to one expert.
 
-Weights are where the table of addresses says. Which expert a tile belongs to is found from the tiles' counts on the
-device.
+Weights are where the table of addresses says. Which expert a tile belongs to is found on the device: of few pairs of
+token and expert by each program, which compares its own with all, of many from counts of tiles. Tiles behind those of
+the experts are of what all tokens take besides.
 """
 
 import triton
 import triton.language as tl
 
 from sensorium.kernels.cuda.device.linear import fp4_columns, fp4_tiles
-from sensorium.kernels.cuda.device.norms import gated_product, sigmoid
+from sensorium.kernels.cuda.device.norms import gated_product, sigmoid, summed
 
 
 @triton.jit
-def tile_of(tile_ends, starts, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
+def sorted_tile(tile_ends, starts, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
     """(expert, sorted rows of this tile, end of the expert's rows); expert EXPERTS: there is nothing to do"""
     tile, experts = tl.program_id(0), tl.arange(0, BLOCK_E)
     ends = tl.load(tile_ends + experts, mask=experts < EXPERTS, other=2**30)
@@ -21,6 +22,36 @@ def tile_of(tile_ends, starts, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLO
     known = expert < EXPERTS
     start, end = tl.load(starts + expert, mask=known, other=0), tl.load(starts + expert + 1, mask=known, other=0)
     return expert, start + (tile - before).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M), end
+
+
+@triton.jit
+def found_tile(chosen, pairs, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr):
+    """(expert, BLOCK_M of its pairs from the program's own one on, which of them there are). An expert's first pair is
+    its first tile, the one BLOCK_M places behind it the second one; EXPERTS for all others."""
+    own, every, rows = tl.program_id(0), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_M)
+    expert = tl.load(chosen + own).to(tl.int32)
+    same = tl.load(chosen + every, mask=every < pairs, other=-1).to(tl.int32) == expert
+    before = tl.sum((same & (every < own)).to(tl.int32), 0)
+    rank = tl.cumsum(same.to(tl.int32), 0) - 1 - before
+    is_row = same[None, :] & (rank[None, :] == rows[:, None])
+    pair = tl.sum(tl.where(is_row, every[None, :], 0), 1)
+    there = rows < tl.sum(same.to(tl.int32), 0) - before
+    return tl.where(before % BLOCK_M == 0, expert, EXPERTS), pair.to(tl.int64), there
+
+
+@triton.jit
+def tile_of(
+    order, starts, tile_ends, pairs, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """(expert, its pairs of token and place, where their inner states are, which of them there are). With BLOCK_P
+    `order` are the chosen experts of so many pairs, unsorted."""
+    if BLOCK_P:
+        expert, pair, there = found_tile(order, pairs, EXPERTS, BLOCK_M, BLOCK_P)
+        return expert, pair, pair, there
+    else:
+        expert, place, end = sorted_tile(tile_ends, starts, EXPERTS, BLOCK_E, BLOCK_M)
+        return expert, tl.load(order + place, mask=place < end, other=0), place, place < end
 
 
 @triton.jit
@@ -59,56 +90,101 @@ def address_of(table, expert, dtype: tl.constexpr):
 
 
 @triton.jit
-def gate_and_up(
-    x, order, starts, tile_ends, weights, all_scales, biases, out, inner, size, CHOSEN: tl.constexpr,
-    EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, FP4: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+def gate_and_up_tile(
+    x, token, there, weight, scales, bias, out, place, inner, size, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr,
+    FP4: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """x [tokens, size] -> activation(gate) * up [sorted rows, inner]"""
-    expert, place, end = tile_of(tile_ends, starts, EXPERTS, BLOCK_E, BLOCK_M)
-    if expert < EXPERTS:
-        token = tl.load(order + place, mask=place < end, other=0) // CHOSEN
-        column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-        kind: tl.constexpr = tl.uint8 if FP4 else x.dtype.element_ty
-        weight, scales = address_of(weights, expert, kind), address_of(all_scales, expert, tl.uint8)
-        PACKED: tl.constexpr = 2 if FP4 else 1  # numbers in an element
-        second = weight + inner.to(tl.int64) * (size // 32 * 16 if FP4 else size)
-        second_scales = scales + inner.to(tl.int64) * (size // 32)
-        gate, up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for start in range(0, size, PACKED * BLOCK_K):
-            gate = add_product(gate, x, token, place < end, weight, scales, column, inner, start, size, FP4, BLOCK_K)
-            up = add_product(up, x, token, place < end, second, second_scales, column, inner, start, size, FP4, BLOCK_K)
-        if HAS_BIAS:
-            bias = address_of(biases, expert, tl.float32 if FP4 else x.dtype.element_ty)
-            gate += tl.load(bias + column, mask=column < inner, other=0.0).to(tl.float32)[None, :]
-            up += tl.load(bias + inner + column, mask=column < inner, other=0.0).to(tl.float32)[None, :]
-        made = gated_product(gate, up, ACTIVATION).to(out.dtype.element_ty)
-        mask = (place < end)[:, None] & (column < inner)[None, :]
-        tl.store(out + place[:, None] * inner + column[None, :], made, mask=mask)
+    """Of rows `token` of x by one weight [2 * inner, size], to rows `place` of `out`."""
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    PACKED: tl.constexpr = 2 if FP4 else 1  # numbers in an element
+    second = weight + inner.to(tl.int64) * (size // 32 * 16 if FP4 else size)
+    second_scales = scales + inner.to(tl.int64) * (size // 32)
+    gate, up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, size, PACKED * BLOCK_K):
+        gate = add_product(gate, x, token, there, weight, scales, column, inner, start, size, FP4, BLOCK_K)
+        up = add_product(up, x, token, there, second, second_scales, column, inner, start, size, FP4, BLOCK_K)
+    if HAS_BIAS:
+        gate += tl.load(bias + column, mask=column < inner, other=0.0).to(tl.float32)[None, :]
+        up += tl.load(bias + inner + column, mask=column < inner, other=0.0).to(tl.float32)[None, :]
+    made = gated_product(gate, up, ACTIVATION).to(out.dtype.element_ty)
+    mask = there[:, None] & (column < inner)[None, :]
+    tl.store(out + place[:, None] * inner + column[None, :], made, mask=mask)
 
 
 @triton.jit
-def down_product(
-    x, order, starts, tile_ends, weights, all_scales, biases, shares, out, size, inner, EXPERTS: tl.constexpr,
-    BLOCK_E: tl.constexpr, HAS_BIAS: tl.constexpr, FP4: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+def token_tile(tiles, tokens, BLOCK_M: tl.constexpr):
+    """Rows of what all tokens take, of the programs behind the experts' `tiles`, and which of them there are."""
+    token = (tl.program_id(0) - tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    return token, token < tokens
+
+
+@triton.jit(do_not_specialize=["pairs", "tiles", "tokens"])
+def gate_and_up(
+    x, order, starts, tile_ends, weights, all_scales, biases, out, inner, size, pairs, tiles, tokens, shared_x,
+    shared_weight, shared_out, shared_inner, CHOSEN: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr,
+    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, FP4: tl.constexpr, HAS_SHARED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """x [sorted rows, inner] -> float32 [tokens * chosen, size], times the experts' shares"""
-    expert, place, end = tile_of(tile_ends, starts, EXPERTS, BLOCK_E, BLOCK_M)
-    if expert < EXPERTS:
-        pair = tl.load(order + place, mask=place < end, other=0)
-        column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-        kind: tl.constexpr = tl.uint8 if FP4 else x.dtype.element_ty
-        weight, scales = address_of(weights, expert, kind), address_of(all_scales, expert, tl.uint8)
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for start in range(0, inner, 2 * BLOCK_K if FP4 else BLOCK_K):
-            acc = add_product(acc, x, place, place < end, weight, scales, column, size, start, inner, FP4, BLOCK_K)
-        if HAS_BIAS:
+    """x [tokens, size] -> activation(gate) * up [rows of `tile_of`, inner]; and of what all tokens take, without bias
+    or scales, [tokens, shared_inner]"""
+    if tl.program_id(0) < tiles:
+        expert, pair, place, there = tile_of(order, starts, tile_ends, pairs, EXPERTS, BLOCK_E, BLOCK_M, BLOCK_P)
+        if (expert < EXPERTS) & (tl.program_id(1) * BLOCK_N < inner):
+            kind: tl.constexpr = tl.uint8 if FP4 else x.dtype.element_ty
+            weight, scales = address_of(weights, expert, kind), address_of(all_scales, expert, tl.uint8)
             bias = address_of(biases, expert, tl.float32 if FP4 else x.dtype.element_ty)
-            acc += tl.load(bias + column, mask=column < size, other=0.0).to(tl.float32)[None, :]
-        acc *= tl.load(shares + pair, mask=place < end, other=0.0)[:, None]
-        mask = (place < end)[:, None] & (column < size)[None, :]
-        tl.store(out + pair[:, None] * size + column[None, :], acc, mask=mask)
+            gate_and_up_tile(x, pair // CHOSEN, there, weight, scales, bias, out, place, inner, size, ACTIVATION,
+                             HAS_BIAS, FP4, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
+    elif HAS_SHARED:
+        token, there = token_tile(tiles, tokens, BLOCK_M)
+        if tl.program_id(1) * BLOCK_N < shared_inner:
+            gate_and_up_tile(shared_x, token, there, shared_weight, shared_weight, shared_weight, shared_out, token,
+                             shared_inner, size, ACTIVATION, False, False, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
+
+
+@triton.jit
+def down_tile(
+    x, place, there, weight, scales, bias, size, inner, HAS_BIAS: tl.constexpr, FP4: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """float32 [BLOCK_M, BLOCK_N] of rows `place` of x by one weight [size, inner]"""
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, inner, 2 * BLOCK_K if FP4 else BLOCK_K):
+        acc = add_product(acc, x, place, there, weight, scales, column, size, start, inner, FP4, BLOCK_K)
+    if HAS_BIAS:
+        acc += tl.load(bias + column, mask=column < size, other=0.0).to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit(do_not_specialize=["pairs", "tiles", "tokens"])
+def down_product(
+    x, order, starts, tile_ends, weights, all_scales, biases, shares, out, size, inner, pairs, tiles, tokens, shared_x,
+    shared_weight, shared_out, shared_inner, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, HAS_BIAS: tl.constexpr,
+    FP4: tl.constexpr, HAS_SHARED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """x [rows of `tile_of`, inner] -> float32 [tokens * chosen, size], times the experts' shares; and what all tokens
+    take [tokens, shared_inner] -> [tokens, size]"""
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if tl.program_id(0) < tiles:
+        expert, pair, place, there = tile_of(order, starts, tile_ends, pairs, EXPERTS, BLOCK_E, BLOCK_M, BLOCK_P)
+        if expert < EXPERTS:
+            kind: tl.constexpr = tl.uint8 if FP4 else x.dtype.element_ty
+            weight, scales = address_of(weights, expert, kind), address_of(all_scales, expert, tl.uint8)
+            bias = address_of(biases, expert, tl.float32 if FP4 else x.dtype.element_ty)
+            acc = down_tile(x, place, there, weight, scales, bias, size, inner, HAS_BIAS, FP4, BLOCK_M, BLOCK_N,
+                            BLOCK_K)  # fmt: skip
+            acc *= tl.load(shares + pair, mask=there, other=0.0)[:, None]
+            mask = there[:, None] & (column < size)[None, :]
+            tl.store(out + pair[:, None] * size + column[None, :], acc, mask=mask)
+    elif HAS_SHARED:
+        token, there = token_tile(tiles, tokens, BLOCK_M)
+        acc = down_tile(shared_x, token, there, shared_weight, shared_weight, shared_weight, size, shared_inner,
+                        False, False, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
+        mask = there[:, None] & (column < size)[None, :]
+        tl.store(shared_out + token[:, None] * size + column[None, :], acc.to(shared_out.dtype.element_ty),
+                 mask=mask)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -143,26 +219,16 @@ def arrange(
         tl.store(starts + EXPERTS, pairs)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["gate_stride"])
 def add_up(
-    parts, shared, gate, out, size, PER_TOKEN: tl.constexpr, HAS_SHARED: tl.constexpr, HAS_GATE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    parts, shared, gate, gate_stride, out, size, PER_TOKEN: tl.constexpr, HAS_SHARED: tl.constexpr,
+    HAS_GATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """float32 [tokens, PER_TOKEN, size] -> their sum [tokens, size], and what all tokens take besides, which the
-    sigmoid of a number of each token scales."""
+    """See `summed`: [tokens, size]"""
     token, dims = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    keep = dims < size
     dtype: tl.constexpr = out.dtype.element_ty
-    acc = tl.zeros([BLOCK], tl.float32)
-    for place in range(PER_TOKEN):
-        acc += tl.load(parts + (token * PER_TOKEN + place) * size + dims, mask=keep, other=0.0)
-    if HAS_SHARED:
-        more = tl.load(shared + token * size + dims, mask=keep, other=0.0).to(tl.float32)
-        if HAS_GATE:
-            share = sigmoid(tl.load(gate + token).to(tl.float32)).to(dtype).to(tl.float32)
-            more = (more * share).to(dtype).to(tl.float32)
-        acc = acc.to(dtype).to(tl.float32) + more
-    tl.store(out + token * size + dims, acc.to(dtype), mask=keep)
+    wide = summed(parts, shared, gate, gate_stride, token, dims, size, dtype, PER_TOKEN, HAS_SHARED, HAS_GATE)
+    tl.store(out + token * size + dims, wide.to(dtype), mask=dims < size)
 
 
 @triton.jit

@@ -14,16 +14,46 @@ def normed(wide, weight, scale, offset, dtype: tl.constexpr, HAS_OFFSET: tl.cons
 
 
 @triton.jit
+def sigmoid(x):
+    small = tl.exp(-tl.abs(x))
+    return tl.where(x < 0.0, small, 1.0) / (1.0 + small)
+
+
+@triton.jit
+def summed(
+    parts, shared, gate, gate_stride, token, dims, size, dtype: tl.constexpr, PER_TOKEN: tl.constexpr,
+    HAS_SHARED: tl.constexpr, HAS_GATE: tl.constexpr,
+):  # fmt: skip
+    """Of a token float32 [PER_TOKEN, size], what its experts give -> their sum, and what all tokens take besides, which
+    the sigmoid of a number of each token scales; rounded to `dtype`, as float32."""
+    keep = dims < size
+    acc = tl.zeros_like(dims).to(tl.float32)
+    for place in tl.static_range(PER_TOKEN):
+        acc += tl.load(parts + (token * PER_TOKEN + place) * size + dims, mask=keep, other=0.0)
+    if HAS_SHARED:
+        more = tl.load(shared + token * size + dims, mask=keep, other=0.0).to(tl.float32)
+        if HAS_GATE:
+            more = times_sigmoid(more.to(dtype), tl.load(gate + token * gate_stride)).to(tl.float32)
+        acc = acc.to(dtype).to(tl.float32) + more
+    return acc.to(dtype).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["gate_stride"])
 def rms_norm(
-    x, residual, first, weight, out, total, eps, offset, stride, size, BLOCK: tl.constexpr, ADDS: tl.constexpr,
-    IS_NORMED: tl.constexpr, HAS_OFFSET: tl.constexpr,
+    x, residual, first, weight, out, total, wide_out, shared, gate, eps, offset, stride, size, gate_stride,
+    BLOCK: tl.constexpr, ADDS: tl.constexpr, IS_NORMED: tl.constexpr, HAS_OFFSET: tl.constexpr, PARTS: tl.constexpr,
+    HAS_SHARED: tl.constexpr, HAS_GATE: tl.constexpr, IS_WIDE: tl.constexpr,
 ):  # fmt: skip
     """Of one row, or of its sum with the residual's, which goes to `total`; with `IS_NORMED` the row is normed by the
-    weight `first` before."""
+    weight `first` before. PARTS: a row is the sum of so many, see `summed`. IS_WIDE: float32 `wide_out` gets the same
+    numbers as `out`."""
     row, dims = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     keep = dims < size
     dtype: tl.constexpr = out.dtype.element_ty
-    wide = tl.load(x + row * stride + dims, mask=keep, other=0.0).to(tl.float32)
+    if PARTS:
+        wide = summed(x, shared, gate, gate_stride, row, dims, size, dtype, PARTS, HAS_SHARED, HAS_GATE)
+    else:
+        wide = tl.load(x + row * stride + dims, mask=keep, other=0.0).to(tl.float32)
     if IS_NORMED:
         scale = tl.rsqrt(tl.sum(wide * wide, 0) / size + eps)
         factor = tl.load(first + dims, mask=keep, other=0.0).to(tl.float32)
@@ -35,13 +65,16 @@ def rms_norm(
         wide = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / size + eps)
     factor = tl.load(weight + dims, mask=keep, other=0.0).to(tl.float32)
-    tl.store(out + row * size + dims, normed(wide, factor, scale, offset, dtype, HAS_OFFSET).to(dtype), mask=keep)
+    made = normed(wide, factor, scale, offset, dtype, HAS_OFFSET).to(dtype)
+    tl.store(out + row * size + dims, made, mask=keep)
+    if IS_WIDE:
+        tl.store(wide_out + row * size + dims, made.to(tl.float32), mask=keep)
 
 
 @triton.jit
-def sigmoid(x):
-    small = tl.exp(-tl.abs(x))
-    return tl.where(x < 0.0, small, 1.0) / (1.0 + small)
+def times_sigmoid(x, gate):
+    """x, of its type, times the sigmoid of a gate that is rounded to that type."""
+    return (x.to(tl.float32) * sigmoid(gate.to(tl.float32)).to(x.dtype).to(tl.float32)).to(x.dtype)
 
 
 @triton.jit

@@ -32,20 +32,36 @@ def put(x, at, heads, limit, first, value, size: tl.constexpr, BLOCK: tl.constex
 
 
 @triton.jit
-def weigh(value, weight, first, scale, offset, dtype: tl.constexpr, size: tl.constexpr, BLOCK: tl.constexpr,
-          HAS_OFFSET: tl.constexpr, STEP: tl.constexpr = 1):  # fmt: skip
+def weigh(value, weight, heads, limit, first, scale, offset, dtype: tl.constexpr, size: tl.constexpr,
+          BLOCK: tl.constexpr, HAS_OFFSET: tl.constexpr, STEP: tl.constexpr, WHOLE: tl.constexpr,
+          D: tl.constexpr):  # fmt: skip
+    """WHOLE: each head has weights of its own."""
     dims = tl.arange(0, BLOCK)
-    factor = tl.load(weight + first + dims * STEP, mask=dims < size, other=0.0).to(tl.float32)
-    return normed(value, factor[None, :], scale[:, None], offset, dtype, HAS_OFFSET).to(dtype).to(tl.float32)
+    if WHOLE:
+        keep = (heads < limit)[:, None] & (dims < size)[None, :]
+        factor = tl.load(weight + heads[:, None] * D + first + dims[None, :] * STEP, mask=keep, other=0.0)
+    else:
+        factor = tl.load(weight + first + dims * STEP, mask=dims < size, other=0.0)[None, :]
+    return normed(value, factor.to(tl.float32), scale[:, None], offset, dtype, HAS_OFFSET).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def whole_squares(x, at, size: tl.constexpr):
+    """The sum of squares of `size` numbers from `at` on."""
+    BLOCK: tl.constexpr = triton.next_power_of_2(size)
+    dims = tl.arange(0, BLOCK)
+    wide = tl.load(x + at + dims, mask=dims < size, other=0.0).to(tl.float32)
+    return tl.sum(wide * wide, 0)
 
 
 @triton.jit
 def turned(
-    x, at, heads, limit, weight, cos, sin, eps, offset, D: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_R: tl.constexpr, HAS_NORM: tl.constexpr, HAS_OFFSET: tl.constexpr, PAIRED: tl.constexpr = False,
+    x, at, heads, limit, whole, weight, cos, sin, eps, offset, D: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, HAS_NORM: tl.constexpr, HAS_OFFSET: tl.constexpr,
+    PAIRED: tl.constexpr = False, WHOLE: tl.constexpr = 0,
 ):  # fmt: skip
     """(first half, second half, rest) of heads, normed and rotated, in the type of `x`. PAIRED: what turns together
-    lies side by side."""
+    lies side by side. WHOLE: so many numbers, which begin at `whole`, are normed together."""
     dtype: tl.constexpr = x.dtype.element_ty
     STEP: tl.constexpr = 2 if PAIRED else 1
     SECOND: tl.constexpr = 1 if PAIRED else HALF
@@ -53,15 +69,25 @@ def turned(
     two = part(x, at, heads, limit, SECOND, HALF, BLOCK_H, STEP)
     rest = part(x, at, heads, limit, 2 * HALF, D - 2 * HALF, BLOCK_R)
     if HAS_NORM:
-        squares = tl.sum(one * one, 1) + tl.sum(two * two, 1) + tl.sum(rest * rest, 1)
-        scale = tl.rsqrt(squares / D + eps)
-        one = weigh(one, weight, 0, scale, offset, dtype, HALF, BLOCK_H, HAS_OFFSET, STEP)
-        two = weigh(two, weight, SECOND, scale, offset, dtype, HALF, BLOCK_H, HAS_OFFSET, STEP)
-        rest = weigh(rest, weight, 2 * HALF, scale, offset, dtype, D - 2 * HALF, BLOCK_R, HAS_OFFSET)
+        if WHOLE:
+            scale = tl.rsqrt((tl.zeros_like(heads) + whole_squares(x, whole, WHOLE)) / WHOLE + eps)
+        else:
+            squares = tl.sum(one * one, 1) + tl.sum(two * two, 1) + tl.sum(rest * rest, 1)
+            scale = tl.rsqrt(squares / D + eps)
+        one = weigh(one, weight, heads, limit, 0, scale, offset, dtype, HALF, BLOCK_H, HAS_OFFSET, STEP, WHOLE, D)
+        two = weigh(two, weight, heads, limit, SECOND, scale, offset, dtype, HALF, BLOCK_H, HAS_OFFSET, STEP, WHOLE, D)
+        rest = weigh(rest, weight, heads, limit, 2 * HALF, scale, offset, dtype, D - 2 * HALF, BLOCK_R, HAS_OFFSET, 1,
+                     WHOLE, D)  # fmt: skip
     dims = tl.arange(0, BLOCK_H)
     c = tl.load(cos + dims, mask=dims < HALF, other=0.0)[None, :]
     s = tl.load(sin + dims, mask=dims < HALF, other=0.0)[None, :]
     return (one * c - two * s).to(dtype), (two * c + one * s).to(dtype), rest.to(dtype)
+
+
+@triton.jit
+def scaled(value, scale):
+    """`value` times a number that is rounded to its type before."""
+    return (value.to(tl.float32) * scale.to(value.dtype).to(tl.float32)).to(value.dtype)
 
 
 @triton.jit
@@ -115,14 +141,14 @@ def rotate(
     if tile < tl.cdiv(HEADS, HEADS_AT_ONCE):
         heads = heads_of(tile, HEADS_AT_ONCE)
         at = token * q_stride + heads * q_head
-        one, two, _ = turned(q, at, heads, HEADS, q, own_cos, own_sin, 0.0, 0.0, D, HALF, BLOCK_H, BLOCK_R, False,
+        one, two, _ = turned(q, at, heads, HEADS, 0, q, own_cos, own_sin, 0.0, 0.0, D, HALF, BLOCK_H, BLOCK_R, False,
                              False)  # fmt: skip
         put(q, at, heads, HEADS, 0, one, HALF, BLOCK_H)
         put(q, at, heads, HEADS, HALF, two, HALF, BLOCK_H)
     else:
         heads = heads_of(tile - tl.cdiv(HEADS, HEADS_AT_ONCE), HEADS_AT_ONCE)
         at = token * k_stride + heads * k_head
-        one, two, _ = turned(k, at, heads, KV_HEADS, k, own_cos, own_sin, 0.0, 0.0, D, HALF, BLOCK_H, BLOCK_R, False,
+        one, two, _ = turned(k, at, heads, KV_HEADS, 0, k, own_cos, own_sin, 0.0, 0.0, D, HALF, BLOCK_H, BLOCK_R, False,
                              False)  # fmt: skip
         put(k, at, heads, KV_HEADS, 0, one, HALF, BLOCK_H)
         put(k, at, heads, KV_HEADS, HALF, two, HALF, BLOCK_H)
@@ -132,10 +158,14 @@ def rotate(
 def write_head_tile(
     x, cache, slots, token, tile, stride, head_stride, block, cache_head, LIMIT: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, PAGE: tl.constexpr, ROW: tl.constexpr, KIND: tl.constexpr, HEADS_AT_ONCE: tl.constexpr,
+    eps=0.0, IS_NORMED: tl.constexpr = False,
 ):  # fmt: skip
-    """Heads of one token as they are."""
+    """Heads of one token as they are, or, IS_NORMED, normed without weights."""
     heads = heads_of(tile, HEADS_AT_ONCE)
-    value = part(x, token * stride + heads * head_stride, heads, LIMIT, 0, D, BLOCK_D).to(x.dtype.element_ty)
+    value = part(x, token * stride + heads * head_stride, heads, LIMIT, 0, D, BLOCK_D)
+    if IS_NORMED:
+        value *= tl.rsqrt(tl.sum(value * value, 1) / D + eps)[:, None]
+    value = value.to(x.dtype.element_ty)
     at = row_of(slots, token, heads, block, cache_head, PAGE, ROW)
     scale = tl.zeros_like(heads).to(tl.float32)
     if KIND == "int8":
@@ -157,36 +187,43 @@ def write_kv(
                     ROW, KIND, HEADS_AT_ONCE)  # fmt: skip
 
 
-@triton.jit(do_not_specialize_on_alignment=["slots"])
+@triton.jit(do_not_specialize_on_alignment=["slots", "scales"])
 def rotate_and_write(
-    q, k, v, cos, sin, q_norm, k_norm, k_cache, v_cache, slots, eps, offset, q_stride, q_head, k_stride, k_head,
-    v_stride, v_head, turn_stride, k_block, k_cache_head, v_block, v_cache_head, HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_R: tl.constexpr, PAGE: tl.constexpr, ROW: tl.constexpr, KIND: tl.constexpr, HAS_NORM: tl.constexpr,
-    HAS_OFFSET: tl.constexpr, PAIRED: tl.constexpr, HEADS_AT_ONCE: tl.constexpr,
+    q, k, v, cos, sin, q_norm, k_norm, q_out, k_cache, v_cache, slots, scales, eps, offset, q_stride, q_head, k_stride,
+    k_head, v_stride, v_head, out_stride, out_head, turn_stride, k_block, k_cache_head, v_block, v_cache_head,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, PAGE: tl.constexpr, ROW: tl.constexpr, KIND: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_OFFSET: tl.constexpr, PAIRED: tl.constexpr, WHOLE: tl.constexpr,
+    NORMS_VALUES: tl.constexpr, HAS_SCALES: tl.constexpr, HEADS_AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of q's heads, normed and rotated in place; of k's, which go to the cache; of v's, which only go there. Of
-    PAIRED ones the first of each pair then stand before the second ones."""
+    """Tiles of q's heads, normed and rotated, to `q_out`, which may be q; of k's, which go to the cache; of v's, which
+    only go there. Of PAIRED ones the first of each pair then stand before the second ones. WHOLE: all heads of q, and
+    all of k, are normed together; what several programs read is not written over then."""
     token, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     own_cos, own_sin = cos + token * turn_stride, sin + token * turn_stride
     q_tiles: tl.constexpr = (HEADS + HEADS_AT_ONCE - 1) // HEADS_AT_ONCE
     k_tiles: tl.constexpr = (KV_HEADS + HEADS_AT_ONCE - 1) // HEADS_AT_ONCE
     if tile < q_tiles:
-        heads = heads_of(tile, HEADS_AT_ONCE)
-        at = token * q_stride + heads * q_head
-        one, two, rest = turned(q, at, heads, HEADS, q_norm, own_cos, own_sin, eps, offset, D, HALF, BLOCK_H, BLOCK_R,
-                                HAS_NORM, HAS_OFFSET, PAIRED)  # fmt: skip
+        heads, whole = heads_of(tile, HEADS_AT_ONCE), token * q_stride
+        one, two, rest = turned(q, whole + heads * q_head, heads, HEADS, whole, q_norm, own_cos, own_sin, eps, offset,
+                                D, HALF, BLOCK_H, BLOCK_R, HAS_NORM, HAS_OFFSET, PAIRED,
+                                HEADS * D if WHOLE else 0)  # fmt: skip
+        if HAS_SCALES:
+            scale = tl.load(scales + token)
+            one, two, rest = scaled(one, scale), scaled(two, scale), scaled(rest, scale)
         if PAIRED:
             tl.debug_barrier()  # other threads of this block read where this one writes
-        put(q, at, heads, HEADS, 0, one, HALF, BLOCK_H)
-        put(q, at, heads, HEADS, HALF, two, HALF, BLOCK_H)
-        put(q, at, heads, HEADS, 2 * HALF, rest, D - 2 * HALF, BLOCK_R)
+        at = token * out_stride + heads * out_head
+        put(q_out, at, heads, HEADS, 0, one, HALF, BLOCK_H)
+        put(q_out, at, heads, HEADS, HALF, two, HALF, BLOCK_H)
+        put(q_out, at, heads, HEADS, 2 * HALF, rest, D - 2 * HALF, BLOCK_R)
     elif tile < q_tiles + k_tiles:
-        heads = heads_of(tile - q_tiles, HEADS_AT_ONCE)
-        one, two, rest = turned(k, token * k_stride + heads * k_head, heads, KV_HEADS, k_norm, own_cos, own_sin, eps,
-                                offset, D, HALF, BLOCK_H, BLOCK_R, HAS_NORM, HAS_OFFSET, PAIRED)  # fmt: skip
+        heads, whole = heads_of(tile - q_tiles, HEADS_AT_ONCE), token * k_stride
+        one, two, rest = turned(k, whole + heads * k_head, heads, KV_HEADS, whole, k_norm, own_cos, own_sin, eps,
+                                offset, D, HALF, BLOCK_H, BLOCK_R, HAS_NORM, HAS_OFFSET, PAIRED,
+                                KV_HEADS * D if WHOLE else 0)  # fmt: skip
         at = row_of(slots, token, heads, k_block, k_cache_head, PAGE, ROW)
         keep(k_cache, at, heads, KV_HEADS, one, two, rest, KIND, D, HALF, BLOCK_H, BLOCK_R)
     else:
         write_head_tile(v, v_cache, slots, token, tile - q_tiles - k_tiles, v_stride, v_head, v_block, v_cache_head,
-                        KV_HEADS, D, BLOCK_D, PAGE, ROW, KIND, HEADS_AT_ONCE)  # fmt: skip
+                        KV_HEADS, D, BLOCK_D, PAGE, ROW, KIND, HEADS_AT_ONCE, eps, NORMS_VALUES)  # fmt: skip

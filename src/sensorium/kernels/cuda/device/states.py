@@ -4,7 +4,7 @@ all that stands around it. Results are rounded where the reference rounds."""
 import triton
 import triton.language as tl
 
-from sensorium.kernels.cuda.device.norms import normed, sigmoid
+from sensorium.kernels.cuda.device.norms import normed, sigmoid, times_sigmoid
 
 
 @triton.jit
@@ -94,7 +94,6 @@ def gate_heads(
     """[tokens, HEADS * D] times the sigmoids of gates, in place."""
     token, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     keep = at < HEADS * D
-    dtype: tl.constexpr = x.dtype.element_ty
-    gate = tl.load(gates + token * stride + at // D * head_stride + at % D, mask=keep, other=0.0).to(tl.float32)
-    wide = tl.load(x + token * HEADS * D + at, mask=keep, other=0.0).to(tl.float32)
-    tl.store(x + token * HEADS * D + at, (wide * sigmoid(gate).to(dtype).to(tl.float32)).to(dtype), mask=keep)
+    gate = tl.load(gates + token * stride + at // D * head_stride + at % D, mask=keep, other=0.0)
+    own = tl.load(x + token * HEADS * D + at, mask=keep, other=0.0)
+    tl.store(x + token * HEADS * D + at, times_sigmoid(own, gate), mask=keep)

@@ -141,6 +141,32 @@ def test_a_row_of_no_keys_gets_zeros() -> None:
     assert got[0].isfinite().all()
 
 
+def test_programs_that_are_done_leave_no_trace() -> None:
+    """The next launch counts from zero, whatever the batch was before."""
+    backend = CudaBackend()
+    for lengths in ([40, 3, 77], [9]):
+        step = Step([1] * len(lengths), lengths, (4, 2), 16, num_decodes=len(lengths))
+        options = (step.context, step.scale)
+        got = backend.paged_attention(step.q, step.caches[0], step.caches[1], *options)
+        assert_close(got, reference.paged_attention(step.q, step.caches[0], step.caches[1], *options))
+    arrived = backend._arrivals.of(1, step.q)
+    assert arrived is backend._arrivals.of(len(arrived), step.q)
+    assert not arrived.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [[1, 1], [1, 3]])
+def test_gates(lengths: list[int], dtype: torch.dtype) -> None:
+    """Of decodes and of prompts, each behind its query."""
+    step = Step(lengths, [33, 18], (3, 1), 24, num_decodes=lengths.count(1), dtype=dtype)
+    both = torch.randn(sum(lengths), 3, 2, 24).to(dtype)
+    q, gates = both.unbind(2)
+    arrivals = attention.Arrivals()
+    got = attention.paged_attention(q, step.caches[0], step.caches[1], step.context, step.scale, arrivals, gates=gates)
+    expected = reference.paged_attention(q, step.caches[0], step.caches[1], step.context, step.scale)
+    assert_close(got, expected * gates.sigmoid())
+
+
 def test_batch_mates_change_nothing() -> None:
     step = Step([1, 1, 1], [200, 3, 77], (4, 2), 16, num_decodes=3)
     together = CUDA.paged_attention(step.q, step.caches[0], step.caches[1], step.context, step.scale)

@@ -10,11 +10,13 @@ from sensorium.checkpoint.text_config import Routing
 from sensorium.kernels import Activation, Quantization, reference
 from sensorium.kernels.cuda import CudaBackend
 from sensorium.kernels.cuda import experts as cuda_experts
-from sensorium.kernels.cuda.experts import CudaExperts, sorted_rows
+from sensorium.kernels.cuda.experts import CudaExperts, add_up, sorted_rows
 from sensorium.kernels.cuda.linear import CudaQuantizedLinear
+from sensorium.kernels.cuda.norms import Summands, add_rms_norm
 from sensorium.models import experts as models_experts
 
 CUDA = CudaBackend()
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def linear(out: int, of: int, dtype: torch.dtype, *, bias: bool) -> reference.PlainLinear:
@@ -23,7 +25,7 @@ def linear(out: int, of: int, dtype: torch.dtype, *, bias: bool) -> reference.Pl
     return made
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("tokens", "experts", "per_token", "activation", "bias"),
     [(1, 4, 2, "silu", False), (5, 3, 3, "clamped_swiglu", True), (40, 2, 1, "gelu_tanh", True)],
@@ -42,16 +44,54 @@ def test_experts(
 
 
 @pytest.mark.parametrize("is_gated", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_what_all_tokens_take_besides(dtype: torch.dtype, is_gated: bool) -> None:
+@pytest.mark.parametrize("is_folded", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_all_tokens_take_besides(dtype: torch.dtype, is_folded: bool, is_gated: bool) -> None:
+    """As a tensor, and of other states by the kernels of the experts; added up, and in the norm behind it."""
     gate_up, down = [linear(2 * 20, 72, dtype, bias=False) for _ in range(3)], [linear(72, 20, dtype, bias=False)] * 3
+    wide, narrow = linear(2 * 88, 72, dtype, bias=False), linear(72, 88, dtype, bias=False)
     made = CUDA.experts(gate_up, down, "silu")
     assert isinstance(made, CudaExperts)
-    x, shared, gate = (torch.randn(3, size).to(dtype) for size in (72, 72, 1))
+    x, other, residual = (torch.randn(3, 72).to(dtype) for _ in range(3))
+    gate = torch.randn(3, 5).to(dtype)[:, 4:] if is_gated else None
+    shared = narrow(reference.gated(wide(other), "silu"))
     chosen, weights = reference.choose(torch.randn(3, 3), 2, renormalizes=True, scale=1.0)
     expected = reference.experts(gate_up, down, "silu")(x, chosen, weights)
-    expected += shared * gate.sigmoid() if is_gated else shared
-    assert_close(made(x, chosen, weights, shared, gate if is_gated else None), expected, 4)
+    expected += shared if gate is None else shared * gate.sigmoid()
+    sums = made.summands(x, chosen, weights, made.shareable(wide, narrow) if is_folded else None, other)
+    sums = Summands(sums.parts, sums.shared if is_folded else shared, gate)
+    assert_close(add_up(sums, dtype), expected, 4)
+    first, norm = torch.randn(72).to(dtype), torch.randn(72).to(dtype)
+    wanted = reference.add_rms_norm(reference.rms_norm(expected, first, 1e-6), residual, norm, 1e-6)
+    for one, their in zip(add_rms_norm(sums, residual.clone(), norm, 1e-6, 0.0, first), wanted, strict=True):
+        assert_close(one, their, 8)
+
+
+def test_what_is_not_folded() -> None:
+    made = CUDA.experts([linear(8, 4, torch.float32, bias=False)], [linear(4, 4, torch.float32, bias=False)], "silu")
+    assert isinstance(made, CudaExperts)
+    plain, biased = linear(4, 4, torch.float32, bias=False), linear(4, 4, torch.float32, bias=True)
+    assert made.shareable(plain, plain) is not None
+    assert made.shareable(plain, biased) is made.shareable(None, None) is None
+    assert made.shareable(plain, linear(4, 4, torch.float16, bias=False)) is None
+
+
+@pytest.mark.parametrize("is_found", [False, True])
+@pytest.mark.parametrize(("tokens", "experts", "per_token"), [(1, 5, 2), (40, 3, 1), (20, 4, 3)])
+def test_pairs_that_are_found_or_sorted(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, experts: int, per_token: int, is_found: bool
+) -> None:
+    """Experts of several tiles, and of none: the first one is chosen by nobody."""
+    monkeypatch.setattr(cuda_experts, "FOUND", 512 if is_found else 0)
+    gate_up = [linear(2 * 16, 16, torch.float32, bias=True) for _ in range(experts)]
+    down = [linear(16, 16, torch.float32, bias=True) for _ in range(experts)]
+    logits = torch.randn(tokens, experts)
+    logits[:, 0] = -torch.inf
+    chosen, weights = reference.choose(logits, per_token, renormalizes=True, scale=1.0)
+    x = torch.randn(tokens, 16)
+    expected = reference.experts(gate_up, down, "silu")(x, chosen, weights)
+    assert (cuda_experts.order_of(chosen, experts).compared > 0) is is_found
+    assert_close(CUDA.experts(gate_up, down, "silu")(x, chosen, weights), expected, 4)
 
 
 @pytest.mark.parametrize(("tokens", "experts", "per_token", "tile"), [(1, 4, 2, 16), (40, 6, 2, 16), (70, 60, 4, 64)])
@@ -105,7 +145,7 @@ def test_experts_that_nobody_chose() -> None:
     assert_close(CUDA.experts(gate_up, down, "silu")(x, chosen, weights), expected, 4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("renormalizes", [False, True])
 @pytest.mark.parametrize(("experts", "per_token"), [(4, 1), (60, 4), (128, 8), (6, 6)])
 def test_choice(experts: int, per_token: int, renormalizes: bool, dtype: torch.dtype) -> None:

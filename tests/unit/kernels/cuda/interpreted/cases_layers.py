@@ -50,9 +50,11 @@ def test_add_rms_norm(offset: float, dtype: torch.dtype) -> None:
 def test_a_norm_before_the_sum(offset: float, dtype: torch.dtype) -> None:
     x, residual, first, weight = (torch.randn(size).to(dtype) for size in ((5, 40), (5, 40), (40,), (40,)))
     expected = reference.add_rms_norm(reference.rms_norm(x, first, 1e-5, offset), residual, weight, 1e-5, offset)
-    got = cuda_norms.add_rms_norm(x, residual.clone(), weight, 1e-5, offset, first)
+    wide = torch.empty(5, 40)
+    got = cuda_norms.add_rms_norm(x, residual.clone(), weight, 1e-5, offset, first, wide)
     for one, other in zip(got, expected, strict=True):
         assert_close(one, other, 2)
+    assert torch.equal(wide, got[0].float())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -222,6 +224,48 @@ def test_rotation_in_pairs(head_dim: int, rotated: int, has_norms: bool, dtype: 
         q, k, v, cos, sin, norms, 1e-6, 0.0, LayerCache(cache.own[0], cache.own[1]), cache.slots, is_paired=True
     )
     assert_close(q, wanted_q)
+    cache.check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "rotated"), [(32, 32), (20, 12)])
+def test_norms_of_all_heads_together(head_dim: int, rotated: int, dtype: torch.dtype) -> None:
+    """Queries go elsewhere: what one program writes others still have to read."""
+    cache = Cache(2, head_dim, dtype)
+    heads = torch.randn(3, 5 + 4, head_dim).to(dtype)
+    q, k, v = torch.split(heads, [5, 2, 2], dim=1)
+    cos, sin = turns(3, rotated // 2)
+    norms = (torch.randn(5 * head_dim).to(dtype), torch.randn(2 * head_dim).to(dtype))
+    wanted = [reference.rms_norm(x.flatten(1), w, 1e-6).view(x.shape) for x, w in zip((q, k), norms, strict=True)]
+    wanted_q, wanted_k = reference.rope(wanted[0], wanted[1], cos, sin)
+    reference.write_kv(wanted_k, v, cache.expected[0], cache.expected[1], cache.slots)
+    before = heads.clone()
+    got = cuda_rope.rotate_and_write(
+        q, k, v, cos, sin, norms, 1e-6, 0.0, LayerCache(cache.own[0], cache.own[1]), cache.slots, norms_whole=True
+    )
+    assert_close(got, wanted_q, 2)
+    assert torch.equal(heads, before)
+    cache.check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("writes", [False, True])
+def test_scaled_queries_normed_values_and_no_keys(writes: bool, dtype: torch.dtype) -> None:
+    """Without keys of its own a layer leaves the cache as it is."""
+    cache = Cache(2, 24, dtype)
+    heads = torch.randn(3, 5 + 4, 24).to(dtype)
+    q, k, v = torch.split(heads, [5, 2, 2], dim=1)
+    cos, sin = turns(3, 12)
+    scales = torch.tensor([1.0, 1.069, 1.33])
+    wanted_q, wanted_k = reference.rope(q, k, cos, sin)
+    if writes:
+        normed = reference.rms_norm(v, torch.ones(24, dtype=dtype), 1e-6)
+        reference.write_kv(wanted_k, normed, cache.expected[0], cache.expected[1], cache.slots)
+    got = cuda_rope.rotate_and_write(
+        q, k, v, cos, sin, None, 1e-6, 0.0, LayerCache(cache.own[0], cache.own[1]), cache.slots, norms_values=True,
+        writes=writes, scales=scales,
+    )  # fmt: skip
+    assert_close(got, wanted_q * scales.to(dtype).view(-1, 1, 1), 2)
     cache.check()
 
 

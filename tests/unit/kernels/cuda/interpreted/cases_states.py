@@ -47,8 +47,7 @@ def test_gated_convolutions(channels: int, taps: int, bias: bool, dtype: torch.d
     segments, projected = segments_of([1, 1, 1], 3), torch.randn(3, 3 * channels).to(dtype)
     before, after, inner = projected.chunk(3, dim=1)
     wanted = reference.causal_conv(before * inner, weight, state.bias, expected, segments) * after
-    x = torch.empty(3, 1)
-    assert_close(cuda_states.mixed_tokens(state, x, projected, StateCache((own,)), segments), wanted, 2)
+    assert_close(cuda_states.mixed_tokens(state, projected, None, StateCache((own,)), segments), wanted, 2)
     check_states(own, expected)
 
 
@@ -91,7 +90,10 @@ def test_delta_nets(lengths: list[int], singles: int, turns: bool, dtype: torch.
     windows, memory = slots(3, channels, dtype=dtype), slots(6, 12, 20, dtype=torch.float32)
     x, projected = torch.randn(tokens, 24).to(dtype), torch.randn(tokens, channels + 6 * 20).to(dtype)
     wanted = by_reference(state, x, projected, StateCache((windows[1], memory[1])), segments)
-    got = cuda_states.mixed_tokens(state, x, projected, StateCache((windows[0], memory[0])), segments)
+    assert state.delta is not None
+    joined = torch.cat([projected, state.delta.gates(x)], dim=1)  # as one product gives them
+    own, gates = joined.split([channels + 6 * 20, 12], dim=1)
+    got = cuda_states.mixed_tokens(state, own, gates, StateCache((windows[0], memory[0])), segments)
     assert_close(got, wanted, 4)
     check_states(*windows)
     within: Any = {"atol": 1e-2, "rtol": 1e-2} if dtype is not torch.float32 else {"atol": 1e-5, "rtol": 1e-5}
