@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from sensorium.checkpoint.gguf_file import Strings
 from sensorium.checkpoint.gguf_metadata import Metadata
 
 _NO_PADDING = -1  # of which positions are counted: rows of the table before the first position are cut off
@@ -31,7 +32,7 @@ def class_config(meta: Metadata) -> dict[str, Any]:
         return {"num_labels": 1}
     names = meta.get("classifier.output_labels")
     config: dict[str, Any] = {"num_labels": head.shape[0]}
-    if isinstance(names, list) and len(names) == head.shape[0]:
+    if isinstance(names, Strings) and len(names) == head.shape[0]:
         config["id2label"] = {str(index): str(name) for index, name in enumerate(names)}
     return config
 

@@ -5,15 +5,16 @@ Little-endian, versions 2 and 3: header, metadata, tensor infos, padding, data. 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import mmap
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -29,6 +30,7 @@ _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_LENGTH = struct.Struct("<Q")
 _SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
@@ -83,7 +85,7 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """One file. Arrays of metadata are lists of strings or numpy arrays."""
+    """One file. Arrays of metadata are `Strings` or numpy arrays."""
 
     path: Path
     metadata: Mapping[str, Any]
@@ -141,6 +143,36 @@ def _check_set(files: tuple[GgufFile, ...]) -> None:
     wanted = _stated(files[0], "split.tensors.count")
     if len(set(names)) != len(names) or wanted not in (None, len(names)):
         raise CheckpointError(f"{files[0].path.name}: its parts have {len(set(names))} tensors in place of {wanted}")
+
+
+class Strings(Sequence[str]):
+    """An array of texts as the file has it. Who wants weights asks for none of them, so they are read when one is."""
+
+    def __init__(self, stored: bytes, count: int) -> None:
+        """Each is its length, 8 bytes, and its bytes."""
+        self._stored, self._count = stored, count
+
+    @functools.cached_property
+    def _texts(self) -> list[str]:
+        found, at, stored = [], 0, self._stored
+        for _ in range(self._count):
+            start = at + _LENGTH.size
+            at = start + _LENGTH.unpack_from(stored, at)[0]
+            found.append(stored[start:at].decode("utf-8", "replace"))
+        return found
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, at: int) -> str: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[str]: ...
+    def __getitem__(self, at: int | slice) -> str | list[str]:
+        return self._texts[at]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._texts)
 
 
 class _Reader:
@@ -217,12 +249,12 @@ class _Reader:
         start = self.take(count * dtype.itemsize)
         return np.frombuffer(self.memory[start : self.at], dtype)
 
-    def strings(self, count: int) -> list[str]:
-        """One pass over lengths and bytes: a vocabulary has hundreds of thousands."""
+    def strings(self, count: int) -> Strings:
+        """One pass over their lengths: a vocabulary has hundreds of thousands."""
         if count > min(MAX_STRINGS, (self.end - self.at) // 8):
             raise self.broken(f"has an array of {count} strings")
-        found, at, end, memory = [], self.at, self.end, self.memory
-        unpack: Callable[..., tuple[int]] = struct.Struct("<Q").unpack_from
+        first = at = self.at
+        end, memory, unpack = self.end, self.memory, _LENGTH.unpack_from
         for _ in range(count):
             start = at + 8
             if start > end:
@@ -231,9 +263,8 @@ class _Reader:
             if at > end:
                 self.at = start
                 self.take(end)
-            found.append(memory[start:at].decode("utf-8", "replace"))
         self.at = at
-        return found
+        return Strings(memory[first:at], count)
 
     def info(self) -> tuple[str, tuple[int, ...], int, int]:
         name, dims = self.string(MAX_NAME_BYTES), self.number("I")

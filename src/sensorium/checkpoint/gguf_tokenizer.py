@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sensorium.checkpoint.gguf_file import GgufFile
+from sensorium.checkpoint.gguf_file import GgufFile, Strings
 from sensorium.errors import CheckpointError
 
 _PREFIX = "tokenizer.ggml."
@@ -79,9 +79,9 @@ class Vocabulary:
     def __init__(self, file: GgufFile) -> None:
         self.name, self.all = file.path.name, file.metadata
         tokens = self.get("tokens")
-        if not isinstance(tokens, list) or not tokens:
+        if not isinstance(tokens, Strings) or not tokens:
             raise CheckpointError(f"{self.name} has no vocabulary ({_PREFIX}tokens)")
-        self.tokens: list[str] = tokens
+        self.tokens = list(tokens)
         self.types = self.numbers("token_type")
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -159,7 +159,7 @@ def chat_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
     """By name; "default" is the usual one."""
     found = {"default": metadata.get("tokenizer.chat_template")}
     names = metadata.get("tokenizer.chat_templates")
-    for name in names if isinstance(names, list) else ():
+    for name in names if isinstance(names, Strings) else ():
         found[str(name)] = metadata.get(f"tokenizer.chat_template.{name}")
     return {name: text for name, text in found.items() if isinstance(text, str)}
 
@@ -247,7 +247,7 @@ def _byte_level(vocabulary: Vocabulary) -> dict[str, Any]:
 
 def _stored_merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     merges = vocabulary.get("merges")
-    if not isinstance(merges, list):
+    if not isinstance(merges, Strings):
         raise CheckpointError(f"{vocabulary.name} has no {_PREFIX}merges")
     return [pair for merge in merges if (pair := _pair(merge))]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from sensorium.checkpoint.gguf_file import Strings
 from sensorium.checkpoint.gguf_metadata import Metadata
 from sensorium.errors import CheckpointError
 
@@ -66,7 +67,7 @@ def normalisation(tower: Metadata) -> dict[str, Any]:
 def _token(text: Metadata, token: str) -> int | None:
     """Its id; None if the file has no such token."""
     tokens = text.all.get("tokenizer.ggml.tokens")
-    return tokens.index(token) if isinstance(tokens, list) and token in tokens else None
+    return tokens.index(token) if isinstance(tokens, Strings) and token in tokens else None
 
 
 def missing_token(text: Metadata, projector: str) -> tuple[str, int] | None:
@@ -75,7 +76,7 @@ def missing_token(text: Metadata, projector: str) -> tuple[str, int] | None:
     if place is None or _token(text, place) is not None:
         return None
     tokens = text.all.get("tokenizer.ggml.tokens")
-    return place, len(tokens) if isinstance(tokens, list) else 0
+    return place, len(tokens) if isinstance(tokens, Strings) else 0
 
 
 def _media_token(text: Metadata, projector: str) -> int:

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 from sensorium.checkpoint import chat_templates
 from sensorium.checkpoint import gguf_audio_configs as hearing
 from sensorium.checkpoint import gguf_tower_configs as configs
-from sensorium.checkpoint.gguf_file import GgufFile
+from sensorium.checkpoint.gguf_file import GgufFile, Strings
 from sensorium.checkpoint.gguf_metadata import Metadata
 from sensorium.errors import CheckpointError
 
@@ -208,7 +208,7 @@ def template_with_media(text: Metadata, config: Mapping[str, Any]) -> str | None
     """Of a LLaVA that cuts images into tiles (LLaVA-NeXT), how its text model was spoken to, where no template of the
     file knows images. None: as the family is in any case."""
     tokens, own = text.all.get("tokenizer.ggml.tokens"), str(text.all.get("tokenizer.chat_template"))
-    if "image_grid_pinpoints" not in config or not isinstance(tokens, list) or "<|im_start|>" in tokens:
+    if "image_grid_pinpoints" not in config or not isinstance(tokens, Strings) or "<|im_start|>" in tokens:
         return None
     return chat_templates.MISTRAL_LLAVA if "[INST]" in own else chat_templates.VICUNA_LLAVA
 

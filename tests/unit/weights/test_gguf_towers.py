@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import struct
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from support.pixtral import make_mistral3, make_pixtral
 from sensorium.checkpoint.configs import open_checkpoint
 from sensorium.checkpoint.families import load_class
 from sensorium.checkpoint.gguf import gguf_folder
-from sensorium.checkpoint.gguf_file import read_gguf
+from sensorium.checkpoint.gguf_file import Strings, read_gguf
 from sensorium.checkpoint.gguf_metadata import Metadata
 from sensorium.checkpoint.gguf_towers import TOWERS as PROJECTORS
 from sensorium.checkpoint.gguf_towers import part_of_name, rows_of, template_with_media, tower_name
@@ -121,7 +122,9 @@ def test_the_template_of_llava_next_is_its_text_models(tmp_path: Path, own: str,
     file, _ = written("llava_next", tmp_path)
     vocabulary = read_gguf(file)
     tokens = [one.replace("<|im_start|>", "<other>") for one in vocabulary.metadata["tokenizer.ggml.tokens"]]
-    text = replace(vocabulary, metadata={"tokenizer.ggml.tokens": tokens, "tokenizer.chat_template": own})
+    stored = b"".join(struct.pack("<Q", len(one.encode())) + one.encode() for one in tokens)
+    metadata = {"tokenizer.ggml.tokens": Strings(stored, len(tokens)), "tokenizer.chat_template": own}
+    text = replace(vocabulary, metadata=metadata)
     tiles = {"image_grid_pinpoints": [[336, 672]]}
     template = template_with_media(Metadata((text,)), tiles)
     message = Message("user", (MediaPart("image"), TextPart("how?")))
