@@ -5,6 +5,8 @@
     │   ├── MissingFieldError (400)         a field that must be there
     │   ├── UnsupportedFieldError (400)     a field that clients know and this server does not have
     │   ├── ContextLengthError (400)        prompt or prompt + max_tokens do not fit
+    │   │   └── PromptTooLongError (400)      one prompt, which may be cut
+    │   ├── GrammarError (400)              an answer cannot be held to the form that is asked for
     │   ├── MediaError (400)                an image, video or audio item was refused; `code` says why
     │   │   └── UnsupportedModalityError (400)  the model takes no such input
     │   ├── AuthenticationError (401)
@@ -84,6 +86,10 @@ class PromptTooLongError(ContextLengthError):
     """One prompt is longer than it may be; where the request lets the server cut it, it fits."""
 
 
+class GrammarError(RequestError):
+    """The form that an answer is to have cannot be held to: it does not compile, or became too complex on the way."""
+
+
 class MediaError(RequestError):
     """`code` is one of OpenAI's image codes (`invalid_image_url`, …) or the same code for video or audio."""
 
@@ -154,6 +160,20 @@ class ServerError(SensoriumError):
 
 class EngineError(ServerError):
     code = "engine_error"
+
+
+GRAMMAR_NOT_COMPILED = "The form of the answer is too complex for this model's tokenizer: ask for a simpler one."
+GRAMMAR_FAILED = (
+    "The form of the answer became too complex to go on with: ask for a simpler one, with fewer alternatives and less "
+    "that may be left out."
+)
+
+
+def engine_failure(said: str) -> SensoriumError:
+    """Of what the engine says of a request that it ends; "" if it says nothing. A form is the request's own."""
+    if said in (GRAMMAR_NOT_COMPILED, GRAMMAR_FAILED):
+        return GrammarError(said)
+    return EngineError(said) if said else EngineError()
 
 
 class OverloadedError(ServerError):

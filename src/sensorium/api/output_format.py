@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -9,11 +10,12 @@ from sensorium.api.generated import Asker
 from sensorium.api.protocol.chat import ChatRequest
 from sensorium.api.protocol.content import Conversation
 from sensorium.api.protocol.tools import ToolFields
-from sensorium.errors import RateLimitError, RequestError, UnsupportedFieldError
+from sensorium.errors import GrammarError, UnsupportedFieldError
 from sensorium.prompt.formats.base import OutputFormat, Scanner, Tool, ToolChoice
 from sensorium.prompt.formats.grammar import arguments_grammar, is_strict, object_of, strict_refused, with_schema
 from sensorium.prompt.formats.lark import ANY_OBJECT
 from sensorium.prompt.formats.stream import FirstCall
+from sensorium.prompt.formats.syntax import parameters_of
 from sensorium.prompt.forms import Form
 from sensorium.prompt.grammars import GrammarPool, either
 from sensorium.serving.generation import GenerationRequest
@@ -96,16 +98,12 @@ async def _call_grammar(
 
     try:
         return await held_to(tools)
-    except RateLimitError:
-        raise
-    except RequestError:
+    except GrammarError:
         pass  # some tool's schema does not compile, or all together are too much
     checked = [await _checked_tool(model.grammars, tool, tenant) for tool in tools]
     try:
         return await held_to(checked)
-    except RateLimitError:
-        raise
-    except RequestError:
+    except GrammarError:
         return await held_to([tool if is_strict(tool) else with_schema(tool, ANY_OBJECT) for tool in checked])
 
 
@@ -118,13 +116,15 @@ async def _checked_tool(grammars: GrammarPool, tool: Tool, tenant: bytes) -> Too
         try:
             await grammars.held(Form("lark", arguments_grammar(schema), "parameters"), tenant)
             return with_schema(tool, schema)
-        except RateLimitError:
-            raise
-        except RequestError as error:
+        except GrammarError as error:
             refused = error.message
-    if is_strict(tool):
-        raise strict_refused(tool, refused)
-    return with_schema(tool, ANY_OBJECT)
+    if not is_strict(tool):
+        return with_schema(tool, ANY_OBJECT)
+    try:  # as a schema alone it is told which part is wrong
+        await grammars.held(Form("json", json.dumps(parameters_of(tool)), "parameters"), tenant)
+    except GrammarError as error:
+        refused = error.message
+    raise strict_refused(tool, refused)
 
 
 def _whole(

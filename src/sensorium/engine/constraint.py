@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from sensorium.errors import GRAMMAR_FAILED
 from sensorium.kernels.token_bits import mask_of
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
     from sensorium.engine.matchers import NativeMatcher
-
-GRAMMAR_FAILED = "The grammar of this request became too complex to go on with."
 
 
 class Constraint:

@@ -17,6 +17,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 from sensorium.engine.constraint import Constraint
 from sensorium.engine.matchers import VERSIONS, NativeMatcher, NativeTokenizer, library
 from sensorium.engine.spelling import Speller, ends_within, plain_tokenizer
+from sensorium.errors import GRAMMAR_NOT_COMPILED
 from sensorium.types import EngineRequest, Grammar, Vocabulary
 
 MAX_KEPT = 64  # compiled grammars
@@ -30,7 +31,6 @@ NO_INTERFACE = (
     "the installed llguidance has no C interface that is known (%s has): answers wait while it opens the tokenizer"
 )
 NO_VOCABULARY = "Structured output is not available for this model's tokenizer."
-NOT_COMPILED = "The grammar of this request is too complex for this model's tokenizer."
 
 logger = logging.getLogger("sensorium.engine")
 
@@ -126,7 +126,7 @@ class Grammars:
     # The thread's part
 
     def _prepare(self, key: Key, grammar: Grammar, vocabulary: Vocabulary) -> None:
-        compiled: Compiled = NOT_COMPILED
+        compiled: Compiled = GRAMMAR_NOT_COMPILED
         try:
             compiled = self._compiled(grammar, vocabulary)
         finally:  # whatever the library raises, the requests must not wait for ever
@@ -145,7 +145,7 @@ class Grammars:
             matcher.compute_bitmask()
         if matcher.is_error():
             logger.warning("a grammar could not be compiled: %s", matcher.get_error()[:200])
-            return NOT_COMPILED
+            return GRAMMAR_NOT_COMPILED
         return Constraint(matcher.deep_copy()).error or matcher
 
     def open(self, vocabulary: Vocabulary) -> Tokenizer:

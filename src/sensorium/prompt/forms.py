@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from sensorium.errors import RequestError
+from sensorium.errors import GrammarError
 
 FormKind = Literal["json", "regex", "choice", "lark", "grammar"]
 MAX_CHARS: dict[FormKind, int] = {
@@ -35,11 +35,11 @@ class Form:
     closed: bool = False
 
     def check_size(self) -> None:
-        """RequestError if it is longer than any that is compiled."""
+        """GrammarError if it is longer than any that is compiled."""
         most = MAX_CHARS[self.kind]
         if len(self.source) > most:
-            raise RequestError(f"`{self.param}` must have at most {most} characters.", param=self.param)
+            raise GrammarError(f"`{self.param}` must have at most {most} characters.", param=self.param)
         if len(self.whitespace) > MAX_WHITESPACE_CHARS:
-            raise RequestError(
+            raise GrammarError(
                 f"A whitespace pattern must have at most {MAX_WHITESPACE_CHARS} characters.", param=self.param
             )

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from time import process_time
 from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, regex_to_lark
@@ -17,6 +18,7 @@ from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
 
 from sensorium.prompt.forms import Form
 from sensorium.prompt.schema import SchemaRefused, ready
+from sensorium.prompt.schema_faults import fault_of
 
 LIMITS = LLParserLimits(
     initial_lexer_fuel=500_000,
@@ -31,6 +33,11 @@ INTERSECTIONS = "intersection stack level exceeded"
 COMPILING = "failed to compile JSON schema: "
 """Stands, behind a place in the whole grammar, before what it says of a schema in it."""
 MAX_REASON_CHARS = 200
+LOCATING_S = 1.0
+"""Processor time for the search for what is wrong in a schema."""
+NOTHING_FITS = "cannot be fulfilled: no answer fits it"
+BAD_REGEX = "has a regular expression that cannot be used"
+_TOO_COMPLEX = ("too big", "too large", "fuel", "too many", "too complex", "max is", "regex is empty", INTERSECTIONS)
 NUM_BYTES = 256
 
 
@@ -57,8 +64,29 @@ def checked(form: Form, names: Names) -> tuple[str, str]:
     if INTERSECTIONS in error:
         kind, source, error = _compiled(form, names, loose=True)
     if error:
-        raise FormRefused("", _reason(form.kind, error))
+        raise _located(form, names, _reason(form.kind, error))
     return kind, source
+
+
+def _located(form: Form, names: Names, reason: str) -> FormRefused:
+    """With the part of a schema that is refused for this reason, if it is one part, and its keywords that are."""
+    if form.kind != "json" or reason == NOTHING_FITS:  # which part of a whole fits nothing says little about the whole
+        return FormRefused("", reason)
+    ends_s = process_time() + LOCATING_S
+
+    def fails(schema: Mapping[str, Any]) -> bool:
+        try:
+            *_, error = _compiled(replace(form, source=json.dumps(schema)), names)
+        except FormRefused:
+            return False
+        return bool(error) and _reason(form.kind, error) == reason
+
+    path, keywords = fault_of(_parsed(form.source), fails, lambda: process_time() < ends_s)
+    if keywords and reason == BAD_REGEX and not {"pattern", "patternProperties"} & set(keywords):
+        reason = "cannot be used"  # the regular expression was made of other keywords
+    if keywords and not any(f"`{key}`" in reason for key in keywords):
+        reason += f"; without its {' or without its '.join(f'`{key}`' for key in keywords)} it would not be refused"
+    return FormRefused(path[:MAX_REASON_CHARS], reason)
 
 
 def _compiled(form: Form, names: Names, *, loose: bool = False) -> tuple[str, str, str]:
@@ -161,11 +189,11 @@ def _reason(kind: str, error: str) -> str:
     if "Token range" in error:
         return "names a token that the vocabulary does not have"
     if "NoExtension" in error or "Unsatisfiable" in error or "unsatisfiable" in error:
-        return "cannot be fulfilled: no answer fits it"
-    if any(
-        word in error for word in ("too big", "too large", "fuel", "too many", "too complex", "max is", INTERSECTIONS)
-    ):
+        return NOTHING_FITS
+    if any(word in error for word in _TOO_COMPLEX):
         return "is too complex"
+    if "regex for" in error and "range" in error:
+        return "has bounds that cannot be used"
     if "look-ahead" in error:
         return "must not look ahead or behind (`(?=`, `(?!`, `(?<=`, `(?<!`)"
     if "backreference" in error:
@@ -175,7 +203,7 @@ def _reason(kind: str, error: str) -> str:
     if "too deeply" in error or "recursion limit" in error or "nest limit" in error:
         return "is nested too deeply"
     if kind == "regex" or "regex parse error" in error or "invalid regex" in error:
-        return "has a regular expression that cannot be used"
+        return BAD_REGEX
     return f"cannot be used: {_cut(error)}"
 
 

@@ -10,8 +10,9 @@ from dataclasses import asdict
 from functools import partial
 
 from sensorium.config import PROMPT_MEMORY_BYTES
-from sensorium.errors import OverloadedError, RateLimitError, RequestError, UnavailableError
+from sensorium.errors import GrammarError, OverloadedError, RateLimitError, UnavailableError
 from sensorium.prompt.forms import Form
+from sensorium.prompt.schema_faults import costly_part
 from sensorium.system.nursery import Nursery
 from sensorium.types import Grammar, Vocabulary
 from sensorium.workers.connection import JobFailed, Reply, TurnMissed, Unanswered
@@ -62,11 +63,11 @@ class GrammarPool:
         return None if form is None else await self.grammar_of(form, tenant)
 
     async def grammar_of(self, form: Form, tenant: bytes = b"") -> Grammar:
-        """A grammar that compiles. RequestError names the field of the form and says what is wrong.
+        """A grammar that compiles. GrammarError names the field of the form and says what is wrong.
 
         What is kept is a tenant's own: the time would tell which forms another one asks for."""
         if self._vocabulary is None:
-            raise RequestError("Structured output is not available for this model's tokenizer.", param=form.param)
+            raise GrammarError("Structured output is not available for this model's tokenizer.", param=form.param)
         form.check_size()
         job = json.dumps({"form": asdict(form) | {"param": ""}, "names": self._names(form)}).encode()
         key = hashlib.sha256(len(tenant).to_bytes(4, "big") + tenant + job).digest()
@@ -133,14 +134,16 @@ def nested(grammar: Grammar) -> str:
     return f"%json {grammar.source}" if grammar.kind == "json" else f"%lark {{\n{grammar.source}\n}}"
 
 
-def _refused(form: Form, param: str, reason: str) -> RequestError:
+def _refused(form: Form, param: str, reason: str) -> GrammarError:
     code = "invalid_json_schema" if form.kind == "json" else None
-    return RequestError(f"`{param}` {reason}.", param=param, code=code)
+    return GrammarError(f"`{param}` {reason}.", param=param, code=code)
 
 
 def _failure(failure: Unanswered, form: Form) -> Exception:
     if isinstance(failure, JobFailed):
-        return _refused(form, form.param, "is too complex: compiling it takes too much time or memory")
+        reason = "is too complex: compiling it takes too much time or memory"
+        part = costly_part(form.source) if form.kind == "json" else ""
+        return _refused(form, form.param, f"{reason}; {part}" if part else reason)
     if isinstance(failure, TurnMissed):
         if failure.by_key:
             return RateLimitError("Too many grammars of this key are being compiled: wait for some of their answers.")

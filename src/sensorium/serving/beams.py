@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from sensorium.errors import EngineError, RequestError
+from sensorium.errors import EngineError, RequestError, engine_failure
 from sensorium.serving.concurrency import all_in_order
 from sensorium.types import EngineOutput, Prompt, SamplingParams, TokenLogprob
 
@@ -151,7 +151,7 @@ class BeamSearch:
         try:
             async for output in asked:
                 if output.finish_reason in ("error", "abort"):
-                    raise EngineError(output.error) if output.error else EngineError()
+                    raise engine_failure(output.error)
                 if self._first is None:
                     self._first = output
                 return output.logprobs[0].top

@@ -13,7 +13,7 @@ from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
-from sensorium.errors import EngineError, SensoriumError, UnavailableError
+from sensorium.errors import EngineError, SensoriumError, UnavailableError, engine_failure
 from sensorium.prompt.formats.base import Arguments, Call, Delta, Reasoning, Scanner, Text
 from sensorium.prompt.output import OutputText, PlainOutput, ScannedOutput, TextOptions
 from sensorium.serving.beams import Beams, BeamSearch, Outputs
@@ -162,7 +162,7 @@ class Choice:
     def take(self, output: EngineOutput) -> Sequence[Delta]:
         """What an output adds. Sets `finish_reason` when it was the last one."""
         if output.finish_reason == "error":
-            raise EngineError(output.error) if output.error else EngineError()
+            raise engine_failure(output.error)
         if output.finish_reason == "abort":
             raise UnavailableError("The request was ended by the server.")
         tokens = output.token_ids

@@ -17,7 +17,14 @@ from numpy.typing import NDArray
 
 from sensorium.checkpoint.prompts import Role
 from sensorium.config import Limits
-from sensorium.errors import ContextLengthError, EngineError, RequestError, SensoriumError, UnavailableError
+from sensorium.errors import (
+    ContextLengthError,
+    EngineError,
+    RequestError,
+    SensoriumError,
+    UnavailableError,
+    engine_failure,
+)
 from sensorium.media.source import MediaSource
 from sensorium.prompt.encode import PairLimits, Truncation
 from sensorium.prompt.messages import Message, TextPart
@@ -344,7 +351,7 @@ async def vectors_of(stream: OutputStream, observer: PoolingObserver) -> tuple[V
     """The one answer of a request that pools: its vector, and others of the same pass."""
     async for output in stream:
         if output.finish_reason == "error":
-            raise EngineError(output.error) if output.error else EngineError()
+            raise engine_failure(output.error)
         if output.finish_reason == "abort":
             raise UnavailableError("The request was ended by the server.")
         if output.vector is not None:

@@ -16,8 +16,11 @@ from support.api_support import READY, TOKENIZER, FakeEngine, Served, chat, even
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as RawTokenizer
 
-from sensorium.prompt.forms import MAX_CHARS
+from sensorium.errors import GRAMMAR_FAILED, GRAMMAR_NOT_COMPILED, RateLimitError
+from sensorium.prompt.forms import MAX_CHARS, Form
+from sensorium.prompt.grammars import GrammarPool
 from sensorium.prompt.tokenizer import Tokenizer
+from sensorium.types import EngineOutput, EngineRequest, Grammar
 
 WEATHER = {
     "type": "function",
@@ -276,6 +279,37 @@ async def test_a_tool_that_no_grammar_holds_stops_no_call_unless_it_is_strict(sc
     assert (strict.status, strict.error["param"], strict.error["code"]) == (400, "tools", "invalid_json_schema")
     assert "'odd'" in strict.error["message"]
     assert "at 2(" not in strict.error["message"]
+    assert "`parameters.properties.a" in strict.error["message"]  # which part it is
+
+
+async def test_a_key_that_compiles_too_much_is_told_so_with_tools_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another form, with less in it, is for those that cannot be held to."""
+    asked: list[str] = []
+
+    async def busy(pool: GrammarPool, form: Form, tenant: bytes = b"") -> Grammar:
+        asked.append(form.source)
+        raise RateLimitError("Wait.")
+
+    monkeypatch.setattr(GrammarPool, "grammar_of", busy)
+    async with saying("x", tool_templates.HERMES, with_file(tmp_path)) as served:
+        reply = await chat(served.port, messages=ASK, tools=[WEATHER], tool_choice="required")
+    assert (reply.status, reply.error["code"], len(asked)) == (429, "rate_limit_exceeded", 1)
+
+
+@pytest.mark.parametrize("said", [GRAMMAR_FAILED, GRAMMAR_NOT_COMPILED])
+async def test_a_form_that_the_engine_cannot_go_on_with_is_the_request_s_fault(said: str) -> None:
+    """A 500 would be tried again by clients."""
+
+    async def failing(request: EngineRequest) -> AsyncIterator[EngineOutput]:
+        yield EngineOutput(request.id, finish_reason="error", error=said)
+
+    async with serving(FakeEngine(script=failing)) as served:
+        for n in (1, 2):
+            reply = await chat(served.port, n=n)
+            assert (reply.status, reply.error["message"]) == (400, said)
+            assert reply.error["type"] == "invalid_request_error"
 
 
 async def test_parameters_that_hold_at_once_are_held(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from support.engine_harness import Bench, Result, bench, random_prompt, request,
 from support.tiny_tokenizers import id_of
 
 from sensorium.engine import grammars
-from sensorium.engine.constraint import GRAMMAR_FAILED
+from sensorium.errors import GRAMMAR_FAILED, GRAMMAR_NOT_COMPILED
 from sensorium.models.base import Model
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.types import EngineRequest, Grammar
@@ -213,7 +213,7 @@ def test_a_grammar_that_fails_on_the_way_ends_its_request_only(
 @pytest.mark.parametrize("source", ['start: start "a"', "start: (", 'start: missing "a"'])
 def test_what_cannot_be_compiled_is_an_error_of_its_request(model: Model, tokenizer: Tokenizer, source: str) -> None:
     bad, good = held(model, tokenizer).run(ask(model, Grammar("lark", source)), ask(model, JSON, temperature=1))
-    assert (bad.reason, bad.error, bad.tokens) == ("error", grammars.NOT_COMPILED, [])
+    assert (bad.reason, bad.error, bad.tokens) == ("error", GRAMMAR_NOT_COMPILED, [])
     check_person(text_of(tokenizer, good))
 
 

@@ -12,11 +12,12 @@ from typing import Any, ClassVar
 import pytest
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
-from sensorium.errors import RequestError
-from sensorium.prompt import grammars
+from sensorium.errors import GrammarError, RequestError
+from sensorium.prompt import grammar_check, grammars
 from sensorium.prompt.forms import MAX_CHARS, Form, FormKind
-from sensorium.prompt.grammar_check import Names, checked
+from sensorium.prompt.grammar_check import FormRefused, Names, checked
 from sensorium.prompt.grammars import GrammarPool, either
+from sensorium.prompt.schema_faults import costly_part
 from sensorium.prompt.structural import structural_grammar
 from sensorium.system.priority import NICENESS
 from sensorium.types import Grammar, Vocabulary
@@ -212,6 +213,68 @@ async def test_hostile_forms_are_refused_by_name_and_the_next_is_served(pool: Gr
         assert refused.value.code == ("invalid_json_schema" if kind == "json" else "invalid_value")
         assert time.monotonic() - started < grammars.WORKERS.total_s + 5
     assert (await pool.grammar_of(Form("regex", "a+", "field"))).source == "start: /a+/"
+
+
+TEXT = {"type": "string"}
+PRODUCT = {"allOf": [{"anyOf": [{"properties": {f"k{i}{j}": TEXT}} for i in range(6)]} for j in range(8)]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "path", "words"),
+    [
+        (PRODUCT, "", "is too complex; without its `allOf` it"),
+        ({"properties": {"a": TEXT, "b": {"items": PRODUCT}}}, ".properties.b.items", "without its `allOf` it"),
+        ({"$defs": {"D": PRODUCT}, "properties": {"a": {"$ref": "#/$defs/D"}}}, ".$defs.D", "is too complex"),
+        ({"properties": {"a": {"type": "integer", "multipleOf": 10**9 + 7}}}, ".properties.a", "its `multipleOf` it"),
+        (
+            {"properties": {"a": {"type": "string", "minLength": 1000, "pattern": "^[a-z ]*x[a-z ]*$"}}},
+            ".properties.a",
+            "without its `pattern` or without its `minLength` it",
+        ),
+        ({"prefixItems": [TEXT, {"type": "number", "minimum": 1e-300}]}, ".prefixItems[1]", "without its `minimum` it"),
+        (
+            {"properties": {"a": {"type": "number", "maximum": 1e300}}},
+            ".properties.a",
+            "bounds that cannot be used; with",
+        ),
+        ({"anyOf": [TEXT, {"type": "string", "pattern": "("}]}, ".anyOf[1]", "regular expression that cannot be used;"),
+        ({"properties": {"a": {"type": "string", "pattern": "(?=a)b"}}}, ".properties.a", "must not look ahead"),
+    ],
+)
+def test_what_is_refused_of_a_schema_is_located(schema: dict[str, Any], path: str, words: str) -> None:
+    with pytest.raises(FormRefused) as refused:
+        checked(Form("json", json.dumps(schema), "field"), Names())
+    assert refused.value.path == path and words in refused.value.reason
+
+
+def test_locating_has_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_check, "LOCATING_S", 0.0)
+    with pytest.raises(FormRefused) as refused:
+        checked(Form("json", json.dumps({"properties": {"a": PRODUCT}}), "field"), Names())
+    assert (refused.value.path, refused.value.reason) == ("", "is too complex")
+
+
+async def test_what_nobody_could_compile_is_told_its_largest_part() -> None:
+    pool = GrammarPool(VOCABULARY, 512, cpu_s=0.3)
+    many = {f"p{i}": TEXT for i in range(3000)}
+    inner = {"properties": {"few": {"properties": dict.fromkeys("abc", TEXT)}, "many": {"properties": many}}}
+    try:
+        with pytest.raises(
+            GrammarError, match=r"`properties\.many` has 3000 properties that may be left out: list them"
+        ):
+            await pool.grammar_of(Form("json", json.dumps(inner), "field"))
+    finally:
+        await pool.aclose()
+    for schema, start in (
+        ({"properties": many, "required": list(many)}, ""),
+        ({"properties": many, "required": [{}, None]}, "its root has 3000 properties"),
+        ({"patternProperties": many}, "its root has 3000 `patternProperties`"),
+        ({"properties": 1, "items": [1]}, ""),
+        ([1], ""),
+    ):
+        found = costly_part(json.dumps(schema))
+        assert found.startswith(start) and bool(found) == bool(start)
+    assert costly_part("[" * 100_000) == costly_part("{") == ""
 
 
 async def test_what_takes_too_long_is_ended(letters: LLTokenizer) -> None:
