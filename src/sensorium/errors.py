@@ -29,8 +29,18 @@ Only these carry text that a client may read. Anything else is answered with `Se
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import ClassVar
+
+MAX_WORD, MAX_LINE = 400, 20_000  # characters of a message about a start
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_LONG = re.compile(rf"\S{{{MAX_WORD},}}")
+
+
+def _one_line(text: str) -> str:
+    escaped = _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    return _LONG.sub(lambda match: f"{match[0][: MAX_WORD // 4]}…", escaped)[:MAX_LINE]
 
 
 class SensoriumError(Exception):
@@ -195,7 +205,12 @@ class UnavailableError(ServerError):
 
 
 class StartupError(SensoriumError):
-    """Raised before anything is served; the command line prints the message and exits with code 2."""
+    """Raised before anything is served; the command line prints the message, one line, and exits with code 2.
+
+    What files say stands in some messages: their control characters are written as escapes, long words are cut."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_one_line(message))
 
 
 class CheckpointError(StartupError):

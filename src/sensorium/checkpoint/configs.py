@@ -22,7 +22,7 @@ from sensorium.checkpoint.quantization import StoredQuantization, read_quantizat
 from sensorium.checkpoint.rerankers import Recipe, ScoreTokens, recipe_of, score_tokens
 from sensorium.checkpoint.text_config import TextConfig, read_text_config, text_part
 from sensorium.checkpoint.tokens import read_chat_templates, stop_token_ids
-from sensorium.checkpoint.values import positive_int, read_json, unsupported
+from sensorium.checkpoint.values import check_counts, positive_int, read_json, unsupported
 from sensorium.checkpoint.weight_files import find_weight_files
 from sensorium.errors import CheckpointError
 
@@ -92,6 +92,7 @@ def open_checkpoint(
     architecture = architecture_of({**stated, **overrides})
     family = family_of(architecture)
     config = _in_one_dialect(overridden(_resolved(stated, family, text_folder), overrides, family.nested_in), family)
+    check_counts(config)
     recipe = recipe_of(folder, config)
     tokens = _score_tokens(folder, config, family, recipe)
     if tokens is not None:

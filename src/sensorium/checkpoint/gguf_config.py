@@ -44,7 +44,7 @@ _SAMPLING = {
 
 def served_architecture(meta: Metadata) -> GgufArchitecture:
     """CheckpointError if the first file is no model of a family that is served."""
-    kind = meta.all.get("general.type", "model")
+    kind = meta.general("general.type", "model")
     if kind != "model":
         raise CheckpointError(f"{meta.name} is a GGUF file of type {str(kind)[:80]!r}, not a model")
     found = gguf_architecture(meta.all)
@@ -145,9 +145,9 @@ def generation_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """generation_config.json: end tokens and, in newer files, how to sample."""
     ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     found: dict[str, Any] = {
-        name: metadata[f"general.sampling.{key}"]
+        name: value
         for key, name in _SAMPLING.items()
-        if f"general.sampling.{key}" in metadata
+        if isinstance(value := metadata.get(f"general.sampling.{key}"), int | float) and math.isfinite(value)
     }
     stops = list(dict.fromkeys(one for one in ends if isinstance(one, int)))
     return {**found, "eos_token_id": stops} if stops else found

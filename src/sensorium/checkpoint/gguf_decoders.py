@@ -54,7 +54,7 @@ def _heads_and_window(meta: Metadata, heads: int) -> dict[str, Any]:
 
 def _axes(meta: Metadata, scaling: Mapping[str, Any] | None) -> dict[str, Any]:
     """Frequencies of each axis of the positions."""
-    sections = meta.get("rope.dimension_sections")
+    sections = meta.stored("rope.dimension_sections")
     if not isinstance(sections, np.ndarray):
         return {}
     return {"rope_scaling": {"type": "mrope", **(scaling or {}), "mrope_section": sections.tolist()[:3]}}
@@ -139,15 +139,15 @@ def _qwen35(meta: Metadata, heads: int) -> dict[str, Any]:
 
 
 def _gemma3(meta: Metadata, heads: int) -> dict[str, Any]:
-    pattern, head_dim = meta.get("attention.sliding_window_pattern"), meta.number("attention.key_length", 256)
+    pattern, head_dim = meta.stored("attention.sliding_window_pattern"), meta.number("attention.key_length", 256)
     scalar = meta.number("embedding_length") // heads if meta.layers == GEMMA3_27B_LAYERS else head_dim
     config = {
         "num_key_value_heads": meta.number("attention.head_count_kv", heads),
         "hidden_activation": "gelu_pytorch_tanh",
         "sliding_window": meta.number("attention.sliding_window"),
-        "rope_local_base_freq": meta.number("rope.local.freq_base", meta.get("rope.freq_base_swa", 10000.0)),
+        "rope_local_base_freq": meta.number("rope.local.freq_base", meta.number("rope.freq_base_swa", 10000.0)),
         "query_pre_attn_scalar": scalar,
-        "final_logit_softcapping": meta.get("final_logit_softcapping"),
+        "final_logit_softcapping": meta.maybe("final_logit_softcapping"),
         "rope_theta": meta.number("rope.freq_base", 1e6),
     }
     flags = meta.flags("attention.sliding_window_pattern", meta.layers)
@@ -168,7 +168,7 @@ def _kinds(flags: list[bool]) -> list[str]:
 
 def _padding(meta: Metadata) -> int | None:
     """The token whose small embeddings stand in the places of media."""
-    token = meta.all.get("tokenizer.ggml.padding_token_id")
+    token = meta.general("tokenizer.ggml.padding_token_id")
     return token if isinstance(token, int) else None
 
 
@@ -194,7 +194,7 @@ def _gemma4(meta: Metadata, heads: int) -> dict[str, Any]:
         "layer_types": _kinds(windowed),
         "sliding_window": meta.number("attention.sliding_window"),
         "hidden_activation": "gelu_pytorch_tanh",
-        "final_logit_softcapping": meta.get("final_logit_softcapping"),
+        "final_logit_softcapping": meta.maybe("final_logit_softcapping"),
         "hidden_size_per_layer_input": meta.number("embedding_length_per_layer_input", 0),
         "enable_moe_block": bool(meta.get("expert_count")),
         "top_k_experts": meta.number("expert_used_count") if meta.get("expert_count") else None,
@@ -240,7 +240,7 @@ def _rope_scaling(meta: Metadata) -> dict[str, Any]:
         return scaling
     if divisors:
         return {"type": "longrope", "short_factor": divisors, "long_factor": divisors, "attention_factor": 1.0}
-    factor = meta.number("rope.scaling.factor", meta.get("rope.scale_linear", 1.0))
+    factor = meta.number("rope.scaling.factor", meta.number("rope.scale_linear", 1.0))
     if kind == "linear" or (kind == "none" and factor != 1.0):
         return {} if factor == 1.0 else {"type": "linear", "factor": factor}
     if kind == "yarn":

@@ -30,7 +30,7 @@ def class_config(meta: Metadata) -> dict[str, Any]:
         if head.shape[0] != 2:
             raise meta.broken(f"cls.output.weight has {head.shape[0]} rows; a score is made of two")
         return {"num_labels": 1}
-    names = meta.get("classifier.output_labels")
+    names = meta.stored("classifier.output_labels")
     config: dict[str, Any] = {"num_labels": head.shape[0]}
     if isinstance(names, Strings) and len(names) == head.shape[0]:
         config["id2label"] = {str(index): str(name) for index, name in enumerate(names)}
@@ -70,7 +70,7 @@ _NOMIC_LAYERS = {"qkv_proj": "attn_qkv", "mlp_fc1": "ffn_up", "mlp_fc2": "ffn_do
 
 def _modern_bert(meta: Metadata) -> dict[str, Any]:
     return {
-        "norm_eps": meta.number("attention.layer_norm_rms_epsilon", meta.get("attention.layer_norm_epsilon", 1e-5)),
+        "norm_eps": meta.number("attention.layer_norm_rms_epsilon", meta.number("attention.layer_norm_epsilon", 1e-5)),
         "hidden_activation": meta.get("hidden_activation", "gelu"),
         "norm_bias": "token_embd_norm.bias" in meta.tensors,
         "attention_bias": "blk.0.attn_qkv.bias" in meta.tensors,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sensorium.checkpoint.gguf_file import GgufFile, GgufTensor
+from sensorium.checkpoint.gguf_file import GgufFile, GgufTensor, Strings
 from sensorium.errors import CheckpointError
 
 MAX_STORED_BYTES = 1 << 16  # of a tensor that is a part of the configuration
@@ -40,15 +40,29 @@ class Metadata:
     def tensors(self) -> dict[str, GgufTensor]:
         return {tensor.name: tensor for file in self.files for tensor in file.tensors}
 
-    def get(self, key: str, default: Any = None) -> Any:
+    def stored(self, key: str, default: Any = None) -> Any:
+        """As it stands, be it an array: texts, or numpy's, which is neither true nor false."""
         return self.all.get(f"{self.prefix}.{key}", default)
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """One value. CheckpointError if it is an array."""
+        return self._one(f"{self.prefix}.{key}", self.stored(key, default))
+
+    def general(self, key: str, default: Any = None) -> Any:
+        """The same of keys without the architecture's name."""
+        return self._one(key, self.all.get(key, default))
+
+    def _one(self, key: str, value: Any) -> Any:
+        if isinstance(value, np.ndarray | Strings):
+            raise self.broken(f"{key} must be one value, not an array of {len(value)}")
+        return value
+
     def has(self, key: str) -> bool:
-        return self.get(key) is not None
+        return self.stored(key) is not None
 
     def number(self, key: str, default: float | None = None) -> Any:
         """CheckpointError if it is not there, is no finite number, or differs between layers."""
-        value = self.get(key, default)
+        value = self.stored(key, default)
         if isinstance(value, np.ndarray):
             kinds = set(value.tolist())
             if len(kinds) != 1:
@@ -56,9 +70,13 @@ class Metadata:
             value = kinds.pop()
         return self._finite(key, value)
 
+    def maybe(self, key: str) -> Any:
+        """`number`, or None if it is not there."""
+        return self.number(key) if self.has(key) else None
+
     def numbers(self, key: str, count: int) -> list[Any]:
         """Of each layer, where one number may stand for all."""
-        value = self.get(key)
+        value = self.stored(key)
         found = value.tolist()[:count] if isinstance(value, np.ndarray) else [value] * count
         if len(found) != count:
             raise self.broken(f"{self.prefix}.{key} has {len(found)} numbers for {count} layers")
@@ -66,7 +84,7 @@ class Metadata:
 
     def flags(self, key: str, count: int) -> list[bool] | None:
         """Of each layer, if the file says it."""
-        value = self.get(key)
+        value = self.stored(key)
         if not isinstance(value, np.ndarray):
             return None
         if len(value) < count:
@@ -81,8 +99,10 @@ class Metadata:
     @property
     def layers(self) -> int:
         """Without those behind the last one that predict several tokens at once."""
-        layers: int = self.number("block_count") - self.number("nextn_predict_layers", 0)
-        if layers > len(self.tensors) or layers <= 0:  # before a model of so many layers is built
+        layers = self.number("block_count") - self.number("nextn_predict_layers", 0)
+        if (
+            not isinstance(layers, int) or layers > len(self.tensors) or layers <= 0
+        ):  # before a model of so many layers is built
             raise CheckpointError(f"{self.name} states {layers} layers, but has {len(self.tensors)} tensors")
         return layers
 

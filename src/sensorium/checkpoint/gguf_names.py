@@ -225,7 +225,8 @@ def gguf_architecture(metadata: Mapping[str, Any]) -> GgufArchitecture:
             "Serve the checkpoint that the file was made of, with --quantization int4 or int8"
         )
     found = ARCHITECTURES[name]
-    return _MIXTRAL if found is _LLAMA and metadata.get(f"{name}.expert_count") else found
+    experts = metadata.get(f"{name}.expert_count")
+    return _MIXTRAL if found is _LLAMA and isinstance(experts, int) and experts else found
 
 
 def layer_of(name: str) -> int | None:

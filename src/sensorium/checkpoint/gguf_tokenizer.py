@@ -78,14 +78,22 @@ class Vocabulary:
 
     def __init__(self, file: GgufFile) -> None:
         self.name, self.all = file.path.name, file.metadata
-        tokens = self.get("tokens")
+        tokens = self.stored("tokens")
         if not isinstance(tokens, Strings) or not tokens:
             raise CheckpointError(f"{self.name} has no vocabulary ({_PREFIX}tokens)")
         self.tokens = list(tokens)
         self.types = self.numbers("token_type")
 
+    def stored(self, key: str) -> Any:
+        """As it stands, be it an array."""
+        return self.all.get(_PREFIX + key)
+
     def get(self, key: str, default: Any = None) -> Any:
-        return self.all.get(_PREFIX + key, default)
+        """One value. CheckpointError if it is an array."""
+        value = self.all.get(_PREFIX + key, default)
+        if isinstance(value, np.ndarray | Strings):
+            raise CheckpointError(f"{self.name}: {_PREFIX}{key} must be one value, not an array of {len(value)}")
+        return value
 
     def flag(self, key: str, *, default: bool) -> bool:
         value = self.get(key)
@@ -93,7 +101,7 @@ class Vocabulary:
 
     def numbers(self, key: str) -> list[Any]:
         """Of every token; [] if they are not there."""
-        value = self.get(key)
+        value = self.stored(key)
         if value is None:
             return []
         if not isinstance(value, np.ndarray) or len(value) != len(self.tokens):
@@ -246,7 +254,7 @@ def _byte_level(vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def _stored_merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
-    merges = vocabulary.get("merges")
+    merges = vocabulary.stored("merges")
     if not isinstance(merges, Strings):
         raise CheckpointError(f"{vocabulary.name} has no {_PREFIX}merges")
     return [pair for merge in merges if (pair := _pair(merge))]
@@ -339,7 +347,7 @@ def merges_of(vocabulary: Vocabulary, *, by_score: bool) -> list[tuple[str, str]
 
 def _unigram(vocabulary: Vocabulary) -> dict[str, Any]:
     """XLM-RoBERTa's kind (and T5's): the likeliest tokens of a text. Its normaliser is a table of the file."""
-    scores, table = vocabulary.numbers("scores"), vocabulary.get("precompiled_charsmap")
+    scores, table = vocabulary.numbers("scores"), vocabulary.stored("precompiled_charsmap")
     unknown = vocabulary.get("unknown_token_id", 2)
     if not scores or not isinstance(unknown, int) or not 0 <= unknown < len(scores):
         raise CheckpointError(f"{vocabulary.name} has no {_PREFIX}scores or no unknown_token_id for them")

@@ -58,7 +58,7 @@ def normalisation(tower: Metadata) -> dict[str, Any]:
     """preprocessor_config.json's mean and deviation."""
     found = {}
     for name in ("image_mean", "image_std"):
-        value = tower.get(f"vision.{name}")
+        value = tower.stored(f"vision.{name}")
         if isinstance(value, np.ndarray) and len(value) == 3:
             found[name] = [float(one) for one in value.tolist()]
     return found
@@ -150,7 +150,7 @@ def qwen2_5(text: Metadata, tower: Metadata, tokens: Mapping[str, str] = _QWEN_T
     """The window is not stored: it is 112 pixels in all published models."""
     vision, config = _vision(tower), _qwen(text, tower, tokens)
     every = tower.number("vision.n_wa_pattern", 8)
-    whole = tower.get("vision.wa_layer_indexes")
+    whole = tower.stored("vision.wa_layer_indexes")
     config["vision_config"] |= {
         **{name: vision[name] for name in ("hidden_size", "intermediate_size", "hidden_act")},
         "out_hidden_size": text.number("embedding_length"),
@@ -200,7 +200,7 @@ def qwen3_pixels(tower: Metadata) -> dict[str, Any]:
 
 def llava(text: Metadata, tower: Metadata) -> dict[str, Any]:
     """Layers behind the one that is used are left out of the file."""
-    vision, layers = _vision(tower), tower.get("vision.feature_layer")
+    vision, layers = _vision(tower), tower.stored("vision.feature_layer")
     has_class = "v.class_embd" in tower.tensors or "v.class_embd.weight" in tower.tensors
     used = [-1] if not isinstance(layers, np.ndarray) else layers.tolist()
     return {
@@ -215,7 +215,7 @@ def llava(text: Metadata, tower: Metadata) -> dict[str, Any]:
 
 def _tiles(tower: Metadata) -> dict[str, Any]:
     """LLaVA-NeXT's, which lays tiles on one of several grids; {} of LLaVA-1.5."""
-    sizes, ends_lines = tower.get("vision.image_grid_pinpoints"), any(name in tower.tensors for name in NEWLINES)
+    sizes, ends_lines = tower.stored("vision.image_grid_pinpoints"), any(name in tower.tensors for name in NEWLINES)
     if not ends_lines and not isinstance(sizes, np.ndarray):
         return {}
     if not ends_lines or not isinstance(sizes, np.ndarray) or len(sizes) % 2:
@@ -248,7 +248,7 @@ def gemma3(text: Metadata, tower: Metadata) -> dict[str, Any]:
 def pixtral(text: Metadata, tower: Metadata) -> dict[str, Any]:
     """Mistral 3's has a layer that merges patches; Pixtral 12B's has none."""
     merges = "mm.patch_merger.weight" in tower.tensors
-    vision = {**_vision(tower), "model_type": "pixtral", "rope_theta": tower.all.get("clip.rope.freq_base", 10000.0)}
+    vision = {**_vision(tower), "model_type": "pixtral", "rope_theta": tower.number("rope.freq_base", 10000.0)}
     return {
         **named_tokens(text, {"image_token_index": "[IMG]"}),
         "architecture": "Mistral3ForConditionalGeneration" if merges else "PixtralForConditionalGeneration",

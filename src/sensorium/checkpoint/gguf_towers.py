@@ -180,7 +180,7 @@ def projector_of(tower: Metadata) -> Any:
 def rows_of(tower: Metadata) -> tuple[GgufTower, ...]:
     """The rows of a projector's file: of the tower that sees, and of the one that hears. CheckpointError if it is no
     such file, or of a type that is not served."""
-    kind = tower.all.get("general.type", "mmproj")
+    kind = tower.general("general.type", "mmproj")
     if tower.prefix != CLIP or kind != "mmproj":
         raise CheckpointError(
             f"{tower.name} is no projector (mmproj) of llama.cpp: its architecture is {_short(tower)}"
@@ -223,7 +223,7 @@ def goes_with(text: Metadata, tower: Metadata) -> bool:
     if not is_tower(tower.files[0]):
         return False
     rows = rows_of(tower)
-    return _goes_with_text(text, rows) and _width(tower, rows) in (None, text.get("embedding_length"))
+    return _goes_with_text(text, rows) and _width(tower, rows) in (None, text.maybe("embedding_length"))
 
 
 def _goes_with_text(text: Metadata, rows: Sequence[GgufTower]) -> bool:
@@ -235,8 +235,8 @@ def _width(tower: Metadata, rows: Sequence[GgufTower]) -> int | None:
     last = tower.tensors.get(rows[0].width)
     if last is not None:
         return last.shape[0]
-    stated: int | None = tower.get("vision.projection_dim", tower.get("audio.projection_dim"))
-    return stated
+    stated: int | None = tower.maybe("vision.projection_dim")
+    return tower.maybe("audio.projection_dim") if stated is None else stated
 
 
 def _short(tower: Metadata) -> str:
@@ -301,7 +301,7 @@ def _renamed(name: str, names: Mapping[str, str]) -> str | None:
 
 
 def is_tower(file: GgufFile) -> bool:
-    return file.metadata.get("general.architecture") == CLIP
+    return Metadata((file,)).prefix == CLIP
 
 
 _GEMMA4 = ("Gemma4ForConditionalGeneration", "gemma4_text")

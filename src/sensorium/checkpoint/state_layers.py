@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from sensorium.checkpoint.decoders import DecoderDefaults
-from sensorium.checkpoint.values import positive_int, unsupported
+from sensorium.checkpoint.values import indices, positive_int, unsupported
 from sensorium.errors import CheckpointError
 
 
@@ -73,7 +73,7 @@ def _layer_types(text: dict[str, Any], decoder: DecoderDefaults, state_layer: st
         every = positive_int(text, "full_attention_interval", decoder.state_every)
         return ["full_attention" if (index + 1) % every == 0 else state_layer for index in range(num_layers)]
     if kinds is None:
-        attending = text.get("full_attn_idxs")
+        attending = indices(text, "full_attn_idxs")
         numbers = range(num_layers)
         return ["full_attention" if attending is None or number in attending else state_layer for number in numbers]
     known = ("full_attention", state_layer)

@@ -9,7 +9,7 @@ from typing import Any
 from sensorium.checkpoint.decoders import DECODERS, DecoderDefaults, RoutingDefaults
 from sensorium.checkpoint.families import Family
 from sensorium.checkpoint.state_layers import StateSpec, state_layers
-from sensorium.checkpoint.values import number, numbers, positive_int, unsupported
+from sensorium.checkpoint.values import indices, number, numbers, positive_int, unsupported
 from sensorium.errors import CheckpointError
 
 _ROPE_KINDS: Mapping[str, str] = {
@@ -249,7 +249,7 @@ def _routing(text: dict[str, Any], decoder: DecoderDefaults, own: RoutingDefault
 def _routed_layers(text: dict[str, Any], own: RoutingDefaults, num_layers: int) -> tuple[int, ...]:
     if own.dense_layers is not None:
         return tuple(range(int(number(text, "first_k_dense_replace", own.dense_layers)), num_layers))
-    every, dense = positive_int(text, "decoder_sparse_step", 1), text.get("mlp_only_layers") or []
+    every, dense = positive_int(text, "decoder_sparse_step", 1), indices(text, "mlp_only_layers") or ()
     return tuple(i for i in range(num_layers) if i not in dense and (i + 1) % every == 0)
 
 
@@ -536,8 +536,12 @@ def read_rope(
 
 
 def _check_rope(rope: RopeConfig, frequencies: int) -> None:
-    if frequencies <= 0 or rope.theta <= 0 or rope.factor <= 0:
-        raise CheckpointError("config.json: rope theta, factor and rotated dimensions must be positive")
+    if frequencies <= 0 or rope.theta <= 0 or rope.factor <= 0 or rope.partial > 1:
+        raise CheckpointError(
+            "config.json: rope theta, factor and rotated dimensions must be positive, and no more than all"
+        )
+    if rope.kind == "yarn" and (min(rope.beta_fast, rope.beta_slow) <= 0 or rope.theta == 1):
+        raise CheckpointError("config.json: beta_fast and beta_slow of yarn must be positive, and rope_theta not 1")
     if rope.kind == "dynamic" and frequencies < 2:
         raise CheckpointError("config.json: dynamic rope needs more than two rotated dimensions")
     if rope.kind == "longrope" and not len(rope.short_factor) == len(rope.long_factor) == frequencies:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,32 @@ def unsupported(what: str, value: object, supported: Iterable[str]) -> Checkpoin
     return CheckpointError(f"config.json: {what} {value!r} is not supported; supported are {', '.join(supported)}")
 
 
+MOST: Mapping[str, int] = {
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "depth", "encoder_layers", "decoder_layers"), 4096),
+    **dict.fromkeys(("num_nextn_predict_layers", "n_layers"), 4096),
+    **dict.fromkeys(("head_dim", "global_head_dim"), 65536),
+    **dict.fromkeys(("hidden_size", "output_proj_dims", "d_model"), 1 << 20),
+}
+"""Of what is counted before any weight is read, so that no number makes a list, or a model, that memory cannot hold."""
+
+
 def positive_int(source: Mapping[str, Any], key: str, default: int | None) -> int:
     value = source.get(key)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise CheckpointError(f"config.json: {key} must be a positive integer, not {value!r}")
+    if value > MOST.get(key, value):
+        raise CheckpointError(f"config.json: {key} {value} is more than {MOST[key]}, the most there can be")
     return value
+
+
+def check_counts(config: Mapping[str, Any]) -> None:
+    """CheckpointError if any part of a config counts more than `MOST`."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            check_counts(value)
+        elif isinstance(value, int) and value > MOST.get(str(key), value):
+            raise CheckpointError(f"config.json: {key} {value} is more than {MOST[key]}, the most there can be")
 
 
 def count(source: Mapping[str, Any], key: str, default: int) -> int:
@@ -45,16 +66,34 @@ def count(source: Mapping[str, Any], key: str, default: int) -> int:
 def number(source: Mapping[str, Any], key: str, default: float) -> float:
     value = source.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
         raise CheckpointError(f"config.json: {key} must be a number, not {value!r}")
     return float(value)
 
 
+def _is_finite(value: float) -> bool:
+    """Whether it is a float's number."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
+
+
 def numbers(source: Mapping[str, Any], key: str) -> tuple[float, ...]:
     value = source.get(key) or []
-    if not isinstance(value, list) or not all(isinstance(x, int | float) for x in value):
+    if not isinstance(value, list) or not all(isinstance(x, int | float) and _is_finite(x) for x in value):
         raise CheckpointError(f"config.json: {key} must be a list of numbers")
     return tuple(float(x) for x in value)
+
+
+def indices(source: Mapping[str, Any], key: str) -> tuple[int, ...] | None:
+    """A list of integers; None if there is none."""
+    value = source.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(type(x) is int for x in value):
+        raise CheckpointError(f"config.json: {key} must be a list of integers")
+    return tuple(value)
 
 
 def square(source: Mapping[str, Any], key: str, default: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sensorium.checkpoint.configs import Checkpoint
-from sensorium.checkpoint.values import number
+from sensorium.checkpoint.values import count
 from sensorium.models.decoder import DecoderForCausalLM
 
 
@@ -12,5 +12,5 @@ class Glm4Moe(DecoderForCausalLM):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
-        first, more = self.text.num_layers, int(number(checkpoint.config, "num_nextn_predict_layers", 1))
+        first, more = self.text.num_layers, count(checkpoint.config, "num_nextn_predict_layers", 1)
         self.ignored = (*self.ignored, *(f"model.layers.{index}." for index in range(first, first + more)))

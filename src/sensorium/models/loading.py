@@ -133,11 +133,9 @@ def load_model(
     stored = stored_tensors(checkpoint.weight_files, checkpoint.text_weight_files)
     tensors: Sequence[Stored] = stored if checkpoint.quantization is None else join(stored, checkpoint.quantization)
     made = load_class(checkpoint.family.model)
+    _check_size(checkpoint, tensors)
     checkpoint, tensors = resolve_head(checkpoint, made, tensors, dtype)
-    with torch.device("meta"):
-        model: Model = made(checkpoint)
-        if ranks is not None:
-            model.split(ranks)
+    model = _declared(made, checkpoint, ranks)
     fill(
         model,
         tensors,
@@ -151,6 +149,31 @@ def load_model(
     )
     _place_buffers(model, device)
     return model.eval()
+
+
+def _declared(made: type[Model], checkpoint: Checkpoint, ranks: Ranks | None) -> Model:
+    """Without memory. Values that no model is made of are an error of the checkpoint."""
+    with torch.device("meta"):
+        try:
+            model: Model = made(checkpoint)
+        except (ArithmeticError, IndexError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"config.json describes no {checkpoint.architecture}: {error}") from error
+        if ranks is not None:
+            model.split(ranks)
+    return model
+
+
+def _check_size(checkpoint: Checkpoint, tensors: Sequence[Stored]) -> None:
+    """Before a model of so many layers and experts is built: each has tensors, each expert numbers."""
+    text = checkpoint.text
+    if text is None:
+        return
+    experts = 0 if text.routing is None else len(text.routing.layers) * text.routing.num_experts
+    if text.num_layers > len(tensors) or experts > sum(tensor.nbytes for tensor in tensors):
+        raise CheckpointError(
+            f"config.json states {text.num_layers} layers" + (f" and {experts} experts" if experts else "") + ", "
+            f"more than the weights, {len(tensors)} tensors, can hold"
+        )
 
 
 def _place_buffers(model: Model, device: torch.device | str) -> None:

@@ -12,7 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from support.checkpoints import make_llama, make_llava, make_phi3, make_qwen2, make_qwen3, read_weights, write_weights
+from support.checkpoints import (
+    make_llama,
+    make_llava,
+    make_phi3,
+    make_qwen2,
+    make_qwen3,
+    make_qwen3_moe,
+    read_weights,
+    write_weights,
+)
 from support.engine_harness import Outbox
 from support.model_driver import Driver, Sequence
 from torch import Tensor
@@ -55,6 +64,42 @@ def fails(folder: Path, *said: str) -> None:
     assert len(message) < 500
     for words in said:
         assert words in message
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_hidden_layers": 2**31 - 1}, "num_hidden_layers 2147483647 is more than 4096"),
+        ({"num_hidden_layers": 4000}, "states 4000 layers"),
+        ({"head_dim": 2**31 - 1}, "head_dim 2147483647 is more than 65536"),
+        ({"rope_theta": float("inf")}, "rope_theta must be a number"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps must be a number"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": -1}}, "beta_fast"),
+        ({"partial_rotary_factor": 1e6}, "rotated dimensions"),
+        ({"vision_config": {"depth": 10**6}}, "depth 1000000 is more than 4096"),
+    ],
+)
+def test_no_number_asks_for_more_than_memory_has(folder: Path, change: dict[str, Any], said: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    fails(folder, said)
+
+
+def test_experts_are_no_more_than_the_weights(tmp_path: Path) -> None:
+    make_qwen3_moe(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "num_experts": 2**31 - 1, "num_local_experts": 2**31 - 1})
+    )
+    fails(tmp_path, "experts, more than the weights")
+
+
+def test_what_a_model_cannot_be_made_of_is_told(tmp_path: Path) -> None:
+    make_llava(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["vision_config"]["num_attention_heads"] = [2]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    fails(tmp_path, "config.json describes no LlavaForConditionalGeneration")
 
 
 @pytest.mark.parametrize("shards", [1, 3])

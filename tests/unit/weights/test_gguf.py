@@ -127,6 +127,17 @@ def test_mislabelled_files(tmp_path: Path, name: str, metadata: dict[str, Any], 
     assert "\n" not in error.value.message
 
 
+def test_what_a_file_says_stands_in_one_short_line(tmp_path: Path) -> None:
+    """Control characters as escapes, long words cut."""
+    metadata = {"general.architecture": "llama", "llama.block_count": 1, "llama.embedding_length": "x" * 5000}
+    (tmp_path / "m.gguf").write_bytes(container(metadata, ONE_TENSOR))
+    with pytest.raises(CheckpointError, match="embedding_length") as error:
+        describe(tmp_path / "m.gguf")
+    assert len(error.value.message) < 300
+    assert CheckpointError("a\n\x1b\u2028").message == r"a\n\x1b\u2028"
+    assert CheckpointError("a " + "b" * 5000).message == f"a {'b' * 100}…"
+
+
 def test_more_rotated_than_a_head_has(tmp_path: Path) -> None:
     make_llama(tmp_path / "hub")
     more = {"llama.rope.dimension_count": 2**32 - 1}
@@ -139,8 +150,8 @@ def test_more_rotated_than_a_head_has(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"model": [1]}, "kind"),
-        ({"model": "gpt2", "pre": [1], "merges": ["a b"]}, "pre-tokenizer"),
+        ({"model": [1]}, "model must be one value"),
+        ({"model": "gpt2", "pre": [1], "merges": ["a b"]}, "pre must be one value"),
         ({"model": "llama", "scores": [0.0]}, "token of 5000 characters"),
     ],
 )

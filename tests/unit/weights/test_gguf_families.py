@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support import checkpoints
@@ -15,6 +16,7 @@ from support.model_driver import Driver, Sequence
 
 from sensorium.checkpoint.configs import open_checkpoint
 from sensorium.checkpoint.gguf import describe, gguf_folder
+from sensorium.checkpoint.gguf_file import Strings, read_gguf
 from sensorium.errors import CheckpointError
 from sensorium.kernels.reference.block_linear import BlockLinear
 from sensorium.kernels.reference.quantized import QuantizedLinear
@@ -110,6 +112,36 @@ def test_mislabelled_experts_and_layers(tmp_path: Path, family: str, changes: di
     with pytest.raises(CheckpointError, match=said) as error:
         open_checkpoint(gguf_folder(file, tmp_path / "cache"))
     assert "\n" not in error.value.message
+
+
+ODD: tuple[Any, ...] = (0, 2**32 - 1, -1, 0.5, float("nan"), "a\nb", "a" * 3000, True, [2**31 - 1] * 3, ["a"], [0.5])
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma4_text", "lfm2"])
+def test_no_metadata_goes_further_than_an_error(tmp_path: Path, family: str) -> None:
+    """Any value missing, of another type, or an array: one short line, or a model; a bounded time and memory."""
+    file = written(family, tmp_path)
+    stored = read_gguf(file)
+    arrays = (np.ndarray, Strings)
+    metadata = {
+        key: [x.item() if isinstance(x, np.generic) else x for x in one] if isinstance(one, arrays) else one
+        for key, one in stored.metadata.items()
+    }
+    octets, refused = file.read_bytes(), 0
+    tensors = {
+        one.name: (one.kind.name, one.shape, octets[one.offset : one.offset + one.nbytes]) for one in stored.tensors
+    }
+    own = [key for key in metadata if not key.endswith((".tokens", ".merges", ".token_type", "architecture"))]
+    more = ["general.type", "general.sampling.temp", f"{stored.metadata['general.architecture']}.rope.scaling.type"]
+    for key in dict.fromkeys([*own, *more]):
+        for odd in ODD[len(key) % 3 :: 3]:  # a third of them each
+            file.write_bytes(container({**metadata, key: odd}, tensors))
+            try:
+                load_model(open_checkpoint(gguf_folder(file, tmp_path / "cache")), dtype=torch.float32, device="cpu")
+            except CheckpointError as error:
+                assert "\n" not in error.message and len(error.message) < 1500
+                refused += 1
+    assert refused > len(own)
 
 
 def test_info_tells_of_a_file_with_experts(tmp_path: Path) -> None:

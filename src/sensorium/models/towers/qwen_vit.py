@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sensorium import kernels
-from sensorium.checkpoint.values import number, square, unsupported
+from sensorium.checkpoint.values import indices, number, positive_int, square, unsupported
 from sensorium.errors import CheckpointError
 from sensorium.models.base import Rename, Steps
 from sensorium.models.layers import MLP, Linear, QKVLinear, RMSNorm
@@ -82,7 +82,7 @@ class QwenVitConfig:
         return cls(
             **given.common(),
             embed_dim=embed_dim,
-            intermediate_size=int(embed_dim * given.of("mlp_ratio", 4)),
+            intermediate_size=int(embed_dim * given.of("mlp_ratio", 4.0)),
             hidden_act=given.of("hidden_act", "quick_gelu"),
         )
 
@@ -137,8 +137,18 @@ class _Given:
     vision: Mapping[str, Any]
 
     def of(self, name: str, default: Any) -> Any:
+        """Of the default's type. CheckpointError if it is of another."""
+        if isinstance(default, bool):
+            return bool(default if self.vision.get(name) is None else self.vision[name])
+        if isinstance(default, int):
+            return positive_int(self.vision, name, default)
+        if isinstance(default, float):
+            return number(self.vision, name, default)
+        if isinstance(default, tuple):
+            found = indices(self.vision, name)
+            return default if found is None else found
         value = self.vision.get(name)
-        return default if value is None else value
+        return default if value is None else str(value)
 
     def common(self, depth: int = 32, patch_size: int = 14) -> dict[str, Any]:
         if (channels := self.of("in_channels", self.of("in_chans", 3))) != 3:
