@@ -1,9 +1,9 @@
-"""Writes a GGUF file of Qwen2-VL-2B's language model's shape (1.54 B), weights random, as llama-quantize mixes types.
+"""Writes a GGUF file of a published shape with random weights, as llama-quantize mixes types.
 
-    python benchmarks/gguf_model.py {Q4_K_M,Q4_0,Q8_0} OUT.gguf [--layers 28]
+    python benchmarks/gguf_model.py {Q4_K_M,Q4_0,Q8_0} OUT.gguf [--shape qwen2-vl-2b|qwen3-30b-a3b] [--layers 28]
 
-Blocks are random codes with scales that keep a weight near 0.02: what a product costs does not depend on more. The
-tokenizer has all bytes and as many merges as the vocabulary needs.
+The first is the language model of Qwen2-VL-2B (1.54 B), the second a mixture of experts, whose vocabulary is small so
+that of few layers the experts take the time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-HIDDEN, LAYERS, INNER, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 1536, 28, 8960, 12, 2, 128, 151936
 MIXES = {"Q4_K_M": ("Q4_K", "Q6_K", 15), "Q4_0": ("Q4_0", "Q6_K", 2), "Q8_0": ("Q8_0", "Q8_0", 7)}
 """Of most weights, of the head and (Q4_K_M) some others, and the file type's number."""
 TEMPLATE = (
@@ -25,6 +24,25 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+class Shape(NamedTuple):
+    architecture: str
+    hidden: int
+    layers: int
+    inner: int  # of an expert, where there are some
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    experts: int = 0
+    per_token: int = 0
+
+
+SHAPES = {
+    "qwen2-vl-2b": Shape("qwen2", 1536, 28, 8960, 12, 2, 128, 151936),
+    "qwen3-30b-a3b": Shape("qwen3moe", 2048, 48, 768, 32, 4, 128, 8192, experts=128, per_token=8),
+}
 
 
 class Kind(NamedTuple):
@@ -71,28 +89,41 @@ def takes_more(layer: int, layers: int) -> bool:
     return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
 
 
-def tensors(mix: str, layers: int) -> Iterator[Stored]:
+def tensors(shape: Shape, mix: str, layers: int) -> Iterator[Stored]:
     most, more, _ = MIXES[mix]
-    yield Stored("token_embd.weight", more, (VOCABULARY, HIDDEN))
-    yield Stored("output_norm.weight", "F32", (HIDDEN,))
-    kv = KV_HEADS * HEAD_DIM
+    yield Stored("token_embd.weight", more, (shape.vocabulary, shape.hidden))
+    yield Stored("output_norm.weight", "F32", (shape.hidden,))
     for index in range(layers):
         special = more if mix == "Q4_K_M" and takes_more(index, layers) else most
-        for name, kind, *shape in (
-            ("attn_norm.weight", "F32", HIDDEN),
-            ("attn_q.weight", most, HIDDEN, HIDDEN),
-            ("attn_q.bias", "F32", HIDDEN),
-            ("attn_k.weight", most, kv, HIDDEN),
-            ("attn_k.bias", "F32", kv),
-            ("attn_v.weight", special, kv, HIDDEN),
-            ("attn_v.bias", "F32", kv),
-            ("attn_output.weight", most, HIDDEN, HIDDEN),
-            ("ffn_norm.weight", "F32", HIDDEN),
-            ("ffn_gate.weight", most, INNER, HIDDEN),
-            ("ffn_up.weight", most, INNER, HIDDEN),
-            ("ffn_down.weight", special, HIDDEN, INNER),
-        ):
-            yield Stored(f"blk.{index}.{name}", kind, tuple(shape))
+        for name, kind, *size in (*attention(shape, most, special), *feed_forward(shape, most, special)):
+            yield Stored(f"blk.{index}.{name}", kind, tuple(size))
+
+
+def attention(shape: Shape, most: str, special: str) -> Iterator[tuple[str, str, *tuple[int, ...]]]:
+    hidden, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    yield "attn_norm.weight", "F32", hidden
+    yield "attn_q.weight", most, q, hidden
+    yield "attn_k.weight", most, kv, hidden
+    yield "attn_v.weight", special, kv, hidden
+    yield "attn_output.weight", most, hidden, q
+    if shape.experts:
+        yield "attn_q_norm.weight", "F32", shape.head_dim
+        yield "attn_k_norm.weight", "F32", shape.head_dim
+    else:
+        yield "attn_q.bias", "F32", q
+        yield "attn_k.bias", "F32", kv
+        yield "attn_v.bias", "F32", kv
+
+
+def feed_forward(shape: Shape, most: str, special: str) -> Iterator[tuple[str, str, *tuple[int, ...]]]:
+    hidden, inner = shape.hidden, shape.inner
+    several, of_each = ((shape.experts,), "_exps") if shape.experts else ((), "")
+    yield "ffn_norm.weight", "F32", hidden
+    if shape.experts:
+        yield "ffn_gate_inp.weight", "F32", shape.experts, hidden
+    yield f"ffn_gate{of_each}.weight", most, *several, inner, hidden
+    yield f"ffn_up{of_each}.weight", most, *several, inner, hidden
+    yield f"ffn_down{of_each}.weight", special, *several, hidden, inner
 
 
 def byte_names() -> list[str]:
@@ -102,10 +133,10 @@ def byte_names() -> list[str]:
     return [chr(byte) if byte in plain else chr(next(others)) for byte in range(256)]
 
 
-def vocabulary() -> tuple[list[str], list[str]]:
+def vocabulary(size: int) -> tuple[list[str], list[str]]:
     """(tokens, merges): bytes, pairs of them, then pairs with one more."""
     alphabet = byte_names()
-    count = VOCABULARY - len(alphabet) - len(SPECIAL)
+    count = size - len(alphabet) - len(SPECIAL)
     pairs = [(one, other) for one in alphabet for other in alphabet]
     longer = ((one + other, third) for (one, other), third in itertools.product(pairs, alphabet))
     merges = list(itertools.islice(itertools.chain(pairs, longer), count))
@@ -130,19 +161,27 @@ def value(one: Any) -> bytes:
     return struct.pack("<IIQ", 9, 8, len(one)) + b"".join(map(text, one))
 
 
-def metadata(mix: str, layers: int) -> dict[str, Any]:
-    tokens, merges = vocabulary()
+def metadata(shape: Shape, mix: str, layers: int) -> dict[str, Any]:
+    tokens, merges = vocabulary(shape.vocabulary)
+    stated: dict[str, Any] = {
+        "block_count": layers,
+        "context_length": 32768,
+        "embedding_length": shape.hidden,
+        "feed_forward_length": shape.inner,
+        "attention.head_count": shape.heads,
+        "attention.head_count_kv": shape.kv_heads,
+        "attention.key_length": shape.head_dim,
+        "attention.value_length": shape.head_dim,
+        "attention.layer_norm_rms_epsilon": 1e-6,
+        "rope.freq_base": 1e6,
+    }
+    if shape.experts:
+        stated["expert_count"], stated["expert_used_count"] = shape.experts, shape.per_token
+        stated["expert_feed_forward_length"] = shape.inner
     return {
-        "general.architecture": "qwen2",
+        "general.architecture": shape.architecture,
         "general.file_type": MIXES[mix][2],
-        "qwen2.block_count": layers,
-        "qwen2.context_length": 32768,
-        "qwen2.embedding_length": HIDDEN,
-        "qwen2.feed_forward_length": INNER,
-        "qwen2.attention.head_count": HEADS,
-        "qwen2.attention.head_count_kv": KV_HEADS,
-        "qwen2.attention.layer_norm_rms_epsilon": 1e-6,
-        "qwen2.rope.freq_base": 1e6,
+        **{f"{shape.architecture}.{name}": one for name, one in stated.items()},
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "qwen2",
         "tokenizer.ggml.tokens": tokens,
@@ -154,8 +193,8 @@ def metadata(mix: str, layers: int) -> dict[str, Any]:
     }
 
 
-def write(mix: str, out: Path, layers: int) -> None:
-    stored, stated, at = list(tensors(mix, layers)), metadata(mix, layers), 0
+def write(shape: Shape, mix: str, out: Path, layers: int) -> None:
+    stored, stated, at = list(tensors(shape, mix, layers)), metadata(shape, mix, layers), 0
     head = b"GGUF" + struct.pack("<IQQ", 3, len(stored), len(stated))
     head += b"".join(text(key) + value(one) for key, one in stated.items())
     for one in stored:
@@ -173,9 +212,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mix", choices=MIXES)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--shape", choices=SHAPES, default="qwen2-vl-2b")
+    parser.add_argument("--layers", type=int, help="of the shape's, all by default")
     found = parser.parse_args()
-    write(found.mix, found.out, found.layers)
+    shape = SHAPES[found.shape]
+    write(shape, found.mix, found.out, found.layers or shape.layers)
 
 
 if __name__ == "__main__":

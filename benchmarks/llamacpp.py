@@ -56,10 +56,11 @@ def main(file: str, threads: int, length: int) -> None:
     model = llama_cpp.llama_model_load_from_file(file.encode(), llama_cpp.llama_model_default_params())
     if not model:
         raise SystemExit(f"llama.cpp does not load {file}")
+    size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
     random, contexts = np.random.default_rng(0), {1: Sequences(model, 1, length, threads)}
 
     def ids(count: int) -> list[int]:
-        return [int(i) for i in random.integers(300, 150000, count)]
+        return [int(i) for i in random.integers(300, size - 300, count)]
 
     def prompt(sequences: Sequences, number: int, tokens: int) -> None:
         for start in range(0, tokens, BATCH):
