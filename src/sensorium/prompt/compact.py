@@ -6,11 +6,14 @@ freed: half as much again for 150,000 tokens. Here Python reads the file, and th
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
+import msgspec
 from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as RawTokenizer
 
@@ -19,15 +22,49 @@ LARGE_BYTES = 1 << 20  # of a file; a smaller one is not worth it
 _NAMES = ("unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback", "ignore_merges")
 
 
-def read_tokenizer(file: Path) -> RawTokenizer:
-    """As `from_file` reads it. Whatever that raises."""
+class SharedWords:
+    """A BPE, for as long as somebody holds this."""
+
+    __slots__ = ("__weakref__", "model")
+
+    def __init__(self, model: models.BPE) -> None:
+        self.model = model
+
+
+_READ: WeakValueDictionary[bytes, SharedWords] = WeakValueDictionary()
+"""By what a file says of them: models of one family often differ in what stands around the words alone."""
+
+
+def read_tokenizer(file: Path) -> tuple[RawTokenizer, SharedWords | None]:
+    """As `from_file` reads it, and what to hold so that other files with these words share them. Raises whatever the
+    library does."""
     if file.stat().st_size >= LARGE_BYTES and _IS_BPE.search(text := file.read_bytes()):
-        stated = json.loads(text)
+        stated = _parts_of(text)
         del text
-        model = _model_of(stated.pop("model", None)) if isinstance(stated, dict) else None
-        if model is not None:
-            return _built(stated, model)
-    return RawTokenizer.from_file(str(file))
+        stored = stated.pop("model", None)
+        words = None if stored is None else _words_of(bytes(stored))
+        if words is not None:
+            return _built({name: json.loads(bytes(one)) for name, one in stated.items()}, words.model), words
+    return RawTokenizer.from_file(str(file)), None
+
+
+def _parts_of(text: bytes) -> dict[str, msgspec.Raw]:
+    """Not read yet; none of what is not a JSON object."""
+    try:
+        return msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+    except msgspec.DecodeError:
+        return {}
+
+
+def _words_of(stored: bytes) -> SharedWords | None:
+    key = hashlib.sha256(stored).digest()
+    found = _READ.get(key)
+    if found is None:
+        model = _model_of(json.loads(stored))
+        if model is None:
+            return None
+        found = _READ[key] = SharedWords(model)
+    return found
 
 
 def _model_of(stated: Any) -> models.BPE | None:

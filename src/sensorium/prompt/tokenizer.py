@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Encoding, processors
 from tokenizers import Tokenizer as RawTokenizer
 
 from sensorium.errors import CheckpointError, RequestError
-from sensorium.prompt.compact import read_tokenizer
+from sensorium.prompt.compact import SharedWords, read_tokenizer
 from sensorium.prompt.convert import converted_tokenizer
 from sensorium.prompt.literals import MARK, NAME, Literals, alternatives, rename_true, sanitize
 from sensorium.prompt.pieces import TokenBytes
@@ -71,6 +71,7 @@ class Tokenizer:
         self.frame = frame
         self._file = file
         self._shared: Tokenizer | None = None  # held by those that have its parts, so that others find it
+        self._words: SharedWords | None = None  # held for the same reason
 
     @classmethod
     def from_folder(cls, folder: Path, *, vocab_size: int = 0) -> Tokenizer:
@@ -94,12 +95,14 @@ class Tokenizer:
     def _of_files(cls, folder: Path, file: Path, vocab_size: int) -> Tokenizer:
         config = _read_json(folder / "tokenizer_config.json")
         try:
-            raw = read_tokenizer(file)
+            raw, words = read_tokenizer(file)
         except Exception as error:  # the library raises nothing narrower
             raise CheckpointError(f"{file.name} of the model cannot be read: {error}") from error
         named = _named_tokens(config, _read_json(folder / "special_tokens_map.json"))
         _add_declared_tokens(raw, config, named)
-        return cls(raw, named, vocab_size=vocab_size, frame=_configured_frame(raw, config, named), file=file)
+        made = cls(raw, named, vocab_size=vocab_size, frame=_configured_frame(raw, config, named), file=file)
+        made._words = words
+        return made
 
     def with_literals(self, literals: Iterable[str], *, special: bool = False) -> Tokenizer:
         """The same tokenizer, whose `escape` also breaks these; `special`: in text of the model's own, too."""
