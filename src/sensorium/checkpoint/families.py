@@ -196,7 +196,7 @@ _GTE_TOKEN_CLASSIFIER = replace(
     encoder=_GTE,
 )
 _ROBERTA_CLASSIFIER = Family(
-    "RoBERTa and XLM-RoBERTa classifiers and cross-encoders (BGE reranker)",
+    "RoBERTa and XLM-RoBERTa classifiers and cross-encoders (BGE reranker, jina-reranker-v2)",
     "sensorium.models.bert:RobertaForSequenceClassification",
     _TEXT,
     tasks=("classify", "score"),
@@ -683,6 +683,8 @@ FAMILIES: Mapping[str, Family] = {
 _ROTARY: Mapping[str, str] = {
     "XLMRobertaModel": "JinaEmbeddingsV3Model",
     "XLMRobertaForMaskedLM": "JinaEmbeddingsV3ForMaskedLM",
+    "XLMRobertaForSequenceClassification": "JinaEmbeddingsV3ForSequenceClassification",
+    "XLMRobertaForTokenClassification": "JinaEmbeddingsV3ForTokenClassification",
     "HF_ColBERT": "JinaColBert",
 }
 """Published under another model's name: the second one where `position_embedding_type` is "rotary"."""

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from sensorium.checkpoint.families import EncoderDefaults
 from sensorium.models.base import Rename
-from sensorium.models.encoder import EncoderConfig, PostNormEncoder, head_map, prefixes, separate_qkv
+from sensorium.models.encoder import FLASH_MAP, EncoderConfig, PostNormEncoder, head_map, prefixes, separate_qkv
 
 ENCODER_MAP = (
     Rename("{a}.LayerNorm.gamma", "{a}.LayerNorm.weight"),
@@ -21,6 +21,7 @@ ENCODER_MAP = (
     Rename("encoder.layer.{n}.output.LayerNorm.gamma", "encoder.layer.{n}.output.LayerNorm.weight"),
     Rename("encoder.layer.{n}.output.LayerNorm.beta", "encoder.layer.{n}.output.LayerNorm.bias"),
     *separate_qkv("attention.self.query", "attention.self.key", "attention.self.value"),
+    *FLASH_MAP,
 )
 
 

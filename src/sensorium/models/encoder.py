@@ -371,6 +371,25 @@ def separate_qkv(query: str, key: str, value: str) -> tuple[Rename, ...]:
     )
 
 
+FLASH_PLACES: Mapping[str, str] = {
+    "mixer.Wqkv": "attention.qkv",
+    "mixer.out_proj": "attention.output.dense",
+    "norm1": "attention.output.LayerNorm",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+    "norm2": "output.LayerNorm",
+}
+"""Parts of a layer in the files of jina's XLM-RoBERTas, and as here."""
+FLASH_MAP = (
+    Rename("emb_ln.{p}", "embeddings.LayerNorm.{p}"),
+    *(
+        Rename(f"encoder.layers.{{n}}.{stored}.{{p}}", f"encoder.layer.{{n}}.{own}.{{p}}")
+        for stored, own in FLASH_PLACES.items()
+    ),
+)
+"""Rows of a weight map for such files."""
+
+
 def head_map(dense: str, out: str) -> tuple[Rename, ...]:
     """The same of a classifier's two layers."""
     return Rename(f"{dense}.{{p}}", "head.dense.{p}"), Rename(f"{out}.{{p}}", "head.out.{p}")

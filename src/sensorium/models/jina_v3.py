@@ -22,26 +22,26 @@ from sensorium.checkpoint.text_config import RopeConfig
 from sensorium.checkpoint.values import number, positive_int
 from sensorium.kernels.context import AttentionContext, KVCache
 from sensorium.models.base import Rename
-from sensorium.models.encoder import EncoderConfig, Groups, Layer, PostNormEncoder, Step, head_map, prefixes
+from sensorium.models.encoder import (
+    FLASH_PLACES,
+    EncoderConfig,
+    Groups,
+    Layer,
+    PostNormEncoder,
+    Step,
+    head_map,
+    prefixes,
+)
 from sensorium.models.layers import declare
 
 THETA = 20_000.0
 STORED = "parametrizations.weight"
-PLACES: Mapping[str, str] = {
-    "mixer.Wqkv": "attention.qkv",
-    "mixer.out_proj": "attention.output.dense",
-    "norm1": "attention.output.LayerNorm",
-    "mlp.fc1": "intermediate.dense",
-    "mlp.fc2": "output.dense",
-    "norm2": "output.LayerNorm",
-}
-"""Parts of a layer, as stored and as in `models.encoder`."""
 
 
 def _layer_map() -> tuple[Rename, ...]:
     """With and without adapters, whose files keep the plain weights under another name."""
     rows = []
-    for stored, own in PLACES.items():
+    for stored, own in FLASH_PLACES.items():
         source, target = f"encoder.layers.{{n}}.{stored}", f"encoder.layer.{{n}}.{own}"
         adapter = f"encoder.layer.{{n}}.adapters.{stored.rpartition('.')[2]}"
         rows += [

@@ -42,12 +42,15 @@ from transformers import (
     NomicBertModel,
     RobertaConfig,
     RobertaForTokenClassification,
+    XLMRobertaConfig,
+    XLMRobertaForSequenceClassification,
 )
 
 from sensorium.checkpoint.configs import open_checkpoint
 from sensorium.errors import CheckpointError
 from sensorium.models import biased
 from sensorium.models.mpnet import bucket
+from sensorium.types import PoolingTask
 
 SHAPE = {
     "hidden_size": 32,
@@ -344,6 +347,56 @@ def test_adapters_of_jina(tmp_path: Path) -> None:
         expected = oracle(ids.unsqueeze(0)).last_hidden_state[0]
         torch.testing.assert_close(together[0][index], expected, atol=5e-5, rtol=1e-4)
         torch.testing.assert_close(together[1][index][0], expected[0], atol=5e-5, rtol=1e-4)
+
+
+FLASH = {
+    "attention.output.dense": "mixer.out_proj",
+    "attention.output.LayerNorm": "norm1",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+    "output.LayerNorm": "norm2",
+}
+
+
+@torch.inference_mode()
+def test_jinas_reranker(tmp_path: Path) -> None:
+    """jina-reranker-v2: XLM-RoBERTa with its table of positions, in the files of jina's own code."""
+    shape = {**SHAPE, "max_position_embeddings": 162, "type_vocab_size": 1}
+    oracle = save(XLMRobertaForSequenceClassification(XLMRobertaConfig(**shape, num_labels=1)), tmp_path)
+    plain = read_weights(tmp_path)
+    made = {}
+    for key, value in plain.items():
+        stem, _, kind = key.rpartition(".")
+        layer, _, part = stem.partition("encoder.layer.")
+        number, _, part = part.partition(".")
+        if part == "attention.self.query":
+            parts = [plain[key.replace("query", name)] for name in ("query", "key", "value")]
+            made[f"roberta.encoder.layers.{number}.mixer.Wqkv.{kind}"] = torch.cat(parts)
+        elif part in FLASH:
+            made[f"{layer}encoder.layers.{number}.{FLASH[part]}.{kind}"] = value
+        elif not part:
+            made[key.replace("embeddings.LayerNorm", "emb_ln")] = value
+    write_weights(tmp_path, made)
+    edit_config(tmp_path, position_embedding_type="absolute", use_flash_attn=True, emb_pooler=None)
+    model, prompts = load(tmp_path), prompts_of(LENGTHS)
+    for ids, states in zip(prompts, run(model, prompts, needed_states="first"), strict=True):
+        expected = oracle(ids.unsqueeze(0)).logits[0].sigmoid()
+        torch.testing.assert_close(pooled(model, "score", states, ids), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["Sequence", "Token"])
+@torch.inference_mode()
+def test_rotary_classifiers_under_xlm_robertas_name(tmp_path: Path, kind: str) -> None:
+    """As jina's own code saves what was trained from jina-embeddings-v3."""
+    head = {"Sequence": JinaEmbeddingsV3ForSequenceClassification, "Token": JinaEmbeddingsV3ForTokenClassification}
+    oracle = save(head[kind](JinaEmbeddingsV3Config(**SHAPE, num_labels=3)), tmp_path)
+    names = {"architectures": [f"XLMRobertaFor{kind}Classification"], "model_type": "xlm-roberta"}
+    edit_config(tmp_path, **names, position_embedding_type="rotary", rotary_emb_base=20_000.0, rope_parameters=None)
+    model, prompts = load(tmp_path), prompts_of(LENGTHS)
+    task: PoolingTask = "classify" if kind == "Sequence" else "token_classify"
+    for ids, states in zip(prompts, run(model, prompts), strict=True):
+        expected = oracle(ids.unsqueeze(0)).logits[0].softmax(-1)
+        torch.testing.assert_close(pooled(model, task, states, ids), expected, atol=1e-5, rtol=1e-5)
 
 
 def _as_loaded(oracle: Any, weights: dict[str, torch.Tensor], folder: Path) -> Any:
