@@ -599,6 +599,17 @@ def block(**fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, fields]}]}
 
 
+async def test_off_positions_of_fields_that_a_message_lacks_pass() -> None:
+    """Some clients always send them."""
+    off = {
+        **{"repetition_penalty": 1, "min_tokens": 0, "ignore_eos": False, "skip_special_tokens": True},
+        **{"bad_words": [], "allowed_token_ids": None, "thinking_token_budget": -1, "seed": None},
+    }
+    body = {"model": "tiny", "max_tokens": 5, "messages": [{"role": "user", "content": "hi"}]}
+    async with serving() as served:
+        assert (await post(served.port, "/v1/messages", {**body, **off})).status == 200
+
+
 WRONG: list[Any] = [
     (bad(model=...), "model"),
     (bad(model=""), "model"),
@@ -614,7 +625,7 @@ WRONG: list[Any] = [
     (bad(top_p=0), "top_p"),
     (bad(top_k="a"), "top_k"),
     (bad(stream="yes"), "stream"),
-    (bad(stop_sequences=["a"] * 17), "stop_sequences"),
+    (bad(stop_sequences=["a"] * 33), "stop_sequences"),
     (bad(stop_sequences=["a", ""]), "stop_sequences[1]"),
     (bad(stop_sequences=["a" * 5000]), "stop_sequences[0]"),
     (bad(stop_sequences="a"), "stop_sequences"),
@@ -651,6 +662,20 @@ WRONG: list[Any] = [
     ),
     (bad(stop="x"), "stop_sequences"),
     (bad(n=2), "n"),
+    (bad(bad_words=["a"]), "`bad_words`"),
+    (bad(allowed_token_ids=[5]), "`allowed_token_ids`"),
+    (bad(min_tokens=2), "`min_tokens`"),
+    (bad(stop_token_ids=[5]), "`stop_token_ids`"),
+    (bad(ignore_eos=True), "`ignore_eos`"),
+    (bad(include_stop_str_in_output=True), "`include_stop_str_in_output`"),
+    (bad(skip_special_tokens=False), "`skip_special_tokens`"),
+    (bad(prompt_logprobs=0), "`prompt_logprobs`"),
+    (bad(return_token_ids=True), "`return_token_ids`"),
+    (bad(truncate_prompt_tokens=5), "`truncate_prompt_tokens`"),
+    (bad(repetition_penalty=1.1), "`repetition_penalty`"),
+    (bad(structured_outputs={"choice": ["a"]}), "output_config.format"),
+    (bad(guided_json={"type": "object"}), "output_config.format"),
+    (bad(thinking_token_budget=5), "thinking.budget_tokens"),
     (bad(response_format={"type": "json_object"}), "output_config.format"),
     (bad(mcp_servers=[{"url": "x"}]), "mcp_servers"),
     (block(type="image"), "messages[0].content[1].source"),

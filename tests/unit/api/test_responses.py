@@ -160,6 +160,8 @@ def test_a_custom_tools_format_is_held_told_and_shown() -> None:
         ),
         ({"input": []}, "input", 400),
         ({"n": 2}, "n", 400),
+        *(({name: True}, name, 400) for name in ("echo", "return_token_ids", "return_tokens_as_token_ids")),
+        ({"prompt_logprobs": 0}, "prompt_logprobs", 400),
         ({"max_tokens": 5}, "max_tokens", 400),
         ({"tool_choice": {"type": "web_search"}}, "tool_choice", 400),
         ({"tool_choice": "required"}, "tool_choice", 400),

@@ -14,7 +14,7 @@ from sensorium.api.protocol.foreign_chat import ForeignChat
 from sensorium.api.protocol.message_blocks import InputMessage, Kind, SystemContent, ToolUseBlock
 from sensorium.api.protocol.message_turns import turns_of
 from sensorium.api.protocol.other_servers import MESSAGES, Foreign
-from sensorium.api.protocol.sampling import Stop
+from sensorium.api.protocol.sampling import Stop, check_stop_count
 from sensorium.api.protocol.structured import json_form
 from sensorium.api.protocol.tools import (
     MAX_TOOLS,
@@ -32,7 +32,6 @@ from sensorium.errors import MissingFieldError, RequestError, UnsupportedFieldEr
 from sensorium.prompt.forms import Form
 from sensorium.types import INT32_MAX, Modality
 
-MAX_STOPS = 16
 MIN_BUDGET_TOKENS = 1024
 _DROPPED = ("web_search", "web_fetch", "code_execution", "tool_search_tool")
 """Tools that Anthropic's servers run: a model that has others answers as well as it can without them."""
@@ -198,10 +197,8 @@ class MessagesRequest(CountTokensRequest):
 
     def check(self, limits: Limits) -> None:
         super().check(limits)
-        most = max(limits.max_stop, MAX_STOPS)
         stops = self.stop_sequences or ()
-        if len(stops) > most:
-            raise RequestError(f"`stop_sequences` must have at most {most} entries.", param="stop_sequences")
+        check_stop_count(stops, limits, "stop_sequences")
         for index, stop in enumerate(stops):
             if len(stop.encode()) > limits.max_stop_bytes:
                 where = f"stop_sequences[{index}]"

@@ -258,6 +258,7 @@ RECORDINGS: Mapping[str, Foreign] = {
 }
 """Those of the upload form, whose values are text."""
 
+_NOT_ANTHROPICS = "Anthropic's API has no such field; /v1/chat/completions has"
 MESSAGES: Mapping[str, Foreign] = {
     **EVERYWHERE,
     **BEAMS,
@@ -269,10 +270,22 @@ MESSAGES: Mapping[str, Foreign] = {
     **_called("messages", "prompt"),
     **_fields("n", (None, 1), "a message is one answer"),
     **_fields("mcp_servers", (None, []), "tools are called by the client: describe them in `tools`"),
+    **_called("thinking.budget_tokens", "thinking_token_budget", -1),
+    **_called("thinking.type", "enable_thinking"),
     **_fields(
-        """frequency_penalty presence_penalty logprobs logit_bias seed min_p repetition_penalty""",
+        """frequency_penalty presence_penalty logprobs top_logprobs logit_bias seed min_p min_tokens bad_words
+        stop_token_ids ignore_eos include_stop_str_in_output echo logprob_token_ids return_token_ids
+        return_tokens_as_token_ids""",
         (*NOTHING, 0),
-        "Anthropic's API has no such field; /v1/chat/completions has",
+        _NOT_ANTHROPICS,
+    ),
+    **_fields("repetition_penalty", (*NOTHING, 0, 1), _NOT_ANTHROPICS),
+    **_fields("skip_special_tokens add_generation_prompt", (None, True), _NOT_ANTHROPICS),
+    **_fields("allowed_token_ids prompt_logprobs truncate_prompt_tokens chat_template", (None,), _NOT_ANTHROPICS),
+    **_fields(
+        """structured_outputs guided_choice guided_grammar guided_regex guided_json json_schema grammar regex ebnf""",
+        (None,),
+        "`output_config.format` holds an answer to a JSON schema; /v1/chat/completions has other forms",
     ),
 }
 """Those that Anthropic's Messages API does not have."""

@@ -219,6 +219,7 @@ class ReasoningSettings(Nested):
 
 _NOT_CHATS = frozenset({"stream_options", *StructuredBody.model_fields})
 """Fields of sampling that the chat which is made does not get: its form is made here."""
+_NO_PLACE = ("echo", "prompt_logprobs", "return_token_ids", "return_tokens_as_token_ids")
 
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
@@ -284,6 +285,14 @@ class ResponsesRequest(SamplingBody):
         """The chat that this is, checked. Its messages know where they stand here."""
         if self.choices > 1:
             raise RequestError("`n` must be 1: a response has one answer.", param="n")
+        for name in _NO_PLACE:
+            value = getattr(self, name)
+            if value is not None and value is not False:  # 0 asks for the prompt's own
+                raise UnsupportedFieldError(
+                    f"`{name}` is not supported here: a response has no place for what it asks for; "
+                    "/v1/chat/completions has.",
+                    param=name,
+                )
         settings = self.reasoning or ReasoningSettings()
         own = {name: getattr(self, name) for name in SamplingBody.model_fields if name not in _NOT_CHATS}
         fields: dict[str, Any] = {

@@ -108,8 +108,7 @@ class SamplingBody(StructuredBody):
         if self.choices > limits.max_n:
             raise RequestError(f"`n` must be at most {limits.max_n}.", param="n")
         stops = self.stop_strings
-        if len(stops) > limits.max_stop:
-            raise RequestError(f"`stop` must have at most {limits.max_stop} entries.", param="stop")
+        check_stop_count(stops, limits, "stop")
         for stop in stops:
             if len(stop.encode()) > limits.max_stop_bytes:
                 raise RequestError(f"A stop string must have at most {limits.max_stop_bytes} bytes.", param="stop")
@@ -276,9 +275,21 @@ class SamplingBody(StructuredBody):
         return tuple(pairs)
 
 
+def check_stop_count(stops: Sequence[str], limits: Limits, param: str) -> None:
+    """RequestError for more stop strings than the operator allows."""
+    if len(stops) > limits.max_stop:
+        raise RequestError(
+            f"`{param}` must have at most {limits.max_stop} entries (the operator can allow more with --max-stop).",
+            param=param,
+        )
+
+
 def check_alternatives(count: int | None, limits: Limits, param: str) -> None:
     if (count or 0) > limits.max_logprobs:
-        raise RequestError(f"`{param}` must be at most {limits.max_logprobs}.", param=param)
+        raise RequestError(
+            f"`{param}` must be at most {limits.max_logprobs} (the operator can allow more with --max-logprobs).",
+            param=param,
+        )
 
 
 def check_answer_size(alternatives: int | None, tokens: int, param: str) -> None:
