@@ -601,7 +601,7 @@ def block(**fields: Any) -> dict[str, Any]:
 
 async def test_off_positions_of_fields_that_a_message_lacks_pass() -> None:
     """Some clients always send them."""
-    off = {
+    off: dict[str, Any] = {
         **{"repetition_penalty": 1, "min_tokens": 0, "ignore_eos": False, "skip_special_tokens": True},
         **{"bad_words": [], "allowed_token_ids": None, "thinking_token_budget": -1, "seed": None},
     }

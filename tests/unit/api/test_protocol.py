@@ -193,6 +193,11 @@ PUBLISHED: dict[type[Body], tuple[str, str, str]] = {
 """Body -> the fields of vLLM's published protocol that are done, those without effect, and those that are refused."""
 
 
+def test_what_is_empty_is_said_to_be() -> None:
+    for fields, param in (({"stop": ""}, "stop"), ({"allowed_token_ids": []}, "allowed_token_ids")):
+        assert refusal(ChatRequest, {"messages": MESSAGES, **fields}).message == f"`{param}` must not be empty."
+
+
 @pytest.mark.parametrize("model", PUBLISHED)
 def test_fields_of_the_published_protocol(model: type[Body], caplog: pytest.LogCaptureFixture) -> None:
     done, ignored, refused = (set(names.split()) for names in PUBLISHED[model])

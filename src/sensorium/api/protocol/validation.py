@@ -77,6 +77,8 @@ def request_error(error: ValidationError) -> RequestError:
     if kind == "own":  # raised by our own validators, in our own words
         return RequestError(f"`{param}` {finding['msg']}.", param=param)
     sentence = _SENTENCES.get(kind, "has a wrong value or form").format_map(context)
+    if context.get("min_length") == 1:
+        sentence = "must not be empty"
     if param is None:
         return RequestError(f"The body {sentence}.")
     code = "missing_required_parameter" if kind == "missing" else None
