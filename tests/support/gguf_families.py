@@ -139,11 +139,24 @@ def _as_written(name: str, tensor: Tensor, metadata: Mapping[str, Any]) -> Tenso
     if kind in ("llama", "mistral3") and own in ("attn_q", "attn_k"):
         count = heads if own == "attn_q" else kv_heads
         return tensor.view(count, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+    if kind == "glm4" and own in ("attn_q", "attn_k"):
+        return _halves(tensor, heads if own == "attn_q" else kv_heads, metadata["glm4.rope.dimension_count"])
     if kind.startswith("qwen35"):
         tensor = _delta_net(own, tensor, metadata, kind)
-    if kind.startswith(("gemma3", "gemma-embedding", "qwen35")) and name.endswith("norm.weight") and own != "ssm_norm":
+    if (
+        (kind == "gemma" or kind.startswith(("gemma3", "gemma-embedding", "qwen35")))
+        and name.endswith("norm.weight")
+        and own != "ssm_norm"
+    ):
         return tensor + 1
     return tensor.squeeze(1) if own in ("ssm_conv1d", "shortconv") and tensor.dim() == 3 else tensor
+
+
+def _halves(tensor: Tensor, heads: int, rotated: int) -> Tensor:
+    """Of what is rotated of each head, the first rows of all pairs before the second ones."""
+    rows = tensor.view(heads, -1, *tensor.shape[1:])
+    turned = torch.cat([rows[:, :rotated:2], rows[:, 1:rotated:2], rows[:, rotated:]], 1)
+    return turned.reshape(tensor.shape)
 
 
 def _delta_net(own: str, tensor: Tensor, metadata: Mapping[str, Any], kind: str) -> Tensor:

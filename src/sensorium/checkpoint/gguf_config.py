@@ -71,6 +71,8 @@ def config_of(files: tuple[GgufFile, ...], tower: GgufFile | None = None) -> dic
 
 def _text_config(meta: Metadata, *, has_tower: bool = False) -> dict[str, Any]:
     architecture, tensors = served_architecture(meta), meta.tensors
+    if architecture.tower and not has_tower:
+        raise meta.broken(f"the text of {architecture.tower} is not served alone: name its projector with --mmproj")
     if "token_embd.weight" not in tensors:
         raise CheckpointError(f"{meta.name} has no token_embd.weight: it holds no model's weights")
     encoder, classes, layers = encoder_config(meta), class_config(meta), meta.layers

@@ -214,7 +214,20 @@ def _gemma4(meta: Metadata, heads: int) -> dict[str, Any]:
     return config if table is None else {**config, "vocab_size_per_layer_input": table.shape[0]}
 
 
+def _gemma(meta: Metadata, heads: int) -> dict[str, Any]:
+    return {**_heads_and_window(meta, heads), "hidden_activation": "gelu_pytorch_tanh"}
+
+
+def _glm4_dense(meta: Metadata, heads: int) -> dict[str, Any]:
+    """GLM's text with axes alone, whose rows are paired by that."""
+    if not isinstance(meta.stored("rope.dimension_sections"), np.ndarray):
+        raise meta.broken("GLM-4's text models are not served, GLM-4.1V's and GLM-OCR's are")
+    return _heads_and_window(meta, heads)
+
+
 _OWN: Mapping[str, Callable[[Metadata, int], dict[str, Any]]] = {
+    "gemma": _gemma,
+    "glm4": _glm4_dense,
     "gemma3": _gemma3,
     "gemma-embedding": _gemma_embedding,
     "gemma4": _gemma4,

@@ -32,6 +32,12 @@ _SANDWICHED = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 _AFTER_ATTENTION = {**_DECODER, "post_attention_norm": "post_attention_layernorm"}
+_GLM4 = {
+    **_DECODER,
+    "post_attention_norm": "post_self_attn_layernorm",
+    "post_ffw_norm": "post_mlp_layernorm",
+    "ffn_up": "mlp.gate_up_proj",
+}
 _EXPERTS = {
     "ffn_gate_inp": "mlp.gate",
     "ffn_gate_up_exps": "mlp.experts.{}.gate_up_proj",
@@ -143,6 +149,8 @@ class GgufArchitecture:
     outer: Mapping[str, str] = field(default_factory=lambda: _DECODER_OUTER)
     layer: str = "model.layers.{}."
     permutes_heads: bool = False  # rows of q and k are stored in the order of interleaved rotation
+    pairs_heads: bool = False  # of what is rotated, rows of pairs are stored as two halves
+    tower: str = ""  # whose text it is, which is served with its projector's file alone
     norm_offset: float = 0.0  # what writers added to the weights of norms
     plain_norms: tuple[str, ...] = ()  # ends of the names of those that they left alone
 
@@ -170,6 +178,15 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     "qwen3vlmoe": _QWEN3_MOE,
     "qwen35": _QWEN3_5,
     "qwen35moe": replace(_QWEN3_5, model_type="qwen3_5_moe_text", blocks={**_DELTA_NETS, **_EXPERTS}),
+    "glm4": GgufArchitecture(
+        "Glm4vForConditionalGeneration",
+        "glm4v_text",
+        blocks=_GLM4,
+        pairs_heads=True,
+        tower="GLM-4.1V, GLM-4.6V-Flash and GLM-OCR",
+    ),
+    "paddleocr": GgufArchitecture("PaddleOCRVLForConditionalGeneration", "paddleocr_vl_text", tower="PaddleOCR-VL"),
+    "gemma": GgufArchitecture("GemmaForCausalLM", "gemma", "GemmaModel", norm_offset=1.0),
     "olmoe": GgufArchitecture("OlmoeForCausalLM", "olmoe", blocks=_ROUTED),
     "gpt-oss": GgufArchitecture(
         "GptOssForCausalLM", "gpt_oss", blocks={**_AFTER_ATTENTION, **_EXPERTS, "attn_sinks.weight": "self_attn.sinks"}
@@ -262,6 +279,6 @@ def _renamed(name: str, names: Mapping[str, str]) -> str | None:
 
 def permuted_heads(name: str, architecture: GgufArchitecture) -> Literal["q", "kv"] | None:
     """Whether the tensor's rows are those of heads in another order, and of which heads."""
-    if not architecture.permutes_heads or layer_of(name) is None:
+    if not (architecture.permutes_heads or architecture.pairs_heads) or layer_of(name) is None:
         return None
     return {"attn_q": "q", "attn_k": "kv"}.get(name.split(".")[2])  # type: ignore[return-value]

@@ -30,6 +30,9 @@ _CASED = (
 )
 _SLASHED = _REST.replace(r"[\r\n]*|", r"[\r\n/]*|", 1)
 _LLAMA3 = rf"{_CONTRACTIONS}|{_WORD}\p{{L}}+|\p{{N}}{{1,3}}|{_REST}"
+_QWEN35 = (
+    rf"{_CONTRACTIONS}|{_WORD}[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _QWEN2 = rf"{_CONTRACTIONS}|{_WORD}\p{{L}}+|\p{{N}}|{_REST}"
 _O200K = rf"{_CASED[0]}{_CONTRACTIONS}?|{_CASED[1]}{_CONTRACTIONS}?|\p{{N}}{{1,3}}|{_SLASHED}"
 _TEKKEN = rf"{_CASED[0]}|{_CASED[1]}|\p{{N}}|{_SLASHED}"
@@ -56,8 +59,9 @@ _GPT2 = _PreTokenizer((), gpt2=True)
 _DIGITS = _PreTokenizer((r"\p{N}",), gpt2=True)
 _PRE_TOKENIZERS: Mapping[str, _PreTokenizer] = {
     **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "lfm2", "midm-2.0"), _LLAMA),
-    **dict.fromkeys(("smaug-bpe", "dbrx"), _PreTokenizer((_LLAMA3,))),
+    **dict.fromkeys(("smaug-bpe", "dbrx", "glm4", "chatglm-bpe"), _PreTokenizer((_LLAMA3,))),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "f2llmv2"), _QWEN),
+    "qwen35": _PreTokenizer((_QWEN35,), nfc=True),
     **dict.fromkeys(("kormo", "megrez"), _PreTokenizer((_QWEN2,))),
     **dict.fromkeys(("gpt-2", "phi-2", "jais", "trillion", "mellum", "a.x-4.0", "roberta-bpe"), _GPT2),
     **dict.fromkeys(("mpt", "olmo", "modern-bert"), replace(_GPT2, nfc=True)),

@@ -309,6 +309,72 @@ def lfm2_pixels(tower: Metadata) -> dict[str, Any]:
     return {**normalisation(tower), "encoder_patch_size": tower.number("vision.patch_size"), "downsample_factor": step}
 
 
+def idefics3(text: Metadata, tower: Metadata) -> dict[str, Any]:
+    """SmolVLM's of both generations, and Idefics3's, whose text is Llama 3."""
+    is_smol = _token(text, "<|im_start|>") is not None
+    return {
+        **named_tokens(text, {"image_token_id": "<image>"}),
+        "architecture": "SmolVLMForConditionalGeneration" if is_smol else "Idefics3ForConditionalGeneration",
+        "scale_factor": tower.number("vision.projector.scale_factor", 2),
+        "vision_config": {**_vision(tower), "hidden_act": "gelu_pytorch_tanh"},
+    }
+
+
+def idefics3_pixels(tower: Metadata) -> dict[str, Any]:
+    side = tower.number("vision.image_size")
+    edges = {"size": tower.number("vision.preproc_image_size", 4 * side), "max_image_size": side}
+    return {**normalisation(tower), **{name: {"longest_edge": edge} for name, edge in edges.items()}, "resample": 1}
+
+
+def glm4v(text: Metadata, tower: Metadata) -> dict[str, Any]:
+    """GLM-OCR's has no learned positions. The sizes of MLPs are the tensors'; its text is told by the tower."""
+    vision, is_ocr = _vision(tower), "v.position_embd.weight" not in tower.tensors
+    side = 0 if is_ocr else math.isqrt(rows_of_tensor(tower, "v.position_embd.weight"))
+    inner = rows_of_tensor(tower, "v.blk.0.ffn_up.weight" if is_ocr else "mm.gate.weight")
+    own = {
+        "hidden_size": vision["hidden_size"],
+        "depth": vision["num_hidden_layers"],
+        "num_heads": vision["num_attention_heads"],
+        "patch_size": vision["patch_size"],
+        "spatial_merge_size": tower.number("vision.spatial_merge_size", 2),
+        "temporal_patch_size": 2,
+        "rms_norm_eps": vision["layer_norm_eps"],
+        "hidden_act": "silu",
+        "intermediate_size": inner,
+        "out_hidden_size": rows_of_tensor(tower, "mm.model.fc.weight"),
+        "attention_bias": any(f"v.blk.0.attn_{one}.bias" in tower.tensors for one in ("qkv", "q")),
+        **({} if is_ocr else {"image_size": side * vision["patch_size"]}),
+    }
+    names = {"_token_id": "<|{}|>", "_start_token_id": "<|begin_of_{}|>", "_end_token_id": "<|end_of_{}|>"}
+    tokens = {f"{kind}{name}": one.format(kind) for kind in ("image", "video") for name, one in names.items()}
+    config: dict[str, Any] = {**named_tokens(text, tokens), "vision_config": own}
+    if is_ocr:
+        config |= {"architecture": "GlmOcrForConditionalGeneration", "text_config": {"model_type": "glm_ocr_text"}}
+    return config
+
+
+def glm4v_pixels(tower: Metadata) -> dict[str, Any]:
+    """The bounds are of both frames that an image is."""
+    return _pixels(tower, tower.number("vision.patch_size"), 112 * 112, 28 * 28 * 15000)
+
+
+def paddleocr(text: Metadata, tower: Metadata) -> dict[str, Any]:
+    """`image_size` is the largest image's; the table tells that of the positions."""
+    vision, side = _vision(tower), math.isqrt(rows_of_tensor(tower, "v.position_embd.weight"))
+    tokens = {
+        "image_token_id": "<|IMAGE_PLACEHOLDER|>",
+        "vision_start_token_id": "<|IMAGE_START|>",
+        "vision_end_token_id": "<|IMAGE_END|>",
+    }
+    own = {"image_size": side * vision["patch_size"], "hidden_act": "gelu_pytorch_tanh"}
+    merge = tower.number("vision.spatial_merge_size", 2)
+    return {**named_tokens(text, tokens), "vision_config": {**vision, **own, "spatial_merge_size": merge}}
+
+
+def paddleocr_pixels(tower: Metadata) -> dict[str, Any]:
+    return {**_pixels(tower, tower.number("vision.patch_size"), 384 * 384, 1536 * 1536), "temporal_patch_size": 1}
+
+
 _MINICPMV = {"qwen2": ("2.6", (3, 4)), "llama": ("4.0", (5,)), "qwen3": ("4.5", (6, 100045))}
 """By the text model's architecture: which MiniCPM-V it is, and what `clip.minicpmv_version` calls it."""
 

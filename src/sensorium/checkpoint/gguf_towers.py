@@ -263,7 +263,7 @@ def tower_config(text: Metadata, tower: Metadata, decoder: Mapping[str, Any]) ->
     }
     own = {key: value for row in rows for key, value in row.config(text, tower).items()}
     config = {**outer, "architectures": [own.pop("architecture", architecture)], **own}
-    inner = {**decoder, **own.get("text_config", {}), "model_type": model_type or decoder["model_type"]}
+    inner = {**decoder, "model_type": model_type or decoder["model_type"], **own.get("text_config", {})}
     return {**config, "text_config": inner}
 
 
@@ -402,6 +402,53 @@ TOWERS: Mapping[str, GgufTower] = {
             **{f"mm.model.mlp.{one}": f"mlp1.{one}" for one in (0, 1, 3)},
         },
         configs.normalisation,
+    ),
+    "idefics3": GgufTower(
+        {"llama": ("SmolVLMForConditionalGeneration", "")},
+        configs.idefics3,
+        "vision_model.encoder.layers.{}.",
+        _CLIP_BLOCKS,
+        {
+            **{name: own.replace("vision_tower.", "vision_model.") for name, own in _CLIP_OUTER.items()},
+            "mm.model.fc": "connector.modality_projection.proj",
+        },
+        configs.idefics3_pixels,
+        width="mm.model.fc.weight",
+    ),
+    "glm4v": GgufTower(
+        {
+            "glm4": ("Glm4vForConditionalGeneration", "glm4v_text"),
+            "glm4moe": ("Glm4vMoeForConditionalGeneration", "glm4v_moe_text"),
+        },
+        configs.glm4v,
+        "visual.blocks.{}.",
+        {**_QWEN25_BLOCKS, "attn_q_norm": "attn.q_norm", "attn_k_norm": "attn.k_norm"},
+        {
+            "v.patch_embd": "visual.patch_embed.proj",
+            "v.position_embd": "visual.embeddings.position_embedding",
+            "v.norm_embd": "visual.post_conv_layernorm",
+            "v.post_ln": "visual.post_layernorm",
+            "mm.patch_merger": "visual.downsample",
+            "mm.model.fc": "visual.merger.proj",
+            "mm.post_norm": "visual.merger.post_projection_norm",
+            **{f"mm.{one}": f"visual.merger.{one}_proj" for one in ("gate", "up", "down")},
+        },
+        configs.glm4v_pixels,
+        width="mm.down.weight",
+    ),
+    "paddleocr": GgufTower(
+        {"paddleocr": ("PaddleOCRVLForConditionalGeneration", "paddleocr_vl_text")},
+        configs.paddleocr,
+        "visual.vision_model.encoder.layers.{}.",
+        _CLIP_BLOCKS,
+        {
+            **{name: own.replace("vision_tower.", "visual.vision_model.") for name, own in _CLIP_OUTER.items()},
+            "mm.input_norm": "mlp_AR.pre_norm",
+            "mm.1": "mlp_AR.linear_1",
+            "mm.2": "mlp_AR.linear_2",
+        },
+        configs.paddleocr_pixels,
+        width="mm.2.weight",
     ),
     "lfm2": GgufTower(
         {"lfm2": ("Lfm2VlForConditionalGeneration", "lfm2")},

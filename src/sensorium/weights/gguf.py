@@ -313,7 +313,8 @@ def _changed(tensor: StoredTensor, stored: GgufTensor, meta: Metadata, architect
     which = permuted_heads(stored.name, architecture)
     if which is not None:
         heads = meta.get("attention.head_count")
-        return _unpermuted(tensor, heads if which == "q" else meta.get("attention.head_count_kv", heads))
+        count = heads if which == "q" else meta.get("attention.head_count_kv", heads)
+        return _paired(tensor, count, meta) if architecture.pairs_heads else _unpermuted(tensor, count)
     if key.endswith("A_log"):
         return _with(tensor, lambda rates: rates.float().neg().log())
     if architecture.norm_offset and key.endswith("norm.weight") and not key.endswith(architecture.plain_norms or "\n"):
@@ -346,6 +347,19 @@ def _reshaped(tensor: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:
 def _with(tensor: StoredTensor, change: Callable[[Tensor], Tensor]) -> StoredTensor:
     """With other contents than the file has, so that it is no plain mapping of it."""
     return replace(tensor, view=lambda: change(tensor.view()), populate=None, cut=None, runs=None)
+
+
+def _paired(tensor: StoredTensor, heads: object, meta: Metadata) -> StoredTensor:
+    """Of what is rotated of each head, row s * half + i of the file is row 2 i + s; the rows behind it stay."""
+    rotated = meta.number("rope.dimension_count")
+    size = tensor.shape[0] // heads if isinstance(heads, int) and heads > 0 else 0
+    if not isinstance(heads, int) or size * heads != tensor.shape[0] or rotated % 2 or not 0 < rotated <= size:
+        raise CheckpointError(
+            f"{tensor.file.name}: {tensor.shape[0]} rows are none of {heads} heads, {rotated} rotated"
+        )
+    order = torch.arange(size)
+    order[:rotated] = order[:rotated].view(2, -1).t().flatten()
+    return _with(tensor, lambda rows: rows.view(heads, size, *rows.shape[1:])[:, order].reshape(rows.shape))
 
 
 def _unpermuted(tensor: StoredTensor, heads: object) -> StoredTensor:

@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import BertTokenizer, GPT2Tokenizer, Qwen2Tokenizer, XLMRobertaTokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter, generate_merges
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
 
 from sensorium.checkpoint.gguf_file import read_gguf
 from sensorium.checkpoint.gguf_tokenizer import tokenizer_of
@@ -56,6 +57,8 @@ ORIGINALS: dict[str, Callable[[Learnt], Tokenizer]] = {
     "llama-bpe": composed(split(LLAMA3), whole_words=True),
     "smaug-bpe": composed(split(LLAMA3)),
     "qwen2": class_of(Qwen2Tokenizer),
+    "qwen35": class_of(Qwen3_5Tokenizer),
+    "glm4": composed(split(LLAMA3)),  # whose expression is Llama 3's
     "gpt-4o": composed(split(GGUF_PRE_TOKENIZER_SPLITS["gpt-4o"])),
     "tekken": composed(split(GGUF_PRE_TOKENIZER_SPLITS["tekken"]), whole_words=True),
     "gpt-2": class_of(GPT2Tokenizer),

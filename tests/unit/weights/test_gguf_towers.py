@@ -16,13 +16,17 @@ import torch
 from support import checkpoints, speech
 from support.gguf_families import FAMILIES, write_family, write_tower
 from support.gguf_writer import container, tokenizer_metadata
+from support.glm4v import make_glm4v, make_glm4v_moe, make_glm_ocr
 from support.image_families import noise
 from support.internvl import make_internvl
 from support.lfm2_vl import make_lfm2_vl
 from support.media_models import Served
 from support.model_driver import Driver
+from support.paddleocr_vl import make_paddleocr_vl
 from support.pixtral import make_mistral3, make_pixtral
+from support.smolvlm import make_smolvlm
 
+from sensorium.checkpoint import gguf_tower_configs as configs
 from sensorium.checkpoint.configs import open_checkpoint
 from sensorium.checkpoint.families import load_class
 from sensorium.checkpoint.gguf import gguf_folder
@@ -45,9 +49,21 @@ OTHERS: dict[str, Any] = {
     "mistral3": make_mistral3,
     "pixtral": make_pixtral,
     "lfm2_vl": make_lfm2_vl,
+    "smolvlm": make_smolvlm,
+    "glm4v": make_glm4v,
+    "glm_ocr": make_glm_ocr,
+    "glm4v_moe": make_glm4v_moe,
+    "paddleocr_vl": make_paddleocr_vl,
     **{name: getattr(speech, f"make_{name}") for name in ("qwen2_audio", "qwen3_asr", "qwen3_omni", "voxtral")},
 }
-BESIDE = ("gemma4", "lfm2_vl", "qwen3_omni")  # whose preprocessor_config.json says what projectors do not
+BESIDE = (
+    "gemma4",
+    "lfm2_vl",
+    "qwen3_omni",
+    "glm4v",
+    "glm_ocr",
+    "glm4v_moe",
+)  # whose preprocessor_config.json says what projectors do not
 OPTIONS: dict[str, dict[str, Any]] = {
     "qwen2_vl": {"vision": {"depth": 3}},
     "qwen2_5_vl": {"vision": {"window_size": 112}},
@@ -135,6 +151,25 @@ def test_the_template_of_llava_next_is_its_text_models(tmp_path: Path, own: str,
 
     assert said in LocalTemplate(template or "", tokenizer, modalities=("image",), placeholder=shown).render([message])
     assert template_with_media(Metadata((vocabulary,)), tiles) is None
+
+
+def test_smolvlm_and_idefics3_are_told_by_their_tokens(tmp_path: Path) -> None:
+    file, tower = (Metadata((read_gguf(one),)) for one in written("smolvlm", tmp_path))
+    tokens = [one.replace("<|im_start|>", "<|begin_of_text|>") for one in file.all["tokenizer.ggml.tokens"]]
+    container_of = container({**FAMILIES["smolvlm"]["metadata"], "tokenizer.ggml.tokens": tokens}, {})
+    (tmp_path / "other.gguf").write_bytes(container_of)
+    found = [configs.idefics3(text, tower) for text in (file, Metadata((read_gguf(tmp_path / "other.gguf"),)))]
+    assert [one["architecture"][:8] for one in found] == ["SmolVLMF", "Idefics3"]
+
+
+@pytest.mark.parametrize(
+    ("family", "said"), [("glm4v", "GLM-OCR is not served alone"), ("paddleocr_vl", "PaddleOCR-VL is not served alone")]
+)
+def test_texts_that_are_served_with_their_tower_alone(tmp_path: Path, family: str, said: str) -> None:
+    file, tower = written(family, tmp_path)
+    tower.unlink()
+    with pytest.raises(CheckpointError, match=said):
+        gguf_folder(file, tmp_path / "cache")
 
 
 def test_which_tower_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
