@@ -127,14 +127,26 @@ def _attach(console: Console, conversation: Conversation, kind: Modality, path: 
 
 async def _turn(console: Console, remote: Remote, conversation: Conversation, line: str) -> None:
     pieces: list[str] = []
+    thinks, ended_by = False, ""
 
     def on_event(data: bytes) -> None:
+        nonlocal thinks, ended_by
         chunk = msgspec.json.decode(data)
         if "error" in chunk:
             raise RemoteError(str(chunk["error"].get("message", "the server reports an error")))
-        text = (chunk["choices"][0]["delta"].get("content") or "") if chunk.get("choices") else ""
-        pieces.append(text)
-        console.out(printable(text), end="")
+        if not chunk.get("choices"):
+            return
+        choice = chunk["choices"][0]
+        delta, ended_by = choice["delta"], choice.get("finish_reason") or ended_by
+        if thought := delta.get("reasoning") or delta.get("reasoning_content"):
+            thinks = True
+            console.out(printable(thought), style="dim", end="")
+        if text := delta.get("content"):
+            if thinks:
+                console.print()
+            thinks = False
+            pieces.append(text)
+            console.out(printable(text), end="")
 
     try:
         await remote.stream("/chat/completions", conversation.ask(line), on_event)
@@ -144,6 +156,8 @@ async def _turn(console: Console, remote: Remote, conversation: Conversation, li
     else:
         conversation.answer("".join(pieces))
         console.print()
+        if ended_by == "length":
+            console.print("(cut: --max-tokens allows longer answers)", style="yellow", markup=False)
 
 
 def printable(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,34 @@ async def test_commands_are_listed_and_files_checked(
     assert "attached; now ask about it" in shown
     assert ANSWER in shown
     assert len(asked) == 1
+
+
+class Saying:
+    """A server that answers with these deltas."""
+
+    def __init__(self, *deltas: dict[str, str], finish_reason: str) -> None:
+        self._choices: list[dict[str, Any]] = [{"delta": delta, "finish_reason": None} for delta in deltas]
+        self._choices[-1]["finish_reason"] = finish_reason
+
+    async def stream(self, path: str, body: bytes, on_event: Callable[[bytes], None]) -> None:
+        for choice in self._choices:
+            on_event(json.dumps({"choices": [choice]}).encode())
+        on_event(json.dumps({"choices": [], "usage": {}}).encode())
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+@pytest.mark.parametrize("end", ["stop", "length"])
+async def test_thoughts_are_shown_but_not_sent_back_and_a_cut_is_told(
+    name: str, end: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server: Any = Saying(
+        {"content": ""}, {name: "Hm"}, {name: "m."}, {"content": "Yes"}, {"content": "."}, finish_reason=end
+    )
+    conversation = chat.Conversation(ChatConfig(), "m")
+    await chat._turn(Console(highlight=False), server, conversation, "well?")
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[:2] == ["Hmm.", "Yes."] and ("--max-tokens" in shown[-1]) == (end == "length")
+    assert json.loads(conversation.ask("and?"))["messages"][1] == {"role": "assistant", "content": "Yes."}
 
 
 async def test_a_refused_message_is_taken_back(
