@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Resampling
+from tokenizers import normalizers
 
 from sensorium.checkpoint.families import vision_tower
 from sensorium.checkpoint.values import square
@@ -25,6 +26,10 @@ MAX_PATCHES = 1 << 14  # of a setting
 SCALE_STEP = 1e-5
 CANONICAL = "SiglipTokenizer"
 """The class of tokenizers whose texts are made plain by code, not by tokenizer.json."""
+LOWERED = frozenset({"GemmaTokenizer", "Siglip2Tokenizer"})
+"""What files of SigLIP 2 name. Its training texts are in lower case (Tschannen et al. 2025). Most of the
+files name Gemma's, which does not make them so."""
+_LOWER_CASE = normalizers.Lowercase()
 
 
 class DualProcessor(Processor):
@@ -34,6 +39,7 @@ class DualProcessor(Processor):
     def _configure(self) -> None:
         named = str(self.checkpoint.tokenizer_config.get("tokenizer_class", ""))
         self._is_canonical = named.removesuffix("Fast") == CANONICAL
+        self._is_lowered = named.removesuffix("Fast") in LOWERED
         self._configure_images(self.checkpoint.config.get("vision_config") or {})
 
     def _configure_images(self, vision: dict[str, Any]) -> None:
@@ -72,6 +78,8 @@ class DualProcessor(Processor):
         return self._assemble([PlaceholderRun(0, self.placeholder_id("image"), 1)], media)
 
     def cleaned(self, text: str) -> str:
+        if self._is_lowered:
+            return str(_LOWER_CASE.normalize_str(text))
         return canonical(text) if self._is_canonical else text
 
     def text_length(self, text: str) -> int:
@@ -82,6 +90,10 @@ class NaflexProcessor(DualProcessor):
     """An image keeps its aspect and becomes at most so many patches."""
 
     settings: ClassVar[Mapping[str, Setting]] = {"max_num_patches": integer(1, MAX_PATCHES)}
+
+    def _configure(self) -> None:
+        super()._configure()
+        self._is_lowered = True  # there is no SigLIP of the first kind among these
 
     def _configure_images(self, vision: dict[str, Any]) -> None:
         files = self.checkpoint.preprocessor

@@ -11,6 +11,7 @@ from support.image_families import CLIP, noise, normalised, pixels_of, record, w
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
+from transformers.models.siglip2.tokenization_siglip2 import Siglip2Tokenizer
 
 from sensorium.errors import CheckpointError, RequestError, StartupError
 from sensorium.processors.dual import DualProcessor, NaflexProcessor, canonical
@@ -102,9 +103,24 @@ def test_texts_of_the_first_siglip_are_made_plain() -> None:
     text = "A  Photo of\ta CAT, {not} a dog!\u00a0\u2014 'Ünter'"
     assert canonical(text) == "a photo of a cat not a dog \u2014 ünter"
     assert processor("siglip", tokenizer="SiglipTokenizer").cleaned("A, b!") == "a b"
-    assert processor("siglip", tokenizer="GemmaTokenizerFast").cleaned("A, b!") == "A, b!"
+    assert processor("clip", tokenizer="CLIPTokenizer").cleaned("A, b!") == "A, b!"
     build = processor("siglip", tokenizer="SiglipTokenizerFast").build
     assert build("A,", [], add_special_tokens=True).token_ids.tolist() == [1, 97]
+
+
+def test_texts_of_siglip_2_are_lowered() -> None:
+    """As transformers' own tokenizer of it does, whatever class the files name."""
+    texts = ["A CAT, in Paris!", "\u039f\u0394\u039f\u03a3 \u0130", "<EOS> Not the end"]
+    raw = Siglip2Tokenizer().backend_tokenizer.normalizer
+    naflex = NaflexProcessor(record({"vision_config": {}}, {}), word_tokenizer({"<s>": 1}))
+    fixed = [
+        processor("siglip", tokenizer=name) for name in ("GemmaTokenizerFast", "GemmaTokenizer", "Siglip2Tokenizer")
+    ]
+    for text in texts:
+        expected = raw.normalize_str(text).replace("\u2581", " ")
+        assert expected != text
+        assert [one.cleaned(text) for one in (naflex, *fixed)] == [expected] * 4
+    assert fixed[0].build("AB", [], add_special_tokens=True).token_ids.tolist() == [1, 97, 98]
 
 
 def test_what_it_cannot_serve_is_refused() -> None:
