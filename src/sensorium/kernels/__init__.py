@@ -30,6 +30,7 @@ from sensorium.kernels.backend import (
     Draws,
     Edits,
     Experts,
+    LayerShape,
     LowRank,
     MappedBlocks,
     PackedWeight,
@@ -38,6 +39,7 @@ from sensorium.kernels.backend import (
     RoutedParts,
     StateParts,
     TokenGroups,
+    TokenRowsParts,
 )
 from sensorium.kernels.cpu import onednn
 from sensorium.kernels.cpu.linear import NativeLinear
@@ -64,6 +66,7 @@ __all__ = [
     "Draws",
     "Edits",
     "Experts",
+    "LayerShape",
     "LowRank",
     "MappedBlocks",
     "PackedWeight",
@@ -72,6 +75,7 @@ __all__ = [
     "RoutedParts",
     "StateParts",
     "TokenGroups",
+    "TokenRowsParts",
     "activate",
     "add_low_rank",
     "add_rms_norm",

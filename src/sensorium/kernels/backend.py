@@ -222,6 +222,25 @@ class StateParts:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenRowsParts:
+    """What a layer adds of the tokens themselves, behind its MLP: projection(activation(gate(x)) * rows of the tokens),
+    normed, where the rows are `AttentionContext.token_rows`."""
+
+    gate: PackedWeight  # [size, hidden]
+    projection: PackedWeight  # [hidden, size]
+    norm: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """Of a layer that differs from others in more than what it sees."""
+
+    head_dim: int
+    num_kv_heads: int
+    kinds: str  # of "qkv" those that its first product gives: "qk", keys are values too; "q", another layer's are read
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderLayerParts:
     """What one Llama-like decoder layer is made of: weights of norms and of linear layers. Where something else mixes
     its tokens, `qkv` is the projection before that and `o` the one behind it."""
@@ -244,6 +263,15 @@ class DecoderLayerParts:
     is_gated: bool = False  # each query has its gate behind it, by whose sigmoid what it attends to is multiplied
     state: StateParts | None = None
     is_paired: bool = False  # a head's dimensions are rotated in pairs; keys are cached with the first of each in front
+    shape: LayerShape | None = None  # None: the decoder's
+    norms_values: bool = False  # each head by itself, without weights
+    token_rows: TokenRowsParts | None = None
+    factor: Tensor | None = None  # [1], of the states behind the layer
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing of it is Gemma 4's."""
+        return self.shape is None and not self.norms_values and self.token_rows is None and self.factor is None
 
 
 class DecoderStack(Protocol):

@@ -87,6 +87,7 @@ class AttentionContext:
     """Sequences whose attention to their memories is wanted -> per layer, float32 [heads, tokens, rows of memory]."""
     query_scales: Tensor | None = None  # [tokens, 1, 1], of queries whose positions say how large they are
     token_ids: Tensor | None = None  # int64 [tokens], for models whose inner layers look tokens up
+    token_rows: Sequence[Tensor] | None = None  # of each layer [tokens, size], embeddings of its own
     visible: Tensor | None = None  # int32 [tokens], keys that each token may see; None: up to its own
     layer_rows: LayerRows | None = None  # only for models with `deepstack`; see there
     others: list[AttentionContext] = field(default_factory=list)  # the same step by the other block tables: 1, 2, …

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -102,6 +103,29 @@ class Gemma4Layer(nn.Module):
             x = x + self.post_per_layer_input_norm(self.per_layer_projection(gate * own_rows))
         return x.mul_(self.layer_scalar)
 
+    def parts(self, rotation: int) -> kernels.DecoderLayerParts | None:
+        """See `DecoderLayer.parts`. None with experts, which have norms of their own."""
+        if self.router is not None:
+            return None
+        attention, rows = self.self_attn.attention, None
+        if self.has_own_rows:
+            gate, projection = self.per_layer_input_gate.packed, self.per_layer_projection.packed
+            rows = kernels.TokenRowsParts(gate, projection, self.post_per_layer_input_norm.weight)
+        return kernels.DecoderLayerParts(
+            input_norm=self.input_layernorm.weight,
+            attended_norm=self.post_attention_layernorm.weight,
+            mlp_norm=self.pre_feedforward_layernorm.weight,
+            gate_up=self.mlp.gate_up_proj.packed,
+            down=self.mlp.down_proj.packed,
+            after_norm=self.post_feedforward_layernorm.weight,
+            rotation=rotation,
+            shape=kernels.LayerShape(attention.head_dim, attention.num_kv_heads, self.self_attn.kinds),
+            norms_values=self.self_attn.v_norm is not None,
+            token_rows=rows,
+            factor=self.layer_scalar,
+            **self.self_attn.parts(),
+        )
+
     @functools.cached_property
     def together(self) -> kernels.Experts:
         return group_experts(self.experts, self.activation, self.ranks)
@@ -128,6 +152,10 @@ class Gemma4Decoder(Decoder):
         tables = list(dict.fromkeys((spec.rope, spec.head_dim) for spec in config.layers))
         self.rotaries = nn.ModuleList(RotaryEmbedding(*table, config.max_position_embeddings) for table in tables)
         self.rotation_of = [tables.index((spec.rope, spec.head_dim)) for spec in config.layers]
+        self.shape = {"num_heads": config.num_heads, "num_kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
+        self.scale = config.layers[0].scale
+        self.activation = activation_name(config.hidden_act)
+        self.is_split = False
         self.size, self.own_size = size, own
         self.pad_id = 0
         self.register_buffer("media_ids", torch.empty(0, dtype=torch.int64, device="cpu"), persistent=False)
@@ -136,7 +164,28 @@ class Gemma4Decoder(Decoder):
             self.per_layer_model_projection = Linear(size, config.num_layers * own)
             self.per_layer_projection_norm = RMSNorm(own, config.rms_norm_eps)
 
+    @functools.cached_property
+    def stack(self) -> kernels.DecoderStack | None:
+        if self.is_split:
+            return None
+        layers = [layer for layer in self.layers if isinstance(layer, Gemma4Layer)]
+        found = [layer.parts(rotation) for layer, rotation in zip(layers, self.rotation_of, strict=True)]
+        parts = [one for one in found if one is not None]
+        if len(parts) < len(found):
+            return None
+        return kernels.decoder_stack(
+            parts,
+            self.norm.weight,
+            num_heads=self.shape["num_heads"],
+            num_kv_heads=self.shape["num_kv_heads"],
+            head_dim=self.shape["head_dim"],
+            scale=self.scale,
+            eps=self.norm.eps,
+            activation=self.activation,
+        )
+
     def split(self, ranks: Ranks) -> list[nn.Module]:
+        self.is_split = True
         self.embed_tokens.split(ranks)
         if self.own_size:
             self.embed_tokens_per_layer.split(ranks)
@@ -144,8 +193,11 @@ class Gemma4Decoder(Decoder):
 
     def forward(self, hidden: Tensor, positions: Tensor, cache: KVCache, context: AttentionContext) -> Tensor:
         rotations = [one(positions, context.long_context, context.rope_lengths) for one in self.rotaries]
-        own = self._own_rows(hidden, context) if self.own_size else [None] * len(self.layers)
-        for layer, rows, place, layer_cache in zip(self.layers, own, self.rotation_of, cache, strict=True):
+        own = self._own_rows(hidden, context) if self.own_size else None
+        if context.adapters is None and self.stack is not None:
+            return self.stack(hidden, rotations, cache, replace(context, token_rows=own))
+        each = own or [None] * len(self.layers)
+        for layer, rows, place, layer_cache in zip(self.layers, each, self.rotation_of, cache, strict=True):
             hidden = layer(hidden, rows, rotations[place], layer_cache, context)
         out: Tensor = self.norm(hidden)
         return out

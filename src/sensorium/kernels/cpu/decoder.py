@@ -46,7 +46,11 @@ def can_stack(layers: Sequence[DecoderLayerParts], final_norm: Tensor) -> bool:
                 others.append(parts.state.delta.norm)
                 floats += [parts.state.delta.rate, parts.state.delta.bias]
         tensors += [one for one in others if one is not None]
-        if parts.is_paired or not all(isinstance(weight, NativeLinear) for weight in _weights(parts)):
+        if (
+            parts.is_paired
+            or not parts.is_plain
+            or not all(isinstance(weight, NativeLinear) for weight in _weights(parts))
+        ):
             return False
         if parts.routed is not None and not isinstance(parts.routed.experts, NativeExperts):
             return False

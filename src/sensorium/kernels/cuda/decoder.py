@@ -9,11 +9,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sensorium.kernels.backend import Activation, DecoderLayerParts, PackedWeight, RoutedParts, StateParts
+from sensorium.kernels.backend import (
+    Activation,
+    DecoderLayerParts,
+    PackedWeight,
+    RoutedParts,
+    StateParts,
+    TokenRowsParts,
+)
 from sensorium.kernels.context import AttentionContext, KVCache, LayerCache, StateCache
 from sensorium.kernels.cuda.attention import Arrivals, paged_attention, refusal
-from sensorium.kernels.cuda.experts import CudaExperts, choose
-from sensorium.kernels.cuda.norms import Summands, add_rms_norm, gated, rms_norm
+from sensorium.kernels.cuda.experts import CudaExperts, choose, gate_and_up_of
+from sensorium.kernels.cuda.norms import Summands, add_rms_norm, gated, rms_norm, token_gates
 from sensorium.kernels.cuda.rope import can_rotate, can_write, rotate_and_write
 from sensorium.kernels.cuda.states import mixed_tokens
 from sensorium.kernels.cuda.states import takes as takes_state
@@ -71,13 +78,11 @@ class CudaDecoder:
         x = rms_norm(hidden, self._layers[0].input_norm, eps, offset)
         made: Tensor | Summands = x
         after: Tensor | None = None  # a norm of what the layer before gave, which goes with the next one
+        factor: Tensor | None = None  # and what multiplies their sum
         for index, (layer, own) in enumerate(zip(self._layers, cache, strict=True)):
             if index:
-                x, residual = add_rms_norm(made, residual, layer.input_norm, eps, offset, after)
-            if layer.state is None:
-                x = self._attended(layer, x, rotations[layer.rotation], own, context)
-            else:
-                x = self._kept(layer, layer.state, x, own, context)
+                x, residual = add_rms_norm(made, residual, layer.input_norm, eps, offset, after, None, factor)
+            x = self._kept_or_attended(layer, x, rotations[layer.rotation], own, context)
             if layer is last and rows is not None:
                 x, residual = x[rows], residual[rows]
             x = layer.o(x)
@@ -85,13 +90,48 @@ class CudaDecoder:
             if layer.routed is not None and layer.routed.exact_router is not None:
                 wide = torch.empty(x.shape, dtype=torch.float32, device=x.device)
             x, residual = add_rms_norm(x, residual, layer.mlp_norm, eps, offset, layer.attended_norm, wide)
-            made, after = self._mixed(layer, x, wide), layer.after_norm
-        normed, _ = add_rms_norm(made, residual, self._final_norm, eps, offset, after)
+            made, after, factor = self._mixed(layer, x, wide), layer.after_norm, layer.factor
+            if layer.token_rows is not None:
+                made, residual = self._with_rows(layer, layer.token_rows, made, residual, index, context)
+                after = layer.token_rows.norm
+        normed, _ = add_rms_norm(made, residual, self._final_norm, eps, offset, after, None, factor)
         return normed if rows is None else torch.empty_like(hidden).index_copy_(0, rows, normed)
+
+    def _with_rows(
+        self,
+        layer: DecoderLayerParts,
+        parts: TokenRowsParts,
+        made: Tensor | Summands,
+        residual: Tensor,
+        index: int,
+        context: AttentionContext,
+    ) -> tuple[Tensor, Tensor]:
+        """(what a layer adds of the tokens themselves, the sum before it)"""
+        if context.token_rows is None or layer.after_norm is None or isinstance(made, Summands):
+            raise ValueError("a layer that adds rows of the tokens was not given any")
+        gates, total = token_gates(
+            made, residual, layer.after_norm, parts.gate, context.token_rows[index], self._shape.eps,
+            self._shape.activation,
+        )  # fmt: skip
+        return parts.projection(gates), total
+
+    def _kept_or_attended(
+        self,
+        layer: DecoderLayerParts,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        cache: object,
+        context: AttentionContext,
+    ) -> Tensor:
+        if layer.state is None:
+            return self._attended(layer, x, rotation, cache, context)
+        return self._kept(layer, layer.state, x, cache, context)
 
     def _mixed(self, layer: DecoderLayerParts, x: Tensor, wide: Tensor | None) -> Tensor | Summands:
         """What the MLP, or what stands in its place, makes of states [tokens, hidden]; `wide`: the same in float32."""
         routed = layer.routed
+        if routed is None and layer.token_rows is not None and layer.gate_up is not None and layer.down is not None:
+            return layer.down(gate_and_up_of(x, layer.gate_up, self._shape.activation))
         if routed is None:
             return self._mlp(layer.gate_up, layer.down, x)
         logits, gate = self._scores(routed, x, wide)
@@ -158,21 +198,17 @@ class CudaDecoder:
         """[tokens, hidden] -> [tokens, heads * head_dim]"""
         if not isinstance(cache, LayerCache):
             raise ValueError("a layer of attention was given a cache without keys")
-        shape, (heads, *others) = self._shape, self._widths
-        widths = [2 * heads if layer.is_gated else heads, *others]
-        q, k, v = torch.split(layer.qkv(x).view(x.shape[0], -1, shape.head_dim), widths, dim=1)
-        gates: Tensor | None = None
-        if layer.is_gated:  # each behind its query
-            q, gates = q.view(len(x), heads, 2, shape.head_dim).unbind(2)
-        own = context.by_table(cache.table)
+        shape, own = self._shape, context.by_table(cache.table)
+        q, k, v, gates = self._separate(layer, layer.qkv(x))
         reason = refusal(q, cache.keys, cache.values)
         if reason is not None or not can_rotate(q, k, *rotation) or not can_write(k, v, cache.keys, cache.values):
             raise ValueError(f"no kernel for {reason or 'such a cache'}")
-        norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
+        norms = None if layer.q_norm is None else (layer.q_norm, layer.q_norm if layer.k_norm is None else layer.k_norm)
         scales = None if context.query_scales is None else context.query_scales.flatten()
         q = rotate_and_write(
             q, k, v, *rotation, norms, shape.eps, shape.norm_offset, cache, own.slots, is_paired=layer.is_paired,
-            norms_whole=shape.norms_whole_qk and norms is not None, scales=scales,
+            norms_whole=shape.norms_whole_qk and norms is not None, norms_values=layer.norms_values,
+            writes=layer.shape is None or layer.shape.kinds != "q", scales=scales,
         )  # fmt: skip
         visible = context.visible if layer.media_both_ways else None
         out = paged_attention(
@@ -180,6 +216,23 @@ class CudaDecoder:
             gates,
         )  # fmt: skip
         return out.view(x.shape[0], -1)
+
+    def _separate(self, layer: DecoderLayerParts, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Queries, keys and values, and the gates behind queries. Of a layer without keys queries stand for them."""
+        shape, (heads, *others) = self._shape, self._widths
+        if layer.shape is not None:
+            parts = qkv.view(len(qkv), -1, layer.shape.head_dim)
+            kv_heads = layer.shape.num_kv_heads
+            q, k = parts[:, :heads], parts[:, heads : heads + kv_heads]
+            if layer.shape.kinds == "q":
+                return q, q[:, :kv_heads], q[:, :kv_heads], None
+            return q, k, parts[:, heads + kv_heads :] if layer.shape.kinds == "qkv" else k, None
+        widths = [2 * heads if layer.is_gated else heads, *others]
+        q, k, v = torch.split(qkv.view(len(qkv), -1, shape.head_dim), widths, dim=1)
+        if not layer.is_gated:
+            return q, k, v, None
+        q, gates = q.view(len(qkv), heads, 2, shape.head_dim).unbind(2)  # each behind its query
+        return q, k, v, gates
 
 
 def _joined(first: object, second: object) -> PlainLinear | None:
@@ -201,11 +254,12 @@ def can_stack(layers: Sequence[DecoderLayerParts], final_norm: Tensor, shape: De
         for norm in (one.input_norm, one.q_norm, one.k_norm, one.attended_norm, one.mlp_norm, one.after_norm)
         if norm is not None
     ]
+    own = [(one.shape.head_dim, one.shape.num_kv_heads) for one in layers if one.shape is not None]
+    heads = own or [(shape.head_dim, shape.num_kv_heads)]
     return (
         bool(layers)
-        and shape.head_dim % 4 == 0
-        and shape.num_heads % shape.num_kv_heads == 0
+        and all(size % 4 == 0 and shape.num_heads % kv_heads == 0 for size, kv_heads in heads)
         and all(norm.dtype is final_norm.dtype and norm.is_contiguous() for norm in norms)
         and all(one.state is None or takes_state(one.state) for one in layers)
-        and all((one.q_norm is None) == (one.k_norm is None) for one in layers)
+        and all((one.q_norm is None) == (one.k_norm is None) or one.shape is not None for one in layers)
     )

@@ -17,7 +17,7 @@ from sensorium.kernels.cuda.device import experts as device
 from sensorium.kernels.cuda.device.experts import down_product, gate_and_up
 from sensorium.kernels.cuda.launch import FLOATS, launch, power_of_two
 from sensorium.kernels.cuda.linear import CudaFp4Linear
-from sensorium.kernels.cuda.norms import Summands
+from sensorium.kernels.cuda.norms import Summands, gated
 from sensorium.kernels.reference import PlainLinear
 
 FEW = 16  # rows of an expert, on average, up to which tiles are small
@@ -94,7 +94,8 @@ class CudaExperts:
         given, (first, second) = x if shared_x is None else shared_x, self._tables
         launch(
             gate_and_up, (order.tiles + more, -(-widest // 64)), x, *order.tables, *first, made, inner, size, *numbers,
-            given, own[1], own[0], shared_inner, CHOSEN=per_token, ACTIVATION=self._activation, **options,
+            given, own[1], own[0], shared_inner, CHOSEN=per_token, ACTIVATION=self._activation, IS_ALONE=False,
+            **options,
         )  # fmt: skip
         launch(
             down_product, (order.tiles + more, -(-size // 64)), made, *order.tables, *second, weights, out, size, inner,
@@ -118,6 +119,22 @@ class CudaExperts:
         if len(weights) < 2 or not all(_is_aligned(one) and one.dtype is dtype for one in weights):
             return None
         return SharedExpert(weights[0], weights[1])
+
+
+def gate_and_up_of(x: Tensor, weight: PackedWeight, activation: Activation) -> Tensor:
+    """activation(gate) * up of an MLP's first product, [tokens, 2 * inner] before: one launch for a few tokens and a
+    plain weight, which is the part of `gate_and_up` for what all tokens take."""
+    if not (isinstance(weight, PlainLinear) and weight.bias is None and len(x) <= FEW and _is_aligned(weight.weight)):
+        return gated(weight(x), activation)
+    inner, tensor = len(weight.weight) // 2, weight.weight
+    out = torch.empty((len(x), inner), dtype=x.dtype, device=x.device)
+    none = (x,) * 6  # orders and addresses
+    launch(
+        gate_and_up, (1, -(-inner // 64)), x, *none, out, inner, x.shape[1], 0, 0, len(x), x, tensor, out, inner,
+        CHOSEN=1, EXPERTS=1, BLOCK_E=1, ACTIVATION=activation, HAS_BIAS=False, FP4=False, HAS_SHARED=True,
+        IS_ALONE=True, BLOCK_M=16, BLOCK_N=64, BLOCK_K=64, BLOCK_P=FEW_FOUND, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return out
 
 
 def add_up(sums: Summands, dtype: torch.dtype) -> Tensor:

@@ -7,11 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sensorium.kernels.backend import Activation
+from sensorium.kernels.backend import Activation, PackedWeight
 from sensorium.kernels.cuda.device import norms as device
 from sensorium.kernels.cuda.launch import FLOATS, launch, power_of_two
+from sensorium.kernels.reference import PlainLinear
 
 WIDEST = 65536  # numbers of a row that one program holds
+NUMBERS_OF_A_WARP = 1024  # of a row
+PARTS_OF_A_WARP = 256  # of a row that is a sum, all of whose parts are in registers at once
+FEW = 16  # tokens, each of which has a product of its own
+NUMBERS_OF_A_PRODUCT = 8192  # of the weight, in the registers of a program
+WIDEST_PRODUCT = 8192  # inputs
 BLOCK = 1024  # numbers of a program of elementwise work
 PLAIN: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "tanh")
 
@@ -48,12 +54,13 @@ def add_rms_norm(
     offset: float = 0.0,
     first: Tensor | None = None,
     wide: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Contiguous tensors. The sum is written into `residual`. `first`: the weight of a norm of `x` before. To float32
-    `wide` go the same numbers as to the norm."""
+    """Contiguous tensors. The sum is written into `residual`. `first`: the weight of a norm of `x` before. `factor`
+    [1]: the sum is multiplied by it. To float32 `wide` go the same numbers as to the norm."""
     out = torch.empty_like(residual)
     rows = x.view(-1, x.shape[-1]) if isinstance(x, Tensor) else x
-    _start(rows, residual, first, weight, out, eps, offset, wide)
+    _start(rows, residual, first, weight, out, eps, offset, wide, factor)
     return out, residual
 
 
@@ -66,20 +73,21 @@ def _start(
     eps: float,
     offset: float,
     wide: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> None:
     size = out.shape[-1]
     total = out if residual is None else residual
     block = power_of_two(size)
     sums = rows if isinstance(rows, Summands) else Summands(rows)
-    shared, gate = sums.shared, sums.gate
     per_token = 0 if isinstance(rows, Tensor) else rows.parts.shape[1]
+    others = [total if one is None else one for one in (wide, sums.shared, sums.gate, factor)]
     launch(
         device.rms_norm, (out.numel() // size,), sums.parts, total, weight if first is None else first, weight, out,
-        total, total if wide is None else wide, total if shared is None else shared, total if gate is None else gate,
-        eps, offset, sums.parts.stride(0), size, 0 if gate is None else gate.stride(0), BLOCK=block,
-        ADDS=residual is not None, IS_NORMED=first is not None, HAS_OFFSET=offset != 0, PARTS=per_token,
-        HAS_SHARED=shared is not None, HAS_GATE=gate is not None, IS_WIDE=wide is not None,
-        num_warps=min(16, max(1, block // 1024)),
+        total, *others, eps, offset, sums.parts.stride(0), size, 0 if sums.gate is None else sums.gate.stride(0),
+        BLOCK=block, ADDS=residual is not None, IS_NORMED=first is not None, HAS_OFFSET=offset != 0, PARTS=per_token,
+        HAS_SHARED=sums.shared is not None, HAS_GATE=sums.gate is not None, IS_WIDE=wide is not None,
+        HAS_FACTOR=factor is not None,
+        num_warps=min(16, max(1, block // (PARTS_OF_A_WARP if per_token else NUMBERS_OF_A_WARP))),
     )  # fmt: skip
 
 
@@ -97,3 +105,29 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
     count = x.numel()
     launch(device.activate, (-(-count // BLOCK),), x, x, count, BLOCK=BLOCK, ACTIVATION=activation, num_warps=4)
     return x
+
+
+def token_gates(
+    x: Tensor, residual: Tensor, first: Tensor, gate: PackedWeight, rows: Tensor, eps: float, activation: Activation
+) -> tuple[Tensor, Tensor]:
+    """(activation(gate(total)) * rows [tokens, size], total = residual + the norm of x by `first`), in one launch for a
+    few tokens, each of which reads all of a plain weight. `rows` may be a strided view."""
+    tokens, size = x.shape
+    block = power_of_two(size)
+    if not (isinstance(gate, PlainLinear) and gate.bias is None and tokens <= FEW and block <= WIDEST_PRODUCT):
+        total = residual + rms_norm(x, first, eps)
+        made = gate(total)
+        out = torch.empty_like(made)
+        launch(
+            device.activate_mul, (tokens, -(-made.shape[1] // BLOCK)), made, rows, out, made.shape[1], rows.stride(0),
+            BLOCK=BLOCK, ACTIVATION=activation, num_warps=4,
+        )  # fmt: skip
+        return out, total
+    inner = len(gate.weight)
+    columns = max(1, NUMBERS_OF_A_PRODUCT // block)
+    total, out = torch.empty_like(residual), torch.empty((tokens, inner), dtype=x.dtype, device=x.device)
+    launch(
+        device.token_gates, (tokens, -(-inner // columns)), x, residual, first, gate.weight, rows, total, out, eps,
+        size, inner, rows.stride(0), BLOCK=block, BLOCK_N=columns, ACTIVATION=activation, num_warps=8,
+    )  # fmt: skip
+    return out, total

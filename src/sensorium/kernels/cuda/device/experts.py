@@ -123,11 +123,15 @@ def gate_and_up(
     x, order, starts, tile_ends, weights, all_scales, biases, out, inner, size, pairs, tiles, tokens, shared_x,
     shared_weight, shared_out, shared_inner, CHOSEN: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr,
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, FP4: tl.constexpr, HAS_SHARED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
+    IS_ALONE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """x [tokens, size] -> activation(gate) * up [rows of `tile_of`, inner]; and of what all tokens take, without bias
-    or scales, [tokens, shared_inner]"""
-    if tl.program_id(0) < tiles:
+    or scales, [tokens, shared_inner]. IS_ALONE: of nothing else."""
+    if IS_ALONE:
+        token, there = token_tile(0, tokens, BLOCK_M)
+        gate_and_up_tile(shared_x, token, there, shared_weight, shared_weight, shared_weight, shared_out, token,
+                         shared_inner, size, ACTIVATION, False, False, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
+    elif tl.program_id(0) < tiles:
         expert, pair, place, there = tile_of(order, starts, tile_ends, pairs, EXPERTS, BLOCK_E, BLOCK_M, BLOCK_P)
         if (expert < EXPERTS) & (tl.program_id(1) * BLOCK_N < inner):
             kind: tl.constexpr = tl.uint8 if FP4 else x.dtype.element_ty

@@ -38,15 +38,25 @@ def summed(
     return acc.to(dtype).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["gate_stride"])
+@triton.jit
+def normed_row(
+    wide, weight, dims, size, eps, offset, dtype: tl.constexpr, HAS_OFFSET: tl.constexpr
+):  # fmt: skip
+    """The norm of a row of float32 numbers, zeros behind `size`, in `dtype`."""
+    scale = tl.rsqrt(tl.sum(wide * wide, 0) / size + eps)
+    factor = tl.load(weight + dims, mask=dims < size, other=0.0).to(tl.float32)
+    return normed(wide, factor, scale, offset, dtype, HAS_OFFSET).to(dtype)
+
+
+@triton.jit(do_not_specialize=["gate_stride"], do_not_specialize_on_alignment=["factor"])
 def rms_norm(
-    x, residual, first, weight, out, total, wide_out, shared, gate, eps, offset, stride, size, gate_stride,
+    x, residual, first, weight, out, total, wide_out, shared, gate, factor, eps, offset, stride, size, gate_stride,
     BLOCK: tl.constexpr, ADDS: tl.constexpr, IS_NORMED: tl.constexpr, HAS_OFFSET: tl.constexpr, PARTS: tl.constexpr,
-    HAS_SHARED: tl.constexpr, HAS_GATE: tl.constexpr, IS_WIDE: tl.constexpr,
+    HAS_SHARED: tl.constexpr, HAS_GATE: tl.constexpr, IS_WIDE: tl.constexpr, HAS_FACTOR: tl.constexpr,
 ):  # fmt: skip
     """Of one row, or of its sum with the residual's, which goes to `total`; with `IS_NORMED` the row is normed by the
-    weight `first` before. PARTS: a row is the sum of so many, see `summed`. IS_WIDE: float32 `wide_out` gets the same
-    numbers as `out`."""
+    weight `first` before, and the sum is multiplied by the number at `factor` with `HAS_FACTOR`. PARTS: a row is the
+    sum of so many, see `summed`. IS_WIDE: float32 `wide_out` gets the same numbers as `out`."""
     row, dims = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     keep = dims < size
     dtype: tl.constexpr = out.dtype.element_ty
@@ -55,17 +65,15 @@ def rms_norm(
     else:
         wide = tl.load(x + row * stride + dims, mask=keep, other=0.0).to(tl.float32)
     if IS_NORMED:
-        scale = tl.rsqrt(tl.sum(wide * wide, 0) / size + eps)
-        factor = tl.load(first + dims, mask=keep, other=0.0).to(tl.float32)
-        wide = normed(wide, factor, scale, offset, dtype, HAS_OFFSET).to(dtype).to(tl.float32)
+        wide = normed_row(wide, first, dims, size, eps, offset, dtype, HAS_OFFSET).to(tl.float32)
     if ADDS:
         wide += tl.load(residual + row * size + dims, mask=keep, other=0.0).to(tl.float32)
         rounded = wide.to(dtype)
+        if HAS_FACTOR:
+            rounded = (rounded.to(tl.float32) * tl.load(factor).to(tl.float32)).to(dtype)
         tl.store(total + row * size + dims, rounded, mask=keep)
         wide = rounded.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(wide * wide, 0) / size + eps)
-    factor = tl.load(weight + dims, mask=keep, other=0.0).to(tl.float32)
-    made = normed(wide, factor, scale, offset, dtype, HAS_OFFSET).to(dtype)
+    made = normed_row(wide, weight, dims, size, eps, offset, dtype, HAS_OFFSET)
     tl.store(out + row * size + dims, made, mask=keep)
     if IS_WIDE:
         tl.store(wide_out + row * size + dims, made.to(tl.float32), mask=keep)
@@ -129,3 +137,41 @@ def activate(x, out, count, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     wide = tl.load(x + at, mask=at < count, other=0.0).to(tl.float32)
     tl.store(out + at, activated(wide, ACTIVATION).to(out.dtype.element_ty), mask=at < count)
+
+
+@triton.jit(do_not_specialize=["rows_stride"])
+def token_gates(
+    x, residual, first, weight, rows, total, out, eps, size, inner, rows_stride, BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """residual + the norm of x by the weight `first` goes to `total`, and of that by `weight` [inner, size] the
+    activation, times `rows` [tokens, inner], to `out`. A program has one token and BLOCK_N outputs."""
+    token, dims = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    keep, is_column = dims < size, columns < inner
+    dtype: tl.constexpr = out.dtype.element_ty
+    wide = tl.load(x + token * size + dims, mask=keep, other=0.0).to(tl.float32)
+    wide = normed_row(wide, first, dims, size, eps, 0.0, dtype, False).to(tl.float32)
+    rounded = (wide + tl.load(residual + token * size + dims, mask=keep, other=0.0).to(tl.float32)).to(dtype)
+    if tl.program_id(1) == 0:
+        tl.store(total + token * size + dims, rounded, mask=keep)
+    own = tl.load(weight + columns.to(tl.int64)[:, None] * size + dims[None, :],
+                  mask=is_column[:, None] & keep[None, :], other=0.0).to(tl.float32)  # fmt: skip
+    gate = tl.sum(own * rounded.to(tl.float32)[None, :], 1).to(dtype).to(tl.float32)
+    gate = activated(gate, ACTIVATION).to(dtype).to(tl.float32)
+    row = tl.load(rows + token * rows_stride + columns, mask=is_column, other=0.0).to(tl.float32)
+    tl.store(out + token * inner + columns, (gate * row).to(dtype), mask=is_column)
+
+
+@triton.jit(do_not_specialize=["rows_stride"])
+def activate_mul(
+    x, rows, out, size, rows_stride, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr
+):  # fmt: skip
+    """activation(x) * rows, [tokens, size]"""
+    token, dims = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    keep = dims < size
+    dtype: tl.constexpr = out.dtype.element_ty
+    gate = tl.load(x + token * size + dims, mask=keep, other=0.0).to(tl.float32)
+    gate = activated(gate, ACTIVATION).to(dtype).to(tl.float32)
+    row = tl.load(rows + token * rows_stride + dims, mask=keep, other=0.0).to(tl.float32)
+    tl.store(out + token * size + dims, (gate * row).to(dtype), mask=keep)

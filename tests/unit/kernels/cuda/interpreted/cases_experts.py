@@ -67,6 +67,15 @@ def test_what_all_tokens_take_besides(dtype: torch.dtype, is_folded: bool, is_ga
         assert_close(one, their, 8)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "bias"), [(1, False), (16, False), (17, False), (2, True)])
+def test_an_mlp_by_itself(tokens: int, bias: bool, dtype: torch.dtype) -> None:
+    """Gate and up of few tokens are multiplied and gated in one launch."""
+    weight, x = linear(2 * 70, 72, dtype, bias=bias), torch.randn(tokens, 72).to(dtype)
+    got = cuda_experts.gate_and_up_of(x, weight, "gelu_tanh")
+    assert_close(got, reference.gated(weight(x), "gelu_tanh"), 4)
+
+
 def test_what_is_not_folded() -> None:
     made = CUDA.experts([linear(8, 4, torch.float32, bias=False)], [linear(4, 4, torch.float32, bias=False)], "silu")
     assert isinstance(made, CudaExperts)

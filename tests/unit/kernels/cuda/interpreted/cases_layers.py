@@ -10,11 +10,15 @@ from support.triton_interpreter import assert_close
 from torch import Tensor
 from torch.nn import functional
 
+from sensorium.checkpoint.families import FAMILIES
+from sensorium.checkpoint.text_config import read_text_config
 from sensorium.kernels import Activation, DecoderLayerParts, reference
 from sensorium.kernels.context import AttentionContext, LayerCache
 from sensorium.kernels.cuda import CudaBackend
 from sensorium.kernels.cuda import norms as cuda_norms
 from sensorium.kernels.cuda import rope as cuda_rope
+from sensorium.models.gemma4 import Gemma4Decoder, Gemma4Layer
+from sensorium.models.layers import Linear
 
 CUDA = CudaBackend()
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -50,8 +54,11 @@ def test_add_rms_norm(offset: float, dtype: torch.dtype) -> None:
 def test_a_norm_before_the_sum(offset: float, dtype: torch.dtype) -> None:
     x, residual, first, weight = (torch.randn(size).to(dtype) for size in ((5, 40), (5, 40), (40,), (40,)))
     expected = reference.add_rms_norm(reference.rms_norm(x, first, 1e-5, offset), residual, weight, 1e-5, offset)
+    factor = torch.tensor([0.75]).to(dtype)
+    total = expected[1] * factor
+    expected = reference.rms_norm(total, weight, 1e-5, offset), total
     wide = torch.empty(5, 40)
-    got = cuda_norms.add_rms_norm(x, residual.clone(), weight, 1e-5, offset, first, wide)
+    got = cuda_norms.add_rms_norm(x, residual.clone(), weight, 1e-5, offset, first, wide, factor)
     for one, other in zip(got, expected, strict=True):
         assert_close(one, other, 2)
     assert torch.equal(wide, got[0].float())
@@ -70,6 +77,21 @@ def test_activate(activation: Activation) -> None:
     assert_close(CUDA.activate(x.clone(), activation), reference.activate(x, activation), 2)
     huge = torch.tensor([[-1e4, -100.0, 0.0, 100.0, 1e4]])
     assert_close(CUDA.activate(huge.clone(), activation), reference.activate(huge, activation))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "is_plain"), [(3, True), (3, False), (17, True)])
+def test_what_a_layer_adds_of_the_tokens_themselves(tokens: int, is_plain: bool, dtype: torch.dtype) -> None:
+    """In one launch of few tokens and a plain weight."""
+    x, residual, first = (torch.randn(size).to(dtype) for size in ((tokens, 72), (tokens, 72), (72,)))
+    gate = reference.PlainLinear((torch.randn(21, 72) * 72**-0.5).to(dtype))
+    gate.set_bias(None if is_plain else torch.zeros(21))
+    rows = torch.randn(tokens, 2, 21).to(dtype)[:, 1]
+    total = residual + reference.rms_norm(x, first, 1e-6)
+    expected = reference.activate(gate(total), "gelu_tanh") * rows
+    got = cuda_norms.token_gates(x, residual, first, gate, rows, 1e-6, "gelu_tanh")
+    assert_close(got[0], expected, 4)
+    assert_close(got[1], total, 2)
 
 
 def turns(tokens: int, half: int) -> tuple[Tensor, Tensor]:
@@ -336,3 +358,51 @@ def test_layers_of_a_decoder(sublayers: bool) -> None:
     assert torch.equal(hidden, before)
     some = torch.tensor([0, 3])
     assert_close(stack(hidden, [turn], caches, context, some)[some], expected[some], 10)
+
+
+TINY_GEMMA4 = {
+    "model_type": "gemma4_text", "vocab_size": 40, "vocab_size_per_layer_input": 40, "hidden_size": 24,
+    "intermediate_size": 20, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "global_head_dim": 16, "sliding_window": 3, "hidden_size_per_layer_input": 12, "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}  # fmt: skip
+
+
+def tiny_gemma4(**options: Any) -> Gemma4Decoder:
+    """Random weights, all norms near 1."""
+    with torch.device("meta"):
+        made = Gemma4Decoder(read_text_config({**TINY_GEMMA4, **options}, FAMILIES["Gemma4ForCausalLM"]))
+    for module in made.modules():
+        if isinstance(module, Linear):
+            module.pack(torch.randn(module.out_features, module.in_features) * module.in_features**-0.5, None)
+        for name, one in list(module.named_parameters(recurse=False)):
+            setattr(module, name, torch.nn.Parameter(1 + 0.2 * torch.randn(one.shape), requires_grad=False))
+    return made
+
+
+@pytest.mark.parametrize("is_small", [False, True])
+def test_layers_of_gemma4(is_small: bool) -> None:
+    """A decode and a run, with heads of two sizes: of small models the last two layers read the others' keys, and all
+    add rows, of large ones keys are values."""
+    large = {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True}
+    decoder = tiny_gemma4(**({} if is_small else large))
+    tables, slots = torch.tensor([[3, 0], [1, 2]], dtype=torch.int32), torch.tensor([24, 8, 9, 10, 11, 12])
+    context = AttentionContext(
+        [1, 5], [1, 5], 1, 8, torch.tensor([0, 1, 6], dtype=torch.int32), torch.tensor([1, 5], dtype=torch.int32),
+        tables, slots, token_ids=torch.tensor([3, 9, 0, 39, 7, 7]),
+    )  # fmt: skip
+    hidden, positions, found = torch.randn(6, 24), torch.tensor([0, 0, 1, 2, 3, 4]), []
+    assert decoder.stack is None  # the CPU's
+    layers = [layer for layer in decoder.layers if isinstance(layer, Gemma4Layer)]
+    parts = [layer.parts(place) for layer, place in zip(layers, decoder.rotation_of, strict=True)]
+    assert [one is not None and one.token_rows is not None for one in parts] == [is_small] * 4
+    stack = CUDA.decoder_stack(
+        [one for one in parts if one is not None], decoder.norm.weight, num_heads=4, num_kv_heads=2, head_dim=8,
+        scale=decoder.scale, eps=decoder.norm.eps, norm_offset=0.0, activation=decoder.activation,
+    )  # fmt: skip
+    for computing in (None, stack):
+        vars(decoder)["stack"] = computing
+        own = [LayerCache(*torch.full((2, 4, 2, 8, size), torch.nan)) for size in (8, 16)]
+        more = own if is_small else [LayerCache(*torch.full((2, 4, 2, 8, size), torch.nan)) for size in (8, 16)]
+        found.append(decoder(hidden, positions, [*own, *more], context))
+    assert_close(found[1], found[0], 10)
