@@ -1,7 +1,8 @@
 """Kernels compiled for GPUs that are not there: registers, shared memory, spills, tensor cores and wide loads.
 
-The commonest shape on three compute capabilities, others on one; with SENSORIUM_TEST_ALL_CARDS=1 all of these on all,
-which takes some minutes. `python -m sensorium.kernels.cuda.build` compiles every known shape.
+What the decoders of every family start, in their own sizes, on one compute capability each, in turn, and a variant
+that a process has seen on one of them is not compiled again. With SENSORIUM_TEST_ALL_CARDS=1 every variant on all of
+them, which takes some minutes. `python -m sensorium.kernels.cuda.build` compiles every known shape.
 """
 
 from __future__ import annotations
@@ -16,9 +17,14 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not there")
 
+from support import fake_cuda
+from support.decoder_kernels import launches_of
+
+from sensorium.checkpoint.decoders import DECODERS
 from sensorium.kernels.cuda import build, compiling
 from sensorium.kernels.cuda.build import SHAPES, Shape
-from sensorium.kernels.cuda.compiling import Usage
+from sensorium.kernels.cuda.compiling import Usage, compiling_for
+from sensorium.kernels.cuda.launch import launch
 
 SHARED = 99 * 1024  # bytes that a block may have on the smallest of them, sm_89
 CARDS = (80, 89, 90)
@@ -47,7 +53,11 @@ REGISTERS = {
     "sample": 128,
     "rms_norm": 96,
     "arrange": 168,
+    "rotate_and_write": 128,
+    "delta_step": 192,
+    "token_gates": 128,
 }
+WIDE_ROW = 256  # numbers that a warp reads 16 bytes a thread of
 TOO_NARROW = {"int8"}  # caches whose rows are not of a multiple of 16 bytes
 OF_ANY_RANK = "add_wide_product"  # whose rows are as long as the rank of an adapter, which is not compiled for
 
@@ -60,38 +70,33 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def check(one: Usage, shape: Shape) -> None:
+def check(one: Usage, shape: Shape | None = None) -> None:
+    """`shape`: where anything is kept as codes."""
     assert one.stack_bytes == 0, one
     assert one.shared_bytes <= SHARED, one
     assert one.registers <= (255 if one.constants.get("FP4") else REGISTERS.get(one.kernel, 64)), one
     assert bool(one.products) == (one.kernel in WITH_PRODUCTS), one
-    if one.kernel in WITH_PRODUCTS and one.kernel != OF_ANY_RANK and shape.cache_dtype not in TOO_NARROW:
-        is_fp8 = shape.floats or shape.cache_dtype == "float8_e4m3fn"
+    cache_dtype = None if shape is None else shape.cache_dtype
+    if one.kernel in WITH_PRODUCTS and one.kernel != OF_ANY_RANK and cache_dtype not in TOO_NARROW:
+        is_fp8 = cache_dtype == "float8_e4m3fn" or (shape is not None and shape.floats)
         octets = one.half_wide_loads if is_fp8 else 0  # of eight numbers, like wide ones of bfloat16
         part = 3 if one.constants.get("FP4") else 2  # scales of codes are few bytes
         assert one.wide_loads and one.wide_loads + octets >= one.loads // part, one
     if one.kernel == "sample":
         assert one.wide_loads, one
-    if one.kernel in ("rms_norm", "gated"):
-        assert one.wide_loads == one.loads, one
+    if one.kernel in ("rms_norm", "gated") and int(str(one.constants["BLOCK"])) >= WIDE_ROW:
+        single = sum(bool(one.constants.get(name)) for name in ("HAS_GATE", "HAS_FACTOR"))  # numbers by themselves
+        assert one.wide_loads + single == one.loads, one
+
+
+EVERY = os.environ.get("SENSORIUM_TEST_ALL_CARDS") == "1"
 
 
 def on_cards(chosen: dict[str, tuple[int, ...]]) -> list[tuple[str, int]]:
-    every = os.environ.get("SENSORIUM_TEST_ALL_CARDS") == "1"
-    return [(name, arch) for name, cards in chosen.items() for arch in (CARDS if every else cards)]
+    return [(name, arch) for name, cards in chosen.items() for arch in (CARDS if EVERY else cards)]
 
 
-DECODERS = {
-    "qwen2-7b": CARDS,
-    "qwen2-2b": (80,),
-    "qwen3-8b": (80,),
-    "llama-1b": (89,),
-    "phi-3": (90,),
-    "gemma3-4b": (89,),
-    "gpt-oss": (90,),
-    "qwen2-7b-int8": (80,),
-    "qwen2-7b-kv-fp8": CARDS,
-}
+KNOWN = {"qwen2-7b": (90,), "gpt-oss": (90,), "qwen2-7b-int8": (80,), "qwen2-7b-kv-fp8": CARDS}
 WITH_CODES = {
     "qwen2-7b-w4": ({"int4_product"}, (80, 90)),
     "qwen2-7b-w8": ({"int8_product"}, (89,)),
@@ -100,7 +105,7 @@ WITH_CODES = {
 }
 
 
-@pytest.mark.parametrize(("name", "arch"), on_cards(DECODERS))
+@pytest.mark.parametrize(("name", "arch"), on_cards(KNOWN))
 def test_what_kernels_use(name: str, arch: int) -> None:
     forget(arch)
     build.compile_shape(SHAPES[name], arch)
@@ -108,6 +113,32 @@ def test_what_kernels_use(name: str, arch: int) -> None:
     assert {one.kernel for one in found} >= {"decode_split", "prefill", "rms_norm", "gated"}
     for one in found:
         check(one, SHAPES[name])
+
+
+SEEN: dict[tuple[object, ...], str] = {}
+"""Forms of variants that this process has checked, and which decoder's."""
+
+
+@pytest.fixture(scope="module")
+def guard(tmp_path_factory: pytest.TempPathFactory) -> None:
+    fake_cuda.install(tmp_path_factory.mktemp("guard"))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "arch"), on_cards({name: (CARDS[place % 3],) for place, name in enumerate(DECODERS)})
+)
+def test_what_decoders_use(guard: None, monkeypatch: pytest.MonkeyPatch, model_type: str, arch: int) -> None:
+    """Of every row that says what configs leave out, so that a new one is here by itself."""
+    launches = launches_of(model_type, arch, monkeypatch)
+    assert {one.kernel.__name__ for one in launches} >= {"decode_split", "prefill", "rms_norm"}
+    forget(arch)
+    place = {"arch": arch} if EVERY else {}
+    for one in launches:
+        if SEEN.setdefault((one.form, *place.values()), model_type) is model_type:
+            with compiling_for(arch):
+                launch(one.kernel, one.grid, *one.args, **one.constants)
+    for used in build.usages(arch):
+        check(used)
 
 
 def forget(arch: int) -> None:
