@@ -94,6 +94,8 @@ class GgufFile:
 
 def read_gguf(path: Path) -> GgufFile:
     """Read the header. CheckpointError says in one line what is wrong with the file."""
+    if path.exists() and not path.is_file():  # opening a pipe would wait for its other end
+        raise CheckpointError(f"{path.name} is no file that can be mapped")
     try:
         with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as memory:
             return _Reader(path, memory).file()

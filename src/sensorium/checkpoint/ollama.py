@@ -42,6 +42,9 @@ def ollama_models(root: Path) -> list[OllamaModel]:
         if not manifest.is_file():
             continue
         name, layers = _name(manifest), dict(_layers(manifest))
+        if not name.isprintable():
+            _log.warning("a model of Ollama's store is not served: its name is %r", name)
+            continue
         why = _refusal(root, layers)
         if why is not None:
             _log.warning("%s of Ollama's store is not served: %s", name, why)

@@ -78,3 +78,9 @@ def test_hostile_manifests(tmp_path: Path, change: Any) -> None:
     (tmp_path / "manifests" / "registry.ollama.ai" / "library" / "x" / "latest").write_text(json.dumps(stated))
     (tmp_path / "manifests" / "registry.ollama.ai" / "library" / "x" / "broken").write_text("[" * 100_000)
     assert [one.file.parent for one in ollama_models(tmp_path)] in ([], [tmp_path / "blobs"])
+
+
+def test_a_name_with_control_characters_is_told_as_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stored(tmp_path, "library/a\nb/latest", ("model", b"GGUF"))
+    assert ollama_models(tmp_path) == []
+    assert r"'a\nb:latest'" in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -136,6 +137,12 @@ def test_what_a_file_says_stands_in_one_short_line(tmp_path: Path) -> None:
     assert len(error.value.message) < 300
     assert CheckpointError("a\n\x1b\u2028").message == r"a\n\x1b\u2028"
     assert CheckpointError("a " + "b" * 5000).message == f"a {'b' * 100}…"
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "m.gguf")
+    with pytest.raises(CheckpointError, match="no file that can be mapped"):
+        read_gguf(tmp_path / "m.gguf")
 
 
 def test_more_rotated_than_a_head_has(tmp_path: Path) -> None:
