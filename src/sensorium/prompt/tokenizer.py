@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from tokenizers import AddedToken, Encoding, processors
+from tokenizers import AddedToken, Encoding, normalizers, processors
 from tokenizers import Tokenizer as RawTokenizer
 
 from sensorium.errors import CheckpointError, RequestError
@@ -32,6 +32,7 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 _CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 _FLAGS_DECIDE = ("Llama", "CodeLlama", "Gemma", "Cohere", "GPTNeoX")  # what `add_bos_token` and its like are law for
+_CASE_DECIDES = ("Bert", "DistilBert", "Electra", "MPNet")  # what `do_lower_case` and its like are law for
 _WORST_CHARS_PER_TOKEN = 16  # at least this many are assumed before a text is called too long unread
 
 
@@ -99,6 +100,7 @@ class Tokenizer:
         except Exception as error:  # the library raises nothing narrower
             raise CheckpointError(f"{file.name} of the model cannot be read: {error}") from error
         named = _named_tokens(config, _read_json(folder / "special_tokens_map.json"))
+        _set_case(raw, config)
         _add_declared_tokens(raw, config, named)
         made = cls(raw, named, vocab_size=vocab_size, frame=_configured_frame(raw, config, named), file=file)
         made._words = words
@@ -351,10 +353,29 @@ def _configured_frame(
     raw.no_truncation()
     raw.no_padding()
     begin, end = _around(raw.encode("a"))
-    decide = str(config.get("tokenizer_class") or "").removesuffix("Fast").removesuffix("Tokenizer") in _FLAGS_DECIDE
+    decide = _class_name(config) in _FLAGS_DECIDE
     new_begin = _flagged(begin, 0, config.get("add_bos_token"), raw.token_to_id(named.get("bos_token", "")), decide)
     new_end = _flagged(end, -1, config.get("add_eos_token"), raw.token_to_id(named.get("eos_token", "")), decide)
     return None if (new_begin, new_end) == (begin, end) else _frame(raw, new_begin, new_end)
+
+
+def _class_name(config: Mapping[str, Any]) -> str:
+    """`BertTokenizerFast` -> `Bert`; empty where the file names no class."""
+    return str(config.get("tokenizer_class") or "").removesuffix("Fast").removesuffix("Tokenizer")
+
+
+def _set_case(raw: RawTokenizer, config: Mapping[str, Any]) -> None:
+    """Capitals, accents and Chinese characters as transformers' classes of BERT's kind read them: by the flags of
+    tokenizer_config.json, or their defaults, whatever tokenizer.json says."""
+    if _class_name(config) not in _CASE_DECIDES or not isinstance(raw.normalizer, normalizers.BertNormalizer):
+        return
+    accents = config.get("strip_accents")
+    raw.normalizer = normalizers.BertNormalizer(
+        clean_text=raw.normalizer.clean_text,
+        handle_chinese_chars=bool(config.get("tokenize_chinese_chars", True)),
+        strip_accents=None if accents is None else bool(accents),
+        lowercase=bool(config.get("do_lower_case", True)),
+    )
 
 
 def _around(text: Encoding) -> tuple[list[int], list[int]]:

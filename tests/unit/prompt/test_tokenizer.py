@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tiny_tokenizers import CHATML, PLAIN_ADDED, byte_level, id_of, sentencepiece, unigram, wordpiece, write
 from tokenizers import Tokenizer as RawTokenizer
-from tokenizers import models
-from transformers import PreTrainedTokenizerFast
+from tokenizers import models, normalizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sensorium.errors import CheckpointError, RequestError, StartupError
 from sensorium.prompt import convert
@@ -233,6 +233,31 @@ def test_tokens_that_only_the_config_declares(tmp_path: Path) -> None:
     text = "a<|audio|> b<|bos|>c<|x|>"
     assert tokenizer.token_to_id("<|audio|>") == count
     assert tokenizer.encode(text) == oracle.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    "name", ["BertTokenizer", "DistilBertTokenizerFast", "MPNetTokenizer", "PreTrainedTokenizerFast"]
+)
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"do_lower_case": False},
+        {"do_lower_case": True, "strip_accents": False},
+        {"do_lower_case": False, "strip_accents": True, "tokenize_chinese_chars": False},
+    ],
+)
+@pytest.mark.parametrize("stored", [True, False])
+def test_capitals_as_the_class_reads_them(tmp_path: Path, name: str, config: dict[str, bool], stored: bool) -> None:
+    """Where the two files contradict each other, BERT's classes follow tokenizer_config.json."""
+    raw = wordpiece()
+    raw.normalizer = normalizers.BertNormalizer(lowercase=stored)
+    marks = {f"{kind}_token": f"[{kind.upper()}]" for kind in ("pad", "unk", "cls", "sep", "mask")}
+    write(tmp_path, raw, **{**config, "tokenizer_class": name, **marks})
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    oracle, tokenizer = AutoTokenizer.from_pretrained(tmp_path), Tokenizer.from_folder(tmp_path)
+    for text in ("The quick Brown FOX", "Sch\u00f6nen TAG, \u00c7a va?", "a\u4f60\u597db"):
+        assert tokenizer.encode(text) == oracle.encode(text, add_special_tokens=False)
 
 
 def test_damaged_files_are_one_clear_line(tmp_path: Path) -> None:
