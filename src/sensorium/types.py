@@ -233,6 +233,7 @@ class EngineStats:
     drafts: int = 0  # guesses at a sequence's next tokens, ever
     draft_tokens: int = 0  # tokens of them
     accepted_tokens: int = 0  # those that were right
+    accepted_by_place: tuple[int, ...] = ()  # the same by their place in a guess
 
 
 @dataclass(frozen=True, slots=True)

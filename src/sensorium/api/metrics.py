@@ -456,6 +456,9 @@ class _Page:
             ("sensorium:encoder_seconds", "Time spent in towers.", stats.encoder_seconds),
         ):
             self.counter(metric, help_text, count, **labels)
+        for place, count in enumerate(stats.accepted_by_place):
+            name = "vllm:spec_decode_num_accepted_tokens_per_pos"
+            self.counter(name, "The same, by their place in a guess.", count, position=str(place), **labels)
 
     def _ready(self, ready: EngineReady, labels: dict[str, str]) -> None:
         self.gauge(

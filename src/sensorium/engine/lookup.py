@@ -113,6 +113,7 @@ class PromptLookup:
         self.num_drafts = 0  # sequences' steps with guesses, ever
         self.num_draft_tokens = 0
         self.num_accepted_tokens = 0
+        self.accepted_by_place = [0] * most  # of the guesses that were as long
         self._sequences = 1  # of the step that is planned
         self._rows = 1
         self._gain = 0.0  # tokens that are expected of its drafts
@@ -175,6 +176,8 @@ class PromptLookup:
         self.num_drafts += 1
         self.num_draft_tokens += drafted
         self.num_accepted_tokens += right
+        for place in range(min(right, self.most)):
+            self.accepted_by_place[place] += 1
 
     def forget(self, seq: Sequence) -> None:
         """A sequence ends, or gives its cache back."""

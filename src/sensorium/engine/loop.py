@@ -369,6 +369,7 @@ class Core:
                     drafts=lookup.num_drafts if lookup else 0,
                     draft_tokens=lookup.num_draft_tokens if lookup else 0,
                     accepted_tokens=lookup.num_accepted_tokens if lookup else 0,
+                    accepted_by_place=tuple(lookup.accepted_by_place) if lookup else (),
                 )
             )
         )

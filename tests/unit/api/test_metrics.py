@@ -161,6 +161,7 @@ async def test_times_and_lengths_are_counted_once() -> None:
 async def test_the_engine_s_counts_are_shown() -> None:
     steps = (0, 2, 3, *[0] * (len(STEP_TOKENS) - 3), 1)
     stats = EngineStats(waiting=5, deferred=2, step_tokens=99, steps_by_tokens=steps, preemptions=7, accepted_tokens=5)
+    stats = replace(stats, accepted_by_place=(3, 2))
     async with serving(FakeEngine(stats=stats)) as served:
         found = await samples(served.port)
     assert found["vllm:num_requests_waiting"][""] == 5
@@ -172,6 +173,7 @@ async def test_the_engine_s_counts_are_shown() -> None:
     ] == [0, 2, 5]
     assert found["vllm:num_preemptions_total"][""] == 7
     assert found["vllm:spec_decode_num_accepted_tokens_total"][""] == 5
+    assert found["vllm:spec_decode_num_accepted_tokens_per_pos_total"] == {"position=0": 3, "position=1": 2}
 
 
 async def test_pooling_is_timed_too() -> None:

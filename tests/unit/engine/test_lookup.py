@@ -50,6 +50,8 @@ def test_guesses_grow_while_they_are_right_and_rest_when_they_are_wrong() -> Non
         lookup.learn(seq, sizes[-1], sizes[-1])
     assert sizes == [4, 8, 16, 16]
     assert (lookup.num_drafts, lookup.num_draft_tokens, lookup.num_accepted_tokens) == (4, 44, 44)
+    assert sum(lookup.accepted_by_place) == 44 and lookup.accepted_by_place[0] == 4
+    assert lookup.accepted_by_place == sorted(lookup.accepted_by_place, reverse=True)
     asked = 0
     for token in [4, 5, 6, 1, 2, 3] * 30:
         lookup.begin(1)
