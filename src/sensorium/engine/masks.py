@@ -95,9 +95,10 @@ class Masks:
             filling.result()
         if self._wanted:
             wanted, self._wanted = self._wanted, []
-            self._fill(wanted)
+            self._seconds = self._fill(wanted)
 
-    def _fill(self, wanted: list[Wanted]) -> None:
+    def _fill(self, wanted: list[Wanted]) -> float:
+        """Returns the seconds that it took."""
         started = before = perf_counter()
         address, size = self._address, self._bits.itemsize * self._bits.shape[1]
         for constraint, slot in wanted:
@@ -106,7 +107,7 @@ class Masks:
             now = perf_counter()
             constraint.mask_s, before = now - before, now
             constraint.look_for_failure()
-        self._seconds = before - started
+        return before - started
 
     def _fill_beside(self, wanted: list[Wanted]) -> None:
         """The same by another thread, which gives the interpreter's lock back for all of them at once."""
@@ -114,7 +115,7 @@ class Masks:
 
         known = [(one.matcher, slot) for one, slot in wanted if isinstance(one.matcher, LLMatcher)]
         if len(known) < len(wanted):  # the executor does not take the other kind
-            self._fill(wanted)
+            self._seconds = self._fill(wanted)
             return
         started = perf_counter()
         self._executor = self._executor or LLExecutor()
@@ -144,9 +145,8 @@ class Masks:
         _, constraint, slot, _ = held
         if slot not in self._filled:
             return constraint.allows(token)
-        return (
-            bool(self._bits[slot, token // WORD_BITS] >> (token % WORD_BITS) & 1) and token not in constraint.late_ends
-        )
+        is_set = bool(self._bits[slot, token // WORD_BITS] >> (token % WORD_BITS) & 1)
+        return is_set and token not in constraint.late_ends
 
     def strict(self, held: list[Held]) -> NDArray[np.uint32]:
         """The masks of these rows, [rows, words], without the end tokens that are late."""
