@@ -47,6 +47,12 @@ class StoredQuantization:
     mode: str = ""  # which kind of the layout: AWQ's version, how MLX's codes are numbers
     layers: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # MLX's that have bits and a group of their own
 
+    @property
+    def title(self) -> str:
+        """For people: the method, its bits and how many inputs share a scale."""
+        bits = f" of {' and '.join(map(str, self.bits))} bits" if self.bits else ""
+        return f"{self.layout}{bits}" + (f" in groups of {self.group}" if self.group else "")
+
 
 def read_quantization(stated: object) -> StoredQuantization | None:
     """`quantization_config` as it stands in config.json. CheckpointError names what is not supported."""

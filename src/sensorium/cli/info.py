@@ -11,6 +11,7 @@ import platform
 from collections.abc import Iterator
 from pathlib import Path
 
+from sensorium.checkpoint.configs import Checkpoint
 from sensorium.checkpoint.gguf import SUFFIX, describe
 from sensorium.checkpoint.gguf_config import kept_as
 from sensorium.cli.models import find_checkpoint, find_draft, memory_rows, model_rows
@@ -51,10 +52,17 @@ def rows_of(model: str, draft: str | None = None) -> Iterator[tuple[str, str]]:
     for it, what both take."""
     is_file, checkpoint = Path(model).suffix == SUFFIX, find_checkpoint(model)
     guessing = None if draft is None else find_draft(draft, checkpoint)
-    yield from file_rows(Path(model)) if is_file else model_rows(checkpoint)
+    yield from file_rows(Path(model)) if is_file else _folder_rows(checkpoint)
     if guessing is not None:
         yield "draft model", f"{guessing.family.title}, {guessing.max_model_len} tokens; its memory is in what follows"
     yield from memory_rows(checkpoint, draft=guessing)
+
+
+def _folder_rows(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
+    from sensorium import kernels  # imports torch
+
+    yield from model_rows(checkpoint)
+    yield "kernels", kernels.describe()
 
 
 def file_rows(path: Path) -> Iterator[tuple[str, str]]:

@@ -44,7 +44,7 @@ def find_draft(name: str, model: Checkpoint) -> Checkpoint:
 def model_rows(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     """What it is and does. Its weights are not read."""
     family, files = checkpoint.family, (*checkpoint.weight_files, *checkpoint.text_weight_files)
-    stored = checkpoint.dtype if checkpoint.quantization is None else checkpoint.quantization.layout
+    stored = checkpoint.dtype if checkpoint.quantization is None else checkpoint.quantization.title
     yield "model", f"{family.title} ({checkpoint.architecture})"
     yield "folder", str(checkpoint.folder)
     yield "files", f"{size_text(sum(file.stat().st_size for file in files))} in {len(files)} files, {stored}"

@@ -35,8 +35,10 @@ from support.quantized_checkpoints import (
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sensorium import kernels
 from sensorium.checkpoint.configs import open_checkpoint
 from sensorium.checkpoint.hub import resolve
+from sensorium.cli.main import main
 from sensorium.config import EngineConfig
 from sensorium.engine.loading import choose_quantization
 from sensorium.errors import CheckpointError, StartupError
@@ -316,6 +318,16 @@ def test_a_scheme_of_the_cache_alone_quantises_nothing(tmp_path: Path) -> None:
         config["quantization_config"] = {**stated, "config_groups": groups}
         (tmp_path / "config.json").write_text(json.dumps(config))
         assert torch.equal(logits(load(tmp_path)), expected)
+
+
+def test_info_tells_method_bits_memory_and_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_llama(tmp_path, **SIZES)
+    write_gptq(tmp_path)
+    assert main(["info", str(tmp_path)]) == 0
+    said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert said["files"].endswith("gptq of 4 bits in groups of 32")
+    assert said["kernels"] == kernels.describe()
+    assert "of weights" in said["as"]
 
 
 def test_codes_take_little_memory(tmp_path: Path) -> None:
