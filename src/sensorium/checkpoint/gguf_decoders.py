@@ -140,7 +140,11 @@ def _qwen35(meta: Metadata, heads: int) -> dict[str, Any]:
 
 def _gemma3(meta: Metadata, heads: int) -> dict[str, Any]:
     pattern, head_dim = meta.stored("attention.sliding_window_pattern"), meta.number("attention.key_length", 256)
-    scalar = meta.number("embedding_length") // heads if meta.layers == GEMMA3_27B_LAYERS else head_dim
+    scalar = (
+        meta.number("embedding_length") // meta.positive("attention.head_count")
+        if meta.layers == GEMMA3_27B_LAYERS
+        else head_dim
+    )
     config = {
         "num_key_value_heads": meta.number("attention.head_count_kv", heads),
         "hidden_activation": "gelu_pytorch_tanh",

@@ -70,6 +70,13 @@ class Metadata:
             value = kinds.pop()
         return self._finite(key, value)
 
+    def positive(self, key: str, default: float | None = None) -> Any:
+        """`number`, by which may be divided."""
+        value = self.number(key, default)
+        if value <= 0:
+            raise self.broken(f"{self.prefix}.{key} must be positive, not {value}")
+        return value
+
     def maybe(self, key: str) -> Any:
         """`number`, or None if it is not there."""
         return self.number(key) if self.has(key) else None

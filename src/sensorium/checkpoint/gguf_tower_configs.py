@@ -42,7 +42,7 @@ def _vision(tower: Metadata) -> dict[str, Any]:
         "num_hidden_layers": tower_layers(tower),
         "num_attention_heads": tower.number("vision.attention.head_count"),
         "image_size": tower.number("vision.image_size"),
-        "patch_size": tower.number("vision.patch_size"),
+        "patch_size": tower.positive("vision.patch_size"),
         "layer_norm_eps": tower.number("vision.attention.layer_norm_epsilon"),
         "hidden_act": _act(tower),
     }
@@ -236,7 +236,7 @@ def llava_pixels(tower: Metadata) -> dict[str, Any]:
 
 def gemma3(text: Metadata, tower: Metadata) -> dict[str, Any]:
     vision = {**_vision(tower), "model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh"}
-    side = vision["image_size"] // vision["patch_size"] // tower.number("vision.projector.scale_factor", 4)
+    side = vision["image_size"] // vision["patch_size"] // tower.positive("vision.projector.scale_factor", 4)
     return {
         **named_tokens(text, {"boi_token_index": "<start_of_image>", "eoi_token_index": "<end_of_image>"}),
         "image_token_index": _media_token(text, "gemma3"),
@@ -278,7 +278,7 @@ def intern(text: Metadata, tower: Metadata) -> dict[str, Any]:
     }
     return {
         **named_tokens(text, {"image_token_id": "<IMG_CONTEXT>"}),
-        "downsample_ratio": 1 / tower.number("vision.projector.scale_factor", 2),
+        "downsample_ratio": 1 / tower.positive("vision.projector.scale_factor", 2),
         "select_layer": -1,
         "min_dynamic_patch": tower.number("vision.preproc_min_tiles", 1),
         "max_dynamic_patch": tower.number("vision.preproc_max_tiles", 12),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from sensorium.checkpoint.quantization import StoredQuantization
@@ -28,6 +28,9 @@ from sensorium.weights.tensor_files import StoredTensor, element_of
 logger = logging.getLogger(__name__)
 
 MEASURED_LAYERS = 8
+
+_SWITCHED = re.compile(r"(.+)\.switch_mlp\.(gate|up|down)_proj\.(weight|scales|biases)")
+_MIXTRAL = {"gate": "w1", "down": "w2", "up": "w3"}
 
 _CACHE_SCALE = re.compile(r".*\.(?:[kvq]_scale|prob_scale|kv_scale|[kvq]_proj\.output_scale)")
 
@@ -111,6 +114,8 @@ def join(tensors: Iterable[StoredTensor | StoredCodes], stored: StoredQuantizati
     if stored.layout == "mxfp4":
         experts = list(_mxfp4_experts(left, stored))
         return [*left.values(), *experts]
+    if stored.layout == "mlx":
+        left, stored = _mlx_experts(left, stored)
     layouts = _LAYOUTS["awq gemv" if (stored.layout, stored.mode) == ("awq", "gemv") else stored.layout]
     joined: list[StoredCodes] = []
     for key in list(left):
@@ -160,6 +165,26 @@ def _mxfp4_experts(left: dict[str, StoredTensor], stored: StoredQuantization) ->
         for index in range(blocks.shape[0]):
             parts = {"blocks": element_of(blocks, index), "scales": element_of(scales, index)}
             yield Mxfp4Codes(f"{place}.{index}.{name}", parts, stored)
+
+
+def _mlx_experts(
+    tensors: dict[str, StoredTensor], stored: StoredQuantization
+) -> tuple[dict[str, StoredTensor], StoredQuantization]:
+    """Those of each expert in place of what MLX stacks as `switch_mlp`, with the settings that the stack has."""
+    found, layers = {}, dict(stored.layers)
+    for key, tensor in tensors.items():
+        match = _SWITCHED.fullmatch(key)
+        if match is None or not tensor.nbytes:
+            found[key] = tensor
+            continue
+        place, name, part = match.groups()
+        own = _MIXTRAL[name] if place.endswith(".block_sparse_moe") else f"{name}_proj"
+        stack = stored.layers.get(key.removesuffix(f".{part}"))
+        for index in range(tensor.shape[0]):
+            base = f"{place}.experts.{index}.{own}"
+            found[f"{base}.{part}"] = replace(element_of(tensor, index), key=f"{base}.{part}")
+            layers |= {} if stack is None else {base: stack}
+    return found, replace(stored, layers=layers)
 
 
 def _settle_zeros(layers: list[GptqCodes], stored: StoredQuantization) -> None:

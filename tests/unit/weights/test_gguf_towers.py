@@ -209,6 +209,9 @@ def test_mmproj_needs_a_gguf_model(tmp_path: Path) -> None:
         ("qwen2_5_vl", {"clip.projector_type": "qwen2vl_merger"}, "is Qwen2.5-VL's"),
         ("gemma3", {"general.type": "adapter"}, "is no projector"),
         ("gemma3", {"clip.vision.patch_size": "x"}, "must be a number"),
+        ("gemma3", {"clip.vision.patch_size": 0}, "patch_size must be positive"),
+        ("gemma3", {"clip.vision.projector.scale_factor": 0}, "scale_factor must be positive"),
+        ("internvl", {"clip.vision.projector.scale_factor": 0}, "scale_factor must be positive"),
         ("qwen3_vl", {"clip.vision.is_deepstack_layers": [True]}, "has 1 values for 3 layers"),
     ],
 )

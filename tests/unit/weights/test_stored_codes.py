@@ -13,9 +13,11 @@ import torch
 from support.checkpoints import (
     make_llama,
     make_llava,
+    make_mixtral,
     make_phi3,
     make_qwen2,
     make_qwen2_vl,
+    make_qwen3_moe,
     make_ultravox,
     read_weights,
     write_weights,
@@ -305,6 +307,36 @@ def test_layers_with_bits_and_groups_of_their_own(tmp_path: Path) -> None:
     for module, bits in (("mlp.down_proj", 8), ("self_attn.o_proj", 4), ("mlp.gate_up_proj", 4)):
         assert cast(Any, load(tmp_path).get_submodule(f"model.layers.1.{module}")).packed.bits == bits
     assert error(logits(load(tmp_path)), expected_logits(oracle, floats)) < 0.04
+
+
+@pytest.mark.parametrize("make", [make_qwen3_moe, make_mixtral])
+def test_experts_that_mlx_stacks(tmp_path: Path, make: Callable[..., PreTrainedModel]) -> None:
+    """With bits that the stacks of one product have of their own."""
+    make(
+        tmp_path,
+        hidden_size=64,
+        intermediate_size=96,
+        **({} if make is make_mixtral else {"moe_intermediate_size": 32}),
+    )
+    down = {"gate": "w1", "up": "w3", "down": "w2"} if make is make_mixtral else {}
+    tensors = {
+        re.sub(r"\.(w\d)\.weight", r".\1_proj.weight", key): one for key, one in read_weights(tmp_path).items()
+    }  # which the writer takes for layers
+    write_weights(tmp_path, tensors)
+    write_mlx(tmp_path)
+    stored = {re.sub(r"\.(w\d)_proj\.", r".\1.", key): one for key, one in read_weights(tmp_path).items()}
+    write_weights(tmp_path, stored)
+    expected = logits(load(tmp_path))
+    stacks: dict[str, list[Tensor]] = {}
+    names = {own: name for name, own in down.items()} or {f"{name}_proj": name for name in ("gate", "up", "down")}
+    for key in sorted(stored):
+        match = re.fullmatch(r"(.+)\.experts\.(\d)\.(\w+)\.(weight|scales|biases)", key)
+        if match is not None:
+            place = f"{match[1]}.switch_mlp.{names[match[3]]}_proj.{match[4]}"
+            stacks.setdefault(place, []).append(stored.pop(key))
+    assert len(stacks) >= 9
+    write_weights(tmp_path, {**stored, **{key: torch.stack(parts) for key, parts in stacks.items()}})
+    assert torch.equal(logits(load(tmp_path)), expected)
 
 
 def test_a_scheme_of_the_cache_alone_quantises_nothing(tmp_path: Path) -> None:
