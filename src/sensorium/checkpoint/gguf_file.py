@@ -300,6 +300,7 @@ class _Reader:
         if kind not in BLOCK_TYPES:
             served = ", ".join(one.name for one in BLOCK_TYPES.values())
             raise self.broken(
-                f"has {name!r} as {_UNSERVED.get(kind, f'type {kind}')}, not supported; supported are {served}"
+                f"has {name!r} as {_UNSERVED.get(kind, f'type {kind}')}, not supported; supported are {served}: make "
+                "the file anew with llama-quantize, as Q4_K_M for one"
             )
         return BLOCK_TYPES[kind]

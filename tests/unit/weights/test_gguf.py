@@ -139,6 +139,14 @@ def test_what_a_file_says_stands_in_one_short_line(tmp_path: Path) -> None:
     assert CheckpointError("a " + "b" * 5000).message == f"a {'b' * 100}…"
 
 
+def test_types_that_are_not_served_say_what_to_make(tmp_path: Path) -> None:
+    octets = bytearray(container({}, {"a": ("F32", (32, 8), bytes(1024))}))
+    struct.pack_into("<I", octets, octets.index(b"a" + struct.pack("<IQQ", 2, 8, 32)) + 21, 17)
+    (tmp_path / "m.gguf").write_bytes(octets)
+    with pytest.raises(CheckpointError, match=r"'a' as IQ2_XS, not supported; .* anew with llama-quantize, as Q4_K_M"):
+        read_gguf(tmp_path / "m.gguf")
+
+
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "m.gguf")
     with pytest.raises(CheckpointError, match="no file that can be mapped"):
