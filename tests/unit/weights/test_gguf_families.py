@@ -28,6 +28,7 @@ PROMPT = [5, 300, 7, 42, 11, 17, 230, 8, 77, 19, 3]
 OPTIONS: dict[str, dict[str, Any]] = {
     "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "qwen3_moe": {"mlp_only_layers": []},
+    "gemma": {"tie_word_embeddings": True},  # the converter leaves a head out
     "gemma3_text": {
         "query_pre_attn_scalar": 16,
         "num_hidden_layers": 6,
