@@ -86,6 +86,7 @@ __all__ = [
     "choose",
     "decoder_stack",
     "delta_gates",
+    "delta_mixed",
     "delta_rule",
     "describe",
     "draw",
@@ -349,6 +350,13 @@ def delta_rule(
 
 def delta_gates(gates: Tensor, rate: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     return _for(gates).delta_gates(gates, rate, bias)
+
+
+def delta_mixed(
+    delta: DeltaParts, mixed: Tensor, gates: Tensor, z: Tensor, memory: Tensor, segments: Segments
+) -> Tensor:
+    """See `reference.delta_mixed`."""
+    return reference.delta_mixed(_for(mixed), delta, mixed, gates, z, memory, segments)
 
 
 def norm_gated(x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from sensorium.kernels import reference
-from sensorium.kernels.backend import DeltaParts, StateParts
+from sensorium.kernels.backend import Backend, DeltaParts, StateParts
 from sensorium.kernels.context import Segments, StateCache
 from sensorium.kernels.cuda.device import states as device
 from sensorium.kernels.cuda.launch import launch, power_of_two
-from sensorium.kernels.reference.states import regrouped
 
+_REFERENCE: Backend = reference
 BLOCK = 1024  # channels of a program
 WIDEST = 128 * 128  # numbers of a head's memory, which one program holds
 
@@ -44,7 +44,7 @@ def mixed_tokens(
     mixed = reference.causal_conv(
         projected.narrow(1, 0, channels), state.taps, state.bias, before_states, segments, silu=True
     )
-    return _run(delta, mixed, gates, z, memory, segments)
+    return reference.delta_mixed(_REFERENCE, delta, mixed, gates, z, memory, segments)
 
 
 def conv_step(state: StateParts, x: Tensor, states: Tensor, segments: Segments, *, channels: int) -> Tensor:
@@ -84,18 +84,3 @@ def gate_heads(x: Tensor, gates: Tensor) -> Tensor:
         D=size, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     return x
-
-
-def _run(delta: DeltaParts, mixed: Tensor, gates: Tensor, z: Tensor, memory: Tensor, segments: Segments) -> Tensor:
-    """The same of any runs of tokens."""
-    keys, values = delta.key_heads * delta.key_dim, delta.value_heads * delta.value_dim
-    decay, learned = reference.delta_gates(gates, delta.rate, delta.bias)
-    q, k, v = torch.split(mixed, [keys, keys, values], dim=1)
-    q, k = (part.view(len(mixed), delta.key_heads, delta.key_dim) for part in (q, k))
-    v = v.view(len(mixed), delta.value_heads, delta.value_dim)
-    if delta.takes_turns:
-        v, decay, learned = (regrouped(part, -1, delta.key_heads) for part in (v, decay, learned))
-    out = reference.delta_rule(q, k, v, decay, learned, memory, segments)
-    if delta.takes_turns:
-        out = regrouped(out, delta.key_heads, -1)
-    return reference.norm_gated(out, z, delta.norm, delta.eps)

@@ -31,7 +31,7 @@ from sensorium.kernels.reference.linear import PlainLinear, empty_linear
 from sensorium.kernels.reference.logits import edit
 from sensorium.kernels.reference.norms import activate, add_rms_norm, gated, layer_norm, rms_norm, rope, silu_mul
 from sensorium.kernels.reference.quantized import QuantizedLinear
-from sensorium.kernels.reference.states import causal_conv, delta_gates, delta_rule, norm_gated
+from sensorium.kernels.reference.states import causal_conv, delta_gates, delta_mixed, delta_rule, norm_gated
 
 __all__ = [
     "BlockLinear",
@@ -48,6 +48,7 @@ __all__ = [
     "choose",
     "decoder_stack",
     "delta_gates",
+    "delta_mixed",
     "delta_rule",
     "dequantize_heads",
     "describe",

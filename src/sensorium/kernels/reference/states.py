@@ -3,12 +3,17 @@ rule. Sums are float32. A slot is never read as a number, which would wait for t
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from sensorium.kernels.context import Segments
 from sensorium.kernels.reference.norms import rms_norm
+
+if TYPE_CHECKING:
+    from sensorium.kernels.backend import Backend, DeltaParts
 
 CHUNK = 64  # tokens of the delta rule at once: what they do to each other is a square of so many
 
@@ -75,6 +80,24 @@ def delta_rule(
 def delta_gates(gates: Tensor, rate: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     learned, kept = gates.float().chunk(2, dim=1)
     return -rate.exp() * functional.softplus(kept + bias), learned.sigmoid()
+
+
+def delta_mixed(
+    by: Backend, delta: DeltaParts, mixed: Tensor, gates: Tensor, z: Tensor, memory: Tensor, segments: Segments
+) -> Tensor:
+    """What a gated delta net makes of convolved states [tokens, channels], by the kernels of a backend; gates and z as
+    `Backend.delta_gates` and `norm_gated` take them -> like z"""
+    keys, values = delta.key_heads * delta.key_dim, delta.value_heads * delta.value_dim
+    decay, learned = by.delta_gates(gates, delta.rate, delta.bias)
+    q, k, v = torch.split(mixed, [keys, keys, values], dim=1)
+    q, k = (part.view(len(mixed), delta.key_heads, delta.key_dim) for part in (q, k))
+    v = v.view(len(mixed), delta.value_heads, delta.value_dim)
+    if delta.takes_turns:
+        v, decay, learned = (regrouped(part, -1, delta.key_heads) for part in (v, decay, learned))
+    out = by.delta_rule(q, k, v, decay, learned, memory, segments)
+    if delta.takes_turns:
+        out = regrouped(out, delta.key_heads, -1)
+    return by.norm_gated(out, z, delta.norm, delta.eps)
 
 
 def norm_gated(x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -360,9 +360,9 @@ def test_layers_of_a_decoder(sublayers: bool) -> None:
     assert_close(stack(hidden, [turn], caches, context, some)[some], expected[some], 10)
 
 
-TINY_GEMMA4 = {
+TINY_GEMMA4: dict[str, Any] = {
     "model_type": "gemma4_text", "vocab_size": 40, "vocab_size_per_layer_input": 40, "hidden_size": 24,
-    "intermediate_size": 20, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "intermediate_size": 20, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 8,
     "global_head_dim": 16, "sliding_window": 3, "hidden_size_per_layer_input": 12, "num_kv_shared_layers": 2,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }  # fmt: skip
@@ -384,25 +384,27 @@ def tiny_gemma4(**options: Any) -> Gemma4Decoder:
 def test_layers_of_gemma4(is_small: bool) -> None:
     """A decode and a run, with heads of two sizes: of small models the last two layers read the others' keys, and all
     add rows, of large ones keys are values."""
-    large = {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True}
+    large = {
+        "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "num_hidden_layers": 2,
+        "num_global_key_value_heads": 1, "layer_types": TINY_GEMMA4["layer_types"][:2],
+    }  # fmt: skip
     decoder = tiny_gemma4(**({} if is_small else large))
-    tables, slots = torch.tensor([[3, 0], [1, 2]], dtype=torch.int32), torch.tensor([24, 8, 9, 10, 11, 12])
+    tables, slots = torch.tensor([[3, 0], [1, 2]], dtype=torch.int32), torch.tensor([24, 8, 9, 10, 11])
     context = AttentionContext(
-        [1, 5], [1, 5], 1, 8, torch.tensor([0, 1, 6], dtype=torch.int32), torch.tensor([1, 5], dtype=torch.int32),
-        tables, slots, token_ids=torch.tensor([3, 9, 0, 39, 7, 7]),
+        [1, 4], [1, 4], 1, 8, torch.tensor([0, 1, 5], dtype=torch.int32), torch.tensor([1, 4], dtype=torch.int32),
+        tables, slots, token_ids=torch.tensor([3, 9, 0, 39, 7]),
     )  # fmt: skip
-    hidden, positions, found = torch.randn(6, 24), torch.tensor([0, 0, 1, 2, 3, 4]), []
+    hidden, positions, found = torch.randn(5, 24), torch.tensor([0, 0, 1, 2, 3]), []
     assert decoder.stack is None  # the CPU's
     layers = [layer for layer in decoder.layers if isinstance(layer, Gemma4Layer)]
     parts = [layer.parts(place) for layer, place in zip(layers, decoder.rotation_of, strict=True)]
-    assert [one is not None and one.token_rows is not None for one in parts] == [is_small] * 4
+    assert [one is not None and one.token_rows is not None for one in parts] == [is_small] * len(layers)
     stack = CUDA.decoder_stack(
-        [one for one in parts if one is not None], decoder.norm.weight, num_heads=4, num_kv_heads=2, head_dim=8,
+        [one for one in parts if one is not None], decoder.norm.weight, num_heads=4, num_kv_heads=1, head_dim=8,
         scale=decoder.scale, eps=decoder.norm.eps, norm_offset=0.0, activation=decoder.activation,
     )  # fmt: skip
     for computing in (None, stack):
         vars(decoder)["stack"] = computing
-        own = [LayerCache(*torch.full((2, 4, 2, 8, size), torch.nan)) for size in (8, 16)]
-        more = own if is_small else [LayerCache(*torch.full((2, 4, 2, 8, size), torch.nan)) for size in (8, 16)]
-        found.append(decoder(hidden, positions, [*own, *more], context))
+        own = [LayerCache(*torch.full((2, 4, 1, 8, size), torch.nan)) for size in (8, 16)]
+        found.append(decoder(hidden, positions, own * (len(layers) // 2), context))
     assert_close(found[1], found[0], 10)
