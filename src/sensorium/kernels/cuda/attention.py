@@ -64,9 +64,10 @@ def prefill_tiles(rows: int, head_dim: int, dtype: torch.dtype, cache_dtype: tor
     is_old, is_int8 = capability() < 90, cache_dtype == torch.int8
     if dim == 128 and (is_int8 or is_old):
         keys = min(keys, 32)
-    is_coded = is_int8 or (is_old and cache_dtype.itemsize == 1 and rows > LEAST_DIM)
+    has_many = rows > LEAST_DIM
+    is_coded = (is_int8 and (is_old or has_many)) or (is_old and has_many and cache_dtype.itemsize == 1)
     warps = 8 if dim > 128 or (dim == 128 and is_coded) else 4
-    return Tiles(most if rows > LEAST_DIM else LEAST_DIM, keys, warps, 2 if dim <= 256 else 1)
+    return Tiles(most if has_many else LEAST_DIM, keys, warps, 2 if dim <= 256 else 1)
 
 
 def refusal(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> str | None:

@@ -96,7 +96,7 @@ def on_cards(chosen: dict[str, tuple[int, ...]]) -> list[tuple[str, int]]:
     return [(name, arch) for name, cards in chosen.items() for arch in (CARDS if EVERY else cards)]
 
 
-KNOWN = {"qwen2-7b": (90,), "gpt-oss": (90,), "qwen2-7b-int8": (80,), "qwen2-7b-kv-fp8": CARDS}
+KNOWN = {"qwen2-7b": (90,), "gpt-oss": (90,), "qwen2-7b-int8": (80, 90), "qwen2-7b-kv-fp8": CARDS}
 WITH_CODES = {
     "qwen2-7b-w4": ({"int4_product"}, (80, 90)),
     "qwen2-7b-w8": ({"int8_product"}, (89,)),
