@@ -78,7 +78,8 @@ def byte_level(folder: Path, size: int, special: list[str]) -> dict[str, int]:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     save_tokenizer(folder, tokenizer, eos_token=special[0])
-    return {token: tokenizer.token_to_id(token) for token in special}
+    found: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+    return {token: found[token] for token in special}
 
 
 def word_pieces(folder: Path, size: int) -> int:

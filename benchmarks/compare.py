@@ -217,7 +217,8 @@ def table(ours: Figures, theirs: Figures, name: str) -> str:
         ("resident before the loads, MB", "idle_bytes", 1e-6),
         ("resident after the loads, MB", "loaded_bytes", 1e-6),
     ):
-        row("", title, *([value * scale for value in getattr(side, values)] for side in (ours, theirs)), False)
+        mine, others = ([value * scale for value in getattr(side, values)] for side in (ours, theirs))
+        row("", title, mine, others, False)
     for load, results in ours.loads.items():
         for title, figure, more in METRICS:
             row(load.title, title, [*map(figure, results)], [*map(figure, theirs.loads[load])], more)

@@ -55,7 +55,7 @@ def qwen3_vl_2b(folder: Path) -> PreTrainedModel:
         **{"patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 2304},
         "deepstack_visual_indexes": [5, 11, 17],
     }
-    sizes = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2}
+    sizes: dict[str, Any] = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2}
     sizes |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     named = {"processor_class": "Qwen3VLProcessor"}
     write(

@@ -8,6 +8,7 @@ sequence only.
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import llama_cpp
@@ -92,11 +93,12 @@ def main(file: str, threads: int, length: int) -> None:
         lines = Path("/proc/self/smaps_rollup").read_text()
         return 1024 * float(re.findall(r"^Pss:\s+(\d+)", lines, re.MULTILINE)[0])
 
+    asked: dict[str, Callable[..., float]] = {"prefill": prefill, "decode": decode, "memory": memory}
     prefill(1)
     print("ready", flush=True)
     for line in sys.stdin:
         what, *numbers = line.split()
-        print({"prefill": prefill, "decode": decode, "memory": memory}[what](*map(int, numbers)), flush=True)
+        print(asked[what](*map(int, numbers)), flush=True)
 
 
 if __name__ == "__main__":

@@ -123,8 +123,8 @@ def main() -> None:
                 rates.setdefault("completions over HTTP", []).append(completed)
                 print({what: round(values[-1]) for what, values in rates.items()}, flush=True)
     middle = {what: statistics.median(values) for what, values in rates.items()}
-    for what, value in middle.items():
-        print(f"{what:<22} {value:10,.0f} tok/s")
+    for what, rate in middle.items():
+        print(f"{what:<22} {rate:10,.0f} tok/s")
     print(f"run-batch : chats over HTTP           {middle['run-batch'] / middle['chats over HTTP']:.2f}")
     print(f"LLM.generate : completions over HTTP  {middle['LLM.generate'] / middle['completions over HTTP']:.2f}")
 

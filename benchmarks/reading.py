@@ -142,7 +142,7 @@ def write(folder: Path, shape: str, layers: int) -> None:
     parts = [
         {f"model.layers.{i}.{name}": tensor for name, tensor in made[kind].items()} for i, kind in enumerate(kinds)
     ]
-    files = {}
+    files: dict[str, str] = {}
     first = {**outside, norm: torch.ones(config["hidden_size"], dtype=torch.bfloat16)}
     for index, part in enumerate([first, *parts]):
         files |= dict.fromkeys(part, f"model-{index}.safetensors")

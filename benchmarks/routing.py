@@ -17,7 +17,7 @@ import asyncio
 import json
 import os
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
@@ -63,9 +63,9 @@ class Rate(NamedTuple):
     processor_us: Mapping[str, float]  # for a token, by kind of process
 
 
-def processor_s() -> Counter[str]:
+def processor_s() -> dict[str, float]:
     """That all processes of each kind, and this one as the client, have taken by now."""
-    found = Counter({"client": time.process_time()})
+    found = defaultdict(float, {"client": time.process_time()})
     for folder in Path("/proc").iterdir():
         if not folder.name.isdecimal() or folder.name == str(os.getpid()):
             continue
@@ -76,7 +76,7 @@ def processor_s() -> Counter[str]:
             continue
         kind = next((kind for kind, parts in KINDS.items() if any(part in words for part in parts)), None)
         if kind is not None:
-            found[kind] += TICKS_S * sum(map(int, times))
+            found[kind] += TICKS_S * sum(map(float, times))
     return found
 
 
@@ -116,8 +116,7 @@ async def tokens_a_second(url: str, headers: dict[str, str], load: Load) -> Rate
     before, start = processor_s(), time.perf_counter()
     await asyncio.gather(*(client() for _ in range(load.clients)))
     seconds, tokens = time.perf_counter() - start, load.requests * load.tokens
-    taken = processor_s()
-    taken.subtract(before)
+    taken = {kind: one - before.get(kind, 0.0) for kind, one in processor_s().items()}
     return Rate(tokens / seconds, {kind: 1e6 * one / tokens for kind, one in taken.items() if one > 0})
 
 

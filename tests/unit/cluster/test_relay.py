@@ -132,7 +132,7 @@ async def test_a_session_and_a_form_are_handed_on() -> None:
     with pair() as models:
         async with asking(*models) as http:
             await http.post("/v1/chat/completions", json={"model": "two", **CHAT}, headers={"x-session-id": "s1"})
-            form = {"model": (None, "two"), "file": ("a.wav", b"no audio")}
+            form: list[tuple[str, Any]] = [("model", (None, b"two")), ("file", ("a.wav", b"no audio"))]
             with patch.object(InFlightRequests, "open", autospec=True, side_effect=InFlightRequests.open) as opened:
                 reply = await http.post("/v1/audio/transcriptions", files=form)
             assert opened.call_args_list[0].args[2] is None  # the replica knows how far it is
