@@ -8,7 +8,7 @@ from sensorium.api.context import Context
 from sensorium.api.protocol.models import LoadAdapter, UnloadAdapter
 from sensorium.api.transport.asgi import Call
 from sensorium.api.transport.body import read_request
-from sensorium.errors import ModelNotFoundError, RequestError
+from sensorium.errors import ModelNotFoundError
 
 TEXT = b"text/plain; charset=utf-8"
 
@@ -19,12 +19,14 @@ async def load_adapter(context: Context, call: Call) -> None:
         request = await read_request(call, LoadAdapter, context.limits, context.unknown, pending)
     async with context.acquire(request.base_model_name) as entry:
         name, listed = request.lora_name, entry.listed
-        owner = context.catalog.owner(name)
-        if owner is not None and (owner is not listed or name in listed.names):
-            raise RequestError(f"A model, or another model's adapter, is called {name!r}.", param="lora_name")
-        room = partial(context.catalog.residents.make_room, listed)
-        path, replaces = request.lora_path, request.load_inplace
-        await listed.adapters.add(entry.model.client, name, path, replaces=replaces, make_room=room)
+        await listed.adapters.add(
+            entry.model.client,
+            name,
+            request.lora_path,
+            replaces=request.load_inplace,
+            make_room=partial(context.catalog.residents.make_room, listed),
+            check_name=partial(context.catalog.check_adapter_name, listed),
+        )
     await call.respond(f"Success: LoRA adapter '{name}' added successfully.".encode(), content_type=TEXT)
 
 

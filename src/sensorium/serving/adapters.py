@@ -25,10 +25,17 @@ if TYPE_CHECKING:
 MakeRoom = Callable[[int], Awaitable[None]]
 """Until so many bytes more are there for the model's adapters; an error says why there cannot be."""
 
+CheckName = Callable[[str], None]
+"""RequestError if the name is another's."""
+
 _numbers = itertools.count(1)
 
 
 async def _unbounded(nbytes: int) -> None:
+    pass
+
+
+def _any_name(name: str) -> None:
     pass
 
 
@@ -53,6 +60,7 @@ class AdapterTable:
         self._held = set(self._by_name.values())  # by the engine, while there is one: those in use without a name, too
         self._download_dir = download_dir
         self._changing = asyncio.Lock()
+        self._coming: str | None = None  # whose load is under way
 
     @property
     def listed(self) -> tuple[ServedAdapter, ...]:
@@ -69,6 +77,10 @@ class AdapterTable:
 
     def find(self, name: str) -> ServedAdapter | None:
         return self._by_name.get(name)
+
+    def has_claim(self, name: str) -> bool:
+        """Whether an adapter has this name, or will have it when its load has ended."""
+        return name in self._by_name or name == self._coming
 
     async def find_all(self) -> None:
         """Their folders, fetched if need be, so that `nbytes` is known before there is an engine. StartupError if one
@@ -90,11 +102,20 @@ class AdapterTable:
             return found
 
     async def add(
-        self, client: EngineClient, name: str, path: str, *, replaces: bool, make_room: MakeRoom = _unbounded
+        self,
+        client: EngineClient,
+        name: str,
+        path: str,
+        *,
+        replaces: bool,
+        make_room: MakeRoom = _unbounded,
+        check_name: CheckName = _any_name,
     ) -> None:
         """Load one more, or one in another's place, which is there until the new one is. RequestError if it cannot be,
-        or what `make_room` raises; then nothing has changed."""
+        or what `make_room` raises; then nothing has changed. `check_name` is asked when its turn has come: from then on
+        the name is claimed."""
         async with self._changing:
+            check_name(name)
             if name in self._by_name and not replaces:
                 raise RequestError(
                     f"The adapter {name!r} is loaded already; `load_inplace` replaces it.", param="lora_name"
@@ -102,12 +123,14 @@ class AdapterTable:
             await self._put(client, name, path, make_room)
 
     async def _put(self, client: EngineClient, name: str, path: str, make_room: MakeRoom) -> ServedAdapter:
-        adapter = ServedAdapter(name, path)
+        adapter, self._coming = ServedAdapter(name, path), name
         try:
             await self._find(adapter)
             await self._load_within(client, adapter, make_room)
         except StartupError as error:
             raise RequestError(error.message, param="lora_path") from None
+        finally:
+            self._coming = None
         before = self._by_name.get(name)
         self._by_name[name] = adapter
         if before is not None:

@@ -7,7 +7,7 @@ import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
-from sensorium.errors import ModelNotFoundError, StartupError, UnavailableError
+from sensorium.errors import ModelNotFoundError, RequestError, StartupError, UnavailableError
 from sensorium.serving.entry import LATEST, CatalogEntry, ModelState, spellings
 from sensorium.serving.model import ServedModel
 from sensorium.serving.residents import Residents, Show
@@ -66,6 +66,12 @@ class Catalog:
         if name in self._by_name:
             return self._by_name[name]
         return next((entry for entry in self.entries if entry.adapters.find(name) is not None), None)
+
+    def check_adapter_name(self, base: CatalogEntry, name: str) -> None:
+        """RequestError if a model is called so, or another model's adapter, be it loaded or on its way."""
+        others = (entry.adapters for entry in self.entries if entry is not base)
+        if name in self._by_name or any(table.has_claim(name) for table in others):
+            raise RequestError(f"A model, or another model's adapter, is called {name!r}.", param="lora_name")
 
     def _default(self, tasks: Sequence[str]) -> CatalogEntry:
         for task in tasks:

@@ -17,7 +17,7 @@ from sensorium.api.protocol.ollama import kept_s
 from sensorium.api.transport.server import HttpServer, build_app, listen
 from sensorium.checkpoint.adapters import WEIGHTS_FILE
 from sensorium.config import Limits, ServerConfig
-from sensorium.errors import StartupError, UnavailableError
+from sensorium.errors import RequestError, StartupError, UnavailableError
 from sensorium.serving import entry as entry_module
 from sensorium.serving.catalog import Catalog, CatalogEntry
 from sensorium.serving.entry import Keeping, Outline, Progress
@@ -352,6 +352,32 @@ async def test_an_adapter_that_does_not_fit_changes_nothing(tmp_path: Path, nbyt
         assert (catalog.residents.taken_bytes, states(catalog)) == (200, "ready ready")
         assert not catalog.entries[0].adapters.listed and not source.engines[0].adapters
         assert (await chat(port, model="x")).status == 404
+
+
+@pytest.mark.parametrize(("name", "status"), [("fine", 400), ("broken", 200)])
+async def test_the_name_of_an_adapter_that_is_being_loaded_is_taken(tmp_path: Path, name: str, status: int) -> None:
+    """By one model's load no other model can take it, until the load has failed."""
+    catalog, _ = catalog_of("ab")
+    path, may_load = adapter_file(tmp_path / name, 20), asyncio.Event()
+    body = {"lora_name": name, "lora_path": str(adapter_file(tmp_path / "other", 20)), "base_model_name": "b"}
+
+    async def wait(nbytes: int) -> None:
+        await may_load.wait()
+
+    async with server(catalog) as port:
+        table = catalog.entries[0].adapters
+        add = table.add(FakeEngine(), name, str(path), replaces=False, make_room=wait)  # type: ignore[arg-type]
+        first = asyncio.create_task(add)
+        await until(lambda: table.has_claim(name))
+        second = await post(port, "/v1/load_lora_adapter", body)
+        assert second.status == 400 and "is called" in second.error["message"]
+        assert (await chat(port, model=name)).status == 404
+        may_load.set()
+        await asyncio.wait((first,))
+        assert (await post(port, "/v1/load_lora_adapter", body)).status == status
+        assert [name in entry.adapters.names for entry in catalog.entries] == [status == 400, status == 200]
+        if status == 200:
+            assert isinstance(first.exception(), RequestError)
 
 
 async def test_without_an_operators_key_this_machine_may_and_nobody_with_a_users_key() -> None:
