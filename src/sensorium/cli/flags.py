@@ -250,6 +250,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         line = re.sub(r"^argument (\S+?)(?:/\S+)?: ", r"\1: ", message)
+        line = re.sub(r": ignored explicit argument (.+)", r": it is on or off (true or false), not \1", line)
         self.exit(2, f"{self.prog}: {line} (see {self.prog} --help)\n")
 
     def read(self, argv: Sequence[str]) -> argparse.Namespace:
@@ -379,18 +380,21 @@ def build(config: type[Config], found: argparse.Namespace, **fixed: Any) -> Conf
 
 
 def words_of(name: str, value: Any) -> Iterator[str]:
-    """The words of a command line that set one flag to a value as JSON, TOML or Python has it."""
+    """The words of a command line that set one flag to a value as JSON, TOML or Python has it; none for an empty list.
+    Flag and value are one word, so that an error about the value names the flag."""
     flag = f"--{name.replace('_', '-')}"
     match value:
-        case None:
+        case None | [] | ():
             return
         case True:
             yield flag
         case False:
             yield f"--no-{flag.removeprefix('--')}"
         case dict():
-            yield from (flag, json.dumps(value))
+            yield f"{flag}={json.dumps(value)}"
+        case [one] | (one,):
+            yield f"{flag}={one}"
         case list() | tuple():
             yield from (flag, *map(str, value))
         case _:
-            yield from (flag, str(value))
+            yield f"{flag}={value}"

@@ -69,11 +69,13 @@ def _parsed(path: Path) -> dict[str, Any]:
 def _model(where: str, name: str, table: dict[str, Any], read: Read, top: list[str]) -> ServeOptions:
     flags = {key.replace("-", "_"): value for key, value in table.items()}
     model, aliases = flags.pop(MODEL, name), flags.pop(ALIASES, [])
-    if not isinstance(model, str) or not isinstance(aliases, list):
-        raise StartupError(f"{where}: model is a folder or a hub id, aliases are a list of names")
+    if not isinstance(model, str):
+        raise StartupError(f"{where}: model is a folder or a hub id, not {model!r}")
+    if not isinstance(aliases, list) or not all(isinstance(one, str) and one.strip() for one in aliases):
+        raise StartupError(f"{where}: aliases are a list of names, not {aliases!r}")
     _check(where, flags, _MODEL_FLAGS, elsewhere=_SERVER_FLAGS)
     options = read([model, *top, *_words(flags)], where)
-    names = (*(options.server.served_model_name or (name,)), *map(str, aliases))
+    names = (*(options.server.served_model_name or (name,)), *aliases)
     return replace(options, server=replace(options.server, served_model_name=tuple(dict.fromkeys(names))))
 
 
@@ -91,5 +93,6 @@ def _check(where: str, flags: Mapping[str, Any], known: Collection[str], elsewhe
             raise StartupError(f"{where}: {key} is the server's: write it at the top of the file")
         if name in known or option in ACCEPTED or option in REFUSED or option in RENAMED:
             continue
-        near = difflib.get_close_matches(name, [*known, MODEL, ALIASES], n=1)
+        of_tables = (MODEL, ALIASES) if elsewhere else (MODELS,)
+        near = difflib.get_close_matches(name, [*of_tables, *known], n=1)
         raise StartupError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))

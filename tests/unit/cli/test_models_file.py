@@ -77,6 +77,15 @@ def test_a_file_of_models(tmp_path: Path) -> None:
         ("[models.a]\naliasses = ['x']", "did you mean 'aliases'?"),
         ("[models.a]\nquantization = 'int3'", "[models.a]: --quantization: invalid choice"),
         ("[models.a]\nmodel = 3", "model is a folder or a hub id"),
+        ("[model.a]", "unknown key 'model'; did you mean 'models'?"),
+        *(
+            (f"[models.a]\naliases = {bad}", "[models.a]: aliases are a list of names")
+            for bad in ("'x'", "[1]", "['']")
+        ),
+        ("[models.a]\npinned = 1", "[models.a]: --pinned: it is on or off (true or false), not '1'"),
+        ("[models.a]\nlazy = 'yes'", "[models.a]: --lazy: it is on or off (true or false), not 'yes'"),
+        ("[models.a]\nlazy = ['yes']", "[models.a]: --lazy: it is on or off (true or false), not 'yes'"),
+        ("[models.a]\nlazy = {a = 1}", "[models.a]: --lazy: it is on or off (true or false), not"),
         ("port = 'x'\n[models.a]", "--port: 'x' is not a whole number"),
         ("[models.a]\npipeline-parallel-size = 2", "--pipeline-parallel-size"),
     ],
@@ -85,6 +94,12 @@ def test_what_is_wrong_in_a_file_is_told(text: str, words: str, tmp_path: Path) 
     with pytest.raises(StartupError) as caught:
         plan_of("--config", written(tmp_path, text))
     assert words in caught.value.message
+
+
+def test_a_list_without_values_says_nothing(tmp_path: Path) -> None:
+    """A switch is not on, and of flags with values there is none."""
+    plan = plan_of("--config", written(tmp_path, "[models.a]\nlazy = []\nlora = []\naliases = []"))
+    assert (plan.models[0].load.lazy, plan.models[0].load.lora) == (False, ())
 
 
 @pytest.mark.parametrize(
