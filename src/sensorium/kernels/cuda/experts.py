@@ -132,7 +132,7 @@ def gate_and_up_of(x: Tensor, weight: PackedWeight, activation: Activation) -> T
     launch(
         gate_and_up, (1, -(-inner // 64)), x, *none, out, inner, x.shape[1], 0, 0, len(x), x, tensor, out, inner,
         CHOSEN=1, EXPERTS=1, BLOCK_E=1, ACTIVATION=activation, HAS_BIAS=False, FP4=False, HAS_SHARED=True,
-        IS_ALONE=True, BLOCK_M=16, BLOCK_N=64, BLOCK_K=64, BLOCK_P=FEW_FOUND, num_warps=4, num_stages=3,
+        IS_ALONE=True, BLOCK_M=16, BLOCK_N=64, BLOCK_K=64, BLOCK_P=FEW_FOUND, num_warps=4, num_stages=2,
     )  # fmt: skip
     return out
 
