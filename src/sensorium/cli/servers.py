@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -139,7 +140,20 @@ async def _state(one: Running, api_key: str | None) -> str:
             rows = (await remote.get("/models"))["data"]
     except RemoteError as error:
         return f"{', '.join(one.models)} ({_WHY.get(error.remote_status, error.message)})"
-    return ", ".join(f"{row['id']} {row['state']}" for row in rows if not row.get("parent"))
+    return models_text(rows)
+
+
+def models_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Of what GET /v1/models lists each model once, with its other names in brackets and without its adapters."""
+    names: dict[str, list[str]] = {}
+    states: dict[str, str] = {}
+    for row in rows:
+        if not row.get("parent"):
+            model = row.get("root") or row["id"]
+            names.setdefault(model, []).append(row["id"])
+            states[model] = row["state"]
+    shown = {model: first + (f" ({', '.join(more)})" if more else "") for model, (first, *more) in names.items()}
+    return ", ".join(f"{shown[model]} {state}" for model, state in states.items())
 
 
 _WHY = {401: "an API key is needed to know more", 503: "loading"}

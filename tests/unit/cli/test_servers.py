@@ -15,7 +15,7 @@ import pytest
 
 from sensorium.cli import servers
 from sensorium.cli.main import main
-from sensorium.cli.servers import Running, listed, only_url, running
+from sensorium.cli.servers import Running, listed, models_text, only_url, running
 from sensorium.errors import StartupError
 from sensorium.system.processes import start_ticks
 
@@ -49,6 +49,17 @@ def test_a_server_is_listed_while_it_runs_for_its_user_alone(folder: Path) -> No
         pass
     leave(folder, os.getpid(), "http://127.0.0.1:1")
     assert running(folder) == []  # what others may have written is not believed
+
+
+def test_a_model_is_shown_once_with_its_other_names() -> None:
+    rows = [
+        {"id": "talk", "root": "talk", "parent": None, "state": "ready"},
+        {"id": "gpt-4o", "root": "talk", "parent": None, "state": "ready"},
+        {"id": "gpt-4", "root": "talk", "parent": None, "state": "ready"},
+        {"id": "french", "root": "/adapters/french", "parent": "talk", "state": "ready"},
+        {"id": "embedder", "root": "embedder", "parent": None, "state": "unloaded"},
+    ]
+    assert models_text(rows) == "talk (gpt-4o, gpt-4) ready, embedder unloaded"
 
 
 def test_what_a_killed_server_left_is_removed(folder: Path) -> None:
