@@ -46,6 +46,9 @@ def test_info_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert found["model"] == "Qwen2, Qwen2.5 (Qwen2ForCausalLM)"
     assert found["takes"] == "text"
     assert "generate text" in found["can"]
+    assert found["can"].endswith("; embed (/v1/embeddings)")
+    checkpoints.make_qwen2(tmp_path / "Qwen3-Embedding")
+    assert dict(rows_of(str(tmp_path / "Qwen3-Embedding")))["can"].endswith("; embed (/v1/embeddings, /score, /rerank)")
     assert found["context"] == "512 tokens"
     checkpoint = open_checkpoint(tmp_path / "model")
     told = dict(models.memory_rows(checkpoint, 1000 * MiB))

@@ -25,7 +25,7 @@ from sensorium.errors import RequestError
 from sensorium.serving.adapters import ServedAdapter
 from sensorium.serving.catalog import Catalog, CatalogEntry
 from sensorium.serving.model import ServedModel
-from sensorium.serving.tasks import TASKS
+from sensorium.serving.tasks import TASKS, task_text
 from sensorium.system.heap import HeapTrimmer
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Entry:
         if task in self.model.tasks:
             return
         wanted = TASKS[doing or task].partition(" (")[0]
-        can = "; ".join(TASKS[one] for one in self.model.tasks)
+        can = "; ".join(task_text(one, compares=self.model.is_embedder) for one in self.model.tasks)
         raise RequestError(
             f"The model {self.name!r} does not {wanted} here. It can: {can}.", param=param, code="unsupported_task"
         )

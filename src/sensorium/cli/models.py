@@ -16,7 +16,8 @@ from sensorium.checkpoint.values import read_json
 from sensorium.cli.serve import LoadingBar, loading_bar
 from sensorium.config import EngineConfig, ListConfig, PullConfig
 from sensorium.errors import CheckpointError, StartupError
-from sensorium.serving.tasks import TASKS
+from sensorium.prompt.builtin import folder_names, is_embedder_name
+from sensorium.serving.tasks import task_text
 from sensorium.startup.catalog import CONFIG_FILE, folders_of_models
 from sensorium.startup.drafts import open_draft
 from sensorium.startup.fit import CACHE_PART, ENGINE_BASE_BYTES, LEAST_CACHE_BYTES, engine_plan
@@ -47,13 +48,20 @@ def model_rows(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     stored = checkpoint.dtype if checkpoint.quantization is None else checkpoint.quantization.title
     yield "model", f"{family.title} ({checkpoint.architecture})"
     yield "folder", str(checkpoint.folder)
-    yield "files", f"{size_text(sum(file.stat().st_size for file in files))} in {len(files)} files, {stored}"
+    count = "1 file" if len(files) == 1 else f"{len(files)} files"
+    yield "files", f"{size_text(sum(file.stat().st_size for file in files))} in {count}, {stored}"
     yield "takes", ", ".join(("text", *sorted(family.modalities)))
-    yield "can", "; ".join(TASKS[_task(one)] for one in family.tasks)
+    yield "can", "; ".join(task_text(_task(one), compares=_compares(checkpoint)) for one in family.tasks)
     if family.lacks:
         yield "cannot", family.lacks
     yield "context", f"{checkpoint.max_model_len} tokens"
     yield "vocabulary", f"{checkpoint.vocab_size} tokens"
+
+
+def _compares(checkpoint: Checkpoint) -> bool:
+    """Whether its vectors are for that, as far as its files and its name say."""
+    is_called_so = is_embedder_name(folder_names(checkpoint.folder))
+    return "generate" not in checkpoint.family.tasks or checkpoint.embedding.is_stated or is_called_so
 
 
 def _task(name: str) -> str:

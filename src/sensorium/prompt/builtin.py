@@ -5,7 +5,7 @@ that tutorials pass to --chat-template as a file. Literal data.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 from sensorium.checkpoint import chat_templates, pair_templates
 
@@ -87,6 +87,11 @@ def is_embedder_name(names: Iterable[str]) -> bool:
     """Whether a model is called an embedder, or is known as one."""
     known = [name.rstrip("/").rpartition("/")[2].lower() for name in names]
     return any(word in name for word in ("embed", *POOLING) for name in known)
+
+
+def folder_names(folder: Path) -> tuple[str, ...]:
+    """What a checkpoint is called by where it lies: the hub's cache has folders named by commits in the model's."""
+    return folder.name, *(part for part in folder.parts[-3:] if part.startswith("models--"))
 
 
 def is_embedder_template(flag: str | None) -> bool:

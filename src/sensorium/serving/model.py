@@ -20,7 +20,7 @@ from sensorium.config import Limits, ServerConfig
 from sensorium.errors import RequestError, StartupError
 from sensorium.media.loader import MediaLoader
 from sensorium.processors.base import Processor
-from sensorium.prompt.builtin import OF_BARE_TEXTS, is_embedder_name, is_embedder_template
+from sensorium.prompt.builtin import OF_BARE_TEXTS, folder_names, is_embedder_name, is_embedder_template
 from sensorium.prompt.encode import PairLimits, Side, Truncation
 from sensorium.prompt.grammars import GrammarPool
 from sensorium.prompt.inspection import Renderer
@@ -228,8 +228,7 @@ class ServedModel:
     def is_embedder(self) -> bool:
         """Whether its vectors were made to be compared: a model that generates must be told to be one, by its files,
         its name or the operator. Any decoder has states, but the angles between them mean nothing."""
-        cached = (part for part in self.checkpoint.folder.parts[-3:] if part.startswith("models--"))
-        names = (*self.names, self.checkpoint.folder.name, *cached)  # the hub's cache has folders named by commits
+        names = (*self.names, *folder_names(self.checkpoint.folder))
         return (
             "generate" not in self.all_tasks
             or self._pooling.is_stated

@@ -22,6 +22,11 @@ TASKS: Mapping[str, str] = {
 """Each task in the words that clients are told."""
 
 
+def task_text(task: str, *, compares: bool) -> str:
+    """The same; `compares`: whether vectors were made to be compared. Without that nothing is scored by them."""
+    return "embed (/v1/embeddings)" if task == "embed" and not compares else TASKS[task]
+
+
 @dataclass(frozen=True, slots=True)
 class TaskFlag:
     """A value of --task: what it leaves of what the model can do, and the families (a `Family.tasks`) that may have it.

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -52,7 +53,7 @@ def test_a_server_is_listed_while_it_runs_for_its_user_alone(folder: Path) -> No
 
 
 def test_a_model_is_shown_once_with_its_other_names() -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"id": "talk", "root": "talk", "parent": None, "state": "ready"},
         {"id": "gpt-4o", "root": "talk", "parent": None, "state": "ready"},
         {"id": "gpt-4", "root": "talk", "parent": None, "state": "ready"},
