@@ -221,7 +221,7 @@ class Limits:
     )
     decode_timeout_s: float = flag(20.0, "Longest time to decode one media item, in seconds.")
     max_n: int = flag(16, "Choices per prompt (`n`).")
-    max_stop: int = flag(32, "Stop strings of one request.", max=64)
+    max_stop: int = flag(4, "Stop strings of one request.", max=64)
     max_stop_bytes: int = flag(256, "Bytes of one stop string.", max=4096)
     max_logit_bias: int = flag(300, "Entries of `logit_bias`.", max=4096)
     max_logprobs: int = flag(20, "Alternatives reported per token.")

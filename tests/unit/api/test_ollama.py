@@ -314,7 +314,7 @@ WRONG: list[Any] = [
     ("/api/chat", {"options": {"num_predict": 0}}, "options.num_predict"),
     ("/api/chat", {"options": {"num_predict": -3}}, "options.num_predict"),
     ("/api/chat", {"options": {"top_p": 2}}, "options.top_p"),
-    ("/api/chat", {"options": {"stop": ["a"] * 33}}, "options.stop"),
+    ("/api/chat", {"options": {"stop": ["a"] * 17}}, "options.stop"),
     ("/api/chat", {"options": {"stop": [""]}}, "options.stop[0]"),
     ("/api/chat", {"options": {"mirostat": 2}}, "options.mirostat"),
     ("/api/chat", {"options": {"repeat_last_n": 64, "repeat_penalty": 1.1}}, "options.repeat_last_n"),

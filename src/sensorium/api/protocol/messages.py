@@ -14,7 +14,7 @@ from sensorium.api.protocol.foreign_chat import ForeignChat
 from sensorium.api.protocol.message_blocks import InputMessage, Kind, SystemContent, ToolUseBlock
 from sensorium.api.protocol.message_turns import turns_of
 from sensorium.api.protocol.other_servers import MESSAGES, Foreign
-from sensorium.api.protocol.sampling import Stop, check_stop_count
+from sensorium.api.protocol.sampling import MANY_STOPS, Stop, check_stop_count
 from sensorium.api.protocol.structured import json_form
 from sensorium.api.protocol.tools import (
     MAX_TOOLS,
@@ -198,7 +198,7 @@ class MessagesRequest(CountTokensRequest):
     def check(self, limits: Limits) -> None:
         super().check(limits)
         stops = self.stop_sequences or ()
-        check_stop_count(stops, limits, "stop_sequences")
+        check_stop_count(stops, limits, "stop_sequences", MANY_STOPS)
         for index, stop in enumerate(stops):
             if len(stop.encode()) > limits.max_stop_bytes:
                 where = f"stop_sequences[{index}]"

@@ -22,7 +22,7 @@ from sensorium.api.protocol.other_servers import (
     Foreign,
 )
 from sensorium.api.protocol.pooling import InputBody
-from sensorium.api.protocol.sampling import StopField, check_alternatives, check_stop_count
+from sensorium.api.protocol.sampling import MANY_STOPS, StopField, check_alternatives, check_stop_count
 from sensorium.api.protocol.structured import json_form
 from sensorium.api.protocol.tools import MAX_TOOLS, Function, JsonObject, ToolEntry, ToolName
 from sensorium.api.protocol.turns import Part, Turns
@@ -58,7 +58,7 @@ class Options(Nested):
 
     def check(self, limits: Limits, unknown: UnknownFields) -> None:
         stops = self.stops
-        check_stop_count(stops, limits, "options.stop")
+        check_stop_count(stops, limits, "options.stop", MANY_STOPS)
         if any(len(stop.encode()) > limits.max_stop_bytes for stop in stops):
             raise RequestError(f"A stop string must have at most {limits.max_stop_bytes} bytes.", param="options.stop")
         if self.num_predict == 0:

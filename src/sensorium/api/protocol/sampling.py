@@ -25,6 +25,7 @@ from sensorium.types import INT32_MAX, Prompt, SamplingParams
 MAX_LOGPROBS = 500_000
 """Log-probabilities of prompt tokens that one answer may carry: each is an object in memory and in JSON."""
 FEW_ALTERNATIVES = 128  # that an answer of any length may have
+MANY_STOPS = 16  # strings that APIs take at least whose clients send more than four
 _TOKEN_KEY = re.compile(r"-?[0-9]{1,10}")
 
 LogprobCount = Annotated[int, Field(ge=-1, le=INT32_MAX)]
@@ -275,12 +276,12 @@ class SamplingBody(StructuredBody):
         return tuple(pairs)
 
 
-def check_stop_count(stops: Sequence[str], limits: Limits, param: str) -> None:
-    """RequestError for more stop strings than the operator allows."""
-    if len(stops) > limits.max_stop:
+def check_stop_count(stops: Sequence[str], limits: Limits, param: str, least: int = 0) -> None:
+    """RequestError for more stop strings than the operator allows, or `least` where an API has always more."""
+    most = max(limits.max_stop, least)
+    if len(stops) > most:
         raise RequestError(
-            f"`{param}` must have at most {limits.max_stop} entries (the operator can allow more with --max-stop).",
-            param=param,
+            f"`{param}` must have at most {most} entries (the operator can allow more with --max-stop).", param=param
         )
 
 
