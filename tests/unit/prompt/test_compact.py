@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
+from weakref import WeakValueDictionary
 
 import pytest
 from support.tiny_tokenizers import byte_level, sentencepiece, unigram, wordpiece
@@ -66,6 +67,7 @@ def test_what_is_no_tokenizer_is_judged_by_the_library(
 def test_files_with_the_same_words_share_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A chat model and the embedder made of it differ in what stands around a text, and in added tokens."""
     monkeypatch.setattr(compact, "LARGE_BYTES", 0)
+    monkeypatch.setattr(compact, "_READ", WeakValueDictionary())  # other tests may have some
     read = Mock(wraps=compact._model_of)
     monkeypatch.setattr(compact, "_model_of", read)
     chat, embedder = stated("byte_level", ""), stated("byte_level", "")
