@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sensorium.engine.constraint import Constraint
 from sensorium.engine.drawing import draw_filtered, is_greedy, is_open
 from sensorium.engine.sequence import Sequence
-from sensorium.kernels import reference
+from sensorium.kernels import RowDraws, reference
 from sensorium.types import SamplingParams
 
 
@@ -21,7 +21,7 @@ def drawn(row: NDArray[np.float32], params: SamplingParams, uniform: float) -> i
         return draw_filtered(row, params, uniform)
     temperatures = np.array([0 if is_greedy(params) else params.temperature], np.float32)
     rows = np.zeros(1, np.int64)
-    return int(reference.draw_rows(row[None], rows, temperatures, np.array([uniform]))[0][0])
+    return int(reference.draw_rows(row[None], RowDraws(rows, temperatures, np.array([uniform])))[0][0])
 
 
 class FixedMatcher:

@@ -91,13 +91,12 @@ def _choose_again(
     rows = [row for row, *_ in held]
     uniforms = uniforms_of([second_seed(states[row].seed) for row in rows], [index for *_, index in held])
     token_ids[rows], highest[rows] = _draw(logits, rows, states, uniforms, masks.strict(held))
-    empty = [one for one in held if highest[one[0]] == -np.inf]
-    for one in empty:
-        masks.hold(logits[one[0]], raw[one[0]], one, is_edited=is_edited)
+    empty = [at for at, row in enumerate(rows) if highest[row] == -np.inf]
     if empty:
-        left = [at for at, row in enumerate(rows) if highest[row] == -np.inf]
-        rows = [rows[at] for at in left]
-        token_ids[rows], highest[rows] = _draw(logits, rows, states, uniforms[left])
+        rows = [rows[at] for at in empty]
+        for at, row in zip(empty, rows, strict=True):
+            masks.hold(logits[row], raw[row], held[at], is_edited=is_edited)
+        token_ids[rows], highest[rows] = _draw(logits, rows, states, uniforms[empty])
 
 
 def _draw(
@@ -109,4 +108,4 @@ def _draw(
 ) -> Chosen:
     rows = np.array(rows, np.int64)
     temperatures = np.array([0 if states[row].greedy else states[row].params.temperature for row in rows], np.float32)
-    return kernels.draw_rows(logits, rows, temperatures, uniforms, masks)
+    return kernels.draw_rows(logits, kernels.RowDraws(rows, temperatures, uniforms, masks))

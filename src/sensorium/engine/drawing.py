@@ -82,7 +82,7 @@ def draw_together(logits: Tensor, params: Seq[SamplingParams], uniforms: NDArray
     before = torch.where(chosen > 0, sums[every, (chosen - 1).clamp(min=0)], 0)
     inside = chunks[every, chosen]  # [rows, CHUNK]
     place = (inside.double().cumsum(dim=-1) <= (target - before).unsqueeze(1)).sum(dim=-1)
-    last = CHUNK - 1 - (inside > 0).flip(-1).to(torch.uint8).argmax(dim=-1)  # as in `_place`
+    last = CHUNK - 1 - (inside > 0).flip(-1).to(torch.uint8).argmax(dim=-1)  # as in `place_of`
     return chosen * CHUNK + torch.minimum(place, last)
 
 

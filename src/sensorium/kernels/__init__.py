@@ -37,6 +37,7 @@ from sensorium.kernels.backend import (
     Quantization,
     QuantizedWeight,
     RoutedParts,
+    RowDraws,
     StateParts,
     TokenGroups,
     TokenRowsParts,
@@ -73,6 +74,7 @@ __all__ = [
     "Quantization",
     "QuantizedWeight",
     "RoutedParts",
+    "RowDraws",
     "StateParts",
     "TokenGroups",
     "TokenRowsParts",
@@ -326,14 +328,8 @@ def draw(logits: Tensor, draws: Draws) -> tuple[Tensor, Tensor] | None:
     return _for(logits).draw(logits, draws)
 
 
-def draw_rows(
-    logits: NDArray[np.float32],
-    rows: NDArray[np.int64],
-    temperatures: NDArray[np.float32],
-    uniforms: NDArray[np.float64],
-    masks: NDArray[np.uint32] | None = None,
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    return (_native() or _REFERENCE).draw_rows(logits, rows, temperatures, uniforms, masks)
+def draw_rows(logits: NDArray[np.float32], draws: RowDraws) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    return (_native() or _REFERENCE).draw_rows(logits, draws)
 
 
 def causal_conv(

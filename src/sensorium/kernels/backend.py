@@ -307,6 +307,15 @@ class Draws:
     top_k: NDArray[np.int32]  # 0: all
 
 
+class RowDraws(NamedTuple):
+    """Which rows get tokens on a CPU, and how: arrays [n]. Nothing is filtered."""
+
+    rows: NDArray[np.int64]
+    temperatures: NDArray[np.float32]  # 0: the first token of the highest logit
+    uniforms: NDArray[np.float64]  # in [0, 1)
+    masks: NDArray[np.uint32] | None = None  # [n, words], the tokens that count
+
+
 @dataclass(frozen=True, slots=True)
 class LowRank:
     """What one adapter adds to one linear layer: x -> wide[k] (narrow x) for rows [first, first + n) of its output; to
@@ -563,20 +572,9 @@ class Backend(Protocol):
         Nothing is read from the device."""
         ...
 
-    def draw_rows(
-        self,
-        logits: NDArray[np.float32],
-        rows: NDArray[np.int64],
-        temperatures: NDArray[np.float32],
-        uniforms: NDArray[np.float64],
-        masks: NDArray[np.uint32] | None = None,
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """On a CPU: of some `rows` [n] of logits [rows, vocab] the tokens that are drawn [n], and the highest logits
-        [n]. Temperature 0: the first token of the highest logit. Uniforms are numbers in [0, 1).
-
-        Of a row only those tokens count whose bits are set in its mask [n, words]. A row with no finite logit left
-        gets token 0.
-        """
+    def draw_rows(self, logits: NDArray[np.float32], draws: RowDraws) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """On a CPU, of some rows of logits [rows, vocab]: the tokens that are drawn [n], and the highest logits of what
+        is left [n]. A row with no finite logit left gets token 0."""
         ...
 
     def causal_conv(

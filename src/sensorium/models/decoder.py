@@ -6,7 +6,7 @@ What differs between them (biases, norms of q and k, window, rope, tied head) is
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, TypeAlias
 
@@ -61,6 +61,16 @@ DECODER_MAP = (
 def rounded(number: float, dtype: torch.dtype) -> float:
     """As a tensor of this type holds it."""
     return torch.tensor(number, dtype=dtype, device="cpu").item()
+
+
+def whole(parts: Iterable[kernels.DecoderLayerParts | None]) -> list[kernels.DecoderLayerParts] | None:
+    """Those of all layers; None if a layer has none."""
+    found: list[kernels.DecoderLayerParts] = []
+    for one in parts:
+        if one is None:
+            return None
+        found.append(one)
+    return found
 
 
 def _norm(config: TextConfig, size: int | None = None) -> RMSNorm:
@@ -299,9 +309,8 @@ class Decoder(nn.Module):
         if not self.is_causal or self.is_split:
             return None
         layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
-        found = [layer.parts(rotation) for layer, rotation in zip(layers, self.rotation_of, strict=True)]
-        parts = [one for one in found if one is not None]
-        if len(parts) < len(found):
+        parts = whole(layer.parts(rotation) for layer, rotation in zip(layers, self.rotation_of, strict=True))
+        if parts is None:
             return None
         return kernels.decoder_stack(
             parts,

@@ -22,7 +22,7 @@ from sensorium.checkpoint.values import positive_int
 from sensorium.errors import CheckpointError
 from sensorium.kernels.context import AttentionContext, KVCache, LayerCache, NeededStates
 from sensorium.models.base import Rename, Steps
-from sensorium.models.decoder import DECODER_MAP, Decoder, DecoderForCausalLM, SelfAttention, rounded
+from sensorium.models.decoder import DECODER_MAP, Decoder, DecoderForCausalLM, SelfAttention, rounded, whole
 from sensorium.models.experts import choose, experts_elsewhere, group_experts, make_experts
 from sensorium.models.layers import MLP, Embedding, Linear, PlainNorm, RMSNorm, SmallLinear, activation_name, declare
 from sensorium.models.rope import RotaryEmbedding
@@ -169,9 +169,8 @@ class Gemma4Decoder(Decoder):
         if self.is_split:
             return None
         layers = [layer for layer in self.layers if isinstance(layer, Gemma4Layer)]
-        found = [layer.parts(rotation) for layer, rotation in zip(layers, self.rotation_of, strict=True)]
-        parts = [one for one in found if one is not None]
-        if len(parts) < len(found):
+        parts = whole(layer.parts(rotation) for layer, rotation in zip(layers, self.rotation_of, strict=True))
+        if parts is None:
             return None
         return kernels.decoder_stack(
             parts,

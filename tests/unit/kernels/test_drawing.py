@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sensorium.kernels import reference
+from sensorium.kernels import RowDraws, reference
 from sensorium.kernels.cpu.native import Native
 
 NEAR = 1e-5  # of the whole distribution
@@ -28,12 +28,12 @@ def test_tokens_are_those_of_the_reference(kernels: Native, vocab: int, spread: 
         masks[4] = masks[5] = 0
         masks[5, (vocab - 1) // 32] = 1 << ((vocab - 1) % 32)
     before = logits.copy()
-    tokens, highest = kernels.draw_rows(logits, rows, temperatures, uniforms, masks)
-    expected, most = reference.draw_rows(logits, rows, temperatures, uniforms, masks)
+    tokens, highest = kernels.draw_rows(logits, RowDraws(rows, temperatures, uniforms, masks))
+    expected, most = reference.draw_rows(logits, RowDraws(rows, temperatures, uniforms, masks))
     assert np.array_equal(highest, most)
     assert np.array_equal(logits, before)
     shifted = [np.clip(uniforms + shift, 0, 1 - 2**-32) for shift in (-NEAR, NEAR)]
-    lower, upper = (reference.draw_rows(logits, rows, temperatures, one, masks)[0] for one in shifted)
+    lower, upper = (reference.draw_rows(logits, RowDraws(rows, temperatures, one, masks))[0] for one in shifted)
     assert ((tokens == expected) | ((lower <= tokens) & (tokens <= upper))).all()
     drawn = np.isfinite(most)
     assert np.isfinite(logits[rows, tokens])[drawn].all()
@@ -48,7 +48,7 @@ def test_every_token_comes_as_often_as_it_is_likely(kernels: Native) -> None:
     logits[0, 1] = -np.inf
     count = 20_000
     rows, ones = np.zeros(count, np.int64), np.ones(count, np.float32)
-    tokens, _ = kernels.draw_rows(logits, rows, ones, (np.arange(count) + 0.5) / count)
+    tokens, _ = kernels.draw_rows(logits, RowDraws(rows, ones, (np.arange(count) + 0.5) / count))
     assert (np.bincount(tokens, minlength=4) / count).tolist() == pytest.approx([0.5, 0, 0.2, 0.3], abs=1e-4)
 
 
@@ -57,5 +57,5 @@ def test_a_part_of_wider_rows(kernels: Native) -> None:
     wide = np.random.default_rng(3).standard_normal((6, 400)).astype(np.float32)
     rows, temperatures, uniforms = np.arange(6), np.ones(6, np.float32), np.linspace(0.1, 0.9, 6)
     for logits in (wide[:, :300], wide[:, ::2]):
-        expected, _ = reference.draw_rows(np.ascontiguousarray(logits), rows, temperatures, uniforms)
-        assert kernels.draw_rows(logits, rows, temperatures, uniforms)[0].tolist() == expected.tolist()
+        expected, _ = reference.draw_rows(np.ascontiguousarray(logits), RowDraws(rows, temperatures, uniforms))
+        assert kernels.draw_rows(logits, RowDraws(rows, temperatures, uniforms))[0].tolist() == expected.tolist()

@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sensorium.kernels import reference
-from sensorium.kernels.backend import Activation, Blocks, DecoderLayerParts, MappedBlocks, PackedWeight, Quantization
+from sensorium.kernels.backend import (
+    Activation,
+    Blocks,
+    DecoderLayerParts,
+    MappedBlocks,
+    PackedWeight,
+    Quantization,
+    RowDraws,
+)
 from sensorium.kernels.cpu.attention import AttentionKernels, heads_are_adjacent
 from sensorium.kernels.cpu.blocks import FROM_FILE, BlockLinear, MappedBlockLinear
 from sensorium.kernels.cpu.decoder import NativeDecoder, can_stack
@@ -203,16 +211,10 @@ class Native(AttentionKernels, StateKernels):
 
     draw = staticmethod(reference.draw)
 
-    def draw_rows(
-        self,
-        logits: NDArray[np.float32],
-        rows: NDArray[np.int64],
-        temperatures: NDArray[np.float32],
-        uniforms: NDArray[np.float64],
-        masks: NDArray[np.uint32] | None = None,
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def draw_rows(self, logits: NDArray[np.float32], draws: RowDraws) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         if logits.strides[1] != logits.itemsize:
-            return reference.draw_rows(logits, rows, temperatures, uniforms, masks)
+            return reference.draw_rows(logits, draws)
+        rows, temperatures, uniforms, masks = draws
         count = len(rows)
         memory = np.empty((5, count), np.int64)  # one address for all
         at, line = memory.ctypes.data, 8 * count

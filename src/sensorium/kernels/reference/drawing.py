@@ -7,20 +7,15 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from sensorium.kernels.backend import RowDraws
 from sensorium.kernels.token_bits import bits_of
 
 CHUNK = 128  # vocabulary entries that are summed together before one of the sums is chosen
 
 
-def draw_rows(
-    logits: NDArray[np.float32],
-    rows: NDArray[np.int64],
-    temperatures: NDArray[np.float32],
-    uniforms: NDArray[np.float64],
-    masks: NDArray[np.uint32] | None = None,
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def draw_rows(logits: NDArray[np.float32], draws: RowDraws) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """See `Backend.draw_rows`."""
-    size = logits.shape[1]
+    size, (rows, temperatures, uniforms, masks) = logits.shape[1], draws
     tokens, highest = np.zeros(len(rows), np.int64), np.empty(len(rows), np.float32)
     weights = np.zeros(-(-size // CHUNK) * CHUNK, np.float32)
     for at, (number, temperature, uniform) in enumerate(zip(rows, temperatures, uniforms, strict=True)):
