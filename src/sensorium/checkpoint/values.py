@@ -42,8 +42,7 @@ def positive_int(source: Mapping[str, Any], key: str, default: int | None) -> in
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise CheckpointError(f"config.json: {key} must be a positive integer, not {value!r}")
-    if value > MOST.get(key, value):
-        raise CheckpointError(f"config.json: {key} {value} is more than {MOST[key]}, the most there can be")
+    _check_count(key, value)
     return value
 
 
@@ -52,8 +51,13 @@ def check_counts(config: Mapping[str, Any]) -> None:
     for key, value in config.items():
         if isinstance(value, dict):
             check_counts(value)
-        elif isinstance(value, int) and value > MOST.get(str(key), value):
-            raise CheckpointError(f"config.json: {key} {value} is more than {MOST[key]}, the most there can be")
+        elif isinstance(value, int):
+            _check_count(str(key), value)
+
+
+def _check_count(key: str, value: int) -> None:
+    if value > MOST.get(key, value):
+        raise CheckpointError(f"config.json: {key} {value} is more than {MOST[key]}, the most there can be")
 
 
 def count(source: Mapping[str, Any], key: str, default: int) -> int:
