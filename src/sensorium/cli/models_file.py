@@ -30,12 +30,12 @@ _OF_MODELS = {
     "max_embed_len",
 }
 """Of the server's flags those that each model may have of its own."""
+_FLAGS = {flag.field: flag for config in (LoadConfig, EngineConfig, ServerConfig, Limits) for flag in flags_of(config)}
 _MODEL_FLAGS = {flag.field for config in (LoadConfig, EngineConfig) for flag in flags_of(config)} | _OF_MODELS
-_SERVER_FLAGS = {flag.field for config in (ServerConfig, Limits) for flag in flags_of(config)} - _OF_MODELS
+_SERVER_FLAGS = _FLAGS.keys() - _MODEL_FLAGS
 _ONLY_ONE = {"served_model_name", "pinned"}
 Read = Callable[[Sequence[str], str], ServeOptions]
 """Of the words of a command line, and where they stand for errors."""
-_REPEATED = {flag.field for flag in flags_of(ServerConfig) if flag.repeat}
 
 
 def read_models_file(path: str, typed: Sequence[str], read: Read) -> ServePlan:
@@ -81,16 +81,20 @@ def _model(where: str, name: str, table: dict[str, Any], read: Read, top: list[s
 
 def _words(flags: Mapping[str, Any]) -> Iterator[str]:
     for name, value in flags.items():
-        values = value if name.replace("-", "_") in _REPEATED and isinstance(value, list) else [value]
+        flag = _FLAGS.get(name.replace("-", "_"))
+        values = value if flag is not None and flag.repeat and isinstance(value, list) else [value]
         for one in values:
             yield from words_of(name, one)
 
 
 def _check(where: str, flags: Mapping[str, Any], known: Collection[str], elsewhere: Collection[str] = ()) -> None:
-    for key in flags:
+    for key, value in flags.items():
         name, option = key.replace("-", "_"), "--" + key.replace("_", "-")
         if name in elsewhere:
             raise StartupError(f"{where}: {key} is the server's: write it at the top of the file")
+        flag = _FLAGS.get(name)
+        if value and isinstance(value, list) and flag is not None and not (flag.repeat or flag.many):
+            raise StartupError(f"{where}: {key} takes one value, not a list")
         if name in known or option in ACCEPTED or option in REFUSED or option in RENAMED:
             continue
         of_tables = (MODEL, ALIASES) if elsewhere else (MODELS,)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from sensorium.config import DeployConfig, ServeOptions, ServePlan
 from sensorium.errors import StartupError
-from sensorium.startup.model import adapters_of, names_of
+from sensorium.startup.model import adapters_of, check_names, names_of
 
 BUSY = 0.6
 """Part of the sequences that a replica computes at a time, from which on another one is worth its start."""
@@ -43,17 +42,15 @@ def model_plans(plan: ServePlan, config: DeployConfig, cluster_gpus: float) -> t
     plans = tuple(_model_plan(options, config, cluster_gpus) for options in plan.models)
     if not plans:
         raise StartupError("there is no model to deploy: name one")
-    _check_apart(name for one in plans for name in one.names)
-    _check_apart(one.deployment for one in plans)
+    check_names(plan.models)
+    for index, one in enumerate(plans):
+        for other in plans[:index]:
+            if one.deployment == other.deployment:
+                names = f"{other.names[0]} and {one.names[0]}"
+                raise StartupError(
+                    f"{names} are too alike: Ray would call both {one.deployment}; rename one in --config"
+                )
     return plans
-
-
-def _check_apart(names: Iterable[str]) -> None:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise StartupError(f"two models or adapters are called {name}; --config gives them names")
-        seen.add(name)
 
 
 def _model_plan(options: ServeOptions, config: DeployConfig, cluster_gpus: float) -> ModelPlan:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ CheckName = Callable[[str], None]
 """RequestError if the name is another's."""
 
 _numbers = itertools.count(1)
+logger = logging.getLogger(__name__)
 
 
 async def _unbounded(nbytes: int) -> None:
@@ -42,7 +44,7 @@ def _any_name(name: str) -> None:
 @dataclass(slots=True, eq=False)
 class ServedAdapter:
     """`path` is as the operator wrote it: a folder or a hub id. `nbytes` are of its file, and of memory once an engine
-    has it."""
+    has it. `was_loaded`: by any engine so far."""
 
     name: str
     path: str
@@ -51,6 +53,7 @@ class ServedAdapter:
     created: int = field(default_factory=lambda: int(time.time()))
     folder: Path | None = None
     nbytes: int = 0
+    was_loaded: bool = False
 
 
 class AdapterTable:
@@ -84,14 +87,27 @@ class AdapterTable:
 
     async def find_all(self) -> None:
         """Their folders, fetched if need be, so that `nbytes` is known before there is an engine. StartupError if one
-        cannot be had."""
+        cannot be had that never was there; one that was and is gone does not keep its model from coming back."""
         for adapter in self.listed:
-            await self._find(adapter)
+            with self._may_be_gone(adapter):
+                await self._find(adapter)
 
     async def load_all(self, client: EngineClient) -> None:
-        """Into an engine that has none. StartupError says of the first that cannot be loaded why."""
+        """Into an engine that has none. StartupError says of the first that cannot be loaded why, as above."""
         for adapter in self.listed:
-            adapter.nbytes = await self._load(client, adapter)
+            with self._may_be_gone(adapter):
+                adapter.nbytes = await self._load(client, adapter)
+
+    @contextmanager
+    def _may_be_gone(self, adapter: ServedAdapter) -> Iterator[None]:
+        """One that was loaded before and cannot be again is forgotten, with a line in the log."""
+        try:
+            yield
+        except StartupError as error:
+            if not adapter.was_loaded:
+                raise
+            logger.error("adapter %s is not served any more: %s", adapter.name, error.message)
+            self.remove(None, adapter.name)
 
     async def ensure(self, client: EngineClient, name: str, path: str) -> ServedAdapter:
         """The adapter of this name that was read from this path, loaded if need be. RequestError if it cannot be."""
@@ -174,9 +190,11 @@ class AdapterTable:
         if adapter.folder is None:
             await self._find(adapter)
         try:
-            return await client.load_adapter(adapter.number, str(adapter.folder))
+            nbytes = await client.load_adapter(adapter.number, str(adapter.folder))
         except StartupError as error:
             raise StartupError(f"adapter {adapter.name}: {error.message}") from None
+        adapter.was_loaded = True
+        return nbytes
 
     def _leave(self, client: EngineClient | None, adapter: ServedAdapter) -> None:
         if adapter.users:

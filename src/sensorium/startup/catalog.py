@@ -17,7 +17,17 @@ from sensorium.config import ServeOptions, ServePlan
 from sensorium.errors import StartupError
 from sensorium.ipc.nursery import engine_nursery
 from sensorium.startup.fit import EnginePlan, budget_of, engine_plan, fitted
-from sensorium.startup.model import Found, Starting, adapters_of, find, launch, media_loader, names_of, opened
+from sensorium.startup.model import (
+    Found,
+    Starting,
+    adapters_of,
+    check_names,
+    find,
+    launch,
+    media_loader,
+    names_of,
+    opened,
+)
 from sensorium.system.collector import give_back
 from sensorium.system.gpu import gpu_memory_bytes
 from sensorium.system.memory import free_memory_bytes
@@ -150,10 +160,12 @@ def prepare(plan: ServePlan, on_progress: Progress) -> Prepared:
     """Find what is on this machine and start the first engine at once. StartupError if two models have one name, or the
     only one cannot be served."""
     models = (*plan.models, *_models_of_folder(plan.common))
+    if not models:
+        raise StartupError("there is no model to serve: name one, or a --models-dir that has some")
+    check_names(models)
     budget = _budget_bytes(plan.common, models)
     nurseries = _nurseries(plan.common, len(models))
     sources = tuple(ModelSource(_kept(options, len(models)), budget, nurseries) for options in models)
-    _check_names(sources)
     for source in sources:
         _look(source, on_progress, is_alone=len(sources) == 1)
     present = [folder for source in sources for folder in source.folders]
@@ -213,18 +225,6 @@ def _lazy(common: ServeOptions, model: str, name: str, mmproj: str | None = None
     server = replace(common.server, served_model_name=(name,))
     load = replace(common.load, lazy=True, lora=(), mmproj=mmproj)
     return replace(common, model=model, server=server, load=load)
-
-
-def _check_names(sources: Sequence[ModelSource]) -> None:
-    if not sources:
-        raise StartupError("there is no model to serve: name one, or a --models-dir that has some")
-    seen: set[str] = set()
-    names = [(name, "") for source in sources for name in source.names]
-    adapters = [(name, " or adapters") for source in sources for name, _ in adapters_of(source.options.load)]
-    for name, more in (*names, *adapters):
-        if name in seen:
-            raise StartupError(f"two models{more} are called {name}; --config gives them names")
-        seen.add(name)
 
 
 def _budget_bytes(common: ServeOptions, models: Sequence[ServeOptions]) -> int | None:

@@ -7,7 +7,7 @@ or an option is a StartupError, raised before anything is answered.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,6 +69,20 @@ def names_of(options: ServeOptions) -> tuple[str, ...]:
 def adapters_of(load: LoadConfig) -> list[tuple[str, str]]:
     """(name, folder or hub id) of each --lora."""
     return [(name, path) for name, _, path in (one.partition("=") for one in load.lora)]
+
+
+def check_names(models: Iterable[ServeOptions]) -> None:
+    """StartupError if requests cannot tell two models or adapters apart by their names."""
+    taken: dict[str, str] = {}
+    for options in models:
+        model = f"the model {options.model or DEMO_NAME}"
+        named = [(name, model) for name in dict.fromkeys(names_of(options))]
+        named += [(name, f"the adapter {path}") for name, path in adapters_of(options.load)]
+        for name, what in named:
+            if name in taken:
+                twice = f"{what} is there twice" if taken[name] == what else f"{taken[name]} and {what} have one name"
+                raise StartupError(f"{twice}, {name}: give each a name of its own, models in the tables of --config")
+            taken[name] = what
 
 
 def find(options: ServeOptions, *, fetch: bool = True, on_progress: Progress | None = None) -> Found:

@@ -81,9 +81,9 @@ def test_several_models_have_names_of_their_own() -> None:
         (["m", "--uds", "path"], "--uds"),
         (["--models-dir", "folder"], "--models-dir"),
         (["m", "--memory", "4GB"], "--memory"),
-        (["m", "m"], "two models"),
-        (["a b", "a-b"], "two models"),
-        (["a", "--lora", "a=folder"], "two models or adapters"),
+        (["m", "m"], "the model m is there twice, m: "),
+        (["a b", "a-b"], "a b and a-b are too alike"),
+        (["a", "--lora", "a=folder"], "the model a and the adapter folder have one name, a: "),
     ],
 )
 def test_what_makes_no_sense_with_replicas_is_refused(words: list[str], said: str) -> None:

@@ -138,5 +138,5 @@ def test_adapters_are_looked_at_before_the_model_is_loaded(folders: Path) -> Non
     with pytest.raises(StartupError, match=r"--lora a: .*adapter_config.json"):
         prepare(ServePlan(demo, (demo,)), lambda phase, fraction: None)
     twice = serve_options(parser().read(["serve", "--lora", "a=x", "a=y"]), {})
-    with pytest.raises(StartupError, match="two models or adapters are called a"):
+    with pytest.raises(StartupError, match="the adapter x and the adapter y have one name, a: "):
         prepare(ServePlan(twice, (twice,)), lambda phase, fraction: None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -337,6 +338,19 @@ async def test_adapters_take_of_the_memory_of_all_models(tmp_path: Path) -> None
         assert (await chat(port, model="x")).status == 200  # it comes back with its base
         assert taken() == 140
     assert sources[0].engines[-1].adapters == {catalog.entries[0].adapters.listed[0].number: str(tmp_path / "x")}
+
+
+async def test_an_adapter_whose_folder_is_gone_does_not_keep_its_model_away(tmp_path: Path) -> None:
+    catalog, _ = catalog_of("ab")
+    async with server(catalog) as port:
+        await use(catalog, "a")
+        for name in "xy":
+            assert (await load_adapter(port, adapter_file(tmp_path / name, 20))).status == 200
+        await catalog.unload(catalog.find("a"))
+        shutil.rmtree(tmp_path / "x")
+        assert (await chat(port, model="x")).error["code"] == "model_not_found"
+        assert [(await chat(port, model=name)).status for name in "ay"] == [200, 200]
+        assert catalog.entries[0].adapters.names == ("y",)
 
 
 @pytest.mark.parametrize(("nbytes", "status"), [(200, 400), (60, 503), (40, 503)])

@@ -100,7 +100,7 @@ def test_ollamas_store(tmp_path: Path, made: list[str]) -> None:
 
 
 def test_two_models_of_one_name(tmp_path: Path, made: list[str]) -> None:
-    with pytest.raises(StartupError, match=r"two models are called .*demo"):
+    with pytest.raises(StartupError, match=r"the model .*demo is there twice, .*demo: give each a name"):
         prepared(str(DEMO_FOLDER), str(DEMO_FOLDER))
 
 
