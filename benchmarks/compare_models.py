@@ -1,6 +1,6 @@
 """Writes a checkpoint of a published shape with random bfloat16 weights into FOLDER, for `compare.py`.
 
-    python benchmarks/compare_models.py qwen3-vl-2b|gemma3-4b FOLDER
+    python benchmarks/compare_models.py SHAPE FOLDER
 
 Every token of the vocabulary is letters, so that the first token of a completion is seen when it comes.
 """
@@ -19,6 +19,8 @@ from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     PreTrainedModel,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
@@ -41,8 +43,41 @@ def write(folder: Path, files: dict[str, Any]) -> None:
         file.write_text(json.dumps({**before, **contents}, indent=1))
 
 
+def qwen_files(folder: Path) -> None:
+    """What Qwen3-VL's processor reads; Qwen3.5 has the same."""
+    sizes: dict[str, Any] = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2}
+    sizes |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "processor_class": "Qwen3VLProcessor"}
+    write(
+        folder,
+        {
+            "preprocessor_config.json": {
+                **{"image_processor_type": "Qwen2VLImageProcessor", **sizes},
+                "size": {"shortest_edge": 65_536, "longest_edge": 16_777_216},
+            },
+            "video_preprocessor_config.json": {
+                **{"video_processor_type": "Qwen3VLVideoProcessor", **sizes},
+                "size": {"shortest_edge": 4096, "longest_edge": 25_165_824},
+            },
+        },
+    )
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+
+
+def qwen_media(ids: dict[str, int]) -> dict[str, int]:
+    names = ("image_pad", "video_pad", "vision_start", "vision_end")
+    keys = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    return {key: ids[f"<|{name}|>"] for key, name in zip(keys, names, strict=True)}
+
+
+QWEN_TOWER = {
+    **{"hidden_size": 1024, "intermediate_size": 4096, "depth": 24, "num_heads": 16},
+    **{"patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 2304},
+}
+
+
 def qwen3_vl_2b(folder: Path) -> PreTrainedModel:
     ids = byte_level(folder, 151_936, CHAT)
+    qwen_files(folder)
     text = {
         **{"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "vocab_size": 151_936},
         **{"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 262_144},
@@ -50,39 +85,40 @@ def qwen3_vl_2b(folder: Path) -> PreTrainedModel:
         "rope_scaling": {"rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True},
         **{"bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"]},
     }
-    vision = {
-        **{"hidden_size": 1024, "intermediate_size": 4096, "depth": 24, "num_heads": 16, "out_hidden_size": 2048},
-        **{"patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 2304},
-        "deepstack_visual_indexes": [5, 11, 17],
-    }
-    sizes: dict[str, Any] = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2}
-    sizes |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    named = {"processor_class": "Qwen3VLProcessor"}
-    write(
-        folder,
-        {
-            "preprocessor_config.json": {
-                **{"image_processor_type": "Qwen2VLImageProcessor", **named, **sizes},
-                "size": {"shortest_edge": 65_536, "longest_edge": 16_777_216},
-            },
-            "video_preprocessor_config.json": {
-                **{"video_processor_type": "Qwen3VLVideoProcessor", **named, **sizes},
-                "size": {"shortest_edge": 4096, "longest_edge": 25_165_824},
-            },
+    vision = {**QWEN_TOWER, "out_hidden_size": 2048, "deepstack_visual_indexes": [5, 11, 17]}
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **qwen_media(ids))
+    return Qwen3VLForConditionalGeneration(config)
+
+
+def qwen3_5(folder: Path, **sizes: int) -> PreTrainedModel:
+    ids = byte_level(folder, 248_320, CHAT)
+    qwen_files(folder)
+    layers = ["linear_attention", "linear_attention", "linear_attention", "full_attention"]
+    text: dict[str, Any] = {
+        **{"vocab_size": 248_320, "head_dim": 256, "attn_output_gate": True, "full_attention_interval": 4},
+        **{"layer_types": layers * (sizes["num_hidden_layers"] // len(layers)), "max_position_embeddings": 262_144},
+        **{"linear_num_key_heads": 16, "linear_key_head_dim": 128, "linear_value_head_dim": 128},
+        **{"linear_conv_kernel_dim": 4, "rms_norm_eps": 1e-6, "tie_word_embeddings": True},
+        "rope_parameters": {
+            **{"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
+            **{"mrope_section": [11, 11, 10], "mrope_interleaved": True},
         },
-    )
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return Qwen3VLForConditionalGeneration(
-        Qwen3VLConfig(
-            text_config=text,
-            vision_config=vision,
-            image_token_id=ids["<|image_pad|>"],
-            video_token_id=ids["<|video_pad|>"],
-            vision_start_token_id=ids["<|vision_start|>"],
-            vision_end_token_id=ids["<|vision_end|>"],
-            tie_word_embeddings=True,
-        )
-    )
+        **{"bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"]},
+        **sizes,
+    }
+    vision = {**QWEN_TOWER, "out_hidden_size": sizes["hidden_size"], "deepstack_visual_indexes": []}
+    config = Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=True, **qwen_media(ids))
+    return Qwen3_5ForConditionalGeneration(config)
+
+
+def qwen3_5_08b(folder: Path) -> PreTrainedModel:
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "linear_num_value_heads": 16}
+    return qwen3_5(folder, hidden_size=1024, intermediate_size=3584, num_hidden_layers=24, **heads)
+
+
+def qwen3_5_4b(folder: Path) -> PreTrainedModel:
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 4, "linear_num_value_heads": 32}
+    return qwen3_5(folder, hidden_size=2560, intermediate_size=9216, num_hidden_layers=32, **heads)
 
 
 def gemma3_4b(folder: Path) -> PreTrainedModel:
@@ -134,7 +170,12 @@ def gemma3_4b(folder: Path) -> PreTrainedModel:
     )
 
 
-SHAPES: dict[str, Callable[[Path], PreTrainedModel]] = {"qwen3-vl-2b": qwen3_vl_2b, "gemma3-4b": gemma3_4b}
+SHAPES: dict[str, Callable[[Path], PreTrainedModel]] = {
+    "qwen3-vl-2b": qwen3_vl_2b,
+    "gemma3-4b": gemma3_4b,
+    "qwen3.5-0.8b": qwen3_5_08b,
+    "qwen3.5-4b": qwen3_5_4b,
+}
 
 
 def main() -> int:
