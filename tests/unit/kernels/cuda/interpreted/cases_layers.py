@@ -336,7 +336,7 @@ def by_reference(
 
 @pytest.mark.parametrize("sublayers", [False, True])
 def test_layers_of_a_decoder(sublayers: bool) -> None:
-    layers, norm = [layer(20, 3, 1, 8, sublayers=sublayers) for _ in range(2)], torch.randn(20)
+    layers, norm = [layer(20, 2, 1, 8, sublayers=sublayers) for _ in range(2)], torch.randn(20)
     tables = torch.tensor([[3, 0], [1, 2]], dtype=torch.int32)
     context = AttentionContext(
         [1, 3], [1, 3], 1, 8, torch.tensor([0, 1, 4], dtype=torch.int32), torch.tensor([1, 3], dtype=torch.int32),
@@ -349,11 +349,11 @@ def test_layers_of_a_decoder(sublayers: bool) -> None:
     caches: Any = own
     hidden, turn = torch.randn(4, 20), turns(4, 4)
     stack = CUDA.decoder_stack(
-        layers, norm, num_heads=3, num_kv_heads=1, head_dim=8, scale=0.3, eps=1e-6, activation="silu", norm_offset=0.0
+        layers, norm, num_heads=2, num_kv_heads=1, head_dim=8, scale=0.3, eps=1e-6, activation="silu", norm_offset=0.0
     )
     assert stack is not None
     before = hidden.clone()
-    expected = by_reference(layers, norm, hidden, turn, other, context, [3, 1, 1])
+    expected = by_reference(layers, norm, hidden, turn, other, context, [2, 1, 1])
     assert_close(stack(hidden, [turn], caches, context), expected, 10)
     assert torch.equal(hidden, before)
     some = torch.tensor([0, 3])
@@ -362,8 +362,8 @@ def test_layers_of_a_decoder(sublayers: bool) -> None:
 
 TINY_GEMMA4: dict[str, Any] = {
     "model_type": "gemma4_text", "vocab_size": 40, "vocab_size_per_layer_input": 40, "hidden_size": 24,
-    "intermediate_size": 20, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 8,
-    "global_head_dim": 16, "sliding_window": 3, "hidden_size_per_layer_input": 12, "num_kv_shared_layers": 2,
+    "intermediate_size": 20, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+    "global_head_dim": 16, "sliding_window": 2, "hidden_size_per_layer_input": 12, "num_kv_shared_layers": 2,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }  # fmt: skip
 
@@ -389,18 +389,18 @@ def test_layers_of_gemma4(is_small: bool) -> None:
         "num_global_key_value_heads": 1, "layer_types": TINY_GEMMA4["layer_types"][:2],
     }  # fmt: skip
     decoder = tiny_gemma4(**({} if is_small else large))
-    tables, slots = torch.tensor([[3, 0], [1, 2]], dtype=torch.int32), torch.tensor([24, 8, 9, 10, 11])
+    tables, slots = torch.tensor([[3, 0], [1, 2]], dtype=torch.int32), torch.tensor([24, 8, 9, 10])
     context = AttentionContext(
-        [1, 4], [1, 4], 1, 8, torch.tensor([0, 1, 5], dtype=torch.int32), torch.tensor([1, 4], dtype=torch.int32),
-        tables, slots, token_ids=torch.tensor([3, 9, 0, 39, 7]),
+        [1, 3], [1, 3], 1, 8, torch.tensor([0, 1, 4], dtype=torch.int32), torch.tensor([1, 3], dtype=torch.int32),
+        tables, slots, token_ids=torch.tensor([3, 9, 0, 39]),
     )  # fmt: skip
-    hidden, positions, found = torch.randn(5, 24), torch.tensor([0, 0, 1, 2, 3]), []
+    hidden, positions, found = torch.randn(4, 24), torch.tensor([0, 0, 1, 2]), []
     assert decoder.stack is None  # the CPU's
     layers = [layer for layer in decoder.layers if isinstance(layer, Gemma4Layer)]
     parts = [layer.parts(place) for layer, place in zip(layers, decoder.rotation_of, strict=True)]
     assert [one is not None and one.token_rows is not None for one in parts] == [is_small] * len(layers)
     stack = CUDA.decoder_stack(
-        [one for one in parts if one is not None], decoder.norm.weight, num_heads=4, num_kv_heads=1, head_dim=8,
+        [one for one in parts if one is not None], decoder.norm.weight, num_heads=2, num_kv_heads=1, head_dim=8,
         scale=decoder.scale, eps=decoder.norm.eps, norm_offset=0.0, activation=decoder.activation,
     )  # fmt: skip
     for computing in (None, stack):
