@@ -178,6 +178,18 @@ class CachedWeight(QuantizedWeight, Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class BranchParts:
+    """Norms of experts that stand beside an MLP, which is `RoutedParts.shared_gate_up` and `shared_down`: each of the
+    two and the router take states of a norm of their own, and what the two give is normed before it is added up."""
+
+    experts_norm: Tensor
+    router_norm: Tensor  # float32; the MLP's is `DecoderLayerParts.mlp_norm`
+    experts_after: Tensor
+    mlp_after: Tensor
+    shares: Tensor  # float32 [experts], what each expert's weight is multiplied by
+
+
+@dataclass(frozen=True, slots=True)
 class RoutedParts:
     """What stands in the place of an MLP: a router [experts, hidden], experts of which each token takes `per_token`,
     and perhaps one more that all tokens take, scaled by the sigmoid of `shared_gate` [1, hidden] if there is one."""
@@ -194,6 +206,7 @@ class RoutedParts:
     groups: int = 1  # of experts, of which each token takes from the best `groups_per_token`
     groups_per_token: int = 1
     exact_router: Tensor | None = None  # float32 [experts, hidden], the router's weight if it takes states in float32
+    branches: BranchParts | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,10 +104,8 @@ class Gemma4Layer(nn.Module):
         return x.mul_(self.layer_scalar)
 
     def parts(self, rotation: int) -> kernels.DecoderLayerParts | None:
-        """See `DecoderLayer.parts`. None with experts, which have norms of their own."""
-        if self.router is not None:
-            return None
-        attention, rows = self.self_attn.attention, None
+        """See `DecoderLayer.parts`."""
+        attention, rows, routed = self.self_attn.attention, None, self._routed_parts()
         if self.has_own_rows:
             gate, projection = self.per_layer_input_gate.packed, self.per_layer_projection.packed
             rows = kernels.TokenRowsParts(gate, projection, self.post_per_layer_input_norm.weight)
@@ -115,8 +113,9 @@ class Gemma4Layer(nn.Module):
             input_norm=self.input_layernorm.weight,
             attended_norm=self.post_attention_layernorm.weight,
             mlp_norm=self.pre_feedforward_layernorm.weight,
-            gate_up=self.mlp.gate_up_proj.packed,
-            down=self.mlp.down_proj.packed,
+            gate_up=self.mlp.gate_up_proj.packed if routed is None else None,
+            down=self.mlp.down_proj.packed if routed is None else None,
+            routed=routed,
             after_norm=self.post_feedforward_layernorm.weight,
             rotation=rotation,
             shape=kernels.LayerShape(attention.head_dim, attention.num_kv_heads, self.self_attn.kinds),
@@ -124,6 +123,27 @@ class Gemma4Layer(nn.Module):
             token_rows=rows,
             factor=self.layer_scalar,
             **self.self_attn.parts(),
+        )
+
+    def _routed_parts(self) -> kernels.RoutedParts | None:
+        if self.router is None:
+            return None
+        router, routing = self.router, self.router.routing
+        return kernels.RoutedParts(
+            router=router.proj.packed,
+            experts=self.together,
+            per_token=routing.per_token,
+            renormalizes=routing.renormalizes,
+            scale=routing.scale,
+            shared_gate_up=self.mlp.gate_up_proj.packed,
+            shared_down=self.mlp.down_proj.packed,
+            branches=kernels.BranchParts(
+                experts_norm=self.pre_feedforward_layernorm_2.weight,
+                router_norm=router.scale.float() * len(router.scale) ** -0.5,
+                experts_after=self.post_feedforward_layernorm_2.weight,
+                mlp_after=self.post_feedforward_layernorm_1.weight,
+                shares=router.per_expert_scale.float(),
+            ),
         )
 
     @functools.cached_property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from sensorium.kernels.backend import (
     Activation,
+    BranchParts,
     DecoderLayerParts,
     PackedWeight,
     RoutedParts,
@@ -20,7 +21,7 @@ from sensorium.kernels.backend import (
 from sensorium.kernels.context import AttentionContext, KVCache, LayerCache, StateCache
 from sensorium.kernels.cuda.attention import Arrivals, paged_attention, refusal
 from sensorium.kernels.cuda.experts import CudaExperts, choose, gate_and_up_of
-from sensorium.kernels.cuda.norms import Summands, add_rms_norm, gated, rms_norm, token_gates
+from sensorium.kernels.cuda.norms import Summands, add_rms_norm, branching_norms, gated, rms_norm, token_gates
 from sensorium.kernels.cuda.rope import can_rotate, can_write, rotate_and_write
 from sensorium.kernels.cuda.states import mixed_tokens
 from sensorium.kernels.cuda.states import takes as takes_state
@@ -85,12 +86,8 @@ class CudaDecoder:
             x = self._kept_or_attended(layer, x, rotations[layer.rotation], own, context)
             if layer is last and rows is not None:
                 x, residual = x[rows], residual[rows]
-            x = layer.o(x)
-            wide: Tensor | None = None
-            if layer.routed is not None and layer.routed.exact_router is not None:
-                wide = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-            x, residual = add_rms_norm(x, residual, layer.mlp_norm, eps, offset, layer.attended_norm, wide)
-            made, after, factor = self._mixed(layer, x, wide), layer.after_norm, layer.factor
+            made, residual = self._fed(layer, layer.o(x), residual)
+            after, factor = layer.after_norm, layer.factor
             if layer.token_rows is not None:
                 made, residual = self._with_rows(layer, layer.token_rows, made, residual, index, context)
                 after = layer.token_rows.norm
@@ -126,6 +123,38 @@ class CudaDecoder:
         if layer.state is None:
             return self._attended(layer, x, rotation, cache, context)
         return self._kept(layer, layer.state, x, cache, context)
+
+    def _fed(self, layer: DecoderLayerParts, x: Tensor, residual: Tensor) -> tuple[Tensor | Summands, Tensor]:
+        """(what is made of the sum of the residual and x, what attention gave; that sum)"""
+        routed, norm = layer.routed, layer.attended_norm
+        if routed is not None and routed.branches is not None and norm is not None:
+            weights = (layer.mlp_norm, routed.branches.experts_norm, routed.branches.router_norm)
+            states = branching_norms(x, residual, norm, weights, self._shape.eps)
+            return self._branched(routed, routed.branches, *states), residual
+        wide: Tensor | None = None
+        if routed is not None and routed.exact_router is not None:
+            wide = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        x, residual = add_rms_norm(x, residual, layer.mlp_norm, self._shape.eps, self._shape.norm_offset, norm, wide)
+        return self._mixed(layer, x, wide), residual
+
+    def _branched(
+        self, routed: RoutedParts, branches: BranchParts, x: Tensor, experts_x: Tensor, router_x: Tensor
+    ) -> Summands:
+        """Of an MLP of x and experts beside it."""
+        chosen, weights = choose(
+            routed.router(router_x), routed.per_token, renormalizes=routed.renormalizes, scale=routed.scale,
+            factors=branches.shares,
+        )  # fmt: skip
+        norms = branches.experts_after, branches.mlp_after
+        if not isinstance(routed.experts, CudaExperts):
+            given = routed.experts(experts_x, chosen, weights)
+            shared = self._mlp(routed.shared_gate_up, routed.shared_down, x)
+            return Summands(given.float().unsqueeze(1), shared, norms=norms)
+        expert = routed.experts.shareable(routed.shared_gate_up, routed.shared_down)
+        sums = routed.experts.summands(experts_x, chosen, weights, expert, x)
+        if expert is None:
+            sums = replace(sums, shared=self._mlp(routed.shared_gate_up, routed.shared_down, x))
+        return replace(sums, norms=norms)
 
     def _mixed(self, layer: DecoderLayerParts, x: Tensor, wide: Tensor | None) -> Tensor | Summands:
         """What the MLP, or what stands in its place, makes of states [tokens, hidden]; `wide`: the same in float32."""
@@ -254,6 +283,8 @@ def can_stack(layers: Sequence[DecoderLayerParts], final_norm: Tensor, shape: De
         for norm in (one.input_norm, one.q_norm, one.k_norm, one.attended_norm, one.mlp_norm, one.after_norm)
         if norm is not None
     ]
+    branches = [one.routed.branches for one in layers if one.routed is not None and one.routed.branches is not None]
+    norms += [norm for one in branches for norm in (one.experts_norm, one.experts_after, one.mlp_after)]
     own = [(one.shape.head_dim, one.shape.num_kv_heads) for one in layers if one.shape is not None]
     heads = own or [(shape.head_dim, shape.num_kv_heads)]
     return (
@@ -261,5 +292,6 @@ def can_stack(layers: Sequence[DecoderLayerParts], final_norm: Tensor, shape: De
         and all(size % 4 == 0 and shape.num_heads % kv_heads == 0 for size, kv_heads in heads)
         and all(norm.dtype is final_norm.dtype and norm.is_contiguous() for norm in norms)
         and all(one.state is None or takes_state(one.state) for one in layers)
+        and all(one.routed is None or one.token_rows is None for one in layers)
         and all((one.q_norm is None) == (one.k_norm is None) or one.shape is not None for one in layers)
     )

@@ -159,16 +159,19 @@ def choose(
     correction: Tensor | None = None,
     groups: int = 1,
     groups_per_token: int = 1,
+    factors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `Backend.choose`; the logits of a token adjacent. With a `correction`, as `RoutedParts` has it."""
+    """See `Backend.choose`; the logits of a token adjacent. With a `correction`, as `RoutedParts` has it, or with
+    `factors` float32 [experts] of the weights."""
     tokens, count = logits.shape
     chosen = torch.empty((tokens, per_token), dtype=torch.int64, device=logits.device)
     weights = torch.empty((tokens, per_token), dtype=torch.float32, device=logits.device)
     launch(
-        device.choose, (tokens,), logits, logits if correction is None else correction, chosen, weights,
-        logits.stride(0), count, scale, PER_TOKEN=per_token, BLOCK=power_of_two(count), BLOCK_K=power_of_two(per_token),
-        RENORMALIZES=renormalizes, CORRECTED=correction is not None, GROUPS=groups, BLOCK_G=power_of_two(groups),
-        GROUPS_TAKEN=groups_per_token, num_warps=1,
+        device.choose, (tokens,), logits, logits if correction is None else correction,
+        logits if factors is None else factors, chosen, weights, logits.stride(0), count, scale, PER_TOKEN=per_token,
+        BLOCK=power_of_two(count), BLOCK_K=power_of_two(per_token), RENORMALIZES=renormalizes,
+        CORRECTED=correction is not None, GROUPS=groups, BLOCK_G=power_of_two(groups), GROUPS_TAKEN=groups_per_token,
+        HAS_FACTORS=factors is not None, num_warps=1,
     )  # fmt: skip
     return chosen, weights
 

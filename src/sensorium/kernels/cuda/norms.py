@@ -39,11 +39,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
 @dataclass(frozen=True, slots=True)
 class Summands:
     """States that are still to be added up: what each token's experts give, float32 [tokens, experts of a token, size],
-    and what all tokens take besides [tokens, size], times the sigmoid of `gate` [tokens, 1]."""
+    and what all tokens take besides [tokens, size], times the sigmoid of `gate` [tokens, 1]; or, with `norms`, the sum
+    of the norms of what experts give and of what all tokens take."""
 
     parts: Tensor
     shared: Tensor | None = None
     gate: Tensor | None = None
+    norms: tuple[Tensor, Tensor] | None = None
 
 
 def add_rms_norm(
@@ -80,15 +82,40 @@ def _start(
     block = power_of_two(size)
     sums = rows if isinstance(rows, Summands) else Summands(rows)
     per_token = 0 if isinstance(rows, Tensor) else rows.parts.shape[1]
-    others = [total if one is None else one for one in (wide, sums.shared, sums.gate, factor)]
+    parts_norm, shared_norm = (None, None) if sums.norms is None else sums.norms
+    others = [total if one is None else one for one in (wide, sums.shared, sums.gate, factor, parts_norm, shared_norm)]
     launch(
         device.rms_norm, (out.numel() // size,), sums.parts, total, weight if first is None else first, weight, out,
         total, *others, eps, offset, sums.parts.stride(0), size, 0 if sums.gate is None else sums.gate.stride(0),
         BLOCK=block, ADDS=residual is not None, IS_NORMED=first is not None, HAS_OFFSET=offset != 0, PARTS=per_token,
-        HAS_SHARED=sums.shared is not None, HAS_GATE=sums.gate is not None, IS_WIDE=wide is not None,
-        HAS_FACTOR=factor is not None,
+        HAS_SHARED=sums.shared is not None, HAS_GATE=sums.gate is not None,
+        ARE_NORMED=sums.norms is not None, IS_WIDE=wide is not None, HAS_FACTOR=factor is not None,
         num_warps=min(16, max(1, block // (PARTS_OF_A_WARP if per_token else NUMBERS_OF_A_WARP))),
     )  # fmt: skip
+
+
+def add_normed(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """residual + the norm of x, [tokens, size], both contiguous"""
+    total, block = torch.empty_like(residual), power_of_two(residual.shape[1])
+    launch(
+        device.add_normed, (len(residual),), x, residual, weight, total, eps, residual.shape[1], BLOCK=block,
+        num_warps=min(16, max(1, block // NUMBERS_OF_A_WARP)),
+    )  # fmt: skip
+    return total
+
+
+def branching_norms(
+    x: Tensor, residual: Tensor, first: Tensor, weights: tuple[Tensor, Tensor, Tensor], eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of `residual`, to which the norm of x by `first` is added, a norm by each of the weights. All contiguous."""
+    tokens, size = residual.shape
+    one, other, third = (torch.empty_like(residual) for _ in weights)
+    block = power_of_two(size)
+    launch(
+        device.branching_norms, (tokens,), x, residual, first, *weights, residual, one, other, third, eps, size,
+        BLOCK=block, num_warps=min(16, max(1, block // NUMBERS_OF_A_WARP)),
+    )  # fmt: skip
+    return one, other, third
 
 
 def gated(x: Tensor, activation: Activation) -> Tensor:
@@ -115,7 +142,7 @@ def token_gates(
     tokens, size = x.shape
     block = power_of_two(size)
     if not (isinstance(gate, PlainLinear) and gate.bias is None and tokens <= FEW and block <= WIDEST_PRODUCT):
-        total = residual + rms_norm(x, first, eps)
+        total = add_normed(x, residual, first, eps)
         made = gate(total)
         out = torch.empty_like(made)
         launch(

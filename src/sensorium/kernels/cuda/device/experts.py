@@ -254,12 +254,12 @@ def best_groups(left, at, count, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, GR
 
 @triton.jit
 def choose(
-    logits, correction, chosen, weights, stride, count, scale, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
+    logits, correction, factors, chosen, weights, stride, count, scale, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr, RENORMALIZES: tl.constexpr, CORRECTED: tl.constexpr, GROUPS: tl.constexpr,
-    BLOCK_G: tl.constexpr, GROUPS_TAKEN: tl.constexpr,
+    BLOCK_G: tl.constexpr, GROUPS_TAKEN: tl.constexpr, HAS_FACTORS: tl.constexpr,
 ):  # fmt: skip
     """Of one token's logits [count] the largest, one after the other, and their weights. CORRECTED: of their sigmoids
-    with the correction, and the weights are the sigmoids without."""
+    with the correction, and the weights are the sigmoids without. HAS_FACTORS: times a number of each expert."""
     token, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     left = tl.load(logits + token * stride + at, mask=at < count, other=float("-inf")).to(tl.float32)
     left = tl.where(at < count, tl.maximum(left, -3e38), left)  # above what is taken, or not there
@@ -288,4 +288,7 @@ def choose(
         whole = tl.sum(shares, 0)
     keep = places < PER_TOKEN
     tl.store(chosen + token * PER_TOKEN + places, picks.to(tl.int64), mask=keep)
-    tl.store(weights + token * PER_TOKEN + places, shares / whole * scale, mask=keep)
+    shares = shares / whole * scale
+    if HAS_FACTORS:
+        shares *= tl.load(factors + picks, mask=keep, other=0.0)
+    tl.store(weights + token * PER_TOKEN + places, shares, mask=keep)

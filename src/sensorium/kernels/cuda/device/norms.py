@@ -50,17 +50,25 @@ def normed_row(
 
 @triton.jit(do_not_specialize=["gate_stride"], do_not_specialize_on_alignment=["factor"])
 def rms_norm(
-    x, residual, first, weight, out, total, wide_out, shared, gate, factor, eps, offset, stride, size, gate_stride,
-    BLOCK: tl.constexpr, ADDS: tl.constexpr, IS_NORMED: tl.constexpr, HAS_OFFSET: tl.constexpr, PARTS: tl.constexpr,
-    HAS_SHARED: tl.constexpr, HAS_GATE: tl.constexpr, IS_WIDE: tl.constexpr, HAS_FACTOR: tl.constexpr,
+    x, residual, first, weight, out, total, wide_out, shared, gate, factor, parts_norm, shared_norm, eps, offset,
+    stride, size, gate_stride, BLOCK: tl.constexpr, ADDS: tl.constexpr, IS_NORMED: tl.constexpr,
+    HAS_OFFSET: tl.constexpr, PARTS: tl.constexpr, HAS_SHARED: tl.constexpr, HAS_GATE: tl.constexpr,
+    ARE_NORMED: tl.constexpr, IS_WIDE: tl.constexpr, HAS_FACTOR: tl.constexpr,
 ):  # fmt: skip
     """Of one row, or of its sum with the residual's, which goes to `total`; with `IS_NORMED` the row is normed by the
     weight `first` before, and the sum is multiplied by the number at `factor` with `HAS_FACTOR`. PARTS: a row is the
-    sum of so many, see `summed`. IS_WIDE: float32 `wide_out` gets the same numbers as `out`."""
+    sum of so many, see `summed`; ARE_NORMED: their sum and what all tokens take are normed before. IS_WIDE: float32
+    `wide_out` gets the same numbers as `out`."""
     row, dims = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     keep = dims < size
     dtype: tl.constexpr = out.dtype.element_ty
-    if PARTS:
+    if ARE_NORMED:
+        wide = summed(x, shared, gate, gate_stride, row, dims, size, dtype, PARTS, False, False)
+        wide = normed_row(wide, parts_norm, dims, size, eps, offset, dtype, HAS_OFFSET).to(tl.float32)
+        more = tl.load(shared + row * size + dims, mask=keep, other=0.0).to(tl.float32)
+        wide += normed_row(more, shared_norm, dims, size, eps, offset, dtype, HAS_OFFSET).to(tl.float32)
+        wide = wide.to(dtype).to(tl.float32)
+    elif PARTS:
         wide = summed(x, shared, gate, gate_stride, row, dims, size, dtype, PARTS, HAS_SHARED, HAS_GATE)
     else:
         wide = tl.load(x + row * stride + dims, mask=keep, other=0.0).to(tl.float32)
@@ -77,6 +85,43 @@ def rms_norm(
     tl.store(out + row * size + dims, made, mask=keep)
     if IS_WIDE:
         tl.store(wide_out + row * size + dims, made.to(tl.float32), mask=keep)
+
+
+@triton.jit
+def normed_sum(x, residual, weight, at, dims, size, eps, dtype: tl.constexpr):
+    """A row of the residual at `at` plus the norm of x's, of `dtype`."""
+    keep = dims < size
+    wide = tl.load(x + at, mask=keep, other=0.0).to(tl.float32)
+    wide = normed_row(wide, weight, dims, size, eps, 0.0, dtype, False).to(tl.float32)
+    return (wide + tl.load(residual + at, mask=keep, other=0.0).to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def add_normed(x, residual, weight, total, eps, size, BLOCK: tl.constexpr):
+    """residual + the norm of x, [rows, size]"""
+    row, dims = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    at = row * size + dims
+    rounded = normed_sum(x, residual, weight, at, dims, size, eps, total.dtype.element_ty)
+    tl.store(total + at, rounded, mask=dims < size)
+
+
+@triton.jit
+def branching_norms(
+    x, residual, first, weight, experts_weight, router_weight, total, out, experts_out, router_out, eps, size,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The residual's row plus the norm of x's by the weight `first` goes to `total`, and three norms of that, by a
+    weight each, to the three others."""
+    row, dims = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    keep = dims < size
+    dtype: tl.constexpr = total.dtype.element_ty
+    at = row * size + dims
+    rounded = normed_sum(x, residual, first, at, dims, size, eps, dtype)
+    tl.store(total + at, rounded, mask=keep)
+    wide = rounded.to(tl.float32)
+    tl.store(out + at, normed_row(wide, weight, dims, size, eps, 0.0, dtype, False), mask=keep)
+    tl.store(experts_out + at, normed_row(wide, experts_weight, dims, size, eps, 0.0, dtype, False), mask=keep)
+    tl.store(router_out + at, normed_row(wide, router_weight, dims, size, eps, 0.0, dtype, False), mask=keep)
 
 
 @triton.jit
@@ -150,9 +195,7 @@ def token_gates(
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     keep, is_column = dims < size, columns < inner
     dtype: tl.constexpr = out.dtype.element_ty
-    wide = tl.load(x + token * size + dims, mask=keep, other=0.0).to(tl.float32)
-    wide = normed_row(wide, first, dims, size, eps, 0.0, dtype, False).to(tl.float32)
-    rounded = (wide + tl.load(residual + token * size + dims, mask=keep, other=0.0).to(tl.float32)).to(dtype)
+    rounded = normed_sum(x, residual, first, token * size + dims, dims, size, eps, dtype)
     if tl.program_id(1) == 0:
         tl.store(total + token * size + dims, rounded, mask=keep)
     own = tl.load(weight + columns.to(tl.int64)[:, None] * size + dims[None, :],

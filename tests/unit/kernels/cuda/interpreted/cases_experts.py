@@ -169,6 +169,14 @@ def test_choice(experts: int, per_token: int, renormalizes: bool, dtype: torch.d
     assert_close(weights, their_weights)
 
 
+def test_choice_with_a_factor_of_each_expert() -> None:
+    logits, factors = torch.randn(5, 60), torch.rand(60)
+    expected, their_weights = reference.choose(logits, 4, renormalizes=True, scale=1.5)
+    chosen, weights = cuda_experts.choose(logits, 4, renormalizes=True, scale=1.5, factors=factors)
+    assert torch.equal(chosen, expected)
+    assert_close(weights, their_weights * factors[expected])
+
+
 @pytest.mark.parametrize("renormalizes", [False, True])
 @pytest.mark.parametrize(("experts", "groups", "taken"), [(6, 1, 1), (60, 4, 2), (128, 8, 3)])
 def test_corrected_choice(experts: int, groups: int, taken: int, renormalizes: bool) -> None:

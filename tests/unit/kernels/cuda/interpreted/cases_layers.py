@@ -10,6 +10,7 @@ from support.triton_interpreter import assert_close
 from torch import Tensor
 from torch.nn import functional
 
+from sensorium import kernels
 from sensorium.checkpoint.families import FAMILIES
 from sensorium.checkpoint.text_config import read_text_config
 from sensorium.kernels import Activation, DecoderLayerParts, reference
@@ -380,15 +381,21 @@ def tiny_gemma4(**options: Any) -> Gemma4Decoder:
     return made
 
 
-@pytest.mark.parametrize("is_small", [False, True])
-def test_layers_of_gemma4(is_small: bool) -> None:
+@pytest.mark.parametrize("kind", ["large", "small", "experts", "experts of other weights"])
+def test_layers_of_gemma4(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """A decode and a run, with heads of two sizes: of small models the last two layers read the others' keys, and all
-    add rows, of large ones keys are values."""
-    large = {
+    add rows, of large ones keys are values; and of large ones with experts beside the MLP, whose weights these kernels
+    read with it or do not."""
+    large: dict[str, Any] = {
         "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "num_hidden_layers": 2,
         "num_global_key_value_heads": 1, "layer_types": TINY_GEMMA4["layer_types"][:2],
     }  # fmt: skip
-    decoder = tiny_gemma4(**({} if is_small else large))
+    routed = {"enable_moe_block": True, "num_experts": 3, "top_k_experts": 2, "moe_intermediate_size": 20}
+    is_small, has_experts = kind == "small", kind.startswith("experts")
+    decoder = tiny_gemma4(**({} if is_small else large), **(routed if has_experts else {}))
+    if has_experts:
+        experts = reference.experts if kind != "experts" else CUDA.experts
+        monkeypatch.setattr(kernels, "experts", experts)
     tables, slots = torch.tensor([[3, 0], [1, 2]], dtype=torch.int32), torch.tensor([24, 8, 9, 10])
     context = AttentionContext(
         [1, 3], [1, 3], 1, 8, torch.tensor([0, 1, 4], dtype=torch.int32), torch.tensor([1, 3], dtype=torch.int32),
@@ -399,6 +406,7 @@ def test_layers_of_gemma4(is_small: bool) -> None:
     layers = [layer for layer in decoder.layers if isinstance(layer, Gemma4Layer)]
     parts = [layer.parts(place) for layer, place in zip(layers, decoder.rotation_of, strict=True)]
     assert [one is not None and one.token_rows is not None for one in parts] == [is_small] * len(layers)
+    assert [one is not None and one.routed is not None for one in parts] == [has_experts] * len(layers)
     stack = CUDA.decoder_stack(
         [one for one in parts if one is not None], decoder.norm.weight, num_heads=2, num_kv_heads=1, head_dim=8,
         scale=decoder.scale, eps=decoder.norm.eps, norm_offset=0.0, activation=decoder.activation,
