@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,21 +16,33 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sensorium.checkpoint.decoders import DECODERS
 from sensorium.checkpoint.families import FAMILIES, Family, load_class
 from sensorium.checkpoint.text_config import AttentionSpec, TextConfig, read_text_config
+from sensorium.kernels import Quantization
 from sensorium.kernels.context import AttentionContext, KVCache, LayerCache, Segments, StateCache
 from sensorium.kernels.cuda.compiling import compiling_for
 from sensorium.kernels.gpu import gpu_kernels
 from sensorium.models.decoder import Decoder, DecoderModel, SelfAttention
 from sensorium.models.layers import Exact, Linear
 from sensorium.models.short_conv import StateMixer
+from support import fake_cuda
 
 GPU = torch.device("cuda", 0)
 STEPS = (([1], 1), ([1] * 3, 3), ([1] * 40, 40), ([1], 0), ([600], 0))
 """Runs of each and how many decode: one, few and many sequences, prompts for each size of tiles."""
 PAGES, PAGE = 64, 16
-SIZES: dict[str, dict[str, Any]] = {"glm4v_moe_text": {"head_dim": 128}}
+SIZES: dict[str, dict[str, Any]] = {
+    name: {"head_dim": 128} for name in ("glm4_moe", "glm4v_moe_text", "qwen3_omni_moe_text")
+}
 """What configs of a kind always say, so that nothing stands for it."""
+_LARGE = {"hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "num_global_key_value_heads": 2}
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, SIZES.get(name, {})) for name in DECODERS},
+    "gemma4_text, large": ("gemma4_text", _LARGE),
+    "gemma4_text, experts": ("gemma4_text", {**_LARGE, "hidden_size": 2816, "enable_moe_block": True}),
+}
+"""Name -> `model_type` and more of a config: of every kind, and what one kind may also be."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +83,10 @@ def family_of(model_type: str) -> Family:
     return max(found, key=lambda one: bool(one.modalities)) if found else FAMILIES["LlamaForCausalLM"]
 
 
-def config_of(model_type: str) -> TextConfig:
+def config_of(row: str) -> TextConfig:
     """With one layer of each kind."""
-    config = read_text_config({"model_type": model_type, **SIZES.get(model_type, {})}, family_of(model_type))
+    model_type, options = ROWS[row]
+    config = read_text_config({"model_type": model_type, **options}, family_of(model_type))
     routed = () if config.routing is None else config.routing.layers
     kinds: dict[object, int] = {}
     for index, spec in enumerate(config.layers):
@@ -88,6 +101,14 @@ def config_of(model_type: str) -> TextConfig:
 
 def _within(spec: AttentionSpec, kept: list[int]) -> AttentionSpec:
     return spec if spec.source is None else replace(spec, source=0)
+
+
+def with_one_more(config: TextConfig, place: int) -> TextConfig:
+    """The layer at `place` once more, behind the others."""
+    more = replace(config, layers=(*config.layers, config.layers[place]))
+    if config.routing is None or place not in config.routing.layers:
+        return more
+    return replace(more, routing=replace(config.routing, layers=(*config.routing.layers, len(config.layers))))
 
 
 @contextmanager
@@ -116,14 +137,45 @@ def _launching() -> Iterator[Any]:
                 yield module
 
 
-def launches_of(model_type: str, arch: int, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+def layer_launches(
+    row: str, quantization: Quantization | None, sequences: Sequence[int], monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[int, ...]]:
+    """What a layer of each kind adds to what a decode on an H200 launches, for so many sequences each. The second step
+    counts: the first one asks for what is kept. Nothing is compiled."""
+    config = config_of(row)
+    gpu_kernels().switch()
+    try:
+        with monkeypatch.context() as patch, compiling_for(90), FakeTensorMode(allow_non_fake_inputs=True):
+            fake_cuda.count_launches(patch)
+            less, *more = [
+                _decode_launches(one, row, quantization, sequences)
+                for one in (config, *(with_one_more(config, place) for place in range(len(config.layers))))
+            ]
+    finally:
+        gpu_kernels().switch_back()
+    return [tuple(many - few for many, few in zip(one, less, strict=True)) for one in more]
+
+
+def _decode_launches(
+    config: TextConfig, row: str, quantization: Quantization | None, sequences: Sequence[int]
+) -> list[int]:
+    decoder, found = _made(config, row, quantization), []
+    for count in sequences:
+        _step(decoder, config, [1] * count, count)
+        with fake_cuda.Traffic() as traffic:
+            _step(decoder, config, [1] * count, count)
+        found.append(traffic.launches)
+    return found
+
+
+def launches_of(row: str, arch: int, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     """Every variant that the layers of such a decoder start on cards of a compute capability, plain weights in
     bfloat16."""
-    config = config_of(model_type)
+    config = config_of(row)
     gpu_kernels().switch()
     try:
         with compiling_for(arch), recorded(monkeypatch) as found, FakeTensorMode(allow_non_fake_inputs=True):
-            decoder = _made(config, model_type)
+            decoder = _made(config, row)
             for lengths, decodes in STEPS:
                 _step(decoder, config, lengths, decodes)
             vars(decoder)["stack"] = None  # as steps with adapters are computed
@@ -134,14 +186,14 @@ def launches_of(model_type: str, arch: int, monkeypatch: pytest.MonkeyPatch) -> 
     return found
 
 
-def _made(config: TextConfig, model_type: str) -> Decoder:
-    model = load_class(family_of(model_type).model)
+def _made(config: TextConfig, row: str, quantization: Quantization | None = None) -> Decoder:
+    model = load_class(family_of(ROWS[row][0]).model)
     kind: Callable[[TextConfig], Decoder] = model.decoder if issubclass(model, DecoderModel) else Decoder
     with torch.device("meta"):
         decoder = kind(config)
     for module in decoder.modules():
         if isinstance(module, Linear):
-            module.allocate(torch.bfloat16, GPU)
+            module.allocate(torch.bfloat16, GPU, module.quantization(quantization))
         for name, one in list(module.named_parameters(recurse=False)):
             dtype = torch.float32 if isinstance(module, Exact) else torch.bfloat16
             setattr(module, name, nn.Parameter(torch.empty(one.shape, dtype=dtype, device=GPU), requires_grad=False))

@@ -18,9 +18,8 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not there")
 
 from support import fake_cuda
-from support.decoder_kernels import launches_of
+from support.decoder_kernels import ROWS, launches_of
 
-from sensorium.checkpoint.decoders import DECODERS
 from sensorium.kernels.cuda import build, compiling
 from sensorium.kernels.cuda.build import SHAPES, Shape
 from sensorium.kernels.cuda.compiling import Usage, compiling_for
@@ -52,6 +51,7 @@ REGISTERS = {
     "add_wide_product": 255,
     "sample": 128,
     "rms_norm": 96,
+    "branching_norms": 96,
     "arrange": 168,
     "rotate_and_write": 128,
     "delta_step": 192,
@@ -124,17 +124,15 @@ def guard(tmp_path_factory: pytest.TempPathFactory) -> None:
     fake_cuda.install(tmp_path_factory.mktemp("guard"))
 
 
-@pytest.mark.parametrize(
-    ("model_type", "arch"), on_cards({name: (CARDS[place % 3],) for place, name in enumerate(DECODERS)})
-)
-def test_what_decoders_use(guard: None, monkeypatch: pytest.MonkeyPatch, model_type: str, arch: int) -> None:
+@pytest.mark.parametrize(("row", "arch"), on_cards({name: (CARDS[place % 3],) for place, name in enumerate(ROWS)}))
+def test_what_decoders_use(guard: None, monkeypatch: pytest.MonkeyPatch, row: str, arch: int) -> None:
     """Of every row that says what configs leave out, so that a new one is here by itself."""
-    launches = launches_of(model_type, arch, monkeypatch)
+    launches = launches_of(row, arch, monkeypatch)
     assert {one.kernel.__name__ for one in launches} >= {"decode_split", "prefill", "rms_norm"}
     forget(arch)
     place = {"arch": arch} if EVERY else {}
     for one in launches:
-        if SEEN.setdefault((one.form, *place.values()), model_type) is model_type:
+        if SEEN.setdefault((one.form, *place.values()), row) is row:
             with compiling_for(arch):
                 launch(one.kernel, one.grid, *one.args, **one.constants)
     for used in build.usages(arch):
