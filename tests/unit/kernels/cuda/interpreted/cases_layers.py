@@ -368,6 +368,8 @@ TINY_GEMMA4: dict[str, Any] = {
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }  # fmt: skip
 
+WITH_EXPERTS = {"enable_moe_block": True, "num_experts": 3, "top_k_experts": 2, "moe_intermediate_size": 20}
+
 
 def tiny_gemma4(**options: Any) -> Gemma4Decoder:
     """Random weights, all norms near 1."""
@@ -390,9 +392,8 @@ def test_layers_of_gemma4(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
         "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "num_hidden_layers": 2,
         "num_global_key_value_heads": 1, "layer_types": TINY_GEMMA4["layer_types"][:2],
     }  # fmt: skip
-    routed = {"enable_moe_block": True, "num_experts": 3, "top_k_experts": 2, "moe_intermediate_size": 20}
     is_small, has_experts = kind == "small", kind.startswith("experts")
-    decoder = tiny_gemma4(**({} if is_small else large), **(routed if has_experts else {}))
+    decoder = tiny_gemma4(**({} if is_small else large), **(WITH_EXPERTS if has_experts else {}))
     if has_experts:
         experts = reference.experts if kind != "experts" else CUDA.experts
         monkeypatch.setattr(kernels, "experts", experts)
@@ -416,3 +417,14 @@ def test_layers_of_gemma4(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
         own = [LayerCache(*torch.full((2, 4, 1, 8, size), torch.nan)) for size in (8, 16)]
         found.append(decoder(hidden, positions, own * (len(layers) // 2), context))
     assert_close(found[1], found[0], 10)
+
+
+def test_experts_and_rows_of_the_tokens_are_no_stack() -> None:
+    """No model has both in a layer; what a config can say is computed all the same."""
+    decoder = tiny_gemma4(**WITH_EXPERTS)
+    parts = [layer.parts(0) for layer in decoder.layers if isinstance(layer, Gemma4Layer)]
+    stack = CUDA.decoder_stack(
+        [one for one in parts if one is not None], decoder.norm.weight, num_heads=2, num_kv_heads=1, head_dim=8,
+        scale=decoder.scale, eps=decoder.norm.eps, norm_offset=0.0, activation=decoder.activation,
+    )  # fmt: skip
+    assert (len(parts), stack) == (4, None)
