@@ -90,15 +90,14 @@ def memory_rows(
 
 
 def _rank_rows(checkpoint: Checkpoint, token_bytes: int) -> Iterator[tuple[str, str]]:
-    """What each device has where several share the model. Towers, of unknown size, are on each."""
-    stored = engine_plan(EngineConfig(""), checkpoint, None).weight_bytes
+    """What each device has where several share the model."""
     text = checkpoint.text
     for size in sizes(checkpoint)[1:]:
         if text is not None and size <= MOST_SHOWN:
             copies = max(size // text.num_kv_heads, 1)  # of each head of keys and values
             cache = f" and {size_text(token_bytes * copies // size)} of KV cache a token" if token_bytes else ""
-            whole = ", and more for towers, which each has" if checkpoint.family.modalities else ""
-            yield f"  {size} devices", f"about {size_text(stored // size)} of weights{cache} on each{whole}"
+            weights = engine_plan(EngineConfig("", tensor_parallel_size=size), checkpoint, None).weight_bytes
+            yield f"  {size} devices", f"about {size_text(weights // size)} of weights{cache} on each"
 
 
 def _fits(checkpoint: Checkpoint, weight_bytes: int, token_bytes: int, free_bytes: int) -> str:

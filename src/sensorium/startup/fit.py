@@ -16,6 +16,7 @@ from sensorium.checkpoint.weight_files import find_weight_files
 from sensorium.config import ENCODER_CACHE_BYTES, EngineConfig, Limits, ServeOptions
 from sensorium.errors import CheckpointError
 from sensorium.media.costs import most_pixels
+from sensorium.startup.copies import copies_of
 from sensorium.units import MiB, size_text
 
 BASE_BYTES = 320 * MiB  # of all processes before they do anything
@@ -100,6 +101,7 @@ def engine_plan(
     `draft`: the model that guesses for it, in the same process and cache memory."""
     weights = _weight_bytes(engine, checkpoint) + (0 if draft is None else _weight_bytes(engine, draft))
     ranks = engine.tensor_parallel_size  # each has its part of weights and cache, in a process of its own
+    weights += _copied_bytes(engine, checkpoint)
     base = ranks * ENGINE_BASE_BYTES
     if budget_bytes is None:
         return EnginePlan(engine, weights, weights + base, 0)
@@ -121,6 +123,17 @@ def _weight_bytes(engine: EngineConfig, checkpoint: Checkpoint) -> int:
     """In memory."""
     files = (*checkpoint.weight_files, *checkpoint.text_weight_files)
     return int(_files_bytes(files) * _weights_part(engine, checkpoint))
+
+
+def _copied_bytes(engine: EngineConfig, checkpoint: Checkpoint) -> int:
+    """What several ranks have of the same weights in memory, but for the first of them. Towers stay as they are."""
+    ranks, text = engine.tensor_parallel_size, checkpoint.text
+    if ranks == 1 or text is None:
+        return 0
+    found, part, stored = copies_of(checkpoint), _weights_part(engine, checkpoint), _TYPE_BYTES[checkpoint.dtype]
+    towers = found.towers * _TYPE_BYTES.get(engine.dtype, stored) / stored
+    keys = max(ranks / text.num_kv_heads - 1, 0) * found.keys * part
+    return int((ranks - 1) * (towers + found.decoder * part) + keys)
 
 
 def _weights_part(engine: EngineConfig, checkpoint: Checkpoint) -> float:

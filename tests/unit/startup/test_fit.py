@@ -6,9 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from support.families import maker_of
+from support.gguf_writer import tokenizer_metadata, write_gguf
 
+from sensorium.checkpoint.configs import open_checkpoint
+from sensorium.checkpoint.gguf import gguf_folder
+from sensorium.checkpoint.ranks import sizes
 from sensorium.config import EngineConfig, Limits, LoadConfig, ServeOptions, ServerConfig
-from sensorium.startup.fit import BASE_BYTES, fitted, fitted_limits
+from sensorium.models.loading import load_model, weight_bytes
+from sensorium.parallel.ranks import Ranks
+from sensorium.startup.copies import Copies, copies_of
+from sensorium.startup.fit import BASE_BYTES, engine_plan, fitted, fitted_limits
 from sensorium.units import GiB, MiB
 
 
@@ -69,3 +78,39 @@ def test_flags_say_the_most(tmp_path: Path) -> None:
 
 def test_a_folder_without_weights_is_the_engines_matter(tmp_path: Path) -> None:
     assert fitted(options(), [tmp_path], 64 * GiB) == options()
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("family", ["llama", "olmoe", "gpt_oss", "lfm2", "qwen3_5_text", "gemma4", "qwen2_vl",
+                                    "qwen2_omni", "minicpmv", "smolvlm.smolvlm"])  # fmt: skip
+def test_copies_of_ranks_are_counted(tmp_path: Path, family: str, ranks: int) -> None:
+    """As the ranks themselves have them: of towers, norms and routers each has one, of few heads of keys some."""
+    maker_of(family)(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    if ranks not in sizes(checkpoint):
+        pytest.skip("heads cannot be shared out so")
+    engine = EngineConfig(str(tmp_path), dtype="float32")
+    parts = [
+        weight_bytes(load_model(checkpoint, dtype=torch.float32, device="cpu", ranks=one))
+        for one in (None, *(Ranks(rank, ranks) for rank in range(ranks)))
+    ]
+    alone, shared = (
+        engine_plan(replace(engine, tensor_parallel_size=size), checkpoint, None).weight_bytes for size in (1, ranks)
+    )
+    assert shared - alone == pytest.approx(sum(parts[1:]) - parts[0], rel=0.02)
+
+
+def test_copies_are_told_by_the_names_of_gguf_files_too(tmp_path: Path) -> None:
+    maker_of("qwen3")(tmp_path / "hub")
+    vocabulary = tokenizer_metadata(tmp_path / "hub", "gpt-2")
+    write_gguf(tmp_path / "hub", tmp_path / "m.gguf", "F32", vocabulary, "qwen3")
+    found = copies_of(open_checkpoint(gguf_folder(tmp_path / "m.gguf", tmp_path / "cache")))
+    assert found == copies_of(open_checkpoint(tmp_path / "hub"))
+    assert found.towers == 0 and found.decoder and found.keys
+
+
+def test_files_without_headers_are_the_engines_matter(tmp_path: Path) -> None:
+    maker_of("llama")(tmp_path)
+    for content in (b"", b"\xff" * 16, (2).to_bytes(8, "little") + b"[]", (9).to_bytes(8, "little") + b'{"a": {}}'):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        assert copies_of(open_checkpoint(tmp_path)) == Copies()
