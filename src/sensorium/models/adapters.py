@@ -27,6 +27,7 @@ from sensorium.weights.tensor_files import StoredTensor, read_safetensors
 
 PREFIX = "base_model.model."
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_EXPERT = re.compile(r"\.experts(\.|$)")
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
 _NAMED = {
     "lora_magnitude_vector": "DoRA",
@@ -117,6 +118,8 @@ def load_adapter(
         if pair.place not in layers:
             if not pair.tensor("B").view().any():
                 continue  # never trained, as of towers that saw no image: it adds nothing
+            if _EXPERT.search(pair.place):
+                raise CheckpointError(f"{WEIGHTS_FILE}: {pair.module} is of experts, whose adapters are not served")
             raise CheckpointError(f"{WEIGHTS_FILE}: {pair.module} is no linear layer of the decoder, others have none")
         if not config.targets(pair.module):
             raise CheckpointError(f"{CONFIG_FILE}: target_modules does not name {pair.module}, which has tensors")

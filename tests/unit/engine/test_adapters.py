@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.adapters import ALL, make_adapter, merge
-from support.checkpoints import make_llama, make_phi3
+from support.checkpoints import make_llama, make_phi3, make_qwen3_moe
 from support.engine_harness import Bench, bench, image_request, random_prompt, request, tokens_of
 from transformers import AutoModelForCausalLM
 
@@ -312,6 +312,23 @@ def test_tensors_that_are_refused(llama: Model, base: Path, tmp_path: Path, chan
         load_adapter(llama, folder, dtype=torch.float32, device=CPU)
     assert said in caught.value.message
     assert "\n" not in caught.value.message
+
+
+def test_adapters_beside_experts(tmp_path: Path) -> None:
+    """Of attention they are served, of experts refused by name, as layers and as stacked matrices."""
+    make_qwen3_moe(tmp_path / "base")
+    model = load_model(open_checkpoint(tmp_path / "base"), dtype=torch.float32, device=CPU)
+    attention = ("q_proj", "k_proj", "v_proj", "o_proj")
+    folder = make_adapter(tmp_path / "attention", tmp_path / "base", targets=attention)
+    attending = {one for name, one in adaptable(model).items() if ".self_attn." in name}
+    assert load_adapter(model, folder, dtype=torch.float32, device=CPU).additions.keys() == attending
+    file = folder / "adapter_model.safetensors"
+    kept, pair = load_file(file), {"A": torch.ones(4, 32), "B": torch.ones(8, 4)}
+    for module in ("experts.0.gate_proj", "experts.base_layer", "experts"):
+        own = {f"base_model.model.model.layers.0.mlp.{module}.lora_{part}.weight": one for part, one in pair.items()}
+        save_file(kept | own, file)
+        with pytest.raises(CheckpointError, match=rf"layers\.0\.mlp\.{module} is of experts"):
+            load_adapter(model, folder, dtype=torch.float32, device=CPU)
 
 
 def test_folders_that_are_none(llama: Model, base: Path, tmp_path: Path) -> None:

@@ -194,11 +194,13 @@ def test_sampling_waits_once(tmp_path: Path, kernels: str) -> None:
     assert (traffic.launched["edit"], traffic.launched["sample"]) == ((1, 1) if kernels == "triton" else (0, 0))
 
 
-def test_adapters_wait_for_nothing(tmp_path: Path, kernels: str) -> None:
-    """Two of different ranks and a sequence without: two launches a layer for all, in steps that are no graphs."""
+@pytest.mark.parametrize("quantization", ["auto", "fp8"])
+def test_adapters_wait_for_nothing(tmp_path: Path, kernels: str, quantization: str) -> None:
+    """Two of different ranks and a sequence without: two launches a layer for all, in steps that are no graphs. Where
+    products take codes, adapters take the numbers that these are made of."""
     maker_of("qwen2")(tmp_path)
     with rehearsal.absent_gpu():
-        engine = made("qwen2", tmp_path)
+        engine = made("qwen2", tmp_path, quantization=quantization)
         layers = adaptable(engine.engine.runner._model)
         for number, rank in ((1, 8), (2, 33)):
             additions: dict[nn.Module, LowRank] = {

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sensorium.kernels import FP8, Quantization, reference
+from sensorium.kernels.backend import LowRank, TokenGroups
 from sensorium.kernels.cuda import CudaBackend, fp8, launch
 from sensorium.kernels.cuda.fp8 import CudaFp8Linear
 from sensorium.kernels.cuda.linear import FROM_CODES
@@ -105,6 +106,31 @@ def test_what_is_no_number_stays_none() -> None:
     x[0, 3] = torch.nan
     codes, _ = fp8.quantize_rows(x, 40)
     assert codes.float().isnan().nonzero().tolist() == [[0, 3]]
+
+
+def test_adapters_of_a_layer(capability: int) -> None:
+    """They take the numbers that codes are made of."""
+    made, other = pair(48, 64, BLOCKS, torch.float32)
+    one, x = LowRank(torch.randn(4, 64) / 8, [(0, torch.randn(48, 4) / 2)]), torch.randn(3, 64)
+    groups = TokenGroups([torch.tensor([2, 0])])
+    out, without = made(x), made(x)
+    CudaBackend().add_low_rank(out, x, [one], groups)
+    reference.add_low_rank(without, x, [one], groups)
+    assert_close(out, without, 4)
+    check(made, other, x[1:2], capability)
+
+
+def test_experts(capability: int) -> None:
+    """Torch computes them one after the other, each by these kernels."""
+    gate_up, down = (zip(*(pair(out, of, FP8, torch.float32) for _ in range(3)), strict=True)
+                     for out, of in ((2 * 40, 48), (48, 40)))  # fmt: skip
+    (ours, theirs), (our_down, their_down) = gate_up, down
+    x = torch.randn(5, 48)
+    chosen, weights = reference.choose(torch.randn(5, 3), 2, renormalizes=True, scale=1.0)
+    got = CudaBackend().experts(ours, our_down, "silu")(x, chosen, weights)
+    expected = reference.experts(theirs, their_down, "silu")(x, chosen, weights)
+    error = (got - expected).norm() / expected.norm()
+    assert error < (1e-2 if capability == 90 else 5e-2)  # of older cards activations stay as they are
 
 
 def test_rows_of_weights() -> None:
