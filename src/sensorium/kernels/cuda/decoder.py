@@ -83,7 +83,10 @@ class CudaDecoder:
         for index, (layer, own) in enumerate(zip(self._layers, cache, strict=True)):
             if index:
                 x, residual = add_rms_norm(made, residual, layer.input_norm, eps, offset, after, None, factor)
-            x = self._kept_or_attended(layer, x, rotations[layer.rotation], own, context)
+            if layer.state is None:
+                x = self._attended(layer, x, rotations[layer.rotation], own, context)
+            else:
+                x = self._kept(layer, layer.state, x, own, context)
             if layer is last and rows is not None:
                 x, residual = x[rows], residual[rows]
             made, residual = self._fed(layer, layer.o(x), residual)
@@ -111,18 +114,6 @@ class CudaDecoder:
             self._shape.activation,
         )  # fmt: skip
         return parts.projection(gates), total
-
-    def _kept_or_attended(
-        self,
-        layer: DecoderLayerParts,
-        x: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        cache: object,
-        context: AttentionContext,
-    ) -> Tensor:
-        if layer.state is None:
-            return self._attended(layer, x, rotation, cache, context)
-        return self._kept(layer, layer.state, x, cache, context)
 
     def _fed(self, layer: DecoderLayerParts, x: Tensor, residual: Tensor) -> tuple[Tensor | Summands, Tensor]:
         """(what is made of the sum of the residual and x, what attention gave; that sum)"""

@@ -71,6 +71,24 @@ def places(tables, pos, seen, block_stride, PAGE: tl.constexpr, ROW: tl.constexp
 
 
 @triton.jit
+def add_keys(
+    top, total, acc, query, k_cache, v_cache, table, pos, there, seen, scale, k_block, v_block, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, PAGE: tl.constexpr, ROW: tl.constexpr, IS_INT8: tl.constexpr,
+):  # fmt: skip
+    """A running softmax (highest scores, sums, values times weights) with the keys at positions `pos` [keys] added,
+    those that are `there`, for the queries that have `seen` them [rows or 1, keys]."""
+    at = places(table, pos, there, k_block, PAGE, ROW)
+    scores = tl.where(seen, score(query, k_cache, at, there, scale, D, BLOCK_D, IS_INT8), float("-inf"))
+    higher = tl.maximum(top, tl.max(scores, 1))
+    weights = tl.exp2(scores - higher[:, None])
+    fade = tl.exp2(top - higher)
+    total = total * fade + tl.sum(weights, 1)
+    at = places(table, pos, there, v_block, PAGE, ROW)
+    acc = add_values(acc * fade[:, None], weights, v_cache, at, there, D, BLOCK_D, IS_INT8, query.dtype)
+    return higher, total, acc
+
+
+@triton.jit
 def span(length, window, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
     """(first position seen, positions of a split) of a sequence's last token"""
     lower = tl.maximum(length - window, 0)
@@ -135,17 +153,11 @@ def attend_split(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(first, last, BLOCK_N):
         pos = start + tl.arange(0, BLOCK_N)
-        seen = pos < last
-        at = places(table, pos, seen, k_block, PAGE, ROW)
-        scores = score(query, k_cache, at, seen, scale, D, BLOCK_D, IS_INT8)
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp2(scores - higher[:, None])
-        fade = tl.exp2(top - higher)
-        total = total * fade + tl.sum(weights, 1)
-        at = places(table, pos, seen, v_block, PAGE, ROW)
-        acc = add_values(acc * fade[:, None], weights, v_cache, at, seen, D, BLOCK_D, IS_INT8, query.dtype)
-        top = higher
+        there = pos < last
+        top, total, acc = add_keys(
+            top, total, acc, query, k_cache, v_cache, table, pos, there, there[None, :], scale, k_block, v_block, D,
+            BLOCK_D, PAGE, ROW, IS_INT8,
+        )  # fmt: skip
     return top, total, acc
 
 
@@ -241,16 +253,9 @@ def attend(
     last = tl.max(end, 0)
     for first in range(lowest, last, BLOCK_N):
         pos = first + tl.arange(0, BLOCK_N)
-        loaded = pos < last
-        at = places(table, pos, loaded, k_block, PAGE, ROW)
-        scores = score(query, k_cache, at, loaded, scale, D, BLOCK_D, IS_INT8)
         seen = (pos[None, :] < end[:, None]) & (pos[None, :] > position[:, None] - window)
-        scores = tl.where(seen, scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp2(scores - higher[:, None])
-        fade = tl.exp2(top - higher)
-        total = total * fade + tl.sum(weights, 1)
-        at = places(table, pos, loaded, v_block, PAGE, ROW)
-        acc = add_values(acc * fade[:, None], weights, v_cache, at, loaded, D, BLOCK_D, IS_INT8, query.dtype)
-        top = higher
+        top, total, acc = add_keys(
+            top, total, acc, query, k_cache, v_cache, table, pos, pos < last, seen, scale, k_block, v_block, D,
+            BLOCK_D, PAGE, ROW, IS_INT8,
+        )  # fmt: skip
     return top, total, acc
