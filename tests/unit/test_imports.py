@@ -23,7 +23,7 @@ LEAVES = {"__init__", "types", "errors", "config", "units"}
 ALLOWED: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
     "config": {"units"},
-    "__main__": {"cli", "cluster"},
+    "__main__": {"cli", "cluster", "ipc"},
     "cluster": {"cli", "startup", "api", "serving", "system"},
     "llm": {"cli", "startup", "api", "serving", "prompt", "media"},
     "cli": {"startup", "api", "serving", "prompt", "media", "ipc", "checkpoint", "kernels", "system"},

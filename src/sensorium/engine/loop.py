@@ -13,12 +13,15 @@ import os
 import signal
 import socket
 import sys
+import threading
 from bisect import bisect_left
+from collections.abc import Callable
 from functools import cached_property
 from time import monotonic
 from typing import TYPE_CHECKING
 
 from sensorium.engine.faults import VARIABLE, Faults
+from sensorium.engine.torch_modules import postpone_unused
 from sensorium.errors import StartupError
 from sensorium.ipc import messages
 from sensorium.ipc.channel import Channel
@@ -418,10 +421,38 @@ class _Report:
             self._due = now + PROGRESS_INTERVAL_S
 
 
-def serve(sock: socket.socket, faults: Faults) -> int:
+class _Imports:
+    """A thread that imports torch and all that uses it while the main one waits for the configuration."""
+
+    def __init__(self) -> None:
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="engine-imports", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            with no_collection():
+                import sensorium.engine.loading  # noqa: F401
+        except Exception as error:
+            self._error = error
+
+    def wait(self) -> Callable[..., Engine]:
+        """`load_engine`. Raises what the import has raised: a second one would tell of its remains."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        from sensorium.engine.loading import load_engine
+
+        return load_engine
+
+
+def serve(sock: socket.socket, faults: Faults, imports: _Imports | None = None) -> int:
     """Load what the first frame asks for and step until told to stop. Returns the exit code."""
     channel = Channel(sock)
-    kind, payload = channel.receive()
+    try:
+        kind, payload = channel.receive()
+    except EOFError:  # nothing is to be loaded after all
+        return 0
     if kind != Kind.CONFIG:
         raise ProtocolError("the first message is not the configuration")
     config = messages.decode_config(payload)
@@ -432,7 +463,7 @@ def serve(sock: socket.socket, faults: Faults) -> int:
     pulse = Pulse(channel.beat, config.hang_after_s) if leader is None else _pulse_of(leader, channel, config)
     pulse.start()
     try:
-        return _load_and_run(config, channel, pulse, faults, leader)
+        return _load_and_run(config, channel, pulse, faults, leader, imports)
     finally:
         if leader is not None:
             leader.close()
@@ -456,13 +487,18 @@ def _pulse_of(leader: Leader, channel: Channel, config: EngineConfig) -> Pulse:
     return Pulse(beat, config.hang_after_s + 3 * BEAT_S, leader.blame_hanging)
 
 
-def _load_and_run(config: EngineConfig, channel: Channel, pulse: Pulse, faults: Faults, leader: Leader | None) -> int:
+def _load_and_run(
+    config: EngineConfig,
+    channel: Channel,
+    pulse: Pulse,
+    faults: Faults,
+    leader: Leader | None,
+    imports: _Imports | None,
+) -> int:
     report = _Report(channel, pulse)
     report("imports", 0.0)
     try:
-        with no_collection():
-            from sensorium.engine.loading import load_engine  # imports torch: the client hears of us before that
-
+        load_engine = (imports or _Imports()).wait()  # imports torch: the client hears of us before that
         engine = load_engine(config, progress=report, faults=faults, leader=leader)
     except StartupError as error:
         channel.send(messages.encode_fatal(error.message))
@@ -513,10 +549,11 @@ def prepare_process() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s engine: %(message)s", stream=sys.stderr)
     set_torch_environment()
+    postpone_unused()
 
 
-def serve_at(sock: socket.socket) -> int:
-    return serve(sock, Faults(os.environ.get(VARIABLE, "")))
+def serve_at(sock: socket.socket, imports: _Imports | None = None) -> int:
+    return serve(sock, Faults(os.environ.get(VARIABLE, "")), imports)
 
 
 def main() -> int:
@@ -524,7 +561,7 @@ def main() -> int:
     parser.add_argument("--fd", type=int, required=True, help="inherited socket to the server")
     arguments = parser.parse_args()
     prepare_process()
-    return serve_at(socket.socket(fileno=arguments.fd))
+    return serve_at(socket.socket(fileno=arguments.fd), _Imports())
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import logging
 import signal
 import socket
 import subprocess
-import sys
 from collections import deque
 from collections.abc import Callable, Coroutine
 from time import monotonic
@@ -22,11 +21,11 @@ from typing import Literal
 
 from sensorium.config import EngineConfig
 from sensorium.errors import StartupError, UnavailableError
-from sensorium.ipc import messages
+from sensorium.ipc import ahead, messages
 from sensorium.ipc.liveness import BEAT_S, Silence
 from sensorium.ipc.messages import Kind, ProtocolError
 from sensorium.ipc.transfers import Outgoing
-from sensorium.system.nursery import STDERR, ForkedProcess, Nursery
+from sensorium.system.nursery import ForkedProcess, Nursery
 from sensorium.types import EngineOutput, EngineReady, EngineRequest, EngineStats, Vocabulary
 
 State = Literal["loading", "ready", "restarting", "failed", "closed"]
@@ -222,9 +221,12 @@ class EngineClient:
 
     def start(self) -> None:
         """Start the child at once; needs no event loop and imports nothing heavy."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = _started(theirs) if self._nursery is None else self._nursery.spawn(theirs)
+        if self._nursery is None:
+            self._process, ours = ahead.take()
+        else:
+            ours, theirs = socket.socketpair()
+            with theirs:
+                self._process = self._nursery.spawn(theirs)
         ours.sendall(messages.encode_config(self.config))  # fits into the socket's buffer
         ours.setblocking(False)
         self._socket = ours
@@ -467,16 +469,6 @@ _UNAVAILABLE: dict[State, str] = {
     "failed": "The engine is lost.",
     "closed": "The server is shutting down.",
 }
-
-
-def _started(theirs: socket.socket) -> Child:
-    # -P: nothing in the current folder takes the place of a module.
-    command = [sys.executable, "-P", "-m", "sensorium.engine.loop", "--fd", str(theirs.fileno())]
-    # Its own session: Ctrl-C is for this process, which lets running requests finish first.
-    # What it prints is never part of this process's output.
-    return subprocess.Popen(
-        command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, stdout=STDERR, start_new_session=True
-    )
 
 
 def _end(process: Child) -> None:

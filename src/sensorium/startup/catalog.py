@@ -15,6 +15,7 @@ from sensorium.checkpoint.adapters import adapter_bytes
 from sensorium.checkpoint.ollama import is_ollama_store, ollama_models
 from sensorium.config import ServeOptions, ServePlan
 from sensorium.errors import StartupError
+from sensorium.ipc import ahead
 from sensorium.ipc.nursery import engine_nursery
 from sensorium.startup.fit import EnginePlan, budget_of, engine_plan, fitted
 from sensorium.startup.model import (
@@ -175,6 +176,7 @@ def prepare(plan: ServePlan, on_progress: Progress) -> Prepared:
     first = sources[0]
     if first.folders and not first.options.load.lazy:
         first.start(on_progress)
+    ahead.discard()  # several models have another, or none is loaded yet
     return Prepared(common, sources, budget, nurseries)
 
 
