@@ -1,6 +1,6 @@
 """Modules of torch that an engine imports but does not use: they are read when something looks into them.
 
-What tells shapes of tensors without numbers, what exports and the distributions are 250 modules, a fifth of a second and
+What tells shapes of tensors without numbers, what exports and the distributions are 250 modules, 0.2 s and
 25 MB. Modules of torch need each other in circles, which its own order of importing takes well: postponed are only
 those that it imports behind all others, and leaves, in versions in which that was tried.
 """
