@@ -1,4 +1,4 @@
-// Drawing tokens by inverting the cumulative distribution: see engine/drawing.py, whose reference this follows.
+// Drawing tokens by inverting the cumulative distribution: the reference is kernels/reference/drawing.py.
 #pragma once
 
 #include <cmath>
