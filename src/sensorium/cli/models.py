@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -43,19 +44,41 @@ def find_draft(name: str, model: Checkpoint) -> Checkpoint:
 
 
 def model_rows(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
-    """What it is and does. Its weights are not read."""
+    """What it is and does. Of its weights no more is read than where they are."""
     family, files = checkpoint.family, (*checkpoint.weight_files, *checkpoint.text_weight_files)
     stored = checkpoint.dtype if checkpoint.quantization is None else checkpoint.quantization.title
     yield "model", f"{family.title} ({checkpoint.architecture})"
     yield "folder", str(checkpoint.folder)
     count = "1 file" if len(files) == 1 else f"{len(files)} files"
     yield "files", f"{size_text(sum(file.stat().st_size for file in files))} in {count}, {stored}"
+    yield from _weight_rows(checkpoint)
     yield "takes", ", ".join(("text", *sorted(family.modalities)))
     yield "can", "; ".join(task_text(_task(one), compares=_compares(checkpoint)) for one in family.tasks)
     if family.lacks:
         yield "cannot", family.lacks
     yield "context", f"{checkpoint.max_model_len} tokens"
     yield "vocabulary", f"{checkpoint.vocab_size} tokens"
+
+
+def _weight_rows(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
+    """Of quantised weights how many there are, and the bits that each takes with its part of scales and zeros."""
+    if checkpoint.quantization is None or checkpoint.quantization.layout == "gguf":
+        return
+    from sensorium.weights.checkpoint_files import stored_tensors  # imports torch
+    from sensorium.weights.joining import join
+    from sensorium.weights.stored_codes import StoredCodes
+
+    try:
+        found = join(stored_tensors(checkpoint.weight_files), checkpoint.quantization)
+    except (CheckpointError, OSError):  # whoever loads it says what is wrong with its files
+        return
+    quantised = [one for one in found if isinstance(one, StoredCodes)]
+    count = sum(math.prod(one.shape) for one in found)
+    if not count or not quantised:
+        return
+    inner = 8 * sum(one.nbytes for one in quantised) / sum(math.prod(one.shape) for one in quantised)
+    bits = 8 * sum(one.nbytes for one in found) / count
+    yield "weights", f"{count / 1e6:,.1f} million, {bits:.2f} bits each; quantised ones {inner:.2f}, scales included"
 
 
 def _compares(checkpoint: Checkpoint) -> bool:

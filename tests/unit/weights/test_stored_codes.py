@@ -280,6 +280,22 @@ def test_the_memory_that_is_planned_is_what_codes_take(written: tuple[Path, Tens
     assert found == pytest.approx(checkpoint.quantization.memory_part * stored, rel=0.12)
 
 
+def test_info_tells_the_bits_of_a_weight_with_its_scales(
+    written: tuple[Path, Tensor, Any, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of a file's tensors, and whatever belongs to codes, on as many weights as the model has."""
+    folder, _, floats, _ = written
+    assert main(["info", str(folder)]) == 0
+    row = r"^weights +([\d.]+) million, ([\d.]+) bits each; quantised ones ([\d.]+)"
+    told = re.search(row, capsys.readouterr().out, re.MULTILINE)
+    assert told is not None
+    count = sum(one.numel() for one in floats.values())
+    octets = sum(one.nbytes for one in read_weights(folder).values())
+    assert float(told[1]) == pytest.approx(count / 1e6, abs=0.06)
+    assert float(told[2]) == pytest.approx(8 * octets / count, rel=0.005)
+    assert float(told[3]) < float(told[2])
+
+
 def test_layers_with_bits_and_groups_of_their_own(tmp_path: Path) -> None:
     """GPTQModel's `dynamic` and AutoRound's `extra_config`: the shapes of a layer's tensors tell them."""
     oracle = make_llama(tmp_path, **SIZES)
