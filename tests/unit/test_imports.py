@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli", "cluster", "ipc"},
     "cluster": {"cli", "startup", "api", "serving", "system"},
     "llm": {"cli", "startup", "api", "serving", "prompt", "media"},
-    "cli": {"startup", "api", "serving", "prompt", "media", "ipc", "checkpoint", "kernels", "system"},
+    "cli": {"startup", "api", "serving", "prompt", "media", "ipc", "checkpoint", "kernels", "weights", "system"},
     "api": {"serving", "prompt", "media", "ipc", "checkpoint", "system"},
     "startup": {"serving", "prompt", "media", "workers", "ipc", "checkpoint", "system"},
     "serving": {"processors", "prompt", "media", "ipc", "checkpoint", "system"},
