@@ -9,7 +9,7 @@ from typing import Any
 from sensorium.checkpoint.decoders import DECODERS, DecoderDefaults, RoutingDefaults
 from sensorium.checkpoint.families import Family
 from sensorium.checkpoint.state_layers import StateSpec, state_layers
-from sensorium.checkpoint.values import indices, number, numbers, positive_int, unsupported
+from sensorium.checkpoint.values import epsilon, indices, number, numbers, positive_int, unsupported
 from sensorium.errors import CheckpointError
 
 _ROPE_KINDS: Mapping[str, str] = {
@@ -190,7 +190,7 @@ def read_text_config(config: dict[str, Any], family: Family) -> TextConfig:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         max_position_embeddings=max_positions,
-        rms_norm_eps=number(text, "rms_norm_eps", decoder.rms_norm_eps),
+        rms_norm_eps=epsilon(text, "rms_norm_eps", decoder.rms_norm_eps),
         rope=rope,
         max_len=max_len,
         layers=layers,

@@ -75,6 +75,14 @@ def number(source: Mapping[str, Any], key: str, default: float) -> float:
     return float(value)
 
 
+def epsilon(source: Mapping[str, Any], key: str, default: float) -> float:
+    """What a norm adds to a variance: below zero its root is no number."""
+    value = number(source, key, default)
+    if value < 0:
+        raise CheckpointError(f"config.json: {key} must not be below zero, as {value!r} is")
+    return value
+
+
 def _is_finite(value: float) -> bool:
     """Whether it is a float's number."""
     try:

@@ -21,7 +21,7 @@ from sensorium.checkpoint.labels import classifier_activation, num_labels
 from sensorium.checkpoint.lengths import first_position, token_types
 from sensorium.checkpoint.pooling import PoolingKind
 from sensorium.checkpoint.text_config import RopeConfig, read_rope
-from sensorium.checkpoint.values import number, positive_int, unsupported
+from sensorium.checkpoint.values import epsilon, positive_int, unsupported
 from sensorium.errors import CheckpointError
 from sensorium.kernels.context import AttentionContext, KVCache, NeededStates
 from sensorium.models.base import Model, Rename
@@ -30,6 +30,14 @@ from sensorium.models.rope import RotaryEmbedding
 from sensorium.models.towers.blocks import LayerNorm
 from sensorium.pooling.embedding import embedding_poolers, several_outputs, stored_rows
 from sensorium.pooling.pooler import ClassifyPooler, TokenPooler, VectorsPooler
+
+
+def check_heads(hidden_size: int, num_heads: int) -> None:
+    """CheckpointError if heads of one size do not fill the hidden states."""
+    if hidden_size % num_heads:
+        raise CheckpointError(
+            f"config.json: hidden_size {hidden_size} is not a multiple of {num_heads} attention heads"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +80,12 @@ class EncoderConfig:
             num_heads=positive_int(config, "num_attention_heads", 12),
             intermediate_size=positive_int(config, "intermediate_size", 3072),
             hidden_act=config.get("hidden_act") or "gelu",
-            layer_norm_eps=number(config, "layer_norm_eps", 1e-12),
+            layer_norm_eps=epsilon(config, "layer_norm_eps", 1e-12),
             positions=positive_int(config, "max_position_embeddings", encoder.max_positions),
             first_position=first_position(config, encoder),
             type_vocab_size=token_types(config, encoder),
         )
-        if shape.hidden_size % shape.num_heads:
-            raise CheckpointError(
-                f"config.json: hidden_size {shape.hidden_size} is not a multiple of {shape.num_heads} attention heads"
-            )
+        check_heads(shape.hidden_size, shape.num_heads)
         return shape
 
     @property

@@ -16,10 +16,11 @@ from sensorium import kernels
 from sensorium.checkpoint.configs import Checkpoint
 from sensorium.checkpoint.labels import num_labels
 from sensorium.checkpoint.text_config import RopeConfig
+from sensorium.checkpoint.values import epsilon, number, positive_int
 from sensorium.errors import CheckpointError
 from sensorium.kernels.context import AttentionContext, KVCache
 from sensorium.kernels.reference.attention import window_queries
-from sensorium.models.encoder import EncoderModel, seen_attention
+from sensorium.models.encoder import EncoderModel, check_heads, seen_attention
 from sensorium.models.layers import Embedding, Head, Linear, activation_name, declare
 from sensorium.models.rope import RotaryEmbedding
 
@@ -48,13 +49,17 @@ class ModernBertConfig:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> ModernBertConfig:
         thetas = {kind: _theta(config, kind) for kind in (_FULL, _SLIDING)}
+        hidden_size, num_heads = (
+            positive_int(config, key, default) for key, default in (("hidden_size", 768), ("num_attention_heads", 12))
+        )
+        check_heads(hidden_size, num_heads)
         return cls(
-            vocab_size=config.get("vocab_size", 50368),
-            hidden_size=config.get("hidden_size", 768),
-            num_heads=config.get("num_attention_heads", 12),
-            intermediate_size=config.get("intermediate_size", 1152),
+            vocab_size=positive_int(config, "vocab_size", 50368),
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            intermediate_size=positive_int(config, "intermediate_size", 1152),
             activation=activation_name(config.get("hidden_activation", "gelu")),
-            norm_eps=config.get("norm_eps", 1e-5),
+            norm_eps=epsilon(config, "norm_eps", 1e-5),
             norm_bias=bool(config.get("norm_bias", False)),
             attention_bias=bool(config.get("attention_bias", False)),
             mlp_bias=bool(config.get("mlp_bias", False)),
@@ -76,7 +81,10 @@ def _theta(config: Mapping[str, Any], kind: str) -> float:
     if parameters.get("rope_type", "default") != "default":
         raise CheckpointError(f"config.json: rope type {parameters['rope_type']!r} is not supported for ModernBERT")
     old = config.get("global_rope_theta" if kind == _FULL else "local_rope_theta")
-    return float(parameters.get("rope_theta") or old or _THETA[kind])
+    theta = number({"rope_theta": parameters.get("rope_theta") or old}, "rope_theta", _THETA[kind])
+    if theta <= 0:
+        raise CheckpointError(f"config.json: a rope_theta of {theta!r} turns nothing")
+    return theta
 
 
 def _local_layers(config: Mapping[str, Any]) -> tuple[bool, ...]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sensorium.checkpoint.configs import Checkpoint
-from sensorium.checkpoint.values import number, positive_int, square
+from sensorium.checkpoint.values import epsilon, positive_int, square
 from sensorium.models.base import Rename, Steps
 from sensorium.models.decoder import DECODER_MAP
 from sensorium.models.qwen2_vl import Qwen2VL
@@ -82,6 +82,6 @@ class PaddleOCRVL(Qwen2VL):
             spatial_merge_size=positive_int(vision, "spatial_merge_size", 2),
             hidden_act=str(vision.get("hidden_act") or "gelu_pytorch_tanh"),
             theta=axial_theta(vision),
-            eps=number(vision, "layer_norm_eps", 1e-6),
+            eps=epsilon(vision, "layer_norm_eps", 1e-6),
         )
         return PaddleVit(config, self.text.hidden_size, square(vision, "image_size", 384) // config.patch_size)

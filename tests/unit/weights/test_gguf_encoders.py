@@ -188,3 +188,29 @@ def test_rerankers_that_are_refused(tmp_path: Path, family: str, changes: Any, t
     with pytest.raises(CheckpointError, match=said) as error:
         gguf_folder(tmp_path / "m.gguf", tmp_path / "cache")
     assert "\n" not in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "said"),
+    [
+        ("modernbert_classifier", {"modern-bert.attention.head_count": 3}, "not a multiple of 3 attention heads"),
+        ("modernbert_classifier", {"modern-bert.attention.layer_norm_rms_epsilon": -1.0}, "norm_eps must not be below"),
+        ("modernbert_classifier", {"modern-bert.rope.freq_base": -1.0}, "rope_theta of -1.0"),
+        ("modernbert_classifier", {"modern-bert.rope.freq_base_swa": float("nan")}, "freq_base_swa must be a number"),
+        ("nomic_bert", {"nomic-bert.attention.head_count": 3}, "not a multiple of 3 attention heads"),
+        ("nomic_bert", {"nomic-bert.attention.layer_norm_epsilon": -1.0}, "layer_norm_eps must not be below"),
+        ("nomic_bert", {"nomic-bert.embedding_length": 64}, "the configuration needs"),
+        ("roberta_classifier", {"bert.attention.layer_norm_epsilon": float("inf")}, "epsilon must be a number"),
+        ("roberta_classifier", {"bert.block_count": 3}, "missing encoder.layer.2"),
+    ],
+)
+def test_mislabelled_encoders(tmp_path: Path, family: str, changes: Any, said: str) -> None:
+    """Each ends in one line that names what is wrong, before a product of it fails or is no number."""
+    make, pre = ENCODERS[family]
+    hub = tmp_path / "hub"
+    stated = write_edged_tokenizer(hub, pre)
+    encoder_support.save(make(len(stated["tokenizer.ggml.tokens"])), hub)
+    write_family(hub, tmp_path / "m.gguf", family, {**stated, **changes})
+    with pytest.raises(CheckpointError, match=said) as error:
+        load(gguf_folder(tmp_path / "m.gguf", tmp_path / "cache"))
+    assert "\n" not in error.value.message

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sensorium import kernels
-from sensorium.checkpoint.values import number, positive_int
+from sensorium.checkpoint.values import epsilon, number, positive_int
 from sensorium.errors import CheckpointError
 from sensorium.models.base import Steps
 from sensorium.models.layers import Linear, PlainNorm, RMSNorm, activation_name, declare
@@ -97,7 +97,7 @@ class Gemma4VisionTower(nn.Module):
     def __init__(self, vision: dict[str, Any]) -> None:
         super().__init__()
         self.size = positive_int(vision, "hidden_size", 768)
-        self.eps = number(vision, "rms_norm_eps", 1e-6)
+        self.eps = epsilon(vision, "rms_norm_eps", 1e-6)
         self.kernel = positive_int(vision, "pooling_kernel_size", 3)
         self.inner = positive_int(vision, "intermediate_size", 3072)
         patch = positive_int(vision, "patch_size", 16)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sensorium.checkpoint.values import number, positive_int, unsupported
+from sensorium.checkpoint.values import epsilon, positive_int, unsupported
 from sensorium.models.base import Rename, Steps
 from sensorium.models.layers import Linear, QKVLinear, RMSNorm, declare
 from sensorium.models.towers.blocks import (
@@ -74,7 +74,7 @@ class InternVitConfig:
             side=image_size // patch_size,
             patch_size=patch_size,
             hidden_act=str(vision.get("hidden_act") or "gelu"),
-            eps=number(vision, "layer_norm_eps", 1e-6),
+            eps=epsilon(vision, "layer_norm_eps", 1e-6),
             qkv_bias=bool(vision.get("qkv_bias", vision.get("attention_bias", False))),
             qk_norm=bool(vision.get("qk_normalization", vision.get("use_qk_norm", False))),
             has_rms_norms=norm == "rms_norm",
