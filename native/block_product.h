@@ -319,7 +319,6 @@ static void multiply_records(const QuantizedRows& x, const Linear& w, RecordSour
 
 // One panel against all rows of x; sums in `c` [rows, 32].
 static void multiply_blocks(const QuantizedRows& x, const Linear& w, int64_t panel, float* c) {
-    constexpr int64_t kAhead = 8192;
     RecordSource source(w, panel);
     const BlockForm& form = form_of(source.segment.kind);
     std::fill(c, c + x.tiling.rows * kPanel, 0.0f);
@@ -342,8 +341,6 @@ static void multiply_blocks(const QuantizedRows& x, const Linear& w, int64_t pan
         for (int64_t u = 0; u < count; u += each, record += form.record_bytes()) {
             expand_scales(form, record, 0, scales + u * groups * kPanel);
             if (form.offsets) expand_scales(form, record, 1, offsets + u * groups * kPanel);
-            for (int64_t line = 0; source.packed && line < form.record_bytes(); line += 64)
-                __builtin_prefetch(record + kAhead + line, 0, 3);
             const uint32_t* from = reinterpret_cast<const uint32_t*>(record + form.head_bytes());
             for (int64_t i = u; expands && i < u + each; ++i, from += form.unit_words())
                 expand_codes_of(form, from, words + i * 8 * kPanel);
@@ -353,9 +350,15 @@ static void multiply_blocks(const QuantizedRows& x, const Linear& w, int64_t pan
                     scales,  form.offsets ? offsets : nullptr,
                     nullptr, nullptr,
                     nullptr, form.middle};
-        for (int64_t i = 0; i < x.tiling.count; ++i) {
-            const int64_t start = x.tiling.start(i);
-            const int size = x.tiling.size(i);
+        // The records that come next, some lines with each tile: asked for at once they are waited for.
+        const uint8_t* ahead = record;
+        const int64_t bytes = source.packed ? count / each * form.record_bytes() : 0;
+        const uint8_t* const end = ahead + bytes;
+        const int64_t share = ceil_div(bytes, 64 * x.tiling.count);
+        for (int64_t i = 0, start = 0, next; i < x.tiling.count; ++i, start = next) {
+            next = x.tiling.start(i + 1);
+            const int size = int(next - start);
+            for (int64_t line = 0; line < share && ahead < end; ++line, ahead += 64) __builtin_prefetch(ahead, 0, 3);
             run.x_scale = x.scale + start * units + unit, run.x_total = x.total + start * units + unit;
             run.x_sum = x.sum + 2 * (start * units + unit);
             unit_tile_for(form, size)(run, x.a + start * w.k / 4 + unit * 8 * size, c + start * kPanel);
