@@ -63,7 +63,7 @@ class ModernBertConfig:
             norm_bias=bool(config.get("norm_bias", False)),
             attention_bias=bool(config.get("attention_bias", False)),
             mlp_bias=bool(config.get("mlp_bias", False)),
-            window=config.get("local_attention", 128) // 2,
+            window=positive_int(config, "local_attention", 128) // 2,
             is_local=_local_layers(config),
             global_theta=thetas[_FULL],
             local_theta=thetas[_SLIDING],

@@ -197,6 +197,7 @@ def test_rerankers_that_are_refused(tmp_path: Path, family: str, changes: Any, t
         ("modernbert_classifier", {"modern-bert.attention.layer_norm_rms_epsilon": -1.0}, "norm_eps must not be below"),
         ("modernbert_classifier", {"modern-bert.rope.freq_base": -1.0}, "rope_theta of -1.0"),
         ("modernbert_classifier", {"modern-bert.rope.freq_base_swa": float("nan")}, "freq_base_swa must be a number"),
+        ("modernbert_classifier", {"modern-bert.attention.sliding_window": 1e30}, "local_attention must be a positive"),
         ("nomic_bert", {"nomic-bert.attention.head_count": 3}, "not a multiple of 3 attention heads"),
         ("nomic_bert", {"nomic-bert.attention.layer_norm_epsilon": -1.0}, "layer_norm_eps must not be below"),
         ("nomic_bert", {"nomic-bert.embedding_length": 64}, "the configuration needs"),
