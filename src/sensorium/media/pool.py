@@ -21,7 +21,7 @@ from sensorium.media.source import CRASHED, Problem, Refusal
 from sensorium.media.turns import Turns
 from sensorium.system.nursery import Nursery
 from sensorium.workers.frames import BYTES, JOB, REFUSED, RESULT, FrameError, Gone, Late, Stopped
-from sensorium.workers.process import DYING_S, WorkerProcess
+from sensorium.workers.process import DYING_S, REST_S, WorkerProcess
 
 Blame = Literal["file", "crash", "outside"]
 """file: more than it may take, or a wrong answer; crash: a signal that bad files cause, and others could have sent."""
@@ -150,6 +150,7 @@ class WorkerPool:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _turns: Turns = field(init=False)
     _threads: ThreadPoolExecutor | None = None
+    _rest: asyncio.TimerHandle | None = None
     _is_closed: bool = False
 
     def __post_init__(self) -> None:
@@ -161,16 +162,22 @@ class WorkerPool:
         A worker that is killed or stopped from outside is not the file's fault: the job is tried once more, then
         UnavailableError.
         """
-        return await self._turns.run(self._executor(), tenant, lambda: self._run(job, payload))
+        try:
+            return await self._turns.run(self._executor(), tenant, lambda: self._run(job, payload))
+        finally:
+            self._rest_later()
 
     async def warm(self) -> None:
         """Start one worker ahead of the first job."""
         await asyncio.get_running_loop().run_in_executor(self._executor(), self._warm)
+        self._rest_later()
 
     async def aclose(self) -> None:
         """Kill what runs; jobs in flight end with an error."""
         with self._lock:
             self._is_closed = True
+            if self._rest is not None:
+                self._rest.cancel()
             workers, self._idle = self._idle, []
             for worker in self._busy:
                 worker.process.kill()  # its thread sees the end and cleans up
@@ -178,6 +185,23 @@ class WorkerPool:
             worker.kill()
         if self._threads is not None:
             await asyncio.to_thread(self._threads.shutdown, wait=True, cancel_futures=True)
+
+    def _rest_later(self) -> None:
+        """Unless there is a job until then. Not where another worker would have to import."""
+        if self.nursery is not None and not self._is_closed:
+            if self._rest is not None:
+                self._rest.cancel()
+            loop = asyncio.get_running_loop()
+            self._rest = loop.call_later(REST_S, lambda: loop.run_in_executor(self._executor(), self.rest))
+
+    def rest(self) -> None:
+        """End workers that have no job, but for the last one of the server: who forks them would end with it."""
+        while True:
+            with self._lock:
+                if not self._idle or self.nursery is None or self.nursery.count < 2:
+                    return
+                worker = self._idle.pop(0)  # from here on nobody gives it a job
+            worker.kill()
 
     @property
     def pids(self) -> list[int]:

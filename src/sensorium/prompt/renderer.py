@@ -59,7 +59,7 @@ class RenderPool:
             size, each = size.within(int(part * memory_bytes), MEMORY_BYTES, LEAST_MEMORY_BYTES)
             arguments = (role, each, cpu_s or limit_s)
             start = partial(WorkerProcess.start, "sensorium.prompt.render_worker", *arguments, nursery=nursery)
-            return Crew(start, size, max_reply_bytes=MAX_REPLY_BYTES)
+            return Crew(start, size, max_reply_bytes=MAX_REPLY_BYTES, rests=nursery is not None)
 
         self._own = crew("operators", own, OWN_PART, OWN_CPU_S)
         self._foreign = crew("foreign", foreign, FOREIGN_PART, FOREIGN_CPU_S)

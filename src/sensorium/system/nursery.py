@@ -56,6 +56,12 @@ class Nursery:
             self._alive.add(forked)
         return forked
 
+    @property
+    def count(self) -> int:
+        """Processes that run; with the last of them ends the one that forks."""
+        with self._lock:
+            return len(self._alive)
+
     def _send(self, order: bytes, descriptors: list[int]) -> subprocess.Popen[bytes]:
         if self._process is None:
             self._socket, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)  # an order is one message

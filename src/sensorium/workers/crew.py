@@ -19,7 +19,7 @@ from typing import Any
 from sensorium.errors import ServerError
 from sensorium.workers.connection import Connection, Job, JobFailed, Reply, TurnMissed, WorkerLost
 from sensorium.workers.frames import READY, FrameError
-from sensorium.workers.process import START_TIMEOUT_S, WorkerProcess
+from sensorium.workers.process import REST_S, START_TIMEOUT_S, WorkerProcess
 
 TICK_S = 0.05  # between two looks at what waits and runs, while there is any
 STUCK_S = 0.05  # without any reply, after which one more worker is started
@@ -53,9 +53,14 @@ class Size:
 class Crew:
     """`start` makes one process. Used on one event loop, but for `start_early` and `ask_now`, which come before it."""
 
-    def __init__(self, start: Callable[[], WorkerProcess], size: Size, *, max_reply_bytes: int) -> None:
+    def __init__(
+        self, start: Callable[[], WorkerProcess], size: Size, *, max_reply_bytes: int, rests: bool = False
+    ) -> None:
+        """`rests`: all but one end when there was no job for a while."""
         self._start = start
         self._size = size
+        self._needed = size.fewest  # now
+        self._rests = rests
         self._share = size.most - 1
         self._max_reply_bytes = max_reply_bytes
         self._spare: list[WorkerProcess] = []  # started, with no connection yet
@@ -65,6 +70,7 @@ class Crew:
         self._held: Counter[bytes] = Counter()  # jobs that run, by key
         self._tasks: set[asyncio.Task[None]] = set()  # that open connections and bury workers
         self._tick: asyncio.TimerHandle | None = None
+        self._rest: asyncio.TimerHandle | None = None
         self._replied_s = self._grown_s = self._looked_s = self._failed_s = 0.0
         self._failed_starts = 0
         self._is_closed = False
@@ -112,7 +118,8 @@ class Crew:
             raise ServerError
         loop = asyncio.get_running_loop()
         job = Job(frames, key, loop.create_future(), loop.time(), loop.time())
-        while len(self._all) < self._size.fewest and self._hire():
+        self._needed = self._size.fewest
+        while len(self._all) < self._needed and self._hire():
             pass
         self._put(job)
         return await job.reply
@@ -120,8 +127,9 @@ class Crew:
     async def aclose(self) -> None:
         """Kill all; jobs that wait or run fail with ServerError."""
         self._is_closed = True
-        if self._tick is not None:
-            self._tick.cancel()
+        for timer in (self._tick, self._rest):
+            if timer is not None:
+                timer.cancel()
         self._fail_waiting()
         for one in list(self._all):
             if one.job is not None:
@@ -163,6 +171,9 @@ class Crew:
         self._look_soon()
 
     def _look_soon(self) -> None:
+        if self._rest is not None:
+            self._rest.cancel()
+            self._rest = None
         if self._tick is None:
             loop = asyncio.get_running_loop()
             self._looked_s = loop.time()
@@ -223,6 +234,14 @@ class Crew:
             self._hire()
         is_busy = self._waiting or self._held
         self._tick = loop.call_later(TICK_S, self._look) if is_busy and not self._is_closed else None
+        if self._rests and self._tick is None and not self._is_closed:
+            self._rest = loop.call_later(REST_S, self.rest)
+
+    def rest(self) -> None:
+        """End what has no job, but one: the next job finds it, and others beside it in milliseconds."""
+        self._needed = 1
+        while len(self._free) > 1:
+            self._free.pop(0).kill()  # nobody gives it a job any more
 
     def _look_at(self, one: Connection, now: float) -> None:
         if one.worker.is_stopped():  # one with nothing to do, too: it would get the next job
@@ -308,7 +327,7 @@ class Crew:
             self._failed_starts += 1
             self._failed_s = asyncio.get_running_loop().time()
         can_start = self._failed_starts < START_TRIES
-        if can_start and (self._waiting or len(self._all) < self._size.fewest):
+        if can_start and (self._waiting or len(self._all) < self._needed):
             self._hire()
         if not self._all:  # the last one's start that fails fails the jobs: no loop that starts processes
             self._failed_starts = 0

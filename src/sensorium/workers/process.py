@@ -19,6 +19,8 @@ START_TIMEOUT_S = 30.0
 DYING_S = 5.0  # between a socket that closes and the process's end
 ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "VIRTUAL_ENV", "TZ")
 
+REST_S = 30.0
+"""Without a job, after which workers end whose like is forked in milliseconds. The last one stays."""
 PATIENCE_S = 10.0  # for a fork; whoever forks may have to import first
 
 

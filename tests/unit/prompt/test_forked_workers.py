@@ -98,3 +98,37 @@ async def test_media_are_decoded_by_forked_workers(nursery: Nursery) -> None:
     assert (await loader.decode(raw)).data.shape == (30, 40, 3)
     assert {parent(pid) for pid in loader._images.pids} != {os.getpid()}
     await loader.aclose()
+
+
+async def test_workers_without_a_job_end_but_for_one(pool: RenderPool) -> None:
+    await greet(pool)
+    await asyncio.to_thread(until, lambda: all(one.worker.is_ready for one in pool._own._all))
+    assert len(pool.pids) >= 2
+    await asyncio.to_thread(until, lambda: len({parent(pid) for pid in pool.pids}) == 1)
+    maker = parent(pool.pids[0])
+    pool._own.rest()
+    await greet(pool)  # those that end are not asked, and others come in their place
+    assert len(pool.pids) >= 2
+    await asyncio.to_thread(until, lambda: pool._own._rest is not None)
+    pool._own.rest()
+    while len(pool.pids) > 1:
+        await asyncio.sleep(0.01)
+    await greet(pool)
+    await asyncio.to_thread(until, lambda: {parent(pid) for pid in pool.pids} == {maker})
+
+
+async def test_decoders_without_a_job_end_and_come_back(nursery: Nursery, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sensorium.media.pool.REST_S", 0.0)
+    loader = MediaLoader(Limits(), workers=1, nursery=nursery)
+    raw = await loader.fetch(MediaSource("image", "", payload=encoded(Image.new("RGB", (40, 30)))))
+    for _ in range(8):  # some come while another one's worker ends
+        assert (await loader.decode(raw)).data.shape == (30, 40, 3)
+    assert len(loader._images.pids) == nursery.count == 1, "who forks them would end with it"
+    render = WorkerProcess.start("sensorium.prompt.render_worker", "operators", 1 << 28, 1.0, nursery=nursery)
+    for _ in range(4):
+        assert (await loader.decode(raw)).data.shape == (30, 40, 3)
+    while loader._images.pids:
+        await asyncio.sleep(0.01)
+    await loader.aclose()
+    assert nursery.count == 1
+    await asyncio.to_thread(render.kill)
