@@ -6,6 +6,7 @@ It imports what a worker is made of when the first of its kind is asked for, and
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import signal
@@ -17,12 +18,13 @@ from sensorium.system.malloc import forget_code
 from sensorium.system.parent import Parent
 
 
+@functools.cache
 def prepare(order: bytes) -> None:
     """Import all that such a worker can need, if no other one has."""
     module, *arguments = json.loads(order)
     with no_collection():
         import_module(module).prepare(arguments)
-    forget_code()
+    forget_code()  # takes longer than a fork
 
 
 def become(order: bytes, sock: socket.socket) -> int:
