@@ -91,6 +91,46 @@ struct Draws {
     int64_t stride, vocab, words, count;
 };
 
+// Functions of the grammar library, as its header has them.
+struct Grammars {
+    int32_t (*validate)(void* matcher, const uint32_t* tokens, size_t count);  // how many may follow
+    int32_t (*compute_mask)(void* matcher, uint32_t* bits, size_t bytes);      // 0: done, else nothing was written
+    int32_t (*consume)(void* matcher, uint32_t token);                         // 0: taken
+    int32_t (*consume_many)(void* matcher, const uint32_t* tokens, size_t count);
+    int32_t (*forced)(void* matcher, uint32_t* tokens, size_t room);  // how many tokens were written
+    bool (*is_stopped)(const void* matcher);
+    bool (*is_error)(const void* matcher);
+};
+
+// One row that is held to a grammar.
+struct HeldRow {
+    int64_t row;  // of the logits
+    uint64_t seed, index;
+    void* matcher;
+    const uint32_t* on_time;  // bits of all tokens but those that come only where there is nothing else; null: all
+    int64_t slot;
+};
+
+// How tokens are drawn of such rows. Where a grammar leaves nothing, a row's highest logit is minus infinity.
+struct HeldDraws {
+    const Grammars* grammars;
+    const float* logits;
+    const HeldRow* rows;
+    const float* temperatures;  // [count], 0: the first of the highest logits
+    int64_t* costs;             // by slot: what the mask of the last token took, in nanoseconds; 0: it needed none
+    int64_t* tokens;            // [count]
+    float* highest;             // [count], of what is left
+    int64_t stride, vocab, count;
+};
+
+// What comes of a token that a grammar takes.
+constexpr int kFewForced = 16;
+struct Taken {
+    int32_t failed, stopped;
+    int32_t num_forced;  // that were taken, too; kFewForced: at least so many are forced, and none was taken
+    uint32_t forced[kFewForced];
+};
+
 // How a routed layer's tokens choose experts by their logits.
 struct Routing {
     int32_t experts, per_token;
@@ -255,6 +295,7 @@ struct Kernels {
     void (*multiply)(const Runtime&, bf16* x, int64_t stride, const bf16* by, int64_t by_stride, int64_t rows,
                      int64_t n, int32_t by_sigmoid);
     void (*draw)(const Runtime&, const Draws&);
+    void (*draw_held)(const Runtime&, const HeldDraws&);
 };
 
 namespace portable {

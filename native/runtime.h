@@ -197,6 +197,7 @@ enum class Buffer {
     kExpertSums,      // what all experts of a layer give its tokens
     kRouting,         // a router's logits, and what is chosen
     kDrawWeights,     // a row's weights when its token is drawn
+    kGrammarMask,     // the tokens that a grammar allows
     kDrawSums,        // and their sums up to the end of each chunk
     kStateRows,       // taps of a convolution, or unit queries and keys
     kStateColumns,    // of a head's memory

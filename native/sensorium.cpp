@@ -48,11 +48,26 @@ const Kernels* find_kernels(int isa) {
     return isa == 0 || isa == kBest ? &portable::kKernels : nullptr;
 }
 
+bool take_token(const Grammars& grammars, void* matcher, uint32_t token, Taken& taken) {
+    taken = {};
+    taken.failed = grammars.consume(matcher, token) != 0;
+    if (taken.failed) return true;
+    const int32_t count = grammars.forced(matcher, taken.forced, kFewForced);
+    if (count == kFewForced) {
+        taken.num_forced = count;
+        return true;
+    }
+    if (count > 0 && grammars.consume_many(matcher, taken.forced, size_t(count)) == 0) taken.num_forced = count;
+    taken.stopped = grammars.is_stopped(matcher);
+    taken.failed = taken.stopped && grammars.is_error(matcher);  // one that failed has stopped, too
+    return taken.num_forced || taken.stopped;
+}
+
 }  // namespace
 
 const int64_t sensorium::kFewRowsAhead = is_zen5_or_later() ? 8192 : 0;
 
-EXPORT int32_t sensorium_abi() { return 19; }
+EXPORT int32_t sensorium_abi() { return 20; }
 
 // isa: 0 portable, 1 AVX2 + FMA, 2 AVX-512 with VNNI, 3 the same with BF16, -1 the fastest of these. Null when this
 // processor lacks it.
@@ -157,6 +172,14 @@ EXPORT void sensorium_choose(const Runtime* r, const Routing* rules, const bf16*
     r->kernels->choose(*r, *rules, logits, tokens, chosen, weights);
 }
 EXPORT void sensorium_draw(const Runtime* r, const Draws* draws) { r->kernels->draw(*r, *draws); }
+EXPORT void sensorium_draw_held(const Runtime* r, const HeldDraws* draws) { r->kernels->draw_held(*r, *draws); }
+// Grammars take a token each, and what that forces. Returns how many rows of `taken` are not zero.
+EXPORT int64_t sensorium_take_held(const Grammars* grammars, void* const* matchers, const uint32_t* tokens,
+                                   int64_t count, Taken* taken) {
+    int64_t told = 0;
+    for (int64_t i = 0; i < count; ++i) told += take_token(*grammars, matchers[i], tokens[i], taken[i]);
+    return told;
+}
 EXPORT void sensorium_causal_conv(const Runtime* r, const CausalConv* args) { r->kernels->causal_conv(*r, *args); }
 EXPORT void sensorium_delta_rule(const Runtime* r, const DeltaRule* args) { r->kernels->delta_rule(*r, *args); }
 EXPORT void sensorium_delta_gates(const Runtime* r, const bf16* gates, const float* rate, const float* bias,

@@ -12,7 +12,7 @@ from sensorium.engine.constraint import Constraint
 from sensorium.engine.drawing import draw_filtered, is_greedy, is_open
 from sensorium.engine.sequence import Sequence
 from sensorium.kernels import RowDraws, reference
-from sensorium.types import SamplingParams
+from sensorium.types import EngineRequest, Prompt, SamplingParams
 
 
 def drawn(row: NDArray[np.float32], params: SamplingParams, uniform: float) -> int:
@@ -22,6 +22,15 @@ def drawn(row: NDArray[np.float32], params: SamplingParams, uniform: float) -> i
     temperatures = np.array([0 if is_greedy(params) else params.temperature], np.float32)
     rows = np.zeros(1, np.int64)
     return int(reference.draw_rows(row[None], RowDraws(rows, temperatures, np.array([uniform])))[0][0])
+
+
+def sequence(prompt: list[int], outputs: list[int], request_id: int = 1, **sampling: Any) -> Sequence:
+    """One that has said `outputs`, and may say 50 more."""
+    params = SamplingParams(max_tokens=len(outputs) + 50, **sampling)
+    seq = Sequence(EngineRequest(request_id, Prompt(np.array(prompt, np.int32)), params), 0)
+    for token in outputs:
+        seq.append(token)
+    return seq
 
 
 class FixedMatcher:

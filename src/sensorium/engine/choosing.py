@@ -3,7 +3,8 @@ others, held to a grammar where the sequence has one. See `drawing`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Seq
 from typing import TypeAlias
 
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sensorium import kernels
-from sensorium.engine.drawing import draw_filtered, second_seed, uniforms_of
+from sensorium.engine.drawing import TRIES, draw_filtered, stream_seed, uniforms_of
 from sensorium.engine.masks import Held, Masks
 from sensorium.engine.sampler_state import SamplerState
 
@@ -26,10 +27,10 @@ def argmax(logits: Floats) -> Chosen:
     return token_ids, logits[np.arange(len(logits)), token_ids]
 
 
-def choose(logits: Floats, states: Seq[SamplerState], indices: Seq[int]) -> Chosen:
-    """Of logits [rows, vocab], for the output tokens `indices` of their sequences."""
+def choose(logits: Floats, states: Seq[SamplerState], indices: Seq[int], but: Collection[int] = ()) -> Chosen:
+    """Of logits [rows, vocab], for the output tokens `indices` of their sequences. Rows `but` get any token."""
     token_ids, highest = argmax(logits)
-    drawn = [row for row, state in enumerate(states) if not state.greedy]
+    drawn = [row for row, state in enumerate(states) if not state.greedy and row not in but]
     if not drawn:
         return token_ids, highest
     uniforms = uniforms_of([states[row].seed for row in drawn], [indices[row] for row in drawn])
@@ -56,27 +57,81 @@ def choose_held(
     """The same where there are rows with grammars, which may be written to. `raw` are the logits without what
     `is_edited`."""
     masks.wait()
-    asked = []
+    asked, quick = [], []
+    functions: kernels.GrammarFunctions | None = None
     for one in held:
         row, constraint, _, index = one
         if constraint.error or not constraint.needs_mask(index):
             continue
-        if states[row].open:
+        if not states[row].open:
+            masks.hold(logits[row], raw[row], one, is_edited=is_edited)
+        elif constraint.functions is None:
             asked.append(one)
         else:
-            masks.hold(logits[row], raw[row], one, is_edited=is_edited)
-    token_ids, highest = choose(logits, states, indices)
-    forbidden = [one for one in asked if not masks.allows(one, int(token_ids[one[0]]))]
-    if forbidden:
-        _choose_again(logits, raw, states, forbidden, masks, (token_ids, highest), is_edited=is_edited)
+            functions = constraint.functions
+            quick.append(one)
+    found = None if functions is None else _choose_quickly(functions, logits, states, quick, masks)
+    if found is None:
+        asked += quick
+        quick = []
+    chosen = token_ids, highest = choose(logits, states, indices, {row for row, *_ in quick})
+    empty = []
+    if found is not None:
+        rows = [row for row, *_ in quick]
+        token_ids[rows] = found[0]
+        left = found[1].tolist()
+        empty = [one for one, value in zip(quick, left, strict=True) if value == -math.inf]
+    empty += _choose_asking(logits, states, asked, masks, chosen)
+    if empty:
+        _choose_anyway(logits, raw, states, empty, masks, chosen, is_edited=is_edited)
     for row, constraint, _, index in held:
         known = constraint.known(index)
         if known is not None:
             token_ids[row], highest[row] = known, raw[row, known]
-    return token_ids, highest
+    return chosen
 
 
-def _choose_again(
+def _choose_quickly(
+    functions: kernels.GrammarFunctions, logits: Floats, states: Seq[SamplerState], held: list[Held], masks: Masks
+) -> Chosen | None:
+    """What `_choose_asking` does, in native code: (tokens, highest logits of what is left) of these rows. None where
+    that is not there."""
+    rows, temperatures = [], []
+    vocab_size = logits.shape[1]
+    for row, constraint, slot, index in held:
+        state = states[row]
+        bits = constraint.address_on_time(vocab_size)
+        rows.append(kernels.HeldRow(row, state.seed, index, constraint.address, bits, slot))
+        temperatures.append(0.0 if state.greedy else state.params.temperature)
+    return kernels.draw_held(functions, logits, rows, temperatures, masks.costs)
+
+
+def _choose_asking(
+    logits: Floats, states: Seq[SamplerState], held: list[Held], masks: Masks, chosen: Chosen
+) -> list[Held]:
+    """Where a token that was chosen is forbidden, another, into `chosen`. Returns the rows that have none."""
+    token_ids, highest = chosen
+
+    def is_forbidden(one: Held) -> bool:
+        return highest[one[0]] == -math.inf or not masks.allows(one, int(token_ids[one[0]]))
+
+    forbidden = [one for one in held if is_forbidden(one)]
+    for stream in range(1, TRIES):
+        again = [one for one in forbidden if not states[one[0]].greedy]
+        if not again:
+            break
+        rows = [row for row, *_ in again]
+        token_ids[rows], _ = _draw(logits, rows, states, _numbers(states, again, stream))
+        forbidden = [one for one in forbidden if states[one[0]].greedy or not masks.allows(one, int(token_ids[one[0]]))]
+    if not forbidden:
+        return []
+    rows = [row for row, *_ in forbidden]
+    numbers = _numbers(states, forbidden, TRIES)
+    token_ids[rows], highest[rows] = _draw(logits, rows, states, numbers, masks.strict(forbidden))
+    return [one for one in forbidden if highest[one[0]] == -math.inf]
+
+
+def _choose_anyway(
     logits: Floats,
     raw: Floats,
     states: Seq[SamplerState],
@@ -86,17 +141,45 @@ def _choose_again(
     *,
     is_edited: bool,
 ) -> None:
-    """Among what grammars allow, into `chosen`."""
+    """Where grammars and requests leave nothing together, into `chosen`."""
     token_ids, highest = chosen
     rows = [row for row, *_ in held]
-    uniforms = uniforms_of([second_seed(states[row].seed) for row in rows], [index for *_, index in held])
-    token_ids[rows], highest[rows] = _draw(logits, rows, states, uniforms, masks.strict(held))
-    empty = [at for at, row in enumerate(rows) if highest[row] == -np.inf]
-    if empty:
-        rows = [rows[at] for at in empty]
-        for at, row in zip(empty, rows, strict=True):
-            masks.hold(logits[row], raw[row], held[at], is_edited=is_edited)
-        token_ids[rows], highest[rows] = _draw(logits, rows, states, uniforms[empty])
+    for one in held:
+        masks.hold(logits[one[0]], raw[one[0]], one, is_edited=is_edited)
+    token_ids[rows], highest[rows] = _draw(logits, rows, states, _numbers(states, held, TRIES))
+
+
+def _numbers(states: Seq[SamplerState], held: list[Held], stream: int) -> NDArray[np.float64]:
+    seeds = [stream_seed(states[row].seed, stream) for row, *_ in held]
+    return uniforms_of(seeds, [index for *_, index in held])
+
+
+def take(held: list[Held], token_ids: list[int], failed: Collection[int]) -> list[int]:
+    """Note these tokens of rows, but of those that `failed`. Returns the rows whose grammars have failed."""
+    bad, together = [], []
+    functions: kernels.GrammarFunctions | None = None
+    for row, constraint, _, index in held:
+        if row in failed:
+            continue
+        if constraint.functions is not None and constraint.is_ready(index):
+            functions = constraint.functions
+            together.append((row, constraint, token_ids[row], index))
+        elif not constraint.take(index, token_ids[row]):
+            bad.append(row)
+    if functions is None:
+        return bad
+    addresses = [constraint.address for _, constraint, *_ in together]
+    told = kernels.take_held(functions, addresses, [token for _, _, token, _ in together])
+    if told is None:
+        return bad + [row for row, constraint, token, index in together if not constraint.take(index, token)]
+    for _, constraint, token, _ in together:
+        constraint.note(token)
+    for number, taken in told:
+        row, constraint, *_ = together[number]
+        constraint.note_taken(taken)
+        if constraint.error:
+            bad.append(row)
+    return bad
 
 
 def _draw(

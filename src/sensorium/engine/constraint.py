@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
     from sensorium.engine.matchers import NativeMatcher
+    from sensorium.kernels import GrammarFunctions, Taken
 
 
 class Constraint:
@@ -29,14 +30,30 @@ class Constraint:
     they come only where the grammar leaves nothing else.
     """
 
-    __slots__ = ("_allows", "_late_bits", "_stopped", "_tokens", "error", "late_ends", "mask_s", "matcher")
+    __slots__ = (
+        "_allows",
+        "_late_address",
+        "_late_bits",
+        "_stopped",
+        "_tokens",
+        "address",
+        "error",
+        "functions",
+        "late_ends",
+        "mask_s",
+        "matcher",
+    )
 
     def __init__(self, matcher: LLMatcher | NativeMatcher, late_ends: list[int] | None = None) -> None:
         self.matcher = matcher
         self.late_ends = late_ends or []
         self.error = ""
         self._allows: Callable[[int], bool] | None = getattr(matcher, "allows", None)  # quicker where there is one
+        self.functions: GrammarFunctions | None = getattr(matcher, "functions", None)
+        """Of the matcher at `address`, where native code may ask it; else None."""
+        self.address: int = getattr(matcher, "address", 0)
         self._late_bits: NDArray[np.uint32] | None = None
+        self._late_address = 0
         self.mask_s = 0.0  # that the last mask took
         self._tokens: list[int] = []  # of the output, as far as they are known
         self._stopped = False
@@ -76,12 +93,42 @@ class Constraint:
             self.error = GRAMMAR_FAILED
         return not self.error
 
+    def is_ready(self, index: int) -> bool:
+        """Whether output token `index` is news, which the matcher can take by itself."""
+        return index >= len(self._tokens) and not self._stopped
+
+    def note(self, token: int) -> None:
+        """The next output token, which the matcher has taken."""
+        self._tokens.append(token)
+
+    def note_taken(self, taken: Taken) -> None:
+        """And what came of that."""
+        if taken.is_more:
+            self._look_ahead()
+            return
+        self._tokens += taken.forced
+        self._stopped = taken.stopped
+        if taken.failed:
+            self.error = GRAMMAR_FAILED
+
+    def on_time(self, vocab_size: int) -> NDArray[np.uint32] | None:
+        """The bits of all tokens but end tokens that are late; None: there are no such."""
+        if self.late_ends and self._late_bits is None:
+            self._late_bits = ~mask_of(self.late_ends, vocab_size)
+            self._late_address = self._late_bits.ctypes.data
+        return self._late_bits
+
+    def address_on_time(self, vocab_size: int) -> int:
+        """Of these bits; 0: there are none."""
+        if self.late_ends and not self._late_address:
+            self.on_time(vocab_size)
+        return self._late_address
+
     def without_late_ends(self, bits: NDArray[np.uint32], vocab_size: int) -> None:
         """Of a mask [words], in place."""
-        if self.late_ends:
-            if self._late_bits is None:
-                self._late_bits = ~mask_of(self.late_ends, vocab_size)
-            bits &= self._late_bits
+        on_time = self.on_time(vocab_size)
+        if on_time is not None:
+            bits &= on_time
 
     def look_for_failure(self) -> None:
         """After a mask was asked for."""

@@ -1,8 +1,9 @@
 """Drawing tokens by inverting the cumulative distribution at a number of [0, 1).
 
 Tokens keep the vocabulary's order, so that rank plays no part: a row is filtered by value and takes one number of a
-counter-based stream. With a grammar it draws as if there were none, and where what came is forbidden, again among what
-is allowed by a second stream's number: that is the grammar's distribution. Filtered rows have their mask first.
+counter-based stream. With a grammar it draws as if there were none, and where what came is forbidden, again by the next
+stream's number: `TRIES` times, and the last time among what is allowed. That is the grammar's distribution. Filtered
+rows have their mask first.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from sensorium.types import SamplingParams
 LIKELY = -8.0  # scaled logits above this usually hold any nucleus (weights above 1/3000 of the highest)
 GREEDY_BELOW = 1e-5  # temperatures under this are greedy: dividing by them would overflow
 
-_SECOND = 0xA0761D6478BD642F  # any bits
+TRIES = 3
+"""Draws of a row with a grammar among all tokens, before one among those that are allowed, which needs a mask."""
+
+_STREAM = 0xA0761D6478BD642F  # any bits
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_A = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_B = np.uint64(0x94D049BB133111EB)
@@ -147,9 +151,9 @@ def seed_of(requested: int | None, engine_seed: int, request_id: int) -> int:
     return int(mixed[0])
 
 
-def second_seed(seed: int) -> int:
-    """Of the stream that a row takes its number from when it draws again."""
-    return seed ^ _SECOND
+def stream_seed(seed: int, stream: int) -> int:
+    """Of the stream that a row takes its number from when it draws again; 0 is the first."""
+    return seed ^ (stream * _STREAM & 0xFFFFFFFFFFFFFFFF)
 
 
 def uniforms_of(seeds: list[int], indices: list[int]) -> NDArray[np.float64]:

@@ -62,6 +62,7 @@ class Masks:
         self._vocab_size = vocab_size
         self._bits = np.zeros((max_num_seqs, -(-vocab_size // WORD_BITS)), np.uint32)
         self._address = self._bits.ctypes.data
+        self.costs = np.zeros(max_num_seqs, np.int64)  # by slot, see `kernels.draw_held`
         self._filled: set[int] = set()  # the slots that have this step's mask
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
         self._executor: LLExecutor | None = None
@@ -72,7 +73,8 @@ class Masks:
     def begin(self, sequences: Iterable[Sequence], *, may_ask: bool = False) -> None:
         """Start on the masks of a step: each for the token behind the sequence's drafts, if there is a choice.
 
-        With `may_ask` none for sequences that draw first and ask about one token, where their last took longer.
+        With `may_ask` none for sequences that draw first and ask about one token, where native code decides about that
+        or their last took longer.
         """
         self.wait()
         self._filled.clear()
@@ -81,7 +83,12 @@ class Masks:
             for seq in sequences
             if seq.constraint is not None
             and seq.constraint.needs_mask(seq.num_outputs + len(seq.drafts))
-            and not (may_ask and seq.constraint.mask_s > ASKING_S and seq.sampling and is_open(seq.sampling))
+            and not (
+                may_ask
+                and (seq.constraint.functions is not None or seq.constraint.mask_s > ASKING_S)
+                and seq.sampling
+                and is_open(seq.sampling)
+            )
         ]
         if self._wanted and self._seconds > THREAD_S:
             self._filling = self._thread.submit(self._fill_beside, self._wanted)

@@ -18,9 +18,9 @@ import numpy as np
 from llguidance import LLParserLimits, _lib
 
 from sensorium.engine.spelling import TokenTable
+from sensorium.kernels import FEW_FORCED, GrammarFunctions
 
 VERSIONS = ("1.9",)  # those that pyproject.toml allows
-FEW_FORCED = 16
 MAX_FORCED = 4096  # tokens that a grammar forces at once; more come with the next
 ERROR_BYTES = 512
 NO_TOKENS = "a grammar's tokenizer could not be built"
@@ -104,6 +104,18 @@ _QUICK: dict[str, tuple[Any, list[Any]]] = {
 """The same of what is shorter than giving the lock back."""
 
 
+_CALLED = (
+    "validate_tokens",
+    "compute_mask_into",
+    "consume_token",
+    "consume_tokens",
+    "compute_ff_tokens",
+    "is_stopped",
+    "is_error",
+)
+"""What native code calls, in the order of `GrammarFunctions`."""
+
+
 class CLibrary:
     """Its functions, by their names without `llg_`."""
 
@@ -114,6 +126,8 @@ class CLibrary:
                 function = getattr(loaded, name)
                 function.restype, function.argtypes = result, arguments
                 setattr(self, name.removeprefix("llg_"), function)
+        called = [getattr(self, f"matcher_{name}") for name in _CALLED]
+        self.functions = GrammarFunctions(*(ctypes.cast(function, c_void_p).value or 0 for function in called))
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         raise AttributeError(name)
@@ -187,48 +201,53 @@ def _writer(spelled: Callable[[bytes], list[int]]) -> Callable[[Any, int, int, i
 class NativeMatcher:
     """A place in a grammar."""
 
-    __slots__ = ("_address", "_library", "_tokenizer")
+    __slots__ = ("_library", "_tokenizer", "address")
 
     def __init__(self, tokenizer: NativeTokenizer, address: int) -> None:
-        self._tokenizer, self._library, self._address = tokenizer, tokenizer.library, address
+        self._tokenizer, self._library, self.address = tokenizer, tokenizer.library, address
+
+    @property
+    def functions(self) -> GrammarFunctions:
+        """For native code, which is given the address."""
+        return self._library.functions
 
     def deep_copy(self) -> NativeMatcher:
-        return NativeMatcher(self._tokenizer, self._library.clone_matcher(self._address))
+        return NativeMatcher(self._tokenizer, self._library.clone_matcher(self.address))
 
     def is_error(self) -> bool:
-        return bool(self._library.matcher_is_error(self._address))
+        return bool(self._library.matcher_is_error(self.address))
 
     def get_error(self) -> str:
-        return (self._library.matcher_get_error(self._address) or b"").decode(errors="replace")
+        return (self._library.matcher_get_error(self.address) or b"").decode(errors="replace")
 
     def is_stopped(self) -> bool:
-        return bool(self._library.matcher_is_stopped(self._address))
+        return bool(self._library.matcher_is_stopped(self.address))
 
     def consume_token(self, token: int) -> bool:
         """An end token is taken once the text is whole, too."""
         if token in self._tokenizer.ends and self.is_stopped():
             return not self.is_error()
-        return bool(self._library.matcher_consume_token(self._address, token) == 0)
+        return bool(self._library.matcher_consume_token(self.address, token) == 0)
 
     def consume_tokens(self, tokens: Sequence[int]) -> bool:
         array = np.array(tokens, np.uint32)
-        return bool(self._library.matcher_consume_tokens(self._address, array.ctypes.data, len(array)) == 0)
+        return bool(self._library.matcher_consume_tokens(self.address, array.ctypes.data, len(array)) == 0)
 
     def validate_tokens(self, tokens: Sequence[int]) -> int:
         """How many of them may follow, one after the other."""
         array = np.array(tokens, np.uint32)
-        return max(int(self._library.matcher_validate_tokens(self._address, array.ctypes.data, len(array))), 0)
+        return max(int(self._library.matcher_validate_tokens(self.address, array.ctypes.data, len(array))), 0)
 
     def allows(self, token: int) -> bool:
         """Whether this one may follow."""
-        return bool(self._library.matcher_validate_tokens(self._address, byref(c_uint32(token)), 1) == 1)
+        return bool(self._library.matcher_validate_tokens(self.address, byref(c_uint32(token)), 1) == 1)
 
     def compute_ff_tokens(self) -> list[int]:
         found = _Few()
-        count = self._library.matcher_compute_ff_tokens(self._address, found, FEW_FORCED)
+        count = self._library.matcher_compute_ff_tokens(self.address, found, FEW_FORCED)
         if count == FEW_FORCED:  # there may be more
             found = _Many()
-            count = self._library.matcher_compute_ff_tokens(self._address, found, MAX_FORCED)
+            count = self._library.matcher_compute_ff_tokens(self.address, found, MAX_FORCED)
         return found[:count] if count > 0 else []
 
     def compute_bitmask(self) -> bytes:
@@ -238,7 +257,7 @@ class NativeMatcher:
 
     def unsafe_compute_mask_ptr(self, address: int, size: int) -> None:
         """Into `size` bytes at an address. Nothing is written where the grammar fails: see `is_error`."""
-        self._library.matcher_compute_mask_into(self._address, address, size)
+        self._library.matcher_compute_mask_into(self.address, address, size)
 
     def __del__(self) -> None:
-        self._library.free_matcher(self._address)
+        self._library.free_matcher(self.address)

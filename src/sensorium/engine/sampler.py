@@ -20,9 +20,9 @@ from torch import Tensor
 
 from sensorium import kernels
 from sensorium.engine import speech_rules
-from sensorium.engine.choosing import argmax, choose, choose_held
+from sensorium.engine.choosing import argmax, choose, choose_held, take
 from sensorium.engine.constraint import Constraint
-from sensorium.engine.drawing import draw_together, draws_of, second_seed, uniforms_of
+from sensorium.engine.drawing import TRIES, draw_together, draws_of, stream_seed, uniforms_of
 from sensorium.engine.masks import Held, Masks, MaskTable
 from sensorium.engine.sampler_state import SamplerState, edits_of
 from sensorium.engine.sequence import Sequence
@@ -78,9 +78,8 @@ class Sampler:
         def finish() -> Sampled:
             token_ids, *found, values = fetch.wait()
             sampled = _checked(token_ids, values, logits.shape[1])
-            for row, constraint, _, index in held:
-                if row not in sampled.failed and not constraint.take(index, sampled.token_ids[row]):
-                    sampled.failed.append(row)
+            if held:
+                sampled.failed += take(held, sampled.token_ids, sampled.failed)
             if scores is not None:
                 told = scores.finish([sampled.token_ids[row] for row in wanted], found)
                 sampled.logprobs = {
@@ -109,9 +108,11 @@ class Sampler:
         twice = [] if self._on_cpu else [row for row, one, _, at in held if _draws_twice(states[row], one, at)]
         first = None
         if twice:
-            [where] = to_device([np.array(twice, np.int64)], logits.device)
+            tried = twice * TRIES
+            where, each = to_device([np.array(tried, np.int64), np.array(twice, np.int64)], logits.device)
             free = wishes.granted(logits.clone(), grammars=False)[where]
-            first, _ = _drawn(free, [states[row] for row in twice], [indices[row] for row in twice])
+            streams = [number for number in range(TRIES) for _ in twice]
+            first, _ = _drawn(free, [states[row] for row in tried], [indices[row] for row in tried], streams)
         found = wishes.granted(logits.clone() if wishes.are_any or tells else logits)
         if self._on_cpu:
             array, raw = found.numpy(), logits.numpy()
@@ -121,10 +122,13 @@ class Sampler:
                 else choose_held(array, raw, states, indices, held, masks, is_edited=wishes.are_any)
             )
             return torch.from_numpy(chosen[0]), torch.from_numpy(chosen[1]), found
-        ids, highest = _drawn(found, states, indices, twice)
+        last = set(twice)
+        ids, highest = _drawn(found, states, indices, [TRIES if row in last else 0 for row in range(len(states))])
         if first is not None:
-            is_allowed = found[where].gather(1, first.unsqueeze(1)).squeeze(1) > -torch.inf
-            ids = ids.index_copy(0, where, torch.where(is_allowed, first, ids[where]))
+            tries = first.view(TRIES, -1)  # [tries, rows]
+            is_allowed = (found[each].gather(1, tries.T) > -torch.inf).T
+            best = is_allowed.to(torch.uint8).argmax(dim=0, keepdim=True)  # the first that is
+            ids = ids.index_copy(0, each, torch.where(is_allowed.any(0), tries.gather(0, best)[0], ids[each]))
         return ids, highest, found
 
     def _remember(self, seq: Sequence, vocab_size: int) -> SamplerState:
@@ -188,18 +192,15 @@ def _draws_twice(state: SamplerState, constraint: Constraint, index: int) -> boo
     return state.open and not state.greedy and not constraint.error and constraint.needs_mask(index)
 
 
-def _drawn(
-    logits: Tensor, states: Seq[SamplerState], indices: list[int], again: Seq[int] = ()
-) -> tuple[Tensor, Tensor]:
-    """(token ids int64, highest logits float32) of float32 logits [rows, vocab], of rows `again` by their second
-    numbers. Nothing is read from the device."""
+def _drawn(logits: Tensor, states: Seq[SamplerState], indices: list[int], streams: Seq[int]) -> tuple[Tensor, Tensor]:
+    """(token ids int64, highest logits float32) of float32 logits [rows, vocab], by the numbers of each row's stream.
+    Nothing is read from the device."""
     random = [row for row, state in enumerate(states) if not state.greedy]
     if not random:
         highest, token_ids = logits.max(dim=-1)
         return token_ids, highest
-    seeds, params = [state.seed for state in states], [state.params for state in states]
-    for row in again:
-        seeds[row] = second_seed(seeds[row])
+    params = [state.params for state in states]
+    seeds = [stream_seed(state.seed, stream) for state, stream in zip(states, streams, strict=True)]
     draws = draws_of(seeds, indices, params)
     draws.temperature[[row for row, state in enumerate(states) if state.greedy]] = 0
     found = kernels.draw(logits, draws)

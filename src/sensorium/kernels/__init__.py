@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sensorium.kernels import reference
 from sensorium.kernels.backend import (
+    FEW_FORCED,
     FP8,
     MAPPED_BYTES,
     Activation,
@@ -31,6 +32,8 @@ from sensorium.kernels.backend import (
     Draws,
     Edits,
     Experts,
+    GrammarFunctions,
+    HeldRow,
     LayerShape,
     LowRank,
     MappedBlocks,
@@ -40,6 +43,7 @@ from sensorium.kernels.backend import (
     RoutedParts,
     RowDraws,
     StateParts,
+    Taken,
     TokenGroups,
     TokenRowsParts,
 )
@@ -55,6 +59,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 __all__ = [
+    "FEW_FORCED",
     "FP8",
     "MAPPED_BYTES",
     "Activation",
@@ -69,6 +74,8 @@ __all__ = [
     "Draws",
     "Edits",
     "Experts",
+    "GrammarFunctions",
+    "HeldRow",
     "LayerShape",
     "LowRank",
     "MappedBlocks",
@@ -78,6 +85,7 @@ __all__ = [
     "RoutedParts",
     "RowDraws",
     "StateParts",
+    "Taken",
     "TokenGroups",
     "TokenRowsParts",
     "activate",
@@ -94,6 +102,7 @@ __all__ = [
     "delta_rule",
     "describe",
     "draw",
+    "draw_held",
     "draw_rows",
     "edit",
     "empty_linear",
@@ -117,6 +126,7 @@ __all__ = [
     "rope",
     "run_attention",
     "silu_mul",
+    "take_held",
     "varlen_attention",
     "write_kv",
 ]
@@ -332,6 +342,30 @@ def draw(logits: Tensor, draws: Draws) -> tuple[Tensor, Tensor] | None:
 
 def draw_rows(logits: NDArray[np.float32], draws: RowDraws) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     return (_native() or _REFERENCE).draw_rows(logits, draws)
+
+
+def draw_held(
+    grammars: GrammarFunctions,
+    logits: NDArray[np.float32],
+    rows: Sequence[HeldRow],
+    temperatures: Sequence[float],
+    costs: NDArray[np.int64],
+) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
+    """Of rows of logits [rows, vocab] on a CPU: the tokens that are drawn [n], and the highest logits of what is left
+    [n], as `engine.choosing` says; minus infinity where a grammar leaves nothing. Temperature 0: the first token of the
+    highest logit. `costs` [slots] has what the last masks took, in nanoseconds, and is written to. None where there is
+    no kernel for it."""
+    native = _native()
+    return None if native is None else native.draw_held(grammars, logits, rows, temperatures, costs)
+
+
+def take_held(
+    grammars: GrammarFunctions, matchers: Sequence[int], tokens: Sequence[int]
+) -> list[tuple[int, Taken]] | None:
+    """Grammars at these addresses take a token each, and what that forces. What came of those, by number, where there
+    is something to tell. None where there is no kernel for it."""
+    native = _native()
+    return None if native is None else native.take_held(grammars, matchers, tokens)
 
 
 def causal_conv(

@@ -329,6 +329,42 @@ class RowDraws(NamedTuple):
     masks: NDArray[np.uint32] | None = None  # [n, words], the tokens that count
 
 
+FEW_FORCED = 16
+"""Tokens that a grammar forces at once, and that a native call takes: one less."""
+
+
+class GrammarFunctions(NamedTuple):
+    """Addresses of the grammar library's functions, in the order of native/kernels.h."""
+
+    validate: int
+    compute_mask: int
+    consume: int
+    consume_many: int
+    forced: int
+    is_stopped: int
+    is_error: int
+
+
+class HeldRow(NamedTuple):
+    """A row of logits that is held to a grammar, as native/kernels.h has it."""
+
+    row: int
+    seed: int
+    place: int  # of the token in its output
+    matcher: int  # address
+    on_time: int  # address of the bits of all tokens but those that come where there is nothing else; 0: of all
+    slot: int
+
+
+class Taken(NamedTuple):
+    """What came of a token that a grammar took."""
+
+    failed: bool
+    stopped: bool
+    forced: list[int]  # that were taken, too
+    is_more: bool  # at least `FEW_FORCED` are forced, and none was taken
+
+
 @dataclass(frozen=True, slots=True)
 class LowRank:
     """What one adapter adds to one linear layer: x -> wide[k] (narrow x) for rows [first, first + n) of its output; to

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import tomllib
@@ -13,13 +14,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from llguidance import LLMatcher, LLTokenizer
 from support import tiny_tokenizers
+from support.drawing import sequence
 from support.engine_harness import Result, bench, random_prompt, request, tokens_of
 from support.tiny_tokenizers import id_of
 
 from sensorium.engine import grammars, matchers, spelling
+from sensorium.engine.constraint import Constraint
+from sensorium.engine.masks import Masks
 from sensorium.engine.matchers import NativeMatcher, NativeTokenizer, library
+from sensorium.engine.sampler import Sampler
 from sensorium.models.base import Model
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.system.priority import ENDED_FIRST, NICENESS
@@ -100,6 +106,47 @@ def test_it_says_what_the_python_classes_say(native: NativeTokenizer, plain: LLT
     whole = native.matcher(text, grammars.LIMITS)
     assert whole.validate_tokens(answers[0]) == len(answers[0])
     assert whole.validate_tokens([0, *answers[0]]) == 0
+
+
+class Unasked(NativeMatcher):
+    """One that native code is not told of."""
+
+    functions = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("grammar", GRAMMARS, ids=lambda grammar: grammar.kind)
+def test_rows_are_drawn_and_taken_by_native_code_as_one_by_one(
+    native: NativeTokenizer, vocabulary: Vocabulary, model: Model, grammar: Grammar, temperature: float
+) -> None:
+    """The same tokens and the same ends, whatever else a request wishes."""
+    vocab_size, text = model.checkpoint.vocab_size, grammars.described(grammar)
+
+    def answers(kind: type[NativeMatcher]) -> list[list[int]]:
+        rng, masks, running = np.random.default_rng(3), Masks(8, vocab_size), []
+        for row in range(8):
+            bias = ((int(rng.integers(vocab_size)), -math.inf),) if row % 2 else ()
+            seq = sequence([1], [], row, seed=row, temperature=temperature, logit_bias=bias)
+            found = native.matcher(text, grammars.LIMITS)
+            late = sorted(spelling.ends_within(vocabulary, vocab_size)) if row % 3 else []
+            seq.slot, seq.constraint = row, Constraint(kind(native, found._library.clone_matcher(found.address)), late)
+            running.append(seq)
+        sampler, everyone = Sampler(0, masks), list(running)
+        for _ in range(50):
+            logits = torch.from_numpy((3 * rng.standard_normal((8, vocab_size))).astype(np.float32))
+            masks.begin(running, may_ask=True)
+            sampled = sampler.sample(logits[[seq.slot for seq in running]], running)
+            assert not sampled.failed
+            for seq, token in zip(running, sampled.token_ids, strict=True):
+                seq.append(token)
+            running = [seq for seq in running if not seq.constraint.is_complete(seq.num_outputs)]  # type: ignore[union-attr]
+            if not running:
+                break
+        return [seq.tokens[seq.num_prompt : seq.num_tokens].tolist() for seq in everyone]
+
+    said = answers(NativeMatcher)
+    assert said == answers(Unasked)
+    assert len(set(map(tuple, said))) > 1
 
 
 def test_what_is_no_grammar_and_tokens_that_do_not_fit_are_errors(native: NativeTokenizer) -> None:

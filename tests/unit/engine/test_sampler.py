@@ -11,24 +11,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.drawing import FixedMatcher, drawn, held_by
+from support.drawing import FixedMatcher, drawn, held_by, sequence
 
 from sensorium.engine.drawing import _thresholds, draw_together, draws_of, row_threshold, uniforms_of
 from sensorium.engine.masks import ASKING_S, Masks
 from sensorium.engine.sampler import Sampler
 from sensorium.engine.sampler_state import TokenCounts
 from sensorium.engine.sequence import Sequence
-from sensorium.types import EngineRequest, Prompt, SamplingParams
+from sensorium.types import SamplingParams
 
 VOCABS = (100, 8193, 10000, 151936)
-
-
-def sequence(prompt: list[int], outputs: list[int], request_id: int = 1, **sampling: Any) -> Sequence:
-    params = SamplingParams(max_tokens=len(outputs) + 50, **sampling)
-    seq = Sequence(EngineRequest(request_id, Prompt(np.array(prompt, np.int32)), params), 0)
-    for token in outputs:
-        seq.append(token)
-    return seq
 
 
 def reference_probabilities(logits: np.ndarray, seq: Sequence) -> np.ndarray:

@@ -15,12 +15,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from sensorium.kernels.backend import Activation
+from sensorium.kernels.backend import Activation, GrammarFunctions
 from sensorium.kernels.cpu.memory import WeightMemory
 
 Isa = Literal["portable", "avx2", "avx512", "avx512_bf16"]
 ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512", "avx512_bf16")  # the index is the C side's number
-ABI = 19
+ABI = 20
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "tanh", "clamped_swiglu")
 
 _P, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
@@ -52,9 +52,12 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "norm_gated": (_P, _P, _P, _I64, _P, _P, _I64, _I64, _I64, _F32),
     "choose": (_P, _P, _P, _I64, _P, _P),
     "draw": (_P, _P),
+    "draw_held": (_P, _P),
     "write_kv": (_P, _P, _I64, _P, _I64, _P, _P, _P, _I64, _I64, _I64, _I64, _I32),
 }
-_RETURNS = {"block_bytes": _I64}
+_RETURNS = {"block_bytes": _I64, "take_held": _I64}
+_LOCKED: dict[str, tuple[Any, ...]] = {"take_held": (_P, _P, _P, _I64, _P)}
+"""What keeps the interpreter's lock: it is shorter than giving that back."""
 
 
 class LinearArguments(ctypes.Structure):
@@ -138,6 +141,25 @@ class DrawArguments(ctypes.Structure):
         ("stride", _I64),
         ("vocab", _I64),
         ("words", _I64),
+        ("count", _I64),
+    ]
+
+
+class GrammarArguments(ctypes.Structure):
+    _fields_: ClassVar = [(name, _P) for name in GrammarFunctions._fields]
+
+
+class HeldDrawArguments(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("grammars", _P),
+        ("logits", _P),
+        ("rows", _P),
+        ("temperatures", _P),
+        ("costs", _P),
+        ("tokens", _P),
+        ("highest", _P),
+        ("stride", _I64),
+        ("vocab", _I64),
         ("count", _I64),
     ]
 
@@ -306,6 +328,8 @@ class Library:
     _experts: Callable[..., None]
     _choose: Callable[..., None]
     _draw: Callable[..., None]
+    _draw_held: Callable[..., None]
+    _take_held: Callable[..., int]
     _causal_conv: Callable[..., None]
     _delta_rule: Callable[..., None]
     _delta_gates: Callable[..., None]
@@ -316,10 +340,11 @@ class Library:
         self._library = ctypes.CDLL(str(path))
         if self._library.sensorium_abi() != ABI:
             raise OSError(f"{path.name} was built for another version of this package; install the package again")
-        for name, arguments in _SIGNATURES.items():
-            function = self._library[f"sensorium_{name}"]
-            function.argtypes, function.restype = arguments, _RETURNS.get(name)
-            setattr(self, f"_{name}", function)
+        for library, functions in ((self._library, _SIGNATURES), (ctypes.PyDLL(str(path)), _LOCKED)):
+            for name, arguments in functions.items():
+                function = library[f"sensorium_{name}"]
+                function.argtypes, function.restype = arguments, _RETURNS.get(name)
+                setattr(self, f"_{name}", function)
         fork = _torch_fork()
         self.threads = threads or torch.get_num_threads()
         self._library.sensorium_open.argtypes = (_I32, _I32, _P)

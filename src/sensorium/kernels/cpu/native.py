@@ -29,6 +29,7 @@ from sensorium.kernels.cpu.attention import AttentionKernels, heads_are_adjacent
 from sensorium.kernels.cpu.blocks import FROM_FILE, BlockLinear, MappedBlockLinear
 from sensorium.kernels.cpu.decoder import NativeDecoder, can_stack
 from sensorium.kernels.cpu.experts import NativeExperts
+from sensorium.kernels.cpu.grammars import GrammarKernels
 from sensorium.kernels.cpu.library import (
     ACTIVATIONS,
     DecoderArguments,
@@ -46,7 +47,7 @@ LAYOUT = 1  # of quantised weights and how they are rounded: to be raised with e
 _BF16, _CPU = torch.bfloat16, torch.device("cpu")
 
 
-class Native(AttentionKernels, StateKernels):
+class Native(AttentionKernels, StateKernels, GrammarKernels):
     """The library as a `Backend`."""
 
     def describe(self) -> str:
