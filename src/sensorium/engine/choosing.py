@@ -57,31 +57,23 @@ def choose_held(
     """The same where there are rows with grammars, which may be written to. `raw` are the logits without what
     `is_edited`."""
     masks.wait()
-    asked, quick = [], []
-    functions: kernels.GrammarFunctions | None = None
+    asked, quick = list[Held](), list[Held]()
     for one in held:
         row, constraint, _, index = one
         if constraint.error or not constraint.needs_mask(index):
             continue
         if not states[row].open:
             masks.hold(logits[row], raw[row], one, is_edited=is_edited)
-        elif constraint.functions is None:
-            asked.append(one)
         else:
-            functions = constraint.functions
-            quick.append(one)
-    found = None if functions is None else _choose_quickly(functions, logits, states, quick, masks)
+            (asked if constraint.functions is None else quick).append(one)
+    found = _choose_quickly(logits, states, quick, masks)
     if found is None:
-        asked += quick
-        quick = []
+        asked, quick = asked + quick, []
     chosen = token_ids, highest = choose(logits, states, indices, {row for row, *_ in quick})
-    empty = []
+    empty = _choose_asking(logits, states, asked, masks, chosen)
     if found is not None:
-        rows = [row for row, *_ in quick]
-        token_ids[rows] = found[0]
-        left = found[1].tolist()
-        empty = [one for one, value in zip(quick, left, strict=True) if value == -math.inf]
-    empty += _choose_asking(logits, states, asked, masks, chosen)
+        token_ids[[row for row, *_ in quick]] = found[0]
+        empty += [one for one, left in zip(quick, found[1].tolist(), strict=True) if left == -math.inf]
     if empty:
         _choose_anyway(logits, raw, states, empty, masks, chosen, is_edited=is_edited)
     for row, constraint, _, index in held:
@@ -91,19 +83,19 @@ def choose_held(
     return chosen
 
 
-def _choose_quickly(
-    functions: kernels.GrammarFunctions, logits: Floats, states: Seq[SamplerState], held: list[Held], masks: Masks
-) -> Chosen | None:
+def _choose_quickly(logits: Floats, states: Seq[SamplerState], held: list[Held], masks: Masks) -> Chosen | None:
     """What `_choose_asking` does, in native code: (tokens, highest logits of what is left) of these rows. None where
     that is not there."""
     rows, temperatures = [], []
+    functions: kernels.GrammarFunctions | None = None
     vocab_size = logits.shape[1]
     for row, constraint, slot, index in held:
         state = states[row]
         bits = constraint.address_on_time(vocab_size)
         rows.append(kernels.HeldRow(row, state.seed, index, constraint.address, bits, slot))
         temperatures.append(0.0 if state.greedy else state.params.temperature)
-    return kernels.draw_held(functions, logits, rows, temperatures, masks.costs)
+        functions = constraint.functions
+    return None if functions is None else kernels.draw_held(functions, logits, rows, temperatures, masks.costs)
 
 
 def _choose_asking(

@@ -106,13 +106,7 @@ class Sampler:
         tells = any(states[row].params.logprobs is not None for row, *_ in held)
         indices = [seq.num_outputs + (len(ahead[i]) if ahead else 0) for i, seq in enumerate(sequences)]
         twice = [] if self._on_cpu else [row for row, one, _, at in held if _draws_twice(states[row], one, at)]
-        first = None
-        if twice:
-            tried = twice * TRIES
-            where, each = to_device([np.array(tried, np.int64), np.array(twice, np.int64)], logits.device)
-            free = wishes.granted(logits.clone(), grammars=False)[where]
-            streams = [number for number in range(TRIES) for _ in twice]
-            first, _ = _drawn(free, [states[row] for row in tried], [indices[row] for row in tried], streams)
+        tried = _tried(logits, wishes, states, indices, twice) if twice else None
         found = wishes.granted(logits.clone() if wishes.are_any or tells else logits)
         if self._on_cpu:
             array, raw = found.numpy(), logits.numpy()
@@ -124,12 +118,7 @@ class Sampler:
             return torch.from_numpy(chosen[0]), torch.from_numpy(chosen[1]), found
         last = set(twice)
         ids, highest = _drawn(found, states, indices, [TRIES if row in last else 0 for row in range(len(states))])
-        if first is not None:
-            tries = first.view(TRIES, -1)  # [tries, rows]
-            is_allowed = (found[each].gather(1, tries.T) > -torch.inf).T
-            best = is_allowed.to(torch.uint8).argmax(dim=0, keepdim=True)  # the first that is
-            ids = ids.index_copy(0, each, torch.where(is_allowed.any(0), tries.gather(0, best)[0], ids[each]))
-        return ids, highest, found
+        return ids if tried is None else _with_allowed(ids, *tried, found), highest, found
 
     def _remember(self, seq: Sequence, vocab_size: int) -> SamplerState:
         if seq.sampling is None:
@@ -190,6 +179,25 @@ def _hold_to_rules(row: Tensor, params: SamplingParams, seq: Sequence, gained: l
 def _draws_twice(state: SamplerState, constraint: Constraint, index: int) -> bool:
     """Whether a row draws as if there were no grammar, and again where that comes to nothing."""
     return state.open and not state.greedy and not constraint.error and constraint.needs_mask(index)
+
+
+def _tried(
+    logits: Tensor, wishes: _Wishes, states: Seq[SamplerState], indices: list[int], rows: list[int]
+) -> tuple[Tensor, Tensor]:
+    """(the rows [n], tokens [tries, n] that they draw among all tokens)"""
+    each = rows * TRIES
+    [where] = to_device([np.array(each, np.int64)], logits.device)
+    free = wishes.granted(logits.clone(), grammars=False)[where]
+    streams = [number for number in range(TRIES) for _ in rows]
+    tokens, _ = _drawn(free, [states[row] for row in each], [indices[row] for row in each], streams)
+    return where[: len(rows)], tokens.view(TRIES, -1)
+
+
+def _with_allowed(ids: Tensor, rows: Tensor, tries: Tensor, held: Tensor) -> Tensor:
+    """`ids` with the first of each row's tries that is allowed by the logits `held`, where one is."""
+    is_allowed = (held[rows].gather(1, tries.T) > -torch.inf).T
+    best = is_allowed.to(torch.uint8).argmax(dim=0, keepdim=True)
+    return ids.index_copy(0, rows, torch.where(is_allowed.any(0), tries.gather(0, best)[0], ids[rows]))
 
 
 def _drawn(logits: Tensor, states: Seq[SamplerState], indices: list[int], streams: Seq[int]) -> tuple[Tensor, Tensor]:
