@@ -114,8 +114,11 @@ class Unasked(NativeMatcher):
     functions = None  # type: ignore[assignment]
 
 
+LONG = Grammar("regex", "[ab] after which there is a long text without any choice, [0-9]{9}")
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("grammar", GRAMMARS, ids=lambda grammar: grammar.kind)
+@pytest.mark.parametrize("grammar", [*GRAMMARS, LONG], ids=["json", "regex", "lark", "long"])
 def test_rows_are_drawn_and_taken_by_native_code_as_one_by_one(
     native: NativeTokenizer, vocabulary: Vocabulary, model: Model, grammar: Grammar, temperature: float
 ) -> None:
@@ -147,6 +150,26 @@ def test_rows_are_drawn_and_taken_by_native_code_as_one_by_one(
     said = answers(NativeMatcher)
     assert said == answers(Unasked)
     assert len(set(map(tuple, said))) > 1
+
+
+def test_native_code_draws_what_a_grammar_allows_as_often_as_it_is_likely(
+    native: NativeTokenizer, vocabulary: Vocabulary, model: Model
+) -> None:
+    vocab_size, rows = model.checkpoint.vocab_size, 2000
+    first = native.matcher(grammars.described(Grammar("regex", "[a-f]x")), grammars.LIMITS)
+    allowed = np.unpackbits(np.frombuffer(first.compute_bitmask(), np.uint8), bitorder="little")[:vocab_size] > 0
+    logits = np.where(allowed, np.linspace(0, 2, vocab_size), 1).astype(np.float32)
+    masks, sequences = Masks(rows, vocab_size), []
+    for row in range(rows):
+        seq = sequence([1], [], row, seed=row, temperature=0.7)
+        seq.slot, seq.constraint = row, Constraint(first.deep_copy())
+        sequences.append(seq)
+    masks.begin(sequences, may_ask=True)
+    found = Sampler(0, masks).sample(torch.from_numpy(logits).repeat(rows, 1), sequences)
+    weights = np.where(allowed, np.exp(logits / 0.7), 0)
+    shares = np.bincount(found.token_ids, minlength=vocab_size) / rows
+    assert not found.failed and 3 < allowed.sum() < 30
+    assert np.abs(shares - weights / weights.sum()).max() < 0.04
 
 
 def test_what_is_no_grammar_and_tokens_that_do_not_fit_are_errors(native: NativeTokenizer) -> None:
