@@ -196,12 +196,17 @@ class WorkerPool:
 
     def rest(self) -> None:
         """End workers that have no job, but for the last one of the server: who forks them would end with it."""
-        while True:
+        while self.nursery is not None and self._end_one(self.nursery):
+            pass
+
+    def _end_one(self, nursery: Nursery) -> bool:
+        with nursery.ending:  # whatever is being ended, here or in another pool, is not counted any more
             with self._lock:
-                if not self._idle or self.nursery is None or self.nursery.count < 2:
-                    return
+                if not self._idle or nursery.count < 2:
+                    return False
                 worker = self._idle.pop(0)  # from here on nobody gives it a job
             worker.kill()
+        return True
 
     @property
     def pids(self) -> list[int]:

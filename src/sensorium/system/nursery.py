@@ -36,6 +36,8 @@ class Nursery:
         """A child that is killed before it was forked ends when it finds its socket closed. One that was asked for
         longer ago than `patience_s` ends whoever should fork it: it does not get on."""
         self.patience_s = patience_s
+        self.ending = threading.Lock()
+        """For who ends a process only if it is not the last: held from the look at `count` until it has ended."""
         self._module, self._environment, self._stdout = module, dict(environment), stdout
         self._lock = threading.RLock()
         self._process: subprocess.Popen[bytes] | None = None

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from support.pictures import encoded
 
 from sensorium.config import Limits
 from sensorium.media.loader import MediaLoader
+from sensorium.media.pool import Bounds, Worker, WorkerPool
 from sensorium.media.source import MediaSource
 from sensorium.prompt.inspection import TemplateExhausted
 from sensorium.prompt.renderer import RenderPool
@@ -117,13 +119,37 @@ async def test_workers_without_a_job_end_but_for_one(pool: RenderPool) -> None:
     await asyncio.to_thread(until, lambda: {parent(pid) for pid in pool.pids} == {maker})
 
 
+def test_pools_that_rest_at_once_leave_one(nursery: Nursery) -> None:
+    """While one of two workers is being ended, the other is the last."""
+    pools = [WorkerPool(role, 1, Bounds(5, 20, 1 << 28, 1 << 20), nursery) for role in ("image", "stream")]
+    loop = asyncio.new_event_loop()
+    for pool in pools:
+        pool._idle.append(Worker.spawn(pool.role, pool.bounds, nursery))
+    try:
+        for pool in pools:
+            pool._idle[0].wait_ready()
+        resting = [threading.Thread(target=pool.rest) for pool in pools]
+        with nursery.ending:
+            for thread in resting:
+                thread.start()
+        for thread in resting:
+            thread.join()
+        assert nursery.count == sum(len(pool.pids) for pool in pools) == 1
+    finally:
+        for pool in pools:
+            loop.run_until_complete(pool.aclose())
+        loop.close()
+
+
 async def test_decoders_without_a_job_end_and_come_back(nursery: Nursery, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sensorium.media.pool.REST_S", 0.0)
     loader = MediaLoader(Limits(), workers=1, nursery=nursery)
     raw = await loader.fetch(MediaSource("image", "", payload=encoded(Image.new("RGB", (40, 30)))))
     for _ in range(8):  # some come while another one's worker ends
         assert (await loader.decode(raw)).data.shape == (30, 40, 3)
-    assert len(loader._images.pids) == nursery.count == 1, "who forks them would end with it"
+    await asyncio.to_thread(
+        until, lambda: len(loader._images.pids) == nursery.count == 1
+    )  # with it ends who forks them
     render = WorkerProcess.start("sensorium.prompt.render_worker", "operators", 1 << 28, 1.0, nursery=nursery)
     for _ in range(4):
         assert (await loader.decode(raw)).data.shape == (30, 40, 3)
