@@ -93,6 +93,25 @@ def test_anthropic(url: str) -> None:
         client.messages.create(model=MODEL, max_tokens=10, messages=[{"role": "user", "content": [{"type": "x"}]}])  # type: ignore[list-item, typeddict-item]
 
 
+def test_anthropic_runs_tools(url: str) -> None:
+    """Its runner asks the server to hold the conversation; ours makes it send the whole one each time."""
+    import anthropic
+
+    @anthropic.beta_tool
+    def get_weather(city: str) -> str:
+        """Get the weather.
+
+        Args:
+            city: where
+        """
+        return f"sunny in {city}"
+
+    client = anthropic.Anthropic(base_url=url.removesuffix("/v1"), api_key="none", max_retries=0)
+    user: Any = [{"role": "user", "content": "hi"}]
+    runner = client.beta.messages.tool_runner(model=MODEL, max_tokens=200, tools=[get_weather], messages=user)
+    assert runner.until_done().content[0].text == "The tool says: sunny in Paris"  # type: ignore[union-attr]
+
+
 # langchain
 
 

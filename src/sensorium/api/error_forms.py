@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from sensorium.api.protocol.other_servers import NO_THREADS
 from sensorium.api.transport.asgi import Call, ErrorForm, Header
 from sensorium.api.transport.sse import named_event
 from sensorium.errors import RequestError, SensoriumError
@@ -31,7 +32,10 @@ class AnthropicErrors:
 
     def _object(self, error: SensoriumError) -> dict[str, Any]:
         kind = _ANTHROPIC_TYPES.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
-        return {"type": "error", "error": {"type": kind, "message": _message(error)}}
+        found: dict[str, Any] = {"type": kind, "message": _message(error)}
+        if error.code == NO_THREADS:
+            found["details"] = {"error_code": NO_THREADS, "unsupported": ["thread"]}
+        return {"type": "error", "error": found}
 
 
 _ANTHROPIC_TYPES = {

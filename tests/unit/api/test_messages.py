@@ -78,7 +78,7 @@ def error_of(reply: Reply) -> dict[str, Any]:
     found = reply.json
     assert set(found) == {"type", "error", "request_id"}
     assert found["type"] == "error"
-    assert set(found["error"]) == {"type", "message"}
+    assert set(found["error"]) - {"details"} == {"type", "message"}
     assert reply.headers["request-id"] == found["request_id"] == reply.headers["x-request-id"]
     assert not LEAKS.search(reply.body.decode())
     return dict(found["error"])
@@ -678,6 +678,7 @@ WRONG: list[Any] = [
     (bad(thinking_token_budget=5), "thinking.budget_tokens"),
     (bad(response_format={"type": "json_object"}), "output_config.format"),
     (bad(mcp_servers=[{"url": "x"}]), "mcp_servers"),
+    (bad(compaction={"type": "summarize"}), "`compaction`"),
     (block(type="image"), "messages[0].content[1].source"),
     (block(type="image", source={"type": "file", "file_id": "f"}), "messages[0].content[1].source.type"),
     (block(**{**IMAGE, "source": {**IMAGE["source"], "data": "%%%"}}), "messages[0].content[1].source.data"),  # type: ignore[dict-item]
@@ -712,6 +713,21 @@ async def test_what_is_wrong_is_named(marked_format: MarkedFormat) -> None:
         assert served.engine.requests == []
 
 
+async def test_clients_that_keep_conversations_on_the_server_send_whole_ones() -> None:
+    """Anthropic's client reads why a thread was refused and goes on without one."""
+    async with serving() as served:
+        for thread in ({"type": "create"}, {"type": "continue", "previous_message_id": "msg_1"}):
+            found = error_of(await ask(served, thread=thread))
+            assert found["details"] == {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+        assert served.engine.requests == []
+        talk = client_of(served).beta.messages.thread(
+            model="tiny", max_tokens=50, unsupported_request_behavior="continue_unthreaded"
+        )
+        for said in ("one", "two"):
+            await talk.send({"role": "user", "content": said})
+        assert all(said in prompt_of(served.engine.requests[-1]) for said in ("one", "two"))
+
+
 async def test_what_a_model_without_tools_or_eyes_refuses() -> None:
     history = [
         {"role": "user", "content": "a"},
@@ -739,6 +755,9 @@ async def test_fields_without_effect_are_taken() -> None:
             container="c",
             context_management={"edits": []},
             inference_geo="eu",
+            fallbacks="default",
+            thread=None,
+            compaction=None,
             mcp_servers=[],
             messages=[
                 {"role": "user", "content": [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}]}

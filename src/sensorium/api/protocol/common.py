@@ -68,8 +68,9 @@ class Body(FailsFast):
         for name, value in (self.model_extra or {}).items():
             if name in self.foreign:
                 if not self.changes_nothing(name, value):
+                    known = self.foreign[name]
                     raise UnsupportedFieldError(
-                        f"`{name}` is not supported by this server: {self.foreign[name].advice}.", param=name
+                        f"`{name}` is not supported by this server: {known.advice}.", param=name, code=known.code
                     )
             elif name not in IGNORED:
                 unknown.note(name)

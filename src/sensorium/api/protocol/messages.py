@@ -13,7 +13,7 @@ from sensorium.api.protocol.content import Conversation
 from sensorium.api.protocol.foreign_chat import ForeignChat
 from sensorium.api.protocol.message_blocks import InputMessage, Kind, SystemContent, ToolUseBlock
 from sensorium.api.protocol.message_turns import turns_of
-from sensorium.api.protocol.other_servers import MESSAGES, Foreign
+from sensorium.api.protocol.other_servers import COMPACTED, MESSAGES, Foreign
 from sensorium.api.protocol.sampling import MANY_STOPS, Stop, check_stop_count
 from sensorium.api.protocol.structured import json_form
 from sensorium.api.protocol.tools import (
@@ -188,6 +188,8 @@ class CountTokensRequest(Body):
 
 
 class MessagesRequest(CountTokensRequest):
+    foreign: ClassVar[Mapping[str, Foreign]] = COMPACTED
+
     max_tokens: Annotated[int, Field(ge=1, le=INT32_MAX)]
     stop_sequences: Annotated[list[Stop], Field(max_length=64)] | None = None
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None

@@ -16,10 +16,12 @@ NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 
 @dataclass(frozen=True, slots=True)
 class Foreign:
-    """`harmless` are the values with which the field may be there all the same; `advice` completes a sentence."""
+    """`harmless` are the values with which the field may be there all the same; `advice` completes a sentence.
+    `code` is that of the error, where clients read it."""
 
     harmless: tuple[Any, ...] = NOTHING
     advice: str = "leave it out"
+    code: str = "unsupported_field"
 
     def allows(self, value: Any) -> bool:
         return any(_same(value, known) for known in self.harmless)
@@ -155,6 +157,7 @@ _THOUGHTS = "`enable_thinking`, `reasoning_effort`, `thinking_token_budget` and 
 CHATS: Mapping[str, Foreign] = {
     **ANSWERS,
     **_fields("input_ids prompt_token_ids", advice="/v1/completions takes token ids, as its `prompt`"),
+    **_fields("moderation"),
     **_fields("thinking", (None, {"type": "enabled"}, {"type": "auto"}), _THOUGHTS),
     **_fields("reasoning", (None, {}, {"enabled": True}, {"exclude": False}), _THOUGHTS),
 }
@@ -258,6 +261,8 @@ RECORDINGS: Mapping[str, Foreign] = {
 }
 """Those of the upload form, whose values are text."""
 
+NO_THREADS = "thread_unsupported_request"
+"""Anthropic's clients, which find this in an error's details, go on by sending whole conversations."""
 _NOT_ANTHROPICS = "Anthropic's API has no such field; /v1/chat/completions has"
 MESSAGES: Mapping[str, Foreign] = {
     **EVERYWHERE,
@@ -270,6 +275,9 @@ MESSAGES: Mapping[str, Foreign] = {
     **_called("messages", "prompt"),
     **_fields("n", (None, 1), "a message is one answer"),
     **_fields("mcp_servers", (None, []), "tools are called by the client: describe them in `tools`"),
+    "thread": Foreign(
+        (None,), "messages are not stored here: send the whole conversation in `messages`, without it", NO_THREADS
+    ),
     **_called("thinking.budget_tokens", "thinking_token_budget", -1),
     **_called("thinking.type", "enable_thinking"),
     **_fields(
@@ -288,12 +296,18 @@ MESSAGES: Mapping[str, Foreign] = {
         "`output_config.format` holds an answer to a JSON schema; /v1/chat/completions has other forms",
     ),
 }
-"""Those that Anthropic's Messages API does not have."""
+"""Those that Anthropic's Messages API does not have, and those of it that need a server that stores."""
+COMPACTED: Mapping[str, Foreign] = {
+    **MESSAGES,
+    **_fields("compaction", (None,), "ask for a summary in a message, and send it in place of what it sums up"),
+}
+"""And where an answer is asked for, not a count."""
 
 IGNORED = frozenset(
     """
-    container context_management diagnostics inference_geo speed cache_control betas
-    metadata prompt_cache_key prompt_cache_retention safety_identifier
+    container context_management diagnostics inference_geo speed cache_control betas billing_policy
+    fallback_credit_token fallbacks user_profile_id workspace_id
+    metadata prompt_cache_key prompt_cache_options prompt_cache_retention safety_identifier
     service_tier session_id store verbosity
     cache_prompt id_slot n_keep n_discard timings_per_token return_progress response_fields post_sampling_probs
     reasoning_format mirostat_tau mirostat_eta dynatemp_exponent dry_base dry_allowed_length dry_penalty_last_n
