@@ -377,6 +377,7 @@ FAMILIES: Mapping[str, Family] = {
         "sensorium.processors.llava:LlavaProcessor",
         ("image",),
         chat_template=chat_templates.VICUNA_LLAVA,
+        defaults={"vision_feature_layer": -2},
     ),
     "LlavaNextForConditionalGeneration": Family(
         "LLaVA-NeXT (v1.6)",
@@ -384,6 +385,7 @@ FAMILIES: Mapping[str, Family] = {
         "sensorium.processors.llava_next:LlavaNextProcessor",
         ("image",),
         chat_template=chat_templates.CHATML_LLAVA,
+        defaults={"vision_feature_layer": -2},
     ),
     "LlavaOnevisionForConditionalGeneration": Family(
         "LLaVA-OneVision",

@@ -51,7 +51,7 @@ class Llava(DecoderForCausalLM):
 
     def _declare_media(self, config: Mapping[str, Any]) -> None:
         """The tower, and what makes the decoder's rows of its states."""
-        layers = config.get("vision_feature_layer", -2)
+        layers = config["vision_feature_layer"]
         states = layers if isinstance(layers, list) else [layers]
         self.vision_tower = ClipTower(
             ClipConfig.of(config.get("vision_config") or CLIP_LARGE),
