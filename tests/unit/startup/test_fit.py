@@ -81,8 +81,8 @@ def test_a_folder_without_weights_is_the_engines_matter(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("family", ["llama", "olmoe", "gpt_oss", "lfm2", "qwen3_5_text", "gemma4", "qwen2_vl",
-                                    "qwen2_omni", "minicpmv", "smolvlm.smolvlm", "llava", "phi3_v", "gemma3"])  # fmt: skip
+@pytest.mark.parametrize("family", ["llama", "olmoe", "gpt_oss", "lfm2", "qwen3_5_text", "gemma4", "qwen2_vl", "llava",
+                                    "phi3_v", "gemma3", "qwen2_omni", "minicpmv", "smolvlm.smolvlm"])  # fmt: skip
 def test_copies_of_ranks_are_counted(tmp_path: Path, family: str, ranks: int) -> None:
     """As the ranks themselves have them: of towers, norms and routers each has one, of few heads of keys some."""
     maker_of(family)(tmp_path)
