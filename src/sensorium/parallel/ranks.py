@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed
 
+from sensorium.parallel.lines import MOST_BYTES, Lines, fits
+
 GIVE_UP = timedelta(hours=1)
 
 
@@ -31,18 +33,23 @@ class Ranks:
         self.rank, self.size = rank, size
         self.waits = False  # in a collective, for the others
         self._group: Any = None  # of torch.distributed, whose stubs know no collectives of NCCL and gloo
+        self._lines: Lines | None = None  # between processors, where they could meet
 
     def connect(self, store: Path, device: torch.device) -> None:
         """Meet the others, who have the same file, which must not be there before the first of them."""
         meeting = distributed.FileStore(  # type: ignore[attr-defined]  # the stubs forget it
             str(store), self.size
         )
+        lines = None if device.type == "cuda" or not fits(store) else Lines(self.rank, self.size, store)
         kind: Any = distributed.ProcessGroupNCCL if device.type == "cuda" else distributed.ProcessGroupGloo
         options = kind.Options() if device.type == "cuda" else kind._Options()
         options._timeout = GIVE_UP
         if device.type != "cuda":
             options._devices = [kind.create_device(hostname="127.0.0.1")]  # nobody else's network hears of it
         self._group = kind(meeting, self.rank, self.size, options)
+        if lines is not None:
+            lines.meet()
+        self._lines = lines
 
     def part(self, total: int) -> tuple[int, int]:
         """(first, count) of `total` things that are shared out; the last ranks have fewer where they do not divide."""
@@ -60,14 +67,21 @@ class Ranks:
         return self.part(total) if total >= self.size else (self.rank * total // self.size, 1)
 
     def sum(self, x: Tensor) -> Tensor:
-        """Of all ranks' tensors, in place; the same bits on all ranks."""
+        """Of all ranks' tensors, maybe in place; the same bits on all ranks."""
         x = x.contiguous()
-        self._wait(self._connected.allreduce([x]))
-        return x
+        if not self._is_small(x):
+            self._wait(self._connected.allreduce([x]))
+            return x
+        first, *rest = self._exchanged(x)
+        for part in rest:
+            first += part
+        return first
 
     def join(self, x: Tensor) -> Tensor:
         """[.., n] of each rank -> [.., size * n] in their order."""
         x = x.contiguous()
+        if self._is_small(x):
+            return torch.cat(self._exchanged(x), -1)
         parts = [torch.empty_like(x) for _ in range(self.size)]
         self._wait(self._connected.allgather([parts], [x]))
         return torch.cat(parts, -1)
@@ -86,6 +100,20 @@ class Ranks:
         x = x.contiguous()
         self._wait(self._connected.broadcast([x], distributed.BroadcastOptions()))
         return x
+
+    def _is_small(self, x: Tensor) -> bool:
+        return self._lines is not None and x.dim() > 0 and 0 < x.nbytes <= MOST_BYTES
+
+    def _exchanged(self, x: Tensor) -> list[Tensor]:
+        """What each rank has, in their order."""
+        parts = [x if rank == self.rank else torch.empty_like(x) for rank in range(self.size)]
+        views = [part.view(torch.uint8).numpy().data.cast("B") for part in parts]
+        lines, own = self._lines, views[self.rank]
+        if lines is not None:
+            self.waits = True
+            lines.exchange(own, {rank: view for rank, view in enumerate(views) if rank != self.rank})
+            self.waits = False
+        return parts
 
     @property
     def _connected(self) -> Any:
