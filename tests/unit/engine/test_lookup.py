@@ -164,5 +164,5 @@ def test_the_same_answers_as_without(model: Model, sampling: dict[str, Any]) -> 
     assert lookup is not None
     assert scheduler.preemptions > 0
     if not sampling:  # a tiny model of random weights soon repeats itself
-        assert lookup.num_accepted_tokens > 40
+        assert lookup.num_accepted_tokens > 10  # how many it tries depends on how long steps take
         assert lookup.num_draft_tokens >= lookup.num_accepted_tokens
