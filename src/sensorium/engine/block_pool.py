@@ -2,7 +2,8 @@
 
 Every operation is O(1). A block is either used (reference count > 0) or free; a free block may stay known by its prefix
 key until it is handed out again. Handed out are, in this order: blocks that nobody can find, so that few pages of the
-cache are touched; blocks that were never used; the rest, least recently freed first.
+cache are touched; blocks that were never used; the rest, least recently freed first. A pool that keeps only some known
+blocks uses the rest before it touches new ones.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ class BlockPoolError(ServerError):
 
 
 class BlockPool:
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, most_known: int | None = None) -> None:
+        """`most_known`: free blocks beyond so many are handed out before those that were never used."""
         self.num_blocks = num_blocks
+        self._most_known = num_blocks if most_known is None else most_known
         self._references = [0] * num_blocks
         self._keys: list[bytes | None] = [None] * num_blocks
         self._by_key: dict[bytes, int] = {}
@@ -35,7 +38,8 @@ class BlockPool:
     def allocate(self) -> int:
         """A block for the caller alone; what it held is forgotten. KeyError when none is free."""
         block = next(iter(self._free), self._num_touched)
-        if self._num_touched < self.num_blocks and (block == self._num_touched or self._keys[block] is not None):
+        is_new = block == self._num_touched or (self._keys[block] is not None and len(self._free) <= self._most_known)
+        if is_new and self._num_touched < self.num_blocks:
             block = self._num_touched
             self._num_touched += 1
         else:

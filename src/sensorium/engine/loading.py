@@ -76,6 +76,7 @@ SMALL_MODEL_BYTES = 64 * MiB  # of weights: what a core reads in the time that w
 
 logger = logging.getLogger(__name__)
 BATCHED_TOKENS, CPU_BATCHED_TOKENS = 2048, 512  # of one step, unless the operator says otherwise
+KEPT_STEPS = 1  # as many tokens as a step computes are kept of prompts that were pooled: they seldom come again
 STEP_MACS = 2**32  # of prompts' attention in a step on a CPU: a fifth of a second at 20 G a second
 CPU_ENCODER_ROWS = 256
 
@@ -343,7 +344,7 @@ def build_engine(
     cache = _make_cache(part, config, tokens, int(is_staged), leader, draft, graph_rows)
     encoder = _encoder_cache(model, groups, config, device, dtype)
     budget = _budget(model, groups, checkpoint, config, cache, tokens, device)
-    prefixes = _prefix_cache(part, config, cache, budget)
+    prefixes = _prefix_cache(part, config, cache, budget, None if model.generates else KEPT_STEPS * tokens)
     drafting = None if draft is None else _make_drafting(part, draft, config, cache, tokens, faults)
     lookup = drafting or _make_lookup(model, config, cache)
     tasks: dict[str, bool] = {task: one.all_tokens for task, one in poolers.items()}
@@ -359,10 +360,14 @@ def build_engine(
     return engine
 
 
-def _prefix_cache(part: LoadedPart, config: EngineConfig, cache: _Cache, budget: Budget) -> PrefixCache:
+def _prefix_cache(
+    part: LoadedPart, config: EngineConfig, cache: _Cache, budget: Budget, kept_tokens: int | None
+) -> PrefixCache:
+    """`kept_tokens`: how many that no sequence uses are kept before memory that was never used is touched."""
+    tables = budget.tables()
     return PrefixCache(
-        BlockPool(cache.num_blocks),
-        budget.tables(),
+        BlockPool(cache.num_blocks, None if kept_tokens is None else tables.needed(kept_tokens)),
+        tables,
         _identity(part.checkpoint, config, part.dtype),
         enabled=config.enable_prefix_caching and bool(cache.layers),
         stretched_from=part.model.stretched_from,

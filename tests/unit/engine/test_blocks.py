@@ -16,9 +16,12 @@ BLOCKS = 6
 class PoolMachine(RuleBasedStateMachine):
     """The model: users per block, key per block, and the order in which free blocks were let go."""
 
+    most_known: int | None = None
+
     def __init__(self) -> None:
         super().__init__()
-        self.pool = BlockPool(BLOCKS)
+        self.pool = BlockPool(BLOCKS, self.most_known)
+        self.touched: set[int] = set()
         self.users = [0] * BLOCKS
         self.keys: dict[bytes, int] = {}
         self.released: list[int] = []  # known free blocks, longest ago first
@@ -35,13 +38,17 @@ class PoolMachine(RuleBasedStateMachine):
         unknown = {b for b in range(BLOCKS) if not self.users[b] and self.key_of(b) is None}
         block = self.pool.allocate()
         assert not self.users[block]
-        if unknown:
+        kept = BLOCKS if self.most_known is None else self.most_known
+        if unknown & self.touched:
+            assert block in unknown & self.touched, "a page was touched while there were some that nobody can find"
+        elif unknown and len(self.released) <= kept:
             assert block in unknown, "a known block was taken while there were unknown ones"
         else:
             assert block == self.released[0], "not the least recently used"
             self.released.remove(block)
             del self.keys[self.key_of(block) or b""]
         self.users[block] = 1
+        self.touched.add(block)
 
     @precondition(lambda self: all(self.users))
     @rule()
@@ -93,6 +100,16 @@ class PoolMachine(RuleBasedStateMachine):
 
 PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestPool = PoolMachine.TestCase
+
+
+class FrugalPoolMachine(PoolMachine):
+    """Keeps one known block before it touches another page."""
+
+    most_known = 1
+
+
+FrugalPoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestFrugalPool = FrugalPoolMachine.TestCase
 
 
 def test_a_block_released_twice_is_an_error() -> None:
@@ -155,3 +172,14 @@ def test_tenants_have_their_own_entries() -> None:
     cache: EncoderCache[str] = EncoderCache(budget_bytes=100, row_bytes=10)
     cache.reserve(key("a", b"one"), 1)
     assert not cache.pin(key("a", b"two"))
+
+
+def test_few_known_blocks_are_kept_before_another_page_is_touched() -> None:
+    pool = BlockPool(BLOCKS, 2)
+    for number in range(3):
+        pool.publish(pool.allocate(), b"%d" % number)
+    for number in range(2):
+        pool.release(number)
+    assert pool.allocate() == 3  # two are kept
+    pool.release(2)
+    assert pool.allocate() == 0  # the one that was freed first
