@@ -361,7 +361,7 @@ def build_engine(
 
 
 def _prefix_cache(
-    part: LoadedPart, config: EngineConfig, cache: _Cache, budget: Budget, kept_tokens: int | None
+    part: LoadedPart, config: EngineConfig, cache: _Cache, budget: Budget, kept_tokens: int | None = None
 ) -> PrefixCache:
     """`kept_tokens`: how many that no sequence uses are kept before memory that was never used is touched."""
     tables = budget.tables()
