@@ -1,9 +1,10 @@
 """Writes four small checkpoints with vocabularies of published size into FOLDER: what a server of several models holds.
 
-    python benchmarks/catalog_models.py FOLDER [--vocabulary 151936]
+    python benchmarks/catalog_models.py FOLDER [--vocabulary 151936] [--pieces 250000]
 
 A chat model that sees images (Qwen2-VL), an embedder (BERT), a reranker (BERT with one label) and Whisper, with random
-weights of some megabytes. Each has a tokenizer of so many words, with as many merges where its kind has them.
+weights of some megabytes. Each has a tokenizer of so many words, with as many merges where its kind has them. With
+--pieces embedder and reranker have one of XLM-RoBERTa's kind, of so many pieces in three scripts.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ from transformers import (
     WhisperConfig,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
+    XLMRobertaConfig,
+    XLMRobertaForSequenceClassification,
+    XLMRobertaModel,
 )
 
 CHAT = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
@@ -44,6 +48,11 @@ TEMPLATE = (
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 LENGTHS = {"max_target_positions": 64, "max_source_positions": 1500}
+SYLLABLES = (
+    [first + second for first in "bcdfghjklmnprstvwz" for second in "aeiou"],
+    [first + second for first in "бвгдклмнпрст" for second in "аеиоуы"],
+    [chr(0x4E00 + number) for number in range(5000)],
+)
 NARROW = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32}
 
 
@@ -96,6 +105,33 @@ def word_pieces(folder: Path, size: int) -> int:
     return len(vocab)
 
 
+def pieces(count: int) -> Iterator[str]:
+    """Of one to six syllables, more than half of them at the beginning of a word."""
+    chance = random.Random(0)
+    made: set[str] = set()
+    while len(made) < count:
+        script = chance.choices(SYLLABLES, (60, 25, 15))[0]
+        length = min(1 + int(chance.expovariate(0.5)), 6)
+        piece = "\u2581" * (chance.random() < 0.6) + "".join(chance.choices(script, k=length))
+        if piece not in made:
+            made.add(piece)
+            yield piece
+
+
+def unigram(folder: Path, size: int) -> None:
+    chance = random.Random(0)
+    names = ["<s>", "<pad>", "</s>", "<unk>"]
+    scored = [(name, 0.0) for name in names]
+    scored += [(piece, -8 - 6 * chance.random()) for piece in pieces(size - len(names))]
+    tokenizer = Tokenizer(models.Unigram(scored, names.index("<unk>"), False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    kinds = zip(("bos", "pad", "eos", "unk"), names, strict=True)
+    save_tokenizer(folder, tokenizer, **{f"{kind}_token": name for kind, name in kinds})
+
+
 def save_tokenizer(folder: Path, tokenizer: Tokenizer, **named: str) -> None:
     folder.mkdir(parents=True)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(folder)
@@ -131,6 +167,12 @@ def make_bert(folder: Path, size: int, kind: type[PreTrainedModel], **options: i
     save(kind(config), folder)
 
 
+def make_xlm_roberta(folder: Path, size: int, kind: type[PreTrainedModel], **options: int) -> None:
+    unigram(folder, size)
+    config = XLMRobertaConfig(vocab_size=size, num_attention_heads=2, **NARROW, **options)
+    save(kind(config), folder)
+
+
 def make_whisper(folder: Path, size: int) -> None:
     ids = byte_level(folder, size, [*SPEECH, *TIMES])
     ends = {f"{name}_token_id": ids["<|endoftext|>"] for name in ("eos", "bos", "pad")}
@@ -157,12 +199,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--vocabulary", type=int, default=151_936)
+    parser.add_argument("--pieces", type=int, help="of an embedder and a reranker as XLM-RoBERTa is")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     folder, size = arguments.folder, arguments.vocabulary
     make_chat(folder / "chat", size)
-    make_bert(folder / "embedder", size, BertModel)
-    make_bert(folder / "reranker", size, BertForSequenceClassification, num_labels=1)
+    if arguments.pieces is None:
+        make_bert(folder / "embedder", size, BertModel)
+        make_bert(folder / "reranker", size, BertForSequenceClassification, num_labels=1)
+    else:
+        make_xlm_roberta(folder / "embedder", arguments.pieces, XLMRobertaModel)
+        make_xlm_roberta(folder / "reranker", arguments.pieces, XLMRobertaForSequenceClassification, num_labels=1)
     make_whisper(folder / "whisper", size)
     return 0
 

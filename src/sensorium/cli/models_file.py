@@ -42,6 +42,7 @@ def read_models_file(path: str, typed: Sequence[str], read: Read) -> ServePlan:
     """`typed` are the command line's flags, which count more than the file's. StartupError says what is wrong where."""
     found = _parsed(Path(path))
     tables = found.pop(MODELS, {})
+    _check_spellings(path, found)
     if not isinstance(tables, dict) or not all(isinstance(table, dict) for table in tables.values()):
         raise StartupError(f'{path}: models are tables: [models.NAME], with `model = "folder or hub id"`')
     _check(path, found, _MODEL_FLAGS | _SERVER_FLAGS - _ONLY_ONE)
@@ -67,6 +68,7 @@ def _parsed(path: Path) -> dict[str, Any]:
 
 
 def _model(where: str, name: str, table: dict[str, Any], read: Read, top: list[str]) -> ServeOptions:
+    _check_spellings(where, table)
     flags = {key.replace("-", "_"): value for key, value in table.items()}
     model, aliases = flags.pop(MODEL, name), flags.pop(ALIASES, [])
     if not isinstance(model, str):
@@ -77,6 +79,15 @@ def _model(where: str, name: str, table: dict[str, Any], read: Read, top: list[s
     options = read([model, *top, *_words(flags)], where)
     names = (*(options.server.served_model_name or (name,)), *aliases)
     return replace(options, server=replace(options.server, served_model_name=tuple(dict.fromkeys(names))))
+
+
+def _check_spellings(where: str, table: Mapping[str, Any]) -> None:
+    """StartupError if a key stands there with dashes and with underscores: one value would be lost."""
+    written: dict[str, str] = {}
+    for key in table:
+        other = written.setdefault(key.replace("-", "_"), key)
+        if other != key:
+            raise StartupError(f"{where}: {other!r} and {key!r} are one key: leave one of them out")
 
 
 def _words(flags: Mapping[str, Any]) -> Iterator[str]:

@@ -78,6 +78,11 @@ def test_a_file_of_models(tmp_path: Path) -> None:
         ("[models.a]\nquantization = 'int3'", "[models.a]: --quantization: invalid choice"),
         ("[models.a]\nmodel = 3", "model is a folder or a hub id"),
         ("[model.a]", "unknown key 'model'; did you mean 'models'?"),
+        (
+            "[models.a]\nmax-model-len = 64\nmax_model_len = 65",
+            "[models.a]: 'max-model-len' and 'max_model_len' are one",
+        ),
+        ("api-key = ['x']\napi_key = ['y']\n[models.a]", "models.toml: 'api-key' and 'api_key' are one key"),
         *(
             (f"[models.a]\naliases = {bad}", "[models.a]: aliases are a list of names")
             for bad in ("'x'", "[1]", "['']")
