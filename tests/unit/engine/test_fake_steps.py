@@ -261,6 +261,27 @@ def test_steps_with_fp8_weights(tmp_path: Path, kernels: str, is_stored: bool) -
             assert traffic.launches - codes <= LAUNCHES[kernels] * len(engine.engine.runner._cache) + around
 
 
+@pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+@pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "qwen3_vl_moe", "qwen3_5_moe", "gpt_oss"])
+def test_steps_with_experts_in_codes(tmp_path: Path, kernels: str, family: str, quantization: str) -> None:
+    """Nothing is read from the device, and each layer's experts are two launches."""
+    maker_of(family)(tmp_path)
+    with rehearsal.absent_gpu():
+        engine = made(family, tmp_path, quantization=quantization)
+        routing = engine.engine.runner._model.checkpoint.decoder.routing
+        assert routing is not None
+        engine.core._add(request(random_prompt(1, 20), 4))
+        for _ in range(2):
+            with fake_cuda.Traffic() as traffic:
+                engine.core._step()
+            assert traffic.to_host == ["copy_"]
+        assert traffic.to_device == ["copy_"]
+        count = len(routing.layers)
+        assert (traffic.launched["gate_and_up"], traffic.launched["down_product"]) == (count, count)
+        assert traffic.launched["index_add_"] == 0
+
+
 def test_what_waits_is_told(tmp_path: Path, guard: None) -> None:
     maker_of("qwen2_moe")(tmp_path)
     with rehearsal.absent_gpu():

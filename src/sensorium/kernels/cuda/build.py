@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -37,8 +37,7 @@ from sensorium.kernels.cuda.device import (
     states,
 )
 from sensorium.kernels.cuda.launch import has_fp8
-from sensorium.kernels.cuda.linear import CudaFp4Linear
-from sensorium.kernels.reference import PlainLinear
+from sensorium.kernels.reference import PlainLinear, QuantizedLinear
 
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "int8", "float8_e4m3fn")}
 RUNS = (1, 4096)  # tokens of a prompt, for the tiles of each size
@@ -67,10 +66,17 @@ class Shape:
     experts: int = 0  # of a layer that routes, each of `intermediate`
     per_token: int = 1
     has_expert_biases: bool = False
-    fp4_experts: bool = False  # their weights stay mxfp4
-    bits: int | None = None  # of weights in codes, 4 or 8
+    bits: Literal[4, 8] | None = None  # of weights in codes, 4 or 8; of a layer that routes those of experts alone
     group: int = 64  # inputs that share a scale of 4 bits, or of fp8 (0: all)
-    floats: bool = False  # of 8 bits: fp8
+    floats: bool = False  # of 8 bits fp8, of 4 mxfp4
+
+    @property
+    def form(self) -> Quantization | None:
+        """Of weights in codes."""
+        if self.bits is None:
+            return None
+        is_int8 = self.bits == 8 and not self.floats
+        return Quantization(8) if is_int8 else Quantization(self.bits, self.group, floats=self.floats)
 
 
 SHAPES = {
@@ -94,9 +100,17 @@ SHAPES = {
         experts=32,
         per_token=4,
         has_expert_biases=True,
-        fp4_experts=True,
+        bits=4,
+        group=32,
+        floats=True,
     ),
     "qwen3-30b-a3b": Shape(32, 4, 128, 2048, 768, has_qk_norms=True, experts=128, per_token=8),
+    "qwen3-30b-a3b-w4": Shape(32, 4, 128, 2048, 768, has_qk_norms=True, experts=128, per_token=8, bits=4, group=128),
+    "qwen3-30b-a3b-w8": Shape(32, 4, 128, 2048, 768, has_qk_norms=True, experts=128, per_token=8, bits=8),
+    "qwen3-30b-a3b-fp8": Shape(
+        32, 4, 128, 2048, 768, has_qk_norms=True, experts=128, per_token=8, bits=8, group=128, floats=True
+    ),
+    "gemma4-26b-w4": Shape(16, 8, 256, 2816, 704, activation="gelu_tanh", experts=128, per_token=8, bits=4),
     "qwen2-7b-int8": Shape(28, 4, 128, 3584, 18944, cache_dtype="int8"),
     "qwen2-7b-kv-fp8": Shape(28, 4, 128, 3584, 18944, cache_dtype="float8_e4m3fn"),
     "qwen2-7b-w4": Shape(28, 4, 128, 3584, 18944, bits=4, group=128),
@@ -124,8 +138,8 @@ def compile_shape(shape: Shape, arch: int) -> None:
             _step(shape, [tokens], 0)
         _step(shape, [1, 1], 2)
         _sample(2, shape.vocab)
-    if shape.bits is not None:
-        compile_products(shape, shape.bits, arch)
+    if shape.form is not None and not shape.experts:
+        compile_products(shape, shape.form, arch)
     if shape.experts:
         compile_experts(shape, arch)
 
@@ -169,23 +183,22 @@ def _step(shape: Shape, lengths: list[int], decodes: int) -> None:
     backend.paged_attention(q, cache.keys, cache.values, context, 1.0, None, visible, sinks)
 
 
-def compile_products(shape: Shape, bits: int, arch: int) -> None:
+def compile_products(shape: Shape, form: Quantization, arch: int) -> None:
     """With weights in codes, for each tile of rows, with and without a bias."""
     with FakeTensorMode(), compiling_for(arch):
-        _products(shape, bits)
+        _products(shape, form)
 
 
 def compile_experts(shape: Shape, arch: int) -> None:
     """For few rows of each and for many."""
     dtype = DTYPES[shape.dtype]
 
-    def linear(out: int, of: int) -> PlainLinear | CudaFp4Linear:
-        if shape.fp4_experts:
-            form = Quantization(4, 32, floats=True)
-            return CudaFp4Linear(out, of, form, dtype=dtype, device=torch.device("cuda", 0))
-        return PlainLinear(_empty(out, of, dtype=dtype))
+    def linear(out: int, of: int) -> PlainLinear | QuantizedLinear:
+        if shape.form is None:
+            return PlainLinear(_empty(out, of, dtype=dtype))
+        return CudaBackend().empty_quantized(out, of, shape.form, dtype=dtype, device=torch.device("cuda", 0))
 
-    def linears(out: int, of: int) -> list[PlainLinear | CudaFp4Linear]:
+    def linears(out: int, of: int) -> list[PlainLinear | QuantizedLinear]:
         made = [linear(out, of) for _ in range(shape.experts)]
         for one in made:
             one.set_bias(_empty(out, dtype=dtype) if shape.has_expert_biases else None)
@@ -216,9 +229,8 @@ def add_adapters(hidden: int, dtype: torch.dtype) -> None:
             CudaBackend().add_low_rank(out, x, [one], TokenGroups([None]))
 
 
-def _products(shape: Shape, bits: int) -> None:
-    dtype, is_int8 = DTYPES[shape.dtype], bits == 8 and not shape.floats
-    form = Quantization(8) if is_int8 else Quantization(4 if bits == 4 else 8, shape.group, floats=shape.floats)
+def _products(shape: Shape, form: Quantization) -> None:
+    dtype = DTYPES[shape.dtype]
     for bias in (None, _empty(shape.hidden, dtype=torch.float32)):
         for out, of in ((shape.hidden, shape.hidden), (2 * shape.intermediate, shape.hidden),
                         (shape.hidden, shape.intermediate)):  # fmt: skip

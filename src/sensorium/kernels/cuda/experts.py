@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,8 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from sensorium.kernels.backend import Activation, PackedWeight
 from sensorium.kernels.cuda.device import experts as device
 from sensorium.kernels.cuda.device.experts import down_product, gate_and_up
+from sensorium.kernels.cuda.fp8 import CudaFp8Linear
 from sensorium.kernels.cuda.launch import FLOATS, launch, power_of_two
-from sensorium.kernels.cuda.linear import CudaFp4Linear
+from sensorium.kernels.cuda.linear import CudaQuantizedLinear
 from sensorium.kernels.cuda.norms import Summands, gated
 from sensorium.kernels.reference import PlainLinear
 
@@ -30,31 +31,58 @@ BLOCK = 1024  # numbers of a program of elementwise work
 
 
 @dataclass(frozen=True, slots=True)
-class Matrices:
-    """The same weight [rows, size] of every expert."""
+class Layout:
+    """How the kernels read a weight."""
+
+    kind: Literal["plain", "mxfp4", "int4", "int8", "fp8"]
+    scaled: int = 0  # inputs that share a scale; 0: all, or there is none
+    has_zeros: bool = False
+    has_bias: bool = False
+
+    def options(self, rows: int) -> dict[str, Any]:
+        """What kernels with tiles of so many rows are compiled for."""
+        widest = 64 if rows > FEW or self.kind == "plain" else 128  # bytes
+        steps = {"plain": 64, "mxfp4": 32 if rows > FEW else 64, "int4": min(self.scaled // 2, 64), "int8": widest,
+                 "fp8": min(self.scaled or widest, widest)}  # fmt: skip
+        sums_parts = self.scaled > 0 and self.kind != "mxfp4"
+        return {
+            "LAYOUT": self.kind, "SCALED": self.scaled, "HAS_ZEROS": self.has_zeros, "HAS_BIAS": self.has_bias,
+            "BLOCK_K": steps[self.kind], "num_stages": {"mxfp4": 4, "int4": 3 if rows <= FEW else 2}.get(self.kind, 3),
+            "num_warps": 4, "BLOCK_N": 32 if sums_parts and rows > FEW else 64,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A weight [rows, size] as numbers or codes, with what belongs to them."""
 
     rows: int
     size: int
-    is_fp4: bool
-    weights: list[Tensor]
-    scales: list[Tensor | None]
-    biases: list[Tensor | None]
+    layout: Layout
+    weight: Tensor
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+    bias: Tensor | None = None
 
-    def tables(self) -> list[Tensor]:
-        """Addresses of weights, scales and biases, int64 [experts] each, zeros for what is not there."""
-        return [_addresses(part, self.weights[0].device) for part in (self.weights, self.scales, self.biases)]
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Numbers or codes, scales and zeros; the weight stands for what is not there."""
+        return (
+            self.weight,
+            self.weight if self.scales is None else self.scales,
+            self.weight if self.zeros is None else self.zeros,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class SharedExpert:
-    """What all tokens take: gate and up [2 * inner, size] and down [size, inner], of the experts' type."""
+    """What all tokens take: gate and up [2 * inner, size] and down [size, inner], in the experts' layouts."""
 
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Matrix
+    down: Matrix
 
     @property
     def inner(self) -> int:
-        return self.down.shape[1]
+        return self.down.size
 
 
 class CudaExperts:
@@ -62,9 +90,9 @@ class CudaExperts:
 
     __slots__ = ("_activation", "_down", "_gate_up", "_tables")
 
-    def __init__(self, gate_up: Matrices, down: Matrices, activation: Activation) -> None:
-        self._gate_up, self._down, self._activation = gate_up, down, activation
-        self._tables = (gate_up.tables(), down.tables())
+    def __init__(self, gate_up: Sequence[Matrix], down: Sequence[Matrix], activation: Activation) -> None:
+        self._gate_up, self._down, self._activation = list(gate_up), list(down), activation
+        self._tables = (_addresses(gate_up), _addresses(down))
 
     def __call__(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         return add_up(self.summands(x, chosen, weights), x.dtype)
@@ -79,46 +107,49 @@ class CudaExperts:
     ) -> Summands:
         """What is still to be added up, in two launches and at most one before them. `shared`: what all tokens take of
         `shared_x`, or of x."""
-        (tokens, per_token), size, inner = chosen.shape, x.shape[1], self._down.size
-        order = order_of(chosen, len(self._down.weights))
+        (tokens, per_token), size, inner = chosen.shape, x.shape[1], self._down[0].size
+        order = order_of(chosen, len(self._down))
         made = torch.empty((tokens * per_token, inner), dtype=x.dtype, device=x.device)
         out = torch.empty((tokens, per_token, size), dtype=torch.float32, device=x.device)
         numbers = tokens * per_token, order.tiles, tokens
-        options = self._options(order) | {"HAS_SHARED": shared is not None}
-        own, widest, more = (made, x, made), inner, 0  # inner states, gate and up, what is given
+        parts: tuple[tuple[Tensor, ...], ...] = ((x,) * 3,) * 2  # of what all tokens take
+        also, given, widest, more = made, made, inner, 0  # its inner states, what it gives
         if shared is not None:
             also = torch.empty((tokens, shared.inner), dtype=x.dtype, device=x.device)
-            own, widest = (also, shared.gate_up, torch.empty_like(x)), max(inner, shared.inner)
-            more = -(-tokens // order.rows)
+            given, widest, more = torch.empty_like(x), max(inner, shared.inner), -(-tokens // order.rows)
+            parts = shared.gate_up.parts(), shared.down.parts()
         shared_inner = 0 if shared is None else shared.inner
-        given, (first, second) = x if shared_x is None else shared_x, self._tables
+        states, (first, second) = x if shared_x is None else shared_x, self._tables
+        options = self._options(order) | {"HAS_SHARED": shared is not None}
+        making, giving = (one[0].layout.options(order.rows) for one in (self._gate_up, self._down))
         launch(
-            gate_and_up, (order.tiles + more, -(-widest // 64)), x, *order.tables, *first, made, inner, size, *numbers,
-            given, own[1], own[0], shared_inner, CHOSEN=per_token, ACTIVATION=self._activation, IS_ALONE=False,
-            **options,
+            gate_and_up, (order.tiles + more, -(-widest // making["BLOCK_N"])), x, *order.tables, first, made, inner,
+            size, *numbers, states, *parts[0], also, shared_inner, CHOSEN=per_token, ACTIVATION=self._activation,
+            IS_ALONE=False, **options, **making,
         )  # fmt: skip
         launch(
-            down_product, (order.tiles + more, -(-size // 64)), made, *order.tables, *second, weights, out, size, inner,
-            *numbers, own[0], own[1] if shared is None else shared.down, own[2], shared_inner, **options,
+            down_product, (order.tiles + more, -(-size // giving["BLOCK_N"])), made, *order.tables, second, weights,
+            out, size, inner, *numbers, also, *parts[1], given, shared_inner, **options, **giving,
         )  # fmt: skip
-        return Summands(out, None if shared is None else own[2])
+        return Summands(out, None if shared is None else given)
 
     def _options(self, order: Order) -> dict[str, Any]:
-        """What both kernels are compiled for."""
-        count, is_fp4 = len(self._down.weights), self._down.is_fp4
+        """What both kernels are compiled for, whatever the layout."""
+        count = len(self._down)
         return {
-            "EXPERTS": count, "BLOCK_E": power_of_two(count), "HAS_BIAS": self._down.biases[0] is not None,
-            "FP4": is_fp4, "BLOCK_M": order.rows, "BLOCK_N": 64, "BLOCK_K": 32 if is_fp4 and order.rows > 16 else 64,
-            "BLOCK_P": order.compared, "num_warps": 4, "num_stages": 4 if is_fp4 else 3,
+            "EXPERTS": count, "BLOCK_E": power_of_two(count), "BLOCK_M": order.rows,
+            "BLOCK_P": order.compared,
         }  # fmt: skip
 
     def shareable(self, gate_up: PackedWeight | None, down: PackedWeight | None) -> SharedExpert | None:
         """An MLP that all tokens take, if these kernels compute it with the experts."""
-        weights = [one.weight for one in (gate_up, down) if isinstance(one, PlainLinear) and one.bias is None]
-        dtype = None if self._down.is_fp4 else self._down.weights[0].dtype
-        if len(weights) < 2 or not all(_is_aligned(one) and one.dtype is dtype for one in weights):
+        first, second = matrix_of(gate_up), matrix_of(down)
+        if first is None or second is None:
             return None
-        return SharedExpert(weights[0], weights[1])
+        pairs = ((first, self._gate_up[0]), (second, self._down[0]))
+        if all(_is_alike(one, replace(own, layout=replace(own.layout, has_bias=False))) for one, own in pairs):
+            return SharedExpert(first, second)
+        return None
 
 
 def gate_and_up_of(x: Tensor, weight: PackedWeight, activation: Activation) -> Tensor:
@@ -128,11 +159,12 @@ def gate_and_up_of(x: Tensor, weight: PackedWeight, activation: Activation) -> T
         return gated(weight(x), activation)
     inner, tensor = len(weight.weight) // 2, weight.weight
     out = torch.empty((len(x), inner), dtype=x.dtype, device=x.device)
-    none = (x,) * 6  # orders and addresses
+    none = (x,) * 4  # orders and addresses
+    options = Layout("plain").options(FEW) | {"num_stages": 2}
     launch(
-        gate_and_up, (1, -(-inner // 64)), x, *none, out, inner, x.shape[1], 0, 0, len(x), x, tensor, out, inner,
-        CHOSEN=1, EXPERTS=1, BLOCK_E=1, ACTIVATION=activation, HAS_BIAS=False, FP4=False, HAS_SHARED=True,
-        IS_ALONE=True, BLOCK_M=16, BLOCK_N=64, BLOCK_K=64, BLOCK_P=FEW_FOUND, num_warps=4, num_stages=2,
+        gate_and_up, (1, -(-inner // 64)), x, *none, out, inner, x.shape[1], 0, 0, len(x), x, tensor, tensor, tensor,
+        out, inner, CHOSEN=1, EXPERTS=1, BLOCK_E=1, ACTIVATION=activation, HAS_SHARED=True, IS_ALONE=True, BLOCK_M=16,
+        BLOCK_P=FEW_FOUND, **options,
     )  # fmt: skip
     return out
 
@@ -213,35 +245,39 @@ def sorted_rows(chosen: Tensor, count: int, tile: int) -> tuple[Tensor, Tensor, 
     return order, starts, tiles.cumsum(0)
 
 
-def _addresses(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
-    """int64 [n], zeros for what is not there and of tensors without memory."""
-    real = [0 if one is None or isinstance(one, FakeTensor) else one.data_ptr() for one in tensors]
-    return torch.tensor(real, dtype=torch.int64, device=device)
+def _addresses(matrices: Sequence[Matrix]) -> Tensor:
+    """int64 [4, n] of weights, scales, zeros and biases; 0 for what is not there and for tensors without memory."""
+    parts = zip(*((one.weight, one.scales, one.zeros, one.bias) for one in matrices), strict=True)
+    real = [[0 if one is None or isinstance(one, FakeTensor) else one.data_ptr() for one in part] for part in parts]
+    return torch.tensor(real, dtype=torch.int64, device=matrices[0].weight.device)
 
 
-def readable(weights: Sequence[PackedWeight]) -> Matrices | None:
-    """The same, if the kernels read them all: one type of floats or mxfp4, one shape, rows one behind the other."""
-    plain = [one for one in weights if isinstance(one, PlainLinear)]
-    if plain and len(plain) == len(weights):
-        rows, size = plain[0].weight.shape
-        found = Matrices(
-            rows, size, False, [one.weight for one in plain], [None] * len(plain), [one.bias for one in plain]
-        )
-        return found if found.weights[0].dtype in FLOATS and _are_alike(found) else None
-    codes = [one for one in weights if isinstance(one, CudaFp4Linear)]
-    if not codes or len(codes) < len(weights):
+def readable(weights: Sequence[PackedWeight]) -> list[Matrix] | None:
+    """The same, if the kernels read them all: one layout, one shape, rows one behind the other."""
+    found = [one for one in map(matrix_of, weights) if one is not None]
+    is_whole = bool(found) and len(found) == len(weights)
+    return found if is_whole and all(_is_alike(one, found[0], of_one_shape=True) for one in found) else None
+
+
+def matrix_of(weight: PackedWeight | None) -> Matrix | None:
+    """None: the kernels do not read it."""
+    found: Matrix | None = None
+    if isinstance(weight, PlainLinear) and weight.weight.dtype in FLOATS:
+        layout = Layout("plain", has_bias=weight.bias is not None)
+        rows, size = weight.weight.shape
+        found = Matrix(rows, size, layout, weight.weight, bias=weight.bias)
+    elif isinstance(weight, CudaQuantizedLinear | CudaFp8Linear):
+        codes, scales, zeros, bias = weight.parts
+        layout = Layout(weight.kind, weight.scaled_together, zeros is not None, bias is not None)
+        found = Matrix(weight.out_features, weight.in_features, layout, codes, scales, zeros, bias)
+    if found is None or not all(map(_is_aligned, (*found.parts(), *(() if found.bias is None else (found.bias,))))):
         return None
-    packed, scales, biases = (list(part) for part in zip(*(one.codes for one in codes), strict=True))
-    found = Matrices(codes[0].out_features, codes[0].in_features, True, packed, scales, biases)
-    return found if _are_alike(found) else None
+    return found
 
 
-def _are_alike(found: Matrices) -> bool:
-    first, has_bias = found.weights[0], found.biases[0] is not None
-    return all(
-        one.dtype is first.dtype and one.shape == first.shape and (bias is not None) is has_bias and _is_aligned(one)
-        for one, bias in zip(found.weights, found.biases, strict=True)
-    )
+def _is_alike(one: Matrix, other: Matrix, *, of_one_shape: bool = False) -> bool:
+    is_same = one.layout == other.layout and one.weight.dtype is other.weight.dtype
+    return is_same and not (of_one_shape and (one.rows, one.size) != (other.rows, other.size))
 
 
 def _is_aligned(tensor: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,10 @@ class CudaFp8Linear(Fp8Linear):
     of odd sizes are ours."""
 
     __slots__ = ()
+
+    @property
+    def kind(self) -> Literal["fp8"]:
+        return "fp8"
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,6 +40,10 @@ class CudaQuantizedLinear(QuantizedLinear):
         if self.bits == 4:
             width = self._scales.shape[1] * self._group // 2
             self._codes = torch.zeros(out_features, width, dtype=torch.uint8, device=device)
+
+    @property
+    def kind(self) -> Literal["int8", "int4", "mxfp4"]:
+        return "int8" if self.bits == 8 else "int4"
 
     def _pack(self, codes: Tensor) -> Tensor:
         padded = functional.pad(codes, (0, 2 * self._codes.shape[1] - codes.shape[1]))
@@ -99,9 +103,8 @@ class CudaFp4Linear(CudaQuantizedLinear, Fp4Linear):
     __slots__ = ()
 
     @property
-    def codes(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(codes uint8 [out, in / 2], scales uint8 [out, in / 32], bias float32 [out])"""
-        return self._codes, self._scales, self._bias
+    def kind(self) -> Literal["mxfp4"]:
+        return "mxfp4"
 
     def _multiply(self, rows: Tensor, out: Tensor) -> None:
         self._launch(device.fp4_product, rows, out, BLOCK_K=64 if tile_of(len(rows)) == 16 else 32)

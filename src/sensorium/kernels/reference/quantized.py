@@ -135,6 +135,16 @@ class QuantizedLinear:
     def mapped_bytes(self) -> int:
         return 0
 
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Codes uint8 [out, ..], scales and zeros [out, groups], bias float32 [out]."""
+        return self._codes, self._scales, self._zeros, self._bias
+
+    @property
+    def scaled_together(self) -> int:
+        """How many inputs share a scale; 0: all."""
+        return 0 if self._group == self.in_features and self.bits == 8 else self._group
+
     def fill(self, first_row: int, rows: Tensor) -> None:
         """Quantise rows [n, in] and put them at `first_row`; the tensor is not kept."""
         step = max(1, PIECE // self.in_features)

@@ -74,13 +74,15 @@ def check(one: Usage, shape: Shape | None = None) -> None:
     """`shape`: where anything is kept as codes."""
     assert one.stack_bytes == 0, one
     assert one.shared_bytes <= SHARED, one
-    assert one.registers <= (255 if one.constants.get("FP4") else REGISTERS.get(one.kernel, 64)), one
+    is_coded = one.constants.get("LAYOUT", "plain") != "plain"
+    assert one.registers <= (255 if is_coded else REGISTERS.get(one.kernel, 64)), one
     assert bool(one.products) == (one.kernel in WITH_PRODUCTS), one
     cache_dtype = None if shape is None else shape.cache_dtype
     if one.kernel in WITH_PRODUCTS and one.kernel != OF_ANY_RANK and cache_dtype not in TOO_NARROW:
-        is_fp8 = cache_dtype == "float8_e4m3fn" or (shape is not None and shape.floats)
-        octets = one.half_wide_loads if is_fp8 else 0  # of eight numbers, like wide ones of bfloat16
-        part = 3 if one.constants.get("FP4") else 2  # scales of codes are few bytes
+        is_fp8 = cache_dtype == "float8_e4m3fn" or (shape is not None and shape.form is not None and shape.form.is_fp8)
+        is_narrow = is_fp8 or one.constants.get("LAYOUT") == "int4"  # rows of x have as many numbers as codes bytes
+        octets = one.half_wide_loads if is_narrow else 0  # of eight numbers, like wide ones of bfloat16
+        part = 3 if is_coded else 2  # scales of codes are few bytes
         assert one.wide_loads and one.wide_loads + octets >= one.loads // part, one
     if one.kernel == "sample":
         assert one.wide_loads, one
@@ -96,6 +98,12 @@ def on_cards(chosen: dict[str, tuple[int, ...]]) -> list[tuple[str, int]]:
     return [(name, arch) for name, cards in chosen.items() for arch in (CARDS if EVERY else cards)]
 
 
+EXPERTS: dict[str, tuple[int, ...]] = {
+    "qwen3-30b-a3b-w4": (90,),
+    "qwen3-30b-a3b-w8": (80,),
+    "qwen3-30b-a3b-fp8": (89,),
+    "gemma4-26b-w4": (80,),
+}
 KNOWN = {"qwen2-7b": (90,), "gpt-oss": (90,), "qwen2-7b-int8": (80, 90), "qwen2-7b-kv-fp8": CARDS}
 WITH_CODES = {
     "qwen2-7b-w4": ({"int4_product"}, (80, 90)),
@@ -150,12 +158,24 @@ def test_what_products_with_codes_use(name: str, arch: int) -> None:
     """Torch's scaled product is what multiplies fp8 with a scale per output, where there is one."""
     shape, (kernels, _) = SHAPES[name], WITH_CODES[name]
     forget(arch)
-    assert shape.bits is not None
-    build.compile_products(shape, shape.bits, arch)
+    assert shape.form is not None
+    build.compile_products(shape, shape.form, arch)
     found = build.usages(arch)
     is_without_fp8 = shape.floats and arch < 89  # the bytes are multiplied as numbers then
     assert {one.kernel for one in found} == ({"fp8_product"} if is_without_fp8 else kernels)
     for one in found:
+        check(one, shape)
+
+
+@pytest.mark.parametrize(("name", "arch"), on_cards(EXPERTS))
+def test_what_experts_in_codes_use(name: str, arch: int) -> None:
+    shape = SHAPES[name]
+    forget(arch)
+    build.compile_experts(shape, arch)
+    found = [one for one in build.usages(arch) if one.kernel in ("gate_and_up", "down_product")]
+    assert len(found) == 4  # of few rows and of many
+    for one in found:
+        assert one.constants["LAYOUT"] != "plain"
         check(one, shape)
 
 

@@ -18,10 +18,10 @@ Counts = dict[str, list[int | tuple[int, int]]]
 DENSE: Counts = {"plain": [9], "int8": [9], "int4": [9], "fp8": [13]}
 """Of fp8 the activations before each product are made codes."""
 TWO_KINDS: Counts = {layout: one * 2 for layout, one in DENSE.items()}
-ROUTED: Counts = {"plain": [10]}
-"""Experts in codes, but for mxfp4, are torch's, one after the other, which reads what was chosen from the device."""
-DENSE_AND_ROUTED: Counts = {"plain": [9, 10]}
-TWO_ROUTED: Counts = {"plain": [10, 10]}
+ROUTED: Counts = {"plain": [10], "int8": [10], "int4": [10], "fp8": [12]}
+"""Of fp8 only attention's activations are made codes."""
+DENSE_AND_ROUTED: Counts = {layout: DENSE[layout] + one for layout, one in ROUTED.items()}
+TWO_ROUTED: Counts = {layout: one * 2 for layout, one in ROUTED.items()}
 TABLE: dict[str, Counts] = {
     "gemma3_text": TWO_KINDS,
     "gemma4_text": {  # few sequences and many: plain weights gate within their products for few
@@ -39,7 +39,7 @@ TABLE: dict[str, Counts] = {
     "qwen3_omni_moe_text": ROUTED,
     "qwen3_vl_moe_text": ROUTED,
     "qwen3_5_text": {"plain": [9, 9], "int8": [10, 9], "int4": [10, 9], "fp8": [14, 13]},  # the net's gates apart
-    "qwen3_5_moe_text": TWO_ROUTED,
+    "qwen3_5_moe_text": {"plain": [10, 10], "int8": [11, 10], "int4": [11, 10], "fp8": [13, 12]},
 }  # fmt: skip
 """Of every row that is not `DENSE`: of each kind of layer; of few sequences and of many where that differs."""
 

@@ -1,14 +1,14 @@
 """The experts of a routed layer: rows sorted by expert, in tiles of which each belongs to one expert.
 
-Weights are where the table of addresses says. Which expert a tile belongs to is found on the device: of few pairs of
-token and expert by each program, which compares its own with all, of many from counts of tiles. Tiles behind those of
-the experts are of what all tokens take besides.
+Which expert a tile belongs to is found on the device: of few pairs of token and expert by each program, which compares
+its own with all, of many from counts of tiles. Tiles behind those of the experts are of what all tokens take besides.
 """
 
 import triton
 import triton.language as tl
 
-from sensorium.kernels.cuda.device.linear import fp4_columns, fp4_tiles
+from sensorium.kernels.cuda.device.fp8 import numbers
+from sensorium.kernels.cuda.device.linear import fp4_columns, fp4_tiles, int4_tiles
 from sensorium.kernels.cuda.device.norms import gated_product, sigmoid, summed
 
 
@@ -62,50 +62,126 @@ def weight_tile(weight, row, rows, at, size):
 
 
 @triton.jit
-def add_product(
-    acc, x, place, there, weight, scales, row, rows, start, size, FP4: tl.constexpr, BLOCK_K: tl.constexpr
-):  # fmt: skip
-    """Adds x [rows at `place`, size] times a weight [rows, size], for a step of inputs from `start` on."""
-    dtype: tl.constexpr = x.dtype.element_ty
-    if FP4:
-        at = fp4_columns(start // 2 + tl.arange(0, BLOCK_K))
-        low, high = fp4_tiles(weight, scales, row, rows, start // 2, size, dtype, BLOCK_K)
-        acc = tl.dot(state_tile(x, place, there, at, size), tl.trans(low), acc, input_precision="ieee")
-        return tl.dot(state_tile(x, place, there, at + 16, size), tl.trans(high), acc, input_precision="ieee")
-    else:
-        at = start + tl.arange(0, BLOCK_K)
-        some = state_tile(x, place, there, at, size)
-        return tl.dot(some, tl.trans(weight_tile(weight, row, rows, at, size)), acc, input_precision="ieee")
-
-
-@triton.jit
 def state_tile(x, place, there, at, size):
     """[BLOCK_M, BLOCK_K] of rows that are `there`"""
     return tl.load(x + place[:, None] * size + at[None, :], mask=there[:, None] & (at < size)[None, :], other=0.0)
 
 
 @triton.jit
-def address_of(table, expert, dtype: tl.constexpr):
-    return tl.multiple_of(tl.load(table + expert).to(tl.pointer_type(dtype)), 16)
+def scales_of(scales, row, rows, groups, group):
+    """float32 [BLOCK_N] of one group, of a weight's [rows, groups]"""
+    return tl.load(scales + row.to(tl.int64) * groups + group, mask=row < rows, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def int4_part(
+    x, place, there, weight, scales, zeros, row, rows, start, size, SCALED: tl.constexpr, HAS_ZEROS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Of BLOCK_K bytes of one group, whose halves share bytes."""
+    HALF: tl.constexpr = SCALED // 2
+    groups, group = tl.cdiv(size, SCALED), start // SCALED
+    inside = start // 2 % HALF + tl.arange(0, BLOCK_K)
+    at = group * SCALED + inside
+    first, second = state_tile(x, place, there, at, size), state_tile(x, place, there, at + HALF, size)
+    low, high = int4_tiles(weight, row, rows, groups, group, inside, HALF, x.dtype.element_ty)
+    part = tl.dot(first, tl.trans(low), input_precision="ieee")
+    part = tl.dot(second, tl.trans(high), part, input_precision="ieee")
+    if HAS_ZEROS:
+        zero = scales_of(zeros, row, rows, groups, group) - 8.0
+        part -= (tl.sum(first.to(tl.float32), 1) + tl.sum(second.to(tl.float32), 1))[:, None] * zero[None, :]
+    return part * scales_of(scales, row, rows, groups, group)[None, :]
+
+
+@triton.jit
+def add_product(
+    acc, x, place, there, weight, scales, zeros, row, rows, start, size, LAYOUT: tl.constexpr, SCALED: tl.constexpr,
+    HAS_ZEROS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Adds x [rows at `place`, size] times a weight [rows, size], for a step of inputs from `start` on.
+
+    LAYOUT is that of `experts.Layout`: codes become numbers that x's type holds exactly, and scales, which SCALED
+    inputs share (0: all), are applied to float32 sums, or, powers of two, to the numbers. Those that all inputs share
+    are left to `finished`."""
+    dtype: tl.constexpr = x.dtype.element_ty
+    if LAYOUT == "mxfp4":
+        at = fp4_columns(start // 2 + tl.arange(0, BLOCK_K))
+        low, high = fp4_tiles(weight, scales, row, rows, start // 2, size, dtype, BLOCK_K)
+        acc = tl.dot(state_tile(x, place, there, at, size), tl.trans(low), acc, input_precision="ieee")
+        acc = tl.dot(state_tile(x, place, there, at + 16, size), tl.trans(high), acc, input_precision="ieee")
+    elif LAYOUT == "int4":
+        acc += int4_part(x, place, there, weight, scales, zeros, row, rows, start, size, SCALED, HAS_ZEROS, BLOCK_K)
+    else:
+        at = start + tl.arange(0, BLOCK_K)
+        some, tile = state_tile(x, place, there, at, size), weight_tile(weight, row, rows, at, size)
+        if LAYOUT == "int8":
+            tile = (tile.to(tl.float32) - 128.0).to(dtype)
+        elif LAYOUT == "fp8":
+            tile = numbers(tile, dtype)
+        if SCALED:
+            part = tl.dot(some, tl.trans(tile), input_precision="ieee")
+            acc += part * scales_of(scales, row, rows, tl.cdiv(size, SCALED), start // SCALED)[None, :]
+        else:
+            acc = tl.dot(some, tl.trans(tile), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def steps_end(size, LAYOUT: tl.constexpr, SCALED: tl.constexpr):
+    """Up to which inputs steps begin: groups of int4 are whole, as the second half of one has the first one's bytes."""
+    if LAYOUT == "int4":
+        size = tl.cdiv(size, SCALED) * SCALED
+    return size
+
+
+@triton.jit
+def finished(
+    acc, scales, bias, row, rows, LAYOUT: tl.constexpr, SCALED: tl.constexpr, HAS_BIAS: tl.constexpr
+):  # fmt: skip
+    """A sum over all inputs with what is not yet in it."""
+    if (LAYOUT != "plain") and (SCALED == 0):
+        acc *= scales_of(scales, row, rows, 1, 0)[None, :]
+    if HAS_BIAS:
+        acc += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
+def address_of(tables, which, expert, dtype: tl.constexpr, EXPERTS: tl.constexpr):
+    return tl.multiple_of(tl.load(tables + which * EXPERTS + expert).to(tl.pointer_type(dtype)), 16)
+
+
+@triton.jit
+def matrix_of(tables, expert, dtype: tl.constexpr, LAYOUT: tl.constexpr, EXPERTS: tl.constexpr):
+    """Where an expert's weight, scales, zeros and bias are, by a table [4, EXPERTS] of addresses."""
+    if LAYOUT == "plain":
+        weight = address_of(tables, 0, expert, dtype, EXPERTS)
+        return weight, weight, weight, address_of(tables, 3, expert, dtype, EXPERTS)
+    else:
+        scale: tl.constexpr = tl.uint8 if LAYOUT == "mxfp4" else (tl.float16 if LAYOUT == "int4" else tl.float32)
+        codes, scales = address_of(tables, 0, expert, tl.uint8, EXPERTS), address_of(tables, 1, expert, scale, EXPERTS)
+        zeros = address_of(tables, 2, expert, tl.float16, EXPERTS)
+        return codes, scales, zeros, address_of(tables, 3, expert, tl.float32, EXPERTS)
 
 
 @triton.jit
 def gate_and_up_tile(
-    x, token, there, weight, scales, bias, out, place, inner, size, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr,
-    FP4: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, token, there, weight, scales, zeros, bias, out, place, inner, size, ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, LAYOUT: tl.constexpr, SCALED: tl.constexpr, HAS_ZEROS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Of rows `token` of x by one weight [2 * inner, size], to rows `place` of `out`."""
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    PACKED: tl.constexpr = 2 if FP4 else 1  # numbers in an element
-    second = weight + inner.to(tl.int64) * (size // 32 * 16 if FP4 else size)
-    second_scales = scales + inner.to(tl.int64) * (size // 32)
+    second, rows = inner + column, 2 * inner
     gate, up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, size, PACKED * BLOCK_K):
-        gate = add_product(gate, x, token, there, weight, scales, column, inner, start, size, FP4, BLOCK_K)
-        up = add_product(up, x, token, there, second, second_scales, column, inner, start, size, FP4, BLOCK_K)
-    if HAS_BIAS:
-        gate += tl.load(bias + column, mask=column < inner, other=0.0).to(tl.float32)[None, :]
-        up += tl.load(bias + inner + column, mask=column < inner, other=0.0).to(tl.float32)[None, :]
+    PACKED: tl.constexpr = 2 if LAYOUT == "mxfp4" else (2 if LAYOUT == "int4" else 1)  # numbers in an element
+    for start in range(0, steps_end(size, LAYOUT, SCALED), PACKED * BLOCK_K):
+        gate = add_product(gate, x, token, there, weight, scales, zeros, column, inner, start, size, LAYOUT, SCALED,
+                           HAS_ZEROS, BLOCK_K)  # fmt: skip
+        up = add_product(up, x, token, there, weight, scales, zeros, second, rows, start, size, LAYOUT, SCALED,
+                         HAS_ZEROS, BLOCK_K)  # fmt: skip
+    gate = finished(gate, scales, bias, column, inner, LAYOUT, SCALED, HAS_BIAS)
+    up = finished(up, scales, bias, second, rows, LAYOUT, SCALED, HAS_BIAS)
     made = gated_product(gate, up, ACTIVATION).to(out.dtype.element_ty)
     mask = there[:, None] & (column < inner)[None, :]
     tl.store(out + place[:, None] * inner + column[None, :], made, mask=mask)
@@ -120,52 +196,54 @@ def token_tile(tiles, tokens, BLOCK_M: tl.constexpr):
 
 @triton.jit(do_not_specialize=["pairs", "tiles", "tokens"])
 def gate_and_up(
-    x, order, starts, tile_ends, weights, all_scales, biases, out, inner, size, pairs, tiles, tokens, shared_x,
-    shared_weight, shared_out, shared_inner, CHOSEN: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr,
-    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, FP4: tl.constexpr, HAS_SHARED: tl.constexpr,
-    IS_ALONE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
+    x, order, starts, tile_ends, tables, out, inner, size, pairs, tiles, tokens, shared_x, shared_weight,
+    shared_scales, shared_zeros, shared_out, shared_inner, CHOSEN: tl.constexpr, EXPERTS: tl.constexpr,
+    BLOCK_E: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, LAYOUT: tl.constexpr,
+    SCALED: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_SHARED: tl.constexpr, IS_ALONE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """x [tokens, size] -> activation(gate) * up [rows of `tile_of`, inner]; and of what all tokens take, without bias
-    or scales, [tokens, shared_inner]. IS_ALONE: of nothing else."""
+    """x [tokens, size] -> activation(gate) * up [rows of `tile_of`, inner]; and of what all tokens take, in the same
+    layout without bias, [tokens, shared_inner]. IS_ALONE: of nothing else."""
     if IS_ALONE:
         token, there = token_tile(0, tokens, BLOCK_M)
-        gate_and_up_tile(shared_x, token, there, shared_weight, shared_weight, shared_weight, shared_out, token,
-                         shared_inner, size, ACTIVATION, False, False, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
+        gate_and_up_tile(shared_x, token, there, shared_weight, shared_scales, shared_zeros, shared_scales, shared_out,
+                         token, shared_inner, size, ACTIVATION, False, LAYOUT, SCALED, HAS_ZEROS, BLOCK_M, BLOCK_N,
+                         BLOCK_K)  # fmt: skip
     elif tl.program_id(0) < tiles:
         expert, pair, place, there = tile_of(order, starts, tile_ends, pairs, EXPERTS, BLOCK_E, BLOCK_M, BLOCK_P)
         if (expert < EXPERTS) & (tl.program_id(1) * BLOCK_N < inner):
-            kind: tl.constexpr = tl.uint8 if FP4 else x.dtype.element_ty
-            weight, scales = address_of(weights, expert, kind), address_of(all_scales, expert, tl.uint8)
-            bias = address_of(biases, expert, tl.float32 if FP4 else x.dtype.element_ty)
-            gate_and_up_tile(x, pair // CHOSEN, there, weight, scales, bias, out, place, inner, size, ACTIVATION,
-                             HAS_BIAS, FP4, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
+            weight, scales, zeros, bias = matrix_of(tables, expert, x.dtype.element_ty, LAYOUT, EXPERTS)
+            gate_and_up_tile(x, pair // CHOSEN, there, weight, scales, zeros, bias, out, place, inner, size, ACTIVATION,
+                             HAS_BIAS, LAYOUT, SCALED, HAS_ZEROS, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
     elif HAS_SHARED:
         token, there = token_tile(tiles, tokens, BLOCK_M)
         if tl.program_id(1) * BLOCK_N < shared_inner:
-            gate_and_up_tile(shared_x, token, there, shared_weight, shared_weight, shared_weight, shared_out, token,
-                             shared_inner, size, ACTIVATION, False, False, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
+            gate_and_up_tile(shared_x, token, there, shared_weight, shared_scales, shared_zeros, shared_scales,
+                             shared_out, token, shared_inner, size, ACTIVATION, False, LAYOUT, SCALED, HAS_ZEROS,
+                             BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
 
 
 @triton.jit
 def down_tile(
-    x, place, there, weight, scales, bias, size, inner, HAS_BIAS: tl.constexpr, FP4: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, place, there, weight, scales, zeros, bias, size, inner, HAS_BIAS: tl.constexpr, LAYOUT: tl.constexpr,
+    SCALED: tl.constexpr, HAS_ZEROS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """float32 [BLOCK_M, BLOCK_N] of rows `place` of x by one weight [size, inner]"""
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, inner, 2 * BLOCK_K if FP4 else BLOCK_K):
-        acc = add_product(acc, x, place, there, weight, scales, column, size, start, inner, FP4, BLOCK_K)
-    if HAS_BIAS:
-        acc += tl.load(bias + column, mask=column < size, other=0.0).to(tl.float32)[None, :]
-    return acc
+    PACKED: tl.constexpr = 2 if LAYOUT == "mxfp4" else (2 if LAYOUT == "int4" else 1)
+    for start in range(0, steps_end(inner, LAYOUT, SCALED), PACKED * BLOCK_K):
+        acc = add_product(acc, x, place, there, weight, scales, zeros, column, size, start, inner, LAYOUT, SCALED,
+                          HAS_ZEROS, BLOCK_K)  # fmt: skip
+    return finished(acc, scales, bias, column, size, LAYOUT, SCALED, HAS_BIAS)
 
 
 @triton.jit(do_not_specialize=["pairs", "tiles", "tokens"])
 def down_product(
-    x, order, starts, tile_ends, weights, all_scales, biases, shares, out, size, inner, pairs, tiles, tokens, shared_x,
-    shared_weight, shared_out, shared_inner, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, HAS_BIAS: tl.constexpr,
-    FP4: tl.constexpr, HAS_SHARED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, order, starts, tile_ends, tables, shares, out, size, inner, pairs, tiles, tokens, shared_x, shared_weight,
+    shared_scales, shared_zeros, shared_out, shared_inner, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr,
+    HAS_BIAS: tl.constexpr, LAYOUT: tl.constexpr, SCALED: tl.constexpr, HAS_ZEROS: tl.constexpr,
+    HAS_SHARED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """x [rows of `tile_of`, inner] -> float32 [tokens * chosen, size], times the experts' shares; and what all tokens
@@ -174,18 +252,16 @@ def down_product(
     if tl.program_id(0) < tiles:
         expert, pair, place, there = tile_of(order, starts, tile_ends, pairs, EXPERTS, BLOCK_E, BLOCK_M, BLOCK_P)
         if expert < EXPERTS:
-            kind: tl.constexpr = tl.uint8 if FP4 else x.dtype.element_ty
-            weight, scales = address_of(weights, expert, kind), address_of(all_scales, expert, tl.uint8)
-            bias = address_of(biases, expert, tl.float32 if FP4 else x.dtype.element_ty)
-            acc = down_tile(x, place, there, weight, scales, bias, size, inner, HAS_BIAS, FP4, BLOCK_M, BLOCK_N,
-                            BLOCK_K)  # fmt: skip
+            weight, scales, zeros, bias = matrix_of(tables, expert, x.dtype.element_ty, LAYOUT, EXPERTS)
+            acc = down_tile(x, place, there, weight, scales, zeros, bias, size, inner, HAS_BIAS, LAYOUT, SCALED,
+                            HAS_ZEROS, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
             acc *= tl.load(shares + pair, mask=there, other=0.0)[:, None]
             mask = there[:, None] & (column < size)[None, :]
             tl.store(out + pair[:, None] * size + column[None, :], acc, mask=mask)
     elif HAS_SHARED:
         token, there = token_tile(tiles, tokens, BLOCK_M)
-        acc = down_tile(shared_x, token, there, shared_weight, shared_weight, shared_weight, size, shared_inner,
-                        False, False, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
+        acc = down_tile(shared_x, token, there, shared_weight, shared_scales, shared_zeros, shared_scales, size,
+                        shared_inner, False, LAYOUT, SCALED, HAS_ZEROS, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
         mask = there[:, None] & (column < size)[None, :]
         tl.store(shared_out + token[:, None] * size + column[None, :], acc.to(shared_out.dtype.element_ty),
                  mask=mask)  # fmt: skip

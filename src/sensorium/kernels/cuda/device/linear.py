@@ -21,6 +21,14 @@ def finish(acc, out, bias, row, column, rows, columns, HAS_BIAS: tl.constexpr):
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def int4_tiles(codes, row, rows, groups, group, inside, HALF: tl.constexpr, dtype: tl.constexpr):
+    """Of a weight [rows, groups, HALF] bytes what the low halves of those `inside` a group say, and the high ones."""
+    at = (row.to(tl.int64) * groups + group)[:, None] * HALF + inside[None, :]
+    packed = tl.load(codes + at, mask=(row < rows)[:, None], other=0)
+    return ((packed & 15).to(tl.float32) - 8.0).to(dtype), ((packed >> 4).to(tl.float32) - 8.0).to(dtype)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def int4_product(
     x, codes, scales, zeros, bias, out, rows, columns, size, stride, HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -37,10 +45,7 @@ def int4_product(
     for group in range(groups):
         first = rows_of(x, row, rows, stride, group * GROUP + inside, size)
         second = rows_of(x, row, rows, stride, group * GROUP + HALF + inside, size)
-        at = (column.to(tl.int64) * groups + group)[:, None] * HALF + inside[None, :]
-        packed = tl.load(codes + at, mask=keep[:, None], other=0)
-        low = ((packed & 15).to(tl.float32) - 8.0).to(first.dtype)
-        high = ((packed >> 4).to(tl.float32) - 8.0).to(first.dtype)
+        low, high = int4_tiles(codes, column, columns, groups, group, inside, HALF, first.dtype)
         part = tl.dot(first, tl.trans(low), input_precision="ieee")
         part = tl.dot(second, tl.trans(high), part, input_precision="ieee")
         if HAS_ZEROS:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from support.triton_interpreter import assert_close
+from torch import Tensor
 
 from sensorium.checkpoint.text_config import Routing
-from sensorium.kernels import Activation, Quantization, reference
+from sensorium.kernels import FP8, Activation, Quantization, reference
 from sensorium.kernels.cuda import CudaBackend
 from sensorium.kernels.cuda import experts as cuda_experts
 from sensorium.kernels.cuda.experts import CudaExperts, add_up, sorted_rows
-from sensorium.kernels.cuda.linear import CudaQuantizedLinear
 from sensorium.kernels.cuda.norms import Summands, add_rms_norm
 from sensorium.models import experts as models_experts
 
@@ -115,34 +117,107 @@ def test_rows_sorted_by_expert(
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("tokens", "bias"), [(2, False), (40, True)])
-def test_experts_in_mxfp4(tokens: int, bias: bool, dtype: torch.dtype) -> None:
-    """From their codes, against the same numbers."""
+MXFP4 = Quantization(4, 32, floats=True)
+FORMS = {
+    "mxfp4": MXFP4, "int8": Quantization(8), "fp8": FP8,
+    **{f"int4 of {group}": Quantization(4, group) for group in (32, 64, 128, 256)},
+    **{f"fp8 of {group}": Quantization(8, group, floats=True) for group in (32, 64, 128, 256)},
+}  # fmt: skip
 
-    def codes(out: int, of: int) -> CudaQuantizedLinear:
-        made = CUDA.empty_quantized(out, of, Quantization(4, 32, floats=True), dtype=dtype, device=torch.device("cpu"))
-        scales = torch.randint(121, 126, (out, of // 32), dtype=torch.uint8)
-        made.fill_codes(0, torch.randint(0, 16, (out, of), dtype=torch.uint8), scales)
-        made.set_bias(torch.randn(out).to(dtype) if bias else None)
-        assert isinstance(made, CudaQuantizedLinear)
-        return made
 
-    def numbers(one: CudaQuantizedLinear) -> reference.PlainLinear:
-        made = reference.PlainLinear(one._weight(slice(None)))
-        made.set_bias(one._bias)
-        return made
+def coded(out: int, of: int, form: Quantization, dtype: torch.dtype, *, bias: bool = False, zeros: bool = False) -> Any:
+    """A weight of random codes."""
+    made: Any = CUDA.empty_quantized(out, of, form, dtype=dtype, device=torch.device("cpu"))
+    codes, scales, _, _ = made.parts
+    assert made.kind in ("mxfp4", "int8", "int4", "fp8")
+    if form == MXFP4:
+        made.fill_codes(0, torch.randint(0, 16, (out, of), dtype=torch.uint8),
+                        torch.randint(121, 126, scales.shape, dtype=torch.uint8))  # fmt: skip
+    elif form.bits == 4:
+        made.fill_codes(0, torch.randint(0, 16, (out, of), dtype=torch.uint8), torch.rand(scales.shape) * of**-0.5 / 4,
+                        16 * torch.rand(scales.shape) if zeros else None)  # fmt: skip
+    else:
+        made.fill(0, torch.randn(out, of) * of**-0.5)
+    made.set_bias(torch.randn(out) if bias else None)
+    assert codes.count_nonzero() > 0
+    return made
 
-    gate_up, down = [codes(2 * 32, 64) for _ in range(3)], [codes(64, 32) for _ in range(3)]
+
+def as_numbers(weight: Any, dtype: torch.dtype = torch.float32) -> reference.PlainLinear:
+    made = reference.PlainLinear(weight._weight(slice(None)).to(dtype))
+    made.set_bias(weight._bias)
+    return made
+
+
+def nearly(found: Tensor, expected: Tensor, most: float) -> bool:
+    return bool((found.float() - expected.float()).norm() < most * expected.float().norm())
+
+
+CLOSE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("tokens", [2, 50])
+def test_experts_in_codes(tokens: int, form: str, dtype: torch.dtype) -> None:
+    """From their codes, against the same numbers: few and many rows, of which the first expert has most and the last
+    one none. That one's scales are no numbers, and nobody reads them."""
+    size, inner = (96, 64) if form == "mxfp4" else (168, 72)
+    bias, zeros = tokens > 2, tokens > 2 and form.startswith("int4")
+    gate_up = [coded(2 * inner, size, FORMS[form], dtype, bias=bias, zeros=zeros) for _ in range(3)]
+    down = [coded(size, inner, FORMS[form], dtype, bias=bias) for _ in range(3)]
+    made = CUDA.experts(gate_up, down, "silu")
+    assert isinstance(made, CudaExperts)
+    x, weights = torch.randn(tokens, size).to(dtype), torch.rand(tokens, 1)
+    chosen = torch.zeros(tokens, 1, dtype=torch.int64)
+    chosen[1] = 1
+    plain = reference.experts([*map(as_numbers, gate_up)], [*map(as_numbers, down)], "silu")
+    expected = plain(x.float(), chosen, weights)
+    for one in (gate_up[2], down[2]):
+        one._scales.fill_(255 if form == "mxfp4" else torch.nan)
+        one.set_bias(torch.full([one.out_features], torch.nan) if bias else None)
+    assert nearly(CUDA.experts(gate_up, down, "silu")(x, chosen, weights), expected, CLOSE[dtype])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_all_tokens_take_besides_in_codes(form: str) -> None:
+    """In the experts' layouts, where it has no other."""
+    quantization = FORMS[form]
+    gate_up, down = ([coded(out, of, quantization, torch.float32) for _ in range(3)]
+                     for out, of in ((2 * 96, 64), (64, 96)))  # fmt: skip
+    wide, narrow = coded(2 * 160, 64, quantization, torch.float32), coded(64, 160, quantization, torch.float32)
+    made = CUDA.experts(gate_up, down, "silu")
+    assert isinstance(made, CudaExperts)
+    shared = made.shareable(wide, narrow)
+    assert shared is not None
+    assert made.shareable(as_numbers(wide), narrow) is None
+    x, other = torch.randn(3, 64), torch.randn(3, 64)
+    chosen, weights = reference.choose(torch.randn(3, 3), 2, renormalizes=True, scale=1.0)
+    plain = reference.experts([*map(as_numbers, gate_up)], [*map(as_numbers, down)], "silu")
+    expected = plain(x, chosen, weights) + as_numbers(narrow)(reference.gated(as_numbers(wide)(other), "silu"))
+    assert nearly(add_up(made.summands(x, chosen, weights, shared, other), x.dtype), expected, 1e-5)
+
+
+def test_layouts_of_two_products() -> None:
+    """Each product has its own."""
+    gate_up = [coded(2 * 32, 64, MXFP4, torch.float32) for _ in range(2)]
+    down = [linear(64, 32, torch.float32, bias=True) for _ in range(2)]
     made = CUDA.experts(gate_up, down, "clamped_swiglu")
     assert isinstance(made, CudaExperts)
-    x = torch.randn(tokens, 64).to(dtype)
-    chosen, weights = reference.choose(torch.randn(tokens, 3), 2, renormalizes=True, scale=1.0)
-    plain = reference.experts([*map(numbers, gate_up)], [*map(numbers, down)], "clamped_swiglu")
-    expected = plain(x.float(), chosen, weights).to(dtype)
-    assert (made(x, chosen, weights).float() - expected.float()).norm() < (
-        1e-2 if dtype is torch.bfloat16 else 1e-5
-    ) * expected.float().norm()
+    x, chosen, weights = torch.randn(2, 64), torch.tensor([[0], [1]]), torch.rand(2, 1)
+    expected = reference.experts([*map(as_numbers, gate_up)], down, "clamped_swiglu")(x, chosen, weights)
+    assert nearly(made(x, chosen, weights), expected, 1e-5)
+
+
+def test_experts_of_other_layouts_are_torch_s() -> None:
+    """Groups without a kernel, and experts of several layouts."""
+    down = [linear(64, 32, torch.float32, bias=False) for _ in range(2)]
+    first, second = coded(64, 64, FORMS["int8"], torch.float32), coded(64, 64, FORMS["int4 of 64"], torch.float32)
+    small = CUDA.empty_quantized(64, 64, Quantization(4, 16), dtype=torch.float32, device=torch.device("cpu"))
+    for gate_up in ([first, second], [small, small], [first, as_numbers(first)]):
+        assert not isinstance(CUDA.experts(gate_up, down, "silu"), CudaExperts)
+    zeros = coded(64, 64, FORMS["int4 of 64"], torch.float32, zeros=True)
+    assert not isinstance(CUDA.experts([second, zeros], down, "silu"), CudaExperts)
 
 
 def test_experts_that_nobody_chose() -> None:
