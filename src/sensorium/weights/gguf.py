@@ -38,7 +38,7 @@ from sensorium.checkpoint.quantization import StoredQuantization
 from sensorium.errors import CheckpointError
 from sensorium.kernels import BlockWeight, Quantization
 from sensorium.kernels.backend import BLOCK_FORMS
-from sensorium.kernels.reference.blocks import DECODERS, LINES, half, nibbles
+from sensorium.kernels.reference.blocks import DECODERS, LINES, are_numbers, half, nibbles
 from sensorium.parallel.ranks import Span
 from sensorium.weights.decoded_codes import DecodedCodes
 from sensorium.weights.stored_codes import PIECE, counted_from_zeros
@@ -86,7 +86,9 @@ class BlockCodes(DecodedCodes):
     def put_blocks(self, weight: BlockWeight, span: Span) -> None:
         rows, step = self.parts["blocks"].view()[span.first : span.first + span.rows], max(1, PIECE // self.shape[1])
         for start in range(0, span.rows, step):
-            weight.fill_blocks(span.here + start, rows[start : start + step])
+            piece = rows[start : start + step]
+            self._checked(piece.reshape(-1, self.block.nbytes))
+            weight.fill_blocks(span.here + start, piece)
 
     def mapped(self, span: Span) -> list[Tensor] | None:
         blocks = self.parts["blocks"]
@@ -122,10 +124,7 @@ class BlockCodes(DecodedCodes):
 
     def _powers(self) -> Tensor:
         """uint8 [out, groups of 32], exponents of two plus 127"""
-        powers = self._blocks(slice(None))[:, 0].view(self.shape[0], -1)
-        if bool((powers == 255).any()):
-            raise CheckpointError(f"tensor {self.key} in {self.file.name} has a scale that is no number")
-        return powers
+        return self._blocks(slice(None))[:, 0].view(self.shape[0], -1)
 
     def _lines(self) -> tuple[Tensor, Tensor]:
         """Scales and zeros, float16 [out, groups of 32]"""
@@ -134,7 +133,10 @@ class BlockCodes(DecodedCodes):
         return scales, zeros
 
     def _blocks(self, rows: slice) -> Tensor:
-        return self.parts["blocks"].view()[rows].reshape(-1, self.block.nbytes)
+        return self._checked(self.parts["blocks"].view()[rows].reshape(-1, self.block.nbytes))
+
+    def _checked(self, blocks: Tensor) -> Tensor:
+        return _with_numbers(blocks, self.block.name, self.key, self.file)
 
 
 def read_gguf_tensors(parts: Sequence[Path]) -> list[StoredTensor | BlockCodes]:
@@ -161,6 +163,14 @@ def gguf_numbers(path: Path, name: str) -> Tensor:
     return _numbers(_mapped(file, _memory(file), stored), stored).view().float().clone()
 
 
+def _with_numbers(blocks: Tensor, kind: str, key: str, file: Path) -> Tensor:
+    """The same; CheckpointError where a scale is infinite or no number. Blocks that stay in the file are not looked at:
+    that would read all of it before the first answer."""
+    if not are_numbers(kind, blocks):
+        raise CheckpointError(f"tensor {key} in {file.name} has a scale that is no number: the file is damaged")
+    return blocks
+
+
 def _numbers(tensor: StoredTensor, stored: GgufTensor) -> StoredTensor:
     """Blocks as the floats that they stand for."""
     kind, shape = stored.kind, stored.shape
@@ -171,7 +181,9 @@ def _numbers(tensor: StoredTensor, stored: GgufTensor) -> StoredTensor:
         tensor,
         shape=shape,
         dtype=torch.float32,
-        view=lambda: decode(tensor.view().reshape(-1, kind.nbytes)).view(shape),
+        view=lambda: decode(
+            _with_numbers(tensor.view().reshape(-1, kind.nbytes), kind.name, tensor.key, tensor.file)
+        ).view(shape),
         populate=None,
         cut=None,
     )

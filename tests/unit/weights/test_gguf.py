@@ -35,7 +35,7 @@ from sensorium.kernels import reference
 from sensorium.kernels.cpu.blocks import MappedBlockLinear
 from sensorium.kernels.cpu.native import fastest
 from sensorium.kernels.reference import BlockLinear
-from sensorium.kernels.reference.blocks import DECODERS, LINES
+from sensorium.kernels.reference.blocks import DECODERS, HALVES, LINES, are_numbers
 from sensorium.kernels.reference.quantized import QuantizedLinear
 from sensorium.models import loading
 from sensorium.models.loading import load_model, packed_weights, weight_bytes
@@ -280,6 +280,35 @@ def test_info_tells_what_a_large_file_becomes(
         assert has_blocks == (said == "the blocks as they are" and kernels.maps_blocks("Q4_0", torch.bfloat16))
         assert main(["info", str(file)]) == 0
         assert (said if has_blocks else "int4 in groups of 32") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_a_scale_that_is_no_number_is_named(tmp_path: Path, kind: str) -> None:
+    """One bit of a file: of blocks that are kept, and of blocks that become codes."""
+    make_llama(tmp_path / "hub", hidden_size=64, intermediate_size=96)
+    file = tmp_path / "m.gguf"
+    write_gguf(tmp_path / "hub", file, kind, tokenizer_metadata(tmp_path / "hub", "gpt-2"), "llama")
+    (stored,) = [one for one in read_gguf_tensors([file]) if one.key == "model.layers.0.mlp.down_proj.weight"]
+    assert isinstance(stored, BlockCodes)
+    octets = bytearray(file.read_bytes())
+    first = bytes(stored.parts["blocks"].view()[3].tolist())
+    octets[octets.index(first) + 1] |= 0x7C
+    file.write_bytes(octets)
+    checkpoint = open_checkpoint(gguf_folder(file, tmp_path / "cache"))
+    with pytest.raises(CheckpointError, match=r"tensor model.layers.0.mlp.down_proj.weight in m.gguf has a scale"):
+        load_model(checkpoint, dtype=torch.float32, device="cpu")
+
+
+@pytest.mark.parametrize("kind", [*HALVES, "MXFP4"])
+def test_scales_that_are_no_numbers(kind: str) -> None:
+    nbytes = {one.name: one.nbytes for one in BLOCK_TYPES.values()}[kind]
+    blocks = torch.full((5, nbytes), 0x7B, dtype=torch.uint8)  # the largest finite scale
+    assert are_numbers(kind, blocks) and bool(DECODERS[kind](blocks).isfinite().all())
+    for at in [at + 1 for at in HALVES.get(kind, ())] or [0]:
+        for octet in (0x7C, 0xFF) if kind != "MXFP4" else (0xFF,):
+            damaged = blocks.clone()
+            damaged[3, at] = octet
+            assert not are_numbers(kind, damaged) and not bool(DECODERS[kind](damaged).isfinite().all())
 
 
 MIXED = {"": "Q4_K", "attn_v": "Q6_K", "ffn_down": "Q6_K", "token_embd": "Q6_K"}  # what llama-quantize calls Q4_K_M

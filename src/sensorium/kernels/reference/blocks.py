@@ -16,6 +16,22 @@ NF4 = (-112, -78, -59, -44, -32, -21, -10, 0, 9, 18, 28, 38, 49, 63, 81, 112)  #
 BNB_FP4 = (0, 1, 80, 120, 40, 60, 20, 30, 0, -1, -80, -120, -40, -60, -20, -30)  # 120 times its fp4
 FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # twice the values of E2M1
 
+HALVES: Mapping[str, tuple[int, ...]] = {
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS"), (0,)),
+    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q6_K": (208,),
+}
+"""Where a block's float16 scales and offsets begin."""
+
+
+def are_numbers(kind: str, blocks: Tensor) -> bool:
+    """Whether all scales are: neither infinite nor none."""
+    if kind == "MXFP4":
+        return not bool((blocks[:, 0] == 255).any())
+    return not any(bool((blocks[:, at + 1] & 0x7C == 0x7C).any()) for at in HALVES[kind])  # the exponent's bits
+
 
 def half(octets: Tensor) -> Tensor:
     """uint8 [n, 2] -> float32 [n, 1], of float16"""
