@@ -492,7 +492,7 @@ FAMILIES: Mapping[str, Family] = {
         ("image", "video"),
         chat_template=chat_templates.MINICPMV,
         text_versions={"2.6": "minicpmv", "4.0": "llama", "4.5": "qwen3"},
-        lacks="frames packed with their times (4.5); 4.6 and later; MiniCPM-o",
+        lacks="4.6 and later; MiniCPM-o",
     ),
     "Qwen2VLForConditionalGeneration": Family(
         "Qwen2-VL",

@@ -26,7 +26,7 @@ from sensorium.models.base import Model, Rename, Steps, finished
 from sensorium.models.layers import Embedding, Linear, QKVLinear, declare
 from sensorium.models.towers.blocks import LayerNorm, Mlp, normalised, separate
 from sensorium.models.towers.clip import ClipConfig, ClipEncoder, ClipTower, clip_map
-from sensorium.models.towers.siglip import Grid, SiglipTower, encoded_slices, grids_of, naflex_config
+from sensorium.models.towers.siglip import Grid, SiglipTower, area, encoded_slices, grids_of, naflex_config
 from sensorium.pooling.pooler import EmbedPooler
 from sensorium.types import Modality, PoolingParams
 
@@ -250,7 +250,7 @@ class NaflexModel(SiglipModel):
     def encoding(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> Steps[list[Tensor]]:
         dtype = self.text_model.final_layer_norm.weight.dtype
         patches = [normalised(item, dtype) for item in items]
-        return (yield from encoded_slices(patches, [*map(grids_of, items)], self._encode, lambda _: 1))
+        return (yield from encoded_slices(patches, [*map(grids_of, items)], self._encode, lambda _: 1, area))
 
     def _encode(self, patches: Tensor, grids: Sequence[Grid]) -> Steps[Tensor]:
         states = yield from self.vision_model.steps(patches, grids)

@@ -15,7 +15,7 @@ from sensorium.models.lfm2 import LFM2_MAP, Lfm2ForCausalLM
 from sensorium.models.llava import Llava
 from sensorium.models.towers.blocks import Projector, merged_blocks, normalised, weights
 from sensorium.models.towers.clip import clip_map
-from sensorium.models.towers.siglip import Grid, SiglipTower, encoded_slices, grids_of, naflex_config
+from sensorium.models.towers.siglip import Grid, SiglipTower, area, encoded_slices, grids_of, naflex_config
 from sensorium.types import Modality
 
 NORM_EPS = 1e-5  # torch's own
@@ -48,7 +48,7 @@ class Lfm2VL(Lfm2ForCausalLM):
         for item in items:
             yield item["pixels"].numel()
             patches.append(normalised(item, self.model.norm.weight.dtype))
-        return (yield from encoded_slices(patches, [*map(grids_of, items)], self._encode, self._count))
+        return (yield from encoded_slices(patches, [*map(grids_of, items)], self._encode, self._count, area))
 
     def _count(self, grid: Grid) -> int:
         return grid[0] * grid[1] // self.merge**2

@@ -1,13 +1,15 @@
 """MiniCPM-V 2.6, 4.0 and 4.5: SigLIP on slices of any size, a resampler that makes 64 rows of each, and a Qwen2, Llama
 or Qwen3 decoder.
 
-Source of the resampler: Bai et al. 2023 (Qwen-VL), with positions of the slice's own grid.
+Source of the resampler: Bai et al. 2023 (Qwen-VL), with positions of the slice's own grid; 4.5 reads several frames of
+a video as one, each with its time (Yu et al. 2025).
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -21,7 +23,7 @@ from sensorium.models.decoder import DECODER_MAP, DecoderForCausalLM
 from sensorium.models.layers import Linear, declare
 from sensorium.models.towers.blocks import MAX_ROWS, LayerNorm
 from sensorium.models.towers.clip import clip_map
-from sensorium.models.towers.siglip import SiglipTower, encoded_slices, grids_of, siglip_config
+from sensorium.models.towers.siglip import Grid, SiglipTower, area, encoded_slices, grids_of, siglip_config
 from sensorium.types import Modality
 
 EPS = 1e-6
@@ -30,8 +32,20 @@ THETA = 10000.0
 MEAN = STD = (0.5, 0.5, 0.5)
 
 
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """Slices that the resampler reads as one: their grids and, of frames with a time, that in tenths of a second."""
+
+    grids: tuple[Grid, ...]
+    times: tuple[int, ...] = ()
+
+    @property
+    def num_patches(self) -> int:
+        return sum(map(area, self.grids))
+
+
 class CrossAttention(nn.Module):
-    """Queries [rows, size], the same for every slice, look at the slice's keys and values [patches, size]."""
+    """Queries [rows, size], the same for every pack, look at the pack's keys and values [patches, size]."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -41,7 +55,7 @@ class CrossAttention(nn.Module):
         self.num_heads = size // HEAD_DIM
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:
-        """-> [slices, rows, size]"""
+        """-> [packs, rows, size]"""
         parts = zip((query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
         q, k, v = (functional.linear(*part).view(len(part[0]), self.num_heads, -1) for part in parts)
         attended, start = [], 0
@@ -49,7 +63,7 @@ class CrossAttention(nn.Module):
             count = len(list(run))
             end = start + count * length
             keys, values = (x[start:end].view(count, length, *x.shape[1:]).transpose(1, 2) for x in (k, v))
-            queries = q.transpose(0, 1).expand(count, -1, -1, -1)  # [slices, heads, rows, head_dim]
+            queries = q.transpose(0, 1).expand(count, -1, -1, -1)  # [packs, heads, rows, head_dim]
             out = functional.scaled_dot_product_attention(queries, keys, values)
             attended.append(out.transpose(1, 2).flatten(2))
             start = end
@@ -58,7 +72,7 @@ class CrossAttention(nn.Module):
 
 
 class Resampler(nn.Module):
-    """States [patches, tower] of slices with these grids -> [slices, queries, size]."""
+    """States [patches, tower] of packs -> [packs, queries, size]."""
 
     def __init__(self, num_queries: int, size: int, tower_size: int) -> None:
         super().__init__()
@@ -71,15 +85,17 @@ class Resampler(nn.Module):
         self.attn = CrossAttention(size)
         self.proj = declare(size, size)  # [in, out]
 
-    def forward(self, states: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+    def forward(self, states: Tensor, packs: Sequence[Pack]) -> Tensor:
         value = self.ln_kv(states if self.kv_proj is None else self.kv_proj(states))
-        key = value + self._positions(grids, value)
-        rows = self.attn(self.ln_q(self.query), key, value, [lines * columns for lines, columns in grids])
+        key = value + self._positions([grid for pack in packs for grid in pack.grids], value)
+        if any(pack.times for pack in packs):
+            key += self._moments(packs, value)
+        rows = self.attn(self.ln_q(self.query), key, value, [pack.num_patches for pack in packs])
         return torch.matmul(self.ln_post(rows), self.proj)
 
-    def _positions(self, grids: Sequence[tuple[int, int]], like: Tensor) -> Tensor:
+    def _positions(self, grids: Sequence[Grid], like: Tensor) -> Tensor:
         """[patches, size]: the first half of the channels tells the column, the second the line."""
-        table = self._sinusoids(max(map(max, grids)), like)
+        table = self._sinusoids(range(max(map(max, grids))), self.size // 2, like)
         parts = []
         for grid in grids:
             lines, columns = (
@@ -89,11 +105,21 @@ class Resampler(nn.Module):
             parts.append(torch.cat([table[columns], table[lines]], dim=1))
         return torch.cat(parts)
 
-    def _sinusoids(self, count: int, like: Tensor) -> Tensor:
-        """[count, size / 2]: sines, then cosines, of falling frequencies."""
-        quarter = self.size // 4
-        omega = THETA ** -(torch.arange(quarter, dtype=torch.float32, device=like.device) / quarter)
-        angles = torch.arange(count, dtype=torch.float32, device=like.device).unsqueeze(1) * omega
+    def _moments(self, packs: Sequence[Pack], like: Tensor) -> Tensor:
+        """[patches, size]: the time of each patch's frame in all channels, zero where it has none."""
+        parts = []
+        for pack in packs:
+            sizes = torch.tensor([*map(area, pack.grids)], device=like.device)
+            if pack.times:
+                parts.append(self._sinusoids(pack.times, self.size, like).repeat_interleave(sizes, dim=0))
+            else:
+                parts.append(like.new_zeros(pack.num_patches, self.size))
+        return torch.cat(parts)
+
+    def _sinusoids(self, places: Sequence[int], width: int, like: Tensor) -> Tensor:
+        """[places, width]: sines, then cosines, of falling frequencies; float64, as an hour has 36,000 places."""
+        omega = THETA ** -(torch.arange(width // 2, dtype=torch.float64, device=like.device) / (width // 2))
+        angles = torch.tensor([*places], dtype=torch.float64, device=like.device).unsqueeze(1) * omega
         return torch.cat([angles.sin(), angles.cos()], dim=1).to(like.dtype)
 
 
@@ -128,19 +154,30 @@ class MiniCPMV(DecoderForCausalLM):
         self.register_buffer("pixel_shift", (-mean / std).unsqueeze(1), persistent=False)
 
     def encoding(self, kind: Modality, items: Sequence[Mapping[str, Tensor]]) -> Steps[list[Tensor]]:
-        patches = [item["patches"] for item in items]
-        return (yield from encoded_slices(patches, [*map(grids_of, items)], self._encode, lambda _: self.num_queries))
+        patches, packs = [item["patches"] for item in items], [*map(_packs_of, items)]
+        count = self.num_queries
+        return (yield from encoded_slices(patches, packs, self._encode, lambda _: count, lambda one: one.num_patches))
 
-    def _encode(self, patches: Tensor, grids: Sequence[tuple[int, int]]) -> Steps[Tensor]:
-        """uint8 [patches, 3 * side * side] -> [slices * queries, hidden]"""
+    def _encode(self, patches: Tensor, packs: Sequence[Pack]) -> Steps[Tensor]:
+        """uint8 [patches, 3 * side * side] -> [packs * queries, hidden]"""
         yield patches.numel()
         pixels = patches.view(len(patches), 3, -1).float().mul_(self.pixel_scale).add_(self.pixel_shift)
-        states = yield from self.vpm.steps(pixels.flatten(1), grids)
+        states = yield from self.vpm.steps(pixels.flatten(1), [grid for pack in packs for grid in pack.grids])
         yield len(states) * self.text.hidden_size * (states.shape[1] + 2 * self.text.hidden_size)
-        out: Tensor = self.resampler(states, grids).flatten(0, 1)
+        out: Tensor = self.resampler(states, packs).flatten(0, 1)
         return out
 
     def activation_bytes(self, tokens: int) -> int:
         size = self.model.norm.weight.element_size()
         resampled = MAX_ROWS * size * 5 * self.text.hidden_size
         return max(super().activation_bytes(tokens), self.vpm.activation_bytes(size), resampled)
+
+
+def _packs_of(item: Mapping[str, Tensor]) -> list[Pack]:
+    """Each slice alone, or `packs` int32 [packs], how many are read together, with `times` int32 [slices]."""
+    grids = grids_of(item)
+    if "packs" not in item:
+        return [Pack((grid,)) for grid in grids]
+    left, times = iter(grids), iter(item["times"].tolist())
+    take = itertools.islice
+    return [Pack(tuple(take(left, count)), tuple(take(times, count))) for count in item["packs"].tolist()]

@@ -2,7 +2,8 @@
 each of them.
 
 In the prompt an image has a number, which counts the prompt's images; a video is its frames, one image after the
-other, without numbers. Slices travel as bytes: the model normalises them.
+other, without numbers. 4.5 may pack frames: `packing_nums` in a row have the rows of one. Slices travel as bytes: the
+model normalises them.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ from sensorium.checkpoint.configs import Checkpoint
 from sensorium.errors import CheckpointError, StartupError
 from sensorium.media.sampling import VideoSampling
 from sensorium.processors import image
-from sensorium.processors.base import Piece, PlaceholderRun, Processor, Setting, boolean, integer, number
+from sensorium.processors.base import Piece, PlaceholderRun, Processor, Setting, SettingError, boolean, integer, number
 from sensorium.prompt.tokenizer import Tokenizer
 from sensorium.types import MediaFeatures, MediaItem, Modality, Prompt
 
 MAX_SLICES = 36
-MAX_FRAMES = 64
+MAX_FRAMES = 64  # of a video that is not packed; packs of one that is
+MAX_PACKING = 6  # frames that 4.5 has learned to read as one
+PACKING_VERSION = "4.5"
+TENTHS = 10  # units of a frame's time in a second
 TAGS: Mapping[Modality, str] = {"image": "(<image>./</image>)", "video": "(<video>./</video>)"}
 TOKENS: Mapping[str, str] = {  # names in preprocessor_config.json
     "im_start": "<image>",
@@ -97,6 +101,7 @@ class MiniCPMVProcessor(Processor):
         "max_slice_nums": integer(1, MAX_SLICES),
         "video_max_slice_nums": integer(1, MAX_SLICES),
         "use_image_id": boolean,
+        "packing_nums": integer(1, MAX_PACKING),
         "fps": number(0.01, 1000),
         "num_frames": integer(1, 1024),
         "max_frames": integer(1, 1024),
@@ -121,19 +126,25 @@ class MiniCPMVProcessor(Processor):
         self._rows: int = config.get("query_num", 64)
         if files.get("image_feature_size", self._rows) != self._rows:
             raise CheckpointError("preprocessor_config.json: 'image_feature_size' is not config.json's 'query_num'")
+        self._packing: int | None = self._setting("packing_nums", None)
+        if self._packing and str(config.get("version")) != PACKING_VERSION:
+            raise SettingError(
+                "packing_nums",
+                f"needs MiniCPM-V {PACKING_VERSION}; this is version {config.get('version')}: leave it out",
+            )
         numbered = config.get("use_image_id", True)
         self._numbered: bool = self._setting("use_image_id", True if numbered is None else numbered)
         most = self._setting("max_slice_nums", slices.get("max_slice_nums", 9))
         whole = not image.switch(files, "slice_mode")
         self._most: dict[Modality, int] = {
             "image": 1 if whole else most,
-            "video": 1 if whole else self._setting("video_max_slice_nums", 2),
+            "video": 1 if whole else self._setting("video_max_slice_nums", 1 if self._packing else 2),
         }
         # As the model's card samples: about one frame a second, thinned out evenly.
         self._sampling = VideoSampling(
             fps=self._setting("fps", 1.0),
             num_frames=self.overrides.get("num_frames"),
-            max_frames=self._setting("max_frames", MAX_FRAMES),
+            max_frames=self._setting("max_frames", MAX_FRAMES * (self._packing or 1)),
             placement="stride",
         )
 
@@ -149,7 +160,8 @@ class MiniCPMVProcessor(Processor):
     def num_tokens(self, kind: Modality, height: int, width: int, frames: int = 1) -> int:
         if kind not in TAGS:
             return super().num_tokens(kind, height, width, frames)
-        return frames * self._slicing(kind, height, width).count * self._rows
+        shown = frames if kind == "image" else math.ceil(frames / (self._packing or 1))
+        return shown * self._slicing(kind, height, width).count * self._rows
 
     def process(self, item: MediaItem) -> MediaFeatures:
         if item.kind not in TAGS:
@@ -157,13 +169,30 @@ class MiniCPMVProcessor(Processor):
         frames = item.data.astype(np.uint8, copy=False)
         frames = frames if item.kind == "video" else frames[None]
         plan = self._slicing(item.kind, frames.shape[1], frames.shape[2])
-        slices = [part for frame in frames for part in self._slices(frame, plan)]
+        packing = self._packing if item.kind == "video" else None
+        shown = [frames[start : start + (packing or 1)] for start in range(0, len(frames), packing or 1)]
+        # The frames of a pack lie together, cell by cell.
+        cells = (cell for pack in shown for cell in zip(*(self._slices(one, plan) for one in pack), strict=True))
+        slices = [part for cell in cells for part in cell]
         arrays: dict[str, NDArray[np.generic]] = {
             "patches": np.concatenate([self._patches(part) for part in slices]),  # uint8 [patches, 3 * patch * patch]
             "grids": np.array([part.shape[:2] for part in slices], np.int32) // self._patch,  # [slices, 2]
-            "layout": np.array([len(frames), plan.rows, plan.columns], np.int32),
+            "layout": np.array([len(shown), plan.rows, plan.columns], np.int32),
         }
-        return MediaFeatures(item.kind, self._feature_key(item), len(slices) * self._rows, arrays)
+        if packing:
+            sizes = [len(pack) for pack in shown]
+            arrays["packs"] = np.repeat(np.array(sizes, np.int32), plan.count)  # slices that the resampler reads as one
+            arrays["times"] = self._times(item, sizes, plan.count)
+        return MediaFeatures(item.kind, self._feature_key(item), len(shown) * plan.count * self._rows, arrays)
+
+    @staticmethod
+    def _times(item: MediaItem, sizes: Sequence[int], count: int) -> NDArray[np.int32]:
+        """int32 [slices], tenths of a second, in the order of the slices; a clip that brings no times has a frame a
+        second."""
+        seconds = np.array(item.timestamps_s or range(len(item.data)), np.float64)
+        tenths = np.rint(seconds * TENTHS).astype(np.int32)
+        packs = np.split(tenths, np.cumsum(sizes)[:-1])
+        return np.concatenate([np.tile(pack, count) for pack in packs])
 
     def build(self, text: str, media: Sequence[MediaFeatures], *, add_special_tokens: bool = False) -> Prompt:
         pieces = _TAG.split(text)  # texts and, at odd places, tags
@@ -192,14 +221,16 @@ class MiniCPMVProcessor(Processor):
             yield from self._medium(index, media[index])
 
     def _medium(self, item: int, features: MediaFeatures) -> Iterator[Piece]:
-        """Every frame: the whole image, then its slices, line by line."""
+        """Every frame or pack: the whole image, then its slices, line by line. Packs stand on lines of their own."""
         frames, rows, columns = features.arrays["layout"].tolist()
-        line_end = self._encoded("\n") if rows > 1 else None
+        line_end = self._encoded("\n")
         first_rows = itertools.count(0, self._rows)
-        for _ in range(frames):
+        for frame in range(frames):
+            if frame and "packs" in features.arrays:
+                yield line_end
             yield from self._slot("im", item, next(first_rows))
             for row in range(rows):
-                if row and line_end is not None:
+                if row:
                     yield line_end
                 for _ in range(columns):
                     yield from self._slot("slice", item, next(first_rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -100,7 +101,27 @@ def oracle_positions(size: int, lines: int, columns: int) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(halves, axis=-1)).reshape(lines * columns, size)
 
 
-def oracle_rows(parts: checkpoints.Parts, item: MediaItem, *, most: int = 9, scale: int = 56) -> torch.Tensor:
+def oracle_moment(size: int, tenths: int) -> torch.Tensor:
+    angles = tenths / 10000 ** (2 * np.arange(size // 2) / size)
+    return torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)])).float()
+
+
+def oracle_packs(counts: Sequence[int], cells: int) -> list[list[int]]:
+    """Of slices frame by frame: which the resampler reads together, if so many frames make a pack."""
+    frames = iter(range(sum(counts)))
+    groups = [[next(frames) for _ in range(count)] for count in counts]
+    return [[frame * cells + cell for frame in group] for group in groups for cell in range(cells)]
+
+
+def oracle_rows(
+    parts: checkpoints.Parts,
+    item: MediaItem,
+    *,
+    most: int = 9,
+    scale: int = 56,
+    packs: Sequence[Sequence[int]] = (),
+    tenths: Sequence[int] = (),
+) -> torch.Tensor:
     own, frames = parts.own, item.data if item.kind == "video" else item.data[None]
     size = own["proj"].shape[0]
     attention = torch.nn.MultiheadAttention(size, size // 128, batch_first=True)
@@ -120,10 +141,16 @@ def oracle_rows(parts: checkpoints.Parts, item: MediaItem, *, most: int = 9, sca
     rows = []
     with torch.inference_mode():
         states = parts.vision(pixels, patch_attention_mask=mask).last_hidden_state
-        for index, (lines, columns) in enumerate(grids):
-            value = norm("ln_kv", functional.linear(states[index][mask[index].flatten()], own["kv_proj.weight"]))
-            key = value + oracle_positions(size, lines, columns)
-            out, _ = attention(norm("ln_q", own["query"])[None], key[None], value[None])
+        for pack in packs or [[index] for index in range(len(slices))]:
+            seen = [
+                norm("ln_kv", functional.linear(states[one][mask[one].flatten()], own["kv_proj.weight"]))
+                for one in pack
+            ]
+            keys = [
+                value + oracle_positions(size, *grids[one]) + (oracle_moment(size, tenths[one]) if tenths else 0)
+                for one, value in zip(pack, seen, strict=True)
+            ]
+            out, _ = attention(norm("ln_q", own["query"])[None], torch.cat(keys)[None], torch.cat(seen)[None])
             rows.append(norm("ln_post", out[0]) @ own["proj"])
     return torch.cat(rows)
 
@@ -179,6 +206,12 @@ def load(folder: Path, parts: checkpoints.Parts) -> Served:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
     folder = tmp_path_factory.mktemp("minicpmv")
     return load(folder, checkpoints.make_minicpmv(folder))
+
+
+@pytest.fixture(scope="module")
+def latest(tmp_path_factory: pytest.TempPathFactory) -> Served:
+    folder = tmp_path_factory.mktemp("minicpmv45")
+    return load(folder, checkpoints.make_minicpmv(folder, version=4.5))
 
 
 def media() -> list[MediaItem]:
@@ -266,6 +299,33 @@ def test_frames_are_taken_once_a_second_and_thinned_evenly() -> None:
     assert long == [30 * int(i * gap + gap / 2) for i in range(64)]
     assert len(processor(max_frames=8).video_sampling().indices(6000, 200.0, 128)) == 8
     assert len(processor(num_frames=5).video_sampling().indices(6000, 200.0, 128)) == 5
+
+
+def test_packed_frames_have_the_rows_of_one() -> None:
+    here = processor({"version": 4.5}, packing_nums=3)
+    assert here.num_tokens("video", 720, 1280, 8) == 3 * 64, "and no slices, as the model's card has it"
+    assert here.with_overrides({"video_max_slice_nums": 2}).num_tokens("video", 720, 1280, 8) == 3 * 3 * 64
+    assert here.num_tokens("image", 720, 1280) == processor().num_tokens("image", 720, 1280)
+    assert here.video_sampling().max_frames == 3 * 64
+    video = dataclasses.replace(noise(50, 50, frames=5), timestamps_s=(0.0, 0.26, 4.3, 8.64, 100.0))
+    features = here.process(video)
+    assert features.num_rows == here.num_tokens("video", 50, 50, 5) == 2 * 64
+    assert features.arrays["packs"].tolist() == [3, 2]
+    assert features.arrays["times"].tolist() == [0, 3, 43, 86, 1000]
+    frame = [151646, *[128244] * 64, 151647]
+    prompt = here.build(here.placeholder("video", 0), [features])
+    assert prompt.token_ids.tolist() == [*frame, 10, *frame]
+    assert here.process(noise(50, 50, frames=3)).arrays["times"].tolist() == [0, 10, 20], "one a second"
+
+
+@pytest.mark.parametrize("version", [2.6, 4.0])
+def test_only_one_version_packs(version: float) -> None:
+    with pytest.raises(StartupError, match=f"'packing_nums' needs MiniCPM-V 4.5; this is version {version}"):
+        processor({"version": version}, packing_nums=2)
+    with pytest.raises(RequestError, match="leave it out"):
+        processor({"version": version}).with_overrides({"packing_nums": 2})
+    with pytest.raises(RequestError, match="from 1 to 6"):
+        processor({"version": 4.5}).with_overrides({"packing_nums": 7})
 
 
 def test_slicing_switched_off() -> None:
@@ -363,6 +423,29 @@ def test_rows_of_videos_equal_the_composition(here: Served) -> None:
         video = noise(60, 90, frames=frames, seed=frames)
         ours = here.encode("video", [here.processor.process(video)])[0]
         torch.testing.assert_close(ours, oracle_rows(here.parts, video, most=2), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("packing", "counts"), [(1, [1, 1, 1, 1, 1]), (3, [3, 2]), (6, [5])])
+@pytest.mark.parametrize("most", [1, 2])
+def test_rows_of_packed_frames_equal_the_composition(
+    latest: Served, packing: int, counts: list[int], most: int
+) -> None:
+    seconds = (0.0, 0.34, 5.0, 61.75, 3600.5)
+    video = dataclasses.replace(noise(60, 90, frames=5, seed=7), timestamps_s=seconds)
+    packed = latest.processor.with_overrides({"packing_nums": packing, "video_max_slice_nums": most})
+    features = packed.process(video)
+    cells = len(oracle_slices(video.data[0], most, 56))
+    packs = oracle_packs(counts, cells)
+    assert (cells > 1) == (most > 1)
+    assert features.num_rows == 4 * len(packs) == packed.num_tokens("video", 60, 90, 5)
+    tenths = [round(10 * second) for second in seconds for _ in range(cells)]
+    theirs = oracle_rows(latest.parts, video, most=most, packs=packs, tenths=tenths)
+    plain = latest.processor.process(noise(50, 50, frames=2))
+    for ours in (latest.encode("video", [features])[0], latest.encode("video", [plain, features])[1]):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    timeless = oracle_rows(latest.parts, video, most=most, packs=packs)
+    differs = bool((theirs - timeless).abs().max() > 1e-3)
+    assert differs == (packing > 1), "a time that all keys share changes nothing"
 
 
 @pytest.mark.parametrize("side", [10, 70])

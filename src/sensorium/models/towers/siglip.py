@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ NAFLEX: Mapping[str, Any] = {
     "layer_norm_eps": 1e-6,
 }
 Grid = tuple[int, int]  # lines and columns of a slice's patches
+Unit = TypeVar("Unit")
 
 
 def siglip_config(vision: Mapping[str, Any]) -> ClipConfig:
@@ -181,21 +182,26 @@ class SiglipTower(nn.Module):
         return MAX_ROWS * (element_size * per_row + (4 + element_size) * 3 * config.patch_size**2)
 
 
+def area(grid: Grid) -> int:
+    return grid[0] * grid[1]
+
+
 def encoded_slices(
     patches: Sequence[Tensor],
-    grids: Sequence[Sequence[Grid]],
-    encode: Callable[[Tensor, Sequence[Grid]], Steps[Tensor]],
-    count: Callable[[Grid], int],
+    units: Sequence[Sequence[Unit]],
+    encode: Callable[[Tensor, Sequence[Unit]], Steps[Tensor]],
+    count: Callable[[Unit], int],
+    size: Callable[[Unit], int],
 ) -> Steps[list[Tensor]]:
-    """Rows of each item, out of its slices' patches [n, …] and grids. `encode` makes rows of a group of slices, of
-    which each gives `count(grid)`."""
-    lengths = [[lines * columns for lines, columns in one] for one in grids]
+    """Rows of each item, out of its patches [n, …] and its units, which are slices' grids or what else is encoded as
+    one. A unit has `size(unit)` patches and gives `count(unit)` rows; `encode` makes rows of a group of units."""
+    lengths = [[*map(size, one)] for one in units]
     slices = [part for one, each in zip(patches, lengths, strict=True) for part in torch.split(one, each)]
-    every = [grid for one in grids for grid in one]
+    every = [unit for one in units for unit in one]
     rows = []
     for group in groups([length for each in lengths for length in each], group_rows(slices[0])):
         rows.append((yield from encode(torch.cat(slices[group]), every[group])))
-    return separate(torch.cat(rows), [sum(map(count, one)) for one in grids])
+    return separate(torch.cat(rows), [sum(map(count, one)) for one in units])
 
 
 def grids_of(item: Mapping[str, Tensor]) -> list[Grid]:
