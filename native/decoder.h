@@ -9,6 +9,8 @@
 
 namespace sensorium {
 
+constexpr int64_t kMaxHeadDim = 1024;  // of heads whose dimensions turn in pairs; kernels/cpu/decoder.py has it too
+
 struct DecoderBuffers {
     bf16 *residual, *normed, *qkv, *attended, *gated;
     bf16* mixed;             // queries without their gates, or what a convolution gives
@@ -82,6 +84,21 @@ static inline void decoder_norms(const Runtime& r, const Decoder& d, const Decod
     }
 }
 
+// [token][head][dim] -> the same in place, with the first of each pair of rotated dimensions before all second ones.
+static inline void decoder_part(const Runtime& r, bf16* x, int64_t stride, int64_t tokens, int64_t heads, int64_t dim,
+                                int64_t rotary) {
+    const int64_t half = rotary / 2;
+    by_token(r, tokens, heads * rotary * 4, [&](const Runtime&, int64_t token) {
+        bf16 seconds[kMaxHeadDim / 2];
+        for (int64_t head = 0; head < heads; ++head) {
+            bf16* row = x + token * stride + head * dim;
+            for (int64_t i = 0; i < half; ++i) seconds[i] = row[2 * i + 1];
+            for (int64_t i = 1; i < half; ++i) row[i] = row[2 * i];
+            std::memcpy(row + half, seconds, size_t(half) * sizeof(bf16));
+        }
+    });
+}
+
 static inline void decoder_attention(const Runtime& r, const Decoder& d, const DecoderStep& step, int layer_index,
                                      const DecoderBuffers& b) {
     const Kernels& kernels = *r.kernels;
@@ -93,6 +110,10 @@ static inline void decoder_attention(const Runtime& r, const Decoder& d, const D
     void *k_cache = step.caches[2 * layer_index], *v_cache = step.caches[2 * layer_index + 1];
     const int64_t row = d.int8_cache ? dim + kScaleBytes : dim;
     decoder_norms(r, d, layer, step.tokens, b.qkv, q, q_stride, k, stride);
+    if (layer.paired) {
+        decoder_part(r, q, q_stride, step.tokens, d.heads, dim, d.rotary);
+        decoder_part(r, k, stride, step.tokens, d.kv_heads, dim, d.rotary);
+    }
     const float *cos = step.rotations[2 * layer.rotation], *sin = step.rotations[2 * layer.rotation + 1];
     kernels.rope(r, q, q_stride, q, q_stride, cos, sin, step.tokens, d.heads, dim, d.rotary);
     kernels.rope(r, k, stride, k, stride, cos, sin, step.tokens, d.kv_heads, dim, d.rotary);

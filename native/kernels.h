@@ -188,6 +188,7 @@ struct DecoderLayer {
     int32_t gated;      // each query has its gate behind it: what it attends to is multiplied by the gate's sigmoid
     int32_t rotation;   // number of its cos and sin
     int32_t table;      // number of the block table that says which blocks are its
+    int32_t paired;     // of a head's rotated dimensions neighbours turn together: the first of each go to the front
 };
 
 struct Decoder {

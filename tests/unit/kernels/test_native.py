@@ -322,25 +322,27 @@ def gate_up(kernels: Native, wide: int, hidden: int, form: str) -> NativeLinear:
 
 
 @pytest.mark.parametrize(
-    ("qk_norm", "int8", "wide", "form", "is_gemma"),
+    ("qk_norm", "int8", "wide", "form", "is_gemma", "paired"),
     [
-        (False, False, 80, "packed", False),
-        (True, False, 96, "packed", False),
-        (False, True, 80, "packed", False),
-        (False, False, 96, "rows", False),
-        (False, False, 96, "compact", False),
-        (False, False, 96, "int8", False),
-        (False, False, 96, "int4", False),
-        (False, False, 80, "int4", False),
-        (True, False, 80, "packed", True),
-        (True, True, 96, "int4", True),
+        (False, False, 80, "packed", False, 0),
+        (True, False, 96, "packed", False, 0),
+        (False, True, 80, "packed", False, 0),
+        (False, False, 96, "rows", False, 0),
+        (False, False, 96, "compact", False, 0),
+        (False, False, 96, "int8", False, 0),
+        (False, False, 96, "int4", False, 0),
+        (False, False, 80, "int4", False, 0),
+        (True, False, 80, "packed", True, 0),
+        (True, True, 96, "int4", True, 0),
+        (False, False, 80, "packed", False, 32),
+        (True, True, 96, "int4", False, 18),
     ],
 )
 def test_decoder_is_its_kernels_one_by_one(
-    kernels: Native, qk_norm: bool, int8: bool, wide: int, form: str, is_gemma: bool
+    kernels: Native, qk_norm: bool, int8: bool, wide: int, form: str, is_gemma: bool, paired: int
 ) -> None:
     """`wide` is a multiple of 32, or not: gate and up are multiplied in one then, or one after the other. Gemma has two
-    block tables."""
+    block tables. `paired`: dimensions of a head that are rotated in pairs, all of which are neighbours then."""
     hidden, heads, kv_heads, dim, tokens = 96, 6, 2, 32, 520
     query_lens, context_lens = [1, 1, 1, 517], [1, 40, 16, 530]
     context = context_of(query_lens, context_lens, 16, 48)
@@ -369,12 +371,14 @@ def test_decoder_is_its_kernels_one_by_one(
             random_bf16(hidden) if is_gemma else None,
             is_gemma,
             i % 2,
+            is_paired=bool(paired),
         )
         for i in range(3)
     ]
     norm, x = random_bf16(hidden), random_bf16(tokens, hidden)
-    angles = torch.randn(2, tokens, dim // 2)
+    angles = torch.randn(2, tokens, (paired or dim) // 2)
     rotations = [(one.cos(), one.sin()) for one in angles]
+    order = [*range(0, paired, 2), *range(1, paired, 2), *range(paired, dim)]
     offset = 1.0 if is_gemma else 0.0
     decoder = kernels.decoder_stack(
         layers, norm, num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, scale=0.2, eps=1e-6, norm_offset=offset
@@ -394,7 +398,7 @@ def test_decoder_is_its_kernels_one_by_one(
         if parts.q_norm is not None and parts.k_norm is not None:
             q = kernels.rms_norm(q, parts.q_norm, 1e-6, offset)
             k = kernels.rms_norm(k, parts.k_norm, 1e-6, offset)
-        q, k = kernels.rope(q, k, *rotations[parts.rotation])
+        q, k = kernels.rope(q[..., order], k[..., order], *rotations[parts.rotation])
         seen = context.by_table(table)
         kernels.write_kv(k, v, k_cache, v_cache, seen.slots)
         attended = kernels.paged_attention(q, k_cache, v_cache, seen, 0.2, parts.sliding_window, context.visible)

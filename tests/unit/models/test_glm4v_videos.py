@@ -13,8 +13,10 @@ from support import engine_harness
 from support.glm4v import make_glm4v, make_glm4v_moe, make_glm_ocr
 from support.image_families import noise, normalised
 from support.media_models import again, load
-from support.model_driver import Driver
+from support.model_driver import Driver, with_and_without_stack
 
+from sensorium.checkpoint.configs import open_checkpoint
+from sensorium.models.loading import load_model
 from sensorium.types import EngineRequest, SamplingParams
 
 
@@ -45,3 +47,16 @@ def test_videos_equal_transformers(make: Callable[..., Any], layout: str, tmp_pa
     bench = engine_harness.bench(here.model, max_num_batched_tokens=13, block_size=4)
     result = bench.run(EngineRequest(1, prompt, SamplingParams(32, temperature=0.0)))[0]
     assert result.tokens == expected and len(set(expected)) > 4
+
+
+@pytest.mark.parametrize("make", [make_glm4v, make_glm_ocr])
+def test_one_native_call_is_layer_by_layer(make: Callable[..., Any], tmp_path: Path) -> None:
+    """To the last bit, though neighbours are rotated together."""
+    make(tmp_path, dtype="bfloat16")
+    model = load_model(open_checkpoint(tmp_path), dtype=torch.bfloat16, device="cpu")
+    for int8_cache in (False, True):
+        pair = with_and_without_stack(
+            model, [7 * i % 300 for i in range(60)], dtype=torch.bfloat16, int8_cache=int8_cache
+        )
+        assert pair[0].isfinite().all()
+        assert torch.equal(*pair)

@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     from sensorium.kernels.context import AttentionContext, KVCache
 
 _BF16 = torch.bfloat16
+MAX_PAIRED = 1024  # dimensions of a head that are rotated in pairs
 
 
-def can_stack(layers: Sequence[DecoderLayerParts], final_norm: Tensor) -> bool:
+def can_stack(layers: Sequence[DecoderLayerParts], final_norm: Tensor, head_dim: int) -> bool:
     """Whether there are layers, one of which attends, all weights are native ones and all others contiguous, bf16 or
     what is float32 everywhere."""
     if all(parts.state is not None for parts in layers):
@@ -46,11 +47,9 @@ def can_stack(layers: Sequence[DecoderLayerParts], final_norm: Tensor) -> bool:
                 others.append(parts.state.delta.norm)
                 floats += [parts.state.delta.rate, parts.state.delta.bias]
         tensors += [one for one in others if one is not None]
-        if (
-            parts.is_paired
-            or not parts.is_plain
-            or not all(isinstance(weight, NativeLinear) for weight in _weights(parts))
-        ):
+        if not parts.is_plain or not all(isinstance(weight, NativeLinear) for weight in _weights(parts)):
+            return False
+        if parts.is_paired and head_dim > MAX_PAIRED:
             return False
         if parts.routed is not None and not isinstance(parts.routed.experts, NativeExperts):
             return False
@@ -136,6 +135,7 @@ def _layer_arguments(
         parts.media_both_ways,
         parts.is_gated,
         parts.rotation,
+        paired=parts.is_paired,
     )
 
 

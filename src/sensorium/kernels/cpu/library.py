@@ -254,6 +254,7 @@ class DecoderLayerArguments(ctypes.Structure):
         ("gated", _I32),
         ("rotation", _I32),
         ("table", _I32),
+        ("paired", _I32),
     ]
 
 

@@ -264,7 +264,7 @@ class Native(AttentionKernels, StateKernels, GrammarKernels):
         norms_whole_qk: bool = False,
     ) -> NativeDecoder | None:
         """None where a part has a layout or dtype that needs the kernels one by one."""
-        if head_dim % 2 or not can_stack(layers, final_norm):
+        if head_dim % 2 or not can_stack(layers, final_norm, head_dim):
             return None
         return NativeDecoder(
             self,
