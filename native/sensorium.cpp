@@ -67,7 +67,7 @@ bool take_token(const Grammars& grammars, void* matcher, uint32_t token, Taken& 
 
 const int64_t sensorium::kFewRowsAhead = is_zen5_or_later() ? 8192 : 0;
 
-EXPORT int32_t sensorium_abi() { return 20; }
+EXPORT int32_t sensorium_abi() { return 21; }
 
 // isa: 0 portable, 1 AVX2 + FMA, 2 AVX-512 with VNNI, 3 the same with BF16, -1 the fastest of these. Null when this
 // processor lacks it.
