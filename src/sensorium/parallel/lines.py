@@ -7,8 +7,6 @@ from pathlib import Path
 
 MOST_BYTES = 1 << 16
 """Of a message. One always fits into a socket's buffer, so that all may send before they read."""
-
-
 PATH_BYTES = 90  # that the system takes for a socket, less what a rank's number takes
 
 
@@ -57,7 +55,3 @@ class Lines:
                     received += count
         except OSError as error:
             raise RuntimeError(f"another rank has ended: {error}") from error
-
-    def close(self) -> None:
-        for line in self._to.values():
-            line.close()

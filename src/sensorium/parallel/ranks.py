@@ -1,6 +1,7 @@
 """The processes that share one model: who has which part of it, and the sums and joins of what they compute.
 
-The tensors go through torch.distributed, NCCL between GPUs and gloo between processors; all ranks are on one machine.
+The tensors go through torch.distributed, NCCL between GPUs and gloo between processors, which have sockets of their own
+(`lines`) for what is small; all ranks are on one machine.
 Who is dead or hangs is seen on the sockets (`engine.leader`), long before a collective gives up.
 """
 
@@ -69,10 +70,11 @@ class Ranks:
     def sum(self, x: Tensor) -> Tensor:
         """Of all ranks' tensors, maybe in place; the same bits on all ranks."""
         x = x.contiguous()
-        if not self._is_small(x):
+        lines = self._lines_for(x)
+        if lines is None:
             self._wait(self._connected.allreduce([x]))
             return x
-        first, *rest = self._exchanged(x)
+        first, *rest = self._over(lines, x)
         for part in rest:
             first += part
         return first
@@ -80,8 +82,9 @@ class Ranks:
     def join(self, x: Tensor) -> Tensor:
         """[.., n] of each rank -> [.., size * n] in their order."""
         x = x.contiguous()
-        if self._is_small(x):
-            return torch.cat(self._exchanged(x), -1)
+        lines = self._lines_for(x)
+        if lines is not None:
+            return torch.cat(self._over(lines, x), -1)
         parts = [torch.empty_like(x) for _ in range(self.size)]
         self._wait(self._connected.allgather([parts], [x]))
         return torch.cat(parts, -1)
@@ -101,18 +104,17 @@ class Ranks:
         self._wait(self._connected.broadcast([x], distributed.BroadcastOptions()))
         return x
 
-    def _is_small(self, x: Tensor) -> bool:
-        return self._lines is not None and x.dim() > 0 and 0 < x.nbytes <= MOST_BYTES
+    def _lines_for(self, x: Tensor) -> Lines | None:
+        """What is small goes over sockets, where there are some."""
+        return self._lines if x.dim() > 0 and 0 < x.nbytes <= MOST_BYTES else None
 
-    def _exchanged(self, x: Tensor) -> list[Tensor]:
+    def _over(self, lines: Lines, x: Tensor) -> list[Tensor]:
         """What each rank has, in their order."""
         parts = [x if rank == self.rank else torch.empty_like(x) for rank in range(self.size)]
         views = [part.view(torch.uint8).numpy().data.cast("B") for part in parts]
-        lines, own = self._lines, views[self.rank]
-        if lines is not None:
-            self.waits = True
-            lines.exchange(own, {rank: view for rank, view in enumerate(views) if rank != self.rank})
-            self.waits = False
+        self.waits = True
+        lines.exchange(views[self.rank], {rank: view for rank, view in enumerate(views) if rank != self.rank})
+        self.waits = False
         return parts
 
     @property

@@ -48,7 +48,7 @@ def test_all_get_what_each_sends(folder: Path, size: int) -> None:
 
 def test_a_rank_that_is_gone(folder: Path) -> None:
     first, second = met(folder, 2)
-    second.close()
+    second._to[0].close()
     with pytest.raises(RuntimeError, match="has ended"):
         first.exchange(memoryview(b"abc"), {1: memoryview(bytearray(3))})
 
