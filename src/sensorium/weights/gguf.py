@@ -165,7 +165,7 @@ def gguf_numbers(path: Path, name: str) -> Tensor:
 
 def _with_numbers(blocks: Tensor, kind: str, key: str, file: Path) -> Tensor:
     """The same; CheckpointError where a scale is infinite or no number. Blocks that stay in the file are not looked at:
-    that would read all of it before the first answer."""
+    a start does not pass through them otherwise."""
     if not are_numbers(kind, blocks):
         raise CheckpointError(f"tensor {key} in {file.name} has a scale that is no number: the file is damaged")
     return blocks
